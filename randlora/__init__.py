@@ -1,0 +1,83 @@
+"""RandLoRA for PyTorch: full-rank fine-tuning from shared random bases.
+
+>>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64))
+>>> report = randlora.inject(model, r=8)
+>>> report.trainable_parameters
+1152
+>>> report = randlora.merge(model)
+"""
+
+from importlib.metadata import version as _version
+
+import randlora.layers as _layers  # noqa: F401  (importing it registers every kind of layer)
+from randlora.adapters import AdapterInfo as AdapterInfo
+from randlora.adapters import activate as activate
+from randlora.adapters import adapters as adapters
+from randlora.adapters import delta_weight as delta_weight
+from randlora.adapters import disabled as disabled
+from randlora.adapters import remove as remove
+from randlora.adapters import trainable_parameters as trainable_parameters
+from randlora.bank import Bases as Bases
+from randlora.bank import Basis as Basis
+from randlora.bank import BasisBank as BasisBank
+from randlora.bases.spec import BasisSpec as BasisSpec
+from randlora.checkpoint import load as load
+from randlora.checkpoint import save as save
+from randlora.checkpoint.save import SaveReport as SaveReport
+from randlora.config import RandLoRAConfig as RandLoRAConfig
+from randlora.errors import AdapterError as AdapterError
+from randlora.errors import CheckpointError as CheckpointError
+from randlora.errors import ConfigError as ConfigError
+from randlora.errors import MergeError as MergeError
+from randlora.errors import RandLoRAError as RandLoRAError
+from randlora.errors import TargetError as TargetError
+from randlora.inject import eject as eject
+from randlora.inject import inject as inject
+from randlora.inject import plan as plan
+from randlora.layers.base import AdapterLayer as AdapterLayer
+from randlora.merge import merge as merge
+from randlora.merge import merged as merged
+from randlora.merge import unmerge as unmerge
+from randlora.registry import register_layer as register_layer
+from randlora.report import MergeReport as MergeReport
+from randlora.report import Report as Report
+from randlora.walk import Target as Target
+from randlora.walk import find_targets as find_targets
+
+__version__ = _version("randlora")
+
+__all__ = [
+    "AdapterError",
+    "AdapterInfo",
+    "AdapterLayer",
+    "Bases",
+    "Basis",
+    "BasisBank",
+    "BasisSpec",
+    "CheckpointError",
+    "ConfigError",
+    "MergeError",
+    "MergeReport",
+    "RandLoRAConfig",
+    "RandLoRAError",
+    "Report",
+    "SaveReport",
+    "Target",
+    "TargetError",
+    "activate",
+    "adapters",
+    "delta_weight",
+    "disabled",
+    "eject",
+    "find_targets",
+    "inject",
+    "load",
+    "merge",
+    "merged",
+    "plan",
+    "register_layer",
+    "remove",
+    "save",
+    "trainable_parameters",
+    "unmerge",
+]

@@ -1,0 +1,216 @@
+"""The adapters of a model: which there are, which are active, switching all of them off, taking one away."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from randlora.bases.spec import BasisSpec
+from randlora.config import RandLoRAConfig
+from randlora.errors import AdapterError, TargetError, raise_collected
+from randlora.inject import eject
+from randlora.install import adapter_layers, unwrap
+from randlora.match import nearest_names
+from randlora.state import Adapter, ModelState, adapted_root, require_unmerged
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """One adapter of a model.
+
+    Attributes:
+        name: Its name.
+        config: Its options.
+        spec: Its bases.
+        targets: FQNs of its layers.
+        train_also: FQNs of the parameters trained beside it.
+        weight: Factor of its delta while it is active, else ``None``.
+        is_trainable: Whether any of its parameters requires grad.
+    """
+
+    name: str
+    config: RandLoRAConfig
+    spec: BasisSpec
+    targets: tuple[str, ...]
+    train_also: tuple[str, ...]
+    weight: float | None
+    is_trainable: bool
+
+    @property
+    def is_active(self) -> bool:
+        """Whether its delta is added."""
+        return self.weight is not None
+
+
+def adapters(model: nn.Module) -> list[AdapterInfo]:
+    """List a model's adapters, in the order they were added.
+
+    Raises:
+        AdapterError: When the model carries none.
+    """
+    root, state = adapted_root(model)
+    return [
+        AdapterInfo(
+            name=adapter.name,
+            config=adapter.config,
+            spec=adapter.basis.spec,
+            targets=adapter.targets,
+            train_also=tuple(adapter.trained),
+            weight=adapter.weight,
+            is_trainable=any(parameter.requires_grad for parameter in adapter_parameters(root, adapter)),
+        )
+        for adapter in state.adapters.values()
+    ]
+
+
+def activate(
+    model: nn.Module, names: str | Iterable[str] | Mapping[str, float], *, trainable: bool | None = None
+) -> None:
+    """Choose which adapters act, in place; all others are switched off.
+
+    Args:
+        model: A model that carries adapters.
+        names: One name; several, whose deltas add; or names with weights, whose deltas are added with these factors.
+        trainable: Let the parameters of these adapters require grad, or not, and leave all others as they are. ``None``
+            changes no flag: what acts and what is trained are separate matters.
+
+    Raises:
+        AdapterError: For a name the model does not have, a weight that is not finite, adapters that train the same
+            parameter beside them, or while the adapters are merged.
+    """
+    root, state = adapted_root(model)
+    require_unmerged(state, "activate")
+    weights = _weights(names)
+    raise_collected(AdapterError, _activation_problems(state, weights), doing="activate")
+    for adapter in state.adapters.values():
+        adapter.weight = weights.get(adapter.name)
+    state.install_parameters()
+    if trainable is not None:
+        for name in weights:
+            for parameter in adapter_parameters(root, state.adapters[name]):
+                parameter.requires_grad_(trainable)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Switch all adapters off inside a ``with`` block: the model computes what it did before any came.
+
+    Nests, and gives back the state it found, whatever happens inside.
+
+    Raises:
+        AdapterError: When the model carries no adapter, or its adapters are merged.
+    """
+    _, state = adapted_root(model)
+    require_unmerged(state, "disable")
+    before = state.is_disabled
+    _set_disabled(state, value=True)
+    try:
+        yield
+    finally:
+        _set_disabled(state, value=before)
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Take one adapter off, in place; no other adapter's output changes. Removing the last one ejects.
+
+    Args:
+        model: A model that carries adapters.
+        name: The adapter to remove.
+
+    Raises:
+        AdapterError: When the model has no such adapter, or its adapters are merged.
+    """
+    root, state = adapted_root(model)
+    require_unmerged(state, "remove")
+    state.adapter(name)
+    if len(state.adapters) == 1:
+        eject(root)
+        return
+    del state.adapters[name]
+    for _, layer in adapter_layers(root):
+        if name in layer.adapters:
+            layer.drop(name)
+    unwrap(root, only_empty=True)
+    state.forget_unused()
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Go through what an optimiser is to train: Λ and Γ of the trainable adapters, and what ``train_also`` named.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> _ = randlora.inject(model, r=4)
+        >>> optimiser = torch.optim.AdamW(randlora.trainable_parameters(model), lr=1e-3)
+
+    Raises:
+        AdapterError: When the model carries no adapter.
+    """
+    root, state = adapted_root(model)
+    for adapter in state.adapters.values():
+        yield from (parameter for parameter in adapter_parameters(root, adapter) if parameter.requires_grad)
+
+
+def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tensor:
+    """Compute the update that adapters make to one layer's weight.
+
+    Args:
+        model: A model that carries adapters.
+        fqn: The layer's fully qualified name.
+        name: One adapter, taken with weight 1; ``None`` means the active ones with their weights.
+
+    Returns:
+        ``(out_features, in_features)``, whatever layout the layer stores, in float32, or in float64 where the weight is.
+
+    Raises:
+        AdapterError: When the model carries no adapter, or none of that name.
+        TargetError: When the layer is not adapted.
+    """
+    root, state = adapted_root(model)
+    layers = dict(adapter_layers(root))
+    if fqn not in layers:
+        raise TargetError(f"{fqn!r} is not adapted; the nearest adapted layers are {nearest_names(fqn, layers)}")
+    weights = state.active if name is None else {state.adapter(name).name: 1.0}
+    return layers[fqn].delta_weight(weights)
+
+
+def adapter_parameters(root: nn.Module, adapter: Adapter) -> Iterator[nn.Parameter]:
+    """Go through the parameters of one adapter: Λ and Γ of each layer, then those trained beside it."""
+    for _, layer in adapter_layers(root):
+        if adapter.name in layer.adapters:
+            yield layer.randlora_lambda[adapter.name]
+            yield layer.randlora_gamma[adapter.name]
+    yield from adapter.trained.values()
+
+
+def _set_disabled(state: ModelState, *, value: bool) -> None:
+    state.is_disabled = value
+    state.install_parameters()
+
+
+def _weights(names: str | Iterable[str] | Mapping[str, float]) -> dict[str, float]:
+    if isinstance(names, str):
+        return {names: 1.0}
+    return dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
+
+
+def _activation_problems(state: ModelState, weights: Mapping[str, float]) -> list[str]:
+    known = ", ".join(state.adapters)
+    unknown = [name for name in weights if name not in state.adapters]
+    problems = [f"the model has no adapter named {name!r}: it has {known}" for name in unknown]
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            problems.append(f"the weight of {name!r} must be a finite number, got {weight!r}")
+    trained: dict[str, list[str]] = {}
+    for name in weights.keys() & state.adapters.keys():
+        for fqn in state.adapters[name].trained:
+            trained.setdefault(fqn, []).append(name)
+    problems += [
+        f"{' and '.join(sorted(names))} each trained a {fqn} of their own, and the model has room for one"
+        for fqn, names in trained.items()
+        if len(names) > 1
+    ]
+    return problems

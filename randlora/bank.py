@@ -1,0 +1,239 @@
+"""The bases a model's adapters share: drawn once, kept small, handed out per device and dtype."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from randlora.bases import portable_stream, torch_stream
+from randlora.bases.compact import CompactMatrix
+from randlora.bases.spec import BasisSpec
+from randlora.errors import ConfigError
+
+DIGEST_CHUNK_ROWS = 256
+
+
+class Bases(NamedTuple):
+    """The slices one layer computes with: ``A`` is ``(r, 1, min_dim)``, ``B`` is ``(max_dim, num_bases, r)``."""
+
+    A: Tensor
+    B: Tensor
+
+
+@dataclass(eq=False)
+class Basis:
+    """One pair of frozen bases, shared by every layer that names its spec.
+
+    It is drawn when first needed, only as far as a layer has asked for, and holds one written-out copy per
+    device and dtype. Copying shares it; pickling drops the numbers, which its spec brings back, unless they came
+    from a file that no seed reproduces.
+
+    Attributes:
+        spec: What is drawn.
+        extent: ``(max_dim, min_dim)`` kept so far.
+        stored: A and B as a file held them, where its seed does not bring them back.
+    """
+
+    spec: BasisSpec
+    extent: tuple[int, int] = (0, 0)
+    stored: tuple[CompactMatrix, CompactMatrix] | None = None
+    _drawn: tuple[CompactMatrix, CompactMatrix] | None = field(default=None, repr=False)
+    _copies: dict[tuple[torch.device, torch.dtype], Bases] = field(default_factory=dict, repr=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Basis:
+        """Share: the numbers never change."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Drop what can be drawn again."""
+        return {**self.__dict__, "_drawn": None, "_copies": {}}
+
+    def extend(self, max_dim: int, min_dim: int) -> None:
+        """Make the bases reach layers of these dims; bits already handed out do not change.
+
+        Args:
+            max_dim: Rows of B that some layer needs.
+            min_dim: Columns of A that some layer needs.
+        """
+        extent = (max(self.extent[0], max_dim), max(self.extent[1], min_dim))
+        if extent == self.extent:
+            return
+        self.extent, self._drawn = extent, None
+        self._copies.clear()
+        if self.spec.is_prefix_stable:
+            dims = (max(self.spec.max_dim, extent[0]), max(self.spec.min_dim, extent[1]))
+            self.spec = replace(self.spec, max_dim=dims[0], min_dim=dims[1])
+
+    def matrices(self) -> tuple[CompactMatrix, CompactMatrix]:
+        """Return A, ``(r, min_dim)``, and B, ``(max_dim, num_bases·r)``, in storage, drawing them at the first call."""
+        if self.stored is not None:
+            return self.stored
+        if self._drawn is None:
+            stream = torch_stream if self.spec.stream == "torch" else portable_stream
+            with torch.inference_mode(mode=False):  # else autograd refuses them for ever after
+                self._drawn = stream.draw(self.spec, *self.extent)
+        return self._drawn
+
+    def slices(self, max_dim: int, min_dim: int, *, device: torch.device | str, dtype: torch.dtype) -> Bases:
+        """Hand a layer its bases.
+
+        Args:
+            max_dim: The layer's larger side.
+            min_dim: The layer's smaller side.
+            device: Where the layer computes.
+            dtype: What the layer computes in. A, which is small, is at least float32, so that a ternary scale is exact.
+
+        Returns:
+            Views of the one copy for this device and dtype.
+        """
+        self.extend(max_dim, min_dim)
+        key = (torch.device(device), dtype)
+        if key not in self._copies:
+            with torch.inference_mode(mode=False):
+                self._copies[key] = self._write_out(*key)
+        basis_A, basis_B = self._copies[key]
+        return Bases(basis_A[:, :, :min_dim], basis_B[:max_dim, : math.ceil(min_dim / self.spec.r)])
+
+    def digest(self, max_dim: int, min_dim: int) -> str:
+        """Return the SHA-256 of the values that layers of these dims use.
+
+        The canonical bytes are a line with both shapes, then A and B row by row as little-endian float32: of the
+        values, not of how they are stored.
+        """
+        self.extend(max_dim, min_dim)
+        columns_B = math.ceil(min_dim / self.spec.r) * self.spec.r
+        basis_A, basis_B = self.matrices()
+        digest = hashlib.sha256(f"A {self.spec.r}x{min_dim} B {max_dim}x{columns_B}\n".encode())
+        for matrix, rows, columns in ((basis_A, self.spec.r, min_dim), (basis_B, max_dim, columns_B)):
+            for chunk in _dense_rows(matrix, rows):
+                digest.update(chunk[:, :columns].contiguous().numpy().astype("<f4", copy=False).tobytes())
+        return digest.hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that storage takes, or will take once drawn; written-out copies not counted."""
+        if self.stored is not None:
+            return sum(matrix.nbytes for matrix in self.stored)
+        return self.spec.nbytes(*self.extent)
+
+    def _write_out(self, device: torch.device, dtype: torch.dtype) -> Bases:
+        r = self.spec.r
+        wide = torch.promote_types(dtype, torch.float32)
+        if device.type == "meta":  # shapes only: nothing is drawn for a model without values
+            num_bases = math.ceil(self.extent[1] / r)
+            return Bases(
+                torch.empty((r, 1, self.extent[1]), dtype=wide, device=device),
+                torch.empty((self.extent[0], num_bases, r), dtype=dtype, device=device),
+            )
+        basis_A, basis_B = self.matrices()
+        return Bases(
+            basis_A.to_dense(device=device, dtype=wide).unsqueeze(1),
+            basis_B.to_dense(device=device, dtype=dtype).reshape(self.extent[0], -1, r),
+        )
+
+
+def _dense_rows(matrix: CompactMatrix, rows: int) -> Iterator[Tensor]:
+    """Write a matrix out in float32, some rows at a time; a chunk starts at a multiple of the stride."""
+    step = DIGEST_CHUNK_ROWS * matrix.stride
+    for start in range(0, rows, step):
+        part = replace(matrix, values=matrix.values[start : min(start + step, rows)])
+        yield part.to_dense(device="cpu", dtype=torch.float32)
+
+
+class BasisBank:
+    """The bases of one model, found by content: adapters that name equal bases hold the same object.
+
+    Example:
+        >>> bank = BasisBank()
+        >>> basis = bank.acquire(BasisSpec("dense", "portable", seed=0, r=4, max_dim=8, min_dim=6))
+        >>> basis.slices(8, 6, device="cpu", dtype=torch.float32).B.shape
+        torch.Size([8, 2, 4])
+    """
+
+    def __init__(self) -> None:
+        """Make an empty bank."""
+        self._bases: list[Basis] = []
+
+    def __iter__(self) -> Iterator[Basis]:
+        """Go through the bases held."""
+        return iter(self._bases)
+
+    def __len__(self) -> int:
+        """Count the bases held."""
+        return len(self._bases)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all bases take in storage."""
+        return sum(basis.nbytes for basis in self._bases)
+
+    def find(self, spec: BasisSpec, *, used: tuple[int, int] | None = None) -> Basis | None:
+        """Find bases that serve a spec.
+
+        Args:
+            spec: What is wanted.
+            used: ``(max_dim, min_dim)`` that layers really slice. Bases of the same family drawn for at least these
+                dims serve too, as they do in PEFT. Without it only the very bits of ``spec`` do.
+        """
+        for basis in self._bases:
+            held = basis.spec
+            if basis.stored is not None or held.family != spec.family:
+                continue
+            covers = used is not None and held.max_dim >= used[0] and held.min_dim >= used[1]
+            if held == spec or held.is_prefix_stable or covers:
+                return basis
+        return None
+
+    def check(self, spec: BasisSpec, *, used: tuple[int, int], new_bases: bool) -> Basis | None:
+        """Find bases for a further adapter, or refuse to let a second set in unasked.
+
+        Args:
+            spec: What the adapter asks for.
+            used: As in `find`.
+            new_bases: Whether a second set is accepted.
+
+        Returns:
+            The bases that serve, or ``None`` where new ones are to be made.
+
+        Raises:
+            ConfigError: When no bases held serve ``spec`` and ``new_bases`` is false.
+        """
+        found = self.find(spec, used=used)
+        if found is None and self._bases and not new_bases:
+            held = "; ".join(f"{basis.spec}, {basis.nbytes:,} bytes" for basis in self._bases)
+            raise ConfigError(
+                f"the adapter asks for {spec}, which would take {spec.nbytes(*used):,} bytes beside what the model "
+                f"holds ({held}): pass new_bases=True to accept a second set, or ask for bases that fit the first"
+            )
+        return found
+
+    def acquire(self, spec: BasisSpec) -> Basis:
+        """Return the bases of a spec, adding them where they are not held."""
+        if (found := self.find(spec)) is not None:
+            return found
+        basis = Basis(spec)
+        self._bases.append(basis)
+        return basis
+
+    def add(self, basis: Basis) -> None:
+        """Hold bases made elsewhere, unless they are held."""
+        if not any(basis is held for held in self._bases):
+            self._bases.append(basis)
+
+    def keep_only(self, used: Iterable[Basis]) -> None:
+        """Let go of every basis but those given."""
+        wanted = {id(basis) for basis in used}
+        self._bases = [basis for basis in self._bases if id(basis) in wanted]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BasisBank:
+        """Copy the list, share the bases."""
+        twin = copy.copy(self)
+        twin._bases = list(self._bases)
+        return twin

@@ -1,0 +1,119 @@
+"""Names one pair of bases: everything its bits depend on, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from randlora.config import BasisKind, RandLoRAConfig, Stream, is_integer
+from randlora.errors import ConfigError
+
+SMALLEST_BLOCK_COLUMN = 8  # a column of A keeps at least so many entries by default: within .004 of dense when fitting
+MOST_BLOCKS_IN_B = 8
+
+
+@dataclass(frozen=True)
+class BasisSpec:
+    """The identity of a pair of bases: equal specs are equal bits.
+
+    Attributes:
+        kind: ``dense``, ``sparse``, ``very_sparse`` or ``block``.
+        stream: ``torch`` or ``portable``.
+        seed: Seed of the stream.
+        r: Rank of one basis.
+        max_dim: Rows of B that are drawn, the largest side of any target.
+        min_dim: Columns of A that are drawn, ``min(largest out_features, largest in_features)``.
+        blocks: ``(c, b)``, the blocks of A and B, for ``block``; else ``None``.
+    """
+
+    kind: BasisKind
+    stream: Stream
+    seed: int
+    r: int
+    max_dim: int
+    min_dim: int
+    blocks: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Check what the drawing code relies on."""
+        sizes = (self.r, self.max_dim, self.min_dim)
+        if not all(is_integer(size) and size > 0 for size in sizes):
+            raise ConfigError(f"r, max_dim and min_dim of a basis must be positive integers, got {sizes}")
+        if (self.blocks is None) == (self.kind == "block"):
+            raise ConfigError(
+                f"blocks go with kind='block' and with no other, got kind={self.kind!r}, blocks={self.blocks}"
+            )
+
+    @property
+    def num_bases(self) -> int:
+        """How many bases are drawn, ``ceil(min_dim / r)``."""
+        return math.ceil(self.min_dim / self.r)
+
+    @property
+    def family(self) -> tuple[BasisKind, Stream, int, int, tuple[int, int] | None]:
+        """What two specs must have in common to share their bases: all but the dims."""
+        return self.kind, self.stream, self.seed, self.r, self.blocks
+
+    @property
+    def is_prefix_stable(self) -> bool:
+        """Whether a larger draw begins with the bits of a smaller one.
+
+        The density of ``very_sparse`` is ``1 / sqrt(min_dim)``: it changes with the dims whatever the stream.
+        """
+        return self.stream == "portable" and self.kind != "very_sparse"
+
+    @property
+    def probability(self) -> float:
+        """Of a ternary entry being +1, and of its being -1: 1/6, or ``1 / (2·sqrt(min_dim))`` for ``very_sparse``."""
+        return 1 / (2 * (math.sqrt(self.min_dim) if self.kind == "very_sparse" else 3))
+
+    def expected_rank(self, out_features: int, in_features: int) -> int:
+        """Estimate the rank of one layer's trained update.
+
+        The small basis is shared by all terms, so where a whole column of a ternary A is zero the same column of every
+        update is zero: ``1 - (1 - 2·probability)**r`` of the columns are left on average.
+        """
+        full = min(out_features, in_features)
+        if self.kind in ("dense", "block"):
+            return full
+        return round(full * (1 - (1 - 2 * self.probability) ** self.r))
+
+    def nbytes(self, max_dim: int, min_dim: int) -> int:
+        """Bytes that the slices for layers of these dims take in storage."""
+        c, b = self.blocks or (1, 1)
+        itemsize = 2 if self.kind in ("dense", "block") else 1
+        return itemsize * (self.r * math.ceil(min_dim / c) + max_dim * math.ceil(min_dim / self.r) * self.r // b)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values that JSON can hold."""
+        return {**asdict(self), "blocks": None if self.blocks is None else list(self.blocks)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build a spec from what `to_dict` returned; the options are checked as a config's are."""
+        blocks = None if values["blocks"] is None else tuple(values["blocks"])
+        RandLoRAConfig(r=values["r"], basis=values["kind"], stream=values["stream"], seed=values["seed"], blocks=blocks)
+        return cls(**{**values, "blocks": blocks})
+
+    def __str__(self) -> str:
+        """Say what is drawn, on one line."""
+        blocks = f", blocks={self.blocks}" if self.blocks else ""
+        dims = f"{self.max_dim}x{self.min_dim}"
+        return f"{self.kind} bases (stream={self.stream}, seed={self.seed}, r={self.r}, dims={dims}{blocks})"
+
+
+def spec_for(config: RandLoRAConfig, max_dim: int, min_dim: int) -> BasisSpec:
+    """Name the bases that a config asks for over targets of these dims."""
+    stream = config.stream or ("portable" if config.basis == "block" else "torch")
+    blocks = (config.blocks or default_blocks(config.r)) if config.basis == "block" else None
+    return BasisSpec(config.basis, stream, config.seed, config.r, max_dim, min_dim, blocks)
+
+
+def default_blocks(r: int) -> tuple[int, int]:
+    """Choose ``(c, b)`` for a rank: the most blocks of A that leave 8 entries a column, and at most 8 blocks of B."""
+    divisors = [size for size in range(1, r + 1) if r % size == 0]
+    c = max((size for size in divisors if r // size >= SMALLEST_BLOCK_COLUMN), default=1)
+    b = max(size for size in divisors if size <= MOST_BLOCKS_IN_B)
+    return c, b

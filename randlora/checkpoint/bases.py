@@ -1,0 +1,84 @@
+"""The bases an adapter's file means: drawn again and checked, or kept as the file holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from randlora.bank import Basis, BasisBank
+from randlora.bases.compact import CompactMatrix
+from randlora.bases.spec import BasisSpec, spec_for
+from randlora.checkpoint.read import AdapterFile
+from randlora.errors import CheckpointError, ConfigError
+from randlora.walk import Target, max_dims, used_dims
+
+
+def file_basis(file: AdapterFile, targets: Sequence[Target], bank: BasisBank) -> Basis:
+    """Find or make the bases that a file's adapter was trained with; the bank is not changed.
+
+    Args:
+        file: The adapter.
+        targets: Its layers in the model.
+        bank: Bases the model holds already, which are shared where they are the same bits.
+
+    Raises:
+        CheckpointError: When what the spec draws is not what the file was saved with.
+    """
+    used = used_dims(targets)
+    spec = _spec(file, targets)
+    if file.header is not None and not file.header.is_reproducible:
+        return _as_stored(file, spec, used, bank)
+    try:
+        basis = bank.find(spec) or Basis(spec)
+        digest = basis.digest(*used)
+    except ConfigError as error:
+        raise CheckpointError(f"the bases that the file names cannot be drawn: {error}") from error
+    if file.header is not None and digest != file.header.basis_digest:
+        raise CheckpointError(
+            f"the {spec} drawn here are not those the adapter was trained with: SHA-256 {digest[:12]}… instead of "
+            f"{file.header.basis_digest[:12]}…; stream='torch' needs a torch that draws as it did then"
+        )
+    if file.bases is None or _equal(basis, file.bases, used):
+        return basis
+    if file.header is not None:
+        raise CheckpointError(
+            "the bases stored in the file are not those it names: it was edited; get an undamaged copy"
+        )
+    return _as_stored(file, spec, used, bank)
+
+
+def _spec(file: AdapterFile, targets: Sequence[Target]) -> BasisSpec:
+    """Name the bases: as our header does, by the shapes PEFT stored, or by the rule PEFT draws with."""
+    if file.header is not None:
+        return file.header.spec
+    if file.bases is not None:
+        return spec_for(file.config, len(file.bases[1]), file.bases[0].shape[-1])
+    return spec_for(file.config, *max_dims(targets))
+
+
+def _as_stored(file: AdapterFile, spec: BasisSpec, used: tuple[int, int], bank: BasisBank) -> Basis:
+    """Keep the file's own numbers, where no seed brings them back, or the same numbers already held."""
+    if file.bases is None:
+        raise CheckpointError("the file holds no bases, and no seed brings its own back: save with bases='stored'")
+    basis_A, basis_B = file.bases
+    stored = (
+        CompactMatrix.from_dense(basis_A.flatten(end_dim=1)),
+        CompactMatrix.from_dense(basis_B.flatten(start_dim=1)),
+    )
+    basis = Basis(spec, extent=(len(basis_B), basis_A.shape[-1]), stored=stored)
+    digest = basis.digest(*used)
+    for held in bank:
+        if held.stored is not None and held.spec == spec and held.digest(*used) == digest:
+            return held
+    return basis
+
+
+def _equal(basis: Basis, stored: tuple[Tensor, Tensor], used: tuple[int, int]) -> bool:
+    """Whether the file's numbers are the drawn ones, wherever a layer reads them."""
+    drawn = Basis(basis.spec).slices(*used, device="cpu", dtype=torch.float32)
+    basis_A, basis_B = stored
+    return torch.equal(drawn.A, basis_A[:, :, : used[1]].float()) and torch.equal(
+        drawn.B, basis_B[: used[0], : drawn.B.shape[1]].float()
+    )

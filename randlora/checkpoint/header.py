@@ -1,0 +1,106 @@
+"""What our files say beyond PEFT's fields, as one JSON text in the safetensors header."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from randlora.bases.spec import BasisSpec
+from randlora.checkpoint.layout import FORMAT_VERSION
+from randlora.config import RandLoRAConfig
+from randlora.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class Header:
+    """The facts about an adapter that its tensors do not carry.
+
+    Attributes:
+        config: Its options, with the FQNs of its targets.
+        spec: Its bases.
+        shapes: ``(out_features, in_features)`` by target.
+        basis_digest: SHA-256 of the values its layers use; see `Basis.digest`.
+        is_reproducible: Whether ``spec`` brings the bases back; else the file must hold them.
+    """
+
+    config: RandLoRAConfig
+    spec: BasisSpec
+    shapes: dict[str, tuple[int, int]]
+    basis_digest: str
+    is_reproducible: bool
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """``(max_dim, min_dim)`` that the targets slice."""
+        return max(map(max, self.shapes.values())), max(map(min, self.shapes.values()))
+
+    @property
+    def rectangle(self) -> tuple[int, int]:
+        """``(max_dim, min_dim)`` of the bases that PEFT would hold for the targets, at least `extent`."""
+        widest_out, widest_in = (max(sides) for sides in zip(*self.shapes.values(), strict=True))
+        return max(widest_out, widest_in), min(widest_out, widest_in)
+
+
+def dump_header(header: Header, tensors: Mapping[str, Tensor]) -> str:
+    """Write a header as JSON, sealed with the SHA-256 of itself and of every tensor."""
+    facts = {
+        "basis": header.spec.to_dict(),
+        "basis_sha256": header.basis_digest,
+        "config": header.config.to_dict(),
+        "format_version": FORMAT_VERSION,
+        "is_reproducible": header.is_reproducible,
+        "library_version": version("randlora"),
+        "targets": {fqn: list(shape) for fqn, shape in header.shapes.items()},
+    }
+    return json.dumps({**facts, "sha256": _seal(facts, tensors)})
+
+
+def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
+    """Read a header back and check its seal.
+
+    Args:
+        text: What `dump_header` wrote.
+        tensors: Every tensor of the file.
+
+    Raises:
+        CheckpointError: When it is of another format version, no header of ours, or something in the file was changed.
+    """
+    try:
+        facts = json.loads(text)
+        found = facts["format_version"]
+        if found != FORMAT_VERSION:
+            raise CheckpointError(
+                f"the file has format version {found!r}, this library reads {FORMAT_VERSION}: install one that reads it"
+            )
+        seal = facts.pop("sha256")
+        header = Header(
+            config=RandLoRAConfig.from_dict(facts["config"]),
+            spec=BasisSpec.from_dict(facts["basis"]),
+            shapes={fqn: (int(out), int(in_)) for fqn, (out, in_) in facts["targets"].items()},
+            basis_digest=facts["basis_sha256"],
+            is_reproducible=bool(facts["is_reproducible"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"the file's header is damaged ({error}): get an undamaged copy") from error
+    if seal != _seal(facts, tensors):
+        raise CheckpointError(
+            "the file's contents do not match its checksum: it was damaged or edited; get an undamaged copy"
+        )
+    return header
+
+
+def _seal(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

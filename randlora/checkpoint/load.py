@@ -1,0 +1,137 @@
+"""`load`: an adapter from a directory into a model, ours or one that PEFT wrote."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from randlora.bank import BasisBank
+from randlora.checkpoint.bases import file_basis
+from randlora.checkpoint.peft_config import NEUTRAL_FIELDS, kept_fields
+from randlora.checkpoint.read import AdapterFile, read_adapter
+from randlora.errors import CheckpointError, TargetError, raise_collected
+from randlora.install import commit, owned_state, prepare
+from randlora.report import Report, adapter_report
+from randlora.state import Adapter, ModelState
+from randlora.train_also import replacements
+from randlora.walk import Selection, Target, find_targets, named_parameters, obstacles, walk
+
+
+def load(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    name: str = "default",
+    trainable: bool = False,
+    active: bool | None = None,
+) -> Report:
+    """Add the adapter of a directory to a model, in place.
+
+    The file's own names say which layers it belongs to; its ``target_modules`` is never matched against the model.
+    Bases that a file brings and the model lacks are added without asking.
+
+    Args:
+        model: The model it was trained on, with or without other adapters.
+        directory: What `randlora.save` or PEFT's ``save_pretrained`` wrote.
+        name: The adapter's name here.
+        trainable: Let its parameters require grad.
+        active: Make it the only active adapter. ``None``: if it is the model's first.
+
+    Returns:
+        A report as from `randlora.inject`.
+
+    Raises:
+        CheckpointError: When the files are damaged, foreign or of another version, or do not fit the model.
+        AdapterError: When the name is taken, or the model's adapters are merged.
+    """
+    file = read_adapter(Path(directory))
+    state = owned_state(model, name, "load")
+    targets = _targets(model, file, str(directory))
+    basis = file_basis(file, targets, state.bank if state else BasisBank())
+    adapter = Adapter(name, file.config, basis, tuple(target.fqn for target in targets), f"the names in {directory}")
+    adapter.peft_fields = kept_fields(file.fields)
+    replaced = replacements(model, state or ModelState(), file.trained)
+    for fqn, entry in replaced.items():
+        own = file.trained[fqn].to(device=entry.original.device, dtype=entry.original.dtype)
+        adapter.trained[fqn] = nn.Parameter(own, requires_grad=trainable)
+    addition = prepare(state, adapter, targets, values=_placed(file, targets), replaced=replaced, trainable=trainable)
+    report = adapter_report(
+        model,
+        name,
+        file.config,
+        Selection(targets, adapter.rule, {}),
+        basis.spec,
+        basis_bytes=basis.nbytes,
+        train_also=tuple(file.trained),
+        notes=_notes(adapter),
+    )
+    commit(model, addition, active=active)
+    return report
+
+
+def _targets(model: nn.Module, file: AdapterFile, directory: str) -> tuple[Target, ...]:
+    """Find the layers that the file names, and check that everything in it fits."""
+    visits = {visit.fqn for visit in walk(model)}
+    problems = [f"the model has no layer {fqn}" for fqn in file.values if fqn not in visits]
+    raise_collected(CheckpointError, problems, doing=f"load {directory!r}")
+    aliases = {id(visit.module): visit.fqn for visit in walk(model) if visit.fqn in file.values}
+    try:
+        targets = find_targets(model, lambda fqn, _: fqn in file.values)
+    except TargetError as error:
+        raise CheckpointError(f"cannot load {directory!r}: {error}") from error
+    named = tuple(replace(target, fqn=aliases[id(target.module)]) for target in targets)
+    problems = [*obstacles(model, named), *_misfits(file, named), *_trained_misfits(model, file.trained)]
+    if missing := sorted(set(file.values) - {target.fqn for target in named}):
+        problems.append(f"{', '.join(missing)} cannot carry an adapter of its own in this model")
+    raise_collected(CheckpointError, problems, doing=f"load {directory!r}")
+    return named
+
+
+def _misfits(file: AdapterFile, targets: tuple[Target, ...]) -> list[str]:
+    problems = []
+    for target in targets:
+        shape = (target.out_features, target.in_features)
+        min_dim = file.values[target.fqn][1].shape[1]
+        saved = file.header.shapes[target.fqn] if file.header else shape
+        if saved != shape or min_dim != min(shape):
+            theirs = f"out x in = {saved[0]} x {saved[1]}" if file.header else f"a smaller side of {min_dim}"
+            problems.append(f"{target.fqn} is {shape[0]} x {shape[1]} here, the adapter was trained on {theirs}")
+        elif file.bases and (len(file.bases[1]) < max(shape) or file.bases[0].shape[-1] < min_dim):
+            problems.append(f"{target.fqn} is {shape[0]} x {shape[1]}, larger than the bases in the file")
+    return problems
+
+
+def _trained_misfits(model: nn.Module, trained: Mapping[str, Tensor]) -> list[str]:
+    own = {fqn: parameter for fqn, _, _, parameter in named_parameters(model)}
+    problems = []
+    for fqn, tensor in trained.items():
+        if fqn not in own:
+            problems.append(f"the model has no parameter {fqn}, which was trained beside the adapter")
+        elif own[fqn].shape != tensor.shape:
+            problems.append(f"{fqn} has shape {tuple(own[fqn].shape)} here, {tuple(tensor.shape)} in the file")
+    return problems
+
+
+def _placed(file: AdapterFile, targets: tuple[Target, ...]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Put Λ and Γ beside their weights."""
+    placed = {}
+    for target in targets:
+        lam, gamma = file.values[target.fqn]
+        weight = target.module._parameters["weight"]
+        assert weight is not None, "a target has a weight"
+        placed[target.fqn] = (_at_least_float32(lam).to(weight.device), _at_least_float32(gamma).to(weight.device))
+    return placed
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _notes(adapter: Adapter) -> list[str]:
+    foreign = sorted(set(adapter.peft_fields) - set(NEUTRAL_FIELDS))
+    return [f"fields kept but not understood: {', '.join(foreign)}"] if foreign else []

@@ -1,0 +1,148 @@
+"""``adapter_config.json``: an adapter's options in the fields that PEFT 0.21.2 writes, and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from randlora.config import BasisKind, RandLoRAConfig
+from randlora.errors import CheckpointError, ConfigError
+from randlora.match import has_suffix
+from randlora.state import Adapter
+from randlora.walk import named_parameters, walk
+
+PEFT_TYPE = "RANDLORA"
+PEFT_VERSION = "0.21.2"  # whose fields these are
+
+NEUTRAL_FIELDS: dict[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "init_weights": True,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "revision": None,
+    "task_type": None,
+}
+"""Fields that say nothing about the arithmetic. A file's own values are kept and written back."""
+
+OWN_FIELDS = frozenset({
+    "fan_in_fan_out",
+    "inference_mode",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "projection_prng_key",
+    "r",
+    "randlora_alpha",
+    "randlora_dropout",
+    "save_projection",
+    "sparse",
+    "target_modules",
+    "very_sparse",
+})
+"""Fields made anew from the adapter at every save."""
+
+
+def to_peft_fields(model: nn.Module, adapter: Adapter, *, stored: bool) -> dict[str, Any]:
+    """Write an adapter's options as PEFT would.
+
+    Args:
+        model: The adapted model, which decides how targets are best named.
+        adapter: The adapter.
+        stored: Whether the bases go into the file.
+    """
+    config = adapter.config
+    alpha = config.effective_alpha
+    fields = {
+        **NEUTRAL_FIELDS,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        **adapter.peft_fields,
+        "fan_in_fan_out": _all_transposed(model, adapter),
+        "inference_mode": True,
+        "modules_to_save": whole_modules(model, adapter.trained) or None,
+        "peft_type": PEFT_TYPE,
+        "peft_version": PEFT_VERSION,
+        "projection_prng_key": config.seed,
+        "r": config.r,
+        "randlora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "randlora_dropout": config.dropout,
+        "save_projection": stored,
+        "sparse": config.basis == "sparse",
+        "target_modules": target_modules(model, adapter.targets),
+        "very_sparse": config.basis == "very_sparse",
+    }
+    return dict(sorted(fields.items()))
+
+
+def from_peft_fields(fields: Mapping[str, Any], targets: Iterable[str], trained: Iterable[str]) -> RandLoRAConfig:
+    """Read the options of an adapter that PEFT wrote.
+
+    Args:
+        fields: What the JSON holds.
+        targets: FQNs that the tensors name; ``target_modules`` is never run against a model.
+        trained: FQNs of the parameters trained beside it.
+
+    Raises:
+        CheckpointError: When a field is missing or has a value that cannot work.
+    """
+    needed = ("r", "randlora_alpha", "projection_prng_key")
+    if missing := [name for name in needed if name not in fields]:
+        raise CheckpointError(
+            f"the adapter's JSON lacks {', '.join(missing)}: expected the fields PEFT writes for RandLoRA"
+        )
+    try:
+        return RandLoRAConfig(
+            r=fields["r"],
+            alpha=fields["randlora_alpha"],
+            dropout=fields.get("randlora_dropout", 0.0),
+            basis=peft_kind(fields),
+            stream="torch",
+            seed=fields["projection_prng_key"],
+            targets=tuple(targets),
+            train_also=tuple(trained) or None,
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"the adapter's JSON holds options that cannot work: {error}") from error
+
+
+def peft_kind(fields: Mapping[str, Any]) -> BasisKind:
+    """Read PEFT's two booleans as one choice; with both set PEFT draws ``very_sparse``."""
+    if fields.get("very_sparse"):
+        return "very_sparse"
+    return "sparse" if fields.get("sparse") else "dense"
+
+
+def kept_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a file that mean nothing here, to be written back at the next save."""
+    return {name: value for name, value in fields.items() if name not in OWN_FIELDS}
+
+
+def target_modules(model: nn.Module, fqns: Sequence[str]) -> list[str] | str:
+    """Name targets so that PEFT finds these layers and no others: by last components if that works, else by a regex."""
+    wanted = set(fqns)
+    suffixes = sorted({fqn.rsplit(".", 1)[-1] for fqn in fqns})
+    found = {visit.fqn for visit in walk(model) if any(has_suffix(visit.fqn, suffix) for suffix in suffixes)}
+    return suffixes if found == wanted else "|".join(re.escape(fqn) for fqn in fqns)
+
+
+def whole_modules(model: nn.Module, trained: Iterable[str]) -> list[str]:
+    """Name the outermost modules all of whose parameters are among ``trained``."""
+    trained = set(trained)
+    modules: dict[str, bool] = {}
+    for fqn, _, _, _ in named_parameters(model):
+        parts = fqn.split(".")
+        for length in range(1, len(parts)):
+            prefix = ".".join(parts[:length])
+            modules[prefix] = modules.get(prefix, True) and fqn in trained
+    whole = [prefix for prefix, is_whole in modules.items() if is_whole]
+    return [prefix for prefix in whole if prefix.rpartition(".")[0] not in whole]
+
+
+def _all_transposed(model: nn.Module, adapter: Adapter) -> bool:
+    """Whether every target stores its weight ``(in, out)``, which PEFT calls ``fan_in_fan_out``."""
+    kinds = {type(visit.module).__name__ for visit in walk(model) if visit.fqn in set(adapter.targets)}
+    return kinds == {"Conv1D"}

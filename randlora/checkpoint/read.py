@@ -1,0 +1,208 @@
+"""Reading an adapter's two files: names, dtypes, shapes, finiteness and checksums, before any model is looked at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from randlora.checkpoint.header import Header, parse_header
+from randlora.checkpoint.layout import (
+    BASIS_A,
+    BASIS_B,
+    CONFIG_FILE,
+    GAMMA_SUFFIX,
+    HEADER_KEY,
+    LAMBDA_SUFFIX,
+    MODEL_PREFIX,
+    TENSORS_FILE,
+    TOP_BASIS_A,
+    TOP_BASIS_B,
+)
+from randlora.checkpoint.peft_config import PEFT_TYPE, from_peft_fields, peft_kind
+from randlora.config import RandLoRAConfig
+from randlora.errors import CheckpointError, raise_collected
+
+BASE_LAYER = ".base_layer."  # PEFT names a bias it trained inside an adapted layer so
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterFile:
+    """An adapter as its files hold it, checked as far as it can be without a model.
+
+    Attributes:
+        fields: What ``adapter_config.json`` holds.
+        config: Its options.
+        header: What our own header adds; ``None`` for a file that PEFT wrote.
+        values: Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, by target.
+        trained: Parameters trained beside the adapter, by FQN.
+        bases: A, ``(r, 1, min_dim)``, and B, ``(max_dim, num_bases, r)``, where the file holds them.
+    """
+
+    fields: dict[str, Any]
+    config: RandLoRAConfig
+    header: Header | None
+    values: dict[str, tuple[Tensor, Tensor]]
+    trained: dict[str, Tensor] = field(default_factory=dict)
+    bases: tuple[Tensor, Tensor] | None = None
+
+
+def read_adapter(directory: Path) -> AdapterFile:
+    """Read and check an adapter's directory.
+
+    Raises:
+        CheckpointError: When a file is missing, truncated, damaged, foreign, of another format version, or disagrees
+            with the other or with itself.
+    """
+    fields = _read_fields(directory / CONFIG_FILE)
+    tensors, text = _read_tensors(directory / TENSORS_FILE)
+    header = None if text is None else parse_header(text, tensors)
+    bases = _take_bases(tensors)
+    values = _take_values(tensors)
+    raise_collected(CheckpointError, _stray(tensors), doing=f"read {str(directory)!r}")
+    trained = {key.removeprefix(MODEL_PREFIX).replace(BASE_LAYER, "."): tensor for key, tensor in tensors.items()}
+    config = header.config if header else from_peft_fields(fields, values, trained)
+    problems = [
+        *_disagreements(fields, header),
+        *_damage(values, trained, bases),
+        *_shape_problems(config.r, values, bases),
+    ]
+    if header and set(header.shapes) != set(values):
+        problems.append("the header names other targets than the tensors")
+    raise_collected(CheckpointError, problems, doing=f"read {str(directory)!r}")
+    return AdapterFile(fields, config, header, values, trained, bases)
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"there is no {path}: expected a directory with {CONFIG_FILE} and {TENSORS_FILE}"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}): get an undamaged copy") from error
+    kind = fields.get("peft_type") if isinstance(fields, dict) else None
+    if kind != PEFT_TYPE:
+        raise CheckpointError(f"{path} describes no RandLoRA adapter: expected peft_type={PEFT_TYPE!r}, got {kind!r}")
+    return dict(fields)
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Read every tensor but the repeated copies of the bases, and our header's text."""
+    if not path.is_file():
+        raise CheckpointError(f"there is no {path}: only safetensors files are read, nothing is unpickled")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors: dict[str, Tensor] = {}
+            for key in sorted(file.keys()):
+                tensor = file.get_tensor(key)
+                name = _basis_name(key)
+                if name is None:
+                    tensors[key] = tensor
+                elif not torch.equal(first := tensors.setdefault(name, tensor), tensor):
+                    raise CheckpointError(
+                        f"{path} holds copies of {name} that differ, {tuple(first.shape)} at first: it is damaged"
+                    )
+            return tensors, (file.metadata() or {}).get(HEADER_KEY)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({error}): get an undamaged copy") from error
+
+
+def _basis_name(key: str) -> str | None:
+    """Return the top-level name of a basis or of one of the copies that PEFT 0.21.2 and older write for every layer."""
+    last = key.rsplit(".", 1)[-1]
+    return {BASIS_A: TOP_BASIS_A, BASIS_B: TOP_BASIS_B}.get(last)
+
+
+def _take_bases(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    basis_A, basis_B = tensors.pop(TOP_BASIS_A, None), tensors.pop(TOP_BASIS_B, None)
+    if basis_A is None and basis_B is None:
+        return None
+    if basis_A is None or basis_B is None:
+        raise CheckpointError("the file holds one of the two bases: expected both or none")
+    return basis_A, basis_B
+
+
+def _take_values(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Pair up the Λ and Γ of each target."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key in list(tensors):
+        for suffix in (LAMBDA_SUFFIX, GAMMA_SUFFIX):
+            if key.startswith(MODEL_PREFIX) and key.endswith(suffix):
+                fqn = key.removeprefix(MODEL_PREFIX).removesuffix(suffix)
+                pairs.setdefault(fqn, {})[suffix] = tensors.pop(key)
+    halves = [fqn for fqn, pair in pairs.items() if len(pair) == 1]
+    problems = [f"{fqn} has one of randlora_lambda and randlora_gamma: expected both" for fqn in halves]
+    if not pairs:
+        problems.append("the file holds no randlora_lambda and randlora_gamma: it is no RandLoRA adapter")
+    raise_collected(CheckpointError, problems, doing="read the adapter's tensors")
+    return {fqn: (pair[LAMBDA_SUFFIX], pair[GAMMA_SUFFIX]) for fqn, pair in pairs.items()}
+
+
+def _stray(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [f"{key!r} is no name of an adapter's tensor" for key in tensors if not key.startswith(MODEL_PREFIX)]
+
+
+def _disagreements(fields: Mapping[str, Any], header: Header | None) -> list[str]:
+    """Compare the two files of one adapter: neither may have come from another save."""
+    if header is None:
+        return []
+    config = header.config
+    pairs: dict[str, tuple[object, object]] = {
+        "r": (fields.get("r"), config.r),
+        "randlora_alpha": (fields.get("randlora_alpha"), config.effective_alpha),
+        "randlora_dropout": (fields.get("randlora_dropout"), config.dropout),
+        "projection_prng_key": (fields.get("projection_prng_key"), config.seed),
+    }
+    if config.basis != "block":
+        pairs["kind of basis"] = (peft_kind(fields), config.basis)
+    return [
+        f"{CONFIG_FILE} says {name}={ours!r}, the tensors were saved with {theirs!r}: the files are of two saves"
+        for name, (ours, theirs) in pairs.items()
+        if ours != theirs
+    ]
+
+
+def _damage(
+    values: Mapping[str, tuple[Tensor, Tensor]], trained: Mapping[str, Tensor], bases: tuple[Tensor, Tensor] | None
+) -> list[str]:
+    named = {
+        f"{fqn}{suffix}": part
+        for fqn, pair in values.items()
+        for suffix, part in zip((LAMBDA_SUFFIX, GAMMA_SUFFIX), pair, strict=True)
+    }
+    named |= {**trained} | ({} if bases is None else dict(zip((BASIS_A, BASIS_B), bases, strict=True)))
+    problems = []
+    for name, tensor in named.items():
+        if not tensor.is_floating_point():
+            problems.append(f"{name} holds {tensor.dtype}: expected a floating dtype")
+        elif not torch.isfinite(tensor).all():
+            problems.append(f"{name} holds NaN or infinite values")
+    return problems
+
+
+def _shape_problems(
+    r: int, values: Mapping[str, tuple[Tensor, Tensor]], bases: tuple[Tensor, Tensor] | None
+) -> list[str]:
+    problems = []
+    for fqn, (lam, gamma) in values.items():
+        if lam.ndim != 2 or gamma.ndim != 2 or lam.shape != (r, len(gamma)) or len(gamma) != -(-gamma.shape[1] // r):
+            problems.append(
+                f"{fqn} has randlora_lambda {tuple(lam.shape)} and randlora_gamma {tuple(gamma.shape)}: "
+                f"expected ({r}, num_bases) and (num_bases, min_dim) with num_bases = ceil(min_dim / {r})"
+            )
+    if bases is not None:
+        basis_A, basis_B = bases
+        expected_B = (len(basis_B), -(-basis_A.shape[-1] // r), r)
+        if basis_A.shape != (r, 1, basis_A.shape[-1]) or basis_B.shape != expected_B:
+            problems.append(
+                f"the bases have shapes {tuple(basis_A.shape)} and {tuple(basis_B.shape)}, which do not fit r={r}"
+            )
+    return problems

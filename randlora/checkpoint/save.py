@@ -1,0 +1,156 @@
+"""`save`: one adapter to a directory of two files that PEFT reads too."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from randlora.bank import Basis
+from randlora.checkpoint.header import Header, dump_header
+from randlora.checkpoint.layout import (
+    CONFIG_FILE,
+    GAMMA_SUFFIX,
+    HEADER_KEY,
+    LAMBDA_SUFFIX,
+    MODEL_PREFIX,
+    TENSORS_FILE,
+    TOP_BASIS_A,
+    TOP_BASIS_B,
+)
+from randlora.checkpoint.peft_config import to_peft_fields, whole_modules
+from randlora.checkpoint.write import Writer, write_together
+from randlora.errors import CheckpointError, raise_collected
+from randlora.install import adapter_layers
+from randlora.layers.base import AdapterLayer
+from randlora.report import as_bytes
+from randlora.state import Adapter, adapted_root
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What `save` wrote.
+
+    Attributes:
+        directory: Where the two files are.
+        name: The adapter saved.
+        nbytes: Bytes of both files.
+        notes: What the user should know, such as that PEFT cannot load the files.
+    """
+
+    directory: Path
+    name: str
+    nbytes: int
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Say it on one line, and each note on one more."""
+        return "\n".join([f"saved {self.name!r} to {self.directory}, {as_bytes(self.nbytes)}", *self.notes])
+
+
+def save(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    bases: Literal["seed", "stored"] = "seed",
+) -> SaveReport:
+    """Write one adapter to a directory, atomically: Λ, Γ, what ``train_also`` named, and what brings the bases back.
+
+    Args:
+        model: A model that carries adapters.
+        directory: Made if it is missing; an adapter already in it is replaced.
+        name: Which adapter; ``None`` means the only one.
+        bases: ``"seed"`` stores no basis: the spec brings them back and a SHA-256 proves it. ``"stored"`` writes A and
+            B out in float32, once, which PEFT needs for ``block`` bases and for ``stream="portable"``.
+
+    Returns:
+        Where, how large, and notes.
+
+    Raises:
+        AdapterError: When the model carries no adapter, or ``name`` does not say which.
+        CheckpointError: When there are no values to save, or the bases cannot be had from a seed.
+        OSError: When the disk refuses. Files already there stay whole.
+    """
+    root, state = adapted_root(model)
+    adapter = state.adapter(name)
+    directory = Path(directory)
+    layers = [(fqn, layer) for fqn, layer in adapter_layers(root) if adapter.name in layer.adapters]
+    raise_collected(CheckpointError, _problems(adapter, layers, bases), doing=f"save to {str(directory)!r}")
+    header = _header(adapter, layers)
+    tensors = _tensors(adapter, layers) | (_stored_bases(adapter, header) if bases == "stored" else {})
+    metadata = {"format": "pt", HEADER_KEY: dump_header(header, tensors)}
+    fields = json.dumps(to_peft_fields(root, adapter, stored=bases == "stored"), indent=2)
+    writers: dict[str, Writer] = {
+        TENSORS_FILE: lambda path: save_file(tensors, path, metadata),
+        CONFIG_FILE: lambda path: path.write_text(f"{fields}\n", encoding="utf-8"),
+    }
+    write_together(directory, writers)
+    size = sum((directory / file).stat().st_size for file in writers)
+    return SaveReport(directory, adapter.name, size, tuple(_peft_notes(root, adapter, header, bases)))
+
+
+def _problems(adapter: Adapter, layers: Sequence[tuple[str, AdapterLayer]], bases: str) -> list[str]:
+    problems = []
+    if bases not in ("seed", "stored"):
+        problems.append(f"bases must be 'seed' or 'stored', got {bases!r}")
+    if bases == "seed" and adapter.basis.stored is not None:
+        problems.append("its bases came from a file and no seed brings them back: save with bases='stored'")
+    without = [fqn for fqn, layer in layers if layer.randlora_lambda[adapter.name].is_meta]
+    without += [fqn for fqn, parameter in adapter.trained.items() if parameter.is_meta]
+    problems += [f"{fqn} holds no values to save (meta): materialise the model first" for fqn in without]
+    return problems
+
+
+def _tensors(adapter: Adapter, layers: Sequence[tuple[str, AdapterLayer]]) -> dict[str, Tensor]:
+    tensors = {}
+    for fqn, layer in layers:
+        tensors[f"{MODEL_PREFIX}{fqn}{LAMBDA_SUFFIX}"] = _master(layer.randlora_lambda[adapter.name])
+        tensors[f"{MODEL_PREFIX}{fqn}{GAMMA_SUFFIX}"] = _master(layer.randlora_gamma[adapter.name])
+    for fqn, parameter in adapter.trained.items():
+        tensors[f"{MODEL_PREFIX}{fqn}"] = parameter.detach().cpu().contiguous().clone()
+    return tensors
+
+
+def _master(parameter: Tensor) -> Tensor:
+    """Copy Λ or Γ in float32, or in float64 where the model was made so: never narrower than it is."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return parameter.detach().to(device="cpu", dtype=dtype).contiguous().clone()
+
+
+def _header(adapter: Adapter, layers: Sequence[tuple[str, AdapterLayer]]) -> Header:
+    shapes = {fqn: (layer.out_features, layer.in_features) for fqn, layer in layers}
+    config = replace(adapter.config, targets=tuple(shapes), exclude=None, train_also=tuple(adapter.trained) or None)
+    header = Header(config, adapter.basis.spec, shapes, "", is_reproducible=adapter.basis.stored is None)
+    return replace(header, basis_digest=adapter.basis.digest(*header.extent))
+
+
+def _stored_bases(adapter: Adapter, header: Header) -> dict[str, Tensor]:
+    """Write the bases out over the whole rectangle that PEFT expects, without making the model's own copy grow."""
+    basis = Basis(adapter.basis.spec, stored=adapter.basis.stored)
+    written = basis.slices(*header.rectangle, device="cpu", dtype=torch.float32)
+    return {TOP_BASIS_A: written.A.contiguous(), TOP_BASIS_B: written.B.contiguous()}
+
+
+def _peft_notes(root: nn.Module, adapter: Adapter, header: Header, bases: str) -> list[str]:
+    """Say what PEFT 0.21.2 would not load, or would load wrongly."""
+    notes = []
+    spec = adapter.basis.spec
+    if bases == "seed" and spec.stream != "torch":
+        notes.append(f"PEFT cannot draw stream={spec.stream!r}: save with bases='stored' to load there")
+    elif bases == "seed" and (spec.max_dim, spec.min_dim) != header.rectangle:
+        notes.append(
+            "the bases were drawn for larger layers than these, so PEFT would draw others: save with bases='stored'"
+        )
+    modules = whole_modules(root, adapter.trained)
+    single = [fqn for fqn in adapter.trained if not any(fqn.startswith(f"{module}.") for module in modules)]
+    if single:
+        notes.append(f"PEFT passes over single parameters trained beside an adapter: {', '.join(single)}")
+    return notes

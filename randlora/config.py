@@ -1,0 +1,173 @@
+"""What the user chooses about one adapter: a frozen value that validates itself."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self, get_args
+
+from torch import nn
+
+from randlora.errors import ConfigError, raise_collected
+
+BasisKind = Literal["dense", "sparse", "very_sparse", "block"]
+Stream = Literal["torch", "portable"]
+Pattern = str | Sequence[str] | Callable[[str, nn.Module], bool]
+
+ALPHA_PER_RANK = 20.0
+"""The default alpha is 20·r, PEFT's 640 for r = 32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandLoRAConfig:
+    """The options of one adapter.
+
+    Attributes:
+        r: Rank of one random basis. A **smaller** r means **more** trainable parameters: ``num_bases·(r + min_dim)``
+            a layer with ``num_bases = ceil(min_dim / r)``.
+        targets: Which layers are adapted. A string is a regex matched with ``fullmatch`` against the FQN, except the
+            word ``"all-linear"``; a sequence holds FQNs or their suffixes, each of which must match; a callable gets
+            ``(fqn, module)``; ``None`` takes the preset of ``model.config.model_type``, else all linear layers.
+        exclude: Layers left out of ``targets``, in the same forms.
+        alpha: The update is scaled by ``alpha / r``; ``None`` means ``20·r``. Between ``2·r`` and ``20·r`` is the
+            range the paper's author advises; it trades against the learning rate.
+        dropout: Probability with which an entry of the adapter's input is zeroed in training, in [0, 1).
+        basis: The kind of the frozen random bases.
+        stream: The random stream they are drawn from: ``"torch"`` draws what PEFT 0.21.2 draws, ``"portable"`` the same
+            bits on every machine and version. ``None`` means ``"torch"``, but ``"portable"`` for ``block``, which has
+            no other.
+        blocks: ``(c, b)``, how many blocks ``block`` bases have in A and in B; both divide r. ``None`` chooses.
+        seed: Seed of the bases, a 64-bit unsigned integer.
+        train_also: Modules or single parameters trained beside the adapter and saved with it: a regex, or a sequence of
+            names or suffixes.
+
+    Raises:
+        ConfigError: When a value cannot work; all such values are named at once.
+    """
+
+    r: int = 32
+    targets: Pattern | None = None
+    exclude: Pattern | None = None
+    alpha: float | None = None
+    dropout: float = 0.0
+    basis: BasisKind = "dense"
+    stream: Stream | None = None
+    blocks: tuple[int, int] | None = None
+    seed: int = 0
+    train_also: str | Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Turn lists into tuples and check every value."""
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), list | set | frozenset):
+                object.__setattr__(
+                    self, field.name, tuple(sorted(value) if isinstance(value, set | frozenset) else value)
+                )
+        raise_collected(
+            ConfigError,
+            [*_number_problems(self), *_basis_problems(self), *_pattern_problems(self)],
+            doing="configure RandLoRA",
+        )
+
+    @property
+    def effective_alpha(self) -> float:
+        """``alpha``, or its default ``20·r``."""
+        return ALPHA_PER_RANK * self.r if self.alpha is None else float(self.alpha)
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the update, ``alpha / r``."""
+        return self.effective_alpha / self.r
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as plain values that JSON can hold.
+
+        Raises:
+            ConfigError: Where ``targets`` or ``exclude`` is a callable, which no file can hold.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name in ("targets", "exclude"):
+            if callable(values[name]):
+                raise ConfigError(f"{name} is a callable, which cannot be written down: give the layers' names instead")
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build a config from what `to_dict` returned.
+
+        Raises:
+            ConfigError: For a name this version does not know, or a value that cannot work.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"unknown option(s) {', '.join(unknown)}: expected some of {', '.join(sorted(known))}")
+        blocks = values.get("blocks")
+        return cls(**{**values, "blocks": None if blocks is None else tuple(blocks)})
+
+
+def is_integer(value: object) -> bool:
+    """Whether ``value`` is a Python integer and not a truth value."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _number_problems(config: RandLoRAConfig) -> list[str]:
+    problems = []
+    if not (is_integer(config.r) and config.r > 0):
+        problems.append(f"r must be a positive integer, got {config.r!r}")
+    if config.alpha is not None and not _is_real(config.alpha):
+        problems.append(f"alpha must be a finite number or None for 20·r, got {config.alpha!r}")
+    if not (_is_real(config.dropout) and 0 <= config.dropout < 1):
+        problems.append(f"dropout must be a number in [0, 1), got {config.dropout!r}")
+    if not (is_integer(config.seed) and 0 <= config.seed < 2**64):
+        problems.append(f"seed must be an integer in [0, 2**64), got {config.seed!r}")
+    return problems
+
+
+def _basis_problems(config: RandLoRAConfig) -> list[str]:
+    problems = []
+    if config.basis not in get_args(BasisKind):
+        problems.append(f"basis must be one of {', '.join(get_args(BasisKind))}, got {config.basis!r}")
+    if config.stream not in (None, *get_args(Stream)):
+        problems.append(f"stream must be one of {', '.join(get_args(Stream))}, or None, got {config.stream!r}")
+    if config.basis == "block" and config.stream == "torch":
+        problems.append("basis='block' is drawn from stream='portable' only: leave stream out")
+    if config.blocks is not None:
+        problems.extend(_block_problems(config))
+    return problems
+
+
+def _block_problems(config: RandLoRAConfig) -> list[str]:
+    if config.basis != "block":
+        return [f"blocks={config.blocks!r} goes with basis='block' only, got basis={config.basis!r}"]
+    pair = config.blocks
+    if not (isinstance(pair, tuple) and len(pair) == 2 and all(is_integer(count) and count > 0 for count in pair)):
+        return [f"blocks must be two positive integers (c, b), got {pair!r}"]
+    if is_integer(config.r) and config.r > 0 and any(config.r % count for count in pair):
+        return [f"both of blocks={pair} must divide r={config.r}"]
+    return []
+
+
+def _pattern_problems(config: RandLoRAConfig) -> list[str]:
+    problems = []
+    for name in ("targets", "exclude", "train_also"):
+        pattern = getattr(config, name)
+        if isinstance(pattern, str):
+            problems.extend(_regex_problems(name, pattern))
+        elif isinstance(pattern, tuple):
+            if not pattern or not all(isinstance(entry, str) and entry for entry in pattern):
+                problems.append(f"{name} must hold at least one name and nothing but names, got {pattern!r}")
+        elif pattern is not None and not (callable(pattern) and name != "train_also"):
+            problems.append(f"{name} must be a regex or a list of names, got {pattern!r}")
+    return problems
+
+
+def _regex_problems(name: str, pattern: str) -> list[str]:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return [f"{name}={pattern!r} is no regular expression: {error}"]
+    return []

@@ -1,0 +1,234 @@
+"""`inject`, `plan` and `eject`: put an adapter round a model's layers, and take all of them off.
+
+Planning finds everything out and touches nothing; checking collects what is wrong and raises once; only then layers
+change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from randlora.bank import Basis
+from randlora.bases.spec import BasisSpec, spec_for
+from randlora.config import BasisKind, Pattern, RandLoRAConfig, Stream
+from randlora.errors import ConfigError, TargetError, raise_collected
+from randlora.install import adapter_layers, commit, detach, owned_state, prepare
+from randlora.report import Report, adapter_report
+from randlora.state import Adapter, ModelState, adapted_root
+from randlora.train_also import own_copies, replacements, select_parameters, train_also_problems
+from randlora.walk import Selection, max_dims, obstacles, select, used_dims
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All that adding one adapter needs to know.
+
+    Attributes:
+        name: The adapter's name.
+        config: Its options.
+        state: What the model carries already, if anything.
+        selection: The layers it goes round.
+        spec: The bases it asks for.
+        shared: Bases of the model that serve, if any.
+        train_also: FQNs of the parameters trained beside it.
+    """
+
+    name: str
+    config: RandLoRAConfig
+    state: ModelState | None
+    selection: Selection
+    spec: BasisSpec
+    shared: Basis | None
+    train_also: tuple[str, ...]
+
+
+def plan(
+    model: nn.Module,
+    r: int | None = None,
+    *,
+    targets: Pattern | None = None,
+    exclude: Pattern | None = None,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    basis: BasisKind = "dense",
+    stream: Stream | None = None,
+    blocks: tuple[int, int] | None = None,
+    seed: int = 0,
+    train_also: str | Sequence[str] | None = None,
+    name: str = "default",
+    config: RandLoRAConfig | None = None,
+    new_bases: bool = False,
+) -> Report:
+    """Say what `inject` would do, with the same arguments, and touch nothing.
+
+    Works on a model on the meta device too, and takes no memory for weights or bases.
+
+    Returns:
+        The report that `inject` would return.
+
+    Raises:
+        RandLoRAError: Whatever `inject` would raise.
+    """
+    options = _one_config(
+        config,
+        r,
+        targets=targets,
+        exclude=exclude,
+        alpha=alpha,
+        dropout=dropout,
+        basis=basis,
+        stream=stream,
+        blocks=blocks,
+        seed=seed,
+        train_also=train_also,
+    )
+    return _report(model, _plan(model, name, options, new_bases=new_bases))
+
+
+def inject(
+    model: nn.Module,
+    r: int | None = None,
+    *,
+    targets: Pattern | None = None,
+    exclude: Pattern | None = None,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    basis: BasisKind = "dense",
+    stream: Stream | None = None,
+    blocks: tuple[int, int] | None = None,
+    seed: int = 0,
+    train_also: str | Sequence[str] | None = None,
+    name: str = "default",
+    config: RandLoRAConfig | None = None,
+    new_bases: bool = False,
+    active: bool | None = None,
+    trainable: bool | None = None,
+) -> Report:
+    """Add an adapter to a model, in place, and freeze everything else.
+
+    The output does not change: Λ starts at zero. Without ``targets`` the preset of the model's type applies, else
+    every linear layer but the output head is adapted.
+
+    Args:
+        model: Any module that holds linear layers; it is changed in place.
+        r: Rank of one random basis, 32 unless given. A smaller r trains more parameters.
+        targets: Which layers; see `RandLoRAConfig` for this and the next eight.
+        exclude: Which of them not.
+        alpha: The update is scaled by ``alpha / r``; 20·r unless given.
+        dropout: Dropout on the adapter's input in training.
+        basis: Kind of the random bases.
+        stream: Where the bases are drawn from.
+        blocks: Blocks of ``block`` bases.
+        seed: Seed of the bases.
+        train_also: Modules or parameters trained beside the adapter and saved with it.
+        name: The adapter's name.
+        config: All of the options above in one object, instead of them.
+        new_bases: Accept a second set of bases where those the model holds do not serve.
+        active: Make it the only active adapter. ``None``: if it is the model's first.
+        trainable: Let its parameters require grad. ``None``: if it is the model's first.
+
+    Returns:
+        A report with the figures as fields; it prints as a table.
+
+    Raises:
+        ConfigError: For options that cannot work, or bases that would need a second set.
+        TargetError: When the targets match nothing, or something that cannot be adapted.
+        AdapterError: When the name is taken, or the model's adapters are merged.
+    """
+    options = _one_config(
+        config,
+        r,
+        targets=targets,
+        exclude=exclude,
+        alpha=alpha,
+        dropout=dropout,
+        basis=basis,
+        stream=stream,
+        blocks=blocks,
+        seed=seed,
+        train_also=train_also,
+    )
+    planned = _plan(model, name, options, new_bases=new_bases)
+    report = _report(model, planned)
+    chosen = planned.selection.targets
+    held = Basis(planned.spec) if planned.shared is None else planned.shared
+    held.extend(*used_dims(chosen))
+    if not all(target.module.weight.is_meta for target in chosen):
+        held.matrices()
+    is_first = planned.state is None
+    trainable = is_first if trainable is None else trainable
+    replaced = replacements(model, planned.state or ModelState(), planned.train_also)
+    adapter = Adapter(name, planned.config, held, report.targets, planned.selection.rule)
+    adapter.trained = own_copies(replaced, trainable=trainable)
+    commit(model, prepare(planned.state, adapter, chosen, replaced=replaced, trainable=trainable), active=active)
+    return report
+
+
+def eject(model: nn.Module) -> tuple[str, ...]:
+    """Take every adapter off, in place: the original module objects are back, with the values they came with.
+
+    What was merged is unmerged first, what ``train_also`` replaced is put back, and parameters require grad as before.
+
+    Args:
+        model: A model that carries adapters.
+
+    Returns:
+        FQNs of the layers that were adapted.
+
+    Raises:
+        AdapterError: When the model carries none.
+    """
+    root, state = adapted_root(model)
+    for _, layer in adapter_layers(root):
+        layer.unfold()
+    state.adapters.clear()
+    state.install_parameters()
+    return detach(root, state)
+
+
+def _one_config(config: RandLoRAConfig | None, r: int | None, **given: Any) -> RandLoRAConfig:
+    """Build the config from single options, or take the one given, but not both."""
+    options = given if r is None else {**given, "r": r}
+    built = RandLoRAConfig(**options)
+    if config is None:
+        return built
+    if r is not None or built != RandLoRAConfig():
+        raise ConfigError(
+            "give either config= or single options, not both: dataclasses.replace(config, r=16) changes one"
+        )
+    return config
+
+
+def _plan(model: nn.Module, name: str, config: RandLoRAConfig, *, new_bases: bool) -> Plan:
+    """Find out what an adapter would need, and check all of it."""
+    state = owned_state(model, name, "inject")
+    selection = select(model, config.targets, config.exclude)
+    problems = obstacles(model, selection.targets)
+    also: list[str] = []
+    if config.train_also is not None:
+        problems += train_also_problems(model, config.train_also, selection.targets)
+        also = select_parameters(model, config.train_also)
+    raise_collected(TargetError, problems, doing=f"inject {name!r}")
+    spec = spec_for(config, *max_dims(selection.targets))
+    used = used_dims(selection.targets)
+    shared = state.bank.check(spec, used=used, new_bases=new_bases) if state else None
+    return Plan(name, config, state, selection, shared.spec if shared else spec, shared, tuple(also))
+
+
+def _report(model: nn.Module, planned: Plan) -> Report:
+    used = used_dims(planned.selection.targets)
+    extent = planned.shared.extent if planned.shared else (0, 0)
+    basis_bytes = planned.spec.nbytes(max(used[0], extent[0]), max(used[1], extent[1]))
+    return adapter_report(
+        model,
+        planned.name,
+        planned.config,
+        planned.selection,
+        planned.spec,
+        basis_bytes=basis_bytes,
+        train_also=planned.train_also,
+    )

@@ -1,0 +1,34 @@
+"""transformers' ``Conv1D`` (GPT-2): a linear layer whose weight is stored ``(in_features, out_features)``."""
+
+from torch import Tensor, nn
+
+from randlora.layers.base import AdapterLayer
+from randlora.registry import register_layer
+
+
+@register_layer("transformers.pytorch_utils.Conv1D")
+class Conv1DAdapter(AdapterLayer):
+    """Adapts a ``Conv1D``, known by name so that transformers need not be imported."""
+
+    @staticmethod
+    def features(base_layer: nn.Module) -> tuple[int, int]:
+        """Read ``(in_features, out_features)``, from ``ds_shape`` where DeepSpeed's ZeRO-3 left the weight empty."""
+        weight = base_layer._parameters["weight"]
+        assert weight is not None, "a Conv1D has a weight"
+        in_features, out_features = getattr(weight, "ds_shape", weight.shape)
+        return int(in_features), int(out_features)
+
+    @staticmethod
+    def in_storage_layout(delta: Tensor) -> Tensor:
+        """Transpose to ``(in_features, out_features)``."""
+        return delta.T
+
+    @property
+    def nf(self) -> int:
+        """``out_features`` under the name that Conv1D gives it."""
+        return self.out_features
+
+    @property
+    def nx(self) -> int:
+        """``in_features`` under the name that Conv1D gives it."""
+        return self.in_features

@@ -1,0 +1,30 @@
+"""`nn.Linear`: the weight is stored ``(out_features, in_features)``."""
+
+from torch import Tensor, nn
+
+from randlora.layers.base import AdapterLayer
+from randlora.registry import refuse_layer, register_layer
+
+
+@register_layer(nn.Linear)
+class LinearAdapter(AdapterLayer):
+    """Adapts an `nn.Linear`."""
+
+    @staticmethod
+    def features(base_layer: nn.Module) -> tuple[int, int]:
+        """Read ``(in_features, out_features)``, right even where ZeRO-3 holds the weight elsewhere."""
+        assert isinstance(base_layer, nn.Linear)
+        return base_layer.in_features, base_layer.out_features
+
+    @staticmethod
+    def in_storage_layout(delta: Tensor) -> Tensor:
+        """Return ``(out_features, in_features)`` as it is."""
+        return delta
+
+
+refuse_layer(
+    nn.modules.linear.NonDynamicallyQuantizableLinear,
+    "nn.MultiheadAttention reads this weight and never calls the layer, so an adapter would be idle: leave it out",
+)
+for quantised in ("bitsandbytes.nn.modules.Linear8bitLt", "bitsandbytes.nn.modules.Linear4bit"):
+    refuse_layer(quantised, "quantised bitsandbytes layers are not supported yet: load the model without quantisation")

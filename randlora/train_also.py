@@ -1,0 +1,74 @@
+"""Parameters trained beside an adapter: a new head, biases, norms.
+
+The model's own values stay untouched. Each adapter trains a copy, which the model reads while that adapter is active.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from randlora.match import matches_name, nearest_names, unmatched
+from randlora.state import ModelState, ReplacedParameter
+from randlora.walk import Target, named_parameters
+
+
+def select_parameters(model: nn.Module, names: str | Sequence[str]) -> list[str]:
+    """Find the parameters that a regex or a list of names means: those matched, and those inside a matched module.
+
+    Args:
+        model: The model, adapted or not.
+        names: As `RandLoRAConfig.train_also`.
+
+    Returns:
+        FQNs in the model's order, one per parameter.
+    """
+    found: dict[int, str] = {}
+    for fqn, _, _, parameter in named_parameters(model):
+        if any(matches_name(names, prefix) for prefix in _prefixes(fqn)):
+            found.setdefault(id(parameter), fqn)
+    return list(found.values())
+
+
+def train_also_problems(model: nn.Module, names: str | Sequence[str], targets: Iterable[Target]) -> list[str]:
+    """Say what is wrong with ``train_also``: names that match nothing, a weight that is adapted, integer values."""
+    parameters = {fqn: parameter for fqn, _, _, parameter in named_parameters(model)}
+    known = {prefix for fqn in parameters for prefix in _prefixes(fqn)}
+    problems = [
+        f"train_also={entry!r} matches no module or parameter; the nearest names are {nearest_names(entry, known)}"
+        for entry in unmatched(names, known)
+    ]
+    adapted = {id(target.module._parameters["weight"]): target.fqn for target in targets}
+    for fqn in select_parameters(model, names):
+        if id(parameters[fqn]) in adapted:
+            problems.append(
+                f"train_also takes in {fqn}, the weight that the adapter already trains: name its bias alone"
+            )
+        elif not parameters[fqn].is_floating_point():
+            problems.append(f"train_also takes in {fqn}, which holds {parameters[fqn].dtype} and cannot be trained")
+    return problems
+
+
+def replacements(model: nn.Module, state: ModelState, fqns: Iterable[str]) -> dict[str, ReplacedParameter]:
+    """Look up the model's own parameters of these names and their places, whatever is installed there now."""
+    listed = list(named_parameters(model))
+    by_fqn = {fqn: parameter for fqn, _, _, parameter in listed}
+    found = {}
+    for fqn in fqns:
+        places = tuple((module, attribute) for _, module, attribute, held in listed if held is by_fqn[fqn])
+        found[fqn] = state.replaced.get(fqn) or ReplacedParameter(places, by_fqn[fqn])
+    return found
+
+
+def own_copies(replaced: dict[str, ReplacedParameter], *, trainable: bool) -> dict[str, nn.Parameter]:
+    """Copy the model's own values for an adapter to train."""
+    return {
+        fqn: nn.Parameter(entry.original.detach().clone(), requires_grad=trainable) for fqn, entry in replaced.items()
+    }
+
+
+def _prefixes(fqn: str) -> list[str]:
+    """``a.b.weight`` -> ``["a", "a.b", "a.b.weight"]``."""
+    parts = fqn.split(".")
+    return [".".join(parts[: length + 1]) for length in range(len(parts))]
