@@ -15,7 +15,7 @@ from randlora.errors import AdapterError, TargetError, raise_collected
 from randlora.inject import eject
 from randlora.install import adapter_layers, unwrap
 from randlora.match import nearest_names
-from randlora.state import Adapter, ModelState, adapted_root, require_unmerged
+from randlora.state import Adapter, ModelState, adapted_root, is_adapted, require_unmerged
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,9 @@ class AdapterInfo:
 
 
 def adapters(model: nn.Module) -> list[AdapterInfo]:
-    """List a model's adapters, in the order they were added.
-
-    Raises:
-        AdapterError: When the model carries none.
-    """
+    """List a model's adapters, in the order they were added; a plain model has none."""
+    if not is_adapted(model):
+        return []
     root, state = adapted_root(model)
     return [
         AdapterInfo(
@@ -163,7 +161,7 @@ def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tens
         name: One adapter, taken with weight 1; ``None`` means the active ones with their weights.
 
     Returns:
-        ``(out_features, in_features)``, whatever layout the layer stores, in float32, or in float64 where the weight is.
+        ``(out_features, in_features)``, whatever layout the layer stores, in float32, or float64 where the weight is.
 
     Raises:
         AdapterError: When the model carries no adapter, or none of that name.

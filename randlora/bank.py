@@ -6,6 +6,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -65,11 +66,14 @@ class Basis:
         extent = (max(self.extent[0], max_dim), max(self.extent[1], min_dim))
         if extent == self.extent:
             return
+        drawn = self.spec.max_dim, self.spec.min_dim
+        assert self.spec.is_prefix_stable or (extent[0] <= drawn[0] and extent[1] <= drawn[1]), (
+            f"{extent} of {self.spec}"
+        )
         self.extent, self._drawn = extent, None
         self._copies.clear()
         if self.spec.is_prefix_stable:
-            dims = (max(self.spec.max_dim, extent[0]), max(self.spec.min_dim, extent[1]))
-            self.spec = replace(self.spec, max_dim=dims[0], min_dim=dims[1])
+            self.spec = replace(self.spec, max_dim=max(drawn[0], extent[0]), min_dim=max(drawn[1], extent[1]))
 
     def matrices(self) -> tuple[CompactMatrix, CompactMatrix]:
         """Return A, ``(r, min_dim)``, and B, ``(max_dim, num_bases·r)``, in storage, drawing them at the first call."""
@@ -77,7 +81,7 @@ class Basis:
             return self.stored
         if self._drawn is None:
             stream = torch_stream if self.spec.stream == "torch" else portable_stream
-            with torch.inference_mode(mode=False):  # else autograd refuses them for ever after
+            with _lasting():
                 self._drawn = stream.draw(self.spec, *self.extent)
         return self._drawn
 
@@ -96,7 +100,7 @@ class Basis:
         self.extend(max_dim, min_dim)
         key = (torch.device(device), dtype)
         if key not in self._copies:
-            with torch.inference_mode(mode=False):
+            with _lasting():
                 self._copies[key] = self._write_out(*key)
         basis_A, basis_B = self._copies[key]
         return Bases(basis_A[:, :, :min_dim], basis_B[:max_dim, : math.ceil(min_dim / self.spec.r)])
@@ -137,6 +141,13 @@ class Basis:
             basis_A.to_dense(device=device, dtype=wide).unsqueeze(1),
             basis_B.to_dense(device=device, dtype=dtype).reshape(self.extent[0], -1, r),
         )
+
+
+def _lasting() -> AbstractContextManager[None]:
+    """Make tensors that autograd accepts ever after, even where inference mode is on."""
+    if torch.compiler.is_compiling():  # the compiler cannot trace a change of mode
+        return nullcontext()
+    return torch.inference_mode(mode=False)
 
 
 def _dense_rows(matrix: CompactMatrix, rows: int) -> Iterator[Tensor]:

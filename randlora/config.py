@@ -61,7 +61,7 @@ class RandLoRAConfig:
         for field in fields(self):
             if isinstance(value := getattr(self, field.name), list | set | frozenset):
                 object.__setattr__(
-                    self, field.name, tuple(sorted(value) if isinstance(value, set | frozenset) else value)
+                    self, field.name, tuple(sorted(value, key=str) if isinstance(value, set | frozenset) else value)
                 )
         raise_collected(
             ConfigError,
@@ -101,8 +101,7 @@ class RandLoRAConfig:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"unknown option(s) {', '.join(unknown)}: expected some of {', '.join(sorted(known))}")
-        blocks = values.get("blocks")
-        return cls(**{**values, "blocks": None if blocks is None else tuple(blocks)})
+        return cls(**values)
 
 
 def is_integer(value: object) -> bool:
@@ -111,7 +110,12 @@ def is_integer(value: object) -> bool:
 
 
 def _is_real(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _number_problems(config: RandLoRAConfig) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from randlora.bank import Basis
@@ -89,6 +90,7 @@ def plan(
     return _report(model, _plan(model, name, options, new_bases=new_bases))
 
 
+@torch.inference_mode(mode=False)  # what is made here is trained, whatever mode the caller is in
 def inject(
     model: nn.Module,
     r: int | None = None,
@@ -155,10 +157,7 @@ def inject(
     planned = _plan(model, name, options, new_bases=new_bases)
     report = _report(model, planned)
     chosen = planned.selection.targets
-    held = Basis(planned.spec) if planned.shared is None else planned.shared
-    held.extend(*used_dims(chosen))
-    if not all(target.module.weight.is_meta for target in chosen):
-        held.matrices()
+    held = planned.shared or _new_basis(planned)
     is_first = planned.state is None
     trainable = is_first if trainable is None else trainable
     replaced = replacements(model, planned.state or ModelState(), planned.train_also)
@@ -217,6 +216,15 @@ def _plan(model: nn.Module, name: str, config: RandLoRAConfig, *, new_bases: boo
     used = used_dims(selection.targets)
     shared = state.bank.check(spec, used=used, new_bases=new_bases) if state else None
     return Plan(name, config, state, selection, shared.spec if shared else spec, shared, tuple(also))
+
+
+def _new_basis(planned: Plan) -> Basis:
+    """Draw bases at once, so that what cannot be drawn is refused here; for a model without values draw nothing."""
+    basis = Basis(planned.spec)
+    basis.extend(*used_dims(planned.selection.targets))
+    if not all(parameter.is_meta for target in planned.selection.targets for parameter in target.module.parameters()):
+        basis.matrices()
+    return basis
 
 
 def _report(model: nn.Module, planned: Plan) -> Report:

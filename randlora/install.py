@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from randlora.errors import AdapterError
 from randlora.layers.base import AdapterLayer
 from randlora.state import ATTRIBUTE, Adapter, ModelState, ReplacedParameter, attached_state, require_unmerged
-from randlora.walk import Target, named_parameters, walk
+from randlora.walk import Target, named_parameters, used_dims, walk
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +118,7 @@ def commit(model: nn.Module, addition: Addition, *, active: bool | None) -> None
         for other in state.adapters.values():
             other.weight = None
         adapter.weight = 1.0
+    adapter.basis.extend(*used_dims(target for target, *_ in addition.layers))
     state.bank.add(adapter.basis)
     state.adapters[adapter.name] = adapter
     state.replaced.update(addition.replaced)

@@ -19,6 +19,7 @@ from randlora.report import MergeReport
 from randlora.state import ModelState, adapted_root
 
 
+@torch.inference_mode(mode=False)  # the weights outlive the mode the caller is in
 def merge(model: nn.Module, *, keep: bool = False) -> MergeReport:
     """Fold the active adapters into the weights, in place.
 

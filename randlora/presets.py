@@ -21,6 +21,7 @@ TARGET_PRESETS: dict[str, str | tuple[str, ...]] = {
         ("bert", "roberta", "xlm-roberta", "camembert", "electra", "layoutlm", "vit", "deit", "beit", "dinov2"),
         _QUERY_VALUE,
     ),
+    **dict.fromkeys(("vit", "deit", "beit", "dinov2"), (*_QUERY_VALUE, *_Q_V_PROJ)),  # renamed in transformers 5
     **dict.fromkeys(("RefinedWeb", "RefinedWebModel", "bloom", "chatglm", "falcon", "gpt_neox"), _FUSED),
     "blip-2": ("q", "v", "q_proj", "v_proj"),
     "btlm": ("c_proj", "c_attn"),

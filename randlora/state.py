@@ -135,6 +135,11 @@ def attached_state(model: nn.Module) -> ModelState | None:
     return state if isinstance(state, ModelState) else None
 
 
+def is_adapted(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, carries adapters."""
+    return any(attached_state(module) is not None for module in model.modules())
+
+
 def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
     """Find the module that carries the adapters: ``model``, or the one inside a wrapper such as DDP's.
 

@@ -22,13 +22,15 @@ def select_parameters(model: nn.Module, names: str | Sequence[str]) -> list[str]
         names: As `RandLoRAConfig.train_also`.
 
     Returns:
-        FQNs in the model's order, one per parameter.
+        FQNs, one per parameter: its first, where it is tied.
     """
-    found: dict[int, str] = {}
+    first_names: dict[int, str] = {}
+    found: dict[str, None] = {}
     for fqn, _, _, parameter in named_parameters(model):
+        first = first_names.setdefault(id(parameter), fqn)
         if any(matches_name(names, prefix) for prefix in _prefixes(fqn)):
-            found.setdefault(id(parameter), fqn)
-    return list(found.values())
+            found[first] = None
+    return list(found)
 
 
 def train_also_problems(model: nn.Module, names: str | Sequence[str], targets: Iterable[Target]) -> list[str]:
@@ -39,7 +41,7 @@ def train_also_problems(model: nn.Module, names: str | Sequence[str], targets: I
         f"train_also={entry!r} matches no module or parameter; the nearest names are {nearest_names(entry, known)}"
         for entry in unmatched(names, known)
     ]
-    adapted = {id(target.module._parameters["weight"]): target.fqn for target in targets}
+    adapted = {id(target.module._parameters.get("weight")) for target in targets}
     for fqn in select_parameters(model, names):
         if id(parameters[fqn]) in adapted:
             problems.append(

@@ -136,7 +136,7 @@ def find_targets(model: nn.Module, pattern: Pattern | None = None, exclude: Patt
 def select(model: nn.Module, pattern: Pattern | None, exclude: Pattern | None) -> Selection:
     """Find the layers a pattern means, and say which rule applied; arguments and errors as in `find_targets`."""
     visits = list(walk(model))
-    if find_layer(model) is not None:
+    if not visits and find_layer(model) is not None:
         raise TargetError(
             f"the model itself is a {type(model).__name__}, and a layer cannot be replaced inside itself: "
             "wrap it, as in torch.nn.Sequential(layer), and adapt that"
@@ -250,20 +250,16 @@ def _refusal(visit: Visit) -> str | None:
 
 def _all_linear(model: nn.Module, visits: Sequence[Visit]) -> tuple[list[Visit], dict[str, str]]:
     head = model.get_output_embeddings() if isinstance(model, HasOutputEmbeddings) else None
-    chosen, skipped = [], {}
-    for visit in visits:
-        entry = find_layer(visit.module)
-        if isinstance(entry, str):
-            skipped[visit.fqn] = entry
-        elif entry is not None and (_is_inside(visit, head) or visit.fqn.split(".")[0] in HEAD_NAMES):
-            skipped[visit.fqn] = "the output head"
-        elif entry is not None:
-            chosen.append(visit)
-    return chosen, skipped
+    linear = [(visit, entry) for visit in visits if (entry := find_layer(visit.module)) is not None]
+    heads = {id(visit.module) for visit, _ in linear if _is_head(visit, head)}
+    skipped = {visit.fqn: entry for visit, entry in linear if isinstance(entry, str)}
+    skipped |= {visit.fqn: "the output head" for visit, entry in linear if id(visit.module) in heads}
+    return [visit for visit, _ in linear if visit.fqn not in skipped], skipped
 
 
-def _is_inside(visit: Visit, head: nn.Module | None) -> bool:
-    return head is not None and (visit.module is head or visit.adapter is head)
+def _is_head(visit: Visit, head: nn.Module | None) -> bool:
+    named_so = visit.fqn.split(".")[0] in HEAD_NAMES
+    return named_so or (head is not None and (visit.module is head or visit.adapter is head))
 
 
 def _without(chosen: list[Visit], visits: Sequence[Visit], exclude: Pattern) -> list[Visit]:
@@ -273,7 +269,8 @@ def _without(chosen: list[Visit], visits: Sequence[Visit], exclude: Pattern) -> 
         for entry in unmatched(exclude, known)
     ]
     raise_collected(TargetError, problems, doing="find the targets")
-    return [visit for visit in chosen if not matches(exclude, visit.fqn, visit.module)]
+    excluded = {id(visit.module) for visit in visits if matches(exclude, visit.fqn, visit.module)}
+    return [visit for visit in chosen if id(visit.module) not in excluded]
 
 
 def _targets(chosen: Sequence[Visit], visits: Sequence[Visit]) -> Iterator[Target]:

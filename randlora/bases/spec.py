@@ -93,9 +93,9 @@ class BasisSpec:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build a spec from what `to_dict` returned; the options are checked as a config's are."""
-        blocks = None if values["blocks"] is None else tuple(values["blocks"])
-        RandLoRAConfig(r=values["r"], basis=values["kind"], stream=values["stream"], seed=values["seed"], blocks=blocks)
-        return cls(**{**values, "blocks": blocks})
+        options = {name: values[name] for name in ("r", "stream", "seed", "blocks")}
+        config = RandLoRAConfig(basis=values["kind"], **options)
+        return cls(**{**values, "blocks": config.blocks})
 
     def __str__(self) -> str:
         """Say what is drawn, on one line."""

@@ -30,8 +30,8 @@ def file_basis(file: AdapterFile, targets: Sequence[Target], bank: BasisBank) ->
     spec = _spec(file, targets)
     if file.header is not None and not file.header.is_reproducible:
         return _as_stored(file, spec, used, bank)
+    basis = Basis(spec)  # not the bank's own, which must not grow before all is checked
     try:
-        basis = bank.find(spec) or Basis(spec)
         digest = basis.digest(*used)
     except ConfigError as error:
         raise CheckpointError(f"the bases that the file names cannot be drawn: {error}") from error
@@ -41,7 +41,7 @@ def file_basis(file: AdapterFile, targets: Sequence[Target], bank: BasisBank) ->
             f"{file.header.basis_digest[:12]}…; stream='torch' needs a torch that draws as it did then"
         )
     if file.bases is None or _equal(basis, file.bases, used):
-        return basis
+        return bank.find(spec) or basis
     if file.header is not None:
         raise CheckpointError(
             "the bases stored in the file are not those it names: it was edited; get an undamaged copy"
@@ -69,6 +69,10 @@ def _as_stored(file: AdapterFile, spec: BasisSpec, used: tuple[int, int], bank: 
     )
     basis = Basis(spec, extent=(len(basis_B), basis_A.shape[-1]), stored=stored)
     digest = basis.digest(*used)
+    if file.header is not None and digest != file.header.basis_digest:
+        raise CheckpointError(
+            "the bases stored in the file are not those it names: it was edited; get an undamaged copy"
+        )
     for held in bank:
         if held.stored is not None and held.spec == spec and held.digest(*used) == digest:
             return held

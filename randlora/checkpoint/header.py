@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from randlora.bases.spec import BasisSpec
+from randlora.bases.spec import BasisSpec, spec_for
 from randlora.checkpoint.layout import FORMAT_VERSION
 from randlora.config import RandLoRAConfig
-from randlora.errors import CheckpointError, ConfigError
+from randlora.errors import CheckpointError
+
+SEAL_WORD = "basis_sha256"  # stands in every header and in nothing else
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,14 @@ class Header:
     def extent(self) -> tuple[int, int]:
         """``(max_dim, min_dim)`` that the targets slice."""
         return max(map(max, self.shapes.values())), max(map(min, self.shapes.values()))
+
+    @property
+    def is_consistent(self) -> bool:
+        """Whether the options name these bases, and the bases reach every target."""
+        wanted = spec_for(self.config, *self.extent)
+        drawn = self.spec.max_dim, self.spec.min_dim
+        reached = self.spec.is_prefix_stable or all(map(operator.ge, drawn, self.extent))
+        return wanted.family == self.spec.family and reached
 
     @property
     def rectangle(self) -> tuple[int, int]:
@@ -87,13 +98,15 @@ def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
             basis_digest=facts["basis_sha256"],
             is_reproducible=bool(facts["is_reproducible"]),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise CheckpointError(f"the file's header is damaged ({error}): get an undamaged copy") from error
     if seal != _seal(facts, tensors):
+        raise CheckpointError("the file's contents do not match its checksum, it was damaged: get an undamaged copy")
+    if not header.is_consistent:
         raise CheckpointError(
-            "the file's contents do not match its checksum: it was damaged or edited; get an undamaged copy"
+            f"the file's options, targets and {header.spec} contradict one another: it is no save of ours"
         )
     return header
 

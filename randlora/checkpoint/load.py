@@ -16,12 +16,14 @@ from randlora.checkpoint.peft_config import NEUTRAL_FIELDS, kept_fields
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.errors import CheckpointError, TargetError, raise_collected
 from randlora.install import commit, owned_state, prepare
+from randlora.layers.base import AdapterLayer
 from randlora.report import Report, adapter_report
 from randlora.state import Adapter, ModelState
 from randlora.train_also import replacements
 from randlora.walk import Selection, Target, find_targets, named_parameters, obstacles, walk
 
 
+@torch.inference_mode(mode=False)  # what is made here may be trained, whatever mode the caller is in
 def load(
     model: nn.Module,
     directory: str | os.PathLike[str],
@@ -98,6 +100,11 @@ def _misfits(file: AdapterFile, targets: tuple[Target, ...]) -> list[str]:
         shape = (target.out_features, target.in_features)
         min_dim = file.values[target.fqn][1].shape[1]
         saved = file.header.shapes[target.fqn] if file.header else shape
+        weight = target.module._parameters["weight"]
+        if weight is not None and weight.is_meta and not AdapterLayer.is_offloaded(target.module):
+            problems.append(
+                f"{target.fqn} holds no values yet (meta), so the adapter's would be lost: materialise it first"
+            )
         if saved != shape or min_dim != min(shape):
             theirs = f"out x in = {saved[0]} x {saved[1]}" if file.header else f"a smaller side of {min_dim}"
             problems.append(f"{target.fqn} is {shape[0]} x {shape[1]} here, the adapter was trained on {theirs}")
@@ -112,6 +119,8 @@ def _trained_misfits(model: nn.Module, trained: Mapping[str, Tensor]) -> list[st
     for fqn, tensor in trained.items():
         if fqn not in own:
             problems.append(f"the model has no parameter {fqn}, which was trained beside the adapter")
+        elif not own[fqn].is_floating_point():
+            problems.append(f"{fqn} holds {own[fqn].dtype} here, and was trained as {tensor.dtype}")
         elif own[fqn].shape != tensor.shape:
             problems.append(f"{fqn} has shape {tuple(own[fqn].shape)} here, {tuple(tensor.shape)} in the file")
     return problems
@@ -122,9 +131,8 @@ def _placed(file: AdapterFile, targets: tuple[Target, ...]) -> dict[str, tuple[T
     placed = {}
     for target in targets:
         lam, gamma = file.values[target.fqn]
-        weight = target.module._parameters["weight"]
-        assert weight is not None, "a target has a weight"
-        placed[target.fqn] = (_at_least_float32(lam).to(weight.device), _at_least_float32(gamma).to(weight.device))
+        device = AdapterLayer.device_beside(target.module)
+        placed[target.fqn] = (_at_least_float32(lam).to(device), _at_least_float32(gamma).to(device))
     return placed
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from randlora.checkpoint.header import Header, parse_header
+from randlora.checkpoint.header import SEAL_WORD, Header, parse_header
 from randlora.checkpoint.layout import (
     BASIS_A,
     BASIS_B,
@@ -29,6 +29,7 @@ from randlora.checkpoint.peft_config import PEFT_TYPE, from_peft_fields, peft_ki
 from randlora.config import RandLoRAConfig
 from randlora.errors import CheckpointError, raise_collected
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BASE_LAYER = ".base_layer."  # PEFT names a bias it trained inside an adapted layer so
 
 
@@ -66,9 +67,12 @@ def read_adapter(directory: Path) -> AdapterFile:
     bases = _take_bases(tensors)
     values = _take_values(tensors)
     raise_collected(CheckpointError, _stray(tensors), doing=f"read {str(directory)!r}")
-    trained = {key.removeprefix(MODEL_PREFIX).replace(BASE_LAYER, "."): tensor for key, tensor in tensors.items()}
+    trained = {key.removeprefix(MODEL_PREFIX): tensor for key, tensor in tensors.items()}
+    if header is None:
+        trained = {fqn.replace(BASE_LAYER, "."): tensor for fqn, tensor in trained.items()}
     config = header.config if header else from_peft_fields(fields, values, trained)
     problems = [
+        *([] if len(trained) == len(tensors) else ["two tensors are named for one parameter"]),
         *_disagreements(fields, header),
         *_damage(values, trained, bases),
         *_shape_problems(config.r, values, bases),
@@ -82,11 +86,11 @@ def read_adapter(directory: Path) -> AdapterFile:
 def _read_fields(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except OSError as error:
         raise CheckpointError(
-            f"there is no {path}: expected a directory with {CONFIG_FILE} and {TENSORS_FILE}"
+            f"cannot read {path} ({error.strerror}): expected a directory with {CONFIG_FILE} and {TENSORS_FILE}"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): get an undamaged copy") from error
     kind = fields.get("peft_type") if isinstance(fields, dict) else None
     if kind != PEFT_TYPE:
@@ -110,9 +114,16 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
                     raise CheckpointError(
                         f"{path} holds copies of {name} that differ, {tuple(first.shape)} at first: it is damaged"
                     )
-            return tensors, (file.metadata() or {}).get(HEADER_KEY)
+            return tensors, _header_text(file.metadata() or {}, path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}): get an undamaged copy") from error
+
+
+def _header_text(metadata: Mapping[str, str], path: Path) -> str | None:
+    """Return our header's text, ``None`` for a file of PEFT's; a header under a name that was damaged is refused."""
+    if HEADER_KEY not in metadata and any(SEAL_WORD in text for text in metadata.values()):
+        raise CheckpointError(f"{path} holds a header under a damaged name: get an undamaged copy")
+    return metadata.get(HEADER_KEY)
 
 
 def _basis_name(key: str) -> str | None:
@@ -181,8 +192,8 @@ def _damage(
     named |= {**trained} | ({} if bases is None else dict(zip((BASIS_A, BASIS_B), bases, strict=True)))
     problems = []
     for name, tensor in named.items():
-        if not tensor.is_floating_point():
-            problems.append(f"{name} holds {tensor.dtype}: expected a floating dtype")
+        if tensor.dtype not in DTYPES:
+            problems.append(f"{name} holds {tensor.dtype}: expected one of {', '.join(map(str, DTYPES))}")
         elif not torch.isfinite(tensor).all():
             problems.append(f"{name} holds NaN or infinite values")
     return problems
@@ -199,10 +210,8 @@ def _shape_problems(
                 f"expected ({r}, num_bases) and (num_bases, min_dim) with num_bases = ceil(min_dim / {r})"
             )
     if bases is not None:
-        basis_A, basis_B = bases
-        expected_B = (len(basis_B), -(-basis_A.shape[-1] // r), r)
-        if basis_A.shape != (r, 1, basis_A.shape[-1]) or basis_B.shape != expected_B:
-            problems.append(
-                f"the bases have shapes {tuple(basis_A.shape)} and {tuple(basis_B.shape)}, which do not fit r={r}"
-            )
+        shape_A, shape_B = tuple(bases[0].shape), tuple(bases[1].shape)
+        min_dim = shape_A[-1] if shape_A else 0
+        if shape_A != (r, 1, min_dim) or len(shape_B) != 3 or shape_B[1:] != (-(-min_dim // r), r):
+            problems.append(f"the bases have shapes {shape_A} and {shape_B}, which do not fit r={r}")
     return problems

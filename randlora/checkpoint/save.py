@@ -133,10 +133,17 @@ def _header(adapter: Adapter, layers: Sequence[tuple[str, AdapterLayer]]) -> Hea
 
 
 def _stored_bases(adapter: Adapter, header: Header) -> dict[str, Tensor]:
-    """Write the bases out over the whole rectangle that PEFT expects, without making the model's own copy grow."""
-    basis = Basis(adapter.basis.spec, stored=adapter.basis.stored)
-    written = basis.slices(*header.rectangle, device="cpu", dtype=torch.float32)
+    """Write the bases out over the rectangle that PEFT expects, as far as they were drawn."""
+    basis = adapter.basis if adapter.basis.stored else Basis(adapter.basis.spec)  # so that the model's own do not grow
+    written = basis.slices(*_drawn_rectangle(adapter, header), device="cpu", dtype=torch.float32)
     return {TOP_BASIS_A: written.A.contiguous(), TOP_BASIS_B: written.B.contiguous()}
+
+
+def _drawn_rectangle(adapter: Adapter, header: Header) -> tuple[int, int]:
+    spec = adapter.basis.spec
+    if spec.is_prefix_stable:
+        return header.rectangle
+    return min(spec.max_dim, header.rectangle[0]), min(spec.min_dim, header.rectangle[1])
 
 
 def _peft_notes(root: nn.Module, adapter: Adapter, header: Header, bases: str) -> list[str]:
@@ -146,8 +153,10 @@ def _peft_notes(root: nn.Module, adapter: Adapter, header: Header, bases: str) -
     if bases == "seed" and spec.stream != "torch":
         notes.append(f"PEFT cannot draw stream={spec.stream!r}: save with bases='stored' to load there")
     elif bases == "seed" and (spec.max_dim, spec.min_dim) != header.rectangle:
+        notes.append("the bases were drawn for other layers too, so PEFT would draw others: save with bases='stored'")
+    if _drawn_rectangle(adapter, header) != header.rectangle:
         notes.append(
-            "the bases were drawn for larger layers than these, so PEFT would draw others: save with bases='stored'"
+            "the bases were drawn for other layers and are too narrow for PEFT, which cannot load this adapter"
         )
     modules = whole_modules(root, adapter.trained)
     single = [fqn for fqn in adapter.trained if not any(fqn.startswith(f"{module}.") for module in modules)]

@@ -1,8 +1,9 @@
-"""Writing files so that a killed save leaves the old ones whole."""
+"""Writing files so that a save which fails or is killed leaves the old ones whole."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ def write_together(directory: Path, writers: Mapping[str, Writer]) -> None:
         writers: By file name, what writes the whole file to the path it is given.
 
     Raises:
-        OSError: When the disk refuses; whatever was there before is still whole.
+        OSError: When the disk refuses; whatever was there before is there again.
     """
     directory.mkdir(parents=True, exist_ok=True)
     temporary: dict[str, Path] = {}
@@ -27,12 +28,39 @@ def write_together(directory: Path, writers: Mapping[str, Writer]) -> None:
             temporary[name] = _reserve(directory, name)
             writer(temporary[name])
             _flush(temporary[name])
-        for name, path in temporary.items():
-            path.replace(directory / name)
+        _rename_all(directory, temporary)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
     _flush(directory)
+
+
+def _rename_all(directory: Path, temporary: Mapping[str, Path]) -> None:
+    """Rename every file or, where one rename fails, none."""
+    kept = {name: _keep(directory / name) for name in temporary if (directory / name).exists()}
+    renamed: list[str] = []
+    try:
+        for name, path in temporary.items():
+            path.replace(directory / name)
+            renamed.append(name)
+    except BaseException:
+        for name in renamed:
+            kept[name].replace(directory / name) if name in kept else (directory / name).unlink()
+        raise
+    finally:
+        for path in kept.values():
+            path.unlink(missing_ok=True)
+
+
+def _keep(path: Path) -> Path:
+    """Give a file a second, temporary name; copy it where the file system has no links."""
+    second = _reserve(path.parent, path.name)
+    second.unlink()
+    try:
+        second.hardlink_to(path)
+    except OSError:
+        shutil.copy2(path, second)
+    return second
 
 
 def _reserve(directory: Path, name: str) -> Path:

@@ -82,6 +82,19 @@ class AdapterLayer(nn.Module, ABC):
         sides = self.features(self.base_layer)
         return max(sides), min(sides), math.ceil(min(sides) / r)
 
+    @classmethod
+    def device_beside(cls, base_layer: nn.Module) -> torch.device:
+        """Say where Λ and Γ live: beside the weight, or on the CPU where accelerate offloads it and leaves a meta one."""
+        weight = base_layer._parameters["weight"]
+        assert weight is not None, "a target has a weight of its own"
+        return torch.device("cpu") if cls.is_offloaded(base_layer) else weight.device
+
+    @staticmethod
+    def is_offloaded(base_layer: nn.Module) -> bool:
+        """Whether accelerate keeps the layer's weight elsewhere and brings it in for each forward."""
+        weight = base_layer._parameters.get("weight")
+        return weight is not None and weight.is_meta and "_hf_hook" in base_layer.__dict__
+
     def fresh_parameters(self, r: int) -> tuple[Tensor, Tensor]:
         """Make Λ and Γ of an adapter that changes nothing yet, beside the weight.
 
@@ -89,10 +102,9 @@ class AdapterLayer(nn.Module, ABC):
             Λ = 0, ``(r, num_bases)``, and Γ = 1 / max(num_bases, min_dim), ``(num_bases, min_dim)``, both float32.
         """
         _, min_dim, num_bases = self.dims(r)
-        options: dict[str, Any] = {"dtype": torch.float32, "device": self.weight.device}
-        with torch.inference_mode(mode=False):
-            gamma = torch.full((num_bases, min_dim), 1 / max(num_bases, min_dim), **options)
-            return torch.zeros((r, num_bases), **options), gamma
+        options: dict[str, Any] = {"dtype": torch.float32, "device": self.device_beside(self.base_layer)}
+        gamma = torch.full((num_bases, min_dim), 1 / max(num_bases, min_dim), **options)
+        return torch.zeros((r, num_bases), **options), gamma
 
     def add(self, adapter: Adapter, lam: Tensor, gamma: Tensor, *, trainable: bool) -> None:
         """Take an adapter in, with its Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``."""
@@ -128,15 +140,14 @@ class AdapterLayer(nn.Module, ABC):
             return output
         for adapter in self.adapters.values():
             if adapter.weight is not None:
-                output = output + self._adapter_output(adapter, adapter.weight, x).to(output.dtype)
+                output = output + self._adapter_output(adapter, adapter.weight, x, output.dtype)
         return output
 
-    def _adapter_output(self, adapter: Adapter, weight: float, x: Tensor) -> Tensor:
+    def _adapter_output(self, adapter: Adapter, weight: float, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Compute one adapter's part in the dtype that the base layer gave, which is autocast's where that is on."""
         max_dim, min_dim, _ = self.dims(adapter.config.r)
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         bases = adapter.basis.slices(max_dim, min_dim, device=x.device, dtype=dtype)
-        lam, gamma = self.randlora_lambda[adapter.name], self.randlora_gamma[adapter.name]
+        lam, gamma = (part[adapter.name].to(x.device) for part in (self.randlora_lambda, self.randlora_gamma))
         x = F.dropout(x, adapter.config.dropout, self.training)
         return functional.adapter_output(x, *bases, lam, gamma, adapter.config.scaling * weight)
 
@@ -151,12 +162,12 @@ class AdapterLayer(nn.Module, ABC):
         """
         in_features, out_features = self.features(self.base_layer)
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        total = torch.zeros((out_features, in_features), dtype=dtype, device=self.weight.device)
+        total = torch.zeros((out_features, in_features), dtype=dtype, device=self.device_beside(self.base_layer))
         for name, factor in weights.items():
             if (adapter := self.adapters.get(name)) is None:
                 continue
             max_dim, min_dim, _ = self.dims(adapter.config.r)
-            bases = adapter.basis.slices(max_dim, min_dim, device=self.weight.device, dtype=dtype)
+            bases = adapter.basis.slices(max_dim, min_dim, device=self.device_beside(self.base_layer), dtype=dtype)
             lam, gamma = self.randlora_lambda[name], self.randlora_gamma[name]
             scaling = adapter.config.scaling * factor
             total = total + functional.delta_weight(*bases, lam, gamma, scaling, in_features=in_features)

@@ -1,0 +1,307 @@
+"""The laws of the adapter layer, for every row of the capability table."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import randlora
+from randlora import AdapterLayer
+from randlora.registry import registered_layers
+from tests import reference
+from tests.laws import assert_close, fill, same_bits
+from tests.layer_kinds import LAYER_KINDS, LayerKind, every_kind, every_kind_and_dtype
+from tests.strategies import KINDS_AND_STREAMS
+
+shapes = st.tuples(st.integers(1, 20), st.integers(1, 20))
+BASES = st.sampled_from(["dense", "block"])
+
+
+def adapted(
+    kind: LayerKind,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    r: int = 3,
+    basis: str = "dense",
+    stream: str | None = "portable",
+    bias: bool = True,
+    dropout: float = 0.0,
+) -> tuple[AdapterLayer, nn.Module]:
+    """Wrap one layer of ``(in, out)`` features; return the adapter layer and the base."""
+    base = kind.build(*shape, bias, dtype)
+    model = nn.Sequential(base)
+    randlora.inject(model, r=r, alpha=2 * r, basis=basis, stream=stream, dropout=dropout)  # type: ignore[arg-type]
+    layer = model[0]
+    assert isinstance(layer, AdapterLayer)
+    layer.model = [model]  # type: ignore[assignment]  # keeps the carrier of the state alive for fill()
+    return layer, base
+
+
+def fill_layer(layer: AdapterLayer) -> None:
+    model: nn.Module = layer.model[0]  # type: ignore[index, assignment]
+    fill(model)
+
+
+def test_the_table_has_a_row_for_every_registered_kind() -> None:
+    served = {type(adapted(kind, (4, 4), torch.float32)[0]) for kind in LAYER_KINDS}
+    assert served == {layer for name, layer in registered_layers().items() if not name.startswith("tests.")}
+
+
+# Law 1: identity
+
+
+@every_kind_and_dtype
+@given(shape=shapes, r=st.integers(1, 8), basis=BASES)
+def test_a_fresh_adapter_leaves_every_bit_of_the_output(
+    kind: LayerKind, dtype: torch.dtype, shape: tuple[int, int], r: int, basis: str
+) -> None:
+    layer, base = adapted(kind, shape, dtype, r=r, basis=basis)
+    x = torch.randn(4, shape[0]).to(dtype)
+    assert same_bits(layer(x), base(x))
+
+
+# Law 2: the contract
+
+
+@every_kind_and_dtype
+@given(shape=shapes, r=st.integers(1, 8), basis=BASES, bias=st.booleans())
+def test_an_adapter_adds_the_oracles_update_to_the_output(
+    kind: LayerKind, dtype: torch.dtype, shape: tuple[int, int], r: int, basis: str, bias: bool
+) -> None:
+    layer, base = adapted(kind, shape, dtype, r=r, basis=basis, bias=bias)
+    fill_layer(layer)
+    bases = layer.adapters["default"].basis.slices(max(shape), min(shape), device="cpu", dtype=torch.float64)
+    lam, gamma = layer.randlora_lambda["default"], layer.randlora_gamma["default"]
+    update = reference.delta_weight(*bases, lam, gamma, 2.0, in_features=shape[0])
+    x = torch.randn(3, shape[0]).to(dtype)
+    bias_values = base.bias if bias else None
+    expected = reference.linear(x, kind.weight(base).double() + update, bias_values)  # type: ignore[arg-type]
+    assert_close(layer(x), expected, dtype)
+    assert_close(layer.delta_weight({"default": 1.0}), update, torch.promote_types(dtype, torch.float32))
+
+
+@every_kind
+@pytest.mark.parametrize(("basis", "stream"), KINDS_AND_STREAMS)
+@pytest.mark.parametrize("shape", [(8, 14), (14, 8), (12, 12)], ids=["up", "down", "square"])
+def test_the_identity_matrix_through_the_layer_is_the_update(
+    kind: LayerKind, basis: str, stream: str, shape: tuple[int, int]
+) -> None:
+    layer, base = adapted(kind, shape, torch.float64, r=4, basis=basis, stream=stream)
+    fill_layer(layer)
+    identity = torch.eye(shape[0], dtype=torch.float64)
+    assert_close(layer(identity) - base(identity), layer.delta_weight({"default": 1.0}).T, torch.float64)
+
+
+@every_kind
+@given(leading=st.lists(st.integers(0, 3), max_size=3))
+def test_any_leading_shape_passes(kind: LayerKind, leading: list[int]) -> None:
+    layer, base = adapted(kind, (6, 9), torch.float64)
+    fill_layer(layer)
+    x = torch.randn(*leading, 6, dtype=torch.float64)
+    expected = base(x) + x @ layer.delta_weight({"default": 1.0}).T
+    assert layer(x).shape == (*leading, 9)
+    assert_close(layer(x), expected, torch.float64)
+
+
+@every_kind
+def test_autocast_computes_the_adapter_in_the_dtype_of_the_base(kind: LayerKind) -> None:
+    layer, _ = adapted(kind, (6, 9), torch.float32)
+    fill_layer(layer)
+    x = torch.randn(5, 6)
+    expected = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = layer(x)
+    assert found.dtype == torch.bfloat16
+    assert_close(found, expected, torch.bfloat16)
+    found.sum().backward()
+    assert layer.randlora_lambda["default"].grad is not None
+    assert layer.randlora_lambda["default"].grad.dtype == torch.float32
+
+
+# Law 7: rank
+
+
+@every_kind
+@pytest.mark.parametrize("basis", ["dense", "block"])
+@pytest.mark.parametrize("r", [2, 3, 8, 16])
+@pytest.mark.parametrize("shape", [(16, 16), (16, 24), (24, 16), (13, 17)], ids=str)
+def test_a_trained_update_has_full_rank(kind: LayerKind, basis: str, r: int, shape: tuple[int, int]) -> None:
+    layer, _ = adapted(kind, shape, torch.float64, r=r, basis=basis)
+    with torch.no_grad():
+        nn.init.normal_(layer.randlora_lambda["default"])
+        nn.init.normal_(layer.randlora_gamma["default"])
+    assert torch.linalg.matrix_rank(layer.delta_weight({"default": 1.0})) == min(shape)
+
+
+# Law 8: gradients
+
+
+@every_kind
+@pytest.mark.parametrize("shape", [(5, 7), (7, 5), (6, 6)], ids=["up", "down", "square"])
+@pytest.mark.parametrize("basis", ["dense", "block"])
+def test_gradients_are_those_of_finite_differences(kind: LayerKind, shape: tuple[int, int], basis: str) -> None:
+    layer, _ = adapted(kind, shape, torch.float64, basis=basis)
+    fill_layer(layer)
+    layer.double()
+    x = torch.randn(2, shape[0], dtype=torch.float64, requires_grad=True)
+    names = ("randlora_lambda.default", "randlora_gamma.default")
+    values = [layer.get_parameter(name).detach().clone().requires_grad_() for name in names]
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        output: Tensor = torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+        return output
+
+    assert torch.autograd.gradcheck(run, (x, *values))
+
+
+@every_kind
+def test_only_the_adapter_gets_gradients(kind: LayerKind) -> None:
+    layer, _ = adapted(kind, (6, 9), torch.float32)
+    layer(torch.randn(4, 6)).square().sum().backward()
+    with_grad = {name for name, parameter in layer.named_parameters() if parameter.grad is not None}
+    assert with_grad == {"randlora_lambda.default", "randlora_gamma.default"}
+
+
+@every_kind
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(kind: LayerKind, reentrant: bool) -> None:
+    layer, _ = adapted(kind, (6, 9), torch.float64)
+    fill_layer(layer)
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    layer(x).square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in layer.named_parameters() if parameter.grad is not None}
+    layer.zero_grad()
+    checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(layer.get_parameter(name).grad, gradient)
+
+
+@every_kind
+def test_compiling_gives_one_graph_and_the_same_values(kind: LayerKind) -> None:
+    layer, _ = adapted(kind, (6, 9), torch.float32)
+    fill_layer(layer)
+    x = torch.randn(4, 6)
+    expected = layer(x)
+    expected.square().sum().backward()
+    gradient = layer.randlora_lambda["default"].grad
+    layer.zero_grad()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    found = compiled(x)
+    found.square().sum().backward()
+    assert_close(found, expected, torch.float32)
+    torch.testing.assert_close(layer.randlora_lambda["default"].grad, gradient)
+
+
+# The wrapper
+
+
+@every_kind
+def test_the_wrapper_answers_for_its_base_layer(kind: LayerKind) -> None:
+    layer, base = adapted(kind, (6, 9), torch.float32)
+    assert layer.weight is base.weight
+    assert layer.bias is base.bias
+    assert (layer.in_features, layer.out_features) == (6, 9)
+    assert "default: r=3, num_bases=2, dense" in repr(layer)
+
+
+@every_kind
+def test_hooks_on_the_base_layer_still_fire(kind: LayerKind) -> None:
+    layer, base = adapted(kind, (6, 9), torch.float32)
+    seen: list[torch.Size] = []
+    base.register_forward_hook(lambda _module, _args, output: seen.append(output.shape))
+    layer(torch.randn(2, 6))
+    assert seen == [torch.Size([2, 9])]
+
+
+def test_further_arguments_pass_through_to_the_base_layer() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor, factor: float = 1.0, *, shift: float = 0.0) -> Tensor:  # noqa: A002
+            return super().forward(input) * factor + shift
+
+    model = nn.Sequential(Scaled(4, 4))
+    x = torch.randn(2, 4)
+    expected = model[0](x, 3.0, shift=1.0)
+    randlora.inject(model, r=2, targets="all-linear")
+    assert torch.equal(model[0](x, 3.0, shift=1.0), expected)
+
+
+@every_kind
+def test_dropout_falls_on_the_adapters_input_alone_and_in_training_alone(kind: LayerKind) -> None:
+    layer, base = adapted(kind, (50, 9), torch.float64, dropout=0.5)
+    fill_layer(layer)
+    x = torch.ones(1, 50, dtype=torch.float64)
+    update = layer.delta_weight({"default": 1.0})
+    layer.eval()
+    assert_close(layer(x), base(x) + x @ update.T, torch.float64)
+    layer.train()
+    torch.manual_seed(3)
+    found = layer(x)
+    torch.manual_seed(3)
+    expected = base(x) + nn.functional.dropout(x, 0.5, training=True) @ update.T
+    assert_close(found, expected, torch.float64)
+    assert not torch.allclose(found, layer(x))
+
+
+@every_kind_and_dtype
+def test_trained_parameters_are_float32_whatever_the_base_is(kind: LayerKind, dtype: torch.dtype) -> None:
+    layer, _ = adapted(kind, (6, 9), dtype)
+    assert layer.randlora_lambda["default"].dtype == layer.randlora_gamma["default"].dtype == torch.float32
+
+
+@every_kind
+def test_fresh_parameters_are_zero_and_the_reciprocal_of_the_longer_side(kind: LayerKind) -> None:
+    layer, _ = adapted(kind, (6, 9), torch.float32, r=1)
+    assert torch.equal(layer.randlora_lambda["default"], torch.zeros(1, 6))
+    assert torch.equal(layer.randlora_gamma["default"], torch.full((6, 6), 1 / 6))
+
+
+@every_kind
+def test_bases_are_neither_parameters_nor_buffers(kind: LayerKind) -> None:
+    layer, _ = adapted(kind, (6, 9), torch.float32)
+    layer(torch.randn(1, 6))
+    assert dict(layer.named_buffers()) == {}
+    assert set(layer.state_dict()) == {
+        "base_layer.weight",
+        "base_layer.bias",
+        "randlora_lambda.default",
+        "randlora_gamma.default",
+    }
+
+
+@every_kind
+def test_halving_a_model_leaves_its_bases_exact(kind: LayerKind) -> None:
+    layer, _ = adapted(kind, (6, 9), torch.float32)
+    fill_layer(layer)
+    expected = layer.delta_weight({"default": 1.0})
+    layer.base_layer.to(torch.bfloat16)
+    assert torch.equal(layer.delta_weight({"default": 1.0}), expected)
+
+
+@every_kind
+def test_copies_and_pickles_compute_the_same(kind: LayerKind) -> None:
+    layer, _ = adapted(kind, (6, 9), torch.float32)
+    fill_layer(layer)
+    x = torch.randn(3, 6)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), layer(x))
+    assert twin.adapters["default"].basis is layer.adapters["default"].basis
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+
+
+@every_kind
+def test_a_meta_layer_computes_shapes_and_holds_no_bases(kind: LayerKind) -> None:
+    with torch.device("meta"):
+        layer, _ = adapted(kind, (6, 9), torch.float32)
+    assert layer.randlora_lambda["default"].is_meta
+    assert layer(torch.randn(3, 6, device="meta")).shape == (3, 9)
+    layer.to_empty(device="cpu")
+    layer.base_layer.reset_parameters() if kind.name == "Linear" else nn.init.normal_(layer.weight)  # type: ignore[operator]
+    layer.reset_parameters()
+    x = torch.randn(3, 6)
+    assert torch.equal(layer(x), layer.base_layer(x))
