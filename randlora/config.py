@@ -37,7 +37,7 @@ class RandLoRAConfig:
             bits on every machine and version. ``None`` means ``"torch"``, but ``"portable"`` for ``block``, which has
             no other.
         blocks: ``(c, b)``, how many blocks ``block`` bases have in A and in B; both divide r. ``None`` chooses.
-        seed: Seed of the bases, a 64-bit unsigned integer.
+        seed: Seed of the bases, a 64-bit unsigned integer; torch's generator reads its low 32 bits.
         train_also: Modules or single parameters trained beside the adapter and saved with it: a regex, or a sequence of
             names or suffixes.
 

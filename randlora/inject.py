@@ -72,7 +72,7 @@ def plan(
         The report that `inject` would return.
 
     Raises:
-        RandLoRAError: Whatever `inject` would raise.
+        RandLoRAError: Whatever `inject` would raise before it draws bases.
     """
     options = _one_config(
         config,

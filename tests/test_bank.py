@@ -84,7 +84,7 @@ def test_another_process_draws_the_same_bits() -> None:
     ]
 
 
-@given(specs(), st.integers(1, 2**40))
+@given(specs(), st.integers(1, 2**32 - 1))
 def test_another_seed_draws_other_bits(spec: BasisSpec, step: int) -> None:
     other = replace(spec, seed=(spec.seed + step) % 2**64)
     dims = (spec.max_dim, spec.min_dim)

@@ -1,5 +1,7 @@
 """Names on disk, PEFT's own: two files, and the keys of the tensors in one of them."""
 
+from collections.abc import Container
+
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 
@@ -11,5 +13,13 @@ BASIS_B = "randlora_B"
 TOP_BASIS_A = f"base_model.{BASIS_A}"
 TOP_BASIS_B = f"base_model.{BASIS_B}"
 
+BASE_LAYER = ".base_layer."
+
 HEADER_KEY = "randlora"
 FORMAT_VERSION = 1
+
+
+def trained_key(fqn: str, targets: Container[str]) -> str:
+    """Name a parameter trained beside an adapter as PEFT does, which sees an adapted layer's own one level down."""
+    module, _, attribute = fqn.rpartition(".")
+    return f"{MODEL_PREFIX}{module}{BASE_LAYER}{attribute}" if module in targets else f"{MODEL_PREFIX}{fqn}"

@@ -101,11 +101,11 @@ def from_peft_fields(fields: Mapping[str, Any], targets: Iterable[str], trained:
             dropout=fields.get("randlora_dropout", 0.0),
             basis=peft_kind(fields),
             stream="torch",
-            seed=fields["projection_prng_key"],
+            seed=fields["projection_prng_key"] % 2**64,  # as torch takes a negative one
             targets=tuple(targets),
             train_also=tuple(trained) or None,
         )
-    except ConfigError as error:
+    except (ConfigError, TypeError) as error:
         raise CheckpointError(f"the adapter's JSON holds options that cannot work: {error}") from error
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from randlora.checkpoint.header import SEAL_WORD, Header, parse_header
 from randlora.checkpoint.layout import (
+    BASE_LAYER,
     BASIS_A,
     BASIS_B,
     CONFIG_FILE,
@@ -24,13 +25,13 @@ from randlora.checkpoint.layout import (
     TENSORS_FILE,
     TOP_BASIS_A,
     TOP_BASIS_B,
+    trained_key,
 )
 from randlora.checkpoint.peft_config import PEFT_TYPE, from_peft_fields, peft_kind
 from randlora.config import RandLoRAConfig
 from randlora.errors import CheckpointError, raise_collected
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BASE_LAYER = ".base_layer."  # PEFT names a bias it trained inside an adapted layer so
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +68,14 @@ def read_adapter(directory: Path) -> AdapterFile:
     bases = _take_bases(tensors)
     values = _take_values(tensors)
     raise_collected(CheckpointError, _stray(tensors), doing=f"read {str(directory)!r}")
-    trained = {key.removeprefix(MODEL_PREFIX): tensor for key, tensor in tensors.items()}
-    if header is None:
-        trained = {fqn.replace(BASE_LAYER, "."): tensor for fqn, tensor in trained.items()}
+    trained = _trained(tensors, header)
     config = header.config if header else from_peft_fields(fields, values, trained)
     problems = [
-        *([] if len(trained) == len(tensors) else ["two tensors are named for one parameter"]),
+        *(
+            []
+            if len(trained) == len(tensors)
+            else ["the names of the parameters trained beside it are not all different"]
+        ),
         *_disagreements(fields, header),
         *_damage(values, trained, bases),
         *_shape_problems(config.r, values, bases),
@@ -155,6 +158,14 @@ def _take_values(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]
         problems.append("the file holds no randlora_lambda and randlora_gamma: it is no RandLoRA adapter")
     raise_collected(CheckpointError, problems, doing="read the adapter's tensors")
     return {fqn: (pair[LAMBDA_SUFFIX], pair[GAMMA_SUFFIX]) for fqn, pair in pairs.items()}
+
+
+def _trained(tensors: Mapping[str, Tensor], header: Header | None) -> dict[str, Tensor]:
+    """Name the parameters trained beside the adapter as the model does."""
+    if header is None:
+        return {key.removeprefix(MODEL_PREFIX).replace(BASE_LAYER, "."): tensor for key, tensor in tensors.items()}
+    keys = {trained_key(fqn, header.shapes): fqn for fqn in header.config.train_also or ()}
+    return {keys[key]: tensor for key, tensor in tensors.items() if key in keys}
 
 
 def _stray(tensors: Mapping[str, Tensor]) -> list[str]:

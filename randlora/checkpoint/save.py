@@ -24,8 +24,9 @@ from randlora.checkpoint.layout import (
     TENSORS_FILE,
     TOP_BASIS_A,
     TOP_BASIS_B,
+    trained_key,
 )
-from randlora.checkpoint.peft_config import to_peft_fields, whole_modules
+from randlora.checkpoint.peft_config import to_peft_fields
 from randlora.checkpoint.write import Writer, write_together
 from randlora.errors import CheckpointError, raise_collected
 from randlora.install import adapter_layers
@@ -94,7 +95,7 @@ def save(
     }
     write_together(directory, writers)
     size = sum((directory / file).stat().st_size for file in writers)
-    return SaveReport(directory, adapter.name, size, tuple(_peft_notes(root, adapter, header, bases)))
+    return SaveReport(directory, adapter.name, size, tuple(_peft_notes(adapter, header, bases)))
 
 
 def _problems(adapter: Adapter, layers: Sequence[tuple[str, AdapterLayer]], bases: str) -> list[str]:
@@ -115,7 +116,7 @@ def _tensors(adapter: Adapter, layers: Sequence[tuple[str, AdapterLayer]]) -> di
         tensors[f"{MODEL_PREFIX}{fqn}{LAMBDA_SUFFIX}"] = _master(layer.randlora_lambda[adapter.name])
         tensors[f"{MODEL_PREFIX}{fqn}{GAMMA_SUFFIX}"] = _master(layer.randlora_gamma[adapter.name])
     for fqn, parameter in adapter.trained.items():
-        tensors[f"{MODEL_PREFIX}{fqn}"] = parameter.detach().cpu().contiguous().clone()
+        tensors[trained_key(fqn, adapter.targets)] = parameter.detach().cpu().contiguous().clone()
     return tensors
 
 
@@ -146,7 +147,7 @@ def _drawn_rectangle(adapter: Adapter, header: Header) -> tuple[int, int]:
     return min(spec.max_dim, header.rectangle[0]), min(spec.min_dim, header.rectangle[1])
 
 
-def _peft_notes(root: nn.Module, adapter: Adapter, header: Header, bases: str) -> list[str]:
+def _peft_notes(adapter: Adapter, header: Header, bases: str) -> list[str]:
     """Say what PEFT 0.21.2 would not load, or would load wrongly."""
     notes = []
     spec = adapter.basis.spec
@@ -158,8 +159,4 @@ def _peft_notes(root: nn.Module, adapter: Adapter, header: Header, bases: str) -
         notes.append(
             "the bases were drawn for other layers and are too narrow for PEFT, which cannot load this adapter"
         )
-    modules = whole_modules(root, adapter.trained)
-    single = [fqn for fqn in adapter.trained if not any(fqn.startswith(f"{module}.") for module in modules)]
-    if single:
-        notes.append(f"PEFT passes over single parameters trained beside an adapter: {', '.join(single)}")
     return notes

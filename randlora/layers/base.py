@@ -84,7 +84,7 @@ class AdapterLayer(nn.Module, ABC):
 
     @classmethod
     def device_beside(cls, base_layer: nn.Module) -> torch.device:
-        """Say where Λ and Γ live: beside the weight, or on the CPU where accelerate offloads it and leaves a meta one."""
+        """Say where Λ and Γ live: beside the weight, or on the CPU where accelerate offloads that."""
         weight = base_layer._parameters["weight"]
         assert weight is not None, "a target has a weight of its own"
         return torch.device("cpu") if cls.is_offloaded(base_layer) else weight.device
