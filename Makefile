@@ -21,7 +21,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 tests: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict --quiet --site-dir build/site

@@ -18,22 +18,25 @@ and the update is ``scaling · UB @ UA``, oriented as the weight, where row ``p 
 the flat index p is the one of PEFT 0.15 to 0.21 and of the authors' code; a checkpoint is only right under it.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def scaled_basis(basis_A: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
-    """Scale the small basis by the trained diagonals: ``UA`` of the module's docstring.
+def scaled_basis(basis_A: Tensor, lam: Tensor, gamma: Tensor, scaling: float) -> Tensor:
+    """Scale the small basis by the trained diagonals: ``scaling · UA`` of the module's docstring.
 
     Args:
         basis_A: ``(r, 1, min_dim)``.
         lam: Λ, ``(r, num_bases)``.
         gamma: Γ, ``(num_bases, min_dim)``.
+        scaling: Factor of the update, ``alpha / r``.
 
     Returns:
         ``(r·num_bases, min_dim)`` in the widest of the three dtypes.
     """
-    return ((lam[:, :, None] * basis_A) * gamma).flatten(end_dim=1)
+    lam = lam.to(torch.promote_types(lam.dtype, basis_A.dtype)) * scaling  # the smallest of them, so scaled here
+    return (lam[:, :, None] * basis_A * gamma).flatten(end_dim=1)
 
 
 def delta_weight(
@@ -52,7 +55,7 @@ def delta_weight(
     Returns:
         ``(out_features, in_features)`` in the dtype of ``basis_B``.
     """
-    scaled_A = scaled_basis(basis_A, lam * scaling, gamma).to(basis_B.dtype)  # (r·num_bases, min_dim)
+    scaled_A = scaled_basis(basis_A, lam, gamma, scaling).to(basis_B.dtype)  # (r·num_bases, min_dim)
     delta = basis_B.flatten(start_dim=1) @ scaled_A  # (max_dim, min_dim)
     return delta if in_features == delta.shape[1] else delta.T
 
@@ -71,7 +74,7 @@ def adapter_output(x: Tensor, basis_A: Tensor, basis_B: Tensor, lam: Tensor, gam
     Returns:
         ``(..., out_features)`` in the dtype of ``basis_B``.
     """
-    scaled_A = scaled_basis(basis_A, lam * scaling, gamma).to(basis_B.dtype)  # (r·num_bases, min_dim)
+    scaled_A = scaled_basis(basis_A, lam, gamma, scaling).to(basis_B.dtype)  # (r·num_bases, min_dim)
     flat_B = basis_B.flatten(start_dim=1)  # (max_dim, num_bases·r)
     x = x.to(basis_B.dtype)
     if x.shape[-1] == scaled_A.shape[1]:

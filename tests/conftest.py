@@ -1,4 +1,4 @@
-"""Set-up shared by all tests: Hypothesis profiles, one thread, and names for doctests."""
+"""Set-up shared by all tests: Hypothesis profiles, one thread a process, a fixed seed."""
 
 import os
 
@@ -7,9 +7,10 @@ import torch
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)  # the tests run in parallel, and on small tensors threads only get in each other's way
 
-settings.register_profile("quick", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("ci", max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("quick", max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 

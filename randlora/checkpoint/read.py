@@ -71,11 +71,7 @@ def read_adapter(directory: Path) -> AdapterFile:
     trained = _trained(tensors, header)
     config = header.config if header else from_peft_fields(fields, values, trained)
     problems = [
-        *(
-            []
-            if len(trained) == len(tensors)
-            else ["the names of the parameters trained beside it are not all different"]
-        ),
+        *_trained_problems(trained, tensors),
         *_disagreements(fields, header),
         *_damage(values, trained, bases),
         *_shape_problems(config.r, values, bases),
@@ -109,17 +105,18 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
         with safe_open(path, framework="pt") as file:
             tensors: dict[str, Tensor] = {}
             for key in sorted(file.keys()):
-                tensor = file.get_tensor(key)
-                name = _basis_name(key)
-                if name is None:
-                    tensors[key] = tensor
-                elif not torch.equal(first := tensors.setdefault(name, tensor), tensor):
-                    raise CheckpointError(
-                        f"{path} holds copies of {name} that differ, {tuple(first.shape)} at first: it is damaged"
-                    )
+                name, tensor = _basis_name(key) or key, file.get_tensor(key)
+                if not _same_bits(tensors.setdefault(name, tensor), tensor):
+                    raise CheckpointError(f"{path} holds copies of {name} that differ: it is damaged")
             return tensors, _header_text(file.metadata() or {}, path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}): get an undamaged copy") from error
+
+
+def _same_bits(first: Tensor, second: Tensor) -> bool:
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    return first is second or torch.equal(first.flatten().view(torch.uint8), second.flatten().view(torch.uint8))
 
 
 def _header_text(metadata: Mapping[str, str], path: Path) -> str | None:
@@ -165,7 +162,13 @@ def _trained(tensors: Mapping[str, Tensor], header: Header | None) -> dict[str, 
     if header is None:
         return {key.removeprefix(MODEL_PREFIX).replace(BASE_LAYER, "."): tensor for key, tensor in tensors.items()}
     keys = {trained_key(fqn, header.shapes): fqn for fqn in header.config.train_also or ()}
-    return {keys[key]: tensor for key, tensor in tensors.items() if key in keys}
+    return {fqn: tensors[key] for key, fqn in keys.items() if key in tensors}
+
+
+def _trained_problems(trained: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    if len(trained) == len(tensors):
+        return []
+    return [f"{len(tensors)} tensors beside Λ and Γ name {len(trained)} parameters: expected one each"]
 
 
 def _stray(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -45,7 +45,8 @@ class AdapterLayer(nn.Module, ABC):
         self.state = state
         self.adapters: dict[str, Adapter] = {}
         self.unmerged_weight: Tensor | None = None
-        self.training = base_layer.training
+        for module in (self, self.randlora_lambda, self.randlora_gamma):
+            module.training = base_layer.training
 
     @staticmethod
     @abstractmethod

@@ -1,0 +1,332 @@
+"""`inject`, `plan` and `eject`: what they change, and what they must not."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import randlora
+from randlora import AdapterError, AdapterLayer, ConfigError, RandLoRAConfig, RandLoRAError, TargetError
+from tests.laws import TOKENS, Mixed, Snapshot, fill, same_bits, untouched
+from tests.strategies import KINDS_AND_STREAMS, ranks, seeds
+
+ADAPTED = ("q", "up", "down")
+
+
+def trained_step(model: nn.Module) -> None:
+    optimiser = torch.optim.SGD(randlora.trainable_parameters(model), lr=0.1)
+    for _ in range(2):
+        optimiser.zero_grad()
+        model(TOKENS).square().mean().backward()
+        optimiser.step()
+
+
+# What inject does
+
+
+@given(basis=st.sampled_from(KINDS_AND_STREAMS), r=st.integers(3, 12), seed=seeds)
+def test_a_fresh_adapter_leaves_every_bit_of_a_models_output(basis: tuple[str, str], r: int, seed: int) -> None:
+    model = Mixed()
+    before = model(TOKENS)
+    options: dict[str, Any] = {"basis": basis[0], "stream": basis[1]}
+    try:
+        randlora.inject(model, r=r, seed=seed, **options)
+    except ConfigError:  # a ternary draw of so few numbers may be all zeros
+        assert basis[0] == "very_sparse"
+        return
+    assert same_bits(model(TOKENS), before)
+
+
+def test_inject_wraps_every_linear_layer_but_the_head_and_freezes_the_rest() -> None:
+    model = Mixed()
+    report = randlora.inject(model, r=4)
+    assert report.targets == ADAPTED
+    assert {name for name, module in model.named_modules() if isinstance(module, AdapterLayer)} == set(ADAPTED)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {f"{fqn}.randlora_{part}.default" for fqn in ADAPTED for part in ("lambda", "gamma")}
+    assert {id(parameter) for parameter in randlora.trainable_parameters(model)} == {
+        id(model.get_parameter(name)) for name in trainable
+    }
+
+
+def test_training_moves_the_output_and_nothing_but_the_adapter() -> None:
+    model = Mixed()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = model(TOKENS)
+    randlora.inject(model, r=4)
+    trained_step(model)
+    assert not torch.allclose(model(TOKENS), expected)
+    for name, tensor in before.items():
+        inside = name.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias")
+        own = name if name in model.state_dict() else inside
+        assert same_bits(model.state_dict()[own], tensor)
+
+
+def test_wrappers_keep_the_mode_of_their_layers() -> None:
+    model = Mixed().eval()
+    randlora.inject(model, r=4)
+    assert not any(module.training for module in model.modules())
+
+
+def test_adapters_made_in_inference_mode_can_be_trained_later() -> None:
+    model = Mixed()
+    with torch.inference_mode():
+        randlora.inject(model, r=4, train_also=["head"])
+        model(TOKENS)
+    trained_step(model)
+
+
+def test_a_layer_used_in_two_places_is_wrapped_once() -> None:
+    model = nn.Module()
+    model.first = nn.Linear(4, 4)
+    model.second = model.first
+    report = randlora.inject(model, r=2)
+    assert report.targets == ("first",)
+    assert model.first is model.second
+    assert isinstance(model.first, AdapterLayer)
+    randlora.eject(model)
+    assert model.first is model.second
+    assert isinstance(model.first, nn.Linear)
+
+
+def test_a_target_inside_a_target_is_wrapped_too_and_ejected_too() -> None:
+    class Outer(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+            output: Tensor = super().forward(self.inner(input))
+            return output
+
+    model = nn.Sequential(Outer())
+    outer, x = model[0], torch.randn(2, 4)
+    expected = model(x)
+    report = randlora.inject(model, r=2, targets="all-linear")
+    assert report.targets == ("0", "0.inner")
+    assert same_bits(model(x), expected)
+    fill(model)
+    assert not torch.allclose(model(x), expected)
+    randlora.eject(model)
+    assert model[0] is outer
+    assert type(outer.inner) is nn.Linear
+    assert same_bits(model(x), expected)
+
+
+def test_a_config_says_the_same_as_single_options_and_is_left_alone() -> None:
+    config = RandLoRAConfig(r=4, targets=["q", "up"], basis="block", seed=3, alpha=8)
+    copy = replace(config)
+    with_config = randlora.inject(Mixed(), config=config)
+    with_options = randlora.inject(Mixed(), r=4, targets=["q", "up"], basis="block", seed=3, alpha=8)
+    assert with_config == with_options
+    assert config == copy
+
+
+# plan
+
+
+@given(r=ranks)
+def test_plan_reports_what_inject_does_and_touches_nothing(r: int) -> None:
+    model = Mixed()
+    with untouched(model):
+        planned = randlora.plan(model, r=r, stream="portable", train_also=["head"])
+    assert randlora.inject(model, r=r, stream="portable", train_also=["head"]) == planned
+
+
+def test_plan_works_on_a_model_without_values() -> None:
+    with torch.device("meta"):
+        model = Mixed()
+    with untouched_meta(model):
+        report = randlora.plan(model, r=4)
+    assert report.targets == ADAPTED
+
+
+class untouched_meta:  # noqa: N801
+    """As `untouched`, for tensors that cannot be compared."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.before = dict(self.model.named_modules())
+
+    def __exit__(self, *_: object) -> None:
+        assert dict(self.model.named_modules()) == self.before
+        assert randlora.adapters(self.model) == []
+
+
+# Law 4: eject
+
+
+@given(
+    basis=st.sampled_from(["dense", "block"]), also=st.sampled_from([None, ["head"], r".*\.bias", ["norm", "q.bias"]])
+)
+def test_eject_gives_back_the_original_objects_and_every_bit(basis: str, also: list[str] | str | None) -> None:
+    model = Mixed()
+    model.norm.requires_grad_(False)
+    before, expected = Snapshot.of(model), model(TOKENS)
+    randlora.inject(model, r=4, basis=basis, train_also=also)  # type: ignore[arg-type]
+    trained_step(model)
+    assert not torch.allclose(model(TOKENS), expected)
+    assert randlora.eject(model) == ADAPTED
+    before.assert_equals(Snapshot.of(model))
+    assert same_bits(model(TOKENS), expected)
+
+
+def test_eject_unmerges_first() -> None:
+    model = Mixed()
+    before = Snapshot.of(model)
+    randlora.inject(model, r=4)
+    fill(model)
+    randlora.merge(model, keep=True)
+    randlora.eject(model)
+    before.assert_equals(Snapshot.of(model))
+
+
+def test_a_model_can_be_adapted_again_after_eject() -> None:
+    model = Mixed()
+    first = randlora.inject(model, r=4)
+    randlora.eject(model)
+    assert randlora.inject(model, r=4) == first
+
+
+# Law 10: a call that raises leaves the model as it was
+
+
+def _tied(model: Mixed) -> None:
+    model.q.weight = nn.Parameter(torch.randn(12, 12))
+    model.other = nn.Linear(12, 12)
+    model.other.weight = model.q.weight
+
+
+def _tied_to_embedding(model: Mixed) -> None:
+    model.embed = nn.Embedding(12, 12)
+    model.q.weight = model.embed.weight
+
+
+def _integer(model: Mixed) -> None:
+    model.q.weight = nn.Parameter(torch.ones(12, 12, dtype=torch.int8), requires_grad=False)
+
+
+def _parametrised(model: Mixed) -> None:
+    torch.nn.utils.parametrizations.weight_norm(model.q)
+
+
+def _lazy(model: Mixed) -> None:
+    model.q = nn.LazyLinear(12)
+
+
+def _unchanged(model: Mixed) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("prepare", "options", "error", "message"),
+    [
+        (_unchanged, {"r": 0}, ConfigError, r"r must be a positive integer, got 0"),
+        (_unchanged, {"targets": "nothing"}, TargetError, r"'nothing' matches no linear layer; the nearest names are "),
+        (
+            _unchanged,
+            {"targets": ["q", "upp"]},
+            TargetError,
+            r"'upp' matches no linear layer; the nearest names are up",
+        ),
+        (_unchanged, {"targets": "embed|q"}, TargetError, r"embed is a Embedding, and only linear layers"),
+        (_unchanged, {"exclude": ["no"]}, TargetError, r"exclude='no' matches nothing"),
+        (_unchanged, {"exclude": "q|up|down"}, TargetError, r"leaves no layer to adapt"),
+        (_unchanged, {"train_also": ["hed"]}, TargetError, r"train_also='hed' matches no module .* are .*head"),
+        (_unchanged, {"train_also": ["q"]}, TargetError, r"train_also takes in q.weight, the weight that the adapter"),
+        (_unchanged, {"name": "a.b"}, AdapterError, r"expected a word without dots"),
+        (_unchanged, {"name": "keys"}, AdapterError, r"that torch does not use"),
+        (_unchanged, {"name": ""}, AdapterError, r"expected a word"),
+        (_unchanged, {"config": RandLoRAConfig(), "r": 4}, ConfigError, r"either config= or single options"),
+        (_unchanged, {"config": RandLoRAConfig(), "seed": 4, "r": None}, ConfigError, r"either config= or single"),
+        (_tied, {}, TargetError, r"the weight of q is tied to other\.weight"),
+        (_tied_to_embedding, {}, TargetError, r"the weight of q is tied to embed\.weight"),
+        (_integer, {}, TargetError, r"q has a weight of torch\.int8, expected a floating dtype"),
+        (_parametrised, {}, TargetError, r"q computes its weight from other parameters"),
+        (_lazy, {}, TargetError, r"q has no shape yet: run one forward pass first"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_changes(
+    prepare: Callable[[Mixed], None], options: dict[str, Any], error: type[RandLoRAError], message: str
+) -> None:
+    model = Mixed()
+    prepare(model)
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    with pytest.raises(error, match=message):
+        randlora.inject(model, **{"r": 4, **options})
+    assert dict(model.named_modules()) == modules
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == {
+        name: id(parameter) for name, parameter in parameters.items()
+    }
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert randlora.adapters(model) == []
+
+
+def test_all_problems_are_named_at_once() -> None:
+    model = Mixed()
+    _integer(model)
+    with pytest.raises(TargetError, match="2 problems") as caught:
+        randlora.inject(model, r=4, train_also=["hed"])
+    assert "int8" in str(caught.value)
+    assert "hed" in str(caught.value)
+
+
+def test_bases_that_cannot_be_drawn_are_refused_before_anything_changes() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    with untouched(model), pytest.raises(ConfigError, match="no spread"):
+        randlora.inject(model, r=1, basis="very_sparse", seed=7, targets="all-linear")
+
+
+def test_running_out_of_memory_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Mixed()
+    calls = []
+    original = AdapterLayer.fresh_parameters
+
+    def fail_at_the_last(layer: AdapterLayer, r: int) -> tuple[Tensor, Tensor]:
+        calls.append(layer)
+        if len(calls) == len(ADAPTED):
+            raise MemoryError
+        return original(layer, r)
+
+    monkeypatch.setattr(AdapterLayer, "fresh_parameters", fail_at_the_last)
+    with untouched(model), pytest.raises(MemoryError):
+        randlora.inject(model, r=4, train_also=["head"])
+
+
+def test_a_name_can_be_injected_once() -> None:
+    model = Mixed()
+    randlora.inject(model, r=4)
+    with untouched(model), pytest.raises(AdapterError, match="has an adapter of that name; remove it"):
+        randlora.inject(model, r=4)
+
+
+def test_the_root_itself_cannot_be_replaced() -> None:
+    model = nn.Linear(4, 4)
+    with untouched(model), pytest.raises(TargetError, match=r"wrap it, as in torch\.nn\.Sequential"):
+        randlora.inject(model, r=2)
+
+
+@pytest.mark.parametrize("inner_first", [True, False])
+def test_adapters_of_a_part_and_of_the_whole_are_kept_apart(inner_first: bool) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
+    first, second = (model[0], model) if inner_first else (model, model[0])
+    randlora.inject(first, r=2, targets="all-linear")
+    with untouched(first), pytest.raises(AdapterError, match="belongs to adapters kept on another module"):
+        randlora.inject(second, r=2, targets="all-linear", name="other")
+
+
+def test_verbs_find_the_adapters_inside_a_wrapper() -> None:
+    inner = Mixed()
+    randlora.inject(inner, r=4)
+    outer = nn.Sequential(inner)
+    assert [info.name for info in randlora.adapters(outer)] == ["default"]
+    randlora.eject(outer)
+    assert randlora.adapters(outer) == []

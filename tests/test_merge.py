@@ -1,0 +1,252 @@
+"""Law 3: a merged layer is the adapted one, and unmerging gives every bit back."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import randlora
+from randlora import AdapterError, AdapterLayer, MergeError
+from tests.laws import TOKENS, Mixed, Snapshot, assert_close, fill, same_bits, untouched
+from tests.layer_kinds import LayerKind, every_kind_and_dtype
+from tests.strategies import KINDS_AND_STREAMS
+
+shapes = st.tuples(st.integers(2, 16), st.integers(2, 16))
+
+
+def one_layer(kind: LayerKind, shape: tuple[int, int], dtype: torch.dtype, r: int = 3) -> nn.Sequential:
+    model = nn.Sequential(kind.build(*shape, True, dtype))
+    randlora.inject(model, r=r, alpha=r, stream="portable")
+    fill(model)
+    return model
+
+
+@every_kind_and_dtype
+@given(shape=shapes, r=st.integers(1, 6))
+def test_a_merged_layer_computes_what_the_adapted_one_does(
+    kind: LayerKind, dtype: torch.dtype, shape: tuple[int, int], r: int
+) -> None:
+    model = one_layer(kind, shape, dtype, r)
+    x = torch.randn(5, shape[0]).to(dtype)
+    expected = model(x)
+    assert isinstance(model[0], AdapterLayer)
+    base = model[0].base_layer
+    randlora.merge(model)
+    assert model[0] is base
+    assert_close(model(x), expected, dtype)
+
+
+@every_kind_and_dtype
+def test_a_merged_weight_is_the_exact_sum_rounded_once(kind: LayerKind, dtype: torch.dtype) -> None:
+    model = one_layer(kind, (9, 14), dtype)
+    layer = model[0]
+    assert isinstance(layer, AdapterLayer)
+    wide = torch.promote_types(dtype, torch.float32)
+    expected = (kind.weight(layer.base_layer).to(wide) + layer.delta_weight({"default": 1.0})).to(dtype)
+    randlora.merge(model)
+    assert same_bits(kind.weight(model[0]), expected)
+
+
+@every_kind_and_dtype
+@given(shape=shapes)
+def test_unmerging_restores_every_bit(kind: LayerKind, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    model = one_layer(kind, shape, dtype)
+    before, x = Snapshot.of(model), torch.randn(5, shape[0]).to(dtype)
+    expected = model(x)
+    for _ in range(3):
+        with randlora.merged(model):
+            assert_close(model(x), expected, dtype)
+        before.assert_equals(Snapshot.of(model))
+        assert same_bits(model(x), expected)
+
+
+@pytest.mark.parametrize(("basis", "stream"), KINDS_AND_STREAMS)
+def test_every_kind_of_basis_merges(basis: str, stream: str) -> None:
+    model = Mixed(torch.float64)
+    randlora.inject(model, r=4, basis=basis, stream=stream)  # type: ignore[arg-type]
+    fill(model)
+    expected = model(TOKENS)
+    report = randlora.merge(model)
+    assert report.targets == ("q", "up", "down")
+    assert not any(isinstance(module, AdapterLayer) for module in model.modules())
+    assert_close(model(TOKENS), expected, torch.float64)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_several_adapters_are_summed_before_the_one_rounding() -> None:
+    model = Mixed(torch.bfloat16)
+    randlora.inject(model, r=4)
+    randlora.inject(model, r=4, name="b", targets=["q"])
+    fill(model)
+    fill(model, "b", seed=1)
+    randlora.activate(model, {"default": 0.7, "b": -0.3})
+    delta = 0.7 * randlora.delta_weight(model, "q", name="default") - 0.3 * randlora.delta_weight(model, "q", name="b")
+    expected = (model.get_parameter("q.base_layer.weight").float() + delta).to(torch.bfloat16)
+    report = randlora.merge(model, keep=True)
+    assert report.adapters == {"default": 0.7, "b": -0.3}
+    torch.testing.assert_close(model.get_parameter("q.base_layer.weight"), expected, rtol=2**-8, atol=0)
+
+
+def test_what_was_trained_beside_an_adapter_stays_when_it_is_merged() -> None:
+    model = Mixed()
+    randlora.inject(model, r=4, train_also=["head"])
+    fill(model)
+    expected, head = model(TOKENS), model.head.weight.detach().clone()
+    randlora.merge(model)
+    assert same_bits(model.head.weight, head)
+    assert_close(model(TOKENS), expected, torch.float32)
+
+
+def test_merged_nests_and_leaves_the_state_it_found() -> None:
+    model = Mixed()
+    randlora.inject(model, r=4)
+    fill(model)
+    with randlora.merged(model) as outer:
+        assert outer is not None
+        with randlora.merged(model) as inner:
+            assert inner is None
+        assert randlora.state.attached_state(model).is_merged  # type: ignore[union-attr]
+    randlora.merge(model, keep=True)
+    with randlora.merged(model):
+        pass
+    assert randlora.unmerge(model) == ("q", "up", "down")
+
+
+def test_merged_unmerges_when_what_is_inside_raises() -> None:
+    model = Mixed()
+    randlora.inject(model, r=4)
+    fill(model)
+    with untouched(model), pytest.raises(ZeroDivisionError), randlora.merged(model):
+        raise ZeroDivisionError
+
+
+def test_weights_merged_in_inference_mode_can_be_trained_later() -> None:
+    model = Mixed()
+    randlora.inject(model, r=4)
+    with torch.inference_mode():
+        randlora.merge(model)
+    model(TOKENS).sum().backward()
+    assert model.q.weight.grad is not None
+
+
+def test_a_merged_model_follows_a_change_of_dtype_when_unmerged() -> None:
+    model = Mixed()
+    randlora.inject(model, r=4)
+    fill(model)
+    original = model.get_parameter("q.base_layer.weight").detach().clone()
+    randlora.merge(model, keep=True)
+    model.to(torch.bfloat16)
+    randlora.unmerge(model)
+    assert same_bits(model.get_parameter("q.base_layer.weight"), original.to(torch.bfloat16))
+
+
+def _poison(model: Mixed, value: float) -> None:
+    with torch.no_grad():
+        model.get_parameter("down.randlora_lambda.default").fill_(value)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_merge_that_would_not_be_finite_changes_nothing(keep: bool, value: float) -> None:
+    """PEFT's safe_merge leaves the layers before the bad one merged."""
+    model = Mixed()
+    randlora.inject(model, r=4)
+    fill(model)
+    _poison(model, value)
+    with untouched(model), pytest.raises(MergeError, match="merged weight of down would not be finite"):
+        randlora.merge(model, keep=keep)
+
+
+def test_an_overflow_of_half_precision_is_refused() -> None:
+    model = Mixed(torch.float16)
+    randlora.inject(model, r=4)
+    _poison(model, 1e6)
+    with untouched(model), pytest.raises(MergeError, match=r"would not be finite in torch\.float16"):
+        randlora.merge(model)
+
+
+def _two(model: nn.Module) -> None:
+    randlora.inject(model, r=4, name="b", targets=["q"])
+
+
+def _none_active(model: nn.Module) -> None:
+    randlora.activate(model, [])
+
+
+def _merged(model: nn.Module) -> None:
+    randlora.merge(model, keep=True)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (_two, "b would be lost: save and remove what is not active"),
+        (_none_active, "no adapter is active: activate one of default"),
+        (_merged, r"merged already: call randlora\.unmerge"),
+    ],
+)
+def test_a_merge_that_would_lose_something_is_refused(prepare: object, message: str) -> None:
+    model = Mixed()
+    randlora.inject(model, r=4)
+    prepare(model)  # type: ignore[operator]
+    with untouched(model), pytest.raises(MergeError, match=message):
+        randlora.merge(model)
+
+
+def test_merging_while_disabled_is_refused() -> None:
+    model = Mixed()
+    randlora.inject(model, r=4)
+    with randlora.disabled(model), pytest.raises(MergeError, match=r"merge outside of randlora\.disabled"):
+        randlora.merge(model)
+
+
+def test_a_weight_without_values_is_refused() -> None:
+    with torch.device("meta"):
+        model = Mixed()
+    randlora.inject(model, r=4)
+    with pytest.raises(MergeError, match="3 problems"):
+        randlora.merge(model)
+
+
+def test_unmerging_what_is_not_merged_is_refused() -> None:
+    model = Mixed()
+    randlora.inject(model, r=4)
+    with untouched(model), pytest.raises(MergeError, match="the adapters are not merged"):
+        randlora.unmerge(model)
+
+
+def _activate(model: nn.Module) -> None:
+    randlora.activate(model, "default")
+
+
+def _remove(model: nn.Module) -> None:
+    randlora.remove(model, "default")
+
+
+def _disable(model: nn.Module) -> None:
+    with randlora.disabled(model):
+        pass
+
+
+@pytest.mark.parametrize("verb", [_activate, _remove, _disable, _two])
+def test_verbs_that_would_go_wrong_while_merged_are_refused(verb: object) -> None:
+    model = Mixed()
+    randlora.inject(model, r=4)
+    randlora.merge(model, keep=True)
+    with untouched(model), pytest.raises(AdapterError, match=r"while the adapters are merged: call randlora\.unmerge"):
+        verb(model)  # type: ignore[operator]
+
+
+def test_a_plain_model_has_nothing_to_merge() -> None:
+    with pytest.raises(AdapterError, match=r"carries no adapter: call randlora\.inject"):
+        randlora.merge(Mixed())
+
+
+def test_a_merged_layer_is_as_contiguous_as_torch_likes_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 8))
+    randlora.inject(model, r=2, targets="all-linear")
+    fill(model)
+    randlora.merge(model)
+    weight: Tensor = model[0].weight  # type: ignore[assignment]
+    assert weight.is_contiguous()
