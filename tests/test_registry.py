@@ -1,0 +1,81 @@
+"""Kinds of layers are found by type or name, the nearest parent first."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import randlora
+from randlora import AdapterLayer, TargetError, registry
+from randlora.layers.conv1d import Conv1DAdapter
+from randlora.layers.linear import LinearAdapter
+
+
+@pytest.fixture
+def _own_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_layers", dict(registry._layers))
+
+
+class Swapped(nn.Linear):
+    """A linear layer that swaps its inputs' halves: a kind of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return super().forward(input.flip(-1))
+
+
+class SwappedAdapter(AdapterLayer):
+    @staticmethod
+    def features(base_layer: nn.Module) -> tuple[int, int]:
+        assert isinstance(base_layer, Swapped)
+        return base_layer.in_features, base_layer.out_features
+
+    @staticmethod
+    def in_storage_layout(delta: Tensor) -> Tensor:
+        return delta
+
+
+def test_layers_are_found_by_type_and_by_name() -> None:
+    assert registry.find_layer(nn.Linear(2, 2)) is LinearAdapter
+    assert registry.find_layer(Conv1D(2, 2)) is Conv1DAdapter
+    assert registry.find_layer(nn.LayerNorm(2)) is None
+
+
+def test_a_subclass_is_served_by_its_parents_entry() -> None:
+    assert registry.find_layer(Swapped(2, 2)) is LinearAdapter
+
+
+@pytest.mark.usefixtures("_own_entries")
+def test_an_entry_of_its_own_comes_before_its_parents() -> None:
+    randlora.register_layer(Swapped)(SwappedAdapter)
+    assert registry.find_layer(Swapped(2, 2)) is SwappedAdapter
+    assert registry.find_layer(nn.Linear(2, 2)) is LinearAdapter
+
+
+@pytest.mark.usefixtures("_own_entries")
+def test_registering_by_name_needs_no_import_of_the_type() -> None:
+    randlora.register_layer(f"{Swapped.__module__}.Swapped")(SwappedAdapter)
+    model = nn.Sequential(Swapped(4, 4))
+    x = torch.randn(2, 4)
+    expected = model(x)
+    randlora.inject(model, r=2, targets="all-linear")
+    assert isinstance(model[0], SwappedAdapter)
+    assert torch.equal(model(x), expected)
+
+
+def test_a_layer_that_is_never_called_is_refused_by_name_and_skipped_by_all_linear() -> None:
+    attention = nn.MultiheadAttention(8, 2)
+    model = nn.ModuleDict({"attention": attention, "linear": nn.Linear(8, 8)})
+    report = randlora.plan(model, r=2, targets="all-linear")
+    assert report.targets == ("linear",)
+    assert "nn.MultiheadAttention reads this weight" in report.skipped["attention.out_proj"]
+    with pytest.raises(TargetError, match=r"attention\.out_proj .* cannot be adapted"):
+        randlora.inject(model, r=2, targets=["out_proj"])
+
+
+@pytest.mark.parametrize("name", ["Linear8bitLt", "Linear4bit"])
+def test_quantised_layers_are_refused_with_the_reason(name: str) -> None:
+    """A stand-in of the same qualified name, so that bitsandbytes need not be there."""
+    quantised = type(name, (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
+    model = nn.Sequential(quantised(4, 4))
+    with pytest.raises(TargetError, match="quantised bitsandbytes layers are not supported yet"):
+        randlora.inject(model, r=2, targets=["0"])

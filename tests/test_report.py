@@ -1,0 +1,115 @@
+"""Reports: the figures are right, and the table says them."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import randlora
+from randlora.install import adapter_layers
+from randlora.report import as_bytes, table
+from tests.laws import Mixed
+from tests.strategies import ranks
+
+
+@given(r=ranks, also=st.sampled_from([None, ["head"], ["norm.weight", "q.bias"]]))
+def test_figures_are_those_counted_on_the_model(r: int, also: list[str] | None) -> None:
+    model = Mixed()
+    plain = sum(parameter.numel() for parameter in model.parameters())
+    report = randlora.inject(model, r=r, train_also=also, stream="portable")
+    trainable = list(randlora.trainable_parameters(model))
+    adapter = [layer for _, layer in adapter_layers(model)]
+    own = sum(
+        p.numel() for layer in adapter for p in (layer.randlora_lambda["default"], layer.randlora_gamma["default"])
+    )
+    assert report.trainable_parameters == sum(parameter.numel() for parameter in trainable)
+    assert report.total_parameters == plain + own
+    assert report.share == report.trainable_parameters / report.total_parameters
+    assert report.checkpoint_bytes == sum(parameter.nbytes for parameter in trainable)
+    assert report.basis_bytes == randlora.state.adapted_root(model)[1].bank.nbytes
+    assert sum(row.count for row in report.rows) == len(report.targets) == len(adapter)
+
+
+def test_a_shared_basis_is_reported_with_the_bytes_it_will_take() -> None:
+    model = Mixed()
+    randlora.inject(model, r=4, targets=["q"], stream="portable")
+    planned = randlora.plan(model, r=4, targets=["up"], stream="portable", name="b")
+    randlora.inject(model, r=4, targets=["up"], stream="portable", name="b")
+    assert planned.basis_bytes == randlora.state.adapted_root(model)[1].bank.nbytes
+
+
+def test_one_row_for_each_distinct_shape() -> None:
+    model = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(8, 8), nn.Linear(16, 8)])
+    rows = randlora.plan(model, r=4).rows
+    assert [(row.count, row.in_features, row.out_features, row.num_bases, row.trainable) for row in rows] == [
+        (2, 8, 8, 2, 48),
+        (1, 8, 16, 2, 24),
+        (1, 16, 8, 2, 24),
+    ]
+
+
+def test_the_table_of_a_small_model_reads_so() -> None:
+    model = Mixed()
+    report = randlora.plan(model, r=4, train_also=["head"])
+    assert str(report).splitlines() == [
+        "RandLoRA adapter 'default': dense bases (stream=torch, seed=0, r=4, dims=20x20), alpha=80",
+        "targets: all linear layers but the output head",
+        "count  in  out  r  num_bases  rank  trainable",
+        "    1  12   12  4          3    12         48",
+        "    1  12   20  4          3    12         48",
+        "    1  20   12  4          3    12         48",
+        "trainable 183 of 987 parameters (18.54%)",
+        "3 layers adapted",
+        "bases 576 B in memory, checkpoint 732 B",
+        "trained beside it: head.weight, head.bias",
+        "left out: head (the output head)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({}, "all linear layers but the output head"),
+        ({"targets": "all-linear"}, "all linear layers but the output head"),
+        ({"targets": r"q|up"}, "the regex 'q|up'"),
+        ({"targets": ["q", "up"]}, "the names q, up"),
+        ({"targets": lambda fqn, _: fqn == "q"}, "the callable <lambda>"),
+        ({"exclude": ["q"]}, "all linear layers but the output head, without the excluded"),
+    ],
+    ids=["none", "all-linear", "regex", "names", "callable", "exclude"],
+)
+def test_the_rule_that_applied_is_named(options: dict[str, object], rule: str) -> None:
+    assert randlora.plan(Mixed(), r=4, **options).rule == rule  # type: ignore[arg-type]
+
+
+def test_a_sparse_kind_claims_no_more_rank_than_it_has() -> None:
+    model = nn.Sequential(nn.Linear(200, 200))
+    report = randlora.inject(model, r=6, basis="very_sparse", targets="all-linear")
+    with torch.no_grad():
+        for parameter in randlora.trainable_parameters(model):
+            nn.init.normal_(parameter)
+    rank = torch.linalg.matrix_rank(randlora.delta_weight(model, "0").double())
+    assert report.rows[0].expected_rank < 150
+    assert report.rows[0].expected_rank == pytest.approx(rank.item(), rel=0.15)
+
+
+def test_a_merge_says_what_went_where() -> None:
+    model = Mixed()
+    randlora.inject(model, r=4)
+    assert str(randlora.merge(model)) == "merged default x 1 into 3 layers; plain layers are back"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (347e6, "347 MB"), (1.86e11, "186 GB")]
+)
+def test_bytes_are_written_in_decimal_units(count: float, text: str) -> None:
+    assert as_bytes(count) == text
+
+
+def test_a_table_is_aligned_under_its_headings() -> None:
+    assert table(("a", "number"), [(1, 1234), (1000000, 2)]) == [
+        "        a  number",
+        "        1   1,234",
+        "1,000,000       2",
+    ]

@@ -1,0 +1,67 @@
+"""What trains beside an adapter: modules, single parameters, by name or regex."""
+
+import pytest
+import torch
+from torch import nn
+
+import randlora
+from randlora import TargetError
+from randlora.train_also import select_parameters
+from tests.laws import TOKENS, Mixed, Snapshot, same_bits
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["head"], ["head.weight", "head.bias"]),
+        (["head.bias"], ["head.bias"]),
+        (["bias"], ["q.bias", "down.bias", "norm.bias", "head.bias"]),
+        (r"(q|down)\.bias", ["q.bias", "down.bias"]),
+        (r"norm", ["norm.weight", "norm.bias"]),
+        (["norm", "head.bias"], ["norm.weight", "norm.bias", "head.bias"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_names_mean_modules_or_parameters(names: list[str] | str, expected: list[str], adapted: bool) -> None:
+    model = Mixed()
+    if adapted:
+        randlora.inject(model, r=4)
+    assert select_parameters(model, names) == expected
+
+
+def test_a_tied_parameter_goes_by_its_first_name() -> None:
+    model = Mixed()
+    model.twin = nn.Embedding(11, 12)
+    model.twin.weight = model.embed.weight
+    assert select_parameters(model, ["twin"]) == ["embed.weight"]
+
+
+def test_the_bias_of_an_adapted_layer_trains_and_comes_back() -> None:
+    model = Mixed()
+    before = Snapshot.of(model)
+    randlora.inject(model, r=4, train_also=["q.bias"])
+    optimiser = torch.optim.SGD(randlora.trainable_parameters(model), lr=1.0)
+    model(TOKENS).square().mean().backward()
+    optimiser.step()
+    trained = model.get_parameter("q.base_layer.bias")
+    assert not same_bits(trained, before.tensors["q.bias"])
+    randlora.eject(model)
+    before.assert_equals(Snapshot.of(model))
+
+
+def test_copies_start_from_the_models_own_values_and_not_from_another_adapters() -> None:
+    model = Mixed()
+    own = model.head.weight.detach().clone()
+    randlora.inject(model, r=4, train_also=["head"])
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    randlora.inject(model, r=4, name="b", train_also=["head"], active=True)
+    assert same_bits(model.head.weight, own)
+
+
+def test_integers_cannot_be_trained() -> None:
+    model = Mixed()
+    model.steps = nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False)
+    with pytest.raises(TargetError, match=r"train_also takes in steps, which holds torch\.int64"):
+        randlora.inject(model, r=4, train_also=["steps"])
