@@ -7,7 +7,7 @@ change.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -161,7 +161,7 @@ def inject(
     is_first = planned.state is None
     trainable = is_first if trainable is None else trainable
     replaced = replacements(model, planned.state or ModelState(), planned.train_also)
-    adapter = Adapter(name, planned.config, held, report.targets, planned.selection.rule)
+    adapter = Adapter(name, _lasting(planned.config, report.targets), held, report.targets, planned.selection.rule)
     adapter.trained = own_copies(replaced, trainable=trainable)
     commit(model, prepare(planned.state, adapter, chosen, replaced=replaced, trainable=trainable), active=active)
     return report
@@ -216,6 +216,13 @@ def _plan(model: nn.Module, name: str, config: RandLoRAConfig, *, new_bases: boo
     used = used_dims(selection.targets)
     shared = state.bank.check(spec, used=used, new_bases=new_bases) if state else None
     return Plan(name, config, state, selection, shared.spec if shared else spec, shared, tuple(also))
+
+
+def _lasting(config: RandLoRAConfig, fqns: tuple[str, ...]) -> RandLoRAConfig:
+    """Put names in the place of callables, which no pickle and no file can hold."""
+    return (
+        replace(config, targets=fqns, exclude=None) if callable(config.targets) or callable(config.exclude) else config
+    )
 
 
 def _new_basis(planned: Plan) -> Basis:

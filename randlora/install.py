@@ -48,6 +48,8 @@ def owned_state(model: nn.Module, name: str, doing: str) -> ModelState | None:
             it is part of carries adapters already.
     """
     state = attached_state(model)
+    if state is not None:
+        state.adopt_parameters()
     reserved = not isinstance(name, str) or not name or "." in name or name in dir(nn.ParameterDict)
     if reserved:
         raise AdapterError(

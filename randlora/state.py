@@ -56,20 +56,29 @@ class ReplacedParameter:
     Attributes:
         places: The modules that hold it, each with the attribute's name; several where it is tied.
         original: The model's own parameter.
+        installed: The version that was put in its place last.
     """
 
     places: tuple[tuple[nn.Module, str], ...]
     original: nn.Parameter
+    installed: nn.Parameter
+
+    @property
+    def live(self) -> nn.Parameter:
+        """The version that the model reads now."""
+        module, attribute = self.places[0]
+        parameter = module._parameters[attribute]
+        assert parameter is not None, f"{attribute} was deleted while an adapter trains a version of it"
+        return parameter
 
     def install(self, parameter: nn.Parameter) -> None:
         """Put ``parameter`` where the model reads, on the device and in the dtype of the one that leaves."""
-        leaving = self.places[0][0]._parameters[self.places[0][1]]
-        if leaving is None or leaving is parameter:
-            return
-        if not leaving.is_meta:
+        leaving = self.live
+        if leaving is not parameter and not leaving.is_meta:
             parameter.data = parameter.data.to(device=leaving.device, dtype=leaving.dtype)
         for module, attribute in self.places:
             module._parameters[attribute] = parameter
+        self.installed = parameter
 
 
 @dataclass(eq=False)
@@ -114,6 +123,17 @@ class ModelState:
             raise AdapterError(f"the model has no adapter named {name!r}: it has {known or 'none'}")
         return found
 
+    def adopt_parameters(self) -> None:
+        """Note the objects that torch put in place of ours, as ``load_state_dict(assign=True)`` and ``to_empty`` do."""
+        for fqn, replaced in self.replaced.items():
+            was, live = replaced.installed, replaced.live
+            if replaced.original is was:
+                replaced.original = live
+            for adapter in self.adapters.values():
+                if adapter.trained.get(fqn) is was:
+                    adapter.trained[fqn] = live
+            replaced.installed = live
+
     def install_parameters(self) -> None:
         """Let the model read the parameters that belong to the active adapters, and its own everywhere else."""
         active = [] if self.is_disabled else [adapter for adapter in self.adapters.values() if adapter.is_active]
@@ -155,6 +175,7 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
         names = ", ".join(fqn or "the model itself" for fqn, _, _ in carriers)
         raise AdapterError(f"adapters were injected into several parts ({names}): call this on one of them")
     _, root, state = carriers[0]
+    state.adopt_parameters()
     return root, state
 
 

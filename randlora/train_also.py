@@ -59,7 +59,7 @@ def replacements(model: nn.Module, state: ModelState, fqns: Iterable[str]) -> di
     found = {}
     for fqn in fqns:
         places = tuple((module, attribute) for _, module, attribute, held in listed if held is by_fqn[fqn])
-        found[fqn] = state.replaced.get(fqn) or ReplacedParameter(places, by_fqn[fqn])
+        found[fqn] = state.replaced.get(fqn) or ReplacedParameter(places, by_fqn[fqn], by_fqn[fqn])
     return found
 
 

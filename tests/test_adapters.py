@@ -242,6 +242,13 @@ def test_a_clone_is_a_model_of_its_own(clone: Any) -> None:
     assert len(randlora.adapters(model)) == 2
 
 
+def test_a_model_adapted_by_a_callable_can_be_pickled() -> None:
+    model = Mixed()
+    randlora.inject(model, r=4, targets=lambda fqn, _: fqn == "q")
+    assert randlora.adapters(pickle.loads(pickle.dumps(model))) == randlora.adapters(model)
+    assert randlora.adapters(model)[0].config.targets == ("q",)
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

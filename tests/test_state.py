@@ -56,3 +56,16 @@ def test_one_of_several_adapters_must_be_named() -> None:
     randlora.inject(model, r=4, name="b")
     with pytest.raises(AdapterError, match=r"several adapters \(default, b\): say which one with name="):
         adapted_root(model)[1].adapter(None)
+
+
+def test_what_is_trained_beside_survives_an_assigning_load() -> None:
+    """``load_state_dict(assign=True)`` puts new Parameter objects in place of the ones an adapter holds."""
+    model = Mixed()
+    own = model.head.weight.detach().clone()
+    randlora.inject(model, r=4, train_also=["head"])
+    values = {name: tensor.detach() + 1 for name, tensor in model.state_dict().items()}
+    model.load_state_dict(values, assign=True)
+    assert any(parameter is model.head.weight for parameter in randlora.trainable_parameters(model))
+    with randlora.disabled(model):
+        assert same_bits(model.head.weight, own)
+    assert same_bits(model.head.weight, values["head.weight"])

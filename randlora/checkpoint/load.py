@@ -100,7 +100,7 @@ def _misfits(file: AdapterFile, targets: tuple[Target, ...]) -> list[str]:
         shape = (target.out_features, target.in_features)
         min_dim = file.values[target.fqn][1].shape[1]
         saved = file.header.shapes[target.fqn] if file.header else shape
-        weight = target.module._parameters["weight"]
+        weight = target.module._parameters.get("weight")
         if weight is not None and weight.is_meta and not AdapterLayer.is_offloaded(target.module):
             problems.append(
                 f"{target.fqn} holds no values yet (meta), so the adapter's would be lost: materialise it first"
