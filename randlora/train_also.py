@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from randlora.match import matches_name, nearest_names, unmatched
+from randlora.match import matches_name, nearest_names, prefixes, unmatched
 from randlora.state import ModelState, ReplacedParameter
 from randlora.walk import Target, named_parameters
 
@@ -28,7 +28,7 @@ def select_parameters(model: nn.Module, names: str | Sequence[str]) -> list[str]
     found: dict[str, None] = {}
     for fqn, _, _, parameter in named_parameters(model):
         first = first_names.setdefault(id(parameter), fqn)
-        if any(matches_name(names, prefix) for prefix in _prefixes(fqn)):
+        if any(matches_name(names, prefix) for prefix in prefixes(fqn)):
             found[first] = None
     return list(found)
 
@@ -36,7 +36,7 @@ def select_parameters(model: nn.Module, names: str | Sequence[str]) -> list[str]
 def train_also_problems(model: nn.Module, names: str | Sequence[str], targets: Iterable[Target]) -> list[str]:
     """Say what is wrong with ``train_also``: names that match nothing, a weight that is adapted, integer values."""
     parameters = {fqn: parameter for fqn, _, _, parameter in named_parameters(model)}
-    known = {prefix for fqn in parameters for prefix in _prefixes(fqn)}
+    known = {prefix for fqn in parameters for prefix in prefixes(fqn)}
     problems = [
         f"train_also={entry!r} matches no module or parameter; the nearest names are {nearest_names(entry, known)}"
         for entry in unmatched(names, known)
@@ -68,9 +68,3 @@ def own_copies(replaced: dict[str, ReplacedParameter], *, trainable: bool) -> di
     return {
         fqn: nn.Parameter(entry.original.detach().clone(), requires_grad=trainable) for fqn, entry in replaced.items()
     }
-
-
-def _prefixes(fqn: str) -> list[str]:
-    """``a.b.weight`` -> ``["a", "a.b", "a.b.weight"]``."""
-    parts = fqn.split(".")
-    return [".".join(parts[: length + 1]) for length in range(len(parts))]

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from randlora.config import Pattern
+from randlora.config import Pattern, RandLoRAConfig
 from randlora.errors import TargetError, raise_collected
 from randlora.layers.base import AdapterLayer
-from randlora.match import matches, nearest_names, unmatched
+from randlora.match import matches, nearest_names, prefixes, unmatched
 from randlora.presets import HEAD_NAMES, TARGET_PRESETS
 from randlora.registry import find_layer
 
@@ -128,9 +128,11 @@ def find_targets(model: nn.Module, pattern: Pattern | None = None, exclude: Patt
         One target per layer, in the model's order.
 
     Raises:
+        ConfigError: When a pattern is none.
         TargetError: When a pattern or a name matches nothing, or what it matches cannot be adapted.
     """
-    return list(select(model, pattern, exclude).targets)
+    checked = RandLoRAConfig(targets=pattern, exclude=exclude)
+    return list(select(model, checked.targets, checked.exclude).targets)
 
 
 def select(model: nn.Module, pattern: Pattern | None, exclude: Pattern | None) -> Selection:
@@ -263,13 +265,17 @@ def _is_head(visit: Visit, head: nn.Module | None) -> bool:
 
 
 def _without(chosen: list[Visit], visits: Sequence[Visit], exclude: Pattern) -> list[Visit]:
-    known = [visit.fqn for visit in visits]
+    """Leave out the layers that ``exclude`` matches and those inside a module it matches, under any of their names."""
+    linear = [visit for visit in visits if find_layer(visit.module) is not None]
+    known = {prefix for visit in linear for prefix in prefixes(visit.fqn)}
     problems = [
-        f"exclude={entry!r} matches nothing; the nearest names are {nearest_names(entry, known)}"
+        f"exclude={entry!r} matches no linear layer and nothing that holds one; "
+        f"the nearest names are {nearest_names(entry, known)}"
         for entry in unmatched(exclude, known)
     ]
     raise_collected(TargetError, problems, doing="find the targets")
-    excluded = {id(visit.module) for visit in visits if matches(exclude, visit.fqn, visit.module)}
+    matched = {visit.fqn for visit in visits if matches(exclude, visit.fqn, visit.module)}
+    excluded = {id(visit.module) for visit in linear if not matched.isdisjoint(prefixes(visit.fqn))}
     return [visit for visit in chosen if id(visit.module) not in excluded]
 
 

@@ -237,7 +237,7 @@ def _unchanged(model: Mixed) -> None:
             r"'upp' matches no linear layer; the nearest names are up",
         ),
         (_unchanged, {"targets": "embed|q"}, TargetError, r"embed is a Embedding, and only linear layers"),
-        (_unchanged, {"exclude": ["no"]}, TargetError, r"exclude='no' matches nothing"),
+        (_unchanged, {"exclude": ["no"]}, TargetError, r"exclude='no' matches no linear layer"),
         (_unchanged, {"exclude": "q|up|down"}, TargetError, r"leaves no layer to adapt"),
         (_unchanged, {"train_also": ["hed"]}, TargetError, r"train_also='hed' matches no module .* are .*head"),
         (_unchanged, {"train_also": ["q"]}, TargetError, r"train_also takes in q.weight, the weight that the adapter"),

@@ -49,11 +49,10 @@ class _Deviation:
         self.total = 0.0
         self.squares = 0.0
 
-    def add(self, chunk: Tensor) -> None:
-        exact = chunk.double()
-        self.count += chunk.numel()
-        self.total += exact.sum().item()
-        self.squares += exact.square().sum().item()
+    def add(self, count: int, total: Tensor, squares: Tensor) -> None:
+        self.count += count
+        self.total += total.item()
+        self.squares += squares.item()
 
     def result(self, spec: BasisSpec) -> float:
         variance = (self.squares - self.total**2 / self.count) / (self.count - 1) if self.count > 1 else 0.0
@@ -74,7 +73,8 @@ def _draw_dense(
     for index in range(draws):
         chunk = torch.empty((rows, 1, width), dtype=torch.bfloat16, device="cpu")
         torch.nn.init.kaiming_uniform_(chunk, a=math.sqrt(5), generator=generator)
-        deviation.add(chunk)
+        norm = torch.linalg.vector_norm(chunk, dtype=torch.float64)
+        deviation.add(chunk.numel(), chunk.sum(dtype=torch.float64), norm.square())
         if index < keep[1]:
             kept[:, index] = chunk[: keep[0], 0, : keep[2]]
     kept /= torch.tensor(deviation.result(spec), dtype=torch.float64, device="cpu").to(torch.bfloat16)
@@ -90,7 +90,7 @@ def _draw_ternary(
     for rows in _row_chunks(shape):
         uniform = torch.rand((len(rows), *shape[1:]), generator=generator, dtype=torch.float32, device="cpu")
         signs = (uniform > 1 - spec.probability).to(torch.int8) - (uniform < spec.probability).to(torch.int8)
-        deviation.add(signs)
+        deviation.add(signs.numel(), signs.sum(), signs.count_nonzero())
         kept[rows.start : rows.stop] = signs[: max(0, keep[0] - rows.start), : keep[1], : keep[2]]
     scale = 1 / torch.tensor(deviation.result(spec), dtype=torch.float64, device="cpu").to(torch.float32)
     return CompactMatrix(kept.flatten(start_dim=1), keep[1] * keep[2], scale.item())

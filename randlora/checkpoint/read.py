@@ -71,7 +71,7 @@ def read_adapter(directory: Path) -> AdapterFile:
     trained = _trained(tensors, header)
     config = header.config if header else from_peft_fields(fields, values, trained)
     problems = [
-        *_trained_problems(trained, tensors),
+        *_trained_problems(trained, tensors, config),
         *_disagreements(fields, header),
         *_damage(values, trained, bases),
         *_shape_problems(config.r, values, bases),
@@ -165,10 +165,12 @@ def _trained(tensors: Mapping[str, Tensor], header: Header | None) -> dict[str, 
     return {fqn: tensors[key] for key, fqn in keys.items() if key in tensors}
 
 
-def _trained_problems(trained: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
-    if len(trained) == len(tensors):
+def _trained_problems(
+    trained: Mapping[str, Tensor], tensors: Mapping[str, Tensor], config: RandLoRAConfig
+) -> list[str]:
+    if len(trained) == len(tensors) and set(trained) == set(config.train_also or ()):
         return []
-    return [f"{len(tensors)} tensors beside Λ and Γ name {len(trained)} parameters: expected one each"]
+    return [f"{len(tensors)} tensors beside Λ and Γ name {len(trained)} parameters: expected those trained beside it"]
 
 
 def _stray(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 Writer = Callable[[Path], object]
 
 
 def write_together(directory: Path, writers: Mapping[str, Writer]) -> None:
-    """Write some files of a directory under temporary names, flush them to disk, then give them their names.
+    """Write some files of a directory beside it, flush them to disk, then move them in.
 
     Args:
         directory: Where; it is made if it is missing.
@@ -22,54 +22,46 @@ def write_together(directory: Path, writers: Mapping[str, Writer]) -> None:
         OSError: When the disk refuses; whatever was there before is there again.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    temporary: dict[str, Path] = {}
-    try:
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as scratch:
+        new, old = Path(scratch, "new"), Path(scratch, "old")
+        new.mkdir()
+        old.mkdir()
         for name, writer in writers.items():
-            temporary[name] = _reserve(directory, name)
-            writer(temporary[name])
-            _flush(temporary[name])
-        _rename_all(directory, temporary)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+            _write(new / name, writer)
+        _move_all(writers, new, directory, old)
     _flush(directory)
 
 
-def _rename_all(directory: Path, temporary: Mapping[str, Path]) -> None:
-    """Rename every file or, where one rename fails, none."""
-    kept = {name: _keep(directory / name) for name in temporary if (directory / name).exists()}
-    renamed: list[str] = []
+def _write(path: Path, writer: Writer) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # what any new file has here; a writer may make a file of its own that is less readable
+    writer(path)
+    path.chmod(mode)
+    _flush(path)
+
+
+def _move_all(names: Iterable[str], new: Path, directory: Path, old: Path) -> None:
+    """Move every file into the directory or, where one move fails, none; ``old`` keeps those that were there."""
+    for name in names:
+        if (directory / name).exists():
+            _keep(directory / name, old / name)
+    moved: list[str] = []
     try:
-        for name, path in temporary.items():
-            path.replace(directory / name)
-            renamed.append(name)
+        for name in names:
+            (new / name).replace(directory / name)
+            moved.append(name)
     except BaseException:
-        for name in renamed:
-            kept[name].replace(directory / name) if name in kept else (directory / name).unlink()
+        for name in moved:
+            (old / name).replace(directory / name) if (old / name).exists() else (directory / name).unlink()
         raise
-    finally:
-        for path in kept.values():
-            path.unlink(missing_ok=True)
 
 
-def _keep(path: Path) -> Path:
-    """Give a file a second, temporary name; copy it where the file system has no links."""
-    second = _reserve(path.parent, path.name)
-    second.unlink()
+def _keep(path: Path, second: Path) -> None:
+    """Give a file a second name, or copy it where the file system has no links."""
     try:
         second.hardlink_to(path)
     except OSError:
         shutil.copy2(path, second)
-    return second
-
-
-def _reserve(directory: Path, name: str) -> Path:
-    descriptor, path = tempfile.mkstemp(prefix=f".{name}.", dir=directory)
-    os.close(descriptor)
-    umask = os.umask(0)
-    os.umask(umask)
-    Path(path).chmod(0o666 & ~umask)  # mkstemp keeps a file to its owner
-    return Path(path)
 
 
 def _flush(path: Path) -> None:
