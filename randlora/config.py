@@ -28,7 +28,8 @@ class RandLoRAConfig:
         targets: Which layers are adapted. A string is a regex matched with ``fullmatch`` against the FQN, except the
             word ``"all-linear"``; a sequence holds FQNs or their suffixes, each of which must match; a callable gets
             ``(fqn, module)``; ``None`` takes the preset of ``model.config.model_type``, else all linear layers.
-        exclude: Layers left out of ``targets``, in the same forms; a module that holds layers stands for all of them.
+        exclude: Layers left out of ``targets``, in the same forms; in a list, the name of a module that
+            holds layers stands for all of them.
         alpha: The update is scaled by ``alpha / r``; ``None`` means ``20·r``. Between ``2·r`` and ``20·r`` is the
             range the paper's author advises; it trades against the learning rate.
         dropout: Probability with which an entry of the adapter's input is zeroed in training, in [0, 1).

@@ -265,17 +265,20 @@ def _is_head(visit: Visit, head: nn.Module | None) -> bool:
 
 
 def _without(chosen: list[Visit], visits: Sequence[Visit], exclude: Pattern) -> list[Visit]:
-    """Leave out the layers that ``exclude`` matches and those inside a module it matches, under any of their names."""
+    """Leave out the layers that ``exclude`` matches under any of their names; a name in a list means all inside too."""
     linear = [visit for visit in visits if find_layer(visit.module) is not None]
-    known = {prefix for visit in linear for prefix in prefixes(visit.fqn)}
+    by_name = not callable(exclude) and not isinstance(exclude, str)
+    known = {name for visit in linear for name in (prefixes(visit.fqn) if by_name else [visit.fqn])}
     problems = [
-        f"exclude={entry!r} matches no linear layer and nothing that holds one; "
-        f"the nearest names are {nearest_names(entry, known)}"
+        f"exclude={entry!r} matches no linear layer; the nearest names are {nearest_names(entry, known)}"
         for entry in unmatched(exclude, known)
     ]
     raise_collected(TargetError, problems, doing="find the targets")
-    matched = {visit.fqn for visit in visits if matches(exclude, visit.fqn, visit.module)}
-    excluded = {id(visit.module) for visit in linear if not matched.isdisjoint(prefixes(visit.fqn))}
+    excluded = {
+        id(visit.module)
+        for visit in linear
+        if any(matches(exclude, name, visit.module) for name in (prefixes(visit.fqn) if by_name else [visit.fqn]))
+    }
     return [visit for visit in chosen if id(visit.module) not in excluded]
 
 
