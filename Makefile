@@ -8,7 +8,7 @@ SEED ?= 0
 ARGS ?=  # further options of an example: make demo ARGS="--epochs 3"
 REVIEWS := build/data/vaderSentiment-0.5.zip
 
-.PHONY: demo example-causal-lm test bench lint types tests docs clean
+.PHONY: demo example-causal-lm test lint types tests docs clean
 
 demo: $(VENV)/.examples $(REVIEWS)
 	$(BIN)/python docs/examples/sentiment.py --basis $(BASIS) --r $(R) --seed $(SEED) $(ARGS)
@@ -29,7 +29,7 @@ tests: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses auto
 
 docs: $(VENV)/.dev
-	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 clean:
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis

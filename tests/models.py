@@ -1,0 +1,157 @@
+"""Real models, a few thousand random weights each, and inputs for them: what users adapt, in milliseconds."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)  # its own affair
+    import torchvision
+
+VOCABULARY = 64
+LABELS = 3
+SIDES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@dataclass(frozen=True)
+class RealModel:
+    """A kind of model: how to make one, what to give it, and which of its layers an adapter would go round.
+
+    Attributes:
+        name: For test ids.
+        build: Makes a model in evaluation mode, always with the same weights.
+        inputs: Makes keyword arguments of its ``forward``, always the same.
+        targets: Last components of layers of several shapes, the square, the wide and the tall among them.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], dict[str, Tensor]]
+    targets: tuple[str, ...]
+
+
+def llama() -> nn.Module:
+    """Build a Llama with grouped-query attention: q and o are square, k and v tall, the rest wide or tall."""
+    return _reproducible(
+        lambda: transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=64, **SIDES)
+        )
+    )
+
+
+def gpt2() -> nn.Module:
+    """Build a GPT-2, whose layers are ``Conv1D``."""
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+    )
+    return _reproducible(lambda: transformers.GPT2LMHeadModel(config))
+
+
+def bert() -> nn.Module:
+    """Build a BERT that classifies sequences."""
+    config = transformers.BertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, num_labels=LABELS, **SIDES)
+    return _reproducible(lambda: transformers.BertForSequenceClassification(config))
+
+
+def vit() -> nn.Module:
+    """Build transformers' ViT that classifies images."""
+    config = transformers.ViTConfig(image_size=16, patch_size=8, num_labels=LABELS, **SIDES)
+    return _reproducible(lambda: transformers.ViTForImageClassification(config))
+
+
+def torchvision_vit() -> nn.Module:
+    """Build torchvision's ViT, whose attention is an `nn.MultiheadAttention`."""
+
+    def build() -> Any:
+        model = torchvision.models.VisionTransformer(
+            image_size=16, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=48, num_classes=LABELS
+        )
+        nn.init.normal_(model.heads.head.weight)  # which comes as zeros, so that every output would be zero
+        return model
+
+    return _reproducible(build)
+
+
+def tokens() -> dict[str, Tensor]:
+    """Make a batch of two sequences of six tokens."""
+    return {"input_ids": _drawn(lambda: torch.randint(0, VOCABULARY, (2, 6)))}
+
+
+def pixels() -> dict[str, Tensor]:
+    """Make a batch of two images."""
+    return {"pixel_values": _drawn(lambda: torch.randn(2, 3, 16, 16))}
+
+
+def image() -> dict[str, Tensor]:
+    """Make the same batch under torchvision's name."""
+    return {"x": pixels()["pixel_values"]}
+
+
+LLAMA = RealModel("llama", llama, tokens, ("q_proj", "v_proj", "up_proj", "down_proj"))
+GPT2 = RealModel("gpt2", gpt2, tokens, ("c_attn", "c_fc", "c_proj"))
+BERT = RealModel("bert", bert, tokens, ("query", "value", "dense"))
+VIT = RealModel("vit", vit, pixels, ("q_proj", "v_proj", "fc1", "fc2"))
+TORCHVISION_VIT = RealModel("torchvision-vit", torchvision_vit, image, ("0", "3"))
+
+TRANSFORMERS_MODELS = (LLAMA, GPT2, BERT, VIT)
+
+every_transformers_model = pytest.mark.parametrize("kind", TRANSFORMERS_MODELS, ids=lambda kind: kind.name)
+
+
+def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Run a model without gradients and return its logits."""
+    with torch.no_grad():
+        return logits(model(**inputs))
+
+
+def logits(output: Any) -> Tensor:
+    """Take the logits out of what a model returned."""
+    found = output if isinstance(output, Tensor) else output.logits
+    assert isinstance(found, Tensor)
+    return found
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Record all that a refused call must leave alone: values, objects, what requires grad, and what hangs on it."""
+    return {
+        "values": copy.deepcopy(model.state_dict()),
+        "modules": {fqn: id(module) for fqn, module in model.named_modules()},
+        "parameters": {fqn: (id(parameter), parameter.requires_grad) for fqn, parameter in model.named_parameters()},
+        "attributes": sorted(model.__dict__),
+    }
+
+
+def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
+    """Hold a model against its snapshot; a NaN equals itself."""
+    after = snapshot(model)
+    torch.testing.assert_close(after.pop("values"), before["values"], rtol=0, atol=0, equal_nan=True)
+    assert after == {name: recorded for name, recorded in before.items() if name != "values"}
+
+
+def _reproducible(build: Callable[[], Any]) -> nn.Module:
+    model = _drawn(build)
+    assert isinstance(model, nn.Module)
+    return model.eval()
+
+
+def _drawn(draw: Callable[[], Any]) -> Any:
+    """Draw from a seed of one's own and leave the global generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return draw()

@@ -1,0 +1,115 @@
+"""PEFT as a peer: building its adapters, filling them, and asking whether ours say the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, RandLoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import randlora
+from randlora.config import BasisKind
+from tests.models import RealModel, outputs
+
+TOLERANCE = 2e-4
+"""How far our output may be from PEFT's, as a share of what the adapter changes: the two differ in rounding only."""
+
+PEFT_FLAGS: dict[BasisKind, dict[str, bool]] = {
+    "dense": {},
+    "sparse": {"sparse": True},
+    "very_sparse": {"very_sparse": True},
+}
+"""PEFT's flags for the kinds of bases it knows."""
+
+R = 6  # does not divide 32, the smaller side of most layers
+ALPHA = 15
+PREFIX = "base_model.model."
+
+THEIR_WARNINGS = [
+    # transformers renames what PEFT still calls by its old name
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Specified to not save basis_A and basis_B:UserWarning"),
+    # a file with the bases once, and not once a layer: PEFT 0.21.2 reads it right all the same
+    pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning"),
+]
+
+
+def peft_config(kind: RealModel, basis: BasisKind = "dense", **options: Any) -> RandLoraConfig:
+    """Make the options that an adapter of rank `R` would have in PEFT."""
+    options = {"r": R, "randlora_alpha": ALPHA, "target_modules": list(kind.targets), **options}
+    return RandLoraConfig(fan_in_fan_out=kind.name == "gpt2", **PEFT_FLAGS[basis], **options)
+
+
+def peft_model(
+    kind: RealModel, basis: BasisKind = "dense", *, dtype: torch.dtype = torch.float32, **options: Any
+) -> PeftModel:
+    """Build PEFT's model with a trained-looking adapter."""
+    model = get_peft_model(kind.build().to(dtype), peft_config(kind, basis, **options)).eval()
+    fill(model)
+    return model
+
+
+def our_model(kind: RealModel, basis: BasisKind = "dense", **options: Any) -> nn.Module:
+    """Build the same with ours."""
+    model = kind.build()
+    randlora.inject(model, **{"r": R, "alpha": ALPHA, "targets": kind.targets, "basis": basis, **options})
+    fill(model)
+    return model
+
+
+def fill(model: nn.Module) -> None:
+    """Give Λ and Γ of every adapter, and what is trained beside it, values as after some training."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise / max(parameter.shape) ** 0.5)
+
+
+def their_values(model: nn.Module, name: str = "default") -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Go through the adapted layers of PEFT's model: FQN, Λ, Γ."""
+    for key, gamma in model.named_parameters():
+        if key.endswith(f".randlora_gamma.{name}"):
+            fqn = key.removesuffix(f".randlora_gamma.{name}")
+            lam = model.get_parameter(f"{fqn}.randlora_lambda.{name}")
+            yield fqn.removeprefix(PREFIX), lam.detach(), gamma.detach()
+
+
+def copy_values(theirs: nn.Module, ours: nn.Module) -> None:
+    """Give our adapter the Λ and Γ of PEFT's."""
+    with torch.no_grad():
+        for fqn, lam, gamma in their_values(theirs):
+            ours.get_parameter(f"{fqn}.randlora_lambda.default").copy_(lam)
+            ours.get_parameter(f"{fqn}.randlora_gamma.default").copy_(gamma)
+
+
+def assert_same_effect(ours: nn.Module, theirs: nn.Module, kind: RealModel, tolerance: float = TOLERANCE) -> None:
+    """Hold our output against PEFT's, in units of what PEFT's adapter changes; a change too small would prove nothing.
+
+    The base is PEFT's own model with its adapter off, so the head that ``modules_to_save`` replaced is off too.
+    """
+    inputs = kind.inputs()
+    expected = outputs(theirs, inputs).double()
+    assert isinstance(theirs, PeftModel)
+    with theirs.disable_adapter():
+        base = outputs(theirs, inputs).double()
+    effect = (expected - base).abs().max()
+    assert effect > 0.1 * base.abs().max(), "the adapter changes too little for a comparison"
+    assert (outputs(ours, inputs).double() - expected).abs().max() <= tolerance * effect
+
+
+def in_peft(kind: RealModel, directory: Path) -> PeftModel:
+    """Let PEFT load a directory into a fresh model."""
+    return PeftModel.from_pretrained(kind.build(), directory).eval()
+
+
+def in_ours(kind: RealModel, directory: Path, **options: Any) -> nn.Module:
+    """Load a directory into a fresh model ourselves."""
+    model = kind.build()
+    randlora.load(model, directory, **options)
+    return model

@@ -1,0 +1,197 @@
+"""What the README and the documentation say is run: every snippet, every docstring's example, every link."""
+
+import doctest
+import importlib
+import inspect
+import io
+import pkgutil
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import randlora
+from randlora import registry
+from tests.peer import THEIR_WARNINGS
+
+pytestmark = THEIR_WARNINGS  # one page loads an adapter in PEFT
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PACKAGE = ROOT / "randlora"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+NOT_RUN = 'title="not run"'
+
+FENCE = re.compile(r"^```(?P<language>\w*)(?P<options>[^\n`]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"!?\[[^\]]*\]\((?P<target>[^)\s]+)[^)]*\)")
+API_ENTRY = re.compile(r"^::: randlora\.([\w.]+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """A block of Python on a page.
+
+    Attributes:
+        page: The page's file.
+        line: Line of its first statement, counted from 1.
+        code: The statements.
+        printed: What the block of text right below says that it prints, or ``None`` where there is no such block.
+    """
+
+    page: Path
+    line: int
+    code: str
+    printed: str | None
+
+    def compiled(self) -> Any:
+        """Compile it so that a traceback names the page and the line."""
+        return compile("\n" * (self.line - 1) + self.code, str(self.page), "exec")
+
+
+def snippets(page: Path) -> list[Snippet]:
+    """Find the blocks of a page that are to be run, in order."""
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for block in FENCE.finditer(text):
+        if block["language"] != "python" or NOT_RUN in block["options"]:
+            continue
+        below = FENCE.match(text, len(text) - len(text[block.end() :].lstrip("\n")))
+        printed = below["code"] if below and below["language"] == "text" else None
+        found.append(Snippet(page, text.count("\n", 0, block.start("code")) + 1, block["code"], printed))
+    return found
+
+
+def page_name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def run_page(page: Path) -> None:
+    """Run a page's snippets one after the other in one namespace.
+
+    Raises:
+        AssertionError: Naming page and line, when a snippet raises, or prints something else than the page says.
+    """
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    for snippet in snippets(page):
+        output = io.StringIO()
+        try:
+            with redirect_stdout(output):
+                exec(snippet.compiled(), namespace)
+        except Exception as error:
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(page)]
+            line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else [snippet.line, *lines][-1]
+            raise AssertionError(f"{page.name}:{line}: {type(error).__name__}: {error}") from error
+        if snippet.printed is not None and stripped(output.getvalue()) != stripped(snippet.printed):
+            raise AssertionError(f"{page.name}:{snippet.line}: prints\n{output.getvalue()}\nand not\n{snippet.printed}")
+
+
+def stripped(text: str) -> list[str]:
+    return [line.rstrip() for line in text.strip("\n").splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def _known_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the kinds of layers that an example registers."""
+    monkeypatch.setattr(registry, "_layers", dict(registry._layers))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=page_name)
+def test_the_snippets_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_page(page)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/quickstart.md"])
+def test_the_pages_that_users_meet_first_have_snippets(name: str) -> None:
+    assert snippets(ROOT / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# Title\n\n```python\nx = 1\n\nx.missing\n```\n", r"page\.md:6: AttributeError"),
+        ("```python\nx = 1\n```\n\n```python\nassert x == 2\n```\n", r"page\.md:6: AssertionError"),
+        ("```python\nx = = 1\n```\n", r"page\.md:2: SyntaxError"),
+        ("```python\nprint(1)\n```\n```text\n2\n```\n", r"page\.md:2: prints"),
+        ("```python\nprint(1)\n```\n\n```text\n2\n```\n", r"page\.md:2: prints"),
+    ],
+    ids=["raises", "second block", "syntax", "prints otherwise", "prints otherwise after a blank line"],
+)
+def test_a_wrong_snippet_is_reported_with_its_line(text: str, message: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text, encoding="utf-8")
+    with pytest.raises(AssertionError, match=message):
+        run_page(page)
+
+
+def test_a_snippet_marked_not_run_is_not_run(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"```python {NOT_RUN}\nraise ValueError\n```\n", encoding="utf-8")
+    run_page(page)
+
+
+def package_examples() -> Iterator[doctest.DocTest]:
+    """Find the examples in the package's docstrings."""
+    names = [info.name for info in pkgutil.walk_packages(randlora.__path__, "randlora.")]
+    for module in map(importlib.import_module, ["randlora", *names]):
+        extra = {"torch": torch, "nn": nn, "randlora": randlora}
+        yield from (test for test in doctest.DocTestFinder().find(module, extraglobs=extra) if test.examples)
+
+
+@pytest.mark.parametrize("example", list(package_examples()), ids=lambda example: example.name)
+def test_the_example_of_a_docstring_runs(example: doctest.DocTest) -> None:
+    report = io.StringIO()
+    doctest.DocTestRunner().run(example, out=report.write)
+    assert report.getvalue() == ""
+
+
+def test_every_example_in_the_package_is_found() -> None:
+    written = sum(path.read_text(encoding="utf-8").count(">>> ") for path in PACKAGE.rglob("*.py"))
+    assert sum(len(example.examples) for example in package_examples()) == written > 0
+
+
+def test_the_api_page_shows_every_public_name_once() -> None:
+    entries = API_ENTRY.findall((DOCS / "api.md").read_text(encoding="utf-8"))
+    shown = [entry.rsplit(".", 1)[-1] for entry in entries]
+    assert sorted(shown) == sorted(randlora.__all__)
+
+
+def test_the_api_page_names_each_object_where_it_is_defined() -> None:
+    for entry in API_ENTRY.findall((DOCS / "api.md").read_text(encoding="utf-8")):
+        module, _, name = f"randlora.{entry}".rpartition(".")
+        assert inspect.getattr_static(importlib.import_module(module), name) is getattr(randlora, name)
+
+
+def links(page: Path) -> list[str]:
+    """Find the targets of a page's links to files of the repository, outside of code."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    targets = (match["target"] for match in LINK.finditer(text))
+    return [target for target in targets if "://" not in target and not target.startswith(("#", "mailto:"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_the_files_that_a_page_links_to_exist(page: Path) -> None:
+    missing = [target for target in links(page) if not (page.parent / target.split("#")[0]).exists()]
+    assert missing == []
+
+
+def test_the_pages_link_to_each_other() -> None:
+    assert sum(len(links(page)) for page in PAGES) > len(PAGES)
+
+
+def test_the_navigation_lists_every_page() -> None:
+    listed = re.findall(r"([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(page.name for page in DOCS.glob("*.md"))
+
+
+def test_the_architecture_page_names_every_file_of_the_package_and_no_other() -> None:
+    named = set(re.findall(r"`([\w/]+\.(?:py|typed))`", (DOCS / "architecture.md").read_text(encoding="utf-8")))
+    files = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")} | {"py.typed"}
+    assert named == files

@@ -1,0 +1,212 @@
+"""The examples in docs/examples: what they do with data, and each of them whole on a tiny model; no file is fetched."""
+
+import copy
+import importlib.util
+import io
+import runpy
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import typer
+from torch import Tensor
+
+import randlora
+from tests import models
+
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+
+
+def imported(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def sentiment() -> ModuleType:
+    return imported("sentiment")
+
+
+@pytest.fixture
+def causal_lm() -> ModuleType:
+    return imported("causal_lm")
+
+
+def write_archive(path: Path, table: str) -> Path:
+    content = table.encode()
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as tar:
+        info = tarfile.TarInfo("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz", inner.getvalue())
+    return path
+
+
+def tiny_texts(sentiment: ModuleType, count: int = 24) -> Any:
+    """Make texts of 3 to 7 tokens whose first token says whether they are good."""
+    lengths = torch.arange(count) % 5 + 3
+    mask = (torch.arange(7) < lengths[:, None]).long()
+    ids = torch.randint(10, models.VOCABULARY, (count, 7)) * mask
+    labels = (torch.arange(count) % 2).float()
+    ids[:, 0] = 1 + labels.long()
+    return sentiment.Texts(ids, mask, labels)
+
+
+def tiny_classifier(sentiment: ModuleType) -> Any:
+    encoder: Any = models.bert().bert
+    return sentiment.SentimentClassifier(encoder, encoder.config.hidden_size)
+
+
+@pytest.mark.parametrize("name", ["sentiment", "causal_lm"])
+def test_help_names_the_options(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert exit_.value.code == 0
+    assert {"--basis", "--r", "--alpha", "--seed"} <= set(capsys.readouterr().out.split())
+
+
+def test_reviews_keep_clear_ratings_and_no_text_twice(sentiment: ModuleType, tmp_path: Path) -> None:
+    table = "1\t2.1\tGood.\r\n2\t-1.5\tBad…\r\n3\t0.5\tUnclear.\r\n4\t-0.2\tUnclear, too.\r\n5\t3.0\tGood.\r\n"
+    archive = write_archive(tmp_path / "archive.zip", table)
+    assert sentiment.read_reviews(archive) == [("Good.", True), ("Bad…", False)]
+
+
+def test_a_missing_archive_says_what_to_run(sentiment: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match="make demo"):
+        sentiment.read_reviews(tmp_path / "absent.zip")
+
+
+def test_training_and_test_reviews_do_not_overlap(sentiment: ModuleType) -> None:
+    reviews = [sentiment.Review(str(number), number % 2 == 0) for number in range(50)]
+    training, test = sentiment.split(reviews, 30, 15, 0)
+    assert (len(training), len(test), len({*training, *test})) == (30, 15, 45)
+    assert sentiment.split(reviews, 30, 15, 0) == (training, test)
+    assert sentiment.split(reviews, 30, 15, 1) != (training, test)
+    with pytest.raises(typer.BadParameter, match="too many"):
+        sentiment.split(reviews, 30, 21, 0)
+
+
+@pytest.mark.parametrize("is_shuffled", [False, True])
+def test_batches_hold_every_text_once_with_little_padding(sentiment: ModuleType, is_shuffled: bool) -> None:
+    texts = tiny_texts(sentiment)
+    generator = torch.Generator().manual_seed(0)
+    batches = list(texts.shuffled_batches(5, generator) if is_shuffled else texts.batches(5))
+    rows = [tuple(ids[mask > 0].tolist()) for batch in batches for ids, mask in _rows(batch)]
+    assert sorted(rows) == sorted(tuple(ids[mask > 0].tolist()) for ids, mask in _rows(texts))
+    assert all(batch.attention_mask.sum(0).min() > 0 for batch in batches)
+    assert [len(batch) for batch in texts.batches(5)] == [5, 5, 5, 5, 4]
+
+
+def _rows(texts: Any) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(texts.input_ids, texts.attention_mask, strict=True))
+
+
+def test_the_head_learns_on_frozen_features(sentiment: ModuleType) -> None:
+    model, texts = tiny_classifier(sentiment), tiny_texts(sentiment)
+    before = copy.deepcopy(model.encoder.state_dict())
+    sentiment.train_head(model, texts, weight_decay=1e-4)
+    assert sentiment.accuracy(sentiment.predict(model, texts), texts) > 0.9
+    torch.testing.assert_close(model.encoder.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.fixture
+def trained(sentiment: ModuleType, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, list[float]]:
+    """A tiny classifier that learned, in a script that makes fresh ones of the same weights."""
+    model, texts = tiny_classifier(sentiment), tiny_texts(sentiment)
+    fresh = copy.deepcopy(model)
+    monkeypatch.setattr(sentiment, "load_classifier", lambda: copy.deepcopy(fresh))
+    monkeypatch.setattr(sentiment, "SHOWN_LAYER", "encoder.encoder.layer.1.attention.self.value")
+    randlora.inject(model, r=8, alpha=16, targets=sentiment.TARGETS, train_also="head")
+    return model, texts, sentiment.train_with_progress(model, texts, epochs=20, lr=1e-2, seed=0)
+
+
+def test_training_lowers_the_loss(sentiment: ModuleType, trained: tuple[Any, Any, list[float]]) -> None:
+    model, texts, losses = trained
+    assert losses[-1] < 0.5 * losses[0]
+    assert sentiment.accuracy(sentiment.predict(model, texts), texts) > 0.9
+
+
+def test_training_again_gives_the_same_losses(sentiment: ModuleType, trained: tuple[Any, Any, list[float]]) -> None:
+    _, texts, losses = trained
+    again = sentiment.load_classifier()
+    randlora.inject(again, r=8, alpha=16, targets=sentiment.TARGETS, train_also="head")
+    assert sentiment.train_with_progress(again, texts, epochs=20, lr=1e-2, seed=0) == losses
+
+
+def test_a_saved_adapter_reloads_and_merges(
+    sentiment: ModuleType, trained: tuple[Any, Any, list[float]], tmp_path: Path
+) -> None:
+    model, texts, _ = trained
+    randlora.save(model, tmp_path)
+    rows, is_right = sentiment.check_reloading(model, tmp_path, texts)
+    assert is_right
+    assert rows[0] == ("reloaded into a fresh model", "24 of 24 predictions equal, bit for bit")
+
+
+def test_another_adapter_on_disk_is_noticed(
+    sentiment: ModuleType, trained: tuple[Any, Any, list[float]], tmp_path: Path
+) -> None:
+    model, texts, _ = trained
+    randlora.save(model, tmp_path)
+    with torch.no_grad():
+        model.get_submodule(sentiment.SHOWN_LAYER).randlora_lambda["default"].add_(0.1)
+    _, is_right = sentiment.check_reloading(model, tmp_path, texts)
+    assert not is_right
+
+
+def test_the_picture_is_drawn_and_the_rank_is_full(
+    sentiment: ModuleType, trained: tuple[Any, Any, list[float]], tmp_path: Path
+) -> None:
+    model, _, losses = trained
+    _, found = sentiment.draw(model, losses, tmp_path / "picture.png")
+    assert found == "32 of 32; a LoRA of equal size has 2 at most"  # 4 · (8 + 32) numbers, 64 for each rank of a LoRA
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tales_are_read_by_their_titles(causal_lm: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "tales.txt").write_text("# One\n\nOnce.\n\nTwice.\n\n# Two\n\nThrice.\n", encoding="utf-8")
+    assert causal_lm.read_tales(tmp_path / "tales.txt") == [("One", "Once.\n\nTwice."), ("Two", "Thrice.")]
+
+
+def test_tales_held_out_are_not_trained_on(causal_lm: ModuleType) -> None:
+    tales = causal_lm.read_tales(causal_lm.TALES)
+    training, held_out = causal_lm.split(tales)
+    assert (len(training), len(held_out)) == (13, 4)
+    assert {*training, *held_out} == set(tales)
+    assert min(len(tale.text) for tale in tales) > 3000
+
+
+class CharacterTokenizer:
+    """Stands in for a tokenizer: a character is a token."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [ord(character) % models.VOCABULARY for character in text]}
+
+
+def test_windows_stay_inside_a_tale(causal_lm: ModuleType) -> None:
+    tales = [causal_lm.Tale("a", "a" * 200), causal_lm.Tale("b", "b" * 100)]
+    found = causal_lm.windows(CharacterTokenizer(), tales)
+    assert found.shape == (3, causal_lm.WINDOW)
+    assert [row.unique().tolist() for row in found] == [[33], [33], [34]]
+
+
+def test_a_language_model_learns_its_tales(causal_lm: ModuleType) -> None:
+    model, rows = models.llama(), torch.arange(32).repeat(6, 1)
+    randlora.inject(model, r=8, targets=causal_lm.TARGETS)
+    before = causal_lm.mean_loss(model, rows)
+    losses = list(causal_lm.train(model, rows, steps=20, batch_size=3, lr=2e-2, seed=0))
+    with randlora.merged(model):
+        assert causal_lm.mean_loss(model, rows) < before - 0.1
+    assert len(losses) == 20

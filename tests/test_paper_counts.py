@@ -1,0 +1,140 @@
+"""The trainable counts of the paper and of PEFT's benchmark, from the models' own shapes; no weight is allocated."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import randlora
+from randlora.config import BasisKind
+from tests.models import assert_untouched, snapshot
+
+QKV_UP_DOWN = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+ENCODER_DENSE = r".*\.encoder\.layer\..*\.(query|key|value|dense)"
+
+
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return build()
+
+
+@cache
+def llama_3_8b() -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    return on_meta(lambda: transformers.LlamaForCausalLM(config))
+
+
+@cache
+def llama_3_2_3b() -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+    )
+    return on_meta(lambda: transformers.LlamaForCausalLM(config))
+
+
+@cache
+def qwen2_half_b() -> nn.Module:
+    config = transformers.Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    return on_meta(lambda: transformers.Qwen2ForCausalLM(config))
+
+
+@cache
+def roberta_base() -> nn.Module:
+    return on_meta(lambda: transformers.RobertaForSequenceClassification(transformers.RobertaConfig()))
+
+
+@cache
+def roberta_large() -> nn.Module:
+    config = transformers.RobertaConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16
+    )
+    return on_meta(lambda: transformers.RobertaForSequenceClassification(config))
+
+
+COUNTS: tuple[tuple[Callable[[], nn.Module], Any, int, int], ...] = (
+    (llama_3_8b, QKV_UP_DOWN, 60, 28_778_112),
+    (llama_3_8b, QKV_UP_DOWN, 30, 56_626_112),
+    (llama_3_8b, QKV_UP_DOWN, 15, 112_723_968),
+    (qwen2_half_b, QKV_UP_DOWN, 10, 5_956_992),
+    (qwen2_half_b, QKV_UP_DOWN, 5, 11_842_944),
+    (llama_3_2_3b, ("q_proj", "v_proj"), 32, 9_289_728),
+    (llama_3_2_3b, None, 32, 9_289_728),
+    (roberta_base, ENCODER_DENSE, 64, 718_848),
+    (roberta_large, ENCODER_DENSE, 100, 1_780_416),
+)
+
+
+@pytest.mark.parametrize(
+    ("build", "targets", "r", "expected"),
+    COUNTS,
+    ids=[f"{build.__name__}-{'preset' if targets is None else 'named'}-r={r}" for build, targets, r, _ in COUNTS],
+)
+def test_trainable_counts_are_those_published(
+    build: Callable[[], nn.Module], targets: Any, r: int, expected: int
+) -> None:
+    assert randlora.plan(build(), r, targets=targets).trainable_parameters == expected
+
+
+class CountsAllocations(TorchFunctionMode):
+    """Adds up the bytes of every tensor off the meta device that a torch function returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not result.is_meta:
+            self.nbytes += result.nbytes
+        return result
+
+
+@pytest.mark.parametrize("basis", ["dense", "very_sparse", "block"])
+def test_a_plan_for_llama_3_8b_takes_no_memory_and_touches_nothing(basis: BasisKind) -> None:
+    model = llama_3_8b()
+    before = snapshot(model)
+    with CountsAllocations() as allocations:
+        report = randlora.plan(model, 32, targets="all-linear", basis=basis)
+    assert allocations.nbytes == 0
+    assert len(report.targets) == 7 * 32
+    assert report.checkpoint_bytes == 4 * report.trainable_parameters
+    assert report.checkpoint_bytes <= 0.35e9
+    assert report.skipped == {"lm_head": "the output head"}
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert_untouched(model, before)
+
+
+def test_an_adapter_on_meta_takes_no_memory_until_the_model_has_values() -> None:
+    model = on_meta(lambda: nn.Sequential(nn.Linear(4096, 4096), nn.Linear(4096, 14336)))
+    with CountsAllocations() as allocations:
+        randlora.inject(model, 32)
+        output = model(torch.empty(2, 4096, device="meta"))
+    assert allocations.nbytes == 0
+    assert output.shape == (2, 14336)
+    assert all(parameter.is_meta for parameter in model.parameters())

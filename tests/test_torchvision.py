@@ -1,0 +1,76 @@
+"""A vision transformer whose attention reads its projections' weights itself, as `nn.MultiheadAttention` does."""
+
+import pytest
+import torch
+
+import randlora
+from tests.models import TORCHVISION_VIT, assert_untouched, outputs, snapshot, torchvision_vit
+
+INPUTS = TORCHVISION_VIT.inputs()
+BLOCKS = [f"encoder.layers.encoder_layer_{index}" for index in range(2)]
+
+
+def trained() -> torch.nn.Module:
+    model = torchvision_vit()
+    randlora.inject(model, r=6, targets="all-linear")
+    with torch.no_grad():
+        for parameter in randlora.trainable_parameters(model):
+            parameter.copy_(torch.randn(parameter.shape) / max(parameter.shape) ** 0.5)
+    return model
+
+
+def test_all_linear_passes_over_what_attention_reads_and_says_why() -> None:
+    report = randlora.inject(torchvision_vit(), r=6, targets="all-linear")
+    assert set(report.targets) == {f"{block}.mlp.{index}" for block in BLOCKS for index in (0, 3)}
+    assert set(report.skipped) == {*(f"{block}.self_attention.out_proj" for block in BLOCKS), "heads.head"}
+    assert report.skipped["heads.head"] == "the output head"
+    reason = report.skipped[f"{BLOCKS[0]}.self_attention.out_proj"]
+    assert "nn.MultiheadAttention reads this weight and never calls the layer" in reason
+    assert reason in str(report)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [["out_proj"], r".*\.out_proj", ["mlp.0", "out_proj"], lambda fqn, _: fqn.endswith("out_proj")],
+    ids=["a suffix", "a regex", "one suffix of two", "a callable"],
+)
+def test_asking_for_what_attention_reads_is_refused_and_changes_nothing(targets: randlora.config.Pattern) -> None:
+    model = torchvision_vit()
+    before = snapshot(model)
+    with pytest.raises(
+        randlora.TargetError, match=r"encoder_layer_1\.self_attention\.out_proj \(.*\) cannot be adapted"
+    ):
+        randlora.inject(model, r=6, targets=targets)
+    assert_untouched(model, before)
+
+
+def test_a_fresh_adapter_changes_no_bit_of_the_output() -> None:
+    model = torchvision_vit()
+    expected = outputs(model, INPUTS)
+    assert expected.abs().max() > 0.1
+    randlora.inject(model, r=6, targets="all-linear")
+    assert torch.equal(outputs(model, INPUTS), expected)
+
+
+def test_merging_gives_the_adapted_output_from_plain_layers() -> None:
+    model = trained()
+    base, expected = outputs(torchvision_vit(), INPUTS), outputs(model, INPUTS)
+    assert (expected - base).abs().max() > 0.1
+    randlora.merge(model)
+    assert {type(module) for module in model.modules()} == {type(module) for module in torchvision_vit().modules()}
+    torch.testing.assert_close(outputs(model, INPUTS), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ejecting_gives_the_base_back() -> None:
+    model = trained()
+    randlora.eject(model)
+    assert torch.equal(outputs(model, INPUTS), outputs(torchvision_vit(), INPUTS))
+    torch.testing.assert_close(model.state_dict(), torchvision_vit().state_dict(), rtol=0, atol=0)
+
+
+def test_every_adapted_layer_gets_a_gradient() -> None:
+    model = trained()
+    model(**INPUTS).square().sum().backward()
+    gradients = [parameter.grad for parameter in randlora.trainable_parameters(model)]
+    assert len(gradients) == 2 * 4
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
