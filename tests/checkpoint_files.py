@@ -1,0 +1,287 @@
+"""Small models to save adapters of, directories to damage, and snapshots that tell whether a call left a trace."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from transformers.pytorch_utils import Conv1D
+
+import randlora
+from randlora.bank import Basis
+from randlora.checkpoint.header import dump_header, parse_header
+from randlora.state import ModelState, attached_state
+
+Bits = tuple[torch.dtype, tuple[int, ...], bytes]
+
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+
+
+class Twice(nn.Module):
+    """A model that uses one layer in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.again = self.first
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.last(self.again(torch.tanh(self.first(x))))
+        return output
+
+
+class Headed(nn.Module):
+    """A body to adapt, a norm and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 7))
+        self.norm = nn.LayerNorm(7)
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.head(self.norm(self.body(x)))
+        return output
+
+
+class Tied(nn.Module):
+    """Two parameters that are one, outside of what is adapted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 5)
+        self.norm = nn.LayerNorm(5)
+        self.twin = nn.LayerNorm(5)
+        self.twin.weight = self.norm.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.twin(self.norm(self.body(x)))
+        return output
+
+
+class Wrapped(nn.Module):
+    """A module called as PEFT and this library call what they wrap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.ModuleDict({"base_layer": nn.LayerNorm(6)})
+        self.body = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.body(self.block["base_layer"](x))
+        return output
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and what is adapted in it.
+
+    Attributes:
+        name: For test ids.
+        make: Makes the model, with random weights; its input is ``(rows, 6)``.
+        options: What `randlora.inject` is told beside r and the bases.
+        dtype: Of the model and its input.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+
+    def build(self) -> nn.Module:
+        """Make the model, always with the same weights, in evaluation mode."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return self.make().to(self.dtype).eval()
+
+    def output(self, model: nn.Module) -> Tensor:
+        """Run the model on an input that is always the same."""
+        x = torch.linspace(-1, 1, 18, dtype=torch.float64).reshape(3, 6).to(self.dtype)
+        with torch.no_grad():
+            output: Tensor = model(x)
+        return output
+
+
+def _linear() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 5))
+
+
+def _conv1d() -> nn.Module:
+    model = nn.Sequential(Conv1D(9, 6), nn.Tanh(), Conv1D(5, 9))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    return model
+
+
+def _mixed() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 17), nn.Tanh(), nn.Linear(17, 3, bias=False), Conv1D(12, 3))
+
+
+LINEAR = Case("Linear", _linear)
+HEADED = Case("head-and-bias", Headed, {"targets": ["0", "2"], "train_also": ["head", "norm.bias"]})
+CASES = (
+    LINEAR,
+    Case("Conv1D", _conv1d),
+    Case("mixed-sizes", _mixed),
+    Case("two-places", Twice, {"targets": "all-linear"}),
+    HEADED,
+    Case("biases-of-targets", Headed, {"targets": ["0", "2"], "train_also": r"body\.\d\.bias"}),
+    Case("tied-parameter", Tied, {"train_also": ["norm", "twin"]}),
+    Case("module-called-base_layer", Wrapped, {"train_also": ["base_layer"]}),
+    Case("bfloat16", Headed, {"targets": ["0"], "train_also": ["head"]}, torch.bfloat16),
+    Case("float64", Headed, {"targets": ["0", "2"], "train_also": ["head"]}, torch.float64),
+)
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def trained(case: Case, *, name: str = "default", **options: Any) -> nn.Module:
+    """Build a case's model with an adapter whose values are random, as after training."""
+    model = case.build()
+    randlora.inject(model, **{"r": 2, **case.options, **options}, name=name)
+    return fill(model, name)
+
+
+def fill(model: nn.Module, name: str, *, seed: int = 1) -> nn.Module:
+    """Give one adapter random values."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in adapter_values(model, name).values():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def adapter_values(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """Return Λ, Γ and the parameters trained beside one adapter, by key."""
+    found = {
+        f"{fqn}.{part}": getattr(module, part)[name]
+        for fqn, module in model.named_modules()
+        if isinstance(module, randlora.AdapterLayer) and name in module.adapters
+        for part in ("randlora_lambda", "randlora_gamma")
+    }
+    return found | dict(_state(model).adapter(name).trained)
+
+
+def basis_of(model: nn.Module, name: str = "default") -> Basis:
+    """Return the bases of one adapter."""
+    return _state(model).adapter(name).basis
+
+
+def _state(model: nn.Module) -> ModelState:
+    state = attached_state(model)
+    assert state is not None, "the model is adapted"
+    return state
+
+
+def bits(tensor: Tensor) -> Bits:
+    """Return everything a tensor says, to be compared with ``==``: NaN equals itself, and -0.0 is not 0.0."""
+    if is_lazy(tensor) or tensor.is_meta:
+        return tensor.dtype, () if is_lazy(tensor) else tuple(tensor.shape), b""
+    raw = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return tensor.dtype, tuple(tensor.shape), raw
+
+
+def all_bits(tensors: Mapping[str, Tensor]) -> dict[str, Bits]:
+    """Apply `bits` to each."""
+    return {name: bits(tensor) for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
+class Same:
+    """Equal to itself only; holds on to the object, so that no other gets its id."""
+
+    held: object = field(compare=False)
+    identity: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "identity", id(self.held))
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Take down all that a refused call must leave alone: objects, bits, flags, attributes, adapters and bases."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    state = attached_state(model)
+    return {
+        "modules": {fqn: Same(module) for fqn, module in modules.items()},
+        "attributes": {fqn: sorted(vars(module)) for fqn, module in modules.items()},
+        "training": {fqn: module.training for fqn, module in modules.items()},
+        "parameters": {
+            fqn: (Same(parameter), parameter.requires_grad, bits(parameter))
+            for fqn, parameter in model.named_parameters(remove_duplicate=False)
+        },
+        "buffers": all_bits(dict(model.named_buffers(remove_duplicate=False))),
+        "adapters": randlora.adapters(model),
+        "replaced": sorted(state.replaced) if state else None,
+        "bases": [(Same(basis), basis.spec, basis.extent) for basis in state.bank] if state else None,
+    }
+
+
+def refused(
+    model: nn.Module,
+    directory: Path,
+    match: str,
+    *,
+    error: type[Exception] = randlora.CheckpointError,
+    **options: Any,
+) -> None:
+    """Check that `randlora.load` raises an error that says ``match``, and that the model shows no trace of it."""
+    before = snapshot(model)
+    with pytest.raises(error, match=re.escape(match)):
+        randlora.load(model, directory, **options)
+    assert snapshot(model) == before
+
+
+def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a directory's tensors and their header's metadata."""
+    with safe_open(directory / TENSORS_FILE, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in sorted(file.keys())}, file.metadata() or {}
+
+
+def write_tensors(directory: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Replace a directory's tensors and metadata."""
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, directory / TENSORS_FILE, dict(metadata))
+
+
+def read_fields(directory: Path) -> dict[str, Any]:
+    """Read a directory's JSON."""
+    fields: dict[str, Any] = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    return fields
+
+
+def edit_fields(directory: Path, changes: Mapping[str, Any], *, drop: Sequence[str] = ()) -> None:
+    """Change some fields of a directory's JSON."""
+    fields = {key: value for key, value in {**read_fields(directory), **changes}.items() if key not in drop}
+    (directory / CONFIG_FILE).write_text(json.dumps(fields), encoding="utf-8")
+
+
+def edit_tensors(directory: Path, changes: Mapping[str, Tensor], *, drop: Sequence[str] = ()) -> None:
+    """Change some tensors as PEFT might have written them: without our header, which would tell."""
+    tensors, _ = read_tensors(directory)
+    changed = {key: tensor for key, tensor in {**tensors, **changes}.items() if key not in drop}
+    write_tensors(directory, changed, {"format": "pt"})
+
+
+def peft_directory(directory: Path, case: Case = LINEAR, **options: Any) -> Path:
+    """Save a trained adapter as PEFT would: with both bases and without our header."""
+    randlora.save(trained(case, **options), directory, bases="stored")
+    edit_tensors(directory, {})
+    return directory
+
+
+def reseal(
+    directory: Path, changes: Mapping[str, Tensor] | None = None, *, drop: Sequence[str] = (), **facts: Any
+) -> None:
+    """Change tensors and facts of the header, and seal them as a save would have."""
+    tensors, metadata = read_tensors(directory)
+    header = replace(parse_header(metadata["randlora"], tensors), **facts)
+    changed = {key: tensor for key, tensor in {**tensors, **(changes or {})}.items() if key not in drop}
+    write_tensors(directory, changed, {**metadata, "randlora": dump_header(header, changed)})

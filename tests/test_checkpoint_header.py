@@ -1,0 +1,189 @@
+"""The header: what it carries comes back, and its seal covers every fact and every tensor."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from randlora import BasisSpec, CheckpointError, RandLoRAConfig
+from randlora.checkpoint.header import Header, dump_header, parse_header
+from tests.strategies import specs
+
+SHAPES = {"a": (4, 6), "b.c": (5, 3)}
+SPEC = BasisSpec("dense", "torch", seed=3, r=2, max_dim=6, min_dim=5)
+CONFIG = RandLoRAConfig(r=2, targets=("a", "b.c"), alpha=5.0, dropout=0.5, seed=3, train_also=("d",))
+HEADER = Header(CONFIG, SPEC, SHAPES, "0" * 64, is_reproducible=True)
+TENSORS = {"x": torch.arange(6.0).reshape(2, 3), "y": torch.ones(4, dtype=torch.bfloat16)}
+
+names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
+
+
+@st.composite
+def headers(draw: st.DrawFn) -> Header:
+    """Draw headers of every kind of bases, with any names, over shapes that the bases reach."""
+    spec = draw(specs())
+    side = st.integers(1, spec.min_dim)
+    shapes = draw(st.dictionaries(names, st.tuples(side, side), min_size=1, max_size=3))
+    config = RandLoRAConfig(
+        r=spec.r,
+        basis=spec.kind,
+        stream=spec.stream,
+        blocks=spec.blocks,
+        seed=spec.seed,
+        targets=tuple(shapes),
+        alpha=draw(st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(10**9), 10**9)),
+        dropout=draw(st.floats(0, 1, exclude_max=True)),
+        train_also=draw(st.none() | st.lists(names, min_size=1, max_size=2).map(tuple)),
+    )
+    return Header(
+        config, spec, shapes, draw(st.text("0123456789abcdef", min_size=64, max_size=64)), draw(st.booleans())
+    )
+
+
+@given(headers())
+def test_what_is_dumped_is_parsed_back(header: Header) -> None:
+    assert parse_header(dump_header(header, TENSORS), TENSORS) == header
+
+
+def test_tensors_are_sealed_in_any_order() -> None:
+    backwards = dict(reversed(TENSORS.items()))
+    assert parse_header(dump_header(HEADER, TENSORS), backwards) == HEADER
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), st.tuples(st.integers(1, 50), st.integers(1, 50)), min_size=1))
+def test_extent_and_rectangle_are_the_dims_that_layers_slice_and_that_peft_draws(
+    shapes: dict[str, tuple[int, int]],
+) -> None:
+    header = replace(HEADER, shapes=shapes)
+    larger, smaller = zip(*(sorted(shape, reverse=True) for shape in shapes.values()), strict=True)
+    widest_out, widest_in = max(out for out, _ in shapes.values()), max(in_ for _, in_ in shapes.values())
+    assert header.extent == (max(larger), max(smaller))
+    assert header.rectangle == (max(larger), min(widest_out, widest_in))
+    assert header.rectangle[1] >= header.extent[1]
+
+
+CHANGED_FACTS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "seed": lambda facts: facts["basis"].update(seed=4) or facts["config"].update(seed=4),
+    "kind": lambda facts: facts["basis"].update(kind="sparse") or facts["config"].update(basis="sparse"),
+    "max_dim": lambda facts: facts["basis"].update(max_dim=7),
+    "min_dim": lambda facts: facts["basis"].update(min_dim=6),
+    "basis_sha256": lambda facts: facts.update(basis_sha256="1" * 64),
+    "alpha": lambda facts: facts["config"].update(alpha=6.0),
+    "dropout": lambda facts: facts["config"].update(dropout=0.25),
+    "exclude": lambda facts: facts["config"].update(exclude="a"),
+    "train_also": lambda facts: facts["config"].update(train_also=["e"]),
+    "targets-order": lambda facts: facts["config"].update(targets=["b.c", "a"]),
+    "is_reproducible": lambda facts: facts.update(is_reproducible=False),
+    "library_version": lambda facts: facts.update(library_version="9"),
+    "shape": lambda facts: facts["targets"].update(a=[6, 4]),
+    "another-fact": lambda facts: facts.update(more=1),
+    "seal": lambda facts: facts.update(sha256="0" * 64),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED_FACTS.values(), ids=CHANGED_FACTS)
+def test_any_changed_fact_breaks_the_seal(change: Callable[[dict[str, Any]], object]) -> None:
+    facts = json.loads(dump_header(HEADER, TENSORS))
+    change(facts)
+    with pytest.raises(CheckpointError, match="do not match its checksum"):
+        parse_header(json.dumps(facts), TENSORS)
+
+
+CHANGED_TENSORS: dict[str, dict[str, Tensor]] = {
+    "value": {**TENSORS, "x": TENSORS["x"] + 1},
+    "sign-of-zero": {**TENSORS, "x": TENSORS["x"] * torch.tensor([[-1.0, 1, 1], [1, 1, 1]])},
+    "dtype": {**TENSORS, "y": torch.ones(4, dtype=torch.bfloat16).view(torch.int16)},
+    "shape": {**TENSORS, "x": TENSORS["x"].reshape(3, 2)},
+    "name": {"z": TENSORS["x"], "y": TENSORS["y"]},
+    "swapped": {"x": TENSORS["y"], "y": TENSORS["x"]},
+    "fewer": {"x": TENSORS["x"]},
+    "more": {**TENSORS, "z": torch.ones(1)},
+    "more-of-nothing": {**TENSORS, "z": torch.ones(0)},
+}
+
+
+@pytest.mark.parametrize("tensors", CHANGED_TENSORS.values(), ids=CHANGED_TENSORS)
+def test_any_changed_tensor_breaks_the_seal(tensors: dict[str, Tensor]) -> None:
+    with pytest.raises(CheckpointError, match="do not match its checksum"):
+        parse_header(dump_header(HEADER, TENSORS), tensors)
+
+
+def _without(*path: str) -> Callable[[dict[str, Any]], object]:
+    def remove(facts: dict[str, Any]) -> None:
+        for name in path[:-1]:
+            facts = facts[name]
+        del facts[path[-1]]
+
+    return remove
+
+
+BROKEN_FACTS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no-version": _without("format_version"),
+    "no-seal": _without("sha256"),
+    "no-config": _without("config"),
+    "no-basis": _without("basis"),
+    "no-targets": _without("targets"),
+    "no-digest": _without("basis_sha256"),
+    "no-blocks": _without("basis", "blocks"),
+    "no-seed": _without("basis", "seed"),
+    "basis-list": lambda facts: facts.update(basis=[]),
+    "basis-null": lambda facts: facts.update(basis=None),
+    "config-list": lambda facts: facts.update(config=[]),
+    "targets-list": lambda facts: facts.update(targets=["a"]),
+    "shape-short": lambda facts: facts["targets"].update(a=[4]),
+    "shape-null": lambda facts: facts["targets"].update(a=None),
+    "shape-infinite": lambda facts: facts["targets"].update(a=[4, float("inf")]),
+    "shape-nan": lambda facts: facts["targets"].update(a=[4, float("nan")]),
+    "unknown-option": lambda facts: facts["config"].update(rank=2),
+    "unknown-kind": lambda facts: facts["basis"].update(kind="gauss"),
+    "unknown-stream": lambda facts: facts["basis"].update(stream="numpy"),
+    "rank-zero": lambda facts: facts["config"].update(r=0),
+    "dims-text": lambda facts: facts["basis"].update(max_dim="6"),
+    "blocks-number": lambda facts: facts["basis"].update(blocks=5),
+    "alpha-huge": lambda facts: facts["config"].update(alpha=10**400),
+    "alpha-nan": lambda facts: facts["config"].update(alpha=float("nan")),
+}
+
+
+@pytest.mark.parametrize("change", BROKEN_FACTS.values(), ids=BROKEN_FACTS)
+def test_facts_that_are_none_are_called_damaged(change: Callable[[dict[str, Any]], object]) -> None:
+    facts = json.loads(dump_header(HEADER, TENSORS))
+    change(facts)
+    with pytest.raises(CheckpointError, match="header is damaged"):
+        parse_header(json.dumps(facts), TENSORS)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "null", "[]", "1", '"text"', "[" * 100_000], ids=lambda text: text[:6] or "empty"
+)
+def test_text_that_is_no_header_is_called_damaged(text: str) -> None:
+    with pytest.raises(CheckpointError, match="header is damaged"):
+        parse_header(text, TENSORS)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, [1]], ids=repr)
+def test_another_format_version_is_named_whatever_else_the_header_holds(version: object) -> None:
+    with pytest.raises(CheckpointError, match=r"has format version .*, this library reads 1: install one"):
+        parse_header(json.dumps({"format_version": version}), {})
+
+
+CONTRADICTIONS: dict[str, Header] = {
+    "rank": replace(HEADER, spec=replace(SPEC, r=4)),
+    "seed": replace(HEADER, spec=replace(SPEC, seed=4)),
+    "kind": replace(HEADER, spec=replace(SPEC, kind="sparse")),
+    "stream": replace(HEADER, spec=replace(SPEC, stream="portable")),
+    "too-low": replace(HEADER, spec=replace(SPEC, max_dim=5)),
+    "too-narrow": replace(HEADER, spec=replace(SPEC, min_dim=3)),
+}
+
+
+@pytest.mark.parametrize("header", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_options_that_contradict_the_bases_are_refused_though_the_seal_is_whole(header: Header) -> None:
+    with pytest.raises(CheckpointError, match="contradict one another"):
+        parse_header(dump_header(header, TENSORS), TENSORS)

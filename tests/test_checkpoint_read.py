@@ -1,0 +1,427 @@
+"""Reading files: whatever is damaged, foreign or contradictory is refused, and the model shows no trace of it."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import randlora
+from tests.checkpoint_files import (
+    CONFIG_FILE,
+    HEADED,
+    LINEAR,
+    TENSORS_FILE,
+    Case,
+    Headed,
+    adapter_values,
+    all_bits,
+    basis_of,
+    bits,
+    edit_fields,
+    edit_tensors,
+    peft_directory,
+    read_fields,
+    read_tensors,
+    refused,
+    reseal,
+    snapshot,
+    trained,
+    write_tensors,
+)
+
+EVERY_BIT = os.environ.get("HYPOTHESIS_PROFILE") == "ci"
+SMALL = Case("small", lambda: nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 3)), {"train_also": ["1.bias"]})
+OPTIONS: dict[str, Any] = {"stream": "portable", "seed": 5, "alpha": 3, "dropout": 0.25}
+
+PREFIX = "base_model.model."
+LAMBDA, GAMMA = f"{PREFIX}0.randlora_lambda", f"{PREFIX}0.randlora_gamma"
+BASIS_A, BASIS_B = "base_model.randlora_A", "base_model.randlora_B"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A directory that no seed of torch's stands for, with a parameter trained beside the adapter."""
+    randlora.save(trained(SMALL, **OPTIONS), tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def facts(model: nn.Module, case: Case) -> tuple[object, ...]:
+    """All that a file says about an adapter, as a model understood it."""
+    (info,) = randlora.adapters(model)
+    values = all_bits(adapter_values(model))
+    return info, values, basis_of(model).digest(6, 2), bits(case.output(model))
+
+
+def misread(directory: Path, case: Case, damaged: Path, versions: Iterable[tuple[object, bytes]]) -> list[object]:
+    """Give a file other contents, one after the other, and list those that load as another adapter than the file's."""
+    model, whole = case.build(), damaged.read_bytes()
+    before = snapshot(model)
+    randlora.load(model, directory)
+    expected = facts(model, case)
+    randlora.eject(model)
+    wrong = []
+    for label, contents in versions:
+        damaged.write_bytes(contents)
+        try:
+            randlora.load(model, directory)
+        except randlora.CheckpointError:
+            continue
+        if facts(model, case) != expected:
+            wrong.append(label)
+        randlora.eject(model)
+    damaged.write_bytes(whole)
+    assert snapshot(model) == before
+    return wrong
+
+
+def region(raw: bytes, name: str) -> range:
+    """Find a part of a safetensors file."""
+    end_of_header = 8 + int.from_bytes(raw[:8], "little")
+    key, names = raw.index(b'"randlora"'), raw.index(f'"{PREFIX}'.encode())
+    return {
+        "length": range(8),
+        "key": range(key - 2, key + 12),
+        "metadata": range(8, names),
+        "tensor-headers": range(names, end_of_header),
+        "data": range(end_of_header, len(raw)),
+    }[name]
+
+
+def flips(raw: bytes, places: range, *, every_bit: bool) -> Iterable[tuple[object, bytes]]:
+    """Flip single bits: each bit of these places, or one of each byte, a different one from byte to byte."""
+    for place in places:
+        for bit in range(8) if every_bit else [(place + place // 8) % 8]:
+            yield (place, bit), raw[:place] + bytes([raw[place] ^ 1 << bit]) + raw[place + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("part", "every_bit"),
+    [("length", True), ("key", True), ("data", True), ("metadata", EVERY_BIT), ("tensor-headers", EVERY_BIT)],
+)
+def test_a_flipped_bit_of_the_tensors_file_is_refused_or_changes_nothing(
+    part: str, every_bit: bool, saved: Path
+) -> None:
+    raw = (saved / TENSORS_FILE).read_bytes()
+    damaged = flips(raw, region(raw, part), every_bit=every_bit)
+    assert misread(saved, SMALL, saved / TENSORS_FILE, damaged) == []
+
+
+def test_a_flipped_bit_of_the_json_is_refused_or_changes_nothing(saved: Path) -> None:
+    raw = (saved / CONFIG_FILE).read_bytes()
+    damaged = flips(raw, range(len(raw)), every_bit=EVERY_BIT)
+    assert misread(saved, SMALL, saved / CONFIG_FILE, damaged) == []
+
+
+@pytest.mark.parametrize("name", [TENSORS_FILE, CONFIG_FILE])
+def test_a_file_cut_short_anywhere_is_refused_or_changes_nothing(name: str, saved: Path) -> None:
+    raw = (saved / name).read_bytes()
+    cut = ((length, raw[:length]) for length in range(len(raw)))
+    assert misread(saved, SMALL, saved / name, cut) == []
+
+
+@pytest.mark.parametrize("part", ["length", "key", "metadata", "tensor-headers", "data"])
+def test_a_tensors_file_cut_short_is_refused(part: str, saved: Path) -> None:
+    raw = (saved / TENSORS_FILE).read_bytes()
+    (saved / TENSORS_FILE).write_bytes(raw[: region(raw, part)[-1]])
+    refused(SMALL.build(), saved, "truncated or damaged")
+
+
+def test_a_tensors_file_with_bytes_after_its_end_is_refused(saved: Path) -> None:
+    with (saved / TENSORS_FILE).open("ab") as file:
+        file.write(b"\0")
+    refused(SMALL.build(), saved, "truncated or damaged")
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (b"", "is damaged"),
+        (b"{", "is damaged"),
+        (b"\xff\xfe", "is damaged"),
+        (b"[" * 100_000, "is damaged"),
+        (b"null", "describes no RandLoRA adapter: expected peft_type='RANDLORA', got None"),
+        (b"[]", "describes no RandLoRA adapter"),
+        (b'"RANDLORA"', "describes no RandLoRA adapter"),
+        (b"{}", "describes no RandLoRA adapter"),
+        (b'{"peft_type": "LORA"}', "expected peft_type='RANDLORA', got 'LORA'"),
+        (b'{"peft_type": ["RANDLORA"]}', "got ['RANDLORA']"),
+        (b'{"peft_type": "RANDLORA"}', "says r=None, the tensors were saved with 2"),
+    ],
+    ids=["empty", "cut", "no-text", "nested", "null", "list", "string", "no-type", "lora", "type-list", "bare"],
+)
+def test_a_damaged_or_foreign_json_is_refused(contents: bytes, message: str, saved: Path) -> None:
+    (saved / CONFIG_FILE).write_bytes(contents)
+    refused(SMALL.build(), saved, message)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [(CONFIG_FILE, f"expected a directory with {CONFIG_FILE} and {TENSORS_FILE}"), (TENSORS_FILE, "nothing is unpick")],
+)
+@pytest.mark.parametrize("in_the_way", [None, "directory"], ids=["missing", "directory"])
+def test_a_missing_file_is_named(name: str, message: str, in_the_way: str | None, saved: Path) -> None:
+    (saved / name).unlink()
+    if in_the_way:
+        (saved / name).mkdir()
+    refused(SMALL.build(), saved, message)
+    refused(SMALL.build(), saved, name)
+
+
+@pytest.mark.parametrize("name", ["nowhere", f"saved/{TENSORS_FILE}"], ids=["no-directory", "a-file"])
+@pytest.mark.usefixtures("saved")
+def test_a_path_that_is_no_directory_is_refused(name: str, tmp_path: Path) -> None:
+    refused(SMALL.build(), tmp_path / name, f"expected a directory with {CONFIG_FILE} and {TENSORS_FILE}")
+
+
+def test_a_pickle_in_place_of_the_tensors_is_refused_and_never_run(saved: Path, tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    torch.save({"weight": Bomb()}, saved / "adapter_model.bin")
+    shutil.copy(saved / "adapter_model.bin", saved / TENSORS_FILE)
+    refused(SMALL.build(), saved, "truncated or damaged")
+    (saved / TENSORS_FILE).unlink()
+    refused(SMALL.build(), saved, "only safetensors files are read, nothing is unpickled")
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 1}, "says r=2, the tensors were saved with 1"),
+        ({"alpha": 3.5}, "says randlora_alpha=3, the tensors were saved with 3.5"),
+        ({"dropout": 0.5}, "says randlora_dropout=0.25, the tensors were saved with 0.5"),
+        ({"seed": 6}, "says projection_prng_key=5, the tensors were saved with 6"),
+        ({"basis": "sparse", "r": 8}, "says kind of basis='dense', the tensors were saved with 'sparse'"),
+    ],
+    ids=["r", "alpha", "dropout", "seed", "kind"],
+)
+def test_files_of_two_saves_are_refused(options: dict[str, Any], message: str, saved: Path, tmp_path: Path) -> None:
+    randlora.save(trained(SMALL, **{**OPTIONS, **options}), tmp_path / "other")
+    shutil.copy(tmp_path / "other" / TENSORS_FILE, saved / TENSORS_FILE)
+    refused(SMALL.build(), saved, message)
+    refused(SMALL.build(), saved, "the files are of two saves")
+
+
+def test_the_other_file_of_two_saves_with_equal_options_says_nothing_else(saved: Path, tmp_path: Path) -> None:
+    body = Case("body", SMALL.make, {"targets": ["0"]})
+    randlora.save(trained(body, **OPTIONS), tmp_path / "other")
+    shutil.copy(tmp_path / "other" / TENSORS_FILE, saved / TENSORS_FILE)
+    model = SMALL.build()
+    randlora.load(model, saved)
+    (info,) = randlora.adapters(model)
+    assert (info.targets, info.train_also) == (("0",), ())
+
+
+def test_a_save_by_another_format_version_is_refused_before_anything_else_is_said(saved: Path) -> None:
+    tensors, metadata = read_tensors(saved)
+    changed = metadata["randlora"].replace('"format_version": 1', '"format_version": 2')
+    assert changed != metadata["randlora"]
+    write_tensors(saved, tensors, {**metadata, "randlora": changed})
+    refused(SMALL.build(), saved, "the file has format version 2, this library reads 1")
+
+
+def test_a_header_under_a_damaged_name_is_refused(saved: Path) -> None:
+    tensors, metadata = read_tensors(saved)
+    write_tensors(saved, tensors, {"format": "pt", "sandlora": metadata["randlora"]})
+    refused(SMALL.build(), saved, "damaged")
+
+
+def nan_at(tensor: Tensor, value: float) -> Tensor:
+    changed = tensor.clone()
+    changed.view(-1)[-1] = value
+    return changed
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("key", [LAMBDA, GAMMA, f"{PREFIX}norm.bias", BASIS_A, BASIS_B])
+def test_values_that_are_not_finite_are_refused_by_name(key: str, value: float, tmp_path: Path) -> None:
+    case = Case("body", Headed, {"targets": ["0"], "train_also": ["norm.bias"]})
+    key = key.replace(f"{PREFIX}0", f"{PREFIX}body.0")
+    directory = peft_directory(tmp_path, case)
+    edit_tensors(directory, {key: nan_at(read_tensors(directory)[0][key], value)})
+    name = key.removeprefix(PREFIX).removeprefix("base_model.")
+    refused(case.build(), directory, f"{name} holds NaN or infinite values")
+
+
+def test_values_that_are_not_finite_are_refused_though_the_seal_is_whole(tmp_path: Path) -> None:
+    model = trained(LINEAR)
+    adapter_values(model)["0.randlora_gamma"].data[0, 0] = float("nan")
+    randlora.save(model, tmp_path)
+    refused(LINEAR.build(), tmp_path, "0.randlora_gamma holds NaN or infinite values")
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.int32, torch.int64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn],
+    ids=lambda dtype: str(dtype).removeprefix("torch."),
+)
+@pytest.mark.parametrize("key", [LAMBDA, GAMMA, BASIS_A, BASIS_B])
+def test_tensors_of_another_dtype_are_refused_by_name(key: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    directory = peft_directory(tmp_path)
+    edit_tensors(directory, {key: torch.ones(read_tensors(directory)[0][key].shape).to(dtype)})
+    name = key.removeprefix(PREFIX).removeprefix("base_model.")
+    refused(LINEAR.build(), directory, f"{name} holds {dtype}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_tensors_of_another_floating_dtype_are_read_and_never_narrowed(dtype: torch.dtype, tmp_path: Path) -> None:
+    directory = peft_directory(tmp_path)
+    tensors, _ = read_tensors(directory)
+    edit_tensors(directory, {LAMBDA: tensors[LAMBDA].to(dtype)})
+    model = LINEAR.build()
+    randlora.load(model, directory)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert bits(adapter_values(model)["0.randlora_lambda"]) == bits(tensors[LAMBDA].to(dtype).to(wide))
+
+
+Edit = tuple[Mapping[str, Tensor], tuple[str, ...], str]
+
+WRONG_TENSORS: dict[str, Edit] = {
+    "lambda-without-gamma": ({}, (GAMMA,), "0 has one of randlora_lambda and randlora_gamma: expected both"),
+    "gamma-without-lambda": ({}, (LAMBDA,), "0 has one of randlora_lambda and randlora_gamma: expected both"),
+    "A-without-B": ({}, (BASIS_B,), "the file holds one of the two bases: expected both or none"),
+    "B-without-A": ({}, (BASIS_A,), "the file holds one of the two bases: expected both or none"),
+    "nothing": (
+        {f"{PREFIX}0.bias": torch.ones(4)},
+        (LAMBDA, GAMMA, LAMBDA.replace("0", "2"), GAMMA.replace("0", "2")),
+        "the file holds no randlora_lambda and randlora_gamma",
+    ),
+    "stray-name": ({"optimizer.step": torch.ones(1)}, (), "'optimizer.step' is no name of an adapter's tensor"),
+    "no-prefix": ({"0.randlora_lambda": torch.ones(2, 2)}, (), "'0.randlora_lambda' is no name of an adapter's tensor"),
+    "unknown-parameter": ({f"{PREFIX}1.weight": torch.ones(4)}, (), "the model has no parameter 1.weight"),
+    "adapter-name-in-key": (
+        {f"{LAMBDA}.default": torch.ones(2, 2)},
+        (),
+        "the model has no parameter 0.randlora_lambda.default",
+    ),
+    "lambda-of-other-rank": ({LAMBDA: torch.ones(3, 2)}, (), "randlora_lambda (3, 2)"),
+    "lambda-of-other-length": ({LAMBDA: torch.ones(2, 3)}, (), "randlora_lambda (2, 3)"),
+    "lambda-transposed": ({LAMBDA: torch.ones(2)}, (), "randlora_lambda (2,)"),
+    "lambda-scalar": ({LAMBDA: torch.tensor(1.0)}, (), "randlora_lambda ()"),
+    "gamma-scalar": ({GAMMA: torch.tensor(1.0)}, (), "randlora_gamma ()"),
+    "gamma-of-three-dims": ({GAMMA: torch.ones(2, 4, 1)}, (), "randlora_gamma (2, 4, 1)"),
+    "gamma-narrower": (
+        {GAMMA: torch.ones(2, 3)},
+        (),
+        "0 is 4 x 6 here, the adapter was trained on a smaller side of 3",
+    ),
+    "empty": (
+        {LAMBDA: torch.ones(2, 0), GAMMA: torch.ones(0, 0)},
+        (),
+        "0 is 4 x 6 here, the adapter was trained on a smaller side of 0",
+    ),
+    "A-scalar": ({BASIS_A: torch.tensor(1.0)}, (), "the bases have shapes () and"),
+    "B-scalar": ({BASIS_B: torch.tensor(1.0)}, (), "and (), which do not fit r=2"),
+    "A-flat": ({BASIS_A: torch.ones(2, 5)}, (), "the bases have shapes (2, 5)"),
+    "A-of-other-rank": ({BASIS_A: torch.ones(3, 1, 5)}, (), "the bases have shapes (3, 1, 5)"),
+    "B-of-other-rank": ({BASIS_B: torch.ones(6, 3, 3)}, (), "and (6, 3, 3), which do not fit r=2"),
+    "B-of-other-length": ({BASIS_B: torch.ones(6, 2, 2)}, (), "and (6, 2, 2), which do not fit r=2"),
+    "B-too-short": ({BASIS_B: torch.ones(5, 3, 2)}, (), "0 is 4 x 6, larger than the bases in the file"),
+    "A-and-B-too-narrow": (
+        {BASIS_A: torch.ones(2, 1, 3), BASIS_B: torch.ones(6, 2, 2)},
+        (),
+        "0 is 4 x 6, larger than the bases in the file",
+    ),
+    "two-tensors-of-one-name": (
+        {f"{PREFIX}0.bias": torch.ones(4), f"{PREFIX}0.base_layer.bias": torch.zeros(4)},
+        (),
+        "2 tensors beside Λ and Γ name 1 parameters",
+    ),
+    "copies-of-A-that-differ": (
+        {f"{PREFIX}0.randlora_A": torch.ones(2, 1, 5)},
+        (),
+        "holds copies of base_model.randlora_A that differ",
+    ),
+    "copies-of-B-of-other-shapes": (
+        {f"{PREFIX}2.randlora_B": torch.ones(6, 3, 3)},
+        (),
+        "holds copies of base_model.randlora_B that differ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "drop", "message"), WRONG_TENSORS.values(), ids=WRONG_TENSORS)
+def test_tensors_that_are_no_adapter_are_refused(
+    changes: Mapping[str, Tensor], drop: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    directory = peft_directory(tmp_path)
+    edit_tensors(directory, changes, drop=drop)
+    refused(LINEAR.build(), directory, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "drop", "message"),
+    [
+        ({}, ("r",), "the adapter's JSON lacks r"),
+        ({}, ("r", "randlora_alpha", "projection_prng_key"), "lacks r, randlora_alpha, projection_prng_key"),
+        ({"r": 0}, (), "r must be a positive integer, got 0"),
+        ({"r": "2"}, (), "r must be a positive integer, got '2'"),
+        ({"r": True}, (), "r must be a positive integer, got True"),
+        ({"r": 3}, (), "expected (3, num_bases)"),
+        ({"randlora_alpha": 10**400}, (), "alpha must be a finite number"),
+        ({"randlora_alpha": float("nan")}, (), "alpha must be a finite number"),
+        ({"randlora_alpha": "640"}, (), "alpha must be a finite number"),
+        ({"randlora_dropout": 1.0}, (), "dropout must be a number in [0, 1)"),
+        ({"projection_prng_key": 0.5}, (), "seed must be an integer"),
+        ({"projection_prng_key": "0"}, (), "options that cannot work"),
+        ({"projection_prng_key": None}, (), "options that cannot work"),
+        ({"projection_prng_key": [1]}, (), "options that cannot work"),
+    ],
+    ids=str,
+)
+def test_options_of_a_peft_file_that_cannot_work_are_refused(
+    changes: dict[str, Any], drop: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    directory = peft_directory(tmp_path)
+    edit_fields(directory, changes, drop=drop)
+    refused(LINEAR.build(), directory, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "drop"),
+    [
+        ({f"{PREFIX}0.bias": torch.ones(2)}, ()),
+        ({}, (f"{PREFIX}1.base_layer.bias",)),
+        ({f"{PREFIX}1.bias": torch.ones(3)}, (f"{PREFIX}1.base_layer.bias",)),
+        ({}, (LAMBDA, GAMMA)),
+        ({f"{PREFIX}2.randlora_lambda": torch.ones(2, 1), f"{PREFIX}2.randlora_gamma": torch.ones(1, 2)}, ()),
+    ],
+    ids=["more-trained", "fewer-trained", "another-trained", "fewer-targets", "more-targets"],
+)
+def test_tensors_that_the_header_does_not_name_are_refused_though_the_seal_is_whole(
+    changes: Mapping[str, Tensor], drop: tuple[str, ...], saved: Path
+) -> None:
+    reseal(saved, changes, drop=drop)
+    refused(SMALL.build(), saved, "cannot read")
+
+
+def test_all_problems_of_a_file_are_named_at_once(tmp_path: Path) -> None:
+    directory = peft_directory(tmp_path)
+    edit_tensors(directory, {LAMBDA: torch.full((2, 2), float("nan")), GAMMA: torch.ones(2, 4, dtype=torch.int64)})
+    with pytest.raises(randlora.CheckpointError, match="2 problems") as caught:
+        randlora.load(LINEAR.build(), directory)
+    assert "0.randlora_lambda holds NaN" in str(caught.value)
+    assert "0.randlora_gamma holds torch.int64" in str(caught.value)
+
+
+def test_a_damaged_file_leaves_the_adapters_of_a_model_alone(saved: Path) -> None:
+    model = trained(HEADED, name="first")
+    (saved / TENSORS_FILE).write_bytes((saved / TENSORS_FILE).read_bytes()[:-1])
+    refused(model, saved, "truncated or damaged", name="second")
+
+
+def test_fields_that_are_not_understood_are_no_reason_to_refuse(saved: Path) -> None:
+    edit_fields(saved, {"a_field_of_tomorrow": {"x": 1}, "revision": "main"})
+    model = SMALL.build()
+    report = randlora.load(model, saved)
+    assert report.notes == ("fields kept but not understood: a_field_of_tomorrow",)
+    randlora.save(model, saved)
+    fields = read_fields(saved)
+    assert (fields["a_field_of_tomorrow"], fields["revision"]) == ({"x": 1}, "main")

@@ -1,0 +1,285 @@
+"""The config: a frozen value, checked all at once, that survives being written down."""
+
+import copy
+import json
+import pickle
+import re
+from dataclasses import FrozenInstanceError, fields
+from functools import partial
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import randlora
+from randlora.config import BasisKind, RandLoRAConfig
+from randlora.errors import ConfigError
+from tests.strategies import KINDS_AND_STREAMS, seeds
+
+names = st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=3)
+regexes = st.text(max_size=12).map(re.escape)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> RandLoRAConfig:
+    """Draw any config that can be written down."""
+    kind, stream = draw(st.sampled_from(KINDS_AND_STREAMS))
+    r = draw(st.integers(1, 64))
+    divisors = st.sampled_from([size for size in range(1, r + 1) if r % size == 0])
+    return RandLoRAConfig(
+        r=r,
+        targets=draw(st.none() | regexes | names),
+        exclude=draw(st.none() | regexes | names),
+        alpha=draw(st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)),
+        dropout=draw(st.floats(0, 1, exclude_max=True)),
+        basis=kind,
+        stream=draw(st.sampled_from([stream, None])),
+        blocks=draw(st.none() | st.tuples(divisors, divisors)) if kind == "block" else None,
+        seed=draw(seeds),
+        train_also=draw(st.none() | regexes | names),
+    )
+
+
+@given(configs())
+def test_a_config_comes_back_from_its_dict_and_from_json(config: RandLoRAConfig) -> None:
+    assert RandLoRAConfig.from_dict(config.to_dict()) == config
+    assert RandLoRAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@given(configs())
+def test_a_config_is_a_value(config: RandLoRAConfig) -> None:
+    twin = copy.deepcopy(config)
+    assert twin == config
+    assert hash(twin) == hash(config)
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_a_dict_holds_every_option_and_a_part_of_one_is_enough() -> None:
+    assert set(RandLoRAConfig().to_dict()) == {field.name for field in fields(RandLoRAConfig)}
+    assert RandLoRAConfig.from_dict({"r": 4}) == RandLoRAConfig(r=4)
+    assert RandLoRAConfig.from_dict({}) == RandLoRAConfig()
+
+
+def test_an_unknown_option_is_named_beside_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"unknown option\(s\) lora_alpha, rank: expected some of alpha, basis"):
+        RandLoRAConfig.from_dict({"rank": 4, "lora_alpha": 8, "r": 4})
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(RandLoRAConfig)])
+def test_a_config_cannot_be_written_to(field: str) -> None:
+    config = RandLoRAConfig()
+    with pytest.raises(FrozenInstanceError):
+        setattr(config, field, getattr(config, field))
+
+
+def test_options_are_given_by_name_only() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        RandLoRAConfig(4)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("options", "alpha", "scaling"),
+    [
+        ({}, 640.0, 20.0),
+        ({"r": 6}, 120.0, 20.0),
+        ({"r": 6, "alpha": 3}, 3.0, 0.5),
+        ({"r": 4, "alpha": 0}, 0.0, 0.0),
+        ({"r": 4, "alpha": -2.0}, -2.0, -0.5),
+    ],
+    ids=["default", "rank", "alpha", "zero", "negative"],
+)
+def test_the_update_is_scaled_by_alpha_over_r_with_20_r_as_the_default(
+    options: dict[str, Any], alpha: float, scaling: float
+) -> None:
+    config = RandLoRAConfig(**options)
+    assert (config.effective_alpha, config.scaling) == (alpha, scaling)
+
+
+def predicate(fqn: str, module: nn.Module) -> bool:
+    return True
+
+
+GOOD: list[dict[str, Any]] = [
+    {"r": 1},
+    {"r": 10**9},
+    {"alpha": 0},
+    {"alpha": -1.5},
+    {"alpha": 1e308},
+    {"dropout": 0},
+    {"dropout": 1 - 2**-53},
+    {"seed": 0},
+    {"seed": 2**64 - 1},
+    {"basis": "block", "stream": "portable"},
+    {"basis": "block", "r": 12, "blocks": (3, 4)},
+    {"basis": "block", "r": 12, "blocks": (12, 1)},
+    {"targets": "all-linear"},
+    {"targets": ""},
+    {"targets": predicate, "exclude": partial(predicate)},
+    {"targets": ["q"], "exclude": ("k",), "train_also": ["head"]},
+]
+
+
+@pytest.mark.parametrize(
+    "options", GOOD, ids=[f"good-{index}-{'-'.join(options)}" for index, options in enumerate(GOOD)]
+)
+def test_values_at_the_edge_are_accepted(options: dict[str, Any]) -> None:
+    config = RandLoRAConfig(**options)
+    assert {name: getattr(config, name) for name in options} == {
+        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+    }
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"r": 0}, "r must be a positive integer, got 0"),
+    ({"r": -1}, "r must be a positive integer, got -1"),
+    ({"r": 4.0}, "r must be a positive integer, got 4.0"),
+    ({"r": "4"}, "r must be a positive integer, got '4'"),
+    ({"r": True}, "r must be a positive integer, got True"),
+    ({"r": None}, "r must be a positive integer, got None"),
+    ({"alpha": float("nan")}, "alpha must be a finite number or None for 20·r, got nan"),
+    ({"alpha": float("inf")}, "alpha must be a finite number or None for 20·r, got inf"),
+    ({"alpha": 10**400}, "alpha must be a finite number"),
+    ({"alpha": "16"}, "alpha must be a finite number or None for 20·r, got '16'"),
+    ({"alpha": True}, "alpha must be a finite number or None for 20·r, got True"),
+    ({"alpha": 1j}, "alpha must be a finite number or None for 20·r, got 1j"),
+    ({"dropout": 1}, "dropout must be a number in [0, 1), got 1"),
+    ({"dropout": -0.1}, "dropout must be a number in [0, 1), got -0.1"),
+    ({"dropout": float("nan")}, "dropout must be a number in [0, 1), got nan"),
+    ({"dropout": None}, "dropout must be a number in [0, 1), got None"),
+    ({"dropout": False}, "dropout must be a number in [0, 1), got False"),
+    ({"seed": -1}, "seed must be an integer in [0, 2**64), got -1"),
+    ({"seed": 2**64}, "seed must be an integer in [0, 2**64), got 18446744073709551616"),
+    ({"seed": 0.0}, "seed must be an integer in [0, 2**64), got 0.0"),
+    ({"seed": True}, "seed must be an integer in [0, 2**64), got True"),
+    ({"seed": None}, "seed must be an integer in [0, 2**64), got None"),
+    ({"basis": "gauss"}, "basis must be one of dense, sparse, very_sparse, block, got 'gauss'"),
+    ({"basis": None}, "basis must be one of dense, sparse, very_sparse, block, got None"),
+    ({"basis": ["dense"]}, "basis must be one of dense, sparse, very_sparse, block, got ('dense',)"),
+    ({"stream": "numpy"}, "stream must be one of torch, portable, or None, got 'numpy'"),
+    ({"basis": "block", "stream": "torch"}, "basis='block' is drawn from stream='portable' only"),
+    ({"blocks": (2, 2)}, "blocks=(2, 2) goes with basis='block' only, got basis='dense'"),
+    ({"basis": "sparse", "blocks": (1, 1)}, "blocks=(1, 1) goes with basis='block' only, got basis='sparse'"),
+    ({"basis": "block", "r": 8, "blocks": (3, 2)}, "both of blocks=(3, 2) must divide r=8"),
+    ({"basis": "block", "r": 8, "blocks": (2, 3)}, "both of blocks=(2, 3) must divide r=8"),
+    ({"basis": "block", "r": 8, "blocks": (16, 1)}, "both of blocks=(16, 1) must divide r=8"),
+    ({"basis": "block", "blocks": (0, 2)}, "blocks must be two positive integers (c, b), got (0, 2)"),
+    ({"basis": "block", "blocks": (2, -2)}, "blocks must be two positive integers (c, b), got (2, -2)"),
+    ({"basis": "block", "blocks": (2,)}, "blocks must be two positive integers (c, b), got (2,)"),
+    ({"basis": "block", "blocks": (2, 2, 2)}, "blocks must be two positive integers (c, b), got (2, 2, 2)"),
+    ({"basis": "block", "blocks": (2, True)}, "blocks must be two positive integers (c, b), got (2, True)"),
+    ({"basis": "block", "blocks": (2.0, 2)}, "blocks must be two positive integers (c, b), got (2.0, 2)"),
+    ({"basis": "block", "blocks": 2}, "blocks must be two positive integers (c, b), got 2"),
+    ({"basis": "block", "blocks": "22"}, "blocks must be two positive integers (c, b), got '22'"),
+    ({"targets": "("}, "targets='(' is no regular expression: missing )"),
+    ({"exclude": "*"}, "exclude='*' is no regular expression: nothing to repeat"),
+    ({"train_also": "[a"}, "train_also='[a' is no regular expression"),
+    ({"targets": []}, "targets must hold at least one name and nothing but names, got ()"),
+    ({"exclude": ()}, "exclude must hold at least one name and nothing but names, got ()"),
+    ({"train_also": []}, "train_also must hold at least one name and nothing but names, got ()"),
+    ({"targets": [""]}, "targets must hold at least one name and nothing but names, got ('',)"),
+    ({"targets": ["q", 3]}, "targets must hold at least one name and nothing but names, got ('q', 3)"),
+    ({"targets": {"q", 3}}, "targets must hold at least one name and nothing but names, got"),
+    ({"targets": [["q"]]}, "targets must hold at least one name and nothing but names, got (['q'],)"),
+    ({"targets": 3}, "targets must be a regex or a list of names, got 3"),
+    ({"exclude": {"q": 1}}, "exclude must be a regex or a list of names, got {'q': 1}"),
+    ({"train_also": predicate}, "train_also must be a regex or a list of names, got <function"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), BAD, ids=[f"bad-{index}-{'-'.join(options)}" for index, (options, _) in enumerate(BAD)]
+)
+def test_a_value_that_cannot_work_is_named_with_what_was_expected(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"cannot configure RandLoRA: {message}")):
+        RandLoRAConfig(**options)
+
+
+FROM_DICT: list[tuple[dict[str, Any], str]] = [
+    ({"basis": "block", "blocks": 5}, "blocks must be two positive integers"),
+    ({"basis": "block", "blocks": "22"}, "blocks must be two positive integers"),
+    ({"basis": "block", "blocks": ["2", "2"]}, "blocks must be two positive integers"),
+    ({"r": None}, "r must be a positive integer"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), FROM_DICT, ids=[f"dict-{index}" for index in range(len(FROM_DICT))])
+def test_a_dict_with_a_value_that_cannot_work_is_refused_the_same_way(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RandLoRAConfig.from_dict(values)
+
+
+def test_all_values_that_cannot_work_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        RandLoRAConfig(
+            r=0,
+            alpha=float("nan"),
+            dropout=2,
+            seed=-1,
+            basis="gauss",  # type: ignore[arg-type]
+            stream="numpy",  # type: ignore[arg-type]
+            blocks=(2, 2),
+            targets="(",
+            exclude=[],
+            train_also="*",
+        )
+    first, *problems = str(caught.value).splitlines()
+    assert first == "cannot configure RandLoRA, 10 problems:"
+    assert [problem.removeprefix("  - ").split(" ")[0].split("=")[0] for problem in problems] == [
+        "r",
+        "alpha",
+        "dropout",
+        "seed",
+        "basis",
+        "stream",
+        "blocks",
+        "targets",
+        "exclude",
+        "train_also",
+    ]
+
+
+def test_a_bad_rank_is_not_blamed_on_the_blocks() -> None:
+    with pytest.raises(ConfigError, match=r"^cannot configure RandLoRA: r must be a positive integer, got 0$"):
+        RandLoRAConfig(r=0, basis="block", blocks=(2, 2))
+
+
+@pytest.mark.parametrize("collection", [list, tuple, set, frozenset], ids=lambda kind: kind.__name__)
+def test_any_collection_of_names_becomes_a_tuple(collection: Any) -> None:
+    config = RandLoRAConfig(targets=collection(["k", "q"]), exclude=collection(["v"]), train_also=collection(["head"]))
+    assert (config.targets, config.exclude, config.train_also) == (("k", "q"), ("v",), ("head",))
+
+
+def test_equal_sets_of_names_are_equal_configs() -> None:
+    one, two = RandLoRAConfig(targets={"a", "b", "c"}), RandLoRAConfig(targets={"c", "b", "a"})  # type: ignore[arg-type]
+    assert one == two
+    assert one.targets == ("a", "b", "c")
+
+
+def test_a_list_of_blocks_becomes_a_tuple() -> None:
+    assert RandLoRAConfig(basis="block", r=8, blocks=[2, 4]).blocks == (2, 4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [(RandLoRAConfig(targets=predicate), "targets"), (RandLoRAConfig(exclude=predicate), "exclude")],
+    ids=["targets", "exclude"],
+)
+def test_a_callable_cannot_be_written_down(config: RandLoRAConfig, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is a callable, which cannot be written down: give the layers'"):
+        config.to_dict()
+
+
+def test_every_kind_of_basis_can_be_chosen() -> None:
+    assert {kind for kind, _ in KINDS_AND_STREAMS} == set(get_args(BasisKind))
+    assert {RandLoRAConfig(basis=kind).basis for kind in get_args(BasisKind)} == set(get_args(BasisKind))
+
+
+@pytest.mark.parametrize("verb", [randlora.inject, randlora.plan], ids=lambda verb: verb.__name__)
+def test_a_config_is_not_changed_by_being_used(verb: Any) -> None:
+    config = RandLoRAConfig(r=2, targets=["0"], exclude=lambda *_: False, train_also=["1"])
+    before = {field.name: getattr(config, field.name) for field in fields(config)}
+    report = verb(nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4)), config=config)
+    assert report.config is config
+    assert all(getattr(config, name) is value for name, value in before.items())
