@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 
 from torch import Tensor, nn
 
@@ -192,7 +193,12 @@ def _set_disabled(state: ModelState, *, value: bool) -> None:
 def _weights(names: str | Iterable[str] | Mapping[str, float]) -> dict[str, float]:
     if isinstance(names, str):
         return {names: 1.0}
-    return dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
+    if isinstance(names, Mapping):
+        return dict(names)
+    listed = list(names)
+    if len(set(listed)) < len(listed):
+        raise AdapterError(f"each adapter can be named once, got {listed}: give weights to count one several times")
+    return dict.fromkeys(listed, 1.0)
 
 
 def _activation_problems(state: ModelState, weights: Mapping[str, float]) -> list[str]:
@@ -200,7 +206,7 @@ def _activation_problems(state: ModelState, weights: Mapping[str, float]) -> lis
     unknown = [name for name in weights if name not in state.adapters]
     problems = [f"the model has no adapter named {name!r}: it has {known}" for name in unknown]
     for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
             problems.append(f"the weight of {name!r} must be a finite number, got {weight!r}")
     trained: dict[str, list[str]] = {}
     for name in weights.keys() & state.adapters.keys():

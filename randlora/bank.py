@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from randlora.bases import portable_stream, torch_stream
 from randlora.bases.compact import CompactMatrix
-from randlora.bases.spec import BasisSpec
+from randlora.bases.spec import BasisSpec, count_bases
 from randlora.errors import ConfigError
 
 DIGEST_CHUNK_ROWS = 256
+
+Method = TypeVar("Method", bound=Callable[..., Tensor])
 
 
 class Bases(NamedTuple):
@@ -26,6 +27,12 @@ class Bases(NamedTuple):
 
     A: Tensor
     B: Tensor
+
+
+def _constant_to_the_compiler(method: Method) -> Method:
+    """Mark a method as ``torch.compiler.assume_constant_result`` does, without importing the whole compiler for it."""
+    vars(method)["_dynamo_marked_constant"] = True
+    return method
 
 
 @dataclass(eq=False)
@@ -40,6 +47,7 @@ class Basis:
         spec: What is drawn.
         extent: ``(max_dim, min_dim)`` kept so far.
         stored: A and B as a file held them, where its seed does not bring them back.
+        identity: What the bits depend on, in words; bases of equal identity are equal.
     """
 
     spec: BasisSpec
@@ -47,6 +55,13 @@ class Basis:
     stored: tuple[CompactMatrix, CompactMatrix] | None = None
     _drawn: tuple[CompactMatrix, CompactMatrix] | None = field(default=None, repr=False)
     _copies: dict[tuple[torch.device, torch.dtype], Bases] = field(default_factory=dict, repr=False)
+    identity: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Name the content."""
+        self.identity = str(self.spec.family if self.spec.is_prefix_stable else self.spec)
+        if self.stored is not None:
+            self.identity += f", stored {self.digest(*self.extent)}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Basis:
         """Share: the numbers never change."""
@@ -62,14 +77,16 @@ class Basis:
         Args:
             max_dim: Rows of B that some layer needs.
             min_dim: Columns of A that some layer needs.
+
+        Raises:
+            ConfigError: When they were drawn for smaller dims and cannot grow.
         """
         extent = (max(self.extent[0], max_dim), max(self.extent[1], min_dim))
         if extent == self.extent:
             return
         drawn = self.spec.max_dim, self.spec.min_dim
-        assert self.spec.is_prefix_stable or (extent[0] <= drawn[0] and extent[1] <= drawn[1]), (
-            f"{extent} of {self.spec}"
-        )
+        if not self.spec.is_prefix_stable and (extent[0] > drawn[0] or extent[1] > drawn[1]):
+            raise ConfigError(f"a layer of {max_dim}x{min_dim} reaches beyond {self.spec}: draw them for larger dims")
         self.extent, self._drawn = extent, None
         self._copies.clear()
         if self.spec.is_prefix_stable:
@@ -81,7 +98,7 @@ class Basis:
             return self.stored
         if self._drawn is None:
             stream = torch_stream if self.spec.stream == "torch" else portable_stream
-            with _lasting():
+            with torch.inference_mode(mode=False):
                 self._drawn = stream.draw(self.spec, *self.extent)
         return self._drawn
 
@@ -98,12 +115,28 @@ class Basis:
             Views of the one copy for this device and dtype.
         """
         self.extend(max_dim, min_dim)
-        key = (torch.device(device), dtype)
+        device = torch.device(device)
+        basis_A = self._copy(0, device, dtype, self.identity)
+        basis_B = self._copy(1, device, dtype, self.identity)
+        return Bases(basis_A[:, :, :min_dim], basis_B[:max_dim, : count_bases(min_dim, self.spec.r)])
+
+    def release(self) -> None:
+        """Forget the copies written out; what computes next writes its own out again."""
+        self._copies.clear()
+
+    @_constant_to_the_compiler
+    def _copy(self, index: int, device: torch.device, dtype: torch.dtype, identity: str) -> Tensor:
+        """Return A (index 0) or B (index 1) written out in full.
+
+        The compiler calls this while it traces and keeps the tensor as a constant; ``identity`` is an argument so that
+        it traces again for other bases. Whatever mode is on, the tensor made is a real one that autograd accepts.
+        """
+        assert identity == self.identity, "the caller names these bases"
+        key = (device, dtype)
         if key not in self._copies:
-            with _lasting():
-                self._copies[key] = self._write_out(*key)
-        basis_A, basis_B = self._copies[key]
-        return Bases(basis_A[:, :, :min_dim], basis_B[:max_dim, : math.ceil(min_dim / self.spec.r)])
+            with torch.inference_mode(mode=False), _disable_current_modes():
+                self._copies[key] = self._write_out(device, dtype)
+        return self._copies[key][index]
 
     def digest(self, max_dim: int, min_dim: int) -> str:
         """Return the SHA-256 of the values that layers of these dims use.
@@ -112,7 +145,7 @@ class Basis:
         values, not of how they are stored.
         """
         self.extend(max_dim, min_dim)
-        columns_B = math.ceil(min_dim / self.spec.r) * self.spec.r
+        columns_B = count_bases(min_dim, self.spec.r) * self.spec.r
         basis_A, basis_B = self.matrices()
         digest = hashlib.sha256(f"A {self.spec.r}x{min_dim} B {max_dim}x{columns_B}\n".encode())
         for matrix, rows, columns in ((basis_A, self.spec.r, min_dim), (basis_B, max_dim, columns_B)):
@@ -131,7 +164,7 @@ class Basis:
         r = self.spec.r
         wide = torch.promote_types(dtype, torch.float32)
         if device.type == "meta":  # shapes only: nothing is drawn for a model without values
-            num_bases = math.ceil(self.extent[1] / r)
+            num_bases = count_bases(self.extent[1], r)
             return Bases(
                 torch.empty((r, 1, self.extent[1]), dtype=wide, device=device),
                 torch.empty((self.extent[0], num_bases, r), dtype=dtype, device=device),
@@ -141,13 +174,6 @@ class Basis:
             basis_A.to_dense(device=device, dtype=wide).unsqueeze(1),
             basis_B.to_dense(device=device, dtype=dtype).reshape(self.extent[0], -1, r),
         )
-
-
-def _lasting() -> AbstractContextManager[None]:
-    """Make tensors that autograd accepts ever after, even where inference mode is on."""
-    if torch.compiler.is_compiling():  # the compiler cannot trace a change of mode
-        return nullcontext()
-    return torch.inference_mode(mode=False)
 
 
 def _dense_rows(matrix: CompactMatrix, rows: int) -> Iterator[Tensor]:

@@ -77,6 +77,6 @@ def adapter_output(x: Tensor, basis_A: Tensor, basis_B: Tensor, lam: Tensor, gam
     scaled_A = scaled_basis(basis_A, lam, gamma, scaling).to(basis_B.dtype)  # (r·num_bases, min_dim)
     flat_B = basis_B.flatten(start_dim=1)  # (max_dim, num_bases·r)
     x = x.to(basis_B.dtype)
-    if x.shape[-1] == scaled_A.shape[1]:
+    if x.size(-1) == scaled_A.shape[1]:  # a nested tensor has sizes and no shape
         return F.linear(F.linear(x, scaled_A), flat_B)
     return F.linear(F.linear(x, flat_B.T), scaled_A.T)

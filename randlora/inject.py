@@ -161,7 +161,7 @@ def inject(
     is_first = planned.state is None
     trainable = is_first if trainable is None else trainable
     replaced = replacements(model, planned.state or ModelState(), planned.train_also)
-    adapter = Adapter(name, _lasting(planned.config, report.targets), held, report.targets, planned.selection.rule)
+    adapter = Adapter(name, _with_names(planned.config, report.targets), held, report.targets, planned.selection.rule)
     adapter.trained = own_copies(replaced, trainable=trainable)
     commit(model, prepare(planned.state, adapter, chosen, replaced=replaced, trainable=trainable), active=active)
     return report
@@ -186,7 +186,10 @@ def eject(model: nn.Module) -> tuple[str, ...]:
         layer.unfold()
     state.adapters.clear()
     state.install_parameters()
-    return detach(root, state)
+    restored = detach(root, state)
+    state.replaced.clear()
+    state.is_merged = state.is_disabled = False  # for a `with merged(model)` that this call is inside of
+    return restored
 
 
 def _one_config(config: RandLoRAConfig | None, r: int | None, **given: Any) -> RandLoRAConfig:
@@ -215,10 +218,13 @@ def _plan(model: nn.Module, name: str, config: RandLoRAConfig, *, new_bases: boo
     spec = spec_for(config, *max_dims(selection.targets))
     used = used_dims(selection.targets)
     shared = state.bank.check(spec, used=used, new_bases=new_bases) if state else None
-    return Plan(name, config, state, selection, shared.spec if shared else spec, shared, tuple(also))
+    if shared is not None:
+        dims = max(shared.spec.max_dim, used[0]), max(shared.spec.min_dim, used[1])
+        spec = replace(shared.spec, max_dim=dims[0], min_dim=dims[1])
+    return Plan(name, config, state, selection, spec, shared, tuple(also))
 
 
-def _lasting(config: RandLoRAConfig, fqns: tuple[str, ...]) -> RandLoRAConfig:
+def _with_names(config: RandLoRAConfig, fqns: tuple[str, ...]) -> RandLoRAConfig:
     """Put names in the place of callables, which no pickle and no file can hold."""
     return (
         replace(config, targets=fqns, exclude=None) if callable(config.targets) or callable(config.exclude) else config

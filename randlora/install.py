@@ -50,8 +50,7 @@ def owned_state(model: nn.Module, name: str, doing: str) -> ModelState | None:
     state = attached_state(model)
     if state is not None:
         state.adopt_parameters()
-    reserved = not isinstance(name, str) or not name or "." in name or name in dir(nn.ParameterDict)
-    if reserved:
+    if not isinstance(name, str) or not name or "." in name or name in dir(nn.ParameterDict()):
         raise AdapterError(
             f"cannot {doing} an adapter named {name!r}: expected a word without dots that torch does not use"
         )
@@ -108,9 +107,7 @@ def commit(model: nn.Module, addition: Addition, *, active: bool | None) -> None
     """
     state, adapter = addition.state, addition.adapter
     if not state.adapters:
-        state.trainable_before = frozenset(
-            fqn for fqn, _, _, parameter in named_parameters(model) if parameter.requires_grad
-        )
+        state.frozen = frozenset(fqn for fqn, _, _, parameter in named_parameters(model) if parameter.requires_grad)
         for _, _, _, parameter in named_parameters(model):
             parameter.requires_grad_(False)  # noqa: FBT003
     for target, layer, lam, gamma in addition.layers:
@@ -165,6 +162,7 @@ def detach(model: nn.Module, state: ModelState) -> tuple[str, ...]:
     """
     restored = unwrap(model)
     for fqn, _, _, parameter in named_parameters(model):
-        parameter.requires_grad_(fqn in state.trainable_before)
+        if fqn in state.frozen or fqn in state.replaced:  # and not what was added since
+            parameter.requires_grad_(fqn in state.frozen)
     del model.__dict__[ATTRIBUTE]
     return restored

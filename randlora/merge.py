@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from randlora.errors import MergeError, raise_collected
 from randlora.install import adapter_layers, detach
@@ -44,6 +44,8 @@ def merge(model: nn.Module, *, keep: bool = False) -> MergeReport:
     report = MergeReport(dict(state.active), tuple(fqn for fqn, _ in layers), kept=keep)
     _fold_all(layers, state.active)
     state.is_merged = True
+    for basis in state.bank:
+        basis.release()  # a merged model computes without them
     if not keep:
         for _, layer in layers:
             layer.unmerged_weight = None
@@ -119,8 +121,8 @@ def _weight_problems(layers: list[tuple[str, AdapterLayer]]) -> list[str]:
         weight = layer.base_layer._parameters.get("weight")
         if weight is None:
             problems.append(f"{fqn} computes its weight from other parameters: remove the parametrisation first")
-        elif weight.is_meta or weight.numel() == 0:
-            problems.append(f"the weight of {fqn} holds no values here (meta, offloaded or sharded): gather it first")
+        elif weight.is_meta or weight.numel() == 0 or type(weight.data) is not Tensor:
+            problems.append(f"the weight of {fqn} is not all here (meta, offloaded or sharded): gather it first")
     return problems
 
 

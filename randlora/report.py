@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from randlora.bases.spec import BasisSpec
+from randlora.bases.spec import BasisSpec, count_bases
 from randlora.config import RandLoRAConfig
 from randlora.walk import Selection, Target, named_parameters
 
@@ -178,7 +178,7 @@ def shape_rows(targets: Iterable[Target], spec: BasisSpec) -> tuple[ShapeRow, ..
     rows = []
     for (in_features, out_features), count in counts.items():
         min_dim = min(in_features, out_features)
-        num_bases = -(-min_dim // spec.r)
+        num_bases = count_bases(min_dim, spec.r)
         rank = spec.expected_rank(out_features, in_features)
         trainable = count * num_bases * (spec.r + min_dim)
         rows.append(ShapeRow(count, in_features, out_features, spec.r, num_bases, rank, trainable))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from randlora.bank import Basis, BasisBank
@@ -71,6 +72,7 @@ class ReplacedParameter:
         assert parameter is not None, f"{attribute} was deleted while an adapter trains a version of it"
         return parameter
 
+    @torch.inference_mode(mode=False)  # parameters outlive the mode the caller is in
     def install(self, parameter: nn.Parameter) -> None:
         """Put ``parameter`` where the model reads, on the device and in the dtype of the one that leaves."""
         leaving = self.live
@@ -88,7 +90,7 @@ class ModelState:
     Attributes:
         adapters: By name, in the order they were added.
         bank: The bases they share.
-        trainable_before: FQNs of the parameters that required grad before the first adapter came.
+        frozen: FQNs of the parameters that required grad until the first adapter came.
         replaced: The parameters that some adapter trains a version of, by FQN.
         is_disabled: Whether all adapters are switched off for now.
         is_merged: Whether the active adapters are folded into the weights for now.
@@ -96,7 +98,7 @@ class ModelState:
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     bank: BasisBank = field(default_factory=BasisBank)
-    trainable_before: frozenset[str] = frozenset()
+    frozen: frozenset[str] = frozenset()
     replaced: dict[str, ReplacedParameter] = field(default_factory=dict)
     is_disabled: bool = False
     is_merged: bool = False

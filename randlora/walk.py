@@ -200,9 +200,8 @@ def obstacles(model: nn.Module, targets: Sequence[Target]) -> list[str]:
 
 def _identity(parameter: Tensor) -> object:
     """What two parameters over the same memory have in common."""
-    if parameter.is_meta or parameter.numel() == 0 or parameter.is_quantized:
-        return id(parameter)
-    return parameter.device, parameter.data_ptr()
+    is_plain = type(parameter.data) is Tensor and not parameter.is_meta and parameter.numel() > 0
+    return (parameter.device, parameter.data_ptr()) if is_plain else id(parameter)
 
 
 def _resolve(model: nn.Module, pattern: Pattern | None) -> tuple[Pattern, str, bool]:

@@ -82,6 +82,24 @@ class Wrapped(nn.Module):
         return output
 
 
+class Odd(nn.Module):
+    """Names that look like the library's own, or need quoting, and parameters of unusual forms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module('größe "a\\b"', nn.Linear(6, 4))
+        self.add_module("randlora_lambda", nn.Linear(4, 4))
+        self.base_model = nn.ModuleDict({"model": nn.Linear(4, 5)})
+        self.scalar = nn.Parameter(torch.tensor(1.5))
+        self.empty = nn.Parameter(torch.empty(0))
+        self.transposed = nn.Parameter(torch.randn(5, 3).T)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.get_submodule("randlora_lambda")(self.get_submodule('größe "a\\b"')(x))
+        output: Tensor = self.base_model["model"](x) * self.scalar + self.transposed.sum(dim=0) + self.empty.sum()
+        return output
+
+
 @dataclass(frozen=True)
 class Case:
     """A model and what is adapted in it.
@@ -138,6 +156,7 @@ CASES = (
     Case("biases-of-targets", Headed, {"targets": ["0", "2"], "train_also": r"body\.\d\.bias"}),
     Case("tied-parameter", Tied, {"train_also": ["norm", "twin"]}),
     Case("module-called-base_layer", Wrapped, {"train_also": ["base_layer"]}),
+    Case("odd-names-and-parameters", Odd, {"train_also": ["scalar", "empty", "transposed"]}),
     Case("bfloat16", Headed, {"targets": ["0"], "train_also": ["head"]}, torch.bfloat16),
     Case("float64", Headed, {"targets": ["0", "2"], "train_also": ["head"]}, torch.float64),
 )

@@ -155,6 +155,19 @@ def test_an_adapter_that_shared_larger_bases_reloads_alone(bases: Stored, tmp_pa
     assert any("bases='stored'" in note for note in report.notes) == (bases == "seed")
 
 
+@both_ways
+def test_an_adapter_whose_bases_grew_for_another_is_saved_as_if_alone(bases: Stored, tmp_path: Path) -> None:
+    small = Case("small", Headed, {"targets": ["head"], "stream": "portable"})
+    alone, model = trained(small, name="small"), trained(small, name="small")
+    randlora.inject(model, r=2, targets=["body.0", "body.2"], stream="portable", name="large")
+    assert basis_of(model, "small") is basis_of(model, "large")
+    randlora.save(alone, tmp_path / "alone", bases=bases)
+    randlora.save(model, tmp_path / "beside", name="small", bases=bases)
+    (tensors, metadata), (again, metadata_again) = read_tensors(tmp_path / "alone"), read_tensors(tmp_path / "beside")
+    assert all_bits(again) == all_bits(tensors)
+    assert metadata_again == metadata
+
+
 class Crossed(nn.Module):
     """One wide layer, and a pair whose widest input and output are of different layers."""
 

@@ -90,6 +90,7 @@ NAMES = ["a.q_proj", "a.v_proj", "b.q_proj"]
     ("pattern", "expected"),
     [
         (["q_proj", "v_proj"], []),
+        (["b.q_proj", "v_proj", "a.q_proj"], []),
         (["q_proj", "k_proj", "a"], ["k_proj", "a"]),
         (("b.q_proj",), []),
         (("b.v_proj",), ["b.v_proj"]),
@@ -97,7 +98,7 @@ NAMES = ["a.q_proj", "a.v_proj", "b.q_proj"]
         ("q_proj", ["q_proj"]),
         (lambda *_: False, []),
     ],
-    ids=["all-match", "some", "whole-name", "no-such-name", "regex", "regex-that-misses", "callable"],
+    ids=["all-match", "backwards", "some", "whole-name", "no-such-name", "regex", "regex-that-misses", "callable"],
 )
 def test_unmatched_names_each_entry_that_matches_nothing(pattern: object, expected: list[str]) -> None:
     assert unmatched(pattern, iter(NAMES)) == expected  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(6, 6)
         self.v_proj = nn.Linear(6, 3)
         self.proj = nn.Linear(6, 6)
-        self.dropout: nn.Module | None = None
+        self.register_module("dropout", None)
 
 
 class Block(nn.Module):

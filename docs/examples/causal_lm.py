@@ -137,7 +137,7 @@ def main(
         f"\nloss on {len(test)} windows of tales held out: {before:.3f} before, {after:.3f} after {seconds:.0f} s"
     )
     console.print(f"\n[bold]told before[/bold]\n{told_before}\n\n[bold]told after, merged[/bold]\n{told_after}\n")
-    console.print(randlora.save(model, out))
+    print(randlora.save(model, out))
 
 
 if __name__ == "__main__":

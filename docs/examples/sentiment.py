@@ -214,7 +214,7 @@ def train_with_progress(model: SentimentClassifier, texts: Texts, *, epochs: int
 
 
 @torch.inference_mode()
-def forward_seconds(models: dict[str, SentimentClassifier], batch: Texts, rounds: int = 15) -> dict[str, float]:
+def forward_seconds(models: dict[str, SentimentClassifier], batch: Texts, rounds: int = 8) -> dict[str, float]:
     """Time one forward pass of each model, the best of some rounds taken in turn: other load hits all alike."""
     best = dict.fromkeys(models, float("inf"))
     for _ in range(rounds):
@@ -289,7 +289,7 @@ def draw_losses(axes: Axes, losses: Sequence[float], window: int = 10) -> None:
 def draw_spectrum(axes: Axes, values: Tensor, label: str, lora_rank: int, kept: float) -> None:
     """Draw all singular values, and mark those that the nearest matrix of a LoRA's rank would keep."""
     layer = SHOWN_LAYER.removeprefix("encoder.encoder.")
-    lora = f"nearest a LoRA of equal size can come to it:\nrank {lora_rank}, {kept:.0%} of the squared norm"
+    lora = f"the most a LoRA of equal size could hold (none was trained):\nrank {lora_rank}, {kept:.0%} of it"
     axes.plot(range(1, len(values) + 1), values, color="tab:blue", label=label)
     axes.plot(range(1, lora_rank + 1), values[:lora_rank], color="tab:orange", linewidth=4, label=lora)
     axes.axvline(lora_rank, color="tab:orange", linestyle=":")

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from randlora.bases.compact import CompactMatrix
-from randlora.bases.spec import BasisSpec
+from randlora.bases.spec import BasisSpec, count_bases
 
 VERSION = 1
 CHUNK_ENTRIES = 2**20
@@ -34,7 +34,7 @@ def draw(spec: BasisSpec, max_dim: int, min_dim: int) -> tuple[CompactMatrix, Co
         A, ``(r, min_dim)``, and B, ``(max_dim, num_bases·r)``.
     """
     c, b = spec.blocks or (1, 1)
-    columns_B = math.ceil(min_dim / spec.r) * spec.r
+    columns_B = count_bases(min_dim, spec.r) * spec.r
     return _draw_matrix(spec, INDEX_A, spec.r, min_dim, c), _draw_matrix(spec, INDEX_B, max_dim, columns_B, b)
 
 

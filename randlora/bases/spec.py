@@ -37,10 +37,10 @@ class BasisSpec:
     blocks: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        """Check what the drawing code relies on."""
-        sizes = (self.r, self.max_dim, self.min_dim)
-        if not all(is_integer(size) and size > 0 for size in sizes):
-            raise ConfigError(f"r, max_dim and min_dim of a basis must be positive integers, got {sizes}")
+        """Check what the drawing code relies on: the options as a config's, and the dims."""
+        RandLoRAConfig(r=self.r, basis=self.kind, stream=self.stream, seed=self.seed, blocks=self.blocks)
+        if not all(is_integer(size) and size > 0 for size in (self.max_dim, self.min_dim)):
+            raise ConfigError(f"the dims of a basis must be positive integers, got {self.max_dim}x{self.min_dim}")
         if (self.blocks is None) == (self.kind == "block"):
             raise ConfigError(
                 f"blocks go with kind='block' and with no other, got kind={self.kind!r}, blocks={self.blocks}"
@@ -49,7 +49,7 @@ class BasisSpec:
     @property
     def num_bases(self) -> int:
         """How many bases are drawn, ``ceil(min_dim / r)``."""
-        return math.ceil(self.min_dim / self.r)
+        return count_bases(self.min_dim, self.r)
 
     @property
     def family(self) -> tuple[BasisKind, Stream, int, int, tuple[int, int] | None]:
@@ -84,7 +84,7 @@ class BasisSpec:
         """Bytes that the slices for layers of these dims take in storage."""
         c, b = self.blocks or (1, 1)
         itemsize = 2 if self.kind in ("dense", "block") else 1
-        return itemsize * (self.r * math.ceil(min_dim / c) + max_dim * math.ceil(min_dim / self.r) * self.r // b)
+        return itemsize * (self.r * math.ceil(min_dim / c) + max_dim * count_bases(min_dim, self.r) * self.r // b)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values that JSON can hold."""
@@ -93,15 +93,19 @@ class BasisSpec:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build a spec from what `to_dict` returned; the options are checked as a config's are."""
-        options = {name: values[name] for name in ("r", "stream", "seed", "blocks")}
-        config = RandLoRAConfig(basis=values["kind"], **options)
-        return cls(**{**values, "blocks": config.blocks})
+        blocks = values["blocks"]
+        return cls(**{**values, "blocks": tuple(blocks) if isinstance(blocks, list) else blocks})
 
     def __str__(self) -> str:
         """Say what is drawn, on one line."""
         blocks = f", blocks={self.blocks}" if self.blocks else ""
         dims = f"{self.max_dim}x{self.min_dim}"
         return f"{self.kind} bases (stream={self.stream}, seed={self.seed}, r={self.r}, dims={dims}{blocks})"
+
+
+def count_bases(min_dim: int, r: int) -> int:
+    """Count the bases whose ranks add up to ``min_dim``: ``ceil(min_dim / r)``."""
+    return math.ceil(min_dim / r)
 
 
 def spec_for(config: RandLoRAConfig, max_dim: int, min_dim: int) -> BasisSpec:

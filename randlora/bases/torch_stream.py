@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from randlora.bases.compact import CompactMatrix
-from randlora.bases.spec import BasisSpec
+from randlora.bases.spec import BasisSpec, count_bases
 from randlora.errors import ConfigError
 
 CHUNK_ENTRIES = 2**22
@@ -34,7 +34,7 @@ def draw(spec: BasisSpec, max_dim: int, min_dim: int) -> tuple[CompactMatrix, Co
         ConfigError: When a basis comes out all equal, so that it has no standard deviation to divide by.
     """
     generator = torch.Generator("cpu").manual_seed(spec.seed)
-    num_bases = math.ceil(min_dim / spec.r)
+    num_bases = count_bases(min_dim, spec.r)
     draw_matrix = _draw_dense if spec.kind == "dense" else _draw_ternary
     basis_A = draw_matrix(spec, generator, (spec.r, 1, spec.min_dim), keep=(spec.r, 1, min_dim))
     basis_B = draw_matrix(spec, generator, (spec.max_dim, spec.num_bases, spec.r), keep=(max_dim, num_bases, spec.r))

@@ -32,10 +32,11 @@ def file_basis(file: AdapterFile, targets: Sequence[Target], bank: BasisBank) ->
         return _as_stored(file, spec, used, bank)
     basis = Basis(spec)  # not the bank's own, which must not grow before all is checked
     try:
-        digest = basis.digest(*used)
+        basis.extend(*used)
+        basis.matrices()
     except ConfigError as error:
         raise CheckpointError(f"the bases that the file names cannot be drawn: {error}") from error
-    if file.header is not None and digest != file.header.basis_digest:
+    if file.header is not None and (digest := basis.digest(*used)) != file.header.basis_digest:
         raise CheckpointError(
             f"the {spec} drawn here are not those the adapter was trained with: SHA-256 {digest[:12]}… instead of "
             f"{file.header.basis_digest[:12]}…; stream='torch' needs a torch that draws as it did then"
@@ -81,8 +82,8 @@ def _as_stored(file: AdapterFile, spec: BasisSpec, used: tuple[int, int], bank: 
 
 def _equal(basis: Basis, stored: tuple[Tensor, Tensor], used: tuple[int, int]) -> bool:
     """Whether the file's numbers are the drawn ones, wherever a layer reads them."""
-    drawn = Basis(basis.spec).slices(*used, device="cpu", dtype=torch.float32)
+    drawn = basis.slices(*used, device="cpu", dtype=torch.float32)
+    basis.release()
     basis_A, basis_B = stored
-    return torch.equal(drawn.A, basis_A[:, :, : used[1]].float()) and torch.equal(
-        drawn.B, basis_B[: used[0], : drawn.B.shape[1]].float()
-    )
+    same_A = torch.equal(drawn.A, basis_A[:, :, : used[1]].float())
+    return same_A and torch.equal(drawn.B, basis_B[: used[0], : drawn.B.shape[1]].float())

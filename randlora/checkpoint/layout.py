@@ -23,3 +23,10 @@ def trained_key(fqn: str, targets: Container[str]) -> str:
     """Name a parameter trained beside an adapter as PEFT does, which sees an adapted layer's own one level down."""
     module, _, attribute = fqn.rpartition(".")
     return f"{MODEL_PREFIX}{module}{BASE_LAYER}{attribute}" if module in targets else f"{MODEL_PREFIX}{fqn}"
+
+
+def trained_fqn(key: str, targets: Container[str]) -> str:
+    """Read a name of `trained_key` back."""
+    fqn = key.removeprefix(MODEL_PREFIX)
+    module, _, attribute = fqn.rpartition(BASE_LAYER)
+    return f"{module}.{attribute}" if module in targets and "." not in attribute else fqn

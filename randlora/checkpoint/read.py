@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from randlora.bases.spec import count_bases
 from randlora.checkpoint.header import SEAL_WORD, Header, parse_header
 from randlora.checkpoint.layout import (
-    BASE_LAYER,
     BASIS_A,
     BASIS_B,
     CONFIG_FILE,
@@ -25,6 +25,7 @@ from randlora.checkpoint.layout import (
     TENSORS_FILE,
     TOP_BASIS_A,
     TOP_BASIS_B,
+    trained_fqn,
     trained_key,
 )
 from randlora.checkpoint.peft_config import PEFT_TYPE, from_peft_fields, peft_kind
@@ -68,7 +69,7 @@ def read_adapter(directory: Path) -> AdapterFile:
     bases = _take_bases(tensors)
     values = _take_values(tensors)
     raise_collected(CheckpointError, _stray(tensors), doing=f"read {str(directory)!r}")
-    trained = _trained(tensors, header)
+    trained = _trained(tensors, values, header)
     config = header.config if header else from_peft_fields(fields, values, trained)
     problems = [
         *_trained_problems(trained, tensors, config),
@@ -157,11 +158,11 @@ def _take_values(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]
     return {fqn: (pair[LAMBDA_SUFFIX], pair[GAMMA_SUFFIX]) for fqn, pair in pairs.items()}
 
 
-def _trained(tensors: Mapping[str, Tensor], header: Header | None) -> dict[str, Tensor]:
+def _trained(tensors: Mapping[str, Tensor], targets: Container[str], header: Header | None) -> dict[str, Tensor]:
     """Name the parameters trained beside the adapter as the model does."""
     if header is None:
-        return {key.removeprefix(MODEL_PREFIX).replace(BASE_LAYER, "."): tensor for key, tensor in tensors.items()}
-    keys = {trained_key(fqn, header.shapes): fqn for fqn in header.config.train_also or ()}
+        return {trained_fqn(key, targets): tensor for key, tensor in tensors.items()}
+    keys = {trained_key(fqn, targets): fqn for fqn in header.config.train_also or ()}
     return {fqn: tensors[key] for key, fqn in keys.items() if key in tensors}
 
 
@@ -220,7 +221,12 @@ def _shape_problems(
 ) -> list[str]:
     problems = []
     for fqn, (lam, gamma) in values.items():
-        if lam.ndim != 2 or gamma.ndim != 2 or lam.shape != (r, len(gamma)) or len(gamma) != -(-gamma.shape[1] // r):
+        if (
+            lam.ndim != 2
+            or gamma.ndim != 2
+            or lam.shape != (r, len(gamma))
+            or len(gamma) != count_bases(gamma.shape[1], r)
+        ):
             problems.append(
                 f"{fqn} has randlora_lambda {tuple(lam.shape)} and randlora_gamma {tuple(gamma.shape)}: "
                 f"expected ({r}, num_bases) and (num_bases, min_dim) with num_bases = ceil(min_dim / {r})"
@@ -228,6 +234,6 @@ def _shape_problems(
     if bases is not None:
         shape_A, shape_B = tuple(bases[0].shape), tuple(bases[1].shape)
         min_dim = shape_A[-1] if shape_A else 0
-        if shape_A != (r, 1, min_dim) or len(shape_B) != 3 or shape_B[1:] != (-(-min_dim // r), r):
+        if shape_A != (r, 1, min_dim) or len(shape_B) != 3 or shape_B[1:] != (count_bases(min_dim, r), r):
             problems.append(f"the bases have shapes {shape_A} and {shape_B}, which do not fit r={r}")
     return problems

@@ -107,6 +107,8 @@ def _problems(adapter: Adapter, layers: Sequence[tuple[str, AdapterLayer]], base
     without = [fqn for fqn, layer in layers if layer.randlora_lambda[adapter.name].is_meta]
     without += [fqn for fqn, parameter in adapter.trained.items() if parameter.is_meta]
     problems += [f"{fqn} holds no values to save (meta): materialise the model first" for fqn in without]
+    sharded = [fqn for fqn, layer in layers if type(layer.randlora_lambda[adapter.name].data) is not Tensor]
+    problems += [f"the adapter of {fqn} is sharded: gather it first" for fqn in sharded]
     return problems
 
 
@@ -116,7 +118,7 @@ def _tensors(adapter: Adapter, layers: Sequence[tuple[str, AdapterLayer]]) -> di
         tensors[f"{MODEL_PREFIX}{fqn}{LAMBDA_SUFFIX}"] = _master(layer.randlora_lambda[adapter.name])
         tensors[f"{MODEL_PREFIX}{fqn}{GAMMA_SUFFIX}"] = _master(layer.randlora_gamma[adapter.name])
     for fqn, parameter in adapter.trained.items():
-        tensors[trained_key(fqn, adapter.targets)] = parameter.detach().cpu().contiguous().clone()
+        tensors[trained_key(fqn, dict(layers))] = parameter.detach().cpu().contiguous().clone()
     return tensors
 
 
@@ -130,6 +132,8 @@ def _header(adapter: Adapter, layers: Sequence[tuple[str, AdapterLayer]]) -> Hea
     shapes = {fqn: (layer.out_features, layer.in_features) for fqn, layer in layers}
     config = replace(adapter.config, targets=tuple(shapes), exclude=None, train_also=tuple(adapter.trained) or None)
     header = Header(config, adapter.basis.spec, shapes, "", is_reproducible=adapter.basis.stored is None)
+    if header.spec.is_prefix_stable:  # then what other adapters of the model made it grow to says nothing
+        header = replace(header, spec=replace(header.spec, max_dim=header.rectangle[0], min_dim=header.rectangle[1]))
     return replace(header, basis_digest=adapter.basis.digest(*header.extent))
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora import functional
+from randlora.bases.spec import count_bases
+from randlora.errors import MergeError
 from randlora.state import Adapter, ModelState
 
 
@@ -47,6 +49,9 @@ class AdapterLayer(nn.Module, ABC):
         self.unmerged_weight: Tensor | None = None
         for module in (self, self.randlora_lambda, self.randlora_gamma):
             module.training = base_layer.training
+        self.register_forward_pre_hook(_decline_fast_paths)
+        self.register_state_dict_post_hook(_write_own_weight)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_refuse_while_merged)  # type: ignore[no-untyped-call]
 
     @staticmethod
     @abstractmethod
@@ -81,7 +86,7 @@ class AdapterLayer(nn.Module, ABC):
     def dims(self, r: int) -> tuple[int, int, int]:
         """Return ``(max_dim, min_dim, num_bases)`` of this layer at a rank."""
         sides = self.features(self.base_layer)
-        return max(sides), min(sides), math.ceil(min(sides) / r)
+        return max(sides), min(sides), count_bases(min(sides), r)
 
     @classmethod
     def device_beside(cls, base_layer: nn.Module) -> torch.device:
@@ -125,20 +130,20 @@ class AdapterLayer(nn.Module, ABC):
             self.randlora_lambda[name].copy_(fresh_lambda)
             self.randlora_gamma[name].copy_(fresh_gamma)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the base layer and add what the active adapters make of ``x``.
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the base layer and add what the active adapters make of the input.
 
         Args:
-            x: ``(..., in_features)``.
-            *args: Passed on to the base layer.
-            **kwargs: Passed on to the base layer.
+            *args: Passed on to the base layer; the first is its input, ``(..., in_features)``.
+            **kwargs: Passed on to the base layer; the input may be the first of them.
 
         Returns:
             ``(..., out_features)`` in the dtype the base layer gave.
         """
-        output: Tensor = self.base_layer(x, *args, **kwargs)
+        output: Tensor = self.base_layer(*args, **kwargs)
         if self.state.is_disabled or self.state.is_merged:
             return output
+        x = args[0] if args else next(iter(kwargs.values()))
         for adapter in self.adapters.values():
             if adapter.weight is not None:
                 output = output + self._adapter_output(adapter, adapter.weight, x, output.dtype)
@@ -162,17 +167,20 @@ class AdapterLayer(nn.Module, ABC):
             ``(out_features, in_features)`` on the weight's device, in float32, or in float64 where the weight is.
         """
         in_features, out_features = self.features(self.base_layer)
+        device = self.device_beside(self.base_layer)
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        total = torch.zeros((out_features, in_features), dtype=dtype, device=self.device_beside(self.base_layer))
-        for name, factor in weights.items():
-            if (adapter := self.adapters.get(name)) is None:
-                continue
-            max_dim, min_dim, _ = self.dims(adapter.config.r)
-            bases = adapter.basis.slices(max_dim, min_dim, device=self.device_beside(self.base_layer), dtype=dtype)
-            lam, gamma = self.randlora_lambda[name], self.randlora_gamma[name]
-            scaling = adapter.config.scaling * factor
-            total = total + functional.delta_weight(*bases, lam, gamma, scaling, in_features=in_features)
+        total = torch.zeros((out_features, in_features), dtype=dtype, device=device)
+        with torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext():
+            for name in weights.keys() & self.adapters.keys():
+                total = total + self._one_delta(self.adapters[name], weights[name], device, dtype)
         return total
+
+    def _one_delta(self, adapter: Adapter, weight: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+        max_dim, min_dim, _ = self.dims(adapter.config.r)
+        bases = adapter.basis.slices(max_dim, min_dim, device=device, dtype=dtype)
+        lam, gamma = self.randlora_lambda[adapter.name], self.randlora_gamma[adapter.name]
+        scaling = adapter.config.scaling * weight
+        return functional.delta_weight(*bases, lam, gamma, scaling, in_features=self.in_features)
 
     @torch.no_grad()
     def merged_weight(self, weights: dict[str, float]) -> Tensor:
@@ -192,6 +200,7 @@ class AdapterLayer(nn.Module, ABC):
         self.unmerged_weight = self.weight.data
         self.weight.data = weight
 
+    @torch.inference_mode(mode=False)  # the weight outlives the mode the caller is in
     def unfold(self) -> None:
         """Let the base layer read its own weight again, bit for bit, where it was moved to meanwhile."""
         if self.unmerged_weight is not None:
@@ -204,3 +213,21 @@ class AdapterLayer(nn.Module, ABC):
             f"{name}: r={adapter.config.r}, num_bases={self.dims(adapter.config.r)[2]}, {adapter.config.basis}"
             for name, adapter in self.adapters.items()
         )
+
+
+def _decline_fast_paths(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    """Do nothing: torch's fused transformer layers read weights past their modules, but call those that have a hook."""
+
+
+def _write_own_weight(layer: nn.Module, state_dict: dict[str, Any], prefix: str, _local_metadata: object) -> None:
+    """Save the weight as it is without the adapters: a merged one beside Λ and Γ would count them twice."""
+    assert isinstance(layer, AdapterLayer)
+    if layer.unmerged_weight is not None:
+        state_dict[f"{prefix}base_layer.weight"] = layer.unmerged_weight
+
+
+def _refuse_while_merged(layer: nn.Module, *_: object) -> None:
+    """Refuse to load what unmerging would undo."""
+    assert isinstance(layer, AdapterLayer)
+    if layer.unmerged_weight is not None:
+        raise MergeError("cannot load a state dict while the adapters are merged: call randlora.unmerge(model) first")

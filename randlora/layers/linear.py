@@ -26,5 +26,6 @@ refuse_layer(
     nn.modules.linear.NonDynamicallyQuantizableLinear,
     "nn.MultiheadAttention reads this weight and never calls the layer, so an adapter would be idle: leave it out",
 )
-for quantised in ("bitsandbytes.nn.modules.Linear8bitLt", "bitsandbytes.nn.modules.Linear4bit"):
-    refuse_layer(quantised, "quantised bitsandbytes layers are not supported yet: load the model without quantisation")
+_QUANTISED = "quantised bitsandbytes layers are not supported yet: load the model without quantisation"
+refuse_layer("bitsandbytes.nn.modules.Linear8bitLt", _QUANTISED)
+refuse_layer("bitsandbytes.nn.modules.Linear4bit", _QUANTISED)
