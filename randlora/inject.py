@@ -18,7 +18,7 @@ from randlora.bases.spec import BasisSpec, spec_for
 from randlora.config import BasisKind, Pattern, RandLoRAConfig, Stream
 from randlora.errors import ConfigError, TargetError, raise_collected
 from randlora.install import adapter_layers, commit, detach, owned_state, prepare
-from randlora.report import Report, adapter_report
+from randlora.report import Report, adapter_report, standing
 from randlora.state import Adapter, ModelState, adapted_root
 from randlora.train_also import own_copies, replacements, select_parameters, train_also_problems
 from randlora.walk import Selection, max_dims, obstacles, select, used_dims
@@ -155,7 +155,7 @@ def inject(
         train_also=train_also,
     )
     planned = _plan(model, name, options, new_bases=new_bases)
-    report = _report(model, planned)
+    report = _report(model, planned, active=active, trainable=trainable)
     chosen = planned.selection.targets
     held = planned.shared or _new_basis(planned)
     is_first = planned.state is None
@@ -240,7 +240,9 @@ def _new_basis(planned: Plan) -> Basis:
     return basis
 
 
-def _report(model: nn.Module, planned: Plan) -> Report:
+def _report(model: nn.Module, planned: Plan, *, active: bool | None = None, trainable: bool | None = None) -> Report:
+    is_first = planned.state is None
+    is_trainable = is_first if trainable is None else trainable
     used = used_dims(planned.selection.targets)
     extent = planned.shared.extent if planned.shared else (0, 0)
     basis_bytes = planned.spec.nbytes(max(used[0], extent[0]), max(used[1], extent[1]))
@@ -252,4 +254,5 @@ def _report(model: nn.Module, planned: Plan) -> Report:
         planned.spec,
         basis_bytes=basis_bytes,
         train_also=planned.train_also,
+        notes=standing(planned.name, is_active=is_first if active is None else active, is_trainable=is_trainable),
     )

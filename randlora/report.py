@@ -51,7 +51,7 @@ class Report:
         targets: FQNs of the adapted layers.
         rows: One for each distinct shape.
         spec: The bases, dims included.
-        trainable_parameters: Numbers that training changes, those of ``train_also`` included.
+        trainable_parameters: Numbers that training changes once the adapter may train, with those of ``train_also``.
         total_parameters: Numbers of the model and this adapter together.
         basis_bytes: Bytes the bases take in memory, as stored; those shared with other adapters included.
         checkpoint_bytes: Bytes `randlora.save` writes of tensors, with ``bases="seed"``.
@@ -170,6 +170,16 @@ def adapter_report(
         skipped=selection.skipped,
         notes=tuple(notes),
     )
+
+
+def standing(name: str, *, is_active: bool, is_trainable: bool) -> list[str]:
+    """Say what an adapter does not do yet, and how to let it."""
+    notes = []
+    if not is_active:
+        notes.append(f"inactive for now: randlora.activate(model, {name!r}) lets it act")
+    if not is_trainable:
+        notes.append(f"frozen for now: randlora.activate(model, {name!r}, trainable=True) lets it train")
+    return notes
 
 
 def shape_rows(targets: Iterable[Target], spec: BasisSpec) -> tuple[ShapeRow, ...]:

@@ -5,13 +5,13 @@ The model's own values stay untouched. Each adapter trains a copy, which the mod
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
 from randlora.match import matches_name, nearest_names, prefixes, unmatched
 from randlora.state import ModelState, ReplacedParameter
-from randlora.walk import Target, named_parameters
+from randlora.walk import Target, named_parameters, walk
 
 
 def select_parameters(model: nn.Module, names: str | Sequence[str]) -> list[str]:
@@ -41,6 +41,11 @@ def train_also_problems(model: nn.Module, names: str | Sequence[str], targets: I
         f"train_also={entry!r} matches no module or parameter; the nearest names are {nearest_names(entry, known)}"
         for entry in unmatched(names, known)
     ]
+    problems += [
+        f"train_also takes in {fqn}, whose running statistics an adapter cannot carry: name its parameters one by one"
+        for fqn, module in _matched_modules(model, names)
+        if any(name not in module._non_persistent_buffers_set for name in module._buffers)
+    ]
     adapted = {id(target.module._parameters.get("weight")) for target in targets}
     for fqn in select_parameters(model, names):
         if id(parameters[fqn]) in adapted:
@@ -50,6 +55,13 @@ def train_also_problems(model: nn.Module, names: str | Sequence[str], targets: I
         elif not parameters[fqn].is_floating_point():
             problems.append(f"train_also takes in {fqn}, which holds {parameters[fqn].dtype} and cannot be trained")
     return problems
+
+
+def _matched_modules(model: nn.Module, names: str | Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Go through the modules that are matched, or inside one that is."""
+    for visit in walk(model):
+        if any(matches_name(names, prefix) for prefix in prefixes(visit.fqn)):
+            yield visit.fqn, visit.module
 
 
 def replacements(model: nn.Module, state: ModelState, fqns: Iterable[str]) -> dict[str, ReplacedParameter]:

@@ -4,6 +4,7 @@ import copy
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -255,6 +256,7 @@ def test_a_model_adapted_by_a_callable_can_be_pickled() -> None:
         ("c", "no adapter named 'c': it has default"),
         (["default", "c"], "no adapter named 'c'"),
         ({"default": float("nan")}, "weight of 'default' must be a finite number, got nan"),
+        (["default", "default"], r"each adapter can be named once, got \['default', 'default'\]"),
         ({"default": True}, "must be a finite number, got True"),
     ],
 )
@@ -289,3 +291,18 @@ def test_the_optimiser_gets_what_is_trained_beside_an_inactive_adapter_too() -> 
     randlora.activate(model, [])
     assert {id(parameter) for parameter in randlora.trainable_parameters(model)} == before
     assert len(before) == 8
+
+
+def test_numpys_numbers_are_weights_too() -> None:
+    model = with_one()
+    randlora.activate(model, {"default": np.float32(0.5)})
+    assert randlora.adapters(model)[0].weight == 0.5
+
+
+def test_what_is_switched_in_inference_mode_can_be_trained() -> None:
+    model = with_one(train_also=["head"])
+    randlora.inject(model, r=4, name="b", train_also=["head"])
+    model.double()
+    with torch.inference_mode():
+        randlora.activate(model, "b")
+    train(model, "b")

@@ -303,7 +303,7 @@ def test_every_misfit_is_named_at_once(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"norm": nn.Identity()}, "the model has no parameter norm.bias, which was trained beside the adapter"),
+        ({"norm": nn.Identity()}, "the model has no parameter norm.bias, which the file holds beside the adapter"),
         ({"head": nn.Linear(7, 4)}, "head.weight has shape (4, 7) here, (3, 7) in the file"),
         ({"head": nn.Linear(7, 3, bias=False)}, "the model has no parameter head.bias"),
     ],

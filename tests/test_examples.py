@@ -152,7 +152,7 @@ def test_a_saved_adapter_reloads_and_merges(
     randlora.save(model, tmp_path)
     rows, is_right = sentiment.check_reloading(model, tmp_path, texts)
     assert is_right
-    assert rows[0] == ("reloaded into a fresh model", "24 of 24 predictions equal, bit for bit")
+    assert all(found.startswith("24 of 24 predictions equal") for _, found in rows[:2])
 
 
 def test_another_adapter_on_disk_is_noticed(

@@ -243,6 +243,8 @@ def _unchanged(model: Mixed) -> None:
         (_unchanged, {"train_also": ["q"]}, TargetError, r"train_also takes in q.weight, the weight that the adapter"),
         (_unchanged, {"name": "a.b"}, AdapterError, r"expected a word without dots"),
         (_unchanged, {"name": "keys"}, AdapterError, r"that torch does not use"),
+        (_unchanged, {"name": "training"}, AdapterError, r"that torch does not use"),
+        (_unchanged, {"name": "_parameters"}, AdapterError, r"that torch does not use"),
         (_unchanged, {"name": ""}, AdapterError, r"expected a word"),
         (_unchanged, {"config": RandLoRAConfig(), "r": 4}, ConfigError, r"either config= or single options"),
         (_unchanged, {"config": RandLoRAConfig(), "seed": 4, "r": None}, ConfigError, r"either config= or single"),
@@ -330,3 +332,21 @@ def test_verbs_find_the_adapters_inside_a_wrapper() -> None:
     assert [info.name for info in randlora.adapters(outer)] == ["default"]
     randlora.eject(outer)
     assert randlora.adapters(outer) == []
+
+
+def test_what_was_added_after_inject_stays_trainable() -> None:
+    model = Mixed()
+    randlora.inject(model, r=4)
+    model.new_head = nn.Linear(12, 2)
+    randlora.eject(model)
+    assert model.new_head.weight.requires_grad
+
+
+def test_a_report_of_a_further_adapter_says_that_it_rests() -> None:
+    model = Mixed()
+    randlora.inject(model, r=4)
+    report = randlora.inject(model, r=4, name="b")
+    assert report.notes == (
+        "inactive for now: randlora.activate(model, 'b') lets it act",
+        "frozen for now: randlora.activate(model, 'b', trainable=True) lets it train",
+    )

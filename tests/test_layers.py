@@ -231,6 +231,13 @@ def test_further_arguments_pass_through_to_the_base_layer() -> None:
     assert torch.equal(model[0](x, 3.0, shift=1.0), expected)
 
 
+def test_the_input_may_be_given_by_name() -> None:
+    layer, _ = adapted(LAYER_KINDS[0], (6, 9), torch.float32)
+    fill_layer(layer)
+    x = torch.randn(2, 6)
+    assert torch.equal(layer(input=x), layer(x))
+
+
 @every_kind
 def test_dropout_falls_on_the_adapters_input_alone_and_in_training_alone(kind: LayerKind) -> None:
     layer, base = adapted(kind, (50, 9), torch.float64, dropout=0.5)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import randlora
 from randlora import AdapterError, AdapterLayer, MergeError
 from tests.laws import TOKENS, Mixed, Snapshot, assert_close, fill, same_bits, untouched
-from tests.layer_kinds import LayerKind, every_kind_and_dtype
+from tests.layer_kinds import LAYER_KINDS, LayerKind, every_kind_and_dtype
 from tests.strategies import KINDS_AND_STREAMS
 
 shapes = st.tuples(st.integers(2, 16), st.integers(2, 16))
@@ -250,3 +250,66 @@ def test_a_merged_layer_is_as_contiguous_as_torch_likes_it() -> None:
     randlora.merge(model)
     weight: Tensor = model[0].weight  # type: ignore[assignment]
     assert weight.is_contiguous()
+
+
+def test_autocast_does_not_reach_into_a_merge() -> None:
+    weights = []
+    for enabled in (True, False):
+        torch.manual_seed(0)
+        model = one_layer(LAYER_KINDS[0], (9, 14), torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            randlora.merge(model)
+        weights.append(model.get_parameter("0.weight"))
+    assert same_bits(*weights)
+
+
+def test_a_state_dict_saved_while_merged_counts_no_adapter_twice() -> None:
+    model, twin = Mixed(), Mixed()
+    for each in (model, twin):
+        randlora.inject(each, r=4)
+    fill(model)
+    with randlora.merged(model):
+        saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    twin.load_state_dict(saved)
+    assert same_bits(twin(TOKENS), model(TOKENS))
+
+
+def test_a_state_dict_is_not_loaded_while_merged() -> None:
+    model = Mixed()
+    randlora.inject(model, r=4)
+    values = model.state_dict()
+    with (
+        randlora.merged(model),
+        pytest.raises(MergeError, match=r"load a state dict while .* merged: call randlora\.unmerge"),
+    ):
+        model.load_state_dict(values)
+
+
+def test_ejecting_inside_merged_ends_well() -> None:
+    model = Mixed()
+    before = Snapshot.of(model)
+    randlora.inject(model, r=4)
+    fill(model)
+    with randlora.merged(model):
+        randlora.eject(model)
+    before.assert_equals(Snapshot.of(model))
+
+
+def test_what_is_unmerged_in_inference_mode_can_be_trained_through() -> None:
+    model = Mixed()
+    randlora.inject(model, r=4)
+    randlora.merge(model, keep=True)
+    model.double()
+    with torch.inference_mode():
+        randlora.unmerge(model)
+    model.embed.requires_grad_()
+    model(TOKENS).sum().backward()
+    assert model.embed.weight.grad is not None
+
+
+def test_merging_lets_go_of_the_bases_written_out() -> None:
+    model = Mixed(torch.bfloat16)
+    randlora.inject(model, r=4)
+    model(TOKENS)
+    with randlora.merged(model):
+        assert [basis._copies for basis in randlora.state.adapted_root(model)[1].bank] == [{}]

@@ -65,3 +65,11 @@ def test_integers_cannot_be_trained() -> None:
     model.steps = nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False)
     with pytest.raises(TargetError, match=r"train_also takes in steps, which holds torch\.int64"):
         randlora.inject(model, r=4, train_also=["steps"])
+
+
+def test_running_statistics_cannot_be_carried_and_single_parameters_can() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with pytest.raises(TargetError, match=r"train_also takes in 1, whose running statistics an adapter cannot carry"):
+        randlora.inject(model, r=2, targets="all-linear", train_also=["1"])
+    report = randlora.inject(model, r=2, targets="all-linear", train_also=["1.weight", "1.bias"])
+    assert report.train_also == ("1.weight", "1.bias")

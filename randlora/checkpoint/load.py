@@ -17,7 +17,7 @@ from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.errors import CheckpointError, TargetError, raise_collected
 from randlora.install import commit, owned_state, prepare
 from randlora.layers.base import AdapterLayer
-from randlora.report import Report, adapter_report
+from randlora.report import Report, adapter_report, standing
 from randlora.state import Adapter, ModelState
 from randlora.train_also import replacements
 from randlora.walk import Selection, Target, find_targets, named_parameters, obstacles, walk
@@ -51,10 +51,13 @@ def load(
         CheckpointError: When the files are damaged, foreign or of another version, or do not fit the model.
         AdapterError: When the name is taken, or the model's adapters are merged.
     """
-    file = read_adapter(Path(directory))
     state = owned_state(model, name, "load")
-    targets = _targets(model, file, str(directory))
-    basis = file_basis(file, targets, state.bank if state else BasisBank())
+    try:
+        file = read_adapter(Path(directory))
+        targets = _targets(model, file)
+        basis = file_basis(file, targets, state.bank if state else BasisBank())
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot load {str(directory)!r}: {error}") from error
     adapter = Adapter(name, file.config, basis, tuple(target.fqn for target in targets), f"the names in {directory}")
     adapter.peft_fields = kept_fields(file.fields)
     replaced = replacements(model, state or ModelState(), file.trained)
@@ -70,27 +73,27 @@ def load(
         basis.spec,
         basis_bytes=basis.nbytes,
         train_also=tuple(file.trained),
-        notes=_notes(adapter),
+        notes=_notes(adapter, is_active=state is None if active is None else active),
     )
     commit(model, addition, active=active)
     return report
 
 
-def _targets(model: nn.Module, file: AdapterFile, directory: str) -> tuple[Target, ...]:
+def _targets(model: nn.Module, file: AdapterFile) -> tuple[Target, ...]:
     """Find the layers that the file names, and check that everything in it fits."""
     visits = {visit.fqn for visit in walk(model)}
     problems = [f"the model has no layer {fqn}" for fqn in file.values if fqn not in visits]
-    raise_collected(CheckpointError, problems, doing=f"load {directory!r}")
+    raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
     aliases = {id(visit.module): visit.fqn for visit in walk(model) if visit.fqn in file.values}
     try:
         targets = find_targets(model, lambda fqn, _: fqn in file.values)
     except TargetError as error:
-        raise CheckpointError(f"cannot load {directory!r}: {error}") from error
+        raise CheckpointError(str(error)) from error
     named = tuple(replace(target, fqn=aliases[id(target.module)]) for target in targets)
     problems = [*obstacles(model, named), *_misfits(file, named), *_trained_misfits(model, file.trained)]
     if missing := sorted(set(file.values) - {target.fqn for target in named}):
         problems.append(f"{', '.join(missing)} cannot carry an adapter of its own in this model")
-    raise_collected(CheckpointError, problems, doing=f"load {directory!r}")
+    raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
     return named
 
 
@@ -118,7 +121,7 @@ def _trained_misfits(model: nn.Module, trained: Mapping[str, Tensor]) -> list[st
     problems = []
     for fqn, tensor in trained.items():
         if fqn not in own:
-            problems.append(f"the model has no parameter {fqn}, which was trained beside the adapter")
+            problems.append(f"the model has no parameter {fqn}, which the file holds beside the adapter")
         elif not own[fqn].is_floating_point():
             problems.append(f"{fqn} holds {own[fqn].dtype} here, and was trained as {tensor.dtype}")
         elif own[fqn].shape != tensor.shape:
@@ -140,6 +143,7 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _notes(adapter: Adapter) -> list[str]:
+def _notes(adapter: Adapter, *, is_active: bool) -> list[str]:
+    notes = standing(adapter.name, is_active=is_active, is_trainable=True)  # whoever loads asks for what it may train
     foreign = sorted(set(adapter.peft_fields) - set(NEUTRAL_FIELDS))
-    return [f"fields kept but not understood: {', '.join(foreign)}"] if foreign else []
+    return [*notes, f"fields kept but not understood: {', '.join(foreign)}"] if foreign else notes

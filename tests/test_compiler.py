@@ -1,0 +1,114 @@
+"""Tracers and modes of torch: whatever sees a model first leaves it as good as it was."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.config
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import randlora
+from tests.laws import assert_close, fill, same_bits
+
+KINDS: tuple[dict[str, Any], ...] = ({"basis": "dense"}, {"basis": "block"}, {"basis": "sparse", "stream": "portable"})
+
+
+def cold_model(options: dict[str, Any]) -> nn.Sequential:
+    """Make a filled model whose bases nothing has written out yet."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
+    randlora.inject(model, r=4, targets="all-linear", **options)
+    fill(model)
+    return model
+
+
+def compile_in_inference_mode(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        output: Tensor = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    return output.clone()
+
+
+def compile_whole(model: nn.Module, x: Tensor) -> Tensor:
+    output: Tensor = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    return output
+
+
+def export(model: nn.Module, x: Tensor) -> Tensor:
+    output: Tensor = torch.export.export(model, (x,)).module()(x)
+    return output
+
+
+def run_with_fake_tensors(model: nn.Module, x: Tensor) -> Tensor:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model(mode.from_tensor(x))
+    output: Tensor = model(x)
+    return output
+
+
+@pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(options.values()))
+@pytest.mark.parametrize("see", [compile_whole, compile_in_inference_mode, export, run_with_fake_tensors])
+def test_a_tracer_that_comes_first_sees_the_right_values_and_spoils_none(
+    see: Callable[[nn.Module, Tensor], Tensor], options: dict[str, Any]
+) -> None:
+    expected = cold_model(options)(x := torch.randn(3, 8))
+    model = cold_model(options)
+    found = see(model, x)
+    assert_close(found.detach(), expected.detach(), torch.float32)
+    assert same_bits(model(x), expected)
+    model(x).sum().backward()
+    assert model.get_parameter("0.randlora_lambda.default").grad is not None
+
+
+def test_a_compiled_model_follows_switches_and_other_bases_of_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 32)
+    model = cold_model({})
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 8)
+    compiled(x)
+    randlora.activate(model, {"default": -0.5})
+    assert_close(compiled(x), model(x), torch.float32)
+    with randlora.disabled(model):
+        assert_close(compiled(x), model(x), torch.float32)
+    with randlora.merged(model):
+        assert_close(compiled(x), model(x), torch.float32)
+    randlora.eject(model)
+    randlora.inject(model, r=4, targets="all-linear", seed=9)
+    fill(model)
+    assert_close(compiled(x), model(x), torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("masked", [False, True])
+def test_torchs_fused_transformer_layers_do_not_pass_an_adapter_by(masked: bool) -> None:
+    """In eval they read ``linear1.weight`` and never call ``linear1``, unless a module in them has a hook."""
+    layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=True)
+    x = torch.randn(2, 5, 16)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if masked else None
+    plain = model.eval()(x, src_key_padding_mask=mask)
+    randlora.inject(model, r=4, targets="all-linear")
+    fill(model)
+    trained = model.train()(x, src_key_padding_mask=mask)
+    with torch.no_grad():
+        found = model.eval()(x, src_key_padding_mask=mask)
+    kept = slice(None) if mask is None else ~mask
+    assert_close(found[kept], trained[kept], torch.float32)
+    assert not torch.allclose(found[kept], plain[kept], atol=1e-2)
+
+
+def test_data_parallel_training_sees_the_adapters_through_the_wrapper() -> None:
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = cold_model({})
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        optimiser = torch.optim.SGD(randlora.trainable_parameters(wrapped), lr=0.1)
+        before = model(x := torch.randn(3, 8)).detach()
+        wrapped(x).square().sum().backward()
+        optimiser.step()
+        assert not torch.allclose(model(x), before)
+        assert [info.name for info in randlora.adapters(wrapped)] == ["default"]
+    finally:
+        torch.distributed.destroy_process_group()
