@@ -18,9 +18,12 @@ and the update is ``scaling · UB @ UA``, oriented as the weight, where row ``p 
 the flat index p is the one of PEFT 0.15 to 0.21 and of the authors' code; a checkpoint is only right under it.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def scaled_basis(basis_A: Tensor, lam: Tensor, gamma: Tensor, scaling: float) -> Tensor:
@@ -55,8 +58,8 @@ def delta_weight(
     Returns:
         ``(out_features, in_features)`` in the dtype of ``basis_B``.
     """
-    scaled_A = scaled_basis(basis_A, lam, gamma, scaling).to(basis_B.dtype)  # (r·num_bases, min_dim)
-    delta = basis_B.flatten(start_dim=1) @ scaled_A  # (max_dim, min_dim)
+    scaled_A, flat_B = _factors(basis_A, basis_B, lam, gamma, scaling)
+    delta = flat_B @ scaled_A  # (max_dim, min_dim)
     return delta if in_features == delta.shape[1] else delta.T
 
 
@@ -74,9 +77,56 @@ def adapter_output(x: Tensor, basis_A: Tensor, basis_B: Tensor, lam: Tensor, gam
     Returns:
         ``(..., out_features)`` in the dtype of ``basis_B``.
     """
-    scaled_A = scaled_basis(basis_A, lam, gamma, scaling).to(basis_B.dtype)  # (r·num_bases, min_dim)
-    flat_B = basis_B.flatten(start_dim=1)  # (max_dim, num_bases·r)
     x = x.to(basis_B.dtype)
-    if x.size(-1) == scaled_A.shape[1]:  # a nested tensor has sizes and no shape
-        return F.linear(F.linear(x, scaled_A), flat_B)
-    return F.linear(F.linear(x, flat_B.T), scaled_A.T)
+    output: Tensor = _AdapterOutput.apply(x, basis_A, basis_B, lam, gamma, scaling)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _AdapterOutput(torch.autograd.Function):
+    """`adapter_output` with a backward that keeps x, Λ and Γ alone, and builds ``UA`` again when needed.
+
+    Plain autograd would keep ``UA`` and what it is made of, ``2·min_dim²`` numbers a layer, until backward.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, basis_A: Tensor, basis_B: Tensor, lam: Tensor, gamma: Tensor, scaling: float) -> Tensor:
+        scaled_A, flat_B = _factors(basis_A, basis_B, lam, gamma, scaling)
+        if x.size(-1) == scaled_A.shape[1]:  # a nested tensor has sizes and no shape
+            return F.linear(F.linear(x, scaled_A), flat_B)
+        return F.linear(F.linear(x, flat_B.T), scaled_A.T)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        *tensors, ctx.scaling = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, basis_A, basis_B, lam, gamma = ctx.saved_tensors
+        scaled_A, flat_B = _factors(basis_A, basis_B, lam, gamma, ctx.scaling)
+        first, second = (scaled_A, flat_B) if x.shape[-1] == scaled_A.shape[1] else (flat_B.T, scaled_A.T)
+        needs_x, _, _, needs_lam, needs_gamma, _ = ctx.needs_input_grad
+        grad_hidden = grad @ second  # (..., r·num_bases)
+        grad_x = grad_hidden @ first if needs_x else None
+        if not (needs_lam or needs_gamma):
+            return grad_x, None, None, None, None, None
+        if first is scaled_A:
+            grad_A = grad_hidden.flatten(end_dim=-2).T @ x.flatten(end_dim=-2)  # (r·num_bases, min_dim)
+        else:
+            grad_A = F.linear(x, first).flatten(end_dim=-2).T @ grad.flatten(end_dim=-2)
+        grad_lam, grad_gamma = _diagonal_gradients(grad_A, basis_A, lam, gamma, ctx.scaling)
+        return grad_x, None, None, grad_lam, grad_gamma, None
+
+
+def _factors(basis_A: Tensor, basis_B: Tensor, lam: Tensor, gamma: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return ``scaling · UA``, ``(r·num_bases, min_dim)``, and ``UB``, ``(max_dim, num_bases·r)``, in B's dtype."""
+    return scaled_basis(basis_A, lam, gamma, scaling).to(basis_B.dtype), basis_B.flatten(start_dim=1)
+
+
+def _diagonal_gradients(
+    grad_A: Tensor, basis_A: Tensor, lam: Tensor, gamma: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Lead the gradient of ``scaling · UA``, ``(r·num_bases, min_dim)``, on to Λ and Γ."""
+    product = grad_A.unflatten(0, lam.shape) * (basis_A * scaling)  # (r, num_bases, min_dim)
+    return (product * gamma).sum(-1).to(lam.dtype), (product * lam[:, :, None]).sum(0).to(gamma.dtype)

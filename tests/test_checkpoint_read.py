@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import randlora
@@ -425,3 +426,15 @@ def test_fields_that_are_not_understood_are_no_reason_to_refuse(saved: Path) -> 
     randlora.save(model, saved)
     fields = read_fields(saved)
     assert (fields["a_field_of_tomorrow"], fields["revision"]) == ({"x": 1}, "main")
+
+
+@pytest.mark.parametrize("basis", ["block", "dense"])
+def test_tensors_that_lost_their_header_are_not_taken_for_pefts(tmp_path: Path, basis: Any) -> None:
+    """Some tools write safetensors anew without the metadata; PEFT's way of drawing would give other bases."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    randlora.inject(model, r=4, targets="all-linear", basis=basis, stream="portable")
+    randlora.save(model, tmp_path)
+    path = tmp_path / TENSORS_FILE
+    save_file(load_file(path), path)
+    with pytest.raises(randlora.CheckpointError, match="have lost the header that goes with randlora_stream"):
+        randlora.load(nn.Sequential(nn.Linear(8, 8)), tmp_path)

@@ -61,3 +61,42 @@ def test_gradients_are_those_of_finite_differences(shape: tuple[int, int], r: in
         lambda lam, gamma: functional.delta_weight(basis_A, basis_B, lam, gamma, 0.7, in_features=shape[1]),
         trained[1:],
     )
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (24, 40), (40, 24)], ids=["square", "down", "up"])
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+def test_backward_keeps_the_input_and_nothing_else_of_size(shape: tuple[int, int], tokens: int) -> None:
+    """PEFT keeps ``min_dim²`` numbers a layer beside it."""
+    basis_A, basis_B, lam, gamma = random_parts(*shape, 4)
+    x = torch.randn(tokens, shape[1], dtype=torch.float64, requires_grad=True)
+    given = {tensor.untyped_storage().data_ptr() for tensor in (x, basis_A, basis_B, lam, gamma)}
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        functional.adapter_output(x, basis_A, basis_B, lam.requires_grad_(), gamma.requires_grad_(), 0.7).sum()
+    assert len(kept) == 5
+    assert {tensor.untyped_storage().data_ptr() for tensor in kept} <= given
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (7, 5)], ids=["down", "up"])
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, True), (False, False, True)], ids=str)
+def test_only_the_gradients_asked_for_are_made(shape: tuple[int, int], needs: tuple[bool, bool, bool]) -> None:
+    basis_A, basis_B, lam, gamma = random_parts(*shape, 3)
+    x = torch.randn(2, 3, shape[1], dtype=torch.float64)
+    for tensor, wanted in zip((x, lam, gamma), needs, strict=True):
+        tensor.requires_grad_(wanted)
+    functional.adapter_output(x, basis_A, basis_B, lam, gamma, 0.7).square().sum().backward()
+    assert tuple(tensor.grad is not None for tensor in (x, lam, gamma)) == needs
+
+
+def test_differentiating_twice_is_refused_and_not_wrong() -> None:
+    basis_A, basis_B, lam, gamma = random_parts(5, 7, 3)
+    x = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
+    output = functional.adapter_output(x, basis_A, basis_B, lam.requires_grad_(), gamma, 0.7).square().sum()
+    (gradient,) = torch.autograd.grad(output, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

@@ -289,13 +289,13 @@ def draw_losses(axes: Axes, losses: Sequence[float], window: int = 10) -> None:
 def draw_spectrum(axes: Axes, values: Tensor, label: str, lora_rank: int, kept: float) -> None:
     """Draw all singular values, and mark those that the nearest matrix of a LoRA's rank would keep."""
     layer = SHOWN_LAYER.removeprefix("encoder.encoder.")
-    lora = f"the most a LoRA of equal size could hold (none was trained):\nrank {lora_rank}, {kept:.0%} of it"
+    lora = f"all that a LoRA of equal size can hold of it:\nrank {lora_rank}, {kept:.0%} of the squared norm"
     axes.plot(range(1, len(values) + 1), values, color="tab:blue", label=label)
     axes.plot(range(1, lora_rank + 1), values[:lora_rank], color="tab:orange", linewidth=4, label=lora)
     axes.axvline(lora_rank, color="tab:orange", linestyle=":")
     axes.set(title=f"Trained update of {layer}", xlabel="index", ylabel="singular value", yscale="log")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left")
+    axes.legend(loc="lower left", fontsize="small")
 
 
 def show(title: str, rows: Sequence[Row]) -> None:

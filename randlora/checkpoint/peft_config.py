@@ -17,6 +17,9 @@ from randlora.walk import named_parameters, walk
 PEFT_TYPE = "RANDLORA"
 PEFT_VERSION = "0.21.2"  # whose fields these are
 
+STREAM_FIELD = "randlora_stream"
+"""Our one field, written where PEFT would draw other bases from the seed: PEFT warns of a field it does not know."""
+
 NEUTRAL_FIELDS: dict[str, Any] = {
     "auto_mapping": None,
     "base_model_name_or_path": None,
@@ -38,6 +41,7 @@ OWN_FIELDS = frozenset({
     "projection_prng_key",
     "r",
     "randlora_alpha",
+    STREAM_FIELD,
     "randlora_dropout",
     "save_projection",
     "sparse",
@@ -75,6 +79,8 @@ def to_peft_fields(model: nn.Module, adapter: Adapter, *, stored: bool) -> dict[
         "target_modules": target_modules(model, adapter.targets),
         "very_sparse": config.basis == "very_sparse",
     }
+    if not stored and adapter.basis.spec.stream != "torch":
+        fields[STREAM_FIELD] = adapter.basis.spec.stream
     return dict(sorted(fields.items()))
 
 

@@ -28,7 +28,7 @@ from randlora.checkpoint.layout import (
     trained_fqn,
     trained_key,
 )
-from randlora.checkpoint.peft_config import PEFT_TYPE, from_peft_fields, peft_kind
+from randlora.checkpoint.peft_config import PEFT_TYPE, STREAM_FIELD, from_peft_fields, peft_kind
 from randlora.config import RandLoRAConfig
 from randlora.errors import CheckpointError, raise_collected
 
@@ -66,6 +66,8 @@ def read_adapter(directory: Path) -> AdapterFile:
     fields = _read_fields(directory / CONFIG_FILE)
     tensors, text = _read_tensors(directory / TENSORS_FILE)
     header = None if text is None else parse_header(text, tensors)
+    if header is None and fields.get(STREAM_FIELD) is not None:
+        raise CheckpointError(f"the tensors have lost the header that goes with {STREAM_FIELD}: get an undamaged copy")
     bases = _take_bases(tensors)
     values = _take_values(tensors)
     raise_collected(CheckpointError, _stray(tensors), doing=f"read {str(directory)!r}")
