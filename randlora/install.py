@@ -15,6 +15,9 @@ from randlora.layers.base import AdapterLayer
 from randlora.state import ATTRIBUTE, Adapter, ModelState, ReplacedParameter, attached_state, require_unmerged
 from randlora.walk import Target, named_parameters, used_dims, walk
 
+WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
+"""Types that wrap a whole model, and the attribute that holds it."""
+
 
 @dataclass(frozen=True, eq=False)
 class Addition:
@@ -47,6 +50,11 @@ def owned_state(model: nn.Module, name: str, doing: str) -> ModelState | None:
         AdapterError: When the name cannot be used or is taken, the adapters are merged, or a part of the model or what
             it is part of carries adapters already.
     """
+    if (attribute := WRAPPERS.get(type(model).__qualname__)) is not None:
+        raise AdapterError(
+            f"cannot {doing} through a {type(model).__name__}, which gives every layer another name: "
+            f"call this on model.{attribute}, which it wraps"
+        )
     state = attached_state(model)
     if state is not None:
         state.adopt_parameters()

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import randlora
-from tests.laws import assert_close, fill, same_bits
+from randlora import AdapterError
+from tests.laws import assert_close, fill, same_bits, untouched
 
 KINDS: tuple[dict[str, Any], ...] = ({"basis": "dense"}, {"basis": "block"}, {"basis": "sparse", "stream": "portable"})
 
@@ -112,3 +113,12 @@ def test_data_parallel_training_sees_the_adapters_through_the_wrapper() -> None:
         assert [info.name for info in randlora.adapters(wrapped)] == ["default"]
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # what torch.compile imports
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_a_wrapper_is_not_adapted_under_the_names_it_gives(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    wrapped = wrap(model)
+    with untouched(model), pytest.raises(AdapterError, match=r"call this on model\.(_orig_mod|module), which it wraps"):
+        randlora.inject(wrapped, r=4)

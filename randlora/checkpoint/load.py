@@ -62,7 +62,7 @@ def load(
     adapter.peft_fields = kept_fields(file.fields)
     replaced = replacements(model, state or ModelState(), file.trained)
     for fqn, entry in replaced.items():
-        own = file.trained[fqn].to(device=entry.original.device, dtype=entry.original.dtype)
+        own = file.trained[fqn].to(device=entry.original.device, dtype=entry.original.dtype, copy=True)
         adapter.trained[fqn] = nn.Parameter(own, requires_grad=trainable)
     addition = prepare(state, adapter, targets, values=_placed(file, targets), replaced=replaced, trainable=trainable)
     report = adapter_report(
@@ -135,12 +135,13 @@ def _placed(file: AdapterFile, targets: tuple[Target, ...]) -> dict[str, tuple[T
     for target in targets:
         lam, gamma = file.values[target.fqn]
         device = AdapterLayer.device_beside(target.module)
-        placed[target.fqn] = (_at_least_float32(lam).to(device), _at_least_float32(gamma).to(device))
+        placed[target.fqn] = (_master(lam, device), _master(gamma, device))
     return placed
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _master(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy Λ or Γ out of the file's memory, which is mapped and not aligned, in float32 or wider."""
+    return tensor.to(device=device, dtype=torch.promote_types(tensor.dtype, torch.float32), copy=True)
 
 
 def _notes(adapter: Adapter, *, is_active: bool) -> list[str]:
