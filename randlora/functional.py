@@ -111,10 +111,8 @@ class _AdapterOutput(torch.autograd.Function):
         grad_x = grad_hidden @ first if needs_x else None
         if not (needs_lam or needs_gamma):
             return grad_x, None, None, None, None, None
-        if first is scaled_A:
-            grad_A = grad_hidden.flatten(end_dim=-2).T @ x.flatten(end_dim=-2)  # (r·num_bases, min_dim)
-        else:
-            grad_A = F.linear(x, first).flatten(end_dim=-2).T @ grad.flatten(end_dim=-2)
+        left, right = (grad_hidden, x) if first is scaled_A else (F.linear(x, first), grad)
+        grad_A = left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1])  # (r·num_bases, min_dim)
         grad_lam, grad_gamma = _diagonal_gradients(grad_A, basis_A, lam, gamma, ctx.scaling)
         return grad_x, None, None, grad_lam, grad_gamma, None
 

@@ -104,9 +104,14 @@ def test_any_leading_shape_passes(kind: LayerKind, leading: list[int]) -> None:
     layer, base = adapted(kind, (6, 9), torch.float64)
     fill_layer(layer)
     x = torch.randn(*leading, 6, dtype=torch.float64)
-    expected = base(x) + x @ layer.delta_weight({"default": 1.0}).T
-    assert layer(x).shape == (*leading, 9)
-    assert_close(layer(x), expected, torch.float64)
+    update = layer.delta_weight({"default": 1.0})
+    expected = base(x) + x @ update.T
+    found = layer(x)
+    assert found.shape == (*leading, 9)
+    assert_close(found, expected, torch.float64)
+    trained = layer.randlora_gamma["default"]
+    gradients = [torch.autograd.grad(output.square().sum(), trained)[0] for output in (found, expected)]
+    assert_close(gradients[0], gradients[1], torch.float32)
 
 
 @every_kind
