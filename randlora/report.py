@@ -121,7 +121,7 @@ class MergeReport:
 
     def __str__(self) -> str:
         """Say it on one line."""
-        names = ", ".join(f"{name} x {weight:g}" for name, weight in self.adapters.items())
+        names = ", ".join(name if weight == 1 else f"{weight:g} x {name}" for name, weight in self.adapters.items())
         ending = "reversible with randlora.unmerge" if self.kept else "plain layers are back"
         return f"merged {names} into {len(self.targets)} layers; {ending}"
 

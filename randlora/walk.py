@@ -216,7 +216,7 @@ def _resolve(model: nn.Module, pattern: Pattern | None) -> tuple[Pattern, str, b
     if callable(pattern):
         return pattern, f"the callable {getattr(pattern, '__name__', type(pattern).__name__)}", True
     if isinstance(pattern, str):
-        return pattern, f"the regex {pattern!r}", True
+        return pattern, f"the regex '{pattern}'", True
     return tuple(pattern), f"the names {', '.join(pattern)}", True
 
 

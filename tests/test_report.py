@@ -97,7 +97,7 @@ def test_a_sparse_kind_claims_no_more_rank_than_it_has() -> None:
 def test_a_merge_says_what_went_where() -> None:
     model = Mixed()
     randlora.inject(model, r=4)
-    assert str(randlora.merge(model)) == "merged default x 1 into 3 layers; plain layers are back"
+    assert str(randlora.merge(model)) == "merged default into 3 layers; plain layers are back"
 
 
 @pytest.mark.parametrize(
