@@ -105,13 +105,14 @@ class _AdapterOutput(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, basis_A, basis_B, lam, gamma = ctx.saved_tensors
         scaled_A, flat_B = _factors(basis_A, basis_B, lam, gamma, ctx.scaling)
-        first, second = (scaled_A, flat_B) if x.shape[-1] == scaled_A.shape[1] else (flat_B.T, scaled_A.T)
+        is_wide = x.shape[-1] == scaled_A.shape[1]
+        first, second = (scaled_A, flat_B) if is_wide else (flat_B.T, scaled_A.T)
         needs_x, _, _, needs_lam, needs_gamma, _ = ctx.needs_input_grad
-        grad_hidden = grad @ second  # (..., r·num_bases)
+        grad_hidden: Any = grad @ second if needs_x or is_wide else None  # (..., r·num_bases), or nobody asks for it
         grad_x = grad_hidden @ first if needs_x else None
         if not (needs_lam or needs_gamma):
             return grad_x, None, None, None, None, None
-        left, right = (grad_hidden, x) if first is scaled_A else (F.linear(x, first), grad)
+        left, right = (grad_hidden, x) if is_wide else (F.linear(x, first), grad)
         grad_A = left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1])  # (r·num_bases, min_dim)
         grad_lam, grad_gamma = _diagonal_gradients(grad_A, basis_A, lam, gamma, ctx.scaling)
         return grad_x, None, None, grad_lam, grad_gamma, None
