@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -21,9 +21,13 @@ from randlora.checkpoint.header import dump_header, parse_header
 from randlora.state import ModelState, attached_state
 
 Bits = tuple[torch.dtype, tuple[int, ...], bytes]
+Stored = Literal["seed", "stored"]
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
+
+PREFIX = "base_model.model."
+LAMBDA, GAMMA = f"{PREFIX}0.randlora_lambda", f"{PREFIX}0.randlora_gamma"
 
 
 class Twice(nn.Module):
@@ -162,6 +166,7 @@ CASES = (
 )
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+both_ways = pytest.mark.parametrize("bases", ["seed", "stored"])
 
 
 def trained(case: Case, *, name: str = "default", **options: Any) -> nn.Module:

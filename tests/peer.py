@@ -25,6 +25,8 @@ PEFT_FLAGS: dict[BasisKind, dict[str, bool]] = {
 }
 """PEFT's flags for the kinds of bases it knows."""
 
+every_peft_kind = pytest.mark.parametrize("basis", PEFT_FLAGS)
+
 R = 6  # does not divide 32, the smaller side of most layers
 ALPHA = 15
 PREFIX = "base_model.model."

@@ -62,22 +62,22 @@ def test_a_tracer_that_comes_first_sees_the_right_values_and_spoils_none(
     assert model.get_parameter("0.randlora_lambda.default").grad is not None
 
 
-def test_a_compiled_model_follows_switches_and_other_bases_of_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 32)
+def test_a_compiled_model_follows_switches_and_other_bases_of_the_same_name() -> None:
     model = cold_model({})
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 8)
-    compiled(x)
-    randlora.activate(model, {"default": -0.5})
-    assert_close(compiled(x), model(x), torch.float32)
-    with randlora.disabled(model):
+    with torch._dynamo.config.patch(recompile_limit=32):
+        compiled(x)
+        randlora.activate(model, {"default": -0.5})
         assert_close(compiled(x), model(x), torch.float32)
-    with randlora.merged(model):
+        with randlora.disabled(model):
+            assert_close(compiled(x), model(x), torch.float32)
+        with randlora.merged(model):
+            assert_close(compiled(x), model(x), torch.float32)
+        randlora.eject(model)
+        randlora.inject(model, r=4, targets="all-linear", seed=9)
+        fill(model)
         assert_close(compiled(x), model(x), torch.float32)
-    randlora.eject(model)
-    randlora.inject(model, r=4, targets="all-linear", seed=9)
-    fill(model)
-    assert_close(compiled(x), model(x), torch.float32)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")

@@ -1,0 +1,189 @@
+"""Whole files whose tensors or options cannot be an adapter's: refused by name, and the model shows no trace of it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import randlora
+from tests.checkpoint_files import (
+    GAMMA,
+    LAMBDA,
+    LINEAR,
+    PREFIX,
+    Case,
+    Headed,
+    adapter_values,
+    bits,
+    edit_fields,
+    edit_tensors,
+    peft_directory,
+    read_tensors,
+    refused,
+    trained,
+)
+
+BASIS_A, BASIS_B = "base_model.randlora_A", "base_model.randlora_B"
+
+
+def nan_at(tensor: Tensor, value: float) -> Tensor:
+    changed = tensor.clone()
+    changed.view(-1)[-1] = value
+    return changed
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("key", [LAMBDA, GAMMA, f"{PREFIX}norm.bias", BASIS_A, BASIS_B])
+def test_values_that_are_not_finite_are_refused_by_name(key: str, value: float, tmp_path: Path) -> None:
+    case = Case("body", Headed, {"targets": ["0"], "train_also": ["norm.bias"]})
+    key = key.replace(f"{PREFIX}0", f"{PREFIX}body.0")
+    directory = peft_directory(tmp_path, case)
+    edit_tensors(directory, {key: nan_at(read_tensors(directory)[0][key], value)})
+    name = key.removeprefix(PREFIX).removeprefix("base_model.")
+    refused(case.build(), directory, f"{name} holds NaN or infinite values")
+
+
+def test_values_that_are_not_finite_are_refused_though_the_seal_is_whole(tmp_path: Path) -> None:
+    model = trained(LINEAR)
+    adapter_values(model)["0.randlora_gamma"].data[0, 0] = float("nan")
+    randlora.save(model, tmp_path)
+    refused(LINEAR.build(), tmp_path, "0.randlora_gamma holds NaN or infinite values")
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.int32, torch.int64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn],
+    ids=lambda dtype: str(dtype).removeprefix("torch."),
+)
+@pytest.mark.parametrize("key", [LAMBDA, GAMMA, BASIS_A, BASIS_B])
+def test_tensors_of_another_dtype_are_refused_by_name(key: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    directory = peft_directory(tmp_path)
+    edit_tensors(directory, {key: torch.ones(read_tensors(directory)[0][key].shape).to(dtype)})
+    name = key.removeprefix(PREFIX).removeprefix("base_model.")
+    refused(LINEAR.build(), directory, f"{name} holds {dtype}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_tensors_of_another_floating_dtype_are_read_and_never_narrowed(dtype: torch.dtype, tmp_path: Path) -> None:
+    directory = peft_directory(tmp_path)
+    tensors, _ = read_tensors(directory)
+    edit_tensors(directory, {LAMBDA: tensors[LAMBDA].to(dtype)})
+    model = LINEAR.build()
+    randlora.load(model, directory)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert bits(adapter_values(model)["0.randlora_lambda"]) == bits(tensors[LAMBDA].to(dtype).to(wide))
+
+
+Edit = tuple[Mapping[str, Tensor], tuple[str, ...], str]
+
+WRONG_TENSORS: dict[str, Edit] = {
+    "lambda-without-gamma": ({}, (GAMMA,), "0 has one of randlora_lambda and randlora_gamma: expected both"),
+    "gamma-without-lambda": ({}, (LAMBDA,), "0 has one of randlora_lambda and randlora_gamma: expected both"),
+    "A-without-B": ({}, (BASIS_B,), "the file holds one of the two bases: expected both or none"),
+    "B-without-A": ({}, (BASIS_A,), "the file holds one of the two bases: expected both or none"),
+    "nothing": (
+        {f"{PREFIX}0.bias": torch.ones(4)},
+        (LAMBDA, GAMMA, LAMBDA.replace("0", "2"), GAMMA.replace("0", "2")),
+        "the file holds no randlora_lambda and randlora_gamma",
+    ),
+    "stray-name": ({"optimizer.step": torch.ones(1)}, (), "'optimizer.step' is no name of an adapter's tensor"),
+    "no-prefix": ({"0.randlora_lambda": torch.ones(2, 2)}, (), "'0.randlora_lambda' is no name of an adapter's tensor"),
+    "unknown-parameter": ({f"{PREFIX}1.weight": torch.ones(4)}, (), "the model has no parameter 1.weight"),
+    "adapter-name-in-key": (
+        {f"{LAMBDA}.default": torch.ones(2, 2)},
+        (),
+        "the model has no parameter 0.randlora_lambda.default",
+    ),
+    "lambda-of-other-rank": ({LAMBDA: torch.ones(3, 2)}, (), "randlora_lambda (3, 2)"),
+    "lambda-of-other-length": ({LAMBDA: torch.ones(2, 3)}, (), "randlora_lambda (2, 3)"),
+    "lambda-transposed": ({LAMBDA: torch.ones(2)}, (), "randlora_lambda (2,)"),
+    "lambda-scalar": ({LAMBDA: torch.tensor(1.0)}, (), "randlora_lambda ()"),
+    "gamma-scalar": ({GAMMA: torch.tensor(1.0)}, (), "randlora_gamma ()"),
+    "gamma-of-three-dims": ({GAMMA: torch.ones(2, 4, 1)}, (), "randlora_gamma (2, 4, 1)"),
+    "gamma-narrower": (
+        {GAMMA: torch.ones(2, 3)},
+        (),
+        "0 is 4 x 6 here, the adapter was trained on a smaller side of 3",
+    ),
+    "empty": (
+        {LAMBDA: torch.ones(2, 0), GAMMA: torch.ones(0, 0)},
+        (),
+        "0 is 4 x 6 here, the adapter was trained on a smaller side of 0",
+    ),
+    "A-scalar": ({BASIS_A: torch.tensor(1.0)}, (), "the bases have shapes () and"),
+    "B-scalar": ({BASIS_B: torch.tensor(1.0)}, (), "and (), which do not fit r=2"),
+    "A-flat": ({BASIS_A: torch.ones(2, 5)}, (), "the bases have shapes (2, 5)"),
+    "A-of-other-rank": ({BASIS_A: torch.ones(3, 1, 5)}, (), "the bases have shapes (3, 1, 5)"),
+    "B-of-other-rank": ({BASIS_B: torch.ones(6, 3, 3)}, (), "and (6, 3, 3), which do not fit r=2"),
+    "B-of-other-length": ({BASIS_B: torch.ones(6, 2, 2)}, (), "and (6, 2, 2), which do not fit r=2"),
+    "B-too-short": ({BASIS_B: torch.ones(5, 3, 2)}, (), "0 is 4 x 6, larger than the bases in the file"),
+    "A-and-B-too-narrow": (
+        {BASIS_A: torch.ones(2, 1, 3), BASIS_B: torch.ones(6, 2, 2)},
+        (),
+        "0 is 4 x 6, larger than the bases in the file",
+    ),
+    "two-tensors-of-one-name": (
+        {f"{PREFIX}0.bias": torch.ones(4), f"{PREFIX}0.base_layer.bias": torch.zeros(4)},
+        (),
+        "2 tensors beside Λ and Γ name 1 parameters",
+    ),
+    "copies-of-A-that-differ": (
+        {f"{PREFIX}0.randlora_A": torch.ones(2, 1, 5)},
+        (),
+        "holds copies of base_model.randlora_A that differ",
+    ),
+    "copies-of-B-of-other-shapes": (
+        {f"{PREFIX}2.randlora_B": torch.ones(6, 3, 3)},
+        (),
+        "holds copies of base_model.randlora_B that differ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "drop", "message"), WRONG_TENSORS.values(), ids=WRONG_TENSORS)
+def test_tensors_that_are_no_adapter_are_refused(
+    changes: Mapping[str, Tensor], drop: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    directory = peft_directory(tmp_path)
+    edit_tensors(directory, changes, drop=drop)
+    refused(LINEAR.build(), directory, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "drop", "message"),
+    [
+        ({}, ("r",), "the adapter's JSON lacks r"),
+        ({}, ("r", "randlora_alpha", "projection_prng_key"), "lacks r, randlora_alpha, projection_prng_key"),
+        ({"r": 0}, (), "r must be a positive integer, got 0"),
+        ({"r": "2"}, (), "r must be a positive integer, got '2'"),
+        ({"r": True}, (), "r must be a positive integer, got True"),
+        ({"r": 3}, (), "expected (3, num_bases)"),
+        ({"randlora_alpha": 10**400}, (), "alpha must be a finite number"),
+        ({"randlora_alpha": float("nan")}, (), "alpha must be a finite number"),
+        ({"randlora_alpha": "640"}, (), "alpha must be a finite number"),
+        ({"randlora_dropout": 1.0}, (), "dropout must be a number in [0, 1)"),
+        ({"projection_prng_key": 0.5}, (), "seed must be an integer"),
+        ({"projection_prng_key": "0"}, (), "options that cannot work"),
+        ({"projection_prng_key": None}, (), "options that cannot work"),
+        ({"projection_prng_key": [1]}, (), "options that cannot work"),
+    ],
+    ids=str,
+)
+def test_options_of_a_peft_file_that_cannot_work_are_refused(
+    changes: dict[str, Any], drop: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    directory = peft_directory(tmp_path)
+    edit_fields(directory, changes, drop=drop)
+    refused(LINEAR.build(), directory, message)
+
+
+def test_all_problems_of_a_file_are_named_at_once(tmp_path: Path) -> None:
+    directory = peft_directory(tmp_path)
+    edit_tensors(directory, {LAMBDA: torch.full((2, 2), float("nan")), GAMMA: torch.ones(2, 4, dtype=torch.int64)})
+    with pytest.raises(randlora.CheckpointError, match="2 problems") as caught:
+        randlora.load(LINEAR.build(), directory)
+    assert "0.randlora_lambda holds NaN" in str(caught.value)
+    assert "0.randlora_gamma holds torch.int64" in str(caught.value)
