@@ -306,3 +306,17 @@ def test_what_is_switched_in_inference_mode_can_be_trained() -> None:
     with torch.inference_mode():
         randlora.activate(model, "b")
     train(model, "b")
+
+
+def test_deltas_are_summed_in_the_order_of_their_activation() -> None:
+    """The order is part of the sum's bits, and must not be that of a set, which changes from process to process."""
+    model = with_one()
+    names = ["default", "b", "c", "d", "e"]
+    for seed, name in enumerate(names[1:], start=1):
+        randlora.inject(model, r=4, name=name)
+        fill(model, name, seed=seed)
+    randlora.activate(model, names)
+    expected = torch.zeros(12, 12)
+    for name in names:
+        expected = expected + randlora.delta_weight(model, "q", name=name)
+    assert same_bits(randlora.delta_weight(model, "q"), expected)

@@ -151,11 +151,8 @@ class AdapterLayer(nn.Module, ABC):
 
     def _adapter_output(self, adapter: Adapter, weight: float, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Compute one adapter's part in the dtype that the base layer gave, which is autocast's where that is on."""
-        max_dim, min_dim, _ = self.dims(adapter.config.r)
-        bases = adapter.basis.slices(max_dim, min_dim, device=x.device, dtype=dtype)
-        lam, gamma = (part[adapter.name].to(x.device) for part in (self.randlora_lambda, self.randlora_gamma))
         x = F.dropout(x, adapter.config.dropout, self.training)
-        return functional.adapter_output(x, *bases, lam, gamma, adapter.config.scaling * weight)
+        return functional.adapter_output(x, *self._parts(adapter, x.device, dtype), adapter.config.scaling * weight)
 
     def delta_weight(self, weights: dict[str, float]) -> Tensor:
         """Sum the updates of some adapters.
@@ -171,16 +168,20 @@ class AdapterLayer(nn.Module, ABC):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         total = torch.zeros((out_features, in_features), dtype=dtype, device=device)
         with torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext():
-            for name in weights.keys() & self.adapters.keys():
-                total = total + self._one_delta(self.adapters[name], weights[name], device, dtype)
+            for name, weight in weights.items():  # in their order, which is part of the sum's bits
+                if (adapter := self.adapters.get(name)) is not None:
+                    parts, scaling = self._parts(adapter, device, dtype), adapter.config.scaling * weight
+                    total = total + functional.delta_weight(*parts, scaling, in_features=in_features)
         return total
 
-    def _one_delta(self, adapter: Adapter, weight: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def _parts(
+        self, adapter: Adapter, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gather A, B, Λ and Γ of one adapter, as `functional` takes them."""
         max_dim, min_dim, _ = self.dims(adapter.config.r)
         bases = adapter.basis.slices(max_dim, min_dim, device=device, dtype=dtype)
         lam, gamma = self.randlora_lambda[adapter.name], self.randlora_gamma[adapter.name]
-        scaling = adapter.config.scaling * weight
-        return functional.delta_weight(*bases, lam, gamma, scaling, in_features=self.in_features)
+        return bases.A, bases.B, lam.to(device), gamma.to(device)
 
     @torch.no_grad()
     def merged_weight(self, weights: dict[str, float]) -> Tensor:
