@@ -17,7 +17,7 @@ from randlora.bank import Basis
 from randlora.bases.spec import BasisSpec, spec_for
 from randlora.config import BasisKind, Pattern, RandLoRAConfig, Stream
 from randlora.errors import ConfigError, TargetError, raise_collected
-from randlora.install import adapter_layers, commit, detach, owned_state, prepare
+from randlora.install import adapter_layers, commit, detach, or_if_first, owned_state, prepare
 from randlora.report import Report, adapter_report, standing
 from randlora.state import Adapter, ModelState, adapted_root
 from randlora.train_also import own_copies, replacements, select_parameters, train_also_problems
@@ -87,7 +87,9 @@ def plan(
         seed=seed,
         train_also=train_also,
     )
-    return _report(model, _plan(model, name, options, new_bases=new_bases))
+    planned = _plan(model, name, options, new_bases=new_bases)
+    is_first = or_if_first(planned.state, wanted=None)
+    return _report(model, planned, active=is_first, trainable=is_first)
 
 
 @torch.inference_mode(mode=False)  # what is made here is trained, whatever mode the caller is in
@@ -155,11 +157,10 @@ def inject(
         train_also=train_also,
     )
     planned = _plan(model, name, options, new_bases=new_bases)
+    active, trainable = or_if_first(planned.state, wanted=active), or_if_first(planned.state, wanted=trainable)
     report = _report(model, planned, active=active, trainable=trainable)
     chosen = planned.selection.targets
     held = planned.shared or _new_basis(planned)
-    is_first = planned.state is None
-    trainable = is_first if trainable is None else trainable
     replaced = replacements(model, planned.state or ModelState(), planned.train_also)
     adapter = Adapter(name, _with_names(planned.config, report.targets), held, report.targets, planned.selection.rule)
     adapter.trained = own_copies(replaced, trainable=trainable)
@@ -240,9 +241,7 @@ def _new_basis(planned: Plan) -> Basis:
     return basis
 
 
-def _report(model: nn.Module, planned: Plan, *, active: bool | None = None, trainable: bool | None = None) -> Report:
-    is_first = planned.state is None
-    is_trainable = is_first if trainable is None else trainable
+def _report(model: nn.Module, planned: Plan, *, active: bool, trainable: bool) -> Report:
     used = used_dims(planned.selection.targets)
     extent = planned.shared.extent if planned.shared else (0, 0)
     basis_bytes = planned.spec.nbytes(max(used[0], extent[0]), max(used[1], extent[1]))
@@ -254,5 +253,5 @@ def _report(model: nn.Module, planned: Plan, *, active: bool | None = None, trai
         planned.spec,
         basis_bytes=basis_bytes,
         train_also=planned.train_also,
-        notes=standing(planned.name, is_active=is_first if active is None else active, is_trainable=is_trainable),
+        notes=standing(planned.name, is_active=active, is_trainable=trainable),
     )

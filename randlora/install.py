@@ -77,6 +77,11 @@ def owned_state(model: nn.Module, name: str, doing: str) -> ModelState | None:
     return state
 
 
+def or_if_first(state: ModelState | None, *, wanted: bool | None) -> bool:
+    """Resolve an option whose ``None`` means: if the adapter is the model's first."""
+    return state is None if wanted is None else wanted
+
+
 def prepare(
     state: ModelState | None,
     adapter: Adapter,
@@ -105,13 +110,13 @@ def prepare(
     return Addition(state, adapter, tuple(layers), replaced or {}, trainable)
 
 
-def commit(model: nn.Module, addition: Addition, *, active: bool | None) -> None:
+def commit(model: nn.Module, addition: Addition, *, active: bool) -> None:
     """Hang a prepared adapter in the model and freeze the rest.
 
     Args:
         model: The module that carries the adapters.
         addition: What `prepare` made.
-        active: Whether the adapter becomes the only active one; ``None`` means if it is the first.
+        active: Whether the adapter becomes the only active one.
     """
     state, adapter = addition.state, addition.adapter
     if not state.adapters:
@@ -121,7 +126,7 @@ def commit(model: nn.Module, addition: Addition, *, active: bool | None) -> None
     for target, layer, lam, gamma in addition.layers:
         layer.add(adapter, lam, gamma, trainable=addition.trainable)
         target.replace(layer)
-    if active or (active is None and not state.adapters):
+    if active:
         for other in state.adapters.values():
             other.weight = None
         adapter.weight = 1.0

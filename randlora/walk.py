@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from randlora.bases.spec import drawn_dims, sliced_dims
 from randlora.config import Pattern, RandLoRAConfig
 from randlora.errors import TargetError, raise_collected
 from randlora.layers.base import AdapterLayer
@@ -157,19 +158,13 @@ def select(model: nn.Module, pattern: Pattern | None, exclude: Pattern | None) -
 
 
 def max_dims(targets: Iterable[Target]) -> tuple[int, int]:
-    """Return ``(max_dim, min_dim)`` of the bases that PEFT would draw for these targets.
-
-    They are the largest side of all, and the smaller of the largest input and the largest output width.
-    """
-    sides = [(target.in_features, target.out_features) for target in targets]
-    widest_in, widest_out = (max(side) for side in zip(*sides, strict=True))
-    return max(widest_in, widest_out), min(widest_in, widest_out)
+    """Return ``(max_dim, min_dim)`` of the bases that PEFT would draw for these targets."""
+    return drawn_dims((target.out_features, target.in_features) for target in targets)
 
 
 def used_dims(targets: Iterable[Target]) -> tuple[int, int]:
-    """Return ``(max_dim, min_dim)`` that layers slice: the largest of the larger and of the smaller sides."""
-    sides = [(target.in_features, target.out_features) for target in targets]
-    return max(map(max, sides)), max(map(min, sides))
+    """Return ``(max_dim, min_dim)`` that these targets slice."""
+    return sliced_dims((target.out_features, target.in_features) for target in targets)
 
 
 def obstacles(model: nn.Module, targets: Sequence[Target]) -> list[str]:

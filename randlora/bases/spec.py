@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -106,6 +106,21 @@ class BasisSpec:
 def count_bases(min_dim: int, r: int) -> int:
     """Count the bases whose ranks add up to ``min_dim``: ``ceil(min_dim / r)``."""
     return math.ceil(min_dim / r)
+
+
+def drawn_dims(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Return ``(max_dim, min_dim)`` that PEFT draws for layers of these ``(out, in)`` shapes.
+
+    They are the largest side of all, and the smaller of the largest output and the largest input width.
+    """
+    widest = [max(sides) for sides in zip(*shapes, strict=True)]
+    return max(widest), min(widest)
+
+
+def sliced_dims(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Return ``(max_dim, min_dim)`` that layers slice: the largest of the larger and of the smaller sides."""
+    shapes = list(shapes)
+    return max(map(max, shapes)), max(map(min, shapes))
 
 
 def spec_for(config: RandLoRAConfig, max_dim: int, min_dim: int) -> BasisSpec:

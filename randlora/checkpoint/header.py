@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from randlora.bases.spec import BasisSpec, spec_for
+from randlora.bases.spec import BasisSpec, drawn_dims, sliced_dims, spec_for
 from randlora.checkpoint.layout import FORMAT_VERSION
 from randlora.config import RandLoRAConfig
 from randlora.errors import CheckpointError
@@ -42,7 +42,7 @@ class Header:
     @property
     def extent(self) -> tuple[int, int]:
         """``(max_dim, min_dim)`` that the targets slice."""
-        return max(map(max, self.shapes.values())), max(map(min, self.shapes.values()))
+        return sliced_dims(self.shapes.values())
 
     @property
     def is_consistent(self) -> bool:
@@ -55,8 +55,7 @@ class Header:
     @property
     def rectangle(self) -> tuple[int, int]:
         """``(max_dim, min_dim)`` of the bases that PEFT would hold for the targets, at least `extent`."""
-        widest_out, widest_in = (max(sides) for sides in zip(*self.shapes.values(), strict=True))
-        return max(widest_out, widest_in), min(widest_out, widest_in)
+        return drawn_dims(self.shapes.values())
 
 
 def dump_header(header: Header, tensors: Mapping[str, Tensor]) -> str:

@@ -1,6 +1,9 @@
-"""Names on disk, PEFT's own: two files, and the keys of the tensors in one of them."""
+"""Names and dtypes on disk, PEFT's own: two files, and the keys of the tensors in one of them."""
 
 from collections.abc import Container
+
+import torch
+from torch import Tensor
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -30,3 +33,9 @@ def trained_fqn(key: str, targets: Container[str]) -> str:
     fqn = key.removeprefix(MODEL_PREFIX)
     module, _, attribute = fqn.rpartition(BASE_LAYER)
     return f"{module}.{attribute}" if module in targets and "." not in attribute else fqn
+
+
+def master_copy(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy Λ or Γ in float32, or in float64 where it is so: never narrower than it is, in memory of its own."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.detach().to(device=device, dtype=dtype, copy=True).contiguous()

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from randlora.bank import BasisBank
 from randlora.checkpoint.bases import file_basis
+from randlora.checkpoint.layout import master_copy
 from randlora.checkpoint.peft_config import NEUTRAL_FIELDS, kept_fields
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.errors import CheckpointError, TargetError, raise_collected
-from randlora.install import commit, owned_state, prepare
+from randlora.install import commit, or_if_first, owned_state, prepare
 from randlora.layers.base import AdapterLayer
 from randlora.report import Report, adapter_report, standing
 from randlora.state import Adapter, ModelState
@@ -52,6 +53,7 @@ def load(
         AdapterError: When the name is taken, or the model's adapters are merged.
     """
     state = owned_state(model, name, "load")
+    active = or_if_first(state, wanted=active)
     try:
         file = read_adapter(Path(directory))
         targets = _targets(model, file)
@@ -73,7 +75,7 @@ def load(
         basis.spec,
         basis_bytes=basis.nbytes,
         train_also=tuple(file.trained),
-        notes=_notes(adapter, is_active=state is None if active is None else active),
+        notes=_notes(adapter, is_active=active),
     )
     commit(model, addition, active=active)
     return report
@@ -81,10 +83,10 @@ def load(
 
 def _targets(model: nn.Module, file: AdapterFile) -> tuple[Target, ...]:
     """Find the layers that the file names, and check that everything in it fits."""
-    visits = {visit.fqn for visit in walk(model)}
-    problems = [f"the model has no layer {fqn}" for fqn in file.values if fqn not in visits]
+    modules = {visit.fqn: visit.module for visit in walk(model)}
+    problems = [f"the model has no layer {fqn}" for fqn in file.values if fqn not in modules]
     raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
-    aliases = {id(visit.module): visit.fqn for visit in walk(model) if visit.fqn in file.values}
+    aliases = {id(modules[fqn]): fqn for fqn in file.values}
     try:
         targets = find_targets(model, lambda fqn, _: fqn in file.values)
     except TargetError as error:
@@ -135,13 +137,8 @@ def _placed(file: AdapterFile, targets: tuple[Target, ...]) -> dict[str, tuple[T
     for target in targets:
         lam, gamma = file.values[target.fqn]
         device = AdapterLayer.device_beside(target.module)
-        placed[target.fqn] = (_master(lam, device), _master(gamma, device))
+        placed[target.fqn] = (master_copy(lam, device), master_copy(gamma, device))  # a file's memory is not aligned
     return placed
-
-
-def _master(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy Λ or Γ out of the file's memory, which is mapped and not aligned, in float32 or wider."""
-    return tensor.to(device=device, dtype=torch.promote_types(tensor.dtype, torch.float32), copy=True)
 
 
 def _notes(adapter: Adapter, *, is_active: bool) -> list[str]:

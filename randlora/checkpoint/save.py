@@ -24,6 +24,7 @@ from randlora.checkpoint.layout import (
     TENSORS_FILE,
     TOP_BASIS_A,
     TOP_BASIS_B,
+    master_copy,
     trained_key,
 )
 from randlora.checkpoint.peft_config import to_peft_fields
@@ -115,17 +116,11 @@ def _problems(adapter: Adapter, layers: Sequence[tuple[str, AdapterLayer]], base
 def _tensors(adapter: Adapter, layers: Sequence[tuple[str, AdapterLayer]]) -> dict[str, Tensor]:
     tensors = {}
     for fqn, layer in layers:
-        tensors[f"{MODEL_PREFIX}{fqn}{LAMBDA_SUFFIX}"] = _master(layer.randlora_lambda[adapter.name])
-        tensors[f"{MODEL_PREFIX}{fqn}{GAMMA_SUFFIX}"] = _master(layer.randlora_gamma[adapter.name])
+        tensors[f"{MODEL_PREFIX}{fqn}{LAMBDA_SUFFIX}"] = master_copy(layer.randlora_lambda[adapter.name], "cpu")
+        tensors[f"{MODEL_PREFIX}{fqn}{GAMMA_SUFFIX}"] = master_copy(layer.randlora_gamma[adapter.name], "cpu")
     for fqn, parameter in adapter.trained.items():
         tensors[trained_key(fqn, dict(layers))] = parameter.detach().cpu().contiguous().clone()
     return tensors
-
-
-def _master(parameter: Tensor) -> Tensor:
-    """Copy Λ or Γ in float32, or in float64 where the model was made so: never narrower than it is."""
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return parameter.detach().to(device="cpu", dtype=dtype).contiguous().clone()
 
 
 def _header(adapter: Adapter, layers: Sequence[tuple[str, AdapterLayer]]) -> Header:
