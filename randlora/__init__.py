@@ -24,6 +24,7 @@ from randlora.bases.spec import BasisSpec as BasisSpec
 from randlora.checkpoint import load as load
 from randlora.checkpoint import save as save
 from randlora.checkpoint.save import SaveReport as SaveReport
+from randlora.compute import set_compute as set_compute
 from randlora.config import RandLoRAConfig as RandLoRAConfig
 from randlora.errors import AdapterError as AdapterError
 from randlora.errors import CheckpointError as CheckpointError
@@ -78,6 +79,7 @@ __all__ = [
     "register_layer",
     "remove",
     "save",
+    "set_compute",
     "trainable_parameters",
     "unmerge",
 ]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -16,6 +18,8 @@ from randlora.bases import portable_stream, torch_stream
 from randlora.bases.compact import CompactMatrix
 from randlora.bases.spec import BasisSpec, count_bases
 from randlora.errors import ConfigError
+from randlora.functional import BlockPair, DensePair, Pair, SparsePair
+from randlora.functional.sparse import csr, serves
 
 DIGEST_CHUNK_ROWS = 256
 
@@ -23,7 +27,7 @@ Method = TypeVar("Method", bound=Callable[..., Tensor])
 
 
 class Bases(NamedTuple):
-    """The slices one layer computes with: ``A`` is ``(r, 1, min_dim)``, ``B`` is ``(max_dim, num_bases, r)``."""
+    """The slices of one layer, written out: ``A`` is ``(r, 1, min_dim)``, ``B`` is ``(max_dim, num_bases, r)``."""
 
     A: Tensor
     B: Tensor
@@ -39,9 +43,9 @@ def _constant_to_the_compiler(method: Method) -> Method:
 class Basis:
     """One pair of frozen bases, shared by every layer that names its spec.
 
-    It is drawn when first needed, only as far as a layer has asked for, and holds one written-out copy per
-    device and dtype. Copying shares it; pickling drops the numbers, which its spec brings back, unless they came
-    from a file that no seed reproduces.
+    It is drawn when first needed, only as far as a layer has asked for, and holds one copy to compute with per
+    device and dtype, in which the zeros of ``block`` take no room. Copying shares it; pickling drops the numbers, which
+    its spec brings back, unless they came from a file that no seed reproduces.
 
     Attributes:
         spec: What is drawn.
@@ -54,7 +58,8 @@ class Basis:
     extent: tuple[int, int] = (0, 0)
     stored: tuple[CompactMatrix, CompactMatrix] | None = None
     _drawn: tuple[CompactMatrix, CompactMatrix] | None = field(default=None, repr=False)
-    _copies: dict[tuple[torch.device, torch.dtype], Bases] = field(default_factory=dict, repr=False)
+    _copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _sparse_pairs: dict[tuple[torch.dtype, int, int], SparsePair] = field(default_factory=dict, repr=False)
     identity: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -69,7 +74,7 @@ class Basis:
 
     def __getstate__(self) -> dict[str, Any]:
         """Drop what can be drawn again."""
-        return {**self.__dict__, "_drawn": None, "_copies": {}}
+        return {**self.__dict__, "_drawn": None, "_copies": {}, "_sparse_pairs": {}}
 
     def extend(self, max_dim: int, min_dim: int) -> None:
         """Make the bases reach layers of these dims; bits already handed out do not change.
@@ -88,7 +93,7 @@ class Basis:
         if not self.spec.is_prefix_stable and (extent[0] > drawn[0] or extent[1] > drawn[1]):
             raise ConfigError(f"a layer of {max_dim}x{min_dim} reaches beyond {self.spec}: draw them for larger dims")
         self.extent, self._drawn = extent, None
-        self._copies.clear()
+        self.release()
         if self.spec.is_prefix_stable:
             self.spec = replace(self.spec, max_dim=max(drawn[0], extent[0]), min_dim=max(drawn[1], extent[1]))
 
@@ -103,30 +108,57 @@ class Basis:
         return self._drawn
 
     def slices(self, max_dim: int, min_dim: int, *, device: torch.device | str, dtype: torch.dtype) -> Bases:
-        """Hand a layer its bases.
+        """Write out the bases of a layer, zeros and all, to look at or to save; nothing of it is kept.
+
+        Args:
+            max_dim: The layer's larger side.
+            min_dim: The layer's smaller side.
+            device: Where the result lives.
+            dtype: A floating dtype; exact in float32 and wider.
+        """
+        self.extend(max_dim, min_dim)
+        r, columns_B = self.spec.r, count_bases(min_dim, self.spec.r) * self.spec.r
+        basis_A, basis_B = (matrix.to_dense(device=device, dtype=dtype) for matrix in self.matrices())
+        return Bases(basis_A[:, :min_dim].unsqueeze(1), basis_B[:max_dim, :columns_B].unflatten(1, (-1, r)))
+
+    def pair(
+        self, max_dim: int, min_dim: int, *, device: torch.device, dtype: torch.dtype, is_traced: bool = False
+    ) -> Pair:
+        """Hand a layer its bases in the form it computes with.
 
         Args:
             max_dim: The layer's larger side.
             min_dim: The layer's smaller side.
             device: Where the layer computes.
-            dtype: What the layer computes in. A, which is small, is at least float32, so that a ternary scale is exact.
+            dtype: What the layer computes in: the dtype of B. A, which is small, is at least float32. It carries the
+                scale of a ternary B too, whose signs are exact in any dtype.
+            is_traced: Whether something watches that has no rules for sparse tensors: a compiler, a transform.
 
         Returns:
             Views of the one copy for this device and dtype.
         """
         self.extend(max_dim, min_dim)
-        device = torch.device(device)
+        num_bases = count_bases(min_dim, self.spec.r)
         basis_A = self._copy(0, device, dtype, self.identity)
+        if not is_traced and serves(self._density, device, dtype):
+            return self._sparse_pair(basis_A, max_dim, min_dim, num_bases, dtype)
         basis_B = self._copy(1, device, dtype, self.identity)
-        return Bases(basis_A[:, :, :min_dim], basis_B[:max_dim, : count_bases(min_dim, self.spec.r)])
+        c, b = self._blocks
+        if (c, b) == (1, 1):
+            return DensePair(basis_A[:, :min_dim].unsqueeze(0), basis_B[:max_dim, : num_bases * self.spec.r])
+        rows, width = math.ceil(max_dim / b) * b, math.ceil(min_dim / c)
+        blocks_A = basis_A[:, :width].unflatten(0, (-1, c)).transpose(0, 1)
+        blocks_B = basis_B[:rows, : num_bases * self.spec.r // b].unflatten(0, (-1, b)).transpose(0, 1)
+        return BlockPair(blocks_A, blocks_B, num_bases, max_dim, min_dim)
 
     def release(self) -> None:
-        """Forget the copies written out; what computes next writes its own out again."""
+        """Forget the copies to compute with; what computes next makes its own again."""
         self._copies.clear()
+        self._sparse_pairs.clear()
 
     @_constant_to_the_compiler
     def _copy(self, index: int, device: torch.device, dtype: torch.dtype, identity: str) -> Tensor:
-        """Return A (index 0) or B (index 1) written out in full.
+        """Return A (index 0) or B (index 1) to compute with, whole.
 
         The compiler calls this while it traces and keeps the tensor as a constant; ``identity`` is an argument so that
         it traces again for other bases. Whatever mode is on, the tensor made is a real one that autograd accepts.
@@ -160,20 +192,40 @@ class Basis:
             return sum(matrix.nbytes for matrix in self.stored)
         return self.spec.nbytes(*self.extent)
 
-    def _write_out(self, device: torch.device, dtype: torch.dtype) -> Bases:
-        r = self.spec.r
+    @property
+    def _blocks(self) -> tuple[int, int]:
+        """``(c, b)`` as it is kept: bases from a file are kept whole."""
+        return (1, 1) if self.stored is not None else self.spec.blocks or (1, 1)
+
+    @property
+    def _density(self) -> float:
+        """Share of B that may be other than zero, as far as its kind tells."""
+        is_ternary = self.spec.kind in ("sparse", "very_sparse") and self.stored is None
+        return 2 * self.spec.probability if is_ternary else 1.0
+
+    def _write_out(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Make A, ``(r, ceil(min_dim / c))``, and B, ``(max_dim, r·num_bases/b)`` with rows up to a multiple of b."""
         wide = torch.promote_types(dtype, torch.float32)
+        (max_dim, min_dim), (c, b), r = self.extent, self._blocks, self.spec.r
+        rows, columns = math.ceil(max_dim / b) * b, count_bases(min_dim, r) * r // b
         if device.type == "meta":  # shapes only: nothing is drawn for a model without values
-            num_bases = count_bases(self.extent[1], r)
-            return Bases(
-                torch.empty((r, 1, self.extent[1]), dtype=wide, device=device),
-                torch.empty((self.extent[0], num_bases, r), dtype=dtype, device=device),
-            )
-        basis_A, basis_B = self.matrices()
-        return Bases(
-            basis_A.to_dense(device=device, dtype=wide).unsqueeze(1),
-            basis_B.to_dense(device=device, dtype=dtype).reshape(self.extent[0], -1, r),
-        )
+            empty_A = torch.empty((r, math.ceil(min_dim / c)), dtype=wide, device=device)
+            return empty_A, torch.empty((rows, columns), dtype=dtype, device=device)
+        stored_A, stored_B = self.matrices()
+        basis_A = stored_A.values.to(device=device, dtype=wide) * (stored_A.scale * stored_B.scale)
+        basis_B = stored_B.values.to(device=device, dtype=dtype)
+        return basis_A, F.pad(basis_B, (0, 0, 0, rows - len(basis_B)))
+
+    def _sparse_pair(
+        self, basis_A: Tensor, max_dim: int, min_dim: int, num_bases: int, dtype: torch.dtype
+    ) -> SparsePair:
+        """Return the sparse form of one layer's bases; layers of one shape share it."""
+        key = (dtype, max_dim, num_bases)
+        if key not in self._sparse_pairs:
+            signs = self.matrices()[1].values[:max_dim, : num_bases * self.spec.r]
+            with torch.inference_mode(mode=False):
+                self._sparse_pairs[key] = SparsePair(basis_A, csr(signs, dtype), csr(signs.T, dtype), self._density)
+        return self._sparse_pairs[key]._replace(A=basis_A[:, :min_dim].unsqueeze(0))
 
 
 def _dense_rows(matrix: CompactMatrix, rows: int) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ from torch import nn
 from randlora.bank import Basis, BasisBank
 from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError
+from randlora.functional import Compute
 
 ATTRIBUTE = "randlora_state"
 
@@ -94,6 +95,8 @@ class ModelState:
         replaced: The parameters that some adapter trains a version of, by FQN.
         is_disabled: Whether all adapters are switched off for now.
         is_merged: Whether the active adapters are folded into the weights for now.
+        compute: How layers compute.
+        keep: Whether they keep for backward what saves them a product there.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -102,6 +105,8 @@ class ModelState:
     replaced: dict[str, ReplacedParameter] = field(default_factory=dict)
     is_disabled: bool = False
     is_merged: bool = False
+    compute: Compute = "auto"
+    keep: bool = False
 
     @property
     def active(self) -> dict[str, float]:

@@ -204,32 +204,6 @@ def test_a_matrix_from_a_file_is_kept_without_losing_a_bit(spec: BasisSpec, dtyp
         assert torch.equal(CompactMatrix.from_dense(flat).to_dense(device="cpu", dtype=dtype), flat)
 
 
-def test_one_copy_is_written_out_per_device_and_dtype() -> None:
-    basis = Basis(BasisSpec("dense", "portable", 0, 4, 12, 8))
-    first = basis.slices(12, 8, device="cpu", dtype=torch.float32)
-    again = basis.slices(10, 6, device="cpu", dtype=torch.float32)
-    other = basis.slices(12, 8, device="cpu", dtype=torch.bfloat16)
-    assert first.B.data_ptr() == again.B.data_ptr()
-    assert other.B.dtype == torch.bfloat16
-    assert other.A.dtype == torch.float32
-
-
-def test_meta_bases_have_shapes_and_draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_stream, "draw", lambda *_: pytest.fail("drew for a model without values"))
-    basis = Basis(BasisSpec("dense", "torch", 0, 4, 12, 8))
-    found = basis.slices(12, 7, device="meta", dtype=torch.float32)
-    assert found.A.shape == (4, 1, 7)
-    assert found.B.shape == (12, 2, 4)
-    assert found.B.is_meta
-
-
-def test_bases_made_in_inference_mode_can_be_trained_through_later() -> None:
-    basis = Basis(BasisSpec("dense", "torch", 0, 4, 12, 8))
-    with torch.inference_mode():
-        basis.slices(12, 8, device="cpu", dtype=torch.float32)
-    assert not basis.slices(12, 8, device="cpu", dtype=torch.float32).B.is_inference()
-
-
 @given(specs())
 def test_copying_shares_and_pickling_draws_again(spec: BasisSpec) -> None:
     basis = Basis(spec)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import randlora
 from randlora import AdapterLayer
+from randlora.functional import Compute
 from randlora.registry import registered_layers
 from tests import reference
 from tests.laws import assert_close, fill, same_bits
@@ -20,6 +22,7 @@ from tests.strategies import KINDS_AND_STREAMS
 
 shapes = st.tuples(st.integers(1, 20), st.integers(1, 20))
 BASES = st.sampled_from(["dense", "block"])
+COMPUTE = st.sampled_from(get_args(Compute))
 
 
 def adapted(
@@ -57,11 +60,12 @@ def test_the_table_has_a_row_for_every_registered_kind() -> None:
 
 
 @every_kind_and_dtype
-@given(shape=shapes, r=st.integers(1, 8), basis=BASES)
+@given(shape=shapes, r=st.integers(1, 8), basis=BASES, compute=COMPUTE)
 def test_a_fresh_adapter_leaves_every_bit_of_the_output(
-    kind: LayerKind, dtype: torch.dtype, shape: tuple[int, int], r: int, basis: str
+    kind: LayerKind, dtype: torch.dtype, shape: tuple[int, int], r: int, basis: str, compute: Compute
 ) -> None:
     layer, base = adapted(kind, shape, dtype, r=r, basis=basis)
+    layer.state.compute = compute
     x = torch.randn(4, shape[0]).to(dtype)
     assert same_bits(layer(x), base(x))
 
@@ -70,11 +74,12 @@ def test_a_fresh_adapter_leaves_every_bit_of_the_output(
 
 
 @every_kind_and_dtype
-@given(shape=shapes, r=st.integers(1, 8), basis=BASES, bias=st.booleans())
+@given(shape=shapes, r=st.integers(1, 8), basis=BASES, bias=st.booleans(), compute=COMPUTE)
 def test_an_adapter_adds_the_oracles_update_to_the_output(
-    kind: LayerKind, dtype: torch.dtype, shape: tuple[int, int], r: int, basis: str, bias: bool
+    kind: LayerKind, dtype: torch.dtype, shape: tuple[int, int], r: int, basis: str, bias: bool, compute: Compute
 ) -> None:
     layer, base = adapted(kind, shape, dtype, r=r, basis=basis, bias=bias)
+    layer.state.compute = compute
     fill_layer(layer)
     bases = layer.adapters["default"].basis.slices(max(shape), min(shape), device="cpu", dtype=torch.float64)
     lam, gamma = layer.randlora_lambda["default"], layer.randlora_gamma["default"]

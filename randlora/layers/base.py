@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora import functional
 from randlora.bases.spec import count_bases
 from randlora.errors import MergeError
+from randlora.functional import Diagonals, Pair, adapted_linear, delta_weight
 from randlora.state import Adapter, ModelState
 
 
@@ -62,6 +63,14 @@ class AdapterLayer(nn.Module, ABC):
     @abstractmethod
     def in_storage_layout(delta: Tensor) -> Tensor:
         """Turn ``(out_features, in_features)`` into the layout of the base layer's weight."""
+
+    @classmethod
+    def plain_forward(cls) -> Callable[..., Tensor] | None:
+        """Return the forward that multiplies by the weight, adds the bias and does nothing else, if the kind has one.
+
+        Where a base layer runs this very forward, base and adapter are computed as one operation.
+        """
+        return None
 
     @property
     def weight(self) -> nn.Parameter:
@@ -140,19 +149,63 @@ class AdapterLayer(nn.Module, ABC):
         Returns:
             ``(..., out_features)`` in the dtype the base layer gave.
         """
-        output: Tensor = self.base_layer(*args, **kwargs)
-        if self.state.is_disabled or self.state.is_merged:
-            return output
-        x = args[0] if args else next(iter(kwargs.values()))
-        for adapter in self.adapters.values():
-            if adapter.weight is not None:
-                output = output + self._adapter_output(adapter, adapter.weight, x, output.dtype)
+        active = [] if self.state.is_disabled or self.state.is_merged else self._active()
+        x: Any = args[0] if args else next(iter(kwargs.values()), None)
+        if active and len(args) + len(kwargs) == 1 and self._can_be_one_operation(active[0][0], x):
+            (adapter, factor), *active = active
+            output = self._adapted_output(adapter, factor, x)
+        else:
+            output = self.base_layer(*args, **kwargs)
+        for adapter, factor in active:
+            output = output + self._adapter_output(adapter, factor, x, output.dtype)
         return output
 
-    def _adapter_output(self, adapter: Adapter, weight: float, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _active(self) -> list[tuple[Adapter, float]]:
+        """List the adapters whose deltas are added, with their factors."""
+        return [(adapter, adapter.weight) for adapter in self.adapters.values() if adapter.weight is not None]
+
+    def _can_be_one_operation(self, adapter: Adapter, x: object) -> bool:
+        """Whether base layer and adapter can be computed as one, which reads the base layer's weight past the layer.
+
+        Not where the layer is more than its weight and bias, or its input another than the adapter's.
+        """
+        base, weight = self.base_layer, self.base_layer._parameters.get("weight")
+        is_plain = (
+            type(base).forward is self.plain_forward()
+            and "forward" not in base.__dict__  # accelerate's way
+            and not (base._forward_pre_hooks or base._forward_hooks or base._backward_pre_hooks or base._backward_hooks)
+        )
+        if not is_plain or (adapter.config.dropout and self.training):
+            return False
+        if not (_is_plain_tensor(x) and _is_plain_tensor(weight)):
+            return False
+        has_autocast = _autocast_dtype(x, x.dtype) == _autocast_dtype(x, weight.dtype)
+        return x.device == weight.device and has_autocast and x.dim() > 0 and x.shape[-1] == self.in_features
+
+    def _adapted_output(self, adapter: Adapter, factor: float, x: Tensor) -> Tensor:
+        """Compute base layer and adapter as one operation."""
+        dtype = _autocast_dtype(x, self.weight.dtype)
+        pair, diagonals = self._parts(adapter, factor, x.device, dtype, is_traced=_is_traced(x))
+        compute, keep = self.state.compute, self.state.keep
+        weight = self.in_storage_layout(self.weight)
+        return adapted_linear(x.to(dtype), pair, diagonals, weight=weight, bias=self.bias, compute=compute, keep=keep)
+
+    def _adapter_output(self, adapter: Adapter, factor: float, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Compute one adapter's part in the dtype that the base layer gave, which is autocast's where that is on."""
-        x = F.dropout(x, adapter.config.dropout, self.training)
-        return functional.adapter_output(x, *self._parts(adapter, x.device, dtype), adapter.config.scaling * weight)
+        x = F.dropout(x.to(dtype), adapter.config.dropout, self.training)
+        pair, diagonals = self._parts(adapter, factor, x.device, dtype, is_traced=_is_traced(x))
+        if x.is_nested:  # a nested tensor has sizes and no shape
+            return F.linear(x, delta_weight(pair, diagonals, in_features=self.in_features))
+        return adapted_linear(x, pair, diagonals, compute=self.state.compute)
+
+    def _parts(
+        self, adapter: Adapter, factor: float, device: torch.device, dtype: torch.dtype, *, is_traced: bool
+    ) -> tuple[Pair, Diagonals]:
+        """Gather the bases, Λ and Γ of one adapter."""
+        max_dim, min_dim, _ = self.dims(adapter.config.r)
+        pair = adapter.basis.pair(max_dim, min_dim, device=device, dtype=dtype, is_traced=is_traced)
+        lam, gamma = self.randlora_lambda[adapter.name], self.randlora_gamma[adapter.name]
+        return pair, Diagonals(lam.to(device), gamma.to(device), adapter.config.scaling * factor)
 
     def delta_weight(self, weights: dict[str, float]) -> Tensor:
         """Sum the updates of some adapters.
@@ -168,20 +221,11 @@ class AdapterLayer(nn.Module, ABC):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         total = torch.zeros((out_features, in_features), dtype=dtype, device=device)
         with torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext():
-            for name, weight in weights.items():  # in their order, which is part of the sum's bits
+            for name, factor in weights.items():  # in their order, which is part of the sum's bits
                 if (adapter := self.adapters.get(name)) is not None:
-                    parts, scaling = self._parts(adapter, device, dtype), adapter.config.scaling * weight
-                    total = total + functional.delta_weight(*parts, scaling, in_features=in_features)
+                    pair, diagonals = self._parts(adapter, factor, device, dtype, is_traced=True)
+                    total = total + delta_weight(pair, diagonals, in_features=in_features)
         return total
-
-    def _parts(
-        self, adapter: Adapter, device: torch.device, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gather A, B, Λ and Γ of one adapter, as `functional` takes them."""
-        max_dim, min_dim, _ = self.dims(adapter.config.r)
-        bases = adapter.basis.slices(max_dim, min_dim, device=device, dtype=dtype)
-        lam, gamma = self.randlora_lambda[adapter.name], self.randlora_gamma[adapter.name]
-        return bases.A, bases.B, lam.to(device), gamma.to(device)
 
     @torch.no_grad()
     def merged_weight(self, weights: dict[str, float]) -> Tensor:
@@ -214,6 +258,32 @@ class AdapterLayer(nn.Module, ABC):
             f"{name}: r={adapter.config.r}, num_bases={self.dims(adapter.config.r)[2]}, {adapter.config.basis}"
             for name, adapter in self.adapters.items()
         )
+
+
+def _is_plain_tensor(value: object) -> TypeGuard[Tensor]:
+    """Whether a value is a dense floating tensor of torch's own: subclasses have arithmetic of their own."""
+    if type(value) not in (Tensor, nn.Parameter):
+        return False
+    assert isinstance(value, Tensor)
+    return value.is_floating_point() and value.layout == torch.strided and not value.is_nested
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether something watches that has no rules for sparse tensors."""
+    is_watched = (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+    )
+    return is_watched or not _is_plain_tensor(x)
+
+
+def _autocast_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Say what autocast makes of a dtype on the device of ``x``."""
+    device = x.device.type
+    if dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return dtype
+    return torch.get_autocast_dtype(device)
 
 
 def _decline_fast_paths(layer: nn.Module, args: tuple[Any, ...]) -> None:

@@ -1,5 +1,8 @@
 """transformers' ``Conv1D`` (GPT-2): a linear layer whose weight is stored ``(in_features, out_features)``."""
 
+import sys
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from randlora.layers.base import AdapterLayer
@@ -22,6 +25,12 @@ class Conv1DAdapter(AdapterLayer):
     def in_storage_layout(delta: Tensor) -> Tensor:
         """Transpose to ``(in_features, out_features)``."""
         return delta.T
+
+    @classmethod
+    def plain_forward(cls) -> Callable[..., Tensor]:
+        """Return that of ``Conv1D``, whose module is there where a layer of it is."""
+        forward: Callable[..., Tensor] = sys.modules["transformers.pytorch_utils"].Conv1D.forward
+        return forward
 
     @property
     def nf(self) -> int:

@@ -1,5 +1,7 @@
 """`nn.Linear`: the weight is stored ``(out_features, in_features)``."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from randlora.layers.base import AdapterLayer
@@ -20,6 +22,11 @@ class LinearAdapter(AdapterLayer):
     def in_storage_layout(delta: Tensor) -> Tensor:
         """Return ``(out_features, in_features)`` as it is."""
         return delta
+
+    @classmethod
+    def plain_forward(cls) -> Callable[..., Tensor]:
+        """Return that of `nn.Linear`."""
+        return nn.Linear.forward
 
 
 refuse_layer(

@@ -1,0 +1,131 @@
+"""Products with ``block`` bases: a few small dense ones in place of one that is mostly zeros.
+
+A is zero but where ``k ≡ j (mod c)``, B but where ``i ≡ p (mod b)``: block diagonal up to a stride permutation, the
+factors of Monarch matrices (Dao et al., ICML 2022). So a product of tokens with either deals their columns out
+(`split`), multiplies block by block, and gathers the columns of the result (`join`): each is one transposing copy,
+because a matrix product wants its sides dense in memory. The update is a grid of b·c dense tiles in the same way.
+Sides that a stride does not divide are filled up with zeros, which change no sum, and cut off again.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from randlora.functional import scratch
+from randlora.functional.diagonals import join, split
+
+
+class BlockPair(NamedTuple):
+    """A pair of block bases; the products are those of `DensePair`.
+
+    Attributes:
+        A: ``(c, r/c, ceil(min_dim / c))``.
+        B: ``(b, ceil(max_dim / b), r·num_bases/b)``; its dtype is the one computed in.
+        num_bases: Terms of the update; it tells p, the index that pairs the rows of UA with the columns of UB.
+        max_dim: The layer's large side.
+        min_dim: The layer's small side.
+    """
+
+    A: Tensor
+    B: Tensor
+    num_bases: int
+    max_dim: int
+    min_dim: int
+
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """Arithmetic of a product with UA, with UB and of both, as shares of what dense ones take."""
+        c, b = len(self.A), len(self.B)
+        return 1 / c, 1 / b, 1 / (c * self._tile_rows)
+
+    def small_to_hidden(self, small: Tensor, scaled_A: Tensor) -> Tensor:
+        """Multiply ``(tokens, min_dim)`` by ``UA.T``."""
+        hidden = torch.bmm(split(small, len(scaled_A)), scaled_A.mT)  # (c, tokens, r/c·num_bases)
+        by_row: Tensor = hidden.unflatten(2, (-1, self.num_bases))
+        return by_row.permute(1, 2, 0, 3).flatten(start_dim=1)
+
+    def hidden_to_small(self, hidden: Tensor, scaled_A: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Multiply ``(tokens, r·num_bases)`` by ``UA``, added to ``onto``, whose memory is used up."""
+        small = join(torch.bmm(self._by_block_of_A(hidden), scaled_A), self.min_dim)
+        return small if onto is None else scratch.plus(onto, small)
+
+    def large_to_hidden(self, large: Tensor) -> Tensor:
+        """Multiply ``(tokens, max_dim)`` by ``UB``."""
+        return join(torch.bmm(split(large, len(self.B)), self.B), len(self.B) * self.B.shape[2])
+
+    def hidden_to_large(self, hidden: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Multiply ``(tokens, r·num_bases)`` by ``UB.T``, added to ``onto``, whose memory is used up."""
+        large = join(torch.bmm(split(hidden, len(self.B)), self.B.mT), self.max_dim)
+        return large if onto is None else scratch.plus(onto, large)
+
+    def grad_from_tokens(self, hidden: Tensor, small: Tensor) -> Tensor:
+        """Return what ``hidden.T @ small`` has in the blocks of ``UA``, in the shape of ``scaled_A``."""
+        return torch.bmm(self._by_block_of_A(hidden).mT, split(small, len(self.A)))
+
+    def grad_from_update(self, grad: Tensor) -> Tensor:
+        """Lead the gradient of the update, ``(max_dim, min_dim)``, on to ``UA``, in the shape of ``scaled_A``."""
+        product = torch.bmm(self._tiles_of_B().mT, self._tiles(grad).flatten(end_dim=1))
+        tiles: Tensor = product.unflatten(0, (self._tile_rows, len(self.A))).unflatten(2, (self.A.shape[1], -1))
+        return tiles.permute(1, 2, 3, 0, 4).flatten(1, 3)  # (b', c, r/c, num_bases/b', width) before
+
+    def update(self, scaled_A: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Compute ``UB @ UA``, ``(max_dim, min_dim)``, added to ``onto`` inside the products' accumulation.
+
+        The result is laid out in memory as ``onto`` is, which is left as it is.
+        """
+        left, right = self._tiles_of_B(), self._tiles_of_A(scaled_A)
+        if onto is None:
+            return self._untile(torch.bmm(left, right), across=False)
+        tiles, across = self._tiles(onto), onto.stride(-1) != 1
+        if across:  # transposed in memory: so is each tile made
+            tiles, left, right = tiles.mT, right.mT, left.mT
+        return self._untile(scratch.plus_products(_copied(tiles), left, right), across=across)
+
+    def _untile(self, tiles: Tensor, *, across: bool) -> Tensor:
+        """Put tiles together; ``across`` says that each lies transposed, and the result in memory too."""
+        grid: Tensor = tiles.unflatten(0, (self._tile_rows, len(self.A)))
+        if across:  # (b', c, width, height)
+            return grid.permute(2, 1, 3, 0).flatten(2, 3).flatten(0, 1)[: self.min_dim, : self.max_dim].T
+        return grid.permute(2, 0, 3, 1).flatten(2, 3).flatten(0, 1)[: self.max_dim, : self.min_dim]
+
+    def _by_block_of_A(self, hidden: Tensor) -> Tensor:
+        """Deal ``(tokens, r·num_bases)`` out to the blocks of A: ``(c, tokens, r/c·num_bases)``."""
+        by_row: Tensor = hidden.unflatten(1, (-1, len(self.A), self.num_bases))
+        return by_row.permute(2, 0, 1, 3).flatten(start_dim=2)
+
+    @property
+    def _tile_rows(self) -> int:
+        """Rows of tiles that the update has, b': where b does not divide num_bases, tiles are merged until it does."""
+        return math.gcd(self.num_bases, len(self.B))
+
+    def _tiles(self, matrix: Tensor) -> Tensor:
+        """View ``(max_dim, min_dim)`` as the grid of tiles ``(b', c, height, width)``."""
+        height, width = self.B.shape[0] * self.B.shape[1], self.A.shape[0] * self.A.shape[2]
+        if matrix.shape != (height, width):
+            matrix = F.pad(matrix, (0, width - self.min_dim, 0, height - self.max_dim))
+        tiles: Tensor = matrix.unflatten(1, (-1, len(self.A))).unflatten(0, (-1, self._tile_rows))
+        return tiles.permute(1, 3, 0, 2)
+
+    def _tiles_of_A(self, scaled_A: Tensor) -> Tensor:
+        """Return what each tile reads of UA: ``(b'·c, r/c·num_bases/b', width)``."""
+        parts: Tensor = scaled_A.unflatten(1, (self.A.shape[1], -1, self._tile_rows))
+        return parts.permute(3, 0, 1, 2, 4).flatten(2, 3).flatten(end_dim=1)
+
+    def _tiles_of_B(self) -> Tensor:
+        """Return what each tile reads of B: ``(b'·c, height, r/c·num_bases/b')``."""
+        rows, merged = self._tile_rows, self.B
+        if (more := len(self.B) // rows) > 1:
+            parts = self.B.unflatten(0, (more, rows)).permute(1, 2, 3, 0)  # (b', height, inner, b/b')
+            merged = torch.diag_embed(parts).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        by_block: Tensor = merged.unflatten(2, (self.A.shape[1], len(self.A), -1))
+        return by_block.permute(0, 3, 1, 2, 4).flatten(3, 4).flatten(end_dim=1)
+
+
+def _copied(tiles: Tensor) -> Tensor:
+    """Copy a grid of tiles, ``(b', c, ...)``, into a batch of them."""
+    return tiles.clone(memory_format=torch.contiguous_format).flatten(end_dim=1)

@@ -1,0 +1,167 @@
+"""What autograd sees: a frozen linear layer with one adapter as a single operation, with a lean backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from randlora.functional.adapted import Adapted, Pair
+from randlora.functional.block import BlockPair
+from randlora.functional.cost import Compute, Way, backward_ways, forward_way
+from randlora.functional.dense import DensePair
+from randlora.functional.diagonals import Diagonals
+from randlora.functional.sparse import SparsePair
+
+
+def adapted_linear(
+    x: Tensor,
+    pair: Pair,
+    diagonals: Diagonals,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    compute: Compute = "auto",
+    keep: bool = False,
+) -> Tensor:
+    """Compute ``x @ (weight + update).T + bias``, or the update's part alone where no weight is given.
+
+    Nothing is kept for backward but x, Λ, Γ and references to the bases and the weight; what was built of them is built
+    again. A gradient that nobody asks for costs nothing.
+
+    Args:
+        x: ``(..., in_features)`` in the dtype of B.
+        pair: The bases, as the layer slices them; the dtype of B is the one computed in.
+        diagonals: Λ and Γ.
+        weight: The base layer's weight, ``(out_features, in_features)`` in any layout and dtype.
+        bias: The base layer's bias, ``(out_features,)``.
+        compute: How; ``"auto"`` chooses by the sizes, see `randlora.functional.cost`.
+        keep: Let a materialised forward keep the sum of weight and update for backward, one number for each of the
+            weight, which saves forming it again.
+
+    Returns:
+        ``(..., out_features)`` in the dtype of B.
+    """
+    arguments = x, weight, bias, *diagonals, *_parts(pair), compute, keep
+    result: Tensor | tuple[Tensor, Tensor] = _AdaptedLinear.apply(*arguments)  # type: ignore[no-untyped-call]
+    return result[0] if isinstance(result, tuple) else result
+
+
+def delta_weight(pair: Pair, diagonals: Diagonals, *, in_features: int) -> Tensor:
+    """Compute the update of one layer's weight.
+
+    Args:
+        pair: The bases, as the layer slices them.
+        diagonals: Λ and Γ.
+        in_features: The layer's input width, ``min_dim`` or ``max_dim``; it fixes the orientation.
+
+    Returns:
+        ``(out_features, in_features)`` in the dtype of B.
+    """
+    return Adapted(None, pair, diagonals, in_features).total()
+
+
+def _parts(pair: Pair) -> tuple[Tensor, Tensor, Tensor | None, tuple[float, ...]]:
+    """Take a pair apart, into every tensor, which autograd wants to see, and numbers."""
+    if isinstance(pair, SparsePair):
+        return pair.A, pair.B, pair.B_transposed, (pair.density,)
+    return pair.A, pair.B, None, pair[2:]
+
+
+def _pair(basis_A: Tensor, basis_B: Tensor, basis_B_transposed: Tensor | None, numbers: tuple[Any, ...], /) -> Pair:
+    """Put a pair together again."""
+    if basis_B_transposed is not None:
+        return SparsePair(basis_A, basis_B, basis_B_transposed, *numbers)
+    return BlockPair(basis_A, basis_B, *numbers) if numbers else DensePair(basis_A, basis_B)
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """`adapted_linear`; where something is kept, that is a second output.
+
+    Plain autograd would keep ``UA`` and what it is made of, ``2·min_dim²`` numbers a layer, until backward.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        lam: Tensor,
+        gamma: Tensor,
+        scaling: float,
+        basis_A: Tensor,
+        basis_B: Tensor,
+        basis_B_transposed: Tensor | None,
+        numbers: tuple[Any, ...],
+        compute: Compute,
+        keep: bool,  # noqa: FBT001
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        pair = _pair(basis_A, basis_B, basis_B_transposed, numbers)
+        weight, bias = (None if tensor is None else tensor.to(pair.B.dtype) for tensor in (weight, bias))
+        adapted = Adapted(weight, pair, Diagonals(lam, gamma, scaling), x.shape[-1])
+        tokens = x.numel() // x.shape[-1]
+        way = forward_way(adapted.sizes(tokens), compute)
+        if way == "materialised":
+            total = adapted.total()
+            output = F.linear(x, total, bias)
+            return (output, total) if keep else output
+        onto = None if weight is None else F.linear(x, weight, bias).view(tokens, adapted.out_features)
+        output = adapted.output(x.reshape(tokens, x.shape[-1]), way, onto)
+        return output.view(*x.shape[:-1], adapted.out_features)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
+        x, weight, bias, lam, gamma, ctx.scaling, *bases, ctx.numbers, ctx.compute, _ = inputs
+        needs_x, needs_weight, _, needs_lam, needs_gamma, *_ = ctx.needs_input_grad
+        ctx.in_features, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
+        kept = output[1] if isinstance(output, tuple) else None
+        if kept is not None:
+            ctx.mark_non_differentiable(kept)
+        needs_tokens = needs_weight or needs_lam or needs_gamma
+        ctx.save_for_backward(x if needs_tokens else None, weight, kept if needs_x else None, lam, gamma, *bases)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, kept, lam, gamma, basis_A, basis_B, basis_B_transposed = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_lam, needs_gamma, *others = ctx.needs_input_grad
+        needs_diagonals = needs_lam or needs_gamma
+        if torch.is_grad_enabled():  # to be differentiated again: what was kept is a number, and no function of Λ and Γ
+            kept = None
+        pair = _pair(basis_A, basis_B, basis_B_transposed, ctx.numbers)
+        own_weight = None if weight is None else weight.to(pair.B.dtype)
+        adapted = Adapted(own_weight, pair, Diagonals(lam, gamma, ctx.scaling), ctx.in_features)
+        rows = grad.reshape(grad.numel() // adapted.out_features, adapted.out_features)
+        x_way, diagonals_way = backward_ways(
+            adapted.sizes(len(rows)),
+            needs_input=needs_x,
+            needs_weight=needs_weight,
+            needs_diagonals=needs_diagonals,
+            has_kept=kept is not None,
+            compute=ctx.compute,
+        )
+        grad_x, hidden = _input_gradient(adapted, rows, x_way, kept) if needs_x else (None, None)
+        grad_weight, grad_lam, grad_gamma = None, None, None
+        if needs_weight or needs_diagonals:
+            tokens = x.reshape(len(rows), ctx.in_features)
+            if needs_weight or diagonals_way == "materialised":
+                grad_weight = rows.T @ tokens
+            if needs_diagonals and grad_weight is not None and diagonals_way == "materialised":
+                grad_lam, grad_gamma = adapted.gradients_from_update(grad_weight)
+            elif needs_diagonals:
+                grad_lam, grad_gamma = adapted.gradients_from_tokens(tokens, rows, hidden)
+        return (
+            None if grad_x is None else grad_x.view(*grad.shape[:-1], ctx.in_features),
+            grad_weight.to(weight.dtype) if needs_weight and grad_weight is not None else None,
+            rows.sum(0).to(ctx.bias_dtype) if needs_bias else None,
+            grad_lam,
+            grad_gamma,
+            *[None] * len(others),
+        )
+
+
+def _input_gradient(adapted: Adapted, rows: Tensor, way: Way, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return adapted.input_gradient(rows, way) if kept is None else (rows @ kept, None)

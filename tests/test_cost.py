@@ -1,0 +1,89 @@
+"""The choice among ways to compute: a pure function of sizes."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from randlora.functional.cost import Sizes, Way, backward_ways, forward_way
+
+DENSE, BLOCK = (1.0, 1.0, 1.0), (1 / 4, 1 / 8, 1 / 32)
+
+
+def sizes(
+    tokens: int,
+    into: int = 1024,
+    out: int = 1024,
+    shares: tuple[float, float, float] = DENSE,
+    *,
+    has_weight: bool = True,
+) -> Sizes:
+    max_dim, min_dim = max(into, out), min(into, out)
+    num_bases = -(-min_dim // 32)
+    return Sizes(tokens, max_dim, min_dim, 32 * num_bases, num_bases, shares, into <= out, has_weight)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shares", "forward", "backward"),
+    [
+        (1, DENSE, "few_tokens", ("factored", "factored")),
+        (128, DENSE, "factored", ("factored", "factored")),
+        (8192, DENSE, "materialised", ("materialised", "materialised")),
+        (1, BLOCK, "few_tokens", ("factored", "factored")),
+        (128, BLOCK, "factored", ("factored", "factored")),
+        (8192, BLOCK, "materialised", ("materialised", "factored")),
+    ],
+)
+def test_a_square_layer_takes_the_ways_that_were_measured_fastest(
+    tokens: int, shares: tuple[float, float, float], forward: Way, backward: tuple[Way, Way]
+) -> None:
+    found = sizes(tokens, shares=shares)
+    assert forward_way(found) == forward
+    assert backward_ways(found, needs_input=True, needs_diagonals=True) == backward
+
+
+shapes = st.tuples(st.integers(1, 5000), st.integers(1, 5000))
+
+
+@given(shape=shapes, tokens=st.integers(0, 100_000), shares=st.sampled_from([DENSE, BLOCK]), fold=st.booleans())
+def test_more_tokens_never_lead_away_from_the_materialised_way(
+    shape: tuple[int, int], tokens: int, shares: tuple[float, float, float], fold: bool
+) -> None:
+    few, many = (sizes(count, *shape, shares, has_weight=fold) for count in (tokens, 2 * tokens + 1))
+    if forward_way(few) == "materialised" and fold:
+        assert forward_way(many) == "materialised"
+    if forward_way(many) == "few_tokens":
+        assert forward_way(few) != "materialised"
+
+
+@given(shape=shapes, tokens=st.integers(0, 100_000))
+def test_few_tokens_are_laid_out_only_where_they_take_no_more_room_than_the_weight(
+    shape: tuple[int, int], tokens: int
+) -> None:
+    found = sizes(tokens, *shape)
+    if forward_way(found) == "few_tokens":
+        assert tokens * found.num_bases * found.min_dim <= shape[0] * shape[1]
+
+
+@pytest.mark.parametrize("way", ["factored", "materialised"])
+@given(shape=shapes, tokens=st.integers(0, 100_000))
+def test_a_way_that_is_asked_for_is_taken(way: Way, shape: tuple[int, int], tokens: int) -> None:
+    found = sizes(tokens, *shape)
+    assert forward_way(found, way) == way  # type: ignore[arg-type]
+    assert backward_ways(found, needs_input=True, needs_diagonals=True, compute=way) == (way, way)  # type: ignore[arg-type]
+
+
+@given(shape=shapes, tokens=st.integers(1, 100_000))
+def test_what_is_there_already_is_not_paid_for_again(shape: tuple[int, int], tokens: int) -> None:
+    found = sizes(tokens, *shape)
+    kept, _ = backward_ways(found, needs_input=True, needs_diagonals=False, has_kept=True)
+    assert kept == "materialised"
+    _, beside_weight = backward_ways(found, needs_input=False, needs_diagonals=True, needs_weight=True)
+    _, alone = backward_ways(found, needs_input=False, needs_diagonals=True)
+    assert beside_weight == "materialised" or alone == "factored"
+
+
+def test_an_update_without_a_weight_to_be_added_to_is_formed_later() -> None:
+    """Then the tokens pass one product more."""
+    assert forward_way(sizes(900)) == "materialised"
+    assert forward_way(sizes(900, has_weight=False)) == "factored"
+    assert forward_way(sizes(1400, has_weight=False)) == "materialised"

@@ -1,0 +1,152 @@
+"""What the operation keeps for backward, how large its temporaries are, and how many products it makes."""
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from randlora.functional import Compute, adapted_linear, scratch
+from tests.pairs import Case, case, every_form
+
+every_way = pytest.mark.parametrize("compute", get_args(Compute))
+every_shape = pytest.mark.parametrize("shape", [(24, 24), (24, 40), (40, 24)], ids=["square", "down", "up"])
+
+
+def kept_by(run: Callable[[], Any]) -> list[Tensor]:
+    """Run forward and collect what autograd keeps."""
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return kept
+
+
+def storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
+
+
+def prepared(form: str, shape: tuple[int, int], tokens: int, *, trains: bool = True) -> tuple[Case, Tensor, Tensor]:
+    made = case(form, *shape, 4)
+    x = torch.randn(tokens, shape[1], dtype=torch.float64, requires_grad=True)
+    for tensor in made.diagonals[:2]:
+        tensor.requires_grad_(trains)
+    return made, x, torch.randn(shape, dtype=torch.float64)
+
+
+@every_form
+@every_way
+@every_shape
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+def test_backward_keeps_what_it_was_given_and_nothing_else(
+    form: str, compute: Compute, shape: tuple[int, int], tokens: int
+) -> None:
+    """PEFT keeps ``min_dim²`` numbers a layer beside it."""
+    made, x, weight = prepared(form, shape, tokens)
+    parts = [part for part in made.pair if isinstance(part, Tensor)]
+    given = {storage(tensor) for tensor in (x, weight, *parts, *made.diagonals[:2])}
+    kept = kept_by(lambda: adapted_linear(x, made.pair, made.diagonals, weight=weight, compute=compute))
+    assert {storage(tensor) for tensor in kept} == given
+
+
+@every_form
+@every_shape
+def test_keep_keeps_one_number_for_each_of_the_weight(form: str, shape: tuple[int, int]) -> None:
+    made, x, weight = prepared(form, shape, 7)
+    runs = [
+        kept_by(lambda: adapted_linear(x, made.pair, made.diagonals, weight=weight, compute="materialised", keep=keep))  # noqa: B023
+        for keep in (True, False)
+    ]
+    more = len(runs[0]) - len(runs[1])
+    assert more == 1
+    assert sum(tensor.numel() for tensor in runs[0]) - sum(tensor.numel() for tensor in runs[1]) == weight.numel()
+
+
+@every_form
+def test_a_frozen_adapter_lets_the_input_go(form: str) -> None:
+    made, x, weight = prepared(form, (24, 24), 7, trains=False)
+    kept = kept_by(lambda: adapted_linear(x, made.pair, made.diagonals, weight=weight))
+    assert storage(x) not in {storage(tensor) for tensor in kept}
+
+
+@every_form
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_kept_where_no_gradient_can_be_asked_for(form: str, mode: Callable[[], Any]) -> None:
+    made, x, weight = prepared(form, (24, 24), 7)
+    with mode():
+        assert kept_by(lambda: adapted_linear(x, made.pair, made.diagonals, weight=weight)) == []
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and look at what it made."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor) and not tensor._is_view():
+                self.entries = max(self.entries, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("form", ["dense", "block(2,4)", "block(1,2)"])  # a sparse product makes tensors out of sight
+@every_way
+@every_shape
+@pytest.mark.parametrize("tokens", [1, 5, 100])
+def test_no_temporary_is_larger_than_weight_input_and_output(
+    form: str, compute: Compute, shape: tuple[int, int], tokens: int
+) -> None:
+    made, x, weight = prepared(form, shape, tokens)
+    with Largest() as largest:
+        adapted_linear(x, made.pair, made.diagonals, weight=weight, compute=compute).sum().backward()
+    assert largest.entries <= max(weight.numel(), tokens * max(shape))
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (7, 5)], ids=["down", "up"])
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, True)], ids=["input", "adapter"])
+def test_backward_makes_the_products_for_what_is_asked_and_no_more(
+    shape: tuple[int, int], needs: tuple[bool, bool, bool]
+) -> None:
+    """Factored, without a weight: two products for the input, two for Λ and Γ."""
+    made, x, _ = prepared("dense", shape, 6)
+    lam, gamma, _ = made.diagonals
+    for tensor, wanted in zip((x, lam, gamma), needs, strict=True):
+        tensor.requires_grad_(wanted)
+    output = adapted_linear(x, made.pair, made.diagonals, compute="factored")
+    with FlopCounterMode(display=False) as counter:
+        output.backward(torch.ones_like(output))
+    assert tuple(tensor.grad is not None for tensor in (x, lam, gamma)) == needs
+    assert counter.get_total_flops() == 2 * 6 * lam.numel() * sum(shape)
+
+
+@pytest.mark.parametrize(
+    ("form", "compute", "expected"),
+    [
+        # 2·(base twice, each factor in forward, input gradient and that of Λ and Γ: 6 less the one shared)
+        ("dense", "factored", lambda t, d: 2 * t * d * d * (2 + 5)),
+        # forward, input gradient, weight gradient; the update twice and its gradient
+        ("dense", "materialised", lambda t, d: 2 * t * d * d * 3 + 2 * d**3 * 3),
+        ("block(2,4)", "factored", lambda t, d: 2 * t * d * d * (2 + 3 / 2 + 2 / 4)),
+        ("block(2,4)", "materialised", lambda t, d: 2 * t * d * d * 3 + 2 * d**3 * 3 / 8),
+    ],
+)
+def test_a_step_of_a_square_layer_costs_what_the_cost_model_says(
+    form: str, compute: Compute, expected: Callable[[int, int], float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scratch, "_may_overwrite", lambda: False)  # the counter does not know products in place
+    tokens, side = 10, 32
+    made, x, weight = prepared(form, (side, side), tokens)
+    with FlopCounterMode(display=False) as counter:
+        adapted_linear(x, made.pair, made.diagonals, weight=weight, compute=compute).sum().backward()
+    assert counter.get_total_flops() == expected(tokens, side)

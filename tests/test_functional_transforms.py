@@ -1,0 +1,85 @@
+"""torch.func, forward-mode differentiation and the compiler on the operation itself."""
+
+from collections.abc import Callable
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import grad, vmap
+
+from randlora.functional import Compute, Diagonals, adapted_linear
+from tests.pairs import Case, case
+
+every_dense_form = pytest.mark.parametrize("form", ["dense", "block(2,4)"])  # the others are not used under transforms
+every_way = pytest.mark.parametrize("compute", get_args(Compute))
+every_shape = pytest.mark.parametrize("shape", [(9, 12), (12, 9)], ids=["down", "up"])
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def prepared(form: str, shape: tuple[int, int], compute: Compute, *, keep: bool = False) -> tuple[Loss, list[Tensor]]:
+    """Make a loss of ``(x, weight, lam, gamma)``, and values for them."""
+    made: Case = case(form, *shape, 4)
+
+    def loss(x: Tensor, weight: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
+        diagonals = Diagonals(lam, gamma, 0.5)
+        output = adapted_linear(x, made.pair, diagonals, weight=weight, compute=compute, keep=keep)
+        return output.square().sum()
+
+    x, weight = torch.randn(3, shape[1], dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    return loss, [x, weight, *made.diagonals[:2]]
+
+
+@every_dense_form
+@every_way
+@every_shape
+@pytest.mark.parametrize("batched", [0, 1, 2, 3], ids=["x", "weight", "lam", "gamma"])
+def test_gradients_of_a_batch_are_those_of_its_members(
+    form: str, compute: Compute, shape: tuple[int, int], batched: int
+) -> None:
+    loss, values = prepared(form, shape, compute)
+    values[batched] = torch.stack([values[batched], -values[batched], 2 * values[batched]])
+    dims = tuple(0 if index == batched else None for index in range(4))
+    found = vmap(grad(loss, (0, 1, 2, 3)), in_dims=dims)(*values)
+    for member in range(3):
+        x, weight, lam, gamma = (value[member] if index == batched else value for index, value in enumerate(values))
+        for ours, expected in zip(found, grad(loss, (0, 1, 2, 3))(x, weight, lam, gamma), strict=True):
+            torch.testing.assert_close(ours[member], expected)
+
+
+@every_dense_form
+@every_way
+@pytest.mark.parametrize("keep", [False, True], ids=["rebuilt", "kept"])
+def test_the_transform_of_a_gradient_is_differentiated_too(form: str, compute: Compute, keep: bool) -> None:
+    """Against autograd's second derivative, which finite differences hold."""
+    loss, values = prepared(form, (9, 12), compute, keep=keep)
+    x, weight, lam, gamma = values
+    found = grad(lambda inner: grad(lambda lam: loss(x, weight, lam, gamma))(inner).square().sum())(lam)
+    lam = lam.clone().requires_grad_()
+    (first,) = torch.autograd.grad(loss(x, weight, lam, gamma), lam, create_graph=True)
+    (expected,) = torch.autograd.grad(first.square().sum(), lam)
+    assert expected.abs().sum() > 0
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # what torch.autograd.forward_ad imports
+def test_forward_mode_is_refused_and_not_wrong() -> None:
+    loss, values = prepared("dense", (9, 12), "auto")
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        loss(values[0], values[1], forward_ad.make_dual(values[2], values[2]), values[3])
+
+
+@every_dense_form
+@every_way
+@pytest.mark.parametrize("keep", [False, True], ids=["rebuilt", "kept"])
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # what torch.compile imports
+def test_the_compiler_makes_one_graph_of_it(form: str, compute: Compute, keep: bool) -> None:
+    loss, values = prepared(form, (9, 12), compute, keep=keep)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    leaves = [value.clone().requires_grad_() for value in values]
+    torch._dynamo.reset()
+    found = torch.autograd.grad(compiled(*leaves), leaves)
+    for ours, expected in zip(found, torch.autograd.grad(loss(*leaves), leaves), strict=True):
+        torch.testing.assert_close(ours, expected)
