@@ -1,5 +1,7 @@
 """Tracers and modes of torch: whatever sees a model first leaves it as good as it was."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -99,20 +101,31 @@ def test_torchs_fused_transformer_layers_do_not_pass_an_adapter_by(masked: bool)
     assert not torch.allclose(found[kept], plain[kept], atol=1e-2)
 
 
+DATA_PARALLEL = """
+import os
+import torch
+import randlora
+from tests.test_compiler import cold_model
+
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+model = cold_model({})
+wrapped = torch.nn.parallel.DistributedDataParallel(model)
+optimiser = torch.optim.SGD(randlora.trainable_parameters(wrapped), lr=0.1)
+before = model(x := torch.randn(3, 8)).detach()
+wrapped(x).square().sum().backward()
+optimiser.step()
+assert not torch.allclose(model(x), before)
+assert [info.name for info in randlora.adapters(wrapped)] == ["default"]
+os._exit(0)
+"""
+
+
 def test_data_parallel_training_sees_the_adapters_through_the_wrapper() -> None:
-    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model = cold_model({})
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        optimiser = torch.optim.SGD(randlora.trainable_parameters(wrapped), lr=0.1)
-        before = model(x := torch.randn(3, 8)).detach()
-        wrapped(x).square().sum().backward()
-        optimiser.step()
-        assert not torch.allclose(model(x), before)
-        assert [info.name for info in randlora.adapters(wrapped)] == ["default"]
-    finally:
-        torch.distributed.destroy_process_group()
+    """In a process that ends without taking gloo's threads down, which may wait for each other for ever."""
+    result = subprocess.run(
+        [sys.executable, "-c", DATA_PARALLEL], check=False, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # what torch.compile imports

@@ -13,6 +13,7 @@ from randlora.functional.block import BlockPair
 from randlora.functional.cost import Compute, Way, backward_ways, forward_way
 from randlora.functional.dense import DensePair
 from randlora.functional.diagonals import Diagonals
+from randlora.functional.scratch import is_transformed
 from randlora.functional.sparse import SparsePair
 
 
@@ -28,7 +29,7 @@ def adapted_linear(
 ) -> Tensor:
     """Compute ``x @ (weight + update).T + bias``, or the update's part alone where no weight is given.
 
-    Nothing is kept for backward but x, Λ, Γ and references to the bases and the weight; what was built of them is built
+    Nothing is kept for backward but x, Λ, Γ, the weight and a reference to the bases; what was built of them is built
     again. A gradient that nobody asks for costs nothing.
 
     Args:
@@ -63,18 +64,23 @@ def delta_weight(pair: Pair, diagonals: Diagonals, *, in_features: int) -> Tenso
     return Adapted(None, pair, diagonals, in_features).total()
 
 
-def _parts(pair: Pair) -> tuple[Tensor, Tensor, Tensor | None, tuple[float, ...]]:
-    """Take a pair apart, into every tensor, which autograd wants to see, and numbers."""
-    if isinstance(pair, SparsePair):
-        return pair.A, pair.B, pair.B_transposed, (pair.density,)
-    return pair.A, pair.B, None, pair[2:]
+def _parts(pair: Pair) -> tuple[Tensor | None, Tensor | None, Pair | tuple[int, ...]]:
+    """Take a pair apart where a transform must see every tensor.
+
+    Otherwise it stays whole, so that hooks on what autograd saves, as that of ``save_on_cpu``, leave the bases alone.
+    """
+    if not is_transformed():
+        return None, None, pair
+    assert not isinstance(pair, SparsePair), "torch has no transforms of sparse products: ask for dense bases"
+    return pair.A, pair.B, pair[2:]
 
 
-def _pair(basis_A: Tensor, basis_B: Tensor, basis_B_transposed: Tensor | None, numbers: tuple[Any, ...], /) -> Pair:
+def _pair(basis_A: Tensor | None, basis_B: Tensor | None, rest: Any, /) -> Pair:
     """Put a pair together again."""
-    if basis_B_transposed is not None:
-        return SparsePair(basis_A, basis_B, basis_B_transposed, *numbers)
-    return BlockPair(basis_A, basis_B, *numbers) if numbers else DensePair(basis_A, basis_B)
+    if basis_A is None or basis_B is None:
+        whole: Pair = rest
+        return whole
+    return BlockPair(basis_A, basis_B, *rest) if rest else DensePair(basis_A, basis_B)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -93,14 +99,13 @@ class _AdaptedLinear(torch.autograd.Function):
         lam: Tensor,
         gamma: Tensor,
         scaling: float,
-        basis_A: Tensor,
-        basis_B: Tensor,
-        basis_B_transposed: Tensor | None,
-        numbers: tuple[Any, ...],
+        basis_A: Tensor | None,
+        basis_B: Tensor | None,
+        rest: Pair | tuple[int, ...],
         compute: Compute,
         keep: bool,  # noqa: FBT001
     ) -> Tensor | tuple[Tensor, Tensor]:
-        pair = _pair(basis_A, basis_B, basis_B_transposed, numbers)
+        pair = _pair(basis_A, basis_B, rest)
         weight, bias = (None if tensor is None else tensor.to(pair.B.dtype) for tensor in (weight, bias))
         adapted = Adapted(weight, pair, Diagonals(lam, gamma, scaling), x.shape[-1])
         tokens = x.numel() // x.shape[-1]
@@ -115,23 +120,25 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, lam, gamma, ctx.scaling, *bases, ctx.numbers, ctx.compute, _ = inputs
+        x, weight, bias, lam, gamma, ctx.scaling, basis_A, basis_B, ctx.rest, ctx.compute, _ = inputs
         needs_x, needs_weight, _, needs_lam, needs_gamma, *_ = ctx.needs_input_grad
         ctx.in_features, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
         kept = output[1] if isinstance(output, tuple) else None
         if kept is not None:
             ctx.mark_non_differentiable(kept)
         needs_tokens = needs_weight or needs_lam or needs_gamma
-        ctx.save_for_backward(x if needs_tokens else None, weight, kept if needs_x else None, lam, gamma, *bases)
+        ctx.save_for_backward(
+            x if needs_tokens else None, weight, kept if needs_x else None, lam, gamma, basis_A, basis_B
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, kept, lam, gamma, basis_A, basis_B, basis_B_transposed = ctx.saved_tensors
+        x, weight, kept, lam, gamma, basis_A, basis_B = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_lam, needs_gamma, *others = ctx.needs_input_grad
         needs_diagonals = needs_lam or needs_gamma
         if torch.is_grad_enabled():  # to be differentiated again: what was kept is a number, and no function of Λ and Γ
             kept = None
-        pair = _pair(basis_A, basis_B, basis_B_transposed, ctx.numbers)
+        pair = _pair(basis_A, basis_B, ctx.rest)
         own_weight = None if weight is None else weight.to(pair.B.dtype)
         adapted = Adapted(own_weight, pair, Diagonals(lam, gamma, ctx.scaling), ctx.in_features)
         rows = grad.reshape(grad.numel() // adapted.out_features, adapted.out_features)

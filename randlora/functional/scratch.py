@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 
+def is_transformed() -> bool:
+    """Whether a compiler or one of torch's function transforms runs what is written here, and not Python itself."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def _may_overwrite() -> bool:
-    is_watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return not (is_watched or torch.is_grad_enabled())
+    return not (is_transformed() or torch.is_grad_enabled())
 
 
 def times(scratch: Tensor, factor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from randlora.bases.spec import count_bases
 from randlora.errors import MergeError
 from randlora.functional import Diagonals, Pair, adapted_linear, delta_weight
+from randlora.functional.scratch import is_transformed
 from randlora.state import Adapter, ModelState
 
 
@@ -270,12 +271,7 @@ def _is_plain_tensor(value: object) -> TypeGuard[Tensor]:
 
 def _is_traced(x: Tensor) -> bool:
     """Whether something watches that has no rules for sparse tensors."""
-    is_watched = (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-    )
-    return is_watched or not _is_plain_tensor(x)
+    return is_transformed() or torch._C._get_tracing_state() is not None or not _is_plain_tensor(x)
 
 
 def _autocast_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
