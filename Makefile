@@ -1,4 +1,4 @@
-# `make demo` and `make test` need python >= 3.11 and make; everything else is installed into .venv.
+# `make demo`, `make test` and `make bench` need python >= 3.11 and make; everything else is installed into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,13 +8,19 @@ SEED ?= 0
 ARGS ?=  # further options of an example: make demo ARGS="--epochs 3"
 REVIEWS := build/data/vaderSentiment-0.5.zip
 
-.PHONY: demo example-causal-lm test lint types tests docs clean
+.PHONY: demo example-causal-lm bench quality test lint types tests docs clean
 
 demo: $(VENV)/.examples $(REVIEWS)
 	$(BIN)/python docs/examples/sentiment.py --basis $(BASIS) --r $(R) --seed $(SEED) $(ARGS)
 
 example-causal-lm: $(VENV)/.smollm2
 	$(BIN)/python docs/examples/causal_lm.py --basis $(BASIS) --r $(R) --seed $(SEED) $(ARGS)
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks --gate $(ARGS)
+
+quality: $(VENV)/.dev $(VENV)/.examples $(REVIEWS)
+	$(BIN)/python -m benchmarks.quality --full $(ARGS)
 
 test: lint types tests docs
 

@@ -1,0 +1,87 @@
+"""Single layers, adapted by each contestant."""
+
+from collections.abc import Callable, Sequence
+
+import peft
+import torch
+from torch import Tensor, nn
+
+import randlora
+
+RANK = 32
+ALPHA = 64.0
+
+Adapt = Callable[[nn.Sequential], nn.Module]
+
+
+def frozen(model: nn.Sequential) -> nn.Module:
+    """Train nothing: what a layer costs whatever is put on it."""
+    return model.requires_grad_(requires_grad=False)
+
+
+def full(model: nn.Sequential) -> nn.Module:
+    """Train the layer itself."""
+    return model
+
+
+def peft_lora(model: nn.Sequential) -> nn.Module:
+    """Put PEFT's LoRA on it."""
+    return _without_wrapper(peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules=["0"])))
+
+
+def peft_randlora(model: nn.Sequential) -> nn.Module:
+    """Put PEFT's RandLoRA on it."""
+    config = peft.RandLoraConfig(r=RANK, randlora_alpha=int(ALPHA), randlora_dropout=0.0, target_modules=["0"])
+    return _without_wrapper(peft.get_peft_model(model, config))
+
+
+def _without_wrapper(wrapped: peft.PeftModel) -> nn.Module:
+    adapted: nn.Module = wrapped.base_model.model
+    return adapted
+
+
+def ours(basis: str, *, keep: bool = False) -> Adapt:
+    """Put our adapter on it, with bases of a kind; block bases in four and eight blocks."""
+
+    def adapt(model: nn.Sequential) -> nn.Module:
+        blocks = (4, 8) if basis == "block" else None
+        randlora.inject(model, r=RANK, alpha=ALPHA, targets=["0"], basis=basis, blocks=blocks)  # type: ignore[arg-type]
+        randlora.set_compute(model, keep=keep)
+        return model
+
+    return adapt
+
+
+CONTESTANTS: dict[str, Adapt] = {
+    "frozen": frozen,
+    "full": full,
+    "LoRA": peft_lora,
+    "PEFT": peft_randlora,
+    "dense": ours("dense"),
+    "dense, kept": ours("dense", keep=True),
+    "block": ours("block"),
+}
+MORE_CONTESTANTS: dict[str, Adapt] = {**CONTESTANTS, "very_sparse": ours("very_sparse")}
+
+
+def build(adapt: Adapt, in_features: int, out_features: int, dtype: torch.dtype, device: str) -> nn.Module:
+    """Make a layer of fixed random weights and adapt it; an adapter gets values as after some training."""
+    torch.manual_seed(0)
+    layer = adapt(nn.Sequential(nn.Linear(in_features, out_features, dtype=dtype))).to(device)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if parameter.requires_grad and "base_layer" not in name and "lora" in name:
+                parameter.add_(torch.randn_like(parameter) * 1e-3)
+    return layer
+
+
+def training_step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
+    """Return forward and backward, with the gradient of the input."""
+    leaves: Sequence[Tensor] = [x, *layer.parameters()]
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        layer(x).backward(grad)
+
+    return step

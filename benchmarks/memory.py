@@ -1,0 +1,72 @@
+"""Memory: what a layer keeps from forward to backward, and the peak of whole training steps."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.command import Settings, main
+from benchmarks.layers import MORE_CONTESTANTS, build
+from benchmarks.models import LLAMA_TARGETS, VOCABULARY, adapt, llama, training_step
+from benchmarks.processes import in_own_process, peak_bytes
+from benchmarks.results import Row
+from benchmarks.timing import Figure
+
+SIDE = 1024
+TOKENS = (1, 128, 2048)
+CONTESTANTS = ("frozen", "full", "LoRA", "PEFT", "dense", "block", "very_sparse")
+FLOAT = 4
+STEPS = 2
+
+
+def kept_by(layer: nn.Module, tokens: int) -> int:
+    """Count the bytes that autograd holds after forward, beside the layer's parameters and buffers."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
+    found: dict[int, int] = {}
+
+    def look(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = torch.randn(tokens, SIDE, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+        output = layer(x)
+    del output  # it had to live till here, or a later tensor could take an earlier one's place
+    return sum(found.values())
+
+
+def kept(tokens: int) -> Row:
+    """Compare what is kept, also with PEFT's less the ``m²`` floats that ours must save."""
+    layers = {name: build(MORE_CONTESTANTS[name], SIDE, SIDE, torch.float32, "cpu") for name in CONTESTANTS}
+    sizes = {name: kept_by(layer, tokens) for name, layer in layers.items()}
+    sizes["PEFT less m² floats"] = sizes["PEFT"] - FLOAT * SIDE**2
+    return Row(f"kept by a layer, T = {tokens}", in_bytes(sizes))
+
+
+def in_bytes(sizes: dict[str, int]) -> dict[str, Figure]:
+    """Make figures of sizes, which do not vary."""
+    return {name: Figure(size, size, "B") for name, size in sizes.items()}
+
+
+def peak_of_training(contestant: str) -> dict[str, float]:
+    """Train a Llama for some steps and return the peak above what the imports took."""
+    before = peak_bytes()
+    model = adapt(llama(layers=6, side=SIDE), contestant, LLAMA_TARGETS)
+    step = training_step(model, torch.randint(VOCABULARY, (1, 512)))
+    for _ in range(STEPS):
+        step()
+    return {"peak": peak_bytes() - before}
+
+
+def run(settings: Settings) -> Sequence[Row]:
+    """Measure what layers keep, and the peaks of whole steps on a CPU."""
+    rows = [kept(tokens) for tokens in TOKENS]
+    names = [name for name in CONTESTANTS if not (settings.is_quick and name in ("LoRA", "very_sparse"))]
+    peaks = {name: int(in_own_process(peak_of_training, name)["peak"]) for name in names}
+    return [*rows, Row(f"peak of a step, Llama, 6 layers, d = {SIDE}, T = 512", in_bytes(peaks))]
+
+
+if __name__ == "__main__":
+    main(("memory", run))

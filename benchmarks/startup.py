@@ -1,0 +1,99 @@
+"""Starting: putting an adapter on a model of Llama-3-8B's shapes, whose weights hold no values, and drawing bases."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import peft
+import torch
+import transformers
+from torch import nn
+
+import randlora
+from benchmarks.command import Settings, main
+from benchmarks.layers import ALPHA, RANK
+from benchmarks.models import LLAMA_TARGETS
+from benchmarks.processes import in_own_process, peak_bytes
+from benchmarks.results import Row
+from benchmarks.timing import Figure
+
+REPEATS = 3
+HALF = 2  # bytes of a bfloat16
+FLOAT = 4
+LIMIT = 0.35e9
+KINDS = ("dense", "block", "very_sparse")
+
+
+def llama_3_8b() -> nn.Module:
+    """Make the model on the meta device: shapes without values."""
+    config = transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    with torch.device("meta"):
+        return transformers.LlamaForCausalLM(config)  # type: ignore[no-any-return]
+
+
+def start_peft() -> dict[str, float]:
+    """Time PEFT's way; its bases are buffers that every layer refers to."""
+    model, before, start = llama_3_8b(), peak_bytes(), time.perf_counter()
+    config = peft.RandLoraConfig(r=RANK, randlora_alpha=int(ALPHA), target_modules=LLAMA_TARGETS)
+    adapted = peft.get_peft_model(model, config)
+    seconds = time.perf_counter() - start
+    names = {name: buffer for name, buffer in adapted.named_buffers() if "randlora_A" in name or "randlora_B" in name}
+    held = {buffer.data_ptr(): buffer.numel() * buffer.element_size() for buffer in names.values()}
+    layers = sum(name.endswith("default") for name in adapted.state_dict() if "randlora_lambda" in name)
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    whole = (1 + layers) * sum(held.values()) + FLOAT * trained  # once at the top and once for every layer
+    return {"seconds": seconds, "bases": sum(held.values()), "peak": peak_bytes() - before, "file": whole}
+
+
+def start_ours(kind: str) -> dict[str, float]:
+    """Time ours; a model without values draws nothing, so the bases are asked for as the first layer would."""
+    model, before, start = llama_3_8b(), peak_bytes(), time.perf_counter()
+    report = randlora.inject(model, r=RANK, alpha=ALPHA, targets=LLAMA_TARGETS, basis=kind)  # type: ignore[arg-type]
+    basis = randlora.BasisBank().acquire(randlora.adapters(model)[0].spec)
+    basis.extend(14336, 4096)
+    held = sum(matrix.nbytes for matrix in basis.matrices())
+    seconds = time.perf_counter() - start
+    return {
+        "seconds": seconds,
+        "bases": held,
+        "peak": peak_bytes() - before,
+        "file": FLOAT * report.trainable_parameters,
+        "stored": FLOAT * report.trainable_parameters + held,
+    }
+
+
+def run(settings: Settings) -> Sequence[Row]:  # noqa: ARG001
+    """Start every contestant some times, each in a process of its own, in turn."""
+    starts: dict[str, tuple[Callable[..., dict[str, float]], tuple[str, ...]]] = {
+        "PEFT": (start_peft, ()),
+        **{kind: (start_ours, (kind,)) for kind in KINDS},
+    }
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in starts}
+    for _ in range(REPEATS):
+        for name, (start, args) in starts.items():
+            found[name].append(in_own_process(start, *args))
+
+    def figures(key: str, unit: str) -> dict[str, Figure]:
+        return {name: Figure.of([one[key] for one in measured], unit) for name, measured in found.items()}
+
+    def single(size: float) -> Figure:
+        return Figure(size, size, "B")
+
+    peer, ours = found["PEFT"][0], found["dense"][0]
+    return [
+        Row("time to inject and draw", figures("seconds", "s")),
+        Row("bytes of bases", figures("bases", "B")),
+        Row("peak of memory", figures("peak", "B")),
+        Row("bytes of a checkpoint with bases", {"PEFT": single(peer["file"]), "ours": single(ours["stored"])}),
+        Row("bytes of a checkpoint by seed", {"ours": single(ours["file"]), "0.35 GB": single(LIMIT)}),
+    ]
+
+
+if __name__ == "__main__":
+    main(("startup", run))

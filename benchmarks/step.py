@@ -1,0 +1,66 @@
+"""One training step of single layers: forward and backward, with the gradient of the input."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from benchmarks.command import Settings, main
+from benchmarks.layers import CONTESTANTS, MORE_CONTESTANTS, Adapt, build, training_step
+from benchmarks.results import Row
+from benchmarks.timing import REPEATS, interleaved
+
+Case = tuple[torch.dtype, int, int, int]  # dtype, tokens, in, out
+
+GATED: tuple[Case, ...] = (
+    *((torch.float32, tokens, 1024, 1024) for tokens in (128, 512, 2048, 8192)),
+    (torch.float32, 2048, 1024, 4096),
+    (torch.float32, 2048, 4096, 1024),
+    (torch.bfloat16, 2048, 1024, 1024),
+    (torch.bfloat16, 8192, 1024, 1024),
+)
+TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
+SIDES = (256, 512, 1024, 2048)
+
+
+def name_of(case: Case) -> str:
+    """Write a case in words."""
+    dtype, tokens, in_features, out_features = case
+    return f"{str(dtype).removeprefix('torch.')}, T = {tokens}, {in_features}→{out_features}"
+
+
+def measure(case: Case, contestants: Mapping[str, Adapt], device: str, sweep: tuple[str, float] | None = None) -> Row:
+    """Time all contestants on one layer."""
+    dtype, tokens, in_features, out_features = case
+    x = torch.randn(tokens, in_features, dtype=dtype, device=device, requires_grad=True)
+    grad = torch.randn(tokens, out_features, dtype=dtype, device=device)
+    layers = {name: build(adapt, in_features, out_features, dtype, device) for name, adapt in contestants.items()}
+    steps = {name: training_step(layer, x, grad) for name, layer in layers.items()}
+    work = tokens * in_features * out_features
+    repeats = round(
+        REPEATS * (5 if work < 2**30 else 3 if work < 2**32 else 1.5)
+    )  # what is short is disturbed more easily
+    return Row(name_of(case), interleaved(steps, device=device, repeats=repeats), sweep)
+
+
+def run(settings: Settings) -> Sequence[Row]:
+    """Measure the cases with targets; in full, how the time grows with the tokens and the layer's side too."""
+    if settings.is_quick:
+        return [measure(case, CONTESTANTS, settings.device) for case in GATED]
+    dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
+    rows = {}
+    for tokens in TOKENS:
+        row = measure((dtype, tokens, 1024, 1024), MORE_CONTESTANTS, settings.device, ("tokens, 1024→1024", tokens))
+        rows[row.case] = row
+    for case in GATED:
+        row = measure(case, MORE_CONTESTANTS, settings.device)
+        rows.setdefault(row.case, row)
+    for side in SIDES:
+        row = measure(
+            (dtype, 1024, side, side), MORE_CONTESTANTS, settings.device, ("side of a square layer, T = 1024", side)
+        )
+        rows[row.case] = row
+    return list(rows.values())
+
+
+if __name__ == "__main__":
+    main(("step", run))
