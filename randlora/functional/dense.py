@@ -14,8 +14,8 @@ class DensePair(NamedTuple):
     """A pair of bases without structure.
 
     Every pair of bases offers the same products, between vectors of the layer's small side (``min_dim`` long), of its
-    large side (``max_dim``) and the hidden ones between the two factors (``r·num_bases``, in the order of p).
-    ``scaled_A`` is what `scaled_basis` makes of ``A``.
+    large side (``max_dim``) and the hidden ones between the two factors, which lie as the rows of ``scaled_A`` do:
+    ``(c, tokens, r/c·num_bases)``, here with one block. ``scaled_A`` is what `scaled_basis` makes of ``A``.
 
     Attributes:
         A: ``(1, r, min_dim)``.
@@ -41,24 +41,24 @@ class DensePair(NamedTuple):
         return 1.0, 1.0, 1.0
 
     def small_to_hidden(self, small: Tensor, scaled_A: Tensor) -> Tensor:
-        """Multiply ``(tokens, min_dim)`` by ``UA.T``."""
-        return small @ scaled_A[0].T
+        """Multiply ``(tokens, min_dim)`` by ``UA.T``: ``(1, tokens, r·num_bases)``."""
+        return (small @ scaled_A[0].T).unsqueeze(0)
 
     def hidden_to_small(self, hidden: Tensor, scaled_A: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Multiply ``(tokens, r·num_bases)`` by ``UA``, added to ``onto``, whose memory is used up."""
-        return hidden @ scaled_A[0] if onto is None else scratch.plus_product(onto, hidden, scaled_A[0])
+        """Multiply hidden vectors by ``UA``, added to ``onto``, ``(tokens, min_dim)``, whose memory is used up."""
+        return hidden[0] @ scaled_A[0] if onto is None else scratch.plus_product(onto, hidden[0], scaled_A[0])
 
     def large_to_hidden(self, large: Tensor) -> Tensor:
-        """Multiply ``(tokens, max_dim)`` by ``UB``."""
-        return large @ self.B
+        """Multiply ``(tokens, max_dim)`` by ``UB``: ``(1, tokens, r·num_bases)``."""
+        return (large @ self.B).unsqueeze(0)
 
     def hidden_to_large(self, hidden: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Multiply ``(tokens, r·num_bases)`` by ``UB.T``, added to ``onto``, whose memory is used up."""
-        return hidden @ self.B.T if onto is None else scratch.plus_product(onto, hidden, self.B.T)
+        """Multiply hidden vectors by ``UB.T``, added to ``onto``, ``(tokens, max_dim)``, whose memory is used up."""
+        return hidden[0] @ self.B.T if onto is None else scratch.plus_product(onto, hidden[0], self.B.T)
 
     def grad_from_tokens(self, hidden: Tensor, small: Tensor) -> Tensor:
         """Return the gradient of ``UA``, ``hidden.T @ small``, in the shape of ``scaled_A``."""
-        return (hidden.T @ small).unsqueeze(0)
+        return (hidden[0].T @ small).unsqueeze(0)
 
     def grad_from_update(self, grad: Tensor) -> Tensor:
         """Lead the gradient of the update, ``(max_dim, min_dim)``, on to ``UA``: ``UB.T @ grad``."""

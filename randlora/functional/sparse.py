@@ -63,25 +63,25 @@ class SparsePair(NamedTuple):
         return 1.0, share, share
 
     def small_to_hidden(self, small: Tensor, scaled_A: Tensor) -> Tensor:
-        """Multiply ``(tokens, min_dim)`` by ``UA.T``."""
-        return (scaled_A[0] @ small.T).T  # a column a token, as the product with B wants them
+        """Multiply ``(tokens, min_dim)`` by ``UA.T``: ``(1, tokens, r·num_bases)``."""
+        return (scaled_A[0] @ small.T).T.unsqueeze(0)  # a column a token, as the product with B wants them
 
     def hidden_to_small(self, hidden: Tensor, scaled_A: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Multiply ``(tokens, r·num_bases)`` by ``UA``, added to ``onto``, whose memory is used up."""
-        return hidden @ scaled_A[0] if onto is None else scratch.plus_product(onto, hidden, scaled_A[0])
+        """Multiply hidden vectors by ``UA``, added to ``onto``, ``(tokens, min_dim)``, whose memory is used up."""
+        return hidden[0] @ scaled_A[0] if onto is None else scratch.plus_product(onto, hidden[0], scaled_A[0])
 
     def large_to_hidden(self, large: Tensor) -> Tensor:
-        """Multiply ``(tokens, max_dim)`` by ``UB``."""
-        return (self.B_transposed @ large.T).T
+        """Multiply ``(tokens, max_dim)`` by ``UB``: ``(1, tokens, r·num_bases)``."""
+        return (self.B_transposed @ large.T).T.unsqueeze(0)
 
     def hidden_to_large(self, hidden: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Multiply ``(tokens, r·num_bases)`` by ``UB.T``, added to ``onto``, whose memory is used up."""
-        large = (self.B @ hidden.T).T
+        """Multiply hidden vectors by ``UB.T``, added to ``onto``, ``(tokens, max_dim)``, whose memory is used up."""
+        large = (self.B @ hidden[0].T).T
         return large if onto is None else scratch.plus(onto, large)
 
     def grad_from_tokens(self, hidden: Tensor, small: Tensor) -> Tensor:
         """Return the gradient of ``UA``, ``hidden.T @ small``, in the shape of ``scaled_A``."""
-        return (hidden.T @ small).unsqueeze(0)
+        return (hidden[0].T @ small).unsqueeze(0)
 
     def grad_from_update(self, grad: Tensor) -> Tensor:
         """Lead the gradient of the update, ``(max_dim, min_dim)``, on to ``UA``: ``UB.T @ grad``."""
