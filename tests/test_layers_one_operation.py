@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 import randlora
 from randlora import AdapterLayer
+from randlora.functional import Compute
 from tests.laws import assert_close, fill
 from tests.layer_kinds import LayerKind, every_kind
 
@@ -57,6 +58,22 @@ def test_a_second_adapter_is_added_to_it() -> None:
     wanted = layer.base_layer(x) + x @ layer.delta_weight({"default": 0.5, "other": 2.0}).T
     with never_called(layer):
         assert_close(layer(x), wanted, torch.float32)
+
+
+@every_kind
+@pytest.mark.parametrize("compute", get_args(Compute))
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 3, 6)], ids=str)
+def test_what_comes_after_may_change_the_output_in_place(
+    kind: LayerKind, compute: Compute, shape: tuple[int, ...]
+) -> None:
+    """As an activation with ``inplace=True`` does."""
+    model, layer = adapted(kind.build(6, 9, True, torch.float32))
+    randlora.set_compute(model, compute)
+    lam = layer.randlora_lambda["default"]
+    x = torch.randn(shape)
+    (found,) = torch.autograd.grad(layer(x).relu_().sum(), lam)
+    (wanted,) = torch.autograd.grad(expected(layer, x).relu().sum(), lam)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 class Doubled(nn.Linear):

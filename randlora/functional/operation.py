@@ -112,11 +112,10 @@ class _AdaptedLinear(torch.autograd.Function):
         way = forward_way(adapted.sizes(tokens), compute)
         if way == "materialised":
             total = adapted.total()
-            output = F.linear(x, total, bias)
+            output = _own(F.linear(x, total, bias), x.shape[:-1])
             return (output, total) if keep else output
         onto = None if weight is None else F.linear(x, weight, bias).view(tokens, adapted.out_features)
-        output = adapted.output(x.reshape(tokens, x.shape[-1]), way, onto)
-        return output.view(*x.shape[:-1], adapted.out_features)
+        return _own(adapted.output(x.reshape(tokens, x.shape[-1]), way, onto), x.shape[:-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
@@ -168,6 +167,15 @@ class _AdaptedLinear(torch.autograd.Function):
             grad_gamma,
             *[None] * len(others),
         )
+
+
+def _own(output: Tensor, leading: torch.Size) -> Tensor:
+    """Give an output its leading dimensions without being a view, which nobody may change in place.
+
+    ``nn.ReLU(inplace=True)`` after a layer does; torch refuses that for views made inside of a function.
+    """
+    result: Tensor = torch.ops.aten._unsafe_view(output, (*leading, output.shape[-1]))
+    return result
 
 
 def _input_gradient(adapted: Adapted, rows: Tensor, way: Way, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
