@@ -64,6 +64,28 @@ def test_a_tracer_that_comes_first_sees_the_right_values_and_spoils_none(
     assert model.get_parameter("0.randlora_lambda.default").grad is not None
 
 
+def wide_model(options: dict[str, Any]) -> nn.Sequential:
+    """Make a filled model of a layer that is cheaper factored for few tokens and materialised for many."""
+    model = nn.Sequential(nn.Linear(24, 32))
+    randlora.inject(model, r=8, targets="all-linear", **options)
+    fill(model)
+    return model
+
+
+@pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(options.values()))
+def test_a_compiled_model_takes_any_number_of_tokens_in_one_graph(options: dict[str, Any]) -> None:
+    """From the second number on the compiler takes it for a symbol."""
+    torch._dynamo.reset()  # no test before counts as a program of the same code
+    model = wide_model(options)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for tokens in (1, 20, 21, 22, 500):
+        x = torch.randn(tokens, 24, requires_grad=True)
+        found, expected = compiled(x), model(x)
+        assert_close(found.detach(), expected.detach(), torch.float32)
+        ours, theirs = (torch.autograd.grad(output.sum(), x)[0] for output in (found, expected))
+        assert_close(ours, theirs, torch.float32)
+
+
 def test_a_compiled_model_follows_switches_and_other_bases_of_the_same_name() -> None:
     model = cold_model({})
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

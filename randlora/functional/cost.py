@@ -14,10 +14,11 @@ and that of Λ and Γ share a product with B where the layer's input is its smal
 way, *few_tokens*, that never builds ``UA``. Passes over memory count as so many multiply-adds an entry.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 Compute = Literal["auto", "factored", "materialised"]
 Way = Literal["factored", "materialised", "few_tokens"]
+Choice = TypeVar("Choice")
 
 PASS = 40
 """Multiply-adds in the time that one entry takes to be read, changed and written: a rough middle of CPUs and GPUs."""
@@ -92,7 +93,7 @@ def forward_way(sizes: Sizes, compute: Compute = "auto") -> Way:
     if laid_out <= sizes.max_dim * sizes.min_dim:  # no temporary is larger than the weight
         few_tokens_through_A = sizes.tokens * sizes.hidden * sizes.min_dim * sizes.shares[0] + 3 * PASS * laid_out
         costs["few_tokens"] = few_tokens_through_A + sizes.through_B
-    return min(costs, key=lambda way: costs[way])
+    return _cheapest(costs)
 
 
 def backward_ways(
@@ -129,7 +130,16 @@ def backward_ways(
         for x_way in ways
         for diagonals_way in ways
     }
-    return min(costs, key=lambda pair: costs[pair])
+    return _cheapest(costs)
+
+
+def _cheapest(costs: dict[Choice, float]) -> Choice:
+    """Do what ``min(costs, key=costs.get)`` does, which the compiler cannot where a size is a symbol to it."""
+    best, *others = costs
+    for other in others:
+        if costs[other] < costs[best]:
+            best = other
+    return best
 
 
 def _input_gradient(sizes: Sizes, way: Way, *, has_kept: bool) -> float:
