@@ -16,7 +16,7 @@ def set_compute(model: nn.Module, compute: Compute = "auto", *, keep: bool = Fal
         model: A model that carries adapters.
         compute: ``"factored"`` multiplies the tokens through both factors of the update, ``"materialised"`` forms the
             update first, ``"auto"`` takes for each stage of each call what its sizes make cheaper (see
-            `randlora.functional.cost`).
+            `randlora.functional.cost`) and factors in a program that ``torch.export`` makes for any sizes.
         keep: Where forward is materialised, keep the sum of weight and update until backward: a number for each of the
             weight in memory, for one product less.
 

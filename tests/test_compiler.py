@@ -86,6 +86,17 @@ def test_a_compiled_model_takes_any_number_of_tokens_in_one_graph(options: dict[
         assert_close(ours, theirs, torch.float32)
 
 
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+@pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(options.values()))
+def test_an_exported_model_takes_any_number_of_tokens(options: dict[str, Any], strict: bool) -> None:
+    model = wide_model(options)
+    sizes = ({0: torch.export.Dim("tokens", min=2, max=1000)},)
+    program = torch.export.export(model, (torch.randn(8, 24),), dynamic_shapes=sizes, strict=strict).module()
+    for tokens in (2, 20, 500):
+        x = torch.randn(tokens, 24)
+        assert_close(program(x), model(x), torch.float32)
+
+
 def test_a_compiled_model_follows_switches_and_other_bases_of_the_same_name() -> None:
     model = cold_model({})
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -38,13 +38,16 @@ def adapted_linear(
         diagonals: Λ and Γ.
         weight: The base layer's weight, ``(out_features, in_features)`` in any layout and dtype.
         bias: The base layer's bias, ``(out_features,)``.
-        compute: How; ``"auto"`` chooses by the sizes, see `randlora.functional.cost`.
+        compute: How; ``"auto"`` chooses by the sizes, see `randlora.functional.cost`. An exported program, which serves
+            any number of tokens, is factored.
         keep: Let a materialised forward keep the sum of weight and update for backward, one number for each of the
             weight, which saves forming it again.
 
     Returns:
         ``(..., out_features)`` in the dtype of B.
     """
+    if compute == "auto" and torch.compiler.is_exporting():
+        compute = "factored"  # a choice by the number of tokens would be a condition on it
     arguments = x, weight, bias, *diagonals, *_parts(pair), compute, keep
     result: Tensor | tuple[Tensor, Tensor] = _AdaptedLinear.apply(*arguments)  # type: ignore[no-untyped-call]
     return result[0] if isinstance(result, tuple) else result
