@@ -72,6 +72,17 @@ def wide_model(options: dict[str, Any]) -> nn.Sequential:
     return model
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(options.values()))
+def test_a_trace_takes_any_number_of_tokens(options: dict[str, Any]) -> None:
+    model = wide_model(options)
+    model(x := torch.randn(8, 24))
+    traced = torch.jit.trace(model, x)  # type: ignore[no-untyped-call]
+    for tokens in (1, 20, 500):
+        x = torch.randn(tokens, 24)
+        assert_close(traced(x), model(x), torch.float32)
+
+
 @pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(options.values()))
 def test_a_compiled_model_takes_any_number_of_tokens_in_one_graph(options: dict[str, Any]) -> None:
     """From the second number on the compiler takes it for a symbol."""

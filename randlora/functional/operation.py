@@ -68,11 +68,11 @@ def delta_weight(pair: Pair, diagonals: Diagonals, *, in_features: int) -> Tenso
 
 
 def _parts(pair: Pair) -> tuple[Tensor | None, Tensor | None, Pair | tuple[int, ...]]:
-    """Take a pair apart where a transform must see every tensor.
+    """Take a pair apart where a transform must see every tensor, and ``torch.jit.trace`` wants to.
 
     Otherwise it stays whole, so that hooks on what autograd saves, as that of ``save_on_cpu``, leave the bases alone.
     """
-    if not is_transformed():
+    if not is_transformed() and torch._C._get_tracing_state() is None:
         return None, None, pair
     assert not isinstance(pair, SparsePair), "torch has no transforms of sparse products: ask for dense bases"
     return pair.A, pair.B, pair[2:]
