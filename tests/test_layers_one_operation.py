@@ -184,3 +184,34 @@ def test_autocast_computes_as_it_does_on_the_base_layer(kind: LayerKind, dtype: 
     output.sum().backward()
     assert x.grad is not None
     assert x.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("basis", ["dense", "block", "very_sparse"])
+@pytest.mark.parametrize("compute", get_args(Compute))
+def test_autocast_that_is_on_in_backward_alone_changes_no_dtype(basis: str, compute: Compute) -> None:
+    """Plain layers allow it."""
+    model, layer = adapted(nn.Linear(70, 90), basis=basis)
+    randlora.set_compute(model, compute)
+    x = torch.randn(4, 70, requires_grad=True)
+    leaves = (x, layer.randlora_lambda["default"], layer.randlora_gamma["default"])
+    wanted = torch.autograd.grad(layer(x).sum(), leaves)
+    output = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(output.sum(), leaves)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("basis", ["dense", "block", "very_sparse"])
+def test_a_base_layer_whose_output_stays_float32_under_autocast_is_added_to_in_float32(basis: str) -> None:
+    base = nn.Linear(70, 90)
+    base.register_forward_hook(lambda _module, _args, output: output.float())
+    _, layer = adapted(base, basis=basis)
+    x = torch.randn(4, 70, requires_grad=True)
+    update = layer.delta_weight({"default": 1.0})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, own = layer(x), base(x)
+    assert output.dtype == torch.float32
+    assert_close(output - own, x @ update.T, torch.float32)
+    output.sum().backward()
+    assert x.grad is not None

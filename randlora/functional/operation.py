@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -49,7 +50,9 @@ def adapted_linear(
     if compute == "auto" and torch.compiler.is_exporting():
         compute = "factored"  # a choice by the number of tokens would be a condition on it
     arguments = x, weight, bias, *diagonals, *_parts(pair), compute, keep
-    result: Tensor | tuple[Tensor, Tensor] = _AdaptedLinear.apply(*arguments)  # type: ignore[no-untyped-call]
+    result: Tensor | tuple[Tensor, Tensor]
+    with _without_autocast(x.device):
+        result = _AdaptedLinear.apply(*arguments)  # type: ignore[no-untyped-call]
     return result[0] if isinstance(result, tuple) else result
 
 
@@ -135,41 +138,52 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, kept, lam, gamma, basis_A, basis_B = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_lam, needs_gamma, *others = ctx.needs_input_grad
-        needs_diagonals = needs_lam or needs_gamma
-        if torch.is_grad_enabled():  # to be differentiated again: what was kept is a number, and no function of Λ and Γ
-            kept = None
-        pair = _pair(basis_A, basis_B, ctx.rest)
-        own_weight = None if weight is None else weight.to(pair.B.dtype)
-        adapted = Adapted(own_weight, pair, Diagonals(lam, gamma, ctx.scaling), ctx.in_features)
-        rows = grad.reshape(grad.numel() // adapted.out_features, adapted.out_features)
-        x_way, diagonals_way = backward_ways(
-            adapted.sizes(len(rows)),
-            needs_input=needs_x,
-            needs_weight=needs_weight,
-            needs_diagonals=needs_diagonals,
-            has_kept=kept is not None,
-            compute=ctx.compute,
-        )
-        grad_x, hidden = _input_gradient(adapted, rows, x_way, kept) if needs_x else (None, None)
-        grad_weight, grad_lam, grad_gamma = None, None, None
-        if needs_weight or needs_diagonals:
-            tokens = x.reshape(len(rows), ctx.in_features)
-            if needs_weight or diagonals_way == "materialised":
-                grad_weight = rows.T @ tokens
-            if needs_diagonals and grad_weight is not None and diagonals_way == "materialised":
-                grad_lam, grad_gamma = adapted.gradients_from_update(grad_weight)
-            elif needs_diagonals:
-                grad_lam, grad_gamma = adapted.gradients_from_tokens(tokens, rows, hidden)
-        return (
-            None if grad_x is None else grad_x.view(*grad.shape[:-1], ctx.in_features),
-            grad_weight.to(weight.dtype) if needs_weight and grad_weight is not None else None,
-            rows.sum(0).to(ctx.bias_dtype) if needs_bias else None,
-            grad_lam,
-            grad_gamma,
-            *[None] * len(others),
-        )
+        with _without_autocast(grad.device):
+            return _backward(ctx, grad)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Compute in the dtype of B: autocast, which had its say in choosing that, may be on in backward alone."""
+    is_on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, kept, lam, gamma, basis_A, basis_B = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, needs_lam, needs_gamma, *others = ctx.needs_input_grad
+    needs_diagonals = needs_lam or needs_gamma
+    if torch.is_grad_enabled():  # to be differentiated again: what was kept is a number, and no function of Λ and Γ
+        kept = None
+    pair = _pair(basis_A, basis_B, ctx.rest)
+    own_weight = None if weight is None else weight.to(pair.B.dtype)
+    adapted = Adapted(own_weight, pair, Diagonals(lam, gamma, ctx.scaling), ctx.in_features)
+    rows = grad.reshape(grad.numel() // adapted.out_features, adapted.out_features)
+    x_way, diagonals_way = backward_ways(
+        adapted.sizes(len(rows)),
+        needs_input=needs_x,
+        needs_weight=needs_weight,
+        needs_diagonals=needs_diagonals,
+        has_kept=kept is not None,
+        compute=ctx.compute,
+    )
+    grad_x, hidden = _input_gradient(adapted, rows, x_way, kept) if needs_x else (None, None)
+    grad_weight, grad_lam, grad_gamma = None, None, None
+    if needs_weight or needs_diagonals:
+        tokens = x.reshape(len(rows), ctx.in_features)
+        if needs_weight or diagonals_way == "materialised":
+            grad_weight = rows.T @ tokens
+        if needs_diagonals and grad_weight is not None and diagonals_way == "materialised":
+            grad_lam, grad_gamma = adapted.gradients_from_update(grad_weight)
+        elif needs_diagonals:
+            grad_lam, grad_gamma = adapted.gradients_from_tokens(tokens, rows, hidden)
+    return (
+        None if grad_x is None else grad_x.view(*grad.shape[:-1], ctx.in_features),
+        grad_weight.to(weight.dtype) if needs_weight and grad_weight is not None else None,
+        rows.sum(0).to(ctx.bias_dtype) if needs_bias else None,
+        grad_lam,
+        grad_gamma,
+        *[None] * len(others),
+    )
 
 
 def _own(output: Tensor, leading: torch.Size) -> Tensor:
