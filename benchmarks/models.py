@@ -1,5 +1,6 @@
 """Whole models from configs with random weights, adapted by each contestant."""
 
+import warnings
 from collections.abc import Callable
 
 import peft
@@ -47,10 +48,10 @@ def adapt(model: nn.Module, contestant: str, targets: list[str], *, adapters: in
     if contestant == "full":
         return model
     if contestant == "LoRA":
-        return peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules=targets))  # type: ignore[no-any-return]
+        return by_peft(model, peft.LoraConfig(r=RANK, target_modules=targets))
     if contestant == "PEFT":
         config = peft.RandLoraConfig(r=RANK, randlora_alpha=int(ALPHA), randlora_dropout=0.0, target_modules=targets)
-        return peft.get_peft_model(model, config)  # type: ignore[no-any-return]
+        return by_peft(model, config)
     blocks = (4, 8) if contestant == "block" else None
     names = [f"adapter{index}" for index in range(adapters)]
     for name in names:
@@ -66,6 +67,13 @@ def adapt(model: nn.Module, contestant: str, targets: list[str], *, adapters: in
         )
     randlora.activate(model, names)
     return model
+
+
+def by_peft(model: nn.Module, config: peft.PeftConfig) -> nn.Module:
+    """Let PEFT adapt a model, without the warning that it calls transformers by an old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return peft.get_peft_model(model, config)  # type: ignore[no-any-return]
 
 
 def training_step(model: nn.Module, inputs: Tensor) -> Step:

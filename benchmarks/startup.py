@@ -11,7 +11,7 @@ from torch import nn
 import randlora
 from benchmarks.command import Settings, main
 from benchmarks.layers import ALPHA, RANK
-from benchmarks.models import LLAMA_TARGETS
+from benchmarks.models import LLAMA_TARGETS, by_peft
 from benchmarks.processes import in_own_process, peak_bytes
 from benchmarks.results import Row
 from benchmarks.timing import Figure
@@ -41,7 +41,7 @@ def start_peft() -> dict[str, float]:
     """Time PEFT's way; its bases are buffers that every layer refers to."""
     model, before, start = llama_3_8b(), peak_bytes(), time.perf_counter()
     config = peft.RandLoraConfig(r=RANK, randlora_alpha=int(ALPHA), target_modules=LLAMA_TARGETS)
-    adapted = peft.get_peft_model(model, config)
+    adapted = by_peft(model, config)
     seconds = time.perf_counter() - start
     names = {name: buffer for name, buffer in adapted.named_buffers() if "randlora_A" in name or "randlora_B" in name}
     held = {buffer.data_ptr(): buffer.numel() * buffer.element_size() for buffer in names.values()}

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from torch import nn
 
 from benchmarks import step
@@ -69,4 +68,3 @@ def test_a_layer_that_is_trained_keeps_its_input_and_a_frozen_one_nothing(tokens
     layer = nn.Sequential(nn.Linear(1024, 8))
     assert kept_by(layer, tokens) == tokens * 1024 * 4
     assert kept_by(layer.requires_grad_(requires_grad=False), tokens) == 0
-    assert torch.get_default_dtype() == torch.float32
