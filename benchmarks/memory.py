@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from benchmarks.command import Settings, main
 from benchmarks.layers import MORE_CONTESTANTS, build
 from benchmarks.models import LLAMA_TARGETS, VOCABULARY, adapt, llama, training_step
-from benchmarks.processes import in_own_process, peak_bytes
+from benchmarks.processes import held_bytes, in_own_process, peak_bytes
 from benchmarks.results import Row
 from benchmarks.timing import Figure
 
@@ -51,8 +51,8 @@ def in_bytes(sizes: dict[str, int]) -> dict[str, Figure]:
 
 
 def peak_of_training(contestant: str) -> dict[str, float]:
-    """Train a Llama for some steps and return the peak above what the imports took."""
-    before = peak_bytes()
+    """Train a Llama for some steps and return the peak above what the process held before."""
+    before = held_bytes()
     model = adapt(llama(layers=6, side=SIDE), contestant, LLAMA_TARGETS)
     step = training_step(model, torch.randint(VOCABULARY, (1, 512)))
     for _ in range(STEPS):

@@ -2,10 +2,13 @@
 
 import multiprocessing
 import resource
+import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 Measured = TypeVar("Measured")
 
@@ -19,25 +22,42 @@ def peak_bytes() -> int:
     Linux counts what the parent had into a child's ``ru_maxrss``, but not into its own high-water mark.
     """
     if STATUS.is_file():
-        facts = dict(line.split(":", 1) for line in STATUS.read_text(encoding="utf-8").splitlines())
-        return int(facts["VmHWM"].split()[0]) * KIBIBYTE
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE
+        return _status("VmHWM")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * KIBIBYTE
+
+
+def held_bytes() -> int:
+    """Return the memory that this process holds now; where the system does not tell, the most that it ever held."""
+    return _status("VmRSS") if STATUS.is_file() else peak_bytes()
+
+
+def _status(field: str) -> int:
+    facts = dict(line.split(":", 1) for line in STATUS.read_text(encoding="utf-8").splitlines())
+    return int(facts[field].split()[0]) * KIBIBYTE
 
 
 def in_own_process(run: Callable[..., Measured], *args: Any) -> Measured:
-    """Call a function of some module in a fresh process and return what it measured."""
+    """Call a function of some module in a fresh process, with as many threads as here, and return what it measured.
+
+    Raises:
+        RuntimeError: Where the process ended without a result; it has printed why.
+    """
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sending, run, args))
+    process = context.Process(target=_send, args=(sending, torch.get_num_threads(), run, args))
     process.start()
     sending.close()
     try:
         found: Measured = receiving.recv()
-    finally:
+    except EOFError:
         process.join()
+        raise RuntimeError(f"the process of {run.__name__}{args} ended with status {process.exitcode}") from None
+    process.join()
     return found
 
 
-def _send(sending: Connection, run: Callable[..., object], args: tuple[Any, ...]) -> None:
+def _send(sending: Connection, threads: int, run: Callable[..., object], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(threads)
     sending.send(run(*args))
     sending.close()

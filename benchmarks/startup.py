@@ -12,7 +12,7 @@ import randlora
 from benchmarks.command import Settings, main
 from benchmarks.layers import ALPHA, RANK
 from benchmarks.models import LLAMA_TARGETS, by_peft
-from benchmarks.processes import in_own_process, peak_bytes
+from benchmarks.processes import held_bytes, in_own_process, peak_bytes
 from benchmarks.results import Row
 from benchmarks.timing import Figure
 
@@ -39,7 +39,7 @@ def llama_3_8b() -> nn.Module:
 
 def start_peft() -> dict[str, float]:
     """Time PEFT's way; its bases are buffers that every layer refers to."""
-    model, before, start = llama_3_8b(), peak_bytes(), time.perf_counter()
+    model, before, start = llama_3_8b(), held_bytes(), time.perf_counter()
     config = peft.RandLoraConfig(r=RANK, randlora_alpha=int(ALPHA), target_modules=LLAMA_TARGETS)
     adapted = by_peft(model, config)
     seconds = time.perf_counter() - start
@@ -53,7 +53,7 @@ def start_peft() -> dict[str, float]:
 
 def start_ours(kind: str) -> dict[str, float]:
     """Time ours; a model without values draws nothing, so the bases are asked for as the first layer would."""
-    model, before, start = llama_3_8b(), peak_bytes(), time.perf_counter()
+    model, before, start = llama_3_8b(), held_bytes(), time.perf_counter()
     report = randlora.inject(model, r=RANK, alpha=ALPHA, targets=LLAMA_TARGETS, basis=kind)  # type: ignore[arg-type]
     basis = randlora.BasisBank().acquire(randlora.adapters(model)[0].spec)
     basis.extend(14336, 4096)
