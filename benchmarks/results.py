@@ -13,8 +13,9 @@ from benchmarks.timing import Figure
 
 BASELINE = "full"
 PEER = "PEFT"
-OURS = ("dense", "dense, kept", "block", "very_sparse", "ours")
+OURS = ("dense", "dense, kept", "block", "very_sparse", "merged", "ours")
 UNITS = {"s": "time", "B": "bytes", "%": "accuracy"}
+SCALES = {"s": ((1.0, "s"), (1e-3, "ms")), "B": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))}
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,9 @@ class Results:
 
 
 def written(figure: Figure) -> str:
-    """Write a figure with its unit."""
-    if figure.unit == "s":
-        return f"{figure.best * 1e3:.3g} ms"
-    return f"{figure.best / 1e6:.3g} MB" if figure.unit == "B" else f"{figure.best:.1f} %"
+    """Write a figure with its unit, or the multiple of it that makes a short number."""
+    if figure.unit not in SCALES:
+        return f"{figure.best:.1f} {figure.unit}"
+    scales = SCALES[figure.unit]
+    size, unit = next((scale for scale in scales if figure.best >= scale[0]), scales[-1])
+    return f"{figure.best / size:.3g} {unit}"
