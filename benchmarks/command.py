@@ -39,11 +39,13 @@ def measure(name: str, run: Run, settings: Settings, out: Path, *, gate: bool) -
     Returns:
         Whether every target was met, or none was asked about.
     """
-    with console.status(f"measuring {name}"):
-        results = Results(name, describe(settings.device), run(settings))
+    console.print(f"measuring {name}")  # once: a spinner would take its share of a core
+    results = Results(name, describe(settings.device), run(settings))
     console.print(results.table())
     results.save(out)
     found = verdicts(results) if gate else []
+    if gate and not found:
+        console.print(f"{name} has no targets")
     for verdict in found:
         console.print(("[green]met   [/green] " if verdict.is_met else "[red]missed[/red] ") + verdict.words)
     return all(verdict.is_met for verdict in found)
@@ -60,6 +62,8 @@ def main(*benchmarks: tuple[str, Run]) -> None:
         gate: Annotated[bool, typer.Option("--gate", help="Fail where a target is missed.")] = False,  # noqa: FBT002
     ) -> None:
         """Measure beside the peers, and print ratios."""
+        if device == "cuda" and not torch.cuda.is_available():
+            raise typer.BadParameter("this machine, or this build of torch, has no CUDA device", param_hint="--device")
         if threads:
             torch.set_num_threads(threads)
         settings = Settings(device, is_quick=not full)

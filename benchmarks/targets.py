@@ -27,7 +27,9 @@ class Target:
     at_most: float = float("inf")
 
     def verdict(self, row: Row) -> "Verdict":
-        """Compare with what was found."""
+        """Compare with what was found; a contestant who took no part missed."""
+        if absent := [name for name in (self.first, self.second) if name not in row.figures]:
+            return Verdict(f"{self.benchmark}, {self.case}: {' and '.join(absent)} took no part", is_met=False)
         found = row.ratio(self.first, self.second)
         bound = f"at least {self.at_least:g}" if self.at_least else f"at most {self.at_most:g}"
         words = f"{self.benchmark}, {self.case}: {self.first} / {self.second} is {found:.3g}, must be {bound}"

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from benchmarks import step
+from benchmarks import command, step
 from benchmarks.memory import kept_by
-from benchmarks.results import Results, Row
+from benchmarks.results import Results, Row, written
 from benchmarks.targets import TARGETS, Target, faster, verdicts, within
 from benchmarks.timing import Figure, interleaved
 
@@ -35,6 +35,8 @@ def test_contestants_are_called_in_turn_and_the_first_round_does_not_count() -> 
         (within("b", "case", "dense", 1.5), True),
         (within("b", "case", "dense", 1.4), False),
         (within("b", "another case", "dense", 1.5), False),
+        (within("b", "case", "block", 1.5), False),
+        (faster("b", "case", "dense", 0.1, than="nobody"), False),
     ],
 )
 def test_a_target_is_met_or_missed_by_the_ratio_of_the_best(target: Target, is_met: bool) -> None:
@@ -49,6 +51,54 @@ def test_targets_of_other_benchmarks_are_not_judged() -> None:
 def test_every_target_of_single_layers_has_its_case() -> None:
     cases = {step.name_of(case) for case in step.GATED}
     assert {target.case for target in TARGETS if target.benchmark == "step"} == cases
+
+
+def test_every_target_is_of_a_benchmark_and_has_one_bound() -> None:
+    assert {target.benchmark for target in TARGETS} == {"step", "model", "memory", "startup", "decode"}
+    assert all((target.at_least > 0) != (target.at_most < float("inf")) for target in TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("size", "unit", "words"),
+    [
+        (2.62, "s", "2.62 s"),
+        (0.0121, "s", "12.1 ms"),
+        (8.5e-5, "s", "0.085 ms"),
+        (1.853e11, "B", "185 GB"),
+        (3.5e8, "B", "350 MB"),
+        (4096, "B", "4.1 kB"),
+        (0, "B", "0 kB"),
+        (87.25, "%", "87.2 %"),
+    ],
+)
+def test_a_figure_is_written_as_a_short_number(size: float, unit: str, words: str) -> None:
+    assert written(Figure(size, size, unit)) == words
+
+
+def test_without_the_baseline_figures_stand_for_themselves_and_each_of_ours_beside_the_peer() -> None:
+    titles, rows = Results("b", {}, [row("case", frozen=0.5, PEFT=6.0, merged=0.5), row("other", frozen=1.0)]).cells()
+    assert titles == ["case", "frozen", "PEFT", "merged", "PEFT / merged (median)"]
+    assert rows == [["case", "500 ms", "6 s", "500 ms", "12.00 (12.00)"], ["other", "1 s", "", "", ""]]
+
+
+@pytest.mark.parametrize(("times", "is_met"), [(1.0, True), (4.0, False), (None, True)])
+def test_the_gate_is_shut_by_a_missed_target_alone(
+    times: float | None,
+    is_met: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    targets = [] if times is None else [faster("b", "case", "dense", times)]
+    monkeypatch.setattr(command, "verdicts", lambda results: verdicts(results, targets))
+
+    def run(_: command.Settings) -> list[Row]:
+        return [row("case", PEFT=6.0, dense=3.0, full=2.0)]
+
+    settings = command.Settings("cpu", is_quick=True)
+    assert command.measure("b", run, settings, tmp_path, gate=True) == is_met
+    assert command.measure("b", run, settings, tmp_path, gate=False)
+    assert ("b has no targets" in capsys.readouterr().out) == (times is None)
 
 
 def test_results_are_written_as_json_a_table_and_a_picture(tmp_path: Path) -> None:
