@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import peft
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 import randlora
 from benchmarks.command import Settings, main
@@ -17,9 +17,10 @@ from benchmarks.results import Row
 from benchmarks.timing import Figure
 
 REPEATS = 3
-HALF = 2  # bytes of a bfloat16
 FLOAT = 4
 LIMIT = 0.35e9
+SIDES = ((4096, 4096), (4096, 1024), (14336, 4096))  # larger and smaller, of all layers of Llama-3-8B
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KINDS = ("dense", "block", "very_sparse")
 
 
@@ -38,17 +39,25 @@ def llama_3_8b() -> nn.Module:
 
 
 def start_peft() -> dict[str, float]:
-    """Time PEFT's way; its bases are buffers that every layer refers to."""
+    """Time PEFT's way; its bases are buffers that every layer refers to, float32 whatever the model's dtype.
+
+    On a model without values they lose theirs, but not their size.
+    """
     model, before, start = llama_3_8b(), held_bytes(), time.perf_counter()
     config = peft.RandLoraConfig(r=RANK, randlora_alpha=int(ALPHA), target_modules=LLAMA_TARGETS)
     adapted = by_peft(model, config)
     seconds = time.perf_counter() - start
-    names = {name: buffer for name, buffer in adapted.named_buffers() if "randlora_A" in name or "randlora_B" in name}
-    held = {buffer.data_ptr(): buffer.numel() * buffer.element_size() for buffer in names.values()}
+    buffers = [buffer for name, buffer in adapted.named_buffers() if "randlora_A" in name or "randlora_B" in name]
+    held = sum(buffer.nbytes for buffer in buffers)
     layers = sum(name.endswith("default") for name in adapted.state_dict() if "randlora_lambda" in name)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    whole = (1 + layers) * sum(held.values()) + FLOAT * trained  # once at the top and once for every layer
-    return {"seconds": seconds, "bases": sum(held.values()), "peak": peak_bytes() - before, "file": whole}
+    return {
+        "seconds": seconds,
+        "bases": held,
+        "peak": peak_bytes() - before,
+        "file": (1 + layers) * held + FLOAT * trained,  # the bases once at the top and once for every layer
+        **dict.fromkeys(DTYPES, held),
+    }
 
 
 def start_ours(kind: str) -> dict[str, float]:
@@ -58,14 +67,32 @@ def start_ours(kind: str) -> dict[str, float]:
     basis = randlora.BasisBank().acquire(randlora.adapters(model)[0].spec)
     basis.extend(14336, 4096)
     held = sum(matrix.nbytes for matrix in basis.matrices())
-    seconds = time.perf_counter() - start
+    seconds, peak = time.perf_counter() - start, peak_bytes() - before
     return {
         "seconds": seconds,
         "bases": held,
-        "peak": peak_bytes() - before,
+        "peak": peak,
         "file": FLOAT * report.trainable_parameters,
         "stored": FLOAT * report.trainable_parameters + held,
+        **{name: held_to_compute(basis, dtype) for name, dtype in DTYPES.items()},
     }
+
+
+def held_to_compute(basis: randlora.Basis, dtype: torch.dtype) -> int:
+    """Count the bytes of bases, and of the copies to compute with, once all layers have computed in a dtype."""
+    basis.release()
+    pairs = [basis.pair(*sides, device=torch.device("cpu"), dtype=dtype) for sides in SIDES]
+    tensors = [part for pair in pairs for part in pair if isinstance(part, Tensor)]
+    tensors += [matrix.values for matrix in basis.matrices()]
+    storages = [part.untyped_storage() for tensor in tensors for part in parts(tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Name the dense tensors that a tensor is made of."""
+    if tensor.layout == torch.sparse_csr:
+        return tensor.values(), tensor.col_indices(), tensor.crow_indices()
+    return (tensor,)
 
 
 def run(settings: Settings) -> Sequence[Row]:  # noqa: ARG001
@@ -89,6 +116,7 @@ def run(settings: Settings) -> Sequence[Row]:  # noqa: ARG001
     return [
         Row("time to inject and draw", figures("seconds", "s")),
         Row("bytes of bases", figures("bases", "B")),
+        *(Row(f"bytes of bases and copies to compute in {name}", figures(name, "B")) for name in DTYPES),
         Row("peak of memory", figures("peak", "B")),
         Row("bytes of a checkpoint with bases", {"PEFT": single(peer["file"]), "ours": single(ours["stored"])}),
         Row("bytes of a checkpoint by seed", {"ours": single(ours["file"]), "0.35 GB": single(LIMIT)}),
