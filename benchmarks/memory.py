@@ -15,6 +15,7 @@ from benchmarks.timing import Figure
 SIDE = 1024
 TOKENS = (1, 128, 2048)
 CONTESTANTS = ("frozen", "full", "LoRA", "PEFT", "dense", "block", "very_sparse")
+QUICK_CONTESTANTS = ("frozen", "full", "PEFT", "dense", "block")
 FLOAT = 4
 STEPS = 2
 
@@ -30,16 +31,16 @@ def kept_by(layer: nn.Module, tokens: int) -> int:
             found[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    x = torch.randn(tokens, SIDE, requires_grad=True)
+    x = torch.randn(tokens, SIDE, requires_grad=True, device=next(layer.parameters()).device)
     with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
         output = layer(x)
     del output  # it had to live till here, or a later tensor could take an earlier one's place
     return sum(found.values())
 
 
-def kept(tokens: int) -> Row:
+def kept(tokens: int, device: str) -> Row:
     """Compare what is kept, also with PEFT's less the ``m²`` floats that ours must save."""
-    layers = {name: build(MORE_CONTESTANTS[name], SIDE, SIDE, torch.float32, "cpu") for name in CONTESTANTS}
+    layers = {name: build(adapt, SIDE, SIDE, torch.float32, device) for name, adapt in MORE_CONTESTANTS.items()}
     sizes = {name: kept_by(layer, tokens) for name, layer in layers.items()}
     sizes["PEFT less m² floats"] = sizes["PEFT"] - FLOAT * SIDE**2
     return Row(f"kept by a layer, T = {tokens}", in_bytes(sizes))
@@ -50,21 +51,21 @@ def in_bytes(sizes: dict[str, int]) -> dict[str, Figure]:
     return {name: Figure(size, size, "B") for name, size in sizes.items()}
 
 
-def peak_of_training(contestant: str) -> dict[str, float]:
-    """Train a Llama for some steps and return the peak above what the process held before."""
+def peak_of_training(contestant: str, device: str) -> int:
+    """Train a Llama for some steps and return the peak above what the process, or its share of a GPU, held before."""
     before = held_bytes()
-    model = adapt(llama(layers=6, side=SIDE), contestant, LLAMA_TARGETS)
-    step = training_step(model, torch.randint(VOCABULARY, (1, 512)))
+    model = adapt(llama(layers=6, side=SIDE), contestant, LLAMA_TARGETS).to(device)
+    step = training_step(model, torch.randint(VOCABULARY, (1, 512), device=device))
     for _ in range(STEPS):
         step()
-    return {"peak": peak_bytes() - before}
+    return torch.cuda.max_memory_allocated() if device == "cuda" else peak_bytes() - before
 
 
 def run(settings: Settings) -> Sequence[Row]:
-    """Measure what layers keep, and the peaks of whole steps on a CPU."""
-    rows = [kept(tokens) for tokens in TOKENS]
-    names = [name for name in CONTESTANTS if not (settings.is_quick and name in ("LoRA", "very_sparse"))]
-    peaks = {name: int(in_own_process(peak_of_training, name)["peak"]) for name in names}
+    """Measure what layers keep, and the peaks of whole steps."""
+    rows = [kept(tokens, settings.device) for tokens in TOKENS]
+    names = QUICK_CONTESTANTS if settings.is_quick else CONTESTANTS
+    peaks = {name: in_own_process(peak_of_training, name, settings.device) for name in names}
     return [*rows, Row(f"peak of a step, Llama, 6 layers, d = {SIDE}, T = 512", in_bytes(peaks))]
 
 

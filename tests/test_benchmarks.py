@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from benchmarks import command, step
-from benchmarks.memory import kept_by
+from benchmarks import command, memory, step
 from benchmarks.results import Results, Row, written
 from benchmarks.targets import TARGETS, Target, faster, verdicts, within
 from benchmarks.timing import Figure, interleaved
@@ -116,5 +115,14 @@ def test_results_are_written_as_json_a_table_and_a_picture(tmp_path: Path) -> No
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_a_layer_that_is_trained_keeps_its_input_and_a_frozen_one_nothing(tokens: int) -> None:
     layer = nn.Sequential(nn.Linear(1024, 8))
-    assert kept_by(layer, tokens) == tokens * 1024 * 4
-    assert kept_by(layer.requires_grad_(requires_grad=False), tokens) == 0
+    assert memory.kept_by(layer, tokens) == tokens * 1024 * 4
+    assert memory.kept_by(layer.requires_grad_(requires_grad=False), tokens) == 0
+
+
+@pytest.mark.parametrize(("tokens", "sums_kept"), [(1, 0), (2048, 1)])
+def test_ours_keep_the_input_and_on_request_a_sum_that_pays(tokens: int, sums_kept: int) -> None:
+    floats = {name: figure.best / memory.FLOAT for name, figure in memory.kept(tokens, "cpu").figures.items()}
+    of_input, of_weight = tokens * memory.SIDE, memory.SIDE**2
+    assert {floats[name] for name in ("full", "dense", "block", "very_sparse", "PEFT less m² floats")} == {of_input}
+    assert floats["PEFT"] == of_input + of_weight
+    assert floats["dense, kept"] == of_input + sums_kept * of_weight
