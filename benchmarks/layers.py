@@ -52,6 +52,26 @@ def ours(basis: str, *, keep: bool = False) -> Adapt:
     return adapt
 
 
+class UnderAutocast(nn.Module):
+    """A module whose products are made in bfloat16, as in mixed-precision training."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        """Put it around a module."""
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute as the module does, under autocast."""
+        with torch.autocast(x.device.type, torch.bfloat16):
+            output: Tensor = self.inner(x)
+        return output
+
+
+def under_autocast(adapt: Adapt) -> Adapt:
+    """Adapt likewise, to compute under autocast."""
+    return lambda model: UnderAutocast(adapt(model))
+
+
 CONTESTANTS: dict[str, Adapt] = {
     "frozen": frozen,
     "full": full,
@@ -62,6 +82,11 @@ CONTESTANTS: dict[str, Adapt] = {
     "block": ours("block"),
 }
 MORE_CONTESTANTS: dict[str, Adapt] = {**CONTESTANTS, "very_sparse": ours("very_sparse")}
+AUTOCAST_CONTESTANTS: dict[str, Adapt] = {
+    "LoRA, autocast": under_autocast(peft_lora),
+    "PEFT, autocast": under_autocast(peft_randlora),
+}
+"""PEFT's adapters are float32 on a layer of any dtype, and multiply in float32 unless autocast prevents it."""
 
 
 def build(adapt: Adapt, in_features: int, out_features: int, dtype: torch.dtype, device: str) -> nn.Module:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from benchmarks.command import Settings, main
-from benchmarks.layers import CONTESTANTS, MORE_CONTESTANTS, Adapt, build, training_step
+from benchmarks.layers import AUTOCAST_CONTESTANTS, CONTESTANTS, MORE_CONTESTANTS, Adapt, build, training_step
 from benchmarks.results import Row
 from benchmarks.timing import REPEATS, interleaved
 
@@ -29,8 +29,10 @@ def name_of(case: Case) -> str:
 
 
 def measure(case: Case, contestants: Mapping[str, Adapt], device: str, sweep: tuple[str, float] | None = None) -> Row:
-    """Time all contestants on one layer."""
+    """Time all contestants on one layer; in bfloat16 PEFT's under autocast too."""
     dtype, tokens, in_features, out_features = case
+    if dtype == torch.bfloat16:
+        contestants = {**contestants, **AUTOCAST_CONTESTANTS}
     x = torch.randn(tokens, in_features, dtype=dtype, device=device, requires_grad=True)
     grad = torch.randn(tokens, out_features, dtype=dtype, device=device)
     layers = {name: build(adapt, in_features, out_features, dtype, device) for name, adapt in contestants.items()}

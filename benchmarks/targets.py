@@ -54,8 +54,11 @@ def within(benchmark: str, case: str, ours: str, share: float, *, of: str = "ful
     return Target(benchmark, case, ours, of, at_most=share)
 
 
+IN_BFLOAT16 = "PEFT, autocast"  # without autocast PEFT multiplies in float32, and ours would be as much faster again
+
 TARGETS = (
-    *(faster("step", f"{dtype}, T = 8192, 1024→1024", "dense", 2.1) for dtype in ("float32", "bfloat16")),
+    faster("step", "float32, T = 8192, 1024→1024", "dense", 2.1),
+    faster("step", "bfloat16, T = 8192, 1024→1024", "dense", 2.1, than=IN_BFLOAT16),
     *(within("step", f"{dtype}, T = 8192, 1024→1024", "dense", 1.2) for dtype in ("float32", "bfloat16")),
     faster("step", "float32, T = 2048, 1024→1024", "dense, kept", 1.6),  # 7 / 4.5 in products, and 7 / 4 if kept
     within("step", "float32, T = 2048, 1024→1024", "dense", 1.6),
@@ -64,7 +67,7 @@ TARGETS = (
     *(within("step", f"float32, T = {tokens}, 1024→1024", "block", 1.15) for tokens in (512, 2048, 8192)),
     *(faster("step", f"float32, T = 2048, {shape}", "block", 1.8) for shape in ("1024→4096", "4096→1024")),
     *(within("step", f"float32, T = 2048, {shape}", "block", 1.0) for shape in ("1024→4096", "4096→1024")),
-    faster("step", "bfloat16, T = 2048, 1024→1024", "block", 1.9),
+    faster("step", "bfloat16, T = 2048, 1024→1024", "block", 1.9, than=IN_BFLOAT16),
     within("step", "bfloat16, T = 2048, 1024→1024", "block", 1.25),
     faster("model", "Llama, 4 layers, d = 512, T = 4096", "dense", 1.5),
     within("model", "Llama, 4 layers, d = 512, T = 4096", "dense", 1.25),

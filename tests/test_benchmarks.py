@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
-from benchmarks import command, memory, step
+from benchmarks import command, layers, memory, step
 from benchmarks.results import Results, Row, written
 from benchmarks.targets import TARGETS, Target, faster, verdicts, within
 from benchmarks.timing import Figure, interleaved
@@ -50,6 +51,23 @@ def test_targets_of_other_benchmarks_are_not_judged() -> None:
 def test_every_target_of_single_layers_has_its_case() -> None:
     cases = {step.name_of(case) for case in step.GATED}
     assert {target.case for target in TARGETS if target.benchmark == "step"} == cases
+
+
+@pytest.mark.parametrize(
+    ("adapt", "is_wide"),
+    [
+        (layers.CONTESTANTS["PEFT"], True),
+        (layers.AUTOCAST_CONTESTANTS["PEFT, autocast"], False),
+        (layers.CONTESTANTS["dense"], False),
+    ],
+)
+def test_peft_multiplies_by_float32_matrices_unless_under_autocast(adapt: layers.Adapt, is_wide: bool) -> None:
+    layer = layers.build(adapt, 64, 64, torch.bfloat16, "cpu")
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: torch.empty(0)):
+        output = layer(torch.randn(2, 64, dtype=torch.bfloat16))
+    assert output.dtype == torch.bfloat16
+    assert any(tensor.dtype == torch.float32 and tensor.numel() == 64 * 64 for tensor in saved) == is_wide
 
 
 def test_every_target_is_of_a_benchmark_and_has_one_bound() -> None:
