@@ -24,16 +24,18 @@ class Settings:
     Attributes:
         device: Where to measure.
         is_quick: Only the cases that have targets.
+        out: Directory for what is found.
     """
 
     device: str
     is_quick: bool
+    out: Path = OUT
 
 
 Run = Callable[[Settings], Sequence[Row]]
 
 
-def measure(name: str, run: Run, settings: Settings, out: Path, *, gate: bool) -> bool:
+def measure(name: str, run: Run, settings: Settings, *, gate: bool) -> bool:
     """Run one benchmark, show and save what it found, and judge it.
 
     Returns:
@@ -42,7 +44,7 @@ def measure(name: str, run: Run, settings: Settings, out: Path, *, gate: bool) -
     console.print(f"measuring {name}")  # once: a spinner would take its share of a core
     results = Results(name, describe(settings.device), run(settings))
     console.print(results.table())
-    results.save(out)
+    results.save(settings.out)
     found = verdicts(results) if gate else []
     if gate and not found:
         console.print(f"{name} has no targets")
@@ -66,10 +68,10 @@ def main(*benchmarks: tuple[str, Run]) -> None:
             raise typer.BadParameter("this machine, or this build of torch, has no CUDA device", param_hint="--device")
         if threads:
             torch.set_num_threads(threads)
-        settings = Settings(device, is_quick=not full)
+        settings = Settings(device, is_quick=not full, out=out)
         for fact, value in describe(device).items():
             console.print(f"{fact}: {value}", highlight=False)
-        met = [measure(name, run, settings, out, gate=gate) for name, run in benchmarks]
+        met = [measure(name, run, settings, gate=gate) for name, run in benchmarks]
         raise typer.Exit(0 if all(met) else 1)
 
     typer.run(command)

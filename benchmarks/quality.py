@@ -32,6 +32,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported: all files come from packages
@@ -42,7 +43,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import randlora
-from benchmarks.command import OUT, Settings, console, main
+from benchmarks.command import Settings, console, main
 from benchmarks.layers import ALPHA, RANK
 from benchmarks.machine import describe
 from benchmarks.results import BASELINE, Row
@@ -53,8 +54,8 @@ TARGETS = r"encoder\..*\.(query|key|value|dense)"
 BATCH_SIZE = 32
 HEAD_LR = 5e-3
 HEAD_DECAY = 1e-2  # the best of some in a cross-validation on the training texts of seed 0
-SEEDS_FILE = OUT / "quality_seeds.json"
-TABLE_FILE = OUT / "quality_seeds.md"
+SEEDS_FILE = "quality_seeds.json"
+TABLE_FILE = "quality_seeds.md"
 
 
 def frozen(model: Classifier, _seed: int) -> None:
@@ -206,29 +207,30 @@ def run_key(source: Source, name: str, seed: int, size: Size, device: str) -> di
     return {"source": source.name, "contestant": name, "seed": seed, "settings": settings}
 
 
-def saved_runs() -> list[Run]:
+def saved_runs(directory: Path) -> list[Run]:
     """Read what earlier runs left."""
-    if not SEEDS_FILE.is_file():
+    file = directory / SEEDS_FILE
+    if not file.is_file():
         return []
-    return [Run(**fields) for fields in json.loads(SEEDS_FILE.read_text(encoding="utf-8"))]
+    return [Run(**fields) for fields in json.loads(file.read_text(encoding="utf-8"))]
 
 
-def save_run(finished: Run) -> None:
+def save_run(directory: Path, finished: Run) -> None:
     """Add a run to the file, which is whole at any moment."""
-    fields = [asdict(one) for one in [*saved_runs(), finished]]
-    OUT.mkdir(parents=True, exist_ok=True)
-    unfinished = SEEDS_FILE.with_suffix(".tmp")
+    fields = [asdict(one) for one in [*saved_runs(directory), finished]]
+    directory.mkdir(parents=True, exist_ok=True)
+    unfinished = (directory / SEEDS_FILE).with_suffix(".tmp")
     unfinished.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(SEEDS_FILE)
+    unfinished.replace(directory / SEEDS_FILE)
 
 
-def run_or_recall(source: Source, name: str, seed: int, size: Size, device: str) -> Run:
+def run_or_recall(source: Source, name: str, seed: int, size: Size, settings: Settings) -> Run:
     """Take a run from the file, or make it and save it."""
-    key = run_key(source, name, seed, size, device)
-    found = next((one for one in saved_runs() if one.has_key(key)), None)
+    key = run_key(source, name, seed, size, settings.device)
+    found = next((one for one in saved_runs(settings.out) if one.has_key(key)), None)
     if found is None:
-        found = Run(**key, **fine_tune(source, CONTESTANTS[name], seed, size, device))
-        save_run(found)
+        found = Run(**key, **fine_tune(source, CONTESTANTS[name], seed, size, settings.device))
+        save_run(settings.out, found)
     console.print(f"{source.name}, seed {seed}, {name}: {found.accuracy:.1%}, {found.seconds:.1f} s", highlight=False)
     return found
 
@@ -336,8 +338,8 @@ def run(settings: Settings) -> Sequence[Row]:
     size = QUICK if settings.is_quick else FULL
     runs: list[Run] = []
     for seed, source, name in itertools.product(size.seeds, SOURCES, size.contestants):
-        runs.append(run_or_recall(source, name, seed, size, settings.device))
-        TABLE_FILE.write_text(table_of(runs), encoding="utf-8")
+        runs.append(run_or_recall(source, name, seed, size, settings))
+        (settings.out / TABLE_FILE).write_text(table_of(runs), encoding="utf-8")
     return rows_of(runs)
 
 

@@ -112,9 +112,9 @@ def test_the_gate_is_shut_by_a_missed_target_alone(
     def run(_: command.Settings) -> list[Row]:
         return [row("case", PEFT=6.0, dense=3.0, full=2.0)]
 
-    settings = command.Settings("cpu", is_quick=True)
-    assert command.measure("b", run, settings, tmp_path, gate=True) == is_met
-    assert command.measure("b", run, settings, tmp_path, gate=False)
+    settings = command.Settings("cpu", is_quick=True, out=tmp_path)
+    assert command.measure("b", run, settings, gate=True) == is_met
+    assert command.measure("b", run, settings, gate=False)
     assert ("b has no targets" in capsys.readouterr().out) == (times is None)
 
 

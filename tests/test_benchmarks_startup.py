@@ -39,4 +39,4 @@ def test_a_sparse_tensor_is_counted_by_its_entries_and_their_places() -> None:
 
 def test_the_sides_are_those_of_the_model() -> None:
     layers = [module for name, module in llama_3_8b().named_modules() if "proj" in name]
-    assert {(max(layer.weight.shape), min(layer.weight.shape)) for layer in layers} == set(SIDES)  # type: ignore[arg-type]
+    assert {(max(layer.weight.shape), min(layer.weight.shape)) for layer in layers} == set(SIDES)
