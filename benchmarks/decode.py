@@ -35,7 +35,7 @@ def measure(in_features: int, out_features: int, dtype: torch.dtype, device: str
     with torch.inference_mode(), randlora.merged(merged):
         runs["merged"] = forward(merged)
         figures = interleaved(runs, device=device, repeats=3 * REPEATS, calls=CALLS, settle=settle)
-    return Row(f"one token, {in_features}→{out_features}{', memory settled' if settle else ''}", figures)
+    return Row(f"one token, {in_features}→{out_features}, {'settled' if settle else 'fresh'} memory", figures)
 
 
 def settled(*arguments: Any) -> Row:
