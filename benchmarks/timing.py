@@ -39,7 +39,7 @@ def interleaved(
     calls: int = 1,
     settle: bool = True,
 ) -> dict[str, Figure]:
-    """Time each of some functions, one call after the other, again and again.
+    """Time each of some functions, one call after the other, again and again, in every other round the last one first.
 
     Args:
         runs: What to call, by name.
@@ -52,8 +52,8 @@ def interleaved(
         _settle_allocator()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
-        for name, run in runs.items():
-            taken = _seconds(run, device, calls)
+        for name in runs if turn % 2 else reversed(runs):
+            taken = _seconds(runs[name], device, calls)
             if turn:
                 seconds[name].append(taken / calls)
     return {name: Figure.of(values, "s") for name, values in seconds.items()}
