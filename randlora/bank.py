@@ -58,7 +58,7 @@ class Basis:
     extent: tuple[int, int] = (0, 0)
     stored: tuple[CompactMatrix, CompactMatrix] | None = None
     _drawn: tuple[CompactMatrix, CompactMatrix] | None = field(default=None, repr=False)
-    _copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _copies: dict[tuple[int, torch.device, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
     _sparse_pairs: dict[tuple[torch.dtype, int, int], SparsePair] = field(default_factory=dict, repr=False)
     identity: str = field(init=False, repr=False)
 
@@ -164,11 +164,12 @@ class Basis:
         it traces again for other bases. Whatever mode is on, the tensor made is a real one that autograd accepts.
         """
         assert identity == self.identity, "the caller names these bases"
-        key = (device, dtype)
+        key = (index, device, dtype)
         if key not in self._copies:
+            write_out = self._write_out_B if index else self._write_out_A
             with torch.inference_mode(mode=False), _disable_current_modes():
-                self._copies[key] = self._write_out(device, dtype)
-        return self._copies[key][index]
+                self._copies[key] = write_out(device, dtype)
+        return self._copies[key]
 
     def digest(self, max_dim: int, min_dim: int) -> str:
         """Return the SHA-256 of the values that layers of these dims use.
@@ -203,18 +204,22 @@ class Basis:
         is_ternary = self.spec.kind in ("sparse", "very_sparse") and self.stored is None
         return 2 * self.spec.probability if is_ternary else 1.0
 
-    def _write_out(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Make A, ``(r, ceil(min_dim / c))``, and B, ``(max_dim, r·num_bases/b)`` with rows up to a multiple of b."""
+    def _write_out_A(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Make A, ``(r, ceil(min_dim / c))``, with the scales of both."""
         wide = torch.promote_types(dtype, torch.float32)
-        (max_dim, min_dim), (c, b), r = self.extent, self._blocks, self.spec.r
-        rows, columns = math.ceil(max_dim / b) * b, count_bases(min_dim, r) * r // b
         if device.type == "meta":  # shapes only: nothing is drawn for a model without values
-            empty_A = torch.empty((r, math.ceil(min_dim / c)), dtype=wide, device=device)
-            return empty_A, torch.empty((rows, columns), dtype=dtype, device=device)
+            return torch.empty((self.spec.r, math.ceil(self.extent[1] / self._blocks[0])), dtype=wide, device=device)
         stored_A, stored_B = self.matrices()
-        basis_A = stored_A.values.to(device=device, dtype=wide) * (stored_A.scale * stored_B.scale)
-        basis_B = stored_B.values.to(device=device, dtype=dtype)
-        return basis_A, F.pad(basis_B, (0, 0, 0, rows - len(basis_B)))
+        return stored_A.values.to(device=device, dtype=wide) * (stored_A.scale * stored_B.scale)
+
+    def _write_out_B(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Make B, ``(max_dim, r·num_bases/b)`` with rows up to a multiple of b; storage itself where that will do."""
+        (max_dim, min_dim), (_, b), r = self.extent, self._blocks, self.spec.r
+        rows = math.ceil(max_dim / b) * b
+        if device.type == "meta":
+            return torch.empty((rows, count_bases(min_dim, r) * r // b), dtype=dtype, device=device)
+        basis_B = self.matrices()[1].values.to(device=device, dtype=dtype)
+        return basis_B if len(basis_B) == rows else F.pad(basis_B, (0, 0, 0, rows - len(basis_B)))
 
     def _sparse_pair(
         self, basis_A: Tensor, max_dim: int, min_dim: int, num_bases: int, dtype: torch.dtype

@@ -66,6 +66,20 @@ def test_a_very_sparse_basis_is_multiplied_by_its_entries_alone_where_that_pays(
     assert first.B is again.B
 
 
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="sparse products are slow without MKL")
+def test_a_basis_that_is_multiplied_by_its_entries_is_not_written_out_as_well() -> None:
+    basis = Basis(BasisSpec("very_sparse", "torch", 0, 8, 90, 80))
+    pair(basis, 90, 80)
+    assert [copy.shape for copy in basis._copies.values()] == [(8, 80)]
+
+
+@pytest.mark.parametrize("blocks", [None, (2, 4)])
+def test_in_the_dtype_of_storage_nothing_is_copied(blocks: tuple[int, int] | None) -> None:
+    basis = Basis(BasisSpec("block" if blocks else "dense", "portable", 0, 8, 48, 32, blocks))
+    made = pair(basis, 48, 32, torch.bfloat16)
+    assert made.B.data_ptr() == basis.matrices()[1].values.data_ptr()
+
+
 @pytest.mark.parametrize("blocks", [None, (2, 4)])
 def test_meta_bases_have_shapes_and_draw_nothing(
     blocks: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
