@@ -17,7 +17,7 @@ from benchmarks.processes import in_own_process
 from benchmarks.results import Row
 from benchmarks.timing import REPEATS, interleaved
 
-SIDES = ((4096, 4096), (2048, 2048), (1024, 1024), (1024, 4096), (4096, 1024))
+SIDES = ((2048, 2048), (4096, 4096), (1024, 1024), (1024, 4096), (4096, 1024))
 MULTIPLY_ADDS = 2**26  # in the base layer, timed together: one call is too short for a clock
 NAMES = ("frozen", "LoRA", "PEFT", "dense", "block", "very_sparse")
 
@@ -50,7 +50,7 @@ def fresh(*arguments: Any) -> Row:
 
 
 def run(settings: Settings) -> Sequence[Row]:
-    """Measure a layer of Llama's width, which has targets; in full, other shapes too."""
+    """Measure a square layer, which has targets; in full, other shapes too."""
     dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
     shapes = SIDES[: 1 if settings.is_quick else None]
     return [in_own_process(way, *sides, dtype, settings.device) for sides in shapes for way in (fresh, settled)]

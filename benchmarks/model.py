@@ -12,7 +12,7 @@ from benchmarks.timing import Figure, interleaved
 
 CONTESTANTS = ("frozen", "full", "LoRA", "PEFT", "dense", "block")
 SEQUENCE = 256
-REPEATS = 7
+REPEATS = 11
 SWEEP_REPEATS = 3
 TOKENS = (512, 1024, 2048, 4096, 8192)
 LAYERS = (2, 4, 8)
