@@ -21,8 +21,6 @@ from randlora.errors import ConfigError
 from randlora.functional import BlockPair, DensePair, Pair, SparsePair
 from randlora.functional.sparse import csr, serves
 
-DIGEST_CHUNK_ROWS = 256
-
 Method = TypeVar("Method", bound=Callable[..., Tensor])
 
 
@@ -182,7 +180,7 @@ class Basis:
         basis_A, basis_B = self.matrices()
         digest = hashlib.sha256(f"A {self.spec.r}x{min_dim} B {max_dim}x{columns_B}\n".encode())
         for matrix, rows, columns in ((basis_A, self.spec.r, min_dim), (basis_B, max_dim, columns_B)):
-            for chunk in _dense_rows(matrix, rows):
+            for chunk in matrix.dense_chunks(rows):
                 digest.update(chunk[:, :columns].contiguous().numpy().astype("<f4", copy=False).tobytes())
         return digest.hexdigest()
 
@@ -231,14 +229,6 @@ class Basis:
             with torch.inference_mode(mode=False):
                 self._sparse_pairs[key] = SparsePair(basis_A, csr(signs, dtype), csr(signs.T, dtype), self._density)
         return self._sparse_pairs[key]._replace(A=basis_A[:, :min_dim].unsqueeze(0))
-
-
-def _dense_rows(matrix: CompactMatrix, rows: int) -> Iterator[Tensor]:
-    """Write a matrix out in float32, some rows at a time; a chunk starts at a multiple of the stride."""
-    step = DIGEST_CHUNK_ROWS * matrix.stride
-    for start in range(0, rows, step):
-        part = replace(matrix, values=matrix.values[start : min(start + step, rows)])
-        yield part.to_dense(device="cpu", dtype=torch.float32)
 
 
 class BasisBank:

@@ -38,7 +38,7 @@ FLOORS = (
     ("install",),
     ("inject",),
     ("adapters", "compute", "merge"),
-    ("checkpoint.layout", "checkpoint.write"),
+    ("checkpoint.layout", "checkpoint.tensors_file", "checkpoint.write"),
     ("checkpoint.header", "checkpoint.peft_config"),
     ("checkpoint.read",),
     ("checkpoint.bases",),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+CHUNK_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -51,16 +54,27 @@ class CompactMatrix:
             dense[block :: self.stride, block :: self.stride] = values[block :: self.stride, :length]
         return dense
 
+    def dense_chunks(self, rows: int) -> Iterator[Tensor]:
+        """Write the first rows out in float32 on the CPU, some at a time, so that they are never whole in memory.
+
+        Args:
+            rows: How many.
+        """
+        step = CHUNK_ROWS * self.stride  # a chunk that starts at a multiple of the stride has the same form
+        for start in range(0, rows, step):
+            part = replace(self, values=self.values[start : min(start + step, rows)])
+            yield part.to_dense(device="cpu", dtype=torch.float32)
+
     @classmethod
     def from_dense(cls, matrix: Tensor) -> CompactMatrix:
         """Keep a matrix that a file holds, in the smallest form that loses no bit.
 
         Args:
-            matrix: ``(rows, columns)``, any floating dtype.
+            matrix: ``(rows, columns)``, any floating dtype. It is kept itself where no smaller form holds it.
         """
-        scale = matrix.abs().max().item()
-        signs = matrix.sign().to(torch.int8)
-        if torch.equal(signs.to(matrix.dtype) * scale, matrix):
-            return cls(signs, matrix.shape[1], scale)
-        brief = matrix.to(torch.bfloat16)
-        return cls(brief if torch.equal(brief.to(matrix.dtype), matrix) else matrix, matrix.shape[1])
+        scale = max(abs(bound.item()) for bound in matrix.aminmax())
+        parts = matrix.split(CHUNK_ROWS)
+        if all(torch.equal(part.sign() * scale, part) for part in parts):
+            return cls(torch.cat([part.sign().to(torch.int8) for part in parts]), matrix.shape[1], scale)
+        is_brief = all(torch.equal(part.to(torch.bfloat16).to(matrix.dtype), part) for part in parts)
+        return cls(matrix.to(torch.bfloat16) if is_brief else matrix, matrix.shape[1])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from randlora.bank import Basis, BasisBank
 from randlora.bases.compact import CompactMatrix
-from randlora.bases.spec import BasisSpec, spec_for
+from randlora.bases.spec import BasisSpec, count_bases, spec_for
 from randlora.checkpoint.read import AdapterFile
 from randlora.errors import CheckpointError, ConfigError
 from randlora.walk import Target, max_dims, used_dims
@@ -82,8 +82,16 @@ def _as_stored(file: AdapterFile, spec: BasisSpec, used: tuple[int, int], bank: 
 
 def _equal(basis: Basis, stored: tuple[Tensor, Tensor], used: tuple[int, int]) -> bool:
     """Whether the file's numbers are the drawn ones, wherever a layer reads them."""
-    drawn = basis.slices(*used, device="cpu", dtype=torch.float32)
-    basis.release()
-    basis_A, basis_B = stored
-    same_A = torch.equal(drawn.A, basis_A[:, :, : used[1]].float())
-    return same_A and torch.equal(drawn.B, basis_B[: used[0], : drawn.B.shape[1]].float())
+    max_dim, min_dim = used
+    used_A, used_B = stored[0][:, 0, :min_dim], stored[1][:max_dim, : count_bases(min_dim, basis.spec.r)]
+    return all(map(_equal_rows, basis.matrices(), (used_A, used_B)))
+
+
+def _equal_rows(drawn: CompactMatrix, stored: Tensor) -> bool:
+    """Compare some rows at a time, so that what was drawn is never written out whole beside what is stored."""
+    start = 0
+    for rows in drawn.dense_chunks(len(stored)):
+        if not torch.equal(rows, stored[start : start + len(rows)].flatten(start_dim=1).float()):
+            return False
+        start += len(rows)
+    return True

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from randlora.bases.spec import BasisSpec, drawn_dims, sliced_dims, spec_for
 from randlora.checkpoint.layout import FORMAT_VERSION
+from randlora.checkpoint.tensors_file import as_bytes
 from randlora.config import RandLoRAConfig
 from randlora.errors import CheckpointError
 
@@ -114,5 +114,5 @@ def _seal(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(as_bytes(tensor.cpu().contiguous()).data)
     return digest.hexdigest()

@@ -35,7 +35,12 @@ def trained_fqn(key: str, targets: Container[str]) -> str:
     return f"{module}.{attribute}" if module in targets and "." not in attribute else fqn
 
 
-def master_copy(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Copy Λ or Γ in float32, or in float64 where it is so: never narrower than it is, in memory of its own."""
+def master(tensor: Tensor, device: torch.device | str, *, copy: bool = False) -> Tensor:
+    """Take Λ or Γ in float32, or in float64 where it is so: never narrower than it is."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
-    return tensor.detach().to(device=device, dtype=dtype, copy=True).contiguous()
+    return tensor.detach().to(device=device, dtype=dtype, copy=copy).contiguous()
+
+
+def master_copy(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Take it in memory of its own."""
+    return master(tensor, device, copy=True)

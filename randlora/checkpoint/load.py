@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from randlora.bank import BasisBank
 from randlora.checkpoint.bases import file_basis
-from randlora.checkpoint.layout import master_copy
+from randlora.checkpoint.layout import master
 from randlora.checkpoint.peft_config import NEUTRAL_FIELDS, kept_fields
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.errors import CheckpointError, TargetError, raise_collected
@@ -64,7 +64,7 @@ def load(
     adapter.peft_fields = kept_fields(file.fields)
     replaced = replacements(model, state or ModelState(), file.trained)
     for fqn, entry in replaced.items():
-        own = file.trained[fqn].to(device=entry.original.device, dtype=entry.original.dtype, copy=True)
+        own = file.trained[fqn].to(device=entry.original.device, dtype=entry.original.dtype)
         adapter.trained[fqn] = nn.Parameter(own, requires_grad=trainable)
     addition = prepare(state, adapter, targets, values=_placed(file, targets), replaced=replaced, trainable=trainable)
     report = adapter_report(
@@ -135,9 +135,9 @@ def _placed(file: AdapterFile, targets: tuple[Target, ...]) -> dict[str, tuple[T
     """Put Λ and Γ beside their weights."""
     placed = {}
     for target in targets:
-        lam, gamma = file.values[target.fqn]
         device = AdapterLayer.device_beside(target.module)
-        placed[target.fqn] = (master_copy(lam, device), master_copy(gamma, device))  # a file's memory is not aligned
+        lam, gamma = (master(part, device) for part in file.values[target.fqn])
+        placed[target.fqn] = (lam, gamma)
     return placed
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from randlora.bases.spec import count_bases
@@ -29,6 +28,7 @@ from randlora.checkpoint.layout import (
     trained_key,
 )
 from randlora.checkpoint.peft_config import PEFT_TYPE, STREAM_FIELD, from_peft_fields, peft_kind
+from randlora.checkpoint.tensors_file import TensorsFile, open_tensors
 from randlora.config import RandLoRAConfig
 from randlora.errors import CheckpointError, raise_collected
 
@@ -70,7 +70,6 @@ def read_adapter(directory: Path) -> AdapterFile:
         raise CheckpointError(f"the tensors have lost the header that goes with {STREAM_FIELD}: get an undamaged copy")
     bases = _take_bases(tensors)
     values = _take_values(tensors)
-    raise_collected(CheckpointError, _stray(tensors), doing=f"read {str(directory)!r}")
     trained = _trained(tensors, values, header)
     config = header.config if header else from_peft_fields(fields, values, trained)
     problems = [
@@ -101,25 +100,28 @@ def _read_fields(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Read every tensor but the repeated copies of the bases, and our header's text."""
+    """Read every tensor but the repeated copies of the bases, each into memory of its own, and our header's text."""
     if not path.is_file():
         raise CheckpointError(f"there is no {path}: only safetensors files are read, nothing is unpickled")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors: dict[str, Tensor] = {}
-            for key in sorted(file.keys()):
-                name, tensor = _basis_name(key) or key, file.get_tensor(key)
-                if not _same_bits(tensors.setdefault(name, tensor), tensor):
-                    raise CheckpointError(f"{path} holds copies of {name} that differ: it is damaged")
-            return tensors, _header_text(file.metadata() or {}, path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({error}): get an undamaged copy") from error
+    with open_tensors(path) as file:
+        text = _header_text(file.metadata, path)
+        if text is None:  # what else is in a file of ours is for its seal and its version to say
+            raise_collected(CheckpointError, _stray(file.keys), doing=f"read {str(path)!r}")
+        return _unrepeated(file, path), text
 
 
-def _same_bits(first: Tensor, second: Tensor) -> bool:
-    if first.dtype != second.dtype or first.shape != second.shape:
-        return False
-    return first is second or torch.equal(first.flatten().view(torch.uint8), second.flatten().view(torch.uint8))
+def _unrepeated(file: TensorsFile, path: Path) -> dict[str, Tensor]:
+    """Read the tensors; further copies of the bases are held against the first ones and never kept."""
+    tensors: dict[str, Tensor] = {}
+    firsts: dict[str, str] = {}
+    for key in file.keys:
+        name = _basis_name(key) or key
+        first = firsts.setdefault(name, key)
+        if first == key:
+            tensors[name] = file.read(key)
+        elif not file.repeats(key, first, tensors[name]):
+            raise CheckpointError(f"{path} holds copies of {name} that differ, {first} and {key}: it is damaged")
+    return tensors
 
 
 def _header_text(metadata: Mapping[str, str], path: Path) -> str | None:
@@ -176,8 +178,10 @@ def _trained_problems(
     return [f"{len(tensors)} tensors beside Λ and Γ name {len(trained)} parameters: expected those trained beside it"]
 
 
-def _stray(tensors: Mapping[str, Tensor]) -> list[str]:
-    return [f"{key!r} is no name of an adapter's tensor" for key in tensors if not key.startswith(MODEL_PREFIX)]
+def _stray(keys: Iterable[str]) -> list[str]:
+    """Tell a whole model or another adapter's file by its names, before any of it is read."""
+    strange = [key for key in keys if not key.startswith(MODEL_PREFIX) and key not in (TOP_BASIS_A, TOP_BASIS_B)]
+    return [f"{key!r} is no name of an adapter's tensor" for key in strange]
 
 
 def _disagreements(fields: Mapping[str, Any], header: Header | None) -> list[str]:
@@ -213,9 +217,14 @@ def _damage(
     for name, tensor in named.items():
         if tensor.dtype not in DTYPES:
             problems.append(f"{name} holds {tensor.dtype}: expected one of {', '.join(map(str, DTYPES))}")
-        elif not torch.isfinite(tensor).all():
+        elif not _is_finite(tensor):
             problems.append(f"{name} holds NaN or infinite values")
     return problems
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Look at the bounds, which are NaN where any value is: `torch.isfinite` would copy the tensor to find out."""
+    return not tensor.numel() or all(bound.isfinite().item() for bound in tensor.aminmax())
 
 
 def _shape_problems(
