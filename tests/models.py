@@ -39,7 +39,7 @@ class RealModel:
 
 def llama() -> nn.Module:
     """Build a Llama with grouped-query attention: q and o are square, k and v tall, the rest wide or tall."""
-    return _reproducible(
+    return reproducible(
         lambda: transformers.LlamaForCausalLM(
             transformers.LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=64, **SIDES)
         )
@@ -60,19 +60,19 @@ def gpt2() -> nn.Module:
         attn_pdrop=0.0,
         resid_pdrop=0.0,
     )
-    return _reproducible(lambda: transformers.GPT2LMHeadModel(config))
+    return reproducible(lambda: transformers.GPT2LMHeadModel(config))
 
 
 def bert() -> nn.Module:
     """Build a BERT that classifies sequences."""
     config = transformers.BertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, num_labels=LABELS, **SIDES)
-    return _reproducible(lambda: transformers.BertForSequenceClassification(config))
+    return reproducible(lambda: transformers.BertForSequenceClassification(config))
 
 
 def vit() -> nn.Module:
     """Build transformers' ViT that classifies images."""
     config = transformers.ViTConfig(image_size=16, patch_size=8, num_labels=LABELS, **SIDES)
-    return _reproducible(lambda: transformers.ViTForImageClassification(config))
+    return reproducible(lambda: transformers.ViTForImageClassification(config))
 
 
 def torchvision_vit() -> nn.Module:
@@ -85,7 +85,7 @@ def torchvision_vit() -> nn.Module:
         nn.init.normal_(model.heads.head.weight)  # which comes as zeros, so that every output would be zero
         return model
 
-    return _reproducible(build)
+    return reproducible(build)
 
 
 def tokens() -> dict[str, Tensor]:
@@ -144,7 +144,8 @@ def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
     assert after == {name: recorded for name, recorded in before.items() if name != "values"}
 
 
-def _reproducible(build: Callable[[], Any]) -> nn.Module:
+def reproducible(build: Callable[[], Any]) -> nn.Module:
+    """Build a model in evaluation mode, always with the same weights."""
     model = _drawn(build)
     assert isinstance(model, nn.Module)
     return model.eval()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.config import BasisKind
+from tests.checkpoint_files import Bits, all_bits
 from tests.models import RealModel, outputs
 
 TOLERANCE = 2e-4
@@ -47,10 +48,17 @@ def peft_config(kind: RealModel, basis: BasisKind = "dense", **options: Any) -> 
 
 
 def peft_model(
-    kind: RealModel, basis: BasisKind = "dense", *, dtype: torch.dtype = torch.float32, **options: Any
+    kind: RealModel,
+    basis: BasisKind = "dense",
+    *,
+    dtype: torch.dtype = torch.float32,
+    autocast: bool = True,
+    adapter: str = "default",
+    **options: Any,
 ) -> PeftModel:
-    """Build PEFT's model with a trained-looking adapter."""
-    model = get_peft_model(kind.build().to(dtype), peft_config(kind, basis, **options)).eval()
+    """Build PEFT's model with a trained-looking adapter; without ``autocast`` the adapter has the model's dtype."""
+    base, config = kind.build().to(dtype), peft_config(kind, basis, **options)
+    model = get_peft_model(base, config, adapter_name=adapter, autocast_adapter_dtype=autocast).eval()
     fill(model)
     return model
 
@@ -105,9 +113,14 @@ def assert_same_effect(ours: nn.Module, theirs: nn.Module, kind: RealModel, tole
     assert (outputs(ours, inputs).double() - expected).abs().max() <= tolerance * effect
 
 
-def in_peft(kind: RealModel, directory: Path) -> PeftModel:
+def in_peft(kind: RealModel, directory: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> PeftModel:
     """Let PEFT load a directory into a fresh model."""
-    return PeftModel.from_pretrained(kind.build(), directory).eval()
+    return PeftModel.from_pretrained(kind.build().to(dtype), directory, **options).eval()
+
+
+def in_peft_bit_for_bit(model: nn.Module) -> dict[str, Bits]:
+    """Return every parameter and buffer of PEFT's model, its bases among them whether they would be saved or not."""
+    return all_bits({**dict(model.named_parameters()), **dict(model.named_buffers())})
 
 
 def in_ours(kind: RealModel, directory: Path, **options: Any) -> nn.Module:

@@ -41,7 +41,7 @@ FLOORS = (
     ("checkpoint.layout", "checkpoint.tensors_file", "checkpoint.write"),
     ("checkpoint.header", "checkpoint.peft_config"),
     ("checkpoint.read",),
-    ("checkpoint.bases",),
+    ("checkpoint.bases", "checkpoint.tied"),
     ("checkpoint.load", "checkpoint.save"),
     ("checkpoint",),
     ("",),  # the package itself

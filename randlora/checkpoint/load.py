@@ -15,6 +15,7 @@ from randlora.checkpoint.bases import file_basis
 from randlora.checkpoint.layout import master
 from randlora.checkpoint.peft_config import NEUTRAL_FIELDS, kept_fields
 from randlora.checkpoint.read import AdapterFile, read_adapter
+from randlora.checkpoint.tied import tied
 from randlora.errors import CheckpointError, TargetError, raise_collected
 from randlora.install import commit, or_if_first, owned_state, prepare
 from randlora.layers.base import AdapterLayer
@@ -57,6 +58,7 @@ def load(
     try:
         file = read_adapter(Path(directory))
         targets = _targets(model, file)
+        file = tied(model, file)
         basis = file_basis(file, targets, state.bank if state else BasisBank())
     except CheckpointError as error:
         raise CheckpointError(f"cannot load {str(directory)!r}: {error}") from error

@@ -90,6 +90,7 @@ def _read_fields(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path} ({error.strerror}): expected a directory with {CONFIG_FILE} and {TENSORS_FILE}"
+            f"{_directories_inside(path.parent)}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): get an undamaged copy") from error
@@ -97,6 +98,12 @@ def _read_fields(path: Path) -> dict[str, Any]:
     if kind != PEFT_TYPE:
         raise CheckpointError(f"{path} describes no RandLoRA adapter: expected peft_type={PEFT_TYPE!r}, got {kind!r}")
     return dict(fields)
+
+
+def _directories_inside(directory: Path) -> str:
+    """Name adapters one level down, where PEFT puts each that is not called ``default``."""
+    inside = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
+    return f"; there are some inside it: {', '.join(inside)}" if inside else ""
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:

@@ -28,6 +28,7 @@ from randlora.checkpoint.layout import (
     trained_key,
 )
 from randlora.checkpoint.peft_config import to_peft_fields
+from randlora.checkpoint.tied import untied_by_peft
 from randlora.checkpoint.write import Writer, write_together
 from randlora.errors import CheckpointError, raise_collected
 from randlora.install import adapter_layers
@@ -96,7 +97,8 @@ def save(
     }
     write_together(directory, writers)
     size = sum((directory / file).stat().st_size for file in writers)
-    return SaveReport(directory, adapter.name, size, tuple(_peft_notes(adapter, header, bases)))
+    notes = [*_peft_notes(adapter, header, bases), *untied_by_peft(root, adapter.trained)]
+    return SaveReport(directory, adapter.name, size, tuple(notes))
 
 
 def _problems(adapter: Adapter, layers: Sequence[tuple[str, AdapterLayer]], bases: str) -> list[str]:

@@ -1,0 +1,257 @@
+"""What PEFT 0.21.2 trains beside an adapter: heads of every task, biases, embeddings; and what cannot be taken over."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import randlora
+from tests.checkpoint_files import read_fields
+from tests.checkpoint_files import refused as refused_without_trace
+from tests.models import BERT, GPT2, LABELS, LLAMA, SIDES, VIT, VOCABULARY, RealModel, outputs, reproducible, tokens
+from tests.peer import (
+    THEIR_WARNINGS,
+    assert_same_effect,
+    fill,
+    in_ours,
+    in_peft,
+    in_peft_bit_for_bit,
+    our_model,
+    peft_config,
+    peft_model,
+)
+
+pytestmark = [
+    *THEIR_WARNINGS,
+    pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias:UserWarning"),
+]
+
+
+def assert_returns(theirs: nn.Module, kind: RealModel, tmp_path: Path) -> nn.Module:
+    """Take PEFT's model through our files and back, and hold it against itself; return ours."""
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = in_ours(kind, tmp_path / "theirs")
+    for bases in ("seed", "stored"):
+        randlora.save(ours, tmp_path / bases, bases=bases)
+        back = in_peft(kind, tmp_path / bases)
+        assert type(back) is type(theirs)
+        assert in_peft_bit_for_bit(back) == in_peft_bit_for_bit(theirs)
+    return ours
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of PEFT's: its wrapper, what it makes trainable by itself, and a model for it."""
+
+    name: str
+    wrapper: type
+    trained: tuple[str, ...]
+    model: type
+    config: type
+    targets: tuple[str, ...] = ("query", "value")
+
+    @property
+    def kind(self) -> RealModel:
+        options: dict[str, Any] = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, "pad_token_id": 0, **SIDES}
+        if "CLS" in self.name:
+            options["num_labels"] = LABELS
+        return RealModel(
+            self.name, lambda: reproducible(lambda: self.model(self.config(**options))), tokens, self.targets
+        )
+
+
+TASKS = (
+    Task(
+        "CAUSAL_LM", peft.PeftModelForCausalLM, (), transformers.LlamaForCausalLM, transformers.LlamaConfig, ("q_proj",)
+    ),
+    Task(
+        "SEQ_CLS",
+        peft.PeftModelForSequenceClassification,
+        ("score.weight",),
+        transformers.LlamaForSequenceClassification,
+        transformers.LlamaConfig,
+        ("q_proj", "down_proj"),
+    ),
+    Task(
+        "SEQ_CLS",
+        peft.PeftModelForSequenceClassification,
+        ("classifier.dense.bias", "classifier.dense.weight", "classifier.out_proj.bias", "classifier.out_proj.weight"),
+        transformers.RobertaForSequenceClassification,
+        transformers.RobertaConfig,
+        ("query", "dense"),  # and not the dense layer of the head, which is trained as a whole
+    ),
+    Task(
+        "TOKEN_CLS",
+        peft.PeftModelForTokenClassification,
+        ("classifier.bias", "classifier.weight"),
+        transformers.BertForTokenClassification,
+        transformers.BertConfig,
+    ),
+    Task(
+        "QUESTION_ANS",
+        peft.PeftModelForQuestionAnswering,
+        ("qa_outputs.bias", "qa_outputs.weight"),
+        transformers.BertForQuestionAnswering,
+        transformers.BertConfig,
+    ),
+    Task(
+        "FEATURE_EXTRACTION",
+        peft.PeftModelForFeatureExtraction,
+        (),
+        transformers.BertModel,
+        transformers.BertConfig,
+    ),
+)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.model.__name__)
+def test_adapters_in_pefts_wrappers_for_tasks_come_and_go(task: Task, tmp_path: Path) -> None:
+    kind = task.kind
+    theirs = peft_model(kind, task_type=task.name)
+    assert type(theirs) is task.wrapper
+    ours = assert_returns(theirs, kind, tmp_path)
+    assert randlora.adapters(ours)[0].train_also == task.trained
+    assert read_fields(tmp_path / "seed")["task_type"] == task.name
+    torch.testing.assert_close(first_output(ours, kind), first_output(theirs, kind), rtol=1e-4, atol=1e-4)
+
+
+def first_output(model: nn.Module, kind: RealModel) -> Tensor:
+    with torch.no_grad():
+        output: Tensor = model(**kind.inputs())[0]
+    return output
+
+
+@pytest.mark.parametrize("bias", ["all", "randlora_only"])
+@pytest.mark.parametrize("kind", [LLAMA, GPT2, BERT, VIT], ids=lambda kind: kind.name)
+def test_biases_that_peft_trained_come_and_go(kind: RealModel, bias: str, tmp_path: Path) -> None:
+    theirs = peft_model(kind, bias=bias)
+    ours = assert_returns(theirs, kind, tmp_path)
+    found = randlora.adapters(ours)[0].train_also
+    assert bool(found) == (kind is not LLAMA), "a Llama has no biases"
+    assert all(fqn.endswith(".bias") for fqn in found)
+    assert read_fields(tmp_path / "seed")["bias"] == bias
+    assert_same_effect(ours, theirs, kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "modules"),
+    [(LLAMA, ["lm_head"]), (LLAMA, ["embed_tokens", "lm_head"]), (LLAMA, ["input_layernorm"]), (VIT, ["classifier"])],
+    ids=lambda value: "+".join(value) if isinstance(value, list) else value.name,
+)
+def test_modules_that_peft_trained_come_and_go(kind: RealModel, modules: list[str], tmp_path: Path) -> None:
+    theirs = peft_model(kind, modules_to_save=modules)
+    assert_same_effect(assert_returns(theirs, kind, tmp_path), theirs, kind)
+
+
+def test_adapters_of_two_names_keep_each_its_own_head(tmp_path: Path) -> None:
+    theirs = peft_model(BERT, modules_to_save=["classifier"], adapter="one")
+    theirs.add_adapter("two", peft_config(BERT, modules_to_save=["classifier"]))
+    theirs.set_adapter("two")
+    fill(theirs)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.mul_(-0.5 if parameter.requires_grad else 1.0)
+    theirs.save_pretrained(tmp_path)
+    ours = BERT.build()
+    for name in ("one", "two"):
+        randlora.load(ours, tmp_path / name, name=name)
+    for name in ("one", "two"):
+        theirs.set_adapter(name)
+        randlora.activate(ours, name)
+        assert_same_effect(ours, theirs, BERT)
+
+
+class Normed(nn.Module):
+    """A model with a norm that counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 4)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.norm(self.body(x))
+        return output
+
+
+def test_running_statistics_that_peft_saved_are_refused_by_name(tmp_path: Path) -> None:
+    config = peft.RandLoraConfig(r=2, target_modules=["body"], modules_to_save=["norm"])
+    peft.get_peft_model(Normed(), config).save_pretrained(tmp_path)
+    refused_without_trace(Normed(), tmp_path, "norm.num_batches_tracked holds torch.int64")
+
+
+GPT2_NAMES = ("transformer.wte.weight", "lm_head.weight")
+"""Two places of one parameter."""
+
+they_warn_of_ties = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+
+
+def untied() -> nn.Module:
+    model: Any = GPT2.build()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    assert isinstance(model, nn.Module)
+    return model
+
+
+@they_warn_of_ties
+@pytest.mark.parametrize(("module", "name", "other"), [("wte", *GPT2_NAMES), ("lm_head", *reversed(GPT2_NAMES))])
+def test_one_place_of_a_tied_parameter_that_peft_trained_alone_is_refused_unless_untied(
+    module: str, name: str, other: str, tmp_path: Path
+) -> None:
+    theirs = peft_model(GPT2, modules_to_save=[module])
+    theirs.save_pretrained(tmp_path)
+    refused_without_trace(GPT2.build(), tmp_path, f"{name} is tied to {other} here, and PEFT trained it alone: untie")
+    ours = untied()
+    randlora.load(ours, tmp_path)
+    assert_same_effect(ours, theirs, GPT2)
+
+
+@they_warn_of_ties
+def test_two_values_for_a_tied_parameter_are_refused_unless_untied(tmp_path: Path) -> None:
+    theirs = peft_model(GPT2, modules_to_save=["wte", "lm_head"])
+    with torch.no_grad():
+        theirs.get_parameter("base_model.model.lm_head.modules_to_save.default.weight").neg_()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = untied()
+    randlora.load(ours, tmp_path / "theirs")
+    assert_same_effect(ours, theirs, GPT2)
+    randlora.save(ours, tmp_path / "ours")
+    for whose in ("theirs", "ours"):
+        message = f"{' and '.join(GPT2_NAMES)} are one parameter here, and two in the file: untie them first"
+        refused_without_trace(GPT2.build(), tmp_path / whose, message)
+
+
+def test_embeddings_that_peft_saved_in_both_places_are_one_parameter_here(tmp_path: Path) -> None:
+    theirs = peft_model(GPT2)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    ours: Any = GPT2.build()
+    report = randlora.load(ours, tmp_path / "theirs", trainable=True)
+    assert report.train_also == ("transformer.wte.weight",)
+    assert ours.lm_head.weight is ours.transformer.wte.weight
+    assert sum(parameter is ours.lm_head.weight for parameter in randlora.trainable_parameters(ours)) == 1
+    assert_same_effect(ours, theirs, GPT2)
+
+
+def test_save_says_where_peft_would_untie(tmp_path: Path) -> None:
+    ours = our_model(GPT2, train_also=["wte"])
+    report = randlora.save(ours, tmp_path)
+    assert report.notes == (
+        "PEFT would untie transformer.wte.weight and lm_head.weight and change transformer.wte.weight alone",
+    )
+    found, expected = (outputs(model, GPT2.inputs()) for model in (in_peft(GPT2, tmp_path), ours))
+    assert not torch.allclose(found, expected, atol=0.1), "PEFT no longer does so"
+    assert torch.equal(outputs(in_ours(GPT2, tmp_path), GPT2.inputs()), expected)
+
+
+@pytest.mark.parametrize("make", [untied, GPT2.build], ids=["untied", "tied"])
+def test_save_says_nothing_of_untying_where_peft_would_not(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    model = make()
+    names = ["wte"] if make is untied else [r"ln_f"]
+    randlora.inject(model, 6, targets=GPT2.targets, train_also=names)
+    assert randlora.save(model, tmp_path).notes == ()
