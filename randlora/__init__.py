@@ -32,6 +32,7 @@ from randlora.errors import ConfigError as ConfigError
 from randlora.errors import MergeError as MergeError
 from randlora.errors import RandLoRAError as RandLoRAError
 from randlora.errors import TargetError as TargetError
+from randlora.files import plan_directory as plan_directory
 from randlora.inject import eject as eject
 from randlora.inject import inject as inject
 from randlora.inject import plan as plan
@@ -76,6 +77,7 @@ __all__ = [
     "merge",
     "merged",
     "plan",
+    "plan_directory",
     "register_layer",
     "remove",
     "save",

@@ -57,7 +57,7 @@ def load(
     active = or_if_first(state, wanted=active)
     try:
         file = read_adapter(Path(directory))
-        targets = _targets(model, file)
+        targets = fit_targets(model, file)
         file = tied(model, file)
         basis = file_basis(file, targets, state.bank if state else BasisBank())
     except CheckpointError as error:
@@ -83,8 +83,17 @@ def load(
     return report
 
 
-def _targets(model: nn.Module, file: AdapterFile) -> tuple[Target, ...]:
-    """Find the layers that the file names, and check that everything in it fits."""
+def fit_targets(model: nn.Module, file: AdapterFile, *, needs_values: bool = True) -> tuple[Target, ...]:
+    """Find the layers that a file names, and check that everything in it fits them.
+
+    Args:
+        model: The model.
+        file: The adapter.
+        needs_values: Refuse layers on the meta device, where what is loaded would be lost.
+
+    Raises:
+        CheckpointError: When a layer or a parameter is not there, or of another shape. All problems are named.
+    """
     modules = {visit.fqn: visit.module for visit in walk(model)}
     problems = [f"the model has no layer {fqn}" for fqn in file.values if fqn not in modules]
     raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
@@ -95,6 +104,7 @@ def _targets(model: nn.Module, file: AdapterFile) -> tuple[Target, ...]:
         raise CheckpointError(str(error)) from error
     named = tuple(replace(target, fqn=aliases[id(target.module)]) for target in targets)
     problems = [*obstacles(model, named), *_misfits(file, named), *_trained_misfits(model, file.trained)]
+    problems += _without_values(named) if needs_values else []
     if missing := sorted(set(file.values) - {target.fqn for target in named}):
         problems.append(f"{', '.join(missing)} cannot carry an adapter of its own in this model")
     raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
@@ -107,16 +117,22 @@ def _misfits(file: AdapterFile, targets: tuple[Target, ...]) -> list[str]:
         shape = (target.out_features, target.in_features)
         min_dim = file.values[target.fqn][1].shape[1]
         saved = file.header.shapes[target.fqn] if file.header else shape
-        weight = target.module._parameters.get("weight")
-        if weight is not None and weight.is_meta and not AdapterLayer.is_offloaded(target.module):
-            problems.append(
-                f"{target.fqn} holds no values yet (meta), so the adapter's would be lost: materialise it first"
-            )
         if saved != shape or min_dim != min(shape):
             theirs = f"out x in = {saved[0]} x {saved[1]}" if file.header else f"a smaller side of {min_dim}"
             problems.append(f"{target.fqn} is {shape[0]} x {shape[1]} here, the adapter was trained on {theirs}")
         elif file.bases and (len(file.bases[1]) < max(shape) or file.bases[0].shape[-1] < min_dim):
             problems.append(f"{target.fqn} is {shape[0]} x {shape[1]}, larger than the bases in the file")
+    return problems
+
+
+def _without_values(targets: tuple[Target, ...]) -> list[str]:
+    problems = []
+    for target in targets:
+        weight = target.module._parameters.get("weight")
+        if weight is not None and weight.is_meta and not AdapterLayer.is_offloaded(target.module):
+            problems.append(
+                f"{target.fqn} holds no values yet (meta), so the adapter's would be lost: materialise it first"
+            )
     return problems
 
 

@@ -1,0 +1,24 @@
+"""``python -m randlora``, and the `randlora` script: the command line, or how to install what it needs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+NEEDED = frozenset({"rich", "typer"})
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; see `randlora.cli.app.main`."""
+    try:
+        from randlora.cli import app  # noqa: PLC0415 (the library itself works without typer and rich)
+    except ModuleNotFoundError as error:
+        if error.name not in NEEDED:
+            raise
+        sys.stderr.write(f"error: the command line needs {error.name}: pip install 'randlora[cli]'\n")
+        return 1
+    return app.main(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""The command line as a whole: its commands, and what becomes of errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import randlora
+from randlora.cli.output import complain, show
+from randlora.cli.plan import plan
+from randlora.errors import RandLoRAError
+
+app = typer.Typer(
+    name="randlora",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(plan)
+
+USER_ERROR = 1
+
+
+def _show_version(wanted: bool) -> None:  # noqa: FBT001 (typer calls it so)
+    if wanted:
+        show(f"randlora {randlora.__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_show_version, help="Show the version.")]
+
+
+@app.callback()
+def describe(version: Version = False) -> None:  # noqa: FBT002
+    """RandLoRA adapters as files.
+
+    Results go to stdout, errors and progress to stderr. The exit code is 0; 1 for what went wrong with files; 2 for a
+    command line that cannot be read. Every command takes `--json`.
+    """
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        args: The words after the program's name; ``None`` takes the process's own.
+
+    Returns:
+        The exit code: 0, 1 for an error of the user's, 2 for a command line that cannot be read.
+    """
+    try:
+        app(None if args is None else list(args), prog_name="randlora")
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0
+    except RandLoRAError as error:
+        complain(str(error))
+    except OSError as error:
+        complain(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+    return USER_ERROR

@@ -1,0 +1,79 @@
+"""How commands speak: results on stdout, for people or as JSON; progress on stderr, and only where somebody looks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from randlora.files.progress import Progress, no_progress
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+WIDEST = 100_000  # a pipe has no edge, so nothing is cut or wrapped there
+
+
+def show(text: object) -> None:
+    """Print a result, line by line as it is."""
+    typer.echo(str(text))
+
+
+def show_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table: the first column to the left, the others to the right, and nothing cut in a pipe.
+
+    Args:
+        headings: One for each column, or none at all.
+        rows: The cells.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold", show_header=bool(headings))
+    for index, heading in enumerate(headings or [""] * len(rows[0])):
+        table.add_column(heading, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
+    Console(width=None if sys.stdout.isatty() else WIDEST, highlight=False, markup=False).print(table)
+
+
+def show_json(value: object) -> None:
+    """Print a result as one JSON object."""
+    typer.echo(json.dumps(plain(value), indent=2, ensure_ascii=False))
+
+
+def plain(value: Any) -> Any:
+    """Turn a result into what JSON holds: dataclasses into objects, paths and dtypes into text."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(entry) for entry in value]
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return str(value) if isinstance(value, Path) else value
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Show how far a verb is, on a terminal; in a pipe and in a log show nothing."""
+    if not sys.stderr.isatty():
+        yield no_progress
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("", total=None)
+        yield lambda done, total, doing: bars.update(task, completed=done, total=total, description=doing)
+
+
+def complain(message: str) -> None:
+    """Print an error, on stderr."""
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print("error:", message, style=None)

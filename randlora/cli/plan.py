@@ -1,0 +1,92 @@
+"""`randlora plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from typer import Argument, Option
+
+from randlora.cli.output import AsJson, plain, show, show_json, show_table
+from randlora.files.model_directory import read_model_directory
+from randlora.files.plan import TrainingMemory, plan_directory, training_memory
+from randlora.report import as_bytes
+
+Model = Annotated[Path, Argument(help="Directory with `model.safetensors`, or with shards and their index.")]
+Rank = Annotated[int, Option(help="Rank of one random basis; a smaller one trains more parameters.")]
+Targets = Annotated[list[str] | None, Option(help="A layer's name or its end, or `all-linear`. May be repeated.")]
+Regex = Annotated[str | None, Option(help="A regex that matches whole names, in place of `--targets`.")]
+Exclude = Annotated[list[str] | None, Option(help="A layer, or a module with the layers in it, to leave out.")]
+TrainAlso = Annotated[list[str] | None, Option(help="A module or parameter to be trained beside the adapter.")]
+Alpha = Annotated[float | None, Option(help="The update is scaled by alpha / r; 20 r unless given.")]
+Basis = Annotated[Literal["dense", "sparse", "very_sparse", "block"], Option(help="Kind of the random bases.")]
+Stream = Annotated[Literal["torch", "portable"] | None, Option(help="What they are drawn from.")]
+Blocks = Annotated[tuple[int, int] | None, Option(help="Blocks of A and of B, for `--basis block`.")]
+Seed = Annotated[int, Option(help="Seed of the bases.")]
+
+
+def plan(
+    model_dir: Model,
+    r: Rank = 32,
+    targets: Targets = None,
+    targets_regex: Regex = None,
+    exclude: Exclude = None,
+    train_also: TrainAlso = None,
+    alpha: Alpha = None,
+    basis: Basis = "dense",
+    stream: Stream = None,
+    blocks: Blocks = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,  # noqa: FBT002
+) -> None:
+    """Say what an adapter of a model would be: layers, counts, bytes, and the memory that training takes.
+
+    Reads the headers of safetensors files and nothing else: no weights, and no code of the model's. Without
+    `--targets` the layers that are usual for the kind of model are taken.
+
+    **Examples**
+
+    `randlora plan Llama-3-8B`
+
+    `randlora plan Llama-3-8B --r 16 --targets q_proj --targets v_proj`
+
+    `randlora plan gpt2 --targets all-linear --basis block --json`
+    """
+    report = plan_directory(
+        model_dir,
+        r,
+        targets=_pattern(targets, targets_regex),
+        exclude=exclude or None,
+        train_also=train_also or None,
+        alpha=alpha,
+        basis=basis,
+        stream=stream,
+        blocks=blocks,
+        seed=seed,
+    )
+    memory = training_memory(report, read_model_directory(model_dir))
+    if as_json:
+        show_json({**plain(report), "share": report.share, "training_memory": {**plain(memory), "total": memory.total}})
+        return
+    show(report)
+    show("\nmemory for training, without activations:")
+    show_table((), _memory_rows(memory))
+
+
+def _pattern(names: list[str] | None, regex: str | None) -> str | list[str] | None:
+    if names and regex is not None:
+        raise typer.BadParameter("give --targets or --targets-regex, not both")
+    return regex or ("all-linear" if names == ["all-linear"] else names or None)
+
+
+def _memory_rows(memory: TrainingMemory) -> list[tuple[str, str]]:
+    sizes = {
+        "the model, as stored": memory.weights,
+        "the adapter": memory.parameters,
+        "its gradients": memory.gradients,
+        "AdamW": memory.optimiser,
+        "bases": memory.bases,
+        "together": memory.total,
+    }
+    return [(name, as_bytes(size)) for name, size in sizes.items()]

@@ -1,0 +1,239 @@
+"""A model's checkpoint as its headers describe it: names, dtypes, shapes and places. No value is read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from randlora.errors import CheckpointError, raise_collected
+
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+LENGTH_BYTES = 8  # a safetensors file begins with the length of its header, little-endian
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+"""What safetensors calls torch's dtypes."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor, as the header of its file describes it.
+
+    Attributes:
+        name: Its name in the file.
+        file: The file.
+        dtype: Its dtype.
+        shape: Its shape.
+        offset: Where its bytes begin in the file.
+        nbytes: How many there are.
+    """
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file.
+
+    Attributes:
+        path: The file.
+        entries: Its tensors, in the order of their bytes.
+        metadata: The strings that its header carries.
+    """
+
+    path: Path
+    entries: tuple[Entry, ...]
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class ModelDirectory:
+    """A directory with a model's weights in one safetensors file or several.
+
+    Attributes:
+        path: The directory.
+        config: What ``config.json`` holds; empty where there is none.
+        shards: The files with weights.
+        index: What the index of a sharded checkpoint holds, else ``None``.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    shards: tuple[Shard, ...]
+    index: dict[str, Any] | None = None
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """Every tensor, by its name in the files."""
+        return {entry.name: entry for shard in self.shards for entry in shard.entries}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    @property
+    def model_type(self) -> str | None:
+        """What ``config.json`` says of the model's kind."""
+        found = self.config.get("model_type")
+        return found if isinstance(found, str) else None
+
+    @property
+    def architecture(self) -> str:
+        """The class that ``config.json`` names first, or nothing."""
+        found = self.config.get("architectures")
+        return str(found[0]) if isinstance(found, list) and found else ""
+
+
+def read_model_directory(directory: str | os.PathLike[str]) -> ModelDirectory:
+    """Read the headers of a model's checkpoint, one file or sharded, and check that they fit together.
+
+    Args:
+        directory: What transformers' ``save_pretrained`` writes: ``model.safetensors``, or shards with
+            ``model.safetensors.index.json``; ``config.json`` says what kind of model it is.
+
+    Raises:
+        CheckpointError: When there is no such checkpoint, or a file of it is missing, truncated or damaged, or holds
+            other tensors than the index says. All problems are named.
+    """
+    path = Path(directory)
+    index = None
+    if (path / SINGLE_FILE).is_file():
+        files: Iterable[str] = [SINGLE_FILE]
+    elif (path / INDEX_FILE).is_file():
+        index = _read_json(path / INDEX_FILE)
+        files = sorted(set(_weight_map(path, index).values()))
+    else:
+        raise CheckpointError(_what_is_there_instead(path))
+    config = _read_json(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else {}
+    shards = _read_shards(path, files)
+    problems = _repeated(shards) + ([] if index is None else _disagreements(shards, _weight_map(path, index)))
+    raise_collected(CheckpointError, problems, doing=f"read the checkpoint in {str(path)!r}")
+    return ModelDirectory(path, config, shards, index)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {path} ({error}): get an undamaged copy") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged (no JSON object): get an undamaged copy")
+    return content
+
+
+def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    found = index.get("weight_map")
+    if isinstance(found, dict) and found and all(_is_file_name(file) for file in found.values()):
+        return dict(found)
+    raise CheckpointError(
+        f"{path / INDEX_FILE} is damaged: expected 'weight_map' with a file of the directory for each tensor"
+    )
+
+
+def _is_file_name(value: object) -> bool:
+    """Whether a value names a file of the same directory, and not a place elsewhere."""
+    return isinstance(value, str) and Path(value).name == value
+
+
+def _read_shards(path: Path, files: Iterable[str]) -> tuple[Shard, ...]:
+    shards, problems = [], []
+    for file in files:
+        try:
+            shards.append(_read_shard(path / file))
+        except CheckpointError as error:
+            problems.append(str(error))
+    raise_collected(CheckpointError, problems, doing=f"read the checkpoint in {str(path)!r}")
+    return tuple(shards)
+
+
+def _read_shard(path: Path) -> Shard:
+    if not path.is_file():
+        raise CheckpointError(f"there is no {path}, which the index names: get a complete copy")
+    try:
+        with safe_open(path, framework="pt"):  # which checks that the header and the file's size fit together
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({error}): get an undamaged copy") from error
+    metadata = header.pop("__metadata__", None) or {}
+    entries = [_entry(path, name, facts, LENGTH_BYTES + length) for name, facts in header.items()]
+    return Shard(path, tuple(sorted(entries, key=lambda entry: (entry.offset, entry.nbytes))), metadata)
+
+
+def _entry(path: Path, name: str, facts: Mapping[str, Any], start: int) -> Entry:
+    if facts["dtype"] not in DTYPES:
+        raise CheckpointError(
+            f"{name} in {path} has dtype {facts['dtype']}, which this library does not know: save it in another"
+        )
+    first, end = facts["data_offsets"]
+    return Entry(name, path, DTYPES[facts["dtype"]], tuple(facts["shape"]), start + first, end - first)
+
+
+def _repeated(shards: Iterable[Shard]) -> list[str]:
+    places: dict[str, list[str]] = {}
+    for shard in shards:
+        for entry in shard.entries:
+            places.setdefault(entry.name, []).append(shard.path.name)
+    return [f"{name} stands in {' and in '.join(files)}" for name, files in places.items() if len(files) > 1]
+
+
+def _disagreements(shards: Iterable[Shard], weight_map: Mapping[str, str]) -> list[str]:
+    held = {shard.path.name: {entry.name for entry in shard.entries} for shard in shards}
+    return [
+        f"{file} lacks {name}, which the index says it holds"
+        for name, file in weight_map.items()
+        if name not in held[file]
+    ]
+
+
+def _what_is_there_instead(path: Path) -> str:
+    """Say what a directory without a safetensors checkpoint holds, and what to do."""
+    expected = f"expected a directory with {SINGLE_FILE} or {INDEX_FILE}"
+    if not path.is_dir():
+        return f"{path} is no directory: {expected}"
+    names = sorted(file.name for file in path.iterdir())
+    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if any(name.endswith(".gguf") for name in names):
+        return f"{path} holds weights as GGUF, packed for another program: {expected}"
+    if "adapter_config.json" in names:
+        return f"{path} holds an adapter, not a model: {expected}"
+    if pickled:
+        return (
+            f"{path} holds pickled weights ({pickled[0]}), and nothing is unpickled here: load the model with "
+            f"transformers and write it with save_pretrained; {expected}"
+        )
+    return f"{path} holds no weights: {expected}"

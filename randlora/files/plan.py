@@ -1,0 +1,67 @@
+"""`plan_directory`: what an adapter of a model would be, from the headers of its checkpoint alone."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+from randlora.files.model_directory import ModelDirectory, read_model_directory
+from randlora.files.skeleton import skeleton
+from randlora.inject import plan
+from randlora.report import Report
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes that training an adapter takes, but for activations, which depend on the batch.
+
+    Attributes:
+        weights: The model's own, in the dtypes they are stored in.
+        parameters: What is trained: Λ and Γ in float32, and what ``train_also`` names in the model's dtype.
+        gradients: As many.
+        optimiser: Twice as many, the two moments of AdamW.
+        bases: The random bases, as stored.
+    """
+
+    weights: int
+    parameters: int
+    gradients: int
+    optimiser: int
+    bases: int
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return self.weights + self.parameters + self.gradients + self.optimiser + self.bases
+
+
+def plan_directory(directory: str | os.PathLike[str], r: int | None = None, **options: Any) -> Report:
+    """Say what `randlora.inject` would do to the model in a directory, without its code and its weights.
+
+    Args:
+        directory: A checkpoint as transformers writes it: one safetensors file, or shards with an index.
+        r: Rank of one random basis.
+        **options: As for `randlora.plan`.
+
+    Returns:
+        The report that `randlora.plan` gives for the model; notes name what had to be guessed.
+
+    Raises:
+        CheckpointError: When the directory holds no checkpoint that can be read, or a quantised one.
+        RandLoRAError: Whatever `randlora.plan` raises.
+    """
+    model = skeleton(read_model_directory(directory))
+    report = plan(model, r, **options)
+    return replace(report, notes=(*report.notes, *model.doubts))
+
+
+def training_memory(report: Report, directory: ModelDirectory) -> TrainingMemory:
+    """Count the bytes that training the adapter of a report takes.
+
+    Args:
+        report: What `plan_directory` returned.
+        directory: The model it is about.
+    """
+    trained = report.checkpoint_bytes  # what is trained is what is saved
+    return TrainingMemory(directory.nbytes, trained, trained, 2 * trained, report.basis_bytes)
