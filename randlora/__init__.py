@@ -33,6 +33,8 @@ from randlora.errors import MergeError as MergeError
 from randlora.errors import RandLoRAError as RandLoRAError
 from randlora.errors import TargetError as TargetError
 from randlora.files import plan_directory as plan_directory
+from randlora.files.merge import FileMergeReport as FileMergeReport
+from randlora.files.merge import merge_files as merge_files
 from randlora.inject import eject as eject
 from randlora.inject import inject as inject
 from randlora.inject import plan as plan
@@ -58,6 +60,7 @@ __all__ = [
     "BasisSpec",
     "CheckpointError",
     "ConfigError",
+    "FileMergeReport",
     "MergeError",
     "MergeReport",
     "RandLoRAConfig",
@@ -75,6 +78,7 @@ __all__ = [
     "inject",
     "load",
     "merge",
+    "merge_files",
     "merged",
     "plan",
     "plan_directory",

@@ -99,6 +99,20 @@ def merged(model: nn.Module) -> Iterator[MergeReport | None]:
             unmerge(model)
 
 
+def require_finite(fqn: str, weight: Tensor) -> Tensor:
+    """Return a merged weight, or refuse it.
+
+    Raises:
+        MergeError: When a value of it is not finite.
+    """
+    if not torch.isfinite(weight).all():
+        raise MergeError(
+            f"the merged weight of {fqn} would not be finite in {weight.dtype}: look for NaN or infinite values in the "
+            "adapter, lower its weight, or merge in a wider dtype"
+        )
+    return weight
+
+
 def _state_problems(state: ModelState, *, keep: bool) -> list[str]:
     if state.is_merged:
         return ["the adapters are merged already: call randlora.unmerge(model) first"]
@@ -130,13 +144,7 @@ def _fold_all(layers: list[tuple[str, AdapterLayer]], weights: dict[str, float])
     """Fold into every layer, or into none."""
     try:
         for fqn, layer in layers:
-            weight = layer.merged_weight(weights)
-            if not torch.isfinite(weight).all():
-                raise MergeError(
-                    f"the merged weight of {fqn} would not be finite in {weight.dtype}: look for NaN or infinite "
-                    "values in the adapter, lower its weight, or merge in a wider dtype"
-                )
-            layer.fold(weight)
+            layer.fold(require_finite(fqn, layer.merged_weight(weights)))
     except BaseException:
         for _, layer in layers:
             layer.unfold()

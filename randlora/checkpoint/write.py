@@ -29,7 +29,7 @@ def write_together(directory: Path, writers: Mapping[str, Writer]) -> None:
         for name, writer in writers.items():
             _write(new / name, writer)
         _move_all(writers, new, directory, old)
-    _flush(directory)
+    flush(directory)
 
 
 def _write(path: Path, writer: Writer) -> None:
@@ -37,7 +37,7 @@ def _write(path: Path, writer: Writer) -> None:
     mode = path.stat().st_mode  # what any new file has here; a writer may make a file of its own that is less readable
     writer(path)
     path.chmod(mode)
-    _flush(path)
+    flush(path)
 
 
 def _move_all(names: Iterable[str], new: Path, directory: Path, old: Path) -> None:
@@ -64,7 +64,8 @@ def _keep(path: Path, second: Path) -> None:
         shutil.copy2(path, second)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Make sure that a file, or the list of a directory's files, is on the disk."""
     if os.name != "posix" and path.is_dir():
         return  # only POSIX opens a directory
     descriptor = os.open(path, os.O_RDONLY)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import randlora
+from randlora.cli.merge import merge
 from randlora.cli.output import complain, show
 from randlora.cli.plan import plan
 from randlora.errors import RandLoRAError
@@ -21,6 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(plan)
+app.command()(merge)
 
 USER_ERROR = 1
 

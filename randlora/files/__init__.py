@@ -1,10 +1,12 @@
 """Verbs on files: what can be done to checkpoints and adapters without a model in memory.
 
 `model_directory` reads the headers of a checkpoint; `names`, `order`, `kinds` and `quantised` say what they mean;
-`skeleton` builds a model of shapes after them.
+`skeleton` builds a model of shapes after them. `tensor_file` reads and writes tensors as bytes, `companions` are the
+files beside them, `staging` lets a directory appear complete or not at all.
 """
 
+from randlora.files.merge import FileMergeReport, merge_files
 from randlora.files.plan import plan_directory
 from randlora.files.progress import Progress
 
-__all__ = ["Progress", "plan_directory"]
+__all__ = ["FileMergeReport", "Progress", "merge_files", "plan_directory"]

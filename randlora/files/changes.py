@@ -1,0 +1,163 @@
+"""What adapters make of a checkpoint's tensors: which are merged into, and which are replaced.
+
+The arithmetic is that of `randlora.merge`: a weight is put into a layer, as if a model had been loaded, and the adapter
+layer of its kind merges it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from randlora.bank import BasisBank
+from randlora.checkpoint.bases import file_basis
+from randlora.checkpoint.layout import master_copy
+from randlora.checkpoint.load import fit_targets
+from randlora.checkpoint.read import AdapterFile, read_adapter
+from randlora.errors import CheckpointError, MergeError
+from randlora.files.model_directory import Entry, ModelDirectory
+from randlora.files.names import namings
+from randlora.files.skeleton import Skeleton, skeleton
+from randlora.files.tensor_file import read_pieces, read_tensor
+from randlora.merge import require_finite
+from randlora.state import Adapter, ModelState
+from randlora.walk import Target, named_parameters, used_dims
+
+
+@dataclass(frozen=True, eq=False)
+class Merging:
+    """A weight that adapters are merged into.
+
+    Attributes:
+        target: Its layer in the skeleton.
+        addends: The adapters with their Λ and Γ, in the order in which their updates are summed.
+    """
+
+    target: Target
+    addends: list[tuple[Adapter, Tensor, Tensor]] = field(default_factory=list)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """Compute the merged weight, in the dtype and layout of ``weight``.
+
+        Raises:
+            MergeError: When it would not be finite.
+        """
+        module = copy.copy(self.target.module)
+        module._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+        layer = self.target.layer_class(module, ModelState())
+        for adapter, lam, gamma in self.addends:
+            layer.add(adapter, master_copy(lam, "cpu"), master_copy(gamma, "cpu"), trainable=False)
+        factors = {adapter.name: adapter.weight for adapter, _, _ in self.addends if adapter.weight is not None}
+        return require_finite(self.target.fqn, layer.merged_weight(factors))
+
+
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """What adapters change in a checkpoint, by the names of its tensors.
+
+    Attributes:
+        merged: Weights that are merged into.
+        replaced: Tensors with a version trained beside an adapter, which is that adapter's.
+    """
+
+    merged: dict[str, Merging]
+    replaced: dict[str, Tensor]
+
+    def pieces(self, entry: Entry, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Go through the parts of what becomes of a tensor, reading it as they are asked for.
+
+        Args:
+            entry: A tensor of the checkpoint.
+            dtype: What it shall be in. It is computed in the wider of this and its own, then rounded once.
+
+        Raises:
+            MergeError: When a value would not be finite, but for those that were not before.
+        """
+        wide = torch.promote_types(entry.dtype, dtype)
+        if (merging := self.merged.get(entry.name)) is not None:
+            yield _cast(entry.name, merging.merged(read_tensor(entry).to(wide)), dtype)
+        elif (own := self.replaced.get(entry.name)) is not None:
+            yield _cast(entry.name, own.to(wide), dtype)
+        else:
+            yield from (_cast(entry.name, piece, dtype) for piece in read_pieces(entry))
+
+
+def find_changes(directory: ModelDirectory, adapters: Mapping[Path, float]) -> Changes:
+    """Read adapters, fit them to a checkpoint, draw their bases, and say which tensors they change.
+
+    Args:
+        directory: The checkpoint.
+        adapters: Directories of adapters and the factors of their updates.
+
+    Raises:
+        CheckpointError: When an adapter or its bases cannot be had, or it does not fit the checkpoint, or two of them
+            trained the same parameter beside them.
+    """
+    files = {}
+    for path in adapters:
+        with _about(path):
+            files[path] = read_adapter(path)
+    model = _skeleton(directory, files.values())
+    parameters = {fqn: id(parameter) for fqn, _, _, parameter in named_parameters(model)}
+    bank = BasisBank()
+    merged: dict[int, Merging] = {}
+    replaced: dict[int, Tensor] = {}
+    for number, (path, factor) in enumerate(adapters.items()):
+        file = files[path]
+        with _about(path):
+            targets = fit_targets(model, file, needs_values=False)
+            adapter = _adapter(f"adapter_{number}", file, targets, bank, factor)
+            if taken := [fqn for fqn in file.trained if parameters[fqn] in replaced]:
+                raise CheckpointError(
+                    f"an adapter before it trained {', '.join(taken)} too, and the model has room for one"
+                )
+        for target in targets:
+            merging = merged.setdefault(id(target.module._parameters["weight"]), Merging(target))
+            merging.addends.append((adapter, *file.values[target.fqn]))
+        replaced |= {parameters[fqn]: tensor for fqn, tensor in file.trained.items()}
+    places = {name: parameters.get(model.naming.fqn(name)) for name in directory.entries}
+    return Changes(
+        {name: merged[place] for name, place in places.items() if place in merged},
+        {name: replaced[place] for name, place in places.items() if place in replaced},
+    )
+
+
+def _skeleton(directory: ModelDirectory, files: Iterable[AdapterFile]) -> Skeleton:
+    """Build the checkpoint's skeleton under the names that the adapters use, or else under its usual ones."""
+    weights = {f"{fqn}.weight" for file in files for fqn in file.values}
+    for naming in namings(directory):
+        if weights <= {naming.fqn(name) for name in directory.entries}:
+            return skeleton(directory, naming)
+    return skeleton(directory)
+
+
+def _adapter(name: str, file: AdapterFile, targets: tuple[Target, ...], bank: BasisBank, factor: float) -> Adapter:
+    """Make what a model would carry of an adapter, with bases from the bank where that has them."""
+    basis = file_basis(file, targets, bank)
+    basis.extend(*used_dims(targets))
+    bank.add(basis)
+    return Adapter(name, file.config, basis, tuple(target.fqn for target in targets), "", weight=factor)
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.dtype == dtype:
+        return tensor
+    converted = tensor.to(dtype)
+    if not torch.equal(torch.isfinite(converted), torch.isfinite(tensor)):
+        raise MergeError(f"{name} has values too large for {dtype}: choose a wider dtype")
+    return converted
+
+
+@contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Name the adapter in errors about it."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot merge {str(path)!r}: {error}") from error

@@ -1,0 +1,94 @@
+"""The files beside a checkpoint's weights: config, tokenizer, whatever a model needs and an adapter does not change."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from randlora.checkpoint.layout import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from randlora.checkpoint.write import flush
+from randlora.files.model_directory import INDEX_FILE, ModelDirectory
+
+WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data"),
+    *(".ot", ".tflite", ".npz", ".mlmodel", ".pkl", ".index.json"),
+)
+"""Ends of names of files with weights, or of their indexes."""
+
+ADAPTER_PREFIX = "adapter_"
+DTYPE_FIELDS = frozenset({"dtype", "torch_dtype"})
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What stands beside the weights, as paths inside the directory.
+
+    Attributes:
+        carried: Files to go along.
+        left_out: Weights in other forms, which would not be the merged ones.
+    """
+
+    carried: tuple[Path, ...]
+    left_out: tuple[Path, ...]
+
+
+def find_companions(directory: ModelDirectory) -> Companions:
+    """Find the files of a model's directory that are no part of its checkpoint.
+
+    Hidden files, and adapters kept in the directory, are passed over.
+    """
+    own = {shard.path for shard in directory.shards} | {directory.path / INDEX_FILE}
+    carried: list[Path] = []
+    left_out: list[Path] = []
+    for path in _files(directory.path):
+        if path in own or path.name.startswith(ADAPTER_PREFIX):
+            continue
+        (left_out if path.name.endswith(WEIGHT_SUFFIXES) else carried).append(path.relative_to(directory.path))
+    return Companions(tuple(carried), tuple(left_out))
+
+
+def copy_companion(source: Path, destination: Path) -> None:
+    """Copy one file, and make sure that it is on the disk."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, destination)
+    flush(destination)
+
+
+def copy_config(source: Path, destination: Path, dtype: torch.dtype | None) -> None:
+    """Copy ``config.json``, with another dtype where one is given."""
+    if dtype is None:
+        copy_companion(source, destination)
+    else:
+        write_json(destination, _with_dtype(json.loads(source.read_text(encoding="utf-8")), dtype))
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file as transformers does, and make sure that it is on the disk."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    flush(path)
+
+
+def _with_dtype(config: Any, dtype: torch.dtype) -> Any:
+    """Put a dtype where a config, or one inside it, says the model's."""
+    if not isinstance(config, dict):
+        return config
+    name = str(dtype).removeprefix("torch.")
+    return {
+        key: name if key in DTYPE_FIELDS and value is not None else _with_dtype(value, dtype)
+        for key, value in config.items()
+    }
+
+
+def _files(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        is_adapter = folder != os.fspath(root) and ADAPTER_CONFIG_FILE in names
+        folders[:] = [] if is_adapter else sorted(name for name in folders if not name.startswith("."))
+        if not is_adapter:
+            yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))

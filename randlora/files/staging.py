@@ -1,0 +1,72 @@
+"""A directory that appears under its name when it is complete, or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from randlora.checkpoint.write import flush
+from randlora.errors import CheckpointError
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """Give a block a directory beside ``out`` to write into, and rename it when the block ends well.
+
+    Whoever fills it flushes its files. When the block raises, what it wrote is removed. When the process is killed, it
+    stays under its hidden name, and the next call removes it.
+
+    Args:
+        out: The directory to make; nothing may have that name.
+
+    Raises:
+        CheckpointError: When another process is writing this directory.
+        OSError: When the disk refuses.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = out.with_name(f".{out.name}.unfinished")
+    lock = _claim(scratch)
+    try:
+        yield scratch
+        flush(scratch)
+        scratch.rename(out)
+        flush(out.parent)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    finally:
+        _close(lock)
+
+
+def _claim(scratch: Path) -> int | None:
+    """Make the directory, in the place of one that a killed process left."""
+    if scratch.exists():
+        lock = _lock(scratch)
+        shutil.rmtree(scratch)
+        _close(lock)
+    scratch.mkdir()
+    return _lock(scratch)
+
+
+def _lock(directory: Path) -> int | None:
+    """Hold a directory while this process lives; where the system has no such locks, hold nothing."""
+    if sys.platform == "win32":
+        return None
+    import fcntl  # noqa: PLC0415 (Windows has none)
+
+    lock = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise CheckpointError(f"{directory} is being written by another process: wait for it") from error
+    return lock
+
+
+def _close(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
