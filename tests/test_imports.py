@@ -41,7 +41,7 @@ FLOORS = (
     ("checkpoint.layout", "checkpoint.tensors_file", "checkpoint.write"),
     ("checkpoint.header", "checkpoint.peft_config"),
     ("checkpoint.read",),
-    ("checkpoint.bases", "checkpoint.tied"),
+    ("checkpoint.bases", "checkpoint.contents", "checkpoint.fit", "checkpoint.tied"),
     ("checkpoint.load", "checkpoint.save"),
     ("checkpoint",),
     ("files.model_directory", "files.order", "files.kinds", "files.progress"),

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from randlora.bank import Basis
-from randlora.checkpoint.header import Header, dump_header
-from randlora.checkpoint.layout import (
-    CONFIG_FILE,
-    GAMMA_SUFFIX,
-    HEADER_KEY,
-    LAMBDA_SUFFIX,
-    MODEL_PREFIX,
-    TENSORS_FILE,
-    TOP_BASIS_A,
-    TOP_BASIS_B,
-    master_copy,
-    trained_key,
-)
+from randlora.checkpoint.contents import describe, drawn_rectangle, file_writers, stored_bases
+from randlora.checkpoint.header import Header
+from randlora.checkpoint.layout import GAMMA_SUFFIX, LAMBDA_SUFFIX, MODEL_PREFIX, master_copy, trained_key
 from randlora.checkpoint.peft_config import to_peft_fields
 from randlora.checkpoint.tied import untied_by_peft
-from randlora.checkpoint.write import Writer, write_together
+from randlora.checkpoint.write import write_together
 from randlora.errors import CheckpointError, raise_collected
 from randlora.install import adapter_layers
 from randlora.layers.base import AdapterLayer
@@ -87,14 +73,10 @@ def save(
     directory = Path(directory)
     layers = [(fqn, layer) for fqn, layer in adapter_layers(root) if adapter.name in layer.adapters]
     raise_collected(CheckpointError, _problems(adapter, layers, bases), doing=f"save to {str(directory)!r}")
-    header = _header(adapter, layers)
-    tensors = _tensors(adapter, layers) | (_stored_bases(adapter, header) if bases == "stored" else {})
-    metadata = {"format": "pt", HEADER_KEY: dump_header(header, tensors)}
-    fields = json.dumps(to_peft_fields(root, adapter, stored=bases == "stored"), indent=2)
-    writers: dict[str, Writer] = {
-        TENSORS_FILE: lambda path: save_file(tensors, path, metadata),
-        CONFIG_FILE: lambda path: path.write_text(f"{fields}\n", encoding="utf-8"),
-    }
+    shapes = {fqn: (layer.out_features, layer.in_features) for fqn, layer in layers}
+    header = describe(adapter.config, adapter.basis, shapes, adapter.trained)
+    tensors = _tensors(adapter, layers) | (stored_bases(adapter.basis, header) if bases == "stored" else {})
+    writers = file_writers(to_peft_fields(root, adapter, stored=bases == "stored"), tensors, header)
     write_together(directory, writers)
     size = sum((directory / file).stat().st_size for file in writers)
     notes = [*_peft_notes(adapter, header, bases), *untied_by_peft(root, adapter.trained)]
@@ -125,29 +107,6 @@ def _tensors(adapter: Adapter, layers: Sequence[tuple[str, AdapterLayer]]) -> di
     return tensors
 
 
-def _header(adapter: Adapter, layers: Sequence[tuple[str, AdapterLayer]]) -> Header:
-    shapes = {fqn: (layer.out_features, layer.in_features) for fqn, layer in layers}
-    config = replace(adapter.config, targets=tuple(shapes), exclude=None, train_also=tuple(adapter.trained) or None)
-    header = Header(config, adapter.basis.spec, shapes, "", is_reproducible=adapter.basis.stored is None)
-    if header.spec.is_prefix_stable:  # then what other adapters of the model made it grow to says nothing
-        header = replace(header, spec=replace(header.spec, max_dim=header.rectangle[0], min_dim=header.rectangle[1]))
-    return replace(header, basis_digest=adapter.basis.digest(*header.extent))
-
-
-def _stored_bases(adapter: Adapter, header: Header) -> dict[str, Tensor]:
-    """Write the bases out over the rectangle that PEFT expects, as far as they were drawn."""
-    basis = adapter.basis if adapter.basis.stored else Basis(adapter.basis.spec)  # so that the model's own do not grow
-    written = basis.slices(*_drawn_rectangle(adapter, header), device="cpu", dtype=torch.float32)
-    return {TOP_BASIS_A: written.A.contiguous(), TOP_BASIS_B: written.B.contiguous()}
-
-
-def _drawn_rectangle(adapter: Adapter, header: Header) -> tuple[int, int]:
-    spec = adapter.basis.spec
-    if spec.is_prefix_stable:
-        return header.rectangle
-    return min(spec.max_dim, header.rectangle[0]), min(spec.min_dim, header.rectangle[1])
-
-
 def _peft_notes(adapter: Adapter, header: Header, bases: str) -> list[str]:
     """Say what PEFT 0.21.2 would not load, or would load wrongly."""
     notes = []
@@ -156,7 +115,7 @@ def _peft_notes(adapter: Adapter, header: Header, bases: str) -> list[str]:
         notes.append(f"PEFT cannot draw stream={spec.stream!r}: save with bases='stored' to load there")
     elif bases == "seed" and (spec.max_dim, spec.min_dim) != header.rectangle:
         notes.append("the bases were drawn for other layers too, so PEFT would draw others: save with bases='stored'")
-    if _drawn_rectangle(adapter, header) != header.rectangle:
+    if drawn_rectangle(adapter.basis, header) != header.rectangle:
         notes.append(
             "the bases were drawn for other layers and are too narrow for PEFT, which cannot load this adapter"
         )
