@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from randlora.config import BasisKind, RandLoRAConfig
+from randlora.config import BasisKind, RandLoRAConfig, Stream
 from randlora.errors import CheckpointError, ConfigError
 from randlora.match import has_suffix
 from randlora.state import Adapter
@@ -59,8 +59,6 @@ def to_peft_fields(model: nn.Module, adapter: Adapter, *, stored: bool) -> dict[
         adapter: The adapter.
         stored: Whether the bases go into the file.
     """
-    config = adapter.config
-    alpha = config.effective_alpha
     fields = {
         **NEUTRAL_FIELDS,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
@@ -68,6 +66,22 @@ def to_peft_fields(model: nn.Module, adapter: Adapter, *, stored: bool) -> dict[
         "fan_in_fan_out": _all_transposed(model, adapter),
         "inference_mode": True,
         "modules_to_save": whole_modules(model, adapter.trained) or None,
+        "target_modules": target_modules(model, adapter.targets),
+        **option_fields(adapter.config, adapter.basis.spec.stream, stored=stored),
+    }
+    return dict(sorted(fields.items()))
+
+
+def option_fields(config: RandLoRAConfig, stream: Stream, *, stored: bool) -> dict[str, Any]:
+    """Write the options whose fields need no model.
+
+    Args:
+        config: The adapter's options.
+        stream: The stream that its bases are drawn from.
+        stored: Whether the bases go into the file.
+    """
+    alpha = config.effective_alpha
+    fields: dict[str, Any] = {
         "peft_type": PEFT_TYPE,
         "peft_version": PEFT_VERSION,
         "projection_prng_key": config.seed,
@@ -76,12 +90,9 @@ def to_peft_fields(model: nn.Module, adapter: Adapter, *, stored: bool) -> dict[
         "randlora_dropout": config.dropout,
         "save_projection": stored,
         "sparse": config.basis == "sparse",
-        "target_modules": target_modules(model, adapter.targets),
         "very_sparse": config.basis == "very_sparse",
     }
-    if not stored and adapter.basis.spec.stream != "torch":
-        fields[STREAM_FIELD] = adapter.basis.spec.stream
-    return dict(sorted(fields.items()))
+    return fields if stored or stream == "torch" else {**fields, STREAM_FIELD: stream}
 
 
 def from_peft_fields(fields: Mapping[str, Any], targets: Iterable[str], trained: Iterable[str]) -> RandLoRAConfig:
