@@ -13,12 +13,13 @@ from randlora.layers.base import AdapterLayer
 from randlora.walk import Target, find_targets, named_parameters, obstacles, walk
 
 
-def fitting_targets(model: nn.Module, file: AdapterFile) -> tuple[Target, ...]:
+def fit_targets(model: nn.Module, file: AdapterFile, *, needs_values: bool = True) -> tuple[Target, ...]:
     """Find the layers that a file names, and check that all in it fits and can be put beside them.
 
     Args:
-        model: The model, adapted or not, with its values.
+        model: The model, adapted or not.
         file: The adapter.
+        needs_values: Refuse layers on the meta device, where what is loaded would be lost.
 
     Returns:
         Its layers under the names that the file gives them.
@@ -29,7 +30,7 @@ def fitting_targets(model: nn.Module, file: AdapterFile) -> tuple[Target, ...]:
     targets = named_targets(model, file)
     problems = [
         *obstacles(model, targets),
-        *_without_values(targets),
+        *(_without_values(targets) if needs_values else []),
         *misfits(file, targets),
         *_unknown_parameters(model, file.trained),
         *trained_misfits(model, file.trained),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from randlora.bank import BasisBank
 from randlora.checkpoint.bases import file_basis
-from randlora.checkpoint.fit import fitting_targets
+from randlora.checkpoint.fit import fit_targets
 from randlora.checkpoint.layout import master
 from randlora.checkpoint.peft_config import NEUTRAL_FIELDS, kept_fields
 from randlora.checkpoint.read import AdapterFile, read_adapter
@@ -56,7 +56,7 @@ def load(
     active = or_if_first(state, wanted=active)
     try:
         file = read_adapter(Path(directory))
-        targets = fitting_targets(model, file)
+        targets = fit_targets(model, file)
         file = tied(model, file)
         basis = file_basis(file, targets, state.bank if state else BasisBank())
     except CheckpointError as error:
