@@ -32,9 +32,15 @@ from randlora.errors import ConfigError as ConfigError
 from randlora.errors import MergeError as MergeError
 from randlora.errors import RandLoRAError as RandLoRAError
 from randlora.errors import TargetError as TargetError
+from randlora.files import convert_adapter as convert_adapter
+from randlora.files import inspect_adapter as inspect_adapter
 from randlora.files import plan_directory as plan_directory
 from randlora.files.merge import FileMergeReport as FileMergeReport
 from randlora.files.merge import merge_files as merge_files
+from randlora.files import verify_adapter as verify_adapter
+from randlora.files.convert import ConversionReport as ConversionReport
+from randlora.files.summary import AdapterSummary as AdapterSummary
+from randlora.files.verify import Verification as Verification
 from randlora.inject import eject as eject
 from randlora.inject import inject as inject
 from randlora.inject import plan as plan
@@ -54,12 +60,14 @@ __all__ = [
     "AdapterError",
     "AdapterInfo",
     "AdapterLayer",
+    "AdapterSummary",
     "Bases",
     "Basis",
     "BasisBank",
     "BasisSpec",
     "CheckpointError",
     "ConfigError",
+    "ConversionReport",
     "FileMergeReport",
     "MergeError",
     "MergeReport",
@@ -69,13 +77,16 @@ __all__ = [
     "SaveReport",
     "Target",
     "TargetError",
+    "Verification",
     "activate",
     "adapters",
+    "convert_adapter",
     "delta_weight",
     "disabled",
     "eject",
     "find_targets",
     "inject",
+    "inspect_adapter",
     "load",
     "merge",
     "merge_files",
@@ -88,4 +99,5 @@ __all__ = [
     "set_compute",
     "trainable_parameters",
     "unmerge",
+    "verify_adapter",
 ]

@@ -1,0 +1,155 @@
+"""An adapter on disk with the shapes of its layers, so that every update can be computed one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from randlora.bank import Basis, BasisBank
+from randlora.checkpoint.bases import file_basis
+from randlora.checkpoint.fit import misfits, named_targets, trained_misfits
+from randlora.checkpoint.layout import master_copy
+from randlora.checkpoint.read import AdapterFile, read_adapter
+from randlora.errors import CheckpointError, raise_collected
+from randlora.files.model_directory import read_model_directory
+from randlora.files.names import namings
+from randlora.files.skeleton import Skeleton, skeleton
+from randlora.functional import Diagonals, delta_weight
+from randlora.layers.linear import LinearAdapter
+from randlora.walk import Target, named_parameters, obstacles
+
+Shapes = dict[str, tuple[int, int]]
+"""``(out_features, in_features)`` of layers by FQN."""
+
+
+class BaseFit(NamedTuple):
+    """How an adapter fits a base model: the layers' shapes, and what was trained beside it that the base lacks."""
+
+    shapes: Shapes
+    absent: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class OpenAdapter:
+    """An adapter's files, checked, with its bases.
+
+    Attributes:
+        directory: Where the files are.
+        file: What they hold.
+        shapes: ``(out_features, in_features)`` by target; ``None`` where nothing says them: PEFT does not write them.
+        basis: Its bases; ``None`` where neither the file holds them nor the shapes say what to draw.
+    """
+
+    directory: Path
+    file: AdapterFile
+    shapes: Shapes | None
+    basis: Basis | None
+
+    @torch.no_grad()
+    def delta_weight(self, fqn: str) -> Tensor:
+        """Compute the update of one layer.
+
+        Returns:
+            ``(out_features, in_features)``, float32, or float64 where Λ is.
+
+        Raises:
+            CheckpointError: When the shapes are not known, or the update is not finite.
+        """
+        shapes, basis = self.require_shapes()
+        out_features, in_features = shapes[fqn]
+        lam, gamma = (master_copy(part, "cpu") for part in self.file.values[fqn])
+        sides = max(out_features, in_features), min(out_features, in_features)
+        pair = basis.pair(*sides, device=torch.device("cpu"), dtype=lam.dtype, is_traced=True)
+        update = delta_weight(pair, Diagonals(lam, gamma, self.file.config.scaling), in_features=in_features)
+        if not all(bound.isfinite() for bound in update.aminmax()):
+            raise CheckpointError(f"the update of {fqn} is too large for {update.dtype}: its Λ and Γ are damaged")
+        return update
+
+    def require_shapes(self) -> tuple[Shapes, Basis]:
+        """Return the shapes and the bases.
+
+        Raises:
+            CheckpointError: When nothing says them.
+        """
+        if self.shapes is None or self.basis is None:
+            named = self.file.fields.get("base_model_name_or_path")
+            raise CheckpointError(
+                f"{str(self.directory)!r} was written by PEFT, which says the smaller side of each layer only: "
+                f"give the directory of its base model too{f', {named!r}' if named else ''}"
+            )
+        return self.shapes, self.basis
+
+
+def open_adapter(directory: Path, base: Path | None = None) -> OpenAdapter:
+    """Read and check an adapter, and draw or take its bases.
+
+    Args:
+        directory: What `randlora.save` or PEFT's ``save_pretrained`` wrote.
+        base: The base model's directory, of which only headers are read. Only for a file that PEFT wrote is it needed.
+
+    Raises:
+        CheckpointError: When a file is damaged or foreign, the bases do not come out as they were, or the adapter does
+            not fit the base.
+    """
+    file = read_adapter(directory)
+    shapes = known_shapes(file) if base is None else fit_base(file, base).shapes
+    return OpenAdapter(directory, file, shapes, adapter_basis(file, shapes))
+
+
+def known_shapes(file: AdapterFile) -> Shapes | None:
+    """Return the layers' shapes where the file says them, which PEFT's do not.
+
+    Raises:
+        CheckpointError: When its tensors have other shapes.
+    """
+    if file.header is None:
+        return None
+    problems = misfits(file, stand_ins(file.header.shapes))
+    raise_collected(CheckpointError, problems, doing="read the adapter")
+    return dict(file.header.shapes)
+
+
+def fit_base(file: AdapterFile, base: Path) -> BaseFit:
+    """Hold an adapter against the headers of a base model.
+
+    Raises:
+        CheckpointError: When a layer is missing, or something has another shape. A parameter trained beside the adapter
+            may be missing: a new head is in no base.
+    """
+    model = _nearest_skeleton(file, base)
+    targets = named_targets(model, file)
+    problems = [*obstacles(model, targets), *misfits(file, targets), *trained_misfits(model, file.trained)]
+    raise_collected(CheckpointError, problems, doing=f"fit the adapter to {str(base)!r}")
+    own = {fqn for fqn, _, _, _ in named_parameters(model)}
+    shapes = {target.fqn: (target.out_features, target.in_features) for target in targets}
+    return BaseFit(shapes, tuple(fqn for fqn in file.trained if fqn not in own))
+
+
+def _nearest_skeleton(file: AdapterFile, base: Path) -> Skeleton:
+    """Rebuild the base with the names that it has in the model the adapter was trained on, as far as they are known."""
+    directory = read_model_directory(base)
+    models = [skeleton(directory, naming) for naming in namings(directory)]
+    return max(models, key=lambda model: len(file.values.keys() & dict(model.named_modules()).keys()))
+
+
+def adapter_basis(file: AdapterFile, shapes: Shapes | None) -> Basis | None:
+    """Draw the bases and check them, or take those in the file; ``None`` where there is too little to draw from.
+
+    Raises:
+        CheckpointError: When they are not those that the adapter was trained with.
+    """
+    if shapes is None:
+        if file.bases is None:
+            return None
+        shapes = {"": (len(file.bases[1]), file.bases[0].shape[-1])}  # as if one layer used all of them
+    return file_basis(file, stand_ins(shapes), BasisBank())
+
+
+def stand_ins(shapes: Shapes) -> tuple[Target, ...]:
+    """Make layers of some ``(out_features, in_features)`` that hold no values and hang nowhere."""
+    layers = {fqn: nn.Linear(in_, out, bias=False, device="meta") for fqn, (out, in_) in shapes.items()}
+    return tuple(Target(fqn, layer, LinearAdapter, (), None) for fqn, layer in layers.items())
