@@ -108,9 +108,14 @@ def known_shapes(file: AdapterFile) -> Shapes | None:
     """
     if file.header is None:
         return None
-    problems = misfits(file, stand_ins(file.header.shapes))
-    raise_collected(CheckpointError, problems, doing="read the adapter")
-    return dict(file.header.shapes)
+    shapes = dict(file.header.shapes)
+    problems = [
+        f"its header says that {fqn} is {shape[0]} x {shape[1]}, its randlora_gamma that a side is {min_dim}"
+        for fqn, shape in shapes.items()
+        if (min_dim := file.values[fqn][1].shape[1]) != min(shape)
+    ]
+    raise_collected(CheckpointError, problems or misfits(file, stand_ins(shapes)), doing="read the adapter")
+    return shapes
 
 
 def fit_base(file: AdapterFile, base: Path) -> BaseFit:

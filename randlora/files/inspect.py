@@ -62,9 +62,7 @@ def inspect_adapter(
         trainable_parameters=sum(layer.trainable for layer in layers) + sum(t.numel() for t in file.trained.values()),
         nbytes=sum((adapter.directory / name).stat().st_size for name in (CONFIG_FILE, TENSORS_FILE)),
         unknown_fields=tuple(sorted(set(kept_fields(file.fields)) - set(NEUTRAL_FIELDS))),
-        notes=()
-        if adapter.shapes
-        else ("norms need the layers' shapes, which PEFT does not write: give the base model",),
+        notes=() if adapter.shapes else (WITHOUT_SHAPES,),
     )
 
 

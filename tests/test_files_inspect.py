@@ -1,0 +1,136 @@
+"""What `inspect_adapter` says of an adapter is what the model that carries it says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import randlora
+from randlora.checkpoint.layout import CONFIG_FILE, TENSORS_FILE
+from randlora.files.adapter import OpenAdapter
+from randlora.walk import find_targets
+from tests.checkpoint_files import read_fields
+from tests.directories import base_directory, contents, our_directory, their_directory
+from tests.models import BERT, GPT2, LLAMA, RealModel, every_transformers_model
+from tests.peer import ALPHA, THEIR_WARNINGS, R, in_ours
+
+pytestmark = THEIR_WARNINGS
+
+
+@every_transformers_model
+def test_layers_and_norms_are_those_of_the_model(kind: RealModel, tmp_path: Path) -> None:
+    source, model = our_directory(kind, tmp_path)
+    summary = randlora.inspect_adapter(source)
+    report = randlora.load(kind.build(), source)
+    assert summary.trainable_parameters == report.trainable_parameters
+    assert [layer.fqn for layer in summary.layers] == list(report.targets)
+    sizes = {
+        target.fqn: (target.out_features, target.in_features) for target in find_targets(model, list(kind.targets))
+    }
+    for layer in summary.layers:
+        assert (layer.out_features, layer.in_features) == sizes[layer.fqn]
+        values = torch.linalg.svdvals(randlora.delta_weight(model, layer.fqn).detach().double())
+        assert layer.frobenius == pytest.approx(float(values.square().sum().sqrt()), rel=1e-5)
+        assert layer.spectral == pytest.approx(float(values[0]), rel=1e-5)
+        assert layer.stable_rank == pytest.approx(float((values / values[0]).square().sum()), rel=1e-4)
+        assert layer.num_bases == -(-layer.min_dim // R)
+
+
+@pytest.mark.parametrize("options", [{}, {"basis": "block"}, {"basis": "sparse", "stream": "portable", "seed": 5}])
+def test_options_and_bases_are_those_of_the_adapter(options: dict[str, Any], tmp_path: Path) -> None:
+    source, model = our_directory(LLAMA, tmp_path, **options)
+    summary = randlora.inspect_adapter(source, norms=False)
+    basis = randlora.state.adapted_root(model)[1].adapter("default").basis
+    assert summary.bases is not None
+    assert (summary.bases.spec, summary.bases.source) == (basis.spec, "seed")
+    assert summary.bases.digest == basis.digest(*basis.extent)
+    assert (summary.config.r, summary.config.alpha) == (R, ALPHA)
+    assert summary.writer == f"randlora {randlora.__version__}, format 1"
+    assert summary.storage == "drawn from the seed"
+    assert summary.nbytes == sum(map(len, contents(source).values()))
+
+
+def test_what_was_trained_beside_it_its_base_and_strange_fields_are_named(tmp_path: Path) -> None:
+    source, _ = our_directory(BERT, tmp_path, train_also=["classifier"])
+    fields = {**read_fields(source), "use_quantum": 3, "base_model_name_or_path": "some/model"}
+    (source / CONFIG_FILE).write_text(json.dumps(fields))
+    summary = randlora.inspect_adapter(source)
+    assert summary.trained == {"classifier.weight": (3, 32), "classifier.bias": (3,)}
+    assert summary.base_model == "some/model"
+    assert summary.unknown_fields == ("use_quantum",)
+    text = str(summary)
+    for part in ("some/model", "trained beside it: classifier.weight 3x32", "not understood: use_quantum"):
+        assert part in text
+
+
+@pytest.mark.parametrize("copies", ["per layer", "once", "none"])
+def test_a_file_of_peft_says_all_but_the_shapes(copies: str, tmp_path: Path) -> None:
+    source, _ = their_directory(LLAMA, tmp_path, save_projection=copies != "none")
+    if copies == "once":
+        path = source / TENSORS_FILE
+        top = {"base_model.randlora_A", "base_model.randlora_B"}
+        tensors = {key: value for key, value in load_file(path).items() if key in top or key[-2:] not in ("_A", "_B")}
+        save_file(tensors, path, {"format": "pt"})
+    summary = randlora.inspect_adapter(source)
+    expected = {"per layer": "stored 9 times in the file", "once": "stored once in the file"}
+    assert summary.storage == expected.get(copies, "drawn from the seed")
+    assert summary.writer == "PEFT 0.21.2"
+    assert (summary.bases is None) == (copies == "none")
+    assert {(layer.out_features, layer.in_features, layer.frobenius) for layer in summary.layers} == {(None,) * 3}
+    assert "give the directory of the base model" in summary.notes[0]
+    assert "?" in str(summary)
+
+
+@pytest.mark.parametrize("save_projection", [True, False], ids=["bases in the file", "bases from the key"])
+@every_transformers_model
+def test_with_the_base_a_file_of_peft_says_all(kind: RealModel, save_projection: bool, tmp_path: Path) -> None:
+    source, _ = their_directory(kind, tmp_path, save_projection=save_projection)
+    summary = randlora.inspect_adapter(source, base_directory(kind, tmp_path))
+    model = in_ours(kind, source)
+    for layer in summary.layers:
+        norm = torch.linalg.norm(randlora.delta_weight(model, layer.fqn).detach().double())
+        assert layer.frobenius == pytest.approx(float(norm), rel=1e-5)
+    basis = randlora.state.adapted_root(model)[1].adapter("default").basis
+    assert summary.bases is not None
+    assert summary.bases.digest == basis.digest(*basis.extent)
+    assert summary.notes == ()
+
+
+def test_without_norms_no_update_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, _ = our_directory(GPT2, tmp_path)
+    monkeypatch.delattr(OpenAdapter, "delta_weight")
+    summary = randlora.inspect_adapter(source, norms=False)
+    assert {layer.stable_rank for layer in summary.layers} == {None}
+    with pytest.raises(AttributeError):
+        randlora.inspect_adapter(source)
+
+
+def test_an_update_too_large_for_its_dtype_is_refused_by_name(tmp_path: Path) -> None:
+    model = LLAMA.build()
+    randlora.inject(model, r=6)
+    for parameter in randlora.trainable_parameters(model):
+        parameter.data.fill_(1e30)
+    randlora.save(model, tmp_path / "ours")
+    with pytest.raises(
+        randlora.CheckpointError, match=r"the update of model\.layers\.0.* is too large"
+    ):
+        randlora.inspect_adapter(tmp_path / "ours")
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    source, _ = our_directory(LLAMA, tmp_path)
+    path = source / TENSORS_FILE
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(randlora.CheckpointError, match="truncated or damaged"):
+        randlora.inspect_adapter(source)
+
+
+def test_progress_is_told_of_every_layer(tmp_path: Path) -> None:
+    source, _ = our_directory(LLAMA, tmp_path)
+    told: list[tuple[int, int, str]] = []
+    summary = randlora.inspect_adapter(source, progress=lambda *news: told.append(news))
+    assert [doing for _, _, doing in told] == [*(layer.fqn for layer in summary.layers), "done"]
+    assert [done for done, total, _ in told] == list(range(len(summary.layers) + 1))

@@ -1,0 +1,263 @@
+"""A LoRA made of an adapter: PEFT loads it, it does what the cut updates do, and what it loses is stated."""
+
+import json
+import math
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import randlora
+from randlora.checkpoint.layout import CONFIG_FILE, TENSORS_FILE
+from randlora.files import low_rank
+from randlora.files.adapter import OpenAdapter
+from randlora.files.convert import ConversionReport
+from tests.directories import base_directory, our_directory, their_directory
+from tests.models import BERT, GPT2, LLAMA, RealModel, every_transformers_model, outputs
+from tests.peer import PREFIX, THEIR_WARNINGS, assert_same_effect, fill, in_peft
+
+pytestmark = [*THEIR_WARNINGS, pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")]
+
+
+def updates(model: nn.Module, report: ConversionReport) -> dict[str, Tensor]:
+    """Compute every update in float64 with the library's verb for models."""
+    return {layer.fqn: randlora.delta_weight(model, layer.fqn).detach().double() for layer in report.layers}
+
+
+def factors(directory: Path, fqn: str) -> tuple[Tensor, Tensor]:
+    tensors = load_file(directory / TENSORS_FILE)
+    return tuple(tensors[f"{PREFIX}{fqn}.lora_{part}.weight"].double() for part in "BA")  # type: ignore[return-value]
+
+
+def with_cut_updates(kind: RealModel, model: nn.Module, report: ConversionReport, *, rank: int) -> nn.Module:
+    """Build the base with every update cut to a rank and added, by means that share no code with the library's."""
+    cut = kind.build()
+    for fqn, update in updates(model, report).items():
+        left, values, right = torch.linalg.svd(update)
+        low = left[:, :rank] * values[:rank] @ right[:rank]
+        weight = cut.get_parameter(f"{fqn}.weight")
+        weight.data += (low.T if kind is GPT2 else low).float()
+    return cut
+
+
+@every_transformers_model
+def test_peft_computes_what_the_cut_updates_do(kind: RealModel, tmp_path: Path) -> None:
+    source, model = our_directory(kind, tmp_path)
+    report = randlora.convert_adapter(source, tmp_path / "lora", "lora", rank=5, tolerance=1)
+    theirs = in_peft(kind, tmp_path / "lora")
+    assert type(theirs.base_model).__name__ == "LoraModel"
+    assert_same_effect(with_cut_updates(kind, model, report, rank=5), theirs, kind)
+
+
+@every_transformers_model
+def test_errors_are_those_of_the_dense_matrices(kind: RealModel, tmp_path: Path) -> None:
+    source, model = our_directory(kind, tmp_path)
+    report = randlora.convert_adapter(source, tmp_path / "lora", "lora", rank=5, tolerance=1)
+    lost = whole = 0.0
+    assert len(report.layers) == len(randlora.adapters(model)[0].targets)
+    for layer, (fqn, update) in zip(report.layers, updates(model, report).items(), strict=True):
+        lora_B, lora_A = factors(tmp_path / "lora", fqn)
+        assert (tuple(lora_B.shape), tuple(lora_A.shape)) == ((layer.out_features, 5), (5, layer.in_features))
+        squares = torch.linalg.svdvals(update).square()
+        best = math.sqrt(float(squares[5:].sum() / squares.sum()))
+        distance = float(torch.linalg.norm(update - lora_B @ lora_A) / torch.linalg.norm(update))
+        assert layer.relative_error == pytest.approx(distance, rel=1e-4) == pytest.approx(best, rel=1e-4)
+        lost, whole = lost + float(squares[5:].sum()), whole + float(squares.sum())
+    assert report.relative_error == pytest.approx(math.sqrt(lost / whole), rel=1e-4)
+
+
+@every_transformers_model
+def test_at_full_rank_the_lora_is_the_adapter(kind: RealModel, tmp_path: Path) -> None:
+    source, model = our_directory(kind, tmp_path)
+    report = randlora.convert_adapter(source, tmp_path / "lora", "lora", tolerance=1e-5)
+    assert report.relative_error < 1e-5
+    assert_same_effect(model, in_peft(kind, tmp_path / "lora"), kind)
+
+
+def test_every_scaling_is_one_so_that_the_factors_alone_are_the_update(tmp_path: Path) -> None:
+    source, _ = our_directory(LLAMA, tmp_path)
+    randlora.convert_adapter(source, tmp_path / "lora", "lora", rank=40, tolerance=1)
+    fields = json.loads((tmp_path / "lora" / CONFIG_FILE).read_text())
+    assert (fields["r"], fields["lora_alpha"], fields["rank_pattern"], fields["alpha_pattern"]) == (40, 40, {}, {})
+    for module in in_peft(LLAMA, tmp_path / "lora").modules():
+        if type(module).__name__ == "Linear" and hasattr(module, "scaling"):
+            assert module.scaling == {"default": 1.0}
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 0.1, 0.02])
+def test_a_tolerance_gives_every_layer_the_smallest_rank_that_is_within_it(tolerance: float, tmp_path: Path) -> None:
+    source, model = our_directory(LLAMA, tmp_path)
+    report = randlora.convert_adapter(source, tmp_path / "lora", "lora", tolerance=tolerance)
+    theirs = in_peft(LLAMA, tmp_path / "lora")
+    assert len({layer.rank for layer in report.layers}) > 1
+    assert "rank_pattern" in report.notes[0]
+    for layer, update in zip(report.layers, updates(model, report).values(), strict=True):
+        squares = torch.linalg.svdvals(update).square()
+        assert layer.relative_error <= tolerance
+        assert math.sqrt(float(squares[layer.rank - 1 :].sum() / squares.sum())) > tolerance
+        module: Any = theirs.base_model.model.get_submodule(layer.fqn)
+        assert (module.r["default"], module.scaling["default"]) == (layer.rank, 1.0)
+        product = module.lora_B["default"].weight.double() @ module.lora_A["default"].weight.double()
+        distance = torch.linalg.norm(update - product) / torch.linalg.norm(update)
+        assert layer.relative_error == pytest.approx(float(distance), rel=1e-3)
+
+
+class Nested(nn.Module):
+    """Names that are ends of one another, or that mean something as a regex."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(12, 30)
+        self.body = nn.ModuleDict({"up": nn.Linear(30, 14), "a+b": nn.Linear(14, 20)})
+        self.body["a_b"] = nn.Linear(20, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.up, self.body["up"], self.body["a+b"], self.body["a_b"]):
+            x = torch.tanh(layer(x))
+        return x
+
+
+def test_ranks_reach_the_right_layers_whatever_their_names(tmp_path: Path) -> None:
+    model = Nested().eval()
+    plain = {name: value.clone() for name, value in model.state_dict().items()}
+    randlora.inject(model, r=4, alpha=8)
+    fill(model)
+    randlora.save(model, tmp_path / "ours")
+    report = randlora.convert_adapter(tmp_path / "ours", tmp_path / "lora", "lora", tolerance=1e-5)
+    assert len({layer.rank for layer in report.layers}) == 3
+    fresh = Nested().eval()
+    fresh.load_state_dict(plain)
+    x = torch.randn(4, 12)
+    theirs = PeftModel.from_pretrained(fresh, tmp_path / "lora").eval()
+    torch.testing.assert_close(theirs(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_loss_beyond_the_tolerance_is_refused_and_nothing_written(tmp_path: Path) -> None:
+    source, _ = our_directory(LLAMA, tmp_path)
+    with pytest.raises(randlora.ConfigError) as refusal:
+        randlora.convert_adapter(source, tmp_path / "lora", "lora", rank=2, tolerance=0.3)
+    assert not (tmp_path / "lora").exists()
+    message = str(refusal.value)
+    assert "with rank=2 8 of 8 layers have a relative error beyond tolerance=0.3" in message
+    worst = float(message.split("the largest is ")[1].split(":", maxsplit=1)[0])
+    report = randlora.convert_adapter(source, tmp_path / "lora", "lora", rank=2, tolerance=worst + 1e-4)
+    assert max(layer.relative_error for layer in report.layers) == pytest.approx(worst, abs=1e-4)
+
+
+def test_without_a_tolerance_one_applies_all_the_same(tmp_path: Path) -> None:
+    source, _ = our_directory(LLAMA, tmp_path)
+    with pytest.raises(randlora.ConfigError, match=r"beyond tolerance=0\.05"):
+        randlora.convert_adapter(source, tmp_path / "lora", "lora", rank=2)
+    report = randlora.convert_adapter(source, tmp_path / "lora", "lora")
+    assert 0.02 < max(layer.relative_error for layer in report.layers) <= 0.05
+
+
+def test_a_tolerance_that_rounding_does_not_allow_is_refused(tmp_path: Path) -> None:
+    source, _ = our_directory(LLAMA, tmp_path)
+    with pytest.raises(randlora.ConfigError, match="with the full rank"):
+        randlora.convert_adapter(source, tmp_path / "lora", "lora", tolerance=0)
+    assert not (tmp_path / "lora").exists()
+
+
+def test_the_head_and_the_biases_trained_beside_it_come_along(tmp_path: Path) -> None:
+    source, theirs = their_directory(BERT, tmp_path, modules_to_save=["classifier"], bias="randlora_only")
+    base = base_directory(BERT, tmp_path)
+    report = randlora.convert_adapter(source, tmp_path / "lora", "lora", tolerance=1e-5, base=base)
+    assert any("not every server takes them" in note for note in report.notes)
+    lora = in_peft(BERT, tmp_path / "lora")
+    difference = outputs(lora, BERT.inputs()) - outputs(theirs, BERT.inputs())
+    assert difference.abs().max() < 1e-4 * outputs(theirs, BERT.inputs()).abs().max()
+    kept = {
+        name
+        for name, _ in lora.named_parameters()
+        if "modules_to_save" in name or name.endswith("query.base_layer.bias")
+    }
+    assert len(kept) == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"layers_to_transform": [1]}, {"target_modules": r".*layer\.1.*(query|value)"}],
+    ids=["numbers", "regex"],
+)
+def test_a_choice_of_layers_made_in_peft_is_kept(options: dict[str, Any], tmp_path: Path) -> None:
+    source, theirs = their_directory(BERT, tmp_path, **options)
+    base = base_directory(BERT, tmp_path)
+    randlora.convert_adapter(source, tmp_path / "lora", "lora", tolerance=1e-5, base=base)
+    lora = in_peft(BERT, tmp_path / "lora")
+    adapted = {name.split(".lora_A")[0] for name, _ in lora.named_parameters() if ".lora_A" in name}
+    expected = {name.split(".randlora_gamma")[0] for name, _ in theirs.named_parameters() if "_gamma" in name}
+    assert adapted == expected
+    torch.testing.assert_close(outputs(lora, BERT.inputs()), outputs(theirs, BERT.inputs()), rtol=1e-3, atol=1e-3)
+
+
+def test_an_adapter_that_changes_nothing_becomes_a_lora_that_changes_nothing(tmp_path: Path) -> None:
+    model = LLAMA.build()
+    randlora.inject(model, r=4)
+    randlora.save(model, tmp_path / "ours")
+    report = randlora.convert_adapter(tmp_path / "ours", tmp_path / "lora", "lora")
+    assert {(layer.rank, layer.relative_error) for layer in report.layers} == {(1, 0.0)}
+    assert report.relative_error == 0
+    expected = outputs(LLAMA.build(), LLAMA.inputs())
+    assert torch.equal(outputs(in_peft(LLAMA, tmp_path / "lora"), LLAMA.inputs()), expected)
+
+
+def test_large_layers_are_cut_with_random_vectors_and_their_true_error_stated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(160, 200), nn.Linear(200, 160)).eval()
+    randlora.inject(model, r=40, alpha=40)
+    fill(model)
+    randlora.save(model, tmp_path / "ours")
+    monkeypatch.setattr(low_rank, "EXACT_UP_TO", 8)
+    state = torch.get_rng_state()
+    report = randlora.convert_adapter(tmp_path / "ours", tmp_path / "lora", "lora", rank=8, tolerance=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    for layer, update in zip(report.layers, updates(model, report).values(), strict=True):
+        lora_B, lora_A = factors(tmp_path / "lora", layer.fqn)
+        distance = torch.linalg.norm(update - lora_B @ lora_A) / torch.linalg.norm(update)
+        squares = torch.linalg.svdvals(update).square()
+        assert layer.relative_error == pytest.approx(float(distance), rel=1e-4)
+        assert layer.relative_error == pytest.approx(math.sqrt(float(squares[8:].sum() / squares.sum())), rel=0.02)
+
+
+def test_one_update_is_held_at_a_time_and_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, _ = our_directory(LLAMA, tmp_path)
+    held: list[weakref.ref[Tensor]] = []
+    compute = OpenAdapter.delta_weight
+
+    def watched(adapter: OpenAdapter, fqn: str) -> Tensor:
+        assert [reference() for reference in held[:-1] if reference() is not None] == []
+        update = compute(adapter, fqn)
+        held.append(weakref.ref(update))
+        return update
+
+    monkeypatch.setattr(OpenAdapter, "delta_weight", watched)
+    told: list[tuple[int, int, str]] = []
+    report = randlora.convert_adapter(
+        source, tmp_path / "lora", "lora", tolerance=0.3, progress=lambda *news: told.append(news)
+    )
+    names = [layer.fqn for layer in report.layers]
+    assert told == [*((done, 8, fqn) for done, fqn in enumerate(names)), (8, 8, "done")]
+    assert len(held) == 8
+
+
+def test_the_report_states_the_error_of_every_layer(tmp_path: Path) -> None:
+    source, _ = our_directory(LLAMA, tmp_path)
+    report = randlora.convert_adapter(source, tmp_path / "lora", "lora", rank=3, tolerance=1)
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["layer", "in", "out", "rank", "relative", "error"]
+    for layer, line in zip(report.layers, lines[1:], strict=False):
+        assert line.split() == [
+            layer.fqn,
+            str(layer.in_features),
+            str(layer.out_features),
+            "3",
+            f"{layer.relative_error:.3g}",
+        ]
+    assert lines[9] == f"relative error of all layers together {report.relative_error:.3g}"
