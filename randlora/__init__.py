@@ -35,10 +35,10 @@ from randlora.errors import TargetError as TargetError
 from randlora.files import convert_adapter as convert_adapter
 from randlora.files import inspect_adapter as inspect_adapter
 from randlora.files import plan_directory as plan_directory
-from randlora.files.merge import FileMergeReport as FileMergeReport
-from randlora.files.merge import merge_files as merge_files
 from randlora.files import verify_adapter as verify_adapter
 from randlora.files.convert import ConversionReport as ConversionReport
+from randlora.files.merge import FileMergeReport as FileMergeReport
+from randlora.files.merge import merge_files as merge_files
 from randlora.files.summary import AdapterSummary as AdapterSummary
 from randlora.files.verify import Verification as Verification
 from randlora.inject import eject as eject

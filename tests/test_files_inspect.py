@@ -114,9 +114,7 @@ def test_an_update_too_large_for_its_dtype_is_refused_by_name(tmp_path: Path) ->
     for parameter in randlora.trainable_parameters(model):
         parameter.data.fill_(1e30)
     randlora.save(model, tmp_path / "ours")
-    with pytest.raises(
-        randlora.CheckpointError, match=r"the update of model\.layers\.0.* is too large"
-    ):
+    with pytest.raises(randlora.CheckpointError, match=r"the update of model\.layers\.0.* is too large"):
         randlora.inspect_adapter(tmp_path / "ours")
 
 

@@ -17,6 +17,9 @@ from randlora.checkpoint.layout import CONFIG_FILE, HEADER_KEY, TENSORS_FILE, TO
 from randlora.checkpoint.write import Writer
 from randlora.config import RandLoRAConfig
 
+FORMAT = {"format": "pt"}
+"""What transformers and PEFT want in the header of every safetensors file."""
+
 
 def describe(
     config: RandLoRAConfig, basis: Basis, shapes: Mapping[str, tuple[int, int]], trained: Iterable[str]
@@ -67,9 +70,11 @@ def file_writers(
         tensors: Contiguous, on the CPU.
         header: What goes into the header of the tensors' file, if anything of ours does.
     """
-    metadata = {"format": "pt"} | ({} if header is None else {HEADER_KEY: dump_header(header, tensors)})
+    metadata = FORMAT | ({} if header is None else {HEADER_KEY: dump_header(header, tensors)})
+    return {TENSORS_FILE: lambda path: save_file(dict(tensors), path, metadata), CONFIG_FILE: json_writer(fields)}
+
+
+def json_writer(fields: Mapping[str, Any]) -> Writer:
+    """Say how ``adapter_config.json`` is written."""
     text = json.dumps(dict(fields), indent=2)
-    return {
-        TENSORS_FILE: lambda path: save_file(dict(tensors), path, metadata),
-        CONFIG_FILE: lambda path: path.write_text(f"{text}\n", encoding="utf-8"),
-    }
+    return lambda path: path.write_text(f"{text}\n", encoding="utf-8")

@@ -8,8 +8,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from randlora.errors import CheckpointError
-
 Writer = Callable[[Path], object]
 
 
@@ -32,42 +30,6 @@ def write_together(directory: Path, writers: Mapping[str, Writer]) -> None:
             _write(new / name, writer)
         _move_all(writers, new, directory, old)
     flush(directory)
-
-
-def write_output(directory: Path, writers: Mapping[str, Writer], *, overwrite: bool = False) -> None:
-    """Write the files of a directory that is not there yet, which appears with all of them in it or not at all.
-
-    Args:
-        directory: Where; an empty directory counts as not there.
-        writers: As for `write_together`.
-        overwrite: Write into a directory that is there, as `write_together` does.
-
-    Raises:
-        CheckpointError: When there is something already and ``overwrite`` is false, or a file is in the way.
-        OSError: When the disk refuses; then nothing has appeared.
-    """
-    check_output(directory, overwrite=overwrite)
-    if directory.exists():
-        write_together(directory, writers)
-        return
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
-        whole = Path(scratch, directory.name)
-        write_together(whole, writers)
-        whole.rename(directory)
-    _flush(directory.parent)
-
-
-def check_output(directory: Path, *, overwrite: bool = False) -> None:
-    """Refuse to write where something is, before any work is done.
-
-    Raises:
-        CheckpointError: When there is something already and ``overwrite`` is false, or a file is in the way.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory} is a file: expected the name of a directory to write to")
-    if not overwrite and directory.is_dir() and any(directory.iterdir()):
-        raise CheckpointError(f"{directory} exists and is not empty: choose another name, or ask for overwriting")
 
 
 def _write(path: Path, writer: Writer) -> None:

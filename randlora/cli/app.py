@@ -8,9 +8,12 @@ from typing import Annotated
 import typer
 
 import randlora
+from randlora.cli.convert import convert
+from randlora.cli.inspect import inspect
 from randlora.cli.merge import merge
 from randlora.cli.output import complain, show
 from randlora.cli.plan import plan
+from randlora.cli.verify import verify
 from randlora.errors import RandLoRAError
 
 app = typer.Typer(
@@ -23,6 +26,9 @@ app = typer.Typer(
 )
 app.command()(plan)
 app.command()(merge)
+app.command()(inspect)
+app.command()(verify)
+app.command()(convert)
 
 USER_ERROR = 1
 

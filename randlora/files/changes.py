@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from randlora.bank import BasisBank
 from randlora.checkpoint.bases import file_basis
-from randlora.checkpoint.layout import master_copy
 from randlora.checkpoint.fit import fit_targets
+from randlora.checkpoint.layout import master_copy
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.errors import CheckpointError, MergeError
 from randlora.files.model_directory import Entry, ModelDirectory

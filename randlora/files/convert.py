@@ -24,10 +24,10 @@ from randlora.checkpoint.layout import (
     trained_key,
 )
 from randlora.checkpoint.peft_config import STREAM_FIELD, option_fields
-from randlora.checkpoint.write import check_output, write_output
 from randlora.config import is_integer
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.adapter import OpenAdapter, open_adapter
+from randlora.files.output import check_output, scratch_near, write_output
 from randlora.files.progress import Progress, no_progress
 from randlora.files.to_lora import Lora, LoraLayer, to_lora
 from randlora.report import as_bytes, table
@@ -119,16 +119,14 @@ def convert_adapter(
         raise CheckpointError(f"cannot convert {str(source)!r} into itself: the input is never touched")
     check_output(target, overwrite=overwrite)
     adapter = open_adapter(source, None if base is None else Path(base))
-    layers: tuple[LoraLayer, ...] = ()
     if to == "lora":
-        lora = to_lora(adapter, rank, tolerance, progress)
-        layers, notes, writers = lora.layers, _lora_notes(lora), file_writers(lora.fields, lora.tensors)
-    else:
-        fields, tensors, header, notes = _peft_contents(adapter) if to == "peft" else _native_contents(adapter)
-        writers = file_writers(fields, tensors, header)
-    write_output(target, writers, overwrite=overwrite)
-    nbytes = sum((target / name).stat().st_size for name in writers)
-    return ConversionReport(source, target, to, nbytes, layers, tuple(notes))
+        with scratch_near(target) as scratch:
+            lora = to_lora(adapter, rank, tolerance, scratch, progress)
+            nbytes = write_output(target, lora.writers)
+        return ConversionReport(source, target, to, nbytes, lora.layers, _lora_notes(lora))
+    fields, tensors, header, notes = _peft_contents(adapter) if to == "peft" else _native_contents(adapter)
+    nbytes = write_output(target, file_writers(fields, tensors, header))
+    return ConversionReport(source, target, to, nbytes, (), notes)
 
 
 def _option_problems(to: str, rank: object, tolerance: object) -> list[str]:
@@ -144,7 +142,7 @@ def _option_problems(to: str, rank: object, tolerance: object) -> list[str]:
     return problems
 
 
-Contents = tuple[dict[str, Any], dict[str, Tensor], Header | None, list[str]]
+Contents = tuple[dict[str, Any], dict[str, Tensor], Header | None, tuple[str, ...]]
 
 
 def _native_contents(adapter: OpenAdapter) -> Contents:
@@ -153,7 +151,7 @@ def _native_contents(adapter: OpenAdapter) -> Contents:
     header = describe(adapter.file.config, basis, shapes, adapter.file.trained)
     is_stored = basis.stored is not None
     tensors = _trained_tensors(adapter) | (stored_bases(basis, header) if is_stored else {})
-    notes = ["the bases are in the file: no seed brings them back"] if is_stored else []
+    notes = ("the bases are in the file: no seed brings them back",) if is_stored else ()
     return _native_fields(adapter, stored=is_stored), tensors, header, notes
 
 
@@ -162,12 +160,12 @@ def _peft_contents(adapter: OpenAdapter) -> Contents:
     if adapter.shapes is None or adapter.basis is None:
         bases = adapter.file.bases
         stored = {} if bases is None else dict(zip((TOP_BASIS_A, TOP_BASIS_B), bases, strict=True))
-        return dict(adapter.file.fields), _trained_tensors(adapter) | stored, None, []
+        return dict(adapter.file.fields), _trained_tensors(adapter) | stored, None, ()
     header = describe(adapter.file.config, adapter.basis, adapter.shapes, adapter.file.trained)
     if peft_can_draw(adapter.basis, header):
-        return _native_fields(adapter, stored=False), _trained_tensors(adapter), header, []
+        return _native_fields(adapter, stored=False), _trained_tensors(adapter), header, ()
     stored = _filled_up(stored_bases(adapter.basis, header), header)
-    notes = ["the bases are in the file: PEFT would draw others from the seed"]
+    notes = ("the bases are in the file: PEFT would draw others from the seed",)
     return _native_fields(adapter, stored=True), _trained_tensors(adapter) | stored, header, notes
 
 
@@ -199,7 +197,7 @@ def _trained_tensors(adapter: OpenAdapter) -> dict[str, Tensor]:
     return tensors | beside
 
 
-def _lora_notes(lora: Lora) -> list[str]:
+def _lora_notes(lora: Lora) -> tuple[str, ...]:
     notes = []
     if lora.fields["rank_pattern"]:
         notes.append(
@@ -208,4 +206,4 @@ def _lora_notes(lora: Lora) -> list[str]:
         )
     if len(lora.tensors) > 2 * len(lora.layers):
         notes.append("parameters trained beside the adapter are carried over: not every server takes them")
-    return notes
+    return tuple(notes)

@@ -5,16 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from randlora.checkpoint.layout import MODEL_PREFIX, trained_key
+from randlora.checkpoint.contents import FORMAT, json_writer
+from randlora.checkpoint.layout import CONFIG_FILE, MODEL_PREFIX, TENSORS_FILE, trained_key
 from randlora.checkpoint.peft_config import PEFT_VERSION
+from randlora.checkpoint.write import Writer
 from randlora.errors import ConfigError
 from randlora.files.adapter import OpenAdapter
 from randlora.files.low_rank import LowRank, frobenius_norm, of_rank, within
 from randlora.files.progress import Progress
+from randlora.files.tensor_file import Planned, write_tensor_file
 from randlora.match import has_suffix
 
 DEFAULT_TOLERANCE = 0.05
@@ -61,22 +68,32 @@ class Lora:
 
     Attributes:
         fields: ``adapter_config.json``.
-        tensors: ``adapter_model.safetensors``.
+        tensors: ``adapter_model.safetensors``, tensor by tensor.
         layers: How each layer was converted.
     """
 
     fields: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: tuple[Planned, ...]
     layers: tuple[LoraLayer, ...]
 
+    @property
+    def writers(self) -> dict[str, Writer]:
+        """How both files are written, with one tensor in memory at a time."""
+        return {TENSORS_FILE: self._write_tensors, CONFIG_FILE: json_writer(self.fields)}
 
-def to_lora(adapter: OpenAdapter, rank: int | None, tolerance: float | None, progress: Progress) -> Lora:
+    def _write_tensors(self, path: Path) -> None:
+        path.unlink()  # which was made empty, and shall be a new file
+        write_tensor_file(path, self.tensors, FORMAT, _untold)
+
+
+def to_lora(adapter: OpenAdapter, rank: int | None, tolerance: float | None, scratch: Path, progress: Progress) -> Lora:
     """Cut every update of an adapter to a low rank, layer by layer.
 
     Args:
         adapter: The adapter; its layers' shapes must be known.
         rank: Of every layer; ``None`` for the smallest one of each layer that is within the tolerance.
         tolerance: The largest relative error accepted of a layer; ``None`` means 0.05.
+        scratch: A directory to keep the factors in, which together may be as large as the model.
         progress: Told of every layer.
 
     Raises:
@@ -85,25 +102,41 @@ def to_lora(adapter: OpenAdapter, rank: int | None, tolerance: float | None, pro
     """
     shapes, _ = adapter.require_shapes()
     accepted = DEFAULT_TOLERANCE if tolerance is None else tolerance
-    tensors: dict[str, Tensor] = {}
-    layers = []
-    for done, (fqn, (out_features, in_features)) in enumerate(shapes.items()):
+    layers: list[LoraLayer] = []
+    tensors: list[Planned] = []
+    for done, (fqn, shape) in enumerate(shapes.items()):
         progress(done, len(shapes), fqn)
         update = adapter.delta_weight(fqn).float()
         found = within(update, accepted) if rank is None else of_rank(update, rank)
-        tensors |= _named(fqn, found)
-        layers.append(
-            LoraLayer(fqn, out_features, in_features, found.rank, found.relative_error, frobenius_norm(update))
-        )
+        layers.append(LoraLayer(fqn, *shape, found.rank, found.relative_error, frobenius_norm(update)))
+        tensors += _kept(fqn, found, scratch / f"{done}.safetensors")
+        del update, found  # before the next ones are made
     progress(len(shapes), len(shapes), "done")
     _refuse_loss(layers, rank, accepted)
-    tensors |= {trained_key(fqn, shapes): tensor for fqn, tensor in adapter.file.trained.items()}
-    return Lora(_fields(adapter, {layer.fqn: layer.rank for layer in layers}), tensors, tuple(layers))
+    for fqn, tensor in adapter.file.trained.items():
+        tensors.append(Planned(trained_key(fqn, shapes), tensor.dtype, tuple(tensor.shape), partial(_one, tensor)))
+    return Lora(_fields(adapter, {layer.fqn: layer.rank for layer in layers}), tuple(tensors), tuple(layers))
 
 
-def _named(fqn: str, factors: LowRank) -> Iterator[tuple[str, Tensor]]:
-    yield f"{MODEL_PREFIX}{fqn}.lora_A.weight", factors.right
-    yield f"{MODEL_PREFIX}{fqn}.lora_B.weight", factors.left
+def _kept(fqn: str, factors: LowRank, path: Path) -> Iterator[Planned]:
+    """Put the factors of one layer into a file, and say how they are read back."""
+    named = {f"{MODEL_PREFIX}{fqn}.lora_A.weight": factors.right, f"{MODEL_PREFIX}{fqn}.lora_B.weight": factors.left}
+    save_file(named, path)
+    for key, factor in named.items():
+        yield Planned(key, factor.dtype, tuple(factor.shape), partial(_read, path, key))
+
+
+def _read(path: Path, key: str) -> Iterator[Tensor]:
+    with safe_open(path, framework="pt") as file:
+        yield file.get_tensor(key)
+
+
+def _untold(count: int, name: str) -> None:
+    """Tell nobody: next to the decompositions, writing takes no time."""
+
+
+def _one(tensor: Tensor) -> Iterator[Tensor]:
+    yield tensor
 
 
 def _refuse_loss(layers: Sequence[LoraLayer], rank: int | None, tolerance: float) -> None:

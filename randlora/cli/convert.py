@@ -1,0 +1,61 @@
+"""`randlora convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from randlora.cli.arguments import AdapterDir, BaseForShapes
+from randlora.cli.output import AsJson, plain, progress_bar, show, show_json
+from randlora.files.convert import Format, convert_adapter
+
+Out = Annotated[Path, Argument(help="The directory to write.")]
+To = Annotated[Format, Option(help="What to write.")]
+Rank = Annotated[int | None, Option(help="For `lora`: the rank of every layer.")]
+Tolerance = Annotated[
+    float | None, Option(help="For `lora`: the largest relative error of a layer's update.  [default: 0.05]")
+]
+Overwrite = Annotated[bool, Option("--overwrite", help="Write over an adapter in OUT.")]
+
+
+def convert(
+    adapter_dir: AdapterDir,
+    out: Out,
+    to: To,
+    rank: Rank = None,
+    tolerance: Tolerance = None,
+    base: BaseForShapes = None,
+    overwrite: Overwrite = False,  # noqa: FBT002
+    as_json: AsJson = False,  # noqa: FBT002
+) -> None:
+    """Write an adapter for another reader: `peft`, `native` or `lora`.
+
+    `peft` is what PEFT loads, with the bases in the file where PEFT would draw others. `native` carries checksums, and
+    the bases only where no seed brings them back. Neither loses anything.
+
+    `lora` is a PEFT LoRA, for servers that know nothing else: each layer's update cut to a low rank. It loses
+    something, and every layer's error is printed. Where one is beyond the tolerance, nothing is written. With `--rank`
+    every layer has that rank, without it the smallest within the tolerance.
+
+    **Examples**
+
+    `randlora convert my-adapter for-peft --to peft`
+
+    `randlora convert from-peft mine --to native --base Llama-3-8B`
+
+    `randlora convert my-adapter a-lora --to lora --rank 64 --tolerance 0.3`
+    """
+    with progress_bar() as progress:
+        report = convert_adapter(
+            adapter_dir,
+            out,
+            to,
+            rank=rank,
+            tolerance=tolerance,
+            base=base,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    show_json({**plain(report), "relative_error": report.relative_error}) if as_json else show(report)

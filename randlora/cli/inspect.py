@@ -1,0 +1,44 @@
+"""`randlora inspect`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from typer import Option
+
+from randlora.cli.arguments import AdapterDir, BaseForShapes
+from randlora.cli.output import AsJson, plain, progress_bar, show, show_json
+from randlora.files.inspect import inspect_adapter
+from randlora.files.summary import AdapterSummary
+
+Norms = Annotated[bool, Option(help="Compute every layer's update and its norms.")]
+
+
+def inspect(
+    adapter_dir: AdapterDir,
+    base: BaseForShapes = None,
+    norms: Norms = True,  # noqa: FBT002
+    as_json: AsJson = False,  # noqa: FBT002
+) -> None:
+    """Say what an adapter is: options, bases, layers, the norms of their updates, and who wrote it.
+
+    ‖ΔW‖F is the Frobenius norm of a layer's update, ‖ΔW‖2 its largest singular value, and the stable rank the square of
+    their ratio: how many directions carry the update.
+
+    **Examples**
+
+    `randlora inspect my-adapter`
+
+    `randlora inspect from-peft --base Llama-3-8B`
+
+    `randlora inspect my-adapter --no-norms --json`
+    """
+    with progress_bar() as progress:
+        summary = inspect_adapter(adapter_dir, base, norms=norms, progress=progress)
+    show_json(_whole(summary)) if as_json else show(summary)
+
+
+def _whole(summary: AdapterSummary) -> dict[str, object]:
+    """Give the layers their stable rank too, which is no field."""
+    layers = [{**plain(layer), "stable_rank": layer.stable_rank} for layer in summary.layers]
+    return {**plain(summary), "layers": layers}
