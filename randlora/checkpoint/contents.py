@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -71,7 +73,19 @@ def file_writers(
         header: What goes into the header of the tensors' file, if anything of ours does.
     """
     metadata = FORMAT | ({} if header is None else {HEADER_KEY: dump_header(header, tensors)})
-    return {TENSORS_FILE: lambda path: save_file(dict(tensors), path, metadata), CONFIG_FILE: json_writer(fields)}
+    return {TENSORS_FILE: lambda path: write_tensors(path, tensors, metadata), CONFIG_FILE: json_writer(fields)}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = FORMAT) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: When the disk refuses, for which safetensors has an exception of its own.
+    """
+    try:
+        save_file(dict(tensors), path, dict(metadata))
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def json_writer(fields: Mapping[str, Any]) -> Writer:

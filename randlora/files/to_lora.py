@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from randlora.checkpoint.contents import FORMAT, json_writer
+from randlora.checkpoint.contents import FORMAT, json_writer, write_tensors
 from randlora.checkpoint.layout import CONFIG_FILE, MODEL_PREFIX, TENSORS_FILE, trained_key
 from randlora.checkpoint.peft_config import PEFT_VERSION
 from randlora.checkpoint.write import Writer
@@ -121,7 +120,7 @@ def to_lora(adapter: OpenAdapter, rank: int | None, tolerance: float | None, scr
 def _kept(fqn: str, factors: LowRank, path: Path) -> Iterator[Planned]:
     """Put the factors of one layer into a file, and say how they are read back."""
     named = {f"{MODEL_PREFIX}{fqn}.lora_A.weight": factors.right, f"{MODEL_PREFIX}{fqn}.lora_B.weight": factors.left}
-    save_file(named, path)
+    write_tensors(path, named)
     for key, factor in named.items():
         yield Planned(key, factor.dtype, tuple(factor.shape), partial(_read, path, key))
 
@@ -140,17 +139,17 @@ def _one(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _refuse_loss(layers: Sequence[LoraLayer], rank: int | None, tolerance: float) -> None:
-    lossy = sorted((layer for layer in layers if layer.relative_error > tolerance), key=lambda layer: layer.fqn)
+    lossy = [layer for layer in layers if layer.relative_error > tolerance]
     if not lossy:
         return
-    worst = max(lossy, key=lambda layer: layer.relative_error)
+    lossy.sort(key=lambda layer: -layer.relative_error)
     listed = ", ".join(f"{layer.fqn} {layer.relative_error:.3g}" for layer in lossy[:LISTED])
     more = f" and {len(lossy) - LISTED} more" if len(lossy) > LISTED else ""
     choice = "the full rank" if rank is None else f"rank={rank}"
     remedy = "" if rank is None else "a larger rank, none for the smallest that is within the tolerance, or "
     raise ConfigError(
         f"cannot convert to LoRA: with {choice} {len(lossy)} of {len(layers)} layers have a relative error beyond "
-        f"tolerance={tolerance:g} ({listed}{more}); the largest is {worst.relative_error:.4g}: "
+        f"tolerance={tolerance:g} ({listed}{more}); the largest is {lossy[0].relative_error:.4g}: "
         f"give {remedy}a tolerance that accepts this"
     )
 
