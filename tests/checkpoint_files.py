@@ -25,6 +25,7 @@ Stored = Literal["seed", "stored"]
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
 
 PREFIX = "base_model.model."
 LAMBDA, GAMMA = f"{PREFIX}0.randlora_lambda", f"{PREFIX}0.randlora_gamma"
@@ -251,7 +252,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 def refused(
     model: nn.Module,
-    directory: Path,
+    directory: Path | str,
     match: str,
     *,
     error: type[Exception] = randlora.CheckpointError,

@@ -14,6 +14,7 @@ from torch import nn
 
 import randlora
 from tests.checkpoint_files import (
+    CARD_FILE,
     CASES,
     CONFIG_FILE,
     HEADED,
@@ -223,7 +224,7 @@ def test_a_later_save_replaces_an_earlier_one(tmp_path: Path) -> None:
     randlora.save(model, tmp_path)
     randlora.load(twin, tmp_path)
     assert_same_adapter(model, twin, LINEAR)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG_FILE, TENSORS_FILE]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CARD_FILE, CONFIG_FILE, TENSORS_FILE]
 
 
 def test_one_of_several_adapters_is_saved_by_name_active_or_not(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 
 import randlora
 from tests.checkpoint_files import (
+    CARD_FILE,
     CONFIG_FILE,
     HEADED,
     LINEAR,
@@ -102,6 +103,7 @@ def test_saved_files_are_as_readable_as_any_new_file(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        CARD_FILE: 0o644,
         CONFIG_FILE: 0o644,
         TENSORS_FILE: 0o644,
     }

@@ -11,6 +11,7 @@ import pytest
 import randlora
 from randlora.checkpoint.write import write_together
 from tests.checkpoint_files import (
+    CARD_FILE,
     CONFIG_FILE,
     HEADED,
     TENSORS_FILE,
@@ -200,7 +201,7 @@ def test_a_save_that_fails_leaves_the_older_adapter_loadable_and_the_model_alone
         randlora.save(model, tmp_path)
     monkeypatch.undo()
     assert snapshot(model) == before
-    assert sorted(contents(tmp_path)) == [CONFIG_FILE, TENSORS_FILE]
+    assert sorted(contents(tmp_path)) == [CARD_FILE, CONFIG_FILE, TENSORS_FILE]
     twin = HEADED.build()
     randlora.load(twin, tmp_path)
     assert all_bits(adapter_values(twin)) == all_bits(adapter_values(old))

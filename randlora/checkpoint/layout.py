@@ -1,4 +1,4 @@
-"""Names and dtypes on disk, PEFT's own: two files, and the keys of the tensors in one of them."""
+"""Names and dtypes on disk, PEFT's own: the files, and the keys of the tensors in one of them."""
 
 from collections.abc import Container
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
 
 MODEL_PREFIX = "base_model.model."
 LAMBDA_SUFFIX = ".randlora_lambda"

@@ -1,18 +1,20 @@
-"""`load`: an adapter from a directory into a model, ours or one that PEFT wrote."""
+"""`load`: an adapter from a directory or the Hub into a model, ours or one that PEFT wrote."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import warnings
 
 import torch
 from torch import Tensor, nn
 
 from randlora.bank import BasisBank
+from randlora.checkpoint.base_model import mismatch
 from randlora.checkpoint.bases import file_basis
 from randlora.checkpoint.fit import fit_targets
 from randlora.checkpoint.layout import master
-from randlora.checkpoint.peft_config import NEUTRAL_FIELDS, kept_fields
+from randlora.checkpoint.locate import locate
+from randlora.checkpoint.peft_config import BASE_FIELD, NEUTRAL_FIELDS, kept_fields
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.checkpoint.tied import tied
 from randlora.errors import CheckpointError
@@ -32,37 +34,45 @@ def load(
     name: str = "default",
     trainable: bool = False,
     active: bool | None = None,
+    revision: str | None = None,
 ) -> Report:
-    """Add the adapter of a directory to a model, in place.
+    """Add the adapter of a directory, or of a repository on the Hub, to a model, in place.
 
     The file's own names say which layers it belongs to; its ``target_modules`` is never matched against the model.
-    Bases that a file brings and the model lacks are added without asking.
+    Bases that a file brings and the model lacks are added without asking. Where the file and the model both say which
+    base model they are of, and disagree, a ``UserWarning`` names the two.
 
     Args:
         model: The model it was trained on, with or without other adapters.
-        directory: What `randlora.save` or PEFT's ``save_pretrained`` wrote.
+        directory: What `randlora.save` or PEFT's ``save_pretrained`` wrote, or the safetensors file in it. A string
+            ``"user/repo"`` that is no path here means a repository on the Hub, for which huggingface_hub must be
+            installed (the extra ``hub``).
         name: The adapter's name here.
         trainable: Let its parameters require grad.
         active: Make it the only active adapter. ``None``: if it is the model's first.
+        revision: Branch, tag or commit of a repository; ``None`` means its main branch.
 
     Returns:
         A report as from `randlora.inject`.
 
     Raises:
-        CheckpointError: When the files are damaged, foreign or of another version, or do not fit the model.
+        CheckpointError: When the files are damaged, foreign or of another version, do not fit the model, or cannot be
+            had from the Hub.
         AdapterError: When the name is taken, or the model's adapters are merged.
     """
     state = owned_state(model, name, "load")
     active = or_if_first(state, wanted=active)
     try:
-        file = read_adapter(Path(directory))
+        file = read_adapter(locate(directory, revision))
         targets = fit_targets(model, file)
         file = tied(model, file)
         basis = file_basis(file, targets, state.bank if state else BasisBank())
     except CheckpointError as error:
         raise CheckpointError(f"cannot load {str(directory)!r}: {error}") from error
-    adapter = Adapter(name, file.config, basis, tuple(target.fqn for target in targets), f"the names in {directory}")
-    adapter.peft_fields = kept_fields(file.fields)
+    doubts = _doubts(model, file)
+    rule = f"the names in {directory}" + (f" at {revision}" if revision else "")
+    fqns = tuple(target.fqn for target in targets)
+    adapter = Adapter(name, file.config, basis, fqns, rule, peft_fields=kept_fields(file.fields))
     replaced = replacements(model, state or ModelState(), file.trained)
     for fqn, entry in replaced.items():
         own = file.trained[fqn].to(device=entry.original.device, dtype=entry.original.dtype)
@@ -76,7 +86,7 @@ def load(
         basis.spec,
         basis_bytes=basis.nbytes,
         train_also=tuple(file.trained),
-        notes=_notes(adapter, is_active=active),
+        notes=[*doubts, *_notes(adapter, is_active=active)],
     )
     commit(model, addition, active=active)
     return report
@@ -90,6 +100,15 @@ def _placed(file: AdapterFile, targets: tuple[Target, ...]) -> dict[str, tuple[T
         lam, gamma = (master(part, device) for part in file.values[target.fqn])
         placed[target.fqn] = (lam, gamma)
     return placed
+
+
+def _doubts(model: nn.Module, file: AdapterFile) -> list[str]:
+    """Warn, at the line that loads, where the file was trained on another base model; return the warning as a note."""
+    doubt = mismatch(model, file.fields.get(BASE_FIELD))
+    if doubt is None:
+        return []
+    warnings.warn(doubt, UserWarning, stacklevel=4)  # past `load` and its decorator
+    return [doubt]
 
 
 def _notes(adapter: Adapter, *, is_active: bool) -> list[str]:

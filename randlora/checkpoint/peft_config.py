@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from randlora.checkpoint.base_model import base_model_name
 from randlora.config import BasisKind, RandLoRAConfig, Stream
 from randlora.errors import CheckpointError, ConfigError
 from randlora.match import has_suffix
@@ -17,12 +18,14 @@ from randlora.walk import named_parameters, walk
 PEFT_TYPE = "RANDLORA"
 PEFT_VERSION = "0.21.2"  # whose fields these are
 
+BASE_FIELD = "base_model_name_or_path"
+
 STREAM_FIELD = "randlora_stream"
 """Our one field, written where PEFT would draw other bases from the seed: PEFT warns of a field it does not know."""
 
 NEUTRAL_FIELDS: dict[str, Any] = {
     "auto_mapping": None,
-    "base_model_name_or_path": None,
+    BASE_FIELD: None,
     "bias": "none",
     "init_weights": True,
     "layers_pattern": None,
@@ -61,8 +64,8 @@ def to_peft_fields(model: nn.Module, adapter: Adapter, *, stored: bool) -> dict[
     """
     fields = {
         **NEUTRAL_FIELDS,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         **adapter.peft_fields,
+        BASE_FIELD: base_model_name(model, adapter.peft_fields.get(BASE_FIELD)),
         "fan_in_fan_out": _all_transposed(model, adapter),
         "inference_mode": True,
         "modules_to_save": whole_modules(model, adapter.trained) or None,

@@ -1,4 +1,4 @@
-"""`save`: one adapter to a directory of two files that PEFT reads too."""
+"""`save`: one adapter to a directory of two files that PEFT reads too, with a model card, and to the Hub."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from randlora.checkpoint.card import may_write, write_card
 from randlora.checkpoint.contents import describe, drawn_rectangle, file_writers, stored_bases
 from randlora.checkpoint.header import Header
-from randlora.checkpoint.layout import GAMMA_SUFFIX, LAMBDA_SUFFIX, MODEL_PREFIX, master_copy, trained_key
-from randlora.checkpoint.peft_config import to_peft_fields
+from randlora.checkpoint.hub import upload, upload_problems
+from randlora.checkpoint.layout import CARD_FILE, GAMMA_SUFFIX, LAMBDA_SUFFIX, MODEL_PREFIX, master_copy, trained_key
+from randlora.checkpoint.peft_config import BASE_FIELD, to_peft_fields
 from randlora.checkpoint.tied import untied_by_peft
 from randlora.checkpoint.write import write_together
 from randlora.errors import CheckpointError, raise_collected
 from randlora.install import adapter_layers
 from randlora.layers.base import AdapterLayer
-from randlora.report import as_bytes
+from randlora.report import Report, adapter_report, as_bytes
 from randlora.state import Adapter, adapted_root
+from randlora.walk import Selection, Target
 
 
 @dataclass(frozen=True)
@@ -28,20 +31,23 @@ class SaveReport:
     """What `save` wrote.
 
     Attributes:
-        directory: Where the two files are.
+        directory: Where the files are.
         name: The adapter saved.
-        nbytes: Bytes of both files.
+        nbytes: Bytes of the files written.
         notes: What the user should know, such as that PEFT cannot load the files.
+        url: The repository it was pushed to, if any.
     """
 
     directory: Path
     name: str
     nbytes: int
     notes: tuple[str, ...]
+    url: str | None = None
 
     def __str__(self) -> str:
-        """Say it on one line, and each note on one more."""
-        return "\n".join([f"saved {self.name!r} to {self.directory}, {as_bytes(self.nbytes)}", *self.notes])
+        """Say it on one line, and the push and each note on one more."""
+        pushed = [f"pushed to {self.url}"] if self.url else []
+        return "\n".join([f"saved {self.name!r} to {self.directory}, {as_bytes(self.nbytes)}", *pushed, *self.notes])
 
 
 def save(
@@ -50,8 +56,11 @@ def save(
     *,
     name: str | None = None,
     bases: Literal["seed", "stored"] = "seed",
+    push_to_hub: str | None = None,
 ) -> SaveReport:
     """Write one adapter to a directory, atomically: Λ, Γ, what ``train_also`` named, and what brings the bases back.
+
+    A model card, ``README.md``, is written with them, unless there is one that somebody else wrote.
 
     Args:
         model: A model that carries adapters.
@@ -59,28 +68,53 @@ def save(
         name: Which adapter; ``None`` means the only one.
         bases: ``"seed"`` stores no basis: the spec brings them back and a SHA-256 proves it. ``"stored"`` writes A and
             B out in float32, once, which PEFT needs for ``block`` bases and for ``stream="portable"``.
+        push_to_hub: A repository on the Hub, ``"user/repo"``, that the files are then uploaded to; it is made if it is
+            missing. huggingface_hub must be installed (the extra ``hub``).
 
     Returns:
         Where, how large, and notes.
 
     Raises:
         AdapterError: When the model carries no adapter, or ``name`` does not say which.
-        CheckpointError: When there are no values to save, or the bases cannot be had from a seed.
+        CheckpointError: When there are no values to save, or the bases cannot be had from a seed; or when everything is
+            saved and the Hub does not take it.
         OSError: When the disk refuses. Files already there stay whole.
     """
     root, state = adapted_root(model)
     adapter = state.adapter(name)
     directory = Path(directory)
     layers = [(fqn, layer) for fqn, layer in adapter_layers(root) if adapter.name in layer.adapters]
-    raise_collected(CheckpointError, _problems(adapter, layers, bases), doing=f"save to {str(directory)!r}")
+    problems = [*_problems(adapter, layers, bases), *upload_problems(push_to_hub)]
+    raise_collected(CheckpointError, problems, doing=f"save to {str(directory)!r}")
     shapes = {fqn: (layer.out_features, layer.in_features) for fqn, layer in layers}
     header = describe(adapter.config, adapter.basis, shapes, adapter.trained)
+    notes = _peft_notes(adapter, header, bases)
     tensors = _tensors(adapter, layers) | (stored_bases(adapter.basis, header) if bases == "stored" else {})
-    writers = file_writers(to_peft_fields(root, adapter, stored=bases == "stored"), tensors, header)
+    fields = to_peft_fields(root, adapter, stored=bases == "stored")
+    writers = file_writers(fields, tensors, header)
+    if may_write(directory / CARD_FILE):
+        report = _report(root, adapter, layers)
+        card = write_card(report, header, base_model=fields[BASE_FIELD], peft_notes=notes, repo_id=push_to_hub)
+        writers[CARD_FILE] = lambda path: path.write_text(card, encoding="utf-8")
     write_together(directory, writers)
     size = sum((directory / file).stat().st_size for file in writers)
-    notes = [*_peft_notes(adapter, header, bases), *untied_by_peft(root, adapter.trained)]
-    return SaveReport(directory, adapter.name, size, tuple(notes))
+    url = upload(directory, push_to_hub) if push_to_hub else None
+    notes += untied_by_peft(root, adapter.trained)
+    return SaveReport(directory, adapter.name, size, tuple(notes), url)
+
+
+def _report(root: nn.Module, adapter: Adapter, layers: Sequence[tuple[str, AdapterLayer]]) -> Report:
+    """Count what is saved, for its model card."""
+    targets = tuple(Target(fqn, layer.base_layer, type(layer), (), layer) for fqn, layer in layers)
+    return adapter_report(
+        root,
+        adapter.name,
+        adapter.config,
+        Selection(targets, adapter.rule, {}),
+        adapter.basis.spec,
+        basis_bytes=adapter.basis.nbytes,
+        train_also=tuple(adapter.trained),
+    )
 
 
 def _problems(adapter: Adapter, layers: Sequence[tuple[str, AdapterLayer]], bases: str) -> list[str]:

@@ -1,0 +1,93 @@
+"""The model card: a README.md that says what an adapter is and how to load it, for people and for the Hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from randlora.checkpoint.base_model import repo_of
+from randlora.checkpoint.header import Header
+from randlora.report import Report
+
+MARK = "<!-- Written by randlora.save, which writes it anew at each save unless this line is gone. -->"
+
+
+def write_card(
+    report: Report, header: Header, *, base_model: str | None, peft_notes: Sequence[str], repo_id: str | None
+) -> str:
+    """Write a model card.
+
+    Args:
+        report: The adapter's figures.
+        header: What its file says of itself.
+        base_model: Name of the model it belongs to, if it has one.
+        peft_notes: Why PEFT could not load the files; empty where it can.
+        repo_id: The repository they go to, if any.
+    """
+    base = repo_of(base_model)
+    place = repo_id or "path/to/this/directory"
+    sections = [
+        _front_matter(base),
+        MARK,
+        f"# RandLoRA adapter of {base}" if base else "# RandLoRA adapter",
+        "An adapter of the method [RandLoRA](https://arxiv.org/abs/2502.00987): trained scalings of random bases.",
+        _table(_figures(report, header)),
+        "## Loading it",
+        _code(f'import randlora\n\nrandlora.load(model, "{place}")  # model: the base model as it was before training'),
+        *_in_peft(place, peft_notes),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a README.md is a model card that `write_card` wrote and that nobody claimed since."""
+    return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def may_write(path: Path) -> bool:
+    """Whether a model card may be written here: nothing is there, or one of ours."""
+    return is_ours(path) or not (path.exists() or path.is_symlink())
+
+
+def _front_matter(base: str | None) -> str:
+    """Write what the Hub reads, in YAML; a JSON string is one of YAML's."""
+    of_base = [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"] if base else []
+    return "\n".join(["---", *of_base, "library_name: randlora", "tags:", "- randlora", "---"])
+
+
+def _figures(report: Report, header: Header) -> dict[str, object]:
+    spec = report.spec
+    kinds = sorted({fqn.rsplit(".", 1)[-1] for fqn in report.targets})
+    seed = f"{spec.seed}" if header.is_reproducible else "none brings them back: they are in the file"
+    figures: dict[str, object] = {
+        "r": spec.r,
+        "alpha": f"{report.config.effective_alpha:g}",
+        "bases": spec.kind,
+        "blocks": spec.blocks,
+        "stream of the bases": spec.stream,
+        "seed of the bases": seed,
+        "SHA-256 of the bases": f"`{header.basis_digest}`",
+        "adapted layers": f"{len(report.targets)}, called {_names(kinds)}",
+        "trained parameters": f"{report.trainable_parameters:,} of {report.total_parameters:,} ({report.share:.2%})",
+        "trained beside the adapter": _names(report.train_also),
+    }
+    return {name: value for name, value in figures.items() if value}
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _table(rows: dict[str, object]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _code(text: str) -> str:
+    return f"```python\n{text}\n```"
+
+
+def _in_peft(place: str, notes: Sequence[str]) -> list[str]:
+    if notes:
+        return ["PEFT 0.21.2 does not load these files:", "\n".join(f"- {note}" for note in notes)]
+    return ["With PEFT:", _code(f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, "{place}")')]

@@ -1,0 +1,189 @@
+"""A small Hub on this machine: the endpoints that huggingface_hub's own client needs to make, fill and read a model."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+Files = dict[str, bytes]
+
+
+@dataclass
+class Repository:
+    """A repository: its commits, and which of them each branch or tag names."""
+
+    commits: dict[str, Files] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+
+    def commit(self, files: Mapping[str, bytes], ref: str = "main") -> str:
+        """Add files to what a branch holds, and return the commit's hash."""
+        whole = {**self.files(ref), **files}
+        digest = hashlib.sha1(repr(sorted(whole.items())).encode(), usedforsecurity=False).hexdigest()
+        self.commits[digest] = whole
+        self.refs[ref] = digest
+        return digest
+
+    def files(self, revision: str = "main") -> Files:
+        """Return the files of a branch, a tag or a commit; none where there is no such thing."""
+        return self.commits.get(self.refs.get(revision, revision), {})
+
+
+@dataclass
+class Hub:
+    """The repositories of a server, and what it does to those who ask.
+
+    Attributes:
+        url: Its address.
+        repositories: By id.
+        gated: Ids of those that nobody may read.
+        writable: Whether anybody may write.
+        requests: Methods and paths of what it was asked, in order.
+    """
+
+    url: str
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    gated: set[str] = field(default_factory=set)
+    writable: bool = True
+    requests: list[str] = field(default_factory=list)
+
+
+class RefusedError(Exception):
+    """An answer other than success."""
+
+    def __init__(self, status: int, code: str, **content: str) -> None:
+        super().__init__(code)
+        self.status, self.code, self.content = status, code, content
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers requests out of the server's `Hub`."""
+
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def do_GET(self) -> None:
+        self._answer({
+            r"/api/models/([^/]+/[^/]+)/revision/([^/]+)": self._revision,
+            r"/api/models/([^/]+/[^/]+)/tree/([^/]+)": self._tree,
+            r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)": self._resolve,
+        })
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        self._answer({
+            r"/api/repos/create": self._create,
+            r"/api/validate-yaml": lambda: {"errors": [], "warnings": []},
+            r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)": self._preupload,
+            r"/api/models/([^/]+/[^/]+)/commit/([^/]+)": self._commit,
+        })
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+    def _answer(self, routes: Mapping[str, Any]) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.hub.requests.append(f"{self.command} {path}")
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        try:
+            found = [(route, match) for pattern, route in routes.items() if (match := re.fullmatch(pattern, path))]
+            if not found:
+                raise RefusedError(404, "RouteNotFound")
+            route, match = found[0]
+            content = route(*match.groups())
+            raw = content if isinstance(content, bytes) else json.dumps(content).encode()
+            self._send(200, raw, self.extra if isinstance(content, bytes) else {"Content-Type": "application/json"})
+        except RefusedError as refused:
+            headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.code}
+            self._send(refused.status, json.dumps(refused.content).encode(), headers)
+
+    def _send(self, status: int, content: bytes, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def _repository(self, repo_id: str) -> Repository:
+        if repo_id not in self.hub.repositories:
+            raise RefusedError(404, "RepoNotFound")
+        if repo_id in self.hub.gated:
+            raise RefusedError(403, "GatedRepo")
+        return self.hub.repositories[repo_id]
+
+    def _read(self, repo_id: str, revision: str) -> tuple[str, Files]:
+        repository = self._repository(repo_id)
+        commit = repository.refs.get(revision, revision)
+        if commit not in repository.commits:
+            raise RefusedError(404, "RevisionNotFound")
+        return commit, repository.commits[commit]
+
+    def _revision(self, repo_id: str, revision: str) -> dict[str, Any]:
+        return {"id": repo_id, "sha": self._read(repo_id, revision)[0]}
+
+    def _tree(self, repo_id: str, revision: str) -> list[dict[str, Any]]:
+        _, files = self._read(repo_id, revision)
+        return [
+            {"type": "file", "path": name, "size": len(content), "oid": _oid(content)}
+            for name, content in files.items()
+        ]
+
+    def _resolve(self, repo_id: str, revision: str, name: str) -> bytes:
+        commit, files = self._read(repo_id, revision)
+        if name not in files:
+            raise RefusedError(404, "EntryNotFound")
+        self.extra = {"ETag": f'"{_oid(files[name])}"', "X-Repo-Commit": commit}
+        return files[name]
+
+    def _create(self) -> dict[str, Any]:
+        if not self.hub.writable:
+            raise RefusedError(403, "Forbidden")
+        asked = json.loads(self.body)
+        repo_id = f"{asked['organization']}/{asked['name']}"
+        url = f"{self.hub.url}/{repo_id}"
+        if repo_id in self.hub.repositories:
+            raise RefusedError(409, "RepoExists", url=url)
+        self.hub.repositories[repo_id] = Repository()
+        self.hub.repositories[repo_id].commit({".gitattributes": b""})
+        return {"url": url}
+
+    def _preupload(self, *_: str) -> dict[str, Any]:
+        files = json.loads(self.body)["files"]
+        return {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]}
+
+    def _commit(self, repo_id: str, revision: str) -> dict[str, Any]:
+        entries = [json.loads(line) for line in self.body.splitlines()]
+        files = {entry["value"]["path"]: entry["value"]["content"] for entry in entries if entry["key"] == "file"}
+        content = {name: base64.b64decode(text) for name, text in files.items()}
+        commit = self._repository(repo_id).commit(content, revision)
+        return {"commitUrl": f"{self.hub.url}/{repo_id}/commit/{commit}", "commitOid": commit}
+
+
+def _oid(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+@contextmanager
+def running_hub() -> Iterator[Hub]:
+    """Run a server on a free port of this machine."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {}))
+    hub = Hub(f"http://127.0.0.1:{server.server_address[1]}")
+    server.RequestHandlerClass.hub = hub  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

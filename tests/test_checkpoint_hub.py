@@ -1,0 +1,287 @@
+"""The Hub: adapters pushed to a small one on this machine and loaded from it, by huggingface_hub's own client."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+import randlora
+from tests.checkpoint_files import (
+    CARD_FILE,
+    CONFIG_FILE,
+    HEADED,
+    LINEAR,
+    TENSORS_FILE,
+    adapter_values,
+    all_bits,
+    refused,
+    snapshot,
+    trained,
+)
+from tests.hub_server import Hub, Repository, running_hub
+
+NOBODY = "http://127.0.0.1:1"
+
+
+def point_client_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set what the environment's HF_ENDPOINT set when the client was imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the machine's cache and token out of it, and no bar on the screen."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub that the client talks to."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with running_hub() as running:
+        point_client_at(running.url, monkeypatch)
+        yield running
+
+
+@pytest.fixture
+def pushed(hub: Hub, tmp_path: Path) -> Hub:
+    """A Hub that holds an adapter of ``HEADED`` in ``user/repo``."""
+    randlora.save(trained(HEADED), tmp_path / "pushed", push_to_hub="user/repo")
+    return hub
+
+
+def test_a_pushed_adapter_loads_to_the_same_bits(pushed: Hub) -> None:
+    twin = HEADED.build()
+    report = randlora.load(twin, "user/repo")
+    assert all_bits(adapter_values(twin)) == all_bits(adapter_values(trained(HEADED)))
+    assert torch.equal(HEADED.output(twin), HEADED.output(trained(HEADED)))
+    assert report.rule == "the names in user/repo"
+    assert set(pushed.repositories) == {"user/repo"}
+
+
+def test_a_push_uploads_what_the_directory_holds_of_the_adapter_and_nothing_else(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "optimizer.pt").write_bytes(b"large")
+    report = randlora.save(trained(LINEAR), tmp_path / "out", push_to_hub="user/repo")
+    found = hub.repositories["user/repo"].files()
+    assert set(found) == {".gitattributes", CARD_FILE, CONFIG_FILE, TENSORS_FILE}
+    assert all(found[name] == (tmp_path / "out" / name).read_bytes() for name in set(found) - {".gitattributes"})
+    assert report.url == f"{hub.url}/user/repo"
+    assert str(report).splitlines()[1] == f"pushed to {hub.url}/user/repo"
+    assert '"user/repo"' in found[CARD_FILE].decode()
+
+
+def test_a_second_push_replaces_the_first(pushed: Hub, tmp_path: Path) -> None:
+    first = pushed.repositories["user/repo"].refs["main"]
+    randlora.save(trained(LINEAR), tmp_path / "other", push_to_hub="user/repo")
+    twin, old = LINEAR.build(), HEADED.build()
+    randlora.load(twin, "user/repo")
+    assert all_bits(adapter_values(twin)) == all_bits(adapter_values(trained(LINEAR)))
+    report = randlora.load(old, "user/repo", revision=first)
+    assert all_bits(adapter_values(old)) == all_bits(adapter_values(trained(HEADED)))
+    assert report.rule == f"the names in user/repo at {first}"
+
+
+def test_a_branch_is_loaded_by_its_name(pushed: Hub, tmp_path: Path) -> None:
+    randlora.save(trained(LINEAR), tmp_path / "other")
+    files = {name: (tmp_path / "other" / name).read_bytes() for name in (CONFIG_FILE, TENSORS_FILE)}
+    pushed.repositories["user/repo"].commit(files, "experiment")
+    twin = LINEAR.build()
+    randlora.load(twin, "user/repo", revision="experiment")
+    assert all_bits(adapter_values(twin)) == all_bits(adapter_values(trained(LINEAR)))
+
+
+@pytest.mark.parametrize("author", ["here", "there"])
+def test_a_card_that_somebody_wrote_survives_a_push(author: str, pushed: Hub, tmp_path: Path) -> None:
+    text = b"# Mine\n"
+    if author == "there":
+        pushed.repositories["user/repo"].commit({CARD_FILE: text})
+    else:
+        (tmp_path / "again").mkdir()
+        (tmp_path / "again" / CARD_FILE).write_bytes(text)
+    randlora.save(trained(HEADED, r=3), tmp_path / "again", push_to_hub="user/repo")
+    files = pushed.repositories["user/repo"].files()
+    assert files[CARD_FILE] == text
+    assert files[TENSORS_FILE] == (tmp_path / "again" / TENSORS_FILE).read_bytes()
+
+
+def test_only_the_two_files_are_downloaded(pushed: Hub, tmp_path: Path) -> None:
+    pushed.repositories["user/repo"].commit({"optimizer.pt": b"large"})
+    randlora.load(HEADED.build(), "user/repo")
+    (directory,) = (tmp_path / "cache" / "models--user--repo" / "snapshots").iterdir()
+    assert {path.name for path in directory.iterdir()} == {CONFIG_FILE, TENSORS_FILE}
+
+
+def test_what_was_loaded_once_loads_offline(pushed: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    randlora.load(HEADED.build(), "user/repo")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    pushed.requests.clear()
+    twin = HEADED.build()
+    randlora.load(twin, "user/repo")
+    assert all_bits(adapter_values(twin)) == all_bits(adapter_values(trained(HEADED)))
+    assert pushed.requests == []
+
+
+def test_what_was_loaded_once_loads_while_the_hub_is_away(pushed: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    randlora.load(HEADED.build(), "user/repo")
+    point_client_at(NOBODY, monkeypatch)
+    twin = HEADED.build()
+    randlora.load(twin, "user/repo")
+    assert all_bits(adapter_values(twin)) == all_bits(adapter_values(trained(HEADED)))
+    assert [request for request in pushed.requests if request.startswith("GET /user")]
+
+
+def cached(tmp_path: Path, commit: str = "0123456789abcdef0123456789abcdef01234567") -> Path:
+    """Lay an adapter out as huggingface_hub's cache does: a ref, a snapshot of links, and what they point to."""
+    randlora.save(trained(LINEAR), tmp_path / "saved")
+    repository = tmp_path / "cache" / "models--user--repo"
+    snapshot_directory = repository / "snapshots" / commit
+    for directory in (snapshot_directory, repository / "blobs", repository / "refs"):
+        directory.mkdir(parents=True)
+    for number, name in enumerate([CONFIG_FILE, TENSORS_FILE]):
+        blob = repository / "blobs" / f"{number:040x}"
+        blob.write_bytes((tmp_path / "saved" / name).read_bytes())
+        (snapshot_directory / name).symlink_to(os.path.relpath(blob, snapshot_directory))
+    (repository / "refs" / "main").write_text(commit, encoding="utf-8")
+    return snapshot_directory
+
+
+@pytest.mark.parametrize("revision", [None, "main", "0123456789abcdef0123456789abcdef01234567"])
+def test_a_cache_that_somebody_filled_is_read_offline(revision: str | None, tmp_path: Path) -> None:
+    cached(tmp_path)
+    twin = LINEAR.build()
+    randlora.load(twin, "user/repo", revision=revision)
+    assert all_bits(adapter_values(twin)) == all_bits(adapter_values(trained(LINEAR)))
+
+
+def test_a_damaged_file_of_the_cache_is_refused(tmp_path: Path) -> None:
+    path = cached(tmp_path) / TENSORS_FILE
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    refused(LINEAR.build(), "user/repo", "cannot load 'user/repo': the file's contents do not match its checksum")
+
+
+def test_half_an_adapter_in_the_cache_is_refused(tmp_path: Path) -> None:
+    (cached(tmp_path) / TENSORS_FILE).unlink()
+    refused(LINEAR.build(), "user/repo", f"the Hub's repository 'user/repo' has no {TENSORS_FILE}")
+
+
+# What the Hub refuses
+
+
+def test_a_repository_that_is_not_in_the_cache_is_refused_offline() -> None:
+    refused(LINEAR.build(), "user/none", "it is not in the cache: check the connection, and HF_HUB_OFFLINE")
+    refused(LINEAR.build(), "user/none", "cannot load 'user/none': there is no such path, and the Hub's repository")
+
+
+def test_a_hub_that_cannot_be_reached_is_said_to_be(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    point_client_at(NOBODY, monkeypatch)
+    refused(LINEAR.build(), "user/none", "it is not in the cache: check the connection, and HF_HUB_OFFLINE")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "message"),
+    [
+        ("user/none", None, "check its name; if it is private, log in with `hf auth login` (RepositoryNotFoundError"),
+        ("user/gated", None, "it is gated: ask for access on its page, then log in with `hf auth login` (GatedRepo"),
+        ("user/repo", "v9", "it has no such revision: name a branch, a tag or a commit of it (RevisionNotFoundError"),
+        ("user/empty", None, f"has no {CONFIG_FILE} and no {TENSORS_FILE}: it holds no adapter"),
+        ("user/a--b", None, "the Hub allows no such name (HFValidationError"),
+    ],
+    ids=["missing", "gated", "no-revision", "no-adapter", "no-name"],
+)
+def test_what_the_hub_refuses_is_said_with_what_to_do(
+    name: str, revision: str | None, message: str, pushed: Hub
+) -> None:
+    for other in ("user/gated", "user/empty"):
+        pushed.repositories[other] = Repository()
+        pushed.repositories[other].commit({".gitattributes": b""})
+    pushed.gated.add("user/gated")
+    refused(HEADED.build(), name, message, revision=revision)
+
+
+def test_a_push_that_the_hub_refuses_leaves_the_save_whole(hub: Hub, tmp_path: Path) -> None:
+    hub.writable = False
+    with pytest.raises(
+        randlora.CheckpointError, match=r"saved to '.*/out', whole, but cannot push to 'user/repo'"
+    ) as caught:
+        randlora.save(trained(LINEAR), tmp_path / "out", push_to_hub="user/repo")
+    assert "log in with `hf auth login`, with a token that may do this" in str(caught.value)
+    randlora.load(LINEAR.build(), tmp_path / "out")
+    assert (tmp_path / "out" / CARD_FILE).is_file()
+
+
+@pytest.mark.parametrize("offline", [True, False], ids=["offline", "unreachable"])
+def test_a_push_without_a_hub_leaves_the_save_whole(
+    offline: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    point_client_at(NOBODY, monkeypatch)
+    with pytest.raises(
+        randlora.CheckpointError, match="cannot push to 'user/repo': check the connection, and HF_HUB_OFF"
+    ):
+        randlora.save(trained(LINEAR), tmp_path / "out", push_to_hub="user/repo")
+    randlora.load(LINEAR.build(), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["repo", "a/b/c", "../repo", "/user/repo", "", 7])
+def test_a_push_to_no_repository_is_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
+    with pytest.raises(randlora.CheckpointError, match="push_to_hub must be a repository on the Hub, 'user/repo', got"):
+        randlora.save(trained(LINEAR), tmp_path / "out", push_to_hub=name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_huggingface_hub_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # Python's own way to say that there is no such module
+    refused(LINEAR.build(), "user/repo", "install randlora with its extra, randlora[hub]")
+    model = trained(LINEAR)
+    before = snapshot(model)
+    with pytest.raises(randlora.CheckpointError, match=r"install randlora with its extra, randlora\[hub\]"):
+        randlora.save(model, tmp_path / "out", push_to_hub="user/repo")
+    assert not (tmp_path / "out").exists()
+    assert snapshot(model) == before
+
+
+ROUND_TRIP = """
+import torch, randlora
+
+def model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 5))
+
+trained = model()
+randlora.inject(trained, r=2)
+for parameter in randlora.trainable_parameters(trained):
+    torch.nn.init.normal_(parameter)
+print(randlora.save(trained, "out", push_to_hub="user/repo").url)
+fresh = model()
+randlora.load(fresh, "user/repo", revision="main")
+x = torch.randn(3, 6)
+print(torch.equal(fresh(x), trained(x)))
+"""
+
+
+def test_the_environment_says_which_hub_and_which_cache(hub: Hub, tmp_path: Path) -> None:
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    root = str(Path(__file__).parent.parent)
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", ROUND_TRIP],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, **settings, "PYTHONPATH": root},
+    )
+    assert (result.stdout.split(), result.returncode) == ([f"{hub.url}/user/repo", "True"], 0), result.stderr
+    assert (tmp_path / "home" / "hub" / "models--user--repo" / "refs" / "main").is_file()
