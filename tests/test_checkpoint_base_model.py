@@ -95,6 +95,13 @@ def test_a_name_that_nobody_knows_is_no_mismatch(one: str | None, other: str | N
     assert randlora.load(named(other).build(), saved(tmp_path, one)).notes == ()
 
 
+@pytest.mark.parametrize("written", ["", None, 7, ["org/another"]], ids=str)
+def test_a_field_without_a_name_is_no_mismatch(written: object, tmp_path: Path) -> None:
+    directory = saved(tmp_path, "org/model")
+    edit_fields(directory, {FIELD: written})
+    assert randlora.load(named("org/model").build(), directory).notes == ()
+
+
 def test_a_warning_that_is_an_error_leaves_the_model_alone(tmp_path: Path) -> None:
     directory, model = saved(tmp_path, "org/model"), named("org/another").build()
     before = snapshot(model)

@@ -100,17 +100,18 @@ def test_a_branch_is_loaded_by_its_name(pushed: Hub, tmp_path: Path) -> None:
     assert all_bits(adapter_values(twin)) == all_bits(adapter_values(trained(LINEAR)))
 
 
-@pytest.mark.parametrize("author", ["here", "there"])
-def test_a_card_that_somebody_wrote_survives_a_push(author: str, pushed: Hub, tmp_path: Path) -> None:
-    text = b"# Mine\n"
-    if author == "there":
-        pushed.repositories["user/repo"].commit({CARD_FILE: text})
-    else:
+@pytest.mark.parametrize(("here", "there"), [(b"# Here", None), (None, b"# There"), (b"# Here", b"# There")])
+def test_a_card_that_somebody_wrote_survives_a_push_and_ones_own_wins(
+    here: bytes | None, there: bytes | None, pushed: Hub, tmp_path: Path
+) -> None:
+    if there:
+        pushed.repositories["user/repo"].commit({CARD_FILE: there})
+    if here:
         (tmp_path / "again").mkdir()
-        (tmp_path / "again" / CARD_FILE).write_bytes(text)
+        (tmp_path / "again" / CARD_FILE).write_bytes(here)
     randlora.save(trained(HEADED, r=3), tmp_path / "again", push_to_hub="user/repo")
     files = pushed.repositories["user/repo"].files()
-    assert files[CARD_FILE] == text
+    assert files[CARD_FILE] == (here or there)
     assert files[TENSORS_FILE] == (tmp_path / "again" / TENSORS_FILE).read_bytes()
 
 

@@ -1,0 +1,85 @@
+"""Train an adapter with transformers' `Trainer`, whose checkpoints then hold the adapter and not the model.
+
+`python docs/examples/transformers_trainer.py` runs it, and `--resume` goes on from the last checkpoint. The model is a
+tiny Llama with random weights, in the place of one that you would load; the text is the Grimms' tales, byte by byte.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported: nothing here is on the Hub
+
+import torch
+import typer
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import randlora
+
+TALES = Path(__file__).parent / "data" / "grimm.txt"
+WINDOW = 64  # bytes
+
+
+class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers carries no types
+    """A `Trainer` of one adapter: its checkpoints hold what `randlora.save` writes in the place of the model."""
+
+    def _save(self, output_dir: str | None = None, **_: object) -> None:
+        if self.args.should_save:
+            randlora.save(self.model, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *_: object) -> None:
+        (adapter,) = randlora.adapters(self.model)
+        randlora.remove(self.model, adapter.name)
+        randlora.load(self.model, resume_from_checkpoint, name=adapter.name, trainable=True)
+        self.optimizer = self.lr_scheduler = None  # the Trainer makes new ones, of the parameters that are there now
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def pretrained() -> LlamaForCausalLM:
+    """Make a model, always with the same weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    return LlamaForCausalLM(config)
+
+
+def windows(count: int) -> list[dict[str, Tensor]]:
+    """Cut the tales into examples of `WINDOW` bytes, each its own label."""
+    ids = torch.tensor(list(TALES.read_bytes()[: count * WINDOW])).reshape(-1, WINDOW)
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def make_trainer(out: Path, *, steps: int, every: int) -> AdapterTrainer:
+    """Put an adapter on the model, and a trainer round it."""
+    model = pretrained()
+    print(randlora.inject(model, r=8, alpha=16, dropout=0.1, targets=["q_proj", "v_proj", "up_proj", "down_proj"]))
+    arguments = TrainingArguments(
+        str(out),
+        max_steps=steps,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        save_steps=every,
+        logging_steps=every,
+        report_to=[],
+    )
+    return AdapterTrainer(model, arguments, train_dataset=windows(400))
+
+
+def main(
+    steps: Annotated[int, typer.Option(min=1)] = 60,
+    every: Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")] = 20,
+    out: Annotated[Path, typer.Option(help="Directory for the checkpoints.")] = Path("build/transformers-trainer"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,  # noqa: FBT002
+) -> None:
+    """Train an adapter with transformers' Trainer."""
+    trainer = make_trainer(out, steps=steps, every=every)
+    trainer.train(resume_from_checkpoint=resume)
+    print(randlora.save(trainer.model, out / "adapter"))
+
+
+if __name__ == "__main__":
+    typer.run(main)
