@@ -25,17 +25,21 @@ class Kind(Enum):
     LINEAR = "linear"
     CONV1D = "Conv1D"
     EMBEDDING = "embedding"
+    ATTENTION_OUTPUT = "output of nn.MultiheadAttention"
 
 
-def kind_of(fqn: str, parameters: Collection[str], model_type: str | None) -> Kind:
+def kind_of(fqn: str, parameters: Collection[str], around: Collection[str], model_type: str | None) -> Kind:
     """Tell the kind of a layer whose ``weight`` is a matrix.
 
     Args:
         fqn: The layer's name.
         parameters: Names of its parameters; an embedding has nothing beside its ``weight``.
+        around: Names of the parameters of the module that holds it.
         model_type: The model's.
     """
     last = fqn.rsplit(".", 1)[-1]
+    if last == "out_proj" and "in_proj_weight" in around:
+        return Kind.ATTENTION_OUTPUT
     if last in CONV1D_NAMES.get(model_type or "", ()):
         return Kind.CONV1D
     is_named_so = last in EMBEDDING_NAMES or _EMBEDDING_WORD.search(last) is not None

@@ -91,7 +91,7 @@ def skeleton(directory: ModelDirectory, naming: Naming | None = None) -> Skeleto
     for fqn, entries in modules.items():
         weight = entries.get("weight")
         if fqn and weight is not None and len(weight.shape) == 2:
-            kind = kind_of(fqn, entries, directory.model_type)
+            kind = kind_of(fqn, entries, modules.get(fqn.rpartition(".")[0], ()), directory.model_type)
             _hang(model, fqn, _layer(kind, weight.shape))
             if (reason := doubt(fqn, kind, weight.shape, directory.config)) is not None:
                 doubts.append(f"doubtful: {fqn} was taken for {reason}")
@@ -123,6 +123,8 @@ def _layer(kind: Kind, shape: tuple[int, ...]) -> nn.Module:
     with torch.device("meta"):
         if kind is Kind.EMBEDDING:
             return nn.Embedding(rows, columns)
+        if kind is Kind.ATTENTION_OUTPUT:
+            return nn.modules.linear.NonDynamicallyQuantizableLinear(columns, rows, bias=False)
         return nn.Linear(columns, rows, bias=False)
 
 

@@ -22,6 +22,8 @@ from randlora.files.model_directory import DTYPES, LENGTH_BYTES, Entry
 CHUNK_BYTES = 1 << 22
 ALIGNMENT = 8  # of the first tensor's place, in bytes
 
+Write = Callable[[memoryview], int | None]
+
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _ORDER = {dtype: place for place, dtype in enumerate(DTYPES.values())}
 
@@ -102,21 +104,29 @@ def write_tensor_file(
         OSError: When the disk refuses.
     """
     ordered = sorted(tensors, key=lambda tensor: (-_ORDER[tensor.dtype], tensor.name))
-    with path.open("xb", buffering=0) as file:
-        _write_fully(file.write, memoryview(dump_header(ordered, metadata)))
-        for tensor in ordered:
-            left = tensor.nbytes
-            for piece in tensor.pieces():
-                assert piece.dtype == tensor.dtype, f"{tensor.name} was planned as {tensor.dtype}"
-                view = piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
-                _write_fully(file.write, view)
-                left -= len(view)
-                wrote(len(view), tensor.name)
-            assert left == 0, f"{tensor.name} has not the size it was planned with"
-        os.fsync(file.fileno())
+    try:
+        with path.open("xb", buffering=0) as file:
+            _write_fully(file.write, memoryview(dump_header(ordered, metadata)))
+            for tensor in ordered:
+                _write_tensor(file.write, tensor, wrote)
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)  # which a full disk does not name
+        raise
 
 
-def _write_fully(write: Callable[[memoryview], int | None], view: memoryview) -> None:
+def _write_tensor(write: Write, tensor: Planned, wrote: Callable[[int, str], object]) -> None:
+    left = tensor.nbytes
+    for piece in tensor.pieces():
+        assert piece.dtype == tensor.dtype, f"{tensor.name} was planned as {tensor.dtype}"
+        view = piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        _write_fully(write, view)
+        left -= len(view)
+        wrote(len(view), tensor.name)
+    assert left == 0, f"{tensor.name} has not the size it was planned with"
+
+
+def _write_fully(write: Write, view: memoryview) -> None:
     while len(view):
         view = view[write(view) or 0 :]
 

@@ -1,0 +1,149 @@
+"""Merging on disk: an adapter into 8 shards of random weights in TinyLlama's shapes, beside copying the files."""
+
+import cProfile
+import json
+import pstats
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import nn
+
+import randlora
+from benchmarks.command import Settings, main
+from benchmarks.layers import RANK
+from benchmarks.models import LLAMA_TARGETS
+from benchmarks.processes import in_own_process, peak_bytes
+from benchmarks.results import Row
+from benchmarks.timing import Figure
+
+SCRATCH = Path("build")  # on the disk, which the directory for temporary files may not be
+SHARDS = 8
+REPEATS = 3
+LIMIT = 600e6
+TARGETS = {"q and v": ["q_proj", "v_proj"], "all linear": LLAMA_TARGETS}
+FUNCTIONS = {
+    "arithmetic": ("merged",),
+    "reading": ("<method 'readinto' of '_io.FileIO' objects>",),
+    "writing": ("<method 'write' of '_io.FileIO' objects>",),
+    "flushing": ("<built-in method posix.fsync>",),
+    "adapter and bases": ("find_changes",),
+}
+"""Where a merge spends its time: what is reported, and the functions whose time that is."""
+
+
+def tiny_llama() -> nn.Module:
+    """Make the model on the meta device, 1.1 billion numbers in bfloat16."""
+    config = transformers.LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        return transformers.LlamaForCausalLM(config).to(torch.bfloat16)  # type: ignore[no-any-return]
+
+
+def write_checkpoint(directory: Path) -> None:
+    """Write the model in shards, each drawn when it is its turn."""
+    model = tiny_llama()
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    names = [list(shapes)[shard::SHARDS] for shard in range(SHARDS)]
+    weight_map: dict[str, str] = {}
+    for shard, held in enumerate(names, 1):
+        file = f"model-{shard:05}-of-{SHARDS:05}.safetensors"
+        tensors = {name: torch.randn(shapes[name], dtype=torch.bfloat16) / 50 for name in held}
+        save_file(tensors, directory / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(held, file)
+    size = 2 * sum(shape.numel() for shape in shapes.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    model.config.save_pretrained(directory)  # type: ignore[operator, union-attr]
+
+
+def write_adapter(directory: Path, targets: list[str]) -> None:
+    """Save an adapter with random values; the model below it has memory that nobody ever writes to."""
+    model = tiny_llama().to_empty(device="cpu")
+    randlora.inject(model, r=RANK, targets=targets)
+    for parameter in randlora.trainable_parameters(model):
+        nn.init.normal_(parameter, std=0.01)
+    randlora.save(model, directory)
+
+
+def copy(base: Path, out: Path) -> None:
+    """Copy the files as they are, and flush them as a merge does."""
+    out.mkdir()
+    for file in base.iterdir():
+        shutil.copy(file, out)
+        randlora.checkpoint.write.flush(out / file.name)
+
+
+def measured_copy(base: Path, out: Path) -> dict[str, float]:
+    """Time a copy."""
+    start = time.perf_counter()
+    copy(base, out)
+    return {"seconds": time.perf_counter() - start}
+
+
+def measured_merge(base: Path, adapter: Path, out: Path) -> dict[str, float]:
+    """Time a merge and measure its peak above what the imports took."""
+    before, start = peak_bytes(), time.perf_counter()
+    randlora.merge_files(base, adapter, out)
+    return {"seconds": time.perf_counter() - start, "peak": peak_bytes() - before}
+
+
+def profile_of_merge(base: Path, adapter: Path, out: Path) -> dict[str, float]:
+    """Say where the time of a merge goes."""
+    profile = cProfile.Profile()
+    profile.runcall(randlora.merge_files, base, adapter, out)
+    stats = pstats.Stats(profile)
+    spent = dict.fromkeys(FUNCTIONS, 0.0)
+    for (_, _, function), (_, _, _, cumulative, _) in stats.stats.items():  # type: ignore[attr-defined]
+        for name, functions in FUNCTIONS.items():
+            spent[name] += cumulative if function in functions else 0.0
+    return {**spent, "all": stats.total_tt}  # type: ignore[attr-defined]
+
+
+def outs(root: Path) -> Iterator[Path]:
+    """Name directories one after the other, and remove each when the next is asked for."""
+    while True:
+        out = root / "out"
+        yield out
+        shutil.rmtree(out)
+
+
+def run(settings: Settings) -> Sequence[Row]:
+    """Copy and merge in turn, each in a process of its own; the files come from the page cache in both."""
+    names = ["q and v"] if settings.is_quick else list(TARGETS)
+    SCRATCH.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as scratch:
+        root = Path(scratch)
+        base, out = root / "base", outs(root)
+        base.mkdir()
+        write_checkpoint(base)
+        for name in names:
+            in_own_process(write_adapter, root / name, TARGETS[name])
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in ("copy", *names)}
+        for _ in range(REPEATS):
+            found["copy"].append(in_own_process(measured_copy, base, next(out)))
+            for name in names:
+                found[name].append(in_own_process(measured_merge, base, root / name, next(out)))
+        profiles = {name: in_own_process(profile_of_merge, base, root / name, next(out)) for name in names}
+    seconds = {name: Figure.of([one["seconds"] for one in measured], "s") for name, measured in found.items()}
+    peaks = {name: Figure.of([one["peak"] for one in found[name]], "B") for name in names}
+    parts = [
+        Row(f"of which {part}", {name: Figure(spent[part], spent[part], "s") for name, spent in profiles.items()})
+        for part in ("all", *FUNCTIONS)
+    ]
+    return [Row("time", seconds), *parts, Row("peak of memory", {**peaks, "600 MB": Figure(LIMIT, LIMIT, "B")})]
+
+
+if __name__ == "__main__":
+    main(("merge", run))

@@ -1,0 +1,91 @@
+"""The screens in docs/cli.md: each is what the commands in it print, recorded by ``python -m tests.screens``.
+
+A screen is a block of the page marked ``console``. A line that begins with ``$ `` is a command, and what follows is
+what it printed, errors too. All screens of the page are recorded in one directory, one after the other, which begins
+with what `prepare` puts there.
+"""
+
+import io
+import json
+import os
+import re
+import shlex
+import sys
+import tempfile
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import torch
+import transformers
+
+from randlora.__main__ import main
+from randlora.files.tensor_file import Planned, dump_header
+from tests.model_directories import save_adapter, save_model
+from tests.models import LLAMA
+
+PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
+SCREEN = re.compile(r"^```console\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+PROMPT = "$ "
+
+
+def prepare(directory: Path) -> None:
+    """Make the models and adapters that the page speaks of."""
+    write_llama_3_8b(directory / "Llama-3-8B")
+    base = save_model(LLAMA, directory / "tiny-llama", dtype=torch.bfloat16, is_sharded=True)
+    (base / "tokenizer.json").write_text("{}", encoding="utf-8")
+    save_adapter(LLAMA, directory / "poems", dtype=torch.bfloat16, targets=["q_proj", "v_proj"])
+    save_adapter(LLAMA, directory / "prose", dtype=torch.bfloat16, targets=["q_proj", "up_proj"], values=1)
+
+
+def write_llama_3_8b(directory: Path) -> None:
+    """Write a checkpoint with the headers of Llama-3-8B; its 16 GB of values are a hole in the file."""
+    config = transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        architectures=["LlamaForCausalLM"],
+    )
+    with torch.device("meta"):
+        shapes = {
+            name: tuple(tensor.shape) for name, tensor in transformers.LlamaForCausalLM(config).state_dict().items()
+        }
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
+    tensors = [Planned(name, torch.bfloat16, shape, list) for name, shape in shapes.items()]
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(dump_header(tensors, {"format": "pt"}))
+        file.truncate(file.tell() + sum(tensor.nbytes for tensor in tensors))
+
+
+def printed(command: str) -> str:
+    """Run a command here and return what it prints."""
+    program, *words = shlex.split(command)
+    assert program == "randlora", f"a screen runs {program}"
+    screen = io.StringIO()
+    with redirect_stdout(screen), redirect_stderr(screen):
+        main(words)
+    return "".join(f"{line.rstrip()}\n" for line in screen.getvalue().splitlines())
+
+
+def record(page: str, directory: Path) -> str:
+    """Return the page with every screen as it looks now."""
+
+    def again(screen: re.Match[str]) -> str:
+        commands = [line for line in screen["text"].splitlines() if line.startswith(PROMPT)]
+        shown = [f"{command}\n{printed(command.removeprefix(PROMPT))}" for command in commands]
+        return f"```console\n{''.join(shown)}```"
+
+    prepare(directory)
+    with chdir(directory):
+        return SCREEN.sub(again, page)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as made:
+        recorded = record(PAGE.read_text(encoding="utf-8"), Path(made))
+    if recorded != PAGE.read_text(encoding="utf-8"):
+        PAGE.write_text(recorded, encoding="utf-8")
+        sys.stdout.write(f"recorded {os.fspath(PAGE)} anew\n")

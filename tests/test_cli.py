@@ -1,0 +1,148 @@
+"""The command line as a whole: where it prints what, exit codes, and what it says without its extra."""
+
+import importlib
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import randlora
+from randlora.__main__ import main
+from randlora.cli.app import app
+from tests.model_directories import save_adapter, save_model
+from tests.models import LLAMA
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands if command.callback is not None)
+MODULE = [sys.executable, "-m", "randlora"]
+
+every_command = pytest.mark.parametrize("command", COMMANDS)
+
+
+def process(words: list[str], directory: Path, **options: Any) -> subprocess.Popen[str]:
+    """Start a process in a directory, with this package."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen(words, cwd=directory, env=environment, text=True, **streams)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Put a model and an adapter of it into a directory."""
+    save_model(LLAMA, tmp_path / "model")
+    save_adapter(LLAMA, tmp_path / "adapter")
+    return tmp_path
+
+
+def test_the_module_runs_as_a_program(directory: Path) -> None:
+    running = process([*MODULE, "--version"], directory)
+    assert running.communicate() == (f"randlora {randlora.__version__}\n", "")
+    assert running.returncode == 0
+
+
+def test_the_script_is_the_same_program() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    module, _, name = scripts["randlora"].partition(":")
+    assert getattr(importlib.import_module(module), name) is main
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_its_extra_it_says_how_to_install_it(missing: str, tmp_path: Path) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None; from randlora.__main__ import main; sys.exit(main([]))"
+    running = process([sys.executable, "-c", code], tmp_path)
+    assert running.communicate() == ("", f"error: the command line needs {missing}: pip install 'randlora[cli]'\n")
+    assert running.returncode == 1
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr()
+    assert all(re.search(rf"\b{command} ", shown.out) for command in COMMANDS)
+    assert shown.err == ""
+
+
+@every_command
+def test_the_help_of_a_command_has_examples_and_says_more_than_its_first_line(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert re.search(rf"Examples randlora {command} .* randlora {command} ", shown)
+    assert "--json" in shown
+
+
+@every_command
+def test_a_command_line_that_cannot_be_read_ends_with_2(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--no-such-option"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "no-such-option" in shown.err
+
+
+def test_a_users_error_is_one_message_on_stderr_and_ends_with_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(tmp_path), "--json"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"error: {tmp_path} holds no weights")
+    assert shown.err.count("\n") == 1  # though it is longer than a terminal is wide
+
+
+def test_an_error_of_the_system_names_the_file(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = directory / "adapter" / "adapter_config.json" / "out"
+    words = ["--base", str(directory / "model"), "--adapter", str(directory / "adapter"), "--out", str(place)]
+    assert main(["merge", *words]) == 1
+    assert re.fullmatch(r"error: .*: .*adapter_config\.json.*\n", capsys.readouterr().err)
+
+
+def test_a_bug_is_not_dressed_up_as_a_users_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("randlora.cli.plan.plan_directory", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["plan", str(tmp_path)])
+
+
+def test_a_reader_that_goes_away_is_no_error(directory: Path) -> None:
+    running = process([*MODULE, "plan", "model"], directory)
+    assert running.stdout is not None
+    running.stdout.close()
+    assert running.stderr is not None
+    assert running.stderr.read() == ""
+    running.wait()
+    running.stderr.close()
+
+
+WORDS = ["merge", "--base", "model", "--adapter", "adapter", "--out", "out", "--json"]
+
+
+def test_in_a_pipe_there_is_one_object_on_stdout_and_nothing_on_stderr(directory: Path) -> None:
+    running = process([*MODULE, *WORDS], directory)
+    out, err = running.communicate()
+    assert json.loads(out)["out"] == str(directory / "out")
+    assert err == ""
+
+
+def test_on_a_terminal_a_bar_shows_how_far_it_is_and_stdout_stays_clean(directory: Path) -> None:
+    ours, theirs = pty.openpty()
+    running = process([*MODULE, *WORDS], directory, stderr=theirs)
+    os.close(theirs)
+    assert running.stdout is not None
+    out = running.stdout.read()
+    running.stdout.close()
+    seen = b""
+    try:
+        while block := os.read(ours, 1 << 16):
+            seen += block
+    except OSError:  # how a terminal ends on Linux
+        pass
+    os.close(ours)
+    assert running.wait() == 0
+    assert json.loads(out)["shards"] == 1
+    assert b"100%" in seen

@@ -1,0 +1,34 @@
+"""The page about the command line is true: screens are what commands print, and no option is missing."""
+
+import re
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from randlora.cli.app import app
+from tests.screens import PAGE, SCREEN, record
+
+TEXT = PAGE.read_text(encoding="utf-8")
+COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands if command.callback is not None)
+
+
+def section(command: str) -> str:
+    """Take the part of the page about one command."""
+    found = re.search(rf"^## {command}\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)
+    assert found is not None, f"the page has no section about {command}"
+    return found[1]
+
+
+def test_the_screens_are_what_the_commands_print(tmp_path: Path) -> None:
+    assert record(TEXT, tmp_path) == TEXT
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_section_with_a_screen_and_all_its_options(command: str) -> None:
+    text = section(command)
+    assert SCREEN.search(text)
+    group = typer.main.get_command(app)
+    options = {option for parameter in group.commands[command].params for option in parameter.opts}  # type: ignore[attr-defined]
+    missing = [option for option in options if option.startswith("--") and f"`{option}`" not in text]
+    assert missing == []

@@ -1,0 +1,70 @@
+"""`randlora merge` does what `merge_files` does, with the options that it is given."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import randlora
+from randlora.__main__ import main
+from randlora.cli.output import plain
+from tests.model_directories import contents, save_adapter, save_model
+from tests.models import LLAMA
+
+
+@pytest.fixture
+def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Begin a command line in a directory with a model and two adapters."""
+    monkeypatch.chdir(tmp_path)
+    save_model(LLAMA, Path("base"), is_sharded=True)
+    for number, name in enumerate(("one", "other")):
+        save_adapter(LLAMA, Path(name), values=number)
+    return ["merge", "--base", "base", "--out", "out"]
+
+
+def test_one_adapter_is_merged(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, "--adapter", "one"]) == 0
+    report = randlora.merge_files("base", "one", "expected")
+    assert contents(Path("out")) == contents(Path("expected"))
+    assert capsys.readouterr().out.replace("/out", "/expected") == f"{report}\n"
+
+
+def test_several_adapters_are_merged_with_their_scales(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    more = [
+        "--adapter",
+        "one",
+        "--scale",
+        "0.5",
+        "--adapter",
+        "other",
+        "--scale",
+        "-2",
+        "--dtype",
+        "bfloat16",
+        "--json",
+    ]
+    assert main([*words, *more]) == 0
+    report = randlora.merge_files("base", {"one": 0.5, "other": -2.0}, "expected", dtype=torch.bfloat16)
+    assert contents(Path("out")) == contents(Path("expected"))
+    assert json.loads(capsys.readouterr().out) == {**plain(report), "out": str(Path("out").absolute())}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--adapter", "one", "--adapter", "other", "--scale", "2"], "one --scale for each --adapter"),
+        (["--adapter", "one", "--adapter", "one"], "given twice"),
+        (["--adapter", "one", "--dtype", "int8"], "int8"),
+        ([], "--adapter"),
+    ],
+    ids=["scales", "twice", "dtype", "none"],
+)
+def test_what_cannot_be_meant_is_refused(
+    more: list[str], message: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, *more]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert message in " ".join(shown.err.replace("│", " ").split())
+    assert not Path("out").exists()

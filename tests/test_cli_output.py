@@ -1,0 +1,55 @@
+"""How results look: tables that nobody cuts, and values that JSON can hold."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import randlora
+from randlora.cli.output import complain, plain, progress_bar, show_json, show_table
+from randlora.files.progress import no_progress
+
+
+def test_a_wide_table_is_not_cut_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "model." + "very_long_name." * 40
+    show_table(("layer", "norm", "count"), [(name, "0.25", 12345), ("short", "1", 2)])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["layer", "norm", "count"], [name, "0.25", "12,345"], ["short", "1", "2"]]
+
+
+def test_a_table_without_headings_has_no_empty_first_line(capsys: pytest.CaptureFixture[str]) -> None:
+    show_table((), [("a", "1 kB"), ("bcd", "20 kB")])
+    assert capsys.readouterr().out.splitlines() == ["a     1 kB", "bcd  20 kB"]
+
+
+def test_brackets_in_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    show_table(("name",), [("[bold]x[/bold]",)])
+    complain("[red]no[/red]")
+    shown = capsys.readouterr()
+    assert "[bold]x[/bold]" in shown.out
+    assert shown.err == "error: [red]no[/red]\n"
+
+
+def test_what_json_cannot_hold_becomes_text(capsys: pytest.CaptureFixture[str]) -> None:
+    report = randlora.FileMergeReport(Path("out"), {"ä": 0.5}, ("x",), (), 1, 10, torch.bfloat16, ())
+    show_json(report)
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == {
+        "out": "out",
+        "adapters": {"ä": 0.5},
+        "merged": ["x"],
+        "replaced": [],
+        "shards": 1,
+        "nbytes": 10,
+        "dtype": "bfloat16",
+        "notes": [],
+    }
+    assert plain({1: {Path("a")}}) == {"1": ["a"]}
+
+
+def test_nobody_is_told_how_far_it_is_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar() as progress:
+        assert progress is no_progress
+        progress(1, 2, "x")
+    assert capsys.readouterr().err == ""

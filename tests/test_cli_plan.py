@@ -1,0 +1,63 @@
+"""`randlora plan` prints what `plan_directory` returns, with the options that it is given."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import randlora
+from randlora.__main__ import main
+from randlora.cli.output import plain
+from tests.model_directories import save_model
+from tests.models import LLAMA
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_model(LLAMA, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ([], {"r": 32}),
+        (["--r", "4", "--targets", "q_proj", "--targets", "up_proj"], {"r": 4, "targets": ["q_proj", "up_proj"]}),
+        (["--targets", "all-linear", "--exclude", "mlp"], {"r": 32, "targets": "all-linear", "exclude": ["mlp"]}),
+        (["--targets-regex", r".*\.0\..*_proj"], {"r": 32, "targets": r".*\.0\..*_proj"}),
+        (["--train-also", "norm", "--alpha", "3", "--seed", "7"], {"train_also": ["norm"], "alpha": 3.0, "seed": 7}),
+        (["--r", "8", "--basis", "block", "--blocks", "4", "8"], {"r": 8, "basis": "block", "blocks": (4, 8)}),
+        (["--basis", "sparse", "--stream", "portable"], {"basis": "sparse", "stream": "portable"}),
+    ],
+    ids=["default", "names", "exclude", "regex", "beside", "block", "stream"],
+)
+def test_the_options_are_those_of_the_library(
+    words: list[str], options: dict[str, Any], model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = randlora.plan_directory(model, **{"r": 32, **options})
+    assert main(["plan", str(model), *words]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"{expected}\n")
+    assert "AdamW" in shown.out
+    assert main(["plan", str(model), *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {name: found[name] for name in plain(expected)} == plain(expected)
+    assert found["share"] == expected.share
+    parts = ("weights", "parameters", "gradients", "optimiser", "bases")
+    assert found["training_memory"]["total"] == sum(found["training_memory"][part] for part in parts)
+
+
+def test_an_alpha_of_zero_is_not_taken_for_none(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(model), "--alpha", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["alpha"] == 0
+
+
+def test_names_and_a_regex_together_cannot_be_read(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(model), "--targets", "q_proj", "--targets-regex", "x"]) == 2
+    assert "not both" in capsys.readouterr().err
+
+
+def test_a_name_that_is_not_there_is_answered_with_the_nearest(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(model), "--targets", "q_prj"]) == 1
+    shown = capsys.readouterr()
+    assert (shown.out, "q_proj" in shown.err) == ("", True)

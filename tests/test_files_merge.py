@@ -1,0 +1,170 @@
+"""Merging on disk equals loading, merging and saving: every file that comes out, byte for byte."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import randlora
+from randlora.config import BasisKind
+from tests.model_directories import HEADS, contents, merge_in_memory, save_adapter, save_model, write
+from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, every_transformers_model
+from tests.peer import THEIR_WARNINGS, peft_model
+
+pytestmark = THEIR_WARNINGS
+
+both_layouts = pytest.mark.parametrize("is_sharded", [False, True], ids=["one-file", "sharded"])
+every_basis = pytest.mark.parametrize("basis", ["dense", "sparse", "very_sparse", "block"])
+
+
+@every_transformers_model
+@both_layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_merging_files_writes_what_loading_merging_and_saving_writes(
+    kind: RealModel, is_sharded: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base = save_model(kind, tmp_path / "base", dtype=dtype, is_sharded=is_sharded)
+    adapter = save_adapter(kind, tmp_path / "adapter", dtype=dtype)
+    report = randlora.merge_files(base, adapter, tmp_path / "out")
+    expected = write(merge_in_memory(kind, {adapter: 1.0}, dtype=dtype), tmp_path / "expected", is_sharded=is_sharded)
+    assert contents(report.out) == contents(expected) != contents(base)
+    assert (len(list(base.glob("*.safetensors"))) > 1) == is_sharded
+
+
+@every_transformers_model
+def test_several_adapters_are_summed_as_in_memory_and_what_was_trained_beside_them_is_taken_over(
+    kind: RealModel, tmp_path: Path
+) -> None:
+    base = save_model(kind, tmp_path / "base", dtype=torch.bfloat16, is_sharded=True)
+    options = ({"train_also": [HEADS[kind.name]]}, {"r": 5, "seed": 1}, {"basis": "block", "r": 8})
+    adapters = {
+        save_adapter(kind, tmp_path / f"adapter {number}", dtype=torch.bfloat16, values=number, **given): weight
+        for number, (given, weight) in enumerate(zip(options, (0.7, -0.3, 2.0), strict=True))
+    }
+    report = randlora.merge_files(base, adapters, tmp_path / "out")
+    merged = merge_in_memory(kind, adapters, dtype=torch.bfloat16)
+    assert contents(report.out) == contents(write(merged, tmp_path / "expected", is_sharded=True))
+    assert report.adapters == {str(path): weight for path, weight in adapters.items()}
+    assert report.replaced
+    assert not set(report.replaced) & set(report.merged)
+
+
+@every_basis
+def test_every_kind_of_bases_is_merged_as_in_memory(basis: BasisKind, tmp_path: Path) -> None:
+    base = save_model(LLAMA, tmp_path / "base")
+    adapter = save_adapter(LLAMA, tmp_path / "adapter", basis=basis)
+    report = randlora.merge_files(base, adapter, tmp_path / "out")
+    assert contents(report.out) == contents(write(merge_in_memory(LLAMA, {adapter: 1.0}), tmp_path / "expected"))
+
+
+@every_transformers_model
+def test_an_adapter_that_peft_wrote_is_merged_as_in_memory(kind: RealModel, tmp_path: Path) -> None:
+    options = {"modules_to_save": ["classifier"]} if kind is BERT else {}
+    base = save_model(kind, tmp_path / "base")
+    peft_model(kind, **options).save_pretrained(tmp_path / "adapter")
+    report = randlora.merge_files(base, tmp_path / "adapter", tmp_path / "out")
+    merged = merge_in_memory(kind, {tmp_path / "adapter": 1.0})
+    assert contents(report.out) == contents(write(merged, tmp_path / "expected"))
+    assert bool(report.replaced) == (kind is BERT)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+@both_layouts
+def test_a_wider_dtype_is_that_of_the_model_while_merging(
+    narrow: torch.dtype, is_sharded: bool, tmp_path: Path
+) -> None:
+    base = save_model(BERT, tmp_path / "base", dtype=narrow, is_sharded=is_sharded)
+    adapter = save_adapter(BERT, tmp_path / "adapter", dtype=torch.float32, train_also=["classifier"])
+    report = randlora.merge_files(base, adapter, tmp_path / "out", dtype=torch.float32)
+    model = BERT.build().to(narrow).to(torch.float32)
+    randlora.load(model, adapter)
+    randlora.merge(model)
+    expected = write(model, tmp_path / "expected")
+    assert tensors(report.out) == tensors(expected)
+    assert (report.out / "config.json").read_bytes() == (expected / "config.json").read_bytes()
+    assert report.nbytes == 2 * sum(len(part) for *_, part in tensors(base).values())
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+def test_a_narrower_dtype_is_rounded_to_once_after_merging(narrow: torch.dtype, tmp_path: Path) -> None:
+    base = save_model(GPT2, tmp_path / "base", is_sharded=True)
+    adapter = save_adapter(GPT2, tmp_path / "adapter", train_also=["ln_f"])
+    report = randlora.merge_files(base, adapter, tmp_path / "out", dtype=narrow)
+    expected = write(merge_in_memory(GPT2, {adapter: 1.0}).to(narrow), tmp_path / "expected")
+    assert tensors(report.out) == tensors(expected)
+    assert (report.out / "config.json").read_bytes() == (expected / "config.json").read_bytes()
+    index = json.loads((report.out / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    assert index["metadata"]["total_size"] == report.nbytes
+    assert set(index["weight_map"]) == set(tensors(base))
+
+
+def tensors(directory: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]:
+    """Read the tensors of all shards with the library of that name."""
+    found = {}
+    for path in directory.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            raw = tensor.flatten().view(torch.uint8).numpy().tobytes()
+            found[name] = tensor.dtype, tuple(tensor.shape), raw
+    return found
+
+
+def test_a_tensor_that_is_no_number_with_a_point_keeps_its_dtype(tmp_path: Path) -> None:
+    base = save_model(LLAMA, tmp_path / "base")
+    held = load_file(base / "model.safetensors")
+    held["position_ids"], held["empty"], held["scalar"] = torch.arange(5), torch.empty(0, 3), torch.tensor(1.5)
+    save_file(held, base / "model.safetensors", {"format": "pt", "of": "ours"})
+    adapter = save_adapter(LLAMA, tmp_path / "adapter")
+    out = randlora.merge_files(base, adapter, tmp_path / "out", dtype=torch.bfloat16).out
+    merged = load_file(out / "model.safetensors")
+    assert torch.equal(merged["position_ids"], torch.arange(5))
+    assert merged["empty"].shape == (0, 3)
+    assert {tensor.dtype for name, tensor in merged.items() if name != "position_ids"} == {torch.bfloat16}
+
+
+def test_an_adapter_of_the_bare_model_fits_the_checkpoint_of_one_with_a_head_and_the_other_way(tmp_path: Path) -> None:
+    full = save_model(GPT2, tmp_path / "full")
+    transformers.GPT2LMHeadModel.from_pretrained(full).transformer.save_pretrained(tmp_path / "bare")
+    adapter = save_adapter(GPT2, tmp_path / "adapter")
+    merged = randlora.merge_files(full, adapter, tmp_path / "out").out
+    from_bare = randlora.merge_files(tmp_path / "bare", adapter, tmp_path / "out of bare").out
+    expected = {name.removeprefix("transformer."): bits for name, bits in tensors(merged).items()}
+    assert tensors(from_bare) == expected
+
+    model = transformers.GPT2Model.from_pretrained(tmp_path / "bare")
+    randlora.load(model, rename(adapter, tmp_path / "renamed"))
+    again = randlora.merge_files(full, tmp_path / "renamed", tmp_path / "again").out
+    assert tensors(again) == tensors(merged)
+
+
+def rename(adapter: Path, directory: Path) -> Path:
+    """Save an adapter of GPT-2 with a head as one of the bare model."""
+    model = GPT2.build()
+    randlora.load(model, adapter)
+    bare = transformers.GPT2Model(model.config)
+    randlora.inject(bare, r=4, targets=list(GPT2.targets))
+    values = dict(model.get_submodule("transformer").named_parameters())
+    for fqn, parameter in bare.named_parameters():
+        parameter.data.copy_(values[fqn].data)
+    randlora.save(bare, directory)
+    return directory
+
+
+def test_an_adapter_trained_under_the_old_names_of_a_vit_fits_its_checkpoint(tmp_path: Path) -> None:
+    base = save_model(VIT, tmp_path / "base")
+    adapter = save_adapter(VIT, tmp_path / "adapter", targets=["q_proj", "fc2"])
+    merged = randlora.merge_files(base, adapter, tmp_path / "out").out
+    held = load_file(adapter / "adapter_model.safetensors")
+    renamed = {as_before_5(name): tensor for name, tensor in held.items()}
+    save_file(renamed, adapter / "adapter_model.safetensors")  # without our header, as PEFT writes it
+    again = randlora.merge_files(base, adapter, tmp_path / "again").out
+    assert renamed.keys() != held.keys()
+    assert contents(again) == contents(merged)
+
+
+def as_before_5(name: str) -> str:
+    """Name a layer of a ViT as transformers did before version 5."""
+    name = name.replace("layers.", "encoder.layer.").replace("mlp.fc2", "output.dense")
+    return name.replace("attention.q_proj", "attention.attention.query")

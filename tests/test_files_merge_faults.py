@@ -1,0 +1,266 @@
+"""What can go wrong with a merge on disk: the error is clear, inputs stay, and nothing half-written is left."""
+
+import json
+import os
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import randlora
+from tests.laws import fill
+from tests.model_directories import contents, save_adapter, save_model, write
+from tests.models import BERT, GPT2, LLAMA, SIDES, VOCABULARY
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return save_model(LLAMA, tmp_path / "base", is_sharded=True)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return save_adapter(LLAMA, tmp_path / "adapter")
+
+
+def refused(root: Path, match: str, error: type[Exception] = randlora.CheckpointError, **options: Any) -> None:
+    """Check that merging the base and the adapter below a directory is refused, and that nothing changed there."""
+    before = contents(root)
+    arguments = {"base": root / "base", "adapters": root / "adapter", "out": root / "out", **options}
+    with pytest.raises(error, match=match):
+        randlora.merge_files(**arguments)
+    assert contents(root) == before
+    assert not list(root.glob("**/.*"))
+
+
+def save(model: nn.Module, directory: Path, **options: Any) -> None:
+    """Save an adapter of some model."""
+    randlora.inject(model, r=4, **options)
+    fill(model)
+    randlora.save(model, directory)
+
+
+def llama(**options: Any) -> nn.Module:
+    """Build a Llama that differs from the base."""
+    config = transformers.LlamaConfig(**{"vocab_size": VOCABULARY, "num_key_value_heads": 2, **SIDES, **options})
+    model: nn.Module = transformers.LlamaForCausalLM(config)
+    return model
+
+
+def test_a_base_that_lacks_a_target_is_refused(base: Path, tmp_path: Path) -> None:
+    save(llama(num_hidden_layers=3), tmp_path / "adapter")
+    refused(tmp_path, r"cannot merge .*adapter.*the model has no layer model\.layers\.2\.self_attn\.q_proj")
+
+
+def test_a_base_of_other_shapes_is_refused(base: Path, tmp_path: Path) -> None:
+    save(llama(intermediate_size=40), tmp_path / "adapter", targets=["up_proj"])
+    refused(tmp_path, r"model\.layers\.0\.mlp\.up_proj is 48 x 32 here, the adapter was trained on out x in = 40 x 32")
+
+
+def test_a_base_that_lacks_what_was_trained_beside_is_refused(tmp_path: Path) -> None:
+    transformers.BertModel(transformers.BertConfig(vocab_size=VOCABULARY, **SIDES)).save_pretrained(tmp_path / "base")
+    save(BERT.build(), tmp_path / "adapter", train_also=["classifier"])
+    refused(tmp_path, "the model has no parameter classifier.weight, which the file holds beside the adapter")
+
+
+def test_a_target_whose_weight_is_tied_in_the_base_is_refused(tmp_path: Path) -> None:
+    save_model(GPT2, tmp_path / "base")
+    config = transformers.GPT2Config(**{**GPT2.build().config.to_dict(), "tie_word_embeddings": False})  # type: ignore[operator, union-attr]
+    save(transformers.GPT2LMHeadModel(config), tmp_path / "adapter", targets=["lm_head"])
+    refused(tmp_path, r"the weight of lm_head is tied to transformer\.wte\.weight")
+
+
+def test_a_target_that_is_an_embedding_in_the_base_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    held = load_file(adapter / "adapter_model.safetensors")
+    renamed = {name.replace("layers.0.self_attn.q_proj", "embed_tokens"): tensor for name, tensor in held.items()}
+    save_file(renamed, adapter / "adapter_model.safetensors")
+    refused(tmp_path, "embed_tokens is a Embedding, and only linear layers can be adapted")
+
+
+def test_a_damaged_adapter_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    path = adapter / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    refused(tmp_path, "cannot merge .*adapter.*do not match its checksum")
+
+
+def test_a_truncated_shard_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    path = sorted(base.glob("*.safetensors"))[-1]
+    path.write_bytes(path.read_bytes()[:-5])
+    refused(tmp_path, f"{path.name} is truncated or damaged")
+
+
+def test_two_adapters_that_trained_the_same_parameter_are_refused(base: Path, tmp_path: Path) -> None:
+    for name in ("adapter", "other"):
+        save_adapter(LLAMA, tmp_path / name, train_also=["model.norm"])
+    both = [tmp_path / "adapter", tmp_path / "other"]
+    refused(tmp_path, r"cannot merge .*other.*trained model\.norm\.weight too", adapters=both)
+
+
+@pytest.mark.parametrize(
+    ("match", "error", "options"),
+    [
+        ("must be a finite number, got nan", randlora.ConfigError, {"factor": float("nan")}),
+        ("dtype must be one of .*got torch.int8", randlora.ConfigError, {"dtype": torch.int8}),
+        ("there is no adapter", randlora.ConfigError, {"adapters": []}),
+        ("would not be finite in torch.float32", randlora.MergeError, {"factor": 1e38}),
+        ("values too large for torch.float16", randlora.MergeError, {"factor": 1e6, "dtype": torch.float16}),
+    ],
+    ids=["factor", "dtype", "none", "infinite", "too-narrow"],
+)
+def test_what_cannot_be_computed_is_refused(
+    match: str, error: type[Exception], options: dict[str, Any], base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    if "factor" in options:
+        options = {**options, "adapters": {adapter: options["factor"]}}
+        options.pop("factor")
+    refused(tmp_path, match, error, **options)
+
+
+def test_an_adapter_named_twice_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    refused(tmp_path, "named twice", randlora.ConfigError, adapters=[adapter, adapter])
+
+
+def test_an_output_that_exists_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    refused(tmp_path, "out exists: choose another name", randlora.MergeError)
+    (tmp_path / "out").rmdir()
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    refused(tmp_path, "out exists", randlora.MergeError)
+
+
+@pytest.mark.parametrize("inside", ["base", "adapter"])
+def test_an_output_inside_an_input_is_refused(inside: str, base: Path, adapter: Path, tmp_path: Path) -> None:
+    refused(tmp_path, "is an input and stays as it is", randlora.MergeError, out=tmp_path / inside / "deep" / "out")
+
+
+@contextmanager
+def without_rights() -> Iterator[None]:
+    """Be a user to whom permissions apply, as they do not to root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_directory_that_cannot_be_written_to_is_refused() -> None:
+    with tempfile.TemporaryDirectory() as made:  # pytest's own directories let nobody else in
+        root = Path(made)
+        save_model(LLAMA, root / "base")
+        save_adapter(LLAMA, root / "adapter")
+        (root / "locked").mkdir()
+        for path in (root, *root.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        with without_rights():
+            refused(root, "Permission denied", PermissionError, out=root / "locked" / "out")
+        for path in (root, *root.rglob("*")):
+            path.chmod(path.stat().st_mode | stat.S_IWUSR)
+
+
+def test_an_input_that_cannot_be_written_to_is_read(base: Path, adapter: Path, tmp_path: Path) -> None:
+    for path in (*base.iterdir(), base, *adapter.iterdir(), adapter):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    randlora.merge_files(base, adapter, tmp_path / "out")
+    for path in (base, adapter):
+        path.chmod(0o755)
+
+
+def test_what_the_disk_has_no_room_for_is_not_begun(adapter: Path, tmp_path: Path) -> None:
+    base = save_model(LLAMA, tmp_path / "base")
+    path = base / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    start = max(facts["data_offsets"][1] for name, facts in header.items() if name != "__metadata__")
+    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    header["vast"] = {"dtype": "U8", "shape": [free], "data_offsets": [start, start + free]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:  # a hole, which takes no room itself
+        file.write(len(text).to_bytes(8, "little") + text + content[8 + length :])
+        file.truncate(8 + len(text) + start + free)
+    with pytest.raises(randlora.MergeError, match=r"it takes .*, and .* are free"):
+        randlora.merge_files(base, adapter, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_disk_that_is_full_leaves_nothing(base: Path, adapter: Path, tmp_path: Path) -> None:
+    before = contents(tmp_path)
+    words = [sys.executable, "-m", "randlora", "merge", "--base", "base", "--adapter", "adapter", "--out", "out"]
+    limit = 15_000  # bytes that this process may write to one file: less than a shard
+    ended = subprocess.run(
+        words,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "error: File too large: " in ended.stderr
+    assert ".safetensors" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert contents(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+HALTING = """
+import sys, time
+import randlora
+
+def halt_in_the_middle(done, total, doing):
+    if done > total / 2:
+        print("halfway", flush=True)
+        time.sleep(600)
+
+randlora.merge_files("base", "adapter", "out", progress=halt_in_the_middle)
+"""
+
+
+def test_a_kill_in_the_middle_leaves_nothing_under_the_final_name_and_the_same_call_then_works(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    before = contents(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HALTING],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "halfway\n"
+    with pytest.raises(randlora.CheckpointError, match="is being written by another process"):
+        randlora.merge_files(base, adapter, tmp_path / "out")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"adapter", "base", ".out.unfinished"}
+    assert {name: content for name, content in contents(tmp_path).items() if not name.startswith(".")} == before
+
+    out = randlora.merge_files(base, adapter, tmp_path / "out").out
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "base", "out"}
+    model = LLAMA.build()
+    randlora.load(model, adapter)
+    randlora.merge(model)
+    assert contents(out) == contents(write(model, tmp_path / "expected", is_sharded=True))

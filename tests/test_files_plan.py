@@ -1,0 +1,209 @@
+"""What is planned from headers is what is planned from the model, to the last field."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import randlora
+from randlora.files.model_directory import read_model_directory
+from randlora.files.plan import training_memory
+from tests.model_directories import HEADS, contents, save_model, write
+from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, every_transformers_model
+
+both_layouts = pytest.mark.parametrize("is_sharded", [False, True], ids=["one-file", "sharded"])
+
+OPTIONS: tuple[Mapping[str, Any], ...] = (
+    {},
+    {"targets": "all-linear"},
+    {"targets": "all-linear", "basis": "block", "r": 8, "seed": 5},
+    {
+        "targets": r".*\.(1|0)\..*",
+        "exclude": r".*\.(up_proj|c_fc|intermediate\.dense|fc1)",
+        "basis": "very_sparse",
+        "alpha": 3.0,
+    },
+)
+
+
+@every_transformers_model
+@both_layouts
+@pytest.mark.parametrize("options", OPTIONS, ids=["preset", "all-linear", "block", "regex"])
+def test_a_plan_from_headers_equals_that_of_the_model(
+    kind: RealModel, is_sharded: bool, options: Mapping[str, Any], tmp_path: Path
+) -> None:
+    model = kind.build().to(torch.bfloat16)
+    write(model, tmp_path, is_sharded=is_sharded)
+    before = contents(tmp_path)
+    assert randlora.plan_directory(tmp_path, **{"r": 4, **options}) == randlora.plan(model, **{"r": 4, **options})
+    assert contents(tmp_path) == before
+
+
+@every_transformers_model
+def test_what_is_trained_beside_is_counted_as_in_the_model(kind: RealModel, tmp_path: Path) -> None:
+    model = kind.build()
+    write(model, tmp_path)
+    options: dict[str, Any] = {"r": 4, "targets": list(kind.targets), "train_also": [HEADS[kind.name]]}
+    report = randlora.plan_directory(tmp_path, **options)
+    assert report == randlora.plan(model, **options)
+    assert report.train_also
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("'quarry' matches no linear layer; the nearest names are", {"targets": ["quarry"]}),
+        ("is a Embedding, and only linear layers can be adapted", {"targets": ".*word_embeddings"}),
+        ("r must be a positive integer", {"r": 0}),
+    ],
+)
+def test_what_the_model_would_refuse_is_refused(message: str, options: dict[str, Any], tmp_path: Path) -> None:
+    save_model(BERT, tmp_path)
+    with pytest.raises(randlora.RandLoRAError, match=message) as of_files:
+        randlora.plan_directory(tmp_path, **options)
+    with pytest.raises(randlora.RandLoRAError) as of_model:
+        randlora.plan(BERT.build(), **options)
+    assert str(of_files.value) == str(of_model.value)
+
+
+def test_the_first_files_of_gpt2_are_read_under_the_names_of_the_model(tmp_path: Path) -> None:
+    model = GPT2.build()
+    write(model, tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    first = {name.removeprefix("transformer."): tensor for name, tensor in held.items()}
+    for block in range(2):  # masks, which those files hold and no model has
+        first[f"h.{block}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+        first[f"h.{block}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(first, tmp_path / "model.safetensors", {"format": "pt"})
+    for options in OPTIONS[:3]:
+        assert randlora.plan_directory(tmp_path, **{"r": 4, **options}) == randlora.plan(model, **{"r": 4, **options})
+
+
+def small(config: type[Any], **options: Any) -> Any:
+    """Make a config of few numbers."""
+    sides = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return config(**{**sides, **options})
+
+
+MORE_MODELS: dict[str, tuple[Any, Any]] = {
+    "a bare BERT": (transformers.BertModel, small(transformers.BertConfig, vocab_size=64)),
+    "BERT for masked words": (transformers.BertForMaskedLM, small(transformers.BertConfig, vocab_size=64)),
+    "RoBERTa": (transformers.RobertaForMaskedLM, small(transformers.RobertaConfig, vocab_size=64)),
+    "DeiT": (transformers.DeiTForImageClassification, small(transformers.DeiTConfig, image_size=16, patch_size=8)),
+    "BEiT": (transformers.BeitForImageClassification, small(transformers.BeitConfig, image_size=16, patch_size=8)),
+    "DINOv2": (transformers.Dinov2Model, small(transformers.Dinov2Config, image_size=16, patch_size=8)),
+    "GPT-NeoX": (transformers.GPTNeoXForCausalLM, small(transformers.GPTNeoXConfig, vocab_size=64)),
+    "Qwen2, tied": (
+        transformers.Qwen2ForCausalLM,
+        small(transformers.Qwen2Config, vocab_size=64, num_key_value_heads=2, tie_word_embeddings=True),
+    ),
+    "OPT": (
+        transformers.OPTForCausalLM,
+        small(transformers.OPTConfig, vocab_size=64, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64),
+    ),
+    "T5": (
+        transformers.T5ForConditionalGeneration,
+        transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
+    ),
+    "DistilBERT": (
+        transformers.DistilBertForSequenceClassification,
+        transformers.DistilBertConfig(vocab_size=64, dim=32, hidden_dim=48, n_layers=2, n_heads=4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MORE_MODELS)
+def test_other_models_are_planned_alike(name: str, tmp_path: Path) -> None:
+    model_class, config = MORE_MODELS[name]
+    model = model_class(config)
+    write(model, tmp_path)
+    for options in ({}, {"targets": "all-linear"}):
+        found = randlora.plan_directory(tmp_path, r=4, **options)
+        expected = randlora.plan(model, r=4, **options)
+        assert comparable(found) == comparable(expected)
+
+
+def comparable(report: randlora.Report) -> dict[str, Any]:
+    """Take what must be equal in any model: all but the order, which not every model's names tell."""
+    facts = {name: value for name, value in vars(report).items() if name not in ("targets", "rows", "skipped")}
+    return {
+        **facts,
+        "targets": sorted(report.targets),
+        "rows": sorted(map(str, report.rows)),
+        "skipped": dict(sorted(report.skipped.items())),
+    }
+
+
+def test_what_torch_reads_past_its_layer_is_passed_over_as_in_the_model(tmp_path: Path) -> None:
+    attention = nn.MultiheadAttention(8, 2)
+    model = nn.ModuleDict({"attention": attention, "linear": nn.Linear(8, 8)})
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    report = randlora.plan_directory(tmp_path, r=4, targets="all-linear")
+    expected = randlora.plan(model, r=4, targets="all-linear")
+    assert report.skipped == expected.skipped
+    assert report.targets == expected.targets == ("linear",)
+    assert report.total_parameters == expected.total_parameters
+
+
+def test_running_statistics_are_no_parameters(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    report = randlora.plan_directory(tmp_path, r=4)
+    assert report.total_parameters == randlora.plan(model, r=4).total_parameters
+    with pytest.raises(randlora.TargetError, match="running statistics"):
+        randlora.plan_directory(tmp_path, r=4, train_also=["1"])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "note"),
+    [
+        ({"a.weight": (4, 4)}, None, "there is no config.json: what is a linear layer was told by names alone"),
+        ({"words.weight": (50, 4)}, {"vocab_size": 50}, "words was taken for a linear layer .*though it has a row for"),
+        ({"b.embed.weight": (51, 4)}, {"vocab_size": 90}, "b.embed was taken for an embedding by its name"),
+        ({"mlp.experts.3.up.weight": (6, 4)}, {"hidden_size": 4}, "linear layer of an expert"),
+    ],
+    ids=["no-config", "words", "embedding", "expert"],
+)
+def test_where_a_name_is_doubtful_the_report_says_so(
+    tensors: dict[str, tuple[int, int]], config: dict[str, Any] | None, note: str, tmp_path: Path
+) -> None:
+    held = {name: torch.zeros(shape) for name, shape in tensors.items()}
+    save_file({**held, "linear.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
+    if config is not None:
+        (tmp_path / "config.json").write_text(str(config).replace("'", '"'))
+    report = randlora.plan_directory(tmp_path, r=2)
+    assert re.search(note, report.notes[-1])
+    assert report.notes[-1] in str(report)
+
+
+@pytest.mark.parametrize("kind", [LLAMA, VIT], ids=lambda kind: kind.name)
+def test_the_memory_of_training_is_that_of_a_trained_model(kind: RealModel, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"r": 4, "train_also": [HEADS[kind.name]]}
+    model = kind.build().to(torch.bfloat16)
+    write(model, tmp_path)
+    memory = training_memory(randlora.plan_directory(tmp_path, **options), read_model_directory(tmp_path))
+    assert memory.weights == sum(parameter.nbytes for parameter in model.parameters())
+    randlora.inject(model, **options)
+    trained = list(randlora.trainable_parameters(model))
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser = torch.optim.AdamW(trained)
+    optimiser.step()
+    moments = [value for state in optimiser.state.values() for key, value in state.items() if key != "step"]
+    assert memory.parameters == sum(parameter.nbytes for parameter in trained)
+    assert memory.gradients == sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None)
+    assert memory.optimiser == sum(moment.nbytes for moment in moments)
+    assert memory.bases == sum(basis.nbytes for basis in {id(b): b for b in bases(model)}.values())
+    assert memory.total == memory.weights + memory.parameters + memory.gradients + memory.optimiser + memory.bases
+
+
+def bases(model: nn.Module) -> list[Any]:
+    """Return what the model's bank holds."""
+    return list(randlora.state.adapted_root(model)[1].bank)
