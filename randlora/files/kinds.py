@@ -13,7 +13,7 @@ CONV1D_NAMES: dict[str, frozenset[str]] = dict.fromkeys(
 """By model type, the last components of layers that are transformers' ``Conv1D``."""
 
 EMBEDDING_NAMES = frozenset({"wte", "wpe", "shared", "relative_attention_bias", "tokens_embed", "positions_embed"})
-_EMBEDDING_WORD = re.compile(r"(^|_)embed(ding|dings|_tokens|_positions|_in|s)?($|_)|embeddings?$")
+_EMBEDDING_WORD = re.compile(r"(^|_)embed(s|ding|dings|_tokens|_positions|_in)?$|embeddings?$")
 _EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 _HEAD_WORD = re.compile(r"head|out|decoder|score|classifier|predict")
 _SLACK = 2  # some models keep rows of positions for padding
