@@ -28,9 +28,7 @@ def parameters(model: nn.Module) -> list[tuple[str, torch.dtype, tuple[int, ...]
 
 @every_transformers_model
 @pytest.mark.parametrize("is_sharded", [False, True], ids=["one-file", "sharded"])
-def test_the_parameters_are_those_of_the_model_in_its_order(
-    kind: RealModel, is_sharded: bool, tmp_path: Path
-) -> None:
+def test_the_parameters_are_those_of_the_model_in_its_order(kind: RealModel, is_sharded: bool, tmp_path: Path) -> None:
     model = kind.build().to(torch.bfloat16)
     built = of(write(model, tmp_path, is_sharded=is_sharded))
     ours, theirs = parameters(built), parameters(model)
