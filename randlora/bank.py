@@ -159,13 +159,14 @@ class Basis:
         """Return A (index 0) or B (index 1) to compute with, whole.
 
         The compiler calls this while it traces and keeps the tensor as a constant; ``identity`` is an argument so that
-        it traces again for other bases. Whatever mode is on, the tensor made is a real one that autograd accepts.
+        it traces again for other bases. Whatever mode or transform is on, the tensor made is a real one that autograd
+        accepts.
         """
         assert identity == self.identity, "the caller names these bases"
         key = (index, device, dtype)
         if key not in self._copies:
             write_out = self._write_out_B if index else self._write_out_A
-            with torch.inference_mode(mode=False), _disable_current_modes():
+            with torch.inference_mode(mode=False), _disable_current_modes(), torch._C._DisableFuncTorch():
                 self._copies[key] = write_out(device, dtype)
         return self._copies[key]
 

@@ -1,5 +1,6 @@
 """Tracers and modes of torch: whatever sees a model first leaves it as good as it was."""
 
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,6 +71,19 @@ def wide_model(options: dict[str, Any]) -> nn.Sequential:
     randlora.inject(model, r=8, targets="all-linear", **options)
     fill(model)
     return model
+
+
+@pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(options.values()))
+def test_a_transform_that_comes_first_spoils_no_bases_for_the_next(options: dict[str, Any]) -> None:
+    model = pickle.loads(pickle.dumps(cold_model(options)))  # a pickle holds no bases that a seed brings back
+    lam, x = model.get_parameter("0.randlora_lambda.default").detach(), torch.randn(3, 8)
+
+    def loss(lam: Tensor) -> Tensor:
+        return torch.func.functional_call(model, {"0.randlora_lambda.default": lam}, (x,)).square().sum()  # type: ignore[no-any-return]
+
+    second = torch.func.jacrev(torch.func.jacrev(loss))
+    torch.testing.assert_close(second(lam), second(lam))
+    assert model(x).requires_grad
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")
