@@ -13,10 +13,10 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         from randlora.cli import app  # noqa: PLC0415 (the library itself works without typer and rich)
     except ModuleNotFoundError as error:
-        needed = (error.name or "").partition(".")[0]
-        if needed not in NEEDED:
+        missing = (error.name or "").split(".")[0]
+        if missing not in NEEDED:
             raise
-        sys.stderr.write(f"error: the command line needs {needed}: pip install 'randlora[cli]'\n")
+        sys.stderr.write(f"error: the command line needs {missing}: pip install 'randlora[cli]'\n")
         return 1
     return app.main(args)
 

@@ -27,7 +27,7 @@ def test_one_adapter_is_merged(words: list[str], capsys: pytest.CaptureFixture[s
     assert main([*words, "--adapter", "one"]) == 0
     report = randlora.merge_files("base", "one", "expected")
     assert contents(Path("out")) == contents(Path("expected"))
-    assert capsys.readouterr().out.replace("/out", "/expected") == f"{report}\n"
+    assert capsys.readouterr().out.replace("wrote out", "wrote expected") == f"{report}\n"
 
 
 def test_several_adapters_are_merged_with_their_scales(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,7 +47,7 @@ def test_several_adapters_are_merged_with_their_scales(words: list[str], capsys:
     assert main([*words, *more]) == 0
     report = randlora.merge_files("base", {"one": 0.5, "other": -2.0}, "expected", dtype=torch.bfloat16)
     assert contents(Path("out")) == contents(Path("expected"))
-    assert json.loads(capsys.readouterr().out) == {**plain(report), "out": str(Path("out").absolute())}
+    assert json.loads(capsys.readouterr().out) == {**plain(report), "out": "out"}
 
 
 @pytest.mark.parametrize(

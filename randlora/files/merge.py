@@ -97,7 +97,7 @@ def merge_files(
         OSError: When the disk refuses.
     """
     factors = _factors(adapters)
-    source, destination = Path(base), Path(os.path.abspath(out))  # noqa: PTH100 (which follows no links)
+    source, destination = Path(base), Path(out)
     _check(source, factors, destination, dtype)
     directory = read_model_directory(source)
     changes = find_changes(directory, factors)
@@ -106,7 +106,7 @@ def merge_files(
     nbytes = sum(tensor.nbytes for _, tensors in shards for tensor in tensors)
     _require_room(destination, nbytes + sum((source / path).stat().st_size for path in companions.carried))
     written = _Written(nbytes, progress)
-    with staged(destination) as scratch:
+    with staged(destination.absolute()) as scratch:
         for shard, tensors in shards:
             write_tensor_file(scratch / shard.path.name, tensors, shard.metadata, written.add)
         _write_index(directory, scratch, nbytes)
@@ -162,7 +162,7 @@ def _check(base: Path, adapters: Mapping[Path, float], out: Path, dtype: torch.d
     if dtype not in (None, *DTYPES):
         problems.append(f"dtype must be one of {', '.join(map(str, DTYPES))}, or None, got {dtype!r}")
     raise_collected(ConfigError, problems, doing="merge")
-    problems = [f"{out} exists: choose another name, or remove it"] if os.path.lexists(out) else []
+    problems = [f"{out} exists: choose another name, or remove it"] if os.path.lexists(out) else []  # links too
     problems += [
         f"{out} lies in {place}, which is an input and stays as it is: choose a place outside of it"
         for place in (base, *adapters)
@@ -182,7 +182,7 @@ def _planned(shard: Shard, changes: Changes, dtype: torch.dtype | None) -> list[
 
 def _require_room(out: Path, needed: int) -> None:
     """Refuse to begin what the disk cannot hold."""
-    parent = next(parent for parent in out.parents if parent.exists())
+    parent = next(parent for parent in out.absolute().parents if parent.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise MergeError(f"cannot merge to {str(out)!r}: it takes {as_bytes(needed)}, and {as_bytes(free)} are free")

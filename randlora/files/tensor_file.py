@@ -56,7 +56,7 @@ def read_tensor(entry: Entry) -> Tensor:
     Raises:
         CheckpointError: When the file ends before it does.
     """
-    return next(_read(entry, entry.nbytes)).reshape(entry.shape)
+    return next(_read(entry, max(entry.nbytes, 1))).reshape(entry.shape)
 
 
 def read_pieces(entry: Entry) -> Iterator[Tensor]:
