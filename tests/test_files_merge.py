@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,11 @@ def test_several_adapters_are_summed_as_in_memory_and_what_was_trained_beside_th
     kind: RealModel, tmp_path: Path
 ) -> None:
     base = save_model(kind, tmp_path / "base", dtype=torch.bfloat16, is_sharded=True)
-    options = ({"train_also": [HEADS[kind.name]]}, {"r": 5, "seed": 1}, {"basis": "block", "r": 8})
+    options: tuple[dict[str, Any], ...] = (
+        {"train_also": [HEADS[kind.name]]},
+        {"r": 5, "seed": 1},
+        {"basis": "block", "r": 8},
+    )
     adapters = {
         save_adapter(kind, tmp_path / f"adapter {number}", dtype=torch.bfloat16, values=number, **given): weight
         for number, (given, weight) in enumerate(zip(options, (0.7, -0.3, 2.0), strict=True))
@@ -62,7 +67,7 @@ def test_every_kind_of_bases_is_merged_as_in_memory(basis: BasisKind, tmp_path: 
 
 @every_transformers_model
 def test_an_adapter_that_peft_wrote_is_merged_as_in_memory(kind: RealModel, tmp_path: Path) -> None:
-    options = {"modules_to_save": ["classifier"]} if kind is BERT else {}
+    options: dict[str, Any] = {"modules_to_save": ["classifier"]} if kind is BERT else {}
     base = save_model(kind, tmp_path / "base")
     peft_model(kind, **options).save_pretrained(tmp_path / "adapter")
     report = randlora.merge_files(base, tmp_path / "adapter", tmp_path / "out")

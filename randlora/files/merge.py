@@ -30,6 +30,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What tensors are cast from and to."""
 
 Source = str | os.PathLike[str]
+Sources = Source | Sequence[Source] | Mapping[str, float] | Mapping[Path, float]
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class FileMergeReport:
 
 def merge_files(
     base: Source,
-    adapters: Source | Sequence[Source] | Mapping[Source, float],
+    adapters: Sources,
     out: Source,
     *,
     dtype: torch.dtype | None = None,
@@ -140,7 +141,7 @@ class _Written:
         self.progress(self.done, self.total, name)
 
 
-def _factors(adapters: Source | Sequence[Source] | Mapping[Source, float]) -> dict[Path, float]:
+def _factors(adapters: Sources) -> dict[Path, float]:
     """Name the adapters' directories and the factors of their updates, in the caller's order."""
     if isinstance(adapters, Mapping):
         return {Path(source): factor for source, factor in adapters.items()}
