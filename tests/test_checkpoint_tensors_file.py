@@ -56,7 +56,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=6).filter(lambda name: name != "__metadata__")
 
 
-@given(st.dictionaries(names, tensors(), max_size=5), st.none() | st.dictionaries(names, names, max_size=2))
+@given(st.dictionaries(names, tensors(), min_size=1, max_size=5), st.none() | st.dictionaries(names, names, max_size=2))
 def test_every_tensor_is_what_safetensors_reads(written: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "file")

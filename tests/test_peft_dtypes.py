@@ -1,6 +1,7 @@
 """Files of PEFT 0.21.2 trained on bases of any floating dtype, with adapters in float32 or in the dtype of the base."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ def loaded(kind: RealModel, directory: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def their_delta(theirs: nn.Module, kind: RealModel, fqn: str) -> Tensor:
-    delta: Tensor = theirs.get_submodule(PREFIX + fqn).get_delta_weight("default")
+    layer: Any = theirs.get_submodule(PREFIX + fqn)
+    delta: Tensor = layer.get_delta_weight("default")
     return delta.T if kind is GPT2 else delta  # PEFT gives the layout that Conv1D stores
 
 

@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 
-def assert_returns(theirs: nn.Module, kind: RealModel, tmp_path: Path) -> nn.Module:
+def assert_returns(theirs: peft.PeftModel, kind: RealModel, tmp_path: Path) -> nn.Module:
     """Take PEFT's model through our files and back, and hold it against itself; return ours."""
     theirs.save_pretrained(tmp_path / "theirs")
     ours = in_ours(kind, tmp_path / "theirs")
@@ -50,7 +50,7 @@ class Task:
     """A task of PEFT's: its wrapper, what it makes trainable by itself, and a model for it."""
 
     name: str
-    wrapper: type
+    wrapper: type[peft.PeftModel]
     trained: tuple[str, ...]
     model: type
     config: type
@@ -114,7 +114,7 @@ TASKS = (
 def test_adapters_in_pefts_wrappers_for_tasks_come_and_go(task: Task, tmp_path: Path) -> None:
     kind = task.kind
     theirs = peft_model(kind, task_type=task.name)
-    assert type(theirs) is task.wrapper
+    assert type(theirs) is task.wrapper, "PEFT wrapped it otherwise"
     ours = assert_returns(theirs, kind, tmp_path)
     assert randlora.adapters(ours)[0].train_also == task.trained
     assert read_fields(tmp_path / "seed")["task_type"] == task.name

@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class TensorsFile:
     keys: tuple[str, ...]
     metadata: dict[str, str]
     _mapped: Any
-    _raw: BinaryIO
+    _raw: BufferedReader
     _entries: dict[str, dict[str, Any]]
     _start: int
 
