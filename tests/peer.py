@@ -41,6 +41,16 @@ THEIR_WARNINGS = [
 ]
 
 
+TRAINERS_WARNINGS = [
+    # transformers on a machine without a GPU
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
+    # Lightning's advice, and what it still calls by an old name
+    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
+]
+
+
 def peft_config(kind: RealModel, basis: BasisKind = "dense", **options: Any) -> RandLoraConfig:
     """Make the options that an adapter of rank `R` would have in PEFT."""
     options = {"r": R, "randlora_alpha": ALPHA, "target_modules": list(kind.targets), **options}

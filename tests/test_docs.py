@@ -19,9 +19,9 @@ from torch import nn
 
 import randlora
 from randlora import registry
-from tests.peer import THEIR_WARNINGS
+from tests.peer import THEIR_WARNINGS, TRAINERS_WARNINGS
 
-pytestmark = THEIR_WARNINGS  # one page loads an adapter in PEFT
+pytestmark = [*THEIR_WARNINGS, *TRAINERS_WARNINGS]  # of pages that show them at work
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

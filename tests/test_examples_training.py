@@ -1,5 +1,6 @@
 """The examples of training: each runs, its checkpoints hold the adapter only, and a resumed run is the same run."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -15,19 +16,14 @@ from transformers import TrainingArguments
 
 import randlora
 from tests.checkpoint_files import CARD_FILE, CONFIG_FILE, TENSORS_FILE, Bits, all_bits, bits
+from tests.peer import TRAINERS_WARNINGS
 from tests.test_examples import EXAMPLES, imported
 
 ADAPTER_FILES = {CARD_FILE, CONFIG_FILE, TENSORS_FILE}
+TRAINER = EXAMPLES / "transformers_trainer.py"
 NAMES = ("plain_pytorch", "transformers_trainer", "lightning_module")
 
-pytestmark = [
-    # on a machine without a GPU
-    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
-    # Lightning's advice, and what it still calls by old names
-    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*exists and is not empty:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
-]
+pytestmark = TRAINERS_WARNINGS
 
 
 def trained_bits(model: nn.Module) -> list[Bits]:
@@ -123,6 +119,13 @@ def test_a_resumed_trainer_has_the_same_losses(is_new: bool, transformers_traine
     assert losses == expected[3:]
     assert len(set(losses)) == 3
     assert trained_bits(rest.model) == trained_bits(whole.model)
+
+
+def test_the_page_on_training_shows_the_trainer_of_the_example() -> None:
+    program, page = (path.read_text(encoding="utf-8") for path in (TRAINER, EXAMPLES.parent / "training.md"))
+    (shown,) = re.findall(r"^class AdapterTrainer.*?(?=\n\n\n|\n```)", page, re.MULTILINE | re.DOTALL)
+    (run,) = re.findall(r"^class AdapterTrainer.*?(?=\n\n\n)", program, re.MULTILINE | re.DOTALL)
+    assert shown == re.sub(r"  # type: ignore.*", "", run)
 
 
 def test_a_trainer_gives_the_best_adapter_back(transformers_trainer: ModuleType) -> None:
