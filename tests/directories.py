@@ -1,23 +1,20 @@
-"""Directories of real models and of their adapters, ours and PEFT's, and what is in them."""
+"""Directories of real models and of their adapters, ours and PEFT's."""
 
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 import randlora
 from randlora.config import BasisKind
+from tests.model_directories import save_model
 from tests.models import RealModel
 from tests.peer import our_model, peft_model
 
 
 def base_directory(kind: RealModel, parent: Path) -> Path:
     """Save a model as transformers does."""
-    model = kind.build()
-    assert isinstance(model, PreTrainedModel)
-    model.save_pretrained(parent / "base")
-    return parent / "base"
+    return save_model(kind, parent / "base")
 
 
 def our_directory(
@@ -34,10 +31,3 @@ def their_directory(kind: RealModel, parent: Path, basis: BasisKind = "dense", *
     model = peft_model(kind, basis, **options)
     model.save_pretrained(parent / "theirs")
     return parent / "theirs", model
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """Read every file below a directory, hidden ones too."""
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
-    }

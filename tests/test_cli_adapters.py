@@ -12,7 +12,8 @@ import randlora
 from randlora.checkpoint.layout import TENSORS_FILE
 from randlora.cli.app import main
 from tests.checkpoint_files import edit_fields
-from tests.directories import base_directory, contents, our_directory, their_directory
+from tests.directories import base_directory, our_directory, their_directory
+from tests.model_directories import contents
 from tests.models import BERT, LLAMA
 from tests.peer import THEIR_WARNINGS, assert_same_effect, in_peft
 

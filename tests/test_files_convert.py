@@ -15,7 +15,8 @@ from randlora.checkpoint import write
 from randlora.checkpoint.layout import CONFIG_FILE, TENSORS_FILE
 from randlora.config import BasisKind
 from tests.checkpoint_files import all_bits, read_fields, read_tensors
-from tests.directories import base_directory, contents, our_directory, their_directory
+from tests.directories import base_directory, our_directory, their_directory
+from tests.model_directories import contents
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, every_transformers_model, outputs
 from tests.peer import THEIR_WARNINGS, assert_same_effect, every_peft_kind, fill, in_ours, in_peft
 

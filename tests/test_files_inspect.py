@@ -13,7 +13,8 @@ from randlora.checkpoint.layout import CONFIG_FILE, TENSORS_FILE
 from randlora.files.adapter import OpenAdapter
 from randlora.walk import find_targets
 from tests.checkpoint_files import read_fields
-from tests.directories import base_directory, contents, our_directory, their_directory
+from tests.directories import base_directory, our_directory, their_directory
+from tests.model_directories import contents
 from tests.models import BERT, GPT2, LLAMA, RealModel, every_transformers_model
 from tests.peer import ALPHA, THEIR_WARNINGS, R, in_ours
 
