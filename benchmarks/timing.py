@@ -52,7 +52,7 @@ def interleaved(
         _settle_allocator()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
-        for name in runs if turn % 2 else reversed(runs):
+        for name in runs if turn % 2 else reversed(list(runs)):
             taken = _seconds(runs[name], device, calls)
             if turn:
                 seconds[name].append(taken / calls)
