@@ -21,7 +21,7 @@ Way = Literal["factored", "materialised", "few_tokens"]
 Choice = TypeVar("Choice")
 
 PASS = 40
-"""Multiply-adds in the time that one entry takes to be read, changed and written: a rough middle of CPUs and GPUs."""
+"""Multiply-adds in the time that one entry takes to be read, changed and written: measured on CPUs, not on a GPU."""
 
 
 class Sizes(NamedTuple):
