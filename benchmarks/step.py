@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from benchmarks.command import Settings, main
-from benchmarks.layers import AUTOCAST_CONTESTANTS, CONTESTANTS, MORE_CONTESTANTS, Adapt, build, training_step
+from benchmarks.layers import AUTOCAST_CONTESTANTS, MORE_CONTESTANTS, Adapt, build, training_step
 from benchmarks.results import Row
+from benchmarks.targets import judged
 from benchmarks.timing import REPEATS, interleaved
 
 Case = tuple[torch.dtype, int, int, int]  # dtype, tokens, in, out
@@ -29,10 +30,8 @@ def name_of(case: Case) -> str:
 
 
 def measure(case: Case, contestants: Mapping[str, Adapt], device: str, sweep: tuple[str, float] | None = None) -> Row:
-    """Time all contestants on one layer; in bfloat16 PEFT's under autocast too."""
+    """Time contestants on one layer."""
     dtype, tokens, in_features, out_features = case
-    if dtype == torch.bfloat16:
-        contestants = {**contestants, **AUTOCAST_CONTESTANTS}
     x = torch.randn(tokens, in_features, dtype=dtype, device=device, requires_grad=True)
     grad = torch.randn(tokens, out_features, dtype=dtype, device=device)
     layers = {name: build(adapt, in_features, out_features, dtype, device) for name, adapt in contestants.items()}
@@ -44,24 +43,28 @@ def measure(case: Case, contestants: Mapping[str, Adapt], device: str, sweep: tu
     return Row(name_of(case), interleaved(steps, device=device, repeats=repeats), sweep)
 
 
+def all_contestants(case: Case) -> dict[str, Adapt]:
+    """Name who can take part in a case: in bfloat16 PEFT's under autocast too."""
+    return {**MORE_CONTESTANTS, **(AUTOCAST_CONTESTANTS if case[0] == torch.bfloat16 else {})}
+
+
+def with_targets(case: Case) -> dict[str, Adapt]:
+    """Name those who have targets in a case."""
+    wanted = judged("step", name_of(case))
+    return {name: adapt for name, adapt in all_contestants(case).items() if name in wanted}
+
+
 def run(settings: Settings) -> Sequence[Row]:
-    """Measure the cases with targets; in full, how the time grows with the tokens and the layer's side too."""
+    """Measure what has targets; in full, the others too, and how time grows with the tokens and the layer's side."""
     if settings.is_quick:
-        return [measure(case, CONTESTANTS, settings.device) for case in GATED]
+        return [measure(case, with_targets(case), settings.device) for case in GATED]
     dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
-    rows = {}
-    for tokens in TOKENS:
-        row = measure((dtype, tokens, 1024, 1024), MORE_CONTESTANTS, settings.device, ("tokens, 1024→1024", tokens))
-        rows[row.case] = row
-    for case in GATED:
-        if name_of(case) not in rows:
-            rows[name_of(case)] = measure(case, MORE_CONTESTANTS, settings.device)
-    for side in SIDES:
-        row = measure(
-            (dtype, 1024, side, side), MORE_CONTESTANTS, settings.device, ("side of a square layer, T = 1024", side)
-        )
-        rows[row.case] = row
-    return list(rows.values())
+    sweeps = {
+        **{(dtype, tokens, 1024, 1024): ("tokens, 1024→1024", tokens) for tokens in TOKENS},
+        **{(dtype, 1024, side, side): ("side of a square layer, T = 1024", side) for side in SIDES},
+    }
+    cases = dict.fromkeys([*sweeps, *GATED])
+    return [measure(case, all_contestants(case), settings.device, sweeps.get(case)) for case in cases]
 
 
 if __name__ == "__main__":

@@ -93,6 +93,12 @@ TARGETS = (
 )
 
 
+def judged(benchmark: str, case: str) -> set[str]:
+    """Name the contestants of a case that targets are about."""
+    about = [target for target in TARGETS if (target.benchmark, target.case) == (benchmark, case)]
+    return {name for target in about for name in (target.first, target.second)}
+
+
 def verdicts(results: Results, targets: Sequence[Target] = TARGETS) -> list[Verdict]:
     """Judge one benchmark's rows; a target whose case was not run counts as missed."""
     rows = {row.case: row for row in results.rows}
