@@ -7,6 +7,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 
 import randlora
@@ -27,10 +28,9 @@ def adapted(base: nn.Module, **options: Any) -> tuple[nn.Module, AdapterLayer]:
 
 @contextmanager
 def never_called(layer: AdapterLayer) -> Iterator[None]:
-    """Fail where the kind's own forward runs."""
-    plain = type(layer.base_layer)
+    """Fail where the base layer runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plain, "forward", lambda *_args: pytest.fail("the base layer was called"))
+        patch.setattr(type(layer.base_layer), "__call__", lambda *_args: pytest.fail("the base layer was called"))
         yield
 
 
@@ -116,9 +116,27 @@ def test_a_forward_of_its_own_runs_and_one_that_is_inherited_need_not() -> None:
     assert_close(doubled(x), expected(doubled, x), torch.float32)
     _, renamed = adapted(Renamed(6, 9))
     wanted = expected(renamed, x)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn.Linear, "forward", lambda *_args: pytest.fail("the base layer was called"))
+    with never_called(renamed):
         assert_close(renamed(x), wanted, torch.float32)
+
+
+def test_what_is_done_to_all_linear_layers_at_once_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, plain = torch.randn(4, 6), nn.Linear.forward
+    _, layer = adapted(nn.Linear(6, 9))
+    monkeypatch.setattr(nn.Linear, "forward", lambda *args: 2 * plain(*args))
+    assert_close(layer(x), expected(layer, x), torch.float32)
+
+
+def test_a_hook_on_all_modules_sees_the_base_layer() -> None:
+    x = torch.randn(4, 6)
+    seen: list[nn.Module] = []
+    _, layer = adapted(nn.Linear(6, 9))
+    handle = register_module_forward_hook(lambda module, _args, _output: seen.append(module))
+    try:
+        layer(x)
+    finally:
+        handle.remove()
+    assert layer.base_layer in seen
 
 
 def test_a_weight_that_is_computed_later_on_is_read_through_its_layer() -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from randlora.bases.spec import count_bases
 from randlora.errors import MergeError
@@ -175,6 +176,7 @@ class AdapterLayer(nn.Module, ABC):
             type(base).forward is self.plain_forward()
             and "forward" not in base.__dict__  # accelerate's way
             and not (base._forward_pre_hooks or base._forward_hooks or base._backward_pre_hooks or base._backward_hooks)
+            and not _has_any_global_hook()
         )
         if not is_plain or (adapter.config.dropout and self.training):
             return False

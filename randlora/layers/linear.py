@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from randlora.layers.base import AdapterLayer
 from randlora.registry import refuse_layer, register_layer
 
+FORWARD = nn.Linear.forward  # before anybody can put another in its place
+
 
 @register_layer(nn.Linear)
 class LinearAdapter(AdapterLayer):
@@ -25,8 +27,8 @@ class LinearAdapter(AdapterLayer):
 
     @classmethod
     def plain_forward(cls) -> Callable[..., Tensor]:
-        """Return that of `nn.Linear`."""
-        return nn.Linear.forward
+        """Return that of `nn.Linear`, as torch defines it."""
+        return FORWARD
 
 
 refuse_layer(
