@@ -19,7 +19,7 @@ from torch import Tensor
 from randlora.errors import CheckpointError
 from randlora.files.model_directory import DTYPES, LENGTH_BYTES, Entry
 
-CHUNK_BYTES = 1 << 22
+CHUNK_BYTES = 1 << 20  # small enough to be in the processor's cache from reading to writing
 ALIGNMENT = 8  # of the first tensor's place, in bytes
 
 Write = Callable[[memoryview], int | None]
