@@ -150,8 +150,8 @@ def run(settings: Settings) -> Sequence[Row]:  # noqa: ARG001
         base, out = root / "base", outs(root)
         base.mkdir()
         write_checkpoint(base)
-        for name in TARGETS:
-            in_own_process(write_adapter, root / name, TARGETS[name])
+        for name, targets in TARGETS.items():
+            in_own_process(write_adapter, root / name, targets)
         found: dict[str, list[float]] = {name: [] for name in ("copy", *TARGETS)}
         for _ in range(REPEATS):
             found["copy"].append(in_own_process(measured_copy, base, next(out)))
