@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import randlora
-from randlora.files.model_directory import DTYPES, INDEX_FILE, SINGLE_FILE, read_model_directory
+from randlora.checkpoint.tensors_file import DTYPES
+from randlora.files.model_directory import INDEX_FILE, SINGLE_FILE, read_model_directory
 from tests.model_directories import contents, save_model
 from tests.models import BERT, LLAMA, RealModel, every_transformers_model
 

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import randlora
+from randlora.checkpoint.tensors_file import DTYPES
 from randlora.files import tensor_file
-from randlora.files.model_directory import DTYPES, SINGLE_FILE, read_model_directory
+from randlora.files.model_directory import SINGLE_FILE, read_model_directory
 from randlora.files.tensor_file import Planned, read_pieces, read_tensor, write_tensor_file
 
 names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=8)

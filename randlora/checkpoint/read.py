@@ -113,7 +113,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     with open_tensors(path) as file:
         text = _header_text(file.metadata, path)
         if text is None:  # what else is in a file of ours is for its seal and its version to say
-            raise_collected(CheckpointError, _stray(file.keys), doing=f"read {str(path)!r}")
+            raise_collected(CheckpointError, _stray(file.entries), doing=f"read {str(path)!r}")
         return _unrepeated(file, path), text
 
 
@@ -121,12 +121,12 @@ def _unrepeated(file: TensorsFile, path: Path) -> dict[str, Tensor]:
     """Read the tensors; further copies of the bases are held against the first ones and never kept."""
     tensors: dict[str, Tensor] = {}
     firsts: dict[str, str] = {}
-    for key in file.keys:
+    for key in file.entries:
         name = _basis_name(key) or key
         first = firsts.setdefault(name, key)
         if first == key:
             tensors[name] = file.read(key)
-        elif not file.repeats(key, first, tensors[name]):
+        elif not file.repeats(key, tensors[name]):
             raise CheckpointError(f"{path} holds copies of {name} that differ, {first} and {key}: it is damaged")
     return tensors
 

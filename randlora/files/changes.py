@@ -20,8 +20,9 @@ from randlora.checkpoint.bases import file_basis
 from randlora.checkpoint.fit import fit_targets
 from randlora.checkpoint.layout import master_copy
 from randlora.checkpoint.read import AdapterFile, read_adapter
+from randlora.checkpoint.tensors_file import Entry
 from randlora.errors import CheckpointError, MergeError
-from randlora.files.model_directory import Entry, ModelDirectory
+from randlora.files.model_directory import ModelDirectory
 from randlora.files.names import namings
 from randlora.files.skeleton import Skeleton, skeleton
 from randlora.files.tensor_file import read_pieces, read_tensor

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 
+from randlora.checkpoint.tensors_file import Shard
 from randlora.errors import ConfigError, MergeError, raise_collected
 from randlora.files.changes import Changes, find_changes
 from randlora.files.companions import copy_companion, copy_config, find_companions, write_json
-from randlora.files.model_directory import CONFIG_FILE, INDEX_FILE, ModelDirectory, Shard, read_model_directory
+from randlora.files.model_directory import CONFIG_FILE, INDEX_FILE, ModelDirectory, read_model_directory
 from randlora.files.progress import Progress, no_progress
 from randlora.files.staging import staged
 from randlora.files.tensor_file import Planned, write_tensor_file

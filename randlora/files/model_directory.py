@@ -10,71 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-
+from randlora.checkpoint.tensors_file import Entry, Shard, read_shard
 from randlora.errors import CheckpointError, raise_collected
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-LENGTH_BYTES = 8  # a safetensors file begins with the length of its header, little-endian
-
-DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "C64": torch.complex64,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-}
-"""What safetensors calls torch's dtypes, in its order: a file holds the last of these first."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor, as the header of its file describes it.
-
-    Attributes:
-        name: Its name in the file.
-        file: The file.
-        dtype: Its dtype.
-        shape: Its shape.
-        offset: Where its bytes begin in the file.
-        nbytes: How many there are.
-    """
-
-    name: str
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One safetensors file.
-
-    Attributes:
-        path: The file.
-        entries: Its tensors, in the order of their bytes.
-        metadata: The strings that its header carries.
-    """
-
-    path: Path
-    entries: tuple[Entry, ...]
-    metadata: dict[str, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,26 +122,7 @@ def _read_shards(path: Path, files: Iterable[str]) -> tuple[Shard, ...]:
 def _read_shard(path: Path) -> Shard:
     if not path.is_file():
         raise CheckpointError(f"there is no {path}, which the index names: get a complete copy")
-    try:
-        with safe_open(path, framework="np"):  # checks that header and file fit; "pt" would ask for as much memory
-            pass
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-            header = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({error}): get an undamaged copy") from error
-    metadata = header.pop("__metadata__", None) or {}
-    entries = [_entry(path, name, facts, LENGTH_BYTES + length) for name, facts in header.items()]
-    return Shard(path, tuple(sorted(entries, key=lambda entry: (entry.offset, entry.nbytes))), metadata)
-
-
-def _entry(path: Path, name: str, facts: Mapping[str, Any], start: int) -> Entry:
-    if facts["dtype"] not in DTYPES:
-        raise CheckpointError(
-            f"{name} in {path} has dtype {facts['dtype']}, which this library does not know: save it in another"
-        )
-    first, end = facts["data_offsets"]
-    return Entry(name, path, DTYPES[facts["dtype"]], tuple(facts["shape"]), start + first, end - first)
+    return read_shard(path)
 
 
 def _repeated(shards: Iterable[Shard]) -> list[str]:

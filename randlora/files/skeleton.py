@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from randlora.checkpoint.tensors_file import Entry
 from randlora.files.kinds import Kind, doubt, kind_of
-from randlora.files.model_directory import Entry, ModelDirectory
+from randlora.files.model_directory import ModelDirectory
 from randlora.files.names import Naming, namings
 from randlora.files.order import model_order
 from randlora.files.quantised import refuse_quantised

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from randlora.checkpoint.tensors_file import DTYPES, LENGTH_BYTES, Entry
 from randlora.errors import CheckpointError
-from randlora.files.model_directory import DTYPES, LENGTH_BYTES, Entry
 
 CHUNK_BYTES = 1 << 20  # small enough to be in the processor's cache from reading to writing
 ALIGNMENT = 8  # of the first tensor's place, in bytes
