@@ -232,7 +232,7 @@ def test_one_update_is_held_at_a_time_and_progress_is_told(tmp_path: Path, monke
     compute = OpenAdapter.delta_weight
 
     def watched(adapter: OpenAdapter, fqn: str) -> Tensor:
-        assert [reference() for reference in held[:-1] if reference() is not None] == []
+        assert [reference() for reference in held if reference() is not None] == []
         update = compute(adapter, fqn)
         held.append(weakref.ref(update))
         return update
