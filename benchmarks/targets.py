@@ -89,8 +89,7 @@ TARGETS = (
     *(
         within("decode", f"one token, 2048→2048, {memory} memory", "merged", 1.1, of="frozen")
         for memory in ("fresh", "settled")
-    faster("decode", "one token, 2048→2048", "merged", 20.0),
-    within("decode", "one token, 2048→2048", "merged", 1.1, of="frozen"),
+    ),
     *(
         within("merge", "peak of memory above the interpreter's", targets, 1.0, of="600 MB")
         for targets in ("q and v", "all linear")
