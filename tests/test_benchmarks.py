@@ -71,7 +71,7 @@ def test_peft_multiplies_by_float32_matrices_unless_under_autocast(adapt: layers
 
 
 def test_every_target_is_of_a_benchmark_and_has_one_bound() -> None:
-    assert {target.benchmark for target in TARGETS} == {"step", "model", "memory", "startup", "decode"}
+    assert {target.benchmark for target in TARGETS} == {"step", "model", "memory", "startup", "decode", "merge"}
     assert all((target.at_least > 0) != (target.at_most < float("inf")) for target in TARGETS)
 
 
