@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.command import Settings, main
 from benchmarks.layers import AUTOCAST_CONTESTANTS, MORE_CONTESTANTS, Adapt, build, training_step
-from benchmarks.results import Row
+from benchmarks.results import BASELINE, Row
 from benchmarks.targets import judged
 from benchmarks.timing import REPEATS, interleaved
 
@@ -49,8 +49,8 @@ def all_contestants(case: Case) -> dict[str, Adapt]:
 
 
 def with_targets(case: Case) -> dict[str, Adapt]:
-    """Name those who have targets in a case."""
-    wanted = judged("step", name_of(case))
+    """Name those who have targets in a case, and whom the table compares all with."""
+    wanted = judged("step", name_of(case)) | {BASELINE}
     return {name: adapt for name, adapt in all_contestants(case).items() if name in wanted}
 
 

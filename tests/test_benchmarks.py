@@ -70,6 +70,15 @@ def test_peft_multiplies_by_float32_matrices_unless_under_autocast(adapt: layers
     assert any(tensor.dtype == torch.float32 and tensor.numel() == 64 * 64 for tensor in saved) == is_wide
 
 
+@pytest.mark.parametrize("case", step.GATED, ids=step.name_of)
+def test_the_quick_steps_are_of_those_with_targets_and_of_full_fine_tuning(case: step.Case) -> None:
+    names = set(step.with_targets(case))
+    assert "full" in names
+    assert names - {"full"} < {"PEFT", "PEFT, autocast", "dense", "dense, kept", "block"}
+    targets = [target for target in TARGETS if (target.benchmark, target.case) == ("step", step.name_of(case))]
+    assert {name for target in targets for name in (target.first, target.second)} <= names
+
+
 def test_every_target_is_of_a_benchmark_and_has_one_bound() -> None:
     assert {target.benchmark for target in TARGETS} == {"step", "model", "memory", "startup", "decode", "merge"}
     assert all((target.at_least > 0) != (target.at_most < float("inf")) for target in TARGETS)
