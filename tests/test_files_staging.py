@@ -21,7 +21,7 @@ def test_what_was_written_appears_when_the_block_ends(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_nothing_is_left_of_a_block_that_raises(error: type[BaseException], tmp_path: Path) -> None:
     def write() -> None:
-        with staged(tmp_path / "out") as scratch:
+        with staged(tmp_path / "deep" / "er" / "out") as scratch:
             (scratch / "file").write_text("x")
             raise error
 

@@ -106,9 +106,10 @@ def merge_files(
     shards = [(shard, _planned(shard, changes, dtype)) for shard in directory.shards]
     companions = find_companions(directory)
     nbytes = sum(tensor.nbytes for _, tensors in shards for tensor in tensors)
-    _require_room(destination, nbytes + sum((source / path).stat().st_size for path in companions.carried))
+    beside = sum((source / path).stat().st_size for path in companions.carried)
     written = _Written(nbytes, progress)
     with staged(destination.absolute()) as scratch:
+        _require_room(scratch, nbytes + beside, destination)
         for shard, tensors in shards:
             write_tensor_file(scratch / shard.path.name, tensors, shard.metadata, written.add)
         _write_index(directory, scratch, nbytes)
@@ -182,10 +183,9 @@ def _planned(shard: Shard, changes: Changes, dtype: torch.dtype | None) -> list[
     ]
 
 
-def _require_room(out: Path, needed: int) -> None:
+def _require_room(place: Path, needed: int, out: Path) -> None:
     """Refuse to begin what the disk cannot hold."""
-    parent = next(parent for parent in out.absolute().parents if parent.exists())
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(place).free
     if free < needed:
         raise MergeError(f"cannot merge to {str(out)!r}: it takes {as_bytes(needed)}, and {as_bytes(free)} are free")
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from randlora.checkpoint.write import flush
@@ -27,6 +27,7 @@ def staged(out: Path) -> Iterator[Path]:
         CheckpointError: When another process is writing this directory.
         OSError: When the disk refuses.
     """
+    new_parents = [parent for parent in out.parents if not parent.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.with_name(f".{out.name}.unfinished")
     lock = _claim(scratch)
@@ -37,6 +38,9 @@ def staged(out: Path) -> Iterator[Path]:
         flush(out.parent)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
+        for parent in new_parents:
+            with suppress(OSError):  # somebody else may have put something there meanwhile
+                parent.rmdir()
         raise
     finally:
         _close(lock)
