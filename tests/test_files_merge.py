@@ -57,6 +57,25 @@ def test_several_adapters_are_summed_as_in_memory_and_what_was_trained_beside_th
     assert not set(report.replaced) & set(report.merged)
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_weight_that_one_adapter_trained_whole_and_another_adapts_is_merged_as_in_memory(
+    is_first: bool, tmp_path: Path
+) -> None:
+    base = save_model(LLAMA, tmp_path / "base", dtype=torch.bfloat16)
+    layer = "model.layers.0.self_attn.q_proj"
+    whole = {"targets": ["v_proj"], "train_also": [layer]}
+    adapters = {
+        save_adapter(LLAMA, tmp_path / "whole", dtype=torch.bfloat16, values=1, **whole): 1.0,
+        save_adapter(LLAMA, tmp_path / "adapted", dtype=torch.bfloat16, values=2, targets=["q_proj"]): 0.5,
+    }
+    if not is_first:
+        adapters = dict(reversed(adapters.items()))
+    report = randlora.merge_files(base, adapters, tmp_path / "out")
+    merged = merge_in_memory(LLAMA, adapters, dtype=torch.bfloat16)
+    assert contents(report.out) == contents(write(merged, tmp_path / "expected"))
+    assert f"{layer}.weight" in {*report.merged} & {*report.replaced}
+
+
 @every_basis
 def test_every_kind_of_bases_is_merged_as_in_memory(basis: BasisKind, tmp_path: Path) -> None:
     base = save_model(LLAMA, tmp_path / "base")

@@ -81,9 +81,11 @@ class Changes:
             MergeError: When a value would not be finite, but for those that were not before.
         """
         wide = torch.promote_types(entry.dtype, dtype)
+        own = self.replaced.get(entry.name)
         if (merging := self.merged.get(entry.name)) is not None:
-            yield _cast(entry.name, merging.merged(read_tensor(entry).to(wide)), dtype)
-        elif (own := self.replaced.get(entry.name)) is not None:
+            weight = read_tensor(entry) if own is None else own  # one adapter's own version, which another adapts
+            yield _cast(entry.name, merging.merged(weight.to(wide)), dtype)
+        elif own is not None:
             yield _cast(entry.name, own.to(wide), dtype)
         else:
             yield from (_cast(entry.name, piece, dtype) for piece in read_pieces(entry))
