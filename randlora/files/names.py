@@ -29,9 +29,47 @@ _DINOV2: Renames = (
     (r"attention\.attention\.value", "attention.v_proj"),
     (r"attention\.output\.dense", "attention.o_proj"),
 )
+_SELF_ATTENTION: Renames = (
+    (r"attention\.self\.query\.", "attention.q_proj."),
+    (r"attention\.self\.key\.", "attention.k_proj."),
+    (r"attention\.self\.value\.", "attention.v_proj."),
+    (r"attention\.output\.dense\.", "attention.o_proj."),
+)
+_SWIN: Renames = (
+    *_SELF_ATTENTION,
+    (r"attention\.self\.(relative_position_bias_table)", r"attention.relative_position_bias.\1"),
+    (r"intermediate\.dense\.", "mlp.fc1."),
+    (r"output\.dense\.", "mlp.fc2."),
+)
+_SEGFORMER: Renames = (
+    (r"encoder\.patch_embeddings\.(\d+)\.", r"stages.\1.patch_embeddings."),
+    (r"encoder\.block\.(\d+)\.", r"stages.\1.blocks."),
+    (r"encoder\.layer_norm\.(\d+)", r"stages.\1.layer_norm"),
+    *_SELF_ATTENTION,
+    (r"attention\.self\.sr\.", "attention.sequence_reduction.sequence_reduction."),
+    (r"attention\.self\.layer_norm\.", "attention.sequence_reduction.layer_norm."),
+    (r"mlp\.dense([12])\.", r"mlp.fc\1."),
+    (r"layer_norm_1\.", "layernorm_before."),
+    (r"layer_norm_2\.", "layernorm_after."),
+    (r"decode_head\.linear_c\.", "decode_head.linear_projections."),
+)
+_LLAVA: Renames = (
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^(vision_tower|vision_model|multi_modal_projector|image_newline)\b", r"model.\1"),
+)
+_QWEN2_VL: Renames = (
+    (r"^visual\.", "model.visual."),
+    (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
+)
 RENAMES: dict[str, Renames] = {
     **dict.fromkeys(("vit", "deit", "beit", "vit_mae", "vit_msn", "ijepa"), _VIT),
     **dict.fromkeys(("dinov2", "dinov2_with_registers"), _DINOV2),
+    **dict.fromkeys(("aya_vision", "gemma3", "internvl", "llava", "llava_next", "llava_next_video"), _LLAVA),
+    **dict.fromkeys(("llava_onevision", "mistral3", "mllama", "paligemma", "vipllava"), _LLAVA),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _QWEN2_VL),
+    "swin": _SWIN,
+    "segformer": _SEGFORMER,
     "gpt_neox": ((r"^embed_out\.", "lm_head."),),
 }
 """What transformers 5 does to the names in a file, by model type: patterns, replaced in this order."""
