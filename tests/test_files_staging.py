@@ -1,6 +1,10 @@
 """A directory appears complete or not at all."""
 
+import fcntl
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,6 +53,35 @@ def test_two_processes_do_not_write_one_directory(tmp_path: Path) -> None:
             pass
         assert (scratch / "file").read_text() == "x"
     assert (tmp_path / "out" / "file").read_text() == "x"
+
+
+def test_a_directory_that_another_process_replaced_before_it_was_locked_is_that_process_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, others = fcntl.flock, []
+
+    def overtaken(descriptor: int, operation: int) -> Any:
+        if not others:
+            shutil.rmtree(tmp_path / ".out.unfinished")
+            (tmp_path / ".out.unfinished").mkdir()
+            others.append(os.open(tmp_path / ".out.unfinished", os.O_RDONLY))
+            lock(others[0], operation)
+        return lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", overtaken)
+    with pytest.raises(randlora.CheckpointError, match="being written by another process"), staged(tmp_path / "out"):
+        pass
+    assert (tmp_path / ".out.unfinished").is_dir()
+    os.close(others[0])
+
+
+def test_a_link_in_the_place_of_the_hidden_directory_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "file").write_text("theirs")
+    (tmp_path / ".out.unfinished").symlink_to(tmp_path / "data")
+    with pytest.raises(OSError, match="unfinished"), staged(tmp_path / "out"):
+        pass
+    assert (tmp_path / "data" / "file").read_text() == "theirs"
 
 
 def test_a_directory_that_appeared_meanwhile_stays(tmp_path: Path) -> None:

@@ -47,13 +47,14 @@ def staged(out: Path) -> Iterator[Path]:
 
 
 def _claim(scratch: Path) -> int | None:
-    """Make the directory, in the place of one that a killed process left."""
-    if scratch.exists():
+    """Take the directory, made now or left by a killed process; it is whose lock holds what stands at its name."""
+    while True:
+        scratch.mkdir(exist_ok=True)
         lock = _lock(scratch)
-        shutil.rmtree(scratch)
-        _close(lock)
-    scratch.mkdir()
-    return _lock(scratch)
+        if lock is None or _stands_at(scratch, lock):
+            _empty(scratch)
+            return lock
+        os.close(lock)  # another process had it, and removed or renamed it before it could be locked here
 
 
 def _lock(directory: Path) -> int | None:
@@ -62,13 +63,25 @@ def _lock(directory: Path) -> int | None:
         return None
     import fcntl  # noqa: PLC0415 (Windows has none)
 
-    lock = os.open(directory, os.O_RDONLY)
+    lock = os.open(directory, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(lock)
         raise CheckpointError(f"{directory} is being written by another process: wait for it") from error
     return lock
+
+
+def _stands_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _close(lock: int | None) -> None:
