@@ -133,7 +133,8 @@ def test_what_cannot_be_computed_is_refused(
 
 
 def test_an_adapter_named_twice_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
-    refused(tmp_path, "named twice", randlora.ConfigError, adapters=[adapter, adapter])
+    for twice in ([adapter, adapter], {str(adapter): 0.5, f"{adapter}/": 0.25}):
+        refused(tmp_path, "named twice", randlora.ConfigError, adapters=twice)
 
 
 def test_an_output_that_exists_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:

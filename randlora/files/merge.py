@@ -145,12 +145,13 @@ class _Written:
 
 def _factors(adapters: Sources) -> dict[Path, float]:
     """Name the adapters' directories and the factors of their updates, in the caller's order."""
-    if isinstance(adapters, Mapping):
-        return {Path(source): factor for source, factor in adapters.items()}
-    sources = [Path(source) for source in ([adapters] if isinstance(adapters, str | os.PathLike) else adapters)]
-    if len(set(sources)) < len(sources):
-        raise ConfigError("cannot merge: an adapter is named twice; give it a factor instead")
-    return dict.fromkeys(sources, 1.0)
+    if isinstance(adapters, str | os.PathLike):
+        adapters = [adapters]
+    given = adapters if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
+    factors = {Path(source): factor for source, factor in given.items()}
+    if len(factors) < len(adapters):
+        raise ConfigError("cannot merge: an adapter is named twice; give it one factor instead")
+    return factors
 
 
 def _check(base: Path, adapters: Mapping[Path, float], out: Path, dtype: torch.dtype | None) -> None:
