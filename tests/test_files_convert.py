@@ -199,8 +199,9 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: 
 def test_an_adapter_is_never_converted_into_itself(tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
     before = contents(source)
-    with pytest.raises(randlora.CheckpointError, match="into itself"):
-        randlora.convert_adapter(source, tmp_path / "x" / ".." / "ours", overwrite=True)
+    for out in (tmp_path / "x" / ".." / "ours", source / "inside"):
+        with pytest.raises(randlora.CheckpointError, match="into itself"):
+            randlora.convert_adapter(source, out, overwrite=True)
     assert contents(source) == before
 
 

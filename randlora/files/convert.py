@@ -115,7 +115,7 @@ def convert_adapter(
     """
     source, target = Path(directory), Path(out)
     raise_collected(ConfigError, _option_problems(to, rank, tolerance), doing="convert")
-    if target.resolve() == source.resolve():
+    if source.resolve() in (target.resolve(), *target.resolve().parents):
         raise CheckpointError(f"cannot convert {str(source)!r} into itself: the input is never touched")
     check_output(target, overwrite=overwrite)
     adapter = open_adapter(source, None if base is None else Path(base))
