@@ -58,7 +58,8 @@ def test_two_processes_do_not_write_one_directory(tmp_path: Path) -> None:
 def test_a_directory_that_another_process_replaced_before_it_was_locked_is_that_process_s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock, others = fcntl.flock, []
+    lock = fcntl.flock
+    others: list[int] = []
 
     def overtaken(descriptor: int, operation: int) -> Any:
         if not others:
