@@ -200,3 +200,11 @@ def test_a_head_that_the_base_lacks_is_named_and_one_of_another_shape_fails(tmp_
     found = randlora.verify_adapter(source, base)
     assert found.passed
     assert "it lacks classifier.weight, classifier.bias, as it would a new head" in str(found)
+
+
+def test_progress_is_told_of_every_step(tmp_path: Path) -> None:
+    source, _ = our_directory(LLAMA, tmp_path)
+    told: list[tuple[int, int, str]] = []
+    randlora.verify_adapter(source, progress=lambda *news: told.append(news))
+    assert [done for done, _, _ in told] == list(range(told[0][1] + 1))
+    assert told[-1][2] == "done"

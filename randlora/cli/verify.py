@@ -9,7 +9,7 @@ import typer
 from typer import Option
 
 from randlora.cli.arguments import AdapterDir
-from randlora.cli.output import AsJson, plain, show, show_json
+from randlora.cli.output import AsJson, plain, progress_bar, show, show_json
 from randlora.files.verify import verify_adapter
 
 FAILED = 1
@@ -29,7 +29,8 @@ def verify(adapter_dir: AdapterDir, base: Base = None, as_json: AsJson = False) 
 
     `randlora verify my-adapter --base Llama-3-8B --json`
     """
-    verification = verify_adapter(adapter_dir, base)
+    with progress_bar() as progress:
+        verification = verify_adapter(adapter_dir, base, progress=progress)
     if as_json:
         show_json({**plain(verification), "passed": verification.passed})
     else:

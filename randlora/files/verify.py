@@ -11,7 +11,10 @@ from randlora.bases.spec import sliced_dims
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.errors import CheckpointError
 from randlora.files.adapter import Shapes, adapter_basis, fit_base, known_shapes
+from randlora.files.progress import Progress, no_progress
 from randlora.files.summary import DIGEST_SHOWN
+
+STEPS = 3
 
 Outcome = Literal["passed", "failed", "not checked"]
 
@@ -58,27 +61,38 @@ class Verification:
         return "\n".join([*map(str, self.checks), f"{self.directory} is {verdict}"])
 
 
-def verify_adapter(directory: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> Verification:
+def verify_adapter(
+    directory: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    *,
+    progress: Progress = no_progress,
+) -> Verification:
     """Check an adapter's files: contents, checksum, bases, and whether they fit a base model.
 
     Args:
         directory: What `randlora.save` or PEFT's ``save_pretrained`` wrote.
         base: The directory of its base model, whose headers are read.
+        progress: Told of every step.
 
     Returns:
         All checks. A damaged file is a check that failed, and no exception.
     """
     directory = Path(directory)
+    progress(0, STEPS, "reading the files")
     try:
         file = read_adapter(directory)
         shapes = known_shapes(file)
     except CheckpointError as error:
         return Verification(directory, (Check("files", "failed", str(error)),))
     checks = [Check("files", "passed", _contents(file)), _checksum(file)]
+    progress(1, STEPS, "looking at the base model")
     if base is not None:
         fit, shapes = _fit(file, Path(base), shapes)
         checks.append(fit)
-    return Verification(directory, (*checks, _bases(file, shapes)))
+    progress(2, STEPS, "drawing the bases")
+    checks.append(_bases(file, shapes))
+    progress(STEPS, STEPS, "done")
+    return Verification(directory, tuple(checks))
 
 
 def _contents(file: AdapterFile) -> str:
