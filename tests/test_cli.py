@@ -109,19 +109,6 @@ def test_a_bug_is_not_dressed_up_as_a_users_error(monkeypatch: pytest.MonkeyPatc
         main(["plan", str(tmp_path)])
 
 
-def test_where_the_encoding_lacks_a_letter_its_code_is_shown(directory: Path) -> None:
-    (directory / "\udcff").symlink_to("adapter")  # a name that is no UTF-8
-    for encoding, words, shown in (
-        ("latin-1", ["inspect", "adapter"], r"\u2016\u0394W\u2016F"),
-        ("utf-8", ["inspect", "\udcff", "--no-norms"], r"\udcff"),
-        ("utf-8", ["inspect", "\udcff", "--no-norms", "--json"], r'"directory": "\udcff"'),
-    ):
-        running = process(["env", f"PYTHONIOENCODING={encoding}", *MODULE, *words], directory)
-        out, err = running.communicate()
-        assert (running.returncode, err) == (0, "")
-        assert shown in out
-
-
 def test_a_reader_that_goes_away_is_no_error(directory: Path) -> None:
     running = process([*MODULE, "plan", "model"], directory)
     assert running.stdout is not None

@@ -11,7 +11,7 @@ import randlora
 from randlora.cli.convert import convert
 from randlora.cli.inspect import inspect
 from randlora.cli.merge import merge
-from randlora.cli.output import complain, show, show_codes_of_what_cannot_be_shown
+from randlora.cli.output import complain, show
 from randlora.cli.plan import plan
 from randlora.cli.verify import verify
 from randlora.errors import RandLoRAError
@@ -60,7 +60,6 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 for an error of the user's, 2 for a command line that cannot be read.
     """
-    show_codes_of_what_cannot_be_shown()
     try:
         app(None if args is None else list(args), prog_name="randlora")
     except SystemExit as ended:

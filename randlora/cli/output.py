@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,7 +46,7 @@ def show_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
 
 def show_json(value: object) -> None:
     """Print a result as one JSON object."""
-    typer.echo(json.dumps(plain(value), indent=2))
+    typer.echo(json.dumps(plain(value), indent=2, ensure_ascii=False))
 
 
 def plain(value: Any) -> Any:
@@ -73,13 +72,6 @@ def progress_bar() -> Iterator[Progress]:
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task("", total=None)
         yield lambda done, total, doing: bars.update(task, completed=done, total=total, description=doing)
-
-
-def show_codes_of_what_cannot_be_shown() -> None:
-    """Let a terminal or a file whose encoding lacks a letter have its code, where the whole result would be lost."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def complain(message: str) -> None:
