@@ -1,26 +1,32 @@
 """`merge`, `merged` and `unmerge`: fold the active adapters into the weights, for good or for a while.
 
 A merged weight is computed in float32 or wider and rounded once. The weight it replaces is kept, not computed back, so
-unmerging restores every bit in every dtype.
+unmerging restores every bit in every dtype. A quantised weight is written out, added to, and rounded to codes again, or
+left written out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from randlora.errors import MergeError, raise_collected
+from randlora.errors import ConfigError, MergeError, raise_collected
 from randlora.install import adapter_layers, detach
 from randlora.layers.base import AdapterLayer
+from randlora.layers.folding import Into, QuantisationError, Quantised
 from randlora.report import MergeReport
 from randlora.state import ModelState, adapted_root
+from randlora.walk import named_parameters
 
 
 @torch.inference_mode(mode=False)  # the weights outlive the mode the caller is in
-def merge(model: nn.Module, *, keep: bool = False) -> MergeReport:
+def merge(
+    model: nn.Module, *, keep: bool = False, quantised: Quantised = "requantise", dtype: torch.dtype | None = None
+) -> MergeReport:
     """Fold the active adapters into the weights, in place.
 
     Until the last layer is done, both its weight before and after are held.
@@ -29,26 +35,37 @@ def merge(model: nn.Module, *, keep: bool = False) -> MergeReport:
         model: A model that carries adapters.
         keep: Keep the adapters and the weights as they were, for `unmerge`. Else plain layers are back, the adapters
             are gone, and parameters require grad as they did before the first adapter came.
+        quantised: What becomes of bitsandbytes layers. ``"requantise"`` leaves layers of the same kind, whose codes are
+            the nearest to the merged weights: as small as before, but some of what was learned is rounded away; the
+            report says how much. ``"dequantise"`` leaves an `nn.Linear` in each one's place: nothing is lost, and it
+            takes 2 to 8 times the memory.
+        dtype: Of the layers that ``"dequantise"`` leaves. ``None`` means the dtype a quantised layer computes in, or
+            where it has none, as with 8 bits, that of the model's first floating parameter.
 
     Returns:
-        Which adapters went into which layers.
+        Which adapters went into which layers, and the errors of rounding to codes.
 
     Raises:
         AdapterError: When the model carries no adapter.
+        ConfigError: For another word, or a dtype that is not floating.
         MergeError: When nothing is active, the adapters are switched off or merged already, an inactive adapter would
-            be lost, a weight has no values here, or a merged weight would not be finite. The model is then as it was.
+            be lost, a weight has no values here, a merged weight would not be finite, or a quantised layer has hooks
+            that an `nn.Linear` in its place would lose. The model is then as it was.
     """
     root, state = adapted_root(model)
     layers = [(fqn, layer) for fqn, layer in adapter_layers(root) if state.active.keys() & layer.adapters.keys()]
-    raise_collected(MergeError, [*_state_problems(state, keep=keep), *_weight_problems(layers)], doing="merge")
-    report = MergeReport(dict(state.active), tuple(fqn for fqn, _ in layers), kept=keep)
-    _fold_all(layers, state.active)
+    into = Into(quantised, dtype, _model_dtype(root))
+    raise_collected(ConfigError, _option_problems(into), doing="merge")
+    problems = [*_state_problems(state, keep=keep), *_weight_problems(layers, into)]
+    raise_collected(MergeError, problems, doing="merge")
+    errors = _fold_all(layers, state.active, into)
+    report = MergeReport(dict(state.active), tuple(fqn for fqn, _ in layers), kept=keep, errors=errors)
     state.is_merged = True
     for basis in state.bank:
         basis.release()  # a merged model computes without them
     if not keep:
         for _, layer in layers:
-            layer.unmerged_weight = None
+            layer.unmerged = None
         detach(root, state)
     return report
 
@@ -71,7 +88,7 @@ def unmerge(model: nn.Module) -> tuple[str, ...]:
         raise MergeError(
             "cannot unmerge: the adapters are not merged; randlora.merge(model, keep=True) merges reversibly"
         )
-    restored = [fqn for fqn, layer in adapter_layers(root) if layer.unmerged_weight is not None]
+    restored = [fqn for fqn, layer in adapter_layers(root) if layer.unmerged is not None]
     for _, layer in adapter_layers(root):
         layer.unfold()
     state.is_merged = False
@@ -79,10 +96,17 @@ def unmerge(model: nn.Module) -> tuple[str, ...]:
 
 
 @contextmanager
-def merged(model: nn.Module) -> Iterator[MergeReport | None]:
+def merged(
+    model: nn.Module, *, quantised: Quantised = "requantise", dtype: torch.dtype | None = None
+) -> Iterator[MergeReport | None]:
     """Merge the active adapters inside a ``with`` block, for inference at the base model's speed.
 
     Nests: an inner block finds the adapters merged, yields ``None``, and leaves them so.
+
+    Args:
+        model: A model that carries adapters.
+        quantised: As in `merge`.
+        dtype: As in `merge`.
 
     Raises:
         MergeError: As `merge` does.
@@ -91,7 +115,7 @@ def merged(model: nn.Module) -> Iterator[MergeReport | None]:
     if state.is_merged:
         yield None
         return
-    report = merge(model, keep=True)
+    report = merge(model, keep=True, quantised=quantised, dtype=dtype)
     try:
         yield report
     finally:
@@ -129,7 +153,16 @@ def _state_problems(state: ModelState, *, keep: bool) -> list[str]:
     return problems
 
 
-def _weight_problems(layers: list[tuple[str, AdapterLayer]]) -> list[str]:
+def _option_problems(into: Into) -> list[str]:
+    problems = []
+    if into.quantised not in get_args(Quantised):
+        problems.append(f"quantised must be one of {', '.join(get_args(Quantised))}, got {into.quantised!r}")
+    if into.dtype is not None and not (isinstance(into.dtype, torch.dtype) and into.dtype.is_floating_point):
+        problems.append(f"dtype must be a floating dtype or None, got {into.dtype!r}")
+    return problems
+
+
+def _weight_problems(layers: list[tuple[str, AdapterLayer]], into: Into) -> list[str]:
     problems = []
     for fqn, layer in layers:
         weight = layer.base_layer._parameters.get("weight")
@@ -137,15 +170,31 @@ def _weight_problems(layers: list[tuple[str, AdapterLayer]]) -> list[str]:
             problems.append(f"{fqn} computes its weight from other parameters: remove the parametrisation first")
         elif weight.is_meta or weight.numel() == 0 or type(weight.data) is not Tensor:
             problems.append(f"the weight of {fqn} is not all here (meta, offloaded or sharded): gather it first")
+        elif (reason := layer.merge_obstacle(into)) is not None:
+            problems.append(f"{fqn} {reason}")
     return problems
 
 
-def _fold_all(layers: list[tuple[str, AdapterLayer]], weights: dict[str, float]) -> None:
+def _model_dtype(root: nn.Module) -> torch.dtype:
+    """Guess what a model computes in from its first floating parameter, which is an embedding's as a rule."""
+    dtypes = (parameter.dtype for _, _, _, parameter in named_parameters(root))
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
+def _fold_all(
+    layers: list[tuple[str, AdapterLayer]], weights: dict[str, float], into: Into
+) -> dict[str, QuantisationError]:
     """Fold into every layer, or into none."""
+    errors = {}
     try:
         for fqn, layer in layers:
-            layer.fold(require_finite(fqn, layer.merged_weight(weights)))
+            merged = layer.merged(weights, into)
+            require_finite(fqn, merged.weight)
+            layer.fold(merged)
+            if merged.error is not None:
+                errors[fqn] = merged.error
     except BaseException:
         for _, layer in layers:
             layer.unfold()
         raise
+    return errors

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from randlora.bases.spec import BasisSpec, count_bases
 from randlora.config import RandLoRAConfig
+from randlora.layers.folding import QuantisationError
 from randlora.walk import Selection, Target, named_parameters
 
 FLOAT32_BYTES = 4
@@ -113,17 +114,30 @@ class MergeReport:
         adapters: Names and weights of the adapters folded in.
         targets: FQNs of the layers whose weight changed.
         kept: Whether `randlora.unmerge` can take it back.
+        errors: What rounding to codes did to each layer that was quantised again, by FQN.
     """
 
     adapters: dict[str, float]
     targets: tuple[str, ...]
     kept: bool
+    errors: dict[str, QuantisationError] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """Say it on one line."""
+        """Say it on one line, and what rounding to codes did on two more."""
         names = ", ".join(name if weight == 1 else f"{weight:g} x {name}" for name, weight in self.adapters.items())
         ending = "reversible with randlora.unmerge" if self.kept else "plain layers are back"
-        return f"merged {names} into {len(self.targets)} layers; {ending}"
+        return "\n".join([f"merged {names} into {len(self.targets)} layers; {ending}", *self._rounding()])
+
+    def _rounding(self) -> list[str]:
+        if not self.errors:
+            return []
+        shares = {fqn: error.relative for fqn, error in self.errors.items()}
+        worst = max(shares, key=lambda fqn: shares[fqn])
+        error, spread = self.errors[worst], f"{min(shares.values()):.1%} to {shares[worst]:.1%}"
+        return [
+            f"{len(self.errors)} layers quantised again: rounding took {spread} of the norm of what was merged in,",
+            f"most in {worst}, by {error.largest:.3g} at most where levels lie {error.step:.3g} apart",
+        ]
 
 
 def adapter_report(

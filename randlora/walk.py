@@ -168,7 +168,7 @@ def used_dims(targets: Iterable[Target]) -> tuple[int, int]:
 
 
 def obstacles(model: nn.Module, targets: Sequence[Target]) -> list[str]:
-    """Say why targets cannot be adapted: no floating weight of their own, or a weight that something else shares."""
+    """Say why targets cannot be adapted: no weight of their own that serves, or a weight that something else shares."""
     problems = []
     holders: dict[object, list[tuple[str, nn.Module]]] = {}
     for fqn, module, _, parameter in named_parameters(model):
@@ -180,10 +180,8 @@ def obstacles(model: nn.Module, targets: Sequence[Target]) -> list[str]:
             problems.append(f"{target.fqn} computes its weight from other parameters: remove the parametrisation first")
         elif is_lazy(weight):
             problems.append(f"{target.fqn} has no shape yet: run one forward pass first")
-        elif not weight.is_floating_point():
-            problems.append(
-                f"{target.fqn} has a weight of {weight.dtype}, expected a floating dtype: dequantise it first"
-            )
+        elif (reason := target.layer_class.obstacle(target.module)) is not None:
+            problems.append(f"{target.fqn} {reason}")
         else:
             others = [fqn for fqn, module in holders[_identity(weight)] if module is not target.module]
             if others:

@@ -29,9 +29,10 @@ FLOORS = (
     ("functional",),
     ("bank",),
     ("state",),
+    ("layers.folding", "layers.inputs"),
     ("layers.base",),
-    ("registry",),
-    ("layers.conv1d", "layers.linear"),
+    ("registry", "layers.bnb_codes", "layers.quantised"),
+    ("layers.bnb", "layers.conv1d", "layers.linear"),
     ("layers", "match", "presets"),
     ("walk",),
     ("report", "train_also"),
@@ -61,7 +62,7 @@ FLOORS = (
 )
 """A file imports from the floors below its own only: neither upwards nor its siblings."""
 
-OPTIONAL = {"checkpoint.hub": {"huggingface_hub"}}
+OPTIONAL = {"checkpoint.hub": {"huggingface_hub"}, "layers.bnb_codes": {"bitsandbytes"}}
 """What a file may import beyond what the project depends on, inside functions only."""
 
 FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}

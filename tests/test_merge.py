@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 import randlora
 from randlora import AdapterError, AdapterLayer, MergeError
-from tests.laws import TOKENS, Mixed, Snapshot, assert_close, fill, same_bits, untouched
-from tests.layer_kinds import LAYER_KINDS, LayerKind, every_kind_and_dtype
+from tests.laws import TOKENS, TOLERANCES, Mixed, Snapshot, assert_close, fill, same_bits, untouched
+from tests.layer_kinds import LAYER_KINDS, LayerKind, every_dense_kind_and_dtype, every_kind_and_dtype
 from tests.strategies import KINDS_AND_STREAMS
 
-shapes = st.tuples(st.integers(2, 16), st.integers(2, 16))
+shapes = st.tuples(st.integers(2, 15), st.integers(2, 15))
 
 
 def one_layer(kind: LayerKind, shape: tuple[int, int], dtype: torch.dtype, r: int = 3) -> nn.Sequential:
@@ -20,6 +20,14 @@ def one_layer(kind: LayerKind, shape: tuple[int, int], dtype: torch.dtype, r: in
     randlora.inject(model, r=r, alpha=r, stream="portable")
     fill(model)
     return model
+
+
+def assert_within_a_step(kind: LayerKind, model: nn.Sequential, x: Tensor, expected: Tensor) -> None:
+    """Compare a merged layer's output; weights that are codes may each be a step off what was merged."""
+    layer = model[0].base_layer if isinstance(model[0], AdapterLayer) else model[0]
+    found, allowed = model(x).double(), x.double().abs() @ kind.step(layer).double().T if kind.step else 0.0
+    rounding = TOLERANCES[x.dtype] * max(1.0, expected.abs().max().item())
+    assert ((found - expected.double()).abs() <= allowed + rounding).all()
 
 
 @every_kind_and_dtype
@@ -34,10 +42,10 @@ def test_a_merged_layer_computes_what_the_adapted_one_does(
     base = model[0].base_layer
     randlora.merge(model)
     assert model[0] is base
-    assert_close(model(x), expected, dtype)
+    assert_within_a_step(kind, model, x, expected)
 
 
-@every_kind_and_dtype
+@every_dense_kind_and_dtype
 def test_a_merged_weight_is_the_exact_sum_rounded_once(kind: LayerKind, dtype: torch.dtype) -> None:
     model = one_layer(kind, (9, 14), dtype)
     layer = model[0]
@@ -56,7 +64,7 @@ def test_unmerging_restores_every_bit(kind: LayerKind, dtype: torch.dtype, shape
     expected = model(x)
     for _ in range(3):
         with randlora.merged(model):
-            assert_close(model(x), expected, dtype)
+            assert_within_a_step(kind, model, x, expected)
         before.assert_equals(Snapshot.of(model))
         assert same_bits(model(x), expected)
 

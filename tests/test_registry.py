@@ -70,12 +70,3 @@ def test_a_layer_that_is_never_called_is_refused_by_name_and_skipped_by_all_line
     assert "nn.MultiheadAttention reads this weight" in report.skipped["attention.out_proj"]
     with pytest.raises(TargetError, match=r"attention\.out_proj .* cannot be adapted"):
         randlora.inject(model, r=2, targets=["out_proj"])
-
-
-@pytest.mark.parametrize("name", ["Linear8bitLt", "Linear4bit"])
-def test_quantised_layers_are_refused_with_the_reason(name: str) -> None:
-    """A stand-in of the same qualified name, so that bitsandbytes need not be there."""
-    quantised = type(name, (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
-    model = nn.Sequential(quantised(4, 4))
-    with pytest.raises(TargetError, match="quantised bitsandbytes layers are not supported yet"):
-        randlora.inject(model, r=2, targets=["0"])

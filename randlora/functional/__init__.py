@@ -27,7 +27,7 @@ from randlora.functional.block import BlockPair
 from randlora.functional.cost import Compute
 from randlora.functional.dense import DensePair
 from randlora.functional.diagonals import Diagonals
-from randlora.functional.operation import adapted_linear, delta_weight
+from randlora.functional.operation import WriteOut, adapted_linear, delta_weight
 from randlora.functional.sparse import SparsePair
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "Diagonals",
     "Pair",
     "SparsePair",
+    "WriteOut",
     "adapted_linear",
     "delta_weight",
 ]

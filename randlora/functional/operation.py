@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,13 +18,16 @@ from randlora.functional.diagonals import Diagonals
 from randlora.functional.scratch import is_transformed
 from randlora.functional.sparse import SparsePair
 
+WriteOut = Callable[[torch.dtype], Tensor]
+"""Writes a weight out that is stored in another form, ``(out_features, in_features)`` in the dtype asked for."""
+
 
 def adapted_linear(
     x: Tensor,
     pair: Pair,
     diagonals: Diagonals,
     *,
-    weight: Tensor | None = None,
+    weight: Tensor | WriteOut | None = None,
     bias: Tensor | None = None,
     compute: Compute = "auto",
     keep: bool = False,
@@ -33,11 +37,13 @@ def adapted_linear(
     Nothing is kept for backward but x, Λ, Γ, the weight and a reference to the bases; what was built of them is built
     again. A gradient that nobody asks for costs nothing.
 
+    A weight that is stored as codes is written out for as long as one product takes, and gets no gradient.
+
     Args:
         x: ``(..., in_features)`` in the dtype of B.
         pair: The bases, as the layer slices them; the dtype of B is the one computed in.
         diagonals: Λ and Γ.
-        weight: The base layer's weight, ``(out_features, in_features)`` in any layout and dtype.
+        weight: The base layer's weight, ``(out_features, in_features)`` in any layout and dtype, or what writes it out.
         bias: The base layer's bias, ``(out_features,)``.
         compute: How; ``"auto"`` chooses by the sizes, see `randlora.functional.cost`. An exported program, which serves
             any number of tokens, is factored.
@@ -100,7 +106,7 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor,
-        weight: Tensor | None,
+        weight: Tensor | WriteOut | None,
         bias: Tensor | None,
         lam: Tensor,
         gamma: Tensor,
@@ -112,7 +118,7 @@ class _AdaptedLinear(torch.autograd.Function):
         keep: bool,  # noqa: FBT001
     ) -> Tensor | tuple[Tensor, Tensor]:
         pair = _pair(basis_A, basis_B, rest)
-        weight, bias = (None if tensor is None else tensor.to(pair.B.dtype) for tensor in (weight, bias))
+        weight, bias = _in_dtype(weight, pair.B.dtype), _in_dtype(bias, pair.B.dtype)
         adapted = Adapted(weight, pair, Diagonals(lam, gamma, scaling), x.shape[-1])
         tokens = x.numel() // x.shape[-1]
         way = forward_way(adapted.sizes(tokens), compute)
@@ -132,6 +138,7 @@ class _AdaptedLinear(torch.autograd.Function):
         if kept is not None:
             ctx.mark_non_differentiable(kept)
         needs_tokens = needs_weight or needs_lam or needs_gamma
+        weight, ctx.write_out = (weight, None) if weight is None or isinstance(weight, Tensor) else (None, weight)
         ctx.save_for_backward(
             x if needs_tokens else None, weight, kept if needs_x else None, lam, gamma, basis_A, basis_B
         )
@@ -155,7 +162,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # to be differentiated again: what was kept is a number, and no function of Λ and Γ
         kept = None
     pair = _pair(basis_A, basis_B, ctx.rest)
-    own_weight = None if weight is None else weight.to(pair.B.dtype)
+    own_weight = _in_dtype(ctx.write_out or weight, pair.B.dtype) if needs_x else None
     adapted = Adapted(own_weight, pair, Diagonals(lam, gamma, ctx.scaling), ctx.in_features)
     rows = grad.reshape(grad.numel() // adapted.out_features, adapted.out_features)
     x_way, diagonals_way = backward_ways(
@@ -184,6 +191,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_gamma,
         *[None] * len(others),
     )
+
+
+def _in_dtype(tensor: Tensor | WriteOut | None, dtype: torch.dtype) -> Tensor | None:
+    """Take a tensor in a dtype, written out where it is stored in another form."""
+    if tensor is None:
+        return None
+    return tensor.to(dtype) if isinstance(tensor, Tensor) else tensor(dtype)
 
 
 def _own(output: Tensor, leading: torch.Size) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,24 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from randlora.bases.spec import count_bases
 from randlora.errors import MergeError
-from randlora.functional import Diagonals, Pair, adapted_linear, delta_weight
-from randlora.functional.scratch import is_transformed
+from randlora.functional import Diagonals, Pair, WriteOut, adapted_linear, delta_weight
+from randlora.layers.folding import Into, Merged
+from randlora.layers.inputs import autocast_dtype, is_plain_tensor, is_traced
 from randlora.state import Adapter, ModelState
+
+
+class Reading(NamedTuple):
+    """How a layer's weight enters one operation with an adapter.
+
+    Attributes:
+        weight: ``(out_features, in_features)``, or what writes it out.
+        dtype: The dtype to compute in.
+        output_dtype: The dtype the base layer gives.
+    """
+
+    weight: Tensor | WriteOut
+    dtype: torch.dtype
+    output_dtype: torch.dtype
 
 
 class AdapterLayer(nn.Module, ABC):
@@ -33,7 +48,7 @@ class AdapterLayer(nn.Module, ABC):
         randlora_lambda: Λ by adapter, ``(r, num_bases)`` float32.
         randlora_gamma: Γ by adapter, ``(num_bases, min_dim)`` float32.
         adapters: The adapters this layer belongs to.
-        unmerged_weight: The base's own weight while a merged one stands in its place, else ``None``.
+        unmerged: While a merged weight stands in its place, the base's own as `exchange` gave it, in a tuple.
     """
 
     def __init__(self, base_layer: nn.Module, state: ModelState) -> None:
@@ -49,7 +64,7 @@ class AdapterLayer(nn.Module, ABC):
         self.randlora_gamma = nn.ParameterDict()
         self.state = state
         self.adapters: dict[str, Adapter] = {}
-        self.unmerged_weight: Tensor | None = None
+        self.unmerged: tuple[Any] | None = None  # in a tuple, torch does not take it for a part of this module
         for module in (self, self.randlora_lambda, self.randlora_gamma):
             module.training = base_layer.training
         self.register_forward_pre_hook(_decline_fast_paths)
@@ -73,6 +88,14 @@ class AdapterLayer(nn.Module, ABC):
         Where a base layer runs this very forward, base and adapter are computed as one operation.
         """
         return None
+
+    @classmethod
+    def obstacle(cls, base_layer: nn.Module) -> str | None:
+        """Say why this very layer cannot be adapted, to be read after its name, or ``None``."""
+        dtype = base_layer.get_parameter("weight").dtype
+        if dtype.is_floating_point:
+            return None
+        return f"has a weight of {dtype}, expected a floating dtype: dequantise it first"
 
     @property
     def weight(self) -> nn.Parameter:
@@ -171,32 +194,41 @@ class AdapterLayer(nn.Module, ABC):
 
         Not where the layer is more than its weight and bias, or its input another than the adapter's.
         """
-        base, weight = self.base_layer, self.base_layer._parameters.get("weight")
+        base = self.base_layer
         is_plain = (
             type(base).forward is self.plain_forward()
             and "forward" not in base.__dict__  # accelerate's way
             and not (base._forward_pre_hooks or base._forward_hooks or base._backward_pre_hooks or base._backward_hooks)
             and not _has_any_global_hook()
+            and not (adapter.config.dropout and self.training)
         )
-        if not is_plain or (adapter.config.dropout and self.training):
+        return is_plain and is_plain_tensor(x) and self.only_multiplies(x)
+
+    def only_multiplies(self, x: Tensor) -> bool:
+        """Whether the base layer's forward does nothing to this input but multiply by the weight and add the bias."""
+        weight = self.base_layer._parameters.get("weight")
+        if not is_plain_tensor(weight):
             return False
-        if not (_is_plain_tensor(x) and _is_plain_tensor(weight)):
-            return False
-        has_autocast = _autocast_dtype(x, x.dtype) == _autocast_dtype(x, weight.dtype)
+        has_autocast = autocast_dtype(x, x.dtype) == autocast_dtype(x, weight.dtype)
         return x.device == weight.device and has_autocast and x.dim() > 0 and x.shape[-1] == self.in_features
+
+    def reading(self, x: Tensor) -> Reading:
+        """Say how the weight is read where `only_multiplies` holds."""
+        dtype = autocast_dtype(x, self.weight.dtype)
+        return Reading(self.in_storage_layout(self.weight), dtype, dtype)
 
     def _adapted_output(self, adapter: Adapter, factor: float, x: Tensor) -> Tensor:
         """Compute base layer and adapter as one operation."""
-        dtype = _autocast_dtype(x, self.weight.dtype)
-        pair, diagonals = self._parts(adapter, factor, x.device, dtype, is_traced=_is_traced(x))
+        weight, dtype, output_dtype = self.reading(x)
+        pair, diagonals = self._parts(adapter, factor, x.device, dtype, is_traced=is_traced(x))
         compute, keep = self.state.compute, self.state.keep
-        weight = self.in_storage_layout(self.weight)
-        return adapted_linear(x.to(dtype), pair, diagonals, weight=weight, bias=self.bias, compute=compute, keep=keep)
+        output = adapted_linear(x.to(dtype), pair, diagonals, weight=weight, bias=self.bias, compute=compute, keep=keep)
+        return output.to(output_dtype)
 
     def _adapter_output(self, adapter: Adapter, factor: float, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Compute one adapter's part in the dtype that the base layer gave, which is autocast's where that is on."""
         x = F.dropout(x.to(dtype), adapter.config.dropout, self.training)
-        pair, diagonals = self._parts(adapter, factor, x.device, dtype, is_traced=_is_traced(x))
+        pair, diagonals = self._parts(adapter, factor, x.device, dtype, is_traced=is_traced(x))
         if x.is_nested:  # a nested tensor has sizes and no shape
             return F.linear(x, delta_weight(pair, diagonals, in_features=self.in_features))
         return adapted_linear(x, pair, diagonals, compute=self.state.compute)
@@ -243,17 +275,35 @@ class AdapterLayer(nn.Module, ABC):
         delta = self.in_storage_layout(self.delta_weight(weights))
         return (self.weight.to(delta.dtype) + delta).to(self.weight.dtype).contiguous()
 
-    def fold(self, weight: Tensor) -> None:
-        """Let the base layer read ``weight`` instead of its own, which is kept as it is."""
-        self.unmerged_weight = self.weight.data
-        self.weight.data = weight
+    def merge_obstacle(self, into: Into) -> str | None:  # noqa: ARG002  # for quantised layers
+        """Say why nothing can be merged into this layer so, to be read after its name, or ``None``."""
+        return None
+
+    def merged(self, weights: dict[str, float], into: Into) -> Merged:  # noqa: ARG002  # for quantised layers
+        """Compute what the layer is with some adapters folded in, and change nothing.
+
+        Args:
+            weights: Adapters' names and factors.
+            into: What becomes of a quantised layer.
+        """
+        weight = self.merged_weight(weights)
+        return Merged(weight, weight)
+
+    def exchange(self, held: Any) -> Any:
+        """Let the base layer read what is held instead of its own weight, and return what it read until now."""
+        own, self.weight.data = self.weight.data, held
+        return own
+
+    def fold(self, merged: Merged) -> None:
+        """Let the base layer read a merged weight; its own is kept as it is."""
+        self.unmerged = (self.exchange(merged.held),)
 
     @torch.inference_mode(mode=False)  # the weight outlives the mode the caller is in
     def unfold(self) -> None:
         """Let the base layer read its own weight again, bit for bit, where it was moved to meanwhile."""
-        if self.unmerged_weight is not None:
-            self.weight.data = self.unmerged_weight.to(device=self.weight.device, dtype=self.weight.dtype)
-            self.unmerged_weight = None
+        if self.unmerged is not None:
+            self.exchange(self.unmerged[0].to(device=self.weight.device, dtype=self.weight.dtype))
+            self.unmerged = None
 
     def extra_repr(self) -> str:
         """Name the adapters in ``print(model)``."""
@@ -263,27 +313,6 @@ class AdapterLayer(nn.Module, ABC):
         )
 
 
-def _is_plain_tensor(value: object) -> TypeGuard[Tensor]:
-    """Whether a value is a dense floating tensor of torch's own: subclasses have arithmetic of their own."""
-    if type(value) not in (Tensor, nn.Parameter):
-        return False
-    assert isinstance(value, Tensor)
-    return value.is_floating_point() and value.layout == torch.strided and not value.is_nested
-
-
-def _is_traced(x: Tensor) -> bool:
-    """Whether something watches that has no rules for sparse tensors."""
-    return is_transformed() or torch._C._get_tracing_state() is not None or not _is_plain_tensor(x)
-
-
-def _autocast_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Say what autocast makes of a dtype on the device of ``x``."""
-    device = x.device.type
-    if dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
-        return dtype
-    return torch.get_autocast_dtype(device)
-
-
 def _decline_fast_paths(layer: nn.Module, args: tuple[Any, ...]) -> None:
     """Do nothing: torch's fused transformer layers read weights past their modules, but call those that have a hook."""
 
@@ -291,12 +320,18 @@ def _decline_fast_paths(layer: nn.Module, args: tuple[Any, ...]) -> None:
 def _write_own_weight(layer: nn.Module, state_dict: dict[str, Any], prefix: str, _local_metadata: object) -> None:
     """Save the weight as it is without the adapters: a merged one beside Λ and Γ would count them twice."""
     assert isinstance(layer, AdapterLayer)
-    if layer.unmerged_weight is not None:
-        state_dict[f"{prefix}base_layer.weight"] = layer.unmerged_weight
+    if layer.unmerged is None:
+        return
+    merged = layer.exchange(layer.unmerged[0])
+    own = layer.base_layer.state_dict(prefix=f"{prefix}base_layer.")
+    layer.exchange(merged)
+    for name in [name for name in state_dict if name.startswith(f"{prefix}base_layer.") and name not in own]:
+        del state_dict[name]
+    state_dict.update(own)
 
 
 def _refuse_while_merged(layer: nn.Module, *_: object) -> None:
     """Refuse to load what unmerging would undo."""
     assert isinstance(layer, AdapterLayer)
-    if layer.unmerged_weight is not None:
+    if layer.unmerged is not None:
         raise MergeError("cannot load a state dict while the adapters are merged: call randlora.unmerge(model) first")

@@ -35,6 +35,3 @@ refuse_layer(
     nn.modules.linear.NonDynamicallyQuantizableLinear,
     "nn.MultiheadAttention reads this weight and never calls the layer, so an adapter would be idle: leave it out",
 )
-_QUANTISED = "quantised bitsandbytes layers are not supported yet: load the model without quantisation"
-refuse_layer("bitsandbytes.nn.modules.Linear8bitLt", _QUANTISED)
-refuse_layer("bitsandbytes.nn.modules.Linear4bit", _QUANTISED)

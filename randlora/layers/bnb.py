@@ -1,0 +1,170 @@
+"""The linear layers of bitsandbytes, 4 and 8 bits: frozen codes that stay codes while adapters train on them.
+
+bitsandbytes is imported where there is a layer of it, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from randlora.layers import bnb_codes
+from randlora.layers.base import Reading
+from randlora.layers.inputs import autocast_dtype, is_traced
+from randlora.layers.quantised import QuantisedLayer
+from randlora.registry import register_layer
+
+MODULE = "bitsandbytes.nn.modules"
+OWN_KERNELS_UP_TO = 1536
+"""Tokens up to which bitsandbytes may multiply by 4-bit codes as they are, on a GPU, and not write them out first."""
+NOT_HERE = "has codes that are not here (meta, offloaded): load the model's weights first"
+NOT_YET = "holds no codes yet: move the model to its device first, as in model.to('cuda'), which quantises it"
+
+
+@register_layer(f"{MODULE}.Linear4bit")
+class Linear4bitAdapter(QuantisedLayer):
+    """Adapts a ``Linear4bit``, NF4 or FP4.
+
+    Where gradients are wanted, codes are written out for as long as one product takes, and base and adapter are one
+    operation. Elsewhere the base layer runs, with whatever kernels bitsandbytes has.
+    """
+
+    @classmethod
+    def obstacle(cls, base_layer: nn.Module) -> str | None:
+        """Say why this very layer cannot be adapted."""
+        weight = base_layer.get_parameter("weight")
+        state = bnb_codes.quant_state(base_layer, weight)
+        if (reason := bnb_codes.missing()) is not None:
+            return reason
+        if weight.is_meta:
+            return NOT_HERE
+        in_features, out_features = cls.features(base_layer)
+        return NOT_YET if state is None else bnb_codes.unreadable(weight.data, state, (out_features, in_features))
+
+    @classmethod
+    def plain_forward(cls) -> Callable[..., Tensor]:
+        """Return that of ``Linear4bit``, whose module is there where a layer of it is."""
+        forward: Callable[..., Tensor] = sys.modules[MODULE].Linear4bit.forward
+        return forward
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """The dtype the base layer computes in: as set, else that of its first input."""
+        base: Any = self.base_layer
+        dtype: torch.dtype | None = base.compute_dtype
+        return dtype
+
+    def only_multiplies(self, x: Tensor) -> bool:
+        """Whether the base layer would write its codes out and multiply, which can be done with the update added.
+
+        In evaluation it may compute otherwise, and on a CPU it then leaves its codes in an order through which it
+        leads no gradient; ours does.
+        """
+        base: Any = self.base_layer
+        if not (base.training or x.requires_grad) or not base.compute_type_is_set or is_traced(x):
+            return False
+        if x.device != self.weight.device or x.dim() == 0 or x.shape[-1] != self.in_features:
+            return False
+        if x.device.type != "cpu" and x.numel() <= OWN_KERNELS_UP_TO * self.in_features:
+            return False
+        dtype = self.compute_dtype or x.dtype
+        return autocast_dtype(x, dtype) == dtype
+
+    def reading(self, x: Tensor) -> Reading:
+        """Say how the codes are written out where `only_multiplies` holds."""
+        write_out = partial(bnb_codes.write_out_4bit, self.weight.data, self._quant_state)
+        return Reading(write_out, self.compute_dtype or x.dtype, x.dtype)
+
+    @property
+    def _quant_state(self) -> Any:
+        return bnb_codes.quant_state(self.base_layer, self.weight)
+
+    def written_out(self, held: Any = None) -> Tensor:
+        """Write 4-bit codes out in float32."""
+        weight, state = (self.weight, self._quant_state) if held is None else (held, held.quant_state)
+        return bnb_codes.write_out_4bit(weight.data, state)
+
+    def requantised(self, weight: Tensor) -> tuple[Any, float]:
+        """Round a weight to 4-bit codes of the same type, block size and storage."""
+        codes, state = bnb_codes.round_to_4bit(weight, self._quant_state, self.weight.dtype)
+        held = sys.modules[MODULE].Params4bit(
+            codes,
+            requires_grad=False,
+            quant_state=state,
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_type=state.quant_type,
+            quant_storage=codes.dtype,
+            module=self.base_layer,
+            bnb_quantized=True,
+        )
+        return held, bnb_codes.step_4bit(state)
+
+    def exchange_codes(self, held: Any) -> Any:
+        """Put other codes in, with the state they are read by."""
+        base: Any = self.base_layer
+        own, base._parameters["weight"] = base._parameters["weight"], held
+        if base.quant_state is not None:
+            base.quant_state = held.quant_state
+        return own
+
+
+class Codes8bit(NamedTuple):
+    """What an 8-bit layer computes with: its scales lie at the weight until the first forward, then in the state."""
+
+    weight: nn.Parameter
+    codes: Tensor | None
+    scales: Tensor | None
+
+
+@register_layer(f"{MODULE}.Linear8bitLt")
+class Linear8bitAdapter(QuantisedLayer):
+    """Adapts a ``Linear8bitLt``, whose own forward always runs: it treats outliers of the input apart."""
+
+    @classmethod
+    def obstacle(cls, base_layer: nn.Module) -> str | None:
+        """Say why this very layer cannot be adapted."""
+        base: Any = base_layer
+        if (reason := bnb_codes.missing()) is not None:
+            return reason
+        if base.state.has_fp16_weights:
+            return "keeps 16-bit weights beside its codes (has_fp16_weights=True): set that to False, or use nn.Linear"
+        if base.weight.is_meta:
+            return NOT_HERE
+        if base.weight.dtype != torch.int8 or _scales(base) is None:
+            return NOT_YET
+        return None
+
+    @property
+    def compute_dtype(self) -> None:
+        """No dtype of its own: an 8-bit layer computes in that of whatever comes in."""
+        return
+
+    def written_out(self, held: Any = None) -> Tensor:
+        """Write 8-bit codes out in float32."""
+        weight, scales = (self.weight, _scales(self.base_layer)) if held is None else (held.weight, held.weight.SCB)
+        assert scales is not None, "obstacle() asks for scales"
+        return bnb_codes.write_out_8bit(weight.data, scales)
+
+    def requantised(self, weight: Tensor) -> tuple[Any, float]:
+        """Round a weight to 8-bit codes, row by row."""
+        codes, scales = bnb_codes.round_to_8bit(weight)
+        parameter = sys.modules[MODULE].Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
+        return Codes8bit(parameter, None, None), float(scales.max() / 127)
+
+    def exchange_codes(self, held: Codes8bit) -> Codes8bit:
+        """Put other codes in, with their scales."""
+        base: Any = self.base_layer
+        own = Codes8bit(base.weight, base.state.CB, base.state.SCB)
+        base._parameters["weight"], base.state.CB, base.state.SCB = held
+        return own
+
+
+def _scales(base_layer: Any) -> Tensor | None:
+    scales: Tensor | None = base_layer.state.SCB
+    return getattr(base_layer.weight, "SCB", None) if scales is None else scales

@@ -1,0 +1,159 @@
+"""The codes of bitsandbytes, 4 and 8 bits: writing them out, and rounding weights to them."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+OLDEST = (0, 46)
+"""The first version that computes on a CPU, with operators under names that stay."""
+QUANT_TYPES = ("nf4", "fp4")
+WRITABLE = (torch.float32, torch.bfloat16, torch.float16)
+"""What bitsandbytes writes codes out in; for another dtype it returns memory as it finds it."""
+
+
+@cache
+def missing() -> str | None:
+    """Say what keeps bitsandbytes from being used, and the remedy, or ``None``."""
+    try:
+        found = version("bitsandbytes")
+    except PackageNotFoundError:
+        return 'needs bitsandbytes, which is not installed: pip install "randlora[bnb]"'
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+        wanted = ".".join(map(str, OLDEST))
+        return f'needs bitsandbytes {wanted} or newer, found {found}: pip install --upgrade "randlora[bnb]"'
+    return None
+
+
+def quant_state(layer: nn.Module, weight: Tensor) -> Any:
+    """Find how the codes of a 4-bit layer are to be read; sharding leaves that to the layer alone."""
+    state = getattr(weight, "quant_state", None)
+    return getattr(layer, "quant_state", None) if state is None else state
+
+
+def write_out_4bit(codes: Tensor, state: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Write 4-bit codes out.
+
+    Args:
+        codes: As bitsandbytes stores them, in any storage dtype, or as it repacks them for a CPU.
+        state: Its ``QuantState``; it stays as it is.
+        dtype: Of the result.
+
+    Returns:
+        ``(out_features, in_features)``, each entry a level times its block's scale, rounded once.
+    """
+    codes, scales = _unpacked(codes, state)
+    written = torch.ops.bitsandbytes.dequantize_4bit.default(
+        codes, scales, state.blocksize, state.quant_type, state.shape, dtype if dtype in WRITABLE else torch.float32
+    )
+    result: Tensor = written.to(dtype)
+    return result
+
+
+def _unpacked(codes: Tensor, state: Any) -> tuple[Tensor, Tensor]:
+    """Return codes in the common order, and their scales in float32."""
+    import bitsandbytes.functional as bnb  # noqa: PLC0415  # an optional extra
+
+    if getattr(state, "packing_format_for_cpu", False):  # scales lie transposed, and are no codes any more
+        state = copy.copy(state)
+        scales = state.absmax.float().T.reshape(-1)
+        state.original_nested = False
+        return bnb._convert_weight_packed_for_cpu_inverse(codes, state)[0], scales
+    if state.nested:
+        return codes, bnb.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+    if state.absmax.ndim == 2:  # bitsandbytes 0.50 forgets to turn them back when it saves what it had repacked
+        return codes, state.absmax.float().T.reshape(-1)
+    return codes, state.absmax.float()
+
+
+def unreadable(codes: Tensor, state: Any, shape: tuple[int, int]) -> str | None:
+    """Say why 4-bit codes cannot be read as a weight of a shape, to be read after the layer's name, or ``None``."""
+    if state.quant_type not in QUANT_TYPES:
+        return f"has codes of type {state.quant_type!r}, expected one of {', '.join(QUANT_TYPES)}"
+    if tuple(state.shape) != shape:
+        return (
+            f"was quantised as {tuple(state.shape)}, expected {shape}, (out_features, in_features): quantise it again"
+        )
+    if is_misread(codes, state):
+        return (
+            f"has rows of {shape[1]} and blocks of {state.blocksize}, and the bitsandbytes that is installed reads such "
+            "codes wrongly on a CPU: take a block size that divides the rows, or leave it out"
+        )
+    return None
+
+
+def is_misread(codes: Tensor, state: Any) -> bool:
+    """Whether bitsandbytes writes 4-bit codes out wrongly, as 0.50 does on CPUs for rows that blocks do not divide.
+
+    Its own layer then computes with other weights than were quantised.
+    """
+    if codes.device.type != "cpu" or state.shape[1] % state.blocksize == 0:
+        return False
+    count = state.shape.numel()
+    in_order, scales = _unpacked(codes, state)
+    pairs = in_order.contiguous().view(torch.uint8).flatten()
+    levels = state.code[torch.stack([pairs >> 4, pairs & 15], dim=1).flatten()[:count].int()]
+    meant = levels * scales.repeat_interleave(state.blocksize)[:count]
+    return not torch.allclose(meant.view(state.shape), write_out_4bit(codes, state))
+
+
+def round_to_4bit(weight: Tensor, like: Any, storage: torch.dtype) -> tuple[Tensor, Any]:
+    """Round a weight to 4-bit codes.
+
+    Args:
+        weight: ``(out_features, in_features)`` float32.
+        like: The ``QuantState`` of codes of the same kind: type, block size, whether scales are codes too.
+        storage: The dtype that codes are stored in.
+
+    Returns:
+        The codes and their ``QuantState``.
+    """
+    import bitsandbytes.functional as bnb  # noqa: PLC0415  # an optional extra
+
+    is_packed = getattr(like, "packing_format_for_cpu", False)
+    codes, state = bnb.quantize_4bit(
+        weight.contiguous(),
+        blocksize=like.blocksize,
+        compress_statistics=like.original_nested if is_packed else like.nested,
+        quant_type=like.quant_type,
+        quant_storage=getattr(like, "original_storage_type", storage),
+    )
+    state.dtype = like.original_dtype if is_packed else like.dtype
+    return codes, state
+
+
+def step_4bit(state: Any) -> float:
+    """Measure the widest gap between two neighbouring levels at the largest scale."""
+    scales = _unpacked(torch.empty(0), state)[1]
+    return float(state.code.sort().values.diff().max() * scales.max())
+
+
+def write_out_8bit(codes: Tensor, scales: Tensor) -> Tensor:
+    """Write 8-bit codes out in float32.
+
+    Args:
+        codes: ``(out_features, in_features)`` int8; 127 stands for the row's scale.
+        scales: ``(out_features,)`` float32.
+    """
+    return codes.float() * (scales.float() * (1 / 127)).unsqueeze(1)
+
+
+def round_to_8bit(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a weight to 8-bit codes: each row by its own scale, to the nearest of 255 levels.
+
+    bitsandbytes rounds to float16 first; this does not.
+
+    Args:
+        weight: ``(out_features, in_features)`` float32.
+
+    Returns:
+        int8 codes of that shape, and the rows' scales, ``(out_features,)`` float32.
+    """
+    scales = weight.abs().amax(dim=1)
+    per_level = torch.where(scales > 0, 127 / scales, 0)
+    return (weight * per_level.unsqueeze(1)).round().to(torch.int8), scales

@@ -1,0 +1,50 @@
+"""What a merge makes of one layer, before anything reads it."""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Quantised = Literal["requantise", "dequantise"]
+
+
+class Into(NamedTuple):
+    """What a merge turns quantised layers into.
+
+    Attributes:
+        quantised: The same kind of layer with new codes, or a plain `nn.Linear`.
+        dtype: Of a plain layer; ``None`` means the one that the quantised layer computes in.
+        model_dtype: What ``None`` means where that is the dtype of whatever comes in.
+    """
+
+    quantised: Quantised = "requantise"
+    dtype: torch.dtype | None = None
+    model_dtype: torch.dtype = torch.float32
+
+
+class QuantisationError(NamedTuple):
+    """What rounding a merged weight to codes did to it.
+
+    Attributes:
+        largest: The largest difference between an entry and what its code stands for.
+        step: The widest gap between two neighbouring levels of the new codes, at the layer's largest scale.
+        relative: The norm of all differences as a share of the norm of what was merged in.
+    """
+
+    largest: float
+    step: float
+    relative: float
+
+
+class Merged(NamedTuple):
+    """A layer with adapters folded in.
+
+    Attributes:
+        weight: Its weight, before any rounding to codes.
+        held: What `AdapterLayer.exchange` puts in for the base layer to read.
+        error: What rounding to codes did, where that happened.
+    """
+
+    weight: Tensor
+    held: Any
+    error: QuantisationError | None = None

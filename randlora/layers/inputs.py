@@ -1,0 +1,29 @@
+"""What an adapter layer must know of the tensors it is given."""
+
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from randlora.functional.scratch import is_transformed
+
+
+def is_plain_tensor(value: object) -> TypeGuard[Tensor]:
+    """Whether a value is a dense floating tensor of torch's own: subclasses have arithmetic of their own."""
+    if type(value) not in (Tensor, nn.Parameter):
+        return False
+    assert isinstance(value, Tensor)
+    return value.is_floating_point() and value.layout == torch.strided and not value.is_nested
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether something watches that has no rules for sparse tensors."""
+    return is_transformed() or torch._C._get_tracing_state() is not None or not is_plain_tensor(x)
+
+
+def autocast_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Say what autocast makes of a dtype on the device of ``x``."""
+    device = x.device.type
+    if dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return dtype
+    return torch.get_autocast_dtype(device)

@@ -1,0 +1,110 @@
+"""Layers whose weight is stored as codes: what merging makes of them, whatever the codes are."""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from randlora.layers.base import AdapterLayer
+from randlora.layers.folding import Into, Merged, QuantisationError
+
+
+class QuantisedLayer(AdapterLayer):
+    """Adapts a layer that computes with a weight it stores as codes and scales.
+
+    A subclass is final and says how its kind writes codes out and rounds a weight to codes.
+    """
+
+    @staticmethod
+    def features(base_layer: nn.Module) -> tuple[int, int]:
+        """Read ``(in_features, out_features)``, which the shape of the codes need not show."""
+        assert isinstance(base_layer, nn.Linear)
+        return base_layer.in_features, base_layer.out_features
+
+    @staticmethod
+    def in_storage_layout(delta: Tensor) -> Tensor:
+        """Return ``(out_features, in_features)`` as it is: that is how codes are written out."""
+        return delta
+
+    @property
+    @abstractmethod
+    def compute_dtype(self) -> torch.dtype | None:
+        """The dtype the base layer computes in, ``None`` for that of whatever comes in."""
+
+    @abstractmethod
+    def written_out(self, held: Any = None) -> Tensor:
+        """Write the weight out, ``(out_features, in_features)`` float32: the base layer's, or that of what is held."""
+
+    @abstractmethod
+    def requantised(self, weight: Tensor) -> tuple[Any, float]:
+        """Round a weight, ``(out_features, in_features)`` float32, to codes of the base layer's kind.
+
+        Returns:
+            What `exchange_codes` puts in, and the widest gap between neighbouring levels at the largest scale.
+        """
+
+    @abstractmethod
+    def exchange_codes(self, held: Any) -> Any:
+        """Do what `exchange` does, for codes."""
+
+    def merge_obstacle(self, into: Into) -> str | None:
+        """Refuse to put a plain layer where the base layer does more than a plain layer can take over."""
+        base = self.base_layer
+        hooks = base._forward_pre_hooks, base._forward_hooks, base._backward_pre_hooks, base._backward_hooks
+        if into.quantised == "requantise" or not (any(hooks) or "forward" in base.__dict__):
+            return None
+        return (
+            "has hooks, or a forward that accelerate put in its place, which an nn.Linear would lose: remove them "
+            "first, or merge with quantised='requantise'"
+        )
+
+    @torch.no_grad()
+    def merged_weight(self, weights: dict[str, float]) -> Tensor:
+        """Compute the weight with some adapters folded in, ``(out_features, in_features)`` float32.
+
+        Args:
+            weights: Adapters' names and factors.
+        """
+        return self.written_out().add_(self.delta_weight(weights))
+
+    @torch.no_grad()
+    def merged(self, weights: dict[str, float], into: Into) -> Merged:
+        """Compute the layer with some adapters folded in: new codes, or a plain layer."""
+        weight = self.merged_weight(weights)
+        if into.quantised == "dequantise":
+            weight = weight.to(into.dtype or self.compute_dtype or into.model_dtype)
+            return Merged(weight, self._plain_layer(weight))
+        held, step = self.requantised(weight)
+        error = self.written_out(held).sub_(weight)
+        merged_in = torch.linalg.vector_norm(self.delta_weight(weights))
+        relative = torch.linalg.vector_norm(error) / merged_in
+        return Merged(weight, held, QuantisationError(float(error.abs().max()), step, float(relative)))
+
+    def _plain_layer(self, weight: Tensor) -> nn.Linear:
+        """Make a linear layer that stands where the base layer did."""
+        base, bias = self.base_layer, self.bias
+        linear = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            linear.bias = (
+                bias if bias.dtype == weight.dtype else nn.Parameter(bias.to(weight.dtype), bias.requires_grad)
+            )
+        linear.training = base.training
+        return linear
+
+    def exchange(self, held: Any) -> Any:
+        """Let other codes be read, or another layer, and return what was read until now."""
+        if isinstance(held, nn.Module):
+            own, self.base_layer = self.base_layer, held
+            return own
+        return self.exchange_codes(held)
+
+    def unfold(self) -> None:
+        """Let the base layer be read again as it was, byte for byte, where it was moved to meanwhile."""
+        if self.unmerged is not None:
+            device = self.weight.device
+            self.exchange(self.unmerged[0])
+            self.unmerged = None
+            if self.weight.device != device:
+                self.base_layer.to(device)

@@ -1,0 +1,49 @@
+"""What the codes of bitsandbytes mean, read by tables in float64; shares no code with the library."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def written_out(layer: nn.Module) -> Tensor:
+    """Write a quantised layer's weight out, ``(out_features, in_features)`` in float64."""
+    return _of_8_bits(layer) if hasattr(layer, "state") else _of_4_bits(layer.weight)
+
+
+def step(layer: nn.Module) -> Tensor:
+    """Measure the widest gap between neighbouring levels around each entry, ``(out_features, in_features)``."""
+    if hasattr(layer, "state"):
+        scales: Tensor = _scales_of_8_bits(layer)
+        return (scales.double() / 127).unsqueeze(1).expand(layer.weight.shape)  # type: ignore[arg-type]
+    state: Any = layer.weight.quant_state  # type: ignore[union-attr]
+    gap = np.diff(np.sort(state.code.double().numpy())).max()
+    return torch.from_numpy(gap * np.abs(_scale_of_each(state, state.shape.numel()))).view(state.shape)
+
+
+def _of_8_bits(layer: Any) -> Tensor:
+    rows = zip(layer.weight.tolist(), _scales_of_8_bits(layer).tolist(), strict=True)
+    return torch.tensor([[code * scale / 127 for code in row] for row, scale in rows], dtype=torch.float64)
+
+
+def _scales_of_8_bits(layer: Any) -> Tensor:
+    scales: Tensor = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
+    return scales
+
+
+def _of_4_bits(weight: Any) -> Tensor:
+    state = weight.quant_state
+    packed = weight.data.contiguous().view(torch.uint8).flatten().numpy()
+    codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[: state.shape.numel()]
+    levels = state.code.double().numpy()[codes]
+    return torch.from_numpy(levels * _scale_of_each(state, len(levels))).view(state.shape)
+
+
+def _scale_of_each(state: Any, count: int) -> Any:
+    """Repeat each block's scale; scales may be codes themselves, in blocks of their own."""
+    if not state.nested:
+        return np.repeat(state.absmax.double().numpy(), state.blocksize)[:count]
+    scales = state.state2.code.double().numpy()[state.absmax.numpy()].reshape(-1)
+    outer = np.repeat(state.state2.absmax.double().numpy(), state.state2.blocksize)[: len(scales)]
+    return np.repeat(scales * outer + state.offset.item(), state.blocksize)[:count]

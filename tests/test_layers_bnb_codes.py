@@ -1,0 +1,145 @@
+"""The codes of bitsandbytes: what they are written out as, and how weights are rounded to them."""
+
+from importlib.metadata import PackageNotFoundError
+
+import pytest
+import torch
+from bitsandbytes import functional
+from bitsandbytes.nn import Linear4bit, Params4bit
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from randlora.layers import bnb_codes
+from tests.codes import step, written_out
+from tests.laws import same_bits
+
+quant_types = st.sampled_from(bnb_codes.QUANT_TYPES)
+blocksizes = st.sampled_from([32, 64, 128])
+shapes = st.tuples(st.integers(1, 40), st.integers(1, 40))
+storages = st.sampled_from([torch.uint8, torch.bfloat16, torch.float32])
+
+
+def quantised(weight: Tensor, quant_type: str, blocksize: int, nested: bool, storage: torch.dtype) -> Linear4bit:
+    layer = Linear4bit(weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.float32)
+    layer.weight = Params4bit(
+        weight, blocksize=blocksize, compress_statistics=nested, quant_type=quant_type, quant_storage=storage
+    )
+    layer.to("cpu")
+    return layer
+
+
+@given(shape=shapes, quant_type=quant_types, blocksize=blocksizes, nested=st.booleans(), storage=storages)
+def test_4_bit_codes_are_written_out_as_their_tables_say(
+    shape: tuple[int, int], quant_type: str, blocksize: int, nested: bool, storage: torch.dtype
+) -> None:
+    assume(shape[0] * shape[1] % 8 == 0 or storage == torch.uint8)
+    layer = quantised(torch.randn(shape), quant_type, blocksize, nested, storage)
+    found, expected = bnb_codes.write_out_4bit(layer.weight.data, layer.weight.quant_state), written_out(layer)
+    is_misread = not torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-6)
+    assert bnb_codes.is_misread(layer.weight.data, layer.weight.quant_state) == is_misread
+    assert not is_misread or shape[1] % blocksize  # rows that blocks divide are always read right
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_codes_are_written_out_in_any_dtype_rounded_once(dtype: torch.dtype) -> None:
+    layer = quantised(torch.randn(20, 64), "nf4", 64, True, torch.uint8)
+    exact = bnb_codes.write_out_4bit(layer.weight.data, layer.weight.quant_state)
+    assert same_bits(bnb_codes.write_out_4bit(layer.weight.data, layer.weight.quant_state, dtype), exact.to(dtype))
+
+
+@given(shape=shapes, quant_type=quant_types, blocksize=blocksizes, storage=storages)
+def test_rounding_what_codes_stand_for_gives_the_codes(
+    shape: tuple[int, int], quant_type: str, blocksize: int, storage: torch.dtype
+) -> None:
+    assume(shape[0] * shape[1] % 8 == 0 or storage == torch.uint8)
+    layer = quantised(torch.randn(shape), quant_type, blocksize, False, storage)
+    state = layer.weight.quant_state
+    meant = written_out(layer)
+    codes, found = bnb_codes.round_to_4bit(meant.float(), state, storage)
+    assert codes.dtype == storage
+    layer.weight = Params4bit(codes, quant_state=found, bnb_quantized=True)
+    torch.testing.assert_close(written_out(layer), meant)  # not the codes: FP4 has two for zero
+    assert (found.blocksize, found.quant_type, found.dtype, found.shape) == (
+        blocksize,
+        quant_type,
+        torch.float32,
+        shape,
+    )
+
+
+@given(shape=shapes, quant_type=quant_types, blocksize=blocksizes, nested=st.booleans(), scale=st.floats(1e-3, 1e3))
+def test_4_bit_rounding_goes_to_the_nearest_level(
+    shape: tuple[int, int], quant_type: str, blocksize: int, nested: bool, scale: float
+) -> None:
+    """Half a step away at most; scales that are codes themselves add what is lost in them."""
+    like = quantised(torch.randn(shape), quant_type, blocksize, nested, torch.uint8)
+    weight = torch.randn(shape) * scale
+    codes, state = bnb_codes.round_to_4bit(weight, like.weight.quant_state, torch.uint8)
+    like.weight = Params4bit(codes, quant_state=state, bnb_quantized=True)
+    error, gap = (written_out(like) - weight).abs(), step(like)
+    assert (error <= gap * (0.75 if nested else 0.5) + 1e-5 * scale).all()
+    assert bnb_codes.step_4bit(state) == pytest.approx(gap.max().item(), rel=1e-5)
+
+
+def test_the_dtype_that_codes_came_from_is_kept() -> None:
+    layer = quantised(torch.randn(20, 64, dtype=torch.bfloat16), "nf4", 64, True, torch.uint8)
+    _, state = bnb_codes.round_to_4bit(torch.randn(20, 64), layer.weight.quant_state, torch.uint8)
+    assert state.dtype == torch.bfloat16
+
+
+@given(shape=shapes, scale=st.floats(1e-6, 1e6))
+def test_8_bit_rounding_goes_to_the_nearest_level(shape: tuple[int, int], scale: float) -> None:
+    weight = torch.randn(shape) * scale
+    weight[0] = 0
+    codes, scales = bnb_codes.round_to_8bit(weight)
+    error = (bnb_codes.write_out_8bit(codes, scales) - weight).abs()
+    assert codes.dtype == torch.int8
+    assert (error <= (scales / 127 / 2).unsqueeze(1) * (1 + 1e-4)).all()
+    again, same = bnb_codes.round_to_8bit(bnb_codes.write_out_8bit(codes, scales))
+    assert torch.equal(again, codes)
+    torch.testing.assert_close(same, scales)
+
+
+def test_8_bit_rounding_is_finer_than_the_way_through_float16() -> None:
+    weight = torch.randn(64, 64)
+    codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
+    theirs = (bnb_codes.write_out_8bit(codes, scales) - weight).abs().max()
+    ours = (bnb_codes.write_out_8bit(*bnb_codes.round_to_8bit(weight)) - weight).abs().max()
+    assert ours < theirs
+
+
+@pytest.fixture
+def _ask_anew() -> object:
+    bnb_codes.missing.cache_clear()
+    yield
+    bnb_codes.missing.cache_clear()
+
+
+@pytest.mark.usefixtures("_ask_anew")
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ("0.45.5", r"needs bitsandbytes 0\.46 or newer, found 0\.45\.5: pip install --upgrade \"randlora\[bnb\]\""),
+        (None, r"needs bitsandbytes, which is not installed: pip install \"randlora\[bnb\]\""),
+    ],
+)
+def test_a_bitsandbytes_that_is_missing_or_too_old_is_named_with_the_extra(
+    found: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(_name: str) -> str:
+        if found is None:
+            raise PackageNotFoundError
+        return found
+
+    monkeypatch.setattr(bnb_codes, "version", version)
+    with pytest.raises(AssertionError, match=said):
+        raise AssertionError(bnb_codes.missing())
+
+
+def test_the_state_of_codes_is_found_at_the_layer_where_the_weight_lost_it() -> None:
+    """As sharding leaves it."""
+    layer = quantised(torch.randn(8, 64), "nf4", 64, False, torch.uint8)
+    state, bare = layer.weight.quant_state, nn.Parameter(layer.weight.data, requires_grad=False)
+    layer.quant_state = state
+    assert bnb_codes.quant_state(layer, bare) is state
