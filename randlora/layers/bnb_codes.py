@@ -76,13 +76,11 @@ def unreadable(codes: Tensor, state: Any, shape: tuple[int, int]) -> str | None:
     if state.quant_type not in QUANT_TYPES:
         return f"has codes of type {state.quant_type!r}, expected one of {', '.join(QUANT_TYPES)}"
     if tuple(state.shape) != shape:
-        return (
-            f"was quantised as {tuple(state.shape)}, expected {shape}, (out_features, in_features): quantise it again"
-        )
+        return f"was quantised as {tuple(state.shape)}, expected (out, in) = {shape}: quantise it again"
     if is_misread(codes, state):
         return (
-            f"has rows of {shape[1]} and blocks of {state.blocksize}, and the bitsandbytes that is installed reads such "
-            "codes wrongly on a CPU: take a block size that divides the rows, or leave it out"
+            f"has rows of {shape[1]} and blocks of {state.blocksize}, and the bitsandbytes that is installed reads "
+            "such codes wrongly on a CPU: take a block size that divides the rows, or leave the layer out"
         )
     return None
 

@@ -1,0 +1,298 @@
+"""bitsandbytes layers: what is refused, what a forward of theirs leaves behind, and what training on them holds."""
+
+import gc
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import has_avx512bf16
+from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, LinearNF4, Params4bit
+from torch import Tensor, nn
+
+import randlora
+from randlora import AdapterLayer, TargetError
+from randlora.layers import bnb_codes
+from tests.codes import written_out
+from tests.laws import assert_close, fill, same_bits, untouched
+from tests.layer_kinds import LayerKind, every_quantised_kind
+
+packs = pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes repacks codes on CPUs with AVX512-BF16 only")
+
+
+def four_bits(in_features: int = 64, out_features: int = 96, **options: Any) -> Linear4bit:
+    options = {"compute_dtype": torch.float32, "quant_type": "nf4", **options}
+    return Linear4bit(in_features, out_features, **options).to("cpu")
+
+
+def adapted(base: nn.Module, r: int = 8) -> tuple[Any, Any]:
+    model = nn.Sequential(base)
+    randlora.inject(model, r=r, alpha=4, targets="all-linear")
+    fill(model)
+    layer = model[0]
+    assert isinstance(layer, AdapterLayer)
+    return model, layer
+
+
+# What is refused, before anything is touched
+
+
+def _not_yet_4bit() -> Any:
+    return Linear4bit(64, 96)
+
+
+def _not_yet_8bit() -> Any:
+    return Linear8bitLt(64, 96, has_fp16_weights=False)
+
+
+def _meta_4bit() -> Any:
+    return Linear4bit(64, 96, device="meta")
+
+
+def _meta_8bit() -> Any:
+    return Linear8bitLt(64, 96, has_fp16_weights=False, device="meta")
+
+
+def _16_bit_weights() -> Any:
+    return Linear8bitLt(64, 96)
+
+
+def _unknown_type() -> Any:
+    layer = four_bits()
+    layer.weight.quant_state.quant_type = "af4"
+    return layer
+
+
+def _turned() -> Any:
+    layer = four_bits()
+    layer.weight.quant_state.shape = torch.Size((64, 96))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (_not_yet_4bit, r"0 holds no codes yet: move the model to its device first"),
+        (_not_yet_8bit, r"0 holds no codes yet: move the model to its device first"),
+        (_meta_4bit, r"0 has codes that are not here \(meta, offloaded\)"),
+        (_meta_8bit, r"0 has codes that are not here \(meta, offloaded\)"),
+        (_16_bit_weights, r"0 keeps 16-bit weights .*has_fp16_weights=True"),
+        (_unknown_type, r"0 has codes of type 'af4', expected one of nf4, fp4"),
+        (_turned, r"0 was quantised as \(64, 96\), expected \(out, in\) = \(96, 64\)"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused_with_its_name_and_a_remedy(build: Callable[[], Any], said: str) -> None:
+    layer = build()
+    model, holds = nn.Sequential(layer), dict(layer.named_parameters())
+    trains = {name for name, parameter in holds.items() if parameter.requires_grad}
+    with pytest.raises(TargetError, match=said):
+        randlora.inject(model, r=4, targets=["0"])
+    assert model[0] is layer
+    assert all(layer.get_parameter(name) is parameter for name, parameter in holds.items())
+    assert {name for name, parameter in holds.items() if parameter.requires_grad} == trains
+
+
+def test_codes_that_bitsandbytes_misreads_are_refused() -> None:
+    layer = four_bits(48, bias=False)
+    if torch.allclose(layer(torch.eye(48)).T.double(), written_out(layer), atol=1e-6):
+        pytest.skip("this bitsandbytes reads them right")
+    model = nn.Sequential(layer)
+    said = r"0 has rows of 48 and blocks of 64, .* reads such codes wrongly on a CPU"
+    with untouched(model), pytest.raises(TargetError, match=said):
+        randlora.inject(model, r=4, targets=["0"])
+
+
+@pytest.mark.parametrize("build", [four_bits, lambda: Linear8bitLt(64, 96, has_fp16_weights=False).to("cpu")])
+def test_without_bitsandbytes_the_extra_is_named(build: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bnb_codes, "missing", lambda: 'needs bitsandbytes: pip install "randlora[bnb]"')
+    model = nn.Sequential(build())
+    with untouched(model), pytest.raises(TargetError, match=r"0 needs bitsandbytes: pip install .randlora\[bnb\]"):
+        randlora.inject(model, r=4, targets=["0"])
+
+
+def test_a_subclass_is_served_as_its_parent_is() -> None:
+    class Own(LinearNF4): ...  # type: ignore[misc]
+
+    _, layer = adapted(Own(64, 96, compute_dtype=torch.float32).to("cpu"))
+    assert type(layer).__name__ == "Linear4bitAdapter"
+
+
+# What bitsandbytes leaves behind after an evaluation on a CPU
+
+
+@packs
+@pytest.mark.parametrize("nested", [True, False], ids=["double", "single"])
+def test_gradients_pass_a_layer_that_an_evaluation_repacked(nested: bool) -> None:
+    """A layer of bitsandbytes alone leads none, and torch warns of it."""
+    model, layer = adapted(four_bits(bias=False, compress_statistics=nested))
+    x = torch.randn(5, 64, requires_grad=True)
+    wanted = torch.autograd.grad(model(x).square().sum(), x)[0]
+    model.eval()
+    model(x.detach())
+    model.train()
+    assert layer.weight.quant_state.packing_format_for_cpu
+    with pytest.warns(UserWarning, match="autograd kernel was not registered"):
+        layer.base_layer(x).sum().backward()
+    assert x.grad is None
+    found = torch.autograd.grad(model(x).square().sum(), x)[0]
+    assert_close(found, wanted, torch.bfloat16)  # the scales are rounded to it
+
+
+@packs
+@pytest.mark.parametrize("nested", [True, False], ids=["double", "single"])
+@pytest.mark.parametrize("quantised", ["requantise", "dequantise"])
+def test_a_layer_that_an_evaluation_repacked_merges(nested: bool, quantised: Any) -> None:
+    model, layer = adapted(four_bits(compress_statistics=nested))
+    x = torch.randn(5, 64)
+    wanted = layer.base_layer(x) + x @ layer.delta_weight({"default": 1.0}).T
+    model.eval()(x)
+    packed, state = layer.weight.data.clone(), layer.weight.quant_state
+    with randlora.merged(model, quantised=quantised) as report:
+        found = model(x)
+    assert report is not None
+    allowed = 64 * x.abs().max() * report.errors["0"].step if quantised == "requantise" else 0.02
+    assert (found - wanted).abs().max() <= allowed
+    assert same_bits(layer.weight.data, packed)
+    assert layer.weight.quant_state is state
+
+
+@packs
+def test_scales_that_a_state_dict_left_turned_are_read_right() -> None:
+    model, layer = adapted(four_bits(compress_statistics=False))
+    wanted = bnb_codes.write_out_4bit(layer.weight.data, layer.weight.quant_state)
+    model.eval()(torch.randn(5, 64))
+    model.state_dict()
+    state = layer.weight.quant_state
+    if state.absmax.ndim == 1:
+        pytest.skip("this bitsandbytes turns them back")
+    assert_close(bnb_codes.write_out_4bit(layer.weight.data, state), wanted, torch.bfloat16)
+
+
+def test_in_evaluation_the_base_layer_runs_as_it_is() -> None:
+    model, layer = adapted(four_bits())
+    model.eval()
+    seen: list[Tensor] = []
+    layer.base_layer.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    x = torch.randn(5, 64)
+    assert_close(model(x) - seen[0], x @ layer.delta_weight({"default": 1.0}).T, torch.float32)
+
+
+# Computing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_output_has_the_dtype_of_the_input_and_is_computed_in_that_of_the_layer(
+    dtype: torch.dtype, given: torch.dtype
+) -> None:
+    _, layer = adapted(four_bits(compute_dtype=dtype))
+    x = torch.randn(5, 64).to(given)
+    output, update = layer(x), layer.delta_weight({"default": 1.0})
+    assert output.dtype == layer.base_layer(x).dtype == given
+    coarse = max((dtype, given), key=lambda each: torch.finfo(each).eps)
+    assert_close(output, layer.base_layer(x).double() + x.double() @ update.double().T, coarse)
+
+
+def test_a_layer_without_a_dtype_of_its_own_takes_that_of_its_first_input() -> None:
+    _, layer = adapted(four_bits(compute_dtype=None))
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    assert layer.base_layer.compute_dtype is None
+    first, second = layer(x), layer(x)
+    assert layer.base_layer.compute_dtype == torch.bfloat16
+    assert_close(first, second, torch.bfloat16)
+
+
+def test_codes_may_be_stored_in_another_dtype() -> None:
+    """As sharding wants it."""
+    model, layer = adapted(four_bits(quant_storage=torch.bfloat16))
+    x = torch.randn(5, 64)
+    assert_close(layer(x), layer.base_layer(x) + x @ layer.delta_weight({"default": 1.0}).T, torch.float32)
+    assert layer.delta_weight({"default": 1.0}).dtype == torch.float32
+    randlora.merge(model)
+    assert model[0].weight.dtype == torch.bfloat16
+    assert model(x).dtype == torch.float32
+
+
+@every_quantised_kind
+def test_nothing_as_large_as_the_weight_stays_between_forward_and_backward(kind: LayerKind) -> None:
+    """No dense copy of it, above all."""
+    base = kind.build(256, 192, False, torch.float32)
+    _, layer = adapted(base, r=7)  # bases of other shapes
+    x = torch.randn(4, 256, requires_grad=True)
+    output = layer(x)
+    assert _dense() == []
+    output.sum().backward()
+    assert _dense() == []
+    assert x.grad is not None
+
+
+def _dense() -> list[torch.Size]:
+    """List the floating tensors of the weight's shape that are alive."""
+    gc.collect()
+    alive = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter)]
+    return [found.shape for found in alive if found.is_floating_point() and found.shape in {(192, 256), (256, 192)}]
+
+
+# Carrying on
+
+
+@every_quantised_kind
+def test_a_second_adapter_does_not_nest(kind: LayerKind) -> None:
+    """PEFT's does."""
+    model, layer = adapted(kind.build(24, 20, True, torch.float32))
+    base = layer.base_layer
+    randlora.inject(model, r=4, targets="all-linear", name="other", new_bases=True, seed=7)
+    fill(model, "other")
+    assert model[0] is layer
+    assert layer.base_layer is base
+    randlora.activate(model, {"default": 0.5, "other": 2.0})
+    x = torch.randn(3, 24)
+    update = layer.delta_weight({"default": 0.5, "other": 2.0})
+    assert_close(model(x), base(x) + x @ update.T, torch.float32)
+    randlora.remove(model, "other")
+    assert model[0] is layer
+    randlora.eject(model)
+    assert model[0] is base
+
+
+@every_quantised_kind
+def test_moving_a_model_keeps_it_working(kind: LayerKind) -> None:
+    model, layer = adapted(kind.build(24, 20, True, torch.float32))
+    x = torch.randn(3, 24)
+    expected = model(x)
+    model.to("cpu")
+    assert same_bits(model(x), expected)
+    with randlora.merged(model):
+        model.to("cpu")
+    assert same_bits(model(x), expected)
+    assert layer.randlora_lambda["default"].device.type == "cpu"
+
+
+def test_an_8_bit_layer_merges_whether_or_not_it_has_run() -> None:
+    """Its scales lie in another place afterwards."""
+    for has_run in (False, True):
+        weight = torch.randn(96, 64)
+        base = Linear8bitLt(64, 96, bias=False, has_fp16_weights=False)
+        base.weight = Int8Params(weight, requires_grad=False)
+        model, layer = adapted(base.to("cpu"))
+        x = torch.randn(5, 64)
+        if has_run:
+            model(x)
+        assert (layer.base_layer.state.SCB is not None) == has_run
+        wanted = weight + layer.delta_weight({"default": 1.0})
+        randlora.merge(model)
+        found = written_out(model[0])
+        assert (found - wanted).abs().max() <= 2 * wanted.abs().max() / 127  # rounded twice by half a step
+
+
+def test_the_codes_of_a_pickled_layer_are_read_though_it_lost_its_class() -> None:
+    """Bitsandbytes leaves the class of the weight behind."""
+    model, _ = adapted(four_bits())
+    x = torch.randn(5, 64, requires_grad=True)
+    twin = pickle.loads(pickle.dumps(model))
+    assert not isinstance(twin[0].weight, Params4bit)
+    assert same_bits(twin(x), model(x))
+    randlora.merge(twin)
+    randlora.merge(model)
+    assert same_bits(twin(x), model(x))

@@ -1,0 +1,209 @@
+"""Merging into quantised layers: the sum is right, the rounding is reported, and every byte comes back."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import randlora
+from randlora import AdapterLayer, ConfigError, MergeError
+from randlora.layers.folding import Quantised
+from tests.laws import Snapshot, assert_close, fill, same_bits, untouched
+from tests.layer_kinds import LAYER_KINDS, LayerKind, every_quantised_kind, every_quantised_kind_and_dtype
+
+sides = st.integers(2, 40).filter(lambda side: side % 16)  # of some such rows, bitsandbytes misreads the codes
+shapes = st.tuples(sides, sides)
+every_way = pytest.mark.parametrize("quantised", ["requantise", "dequantise"])
+
+
+def one_layer(kind: LayerKind, shape: tuple[int, int], dtype: torch.dtype, *, alpha: float = 1.0) -> nn.Sequential:
+    model = nn.Sequential(kind.build(*shape, True, dtype))
+    randlora.inject(model, r=3, alpha=alpha, stream="portable")
+    fill(model)
+    return model
+
+
+def update(model: nn.Sequential) -> Tensor:
+    layer = model[0]
+    assert isinstance(layer, AdapterLayer)
+    return layer.delta_weight({"default": 1.0}).detach().double()
+
+
+def base(model: nn.Sequential) -> nn.Module:
+    layer = model[0]
+    return layer.base_layer if isinstance(layer, AdapterLayer) else layer
+
+
+@every_quantised_kind
+@given(shape=shapes, alpha=st.floats(0.01, 30))
+def test_a_requantised_weight_is_the_nearest_to_base_and_update(
+    kind: LayerKind, shape: tuple[int, int], alpha: float
+) -> None:
+    """Half a step from the exact sum, or three quarters where the scales are codes themselves."""
+    model = one_layer(kind, shape, torch.float32, alpha=alpha)
+    exact = kind.weight(base(model)) + update(model)
+    (error,) = randlora.merge(model).errors.values()
+    off = kind.weight(model[0]) - exact
+    assert kind.step is not None
+    share = 0.75 if kind.name.endswith("double") else 0.5
+    assert (off.abs() <= share * kind.step(model[0]) + 1e-5 * exact.abs().max()).all()
+    assert error.largest == pytest.approx(off.abs().max().item(), rel=1e-3, abs=1e-5 * exact.abs().max().item())
+    assert error.step == pytest.approx(kind.step(model[0]).max().item(), rel=1e-5)
+    assert error.largest <= error.step
+
+
+@every_quantised_kind
+def test_the_reported_error_is_relative_to_what_was_merged(kind: LayerKind) -> None:
+    model = one_layer(kind, (24, 20), torch.float32)
+    exact, merged_in = kind.weight(base(model)) + update(model), torch.linalg.vector_norm(update(model))
+    report = randlora.merge(model)
+    off = torch.linalg.vector_norm(kind.weight(model[0]) - exact)
+    assert report.errors["0"].relative == pytest.approx((off / merged_in).item(), rel=1e-3)
+    assert f"rounding took {report.errors['0'].relative:.1%}" in str(report)
+    assert "most in 0, by" in str(report)
+
+
+@every_quantised_kind_and_dtype
+@given(shape=shapes)
+def test_a_dequantised_layer_is_plain_and_computes_what_the_adapted_one_does(
+    kind: LayerKind, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    model = one_layer(kind, shape, dtype)
+    exact, bias = kind.weight(base(model)) + update(model), base(model).bias
+    x = torch.randn(5, shape[0]).to(dtype)
+    expected = model(x)
+    report = randlora.merge(model, quantised="dequantise", dtype=dtype)
+    linear = model[0]
+    assert type(linear) is nn.Linear
+    assert linear.weight.dtype == dtype
+    assert linear.bias is bias
+    assert not linear.weight.requires_grad
+    assert report.errors == {}
+    assert_close(linear.weight, exact, dtype)
+    assert_close(model(x), expected, dtype)
+
+
+@every_quantised_kind
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (24, 24)], ids=["up", "down", "square"])
+def test_the_update_that_is_merged_is_the_one_that_was_applied(kind: LayerKind, shape: tuple[int, int]) -> None:
+    """PEFT multiplies its factors in the wrong order."""
+    model = one_layer(kind, shape, torch.float32)
+    identity = torch.eye(shape[0])
+    applied = model(identity) - base(model)(identity)
+    before = kind.weight(base(model))
+    randlora.merge(model, quantised="dequantise", dtype=torch.float32)
+    assert_close(model[0].weight - before, applied.T, torch.float32)  # type: ignore[operator]
+
+
+def test_a_dequantised_layer_has_the_dtype_it_computed_in() -> None:
+    four, eight = (kind.build(24, 24, False, torch.bfloat16) for kind in (LAYER_KINDS[2], LAYER_KINDS[-1]))
+    model = nn.Sequential(nn.Embedding(4, 24, dtype=torch.float16), four, eight)
+    randlora.inject(model, r=3, targets="all-linear")
+    randlora.merge(model, quantised="dequantise")
+    assert [model.get_parameter(f"{i}.weight").dtype for i in (1, 2)] == [torch.bfloat16, torch.float16]
+
+
+@every_way
+@every_quantised_kind
+@given(shape=shapes)
+def test_every_byte_and_the_state_of_the_codes_come_back(
+    quantised: Quantised, kind: LayerKind, shape: tuple[int, int]
+) -> None:
+    model = one_layer(kind, shape, torch.float32)
+    x = torch.randn(5, shape[0])
+    expected, before, layer = model(x), Snapshot.of(model), base(model)
+    held = _contents(layer)
+    with randlora.merged(model, quantised=quantised):
+        model(x)
+        saved = model.state_dict()
+        assert saved.keys() == before.tensors.keys()
+        assert all(same_bits(saved[name], tensor) for name, tensor in before.tensors.items())
+    before.assert_equals(Snapshot.of(model))
+    assert base(model) is layer
+    assert all(found is kept for found, kept in zip(_contents(layer), held, strict=True))
+    assert same_bits(model(x), expected)
+    assert model.eval() is model
+    randlora.eject(model)
+    assert model[0] is layer
+
+
+def _contents(layer: Any) -> list[object]:
+    if hasattr(layer, "state"):
+        return [layer.weight, layer.state.CB, layer.state.SCB]
+    return [layer.weight, layer.weight.quant_state, layer.quant_state]
+
+
+@every_way
+@every_quantised_kind
+def test_ejecting_inside_merged_gives_the_original_layer(kind: LayerKind, quantised: Quantised) -> None:
+    layer = kind.build(24, 20, True, torch.float32)
+    model = nn.Sequential(layer)
+    before = Snapshot.of(model)
+    randlora.inject(model, r=3)
+    fill(model)
+    with randlora.merged(model, quantised=quantised):
+        randlora.eject(model)
+    before.assert_equals(Snapshot.of(model))
+
+
+@every_way
+@every_quantised_kind
+def test_a_merge_that_would_not_be_finite_changes_nothing(kind: LayerKind, quantised: Quantised) -> None:
+    model = nn.Sequential(kind.build(24, 20, True, torch.float32), kind.build(20, 24, True, torch.float32))
+    randlora.inject(model, r=3)
+    fill(model)
+    with torch.no_grad():
+        model.get_parameter("1.randlora_lambda.default").fill_(float("nan"))
+    held = _contents(model[0].base_layer)
+    with untouched(model), pytest.raises(MergeError, match="merged weight of 1 would not be finite"):
+        randlora.merge(model, quantised=quantised)
+    assert all(found is kept for found, kept in zip(_contents(model[0].base_layer), held, strict=True))
+
+
+def test_an_overflow_of_a_dequantised_dtype_is_refused() -> None:
+    model = one_layer(LAYER_KINDS[-1], (24, 20), torch.float32, alpha=1e7)
+    with untouched(model), pytest.raises(MergeError, match=r"would not be finite in torch\.float16"):
+        randlora.merge(model, quantised="dequantise", dtype=torch.float16)
+
+
+def _hook(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda _module, _args, output: output)
+
+
+def _own_forward(layer: nn.Module) -> None:
+    layer.__dict__["forward"] = layer.forward  # accelerate's way
+
+
+@pytest.mark.parametrize("change", [_hook, _own_forward])
+@every_quantised_kind
+def test_a_layer_that_does_more_is_requantised_but_not_replaced(kind: LayerKind, change: Any) -> None:
+    model = one_layer(kind, (24, 20), torch.float32)
+    layer = base(model)
+    change(layer)
+    with untouched(model), pytest.raises(MergeError, match=r"0 has hooks, or a forward .* quantised='requantise'"):
+        randlora.merge(model, quantised="dequantise")
+    randlora.merge(model)
+    assert model[0] is layer
+
+
+@every_quantised_kind
+def test_options_that_mean_nothing_are_refused(kind: LayerKind) -> None:
+    model = one_layer(kind, (24, 20), torch.float32)
+    said = r"(?s)one of requantise, dequantise, got 'round'.*a floating dtype or None, got torch.int8"
+    with untouched(model), pytest.raises(ConfigError, match=said):
+        randlora.merge(model, quantised="round", dtype=torch.int8)  # type: ignore[arg-type]
+
+
+@every_quantised_kind
+def test_merging_nothing_rounds_to_what_was_there(kind: LayerKind) -> None:
+    """A fresh adapter is zero; where scales are codes they may settle by some more."""
+    model = nn.Sequential(kind.build(24, 20, True, torch.float32))
+    randlora.inject(model, r=3)
+    before = kind.weight(base(model))
+    randlora.merge(model)
+    assert kind.step is not None
+    allowed = 0.25 * kind.step(model[0]).max() if kind.name.endswith("double") else 1e-6
+    assert (kind.weight(model[0]) - before).abs().max() <= allowed
