@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.functional import has_avx512bf16
+from bitsandbytes import functional
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, LinearNF4, Params4bit
 from torch import Tensor, nn
 
@@ -18,7 +18,9 @@ from tests.codes import written_out
 from tests.laws import assert_close, fill, same_bits, untouched
 from tests.layer_kinds import LayerKind, every_quantised_kind
 
-packs = pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes repacks codes on CPUs with AVX512-BF16 only")
+packs = pytest.mark.skipif(
+    not functional.has_avx512bf16(), reason="bitsandbytes repacks codes on CPUs with AVX512-BF16 only"
+)
 
 
 def four_bits(in_features: int = 64, out_features: int = 96, **options: Any) -> Linear4bit:
