@@ -39,8 +39,9 @@ def merge(
             the nearest to the merged weights: as small as before, but some of what was learned is rounded away; the
             report says how much. ``"dequantise"`` leaves an `nn.Linear` in each one's place: nothing is lost, and it
             takes 2 to 8 times the memory.
-        dtype: Of the layers that ``"dequantise"`` leaves. ``None`` means the dtype a quantised layer computes in, or
-            where it has none, as with 8 bits, that of the model's first floating parameter.
+        dtype: Of the layers that ``"dequantise"`` leaves. ``None`` means that of each layer's last input, which a plain
+            layer does not cast; before the first forward pass it means the dtype that the layer computes in, or where
+            it has none, as with 8 bits, that of the model's first floating parameter.
 
     Returns:
         Which adapters went into which layers, and the errors of rounding to codes.

@@ -98,12 +98,28 @@ def test_the_update_that_is_merged_is_the_one_that_was_applied(kind: LayerKind, 
     assert_close(model[0].weight - before, applied.T, torch.float32)  # type: ignore[operator]
 
 
-def test_a_dequantised_layer_has_the_dtype_it_computed_in() -> None:
+def test_a_dequantised_layer_that_never_ran_has_the_dtype_it_would_compute_in() -> None:
+    """With 8 bits that is the model's."""
     four, eight = (kind.build(24, 24, False, torch.bfloat16) for kind in (LAYER_KINDS[2], LAYER_KINDS[-1]))
     model = nn.Sequential(nn.Embedding(4, 24, dtype=torch.float16), four, eight)
     randlora.inject(model, r=3, targets="all-linear")
     randlora.merge(model, quantised="dequantise")
     assert [model.get_parameter(f"{i}.weight").dtype for i in (1, 2)] == [torch.bfloat16, torch.float16]
+
+
+@every_quantised_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_a_dequantised_layer_takes_the_inputs_that_the_quantised_one_took(
+    kind: LayerKind, dtype: torch.dtype, given: torch.dtype
+) -> None:
+    """A plain layer does not cast them."""
+    model = one_layer(kind, (24, 20), dtype)
+    x = torch.randn(5, 24).to(given)
+    expected = model(x)
+    randlora.merge(model, quantised="dequantise")
+    assert model[0].weight.dtype == given
+    assert_close(model(x), expected, torch.bfloat16)
 
 
 @every_way

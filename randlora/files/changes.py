@@ -26,6 +26,7 @@ from randlora.files.model_directory import ModelDirectory
 from randlora.files.names import namings
 from randlora.files.skeleton import Skeleton, skeleton
 from randlora.files.tensor_file import read_pieces, read_tensor
+from randlora.layers.folding import Into
 from randlora.merge import require_finite
 from randlora.state import Adapter, ModelState
 from randlora.walk import Target, named_parameters, used_dims
@@ -55,7 +56,7 @@ class Merging:
         for adapter, lam, gamma in self.addends:
             layer.add(adapter, master_copy(lam, "cpu"), master_copy(gamma, "cpu"), trainable=False)
         factors = {adapter.name: adapter.weight for adapter, _, _ in self.addends if adapter.weight is not None}
-        return require_finite(self.target.fqn, layer.merged_weight(factors))
+        return require_finite(self.target.fqn, layer.merged(factors, Into()).weight)
 
 
 @dataclass(frozen=True, eq=False)

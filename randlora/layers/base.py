@@ -262,31 +262,20 @@ class AdapterLayer(nn.Module, ABC):
                     total = total + delta_weight(pair, diagonals, in_features=in_features)
         return total
 
-    @torch.no_grad()
-    def merged_weight(self, weights: dict[str, float]) -> Tensor:
-        """Compute the weight with some adapters folded in: added in float32 or wider, rounded once.
-
-        Args:
-            weights: Adapters' names and factors.
-
-        Returns:
-            A new tensor in the layout and dtype of the base layer's weight.
-        """
-        delta = self.in_storage_layout(self.delta_weight(weights))
-        return (self.weight.to(delta.dtype) + delta).to(self.weight.dtype).contiguous()
-
     def merge_obstacle(self, into: Into) -> str | None:  # noqa: ARG002  # for quantised layers
         """Say why nothing can be merged into this layer so, to be read after its name, or ``None``."""
         return None
 
+    @torch.no_grad()
     def merged(self, weights: dict[str, float], into: Into) -> Merged:  # noqa: ARG002  # for quantised layers
-        """Compute what the layer is with some adapters folded in, and change nothing.
+        """Compute the layer with some adapters folded in, added in float32 or wider and rounded once; change nothing.
 
         Args:
             weights: Adapters' names and factors.
             into: What becomes of a quantised layer.
         """
-        weight = self.merged_weight(weights)
+        delta = self.in_storage_layout(self.delta_weight(weights))
+        weight = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype).contiguous()
         return Merged(weight, weight)
 
     def exchange(self, held: Any) -> Any:

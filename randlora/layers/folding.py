@@ -13,8 +13,8 @@ class Into(NamedTuple):
 
     Attributes:
         quantised: The same kind of layer with new codes, or a plain `nn.Linear`.
-        dtype: Of a plain layer; ``None`` means the one that the quantised layer computes in.
-        model_dtype: What ``None`` means where that is the dtype of whatever comes in.
+        dtype: Of a plain layer; ``None`` means that of the quantised layer's inputs.
+        model_dtype: What ``None`` means before the first input, where the layer computes in no dtype of its own.
     """
 
     quantised: Quantised = "requantise"

@@ -14,7 +14,12 @@ class QuantisedLayer(AdapterLayer):
     """Adapts a layer that computes with a weight it stores as codes and scales.
 
     A subclass is final and says how its kind writes codes out and rounds a weight to codes.
+
+    Attributes:
+        input_dtype: That of the last input, if there was one; such a layer casts it, and a plain one would not.
     """
+
+    input_dtype: torch.dtype | None = None
 
     @staticmethod
     def features(base_layer: nn.Module) -> tuple[int, int]:
@@ -59,26 +64,24 @@ class QuantisedLayer(AdapterLayer):
             "first, or merge with quantised='requantise'"
         )
 
-    @torch.no_grad()
-    def merged_weight(self, weights: dict[str, float]) -> Tensor:
-        """Compute the weight with some adapters folded in, ``(out_features, in_features)`` float32.
-
-        Args:
-            weights: Adapters' names and factors.
-        """
-        return self.written_out().add_(self.delta_weight(weights))
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Do what every adapter layer does, and note the dtype of the input."""
+        x: Any = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(x, Tensor) and x.dtype != self.input_dtype:
+            self.input_dtype = x.dtype
+        return super().forward(*args, **kwargs)
 
     @torch.no_grad()
     def merged(self, weights: dict[str, float], into: Into) -> Merged:
-        """Compute the layer with some adapters folded in: new codes, or a plain layer."""
-        weight = self.merged_weight(weights)
+        """Compute the layer with some adapters folded in, added in float32: new codes, or a plain layer."""
+        delta = self.delta_weight(weights)
+        weight = self.written_out().add_(delta)
         if into.quantised == "dequantise":
-            weight = weight.to(into.dtype or self.compute_dtype or into.model_dtype)
+            weight = weight.to(into.dtype or self.input_dtype or self.compute_dtype or into.model_dtype)
             return Merged(weight, self._plain_layer(weight))
         held, step = self.requantised(weight)
         error = self.written_out(held).sub_(weight)
-        merged_in = torch.linalg.vector_norm(self.delta_weight(weights))
-        relative = torch.linalg.vector_norm(error) / merged_in
+        relative = torch.linalg.vector_norm(error) / torch.linalg.vector_norm(delta)
         return Merged(weight, held, QuantisationError(float(error.abs().max()), step, float(relative)))
 
     def _plain_layer(self, weight: Tensor) -> nn.Linear:
