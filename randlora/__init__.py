@@ -48,6 +48,8 @@ from randlora.layers.base import AdapterLayer as AdapterLayer
 from randlora.merge import merge as merge
 from randlora.merge import merged as merged
 from randlora.merge import unmerge as unmerge
+from randlora.prepare import PreparationReport as PreparationReport
+from randlora.prepare import prepare_quantised as prepare_quantised
 from randlora.registry import register_layer as register_layer
 from randlora.report import MergeReport as MergeReport
 from randlora.report import Report as Report
@@ -71,6 +73,7 @@ __all__ = [
     "FileMergeReport",
     "MergeError",
     "MergeReport",
+    "PreparationReport",
     "RandLoRAConfig",
     "RandLoRAError",
     "Report",
@@ -93,6 +96,7 @@ __all__ = [
     "merged",
     "plan",
     "plan_directory",
+    "prepare_quantised",
     "register_layer",
     "remove",
     "save",

@@ -95,8 +95,8 @@ class Report:
             f"bases {as_bytes(self.basis_bytes)} in memory, checkpoint {as_bytes(self.checkpoint_bytes)}",
         ]
         if self.train_also:
-            lines.append(f"trained beside it: {_shortened(self.train_also)}")
-        lines += [f"left out: {_shortened(fqns)} ({reason})" for reason, fqns in self._skipped_by_reason().items()]
+            lines.append(f"trained beside it: {shortened(self.train_also)}")
+        lines += [f"left out: {shortened(fqns)} ({reason})" for reason, fqns in self._skipped_by_reason().items()]
         return "\n".join([*lines, *self.notes])
 
     def _skipped_by_reason(self) -> dict[str, list[str]]:
@@ -227,5 +227,6 @@ def as_bytes(count: float) -> str:
     return f"{count:.3g} GB"
 
 
-def _shortened(fqns: Sequence[str], most: int = 4) -> str:
+def shortened(fqns: Sequence[str], most: int = 4) -> str:
+    """Name the first few layers, and count the others."""
     return ", ".join(fqns[:most]) + (f" and {len(fqns) - most} more" if len(fqns) > most else "")

@@ -38,7 +38,7 @@ FLOORS = (
     ("report", "train_also"),
     ("install",),
     ("inject",),
-    ("adapters", "compute", "merge"),
+    ("adapters", "compute", "merge", "prepare"),
     ("checkpoint.base_model", "checkpoint.layout", "checkpoint.tensors_file", "checkpoint.write"),
     ("checkpoint.header", "checkpoint.peft_config"),
     ("checkpoint.card", "checkpoint.read"),

@@ -1,0 +1,282 @@
+"""Getting a quantised model ready for training, before `randlora.inject`.
+
+The layers that bitsandbytes made are told by name, so that neither it nor transformers is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+from randlora.registry import find_layer
+from randlora.report import shortened
+from randlora.walk import Visit, walk
+
+HALVES = (torch.float16, torch.bfloat16)
+LINEAR_4BIT = "bitsandbytes.nn.modules.Linear4bit"
+MAY_REPACK = "support_avx512bf16_for_cpu"  # an attribute of such a layer, which its forward asks
+
+
+@dataclass(frozen=True)
+class PreparationReport:
+    """What `randlora.prepare_quantised` did; prints as a few lines.
+
+    Attributes:
+        quantised: FQNs of the quantised linear layers.
+        cast: FQNs of the modules whose parameters this call made float32.
+        input_gradients: FQNs of the modules whose output now requires grad.
+        checkpointing: Whether the model now checkpoints its activations in training.
+        unpacked: FQNs of the 4-bit layers that bitsandbytes will not repack.
+        packed: FQNs of the 4-bit layers that it had repacked before the call.
+        notes: What was asked for and could not be done.
+    """
+
+    quantised: tuple[str, ...] = ()
+    cast: tuple[str, ...] = ()
+    input_gradients: tuple[str, ...] = ()
+    checkpointing: bool = False
+    unpacked: tuple[str, ...] = ()
+    packed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Say it on a line for each step, then the notes."""
+        lines = [
+            f"quantised layers: {len(self.quantised) or 'none'}",
+            f"made float32: {shortened(self.cast) or 'nothing'}",
+            f"require grad from the start: {shortened(self.input_gradients) or 'no inputs'}",
+            f"checkpointing: {'on, in training mode' if self.checkpointing else 'off'}",
+            f"kept from being repacked: {len(self.unpacked) or 'no'} layers",
+        ]
+        if self.packed:
+            lines.append(f"repacked already: {shortened(self.packed)} (reload the model, or gradients stop there)")
+        return "\n".join([*lines, *self.notes])
+
+
+@runtime_checkable
+class HasInputEmbeddings(Protocol):
+    """A transformers model, as far as its inputs go."""
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """Return the module that sees the inputs first."""
+
+
+@runtime_checkable
+class HasActivationCheckpointing(Protocol):
+    """A model of a recent transformers."""
+
+    def activation_checkpointing_enable(self, *, activation_checkpointing_kwargs: dict[str, Any]) -> None:
+        """Compute activations again in backward."""
+
+
+@runtime_checkable
+class HasGradientCheckpointing(Protocol):
+    """A model of an older transformers, or one that follows it; recent ones warn that the name will go."""
+
+    def gradient_checkpointing_enable(self, *, gradient_checkpointing_kwargs: dict[str, Any]) -> None:
+        """Compute activations again in backward."""
+
+
+def prepare_quantised(
+    model: nn.Module,
+    *,
+    full_precision: bool = True,
+    inputs_require_grad: bool = True,
+    checkpointing: bool = True,
+    unpacked: bool = True,
+) -> PreparationReport:
+    """Make a quantised model ready for training, in place; call it before `inject` and before the first forward pass.
+
+    Each step can be left out, and a second call changes nothing more. A model without quantised layers is prepared in
+    the same way. What requires grad stays as it is: `inject` freezes the model.
+
+    Args:
+        model: Any module, such as a transformers model loaded with a ``BitsAndBytesConfig``.
+        full_precision: Make norms and the linear layers that are not quantised, such as the output head, float32 where
+            they have 16 bits, and let embeddings give float32, so that hidden states are added up in it. Embeddings
+            keep their 16 bits, unless one is tied to the head; so do convolutions and the like, which cast what they
+            are given. The head and what is tied to it take twice the memory.
+        inputs_require_grad: Let the output of the embeddings require grad, without which reentrant checkpointing gives
+            no gradients. They are what ``get_input_embeddings`` returns where a model or a part of it has that, as in
+            transformers, else the first `nn.Embedding`.
+        checkpointing: Switch checkpointing of activations on where the model has it, in the way that is not reentrant.
+            A model that checkpoints already goes on in its way. transformers may let inputs require grad with it.
+        unpacked: Keep bitsandbytes from repacking 4-bit weights at their first forward pass in evaluation mode, which
+            it does on CPUs with AVX512-BF16: a repacked layer passes no gradient to its input. A layer that was
+            repacked before the call cannot be mended and is named in the report.
+
+    Returns:
+        What was done, and what could not be.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 9))
+        >>> print(prepare_quantised(model.bfloat16()))
+        quantised layers: none
+        made float32: 1, 2
+        require grad from the start: 0
+        checkpointing: off
+        kept from being repacked: no layers
+        checkpointing stays off: Sequential has no method for it
+    """
+    visits = _each_once(model)
+    notes = []
+    if checkpointing and not _enable_checkpointing(model):  # first, because it is somebody else's and could raise
+        notes.append(f"checkpointing stays off: {type(model).__name__} has no method for it")
+    cast = _make_float32(visits) if full_precision else []
+    inputs = _let_inputs_require_grad(model) if inputs_require_grad else ()
+    if inputs_require_grad and not inputs:
+        notes.append("no embedding was found: for reentrant checkpointing, let the batch itself require grad")
+    four_bits = [visit for visit in visits if LINEAR_4BIT in _type_names(visit.module)]
+    if unpacked:
+        for visit in four_bits:
+            vars(visit.module)[MAY_REPACK] = False
+    return PreparationReport(
+        quantised=_fqns(visit for visit in visits if _is_quantised(visit.module)),
+        cast=_fqns(cast),
+        input_gradients=inputs,
+        checkpointing=_is_checkpointing(model),
+        unpacked=_fqns(visit for visit in four_bits if unpacked and not _is_packed(visit.module)),
+        packed=_fqns(visit for visit in four_bits if _is_packed(visit.module)),
+        notes=tuple(notes),
+    )
+
+
+def cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Cast floating inputs to the dtype of the module's weights: a forward pre-hook."""
+    dtype = next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tuple(cast(value) for value in args), {name: cast(value) for name, value in kwargs.items()}
+
+
+def float32_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:  # noqa: ARG001
+    """Make a module's output float32 where it has 16 bits: a forward hook."""
+    return output.float() if output.dtype in HALVES else output
+
+
+def require_grad(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    """Let a module's output require grad: a forward hook."""
+    output.requires_grad_(True)  # noqa: FBT003
+
+
+def _each_once(model: nn.Module) -> list[Visit]:
+    """Walk a model, past a shared module at its first place only."""
+    found: dict[int, Visit] = {}
+    for visit in walk(model):
+        found.setdefault(id(visit.module), visit)
+    return list(found.values())
+
+
+def _make_float32(visits: Sequence[Visit]) -> list[Visit]:
+    """Make norms and dense linear layers float32; return what that changed, layers tied to them included."""
+    raised = [visit for visit in visits if _is_norm_or_dense(visit.module)]
+    halves = {id(tensor): tensor for visit in raised for tensor in _own_tensors(visit.module) if tensor.dtype in HALVES}
+    if not halves:
+        return []
+    for tensor in halves.values():
+        tensor.data = tensor.data.float()  # the same object, so that what is tied stays tied
+    for visit in visits:
+        _let_dtypes_meet(visit.module)
+    return [visit for visit in visits if any(id(tensor) in halves for tensor in _own_tensors(visit.module))]
+
+
+def _is_norm_or_dense(module: nn.Module) -> bool:
+    """Tell a norm by its class's name, and a dense linear layer by its having an adapter layer."""
+    if _is_quantised(module) or is_parametrized(module):
+        return False
+    return "norm" in type(module).__name__.lower() or isinstance(find_layer(module), type)
+
+
+def _holds_half_matrices(module: nn.Module) -> bool:
+    """Tell a convolution, attention or experts: what would refuse the float32 that a norm now gives it."""
+    if _is_quantised(module):
+        return False
+    tensors = module.parameters() if is_parametrized(module) else _own_tensors(module)
+    return any(tensor.dtype in HALVES and tensor.ndim > 1 for tensor in tensors)
+
+
+def _let_dtypes_meet(module: nn.Module) -> None:
+    """Hook a module, once, so that it works in the float32 stream that norms and embeddings now give."""
+    if isinstance(module, nn.Embedding):
+        if float32_output not in module._forward_hooks.values():
+            module.register_forward_hook(float32_output)
+    elif _is_norm_or_dense(module) or _holds_half_matrices(module):
+        has_weights = any(parameter.is_floating_point() for parameter in module.parameters())
+        if has_weights and cast_inputs not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(cast_inputs, with_kwargs=True)
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    """List a module's own parameters and buffers, without those that a library stores in a form of its own."""
+    held = [*module._parameters.values(), *module._buffers.values()]
+    return [tensor for tensor in held if tensor is not None and not is_lazy(tensor) and type(tensor.data) is Tensor]
+
+
+def _let_inputs_require_grad(model: nn.Module) -> tuple[str, ...]:
+    """Hook what sees the inputs first, each module once; return their FQNs."""
+    embeddings = _input_embeddings(model)
+    for module in embeddings:
+        if require_grad not in module._forward_hooks.values():
+            module.register_forward_hook(require_grad)
+    return tuple(fqn for fqn, module in model.named_modules() if module in embeddings)
+
+
+def _input_embeddings(model: nn.Module) -> list[nn.Module]:
+    """Ask the model and its parts, as one of text and images has two; where none knows, take the first embedding."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, HasInputEmbeddings):
+            with suppress(NotImplementedError):  # which is how transformers says that there are none
+                found.append(module.get_input_embeddings())
+    known = [module for module in found if module is not None]
+    return known or list(islice((module for module in model.modules() if isinstance(module, nn.Embedding)), 1))
+
+
+def _enable_checkpointing(model: nn.Module) -> bool:
+    """Switch checkpointing on, unless it is; say whether it is on now."""
+    if _is_checkpointing(model):
+        return True
+    if not getattr(model, "supports_gradient_checkpointing", True):  # transformers' flag, which nobody else need have
+        return False
+    if isinstance(model, HasActivationCheckpointing):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    elif isinstance(model, HasGradientCheckpointing):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        return False
+    return True
+
+
+def _is_checkpointing(model: nn.Module) -> bool:
+    """Read the flags that transformers sets on the modules it checkpoints."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """Tell a linear layer of bitsandbytes, or any layer whose weight is not floating."""
+    weight = module._parameters.get("weight")
+    is_foreign = any(name.startswith("bitsandbytes.") for name in _type_names(module))
+    return (isinstance(module, nn.Linear) and is_foreign) or (weight is not None and not weight.is_floating_point())
+
+
+def _is_packed(module: nn.Module) -> bool:
+    quant_state = getattr(module._parameters.get("weight"), "quant_state", None)
+    return bool(getattr(quant_state, "packing_format_for_cpu", False))
+
+
+def _type_names(module: nn.Module) -> list[str]:
+    return [f"{parent.__module__}.{parent.__qualname__}" for parent in type(module).__mro__]
+
+
+def _fqns(visits: Iterable[Visit]) -> tuple[str, ...]:
+    return tuple(visit.fqn for visit in visits)

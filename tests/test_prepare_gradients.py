@@ -1,0 +1,160 @@
+"""Gradients where a quantised model would have none: at its inputs, in checkpoints, past repacked layers."""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from randlora import prepare_quantised
+from tests.laws import Mixed
+from tests.models import LLAMA, VIT, RealModel, every_transformers_model, logits
+from tests.prepared import NOTHING, gradient, hooks, only, output_of
+from tests.quantised_models import four_bit_linear, needs_repacking, quantised
+
+
+@every_transformers_model
+def test_embeddings_let_their_outputs_require_grad(kind: RealModel, tmp_path: Path) -> None:
+    model = quantised(kind, tmp_path).train()
+    assert not logits(model(**kind.inputs())).requires_grad
+    report = prepare_quantised(model, **only("inputs_require_grad"))
+    assert report == dataclasses.replace(prepare_quantised(model, **NOTHING), input_gradients=report.input_gradients)
+    inputs = output_of(model, report.input_gradients[0])
+    logits(model(**kind.inputs())).float().square().mean().backward()
+    assert gradient(inputs).abs().max() > 0
+
+
+def test_a_model_of_text_and_images_has_two_inputs() -> None:
+    sides = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text, vision = {"vocab_size": 64, **sides}, {"image_size": 16, "patch_size": 8, **sides}
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
+    report = prepare_quantised(model, **only("inputs_require_grad"))
+    assert [name.rpartition(".")[2] for name in report.input_gradients] == ["token_embedding", "patch_embedding"]
+
+
+def convolutions() -> nn.Module:
+    sides = {"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2}
+    return transformers.ConvNextModel(transformers.ConvNextConfig(**sides))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Sequential(nn.Linear(4, 4)), convolutions])
+def test_a_model_without_embeddings_is_reported(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    report = prepare_quantised(model, **only("inputs_require_grad"))
+    assert report.input_gradients == ()
+    assert report.notes == ("no embedding was found: for reentrant checkpointing, let the batch itself require grad",)
+    assert set(hooks(model).values()) == {(0, 0)}
+
+
+def trainable_gradients(model: nn.Module, kind: RealModel) -> dict[str, Tensor | None]:
+    """Train the norms of a model for one step."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name.lower() or "ln_" in name)
+    logits(model(**kind.inputs())).float().square().mean().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@every_transformers_model
+def test_checkpointing_changes_no_gradient(kind: RealModel, reentrant: bool, tmp_path: Path) -> None:
+    plain, model = quantised(kind, tmp_path / "plain").train(), quantised(kind, tmp_path / "other").train()
+    for each in (plain, model):
+        for module in each.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    if reentrant:
+        model.activation_checkpointing_enable({"use_reentrant": True})
+    assert prepare_quantised(model).checkpointing
+    assert not prepare_quantised(plain, checkpointing=False).checkpointing
+    used = {module._gradient_checkpointing_func.keywords["use_reentrant"] for module in checkpointed(model)}
+    assert used == {reentrant}
+    expected = trainable_gradients(plain, kind)
+    torch.testing.assert_close(trainable_gradients(model, kind), expected, rtol=1e-5, atol=1e-7)
+    assert all(value is not None for value in expected.values())
+
+
+def checkpointed(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+
+
+def test_reentrant_checkpointing_needs_inputs_that_require_grad(tmp_path: Path) -> None:
+    model = quantised(VIT, tmp_path).train()  # a model of images, for which transformers does not see to that itself
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
+        lost = trainable_gradients(model, VIT)
+    assert [name for name, value in lost.items() if value is not None] == ["vit.layernorm.weight", "vit.layernorm.bias"]
+    prepare_quantised(model, **only("inputs_require_grad"))
+    assert all(value is not None for value in trainable_gradients(model, VIT).values())
+
+
+class ChecksPoints(nn.Module):
+    """A model that offers checkpointing under the older name, and no more of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Mixed()
+        self.gradient_checkpointing = False
+        self.options: list[dict[str, Any]] = []
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any]) -> None:
+        self.gradient_checkpointing = True
+        self.options.append(gradient_checkpointing_kwargs)
+
+
+def test_the_older_name_of_checkpointing_is_known_and_called_once() -> None:
+    model = ChecksPoints()
+    assert prepare_quantised(model).checkpointing
+    assert prepare_quantised(model).checkpointing
+    assert model.options == [{"use_reentrant": False}]
+
+
+def test_a_transformers_model_that_cannot_checkpoint_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LLAMA.build()
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    report = prepare_quantised(model)
+    assert not report.checkpointing
+    assert report.notes == ("checkpointing stays off: LlamaForCausalLM has no method for it",)
+
+
+def input_gradient_after_evaluation(layer: nn.Module) -> Tensor | None:
+    """Evaluate a layer, then train what lies before it; ``None`` where nothing comes back."""
+    x = torch.randn(4, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.eval()(x)
+    leaf = x.clone().requires_grad_()
+    output = layer.train()(leaf)
+    if output.requires_grad:
+        output.sum().backward()
+    return leaf.grad
+
+
+@pytest.mark.parametrize("out_features", [32, 48, 7])
+@pytest.mark.parametrize("compress_statistics", [True, False])
+def test_an_evaluation_costs_a_prepared_layer_neither_gradients_nor_bits(
+    out_features: int, compress_statistics: bool
+) -> None:
+    layer = four_bit_linear(64, out_features, compress_statistics=compress_statistics)
+    model = nn.Sequential(layer)
+    before = copy.deepcopy(layer.state_dict())
+    report = prepare_quantised(model, **only("unpacked"))
+    assert (report.quantised, report.unpacked, report.packed) == (("0",), ("0",), ())
+    found = input_gradient_after_evaluation(model)
+    assert found is not None
+    assert found.abs().max() > 0
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
+@needs_repacking
+@pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit. an autograd kernel was not registered:UserWarning")
+def test_without_the_step_an_evaluation_cuts_gradients_off_and_a_later_call_says_where() -> None:
+    model = nn.Sequential(four_bit_linear(bias=False))  # with a bias, the forward pass raises
+    if input_gradient_after_evaluation(model) is not None:
+        pytest.skip("this bitsandbytes passes gradients through repacked layers")
+    report = prepare_quantised(model)
+    assert (report.quantised, report.unpacked, report.packed) == (("0",), (), ("0",))
+    assert "repacked already: 0 (reload the model, or gradients stop there)" in str(report)
