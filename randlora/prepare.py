@@ -192,13 +192,14 @@ def _make_float32(visits: Sequence[Visit]) -> list[Visit]:
 
 def _is_norm_or_dense(module: nn.Module) -> bool:
     """Tell a norm by its class's name, and a dense linear layer by its having an adapter layer."""
-    if _is_quantised(module) or is_parametrized(module):
+    is_stored_otherwise = any(type(tensor.data) is not Tensor for tensor in _own_tensors(module))  # as torchao does
+    if is_stored_otherwise or _is_quantised(module) or is_parametrized(module):
         return False
     return "norm" in type(module).__name__.lower() or isinstance(find_layer(module), type)
 
 
 def _holds_half_matrices(module: nn.Module) -> bool:
-    """Tell a convolution, attention or experts: what would refuse the float32 that a norm now gives it."""
+    """Tell a convolution, attention, experts: what would refuse the float32 that a norm now gives it."""
     if _is_quantised(module):
         return False
     tensors = module.parameters() if is_parametrized(module) else _own_tensors(module)
@@ -217,9 +218,9 @@ def _let_dtypes_meet(module: nn.Module) -> None:
 
 
 def _own_tensors(module: nn.Module) -> list[Tensor]:
-    """List a module's own parameters and buffers, without those that a library stores in a form of its own."""
+    """List a module's own parameters and buffers that have values."""
     held = [*module._parameters.values(), *module._buffers.values()]
-    return [tensor for tensor in held if tensor is not None and not is_lazy(tensor) and type(tensor.data) is Tensor]
+    return [tensor for tensor in held if tensor is not None and not is_lazy(tensor)]
 
 
 def _let_inputs_require_grad(model: nn.Module) -> tuple[str, ...]:

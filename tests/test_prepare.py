@@ -88,6 +88,14 @@ def test_a_second_call_changes_nothing_more(kind: RealModel, tmp_path: Path) -> 
     assert second == dataclasses.replace(first, cast=())
 
 
+def test_a_model_made_16_bits_again_is_prepared_again_with_the_hooks_it_has() -> None:
+    model = Mixed(torch.bfloat16)
+    first, hung = prepare_quantised(model), hooks(model)
+    assert prepare_quantised(model.half()) == first
+    assert hooks(model) == hung
+    assert model.head.weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_a_call_without_steps_and_a_model_of_more_bits_are_left_alone(dtype: torch.dtype) -> None:
     model = Mixed(dtype)
@@ -137,6 +145,20 @@ def test_what_is_tied_stays_tied_and_a_layer_used_twice_is_hooked_once() -> None
     assert model.head.weight is model.embed.weight
     assert report.cast == ("embed", "q", "up", "down", "norm", "head")
     assert hooks(model)["q"] == (0, 1)
+
+
+class Stored(Tensor):
+    """Values in a form of a library's own."""
+
+
+def test_weights_without_values_yet_or_of_another_librarys_form_are_left_alone() -> None:
+    stored = nn.Linear(4, 4, dtype=torch.bfloat16)
+    stored.weight = nn.Parameter(stored.weight.detach().as_subclass(Stored), requires_grad=False)
+    model = nn.Sequential(nn.LayerNorm(4, dtype=torch.bfloat16), stored, nn.LazyLinear(4, bias=False))
+    report = prepare_quantised(model, **only("full_precision"))
+    assert report.cast == ("0",)
+    assert isinstance(model[2].weight, nn.UninitializedParameter)
+    assert stored(model[0](torch.randn(2, 4))).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("adapted_first", [False, True])
