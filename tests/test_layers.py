@@ -71,6 +71,14 @@ def test_a_fresh_adapter_leaves_every_bit_of_the_output(
     assert same_bits(layer(x), base(x))
 
 
+@every_kind
+def test_a_fresh_adapter_leaves_every_bit_under_autocast(kind: LayerKind) -> None:
+    layer, base = adapted(kind, (6, 9), torch.float32)
+    x = torch.randn(4, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same_bits(layer(x), base(x))
+
+
 # Law 2: the contract
 
 

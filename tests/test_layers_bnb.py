@@ -1,5 +1,6 @@
 """bitsandbytes layers: what is refused, what a forward of theirs leaves behind, and what training on them holds."""
 
+import copy
 import gc
 import pickle
 from collections.abc import Callable
@@ -188,8 +189,12 @@ def test_in_evaluation_the_base_layer_runs_as_it_is() -> None:
 def test_the_output_has_the_dtype_of_the_input_and_is_computed_in_that_of_the_layer(
     dtype: torch.dtype, given: torch.dtype
 ) -> None:
-    _, layer = adapted(four_bits(compute_dtype=dtype))
+    model, layer = adapted(four_bits(compute_dtype=dtype))
     x = torch.randn(5, 64).to(given)
+    with torch.no_grad():
+        fresh = copy.deepcopy(model)
+        fresh[0].randlora_lambda["default"].zero_()
+    assert same_bits(fresh(x), layer.base_layer(x))
     output, update = layer(x), layer.delta_weight({"default": 1.0})
     assert output.dtype == layer.base_layer(x).dtype == given
     coarse = max((dtype, given), key=lambda each: torch.finfo(each).eps)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from randlora.layers import bnb_codes
 from randlora.layers.base import Reading
-from randlora.layers.inputs import autocast_dtype, is_traced
+from randlora.layers.inputs import autocast_dtype
 from randlora.layers.quantised import QuantisedLayer
 from randlora.registry import register_layer
 
@@ -66,7 +66,7 @@ class Linear4bitAdapter(QuantisedLayer):
         leads no gradient; ours does.
         """
         base: Any = self.base_layer
-        if not (base.training or x.requires_grad) or not base.compute_type_is_set or is_traced(x):
+        if not (base.training or x.requires_grad) or not base.compute_type_is_set:
             return False
         if x.device != self.weight.device or x.dim() == 0 or x.shape[-1] != self.in_features:
             return False
