@@ -138,8 +138,9 @@ def test_gradients_pass_a_layer_that_an_evaluation_repacked(nested: bool) -> Non
     with pytest.warns(UserWarning, match="autograd kernel was not registered"):
         layer.base_layer(x).sum().backward()
     assert x.grad is None
-    found = torch.autograd.grad(model(x).square().sum(), x)[0]
-    assert_close(found, wanted, torch.bfloat16)  # the scales are rounded to it
+    for is_training in (True, False):
+        found = torch.autograd.grad(model.train(is_training)(x).square().sum(), x)[0]
+        assert_close(found, wanted, torch.bfloat16)  # the scales are rounded to it
 
 
 @packs
