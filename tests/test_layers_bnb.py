@@ -170,7 +170,8 @@ def test_scales_that_a_state_dict_left_turned_are_read_right() -> None:
     state = layer.weight.quant_state
     if state.absmax.ndim == 1:
         pytest.skip("this bitsandbytes turns them back")
-    assert_close(bnb_codes.write_out_4bit(layer.weight.data, state), wanted, torch.bfloat16)
+    found = bnb_codes.write_out_4bit(layer.weight.data, state)
+    torch.testing.assert_close(found, wanted, rtol=2**-8, atol=0)  # the scales were rounded to bfloat16
 
 
 def test_in_evaluation_the_base_layer_runs_as_it_is() -> None:

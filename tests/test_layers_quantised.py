@@ -46,6 +46,7 @@ def test_a_requantised_weight_is_the_nearest_to_base_and_update(
     model = one_layer(kind, shape, torch.float32, alpha=alpha)
     exact = kind.weight(base(model)) + update(model)
     (error,) = randlora.merge(model).errors.values()
+    assert getattr(model[0], "quant_state", None) is getattr(model[0].weight, "quant_state", None)
     off = kind.weight(model[0]) - exact
     assert kind.step is not None
     share = 0.75 if kind.name.endswith("double") else 0.5

@@ -60,10 +60,8 @@ def _unpacked(codes: Tensor, state: Any) -> tuple[Tensor, Tensor]:
     import bitsandbytes.functional as bnb  # noqa: PLC0415  # an optional extra
 
     if getattr(state, "packing_format_for_cpu", False):  # scales lie transposed, and are no codes any more
-        state = copy.copy(state)
         scales = state.absmax.float().T.reshape(-1)
-        state.original_nested = False
-        return bnb._convert_weight_packed_for_cpu_inverse(codes, state)[0], scales
+        return bnb._convert_weight_packed_for_cpu_inverse(codes, copy.copy(state))[0], scales
     if state.nested:
         return codes, bnb.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
     if state.absmax.ndim == 2:  # bitsandbytes 0.50 forgets to turn them back when it saves what it had repacked
