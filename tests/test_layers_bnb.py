@@ -159,6 +159,8 @@ def test_a_layer_that_an_evaluation_repacked_merges(nested: bool, quantised: Any
     assert (found - wanted).abs().max() <= allowed
     assert same_bits(layer.weight.data, packed)
     assert layer.weight.quant_state is state
+    randlora.merge(model)
+    assert model[0].weight.quant_state.nested == nested
 
 
 @packs
