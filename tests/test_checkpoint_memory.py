@@ -1,4 +1,7 @@
-"""What reading a large file of PEFT's takes: the memory of one copy of the bases, however many the file holds."""
+"""What reading a large file of PEFT's takes: the memory of one copy of the bases, however many the file holds.
+
+Nor does it ask the system for more, which a mapped file may.
+"""
 
 import json
 import subprocess
@@ -72,3 +75,29 @@ def test_a_file_of_200_megabytes_takes_the_memory_of_one_copy_of_its_bases(
     )
     peak = json.loads(done.stdout)["peak"]
     assert peak < copies * one_copy + 6 * MEBIBYTE < file / 5
+
+
+LIMITED = """
+import resource, sys
+import randlora
+
+small, large, room = *sys.argv[1:3], int(sys.argv[3])
+randlora.inspect_adapter(small)
+with open("/proc/self/status") as status:
+    used = next(1024 * int(line.split()[1]) for line in status if line.startswith("VmData:"))
+resource.setrlimit(resource.RLIMIT_DATA, (used + room, used + room))
+print(randlora.inspect_adapter(large).storage)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux's")
+def test_a_file_of_200_megabytes_is_inspected_where_there_is_room_for_half_of_it(
+    directories: tuple[Path, Path],
+) -> None:
+    small, large = directories
+    room = (large / TENSORS_FILE).stat().st_size // 2
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, *map(str, (small, large, room))], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"stored {LAYERS + 2} times in the file\n"  # once for every layer, and once at the top

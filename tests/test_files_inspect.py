@@ -1,6 +1,7 @@
 """What `inspect_adapter` says of an adapter is what the model that carries it says."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,9 @@ def test_progress_is_told_of_every_layer(tmp_path: Path) -> None:
     summary = randlora.inspect_adapter(source, progress=lambda *news: told.append(news))
     assert [doing for _, _, doing in told] == [*(layer.fqn for layer in summary.layers), "done"]
     assert [done for done, total, _ in told] == list(range(len(summary.layers) + 1))
+
+
+def test_a_directory_may_have_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    source, _ = our_directory(LLAMA, tmp_path)
+    renamed = source.rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    assert randlora.inspect_adapter(renamed).writer == f"randlora {randlora.__version__}, format 1"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import weakref
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from randlora.files import low_rank
 from randlora.files.adapter import OpenAdapter
 from randlora.files.convert import ConversionReport
 from tests.directories import base_directory, our_directory, their_directory
+from tests.model_directories import contents
 from tests.models import BERT, GPT2, LLAMA, RealModel, every_transformers_model, outputs
 from tests.peer import PREFIX, THEIR_WARNINGS, assert_same_effect, fill, in_peft
 
@@ -261,3 +263,11 @@ def test_the_report_states_the_error_of_every_layer(tmp_path: Path) -> None:
             f"{layer.relative_error:.3g}",
         ]
     assert lines[9] == f"relative error of all layers together {report.relative_error:.3g}"
+
+
+def test_both_directories_may_have_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    source, _ = our_directory(LLAMA, tmp_path)
+    usual = randlora.convert_adapter(source, tmp_path / "lora", "lora", tolerance=1.0)
+    renamed = source.rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    unusual = randlora.convert_adapter(renamed, tmp_path / os.fsdecode(b"lor\xe0"), "lora", tolerance=1.0)
+    assert contents(unusual.out) == contents(usual.out)

@@ -7,12 +7,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors import safe_open
-
 from randlora.bases.spec import sliced_dims
 from randlora.checkpoint.layout import BASIS_B, CONFIG_FILE, HEADER_KEY, TENSORS_FILE
 from randlora.checkpoint.peft_config import NEUTRAL_FIELDS, kept_fields
 from randlora.checkpoint.read import AdapterFile
+from randlora.checkpoint.tensors_file import read_shard
 from randlora.files.adapter import OpenAdapter, open_adapter
 from randlora.files.low_rank import frobenius_norm, spectral_norm
 from randlora.files.order import model_order
@@ -90,13 +89,12 @@ def _bases(adapter: OpenAdapter) -> BasisSummary | None:
 
 def _origin(directory: Path, file: AdapterFile) -> tuple[str, str]:
     """Say who wrote an adapter, and where its bases are."""
-    with safe_open(directory / TENSORS_FILE, framework="pt") as tensors:
-        copies = sum(key.endswith(BASIS_B) for key in tensors.keys())  # noqa: SIM118  safe_open is no mapping
-        metadata = tensors.metadata() or {}
+    shard = read_shard(directory / TENSORS_FILE)
+    copies = sum(entry.name.endswith(BASIS_B) for entry in shard.entries)
     storage = "stored once in the file" if copies == 1 else f"stored {copies} times in the file"
     if copies == 0:
         storage = "drawn from the seed"
     if file.header is None:
         return f"PEFT {file.fields.get('peft_version') or 'of a version that it does not say'}", storage
-    facts = json.loads(metadata[HEADER_KEY])
+    facts = json.loads(shard.metadata[HEADER_KEY])
     return f"randlora {facts['library_version']}, format {facts['format_version']}", storage

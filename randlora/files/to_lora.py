@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from randlora.checkpoint.contents import FORMAT, json_writer, write_tensors
 from randlora.checkpoint.layout import CONFIG_FILE, MODEL_PREFIX, TENSORS_FILE, trained_key
 from randlora.checkpoint.peft_config import PEFT_VERSION
+from randlora.checkpoint.tensors_file import open_tensors
 from randlora.checkpoint.write import Writer
 from randlora.errors import ConfigError
 from randlora.files.adapter import OpenAdapter
@@ -126,8 +126,8 @@ def _kept(fqn: str, factors: LowRank, path: Path) -> Iterator[Planned]:
 
 
 def _read(path: Path, key: str) -> Iterator[Tensor]:
-    with safe_open(path, framework="pt") as file:
-        yield file.get_tensor(key)
+    with open_tensors(path) as file:
+        yield file.read(key)
 
 
 def _untold(count: int, name: str) -> None:
