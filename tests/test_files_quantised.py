@@ -1,24 +1,27 @@
-"""Quantised checkpoints are refused, with the reason."""
+"""Quantised checkpoints: those of bitsandbytes are seen as dense ones, others are refused with the reason."""
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import randlora
+from randlora.files.model_directory import read_model_directory
+from randlora.files.quantised import as_dense
 from tests.model_directories import contents, save_adapter, save_model
-from tests.models import LLAMA
+from tests.models import GPT2, LLAMA, RealModel
+from tests.quantised_checkpoints import QUANTISATIONS, quantise
 
 LAYER = "model.layers.0.self_attn.q_proj"
 MARKED = {
-    f"{LAYER}.weight.quant_state.bitsandbytes__nf4": "bitsandbytes, 4 bits",
-    f"{LAYER}.weight.absmax": "bitsandbytes, 4 bits",
-    f"{LAYER}.SCB": "bitsandbytes, 8 bits",
     f"{LAYER}.qweight": "GPTQ or AWQ",
     f"{LAYER}.weight_scale_inv": "blocks of 8-bit floats",
+    f"{LAYER}.weight_packed": "compressed-tensors",
 }
 
 verbs = pytest.mark.parametrize(
@@ -31,9 +34,16 @@ verbs = pytest.mark.parametrize(
 )
 
 
+def settings(base: Path, change: dict[str, Any]) -> None:
+    """Change fields of ``config.json``; ``None`` takes one out."""
+    config = {**json.loads((base / "config.json").read_text(encoding="utf-8")), **change}
+    config = {name: value for name, value in config.items() if value is not None}
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
 @verbs
 @pytest.mark.parametrize("name", MARKED)
-def test_a_tensor_that_only_quantised_checkpoints_have_is_named(
+def test_a_tensor_that_only_other_quantised_checkpoints_have_is_named(
     name: str, verb: Callable[[Path], object], tmp_path: Path
 ) -> None:
     base = save_model(LLAMA, tmp_path / "base")
@@ -47,11 +57,66 @@ def test_a_tensor_that_only_quantised_checkpoints_have_is_named(
 
 
 @verbs
-def test_what_config_json_says_of_quantisation_is_believed(verb: Callable[[Path], object], tmp_path: Path) -> None:
+@pytest.mark.parametrize("said", [{"quant_method": "fp8"}, {"quant_method": "gptq", "load_in_4bit": True}, {"bits": 4}])
+def test_what_config_json_says_of_other_quantisation_is_believed(
+    said: dict[str, Any], verb: Callable[[Path], object], tmp_path: Path
+) -> None:
     base = save_model(LLAMA, tmp_path / "base")
     save_adapter(LLAMA, tmp_path / "adapter")
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(randlora.CheckpointError, match=r"config.json says with fp8"):
+    settings(base, {"quantization_config": said})
+    method = said.get("quant_method", "an unnamed method")
+    with pytest.raises(randlora.CheckpointError, match=f"config.json says with {method}"):
         verb(tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("quantisation", QUANTISATIONS)
+@pytest.mark.parametrize("kind", [LLAMA, GPT2], ids=lambda kind: kind.name)
+def test_what_bitsandbytes_quantised_has_the_headers_of_the_dense_checkpoint(
+    quantisation: str, kind: RealModel, tmp_path: Path
+) -> None:
+    base = read_model_directory(quantise(kind, quantisation, tmp_path / "base"))
+    dense = read_model_directory(tmp_path / "base dense")
+    view = as_dense(base)
+    headers = {name: (entry.dtype, entry.shape, entry.nbytes) for name, entry in view.directory.entries.items()}
+    assert headers == {name: (entry.dtype, entry.shape, entry.nbytes) for name, entry in dense.entries.items()}
+    assert view.directory.config == dense.config != base.config
+    assert view.directory.nbytes == dense.nbytes > base.nbytes or quantisation != "8 bits"
+    again = as_dense(view.directory)
+    assert again.directory is view.directory
+    assert not again.codes
+
+
+@pytest.mark.parametrize(
+    ("said", "dtype"),
+    [
+        ({"dtype": "bfloat16"}, torch.bfloat16),
+        ({"dtype": None, "torch_dtype": "float32"}, torch.float32),
+        ({"dtype": None}, torch.float16),
+        ({"dtype": "auto"}, torch.float16),
+    ],
+)
+def test_codes_of_8_bits_stand_for_numbers_of_the_configs_dtype(
+    said: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base = quantise(LLAMA, "8 bits", tmp_path / "base")
+    settings(base, said)
+    view = as_dense(read_model_directory(base))
+    assert {view.directory.entries[name].dtype for name in view.codes} == {dtype}
+
+
+def test_a_config_of_the_first_versions_which_names_no_method_is_that_of_bitsandbytes(tmp_path: Path) -> None:
+    base = quantise(LLAMA, "nf4", tmp_path / "base")
+    expected = as_dense(read_model_directory(base))
+    settings(base, {"quantization_config": {"load_in_4bit": True}})
+    found = as_dense(read_model_directory(base))
+    assert (found.directory.entries, found.kinds) == (expected.directory.entries, ("nf4",))
+    settings(base, {"quantization_config": None})
+    assert as_dense(read_model_directory(base)).directory.entries == expected.directory.entries
+
+
+def test_a_checkpoint_that_is_not_quantised_stays_as_it_is(tmp_path: Path) -> None:
+    directory = read_model_directory(save_model(LLAMA, tmp_path))
+    unsaid = replace(directory, config={**directory.config, "quantization_config": None})
+    assert as_dense(directory).directory is directory
+    assert as_dense(unsaid).directory is unsaid

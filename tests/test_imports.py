@@ -47,7 +47,10 @@ FLOORS = (
     ("checkpoint.load", "checkpoint.save"),
     ("checkpoint",),
     ("files.model_directory", "files.order", "files.kinds", "files.progress", "files.low_rank", "files.summary"),
-    ("files.companions", "files.names", "files.quantised", "files.staging", "files.tensor_file"),
+    ("files.companions", "files.names", "files.staging", "files.tensor_file"),
+    ("files.codes",),
+    ("files.bnb_layout",),
+    ("files.quantised",),
     ("files.skeleton",),
     ("files.adapter", "files.changes", "files.output", "files.plan"),
     ("files.inspect", "files.merge", "files.to_lora", "files.verify"),
@@ -62,7 +65,11 @@ FLOORS = (
 )
 """A file imports from the floors below its own only: neither upwards nor its siblings."""
 
-OPTIONAL = {"checkpoint.hub": {"huggingface_hub"}, "layers.bnb_codes": {"bitsandbytes"}}
+OPTIONAL = {
+    "checkpoint.hub": {"huggingface_hub"},
+    "files.codes": {"bitsandbytes"},
+    "layers.bnb_codes": {"bitsandbytes"},
+}
 """What a file may import beyond what the project depends on, inside functions only."""
 
 FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}

@@ -35,6 +35,8 @@ def merge(
     other files carried over. The weights are, bit for bit, those of loading, merging and saving. The directory appears
     when it is complete; after a kill, run the same command again.
 
+    A model that bitsandbytes quantised comes out dense.
+
     **Examples**
 
     `randlora merge --base Llama-3-8B --adapter my-adapter --out merged`

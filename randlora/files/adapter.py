@@ -17,6 +17,7 @@ from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.errors import CheckpointError, raise_collected
 from randlora.files.model_directory import read_model_directory
 from randlora.files.names import namings
+from randlora.files.quantised import as_dense
 from randlora.files.skeleton import Skeleton, skeleton
 from randlora.functional import Diagonals, delta_weight
 from randlora.layers.linear import LinearAdapter
@@ -136,7 +137,7 @@ def fit_base(file: AdapterFile, base: Path) -> BaseFit:
 
 def _nearest_skeleton(file: AdapterFile, base: Path) -> Skeleton:
     """Rebuild the base with the names that it has in the model the adapter was trained on, as far as they are known."""
-    directory = read_model_directory(base)
+    directory = as_dense(read_model_directory(base)).directory
     models = [skeleton(directory, naming) for naming in namings(directory)]
     return max(models, key=lambda model: len(file.values.keys() & dict(model.named_modules()).keys()))
 

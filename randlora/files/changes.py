@@ -24,6 +24,7 @@ from randlora.checkpoint.tensors_file import Entry
 from randlora.errors import CheckpointError, MergeError
 from randlora.files.model_directory import ModelDirectory
 from randlora.files.names import namings
+from randlora.files.quantised import DenseView
 from randlora.files.skeleton import Skeleton, skeleton
 from randlora.files.tensor_file import read_pieces, read_tensor
 from randlora.layers.folding import Into
@@ -66,37 +67,46 @@ class Changes:
     Attributes:
         merged: Weights that are merged into.
         replaced: Tensors with a version trained beside an adapter, which is that adapter's.
+        base: The checkpoint.
     """
 
     merged: dict[str, Merging]
     replaced: dict[str, Tensor]
+    base: DenseView
 
     def pieces(self, entry: Entry, dtype: torch.dtype) -> Iterator[Tensor]:
         """Go through the parts of what becomes of a tensor, reading it as they are asked for.
 
         Args:
             entry: A tensor of the checkpoint.
-            dtype: What it shall be in. It is computed in the wider of this and its own, then rounded once.
+            dtype: What it shall be in. It is computed in the wider of this and its own, from codes in float32 at least,
+                then rounded once.
 
         Raises:
             MergeError: When a value would not be finite, but for those that were not before.
         """
-        wide = torch.promote_types(entry.dtype, dtype)
+        is_coded = entry.name in self.base.codes
+        wide = torch.promote_types(torch.float32 if is_coded else entry.dtype, dtype)
         own = self.replaced.get(entry.name)
         if (merging := self.merged.get(entry.name)) is not None:
-            weight = read_tensor(entry) if own is None else own  # one adapter's own version, which another adapts
+            weight = self._read(entry) if own is None else own  # one adapter's own version, which another adapts
             yield _cast(entry.name, merging.merged(weight.to(wide)), dtype)
         elif own is not None:
             yield _cast(entry.name, own.to(wide), dtype)
+        elif is_coded:
+            yield _cast(entry.name, self._read(entry), dtype)
         else:
             yield from (_cast(entry.name, piece, dtype) for piece in read_pieces(entry))
 
+    def _read(self, entry: Entry) -> Tensor:
+        return self.base.read(entry.name) if entry.name in self.base.codes else read_tensor(entry)
 
-def find_changes(directory: ModelDirectory, adapters: Mapping[Path, float]) -> Changes:
+
+def find_changes(base: DenseView, adapters: Mapping[Path, float]) -> Changes:
     """Read adapters, fit them to a checkpoint, draw their bases, and say which tensors they change.
 
     Args:
-        directory: The checkpoint.
+        base: The checkpoint.
         adapters: Directories of adapters and the factors of their updates.
 
     Raises:
@@ -107,7 +117,7 @@ def find_changes(directory: ModelDirectory, adapters: Mapping[Path, float]) -> C
     for path in adapters:
         with _about(path):
             files[path] = read_adapter(path)
-    model = _skeleton(directory, files.values())
+    model = _skeleton(base.directory, files.values())
     parameters = {fqn: id(parameter) for fqn, _, _, parameter in named_parameters(model)}
     bank = BasisBank()
     merged: dict[int, Merging] = {}
@@ -125,10 +135,11 @@ def find_changes(directory: ModelDirectory, adapters: Mapping[Path, float]) -> C
             merging = merged.setdefault(id(target.module._parameters["weight"]), Merging(target))
             merging.addends.append((adapter, *file.values[target.fqn]))
         replaced |= {parameters[fqn]: tensor for fqn, tensor in file.trained.items()}
-    places = {name: parameters.get(model.naming.fqn(name)) for name in directory.entries}
+    places = {name: parameters.get(model.naming.fqn(name)) for name in base.directory.entries}
     return Changes(
         {name: merged[place] for name, place in places.items() if place in merged},
         {name: replaced[place] for name, place in places.items() if place in replaced},
+        base,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,17 @@ def copy_companion(source: Path, destination: Path) -> None:
     flush(destination)
 
 
-def copy_config(source: Path, destination: Path, dtype: torch.dtype | None) -> None:
-    """Copy ``config.json``, with another dtype where one is given."""
-    if dtype is None:
+def copy_config(
+    source: Path, destination: Path, dtype: torch.dtype | None, without: Collection[str] = frozenset()
+) -> None:
+    """Copy ``config.json``, with another dtype where one is given, and without some of its fields."""
+    if dtype is None and not without:
         copy_companion(source, destination)
-    else:
-        write_json(destination, _with_dtype(json.loads(source.read_text(encoding="utf-8")), dtype))
+        return
+    config = {
+        name: value for name, value in json.loads(source.read_text(encoding="utf-8")).items() if name not in without
+    }
+    write_json(destination, config if dtype is None else _with_dtype(config, dtype))
 
 
 def write_json(path: Path, content: object) -> None:

@@ -40,10 +40,20 @@ def kind_of(fqn: str, parameters: Collection[str], around: Collection[str], mode
     last = fqn.rsplit(".", 1)[-1]
     if last == "out_proj" and "in_proj_weight" in around:
         return Kind.ATTENTION_OUTPUT
-    if last in CONV1D_NAMES.get(model_type or "", ()):
+    if is_conv1d(fqn, model_type):
         return Kind.CONV1D
     is_named_so = last in EMBEDDING_NAMES or _EMBEDDING_WORD.search(last) is not None
     return Kind.EMBEDDING if is_named_so and "bias" not in parameters else Kind.LINEAR
+
+
+def is_conv1d(fqn: str, model_type: str | None) -> bool:
+    """Whether a layer is transformers' ``Conv1D``, whose weight is stored ``(in_features, out_features)``.
+
+    Args:
+        fqn: The layer's name.
+        model_type: The model's.
+    """
+    return fqn.rsplit(".", 1)[-1] in CONV1D_NAMES.get(model_type or "", ())
 
 
 def doubt(fqn: str, kind: Kind, shape: tuple[int, ...], config: Mapping[str, Any]) -> str | None:

@@ -10,21 +10,24 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from randlora.checkpoint.tensors_file import Shard
-from randlora.errors import ConfigError, MergeError, raise_collected
+from randlora.errors import CheckpointError, ConfigError, MergeError, raise_collected
 from randlora.files.changes import Changes, find_changes
 from randlora.files.companions import copy_companion, copy_config, find_companions, write_json
 from randlora.files.model_directory import CONFIG_FILE, INDEX_FILE, ModelDirectory, read_model_directory
 from randlora.files.progress import Progress, no_progress
+from randlora.files.quantised import DenseView, as_dense
 from randlora.files.staging import staged
 from randlora.files.tensor_file import Planned, write_tensor_file
+from randlora.layers import bnb_codes
 from randlora.report import as_bytes
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -47,6 +50,8 @@ class FileMergeReport:
         nbytes: Bytes of all weights.
         dtype: What floating tensors were cast to; ``None`` where each kept its own.
         notes: What the user should know, such as which files were left out.
+        dequantised: Names of the tensors that are codes in the model and dense here, and what kind of codes.
+        base_nbytes: Bytes of the model's weights, as they are stored.
     """
 
     out: Path
@@ -57,6 +62,8 @@ class FileMergeReport:
     nbytes: int
     dtype: torch.dtype | None
     notes: tuple[str, ...]
+    dequantised: dict[str, str] = field(default_factory=dict)
+    base_nbytes: int = 0
 
     def __str__(self) -> str:
         """Say it in a few lines."""
@@ -66,6 +73,10 @@ class FileMergeReport:
         lines = [f"merged {names} into {len(self.merged)} weights"]
         if self.replaced:
             lines.append(f"took over {len(self.replaced)} tensors that were trained beside")
+        if self.dequantised:
+            kinds = ", ".join(sorted(set(self.dequantised.values())))
+            was = f"{len(self.dequantised)} weights of a model of {as_bytes(self.base_nbytes)}"
+            lines.append(f"dequantised {was} ({kinds}): what is written is dense")
         return "\n".join([*lines, f"wrote {self.out}, {as_bytes(self.nbytes)} in {files}{dtype}", *self.notes])
 
 
@@ -84,6 +95,9 @@ def merge_files(
     merging the largest weight takes. ``out`` appears when it is complete: a call that fails removes what it wrote, and
     after a kill the same call starts anew.
 
+    Of a model that bitsandbytes quantised a dense one is made: all its codes are written out, in the dtype that was
+    quantised, and ``config.json`` says nothing of quantisation any more. Codes of 4 bits need the extra ``bnb``.
+
     Args:
         base: The model's directory, with one safetensors file or with shards and an index. It is only read.
         adapters: One adapter's directory; several, whose updates add; or directories with the factors of their updates.
@@ -93,8 +107,8 @@ def merge_files(
 
     Raises:
         ConfigError: For a factor or a dtype that cannot be.
-        CheckpointError: When a file is missing, truncated or damaged, the checkpoint is quantised, or an adapter does
-            not fit it.
+        CheckpointError: When a file is missing, truncated or damaged, the checkpoint is quantised and not by
+            bitsandbytes, or that is not installed, or an adapter does not fit.
         MergeError: When ``out`` exists or lies in an input, the disk has not the room, or a value would not be finite.
         OSError: When the disk refuses.
     """
@@ -102,8 +116,10 @@ def merge_files(
     source, destination = Path(base), Path(out)
     _check(source, factors, destination, dtype)
     directory = read_model_directory(source)
-    changes = find_changes(directory, factors)
-    shards = [(shard, _planned(shard, changes, dtype)) for shard in directory.shards]
+    dense = as_dense(directory)
+    _require_bitsandbytes(dense)
+    changes = find_changes(dense, factors)
+    shards = [(shard, _planned(shard, changes, dtype)) for shard in dense.directory.shards]
     companions = find_companions(directory)
     nbytes = sum(tensor.nbytes for _, tensors in shards for tensor in tensors)
     beside = sum((source / path).stat().st_size for path in companions.carried)
@@ -112,10 +128,11 @@ def merge_files(
         _require_room(scratch, nbytes + beside, destination)
         for shard, tensors in shards:
             write_tensor_file(scratch / shard.path.name, tensors, shard.metadata, written.add)
-        _write_index(directory, scratch, nbytes)
+        _write_index(directory, dense.directory.index, scratch, nbytes)
+        without = directory.config.keys() - dense.directory.config.keys()
         for path in companions.carried:
             if path == Path(CONFIG_FILE):
-                copy_config(source / path, scratch / path, dtype)
+                copy_config(source / path, scratch / path, dtype, without)
             else:
                 copy_companion(source / path, scratch / path)
     return FileMergeReport(
@@ -127,6 +144,8 @@ def merge_files(
         nbytes=nbytes,
         dtype=dtype,
         notes=tuple(f"left out: {path}, which may hold the weights as they were" for path in companions.left_out),
+        dequantised={name: codes.kind for name, codes in dense.codes.items()},
+        base_nbytes=directory.nbytes,
     )
 
 
@@ -175,6 +194,13 @@ def _check(base: Path, adapters: Mapping[Path, float], out: Path, dtype: torch.d
     raise_collected(MergeError, problems, doing="merge")
 
 
+def _require_bitsandbytes(base: DenseView) -> None:
+    """Refuse what cannot be read without it."""
+    needs = next((name for name, codes in base.codes.items() if codes.needs_bitsandbytes), None)
+    if needs is not None and (reason := bnb_codes.missing()) is not None:
+        raise CheckpointError(f"cannot merge: reading {needs} ({base.codes[needs].kind}) {reason}")
+
+
 def _planned(shard: Shard, changes: Changes, dtype: torch.dtype | None) -> list[Planned]:
     """Say what becomes of the tensors of one file."""
     dtypes = {entry: dtype if dtype and entry.dtype in DTYPES else entry.dtype for entry in shard.entries}
@@ -191,12 +217,14 @@ def _require_room(place: Path, needed: int, out: Path) -> None:
         raise MergeError(f"cannot merge to {str(out)!r}: it takes {as_bytes(needed)}, and {as_bytes(free)} are free")
 
 
-def _write_index(directory: ModelDirectory, scratch: Path, nbytes: int) -> None:
-    """Carry the index over; the size that it says changes with the dtype."""
-    if directory.index is None:
+def _write_index(directory: ModelDirectory, index: dict[str, Any] | None, scratch: Path, nbytes: int) -> None:
+    """Carry the index over, or what it is without the tensors that are left out; the size that it says may change."""
+    if index is None:
         return
-    metadata = directory.index.get("metadata")
+    metadata = index.get("metadata")
     if isinstance(metadata, dict) and nbytes != directory.nbytes:
-        write_json(scratch / INDEX_FILE, {**directory.index, "metadata": {**metadata, "total_size": nbytes}})
-    else:
+        index = {**index, "metadata": {**metadata, "total_size": nbytes}}
+    if index == directory.index:
         copy_companion(directory.path / INDEX_FILE, scratch / INDEX_FILE)
+    else:
+        write_json(scratch / INDEX_FILE, index)

@@ -6,7 +6,9 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
+from randlora.errors import TargetError, raise_collected
 from randlora.files.model_directory import ModelDirectory, read_model_directory
+from randlora.files.quantised import as_dense
 from randlora.files.skeleton import skeleton
 from randlora.inject import plan
 from randlora.report import Report
@@ -45,15 +47,24 @@ def plan_directory(directory: str | os.PathLike[str], r: int | None = None, **op
         **options: As for `randlora.plan`.
 
     Returns:
-        The report that `randlora.plan` gives for the model; notes name what had to be guessed.
+        The report that `randlora.plan` gives for the model; notes name what had to be guessed. Of a quantised model,
+        parameters are counted as before it was.
 
     Raises:
-        CheckpointError: When the directory holds no checkpoint that can be read, or a quantised one.
+        CheckpointError: When the directory holds no checkpoint that can be read; of quantised ones, only those of
+            bitsandbytes can.
         RandLoRAError: Whatever `randlora.plan` raises.
     """
-    model = skeleton(read_model_directory(directory))
+    base = as_dense(read_model_directory(directory))
+    model = skeleton(base.directory)
     report = plan(model, r, **options)
-    return replace(report, notes=(*report.notes, *model.doubts))
+    if not base.codes:
+        return replace(report, notes=(*report.notes, *model.doubts))
+    codes = {model.naming.fqn(name) for name in base.codes}
+    problems = [f"train_also takes in {fqn}, which is quantised" for fqn in report.train_also if fqn in codes]
+    raise_collected(TargetError, problems, doing="plan")
+    quantised = f"the model is quantised ({', '.join(base.kinds)}): parameters are counted as before it was"
+    return replace(report, notes=(*report.notes, *model.doubts, quantised))
 
 
 def training_memory(report: Report, directory: ModelDirectory) -> TrainingMemory:
