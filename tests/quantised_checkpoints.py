@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests.model_directories import SHARD, save_model
+from tests.model_directories import save_model
 from tests.models import LLAMA, RealModel
 
 QUANTISATIONS: dict[str, dict[str, Any]] = {
@@ -26,6 +26,9 @@ QUANTISATIONS: dict[str, dict[str, Any]] = {
     "8 bits": {"load_in_8bit": True},
 }
 """What transformers is told, by a name."""
+
+SHARD = "8KB"
+"""Small enough for several files, and for what stands beside codes to be in other ones."""
 
 KINDS = {name: name.split()[0] if name != "8 bits" else name for name in QUANTISATIONS}
 """What a report calls it."""

@@ -3,9 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,6 @@ import transformers
 from torch import Tensor, nn
 
 import randlora
-from randlora.layers import bnb_codes
 from tests.model_directories import contents, save_adapter
 from tests.models import GPT2, LLAMA, RealModel, outputs
 from tests.quantised_checkpoints import KINDS, QUANTISATIONS, WIDE, load_quantised, quantise, stored, written_out
@@ -56,6 +52,7 @@ def test_every_weight_is_what_its_codes_stand_for_and_the_update(
 ) -> None:
     base = quantise(kind, quantisation, tmp_path / "base", is_sharded=is_sharded)
     adapter = save_adapter(kind, tmp_path / "adapter", targets=list(kind.targets[::2]))
+    assert (len(list(base.glob("*.safetensors"))) > 1) == is_sharded
     before = contents(base)
     report = randlora.merge_files(base, adapter, tmp_path / "out")
     expected = merged(kind, base, adapter)
@@ -205,40 +202,3 @@ def test_memory_holds_one_weight_at_a_time(tmp_path: Path) -> None:
     one, written = 4 * width * width, (directories[1] / "out" / "model.safetensors").stat().st_size
     assert written > 4 * layers * width * width
     assert json.loads(done.stdout)["peak"] < 8 * one + 8 * 2**20 < written / 3
-
-
-def test_codes_of_4_bits_need_the_extra_and_say_so_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = quantise(LLAMA, "nf4", tmp_path / "base")
-    adapter = save_adapter(LLAMA, tmp_path / "adapter")
-    before = contents(tmp_path)
-    with without_bitsandbytes(monkeypatch):
-        with pytest.raises(randlora.CheckpointError, match=r'weight \(nf4\) needs .* pip install "randlora\[bnb\]"'):
-            randlora.merge_files(base, adapter, tmp_path / "new" / "out")
-        assert randlora.plan_directory(base, 4).targets  # which looks at headers alone
-    assert contents(tmp_path) == before
-    assert not (tmp_path / "new").exists()
-
-
-def test_codes_of_8_bits_need_no_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = quantise(LLAMA, "8 bits", tmp_path / "base")
-    adapter = save_adapter(LLAMA, tmp_path / "adapter")
-    with without_bitsandbytes(monkeypatch):
-        out = randlora.merge_files(base, adapter, tmp_path / "out").out
-    assert_equal(stored(out), merged(LLAMA, base, adapter))
-
-
-@contextmanager
-def without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Hide that it is installed."""
-    with monkeypatch.context() as patch:
-        patch.setattr(bnb_codes, "version", not_found)
-        patch.setitem(sys.modules, "bitsandbytes", None)  # Python's own way to say that there is no such module
-        bnb_codes.missing.cache_clear()
-        yield
-    bnb_codes.missing.cache_clear()
-
-
-def not_found(name: str) -> str:
-    raise PackageNotFoundError(name)
