@@ -108,6 +108,13 @@ def test_a_dequantised_layer_that_never_ran_has_the_dtype_it_would_compute_in() 
     assert [model.get_parameter(f"{i}.weight").dtype for i in (1, 2)] == [torch.bfloat16, torch.float16]
 
 
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_dequantised_layer_stays_in_the_mode_of_the_model(is_training: bool) -> None:
+    model = one_layer(LAYER_KINDS[2], (24, 20), torch.float32).train(is_training)
+    randlora.merge(model, quantised="dequantise")
+    assert model[0].training == is_training
+
+
 @every_quantised_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
