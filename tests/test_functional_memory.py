@@ -1,5 +1,6 @@
 """What the operation keeps for backward, how large its temporaries are, and how many products it makes."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from randlora.functional import Compute, adapted_linear, scratch
+from randlora.functional import Compute, adapted_linear, delta_weight, scratch
 from tests.pairs import Case, case, every_form
 
 every_way = pytest.mark.parametrize("compute", get_args(Compute))
@@ -77,6 +78,60 @@ def test_keep_keeps_one_number_for_each_of_the_weight(form: str, shape: tuple[in
     more = len(runs[0]) - len(runs[1])
     assert more == 1
     assert sum(tensor.numel() for tensor in runs[0]) - sum(tensor.numel() for tensor in runs[1]) == weight.numel()
+
+
+@every_shape
+def test_the_sum_takes_the_memory_of_a_weight_that_was_written_out(shape: tuple[int, int]) -> None:
+    made, x, weight = prepared("dense", shape, 7)
+    update = delta_weight(made.pair, made.diagonals, in_features=shape[1]).detach()
+    written: list[Tensor] = []
+
+    def write_out(dtype: torch.dtype) -> Tensor:
+        written.append(weight.to(dtype, copy=True))
+        return written[-1]
+
+    kept = kept_by(
+        lambda: adapted_linear(x, made.pair, made.diagonals, weight=write_out, compute="materialised", keep=True)
+    )
+    assert storage(written[0]) in {storage(tensor) for tensor in kept}
+    torch.testing.assert_close(written[0], weight + update)
+
+
+class Later(TorchDispatchMode):
+    """Notes which of some tensors live while matrices of a shape are multiplied into new memory."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.shape, self.products, self.living = shape, 0, 0
+        self.written: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation."""
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default and result.shape == self.shape:
+            self.products += 1
+            self.living += sum(reference() is not None for reference in self.written)
+        return result
+
+
+@pytest.mark.parametrize("form", ["dense", "block(2,4)"])
+@every_way
+@every_shape
+def test_a_weight_that_was_written_out_is_gone_before_a_gradient_of_its_size_comes(
+    form: str, compute: Compute, shape: tuple[int, int]
+) -> None:
+    made, x, weight = prepared(form, shape, 200)
+
+    def write_out(dtype: torch.dtype) -> Tensor:
+        written = weight.to(dtype, copy=True)
+        later.written.append(weakref.ref(written))
+        return written
+
+    with Later(shape) as later:
+        adapted_linear(x, made.pair, made.diagonals, weight=write_out, compute=compute).sum().backward()
+    assert len(later.written) == 2
+    assert later.products > 0 or compute != "materialised"
+    assert later.living == 0
 
 
 @every_form

@@ -24,12 +24,14 @@ class Adapted(NamedTuple):
         pair: The bases.
         diagonals: Λ and Γ.
         in_features: The layer's input width; it is ``min_dim`` or ``max_dim``, and fixes the orientation.
+        owns_weight: Whether nobody else holds the weight, so that forming the sum may use its memory up.
     """
 
     weight: Tensor | None
     pair: Pair
     diagonals: Diagonals
     in_features: int
+    owns_weight: bool = False
 
     @property
     def is_wide(self) -> bool:
@@ -57,9 +59,9 @@ class Adapted(NamedTuple):
         return scaled_basis(self.pair.A, self.diagonals, self.pair.B.dtype)
 
     def total(self) -> Tensor:
-        """Form the sum of weight and update, ``(out, in)``, laid out as the weight is."""
+        """Form the sum of weight and update, ``(out, in)``, laid out as the weight is, which is gone if it is owned."""
         onto = None if self.weight is None else self.oriented(self.weight)
-        return self.oriented(self.pair.update(self.scaled_A(), onto))
+        return self.oriented(self.pair.update(self.scaled_A(), onto, uses_up=self.owns_weight))
 
     def output(self, rows: Tensor, way: Way, onto: Tensor | None) -> Tensor:
         """Take tokens through both factors of the update: ``(tokens, in)`` to ``(tokens, out)``, added to ``onto``."""

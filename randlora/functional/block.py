@@ -78,10 +78,10 @@ class BlockPair(NamedTuple):
         tiles: Tensor = product.unflatten(0, (self._tile_rows, len(self.A))).unflatten(2, (self.A.shape[1], -1))
         return tiles.permute(1, 2, 3, 0, 4).flatten(1, 3)  # (b', c, r/c, num_bases/b', width) before
 
-    def update(self, scaled_A: Tensor, onto: Tensor | None = None) -> Tensor:
+    def update(self, scaled_A: Tensor, onto: Tensor | None = None, *, uses_up: bool = False) -> Tensor:  # noqa: ARG002
         """Compute ``UB @ UA``, ``(max_dim, min_dim)``, added to ``onto`` inside the products' accumulation.
 
-        The result is laid out in memory as ``onto`` is, which is left as it is.
+        The result is laid out in memory as ``onto`` is, which is left as it is: its tiles have to be copied anyway.
         """
         left, right = self._tiles_of_B(), self._tiles_of_A(scaled_A)
         if onto is None:

@@ -64,13 +64,14 @@ class DensePair(NamedTuple):
         """Lead the gradient of the update, ``(max_dim, min_dim)``, on to ``UA``: ``UB.T @ grad``."""
         return (self.B.T @ grad).unsqueeze(0)
 
-    def update(self, scaled_A: Tensor, onto: Tensor | None = None) -> Tensor:
+    def update(self, scaled_A: Tensor, onto: Tensor | None = None, *, uses_up: bool = False) -> Tensor:
         """Compute ``UB @ UA``, ``(max_dim, min_dim)``, added to ``onto`` inside the product's accumulation.
 
-        The result is laid out in memory as ``onto`` is, which is left as it is.
+        The result is laid out in memory as ``onto`` is, which is left as it is unless its memory may be used up.
         """
         if onto is None:
             return self.B @ scaled_A[0]
+        plus_product = scratch.plus_product if uses_up else torch.addmm
         if onto.stride(-1) == 1:
-            return torch.addmm(onto, self.B, scaled_A[0])
-        return torch.addmm(onto.T, scaled_A[0].T, self.B.T).T
+            return plus_product(onto, self.B, scaled_A[0])
+        return plus_product(onto.T, scaled_A[0].T, self.B.T).T

@@ -19,7 +19,10 @@ from randlora.functional.scratch import is_transformed
 from randlora.functional.sparse import SparsePair
 
 WriteOut = Callable[[torch.dtype], Tensor]
-"""Writes a weight out that is stored in another form, ``(out_features, in_features)`` in the dtype asked for."""
+"""Writes a weight out that is stored in another form, ``(out_features, in_features)`` in the dtype asked for.
+
+Every call returns new memory, which is used up.
+"""
 
 
 def adapted_linear(
@@ -118,15 +121,15 @@ class _AdaptedLinear(torch.autograd.Function):
         keep: bool,  # noqa: FBT001
     ) -> Tensor | tuple[Tensor, Tensor]:
         pair = _pair(basis_A, basis_B, rest)
-        weight, bias = _in_dtype(weight, pair.B.dtype), _in_dtype(bias, pair.B.dtype)
-        adapted = Adapted(weight, pair, Diagonals(lam, gamma, scaling), x.shape[-1])
+        adapted = _adapted(weight, pair, Diagonals(lam, gamma, scaling), x.shape[-1])
+        bias = _in_dtype(bias, pair.B.dtype)
         tokens = x.numel() // x.shape[-1]
         way = forward_way(adapted.sizes(tokens), compute)
         if way == "materialised":
             total = adapted.total()
             output = _own(F.linear(x, total, bias), x.shape[:-1])
             return (output, total) if keep else output
-        onto = None if weight is None else F.linear(x, weight, bias).view(tokens, adapted.out_features)
+        onto = None if adapted.weight is None else F.linear(x, adapted.weight, bias).view(tokens, adapted.out_features)
         return _own(adapted.output(x.reshape(tokens, x.shape[-1]), way, onto), x.shape[:-1])
 
     @staticmethod
@@ -162,8 +165,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # to be differentiated again: what was kept is a number, and no function of Λ and Γ
         kept = None
     pair = _pair(basis_A, basis_B, ctx.rest)
-    own_weight = _in_dtype(ctx.write_out or weight, pair.B.dtype) if needs_x else None
-    adapted = Adapted(own_weight, pair, Diagonals(lam, gamma, ctx.scaling), ctx.in_features)
+    adapted = _adapted(
+        (ctx.write_out or weight) if needs_x else None, pair, Diagonals(lam, gamma, ctx.scaling), ctx.in_features
+    )
     rows = grad.reshape(grad.numel() // adapted.out_features, adapted.out_features)
     x_way, diagonals_way = backward_ways(
         adapted.sizes(len(rows)),
@@ -174,6 +178,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         compute=ctx.compute,
     )
     grad_x, hidden = _input_gradient(adapted, rows, x_way, kept) if needs_x else (None, None)
+    adapted = adapted._replace(weight=None)  # one that was written out goes before another matrix of its size comes
     grad_weight, grad_lam, grad_gamma = None, None, None
     if needs_weight or needs_diagonals:
         tokens = x.reshape(len(rows), ctx.in_features)
@@ -191,6 +196,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_gamma,
         *[None] * len(others),
     )
+
+
+def _adapted(weight: Tensor | WriteOut | None, pair: Pair, diagonals: Diagonals, in_features: int) -> Adapted:
+    """Put the parts together in the dtype of B; a weight that had to be written out or converted is nobody else's."""
+    dtype = pair.B.dtype
+    is_new = not isinstance(weight, Tensor) or weight.dtype != dtype
+    return Adapted(_in_dtype(weight, dtype), pair, diagonals, in_features, is_new)
 
 
 def _in_dtype(tensor: Tensor | WriteOut | None, dtype: torch.dtype) -> Tensor | None:

@@ -87,7 +87,7 @@ class SparsePair(NamedTuple):
         """Lead the gradient of the update, ``(max_dim, min_dim)``, on to ``UA``: ``UB.T @ grad``."""
         return (self.B_transposed @ grad).unsqueeze(0)
 
-    def update(self, scaled_A: Tensor, onto: Tensor | None = None) -> Tensor:
+    def update(self, scaled_A: Tensor, onto: Tensor | None = None, *, uses_up: bool = False) -> Tensor:  # noqa: ARG002
         """Compute ``UB @ UA``, ``(max_dim, min_dim)``, added to ``onto``.
 
         The result is laid out in memory as ``onto`` is, which is left as it is.
