@@ -1,6 +1,6 @@
 """Single layers, adapted by each contestant."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import peft
 import torch
@@ -10,6 +10,7 @@ import randlora
 
 RANK = 32
 ALPHA = 64.0
+LAYERS = r"\d"  # of a sequential model
 
 Adapt = Callable[[nn.Sequential], nn.Module]
 
@@ -26,12 +27,12 @@ def full(model: nn.Sequential) -> nn.Module:
 
 def peft_lora(model: nn.Sequential) -> nn.Module:
     """Put PEFT's LoRA on it."""
-    return _without_wrapper(peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules=["0"])))
+    return _without_wrapper(peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules=LAYERS)))
 
 
 def peft_randlora(model: nn.Sequential) -> nn.Module:
     """Put PEFT's RandLoRA on it."""
-    config = peft.RandLoraConfig(r=RANK, randlora_alpha=int(ALPHA), randlora_dropout=0.0, target_modules=["0"])
+    config = peft.RandLoraConfig(r=RANK, randlora_alpha=int(ALPHA), randlora_dropout=0.0, target_modules=LAYERS)
     return _without_wrapper(peft.get_peft_model(model, config))
 
 
@@ -45,7 +46,7 @@ def ours(basis: str, *, keep: bool = False) -> Adapt:
 
     def adapt(model: nn.Sequential) -> nn.Module:
         blocks = (4, 8) if basis == "block" else None
-        randlora.inject(model, r=RANK, alpha=ALPHA, targets=["0"], basis=basis, blocks=blocks)  # type: ignore[arg-type]
+        randlora.inject(model, r=RANK, alpha=ALPHA, targets=LAYERS, basis=basis, blocks=blocks)  # type: ignore[arg-type]
         randlora.set_compute(model, keep=keep)
         return model
 
@@ -90,9 +91,14 @@ AUTOCAST_CONTESTANTS: dict[str, Adapt] = {
 
 
 def build(adapt: Adapt, in_features: int, out_features: int, dtype: torch.dtype, device: str) -> nn.Module:
-    """Make a layer of fixed random weights and adapt it; an adapter gets values as after some training."""
+    """Make a layer of fixed random weights and adapt it."""
     torch.manual_seed(0)
-    layer = adapt(nn.Sequential(nn.Linear(in_features, out_features, dtype=dtype))).to(device)
+    return put_on(nn.Sequential(nn.Linear(in_features, out_features, dtype=dtype)), adapt, device)
+
+
+def put_on(model: nn.Sequential, adapt: Adapt, device: str) -> nn.Module:
+    """Adapt what was made; an adapter gets values as after some training."""
+    layer = adapt(model).to(device)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             if parameter.requires_grad and "base_layer" not in name and "lora" in name:
@@ -105,8 +111,13 @@ def training_step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], Non
     leaves: Sequence[Tensor] = [x, *layer.parameters()]
 
     def step() -> None:
-        for leaf in leaves:
-            leaf.grad = None
+        clear(leaves)
         layer(x).backward(grad)
 
     return step
+
+
+def clear(leaves: Iterable[Tensor]) -> None:
+    """Let gradients go."""
+    for leaf in leaves:
+        leaf.grad = None
