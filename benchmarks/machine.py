@@ -15,7 +15,7 @@ def describe(device: str) -> dict[str, str]:
     facts = {"processor": _processor(), "threads": str(torch.get_num_threads())}
     if device == "cuda":
         facts["GPU"] = torch.cuda.get_device_name()
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "peft", "transformers")}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "peft", "transformers", "bitsandbytes")}
     return {**facts, "python": platform.python_version(), **versions}
 
 
