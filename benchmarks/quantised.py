@@ -18,6 +18,7 @@ NAMES = ("frozen", "LoRA", "PEFT", "dense", "block")
 QUICK_NAMES = ("frozen", "PEFT", "dense", "block")
 OURS = ("dense", "block")
 STEPS = 2
+FEW_TOKENS = 128
 
 
 def _nf4(in_features: int, out_features: int, dtype: torch.dtype) -> nn.Module:
@@ -64,7 +65,7 @@ class Case(NamedTuple):
 
 KINDS = (("NF4", torch.float32), ("NF4", torch.bfloat16), ("8 bits", torch.float32), ("8 bits", torch.bfloat16))
 GATED = tuple(Case(*kind, 2048) for kind in KINDS[:3])
-CASES = tuple(Case(*kind, tokens, 1024, out) for kind in KINDS for out in (1024, 4096) for tokens in (128, 2048))
+CASES = tuple(Case(*kind, tokens, 1024, out) for kind in KINDS for out in (1024, 4096) for tokens in (FEW_TOKENS, 2048))
 
 
 def contestants(case: Case, names: Sequence[str]) -> dict[str, Adapt]:
@@ -148,7 +149,8 @@ def run(settings: Settings) -> Sequence[Row]:
     rows = []
     for case in cases:
         chosen = contestants(case, names)
-        rows.append(timed(case, chosen, settings.device, REPEATS))
+        repeats = REPEATS if case.tokens > FEW_TOKENS else 5 * REPEATS  # what is short is disturbed more easily
+        rows.append(timed(case, chosen, settings.device, repeats))
         if case.out_features == case.in_features:
             with among_new_objects():
                 rows.extend(measured(case, chosen, settings.device))

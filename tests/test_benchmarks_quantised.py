@@ -1,6 +1,6 @@
 """The benchmark of quantised layers: who is compared on what, and that no dense copy of the weight goes unseen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import bitsandbytes
 import pytest
@@ -15,6 +15,12 @@ from benchmarks.targets import TARGETS
 
 every_form = pytest.mark.parametrize("form", quantised.FORMS)
 SMALL = {"in_features": 128, "out_features": 128}
+
+
+@pytest.fixture(autouse=True)
+def _without_what_other_tests_made() -> Iterator[None]:
+    with held.among_new_objects():
+        yield
 
 
 def small(form: str, tokens: int = 4) -> Case:
@@ -114,8 +120,7 @@ def test_the_benchmark_stops_where_ours_hold_a_copy(in_forward: bool, monkeypatc
 
 
 def _rows(adapt: Callable[[nn.Sequential], nn.Module]) -> list[Row]:
-    with held.among_new_objects():
-        return quantised.measured(small("NF4", tokens=2), {"dense": adapt}, "cpu")
+    return quantised.measured(small("NF4", tokens=2), {"dense": adapt}, "cpu")
 
 
 def test_the_peak_of_a_step_is_the_most_that_lives_at_once() -> None:
