@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from randlora.bases.spec import BasisSpec, count_bases
 from randlora.config import RandLoRAConfig
 from randlora.layers.folding import QuantisationError
+from randlora.registry import find_layer
 from randlora.walk import Selection, Target, named_parameters
 
 FLOAT32_BYTES = 4
@@ -53,7 +55,8 @@ class Report:
         rows: One for each distinct shape.
         spec: The bases, dims included.
         trainable_parameters: Numbers that training changes once the adapter may train, with those of ``train_also``.
-        total_parameters: Numbers of the model and this adapter together.
+        total_parameters: Numbers of the model and this adapter together; a quantised weight counts as many as it
+            stands for, however many it stores.
         basis_bytes: Bytes the bases take in memory, as stored; those shared with other adapters included.
         checkpoint_bytes: Bytes `randlora.save` writes of tensors, with ``bases="seed"``.
         train_also: FQNs of the parameters trained beside the adapter.
@@ -166,9 +169,11 @@ def adapter_report(
     rows = shape_rows(selection.targets, spec)
     adapter_size = sum(row.trainable for row in rows)
     own = {
-        id(parameter): (fqn, parameter) for fqn, _, _, parameter in named_parameters(model) if not is_lazy(parameter)
+        id(parameter): (fqn, parameter, count_numbers(module, attribute, parameter))
+        for fqn, module, attribute, parameter in named_parameters(model)
+        if not is_lazy(parameter)
     }
-    beside = [parameter for fqn, parameter in own.values() if fqn in set(train_also)]
+    beside = [parameter for fqn, parameter, _ in own.values() if fqn in set(train_also)]
     return Report(
         name=name,
         config=config,
@@ -177,13 +182,21 @@ def adapter_report(
         rows=rows,
         spec=spec,
         trainable_parameters=adapter_size + sum(parameter.numel() for parameter in beside),
-        total_parameters=adapter_size + sum(parameter.numel() for _, parameter in own.values()),
+        total_parameters=adapter_size + sum(count for _, _, count in own.values()),
         basis_bytes=basis_bytes,
         checkpoint_bytes=FLOAT32_BYTES * adapter_size + sum(parameter.nbytes for parameter in beside),
         train_also=tuple(train_also),
         skipped=selection.skipped,
         notes=tuple(notes),
     )
+
+
+def count_numbers(module: nn.Module, attribute: str, parameter: nn.Parameter) -> int:
+    """Count the numbers a parameter stands for: bytes of codes may hold two each, words more."""
+    layer_class = find_layer(module)
+    if attribute == "weight" and isinstance(layer_class, type):
+        return math.prod(layer_class.features(module))
+    return parameter.numel()
 
 
 def standing(name: str, *, is_active: bool, is_trainable: bool) -> list[str]:

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
+from randlora.layers.quantised import QuantisedLayer
 from randlora.match import matches_name, nearest_names, prefixes, unmatched
+from randlora.registry import find_layer
 from randlora.state import ModelState, ReplacedParameter
 from randlora.walk import Target, named_parameters, walk
 
@@ -34,9 +36,9 @@ def select_parameters(model: nn.Module, names: str | Sequence[str]) -> list[str]
 
 
 def train_also_problems(model: nn.Module, names: str | Sequence[str], targets: Iterable[Target]) -> list[str]:
-    """Say what is wrong with ``train_also``: names that match nothing, a weight that is adapted, integer values."""
-    parameters = {fqn: parameter for fqn, _, _, parameter in named_parameters(model)}
-    known = {prefix for fqn in parameters for prefix in prefixes(fqn)}
+    """Say what is wrong with ``train_also``: names that match nothing, weights that are adapted or codes, integers."""
+    places = {fqn: (module, attribute, parameter) for fqn, module, attribute, parameter in named_parameters(model)}
+    known = {prefix for fqn in places for prefix in prefixes(fqn)}
     problems = [
         f"train_also={entry!r} matches no module or parameter; the nearest names are {nearest_names(entry, known)}"
         for entry in unmatched(names, known)
@@ -48,13 +50,26 @@ def train_also_problems(model: nn.Module, names: str | Sequence[str], targets: I
     ]
     adapted = {id(target.module._parameters.get("weight")) for target in targets}
     for fqn in select_parameters(model, names):
-        if id(parameters[fqn]) in adapted:
+        module, attribute, parameter = places[fqn]
+        if id(parameter) in adapted:
             problems.append(
                 f"train_also takes in {fqn}, the weight that the adapter already trains: name its bias alone"
             )
-        elif not parameters[fqn].is_floating_point():
-            problems.append(f"train_also takes in {fqn}, which holds {parameters[fqn].dtype} and cannot be trained")
+        elif attribute == "weight" and _is_quantised(module):
+            problems.append(
+                f"train_also takes in {fqn}, the codes of a {type(module).__name__}, which cannot be trained: name its "
+                "bias alone, or load the model with this layer not quantised, as with llm_int8_skip_modules of a "
+                "BitsAndBytesConfig"
+            )
+        elif not parameter.is_floating_point():
+            problems.append(f"train_also takes in {fqn}, which holds {parameter.dtype} and cannot be trained")
     return problems
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """Tell by its kind: the dtype does not show it, as codes may be stored as words of a floating one."""
+    layer_class = find_layer(module)
+    return isinstance(layer_class, type) and issubclass(layer_class, QuantisedLayer)
 
 
 def _matched_modules(model: nn.Module, names: str | Sequence[str]) -> Iterator[tuple[str, nn.Module]]:

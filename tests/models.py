@@ -37,20 +37,22 @@ class RealModel:
     targets: tuple[str, ...]
 
 
-def llama() -> nn.Module:
+def llama(**sides: int) -> nn.Module:
     """Build a Llama with grouped-query attention: q and o are square, k and v tall, the rest wide or tall."""
     return reproducible(
         lambda: transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=64, **SIDES)
+            transformers.LlamaConfig(
+                vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=64, **{**SIDES, **sides}
+            )
         )
     )
 
 
-def gpt2() -> nn.Module:
+def gpt2(n_embd: int = 32) -> nn.Module:
     """Build a GPT-2, whose layers are ``Conv1D``."""
     config = transformers.GPT2Config(
         vocab_size=VOCABULARY,
-        n_embd=32,
+        n_embd=n_embd,
         n_layer=2,
         n_head=4,
         n_positions=64,
@@ -63,15 +65,16 @@ def gpt2() -> nn.Module:
     return reproducible(lambda: transformers.GPT2LMHeadModel(config))
 
 
-def bert() -> nn.Module:
+def bert(**sides: int) -> nn.Module:
     """Build a BERT that classifies sequences."""
-    config = transformers.BertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, num_labels=LABELS, **SIDES)
+    sides = {**SIDES, **sides}
+    config = transformers.BertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, num_labels=LABELS, **sides)
     return reproducible(lambda: transformers.BertForSequenceClassification(config))
 
 
-def vit() -> nn.Module:
+def vit(**sides: int) -> nn.Module:
     """Build transformers' ViT that classifies images."""
-    config = transformers.ViTConfig(image_size=16, patch_size=8, num_labels=LABELS, **SIDES)
+    config = transformers.ViTConfig(image_size=16, patch_size=8, num_labels=LABELS, **{**SIDES, **sides})
     return reproducible(lambda: transformers.ViTForImageClassification(config))
 
 

@@ -10,6 +10,7 @@ import randlora
 from randlora.install import adapter_layers
 from randlora.report import as_bytes, table
 from tests.laws import Mixed
+from tests.quantised import INT8, MODELS, NF4, Codes, of_4_bits, quantised_model
 from tests.strategies import ranks
 
 
@@ -29,6 +30,23 @@ def test_figures_are_those_counted_on_the_model(r: int, also: list[str] | None) 
     assert report.checkpoint_bytes == sum(parameter.nbytes for parameter in trainable)
     assert report.basis_bytes == randlora.state.adapted_root(model)[1].bank.nbytes
     assert sum(row.count for row in report.rows) == len(report.targets) == len(adapter)
+
+
+@pytest.mark.parametrize("is_adapted", [False, True], ids=["plain", "adapted"])
+@pytest.mark.parametrize("codes", [NF4, INT8], ids=lambda codes: codes.name)
+def test_a_quantised_weight_counts_as_the_numbers_it_stands_for(codes: Codes, is_adapted: bool) -> None:
+    dense, quantised = MODELS[0].build(), quantised_model(MODELS[0], codes)
+    for model in (dense, quantised) if is_adapted else ():
+        randlora.inject(model, r=8, targets="all-linear", name="first")
+    expected, found = randlora.plan(dense, r=8, name="b"), randlora.plan(quantised, r=8, name="b")
+    assert (found.total_parameters, found.share) == (expected.total_parameters, expected.share)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+def test_a_weight_counts_the_same_in_every_storage(storage: torch.dtype) -> None:
+    model = nn.Sequential(of_4_bits(64, 32, quant_storage=storage), of_4_bits(64, 31, quant_storage=torch.uint8))
+    report = randlora.plan(model, r=8, targets=["0"])
+    assert report.total_parameters - report.trainable_parameters == 64 * 32 + 32 + 64 * 31 + 31
 
 
 def test_a_shared_basis_is_reported_with_the_bytes_it_will_take() -> None:

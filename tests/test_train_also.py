@@ -1,5 +1,7 @@
 """What trains beside an adapter: modules, single parameters, by name or regex."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ import randlora
 from randlora import TargetError
 from randlora.train_also import select_parameters
 from tests.laws import TOKENS, Mixed, Snapshot, same_bits
+from tests.quantised import of_4_bits
 
 
 @pytest.mark.parametrize(
@@ -73,3 +76,16 @@ def test_running_statistics_cannot_be_carried_and_single_parameters_can() -> Non
         randlora.inject(model, r=2, targets="all-linear", train_also=["1"])
     report = randlora.inject(model, r=2, targets="all-linear", train_also=["1.weight", "1.bias"])
     assert report.train_also == ("1.weight", "1.bias")
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("names", [["head"], ["head.weight"], r"head\.weight"], ids=str)
+def test_the_codes_of_a_quantised_layer_cannot_be_trained_and_its_bias_can(
+    storage: torch.dtype, names: list[str] | str
+) -> None:
+    model = nn.Sequential(OrderedDict(body=nn.Linear(64, 64), head=of_4_bits(64, 8, quant_storage=storage)))
+    before = Snapshot.of(model)
+    with pytest.raises(TargetError, match=r"takes in head\.weight, the codes of a Linear4bit.*name its bias"):
+        randlora.inject(model, r=4, targets=["body"], train_also=names)
+    before.assert_equals(Snapshot.of(model))
+    assert randlora.inject(model, r=4, targets=["body"], train_also=["head.bias"]).train_also == ("head.bias",)

@@ -1,0 +1,91 @@
+"""Layers and whole transformers models that bitsandbytes quantised on a CPU, as users load them."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, bert, gpt2, llama, vit
+
+SIDES = {"hidden_size": 64, "intermediate_size": 128}
+"""Rows that blocks of 64 codes divide: others are misread on CPUs, and refused."""
+REPACKS = getattr(bitsandbytes.functional, "has_avx512bf16", lambda: False)()
+"""Whether bitsandbytes repacks 4-bit weights on this CPU, at their first forward pass in evaluation mode."""
+
+MODELS = (
+    replace(LLAMA, build=partial(llama, **SIDES)),
+    replace(GPT2, build=partial(gpt2, n_embd=64)),
+    replace(BERT, build=partial(bert, **SIDES)),
+    replace(VIT, build=partial(vit, **SIDES)),
+)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A way to quantise.
+
+    Attributes:
+        name: For test ids.
+        options: Of a ``BitsAndBytesConfig``.
+        kind: Name of the class of the layers it leaves.
+        tolerance: How far two ways to compute one product may differ, as a share of the largest output.
+    """
+
+    name: str
+    options: dict[str, Any]
+    kind: str = "Linear4bit"
+    tolerance: float = 1e-5
+
+    @property
+    def is_4_bit(self) -> bool:
+        """Whether two codes share a byte."""
+        return self.kind == "Linear4bit"
+
+
+_4_bit = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}
+NF4 = Codes("nf4-double", {**_4_bit, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True})
+FP4 = Codes("fp4", {**_4_bit, "bnb_4bit_quant_type": "fp4"})
+INT8 = Codes("8bit", {"load_in_8bit": True}, kind="Linear8bitLt", tolerance=0.05)  # rounds its inputs to 8 bits too
+
+every_codes = pytest.mark.parametrize("codes", [NF4, FP4, INT8], ids=lambda codes: codes.name)
+every_model = pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.name)
+
+
+def quantised_model(kind: RealModel, codes: Codes, *, repacks: bool = False) -> nn.Module:
+    """Load a model in float32 with its linear layers quantised, in evaluation mode.
+
+    Args:
+        kind: The model.
+        codes: How to quantise it.
+        repacks: Let bitsandbytes repack 4-bit weights in evaluation, where the CPU can.
+    """
+    built = kind.build()
+    assert isinstance(built, transformers.PreTrainedModel)
+    with TemporaryDirectory() as directory:
+        built.save_pretrained(directory)
+        config = transformers.BitsAndBytesConfig(**codes.options)
+        model = type(built).from_pretrained(directory, quantization_config=config, device_map="cpu")
+    assert isinstance(model, nn.Module)
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = repacks and REPACKS
+    return model
+
+
+def quantised_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Find the layers of bitsandbytes by name."""
+    kinds = bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt
+    return {fqn: module for fqn, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def of_4_bits(in_features: int, out_features: int, **options: Any) -> nn.Linear:
+    """Quantise one layer of random weights to NF4."""
+    options = {"compute_dtype": torch.float32, "quant_type": "nf4", **options}
+    layer: nn.Linear = bitsandbytes.nn.Linear4bit(in_features, out_features, **options).to("cpu")
+    return layer
