@@ -45,6 +45,7 @@ from randlora.inject import eject as eject
 from randlora.inject import inject as inject
 from randlora.inject import plan as plan
 from randlora.layers.base import AdapterLayer as AdapterLayer
+from randlora.layers.folding import QuantisationError as QuantisationError
 from randlora.merge import merge as merge
 from randlora.merge import merged as merged
 from randlora.merge import unmerge as unmerge
@@ -74,6 +75,7 @@ __all__ = [
     "MergeError",
     "MergeReport",
     "PreparationReport",
+    "QuantisationError",
     "RandLoRAConfig",
     "RandLoRAError",
     "Report",
