@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -9,10 +10,15 @@ import bitsandbytes
 import pytest
 import torch
 import transformers
+from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, bert, gpt2, llama, vit
-from tests.quantised_models import REPACKS
+
+REPACKS = getattr(bitsandbytes.functional, "has_avx512bf16", lambda: False)()
+"""Whether bitsandbytes repacks 4-bit weights on this CPU, at their first forward pass in evaluation mode."""
+
+needs_repacking = pytest.mark.skipif(not REPACKS, reason="bitsandbytes repacks on CPUs with AVX512-BF16 only")
 
 SIDES = {"hidden_size": 64, "intermediate_size": 128}
 """Rows that blocks of 64 codes divide: others are misread on CPUs, and refused."""
@@ -70,9 +76,7 @@ def quantised_model(kind: RealModel, codes: Codes, *, repacks: bool = False) -> 
         built.save_pretrained(directory)
         config = transformers.BitsAndBytesConfig(**codes.options)
         model: Any = type(built).from_pretrained(directory, quantization_config=config, device_map="cpu")
-    model.name_or_path = model.config._name_or_path = (
-        ""  # as of the dense one: a directory's would be another each time
-    )
+    model.name_or_path = model.config._name_or_path = ""  # as of the dense one; a directory's is another each time
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = repacks and REPACKS
@@ -98,3 +102,25 @@ def of_8_bits(in_features: int, out_features: int) -> nn.Linear:
     """Quantise one layer of random weights to 8 bits."""
     layer: nn.Linear = bitsandbytes.nn.Linear8bitLt(in_features, out_features, has_fp16_weights=False).to("cpu")
     return layer
+
+
+def half_precision_model(
+    kind: RealModel, directory: Path, *, bits: int = 4, **options: Any
+) -> transformers.PreTrainedModel:
+    """Build a model, write it, and load it in bfloat16 with its linear layers quantised, as users who train do."""
+    built = kind.build()
+    assert isinstance(built, transformers.PreTrainedModel)
+    built.save_pretrained(directory)
+    if bits == 4:
+        options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16} | options
+    config = transformers.BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **options)
+    model = type(built).from_pretrained(
+        directory, quantization_config=config, device_map="cpu", dtype=torch.bfloat16, use_safetensors=True
+    )
+    return model.requires_grad_(requires_grad=False)
+
+
+def four_bit_linear(in_features: int = 64, out_features: int = 32, **options: Any) -> Linear4bit:
+    """Quantise a layer of random weights."""
+    layer = Linear4bit(in_features, out_features, quant_type="nf4", compute_dtype=torch.bfloat16, **options)
+    return layer.bfloat16().to("cpu").requires_grad_(requires_grad=False)

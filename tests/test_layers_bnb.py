@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes import functional
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, LinearNF4, Params4bit
 from torch import Tensor, nn
 
@@ -18,10 +17,7 @@ from randlora.layers import bnb_codes
 from tests.codes import written_out
 from tests.laws import assert_close, fill, same_bits, untouched
 from tests.layer_kinds import LayerKind, every_quantised_kind
-
-packs = pytest.mark.skipif(
-    not functional.has_avx512bf16(), reason="bitsandbytes repacks codes on CPUs with AVX512-BF16 only"
-)
+from tests.quantised import needs_repacking
 
 
 def four_bits(in_features: int = 64, out_features: int = 96, **options: Any) -> Linear4bit:
@@ -124,7 +120,7 @@ def test_a_subclass_is_served_as_its_parent_is() -> None:
 # What bitsandbytes leaves behind after an evaluation on a CPU
 
 
-@packs
+@needs_repacking
 @pytest.mark.parametrize("nested", [True, False], ids=["double", "single"])
 def test_gradients_pass_a_layer_that_an_evaluation_repacked(nested: bool) -> None:
     """A layer of bitsandbytes alone leads none, and torch warns of it."""
@@ -143,7 +139,7 @@ def test_gradients_pass_a_layer_that_an_evaluation_repacked(nested: bool) -> Non
         assert_close(found, wanted, torch.bfloat16)  # the scales are rounded to it
 
 
-@packs
+@needs_repacking
 @pytest.mark.parametrize("nested", [True, False], ids=["double", "single"])
 @pytest.mark.parametrize("quantised", ["requantise", "dequantise"])
 def test_a_layer_that_an_evaluation_repacked_merges(nested: bool, quantised: Any) -> None:
@@ -163,7 +159,7 @@ def test_a_layer_that_an_evaluation_repacked_merges(nested: bool, quantised: Any
     assert model[0].weight.quant_state.nested == nested
 
 
-@packs
+@needs_repacking
 def test_scales_that_a_state_dict_left_turned_are_read_right() -> None:
     model, layer = adapted(four_bits(compress_statistics=False))
     wanted = bnb_codes.write_out_4bit(layer.weight.data, layer.weight.quant_state)

@@ -28,14 +28,14 @@ from tests.models import (
     tokens,
 )
 from tests.prepared import NOTHING, gradient, hooks, only, output_of
-from tests.quantised_models import quantised
+from tests.quantised import half_precision_model
 
 
 @every_transformers_model
 def test_norms_and_dense_layers_become_float32_in_place_and_nothing_else_changes(
     kind: RealModel, tmp_path: Path
 ) -> None:
-    model = quantised(kind, tmp_path)
+    model = half_precision_model(kind, tmp_path)
     before = {name: (parameter, parameter.detach().clone()) for name, parameter in model.named_parameters()}
     report = prepare_quantised(model, **only("full_precision"))
     dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
@@ -53,7 +53,7 @@ def test_norms_and_dense_layers_become_float32_in_place_and_nothing_else_changes
 
 @pytest.mark.parametrize("kind", [LLAMA, GPT2, BERT], ids=lambda kind: kind.name)
 def test_a_prepared_model_computes_what_pefts_does_and_holds_no_more(kind: RealModel, tmp_path: Path) -> None:
-    ours, theirs = quantised(kind, tmp_path / "ours"), quantised(kind, tmp_path / "theirs")
+    ours, theirs = half_precision_model(kind, tmp_path / "ours"), half_precision_model(kind, tmp_path / "theirs")
     prepare_quantised(ours)
     theirs = peft.prepare_model_for_kbit_training(theirs, use_gradient_checkpointing=False)
     prepare_quantised(theirs, **only("unpacked"))
@@ -64,7 +64,7 @@ def test_a_prepared_model_computes_what_pefts_does_and_holds_no_more(kind: RealM
 @pytest.mark.parametrize("bits", [4, 8])
 @every_transformers_model
 def test_a_prepared_model_trains_with_gradients_down_to_its_inputs(kind: RealModel, bits: int, tmp_path: Path) -> None:
-    model = quantised(kind, tmp_path, bits=bits)
+    model = half_precision_model(kind, tmp_path, bits=bits)
     report = prepare_quantised(model)
     assert report.notes == ()
     assert report.checkpointing
@@ -79,7 +79,7 @@ def test_a_prepared_model_trains_with_gradients_down_to_its_inputs(kind: RealMod
 
 @every_transformers_model
 def test_a_second_call_changes_nothing_more(kind: RealModel, tmp_path: Path) -> None:
-    model = quantised(kind, tmp_path)
+    model = half_precision_model(kind, tmp_path)
     first = prepare_quantised(model)
     before, hung = Snapshot.of(model), hooks(model)
     second = prepare_quantised(model)
@@ -252,7 +252,7 @@ def text_pairs() -> dict[str, Tensor]:
     ids=lambda kind: kind.name,
 )
 def test_experts_and_position_biases_in_16_bits_work_on(kind: RealModel, tmp_path: Path) -> None:
-    model = quantised(kind, tmp_path).train()
+    model = half_precision_model(kind, tmp_path).train()
     expected = outputs(model, kind.inputs())
     report = prepare_quantised(model, **only("full_precision"))
     assert report.cast

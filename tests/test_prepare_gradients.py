@@ -15,12 +15,12 @@ from randlora import prepare_quantised
 from tests.laws import Mixed
 from tests.models import LLAMA, VIT, RealModel, every_transformers_model, logits
 from tests.prepared import NOTHING, gradient, hooks, only, output_of
-from tests.quantised_models import four_bit_linear, needs_repacking, quantised
+from tests.quantised import four_bit_linear, half_precision_model, needs_repacking
 
 
 @every_transformers_model
 def test_embeddings_let_their_outputs_require_grad(kind: RealModel, tmp_path: Path) -> None:
-    model = quantised(kind, tmp_path).train()
+    model = half_precision_model(kind, tmp_path).train()
     assert not logits(model(**kind.inputs())).requires_grad
     report = prepare_quantised(model, **only("inputs_require_grad"))
     assert report == dataclasses.replace(prepare_quantised(model, **NOTHING), input_gradients=report.input_gradients)
@@ -62,7 +62,10 @@ def trainable_gradients(model: nn.Module, kind: RealModel) -> dict[str, Tensor |
 @pytest.mark.parametrize("reentrant", [False, True])
 @every_transformers_model
 def test_checkpointing_changes_no_gradient(kind: RealModel, reentrant: bool, tmp_path: Path) -> None:
-    plain, model = quantised(kind, tmp_path / "plain").train(), quantised(kind, tmp_path / "other").train()
+    plain, model = (
+        half_precision_model(kind, tmp_path / "plain").train(),
+        half_precision_model(kind, tmp_path / "other").train(),
+    )
     for each in (plain, model):
         for module in each.modules():
             if isinstance(module, nn.Dropout):
@@ -83,7 +86,9 @@ def checkpointed(model: nn.Module) -> list[Any]:
 
 
 def test_reentrant_checkpointing_needs_inputs_that_require_grad(tmp_path: Path) -> None:
-    model = quantised(VIT, tmp_path).train()  # a model of images, for which transformers does not see to that itself
+    model = half_precision_model(
+        VIT, tmp_path
+    ).train()  # a model of images, for which transformers does not see to that itself
     model.activation_checkpointing_enable({"use_reentrant": True})
     with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
         lost = trainable_gradients(model, VIT)

@@ -22,10 +22,10 @@ from tests.quantised import (
     Codes,
     every_codes,
     every_model,
+    needs_repacking,
     quantised_layers,
     quantised_model,
 )
-from tests.quantised_models import needs_repacking
 
 LLAMA = MODELS[0]
 R = 16
