@@ -312,11 +312,8 @@ def _write_own_weight(layer: nn.Module, state_dict: dict[str, Any], prefix: str,
     if layer.unmerged is None:
         return
     merged = layer.exchange(layer.unmerged[0])
-    own = layer.base_layer.state_dict(prefix=f"{prefix}base_layer.")
+    state_dict.update(layer.base_layer.state_dict(prefix=f"{prefix}base_layer."))
     layer.exchange(merged)
-    for name in [name for name in state_dict if name.startswith(f"{prefix}base_layer.") and name not in own]:
-        del state_dict[name]
-    state_dict.update(own)
 
 
 def _refuse_while_merged(layer: nn.Module, *_: object) -> None:
