@@ -18,9 +18,10 @@ from randlora.errors import ConfigError, MergeError, raise_collected
 from randlora.install import adapter_layers, detach
 from randlora.layers.base import AdapterLayer
 from randlora.layers.folding import Into, QuantisationError, Quantised
+from randlora.layers.quantised import QuantisedLayer
 from randlora.report import MergeReport
 from randlora.state import ModelState, adapted_root
-from randlora.walk import named_parameters
+from randlora.walk import is_quantised, named_parameters
 
 
 @torch.inference_mode(mode=False)  # the weights outlive the mode the caller is in
@@ -40,15 +41,15 @@ def merge(
             report says how much. ``"dequantise"`` leaves an `nn.Linear` in each one's place: nothing is lost, and it
             takes 2 to 8 times the memory.
         dtype: Of the layers that ``"dequantise"`` leaves. ``None`` means that of each layer's last input, which a plain
-            layer does not cast; before the first forward pass it means the dtype that the layer computes in, or where
-            it has none, as with 8 bits, that of the model's first floating parameter.
+            layer does not cast. Before the first forward pass it means that of the model's norms, else of its first
+            parameter outside of quantised layers, else the one that the layer computes in.
 
     Returns:
         Which adapters went into which layers, and the errors of rounding to codes.
 
     Raises:
         AdapterError: When the model carries no adapter.
-        ConfigError: For another word, or a dtype that is not floating.
+        ConfigError: For another word, or a dtype that is not floating or that nothing would have.
         MergeError: When nothing is active, the adapters are switched off or merged already, an inactive adapter would
             be lost, a weight has no values here, a merged weight would not be finite, or a quantised layer has hooks
             that an `nn.Linear` in its place would lose. The model is then as it was.
@@ -60,7 +61,8 @@ def merge(
     problems = [*_state_problems(state, keep=keep), *_weight_problems(layers, into)]
     raise_collected(MergeError, problems, doing="merge")
     errors = _fold_all(layers, state.active, into)
-    report = MergeReport(dict(state.active), tuple(fqn for fqn, _ in layers), kept=keep, errors=errors)
+    notes = () if keep else _notes(root, layers, into)
+    report = MergeReport(dict(state.active), tuple(fqn for fqn, _ in layers), kept=keep, errors=errors, notes=notes)
     state.is_merged = True
     for basis in state.bank:
         basis.release()  # a merged model computes without them
@@ -110,6 +112,8 @@ def merged(
         dtype: As in `merge`.
 
     Raises:
+        AdapterError: As `merge` does.
+        ConfigError: As `merge` does.
         MergeError: As `merge` does.
     """
     _, state = adapted_root(model)
@@ -160,6 +164,8 @@ def _option_problems(into: Into) -> list[str]:
         problems.append(f"quantised must be one of {', '.join(get_args(Quantised))}, got {into.quantised!r}")
     if into.dtype is not None and not (isinstance(into.dtype, torch.dtype) and into.dtype.is_floating_point):
         problems.append(f"dtype must be a floating dtype or None, got {into.dtype!r}")
+    if into.dtype is not None and into.quantised == "requantise":
+        problems.append("dtype= is that of plain layers, and codes have none: give quantised='dequantise' too")
     return problems
 
 
@@ -176,10 +182,26 @@ def _weight_problems(layers: list[tuple[str, AdapterLayer]], into: Into) -> list
     return problems
 
 
-def _model_dtype(root: nn.Module) -> torch.dtype:
-    """Guess what a model computes in from its first floating parameter, which is an embedding's as a rule."""
-    dtypes = (parameter.dtype for _, _, _, parameter in named_parameters(root))
-    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+def _notes(root: nn.Module, layers: list[tuple[str, AdapterLayer]], into: Into) -> tuple[str, ...]:
+    is_plain_now = into.quantised == "dequantise" and any(isinstance(layer, QuantisedLayer) for _, layer in layers)
+    if not is_plain_now or getattr(getattr(root, "config", None), "quantization_config", None) is None:
+        return ()
+    note = (
+        "the model's config still says that it is quantised, so what save_pretrained writes would not load: to save, "
+        "call model.dequantize() before the adapter is loaded, then merge"
+    )
+    return (note,)
+
+
+def _model_dtype(root: nn.Module) -> torch.dtype | None:
+    """Say which dtype linear layers are given, as a rule: that of norms, else of what the model has beside codes."""
+    own = [
+        (module, parameter.dtype)
+        for _, module, _, parameter in named_parameters(root)
+        if parameter.is_floating_point() and not is_quantised(module)
+    ]
+    norms = [dtype for module, dtype in own if "norm" in type(module).__name__.lower()]
+    return next(iter(norms or [dtype for _, dtype in own]), None)
 
 
 def _fold_all(

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_map
 
+from randlora.layers import bnb_codes
 from randlora.registry import find_layer
 from randlora.report import shortened
 from randlora.walk import Visit, walk
@@ -35,7 +37,7 @@ class PreparationReport:
         input_gradients: FQNs of the modules whose output now requires grad.
         checkpointing: Whether the model now checkpoints its activations in training.
         unpacked: FQNs of the 4-bit layers that bitsandbytes will not repack.
-        packed: FQNs of the 4-bit layers that it had repacked before the call.
+        put_in_order: FQNs of those that it had repacked before the call.
         notes: What was asked for and could not be done.
     """
 
@@ -44,7 +46,7 @@ class PreparationReport:
     input_gradients: tuple[str, ...] = ()
     checkpointing: bool = False
     unpacked: tuple[str, ...] = ()
-    packed: tuple[str, ...] = ()
+    put_in_order: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -56,8 +58,8 @@ class PreparationReport:
             f"checkpointing: {'on, in training mode' if self.checkpointing else 'off'}",
             f"kept from being repacked: {len(self.unpacked) or 'no'} layers",
         ]
-        if self.packed:
-            lines.append(f"repacked already: {shortened(self.packed)} (reload the model, or gradients stop there)")
+        if self.put_in_order:
+            lines.append(f"repacked already: {shortened(self.put_in_order)} (in order again, their scales less exact)")
         return "\n".join([*lines, *self.notes])
 
 
@@ -103,15 +105,16 @@ def prepare_quantised(
         full_precision: Make norms and the linear layers that are not quantised, such as the output head, float32 where
             they have 16 bits, and let embeddings give float32, so that hidden states are added up in it. Embeddings
             keep their 16 bits, unless one is tied to the head; so do convolutions and the like, which cast what they
-            are given. The head and what is tied to it take twice the memory.
+            are given. The head and what is tied to it take twice the memory. A model that multiplies by a 16-bit
+            parameter outside of a layer, as by an embedding's weight, must cast for itself, or leave this out.
         inputs_require_grad: Let the output of the embeddings require grad, without which reentrant checkpointing gives
             no gradients. They are what ``get_input_embeddings`` returns where a model or a part of it has that, as in
             transformers, else the first `nn.Embedding`.
         checkpointing: Switch checkpointing of activations on where the model has it, in the way that is not reentrant.
             A model that checkpoints already goes on in its way. transformers may let inputs require grad with it.
         unpacked: Keep bitsandbytes from repacking 4-bit weights at their first forward pass in evaluation mode, which
-            it does on CPUs with AVX512-BF16: a repacked layer passes no gradient to its input. A layer that was
-            repacked before the call cannot be mended and is named in the report.
+            it does on CPUs with AVX512-BF16: a repacked layer passes no gradient to its input. One that was repacked
+            before the call is put in order again, with the scales rounded to bfloat16, and named in the report.
 
     Returns:
         What was done, and what could not be.
@@ -127,24 +130,27 @@ def prepare_quantised(
         checkpointing stays off: Sequential has no method for it
     """
     visits = _each_once(model)
+    embeddings = _input_embeddings(model)  # first, because it is somebody else's and could raise
     notes = []
-    if checkpointing and not _enable_checkpointing(model):  # first, because it is somebody else's and could raise
+    if checkpointing and not _enable_checkpointing(model):  # the same
         notes.append(f"checkpointing stays off: {type(model).__name__} has no method for it")
     cast = _make_float32(visits) if full_precision else []
-    inputs = _let_inputs_require_grad(model) if inputs_require_grad else ()
+    inputs = _let_inputs_require_grad(model, embeddings) if inputs_require_grad else ()
     if inputs_require_grad and not inputs:
         notes.append("no embedding was found: for reentrant checkpointing, let the batch itself require grad")
     four_bits = [visit for visit in visits if LINEAR_4BIT in _type_names(visit.module)]
+    packed = [visit for visit in four_bits if unpacked and _is_packed(visit.module)]
     if unpacked:
         for visit in four_bits:
             vars(visit.module)[MAY_REPACK] = False
+            bnb_codes.put_in_order(visit.module)
     return PreparationReport(
         quantised=_fqns(visit for visit in visits if _is_quantised(visit.module)),
         cast=_fqns(cast),
         input_gradients=inputs,
         checkpointing=_is_checkpointing(model),
-        unpacked=_fqns(visit for visit in four_bits if unpacked and not _is_packed(visit.module)),
-        packed=_fqns(visit for visit in four_bits if _is_packed(visit.module)),
+        unpacked=_fqns(four_bits) if unpacked else (),
+        put_in_order=_fqns(packed),
         notes=tuple(notes),
     )
 
@@ -156,7 +162,8 @@ def cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     def cast(value: Any) -> Any:
         return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    return tuple(cast(value) for value in args), {name: cast(value) for name, value in kwargs.items()}
+    cast_args, cast_kwargs = tree_map(cast, (args, kwargs))  # an LSTM takes its state as a tuple
+    return cast_args, cast_kwargs
 
 
 def float32_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:  # noqa: ARG001
@@ -223,9 +230,8 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
     return [tensor for tensor in held if tensor is not None and not is_lazy(tensor)]
 
 
-def _let_inputs_require_grad(model: nn.Module) -> tuple[str, ...]:
+def _let_inputs_require_grad(model: nn.Module, embeddings: Sequence[nn.Module]) -> tuple[str, ...]:
     """Hook what sees the inputs first, each module once; return their FQNs."""
-    embeddings = _input_embeddings(model)
     for module in embeddings:
         if require_grad not in module._forward_hooks.values():
             module.register_forward_hook(require_grad)

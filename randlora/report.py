@@ -118,18 +118,20 @@ class MergeReport:
         targets: FQNs of the layers whose weight changed.
         kept: Whether `randlora.unmerge` can take it back.
         errors: What rounding to codes did to each layer that was quantised again, by FQN.
+        notes: What else the user should know.
     """
 
     adapters: dict[str, float]
     targets: tuple[str, ...]
     kept: bool
     errors: dict[str, QuantisationError] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Say it on one line, and what rounding to codes did on two more."""
+        """Say it on one line, what rounding to codes did on two more, then the notes."""
         names = ", ".join(name if weight == 1 else f"{weight:g} x {name}" for name, weight in self.adapters.items())
         ending = "reversible with randlora.unmerge" if self.kept else "plain layers are back"
-        return "\n".join([f"merged {names} into {len(self.targets)} layers; {ending}", *self._rounding()])
+        return "\n".join([f"merged {names} into {len(self.targets)} layers; {ending}", *self._rounding(), *self.notes])
 
     def _rounding(self) -> list[str]:
         if not self.errors:

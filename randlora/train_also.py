@@ -9,11 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
-from randlora.layers.quantised import QuantisedLayer
 from randlora.match import matches_name, nearest_names, prefixes, unmatched
-from randlora.registry import find_layer
 from randlora.state import ModelState, ReplacedParameter
-from randlora.walk import Target, named_parameters, walk
+from randlora.walk import Target, is_quantised, named_parameters, walk
 
 
 def select_parameters(model: nn.Module, names: str | Sequence[str]) -> list[str]:
@@ -55,7 +53,7 @@ def train_also_problems(model: nn.Module, names: str | Sequence[str], targets: I
             problems.append(
                 f"train_also takes in {fqn}, the weight that the adapter already trains: name its bias alone"
             )
-        elif attribute == "weight" and _is_quantised(module):
+        elif attribute == "weight" and is_quantised(module):
             problems.append(
                 f"train_also takes in {fqn}, the codes of a {type(module).__name__}, which cannot be trained: name its "
                 "bias alone, or load the model with this layer not quantised, as with llm_int8_skip_modules of a "
@@ -64,12 +62,6 @@ def train_also_problems(model: nn.Module, names: str | Sequence[str], targets: I
         elif not parameter.is_floating_point():
             problems.append(f"train_also takes in {fqn}, which holds {parameter.dtype} and cannot be trained")
     return problems
-
-
-def _is_quantised(module: nn.Module) -> bool:
-    """Tell by its kind: the dtype does not show it, as codes may be stored as words of a floating one."""
-    layer_class = find_layer(module)
-    return isinstance(layer_class, type) and issubclass(layer_class, QuantisedLayer)
 
 
 def _matched_modules(model: nn.Module, names: str | Sequence[str]) -> Iterator[tuple[str, nn.Module]]:

@@ -18,6 +18,7 @@ from randlora.bases.spec import drawn_dims, sliced_dims
 from randlora.config import Pattern, RandLoRAConfig
 from randlora.errors import TargetError, raise_collected
 from randlora.layers.base import AdapterLayer
+from randlora.layers.quantised import QuantisedLayer
 from randlora.match import matches, nearest_names, prefixes, unmatched
 from randlora.presets import HEAD_NAMES, TARGET_PRESETS
 from randlora.registry import find_layer
@@ -189,6 +190,12 @@ def obstacles(model: nn.Module, targets: Sequence[Target]) -> list[str]:
                     f"the weight of {target.fqn} is tied to {', '.join(others)}: untie it, or leave the layer out"
                 )
     return problems
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a layer's weight is codes: its kind tells, as codes may be stored as words of a floating dtype."""
+    layer_class = find_layer(module)
+    return isinstance(layer_class, type) and issubclass(layer_class, QuantisedLayer)
 
 
 def _identity(parameter: Tensor) -> object:

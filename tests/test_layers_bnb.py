@@ -17,7 +17,6 @@ from randlora.layers import bnb_codes
 from tests.codes import written_out
 from tests.laws import assert_close, fill, same_bits, untouched
 from tests.layer_kinds import LayerKind, every_quantised_kind
-from tests.quantised import needs_repacking
 
 
 def four_bits(in_features: int = 64, out_features: int = 96, **options: Any) -> Linear4bit:
@@ -117,61 +116,6 @@ def test_a_subclass_is_served_as_its_parent_is() -> None:
     assert type(layer).__name__ == "Linear4bitAdapter"
 
 
-# What bitsandbytes leaves behind after an evaluation on a CPU
-
-
-@needs_repacking
-@pytest.mark.parametrize("nested", [True, False], ids=["double", "single"])
-def test_gradients_pass_a_layer_that_an_evaluation_repacked(nested: bool) -> None:
-    """A layer of bitsandbytes alone leads none, and torch warns of it."""
-    model, layer = adapted(four_bits(bias=False, compress_statistics=nested))
-    x = torch.randn(5, 64, requires_grad=True)
-    wanted = torch.autograd.grad(model(x).square().sum(), x)[0]
-    model.eval()
-    model(x.detach())
-    model.train()
-    assert layer.weight.quant_state.packing_format_for_cpu
-    with pytest.warns(UserWarning, match="autograd kernel was not registered"):
-        layer.base_layer(x).sum().backward()
-    assert x.grad is None
-    for is_training in (True, False):
-        found = torch.autograd.grad(model.train(is_training)(x).square().sum(), x)[0]
-        assert_close(found, wanted, torch.bfloat16)  # the scales are rounded to it
-
-
-@needs_repacking
-@pytest.mark.parametrize("nested", [True, False], ids=["double", "single"])
-@pytest.mark.parametrize("quantised", ["requantise", "dequantise"])
-def test_a_layer_that_an_evaluation_repacked_merges(nested: bool, quantised: Any) -> None:
-    model, layer = adapted(four_bits(compress_statistics=nested))
-    x = torch.randn(5, 64)
-    wanted = layer.base_layer(x) + x @ layer.delta_weight({"default": 1.0}).T
-    model.eval()(x)
-    packed, state = layer.weight.data.clone(), layer.weight.quant_state
-    with randlora.merged(model, quantised=quantised) as report:
-        found = model(x)
-    assert report is not None
-    allowed = 64 * x.abs().max() * report.errors["0"].step if quantised == "requantise" else 0.02
-    assert (found - wanted).abs().max() <= allowed
-    assert same_bits(layer.weight.data, packed)
-    assert layer.weight.quant_state is state
-    randlora.merge(model)
-    assert model[0].weight.quant_state.nested == nested
-
-
-@needs_repacking
-def test_scales_that_a_state_dict_left_turned_are_read_right() -> None:
-    model, layer = adapted(four_bits(compress_statistics=False))
-    wanted = bnb_codes.write_out_4bit(layer.weight.data, layer.weight.quant_state)
-    model.eval()(torch.randn(5, 64))
-    model.state_dict()
-    state = layer.weight.quant_state
-    if state.absmax.ndim == 1:
-        pytest.skip("this bitsandbytes turns them back")
-    found = bnb_codes.write_out_4bit(layer.weight.data, state)
-    torch.testing.assert_close(found, wanted, rtol=2**-8, atol=0)  # the scales were rounded to bfloat16
-
-
 def test_in_evaluation_the_base_layer_runs_as_it_is() -> None:
     model, layer = adapted(four_bits())
     model.eval()
@@ -239,6 +183,47 @@ def _dense() -> list[torch.Size]:
     gc.collect()
     alive = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter)]
     return [found.shape for found in alive if found.is_floating_point() and found.shape in {(192, 256), (256, 192)}]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own affair
+def test_compiled_nothing_as_large_as_the_weight_is_kept_either() -> None:
+    model, _ = adapted(four_bits(256, 192), r=7)
+    compiled: Any = torch.compile(model, backend="aot_eager_decomp_partition")
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    x = torch.randn(4, 256, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = compiled(x)
+    assert_close(output, model(x), torch.float32)
+    assert not [tensor for tensor in kept if tensor.is_floating_point() and sorted(tensor.shape) == [192, 256]]
+
+
+def test_a_forward_that_somebody_put_in_its_place_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, layer = adapted(four_bits())
+    plain: Any = Linear4bit.forward
+    monkeypatch.setattr(Linear4bit, "forward", lambda *args: 2 * plain(*args))
+    x = torch.randn(5, 64)
+    assert_close(model(x), layer.base_layer(x) + x @ layer.delta_weight({"default": 1.0}).T, torch.float32)
+
+
+@pytest.mark.parametrize("quantised", ["requantise", "dequantise"])
+def test_a_weight_that_lost_its_state_to_the_layer_merges_and_comes_back(quantised: Any) -> None:
+    """As ``load_state_dict(assign=True)`` and sharding leave it."""
+    model, layer = adapted(four_bits())
+    x = torch.randn(5, 64, requires_grad=True)
+    expected = model(x)
+    model.load_state_dict(model.state_dict(), assign=True, strict=False)
+    held = layer.weight, layer.base_layer.quant_state
+    assert not hasattr(held[0], "quant_state")
+    with randlora.merged(model, quantised=quantised):
+        model(x)
+    assert layer.weight is held[0]
+    assert layer.base_layer.quant_state is held[1]
+    assert same_bits(model(x), expected)
 
 
 # Carrying on

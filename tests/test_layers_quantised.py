@@ -99,13 +99,18 @@ def test_the_update_that_is_merged_is_the_one_that_was_applied(kind: LayerKind, 
     assert_close(model[0].weight - before, applied.T, torch.float32)  # type: ignore[operator]
 
 
-def test_a_dequantised_layer_that_never_ran_has_the_dtype_it_would_compute_in() -> None:
-    """With 8 bits that is the model's."""
-    four, eight = (kind.build(24, 24, False, torch.bfloat16) for kind in (LAYER_KINDS[2], LAYER_KINDS[-1]))
-    model = nn.Sequential(nn.Embedding(4, 24, dtype=torch.float16), four, eight)
-    randlora.inject(model, r=3, targets="all-linear")
-    randlora.merge(model, quantised="dequantise")
-    assert [model.get_parameter(f"{i}.weight").dtype for i in (1, 2)] == [torch.bfloat16, torch.float16]
+def test_a_dequantised_layer_that_never_ran_has_the_dtype_of_norms_else_of_what_else_there_is_else_its_own() -> None:
+    def merged(*others: nn.Module) -> list[torch.dtype]:
+        layers = [kind.build(24, 24, True, torch.bfloat16) for kind in (LAYER_KINDS[2], LAYER_KINDS[-1])]
+        model = nn.Sequential(*others, *layers)
+        randlora.inject(model, r=3, targets="all-linear")
+        randlora.merge(model, quantised="dequantise")
+        return [model.get_parameter(f"{len(others) + index}.weight").dtype for index in range(2)]
+
+    embedding, norm = nn.Embedding(4, 24, dtype=torch.float16), nn.LayerNorm(24)
+    assert merged(embedding, norm) == [torch.float32, torch.float32]
+    assert merged(embedding) == [torch.float16, torch.float16]
+    assert merged() == [torch.bfloat16, torch.float32]  # 8 bits compute in no dtype of their own
 
 
 @pytest.mark.parametrize("is_training", [True, False])
@@ -222,12 +227,23 @@ def test_options_that_mean_nothing_are_refused(kind: LayerKind) -> None:
 
 
 @every_quantised_kind
-def test_merging_nothing_rounds_to_what_was_there(kind: LayerKind) -> None:
-    """A fresh adapter is zero; where scales are codes they may settle by some more."""
-    model = nn.Sequential(kind.build(24, 20, True, torch.float32))
+def test_a_dtype_for_codes_is_refused(kind: LayerKind) -> None:
+    model = one_layer(kind, (24, 20), torch.float32)
+    with untouched(model), pytest.raises(ConfigError, match="codes have none: give quantised='dequantise' too"):
+        randlora.merge(model, dtype=torch.float32)
+
+
+@every_quantised_kind
+def test_merging_nothing_leaves_every_code(kind: LayerKind) -> None:
+    """Rounding could change scales that are codes themselves."""
+    model = nn.Sequential(kind.build(24, 20, True, torch.float32), kind.build(20, 24, True, torch.float32))
     randlora.inject(model, r=3)
-    before = kind.weight(base(model))
-    randlora.merge(model)
-    assert kind.step is not None
-    allowed = 0.25 * kind.step(model[0]).max() if kind.name.endswith("double") else 1e-6
-    assert (kind.weight(model[0]) - before).abs().max() <= allowed
+    fill(model)
+    with torch.no_grad():
+        model.get_parameter("0.randlora_lambda.default").zero_()
+    layer = model[0].base_layer
+    held = _contents(layer)
+    report = randlora.merge(model)
+    assert model[0] is layer
+    assert all(found is kept for found, kept in zip(_contents(layer), held, strict=True))
+    assert list(report.errors) == ["1"]

@@ -147,7 +147,7 @@ def test_an_evaluation_costs_a_prepared_layer_neither_gradients_nor_bits(
     model = nn.Sequential(layer)
     before = copy.deepcopy(layer.state_dict())
     report = prepare_quantised(model, **only("unpacked"))
-    assert (report.quantised, report.unpacked, report.packed) == (("0",), ("0",), ())
+    assert (report.quantised, report.unpacked, report.put_in_order) == (("0",), ("0",), ())
     found = input_gradient_after_evaluation(model)
     assert found is not None
     assert found.abs().max() > 0
@@ -156,10 +156,42 @@ def test_an_evaluation_costs_a_prepared_layer_neither_gradients_nor_bits(
 
 @needs_repacking
 @pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit. an autograd kernel was not registered:UserWarning")
-def test_without_the_step_an_evaluation_cuts_gradients_off_and_a_later_call_says_where() -> None:
-    model = nn.Sequential(four_bit_linear(bias=False))  # with a bias, the forward pass raises
+@pytest.mark.parametrize("compress_statistics", [True, False])
+def test_without_the_step_an_evaluation_cuts_gradients_off_and_a_later_call_mends_that(
+    compress_statistics: bool,
+) -> None:
+    model = nn.Sequential(four_bit_linear(bias=False, compress_statistics=compress_statistics))
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    expected = model(x)  # with a bias, a forward pass in training would raise from here on
     if input_gradient_after_evaluation(model) is not None:
         pytest.skip("this bitsandbytes passes gradients through repacked layers")
     report = prepare_quantised(model)
-    assert (report.quantised, report.unpacked, report.packed) == (("0",), (), ("0",))
-    assert "repacked already: 0 (reload the model, or gradients stop there)" in str(report)
+    assert (report.quantised, report.unpacked, report.put_in_order) == (("0",), ("0",), ("0",))
+    assert "repacked already: 0 (in order again, their scales less exact)" in str(report)
+    assert input_gradient_after_evaluation(model) is not None
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0.02 * expected.abs().max().item())
+    assert prepare_quantised(model).put_in_order == ()
+
+
+def test_a_model_that_cannot_name_its_embeddings_is_left_as_it_is() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(8, dtype=torch.bfloat16)
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.embed  # type: ignore[return-value]
+
+    model = Broken()
+    with pytest.raises(AttributeError):
+        prepare_quantised(model)
+    assert model.norm.weight.dtype == torch.bfloat16
+    assert not model.norm._forward_pre_hooks
+
+
+def test_what_is_given_in_a_tuple_is_cast_too() -> None:
+    model = nn.ModuleDict({"norm": nn.LayerNorm(8), "rnn": nn.LSTM(8, 8)}).bfloat16()
+    prepare_quantised(model)
+    state = torch.zeros(1, 2, 8), torch.zeros(1, 2, 8)
+    output, _ = model["rnn"](model["norm"](torch.randn(3, 2, 8)), state)
+    assert output.dtype == torch.bfloat16

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -22,6 +23,7 @@ from tests.quantised import (
     Codes,
     every_codes,
     every_model,
+    half_precision_model,
     needs_repacking,
     quantised_layers,
     quantised_model,
@@ -300,3 +302,32 @@ def test_what_bitsandbytes_repacked_is_read_merged_and_given_back(codes: Codes, 
         assert distance(merged, with_adapter) < 0.02  # it multiplies in bfloat16, a plain layer in float32
     assert all(map(same_bits, codes_and_scales(model), held))
     assert same_bits(outputs(model, LLAMA.inputs()), with_adapter)
+
+
+@pytest.mark.parametrize("options", [{"bits": 8}, {}, {"bnb_4bit_compute_dtype": torch.float32}], ids=str)
+@pytest.mark.parametrize("is_prepared", [True, False])
+def test_a_model_that_never_ran_computes_after_it_is_dequantised(
+    options: dict[str, Any], is_prepared: bool, tmp_path: Path
+) -> None:
+    """Loaded in bfloat16; a plain layer does not cast what it is given."""
+    kind = LLAMA
+    model: Any = half_precision_model(kind, tmp_path, **options)
+    if is_prepared:
+        randlora.prepare_quantised(model)
+    randlora.inject(model, r=8, targets="all-linear")
+    fill(model)
+    report = randlora.merge(model, quantised="dequantise")
+    assert "config still says that it is quantised" in str(report)
+    with torch.no_grad():
+        assert model(**kind.inputs()).logits.isfinite().all()
+    assert quantised_layers(model) == {}
+
+
+def test_only_a_model_left_without_codes_is_told_of_its_config() -> None:
+    model = quantised_model(LLAMA, NF4)
+    randlora.inject(model, r=8)
+    fill(model)
+    with randlora.merged(model, quantised="dequantise") as report:
+        assert report is not None
+        assert report.notes == ()
+    assert randlora.merge(model).notes == ()

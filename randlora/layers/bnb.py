@@ -5,6 +5,7 @@ bitsandbytes is imported where there is a layer of it, and nowhere else.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +25,13 @@ OWN_KERNELS_UP_TO = 1536
 """Tokens up to which bitsandbytes may multiply by 4-bit codes as they are, on a GPU, and not write them out first."""
 NOT_HERE = "has codes that are not here (meta, offloaded): load the model's weights first"
 NOT_YET = "holds no codes yet: move the model to its device first, as in model.to('cuda'), which quantises it"
+
+
+class Codes4bit(NamedTuple):
+    """What a 4-bit layer computes with: the layer holds the state too, for a weight that loses its own."""
+
+    weight: Any
+    quant_state: Any
 
 
 @register_layer(f"{MODULE}.Linear4bit")
@@ -47,10 +55,10 @@ class Linear4bitAdapter(QuantisedLayer):
         return NOT_YET if state is None else bnb_codes.unreadable(weight.data, state, (out_features, in_features))
 
     @classmethod
-    def plain_forward(cls) -> Callable[..., Tensor]:
-        """Return that of ``Linear4bit``, whose module is there where a layer of it is."""
+    def plain_forward(cls) -> Callable[..., Tensor] | None:
+        """Return that of ``Linear4bit``, if nobody put another in its place."""
         forward: Callable[..., Tensor] = sys.modules[MODULE].Linear4bit.forward
-        return forward
+        return forward if forward.__module__ == MODULE else None
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -59,14 +67,21 @@ class Linear4bitAdapter(QuantisedLayer):
         dtype: torch.dtype | None = base.compute_dtype
         return dtype
 
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Do what every adapter layer does, with codes in an order through which gradients pass where any may."""
+        x: Any = args[0] if args else next(iter(kwargs.values()), None)
+        if not self.state.is_merged and (self.base_layer.training or getattr(x, "requires_grad", False)):
+            bnb_codes.put_in_order(self.base_layer)
+        return super().forward(*args, **kwargs)
+
     def only_multiplies(self, x: Tensor) -> bool:
         """Whether the base layer would write its codes out and multiply, which can be done with the update added.
 
-        In evaluation it may compute otherwise, and on a CPU it then leaves its codes in an order through which it
-        leads no gradient; ours does.
+        In evaluation it may compute otherwise. Compiled, it keeps no weight for backward; ours, seen through by the
+        compiler, would keep the weight written out.
         """
         base: Any = self.base_layer
-        if not (base.training or x.requires_grad) or not base.compute_type_is_set:
+        if not (base.training or x.requires_grad) or not base.compute_type_is_set or torch.compiler.is_compiling():
             return False
         if x.device != self.weight.device or x.dim() == 0 or x.shape[-1] != self.in_features:
             return False
@@ -77,22 +92,24 @@ class Linear4bitAdapter(QuantisedLayer):
 
     def reading(self, x: Tensor) -> Reading:
         """Say how the codes are written out where `only_multiplies` holds."""
-        write_out = partial(bnb_codes.write_out_4bit, self.weight.data, self._quant_state)
+        state = copy.copy(self._quant_state)  # bitsandbytes changes its own when it repacks, maybe before backward
+        write_out = partial(bnb_codes.write_out_4bit, self.weight.data, state)
         return Reading(write_out, self.compute_dtype or x.dtype, x.dtype)
 
     @property
     def _quant_state(self) -> Any:
         return bnb_codes.quant_state(self.base_layer, self.weight)
 
-    def written_out(self, held: Any = None) -> Tensor:
+    def written_out(self, held: Codes4bit | None = None) -> Tensor:
         """Write 4-bit codes out in float32."""
-        weight, state = (self.weight, self._quant_state) if held is None else (held, held.quant_state)
+        weight, state = (self.weight, self._quant_state) if held is None else (held.weight, held.weight.quant_state)
         return bnb_codes.write_out_4bit(weight.data, state)
 
-    def requantised(self, weight: Tensor) -> tuple[Any, float]:
+    def requantised(self, weight: Tensor) -> tuple[Codes4bit, float]:
         """Round a weight to 4-bit codes of the same type, block size and storage."""
+        base: Any = self.base_layer
         codes, state = bnb_codes.round_to_4bit(weight, self._quant_state, self.weight.dtype)
-        held = sys.modules[MODULE].Params4bit(
+        parameter = sys.modules[MODULE].Params4bit(
             codes,
             requires_grad=False,
             quant_state=state,
@@ -100,24 +117,27 @@ class Linear4bitAdapter(QuantisedLayer):
             compress_statistics=state.nested,
             quant_type=state.quant_type,
             quant_storage=codes.dtype,
-            module=self.base_layer,
+            module=base,
             bnb_quantized=True,
         )
+        held = Codes4bit(parameter, None if base.quant_state is None else state)
         return held, bnb_codes.step_4bit(state)
 
-    def exchange_codes(self, held: Any) -> Any:
-        """Put other codes in, with the state they are read by."""
+    def codes(self) -> Codes4bit:
+        """Name the codes that the base layer reads now."""
         base: Any = self.base_layer
-        own, base._parameters["weight"] = base._parameters["weight"], held
-        if base.quant_state is not None:
-            base.quant_state = held.quant_state
-        return own
+        return Codes4bit(base.weight, base.quant_state)
+
+    def put_in(self, held: Codes4bit) -> None:
+        """Let the base layer read other codes, with the state they are read by."""
+        base: Any = self.base_layer
+        base._parameters["weight"], base.quant_state = held
 
 
 class Codes8bit(NamedTuple):
     """What an 8-bit layer computes with: its scales lie at the weight until the first forward, then in the state."""
 
-    weight: nn.Parameter
+    weight: Any
     codes: Tensor | None
     scales: Tensor | None
 
@@ -145,24 +165,27 @@ class Linear8bitAdapter(QuantisedLayer):
         """No dtype of its own: an 8-bit layer computes in that of whatever comes in."""
         return
 
-    def written_out(self, held: Any = None) -> Tensor:
+    def written_out(self, held: Codes8bit | None = None) -> Tensor:
         """Write 8-bit codes out in float32."""
         weight, scales = (self.weight, _scales(self.base_layer)) if held is None else (held.weight, held.weight.SCB)
         assert scales is not None, "obstacle() asks for scales"
         return bnb_codes.write_out_8bit(weight.data, scales)
 
-    def requantised(self, weight: Tensor) -> tuple[Any, float]:
+    def requantised(self, weight: Tensor) -> tuple[Codes8bit, float]:
         """Round a weight to 8-bit codes, row by row."""
         codes, scales = bnb_codes.round_to_8bit(weight)
         parameter = sys.modules[MODULE].Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
         return Codes8bit(parameter, None, None), float(scales.max() / 127)
 
-    def exchange_codes(self, held: Codes8bit) -> Codes8bit:
-        """Put other codes in, with their scales."""
+    def codes(self) -> Codes8bit:
+        """Name the codes that the base layer reads now."""
         base: Any = self.base_layer
-        own = Codes8bit(base.weight, base.state.CB, base.state.SCB)
+        return Codes8bit(base.weight, base.state.CB, base.state.SCB)
+
+    def put_in(self, held: Codes8bit) -> None:
+        """Let the base layer read other codes, with their scales."""
+        base: Any = self.base_layer
         base._parameters["weight"], base.state.CB, base.state.SCB = held
-        return own
 
 
 def _scales(base_layer: Any) -> Tensor | None:

@@ -69,6 +69,22 @@ def _unpacked(codes: Tensor, state: Any) -> tuple[Tensor, Tensor]:
     return codes, state.absmax.float()
 
 
+def put_in_order(layer: Any) -> None:
+    """Put the codes of a 4-bit layer back in the common order, in place, if bitsandbytes repacked them for a CPU.
+
+    It leads no gradient through repacked codes. Their scales stay rounded to bfloat16.
+    """
+    import bitsandbytes.functional as bnb  # noqa: PLC0415  # an optional extra
+
+    weight, state = layer.weight, quant_state(layer, layer.weight)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return
+    _, scales = _unpacked(weight.data, state)
+    weight.data, _ = bnb._convert_weight_packed_for_cpu_inverse(weight.data, state)
+    if not state.nested:  # which it leaves turned, see `_unpacked`
+        state.absmax = scales
+
+
 def unreadable(codes: Tensor, state: Any, shape: tuple[int, int]) -> str | None:
     """Say why 4-bit codes cannot be read as a weight of a shape, to be read after the layer's name, or ``None``."""
     if state.quant_type not in QUANT_TYPES:

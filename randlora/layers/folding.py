@@ -14,12 +14,13 @@ class Into(NamedTuple):
     Attributes:
         quantised: The same kind of layer with new codes, or a plain `nn.Linear`.
         dtype: Of a plain layer; ``None`` means that of the quantised layer's inputs.
-        model_dtype: What ``None`` means before the first input, where the layer computes in no dtype of its own.
+        model_dtype: What that means before the first input; where the model does not show it, the dtype that the layer
+            computes in.
     """
 
     quantised: Quantised = "requantise"
     dtype: torch.dtype | None = None
-    model_dtype: torch.dtype = torch.float32
+    model_dtype: torch.dtype | None = None
 
 
 class QuantisationError(NamedTuple):

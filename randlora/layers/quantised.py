@@ -46,12 +46,16 @@ class QuantisedLayer(AdapterLayer):
         """Round a weight, ``(out_features, in_features)`` float32, to codes of the base layer's kind.
 
         Returns:
-            What `exchange_codes` puts in, and the widest gap between neighbouring levels at the largest scale.
+            What `put_in` takes, and the widest gap between neighbouring levels at the largest scale.
         """
 
     @abstractmethod
-    def exchange_codes(self, held: Any) -> Any:
-        """Do what `exchange` does, for codes."""
+    def codes(self) -> Any:
+        """Name the codes that the base layer reads now, with all they are read by."""
+
+    @abstractmethod
+    def put_in(self, held: Any) -> None:
+        """Let the base layer read other codes, with all they are read by."""
 
     def merge_obstacle(self, into: Into) -> str | None:
         """Refuse to put a plain layer where the base layer does more than a plain layer can take over."""
@@ -75,13 +79,17 @@ class QuantisedLayer(AdapterLayer):
     def merged(self, weights: dict[str, float], into: Into) -> Merged:
         """Compute the layer with some adapters folded in, added in float32: new codes, or a plain layer."""
         delta = self.delta_weight(weights)
+        merged_in = torch.linalg.vector_norm(delta)
         weight = self.written_out().add_(delta)
         if into.quantised == "dequantise":
-            weight = weight.to(into.dtype or self.input_dtype or self.compute_dtype or into.model_dtype)
+            dtype = into.dtype or self.input_dtype or into.model_dtype or self.compute_dtype or torch.float32
+            weight = weight.to(dtype)
             return Merged(weight, self._plain_layer(weight))
+        if merged_in == 0:  # rounding nothing would change scales that are codes themselves
+            return Merged(weight, self.codes())
         held, step = self.requantised(weight)
         error = self.written_out(held).sub_(weight)
-        relative = torch.linalg.vector_norm(error) / torch.linalg.vector_norm(delta)
+        relative = torch.linalg.vector_norm(error) / merged_in
         return Merged(weight, held, QuantisationError(float(error.abs().max()), step, float(relative)))
 
     def _plain_layer(self, weight: Tensor) -> nn.Linear:
@@ -101,7 +109,9 @@ class QuantisedLayer(AdapterLayer):
         if isinstance(held, nn.Module):
             own, self.base_layer = self.base_layer, held
             return own
-        return self.exchange_codes(held)
+        own_codes = self.codes()
+        self.put_in(held)
+        return own_codes
 
     def unfold(self) -> None:
         """Let the base layer be read again as it was, byte for byte, where it was moved to meanwhile."""
