@@ -111,3 +111,16 @@ def test_training_puts_codes_back_in_order(nested: bool) -> None:
     assert same_bits(layer.weight.data, codes)
     assert layer.weight.quant_state.nested == nested
     torch.testing.assert_close(written_out(layer.base_layer), wanted, rtol=0.01, atol=0)
+
+
+@needs_repacking
+def test_codes_put_in_order_in_inference_mode_can_be_trained_on() -> None:
+    model, layer = adapted(four_bits(bias=False))
+    x = torch.randn(5, 64, requires_grad=True)
+    model.eval()(x.detach())
+    with torch.inference_mode():
+        model.train()(x.detach())
+    assert not layer.weight.data.is_inference()
+    assert not layer.weight.quant_state.absmax.is_inference()
+    layer.base_layer(model(x)[:, :64]).sum().backward()
+    assert x.grad is not None

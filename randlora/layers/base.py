@@ -16,7 +16,7 @@ from randlora.bases.spec import count_bases
 from randlora.errors import MergeError
 from randlora.functional import Diagonals, Pair, WriteOut, adapted_linear, delta_weight
 from randlora.layers.folding import Into, Merged
-from randlora.layers.inputs import autocast_dtype, is_plain_tensor, is_traced
+from randlora.layers.inputs import autocast_dtype, first_of, is_plain_tensor, is_traced
 from randlora.state import Adapter, ModelState
 
 
@@ -175,7 +175,7 @@ class AdapterLayer(nn.Module, ABC):
             ``(..., out_features)`` in the dtype the base layer gave.
         """
         active = [] if self.state.is_disabled or self.state.is_merged else self._active()
-        x: Any = args[0] if args else next(iter(kwargs.values()), None)
+        x = first_of(args, kwargs)
         if active and len(args) + len(kwargs) == 1 and self._can_be_one_operation(active[0][0], x):
             (adapter, factor), *active = active
             output = self._adapted_output(adapter, factor, x)

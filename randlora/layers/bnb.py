@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from randlora.layers import bnb_codes
 from randlora.layers.base import Reading
-from randlora.layers.inputs import autocast_dtype
+from randlora.layers.inputs import autocast_dtype, first_of
 from randlora.layers.quantised import QuantisedLayer
 from randlora.registry import register_layer
 
@@ -69,7 +69,7 @@ class Linear4bitAdapter(QuantisedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Do what every adapter layer does, with codes in an order through which gradients pass where any may."""
-        x: Any = args[0] if args else next(iter(kwargs.values()), None)
+        x = first_of(args, kwargs)
         if not self.state.is_merged and (self.base_layer.training or getattr(x, "requires_grad", False)):
             bnb_codes.put_in_order(self.base_layer)
         return super().forward(*args, **kwargs)

@@ -69,6 +69,7 @@ def _unpacked(codes: Tensor, state: Any) -> tuple[Tensor, Tensor]:
     return codes, state.absmax.float()
 
 
+@torch.inference_mode(mode=False)  # the codes outlive the mode the caller is in
 def put_in_order(layer: Any) -> None:
     """Put the codes of a 4-bit layer back in the common order, in place, if bitsandbytes repacked them for a CPU.
 

@@ -1,11 +1,16 @@
 """What an adapter layer must know of the tensors it is given."""
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from randlora.functional.scratch import is_transformed
+
+
+def first_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return a layer's input: the first argument, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def is_plain_tensor(value: object) -> TypeGuard[Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from randlora.layers.base import AdapterLayer
 from randlora.layers.folding import Into, Merged, QuantisationError
+from randlora.layers.inputs import first_of
 
 
 class QuantisedLayer(AdapterLayer):
@@ -70,7 +71,7 @@ class QuantisedLayer(AdapterLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Do what every adapter layer does, and note the dtype of the input."""
-        x: Any = args[0] if args else next(iter(kwargs.values()), None)
+        x = first_of(args, kwargs)
         if isinstance(x, Tensor) and x.dtype != self.input_dtype:
             self.input_dtype = x.dtype
         return super().forward(*args, **kwargs)
