@@ -83,9 +83,10 @@ def test_gradients_pass_a_repacked_layer_whose_own_forward_runs(change: Callable
     change(model)
     x = torch.randn(5, 64, requires_grad=True)
     wanted = torch.autograd.grad(model(x).square().sum(), x)[0]
-    model.eval()(x.detach())
-    found = torch.autograd.grad(model.train()(x).square().sum(), x)[0]
-    assert_close(found, wanted, torch.bfloat16)
+    for is_training in (True, False):
+        model.eval()(x.detach())
+        found = torch.autograd.grad(model.train(is_training)(x).square().sum(), x)[0]
+        assert_close(found, wanted, torch.bfloat16)
 
 
 @needs_repacking
@@ -104,10 +105,10 @@ def test_an_evaluation_before_backward_changes_no_gradient(in_features: int) -> 
 @needs_repacking
 @pytest.mark.parametrize("nested", [True, False], ids=["double", "single"])
 def test_training_puts_codes_back_in_order(nested: bool) -> None:
-    model, layer = adapted(four_bits(compress_statistics=nested))
+    model, layer = adapted(four_bits(128, compress_statistics=nested))
     codes, wanted = layer.weight.data.clone(), written_out(layer.base_layer)
-    model.eval()(torch.randn(5, 64))
-    model.train()(torch.randn(5, 64))
+    model.eval()(torch.randn(5, 128))
+    model.train()(torch.randn(5, 128))
     assert same_bits(layer.weight.data, codes)
     assert layer.weight.quant_state.nested == nested
     torch.testing.assert_close(written_out(layer.base_layer), wanted, rtol=0.01, atol=0)

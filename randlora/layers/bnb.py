@@ -70,7 +70,7 @@ class Linear4bitAdapter(QuantisedLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Do what every adapter layer does, with codes in an order through which gradients pass where any may."""
         x = first_of(args, kwargs)
-        if not self.state.is_merged and (self.base_layer.training or getattr(x, "requires_grad", False)):
+        if self.base_layer.training or getattr(x, "requires_grad", False):
             bnb_codes.put_in_order(self.base_layer)
         return super().forward(*args, **kwargs)
 
@@ -107,7 +107,6 @@ class Linear4bitAdapter(QuantisedLayer):
 
     def requantised(self, weight: Tensor) -> tuple[Codes4bit, float]:
         """Round a weight to 4-bit codes of the same type, block size and storage."""
-        base: Any = self.base_layer
         codes, state = bnb_codes.round_to_4bit(weight, self._quant_state, self.weight.dtype)
         parameter = sys.modules[MODULE].Params4bit(
             codes,
@@ -117,11 +116,10 @@ class Linear4bitAdapter(QuantisedLayer):
             compress_statistics=state.nested,
             quant_type=state.quant_type,
             quant_storage=codes.dtype,
-            module=base,
+            module=self.base_layer,
             bnb_quantized=True,
         )
-        held = Codes4bit(parameter, None if base.quant_state is None else state)
-        return held, bnb_codes.step_4bit(state)
+        return Codes4bit(parameter, state), bnb_codes.step_4bit(state)
 
     def codes(self) -> Codes4bit:
         """Name the codes that the base layer reads now."""
