@@ -73,7 +73,7 @@ def _unpacked(codes: Tensor, state: Any) -> tuple[Tensor, Tensor]:
 def put_in_order(layer: Any) -> None:
     """Put the codes of a 4-bit layer back in the common order, in place, if bitsandbytes repacked them for a CPU.
 
-    It leads no gradient through repacked codes. Their scales stay rounded to bfloat16.
+    bitsandbytes leads no gradient through repacked codes. Their scales stay rounded to bfloat16.
     """
     import bitsandbytes.functional as bnb  # noqa: PLC0415  # an optional extra
 
