@@ -89,11 +89,31 @@ FOUR_BITS: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "a dtype that is none": (said(dtype=[]), r"says dtype = \[\], which cannot be"),
     "a shape that is none": (said(shape=[-1, 8]), "says shape = "),
     "blocks of no size": (said(blocksize=0), "says blocksize = 0"),
-    "another shape": (said(shape=[64, 64]), f"{WEIGHT} has 512 bytes, expected 2048 for 64x64 numbers"),
-    "smaller blocks": (said(blocksize=32), rf"{WEIGHT}\.absmax has 16 bytes, expected 32"),
+    "another shape": (said(shape=[64, 64]), f"{WEIGHT} has 512 bytes, expected 2048 for 64x64"),
+    "smaller blocks": (
+        said(blocksize=32),
+        rf"{WEIGHT}\.absmax has 16 of torch.uint8, expected 32 of torch.uint8 for 32x32",
+    ),
+    "a size that is true": (said(shape=[True, 1024]), r"says shape = \[True, 1024\]"),
+    "blocks of a fraction": (said(blocksize=64.0), r"says blocksize = 64\.0"),
+    "an offset beyond floats": (said(nested_offset=10**400), "says nested_offset = 10"),
+    "an offset that is none": (said(nested_offset=True), "says nested_offset = True"),
+    "an offset that is not finite": (said(nested_offset=float("nan")), "says nested_offset = nan"),
+    "scales of another dtype": (
+        put(f"{WEIGHT}.absmax", torch.zeros(16, dtype=torch.int8)),
+        rf"{WEIGHT}\.absmax has 16 of torch.int8, expected 16 of torch.uint8",
+    ),
+    "scales of scales of another dtype": (
+        put(f"{WEIGHT}.nested_absmax", torch.zeros(1, dtype=torch.bfloat16)),
+        rf"{WEIGHT}\.nested_absmax has 1 of torch.bfloat16, expected 1 of torch.float32",
+    ),
+    "a table of another dtype": (
+        put(f"{WEIGHT}.quant_map", torch.zeros(16, dtype=torch.int32)),
+        rf"{WEIGHT}\.quant_map has 16 of torch.int32, expected 16 of torch.float32",
+    ),
     "a short table": (
         put(f"{WEIGHT}.nested_quant_map", torch.zeros(255)),
-        rf"{WEIGHT}\.nested_quant_map has 1020 bytes, expected 1024",
+        rf"{WEIGHT}\.nested_quant_map has 255 of torch.float32, expected 256 of torch.float32",
     ),
 }
 

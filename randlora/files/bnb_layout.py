@@ -25,7 +25,7 @@ TABLES, NESTED_TABLES = ("absmax", "quant_map"), ("nested_absmax", "nested_quant
 FIELDS = frozenset({"quant_type", "blocksize", "dtype", "shape"})
 NESTED_FIELDS = frozenset({"nested_blocksize", "nested_dtype", "nested_offset"})
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-LEVELS = 256  # of scales that are codes themselves
+LEVELS, NESTED_LEVELS = 16, 256  # of codes, and of scales that are codes themselves
 
 SCALES, FORMAT = "SCB", "weight_format"
 IN_ROWS = 0  # the format of codes that lie in their order
@@ -104,36 +104,43 @@ def _is_float(value: object) -> bool:
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and value >= 0
+    return type(value) is int and value >= 0  # JSON's true is an int too
+
+
+def _is_block_size(value: object) -> bool:
+    return _is_size(value) and value in BLOCK_SIZES
 
 
 RULES: dict[str, Callable[[Any], bool]] = {
-    "blocksize": lambda value: value in BLOCK_SIZES,
+    "blocksize": _is_block_size,
     "dtype": _is_float,
     "shape": lambda value: isinstance(value, list) and all(map(_is_size, value)),
-    "nested_blocksize": lambda value: value in BLOCK_SIZES,
+    "nested_blocksize": _is_block_size,
     "nested_dtype": _is_float,
-    "nested_offset": lambda value: isinstance(value, float | int),
+    "nested_offset": lambda value: isinstance(value, float) and math.isfinite(value),
 }
 """What the fields of the JSON may hold."""
 
 
 def _misfits(codes: Codes4bit) -> Iterator[str]:
-    """Say which tensors have not the size that the JSON lets expect."""
+    """Say which tensors have not the size or the dtype that the JSON lets expect."""
     count, scales = math.prod(codes.shape), codes.parts["absmax"]
     blocks = -(-count // codes.fields["blocksize"])
     if len(scales.shape) == 2 and scales.dtype == torch.bfloat16:
         yield f"{scales.name} has two dimensions and is in bfloat16: {REPACKED}"
         return
-    expected = {"absmax": 4 * blocks}
+    shape = "x".join(map(str, codes.shape))
+    if codes.entry.nbytes != -(-count // 2):  # of any dtype
+        yield f"{codes.entry.name} has {codes.entry.nbytes} bytes, expected {-(-count // 2)} for {shape}: {DAMAGED}"
+    expected = {"quant_map": (LEVELS, torch.float32), "absmax": (blocks, torch.float32)}
     if "nested_absmax" in codes.parts:
         outer = -(-blocks // codes.fields["nested_blocksize"])
-        expected = {"absmax": blocks, "nested_absmax": 4 * outer, "nested_quant_map": 4 * LEVELS}
-    sizes = [(codes.entry, -(-count // 2)), *((codes.parts[part], size) for part, size in expected.items())]
-    for entry, size in sizes:
-        if entry.nbytes != size:
-            shape = "x".join(map(str, codes.shape))
-            yield f"{entry.name} has {entry.nbytes} bytes, expected {size} for {shape} numbers: {DAMAGED}"
+        expected |= {"absmax": (blocks, torch.uint8), "nested_absmax": (outer, torch.float32)}
+        expected["nested_quant_map"] = NESTED_LEVELS, torch.float32
+    for part, (size, dtype) in expected.items():
+        entry = codes.parts[part]
+        if (found := math.prod(entry.shape)) != size or entry.dtype != dtype:
+            yield f"{entry.name} has {found} of {entry.dtype}, expected {size} of {dtype} for {shape}: {DAMAGED}"
 
 
 def _eight_bits(entries: Mapping[str, Entry], module: str) -> Codes8bit:
