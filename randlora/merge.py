@@ -19,6 +19,7 @@ from randlora.install import adapter_layers, detach
 from randlora.layers.base import AdapterLayer
 from randlora.layers.folding import Into, QuantisationError, Quantised
 from randlora.layers.quantised import QuantisedLayer
+from randlora.registry import find_layer
 from randlora.report import MergeReport
 from randlora.state import ModelState, adapted_root
 from randlora.walk import is_quantised, named_parameters
@@ -40,9 +41,9 @@ def merge(
             the nearest to the merged weights: as small as before, but some of what was learned is rounded away; the
             report says how much. ``"dequantise"`` leaves an `nn.Linear` in each one's place: nothing is lost, and it
             takes 2 to 8 times the memory.
-        dtype: Of the layers that ``"dequantise"`` leaves. ``None`` means that of each layer's last input, which a plain
-            layer does not cast. Before the first forward pass it means that of the model's norms, else of its first
-            parameter outside of quantised layers, else the one that the layer computes in.
+        dtype: Of the layers that ``"dequantise"`` leaves. ``None`` means that of each layer's last input outside of
+            autocast, which a plain layer does not cast. If there was none it means that of the model's norms, else of
+            its first parameter outside of quantised layers, else the one that the layer computes in.
 
     Returns:
         Which adapters went into which layers, and the errors of rounding to codes.
@@ -51,8 +52,9 @@ def merge(
         AdapterError: When the model carries no adapter.
         ConfigError: For another word, or a dtype that is not floating or that nothing would have.
         MergeError: When nothing is active, the adapters are switched off or merged already, an inactive adapter would
-            be lost, a weight has no values here, a merged weight would not be finite, or a quantised layer has hooks
-            that an `nn.Linear` in its place would lose. The model is then as it was.
+            be lost, a weight has no values here, another layer was put into an adapted one, a merged weight would not
+            be finite, or a quantised layer has hooks or a forward that an `nn.Linear` in its place would lose. The
+            model is then as it was.
     """
     root, state = adapted_root(model)
     layers = [(fqn, layer) for fqn, layer in adapter_layers(root) if state.active.keys() & layer.adapters.keys()]
@@ -137,7 +139,7 @@ def require_finite(fqn: str, weight: Tensor) -> Tensor:
     if not torch.isfinite(weight).all():
         raise MergeError(
             f"the merged weight of {fqn} would not be finite in {weight.dtype}: look for NaN or infinite values in the "
-            "adapter, lower its weight, or merge in a wider dtype"
+            "adapter and in the base weight, lower the adapter's weight, or merge in a wider dtype"
         )
     return weight
 
@@ -177,6 +179,12 @@ def _weight_problems(layers: list[tuple[str, AdapterLayer]], into: Into) -> list
             problems.append(f"{fqn} computes its weight from other parameters: remove the parametrisation first")
         elif weight.is_meta or weight.numel() == 0 or type(weight.data) is not Tensor:
             problems.append(f"the weight of {fqn} is not all here (meta, offloaded or sharded): gather it first")
+        elif find_layer(layer.base_layer) is not type(layer):
+            kind = type(layer.base_layer).__name__
+            problems.append(
+                f"{fqn} holds a {kind} that was put in after the adapter, which {type(layer).__name__} cannot merge "
+                "into: save the adapter, eject it, and load it again"
+            )
         elif (reason := layer.merge_obstacle(into)) is not None:
             problems.append(f"{fqn} {reason}")
     return problems
@@ -188,7 +196,8 @@ def _notes(root: nn.Module, layers: list[tuple[str, AdapterLayer]], into: Into) 
         return ()
     note = (
         "the model's config still says that it is quantised, so what save_pretrained writes would not load: to save, "
-        "call model.dequantize() before the adapter is loaded, then merge"
+        "merge the files with randlora.merge_files, or, but for Conv1D layers (GPT-2), call model.dequantize() before "
+        "the adapter is loaded, then merge"
     )
     return (note,)
 

@@ -1,6 +1,6 @@
 """Getting a quantised model ready for training, before `randlora.inject`.
 
-The layers that bitsandbytes made are told by name, so that neither it nor transformers is imported.
+Neither bitsandbytes nor transformers is imported: what they made is known by its type's name, or by what it can do.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_map
 
 from randlora.layers import bnb_codes
+from randlora.layers.bnb import Linear4bitAdapter
 from randlora.registry import find_layer
 from randlora.report import shortened
-from randlora.walk import Visit, walk
+from randlora.state import attached_state, require_unmerged
+from randlora.walk import Visit, is_quantised, walk
 
 HALVES = (torch.float16, torch.bfloat16)
-LINEAR_4BIT = "bitsandbytes.nn.modules.Linear4bit"
 MAY_REPACK = "support_avx512bf16_for_cpu"  # an attribute of such a layer, which its forward asks
 
 
@@ -37,7 +38,7 @@ class PreparationReport:
         input_gradients: FQNs of the modules whose output now requires grad.
         checkpointing: Whether the model now checkpoints its activations in training.
         unpacked: FQNs of the 4-bit layers that bitsandbytes will not repack.
-        put_in_order: FQNs of those that it had repacked before the call.
+        put_in_order: FQNs of those that it had repacked before the call, or whose scales it left turned.
         notes: What was asked for and could not be done.
     """
 
@@ -114,10 +115,14 @@ def prepare_quantised(
             A model that checkpoints already goes on in its way. transformers may let inputs require grad with it.
         unpacked: Keep bitsandbytes from repacking 4-bit weights at their first forward pass in evaluation mode, which
             it does on CPUs with AVX512-BF16: a repacked layer passes no gradient to its input. One that was repacked
-            before the call is put in order again, with the scales rounded to bfloat16, and named in the report.
+            before the call, or has scales that saving it so left turned, is put in order again, with the scales
+            rounded to bfloat16, and named in the report.
 
     Returns:
         What was done, and what could not be.
+
+    Raises:
+        AdapterError: While adapters are merged.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 9))
@@ -129,6 +134,9 @@ def prepare_quantised(
         kept from being repacked: no layers
         checkpointing stays off: Sequential has no method for it
     """
+    for module in model.modules():
+        if (state := attached_state(module)) is not None:
+            require_unmerged(state, "prepare the model")
     visits = _each_once(model)
     embeddings = _input_embeddings(model)  # first, because it is somebody else's and could raise
     notes = []
@@ -138,19 +146,19 @@ def prepare_quantised(
     inputs = _let_inputs_require_grad(model, embeddings) if inputs_require_grad else ()
     if inputs_require_grad and not inputs:
         notes.append("no embedding was found: for reentrant checkpointing, let the batch itself require grad")
-    four_bits = [visit for visit in visits if LINEAR_4BIT in _type_names(visit.module)]
-    packed = [visit for visit in four_bits if unpacked and _is_packed(visit.module)]
-    if unpacked:
-        for visit in four_bits:
-            vars(visit.module)[MAY_REPACK] = False
-            bnb_codes.put_in_order(visit.module)
+    four_bits = [visit for visit in visits if unpacked and find_layer(visit.module) is Linear4bitAdapter]
+    out_of_order = [visit for visit in four_bits if bnb_codes.is_out_of_order(visit.module)]
+    for visit in four_bits:
+        vars(visit.module)[MAY_REPACK] = False
+    for visit in out_of_order:
+        bnb_codes.put_in_order(visit.module)
     return PreparationReport(
-        quantised=_fqns(visit for visit in visits if _is_quantised(visit.module)),
+        quantised=_fqns(visit for visit in visits if is_quantised(visit.module)),
         cast=_fqns(cast),
         input_gradients=inputs,
         checkpointing=_is_checkpointing(model),
-        unpacked=_fqns(four_bits) if unpacked else (),
-        put_in_order=_fqns(packed),
+        unpacked=_fqns(four_bits),
+        put_in_order=_fqns(out_of_order),
         notes=tuple(notes),
     )
 
@@ -200,14 +208,14 @@ def _make_float32(visits: Sequence[Visit]) -> list[Visit]:
 def _is_norm_or_dense(module: nn.Module) -> bool:
     """Tell a norm by its class's name, and a dense linear layer by its having an adapter layer."""
     is_stored_otherwise = any(type(tensor.data) is not Tensor for tensor in _own_tensors(module))  # as torchao does
-    if is_stored_otherwise or _is_quantised(module) or is_parametrized(module):
+    if is_stored_otherwise or is_quantised(module) or is_parametrized(module):
         return False
     return "norm" in type(module).__name__.lower() or isinstance(find_layer(module), type)
 
 
 def _holds_half_matrices(module: nn.Module) -> bool:
     """Tell a convolution, attention, experts: what would refuse the float32 that a norm now gives it."""
-    if _is_quantised(module):
+    if is_quantised(module):
         return False
     tensors = module.parameters() if is_parametrized(module) else _own_tensors(module)
     return any(tensor.dtype in HALVES and tensor.ndim > 1 for tensor in tensors)
@@ -267,22 +275,6 @@ def _enable_checkpointing(model: nn.Module) -> bool:
 def _is_checkpointing(model: nn.Module) -> bool:
     """Read the flags that transformers sets on the modules it checkpoints."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
-def _is_quantised(module: nn.Module) -> bool:
-    """Tell a linear layer of bitsandbytes, or any layer whose weight is not floating."""
-    weight = module._parameters.get("weight")
-    is_foreign = any(name.startswith("bitsandbytes.") for name in _type_names(module))
-    return (isinstance(module, nn.Linear) and is_foreign) or (weight is not None and not weight.is_floating_point())
-
-
-def _is_packed(module: nn.Module) -> bool:
-    quant_state = getattr(module._parameters.get("weight"), "quant_state", None)
-    return bool(getattr(quant_state, "packing_format_for_cpu", False))
-
-
-def _type_names(module: nn.Module) -> list[str]:
-    return [f"{parent.__module__}.{parent.__qualname__}" for parent in type(module).__mro__]
 
 
 def _fqns(visits: Iterable[Visit]) -> tuple[str, ...]:

@@ -198,6 +198,8 @@ def count_numbers(module: nn.Module, attribute: str, parameter: nn.Parameter) ->
     layer_class = find_layer(module)
     if attribute == "weight" and isinstance(layer_class, type):
         return math.prod(layer_class.features(module))
+    if (state := getattr(parameter, "quant_state", None)) is not None:  # of an embedding of bitsandbytes
+        return math.prod(state.shape)
     return parameter.numel()
 
 

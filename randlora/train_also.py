@@ -55,9 +55,9 @@ def train_also_problems(model: nn.Module, names: str | Sequence[str], targets: I
             )
         elif attribute == "weight" and is_quantised(module):
             problems.append(
-                f"train_also takes in {fqn}, the codes of a {type(module).__name__}, which cannot be trained: name its "
-                "bias alone, or load the model with this layer not quantised, as with llm_int8_skip_modules of a "
-                "BitsAndBytesConfig"
+                f"train_also takes in {fqn}, which is codes ({type(module).__name__}) and cannot be trained: leave it "
+                "out and name a bias alone, or load the model with this layer not quantised, as with "
+                "llm_int8_skip_modules of a BitsAndBytesConfig"
             )
         elif not parameter.is_floating_point():
             problems.append(f"train_also takes in {fqn}, which holds {parameter.dtype} and cannot be trained")

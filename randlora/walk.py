@@ -193,9 +193,12 @@ def obstacles(model: nn.Module, targets: Sequence[Target]) -> list[str]:
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether a layer's weight is codes: its kind tells, as codes may be stored as words of a floating dtype."""
-    layer_class = find_layer(module)
-    return isinstance(layer_class, type) and issubclass(layer_class, QuantisedLayer)
+    """Whether a module's weight is codes, which may be stored as words of a floating dtype: then its type tells."""
+    layer_class, weight = find_layer(module), module._parameters.get("weight")
+    if isinstance(layer_class, type) and issubclass(layer_class, QuantisedLayer):
+        return True
+    is_foreign = type(weight).__module__.startswith("bitsandbytes.")  # as that of its embeddings
+    return weight is not None and (is_foreign or not weight.is_floating_point())
 
 
 def _identity(parameter: Tensor) -> object:

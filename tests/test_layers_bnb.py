@@ -161,7 +161,7 @@ def test_codes_may_be_stored_in_another_dtype() -> None:
     assert_close(layer(x), layer.base_layer(x) + x @ layer.delta_weight({"default": 1.0}).T, torch.float32)
     assert layer.delta_weight({"default": 1.0}).dtype == torch.float32
     randlora.merge(model)
-    assert model[0].weight.dtype == torch.bfloat16
+    assert model[0].weight.dtype == model[0].weight.quant_storage == torch.bfloat16
     assert model(x).dtype == torch.float32
 
 
@@ -224,6 +224,40 @@ def test_a_weight_that_lost_its_state_to_the_layer_merges_and_comes_back(quantis
     assert layer.weight is held[0]
     assert layer.base_layer.quant_state is held[1]
     assert same_bits(model(x), expected)
+
+
+@every_quantised_kind
+def test_a_trained_bias_keeps_its_dtype_where_the_base_layer_runs(kind: LayerKind) -> None:
+    """A layer of bitsandbytes alone casts it in place, under the optimiser's feet."""
+    base = kind.build(24, 20, True, torch.bfloat16)
+    base.bias = nn.Parameter(torch.randn(20))
+    model = nn.Sequential(base)
+    randlora.inject(model, r=4, train_also=["0.bias"])
+    fill(model)
+    layer: Any = model[0]
+    bias = layer.bias.detach().clone()  # which bfloat16 would round
+    optimiser = torch.optim.AdamW(randlora.trainable_parameters(model), lr=0.0)
+    x = torch.randn(5, 24).bfloat16()
+    expected = x.double() @ (kind.weight(base) + layer.delta_weight({"default": 1.0})).T + bias
+    for is_training in (True, False, True):
+        output = model.train(is_training)(x)
+        assert (output - expected).abs().max() <= 0.05 * expected.abs().max()  # 8 bits round their inputs too
+        output.sum().backward()
+        optimiser.step()
+        assert layer.bias.grad.dtype == torch.float32
+        assert same_bits(layer.bias.detach(), bias)
+
+
+@every_quantised_kind
+def test_new_codes_are_held_as_the_old_ones_were(kind: LayerKind) -> None:
+    model, layer = adapted(kind.build(128, 32, True, torch.float32))
+    own = dict(vars(layer.weight))
+    randlora.merge(model)
+    assert type(model[0].weight).__name__ in {"Params4bit", "Int8Params"}
+    told = "blocksize", "compress_statistics", "quant_type", "quant_storage", "bnb_quantized", "has_fp16_weights"
+    found = vars(model[0].weight)
+    assert {name: found[name] for name in told if name in own} == {name: own[name] for name in told if name in own}
+    assert found.get("module") is (model[0] if "module" in own else None)
 
 
 # Carrying on

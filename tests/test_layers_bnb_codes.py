@@ -95,6 +95,7 @@ def test_8_bit_rounding_goes_to_the_nearest_level(shape: tuple[int, int], scale:
     codes, scales = bnb_codes.round_to_8bit(weight)
     error = (bnb_codes.write_out_8bit(codes, scales) - weight).abs()
     assert codes.dtype == torch.int8
+    assert (codes[0] == 0).all()
     assert (error <= (scales / 127 / 2).unsqueeze(1) * (1 + 1e-4)).all()
     again, same = bnb_codes.round_to_8bit(bnb_codes.write_out_8bit(codes, scales))
     assert torch.equal(again, codes)

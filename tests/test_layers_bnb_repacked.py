@@ -67,6 +67,46 @@ def test_scales_that_a_state_dict_left_turned_are_read_right() -> None:
     torch.testing.assert_close(found, wanted, rtol=2**-8, atol=0)  # the scales were rounded to bfloat16
 
 
+@needs_repacking
+def test_scales_that_a_state_dict_left_turned_are_turned_back_before_the_layer_runs() -> None:
+    """A layer of bitsandbytes alone misreads them."""
+    model, layer = adapted(four_bits(256, bias=False, compress_statistics=False))
+    x = torch.randn(5, 256)
+    expected, fresh = model(x), layer.base_layer(x)
+    for is_training in (True, False):
+        with torch.no_grad():
+            model.eval()(x)
+        model.state_dict()
+        if layer.weight.quant_state.absmax.ndim == 1:
+            pytest.skip("this bitsandbytes turns them back")
+        assert_close(model.train(is_training)(x), expected, torch.bfloat16)
+        with randlora.disabled(model):
+            assert_close(model(x), fresh, torch.bfloat16)
+
+
+@needs_repacking
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+def test_new_codes_of_a_repacked_layer_are_stored_as_its_own_were(storage: torch.dtype) -> None:
+    model, layer = adapted(four_bits(quant_storage=storage))
+    model.eval()(torch.randn(5, 64))
+    assert layer.weight.quant_state.packing_format_for_cpu
+    randlora.merge(model)
+    assert model[0].weight.dtype == storage
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_transforms_pass_a_layer_that_an_evaluation_may_have_repacked(is_training: bool) -> None:
+    """A layer of bitsandbytes alone passes no gradient transform."""
+    model, _ = adapted(four_bits(bias=False))
+    x = torch.randn(5, 64, requires_grad=True)
+    wanted = torch.autograd.grad(model(x).square().sum(), x)[0]
+    model.eval()(x.detach())
+    model.train(is_training)
+    found = torch.func.grad(lambda x: model(x).square().sum())(x.detach())
+    assert_close(found, wanted, torch.bfloat16)
+    assert_close(torch.func.vmap(model)(x.detach()), model(x), torch.float32)
+
+
 def _with_dropout(model: Any) -> None:
     model[0].adapters["default"].config = replace(model[0].adapters["default"].config, dropout=1e-9)
 
@@ -112,6 +152,18 @@ def test_training_puts_codes_back_in_order(nested: bool) -> None:
     assert same_bits(layer.weight.data, codes)
     assert layer.weight.quant_state.nested == nested
     torch.testing.assert_close(written_out(layer.base_layer), wanted, rtol=0.01, atol=0)
+
+
+@needs_repacking
+def test_evaluation_leaves_codes_repacked() -> None:
+    model, layer = adapted(four_bits())
+    model.eval()
+    for _ in range(2):
+        model(torch.randn(5, 64))
+        assert layer.weight.quant_state.packing_format_for_cpu
+    seen = layer.weight.data
+    model(torch.randn(5, 64))
+    assert layer.weight.data_ptr() == seen.data_ptr()
 
 
 @needs_repacking

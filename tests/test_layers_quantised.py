@@ -135,6 +135,40 @@ def test_a_dequantised_layer_takes_the_inputs_that_the_quantised_one_took(
     assert_close(model(x), expected, torch.bfloat16)
 
 
+@every_quantised_kind
+def test_a_dequantised_layer_goes_by_the_last_input_and_not_by_the_first_or_the_norms(kind: LayerKind) -> None:
+    model = nn.Sequential(nn.LayerNorm(24), kind.build(24, 20, True, torch.bfloat16))
+    randlora.inject(model, r=3)
+    model[1](torch.randn(5, 24))
+    model[1](torch.randn(5, 24).half())
+    randlora.merge(model, quantised="dequantise")
+    assert model[1].weight.dtype == torch.float16
+
+
+@every_quantised_kind
+@pytest.mark.parametrize("has_run", [False, True], ids=["autocast only", "plain before"])
+def test_autocast_hides_the_dtype_of_inputs_and_leaves_that_of_the_model(kind: LayerKind, has_run: bool) -> None:
+    model = nn.Sequential(nn.Linear(24, 24), kind.build(24, 20, True, torch.bfloat16))
+    randlora.inject(model, r=3, targets=["1"])
+    x = torch.randn(5, 24)
+    if has_run:
+        model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    randlora.merge(model, quantised="dequantise")
+    assert model(x).dtype == torch.float32
+
+
+@every_quantised_kind
+def test_a_model_that_was_converted_after_it_ran_is_dequantised_for_its_new_dtype(kind: LayerKind) -> None:
+    model = nn.Sequential(nn.Linear(24, 24), kind.build(24, 20, True, torch.float32))
+    randlora.inject(model, r=3, targets=["1"])
+    model(torch.randn(5, 24))
+    model.bfloat16()
+    randlora.merge(model, quantised="dequantise")
+    assert model(torch.randn(5, 24).bfloat16()).dtype == torch.bfloat16
+
+
 @every_way
 @every_quantised_kind
 @given(shape=shapes)
@@ -206,16 +240,34 @@ def _own_forward(layer: nn.Module) -> None:
     layer.__dict__["forward"] = layer.forward  # accelerate's way
 
 
-@pytest.mark.parametrize("change", [_hook, _own_forward])
+def _own_class(layer: nn.Module) -> None:
+    parent: Any = type(layer)
+    layer.__class__ = type("Own", (parent,), {"forward": lambda self, x: 3 * parent.forward(self, x)})
+
+
+@pytest.mark.parametrize("change", [_hook, _own_forward, _own_class])
 @every_quantised_kind
 def test_a_layer_that_does_more_is_requantised_but_not_replaced(kind: LayerKind, change: Any) -> None:
     model = one_layer(kind, (24, 20), torch.float32)
     layer = base(model)
     change(layer)
-    with untouched(model), pytest.raises(MergeError, match=r"0 has hooks, or a forward .* quantised='requantise'"):
+    with (
+        untouched(model),
+        pytest.raises(MergeError, match=r"0 has hooks or a forward .* quantised='requantise'"),
+    ):
         randlora.merge(model, quantised="dequantise")
     randlora.merge(model)
     assert model[0] is layer
+
+
+@every_way
+@every_quantised_kind
+def test_a_layer_that_was_put_in_after_the_adapter_is_not_merged_into(kind: LayerKind, quantised: Quantised) -> None:
+    """As ``model.dequantize()`` of transformers does, for one."""
+    model = one_layer(kind, (24, 20), torch.float32)
+    model[0].base_layer = nn.Linear(24, 20)
+    with untouched(model), pytest.raises(MergeError, match=r"0 holds a Linear that was put in after .* eject it"):
+        randlora.merge(model, quantised=quantised)
 
 
 @every_quantised_kind

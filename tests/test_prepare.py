@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 import randlora
-from randlora import prepare_quantised
+from randlora import AdapterError, prepare_quantised
 from tests.laws import TOKENS, Mixed, Snapshot, same_bits
 from tests.models import (
     BERT,
@@ -28,7 +28,7 @@ from tests.models import (
     tokens,
 )
 from tests.prepared import NOTHING, gradient, hooks, only, output_of
-from tests.quantised import half_precision_model
+from tests.quantised import four_bit_linear, half_precision_model
 
 
 @every_transformers_model
@@ -173,6 +173,16 @@ def test_dense_layers_that_are_adapted_are_prepared_too(adapted_first: bool) -> 
     assert output.dtype == torch.float32
     output.square().mean().backward()
     assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(model))
+
+
+def test_a_merged_model_is_not_prepared() -> None:
+    model = nn.Sequential(four_bit_linear(), nn.LayerNorm(32, dtype=torch.bfloat16))
+    randlora.inject(model, r=4)
+    with randlora.merged(model, quantised="dequantise"):
+        before = Snapshot.of(model)
+        with pytest.raises(AdapterError, match=r"cannot prepare the model while the adapters are merged"):
+            prepare_quantised(model)
+        before.assert_equals(Snapshot.of(model))
 
 
 class Convolutional(nn.Module):

@@ -173,6 +173,30 @@ def test_without_the_step_an_evaluation_cuts_gradients_off_and_a_later_call_mend
     assert prepare_quantised(model).put_in_order == ()
 
 
+@needs_repacking
+def test_scales_that_a_state_dict_left_turned_are_turned_back_and_named() -> None:
+    layer = four_bit_linear(256, bias=False, compress_statistics=False)
+    model, x = nn.Sequential(layer), torch.randn(3, 256, dtype=torch.bfloat16)
+    expected = model(x)
+    model.eval()(x)
+    model.state_dict()
+    if layer.weight.quant_state.absmax.ndim == 1:
+        pytest.skip("this bitsandbytes turns them back")
+    assert prepare_quantised(model).put_in_order == ("0",)
+    for is_training in (True, False):
+        found = model.train(is_training)(x)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * expected.abs().max().item())
+
+
+@needs_repacking
+def test_a_repacked_layer_whose_weight_lost_its_state_is_named_too() -> None:
+    layer = four_bit_linear(bias=False)
+    model = nn.Sequential(layer)
+    model.eval()(torch.randn(3, 64, dtype=torch.bfloat16))
+    layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+    assert prepare_quantised(model).put_in_order == ("0",)
+
+
 def test_a_model_that_cannot_name_its_embeddings_is_left_as_it_is() -> None:
     class Broken(nn.Module):
         def __init__(self) -> None:

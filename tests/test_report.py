@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bitsandbytes.nn import Embedding4bit
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -47,6 +48,12 @@ def test_a_weight_counts_the_same_in_every_storage(storage: torch.dtype) -> None
     model = nn.Sequential(of_4_bits(64, 32, quant_storage=storage), of_4_bits(64, 31, quant_storage=torch.uint8))
     report = randlora.plan(model, r=8, targets=["0"])
     assert report.total_parameters - report.trainable_parameters == 64 * 32 + 32 + 64 * 31 + 31
+
+
+def test_a_quantised_embedding_counts_as_the_numbers_it_stands_for() -> None:
+    model = nn.Sequential(Embedding4bit(16, 64, quant_type="nf4"), of_4_bits(64, 32)).to("cpu")
+    report = randlora.plan(model, r=8, targets=["1"])
+    assert report.total_parameters - report.trainable_parameters == 16 * 64 + 64 * 32 + 32
 
 
 def test_a_shared_basis_is_reported_with_the_bytes_it_will_take() -> None:

@@ -4,6 +4,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from bitsandbytes.nn import Embedding4bit
 from torch import nn
 
 import randlora
@@ -78,6 +79,14 @@ def test_running_statistics_cannot_be_carried_and_single_parameters_can() -> Non
     assert report.train_also == ("1.weight", "1.bias")
 
 
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
+def test_nor_can_those_of_a_quantised_embedding(storage: torch.dtype) -> None:
+    embedding = Embedding4bit(16, 64, quant_type="nf4", quant_storage=storage)
+    model = nn.Sequential(OrderedDict(embed=embedding, body=nn.Linear(64, 64))).to("cpu")
+    with pytest.raises(TargetError, match=r"embed\.weight, which is codes \(Embedding4bit\)"):
+        randlora.inject(model, r=4, targets=["body"], train_also=["embed"])
+
+
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("names", [["head"], ["head.weight"], r"head\.weight"], ids=str)
 def test_the_codes_of_a_quantised_layer_cannot_be_trained_and_its_bias_can(
@@ -85,7 +94,7 @@ def test_the_codes_of_a_quantised_layer_cannot_be_trained_and_its_bias_can(
 ) -> None:
     model = nn.Sequential(OrderedDict(body=nn.Linear(64, 64), head=of_4_bits(64, 8, quant_storage=storage)))
     before = Snapshot.of(model)
-    with pytest.raises(TargetError, match=r"takes in head\.weight, the codes of a Linear4bit.*name its bias"):
+    with pytest.raises(TargetError, match=r"takes in head\.weight, which is codes \(Linear4bit\).*name a bias"):
         randlora.inject(model, r=4, targets=["body"], train_also=names)
     before.assert_equals(Snapshot.of(model))
     assert randlora.inject(model, r=4, targets=["body"], train_also=["head.bias"]).train_also == ("head.bias",)

@@ -83,9 +83,9 @@ class AdapterLayer(nn.Module, ABC):
 
     @classmethod
     def plain_forward(cls) -> Callable[..., Tensor] | None:
-        """Return the forward that multiplies by the weight, adds the bias and does nothing else, if the kind has one.
+        """Return the forward of the kind itself, which a plain linear layer can take over, if the kind has one.
 
-        Where a base layer runs this very forward, base and adapter are computed as one operation.
+        Where a base layer runs this very forward and `only_multiplies`, base and adapter are computed as one operation.
         """
         return None
 
@@ -180,9 +180,14 @@ class AdapterLayer(nn.Module, ABC):
             (adapter, factor), *active = active
             output = self._adapted_output(adapter, factor, x)
         else:
-            output = self.base_layer(*args, **kwargs)
+            output = self.base_output(*args, **kwargs)
         for adapter, factor in active:
             output = output + self._adapter_output(adapter, factor, x, output.dtype)
+        return output
+
+    def base_output(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the base layer as it is."""
+        output: Tensor = self.base_layer(*args, **kwargs)
         return output
 
     def _active(self) -> list[tuple[Adapter, float]]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from randlora.functional.scratch import is_transformed
 from randlora.layers import bnb_codes
 from randlora.layers.base import Reading
 from randlora.layers.inputs import autocast_dtype, first_of
@@ -57,8 +58,7 @@ class Linear4bitAdapter(QuantisedLayer):
     @classmethod
     def plain_forward(cls) -> Callable[..., Tensor] | None:
         """Return that of ``Linear4bit``, if nobody put another in its place."""
-        forward: Callable[..., Tensor] = sys.modules[MODULE].Linear4bit.forward
-        return forward if forward.__module__ == MODULE else None
+        return _forward_of("Linear4bit")
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -70,7 +70,7 @@ class Linear4bitAdapter(QuantisedLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Do what every adapter layer does, with codes in an order through which gradients pass where any may."""
         x = first_of(args, kwargs)
-        if self.base_layer.training or getattr(x, "requires_grad", False):
+        if bnb_codes.is_out_of_order(self.base_layer, repacked=self._may_lead_gradients(x)):
             bnb_codes.put_in_order(self.base_layer)
         return super().forward(*args, **kwargs)
 
@@ -81,7 +81,7 @@ class Linear4bitAdapter(QuantisedLayer):
         compiler, would keep the weight written out.
         """
         base: Any = self.base_layer
-        if not (base.training or x.requires_grad) or not base.compute_type_is_set or torch.compiler.is_compiling():
+        if not self._may_lead_gradients(x) or not base.compute_type_is_set or torch.compiler.is_compiling():
             return False
         if x.device != self.weight.device or x.dim() == 0 or x.shape[-1] != self.in_features:
             return False
@@ -89,6 +89,11 @@ class Linear4bitAdapter(QuantisedLayer):
             return False
         dtype = self.compute_dtype or x.dtype
         return autocast_dtype(x, dtype) == dtype
+
+    def _may_lead_gradients(self, x: Any) -> bool:
+        """Whether gradients may be wanted; inside of a transform of torch's, the input does not tell."""
+        is_inside = is_transformed() and not torch.compiler.is_compiling()
+        return self.base_layer.training or getattr(x, "requires_grad", False) or is_inside
 
     def reading(self, x: Tensor) -> Reading:
         """Say how the codes are written out where `only_multiplies` holds."""
@@ -158,6 +163,15 @@ class Linear8bitAdapter(QuantisedLayer):
             return NOT_YET
         return None
 
+    @classmethod
+    def plain_forward(cls) -> Callable[..., Tensor] | None:
+        """Return that of ``Linear8bitLt``, if nobody put another in its place."""
+        return _forward_of("Linear8bitLt")
+
+    def only_multiplies(self, x: Tensor) -> bool:  # noqa: ARG002
+        """Never: it rounds its inputs, and treats outliers apart."""
+        return False
+
     @property
     def compute_dtype(self) -> None:
         """No dtype of its own: an 8-bit layer computes in that of whatever comes in."""
@@ -184,6 +198,11 @@ class Linear8bitAdapter(QuantisedLayer):
         """Let the base layer read other codes, with their scales."""
         base: Any = self.base_layer
         base._parameters["weight"], base.state.CB, base.state.SCB = held
+
+
+def _forward_of(kind: str) -> Callable[..., Tensor] | None:
+    forward: Callable[..., Tensor] = getattr(sys.modules[MODULE], kind).forward
+    return forward if forward.__module__ == MODULE else None
 
 
 def _scales(base_layer: Any) -> Tensor | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 OLDEST = (0, 46)
 """The first version that computes on a CPU, with operators under names that stay."""
@@ -59,31 +60,51 @@ def _unpacked(codes: Tensor, state: Any) -> tuple[Tensor, Tensor]:
     """Return codes in the common order, and their scales in float32."""
     import bitsandbytes.functional as bnb  # noqa: PLC0415  # an optional extra
 
-    if getattr(state, "packing_format_for_cpu", False):  # scales lie transposed, and are no codes any more
+    if _is_packed(state):  # scales lie transposed, and are no codes any more
         scales = state.absmax.float().T.reshape(-1)
         return bnb._convert_weight_packed_for_cpu_inverse(codes, copy.copy(state))[0], scales
     if state.nested:
         return codes, bnb.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
-    if state.absmax.ndim == 2:  # bitsandbytes 0.50 forgets to turn them back when it saves what it had repacked
+    if _is_turned(state):
         return codes, state.absmax.float().T.reshape(-1)
     return codes, state.absmax.float()
 
 
+def is_out_of_order(layer: Any, *, repacked: bool = True) -> bool:
+    """Whether codes of a 4-bit layer, or their scales, lie in another order than they were quantised in.
+
+    Args:
+        layer: Any linear layer.
+        repacked: Whether codes count that bitsandbytes repacked for a CPU, which it reads right but leads no gradient
+            through. Scales always count that it left turned when it saved a repacked layer: it misreads those.
+    """
+    state = quant_state(layer, layer.weight)
+    if _is_packed(state):
+        return repacked
+    return state is not None and _is_turned(state)
+
+
 @torch.inference_mode(mode=False)  # the codes outlive the mode the caller is in
 def put_in_order(layer: Any) -> None:
-    """Put the codes of a 4-bit layer back in the common order, in place, if bitsandbytes repacked them for a CPU.
-
-    bitsandbytes leads no gradient through repacked codes. Their scales stay rounded to bfloat16.
-    """
+    """Put codes of a 4-bit layer that are out of order back in place. Their scales stay rounded to bfloat16."""
     import bitsandbytes.functional as bnb  # noqa: PLC0415  # an optional extra
 
     weight, state = layer.weight, quant_state(layer, layer.weight)
-    if not getattr(state, "packing_format_for_cpu", False):
-        return
-    _, scales = _unpacked(weight.data, state)
-    weight.data, _ = bnb._convert_weight_packed_for_cpu_inverse(weight.data, state)
-    if not state.nested:  # which it leaves turned, see `_unpacked`
+    with temporarily_clear_interpreter_stack():  # nor do they belong to the torch.func transform the caller is in
+        _, scales = _unpacked(weight.data, state)
+        if _is_packed(state):
+            weight.data, _ = bnb._convert_weight_packed_for_cpu_inverse(weight.data, state)
+    if not state.nested:  # which it leaves turned
         state.absmax = scales
+
+
+def _is_packed(state: Any) -> bool:
+    return getattr(state, "packing_format_for_cpu", False)
+
+
+def _is_turned(state: Any) -> bool:
+    """Whether scales lie column by column, as bitsandbytes 0.50 leaves them when it saves what it had repacked."""
+    return not state.nested and state.absmax.ndim == 2
 
 
 def unreadable(codes: Tensor, state: Any, shape: tuple[int, int]) -> str | None:
@@ -128,7 +149,7 @@ def round_to_4bit(weight: Tensor, like: Any, storage: torch.dtype) -> tuple[Tens
     """
     import bitsandbytes.functional as bnb  # noqa: PLC0415  # an optional extra
 
-    is_packed = getattr(like, "packing_format_for_cpu", False)
+    is_packed = _is_packed(like)
     codes, state = bnb.quantize_4bit(
         weight.contiguous(),
         blocksize=like.blocksize,

@@ -26,9 +26,11 @@ def is_traced(x: Tensor) -> bool:
     return is_transformed() or torch._C._get_tracing_state() is not None or not is_plain_tensor(x)
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def autocast_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """Say what autocast makes of a dtype on the device of ``x``."""
-    device = x.device.type
-    if dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
-        return dtype
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(x.device.type) if dtype != torch.float64 and is_autocast(x) else dtype

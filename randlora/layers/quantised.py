@@ -1,14 +1,17 @@
 """Layers whose weight is stored as codes: what merging makes of them, whatever the codes are."""
 
+from __future__ import annotations
+
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from randlora.layers.base import AdapterLayer
 from randlora.layers.folding import Into, Merged, QuantisationError
-from randlora.layers.inputs import first_of
+from randlora.layers.inputs import first_of, is_autocast
 
 
 class QuantisedLayer(AdapterLayer):
@@ -17,7 +20,8 @@ class QuantisedLayer(AdapterLayer):
     A subclass is final and says how its kind writes codes out and rounds a weight to codes.
 
     Attributes:
-        input_dtype: That of the last input, if there was one; such a layer casts it, and a plain one would not.
+        input_dtype: That of the last input outside of autocast, if there was one; such a layer casts what it is given,
+            and a plain one would not.
     """
 
     input_dtype: torch.dtype | None = None
@@ -62,19 +66,37 @@ class QuantisedLayer(AdapterLayer):
         """Refuse to put a plain layer where the base layer does more than a plain layer can take over."""
         base = self.base_layer
         hooks = base._forward_pre_hooks, base._forward_hooks, base._backward_pre_hooks, base._backward_hooks
-        if into.quantised == "requantise" or not (any(hooks) or "forward" in base.__dict__):
+        has_own_forward = "forward" in base.__dict__ or type(base).forward is not self.plain_forward()
+        if into.quantised == "requantise" or not (any(hooks) or has_own_forward):
             return None
         return (
-            "has hooks, or a forward that accelerate put in its place, which an nn.Linear would lose: remove them "
-            "first, or merge with quantised='requantise'"
+            "has hooks or a forward of its own, as of a subclass or of accelerate, which an nn.Linear would lose: "
+            "remove them first, or merge with quantised='requantise'"
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Do what every adapter layer does, and note the dtype of the input."""
         x = first_of(args, kwargs)
-        if isinstance(x, Tensor) and x.dtype != self.input_dtype:
+        if isinstance(x, Tensor) and x.dtype != self.input_dtype and not is_autocast(x):
             self.input_dtype = x.dtype
         return super().forward(*args, **kwargs)
+
+    def base_output(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the base layer, with a copy of a bias that is trained: it would cast that in its place."""
+        bias, x = self.base_layer._parameters.get("bias"), first_of(args, kwargs)
+        is_plain = type(self.base_layer) is nn.Linear  # while it is merged so
+        if bias is None or not bias.requires_grad or is_plain or not isinstance(x, Tensor):
+            return super().base_output(*args, **kwargs)
+        cast = {"bias": bias.to(self.compute_dtype or x.dtype)}
+        output: Tensor = torch.func.functional_call(self.base_layer, cast, args, kwargs)
+        return output
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002  # torch's
+        """Convert as torch does; inputs are expected to be converted as the model is."""
+        if self.input_dtype is not None:
+            self.input_dtype = fn(torch.empty(0, dtype=self.input_dtype)).dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @torch.no_grad()
     def merged(self, weights: dict[str, float], into: Into) -> Merged:
@@ -114,6 +136,7 @@ class QuantisedLayer(AdapterLayer):
         self.put_in(held)
         return own_codes
 
+    @torch.inference_mode(mode=False)  # the codes outlive the mode the caller is in
     def unfold(self) -> None:
         """Let the base layer be read again as it was, byte for byte, where it was moved to meanwhile."""
         if self.unmerged is not None:
