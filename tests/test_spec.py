@@ -3,11 +3,15 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import randlora
 from randlora import BasisSpec, ConfigError, RandLoRAConfig
-from randlora.bases.spec import default_blocks, spec_for
+from randlora.bases.spec import block_parts, default_blocks, spec_for
+from tests.laws import fill
 from tests.strategies import specs
 
 
@@ -43,6 +47,34 @@ def test_expected_rank_of_a_layer_of_768(kind: str, r: int, expected: int) -> No
     """Measured were 533 and 152 for very_sparse, 702 for sparse at r = 6."""
     config = RandLoRAConfig(r=r, basis=kind)  # type: ignore[arg-type]
     assert spec_for(config, 768, 768).expected_rank(768, 768) == pytest.approx(expected, abs=1)
+
+
+sides = st.integers(2, 110)
+
+
+@given(shape=st.tuples(sides, sides) | sides.map(lambda side: (side, side)), r=st.sampled_from([4, 8, 12, 16, 24, 32]))
+def test_block_updates_have_the_expected_rank(shape: tuple[int, int], r: int) -> None:
+    model = nn.Sequential(nn.Linear(*shape, dtype=torch.float64))
+    report = randlora.inject(model, r=r, basis="block")
+    fill(model)
+    assert torch.linalg.matrix_rank(randlora.delta_weight(model, "0"), rtol=1e-11) == report.rows[0].expected_rank
+
+
+@given(max_dim=sides, min_dim=sides, r=st.integers(1, 40), data=st.data())
+def test_the_parts_of_a_block_update_share_out_its_rows_and_columns(
+    max_dim: int, min_dim: int, r: int, data: st.DataObject
+) -> None:
+    divisors = st.sampled_from([size for size in range(1, r + 1) if r % size == 0])
+    parts = block_parts(max_dim, min_dim, r, (data.draw(divisors), data.draw(divisors)))
+    assert [sum(part[side] for part in parts) for side in (0, 1)] == [max_dim, min_dim]
+
+
+@pytest.mark.parametrize(
+    ("shape", "r", "expected"), [((18, 18), 16, 17), ((100, 100), 32, 98), ((104, 104), 32, 104), ((768, 768), 32, 768)]
+)
+def test_expected_rank_of_block_updates(shape: tuple[int, int], r: int, expected: int) -> None:
+    """All sides that b divides are full, and all layers of many bases."""
+    assert spec_for(RandLoRAConfig(r=r, basis="block"), *shape).expected_rank(*shape) == expected
 
 
 @pytest.mark.parametrize("basis", ["dense", "sparse", "very_sparse", "block"])

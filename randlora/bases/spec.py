@@ -73,11 +73,14 @@ class BasisSpec:
         """Estimate the rank of one layer's trained update.
 
         The small basis is shared by all terms, so where a whole column of a ternary A is zero the same column of every
-        update is zero: ``1 - (1 - 2·probability)**r`` of the columns are left on average.
+        update is zero: ``1 - (1 - 2·probability)**r`` of the columns are left on average. With ``block`` bases the
+        ranks of `block_parts` add up.
         """
         full = min(out_features, in_features)
-        if self.kind in ("dense", "block"):
+        if self.kind == "dense":
             return full
+        if self.blocks is not None:
+            return sum(map(min, block_parts(max(out_features, in_features), full, self.r, self.blocks)))
         return round(full * (1 - (1 - 2 * self.probability) ** self.r))
 
     def nbytes(self, max_dim: int, min_dim: int) -> int:
@@ -106,6 +109,28 @@ class BasisSpec:
 def count_bases(min_dim: int, r: int) -> int:
     """Count the bases whose ranks add up to ``min_dim``: ``ceil(min_dim / r)``."""
     return math.ceil(min_dim / r)
+
+
+def block_parts(max_dim: int, min_dim: int, r: int, blocks: tuple[int, int]) -> list[tuple[int, int]]:
+    """Count the rows and columns of the parts that an update of ``block`` bases falls into; outside of them it is zero.
+
+    Row i meets column j where some p, the index that pairs UB with UA, has the remainder of i by b, and the row of A
+    that it stands for, ``p // num_bases``, that of j by c. Layers of many bases are all one part.
+
+    Returns:
+        ``(rows, columns)`` of each part, out of ``max_dim`` and ``min_dim``.
+    """
+    c, b = blocks
+    num_bases = count_bases(min_dim, r)
+    parts: list[tuple[set[int], set[int]]] = []  # remainders of their rows and columns
+    for row, column in sorted({(p % b, p // num_bases % c) for p in range(num_bases * r)}):
+        met = [part for part in parts if row in part[0] or column in part[1]]
+        rows, columns = {row}.union(*(part[0] for part in met)), {column}.union(*(part[1] for part in met))
+        parts = [part for part in parts if part not in met] + [(rows, columns)]
+    return [
+        (sum(len(range(row, max_dim, b)) for row in rows), sum(len(range(column, min_dim, c)) for column in columns))
+        for rows, columns in parts
+    ]
 
 
 def drawn_dims(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
