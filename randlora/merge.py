@@ -22,7 +22,7 @@ from randlora.layers.quantised import QuantisedLayer
 from randlora.registry import find_layer
 from randlora.report import MergeReport
 from randlora.state import ModelState, adapted_root
-from randlora.walk import is_quantised, named_parameters
+from randlora.walk import is_norm, is_quantised, named_parameters
 
 
 @torch.inference_mode(mode=False)  # the weights outlive the mode the caller is in
@@ -58,7 +58,7 @@ def merge(
     """
     root, state = adapted_root(model)
     layers = [(fqn, layer) for fqn, layer in adapter_layers(root) if state.active.keys() & layer.adapters.keys()]
-    into = Into(quantised, dtype, _model_dtype(root))
+    into = Into(quantised, dtype, _model_dtype(root) if quantised == "dequantise" else None)
     raise_collected(ConfigError, _option_problems(into), doing="merge")
     problems = [*_state_problems(state, keep=keep), *_weight_problems(layers, into)]
     raise_collected(MergeError, problems, doing="merge")
@@ -209,7 +209,7 @@ def _model_dtype(root: nn.Module) -> torch.dtype | None:
         for _, module, _, parameter in named_parameters(root)
         if parameter.is_floating_point() and not is_quantised(module)
     ]
-    norms = [dtype for module, dtype in own if "norm" in type(module).__name__.lower()]
+    norms = [dtype for module, dtype in own if is_norm(module)]
     return next(iter(norms or [dtype for _, dtype in own]), None)
 
 

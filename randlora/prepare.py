@@ -22,7 +22,7 @@ from randlora.layers.bnb import Linear4bitAdapter
 from randlora.registry import find_layer
 from randlora.report import shortened
 from randlora.state import attached_state, require_unmerged
-from randlora.walk import Visit, is_quantised, walk
+from randlora.walk import Visit, is_norm, is_quantised, walk
 
 HALVES = (torch.float16, torch.bfloat16)
 MAY_REPACK = "support_avx512bf16_for_cpu"  # an attribute of such a layer, which its forward asks
@@ -206,11 +206,11 @@ def _make_float32(visits: Sequence[Visit]) -> list[Visit]:
 
 
 def _is_norm_or_dense(module: nn.Module) -> bool:
-    """Tell a norm by its class's name, and a dense linear layer by its having an adapter layer."""
+    """Tell a dense linear layer by its having an adapter layer."""
     is_stored_otherwise = any(type(tensor.data) is not Tensor for tensor in _own_tensors(module))  # as torchao does
     if is_stored_otherwise or is_quantised(module) or is_parametrized(module):
         return False
-    return "norm" in type(module).__name__.lower() or isinstance(find_layer(module), type)
+    return is_norm(module) or isinstance(find_layer(module), type)
 
 
 def _holds_half_matrices(module: nn.Module) -> bool:

@@ -130,8 +130,8 @@ def _misfits(codes: Codes4bit) -> Iterator[str]:
         yield f"{scales.name} has two dimensions and is in bfloat16: {REPACKED}"
         return
     shape = "x".join(map(str, codes.shape))
-    if codes.entry.nbytes != -(-count // 2):  # of any dtype
-        yield f"{codes.entry.name} has {codes.entry.nbytes} bytes, expected {-(-count // 2)} for {shape}: {DAMAGED}"
+    if codes.entry.nbytes != (nbytes := -(-count // 2)):  # of any dtype
+        yield f"{codes.entry.name} has {codes.entry.nbytes} bytes, expected {nbytes} for {shape}: {DAMAGED}"
     expected = {"quant_map": (LEVELS, torch.float32), "absmax": (blocks, torch.float32)}
     if "nested_absmax" in codes.parts:
         outer = -(-blocks // codes.fields["nested_blocksize"])

@@ -26,7 +26,7 @@ from randlora.files.model_directory import ModelDirectory
 from randlora.files.names import namings
 from randlora.files.quantised import DenseView
 from randlora.files.skeleton import Skeleton, skeleton
-from randlora.files.tensor_file import read_pieces, read_tensor
+from randlora.files.tensor_file import read_pieces
 from randlora.layers.folding import Into
 from randlora.merge import require_finite
 from randlora.state import Adapter, ModelState
@@ -89,17 +89,14 @@ class Changes:
         wide = torch.promote_types(torch.float32 if is_coded else entry.dtype, dtype)
         own = self.replaced.get(entry.name)
         if (merging := self.merged.get(entry.name)) is not None:
-            weight = self._read(entry) if own is None else own  # one adapter's own version, which another adapts
+            weight = self.base.read(entry) if own is None else own  # one adapter's own version, which another adapts
             yield _cast(entry.name, merging.merged(weight.to(wide)), dtype)
         elif own is not None:
             yield _cast(entry.name, own.to(wide), dtype)
         elif is_coded:
-            yield _cast(entry.name, self._read(entry), dtype)
+            yield _cast(entry.name, self.base.read(entry), dtype)
         else:
             yield from (_cast(entry.name, piece, dtype) for piece in read_pieces(entry))
-
-    def _read(self, entry: Entry) -> Tensor:
-        return self.base.read(entry.name) if entry.name in self.base.codes else read_tensor(entry)
 
 
 def find_changes(base: DenseView, adapters: Mapping[Path, float]) -> Changes:

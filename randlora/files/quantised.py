@@ -15,6 +15,7 @@ from randlora.files.bnb_layout import find_codes
 from randlora.files.codes import FLOATS, Codes
 from randlora.files.kinds import is_conv1d
 from randlora.files.model_directory import ModelDirectory
+from randlora.files.tensor_file import read_tensor
 
 MARKS = {
     ".qweight": "GPTQ or AWQ",
@@ -44,10 +45,11 @@ class DenseView:
     codes: Mapping[str, Codes]
     transposed: frozenset[str] = frozenset()
 
-    def read(self, name: str) -> Tensor:
-        """Read a tensor that is stored as codes, in float32."""
-        written = self.codes[name].read()
-        return written.T if name in self.transposed else written
+    def read(self, entry: Entry) -> Tensor:
+        """Read a tensor of the directory, one that is stored as codes in float32."""
+        if (codes := self.codes.get(entry.name)) is None:
+            return read_tensor(entry)
+        return codes.read().T if entry.name in self.transposed else codes.read()
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -18,7 +18,6 @@ from randlora.files.kinds import Kind, doubt, kind_of
 from randlora.files.model_directory import ModelDirectory
 from randlora.files.names import Naming, namings
 from randlora.files.order import model_order
-from randlora.files.quantised import as_dense
 from randlora.layers.conv1d import Conv1DAdapter
 from randlora.registry import register_layer
 
@@ -70,16 +69,12 @@ def skeleton(directory: ModelDirectory, naming: Naming | None = None) -> Skeleto
     """Build a model of shapes after a checkpoint's headers.
 
     Args:
-        directory: The checkpoint; of a quantised one the skeleton is that of what it stands for.
+        directory: The checkpoint; a quantised one as `as_dense` gives it.
         naming: How its names become the model's; ``None`` for the model that ``config.json`` describes.
 
     Returns:
         A model whose parameters have the names, shapes and dtypes of the files' tensors and no values.
-
-    Raises:
-        CheckpointError: When the checkpoint is quantised in a way that is not known, or damaged.
     """
-    directory = as_dense(directory).directory
     naming = naming or next(namings(directory))
     modules: dict[str, dict[str, Entry]] = {}
     for fqn, entry in sorted(

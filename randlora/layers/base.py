@@ -199,15 +199,18 @@ class AdapterLayer(nn.Module, ABC):
 
         Not where the layer is more than its weight and bias, or its input another than the adapter's.
         """
+        has_own_input = adapter.config.dropout and self.training
+        is_plain = self.runs_plain_forward() and not _has_any_global_hook() and not has_own_input
+        return is_plain and is_plain_tensor(x) and self.only_multiplies(x)
+
+    def runs_plain_forward(self) -> bool:
+        """Whether calling the base layer runs its kind's own forward and nothing else."""
         base = self.base_layer
-        is_plain = (
+        return (
             type(base).forward is self.plain_forward()
             and "forward" not in base.__dict__  # accelerate's way
             and not (base._forward_pre_hooks or base._forward_hooks or base._backward_pre_hooks or base._backward_hooks)
-            and not _has_any_global_hook()
-            and not (adapter.config.dropout and self.training)
         )
-        return is_plain and is_plain_tensor(x) and self.only_multiplies(x)
 
     def only_multiplies(self, x: Tensor) -> bool:
         """Whether the base layer's forward does nothing to this input but multiply by the weight and add the bias."""

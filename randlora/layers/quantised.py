@@ -64,10 +64,7 @@ class QuantisedLayer(AdapterLayer):
 
     def merge_obstacle(self, into: Into) -> str | None:
         """Refuse to put a plain layer where the base layer does more than a plain layer can take over."""
-        base = self.base_layer
-        hooks = base._forward_pre_hooks, base._forward_hooks, base._backward_pre_hooks, base._backward_hooks
-        has_own_forward = "forward" in base.__dict__ or type(base).forward is not self.plain_forward()
-        if into.quantised == "requantise" or not (any(hooks) or has_own_forward):
+        if into.quantised == "requantise" or self.runs_plain_forward():
             return None
         return (
             "has hooks or a forward of its own, as of a subclass or of accelerate, which an nn.Linear would lose: "
@@ -102,12 +99,12 @@ class QuantisedLayer(AdapterLayer):
     def merged(self, weights: dict[str, float], into: Into) -> Merged:
         """Compute the layer with some adapters folded in, added in float32: new codes, or a plain layer."""
         delta = self.delta_weight(weights)
-        merged_in = torch.linalg.vector_norm(delta)
         weight = self.written_out().add_(delta)
         if into.quantised == "dequantise":
             dtype = into.dtype or self.input_dtype or into.model_dtype or self.compute_dtype or torch.float32
             weight = weight.to(dtype)
             return Merged(weight, self._plain_layer(weight))
+        merged_in = torch.linalg.vector_norm(delta)
         if merged_in == 0:  # rounding nothing would change scales that are codes themselves
             return Merged(weight, self.codes())
         held, step = self.requantised(weight)
