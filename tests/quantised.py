@@ -89,11 +89,11 @@ def quantised_layers(model: nn.Module) -> dict[str, Any]:
     return {fqn: module for fqn, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def of_4_bits(in_features: int, out_features: int, **options: Any) -> nn.Linear:
-    """Quantise one layer of random weights to NF4."""
+def of_4_bits(in_features: int, out_features: int, *, repacks: bool = False, **options: Any) -> nn.Linear:
+    """Quantise one layer of random weights to NF4; let bitsandbytes repack it in evaluation, where the CPU can."""
     options = {"compute_dtype": torch.float32, "quant_type": "nf4", **options}
     layer = bitsandbytes.nn.Linear4bit(in_features, out_features, **options)
-    layer.support_avx512bf16_for_cpu = False
+    layer.support_avx512bf16_for_cpu = repacks and REPACKS
     quantised: nn.Linear = layer.to("cpu")
     return quantised
 

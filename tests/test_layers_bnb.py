@@ -17,11 +17,11 @@ from randlora.layers import bnb_codes
 from tests.codes import written_out
 from tests.laws import assert_close, fill, same_bits, untouched
 from tests.layer_kinds import LayerKind, every_quantised_kind
+from tests.quantised import of_4_bits
 
 
-def four_bits(in_features: int = 64, out_features: int = 96, **options: Any) -> Linear4bit:
-    options = {"compute_dtype": torch.float32, "quant_type": "nf4", **options}
-    return Linear4bit(in_features, out_features, **options).to("cpu")
+def four_bits(in_features: int = 64, out_features: int = 96, **options: Any) -> Any:
+    return of_4_bits(in_features, out_features, repacks=True, **options)
 
 
 def adapted(base: nn.Module, r: int = 8) -> tuple[Any, Any]:
