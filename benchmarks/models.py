@@ -79,7 +79,7 @@ def by_peft(model: nn.Module, config: peft.PeftConfig) -> nn.Module:
 def training_step(model: nn.Module, inputs: Tensor) -> Step:
     """Return a step: forward, loss, backward, AdamW. Where nothing is trained, the input gets a gradient."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-6) if trained else None
+    optimizer = torch.optim.AdamW(trained, lr=1e-6) if trained else None
     model.train()
     if inputs.is_floating_point():
         labels = {"labels": torch.zeros(len(inputs), dtype=torch.long, device=inputs.device)}
@@ -95,8 +95,8 @@ def training_step(model: nn.Module, inputs: Tensor) -> Step:
         else:
             loss = model(inputs_embeds=embedding(inputs).requires_grad_(), **labels).loss
         loss.backward()
-        if optimiser is not None:
-            optimiser.step()
-            optimiser.zero_grad()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
 
     return step

@@ -268,14 +268,14 @@ def timed(work: Callable[[], object], device: str) -> float:
 def train(model: Classifier, trained: Sequence[nn.Parameter], batches: Sequence[Texts], lr: float) -> None:
     """Train some of the encoder, and the head."""
     head = {"params": list(model.head.parameters()), "lr": HEAD_LR}
-    optimiser = torch.optim.AdamW([{"params": list(trained), "lr": lr}, head])
-    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1, 0, total_iters=len(batches))
+    optimizer = torch.optim.AdamW([{"params": list(trained), "lr": lr}, head])
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, total_iters=len(batches))
     model.train()
     for batch in batches:
         loss = F.cross_entropy(model(batch), batch.labels)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
 
 

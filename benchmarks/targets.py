@@ -80,24 +80,24 @@ TARGETS = (
         for ours in ("dense", "block")
         for other in ("full", "PEFT less m² floats")
     ),
-    faster("quantised", "NF4, float32, T = 2048, 1024→1024", "dense", 1.3),
-    faster("quantised", "NF4, float32, T = 2048, 1024→1024", "block", 1.8),
-    faster("quantised", "NF4, bfloat16, T = 2048, 1024→1024", "dense", 1.3, than=IN_BFLOAT16),
-    faster("quantised", "NF4, bfloat16, T = 2048, 1024→1024", "block", 1.8, than=IN_BFLOAT16),
-    faster("quantised", "8 bits, float32, T = 2048, 1024→1024", "block", 1.4),
+    faster("quantized", "NF4, float32, T = 2048, 1024→1024", "dense", 1.3),
+    faster("quantized", "NF4, float32, T = 2048, 1024→1024", "block", 1.8),
+    faster("quantized", "NF4, bfloat16, T = 2048, 1024→1024", "dense", 1.3, than=IN_BFLOAT16),
+    faster("quantized", "NF4, bfloat16, T = 2048, 1024→1024", "block", 1.8, than=IN_BFLOAT16),
+    faster("quantized", "8 bits, float32, T = 2048, 1024→1024", "block", 1.4),
     *(
-        faster("quantised", f"kept, {kind}, T = 2048, 1024→1024", ours, 1.4)
+        faster("quantized", f"kept, {kind}, T = 2048, 1024→1024", ours, 1.4)
         for kind in ("NF4, float32", "NF4, bfloat16", "8 bits, float32")
         for ours in ("dense", "block")
     ),
     *(
-        within("quantised", f"held, {kind}, T = 2048, 1024→1024", ours, 1.01, of="PEFT")
+        within("quantized", f"held, {kind}, T = 2048, 1024→1024", ours, 1.01, of="PEFT")
         for kind in ("NF4, float32", "NF4, bfloat16", "8 bits, float32")
         for ours in ("dense", "block")
     ),
-    faster("quantised", "needed, NF4, float32, T = 2048, 1024→1024", "dense", 1.2),
-    faster("quantised", "needed, NF4, bfloat16, T = 2048, 1024→1024", "dense", 1.5, than=IN_BFLOAT16),
-    faster("quantised", "needed, 8 bits, float32, T = 2048, 1024→1024", "dense", 1.05),
+    faster("quantized", "needed, NF4, float32, T = 2048, 1024→1024", "dense", 1.2),
+    faster("quantized", "needed, NF4, bfloat16, T = 2048, 1024→1024", "dense", 1.5, than=IN_BFLOAT16),
+    faster("quantized", "needed, 8 bits, float32, T = 2048, 1024→1024", "dense", 1.05),
     faster("startup", "time to inject and draw", "dense", 1.0),
     faster("startup", "bytes of bases", "dense", 3.0),
     faster("startup", "bytes of bases and copies to compute in bfloat16", "dense", 3.0),

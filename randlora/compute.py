@@ -14,10 +14,10 @@ def set_compute(model: nn.Module, compute: Compute = "auto", *, keep: bool = Fal
 
     Args:
         model: A model that carries adapters.
-        compute: ``"factored"`` multiplies the tokens through both factors of the update, ``"materialised"`` forms the
+        compute: ``"factored"`` multiplies the tokens through both factors of the update, ``"materialized"`` forms the
             update first, ``"auto"`` takes for each stage of each call what its sizes make cheaper (see
             `randlora.functional.cost`) and factors in a program that ``torch.export`` makes for any sizes.
-        keep: Where forward is materialised, keep the sum of weight and update until backward: a number for each of the
+        keep: Where forward is materialized, keep the sum of weight and update until backward: a number for each of the
             weight in memory, for one product less.
 
     Raises:
@@ -28,7 +28,7 @@ def set_compute(model: nn.Module, compute: Compute = "auto", *, keep: bool = Fal
         >>> import torch, randlora
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
         >>> report = randlora.inject(model, r=8, targets="all-linear")
-        >>> randlora.set_compute(model, "materialised", keep=True)
+        >>> randlora.set_compute(model, "materialized", keep=True)
     """
     if compute not in get_args(Compute):
         raise ConfigError(f"compute must be one of {', '.join(get_args(Compute))}, got {compute!r}")

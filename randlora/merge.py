@@ -1,7 +1,7 @@
 """`merge`, `merged` and `unmerge`: fold the active adapters into the weights, for good or for a while.
 
 A merged weight is computed in float32 or wider and rounded once. The weight it replaces is kept, not computed back, so
-unmerging restores every bit in every dtype. A quantised weight is written out, added to, and rounded to codes again, or
+unmerging restores every bit in every dtype. A quantized weight is written out, added to, and rounded to codes again, or
 left written out.
 """
 
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from randlora.errors import ConfigError, MergeError, raise_collected
 from randlora.install import adapter_layers, detach
 from randlora.layers.base import AdapterLayer
-from randlora.layers.folding import Into, QuantisationError, Quantised
-from randlora.layers.quantised import QuantisedLayer
+from randlora.layers.folding import Into, Quantized, RoundingLoss
+from randlora.layers.quantized import QuantizedLayer
 from randlora.registry import find_layer
 from randlora.report import MergeReport
 from randlora.state import ModelState, adapted_root
-from randlora.walk import is_norm, is_quantised, named_parameters
+from randlora.walk import is_norm, is_quantized, named_parameters
 
 
 @torch.inference_mode(mode=False)  # the weights outlive the mode the caller is in
 def merge(
-    model: nn.Module, *, keep: bool = False, quantised: Quantised = "requantise", dtype: torch.dtype | None = None
+    model: nn.Module, *, keep: bool = False, quantized: Quantized = "requantize", dtype: torch.dtype | None = None
 ) -> MergeReport:
     """Fold the active adapters into the weights, in place.
 
@@ -37,13 +37,13 @@ def merge(
         model: A model that carries adapters.
         keep: Keep the adapters and the weights as they were, for `unmerge`. Else plain layers are back, the adapters
             are gone, and parameters require grad as they did before the first adapter came.
-        quantised: What becomes of bitsandbytes layers. ``"requantise"`` leaves layers of the same kind, whose codes are
+        quantized: What becomes of bitsandbytes layers. ``"requantize"`` leaves layers of the same kind, whose codes are
             the nearest to the merged weights: as small as before, but some of what was learned is rounded away; the
-            report says how much. ``"dequantise"`` leaves an `nn.Linear` in each one's place: nothing is lost, and it
+            report says how much. ``"dequantize"`` leaves an `nn.Linear` in each one's place: nothing is lost, and it
             takes 2 to 8 times the memory.
-        dtype: Of the layers that ``"dequantise"`` leaves. ``None`` means that of each layer's last input outside of
+        dtype: Of the layers that ``"dequantize"`` leaves. ``None`` means that of each layer's last input outside of
             autocast, which a plain layer does not cast. If there was none it means that of the model's norms, else of
-            its first parameter outside of quantised layers, else the one that the layer computes in.
+            its first parameter outside of quantized layers, else the one that the layer computes in.
 
     Returns:
         Which adapters went into which layers, and the errors of rounding to codes.
@@ -53,12 +53,12 @@ def merge(
         ConfigError: For another word, or a dtype that is not floating or that nothing would have.
         MergeError: When nothing is active, the adapters are switched off or merged already, an inactive adapter would
             be lost, a weight has no values here, another layer was put into an adapted one, a merged weight would not
-            be finite, or a quantised layer has hooks or a forward that an `nn.Linear` in its place would lose. The
+            be finite, or a quantized layer has hooks or a forward that an `nn.Linear` in its place would lose. The
             model is then as it was.
     """
     root, state = adapted_root(model)
     layers = [(fqn, layer) for fqn, layer in adapter_layers(root) if state.active.keys() & layer.adapters.keys()]
-    into = Into(quantised, dtype, _model_dtype(root) if quantised == "dequantise" else None)
+    into = Into(quantized, dtype, _model_dtype(root) if quantized == "dequantize" else None)
     raise_collected(ConfigError, _option_problems(into), doing="merge")
     problems = [*_state_problems(state, keep=keep), *_weight_problems(layers, into)]
     raise_collected(MergeError, problems, doing="merge")
@@ -102,7 +102,7 @@ def unmerge(model: nn.Module) -> tuple[str, ...]:
 
 @contextmanager
 def merged(
-    model: nn.Module, *, quantised: Quantised = "requantise", dtype: torch.dtype | None = None
+    model: nn.Module, *, quantized: Quantized = "requantize", dtype: torch.dtype | None = None
 ) -> Iterator[MergeReport | None]:
     """Merge the active adapters inside a ``with`` block, for inference at the base model's speed.
 
@@ -110,7 +110,7 @@ def merged(
 
     Args:
         model: A model that carries adapters.
-        quantised: As in `merge`.
+        quantized: As in `merge`.
         dtype: As in `merge`.
 
     Raises:
@@ -122,7 +122,7 @@ def merged(
     if state.is_merged:
         yield None
         return
-    report = merge(model, keep=True, quantised=quantised, dtype=dtype)
+    report = merge(model, keep=True, quantized=quantized, dtype=dtype)
     try:
         yield report
     finally:
@@ -162,12 +162,12 @@ def _state_problems(state: ModelState, *, keep: bool) -> list[str]:
 
 def _option_problems(into: Into) -> list[str]:
     problems = []
-    if into.quantised not in get_args(Quantised):
-        problems.append(f"quantised must be one of {', '.join(get_args(Quantised))}, got {into.quantised!r}")
+    if into.quantized not in get_args(Quantized):
+        problems.append(f"quantized must be one of {', '.join(get_args(Quantized))}, got {into.quantized!r}")
     if into.dtype is not None and not (isinstance(into.dtype, torch.dtype) and into.dtype.is_floating_point):
         problems.append(f"dtype must be a floating dtype or None, got {into.dtype!r}")
-    if into.dtype is not None and into.quantised == "requantise":
-        problems.append("dtype= is that of plain layers, and codes have none: give quantised='dequantise' too")
+    if into.dtype is not None and into.quantized == "requantize":
+        problems.append("dtype= is that of plain layers, and codes have none: give quantized='dequantize' too")
     return problems
 
 
@@ -176,7 +176,7 @@ def _weight_problems(layers: list[tuple[str, AdapterLayer]], into: Into) -> list
     for fqn, layer in layers:
         weight = layer.base_layer._parameters.get("weight")
         if weight is None:
-            problems.append(f"{fqn} computes its weight from other parameters: remove the parametrisation first")
+            problems.append(f"{fqn} computes its weight from other parameters: remove the parametrization first")
         elif weight.is_meta or weight.numel() == 0 or type(weight.data) is not Tensor:
             problems.append(f"the weight of {fqn} is not all here (meta, offloaded or sharded): gather it first")
         elif find_layer(layer.base_layer) is not type(layer):
@@ -191,11 +191,11 @@ def _weight_problems(layers: list[tuple[str, AdapterLayer]], into: Into) -> list
 
 
 def _notes(root: nn.Module, layers: list[tuple[str, AdapterLayer]], into: Into) -> tuple[str, ...]:
-    is_plain_now = into.quantised == "dequantise" and any(isinstance(layer, QuantisedLayer) for _, layer in layers)
+    is_plain_now = into.quantized == "dequantize" and any(isinstance(layer, QuantizedLayer) for _, layer in layers)
     if not is_plain_now or getattr(getattr(root, "config", None), "quantization_config", None) is None:
         return ()
     note = (
-        "the model's config still says that it is quantised, so what save_pretrained writes would not load: to save, "
+        "the model's config still says that it is quantized, so what save_pretrained writes would not load: to save, "
         "merge the files with randlora.merge_files, or, but for Conv1D layers (GPT-2), call model.dequantize() before "
         "the adapter is loaded, then merge"
     )
@@ -207,15 +207,13 @@ def _model_dtype(root: nn.Module) -> torch.dtype | None:
     own = [
         (module, parameter.dtype)
         for _, module, _, parameter in named_parameters(root)
-        if parameter.is_floating_point() and not is_quantised(module)
+        if parameter.is_floating_point() and not is_quantized(module)
     ]
     norms = [dtype for module, dtype in own if is_norm(module)]
     return next(iter(norms or [dtype for _, dtype in own]), None)
 
 
-def _fold_all(
-    layers: list[tuple[str, AdapterLayer]], weights: dict[str, float], into: Into
-) -> dict[str, QuantisationError]:
+def _fold_all(layers: list[tuple[str, AdapterLayer]], weights: dict[str, float], into: Into) -> dict[str, RoundingLoss]:
     """Fold into every layer, or into none."""
     errors = {}
     try:

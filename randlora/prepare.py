@@ -1,4 +1,4 @@
-"""Getting a quantised model ready for training, before `randlora.inject`.
+"""Getting a quantized model ready for training, before `randlora.inject`.
 
 Neither bitsandbytes nor transformers is imported: what they made is known by its type's name, or by what it can do.
 """
@@ -22,7 +22,7 @@ from randlora.layers.bnb import Linear4bitAdapter
 from randlora.registry import find_layer
 from randlora.report import shortened
 from randlora.state import attached_state, require_unmerged
-from randlora.walk import Visit, is_norm, is_quantised, walk
+from randlora.walk import Visit, is_norm, is_quantized, walk
 
 HALVES = (torch.float16, torch.bfloat16)
 MAY_REPACK = "support_avx512bf16_for_cpu"  # an attribute of such a layer, which its forward asks
@@ -30,10 +30,10 @@ MAY_REPACK = "support_avx512bf16_for_cpu"  # an attribute of such a layer, which
 
 @dataclass(frozen=True)
 class PreparationReport:
-    """What `randlora.prepare_quantised` did; prints as a few lines.
+    """What `randlora.prepare_quantized` did; prints as a few lines.
 
     Attributes:
-        quantised: FQNs of the quantised linear layers.
+        quantized: FQNs of the quantized linear layers.
         cast: FQNs of the modules whose parameters this call made float32.
         input_gradients: FQNs of the modules whose output now requires grad.
         checkpointing: Whether the model now checkpoints its activations in training.
@@ -42,7 +42,7 @@ class PreparationReport:
         notes: What was asked for and could not be done.
     """
 
-    quantised: tuple[str, ...] = ()
+    quantized: tuple[str, ...] = ()
     cast: tuple[str, ...] = ()
     input_gradients: tuple[str, ...] = ()
     checkpointing: bool = False
@@ -53,7 +53,7 @@ class PreparationReport:
     def __str__(self) -> str:
         """Say it on a line for each step, then the notes."""
         lines = [
-            f"quantised layers: {len(self.quantised) or 'none'}",
+            f"quantized layers: {len(self.quantized) or 'none'}",
             f"made float32: {shortened(self.cast) or 'nothing'}",
             f"require grad from the start: {shortened(self.input_gradients) or 'no inputs'}",
             f"checkpointing: {'on, in training mode' if self.checkpointing else 'off'}",
@@ -88,7 +88,7 @@ class HasGradientCheckpointing(Protocol):
         """Compute activations again in backward."""
 
 
-def prepare_quantised(
+def prepare_quantized(
     model: nn.Module,
     *,
     full_precision: bool = True,
@@ -96,14 +96,14 @@ def prepare_quantised(
     checkpointing: bool = True,
     unpacked: bool = True,
 ) -> PreparationReport:
-    """Make a quantised model ready for training, in place; call it before `inject` and before the first forward pass.
+    """Make a quantized model ready for training, in place; call it before `inject` and before the first forward pass.
 
-    Each step can be left out, and a second call changes nothing more. A model without quantised layers is prepared in
+    Each step can be left out, and a second call changes nothing more. A model without quantized layers is prepared in
     the same way. What requires grad stays as it is: `inject` freezes the model.
 
     Args:
         model: Any module, such as a transformers model loaded with a ``BitsAndBytesConfig``.
-        full_precision: Make norms and the linear layers that are not quantised, such as the output head, float32 where
+        full_precision: Make norms and the linear layers that are not quantized, such as the output head, float32 where
             they have 16 bits, and let embeddings give float32, so that hidden states are added up in it. Embeddings
             keep their 16 bits, unless one is tied to the head; so do convolutions and the like, which cast what they
             are given. The head and what is tied to it take twice the memory. A model that multiplies by a 16-bit
@@ -126,8 +126,8 @@ def prepare_quantised(
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 9))
-        >>> print(prepare_quantised(model.bfloat16()))
-        quantised layers: none
+        >>> print(prepare_quantized(model.bfloat16()))
+        quantized layers: none
         made float32: 1, 2
         require grad from the start: 0
         checkpointing: off
@@ -153,7 +153,7 @@ def prepare_quantised(
     for visit in out_of_order:
         bnb_codes.put_in_order(visit.module)
     return PreparationReport(
-        quantised=_fqns(visit for visit in visits if is_quantised(visit.module)),
+        quantized=_fqns(visit for visit in visits if is_quantized(visit.module)),
         cast=_fqns(cast),
         input_gradients=inputs,
         checkpointing=_is_checkpointing(model),
@@ -208,14 +208,14 @@ def _make_float32(visits: Sequence[Visit]) -> list[Visit]:
 def _is_norm_or_dense(module: nn.Module) -> bool:
     """Tell a dense linear layer by its having an adapter layer."""
     is_stored_otherwise = any(type(tensor.data) is not Tensor for tensor in _own_tensors(module))  # as torchao does
-    if is_stored_otherwise or is_quantised(module) or is_parametrized(module):
+    if is_stored_otherwise or is_quantized(module) or is_parametrized(module):
         return False
     return is_norm(module) or isinstance(find_layer(module), type)
 
 
 def _holds_half_matrices(module: nn.Module) -> bool:
     """Tell a convolution, attention, experts: what would refuse the float32 that a norm now gives it."""
-    if is_quantised(module):
+    if is_quantized(module):
         return False
     tensors = module.parameters() if is_parametrized(module) else _own_tensors(module)
     return any(tensor.dtype in HALVES and tensor.ndim > 1 for tensor in tensors)

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from randlora.bases.spec import BasisSpec, count_bases
 from randlora.config import RandLoRAConfig
-from randlora.layers.folding import QuantisationError
+from randlora.layers.folding import RoundingLoss
 from randlora.registry import find_layer
 from randlora.walk import Selection, Target, named_parameters
 
@@ -55,7 +55,7 @@ class Report:
         rows: One for each distinct shape.
         spec: The bases, dims included.
         trainable_parameters: Numbers that training changes once the adapter may train, with those of ``train_also``.
-        total_parameters: Numbers of the model and this adapter together; a quantised weight counts as many as it
+        total_parameters: Numbers of the model and this adapter together; a quantized weight counts as many as it
             stands for, however many it stores.
         basis_bytes: Bytes the bases take in memory, as stored; those shared with other adapters included.
         checkpoint_bytes: Bytes `randlora.save` writes of tensors, with ``bases="seed"``.
@@ -117,14 +117,14 @@ class MergeReport:
         adapters: Names and weights of the adapters folded in.
         targets: FQNs of the layers whose weight changed.
         kept: Whether `randlora.unmerge` can take it back.
-        errors: What rounding to codes did to each layer that was quantised again, by FQN.
+        errors: What rounding to codes did to each layer that was quantized again, by FQN.
         notes: What else the user should know.
     """
 
     adapters: dict[str, float]
     targets: tuple[str, ...]
     kept: bool
-    errors: dict[str, QuantisationError] = field(default_factory=dict)
+    errors: dict[str, RoundingLoss] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -140,7 +140,7 @@ class MergeReport:
         worst = max(shares, key=lambda fqn: shares[fqn])
         error, spread = self.errors[worst], f"{min(shares.values()):.1%} to {shares[worst]:.1%}"
         return [
-            f"{len(self.errors)} layers quantised again: rounding took {spread} of the norm of what was merged in,",
+            f"{len(self.errors)} layers quantized again: rounding took {spread} of the norm of what was merged in,",
             f"most in {worst}, by {error.largest:.3g} at most where levels lie {error.step:.3g} apart",
         ]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from randlora.match import matches_name, nearest_names, prefixes, unmatched
 from randlora.state import ModelState, ReplacedParameter
-from randlora.walk import Target, is_quantised, named_parameters, walk
+from randlora.walk import Target, is_quantized, named_parameters, walk
 
 
 def select_parameters(model: nn.Module, names: str | Sequence[str]) -> list[str]:
@@ -53,10 +53,10 @@ def train_also_problems(model: nn.Module, names: str | Sequence[str], targets: I
             problems.append(
                 f"train_also takes in {fqn}, the weight that the adapter already trains: name its bias alone"
             )
-        elif attribute == "weight" and is_quantised(module):
+        elif attribute == "weight" and is_quantized(module):
             problems.append(
                 f"train_also takes in {fqn}, which is codes ({type(module).__name__}) and cannot be trained: leave it "
-                "out and name a bias alone, or load the model with this layer not quantised, as with "
+                "out and name a bias alone, or load the model with this layer not quantized, as with "
                 "llm_int8_skip_modules of a BitsAndBytesConfig"
             )
         elif not parameter.is_floating_point():

@@ -18,7 +18,7 @@ from randlora.bases.spec import drawn_dims, sliced_dims
 from randlora.config import Pattern, RandLoRAConfig
 from randlora.errors import TargetError, raise_collected
 from randlora.layers.base import AdapterLayer
-from randlora.layers.quantised import QuantisedLayer
+from randlora.layers.quantized import QuantizedLayer
 from randlora.match import matches, nearest_names, prefixes, unmatched
 from randlora.presets import HEAD_NAMES, TARGET_PRESETS
 from randlora.registry import find_layer
@@ -178,7 +178,7 @@ def obstacles(model: nn.Module, targets: Sequence[Target]) -> list[str]:
     for target in targets:
         weight = target.module._parameters.get("weight")
         if is_parametrized(target.module) or weight is None:
-            problems.append(f"{target.fqn} computes its weight from other parameters: remove the parametrisation first")
+            problems.append(f"{target.fqn} computes its weight from other parameters: remove the parametrization first")
         elif is_lazy(weight):
             problems.append(f"{target.fqn} has no shape yet: run one forward pass first")
         elif (reason := target.layer_class.obstacle(target.module)) is not None:
@@ -192,10 +192,10 @@ def obstacles(model: nn.Module, targets: Sequence[Target]) -> list[str]:
     return problems
 
 
-def is_quantised(module: nn.Module) -> bool:
+def is_quantized(module: nn.Module) -> bool:
     """Whether a module's weight is codes, which may be stored as words of a floating dtype: then its type tells."""
     layer_class, weight = find_layer(module), module._parameters.get("weight")
-    if isinstance(layer_class, type) and issubclass(layer_class, QuantisedLayer):
+    if isinstance(layer_class, type) and issubclass(layer_class, QuantizedLayer):
         return True
     is_foreign = type(weight).__module__.startswith("bitsandbytes.")  # as that of its embeddings
     return weight is not None and (is_foreign or not weight.is_floating_point())

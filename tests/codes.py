@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 
 def written_out(layer: nn.Module) -> Tensor:
-    """Write a quantised layer's weight out, ``(out_features, in_features)`` in float64."""
+    """Write a quantized layer's weight out, ``(out_features, in_features)`` in float64."""
     return _of_8_bits(layer) if hasattr(layer, "state") else _of_4_bits(layer.weight)
 
 
 def step(layer: nn.Module) -> Tensor:
-    """Measure the widest gap between neighbouring levels around each entry, ``(out_features, in_features)``."""
+    """Measure the widest gap between neighboring levels around each entry, ``(out_features, in_features)``."""
     if hasattr(layer, "state"):
         scales: Tensor = _scales_of_8_bits(layer)
         return (scales.double() / 127).unsqueeze(1).expand(layer.weight.shape)  # type: ignore[arg-type]

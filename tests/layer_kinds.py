@@ -37,7 +37,7 @@ class LayerKind:
     keeps_dtype: bool = False
 
     @property
-    def is_quantised(self) -> bool:
+    def is_quantized(self) -> bool:
         """Whether it holds codes."""
         return self.step is not None
 
@@ -69,7 +69,7 @@ def _of_4_bits(
         torch.randn(out_features, in_features) * 0.3, blocksize=blocksize, module=layer, **options
     )
     layer.support_avx512bf16_for_cpu = False  # see tests/test_layers_bnb.py for what it does otherwise
-    return _quantise(layer, dtype)
+    return _quantize(layer, dtype)
 
 
 def _of_8_bits(
@@ -77,40 +77,40 @@ def _of_8_bits(
 ) -> nn.Module:
     layer = bitsandbytes.nn.Linear8bitLt(in_features, out_features, bias, has_fp16_weights=False, threshold=threshold)
     layer.weight = bitsandbytes.nn.Int8Params(torch.randn(out_features, in_features) * 0.3, requires_grad=False)
-    return _quantise(layer, dtype)
+    return _quantize(layer, dtype)
 
 
-def _quantise(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
+def _quantize(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
     """Move it to its device, as a user does; its own forward would give the bias the input's dtype."""
     if layer.bias is not None:
         layer.bias.data = layer.bias.data.to(dtype)
     return layer.to("cpu")
 
 
-_quantised = partial(
+_quantized = partial(
     LayerKind,
     weight=written_out,
     step=step,
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
 )
-_quantised_4bit = partial(_quantised, keeps_dtype=True)
+_quantized_4bit = partial(_quantized, keeps_dtype=True)
 LAYER_KINDS = (
     LayerKind("Linear", _linear, lambda layer: layer.get_parameter("weight").detach()),
     LayerKind("Conv1D", _conv1d, lambda layer: layer.get_parameter("weight").detach().T),
-    _quantised_4bit("NF4", partial(_of_4_bits, quant_type="nf4", compress_statistics=False)),
-    _quantised_4bit("NF4-double", partial(_of_4_bits, quant_type="nf4", blocksize=128)),
-    _quantised_4bit("FP4", partial(_of_4_bits, quant_type="fp4", blocksize=32, compress_statistics=False)),
-    _quantised_4bit("FP4-double", partial(_of_4_bits, quant_type="fp4")),
-    _quantised("8bit", _of_8_bits, is_one_operation=False),
-    _quantised("8bit-outliers", partial(_of_8_bits, threshold=2.0), is_one_operation=False),
+    _quantized_4bit("NF4", partial(_of_4_bits, quant_type="nf4", compress_statistics=False)),
+    _quantized_4bit("NF4-double", partial(_of_4_bits, quant_type="nf4", blocksize=128)),
+    _quantized_4bit("FP4", partial(_of_4_bits, quant_type="fp4", blocksize=32, compress_statistics=False)),
+    _quantized_4bit("FP4-double", partial(_of_4_bits, quant_type="fp4")),
+    _quantized("8bit", _of_8_bits, is_one_operation=False),
+    _quantized("8bit-outliers", partial(_of_8_bits, threshold=2.0), is_one_operation=False),
 )
 
 every_kind = pytest.mark.parametrize("kind", LAYER_KINDS, ids=lambda kind: kind.name)
 every_dense_kind = pytest.mark.parametrize(
-    "kind", [kind for kind in LAYER_KINDS if not kind.is_quantised], ids=lambda kind: kind.name
+    "kind", [kind for kind in LAYER_KINDS if not kind.is_quantized], ids=lambda kind: kind.name
 )
-every_quantised_kind = pytest.mark.parametrize(
-    "kind", [kind for kind in LAYER_KINDS if kind.is_quantised], ids=lambda kind: kind.name
+every_quantized_kind = pytest.mark.parametrize(
+    "kind", [kind for kind in LAYER_KINDS if kind.is_quantized], ids=lambda kind: kind.name
 )
 
 
@@ -121,8 +121,8 @@ def _id(value: object) -> str:
 _all = [(kind, dtype) for kind in LAYER_KINDS for dtype in kind.dtypes]
 every_kind_and_dtype = pytest.mark.parametrize(("kind", "dtype"), _all, ids=_id)
 every_dense_kind_and_dtype = pytest.mark.parametrize(
-    ("kind", "dtype"), [(kind, dtype) for kind, dtype in _all if not kind.is_quantised], ids=_id
+    ("kind", "dtype"), [(kind, dtype) for kind, dtype in _all if not kind.is_quantized], ids=_id
 )
-every_quantised_kind_and_dtype = pytest.mark.parametrize(
-    ("kind", "dtype"), [(kind, dtype) for kind, dtype in _all if kind.is_quantised], ids=_id
+every_quantized_kind_and_dtype = pytest.mark.parametrize(
+    ("kind", "dtype"), [(kind, dtype) for kind, dtype in _all if kind.is_quantized], ids=_id
 )

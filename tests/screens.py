@@ -22,7 +22,7 @@ from randlora.__main__ import main
 from randlora.files.tensor_file import Planned, dump_header
 from tests.model_directories import save_adapter, save_model
 from tests.models import LLAMA
-from tests.quantised_checkpoints import quantise
+from tests.quantized_checkpoints import quantize
 
 PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
 SCREEN = re.compile(r"^```console\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -34,7 +34,7 @@ def prepare(directory: Path) -> None:
     write_llama_3_8b(directory / "Llama-3-8B")
     base = save_model(LLAMA, directory / "tiny-llama", dtype=torch.bfloat16, is_sharded=True)
     (base / "tokenizer.json").write_text("{}", encoding="utf-8")
-    quantise(LLAMA, "nf4", directory / "tiny-llama-4bit")
+    quantize(LLAMA, "nf4", directory / "tiny-llama-4bit")
     save_adapter(LLAMA, directory / "poems", dtype=torch.bfloat16, targets=["q_proj", "v_proj"])
     save_adapter(LLAMA, directory / "prose", dtype=torch.bfloat16, targets=["q_proj", "up_proj"], values=1)
 

@@ -34,11 +34,11 @@ def with_one(dtype: torch.dtype = torch.float32, **options: Any) -> Mixed:
 
 def train(model: nn.Module, name: str) -> None:
     randlora.activate(model, name, trainable=True)
-    optimiser = torch.optim.SGD(list(randlora.trainable_parameters(model)), lr=0.5)
+    optimizer = torch.optim.SGD(list(randlora.trainable_parameters(model)), lr=0.5)
     for _ in range(2):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         model(TOKENS).square().mean().backward()
-        optimiser.step()
+        optimizer.step()
 
 
 @given(options=second_options)
@@ -285,7 +285,7 @@ def test_a_plain_model_has_no_adapters_and_says_so() -> None:
         list(randlora.trainable_parameters(model))
 
 
-def test_the_optimiser_gets_what_is_trained_beside_an_inactive_adapter_too() -> None:
+def test_the_optimizer_gets_what_is_trained_beside_an_inactive_adapter_too() -> None:
     model = with_one(train_also=["head"])
     before = {id(parameter) for parameter in randlora.trainable_parameters(model)}
     randlora.activate(model, [])

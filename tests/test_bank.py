@@ -147,7 +147,7 @@ def test_the_portable_stream_is_the_documented_one() -> None:
 
 @given(specs(smallest=8))
 def test_entries_have_mean_square_one(spec: BasisSpec) -> None:
-    """Exactly one sample standard deviation where the stream normalises by it, else one in expectation."""
+    """Exactly one sample standard deviation where the stream normalizes by it, else one in expectation."""
     basis_B = slices(replace(spec, max_dim=600, min_dim=max(spec.min_dim, 24))).B
     if spec.stream == "torch":
         assert basis_B.std().item() == pytest.approx(1, rel=0.005)  # the divisor was rounded to bfloat16

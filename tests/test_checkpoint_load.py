@@ -267,7 +267,7 @@ MISFITS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "an-embedding": (_with(0, lambda: nn.Embedding(6, 4)), "0 is a Embedding, and only linear layers can be adapted"),
     "a-container": (_with(0, lambda: Computed(nn.Linear(6, 4))), "0 cannot carry an adapter of its own"),
     "attention": (_with(0, lambda: nn.MultiheadAttention(6, 2).out_proj), "nn.MultiheadAttention reads this weight"),
-    "parametrised": (
+    "parametrized": (
         _with(0, lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))),
         "0 computes its weight from other parameters",
     ),

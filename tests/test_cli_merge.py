@@ -12,7 +12,7 @@ from randlora.cli.output import plain
 from randlora.report import as_bytes
 from tests.model_directories import contents, save_adapter, save_model
 from tests.models import LLAMA
-from tests.quantised_checkpoints import quantise, stored
+from tests.quantized_checkpoints import quantize, stored
 
 
 @pytest.fixture
@@ -72,16 +72,16 @@ def test_what_cannot_be_meant_is_refused(
     assert not Path("out").exists()
 
 
-def test_that_a_quantised_model_became_a_dense_one_is_said(
+def test_that_a_quantized_model_became_a_dense_one_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    base = quantise(LLAMA, "nf4", tmp_path / "base")
+    base = quantize(LLAMA, "nf4", tmp_path / "base")
     save_adapter(LLAMA, Path("one"))
     assert main(["merge", "--base", "base", "--adapter", "one", "--out", "out"]) == 0
     small, large = (as_bytes(sum(tensor.nbytes for tensor in stored(place).values())) for place in (base, Path("out")))
     assert capsys.readouterr().out.splitlines() == [
         "merged one into 8 weights",
-        f"dequantised 14 weights of a model of {small} (nf4): what is written is dense",
+        f"dequantized 14 weights of a model of {small} (nf4): what is written is dense",
         f"wrote out, {large} in 1 file",
     ]

@@ -44,7 +44,7 @@ def test_what_json_cannot_hold_becomes_text(capsys: pytest.CaptureFixture[str]) 
         "nbytes": 10,
         "dtype": "bfloat16",
         "notes": [],
-        "dequantised": {},
+        "dequantized": {},
         "base_nbytes": 0,
     }
     assert plain({1: {Path("a")}}) == {"1": ["a"]}

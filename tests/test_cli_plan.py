@@ -43,7 +43,7 @@ def test_the_options_are_those_of_the_library(
     found = json.loads(capsys.readouterr().out)
     assert {name: found[name] for name in plain(expected)} == plain(expected)
     assert found["share"] == expected.share
-    parts = ("weights", "parameters", "gradients", "optimiser", "bases")
+    parts = ("weights", "parameters", "gradients", "optimizer", "bases")
     assert found["training_memory"]["total"] == sum(found["training_memory"][part] for part in parts)
 
 

@@ -66,7 +66,7 @@ def test_a_tracer_that_comes_first_sees_the_right_values_and_spoils_none(
 
 
 def wide_model(options: dict[str, Any]) -> nn.Sequential:
-    """Make a filled model of a layer that is cheaper factored for few tokens and materialised for many."""
+    """Make a filled model of a layer that is cheaper factored for few tokens and materialized for many."""
     model = nn.Sequential(nn.Linear(24, 32))
     randlora.inject(model, r=8, targets="all-linear", **options)
     fill(model)
@@ -168,10 +168,10 @@ from tests.test_compiler import cold_model
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 model = cold_model({})
 wrapped = torch.nn.parallel.DistributedDataParallel(model)
-optimiser = torch.optim.SGD(randlora.trainable_parameters(wrapped), lr=0.1)
+optimizer = torch.optim.SGD(randlora.trainable_parameters(wrapped), lr=0.1)
 before = model(x := torch.randn(3, 8)).detach()
 wrapped(x).square().sum().backward()
-optimiser.step()
+optimizer.step()
 assert not torch.allclose(model(x), before)
 assert [info.name for info in randlora.adapters(wrapped)] == ["default"]
 os._exit(0)

@@ -20,7 +20,7 @@ def adapted(basis: str = "dense") -> Mixed:
 def test_every_way_gives_the_same_output_and_gradients(basis: str) -> None:
     model = adapted(basis)
     found = []
-    for compute, keep in (("auto", False), ("factored", False), ("materialised", False), ("materialised", True)):
+    for compute, keep in (("auto", False), ("factored", False), ("materialized", False), ("materialized", True)):
         randlora.set_compute(model, compute, keep=keep)  # type: ignore[arg-type]
         model.zero_grad()
         output = model(TOKENS)
@@ -40,9 +40,9 @@ def test_keep_is_what_autograd_holds_from_forward_to_backward() -> None:
             model(TOKENS)
         return sum(sizes)
 
-    randlora.set_compute(model, "materialised")
+    randlora.set_compute(model, "materialized")
     without = held()
-    randlora.set_compute(model, "materialised", keep=True)
+    randlora.set_compute(model, "materialized", keep=True)
     # nothing needs a gradient of the first layer's input, which is an embedding's
     assert held() - without == sum(layer.weight.numel() for layer in (model.up, model.down))
 
@@ -60,7 +60,7 @@ def test_the_choice_serves_adapters_that_come_later_and_ends_with_them() -> None
 def test_another_word_is_refused_and_changes_nothing() -> None:
     model = adapted()
     before = model(TOKENS)
-    with untouched(model), pytest.raises(ConfigError, match="one of auto, factored, materialised, got 'fast'"):
+    with untouched(model), pytest.raises(ConfigError, match="one of auto, factored, materialized, got 'fast'"):
         randlora.set_compute(model, "fast")  # type: ignore[arg-type]
     assert_close(model(TOKENS), before, torch.float32)
 

@@ -27,10 +27,10 @@ def sizes(
     [
         (1, DENSE, "few_tokens", ("factored", "factored")),
         (128, DENSE, "factored", ("factored", "factored")),
-        (8192, DENSE, "materialised", ("materialised", "materialised")),
+        (8192, DENSE, "materialized", ("materialized", "materialized")),
         (1, BLOCK, "few_tokens", ("factored", "factored")),
         (128, BLOCK, "factored", ("factored", "factored")),
-        (8192, BLOCK, "materialised", ("materialised", "factored")),
+        (8192, BLOCK, "materialized", ("materialized", "factored")),
     ],
 )
 def test_a_square_layer_takes_the_ways_that_were_measured_fastest(
@@ -45,14 +45,14 @@ shapes = st.tuples(st.integers(1, 5000), st.integers(1, 5000))
 
 
 @given(shape=shapes, tokens=st.integers(0, 100_000), shares=st.sampled_from([DENSE, BLOCK]), fold=st.booleans())
-def test_more_tokens_never_lead_away_from_the_materialised_way(
+def test_more_tokens_never_lead_away_from_the_materialized_way(
     shape: tuple[int, int], tokens: int, shares: tuple[float, float, float], fold: bool
 ) -> None:
     few, many = (sizes(count, *shape, shares, has_weight=fold) for count in (tokens, 2 * tokens + 1))
-    if forward_way(few) == "materialised" and fold:
-        assert forward_way(many) == "materialised"
+    if forward_way(few) == "materialized" and fold:
+        assert forward_way(many) == "materialized"
     if forward_way(many) == "few_tokens":
-        assert forward_way(few) != "materialised"
+        assert forward_way(few) != "materialized"
 
 
 @given(shape=shapes, tokens=st.integers(0, 100_000))
@@ -64,7 +64,7 @@ def test_few_tokens_are_laid_out_only_where_they_take_no_more_room_than_the_weig
         assert tokens * found.num_bases * found.min_dim <= shape[0] * shape[1]
 
 
-@pytest.mark.parametrize("way", ["factored", "materialised"])
+@pytest.mark.parametrize("way", ["factored", "materialized"])
 @given(shape=shapes, tokens=st.integers(0, 100_000))
 def test_a_way_that_is_asked_for_is_taken(way: Way, shape: tuple[int, int], tokens: int) -> None:
     found = sizes(tokens, *shape)
@@ -76,14 +76,14 @@ def test_a_way_that_is_asked_for_is_taken(way: Way, shape: tuple[int, int], toke
 def test_what_is_there_already_is_not_paid_for_again(shape: tuple[int, int], tokens: int) -> None:
     found = sizes(tokens, *shape)
     kept, _ = backward_ways(found, needs_input=True, needs_diagonals=False, has_kept=True)
-    assert kept == "materialised"
+    assert kept == "materialized"
     _, beside_weight = backward_ways(found, needs_input=False, needs_diagonals=True, needs_weight=True)
     _, alone = backward_ways(found, needs_input=False, needs_diagonals=True)
-    assert beside_weight == "materialised" or alone == "factored"
+    assert beside_weight == "materialized" or alone == "factored"
 
 
 def test_an_update_without_a_weight_to_be_added_to_is_formed_later() -> None:
     """Then the tokens pass one product more."""
-    assert forward_way(sizes(900)) == "materialised"
+    assert forward_way(sizes(900)) == "materialized"
     assert forward_way(sizes(900, has_weight=False)) == "factored"
-    assert forward_way(sizes(1400, has_weight=False)) == "materialised"
+    assert forward_way(sizes(1400, has_weight=False)) == "materialized"

@@ -15,7 +15,7 @@ from randlora.files.bnb_layout import find_codes
 from randlora.files.model_directory import read_model_directory
 from tests.model_directories import contents, save_adapter
 from tests.models import LLAMA
-from tests.quantised_checkpoints import QUANTISATIONS, WIDE, load_quantised, quantise, stored, written_out
+from tests.quantized_checkpoints import QUANTIZATIONS, WIDE, load_quantized, quantize, stored, written_out
 
 LAYER = "model.layers.0.self_attn.q_proj"
 WEIGHT = f"{LAYER}.weight"
@@ -24,15 +24,15 @@ STATE = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
 Tensors = dict[str, Tensor]
 
 
-@pytest.mark.parametrize("quantisation", QUANTISATIONS)
-def test_all_codes_are_found_in_the_shape_and_dtype_they_stand_for(quantisation: str, tmp_path: Path) -> None:
-    base = quantise(LLAMA, quantisation, tmp_path / "base", is_sharded=True)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_all_codes_are_found_in_the_shape_and_dtype_they_stand_for(quantization: str, tmp_path: Path) -> None:
+    base = quantize(LLAMA, quantization, tmp_path / "base", is_sharded=True)
     found = find_codes(read_model_directory(base).entries)
     expected = written_out(stored(base))
     assert {name: codes.shape for name, codes in found.items()} == {name: w.shape for name, w in expected.items()}
     beside = {part.name for codes in found.values() for part in codes.parts.values()}
     assert stored(base).keys() - beside == LLAMA.build().state_dict().keys()
-    assert {codes.dtype for codes in found.values()} == {None if quantisation == "8 bits" else torch.bfloat16}
+    assert {codes.dtype for codes in found.values()} == {None if quantization == "8 bits" else torch.bfloat16}
 
 
 def test_a_checkpoint_of_floats_has_none(tmp_path: Path) -> None:
@@ -130,9 +130,9 @@ EIGHT_BITS: dict[str, tuple[Callable[[Tensors], None], str]] = {
 }
 
 
-def assert_refused(quantisation: str, change: Callable[[Tensors], None], message: str, root: Path) -> None:
-    """Damage a quantised checkpoint and see every verb refuse it, and leave nothing."""
-    base = quantise(LLAMA, quantisation, root / "base")
+def assert_refused(quantization: str, change: Callable[[Tensors], None], message: str, root: Path) -> None:
+    """Damage a quantized checkpoint and see every verb refuse it, and leave nothing."""
+    base = quantize(LLAMA, quantization, root / "base")
     adapter = save_adapter(LLAMA, root / "adapter")
     tensors = load_file(base / "model.safetensors")
     change(tensors)
@@ -164,7 +164,7 @@ def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
 
 def test_codes_of_8_bits_without_a_format_are_in_their_order(tmp_path: Path) -> None:
     """So they were written before there was another."""
-    base = quantise(LLAMA, "8 bits", tmp_path / "base")
+    base = quantize(LLAMA, "8 bits", tmp_path / "base")
     adapter = save_adapter(LLAMA, tmp_path / "adapter")
     expected = stored(randlora.merge_files(base, adapter, tmp_path / "expected").out)
     tensors = {name: tensor for name, tensor in stored(base).items() if not name.endswith("weight_format")}
@@ -175,9 +175,9 @@ def test_codes_of_8_bits_without_a_format_are_in_their_order(tmp_path: Path) -> 
 
 def test_what_bitsandbytes_writes_wrongly_after_a_forward_pass_is_refused(tmp_path: Path) -> None:
     """On a CPU with AVX512-BF16 it really writes that; elsewhere the scales are put into such an order here."""
-    base = quantise(WIDE, "nf4", tmp_path / "base")
+    base = quantize(WIDE, "nf4", tmp_path / "base")
     adapter = save_adapter(WIDE, tmp_path / "adapter")
-    model = load_quantised(tmp_path / "base dense", "nf4").eval()
+    model = load_quantized(tmp_path / "base dense", "nf4").eval()
     with torch.no_grad():
         model(**LLAMA.inputs())
     model.save_pretrained(base)

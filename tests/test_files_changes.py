@@ -7,7 +7,7 @@ import torch
 from randlora.bank import Basis
 from randlora.files.changes import Changes, find_changes
 from randlora.files.model_directory import read_model_directory
-from randlora.files.quantised import as_dense
+from randlora.files.quantized import as_dense
 from tests.model_directories import save_adapter, save_model
 from tests.models import BERT, LLAMA
 

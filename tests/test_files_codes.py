@@ -14,7 +14,7 @@ from torch import Tensor
 from randlora.checkpoint.tensors_file import read_shard
 from randlora.files.bnb_layout import find_codes
 from randlora.files.codes import Codes
-from tests.quantised_checkpoints import written_out
+from tests.quantized_checkpoints import written_out
 
 NAME = "some.layer.weight"
 

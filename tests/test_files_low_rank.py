@@ -72,14 +72,14 @@ def test_ranks_beyond_the_matrix_are_filled_up_with_zeros() -> None:
 
 
 @pytest.fixture
-def randomised(monkeypatch: pytest.MonkeyPatch) -> None:
+def randomized(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let small matrices count as large."""
     monkeypatch.setattr(low_rank, "EXACT_UP_TO", 8)
 
 
 @pytest.mark.parametrize("shape", [(400, 300), (300, 400)], ids=["tall", "wide"])
 @pytest.mark.parametrize("decay", [0.0, 0.05], ids=["flat spectrum", "falling spectrum"])
-def test_a_randomised_approximation_is_nearly_the_best(decay: float, shape: tuple[int, int], randomised: None) -> None:
+def test_a_randomized_approximation_is_nearly_the_best(decay: float, shape: tuple[int, int], randomized: None) -> None:
     matrix = drawn(*shape, decay=decay)
     best = tails(matrix)[20]
     found = of_rank(matrix, 20)
@@ -88,7 +88,7 @@ def test_a_randomised_approximation_is_nearly_the_best(decay: float, shape: tupl
     assert decay or found.relative_error > best * (1 + 1e-6), "it was the exact one"
 
 
-def test_the_rank_within_a_tolerance_is_nearly_the_smallest_when_randomised(randomised: None) -> None:
+def test_the_rank_within_a_tolerance_is_nearly_the_smallest_when_randomized(randomized: None) -> None:
     matrix = drawn(500, 450, decay=0.05)
     smallest = next(rank for rank, error in enumerate(tails(matrix)) if error <= 0.1)
     found = within(matrix, 0.1)
@@ -96,7 +96,7 @@ def test_the_rank_within_a_tolerance_is_nearly_the_smallest_when_randomised(rand
     assert smallest <= found.rank <= smallest + 2
 
 
-def test_a_flat_spectrum_is_decomposed_exactly_in_the_end(randomised: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flat_spectrum_is_decomposed_exactly_in_the_end(randomized: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(low_rank, "FIRST_GUESS", 16)
     matrix = drawn(400, 300)
     found = within(matrix, 0.2)
@@ -104,7 +104,7 @@ def test_a_flat_spectrum_is_decomposed_exactly_in_the_end(randomised: None, monk
     assert tails(matrix)[found.rank - 1] > 0.2
 
 
-def test_the_global_generator_is_neither_read_nor_advanced(randomised: None) -> None:
+def test_the_global_generator_is_neither_read_nor_advanced(randomized: None) -> None:
     matrix = drawn(300, 200)
     torch.manual_seed(1)
     before = torch.get_rng_state()

@@ -17,7 +17,7 @@ from randlora.files.model_directory import read_model_directory
 from randlora.files.plan import training_memory
 from tests.model_directories import HEADS, contents, save_model, write
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, every_transformers_model
-from tests.quantised_checkpoints import KINDS, QUANTISATIONS, quantise, stored
+from tests.quantized_checkpoints import KINDS, QUANTIZATIONS, quantize, stored
 
 both_layouts = pytest.mark.parametrize("is_sharded", [False, True], ids=["one-file", "sharded"])
 
@@ -195,14 +195,14 @@ def test_the_memory_of_training_is_that_of_a_trained_model(kind: RealModel, tmp_
     trained = list(randlora.trainable_parameters(model))
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
-    optimiser = torch.optim.AdamW(trained)
-    optimiser.step()
-    moments = [value for state in optimiser.state.values() for key, value in state.items() if key != "step"]
+    optimizer = torch.optim.AdamW(trained)
+    optimizer.step()
+    moments = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
     assert memory.parameters == sum(parameter.nbytes for parameter in trained)
     assert memory.gradients == sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None)
-    assert memory.optimiser == sum(moment.nbytes for moment in moments)
+    assert memory.optimizer == sum(moment.nbytes for moment in moments)
     assert memory.bases == sum(basis.nbytes for basis in {id(b): b for b in bases(model)}.values())
-    assert memory.total == memory.weights + memory.parameters + memory.gradients + memory.optimiser + memory.bases
+    assert memory.total == memory.weights + memory.parameters + memory.gradients + memory.optimizer + memory.bases
 
 
 def bases(model: nn.Module) -> list[Any]:
@@ -210,22 +210,22 @@ def bases(model: nn.Module) -> list[Any]:
     return list(randlora.state.adapted_root(model)[1].bank)
 
 
-@pytest.mark.parametrize("quantisation", QUANTISATIONS)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("kind", [LLAMA, GPT2], ids=lambda kind: kind.name)
-def test_the_plan_of_a_quantised_model_is_that_of_the_dense_one(
-    kind: RealModel, quantisation: str, tmp_path: Path
+def test_the_plan_of_a_quantized_model_is_that_of_the_dense_one(
+    kind: RealModel, quantization: str, tmp_path: Path
 ) -> None:
-    base = quantise(kind, quantisation, tmp_path / "base")
+    base = quantize(kind, quantization, tmp_path / "base")
     options: dict[str, Any] = {"r": 4, "targets": "all-linear", "train_also": [HEADS[kind.name]]}
     found = randlora.plan_directory(base, **options)
     expected = randlora.plan_directory(tmp_path / "base dense", **options)
-    note = f"the model is quantised ({KINDS[quantisation]}): parameters are counted as before it was"
+    note = f"the model is quantized ({KINDS[quantization]}): parameters are counted as before it was"
     assert found == replace(expected, notes=(*expected.notes, note))
     size = sum(tensor.nbytes for tensor in stored(base).values())
     assert training_memory(found, read_model_directory(base)).weights == size
 
 
 def test_codes_cannot_be_trained_beside_an_adapter(tmp_path: Path) -> None:
-    base = quantise(LLAMA, "nf4", tmp_path / "base")
+    base = quantize(LLAMA, "nf4", tmp_path / "base")
     with pytest.raises(randlora.TargetError, match=r"train_also takes in model.layers.0.mlp.up_proj.weight, which is"):
         randlora.plan_directory(base, 4, targets=["q_proj"], train_also=["up_proj"])

@@ -15,7 +15,7 @@ from tests.checkpoint_files import edit_fields, reseal
 from tests.directories import base_directory, our_directory, their_directory
 from tests.models import BERT, GPT2, LLAMA, RealModel, every_transformers_model
 from tests.peer import THEIR_WARNINGS
-from tests.quantised_checkpoints import QUANTISATIONS, quantise
+from tests.quantized_checkpoints import QUANTIZATIONS, quantize
 
 pytestmark = THEIR_WARNINGS
 
@@ -211,12 +211,12 @@ def test_progress_is_told_of_every_step(tmp_path: Path) -> None:
     assert told[-1][2] == "done"
 
 
-@pytest.mark.parametrize("quantisation", QUANTISATIONS)
-def test_an_adapter_passes_beside_its_base_quantised_or_not(quantisation: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_an_adapter_passes_beside_its_base_quantized_or_not(quantization: str, tmp_path: Path) -> None:
     """A header records the shapes that codes stand for, so either base fits, and another model does not."""
-    base = quantise(GPT2, quantisation, tmp_path / "base")
+    base = quantize(GPT2, quantization, tmp_path / "base")
     source, _ = our_directory(GPT2, tmp_path)
     assert outcomes(randlora.verify_adapter(source, base))["base"] == "passed"
     assert outcomes(randlora.verify_adapter(source, tmp_path / "base dense"))["base"] == "passed"
-    other = quantise(LLAMA, quantisation, tmp_path / "other")
+    other = quantize(LLAMA, quantization, tmp_path / "other")
     assert failure(randlora.verify_adapter(source, other)).name == "base"

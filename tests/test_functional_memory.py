@@ -72,7 +72,7 @@ def test_saving_on_the_cpu_leaves_the_bases_where_they_are(form: str) -> None:
 def test_keep_keeps_one_number_for_each_of_the_weight(form: str, shape: tuple[int, int]) -> None:
     made, x, weight = prepared(form, shape, 7)
     runs = [
-        kept_by(lambda: adapted_linear(x, made.pair, made.diagonals, weight=weight, compute="materialised", keep=keep))  # noqa: B023
+        kept_by(lambda: adapted_linear(x, made.pair, made.diagonals, weight=weight, compute="materialized", keep=keep))  # noqa: B023
         for keep in (True, False)
     ]
     more = len(runs[0]) - len(runs[1])
@@ -91,7 +91,7 @@ def test_the_sum_takes_the_memory_of_a_weight_that_was_written_out(shape: tuple[
         return written[-1]
 
     kept = kept_by(
-        lambda: adapted_linear(x, made.pair, made.diagonals, weight=write_out, compute="materialised", keep=True)
+        lambda: adapted_linear(x, made.pair, made.diagonals, weight=write_out, compute="materialized", keep=True)
     )
     assert storage(written[0]) in {storage(tensor) for tensor in kept}
     torch.testing.assert_close(written[0], weight + update)
@@ -130,7 +130,7 @@ def test_a_weight_that_was_written_out_is_gone_before_a_gradient_of_its_size_com
     with Later(shape) as later:
         adapted_linear(x, made.pair, made.diagonals, weight=write_out, compute=compute).sum().backward()
     assert len(later.written) == 2
-    assert later.products > 0 or compute != "materialised"
+    assert later.products > 0 or compute != "materialized"
     assert later.living == 0
 
 
@@ -201,9 +201,9 @@ def test_backward_makes_the_products_for_what_is_asked_and_no_more(
         # 2·(base twice, each factor in forward, input gradient and that of Λ and Γ: 6 less the one shared)
         ("dense", "factored", lambda t, d: 2 * t * d * d * (2 + 5)),
         # forward, input gradient, weight gradient; the update twice and its gradient
-        ("dense", "materialised", lambda t, d: 2 * t * d * d * 3 + 2 * d**3 * 3),
+        ("dense", "materialized", lambda t, d: 2 * t * d * d * 3 + 2 * d**3 * 3),
         ("block(2,4)", "factored", lambda t, d: 2 * t * d * d * (2 + 3 / 2 + 2 / 4)),
-        ("block(2,4)", "materialised", lambda t, d: 2 * t * d * d * 3 + 2 * d**3 * 3 / 8),
+        ("block(2,4)", "materialized", lambda t, d: 2 * t * d * d * 3 + 2 * d**3 * 3 / 8),
     ],
 )
 def test_a_step_of_a_square_layer_costs_what_the_cost_model_says(

@@ -19,11 +19,11 @@ ADAPTED = ("q", "up", "down")
 
 
 def trained_step(model: nn.Module) -> None:
-    optimiser = torch.optim.SGD(randlora.trainable_parameters(model), lr=0.1)
+    optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=0.1)
     for _ in range(2):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         model(TOKENS).square().mean().backward()
-        optimiser.step()
+        optimizer.step()
 
 
 # What inject does
@@ -200,7 +200,7 @@ def _integer(model: Mixed) -> None:
     model.q.weight = nn.Parameter(torch.ones(12, 12, dtype=torch.int8), requires_grad=False)
 
 
-def _parametrised(model: Mixed) -> None:
+def _parametrized(model: Mixed) -> None:
     torch.nn.utils.parametrizations.weight_norm(model.q)
 
 
@@ -238,7 +238,7 @@ def _unchanged(model: Mixed) -> None:
         (_tied, {}, TargetError, r"the weight of q is tied to other\.weight"),
         (_tied_to_embedding, {}, TargetError, r"the weight of q is tied to embed\.weight"),
         (_integer, {}, TargetError, r"q has a weight of torch\.int8, expected a floating dtype"),
-        (_parametrised, {}, TargetError, r"q computes its weight from other parameters"),
+        (_parametrized, {}, TargetError, r"q computes its weight from other parameters"),
         (_lazy, {}, TargetError, r"q has no shape yet: run one forward pass first"),
     ],
 )

@@ -16,8 +16,8 @@ from randlora import AdapterLayer, TargetError
 from randlora.layers import bnb_codes
 from tests.codes import written_out
 from tests.laws import assert_close, fill, same_bits, untouched
-from tests.layer_kinds import LayerKind, every_quantised_kind
-from tests.quantised import of_4_bits
+from tests.layer_kinds import LayerKind, every_quantized_kind
+from tests.quantized import of_4_bits
 
 
 def four_bits(in_features: int = 64, out_features: int = 96, **options: Any) -> Any:
@@ -77,7 +77,7 @@ def _turned() -> Any:
         (_meta_8bit, r"0 has codes that are not here \(meta, offloaded\)"),
         (_16_bit_weights, r"0 keeps 16-bit weights .*has_fp16_weights=True"),
         (_unknown_type, r"0 has codes of type 'af4', expected one of nf4, fp4"),
-        (_turned, r"0 was quantised as \(64, 96\), expected \(out, in\) = \(96, 64\)"),
+        (_turned, r"0 was quantized as \(64, 96\), expected \(out, in\) = \(96, 64\)"),
     ],
 )
 def test_what_cannot_be_adapted_is_refused_with_its_name_and_a_remedy(build: Callable[[], Any], said: str) -> None:
@@ -165,7 +165,7 @@ def test_codes_may_be_stored_in_another_dtype() -> None:
     assert model(x).dtype == torch.float32
 
 
-@every_quantised_kind
+@every_quantized_kind
 def test_nothing_as_large_as_the_weight_stays_between_forward_and_backward(kind: LayerKind) -> None:
     """No dense copy of it, above all."""
     base = kind.build(256, 192, False, torch.float32)
@@ -210,8 +210,8 @@ def test_a_forward_that_somebody_put_in_its_place_runs(monkeypatch: pytest.Monke
     assert_close(model(x), layer.base_layer(x) + x @ layer.delta_weight({"default": 1.0}).T, torch.float32)
 
 
-@pytest.mark.parametrize("quantised", ["requantise", "dequantise"])
-def test_a_weight_that_lost_its_state_to_the_layer_merges_and_comes_back(quantised: Any) -> None:
+@pytest.mark.parametrize("quantized", ["requantize", "dequantize"])
+def test_a_weight_that_lost_its_state_to_the_layer_merges_and_comes_back(quantized: Any) -> None:
     """As ``load_state_dict(assign=True)`` and sharding leave it."""
     model, layer = adapted(four_bits())
     x = torch.randn(5, 64, requires_grad=True)
@@ -219,16 +219,16 @@ def test_a_weight_that_lost_its_state_to_the_layer_merges_and_comes_back(quantis
     model.load_state_dict(model.state_dict(), assign=True, strict=False)
     held = layer.weight, layer.base_layer.quant_state
     assert not hasattr(held[0], "quant_state")
-    with randlora.merged(model, quantised=quantised):
+    with randlora.merged(model, quantized=quantized):
         model(x)
     assert layer.weight is held[0]
     assert layer.base_layer.quant_state is held[1]
     assert same_bits(model(x), expected)
 
 
-@every_quantised_kind
+@every_quantized_kind
 def test_a_trained_bias_keeps_its_dtype_where_the_base_layer_runs(kind: LayerKind) -> None:
-    """A layer of bitsandbytes alone casts it in place, under the optimiser's feet."""
+    """A layer of bitsandbytes alone casts it in place, under the optimizer's feet."""
     base = kind.build(24, 20, True, torch.bfloat16)
     base.bias = nn.Parameter(torch.randn(20))
     model = nn.Sequential(base)
@@ -236,19 +236,19 @@ def test_a_trained_bias_keeps_its_dtype_where_the_base_layer_runs(kind: LayerKin
     fill(model)
     layer: Any = model[0]
     bias = layer.bias.detach().clone()  # which bfloat16 would round
-    optimiser = torch.optim.AdamW(randlora.trainable_parameters(model), lr=0.0)
+    optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=0.0)
     x = torch.randn(5, 24).bfloat16()
     expected = x.double() @ (kind.weight(base) + layer.delta_weight({"default": 1.0})).T + bias
     for is_training in (True, False, True):
         output = model.train(is_training)(x)
         assert (output - expected).abs().max() <= 0.05 * expected.abs().max()  # 8 bits round their inputs too
         output.sum().backward()
-        optimiser.step()
+        optimizer.step()
         assert layer.bias.grad.dtype == torch.float32
         assert same_bits(layer.bias.detach(), bias)
 
 
-@every_quantised_kind
+@every_quantized_kind
 def test_new_codes_are_held_as_the_old_ones_were(kind: LayerKind) -> None:
     model, layer = adapted(kind.build(128, 32, True, torch.float32))
     own = dict(vars(layer.weight))
@@ -263,7 +263,7 @@ def test_new_codes_are_held_as_the_old_ones_were(kind: LayerKind) -> None:
 # Carrying on
 
 
-@every_quantised_kind
+@every_quantized_kind
 def test_a_second_adapter_does_not_nest(kind: LayerKind) -> None:
     """PEFT's does."""
     model, layer = adapted(kind.build(24, 20, True, torch.float32))
@@ -282,7 +282,7 @@ def test_a_second_adapter_does_not_nest(kind: LayerKind) -> None:
     assert model[0] is base
 
 
-@every_quantised_kind
+@every_quantized_kind
 def test_moving_a_model_keeps_it_working(kind: LayerKind) -> None:
     model, layer = adapted(kind.build(24, 20, True, torch.float32))
     x = torch.randn(3, 24)

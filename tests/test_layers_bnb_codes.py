@@ -20,7 +20,7 @@ shapes = st.tuples(st.integers(1, 40), st.integers(1, 40))
 storages = st.sampled_from([torch.uint8, torch.bfloat16, torch.float32])
 
 
-def quantised(weight: Tensor, quant_type: str, blocksize: int, nested: bool, storage: torch.dtype) -> Linear4bit:
+def quantized(weight: Tensor, quant_type: str, blocksize: int, nested: bool, storage: torch.dtype) -> Linear4bit:
     layer = Linear4bit(weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.float32)
     layer.weight = Params4bit(
         weight, blocksize=blocksize, compress_statistics=nested, quant_type=quant_type, quant_storage=storage
@@ -34,7 +34,7 @@ def test_4_bit_codes_are_written_out_as_their_tables_say(
     shape: tuple[int, int], quant_type: str, blocksize: int, nested: bool, storage: torch.dtype
 ) -> None:
     assume(shape[0] * shape[1] % 8 == 0 or storage == torch.uint8)
-    layer = quantised(torch.randn(shape), quant_type, blocksize, nested, storage)
+    layer = quantized(torch.randn(shape), quant_type, blocksize, nested, storage)
     found, expected = bnb_codes.write_out_4bit(layer.weight.data, layer.weight.quant_state), written_out(layer)
     is_misread = not torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-6)
     assert bnb_codes.is_misread(layer.weight.data, layer.weight.quant_state) == is_misread
@@ -43,7 +43,7 @@ def test_4_bit_codes_are_written_out_as_their_tables_say(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_codes_are_written_out_in_any_dtype_rounded_once(dtype: torch.dtype) -> None:
-    layer = quantised(torch.randn(20, 64), "nf4", 64, True, torch.uint8)
+    layer = quantized(torch.randn(20, 64), "nf4", 64, True, torch.uint8)
     exact = bnb_codes.write_out_4bit(layer.weight.data, layer.weight.quant_state)
     assert same_bits(bnb_codes.write_out_4bit(layer.weight.data, layer.weight.quant_state, dtype), exact.to(dtype))
 
@@ -53,7 +53,7 @@ def test_rounding_what_codes_stand_for_gives_the_codes(
     shape: tuple[int, int], quant_type: str, blocksize: int, storage: torch.dtype
 ) -> None:
     assume(shape[0] * shape[1] % 8 == 0 or storage == torch.uint8)
-    layer = quantised(torch.randn(shape), quant_type, blocksize, False, storage)
+    layer = quantized(torch.randn(shape), quant_type, blocksize, False, storage)
     state = layer.weight.quant_state
     meant = written_out(layer)
     codes, found = bnb_codes.round_to_4bit(meant.float(), state, storage)
@@ -73,7 +73,7 @@ def test_4_bit_rounding_goes_to_the_nearest_level(
     shape: tuple[int, int], quant_type: str, blocksize: int, nested: bool, scale: float
 ) -> None:
     """Half a step away at most; scales that are codes themselves add what is lost in them."""
-    like = quantised(torch.randn(shape), quant_type, blocksize, nested, torch.uint8)
+    like = quantized(torch.randn(shape), quant_type, blocksize, nested, torch.uint8)
     weight = torch.randn(shape) * scale
     codes, state = bnb_codes.round_to_4bit(weight, like.weight.quant_state, torch.uint8)
     like.weight = Params4bit(codes, quant_state=state, bnb_quantized=True)
@@ -83,7 +83,7 @@ def test_4_bit_rounding_goes_to_the_nearest_level(
 
 
 def test_the_dtype_that_codes_came_from_is_kept() -> None:
-    layer = quantised(torch.randn(20, 64, dtype=torch.bfloat16), "nf4", 64, True, torch.uint8)
+    layer = quantized(torch.randn(20, 64, dtype=torch.bfloat16), "nf4", 64, True, torch.uint8)
     _, state = bnb_codes.round_to_4bit(torch.randn(20, 64), layer.weight.quant_state, torch.uint8)
     assert state.dtype == torch.bfloat16
 
@@ -140,7 +140,7 @@ def test_a_bitsandbytes_that_is_missing_or_too_old_is_named_with_the_extra(
 
 def test_the_state_of_codes_is_found_at_the_layer_where_the_weight_lost_it() -> None:
     """As sharding leaves it."""
-    layer = quantised(torch.randn(8, 64), "nf4", 64, False, torch.uint8)
+    layer = quantized(torch.randn(8, 64), "nf4", 64, False, torch.uint8)
     state, bare = layer.weight.quant_state, nn.Parameter(layer.weight.data, requires_grad=False)
     layer.quant_state = state
     assert bnb_codes.quant_state(layer, bare) is state

@@ -11,7 +11,7 @@ import randlora
 from randlora.layers import bnb_codes
 from tests.codes import written_out
 from tests.laws import assert_close, same_bits
-from tests.quantised import needs_repacking
+from tests.quantized import needs_repacking
 from tests.test_layers_bnb import adapted, four_bits
 
 
@@ -36,17 +36,17 @@ def test_gradients_pass_a_layer_that_an_evaluation_repacked(nested: bool) -> Non
 
 @needs_repacking
 @pytest.mark.parametrize("nested", [True, False], ids=["double", "single"])
-@pytest.mark.parametrize("quantised", ["requantise", "dequantise"])
-def test_a_layer_that_an_evaluation_repacked_merges(nested: bool, quantised: Any) -> None:
+@pytest.mark.parametrize("quantized", ["requantize", "dequantize"])
+def test_a_layer_that_an_evaluation_repacked_merges(nested: bool, quantized: Any) -> None:
     model, layer = adapted(four_bits(compress_statistics=nested))
     x = torch.randn(5, 64)
     wanted = layer.base_layer(x) + x @ layer.delta_weight({"default": 1.0}).T
     model.eval()(x)
     packed, state = layer.weight.data.clone(), layer.weight.quant_state
-    with randlora.merged(model, quantised=quantised) as report:
+    with randlora.merged(model, quantized=quantized) as report:
         found = model(x)
     assert report is not None
-    allowed = 64 * x.abs().max() * report.errors["0"].step if quantised == "requantise" else 0.02
+    allowed = 64 * x.abs().max() * report.errors["0"].step if quantized == "requantize" else 0.02
     assert (found - wanted).abs().max() <= allowed
     assert same_bits(layer.weight.data, packed)
     assert layer.weight.quant_state is state

@@ -94,7 +94,7 @@ def test_bases_are_those_of_peft_or_refused_where_peft_divides_by_nothing(
 ) -> None:
     theirs = their_bases(shapes, r, basis, seed)
     if not all(part.isfinite().all() for part in theirs):
-        with pytest.raises(randlora.ConfigError, match="have no spread to be normalised by"):
+        with pytest.raises(randlora.ConfigError, match="have no spread to be normalized by"):
             randlora.inject(stack(shapes), r, targets="all-linear", basis=basis, seed=seed)
         return
     ours = our_bases(shapes, r, basis, seed)
@@ -112,7 +112,7 @@ def test_bases_that_peft_draws_as_nan_are_refused(shape: tuple[int, int], basis:
     assert their_bases((shape,), 1, basis, seed)[0].isnan().all()
     model = stack((shape,))
     before = snapshot(model)
-    with pytest.raises(randlora.ConfigError, match="have no spread to be normalised by"):
+    with pytest.raises(randlora.ConfigError, match="have no spread to be normalized by"):
         randlora.inject(model, 1, targets="all-linear", basis=basis, seed=seed)
     assert_untouched(model, before)
 
@@ -171,13 +171,13 @@ def test_training_follows_peft_for_25_steps(kind: RealModel) -> None:
 
 def losses_of_training(model: nn.Module, parameters: list[nn.Parameter], steps: int = 25) -> Tensor:
     """Let a model learn one batch by heart."""
-    optimiser = torch.optim.AdamW(parameters, lr=5e-3)
+    optimizer = torch.optim.AdamW(parameters, lr=5e-3)
     tokens = torch.randint(0, VOCABULARY, (4, 8), generator=torch.Generator().manual_seed(3))
     losses = []
     for _ in range(steps):
         loss = model(input_ids=tokens, labels=tokens).loss
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     return torch.tensor(losses)

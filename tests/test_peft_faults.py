@@ -1,4 +1,4 @@
-"""What goes wrong with several adapters, quantised layers and damaged files in PEFT 0.21.2, and does not here.
+"""What goes wrong with several adapters, quantized layers and damaged files in PEFT 0.21.2, and does not here.
 
 Each test holds for us first. Then it looks whether the peer still does otherwise, by what it does and not by its
 version: where it no longer does, the test is skipped, and its claim about PEFT wants deleting.
@@ -31,7 +31,7 @@ from tests.peer import (
     peft_model,
     their_values,
 )
-from tests.quantised import of_4_bits, of_8_bits
+from tests.quantized import of_4_bits, of_8_bits
 
 pytestmark = THEIR_WARNINGS
 INPUTS = LLAMA.inputs()
@@ -239,24 +239,24 @@ def copies_of_the_large_basis(directory: Path) -> list[str]:
     return [key for key in load_file(directory / TENSORS_FILE) if key.endswith("randlora_B")]
 
 
-def quantised_layer(out_features: int, bits: int) -> Any:
-    """Quantise a layer of 64 inputs, in a model that says so, which is how PEFT knows."""
+def quantized_layer(out_features: int, bits: int) -> Any:
+    """Quantize a layer of 64 inputs, in a model that says so, which is how PEFT knows."""
     model: Any = nn.Sequential(of_4_bits(64, out_features) if bits == 4 else of_8_bits(64, out_features)).eval()
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = bits == 4, bits == 8
     return model
 
 
-def quantised_in_both(out_features: int, bits: int) -> tuple[nn.Module, PeftModel]:
-    """Build the same quantised layer with the same adapter, ours and PEFT's.
+def quantized_in_both(out_features: int, bits: int) -> tuple[nn.Module, PeftModel]:
+    """Build the same quantized layer with the same adapter, ours and PEFT's.
 
     The rank divides 64, or PEFT's merge would raise for square layers of 8 bits too.
     """
     config = RandLoraConfig(r=8, randlora_alpha=ALPHA, target_modules=["0"])
     torch.manual_seed(0)
-    theirs = get_peft_model(quantised_layer(out_features, bits), config).eval()
+    theirs = get_peft_model(quantized_layer(out_features, bits), config).eval()
     fill(theirs)
     torch.manual_seed(0)
-    ours = quantised_layer(out_features, bits)
+    ours = quantized_layer(out_features, bits)
     randlora.inject(ours, 8, alpha=ALPHA, targets=["0"])
     copy_values(theirs, ours)
     return ours, theirs
@@ -277,10 +277,10 @@ def lost_by_merging(model: nn.Module, merge: Callable[[], object]) -> float:
 @pytest.mark.filterwarnings("ignore:Merge RandLora module to 4-bit linear may get different:UserWarning")
 @pytest.mark.parametrize("out_features", [64, 128], ids=["square", "tall"])
 @pytest.mark.parametrize(("bits", "most"), [(8, 0.03), (4, 0.25)])
-def test_merging_into_a_quantised_layer_loses_no_more_than_rounding_does(
+def test_merging_into_a_quantized_layer_loses_no_more_than_rounding_does(
     bits: int, most: float, out_features: int
 ) -> None:
-    ours, theirs = quantised_in_both(out_features, bits)
+    ours, theirs = quantized_in_both(out_features, bits)
     x = {"input": torch.randn(9, 64)}
     torch.testing.assert_close(outputs(ours, x), outputs(theirs, x), rtol=1e-3, atol=1e-3)
     assert 0 < lost_by_merging(ours, lambda: randlora.merge(ours)) < most
@@ -289,8 +289,8 @@ def test_merging_into_a_quantised_layer_loses_no_more_than_rounding_does(
     expect_in_peft(fault=0.8 < lost < 2 if (bits, out_features) == (8, 64) else lost == float("inf"))
 
 
-def test_a_second_adapter_of_a_quantised_model_does_not_wrap_the_first() -> None:
-    ours, theirs = quantised_in_both(64, 8)
+def test_a_second_adapter_of_a_quantized_model_does_not_wrap_the_first() -> None:
+    ours, theirs = quantized_in_both(64, 8)
     randlora.inject(ours, 8, targets=["0"], name="b")
     assert not any("base_layer.base_layer" in key for key in ours.state_dict())
 

@@ -1,4 +1,4 @@
-"""Preparing a quantised model: what each step changes, and that a prepared model trains."""
+"""Preparing a quantized model: what each step changes, and that a prepared model trains."""
 
 import copy
 import dataclasses
@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 import randlora
-from randlora import AdapterError, prepare_quantised
+from randlora import AdapterError, prepare_quantized
 from tests.laws import TOKENS, Mixed, Snapshot, same_bits
 from tests.models import (
     BERT,
@@ -28,7 +28,7 @@ from tests.models import (
     tokens,
 )
 from tests.prepared import NOTHING, gradient, hooks, only, output_of
-from tests.quantised import four_bit_linear, half_precision_model
+from tests.quantized import four_bit_linear, half_precision_model
 
 
 @every_transformers_model
@@ -37,7 +37,7 @@ def test_norms_and_dense_layers_become_float32_in_place_and_nothing_else_changes
 ) -> None:
     model = half_precision_model(kind, tmp_path)
     before = {name: (parameter, parameter.detach().clone()) for name, parameter in model.named_parameters()}
-    report = prepare_quantised(model, **only("full_precision"))
+    report = prepare_quantized(model, **only("full_precision"))
     dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     norms = [name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()]
     tied = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding) and kind is GPT2]
@@ -54,9 +54,9 @@ def test_norms_and_dense_layers_become_float32_in_place_and_nothing_else_changes
 @pytest.mark.parametrize("kind", [LLAMA, GPT2, BERT], ids=lambda kind: kind.name)
 def test_a_prepared_model_computes_what_pefts_does_and_holds_no_more(kind: RealModel, tmp_path: Path) -> None:
     ours, theirs = half_precision_model(kind, tmp_path / "ours"), half_precision_model(kind, tmp_path / "theirs")
-    prepare_quantised(ours)
+    prepare_quantized(ours)
     theirs = peft.prepare_model_for_kbit_training(theirs, use_gradient_checkpointing=False)
-    prepare_quantised(theirs, **only("unpacked"))
+    prepare_quantized(theirs, **only("unpacked"))
     assert same_bits(outputs(ours, kind.inputs()), outputs(theirs, kind.inputs()))
     assert sum(p.nbytes for p in ours.parameters()) < sum(p.nbytes for p in theirs.parameters())
 
@@ -65,11 +65,11 @@ def test_a_prepared_model_computes_what_pefts_does_and_holds_no_more(kind: RealM
 @every_transformers_model
 def test_a_prepared_model_trains_with_gradients_down_to_its_inputs(kind: RealModel, bits: int, tmp_path: Path) -> None:
     model = half_precision_model(kind, tmp_path, bits=bits)
-    report = prepare_quantised(model)
+    report = prepare_quantized(model)
     assert report.notes == ()
     assert report.checkpointing
-    assert len(report.quantised) == sum("bit" in type(module).__name__ for module in model.modules())
-    assert report.unpacked == (report.quantised if bits == 4 else ())
+    assert len(report.quantized) == sum("bit" in type(module).__name__ for module in model.modules())
+    assert report.unpacked == (report.quantized if bits == 4 else ())
     inputs = output_of(model, report.input_gradients[0])
     output = logits(model.train()(**kind.inputs()))
     assert output.dtype == torch.float32
@@ -80,9 +80,9 @@ def test_a_prepared_model_trains_with_gradients_down_to_its_inputs(kind: RealMod
 @every_transformers_model
 def test_a_second_call_changes_nothing_more(kind: RealModel, tmp_path: Path) -> None:
     model = half_precision_model(kind, tmp_path)
-    first = prepare_quantised(model)
+    first = prepare_quantized(model)
     before, hung = Snapshot.of(model), hooks(model)
-    second = prepare_quantised(model)
+    second = prepare_quantized(model)
     before.assert_equals(Snapshot.of(model))
     assert hooks(model) == hung
     assert second == dataclasses.replace(first, cast=())
@@ -90,8 +90,8 @@ def test_a_second_call_changes_nothing_more(kind: RealModel, tmp_path: Path) -> 
 
 def test_a_model_made_16_bits_again_is_prepared_again_with_the_hooks_it_has() -> None:
     model = Mixed(torch.bfloat16)
-    first, hung = prepare_quantised(model), hooks(model)
-    assert prepare_quantised(model.half()) == first
+    first, hung = prepare_quantized(model), hooks(model)
+    assert prepare_quantized(model.half()) == first
     assert hooks(model) == hung
     assert model.head.weight.dtype == torch.float32
 
@@ -101,17 +101,17 @@ def test_a_call_without_steps_and_a_model_of_more_bits_are_left_alone(dtype: tor
     model = Mixed(dtype)
     before = Snapshot.of(model)
     is_half = dtype.itemsize == 2
-    report = prepare_quantised(model, **(NOTHING if is_half else only("full_precision")))
+    report = prepare_quantized(model, **(NOTHING if is_half else only("full_precision")))
     before.assert_equals(Snapshot.of(model))
     assert set(hooks(model).values()) == {(0, 0)}
     assert report == randlora.PreparationReport()
 
 
-def test_a_model_without_quantised_layers_is_prepared_all_the_same() -> None:
+def test_a_model_without_quantized_layers_is_prepared_all_the_same() -> None:
     model = Mixed(torch.bfloat16)
-    report = prepare_quantised(model)
+    report = prepare_quantized(model)
     assert str(report).splitlines() == [
-        "quantised layers: none",
+        "quantized layers: none",
         "made float32: q, up, down, norm and 1 more",
         "require grad from the start: embed",
         "checkpointing: off",
@@ -128,10 +128,10 @@ def test_a_model_without_quantised_layers_is_prepared_all_the_same() -> None:
 @every_transformers_model
 def test_a_copy_of_a_prepared_model_is_prepared(kind: RealModel, copied: Callable[[nn.Module], nn.Module]) -> None:
     model = kind.build().bfloat16()
-    prepare_quantised(model, checkpointing=False)  # transformers then adds hooks of its own, which pickle cannot take
+    prepare_quantized(model, checkpointing=False)  # transformers then adds hooks of its own, which pickle cannot take
     twin = copied(model)
     assert same_bits(outputs(twin, kind.inputs()), outputs(model, kind.inputs()))
-    prepare_quantised(twin, checkpointing=False)
+    prepare_quantized(twin, checkpointing=False)
     assert hooks(twin) == hooks(model)
     assert all(parameter.requires_grad for parameter in twin.parameters())
 
@@ -141,7 +141,7 @@ def test_what_is_tied_stays_tied_and_a_layer_used_twice_is_hooked_once() -> None
     model.head = nn.Linear(12, 11, bias=False, dtype=torch.bfloat16)
     model.head.weight = model.embed.weight
     model.again = model.q
-    report = prepare_quantised(model, **only("full_precision"))
+    report = prepare_quantized(model, **only("full_precision"))
     assert model.head.weight is model.embed.weight
     assert report.cast == ("embed", "q", "up", "down", "norm", "head")
     assert hooks(model)["q"] == (0, 1)
@@ -155,7 +155,7 @@ def test_weights_without_values_yet_or_of_another_librarys_form_are_left_alone()
     stored = nn.Linear(4, 4, dtype=torch.bfloat16)
     stored.weight = nn.Parameter(stored.weight.detach().as_subclass(Stored), requires_grad=False)
     model = nn.Sequential(nn.LayerNorm(4, dtype=torch.bfloat16), stored, nn.LazyLinear(4, bias=False))
-    report = prepare_quantised(model, **only("full_precision"))
+    report = prepare_quantized(model, **only("full_precision"))
     assert report.cast == ("0",)
     assert isinstance(model[2].weight, nn.UninitializedParameter)
     assert stored(model[0](torch.randn(2, 4))).dtype == torch.bfloat16
@@ -165,9 +165,9 @@ def test_weights_without_values_yet_or_of_another_librarys_form_are_left_alone()
 def test_dense_layers_that_are_adapted_are_prepared_too(adapted_first: bool) -> None:
     model = Mixed(torch.bfloat16)
     if not adapted_first:
-        prepare_quantised(model)
+        prepare_quantized(model)
     randlora.inject(model, r=4, targets=["q", "down"])
-    prepare_quantised(model)
+    prepare_quantized(model)
     assert model.get_parameter("q.base_layer.weight").dtype == torch.float32
     output = model(TOKENS)
     assert output.dtype == torch.float32
@@ -178,21 +178,21 @@ def test_dense_layers_that_are_adapted_are_prepared_too(adapted_first: bool) -> 
 def test_a_merged_model_is_not_prepared() -> None:
     model = nn.Sequential(four_bit_linear(), nn.LayerNorm(32, dtype=torch.bfloat16))
     randlora.inject(model, r=4)
-    with randlora.merged(model, quantised="dequantise"):
+    with randlora.merged(model, quantized="dequantize"):
         before = Snapshot.of(model)
         with pytest.raises(AdapterError, match=r"cannot prepare the model while the adapters are merged"):
-            prepare_quantised(model)
+            prepare_quantized(model)
         before.assert_equals(Snapshot.of(model))
 
 
 class Convolutional(nn.Module):
     """A convolution after a norm, with a weight of its own and with one computed from others."""
 
-    def __init__(self, *, is_parametrised: bool) -> None:
+    def __init__(self, *, is_parametrized: bool) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(4)
         convolution = nn.Conv1d(4, 4, 3)
-        self.conv = nn.utils.parametrizations.weight_norm(convolution) if is_parametrised else convolution
+        self.conv = nn.utils.parametrizations.weight_norm(convolution) if is_parametrized else convolution
 
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.conv(self.norm(x))
@@ -203,7 +203,7 @@ def encoder_layer() -> nn.Module:
     return nn.Sequential(nn.LayerNorm(8), nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True))
 
 
-def parametrised_linear() -> nn.Module:
+def parametrized_linear() -> nn.Module:
     linear: nn.Module = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
     return nn.Sequential(nn.LayerNorm(8), linear)
 
@@ -212,12 +212,12 @@ def parametrised_linear() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "shape"),
     [
-        (lambda: Convolutional(is_parametrised=False), (2, 4, 8)),
-        (lambda: Convolutional(is_parametrised=True), (2, 4, 8)),
+        (lambda: Convolutional(is_parametrized=False), (2, 4, 8)),
+        (lambda: Convolutional(is_parametrized=True), (2, 4, 8)),
         (encoder_layer, (2, 4, 8)),
-        (parametrised_linear, (4, 8)),
+        (parametrized_linear, (4, 8)),
     ],
-    ids=["convolution", "parametrised convolution", "attention", "parametrised linear"],
+    ids=["convolution", "parametrized convolution", "attention", "parametrized linear"],
 )
 def test_matrices_that_keep_their_16_bits_meet_the_float32_that_norms_give(
     build: Callable[[], nn.Module], shape: tuple[int, ...], training: bool
@@ -225,7 +225,7 @@ def test_matrices_that_keep_their_16_bits_meet_the_float32_that_norms_give(
     model = build().bfloat16().train(training)
     x = torch.randn(shape, dtype=torch.bfloat16)
     expected = copy.deepcopy(model)(x)
-    report = prepare_quantised(model, **only("full_precision"))
+    report = prepare_quantized(model, **only("full_precision"))
     kept = {parameter.dtype for parameter in model.parameters() if parameter.ndim > 1}
     assert torch.bfloat16 in kept
     assert report.cast
@@ -264,6 +264,6 @@ def text_pairs() -> dict[str, Tensor]:
 def test_experts_and_position_biases_in_16_bits_work_on(kind: RealModel, tmp_path: Path) -> None:
     model = half_precision_model(kind, tmp_path).train()
     expected = outputs(model, kind.inputs())
-    report = prepare_quantised(model, **only("full_precision"))
+    report = prepare_quantized(model, **only("full_precision"))
     assert report.cast
     torch.testing.assert_close(outputs(model, kind.inputs()), expected.float(), rtol=0.1, atol=0.1)

@@ -1,4 +1,4 @@
-"""Gradients where a quantised model would have none: at its inputs, in checkpoints, past repacked layers."""
+"""Gradients where a quantized model would have none: at its inputs, in checkpoints, past repacked layers."""
 
 import copy
 import dataclasses
@@ -11,19 +11,19 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from randlora import prepare_quantised
+from randlora import prepare_quantized
 from tests.laws import Mixed
 from tests.models import LLAMA, VIT, RealModel, every_transformers_model, logits
 from tests.prepared import NOTHING, gradient, hooks, only, output_of
-from tests.quantised import four_bit_linear, half_precision_model, needs_repacking
+from tests.quantized import four_bit_linear, half_precision_model, needs_repacking
 
 
 @every_transformers_model
 def test_embeddings_let_their_outputs_require_grad(kind: RealModel, tmp_path: Path) -> None:
     model = half_precision_model(kind, tmp_path).train()
     assert not logits(model(**kind.inputs())).requires_grad
-    report = prepare_quantised(model, **only("inputs_require_grad"))
-    assert report == dataclasses.replace(prepare_quantised(model, **NOTHING), input_gradients=report.input_gradients)
+    report = prepare_quantized(model, **only("inputs_require_grad"))
+    assert report == dataclasses.replace(prepare_quantized(model, **NOTHING), input_gradients=report.input_gradients)
     inputs = output_of(model, report.input_gradients[0])
     logits(model(**kind.inputs())).float().square().mean().backward()
     assert gradient(inputs).abs().max() > 0
@@ -33,7 +33,7 @@ def test_a_model_of_text_and_images_has_two_inputs() -> None:
     sides = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     text, vision = {"vocab_size": 64, **sides}, {"image_size": 16, "patch_size": 8, **sides}
     model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
-    report = prepare_quantised(model, **only("inputs_require_grad"))
+    report = prepare_quantized(model, **only("inputs_require_grad"))
     assert [name.rpartition(".")[2] for name in report.input_gradients] == ["token_embedding", "patch_embedding"]
 
 
@@ -45,7 +45,7 @@ def convolutions() -> nn.Module:
 @pytest.mark.parametrize("build", [lambda: nn.Sequential(nn.Linear(4, 4)), convolutions])
 def test_a_model_without_embeddings_is_reported(build: Callable[[], nn.Module]) -> None:
     model = build()
-    report = prepare_quantised(model, **only("inputs_require_grad"))
+    report = prepare_quantized(model, **only("inputs_require_grad"))
     assert report.input_gradients == ()
     assert report.notes == ("no embedding was found: for reentrant checkpointing, let the batch itself require grad",)
     assert set(hooks(model).values()) == {(0, 0)}
@@ -72,8 +72,8 @@ def test_checkpointing_changes_no_gradient(kind: RealModel, reentrant: bool, tmp
                 module.p = 0.0
     if reentrant:
         model.activation_checkpointing_enable({"use_reentrant": True})
-    assert prepare_quantised(model).checkpointing
-    assert not prepare_quantised(plain, checkpointing=False).checkpointing
+    assert prepare_quantized(model).checkpointing
+    assert not prepare_quantized(plain, checkpointing=False).checkpointing
     used = {module._gradient_checkpointing_func.keywords["use_reentrant"] for module in checkpointed(model)}
     assert used == {reentrant}
     expected = trainable_gradients(plain, kind)
@@ -93,7 +93,7 @@ def test_reentrant_checkpointing_needs_inputs_that_require_grad(tmp_path: Path) 
     with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
         lost = trainable_gradients(model, VIT)
     assert [name for name, value in lost.items() if value is not None] == ["vit.layernorm.weight", "vit.layernorm.bias"]
-    prepare_quantised(model, **only("inputs_require_grad"))
+    prepare_quantized(model, **only("inputs_require_grad"))
     assert all(value is not None for value in trainable_gradients(model, VIT).values())
 
 
@@ -113,15 +113,15 @@ class ChecksPoints(nn.Module):
 
 def test_the_older_name_of_checkpointing_is_known_and_called_once() -> None:
     model = ChecksPoints()
-    assert prepare_quantised(model).checkpointing
-    assert prepare_quantised(model).checkpointing
+    assert prepare_quantized(model).checkpointing
+    assert prepare_quantized(model).checkpointing
     assert model.options == [{"use_reentrant": False}]
 
 
 def test_a_transformers_model_that_cannot_checkpoint_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     model = LLAMA.build()
     monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
-    report = prepare_quantised(model)
+    report = prepare_quantized(model)
     assert not report.checkpointing
     assert report.notes == ("checkpointing stays off: LlamaForCausalLM has no method for it",)
 
@@ -146,8 +146,8 @@ def test_an_evaluation_costs_a_prepared_layer_neither_gradients_nor_bits(
     layer = four_bit_linear(64, out_features, compress_statistics=compress_statistics)
     model = nn.Sequential(layer)
     before = copy.deepcopy(layer.state_dict())
-    report = prepare_quantised(model, **only("unpacked"))
-    assert (report.quantised, report.unpacked, report.put_in_order) == (("0",), ("0",), ())
+    report = prepare_quantized(model, **only("unpacked"))
+    assert (report.quantized, report.unpacked, report.put_in_order) == (("0",), ("0",), ())
     found = input_gradient_after_evaluation(model)
     assert found is not None
     assert found.abs().max() > 0
@@ -165,12 +165,12 @@ def test_without_the_step_an_evaluation_cuts_gradients_off_and_a_later_call_mend
     expected = model(x)  # with a bias, a forward pass in training would raise from here on
     if input_gradient_after_evaluation(model) is not None:
         pytest.skip("this bitsandbytes passes gradients through repacked layers")
-    report = prepare_quantised(model)
-    assert (report.quantised, report.unpacked, report.put_in_order) == (("0",), ("0",), ("0",))
+    report = prepare_quantized(model)
+    assert (report.quantized, report.unpacked, report.put_in_order) == (("0",), ("0",), ("0",))
     assert "repacked already: 0 (in order again, their scales less exact)" in str(report)
     assert input_gradient_after_evaluation(model) is not None
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0.02 * expected.abs().max().item())
-    assert prepare_quantised(model).put_in_order == ()
+    assert prepare_quantized(model).put_in_order == ()
 
 
 @needs_repacking
@@ -182,7 +182,7 @@ def test_scales_that_a_state_dict_left_turned_are_turned_back_and_named() -> Non
     model.state_dict()
     if layer.weight.quant_state.absmax.ndim == 1:
         pytest.skip("this bitsandbytes turns them back")
-    assert prepare_quantised(model).put_in_order == ("0",)
+    assert prepare_quantized(model).put_in_order == ("0",)
     for is_training in (True, False):
         found = model.train(is_training)(x)
         torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * expected.abs().max().item())
@@ -194,7 +194,7 @@ def test_a_repacked_layer_whose_weight_lost_its_state_is_named_too() -> None:
     model = nn.Sequential(layer)
     model.eval()(torch.randn(3, 64, dtype=torch.bfloat16))
     layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
-    assert prepare_quantised(model).put_in_order == ("0",)
+    assert prepare_quantized(model).put_in_order == ("0",)
 
 
 def test_a_model_that_cannot_name_its_embeddings_is_left_as_it_is() -> None:
@@ -208,14 +208,14 @@ def test_a_model_that_cannot_name_its_embeddings_is_left_as_it_is() -> None:
 
     model = Broken()
     with pytest.raises(AttributeError):
-        prepare_quantised(model)
+        prepare_quantized(model)
     assert model.norm.weight.dtype == torch.bfloat16
     assert not model.norm._forward_pre_hooks
 
 
 def test_what_is_given_in_a_tuple_is_cast_too() -> None:
     model = nn.ModuleDict({"norm": nn.LayerNorm(8), "rnn": nn.LSTM(8, 8)}).bfloat16()
-    prepare_quantised(model)
+    prepare_quantized(model)
     state = torch.zeros(1, 2, 8), torch.zeros(1, 2, 8)
     output, _ = model["rnn"](model["norm"](torch.randn(3, 2, 8)), state)
     assert output.dtype == torch.bfloat16

@@ -11,7 +11,7 @@ import randlora
 from randlora.install import adapter_layers
 from randlora.report import as_bytes, table
 from tests.laws import Mixed
-from tests.quantised import INT8, MODELS, NF4, Codes, of_4_bits, quantised_model
+from tests.quantized import INT8, MODELS, NF4, Codes, of_4_bits, quantized_model
 from tests.strategies import ranks
 
 
@@ -35,11 +35,11 @@ def test_figures_are_those_counted_on_the_model(r: int, also: list[str] | None) 
 
 @pytest.mark.parametrize("is_adapted", [False, True], ids=["plain", "adapted"])
 @pytest.mark.parametrize("codes", [NF4, INT8], ids=lambda codes: codes.name)
-def test_a_quantised_weight_counts_as_the_numbers_it_stands_for(codes: Codes, is_adapted: bool) -> None:
-    dense, quantised = MODELS[0].build(), quantised_model(MODELS[0], codes)
-    for model in (dense, quantised) if is_adapted else ():
+def test_a_quantized_weight_counts_as_the_numbers_it_stands_for(codes: Codes, is_adapted: bool) -> None:
+    dense, quantized = MODELS[0].build(), quantized_model(MODELS[0], codes)
+    for model in (dense, quantized) if is_adapted else ():
         randlora.inject(model, r=8, targets="all-linear", name="first")
-    expected, found = randlora.plan(dense, r=8, name="b"), randlora.plan(quantised, r=8, name="b")
+    expected, found = randlora.plan(dense, r=8, name="b"), randlora.plan(quantized, r=8, name="b")
     assert (found.total_parameters, found.share) == (expected.total_parameters, expected.share)
 
 
@@ -50,7 +50,7 @@ def test_a_weight_counts_the_same_in_every_storage(storage: torch.dtype) -> None
     assert report.total_parameters - report.trainable_parameters == 64 * 32 + 32 + 64 * 31 + 31
 
 
-def test_a_quantised_embedding_counts_as_the_numbers_it_stands_for() -> None:
+def test_a_quantized_embedding_counts_as_the_numbers_it_stands_for() -> None:
     model = nn.Sequential(Embedding4bit(16, 64, quant_type="nf4"), of_4_bits(64, 32)).to("cpu")
     report = randlora.plan(model, r=8, targets=["1"])
     assert report.total_parameters - report.trainable_parameters == 16 * 64 + 64 * 32 + 32

@@ -11,7 +11,7 @@ import randlora
 from randlora import TargetError
 from randlora.train_also import select_parameters
 from tests.laws import TOKENS, Mixed, Snapshot, same_bits
-from tests.quantised import of_4_bits
+from tests.quantized import of_4_bits
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,9 @@ def test_the_bias_of_an_adapted_layer_trains_and_comes_back() -> None:
     model = Mixed()
     before = Snapshot.of(model)
     randlora.inject(model, r=4, train_also=["q.bias"])
-    optimiser = torch.optim.SGD(randlora.trainable_parameters(model), lr=1.0)
+    optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=1.0)
     model(TOKENS).square().mean().backward()
-    optimiser.step()
+    optimizer.step()
     trained = model.get_parameter("q.base_layer.bias")
     assert not same_bits(trained, before.tensors["q.bias"])
     randlora.eject(model)
@@ -80,7 +80,7 @@ def test_running_statistics_cannot_be_carried_and_single_parameters_can() -> Non
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
-def test_nor_can_those_of_a_quantised_embedding(storage: torch.dtype) -> None:
+def test_nor_can_those_of_a_quantized_embedding(storage: torch.dtype) -> None:
     embedding = Embedding4bit(16, 64, quant_type="nf4", quant_storage=storage)
     model = nn.Sequential(OrderedDict(embed=embedding, body=nn.Linear(64, 64))).to("cpu")
     with pytest.raises(TargetError, match=r"embed\.weight, which is codes \(Embedding4bit\)"):
@@ -89,7 +89,7 @@ def test_nor_can_those_of_a_quantised_embedding(storage: torch.dtype) -> None:
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("names", [["head"], ["head.weight"], r"head\.weight"], ids=str)
-def test_the_codes_of_a_quantised_layer_cannot_be_trained_and_its_bias_can(
+def test_the_codes_of_a_quantized_layer_cannot_be_trained_and_its_bias_can(
     storage: torch.dtype, names: list[str] | str
 ) -> None:
     model = nn.Sequential(OrderedDict(body=nn.Linear(64, 64), head=of_4_bits(64, 8, quant_storage=storage)))

@@ -217,7 +217,7 @@ def test_a_tied_bias_and_tied_weights_outside_the_targets_are_no_obstacle() -> N
     assert problems(model) == []
 
 
-def parametrised() -> nn.Module:
+def parametrized() -> nn.Module:
     layer: nn.Module = torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
     return layer
 
@@ -228,9 +228,9 @@ def computed() -> nn.Module:
     return layer
 
 
-@pytest.mark.parametrize("make", [parametrised, computed], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [parametrized, computed], ids=lambda make: make.__name__)
 def test_a_layer_that_computes_its_parameters_is_refused(make: Callable[[], nn.Module]) -> None:
-    message = "layer computes its weight from other parameters: remove the parametrisation first"
+    message = "layer computes its weight from other parameters: remove the parametrization first"
     assert problems(nn.ModuleDict({"layer": make()})) == [message]
     with pytest.raises(randlora.TargetError, match=message):
         randlora.inject(nn.ModuleDict({"layer": make(), "norm": nn.LayerNorm(3)}), r=1, train_also=["norm"])
@@ -249,11 +249,11 @@ def test_a_layer_without_a_shape_is_refused_until_it_has_one() -> None:
 def test_a_weight_of_integers_is_refused(dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Linear(3, 3))
     model[0].weight = nn.Parameter(torch.ones(3, 3, dtype=dtype), requires_grad=False)
-    assert problems(model) == [f"0 has a weight of {dtype}, expected a floating dtype: dequantise it first"]
+    assert problems(model) == [f"0 has a weight of {dtype}, expected a floating dtype: dequantize it first"]
 
 
 def test_all_obstacles_are_named_at_once() -> None:
-    model = nn.ModuleDict({"a": parametrised(), "b": nn.Linear(3, 3), "embed": nn.Embedding(3, 3)})
+    model = nn.ModuleDict({"a": parametrized(), "b": nn.Linear(3, 3), "embed": nn.Embedding(3, 3)})
     model["b"].weight = model["embed"].weight
     with pytest.raises(randlora.TargetError, match="2 problems") as caught:
         randlora.inject(model, r=1)

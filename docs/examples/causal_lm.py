@@ -85,14 +85,14 @@ def mean_loss(model: Any, rows: Tensor, batch_size: int = 8) -> float:
 def train(model: Any, rows: Tensor, *, steps: int, batch_size: int, lr: float, seed: int) -> Iterator[float]:
     """Train the adapter on random windows, and give the loss after each step."""
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(randlora.trainable_parameters(model), lr=lr)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1, 0, total_iters=steps)
+    optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=lr)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, total_iters=steps)
     for _ in range(steps):
         batch = rows[torch.randint(len(rows), (batch_size,), generator=generator)]
         loss = model(input_ids=batch, labels=batch).loss
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
         yield loss.item()
 

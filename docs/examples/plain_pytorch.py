@@ -24,10 +24,10 @@ def pretrained() -> nn.Sequential:
     """Make a network that knows the sine, in the place of one that you would load."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Dropout(0.01), nn.Linear(64, 1))
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(200):
         x = torch.empty(64, 1).uniform_(-math.pi, math.pi)
-        step(optimiser, F.mse_loss(model(x), x.sin()))
+        step(optimizer, F.mse_loss(model(x), x.sin()))
     return model
 
 
@@ -37,11 +37,11 @@ def batch() -> tuple[Tensor, Tensor]:
     return x, (2 * x).cos()
 
 
-def step(optimiser: torch.optim.Optimizer, loss: Tensor) -> float:
+def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
     """Take one step down a loss, and return it."""
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     loss.backward()
-    optimiser.step()
+    optimizer.step()
     return loss.item()
 
 
@@ -51,15 +51,15 @@ class Run:
     def __init__(self, model: nn.Module, *, steps: int) -> None:
         """Start with a model that carries a trainable adapter."""
         self.model = model
-        self.optimiser = torch.optim.AdamW(randlora.trainable_parameters(model), lr=1e-2)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimiser, T_max=steps)
+        self.optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=1e-2)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=steps)
         self.done = 0
 
     def train(self, last: int) -> Iterator[float]:
         """Train up to a step, and give each step's loss."""
         while self.done < last:
             x, y = batch()
-            yield step(self.optimiser, F.mse_loss(self.model(x), y))
+            yield step(self.optimizer, F.mse_loss(self.model(x), y))
             self.schedule.step()
             self.done += 1
 
@@ -68,7 +68,7 @@ class Run:
         directory = out / f"step-{self.done:06}"
         randlora.save(self.model, directory)
         state = {
-            "optimiser": self.optimiser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "generator": torch.get_rng_state(),
             "done": self.done,
@@ -91,7 +91,7 @@ def resume(out: Path, *, steps: int) -> Run:
     model = pretrained()
     print(randlora.load(model, complete[-1].parent, trainable=True))
     run, state = Run(model, steps=steps), torch.load(complete[-1], weights_only=True)
-    run.optimiser.load_state_dict(state["optimiser"])
+    run.optimizer.load_state_dict(state["optimizer"])
     run.schedule.load_state_dict(state["schedule"])
     run.done = state["done"]
     torch.set_rng_state(state["generator"])

@@ -172,29 +172,29 @@ def train_head(model: SentimentClassifier, texts: Texts, *, weight_decay: float 
     model.eval()
     with torch.no_grad():
         features = torch.cat([model.features(batch) for batch in texts.batches()])
-    optimiser = torch.optim.LBFGS(model.head.parameters(), max_iter=500, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(model.head.parameters(), max_iter=500, line_search_fn="strong_wolfe")
 
     def loss() -> float:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         fit = F.binary_cross_entropy_with_logits(model.head(features).squeeze(-1), texts.labels)
         (total := fit + weight_decay * model.head.weight.square().sum()).backward()
         return total.item()
 
-    optimiser.step(loss)
+    optimizer.step(loss)
 
 
 def train(model: SentimentClassifier, batches: Sequence[Texts], lr: float) -> Iterator[float]:
     """Train the adapter and the head, and give the loss after each step."""
     head = list(model.head.parameters())
     adapter = list(set(randlora.trainable_parameters(model)) - set(head))
-    optimiser = torch.optim.AdamW([{"params": adapter, "lr": lr}, {"params": head, "lr": HEAD_LR}])
-    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1, 0, total_iters=len(batches))
+    optimizer = torch.optim.AdamW([{"params": adapter, "lr": lr}, {"params": head, "lr": HEAD_LR}])
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, total_iters=len(batches))
     model.train()
     for batch in batches:
         loss = F.binary_cross_entropy_with_logits(model(batch), batch.labels)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
         yield loss.item()
 

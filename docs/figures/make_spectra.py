@@ -53,17 +53,17 @@ def fit_randlora(target: Tensor, kind: Kind) -> tuple[Tensor, int]:
     with torch.no_grad():
         lam.normal_(std=0.1, generator=generator)
         gamma.normal_(std=0.01, generator=generator)
-    optimiser = torch.optim.LBFGS(
+    optimizer = torch.optim.LBFGS(
         parameters, max_iter=ITERATIONS, history_size=30, line_search_fn="strong_wolfe", tolerance_change=0
     )
 
     def closure() -> float:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = (randlora.delta_weight(model, "0") - target).square().sum() / target.square().sum()
         loss.backward()
         return loss.item()
 
-    optimiser.step(closure)
+    optimizer.step(closure)
     return randlora.delta_weight(model, "0").detach(), trainable
 
 

@@ -1,6 +1,6 @@
-"""Measure how much of an update is rounded away when it is merged into the codes of a quantised layer.
+"""Measure how much of an update is rounded away when it is merged into the codes of a quantized layer.
 
-Prints the table of ``docs/quantised.md``. It takes a few seconds, from the repository's root, with bitsandbytes
+Prints the table of ``docs/quantized.md``. It takes a few seconds, from the repository's root, with bitsandbytes
 installed: ``python docs/figures/measure_rounding.py``
 """  # noqa: INP001  (a script, not a package)
 
@@ -18,8 +18,8 @@ SHARES = (0.01, 0.03, 0.1, 0.3)
 KINDS = ("NF4", "FP4", "8 bits")
 
 
-def quantised(kind: str) -> nn.Sequential:
-    """Quantise a layer of normal weights."""
+def quantized(kind: str) -> nn.Sequential:
+    """Quantize a layer of normal weights."""
     layer = (
         bitsandbytes.nn.Linear8bitLt(SIDE, SIDE, bias=False, has_fp16_weights=False)
         if kind == "8 bits"
@@ -32,7 +32,7 @@ def quantised(kind: str) -> nn.Sequential:
 def rounded_away(kind: str, share: float) -> float:
     """Merge an update of a share of the weight's norm, and return what is lost as a share of the update's norm."""
     torch.manual_seed(0)
-    model = quantised(kind)
+    model = quantized(kind)
     randlora.inject(model, r=32, targets=["0"])
     with torch.no_grad():
         for parameter in randlora.trainable_parameters(model):

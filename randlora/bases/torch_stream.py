@@ -58,7 +58,7 @@ class _Deviation:
         variance = (self.squares - self.total**2 / self.count) / (self.count - 1) if self.count > 1 else 0.0
         if variance <= 0:
             raise ConfigError(
-                f"{spec} have no spread to be normalised by: use basis='dense', a larger r or another seed"
+                f"{spec} have no spread to be normalized by: use basis='dense', a larger r or another seed"
             )
         return math.sqrt(variance)
 

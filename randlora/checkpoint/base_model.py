@@ -34,7 +34,7 @@ def is_same_model(one: str, other: str) -> bool:
 
     Two repositories are told apart by their whole names. A path is one's own affair: only its last component counts.
     """
-    first, second = _normalised(one), _normalised(other)
+    first, second = _normalized(one), _normalized(other)
     if is_repo_id(first) and is_repo_id(second):
         return first == second
     return _last(first) == _last(second)
@@ -66,7 +66,7 @@ def _own_name(model: nn.Module) -> str | None:
     return next((name for name in names if isinstance(name, str) and name), None)
 
 
-def _normalised(name: str) -> str:
+def _normalized(name: str) -> str:
     return (repo_of(name) or name).rstrip("/\\").casefold()
 
 

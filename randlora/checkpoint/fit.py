@@ -92,7 +92,7 @@ def trained_misfits(model: nn.Module, trained: Mapping[str, Tensor]) -> list[str
 def _without_values(targets: Sequence[Target]) -> list[str]:
     weights = {target.fqn: (target.module, target.module._parameters.get("weight")) for target in targets}
     return [
-        f"{fqn} holds no values yet (meta), so the adapter's would be lost: materialise it first"
+        f"{fqn} holds no values yet (meta), so the adapter's would be lost: materialize it first"
         for fqn, (module, weight) in weights.items()
         if weight is not None and weight.is_meta and not AdapterLayer.is_offloaded(module)
     ]

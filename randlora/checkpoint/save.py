@@ -125,7 +125,7 @@ def _problems(adapter: Adapter, layers: Sequence[tuple[str, AdapterLayer]], base
         problems.append("its bases came from a file and no seed brings them back: save with bases='stored'")
     without = [fqn for fqn, layer in layers if layer.randlora_lambda[adapter.name].is_meta]
     without += [fqn for fqn, parameter in adapter.trained.items() if parameter.is_meta]
-    problems += [f"{fqn} holds no values to save (meta): materialise the model first" for fqn in without]
+    problems += [f"{fqn} holds no values to save (meta): materialize the model first" for fqn in without]
     sharded = [fqn for fqn, layer in layers if type(layer.randlora_lambda[adapter.name].data) is not Tensor]
     problems += [f"the adapter of {fqn} is sharded: gather it first" for fqn in sharded]
     return problems

@@ -35,7 +35,7 @@ def merge(
     other files carried over. The weights are, bit for bit, those of loading, merging and saving. The directory appears
     when it is complete; after a kill, run the same command again.
 
-    A model that bitsandbytes quantised comes out dense.
+    A model that bitsandbytes quantized comes out dense.
 
     **Examples**
 

@@ -85,7 +85,7 @@ def _memory_rows(memory: TrainingMemory) -> list[tuple[str, str]]:
         "the model, as stored": memory.weights,
         "the adapter": memory.parameters,
         "its gradients": memory.gradients,
-        "AdamW": memory.optimiser,
+        "AdamW": memory.optimizer,
         "bases": memory.bases,
         "together": memory.total,
     }

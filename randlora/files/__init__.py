@@ -1,7 +1,7 @@
 """Verbs on files: what can be done to checkpoints and adapters without a model in memory.
 
 `model_directory` reads the headers of a checkpoint; `names`, `order` and `kinds` say what they mean; `skeleton`
-builds a model of shapes after them. `quantised` sees a checkpoint of codes as the dense one that it stands for,
+builds a model of shapes after them. `quantized` sees a checkpoint of codes as the dense one that it stands for,
 `bnb_layout` finds the codes in it, and `codes` reads them. `tensor_file` reads and writes tensors as bytes,
 `companions` are the files beside them, `staging` lets a directory appear complete or not at all. `adapter` opens an
 adapter layer by layer, `low_rank` cuts its updates.

@@ -17,7 +17,7 @@ from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.errors import CheckpointError, raise_collected
 from randlora.files.model_directory import read_model_directory
 from randlora.files.names import namings
-from randlora.files.quantised import as_dense
+from randlora.files.quantized import as_dense
 from randlora.files.skeleton import Skeleton, skeleton
 from randlora.functional import Diagonals, delta_weight
 from randlora.layers.linear import LinearAdapter

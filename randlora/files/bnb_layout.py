@@ -32,7 +32,7 @@ IN_ROWS = 0  # the format of codes that lie in their order
 
 PARTS = (*TABLES, *NESTED_TABLES, SCALES, FORMAT)
 INCOMPLETE = "get a complete copy"
-DAMAGED = "get an undamaged copy, or quantise the model again"
+DAMAGED = "get an undamaged copy, or quantize the model again"
 REPACKED = (
     "bitsandbytes wrote it after a forward pass on a CPU, for which it rounds and reorders scales: load the model "
     "again, and save it before it computes anything"
@@ -62,7 +62,7 @@ def find_codes(entries: Mapping[str, Entry]) -> dict[str, Codes]:
                 found[f"{module}.weight"] = _eight_bits(entries, module)
         except CheckpointError as error:
             problems.append(str(error))
-    raise_collected(CheckpointError, problems or _left_over(entries, found), doing="read what is quantised")
+    raise_collected(CheckpointError, problems or _left_over(entries, found), doing="read what is quantized")
     return found
 
 

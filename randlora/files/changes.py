@@ -24,7 +24,7 @@ from randlora.checkpoint.tensors_file import Entry
 from randlora.errors import CheckpointError, MergeError
 from randlora.files.model_directory import ModelDirectory
 from randlora.files.names import namings
-from randlora.files.quantised import DenseView
+from randlora.files.quantized import DenseView
 from randlora.files.skeleton import Skeleton, skeleton
 from randlora.files.tensor_file import read_pieces
 from randlora.layers.folding import Into

@@ -41,12 +41,12 @@ class Codes4bit:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape that was quantised."""
+        """The shape that was quantized."""
         return tuple(self.fields["shape"])
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that was quantised."""
+        """The dtype that was quantized."""
         return FLOATS[self.fields["dtype"]]
 
     @property
@@ -86,12 +86,12 @@ class Codes8bit:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape that was quantised."""
+        """The shape that was quantized."""
         return self.entry.shape
 
     @property
     def dtype(self) -> None:
-        """The dtype that was quantised, which nothing says."""
+        """The dtype that was quantized, which nothing says."""
         return
 
     @property

@@ -1,6 +1,6 @@
 """The nearest matrices of low rank, and how far away they are.
 
-By an exact singular value decomposition where that is cheap, else by a randomised one (Halko et al. 2011), whose
+By an exact singular value decomposition where that is cheap, else by a randomized one (Halko et al. 2011), whose
 factors are nearly the best ones. The distance reported is measured on the factors themselves, whichever made them.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 EXACT_UP_TO = 1024  # the smaller side, below which the exact decomposition takes half a second
-WORTHWHILE = 4  # a randomised one is cheaper only for ranks below so many times less than the smaller side
+WORTHWHILE = 4  # a randomized one is cheaper only for ranks below so many times less than the smaller side
 FIRST_GUESS = 64
 OVERSAMPLING = 16
 POWER_ITERATIONS = 4
@@ -52,7 +52,7 @@ def of_rank(matrix: Tensor, rank: int) -> LowRank:
 def within(matrix: Tensor, tolerance: float) -> LowRank:
     """Approximate a matrix by one of the smallest rank whose relative error is within a tolerance.
 
-    Where the decomposition is a randomised one, the rank is the smallest that its factors allow. Where rounding keeps
+    Where the decomposition is a randomized one, the rank is the smallest that its factors allow. Where rounding keeps
     even the full rank from a tolerance, the full rank is returned.
 
     Args:
@@ -82,23 +82,23 @@ def spectral_norm(matrix: Tensor) -> float:
     """Return the largest singular value; of a large matrix a lower bound that is within a few percent of it."""
     if min(matrix.shape) <= EXACT_UP_TO:
         return float(torch.linalg.svdvals(matrix)[0])
-    return float(_randomised(matrix, OVERSAMPLING)[1][0])
+    return float(_randomized(matrix, OVERSAMPLING)[1][0])
 
 
 def _decomposed(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return at least ``rank`` left singular vectors, singular values and right singular vectors, where there are any.
 
-    All of them, by the exact decomposition, where a randomised one would be no cheaper.
+    All of them, by the exact decomposition, where a randomized one would be no cheaper.
     """
     smaller = min(matrix.shape)
     wanted = rank + OVERSAMPLING
     if smaller <= EXACT_UP_TO or wanted * WORTHWHILE > smaller:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         return left, values, right
-    return _randomised(matrix, wanted)
+    return _randomized(matrix, wanted)
 
 
-def _randomised(matrix: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
+def _randomized(matrix: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
     """Decompose with random vectors of our own: the global generator is neither read nor advanced."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)

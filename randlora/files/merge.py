@@ -24,7 +24,7 @@ from randlora.files.changes import Changes, find_changes
 from randlora.files.companions import copy_companion, copy_config, find_companions, write_json
 from randlora.files.model_directory import CONFIG_FILE, INDEX_FILE, ModelDirectory, read_model_directory
 from randlora.files.progress import Progress, no_progress
-from randlora.files.quantised import DenseView, as_dense
+from randlora.files.quantized import DenseView, as_dense
 from randlora.files.staging import staged
 from randlora.files.tensor_file import Planned, write_tensor_file
 from randlora.layers import bnb_codes
@@ -50,7 +50,7 @@ class FileMergeReport:
         nbytes: Bytes of all weights.
         dtype: What floating tensors were cast to; ``None`` where each kept its own.
         notes: What the user should know, such as which files were left out.
-        dequantised: Names of the tensors that are codes in the model and dense here, and what kind of codes.
+        dequantized: Names of the tensors that are codes in the model and dense here, and what kind of codes.
         base_nbytes: Bytes of the model's weights, as they are stored.
     """
 
@@ -62,7 +62,7 @@ class FileMergeReport:
     nbytes: int
     dtype: torch.dtype | None
     notes: tuple[str, ...]
-    dequantised: dict[str, str] = field(default_factory=dict)
+    dequantized: dict[str, str] = field(default_factory=dict)
     base_nbytes: int = 0
 
     def __str__(self) -> str:
@@ -73,10 +73,10 @@ class FileMergeReport:
         lines = [f"merged {names} into {len(self.merged)} weights"]
         if self.replaced:
             lines.append(f"took over {len(self.replaced)} tensors that were trained beside")
-        if self.dequantised:
-            kinds = ", ".join(sorted(set(self.dequantised.values())))
-            was = f"{len(self.dequantised)} weights of a model of {as_bytes(self.base_nbytes)}"
-            lines.append(f"dequantised {was} ({kinds}): what is written is dense")
+        if self.dequantized:
+            kinds = ", ".join(sorted(set(self.dequantized.values())))
+            was = f"{len(self.dequantized)} weights of a model of {as_bytes(self.base_nbytes)}"
+            lines.append(f"dequantized {was} ({kinds}): what is written is dense")
         return "\n".join([*lines, f"wrote {self.out}, {as_bytes(self.nbytes)} in {files}{dtype}", *self.notes])
 
 
@@ -95,8 +95,8 @@ def merge_files(
     merging the largest weight takes. ``out`` appears when it is complete: a call that fails removes what it wrote, and
     after a kill the same call starts anew.
 
-    Of a model that bitsandbytes quantised a dense one is made: all its codes are written out, in the dtype that was
-    quantised, and ``config.json`` says nothing of quantisation any more. Codes of 4 bits need the extra ``bnb``.
+    Of a model that bitsandbytes quantized a dense one is made: all its codes are written out, in the dtype that was
+    quantized, and ``config.json`` says nothing of quantization any more. Codes of 4 bits need the extra ``bnb``.
 
     Args:
         base: The model's directory, with one safetensors file or with shards and an index. It is only read.
@@ -107,7 +107,7 @@ def merge_files(
 
     Raises:
         ConfigError: For a factor or a dtype that cannot be.
-        CheckpointError: When a file is missing, truncated or damaged, the checkpoint is quantised and not by
+        CheckpointError: When a file is missing, truncated or damaged, the checkpoint is quantized and not by
             bitsandbytes, or that is not installed, or an adapter does not fit.
         MergeError: When ``out`` exists or lies in an input, the disk has not the room, or a value would not be finite.
         OSError: When the disk refuses.
@@ -144,7 +144,7 @@ def merge_files(
         nbytes=nbytes,
         dtype=dtype,
         notes=tuple(f"left out: {path}, which may hold the weights as they were" for path in companions.left_out),
-        dequantised={name: codes.kind for name, codes in dense.codes.items()},
+        dequantized={name: codes.kind for name, codes in dense.codes.items()},
         base_nbytes=directory.nbytes,
     )
 

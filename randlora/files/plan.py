@@ -8,7 +8,7 @@ from typing import Any
 
 from randlora.errors import TargetError, raise_collected
 from randlora.files.model_directory import ModelDirectory, read_model_directory
-from randlora.files.quantised import as_dense
+from randlora.files.quantized import as_dense
 from randlora.files.skeleton import skeleton
 from randlora.inject import plan
 from randlora.report import Report
@@ -22,20 +22,20 @@ class TrainingMemory:
         weights: The model's own, in the dtypes they are stored in.
         parameters: What is trained: Λ and Γ in float32, and what ``train_also`` names in the model's dtype.
         gradients: As many.
-        optimiser: Twice as many, the two moments of AdamW.
+        optimizer: Twice as many, the two moments of AdamW.
         bases: The random bases, as stored.
     """
 
     weights: int
     parameters: int
     gradients: int
-    optimiser: int
+    optimizer: int
     bases: int
 
     @property
     def total(self) -> int:
         """The sum."""
-        return self.weights + self.parameters + self.gradients + self.optimiser + self.bases
+        return self.weights + self.parameters + self.gradients + self.optimizer + self.bases
 
 
 def plan_directory(directory: str | os.PathLike[str], r: int | None = None, **options: Any) -> Report:
@@ -47,11 +47,11 @@ def plan_directory(directory: str | os.PathLike[str], r: int | None = None, **op
         **options: As for `randlora.plan`.
 
     Returns:
-        The report that `randlora.plan` gives for the model; notes name what had to be guessed. Of a quantised model,
+        The report that `randlora.plan` gives for the model; notes name what had to be guessed. Of a quantized model,
         parameters are counted as before it was.
 
     Raises:
-        CheckpointError: When the directory holds no checkpoint that can be read; of quantised ones, only those of
+        CheckpointError: When the directory holds no checkpoint that can be read; of quantized ones, only those of
             bitsandbytes can.
         RandLoRAError: Whatever `randlora.plan` raises.
     """
@@ -61,10 +61,10 @@ def plan_directory(directory: str | os.PathLike[str], r: int | None = None, **op
     if not base.codes:
         return replace(report, notes=(*report.notes, *model.doubts))
     codes = {model.naming.fqn(name) for name in base.codes}
-    problems = [f"train_also takes in {fqn}, which is quantised" for fqn in report.train_also if fqn in codes]
+    problems = [f"train_also takes in {fqn}, which is quantized" for fqn in report.train_also if fqn in codes]
     raise_collected(TargetError, problems, doing="plan")
-    quantised = f"the model is quantised ({', '.join(base.kinds)}): parameters are counted as before it was"
-    return replace(report, notes=(*report.notes, *model.doubts, quantised))
+    quantized = f"the model is quantized ({', '.join(base.kinds)}): parameters are counted as before it was"
+    return replace(report, notes=(*report.notes, *model.doubts, quantized))
 
 
 def training_memory(report: Report, directory: ModelDirectory) -> TrainingMemory:

@@ -69,7 +69,7 @@ def skeleton(directory: ModelDirectory, naming: Naming | None = None) -> Skeleto
     """Build a model of shapes after a checkpoint's headers.
 
     Args:
-        directory: The checkpoint; a quantised one as `as_dense` gives it.
+        directory: The checkpoint; a quantized one as `as_dense` gives it.
         naming: How its names become the model's; ``None`` for the model that ``config.json`` describes.
 
     Returns:

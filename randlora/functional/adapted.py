@@ -80,9 +80,9 @@ class Adapted(NamedTuple):
 
         Args:
             grad: Gradient of the output, ``(tokens, out)``.
-            way: Factored or materialised.
+            way: Factored or materialized.
         """
-        if way == "materialised":
+        if way == "materialized":
             return grad @ self.total(), None
         onto = None if self.weight is None else grad @ self.weight
         if not self.is_wide:

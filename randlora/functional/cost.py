@@ -1,9 +1,9 @@
 """Which way each stage of a layer takes: a pure function of sizes.
 
 A step has three stages, and each can multiply the tokens through both factors (*factored*) or form the update first
-(*materialised*). With M = max_dim, m = min_dim, K = r·num_bases and T tokens, in multiply-adds:
+(*materialized*). With M = max_dim, m = min_dim, K = r·num_bases and T tokens, in multiply-adds:
 
-| stage | factored | materialised |
+| stage | factored | materialized |
 |---|---|---|
 | forward | T·K·m·a + T·K·M·b | M·K·m·ab, the update added to the weight that multiplies the tokens anyway |
 | input gradient | T·K·M·b + T·K·m·a | the same again |
@@ -16,8 +16,8 @@ way, *few_tokens*, that never builds ``UA``. Passes over memory count as so many
 
 from typing import Literal, NamedTuple, TypeVar
 
-Compute = Literal["auto", "factored", "materialised"]
-Way = Literal["factored", "materialised", "few_tokens"]
+Compute = Literal["auto", "factored", "materialized"]
+Way = Literal["factored", "materialized", "few_tokens"]
 Choice = TypeVar("Choice")
 
 PASS = 40
@@ -88,7 +88,7 @@ def forward_way(sizes: Sizes, compute: Compute = "auto") -> Way:
     laid_out = sizes.tokens * sizes.num_bases * sizes.min_dim
     costs: dict[Way, float] = {
         "factored": sizes.build_A + sizes.through_A + sizes.through_B,
-        "materialised": sizes.build_A + sizes.update + sizes.tokens_through_update,
+        "materialized": sizes.build_A + sizes.update + sizes.tokens_through_update,
     }
     if laid_out <= sizes.max_dim * sizes.min_dim:  # no temporary is larger than the weight
         few_tokens_through_A = sizes.tokens * sizes.hidden * sizes.min_dim * sizes.shares[0] + 3 * PASS * laid_out
@@ -117,7 +117,7 @@ def backward_ways(
     """
     if compute != "auto":
         return compute, compute
-    ways: tuple[Way, ...] = ("factored", "materialised")
+    ways: tuple[Way, ...] = ("factored", "materialized")
     costs = {
         (x_way, diagonals_way): needs_input * _input_gradient(sizes, x_way, has_kept=has_kept)
         + needs_diagonals

@@ -50,7 +50,7 @@ def adapted_linear(
         bias: The base layer's bias, ``(out_features,)``.
         compute: How; ``"auto"`` chooses by the sizes, see `randlora.functional.cost`. An exported program, which serves
             any number of tokens, is factored.
-        keep: Let a materialised forward keep the sum of weight and update for backward, one number for each of the
+        keep: Let a materialized forward keep the sum of weight and update for backward, one number for each of the
             weight, which saves forming it again.
 
     Returns:
@@ -125,7 +125,7 @@ class _AdaptedLinear(torch.autograd.Function):
         bias = _in_dtype(bias, pair.B.dtype)
         tokens = x.numel() // x.shape[-1]
         way = forward_way(adapted.sizes(tokens), compute)
-        if way == "materialised":
+        if way == "materialized":
             total = adapted.total()
             output = _own(F.linear(x, total, bias), x.shape[:-1])
             return (output, total) if keep else output
@@ -182,9 +182,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_weight, grad_lam, grad_gamma = None, None, None
     if needs_weight or needs_diagonals:
         tokens = x.reshape(len(rows), ctx.in_features)
-        if needs_weight or diagonals_way == "materialised":
+        if needs_weight or diagonals_way == "materialized":
             grad_weight = rows.T @ tokens
-        if needs_diagonals and grad_weight is not None and diagonals_way == "materialised":
+        if needs_diagonals and grad_weight is not None and diagonals_way == "materialized":
             grad_lam, grad_gamma = adapted.gradients_from_update(grad_weight)
         elif needs_diagonals:
             grad_lam, grad_gamma = adapted.gradients_from_tokens(tokens, rows, hidden)

@@ -95,7 +95,7 @@ class AdapterLayer(nn.Module, ABC):
         dtype = base_layer.get_parameter("weight").dtype
         if dtype.is_floating_point:
             return None
-        return f"has a weight of {dtype}, expected a floating dtype: dequantise it first"
+        return f"has a weight of {dtype}, expected a floating dtype: dequantize it first"
 
     @property
     def weight(self) -> nn.Parameter:
@@ -270,17 +270,17 @@ class AdapterLayer(nn.Module, ABC):
                     total = total + delta_weight(pair, diagonals, in_features=in_features)
         return total
 
-    def merge_obstacle(self, into: Into) -> str | None:  # noqa: ARG002  # for quantised layers
+    def merge_obstacle(self, into: Into) -> str | None:  # noqa: ARG002  # for quantized layers
         """Say why nothing can be merged into this layer so, to be read after its name, or ``None``."""
         return None
 
     @torch.no_grad()
-    def merged(self, weights: dict[str, float], into: Into) -> Merged:  # noqa: ARG002  # for quantised layers
+    def merged(self, weights: dict[str, float], into: Into) -> Merged:  # noqa: ARG002  # for quantized layers
         """Compute the layer with some adapters folded in, added in float32 or wider and rounded once; change nothing.
 
         Args:
             weights: Adapters' names and factors.
-            into: What becomes of a quantised layer.
+            into: What becomes of a quantized layer.
         """
         delta = self.in_storage_layout(self.delta_weight(weights))
         weight = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype).contiguous()

@@ -18,14 +18,14 @@ from randlora.functional.scratch import is_transformed
 from randlora.layers import bnb_codes
 from randlora.layers.base import Reading
 from randlora.layers.inputs import autocast_dtype, first_of
-from randlora.layers.quantised import QuantisedLayer
+from randlora.layers.quantized import QuantizedLayer
 from randlora.registry import register_layer
 
 MODULE = "bitsandbytes.nn.modules"
 OWN_KERNELS_UP_TO = 1536
 """Tokens up to which bitsandbytes may multiply by 4-bit codes as they are, on a GPU, and not write them out first."""
 NOT_HERE = "has codes that are not here (meta, offloaded): load the model's weights first"
-NOT_YET = "holds no codes yet: move the model to its device first, as in model.to('cuda'), which quantises it"
+NOT_YET = "holds no codes yet: move the model to its device first, as in model.to('cuda'), which quantizes it"
 
 
 class Codes4bit(NamedTuple):
@@ -36,7 +36,7 @@ class Codes4bit(NamedTuple):
 
 
 @register_layer(f"{MODULE}.Linear4bit")
-class Linear4bitAdapter(QuantisedLayer):
+class Linear4bitAdapter(QuantizedLayer):
     """Adapts a ``Linear4bit``, NF4 or FP4.
 
     Where gradients are wanted, codes are written out for as long as one product takes, and base and adapter are one
@@ -110,7 +110,7 @@ class Linear4bitAdapter(QuantisedLayer):
         weight, state = (self.weight, self._quant_state) if held is None else (held.weight, held.weight.quant_state)
         return bnb_codes.write_out_4bit(weight.data, state)
 
-    def requantised(self, weight: Tensor) -> tuple[Codes4bit, float]:
+    def requantized(self, weight: Tensor) -> tuple[Codes4bit, float]:
         """Round a weight to 4-bit codes of the same type, block size and storage."""
         codes, state = bnb_codes.round_to_4bit(weight, self._quant_state, self.weight.dtype)
         parameter = sys.modules[MODULE].Params4bit(
@@ -146,7 +146,7 @@ class Codes8bit(NamedTuple):
 
 
 @register_layer(f"{MODULE}.Linear8bitLt")
-class Linear8bitAdapter(QuantisedLayer):
+class Linear8bitAdapter(QuantizedLayer):
     """Adapts a ``Linear8bitLt``, whose own forward always runs: it treats outliers of the input apart."""
 
     @classmethod
@@ -183,7 +183,7 @@ class Linear8bitAdapter(QuantisedLayer):
         assert scales is not None, "obstacle() asks for scales"
         return bnb_codes.write_out_8bit(weight.data, scales)
 
-    def requantised(self, weight: Tensor) -> tuple[Codes8bit, float]:
+    def requantized(self, weight: Tensor) -> tuple[Codes8bit, float]:
         """Round a weight to 8-bit codes, row by row."""
         codes, scales = bnb_codes.round_to_8bit(weight)
         parameter = sys.modules[MODULE].Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)

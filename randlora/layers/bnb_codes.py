@@ -71,7 +71,7 @@ def _unpacked(codes: Tensor, state: Any) -> tuple[Tensor, Tensor]:
 
 
 def is_out_of_order(layer: Any, *, repacked: bool = True) -> bool:
-    """Whether codes of a 4-bit layer, or their scales, lie in another order than they were quantised in.
+    """Whether codes of a 4-bit layer, or their scales, lie in another order than they were quantized in.
 
     Args:
         layer: Any linear layer.
@@ -112,7 +112,7 @@ def unreadable(codes: Tensor, state: Any, shape: tuple[int, int]) -> str | None:
     if state.quant_type not in QUANT_TYPES:
         return f"has codes of type {state.quant_type!r}, expected one of {', '.join(QUANT_TYPES)}"
     if tuple(state.shape) != shape:
-        return f"was quantised as {tuple(state.shape)}, expected (out, in) = {shape}: quantise it again"
+        return f"was quantized as {tuple(state.shape)}, expected (out, in) = {shape}: quantize it again"
     if is_misread(codes, state):
         return (
             f"has rows of {shape[1]} and blocks of {state.blocksize}, and the bitsandbytes that is installed reads "
@@ -124,7 +124,7 @@ def unreadable(codes: Tensor, state: Any, shape: tuple[int, int]) -> str | None:
 def is_misread(codes: Tensor, state: Any) -> bool:
     """Whether bitsandbytes writes 4-bit codes out wrongly, as 0.50 does on CPUs for rows that blocks do not divide.
 
-    Its own layer then computes with other weights than were quantised.
+    Its own layer then computes with other weights than were quantized.
     """
     if codes.device.type != "cpu" or state.shape[1] % state.blocksize == 0:
         return False
@@ -162,7 +162,7 @@ def round_to_4bit(weight: Tensor, like: Any, storage: torch.dtype) -> tuple[Tens
 
 
 def step_4bit(state: Any) -> float:
-    """Measure the widest gap between two neighbouring levels at the largest scale."""
+    """Measure the widest gap between two neighboring levels at the largest scale."""
     scales = _unpacked(torch.empty(0), state)[1]
     return float(state.code.sort().values.diff().max() * scales.max())
 

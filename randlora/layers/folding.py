@@ -5,30 +5,30 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Quantised = Literal["requantise", "dequantise"]
+Quantized = Literal["requantize", "dequantize"]
 
 
 class Into(NamedTuple):
-    """What a merge turns quantised layers into.
+    """What a merge turns quantized layers into.
 
     Attributes:
-        quantised: The same kind of layer with new codes, or a plain `nn.Linear`.
-        dtype: Of a plain layer; ``None`` means that of the quantised layer's inputs.
+        quantized: The same kind of layer with new codes, or a plain `nn.Linear`.
+        dtype: Of a plain layer; ``None`` means that of the quantized layer's inputs.
         model_dtype: What that means before the first input; where the model does not show it, the dtype that the layer
             computes in.
     """
 
-    quantised: Quantised = "requantise"
+    quantized: Quantized = "requantize"
     dtype: torch.dtype | None = None
     model_dtype: torch.dtype | None = None
 
 
-class QuantisationError(NamedTuple):
+class RoundingLoss(NamedTuple):
     """What rounding a merged weight to codes did to it.
 
     Attributes:
         largest: The largest difference between an entry and what its code stands for.
-        step: The widest gap between two neighbouring levels of the new codes, at the layer's largest scale.
+        step: The widest gap between two neighboring levels of the new codes, at the layer's largest scale.
         relative: The norm of all differences as a share of the norm of what was merged in.
     """
 
@@ -48,4 +48,4 @@ class Merged(NamedTuple):
 
     weight: Tensor
     held: Any
-    error: QuantisationError | None = None
+    error: RoundingLoss | None = None

@@ -1,4 +1,4 @@
-"""What can go wrong with a merge into a quantised checkpoint leaves nothing half-written, and is said."""
+"""What can go wrong with a merge into a quantized checkpoint leaves nothing half-written, and is said."""
 
 import json
 import os
@@ -16,11 +16,11 @@ from randlora.files.tensor_file import Planned, dump_header
 from randlora.layers import bnb_codes
 from tests.model_directories import contents, save_adapter
 from tests.models import LLAMA
-from tests.quantised_checkpoints import quantise, stored, written_out
+from tests.quantized_checkpoints import quantize, stored, written_out
 
 
 def test_a_value_too_large_for_the_dtype_is_refused(tmp_path: Path) -> None:
-    base = quantise(LLAMA, "nf4 twice", tmp_path / "base", is_sharded=True)
+    base = quantize(LLAMA, "nf4 twice", tmp_path / "base", is_sharded=True)
     adapter = save_adapter(LLAMA, tmp_path / "adapter")
     before = contents(tmp_path)
     with pytest.raises(randlora.MergeError, match=r"_proj.weight has values too large for torch.float16"):
@@ -31,7 +31,7 @@ def test_a_value_too_large_for_the_dtype_is_refused(tmp_path: Path) -> None:
 
 def test_the_disk_must_have_room_for_the_dense_weights(tmp_path: Path) -> None:
     """The codes of this one take half of what is free, as a hole in a file; it stands for four times as much."""
-    base = quantise(LLAMA, "nf4", tmp_path / "base", is_sharded=True)
+    base = quantize(LLAMA, "nf4", tmp_path / "base", is_sharded=True)
     adapter = save_adapter(LLAMA, tmp_path / "adapter")
     space = os.statvfs(tmp_path)
     count = space.f_bavail * space.f_frsize // 64 * 64
@@ -57,7 +57,7 @@ def test_the_disk_must_have_room_for_the_dense_weights(tmp_path: Path) -> None:
 def test_codes_of_4_bits_need_the_extra_and_say_so_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = quantise(LLAMA, "nf4", tmp_path / "base")
+    base = quantize(LLAMA, "nf4", tmp_path / "base")
     adapter = save_adapter(LLAMA, tmp_path / "adapter")
     before = contents(tmp_path)
     with without_bitsandbytes(monkeypatch):
@@ -69,7 +69,7 @@ def test_codes_of_4_bits_need_the_extra_and_say_so_before_anything_is_written(
 
 
 def test_codes_of_8_bits_need_no_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = quantise(LLAMA, "8 bits", tmp_path / "base")
+    base = quantize(LLAMA, "8 bits", tmp_path / "base")
     adapter = save_adapter(LLAMA, tmp_path / "adapter", targets=["q_proj"])
     with without_bitsandbytes(monkeypatch):
         out = randlora.merge_files(base, adapter, tmp_path / "out").out

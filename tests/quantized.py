@@ -1,4 +1,4 @@
-"""Layers and whole transformers models that bitsandbytes quantised on a CPU, as users load them."""
+"""Layers and whole transformers models that bitsandbytes quantized on a CPU, as users load them."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +33,7 @@ MODELS = (
 
 @dataclass(frozen=True)
 class Codes:
-    """A way to quantise.
+    """A way to quantize.
 
     Attributes:
         name: For test ids.
@@ -62,12 +62,12 @@ every_codes = pytest.mark.parametrize("codes", [NF4, FP4, INT8], ids=lambda code
 every_model = pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.name)
 
 
-def quantised_model(kind: RealModel, codes: Codes, *, repacks: bool = False) -> Any:
-    """Load a model in float32 with its linear layers quantised, in evaluation mode.
+def quantized_model(kind: RealModel, codes: Codes, *, repacks: bool = False) -> Any:
+    """Load a model in float32 with its linear layers quantized, in evaluation mode.
 
     Args:
         kind: The model.
-        codes: How to quantise it.
+        codes: How to quantize it.
         repacks: Let bitsandbytes repack 4-bit weights in evaluation, where the CPU can.
     """
     built = kind.build()
@@ -83,23 +83,23 @@ def quantised_model(kind: RealModel, codes: Codes, *, repacks: bool = False) -> 
     return model
 
 
-def quantised_layers(model: nn.Module) -> dict[str, Any]:
+def quantized_layers(model: nn.Module) -> dict[str, Any]:
     """Find the layers of bitsandbytes by name."""
     kinds = bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt
     return {fqn: module for fqn, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def of_4_bits(in_features: int, out_features: int, *, repacks: bool = False, **options: Any) -> nn.Linear:
-    """Quantise one layer of random weights to NF4; let bitsandbytes repack it in evaluation, where the CPU can."""
+    """Quantize one layer of random weights to NF4; let bitsandbytes repack it in evaluation, where the CPU can."""
     options = {"compute_dtype": torch.float32, "quant_type": "nf4", **options}
     layer = bitsandbytes.nn.Linear4bit(in_features, out_features, **options)
     layer.support_avx512bf16_for_cpu = repacks and REPACKS
-    quantised: nn.Linear = layer.to("cpu")
-    return quantised
+    quantized: nn.Linear = layer.to("cpu")
+    return quantized
 
 
 def of_8_bits(in_features: int, out_features: int) -> nn.Linear:
-    """Quantise one layer of random weights to 8 bits."""
+    """Quantize one layer of random weights to 8 bits."""
     layer: nn.Linear = bitsandbytes.nn.Linear8bitLt(in_features, out_features, has_fp16_weights=False).to("cpu")
     return layer
 
@@ -107,7 +107,7 @@ def of_8_bits(in_features: int, out_features: int) -> nn.Linear:
 def half_precision_model(
     kind: RealModel, directory: Path, *, bits: int = 4, **options: Any
 ) -> transformers.PreTrainedModel:
-    """Build a model, write it, and load it in bfloat16 with its linear layers quantised, as users who train do."""
+    """Build a model, write it, and load it in bfloat16 with its linear layers quantized, as users who train do."""
     built = kind.build()
     assert isinstance(built, transformers.PreTrainedModel)
     built.save_pretrained(directory)
@@ -121,6 +121,6 @@ def half_precision_model(
 
 
 def four_bit_linear(in_features: int = 64, out_features: int = 32, **options: Any) -> Linear4bit:
-    """Quantise a layer of random weights."""
+    """Quantize a layer of random weights."""
     layer = Linear4bit(in_features, out_features, quant_type="nf4", compute_dtype=torch.bfloat16, **options)
     return layer.bfloat16().to("cpu").requires_grad_(requires_grad=False)

@@ -1,4 +1,4 @@
-"""Checkpoints that transformers writes of models it quantised with bitsandbytes, and what their codes stand for.
+"""Checkpoints that transformers writes of models it quantized with bitsandbytes, and what their codes stand for.
 
 The codes are read by tables and loops of this file's own, which share nothing with the library but their subject.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tests.model_directories import save_model
 from tests.models import LLAMA, RealModel
 
-QUANTISATIONS: dict[str, dict[str, Any]] = {
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "nf4 twice": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "nf4 in floats": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "bfloat16"},
@@ -30,7 +30,7 @@ QUANTISATIONS: dict[str, dict[str, Any]] = {
 SHARD = "8KB"
 """Small enough for several files, and for what stands beside codes to be in other ones."""
 
-KINDS = {name: name.split()[0] if name != "8 bits" else name for name in QUANTISATIONS}
+KINDS = {name: name.split()[0] if name != "8 bits" else name for name in QUANTIZATIONS}
 """What a report calls it."""
 
 POSITIVE_NF4 = (
@@ -60,17 +60,17 @@ def wide() -> nn.Module:
 WIDE = RealModel("llama", wide, LLAMA.inputs, LLAMA.targets)
 
 
-def quantise(kind: RealModel, quantisation: str, directory: Path, *, is_sharded: bool = False) -> Path:
-    """Let transformers quantise a model in bfloat16 and write it, before it computes anything."""
+def quantize(kind: RealModel, quantization: str, directory: Path, *, is_sharded: bool = False) -> Path:
+    """Let transformers quantize a model in bfloat16 and write it, before it computes anything."""
     dense = save_model(kind, directory.with_name(f"{directory.name} dense"), dtype=torch.bfloat16)
     options = {"max_shard_size": SHARD} if is_sharded else {}
-    load_quantised(dense, quantisation).save_pretrained(directory, **options)
+    load_quantized(dense, quantization).save_pretrained(directory, **options)
     return directory
 
 
-def load_quantised(dense: Path, quantisation: str) -> Any:
-    """Let transformers quantise a model while it loads it."""
-    config = transformers.BitsAndBytesConfig(**QUANTISATIONS[quantisation])
+def load_quantized(dense: Path, quantization: str) -> Any:
+    """Let transformers quantize a model while it loads it."""
+    config = transformers.BitsAndBytesConfig(**QUANTIZATIONS[quantization])
     return transformers.AutoModelForCausalLM.from_pretrained(dense, quantization_config=config, device_map="cpu")
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from randlora.layers.base import AdapterLayer
-from randlora.layers.folding import Into, Merged, QuantisationError
+from randlora.layers.folding import Into, Merged, RoundingLoss
 from randlora.layers.inputs import first_of, is_autocast
 
 
-class QuantisedLayer(AdapterLayer):
+class QuantizedLayer(AdapterLayer):
     """Adapts a layer that computes with a weight it stores as codes and scales.
 
     A subclass is final and says how its kind writes codes out and rounds a weight to codes.
@@ -47,11 +47,11 @@ class QuantisedLayer(AdapterLayer):
         """Write the weight out, ``(out_features, in_features)`` float32: the base layer's, or that of what is held."""
 
     @abstractmethod
-    def requantised(self, weight: Tensor) -> tuple[Any, float]:
+    def requantized(self, weight: Tensor) -> tuple[Any, float]:
         """Round a weight, ``(out_features, in_features)`` float32, to codes of the base layer's kind.
 
         Returns:
-            What `put_in` takes, and the widest gap between neighbouring levels at the largest scale.
+            What `put_in` takes, and the widest gap between neighboring levels at the largest scale.
         """
 
     @abstractmethod
@@ -64,11 +64,11 @@ class QuantisedLayer(AdapterLayer):
 
     def merge_obstacle(self, into: Into) -> str | None:
         """Refuse to put a plain layer where the base layer does more than a plain layer can take over."""
-        if into.quantised == "requantise" or self.runs_plain_forward():
+        if into.quantized == "requantize" or self.runs_plain_forward():
             return None
         return (
             "has hooks or a forward of its own, as of a subclass or of accelerate, which an nn.Linear would lose: "
-            "remove them first, or merge with quantised='requantise'"
+            "remove them first, or merge with quantized='requantize'"
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -100,17 +100,17 @@ class QuantisedLayer(AdapterLayer):
         """Compute the layer with some adapters folded in, added in float32: new codes, or a plain layer."""
         delta = self.delta_weight(weights)
         weight = self.written_out().add_(delta)
-        if into.quantised == "dequantise":
+        if into.quantized == "dequantize":
             dtype = into.dtype or self.input_dtype or into.model_dtype or self.compute_dtype or torch.float32
             weight = weight.to(dtype)
             return Merged(weight, self._plain_layer(weight))
         merged_in = torch.linalg.vector_norm(delta)
         if merged_in == 0:  # rounding nothing would change scales that are codes themselves
             return Merged(weight, self.codes())
-        held, step = self.requantised(weight)
+        held, step = self.requantized(weight)
         error = self.written_out(held).sub_(weight)
         relative = torch.linalg.vector_norm(error) / merged_in
-        return Merged(weight, held, QuantisationError(float(error.abs().max()), step, float(relative)))
+        return Merged(weight, held, RoundingLoss(float(error.abs().max()), step, float(relative)))
 
     def _plain_layer(self, weight: Tensor) -> nn.Linear:
         """Make a linear layer that stands where the base layer did."""

@@ -1,4 +1,4 @@
-"""Merging into a quantised checkpoint writes a dense one: every code written out, every update added, rounded once."""
+"""Merging into a quantized checkpoint writes a dense one: every code written out, every update added, rounded once."""
 
 import json
 import subprocess
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 import randlora
 from tests.model_directories import contents, save_adapter
 from tests.models import GPT2, LLAMA, RealModel, outputs
-from tests.quantised_checkpoints import KINDS, QUANTISATIONS, WIDE, load_quantised, quantise, stored, written_out
+from tests.quantized_checkpoints import KINDS, QUANTIZATIONS, WIDE, load_quantized, quantize, stored, written_out
 
 COMPANIONS = ("absmax", "quant_map", "quant_state", "SCB", "weight_format")
 
-every_quantisation = pytest.mark.parametrize("quantisation", QUANTISATIONS)
+every_quantization = pytest.mark.parametrize("quantization", QUANTIZATIONS)
 both_kinds = pytest.mark.parametrize("kind", [LLAMA, GPT2], ids=lambda kind: kind.name)
 both_layouts = pytest.mark.parametrize("is_sharded", [False, True], ids=["one-file", "sharded"])
 
@@ -46,11 +46,11 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @both_kinds
 @both_layouts
-@every_quantisation
+@every_quantization
 def test_every_weight_is_what_its_codes_stand_for_and_the_update(
-    quantisation: str, is_sharded: bool, kind: RealModel, tmp_path: Path
+    quantization: str, is_sharded: bool, kind: RealModel, tmp_path: Path
 ) -> None:
-    base = quantise(kind, quantisation, tmp_path / "base", is_sharded=is_sharded)
+    base = quantize(kind, quantization, tmp_path / "base", is_sharded=is_sharded)
     adapter = save_adapter(kind, tmp_path / "adapter", targets=list(kind.targets[::2]))
     assert (len(list(base.glob("*.safetensors"))) > 1) == is_sharded
     before = contents(base)
@@ -61,14 +61,14 @@ def test_every_weight_is_what_its_codes_stand_for_and_the_update(
     model = transformers.AutoModelForCausalLM.from_pretrained(report.out)
     loaded = model.state_dict()
     assert_equal({name: loaded[name] for name in expected}, expected)
-    assert report.dequantised == dict.fromkeys(written_out(stored(base)), KINDS[quantisation])
-    assert set(report.merged) < set(report.dequantised)
+    assert report.dequantized == dict.fromkeys(written_out(stored(base)), KINDS[quantization])
+    assert set(report.merged) < set(report.dequantized)
 
 
 @both_layouts
 @both_kinds
 def test_the_files_are_those_of_the_dense_model(kind: RealModel, is_sharded: bool, tmp_path: Path) -> None:
-    base = quantise(kind, "nf4 twice", tmp_path / "base", is_sharded=is_sharded)
+    base = quantize(kind, "nf4 twice", tmp_path / "base", is_sharded=is_sharded)
     report = randlora.merge_files(base, save_adapter(kind, tmp_path / "adapter"), tmp_path / "out")
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     assert config.pop("quantization_config")["load_in_4bit"]
@@ -86,7 +86,7 @@ def test_the_files_are_those_of_the_dense_model(kind: RealModel, is_sharded: boo
 
 
 def test_a_file_with_nothing_but_what_stands_beside_codes_is_left_out(tmp_path: Path) -> None:
-    base = quantise(LLAMA, "fp4", tmp_path / "base")
+    base = quantize(LLAMA, "fp4", tmp_path / "base")
     split_off(base, [name for name in stored(base) if "absmax" in name])
     report = randlora.merge_files(base, save_adapter(LLAMA, tmp_path / "adapter"), tmp_path / "out")
     assert [path.name for path in report.out.glob("*.safetensors")] == ["model-00001-of-00002.safetensors"]
@@ -108,9 +108,9 @@ def split_off(base: Path, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("quantisation", ["nf4 twice", "8 bits"])
-def test_another_dtype_is_rounded_to_from_float32(quantisation: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    base = quantise(LLAMA, quantisation, tmp_path / "base")
+@pytest.mark.parametrize("quantization", ["nf4 twice", "8 bits"])
+def test_another_dtype_is_rounded_to_from_float32(quantization: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    base = quantize(LLAMA, quantization, tmp_path / "base")
     adapter = save_adapter(LLAMA, tmp_path / "adapter")
     out = randlora.merge_files(base, adapter, tmp_path / "out", dtype=dtype).out
     assert_equal(stored(out), merged(LLAMA, base, adapter, dtype))
@@ -118,9 +118,9 @@ def test_another_dtype_is_rounded_to_from_float32(quantisation: str, dtype: torc
 
 
 @both_kinds
-def test_the_dense_model_computes_what_the_quantised_one_does(kind: RealModel, tmp_path: Path) -> None:
+def test_the_dense_model_computes_what_the_quantized_one_does(kind: RealModel, tmp_path: Path) -> None:
     """That of GPT-2 has a square matrix, of which no shape tells whether it was to be transposed."""
-    base = quantise(kind, "8 bits", tmp_path / "base")
+    base = quantize(kind, "8 bits", tmp_path / "base")
     adapter = save_adapter(kind, tmp_path / "adapter")
     model = transformers.AutoModelForCausalLM.from_pretrained(base, device_map="cpu")
     randlora.load(model, adapter)
@@ -131,22 +131,22 @@ def test_the_dense_model_computes_what_the_quantised_one_does(kind: RealModel, t
     assert error < 0.05
 
 
-@pytest.mark.parametrize("quantisation", ["nf4", "nf4 twice", "fp4", "8 bits"])
-def test_what_is_written_is_what_merging_in_memory_leaves(quantisation: str, tmp_path: Path) -> None:
-    base = quantise(WIDE, quantisation, tmp_path / "base")
+@pytest.mark.parametrize("quantization", ["nf4", "nf4 twice", "fp4", "8 bits"])
+def test_what_is_written_is_what_merging_in_memory_leaves(quantization: str, tmp_path: Path) -> None:
+    base = quantize(WIDE, quantization, tmp_path / "base")
     adapter = save_adapter(WIDE, tmp_path / "adapter")
     out = randlora.merge_files(base, adapter, tmp_path / "out").out
     model = transformers.AutoModelForCausalLM.from_pretrained(base, device_map="cpu")
     report = randlora.load(model, adapter)
-    randlora.merge(model, quantised="dequantise", dtype=torch.bfloat16)
+    randlora.merge(model, quantized="dequantize", dtype=torch.bfloat16)
     assert report.targets
     for fqn in report.targets:
         assert torch.equal(model.get_submodule(fqn).weight, stored(out)[f"{fqn}.weight"]), fqn
 
 
-def test_an_adapter_trained_on_the_quantised_model_fits_it(tmp_path: Path) -> None:
-    base = quantise(GPT2, "8 bits", tmp_path / "base")
-    model = load_quantised(tmp_path / "base dense", "8 bits")
+def test_an_adapter_trained_on_the_quantized_model_fits_it(tmp_path: Path) -> None:
+    base = quantize(GPT2, "8 bits", tmp_path / "base")
+    model = load_quantized(tmp_path / "base dense", "8 bits")
     report = randlora.inject(model, r=4, targets=list(GPT2.targets))
     for number, parameter in enumerate(randlora.trainable_parameters(model)):
         nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))

@@ -1,4 +1,4 @@
-"""Whole transformers models whose layers bitsandbytes quantised: the laws of dense ones hold."""
+"""Whole transformers models whose layers bitsandbytes quantized: the laws of dense ones hold."""
 
 import copy
 import io
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.install import adapter_layers
-from randlora.layers.folding import Quantised
+from randlora.layers.folding import Quantized
 from tests.laws import fill, same_bits
 from tests.models import RealModel, logits, outputs
-from tests.quantised import (
+from tests.quantized import (
     FP4,
     MODELS,
     NF4,
@@ -25,8 +25,8 @@ from tests.quantised import (
     every_model,
     half_precision_model,
     needs_repacking,
-    quantised_layers,
-    quantised_model,
+    quantized_layers,
+    quantized_model,
 )
 
 LLAMA = MODELS[0]
@@ -34,8 +34,8 @@ R = 16
 
 
 def adapted(kind: RealModel, codes: Codes, **options: Any) -> nn.Module:
-    """Quantise a model and give it an adapter that has learned something."""
-    model: nn.Module = quantised_model(kind, codes)
+    """Quantize a model and give it an adapter that has learned something."""
+    model: nn.Module = quantized_model(kind, codes)
     randlora.inject(model, **{"r": R, "targets": "all-linear", **options})
     fill(model)
     return model
@@ -70,8 +70,8 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 @every_codes
 @every_model
 def test_the_presets_choose_the_layers_that_they_choose_of_the_dense_model(kind: RealModel, codes: Codes) -> None:
-    dense, model = kind.build(), quantised_model(kind, codes)
-    assert {type(layer).__name__ for layer in quantised_layers(model).values()} == {codes.kind}
+    dense, model = kind.build(), quantized_model(kind, codes)
+    assert {type(layer).__name__ for layer in quantized_layers(model).values()} == {codes.kind}
     for targets in (None, "all-linear", kind.targets):
         found, expected = (randlora.plan(each, R, targets=targets) for each in (model, dense))
         assert (found.targets, found.rule, found.skipped) == (expected.targets, expected.rule, expected.skipped)
@@ -79,7 +79,7 @@ def test_the_presets_choose_the_layers_that_they_choose_of_the_dense_model(kind:
 
 
 def test_layers_are_known_by_their_type_and_not_by_what_the_model_says_of_itself() -> None:
-    model = nn.Sequential(*quantised_layers(quantised_model(LLAMA, NF4)).values())
+    model = nn.Sequential(*quantized_layers(quantized_model(LLAMA, NF4)).values())
     assert not any(hasattr(module, "is_loaded_in_4bit") for module in model.modules())
     assert len(randlora.inject(model, R, targets="all-linear").targets) == len(model)
 
@@ -88,7 +88,7 @@ def test_layers_are_known_by_their_type_and_not_by_what_the_model_says_of_itself
 @every_codes
 @every_model
 def test_a_fresh_adapter_changes_no_bit_of_the_output(kind: RealModel, codes: Codes, is_training: bool) -> None:
-    model = quantised_model(kind, codes).train(is_training)
+    model = quantized_model(kind, codes).train(is_training)
     before = loss(model, kind)
     randlora.inject(model, R, targets="all-linear")
     assert same_bits(loss(model, kind), before)
@@ -97,17 +97,17 @@ def test_a_fresh_adapter_changes_no_bit_of_the_output(kind: RealModel, codes: Co
 @every_codes
 @every_model
 def test_training_lowers_the_loss_and_moves_the_adapter_alone(kind: RealModel, codes: Codes) -> None:
-    model = quantised_model(kind, codes).train()
+    model = quantized_model(kind, codes).train()
     before = state_bits(model)
     report = randlora.inject(model, R, targets="all-linear")
     fresh = {fqn: parameter.detach().clone() for fqn, parameter in adapter_parameters(model).items()}
-    optimiser = torch.optim.AdamW(randlora.trainable_parameters(model), lr=3e-3)
+    optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=3e-3)
     losses = []
     for _ in range(6):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         value = loss(model, kind)
         value.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(value.item())
     assert losses[-1] < 0.95 * losses[0]
     unmoved = [fqn for fqn, parameter in adapter_parameters(model).items() if same_bits(parameter, fresh[fqn])]
@@ -119,8 +119,8 @@ def test_training_lowers_the_loss_and_moves_the_adapter_alone(kind: RealModel, c
 
 @every_codes
 @every_model
-def test_gradients_pass_through_every_quantised_layer_to_the_first(kind: RealModel, codes: Codes) -> None:
-    model = quantised_model(kind, codes).train()
+def test_gradients_pass_through_every_quantized_layer_to_the_first(kind: RealModel, codes: Codes) -> None:
+    model = quantized_model(kind, codes).train()
     first = randlora.plan(model, R, targets="all-linear").targets[0]
     randlora.inject(model, R, targets=lambda fqn, _: fqn == first)
     fill(model)
@@ -159,7 +159,7 @@ def test_a_second_adapter_of_another_kind_stands_beside_the_first(kind: RealMode
     assert {fqn: type(module) for fqn, module in model.named_modules()} == types
     assert not [key for key in model.state_dict() if "base_layer.base_layer" in key]
     assert same_bits(outputs(model, kind.inputs()), first)
-    alone = quantised_model(kind, codes)
+    alone = quantized_model(kind, codes)
     randlora.inject(alone, R // 2, targets="all-linear", **options)
     fill(alone, "b", seed=1)
     randlora.activate(model, "b")
@@ -172,7 +172,7 @@ def test_a_second_adapter_of_another_kind_stands_beside_the_first(kind: RealMode
 @every_codes
 @every_model
 def test_switched_off_and_taken_off_the_model_is_as_it_was(kind: RealModel, codes: Codes) -> None:
-    model = quantised_model(kind, codes)
+    model = quantized_model(kind, codes)
     plain, state, modules = outputs(model, kind.inputs()), state_bits(model), dict(model.named_modules())
     randlora.inject(model, R, targets="all-linear")
     fill(model)
@@ -213,7 +213,7 @@ def test_a_copy_computes_the_same(kind: RealModel, codes: Codes, copied: Callabl
     loss(twin, kind).backward()
     assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(twin))
     assert same_bits(outputs(twin.eval(), kind.inputs()), outputs(model.eval(), kind.inputs()))
-    randlora.merge(twin, quantised="dequantise")
+    randlora.merge(twin, quantized="dequantize")
     assert distance(outputs(twin, kind.inputs()), outputs(model, kind.inputs())) < codes.tolerance
 
 
@@ -223,7 +223,7 @@ def test_merging_into_plain_layers_loses_nothing(kind: RealModel, codes: Codes) 
     model = adapted(kind, codes)
     with_adapter = outputs(model, kind.inputs())
     targets = [fqn for fqn, _ in adapter_layers(model)]
-    report = randlora.merge(model, quantised="dequantise")
+    report = randlora.merge(model, quantized="dequantize")
     assert {type(model.get_submodule(fqn)) for fqn in targets} == {nn.Linear}
     assert report.errors == {}
     assert distance(outputs(model, kind.inputs()), with_adapter) < codes.tolerance
@@ -235,7 +235,7 @@ def test_merging_into_codes_leaves_layers_of_the_same_kind_within_a_step(kind: R
     model = adapted(kind, codes)
     layers = {fqn: cast("nn.Linear", layer.base_layer) for fqn, layer in adapter_layers(model)}
     twin = copy.deepcopy(model)
-    randlora.merge(twin, quantised="dequantise")
+    randlora.merge(twin, quantized="dequantize")
     report = randlora.merge(model)
     assert report.errors.keys() == layers.keys()
     for fqn, layer in layers.items():
@@ -244,16 +244,16 @@ def test_merging_into_codes_leaves_layers_of_the_same_kind_within_a_step(kind: R
         rows = torch.eye(layer.in_features)
         written = model.get_submodule(fqn)(rows) - twin.get_submodule(fqn)(rows)
         assert written.abs().max() <= 1.01 * report.errors[fqn].step
-    assert model.state_dict().keys() == quantised_model(kind, codes).state_dict().keys()
+    assert model.state_dict().keys() == quantized_model(kind, codes).state_dict().keys()
 
 
-@pytest.mark.parametrize("quantised", ["requantise", "dequantise"])
+@pytest.mark.parametrize("quantized", ["requantize", "dequantize"])
 @every_codes
 @every_model
-def test_merging_for_a_while_gives_every_bit_back(kind: RealModel, codes: Codes, quantised: Quantised) -> None:
+def test_merging_for_a_while_gives_every_bit_back(kind: RealModel, codes: Codes, quantized: Quantized) -> None:
     model = adapted(kind, codes)
     state, with_adapter = state_bits(model), outputs(model, kind.inputs())
-    with randlora.merged(model, quantised=quantised):
+    with randlora.merged(model, quantized=quantized):
         assert not torch.equal(outputs(model, kind.inputs()), with_adapter)
         assert_same_state(model, state)
     assert_same_state(model, state)
@@ -263,16 +263,16 @@ def test_merging_for_a_while_gives_every_bit_back(kind: RealModel, codes: Codes,
 @every_codes
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind is not LLAMA], ids=lambda kind: kind.name)
 def test_a_bias_trained_beside_the_adapter_outlives_both_ways_of_merging(kind: RealModel, codes: Codes) -> None:
-    fqn = next(iter(quantised_layers(quantised_model(kind, codes))))
+    fqn = next(iter(quantized_layers(quantized_model(kind, codes))))
     model = adapted(kind, codes, train_also=[f"{fqn}.bias"])
     with_adapter = outputs(model, kind.inputs())
     bias = model.get_parameter(f"{fqn}.base_layer.bias").detach().clone()
-    with randlora.merged(model, quantised="dequantise"):
+    with randlora.merged(model, quantized="dequantize"):
         assert distance(outputs(model, kind.inputs()), with_adapter) < codes.tolerance
     assert same_bits(outputs(model, kind.inputs()), with_adapter)
     twin = copy.deepcopy(model)
     randlora.merge(model)
-    randlora.merge(twin, quantised="dequantise")
+    randlora.merge(twin, quantized="dequantize")
     for each in (model, twin):
         assert same_bits(each.get_parameter(f"{fqn}.bias"), bias)
     assert distance(outputs(twin, kind.inputs()), with_adapter) < codes.tolerance
@@ -280,25 +280,25 @@ def test_a_bias_trained_beside_the_adapter_outlives_both_ways_of_merging(kind: R
 
 def codes_and_scales(model: nn.Module) -> list[Tensor]:
     """Copy what 4-bit layers hold; a state dict would turn back what was repacked."""
-    weights = [layer.get_parameter("weight") for layer in quantised_layers(model).values()]
+    weights = [layer.get_parameter("weight") for layer in quantized_layers(model).values()]
     return [tensor.clone() for weight in weights for tensor in (weight.data, weight.quant_state.absmax)]
 
 
 @needs_repacking
-@pytest.mark.parametrize("quantised", ["requantise", "dequantise"])
+@pytest.mark.parametrize("quantized", ["requantize", "dequantize"])
 @pytest.mark.parametrize("codes", [NF4, FP4], ids=lambda codes: codes.name)
-def test_what_bitsandbytes_repacked_is_read_merged_and_given_back(codes: Codes, quantised: Quantised) -> None:
-    model = quantised_model(LLAMA, codes, repacks=True)
+def test_what_bitsandbytes_repacked_is_read_merged_and_given_back(codes: Codes, quantized: Quantized) -> None:
+    model = quantized_model(LLAMA, codes, repacks=True)
     plain = outputs(model, LLAMA.inputs())
-    assert all(layer.weight.quant_state.packing_format_for_cpu for layer in quantised_layers(model).values())
+    assert all(layer.weight.quant_state.packing_format_for_cpu for layer in quantized_layers(model).values())
     randlora.inject(model, R, targets="all-linear")
     assert same_bits(outputs(model, LLAMA.inputs()), plain)
     fill(model)
     held, with_adapter = codes_and_scales(model), outputs(model, LLAMA.inputs())
     assert distance(with_adapter, outputs(adapted(LLAMA, codes), LLAMA.inputs())) < 0.02
-    with randlora.merged(model, quantised=quantised):
+    with randlora.merged(model, quantized=quantized):
         merged = outputs(model, LLAMA.inputs())
-    if quantised == "dequantise":
+    if quantized == "dequantize":
         assert distance(merged, with_adapter) < 0.02  # it multiplies in bfloat16, a plain layer in float32
     assert all(map(same_bits, codes_and_scales(model), held))
     assert same_bits(outputs(model, LLAMA.inputs()), with_adapter)
@@ -306,28 +306,28 @@ def test_what_bitsandbytes_repacked_is_read_merged_and_given_back(codes: Codes, 
 
 @pytest.mark.parametrize("options", [{"bits": 8}, {}, {"bnb_4bit_compute_dtype": torch.float32}], ids=str)
 @pytest.mark.parametrize("is_prepared", [True, False])
-def test_a_model_that_never_ran_computes_after_it_is_dequantised(
+def test_a_model_that_never_ran_computes_after_it_is_dequantized(
     options: dict[str, Any], is_prepared: bool, tmp_path: Path
 ) -> None:
     """Loaded in bfloat16; a plain layer does not cast what it is given."""
     kind = LLAMA
     model: Any = half_precision_model(kind, tmp_path, **options)
     if is_prepared:
-        randlora.prepare_quantised(model)
+        randlora.prepare_quantized(model)
     randlora.inject(model, r=8, targets="all-linear")
     fill(model)
-    report = randlora.merge(model, quantised="dequantise")
-    assert "config still says that it is quantised" in str(report)
+    report = randlora.merge(model, quantized="dequantize")
+    assert "config still says that it is quantized" in str(report)
     with torch.no_grad():
         assert model(**kind.inputs()).logits.isfinite().all()
-    assert quantised_layers(model) == {}
+    assert quantized_layers(model) == {}
 
 
 def test_only_a_model_left_without_codes_is_told_of_its_config() -> None:
-    model = quantised_model(LLAMA, NF4)
+    model = quantized_model(LLAMA, NF4)
     randlora.inject(model, r=8)
     fill(model)
-    with randlora.merged(model, quantised="dequantise") as report:
+    with randlora.merged(model, quantized="dequantize") as report:
         assert report is not None
         assert report.notes == ()
     assert randlora.merge(model).notes == ()

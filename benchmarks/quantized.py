@@ -32,7 +32,7 @@ def _8_bits(in_features: int, out_features: int, _: torch.dtype) -> nn.Module:
 
 
 FORMS: dict[str, Callable[[int, int, torch.dtype], nn.Module]] = {"NF4": _nf4, "8 bits": _8_bits}
-"""The scales of NF4 are quantised too. Layers of 8 bits compute in the dtype of their input."""
+"""The scales of NF4 are quantized too. Layers of 8 bits compute in the dtype of their input."""
 
 
 class Case(NamedTuple):
@@ -75,7 +75,7 @@ def contestants(case: Case, names: Sequence[str]) -> dict[str, Adapt]:
 
 
 def build(case: Case, adapt: Adapt, device: str, *, layers: int = 1) -> nn.Module:
-    """Quantise layers of fixed random weights one after the other, and adapt them."""
+    """Quantize layers of fixed random weights one after the other, and adapt them."""
     torch.manual_seed(0)
     shape = case.in_features, case.out_features
     model = nn.Sequential(*(FORMS[case.form](*shape, case.dtype) for _ in range(layers))).to(device)
@@ -158,4 +158,4 @@ def run(settings: Settings) -> Sequence[Row]:
 
 
 if __name__ == "__main__":
-    main(("quantised", run))
+    main(("quantized", run))

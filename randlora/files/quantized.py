@@ -1,4 +1,4 @@
-"""Quantised checkpoints: those of bitsandbytes are read as the dense ones they stand for, others are refused."""
+"""Quantized checkpoints: those of bitsandbytes are read as the dense ones they stand for, others are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MARKS = {
     ".weight_scale_inv": "blocks of 8-bit floats",
     ".weight_packed": "compressed-tensors",
 }
-"""What the names of tensors contain that only checkpoints quantised in other ways have, and what wrote them."""
+"""What the names of tensors contain that only checkpoints quantized in other ways have, and what wrote them."""
 
 SETTINGS = "quantization_config"
 METHOD = "bitsandbytes"
@@ -36,7 +36,7 @@ class DenseView:
 
     Attributes:
         directory: The checkpoint. Codes have the names, shapes and dtypes of dense tensors in it, what stands beside
-            codes is not in it, and its config says nothing of quantisation.
+            codes is not in it, and its config says nothing of quantization.
         codes: The tensors that are stored as codes, by name.
         transposed: Names of those that a dense checkpoint holds transposed.
     """
@@ -58,7 +58,7 @@ class DenseView:
 
 
 def as_dense(directory: ModelDirectory) -> DenseView:
-    """Look at a checkpoint as the dense one that it stands for; one that is not quantised stays as it is.
+    """Look at a checkpoint as the dense one that it stands for; one that is not quantized stays as it is.
 
     Args:
         directory: The checkpoint.
@@ -71,7 +71,7 @@ def as_dense(directory: ModelDirectory) -> DenseView:
     codes = find_codes(directory.entries)
     if not codes and not isinstance(directory.config.get(SETTINGS), dict):
         return DenseView(directory, {})
-    raise_collected(CheckpointError, _bare_codes(directory, codes), doing="read what is quantised")
+    raise_collected(CheckpointError, _bare_codes(directory, codes), doing="read what is quantized")
     transposed = frozenset(name for name in codes if is_conv1d(name.removesuffix(".weight"), directory.model_type))
     beside = {part.name for found in codes.values() for part in found.parts.values()}
     dense = {name: _dense(found, directory, is_transposed=name in transposed) for name, found in codes.items()}
@@ -90,11 +90,11 @@ def _refuse_others(directory: ModelDirectory) -> None:
     for name in directory.entries:
         for mark, origin in MARKS.items():
             if mark in f"{name}.":
-                raise CheckpointError(f"{directory.path} is quantised ({name} is of {origin}): {advice}")
+                raise CheckpointError(f"{directory.path} is quantized ({name} is of {origin}): {advice}")
     settings = directory.config.get(SETTINGS)
     if isinstance(settings, dict) and not _is_bitsandbytes(settings):
         method = settings.get("quant_method", "an unnamed method")
-        raise CheckpointError(f"{directory.path} is quantised (config.json says with {method}): {advice}")
+        raise CheckpointError(f"{directory.path} is quantized (config.json says with {method}): {advice}")
 
 
 def _is_bitsandbytes(settings: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Quantised checkpoints: those of bitsandbytes are seen as dense ones, others are refused with the reason."""
+"""Quantized checkpoints: those of bitsandbytes are seen as dense ones, others are refused with the reason."""
 
 import json
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 import randlora
 from randlora.files.model_directory import read_model_directory
-from randlora.files.quantised import as_dense
+from randlora.files.quantized import as_dense
 from tests.model_directories import contents, save_adapter, save_model
 from tests.models import GPT2, LLAMA, RealModel
-from tests.quantised_checkpoints import QUANTISATIONS, quantise
+from tests.quantized_checkpoints import QUANTIZATIONS, quantize
 
 LAYER = "model.layers.0.self_attn.q_proj"
 MARKED = {
@@ -43,7 +43,7 @@ def settings(base: Path, change: dict[str, Any]) -> None:
 
 @verbs
 @pytest.mark.parametrize("name", MARKED)
-def test_a_tensor_that_only_other_quantised_checkpoints_have_is_named(
+def test_a_tensor_that_only_other_quantized_checkpoints_have_is_named(
     name: str, verb: Callable[[Path], object], tmp_path: Path
 ) -> None:
     base = save_model(LLAMA, tmp_path / "base")
@@ -51,14 +51,14 @@ def test_a_tensor_that_only_other_quantised_checkpoints_have_is_named(
     held = load_file(base / "model.safetensors")
     save_file({**held, name: torch.zeros(4, dtype=torch.uint8)}, base / "model.safetensors")
     before = contents(tmp_path)
-    with pytest.raises(randlora.CheckpointError, match=f"is quantised .*{name} is of {MARKED[name]}.*floating dtype"):
+    with pytest.raises(randlora.CheckpointError, match=f"is quantized .*{name} is of {MARKED[name]}.*floating dtype"):
         verb(tmp_path)
     assert contents(tmp_path) == before
 
 
 @verbs
 @pytest.mark.parametrize("said", [{"quant_method": "fp8"}, {"quant_method": "gptq", "load_in_4bit": True}, {"bits": 4}])
-def test_what_config_json_says_of_other_quantisation_is_believed(
+def test_what_config_json_says_of_other_quantization_is_believed(
     said: dict[str, Any], verb: Callable[[Path], object], tmp_path: Path
 ) -> None:
     base = save_model(LLAMA, tmp_path / "base")
@@ -70,18 +70,18 @@ def test_what_config_json_says_of_other_quantisation_is_believed(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("quantisation", QUANTISATIONS)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("kind", [LLAMA, GPT2], ids=lambda kind: kind.name)
-def test_what_bitsandbytes_quantised_has_the_headers_of_the_dense_checkpoint(
-    quantisation: str, kind: RealModel, tmp_path: Path
+def test_what_bitsandbytes_quantized_has_the_headers_of_the_dense_checkpoint(
+    quantization: str, kind: RealModel, tmp_path: Path
 ) -> None:
-    base = read_model_directory(quantise(kind, quantisation, tmp_path / "base"))
+    base = read_model_directory(quantize(kind, quantization, tmp_path / "base"))
     dense = read_model_directory(tmp_path / "base dense")
     view = as_dense(base)
     headers = {name: (entry.dtype, entry.shape, entry.nbytes) for name, entry in view.directory.entries.items()}
     assert headers == {name: (entry.dtype, entry.shape, entry.nbytes) for name, entry in dense.entries.items()}
     assert view.directory.config == dense.config != base.config
-    assert view.directory.nbytes == dense.nbytes > base.nbytes or quantisation != "8 bits"
+    assert view.directory.nbytes == dense.nbytes > base.nbytes or quantization != "8 bits"
     again = as_dense(view.directory)
     assert again.directory is view.directory
     assert not again.codes
@@ -99,14 +99,14 @@ def test_what_bitsandbytes_quantised_has_the_headers_of_the_dense_checkpoint(
 def test_codes_of_8_bits_stand_for_numbers_of_the_configs_dtype(
     said: dict[str, Any], dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    base = quantise(LLAMA, "8 bits", tmp_path / "base")
+    base = quantize(LLAMA, "8 bits", tmp_path / "base")
     settings(base, said)
     view = as_dense(read_model_directory(base))
     assert {view.directory.entries[name].dtype for name in view.codes} == {dtype}
 
 
 def test_a_config_of_the_first_versions_which_names_no_method_is_that_of_bitsandbytes(tmp_path: Path) -> None:
-    base = quantise(LLAMA, "nf4", tmp_path / "base")
+    base = quantize(LLAMA, "nf4", tmp_path / "base")
     expected = as_dense(read_model_directory(base))
     settings(base, {"quantization_config": {"load_in_4bit": True}})
     found = as_dense(read_model_directory(base))
@@ -115,7 +115,7 @@ def test_a_config_of_the_first_versions_which_names_no_method_is_that_of_bitsand
     assert as_dense(read_model_directory(base)).directory.entries == expected.directory.entries
 
 
-def test_a_checkpoint_that_is_not_quantised_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_not_quantized_stays_as_it_is(tmp_path: Path) -> None:
     directory = read_model_directory(save_model(LLAMA, tmp_path))
     unsaid = replace(directory, config={**directory.config, "quantization_config": None})
     assert as_dense(directory).directory is directory

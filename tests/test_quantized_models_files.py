@@ -13,7 +13,7 @@ from tests import peer
 from tests.laws import fill, same_bits
 from tests.models import RealModel, outputs
 from tests.peer import ALPHA, R, assert_same_effect
-from tests.quantised import MODELS, Codes, every_codes, every_model, quantised_model
+from tests.quantized import MODELS, Codes, every_codes, every_model, quantized_model
 
 pytestmark = peer.THEIR_WARNINGS
 
@@ -34,9 +34,9 @@ def assert_same_updates(first: nn.Module, second: nn.Module) -> None:
 @every_codes
 @every_model
 def test_an_adapter_saved_beside_codes_loads_beside_them_again(kind: RealModel, codes: Codes, tmp_path: Path) -> None:
-    model = trained_on(quantised_model(kind, codes), kind)
+    model = trained_on(quantized_model(kind, codes), kind)
     randlora.save(model, tmp_path)
-    again = quantised_model(kind, codes)
+    again = quantized_model(kind, codes)
     randlora.load(again, tmp_path)
     assert same_bits(outputs(again, kind.inputs()), outputs(model, kind.inputs()))
 
@@ -46,7 +46,7 @@ def test_an_adapter_saved_beside_codes_loads_beside_them_again(kind: RealModel, 
 def test_an_adapter_trained_on_codes_is_the_same_on_the_dense_model(
     kind: RealModel, codes: Codes, tmp_path: Path
 ) -> None:
-    model, dense = trained_on(quantised_model(kind, codes), kind), kind.build()
+    model, dense = trained_on(quantized_model(kind, codes), kind), kind.build()
     randlora.save(model, tmp_path)
     randlora.load(dense, tmp_path)
     assert_same_updates(model, dense)
@@ -57,18 +57,18 @@ def test_an_adapter_trained_on_codes_is_the_same_on_the_dense_model(
 def test_an_adapter_trained_on_the_dense_model_is_the_same_on_codes(
     kind: RealModel, codes: Codes, tmp_path: Path
 ) -> None:
-    dense, model = trained_on(kind.build(), kind), quantised_model(kind, codes)
+    dense, model = trained_on(kind.build(), kind), quantized_model(kind, codes)
     randlora.save(dense, tmp_path)
     randlora.load(model, tmp_path)
     assert_same_updates(dense, model)
-    plain = outputs(quantised_model(kind, codes), kind.inputs())
+    plain = outputs(quantized_model(kind, codes), kind.inputs())
     assert not torch.allclose(outputs(model, kind.inputs()), plain)
 
 
 def in_peft(kind: RealModel, codes: Codes) -> PeftModel:
-    """Build PEFT's quantised model with a trained-looking adapter."""
+    """Build PEFT's quantized model with a trained-looking adapter."""
     config = RandLoraConfig(r=R, randlora_alpha=ALPHA, target_modules=list(kind.targets))
-    model = get_peft_model(quantised_model(kind, codes), config).eval()
+    model = get_peft_model(quantized_model(kind, codes), config).eval()
     peer.fill(model)
     return model
 
@@ -76,7 +76,7 @@ def in_peft(kind: RealModel, codes: Codes) -> PeftModel:
 @every_codes
 @every_model
 def test_pefts_adapter_of_codes_computes_the_same_here(kind: RealModel, codes: Codes, tmp_path: Path) -> None:
-    theirs, ours = in_peft(kind, codes), quantised_model(kind, codes)
+    theirs, ours = in_peft(kind, codes), quantized_model(kind, codes)
     theirs.save_pretrained(tmp_path)
     randlora.load(ours, tmp_path)
     assert_same_effect(ours, theirs, kind)
@@ -88,11 +88,11 @@ def test_pefts_adapter_of_codes_computes_the_same_here(kind: RealModel, codes: C
 def test_our_adapter_of_codes_computes_the_same_in_peft(
     kind: RealModel, codes: Codes, bases: Literal["seed", "stored"], tmp_path: Path
 ) -> None:
-    ours = quantised_model(kind, codes)
+    ours = quantized_model(kind, codes)
     randlora.inject(ours, R, alpha=ALPHA, targets=kind.targets)
     peer.fill(ours)
     randlora.save(ours, tmp_path, bases=bases)
-    theirs = PeftModel.from_pretrained(quantised_model(kind, codes), tmp_path).eval()
+    theirs = PeftModel.from_pretrained(quantized_model(kind, codes), tmp_path).eval()
     assert_same_effect(ours, theirs, kind)
 
 
@@ -101,7 +101,7 @@ def test_our_adapter_of_codes_computes_the_same_in_peft(
 def test_an_adapter_of_codes_merged_into_the_dense_model_is_saved_as_any_model(
     kind: RealModel, codes: Codes, tmp_path: Path
 ) -> None:
-    randlora.save(trained_on(quantised_model(kind, codes), kind), tmp_path / "adapter")
+    randlora.save(trained_on(quantized_model(kind, codes), kind), tmp_path / "adapter")
     dense: Any = kind.build()
     randlora.load(dense, tmp_path / "adapter")
     expected = outputs(dense, kind.inputs())
@@ -118,12 +118,12 @@ def test_an_adapter_of_codes_merged_into_the_dense_model_is_saved_as_any_model(
     [kind for kind in MODELS if kind.name != "gpt2"],
     ids=lambda kind: kind.name,
 )
-def test_a_model_that_transformers_dequantised_takes_the_adapter_and_is_saved(
+def test_a_model_that_transformers_dequantized_takes_the_adapter_and_is_saved(
     kind: RealModel, codes: Codes, tmp_path: Path
 ) -> None:
-    model = trained_on(quantised_model(kind, codes), kind)
+    model = trained_on(quantized_model(kind, codes), kind)
     randlora.save(model, tmp_path / "adapter")
-    plain = quantised_model(kind, codes).dequantize()
+    plain = quantized_model(kind, codes).dequantize()
     randlora.load(plain, tmp_path / "adapter")
     randlora.merge(plain)
     plain.save_pretrained(tmp_path / "merged")

@@ -1,4 +1,4 @@
-"""The benchmark of quantised layers: who is compared on what, and that no dense copy of the weight goes unseen."""
+"""The benchmark of quantized layers: who is compared on what, and that no dense copy of the weight goes unseen."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import held, quantised
+from benchmarks import held, quantized
 from benchmarks.layers import CONTESTANTS, UnderAutocast, training_step
-from benchmarks.quantised import Case, refuse_a_dense_copy
+from benchmarks.quantized import Case, refuse_a_dense_copy
 from benchmarks.results import Row
 from benchmarks.targets import TARGETS
 
-every_form = pytest.mark.parametrize("form", quantised.FORMS)
+every_form = pytest.mark.parametrize("form", quantized.FORMS)
 SMALL = {"in_features": 128, "out_features": 128}
 
 
@@ -27,9 +27,9 @@ def small(form: str, tokens: int = 4) -> Case:
     return Case(form, torch.float32, tokens, **SMALL)
 
 
-def test_every_target_of_quantised_layers_has_its_row() -> None:
-    rows = {f"{before}{case}" for case in quantised.GATED for before in ("", "held, ", "kept, ", "needed, ")}
-    assert {target.case for target in TARGETS if target.benchmark == "quantised"} <= rows
+def test_every_target_of_quantized_layers_has_its_row() -> None:
+    rows = {f"{before}{case}" for case in quantized.GATED for before in ("", "held, ", "kept, ", "needed, ")}
+    assert {target.case for target in TARGETS if target.benchmark == "quantized"} <= rows
 
 
 @every_form
@@ -37,8 +37,8 @@ def test_every_target_of_quantised_layers_has_its_row() -> None:
 def test_all_contestants_adapt_the_same_codes(form: str, dtype: torch.dtype) -> None:
     case = Case(form, dtype, 4, **SMALL)
     codes = []
-    for name, adapt in quantised.contestants(case, quantised.NAMES).items():
-        layer = quantised.build(case, adapt, "cpu")
+    for name, adapt in quantized.contestants(case, quantized.NAMES).items():
+        layer = quantized.build(case, adapt, "cpu")
         assert layer.training
         base = layer.inner[0] if isinstance(layer, UnderAutocast) else layer[0]  # type: ignore[index]
         kind = type(base).__module__.split(".")[0]
@@ -51,8 +51,8 @@ def test_all_contestants_adapt_the_same_codes(form: str, dtype: torch.dtype) -> 
     assert all(torch.equal(codes[0], others) for others in codes)
 
 
-def test_the_scales_of_nf4_are_quantised_too() -> None:
-    layer = quantised.build(small("NF4"), CONTESTANTS["frozen"], "cpu")[0]  # type: ignore[index]
+def test_the_scales_of_nf4_are_quantized_too() -> None:
+    layer = quantized.build(small("NF4"), CONTESTANTS["frozen"], "cpu")[0]  # type: ignore[index]
     assert layer.weight.quant_state.nested
 
 
@@ -61,8 +61,8 @@ def test_ours_keep_the_input_and_peft_a_square_matrix_beside_it(form: str) -> No
     case = small(form)
     kept = {}
     for name in ("PEFT", "dense", "block"):
-        x, _ = quantised.given(case, "cpu")
-        layer = quantised.build(case, CONTESTANTS[name], "cpu")
+        x, _ = quantized.given(case, "cpu")
+        layer = quantized.build(case, CONTESTANTS[name], "cpu")
         layer(x)  # the first time, ours copy the bases that all layers share
         kept[name] = held.kept_for_backward(layer, x)
     assert kept["dense"] == kept["block"] == x.nbytes
@@ -72,7 +72,7 @@ def test_ours_keep_the_input_and_peft_a_square_matrix_beside_it(form: str) -> No
 @every_form
 @pytest.mark.parametrize("name", ["dense", "block"])
 def test_a_further_layer_holds_codes_scales_and_what_is_trained(form: str, name: str) -> None:
-    layer = quantised.build(small(form), CONTESTANTS[name], "cpu")[0]  # type: ignore[index]
+    layer = quantized.build(small(form), CONTESTANTS[name], "cpu")[0]  # type: ignore[index]
     base = layer.base_layer
     trained = sum(parameter.nbytes for parameter in layer.parameters() if parameter.requires_grad)
     if form == "NF4":
@@ -81,7 +81,7 @@ def test_a_further_layer_holds_codes_scales_and_what_is_trained(form: str, name:
     else:
         parts = [base.weight.SCB]
     own = base.weight.nbytes + sum(part.nbytes for part in parts)
-    assert quantised.held(small(form), CONTESTANTS[name], "cpu") == own + trained
+    assert quantized.held(small(form), CONTESTANTS[name], "cpu") == own + trained
 
 
 class Hoarder(nn.Module):
@@ -102,7 +102,7 @@ class Hoarder(nn.Module):
 
 def test_a_copy_that_is_kept_outside_of_autograd_is_found_and_refused() -> None:
     case, layer = small("NF4"), Hoarder(in_forward=True)
-    x, _ = quantised.given(case, "cpu")
+    x, _ = quantized.given(case, "cpu")
     assert held.kept_for_backward(layer, x) == x.nbytes + case.dense_bytes
     with pytest.raises(RuntimeError, match=r"dense, NF4, float32, T = 4, 128→128: 65536 bytes stay"):
         refuse_a_dense_copy("dense", case, case.dense_bytes)
@@ -120,7 +120,7 @@ def test_the_benchmark_stops_where_ours_hold_a_copy(in_forward: bool, monkeypatc
 
 
 def _rows(adapt: Callable[[nn.Sequential], nn.Module]) -> list[Row]:
-    return quantised.measured(small("NF4", tokens=2), {"dense": adapt}, "cpu")
+    return quantized.measured(small("NF4", tokens=2), {"dense": adapt}, "cpu")
 
 
 def test_the_peak_of_a_step_is_the_most_that_lives_at_once() -> None:
@@ -143,7 +143,7 @@ def test_what_lived_before_is_not_counted() -> None:
 
 
 @every_form
-def test_a_step_of_a_quantised_layer_gives_its_input_a_gradient(form: str) -> None:
-    x, grad = quantised.given(small(form), "cpu")
-    training_step(quantised.build(small(form), CONTESTANTS["dense"], "cpu"), x, grad)()
+def test_a_step_of_a_quantized_layer_gives_its_input_a_gradient(form: str) -> None:
+    x, grad = quantized.given(small(form), "cpu")
+    training_step(quantized.build(small(form), CONTESTANTS["dense"], "cpu"), x, grad)()
     assert x.grad is not None
