@@ -10,21 +10,13 @@
 from importlib.metadata import version as _version
 
 import randlora.layers as _layers  # noqa: F401  (importing it registers every kind of layer)
-from randlora.adapters import AdapterInfo as AdapterInfo
-from randlora.adapters import activate as activate
-from randlora.adapters import adapters as adapters
-from randlora.adapters import delta_weight as delta_weight
-from randlora.adapters import disabled as disabled
-from randlora.adapters import remove as remove
-from randlora.adapters import trainable_parameters as trainable_parameters
-from randlora.bank import Bases as Bases
-from randlora.bank import Basis as Basis
-from randlora.bank import BasisBank as BasisBank
+from randlora.bases.bank import BasisBank as BasisBank
+from randlora.bases.basis import Bases as Bases
+from randlora.bases.basis import Basis as Basis
 from randlora.bases.spec import BasisSpec as BasisSpec
 from randlora.checkpoint import load as load
 from randlora.checkpoint import save as save
 from randlora.checkpoint.save import SaveReport as SaveReport
-from randlora.compute import set_compute as set_compute
 from randlora.config import RandLoRAConfig as RandLoRAConfig
 from randlora.errors import AdapterError as AdapterError
 from randlora.errors import CheckpointError as CheckpointError
@@ -41,21 +33,29 @@ from randlora.files.merge import FileMergeReport as FileMergeReport
 from randlora.files.merge import merge_files as merge_files
 from randlora.files.summary import AdapterSummary as AdapterSummary
 from randlora.files.verify import Verification as Verification
-from randlora.inject import eject as eject
-from randlora.inject import inject as inject
-from randlora.inject import plan as plan
 from randlora.layers.base import AdapterLayer as AdapterLayer
 from randlora.layers.folding import RoundingLoss as RoundingLoss
-from randlora.merge import merge as merge
-from randlora.merge import merged as merged
-from randlora.merge import unmerge as unmerge
-from randlora.prepare import PreparationReport as PreparationReport
-from randlora.prepare import prepare_quantized as prepare_quantized
-from randlora.registry import register_layer as register_layer
+from randlora.layers.registry import register_layer as register_layer
+from randlora.model.inject import eject as eject
+from randlora.model.inject import inject as inject
+from randlora.model.inject import plan as plan
+from randlora.model.merge import merge as merge
+from randlora.model.merge import merged as merged
+from randlora.model.merge import unmerge as unmerge
+from randlora.model.prepare import PreparationReport as PreparationReport
+from randlora.model.prepare import prepare_quantized as prepare_quantized
+from randlora.model.switch import AdapterInfo as AdapterInfo
+from randlora.model.switch import activate as activate
+from randlora.model.switch import adapters as adapters
+from randlora.model.switch import delta_weight as delta_weight
+from randlora.model.switch import disabled as disabled
+from randlora.model.switch import remove as remove
+from randlora.model.switch import set_compute as set_compute
+from randlora.model.switch import trainable_parameters as trainable_parameters
 from randlora.report import MergeReport as MergeReport
 from randlora.report import Report as Report
-from randlora.walk import Target as Target
-from randlora.walk import find_targets as find_targets
+from randlora.targets.select import Target as Target
+from randlora.targets.select import find_targets as find_targets
 
 __version__ = _version("randlora")
 

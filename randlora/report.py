@@ -13,8 +13,9 @@ from torch.nn.parameter import is_lazy
 from randlora.bases.spec import BasisSpec, count_bases
 from randlora.config import RandLoRAConfig
 from randlora.layers.folding import RoundingLoss
-from randlora.registry import find_layer
-from randlora.walk import Selection, Target, named_parameters
+from randlora.layers.registry import find_layer
+from randlora.targets.select import Selection, Target
+from randlora.targets.walk import named_parameters
 
 FLOAT32_BYTES = 4
 HEADINGS = ("count", "in", "out", "r", "num_bases", "rank", "trainable")

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from randlora.bank import Basis, BasisBank
+from randlora.bases.bank import BasisBank
+from randlora.bases.basis import Basis
 from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError
 from randlora.functional import Compute

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
 import randlora
-from randlora.bank import Basis
+from randlora.bases.basis import Basis
 from randlora.checkpoint.header import dump_header, parse_header
 from randlora.state import ModelState, attached_state
 

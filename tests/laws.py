@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import randlora
-from randlora.install import adapter_layers
+from randlora.model.install import adapter_layers
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Relative to the largest value compared: a few roundings of the dtype."""

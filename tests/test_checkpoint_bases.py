@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import randlora
-from randlora.bank import Basis
+from randlora.bases.basis import Basis
 from tests.checkpoint_files import (
     HEADED,
     LINEAR,

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import randlora
-from randlora import registry
+from randlora.layers import registry
 from tests.peer import THEIR_WARNINGS, TRAINERS_WARNINGS
 
 pytestmark = [*THEIR_WARNINGS, *TRAINERS_WARNINGS]  # of pages that show them at work

@@ -10,7 +10,7 @@ from torch import nn
 import randlora
 from randlora.config import BasisKind
 from randlora.files.adapter import open_adapter, stand_ins
-from randlora.walk import used_dims
+from randlora.targets.select import used_dims
 from tests.checkpoint_files import CASES, Case, trained
 from tests.directories import base_directory, our_directory, their_directory
 from tests.laws import same_bits

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from randlora.bank import Basis
+from randlora.bases.basis import Basis
 from randlora.files.changes import Changes, find_changes
 from randlora.files.model_directory import read_model_directory
 from randlora.files.quantized import as_dense

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import randlora
 from randlora.checkpoint.layout import CONFIG_FILE, TENSORS_FILE
 from randlora.files.adapter import OpenAdapter
-from randlora.walk import find_targets
+from randlora.targets.select import find_targets
 from tests.checkpoint_files import read_fields
 from tests.directories import base_directory, our_directory, their_directory
 from tests.model_directories import contents

@@ -10,8 +10,8 @@ from torch import nn
 from randlora.files.model_directory import read_model_directory
 from randlora.files.names import Naming
 from randlora.files.skeleton import Skeleton, skeleton
-from randlora.registry import find_layer
-from randlora.walk import named_parameters, walk
+from randlora.layers.registry import find_layer
+from randlora.targets.walk import named_parameters, walk
 from tests.model_directories import contents, save_model, write
 from tests.models import GPT2, LLAMA, RealModel, every_transformers_model
 

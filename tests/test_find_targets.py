@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import randlora
-from randlora.walk import find_targets, select
+from randlora.targets.select import find_targets, select
 from tests.walk_models import LINEAR, Model, found
 
 

@@ -1,6 +1,7 @@
 """What importing the library costs, what it offers, and that its files import each other one way."""
 
 import ast
+import graphlib
 import json
 import subprocess
 import sys
@@ -18,52 +19,25 @@ import randlora
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "randlora"
 
-FLOORS = (
-    ("errors",),
-    ("config",),
-    ("functional.cost", "functional.scratch", "bases", "bases.compact", "bases.spec"),
-    ("functional.diagonals", "bases.portable_stream", "bases.torch_stream"),
-    ("functional.block", "functional.dense", "functional.few_tokens", "functional.sparse"),
-    ("functional.adapted",),
-    ("functional.operation",),
-    ("functional",),
-    ("bank",),
-    ("state",),
-    ("layers.folding", "layers.inputs"),
-    ("layers.base",),
-    ("registry", "layers.bnb_codes", "layers.quantized"),
-    ("layers.bnb", "layers.conv1d", "layers.linear"),
-    ("layers", "match", "presets"),
-    ("walk",),
-    ("report", "train_also"),
-    ("install",),
-    ("inject",),
-    ("adapters", "compute", "merge", "prepare"),
-    ("checkpoint.base_model", "checkpoint.layout", "checkpoint.tensors_file", "checkpoint.write"),
-    ("checkpoint.header", "checkpoint.peft_config"),
-    ("checkpoint.card", "checkpoint.read"),
-    ("checkpoint.bases", "checkpoint.contents", "checkpoint.fit", "checkpoint.hub", "checkpoint.tied"),
-    ("checkpoint.locate",),
-    ("checkpoint.load", "checkpoint.save"),
-    ("checkpoint",),
-    ("files.model_directory", "files.order", "files.kinds", "files.progress", "files.low_rank", "files.summary"),
-    ("files.companions", "files.names", "files.staging", "files.tensor_file"),
-    ("files.codes",),
-    ("files.bnb_layout",),
-    ("files.quantized",),
-    ("files.skeleton",),
-    ("files.adapter", "files.changes", "files.output", "files.plan"),
-    ("files.inspect", "files.merge", "files.to_lora", "files.verify"),
-    ("files.convert",),
-    ("files",),
-    ("",),  # the package itself
-    ("cli.arguments", "cli.output"),
-    ("cli.convert", "cli.inspect", "cli.merge", "cli.plan", "cli.verify"),
-    ("cli.app",),
-    ("cli",),
-    ("__main__",),
+ROOMS = (
+    "errors",
+    "config",
+    "functional",
+    "bases",
+    "state",
+    "layers",
+    "targets",
+    "report",
+    "model",
+    "disk",
+    "checkpoint",
+    "files",
+    "",  # the package itself
+    "integrations",
+    "cli",
+    "__main__",
 )
-"""A file imports from the floors below its own only: neither upwards nor its siblings."""
+"""From the ground up: a file imports from its own room and from those below it."""
 
 OPTIONAL = {
     "checkpoint.hub": {"huggingface_hub"},
@@ -72,7 +46,10 @@ OPTIONAL = {
 }
 """What a file may import beyond what the project depends on, inside functions only."""
 
-FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+
+def floor(name: str) -> int:
+    """Return the height of the room that a file of the package stands in."""
+    return ROOMS.index(name.split(".", maxsplit=1)[0])
 
 
 @cache
@@ -99,18 +76,20 @@ def imported(tree: ast.Module) -> Iterator[tuple[str, int]]:
 every_module = pytest.mark.parametrize("name", sorted(modules()), ids=lambda name: name or "randlora")
 
 
-def test_every_file_has_its_floor_and_every_floor_its_files() -> None:
-    assert sorted(FLOOR_OF) == sorted(modules())
+def inner_imports(name: str) -> set[str]:
+    """Return the files of the package that one of them imports."""
+    targets = (target for target, _ in imported(modules()[name]) if target.split(".")[0] == "randlora")
+    return {target.removeprefix("randlora").removeprefix(".") for target in targets}
 
 
 @every_module
-def test_a_file_imports_from_the_floors_below_it_only(name: str) -> None:
-    inner = {
-        target.removeprefix("randlora").removeprefix(".")
-        for target, _ in imported(modules()[name])
-        if target.split(".")[0] == "randlora"
-    }
-    assert {target for target in inner if FLOOR_OF[target] >= FLOOR_OF[name]} == set()
+def test_a_file_imports_from_its_room_and_those_below_it(name: str) -> None:
+    assert {target for target in inner_imports(name) if floor(target) > floor(name)} == set()
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    order = graphlib.TopologicalSorter({name: inner_imports(name) for name in modules()})
+    assert set(order.static_order()) == set(modules())
 
 
 @every_module
@@ -124,7 +103,7 @@ def test_a_file_imports_what_the_project_depends_on_and_nothing_else(name: str) 
     declared = {requirement.split(">")[0] for requirement in project["dependencies"]}
     assert declared == {"torch", "safetensors", "numpy"}
     foreign = {target.split(".")[0] for target, _ in imported(modules()[name])} - set(sys.stdlib_module_names)
-    is_command_line = FLOOR_OF[name] > FLOOR_OF[""]
+    is_command_line = floor(name) > floor("")
     optional = OPTIONAL.get(name, {"typer", "rich"} if is_command_line else set())
     assert foreign <= declared | optional | {"randlora"}
 
@@ -184,7 +163,7 @@ def test_importing_the_library_does_not_import(name: str, fresh: dict[str, Any])
 
 
 def test_importing_the_library_imports_every_file_of_it_but_the_command_line(fresh: dict[str, Any]) -> None:
-    names = {f"randlora.{name}".removesuffix(".") for name in modules() if FLOOR_OF[name] <= FLOOR_OF[""]}
+    names = {f"randlora.{name}".removesuffix(".") for name in modules() if floor(name) <= floor("")}
     assert names <= set(fresh["loaded"])
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import randlora
 from randlora import AdapterLayer
 from randlora.functional import Compute
-from randlora.registry import registered_layers
+from randlora.layers.registry import registered_layers
 from tests import reference
 from tests.laws import assert_close, fill, same_bits
 from tests.layer_kinds import LAYER_KINDS, LayerKind, every_dense_kind, every_kind, every_kind_and_dtype

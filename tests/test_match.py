@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from randlora.match import has_suffix, matches, matches_name, nearest_names, unmatched
+from randlora.targets.match import has_suffix, matches, matches_name, nearest_names, unmatched
 
 LAYER = nn.Linear(1, 1)
 components = st.lists(st.sampled_from(["q", "proj", "q_proj", "0", "10", "q+"]), min_size=1, max_size=4)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import randlora
-from randlora.presets import HEAD_NAMES, TARGET_PRESETS
+from randlora.targets.presets import HEAD_NAMES, TARGET_PRESETS
 
 NOT_IN_TRANSFORMERS = {
     "RefinedWeb": "Falcon's name while its code came with the checkpoint",

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import randlora
-from randlora.install import adapter_layers
 from randlora.layers.folding import Quantized
+from randlora.model.install import adapter_layers
 from tests.laws import fill, same_bits
 from tests.models import RealModel, logits, outputs
 from tests.quantized import (

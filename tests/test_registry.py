@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import randlora
-from randlora import AdapterLayer, TargetError, registry
+from randlora import AdapterLayer, TargetError
+from randlora.layers import registry
 from randlora.layers.conv1d import Conv1DAdapter
 from randlora.layers.linear import LinearAdapter
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import randlora
-from randlora.install import adapter_layers
+from randlora.model.install import adapter_layers
 from randlora.report import as_bytes, table
 from tests.laws import Mixed
 from tests.quantized import INT8, MODELS, NF4, Codes, of_4_bits, quantized_model

@@ -9,7 +9,7 @@ from torch import nn
 
 import randlora
 from randlora import TargetError
-from randlora.train_also import select_parameters
+from randlora.model.train_also import select_parameters
 from tests.laws import TOKENS, Mixed, Snapshot, same_bits
 from tests.quantized import of_4_bits
 

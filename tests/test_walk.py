@@ -13,7 +13,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import randlora
-from randlora.walk import Target, find_targets, max_dims, named_parameters, obstacles, used_dims, walk
+from randlora.targets.select import Target, find_targets, max_dims, obstacles, used_dims
+from randlora.targets.walk import named_parameters, walk
 from tests.walk_models import LINEAR, Model, found
 
 # Walking

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from randlora.walk import find_targets
+from randlora.targets.select import find_targets
 
 
 class Attention(nn.Module):

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from randlora.bank import Basis, BasisBank
+from randlora.bases.bank import BasisBank
+from randlora.bases.basis import Basis
 from randlora.bases.compact import CompactMatrix
 from randlora.bases.spec import BasisSpec, count_bases, spec_for
 from randlora.checkpoint.read import AdapterFile
 from randlora.errors import CheckpointError, ConfigError
-from randlora.walk import Target, max_dims, used_dims
+from randlora.targets.select import Target, max_dims, used_dims
 
 
 def file_basis(file: AdapterFile, targets: Sequence[Target], bank: BasisBank) -> Basis:

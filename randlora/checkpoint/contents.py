@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from randlora.bank import Basis
+from randlora.bases.basis import Basis
 from randlora.checkpoint.header import Header, dump_header
 from randlora.checkpoint.layout import CONFIG_FILE, HEADER_KEY, TENSORS_FILE, TOP_BASIS_A, TOP_BASIS_B
 from randlora.checkpoint.write import Writer

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from randlora.checkpoint.read import AdapterFile
 from randlora.errors import CheckpointError, TargetError, raise_collected
 from randlora.layers.base import AdapterLayer
-from randlora.walk import Target, find_targets, named_parameters, obstacles, walk
+from randlora.targets.select import Target, find_targets, obstacles
+from randlora.targets.walk import named_parameters, walk
 
 
 def fit_targets(model: nn.Module, file: AdapterFile, *, needs_values: bool = True) -> tuple[Target, ...]:

@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from randlora.bank import BasisBank
+from randlora.bases.bank import BasisBank
 from randlora.checkpoint.base_model import mismatch
 from randlora.checkpoint.bases import file_basis
 from randlora.checkpoint.fit import fit_targets
@@ -18,12 +18,12 @@ from randlora.checkpoint.peft_config import BASE_FIELD, NEUTRAL_FIELDS, kept_fie
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.checkpoint.tied import tied
 from randlora.errors import CheckpointError
-from randlora.install import commit, or_if_first, owned_state, prepare
 from randlora.layers.base import AdapterLayer
+from randlora.model.install import commit, or_if_first, owned_state, prepare
+from randlora.model.train_also import replacements
 from randlora.report import Report, adapter_report, standing
 from randlora.state import Adapter, ModelState
-from randlora.train_also import replacements
-from randlora.walk import Selection, Target
+from randlora.targets.select import Selection, Target
 
 
 @torch.inference_mode(mode=False)  # what is made here may be trained, whatever mode the caller is in

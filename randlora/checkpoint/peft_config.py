@@ -11,9 +11,9 @@ from torch import nn
 from randlora.checkpoint.base_model import base_model_name
 from randlora.config import BasisKind, RandLoRAConfig, Stream
 from randlora.errors import CheckpointError, ConfigError
-from randlora.match import has_suffix
 from randlora.state import Adapter
-from randlora.walk import named_parameters, walk
+from randlora.targets.match import has_suffix
+from randlora.targets.walk import named_parameters, walk
 
 PEFT_TYPE = "RANDLORA"
 PEFT_VERSION = "0.21.2"  # whose fields these are

@@ -19,11 +19,11 @@ from randlora.checkpoint.peft_config import BASE_FIELD, to_peft_fields
 from randlora.checkpoint.tied import untied_by_peft
 from randlora.checkpoint.write import write_together
 from randlora.errors import CheckpointError, raise_collected
-from randlora.install import adapter_layers
 from randlora.layers.base import AdapterLayer
+from randlora.model.install import adapter_layers
 from randlora.report import Report, adapter_report, as_bytes
 from randlora.state import Adapter, adapted_root
-from randlora.walk import Selection, Target
+from randlora.targets.select import Selection, Target
 
 
 @dataclass(frozen=True)

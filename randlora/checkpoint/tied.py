@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from randlora.checkpoint.peft_config import whole_modules
 from randlora.checkpoint.read import AdapterFile
 from randlora.errors import CheckpointError, raise_collected
-from randlora.walk import named_parameters
+from randlora.targets.walk import named_parameters
 
 
 def tied(model: nn.Module, file: AdapterFile) -> AdapterFile:

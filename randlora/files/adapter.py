@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from randlora.bank import Basis, BasisBank
+from randlora.bases.bank import BasisBank
+from randlora.bases.basis import Basis
 from randlora.checkpoint.bases import file_basis
 from randlora.checkpoint.fit import misfits, named_targets, trained_misfits
 from randlora.checkpoint.layout import master_copy
@@ -21,7 +22,8 @@ from randlora.files.quantized import as_dense
 from randlora.files.skeleton import Skeleton, skeleton
 from randlora.functional import Diagonals, delta_weight
 from randlora.layers.linear import LinearAdapter
-from randlora.walk import Target, named_parameters, obstacles
+from randlora.targets.select import Target, obstacles
+from randlora.targets.walk import named_parameters
 
 Shapes = dict[str, tuple[int, int]]
 """``(out_features, in_features)`` of layers by FQN."""

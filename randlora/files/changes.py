@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from randlora.bank import BasisBank
+from randlora.bases.bank import BasisBank
 from randlora.checkpoint.bases import file_basis
 from randlora.checkpoint.fit import fit_targets
 from randlora.checkpoint.layout import master_copy
@@ -28,9 +28,10 @@ from randlora.files.quantized import DenseView
 from randlora.files.skeleton import Skeleton, skeleton
 from randlora.files.tensor_file import read_pieces
 from randlora.layers.folding import Into
-from randlora.merge import require_finite
+from randlora.model.merge import require_finite
 from randlora.state import Adapter, ModelState
-from randlora.walk import Target, named_parameters, used_dims
+from randlora.targets.select import Target, used_dims
+from randlora.targets.walk import named_parameters
 
 
 @dataclass(frozen=True, eq=False)

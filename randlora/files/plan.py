@@ -10,7 +10,7 @@ from randlora.errors import TargetError, raise_collected
 from randlora.files.model_directory import ModelDirectory, read_model_directory
 from randlora.files.quantized import as_dense
 from randlora.files.skeleton import skeleton
-from randlora.inject import plan
+from randlora.model.inject import plan
 from randlora.report import Report
 
 

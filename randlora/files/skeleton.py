@@ -19,7 +19,7 @@ from randlora.files.model_directory import ModelDirectory
 from randlora.files.names import Naming, namings
 from randlora.files.order import model_order
 from randlora.layers.conv1d import Conv1DAdapter
-from randlora.registry import register_layer
+from randlora.layers.registry import register_layer
 
 BUFFERS = frozenset({"running_mean", "running_var", "num_batches_tracked", "masked_bias", "inv_freq", "position_ids"})
 INPUT_EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "word_embeddings", "wte", "shared"})

@@ -23,7 +23,7 @@ class BasisSummary:
     Attributes:
         spec: Kind, stream, seed, rank, dims and blocks.
         source: ``"seed"`` where the spec brings them back, ``"file"`` where only the file holds them.
-        digest: SHA-256 of the values that the layers use; see `randlora.bank.Basis.digest`.
+        digest: SHA-256 of the values that the layers use; see `randlora.bases.bank.Basis.digest`.
         nbytes: Bytes that they take in memory.
     """
 

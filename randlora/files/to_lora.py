@@ -21,7 +21,7 @@ from randlora.files.adapter import OpenAdapter
 from randlora.files.low_rank import LowRank, frobenius_norm, of_rank, within
 from randlora.files.progress import Progress
 from randlora.files.tensor_file import Planned, write_tensor_file
-from randlora.match import has_suffix
+from randlora.targets.match import has_suffix
 
 DEFAULT_TOLERANCE = 0.05
 LISTED = 5

@@ -19,7 +19,7 @@ from randlora.layers import bnb_codes
 from randlora.layers.base import Reading
 from randlora.layers.inputs import autocast_dtype, first_of
 from randlora.layers.quantized import QuantizedLayer
-from randlora.registry import register_layer
+from randlora.layers.registry import register_layer
 
 MODULE = "bitsandbytes.nn.modules"
 OWN_KERNELS_UP_TO = 1536

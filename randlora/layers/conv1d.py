@@ -6,7 +6,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from randlora.layers.base import AdapterLayer
-from randlora.registry import register_layer
+from randlora.layers.registry import register_layer
 
 
 @register_layer("transformers.pytorch_utils.Conv1D")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from randlora.layers.base import AdapterLayer
-from randlora.registry import refuse_layer, register_layer
+from randlora.layers.registry import refuse_layer, register_layer
 
 FORWARD = nn.Linear.forward  # before anybody can put another in its place
 

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from randlora.bank import Basis
+from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec, spec_for
 from randlora.config import BasisKind, Pattern, RandLoRAConfig, Stream
 from randlora.errors import ConfigError, TargetError, raise_collected
-from randlora.install import adapter_layers, commit, detach, or_if_first, owned_state, prepare
+from randlora.model.install import adapter_layers, commit, detach, or_if_first, owned_state, prepare
+from randlora.model.train_also import own_copies, replacements, select_parameters, train_also_problems
 from randlora.report import Report, adapter_report, standing
 from randlora.state import Adapter, ModelState, adapted_root
-from randlora.train_also import own_copies, replacements, select_parameters, train_also_problems
-from randlora.walk import Selection, max_dims, obstacles, select, used_dims
+from randlora.targets.select import Selection, max_dims, obstacles, select, used_dims
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,16 +7,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
+from typing import get_args
 
 from torch import Tensor, nn
 
 from randlora.bases.spec import BasisSpec
 from randlora.config import RandLoRAConfig
-from randlora.errors import AdapterError, TargetError, raise_collected
-from randlora.inject import eject
-from randlora.install import adapter_layers, unwrap
-from randlora.match import nearest_names
+from randlora.errors import AdapterError, ConfigError, TargetError, raise_collected
+from randlora.functional import Compute
+from randlora.model.inject import eject
+from randlora.model.install import adapter_layers, unwrap
 from randlora.state import Adapter, ModelState, adapted_root, is_adapted, require_unmerged
+from randlora.targets.match import nearest_names
 
 
 @dataclass(frozen=True)
@@ -218,3 +220,30 @@ def _activation_problems(state: ModelState, weights: Mapping[str, float]) -> lis
         if len(names) > 1
     ]
     return problems
+
+
+def set_compute(model: nn.Module, compute: Compute = "auto", *, keep: bool = False) -> None:
+    """Choose how the layers of a model compute. It changes speed, memory and the last bits of results, nothing else.
+
+    Args:
+        model: A model that carries adapters.
+        compute: ``"factored"`` multiplies the tokens through both factors of the update, ``"materialized"`` forms the
+            update first, ``"auto"`` takes for each stage of each call what its sizes make cheaper (see
+            `randlora.functional.cost`) and factors in a program that ``torch.export`` makes for any sizes.
+        keep: Where forward is materialized, keep the sum of weight and update until backward: a number for each of the
+            weight in memory, for one product less.
+
+    Raises:
+        AdapterError: When the model carries no adapters.
+        ConfigError: For another word.
+
+    Example:
+        >>> import torch, randlora
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> report = randlora.inject(model, r=8, targets="all-linear")
+        >>> randlora.set_compute(model, "materialized", keep=True)
+    """
+    if compute not in get_args(Compute):
+        raise ConfigError(f"compute must be one of {', '.join(get_args(Compute))}, got {compute!r}")
+    _, state = adapted_root(model)
+    state.compute, state.keep = compute, keep

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from randlora.errors import AdapterError
 from randlora.layers.base import AdapterLayer
 from randlora.state import ATTRIBUTE, Adapter, ModelState, ReplacedParameter, attached_state, require_unmerged
-from randlora.walk import Target, named_parameters, used_dims, walk
+from randlora.targets.select import Target, used_dims
+from randlora.targets.walk import named_parameters, walk
 
 WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 """Types that wrap a whole model, and the attribute that holds it."""

@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_map
 
 from randlora.layers import bnb_codes
 from randlora.layers.bnb import Linear4bitAdapter
-from randlora.registry import find_layer
+from randlora.layers.registry import find_layer
 from randlora.report import shortened
 from randlora.state import attached_state, require_unmerged
-from randlora.walk import Visit, is_norm, is_quantized, walk
+from randlora.targets.walk import Visit, is_norm, is_quantized, walk
 
 HALVES = (torch.float16, torch.bfloat16)
 MAY_REPACK = "support_avx512bf16_for_cpu"  # an attribute of such a layer, which its forward asks

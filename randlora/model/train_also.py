@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
-from randlora.match import matches_name, nearest_names, prefixes, unmatched
 from randlora.state import ModelState, ReplacedParameter
-from randlora.walk import Target, is_quantized, named_parameters, walk
+from randlora.targets.match import matches_name, nearest_names, prefixes, unmatched
+from randlora.targets.select import Target
+from randlora.targets.walk import is_quantized, named_parameters, walk
 
 
 def select_parameters(model: nn.Module, names: str | Sequence[str]) -> list[str]:

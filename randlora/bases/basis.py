@@ -1,11 +1,10 @@
-"""The bases a model's adapters share: drawn once, kept small, handed out per device and dtype."""
+"""One pair of frozen bases: drawn once, kept small, handed out per device and dtype."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -230,95 +229,3 @@ class Basis:
             with torch.inference_mode(mode=False):
                 self._sparse_pairs[key] = SparsePair(basis_A, csr(signs, dtype), csr(signs.T, dtype), self._density)
         return self._sparse_pairs[key]._replace(A=basis_A[:, :min_dim].unsqueeze(0))
-
-
-class BasisBank:
-    """The bases of one model, found by content: adapters that name equal bases hold the same object.
-
-    Example:
-        >>> bank = BasisBank()
-        >>> basis = bank.acquire(BasisSpec("dense", "portable", seed=0, r=4, max_dim=8, min_dim=6))
-        >>> basis.slices(8, 6, device="cpu", dtype=torch.float32).B.shape
-        torch.Size([8, 2, 4])
-    """
-
-    def __init__(self) -> None:
-        """Make an empty bank."""
-        self._bases: list[Basis] = []
-
-    def __iter__(self) -> Iterator[Basis]:
-        """Go through the bases held."""
-        return iter(self._bases)
-
-    def __len__(self) -> int:
-        """Count the bases held."""
-        return len(self._bases)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that all bases take in storage."""
-        return sum(basis.nbytes for basis in self._bases)
-
-    def find(self, spec: BasisSpec, *, used: tuple[int, int] | None = None) -> Basis | None:
-        """Find bases that serve a spec.
-
-        Args:
-            spec: What is wanted.
-            used: ``(max_dim, min_dim)`` that layers really slice. Bases of the same family drawn for at least these
-                dims serve too, as they do in PEFT. Without it only the very bits of ``spec`` do.
-        """
-        for basis in self._bases:
-            held = basis.spec
-            if basis.stored is not None or held.family != spec.family:
-                continue
-            covers = used is not None and held.max_dim >= used[0] and held.min_dim >= used[1]
-            if held == spec or held.is_prefix_stable or covers:
-                return basis
-        return None
-
-    def check(self, spec: BasisSpec, *, used: tuple[int, int], new_bases: bool) -> Basis | None:
-        """Find bases for a further adapter, or refuse to let a second set in unasked.
-
-        Args:
-            spec: What the adapter asks for.
-            used: As in `find`.
-            new_bases: Whether a second set is accepted.
-
-        Returns:
-            The bases that serve, or ``None`` where new ones are to be made.
-
-        Raises:
-            ConfigError: When no bases held serve ``spec`` and ``new_bases`` is false.
-        """
-        found = self.find(spec, used=used)
-        if found is None and self._bases and not new_bases:
-            held = "; ".join(f"{basis.spec}, {basis.nbytes:,} bytes" for basis in self._bases)
-            raise ConfigError(
-                f"the adapter asks for {spec}, which would take {spec.nbytes(*used):,} bytes beside what the model "
-                f"holds ({held}): pass new_bases=True to accept a second set, or ask for bases that fit the first"
-            )
-        return found
-
-    def acquire(self, spec: BasisSpec) -> Basis:
-        """Return the bases of a spec, adding them where they are not held."""
-        if (found := self.find(spec)) is not None:
-            return found
-        basis = Basis(spec)
-        self._bases.append(basis)
-        return basis
-
-    def add(self, basis: Basis) -> None:
-        """Hold bases made elsewhere, unless they are held."""
-        if not any(basis is held for held in self._bases):
-            self._bases.append(basis)
-
-    def keep_only(self, used: Iterable[Basis]) -> None:
-        """Let go of every basis but those given."""
-        wanted = {id(basis) for basis in used}
-        self._bases = [basis for basis in self._bases if id(basis) in wanted]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> BasisBank:
-        """Copy the list, share the bases."""
-        twin = copy.copy(self)
-        twin._bases = list(self._bases)
-        return twin

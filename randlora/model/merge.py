@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from randlora.errors import ConfigError, MergeError, raise_collected
-from randlora.install import adapter_layers, detach
 from randlora.layers.base import AdapterLayer
 from randlora.layers.folding import Into, Quantized, RoundingLoss
 from randlora.layers.quantized import QuantizedLayer
-from randlora.registry import find_layer
+from randlora.layers.registry import find_layer
+from randlora.model.install import adapter_layers, detach
 from randlora.report import MergeReport
 from randlora.state import ModelState, adapted_root
-from randlora.walk import is_norm, is_quantized, named_parameters
+from randlora.targets.walk import is_norm, is_quantized, named_parameters
 
 
 @torch.inference_mode(mode=False)  # the weights outlive the mode the caller is in

@@ -1,14 +1,10 @@
-"""The module walker: from a pattern to the layers it means, with their places in the model and the dims they span.
-
-Walking sees a model as it was before any adapter: an adapter layer is passed through, and its base layer keeps the name
-the model gave it.
-"""
+"""From a pattern to the layers it means, and what cannot be adapted, with the reason."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -18,23 +14,13 @@ from randlora.bases.spec import drawn_dims, sliced_dims
 from randlora.config import Pattern, RandLoRAConfig
 from randlora.errors import TargetError, raise_collected
 from randlora.layers.base import AdapterLayer
-from randlora.layers.quantized import QuantizedLayer
-from randlora.match import matches, nearest_names, prefixes, unmatched
-from randlora.presets import HEAD_NAMES, TARGET_PRESETS
-from randlora.registry import find_layer
+from randlora.layers.registry import find_layer
+from randlora.targets.match import matches, nearest_names, prefixes, unmatched
+from randlora.targets.presets import HEAD_NAMES, TARGET_PRESETS
+from randlora.targets.walk import Visit, named_parameters, walk
 
 ALL_LINEAR = "all-linear"
 LISTED = 5
-
-
-class Visit(NamedTuple):
-    """One place at which a walk comes past a module: ``parent.<attribute>`` holds it, or its adapter layer."""
-
-    fqn: str
-    module: nn.Module
-    parent: nn.Module
-    attribute: str
-    adapter: AdapterLayer | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,30 +78,6 @@ class HasOutputEmbeddings(Protocol):
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the output head."""
-
-
-def walk(module: nn.Module, prefix: str = "") -> Iterator[Visit]:
-    """Come past every module below one, parents first; a shared module is visited at each of its places."""
-    for attribute, child in module._modules.items():
-        if child is None:
-            continue
-        fqn = f"{prefix}{attribute}"
-        adapter = child if isinstance(child, AdapterLayer) else None
-        inner = child if adapter is None else adapter.base_layer
-        yield Visit(fqn, inner, module, attribute, adapter)
-        yield from walk(inner, f"{fqn}.")
-
-
-def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Go through a model's own parameters as ``(fqn, module, attribute, parameter)``, adapters' left out.
-
-    A tied parameter comes once for every place.
-    """
-    modules = [("", model), *((f"{visit.fqn}.", visit.module) for visit in walk(model))]
-    for prefix, module in modules:
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                yield f"{prefix}{attribute}", module, attribute, parameter
 
 
 def find_targets(model: nn.Module, pattern: Pattern | None = None, exclude: Pattern | None = None) -> list[Target]:
@@ -190,20 +152,6 @@ def obstacles(model: nn.Module, targets: Sequence[Target]) -> list[str]:
                     f"the weight of {target.fqn} is tied to {', '.join(others)}: untie it, or leave the layer out"
                 )
     return problems
-
-
-def is_quantized(module: nn.Module) -> bool:
-    """Whether a module's weight is codes, which may be stored as words of a floating dtype: then its type tells."""
-    layer_class, weight = find_layer(module), module._parameters.get("weight")
-    if isinstance(layer_class, type) and issubclass(layer_class, QuantizedLayer):
-        return True
-    is_foreign = type(weight).__module__.startswith("bitsandbytes.")  # as that of its embeddings
-    return weight is not None and (is_foreign or not weight.is_floating_point())
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Tell a norm by its class's name: every library has classes of its own."""
-    return "norm" in type(module).__name__.lower()
 
 
 def _identity(parameter: Tensor) -> object:
