@@ -1,5 +1,6 @@
-# `make demo`, `make test` and `make bench` need python >= 3.11 and make; everything else is installed into .venv.
+# Everything needs python >= 3.11 and make; whatever else it needs is installed into .venv, .venv-floor or .venv-newest.
 PYTHON ?= python3
+NEWEST_PYTHON ?= $(PYTHON)  # of test-newest; the newest that torch is built for
 VENV := .venv
 BIN := $(VENV)/bin
 BASIS ?= dense
@@ -8,7 +9,7 @@ SEED ?= 0
 ARGS ?=  # further options of an example: make demo ARGS="--epochs 3"
 REVIEWS := build/data/vaderSentiment-0.5.zip
 
-.PHONY: demo example-causal-lm bench quality test lint types tests docs clean
+.PHONY: demo example-causal-lm bench quality test lint types tests docs release-check test-floor test-newest clean
 
 demo: $(VENV)/.examples $(REVIEWS)
 	$(BIN)/python docs/examples/sentiment.py --basis $(BASIS) --r $(R) --seed $(SEED) $(ARGS)
@@ -37,12 +38,20 @@ tests: $(VENV)/.dev
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
+release-check: test test-floor test-newest
+
+test-floor: .venv-floor/.dev
+	.venv-floor/bin/python -m pytest --numprocesses auto $(ARGS)
+
+test-newest: .venv-newest/.dev
+	.venv-newest/bin/python -m pytest --numprocesses auto $(ARGS)
+
 clean:
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-$(VENV)/.pip:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"  # the first that installs dependency groups
+%/.pip:
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --upgrade "pip>=25.1"  # the first that installs dependency groups
 	touch $@
 
 $(VENV)/.examples: $(VENV)/.pip pyproject.toml
@@ -61,3 +70,19 @@ $(REVIEWS): | $(VENV)/.pip
 $(VENV)/.dev: $(VENV)/.pip pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable . --group examples --group lint --group docs --group test
 	touch $@
+
+# the oldest versions that pyproject.toml admits, and of everything else the newest that goes with them
+.venv-floor/.dev: .venv-floor/.pip pyproject.toml tests/floors.py
+	.venv-floor/bin/python tests/floors.py > .venv-floor/constraints.txt
+	.venv-floor/bin/python -m pip install --quiet --constraint .venv-floor/constraints.txt \
+		--editable ".[bnb,cli,hub]" --group examples --group test
+	touch $@
+
+# made anew every time, or it would stay what was newest once
+.venv-newest/.dev: FORCE
+	$(NEWEST_PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade pip
+	.venv-newest/bin/python -m pip install --quiet --editable ".[bnb,cli,hub]" --group examples --group test
+	touch $@
+
+FORCE:

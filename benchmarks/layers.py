@@ -41,13 +41,12 @@ def _without_wrapper(wrapped: peft.PeftModel) -> nn.Module:
     return adapted
 
 
-def ours(basis: str, *, keep: bool = False) -> Adapt:
+def ours(basis: str) -> Adapt:
     """Put our adapter on it, with bases of a kind; block bases in four and eight blocks."""
 
     def adapt(model: nn.Sequential) -> nn.Module:
         blocks = (4, 8) if basis == "block" else None
         randlora.inject(model, r=RANK, alpha=ALPHA, targets=LAYERS, basis=basis, blocks=blocks)  # type: ignore[arg-type]
-        randlora.set_compute(model, keep=keep)
         return model
 
     return adapt
@@ -79,7 +78,6 @@ CONTESTANTS: dict[str, Adapt] = {
     "LoRA": peft_lora,
     "PEFT": peft_randlora,
     "dense": ours("dense"),
-    "dense, kept": ours("dense", keep=True),
     "block": ours("block"),
 }
 MORE_CONTESTANTS: dict[str, Adapt] = {**CONTESTANTS, "very_sparse": ours("very_sparse")}

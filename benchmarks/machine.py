@@ -14,9 +14,20 @@ def describe(device: str) -> dict[str, str]:
     """Return what a reader must know of the machine: processor, threads, GPU and versions."""
     facts = {"processor": _processor(), "threads": str(torch.get_num_threads())}
     if device == "cuda":
-        facts["GPU"] = torch.cuda.get_device_name()
+        facts |= _gpu()
     versions = {name: importlib.metadata.version(name) for name in ("torch", "peft", "transformers", "bitsandbytes")}
     return {**facts, "python": platform.python_version(), **versions}
+
+
+def _gpu() -> dict[str, str]:
+    card = torch.cuda.get_device_properties(0)
+    return {
+        "GPU": torch.cuda.get_device_name(),
+        "GPU memory": f"{card.total_memory / 2**30:.0f} GiB",
+        "compute capability": f"{card.major}.{card.minor}",
+        "CUDA": str(torch.version.cuda),
+        "float32 products": torch.get_float32_matmul_precision(),  # "highest" is without TF32
+    }
 
 
 def _processor() -> str:

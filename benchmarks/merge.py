@@ -105,7 +105,7 @@ def measured_copy(base: Path, out: Path) -> float:
 def measured_merge(base: Path, adapter: Path, out: Path) -> float:
     """Time a merge."""
     start = time.perf_counter()
-    randlora.merge_files(base, adapter, out)
+    randlora.files.merge(base, adapter, out)
     return time.perf_counter() - start
 
 
@@ -125,7 +125,7 @@ def peaks(base: Path, adapter: Path, out: Path) -> dict[str, float]:
 def profile_of_merge(base: Path, adapter: Path, out: Path) -> dict[str, float]:
     """Say where the time of a merge goes."""
     profile = cProfile.Profile()
-    profile.runcall(randlora.merge_files, base, adapter, out)
+    profile.runcall(randlora.files.merge, base, adapter, out)
     stats = pstats.Stats(profile)
     spent = dict.fromkeys(FUNCTIONS, 0.0)
     for (_, _, function), (_, _, _, cumulative, _) in stats.stats.items():  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from benchmarks.timing import Figure
 
 BASELINE = "full"
 PEER = "PEFT"
-OURS = ("dense", "dense, kept", "block", "very_sparse", "merged", "ours")
+OURS = ("dense", "block", "very_sparse", "merged", "ours")
 UNITS = {"s": "time", "B": "bytes", "%": "accuracy"}
 SCALES = {"s": ((1.0, "s"), (1e-3, "ms")), "B": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))}
 
@@ -49,11 +49,17 @@ class Results:
         benchmark: Its name.
         machine: Where it ran, as `benchmarks.machine.describe` says.
         rows: What it found.
+        device: ``cpu`` or ``cuda``.
+        is_quick: Whether only cases with targets were asked for.
+        seconds: How long it took.
     """
 
     benchmark: str
     machine: dict[str, str]
     rows: Sequence[Row]
+    device: str = "cpu"
+    is_quick: bool = True
+    seconds: float = 0.0
 
     def columns(self) -> tuple[list[str], list[tuple[str, str]]]:
         """Name the contestants, and the pairs whose ratio is worth a column: the peer by each of ours."""
@@ -98,10 +104,10 @@ class Results:
         lines = [titles, ["---", *["--:"] * (len(titles) - 1)], *rows]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
-    def save(self, directory: Path) -> None:
-        """Write JSON, Markdown and, where there are curves, a picture."""
+    def save(self, directory: Path, verdicts: Sequence[str] = ()) -> None:
+        """Write JSON, with what became of the targets, Markdown and, where there are curves, a picture."""
         directory.mkdir(parents=True, exist_ok=True)
-        content = json.dumps(asdict(self), indent=1) + "\n"
+        content = json.dumps({**asdict(self), "verdicts": list(verdicts)}, indent=1) + "\n"
         (directory / f"{self.benchmark}.json").write_text(content, encoding="utf-8")
         (directory / f"{self.benchmark}.md").write_text(self.markdown(), encoding="utf-8")
         if curves := self._curves():
@@ -133,7 +139,7 @@ class Results:
 def written(figure: Figure) -> str:
     """Write a figure with its unit, or the multiple of it that makes a short number."""
     if figure.unit not in SCALES:
-        return f"{figure.best:.1f} {figure.unit}"
+        return f"{figure.best:.1f} {figure.unit}" if figure.unit == "%" else f"{figure.best:g}"
     scales = SCALES[figure.unit]
     size, unit = next((scale for scale in scales if figure.best >= scale[0]), scales[-1])
     return f"{figure.best / size:.3g} {unit}"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import peft
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 import randlora
 from benchmarks.command import Settings, main
@@ -78,21 +78,14 @@ def start_ours(kind: str) -> dict[str, float]:
     }
 
 
-def held_to_compute(basis: randlora.Basis, dtype: torch.dtype) -> int:
+def held_to_compute(basis: randlora.bases.basis.Basis, dtype: torch.dtype) -> int:
     """Count the bytes of bases, and of the copies to compute with, once all layers have computed in a dtype."""
     basis.release()
     pairs = [basis.pair(*sides, device=torch.device("cpu"), dtype=dtype) for sides in SIDES]
-    tensors = [part for pair in pairs for part in pair if isinstance(part, Tensor)]
+    tensors = [part for pair in pairs for part in (pair.A, pair.B)]
     tensors += [matrix.values for matrix in basis.matrices()]
-    storages = [part.untyped_storage() for tensor in tensors for part in parts(tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Name the dense tensors that a tensor is made of."""
-    if tensor.layout == torch.sparse_csr:
-        return tensor.values(), tensor.col_indices(), tensor.crow_indices()
-    return (tensor,)
 
 
 def run(settings: Settings) -> Sequence[Row]:

@@ -1,9 +1,11 @@
 """The targets that a release must meet, as ratios of figures taken in one run."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.results import Results, Row
+
+CPU, CUDA = ("cpu",), ("cuda",)
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,8 @@ class Target:
         second: Denominator.
         at_least: Lower bound, if any.
         at_most: Upper bound, if any.
+        devices: Where it holds.
+        is_quick: Whether the quick set measures its case.
     """
 
     benchmark: str
@@ -25,6 +29,12 @@ class Target:
     second: str
     at_least: float = 0.0
     at_most: float = float("inf")
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    is_quick: bool = True
+
+    def is_asked_of(self, results: Results) -> bool:
+        """Return whether a run of its benchmark has to meet it: on this device, with this set of cases."""
+        return results.device in self.devices and (self.is_quick or not results.is_quick)
 
     def verdict(self, row: Row) -> "Verdict":
         """Compare with what was found; a contestant who took no part missed."""
@@ -54,45 +64,56 @@ def within(benchmark: str, case: str, ours: str, share: float, *, of: str = "ful
     return Target(benchmark, case, ours, of, at_most=share)
 
 
-IN_BFLOAT16 = "PEFT, autocast"  # without autocast PEFT multiplies in float32, and ours would be as much faster again
+def only_on(devices: tuple[str, ...], *targets: Target) -> tuple[Target, ...]:
+    """Ask it on these devices alone."""
+    return tuple(replace(target, devices=devices) for target in targets)
 
-TARGETS = (
+
+def only_in_full(*targets: Target) -> tuple[Target, ...]:
+    """Ask it where the quick set does not measure it."""
+    return tuple(replace(target, is_quick=False) for target in targets)
+
+
+IN_BFLOAT16 = "PEFT, autocast"  # without autocast PEFT multiplies in float32, and ours would be as much faster again
+LORA_IN_BFLOAT16 = "LoRA, autocast"  # and so does its LoRA
+
+ON_A_CPU = (
     faster("step", "float32, T = 8192, 1024→1024", "dense", 2.1),
     faster("step", "bfloat16, T = 8192, 1024→1024", "dense", 2.1, than=IN_BFLOAT16),
     *(within("step", f"{dtype}, T = 8192, 1024→1024", "dense", 1.2) for dtype in ("float32", "bfloat16")),
-    faster("step", "float32, T = 2048, 1024→1024", "dense, kept", 1.6),
     faster("step", "float32, T = 2048, 1024→1024", "dense", 1.45),  # 1.6 is beyond it: 7 products against 4.5 are 1.56
     within("step", "float32, T = 2048, 1024→1024", "dense", 1.6),
     faster("step", "float32, T = 128, 1024→1024", "dense", 1.0),
     *(faster("step", f"float32, T = {tokens}, 1024→1024", "block", 2.1) for tokens in (128, 512, 2048, 8192)),
     *(within("step", f"float32, T = {tokens}, 1024→1024", "block", 1.15) for tokens in (512, 2048, 8192)),
+    *(
+        within("step", f"float32, T = {tokens}, 1024→1024", "block", share)
+        for tokens, share in ((8, 1.6), (32, 1.5), (128, 1.2))
+    ),
+    *(
+        within("step", f"float32, T = {tokens}, 1024→1024", "block", share, of="LoRA")
+        for tokens, share in ((512, 1.25), (2048, 1.15), (8192, 1.0))
+    ),
     *(faster("step", f"float32, T = 2048, {shape}", "block", 1.8) for shape in ("1024→4096", "4096→1024")),
     *(within("step", f"float32, T = 2048, {shape}", "block", 1.0) for shape in ("1024→4096", "4096→1024")),
+    within("step", "float32, T = 2048, 1024→4096", "block", 0.95, of="LoRA"),
+    within("step", "float32, T = 2048, 4096→1024", "block", 1.0, of="LoRA"),
     faster("step", "bfloat16, T = 2048, 1024→1024", "block", 1.9, than=IN_BFLOAT16),
     within("step", "bfloat16, T = 2048, 1024→1024", "block", 1.25),
+    within("step", "bfloat16, T = 2048, 1024→1024", "block", 1.15, of=LORA_IN_BFLOAT16),
+    within("step", "bfloat16, T = 8192, 1024→1024", "block", 1.05, of=LORA_IN_BFLOAT16),
     faster("model", "Llama, 4 layers, d = 512, T = 4096", "dense", 1.5),
     within("model", "Llama, 4 layers, d = 512, T = 4096", "dense", 1.25),
     faster("model", "Llama, 4 layers, d = 512, T = 4096", "block", 1.8),
     within("model", "Llama, 4 layers, d = 512, T = 4096", "block", 1.1),
-    *(
-        within("memory", f"kept by a layer, T = {tokens}", ours, 1.0, of=other)
-        for tokens in (1, 128, 2048)
-        for ours in ("dense", "block")
-        for other in ("full", "PEFT less m² floats")
-    ),
     faster("quantized", "NF4, float32, T = 2048, 1024→1024", "dense", 1.3),
     faster("quantized", "NF4, float32, T = 2048, 1024→1024", "block", 1.8),
     faster("quantized", "NF4, bfloat16, T = 2048, 1024→1024", "dense", 1.3, than=IN_BFLOAT16),
     faster("quantized", "NF4, bfloat16, T = 2048, 1024→1024", "block", 1.8, than=IN_BFLOAT16),
     faster("quantized", "8 bits, float32, T = 2048, 1024→1024", "block", 1.4),
+    *(faster("quantized", "kept, 8 bits, float32, T = 2048, 1024→1024", ours, 1.4) for ours in ("dense", "block")),
     *(
-        faster("quantized", f"kept, {kind}, T = 2048, 1024→1024", ours, 1.4)
-        for kind in ("NF4, float32", "NF4, bfloat16", "8 bits, float32")
-        for ours in ("dense", "block")
-    ),
-    *(
-        within("quantized", f"held, {kind}, T = 2048, 1024→1024", ours, 1.01, of="PEFT")
-        for kind in ("NF4, float32", "NF4, bfloat16", "8 bits, float32")
+        within("quantized", "held, 8 bits, float32, T = 2048, 1024→1024", ours, 1.01, of="PEFT")
         for ours in ("dense", "block")
     ),
     faster("quantized", "needed, NF4, float32, T = 2048, 1024→1024", "dense", 1.2),
@@ -104,15 +125,75 @@ TARGETS = (
     faster("startup", "bytes of a checkpoint with bases", "ours", 100.0),
     within("startup", "bytes of a checkpoint by seed", "ours", 1.0, of="0.35 GB"),
     faster("decode", "one token, 2048→2048, fresh memory", "merged", 20.0),  # later PEFT's temporaries cost it less
-    *(
-        within("decode", f"one token, 2048→2048, {memory} memory", "merged", 1.1, of="frozen")
-        for memory in ("fresh", "settled")
-    ),
+    within("decode", "one token, 2048→2048, fresh memory", "merged", 1.1, of="frozen"),
     *(
         within("merge", "peak of memory above the interpreter's", targets, 1.0, of="600 MB")
         for targets in ("q and v", "all linear")
     ),
 )
+
+ON_A_GPU = (
+    Target("laws", "laws that a device can break", "held", "all", at_least=1.0),
+    # 7 products against 3 + 3·d/T for dense bases and a thirtieth of the second part for block ones: 1.56 and 2.3 with
+    # d = 4096 and T = 8192. These bounds lie a fifth below what such sums say. No GPU has confirmed them yet.
+    faster("step", "bfloat16, T = 8192, 4096→4096", "dense", 1.25, than=IN_BFLOAT16),
+    *(faster("step", f"bfloat16, T = {tokens}, 4096→4096", "block", 1.7, than=IN_BFLOAT16) for tokens in (2048, 8192)),
+    *(within("step", f"bfloat16, T = {tokens}, 4096→4096", "block", 1.25) for tokens in (2048, 8192)),
+    *(
+        faster("step", f"bfloat16, T = 2048, {shape}", "block", 1.5, than=IN_BFLOAT16)
+        for shape in ("4096→14336", "14336→4096")
+    ),
+    faster("step", "float32, T = 2048, 4096→4096", "block", 1.7),
+    faster("step", "bfloat16, T = 128, 4096→4096", "block", 1.0, than=IN_BFLOAT16),
+    faster("model", "Llama, 4 layers, d = 2048, T = 8192", "dense", 1.0),
+    faster("model", "Llama, 4 layers, d = 2048, T = 8192", "block", 1.5),
+)
+
+ANYWHERE = (
+    *(
+        within("memory", f"kept by a layer, T = {tokens}", ours, 1.0, of=other)
+        for tokens in (1, 128, 2048)
+        for ours in ("dense", "block")
+        for other in ("full", "PEFT less m² floats")
+    ),
+    *(
+        faster("quantized", f"kept, {kind}, T = 2048, 1024→1024", ours, 1.4)
+        for kind in ("NF4, float32", "NF4, bfloat16")
+        for ours in ("dense", "block")
+    ),
+    *(
+        within("quantized", f"held, {kind}, T = 2048, 1024→1024", ours, 1.01, of="PEFT")
+        for kind in ("NF4, float32", "NF4, bfloat16")
+        for ours in ("dense", "block")
+    ),
+    within("decode", "one token, 2048→2048, settled memory", "merged", 1.1, of="frozen"),
+    *(
+        within("overhead", case, ours, share, of=other)
+        for ours in ("dense", "block")
+        for case, share, other in (
+            ("call without gradients, 64→64, one token", 0.75, "PEFT"),
+            ("call without gradients, 64→64, one token", 1.4, "LoRA"),
+            ("forward and backward, 64→64, one token", 0.8, "PEFT"),
+            ("forward and backward, 64→64, one token", 1.8, "LoRA"),
+            ("graphs of 6 token counts, dynamic=None", 1.0, "frozen"),  # 2: the first as it is, and one for all others
+            ("graphs of 6 token counts, dynamic=True", 1.0, "frozen"),  # 1
+        )
+    ),
+    *(
+        within("overhead", f"operators that compute, 1024→1024, T = {tokens}", ours, 1.0, of=limit)
+        for tokens in (1, 2048)
+        for ours, limit in (("dense", "6 operators"), ("block", "12 operators"))
+    ),
+    within("overhead", "eager step, Llama, 12 layers, d = 256, T = 16", "block", 1.4, of="LoRA"),
+    within("overhead", "compiled step, Llama, 2 layers, d = 256, T = 16", "block", 1.05, of="LoRA"),
+    within("overhead", "compile time, Llama, 2 layers, d = 256, T = 16", "block", 1.2, of="PEFT"),
+    *only_in_full(
+        within("overhead", "compiled step, Llama, 12 layers, d = 256, T = 16", "block", 1.05, of="LoRA"),
+        within("overhead", "compile time, Llama, 12 layers, d = 256, T = 16", "block", 1.2, of="PEFT"),
+    ),
+)
+
+TARGETS = (*only_on(CPU, *ON_A_CPU), *only_on(CUDA, *ON_A_GPU), *ANYWHERE)
 
 
 def judged(benchmark: str, case: str) -> set[str]:
@@ -122,12 +203,20 @@ def judged(benchmark: str, case: str) -> set[str]:
 
 
 def verdicts(results: Results, targets: Sequence[Target] = TARGETS) -> list[Verdict]:
-    """Judge one benchmark's rows; a target whose case was not run counts as missed."""
+    """Judge one benchmark's rows by what is asked of them; a target whose case was not run counts as missed."""
     rows = {row.case: row for row in results.rows}
     return [
         target.verdict(rows[target.case])
         if target.case in rows
         else Verdict(f"{target.benchmark}, {target.case}: was not run", is_met=False)
         for target in targets
-        if target.benchmark == results.benchmark
+        if target.benchmark == results.benchmark and target.is_asked_of(results)
     ]
+
+
+def passed_over(results: Results, targets: Sequence[Target] = TARGETS) -> list[str]:
+    """Write in words which targets of one benchmark are not asked of this run."""
+    left = [target for target in targets if target.benchmark == results.benchmark and not target.is_asked_of(results)]
+    elsewhere = [target for target in left if results.device not in target.devices]
+    words = {f"of another device than {results.device}": len(elsewhere), "of --full": len(left) - len(elsewhere)}
+    return [f"{count} targets {which}" for which, count in words.items() if count]

@@ -18,7 +18,7 @@ class Figure:
     Attributes:
         best: The smallest of the repeats: what the work takes when nothing disturbs it.
         median: The middle one.
-        unit: ``s``, ``B`` or ``%``.
+        unit: ``s``, ``B``, ``%``, or what is counted.
     """
 
     best: float

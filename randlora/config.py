@@ -1,14 +1,17 @@
 """What the user chooses about one adapter: a frozen value that validates itself."""
 
+import difflib
+import functools
+import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, ParamSpec, Self, TypeVar, get_args
 
 from torch import nn
 
-from randlora.errors import ConfigError, raise_collected
+from randlora.errors import ConfigError, OptionError, raise_collected
 
 BasisKind = Literal["dense", "sparse", "very_sparse", "block"]
 Stream = Literal["torch", "portable"]
@@ -17,7 +20,72 @@ Pattern = str | Sequence[str] | Callable[[str, nn.Module], bool]
 ALPHA_PER_RANK = 20.0
 """The default alpha is 20·r, PEFT's 640 for r = 32."""
 
+ELSEWHERE = {
+    "adapter_name": "name=",
+    "bias": 'train_also=, which takes the names of biases, as in train_also=r".*\\.bias"',
+    "exclude_modules": "exclude=",
+    "layers_pattern": "targets=, which takes names and regexes of whole layers",
+    "layers_to_transform": "targets=, which takes names and regexes of whole layers",
+    "lora_alpha": "alpha=",
+    "lora_dropout": "dropout=",
+    "modules_to_save": "train_also=",
+    "projection_prng_key": "seed=",
+    "randlora_alpha": "alpha=",
+    "randlora_dropout": "dropout=",
+    "rank": "r=, the rank of one basis: a smaller r trains more parameters",
+    "save_projection": 'the argument bases="stored" of save()',
+    "sparse": 'basis="sparse"',
+    "target_modules": "targets=",
+    "very_sparse": 'basis="very_sparse"',
+}
+"""What PEFT and others call our options, and our names for them."""
 
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+_Class = TypeVar("_Class")
+
+
+def explain_options(function: Callable[_Arguments, _Result], name: str = "") -> Callable[_Arguments, _Result]:
+    """Make a function answer options that it does not have with the names of those it has; its signature stays.
+
+    Args:
+        function: The function, or a class's ``__init__``.
+        name: What its callers know it by, where that is not its own name.
+
+    Returns:
+        The function, which raises `OptionError` where it would raise a bare `TypeError` for an unknown option.
+    """
+    known = [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is not parameter.VAR_KEYWORD and parameter.name != "self"
+    ]
+
+    @functools.wraps(function)
+    def checked(*args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+        problems = [_unknown_option(option, known) for option in options if option not in known]
+        raise_collected(OptionError, problems, doing=f"call {name or function.__name__}")
+        return function(*args, **options)
+
+    return checked
+
+
+def _explain_options_of(cls: type[_Class]) -> type[_Class]:
+    """Do the same for the options that a class is made with."""
+    cls.__init__ = explain_options(cls.__init__, cls.__name__)  # type: ignore[method-assign]
+    return cls
+
+
+def _unknown_option(option: str, known: Iterable[str]) -> str:
+    if option in ELSEWHERE:
+        return f"there is no option {option}=; here it is {ELSEWHERE[option]}"
+    near = difflib.get_close_matches(option, known, n=3)
+    if near:
+        return f"there is no option {option}=; the nearest are {', '.join(near)}"
+    return f"there is no option {option}=; expected some of {', '.join(known)}"
+
+
+@_explain_options_of
 @dataclass(frozen=True, kw_only=True)
 class RandLoRAConfig:
     """The options of one adapter.
@@ -26,10 +94,11 @@ class RandLoRAConfig:
         r: Rank of one random basis. A **smaller** r means **more** trainable parameters: ``num_bases·(r + min_dim)``
             a layer with ``num_bases = ceil(min_dim / r)``.
         targets: Which layers are adapted. A string is a regex matched with ``fullmatch`` against the FQN, except the
-            word ``"all-linear"``; a sequence holds FQNs or their suffixes, each of which must match; a callable gets
-            ``(fqn, module)``; ``None`` takes the preset of ``model.config.model_type``, else all linear layers.
-        exclude: Layers left out of ``targets``, in the same forms; in a list, the name of a module that
-            holds layers stands for all of them.
+            word ``"all-linear"``; a sequence holds FQNs or their suffixes, each of which must match a linear layer, or
+            a module and then means all linear layers inside; a callable gets ``(fqn, module)``; ``None`` takes the
+            preset of ``model.config.model_type``, else all linear layers.
+        exclude: What is left out of ``targets`` before anything is refused, in the same forms. Its names may be those
+            of any modules; a callable is asked about the layers that ``targets`` mean.
         alpha: The update is scaled by ``alpha / r``; ``None`` means ``20·r``. Between ``2·r`` and ``20·r`` is the
             range the paper's author advises; it trades against the learning rate.
         dropout: Probability with which an entry of the adapter's input is zeroed in training, in [0, 1).
@@ -44,6 +113,7 @@ class RandLoRAConfig:
 
     Raises:
         ConfigError: When a value cannot work; all such values are named at once.
+        OptionError: For an option that there is not, with our name for it; it is a `TypeError` too.
     """
 
     r: int = 32

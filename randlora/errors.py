@@ -1,10 +1,13 @@
 """The errors randlora raises for a user's mistake.
 
 Every message says what was expected, what came, where (the fully qualified name, FQN) and what to do. All problems
-that one call finds are collected and raised once, before anything is changed.
+that one call finds are collected and raised once, before anything is changed: the first few in full, the rest counted.
 """
 
 from collections.abc import Sequence
+
+SHOWN = 5
+"""How many problems of one call are written out; the rest are counted."""
 
 
 class RandLoRAError(Exception):
@@ -13,6 +16,10 @@ class RandLoRAError(Exception):
 
 class ConfigError(RandLoRAError, ValueError):
     """An option has a value that cannot work, alone or beside the adapters a model already carries."""
+
+
+class OptionError(ConfigError, TypeError):
+    """An option that the function called does not have."""
 
 
 class TargetError(RandLoRAError, ValueError):
@@ -32,7 +39,7 @@ class CheckpointError(RandLoRAError, ValueError):
 
 
 def raise_collected(error: type[RandLoRAError], problems: Sequence[str], *, doing: str) -> None:
-    """Raise one error that lists every problem; do nothing where there is none.
+    """Raise one error for all problems, the first five in full and the rest counted; do nothing where there is none.
 
     Args:
         error: The class to raise.
@@ -46,4 +53,7 @@ def raise_collected(error: type[RandLoRAError], problems: Sequence[str], *, doin
         return
     if len(problems) == 1:
         raise error(f"cannot {doing}: {problems[0]}")
-    raise error("\n".join([f"cannot {doing}, {len(problems)} problems:", *(f"  - {p}" for p in problems)]))
+    lines = [f"cannot {doing}, {len(problems)} problems:", *(f"  - {problem}" for problem in problems[:SHOWN])]
+    if len(problems) > SHOWN:
+        lines.append(f"  - and {len(problems) - SHOWN} more")
+    raise error("\n".join(lines))

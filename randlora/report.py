@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
 from torch.nn.parameter import is_lazy
 
 from randlora.bases.spec import BasisSpec, count_bases
 from randlora.config import RandLoRAConfig
 from randlora.layers.folding import RoundingLoss
 from randlora.layers.registry import find_layer
-from randlora.targets.select import Selection, Target
-from randlora.targets.walk import named_parameters
+from randlora.targets.site import Shapes
+from randlora.targets.walk import Census, Held
 
 FLOAT32_BYTES = 4
 HEADINGS = ("count", "in", "out", "r", "num_bases", "rank", "trainable")
@@ -60,8 +59,10 @@ class Report:
             stands for, however many it stores.
         basis_bytes: Bytes the bases take in memory, as stored; those shared with other adapters included.
         checkpoint_bytes: Bytes `randlora.save` writes of tensors, with ``bases="seed"``.
+        is_active: Whether the adapter's update is added.
+        is_trainable: Whether its parameters require grad.
         train_also: FQNs of the parameters trained beside the adapter.
-        skipped: Linear layers passed over, with the reason, by FQN.
+        skipped: Layers passed over, with the reason, by FQN.
         notes: What else the user should know.
     """
 
@@ -75,9 +76,16 @@ class Report:
     total_parameters: int
     basis_bytes: int
     checkpoint_bytes: int
+    is_active: bool = True
+    is_trainable: bool = True
     train_also: tuple[str, ...] = ()
     skipped: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> str:
+        """Whether the adapter acts and trains, in words: ``"active, trainable"`` or ``"inactive, frozen"``, say."""
+        return f"{'active' if self.is_active else 'inactive'}, {'trainable' if self.is_trainable else 'frozen'}"
 
     @property
     def share(self) -> float:
@@ -90,12 +98,13 @@ class Report:
             (row.count, row.in_features, row.out_features, row.r, row.num_bases, row.expected_rank, row.trainable)
             for row in self.rows
         ]
+        trains = "trainable" if self.is_trainable else "frozen"
         lines = [
             f"RandLoRA adapter {self.name!r}: {self.spec}, alpha={self.config.effective_alpha:g}",
             f"targets: {self.rule}",
             *table(HEADINGS, rows),
-            f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({self.share:.2%})",
-            f"{len(self.targets)} layers adapted",
+            f"{trains} {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({self.share:.2%})",
+            f"{len(self.targets)} layers adapted, {self.status}",
             f"bases {as_bytes(self.basis_bytes)} in memory, checkpoint {as_bytes(self.checkpoint_bytes)}",
         ]
         if self.train_also:
@@ -117,95 +126,105 @@ class MergeReport:
     Attributes:
         adapters: Names and weights of the adapters folded in.
         targets: FQNs of the layers whose weight changed.
-        kept: Whether `randlora.unmerge` can take it back.
-        errors: What rounding to codes did to each layer that was quantized again, by FQN.
+        reversible: Whether `randlora.unmerge` can take it back.
+        rounding: What rounding to codes did to each layer that was quantized again, by FQN.
         notes: What else the user should know.
     """
 
     adapters: dict[str, float]
     targets: tuple[str, ...]
-    kept: bool
-    errors: dict[str, RoundingLoss] = field(default_factory=dict)
+    reversible: bool
+    rounding: dict[str, RoundingLoss] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Say it on one line, what rounding to codes did on two more, then the notes."""
+        """Return one line, two more on what rounding to codes did, then the notes."""
         names = ", ".join(name if weight == 1 else f"{weight:g} x {name}" for name, weight in self.adapters.items())
-        ending = "reversible with randlora.unmerge" if self.kept else "plain layers are back"
-        return "\n".join([f"merged {names} into {len(self.targets)} layers; {ending}", *self._rounding(), *self.notes])
+        ending = "reversible with randlora.unmerge" if self.reversible else "plain layers are back"
+        return "\n".join([
+            f"merged {names} into {len(self.targets)} layers; {ending}",
+            *self._rounding_lines(),
+            *self.notes,
+        ])
 
-    def _rounding(self) -> list[str]:
-        if not self.errors:
+    def _rounding_lines(self) -> list[str]:
+        if not self.rounding:
             return []
-        shares = {fqn: error.relative for fqn, error in self.errors.items()}
+        shares = {fqn: loss.relative for fqn, loss in self.rounding.items()}
         worst = max(shares, key=lambda fqn: shares[fqn])
-        error, spread = self.errors[worst], f"{min(shares.values()):.1%} to {shares[worst]:.1%}"
+        loss, spread = self.rounding[worst], f"{min(shares.values()):.1%} to {shares[worst]:.1%}"
         return [
-            f"{len(self.errors)} layers quantized again: rounding took {spread} of the norm of what was merged in,",
-            f"most in {worst}, by {error.largest:.3g} at most where levels lie {error.step:.3g} apart",
+            f"{len(self.rounding)} layers quantized again: rounding took {spread} of the norm of what was merged in,",
+            f"most in {worst}, by {loss.largest:.3g} at most where levels lie {loss.step:.3g} apart",
         ]
 
 
 def adapter_report(
-    model: nn.Module,
+    census: Census,
     name: str,
     config: RandLoRAConfig,
-    selection: Selection,
+    shapes: Shapes,
     spec: BasisSpec,
     *,
+    rule: str,
     basis_bytes: int,
+    is_active: bool = True,
+    is_trainable: bool = True,
+    skipped: Mapping[str, str] | None = None,
     train_also: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> Report:
     """Count what one adapter of a model takes.
 
     Args:
-        model: The model, adapted or not.
+        census: The model, adapted or not.
         name: The adapter's name.
         config: Its options.
-        selection: Its targets.
+        shapes: ``(out_features, in_features)`` of the weights it goes on, by FQN.
         spec: Its bases.
+        rule: The rule that chose the weights, in words.
         basis_bytes: Bytes of the bases it slices.
+        is_active: Whether its update is added.
+        is_trainable: Whether its parameters require grad.
+        skipped: Layers that were passed over, with the reason, by FQN.
         train_also: FQNs of the parameters trained beside it.
         notes: Lines to print below the table.
     """
-    rows = shape_rows(selection.targets, spec)
+    rows = shape_rows(shapes, spec)
     adapter_size = sum(row.trainable for row in rows)
-    own = {
-        id(parameter): (fqn, parameter, count_numbers(module, attribute, parameter))
-        for fqn, module, attribute, parameter in named_parameters(model)
-        if not is_lazy(parameter)
-    }
-    beside = [parameter for fqn, parameter, _ in own.values() if fqn in set(train_also)]
+    own = {id(held.parameter): held for held in reversed(census.parameters) if not is_lazy(held.parameter)}
+    beside = [held.parameter for held in own.values() if held.fqn in set(train_also)]
     return Report(
         name=name,
         config=config,
-        rule=selection.rule,
-        targets=tuple(target.fqn for target in selection.targets),
+        rule=rule,
+        targets=tuple(shapes),
         rows=rows,
         spec=spec,
         trainable_parameters=adapter_size + sum(parameter.numel() for parameter in beside),
-        total_parameters=adapter_size + sum(count for _, _, count in own.values()),
+        total_parameters=adapter_size + sum(map(count_numbers, own.values())),
         basis_bytes=basis_bytes,
         checkpoint_bytes=FLOAT32_BYTES * adapter_size + sum(parameter.nbytes for parameter in beside),
+        is_active=is_active,
+        is_trainable=is_trainable,
         train_also=tuple(train_also),
-        skipped=selection.skipped,
+        skipped=dict(skipped or {}),
         notes=tuple(notes),
     )
 
 
-def count_numbers(module: nn.Module, attribute: str, parameter: nn.Parameter) -> int:
-    """Count the numbers a parameter stands for: bytes of codes may hold two each, words more."""
-    layer_class = find_layer(module)
-    if attribute == "weight" and isinstance(layer_class, type):
-        return math.prod(layer_class.features(module))
-    if (state := getattr(parameter, "quant_state", None)) is not None:  # of an embedding of bitsandbytes
+def count_numbers(held: Held) -> int:
+    """Return how many numbers a parameter stands for: bytes of codes may hold two each, words more."""
+    layer_class = find_layer(held.module)
+    if held.attribute == "weight" and isinstance(layer_class, type):
+        return math.prod(layer_class.features(held.module))
+    if (state := getattr(held.parameter, "quant_state", None)) is not None:  # of an embedding of bitsandbytes
         return math.prod(state.shape)
-    return parameter.numel()
+    return held.parameter.numel()
 
 
-def standing(name: str, *, is_active: bool, is_trainable: bool) -> list[str]:
-    """Say what an adapter does not do yet, and how to let it."""
+def next_steps(name: str, *, is_active: bool, is_trainable: bool) -> list[str]:
+    """Return how to let an adapter act and train, where it does not yet."""
     notes = []
     if not is_active:
         notes.append(f"inactive for now: randlora.activate(model, {name!r}) lets it act")
@@ -214,11 +233,11 @@ def standing(name: str, *, is_active: bool, is_trainable: bool) -> list[str]:
     return notes
 
 
-def shape_rows(targets: Iterable[Target], spec: BasisSpec) -> tuple[ShapeRow, ...]:
-    """Count targets by shape, in order of appearance."""
-    counts = Counter((target.in_features, target.out_features) for target in targets)
+def shape_rows(shapes: Shapes, spec: BasisSpec) -> tuple[ShapeRow, ...]:
+    """Count weights by shape, in order of appearance."""
+    counts = Counter(shapes.values())
     rows = []
-    for (in_features, out_features), count in counts.items():
+    for (out_features, in_features), count in counts.items():
         min_dim = min(in_features, out_features)
         num_bases = count_bases(min_dim, spec.r)
         rank = spec.expected_rank(out_features, in_features)

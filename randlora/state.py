@@ -92,22 +92,30 @@ class ModelState:
     Attributes:
         adapters: By name, in the order they were added.
         bank: The bases they share.
-        frozen: FQNs of the parameters that required grad until the first adapter came.
+        required_grad: Whether each parameter required grad when the first adapter came, by FQN.
         replaced: The parameters that some adapter trains a version of, by FQN.
-        is_disabled: Whether all adapters are switched off for now.
-        is_merged: Whether the active adapters are folded into the weights for now.
+        disabled: How many blocks that switch all adapters off are entered.
+        merge_report: The `randlora.report.MergeReport` of the merge that is in force, while there is one.
         compute: How layers compute.
-        keep: Whether they keep for backward what saves them a product there.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     bank: BasisBank = field(default_factory=BasisBank)
-    frozen: frozenset[str] = frozenset()
+    required_grad: dict[str, bool] = field(default_factory=dict)
     replaced: dict[str, ReplacedParameter] = field(default_factory=dict)
-    is_disabled: bool = False
-    is_merged: bool = False
+    disabled: int = 0
+    merge_report: Any = None
     compute: Compute = "auto"
-    keep: bool = False
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the active adapters are folded into the weights for now."""
+        return self.merge_report is not None
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether all adapters are switched off for now."""
+        return self.disabled > 0
 
     @property
     def active(self) -> dict[str, float]:
@@ -132,7 +140,12 @@ class ModelState:
         return found
 
     def adopt_parameters(self) -> None:
-        """Note the objects that torch put in place of ours, as ``load_state_dict(assign=True)`` and ``to_empty`` do."""
+        """Note the objects that torch put in place of ours, as ``load_state_dict(assign=True)`` and ``to_empty`` do.
+
+        Not while a merge is in force, which puts parameters of its own in place for a while.
+        """
+        if self.is_merged:
+            return
         for fqn, replaced in self.replaced.items():
             was, live = replaced.installed, replaced.live
             if replaced.original is was:
@@ -165,7 +178,7 @@ def attached_state(model: nn.Module) -> ModelState | None:
 
 def is_adapted(model: nn.Module) -> bool:
     """Whether the model, or a part of it, carries adapters."""
-    return any(attached_state(module) is not None for module in model.modules())
+    return attached_state(model) is not None or any(attached_state(module) is not None for module in model.modules())
 
 
 def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
@@ -174,8 +187,16 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
     Raises:
         AdapterError: When there is none, or more than one.
     """
+    if (own := attached_state(model)) is not None:
+        own.adopt_parameters()
+        return model, own
     carriers = [(fqn, module, state) for fqn, module in model.named_modules() if (state := attached_state(module))]
     if not carriers:
+        if any("randlora" in vars(module) for module in model.modules()):
+            raise AdapterError(
+                "the adapters of this model's layers are kept on another module, one that this is, or was, a part of: "
+                "call this on that module"
+            )
         raise AdapterError(
             "the model carries no adapter: call randlora.inject(model) or randlora.load(model, path) first"
         )

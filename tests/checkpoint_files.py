@@ -18,7 +18,9 @@ from transformers.pytorch_utils import Conv1D
 import randlora
 from randlora.bases.basis import Basis
 from randlora.checkpoint.header import dump_header, parse_header
+from randlora.errors import CheckpointError
 from randlora.state import ModelState, attached_state
+from randlora.targets.walk import Census
 
 Bits = tuple[torch.dtype, tuple[int, ...], bytes]
 Stored = Literal["seed", "stored"]
@@ -187,11 +189,13 @@ def fill(model: nn.Module, name: str, *, seed: int = 1) -> nn.Module:
 
 def adapter_values(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """Return Λ, Γ and the parameters trained beside one adapter, by key."""
-    found = {
-        f"{fqn}.{part}": getattr(module, part)[name]
-        for fqn, module in model.named_modules()
-        if isinstance(module, randlora.AdapterLayer) and name in module.adapters
-        for part in ("randlora_lambda", "randlora_gamma")
+    found: dict[str, Tensor] = {
+        f"{site.fqn}.{part}": value
+        for site in Census.of(model).adapted
+        if name in site.layer.adapters
+        for part, value in zip(
+            ("randlora_lambda", "randlora_gamma"), site.layer.diagonals_of(site.owner, name), strict=True
+        )
     }
     return found | dict(_state(model).adapter(name).trained)
 
@@ -255,7 +259,7 @@ def refused(
     directory: Path | str,
     match: str,
     *,
-    error: type[Exception] = randlora.CheckpointError,
+    error: type[Exception] = CheckpointError,
     **options: Any,
 ) -> None:
     """Check that `randlora.load` raises an error that says ``match``, and that the model shows no trace of it."""

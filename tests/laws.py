@@ -1,17 +1,33 @@
 """Pieces that several files of laws need: filling adapters with values, and comparing models bit for bit."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 import randlora
-from randlora.model.install import adapter_layers
+from randlora.layers.base import AdapterLayer
+from randlora.layers.in_place import adapter_layers_of, detach
+from randlora.model.switch import AdapterInfo
+from randlora.targets.walk import Census
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Relative to the largest value compared: a few roundings of the dtype."""
+
+needs_export = pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.9", reason="torch.export loses tensors that a model computes with before 2.9"
+)
+"""Those of the bases are neither parameters nor buffers: ``KeyError: 'sub_constant_…'``, or a warning that fails."""
+
+draws_as_recorded = pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.13", reason="torch 2.10 and older draw other bfloat16 numbers from a seed"
+)
+"""For what was recorded of dense bases with ``stream="torch"``."""
 
 
 class Mixed(nn.Module):
@@ -38,14 +54,43 @@ class Mixed(nn.Module):
 TOKENS = torch.arange(9)
 
 
+def adapter_layer(layer: nn.Module) -> AdapterLayer:
+    """Return what adapts the weight of one module."""
+    return adapter_layers_of(layer)["weight"]
+
+
+def diagonals(layer: nn.Module, name: str = "default") -> tuple[nn.Parameter, nn.Parameter]:
+    """Return Λ and Γ of one adapter of one module."""
+    return adapter_layer(layer).diagonals_of(layer, name)
+
+
+def adapted_names(model: nn.Module) -> set[str]:
+    """Return the FQNs of what is adapted."""
+    return {site.fqn for site in Census.of(model).adapted}
+
+
+def update_of(layer: nn.Module, name: str = "default") -> Tensor:
+    """Return the update of one adapter of one module, ``(out_features, in_features)``."""
+    return adapter_layer(layer).delta_weight(layer, {name: 1.0})
+
+
+def plain(layer: nn.Module) -> nn.Module:
+    """Return a copy of an adapted module without its adapters."""
+    twin = copy.deepcopy(layer)
+    for held in adapter_layers_of(twin).values():
+        held.unfold(twin)
+        detach(twin, held)
+    return twin
+
+
 def fill(model: nn.Module, name: str = "default", *, seed: int = 0) -> None:
     """Give one adapter values as after some training: every Λ, Γ and parameter beside them moved."""
     generator = torch.Generator().manual_seed(seed)
     state = randlora.state.adapted_root(model)[1]
     with torch.no_grad():
-        for _, layer in adapter_layers(model):
-            if name in layer.adapters:
-                for parameter in (layer.randlora_lambda[name], layer.randlora_gamma[name]):
+        for site in Census.of(model).adapted:
+            if name in site.layer.adapters:
+                for parameter in site.layer.diagonals_of(site.owner, name):
                     parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.05)
         for parameter in state.adapter(name).trained.values():
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter))
@@ -59,7 +104,7 @@ class Snapshot:
     modules: dict[str, nn.Module]
     parameters: dict[str, nn.Parameter]
     trainable: dict[str, bool]
-    adapters: list[randlora.AdapterInfo]
+    adapters: list[AdapterInfo]
     bases: int
 
     @classmethod

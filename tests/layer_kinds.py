@@ -9,6 +9,7 @@ import bitsandbytes
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 from transformers.pytorch_utils import Conv1D
 
 from tests.codes import step, written_out
@@ -108,6 +109,14 @@ LAYER_KINDS = (
 every_kind = pytest.mark.parametrize("kind", LAYER_KINDS, ids=lambda kind: kind.name)
 every_dense_kind = pytest.mark.parametrize(
     "kind", [kind for kind in LAYER_KINDS if not kind.is_quantized], ids=lambda kind: kind.name
+)
+compiles_codes = pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.7", reason="the compiler of torch 2.6 does not know bitsandbytes' parameters"
+)
+every_kind_compiled = pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[compiles_codes] * kind.is_quantized) for kind in LAYER_KINDS],
+    ids=lambda kind: kind.name,
 )
 every_quantized_kind = pytest.mark.parametrize(
     "kind", [kind for kind in LAYER_KINDS if kind.is_quantized], ids=lambda kind: kind.name

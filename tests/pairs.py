@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from randlora.functional import BlockPair, DensePair, Diagonals, Pair, SparsePair
-from randlora.functional.sparse import csr
+from randlora.functional import BlockPair, DensePair, Diagonals, Pair
 
 
 @dataclass(frozen=True)
@@ -32,14 +31,6 @@ def dense(max_dim: int, min_dim: int, r: int, num_bases: int) -> tuple[Pair, Ten
     """Make dense bases; return the pair, A, ``(r, min_dim)``, and B, ``(max_dim, r·num_bases)``."""
     basis_A, basis_B = _random(r, min_dim), _random(max_dim, r * num_bases)
     return DensePair(basis_A.unsqueeze(0), basis_B), basis_A, basis_B
-
-
-def sparse(max_dim: int, min_dim: int, r: int, num_bases: int) -> tuple[Pair, Tensor, Tensor]:
-    """Make bases with a sparse B."""
-    basis_A = _random(r, min_dim)
-    signs = torch.randint(-1, 2, (max_dim, r * num_bases)).to(torch.int8)
-    held = csr(signs, torch.float64), csr(signs.T, torch.float64)
-    return SparsePair(basis_A.unsqueeze(0), *held, density=0.1), basis_A, signs.double()
 
 
 def block(max_dim: int, min_dim: int, r: int, num_bases: int, c: int, b: int) -> tuple[Pair, Tensor, Tensor]:
@@ -86,7 +77,6 @@ def _blocks(c: int, b: int) -> Callable[[int, int, int, int], tuple[Pair, Tensor
 
 FORMS: dict[str, Callable[[int, int, int, int], tuple[Pair, Tensor, Tensor]]] = {
     "dense": dense,
-    "sparse": sparse,
     "block(2,4)": _blocks(2, 4),
     "block(3,1)": _blocks(3, 1),
     "block(1,2)": _blocks(1, 2),

@@ -4,11 +4,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from randlora.model.prepare import HasActivationCheckpointing
+
 NOTHING = {"full_precision": False, "inputs_require_grad": False, "checkpointing": False, "unpacked": False}
 
 
 def only(step: str) -> dict[str, bool]:
     return NOTHING | {step: True}
+
+
+def checkpoint_activations(model: Any, *, is_reentrant: bool) -> None:
+    """Switch checkpointing on under the name that the installed transformers has for it."""
+    if isinstance(model, HasActivationCheckpointing):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": is_reentrant})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})
 
 
 def hooks(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -2,14 +2,21 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import accelerate  # type: ignore[import-untyped]
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module  # type: ignore[import-untyped]
+from accelerate.hooks import (  # type: ignore[import-untyped]
+    AlignDevicesHook,
+    add_hook_to_module,
+    remove_hook_from_submodules,
+)
 from torch import nn
 
 import randlora
+from randlora.errors import MergeError
+from tests import laws
 from tests.models import LLAMA, outputs
 from tests.peer import ALPHA, R, fill, our_model
 
@@ -69,8 +76,74 @@ def test_a_model_with_hooks_merges_and_ejects(place: Callable[[nn.Module], nn.Mo
     assert torch.equal(outputs(model, INPUTS), outputs(LLAMA.build(), INPUTS))
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_offloaded_model_is_adapted_and_ejected_with_and_without_its_hooks(when: str) -> None:
+    model, plain = LLAMA.build(), outputs(LLAMA.build(), INPUTS)
+    if when == "before":
+        model = offloaded(model)
+    randlora.inject(model, R, alpha=ALPHA, targets=LLAMA.targets)
+    fill(model)
+    if when == "after":
+        model = offloaded(model)
+    adapted = outputs(our_model(LLAMA), INPUTS)
+    assert torch.equal(outputs(model, INPUTS), adapted)
+    with randlora.disabled(model):
+        assert torch.equal(outputs(model, INPUTS), plain)
+    remove_hook_from_submodules(model)
+    assert not any("_hf_hook" in vars(module) for module in model.modules())
+    assert torch.equal(outputs(model, INPUTS), adapted)
+    randlora.eject(model)
+    assert torch.equal(outputs(model, INPUTS), plain)
+    assert not any("Adapted" in type(module).__name__ for module in model.modules())
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_offloaded_model_is_ejected_under_its_hooks(when: str) -> None:
+    model, plain = LLAMA.build(), outputs(LLAMA.build(), INPUTS)
+    if when == "before":
+        model = offloaded(model)
+    randlora.inject(model, R, alpha=ALPHA, targets=LLAMA.targets)
+    fill(model)
+    if when == "after":
+        model = offloaded(model)
+    randlora.eject(model)
+    assert torch.equal(outputs(model, INPUTS), plain)
+    remove_hook_from_submodules(model)
+    assert torch.equal(outputs(model, INPUTS), plain)
+
+
+@pytest.mark.parametrize("hook_first", [True, False])
+@pytest.mark.parametrize("unhook_first", [True, False])
+def test_a_forward_of_the_layers_own_outlives_hooks_and_adapters(hook_first: bool, unhook_first: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    layer: Any = model[0]
+    plain = layer.forward
+    own = layer.forward = lambda x: 2 * plain(x)
+    x = torch.randn(3, 4)
+    expected = layer(x)
+    hook = AlignDevicesHook(execution_device="cpu", io_same_device=True)
+    if hook_first:
+        add_hook_to_module(layer, hook)
+    randlora.inject(model, r=2, targets="all-linear")
+    if not hook_first:
+        add_hook_to_module(layer, hook)
+    assert torch.equal(layer(x), expected)
+    laws.fill(model)
+    adapted = expected + x @ randlora.delta_weight(model, "0").T
+    torch.testing.assert_close(layer(x), adapted)
+    if unhook_first:
+        remove_hook_from_submodules(model)
+        torch.testing.assert_close(layer(x), adapted)
+    randlora.eject(model)
+    assert ("_hf_hook" in vars(layer)) is not unhook_first
+    assert torch.equal(layer(x), expected)
+    remove_hook_from_submodules(model)
+    assert torch.equal(layer(x), expected)
+    assert layer.forward is own
+
+
 def test_offloaded_weights_are_not_merged_unseen() -> None:
     model = offloaded(LLAMA.build())
     randlora.inject(model, R, targets=LLAMA.targets)
-    with pytest.raises(randlora.MergeError, match="is not all here"):
+    with pytest.raises(MergeError, match="is not all here"):
         randlora.merge(model)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import randlora
-from randlora import AdapterError, AdapterLayer, ConfigError, TargetError
-from tests.laws import TOKENS, Mixed, Snapshot, assert_close, fill, same_bits, untouched
+from randlora.errors import AdapterError, ConfigError, TargetError
+from tests.laws import TOKENS, Mixed, Snapshot, adapted_names, assert_close, fill, plain, same_bits, untouched
 
 second_options = st.fixed_dictionaries({
     "r": st.integers(3, 8),
@@ -76,7 +77,7 @@ def test_removing_the_first_leaves_the_second_as_it_was(options: dict[str, Any])
     expected = model(TOKENS)
     randlora.remove(model, "default")
     assert same_bits(model(TOKENS), expected)
-    layers = {name for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
+    layers = adapted_names(model)
     assert layers == set(randlora.adapters(model)[0].targets)
 
 
@@ -91,8 +92,7 @@ def test_several_active_adapters_add_their_weighted_deltas(weights: tuple[float,
     assert_close(randlora.delta_weight(model, "q"), expected, torch.float64)
     x = torch.randn(3, 12, dtype=torch.float64)
     layer = model.q
-    assert isinstance(layer, AdapterLayer)
-    assert_close(layer(x) - layer.base_layer(x), x @ expected.T, torch.float64)
+    assert_close(layer(x) - plain(layer)(x), x @ expected.T, torch.float64)
 
 
 def test_a_further_adapter_starts_inactive_and_frozen() -> None:
@@ -320,3 +320,53 @@ def test_deltas_are_summed_in_the_order_of_their_activation() -> None:
     for name in names:
         expected = expected + randlora.delta_weight(model, "q", name=name)
     assert same_bits(randlora.delta_weight(model, "q"), expected)
+
+
+def test_blocks_that_overlap_leave_the_adapters_on() -> None:
+    model = Mixed()
+    randlora.inject(model, r=4)
+    fill(model)
+    expected = model(TOKENS)
+    first, second = randlora.disabled(model), randlora.disabled(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.equal(model(TOKENS), expected)
+    second.__exit__(None, None, None)
+    assert torch.equal(model(TOKENS), expected)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        randlora.merge,
+        lambda model: randlora.activate(model, "default"),
+        lambda model: randlora.disabled(model).__enter__(),
+        randlora.eject,
+        lambda model: randlora.save(model, "nowhere"),
+    ],
+    ids=["merge", "activate", "disabled", "eject", "save"],
+)
+def test_a_copy_of_an_adapted_layer_belongs_to_other_adapters(call: Callable[[nn.Module], object]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    randlora.inject(model, r=2, targets="all-linear")
+    model.append(copy.deepcopy(model[0]))
+    with untouched(model), pytest.raises(AdapterError, match="2 belongs to adapters kept on another module"):
+        call(model)
+
+
+def test_a_part_that_outlives_its_model_says_where_its_adapters_are() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)))
+    randlora.inject(model, r=2)
+    with pytest.raises(AdapterError, match="kept on another module"):
+        randlora.eject(model[0])
+
+
+def test_ejecting_gives_back_what_required_grad_and_what_did_not() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].weight.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    randlora.inject(model, r=2, targets="all-linear")
+    model.requires_grad_(True)
+    randlora.eject(model)
+    assert [parameter.requires_grad for parameter in model.parameters()] == before

@@ -1,18 +1,37 @@
 """The form in which layers are handed their bases: the same numbers, without the zeros where that pays."""
 
+import threading
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from randlora import Basis, BasisSpec
+from randlora import BasisSpec
 from randlora.bases import portable_stream, torch_stream
-from randlora.functional import DensePair, Diagonals, Pair, SparsePair, delta_weight
+from randlora.bases.basis import Basis
+from randlora.functional import Compute, Diagonals, Pair, adapted_linear, delta_weight
 from tests import reference
 from tests.strategies import specs
 
 
+class Products(TorchDispatchMode):
+    """Counts the products of blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.of_blocks = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation."""
+        self.of_blocks += func is torch.ops.aten.bmm.default
+        return func(*args, **(kwargs or {}))
+
+
 def pair(basis: Basis, max_dim: int, min_dim: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Pair:
+    basis.extend(max_dim, min_dim)
     return basis.pair(max_dim, min_dim, device=torch.device(device), dtype=dtype)
 
 
@@ -47,30 +66,47 @@ def test_the_zeros_of_block_bases_take_no_room(blocks: tuple[int, int], dims: tu
     assert [tensor.untyped_storage().nbytes() for tensor in (made.A, made.B)] == [4 * count for count in stored]
 
 
+@pytest.mark.parametrize(("blocks", "dims"), [((2, 4), (48, 30)), ((4, 2), (50, 33)), ((1, 4), (40, 8))])
+def test_small_block_bases_are_kept_written_out_too(blocks: tuple[int, int], dims: tuple[int, int]) -> None:
+    basis = Basis(BasisSpec("block", "portable", 0, 8, *dims, blocks))
+    written, expected = pair(basis, *dims).written, basis.slices(*dims, device="cpu", dtype=torch.float32)
+    assert written is not None
+    torch.testing.assert_close(written.A, expected.A.transpose(0, 1), rtol=0, atol=0)
+    torch.testing.assert_close(written.B, expected.B.flatten(1), rtol=0, atol=0)
+
+
+def test_large_block_bases_are_not_written_out() -> None:
+    basis = Basis(BasisSpec("block", "portable", 0, 64, 512, 513, (4, 8)))
+    assert pair(basis, 513, 512).written is None
+    assert pair(basis, 512, 512).written is not None
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("shape", [(30, 48), (48, 30)], ids=["down", "up"])
+def test_a_layer_computes_the_same_with_written_out_block_bases(shape: tuple[int, int], tokens: int) -> None:
+    """Few tokens take them; asked for a way, the layer multiplies blocks."""
+    basis = Basis(BasisSpec("block", "portable", 0, 8, 48, 30, (2, 4)))
+    made = pair(basis, 48, 30, torch.float64)
+    x, lam, gamma = leaves = [
+        torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((tokens, shape[1]), (8, 4), (4, 30))
+    ]
+    weight, grad = torch.randn(shape, dtype=torch.float64), torch.randn(tokens, shape[0], dtype=torch.float64)
+    found = []
+    ways: tuple[Compute, ...] = ("auto", "factored")
+    for compute in ways:
+        with Products() as products:
+            output = adapted_linear(x, made, Diagonals(lam, gamma, 0.7), weight=weight, compute=compute)
+            gradients = torch.autograd.grad(output, leaves, grad)
+        assert (products.of_blocks > 0) == (compute == "factored")
+        found.append((output, *gradients))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("kind", ["sparse", "very_sparse"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_ternary_signs_are_exact_in_any_dtype(kind: str, dtype: torch.dtype) -> None:
     basis = Basis(BasisSpec(kind, "torch", 0, 8, 48, 30))  # type: ignore[arg-type]
     assert set(pair(basis, 48, 30, dtype).B.unique().tolist()) == {-1.0, 0.0, 1.0}
-
-
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="sparse products are slow without MKL")
-def test_a_very_sparse_basis_is_multiplied_by_its_entries_alone_where_that_pays() -> None:
-    sparse, less = (Basis(BasisSpec(kind, "torch", 0, 8, 90, 80)) for kind in ("very_sparse", "sparse"))
-    assert isinstance(pair(sparse, 90, 80), SparsePair)
-    assert isinstance(pair(sparse, 90, 80, torch.bfloat16), DensePair)
-    assert isinstance(pair(less, 90, 80), DensePair), "a third of its entries are not zero"
-    assert isinstance(sparse.pair(90, 80, device=torch.device("cpu"), dtype=torch.float32, is_traced=True), DensePair)
-    assert pair(sparse, 85, 70).B.shape == (85, 72)
-    first, again = pair(sparse, 90, 80), pair(sparse, 90, 80)
-    assert first.B is again.B
-
-
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="sparse products are slow without MKL")
-def test_a_basis_that_is_multiplied_by_its_entries_is_not_written_out_as_well() -> None:
-    basis = Basis(BasisSpec("very_sparse", "torch", 0, 8, 90, 80))
-    pair(basis, 90, 80)
-    assert [copy.shape for copy in basis._copies.values()] == [(8, 80)]
 
 
 @pytest.mark.parametrize("blocks", [None, (2, 4)])
@@ -89,7 +125,7 @@ def test_meta_bases_have_shapes_and_draw_nothing(
     kind, stream_name = ("block", "portable") if blocks else ("dense", "torch")
     basis = Basis(BasisSpec(kind, stream_name, 0, 4, 12, 8, blocks))  # type: ignore[arg-type]
     found = pair(basis, 12, 7, device="meta")
-    assert (found.max_dim, found.min_dim) == (12, 7)
+    assert (found.shape.max_dim, found.shape.min_dim) == (12, 7)
     assert found.A.is_meta
     assert found.B.is_meta
 
@@ -101,3 +137,35 @@ def test_bases_made_in_inference_mode_can_be_trained_through_later() -> None:
             pair(basis, 90, 80)
         assert not pair(basis, 90, 80).B.is_inference()
         assert not pair(basis, 90, 80).A.is_inference()
+
+
+def test_a_pair_is_made_once_and_then_looked_up() -> None:
+    basis = Basis(BasisSpec("dense", "portable", 0, 4, 12, 8))
+    basis.extend(12, 8)
+    found: list[Pair] = []
+    threads = [threading.Thread(target=lambda: found.append(pair(basis, 12, 8))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert all(one is found[0] for one in found)
+    basis.release()
+    assert pair(basis, 12, 8) is not found[0]
+
+
+def test_a_pair_does_not_reach_beyond_what_was_asked_for_before() -> None:
+    basis = Basis(BasisSpec("dense", "portable", 0, 4, 12, 8))
+    basis.extend(10, 8)
+    with pytest.raises(AssertionError, match=r"extend\(\) comes first"):
+        basis.pair(12, 8, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def test_a_failure_to_draw_is_raised_where_bases_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    basis = Basis(BasisSpec("dense", "portable", 0, 4, 12, 8))
+    basis.extend(12, 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(portable_stream, "draw", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pair(basis, 12, 8)
+    assert pair(basis, 12, 8).shape.max_dim == 12

@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 from torch import nn
 
-from benchmarks import command, layers, memory, step
+from benchmarks import command, layers, machine, memory, step
 from benchmarks.results import Results, Row, written
-from benchmarks.targets import TARGETS, Target, faster, verdicts, within
+from benchmarks.targets import TARGETS, Target, faster, only_in_full, only_on, passed_over, verdicts, within
 from benchmarks.timing import Figure, interleaved
 
 
@@ -48,9 +50,29 @@ def test_targets_of_other_benchmarks_are_not_judged() -> None:
     assert verdicts(Results("b", {}, []), [faster("other", "case", "dense", 2.0)]) == []
 
 
-def test_every_target_of_single_layers_has_its_case() -> None:
-    cases = {step.name_of(case) for case in step.GATED}
-    assert {target.case for target in TARGETS if target.benchmark == "step"} == cases
+@pytest.mark.parametrize(("device", "gated"), [("cpu", step.GATED), ("cuda", step.GATED_ON_A_GPU)])
+def test_every_target_of_single_layers_has_its_case(device: str, gated: tuple[step.Case, ...]) -> None:
+    cases = {step.name_of(case) for case in gated}
+    assert {t.case for t in TARGETS if t.benchmark == "step" and device in t.devices} == cases
+
+
+@pytest.mark.parametrize(
+    ("device", "is_quick", "judged", "left"),
+    [
+        ("cpu", True, ["both", "cpu"], ["1 targets of another device than cpu", "1 targets of --full"]),
+        ("cpu", False, ["both", "cpu", "full"], ["1 targets of another device than cpu"]),
+        ("cuda", True, ["both", "cuda"], ["1 targets of another device than cuda", "1 targets of --full"]),
+    ],
+)
+def test_a_target_is_asked_of_its_devices_and_its_set_alone(
+    device: str, is_quick: bool, judged: list[str], left: list[str]
+) -> None:
+    both, cpu, cuda, full = (within("b", case, "dense", 1.0) for case in ("both", "cpu", "cuda", "full"))
+    targets = (both, *only_on(("cpu",), cpu), *only_on(("cuda",), cuda), *only_in_full(full))
+    results = Results("b", {}, [], device, is_quick)
+    assert [verdict.words for verdict in verdicts(results, targets)] == [f"b, {case}: was not run" for case in judged]
+    assert passed_over(results, targets) == left
+    assert passed_over(Results("other", {}, [], device, is_quick), targets) == []
 
 
 @pytest.mark.parametrize(
@@ -70,18 +92,18 @@ def test_peft_multiplies_by_float32_matrices_unless_under_autocast(adapt: layers
     assert any(tensor.dtype == torch.float32 and tensor.numel() == 64 * 64 for tensor in saved) == is_wide
 
 
-@pytest.mark.parametrize("case", step.GATED, ids=step.name_of)
+@pytest.mark.parametrize("case", [*step.GATED, *step.GATED_ON_A_GPU], ids=step.name_of)
 def test_the_quick_steps_are_of_those_with_targets_and_of_full_fine_tuning(case: step.Case) -> None:
     names = set(step.with_targets(case))
     assert "full" in names
-    assert names - {"full"} < {"PEFT", "PEFT, autocast", "dense", "dense, kept", "block"}
+    assert names - {"full"} < {"LoRA", "LoRA, autocast", "PEFT", "PEFT, autocast", "dense", "block"}
     targets = [target for target in TARGETS if (target.benchmark, target.case) == ("step", step.name_of(case))]
     assert {name for target in targets for name in (target.first, target.second)} <= names
 
 
 def test_every_target_is_of_a_benchmark_and_has_one_bound() -> None:
     assert {target.benchmark for target in TARGETS} == {
-        *("step", "model", "memory", "quantized", "startup", "decode", "merge")
+        *("laws", "step", "overhead", "model", "memory", "quantized", "startup", "decode", "merge")
     }
     assert all((target.at_least > 0) != (target.at_most < float("inf")) for target in TARGETS)
 
@@ -97,6 +119,7 @@ def test_every_target_is_of_a_benchmark_and_has_one_bound() -> None:
         (4096, "B", "4.1 kB"),
         (0, "B", "0 kB"),
         (87.25, "%", "87.2 %"),
+        (12, "operators", "12"),
     ],
 )
 def test_a_figure_is_written_as_a_short_number(size: float, unit: str, words: str) -> None:
@@ -129,11 +152,65 @@ def test_the_gate_is_shut_by_a_missed_target_alone(
     assert ("b has no targets" in capsys.readouterr().out) == (times is None)
 
 
+def test_a_benchmark_that_fails_shuts_the_gate_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+
+    def named(name: str) -> tuple[str, command.Run]:
+        def run(_: command.Settings) -> list[Row]:
+            called.append(name)
+            if name == "bad":
+                raise ZeroDivisionError("of no use")
+            return [row("case", PEFT=6.0, dense=3.0)]
+
+        return name, run
+
+    def met(*names: str) -> bool:
+        called.clear()
+        settings = command.Settings("cpu", is_quick=True, out=tmp_path)
+        return command.measure_all([named(name) for name in names], settings, {"gpu": "cuda"}, gate=False)
+
+    assert met("good", "gpu", "other")
+    assert called == ["good", "other"]
+    assert "skipped gpu, which is for cuda alone" in capsys.readouterr().out
+    assert not met("bad", "other")
+    assert called == ["bad", "other"]
+    assert "raised an error: bad" in (printed := capsys.readouterr().out)
+    assert "ZeroDivisionError: of no use" in printed
+    monkeypatch.setitem(command.LONGEST, "cpu", 0.0)
+    assert not met("good")
+    assert not called
+    assert "had no time left: good" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_a_gpu_that_is_not_there_is_said_before_anything_is_measured(
+    has_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    if has_gpu:
+        assert command.settings_of("cuda", full=False, out=Path("out")).out == Path("out/cuda")
+    else:
+        with pytest.raises(typer.BadParameter, match=r"no CUDA device, so nothing was measured"):
+            command.settings_of("cuda", full=False, out=Path("out"))
+
+
+def test_results_of_a_gpu_name_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(total_memory=80 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some Card")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    facts = machine.describe("cuda")
+    assert (facts["GPU"], facts["GPU memory"], facts["compute capability"]) == ("Some Card", "80 GiB", "9.0")
+    assert "GPU" not in machine.describe("cpu")
+
+
 def test_results_are_written_as_json_a_table_and_a_picture(tmp_path: Path) -> None:
     rows = [row(f"T = {tokens}", ("tokens", tokens), PEFT=6.0, dense=3.0, full=2.0) for tokens in (1, 10)]
-    Results("b", {"processor": "some"}, rows).save(tmp_path)
+    Results("b", {"processor": "some"}, rows).save(tmp_path, ["met    b"])
     content = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
     assert content["machine"] == {"processor": "some"}
+    assert content["verdicts"] == ["met    b"]
     assert content["rows"][0]["figures"]["PEFT"] == {"best": 6.0, "median": 12.0, "unit": "s"}
     lines = (tmp_path / "b.md").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "| case | PEFT / full | dense / full | PEFT / dense (median) |"
@@ -148,10 +225,9 @@ def test_a_layer_that_is_trained_keeps_its_input_and_a_frozen_one_nothing(tokens
     assert memory.kept_by(layer.requires_grad_(requires_grad=False), tokens) == 0
 
 
-@pytest.mark.parametrize(("tokens", "sums_kept"), [(1, 0), (2048, 1)])
-def test_ours_keep_the_input_and_on_request_a_sum_that_pays(tokens: int, sums_kept: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 2048])
+def test_ours_keep_the_input_and_nothing_else(tokens: int) -> None:
     floats = {name: figure.best / memory.FLOAT for name, figure in memory.kept(tokens, "cpu").figures.items()}
     of_input, of_weight = tokens * memory.SIDE, memory.SIDE**2
     assert {floats[name] for name in ("full", "dense", "block", "very_sparse", "PEFT less m² floats")} == {of_input}
     assert floats["PEFT"] == of_input + of_weight
-    assert floats["dense, kept"] == of_input + sums_kept * of_weight

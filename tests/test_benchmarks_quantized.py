@@ -12,6 +12,7 @@ from benchmarks.layers import CONTESTANTS, UnderAutocast, training_step
 from benchmarks.quantized import Case, refuse_a_dense_copy
 from benchmarks.results import Row
 from benchmarks.targets import TARGETS
+from randlora.layers.in_place import InPlace
 
 every_form = pytest.mark.parametrize("form", quantized.FORMS)
 SMALL = {"in_features": 128, "out_features": 128}
@@ -42,7 +43,9 @@ def test_all_contestants_adapt_the_same_codes(form: str, dtype: torch.dtype) -> 
         assert layer.training
         base = layer.inner[0] if isinstance(layer, UnderAutocast) else layer[0]  # type: ignore[index]
         kind = type(base).__module__.split(".")[0]
-        assert kind == {"frozen": "bitsandbytes", "dense": "randlora", "block": "randlora"}.get(name, "peft")
+        is_ours = name in {"dense", "block"}
+        assert kind == ("bitsandbytes" if is_ours or name == "frozen" else "peft")
+        assert isinstance(base, InPlace) == is_ours
         if kind == "peft":
             assert type(base).__module__.endswith(".bnb")
         base = getattr(base, "base_layer", base)
@@ -73,14 +76,13 @@ def test_ours_keep_the_input_and_peft_a_square_matrix_beside_it(form: str) -> No
 @pytest.mark.parametrize("name", ["dense", "block"])
 def test_a_further_layer_holds_codes_scales_and_what_is_trained(form: str, name: str) -> None:
     layer = quantized.build(small(form), CONTESTANTS[name], "cpu")[0]  # type: ignore[index]
-    base = layer.base_layer
     trained = sum(parameter.nbytes for parameter in layer.parameters() if parameter.requires_grad)
     if form == "NF4":
-        state = base.weight.quant_state
+        state = layer.weight.quant_state
         parts = [state.absmax, state.offset, state.code, state.state2.absmax, state.state2.code]
     else:
-        parts = [base.weight.SCB]
-    own = base.weight.nbytes + sum(part.nbytes for part in parts)
+        parts = [layer.weight.SCB]
+    own = layer.weight.nbytes + sum(part.nbytes for part in parts)
     assert quantized.held(small(form), CONTESTANTS[name], "cpu") == own + trained
 
 

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from randlora import BasisSpec, CheckpointError, RandLoRAConfig
+from randlora import BasisSpec, RandLoRAConfig
 from randlora.checkpoint.header import Header, dump_header, parse_header
+from randlora.errors import CheckpointError
 from tests.strategies import specs
 
 SHAPES = {"a": (4, 6), "b.c": (5, 3)}

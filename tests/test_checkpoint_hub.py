@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import constants
 
 import randlora
+from randlora.errors import CheckpointError
 from tests.checkpoint_files import (
     CARD_FILE,
     CONFIG_FILE,
@@ -214,9 +215,7 @@ def test_what_the_hub_refuses_is_said_with_what_to_do(
 
 def test_a_push_that_the_hub_refuses_leaves_the_save_whole(hub: Hub, tmp_path: Path) -> None:
     hub.writable = False
-    with pytest.raises(
-        randlora.CheckpointError, match=r"saved to '.*/out', whole, but cannot push to 'user/repo'"
-    ) as caught:
+    with pytest.raises(CheckpointError, match=r"saved to '.*/out', whole, but cannot push to 'user/repo'") as caught:
         randlora.save(trained(LINEAR), tmp_path / "out", push_to_hub="user/repo")
     assert "log in with `hf auth login`, with a token that may do this" in str(caught.value)
     randlora.load(LINEAR.build(), tmp_path / "out")
@@ -229,16 +228,14 @@ def test_a_push_without_a_hub_leaves_the_save_whole(
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     point_client_at(NOBODY, monkeypatch)
-    with pytest.raises(
-        randlora.CheckpointError, match="cannot push to 'user/repo': check the connection, and HF_HUB_OFF"
-    ):
+    with pytest.raises(CheckpointError, match="cannot push to 'user/repo': check the connection, and HF_HUB_OFF"):
         randlora.save(trained(LINEAR), tmp_path / "out", push_to_hub="user/repo")
     randlora.load(LINEAR.build(), tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["repo", "a/b/c", "../repo", "/user/repo", "", 7])
 def test_a_push_to_no_repository_is_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
-    with pytest.raises(randlora.CheckpointError, match="push_to_hub must be a repository on the Hub, 'user/repo', got"):
+    with pytest.raises(CheckpointError, match="push_to_hub must be a repository on the Hub, 'user/repo', got"):
         randlora.save(trained(LINEAR), tmp_path / "out", push_to_hub=name)
     assert not (tmp_path / "out").exists()
 
@@ -248,7 +245,7 @@ def test_without_huggingface_hub_the_extra_is_named(tmp_path: Path, monkeypatch:
     refused(LINEAR.build(), "user/repo", "install randlora with its extra, randlora[hub]")
     model = trained(LINEAR)
     before = snapshot(model)
-    with pytest.raises(randlora.CheckpointError, match=r"install randlora with its extra, randlora\[hub\]"):
+    with pytest.raises(CheckpointError, match=r"install randlora with its extra, randlora\[hub\]"):
         randlora.save(model, tmp_path / "out", push_to_hub="user/repo")
     assert not (tmp_path / "out").exists()
     assert snapshot(model) == before

@@ -82,11 +82,11 @@ import resource, sys
 import randlora
 
 small, large, room = *sys.argv[1:3], int(sys.argv[3])
-randlora.inspect_adapter(small)
+randlora.files.inspect(small)
 with open("/proc/self/status") as status:
     used = next(1024 * int(line.split()[1]) for line in status if line.startswith("VmData:"))
 resource.setrlimit(resource.RLIMIT_DATA, (used + room, used + room))
-print(randlora.inspect_adapter(large).storage)
+print(randlora.files.inspect(large).storage)
 """
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import randlora
 from randlora.checkpoint.peft_config import peft_kind, target_modules, whole_modules
+from randlora.targets.walk import Census
 from tests.checkpoint_files import (
     CASES,
     CONFIG_FILE,
@@ -208,7 +209,7 @@ def test_target_modules_make_peft_find_these_layers_and_no_others(
 ) -> None:
     model, linear = tree(leaves)
     chosen = data.draw(st.lists(st.sampled_from(linear), min_size=1, unique=True))
-    assert found_by_peft(model, target_modules(model, chosen)) == set(chosen)
+    assert found_by_peft(model, target_modules(Census.of(model), chosen)) == set(chosen)
 
 
 @pytest.mark.parametrize(
@@ -223,14 +224,14 @@ def test_target_modules_make_peft_find_these_layers_and_no_others(
 )
 def test_target_modules_are_short_names_where_those_are_enough(chosen: list[str], expected: object) -> None:
     model, _ = tree({("a", "q"), ("b", "q"), ("a", "v"), ("b", "v")})
-    assert target_modules(model, chosen) == expected
+    assert target_modules(Census.of(model), chosen) == expected
 
 
 def test_target_modules_see_through_adapters() -> None:
     model, _ = tree({("a", "q"), ("b", "q")})
-    plain = target_modules(model, ["a.q", "b.q"])
+    plain = target_modules(Census.of(model), ["a.q", "b.q"])
     randlora.inject(model, r=1)
-    assert target_modules(model, ["a.q", "b.q"]) == plain == ["q"]
+    assert target_modules(Census.of(model), ["a.q", "b.q"]) == plain == ["q"]
 
 
 NESTED = nn.ModuleDict({
@@ -250,7 +251,7 @@ def test_whole_modules_are_the_outermost_ones_trained_entirely(trained_names: se
         and all(f"{prefix}.{name}" in trained_names for name, _ in module.named_parameters())
     }
     outermost = {prefix for prefix in whole if not any(prefix.startswith(f"{other}.") for other in whole)}
-    assert set(whole_modules(NESTED, trained_names)) == outermost
+    assert set(whole_modules(Census.of(NESTED), trained_names)) == outermost
 
 
 @pytest.mark.parametrize(

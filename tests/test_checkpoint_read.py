@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import randlora
+from randlora.errors import CheckpointError
 from tests.checkpoint_files import (
     CONFIG_FILE,
     GAMMA,
@@ -65,7 +66,7 @@ def misread(directory: Path, case: Case, damaged: Path, versions: Iterable[tuple
         damaged.write_bytes(contents)
         try:
             randlora.load(model, directory)
-        except randlora.CheckpointError:
+        except CheckpointError:
             continue
         if facts(model, case) != expected:
             wrong.append(label)
@@ -269,5 +270,5 @@ def test_tensors_that_lost_their_header_are_not_taken_for_pefts(tmp_path: Path, 
     randlora.save(model, tmp_path)
     path = tmp_path / TENSORS_FILE
     save_file(load_file(path), path)
-    with pytest.raises(randlora.CheckpointError, match="have lost the header that goes with randlora_stream"):
+    with pytest.raises(CheckpointError, match="have lost the header that goes with randlora_stream"):
         randlora.load(nn.Sequential(nn.Linear(8, 8)), tmp_path)

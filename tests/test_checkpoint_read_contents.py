@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import randlora
+from randlora.errors import CheckpointError
 from tests.checkpoint_files import (
     GAMMA,
     LAMBDA,
@@ -69,12 +70,12 @@ def test_tensors_of_another_dtype_are_refused_by_name(key: str, dtype: torch.dty
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_tensors_of_another_floating_dtype_are_read_and_never_narrowed(dtype: torch.dtype, tmp_path: Path) -> None:
     directory = peft_directory(tmp_path)
-    tensors, _ = read_tensors(directory)
-    edit_tensors(directory, {LAMBDA: tensors[LAMBDA].to(dtype)})
+    written = read_tensors(directory)[0][LAMBDA].to(dtype)  # in memory of its own: the file is about to change
+    edit_tensors(directory, {LAMBDA: written})
     model = LINEAR.build()
     randlora.load(model, directory)
     wide = torch.promote_types(dtype, torch.float32)
-    assert bits(adapter_values(model)["0.randlora_lambda"]) == bits(tensors[LAMBDA].to(dtype).to(wide))
+    assert bits(adapter_values(model)["0.randlora_lambda"]) == bits(written.to(wide))
 
 
 Edit = tuple[Mapping[str, Tensor], tuple[str, ...], str]
@@ -183,7 +184,7 @@ def test_options_of_a_peft_file_that_cannot_work_are_refused(
 def test_all_problems_of_a_file_are_named_at_once(tmp_path: Path) -> None:
     directory = peft_directory(tmp_path)
     edit_tensors(directory, {LAMBDA: torch.full((2, 2), float("nan")), GAMMA: torch.ones(2, 4, dtype=torch.int64)})
-    with pytest.raises(randlora.CheckpointError, match="2 problems") as caught:
+    with pytest.raises(CheckpointError, match="2 problems") as caught:
         randlora.load(LINEAR.build(), directory)
     assert "0.randlora_lambda holds NaN" in str(caught.value)
     assert "0.randlora_gamma holds torch.int64" in str(caught.value)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import randlora
+from randlora.errors import AdapterError, CheckpointError
 from tests.checkpoint_files import (
     CARD_FILE,
     CONFIG_FILE,
@@ -137,7 +138,7 @@ def test_save_in_inference_mode_writes_the_same_files(tmp_path: Path) -> None:
 
 
 def test_save_refuses_a_model_without_adapters(tmp_path: Path) -> None:
-    with pytest.raises(randlora.AdapterError, match="carries no adapter"):
+    with pytest.raises(AdapterError, match="carries no adapter"):
         randlora.save(LINEAR.build(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -150,13 +151,13 @@ def test_save_refuses_a_model_without_adapters(tmp_path: Path) -> None:
 def test_save_refuses_a_name_that_says_not_which(name: str | None, message: str, tmp_path: Path) -> None:
     model = trained(LINEAR, name="one")
     randlora.inject(model, r=2, name="two")
-    with pytest.raises(randlora.AdapterError, match=message):
+    with pytest.raises(AdapterError, match=message):
         randlora.save(model, tmp_path / "new", name=name)
     assert not (tmp_path / "new").exists()
 
 
 def test_save_refuses_another_word_for_the_bases(tmp_path: Path) -> None:
-    with pytest.raises(randlora.CheckpointError, match="bases must be 'seed' or 'stored', got 'both'"):
+    with pytest.raises(CheckpointError, match="bases must be 'seed' or 'stored', got 'both'"):
         randlora.save(trained(LINEAR), tmp_path / "new", bases="both")  # type: ignore[arg-type]
     assert not (tmp_path / "new").exists()
 
@@ -164,7 +165,7 @@ def test_save_refuses_another_word_for_the_bases(tmp_path: Path) -> None:
 def test_save_refuses_values_on_the_meta_device_and_names_each(tmp_path: Path) -> None:
     model = HEADED.build().to("meta")
     randlora.inject(model, r=2, targets=["0"], train_also=["norm.bias"])
-    with pytest.raises(randlora.CheckpointError, match=r"body\.0 holds no values") as caught:
+    with pytest.raises(CheckpointError, match=r"body\.0 holds no values") as caught:
         randlora.save(model, tmp_path / "new")
     assert "norm.bias holds no values" in str(caught.value)
     assert not (tmp_path / "new").exists()

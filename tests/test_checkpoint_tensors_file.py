@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from randlora import CheckpointError
 from randlora.checkpoint import tensors_file
 from randlora.checkpoint.tensors_file import TensorsFile, as_bytes, open_tensors
+from randlora.errors import CheckpointError
 from tests.checkpoint_files import all_bits
 
 DTYPES = (

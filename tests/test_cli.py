@@ -104,7 +104,7 @@ def test_an_error_of_the_system_names_the_file(directory: Path, capsys: pytest.C
 
 
 def test_a_bug_is_not_dressed_up_as_a_users_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("randlora.cli.plan.plan_directory", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("randlora.files.plan", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["plan", str(tmp_path)])
 

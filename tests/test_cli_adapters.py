@@ -36,7 +36,7 @@ def run_json(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[in
 
 def test_inspect_prints_what_the_library_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, _ = our_directory(LLAMA, tmp_path, "block")
-    summary = randlora.inspect_adapter(source)
+    summary = randlora.files.inspect(source)
     assert run(capsys, "inspect", source) == (0, f"{summary}\n", "")
     code, found = run_json(capsys, "inspect", source)
     assert code == 0
@@ -71,7 +71,7 @@ def test_verify_ends_with_0_where_all_is_well(tmp_path: Path, capsys: pytest.Cap
     base = base_directory(LLAMA, tmp_path)
     code, out, err = run(capsys, "verify", source, "--base", base)
     assert (code, err) == (0, "")
-    assert out == f"{randlora.verify_adapter(source, base)}\n"
+    assert out == f"{randlora.files.verify(source, base)}\n"
     code, found = run_json(capsys, "verify", source)
     assert (code, found["passed"]) == (0, True)
     assert [check["outcome"] for check in found["checks"]] == ["passed"] * 3
@@ -123,7 +123,7 @@ def test_convert_of_a_file_of_peft_takes_a_base(tmp_path: Path, capsys: pytest.C
     assert "give the directory of its base model too" in err
     code, _, _ = run(capsys, *words, "--base", base_directory(LLAMA, tmp_path))
     assert code == 0
-    assert randlora.verify_adapter(tmp_path / "native").passed
+    assert randlora.files.verify(tmp_path / "native").passed
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`randlora merge` does what `merge_files` does, with the options that it is given."""
+"""`randlora merge` does what `randlora.files.merge` does, with the options that it is given."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_one_adapter_is_merged(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "--adapter", "one"]) == 0
-    report = randlora.merge_files("base", "one", "expected")
+    report = randlora.files.merge("base", "one", "expected")
     assert contents(Path("out")) == contents(Path("expected"))
     assert capsys.readouterr().out.replace("wrote out", "wrote expected") == f"{report}\n"
 
@@ -47,7 +47,7 @@ def test_several_adapters_are_merged_with_their_scales(words: list[str], capsys:
         "--json",
     ]
     assert main([*words, *more]) == 0
-    report = randlora.merge_files("base", {"one": 0.5, "other": -2.0}, "expected", dtype=torch.bfloat16)
+    report = randlora.files.merge("base", {"one": 0.5, "other": -2.0}, "expected", dtype=torch.bfloat16)
     assert contents(Path("out")) == contents(Path("expected"))
     assert json.loads(capsys.readouterr().out) == {**plain(report), "out": "out"}
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import randlora
 from randlora.cli.output import complain, plain, progress_bar, show_json, show_table
+from randlora.files.merge import FileMergeReport
 from randlora.files.progress import no_progress
 
 
@@ -32,7 +32,7 @@ def test_brackets_in_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_what_json_cannot_hold_becomes_text(capsys: pytest.CaptureFixture[str]) -> None:
-    report = randlora.FileMergeReport(Path("out"), {"ä": 0.5}, ("x",), (), 1, 10, torch.bfloat16, ())
+    report = FileMergeReport(Path("out"), {"ä": 0.5}, ("x",), (), 1, 10, torch.bfloat16, ())
     show_json(report)
     shown = json.loads(capsys.readouterr().out)
     assert shown == {

@@ -1,4 +1,4 @@
-"""`randlora plan` prints what `plan_directory` returns, with the options that it is given."""
+"""`randlora plan` prints what `randlora.files.plan` returns, with the options that it is given."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def model(tmp_path: Path) -> Path:
 def test_the_options_are_those_of_the_library(
     words: list[str], options: dict[str, Any], model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = randlora.plan_directory(model, **{"r": 32, **options})
+    expected = randlora.files.plan(model, **{"r": 32, **options})
     assert main(["plan", str(model), *words]) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith(f"{expected}\n")

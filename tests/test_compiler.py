@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import randlora
-from randlora import AdapterError
-from tests.laws import assert_close, fill, same_bits, untouched
+from randlora.bases.basis import constant_to_the_compiler
+from randlora.errors import AdapterError
+from tests.laws import assert_close, fill, needs_export, same_bits, untouched
 
 KINDS: tuple[dict[str, Any], ...] = ({"basis": "dense"}, {"basis": "block"}, {"basis": "sparse", "stream": "portable"})
 
@@ -52,7 +53,10 @@ def run_with_fake_tensors(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(options.values()))
-@pytest.mark.parametrize("see", [compile_whole, compile_in_inference_mode, export, run_with_fake_tensors])
+@pytest.mark.parametrize(
+    "see",
+    [compile_whole, compile_in_inference_mode, pytest.param(export, marks=needs_export), run_with_fake_tensors],
+)
 def test_a_tracer_that_comes_first_sees_the_right_values_and_spoils_none(
     see: Callable[[nn.Module, Tensor], Tensor], options: dict[str, Any]
 ) -> None:
@@ -86,17 +90,6 @@ def test_a_transform_that_comes_first_spoils_no_bases_for_the_next(options: dict
     assert model(x).requires_grad
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(options.values()))
-def test_a_trace_takes_any_number_of_tokens(options: dict[str, Any]) -> None:
-    model = wide_model(options)
-    model(x := torch.randn(8, 24))
-    traced = torch.jit.trace(model, x)
-    for tokens in (1, 20, 500):
-        x = torch.randn(tokens, 24)
-        assert_close(traced(x), model(x), torch.float32)
-
-
 @pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(options.values()))
 def test_a_compiled_model_takes_any_number_of_tokens_in_one_graph(options: dict[str, Any]) -> None:
     """From the second number on the compiler takes it for a symbol."""
@@ -111,6 +104,53 @@ def test_a_compiled_model_takes_any_number_of_tokens_in_one_graph(options: dict[
         assert_close(ours, theirs, torch.float32)
 
 
+@pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(options.values()))
+@pytest.mark.parametrize(("dynamic", "most"), [(None, 2), (True, 1)], ids=["automatic", "dynamic"])
+def test_the_number_of_tokens_is_no_condition_of_a_graph(
+    options: dict[str, Any], dynamic: bool | None, most: int
+) -> None:
+    """The first number is taken for a constant unless told otherwise; every other shares one graph."""
+    torch._dynamo.reset()
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    model = wide_model(options)
+    compiled = torch.compile(model, fullgraph=True, backend=count, dynamic=dynamic)
+    for tokens in (3, 16, 64, 200, 1000, 5000):
+        x = torch.randn(tokens, 24)
+        assert_close(compiled(x).detach(), model(x).detach(), torch.float32)
+    assert graphs == most
+
+
+def test_adapters_of_different_bases_share_a_graph() -> None:
+    """Every tensor of theirs is a constant with a name of its own."""
+    model = cold_model({})
+    randlora.inject(model, r=4, targets="all-linear", seed=9, name="other", new_bases=True)
+    fill(model)
+    randlora.activate(model, ["default", "other"])
+    x = torch.randn(3, 8)
+    found = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    assert_close(found.detach(), model(x).detach(), torch.float32)
+
+
+def test_a_function_is_marked_as_torch_marks_it() -> None:
+    """Ours does not import the compiler for it."""
+
+    def theirs() -> int:
+        return 0
+
+    def ours() -> int:
+        return 0
+
+    torch.compiler.assume_constant_result(theirs)
+    assert vars(constant_to_the_compiler(ours)) == vars(theirs) != {}
+
+
+@needs_export
 @pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
 @pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(options.values()))
 def test_an_exported_model_takes_any_number_of_tokens(options: dict[str, Any], strict: bool) -> None:
@@ -126,7 +166,7 @@ def test_a_compiled_model_follows_switches_and_other_bases_of_the_same_name() ->
     model = cold_model({})
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 8)
-    with torch._dynamo.config.patch(recompile_limit=32):
+    with torch._dynamo.config.patch(cache_size_limit=32):  # recompile_limit, under the name that torch 2.6 has too
         compiled(x)
         randlora.activate(model, {"default": -0.5})
         assert_close(compiled(x), model(x), torch.float32)

@@ -1,6 +1,7 @@
 """The config: a frozen value, checked all at once, that survives being written down."""
 
 import copy
+import inspect
 import json
 import pickle
 import re
@@ -14,8 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import randlora
-from randlora.config import BasisKind, RandLoRAConfig
-from randlora.errors import ConfigError
+from randlora.config import ELSEWHERE, BasisKind, RandLoRAConfig
+from randlora.errors import ConfigError, OptionError
 from tests.strategies import KINDS_AND_STREAMS, seeds
 
 names = st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=3)
@@ -65,6 +66,70 @@ def test_a_dict_holds_every_option_and_a_part_of_one_is_enough() -> None:
 def test_an_unknown_option_is_named_beside_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"unknown option\(s\) lora_alpha, rank: expected some of alpha, basis"):
         RandLoRAConfig.from_dict({"rank": 4, "lora_alpha": 8, "r": 4})
+
+
+OPTION_NAMES = [field.name for field in fields(RandLoRAConfig)]
+
+
+def called(verb: Any, **options: Any) -> Any:
+    return verb(**options) if verb is RandLoRAConfig else verb(nn.Sequential(nn.Linear(6, 4)), **options)
+
+
+every_verb = pytest.mark.parametrize(
+    "verb", [randlora.inject, randlora.plan, RandLoRAConfig], ids=lambda verb: verb.__name__
+)
+
+
+@every_verb
+@pytest.mark.parametrize("option", ELSEWHERE)
+def test_another_librarys_name_for_an_option_is_answered_with_ours(verb: Any, option: str) -> None:
+    message = f"cannot call {verb.__name__}: there is no option {option}=; here it is {ELSEWHERE[option]}"
+    with pytest.raises(OptionError, match=f"^{re.escape(message)}$"):
+        called(verb, **{option: None})
+
+
+def test_names_of_other_libraries_are_answered_with_options_that_there_are() -> None:
+    known = {*inspect.signature(randlora.inject).parameters, *inspect.signature(randlora.save).parameters}
+    for ours in ELSEWHERE.values():
+        assert set(re.findall(r"(\w+)=", ours)) <= known
+        assert "=" in ours
+    assert not ELSEWHERE.keys() & known
+
+
+@every_verb
+@given(option=st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1).filter(lambda name: name not in ELSEWHERE))
+def test_any_other_unknown_option_is_answered_with_ours_and_is_a_type_error(verb: Any, option: str) -> None:
+    known = set(inspect.signature(verb).parameters)
+    if option in known:
+        return
+    with pytest.raises(TypeError, match=f"there is no option {option}=; ") as caught:
+        called(verb, **{option: 1})
+    assert isinstance(caught.value, ConfigError)
+    answer = str(caught.value).rsplit("; ", 1)[1]
+    assert set(re.sub("the nearest are |expected some of ", "", answer).split(", ")) <= known
+
+
+@every_verb
+def test_a_misspelled_option_is_answered_with_the_nearest(verb: Any) -> None:
+    with pytest.raises(OptionError, match="there is no option dropot=; the nearest are dropout"):
+        called(verb, dropot=0.5)
+
+
+def test_all_unknown_options_are_answered_at_once_and_nothing_is_changed() -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    with pytest.raises(OptionError, match="cannot call inject, 2 problems:") as caught:
+        randlora.inject(model, rank=4, lora_alpha=8)  # type: ignore[call-arg]
+    assert "here it is r=" in str(caught.value)
+    assert "here it is alpha=" in str(caught.value)
+    assert randlora.adapters(model) == []
+
+
+def test_a_type_checker_and_help_see_every_option() -> None:
+    assert list(inspect.signature(RandLoRAConfig).parameters) == OPTION_NAMES
+    for verb in (randlora.inject, randlora.plan):
+        assert set(OPTION_NAMES) < set(inspect.signature(verb).parameters)
+        kinds = {parameter.kind for parameter in inspect.signature(verb).parameters.values()}
+        assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(RandLoRAConfig)])
@@ -210,34 +275,37 @@ def test_a_dict_with_a_value_that_cannot_work_is_refused_the_same_way(values: di
         RandLoRAConfig.from_dict(values)
 
 
-def test_all_values_that_cannot_work_are_named_at_once() -> None:
+BAD_VALUES: dict[str, Any] = {
+    "r": 0,
+    "alpha": float("nan"),
+    "dropout": 2,
+    "seed": -1,
+    "basis": "gauss",
+    "stream": "numpy",
+    "blocks": (2, 2),
+    "targets": "(",
+    "exclude": [],
+    "train_also": "*",
+}
+
+
+@pytest.mark.parametrize("start", [0, 5], ids=["first-five", "last-five"])
+def test_all_values_that_cannot_work_are_named_at_once(start: int) -> None:
+    named = list(BAD_VALUES)[start : start + 5]
     with pytest.raises(ConfigError) as caught:
-        RandLoRAConfig(
-            r=0,
-            alpha=float("nan"),
-            dropout=2,
-            seed=-1,
-            basis="gauss",  # type: ignore[arg-type]
-            stream="numpy",  # type: ignore[arg-type]
-            blocks=(2, 2),
-            targets="(",
-            exclude=[],
-            train_also="*",
-        )
+        RandLoRAConfig(**{name: BAD_VALUES[name] for name in named})
+    first, *problems = str(caught.value).splitlines()
+    assert first == "cannot configure RandLoRA, 5 problems:"
+    assert [problem.removeprefix("  - ").split(" ")[0].split("=")[0] for problem in problems] == named
+
+
+def test_many_values_that_cannot_work_are_counted() -> None:
+    with pytest.raises(ConfigError) as caught:
+        RandLoRAConfig(**BAD_VALUES)
     first, *problems = str(caught.value).splitlines()
     assert first == "cannot configure RandLoRA, 10 problems:"
-    assert [problem.removeprefix("  - ").split(" ")[0].split("=")[0] for problem in problems] == [
-        "r",
-        "alpha",
-        "dropout",
-        "seed",
-        "basis",
-        "stream",
-        "blocks",
-        "targets",
-        "exclude",
-        "train_also",
-    ]
+    assert problems[-1] == "  - and 5 more"
+    assert len(problems) == 6
 
 
 def test_a_bad_rank_is_not_blamed_on_the_blocks() -> None:

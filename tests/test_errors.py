@@ -1,12 +1,15 @@
 """Errors: kinds a caller can catch, and one message for all problems."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from randlora.errors import (
     AdapterError,
     CheckpointError,
     ConfigError,
     MergeError,
+    OptionError,
     RandLoRAError,
     TargetError,
     raise_collected,
@@ -14,6 +17,8 @@ from randlora.errors import (
 
 KINDS = [
     (ConfigError, ValueError),
+    (OptionError, TypeError),
+    (OptionError, ConfigError),
     (TargetError, ValueError),
     (CheckpointError, ValueError),
     (AdapterError, RuntimeError),
@@ -40,3 +45,14 @@ def test_several_problems_are_counted_and_listed_in_order() -> None:
     with pytest.raises(MergeError) as caught:
         raise_collected(MergeError, ["one", "two", "three"], doing="merge")
     assert str(caught.value) == "cannot merge, 3 problems:\n  - one\n  - two\n  - three"
+
+
+@given(st.integers(2, 1000))
+def test_however_many_problems_there_are_five_are_shown_and_the_rest_counted(count: int) -> None:
+    problems = [f"problem {index}" for index in range(count)]
+    with pytest.raises(TargetError) as caught:
+        raise_collected(TargetError, problems, doing="inject")
+    first, *lines = str(caught.value).splitlines()
+    assert first == f"cannot inject, {count} problems:"
+    assert lines[:5] == [f"  - {problem}" for problem in problems[:5]]
+    assert lines[5:] == ([f"  - and {count - 5} more"] if count > 5 else [])

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import randlora
+from randlora.errors import CheckpointError
 from randlora.files.bnb_layout import find_codes
 from randlora.files.model_directory import read_model_directory
 from tests.model_directories import contents, save_adapter
@@ -138,10 +139,10 @@ def assert_refused(quantization: str, change: Callable[[Tensors], None], message
     change(tensors)
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     before = contents(root)
-    with pytest.raises(randlora.CheckpointError, match=message):
-        randlora.plan_directory(base)
-    with pytest.raises(randlora.CheckpointError, match=message) as refusal:
-        randlora.merge_files(base, adapter, root / "out")
+    with pytest.raises(CheckpointError, match=message):
+        randlora.files.plan(base)
+    with pytest.raises(CheckpointError, match=message) as refusal:
+        randlora.files.merge(base, adapter, root / "out")
     assert str(base / "model.safetensors") in str(refusal.value)
     assert contents(root) == before
 
@@ -166,10 +167,10 @@ def test_codes_of_8_bits_without_a_format_are_in_their_order(tmp_path: Path) -> 
     """So they were written before there was another."""
     base = quantize(LLAMA, "8 bits", tmp_path / "base")
     adapter = save_adapter(LLAMA, tmp_path / "adapter")
-    expected = stored(randlora.merge_files(base, adapter, tmp_path / "expected").out)
+    expected = stored(randlora.files.merge(base, adapter, tmp_path / "expected").out)
     tensors = {name: tensor for name, tensor in stored(base).items() if not name.endswith("weight_format")}
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    found = stored(randlora.merge_files(base, adapter, tmp_path / "out").out)
+    found = stored(randlora.files.merge(base, adapter, tmp_path / "out").out)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
@@ -185,6 +186,6 @@ def test_what_bitsandbytes_writes_wrongly_after_a_forward_pass_is_refused(tmp_pa
     if tensors[f"{WEIGHT}.absmax"].ndim == 1:
         tensors[f"{WEIGHT}.absmax"] = tensors[f"{WEIGHT}.absmax"].view(64, -1).T.contiguous().bfloat16()
         save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(randlora.CheckpointError, match=rf"{WEIGHT}\.absmax has two dimensions .*before it computes"):
-        randlora.merge_files(base, adapter, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"model\.layers\.\S+\.absmax has two dimensions .*before it computes"):
+        randlora.files.merge(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()

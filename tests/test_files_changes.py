@@ -14,7 +14,7 @@ from tests.models import BERT, LLAMA
 
 def bases(changes: Changes) -> list[Basis]:
     """List the bases of all updates, each once."""
-    found = {id(adapter.basis): adapter.basis for merging in changes.merged.values() for adapter, *_ in merging.addends}
+    found = {id(update.basis): update.basis for merging in changes.merged.values() for update in merging.updates}
     return list(found.values())
 
 

@@ -14,6 +14,7 @@ import randlora
 from randlora.checkpoint import write
 from randlora.checkpoint.layout import CONFIG_FILE, TENSORS_FILE
 from randlora.config import BasisKind
+from randlora.errors import CheckpointError, ConfigError
 from tests.checkpoint_files import all_bits, read_fields, read_tensors
 from tests.directories import base_directory, our_directory, their_directory
 from tests.model_directories import contents
@@ -36,7 +37,7 @@ every_basis = pytest.mark.parametrize("options", BASES.values(), ids=BASES)
 @every_transformers_model
 def test_peft_loads_what_was_converted_for_it(kind: RealModel, options: dict[str, Any], tmp_path: Path) -> None:
     source, ours = our_directory(kind, tmp_path, **options)
-    report = randlora.convert_adapter(source, tmp_path / "out", "peft")
+    report = randlora.files.convert(source, tmp_path / "out", "peft")
     assert_same_effect(ours, in_peft(kind, tmp_path / "out"), kind)
     peft_draws_them = options.get("stream") != "portable" and options.get("basis") != "block"
     assert ("base_model.randlora_B" in load_file(tmp_path / "out" / TENSORS_FILE)) == (not peft_draws_them)
@@ -48,9 +49,9 @@ def test_peft_loads_what_was_converted_for_it(kind: RealModel, options: dict[str
 @every_basis
 def test_what_was_converted_for_peft_is_still_ours(options: dict[str, Any], tmp_path: Path) -> None:
     source, ours = our_directory(LLAMA, tmp_path, **options)
-    randlora.convert_adapter(source, tmp_path / "out", "peft")
+    randlora.files.convert(source, tmp_path / "out", "peft")
     assert torch.equal(outputs(in_ours(LLAMA, tmp_path / "out"), LLAMA.inputs()), outputs(ours, LLAMA.inputs()))
-    assert randlora.verify_adapter(tmp_path / "out").passed
+    assert randlora.files.verify(tmp_path / "out").passed
 
 
 def test_bases_drawn_for_other_layers_too_are_stored_for_peft(tmp_path: Path) -> None:
@@ -60,7 +61,7 @@ def test_bases_drawn_for_other_layers_too_are_stored_for_peft(tmp_path: Path) ->
     randlora.activate(model, "second", trainable=True)
     fill(model)
     randlora.save(model, tmp_path / "ours", name="second")
-    randlora.convert_adapter(tmp_path / "ours", tmp_path / "out")
+    randlora.files.convert(tmp_path / "ours", tmp_path / "out")
     assert_same_effect(model, in_peft(LLAMA, tmp_path / "out"), LLAMA)
 
 
@@ -87,7 +88,7 @@ def test_bases_narrower_than_what_peft_allocates_are_filled_up(tmp_path: Path) -
     fill(model)
     saved = randlora.save(model, tmp_path / "ours", name="both", bases="stored")
     assert "too narrow for PEFT" in "".join(saved.notes)
-    randlora.convert_adapter(tmp_path / "ours", tmp_path / "out")
+    randlora.files.convert(tmp_path / "ours", tmp_path / "out")
     theirs = PeftModel.from_pretrained(build(), tmp_path / "out").eval()
     x = torch.randn(5, 20)
     assert (model(x) - build()(x)).abs().max() > 0.1
@@ -100,7 +101,7 @@ def test_bases_narrower_than_what_peft_allocates_are_filled_up(tmp_path: Path) -
 @every_peft_kind
 def test_a_file_of_peft_loses_its_copies_of_the_bases_and_nothing_else(basis: BasisKind, tmp_path: Path) -> None:
     source, theirs = their_directory(BERT, tmp_path, basis, modules_to_save=["classifier"], projection_prng_key=-3)
-    report = randlora.convert_adapter(source, tmp_path / "out", "peft")
+    report = randlora.files.convert(source, tmp_path / "out", "peft")
     back = in_peft(BERT, tmp_path / "out")
     assert torch.equal(outputs(back, BERT.inputs()), outputs(theirs, BERT.inputs()))
     tensors = load_file(tmp_path / "out" / TENSORS_FILE)
@@ -117,7 +118,7 @@ def test_a_file_of_peft_becomes_what_loading_and_saving_makes_of_it(
     source, theirs = their_directory(kind, tmp_path, save_projection=save_projection, projection_prng_key=11)
     model = in_ours(kind, source)
     randlora.save(model, tmp_path / "saved")
-    randlora.convert_adapter(source, tmp_path / "out", "native", base=base_directory(kind, tmp_path))
+    randlora.files.convert(source, tmp_path / "out", "native", base=base_directory(kind, tmp_path))
     assert_same_tensors_file(tmp_path / "out", tmp_path / "saved")
     written, saved = (read_fields(tmp_path / name) for name in ("out", "saved"))
     assert {**written, "target_modules": None} == {**saved, "target_modules": None}
@@ -126,13 +127,13 @@ def test_a_file_of_peft_becomes_what_loading_and_saving_makes_of_it(
 
 def test_a_head_and_biases_that_peft_trained_become_ours(tmp_path: Path) -> None:
     source, theirs = their_directory(BERT, tmp_path, modules_to_save=["classifier"], bias="randlora_only")
-    randlora.convert_adapter(source, tmp_path / "out", "native", base=base_directory(BERT, tmp_path))
+    randlora.files.convert(source, tmp_path / "out", "native", base=base_directory(BERT, tmp_path))
     ours = BERT.build()
     report = randlora.load(ours, tmp_path / "out")
     assert "classifier.weight" in report.train_also
     assert "bert.encoder.layer.0.attention.self.query.bias" in report.train_also
     assert_same_effect(ours, theirs, BERT)
-    assert randlora.verify_adapter(tmp_path / "out").passed
+    assert randlora.files.verify(tmp_path / "out").passed
 
 
 def test_bases_that_no_key_draws_stay_in_the_file(tmp_path: Path) -> None:
@@ -142,10 +143,10 @@ def test_bases_that_no_key_draws_stay_in_the_file(tmp_path: Path) -> None:
         theirs.base_model.randlora_B["default"].mul_(1.5)
     theirs.save_pretrained(source)
     base = base_directory(LLAMA, tmp_path)
-    report = randlora.convert_adapter(source, tmp_path / "native", "native", base=base)
+    report = randlora.files.convert(source, tmp_path / "native", "native", base=base)
     assert report.notes == ("the bases are in the file: no seed brings them back",)
     assert_same_effect(in_ours(LLAMA, tmp_path / "native"), theirs, LLAMA)
-    randlora.convert_adapter(tmp_path / "native", tmp_path / "peft", "peft")
+    randlora.files.convert(tmp_path / "native", tmp_path / "peft", "peft")
     assert_same_effect(in_ours(LLAMA, tmp_path / "peft"), in_peft(LLAMA, tmp_path / "peft"), LLAMA)
     assert_same_effect(in_ours(LLAMA, tmp_path / "peft"), theirs, LLAMA)
 
@@ -156,8 +157,8 @@ def test_converting_to_our_own_format_brings_back_the_file_that_save_writes(
     bases: Any, options: dict[str, Any], tmp_path: Path
 ) -> None:
     source, model = our_directory(GPT2, tmp_path, bases=bases, **options)
-    randlora.convert_adapter(source, tmp_path / "peft", "peft")
-    randlora.convert_adapter(tmp_path / "peft", tmp_path / "native", "native")
+    randlora.files.convert(source, tmp_path / "peft", "peft")
+    randlora.files.convert(tmp_path / "peft", tmp_path / "native", "native")
     randlora.save(model, tmp_path / "expected", bases="seed")
     assert_same_tensors_file(tmp_path / "native", tmp_path / "expected")
     assert read_fields(tmp_path / "native") == read_fields(tmp_path / "expected")
@@ -167,15 +168,15 @@ def test_fields_that_are_not_understood_are_kept(tmp_path: Path) -> None:
     source, _ = our_directory(VIT, tmp_path)
     fields = {**read_fields(source), "use_quantum": 3, "base_model_name_or_path": "some/model"}
     (source / CONFIG_FILE).write_text(json.dumps(fields))
-    randlora.convert_adapter(source, tmp_path / "out", "native")
+    randlora.files.convert(source, tmp_path / "out", "native")
     assert read_fields(tmp_path / "out") == fields
 
 
 def test_a_file_of_peft_becomes_ours_only_with_its_base(tmp_path: Path) -> None:
     source, _ = their_directory(LLAMA, tmp_path)
     for to in ("native", "lora"):
-        with pytest.raises(randlora.CheckpointError, match="give the directory of its base model too"):
-            randlora.convert_adapter(source, tmp_path / "out", to)
+        with pytest.raises(CheckpointError, match="give the directory of its base model too"):
+            randlora.files.convert(source, tmp_path / "out", to)
     assert not (tmp_path / "out").exists()
 
 
@@ -191,8 +192,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
 def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
-    with pytest.raises(randlora.ConfigError, match=message):
-        randlora.convert_adapter(source, tmp_path / "out", **options)
+    with pytest.raises(ConfigError, match=message):
+        randlora.files.convert(source, tmp_path / "out", **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
 
 
@@ -200,8 +201,8 @@ def test_an_adapter_is_never_converted_into_itself(tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
     before = contents(source)
     for out in (tmp_path / "x" / ".." / "ours", source / "inside"):
-        with pytest.raises(randlora.CheckpointError, match="into itself"):
-            randlora.convert_adapter(source, out, overwrite=True)
+        with pytest.raises(CheckpointError, match="into itself"):
+            randlora.files.convert(source, out, overwrite=True)
     assert contents(source) == before
 
 
@@ -210,22 +211,22 @@ def test_what_is_there_already_is_written_over_only_on_demand(tmp_path: Path) ->
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(randlora.CheckpointError, match="exists and is not empty"):
-        randlora.convert_adapter(source, out)
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        randlora.files.convert(source, out)
     assert contents(out) == {"notes.txt": b"mine"}
-    randlora.convert_adapter(source, out, overwrite=True)
+    randlora.files.convert(source, out, overwrite=True)
     assert sorted(contents(out)) == [CONFIG_FILE, TENSORS_FILE, "notes.txt"]
     assert_same_effect(ours, in_peft(LLAMA, out), LLAMA)
     (tmp_path / "file").touch()
-    with pytest.raises(randlora.CheckpointError, match="is a file"):
-        randlora.convert_adapter(source, tmp_path / "file", overwrite=True)
+    with pytest.raises(CheckpointError, match="is a file"):
+        randlora.files.convert(source, tmp_path / "file", overwrite=True)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_disk_that_fills_up_leaves_no_trace(overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
     if overwrite:
-        randlora.convert_adapter(source, tmp_path / "out")
+        randlora.files.convert(source, tmp_path / "out")
     before = contents(tmp_path)
     write_file = write._write
 
@@ -236,7 +237,7 @@ def test_a_disk_that_fills_up_leaves_no_trace(overwrite: bool, tmp_path: Path, m
 
     monkeypatch.setattr(write, "_write", full)
     with pytest.raises(OSError, match="No space left"):
-        randlora.convert_adapter(source, tmp_path / "out", overwrite=overwrite)
+        randlora.files.convert(source, tmp_path / "out", overwrite=overwrite)
     assert contents(tmp_path) == before
     assert (tmp_path / "out").exists() == overwrite
 
@@ -246,8 +247,8 @@ def test_a_damaged_adapter_is_refused_and_nothing_written(tmp_path: Path) -> Non
     content = bytearray((source / TENSORS_FILE).read_bytes())
     content[-1] ^= 1
     (source / TENSORS_FILE).write_bytes(content)
-    with pytest.raises(randlora.CheckpointError, match="do not match its checksum"):
-        randlora.convert_adapter(source, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="do not match its checksum"):
+        randlora.files.convert(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -255,7 +256,7 @@ def test_the_input_is_not_touched(tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
     before = contents(source)
     for to in ("peft", "native", "lora"):
-        randlora.convert_adapter(source, tmp_path / to, to)
+        randlora.files.convert(source, tmp_path / to, to)
     assert contents(source) == before
     tensors, _ = read_tensors(source)
     assert tensors

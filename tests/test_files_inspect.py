@@ -1,4 +1,4 @@
-"""What `inspect_adapter` says of an adapter is what the model that carries it says."""
+"""What `randlora.files.inspect` says of an adapter is what the model that carries it says."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import randlora
 from randlora.checkpoint.layout import CONFIG_FILE, TENSORS_FILE
+from randlora.errors import CheckpointError
 from randlora.files.adapter import OpenAdapter
 from randlora.targets.select import find_targets
 from tests.checkpoint_files import read_fields
@@ -25,13 +26,11 @@ pytestmark = THEIR_WARNINGS
 @every_transformers_model
 def test_layers_and_norms_are_those_of_the_model(kind: RealModel, tmp_path: Path) -> None:
     source, model = our_directory(kind, tmp_path)
-    summary = randlora.inspect_adapter(source)
+    summary = randlora.files.inspect(source)
     report = randlora.load(kind.build(), source)
     assert summary.trainable_parameters == report.trainable_parameters
     assert [layer.fqn for layer in summary.layers] == list(report.targets)
-    sizes = {
-        target.fqn: (target.out_features, target.in_features) for target in find_targets(model, list(kind.targets))
-    }
+    sizes = {site.fqn: site.shape for site in find_targets(model, list(kind.targets))}
     for layer in summary.layers:
         assert (layer.out_features, layer.in_features) == sizes[layer.fqn]
         values = torch.linalg.svdvals(randlora.delta_weight(model, layer.fqn).detach().double())
@@ -44,7 +43,7 @@ def test_layers_and_norms_are_those_of_the_model(kind: RealModel, tmp_path: Path
 @pytest.mark.parametrize("options", [{}, {"basis": "block"}, {"basis": "sparse", "stream": "portable", "seed": 5}])
 def test_options_and_bases_are_those_of_the_adapter(options: dict[str, Any], tmp_path: Path) -> None:
     source, model = our_directory(LLAMA, tmp_path, **options)
-    summary = randlora.inspect_adapter(source, norms=False)
+    summary = randlora.files.inspect(source, norms=False)
     basis = randlora.state.adapted_root(model)[1].adapter("default").basis
     assert summary.bases is not None
     assert (summary.bases.spec, summary.bases.source) == (basis.spec, "seed")
@@ -59,7 +58,7 @@ def test_what_was_trained_beside_it_its_base_and_strange_fields_are_named(tmp_pa
     source, _ = our_directory(BERT, tmp_path, train_also=["classifier"])
     fields = {**read_fields(source), "use_quantum": 3, "base_model_name_or_path": "some/model"}
     (source / CONFIG_FILE).write_text(json.dumps(fields))
-    summary = randlora.inspect_adapter(source)
+    summary = randlora.files.inspect(source)
     assert summary.trained == {"classifier.weight": (3, 32), "classifier.bias": (3,)}
     assert summary.base_model == "some/model"
     assert summary.unknown_fields == ("use_quantum",)
@@ -76,7 +75,7 @@ def test_a_file_of_peft_says_all_but_the_shapes(copies: str, tmp_path: Path) -> 
         top = {"base_model.randlora_A", "base_model.randlora_B"}
         tensors = {key: value for key, value in load_file(path).items() if key in top or key[-2:] not in ("_A", "_B")}
         save_file(tensors, path, {"format": "pt"})
-    summary = randlora.inspect_adapter(source)
+    summary = randlora.files.inspect(source)
     expected = {"per layer": "stored 9 times in the file", "once": "stored once in the file"}
     assert summary.storage == expected.get(copies, "drawn from the seed")
     assert summary.writer == "PEFT 0.21.2"
@@ -90,7 +89,7 @@ def test_a_file_of_peft_says_all_but_the_shapes(copies: str, tmp_path: Path) -> 
 @every_transformers_model
 def test_with_the_base_a_file_of_peft_says_all(kind: RealModel, save_projection: bool, tmp_path: Path) -> None:
     source, _ = their_directory(kind, tmp_path, save_projection=save_projection)
-    summary = randlora.inspect_adapter(source, base_directory(kind, tmp_path))
+    summary = randlora.files.inspect(source, base_directory(kind, tmp_path))
     model = in_ours(kind, source)
     for layer in summary.layers:
         norm = torch.linalg.norm(randlora.delta_weight(model, layer.fqn).detach().double())
@@ -104,10 +103,10 @@ def test_with_the_base_a_file_of_peft_says_all(kind: RealModel, save_projection:
 def test_without_norms_no_update_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, _ = our_directory(GPT2, tmp_path)
     monkeypatch.delattr(OpenAdapter, "delta_weight")
-    summary = randlora.inspect_adapter(source, norms=False)
+    summary = randlora.files.inspect(source, norms=False)
     assert {layer.stable_rank for layer in summary.layers} == {None}
     with pytest.raises(AttributeError):
-        randlora.inspect_adapter(source)
+        randlora.files.inspect(source)
 
 
 def test_an_update_too_large_for_its_dtype_is_refused_by_name(tmp_path: Path) -> None:
@@ -116,22 +115,22 @@ def test_an_update_too_large_for_its_dtype_is_refused_by_name(tmp_path: Path) ->
     for parameter in randlora.trainable_parameters(model):
         parameter.data.fill_(1e30)
     randlora.save(model, tmp_path / "ours")
-    with pytest.raises(randlora.CheckpointError, match=r"the update of model\.layers\.0.* is too large"):
-        randlora.inspect_adapter(tmp_path / "ours")
+    with pytest.raises(CheckpointError, match=r"the update of model\.layers\.0.* is too large"):
+        randlora.files.inspect(tmp_path / "ours")
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
     path = source / TENSORS_FILE
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(randlora.CheckpointError, match="truncated or damaged"):
-        randlora.inspect_adapter(source)
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        randlora.files.inspect(source)
 
 
 def test_progress_is_told_of_every_layer(tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
     told: list[tuple[int, int, str]] = []
-    summary = randlora.inspect_adapter(source, progress=lambda *news: told.append(news))
+    summary = randlora.files.inspect(source, progress=lambda *news: told.append(news))
     assert [doing for _, _, doing in told] == [*(layer.fqn for layer in summary.layers), "done"]
     assert [done for done, total, _ in told] == list(range(len(summary.layers) + 1))
 
@@ -139,4 +138,4 @@ def test_progress_is_told_of_every_layer(tmp_path: Path) -> None:
 def test_a_directory_may_have_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
     renamed = source.rename(tmp_path / os.fsdecode(b"caf\xe9"))
-    assert randlora.inspect_adapter(renamed).writer == f"randlora {randlora.__version__}, format 1"
+    assert randlora.files.inspect(renamed).writer == f"randlora {randlora.__version__}, format 1"

@@ -29,7 +29,7 @@ def test_merging_files_writes_what_loading_merging_and_saving_writes(
 ) -> None:
     base = save_model(kind, tmp_path / "base", dtype=dtype, is_sharded=is_sharded)
     adapter = save_adapter(kind, tmp_path / "adapter", dtype=dtype)
-    report = randlora.merge_files(base, adapter, tmp_path / "out")
+    report = randlora.files.merge(base, adapter, tmp_path / "out")
     expected = write(merge_in_memory(kind, {adapter: 1.0}, dtype=dtype), tmp_path / "expected", is_sharded=is_sharded)
     assert contents(report.out) == contents(expected) != contents(base)
     assert (len(list(base.glob("*.safetensors"))) > 1) == is_sharded
@@ -49,7 +49,7 @@ def test_several_adapters_are_summed_as_in_memory_and_what_was_trained_beside_th
         save_adapter(kind, tmp_path / f"adapter {number}", dtype=torch.bfloat16, values=number, **given): weight
         for number, (given, weight) in enumerate(zip(options, (0.7, -0.3, 2.0), strict=True))
     }
-    report = randlora.merge_files(base, adapters, tmp_path / "out")
+    report = randlora.files.merge(base, adapters, tmp_path / "out")
     merged = merge_in_memory(kind, adapters, dtype=torch.bfloat16)
     assert contents(report.out) == contents(write(merged, tmp_path / "expected", is_sharded=True))
     assert report.adapters == {str(path): weight for path, weight in adapters.items()}
@@ -70,7 +70,7 @@ def test_a_weight_that_one_adapter_trained_whole_and_another_adapts_is_merged_as
     }
     if not is_first:
         adapters = dict(reversed(adapters.items()))
-    report = randlora.merge_files(base, adapters, tmp_path / "out")
+    report = randlora.files.merge(base, adapters, tmp_path / "out")
     merged = merge_in_memory(LLAMA, adapters, dtype=torch.bfloat16)
     assert contents(report.out) == contents(write(merged, tmp_path / "expected"))
     assert f"{layer}.weight" in {*report.merged} & {*report.replaced}
@@ -80,7 +80,7 @@ def test_a_weight_that_one_adapter_trained_whole_and_another_adapts_is_merged_as
 def test_every_kind_of_bases_is_merged_as_in_memory(basis: BasisKind, tmp_path: Path) -> None:
     base = save_model(LLAMA, tmp_path / "base")
     adapter = save_adapter(LLAMA, tmp_path / "adapter", basis=basis)
-    report = randlora.merge_files(base, adapter, tmp_path / "out")
+    report = randlora.files.merge(base, adapter, tmp_path / "out")
     assert contents(report.out) == contents(write(merge_in_memory(LLAMA, {adapter: 1.0}), tmp_path / "expected"))
 
 
@@ -89,7 +89,7 @@ def test_an_adapter_that_peft_wrote_is_merged_as_in_memory(kind: RealModel, tmp_
     options: dict[str, Any] = {"modules_to_save": ["classifier"]} if kind is BERT else {}
     base = save_model(kind, tmp_path / "base")
     peft_model(kind, **options).save_pretrained(tmp_path / "adapter")
-    report = randlora.merge_files(base, tmp_path / "adapter", tmp_path / "out")
+    report = randlora.files.merge(base, tmp_path / "adapter", tmp_path / "out")
     merged = merge_in_memory(kind, {tmp_path / "adapter": 1.0})
     assert contents(report.out) == contents(write(merged, tmp_path / "expected"))
     assert bool(report.replaced) == (kind is BERT)
@@ -102,7 +102,7 @@ def test_a_wider_dtype_is_that_of_the_model_while_merging(
 ) -> None:
     base = save_model(BERT, tmp_path / "base", dtype=narrow, is_sharded=is_sharded)
     adapter = save_adapter(BERT, tmp_path / "adapter", dtype=torch.float32, train_also=["classifier"])
-    report = randlora.merge_files(base, adapter, tmp_path / "out", dtype=torch.float32)
+    report = randlora.files.merge(base, adapter, tmp_path / "out", dtype=torch.float32)
     model = BERT.build().to(narrow).to(torch.float32)
     randlora.load(model, adapter)
     randlora.merge(model)
@@ -116,7 +116,7 @@ def test_a_wider_dtype_is_that_of_the_model_while_merging(
 def test_a_narrower_dtype_is_rounded_to_once_after_merging(narrow: torch.dtype, tmp_path: Path) -> None:
     base = save_model(GPT2, tmp_path / "base", is_sharded=True)
     adapter = save_adapter(GPT2, tmp_path / "adapter", train_also=["ln_f"])
-    report = randlora.merge_files(base, adapter, tmp_path / "out", dtype=narrow)
+    report = randlora.files.merge(base, adapter, tmp_path / "out", dtype=narrow)
     expected = write(merge_in_memory(GPT2, {adapter: 1.0}).to(narrow), tmp_path / "expected")
     assert tensors(report.out) == tensors(expected)
     assert (report.out / "config.json").read_bytes() == (expected / "config.json").read_bytes()
@@ -141,7 +141,7 @@ def test_a_tensor_that_is_no_number_with_a_point_keeps_its_dtype(tmp_path: Path)
     held["position_ids"], held["empty"], held["scalar"] = torch.arange(5), torch.empty(0, 3), torch.tensor(1.5)
     save_file(held, base / "model.safetensors", {"format": "pt", "of": "ours"})
     adapter = save_adapter(LLAMA, tmp_path / "adapter")
-    out = randlora.merge_files(base, adapter, tmp_path / "out", dtype=torch.bfloat16).out
+    out = randlora.files.merge(base, adapter, tmp_path / "out", dtype=torch.bfloat16).out
     merged = load_file(out / "model.safetensors")
     assert torch.equal(merged["position_ids"], torch.arange(5))
     assert merged["empty"].shape == (0, 3)
@@ -152,14 +152,14 @@ def test_an_adapter_of_the_bare_model_fits_the_checkpoint_of_one_with_a_head_and
     full = save_model(GPT2, tmp_path / "full")
     transformers.GPT2LMHeadModel.from_pretrained(full).transformer.save_pretrained(tmp_path / "bare")
     adapter = save_adapter(GPT2, tmp_path / "adapter")
-    merged = randlora.merge_files(full, adapter, tmp_path / "out").out
-    from_bare = randlora.merge_files(tmp_path / "bare", adapter, tmp_path / "out of bare").out
+    merged = randlora.files.merge(full, adapter, tmp_path / "out").out
+    from_bare = randlora.files.merge(tmp_path / "bare", adapter, tmp_path / "out of bare").out
     expected = {name.removeprefix("transformer."): bits for name, bits in tensors(merged).items()}
     assert tensors(from_bare) == expected
 
     model = transformers.GPT2Model.from_pretrained(tmp_path / "bare")
     randlora.load(model, rename(adapter, tmp_path / "renamed"))
-    again = randlora.merge_files(full, tmp_path / "renamed", tmp_path / "again").out
+    again = randlora.files.merge(full, tmp_path / "renamed", tmp_path / "again").out
     assert tensors(again) == tensors(merged)
 
 
@@ -179,11 +179,11 @@ def rename(adapter: Path, directory: Path) -> Path:
 def test_an_adapter_trained_under_the_old_names_of_a_vit_fits_its_checkpoint(tmp_path: Path) -> None:
     base = save_model(VIT, tmp_path / "base")
     adapter = save_adapter(VIT, tmp_path / "adapter", targets=["q_proj", "fc2"])
-    merged = randlora.merge_files(base, adapter, tmp_path / "out").out
+    merged = randlora.files.merge(base, adapter, tmp_path / "out").out
     held = load_file(adapter / "adapter_model.safetensors")
     renamed = {as_before_5(name): tensor for name, tensor in held.items()}
     save_file(renamed, adapter / "adapter_model.safetensors")  # without our header, as PEFT writes it
-    again = randlora.merge_files(base, adapter, tmp_path / "again").out
+    again = randlora.files.merge(base, adapter, tmp_path / "again").out
     assert renamed.keys() != held.keys()
     assert contents(again) == contents(merged)
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import randlora
+from randlora.errors import CheckpointError, ConfigError, MergeError
 from tests.laws import fill
 from tests.model_directories import contents, save_adapter, save_model, write
 from tests.models import BERT, GPT2, LLAMA, SIDES, VOCABULARY
@@ -37,12 +38,12 @@ def adapter(tmp_path: Path) -> Path:
     return save_adapter(LLAMA, tmp_path / "adapter")
 
 
-def refused(root: Path, match: str, error: type[Exception] = randlora.CheckpointError, **options: Any) -> None:
+def refused(root: Path, match: str, error: type[Exception] = CheckpointError, **options: Any) -> None:
     """Check that merging the base and the adapter below a directory is refused, and that nothing changed there."""
     before = contents(root)
     arguments = {"base": root / "base", "adapters": root / "adapter", "out": root / "out", **options}
     with pytest.raises(error, match=match):
-        randlora.merge_files(**arguments)
+        randlora.files.merge(**arguments)
     assert contents(root) == before
     assert not list(root.glob("**/.*"))
 
@@ -88,7 +89,7 @@ def test_a_target_that_is_an_embedding_in_the_base_is_refused(base: Path, adapte
     held = load_file(adapter / "adapter_model.safetensors")
     renamed = {name.replace("layers.0.self_attn.q_proj", "embed_tokens"): tensor for name, tensor in held.items()}
     save_file(renamed, adapter / "adapter_model.safetensors")
-    refused(tmp_path, "embed_tokens is a Embedding, and only linear layers can be adapted")
+    refused(tmp_path, r"embed_tokens \(Embedding\) has no weight that an adapter can go on")
 
 
 def test_a_damaged_adapter_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -115,11 +116,11 @@ def test_two_adapters_that_trained_the_same_parameter_are_refused(base: Path, tm
 @pytest.mark.parametrize(
     ("match", "error", "options"),
     [
-        ("must be a finite number, got nan", randlora.ConfigError, {"factor": float("nan")}),
-        ("dtype must be one of .*got torch.int8", randlora.ConfigError, {"dtype": torch.int8}),
-        ("there is no adapter", randlora.ConfigError, {"adapters": []}),
-        ("would not be finite in torch.float32", randlora.MergeError, {"factor": 1e38}),
-        ("values too large for torch.float16", randlora.MergeError, {"factor": 1e6, "dtype": torch.float16}),
+        ("must be a finite number, got nan", ConfigError, {"factor": float("nan")}),
+        ("dtype must be one of .*got torch.int8", ConfigError, {"dtype": torch.int8}),
+        ("there is no adapter", ConfigError, {"adapters": []}),
+        ("would not be finite in torch.float32", MergeError, {"factor": 1e38}),
+        ("values too large for torch.float16", MergeError, {"factor": 1e6, "dtype": torch.float16}),
     ],
     ids=["factor", "dtype", "none", "infinite", "too-narrow"],
 )
@@ -134,20 +135,20 @@ def test_what_cannot_be_computed_is_refused(
 
 def test_an_adapter_named_twice_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
     for twice in ([adapter, adapter], {str(adapter): 0.5, f"{adapter}/": 0.25}):
-        refused(tmp_path, "named twice", randlora.ConfigError, adapters=twice)
+        refused(tmp_path, "named twice", ConfigError, adapters=twice)
 
 
 def test_an_output_that_exists_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    refused(tmp_path, "out exists: choose another name", randlora.MergeError)
+    refused(tmp_path, "out exists: choose another name", MergeError)
     (tmp_path / "out").rmdir()
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
-    refused(tmp_path, "out exists", randlora.MergeError)
+    refused(tmp_path, "out exists", MergeError)
 
 
 @pytest.mark.parametrize("inside", ["base", "adapter"])
 def test_an_output_inside_an_input_is_refused(inside: str, base: Path, adapter: Path, tmp_path: Path) -> None:
-    refused(tmp_path, "is an input and stays as it is", randlora.MergeError, out=tmp_path / inside / "deep" / "out")
+    refused(tmp_path, "is an input and stays as it is", MergeError, out=tmp_path / inside / "deep" / "out")
 
 
 @contextmanager
@@ -180,7 +181,7 @@ def test_a_directory_that_cannot_be_written_to_is_refused() -> None:
 def test_an_input_that_cannot_be_written_to_is_read(base: Path, adapter: Path, tmp_path: Path) -> None:
     for path in (*base.iterdir(), base, *adapter.iterdir(), adapter):
         path.chmod(0o555 if path.is_dir() else 0o444)
-    randlora.merge_files(base, adapter, tmp_path / "out")
+    randlora.files.merge(base, adapter, tmp_path / "out")
     for path in (base, adapter):
         path.chmod(0o755)
 
@@ -199,8 +200,8 @@ def test_what_the_disk_has_no_room_for_is_not_begun(adapter: Path, tmp_path: Pat
     with path.open("wb") as file:  # a hole, which takes no room itself
         file.write(len(text).to_bytes(8, "little") + text + content[8 + length :])
         file.truncate(8 + len(text) + start + vast)
-    with pytest.raises(randlora.MergeError, match=r"it takes .*, and .* are free"):
-        randlora.merge_files(base, adapter, tmp_path / "out")
+    with pytest.raises(MergeError, match=r"it takes .*, and .* are free"):
+        randlora.files.merge(base, adapter, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
@@ -234,7 +235,7 @@ def halt_in_the_middle(done, total, doing):
         print("halfway", flush=True)
         time.sleep(600)
 
-randlora.merge_files("base", "adapter", "out", progress=halt_in_the_middle)
+randlora.files.merge("base", "adapter", "out", progress=halt_in_the_middle)
 """
 
 
@@ -251,8 +252,8 @@ def test_a_kill_in_the_middle_leaves_nothing_under_the_final_name_and_the_same_c
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "halfway\n"
-    with pytest.raises(randlora.CheckpointError, match="is being written by another process"):
-        randlora.merge_files(base, adapter, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="is being written by another process"):
+        randlora.files.merge(base, adapter, tmp_path / "out")
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -260,7 +261,7 @@ def test_a_kill_in_the_middle_leaves_nothing_under_the_final_name_and_the_same_c
     assert left == {"adapter", "base", ".out.unfinished"}
     assert {name: content for name, content in contents(tmp_path).items() if not name.startswith(".")} == before
 
-    out = randlora.merge_files(base, adapter, tmp_path / "out").out
+    out = randlora.files.merge(base, adapter, tmp_path / "out").out
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "base", "out"}
     model = LLAMA.build()
     randlora.load(model, adapter)

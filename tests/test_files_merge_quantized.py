@@ -54,7 +54,7 @@ def test_every_weight_is_what_its_codes_stand_for_and_the_update(
     adapter = save_adapter(kind, tmp_path / "adapter", targets=list(kind.targets[::2]))
     assert (len(list(base.glob("*.safetensors"))) > 1) == is_sharded
     before = contents(base)
-    report = randlora.merge_files(base, adapter, tmp_path / "out")
+    report = randlora.files.merge(base, adapter, tmp_path / "out")
     expected = merged(kind, base, adapter)
     assert_equal(stored(report.out), expected)
     assert contents(base) == before
@@ -69,7 +69,7 @@ def test_every_weight_is_what_its_codes_stand_for_and_the_update(
 @both_kinds
 def test_the_files_are_those_of_the_dense_model(kind: RealModel, is_sharded: bool, tmp_path: Path) -> None:
     base = quantize(kind, "nf4 twice", tmp_path / "base", is_sharded=is_sharded)
-    report = randlora.merge_files(base, save_adapter(kind, tmp_path / "adapter"), tmp_path / "out")
+    report = randlora.files.merge(base, save_adapter(kind, tmp_path / "adapter"), tmp_path / "out")
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     assert config.pop("quantization_config")["load_in_4bit"]
     assert json.loads((report.out / "config.json").read_text(encoding="utf-8")) == config
@@ -88,7 +88,7 @@ def test_the_files_are_those_of_the_dense_model(kind: RealModel, is_sharded: boo
 def test_a_file_with_nothing_but_what_stands_beside_codes_is_left_out(tmp_path: Path) -> None:
     base = quantize(LLAMA, "fp4", tmp_path / "base")
     split_off(base, [name for name in stored(base) if "absmax" in name])
-    report = randlora.merge_files(base, save_adapter(LLAMA, tmp_path / "adapter"), tmp_path / "out")
+    report = randlora.files.merge(base, save_adapter(LLAMA, tmp_path / "adapter"), tmp_path / "out")
     assert [path.name for path in report.out.glob("*.safetensors")] == ["model-00001-of-00002.safetensors"]
     assert report.notes == ()
     transformers.AutoModelForCausalLM.from_pretrained(report.out)
@@ -112,7 +112,7 @@ def split_off(base: Path, names: list[str]) -> None:
 def test_another_dtype_is_rounded_to_from_float32(quantization: str, dtype: torch.dtype, tmp_path: Path) -> None:
     base = quantize(LLAMA, quantization, tmp_path / "base")
     adapter = save_adapter(LLAMA, tmp_path / "adapter")
-    out = randlora.merge_files(base, adapter, tmp_path / "out", dtype=dtype).out
+    out = randlora.files.merge(base, adapter, tmp_path / "out", dtype=dtype).out
     assert_equal(stored(out), merged(LLAMA, base, adapter, dtype))
     assert json.loads((out / "config.json").read_text(encoding="utf-8"))["dtype"] == str(dtype).removeprefix("torch.")
 
@@ -125,7 +125,7 @@ def test_the_dense_model_computes_what_the_quantized_one_does(kind: RealModel, t
     model = transformers.AutoModelForCausalLM.from_pretrained(base, device_map="cpu")
     randlora.load(model, adapter)
     expected = outputs(model.eval(), kind.inputs()).float()
-    dense = transformers.AutoModelForCausalLM.from_pretrained(randlora.merge_files(base, adapter, tmp_path / "out").out)
+    dense = transformers.AutoModelForCausalLM.from_pretrained(randlora.files.merge(base, adapter, tmp_path / "out").out)
     found = outputs(dense.eval(), kind.inputs()).float()
     error = torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected)
     assert error < 0.05
@@ -135,7 +135,7 @@ def test_the_dense_model_computes_what_the_quantized_one_does(kind: RealModel, t
 def test_what_is_written_is_what_merging_in_memory_leaves(quantization: str, tmp_path: Path) -> None:
     base = quantize(WIDE, quantization, tmp_path / "base")
     adapter = save_adapter(WIDE, tmp_path / "adapter")
-    out = randlora.merge_files(base, adapter, tmp_path / "out").out
+    out = randlora.files.merge(base, adapter, tmp_path / "out").out
     model = transformers.AutoModelForCausalLM.from_pretrained(base, device_map="cpu")
     report = randlora.load(model, adapter)
     randlora.merge(model, quantized="dequantize", dtype=torch.bfloat16)
@@ -151,10 +151,10 @@ def test_an_adapter_trained_on_the_quantized_model_fits_it(tmp_path: Path) -> No
     for number, parameter in enumerate(randlora.trainable_parameters(model)):
         nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
     randlora.save(model, tmp_path / "adapter")
-    assert randlora.verify_adapter(tmp_path / "adapter", base).passed
-    out = randlora.merge_files(base, tmp_path / "adapter", tmp_path / "out").out
+    assert randlora.files.verify(tmp_path / "adapter", base).passed
+    out = randlora.files.merge(base, tmp_path / "adapter", tmp_path / "out").out
     assert_equal(stored(out), merged(GPT2, base, tmp_path / "adapter"))
-    assert len(report.targets) == len(randlora.inspect_adapter(tmp_path / "adapter", base, norms=False).layers)
+    assert len(report.targets) == len(randlora.files.inspect(tmp_path / "adapter", base, norms=False).layers)
 
 
 MEASURED = """
@@ -167,9 +167,9 @@ def kibibytes(name):
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name + ":"))
 
 small, large = map(Path, sys.argv[1:])
-randlora.merge_files(small / "base", small / "adapter", small / "out")  # what is used for the first time counts not
+randlora.files.merge(small / "base", small / "adapter", small / "out")  # what is used for the first time counts not
 before = kibibytes("VmRSS")
-randlora.merge_files(large / "base", large / "adapter", large / "out")
+randlora.files.merge(large / "base", large / "adapter", large / "out")
 print(json.dumps({"peak": 1024 * (kibibytes("VmHWM") - before)}))
 """
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import randlora
+from randlora.errors import CheckpointError, MergeError
 from randlora.files.tensor_file import Planned, dump_header
 from randlora.layers import bnb_codes
 from tests.model_directories import contents, save_adapter
@@ -23,8 +24,8 @@ def test_a_value_too_large_for_the_dtype_is_refused(tmp_path: Path) -> None:
     base = quantize(LLAMA, "nf4 twice", tmp_path / "base", is_sharded=True)
     adapter = save_adapter(LLAMA, tmp_path / "adapter")
     before = contents(tmp_path)
-    with pytest.raises(randlora.MergeError, match=r"_proj.weight has values too large for torch.float16"):
-        randlora.merge_files(base, {adapter: 1e6}, tmp_path / "new" / "out", dtype=torch.float16)
+    with pytest.raises(MergeError, match=r"_proj.weight has values too large for torch.float16"):
+        randlora.files.merge(base, {adapter: 1e6}, tmp_path / "new" / "out", dtype=torch.float16)
     assert contents(tmp_path) == before
     assert not (tmp_path / "new").exists()
 
@@ -49,8 +50,8 @@ def test_the_disk_must_have_room_for_the_dense_weights(tmp_path: Path) -> None:
     index = json.loads((base / "model.safetensors.index.json").read_text(encoding="utf-8"))
     index["weight_map"] |= {tensor.name: "vast.safetensors" for tensor in tensors}
     (base / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(randlora.MergeError, match=r"it takes .*, and .* are free"):
-        randlora.merge_files(base, adapter, tmp_path / "out")
+    with pytest.raises(MergeError, match=r"it takes .*, and .* are free"):
+        randlora.files.merge(base, adapter, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "base dense"]
 
 
@@ -61,9 +62,9 @@ def test_codes_of_4_bits_need_the_extra_and_say_so_before_anything_is_written(
     adapter = save_adapter(LLAMA, tmp_path / "adapter")
     before = contents(tmp_path)
     with without_bitsandbytes(monkeypatch):
-        with pytest.raises(randlora.CheckpointError, match=r'weight \(nf4\) needs .* pip install "randlora\[bnb\]"'):
-            randlora.merge_files(base, adapter, tmp_path / "new" / "out")
-        assert randlora.plan_directory(base, 4).targets  # which looks at headers alone
+        with pytest.raises(CheckpointError, match=r'weight \(nf4\) needs .* pip install "randlora\[bnb\]"'):
+            randlora.files.merge(base, adapter, tmp_path / "new" / "out")
+        assert randlora.files.plan(base, 4).targets  # which looks at headers alone
     assert contents(tmp_path) == before
     assert not (tmp_path / "new").exists()
 
@@ -72,7 +73,7 @@ def test_codes_of_8_bits_need_no_extra(tmp_path: Path, monkeypatch: pytest.Monke
     base = quantize(LLAMA, "8 bits", tmp_path / "base")
     adapter = save_adapter(LLAMA, tmp_path / "adapter", targets=["q_proj"])
     with without_bitsandbytes(monkeypatch):
-        out = randlora.merge_files(base, adapter, tmp_path / "out").out
+        out = randlora.files.merge(base, adapter, tmp_path / "out").out
     name = "model.layers.0.self_attn.v_proj.weight"
     assert torch.equal(stored(out)[name], written_out(stored(base))[name].bfloat16())
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import randlora
 from randlora.checkpoint.tensors_file import DTYPES
+from randlora.errors import CheckpointError
 from randlora.files.model_directory import INDEX_FILE, SINGLE_FILE, read_model_directory
 from tests.model_directories import contents, save_model
 from tests.models import BERT, LLAMA, RealModel, every_transformers_model
@@ -96,7 +96,7 @@ def test_what_is_wrong_with_a_sharded_checkpoint_is_named(
     save_model(BERT, tmp_path, is_sharded=True)
     damage(tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(randlora.CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         read_model_directory(tmp_path)
     assert contents(tmp_path) == before
 
@@ -105,7 +105,7 @@ def test_all_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
     save_model(BERT, tmp_path, is_sharded=True)
     cut(shards(tmp_path)[0])
     shards(tmp_path)[1].unlink()
-    with pytest.raises(randlora.CheckpointError, match=r"2 problems:(?s:.*)00001-of.*(?s:.*)00002-of"):
+    with pytest.raises(CheckpointError, match=r"2 problems:(?s:.*)00001-of.*(?s:.*)00002-of"):
         read_model_directory(tmp_path)
 
 
@@ -116,7 +116,7 @@ def test_a_file_cut_anywhere_is_refused(length: int, tmp_path_factory: pytest.Te
     save_file({"a.weight": torch.ones(8, 4), "b.weight": torch.ones(2, 2)}, path)
     whole = path.read_bytes()
     path.write_bytes(whole[: length % len(whole)])
-    with pytest.raises(randlora.CheckpointError, match=re.escape(f"{path} is truncated or damaged")):
+    with pytest.raises(CheckpointError, match=re.escape(f"{path} is truncated or damaged")):
         read_model_directory(directory)
 
 
@@ -135,21 +135,21 @@ def test_what_a_directory_holds_in_place_of_a_checkpoint_is_said(
 ) -> None:
     for name in names:
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(randlora.CheckpointError, match=f"{message}.*expected a directory with model.safetensors"):
+    with pytest.raises(CheckpointError, match=f"{message}.*expected a directory with model.safetensors"):
         read_model_directory(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["nothing", "file"])
 def test_a_path_that_is_no_directory_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(randlora.CheckpointError, match=f"{name} is no directory"):
+    with pytest.raises(CheckpointError, match=f"{name} is no directory"):
         read_model_directory(tmp_path / name)
 
 
 def test_a_dtype_that_is_not_known_is_named(tmp_path: Path) -> None:
     header = json.dumps({"x": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
     (tmp_path / SINGLE_FILE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(2))
-    with pytest.raises(randlora.CheckpointError, match=r"x in .* has dtype F4"):
+    with pytest.raises(CheckpointError, match=r"x in .* has dtype F4"):
         read_model_directory(tmp_path)
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import randlora
+from randlora.errors import CheckpointError
 from randlora.files.model_directory import read_model_directory
 from randlora.files.quantized import as_dense
 from tests.model_directories import contents, save_adapter, save_model
@@ -27,8 +28,8 @@ MARKED = {
 verbs = pytest.mark.parametrize(
     "verb",
     [
-        lambda root: randlora.plan_directory(root / "base"),
-        lambda root: randlora.merge_files(root / "base", root / "adapter", root / "out"),
+        lambda root: randlora.files.plan(root / "base"),
+        lambda root: randlora.files.merge(root / "base", root / "adapter", root / "out"),
     ],
     ids=["plan", "merge"],
 )
@@ -51,7 +52,7 @@ def test_a_tensor_that_only_other_quantized_checkpoints_have_is_named(
     held = load_file(base / "model.safetensors")
     save_file({**held, name: torch.zeros(4, dtype=torch.uint8)}, base / "model.safetensors")
     before = contents(tmp_path)
-    with pytest.raises(randlora.CheckpointError, match=f"is quantized .*{name} is of {MARKED[name]}.*floating dtype"):
+    with pytest.raises(CheckpointError, match=f"is quantized .*{name} is of {MARKED[name]}.*floating dtype"):
         verb(tmp_path)
     assert contents(tmp_path) == before
 
@@ -65,7 +66,7 @@ def test_what_config_json_says_of_other_quantization_is_believed(
     save_adapter(LLAMA, tmp_path / "adapter")
     settings(base, {"quantization_config": said})
     method = said.get("quant_method", "an unnamed method")
-    with pytest.raises(randlora.CheckpointError, match=f"config.json says with {method}"):
+    with pytest.raises(CheckpointError, match=f"config.json says with {method}"):
         verb(tmp_path)
     assert not (tmp_path / "out").exists()
 

@@ -11,7 +11,7 @@ from randlora.files.model_directory import read_model_directory
 from randlora.files.names import Naming
 from randlora.files.skeleton import Skeleton, skeleton
 from randlora.layers.registry import find_layer
-from randlora.targets.walk import named_parameters, walk
+from randlora.targets.walk import Census
 from tests.model_directories import contents, save_model, write
 from tests.models import GPT2, LLAMA, RealModel, every_transformers_model
 
@@ -23,7 +23,7 @@ def of(directory: Path) -> Skeleton:
 
 def parameters(model: nn.Module) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
     """List parameters in the model's order; a tied one comes at each of its places."""
-    return [(fqn, found.dtype, tuple(found.shape)) for fqn, _, _, found in named_parameters(model)]
+    return [(fqn, found.dtype, tuple(found.shape)) for fqn, _, _, found in Census.of(model).parameters]
 
 
 @every_transformers_model
@@ -45,7 +45,7 @@ def test_the_linear_layers_are_those_of_the_model_and_served_alike(kind: RealMod
     model = kind.build()
 
     def layers(model: nn.Module) -> list[tuple[str, object]]:
-        return [(visit.fqn, find_layer(visit.module)) for visit in walk(model) if find_layer(visit.module)]
+        return [(visit.fqn, find_layer(visit.module)) for visit in Census.of(model).visits if find_layer(visit.module)]
 
     assert layers(of(write(model, tmp_path))) == layers(model) != []
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import randlora
+from randlora.errors import CheckpointError
 from randlora.files.staging import staged
 
 
@@ -47,7 +47,7 @@ def test_two_processes_do_not_write_one_directory(tmp_path: Path) -> None:
     with staged(tmp_path / "out") as scratch:
         (scratch / "file").write_text("x")
         with (
-            pytest.raises(randlora.CheckpointError, match="being written by another process"),
+            pytest.raises(CheckpointError, match="being written by another process"),
             staged(tmp_path / "out"),
         ):
             pass
@@ -70,7 +70,7 @@ def test_a_directory_that_another_process_replaced_before_it_was_locked_is_that_
         return lock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", overtaken)
-    with pytest.raises(randlora.CheckpointError, match="being written by another process"), staged(tmp_path / "out"):
+    with pytest.raises(CheckpointError, match="being written by another process"), staged(tmp_path / "out"):
         pass
     assert (tmp_path / ".out.unfinished").is_dir()
     os.close(others[0])

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-import randlora
 from randlora.checkpoint.tensors_file import DTYPES
+from randlora.errors import CheckpointError
 from randlora.files import tensor_file
 from randlora.files.model_directory import SINGLE_FILE, read_model_directory
 from randlora.files.tensor_file import Planned, read_pieces, read_tensor, write_tensor_file
@@ -75,7 +75,7 @@ def test_a_file_that_is_cut_after_its_header_was_read_is_noticed(tmp_path: Path)
     save_file({"x": torch.ones(8)}, tmp_path / SINGLE_FILE)
     entry = read_model_directory(tmp_path).entries["x"]
     (tmp_path / SINGLE_FILE).write_bytes((tmp_path / SINGLE_FILE).read_bytes()[:-1])
-    with pytest.raises(randlora.CheckpointError, match="ends within x"):
+    with pytest.raises(CheckpointError, match="ends within x"):
         read_tensor(entry)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.checkpoint.layout import CONFIG_FILE, TENSORS_FILE
+from randlora.errors import ConfigError
 from randlora.files import low_rank
 from randlora.files.adapter import OpenAdapter
 from randlora.files.convert import ConversionReport
@@ -50,7 +51,7 @@ def with_cut_updates(kind: RealModel, model: nn.Module, report: ConversionReport
 @every_transformers_model
 def test_peft_computes_what_the_cut_updates_do(kind: RealModel, tmp_path: Path) -> None:
     source, model = our_directory(kind, tmp_path)
-    report = randlora.convert_adapter(source, tmp_path / "lora", "lora", rank=5, tolerance=1)
+    report = randlora.files.convert(source, tmp_path / "lora", "lora", rank=5, tolerance=1)
     theirs = in_peft(kind, tmp_path / "lora")
     assert type(theirs.base_model).__name__ == "LoraModel"
     assert_same_effect(with_cut_updates(kind, model, report, rank=5), theirs, kind)
@@ -59,7 +60,7 @@ def test_peft_computes_what_the_cut_updates_do(kind: RealModel, tmp_path: Path) 
 @every_transformers_model
 def test_errors_are_those_of_the_dense_matrices(kind: RealModel, tmp_path: Path) -> None:
     source, model = our_directory(kind, tmp_path)
-    report = randlora.convert_adapter(source, tmp_path / "lora", "lora", rank=5, tolerance=1)
+    report = randlora.files.convert(source, tmp_path / "lora", "lora", rank=5, tolerance=1)
     lost = whole = 0.0
     assert len(report.layers) == len(randlora.adapters(model)[0].targets)
     for layer, (fqn, update) in zip(report.layers, updates(model, report).items(), strict=True):
@@ -76,14 +77,14 @@ def test_errors_are_those_of_the_dense_matrices(kind: RealModel, tmp_path: Path)
 @every_transformers_model
 def test_at_full_rank_the_lora_is_the_adapter(kind: RealModel, tmp_path: Path) -> None:
     source, model = our_directory(kind, tmp_path)
-    report = randlora.convert_adapter(source, tmp_path / "lora", "lora", tolerance=1e-5)
+    report = randlora.files.convert(source, tmp_path / "lora", "lora", tolerance=1e-5)
     assert report.relative_error < 1e-5
     assert_same_effect(model, in_peft(kind, tmp_path / "lora"), kind)
 
 
 def test_every_scaling_is_one_so_that_the_factors_alone_are_the_update(tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
-    randlora.convert_adapter(source, tmp_path / "lora", "lora", rank=40, tolerance=1)
+    randlora.files.convert(source, tmp_path / "lora", "lora", rank=40, tolerance=1)
     fields = json.loads((tmp_path / "lora" / CONFIG_FILE).read_text())
     assert (fields["r"], fields["lora_alpha"], fields["rank_pattern"], fields["alpha_pattern"]) == (40, 40, {}, {})
     for module in in_peft(LLAMA, tmp_path / "lora").modules():
@@ -94,7 +95,7 @@ def test_every_scaling_is_one_so_that_the_factors_alone_are_the_update(tmp_path:
 @pytest.mark.parametrize("tolerance", [0.3, 0.1, 0.02])
 def test_a_tolerance_gives_every_layer_the_smallest_rank_that_is_within_it(tolerance: float, tmp_path: Path) -> None:
     source, model = our_directory(LLAMA, tmp_path)
-    report = randlora.convert_adapter(source, tmp_path / "lora", "lora", tolerance=tolerance)
+    report = randlora.files.convert(source, tmp_path / "lora", "lora", tolerance=tolerance)
     theirs = in_peft(LLAMA, tmp_path / "lora")
     assert len({layer.rank for layer in report.layers}) > 1
     assert "rank_pattern" in report.notes[0]
@@ -130,7 +131,7 @@ def test_ranks_reach_the_right_layers_whatever_their_names(tmp_path: Path) -> No
     randlora.inject(model, r=4, alpha=8)
     fill(model)
     randlora.save(model, tmp_path / "ours")
-    report = randlora.convert_adapter(tmp_path / "ours", tmp_path / "lora", "lora", tolerance=1e-5)
+    report = randlora.files.convert(tmp_path / "ours", tmp_path / "lora", "lora", tolerance=1e-5)
     assert len({layer.rank for layer in report.layers}) == 3
     fresh = Nested().eval()
     fresh.load_state_dict(plain)
@@ -141,35 +142,35 @@ def test_ranks_reach_the_right_layers_whatever_their_names(tmp_path: Path) -> No
 
 def test_a_loss_beyond_the_tolerance_is_refused_and_nothing_written(tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
-    with pytest.raises(randlora.ConfigError) as refusal:
-        randlora.convert_adapter(source, tmp_path / "lora", "lora", rank=2, tolerance=0.3)
+    with pytest.raises(ConfigError) as refusal:
+        randlora.files.convert(source, tmp_path / "lora", "lora", rank=2, tolerance=0.3)
     assert not (tmp_path / "lora").exists()
     message = str(refusal.value)
     assert "with rank=2 8 of 8 layers have a relative error beyond tolerance=0.3" in message
     worst = float(message.split("the largest is ")[1].split(":", maxsplit=1)[0])
-    report = randlora.convert_adapter(source, tmp_path / "lora", "lora", rank=2, tolerance=worst + 1e-4)
+    report = randlora.files.convert(source, tmp_path / "lora", "lora", rank=2, tolerance=worst + 1e-4)
     assert max(layer.relative_error for layer in report.layers) == pytest.approx(worst, abs=1e-4)
 
 
 def test_without_a_tolerance_one_applies_all_the_same(tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
-    with pytest.raises(randlora.ConfigError, match=r"beyond tolerance=0\.05"):
-        randlora.convert_adapter(source, tmp_path / "lora", "lora", rank=2)
-    report = randlora.convert_adapter(source, tmp_path / "lora", "lora")
+    with pytest.raises(ConfigError, match=r"beyond tolerance=0\.05"):
+        randlora.files.convert(source, tmp_path / "lora", "lora", rank=2)
+    report = randlora.files.convert(source, tmp_path / "lora", "lora")
     assert 0.02 < max(layer.relative_error for layer in report.layers) <= 0.05
 
 
 def test_a_tolerance_that_rounding_does_not_allow_is_refused(tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
-    with pytest.raises(randlora.ConfigError, match="with the full rank"):
-        randlora.convert_adapter(source, tmp_path / "lora", "lora", tolerance=0)
+    with pytest.raises(ConfigError, match="with the full rank"):
+        randlora.files.convert(source, tmp_path / "lora", "lora", tolerance=0)
     assert not (tmp_path / "lora").exists()
 
 
 def test_the_head_and_the_biases_trained_beside_it_come_along(tmp_path: Path) -> None:
     source, theirs = their_directory(BERT, tmp_path, modules_to_save=["classifier"], bias="randlora_only")
     base = base_directory(BERT, tmp_path)
-    report = randlora.convert_adapter(source, tmp_path / "lora", "lora", tolerance=1e-5, base=base)
+    report = randlora.files.convert(source, tmp_path / "lora", "lora", tolerance=1e-5, base=base)
     assert any("not every server takes them" in note for note in report.notes)
     lora = in_peft(BERT, tmp_path / "lora")
     difference = outputs(lora, BERT.inputs()) - outputs(theirs, BERT.inputs())
@@ -190,7 +191,7 @@ def test_the_head_and_the_biases_trained_beside_it_come_along(tmp_path: Path) ->
 def test_a_choice_of_layers_made_in_peft_is_kept(options: dict[str, Any], tmp_path: Path) -> None:
     source, theirs = their_directory(BERT, tmp_path, **options)
     base = base_directory(BERT, tmp_path)
-    randlora.convert_adapter(source, tmp_path / "lora", "lora", tolerance=1e-5, base=base)
+    randlora.files.convert(source, tmp_path / "lora", "lora", tolerance=1e-5, base=base)
     lora = in_peft(BERT, tmp_path / "lora")
     adapted = {name.split(".lora_A")[0] for name, _ in lora.named_parameters() if ".lora_A" in name}
     expected = {name.split(".randlora_gamma")[0] for name, _ in theirs.named_parameters() if "_gamma" in name}
@@ -202,7 +203,7 @@ def test_an_adapter_that_changes_nothing_becomes_a_lora_that_changes_nothing(tmp
     model = LLAMA.build()
     randlora.inject(model, r=4)
     randlora.save(model, tmp_path / "ours")
-    report = randlora.convert_adapter(tmp_path / "ours", tmp_path / "lora", "lora")
+    report = randlora.files.convert(tmp_path / "ours", tmp_path / "lora", "lora")
     assert {(layer.rank, layer.relative_error) for layer in report.layers} == {(1, 0.0)}
     assert report.relative_error == 0
     expected = outputs(LLAMA.build(), LLAMA.inputs())
@@ -218,7 +219,7 @@ def test_large_layers_are_cut_with_random_vectors_and_their_true_error_stated(
     randlora.save(model, tmp_path / "ours")
     monkeypatch.setattr(low_rank, "EXACT_UP_TO", 8)
     state = torch.get_rng_state()
-    report = randlora.convert_adapter(tmp_path / "ours", tmp_path / "lora", "lora", rank=8, tolerance=1)
+    report = randlora.files.convert(tmp_path / "ours", tmp_path / "lora", "lora", rank=8, tolerance=1)
     assert torch.equal(torch.get_rng_state(), state)
     for layer, update in zip(report.layers, updates(model, report).values(), strict=True):
         lora_B, lora_A = factors(tmp_path / "lora", layer.fqn)
@@ -241,7 +242,7 @@ def test_one_update_is_held_at_a_time_and_progress_is_told(tmp_path: Path, monke
 
     monkeypatch.setattr(OpenAdapter, "delta_weight", watched)
     told: list[tuple[int, int, str]] = []
-    report = randlora.convert_adapter(
+    report = randlora.files.convert(
         source, tmp_path / "lora", "lora", tolerance=0.3, progress=lambda *news: told.append(news)
     )
     names = [layer.fqn for layer in report.layers]
@@ -251,7 +252,7 @@ def test_one_update_is_held_at_a_time_and_progress_is_told(tmp_path: Path, monke
 
 def test_the_report_states_the_error_of_every_layer(tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
-    report = randlora.convert_adapter(source, tmp_path / "lora", "lora", rank=3, tolerance=1)
+    report = randlora.files.convert(source, tmp_path / "lora", "lora", rank=3, tolerance=1)
     lines = str(report).splitlines()
     assert lines[0].split() == ["layer", "in", "out", "rank", "relative", "error"]
     for layer, line in zip(report.layers, lines[1:], strict=False):
@@ -267,7 +268,7 @@ def test_the_report_states_the_error_of_every_layer(tmp_path: Path) -> None:
 
 def test_both_directories_may_have_names_that_are_not_utf_8(tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
-    usual = randlora.convert_adapter(source, tmp_path / "lora", "lora", tolerance=1.0)
+    usual = randlora.files.convert(source, tmp_path / "lora", "lora", tolerance=1.0)
     renamed = source.rename(tmp_path / os.fsdecode(b"caf\xe9"))
-    unusual = randlora.convert_adapter(renamed, tmp_path / os.fsdecode(b"lor\xe0"), "lora", tolerance=1.0)
+    unusual = randlora.files.convert(renamed, tmp_path / os.fsdecode(b"lor\xe0"), "lora", tolerance=1.0)
     assert contents(unusual.out) == contents(usual.out)

@@ -1,4 +1,4 @@
-"""`verify_adapter` passes what is whole, says what is wrong with the rest, and never raises for a file's faults."""
+"""`files.verify` passes what is whole, says what is wrong with the rest, and never raises for a file's faults."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +36,7 @@ def failure(verification: Verification) -> Check:
 @pytest.mark.parametrize("options", [{}, {"basis": "block"}, {"basis": "very_sparse", "stream": "portable"}])
 def test_what_we_saved_passes(options: dict[str, Any], bases: str, tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path, bases=bases, **options)
-    found = randlora.verify_adapter(source)
+    found = randlora.files.verify(source)
     assert outcomes(found) == {"files": "passed", "checksum": "passed", "bases": "passed"}
     assert str(found).endswith("is sound")
 
@@ -44,7 +44,7 @@ def test_what_we_saved_passes(options: dict[str, Any], bases: str, tmp_path: Pat
 @every_transformers_model
 def test_an_adapter_passes_beside_its_base(kind: RealModel, tmp_path: Path) -> None:
     source, _ = our_directory(kind, tmp_path)
-    found = randlora.verify_adapter(source, base_directory(kind, tmp_path))
+    found = randlora.files.verify(source, base_directory(kind, tmp_path))
     assert set(outcomes(found).values()) == {"passed"}
     assert "base" in outcomes(found)
 
@@ -57,7 +57,7 @@ def test_a_file_of_peft_passes_as_far_as_it_says_anything(
     source, _ = their_directory(kind, tmp_path, save_projection=save_projection)
     bases = "passed" if save_projection else "not checked"
     expected = {"files": "passed", "checksum": "not checked", "bases": bases}
-    alone, beside = (randlora.verify_adapter(source, base) for base in (None, base_directory(kind, tmp_path)))
+    alone, beside = (randlora.files.verify(source, base) for base in (None, base_directory(kind, tmp_path)))
     assert outcomes(alone) == expected
     assert outcomes(beside) == {**expected, "base": "passed"}
     assert alone.passed
@@ -118,19 +118,19 @@ def test_a_damaged_file_is_a_failed_check_with_the_reason(
 ) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
     damage(source)
-    found = failure(randlora.verify_adapter(source))
+    found = failure(randlora.files.verify(source))
     assert found.name == "files"
     assert words in found.words
 
 
 def test_no_directory_at_all_is_a_failed_check(tmp_path: Path) -> None:
-    assert "cannot read" in failure(randlora.verify_adapter(tmp_path / "nothing")).words
+    assert "cannot read" in failure(randlora.files.verify(tmp_path / "nothing")).words
 
 
 def test_bases_that_come_out_otherwise_are_a_failed_check(tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
     reseal(source, basis_digest="0" * 64)
-    found = failure(randlora.verify_adapter(source))
+    found = failure(randlora.files.verify(source))
     assert found.name == "bases"
     assert "are not those the adapter was trained with" in found.words
 
@@ -139,7 +139,7 @@ def test_a_header_that_gives_a_layer_another_shape_is_a_failed_check(tmp_path: P
     source, _ = our_directory(LLAMA, tmp_path)
     shapes = dict(randlora.files.adapter.open_adapter(source).shapes or {})
     reseal(source, shapes={**shapes, Q_PROJ: (32, 30)})
-    assert f"its header says that {Q_PROJ} is 32 x 30" in failure(randlora.verify_adapter(source)).words
+    assert f"its header says that {Q_PROJ} is 32 x 30" in failure(randlora.files.verify(source)).words
 
 
 def test_stored_bases_that_no_key_draws_are_passed_and_said_to_be_so(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_stored_bases_that_no_key_draws_are_passed_and_said_to_be_so(tmp_path: P
     with torch.no_grad():
         theirs.base_model.randlora_B["default"].mul_(1.5)
     theirs.save_pretrained(source)
-    found = randlora.verify_adapter(source)
+    found = randlora.files.verify(source)
     assert found.passed
     assert "its key draws others here" in found.checks[-1].words
 
@@ -164,7 +164,7 @@ def damaged_base(change: Callable[[dict[str, torch.Tensor]], None], tmp_path: Pa
 def test_a_base_that_lacks_a_layer_fails(theirs: bool, tmp_path: Path) -> None:
     source, _ = (their_directory if theirs else our_directory)(LLAMA, tmp_path)
     base = damaged_base(lambda tensors: tensors.__delitem__(f"{Q_PROJ}.weight"), tmp_path)
-    found = failure(randlora.verify_adapter(source, base))
+    found = failure(randlora.files.verify(source, base))
     assert found.name == "base"
     assert f"the model has no layer {Q_PROJ}" in found.words
 
@@ -172,21 +172,21 @@ def test_a_base_that_lacks_a_layer_fails(theirs: bool, tmp_path: Path) -> None:
 def test_a_base_with_another_shape_fails_and_the_bases_are_checked_all_the_same(tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
     base = damaged_base(lambda tensors: tensors.update({f"{Q_PROJ}.weight": torch.ones(34, 32)}), tmp_path)
-    verification = randlora.verify_adapter(source, base)
+    verification = randlora.files.verify(source, base)
     assert f"{Q_PROJ} is 34 x 32 here" in failure(verification).words
     assert outcomes(verification)["bases"] == "passed"
 
 
 def test_another_model_as_base_fails(tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
-    assert "the model has no layer" in failure(randlora.verify_adapter(source, base_directory(GPT2, tmp_path))).words
+    assert "the model has no layer" in failure(randlora.files.verify(source, base_directory(GPT2, tmp_path))).words
 
 
 def test_a_truncated_base_fails(tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
     path = base_directory(LLAMA, tmp_path) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    assert "truncated" in failure(randlora.verify_adapter(source, path.parent)).words
+    assert "truncated" in failure(randlora.files.verify(source, path.parent)).words
 
 
 def test_a_head_that_the_base_lacks_is_named_and_one_of_another_shape_fails(tmp_path: Path) -> None:
@@ -195,10 +195,10 @@ def test_a_head_that_the_base_lacks_is_named_and_one_of_another_shape_fails(tmp_
     tensors = load_file(base / "model.safetensors")
     wide = {**tensors, "classifier.weight": torch.ones(5, 32)}
     save_file(wide, base / "model.safetensors", {"format": "pt"})
-    assert "classifier.weight has shape (5, 32) here" in failure(randlora.verify_adapter(source, base)).words
+    assert "classifier.weight has shape (5, 32) here" in failure(randlora.files.verify(source, base)).words
     headless = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier")}
     save_file(headless, base / "model.safetensors", {"format": "pt"})
-    found = randlora.verify_adapter(source, base)
+    found = randlora.files.verify(source, base)
     assert found.passed
     assert "it lacks classifier.weight, classifier.bias, as it would a new head" in str(found)
 
@@ -206,7 +206,7 @@ def test_a_head_that_the_base_lacks_is_named_and_one_of_another_shape_fails(tmp_
 def test_progress_is_told_of_every_step(tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
     told: list[tuple[int, int, str]] = []
-    randlora.verify_adapter(source, progress=lambda *news: told.append(news))
+    randlora.files.verify(source, progress=lambda *news: told.append(news))
     assert [done for done, _, _ in told] == list(range(told[0][1] + 1))
     assert told[-1][2] == "done"
 
@@ -216,7 +216,7 @@ def test_an_adapter_passes_beside_its_base_quantized_or_not(quantization: str, t
     """A header records the shapes that codes stand for, so either base fits, and another model does not."""
     base = quantize(GPT2, quantization, tmp_path / "base")
     source, _ = our_directory(GPT2, tmp_path)
-    assert outcomes(randlora.verify_adapter(source, base))["base"] == "passed"
-    assert outcomes(randlora.verify_adapter(source, tmp_path / "base dense"))["base"] == "passed"
+    assert outcomes(randlora.files.verify(source, base))["base"] == "passed"
+    assert outcomes(randlora.files.verify(source, tmp_path / "base dense"))["base"] == "passed"
     other = quantize(LLAMA, quantization, tmp_path / "other")
-    assert failure(randlora.verify_adapter(source, other)).name == "base"
+    assert failure(randlora.files.verify(source, other)).name == "base"

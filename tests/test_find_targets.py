@@ -8,7 +8,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import randlora
+from randlora.errors import ConfigError, TargetError
 from randlora.targets.select import find_targets, select
+from randlora.targets.walk import Census
 from tests.walk_models import LINEAR, Model, found
 
 
@@ -53,6 +55,10 @@ PATTERNS: list[tuple[str, Any, list[str]]] = [
     ("set", {"up"}, ["layers.0.up", "layers.1.up"]),
     ("all-linear", "all-linear", LINEAR),
     ("callable", is_conv1d, ["layers.0.up", "layers.1.up"]),
+    ("a-module", ["layers.0"], LINEAR[:4]),
+    ("modules-of-a-name", ["attention"], [LINEAR[i] for i in (0, 1, 2, 4, 5, 6)]),
+    ("a-module-and-layers", ["layers.0.attention", "up"], [LINEAR[i] for i in (0, 1, 2, 3, 7)]),
+    ("a-module-of-modules", ["layers"], LINEAR),
     ("callable-by-name", lambda fqn, _: fqn.startswith("layers.0") and fqn.endswith("q_proj"), [LINEAR[0]]),
     ("head-by-regex", "head", ["head"]),
     ("head-by-suffix", ["head"], ["head"]),
@@ -76,6 +82,10 @@ EXCLUDED: list[tuple[str, Any, list[str]]] = [
     ("all-but-by-regex", r"(?!.*\.up$).*", ["layers.0.up", "layers.1.up"]),
     ("all-but-by-callable", lambda fqn, _: not fqn.endswith(".up"), ["layers.0.up", "layers.1.up"]),
     ("all-in-modules-of-a-name", ["attention"], ["layers.0.up", "layers.1.up"]),
+    ("a-norm", ["norm"], LINEAR),
+    ("norms-by-regex", r".*\.norm", LINEAR),
+    ("an-embedding-and-a-module", ["embed", "layers.0"], LINEAR[4:]),
+    ("by-an-attribute-of-linear-layers", lambda _, module: module.bias.numel() != 12, LINEAR[3::4]),
 ]
 
 
@@ -111,14 +121,14 @@ def test_a_layer_of_two_names_is_excluded_by_either(exclude: Any) -> None:
     ids=["preset", "unknown-type", "no-type", "all-linear-over-preset", "name", "names", "regex", "callable"],
 )
 def test_the_rule_that_applied_is_told(model: nn.Module, pattern: Any, rule: str, count: int) -> None:
-    selection = select(model, pattern, None)
+    selection = select(Census.of(model), pattern, None)
     assert selection.rule == rule
-    assert len(selection.targets) == count
-    assert select(model, pattern, lambda *_: False).rule == f"{rule}, without the excluded"
+    assert len(selection.sites) == count
+    assert select(Census.of(model), pattern, lambda *_: False).rule == f"{rule}, without the excluded"
 
 
 def test_a_model_without_a_config_is_adapted_by_the_general_rule() -> None:
-    assert select(nn.Sequential(nn.Linear(2, 2)), None, None).rule == "all linear layers but the output head"
+    assert select(Census.of(nn.Sequential(nn.Linear(2, 2))), None, None).rule == "all linear layers but the output head"
 
 
 def test_a_preset_may_name_layers_that_a_variant_lacks() -> None:
@@ -127,29 +137,27 @@ def test_a_preset_may_name_layers_that_a_variant_lacks() -> None:
 
 
 def test_a_preset_that_matches_nothing_is_refused_with_what_the_model_has() -> None:
-    with pytest.raises(
-        randlora.TargetError, match=r"the preset of model_type 'gpt2' \(c_attn\) matches no linear layer"
-    ):
+    with pytest.raises(TargetError, match=r"the preset of model_type 'gpt2' \(c_attn\) matches no linear layer"):
         find_targets(Model("gpt2"))
 
 
 @pytest.mark.parametrize("head", ["lm_head", "classifier", "score", "qa_outputs", "heads", "embed_out"])
 def test_a_head_is_left_out_by_its_name(head: str) -> None:
-    selection = select(Model(head=head), None, None)
-    assert [target.fqn for target in selection.targets] == LINEAR
+    selection = select(Census.of(Model(head=head)), None, None)
+    assert [site.fqn for site in selection.sites] == LINEAR
     assert selection.skipped == {head: "the output head"}
 
 
 def test_a_layer_deeper_in_the_model_is_no_head_for_its_name() -> None:
     model = nn.ModuleDict({"body": nn.ModuleDict({"head": nn.Linear(2, 2)}), "head": nn.Sequential(nn.Linear(2, 2))})
-    selection = select(model, None, None)
-    assert [target.fqn for target in selection.targets] == ["body.head"]
+    selection = select(Census.of(model), None, None)
+    assert [site.fqn for site in selection.sites] == ["body.head"]
     assert selection.skipped == {"head.0": "the output head"}
 
 
 def test_a_head_is_left_out_where_the_model_says_which_it_is() -> None:
-    selection = select(WithOutputEmbeddings(), None, None)
-    assert [target.fqn for target in selection.targets] == LINEAR
+    selection = select(Census.of(WithOutputEmbeddings()), None, None)
+    assert [site.fqn for site in selection.sites] == LINEAR
     assert selection.skipped == {"to_words": "the output head"}
 
 
@@ -162,8 +170,8 @@ def test_a_head_is_left_out_still_where_it_is_adapted_already() -> None:
 def test_a_head_of_two_names_is_left_out_under_both() -> None:
     model = nn.ModuleDict({"body": nn.Linear(2, 2), "out": nn.Linear(2, 2)})
     model["head"] = model["out"]
-    selection = select(model, None, None)
-    assert [target.fqn for target in selection.targets] == ["body"]
+    selection = select(Census.of(model), None, None)
+    assert [site.fqn for site in selection.sites] == ["body"]
     assert set(selection.skipped) == {"out", "head"}
 
 
@@ -173,8 +181,8 @@ def test_a_head_that_is_asked_for_is_adapted() -> None:
 
 def test_layers_that_cannot_be_adapted_are_left_out_of_all_linear_with_the_reason() -> None:
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "up": nn.Linear(4, 4)})
-    selection = select(model, "all-linear", None)
-    assert [target.fqn for target in selection.targets] == ["up"]
+    selection = select(Census.of(model), "all-linear", None)
+    assert [site.fqn for site in selection.sites] == ["up"]
     assert list(selection.skipped) == ["attention.out_proj"]
     assert selection.skipped["attention.out_proj"].startswith("nn.MultiheadAttention reads this weight")
 
@@ -193,7 +201,6 @@ REFUSED: list[tuple[str, Any, str]] = [
         "'layers.2.up' matches no linear layer; the nearest names are layers.1.up, layers.0.up",
     ),
     ("a-norm", ["norm"], "'norm' matches no linear layer"),
-    ("a-container", ["attention"], "'attention' matches no linear layer"),
     ("a-norm-beside-one", ["norm", "up"], "'norm' matches no linear layer"),
     ("norms-by-regex", r".*\.norm", "matches no linear layer"),
     ("an-embedding", ["embed"], "embed is a Embedding, and only linear layers can be adapted"),
@@ -205,7 +212,7 @@ REFUSED: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("pattern", "message"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
 def test_a_pattern_that_means_no_linear_layer_is_refused(pattern: Any, message: str) -> None:
-    with pytest.raises(randlora.TargetError, match=re.escape(message)):
+    with pytest.raises(TargetError, match=re.escape(message)):
         find_targets(Model(), pattern)
 
 
@@ -221,21 +228,21 @@ def test_a_pattern_that_means_no_linear_layer_is_refused(pattern: Any, message: 
 )
 def test_another_layer_with_a_weight_matrix_is_refused_by_name_and_kind(layer: nn.Module, kind: str) -> None:
     model = nn.ModuleDict({"up": nn.Linear(2, 2), "other": layer})
-    with pytest.raises(randlora.TargetError, match=f"other is a {kind}, and only linear layers can be adapted"):
+    with pytest.raises(TargetError, match=f"other is a {kind}, and only linear layers can be adapted"):
         find_targets(model, "up|other")
 
 
 def test_a_refused_kind_is_named_with_its_reason() -> None:
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)})
     with pytest.raises(
-        randlora.TargetError,
+        TargetError,
         match=r"attention\.out_proj \(NonDynamicallyQuantizableLinear\) cannot be adapted: nn\.MultiheadAttention",
     ):
         find_targets(model, ["out_proj"])
 
 
 def test_every_entry_that_matches_nothing_is_named_at_once() -> None:
-    with pytest.raises(randlora.TargetError, match="cannot find the targets, 2 problems") as caught:
+    with pytest.raises(TargetError, match="cannot find the targets, 2 problems") as caught:
         find_targets(Model(), ["q_prj", "up", "k_proj"])
     assert "'q_prj' matches" in str(caught.value)
     assert "'k_proj' matches" in str(caught.value)
@@ -246,15 +253,15 @@ def test_every_entry_that_matches_nothing_is_named_at_once() -> None:
     [
         (["q_prj"], "exclude='q_prj' matches no linear layer; the nearest names are q_proj"),
         (["q_proj", "k_proj"], "exclude='k_proj' matches no linear layer"),
-        (["norm"], "exclude='norm' matches no linear layer"),
-        (["embed", "layers.0"], "exclude='embed' matches no linear layer"),
+        (["nrm"], "exclude='nrm' matches no linear layer; the nearest names are norm"),
+        (["embd", "layers.0"], "exclude='embd' matches no linear layer; the nearest names are embed"),
         ("proj", "exclude='proj' matches no linear layer"),
         (r"layers\.0", "exclude='layers\\\\.0' matches no linear layer"),
     ],
     ids=["name", "one-of-two", "a-norm", "an-embedding", "regex-by-search", "regex-of-a-module"],
 )
 def test_an_exclude_that_matches_nothing_is_refused(exclude: Any, message: str) -> None:
-    with pytest.raises(randlora.TargetError, match=re.escape(message)):
+    with pytest.raises(TargetError, match=re.escape(message)):
         find_targets(Model(), None, exclude)
 
 
@@ -262,24 +269,24 @@ def test_an_exclude_that_matches_nothing_is_refused(exclude: Any, message: str) 
 @pytest.mark.parametrize("name", ["targets", "exclude"])
 def test_a_pattern_that_is_none_is_refused(name: str, pattern: Any) -> None:
     patterns = {"targets": None, "exclude": None, name: pattern}
-    with pytest.raises(randlora.ConfigError, match=f"configure RandLoRA: {name}"):
+    with pytest.raises(ConfigError, match=f"configure RandLoRA: {name}"):
         find_targets(Model(), patterns["targets"], patterns["exclude"])
 
 
 def test_excluding_every_layer_is_refused() -> None:
-    with pytest.raises(randlora.TargetError, match="the names up, without the excluded leaves no layer to adapt"):
+    with pytest.raises(TargetError, match="the names up, without the excluded leaves no layer to adapt"):
         find_targets(Model(), ["up"], ["up"])
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), Conv1D(2, 2)], ids=["Linear", "Conv1D"])
 def test_the_model_itself_cannot_be_a_target(model: nn.Module) -> None:
-    with pytest.raises(randlora.TargetError, match=f"the model itself is a {type(model).__name__}, .*wrap it"):
+    with pytest.raises(TargetError, match=f"the model itself is a {type(model).__name__}, .*put it into a module"):
         find_targets(model)
 
 
 @pytest.mark.parametrize("model", [nn.Sequential(), nn.Sequential(nn.Tanh())], ids=["empty", "no-linear"])
 def test_a_model_without_linear_layers_is_refused(model: nn.Module) -> None:
-    with pytest.raises(randlora.TargetError, match="leaves no layer to adapt"):
+    with pytest.raises(TargetError, match="leaves no layer to adapt"):
         find_targets(model)
 
 

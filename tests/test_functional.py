@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from randlora.functional import Compute, DensePair, Diagonals, adapted_linear, delta_weight
-from randlora.functional.adapted import Adapted
-from randlora.functional.cost import forward_way
+from randlora.functional.adapted import adapted
+from randlora.functional.cost import chosen_forward
 from tests import reference
 from tests.pairs import Case, case, every_form
 from tests.strategies import ranks, sides
@@ -34,16 +34,16 @@ def test_delta_weight_is_the_oracles(form: str, out_features: int, in_features: 
 
 @every_form
 @every_way
-@given(out=sides, into=sides, r=ranks, tokens=st.integers(0, 40), keep=st.booleans(), turned=st.booleans())
+@given(out=sides, into=sides, r=ranks, tokens=st.integers(0, 40), turned=st.booleans())
 def test_output_is_that_of_the_sum_of_weight_and_update(
-    form: str, compute: Compute, out: int, into: int, r: int, tokens: int, keep: bool, turned: bool
+    form: str, compute: Compute, out: int, into: int, r: int, tokens: int, turned: bool
 ) -> None:
     """The weight may lie in memory as Conv1D's does."""
     made, x = case(form, out, into, r), torch.randn(tokens, into, dtype=torch.float64)
     weight, bias = torch.randn(out, into, dtype=torch.float64), torch.randn(out, dtype=torch.float64)
     weight = weight.T.contiguous().T if turned else weight
     update, before = oracle(made, into), weight.clone()
-    found = adapted_linear(x, made.pair, made.diagonals, weight=weight, bias=bias, compute=compute, keep=keep)
+    found = adapted_linear(x, made.pair, made.diagonals, weight=weight, bias=bias, compute=compute)
     torch.testing.assert_close(found, x @ (weight + update).T + bias)
     torch.testing.assert_close(adapted_linear(x, made.pair, made.diagonals, compute=compute), x @ update.T)
     assert torch.equal(weight, before)
@@ -54,7 +54,8 @@ def test_output_is_that_of_the_sum_of_weight_and_update(
 def test_few_tokens_are_taken_through_without_building_the_basis(form: str, shape: tuple[int, int]) -> None:
     made, x = case(form, *shape, 8), torch.randn(1, shape[1], dtype=torch.float64)
     weight = torch.randn(shape, dtype=torch.float64)
-    assert forward_way(Adapted(weight, made.pair, made.diagonals, shape[1]).sizes(1)) == "few_tokens"
+    is_wide = shape[1] == min(shape)
+    assert chosen_forward(1, made.pair, is_wide=is_wide, has_weight=True, compute="auto") == "few_tokens"
     expected = x @ (weight + oracle(made, shape[1])).T
     torch.testing.assert_close(adapted_linear(x, made.pair, made.diagonals, weight=weight), expected)
 
@@ -73,9 +74,8 @@ def test_delta_weight_of_a_case_worked_out_by_hand() -> None:
 @every_form
 @every_way
 @every_shape
-@pytest.mark.parametrize("keep", [False, True], ids=["rebuilt", "kept"])
 def test_gradients_are_those_of_finite_differences_once_and_twice(
-    form: str, compute: Compute, shape: tuple[int, int], keep: bool
+    form: str, compute: Compute, shape: tuple[int, int]
 ) -> None:
     made = case(form, *shape, 3)
     x, weight = torch.randn(2, shape[1], dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
@@ -84,7 +84,7 @@ def test_gradients_are_those_of_finite_differences_once_and_twice(
 
     def run(x: Tensor, weight: Tensor, bias: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
         diagonals = Diagonals(lam, gamma, scaling)
-        return adapted_linear(x, made.pair, diagonals, weight=weight, bias=bias, compute=compute, keep=keep)
+        return adapted_linear(x, made.pair, diagonals, weight=weight, bias=bias, compute=compute)
 
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(lambda *leaves: run(*leaves).square(), leaves, fast_mode=True)
@@ -124,9 +124,10 @@ def test_in_bfloat16_the_sum_of_weight_and_update_is_rounded_once() -> None:
     made = case("dense", 64, 48, 8)
     pair = DensePair(made.pair.A.float(), made.pair.B.to(torch.bfloat16))
     weight = torch.randn(64, 48).to(torch.bfloat16)
-    adapted = Adapted(weight, pair, Diagonals(made.diagonals.lam, made.diagonals.gamma, 1e-2), 48)
-    exact = weight.double() + pair.B.double() @ adapted.scaled_A()[0].double()
-    twice = weight + (pair.B @ adapted.scaled_A()[0])
-    is_right = [(found == exact.to(torch.bfloat16)).double().mean().item() for found in (adapted.total(), twice)]
+    layer = adapted(weight, pair, made.diagonals.lam, made.diagonals.gamma, 1e-2, 48)
+    scaled_A = pair.scaled_A(layer.lam, layer.gamma)  # the scaling is in Λ here
+    exact = weight.double() + pair.B.double() @ scaled_A.double()
+    twice = weight + (pair.B @ scaled_A)
+    is_right = [(found == exact.to(torch.bfloat16)).double().mean().item() for found in (layer.total(), twice)]
     assert is_right[0] > 0.995
     assert is_right[1] < is_right[0]

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, vmap
 
 from randlora.functional import Compute, Diagonals, adapted_linear
-from tests.pairs import Case, case
+from tests.pairs import Case, case, every_form
 
 every_dense_form = pytest.mark.parametrize("form", ["dense", "block(2,4)"])  # the others are not used under transforms
 every_way = pytest.mark.parametrize("compute", get_args(Compute))
@@ -19,13 +19,13 @@ every_shape = pytest.mark.parametrize("shape", [(9, 12), (12, 9)], ids=["down", 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def prepared(form: str, shape: tuple[int, int], compute: Compute, *, keep: bool = False) -> tuple[Loss, list[Tensor]]:
+def prepared(form: str, shape: tuple[int, int], compute: Compute) -> tuple[Loss, list[Tensor]]:
     """Make a loss of ``(x, weight, lam, gamma)``, and values for them."""
     made: Case = case(form, *shape, 4)
 
     def loss(x: Tensor, weight: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
         diagonals = Diagonals(lam, gamma, 0.5)
-        output = adapted_linear(x, made.pair, diagonals, weight=weight, compute=compute, keep=keep)
+        output = adapted_linear(x, made.pair, diagonals, weight=weight, compute=compute)
         return output.square().sum()
 
     x, weight = torch.randn(3, shape[1], dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
@@ -51,10 +51,9 @@ def test_gradients_of_a_batch_are_those_of_its_members(
 
 @every_dense_form
 @every_way
-@pytest.mark.parametrize("keep", [False, True], ids=["rebuilt", "kept"])
-def test_the_transform_of_a_gradient_is_differentiated_too(form: str, compute: Compute, keep: bool) -> None:
+def test_the_transform_of_a_gradient_is_differentiated_too(form: str, compute: Compute) -> None:
     """Against autograd's second derivative, which finite differences hold."""
-    loss, values = prepared(form, (9, 12), compute, keep=keep)
+    loss, values = prepared(form, (9, 12), compute)
     x, weight, lam, gamma = values
     found = grad(lambda inner: grad(lambda lam: loss(x, weight, lam, gamma))(inner).square().sum())(lam)
     lam = lam.clone().requires_grad_()
@@ -64,19 +63,58 @@ def test_the_transform_of_a_gradient_is_differentiated_too(form: str, compute: C
     torch.testing.assert_close(found, expected)
 
 
+@every_form
+@every_way
+@pytest.mark.parametrize("shape", [(9, 12), (12, 9), (24, 24)], ids=str)
+@pytest.mark.parametrize("has_weight", [True, False], ids=["weight", "update"])
+def test_a_batch_of_gradients_is_led_back_at_once(
+    form: str, compute: Compute, shape: tuple[int, int], has_weight: bool
+) -> None:
+    """``is_grads_batched`` and ``jacobian(vectorize=True)`` use the older of torch's two vmaps."""
+    made, x = case(form, *shape, 4), torch.randn(3, shape[1], dtype=torch.float64)
+    weight = torch.randn(shape, dtype=torch.float64)
+
+    def run(x: Tensor, weight: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
+        own = weight if has_weight else None
+        part = adapted_linear(x, made.pair, Diagonals(lam, gamma, 0.5), weight=own, compute=compute)
+        return part if has_weight else part + x @ weight.T
+
+    leaves = tuple(tensor.requires_grad_() for tensor in (x, weight, *made.diagonals[:2]))
+    output, grads = run(*leaves), torch.randn(5, 3, shape[0], dtype=torch.float64)
+    found = torch.autograd.grad(output, leaves, grads, is_grads_batched=True, retain_graph=True)
+    for member, grad_output in enumerate(grads):
+        for ours, expected in zip(
+            found, torch.autograd.grad(output, leaves, grad_output, retain_graph=True), strict=True
+        ):
+            torch.testing.assert_close(ours[member], expected)
+    one_by_one = torch.autograd.functional.jacobian(run, leaves)
+    for ours, expected in zip(torch.autograd.functional.jacobian(run, leaves, vectorize=True), one_by_one, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # what torch.autograd.forward_ad imports
-def test_forward_mode_is_refused_and_not_wrong() -> None:
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_forward_mode_is_refused_or_right(requires_grad: bool) -> None:
+    """It is refused where the operation is autograd's; where no gradient is wanted, its parts know it."""
     loss, values = prepared("dense", (9, 12), "auto")
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        loss(values[0], values[1], forward_ad.make_dual(values[2], values[2]), values[3])
+    x, weight, lam, gamma = values
+    x.requires_grad_(requires_grad)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(lam, lam)
+        if requires_grad:
+            with pytest.raises(NotImplementedError, match="jvp"):
+                loss(x, weight, dual, gamma)
+            return
+        tangent = forward_ad.unpack_dual(loss(x, weight, dual, gamma)).tangent
+    (expected,) = torch.autograd.grad(loss(x, weight, lam.requires_grad_(), gamma), lam)
+    torch.testing.assert_close(tangent, (expected * lam.detach()).sum())
 
 
 @every_dense_form
 @every_way
-@pytest.mark.parametrize("keep", [False, True], ids=["rebuilt", "kept"])
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # what torch.compile imports
-def test_the_compiler_makes_one_graph_of_it(form: str, compute: Compute, keep: bool) -> None:
-    loss, values = prepared(form, (9, 12), compute, keep=keep)
+def test_the_compiler_makes_one_graph_of_it(form: str, compute: Compute) -> None:
+    loss, values = prepared(form, (9, 12), compute)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     leaves = [value.clone().requires_grad_() for value in values]
     torch._dynamo.reset()

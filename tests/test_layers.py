@@ -12,12 +12,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import randlora
-from randlora import AdapterLayer
 from randlora.functional import Compute
 from randlora.layers.registry import registered_layers
 from tests import reference
-from tests.laws import assert_close, fill, same_bits
-from tests.layer_kinds import LAYER_KINDS, LayerKind, every_dense_kind, every_kind, every_kind_and_dtype
+from tests.laws import adapter_layer, assert_close, diagonals, fill, plain, same_bits, update_of
+from tests.layer_kinds import (
+    LAYER_KINDS,
+    LayerKind,
+    every_dense_kind,
+    every_kind,
+    every_kind_and_dtype,
+    every_kind_compiled,
+)
 from tests.strategies import KINDS_AND_STREAMS
 
 sides = st.integers(1, 20).filter(lambda side: side != 16)  # of rows of 16, bitsandbytes misreads the codes
@@ -36,24 +42,22 @@ def adapted(
     stream: str | None = "portable",
     bias: bool = True,
     dropout: float = 0.0,
-) -> tuple[AdapterLayer, nn.Module]:
-    """Wrap one layer of ``(in, out)`` features; return the adapter layer and the base."""
-    base = kind.build(*shape, bias, dtype)
-    model = nn.Sequential(base)
+) -> tuple[nn.Module, nn.Module]:
+    """Adapt one layer of ``(in, out)`` features; return it, and a copy as it was before."""
+    layer = kind.build(*shape, bias, dtype)
+    base = copy.deepcopy(layer)
+    model = nn.Sequential(layer)
     randlora.inject(model, r=r, alpha=2 * r, basis=basis, stream=stream, dropout=dropout)  # type: ignore[arg-type]
-    layer = model[0]
-    assert isinstance(layer, AdapterLayer)
-    layer.model = [model]  # type: ignore[assignment]  # keeps the carrier of the state alive for fill()
+    layer.__dict__["model"] = model  # not a part of it; keeps the carrier of the state alive for fill()
     return layer, base
 
 
-def fill_layer(layer: AdapterLayer) -> None:
-    model: nn.Module = layer.model[0]  # type: ignore[index, assignment]
-    fill(model)
+def fill_layer(layer: nn.Module) -> None:
+    fill(layer.__dict__["model"])
 
 
 def test_the_table_has_a_row_for_every_registered_kind() -> None:
-    served = {type(adapted(kind, (4, 4), torch.float32)[0]) for kind in LAYER_KINDS}
+    served = {type(adapter_layer(adapted(kind, (4, 4), torch.float32)[0])) for kind in LAYER_KINDS}
     assert served == {layer for name, layer in registered_layers().items() if not name.startswith("tests.")}
 
 
@@ -66,7 +70,7 @@ def test_a_fresh_adapter_leaves_every_bit_of_the_output(
     kind: LayerKind, dtype: torch.dtype, shape: tuple[int, int], r: int, basis: str, compute: Compute
 ) -> None:
     layer, base = adapted(kind, shape, dtype, r=r, basis=basis)
-    layer.state.compute = compute
+    adapter_layer(layer).state.compute = compute
     x = torch.randn(4, shape[0]).to(dtype)
     assert same_bits(layer(x), base(x))
 
@@ -88,16 +92,17 @@ def test_an_adapter_adds_the_oracles_update_to_the_output(
     kind: LayerKind, dtype: torch.dtype, shape: tuple[int, int], r: int, basis: str, bias: bool, compute: Compute
 ) -> None:
     layer, base = adapted(kind, shape, dtype, r=r, basis=basis, bias=bias)
-    layer.state.compute = compute
+    adapter_layer(layer).state.compute = compute
     fill_layer(layer)
-    bases = layer.adapters["default"].basis.slices(max(shape), min(shape), device="cpu", dtype=torch.float64)
-    lam, gamma = layer.randlora_lambda["default"], layer.randlora_gamma["default"]
+    drawn = adapter_layer(layer).adapters["default"].basis
+    bases = drawn.slices(max(shape), min(shape), device="cpu", dtype=torch.float64)
+    lam, gamma = diagonals(layer)
     update = reference.delta_weight(*bases, lam, gamma, 2.0, in_features=shape[0])
     x = torch.randn(3, shape[0]).to(dtype)
     bias_values = base.bias if bias else None
     expected = reference.linear(x, kind.weight(base).double() + update, bias_values)  # type: ignore[arg-type]
     assert_close(layer(x), expected, dtype)
-    assert_close(layer.delta_weight({"default": 1.0}), update, torch.promote_types(dtype, torch.float32))
+    assert_close(update_of(layer), update, torch.promote_types(dtype, torch.float32))
 
 
 @every_kind
@@ -109,7 +114,7 @@ def test_the_identity_matrix_through_the_layer_is_the_update(
     layer, base = adapted(kind, shape, kind.exact, r=4, basis=basis, stream=stream)
     fill_layer(layer)
     identity = torch.eye(shape[0], dtype=kind.exact)
-    assert_close(layer(identity) - base(identity), layer.delta_weight({"default": 1.0}).T, kind.exact)
+    assert_close(layer(identity) - base(identity), update_of(layer).T, kind.exact)
 
 
 @every_kind
@@ -118,12 +123,12 @@ def test_any_leading_shape_passes(kind: LayerKind, leading: list[int]) -> None:
     layer, base = adapted(kind, (6, 9), kind.exact)
     fill_layer(layer)
     x = torch.randn(*leading, 6, dtype=kind.exact)
-    update = layer.delta_weight({"default": 1.0})
+    update = update_of(layer)
     expected = base(x) + x @ update.T
     found = layer(x)
     assert found.shape == (*leading, 9)
     assert_close(found, expected, kind.exact)
-    trained = layer.randlora_gamma["default"]
+    trained = layer.get_parameter("randlora_gamma.default")
     gradients = [torch.autograd.grad(output.square().sum(), trained)[0] for output in (found, expected)]
     assert_close(gradients[0], gradients[1], torch.float32)
 
@@ -139,8 +144,9 @@ def test_autocast_computes_the_adapter_in_the_dtype_of_the_base(kind: LayerKind)
     assert found.dtype == own.dtype == (torch.float32 if kind.keeps_dtype else torch.bfloat16)
     assert_close(found, expected, torch.bfloat16)
     found.sum().backward()
-    assert layer.randlora_lambda["default"].grad is not None
-    assert layer.randlora_lambda["default"].grad.dtype == torch.float32
+    gradient = layer.get_parameter("randlora_lambda.default").grad
+    assert gradient is not None
+    assert gradient.dtype == torch.float32
 
 
 # Law 7: rank
@@ -153,9 +159,9 @@ def test_autocast_computes_the_adapter_in_the_dtype_of_the_base(kind: LayerKind)
 def test_a_trained_update_has_full_rank(kind: LayerKind, basis: str, r: int, shape: tuple[int, int]) -> None:
     layer, _ = adapted(kind, shape, torch.float64, r=r, basis=basis)
     with torch.no_grad():
-        for parameter in (layer.randlora_lambda["default"], layer.randlora_gamma["default"]):
+        for parameter in diagonals(layer):
             nn.init.uniform_(parameter, 0.5, 1.5)  # the layers that hold codes give the update in float32
-    assert torch.linalg.matrix_rank(layer.delta_weight({"default": 1.0})) == min(shape)
+    assert torch.linalg.matrix_rank(update_of(layer)) == min(shape)
 
 
 # Law 8: gradients
@@ -201,39 +207,39 @@ def test_gradient_checkpointing_changes_no_gradient(kind: LayerKind, reentrant: 
         torch.testing.assert_close(layer.get_parameter(name).grad, gradient)
 
 
-@every_kind
+@every_kind_compiled
 def test_compiling_gives_one_graph_and_the_same_values(kind: LayerKind) -> None:
     layer, _ = adapted(kind, (6, 9), torch.float32)
     fill_layer(layer)
     x = torch.randn(4, 6)
     expected = layer(x)
     expected.square().sum().backward()
-    gradient = layer.randlora_lambda["default"].grad
+    gradient = layer.get_parameter("randlora_lambda.default").grad
     layer.zero_grad()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     found = compiled(x)
     found.square().sum().backward()
     assert_close(found, expected, torch.float32)
-    torch.testing.assert_close(layer.randlora_lambda["default"].grad, gradient)
+    torch.testing.assert_close(layer.get_parameter("randlora_lambda.default").grad, gradient)
 
 
-# The wrapper
+# The module
 
 
 @every_kind
-def test_the_wrapper_answers_for_its_base_layer(kind: LayerKind) -> None:
+def test_the_adapted_module_tells_what_it_was_and_what_adapts_it(kind: LayerKind) -> None:
     layer, base = adapted(kind, (6, 9), torch.float32)
-    assert layer.weight is base.weight
-    assert layer.bias is base.bias
-    assert (layer.in_features, layer.out_features) == (6, 9)
+    assert isinstance(layer, type(base))
+    assert adapter_layer(layer).shape == (9, 6)
+    assert type(layer).__name__ == f"Adapted{type(base).__name__}"
     assert "default: r=3, num_bases=2, dense" in repr(layer)
 
 
 @every_kind
-def test_hooks_on_the_base_layer_still_fire(kind: LayerKind) -> None:
-    layer, base = adapted(kind, (6, 9), torch.float32)
+def test_hooks_on_the_layer_still_fire(kind: LayerKind) -> None:
+    layer, _ = adapted(kind, (6, 9), torch.float32)
     seen: list[torch.Size] = []
-    base.register_forward_hook(lambda _module, _args, output: seen.append(output.shape))
+    layer.register_forward_hook(lambda _module, _args, output: seen.append(output.shape))
     layer(torch.randn(2, 6))
     assert seen == [torch.Size([2, 9])]
 
@@ -262,7 +268,7 @@ def test_dropout_falls_on_the_adapters_input_alone_and_in_training_alone(kind: L
     layer, base = adapted(kind, (50, 9), kind.exact, dropout=0.5)
     fill_layer(layer)
     x = torch.ones(1, 50, dtype=kind.exact)
-    update = layer.delta_weight({"default": 1.0})
+    update = update_of(layer)
     layer.eval()
     assert_close(layer(x), base(x) + x @ update.T, kind.exact)
     layer.train()
@@ -277,14 +283,14 @@ def test_dropout_falls_on_the_adapters_input_alone_and_in_training_alone(kind: L
 @every_kind_and_dtype
 def test_trained_parameters_are_float32_whatever_the_base_is(kind: LayerKind, dtype: torch.dtype) -> None:
     layer, _ = adapted(kind, (6, 9), dtype)
-    assert layer.randlora_lambda["default"].dtype == layer.randlora_gamma["default"].dtype == torch.float32
+    assert [parameter.dtype for parameter in diagonals(layer)] == [torch.float32] * 2
 
 
 @every_kind
 def test_fresh_parameters_are_zero_and_the_reciprocal_of_the_longer_side(kind: LayerKind) -> None:
     layer, _ = adapted(kind, (6, 9), torch.float32, r=1)
-    assert torch.equal(layer.randlora_lambda["default"], torch.zeros(1, 6))
-    assert torch.equal(layer.randlora_gamma["default"], torch.full((6, 6), 1 / 6))
+    assert torch.equal(layer.get_parameter("randlora_lambda.default"), torch.zeros(1, 6))
+    assert torch.equal(layer.get_parameter("randlora_gamma.default"), torch.full((6, 6), 1 / 6))
 
 
 @every_kind
@@ -292,17 +298,18 @@ def test_bases_are_neither_parameters_nor_buffers(kind: LayerKind) -> None:
     layer, base = adapted(kind, (6, 9), torch.float32)
     layer(torch.randn(1, 6))
     assert dict(layer.named_buffers()) == {}
-    of_base = {f"base_layer.{name}" for name in base.state_dict()}
-    assert set(layer.state_dict()) == of_base | {"randlora_lambda.default", "randlora_gamma.default"}
+    assert set(layer.state_dict()) == set(base.state_dict()) | {"randlora_lambda.default", "randlora_gamma.default"}
 
 
 @every_kind
 def test_halving_a_model_leaves_its_bases_exact(kind: LayerKind) -> None:
     layer, _ = adapted(kind, (6, 9), torch.float32)
     fill_layer(layer)
-    expected = layer.delta_weight({"default": 1.0})
-    layer.base_layer.to(torch.bfloat16)
-    assert torch.equal(layer.delta_weight({"default": 1.0}), expected)
+    basis = adapter_layer(layer).adapters["default"].basis
+    before = basis.digest(9, 6)
+    layer.bfloat16()
+    layer(torch.randn(2, 6).bfloat16())
+    assert basis.digest(9, 6) == before
 
 
 @every_kind
@@ -312,7 +319,7 @@ def test_copies_and_pickles_compute_the_same(kind: LayerKind) -> None:
     x = torch.randn(3, 6)
     twin = copy.deepcopy(layer)
     assert torch.equal(twin(x), layer(x))
-    assert twin.adapters["default"].basis is layer.adapters["default"].basis
+    assert adapter_layer(twin).adapters["default"].basis is adapter_layer(layer).adapters["default"].basis
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
 
 
@@ -320,11 +327,13 @@ def test_copies_and_pickles_compute_the_same(kind: LayerKind) -> None:
 def test_a_meta_layer_computes_shapes_and_holds_no_bases(kind: LayerKind) -> None:
     with torch.device("meta"):
         layer, _ = adapted(kind, (6, 9), torch.float32)
-    assert layer.randlora_lambda["default"].is_meta
+    assert layer.get_parameter("randlora_lambda.default").is_meta
     assert layer(torch.randn(3, 6, device="meta")).shape == (3, 9)
     layer.to_empty(device="cpu")
-    for parameter in layer.base_layer.parameters():  # whose memory holds anything, NaN for one
+    for parameter in layer.parameters():  # whose memory holds anything, NaN for one
         nn.init.normal_(parameter)
-    layer.reset_parameters()
+    for module in (layer.randlora_lambda, layer.randlora_gamma):  # as FSDP asks each module that holds parameters
+        module.reset_parameters()  # type: ignore[operator, union-attr]
+    assert torch.equal(layer.get_parameter("randlora_gamma.default"), torch.full((2, 6), 1 / 6))
     x = torch.randn(3, 6)
-    assert torch.equal(layer(x), layer.base_layer(x))
+    assert torch.equal(layer(x), plain(layer)(x))

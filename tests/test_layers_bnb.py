@@ -6,17 +6,18 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, LinearNF4, Params4bit
 from torch import Tensor, nn
 
 import randlora
-from randlora import AdapterLayer, TargetError
+from randlora.errors import TargetError
 from randlora.layers import bnb_codes
 from tests.codes import written_out
-from tests.laws import assert_close, fill, same_bits, untouched
-from tests.layer_kinds import LayerKind, every_quantized_kind
+from tests.laws import adapter_layer, assert_close, fill, plain, same_bits, untouched, update_of
+from tests.layer_kinds import LayerKind, compiles_codes, every_quantized_kind
 from tests.quantized import of_4_bits
 
 
@@ -28,9 +29,7 @@ def adapted(base: nn.Module, r: int = 8) -> tuple[Any, Any]:
     model = nn.Sequential(base)
     randlora.inject(model, r=r, alpha=4, targets="all-linear")
     fill(model)
-    layer = model[0]
-    assert isinstance(layer, AdapterLayer)
-    return model, layer
+    return model, model[0]
 
 
 # What is refused, before anything is touched
@@ -113,16 +112,24 @@ def test_a_subclass_is_served_as_its_parent_is() -> None:
     class Own(LinearNF4): ...  # type: ignore[misc]
 
     _, layer = adapted(Own(64, 96, compute_dtype=torch.float32).to("cpu"))
-    assert type(layer).__name__ == "Linear4bitAdapter"
+    assert isinstance(layer, Own)
+    assert type(adapter_layer(layer)).__name__ == "Linear4bitAdapter"
 
 
-def test_in_evaluation_the_base_layer_runs_as_it_is() -> None:
+def test_in_evaluation_the_layers_own_forward_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     model, layer = adapted(four_bits())
     model.eval()
     seen: list[Tensor] = []
-    layer.base_layer.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    matmul: Any = bitsandbytes.matmul_4bit
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(matmul(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(bitsandbytes, "matmul_4bit", watched)
     x = torch.randn(5, 64)
-    assert_close(model(x) - seen[0], x @ layer.delta_weight({"default": 1.0}).T, torch.float32)
+    assert_close(model(x) - seen[0], x @ update_of(layer).T, torch.float32)
+    assert len(seen) == 1
 
 
 # Computing
@@ -138,19 +145,22 @@ def test_the_output_has_the_dtype_of_the_input_and_is_computed_in_that_of_the_la
     with torch.no_grad():
         fresh = copy.deepcopy(model)
         fresh[0].randlora_lambda["default"].zero_()
-    assert same_bits(fresh(x), layer.base_layer(x))
-    output, update = layer(x), layer.delta_weight({"default": 1.0})
-    assert output.dtype == layer.base_layer(x).dtype == given
+    own = plain(layer)(x)
+    assert same_bits(fresh(x), own)
+    output, update = layer(x), update_of(layer)
+    assert output.dtype == own.dtype == given
     coarse = max((dtype, given), key=lambda each: torch.finfo(each).eps)
-    assert_close(output, layer.base_layer(x).double() + x.double() @ update.double().T, coarse)
+    assert_close(output, own.double() + x.double() @ update.double().T, coarse)
 
 
 def test_a_layer_without_a_dtype_of_its_own_takes_that_of_its_first_input() -> None:
     _, layer = adapted(four_bits(compute_dtype=None))
     x = torch.randn(5, 64, dtype=torch.bfloat16)
-    assert layer.base_layer.compute_dtype is None
+    assert layer.compute_dtype is None
     first, second = layer(x), layer(x)
-    assert layer.base_layer.compute_dtype == torch.bfloat16
+    assert layer.compute_dtype == torch.bfloat16
+    assert layer(x.float()).dtype == torch.float32
+    assert layer.compute_dtype == torch.bfloat16
     assert_close(first, second, torch.bfloat16)
 
 
@@ -158,8 +168,8 @@ def test_codes_may_be_stored_in_another_dtype() -> None:
     """As sharding wants it."""
     model, layer = adapted(four_bits(quant_storage=torch.bfloat16))
     x = torch.randn(5, 64)
-    assert_close(layer(x), layer.base_layer(x) + x @ layer.delta_weight({"default": 1.0}).T, torch.float32)
-    assert layer.delta_weight({"default": 1.0}).dtype == torch.float32
+    assert_close(layer(x), plain(layer)(x) + x @ update_of(layer).T, torch.float32)
+    assert update_of(layer).dtype == torch.float32
     randlora.merge(model)
     assert model[0].weight.dtype == model[0].weight.quant_storage == torch.bfloat16
     assert model(x).dtype == torch.float32
@@ -186,6 +196,7 @@ def _dense() -> list[torch.Size]:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own affair
+@compiles_codes
 def test_compiled_nothing_as_large_as_the_weight_is_kept_either() -> None:
     model, _ = adapted(four_bits(256, 192), r=7)
     compiled: Any = torch.compile(model, backend="aot_eager_decomp_partition")
@@ -204,10 +215,10 @@ def test_compiled_nothing_as_large_as_the_weight_is_kept_either() -> None:
 
 def test_a_forward_that_somebody_put_in_its_place_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     model, layer = adapted(four_bits())
-    plain: Any = Linear4bit.forward
-    monkeypatch.setattr(Linear4bit, "forward", lambda *args: 2 * plain(*args))
+    own: Any = Linear4bit.forward
+    monkeypatch.setattr(Linear4bit, "forward", lambda *args: 2 * own(*args))
     x = torch.randn(5, 64)
-    assert_close(model(x), layer.base_layer(x) + x @ layer.delta_weight({"default": 1.0}).T, torch.float32)
+    assert_close(model(x), plain(layer)(x) + x @ update_of(layer).T, torch.float32)
 
 
 @pytest.mark.parametrize("quantized", ["requantize", "dequantize"])
@@ -217,17 +228,17 @@ def test_a_weight_that_lost_its_state_to_the_layer_merges_and_comes_back(quantiz
     x = torch.randn(5, 64, requires_grad=True)
     expected = model(x)
     model.load_state_dict(model.state_dict(), assign=True, strict=False)
-    held = layer.weight, layer.base_layer.quant_state
+    held = layer.weight, layer.quant_state
     assert not hasattr(held[0], "quant_state")
     with randlora.merged(model, quantized=quantized):
         model(x)
     assert layer.weight is held[0]
-    assert layer.base_layer.quant_state is held[1]
+    assert layer.quant_state is held[1]
     assert same_bits(model(x), expected)
 
 
 @every_quantized_kind
-def test_a_trained_bias_keeps_its_dtype_where_the_base_layer_runs(kind: LayerKind) -> None:
+def test_a_trained_bias_keeps_its_dtype_where_the_layers_own_forward_runs(kind: LayerKind) -> None:
     """A layer of bitsandbytes alone casts it in place, under the optimizer's feet."""
     base = kind.build(24, 20, True, torch.bfloat16)
     base.bias = nn.Parameter(torch.randn(20))
@@ -238,7 +249,7 @@ def test_a_trained_bias_keeps_its_dtype_where_the_base_layer_runs(kind: LayerKin
     bias = layer.bias.detach().clone()  # which bfloat16 would round
     optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=0.0)
     x = torch.randn(5, 24).bfloat16()
-    expected = x.double() @ (kind.weight(base) + layer.delta_weight({"default": 1.0})).T + bias
+    expected = x.double() @ (kind.weight(base) + update_of(layer)).T + bias
     for is_training in (True, False, True):
         output = model.train(is_training)(x)
         assert (output - expected).abs().max() <= 0.05 * expected.abs().max()  # 8 bits round their inputs too
@@ -246,6 +257,30 @@ def test_a_trained_bias_keeps_its_dtype_where_the_base_layer_runs(kind: LayerKin
         optimizer.step()
         assert layer.bias.grad.dtype == torch.float32
         assert same_bits(layer.bias.detach(), bias)
+
+
+@every_quantized_kind
+def test_a_bias_keeps_its_dtype_while_adapters_are_off_or_merged_too(kind: LayerKind) -> None:
+    """What is evaluated with the base, as a reference, must not round what was trained."""
+    layer: Any = kind.build(24, 20, True, torch.bfloat16)
+    layer.bias = nn.Parameter(torch.randn(20))
+    model, own = nn.Sequential(layer), layer.bias
+    plain_bias = own.detach().clone()
+    randlora.inject(model, r=4, train_also=["0.bias"])
+    fill(model)
+    trained = layer.bias
+    bits, x = trained.detach().clone(), torch.randn(5, 24).bfloat16()
+    with randlora.disabled(model):
+        model(x)
+    with randlora.merged(model):
+        model(x)
+    for is_training in (True, False):
+        model.train(is_training)(x)
+    assert layer.bias is trained
+    assert same_bits(trained.detach(), bits)
+    randlora.eject(model)
+    assert layer.bias is own
+    assert same_bits(own.detach(), plain_bias)
 
 
 @every_quantized_kind
@@ -267,19 +302,20 @@ def test_new_codes_are_held_as_the_old_ones_were(kind: LayerKind) -> None:
 def test_a_second_adapter_does_not_nest(kind: LayerKind) -> None:
     """PEFT's does."""
     model, layer = adapted(kind.build(24, 20, True, torch.float32))
-    base = layer.base_layer
+    base, adapted_class = plain(layer), type(layer)
     randlora.inject(model, r=4, targets="all-linear", name="other", new_bases=True, seed=7)
     fill(model, "other")
     assert model[0] is layer
-    assert layer.base_layer is base
+    assert type(layer) is adapted_class
     randlora.activate(model, {"default": 0.5, "other": 2.0})
     x = torch.randn(3, 24)
-    update = layer.delta_weight({"default": 0.5, "other": 2.0})
+    update = 0.5 * update_of(layer) + 2.0 * update_of(layer, "other")
     assert_close(model(x), base(x) + x @ update.T, torch.float32)
     randlora.remove(model, "other")
-    assert model[0] is layer
+    assert type(layer) is adapted_class
     randlora.eject(model)
-    assert model[0] is base
+    assert model[0] is layer
+    assert type(layer) is type(base)
 
 
 @every_quantized_kind
@@ -305,8 +341,8 @@ def test_an_8_bit_layer_merges_whether_or_not_it_has_run() -> None:
         x = torch.randn(5, 64)
         if has_run:
             model(x)
-        assert (layer.base_layer.state.SCB is not None) == has_run
-        wanted = weight + layer.delta_weight({"default": 1.0})
+        assert (layer.state.SCB is not None) == has_run
+        wanted = weight + update_of(layer)
         randlora.merge(model)
         found = written_out(model[0])
         assert (found - wanted).abs().max() <= 2 * wanted.abs().max() / 127  # rounded twice by half a step

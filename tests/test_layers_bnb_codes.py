@@ -121,7 +121,7 @@ def _ask_anew() -> object:
 @pytest.mark.parametrize(
     ("found", "said"),
     [
-        ("0.45.5", r"needs bitsandbytes 0\.46 or newer, found 0\.45\.5: pip install --upgrade \"randlora\[bnb\]\""),
+        ("0.45.5", r"needs bitsandbytes 0\.50 or newer, found 0\.45\.5: pip install --upgrade \"randlora\[bnb\]\""),
         (None, r"needs bitsandbytes, which is not installed: pip install \"randlora\[bnb\]\""),
     ],
 )

@@ -6,174 +6,245 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import randlora
-from randlora.layers import bnb_codes
+from randlora.layers import bnb_codes, in_place
+from randlora.layers.bnb import MAY_REPACK
 from tests.codes import written_out
-from tests.laws import assert_close, same_bits
+from tests.laws import adapter_layer, assert_close, fill, plain, same_bits, update_of
 from tests.quantized import needs_repacking
 from tests.test_layers_bnb import adapted, four_bits
 
+pytestmark = needs_repacking
 
-@needs_repacking
-@pytest.mark.parametrize("nested", [True, False], ids=["double", "single"])
-def test_gradients_pass_a_layer_that_an_evaluation_repacked(nested: bool) -> None:
+every_nesting = pytest.mark.parametrize("nested", [True, False], ids=["double", "single"])
+
+
+def repack(layer: Any) -> None:
+    """Let bitsandbytes repack a layer's codes, as a forward pass of it alone or a state dict may bring them."""
+    twin: Any = plain(layer).eval()
+    twin.__dict__[MAY_REPACK] = True
+    with torch.no_grad():
+        twin(torch.randn(5, layer.in_features))
+    layer.weight, layer.quant_state = twin.weight, twin.weight.quant_state
+    assert layer.weight.quant_state.packing_format_for_cpu
+
+
+def turn(layer: Any) -> None:
+    """Leave the scales as bitsandbytes leaves them when it saves what it had repacked."""
+    repack(layer)
+    nn.Linear.eval(layer)
+    layer.state_dict()
+    if layer.weight.quant_state.absmax.ndim == 1:
+        pytest.skip("this bitsandbytes turns them back")
+
+
+def held(layer: Any) -> list[object]:
+    """Return what a layer's codes are, and copies of what they hold."""
+    weight, state = layer.weight, layer.weight.quant_state
+    return [weight, state, state.packing_format_for_cpu, weight.data.clone(), state.absmax.clone()]
+
+
+def assert_held(layer: Any, before: list[object]) -> None:
+    for found, expected in zip(held(layer), before, strict=True):
+        assert same_bits(found, expected) if type(found) is Tensor else found is expected  # type: ignore[arg-type]
+
+
+def input_gradient(layer: nn.Module, x: Tensor) -> Tensor:
+    return torch.autograd.grad(layer(x).square().sum(), x)[0]
+
+
+@every_nesting
+def test_codes_are_put_in_order_when_the_adapter_comes_and_kept_so(nested: bool) -> None:
+    layer = four_bits(compress_statistics=nested)
+    wanted = written_out(layer)
+    layer.eval()(torch.randn(5, 64))
+    assert layer.weight.quant_state.packing_format_for_cpu
+    model, layer = adapted(layer)
+    assert not layer.weight.quant_state.packing_format_for_cpu
+    assert layer.weight.quant_state.nested == nested
+    torch.testing.assert_close(written_out(layer), wanted, rtol=0.01, atol=0)
+    before = held(layer)
+    for is_training in (False, True, False):
+        model.train(is_training)(torch.randn(5, 64))
+        assert_held(layer, before)
+
+
+@pytest.mark.parametrize("is_allowed", [True, False])
+@pytest.mark.parametrize("ending", [randlora.eject, randlora.merge])
+def test_bitsandbytes_may_repack_again_once_the_adapters_are_gone(
+    ending: Callable[[Any], Any], is_allowed: bool
+) -> None:
+    base = four_bits()
+    base.__dict__[MAY_REPACK] = is_allowed
+    model, layer = adapted(base)
+    assert not vars(layer)[MAY_REPACK]
+    with randlora.merged(model, quantized="dequantize"):
+        assert MAY_REPACK not in vars(layer)
+    assert not vars(layer)[MAY_REPACK]
+    ending(model)
+    assert vars(layer)[MAY_REPACK] == is_allowed
+
+
+def test_what_was_prepared_while_it_is_adapted_stays_prepared() -> None:
+    model, layer = adapted(four_bits())
+    randlora.prepare_quantized(model)
+    randlora.eject(model)
+    assert not vars(layer)[MAY_REPACK]
+
+
+@every_nesting
+def test_gradients_pass_codes_that_are_repacked_all_the_same(nested: bool) -> None:
     """A layer of bitsandbytes alone leads none, and torch warns of it."""
     model, layer = adapted(four_bits(bias=False, compress_statistics=nested))
     x = torch.randn(5, 64, requires_grad=True)
-    wanted = torch.autograd.grad(model(x).square().sum(), x)[0]
-    model.eval()
-    model(x.detach())
-    model.train()
-    assert layer.weight.quant_state.packing_format_for_cpu
+    wanted = input_gradient(model, x)
+    repack(layer)
+    before = held(layer)
     with pytest.warns(UserWarning, match="autograd kernel was not registered"):
-        layer.base_layer(x).sum().backward()
+        plain(layer)(x).sum().backward()
     assert x.grad is None
     for is_training in (True, False):
-        found = torch.autograd.grad(model.train(is_training)(x).square().sum(), x)[0]
-        assert_close(found, wanted, torch.bfloat16)  # the scales are rounded to it
+        assert_close(input_gradient(model.train(is_training), x), wanted, torch.bfloat16)  # the scales are rounded
+    assert_held(layer, before)
 
 
-@needs_repacking
-@pytest.mark.parametrize("nested", [True, False], ids=["double", "single"])
+@every_nesting
 @pytest.mark.parametrize("quantized", ["requantize", "dequantize"])
-def test_a_layer_that_an_evaluation_repacked_merges(nested: bool, quantized: Any) -> None:
+def test_a_repacked_layer_merges_and_comes_back(nested: bool, quantized: Any) -> None:
     model, layer = adapted(four_bits(compress_statistics=nested))
     x = torch.randn(5, 64)
-    wanted = layer.base_layer(x) + x @ layer.delta_weight({"default": 1.0}).T
-    model.eval()(x)
-    packed, state = layer.weight.data.clone(), layer.weight.quant_state
-    with randlora.merged(model, quantized=quantized) as report:
+    wanted = plain(layer)(x) + x @ update_of(layer).T
+    repack(layer)
+    before = held(layer)
+    with randlora.merged(model.eval(), quantized=quantized) as report:
         found = model(x)
-    assert report is not None
-    allowed = 64 * x.abs().max() * report.errors["0"].step if quantized == "requantize" else 0.02
+    allowed = 64 * x.abs().max() * report.rounding["0"].step if quantized == "requantize" else 0.02
     assert (found - wanted).abs().max() <= allowed
-    assert same_bits(layer.weight.data, packed)
-    assert layer.weight.quant_state is state
+    assert_held(layer, before)
     randlora.merge(model)
     assert model[0].weight.quant_state.nested == nested
 
 
-@needs_repacking
 def test_scales_that_a_state_dict_left_turned_are_read_right() -> None:
-    model, layer = adapted(four_bits(compress_statistics=False))
-    wanted = bnb_codes.write_out_4bit(layer.weight.data, layer.weight.quant_state)
-    model.eval()(torch.randn(5, 64))
-    model.state_dict()
-    state = layer.weight.quant_state
-    if state.absmax.ndim == 1:
-        pytest.skip("this bitsandbytes turns them back")
-    found = bnb_codes.write_out_4bit(layer.weight.data, state)
-    torch.testing.assert_close(found, wanted, rtol=2**-8, atol=0)  # the scales were rounded to bfloat16
+    _, layer = adapted(four_bits(compress_statistics=False))
+    wanted = written_out(layer)
+    turn(layer)
+    found = bnb_codes.write_out_4bit(layer.weight.data, layer.weight.quant_state)
+    torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=0)  # the scales were rounded to bfloat16
 
 
-@needs_repacking
-def test_scales_that_a_state_dict_left_turned_are_turned_back_before_the_layer_runs() -> None:
+def test_a_layer_computes_right_with_scales_that_a_state_dict_left_turned() -> None:
     """A layer of bitsandbytes alone misreads them."""
     model, layer = adapted(four_bits(256, bias=False, compress_statistics=False))
     x = torch.randn(5, 256)
-    expected, fresh = model(x), layer.base_layer(x)
+    expected, base = model(x), plain(layer)(x)
+    turn(layer)
+    before = held(layer)
     for is_training in (True, False):
-        with torch.no_grad():
-            model.eval()(x)
-        model.state_dict()
-        if layer.weight.quant_state.absmax.ndim == 1:
-            pytest.skip("this bitsandbytes turns them back")
         assert_close(model.train(is_training)(x), expected, torch.bfloat16)
         with randlora.disabled(model):
-            assert_close(model(x), fresh, torch.bfloat16)
+            assert_close(model(x), base, torch.bfloat16)
+    assert_held(layer, before)
 
 
-@needs_repacking
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
 def test_new_codes_of_a_repacked_layer_are_stored_as_its_own_were(storage: torch.dtype) -> None:
     model, layer = adapted(four_bits(quant_storage=storage))
-    model.eval()(torch.randn(5, 64))
-    assert layer.weight.quant_state.packing_format_for_cpu
+    repack(layer)
     randlora.merge(model)
     assert model[0].weight.dtype == storage
 
 
 @pytest.mark.parametrize("is_training", [True, False])
-def test_transforms_pass_a_layer_that_an_evaluation_may_have_repacked(is_training: bool) -> None:
+def test_transforms_pass_a_layer_that_is_repacked(is_training: bool) -> None:
     """A layer of bitsandbytes alone passes no gradient transform."""
-    model, _ = adapted(four_bits(bias=False))
+    model, layer = adapted(four_bits(bias=False))
     x = torch.randn(5, 64, requires_grad=True)
-    wanted = torch.autograd.grad(model(x).square().sum(), x)[0]
-    model.eval()(x.detach())
+    wanted = input_gradient(model, x)
+    repack(layer)
     model.train(is_training)
     found = torch.func.grad(lambda x: model(x).square().sum())(x.detach())
     assert_close(found, wanted, torch.bfloat16)
     assert_close(torch.func.vmap(model)(x.detach()), model(x), torch.float32)
 
 
-def _with_dropout(model: Any) -> None:
-    model[0].adapters["default"].config = replace(model[0].adapters["default"].config, dropout=1e-9)
+def _with_dropout(layer: Any) -> None:
+    adapter = adapter_layer(layer).adapters["default"]
+    adapter.config = replace(adapter.config, dropout=1e-9)
 
 
-def _with_hook(model: Any) -> None:
-    model[0].base_layer.register_forward_hook(lambda _module, _args, output: output)
+def _with_hook(layer: Any) -> None:
+    layer.register_forward_hook(lambda _module, _args, output: output)
 
 
-@needs_repacking
-@pytest.mark.parametrize("nested", [True, False], ids=["double", "single"])
-@pytest.mark.parametrize("change", [_with_dropout, _with_hook])
+def _with_a_forward_of_its_own(layer: Any) -> None:
+    own = layer.randlora_base
+    layer.__class__ = own
+    subclass = type("Own", (own,), {"forward": lambda self, x: own.forward(self, 2 * x)})
+    layer.__class__ = in_place.adapted_class(subclass, (), True)
+
+
+@every_nesting
+@pytest.mark.parametrize("change", [_with_dropout, _with_hook, _with_a_forward_of_its_own])
 def test_gradients_pass_a_repacked_layer_whose_own_forward_runs(change: Callable[[Any], None], nested: bool) -> None:
-    model, _ = adapted(four_bits(bias=False, compress_statistics=nested))
-    change(model)
+    model, layer = adapted(four_bits(bias=False, compress_statistics=nested))
+    change(layer)
     x = torch.randn(5, 64, requires_grad=True)
-    wanted = torch.autograd.grad(model(x).square().sum(), x)[0]
+    wanted = input_gradient(model, x)
+    repack(layer)
+    before = held(layer)
     for is_training in (True, False):
-        model.eval()(x.detach())
-        found = torch.autograd.grad(model.train(is_training)(x).square().sum(), x)[0]
-        assert_close(found, wanted, torch.bfloat16)
+        assert_close(input_gradient(model.train(is_training), x), wanted, torch.bfloat16)
+    assert_held(layer, before)
 
 
-@needs_repacking
+def test_a_bias_trained_beside_repacked_codes_gets_its_gradient_and_keeps_its_dtype() -> None:
+    base = four_bits(compute_dtype=torch.bfloat16)
+    base.bias = nn.Parameter(torch.randn(96))
+    model = nn.Sequential(base)
+    randlora.inject(model, r=4, train_also=["0.bias"], dropout=1e-9)
+    fill(model)
+    layer: Any = model[0]
+    x = torch.randn(5, 64).bfloat16()
+    wanted = torch.autograd.grad(model(x).float().square().sum(), layer.bias)[0]
+    repack(layer)
+    found = torch.autograd.grad(model(x).float().square().sum(), layer.bias)[0]
+    assert found.dtype == layer.bias.dtype == torch.float32
+    assert_close(found, wanted, torch.bfloat16)
+
+
 @pytest.mark.parametrize("in_features", [64, 128])
-def test_an_evaluation_before_backward_changes_no_gradient(in_features: int) -> None:
-    """It repacks the codes that backward reads; a layer of bitsandbytes alone gets that wrong."""
-    model, _ = adapted(four_bits(in_features, bias=False))
+def test_codes_repacked_before_backward_change_no_gradient(in_features: int) -> None:
+    """Backward reads the codes again; a layer of bitsandbytes alone gets that wrong."""
+    model, layer = adapted(four_bits(in_features, bias=False))
     x = torch.randn(5, in_features, requires_grad=True)
-    wanted = torch.autograd.grad(model(x).square().sum(), x)[0]
+    wanted = input_gradient(model, x)
     loss = model(x).square().sum()
+    layer.__dict__[MAY_REPACK] = True
     with torch.no_grad():
         model.eval()(torch.randn(3, in_features))
+    assert layer.weight.quant_state.packing_format_for_cpu
     assert same_bits(torch.autograd.grad(loss, x)[0], wanted)
 
 
-@needs_repacking
-@pytest.mark.parametrize("nested", [True, False], ids=["double", "single"])
-def test_training_puts_codes_back_in_order(nested: bool) -> None:
-    model, layer = adapted(four_bits(128, compress_statistics=nested))
-    codes, wanted = layer.weight.data.clone(), written_out(layer.base_layer)
-    model.eval()(torch.randn(5, 128))
-    model.train()(torch.randn(5, 128))
-    assert same_bits(layer.weight.data, codes)
-    assert layer.weight.quant_state.nested == nested
-    torch.testing.assert_close(written_out(layer.base_layer), wanted, rtol=0.01, atol=0)
-
-
-@needs_repacking
-def test_evaluation_leaves_codes_repacked() -> None:
+def test_evaluation_leaves_repacked_codes_as_they_are() -> None:
     model, layer = adapted(four_bits())
-    model.eval()
-    for _ in range(2):
-        model(torch.randn(5, 64))
-        assert layer.weight.quant_state.packing_format_for_cpu
-    seen = layer.weight.data
-    model(torch.randn(5, 64))
-    assert layer.weight.data_ptr() == seen.data_ptr()
+    repack(layer)
+    before = held(layer)
+    with torch.no_grad():
+        model.eval()(torch.randn(5, 64))
+    assert_held(layer, before)
 
 
-@needs_repacking
 def test_codes_put_in_order_in_inference_mode_can_be_trained_on() -> None:
-    model, layer = adapted(four_bits(bias=False))
-    x = torch.randn(5, 64, requires_grad=True)
-    model.eval()(x.detach())
+    layer = four_bits(bias=False)
+    layer.eval()(torch.randn(5, 64))
     with torch.inference_mode():
-        model.train()(x.detach())
+        model, layer = adapted(layer)
     assert not layer.weight.data.is_inference()
     assert not layer.weight.quant_state.absmax.is_inference()
-    layer.base_layer(model(x)[:, :64]).sum().backward()
-    assert x.grad is not None
+    x = torch.randn(5, 64, requires_grad=True)
+    input_gradient(model.train(), x)
+    input_gradient(plain(layer), x)

@@ -1,17 +1,23 @@
 """Merging into quantized layers: the sum is right, the rounding is reported, and every byte comes back."""
 
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import randlora
-from randlora import AdapterLayer, ConfigError, MergeError
+from randlora.errors import ConfigError, MergeError
 from randlora.layers.folding import Quantized
-from tests.laws import Snapshot, assert_close, fill, same_bits, untouched
+from tests.laws import Snapshot, assert_close, fill, plain, same_bits, untouched, update_of
 from tests.layer_kinds import LAYER_KINDS, LayerKind, every_quantized_kind, every_quantized_kind_and_dtype
 
 sides = st.integers(2, 40).filter(lambda side: side % 16)  # of some such rows, bitsandbytes misreads the codes
@@ -19,7 +25,7 @@ shapes = st.tuples(sides, sides)
 every_way = pytest.mark.parametrize("quantized", ["requantize", "dequantize"])
 
 
-def one_layer(kind: LayerKind, shape: tuple[int, int], dtype: torch.dtype, *, alpha: float = 1.0) -> nn.Sequential:
+def one_layer(kind: LayerKind, shape: tuple[int, int], dtype: torch.dtype, *, alpha: float = 1.0) -> Any:
     model = nn.Sequential(kind.build(*shape, True, dtype))
     randlora.inject(model, r=3, alpha=alpha, stream="portable")
     fill(model)
@@ -27,14 +33,12 @@ def one_layer(kind: LayerKind, shape: tuple[int, int], dtype: torch.dtype, *, al
 
 
 def update(model: nn.Sequential) -> Tensor:
-    layer = model[0]
-    assert isinstance(layer, AdapterLayer)
-    return layer.delta_weight({"default": 1.0}).detach().double()
+    return update_of(model[0]).detach().double()
 
 
-def base(model: nn.Sequential) -> nn.Module:
-    layer = model[0]
-    return layer.base_layer if isinstance(layer, AdapterLayer) else layer
+def base(model: nn.Sequential) -> Any:
+    """Return the layer as it was before the adapter: a copy."""
+    return plain(model[0])
 
 
 @every_quantized_kind
@@ -45,25 +49,25 @@ def test_a_requantized_weight_is_the_nearest_to_base_and_update(
     """Half a step from the exact sum, or three quarters where the scales are codes themselves."""
     model = one_layer(kind, shape, torch.float32, alpha=alpha)
     exact = kind.weight(base(model)) + update(model)
-    (error,) = randlora.merge(model).errors.values()
+    (loss,) = randlora.merge(model).rounding.values()
     assert getattr(model[0], "quant_state", None) is getattr(model[0].weight, "quant_state", None)
     off = kind.weight(model[0]) - exact
     assert kind.step is not None
     share = 0.75 if kind.name.endswith("double") else 0.5
     assert (off.abs() <= share * kind.step(model[0]) + 1e-5 * exact.abs().max()).all()
-    assert error.largest == pytest.approx(off.abs().max().item(), rel=1e-3, abs=1e-5 * exact.abs().max().item())
-    assert error.step == pytest.approx(kind.step(model[0]).max().item(), rel=1e-5)
-    assert error.largest <= error.step
+    assert loss.largest == pytest.approx(off.abs().max().item(), rel=1e-3, abs=1e-5 * exact.abs().max().item())
+    assert loss.step == pytest.approx(kind.step(model[0]).max().item(), rel=1e-5)
+    assert loss.largest <= loss.step
 
 
 @every_quantized_kind
-def test_the_reported_error_is_relative_to_what_was_merged(kind: LayerKind) -> None:
+def test_the_reported_loss_is_relative_to_what_was_merged(kind: LayerKind) -> None:
     model = one_layer(kind, (24, 20), torch.float32)
     exact, merged_in = kind.weight(base(model)) + update(model), torch.linalg.vector_norm(update(model))
     report = randlora.merge(model)
     off = torch.linalg.vector_norm(kind.weight(model[0]) - exact)
-    assert report.errors["0"].relative == pytest.approx((off / merged_in).item(), rel=1e-3)
-    assert f"rounding took {report.errors['0'].relative:.1%}" in str(report)
+    assert report.rounding["0"].relative == pytest.approx((off / merged_in).item(), rel=1e-3)
+    assert f"rounding took {report.rounding['0'].relative:.1%}" in str(report)
     assert "most in 0, by" in str(report)
 
 
@@ -73,16 +77,19 @@ def test_a_dequantized_layer_is_plain_and_computes_what_the_adapted_one_does(
     kind: LayerKind, dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
     model = one_layer(kind, shape, dtype)
-    exact, bias = kind.weight(base(model)) + update(model), base(model).bias
+    exact, bias, layer = kind.weight(model[0]) + update(model), model[0].bias, model[0]
     x = torch.randn(5, shape[0]).to(dtype)
     expected = model(x)
     report = randlora.merge(model, quantized="dequantize", dtype=dtype)
     linear = model[0]
+    assert linear is layer
     assert type(linear) is nn.Linear
+    assert vars(linear).keys() == vars(nn.Linear(1, 1)).keys()
     assert linear.weight.dtype == dtype
     assert linear.bias is bias
     assert not linear.weight.requires_grad
-    assert report.errors == {}
+    assert report.rounding == {}
+    assert repr(linear) == repr(nn.Linear(*shape))
     assert_close(linear.weight, exact, dtype)
     assert_close(model(x), expected, dtype)
 
@@ -96,10 +103,10 @@ def test_the_update_that_is_merged_is_the_one_that_was_applied(kind: LayerKind, 
     applied = model(identity) - base(model)(identity)
     before = kind.weight(base(model))
     randlora.merge(model, quantized="dequantize", dtype=torch.float32)
-    assert_close(model[0].weight - before, applied.T, torch.float32)  # type: ignore[operator]
+    assert_close(model[0].weight - before, applied.T, torch.float32)
 
 
-def test_a_dequantized_layer_that_never_ran_has_the_dtype_of_norms_else_of_what_else_there_is_else_its_own() -> None:
+def test_a_dequantized_layer_has_the_dtype_of_norms_else_of_what_else_there_is_else_its_own() -> None:
     def merged(*others: nn.Module) -> list[torch.dtype]:
         layers = [kind.build(24, 24, True, torch.bfloat16) for kind in (LAYER_KINDS[2], LAYER_KINDS[-1])]
         model = nn.Sequential(*others, *layers)
@@ -123,40 +130,32 @@ def test_a_dequantized_layer_stays_in_the_mode_of_the_model(is_training: bool) -
 @every_quantized_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
-def test_a_dequantized_layer_takes_the_inputs_that_the_quantized_one_took(
+def test_a_dequantized_layer_takes_the_inputs_that_the_quantized_one_took_from_a_norm(
     kind: LayerKind, dtype: torch.dtype, given: torch.dtype
 ) -> None:
     """A plain layer does not cast them."""
-    model = one_layer(kind, (24, 20), dtype)
+    model = nn.Sequential(nn.LayerNorm(24, dtype=given), kind.build(24, 20, True, dtype))
+    randlora.inject(model, r=3, targets=["1"])
+    fill(model)
     x = torch.randn(5, 24).to(given)
     expected = model(x)
     randlora.merge(model, quantized="dequantize")
-    assert model[0].weight.dtype == given
+    assert model[1].weight.dtype == given
     assert_close(model(x), expected, torch.bfloat16)
 
 
 @every_quantized_kind
-def test_a_dequantized_layer_goes_by_the_last_input_and_not_by_the_first_or_the_norms(kind: LayerKind) -> None:
+def test_the_dtype_of_a_dequantized_layer_is_read_from_the_model_and_not_from_what_it_was_given(
+    kind: LayerKind,
+) -> None:
     model = nn.Sequential(nn.LayerNorm(24), kind.build(24, 20, True, torch.bfloat16))
-    randlora.inject(model, r=3)
-    model[1](torch.randn(5, 24))
-    model[1](torch.randn(5, 24).half())
-    randlora.merge(model, quantized="dequantize")
-    assert model[1].weight.dtype == torch.float16
-
-
-@every_quantized_kind
-@pytest.mark.parametrize("has_run", [False, True], ids=["autocast only", "plain before"])
-def test_autocast_hides_the_dtype_of_inputs_and_leaves_that_of_the_model(kind: LayerKind, has_run: bool) -> None:
-    model = nn.Sequential(nn.Linear(24, 24), kind.build(24, 20, True, torch.bfloat16))
     randlora.inject(model, r=3, targets=["1"])
-    x = torch.randn(5, 24)
-    if has_run:
-        model(x)
+    model[1](torch.randn(5, 24).half())
     with torch.autocast("cpu", torch.bfloat16):
-        model(x)
+        model(torch.randn(5, 24))
     randlora.merge(model, quantized="dequantize")
-    assert model(x).dtype == torch.float32
+    assert model[1].weight.dtype == torch.float32
+    assert model(torch.randn(5, 24)).dtype == torch.float32
 
 
 @every_quantized_kind
@@ -177,20 +176,22 @@ def test_every_byte_and_the_state_of_the_codes_come_back(
 ) -> None:
     model = one_layer(kind, shape, torch.float32)
     x = torch.randn(5, shape[0])
-    expected, before, layer = model(x), Snapshot.of(model), base(model)
-    held = _contents(layer)
+    expected, before, layer = model(x), Snapshot.of(model), model[0]
+    held, attributes = _contents(layer), vars(layer).keys()
     with randlora.merged(model, quantized=quantized):
         model(x)
         saved = model.state_dict()
         assert saved.keys() == before.tensors.keys()
         assert all(same_bits(saved[name], tensor) for name, tensor in before.tensors.items())
     before.assert_equals(Snapshot.of(model))
-    assert base(model) is layer
+    assert model[0] is layer
+    assert vars(layer).keys() == attributes
     assert all(found is kept for found, kept in zip(_contents(layer), held, strict=True))
     assert same_bits(model(x), expected)
-    assert model.eval() is model
+    own = layer.randlora_base
     randlora.eject(model)
     assert model[0] is layer
+    assert type(layer) is own
 
 
 def _contents(layer: Any) -> list[object]:
@@ -220,10 +221,10 @@ def test_a_merge_that_would_not_be_finite_changes_nothing(kind: LayerKind, quant
     fill(model)
     with torch.no_grad():
         model.get_parameter("1.randlora_lambda.default").fill_(float("nan"))
-    held = _contents(model[0].base_layer)
+    held = _contents(model[0])
     with untouched(model), pytest.raises(MergeError, match="merged weight of 1 would not be finite"):
         randlora.merge(model, quantized=quantized)
-    assert all(found is kept for found, kept in zip(_contents(model[0].base_layer), held, strict=True))
+    assert all(found is kept for found, kept in zip(_contents(model[0]), held, strict=True))
 
 
 def test_an_overflow_of_a_dequantized_dtype_is_refused() -> None:
@@ -232,12 +233,9 @@ def test_an_overflow_of_a_dequantized_dtype_is_refused() -> None:
         randlora.merge(model, quantized="dequantize", dtype=torch.float16)
 
 
-def _hook(layer: nn.Module) -> None:
-    layer.register_forward_hook(lambda _module, _args, output: output)
-
-
 def _own_forward(layer: nn.Module) -> None:
-    layer.__dict__["forward"] = layer.forward  # accelerate's way
+    plain_forward = layer.forward
+    layer.__dict__["forward"] = lambda x: 3 * plain_forward(x)
 
 
 def _own_class(layer: nn.Module) -> None:
@@ -245,19 +243,45 @@ def _own_class(layer: nn.Module) -> None:
     layer.__class__ = type("Own", (parent,), {"forward": lambda self, x: 3 * parent.forward(self, x)})
 
 
-@pytest.mark.parametrize("change", [_hook, _own_forward, _own_class])
+@pytest.mark.parametrize("change", [_own_forward, _own_class])
 @every_quantized_kind
-def test_a_layer_that_does_more_is_requantized_but_not_replaced(kind: LayerKind, change: Any) -> None:
-    model = one_layer(kind, (24, 20), torch.float32)
-    layer = base(model)
+def test_a_layer_that_does_more_is_requantized_but_not_made_plain(kind: LayerKind, change: Any) -> None:
+    layer = kind.build(24, 20, True, torch.float32)
     change(layer)
-    with (
-        untouched(model),
-        pytest.raises(MergeError, match=r"0 has hooks or a forward .* quantized='requantize'"),
-    ):
+    model, own = nn.Sequential(layer), type(layer)
+    randlora.inject(model, r=3)
+    fill(model)
+    said = r"0 has a forward of its own, .* quantized='requantize'"
+    with untouched(model), pytest.raises(MergeError, match=said):
         randlora.merge(model, quantized="dequantize")
     randlora.merge(model)
     assert model[0] is layer
+    assert type(layer) is own
+
+
+@every_way
+@every_quantized_kind
+def test_hooks_outlive_both_ways_of_merging(kind: LayerKind, quantized: Quantized) -> None:
+    model = one_layer(kind, (24, 20), torch.float32)
+    seen: list[nn.Module] = []
+    model[0].register_forward_hook(lambda module, _args, _output: seen.append(module))
+    with randlora.merged(model, quantized=quantized):
+        model(torch.randn(5, 24))
+    model(torch.randn(5, 24))
+    randlora.merge(model, quantized=quantized)
+    model(torch.randn(5, 24))
+    assert seen == [model[0]] * 3
+
+
+@every_quantized_kind
+def test_a_layer_whose_class_changed_since_is_not_made_plain_even_for_a_while(kind: LayerKind) -> None:
+    model = one_layer(kind, (24, 20), torch.float32)
+    parametrize.register_parametrization(model[0], "bias", nn.Identity())
+    changed = type(model[0])
+    said = r"0 became a Parametrized\w+ after it was adapted"
+    with untouched(model), pytest.raises(MergeError, match=said):
+        randlora.merge(model, quantized="dequantize", reversible=True)
+    assert type(model[0]) is changed
 
 
 @every_way
@@ -265,9 +289,60 @@ def test_a_layer_that_does_more_is_requantized_but_not_replaced(kind: LayerKind,
 def test_a_layer_that_was_put_in_after_the_adapter_is_not_merged_into(kind: LayerKind, quantized: Quantized) -> None:
     """As ``model.dequantize()`` of transformers does, for one."""
     model = one_layer(kind, (24, 20), torch.float32)
-    model[0].base_layer = nn.Linear(24, 20)
-    with untouched(model), pytest.raises(MergeError, match=r"0 holds a Linear that was put in after .* eject it"):
+    model[0] = nn.Linear(24, 20)
+    said = r"0 carries adapter 'default' no longer: another module was put in its place"
+    with untouched(model), pytest.raises(MergeError, match=said):
         randlora.merge(model, quantized=quantized)
+
+
+@every_way
+@every_quantized_kind
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_while_merged_is_merged_and_unmerges_to_the_same_codes(
+    kind: LayerKind, quantized: Quantized, copied: Callable[[nn.Module], Any]
+) -> None:
+    model = one_layer(kind, (24, 20), torch.float32)
+    x = torch.randn(5, 24)
+    expected, saved = model(x), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with randlora.merged(model, quantized=quantized) as report:
+        twin, merged = copied(model), model(x)
+    assert same_bits(twin(x), merged)
+    with randlora.merged(twin) as found:
+        assert found == report
+    assert randlora.adapters(twin)[0].is_merged
+    randlora.unmerge(twin)
+    assert not randlora.adapters(twin)[0].is_merged
+    assert same_bits(twin(x), expected)
+    found_state = twin.state_dict()
+    assert all(same_bits(found_state[name], tensor) for name, tensor in saved.items())
+    assert twin[0] is not model[0]
+    assert twin[0].weight.data_ptr() != model[0].weight.data_ptr()
+    randlora.eject(twin)
+    assert type(twin[0]) is model[0].randlora_base
+
+
+@every_way
+@every_quantized_kind
+def test_a_bias_trained_beside_is_saved_as_it_is_while_a_plain_layer_has_it_rounded(
+    kind: LayerKind, quantized: Quantized, tmp_path: Path
+) -> None:
+    model = nn.Sequential(kind.build(24, 20, True, torch.float32))
+    randlora.inject(model, r=3, train_also=["0.bias"])
+    fill(model)
+    bias = model[0].bias
+    randlora.save(model, tmp_path / "before")
+    options: Any = {"dtype": torch.bfloat16} if quantized == "dequantize" else {}
+    with randlora.merged(model, quantized=quantized, **options):
+        model(torch.randn(5, 24).bfloat16())
+        randlora.save(model, tmp_path / "while")
+        assert model[0].bias.dtype == (torch.bfloat16 if options else torch.float32)
+    assert model[0].bias is bias
+    randlora.save(model, tmp_path / "after")
+    names = "before", "while", "after"
+    before, *others = (load_file(tmp_path / name / "adapter_model.safetensors") for name in names)
+    for other in others:
+        assert other.keys() == before.keys()
+        assert all(same_bits(other[name], tensor) for name, tensor in before.items())
 
 
 @every_quantized_kind
@@ -293,9 +368,9 @@ def test_merging_nothing_leaves_every_code(kind: LayerKind) -> None:
     fill(model)
     with torch.no_grad():
         model.get_parameter("0.randlora_lambda.default").zero_()
-    layer = model[0].base_layer
+    layer = model[0]
     held = _contents(layer)
     report = randlora.merge(model)
     assert model[0] is layer
     assert all(found is kept for found, kept in zip(_contents(layer), held, strict=True))
-    assert list(report.errors) == ["1"]
+    assert list(report.rounding) == ["1"]

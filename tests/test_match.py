@@ -1,5 +1,6 @@
 """Patterns over names: a regex matches the whole, a list whole components from the end, a callable what it likes."""
 
+import json
 import re
 
 import pytest
@@ -7,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from randlora.targets.match import has_suffix, matches, matches_name, nearest_names, unmatched
+from randlora.targets.match import (
+    as_list,
+    has_suffix,
+    is_regex_of,
+    matches,
+    matches_name,
+    nearest_names,
+    suggestion,
+    unmatched,
+)
 
 LAYER = nn.Linear(1, 1)
 components = st.lists(st.sampled_from(["q", "proj", "q_proj", "0", "10", "q+"]), min_size=1, max_size=4)
@@ -118,6 +128,55 @@ def test_nearest_names_are_words_for_a_word_and_paths_for_a_path(entry: str, exp
     assert nearest_names(entry, NAMES) == expected
 
 
-def test_nearest_names_are_at_most_five_and_may_be_none() -> None:
+def test_nearest_names_are_at_most_five() -> None:
     assert len(nearest_names("layer.1", [f"layer.{index}" for index in range(20)]).split(", ")) == 5
-    assert nearest_names("layer", []) == "none"
+
+
+paths = components.map(".".join)
+
+
+@given(paths | st.text(max_size=6), st.lists(paths, max_size=8))
+def test_nearest_names_exist_and_are_never_what_was_written(entry: str, fqns: list[str]) -> None:
+    near = nearest_names(entry, fqns)
+    names = near.split(", ") if near else []
+    assert all(any(has_suffix(fqn, name) for fqn in fqns) for name in names)
+    assert entry not in names
+    assert bool(names) == bool(set(fqns) - {entry})
+
+
+def test_names_that_end_with_what_was_written_are_the_nearest() -> None:
+    assert set(nearest_names("q_proj", [*NAMES, "proj_q"]).split(", ")) == {"a.q_proj", "b.q_proj"}
+
+
+def test_where_nothing_is_like_it_the_common_names_are_listed() -> None:
+    assert nearest_names("xyzzy", [*NAMES, "a", "b"], common=NAMES) == "q_proj, v_proj"
+    assert nearest_names("zz.zz", [*NAMES, "a", "b"], common=["b.q_proj"]) == "b.q_proj"
+
+
+@given(st.lists(paths, min_size=1, max_size=4), st.sampled_from(["|", ",", ", ", " "]), st.data())
+def test_names_joined_in_a_string_are_taken_for_a_list_where_all_of_them_are_there(
+    fqns: list[str], separator: str, data: st.DataObject
+) -> None:
+    names = [".".join(fqn.split(".")[-data.draw(st.integers(1, 4)) :]) for fqn in fqns]
+    assert as_list(separator.join(names), fqns) == json.dumps(names)
+    assert as_list(separator.join(name.replace(".", "\\.") for name in names), fqns) == json.dumps(names)
+    assert as_list(separator.join([*names, "unheard-of"]), fqns) is None
+
+
+@pytest.mark.parametrize("regex", ["", "|", ".*", "q_.*", "a."], ids=repr)
+def test_a_regex_that_is_no_name_is_taken_for_no_list(regex: str) -> None:
+    assert as_list(regex, NAMES) is None
+
+
+@pytest.mark.parametrize(("entry", "expected"), [(".*q_proj", True), ("q_proj", False), ("(", False), ("*", False)])
+def test_a_name_that_is_a_regex_of_something_is_told(entry: str, expected: bool) -> None:
+    assert is_regex_of(entry, NAMES) is expected
+
+
+@given(paths | st.text(max_size=6), st.lists(paths, max_size=6))
+def test_a_suggestion_never_is_what_was_written(entry: str, fqns: list[str]) -> None:
+    said = suggestion("targets", entry, fqns)
+    assert repr(entry) not in said
+    near = said.removeprefix("the nearest names are ").split(", ") if said else []
+    assert not {"none", entry} & set(near)
+    assert ("did you mean targets=[" in said) == (as_list(entry, fqns) is not None)

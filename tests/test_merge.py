@@ -7,8 +7,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import randlora
-from randlora import AdapterError, AdapterLayer, MergeError
-from tests.laws import TOKENS, TOLERANCES, Mixed, Snapshot, assert_close, fill, same_bits, untouched
+from randlora.errors import AdapterError, MergeError
+from tests.laws import (
+    TOKENS,
+    TOLERANCES,
+    Mixed,
+    Snapshot,
+    adapted_names,
+    assert_close,
+    fill,
+    same_bits,
+    untouched,
+    update_of,
+)
 from tests.layer_kinds import LAYER_KINDS, LayerKind, every_dense_kind_and_dtype, every_kind_and_dtype
 from tests.strategies import KINDS_AND_STREAMS
 
@@ -24,7 +35,7 @@ def one_layer(kind: LayerKind, shape: tuple[int, int], dtype: torch.dtype, r: in
 
 def assert_within_a_step(kind: LayerKind, model: nn.Sequential, x: Tensor, expected: Tensor) -> None:
     """Compare a merged layer's output; weights that are codes may each be a step off what was merged."""
-    layer = model[0].base_layer if isinstance(model[0], AdapterLayer) else model[0]
+    layer = model[0]
     found, allowed = model(x).double(), x.double().abs() @ kind.step(layer).double().T if kind.step else 0.0
     rounding = TOLERANCES[x.dtype] * max(1.0, expected.abs().max().item())
     assert ((found - expected.double()).abs() <= allowed + rounding).all()
@@ -38,10 +49,10 @@ def test_a_merged_layer_computes_what_the_adapted_one_does(
     model = one_layer(kind, shape, dtype, r)
     x = torch.randn(5, shape[0]).to(dtype)
     expected = model(x)
-    assert isinstance(model[0], AdapterLayer)
-    base = model[0].base_layer
+    layer = model[0]
     randlora.merge(model)
-    assert model[0] is base
+    assert model[0] is layer
+    assert adapted_names(model) == set()
     assert_within_a_step(kind, model, x, expected)
 
 
@@ -49,9 +60,8 @@ def test_a_merged_layer_computes_what_the_adapted_one_does(
 def test_a_merged_weight_is_the_exact_sum_rounded_once(kind: LayerKind, dtype: torch.dtype) -> None:
     model = one_layer(kind, (9, 14), dtype)
     layer = model[0]
-    assert isinstance(layer, AdapterLayer)
     wide = torch.promote_types(dtype, torch.float32)
-    expected = (kind.weight(layer.base_layer).to(wide) + layer.delta_weight({"default": 1.0})).to(dtype)
+    expected = (kind.weight(layer).to(wide) + update_of(layer)).to(dtype)
     randlora.merge(model)
     assert same_bits(kind.weight(model[0]), expected)
 
@@ -77,7 +87,7 @@ def test_every_kind_of_basis_merges(basis: str, stream: str) -> None:
     expected = model(TOKENS)
     report = randlora.merge(model)
     assert report.targets == ("q", "up", "down")
-    assert not any(isinstance(module, AdapterLayer) for module in model.modules())
+    assert adapted_names(model) == set()
     assert_close(model(TOKENS), expected, torch.float64)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -90,10 +100,10 @@ def test_several_adapters_are_summed_before_the_one_rounding() -> None:
     fill(model, "b", seed=1)
     randlora.activate(model, {"default": 0.7, "b": -0.3})
     delta = 0.7 * randlora.delta_weight(model, "q", name="default") - 0.3 * randlora.delta_weight(model, "q", name="b")
-    expected = (model.get_parameter("q.base_layer.weight").float() + delta).to(torch.bfloat16)
-    report = randlora.merge(model, keep=True)
+    expected = (model.get_parameter("q.weight").float() + delta).to(torch.bfloat16)
+    report = randlora.merge(model, reversible=True)
     assert report.adapters == {"default": 0.7, "b": -0.3}
-    torch.testing.assert_close(model.get_parameter("q.base_layer.weight"), expected, rtol=2**-8, atol=0)
+    torch.testing.assert_close(model.get_parameter("q.weight"), expected, rtol=2**-8, atol=0)
 
 
 def test_what_was_trained_beside_an_adapter_stays_when_it_is_merged() -> None:
@@ -111,14 +121,22 @@ def test_merged_nests_and_leaves_the_state_it_found() -> None:
     randlora.inject(model, r=4)
     fill(model)
     with randlora.merged(model) as outer:
-        assert outer is not None
         with randlora.merged(model) as inner:
-            assert inner is None
-        assert randlora.state.attached_state(model).is_merged  # type: ignore[union-attr]
-    randlora.merge(model, keep=True)
-    with randlora.merged(model):
-        pass
+            assert inner is outer
+        assert randlora.adapters(model)[0].is_merged
+    assert not randlora.adapters(model)[0].is_merged
+    report = randlora.merge(model, reversible=True)
+    with randlora.merged(model) as inner:
+        assert inner is report
     assert randlora.unmerge(model) == ("q", "up", "down")
+
+
+def test_an_adapter_that_was_inactive_is_not_merged() -> None:
+    model = Mixed()
+    randlora.inject(model, r=4)
+    randlora.inject(model, r=4, name="b")
+    with randlora.merged(model):
+        assert {info.name: info.is_merged for info in randlora.adapters(model)} == {"default": True, "b": False}
 
 
 def test_merged_unmerges_when_what_is_inside_raises() -> None:
@@ -142,11 +160,11 @@ def test_a_merged_model_follows_a_change_of_dtype_when_unmerged() -> None:
     model = Mixed()
     randlora.inject(model, r=4)
     fill(model)
-    original = model.get_parameter("q.base_layer.weight").detach().clone()
-    randlora.merge(model, keep=True)
+    original = model.get_parameter("q.weight").detach().clone()
+    randlora.merge(model, reversible=True)
     model.to(torch.bfloat16)
     randlora.unmerge(model)
-    assert same_bits(model.get_parameter("q.base_layer.weight"), original.to(torch.bfloat16))
+    assert same_bits(model.get_parameter("q.weight"), original.to(torch.bfloat16))
 
 
 def _poison(model: Mixed, value: float) -> None:
@@ -154,16 +172,16 @@ def _poison(model: Mixed, value: float) -> None:
         model.get_parameter("down.randlora_lambda.default").fill_(value)
 
 
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("reversible", [True, False])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_merge_that_would_not_be_finite_changes_nothing(keep: bool, value: float) -> None:
+def test_a_merge_that_would_not_be_finite_changes_nothing(reversible: bool, value: float) -> None:
     """PEFT's safe_merge leaves the layers before the bad one merged."""
     model = Mixed()
     randlora.inject(model, r=4)
     fill(model)
     _poison(model, value)
     with untouched(model), pytest.raises(MergeError, match="merged weight of down would not be finite"):
-        randlora.merge(model, keep=keep)
+        randlora.merge(model, reversible=reversible)
 
 
 def test_an_overflow_of_half_precision_is_refused() -> None:
@@ -183,7 +201,7 @@ def _none_active(model: nn.Module) -> None:
 
 
 def _merged(model: nn.Module) -> None:
-    randlora.merge(model, keep=True)
+    randlora.merge(model, reversible=True)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +259,7 @@ def _disable(model: nn.Module) -> None:
 def test_verbs_that_would_go_wrong_while_merged_are_refused(verb: object) -> None:
     model = Mixed()
     randlora.inject(model, r=4)
-    randlora.merge(model, keep=True)
+    randlora.merge(model, reversible=True)
     with untouched(model), pytest.raises(AdapterError, match=r"while the adapters are merged: call randlora\.unmerge"):
         verb(model)  # type: ignore[operator]
 
@@ -288,7 +306,7 @@ def test_a_state_dict_is_not_loaded_while_merged() -> None:
     values = model.state_dict()
     with (
         randlora.merged(model),
-        pytest.raises(MergeError, match=r"load a state dict while .* merged: call randlora\.unmerge"),
+        pytest.raises(MergeError, match=r"load a state dict into q while .* merged: call randlora\.unmerge"),
     ):
         model.load_state_dict(values)
 
@@ -306,7 +324,7 @@ def test_ejecting_inside_merged_ends_well() -> None:
 def test_what_is_unmerged_in_inference_mode_can_be_trained_through() -> None:
     model = Mixed()
     randlora.inject(model, r=4)
-    randlora.merge(model, keep=True)
+    randlora.merge(model, reversible=True)
     model.double()
     with torch.inference_mode():
         randlora.unmerge(model)
@@ -321,3 +339,49 @@ def test_merging_lets_go_of_the_bases_written_out() -> None:
     model(TOKENS)
     with randlora.merged(model):
         assert [basis._copies for basis in randlora.state.adapted_root(model)[1].bank] == [{}]
+
+
+def test_a_graph_made_before_a_merge_keeps_its_gradients() -> None:
+    model = Mixed()
+    randlora.inject(model, r=4)
+    fill(model)
+    x = torch.randn(3, 12, requires_grad=True)
+    (expected,) = torch.autograd.grad(model.q(x).sum(), x)
+    output = model.q(x).sum()
+    with randlora.merged(model):
+        (found,) = torch.autograd.grad(output, x)
+    assert torch.equal(found, expected)
+
+
+def test_a_state_dict_of_a_merged_model_follows_its_dtype_and_keeps_the_parameters_objects() -> None:
+    model = Mixed()
+    randlora.inject(model, r=4)
+    fill(model)
+    randlora.merge(model, reversible=True)
+    model.half()
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float16}
+    assert model.state_dict(keep_vars=True)["q.bias"] is model.q.bias
+
+
+def test_merging_is_refused_where_a_weight_was_tied_after_it_was_adapted() -> None:
+    model = Mixed()
+    randlora.inject(model, r=4, targets=["q"])
+    fill(model)
+    model.norm.weight = nn.Parameter(model.q.weight.data)
+    with untouched(model), pytest.raises(MergeError, match=r"the weight of q is tied to norm\.weight"):
+        randlora.merge(model)
+
+
+class Rectified(nn.Linear):
+    """A layer that is not linear in its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Return the rectified output."""
+        return super().forward(input).relu()
+
+
+def test_merging_into_a_layer_with_a_forward_of_its_own_is_said() -> None:
+    model = nn.Sequential(Rectified(4, 4), nn.Linear(4, 4))
+    randlora.inject(model, r=2)
+    (note,) = randlora.merge(model).notes
+    assert note.startswith("a forward of their own: 0;")

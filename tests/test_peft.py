@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.config import BasisKind
+from randlora.errors import ConfigError
 from tests.models import (
     GPT2,
     LLAMA,
@@ -67,7 +68,7 @@ def their_bases(shapes: Shapes, r: int, basis: BasisKind, seed: int) -> tuple[Te
     return model.base_model.randlora_A["default"].float(), model.base_model.randlora_B["default"].float()
 
 
-def our_bases(shapes: Shapes, r: int, basis: BasisKind, seed: int) -> randlora.Bases:
+def our_bases(shapes: Shapes, r: int, basis: BasisKind, seed: int) -> randlora.bases.basis.Bases:
     spec = randlora.plan(stack(shapes), r, targets="all-linear", basis=basis, seed=seed).spec
     held = randlora.BasisBank().acquire(spec)
     return held.slices(spec.max_dim, spec.min_dim, device="cpu", dtype=torch.float32)
@@ -94,7 +95,7 @@ def test_bases_are_those_of_peft_or_refused_where_peft_divides_by_nothing(
 ) -> None:
     theirs = their_bases(shapes, r, basis, seed)
     if not all(part.isfinite().all() for part in theirs):
-        with pytest.raises(randlora.ConfigError, match="have no spread to be normalized by"):
+        with pytest.raises(ConfigError, match="have no spread to be normalized by"):
             randlora.inject(stack(shapes), r, targets="all-linear", basis=basis, seed=seed)
         return
     ours = our_bases(shapes, r, basis, seed)
@@ -112,7 +113,7 @@ def test_bases_that_peft_draws_as_nan_are_refused(shape: tuple[int, int], basis:
     assert their_bases((shape,), 1, basis, seed)[0].isnan().all()
     model = stack((shape,))
     before = snapshot(model)
-    with pytest.raises(randlora.ConfigError, match="have no spread to be normalized by"):
+    with pytest.raises(ConfigError, match="have no spread to be normalized by"):
         randlora.inject(model, 1, targets="all-linear", basis=basis, seed=seed)
     assert_untouched(model, before)
 

@@ -13,6 +13,7 @@ from torch import nn
 import randlora
 from randlora.checkpoint.layout import CONFIG_FILE, TENSORS_FILE
 from randlora.config import BasisKind, Stream
+from randlora.errors import CheckpointError
 from tests.models import (
     BERT,
     GPT2,
@@ -78,7 +79,7 @@ def test_copies_of_the_bases_that_disagree_are_refused_and_change_nothing(change
     rewrite(tmp_path, lambda key, value: value * (1 + 1e-6) if key == damaged else value)
     model = LLAMA.build()
     before = snapshot(model)
-    with pytest.raises(randlora.CheckpointError, match=f"holds copies of base_model.{changed} that differ"):
+    with pytest.raises(CheckpointError, match=f"holds copies of base_model.{changed} that differ"):
         randlora.load(model, tmp_path)
     assert_untouched(model, before)
 
@@ -115,7 +116,8 @@ def test_a_file_of_peft_loads_onto_a_bfloat16_base(kind: RealModel, tmp_path: Pa
         theirs_delta = theirs.base_model.model.get_submodule(fqn).get_delta_weight("default")
         expected = theirs_delta.T if kind is GPT2 else theirs_delta
         torch.testing.assert_close(randlora.delta_weight(ours, fqn), expected, rtol=1e-4, atol=1e-5)
-    assert_same_effect(ours, theirs, kind, tolerance=5e-2)  # PEFT multiplies in float32 here, and we in bfloat16
+    # PEFT multiplies in float32 here, and we in bfloat16; each is as far as 5e-2 from a model in float32 throughout
+    assert_same_effect(ours, theirs, kind, tolerance=6e-2)
 
 
 def test_adapters_of_any_name_in_peft_load_under_any_name_here(tmp_path: Path) -> None:

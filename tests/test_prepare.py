@@ -13,7 +13,9 @@ import transformers
 from torch import Tensor, nn
 
 import randlora
-from randlora import AdapterError, prepare_quantized
+from randlora import prepare_quantized
+from randlora.errors import AdapterError
+from randlora.model.prepare import PreparationReport
 from tests.laws import TOKENS, Mixed, Snapshot, same_bits
 from tests.models import (
     BERT,
@@ -104,7 +106,7 @@ def test_a_call_without_steps_and_a_model_of_more_bits_are_left_alone(dtype: tor
     report = prepare_quantized(model, **(NOTHING if is_half else only("full_precision")))
     before.assert_equals(Snapshot.of(model))
     assert set(hooks(model).values()) == {(0, 0)}
-    assert report == randlora.PreparationReport()
+    assert report == PreparationReport()
 
 
 def test_a_model_without_quantized_layers_is_prepared_all_the_same() -> None:
@@ -168,7 +170,7 @@ def test_dense_layers_that_are_adapted_are_prepared_too(adapted_first: bool) -> 
         prepare_quantized(model)
     randlora.inject(model, r=4, targets=["q", "down"])
     prepare_quantized(model)
-    assert model.get_parameter("q.base_layer.weight").dtype == torch.float32
+    assert model.get_parameter("q.weight").dtype == torch.float32
     output = model(TOKENS)
     assert output.dtype == torch.float32
     output.square().mean().backward()

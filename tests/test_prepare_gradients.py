@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from randlora import prepare_quantized
 from tests.laws import Mixed
 from tests.models import LLAMA, VIT, RealModel, every_transformers_model, logits
-from tests.prepared import NOTHING, gradient, hooks, only, output_of
+from tests.prepared import NOTHING, checkpoint_activations, gradient, hooks, only, output_of
 from tests.quantized import four_bit_linear, half_precision_model, needs_repacking
 
 
@@ -71,7 +71,7 @@ def test_checkpointing_changes_no_gradient(kind: RealModel, reentrant: bool, tmp
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
     if reentrant:
-        model.activation_checkpointing_enable({"use_reentrant": True})
+        checkpoint_activations(model, is_reentrant=True)
     assert prepare_quantized(model).checkpointing
     assert not prepare_quantized(plain, checkpointing=False).checkpointing
     used = {module._gradient_checkpointing_func.keywords["use_reentrant"] for module in checkpointed(model)}
@@ -89,7 +89,7 @@ def test_reentrant_checkpointing_needs_inputs_that_require_grad(tmp_path: Path) 
     model = half_precision_model(
         VIT, tmp_path
     ).train()  # a model of images, for which transformers does not see to that itself
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    checkpoint_activations(model, is_reentrant=True)
     with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
         lost = trainable_gradients(model, VIT)
     assert [name for name, value in lost.items() if value is not None] == ["vit.layernorm.weight", "vit.layernorm.bias"]

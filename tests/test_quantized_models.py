@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import randlora
+from randlora.errors import MergeError
 from randlora.layers.folding import Quantized
-from randlora.model.install import adapter_layers
+from randlora.targets.walk import Census
 from tests.laws import fill, same_bits
 from tests.models import RealModel, logits, outputs
+from tests.prepared import checkpoint_activations
 from tests.quantized import (
     FP4,
     MODELS,
@@ -138,13 +140,13 @@ def test_checkpointing_gives_the_same_gradients(kind: RealModel, codes: Codes, i
     loss(model, kind).backward()
     expected = [parameter.grad for parameter in randlora.trainable_parameters(model)]
     model.zero_grad()
-    model.activation_checkpointing_enable({"use_reentrant": is_reentrant})
+    checkpoint_activations(model, is_reentrant=is_reentrant)
     model.enable_input_require_grads()
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     loss(model, kind).backward()
     for parameter, gradient in zip(randlora.trainable_parameters(model), expected, strict=True):
         assert parameter.grad is not None
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=3e-6)
 
 
 @every_codes
@@ -153,11 +155,12 @@ def test_a_second_adapter_of_another_kind_stands_beside_the_first(kind: RealMode
     model = adapted(kind, codes)
     first = outputs(model, kind.inputs())
     types = {fqn: type(module) for fqn, module in model.named_modules()}
+    plain_names = quantized_model(kind, codes).state_dict().keys()
     options: dict[str, Any] = {"basis": "block", "seed": 7, "name": "b", "new_bases": True}
     randlora.inject(model, R // 2, targets="all-linear", **options)
     fill(model, "b", seed=1)
     assert {fqn: type(module) for fqn, module in model.named_modules()} == types
-    assert not [key for key in model.state_dict() if "base_layer.base_layer" in key]
+    assert {name for name in model.state_dict() if "randlora_" not in name} == plain_names
     assert same_bits(outputs(model, kind.inputs()), first)
     alone = quantized_model(kind, codes)
     randlora.inject(alone, R // 2, targets="all-linear", **options)
@@ -174,13 +177,17 @@ def test_a_second_adapter_of_another_kind_stands_beside_the_first(kind: RealMode
 def test_switched_off_and_taken_off_the_model_is_as_it_was(kind: RealModel, codes: Codes) -> None:
     model = quantized_model(kind, codes)
     plain, state, modules = outputs(model, kind.inputs()), state_bits(model), dict(model.named_modules())
+    classes = {fqn: type(module) for fqn, module in modules.items()}
     randlora.inject(model, R, targets="all-linear")
     fill(model)
+    assert all(model.get_submodule(fqn) is module for fqn, module in modules.items())
+    assert all(isinstance(model.get_submodule(fqn), kind_of) for fqn, kind_of in classes.items())
     assert not torch.equal(outputs(model, kind.inputs()), plain)
     with randlora.disabled(model):
         assert same_bits(outputs(model, kind.inputs()), plain)
     randlora.eject(model)
     assert {fqn: id(module) for fqn, module in model.named_modules()} == {fqn: id(m) for fqn, m in modules.items()}
+    assert {fqn: type(module) for fqn, module in model.named_modules()} == classes
     assert_same_state(model, state)
     assert same_bits(outputs(model, kind.inputs()), plain)
 
@@ -222,10 +229,11 @@ def test_a_copy_computes_the_same(kind: RealModel, codes: Codes, copied: Callabl
 def test_merging_into_plain_layers_loses_nothing(kind: RealModel, codes: Codes) -> None:
     model = adapted(kind, codes)
     with_adapter = outputs(model, kind.inputs())
-    targets = [fqn for fqn, _ in adapter_layers(model)]
+    layers = {site.fqn: site.owner for site in Census.of(model).adapted}
     report = randlora.merge(model, quantized="dequantize")
-    assert {type(model.get_submodule(fqn)) for fqn in targets} == {nn.Linear}
-    assert report.errors == {}
+    assert all(model.get_submodule(fqn) is layer for fqn, layer in layers.items())
+    assert {type(layer) for layer in layers.values()} == {nn.Linear}
+    assert report.rounding == {}
     assert distance(outputs(model, kind.inputs()), with_adapter) < codes.tolerance
 
 
@@ -233,17 +241,17 @@ def test_merging_into_plain_layers_loses_nothing(kind: RealModel, codes: Codes) 
 @every_model
 def test_merging_into_codes_leaves_layers_of_the_same_kind_within_a_step(kind: RealModel, codes: Codes) -> None:
     model = adapted(kind, codes)
-    layers = {fqn: cast("nn.Linear", layer.base_layer) for fqn, layer in adapter_layers(model)}
+    layers = {site.fqn: cast("nn.Linear", site.owner) for site in Census.of(model).adapted}
     twin = copy.deepcopy(model)
     randlora.merge(twin, quantized="dequantize")
     report = randlora.merge(model)
-    assert report.errors.keys() == layers.keys()
+    assert report.rounding.keys() == layers.keys()
     for fqn, layer in layers.items():
         assert model.get_submodule(fqn) is layer
-        assert report.errors[fqn].largest <= report.errors[fqn].step
+        assert report.rounding[fqn].largest <= report.rounding[fqn].step
         rows = torch.eye(layer.in_features)
         written = model.get_submodule(fqn)(rows) - twin.get_submodule(fqn)(rows)
-        assert written.abs().max() <= 1.01 * report.errors[fqn].step
+        assert written.abs().max() <= 1.01 * report.rounding[fqn].step
     assert model.state_dict().keys() == quantized_model(kind, codes).state_dict().keys()
 
 
@@ -266,7 +274,7 @@ def test_a_bias_trained_beside_the_adapter_outlives_both_ways_of_merging(kind: R
     fqn = next(iter(quantized_layers(quantized_model(kind, codes))))
     model = adapted(kind, codes, train_also=[f"{fqn}.bias"])
     with_adapter = outputs(model, kind.inputs())
-    bias = model.get_parameter(f"{fqn}.base_layer.bias").detach().clone()
+    bias = model.get_parameter(f"{fqn}.bias").detach().clone()
     with randlora.merged(model, quantized="dequantize"):
         assert distance(outputs(model, kind.inputs()), with_adapter) < codes.tolerance
     assert same_bits(outputs(model, kind.inputs()), with_adapter)
@@ -287,21 +295,45 @@ def codes_and_scales(model: nn.Module) -> list[Tensor]:
 @needs_repacking
 @pytest.mark.parametrize("quantized", ["requantize", "dequantize"])
 @pytest.mark.parametrize("codes", [NF4, FP4], ids=lambda codes: codes.name)
-def test_what_bitsandbytes_repacked_is_read_merged_and_given_back(codes: Codes, quantized: Quantized) -> None:
+def test_what_bitsandbytes_repacked_is_put_in_order_merged_and_given_back(codes: Codes, quantized: Quantized) -> None:
     model = quantized_model(LLAMA, codes, repacks=True)
     plain = outputs(model, LLAMA.inputs())
     assert all(layer.weight.quant_state.packing_format_for_cpu for layer in quantized_layers(model).values())
     randlora.inject(model, R, targets="all-linear")
-    assert same_bits(outputs(model, LLAMA.inputs()), plain)
+    assert not any(
+        layer.weight.quant_state.packing_format_for_cpu
+        for layer in quantized_layers(model).values()
+        if hasattr(layer, "randlora")
+    )
+    assert distance(outputs(model, LLAMA.inputs()), plain) < 0.02  # it multiplied in bfloat16
     fill(model)
     held, with_adapter = codes_and_scales(model), outputs(model, LLAMA.inputs())
     assert distance(with_adapter, outputs(adapted(LLAMA, codes), LLAMA.inputs())) < 0.02
     with randlora.merged(model, quantized=quantized):
         merged = outputs(model, LLAMA.inputs())
     if quantized == "dequantize":
-        assert distance(merged, with_adapter) < 0.02  # it multiplies in bfloat16, a plain layer in float32
+        assert distance(merged, with_adapter) < codes.tolerance
     assert all(map(same_bits, codes_and_scales(model), held))
     assert same_bits(outputs(model, LLAMA.inputs()), with_adapter)
+
+
+@pytest.mark.parametrize("is_merged", [False, True], ids=["adapted", "merged"])
+@every_codes
+def test_what_transformers_dequantized_under_the_adapters_is_neither_merged_nor_saved(
+    codes: Codes, is_merged: bool, tmp_path: Path
+) -> None:
+    """It puts other modules in the place of the adapted ones."""
+    model: Any = adapted(LLAMA, codes)
+    if is_merged:
+        randlora.merge(model, reversible=True)
+    model.dequantize()
+    said = r"q_proj carries adapter 'default' no longer: another module was put in its place"
+    with pytest.raises(randlora.RandLoRAError, match=said):
+        randlora.save(model, tmp_path / "adapter")
+    if not is_merged:
+        with pytest.raises(MergeError, match=said):
+            randlora.merge(model)
+    assert not (tmp_path / "adapter").exists()
 
 
 @pytest.mark.parametrize("options", [{"bits": 8}, {}, {"bnb_4bit_compute_dtype": torch.float32}], ids=str)
@@ -328,6 +360,5 @@ def test_only_a_model_left_without_codes_is_told_of_its_config() -> None:
     randlora.inject(model, r=8)
     fill(model)
     with randlora.merged(model, quantized="dequantize") as report:
-        assert report is not None
         assert report.notes == ()
     assert randlora.merge(model).notes == ()

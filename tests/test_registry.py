@@ -6,10 +6,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import randlora
-from randlora import AdapterLayer, TargetError
+from randlora import AdapterLayer
+from randlora.errors import TargetError
 from randlora.layers import registry
 from randlora.layers.conv1d import Conv1DAdapter
 from randlora.layers.linear import LinearAdapter
+from tests.laws import adapter_layer
 
 
 @pytest.fixture
@@ -26,9 +28,9 @@ class Swapped(nn.Linear):
 
 class SwappedAdapter(AdapterLayer):
     @staticmethod
-    def features(base_layer: nn.Module) -> tuple[int, int]:
-        assert isinstance(base_layer, Swapped)
-        return base_layer.in_features, base_layer.out_features
+    def features(owner: nn.Module) -> tuple[int, int]:
+        assert isinstance(owner, Swapped)
+        return owner.in_features, owner.out_features
 
     @staticmethod
     def in_storage_layout(delta: Tensor) -> Tensor:
@@ -59,8 +61,20 @@ def test_registering_by_name_needs_no_import_of_the_type() -> None:
     x = torch.randn(2, 4)
     expected = model(x)
     randlora.inject(model, r=2, targets="all-linear")
-    assert isinstance(model[0], SwappedAdapter)
+    assert isinstance(adapter_layer(model[0]), SwappedAdapter)
     assert torch.equal(model(x), expected)
+
+
+def test_a_kind_without_one_of_its_two_methods_is_refused() -> None:
+    class Half(AdapterLayer):
+        @staticmethod
+        def features(owner: nn.Module) -> tuple[int, int]:
+            assert owner is not None
+            return 1, 1
+
+    with pytest.raises(TypeError, match="Half cannot be registered without in_storage_layout"):
+        randlora.register_layer(Swapped)(Half)
+    assert registry.find_layer(Swapped(2, 2)) is LinearAdapter
 
 
 def test_a_layer_that_is_never_called_is_refused_by_name_and_skipped_by_all_linear() -> None:

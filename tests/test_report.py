@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import randlora
-from randlora.model.install import adapter_layers
 from randlora.report import as_bytes, table
-from tests.laws import Mixed
+from randlora.targets.walk import Census
+from tests.laws import Mixed, diagonals
 from tests.quantized import INT8, MODELS, NF4, Codes, of_4_bits, quantized_model
 from tests.strategies import ranks
 
@@ -21,10 +21,8 @@ def test_figures_are_those_counted_on_the_model(r: int, also: list[str] | None) 
     plain = sum(parameter.numel() for parameter in model.parameters())
     report = randlora.inject(model, r=r, train_also=also, stream="portable")
     trainable = list(randlora.trainable_parameters(model))
-    adapter = [layer for _, layer in adapter_layers(model)]
-    own = sum(
-        p.numel() for layer in adapter for p in (layer.randlora_lambda["default"], layer.randlora_gamma["default"])
-    )
+    adapter = Census.of(model).adapted
+    own = sum(parameter.numel() for site in adapter for parameter in diagonals(site.owner))
     assert report.trainable_parameters == sum(parameter.numel() for parameter in trainable)
     assert report.total_parameters == plain + own
     assert report.share == report.trainable_parameters / report.total_parameters
@@ -85,7 +83,7 @@ def test_the_table_of_a_small_model_reads_so() -> None:
         "    1  12   20  4          3    12         48",
         "    1  20   12  4          3    12         48",
         "trainable 183 of 987 parameters (18.54%)",
-        "3 layers adapted",
+        "3 layers adapted, active, trainable",
         "bases 576 B in memory, checkpoint 732 B",
         "trained beside it: head.weight, head.bias",
         "left out: head (the output head)",

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import randlora
-from randlora import BasisSpec, ConfigError, RandLoRAConfig
+from randlora import BasisSpec, RandLoRAConfig
 from randlora.bases.spec import block_parts, default_blocks, spec_for
+from randlora.errors import ConfigError
 from tests.laws import fill
 from tests.strategies import specs
 

@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 import randlora
-from randlora import AdapterError
+from randlora.errors import AdapterError
 from randlora.state import adapted_root, attached_state, is_adapted
 from tests.laws import TOKENS, Mixed, same_bits
 
@@ -13,7 +13,7 @@ def test_the_state_stays_out_of_the_models_own_books() -> None:
     model = Mixed()
     modules, tensors = set(dict(model.named_modules())), set(model.state_dict())
     randlora.inject(model, r=4, targets=["q"])
-    assert set(dict(model.named_modules())) - modules == {"q.base_layer", "q.randlora_lambda", "q.randlora_gamma"}
+    assert set(dict(model.named_modules())) - modules == {"q.randlora_lambda", "q.randlora_gamma"}
     assert {name for name in model.state_dict() if not name.startswith("q.")} == {n for n in tensors if n[:2] != "q."}
     assert attached_state(model) is not None
 

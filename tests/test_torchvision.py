@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import randlora
+from randlora.errors import TargetError
 from tests.models import TORCHVISION_VIT, assert_untouched, outputs, snapshot, torchvision_vit
 
 INPUTS = TORCHVISION_VIT.inputs()
@@ -37,9 +38,7 @@ def test_all_linear_passes_over_what_attention_reads_and_says_why() -> None:
 def test_asking_for_what_attention_reads_is_refused_and_changes_nothing(targets: randlora.config.Pattern) -> None:
     model = torchvision_vit()
     before = snapshot(model)
-    with pytest.raises(
-        randlora.TargetError, match=r"encoder_layer_1\.self_attention\.out_proj \(.*\) cannot be adapted"
-    ):
+    with pytest.raises(TargetError, match=r"encoder_layer_1\.self_attention\.out_proj \(.*\) cannot be adapted"):
         randlora.inject(model, r=6, targets=targets)
     assert_untouched(model, before)
 

@@ -1,6 +1,5 @@
 """The walker: what it comes past, shared and nested layers, dims, and why some layers cannot be adapted."""
 
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +12,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import randlora
-from randlora.targets.select import Target, find_targets, max_dims, obstacles, used_dims
-from randlora.targets.walk import named_parameters, walk
+from randlora.bases.spec import drawn_dims, sliced_dims
+from randlora.errors import TargetError
+from randlora.targets.select import find_targets, obstacles
+from randlora.targets.site import shapes_of
+from randlora.targets.walk import Census
+from tests.laws import adapter_layer
 from tests.walk_models import LINEAR, Model, found
 
 # Walking
@@ -34,30 +37,31 @@ def build(tree: dict[str, Any] | None) -> nn.Module:
 def test_walking_comes_past_every_module_under_its_name_parents_first(tree: Any) -> None:
     model = build(tree)
     named = [(fqn, module) for fqn, module in model.named_modules() if fqn]
-    visits = list(walk(model))
-    assert [(visit.fqn, visit.module) for visit in visits] == named
-    assert all(getattr(visit.parent, "_modules")[visit.attribute] is visit.module for visit in visits)  # noqa: B009
-    assert all(visit.adapter is None for visit in visits)
+    census = Census.of(model)
+    assert [(visit.fqn, visit.module) for visit in census.visits] == named
+    assert census.adapted == ()
 
 
 @given(trees.filter(bool))
 def test_walking_an_adapted_model_sees_it_as_it_was_before(tree: Any) -> None:
     model = nn.ModuleDict({"top": build(tree), "more": nn.Linear(2, 2), "layer": nn.Linear(2, 2)})
-    before = [(visit.fqn, visit.module) for visit in walk(model)]
-    parameters = [(fqn, id(parameter)) for fqn, _, _, parameter in named_parameters(model)]
+    plain = Census.of(model)
+    before = [(visit.fqn, visit.module) for visit in plain.visits]
+    parameters = [(held.fqn, id(held.parameter)) for held in plain.parameters]
     randlora.inject(model, r=1, targets="all-linear", exclude="layer")
-    visits = list(walk(model))
-    assert [(visit.fqn, visit.module) for visit in visits] == before
-    assert [(fqn, id(parameter)) for fqn, _, _, parameter in named_parameters(model)] == parameters
-    adapted = {visit.fqn for visit in visits if visit.adapter is not None}
-    assert adapted == {fqn for fqn, module in before if isinstance(module, nn.Linear) and fqn != "layer"}
+    census = Census.of(model)
+    assert [(visit.fqn, visit.module) for visit in census.visits] == before
+    assert [(held.fqn, id(held.parameter)) for held in census.parameters] == parameters
+    assert {site.fqn for site in census.adapted} == {
+        fqn for fqn, module in before if isinstance(module, nn.Linear) and fqn != "layer"
+    }
 
 
 def test_own_parameters_come_once_for_every_place() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
     model[1].weight = model[0].bias
     model.register_parameter("scale", nn.Parameter(torch.ones(1)))
-    listed = list(named_parameters(model))
+    listed = Census.of(model).parameters
     assert [fqn for fqn, *_ in listed] == ["scale", "0.weight", "0.bias", "1.weight", "1.bias"]
     assert [fqn for fqn, *_ in listed] == [fqn for fqn, _ in model.named_parameters(remove_duplicate=False)]
     assert all(module._parameters[attribute] is parameter for _, module, attribute, parameter in listed)
@@ -66,31 +70,20 @@ def test_own_parameters_come_once_for_every_place() -> None:
 # Shared and nested layers
 
 
-def test_a_layer_used_in_two_places_is_one_target_with_both() -> None:
+@pytest.mark.parametrize("pattern", [["a"], ["inner.b"], "inner.b", ["a", "b"], None], ids=str)
+def test_a_layer_used_in_two_places_is_found_by_either_name_and_called_by_its_first(pattern: Any) -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "inner": nn.ModuleDict()})
     inner = model["inner"]
     assert isinstance(inner, nn.ModuleDict)
     inner["b"] = model["a"]
-    (target,) = find_targets(model)
-    assert target.fqn == "a"
-    assert target.places == ((model, "a"), (inner, "b"))
-    replacement = nn.Tanh()
-    target.replace(replacement)
-    assert model["a"] is inner["b"] is replacement
+    (site,) = find_targets(model, pattern)
+    assert (site.fqn, site.owner) == ("a", model["a"])
 
 
-@pytest.mark.parametrize("pattern", [["a"], ["b"], "b", ["a", "b"], None], ids=str)
-def test_a_layer_used_in_two_places_is_found_by_either_name_and_called_by_its_first(pattern: Any) -> None:
-    model = nn.ModuleDict({"a": nn.Linear(2, 2)})
-    model["b"] = model["a"]
-    (target,) = find_targets(model, pattern)
-    assert (target.fqn, len(target.places)) == ("a", 2)
-
-
-def test_a_layer_in_a_container_used_in_two_places_hangs_in_one() -> None:
+def test_a_layer_in_a_container_used_in_two_places_is_one_target() -> None:
     block = nn.Sequential(nn.Linear(2, 2))
-    (target,) = find_targets(nn.ModuleDict({"a": block, "b": block}))
-    assert target.places == ((block, "0"),)
+    (site,) = find_targets(nn.ModuleDict({"a": block, "b": block}))
+    assert site.owner is block[0]
 
 
 class Outer(nn.Linear):
@@ -111,21 +104,21 @@ def test_a_target_inside_a_target_is_a_target_of_its_own() -> None:
     assert found(model) == ["outer", "outer.inner"]
     randlora.inject(model, r=1)
     assert found(model) == ["outer", "outer.inner"]
-    assert isinstance(outer.get_submodule("inner"), randlora.AdapterLayer)
+    assert [site.fqn for site in Census.of(model).adapted] == ["outer", "outer.inner"]
     randlora.eject(model)
     assert model["outer"] is outer
-    assert type(outer.get_submodule("inner")) is nn.Linear
+    assert [type(outer), type(outer.get_submodule("inner"))] == [Outer, nn.Linear]
 
 
-def test_the_target_says_which_adapter_layer_is_round_it() -> None:
+def test_a_site_tells_what_adapts_it() -> None:
     model = Model()
     plain = find_targets(model, ["up"])
+    assert [site.adapter_layer for site in plain] == [None, None]
     randlora.inject(model, r=2, targets=["up"])
-    wrapped = find_targets(model, ["up", "proj"])
-    assert [target.adapter for target in plain] == [None, None]
-    assert [target.adapter is not None for target in wrapped] == [False, True, False, True]
-    assert [target.module for target in wrapped if target.adapter] == [target.module for target in plain]
-    assert model.get_submodule("layers.0.up") is wrapped[1].adapter
+    sites = find_targets(model, ["up", "proj"])
+    assert [site.adapter_layer is not None for site in sites] == [False, True, False, True]
+    assert [site.owner for site in sites if site.adapter_layer] == [site.owner for site in plain]
+    assert adapter_layer(model.get_submodule("layers.0.up")) is sites[1].adapter_layer
 
 
 # Dims
@@ -143,21 +136,23 @@ def linear_model(shapes: list[tuple[int, int]], conv1d: bool) -> nn.Module:
 def test_dims_are_those_that_peft_draws_and_those_that_layers_slice(
     shapes: list[tuple[int, int]], conv1d: bool
 ) -> None:
-    targets = find_targets(linear_model(shapes, conv1d))
-    assert [(target.out_features, target.in_features) for target in targets] == shapes
+    sites = find_targets(linear_model(shapes, conv1d))
+    assert [site.shape for site in sites] == shapes
     largest = (0, 0)
     for out, in_ in shapes:  # as PEFT 0.21.2 goes through them
         largest = (max(largest[0], out), max(largest[1], in_))
-    assert max_dims(targets) == (max(largest), min(largest))
-    assert used_dims(targets) == (max(max(shape) for shape in shapes), max(min(shape) for shape in shapes))
-    assert all(drawn >= used for drawn, used in zip(max_dims(targets), used_dims(targets), strict=True))
+    drawn, used = drawn_dims(shapes), sliced_dims(shapes)
+    assert drawn == (max(largest), min(largest))
+    assert used == (max(max(shape) for shape in shapes), max(min(shape) for shape in shapes))
+    assert drawn[0] >= used[0]
+    assert drawn[1] >= used[1]
 
 
 # Obstacles
 
 
 def problems(model: nn.Module, pattern: Any = None) -> list[str]:
-    return obstacles(model, find_targets(model, pattern))
+    return obstacles(Census.of(model), find_targets(model, pattern))
 
 
 def test_a_plain_model_has_no_obstacles() -> None:
@@ -187,7 +182,7 @@ def tied_on_meta() -> nn.Module:
 def test_a_weight_tied_to_another_module_is_refused_and_both_are_named(make: Callable[[], nn.Module]) -> None:
     message = "the weight of up is tied to embed.weight: untie it, or leave the layer out"
     assert problems(make(), ["up"]) == [message]
-    with pytest.raises(randlora.TargetError, match=re.escape(message)):
+    with pytest.raises(TargetError, match=re.escape(message)):
         randlora.inject(make(), r=1)
 
 
@@ -233,14 +228,14 @@ def computed() -> nn.Module:
 def test_a_layer_that_computes_its_parameters_is_refused(make: Callable[[], nn.Module]) -> None:
     message = "layer computes its weight from other parameters: remove the parametrization first"
     assert problems(nn.ModuleDict({"layer": make()})) == [message]
-    with pytest.raises(randlora.TargetError, match=message):
+    with pytest.raises(TargetError, match=message):
         randlora.inject(nn.ModuleDict({"layer": make(), "norm": nn.LayerNorm(3)}), r=1, train_also=["norm"])
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
 def test_a_layer_without_a_shape_is_refused_until_it_has_one() -> None:
     model = nn.Sequential(nn.LazyLinear(3))
-    with pytest.raises(randlora.TargetError, match="0 has no shape yet: run one forward pass first"):
+    with pytest.raises(TargetError, match="0 has no shape yet: run one forward pass first"):
         randlora.inject(model, r=1)
     model(torch.ones(1, 2))
     assert problems(model) == []
@@ -256,7 +251,7 @@ def test_a_weight_of_integers_is_refused(dtype: torch.dtype) -> None:
 def test_all_obstacles_are_named_at_once() -> None:
     model = nn.ModuleDict({"a": parametrized(), "b": nn.Linear(3, 3), "embed": nn.Embedding(3, 3)})
     model["b"].weight = model["embed"].weight
-    with pytest.raises(randlora.TargetError, match="2 problems") as caught:
+    with pytest.raises(TargetError, match="2 problems") as caught:
         randlora.inject(model, r=1)
     assert "a computes its weight" in str(caught.value)
     assert "the weight of b is tied to embed.weight" in str(caught.value)
@@ -275,11 +270,10 @@ def emptied(model: nn.Module) -> nn.Module:
 
 def test_shapes_are_read_beside_a_weight_that_is_empty() -> None:
     model = nn.Sequential(nn.Linear(7, 3), Conv1D(5, 3))
-    expected = [(target.out_features, target.in_features) for target in find_targets(model)]
-    assert expected == [(3, 7), (5, 3)]
-    targets = find_targets(emptied(model))
-    assert [(target.out_features, target.in_features) for target in targets] == expected
-    assert all(isinstance(size, int) for target in targets for size in (target.in_features, target.out_features))
+    expected = shapes_of(find_targets(model))
+    assert expected == {"0": (3, 7), "1": (5, 3)}
+    assert shapes_of(find_targets(emptied(model))) == expected
+    assert all(isinstance(size, int) for shape in expected.values() for size in shape)
 
 
 def test_empty_weights_are_not_taken_for_tied_ones() -> None:
@@ -291,10 +285,3 @@ def test_a_model_on_the_meta_device_has_the_same_targets() -> None:
         model = Model()
     assert found(model) == LINEAR
     assert problems(model) == []
-
-
-def test_a_target_reads_its_dims_off_its_layer() -> None:
-    (target,) = find_targets(nn.Sequential(nn.Linear(7, 3)))
-    assert isinstance(target, Target)
-    assert (target.in_features, target.out_features) == (7, 3)
-    assert math.prod(target.module.get_parameter("weight").shape) == 21

@@ -39,7 +39,7 @@ def rounded_away(kind: str, share: float) -> float:
             nn.init.normal_(parameter)
         norm = randlora.delta_weight(model, "0").norm()
         model.get_parameter("0.randlora_lambda.default").mul_(share * STD * SIDE / norm)
-    return randlora.merge(model).errors["0"].relative
+    return randlora.merge(model).rounding["0"].relative
 
 
 def main() -> None:

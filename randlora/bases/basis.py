@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch import Tensor, nn
 
 from randlora.bases import portable_stream, torch_stream
 from randlora.bases.compact import CompactMatrix
 from randlora.bases.spec import BasisSpec, count_bases
 from randlora.errors import ConfigError
-from randlora.functional import BlockPair, DensePair, Pair, SparsePair
-from randlora.functional.sparse import csr, serves
+from randlora.functional import BlockPair, DensePair, Pair
+from randlora.functional.cost import SMALL_WEIGHT
 
-Method = TypeVar("Method", bound=Callable[..., Tensor])
+Function = TypeVar("Function", bound=Callable[..., Any])
+Made = TypeVar("Made")
+_MAKING = threading.Lock()  # one for all bases, which can so be copied and pickled
 
 
 class Bases(NamedTuple):
@@ -30,10 +32,39 @@ class Bases(NamedTuple):
     B: Tensor
 
 
-def _constant_to_the_compiler(method: Method) -> Method:
-    """Mark a method as ``torch.compiler.assume_constant_result`` does, without importing the whole compiler for it."""
-    vars(method)["_dynamo_marked_constant"] = True
-    return method
+def _not_told() -> bool:
+    return False
+
+
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", _not_told)
+"""Whether a program is being exported. torch 2.6 does not tell; it cannot export these models anyway."""
+
+
+def constant_to_the_compiler(function: Function) -> Function:
+    """Mark a function as ``torch.compiler.assume_constant_result`` does, which would import the whole compiler."""
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
+def _aside(make: Callable[[], Made]) -> Made:
+    """Return what ``make`` makes in a thread of its own, where no mode, transform or autocast of the caller is on."""
+    made: list[Made] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            made.append(make())
+            if torch.cuda.is_initialized():
+                torch.cuda.current_stream().synchronize()  # the caller may compute on another stream
+        except BaseException as error:  # raised again below
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="randlora-bases")
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return made[0]
 
 
 @dataclass(eq=False)
@@ -55,8 +86,8 @@ class Basis:
     extent: tuple[int, int] = (0, 0)
     stored: tuple[CompactMatrix, CompactMatrix] | None = None
     _drawn: tuple[CompactMatrix, CompactMatrix] | None = field(default=None, repr=False)
-    _copies: dict[tuple[int, torch.device, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
-    _sparse_pairs: dict[tuple[torch.dtype, int, int], SparsePair] = field(default_factory=dict, repr=False)
+    _copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _pairs: dict[tuple[int, int, torch.device, torch.dtype], Pair] = field(default_factory=dict, repr=False)
     identity: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -71,7 +102,8 @@ class Basis:
 
     def __getstate__(self) -> dict[str, Any]:
         """Drop what can be drawn again."""
-        return {**self.__dict__, "_drawn": None, "_copies": {}, "_sparse_pairs": {}}
+        lasting = {name: value for name, value in self.__dict__.items() if not name.startswith("_constant_")}
+        return {**lasting, "_drawn": None, "_copies": {}, "_pairs": {}}
 
     def extend(self, max_dim: int, min_dim: int) -> None:
         """Make the bases reach layers of these dims; bits already handed out do not change.
@@ -118,10 +150,8 @@ class Basis:
         basis_A, basis_B = (matrix.to_dense(device=device, dtype=dtype) for matrix in self.matrices())
         return Bases(basis_A[:, :min_dim].unsqueeze(1), basis_B[:max_dim, :columns_B].unflatten(1, (-1, r)))
 
-    def pair(
-        self, max_dim: int, min_dim: int, *, device: torch.device, dtype: torch.dtype, is_traced: bool = False
-    ) -> Pair:
-        """Hand a layer its bases in the form it computes with.
+    def pair(self, max_dim: int, min_dim: int, *, device: torch.device, dtype: torch.dtype) -> Pair:
+        """Return the bases of a layer within `extent` in the form it computes with: a lookup but for the first time.
 
         Args:
             max_dim: The layer's larger side.
@@ -129,45 +159,98 @@ class Basis:
             device: Where the layer computes.
             dtype: What the layer computes in: the dtype of B. A, which is small, is at least float32. It carries the
                 scale of a ternary B too, whose signs are exact in any dtype.
-            is_traced: Whether something watches that has no rules for sparse tensors: a compiler, a transform.
 
         Returns:
             Views of the one copy for this device and dtype.
         """
-        self.extend(max_dim, min_dim)
-        num_bases = count_bases(min_dim, self.spec.r)
-        basis_A = self._copy(0, device, dtype, self.identity)
-        if not is_traced and serves(self._density, device, dtype):
-            return self._sparse_pair(basis_A, max_dim, min_dim, num_bases, dtype)
-        basis_B = self._copy(1, device, dtype, self.identity)
-        c, b = self._blocks
-        if (c, b) == (1, 1):
-            return DensePair(basis_A[:, :min_dim].unsqueeze(0), basis_B[:max_dim, : num_bases * self.spec.r])
-        rows, width = math.ceil(max_dim / b) * b, math.ceil(min_dim / c)
-        blocks_A = basis_A[:, :width].unflatten(0, (-1, c)).transpose(0, 1)
-        blocks_B = basis_B[:rows, : num_bases * self.spec.r // b].unflatten(0, (-1, b)).transpose(0, 1)
-        return BlockPair(blocks_A, blocks_B, num_bases, max_dim, min_dim)
+        if torch.compiler.is_compiling():
+            place = max_dim, min_dim, device, dtype, _is_exporting()
+            basis_A, basis_B = (getattr(self, self._constant(index, *place, self.identity))() for index in (0, 1))
+            return self._paired(basis_A, basis_B, max_dim, min_dim)
+        pair = self._pairs.get((max_dim, min_dim, device, dtype))
+        return self._made(max_dim, min_dim, device, dtype) if pair is None else pair
 
     def release(self) -> None:
         """Forget the copies to compute with; what computes next makes its own again."""
+        self._pairs.clear()
         self._copies.clear()
-        self._sparse_pairs.clear()
+        for name in [name for name in self.__dict__ if name.startswith("_constant_")]:
+            del self.__dict__[name]
 
-    @_constant_to_the_compiler
-    def _copy(self, index: int, device: torch.device, dtype: torch.dtype, identity: str) -> Tensor:
-        """Return A (index 0) or B (index 1) to compute with, whole.
+    @constant_to_the_compiler
+    def _constant(
+        self,
+        index: int,
+        max_dim: int,
+        min_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        is_exporting: bool,  # noqa: FBT001
+        identity: str,
+    ) -> str:
+        """Return the name of an attribute, a function that returns A (index 0) or B (index 1) of a pair.
 
-        The compiler calls this while it traces and keeps the tensor as a constant; ``identity`` is an argument so that
-        it traces again for other bases. Whatever mode or transform is on, the tensor made is a real one that autograd
-        accepts.
+        The compiler calls both while it traces, and keeps the tensor as a constant under the function's name, which is
+        why each has its own; ``identity`` is an argument so that it traces again for other bases. As a parameter the
+        tensor has a shape that is no symbol to it, but a program that is exported has no parameters but the model's.
         """
         assert identity == self.identity, "the caller names these bases"
-        key = (index, device, dtype)
-        if key not in self._copies:
-            write_out = self._write_out_B if index else self._write_out_A
-            with torch.inference_mode(mode=False), _disable_current_modes(), torch._C._DisableFuncTorch():
-                self._copies[key] = write_out(device, dtype)
-        return self._copies[key]
+        name = f"_constant_{hash((index, max_dim, min_dim, device, dtype, is_exporting)):x}_{id(self):x}".replace(
+            "-", "_"
+        )
+        if name not in self.__dict__:
+            pair = self._made(max_dim, min_dim, device, dtype)
+            tensor = pair.B if index else pair.A
+            constant = tensor if is_exporting else nn.Parameter(tensor, requires_grad=False)
+
+            def give() -> Tensor:
+                return constant
+
+            give.__name__, give.__code__ = name, give.__code__.replace(co_name=name)
+            self.__dict__[name] = constant_to_the_compiler(give)
+        return name
+
+    def _copy(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return A and B to compute with, whole: made once, whoever else asks for them at the same time.
+
+        Whatever mode or transform is on, they are real tensors that autograd accepts.
+        """
+        with _MAKING:
+            if (device, dtype) not in self._copies:
+                written = _aside(lambda: (self._write_out_A(device, dtype), self._write_out_B(device, dtype)))
+                self._copies[device, dtype] = written
+            return self._copies[device, dtype]
+
+    def _made(self, max_dim: int, min_dim: int, device: torch.device, dtype: torch.dtype) -> Pair:
+        """Make a pair and remember it."""
+        problem = f"a layer of {max_dim}x{min_dim} of bases within {self.extent}: extend() comes first"
+        assert max_dim <= self.extent[0], problem
+        assert min_dim <= self.extent[1], problem
+        whole = self._copy(device, dtype)
+        pair = _aside(lambda: self._sliced(*whole, max_dim, min_dim))
+        return self._pairs.setdefault((max_dim, min_dim, device, dtype), pair)
+
+    def _sliced(self, whole_A: Tensor, whole_B: Tensor, max_dim: int, min_dim: int) -> Pair:
+        """Slice the whole bases for a layer."""
+        num_bases, (c, b) = count_bases(min_dim, self.spec.r), self._blocks
+        if (c, b) == (1, 1):
+            basis_A = whole_A[:, :min_dim].unsqueeze(0)
+            return self._paired(basis_A, whole_B[:max_dim, : num_bases * self.spec.r], max_dim, min_dim)
+        rows, width = math.ceil(max_dim / b) * b, math.ceil(min_dim / c)
+        blocks_A = whole_A[:, :width].unflatten(0, (-1, c)).transpose(0, 1).contiguous()
+        blocks_B = whole_B[:rows, : num_bases * self.spec.r // b].unflatten(0, (-1, b)).transpose(0, 1)
+        pair = self._paired(blocks_A, blocks_B, max_dim, min_dim)
+        if isinstance(pair, BlockPair) and max_dim * min_dim <= SMALL_WEIGHT:
+            pair.written = pair.write_out()
+        return pair
+
+    def _paired(self, basis_A: Tensor, basis_B: Tensor, max_dim: int, min_dim: int) -> Pair:
+        """Make a pair of the slices for a layer."""
+        c, b = self._blocks
+        if (c, b) == (1, 1):
+            return DensePair(basis_A, basis_B)
+        r = self.spec.r
+        return BlockPair(basis_A, basis_B, count_bases(min_dim, r), max_dim, min_dim, (c, b, r // c))
 
     def digest(self, max_dim: int, min_dim: int) -> str:
         """Return the SHA-256 of the values that layers of these dims use.
@@ -196,19 +279,14 @@ class Basis:
         """``(c, b)`` as it is kept: bases from a file are kept whole."""
         return (1, 1) if self.stored is not None else self.spec.blocks or (1, 1)
 
-    @property
-    def _density(self) -> float:
-        """Share of B that may be other than zero, as far as its kind tells."""
-        is_ternary = self.spec.kind in ("sparse", "very_sparse") and self.stored is None
-        return 2 * self.spec.probability if is_ternary else 1.0
-
     def _write_out_A(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Make A, ``(r, ceil(min_dim / c))``, with the scales of both."""
         wide = torch.promote_types(dtype, torch.float32)
         if device.type == "meta":  # shapes only: nothing is drawn for a model without values
             return torch.empty((self.spec.r, math.ceil(self.extent[1] / self._blocks[0])), dtype=wide, device=device)
         stored_A, stored_B = self.matrices()
-        return stored_A.values.to(device=device, dtype=wide) * (stored_A.scale * stored_B.scale)
+        values: Tensor = stored_A.values.to(dtype=wide) * (stored_A.scale * stored_B.scale)
+        return values.to(device)  # done where it is returned: the copy waits, a kernel after it would not
 
     def _write_out_B(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Make B, ``(max_dim, r·num_bases/b)`` with rows up to a multiple of b; storage itself where that will do."""
@@ -216,16 +294,6 @@ class Basis:
         rows = math.ceil(max_dim / b) * b
         if device.type == "meta":
             return torch.empty((rows, count_bases(min_dim, r) * r // b), dtype=dtype, device=device)
-        basis_B = self.matrices()[1].values.to(device=device, dtype=dtype)
-        return basis_B if len(basis_B) == rows else F.pad(basis_B, (0, 0, 0, rows - len(basis_B)))
-
-    def _sparse_pair(
-        self, basis_A: Tensor, max_dim: int, min_dim: int, num_bases: int, dtype: torch.dtype
-    ) -> SparsePair:
-        """Return the sparse form of one layer's bases; layers of one shape share it."""
-        key = (dtype, max_dim, num_bases)
-        if key not in self._sparse_pairs:
-            signs = self.matrices()[1].values[:max_dim, : num_bases * self.spec.r]
-            with torch.inference_mode(mode=False):
-                self._sparse_pairs[key] = SparsePair(basis_A, csr(signs, dtype), csr(signs.T, dtype), self._density)
-        return self._sparse_pairs[key]._replace(A=basis_A[:, :min_dim].unsqueeze(0))
+        basis_B = self.matrices()[1].values.to(dtype=dtype)
+        whole = basis_B if len(basis_B) == rows else F.pad(basis_B, (0, 0, 0, rows - len(basis_B)))
+        return whole.to(device)

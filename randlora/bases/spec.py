@@ -100,7 +100,7 @@ class BasisSpec:
         return cls(**{**values, "blocks": tuple(blocks) if isinstance(blocks, list) else blocks})
 
     def __str__(self) -> str:
-        """Say what is drawn, on one line."""
+        """Return what is drawn, on one line."""
         blocks = f", blocks={self.blocks}" if self.blocks else ""
         dims = f"{self.max_dim}x{self.min_dim}"
         return f"{self.kind} bases (stream={self.stream}, seed={self.seed}, r={self.r}, dims={dims}{blocks})"

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from randlora.bases.bank import BasisBank
 from randlora.bases.basis import Basis
 from randlora.bases.compact import CompactMatrix
-from randlora.bases.spec import BasisSpec, count_bases, spec_for
+from randlora.bases.spec import BasisSpec, count_bases, drawn_dims, sliced_dims, spec_for
 from randlora.checkpoint.read import AdapterFile
 from randlora.errors import CheckpointError, ConfigError
-from randlora.targets.select import Target, max_dims, used_dims
+from randlora.targets.site import Shapes
 
 
-def file_basis(file: AdapterFile, targets: Sequence[Target], bank: BasisBank) -> Basis:
+def file_basis(file: AdapterFile, shapes: Shapes, bank: BasisBank) -> Basis:
     """Find or make the bases that a file's adapter was trained with; the bank is not changed.
 
     Args:
         file: The adapter.
-        targets: Its layers in the model.
+        shapes: ``(out_features, in_features)`` of its layers.
         bank: Bases the model holds already, which are shared where they are the same bits.
 
     Raises:
         CheckpointError: When what the spec draws is not what the file was saved with.
     """
-    used = used_dims(targets)
-    spec = _spec(file, targets)
+    used = sliced_dims(shapes.values())
+    spec = _spec(file, shapes)
     if file.header is not None and not file.header.is_reproducible:
         return _as_stored(file, spec, used, bank)
     basis = Basis(spec)  # not the bank's own, which must not grow before all is checked
@@ -51,13 +49,13 @@ def file_basis(file: AdapterFile, targets: Sequence[Target], bank: BasisBank) ->
     return _as_stored(file, spec, used, bank)
 
 
-def _spec(file: AdapterFile, targets: Sequence[Target]) -> BasisSpec:
+def _spec(file: AdapterFile, shapes: Shapes) -> BasisSpec:
     """Name the bases: as our header does, by the shapes PEFT stored, or by the rule PEFT draws with."""
     if file.header is not None:
         return file.header.spec
     if file.bases is not None:
         return spec_for(file.config, len(file.bases[1]), file.bases[0].shape[-1])
-    return spec_for(file.config, *max_dims(targets))
+    return spec_for(file.config, *drawn_dims(shapes.values()))
 
 
 def _as_stored(file: AdapterFile, spec: BasisSpec, used: tuple[int, int], bank: BasisBank) -> Basis:

@@ -2,83 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from randlora.checkpoint.read import AdapterFile
-from randlora.errors import CheckpointError, TargetError, raise_collected
-from randlora.layers.base import AdapterLayer
-from randlora.targets.select import Target, find_targets, obstacles
-from randlora.targets.walk import named_parameters, walk
+from randlora.errors import CheckpointError, raise_collected
+from randlora.layers.registry import find_layer
+from randlora.targets.select import obstacles
+from randlora.targets.site import Shapes, Site, shapes_of
+from randlora.targets.walk import Census, sites_of
 
 
-def fit_targets(model: nn.Module, file: AdapterFile, *, needs_values: bool = True) -> tuple[Target, ...]:
-    """Find the layers that a file names, and check that all in it fits and can be put beside them.
+def fit_sites(census: Census, file: AdapterFile, *, needs_values: bool = True) -> tuple[Site, ...]:
+    """Find the weights that a file names, and check that all in it fits and can be put beside them.
 
     Args:
-        model: The model, adapted or not.
+        census: The model, adapted or not.
         file: The adapter.
         needs_values: Refuse layers on the meta device, where what is loaded would be lost.
 
     Returns:
-        Its layers under the names that the file gives them.
+        Its sites under the names that the file gives them.
 
     Raises:
         CheckpointError: When something does not fit; all such things are named at once.
     """
-    targets = named_targets(model, file)
+    sites = named_sites(census, file)
     problems = [
-        *obstacles(model, targets),
-        *(_without_values(targets) if needs_values else []),
-        *misfits(file, targets),
-        *_unknown_parameters(model, file.trained),
-        *trained_misfits(model, file.trained),
+        *obstacles(census, sites),
+        *(_without_values(sites) if needs_values else []),
+        *misfits(file, shapes_of(sites)),
+        *_unknown_parameters(census, file.trained),
+        *trained_misfits(census, file.trained),
     ]
     raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
-    return targets
+    return sites
 
 
-def named_targets(model: nn.Module, file: AdapterFile) -> tuple[Target, ...]:
-    """Find the layers that a file names, under these names.
+def named_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
+    """Find the weights that a file names, under these names.
 
     Raises:
         CheckpointError: When one is missing, or cannot carry an adapter of its own.
     """
-    modules = {visit.fqn: visit.module for visit in walk(model)}
-    problems = [f"the model has no layer {fqn}" for fqn in file.values if fqn not in modules]
-    raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
-    aliases = {id(modules[fqn]): fqn for fqn in file.values}
-    try:
-        targets = find_targets(model, lambda fqn, _: fqn in file.values)
-    except TargetError as error:
-        raise CheckpointError(str(error)) from error
-    named = tuple(replace(target, fqn=aliases[id(target.module)]) for target in targets)
-    if missing := sorted(set(file.values) - {target.fqn for target in named}):
-        problems.append(f"{', '.join(missing)} cannot carry an adapter of its own in this model")
-    raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
-    return named
-
-
-def misfits(file: AdapterFile, targets: Sequence[Target]) -> list[str]:
-    """Say which layers have other shapes than the adapter was trained on, or reach beyond the bases in the file."""
+    sites = {site.fqn: site for visit in census.visits for site in sites_of(visit)}
+    modules = {visit.fqn: visit.module for visit in census.visits}
     problems = []
-    for target in targets:
-        shape = (target.out_features, target.in_features)
-        min_dim = file.values[target.fqn][1].shape[1]
-        saved = file.header.shapes[target.fqn] if file.header else shape
+    found: dict[tuple[int, str], Site] = {}
+    for fqn in file.values:
+        if (site := sites.get(fqn)) is not None:
+            twin = found.setdefault((id(site.owner), site.layer_class.attribute), site)
+            if twin is not site:
+                problems.append(f"{fqn} and {twin.fqn} are one layer here: it cannot carry both of their adapters")
+        elif fqn not in modules:
+            problems.append(f"the model has no layer {fqn}")
+        elif isinstance(reason := find_layer(modules[fqn]), str):
+            problems.append(f"{fqn} ({type(modules[fqn]).__name__}) cannot be adapted: {reason}")
+        else:
+            problems.append(f"{fqn} ({type(modules[fqn]).__name__}) has no weight that an adapter can go on")
+    raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
+    return tuple(sorted(found.values(), key=lambda site: list(sites).index(site.fqn)))
+
+
+def misfits(file: AdapterFile, shapes: Shapes) -> list[str]:
+    """Return which layers have other shapes than the adapter was trained on, or reach beyond the bases in the file."""
+    problems = []
+    for fqn, shape in shapes.items():
+        min_dim = file.values[fqn][1].shape[1]
+        saved = file.header.shapes[fqn] if file.header else shape
         if saved != shape or min_dim != min(shape):
             theirs = f"out x in = {saved[0]} x {saved[1]}" if file.header else f"a smaller side of {min_dim}"
-            problems.append(f"{target.fqn} is {shape[0]} x {shape[1]} here, the adapter was trained on {theirs}")
+            problems.append(f"{fqn} is {shape[0]} x {shape[1]} here, the adapter was trained on {theirs}")
         elif file.bases and (len(file.bases[1]) < max(shape) or file.bases[0].shape[-1] < min_dim):
-            problems.append(f"{target.fqn} is {shape[0]} x {shape[1]}, larger than the bases in the file")
+            problems.append(f"{fqn} is {shape[0]} x {shape[1]}, larger than the bases in the file")
     return problems
 
 
-def trained_misfits(model: nn.Module, trained: Mapping[str, Tensor]) -> list[str]:
-    """Say which parameters trained beside an adapter are other ones in the model; those it lacks are passed over."""
-    own = {fqn: parameter for fqn, _, _, parameter in named_parameters(model)}
+def trained_misfits(census: Census, trained: Mapping[str, Tensor]) -> list[str]:
+    """Return which parameters trained beside an adapter differ in the model; those that it lacks are passed over."""
+    own = {held.fqn: held.parameter for held in census.parameters}
     problems = []
     for fqn, tensor in trained.items():
         if fqn not in own:
@@ -90,16 +93,15 @@ def trained_misfits(model: nn.Module, trained: Mapping[str, Tensor]) -> list[str
     return problems
 
 
-def _without_values(targets: Sequence[Target]) -> list[str]:
-    weights = {target.fqn: (target.module, target.module._parameters.get("weight")) for target in targets}
+def _without_values(sites: Sequence[Site]) -> list[str]:
     return [
-        f"{fqn} holds no values yet (meta), so the adapter's would be lost: materialize it first"
-        for fqn, (module, weight) in weights.items()
-        if weight is not None and weight.is_meta and not AdapterLayer.is_offloaded(module)
+        f"{site.fqn} holds no values yet (meta), so the adapter's would be lost: materialize it first"
+        for site in sites
+        if site.weight is not None and site.weight.is_meta and not site.layer_class.is_offloaded(site.owner)
     ]
 
 
-def _unknown_parameters(model: nn.Module, trained: Mapping[str, Tensor]) -> list[str]:
-    own = {fqn for fqn, _, _, _ in named_parameters(model)}
+def _unknown_parameters(census: Census, trained: Iterable[str]) -> list[str]:
+    own = {held.fqn for held in census.parameters}
     unknown = [fqn for fqn in trained if fqn not in own]
     return [f"the model has no parameter {fqn}, which the file holds beside the adapter" for fqn in unknown]

@@ -11,25 +11,25 @@ from torch import Tensor, nn
 from randlora.bases.bank import BasisBank
 from randlora.checkpoint.base_model import mismatch
 from randlora.checkpoint.bases import file_basis
-from randlora.checkpoint.fit import fit_targets
+from randlora.checkpoint.fit import fit_sites
 from randlora.checkpoint.layout import master
 from randlora.checkpoint.locate import locate
 from randlora.checkpoint.peft_config import BASE_FIELD, NEUTRAL_FIELDS, kept_fields
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.checkpoint.tied import tied
 from randlora.errors import CheckpointError
-from randlora.layers.base import AdapterLayer
 from randlora.model.install import commit, or_if_first, owned_state, prepare
 from randlora.model.train_also import replacements
-from randlora.report import Report, adapter_report, standing
+from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState
-from randlora.targets.select import Selection, Target
+from randlora.targets.site import Site, shapes_of
+from randlora.targets.walk import Census
 
 
 @torch.inference_mode(mode=False)  # what is made here may be trained, whatever mode the caller is in
 def load(
     model: nn.Module,
-    directory: str | os.PathLike[str],
+    source: str | os.PathLike[str],
     *,
     name: str = "default",
     trainable: bool = False,
@@ -44,7 +44,7 @@ def load(
 
     Args:
         model: The model it was trained on, with or without other adapters.
-        directory: What `randlora.save` or PEFT's ``save_pretrained`` wrote, or the safetensors file in it. A string
+        source: What `randlora.save` or PEFT's ``save_pretrained`` wrote, or the safetensors file in it. A string
             ``"user/repo"`` that is no path here means a repository on the Hub, for which huggingface_hub must be
             installed (the extra ``hub``).
         name: The adapter's name here.
@@ -60,45 +60,49 @@ def load(
             had from the Hub.
         AdapterError: When the name is taken, or the model's adapters are merged.
     """
-    state = owned_state(model, name, "load")
+    census = Census.of(model)
+    state = owned_state(census, name, "load")
     active = or_if_first(state, wanted=active)
     try:
-        file = read_adapter(locate(directory, revision))
-        targets = fit_targets(model, file)
-        file = tied(model, file)
-        basis = file_basis(file, targets, state.bank if state else BasisBank())
+        file = read_adapter(locate(source, revision))
+        sites = fit_sites(census, file)
+        file = tied(census, file)
+        shapes = shapes_of(sites)
+        basis = file_basis(file, shapes, state.bank if state else BasisBank())
     except CheckpointError as error:
-        raise CheckpointError(f"cannot load {str(directory)!r}: {error}") from error
+        raise CheckpointError(f"cannot load {str(source)!r}: {error}") from error
     doubts = _doubts(model, file)
-    rule = f"the names in {directory}" + (f" at {revision}" if revision else "")
-    fqns = tuple(target.fqn for target in targets)
-    adapter = Adapter(name, file.config, basis, fqns, rule, peft_fields=kept_fields(file.fields))
-    replaced = replacements(model, state or ModelState(), file.trained)
+    rule = f"the names in {source}" + (f" at {revision}" if revision else "")
+    adapter = Adapter(name, file.config, basis, tuple(shapes), rule, peft_fields=kept_fields(file.fields))
+    replaced = replacements(census, state or ModelState(), file.trained)
     for fqn, entry in replaced.items():
         own = file.trained[fqn].to(device=entry.original.device, dtype=entry.original.dtype)
         adapter.trained[fqn] = nn.Parameter(own, requires_grad=trainable)
-    addition = prepare(state, adapter, targets, values=_placed(file, targets), replaced=replaced, trainable=trainable)
+    addition = prepare(state, adapter, sites, values=_placed(file, sites), replaced=replaced, trainable=trainable)
     report = adapter_report(
-        model,
+        census,
         name,
         file.config,
-        Selection(targets, adapter.rule, {}),
+        shapes,
         basis.spec,
+        rule=rule,
         basis_bytes=basis.nbytes,
+        is_active=active,
+        is_trainable=trainable,
         train_also=tuple(file.trained),
-        notes=[*doubts, *_notes(adapter, is_active=active)],
+        notes=[*doubts, *next_steps(name, is_active=active, is_trainable=True), *_foreign_fields(adapter)],
     )
-    commit(model, addition, active=active)
+    commit(census, addition, active=active)
     return report
 
 
-def _placed(file: AdapterFile, targets: tuple[Target, ...]) -> dict[str, tuple[Tensor, Tensor]]:
+def _placed(file: AdapterFile, sites: tuple[Site, ...]) -> dict[str, tuple[Tensor, Tensor]]:
     """Put Λ and Γ beside their weights."""
     placed = {}
-    for target in targets:
-        device = AdapterLayer.device_beside(target.module)
-        lam, gamma = (master(part, device) for part in file.values[target.fqn])
-        placed[target.fqn] = (lam, gamma)
+    for site in sites:
+        device = site.layer_class.device_beside(site.owner)
+        lam, gamma = (master(part, device) for part in file.values[site.fqn])
+        placed[site.fqn] = (lam, gamma)
     return placed
 
 
@@ -111,7 +115,6 @@ def _doubts(model: nn.Module, file: AdapterFile) -> list[str]:
     return [doubt]
 
 
-def _notes(adapter: Adapter, *, is_active: bool) -> list[str]:
-    notes = standing(adapter.name, is_active=is_active, is_trainable=True)  # whoever loads asks for what it may train
+def _foreign_fields(adapter: Adapter) -> list[str]:
     foreign = sorted(set(adapter.peft_fields) - set(NEUTRAL_FIELDS))
-    return [*notes, f"fields kept but not understood: {', '.join(foreign)}"] if foreign else notes
+    return [f"fields kept but not understood: {', '.join(foreign)}"] if foreign else []

@@ -6,14 +6,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
 from randlora.checkpoint.base_model import base_model_name
 from randlora.config import BasisKind, RandLoRAConfig, Stream
 from randlora.errors import CheckpointError, ConfigError
+from randlora.layers.in_place import plain_class
 from randlora.state import Adapter
 from randlora.targets.match import has_suffix
-from randlora.targets.walk import named_parameters, walk
+from randlora.targets.walk import Census
 
 PEFT_TYPE = "RANDLORA"
 PEFT_VERSION = "0.21.2"  # whose fields these are
@@ -54,22 +53,22 @@ OWN_FIELDS = frozenset({
 """Fields made anew from the adapter at every save."""
 
 
-def to_peft_fields(model: nn.Module, adapter: Adapter, *, stored: bool) -> dict[str, Any]:
+def to_peft_fields(census: Census, adapter: Adapter, *, stored: bool) -> dict[str, Any]:
     """Write an adapter's options as PEFT would.
 
     Args:
-        model: The adapted model, which decides how targets are best named.
+        census: The adapted model, which decides how targets are best named.
         adapter: The adapter.
         stored: Whether the bases go into the file.
     """
     fields = {
         **NEUTRAL_FIELDS,
         **adapter.peft_fields,
-        BASE_FIELD: base_model_name(model, adapter.peft_fields.get(BASE_FIELD)),
-        "fan_in_fan_out": _all_transposed(model, adapter),
+        BASE_FIELD: base_model_name(census.model, adapter.peft_fields.get(BASE_FIELD)),
+        "fan_in_fan_out": _all_transposed(census, adapter),
         "inference_mode": True,
-        "modules_to_save": whole_modules(model, adapter.trained) or None,
-        "target_modules": target_modules(model, adapter.targets),
+        "modules_to_save": whole_modules(census, adapter.trained) or None,
+        "target_modules": target_modules(census, adapter.targets),
         **option_fields(adapter.config, adapter.basis.spec.stream, stored=stored),
     }
     return dict(sorted(fields.items()))
@@ -141,19 +140,19 @@ def kept_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in OWN_FIELDS}
 
 
-def target_modules(model: nn.Module, fqns: Sequence[str]) -> list[str] | str:
+def target_modules(census: Census, fqns: Sequence[str]) -> list[str] | str:
     """Name targets so that PEFT finds these layers and no others: by last components if that works, else by a regex."""
     wanted = set(fqns)
     suffixes = sorted({fqn.rsplit(".", 1)[-1] for fqn in fqns})
-    found = {visit.fqn for visit in walk(model) if any(has_suffix(visit.fqn, suffix) for suffix in suffixes)}
+    found = {visit.fqn for visit in census.visits if any(has_suffix(visit.fqn, suffix) for suffix in suffixes)}
     return suffixes if found == wanted else "|".join(re.escape(fqn) for fqn in fqns)
 
 
-def whole_modules(model: nn.Module, trained: Iterable[str]) -> list[str]:
+def whole_modules(census: Census, trained: Iterable[str]) -> list[str]:
     """Name the outermost modules all of whose parameters are among ``trained``."""
     trained = set(trained)
     modules: dict[str, bool] = {}
-    for fqn, _, _, _ in named_parameters(model):
+    for fqn in (held.fqn for held in census.parameters):
         parts = fqn.split(".")
         for length in range(1, len(parts)):
             prefix = ".".join(parts[:length])
@@ -162,7 +161,7 @@ def whole_modules(model: nn.Module, trained: Iterable[str]) -> list[str]:
     return [prefix for prefix in whole if prefix.rpartition(".")[0] not in whole]
 
 
-def _all_transposed(model: nn.Module, adapter: Adapter) -> bool:
+def _all_transposed(census: Census, adapter: Adapter) -> bool:
     """Whether every target stores its weight ``(in, out)``, which PEFT calls ``fan_in_fan_out``."""
-    kinds = {type(visit.module).__name__ for visit in walk(model) if visit.fqn in set(adapter.targets)}
+    kinds = {plain_class(visit.module).__name__ for visit in census.visits if visit.fqn in set(adapter.targets)}
     return kinds == {"Conv1D"}

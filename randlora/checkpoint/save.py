@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,11 +19,11 @@ from randlora.checkpoint.peft_config import BASE_FIELD, to_peft_fields
 from randlora.checkpoint.tied import untied_by_peft
 from randlora.checkpoint.write import write_together
 from randlora.errors import CheckpointError, raise_collected
-from randlora.layers.base import AdapterLayer
-from randlora.model.install import adapter_layers
+from randlora.model.install import lost_sites, require_own
 from randlora.report import Report, adapter_report, as_bytes
 from randlora.state import Adapter, adapted_root
-from randlora.targets.select import Selection, Target
+from randlora.targets.site import Shapes
+from randlora.targets.walk import Census
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class SaveReport:
     url: str | None = None
 
     def __str__(self) -> str:
-        """Say it on one line, and the push and each note on one more."""
+        """Return one line, and one more for the push and for each note."""
         pushed = [f"pushed to {self.url}"] if self.url else []
         return "\n".join([f"saved {self.name!r} to {self.directory}, {as_bytes(self.nbytes)}", *pushed, *self.notes])
 
@@ -83,66 +83,75 @@ def save(
     root, state = adapted_root(model)
     adapter = state.adapter(name)
     directory = Path(directory)
-    layers = [(fqn, layer) for fqn, layer in adapter_layers(root) if adapter.name in layer.adapters]
-    problems = [*_problems(adapter, layers, bases), *upload_problems(push_to_hub)]
+    census = Census.of(root)
+    require_own(census, state, "save")
+    diagonals = diagonals_by_fqn(census, adapter.name)
+    problems = [*lost_sites(census, [adapter]), *_problems(adapter, diagonals, bases), *upload_problems(push_to_hub)]
     raise_collected(CheckpointError, problems, doing=f"save to {str(directory)!r}")
-    shapes = {fqn: (layer.out_features, layer.in_features) for fqn, layer in layers}
+    shapes = {site.fqn: site.shape for site in census.adapted if site.fqn in diagonals}
     header = describe(adapter.config, adapter.basis, shapes, adapter.trained)
     notes = _peft_notes(adapter, header, bases)
-    tensors = _tensors(adapter, layers) | (stored_bases(adapter.basis, header) if bases == "stored" else {})
-    fields = to_peft_fields(root, adapter, stored=bases == "stored")
+    tensors = _tensors(adapter, diagonals) | (stored_bases(adapter.basis, header) if bases == "stored" else {})
+    fields = to_peft_fields(census, adapter, stored=bases == "stored")
     writers = file_writers(fields, tensors, header)
     if may_write(directory / CARD_FILE):
-        report = _report(root, adapter, layers)
+        report = _report(census, adapter, shapes)
         card = write_card(report, header, base_model=fields[BASE_FIELD], peft_notes=notes, repo_id=push_to_hub)
         writers[CARD_FILE] = lambda path: path.write_text(card, encoding="utf-8")
     write_together(directory, writers)
     size = sum((directory / file).stat().st_size for file in writers)
     url = upload(directory, push_to_hub) if push_to_hub else None
-    notes += untied_by_peft(root, adapter.trained)
+    notes += untied_by_peft(census, adapter.trained)
     return SaveReport(directory, adapter.name, size, tuple(notes), url)
 
 
-def _report(root: nn.Module, adapter: Adapter, layers: Sequence[tuple[str, AdapterLayer]]) -> Report:
+def diagonals_by_fqn(census: Census, name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Return Λ and Γ of each weight that one adapter is on, by FQN."""
+    return {
+        site.fqn: site.layer.diagonals_of(site.owner, name) for site in census.adapted if name in site.layer.adapters
+    }
+
+
+def _report(census: Census, adapter: Adapter, shapes: Shapes) -> Report:
     """Count what is saved, for its model card."""
-    targets = tuple(Target(fqn, layer.base_layer, type(layer), (), layer) for fqn, layer in layers)
     return adapter_report(
-        root,
+        census,
         adapter.name,
         adapter.config,
-        Selection(targets, adapter.rule, {}),
+        shapes,
         adapter.basis.spec,
+        rule=adapter.rule,
         basis_bytes=adapter.basis.nbytes,
         train_also=tuple(adapter.trained),
     )
 
 
-def _problems(adapter: Adapter, layers: Sequence[tuple[str, AdapterLayer]], bases: str) -> list[str]:
+def _problems(adapter: Adapter, diagonals: Mapping[str, tuple[nn.Parameter, nn.Parameter]], bases: str) -> list[str]:
     problems = []
     if bases not in ("seed", "stored"):
         problems.append(f"bases must be 'seed' or 'stored', got {bases!r}")
     if bases == "seed" and adapter.basis.stored is not None:
         problems.append("its bases came from a file and no seed brings them back: save with bases='stored'")
-    without = [fqn for fqn, layer in layers if layer.randlora_lambda[adapter.name].is_meta]
+    without = [fqn for fqn, (lam, _) in diagonals.items() if lam.is_meta]
     without += [fqn for fqn, parameter in adapter.trained.items() if parameter.is_meta]
     problems += [f"{fqn} holds no values to save (meta): materialize the model first" for fqn in without]
-    sharded = [fqn for fqn, layer in layers if type(layer.randlora_lambda[adapter.name].data) is not Tensor]
+    sharded = [fqn for fqn, (lam, _) in diagonals.items() if type(lam.data) is not Tensor]
     problems += [f"the adapter of {fqn} is sharded: gather it first" for fqn in sharded]
     return problems
 
 
-def _tensors(adapter: Adapter, layers: Sequence[tuple[str, AdapterLayer]]) -> dict[str, Tensor]:
+def _tensors(adapter: Adapter, diagonals: Mapping[str, tuple[nn.Parameter, nn.Parameter]]) -> dict[str, Tensor]:
     tensors = {}
-    for fqn, layer in layers:
-        tensors[f"{MODEL_PREFIX}{fqn}{LAMBDA_SUFFIX}"] = master_copy(layer.randlora_lambda[adapter.name], "cpu")
-        tensors[f"{MODEL_PREFIX}{fqn}{GAMMA_SUFFIX}"] = master_copy(layer.randlora_gamma[adapter.name], "cpu")
+    for fqn, (lam, gamma) in diagonals.items():
+        tensors[f"{MODEL_PREFIX}{fqn}{LAMBDA_SUFFIX}"] = master_copy(lam, "cpu")
+        tensors[f"{MODEL_PREFIX}{fqn}{GAMMA_SUFFIX}"] = master_copy(gamma, "cpu")
     for fqn, parameter in adapter.trained.items():
-        tensors[trained_key(fqn, dict(layers))] = parameter.detach().cpu().contiguous().clone()
+        tensors[trained_key(fqn, diagonals)] = parameter.detach().cpu().contiguous().clone()
     return tensors
 
 
 def _peft_notes(adapter: Adapter, header: Header, bases: str) -> list[str]:
-    """Say what PEFT 0.21.2 would not load, or would load wrongly."""
+    """Return what PEFT 0.21.2 would not load, or would load wrongly."""
     notes = []
     spec = adapter.basis.spec
     if bases == "seed" and spec.stream != "torch":

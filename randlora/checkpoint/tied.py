@@ -10,19 +10,19 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from randlora.checkpoint.peft_config import whole_modules
 from randlora.checkpoint.read import AdapterFile
 from randlora.errors import CheckpointError, raise_collected
-from randlora.targets.walk import named_parameters
+from randlora.targets.walk import Census
 
 
-def tied(model: nn.Module, file: AdapterFile) -> AdapterFile:
+def tied(census: Census, file: AdapterFile) -> AdapterFile:
     """Take each parameter of a model from a file once, under the first of its names there.
 
     Args:
-        model: The model.
+        census: The model.
         file: An adapter whose parameters the model has.
 
     Raises:
@@ -30,7 +30,7 @@ def tied(model: nn.Module, file: AdapterFile) -> AdapterFile:
             a parameter's places and none for another.
     """
     problems, repeated = [], set()
-    for names in _names_of_tied(model):
+    for names in _names_of_tied(census):
         named = [fqn for fqn in names if fqn in file.trained]
         left = [fqn for fqn in names if fqn not in file.trained]
         if not all(_equal(file.trained[fqn], file.trained[named[0]]) for fqn in named):
@@ -48,19 +48,19 @@ def _equal(first: Tensor, second: Tensor) -> bool:
     return first.dtype == second.dtype and torch.equal(first, second)
 
 
-def untied_by_peft(model: nn.Module, trained: Iterable[str]) -> list[str]:
+def untied_by_peft(census: Census, trained: Iterable[str]) -> list[str]:
     """Say which parameters trained beside an adapter PEFT would change in one of their places only."""
     trained = set(trained)
-    whole = tuple(f"{module}." for module in whole_modules(model, trained))
+    whole = tuple(f"{module}." for module in whole_modules(census, trained))
     return [
         f"PEFT would untie {' and '.join(names)} and change {' and '.join(trained.intersection(names))} alone"
-        for names in _names_of_tied(model)
+        for names in _names_of_tied(census)
         if any(fqn.startswith(whole) for fqn in trained.intersection(names))
     ]
 
 
-def _names_of_tied(model: nn.Module) -> list[list[str]]:
+def _names_of_tied(census: Census) -> list[list[str]]:
     names: dict[int, list[str]] = {}
-    for fqn, _, _, parameter in named_parameters(model):
-        names.setdefault(id(parameter), []).append(fqn)
+    for held in census.parameters:
+        names.setdefault(id(held.parameter), []).append(held.fqn)
     return [fqns for fqns in names.values() if len(fqns) > 1]

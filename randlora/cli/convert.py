@@ -7,9 +7,10 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from randlora import files
 from randlora.cli.arguments import AdapterDir, BaseForShapes
 from randlora.cli.output import AsJson, plain, progress_bar, show, show_json
-from randlora.files.convert import Format, convert_adapter
+from randlora.files.convert import Format
 
 Out = Annotated[Path, Argument(help="The directory to write.")]
 To = Annotated[Format, Option(help="What to write.")]
@@ -48,7 +49,7 @@ def convert(
     `randlora convert my-adapter a-lora --to lora --rank 64 --tolerance 0.3`
     """
     with progress_bar() as progress:
-        report = convert_adapter(
+        report = files.convert(
             adapter_dir,
             out,
             to,

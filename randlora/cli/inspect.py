@@ -6,9 +6,9 @@ from typing import Annotated
 
 from typer import Option
 
+from randlora import files
 from randlora.cli.arguments import AdapterDir, BaseForShapes
 from randlora.cli.output import AsJson, plain, progress_bar, show, show_json
-from randlora.files.inspect import inspect_adapter
 from randlora.files.summary import AdapterSummary
 
 Norms = Annotated[bool, Option(help="Compute every layer's update and its norms.")]
@@ -34,7 +34,7 @@ def inspect(
     `randlora inspect my-adapter --no-norms --json`
     """
     with progress_bar() as progress:
-        summary = inspect_adapter(adapter_dir, base, norms=norms, progress=progress)
+        summary = files.inspect(adapter_dir, base, norms=norms, progress=progress)
     show_json(_whole(summary)) if as_json else show(summary)
 
 

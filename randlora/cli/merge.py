@@ -9,8 +9,8 @@ import torch
 import typer
 from typer import Option
 
+from randlora import files
 from randlora.cli.output import AsJson, progress_bar, show, show_json
-from randlora.files.merge import merge_files
 
 Base = Annotated[Path, Option(help="The model's directory, which stays as it is.")]
 Adapters = Annotated[list[Path], Option("--adapter", help="An adapter's directory. May be repeated: updates add.")]
@@ -49,7 +49,7 @@ def merge(
     if len(set(adapters)) != len(adapters):
         raise typer.BadParameter("an --adapter is given twice: give it a larger --scale")
     with progress_bar() as progress:
-        report = merge_files(
+        report = files.merge(
             base,
             dict(zip(adapters, scales, strict=True)),
             out,

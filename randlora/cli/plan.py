@@ -8,14 +8,15 @@ from typing import Annotated, Literal
 import typer
 from typer import Argument, Option
 
+from randlora import files
 from randlora.cli.output import AsJson, plain, show, show_json, show_table
 from randlora.files.model_directory import read_model_directory
-from randlora.files.plan import TrainingMemory, plan_directory, training_memory
+from randlora.files.plan import TrainingMemory, training_memory
 from randlora.report import as_bytes
 
 Model = Annotated[Path, Argument(help="Directory with `model.safetensors`, or with shards and their index.")]
 Rank = Annotated[int, Option(help="Rank of one random basis; a smaller one trains more parameters.")]
-Targets = Annotated[list[str] | None, Option(help="A layer's name or its end, or `all-linear`. May be repeated.")]
+Targets = Annotated[list[str] | None, Option(help="A name of layers or modules, or `all-linear`. May be repeated.")]
 Regex = Annotated[str | None, Option(help="A regex that matches whole names, in place of `--targets`.")]
 Exclude = Annotated[list[str] | None, Option(help="A layer, or a module with the layers in it, to leave out.")]
 TrainAlso = Annotated[list[str] | None, Option(help="A module or parameter to be trained beside the adapter.")]
@@ -53,7 +54,7 @@ def plan(
 
     `randlora plan gpt2 --targets all-linear --basis block --json`
     """
-    report = plan_directory(
+    report = files.plan(
         model_dir,
         r,
         targets=_pattern(targets, targets_regex),

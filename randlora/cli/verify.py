@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from typer import Option
 
+from randlora import files
 from randlora.cli.arguments import AdapterDir
 from randlora.cli.output import AsJson, plain, progress_bar, show, show_json
-from randlora.files.verify import verify_adapter
 
 FAILED = 1
 
@@ -30,7 +30,7 @@ def verify(adapter_dir: AdapterDir, base: Base = None, as_json: AsJson = False) 
     `randlora verify my-adapter --base Llama-3-8B --json`
     """
     with progress_bar() as progress:
-        verification = verify_adapter(adapter_dir, base, progress=progress)
+        verification = files.verify(adapter_dir, base, progress=progress)
     if as_json:
         show_json({**plain(verification), "passed": verification.passed})
     else:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from randlora.bases.bank import BasisBank
 from randlora.bases.basis import Basis
 from randlora.checkpoint.bases import file_basis
-from randlora.checkpoint.fit import misfits, named_targets, trained_misfits
+from randlora.checkpoint.fit import misfits, named_sites, trained_misfits
 from randlora.checkpoint.layout import master_copy
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.errors import CheckpointError, raise_collected
@@ -21,12 +21,9 @@ from randlora.files.names import namings
 from randlora.files.quantized import as_dense
 from randlora.files.skeleton import Skeleton, skeleton
 from randlora.functional import Diagonals, delta_weight
-from randlora.layers.linear import LinearAdapter
-from randlora.targets.select import Target, obstacles
-from randlora.targets.walk import named_parameters
-
-Shapes = dict[str, tuple[int, int]]
-"""``(out_features, in_features)`` of layers by FQN."""
+from randlora.targets.select import obstacles
+from randlora.targets.site import Shapes, shapes_of
+from randlora.targets.walk import Census
 
 
 class BaseFit(NamedTuple):
@@ -66,7 +63,7 @@ class OpenAdapter:
         out_features, in_features = shapes[fqn]
         lam, gamma = (master_copy(part, "cpu") for part in self.file.values[fqn])
         sides = max(out_features, in_features), min(out_features, in_features)
-        pair = basis.pair(*sides, device=torch.device("cpu"), dtype=lam.dtype, is_traced=True)
+        pair = basis.pair(*sides, device=torch.device("cpu"), dtype=lam.dtype)
         update = delta_weight(pair, Diagonals(lam, gamma, self.file.config.scaling), in_features=in_features)
         if not all(bound.isfinite() for bound in update.aminmax()):
             raise CheckpointError(f"the update of {fqn} is too large for {update.dtype}: its Λ and Γ are damaged")
@@ -117,7 +114,7 @@ def known_shapes(file: AdapterFile) -> Shapes | None:
         for fqn, shape in shapes.items()
         if (min_dim := file.values[fqn][1].shape[1]) != min(shape)
     ]
-    raise_collected(CheckpointError, problems or misfits(file, stand_ins(shapes)), doing="read the adapter")
+    raise_collected(CheckpointError, problems or misfits(file, shapes), doing="read the adapter")
     return shapes
 
 
@@ -128,12 +125,12 @@ def fit_base(file: AdapterFile, base: Path) -> BaseFit:
         CheckpointError: When a layer is missing, or something has another shape. A parameter trained beside the adapter
             may be missing: a new head is in no base.
     """
-    model = _nearest_skeleton(file, base)
-    targets = named_targets(model, file)
-    problems = [*obstacles(model, targets), *misfits(file, targets), *trained_misfits(model, file.trained)]
+    census = Census.of(_nearest_skeleton(file, base))
+    sites = named_sites(census, file)
+    shapes = shapes_of(sites)
+    problems = [*obstacles(census, sites), *misfits(file, shapes), *trained_misfits(census, file.trained)]
     raise_collected(CheckpointError, problems, doing=f"fit the adapter to {str(base)!r}")
-    own = {fqn for fqn, _, _, _ in named_parameters(model)}
-    shapes = {target.fqn: (target.out_features, target.in_features) for target in targets}
+    own = {held.fqn for held in census.parameters}
     return BaseFit(shapes, tuple(fqn for fqn in file.trained if fqn not in own))
 
 
@@ -154,10 +151,4 @@ def adapter_basis(file: AdapterFile, shapes: Shapes | None) -> Basis | None:
         if file.bases is None:
             return None
         shapes = {"": (len(file.bases[1]), file.bases[0].shape[-1])}  # as if one layer used all of them
-    return file_basis(file, stand_ins(shapes), BasisBank())
-
-
-def stand_ins(shapes: Shapes) -> tuple[Target, ...]:
-    """Make layers of some ``(out_features, in_features)`` that hold no values and hang nowhere."""
-    layers = {fqn: nn.Linear(in_, out, bias=False, device="meta") for fqn, (out, in_) in shapes.items()}
-    return tuple(Target(fqn, layer, LinearAdapter, (), None) for fqn, layer in layers.items())
+    return file_basis(file, shapes, BasisBank())

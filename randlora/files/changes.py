@@ -1,23 +1,22 @@
 """What adapters make of a checkpoint's tensors: which are merged into, and which are replaced.
 
-The arithmetic is that of `randlora.merge`: a weight is put into a layer, as if a model had been loaded, and the adapter
-layer of its kind merges it.
+The arithmetic is that of `randlora.merge`, update by update.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from randlora.bases.bank import BasisBank
+from randlora.bases.spec import sliced_dims
 from randlora.checkpoint.bases import file_basis
-from randlora.checkpoint.fit import fit_targets
+from randlora.checkpoint.fit import fit_sites
 from randlora.checkpoint.layout import master_copy
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.checkpoint.tensors_file import Entry
@@ -27,11 +26,10 @@ from randlora.files.names import namings
 from randlora.files.quantized import DenseView
 from randlora.files.skeleton import Skeleton, skeleton
 from randlora.files.tensor_file import read_pieces
-from randlora.layers.folding import Into
+from randlora.layers.update import Update, folded, sum_updates
 from randlora.model.merge import require_finite
-from randlora.state import Adapter, ModelState
-from randlora.targets.select import Target, used_dims
-from randlora.targets.walk import named_parameters
+from randlora.targets.site import Site, shapes_of
+from randlora.targets.walk import Census
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,26 +37,23 @@ class Merging:
     """A weight that adapters are merged into.
 
     Attributes:
-        target: Its layer in the skeleton.
-        addends: The adapters with their Λ and Γ, in the order in which their updates are summed.
+        site: Its place in the skeleton.
+        updates: The adapters' updates, in the order in which they are summed.
     """
 
-    target: Target
-    addends: list[tuple[Adapter, Tensor, Tensor]] = field(default_factory=list)
+    site: Site
+    updates: list[Update] = field(default_factory=list)
 
+    @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
-        """Compute the merged weight, in the dtype and layout of ``weight``.
+        """Return the merged weight, in the dtype and layout of ``weight``.
 
         Raises:
             MergeError: When it would not be finite.
         """
-        module = copy.copy(self.target.module)
-        module._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
-        layer = self.target.layer_class(module, ModelState())
-        for adapter, lam, gamma in self.addends:
-            layer.add(adapter, master_copy(lam, "cpu"), master_copy(gamma, "cpu"), trainable=False)
-        factors = {adapter.name: adapter.weight for adapter, _, _ in self.addends if adapter.weight is not None}
-        return require_finite(self.target.fqn, layer.merged(factors, Into()).weight)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        delta = sum_updates(self.updates, self.site.shape, device=weight.device, dtype=dtype)
+        return require_finite(self.site.fqn, folded(weight, self.site.layer_class.in_storage_layout(delta)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,22 +111,26 @@ def find_changes(base: DenseView, adapters: Mapping[Path, float]) -> Changes:
         with _about(path):
             files[path] = read_adapter(path)
     model = _skeleton(base.directory, files.values())
-    parameters = {fqn: id(parameter) for fqn, _, _, parameter in named_parameters(model)}
+    census = Census.of(model)
+    parameters = {held.fqn: id(held.parameter) for held in census.parameters}
     bank = BasisBank()
     merged: dict[int, Merging] = {}
     replaced: dict[int, Tensor] = {}
-    for number, (path, factor) in enumerate(adapters.items()):
+    for path, factor in adapters.items():
         file = files[path]
         with _about(path):
-            targets = fit_targets(model, file, needs_values=False)
-            adapter = _adapter(f"adapter_{number}", file, targets, bank, factor)
+            sites = fit_sites(census, file, needs_values=False)
+            basis = file_basis(file, shapes_of(sites), bank)
             if taken := [fqn for fqn in file.trained if parameters[fqn] in replaced]:
                 raise CheckpointError(
                     f"an adapter before it trained {', '.join(taken)} too, and the model has room for one"
                 )
-        for target in targets:
-            merging = merged.setdefault(id(target.module._parameters["weight"]), Merging(target))
-            merging.addends.append((adapter, *file.values[target.fqn]))
+        basis.extend(*sliced_dims(site.shape for site in sites))
+        bank.add(basis)
+        for site in sites:
+            lam, gamma = (master_copy(part, "cpu") for part in file.values[site.fqn])
+            update = Update(basis, lam, gamma, file.config.scaling * factor)
+            merged.setdefault(id(site.weight), Merging(site)).updates.append(update)
         replaced |= {parameters[fqn]: tensor for fqn, tensor in file.trained.items()}
     places = {name: parameters.get(model.naming.fqn(name)) for name in base.directory.entries}
     return Changes(
@@ -148,14 +147,6 @@ def _skeleton(directory: ModelDirectory, files: Iterable[AdapterFile]) -> Skelet
         if weights <= {naming.fqn(name) for name in directory.entries}:
             return skeleton(directory, naming)
     return skeleton(directory)
-
-
-def _adapter(name: str, file: AdapterFile, targets: tuple[Target, ...], bank: BasisBank, factor: float) -> Adapter:
-    """Make what a model would carry of an adapter, with bases from the bank where that has them."""
-    basis = file_basis(file, targets, bank)
-    basis.extend(*used_dims(targets))
-    bank.add(basis)
-    return Adapter(name, file.config, basis, tuple(target.fqn for target in targets), "", weight=factor)
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

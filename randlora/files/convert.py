@@ -1,4 +1,4 @@
-"""`convert_adapter`: an adapter on disk written anew for another reader: this library, PEFT, or whatever knows LoRA."""
+"""`convert`: an adapter on disk written anew for another reader: this library, PEFT, or whatever knows LoRA."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Format = Literal["peft", "native", "lora"]
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What `convert_adapter` wrote; prints with the errors of a LoRA.
+    """What `randlora.files.convert` wrote; prints with the errors of a LoRA.
 
     Attributes:
         source: The adapter that was read.
@@ -75,7 +75,7 @@ class ConversionReport:
         return "\n".join([*lines, f"wrote {self.out} ({self.to}), {as_bytes(self.nbytes)}", *self.notes])
 
 
-def convert_adapter(
+def convert(
     directory: str | os.PathLike[str],
     out: str | os.PathLike[str],
     to: Format = "peft",

@@ -1,4 +1,4 @@
-"""`inspect_adapter`: what an adapter's files say of it, and how large the updates of its layers are."""
+"""`randlora.files.inspect`: what an adapter's files say of it, and how large the updates of its layers are."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from randlora.files.summary import AdapterSummary, BasisSource, BasisSummary, La
 WITHOUT_SHAPES = "norms need the layers' shapes, which PEFT does not write: give the directory of the base model too"
 
 
-def inspect_adapter(
+def inspect(
     directory: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,
     *,

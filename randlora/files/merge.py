@@ -1,4 +1,4 @@
-"""`merge_files`: adapters into a checkpoint on disk, tensor by tensor, to a new checkpoint beside it.
+"""`randlora.files.merge`: adapters into a checkpoint on disk, tensor by tensor, to a new checkpoint beside it.
 
 Everything is planned and checked from headers before the first byte is written. Tensors that nothing changes are
 copied as bytes; of the others one at a time is in memory.
@@ -39,7 +39,7 @@ Sources = Source | Sequence[Source] | Mapping[str, float] | Mapping[Path, float]
 
 @dataclass(frozen=True)
 class FileMergeReport:
-    """What `merge_files` wrote.
+    """What `randlora.files.merge` wrote.
 
     Attributes:
         out: The new checkpoint's directory.
@@ -80,7 +80,7 @@ class FileMergeReport:
         return "\n".join([*lines, f"wrote {self.out}, {as_bytes(self.nbytes)} in {files}{dtype}", *self.notes])
 
 
-def merge_files(
+def merge(
     base: Source,
     adapters: Sources,
     out: Source,

@@ -1,4 +1,4 @@
-"""`plan_directory`: what an adapter of a model would be, from the headers of its checkpoint alone."""
+"""`randlora.files.plan`: what an adapter of a model would be, from the headers of its checkpoint alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from randlora.errors import TargetError, raise_collected
 from randlora.files.model_directory import ModelDirectory, read_model_directory
 from randlora.files.quantized import as_dense
 from randlora.files.skeleton import skeleton
-from randlora.model.inject import plan
+from randlora.model.inject import plan as plan_model
 from randlora.report import Report
 
 
@@ -38,7 +38,7 @@ class TrainingMemory:
         return self.weights + self.parameters + self.gradients + self.optimizer + self.bases
 
 
-def plan_directory(directory: str | os.PathLike[str], r: int | None = None, **options: Any) -> Report:
+def plan(directory: str | os.PathLike[str], r: int | None = None, **options: Any) -> Report:
     """Say what `randlora.inject` would do to the model in a directory, without its code and its weights.
 
     Args:
@@ -57,7 +57,7 @@ def plan_directory(directory: str | os.PathLike[str], r: int | None = None, **op
     """
     base = as_dense(read_model_directory(directory))
     model = skeleton(base.directory)
-    report = plan(model, r, **options)
+    report = plan_model(model, r, **options)
     if not base.codes:
         return replace(report, notes=(*report.notes, *model.doubts))
     codes = {model.naming.fqn(name) for name in base.codes}
@@ -71,7 +71,7 @@ def training_memory(report: Report, directory: ModelDirectory) -> TrainingMemory
     """Count the bytes that training the adapter of a report takes.
 
     Args:
-        report: What `plan_directory` returned.
+        report: What `randlora.files.plan` returned.
         directory: The model it is about.
     """
     trained = report.checkpoint_bytes  # what is trained is what is saved

@@ -1,4 +1,4 @@
-"""What `inspect_adapter` found, as fields and as text."""
+"""What `randlora.files.inspect` found, as fields and as text."""
 
 from __future__ import annotations
 

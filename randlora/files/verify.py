@@ -1,4 +1,4 @@
-"""`verify_adapter`: whether an adapter's files are whole, their bases come out again, and they fit a base model."""
+"""`verify`: whether an adapter's files are whole, their bases come out again, and they fit a base model."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Literal
 from randlora.bases.spec import sliced_dims
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.errors import CheckpointError
-from randlora.files.adapter import Shapes, adapter_basis, fit_base, known_shapes
+from randlora.files.adapter import adapter_basis, fit_base, known_shapes
 from randlora.files.progress import Progress, no_progress
 from randlora.files.summary import DIGEST_SHOWN
+from randlora.targets.site import Shapes
 
 STEPS = 3
 
@@ -40,7 +41,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify_adapter` looked at.
+    """What `randlora.files.verify` looked at.
 
     Attributes:
         directory: The adapter.
@@ -61,7 +62,7 @@ class Verification:
         return "\n".join([*map(str, self.checks), f"{self.directory} is {verdict}"])
 
 
-def verify_adapter(
+def verify(
     directory: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,
     *,

@@ -17,9 +17,8 @@ and the update is ``scaling · UB @ UA``, oriented as the weight, where row ``p 
 ``UA`` is ``lam[k, j] · basis_A[k] · gamma[j]`` and ``UB`` is ``basis_B``. The pairing by the flat index p is the one of
 PEFT 0.15 to 0.21 and of the authors' code; a checkpoint is only right under it.
 
-The rooms: `diagonals` scales A by Λ and Γ and leads gradients back to them; `dense`, `block` and `sparse` know the
-products with bases of their kind, each under the same names; `few_tokens` is for generating; `adapted` puts a layer's
-weight and update together; `cost` chooses among the ways to compute; `operation` is what autograd sees.
+The rooms: `dense` and `block` know the products with bases of their kind, each under the same names; `adapted` puts a
+layer's weight and update together; `cost` chooses among the ways to compute; `operation` is what autograd sees.
 """
 
 from randlora.functional.adapted import Pair
@@ -28,7 +27,6 @@ from randlora.functional.cost import Compute
 from randlora.functional.dense import DensePair
 from randlora.functional.diagonals import Diagonals
 from randlora.functional.operation import WriteOut, adapted_linear, delta_weight
-from randlora.functional.sparse import SparsePair
 
 __all__ = [
     "BlockPair",
@@ -36,7 +34,6 @@ __all__ = [
     "DensePair",
     "Diagonals",
     "Pair",
-    "SparsePair",
     "WriteOut",
     "adapted_linear",
     "delta_weight",

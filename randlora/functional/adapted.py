@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from randlora.functional import few_tokens
+from randlora.functional import scratch
 from randlora.functional.block import BlockPair
-from randlora.functional.cost import Sizes, Way
+from randlora.functional.cost import Way
 from randlora.functional.dense import DensePair
-from randlora.functional.diagonals import Diagonals, diagonal_gradients, scaled_basis
-from randlora.functional.sparse import SparsePair
 
-Pair = DensePair | BlockPair | SparsePair
+Pair = DensePair | BlockPair
+WIDE = (torch.float32, torch.float64)
 
 
 class Adapted(NamedTuple):
@@ -22,61 +23,56 @@ class Adapted(NamedTuple):
     Attributes:
         weight: The base layer's, ``(out, in)``, in the dtype of B; ``None`` where only the update is meant.
         pair: The bases.
-        diagonals: Λ and Γ.
-        in_features: The layer's input width; it is ``min_dim`` or ``max_dim``, and fixes the orientation.
+        lam: Λ, ``(r, num_bases)``, at least as wide as A; it carries the scaling where B is narrow, before rounding.
+        gamma: Γ, ``(num_bases, min_dim)``, at least as wide as A.
+        factor: What is left of the scaling, for a product to multiply by.
+        scaling: The scaling.
+        is_wide: Whether the input is on the small side, as in square layers too.
         owns_weight: Whether nobody else holds the weight, so that forming the sum may use its memory up.
     """
 
     weight: Tensor | None
     pair: Pair
-    diagonals: Diagonals
-    in_features: int
+    lam: Tensor
+    gamma: Tensor
+    factor: float
+    scaling: float
+    is_wide: bool
     owns_weight: bool = False
 
-    @property
-    def is_wide(self) -> bool:
-        """Whether the input is on the small side, as in square layers too."""
-        return self.in_features == self.pair.min_dim
-
-    @property
-    def out_features(self) -> int:
-        """The layer's output width."""
-        return self.pair.max_dim if self.is_wide else self.pair.min_dim
-
-    def sizes(self, tokens: int) -> Sizes:
-        """Name what the cost of a step depends on."""
-        r, num_bases = self.diagonals.lam.shape
-        sides = self.pair.max_dim, self.pair.min_dim
-        has_weight = self.weight is not None
-        return Sizes(tokens, *sides, r * num_bases, num_bases, self.pair.shares, self.is_wide, has_weight)
-
-    def oriented(self, matrix: Tensor) -> Tensor:
-        """Turn ``(out, in)`` into ``(max_dim, min_dim)``, or back."""
-        return matrix if self.is_wide else matrix.T
-
-    def scaled_A(self) -> Tensor:
-        """Build ``scaling · UA`` in the dtype of B."""
-        return scaled_basis(self.pair.A, self.diagonals, self.pair.B.dtype)
+    def without_weight(self) -> Adapted:
+        """Return the update alone; `_replace` would do, but torch's compiler refuses it up to 2.8."""
+        return Adapted(None, self.pair, self.lam, self.gamma, self.factor, self.scaling, self.is_wide)
 
     def total(self) -> Tensor:
         """Form the sum of weight and update, ``(out, in)``, laid out as the weight is, which is gone if it is owned."""
-        onto = None if self.weight is None else self.oriented(self.weight)
-        return self.oriented(self.pair.update(self.scaled_A(), onto, uses_up=self.owns_weight))
-
-    def output(self, rows: Tensor, way: Way, onto: Tensor | None) -> Tensor:
-        """Take tokens through both factors of the update: ``(tokens, in)`` to ``(tokens, out)``, added to ``onto``."""
         pair = self.pair
-        if way == "few_tokens" and self.is_wide:
-            return pair.hidden_to_large(few_tokens.small_to_hidden(rows, pair.A, self.diagonals), onto)
-        if way == "few_tokens":
-            small = few_tokens.hidden_to_small(pair.large_to_hidden(rows), pair.A, self.diagonals)
-            return small if onto is None else onto + small
+        scaled_A = pair.scaled_A(self.lam, self.gamma)
         if self.is_wide:
-            return pair.hidden_to_large(pair.small_to_hidden(rows, self.scaled_A()), onto)
-        return pair.hidden_to_small(pair.large_to_hidden(rows), self.scaled_A(), onto)
+            return pair.update(scaled_A, self.weight, self.factor, uses_up=self.owns_weight)
+        onto = None if self.weight is None else self.weight.T
+        return pair.update(scaled_A, onto, self.factor, uses_up=self.owns_weight).T
+
+    def output(self, rows: Tensor, bias: Tensor | None, way: Way) -> Tensor:
+        """Compute the output, ``(tokens, out)``, of ``rows``, ``(tokens, in)``."""
+        if way == "materialized":
+            return F.linear(rows, self.total(), bias)
+        onto = None if self.weight is None else F.linear(rows, self.weight, bias)
+        pair = self.pair
+        if way == "few_tokens":
+            if self.is_wide:
+                return self._terms_to_large(pair.small_to_terms(rows, self.gamma), onto, self.factor)
+            by_term = pair.terms_to_small(self._terms(rows) * self.lam)
+            return self._by_term_to_small(by_term, onto, self.factor)
+        scaled_A = pair.scaled_A(self.lam, self.gamma)
+        if self.is_wide:
+            return pair.hidden_to_large(pair.small_to_hidden(rows, scaled_A), onto, self.factor)
+        return pair.hidden_to_small(pair.large_to_hidden(rows), scaled_A, onto, self.factor)
 
     def input_gradient(self, grad: Tensor, way: Way) -> tuple[Tensor, Tensor | None]:
         """Compute the gradient of the input, ``(tokens, in)``, and what `gradients_from_tokens` can use again.
+
+        The factor multiplies the hidden vectors once, and so all that comes of them.
 
         Args:
             grad: Gradient of the output, ``(tokens, out)``.
@@ -84,11 +80,12 @@ class Adapted(NamedTuple):
         """
         if way == "materialized":
             return grad @ self.total(), None
-        onto = None if self.weight is None else grad @ self.weight
+        onto, pair = None if self.weight is None else grad @ self.weight, self.pair
+        scaled_A = pair.scaled_A(self.lam, self.gamma)
         if not self.is_wide:
-            return self.pair.hidden_to_large(self.pair.small_to_hidden(grad, self.scaled_A()), onto), None
-        hidden = self.pair.large_to_hidden(grad)
-        return self.pair.hidden_to_small(hidden, self.scaled_A(), onto), hidden
+            return pair.hidden_to_large(pair.small_to_hidden(grad, scaled_A), onto, self.factor), None
+        hidden = pair.large_to_hidden(grad, self.factor)
+        return pair.hidden_to_small(hidden, scaled_A, onto, 1.0), hidden
 
     def gradients_from_tokens(self, tokens: Tensor, grad: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         """Compute the gradients of Λ and Γ through both factors.
@@ -99,9 +96,95 @@ class Adapted(NamedTuple):
             hidden: What `input_gradient` had of the same work.
         """
         large, small = (grad, tokens) if self.is_wide else (tokens, grad)
-        hidden = self.pair.large_to_hidden(large) if hidden is None else hidden
-        return diagonal_gradients(self.pair.grad_from_tokens(hidden, small), self.pair.A, self.diagonals)
+        if hidden is None:
+            hidden = self.pair.large_to_hidden(large, self.factor)
+        return self._of_diagonals(self.pair.grad_from_tokens(hidden, small))
 
     def gradients_from_update(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gradients of Λ and Γ from that of the update, ``(out, in)``."""
-        return diagonal_gradients(self.pair.grad_from_update(self.oriented(grad)), self.pair.A, self.diagonals)
+        grad_A = self.pair.grad_from_update(grad if self.is_wide else grad.T)
+        return self._of_diagonals(scratch.scaled(grad_A, self.factor))
+
+    def gradients_of_few_tokens(
+        self, tokens: Tensor | None, grad: Tensor, *, needs_input: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Compute the gradients of the input, of Λ and of Γ without building UA: see `cost`.
+
+        Args:
+            tokens: The input, ``(tokens, in)``; ``None`` where Λ and Γ need no gradient.
+            grad: Gradient of the output, ``(tokens, out)``.
+            needs_input: Whether the input's gradient is asked for.
+        """
+        small, large = (tokens, grad) if self.is_wide else (grad, tokens)
+        before = None if small is None else self.pair.small_to_terms(small, self.gamma)
+        after = None if large is None else self._terms(large, self.factor)
+        by_term = None if after is None else self.pair.terms_to_small(after * self.lam)
+        grad_x = None
+        if needs_input:
+            onto = None if self.weight is None else grad @ self.weight
+            to_input = self._by_term_to_small if self.is_wide else self._terms_to_large
+            part = by_term if self.is_wide else before
+            assert part is not None, "it is made of the gradient"
+            grad_x = to_input(part, onto, 1.0 if self.is_wide else self.factor)
+        if small is None or before is None or after is None or by_term is None:
+            return grad_x, None, None
+        grad_lam = _over_tokens(before * after)
+        grad_gamma = _over_tokens(by_term * small.unsqueeze(1))
+        return grad_x, grad_lam if self.factor == self.scaling else scratch.scaled(grad_lam, self.scaling), grad_gamma
+
+    def _of_diagonals(self, grad_A: Tensor) -> tuple[Tensor, Tensor]:
+        """Lead the gradient of UA, the factor in it, on to Λ and Γ."""
+        grad_lam, grad_gamma = self.pair.diagonal_gradients(grad_A, self.lam, self.gamma)
+        return grad_lam if self.factor == self.scaling else scratch.scaled(grad_lam, self.scaling), grad_gamma
+
+    def _terms(self, large: Tensor, factor: float = 1.0) -> Tensor:
+        """Multiply ``(tokens, max_dim)`` by UB and a factor, in the order of Λ: ``(tokens, r, num_bases)``."""
+        return self.pair.large_to_flat(large, factor).view(-1, self.lam.size(0), self.lam.size(1))
+
+    def _terms_to_large(self, terms: Tensor, onto: Tensor | None, factor: float) -> Tensor:
+        """Scale ``(tokens, r, num_bases)`` by Λ and the factor and multiply by UB, added to ``onto``."""
+        flat = (self.lam * terms).reshape(-1, self.lam.numel())
+        return self.pair.flat_to_large(scratch.in_dtype(flat, self.pair.B.dtype), onto, factor)
+
+    def _by_term_to_small(self, by_term: Tensor, onto: Tensor | None, factor: float) -> Tensor:
+        """Scale ``(tokens, num_bases, min_dim)`` by Γ and the factor and sum over the terms, added to ``onto``."""
+        small = (by_term * self.gamma).sum(1)
+        total = scratch.scaled(small, factor) if onto is None else scratch.plus(onto, small, factor)
+        return scratch.in_dtype(total, self.pair.B.dtype)
+
+
+def _over_tokens(rows: Tensor) -> Tensor:
+    """Sum over the first dimension."""
+    return rows[0] if rows.size(0) == 1 else rows.sum(0)
+
+
+def adapted(
+    weight: Tensor | None,
+    pair: Pair,
+    lam: Tensor,
+    gamma: Tensor,
+    scaling: float,
+    in_features: int,
+    *,
+    owns_weight: bool = False,
+) -> Adapted:
+    """Put the parts of a layer together.
+
+    Args:
+        weight: ``(out, in)`` in the dtype of B, or ``None``.
+        pair: The bases.
+        lam: Λ.
+        gamma: Γ.
+        scaling: Factor of the update.
+        in_features: The layer's input width; it is ``min_dim`` or ``max_dim``, and fixes the orientation.
+        owns_weight: Whether nobody else holds the weight.
+    """
+    wide = pair.A.dtype
+    if lam.dtype != wide:
+        lam = lam.to(torch.promote_types(lam.dtype, wide))
+    if gamma.dtype != wide:
+        gamma = gamma.to(torch.promote_types(gamma.dtype, wide))
+    factor = scaling
+    if pair.B.dtype not in WIDE and scaling != 1:
+        lam, factor = lam * scaling, 1.0
+    return Adapted(weight, pair, lam, gamma, factor, scaling, in_features == gamma.size(1), owns_weight)

@@ -2,9 +2,9 @@
 
 A is zero but where ``k ≡ j (mod c)``, B but where ``i ≡ p (mod b)``: block diagonal up to a stride permutation, the
 factors of Monarch matrices (Dao et al., ICML 2022). So a product of tokens with either deals their columns out
-(`split`), multiplies block by block, and gathers the columns of the result (`join`). The update is a grid of b·c dense
-tiles in the same way. Sides that a stride does not divide are filled up with zeros, which change no sum, and cut off
-again.
+(`_deal`), multiplies block by block, and gathers the columns of the result (`_gather`). The update is a grid of b·c
+dense tiles in the same way. Sides that a stride does not divide are filled up with zeros, which change no sum, and cut
+off again.
 
 A matrix product wants its sides dense in memory, so this is what is copied beside the products. Through both factors:
 the tokens once, dealt out; the hidden vectors twice, from the order of one basis to that of the other by way of p; the
@@ -17,18 +17,23 @@ products are added to, and the sum once, gathered; tokens are not copied at all.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from randlora.functional import scratch
-from randlora.functional.diagonals import join, split
+from randlora.functional.cost import Shape, pass_over
+from randlora.functional.dense import DensePair
+from randlora.functional.scratch import in_dtype
 
 
-class BlockPair(NamedTuple):
+class BlockPair:
     """A pair of block bases; the products are those of `DensePair`.
+
+    Here ``scaled_A`` is ``(c, r/c·num_bases, ceil(min_dim / c))``: row ``u·num_bases + j`` of block t is row
+    ``p = (u·c + t)·num_bases + j`` of UA. Hidden vectors as its rows lie are ``(c, tokens, r/c·num_bases)``.
 
     Attributes:
         A: ``(c, r/c, ceil(min_dim / c))``.
@@ -36,107 +41,194 @@ class BlockPair(NamedTuple):
         num_bases: Terms of the update; it tells p, the index that pairs the rows of UA with the columns of UB.
         max_dim: The layer's large side.
         min_dim: The layer's small side.
+        rest: What makes a pair again of other tensors.
+        r: Rows of A.
+        hidden: ``r·num_bases``.
+        written: The same bases written out, zeros and all, where someone made them, for so few multiply-adds that the
+            host's time to deal and gather would be the larger part: see `cost.is_small`.
     """
 
-    A: Tensor
-    B: Tensor
-    num_bases: int
-    max_dim: int
-    min_dim: int
+    written: DensePair | None = None
+
+    def __init__(
+        self,
+        A: Tensor,
+        B: Tensor,
+        num_bases: int,
+        max_dim: int,
+        min_dim: int,
+        blocks: tuple[int, int, int] | None = None,
+    ) -> None:
+        """Take the bases of one layer; ``blocks`` is ``(c, b, r/c)``, which to a compiler may be symbols of tensors."""
+        self.A, self.B = A, B
+        self.num_bases, self.max_dim, self.min_dim = num_bases, max_dim, min_dim
+        self._c, self._b, self._rows = (A.size(0), B.size(0), A.size(1)) if blocks is None else blocks
+        self.rest = num_bases, max_dim, min_dim, (self._c, self._b, self._rows)
+        self._width, self._height = -(-min_dim // self._c), -(-max_dim // self._b)
+        self.r = self._c * self._rows
+        self.hidden = self.r * num_bases
+        self._is_padded = self._c * self._width != min_dim or self._b * self._height != max_dim
+        self._A_T, self._B_T = A.mT, B.mT
+        self._rows_of_A = A.unsqueeze(2)  # (c, r/c, 1, width)
 
     @property
-    def shares(self) -> tuple[float, float, float]:
-        """Arithmetic of a product with UA, with UB and of both, as shares of what dense ones take."""
-        c, b = len(self.A), len(self.B)
-        return 1 / c, 1 / b, 1 / (c * self._tile_rows)
+    def _tile_rows(self) -> int:
+        """Rows of tiles that the update has, b': where b does not divide num_bases, tiles are merged until it does."""
+        return math.gcd(self.num_bases, self._b)
+
+    @cached_property
+    def shape(self) -> Shape:
+        """What the cost of products depends on; a product with UA, with UB and both are shares of dense ones."""
+        entry = pass_over(self.B.device.type, self.B.dtype).multiply_adds
+        shares = 1 / self._c, 1 / self._b, 1 / (self._c * self._tile_rows)
+        return Shape(self.max_dim, self.min_dim, self.hidden, self.num_bases, shares, entry)
+
+    def write_out(self) -> DensePair:
+        """Return the same bases as dense ones."""
+        basis_A, basis_B = (
+            torch.diag_embed(blocks.permute(1, 2, 0), dim1=1, dim2=3).reshape(rows, -1)
+            for blocks, rows in ((self.A, self.r), (self.B, self._b * self._height))
+        )
+        return DensePair(basis_A[:, : self.min_dim].contiguous().unsqueeze(0), basis_B[: self.max_dim])
+
+    def scaled_A(self, lam: Tensor, gamma: Tensor) -> Tensor:
+        """Build UA block by block in the dtype of B: made in the widest of all and rounded once."""
+        product = scratch.times(self._rows_of_A * self._blocks_of_gamma(gamma), self._blocks_of_lam(lam))
+        return in_dtype(product.reshape(self._c, -1, self._width), self.B.dtype)
+
+    def diagonal_gradients(self, grad_A: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        """Lead the gradient of UA, whose memory is used up, on to Λ and Γ."""
+        grad_A = grad_A.reshape(self._c, self._rows, self.num_bases, self._width)
+        product = scratch.times(grad_A, self._rows_of_A)
+        grad_lam = (product * self._blocks_of_gamma(gamma)).sum(3).transpose(0, 1).reshape(self.r, self.num_bases)
+        return grad_lam, _gather(scratch.times(product, self._blocks_of_lam(lam)).sum(1), self.min_dim)
+
+    def _blocks_of_lam(self, lam: Tensor) -> Tensor:
+        """Lay Λ out as the blocks of A: ``(c, r/c, num_bases, 1)``."""
+        return lam.view(self._rows, self._c, self.num_bases, 1).transpose(0, 1)
+
+    def _blocks_of_gamma(self, gamma: Tensor) -> Tensor:
+        """Lay Γ out as the blocks of A, in memory too, so that what is made of it lies like that: ``(c, 1, n, w)``."""
+        return _deal(gamma, self._c).contiguous().unsqueeze(1)
 
     def small_to_hidden(self, small: Tensor, scaled_A: Tensor) -> Tensor:
-        """Multiply ``(tokens, min_dim)`` by ``UA.T``: ``(c, tokens, r/c·num_bases)``."""
-        return torch.bmm(split(small, len(scaled_A)), scaled_A.mT)
+        """Multiply ``(tokens, min_dim)`` by ``UA.T``: hidden vectors as the rows of ``scaled_A`` lie."""
+        return torch.bmm(_deal(small, self._c), scaled_A.mT)
 
-    def hidden_to_small(self, hidden: Tensor, scaled_A: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Multiply hidden vectors by ``UA``, added to ``onto``, ``(tokens, min_dim)``, whose memory is used up."""
-        small = join(torch.bmm(hidden, scaled_A), self.min_dim)
-        return small if onto is None else scratch.plus(onto, small)
+    def hidden_to_small(self, hidden: Tensor, scaled_A: Tensor, onto: Tensor | None, factor: float) -> Tensor:
+        """Multiply such vectors by ``factor·UA``, added to ``onto``, ``(tokens, min_dim)``, whose memory is used up."""
+        return _gather_onto(onto, torch.bmm(hidden, scaled_A), self.min_dim, factor)
 
-    def large_to_hidden(self, large: Tensor) -> Tensor:
-        """Multiply ``(tokens, max_dim)`` by ``UB``: ``(c, tokens, r/c·num_bases)``."""
-        return self._by_block_of_A(torch.bmm(split(large, len(self.B)), self.B))
+    def large_to_hidden(self, large: Tensor, factor: float = 1.0) -> Tensor:
+        """Multiply ``(tokens, max_dim)`` by ``factor·UB``: hidden vectors as the rows of ``scaled_A`` lie."""
+        by_row = self.large_to_flat(large, factor).view(-1, self._rows, self._c, self.num_bases)
+        return by_row.permute(2, 0, 1, 3).reshape(self._c, -1, self._rows * self.num_bases)
 
-    def hidden_to_large(self, hidden: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Multiply hidden vectors by ``UB.T``, added to ``onto``, ``(tokens, max_dim)``, whose memory is used up."""
-        large = join(torch.bmm(self._by_block_of_B(hidden), self.B.mT), self.max_dim)
-        return large if onto is None else scratch.plus(onto, large)
+    def hidden_to_large(self, hidden: Tensor, onto: Tensor | None, factor: float) -> Tensor:
+        """Multiply such vectors by ``factor·UB.T``, added to ``onto``, ``(tokens, max_dim)``, which is used up."""
+        by_row = hidden.view(self._c, -1, self._rows, self.num_bases)
+        return self.flat_to_large(by_row.permute(1, 2, 0, 3).reshape(-1, self.hidden), onto, factor)
+
+    def large_to_flat(self, large: Tensor, factor: float = 1.0) -> Tensor:
+        """Multiply ``(tokens, max_dim)`` by ``factor·UB``: ``(tokens, r·num_bases)``, in the order of p."""
+        return scratch.scaled(_gather(torch.bmm(_deal(large, self._b), self.B), self.hidden), factor)
+
+    def flat_to_large(self, flat: Tensor, onto: Tensor | None, factor: float) -> Tensor:
+        """Multiply such vectors by ``factor·UB.T``, added to ``onto``, ``(tokens, max_dim)``, which is used up."""
+        return _gather_onto(onto, torch.bmm(_deal(flat, self._b), self._B_T), self.max_dim, factor)
+
+    def small_to_terms(self, small: Tensor, gamma: Tensor) -> Tensor:
+        """Multiply tokens by A once a term, scaled by its Γ before: ``(tokens, r, num_bases)``, flat but for Λ."""
+        laid_out = (small.unsqueeze(1) * gamma).reshape(-1, self.min_dim)  # (tokens·num_bases, min_dim)
+        terms = torch.bmm(_deal(laid_out, self._c), in_dtype(self._A_T, laid_out.dtype))
+        by_row = terms.view(self._c, -1, self.num_bases, self._rows).permute(1, 3, 0, 2)
+        return by_row.reshape(-1, self.r, self.num_bases)
+
+    def terms_to_small(self, terms: Tensor) -> Tensor:
+        """Multiply ``(tokens, r, num_bases)`` by A, term by term: ``(tokens, num_bases, min_dim)``, before Γ."""
+        by_block = terms.view(-1, self._rows, self._c, self.num_bases).permute(2, 0, 3, 1)
+        rows = by_block.reshape(self._c, -1, self._rows)  # (c, tokens·num_bases, r/c)
+        small = torch.bmm(rows, in_dtype(self.A, rows.dtype))
+        return _gather(small, self.min_dim).view(-1, self.num_bases, self.min_dim)
 
     def grad_from_tokens(self, hidden: Tensor, small: Tensor) -> Tensor:
         """Return what ``hidden.T @ small`` has in the blocks of ``UA``, in the shape of ``scaled_A``."""
-        return torch.bmm(hidden.mT, split(small, len(self.A)))
+        return torch.bmm(hidden.mT, _deal(small, self._c))
 
     def grad_from_update(self, grad: Tensor) -> Tensor:
         """Lead the gradient of the update, ``(max_dim, min_dim)``, on to ``UA``, in the shape of ``scaled_A``."""
-        product = torch.bmm(self._tiles_of_B().mT, self._tiles(grad).flatten(end_dim=1))
-        tiles: Tensor = product.unflatten(0, (self._tile_rows, len(self.A))).unflatten(2, (self.A.shape[1], -1))
-        return tiles.permute(1, 2, 3, 0, 4).flatten(1, 3)  # (b', c, r/c, num_bases/b', width) before
+        tiles = self._tiles(grad).reshape(self._tile_rows * self._c, -1, self._width)
+        product = torch.bmm(self._tiles_of_B().mT, tiles)
+        by_term = product.view(self._tile_rows, self._c, self._rows, -1, self._width)
+        return by_term.permute(1, 2, 3, 0, 4).reshape(self._c, -1, self._width)
 
-    def update(self, scaled_A: Tensor, onto: Tensor | None = None, *, uses_up: bool = False) -> Tensor:  # noqa: ARG002
-        """Compute ``UB @ UA``, ``(max_dim, min_dim)``, added to ``onto`` inside the products' accumulation.
+    def update(self, scaled_A: Tensor, onto: Tensor | None, factor: float, *, uses_up: bool = False) -> Tensor:  # noqa: ARG002
+        """Compute ``factor·UB @ UA``, ``(max_dim, min_dim)``, added to ``onto`` inside the products' accumulation.
 
         The result is laid out in memory as ``onto`` is, which is left as it is: its tiles have to be copied anyway.
         """
         left, right = self._tiles_of_B(), self._tiles_of_A(scaled_A)
         if onto is None:
-            return self._untile(torch.bmm(left, right), across=False)
+            return self._untile(scratch.scaled(torch.bmm(left, right), factor), across=False)
         tiles, across = self._tiles(onto), onto.stride(-1) != 1
         if across:  # transposed in memory: so is each tile made
             tiles, left, right = tiles.mT, right.mT, left.mT
-        return self._untile(scratch.plus_products(_copied(tiles), left, right), across=across)
+        copied = tiles.clone(memory_format=torch.contiguous_format).view(-1, tiles.shape[2], tiles.shape[3])
+        return self._untile(scratch.plus_products(copied, left, right, factor), across=across)
 
     def _untile(self, tiles: Tensor, *, across: bool) -> Tensor:
         """Put tiles together; ``across`` says that each lies transposed, and the result in memory too."""
-        grid: Tensor = tiles.unflatten(0, (self._tile_rows, len(self.A)))
+        grid = tiles.view(self._tile_rows, self._c, tiles.size(1), tiles.size(2))
         if across:  # (b', c, width, height)
-            return grid.permute(2, 1, 3, 0).flatten(2, 3).flatten(0, 1)[: self.min_dim, : self.max_dim].T
-        return grid.permute(2, 0, 3, 1).flatten(2, 3).flatten(0, 1)[: self.max_dim, : self.min_dim]
-
-    def _by_block_of_A(self, parts: Tensor) -> Tensor:
-        """Deal hidden vectors out anew, from the blocks of B, ``(b, tokens, r·num_bases/b)``, to those of A."""
-        flat = join(parts, len(parts) * parts.shape[2])
-        by_row: Tensor = flat.unflatten(1, (-1, len(self.A), self.num_bases))
-        return by_row.movedim(2, 0).flatten(start_dim=2)
-
-    def _by_block_of_B(self, hidden: Tensor) -> Tensor:
-        """Undo `_by_block_of_A`."""
-        by_row: Tensor = hidden.unflatten(2, (-1, self.num_bases))
-        return split(by_row.permute(1, 2, 0, 3).flatten(start_dim=1), len(self.B))
-
-    @property
-    def _tile_rows(self) -> int:
-        """Rows of tiles that the update has, b': where b does not divide num_bases, tiles are merged until it does."""
-        return math.gcd(self.num_bases, len(self.B))
+            whole = grid.permute(2, 1, 3, 0).reshape(self._c * self._width, -1)
+            return (whole[: self.min_dim, : self.max_dim] if self._is_padded else whole).T
+        whole = grid.permute(2, 0, 3, 1).reshape(-1, self._c * self._width)
+        return whole[: self.max_dim, : self.min_dim] if self._is_padded else whole
 
     def _tiles(self, matrix: Tensor) -> Tensor:
         """View ``(max_dim, min_dim)`` as the grid of tiles ``(b', c, height, width)``."""
-        height, width = self.B.shape[0] * self.B.shape[1], self.A.shape[0] * self.A.shape[2]
-        if matrix.shape != (height, width):
-            matrix = F.pad(matrix, (0, width - self.min_dim, 0, height - self.max_dim))
-        tiles: Tensor = matrix.unflatten(1, (-1, len(self.A))).unflatten(0, (-1, self._tile_rows))
-        return tiles.permute(1, 3, 0, 2)
+        if self._is_padded:
+            missing_width = self._c * self._width - self.min_dim
+            matrix = F.pad(matrix, (0, missing_width, 0, self._b * self._height - self.max_dim))
+        return matrix.view(-1, self._tile_rows, self._width, self._c).permute(1, 3, 0, 2)
 
     def _tiles_of_A(self, scaled_A: Tensor) -> Tensor:
         """Return what each tile reads of UA: ``(b'·c, r/c·num_bases/b', width)``."""
-        parts: Tensor = scaled_A.unflatten(1, (self.A.shape[1], -1, self._tile_rows))
-        return parts.permute(3, 0, 1, 2, 4).flatten(2, 3).flatten(end_dim=1)
+        parts = scaled_A.view(self._c, self._rows, -1, self._tile_rows, self._width)
+        return parts.permute(3, 0, 1, 2, 4).reshape(self._tile_rows * self._c, -1, self._width)
 
     def _tiles_of_B(self) -> Tensor:
         """Return what each tile reads of B: ``(b'·c, height, r/c·num_bases/b')``."""
-        rows, merged = self._tile_rows, self.B
-        if (more := len(self.B) // rows) > 1:
-            parts = self.B.unflatten(0, (more, rows)).permute(1, 2, 3, 0)  # (b', height, inner, b/b')
-            merged = torch.diag_embed(parts).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        by_block: Tensor = merged.unflatten(2, (self.A.shape[1], len(self.A), -1))
-        return by_block.permute(0, 3, 1, 2, 4).flatten(3, 4).flatten(end_dim=1)
+        merged, height = self.B, self._b * self._height // self._tile_rows
+        if (more := self._b // self._tile_rows) > 1:
+            parts = self.B.unflatten(0, (more, self._tile_rows)).permute(1, 2, 3, 0)  # (b', height, inner, b/b')
+            merged = torch.diag_embed(parts).transpose(2, 3).reshape(self._tile_rows, height, -1)
+        by_block = merged.view(self._tile_rows, height, self._rows, self._c, -1)
+        return by_block.permute(0, 3, 1, 2, 4).reshape(self._tile_rows * self._c, height, -1)
 
 
-def _copied(tiles: Tensor) -> Tensor:
-    """Copy a grid of tiles, ``(b', c, ...)``, into a batch of them."""
-    return tiles.clone(memory_format=torch.contiguous_format).flatten(end_dim=1)
+def _deal(matrix: Tensor, blocks: int) -> Tensor:
+    """Deal the columns of a matrix out to blocks, ``(rows, n)`` to ``(blocks, rows, ceil(n / blocks))``; 0 fills up."""
+    if blocks == 1:
+        return matrix.unsqueeze(0)
+    width = -(-matrix.size(1) // blocks)
+    if missing := width * blocks - matrix.size(1):
+        matrix = F.pad(matrix, (0, missing))
+    return matrix.reshape(-1, width, blocks).permute(2, 0, 1)
+
+
+def _gather(parts: Tensor, columns: int) -> Tensor:
+    """Undo `_deal`: ``(blocks, rows, width)`` back to ``(rows, columns)``, in memory that holds nothing else."""
+    whole = parts.permute(1, 2, 0).reshape(-1, parts.size(0) * parts.size(2))
+    if whole.size(1) != columns:
+        return whole[:, :columns].clone(memory_format=torch.contiguous_format)
+    return whole.clone() if parts.size(0) == 1 else whole
+
+
+def _gather_onto(onto: Tensor | None, parts: Tensor, columns: int, factor: float) -> Tensor:
+    """Return ``onto + factor·parts`` gathered; the memory of both is used up."""
+    if onto is None:
+        return scratch.scaled(_gather(parts, columns), factor)
+    if parts.size(0) * parts.size(2) == columns:
+        return scratch.plus(onto, parts.permute(1, 2, 0).reshape(-1, columns), factor)
+    return scratch.plus(onto, _gather(parts, columns), factor)

@@ -10,18 +10,73 @@ A step has three stages, and each can multiply the tokens through both factors (
 | gradient of Λ and Γ | T·K·M·b + T·K·m·a | T·M·m + M·K·m·ab |
 
 a, b and ab are what `block` bases leave of a product: 1/c, 1/b and one tile in so many. Factored, the input gradient
-and that of Λ and Γ share a product with B where the layer's input is its small side. For few tokens forward has a third
-way, *few_tokens*, that never builds ``UA``. Passes over memory count as so many multiply-adds an entry.
+and that of Λ and Γ share a product with B where the layer's input is its small side. Few tokens have a third way in all
+stages, *few_tokens*, that never builds ``UA``, which has ``min_dim²`` entries: the tokens are laid out once a term and
+scaled instead, ``num_bases·min_dim`` numbers a token. Passes over memory count as so many multiply-adds an entry. What
+an operator costs whatever its size counts only where ways differ in it, which is in backward, where it decides in
+layers of 128 features or fewer.
+
+Where a compiler or an exporter sees the sizes, a number of tokens may be a symbol, and a choice by it would be a
+condition on it, so everything is factored there.
 """
 
-from typing import Literal, NamedTuple, TypeVar
+from functools import lru_cache
+from typing import Literal, NamedTuple, Protocol, TypeVar
+
+import torch
 
 Compute = Literal["auto", "factored", "materialized"]
 Way = Literal["factored", "materialized", "few_tokens"]
 Choice = TypeVar("Choice")
 
-PASS = 40
-"""Multiply-adds in the time that one entry takes to be read, changed and written: measured on CPUs, not on a GPU."""
+
+class Pass(NamedTuple):
+    """What one entry costs to be read, changed and written.
+
+    Attributes:
+        multiply_adds: So many can be made in the time.
+        is_measured: Whether that was measured, or computed from data sheets.
+    """
+
+    multiply_adds: float
+    is_measured: bool
+
+
+ON_CPU = Pass(40, is_measured=True)
+ON_GPU = {
+    torch.bfloat16: Pass(400, is_measured=False),
+    torch.float16: Pass(400, is_measured=False),
+    torch.float32: Pass(80, is_measured=False),  # without TF32
+    torch.float64: Pass(160, is_measured=False),
+}
+"""By an H100's data sheet: 350 T multiply-adds a second in 16 bits, 33 T in float32 and float64, and 3.3 TB/s."""
+
+
+def pass_over(device_type: str, dtype: torch.dtype) -> Pass:
+    """Return what a pass over memory costs on a type of device, in a dtype."""
+    return ON_CPU if device_type in ("cpu", "meta") else ON_GPU.get(dtype, ON_GPU[torch.float32])
+
+
+MORE_OPERATORS = 5 * 2**15
+"""Entries that a pass reads in the time that few tokens take in backward for being more, and smaller, operators."""
+SMALL_WORK = 2**20
+"""Multiply-adds of a dense product below which one takes no longer than dealing tokens out to blocks does.
+
+Measured on a CPU, forward and backward of square layers in four and eight blocks: 1.1 times faster written out at 16
+tokens and 256², 1.2 times at one token and 512², and slower from 16 tokens on at 384².
+"""
+SMALL_WEIGHT = SMALL_WORK // 4
+"""Entries of the largest weight beside whose block bases written-out ones are kept."""
+
+
+def is_small(tokens: int, entries: int) -> bool:
+    """Return whether so many tokens times a weight of so many entries are so little work.
+
+    Args:
+        tokens: A number, or a symbol of one who traces, to whom nothing is small.
+        entries: Of the weight.
+    """
+    return _is_known(tokens) and tokens * entries <= SMALL_WORK
 
 
 class Sizes(NamedTuple):
@@ -36,6 +91,7 @@ class Sizes(NamedTuple):
         shares: What the kind of bases leaves of a product with UA, with UB, and of both.
         is_wide: Whether the input is on the small side.
         has_weight: Whether the base layer's weight can be read, so that the update can be added to it.
+        entry: Multiply-adds in the time of a pass over one entry, see `pass_over`.
     """
 
     tokens: int
@@ -46,34 +102,51 @@ class Sizes(NamedTuple):
     shares: tuple[float, float, float]
     is_wide: bool
     has_weight: bool
+    entry: float = ON_CPU.multiply_adds
 
     @property
     def through_A(self) -> float:
         """Take the tokens through UA."""
-        copies = 0 if self.shares[0] == 1 else PASS * self.tokens * (self.min_dim + self.hidden)
+        copies = 0 if self.shares[0] == 1 else self.entry * self.tokens * (self.min_dim + self.hidden)
         return self.tokens * self.hidden * self.min_dim * self.shares[0] + copies
 
     @property
     def through_B(self) -> float:
         """Take the tokens through UB."""
-        copies = 0 if self.shares[1] == 1 else PASS * self.tokens * (self.max_dim + self.hidden)
+        copies = 0 if self.shares[1] == 1 else self.entry * self.tokens * (self.max_dim + self.hidden)
         return self.tokens * self.hidden * self.max_dim * self.shares[1] + copies
 
     @property
     def build_A(self) -> float:
         """Build UA: one product by Λ, one by Γ."""
-        return 2 * PASS * self.hidden * self.min_dim * self.shares[0]
+        return 2 * self.entry * self.hidden * self.min_dim * self.shares[0]
 
     @property
     def update(self) -> float:
         """Form the update from UA."""
         passes = 1 if self.shares[2] == 1 else 3
-        return self.max_dim * self.min_dim * (self.hidden * self.shares[2] + PASS * passes)
+        return self.max_dim * self.min_dim * (self.hidden * self.shares[2] + self.entry * passes)
 
     @property
     def tokens_through_update(self) -> float:
         """Take the tokens through an update that cannot be added to the weight, which they pass anyway."""
         return 0.0 if self.has_weight else self.tokens * self.max_dim * self.min_dim
+
+    @property
+    def laid_out(self) -> int:
+        """Numbers that tokens take, laid out once a term."""
+        return self.tokens * self.num_bases * self.min_dim
+
+    @property
+    def through_terms(self) -> float:
+        """Take the tokens through A term by term, without building UA."""
+        passes = 3 if self.shares[0] == 1 else 4
+        return self.tokens * self.hidden * self.min_dim * self.shares[0] + passes * self.entry * self.laid_out
+
+    @property
+    def has_few_tokens(self) -> bool:
+        """Whether tokens laid out take no more room than the weight."""
+        return self.laid_out <= self.max_dim * self.min_dim
 
 
 def forward_way(sizes: Sizes, compute: Compute = "auto") -> Way:
@@ -85,15 +158,13 @@ def forward_way(sizes: Sizes, compute: Compute = "auto") -> Way:
     """
     if compute != "auto":
         return compute
-    laid_out = sizes.tokens * sizes.num_bases * sizes.min_dim
     costs: dict[Way, float] = {
         "factored": sizes.build_A + sizes.through_A + sizes.through_B,
         "materialized": sizes.build_A + sizes.update + sizes.tokens_through_update,
     }
-    if laid_out <= sizes.max_dim * sizes.min_dim:  # no temporary is larger than the weight
-        few_tokens_through_A = sizes.tokens * sizes.hidden * sizes.min_dim * sizes.shares[0] + 3 * PASS * laid_out
-        costs["few_tokens"] = few_tokens_through_A + sizes.through_B
-    return _cheapest(costs)
+    if sizes.has_few_tokens:
+        costs["few_tokens"] = sizes.through_terms + sizes.through_B
+    return min(costs, key=costs.__getitem__)
 
 
 def backward_ways(
@@ -102,7 +173,6 @@ def backward_ways(
     needs_input: bool,
     needs_diagonals: bool,
     needs_weight: bool = False,
-    has_kept: bool = False,
     compute: Compute = "auto",
 ) -> tuple[Way, Way]:
     """Choose how the gradients of the input, and of Λ and Γ, are computed, together because they share a product.
@@ -112,14 +182,13 @@ def backward_ways(
         needs_input: Whether the input's gradient is asked for.
         needs_diagonals: Whether those of Λ and Γ are.
         needs_weight: Whether the weight's is, from which those of Λ and Γ can be had.
-        has_kept: Whether forward kept the sum of weight and update.
         compute: A way to take whatever it costs, or ``"auto"``.
     """
     if compute != "auto":
         return compute, compute
     ways: tuple[Way, ...] = ("factored", "materialized")
-    costs = {
-        (x_way, diagonals_way): needs_input * _input_gradient(sizes, x_way, has_kept=has_kept)
+    costs: dict[tuple[Way, Way], float] = {
+        (x_way, diagonals_way): needs_input * _input_gradient(sizes, x_way)
         + needs_diagonals
         * _diagonal_gradients(
             sizes,
@@ -130,26 +199,79 @@ def backward_ways(
         for x_way in ways
         for diagonals_way in ways
     }
-    return _cheapest(costs)
+    if sizes.has_few_tokens:
+        through_A, through_B = (2, 1 if sizes.is_wide else 1 + needs_input) if needs_diagonals else (1, 1)
+        products = through_A * sizes.through_terms + through_B * sizes.through_B
+        sums = 2 * needs_diagonals * sizes.laid_out  # over the terms for the input, over the tokens for Γ
+        costs["few_tokens", "few_tokens"] = products + sizes.entry * (sums + MORE_OPERATORS)
+    return min(costs, key=costs.__getitem__)
 
 
-def _cheapest(costs: dict[Choice, float]) -> Choice:
-    """Do what ``min(costs, key=costs.get)`` does, which the compiler cannot where a size is a symbol to it."""
-    best, *others = costs
-    for other in others:
-        if costs[other] < costs[best]:
-            best = other
-    return best
-
-
-def _input_gradient(sizes: Sizes, way: Way, *, has_kept: bool) -> float:
+def _input_gradient(sizes: Sizes, way: Way) -> float:
     if way == "factored":
         return sizes.build_A + sizes.through_A + sizes.through_B
-    return sizes.tokens_through_update + (0.0 if has_kept else sizes.build_A + sizes.update)
+    return sizes.tokens_through_update + sizes.build_A + sizes.update
 
 
 def _diagonal_gradients(sizes: Sizes, way: Way, *, has_hidden: bool, has_weight_gradient: bool) -> float:
     if way == "factored":
-        return sizes.through_A + (0.0 if has_hidden else sizes.through_B)
+        passes = 4 * sizes.entry * sizes.hidden * sizes.min_dim * sizes.shares[0]
+        return passes + sizes.through_A + (0.0 if has_hidden else sizes.through_B)
     product = 0.0 if has_weight_gradient else sizes.tokens * sizes.max_dim * sizes.min_dim
-    return product + sizes.update
+    passes = 4 * sizes.entry * sizes.hidden * sizes.min_dim * sizes.shares[0]
+    return passes + product + sizes.update
+
+
+class Shape(NamedTuple):
+    """What of `Sizes` a layer's bases and weight tell, to choose by and to remember the choice by."""
+
+    max_dim: int
+    min_dim: int
+    hidden: int
+    num_bases: int
+    shares: tuple[float, float, float]
+    entry: float
+
+
+class Shaped(Protocol):
+    """What has a shape: a pair of bases."""
+
+    @property
+    def shape(self) -> Shape:
+        """What the cost of its products depends on."""
+
+
+@lru_cache(maxsize=4096)
+def _forward(tokens: int, shape: Shape, *, is_wide: bool, has_weight: bool) -> Way:
+    return forward_way(Sizes(tokens, *shape[:5], is_wide, has_weight, shape.entry))
+
+
+@lru_cache(maxsize=4096)
+def _backward(
+    tokens: int, shape: Shape, *, is_wide: bool, has_weight: bool, needs: tuple[bool, bool, bool]
+) -> tuple[Way, Way]:
+    sizes = Sizes(tokens, *shape[:5], is_wide, has_weight, shape.entry)
+    return backward_ways(sizes, needs_input=needs[0], needs_weight=needs[1], needs_diagonals=needs[2])
+
+
+def chosen_forward(tokens: int, pair: Shaped, *, is_wide: bool, has_weight: bool, compute: Compute) -> Way:
+    """Choose as `forward_way` does, and remember; ``tokens`` may be a symbol, which the choice does not read then."""
+    if compute != "auto":
+        return compute
+    return _forward(tokens, pair.shape, is_wide=is_wide, has_weight=has_weight) if _is_known(tokens) else "factored"
+
+
+def chosen_backward(
+    tokens: int, pair: Shaped, *, is_wide: bool, has_weight: bool, needs: tuple[bool, bool, bool], compute: Compute
+) -> tuple[Way, Way]:
+    """Choose as `backward_ways` does, and remember; ``needs`` are of the input, the weight, and of Λ and Γ."""
+    if compute != "auto":
+        return compute, compute
+    if not _is_known(tokens):
+        return "factored", "factored"
+    return _backward(tokens, pair.shape, is_wide=is_wide, has_weight=has_weight, needs=needs)
+
+
+def _is_known(tokens: int) -> bool:
+    """Whether a number of tokens is a number, and not a symbol of one who traces."""
+    return type(tokens) is int and not torch.compiler.is_compiling()

@@ -2,76 +2,119 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from randlora.functional import scratch
+from randlora.functional.cost import Shape, pass_over
+from randlora.functional.scratch import in_dtype
 
 
-class DensePair(NamedTuple):
+class DensePair:
     """A pair of bases without structure.
 
     Every pair of bases offers the same products, between vectors of the layer's small side (``min_dim`` long), of its
-    large side (``max_dim``) and the hidden ones between the two factors, which lie as the rows of ``scaled_A`` do:
-    ``(c, tokens, r/c·num_bases)``, here with one block. ``scaled_A`` is what `scaled_basis` makes of ``A``.
+    large side (``max_dim``) and the hidden ones between the two factors (``r·num_bases``). Hidden vectors are *flat*,
+    in the order of p, or lie as the rows of ``scaled_A`` do; for dense bases that is the same. A pair is made once per
+    shape of layer, device and dtype, so what its products look up is found beforehand.
 
     Attributes:
         A: ``(1, r, min_dim)``.
         B: ``(max_dim, r·num_bases)``; its dtype is the one computed in.
+        rest: What makes a pair again of other tensors.
+        written: Nothing: these bases are written out themselves.
     """
 
-    A: Tensor
-    B: Tensor
+    written: None = None
 
-    @property
-    def min_dim(self) -> int:
-        """The layer's small side."""
-        return self.A.shape[2]
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        """Take the bases of one layer."""
+        self.A, self.B = A, B
+        self.rest: tuple[int, ...] = ()
+        self._rows_of_A = A.transpose(0, 1)  # (r, 1, min_dim)
+        self._A = A.squeeze(0)
+        self._A_T, self._B_T = self._A.T, B.T
+        self._any_row = B[0]  # for a product with a factor, which torch only makes added to something
 
-    @property
-    def max_dim(self) -> int:
-        """The layer's large side."""
-        return self.B.shape[0]
+    @cached_property
+    def shape(self) -> Shape:
+        """What the cost of products depends on; a product with UA, with UB and both are shares of dense ones."""
+        entry = pass_over(self.B.device.type, self.B.dtype).multiply_adds
+        (_, r, min_dim), (max_dim, hidden) = self.A.shape, self.B.shape
+        return Shape(max_dim, min_dim, hidden, hidden // r, (1.0, 1.0, 1.0), entry)
 
-    @property
-    def shares(self) -> tuple[float, float, float]:
-        """Arithmetic of a product with UA, with UB and of both, as shares of what dense ones take."""
-        return 1.0, 1.0, 1.0
+    def scaled_A(self, lam: Tensor, gamma: Tensor) -> Tensor:
+        """Build UA, ``(r·num_bases, min_dim)``, in the dtype of B: made in the widest of all and rounded once."""
+        product = scratch.times(self._rows_of_A * gamma, lam.unsqueeze(2))
+        return in_dtype(product.reshape(-1, gamma.size(1)), self.B.dtype)
+
+    def diagonal_gradients(self, grad_A: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        """Lead the gradient of UA, whose memory is used up, on to Λ and Γ."""
+        product = scratch.times(grad_A.reshape(lam.size(0), lam.size(1), -1), self._rows_of_A)
+        return (product * gamma).sum(2), scratch.times(product, lam.unsqueeze(2)).sum(0)
 
     def small_to_hidden(self, small: Tensor, scaled_A: Tensor) -> Tensor:
-        """Multiply ``(tokens, min_dim)`` by ``UA.T``: ``(1, tokens, r·num_bases)``."""
-        return (small @ scaled_A[0].T).unsqueeze(0)
+        """Multiply ``(tokens, min_dim)`` by ``UA.T``: hidden vectors as the rows of ``scaled_A`` lie."""
+        return small @ scaled_A.T
 
-    def hidden_to_small(self, hidden: Tensor, scaled_A: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Multiply hidden vectors by ``UA``, added to ``onto``, ``(tokens, min_dim)``, whose memory is used up."""
-        return hidden[0] @ scaled_A[0] if onto is None else scratch.plus_product(onto, hidden[0], scaled_A[0])
+    def hidden_to_small(self, hidden: Tensor, scaled_A: Tensor, onto: Tensor | None, factor: float) -> Tensor:
+        """Multiply such vectors by ``factor·UA``, added to ``onto``, ``(tokens, min_dim)``, whose memory is used up."""
+        if onto is None:
+            return scratch.scaled(hidden @ scaled_A, factor)
+        return scratch.plus_product(onto, hidden, scaled_A, factor)
 
-    def large_to_hidden(self, large: Tensor) -> Tensor:
-        """Multiply ``(tokens, max_dim)`` by ``UB``: ``(1, tokens, r·num_bases)``."""
-        return (large @ self.B).unsqueeze(0)
+    def large_to_hidden(self, large: Tensor, factor: float = 1.0) -> Tensor:
+        """Multiply ``(tokens, max_dim)`` by ``factor·UB``: hidden vectors as the rows of ``scaled_A`` lie."""
+        if factor == 1:
+            return large @ self.B
+        return torch.addmm(self._any_row, large, self.B, beta=0, alpha=factor)
 
-    def hidden_to_large(self, hidden: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Multiply hidden vectors by ``UB.T``, added to ``onto``, ``(tokens, max_dim)``, whose memory is used up."""
-        return hidden[0] @ self.B.T if onto is None else scratch.plus_product(onto, hidden[0], self.B.T)
+    def hidden_to_large(self, hidden: Tensor, onto: Tensor | None, factor: float) -> Tensor:
+        """Multiply such vectors by ``factor·UB.T``, added to ``onto``, ``(tokens, max_dim)``, which is used up."""
+        if onto is None:
+            return scratch.scaled(hidden @ self._B_T, factor)
+        return scratch.plus_product(onto, hidden, self._B_T, factor)
+
+    large_to_flat = large_to_hidden
+    flat_to_large = hidden_to_large
+
+    def small_to_terms(self, small: Tensor, gamma: Tensor) -> Tensor:
+        """Multiply tokens by A once a term, scaled by its Γ before: ``(tokens, r, num_bases)``, flat but for Λ."""
+        if small.size(0) == 1:  # one token to generate from: fewer views
+            laid_out = small * gamma
+            return (in_dtype(self._A, laid_out.dtype) @ laid_out.T).unsqueeze(0)
+        laid_out = (small.unsqueeze(1) * gamma).reshape(-1, gamma.size(1))
+        terms = laid_out @ in_dtype(self._A_T, laid_out.dtype)
+        return terms.view(-1, gamma.size(0), terms.size(1)).transpose(1, 2)
+
+    def terms_to_small(self, terms: Tensor) -> Tensor:
+        """Multiply ``(tokens, r, num_bases)`` by A, term by term: ``(tokens, num_bases, min_dim)``, before Γ."""
+        rows = terms.transpose(1, 2).reshape(-1, terms.size(1))
+        product = rows @ in_dtype(self._A, rows.dtype)
+        return product.view(-1, terms.size(2), product.size(1))
 
     def grad_from_tokens(self, hidden: Tensor, small: Tensor) -> Tensor:
         """Return the gradient of ``UA``, ``hidden.T @ small``, in the shape of ``scaled_A``."""
-        return (hidden[0].T @ small).unsqueeze(0)
+        return hidden.T @ small
 
     def grad_from_update(self, grad: Tensor) -> Tensor:
         """Lead the gradient of the update, ``(max_dim, min_dim)``, on to ``UA``: ``UB.T @ grad``."""
-        return (self.B.T @ grad).unsqueeze(0)
+        return self._B_T @ grad
 
-    def update(self, scaled_A: Tensor, onto: Tensor | None = None, *, uses_up: bool = False) -> Tensor:
-        """Compute ``UB @ UA``, ``(max_dim, min_dim)``, added to ``onto`` inside the product's accumulation.
+    def update(self, scaled_A: Tensor, onto: Tensor | None, factor: float, *, uses_up: bool = False) -> Tensor:
+        """Compute ``factor·UB @ UA``, ``(max_dim, min_dim)``, added to ``onto`` inside the product's accumulation.
 
         The result is laid out in memory as ``onto`` is, which is left as it is unless its memory may be used up.
         """
         if onto is None:
-            return self.B @ scaled_A[0]
-        plus_product = scratch.plus_product if uses_up else torch.addmm
-        if onto.stride(-1) == 1:
-            return plus_product(onto, self.B, scaled_A[0])
-        return plus_product(onto.T, scaled_A[0].T, self.B.T).T
+            return scratch.scaled(self.B @ scaled_A, factor)
+        is_across = onto.stride(-1) != 1
+        left, right = (scaled_A.T, self._B_T) if is_across else (self.B, scaled_A)
+        onto = onto.T if is_across else onto
+        if uses_up:
+            total = scratch.plus_product(onto, left, right, factor)
+        else:
+            total = torch.addmm(onto, left, right, alpha=factor)
+        return total.T if is_across else total

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from randlora.functional.adapted import Adapted, Pair
+from randlora.functional.adapted import Adapted, Pair, adapted
 from randlora.functional.block import BlockPair
-from randlora.functional.cost import Compute, Way, backward_ways, forward_way
+from randlora.functional.cost import Compute, chosen_backward, chosen_forward, is_small
 from randlora.functional.dense import DensePair
 from randlora.functional.diagonals import Diagonals
-from randlora.functional.scratch import is_transformed
-from randlora.functional.sparse import SparsePair
+from randlora.functional.scratch import in_dtype, is_in_transform
 
 WriteOut = Callable[[torch.dtype], Tensor]
 """Writes a weight out that is stored in another form, ``(out_features, in_features)`` in the dtype asked for.
@@ -33,7 +30,6 @@ def adapted_linear(
     weight: Tensor | WriteOut | None = None,
     bias: Tensor | None = None,
     compute: Compute = "auto",
-    keep: bool = False,
 ) -> Tensor:
     """Compute ``x @ (weight + update).T + bias``, or the update's part alone where no weight is given.
 
@@ -48,21 +44,37 @@ def adapted_linear(
         diagonals: Λ and Γ.
         weight: The base layer's weight, ``(out_features, in_features)`` in any layout and dtype, or what writes it out.
         bias: The base layer's bias, ``(out_features,)``.
-        compute: How; ``"auto"`` chooses by the sizes, see `randlora.functional.cost`. An exported program, which serves
-            any number of tokens, is factored.
-        keep: Let a materialized forward keep the sum of weight and update for backward, one number for each of the
-            weight, which saves forming it again.
+        compute: How; ``"auto"`` chooses by the sizes, see `randlora.functional.cost`. A compiled or exported program,
+            which may serve any number of tokens, is factored.
 
     Returns:
         ``(..., out_features)`` in the dtype of B.
     """
-    if compute == "auto" and torch.compiler.is_exporting():
-        compute = "factored"  # a choice by the number of tokens would be a condition on it
-    arguments = x, weight, bias, *diagonals, *_parts(pair), compute, keep
-    result: Tensor | tuple[Tensor, Tensor]
-    with _without_autocast(x.device):
-        result = _AdaptedLinear.apply(*arguments)  # type: ignore[no-untyped-call]
-    return result[0] if isinstance(result, tuple) else result
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # it had its say when the dtype of B was chosen
+        with torch.autocast(device, enabled=False):
+            return adapted_linear(x, pair, diagonals, weight=weight, bias=bias, compute=compute)
+    shape = x.shape
+    rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])  # a view would be a view of the operation's own
+    lam, gamma, scaling = diagonals
+    output: Tensor
+    if torch.compiler.is_compiling():  # it must see every tensor, as a transform must
+        lam = lam * scaling  # which may be a symbol to it, and has to multiply a tensor then
+        output = _AdaptedLinear.apply(rows, weight, bias, lam, gamma, 1.0, pair.A, pair.B, pair.rest, compute)  # type: ignore[no-untyped-call]
+    elif is_in_transform():
+        output = _Transformed.apply(rows, weight, bias, lam, gamma, scaling, pair.A, pair.B, pair.rest, compute)  # type: ignore[no-untyped-call]
+    elif torch.is_grad_enabled() and (
+        x.requires_grad
+        or lam.requires_grad
+        or gamma.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (isinstance(weight, Tensor) and weight.requires_grad)
+    ):
+        # the pair stays whole, so that hooks on what autograd saves, as that of save_on_cpu, leave the bases alone
+        output = _AdaptedLinear.apply(rows, weight, bias, lam, gamma, scaling, None, None, pair, compute)  # type: ignore[no-untyped-call]
+    else:
+        output = _output(rows, weight, bias, lam, gamma, scaling, pair, compute)
+    return output if len(shape) == 2 else output.view(*shape[:-1], output.shape[1])
 
 
 def delta_weight(pair: Pair, diagonals: Diagonals, *, in_features: int) -> Tensor:
@@ -76,22 +88,50 @@ def delta_weight(pair: Pair, diagonals: Diagonals, *, in_features: int) -> Tenso
     Returns:
         ``(out_features, in_features)`` in the dtype of B.
     """
-    return Adapted(None, pair, diagonals, in_features).total()
+    return adapted(None, pair, *diagonals, in_features).total()
 
 
-def _parts(pair: Pair) -> tuple[Tensor | None, Tensor | None, Pair | tuple[int, ...]]:
-    """Take a pair apart where a transform must see every tensor, and ``torch.jit.trace`` wants to.
+def _output(
+    rows: Tensor,
+    weight: Tensor | WriteOut | None,
+    bias: Tensor | None,
+    lam: Tensor,
+    gamma: Tensor,
+    scaling: float,
+    pair: Pair,
+    compute: Compute,
+) -> Tensor:
+    """Compute the output, ``(tokens, out)``."""
+    tokens, in_features = rows.shape
+    pair = _form(pair, tokens, compute)
+    layer = _layer(weight, pair, lam, gamma, scaling, in_features)
+    has_weight = weight is not None
+    way = chosen_forward(tokens, pair, is_wide=layer.is_wide, has_weight=has_weight, compute=compute)
+    if bias is not None and bias.dtype != pair.B.dtype:
+        bias = bias.to(pair.B.dtype)
+    return layer.output(rows, bias, way)
 
-    Otherwise it stays whole, so that hooks on what autograd saves, as that of ``save_on_cpu``, leave the bases alone.
-    """
-    if not is_transformed() and torch._C._get_tracing_state() is None:
-        return None, None, pair
-    assert not isinstance(pair, SparsePair), "torch has no transforms of sparse products: ask for dense bases"
-    return pair.A, pair.B, pair[2:]
+
+def _layer(
+    weight: Tensor | WriteOut | None, pair: Pair, lam: Tensor, gamma: Tensor, scaling: float, in_features: int
+) -> Adapted:
+    """Put the parts together in the dtype of B; a weight that had to be written out or converted is nobody else's."""
+    if weight is None or (isinstance(weight, Tensor) and weight.dtype == pair.B.dtype):
+        return adapted(weight, pair, lam, gamma, scaling, in_features)
+    dtype = pair.B.dtype
+    own = weight.to(dtype) if isinstance(weight, Tensor) else weight(dtype)
+    return adapted(own, pair, lam, gamma, scaling, in_features, owns_weight=True)
 
 
-def _pair(basis_A: Tensor | None, basis_B: Tensor | None, rest: Any, /) -> Pair:
-    """Put a pair together again."""
+def _form(pair: Pair, tokens: int, compute: Compute) -> Pair:
+    """Choose the form of the bases that takes less time: written out, where that is kept and little is to do."""
+    if compute != "auto" or pair.written is None or not is_small(tokens, pair.max_dim * pair.min_dim):
+        return pair
+    return pair.written
+
+
+def _pair_like(basis_A: Tensor | None, basis_B: Tensor | None, rest: Any, /) -> Pair:
+    """Put a pair together again that was taken apart for a transform to see its tensors."""
     if basis_A is None or basis_B is None:
         whole: Pair = rest
         return whole
@@ -99,10 +139,39 @@ def _pair(basis_A: Tensor | None, basis_B: Tensor | None, rest: Any, /) -> Pair:
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """`adapted_linear`; where something is kept, that is a second output.
+    """`adapted_linear` of tokens in rows; always a new tensor, which may be changed in place.
 
     Plain autograd would keep ``UA`` and what it is made of, ``2·min_dim²`` numbers a layer, until backward.
     """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | WriteOut | None,
+        bias: Tensor | None,
+        lam: Tensor,
+        gamma: Tensor,
+        scaling: float,
+        basis_A: Tensor | None,
+        basis_B: Tensor | None,
+        rest: Pair | tuple[int, ...],
+        compute: Compute,
+    ) -> Tensor:
+        _save(ctx, x, weight, bias, lam, gamma, scaling, basis_A, basis_B, rest, compute)
+        return _output(x, weight, bias, lam, gamma, scaling, _pair_like(basis_A, basis_B, rest), compute)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        device = grad.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):  # it may be on in backward alone
+            with torch.autocast(device, enabled=False):
+                return _gradients(ctx, grad)
+        return _gradients(ctx, grad)
+
+
+class _Transformed(torch.autograd.Function):
+    """The same for torch's function transforms. With ``setup_context`` every call costs an ``inspect.signature``."""
 
     generate_vmap_rule = True
 
@@ -114,112 +183,81 @@ class _AdaptedLinear(torch.autograd.Function):
         lam: Tensor,
         gamma: Tensor,
         scaling: float,
-        basis_A: Tensor | None,
-        basis_B: Tensor | None,
-        rest: Pair | tuple[int, ...],
+        basis_A: Tensor,
+        basis_B: Tensor,
+        rest: tuple[int, ...],
         compute: Compute,
-        keep: bool,  # noqa: FBT001
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        pair = _pair(basis_A, basis_B, rest)
-        adapted = _adapted(weight, pair, Diagonals(lam, gamma, scaling), x.shape[-1])
-        bias = _in_dtype(bias, pair.B.dtype)
-        tokens = x.numel() // x.shape[-1]
-        way = forward_way(adapted.sizes(tokens), compute)
-        if way == "materialized":
-            total = adapted.total()
-            output = _own(F.linear(x, total, bias), x.shape[:-1])
-            return (output, total) if keep else output
-        onto = None if adapted.weight is None else F.linear(x, adapted.weight, bias).view(tokens, adapted.out_features)
-        return _own(adapted.output(x.reshape(tokens, x.shape[-1]), way, onto), x.shape[:-1])
+    ) -> Tensor:
+        return _output(x, weight, bias, lam, gamma, scaling, _pair_like(basis_A, basis_B, rest), compute)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, lam, gamma, ctx.scaling, basis_A, basis_B, ctx.rest, ctx.compute, _ = inputs
-        needs_x, needs_weight, _, needs_lam, needs_gamma, *_ = ctx.needs_input_grad
-        ctx.in_features, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
-        kept = output[1] if isinstance(output, tuple) else None
-        if kept is not None:
-            ctx.mark_non_differentiable(kept)
-        needs_tokens = needs_weight or needs_lam or needs_gamma
-        weight, ctx.write_out = (weight, None) if weight is None or isinstance(weight, Tensor) else (None, weight)
-        ctx.save_for_backward(
-            x if needs_tokens else None, weight, kept if needs_x else None, lam, gamma, basis_A, basis_B
-        )
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        _save(ctx, *inputs)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        with _without_autocast(grad.device):
-            return _backward(ctx, grad)
+    backward = _AdaptedLinear.backward
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Compute in the dtype of B: autocast, which had its say in choosing that, may be on in backward alone."""
-    is_on = device.type != "meta" and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
+def _save(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor | WriteOut | None,
+    bias: Tensor | None,
+    lam: Tensor,
+    gamma: Tensor,
+    scaling: float,
+    basis_A: Tensor | None,
+    basis_B: Tensor | None,
+    rest: Pair | tuple[int, ...],
+    compute: Compute,
+) -> None:
+    """Keep for backward what it needs."""
+    _, needs_weight, _, needs_lam, needs_gamma, *_ = ctx.needs_input_grad
+    ctx.scaling, ctx.rest, ctx.compute, ctx.in_features = scaling, rest, compute, x.shape[1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    needs_tokens = needs_weight or needs_lam or needs_gamma
+    held, ctx.write_out = (weight, None) if weight is None or isinstance(weight, Tensor) else (None, weight)
+    if held is not None and not held.requires_grad:
+        held = held.detach()  # merging before backward puts other values into the parameter
+    ctx.save_for_backward(x if needs_tokens else None, held, lam, gamma, basis_A, basis_B)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, kept, lam, gamma, basis_A, basis_B = ctx.saved_tensors
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Compute the gradients that are asked for."""
+    x, weight, lam, gamma, basis_A, basis_B = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_lam, needs_gamma, *others = ctx.needs_input_grad
     needs_diagonals = needs_lam or needs_gamma
-    if torch.is_grad_enabled():  # to be differentiated again: what was kept is a number, and no function of Λ and Γ
-        kept = None
-    pair = _pair(basis_A, basis_B, ctx.rest)
-    adapted = _adapted(
-        (ctx.write_out or weight) if needs_x else None, pair, Diagonals(lam, gamma, ctx.scaling), ctx.in_features
-    )
-    rows = grad.reshape(grad.numel() // adapted.out_features, adapted.out_features)
-    x_way, diagonals_way = backward_ways(
-        adapted.sizes(len(rows)),
-        needs_input=needs_x,
-        needs_weight=needs_weight,
-        needs_diagonals=needs_diagonals,
-        has_kept=kept is not None,
+    pair = _form(_pair_like(basis_A, basis_B, ctx.rest), grad.shape[0], ctx.compute)
+    held = (ctx.write_out or weight) if needs_x else None
+    has_weight, is_wide = ctx.write_out is not None or weight is not None, ctx.in_features == gamma.size(1)
+    x_way, diagonals_way = chosen_backward(
+        grad.shape[0],
+        pair,
+        is_wide=is_wide,
+        has_weight=has_weight,
+        needs=(needs_x, needs_weight, needs_diagonals),
         compute=ctx.compute,
     )
-    grad_x, hidden = _input_gradient(adapted, rows, x_way, kept) if needs_x else (None, None)
-    adapted = adapted._replace(weight=None)  # one that was written out goes before another matrix of its size comes
-    grad_weight, grad_lam, grad_gamma = None, None, None
-    if needs_weight or needs_diagonals:
-        tokens = x.reshape(len(rows), ctx.in_features)
-        if needs_weight or diagonals_way == "materialized":
-            grad_weight = rows.T @ tokens
-        if needs_diagonals and grad_weight is not None and diagonals_way == "materialized":
-            grad_lam, grad_gamma = adapted.gradients_from_update(grad_weight)
-        elif needs_diagonals:
-            grad_lam, grad_gamma = adapted.gradients_from_tokens(tokens, rows, hidden)
+    layer = _layer(held, pair, lam, gamma, ctx.scaling, ctx.in_features)
+    grad_x = grad_weight = grad_lam = grad_gamma = hidden = None
+    if x_way == "few_tokens":
+        tokens = x if needs_diagonals else None
+        grad_x, grad_lam, grad_gamma = layer.gradients_of_few_tokens(tokens, grad, needs_input=needs_x)
+    elif needs_x:
+        grad_x, hidden = layer.input_gradient(grad, x_way)
+    if layer.owns_weight:  # one that was written out goes before another matrix of its size comes
+        layer = layer.without_weight()
+    del held
+    if needs_weight or (needs_diagonals and diagonals_way == "materialized"):
+        grad_weight = grad.T @ x
+    if grad_weight is not None and needs_diagonals and diagonals_way == "materialized":
+        grad_lam, grad_gamma = layer.gradients_from_update(grad_weight)
+    elif needs_diagonals and diagonals_way == "factored":
+        grad_lam, grad_gamma = layer.gradients_from_tokens(x, grad, hidden)
     return (
-        None if grad_x is None else grad_x.view(*grad.shape[:-1], ctx.in_features),
-        grad_weight.to(weight.dtype) if needs_weight and grad_weight is not None else None,
-        rows.sum(0).to(ctx.bias_dtype) if needs_bias else None,
-        grad_lam,
-        grad_gamma,
+        grad_x,
+        in_dtype(grad_weight, weight.dtype) if needs_weight and grad_weight is not None else None,
+        in_dtype(grad.sum(0), ctx.bias_dtype) if needs_bias else None,
+        None if grad_lam is None else in_dtype(grad_lam, lam.dtype),
+        None if grad_gamma is None else in_dtype(grad_gamma, gamma.dtype),
         *[None] * len(others),
     )
-
-
-def _adapted(weight: Tensor | WriteOut | None, pair: Pair, diagonals: Diagonals, in_features: int) -> Adapted:
-    """Put the parts together in the dtype of B; a weight that had to be written out or converted is nobody else's."""
-    dtype = pair.B.dtype
-    is_new = not isinstance(weight, Tensor) or weight.dtype != dtype
-    return Adapted(_in_dtype(weight, dtype), pair, diagonals, in_features, is_new)
-
-
-def _in_dtype(tensor: Tensor | WriteOut | None, dtype: torch.dtype) -> Tensor | None:
-    """Take a tensor in a dtype, written out where it is stored in another form."""
-    if tensor is None:
-        return None
-    return tensor.to(dtype) if isinstance(tensor, Tensor) else tensor(dtype)
-
-
-def _own(output: Tensor, leading: torch.Size) -> Tensor:
-    """Give an output its leading dimensions without being a view, which nobody may change in place.
-
-    ``nn.ReLU(inplace=True)`` after a layer does; torch refuses that for views made inside of a function.
-    """
-    result: Tensor = torch.ops.aten._unsafe_view(output, (*leading, output.shape[-1]))
-    return result
-
-
-def _input_gradient(adapted: Adapted, rows: Tensor, way: Way, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return adapted.input_gradient(rows, way) if kept is None else (rows @ kept, None)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-OLDEST = (0, 46)
-"""The first version that computes on a CPU, with operators under names that stay."""
+OLDEST = (0, 50)
+"""The first version that computes every size and type on a CPU, and the oldest that the tests run with."""
 QUANT_TYPES = ("nf4", "fp4")
 WRITABLE = (torch.float32, torch.bfloat16, torch.float16)
 """What bitsandbytes writes codes out in; for another dtype it returns memory as it finds it."""
@@ -20,7 +20,7 @@ WRITABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 @cache
 def missing() -> str | None:
-    """Say what keeps bitsandbytes from being used, and the remedy, or ``None``."""
+    """Return what keeps bitsandbytes from being used, and the remedy, or ``None``."""
     try:
         found = version("bitsandbytes")
     except PackageNotFoundError:
@@ -32,7 +32,7 @@ def missing() -> str | None:
 
 
 def quant_state(layer: nn.Module, weight: Tensor) -> Any:
-    """Find how the codes of a 4-bit layer are to be read; sharding leaves that to the layer alone."""
+    """Return how the codes of a 4-bit layer are to be read; sharding leaves that to the layer alone."""
     state = getattr(weight, "quant_state", None)
     return getattr(layer, "quant_state", None) if state is None else state
 
@@ -84,16 +84,23 @@ def is_out_of_order(layer: Any, *, repacked: bool = True) -> bool:
     return state is not None and _is_turned(state)
 
 
-@torch.inference_mode(mode=False)  # the codes outlive the mode the caller is in
 def put_in_order(layer: Any) -> None:
-    """Put codes of a 4-bit layer that are out of order back in place. Their scales stay rounded to bfloat16."""
+    """Put codes of a 4-bit layer that are out of order back in place. Their scales stay rounded to bfloat16.
+
+    The codes outlive the inference mode and the torch.func transform that the caller may be in, and belong to neither:
+    both are a matter of the thread, so they are put in order in another.
+    """
+    with ThreadPoolExecutor(max_workers=1) as aside:
+        aside.submit(_put_in_order, layer).result()
+
+
+def _put_in_order(layer: Any) -> None:
     import bitsandbytes.functional as bnb  # noqa: PLC0415  # an optional extra
 
     weight, state = layer.weight, quant_state(layer, layer.weight)
-    with temporarily_clear_interpreter_stack():  # nor do they belong to the torch.func transform the caller is in
-        _, scales = _unpacked(weight.data, state)
-        if _is_packed(state):
-            weight.data, _ = bnb._convert_weight_packed_for_cpu_inverse(weight.data, state)
+    _, scales = _unpacked(weight.data, state)
+    if _is_packed(state):
+        weight.data, _ = bnb._convert_weight_packed_for_cpu_inverse(weight.data, state)
     if not state.nested:  # which it leaves turned
         state.absmax = scales
 
@@ -108,7 +115,7 @@ def _is_turned(state: Any) -> bool:
 
 
 def unreadable(codes: Tensor, state: Any, shape: tuple[int, int]) -> str | None:
-    """Say why 4-bit codes cannot be read as a weight of a shape, to be read after the layer's name, or ``None``."""
+    """Return why 4-bit codes cannot be read as a weight of a shape, to be read after the layer's name, or ``None``."""
     if state.quant_type not in QUANT_TYPES:
         return f"has codes of type {state.quant_type!r}, expected one of {', '.join(QUANT_TYPES)}"
     if tuple(state.shape) != shape:

@@ -14,9 +14,9 @@ class Conv1DAdapter(AdapterLayer):
     """Adapts a ``Conv1D``, known by name so that transformers need not be imported."""
 
     @staticmethod
-    def features(base_layer: nn.Module) -> tuple[int, int]:
-        """Read ``(in_features, out_features)``, from ``ds_shape`` where DeepSpeed's ZeRO-3 left the weight empty."""
-        weight = base_layer._parameters["weight"]
+    def features(owner: nn.Module) -> tuple[int, int]:
+        """Return ``(in_features, out_features)``, from ``ds_shape`` where DeepSpeed's ZeRO-3 left the weight empty."""
+        weight = owner._parameters["weight"]
         assert weight is not None, "a Conv1D has a weight"
         in_features, out_features = getattr(weight, "ds_shape", weight.shape)
         return int(in_features), int(out_features)
@@ -28,16 +28,6 @@ class Conv1DAdapter(AdapterLayer):
 
     @classmethod
     def plain_forward(cls) -> Callable[..., Tensor]:
-        """Return that of ``Conv1D``, whose module is there where a layer of it is."""
+        """Return ``Conv1D.forward``; transformers is imported if there is a layer of it."""
         forward: Callable[..., Tensor] = sys.modules["transformers.pytorch_utils"].Conv1D.forward
         return forward
-
-    @property
-    def nf(self) -> int:
-        """``out_features`` under the name that Conv1D gives it."""
-        return self.out_features
-
-    @property
-    def nx(self) -> int:
-        """``in_features`` under the name that Conv1D gives it."""
-        return self.in_features

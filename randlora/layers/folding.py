@@ -13,9 +13,9 @@ class Into(NamedTuple):
 
     Attributes:
         quantized: The same kind of layer with new codes, or a plain `nn.Linear`.
-        dtype: Of a plain layer; ``None`` means that of the quantized layer's inputs.
-        model_dtype: What that means before the first input; where the model does not show it, the dtype that the layer
-            computes in.
+        dtype: Of a plain layer, if the caller named one.
+        model_dtype: Of a plain layer otherwise, read from the model; where it shows none, a plain layer has the dtype
+            that the quantized one computes in.
     """
 
     quantized: Quantized = "requantize"
@@ -42,10 +42,10 @@ class Merged(NamedTuple):
 
     Attributes:
         weight: Its weight, before any rounding to codes.
-        held: What `AdapterLayer.exchange` puts in for the base layer to read.
-        error: What rounding to codes did, where that happened.
+        held: What `AdapterLayer.exchange` puts in for the owner to read.
+        rounding: What rounding to codes did, where that happened.
     """
 
     weight: Tensor
     held: Any
-    error: RoundingLoss | None = None
+    rounding: RoundingLoss | None = None

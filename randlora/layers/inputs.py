@@ -5,12 +5,10 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from randlora.functional.scratch import is_transformed
 
-
-def first_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return a layer's input: the first argument, by position or by name."""
-    return args[0] if args else next(iter(kwargs.values()), None)
+def input_of(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the input of an adapted module: the first argument of its forward, by position or by name."""
+    return args[0] if args else kwargs.get(owner.randlora_input)
 
 
 def is_plain_tensor(value: object) -> TypeGuard[Tensor]:
@@ -21,16 +19,11 @@ def is_plain_tensor(value: object) -> TypeGuard[Tensor]:
     return value.is_floating_point() and value.layout == torch.strided and not value.is_nested
 
 
-def is_traced(x: Tensor) -> bool:
-    """Whether something watches that has no rules for sparse tensors."""
-    return is_transformed() or torch._C._get_tracing_state() is not None or not is_plain_tensor(x)
-
-
 def is_autocast(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x``."""
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def autocast_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Say what autocast makes of a dtype on the device of ``x``."""
+    """Return what autocast makes of a dtype on the device of ``x``."""
     return torch.get_autocast_dtype(x.device.type) if dtype != torch.float64 and is_autocast(x) else dtype

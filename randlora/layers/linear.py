@@ -15,10 +15,10 @@ class LinearAdapter(AdapterLayer):
     """Adapts an `nn.Linear`."""
 
     @staticmethod
-    def features(base_layer: nn.Module) -> tuple[int, int]:
-        """Read ``(in_features, out_features)``, right even where ZeRO-3 holds the weight elsewhere."""
-        assert isinstance(base_layer, nn.Linear)
-        return base_layer.in_features, base_layer.out_features
+    def features(owner: nn.Module) -> tuple[int, int]:
+        """Return ``(in_features, out_features)``, right even if DeepSpeed's ZeRO-3 holds the weight elsewhere."""
+        assert isinstance(owner, nn.Linear)
+        return owner.in_features, owner.out_features
 
     @staticmethod
     def in_storage_layout(delta: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ class LinearAdapter(AdapterLayer):
 
     @classmethod
     def plain_forward(cls) -> Callable[..., Tensor]:
-        """Return that of `nn.Linear`, as torch defines it."""
+        """Return ``nn.Linear.forward``, as torch defines it."""
         return FORWARD
 
 

@@ -1,24 +1,27 @@
-"""Which adapter layer serves which kind of base layer.
+"""Which adapter layer serves which module.
 
-A kind is found by the base layer's type or the nearest of its parents. It is registered by the type itself or by the
-type's qualified name, so that a library need not be imported to be known. A kind that looks like a linear layer but
-cannot be adapted is registered with the reason, so that no parent answers for it.
+A kind is found by the module's type or the nearest of its parents. It is registered by the type itself or by the type's
+qualified name, so that a library need not be imported to be known. A kind that looks like a linear layer but cannot be
+adapted is registered with the reason, so that no parent answers for it.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import TypeVar
 
 from torch import nn
 
 from randlora.layers.base import AdapterLayer
+from randlora.layers.read_weight import ReadWeight
 
 Layer = TypeVar("Layer", bound=type[AdapterLayer])
 
 _layers: dict[str, type[AdapterLayer] | str] = {}
+_readers: dict[str, dict[str, type[ReadWeight]]] = {}
 
 
 def register_layer(base_type: type[nn.Module] | str) -> Callable[[Layer], Layer]:
-    """Register the adapter layer for a type of base layer, as a class decorator.
+    """Register the adapter layer for a type of module, as a class decorator.
 
     Args:
         base_type: The type, or its qualified name such as ``"transformers.pytorch_utils.Conv1D"``. Its subclasses are
@@ -27,21 +30,30 @@ def register_layer(base_type: type[nn.Module] | str) -> Callable[[Layer], Layer]
     Returns:
         A decorator that returns the class unchanged.
 
+    Raises:
+        TypeError: When the class lacks one of the methods that every kind of layer defines.
+
     Example:
         >>> from torch import Tensor, nn
         >>> class Scaled(nn.Linear): ...
         >>> @register_layer(Scaled)
         ... class ScaledAdapter(AdapterLayer):
         ...     @staticmethod
-        ...     def features(base_layer: nn.Module) -> tuple[int, int]:
-        ...         return base_layer.in_features, base_layer.out_features
+        ...     def features(owner: nn.Module) -> tuple[int, int]:
+        ...         return owner.in_features, owner.out_features
         ...     @staticmethod
         ...     def in_storage_layout(delta: Tensor) -> Tensor:
         ...         return delta
     """
 
     def register(layer: Layer) -> Layer:
-        _layers[_name(base_type)] = layer
+        if inspect.isabstract(layer):
+            missing = ", ".join(sorted(layer.__abstractmethods__))
+            raise TypeError(f"{layer.__name__} cannot be registered without {missing}: define it in the class")
+        if issubclass(layer, ReadWeight):
+            _readers.setdefault(_name(base_type), {})[layer.attribute] = layer
+        else:
+            _layers[_name(base_type)] = layer
         return layer
 
     return register
@@ -58,10 +70,10 @@ def refuse_layer(base_type: type[nn.Module] | str, reason: str) -> None:
 
 
 def find_layer(module: nn.Module) -> type[AdapterLayer] | str | None:
-    """Find what serves a module.
+    """Return what serves a module whose forward is a product with its weight.
 
     Returns:
-        The adapter layer's class; a reason why its kind is refused; or ``None`` for a module of no known kind.
+        The adapter layer's class; the reason why its kind is refused; or ``None`` for a module of no known kind.
     """
     for parent in type(module).__mro__:
         if (entry := _layers.get(_name(parent))) is not None:
@@ -69,8 +81,16 @@ def find_layer(module: nn.Module) -> type[AdapterLayer] | str | None:
     return None
 
 
+def find_readers(module: nn.Module) -> tuple[type[ReadWeight], ...]:
+    """Return what serves the parameters of a module that other code reads."""
+    for parent in type(module).__mro__:
+        if (entry := _readers.get(_name(parent))) is not None:
+            return tuple(entry.values())
+    return ()
+
+
 def registered_layers() -> dict[str, type[AdapterLayer]]:
-    """Return every kind that can be adapted, by qualified name."""
+    """Return every kind that can be adapted in its forward, by qualified name."""
     return {name: entry for name, entry in _layers.items() if not isinstance(entry, str)}
 
 

@@ -1,4 +1,4 @@
-"""`inject`, `plan` and `eject`: put an adapter round a model's layers, and take all of them off.
+"""`inject`, `plan` and `eject`: put an adapter on a model's layers, and take all of them off.
 
 Planning finds everything out and touches nothing; checking collects what is wrong and raises once; only then layers
 change.
@@ -14,14 +14,25 @@ import torch
 from torch import nn
 
 from randlora.bases.basis import Basis
-from randlora.bases.spec import BasisSpec, spec_for
-from randlora.config import BasisKind, Pattern, RandLoRAConfig, Stream
+from randlora.bases.spec import BasisSpec, drawn_dims, sliced_dims, spec_for
+from randlora.config import BasisKind, Pattern, RandLoRAConfig, Stream, explain_options
 from randlora.errors import ConfigError, TargetError, raise_collected
-from randlora.model.install import adapter_layers, commit, detach, or_if_first, owned_state, prepare
+from randlora.layers.read_weight import ReadWeight
+from randlora.model.install import (
+    commit,
+    detach_all,
+    or_if_first,
+    owned_state,
+    prepare,
+    require_detachable,
+    require_own,
+)
 from randlora.model.train_also import own_copies, replacements, select_parameters, train_also_problems
-from randlora.report import Report, adapter_report, standing
+from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState, adapted_root
-from randlora.targets.select import Selection, max_dims, obstacles, select, used_dims
+from randlora.targets.select import Selection, obstacles, select
+from randlora.targets.site import shapes_of
+from randlora.targets.walk import Census
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,15 +40,17 @@ class Plan:
     """All that adding one adapter needs to know.
 
     Attributes:
+        census: The model.
         name: The adapter's name.
         config: Its options.
         state: What the model carries already, if anything.
-        selection: The layers it goes round.
+        selection: The weights it goes on.
         spec: The bases it asks for.
         shared: Bases of the model that serve, if any.
         train_also: FQNs of the parameters trained beside it.
     """
 
+    census: Census
     name: str
     config: RandLoRAConfig
     state: ModelState | None
@@ -46,7 +59,13 @@ class Plan:
     shared: Basis | None
     train_also: tuple[str, ...]
 
+    @property
+    def used(self) -> tuple[int, int]:
+        """``(max_dim, min_dim)`` that the weights slice of the bases."""
+        return sliced_dims(site.shape for site in self.selection.sites)
 
+
+@explain_options
 def plan(
     model: nn.Module,
     r: int | None = None,
@@ -64,7 +83,7 @@ def plan(
     config: RandLoRAConfig | None = None,
     new_bases: bool = False,
 ) -> Report:
-    """Say what `inject` would do, with the same arguments, and touch nothing.
+    """Return the report of what `inject` would do with the same arguments, and touch nothing.
 
     Works on a model on the meta device too, and takes no memory for weights or bases.
 
@@ -87,11 +106,12 @@ def plan(
         seed=seed,
         train_also=train_also,
     )
-    planned = _plan(model, name, options, new_bases=new_bases)
+    planned = _plan(Census.of(model), name, options, new_bases=new_bases)
     is_first = or_if_first(planned.state, wanted=None)
-    return _report(model, planned, active=is_first, trainable=is_first)
+    return _report(planned, active=is_first, trainable=is_first)
 
 
+@explain_options
 @torch.inference_mode(mode=False)  # what is made here is trained, whatever mode the caller is in
 def inject(
     model: nn.Module,
@@ -140,6 +160,7 @@ def inject(
 
     Raises:
         ConfigError: For options that cannot work, or bases that would need a second set.
+        OptionError: For an option that there is not, with our name for it; it is a `TypeError` too.
         TargetError: When the targets match nothing, or something that cannot be adapted.
         AdapterError: When the name is taken, or the model's adapters are merged.
     """
@@ -156,20 +177,20 @@ def inject(
         seed=seed,
         train_also=train_also,
     )
-    planned = _plan(model, name, options, new_bases=new_bases)
+    planned = _plan(Census.of(model), name, options, new_bases=new_bases)
     active, trainable = or_if_first(planned.state, wanted=active), or_if_first(planned.state, wanted=trainable)
-    report = _report(model, planned, active=active, trainable=trainable)
-    chosen = planned.selection.targets
+    report = _report(planned, active=active, trainable=trainable)
     held = planned.shared or _new_basis(planned)
-    replaced = replacements(model, planned.state or ModelState(), planned.train_also)
+    replaced = replacements(planned.census, planned.state or ModelState(), planned.train_also)
     adapter = Adapter(name, _with_names(planned.config, report.targets), held, report.targets, planned.selection.rule)
     adapter.trained = own_copies(replaced, trainable=trainable)
-    commit(model, prepare(planned.state, adapter, chosen, replaced=replaced, trainable=trainable), active=active)
+    addition = prepare(planned.state, adapter, planned.selection.sites, replaced=replaced, trainable=trainable)
+    commit(planned.census, addition, active=active)
     return report
 
 
 def eject(model: nn.Module) -> tuple[str, ...]:
-    """Take every adapter off, in place: the original module objects are back, with the values they came with.
+    """Take every adapter off, in place: every module has its own class again, and the values it came with.
 
     What was merged is unmerged first, what ``train_also`` replaced is put back, and parameters require grad as before.
 
@@ -180,16 +201,19 @@ def eject(model: nn.Module) -> tuple[str, ...]:
         FQNs of the layers that were adapted.
 
     Raises:
-        AdapterError: When the model carries none.
+        AdapterError: When the model carries none, or something else changed the class of an adapted module meanwhile.
     """
     root, state = adapted_root(model)
-    for _, layer in adapter_layers(root):
-        layer.unfold()
+    census = Census.of(root)
+    require_own(census, state, "eject")
+    require_detachable(census, "eject")
+    for site in census.adapted:
+        site.layer.unfold(site.owner)
     state.adapters.clear()
     state.install_parameters()
-    restored = detach(root, state)
+    restored = detach_all(census, state)
     state.replaced.clear()
-    state.is_merged = state.is_disabled = False  # for a `with merged(model)` that this call is inside of
+    state.merge_report, state.disabled = None, 0  # for a `with merged(model)` that this call is inside of
     return restored
 
 
@@ -206,23 +230,30 @@ def _one_config(config: RandLoRAConfig | None, r: int | None, **given: Any) -> R
     return config
 
 
-def _plan(model: nn.Module, name: str, config: RandLoRAConfig, *, new_bases: bool) -> Plan:
+def _plan(census: Census, name: str, config: RandLoRAConfig, *, new_bases: bool) -> Plan:
     """Find out what an adapter would need, and check all of it."""
-    state = owned_state(model, name, "inject")
-    selection = select(model, config.targets, config.exclude)
-    problems = obstacles(model, selection.targets)
+    state = owned_state(census, name, "inject")
+    selection = select(census, config.targets, config.exclude)
+    problems = obstacles(census, selection.sites)
+    if config.dropout:
+        problems += [
+            f"{site.fqn} is adapted as it is read, where there is no input for dropout={config.dropout} to fall on: "
+            "give dropout=0, or leave it out"
+            for site in selection.sites
+            if issubclass(site.layer_class, ReadWeight)
+        ]
     also: list[str] = []
     if config.train_also is not None:
-        problems += train_also_problems(model, config.train_also, selection.targets)
-        also = select_parameters(model, config.train_also)
+        also = select_parameters(census, config.train_also)
+        problems += train_also_problems(census, config.train_also, also, selection.sites)
     raise_collected(TargetError, problems, doing=f"inject {name!r}")
-    spec = spec_for(config, *max_dims(selection.targets))
-    used = used_dims(selection.targets)
+    shapes = [site.shape for site in selection.sites]
+    spec, used = spec_for(config, *drawn_dims(shapes)), sliced_dims(shapes)
     shared = state.bank.check(spec, used=used, new_bases=new_bases) if state else None
     if shared is not None:
         dims = max(shared.spec.max_dim, used[0]), max(shared.spec.min_dim, used[1])
         spec = replace(shared.spec, max_dim=dims[0], min_dim=dims[1])
-    return Plan(name, config, state, selection, spec, shared, tuple(also))
+    return Plan(census, name, config, state, selection, spec, shared, tuple(also))
 
 
 def _with_names(config: RandLoRAConfig, fqns: tuple[str, ...]) -> RandLoRAConfig:
@@ -235,23 +266,25 @@ def _with_names(config: RandLoRAConfig, fqns: tuple[str, ...]) -> RandLoRAConfig
 def _new_basis(planned: Plan) -> Basis:
     """Draw bases at once, so that what cannot be drawn is refused here; for a model without values draw nothing."""
     basis = Basis(planned.spec)
-    basis.extend(*used_dims(planned.selection.targets))
-    if not all(parameter.is_meta for target in planned.selection.targets for parameter in target.module.parameters()):
+    basis.extend(*planned.used)
+    if not all(parameter.is_meta for site in planned.selection.sites for parameter in site.owner.parameters()):
         basis.matrices()
     return basis
 
 
-def _report(model: nn.Module, planned: Plan, *, active: bool, trainable: bool) -> Report:
-    used = used_dims(planned.selection.targets)
-    extent = planned.shared.extent if planned.shared else (0, 0)
-    basis_bytes = planned.spec.nbytes(max(used[0], extent[0]), max(used[1], extent[1]))
+def _report(planned: Plan, *, active: bool, trainable: bool) -> Report:
+    used, extent = planned.used, planned.shared.extent if planned.shared else (0, 0)
     return adapter_report(
-        model,
+        planned.census,
         planned.name,
         planned.config,
-        planned.selection,
+        shapes_of(planned.selection.sites),
         planned.spec,
-        basis_bytes=basis_bytes,
+        rule=planned.selection.rule,
+        skipped=planned.selection.skipped,
+        basis_bytes=planned.spec.nbytes(max(used[0], extent[0]), max(used[1], extent[1])),
+        is_active=active,
+        is_trainable=trainable,
         train_also=planned.train_also,
-        notes=standing(planned.name, is_active=active, is_trainable=trainable),
+        notes=next_steps(planned.name, is_active=active, is_trainable=trainable),
     )

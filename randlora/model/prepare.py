@@ -18,14 +18,14 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_map
 
 from randlora.layers import bnb_codes
-from randlora.layers.bnb import Linear4bitAdapter
+from randlora.layers.bnb import MAY_REPACK, Linear4bitAdapter
+from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.registry import find_layer
 from randlora.report import shortened
 from randlora.state import attached_state, require_unmerged
-from randlora.targets.walk import Visit, is_norm, is_quantized, walk
+from randlora.targets.walk import Census, Visit, is_norm, is_quantized
 
 HALVES = (torch.float16, torch.bfloat16)
-MAY_REPACK = "support_avx512bf16_for_cpu"  # an attribute of such a layer, which its forward asks
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class PreparationReport:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Say it on a line for each step, then the notes."""
+        """Return a line for each step, then the notes."""
         lines = [
             f"quantized layers: {len(self.quantized) or 'none'}",
             f"made float32: {shortened(self.cast) or 'nothing'}",
@@ -137,7 +137,7 @@ def prepare_quantized(
     for module in model.modules():
         if (state := attached_state(module)) is not None:
             require_unmerged(state, "prepare the model")
-    visits = _each_once(model)
+    visits = Census.of(model).first_visits
     embeddings = _input_embeddings(model)  # first, because it is somebody else's and could raise
     notes = []
     if checkpointing and not _enable_checkpointing(model):  # the same
@@ -150,6 +150,9 @@ def prepare_quantized(
     out_of_order = [visit for visit in four_bits if bnb_codes.is_out_of_order(visit.module)]
     for visit in four_bits:
         vars(visit.module)[MAY_REPACK] = False
+        layer = adapter_layers_of(visit.module).get("weight")
+        if isinstance(layer, Linear4bitAdapter):
+            layer.may_repack = False  # which is what ejecting gives back
     for visit in out_of_order:
         bnb_codes.put_in_order(visit.module)
     return PreparationReport(
@@ -184,14 +187,6 @@ def require_grad(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> No
     output.requires_grad_(True)  # noqa: FBT003
 
 
-def _each_once(model: nn.Module) -> list[Visit]:
-    """Walk a model, past a shared module at its first place only."""
-    found: dict[int, Visit] = {}
-    for visit in walk(model):
-        found.setdefault(id(visit.module), visit)
-    return list(found.values())
-
-
 def _make_float32(visits: Sequence[Visit]) -> list[Visit]:
     """Make norms and dense linear layers float32; return what that changed, layers tied to them included."""
     raised = [visit for visit in visits if _is_norm_or_dense(visit.module)]
@@ -206,7 +201,7 @@ def _make_float32(visits: Sequence[Visit]) -> list[Visit]:
 
 
 def _is_norm_or_dense(module: nn.Module) -> bool:
-    """Tell a dense linear layer by its having an adapter layer."""
+    """Whether a module is a norm, or a dense linear layer, which some adapter layer serves."""
     is_stored_otherwise = any(type(tensor.data) is not Tensor for tensor in _own_tensors(module))  # as torchao does
     if is_stored_otherwise or is_quantized(module) or is_parametrized(module):
         return False
@@ -214,7 +209,7 @@ def _is_norm_or_dense(module: nn.Module) -> bool:
 
 
 def _holds_half_matrices(module: nn.Module) -> bool:
-    """Tell a convolution, attention, experts: what would refuse the float32 that a norm now gives it."""
+    """Whether a module holds 16-bit matrices, as a convolution does, and would refuse the float32 of a norm."""
     if is_quantized(module):
         return False
     tensors = module.parameters() if is_parametrized(module) else _own_tensors(module)

@@ -15,10 +15,12 @@ from randlora.bases.spec import BasisSpec
 from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError, ConfigError, TargetError, raise_collected
 from randlora.functional import Compute
+from randlora.layers.in_place import drop_adapter
 from randlora.model.inject import eject
-from randlora.model.install import adapter_layers, unwrap
+from randlora.model.install import require_detachable, require_own
 from randlora.state import Adapter, ModelState, adapted_root, is_adapted, require_unmerged
 from randlora.targets.match import nearest_names
+from randlora.targets.walk import Census
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class AdapterInfo:
         train_also: FQNs of the parameters trained beside it.
         weight: Factor of its delta while it is active, else ``None``.
         is_trainable: Whether any of its parameters requires grad.
+        is_merged: Whether it is folded into the weights for now.
     """
 
     name: str
@@ -42,6 +45,7 @@ class AdapterInfo:
     train_also: tuple[str, ...]
     weight: float | None
     is_trainable: bool
+    is_merged: bool
 
     @property
     def is_active(self) -> bool:
@@ -54,6 +58,7 @@ def adapters(model: nn.Module) -> list[AdapterInfo]:
     if not is_adapted(model):
         return []
     root, state = adapted_root(model)
+    census = Census.of(root)
     return [
         AdapterInfo(
             name=adapter.name,
@@ -62,7 +67,8 @@ def adapters(model: nn.Module) -> list[AdapterInfo]:
             targets=adapter.targets,
             train_also=tuple(adapter.trained),
             weight=adapter.weight,
-            is_trainable=any(parameter.requires_grad for parameter in adapter_parameters(root, adapter)),
+            is_trainable=any(parameter.requires_grad for parameter in adapter_parameters(census, adapter)),
+            is_merged=state.is_merged and adapter.is_active,
         )
         for adapter in state.adapters.values()
     ]
@@ -85,6 +91,8 @@ def activate(
     """
     root, state = adapted_root(model)
     require_unmerged(state, "activate")
+    census = Census.of(root)
+    require_own(census, state, "activate")
     weights = _weights(names)
     raise_collected(AdapterError, _activation_problems(state, weights), doing="activate")
     for adapter in state.adapters.values():
@@ -92,7 +100,7 @@ def activate(
     state.install_parameters()
     if trainable is not None:
         for name in weights:
-            for parameter in adapter_parameters(root, state.adapters[name]):
+            for parameter in adapter_parameters(census, state.adapters[name]):
                 parameter.requires_grad_(trainable)
 
 
@@ -105,14 +113,16 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         AdapterError: When the model carries no adapter, or its adapters are merged.
     """
-    _, state = adapted_root(model)
+    root, state = adapted_root(model)
     require_unmerged(state, "disable")
-    before = state.is_disabled
-    _set_disabled(state, value=True)
+    require_own(Census.of(root), state, "disable the adapters")
+    state.disabled += 1
+    state.install_parameters()
     try:
         yield
     finally:
-        _set_disabled(state, value=before)
+        state.disabled = max(0, state.disabled - 1)  # blocks may overlap, and ejecting inside of one ends all
+        state.install_parameters()
 
 
 def remove(model: nn.Module, name: str) -> None:
@@ -131,11 +141,13 @@ def remove(model: nn.Module, name: str) -> None:
     if len(state.adapters) == 1:
         eject(root)
         return
+    census = Census.of(root)
+    require_own(census, state, "remove")
+    sites = [site for site in census.adapted if name in site.layer.adapters]
+    require_detachable(census, f"remove {name!r}", sites)
     del state.adapters[name]
-    for _, layer in adapter_layers(root):
-        if name in layer.adapters:
-            layer.drop(name)
-    unwrap(root, only_empty=True)
+    for site in sites:
+        drop_adapter(site.owner, site.layer, name)
     state.forget_unused()
 
 
@@ -151,8 +163,9 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
         AdapterError: When the model carries no adapter.
     """
     root, state = adapted_root(model)
+    census = Census.of(root)
     for adapter in state.adapters.values():
-        yield from (parameter for parameter in adapter_parameters(root, adapter) if parameter.requires_grad)
+        yield from (parameter for parameter in adapter_parameters(census, adapter) if parameter.requires_grad)
 
 
 def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tensor:
@@ -171,25 +184,20 @@ def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tens
         TargetError: When the layer is not adapted.
     """
     root, state = adapted_root(model)
-    layers = dict(adapter_layers(root))
-    if fqn not in layers:
-        raise TargetError(f"{fqn!r} is not adapted; the nearest adapted layers are {nearest_names(fqn, layers)}")
+    sites = {site.fqn: site for site in Census.of(root).adapted}
+    if fqn not in sites:
+        raise TargetError(f"{fqn!r} is not adapted; the nearest adapted layers are {nearest_names(fqn, sites)}")
     weights = state.active if name is None else {state.adapter(name).name: 1.0}
-    return layers[fqn].delta_weight(weights)
+    site = sites[fqn]
+    return site.layer.delta_weight(site.owner, weights)
 
 
-def adapter_parameters(root: nn.Module, adapter: Adapter) -> Iterator[nn.Parameter]:
-    """Go through the parameters of one adapter: Λ and Γ of each layer, then those trained beside it."""
-    for _, layer in adapter_layers(root):
-        if adapter.name in layer.adapters:
-            yield layer.randlora_lambda[adapter.name]
-            yield layer.randlora_gamma[adapter.name]
+def adapter_parameters(census: Census, adapter: Adapter) -> Iterator[nn.Parameter]:
+    """Yield the parameters of one adapter: Λ and Γ of each weight, then those trained beside it."""
+    for site in census.adapted:
+        if adapter.name in site.layer.adapters:
+            yield from site.layer.diagonals_of(site.owner, adapter.name)
     yield from adapter.trained.values()
-
-
-def _set_disabled(state: ModelState, *, value: bool) -> None:
-    state.is_disabled = value
-    state.install_parameters()
 
 
 def _weights(names: str | Iterable[str] | Mapping[str, float]) -> dict[str, float]:
@@ -222,16 +230,14 @@ def _activation_problems(state: ModelState, weights: Mapping[str, float]) -> lis
     return problems
 
 
-def set_compute(model: nn.Module, compute: Compute = "auto", *, keep: bool = False) -> None:
+def set_compute(model: nn.Module, compute: Compute = "auto") -> None:
     """Choose how the layers of a model compute. It changes speed, memory and the last bits of results, nothing else.
 
     Args:
         model: A model that carries adapters.
         compute: ``"factored"`` multiplies the tokens through both factors of the update, ``"materialized"`` forms the
             update first, ``"auto"`` takes for each stage of each call what its sizes make cheaper (see
-            `randlora.functional.cost`) and factors in a program that ``torch.export`` makes for any sizes.
-        keep: Where forward is materialized, keep the sum of weight and update until backward: a number for each of the
-            weight in memory, for one product less.
+            `randlora.functional.cost`) and factors in a compiled or exported program, which may serve any.
 
     Raises:
         AdapterError: When the model carries no adapters.
@@ -241,9 +247,9 @@ def set_compute(model: nn.Module, compute: Compute = "auto", *, keep: bool = Fal
         >>> import torch, randlora
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
         >>> report = randlora.inject(model, r=8, targets="all-linear")
-        >>> randlora.set_compute(model, "materialized", keep=True)
+        >>> randlora.set_compute(model, "materialized")
     """
     if compute not in get_args(Compute):
         raise ConfigError(f"compute must be one of {', '.join(get_args(Compute))}, got {compute!r}")
     _, state = adapted_root(model)
-    state.compute, state.keep = compute, keep
+    state.compute = compute

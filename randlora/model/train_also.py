@@ -5,21 +5,21 @@ The model's own values stay untouched. Each adapter trains a copy, which the mod
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from randlora.state import ModelState, ReplacedParameter
-from randlora.targets.match import matches_name, nearest_names, prefixes, unmatched
-from randlora.targets.select import Target
-from randlora.targets.walk import is_quantized, named_parameters, walk
+from randlora.targets.match import matches_name, prefixes, suggestion, unmatched
+from randlora.targets.site import Site
+from randlora.targets.walk import Census, is_quantized
 
 
-def select_parameters(model: nn.Module, names: str | Sequence[str]) -> list[str]:
-    """Find the parameters that a regex or a list of names means: those matched, and those inside a matched module.
+def select_parameters(census: Census, names: str | Sequence[str]) -> list[str]:
+    """Return the parameters that a regex or a list of names means: those matched, and those inside a matched module.
 
     Args:
-        model: The model, adapted or not.
+        census: The model, adapted or not.
         names: As `RandLoRAConfig.train_also`.
 
     Returns:
@@ -27,29 +27,40 @@ def select_parameters(model: nn.Module, names: str | Sequence[str]) -> list[str]
     """
     first_names: dict[int, str] = {}
     found: dict[str, None] = {}
-    for fqn, _, _, parameter in named_parameters(model):
-        first = first_names.setdefault(id(parameter), fqn)
-        if any(matches_name(names, prefix) for prefix in prefixes(fqn)):
+    for held in census.parameters:
+        first = first_names.setdefault(id(held.parameter), held.fqn)
+        if any(matches_name(names, prefix) for prefix in prefixes(held.fqn)):
             found[first] = None
     return list(found)
 
 
-def train_also_problems(model: nn.Module, names: str | Sequence[str], targets: Iterable[Target]) -> list[str]:
-    """Say what is wrong with ``train_also``: names that match nothing, weights that are adapted or codes, integers."""
-    places = {fqn: (module, attribute, parameter) for fqn, module, attribute, parameter in named_parameters(model)}
-    known = {prefix for fqn in places for prefix in prefixes(fqn)}
+def train_also_problems(
+    census: Census, names: str | Sequence[str], selected: Iterable[str], sites: Iterable[Site]
+) -> list[str]:
+    """Return what is wrong with ``train_also``: names that match nothing, weights that are adapted or codes, integers.
+
+    Args:
+        census: The model.
+        names: As `RandLoRAConfig.train_also`.
+        selected: What `select_parameters` found.
+        sites: The weights that the adapter goes on.
+    """
+    held_by = {held.fqn: held for held in census.parameters}
+    known = sorted({prefix for fqn in held_by for prefix in prefixes(fqn)})
     problems = [
-        f"train_also={entry!r} matches no module or parameter; the nearest names are {nearest_names(entry, known)}"
+        f"train_also={entry!r} matches no module or parameter; "
+        f"{suggestion('train_also', entry, known) or 'the model has no parameters'}"
         for entry in unmatched(names, known)
     ]
     problems += [
         f"train_also takes in {fqn}, whose running statistics an adapter cannot carry: name its parameters one by one"
-        for fqn, module in _matched_modules(model, names)
+        for fqn, module, _ in census.visits
         if any(name not in module._non_persistent_buffers_set for name in module._buffers)
+        and any(matches_name(names, prefix) for prefix in prefixes(fqn))
     ]
-    adapted = {id(target.module._parameters.get("weight")) for target in targets}
-    for fqn in select_parameters(model, names):
-        module, attribute, parameter = places[fqn]
+    adapted = {id(site.weight) for site in sites}
+    for fqn in selected:
+        _, module, attribute, parameter = held_by[fqn]
         if id(parameter) in adapted:
             problems.append(
                 f"train_also takes in {fqn}, the weight that the adapter already trains: name its bias alone"
@@ -65,26 +76,18 @@ def train_also_problems(model: nn.Module, names: str | Sequence[str], targets: I
     return problems
 
 
-def _matched_modules(model: nn.Module, names: str | Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Go through the modules that are matched, or inside one that is."""
-    for visit in walk(model):
-        if any(matches_name(names, prefix) for prefix in prefixes(visit.fqn)):
-            yield visit.fqn, visit.module
-
-
-def replacements(model: nn.Module, state: ModelState, fqns: Iterable[str]) -> dict[str, ReplacedParameter]:
-    """Look up the model's own parameters of these names and their places, whatever is installed there now."""
-    listed = list(named_parameters(model))
-    by_fqn = {fqn: parameter for fqn, _, _, parameter in listed}
+def replacements(census: Census, state: ModelState, fqns: Iterable[str]) -> dict[str, ReplacedParameter]:
+    """Return the model's own parameters of these names and their places, whatever is installed there now."""
+    by_fqn = {held.fqn: held.parameter for held in census.parameters}
     found = {}
     for fqn in fqns:
-        places = tuple((module, attribute) for _, module, attribute, held in listed if held is by_fqn[fqn])
+        places = tuple((held.module, held.attribute) for held in census.parameters if held.parameter is by_fqn[fqn])
         found[fqn] = state.replaced.get(fqn) or ReplacedParameter(places, by_fqn[fqn], by_fqn[fqn])
     return found
 
 
 def own_copies(replaced: dict[str, ReplacedParameter], *, trainable: bool) -> dict[str, nn.Parameter]:
-    """Copy the model's own values for an adapter to train."""
+    """Return copies of the model's own values for an adapter to train."""
     return {
         fqn: nn.Parameter(entry.original.detach().clone(), requires_grad=trainable) for fqn, entry in replaced.items()
     }

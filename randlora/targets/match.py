@@ -1,8 +1,11 @@
 """Patterns over fully qualified names: a regex, a list of names or suffixes, or a callable."""
 
 import difflib
+import functools
+import json
 import re
 from collections.abc import Iterable, Sequence
+from typing import TypeGuard
 
 from torch import nn
 
@@ -28,7 +31,25 @@ def matches_name(pattern: str | Sequence[str], fqn: str) -> bool:
     """Whether a regex, or one of several names or suffixes, matches an FQN."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, fqn) is not None
-    return any(has_suffix(fqn, entry) for entry in pattern)
+    return f".{fqn}".endswith(_endings(tuple(pattern)))
+
+
+@functools.lru_cache(maxsize=16)  # asked for with the same names at every module of a model
+def _endings(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f".{name}" for name in names)
+
+
+def is_names(pattern: Pattern | None) -> TypeGuard[Sequence[str]]:
+    """Whether a pattern is a list of names, whose entries may name modules and then mean all inside."""
+    return pattern is not None and not callable(pattern) and not isinstance(pattern, str)
+
+
+def is_regex_of(entry: str, fqns: Iterable[str]) -> bool:
+    """Whether a name was probably meant as a regex: as one, it matches some of ``fqns`` in full."""
+    try:
+        return any(re.fullmatch(entry, fqn) for fqn in fqns)
+    except re.error:
+        return False
 
 
 def has_suffix(fqn: str, suffix: str) -> bool:
@@ -47,15 +68,56 @@ def unmatched(pattern: Pattern, fqns: Iterable[str]) -> list[str]:
     fqns = list(fqns)
     if callable(pattern):
         return []
-    entries: Sequence[str | Sequence[str]] = [pattern] if isinstance(pattern, str) else [(entry,) for entry in pattern]
-    missed = [entry for entry in entries if not any(matches_name(entry, fqn) for fqn in fqns)]
-    return [entry if isinstance(entry, str) else entry[0] for entry in missed]
+    if isinstance(pattern, str):
+        return [] if any(matches_name(pattern, fqn) for fqn in fqns) else [pattern]
+    endings = {".".join(parts[start:]) for parts in (fqn.split(".") for fqn in fqns) for start in range(len(parts))}
+    return [entry for entry in pattern if entry not in endings]
 
 
-def nearest_names(entry: str, fqns: Iterable[str]) -> str:
-    """List the known names most like ``entry``, for an error: last components for a bare word, else whole FQNs."""
-    names = set(fqns)
-    if "." not in entry:
-        names = {fqn.rsplit(".", 1)[-1] for fqn in names}
-    near = difflib.get_close_matches(entry, sorted(names), n=NEAREST, cutoff=0.4) or sorted(names)[:NEAREST]
-    return ", ".join(near) or "none"
+def nearest_names(entry: str, fqns: Iterable[str], *, common: Iterable[str] | None = None) -> str:
+    """List the known names most like ``entry``, for an error; never ``entry`` itself.
+
+    Names that end with ``entry`` come alone. Else last components are listed for a bare word, and FQNs for a path.
+
+    Args:
+        entry: What was written.
+        fqns: What there is.
+        common: Those of them that are listed where nothing is much like ``entry``; ``None`` means all.
+    """
+    known = set(fqns) - {entry}
+    ending = {fqn for fqn in known if has_suffix(fqn, entry)}
+    others = known if common is None else set(common) - {entry}
+    if not ending and "." not in entry:
+        known, others = ({fqn.rsplit(".", 1)[-1] for fqn in names} for names in (known, others))
+    listed = sorted(ending or others or known)
+    near = difflib.get_close_matches(entry, sorted(ending or known), n=NEAREST)
+    return ", ".join(near or difflib.get_close_matches(entry, listed, n=NEAREST, cutoff=0.4) or listed[:NEAREST])
+
+
+def as_list(regex: str, fqns: Iterable[str]) -> str | None:
+    """Return the list of names that a regex was probably meant to be, as one writes it; ``None`` if it is no such.
+
+    Args:
+        regex: A string that matches nothing, such as ``"q_proj"``, ``"q_proj|v_proj"`` or ``"q_proj, v_proj"``.
+        fqns: What there is: each name of the list must be one of these or the last components of one.
+    """
+    names = [name for name in re.split(r"[\s,|()]+", regex.replace("\\.", ".")) if name]
+    fqns = list(fqns)
+    if not names or not all(any(has_suffix(fqn, name) for fqn in fqns) for name in names):
+        return None
+    return json.dumps(names, ensure_ascii=False)
+
+
+def suggestion(argument: str, entry: str, fqns: Sequence[str], *, common: Sequence[str] | None = None) -> str:
+    """Return what to write in the place of a regex or a name that means nothing; empty where there is nothing to name.
+
+    Args:
+        argument: The argument that it was given for.
+        entry: The regex or the name.
+        fqns: What a list of names may name.
+        common: As for `nearest_names`.
+    """
+    if (names := as_list(entry, fqns)) is not None:
+        return f"did you mean {argument}={names}? A string is a regex for whole names, a list holds names or their ends"
+    near = nearest_names(entry, fqns, common=common)
+    return near and f"the nearest names are {near}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -10,51 +10,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from randlora.bases.spec import drawn_dims, sliced_dims
 from randlora.config import Pattern, RandLoRAConfig
 from randlora.errors import TargetError, raise_collected
-from randlora.layers.base import AdapterLayer
+from randlora.layers.in_place import class_obstacle
 from randlora.layers.registry import find_layer
-from randlora.targets.match import matches, nearest_names, prefixes, unmatched
+from randlora.targets.explain import ALL_LINEAR, holders, inventory, missed, reason, refusal
+from randlora.targets.match import is_names, matches, prefixes, unmatched
 from randlora.targets.presets import HEAD_NAMES, TARGET_PRESETS
-from randlora.targets.walk import Visit, named_parameters, walk
-
-ALL_LINEAR = "all-linear"
-LISTED = 5
-
-
-@dataclass(frozen=True, eq=False)
-class Target:
-    """A layer to adapt.
-
-    Attributes:
-        fqn: Its fully qualified name; the first one, where it is used in several places.
-        module: The layer itself, without adapters.
-        layer_class: The adapter layer that serves it.
-        places: Where it hangs: parents and attributes' names.
-        adapter: The adapter layer already round it, if any.
-    """
-
-    fqn: str
-    module: nn.Module
-    layer_class: type[AdapterLayer]
-    places: tuple[tuple[nn.Module, str], ...]
-    adapter: AdapterLayer | None
-
-    @property
-    def in_features(self) -> int:
-        """Width of its input."""
-        return self.layer_class.features(self.module)[0]
-
-    @property
-    def out_features(self) -> int:
-        """Width of its output."""
-        return self.layer_class.features(self.module)[1]
-
-    def replace(self, module: nn.Module) -> None:
-        """Hang ``module`` in every place of this layer."""
-        for parent, attribute in self.places:
-            parent._modules[attribute] = module
+from randlora.targets.site import Site
+from randlora.targets.walk import Census, Held, Visit
 
 
 @dataclass(frozen=True)
@@ -62,12 +26,12 @@ class Selection:
     """What a pattern came to.
 
     Attributes:
-        targets: The layers, in the model's order.
+        sites: The weights, in the model's order.
         rule: The rule that chose them, in words.
-        skipped: Linear layers that ``"all-linear"`` passes over, with the reason, by FQN.
+        skipped: Layers that ``"all-linear"`` or the name of a module passes over, with the reason, by FQN.
     """
 
-    targets: tuple[Target, ...]
+    sites: tuple[Site, ...]
     rule: str
     skipped: dict[str, str]
 
@@ -80,77 +44,95 @@ class HasOutputEmbeddings(Protocol):
         """Return the output head."""
 
 
-def find_targets(model: nn.Module, pattern: Pattern | None = None, exclude: Pattern | None = None) -> list[Target]:
-    """Find the layers a pattern means, without touching anything.
+def find_targets(model: nn.Module, targets: Pattern | None = None, exclude: Pattern | None = None) -> list[Site]:
+    """Return the layers that targets mean, without touching anything.
 
     Args:
         model: Any module.
-        pattern: As `RandLoRAConfig.targets`.
+        targets: As `RandLoRAConfig.targets`.
         exclude: As `RandLoRAConfig.exclude`.
 
     Returns:
-        One target per layer, in the model's order.
+        One site for each weight, in the model's order.
 
     Raises:
-        ConfigError: When a pattern is none.
+        ConfigError: When ``targets`` or ``exclude`` is no pattern.
         TargetError: When a pattern or a name matches nothing, or what it matches cannot be adapted.
     """
-    checked = RandLoRAConfig(targets=pattern, exclude=exclude)
-    return list(select(model, checked.targets, checked.exclude).targets)
+    checked = RandLoRAConfig(targets=targets, exclude=exclude)
+    return list(select(Census.of(model), checked.targets, checked.exclude).sites)
 
 
-def select(model: nn.Module, pattern: Pattern | None, exclude: Pattern | None) -> Selection:
-    """Find the layers a pattern means, and say which rule applied; arguments and errors as in `find_targets`."""
-    visits = list(walk(model))
+def select(census: Census, pattern: Pattern | None, exclude: Pattern | None) -> Selection:
+    """Return the layers a pattern means, with the rule that applied; arguments and errors as in `find_targets`."""
+    model, visits = census.model, census.candidates
     if not visits and find_layer(model) is not None:
         raise TargetError(
-            f"the model itself is a {type(model).__name__}, and a layer cannot be replaced inside itself: "
-            "wrap it, as in torch.nn.Sequential(layer), and adapt that"
+            f"the model itself is a {type(model).__name__}, which has no name to call its adapter by: "
+            "put it into a module, as in torch.nn.Sequential(layer), and adapt that"
         )
     pattern, rule, must_match = _resolve(model, pattern)
+    opens = must_match and is_names(pattern)
     if pattern == ALL_LINEAR:
-        chosen, skipped = _all_linear(model, visits)
+        found = [visit for visit in visits if visit.entry is not None]
     else:
-        chosen, skipped = _matching(visits, pattern, rule, must_match=must_match), {}
-    if exclude is not None:
-        chosen = _without(chosen, visits, exclude)
-        rule += ", without the excluded"
+        found = [visit for visit in visits if _is_meant(visit, pattern, opens=opens)]
+    excluded = [] if exclude is None else _excluded(visits, found, exclude)
+    problems = [] if exclude is None else _exclude_problems(visits, exclude)
+    kept = _without(found, excluded)
+    if pattern == ALL_LINEAR:
+        chosen, skipped = _all_linear(model, kept)
+    else:
+        chosen, skipped, refused = _matching(visits, kept, pattern, opens=opens)
+        problems += [refusal(visit) for visit in refused]
+        reached = [*chosen, *excluded, *refused]
+        if must_match:
+            names = {name for visit in reached for name in _names(visit, opens=opens)}
+            problems += missed(visits, "targets", pattern, unmatched(pattern, names))
+        if not (reached or problems):
+            problems.append(f"{rule} matches no linear layer; {inventory(visits)}")
+    raise_collected(TargetError, problems, doing="find the targets")
+    rule += "" if exclude is None else ", without the excluded"
     if not chosen:
-        raise TargetError(f"{rule} leaves no layer to adapt: give targets= that match one")
-    return Selection(tuple(_targets(chosen, visits)), rule, skipped)
+        raise TargetError(f"{rule} leaves no layer to adapt: give targets= that match one; {inventory(visits)}")
+    wanted = {visit.key for visit in chosen}
+    return Selection(tuple(site for site in census.sites if site.key in wanted), rule, skipped)
 
 
-def max_dims(targets: Iterable[Target]) -> tuple[int, int]:
-    """Return ``(max_dim, min_dim)`` of the bases that PEFT would draw for these targets."""
-    return drawn_dims((target.out_features, target.in_features) for target in targets)
-
-
-def used_dims(targets: Iterable[Target]) -> tuple[int, int]:
-    """Return ``(max_dim, min_dim)`` that these targets slice."""
-    return sliced_dims((target.out_features, target.in_features) for target in targets)
-
-
-def obstacles(model: nn.Module, targets: Sequence[Target]) -> list[str]:
-    """Say why targets cannot be adapted: no weight of their own that serves, or a weight that something else shares."""
-    problems = []
-    holders: dict[object, list[tuple[str, nn.Module]]] = {}
-    for fqn, module, _, parameter in named_parameters(model):
-        if not is_lazy(parameter):
-            holders.setdefault(_identity(parameter), []).append((fqn, module))
-    for target in targets:
-        weight = target.module._parameters.get("weight")
-        if is_parametrized(target.module) or weight is None:
-            problems.append(f"{target.fqn} computes its weight from other parameters: remove the parametrization first")
+def obstacles(census: Census, sites: Sequence[Site]) -> list[str]:
+    """Return why sites cannot be adapted: no weight of their own that serves, or one that something else shares."""
+    problems, sound = [], []
+    for site in sites:
+        if (reason := class_obstacle(site.owner, site.layer_class)) is not None:
+            problems.append(f"{site.fqn} {reason}")
+            continue
+        weight = site.weight
+        if is_parametrized(site.owner) or weight is None:
+            problems.append(f"{site.fqn} computes its weight from other parameters: remove the parametrization first")
         elif is_lazy(weight):
-            problems.append(f"{target.fqn} has no shape yet: run one forward pass first")
-        elif (reason := target.layer_class.obstacle(target.module)) is not None:
-            problems.append(f"{target.fqn} {reason}")
+            problems.append(f"{site.fqn} has no shape yet: run one forward pass first")
+        elif (reason := site.layer_class.obstacle(site.owner)) is not None:
+            problems.append(f"{site.fqn} {reason}")
         else:
-            others = [fqn for fqn, module in holders[_identity(weight)] if module is not target.module]
-            if others:
-                problems.append(
-                    f"the weight of {target.fqn} is tied to {', '.join(others)}: untie it, or leave the layer out"
-                )
+            sound.append(site)
+    return [*problems, *tie_problems(census, sound)]
+
+
+def tie_problems(census: Census, sites: Sequence[Site]) -> list[str]:
+    """Return which of some weights something else in the model shares."""
+    holders: dict[object, list[Held]] = {}
+    for held in census.parameters:
+        if not is_lazy(held.parameter):
+            holders.setdefault(_identity(held.parameter), []).append(held)
+    problems = []
+    for site in sites:
+        weight = site.weight
+        found = [] if weight is None else holders.get(_identity(weight), [])
+        others = [held.fqn for held in found if held.module is not site.owner]
+        if others:
+            problems.append(
+                f"the weight of {site.fqn} is tied to {', '.join(others)}: untie it, or leave the layer out"
+            )
     return problems
 
 
@@ -176,83 +158,66 @@ def _resolve(model: nn.Module, pattern: Pattern | None) -> tuple[Pattern, str, b
     return tuple(pattern), f"the names {', '.join(pattern)}", True
 
 
-def _matching(visits: Sequence[Visit], pattern: Pattern, rule: str, *, must_match: bool) -> list[Visit]:
-    """Take the linear layers that a pattern matches; refuse what has a weight matrix and is none."""
-    found = [visit for visit in visits if matches(pattern, visit.fqn, visit.module)]
-    chosen = [visit for visit in found if isinstance(find_layer(visit.module), type)]
-    problems = [reason for visit in found if (reason := _refusal(visit)) is not None]
-    known = [visit.fqn for visit in visits if isinstance(find_layer(visit.module), type)]
-    if must_match and not problems:
-        problems += [
-            f"{entry!r} matches no linear layer; the nearest names are {nearest_names(entry, known)}"
-            for entry in unmatched(pattern, [visit.fqn for visit in chosen])
-        ]
-    if not chosen and not problems:
-        problems.append(f"{rule} matches no linear layer; the model has {_listed(known)}")
-    raise_collected(TargetError, problems, doing="find the targets")
-    return chosen
+def _names(visit: Visit, *, opens: bool) -> list[str]:
+    """Return the names by which a pattern may mean a module: its own and, where it ``opens`` modules, their names."""
+    return prefixes(visit.fqn) if opens else [visit.fqn]
 
 
-def _refusal(visit: Visit) -> str | None:
-    """Why a matched module cannot be adapted; ``None`` for linear layers, containers and modules without a matrix."""
-    entry = find_layer(visit.module)
-    if isinstance(entry, str):
-        return f"{visit.fqn} ({type(visit.module).__name__}) cannot be adapted: {entry}"
-    parameters = [parameter for parameter in visit.module._parameters.values() if parameter is not None]
-    if entry is None and any(is_lazy(parameter) or parameter.ndim >= 2 for parameter in parameters):
-        kind = type(visit.module).__name__
-        return f"{visit.fqn} is a {kind}, and only linear layers can be adapted: narrow the pattern to leave it out"
-    return None
+def _is_meant(visit: Visit, pattern: Pattern, *, opens: bool) -> bool:
+    return any(matches(pattern, name, visit.module) for name in _names(visit, opens=opens))
+
+
+def _matching(
+    visits: Sequence[Visit], found: Sequence[Visit], pattern: Pattern, *, opens: bool
+) -> tuple[list[Visit], dict[str, str], list[Visit]]:
+    """Sort what a pattern means: linear layers, what a named module holds beside them, and what is refused by name."""
+    chosen, skipped, refused = [], {}, []
+    opened = holders(visits) if opens else set()
+    for visit in found:
+        if isinstance(visit.entry, type):
+            chosen.append(visit)
+        elif visit.fqn not in opened and (why := reason(visit)) is not None:
+            if opens and not matches(pattern, visit.fqn, visit.module):
+                skipped[visit.fqn] = why
+            else:
+                refused.append(visit)
+    return chosen, skipped, refused
 
 
 def _all_linear(model: nn.Module, visits: Sequence[Visit]) -> tuple[list[Visit], dict[str, str]]:
     head = model.get_output_embeddings() if isinstance(model, HasOutputEmbeddings) else None
-    linear = [(visit, entry) for visit in visits if (entry := find_layer(visit.module)) is not None]
-    heads = {id(visit.module) for visit, _ in linear if _is_head(visit, head)}
+    linear = [(visit, entry) for visit in visits if (entry := visit.entry) is not None]
+    heads = {visit.key for visit, _ in linear if _is_head(visit, head)}
     skipped = {visit.fqn: entry for visit, entry in linear if isinstance(entry, str)}
-    skipped |= {visit.fqn: "the output head" for visit, entry in linear if id(visit.module) in heads}
+    skipped |= {visit.fqn: "the output head" for visit, entry in linear if visit.key in heads}
     return [visit for visit, _ in linear if visit.fqn not in skipped], skipped
 
 
 def _is_head(visit: Visit, head: nn.Module | None) -> bool:
     named_so = visit.fqn.split(".")[0] in HEAD_NAMES
-    return named_so or (head is not None and (visit.module is head or visit.adapter is head))
+    return named_so or (head is not None and visit.module is head)
 
 
-def _without(chosen: list[Visit], visits: Sequence[Visit], exclude: Pattern) -> list[Visit]:
-    """Leave out the layers that ``exclude`` matches under any of their names; a name in a list means all inside too."""
-    linear = [visit for visit in visits if find_layer(visit.module) is not None]
-    by_name = not callable(exclude) and not isinstance(exclude, str)
-    known = {name for visit in linear for name in (prefixes(visit.fqn) if by_name else [visit.fqn])}
-    problems = [
-        f"exclude={entry!r} matches no linear layer; the nearest names are {nearest_names(entry, known)}"
-        for entry in unmatched(exclude, known)
-    ]
-    raise_collected(TargetError, problems, doing="find the targets")
-    excluded = {
-        id(visit.module)
-        for visit in linear
-        if any(matches(exclude, name, visit.module) for name in (prefixes(visit.fqn) if by_name else [visit.fqn]))
-    }
-    return [visit for visit in chosen if id(visit.module) not in excluded]
+def _excluded(visits: Sequence[Visit], found: Sequence[Visit], exclude: Pattern) -> list[Visit]:
+    """Return what ``exclude`` matches, under all of its names; a name in a list means all inside too.
+
+    A callable is asked about the layers that the targets mean and no other modules.
+    """
+    asked = visits
+    if callable(exclude):
+        layers = {visit.key for visit in found if visit.entry is not None or reason(visit)}
+        asked = [visit for visit in visits if visit.key in layers]
+    matched = {visit.key for visit in asked if _is_meant(visit, exclude, opens=is_names(exclude))}
+    return [visit for visit in visits if visit.key in matched]
 
 
-def _targets(chosen: Sequence[Visit], visits: Sequence[Visit]) -> Iterator[Target]:
-    """Make one target a layer, whichever of its names were matched."""
-    wanted = {id(visit.module) for visit in chosen}
-    places: dict[int, list[Visit]] = {}
-    for visit in visits:
-        if id(visit.module) in wanted:
-            places.setdefault(id(visit.module), []).append(visit)
-    for found in places.values():
-        first = found[0]
-        layer_class = find_layer(first.module)
-        assert isinstance(layer_class, type), "only linear layers are chosen"
-        hung = {(id(visit.parent), visit.attribute): (visit.parent, visit.attribute) for visit in found}
-        yield Target(first.fqn, first.module, layer_class, tuple(hung.values()), first.adapter)
+def _exclude_problems(visits: Sequence[Visit], exclude: Pattern) -> list[str]:
+    """Name the entries that match no module, and a regex that matches nothing but what holds layers."""
+    closed = holders(visits) if isinstance(exclude, str) else set()
+    known = [visit.fqn for visit in visits if visit.fqn not in closed]
+    return missed(visits, "exclude", exclude, unmatched(exclude, known))
 
 
-def _listed(names: Sequence[str]) -> str:
-    if not names:
-        return "none at all"
-    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+def _without(visits: Iterable[Visit], excluded: Iterable[Visit]) -> list[Visit]:
+    left_out = {visit.key for visit in excluded}
+    return [visit for visit in visits if visit.key not in left_out]

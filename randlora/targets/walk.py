@@ -1,57 +1,127 @@
-"""The module walker: every module and every parameter of a model, under the names that the model gives them.
-
-Walking sees a model as it was before any adapter: an adapter layer is passed through, and its base layer keeps the name
-the model gave it.
-"""
+"""The module walker: one pass over a model, which everything that looks at the model reads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import nn
 
 from randlora.layers.base import AdapterLayer
+from randlora.layers.in_place import Gamma, Lambda, adapter_layers_of
 from randlora.layers.quantized import QuantizedLayer
-from randlora.layers.registry import find_layer
+from randlora.layers.read_weight import ReadWeight
+from randlora.layers.registry import find_layer, find_readers
+from randlora.targets.site import AdaptedSite, Site
 
 
 class Visit(NamedTuple):
-    """One place at which a walk comes past a module: ``parent.<attribute>`` holds it, or its adapter layer."""
+    """One place of a module in a model, or of a parameter that is adapted as it is read.
+
+    Attributes:
+        fqn: Its name.
+        module: The module, or the parameter's owner.
+        reader: What serves the parameter, if it is one.
+    """
 
     fqn: str
     module: nn.Module
-    parent: nn.Module
+    reader: type[ReadWeight] | None = None
+
+    @property
+    def entry(self) -> type[AdapterLayer] | str | None:
+        """What serves it, as `find_layer` returns it."""
+        return find_layer(self.module) if self.reader is None else self.reader
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """What its places have in common: the same as `Site.key` for what can be adapted."""
+        return id(self.module), (self.reader or AdapterLayer).attribute
+
+
+class Held(NamedTuple):
+    """One place of a parameter in a model: ``module.<attribute>`` holds it."""
+
+    fqn: str
+    module: nn.Module
     attribute: str
-    adapter: AdapterLayer | None
+    parameter: nn.Parameter
 
 
-def walk(module: nn.Module, prefix: str = "") -> Iterator[Visit]:
-    """Come past every module below one, parents first; a shared module is visited at each of its places."""
-    for attribute, child in module._modules.items():
-        if child is None:
-            continue
-        fqn = f"{prefix}{attribute}"
-        adapter = child if isinstance(child, AdapterLayer) else None
-        inner = child if adapter is None else adapter.base_layer
-        yield Visit(fqn, inner, module, attribute, adapter)
-        yield from walk(inner, f"{fqn}.")
+@dataclass(frozen=True, eq=False)
+class Census:
+    """What a model holds, read in one pass; what adapters added to it is left out.
 
-
-def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Go through a model's own parameters as ``(fqn, module, attribute, parameter)``, adapters' left out.
-
-    A tied parameter comes once for every place.
+    Attributes:
+        model: The model.
+        visits: Every module below it, parents first, a shared one at each of its places.
     """
-    modules = [("", model), *((f"{visit.fqn}.", visit.module) for visit in walk(model))]
-    for prefix, module in modules:
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                yield f"{prefix}{attribute}", module, attribute, parameter
+
+    model: nn.Module
+    visits: tuple[Visit, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Census:
+        """Walk a model."""
+        return cls(model, tuple(_walk(model, "")))
+
+    @cached_property
+    def parameters(self) -> tuple[Held, ...]:
+        """Every parameter; a tied one at each of its places."""
+        modules = [("", self.model), *((f"{visit.fqn}.", visit.module) for visit in self.visits)]
+        return tuple(
+            Held(f"{prefix}{attribute}", module, attribute, parameter)
+            for prefix, module in modules
+            for attribute, parameter in module._parameters.items()
+            if parameter is not None
+        )
+
+    @cached_property
+    def candidates(self) -> tuple[Visit, ...]:
+        """Every module, and every parameter that is adapted as it is read, at each of its places."""
+        return tuple(
+            found
+            for visit in self.visits
+            for found in (
+                visit,
+                *(Visit(kind.site_fqn(visit.fqn), visit.module, kind) for kind in find_readers(visit.module)),
+            )
+        )
+
+    @cached_property
+    def first_visits(self) -> tuple[Visit, ...]:
+        """Every module once, under its first name."""
+        found: dict[int, Visit] = {}
+        for visit in self.visits:
+            found.setdefault(id(visit.module), visit)
+        return tuple(found.values())
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """Every weight that some kind of adapter layer serves, once."""
+        return tuple(site for visit in self.first_visits for site in sites_of(visit))
+
+    @cached_property
+    def adapted(self) -> tuple[AdaptedSite, ...]:
+        """Every weight that is adapted."""
+        return tuple(
+            AdaptedSite(type(layer).site_fqn(visit.fqn), visit.module, type(layer), layer)
+            for visit in self.first_visits
+            for layer in adapter_layers_of(visit.module).values()
+        )
+
+
+def sites_of(visit: Visit) -> tuple[Site, ...]:
+    """Return the weights of a module that adapters can go on, under the name of one of its places."""
+    forward = find_layer(visit.module)
+    kinds = [*([forward] if isinstance(forward, type) else []), *find_readers(visit.module)]
+    return tuple(Site(kind.site_fqn(visit.fqn), visit.module, kind) for kind in kinds)
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a module's weight is codes, which may be stored as words of a floating dtype: then its type tells."""
+    """Whether a module's weight is codes; their dtype may be floating, so the module's type decides."""
     layer_class, weight = find_layer(module), module._parameters.get("weight")
     if isinstance(layer_class, type) and issubclass(layer_class, QuantizedLayer):
         return True
@@ -60,5 +130,12 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Tell a norm by its class's name: every library has classes of its own."""
+    """Whether a module is a norm, by its class's name: every library has classes of its own."""
     return "norm" in type(module).__name__.lower()
+
+
+def _walk(module: nn.Module, prefix: str) -> Iterator[Visit]:
+    for attribute, child in module._modules.items():
+        if child is not None and not isinstance(child, Lambda | Gamma):
+            yield Visit(f"{prefix}{attribute}", child)
+            yield from _walk(child, f"{prefix}{attribute}.")

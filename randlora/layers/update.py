@@ -1,0 +1,64 @@
+"""The updates of one weight, before and after they are formed, and their sum with the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from randlora.bases.basis import Basis
+from randlora.functional import Diagonals, Pair, delta_weight
+
+
+class Update(NamedTuple):
+    """One adapter's update of one weight, before it is formed.
+
+    Attributes:
+        basis: The bases.
+        lam: Λ, ``(r, num_bases)``.
+        gamma: Γ, ``(num_bases, min_dim)``.
+        scaling: The factor of the update, with the adapter's weight.
+    """
+
+    basis: Basis
+    lam: Tensor
+    gamma: Tensor
+    scaling: float
+
+    def parts(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> tuple[Pair, Diagonals]:
+        """Return what `randlora.functional` computes with, for a weight of ``(out_features, in_features)``."""
+        pair = self.basis.pair(max(shape), min(shape), device=device, dtype=dtype)
+        return pair, Diagonals(_on(self.lam, device), _on(self.gamma, device), self.scaling)
+
+
+def sum_updates(
+    updates: Iterable[Update], shape: tuple[int, int], *, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Return the sum of some updates of one weight.
+
+    Args:
+        updates: In the order in which they are added, which is part of the sum's bits.
+        shape: ``(out_features, in_features)`` of the weight.
+        device: The device of the result.
+        dtype: The dtype to compute in.
+
+    Returns:
+        ``(out_features, in_features)``.
+    """
+    total = torch.zeros(shape, dtype=dtype, device=device)
+    with torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext():
+        for update in updates:
+            total = total + delta_weight(*update.parts(shape, device, dtype), in_features=shape[1])
+    return total
+
+
+def folded(weight: Tensor, delta: Tensor) -> Tensor:
+    """Return ``weight + delta``, added in the wider dtype of the two and rounded once to the weight's."""
+    return (weight.to(delta.dtype) + delta).to(weight.dtype).contiguous()
+
+
+def _on(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor if tensor.device == device else tensor.to(device)

@@ -1,0 +1,247 @@
+"""The laws that a device can break, on the device that RANDLORA_TEST_DEVICE names.
+
+It is the CPU by default. `python -m benchmarks --device cuda --gate` runs them on a GPU before it times anything there.
+"""
+
+import copy
+import os
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import randlora
+from randlora.functional import Compute
+from tests import reference
+from tests.laws import TOLERANCES, Mixed, Snapshot, assert_close, fill, same_bits
+from tests.layer_kinds import LAYER_KINDS, LayerKind
+from tests.strategies import KINDS_AND_STREAMS
+
+DEVICE = os.environ.get("RANDLORA_TEST_DEVICE", "cpu")
+BASES = ("dense", "block", "sparse", "very_sparse")
+DTYPES = tuple(TOLERANCES)
+KINDS = {kind.name: kind for kind in LAYER_KINDS}
+TOKENS = torch.arange(9, device=DEVICE)
+
+every_basis = pytest.mark.parametrize("basis", BASES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+every_compute = pytest.mark.parametrize("compute", get_args(Compute))
+dense_kinds = pytest.mark.parametrize("kind", [KINDS["Linear"], KINDS["Conv1D"]], ids=lambda kind: kind.name)
+quantized = pytest.mark.parametrize(  # with the dtype that a GPU takes them in without a warning
+    ("kind", "dtype"),
+    [(KINDS["NF4"], torch.float32), (KINDS["FP4-double"], torch.bfloat16), (KINDS["8bit"], torch.float16)],
+    ids=["NF4", "FP4-double", "8bit"],
+)
+shapes = st.tuples(st.integers(1, 20), st.integers(1, 20))
+
+
+def adapted(
+    kind: LayerKind, shape: tuple[int, int], dtype: torch.dtype, basis: str, compute: Compute = "auto", **options: Any
+) -> nn.Sequential:
+    """Adapt one layer of ``(in, out)`` features on the device, with values as after some training."""
+    model = nn.Sequential(kind.build(*shape, True, dtype)).to(DEVICE)
+    randlora.inject(model, **{"r": 3, "alpha": 6, "stream": "portable", **options}, basis=basis)  # type: ignore[arg-type]
+    randlora.set_compute(model, compute)
+    fill(model)
+    return model
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+def oracle(model: nn.Sequential, shape: tuple[int, int]) -> Tensor:
+    """Compute the update in float64 on the CPU, from bases that are drawn there."""
+    spec = randlora.adapters(model)[0].spec
+    basis = randlora.BasisBank().acquire(spec)
+    bases = basis.slices(max(shape), min(shape), device="cpu", dtype=torch.float64)
+    lam, gamma = (model.get_parameter(f"0.randlora_{name}.default").detach().cpu() for name in ("lambda", "gamma"))
+    return reference.delta_weight(*bases, lam, gamma, 2.0, in_features=shape[0])
+
+
+def test_everything_of_an_adapted_model_is_on_the_device() -> None:
+    model = adapted(KINDS["Linear"], (6, 9), torch.float32, "dense")
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {torch.device(DEVICE).type}
+    assert model(random(2, 6)).device.type == torch.device(DEVICE).type
+
+
+@dense_kinds
+@every_dtype
+@every_basis
+@given(shape=shapes, compute=st.sampled_from(get_args(Compute)))
+def test_an_adapter_adds_the_oracles_update(
+    kind: LayerKind, dtype: torch.dtype, basis: str, shape: tuple[int, int], compute: Compute
+) -> None:
+    base = kind.build(*shape, True, dtype)
+    expected_weight, bias = kind.weight(base).double(), base.bias
+    model = nn.Sequential(base).to(DEVICE)
+    randlora.inject(model, r=3, alpha=6, stream="portable", basis=basis)  # type: ignore[arg-type]
+    randlora.set_compute(model, compute)
+    fill(model)
+    x = random(3, shape[0], dtype=dtype)
+    expected = reference.linear(x.cpu(), expected_weight + oracle(model, shape), bias.detach().cpu())  # type: ignore[operator]
+    assert_close(model(x).detach().cpu(), expected, dtype)
+
+
+@dense_kinds
+@every_dtype
+@every_compute
+@pytest.mark.parametrize("basis", ["dense", "block"])
+def test_a_fresh_adapter_leaves_every_bit_of_the_output(
+    kind: LayerKind, dtype: torch.dtype, basis: str, compute: Compute
+) -> None:
+    base = kind.build(96, 160, True, dtype)
+    plain = nn.Sequential(copy.deepcopy(base)).to(DEVICE)
+    model = nn.Sequential(base).to(DEVICE)
+    randlora.inject(model, r=8, basis=basis)  # type: ignore[arg-type]
+    randlora.set_compute(model, compute)
+    for tokens in (1, 7, 512):
+        x = random(tokens, 96, dtype=dtype)
+        assert same_bits(model(x), plain(x))
+
+
+@dense_kinds
+@every_dtype
+@every_basis
+def test_merging_computes_the_same_and_unmerging_restores_every_bit(
+    kind: LayerKind, dtype: torch.dtype, basis: str
+) -> None:
+    model = adapted(kind, (24, 40), dtype, basis)
+    before, x = Snapshot.of(model), random(5, 24, dtype=dtype)
+    expected = model(x).detach()
+    with randlora.merged(model):
+        assert_close(model(x).detach(), expected, dtype)
+    before.assert_equals(Snapshot.of(model))
+    assert same_bits(model(x).detach(), expected)
+
+
+@every_compute
+@every_basis
+@pytest.mark.parametrize("shape", [(5, 7), (7, 5), (6, 6)], ids=["up", "down", "square"])
+def test_gradients_are_those_of_finite_differences(shape: tuple[int, int], basis: str, compute: Compute) -> None:
+    model = adapted(KINDS["Linear"], shape, torch.float64, basis, compute, r=4).double()
+    names = ("0.randlora_lambda.default", "0.randlora_gamma.default")
+    values = [model.get_parameter(name).detach().clone().requires_grad_() for name in names]
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        output: Tensor = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,))
+        return output
+
+    assert torch.autograd.gradcheck(run, (random(2, shape[0], dtype=torch.float64).requires_grad_(), *values))
+
+
+@every_basis
+@every_dtype
+@pytest.mark.parametrize("tokens", [1, 40, 700])
+def test_every_way_to_compute_gives_the_same_output_and_gradients(basis: str, dtype: torch.dtype, tokens: int) -> None:
+    model = adapted(KINDS["Linear"], (96, 160), dtype, basis, r=8)
+    x, grad = random(tokens, 96, dtype=dtype).requires_grad_(), random(tokens, 160, dtype=dtype)
+    found = []
+    for compute in get_args(Compute):
+        randlora.set_compute(model, compute)
+        output = model(x)
+        trained = [x, *randlora.trainable_parameters(model)]
+        found.append([output.detach(), *torch.autograd.grad(output, trained, grad)])
+    for others in found[1:]:
+        for ours, expected in zip(others, found[0], strict=True):
+            assert_close(ours, expected, dtype)
+
+
+@pytest.mark.parametrize("basis", ["dense", "block"])
+def test_autocast_computes_in_its_dtype_and_trains_in_float32(basis: str) -> None:
+    model = adapted(KINDS["Linear"], (24, 40), torch.float32, basis)
+    x = random(5, 24)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        output = model(x)
+    assert output.dtype == torch.bfloat16
+    assert_close(output.detach(), model(x).detach(), torch.bfloat16)
+    output.sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in randlora.trainable_parameters(model))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("basis", "stream"), KINDS_AND_STREAMS)
+def test_a_seed_means_the_same_update_wherever_it_is_drawn(basis: str, stream: str) -> None:
+    here, there = (Mixed().to(device) for device in (DEVICE, "cpu"))
+    for model in (here, there):
+        randlora.inject(model, r=4, basis=basis, stream=stream, seed=7)  # type: ignore[arg-type]
+        fill(model)
+    for name in ("q", "up", "down"):
+        ours, expected = (randlora.delta_weight(model, name) for model in (here, there))
+        assert ours.device.type == torch.device(DEVICE).type
+        assert_close(ours.cpu(), expected, torch.float32)
+    spec = randlora.adapters(here)[0].spec
+    drawn, kept = (
+        randlora.BasisBank().acquire(spec).slices(20, 12, device=device, dtype=torch.float32)
+        for device in (DEVICE, "cpu")
+    )
+    assert all(same_bits(one.cpu(), other) for one, other in zip(drawn, kept, strict=True))
+
+
+@pytest.mark.parametrize("basis", ["dense", "block"])
+def test_a_model_that_moves_takes_its_adapter_along(basis: str) -> None:
+    model = Mixed()
+    randlora.inject(model, r=4, basis=basis)  # type: ignore[arg-type]
+    fill(model)
+    expected = model(TOKENS.cpu()).detach()
+    model.to(DEVICE)
+    assert_close(model(TOKENS).detach().cpu(), expected, torch.float32)
+    model.cpu()
+    assert same_bits(model(TOKENS.cpu()).detach(), expected)
+
+
+@quantized
+@pytest.mark.parametrize("basis", ["dense", "block"])
+def test_an_adapter_adds_the_oracles_update_to_a_quantized_layer(
+    kind: LayerKind, dtype: torch.dtype, basis: str
+) -> None:
+    base = kind.build(64, 128, True, dtype)
+    model = nn.Sequential(base).to(DEVICE)
+    x = random(5, 64, dtype=dtype)
+    plain = model(x).detach()
+    randlora.inject(model, r=4, alpha=8, basis=basis, stream="portable")  # type: ignore[arg-type]
+    assert same_bits(model(x).detach(), plain)
+    fill(model)
+    expected = plain.double() + x.double() @ oracle(model, (64, 128)).to(DEVICE).T
+    assert_close(model(x).detach(), expected, dtype)
+
+
+@quantized
+@pytest.mark.parametrize("basis", ["dense", "block"])
+def test_a_quantized_layer_is_unmerged_to_every_bit_and_trains(kind: LayerKind, dtype: torch.dtype, basis: str) -> None:
+    model = adapted(kind, (64, 128), dtype, basis, r=4)
+    before, x = Snapshot.of(model), random(5, 64, dtype=dtype)
+    with randlora.merged(model):
+        model(x)
+    before.assert_equals(Snapshot.of(model))
+    model(x).float().square().sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in randlora.trainable_parameters(model))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("basis", ["dense", "block"])
+def test_a_compiled_model_computes_the_same(basis: str) -> None:
+    torch._dynamo.reset()
+    model = adapted(KINDS["Linear"], (24, 40), torch.float32, basis, r=8)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for tokens in (3, 20):
+        x = random(tokens, 24).requires_grad_()
+        found, expected = compiled(x), model(x)
+        assert_close(found.detach(), expected.detach(), torch.float32)
+        ours, theirs = (torch.autograd.grad(output.sum(), x)[0] for output in (found, expected))
+        assert_close(ours, theirs, torch.float32)
+
+
+def test_training_learns_what_it_is_shown() -> None:
+    model = adapted(KINDS["Linear"], (16, 16), torch.float32, "block", r=4)
+    x, target = random(16, 16), random(16, 16)
+    optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=3e-2)
+    losses = []
+    for _ in range(50):
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
