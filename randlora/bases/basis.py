@@ -6,6 +6,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -48,23 +49,15 @@ def constant_to_the_compiler(function: Function) -> Function:
 
 def _aside(make: Callable[[], Made]) -> Made:
     """Return what ``make`` makes in a thread of its own, where no mode, transform or autocast of the caller is on."""
-    made: list[Made] = []
-    failed: list[BaseException] = []
 
-    def run() -> None:
-        try:
-            made.append(make())
-            if torch.cuda.is_initialized():
-                torch.cuda.current_stream().synchronize()  # the caller may compute on another stream
-        except BaseException as error:  # raised again below
-            failed.append(error)
+    def run() -> Made:
+        made = make()
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()  # the caller may compute on another stream
+        return made
 
-    thread = threading.Thread(target=run, name="randlora-bases")
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
-    return made[0]
+    with ThreadPoolExecutor(max_workers=1) as aside:
+        return aside.submit(run).result()
 
 
 @dataclass(eq=False)

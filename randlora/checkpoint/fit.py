@@ -62,7 +62,7 @@ def named_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
         else:
             problems.append(f"{fqn} ({type(modules[fqn]).__name__}) has no weight that an adapter can go on")
     raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
-    return tuple(sorted(found.values(), key=lambda site: list(sites).index(site.fqn)))
+    return tuple(site for site in sites.values() if found.get((id(site.owner), site.layer_class.attribute)) is site)
 
 
 def misfits(file: AdapterFile, shapes: Shapes) -> list[str]:
