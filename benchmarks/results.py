@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from matplotlib.figure import Figure as Picture
@@ -39,6 +39,11 @@ class Row:
     def median_ratio(self, first: str, second: str) -> float:
         """Divide one contestant's median by another's."""
         return self.figures[first].median / self.figures[second].median
+
+    def better_of(self, again: "Row") -> "Row":
+        """Return the row with each contestant's better figures of two runs."""
+        both = {name: (figure, again.figures.get(name, figure)) for name, figure in self.figures.items()}
+        return replace(self, figures={name: min(pair, key=lambda figure: figure.best) for name, pair in both.items()})
 
 
 @dataclass(frozen=True)

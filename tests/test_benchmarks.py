@@ -152,6 +152,23 @@ def test_the_gate_is_shut_by_a_missed_target_alone(
     assert ("b has no targets" in capsys.readouterr().out) == (times is None)
 
 
+@pytest.mark.parametrize(("device", "runs"), [("cpu", 2), ("cuda", 1)])
+def test_a_target_missed_on_a_cpu_is_measured_once_more_and_the_better_counts(
+    device: str, runs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "verdicts", lambda results: verdicts(results, [faster("b", "case", "dense", 1.9)]))
+    monkeypatch.setattr(command, "describe", lambda device: {"device": device})
+    found = [row("case", PEFT=6.0, dense=4.0, full=2.0), row("case", PEFT=7.0, dense=3.0, full=3.0)]
+    left = iter(found)
+    settings = command.Settings(device, is_quick=True, out=tmp_path)
+    assert command.measure("b", lambda _: [next(left)], settings, gate=True) == (runs == 2)
+    assert len(list(left)) == len(found) - runs
+    best = json.loads((tmp_path / "b.json").read_text())["rows"][0]["figures"]
+    assert {name: figure["best"] for name, figure in best.items()} == (
+        {"PEFT": 6.0, "dense": 3.0, "full": 2.0} if runs == 2 else {"PEFT": 6.0, "dense": 4.0, "full": 2.0}
+    )
+
+
 def test_a_benchmark_that_fails_shuts_the_gate_and_the_others_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

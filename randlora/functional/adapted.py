@@ -46,12 +46,9 @@ class Adapted(NamedTuple):
 
     def total(self) -> Tensor:
         """Form the sum of weight and update, ``(out, in)``, laid out as the weight is, which is gone if it is owned."""
-        pair = self.pair
-        scaled_A = pair.scaled_A(self.lam, self.gamma)
-        if self.is_wide:
-            return pair.update(scaled_A, self.weight, self.factor, uses_up=self.owns_weight)
-        onto = None if self.weight is None else self.weight.T
-        return pair.update(scaled_A, onto, self.factor, uses_up=self.owns_weight).T
+        onto = self.weight if self.weight is None or self.is_wide else self.weight.T
+        total = self.pair.update(self.pair.scaled_A(self.lam, self.gamma), onto, self.factor, uses_up=self.owns_weight)
+        return total if self.is_wide else total.T
 
     def output(self, rows: Tensor, bias: Tensor | None, way: Way) -> Tensor:
         """Compute the output, ``(tokens, out)``, of ``rows``, ``(tokens, in)``."""
@@ -72,8 +69,6 @@ class Adapted(NamedTuple):
     def input_gradient(self, grad: Tensor, way: Way) -> tuple[Tensor, Tensor | None]:
         """Compute the gradient of the input, ``(tokens, in)``, and what `gradients_from_tokens` can use again.
 
-        The factor multiplies the hidden vectors once, and so all that comes of them.
-
         Args:
             grad: Gradient of the output, ``(tokens, out)``.
             way: Factored or materialized.
@@ -84,8 +79,8 @@ class Adapted(NamedTuple):
         scaled_A = pair.scaled_A(self.lam, self.gamma)
         if not self.is_wide:
             return pair.hidden_to_large(pair.small_to_hidden(grad, scaled_A), onto, self.factor), None
-        hidden = pair.large_to_hidden(grad, self.factor)
-        return pair.hidden_to_small(hidden, scaled_A, onto, 1.0), hidden
+        hidden = pair.large_to_hidden(grad)
+        return pair.hidden_to_small(hidden, scaled_A, onto, self.factor), hidden
 
     def gradients_from_tokens(self, tokens: Tensor, grad: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         """Compute the gradients of Λ and Γ through both factors.
@@ -97,13 +92,13 @@ class Adapted(NamedTuple):
         """
         large, small = (grad, tokens) if self.is_wide else (tokens, grad)
         if hidden is None:
-            hidden = self.pair.large_to_hidden(large, self.factor)
+            return self._of_diagonals(self.pair.grad_from_sides(large, small))
         return self._of_diagonals(self.pair.grad_from_tokens(hidden, small))
 
     def gradients_from_update(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gradients of Λ and Γ from that of the update, ``(out, in)``."""
         grad_A = self.pair.grad_from_update(grad if self.is_wide else grad.T)
-        return self._of_diagonals(scratch.scaled(grad_A, self.factor))
+        return self._of_diagonals(grad_A)
 
     def gradients_of_few_tokens(
         self, tokens: Tensor | None, grad: Tensor, *, needs_input: bool
@@ -117,7 +112,7 @@ class Adapted(NamedTuple):
         """
         small, large = (tokens, grad) if self.is_wide else (grad, tokens)
         before = None if small is None else self.pair.small_to_terms(small, self.gamma)
-        after = None if large is None else self._terms(large, self.factor)
+        after = None if large is None else self._terms(large)
         by_term = None if after is None else self.pair.terms_to_small(after * self.lam)
         grad_x = None
         if needs_input:
@@ -125,21 +120,24 @@ class Adapted(NamedTuple):
             to_input = self._by_term_to_small if self.is_wide else self._terms_to_large
             part = by_term if self.is_wide else before
             assert part is not None, "it is made of the gradient"
-            grad_x = to_input(part, onto, 1.0 if self.is_wide else self.factor)
+            grad_x = to_input(part, onto, self.factor)
         if small is None or before is None or after is None or by_term is None:
             return grad_x, None, None
         grad_lam = _over_tokens(before * after)
         grad_gamma = _over_tokens(by_term * small.unsqueeze(1))
-        return grad_x, grad_lam if self.factor == self.scaling else scratch.scaled(grad_lam, self.scaling), grad_gamma
+        return grad_x, *self._times_scaling(grad_lam, grad_gamma)
 
     def _of_diagonals(self, grad_A: Tensor) -> tuple[Tensor, Tensor]:
-        """Lead the gradient of UA, the factor in it, on to Λ and Γ."""
-        grad_lam, grad_gamma = self.pair.diagonal_gradients(grad_A, self.lam, self.gamma)
-        return grad_lam if self.factor == self.scaling else scratch.scaled(grad_lam, self.scaling), grad_gamma
+        """Lead the gradient of UA, less the scaling, on to Λ and Γ."""
+        return self._times_scaling(*self.pair.diagonal_gradients(grad_A, self.lam, self.gamma))
 
-    def _terms(self, large: Tensor, factor: float = 1.0) -> Tensor:
-        """Multiply ``(tokens, max_dim)`` by UB and a factor, in the order of Λ: ``(tokens, r, num_bases)``."""
-        return self.pair.large_to_flat(large, factor).view(-1, self.lam.size(0), self.lam.size(1))
+    def _times_scaling(self, grad_lam: Tensor, grad_gamma: Tensor) -> tuple[Tensor, Tensor]:
+        """Multiply gradients by the scaling; where Λ carries it, Γ's has it already."""
+        return scratch.scaled(grad_lam, self.scaling), scratch.scaled(grad_gamma, self.factor)
+
+    def _terms(self, large: Tensor) -> Tensor:
+        """Multiply ``(tokens, max_dim)`` by UB, in the order of Λ: ``(tokens, r, num_bases)``."""
+        return self.pair.large_to_flat(large).view(-1, self.lam.size(0), self.lam.size(1))
 
     def _terms_to_large(self, terms: Tensor, onto: Tensor | None, factor: float) -> Tensor:
         """Scale ``(tokens, r, num_bases)`` by Λ and the factor and multiply by UB, added to ``onto``."""

@@ -12,6 +12,9 @@ result once, gathered, and read again to be added. Hidden vectors could go in a 
 but one over five axes took 1.4 to 2.9 times as long as the two over three on a CPU. Backward uses one copy of the
 hidden vectors for both gradients. To form the sum of weight and update: the weight once, dealt out to tiles that the
 products are added to, and the sum once, gathered; tokens are not copied at all.
+
+What is dealt out stays in its row, ``(rows, blocks, width)``, and is only seen as ``(blocks, rows, width)``: a row is
+then read and written while it is in the cache, and a matrix product may skip from row to row.
 """
 
 from __future__ import annotations
@@ -27,6 +30,9 @@ from randlora.functional import scratch
 from randlora.functional.cost import Shape, pass_over
 from randlora.functional.dense import DensePair
 from randlora.functional.scratch import in_dtype
+
+WORTH_A_SHUFFLE = 2**14
+"""Entries of a matrix that torch's kernel for shuffling channels takes less time for than a copy."""
 
 
 class BlockPair:
@@ -67,7 +73,8 @@ class BlockPair:
         self._width, self._height = -(-min_dim // self._c), -(-max_dim // self._b)
         self.r = self._c * self._rows
         self.hidden = self.r * num_bases
-        self._is_padded = self._c * self._width != min_dim or self._b * self._height != max_dim
+        self._sides = self._b * self._height, self._c * self._width
+        self._is_padded = self._sides != (max_dim, min_dim)
         self._A_T, self._B_T = A.mT, B.mT
         self._rows_of_A = A.unsqueeze(2)  # (c, r/c, 1, width)
 
@@ -109,7 +116,8 @@ class BlockPair:
 
     def _blocks_of_gamma(self, gamma: Tensor) -> Tensor:
         """Lay Γ out as the blocks of A, in memory too, so that what is made of it lies like that: ``(c, 1, n, w)``."""
-        return _deal(gamma, self._c).contiguous().unsqueeze(1)
+        by_row = _fill(gamma, self.num_bases, self._sides[1]).view(self.num_bases, self._width, self._c)
+        return by_row.permute(2, 0, 1).contiguous().unsqueeze(1)
 
     def small_to_hidden(self, small: Tensor, scaled_A: Tensor) -> Tensor:
         """Multiply ``(tokens, min_dim)`` by ``UA.T``: hidden vectors as the rows of ``scaled_A`` lie."""
@@ -119,9 +127,9 @@ class BlockPair:
         """Multiply such vectors by ``factor·UA``, added to ``onto``, ``(tokens, min_dim)``, whose memory is used up."""
         return _gather_onto(onto, torch.bmm(hidden, scaled_A), self.min_dim, factor)
 
-    def large_to_hidden(self, large: Tensor, factor: float = 1.0) -> Tensor:
-        """Multiply ``(tokens, max_dim)`` by ``factor·UB``: hidden vectors as the rows of ``scaled_A`` lie."""
-        by_row = self.large_to_flat(large, factor).view(-1, self._rows, self._c, self.num_bases)
+    def large_to_hidden(self, large: Tensor) -> Tensor:
+        """Multiply ``(tokens, max_dim)`` by ``UB``: hidden vectors as the rows of ``scaled_A`` lie."""
+        by_row = self.large_to_flat(large).view(-1, self._rows, self._c, self.num_bases)
         return by_row.permute(2, 0, 1, 3).reshape(self._c, -1, self._rows * self.num_bases)
 
     def hidden_to_large(self, hidden: Tensor, onto: Tensor | None, factor: float) -> Tensor:
@@ -129,9 +137,9 @@ class BlockPair:
         by_row = hidden.view(self._c, -1, self._rows, self.num_bases)
         return self.flat_to_large(by_row.permute(1, 2, 0, 3).reshape(-1, self.hidden), onto, factor)
 
-    def large_to_flat(self, large: Tensor, factor: float = 1.0) -> Tensor:
-        """Multiply ``(tokens, max_dim)`` by ``factor·UB``: ``(tokens, r·num_bases)``, in the order of p."""
-        return scratch.scaled(_gather(torch.bmm(_deal(large, self._b), self.B), self.hidden), factor)
+    def large_to_flat(self, large: Tensor) -> Tensor:
+        """Multiply ``(tokens, max_dim)`` by ``UB``: ``(tokens, r·num_bases)``, in the order of p."""
+        return _gather(torch.bmm(_deal(large, self._b), self.B), self.hidden)
 
     def flat_to_large(self, flat: Tensor, onto: Tensor | None, factor: float) -> Tensor:
         """Multiply such vectors by ``factor·UB.T``, added to ``onto``, ``(tokens, max_dim)``, which is used up."""
@@ -155,66 +163,78 @@ class BlockPair:
         """Return what ``hidden.T @ small`` has in the blocks of ``UA``, in the shape of ``scaled_A``."""
         return torch.bmm(hidden.mT, _deal(small, self._c))
 
+    def grad_from_sides(self, large: Tensor, small: Tensor) -> Tensor:
+        """Return the same for ``large @ UB``, summed over strips of tokens in A's dtype."""
+        total: Tensor | None = None
+        for some_large, some_small in scratch.strips(large, small):
+            part = self.grad_from_tokens(self.large_to_hidden(some_large), some_small)
+            total = in_dtype(part, self.A.dtype) if total is None else total.add_(part)
+        assert total is not None, "there is one strip at least"
+        return total
+
     def grad_from_update(self, grad: Tensor) -> Tensor:
         """Lead the gradient of the update, ``(max_dim, min_dim)``, on to ``UA``, in the shape of ``scaled_A``."""
-        tiles = self._tiles(grad).reshape(self._tile_rows * self._c, -1, self._width)
-        product = torch.bmm(self._tiles_of_B().mT, tiles)
-        by_term = product.view(self._tile_rows, self._c, self._rows, -1, self._width)
-        return by_term.permute(1, 2, 3, 0, 4).reshape(self._c, -1, self._width)
+        if across := grad.stride(-1) != 1:
+            tiles = _cut(_fill(grad.T, *self._sides[::-1]), self._c, self._tile_rows).mT
+        else:
+            tiles = _cut(_fill(grad, *self._sides), self._tile_rows, self._c)
+        product = torch.bmm(self._parts_of_B(across=across).mT, tiles)
+        by_term = product.view(*self._grid(across=across), self._rows, -1, self._width)
+        by_row = by_term.permute(0, 2, 3, 1, 4) if across else by_term.permute(1, 2, 3, 0, 4)
+        return by_row.reshape(self._c, -1, self._width)
 
     def update(self, scaled_A: Tensor, onto: Tensor | None, factor: float, *, uses_up: bool = False) -> Tensor:  # noqa: ARG002
         """Compute ``factor·UB @ UA``, ``(max_dim, min_dim)``, added to ``onto`` inside the products' accumulation.
 
         The result is laid out in memory as ``onto`` is, which is left as it is: its tiles have to be copied anyway.
         """
-        left, right = self._tiles_of_B(), self._tiles_of_A(scaled_A)
+        across = onto is not None and onto.stride(-1) != 1
+        left, right = self._parts_of_B(across=across), self._parts_of_A(scaled_A, across=across)
         if onto is None:
-            return self._untile(scratch.scaled(torch.bmm(left, right), factor), across=False)
-        tiles, across = self._tiles(onto), onto.stride(-1) != 1
-        if across:  # transposed in memory: so is each tile made
-            tiles, left, right = tiles.mT, right.mT, left.mT
-        copied = tiles.clone(memory_format=torch.contiguous_format).view(-1, tiles.shape[2], tiles.shape[3])
-        return self._untile(scratch.plus_products(copied, left, right, factor), across=across)
-
-    def _untile(self, tiles: Tensor, *, across: bool) -> Tensor:
-        """Put tiles together; ``across`` says that each lies transposed, and the result in memory too."""
-        grid = tiles.view(self._tile_rows, self._c, tiles.size(1), tiles.size(2))
-        if across:  # (b', c, width, height)
-            whole = grid.permute(2, 1, 3, 0).reshape(self._c * self._width, -1)
-            return (whole[: self.min_dim, : self.max_dim] if self._is_padded else whole).T
-        whole = grid.permute(2, 0, 3, 1).reshape(-1, self._c * self._width)
+            tiles = scratch.scaled(torch.bmm(left, right), factor)
+        elif across:  # transposed in memory: so are its tiles
+            tiles = _cut(_fill(onto.T, *self._sides[::-1]), self._c, self._tile_rows)
+            tiles = scratch.plus_products(tiles, right.mT, left.mT, factor)
+        else:
+            tiles = _cut(_fill(onto, *self._sides), self._tile_rows, self._c)
+            tiles = scratch.plus_products(tiles, left, right, factor)
+        whole = _put_together(tiles, *self._grid(across=across))
+        whole = whole.T if across else whole
         return whole[: self.max_dim, : self.min_dim] if self._is_padded else whole
 
-    def _tiles(self, matrix: Tensor) -> Tensor:
-        """View ``(max_dim, min_dim)`` as the grid of tiles ``(b', c, height, width)``."""
-        if self._is_padded:
-            missing_width = self._c * self._width - self.min_dim
-            matrix = F.pad(matrix, (0, missing_width, 0, self._b * self._height - self.max_dim))
-        return matrix.view(-1, self._tile_rows, self._width, self._c).permute(1, 3, 0, 2)
+    def _grid(self, *, across: bool) -> tuple[int, int]:
+        """Return how many rows and columns the update has of tiles; ``across``, how many columns and rows."""
+        return (self._c, self._tile_rows) if across else (self._tile_rows, self._c)
 
-    def _tiles_of_A(self, scaled_A: Tensor) -> Tensor:
-        """Return what each tile reads of UA: ``(b'·c, r/c·num_bases/b', width)``."""
+    def _parts_of_A(self, scaled_A: Tensor, *, across: bool) -> Tensor:
+        """Return the part of UA that each tile reads, ``(b'·c, r/c·num_bases/b', width)``, in rows or ``across``."""
         parts = scaled_A.view(self._c, self._rows, -1, self._tile_rows, self._width)
-        return parts.permute(3, 0, 1, 2, 4).reshape(self._tile_rows * self._c, -1, self._width)
+        order = (0, 3) if across else (3, 0)
+        return parts.permute(*order, 1, 2, 4).reshape(self._tile_rows * self._c, -1, self._width)
 
-    def _tiles_of_B(self) -> Tensor:
-        """Return what each tile reads of B: ``(b'·c, height, r/c·num_bases/b')``."""
+    def _parts_of_B(self, *, across: bool) -> Tensor:
+        """Return the part of B that each tile reads, ``(b'·c, height, r/c·num_bases/b')``, in the same order."""
         merged, height = self.B, self._b * self._height // self._tile_rows
         if (more := self._b // self._tile_rows) > 1:
             parts = self.B.unflatten(0, (more, self._tile_rows)).permute(1, 2, 3, 0)  # (b', height, inner, b/b')
             merged = torch.diag_embed(parts).transpose(2, 3).reshape(self._tile_rows, height, -1)
         by_block = merged.view(self._tile_rows, height, self._rows, self._c, -1)
-        return by_block.permute(0, 3, 1, 2, 4).reshape(self._tile_rows * self._c, height, -1)
+        order = (3, 0) if across else (0, 3)
+        return by_block.permute(*order, 1, 2, 4).reshape(self._tile_rows * self._c, height, -1)
 
 
 def _deal(matrix: Tensor, blocks: int) -> Tensor:
-    """Deal the columns of a matrix out to blocks, ``(rows, n)`` to ``(blocks, rows, ceil(n / blocks))``; 0 fills up."""
+    """Deal the columns of a matrix out to blocks, ``(rows, n)`` to ``(blocks, rows, ceil(n / blocks))``; 0 fills up.
+
+    In memory the blocks of a row lie side by side, so that a row is written while it is in the cache.
+    """
     if blocks == 1:
         return matrix.unsqueeze(0)
     width = -(-matrix.size(1) // blocks)
-    if missing := width * blocks - matrix.size(1):
-        matrix = F.pad(matrix, (0, missing))
-    return matrix.reshape(-1, width, blocks).permute(2, 0, 1)
+    filled = _fill(matrix, matrix.size(0), width * blocks)
+    if scratch.is_transformed():  # a copy is for the compiler to make
+        return filled.reshape(-1, width, blocks).permute(2, 0, 1)
+    return _transpose_rows(filled, width).transpose(0, 1)
 
 
 def _gather(parts: Tensor, columns: int) -> Tensor:
@@ -232,3 +252,38 @@ def _gather_onto(onto: Tensor | None, parts: Tensor, columns: int, factor: float
     if parts.size(0) * parts.size(2) == columns:
         return scratch.plus(onto, parts.permute(1, 2, 0).reshape(-1, columns), factor)
     return scratch.plus(onto, _gather(parts, columns), factor)
+
+
+def _fill(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """Fill a matrix up with zeros, to a size."""
+    below, beside = rows - matrix.size(0), columns - matrix.size(1)
+    return F.pad(matrix, (0, beside, 0, below)) if below or beside else matrix
+
+
+def _cut(matrix: Tensor, row_classes: int, column_classes: int) -> Tensor:
+    """Cut a matrix into tiles by the remainders of rows and columns: ``(row_classes·column_classes, rows, columns)``.
+
+    The tiles of one class of rows follow each other, and lie side by side in memory that holds nothing else.
+    """
+    width = matrix.size(1) // column_classes
+    return _transpose_rows(matrix, width).reshape(-1, row_classes * column_classes, width).transpose(0, 1)
+
+
+def _put_together(tiles: Tensor, row_classes: int, column_classes: int) -> Tensor:
+    """Undo `_cut`."""
+    rows, columns = row_classes * tiles.size(1), column_classes * tiles.size(2)
+    return _transpose_rows(tiles.transpose(0, 1).reshape(rows, columns), column_classes).reshape(rows, columns)
+
+
+def _transpose_rows(matrix: Tensor, groups: int) -> Tensor:
+    """Transpose each row, seen as a matrix of so many rows, ``groups``; the result is new memory.
+
+    To torch that is a shuffle of channels, where rows are pixels and columns channels. For it torch has a kernel on a
+    CPU that takes a quarter to a half of a copy's time, of what is not too small.
+    """
+    rows, columns = matrix.shape
+    shape = rows, groups, columns // groups
+    if scratch.is_transformed() or matrix.device.type != "cpu" or matrix.numel() < WORTH_A_SHUFFLE:
+        return matrix.reshape(shape).transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    pixels = matrix.contiguous().view(1, rows, 1, columns).permute(0, 3, 1, 2)
+    return F.channel_shuffle(pixels, groups).permute(0, 2, 3, 1).reshape(rows, -1, groups)

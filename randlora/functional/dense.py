@@ -36,7 +36,6 @@ class DensePair:
         self._rows_of_A = A.transpose(0, 1)  # (r, 1, min_dim)
         self._A = A.squeeze(0)
         self._A_T, self._B_T = self._A.T, B.T
-        self._any_row = B[0]  # for a product with a factor, which torch only makes added to something
 
     @cached_property
     def shape(self) -> Shape:
@@ -65,11 +64,9 @@ class DensePair:
             return scratch.scaled(hidden @ scaled_A, factor)
         return scratch.plus_product(onto, hidden, scaled_A, factor)
 
-    def large_to_hidden(self, large: Tensor, factor: float = 1.0) -> Tensor:
-        """Multiply ``(tokens, max_dim)`` by ``factor·UB``: hidden vectors as the rows of ``scaled_A`` lie."""
-        if factor == 1:
-            return large @ self.B
-        return torch.addmm(self._any_row, large, self.B, beta=0, alpha=factor)
+    def large_to_hidden(self, large: Tensor) -> Tensor:
+        """Multiply ``(tokens, max_dim)`` by ``UB``: hidden vectors as the rows of ``scaled_A`` lie."""
+        return large @ self.B
 
     def hidden_to_large(self, hidden: Tensor, onto: Tensor | None, factor: float) -> Tensor:
         """Multiply such vectors by ``factor·UB.T``, added to ``onto``, ``(tokens, max_dim)``, which is used up."""
@@ -98,6 +95,10 @@ class DensePair:
     def grad_from_tokens(self, hidden: Tensor, small: Tensor) -> Tensor:
         """Return the gradient of ``UA``, ``hidden.T @ small``, in the shape of ``scaled_A``."""
         return hidden.T @ small
+
+    def grad_from_sides(self, large: Tensor, small: Tensor) -> Tensor:
+        """Return the same for ``large @ UB``."""
+        return self.grad_from_tokens(self.large_to_hidden(large), small)
 
     def grad_from_update(self, grad: Tensor) -> Tensor:
         """Lead the gradient of the update, ``(max_dim, min_dim)``, on to ``UA``: ``UB.T @ grad``."""

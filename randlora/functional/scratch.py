@@ -5,7 +5,7 @@ manages its own memory; autograd may still want the old values; and torch's func
 written into a single tensor.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -26,6 +26,18 @@ def is_transformed() -> bool:
 
 def _may_overwrite() -> bool:
     return not (torch.is_grad_enabled() or is_in_transform() or torch.compiler.is_compiling())
+
+
+STRIP = 2**20
+"""Entries of a matrix that are worked on at a time: they stay, with what is made of them, in a core's own cache."""
+
+
+def strips(*matrices: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Split matrices of as many rows into strips of a few; a GPU wants all at once, and who watches too."""
+    if matrices[0].device.type != "cpu" or not _may_overwrite():
+        return [matrices]
+    rows = max(1, STRIP // max(matrix.size(1) for matrix in matrices))
+    return zip(*(matrix.split(rows) for matrix in matrices), strict=True)
 
 
 def times(scratch: Tensor, factor: Tensor) -> Tensor:
