@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import randlora
-from randlora.errors import AdapterError, ConfigError, TargetError
+from randlora.errors import AdapterError, TargetError
 from tests.laws import TOKENS, Mixed, Snapshot, adapted_names, assert_close, fill, plain, same_bits, untouched
 
 second_options = st.fixed_dictionaries({
@@ -48,7 +48,7 @@ def test_adding_training_and_removing_one_adapter_changes_no_bit_of_another(opti
     expected, plain = model(TOKENS), _plain(model)
     if options["train_also"] == ["up.weight"] and options["targets"] not in (["q"], ["head"]):
         options = {**options, "train_also": None}
-    randlora.inject(model, name="b", new_bases=True, **options)
+    randlora.inject(model, name="b", **options)
     assert same_bits(model(TOKENS), expected)
     randlora.activate(model, "default", trainable=False)
     train(model, "b")
@@ -72,7 +72,7 @@ def _plain(model: nn.Module) -> torch.Tensor:
 def test_removing_the_first_leaves_the_second_as_it_was(options: dict[str, Any]) -> None:
     options = {**options, "train_also": None}
     model = with_one()
-    randlora.inject(model, name="b", new_bases=True, active=True, **options)
+    randlora.inject(model, name="b", active=True, **options)
     fill(model, "b", seed=1)
     expected = model(TOKENS)
     randlora.remove(model, "default")
@@ -84,7 +84,7 @@ def test_removing_the_first_leaves_the_second_as_it_was(options: dict[str, Any])
 @given(weights=st.tuples(st.floats(-2, 2), st.floats(-2, 2)))
 def test_several_active_adapters_add_their_weighted_deltas(weights: tuple[float, float]) -> None:
     model = with_one(torch.float64)
-    randlora.inject(model, r=5, name="b", targets=["q"], new_bases=True)
+    randlora.inject(model, r=5, name="b", targets=["q"])
     fill(model, "b", seed=1)
     deltas = [randlora.delta_weight(model, "q", name=name) for name in ("default", "b")]
     randlora.activate(model, dict(zip(("default", "b"), weights, strict=True)))
@@ -128,12 +128,27 @@ def test_adapters_with_equal_specs_hold_one_basis() -> None:
     assert len(bank) == 1
 
 
-def test_unequal_bases_must_be_accepted() -> None:
+@pytest.mark.parametrize(
+    "others",
+    [{"seed": 1}, {"basis": "sparse"}, {"stream": "portable"}, {"r": 2}, {"basis": "block", "r": 8}],
+    ids=str,
+)
+def test_bases_that_do_not_fit_come_beside_the_first_and_the_report_says_so(others: dict[str, Any]) -> None:
     model = with_one()
-    with untouched(model), pytest.raises(ConfigError, match="new_bases=True"):
-        randlora.inject(model, r=4, seed=1, name="b")
-    randlora.inject(model, r=4, seed=1, name="b", new_bases=True)
+    (first,) = randlora.state.attached_state(model).bank  # type: ignore[union-attr]
+    options: dict[str, Any] = {"r": 4, "name": "b", **others}
+    planned = randlora.plan(model, **options)
+    report = randlora.inject(model, **options)
     assert len(randlora.state.attached_state(model).bank) == 2  # type: ignore[union-attr]
+    assert str(report) == str(planned)
+    assert f"come beside those of the other adapters, which do not fit: {first.spec}, {first.nbytes:,} bytes" in str(
+        report
+    )
+
+
+def test_a_report_says_nothing_of_bases_that_are_shared() -> None:
+    model = with_one()
+    assert "beside" not in str(randlora.inject(model, r=4, name="b"))
 
 
 def test_a_portable_basis_grows_for_larger_layers_without_changing_the_first_adapter() -> None:
@@ -150,7 +165,7 @@ def test_a_smaller_rank_beside_the_first_breaks_neither() -> None:
     """PEFT 0.21.2 keeps one num_bases a layer, so this breaks both of its adapters."""
     model = with_one()
     expected = model(TOKENS)
-    randlora.inject(model, r=2, name="b", new_bases=True)
+    randlora.inject(model, r=2, name="b")
     fill(model, "b", seed=1)
     assert same_bits(model(TOKENS), expected)
     randlora.activate(model, "b")

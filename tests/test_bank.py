@@ -255,7 +255,7 @@ def test_an_existing_set_that_is_large_enough_serves_a_further_adapter() -> None
     bank, spec = BasisBank(), BasisSpec("dense", "torch", 0, 4, 12, 8)
     held = bank.acquire(spec)
     smaller = replace(spec, max_dim=10, min_dim=6)
-    assert bank.check(smaller, used=(10, 6), new_bases=False) is held
+    assert bank.find(smaller, used=(10, 6)) is held
     assert bank.find(smaller) is None, "a file wants the very bits it was trained with"
 
 
@@ -270,23 +270,17 @@ def test_an_existing_set_that_is_large_enough_serves_a_further_adapter() -> None
     ],
     ids=["seed", "kind", "stream", "rank", "larger"],
 )
-def test_a_second_set_must_be_asked_for(wanted: BasisSpec) -> None:
+def test_bases_of_another_family_or_too_small_ones_do_not_serve(wanted: BasisSpec) -> None:
     bank = BasisBank()
     held = bank.acquire(BasisSpec("dense", "torch", 0, 4, 12, 8))
     held.extend(12, 8)
-    with pytest.raises(ConfigError, match="new_bases=True") as caught:
-        bank.check(wanted, used=(wanted.max_dim, wanted.min_dim), new_bases=False)
-    message = str(caught.value)
-    assert str(wanted) in message
-    assert str(held.spec) in message
-    assert f"{wanted.nbytes(wanted.max_dim, wanted.min_dim):,} bytes" in message
-    assert bank.check(wanted, used=(wanted.max_dim, wanted.min_dim), new_bases=True) is None
+    assert bank.find(wanted, used=(wanted.max_dim, wanted.min_dim)) is None
 
 
 def test_portable_bases_serve_larger_layers_too() -> None:
     bank, spec = BasisBank(), BasisSpec("block", "portable", 0, 4, 12, 8, (2, 2))
     held = bank.acquire(spec)
-    assert bank.check(replace(spec, max_dim=30, min_dim=20), used=(30, 20), new_bases=False) is held
+    assert bank.find(replace(spec, max_dim=30, min_dim=20), used=(30, 20)) is held
 
 
 def test_a_copied_bank_shares_its_bases_and_not_its_list() -> None:

@@ -114,7 +114,7 @@ def test_bases_of_no_seed_and_the_drawn_ones_of_their_spec_are_held_apart(foreig
 
 def test_an_adapter_added_later_does_not_share_bases_of_no_seed(tmp_path: Path) -> None:
     model, alone = loaded(foreign(tmp_path)), LINEAR.build()
-    randlora.inject(model, r=2, name="ours", new_bases=True)
+    randlora.inject(model, r=2, name="ours")
     randlora.inject(alone, r=2, name="ours")
     assert torch.equal(output(fill(model, "ours"), "ours"), output(fill(alone, "ours"), "ours"))
 

@@ -63,7 +63,7 @@ def test_the_card_says_what_the_report_of_inject_says(tmp_path: Path) -> None:
 def test_the_cards_figures_are_the_same_whatever_else_the_model_carries(tmp_path: Path) -> None:
     model = trained(HEADED, name="one")
     randlora.save(model, tmp_path / "alone")
-    randlora.inject(model, r=4, name="two", new_bases=True)
+    randlora.inject(model, r=4, name="two")
     with randlora.merged(model):
         randlora.save(model, tmp_path / "beside", name="one")
     assert card_of(tmp_path / "beside") == card_of(tmp_path / "alone")

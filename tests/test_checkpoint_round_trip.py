@@ -230,7 +230,7 @@ def test_a_later_save_replaces_an_earlier_one(tmp_path: Path) -> None:
 
 def test_one_of_several_adapters_is_saved_by_name_active_or_not(tmp_path: Path) -> None:
     model, twin = trained(LINEAR, name="one"), LINEAR.build()
-    randlora.inject(model, r=4, seed=5, basis="block", name="two", new_bases=True)
+    randlora.inject(model, r=4, seed=5, basis="block", name="two")
     fill(model, "two", seed=9)
     randlora.save(model, tmp_path, name="two")
     randlora.load(twin, tmp_path)

@@ -129,7 +129,7 @@ def test_the_number_of_tokens_is_no_condition_of_a_graph(
 def test_adapters_of_different_bases_share_a_graph() -> None:
     """Every tensor of theirs is a constant with a name of its own."""
     model = cold_model({})
-    randlora.inject(model, r=4, targets="all-linear", seed=9, name="other", new_bases=True)
+    randlora.inject(model, r=4, targets="all-linear", seed=9, name="other")
     fill(model)
     randlora.activate(model, ["default", "other"])
     x = torch.randn(3, 8)

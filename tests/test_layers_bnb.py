@@ -303,7 +303,7 @@ def test_a_second_adapter_does_not_nest(kind: LayerKind) -> None:
     """PEFT's does."""
     model, layer = adapted(kind.build(24, 20, True, torch.float32))
     base, adapted_class = plain(layer), type(layer)
-    randlora.inject(model, r=4, targets="all-linear", name="other", new_bases=True, seed=7)
+    randlora.inject(model, r=4, targets="all-linear", name="other", seed=7)
     fill(model, "other")
     assert model[0] is layer
     assert type(layer) is adapted_class

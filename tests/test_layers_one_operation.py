@@ -50,7 +50,7 @@ def test_a_plain_layer_is_one_operation(kind: LayerKind, tokens: int) -> None:
 
 def test_a_second_adapter_is_added_to_it() -> None:
     model, layer = adapted(nn.Linear(6, 9))
-    randlora.inject(model, r=2, targets="all-linear", name="other", new_bases=True)
+    randlora.inject(model, r=2, targets="all-linear", name="other")
     fill(model, "other")
     randlora.activate(model, {"default": 0.5, "other": 2.0})
     x = torch.randn(4, 6)

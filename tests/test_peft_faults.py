@@ -64,7 +64,7 @@ def fails(call: Callable[[], object], error: type[Exception]) -> bool:
 def test_a_second_adapter_of_another_rank_leaves_the_first_alone(r: int) -> None:
     ours = our_model(LLAMA)
     expected = outputs(ours, INPUTS)
-    randlora.inject(ours, r, targets=LLAMA.targets, name="b", new_bases=True)
+    randlora.inject(ours, r, targets=LLAMA.targets, name="b")
     assert torch.equal(outputs(ours, INPUTS), expected)
     randlora.activate(ours, "b")
     assert torch.equal(outputs(ours, INPUTS), outputs(LLAMA.build(), INPUTS))
@@ -101,7 +101,6 @@ def test_a_sparse_adapter_beside_a_dense_one_gets_sparse_bases() -> None:
         targets=LLAMA.targets,
         basis="sparse",
         name="b",
-        new_bases=True,
         active=True,
         trainable=True,
     )

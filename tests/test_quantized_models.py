@@ -156,7 +156,7 @@ def test_a_second_adapter_of_another_kind_stands_beside_the_first(kind: RealMode
     first = outputs(model, kind.inputs())
     types = {fqn: type(module) for fqn, module in model.named_modules()}
     plain_names = quantized_model(kind, codes).state_dict().keys()
-    options: dict[str, Any] = {"basis": "block", "seed": 7, "name": "b", "new_bases": True}
+    options: dict[str, Any] = {"basis": "block", "seed": 7, "name": "b"}
     randlora.inject(model, R // 2, targets="all-linear", **options)
     fill(model, "b", seed=1)
     assert {fqn: type(module) for fqn, module in model.named_modules()} == types

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import randlora
-from randlora.errors import TargetError
+from randlora.errors import CheckpointError, TargetError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of
+from randlora.targets.select import find_targets
 from tests import reference
 from tests.in_place_models import Reading, TableReader, Tables, X, register
 from tests.laws import adapted_names, assert_close, fill, needs_export, same_bits, untouched
@@ -294,3 +295,13 @@ def test_an_exported_program_computes_the_same(strict: bool) -> None:
     model, _ = adapted()
     program = torch.export.export(model, (X,), strict=strict)
     assert_close(program.module()(X), model(X), torch.float32)
+
+
+def test_a_file_with_dropout_is_refused_where_the_adapter_sees_no_input(tmp_path: Path) -> None:
+    model = Reading()
+    out_features, in_features = next(site.shape for site in find_targets(model, ["read.table"]))
+    trained = nn.ModuleDict({"read": nn.ModuleDict({"table": nn.Linear(in_features, out_features)})})
+    randlora.inject(trained, r=3, targets=["read.table"], dropout=0.1)
+    randlora.save(trained, tmp_path)
+    with untouched(model), pytest.raises(CheckpointError, match=r"read\.table is adapted as it is read.*dropout=0\.1"):
+        randlora.load(model, tmp_path)

@@ -152,7 +152,7 @@ def test_dims_are_those_that_peft_draws_and_those_that_layers_slice(
 
 
 def problems(model: nn.Module, pattern: Any = None) -> list[str]:
-    return obstacles(Census.of(model), find_targets(model, pattern))
+    return obstacles(Census.of(model), find_targets(model, pattern), 0.0)
 
 
 def test_a_plain_model_has_no_obstacles() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec
-from randlora.errors import ConfigError
 
 
 class BasisBank:
@@ -54,29 +53,6 @@ class BasisBank:
             if held == spec or held.is_prefix_stable or covers:
                 return basis
         return None
-
-    def check(self, spec: BasisSpec, *, used: tuple[int, int], new_bases: bool) -> Basis | None:
-        """Find bases for a further adapter, or refuse to let a second set in unasked.
-
-        Args:
-            spec: What the adapter asks for.
-            used: As in `find`.
-            new_bases: Whether a second set is accepted.
-
-        Returns:
-            The bases that serve, or ``None`` where new ones are to be made.
-
-        Raises:
-            ConfigError: When no bases held serve ``spec`` and ``new_bases`` is false.
-        """
-        found = self.find(spec, used=used)
-        if found is None and self._bases and not new_bases:
-            held = "; ".join(f"{basis.spec}, {basis.nbytes:,} bytes" for basis in self._bases)
-            raise ConfigError(
-                f"the adapter asks for {spec}, which would take {spec.nbytes(*used):,} bytes beside what the model "
-                f"holds ({held}): pass new_bases=True to accept a second set, or ask for bases that fit the first"
-            )
-        return found
 
     def acquire(self, spec: BasisSpec) -> Basis:
         """Return the bases of a spec, adding them where they are not held."""

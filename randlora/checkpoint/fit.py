@@ -30,7 +30,7 @@ def fit_sites(census: Census, file: AdapterFile, *, needs_values: bool = True) -
     """
     sites = named_sites(census, file)
     problems = [
-        *obstacles(census, sites),
+        *obstacles(census, sites, file.config.dropout),
         *(_without_values(sites) if needs_values else []),
         *misfits(file, shapes_of(sites)),
         *_unknown_parameters(census, file.trained),

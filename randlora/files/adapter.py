@@ -128,7 +128,11 @@ def fit_base(file: AdapterFile, base: Path) -> BaseFit:
     census = Census.of(_nearest_skeleton(file, base))
     sites = named_sites(census, file)
     shapes = shapes_of(sites)
-    problems = [*obstacles(census, sites), *misfits(file, shapes), *trained_misfits(census, file.trained)]
+    problems = [
+        *obstacles(census, sites, file.config.dropout),
+        *misfits(file, shapes),
+        *trained_misfits(census, file.trained),
+    ]
     raise_collected(CheckpointError, problems, doing=f"fit the adapter to {str(base)!r}")
     own = {held.fqn for held in census.parameters}
     return BaseFit(shapes, tuple(fqn for fqn in file.trained if fqn not in own))

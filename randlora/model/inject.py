@@ -17,7 +17,6 @@ from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec, drawn_dims, sliced_dims, spec_for
 from randlora.config import BasisKind, Pattern, RandLoRAConfig, Stream, explain_options
 from randlora.errors import ConfigError, TargetError, raise_collected
-from randlora.layers.read_weight import ReadWeight
 from randlora.model.install import (
     commit,
     detach_all,
@@ -81,7 +80,6 @@ def plan(
     train_also: str | Sequence[str] | None = None,
     name: str = "default",
     config: RandLoRAConfig | None = None,
-    new_bases: bool = False,
 ) -> Report:
     """Return the report of what `inject` would do with the same arguments, and touch nothing.
 
@@ -106,7 +104,7 @@ def plan(
         seed=seed,
         train_also=train_also,
     )
-    planned = _plan(Census.of(model), name, options, new_bases=new_bases)
+    planned = _plan(Census.of(model), name, options)
     is_first = or_if_first(planned.state, wanted=None)
     return _report(planned, active=is_first, trainable=is_first)
 
@@ -128,7 +126,6 @@ def inject(
     train_also: str | Sequence[str] | None = None,
     name: str = "default",
     config: RandLoRAConfig | None = None,
-    new_bases: bool = False,
     active: bool | None = None,
     trainable: bool | None = None,
 ) -> Report:
@@ -151,7 +148,6 @@ def inject(
         train_also: Modules or parameters trained beside the adapter and saved with it.
         name: The adapter's name.
         config: All of the options above in one object, instead of them.
-        new_bases: Accept a second set of bases where those the model holds do not serve.
         active: Make it the only active adapter. ``None``: if it is the model's first.
         trainable: Let its parameters require grad. ``None``: if it is the model's first.
 
@@ -159,7 +155,7 @@ def inject(
         A report with the figures as fields; it prints as a table.
 
     Raises:
-        ConfigError: For options that cannot work, or bases that would need a second set.
+        ConfigError: For options that cannot work.
         OptionError: For an option that there is not, with our name for it; it is a `TypeError` too.
         TargetError: When the targets match nothing, or something that cannot be adapted.
         AdapterError: When the name is taken, or the model's adapters are merged.
@@ -177,7 +173,7 @@ def inject(
         seed=seed,
         train_also=train_also,
     )
-    planned = _plan(Census.of(model), name, options, new_bases=new_bases)
+    planned = _plan(Census.of(model), name, options)
     active, trainable = or_if_first(planned.state, wanted=active), or_if_first(planned.state, wanted=trainable)
     report = _report(planned, active=active, trainable=trainable)
     held = planned.shared or _new_basis(planned)
@@ -230,18 +226,11 @@ def _one_config(config: RandLoRAConfig | None, r: int | None, **given: Any) -> R
     return config
 
 
-def _plan(census: Census, name: str, config: RandLoRAConfig, *, new_bases: bool) -> Plan:
+def _plan(census: Census, name: str, config: RandLoRAConfig) -> Plan:
     """Find out what an adapter would need, and check all of it."""
     state = owned_state(census, name, "inject")
     selection = select(census, config.targets, config.exclude)
-    problems = obstacles(census, selection.sites)
-    if config.dropout:
-        problems += [
-            f"{site.fqn} is adapted as it is read, where there is no input for dropout={config.dropout} to fall on: "
-            "give dropout=0, or leave it out"
-            for site in selection.sites
-            if issubclass(site.layer_class, ReadWeight)
-        ]
+    problems = obstacles(census, selection.sites, config.dropout)
     also: list[str] = []
     if config.train_also is not None:
         also = select_parameters(census, config.train_also)
@@ -249,7 +238,7 @@ def _plan(census: Census, name: str, config: RandLoRAConfig, *, new_bases: bool)
     raise_collected(TargetError, problems, doing=f"inject {name!r}")
     shapes = [site.shape for site in selection.sites]
     spec, used = spec_for(config, *drawn_dims(shapes)), sliced_dims(shapes)
-    shared = state.bank.check(spec, used=used, new_bases=new_bases) if state else None
+    shared = state.bank.find(spec, used=used) if state else None
     if shared is not None:
         dims = max(shared.spec.max_dim, used[0]), max(shared.spec.min_dim, used[1])
         spec = replace(shared.spec, max_dim=dims[0], min_dim=dims[1])
@@ -274,6 +263,10 @@ def _new_basis(planned: Plan) -> Basis:
 
 def _report(planned: Plan, *, active: bool, trainable: bool) -> Report:
     used, extent = planned.used, planned.shared.extent if planned.shared else (0, 0)
+    notes = next_steps(planned.name, is_active=active, is_trainable=trainable)
+    if planned.shared is None and planned.state is not None and (held := [*planned.state.bank]):
+        others = "; ".join(f"{basis.spec}, {basis.nbytes:,} bytes" for basis in held)
+        notes.append(f"its bases come beside those of the other adapters, which do not fit: {others}")
     return adapter_report(
         planned.census,
         planned.name,
@@ -286,5 +279,5 @@ def _report(planned: Plan, *, active: bool, trainable: bool) -> Report:
         is_active=active,
         is_trainable=trainable,
         train_also=planned.train_also,
-        notes=next_steps(planned.name, is_active=active, is_trainable=trainable),
+        notes=notes,
     )

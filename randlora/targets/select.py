@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from randlora.config import Pattern, RandLoRAConfig
 from randlora.errors import TargetError, raise_collected
 from randlora.layers.in_place import class_obstacle
+from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import find_layer
 from randlora.targets.explain import ALL_LINEAR, holders, inventory, missed, reason, refusal
 from randlora.targets.match import is_names, matches, prefixes, unmatched
@@ -99,8 +100,14 @@ def select(census: Census, pattern: Pattern | None, exclude: Pattern | None) -> 
     return Selection(tuple(site for site in census.sites if site.key in wanted), rule, skipped)
 
 
-def obstacles(census: Census, sites: Sequence[Site]) -> list[str]:
-    """Return why sites cannot be adapted: no weight of their own that serves, or one that something else shares."""
+def obstacles(census: Census, sites: Sequence[Site], dropout: float) -> list[str]:
+    """Return why sites cannot be adapted: no weight of their own that serves, or one that something else shares.
+
+    Args:
+        census: The model.
+        sites: Of it.
+        dropout: Dropout on the adapter's input.
+    """
     problems, sound = [], []
     for site in sites:
         if (reason := class_obstacle(site.owner, site.layer_class)) is not None:
@@ -113,6 +120,11 @@ def obstacles(census: Census, sites: Sequence[Site]) -> list[str]:
             problems.append(f"{site.fqn} has no shape yet: run one forward pass first")
         elif (reason := site.layer_class.obstacle(site.owner)) is not None:
             problems.append(f"{site.fqn} {reason}")
+        elif dropout and issubclass(site.layer_class, ReadWeight):
+            problems.append(
+                f"{site.fqn} is adapted as it is read, where there is no input for {dropout=} to fall on: "
+                "leave dropout out, or this weight"
+            )
         else:
             sound.append(site)
     return [*problems, *tie_problems(census, sound)]
