@@ -6,8 +6,8 @@
 1152
 >>> report = randlora.merge(model)
 
-The verbs on a model in memory are here, those on files in `randlora.files`, the errors in `randlora.errors`. The types
-of reports stand beside the verbs that return them.
+Functions for a model in memory are here, those for files in `randlora.files`, exceptions in `randlora.errors`. The
+types of reports are in the modules of the functions that return them.
 """
 
 from importlib.metadata import version as _version

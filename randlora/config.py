@@ -1,4 +1,4 @@
-"""What the user chooses about one adapter: a frozen value that validates itself."""
+"""The options of one adapter: a frozen dataclass that validates itself."""
 
 import difflib
 import functools
@@ -18,7 +18,7 @@ Stream = Literal["torch", "portable"]
 Pattern = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 ALPHA_PER_RANK = 20.0
-"""The default alpha is 20·r, PEFT's 640 for r = 32."""
+"""The default alpha is 20·r, which is PEFT's 640 for r = 32."""
 
 ELSEWHERE = {
     "adapter_name": "name=",
@@ -38,7 +38,7 @@ ELSEWHERE = {
     "target_modules": "targets=",
     "very_sparse": 'basis="very_sparse"',
 }
-"""What PEFT and others call our options, and our names for them."""
+"""Names of options in PEFT and other libraries, with the names here."""
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -46,14 +46,14 @@ _Class = TypeVar("_Class")
 
 
 def explain_options(function: Callable[_Arguments, _Result], name: str = "") -> Callable[_Arguments, _Result]:
-    """Make a function answer options that it does not have with the names of those it has; its signature stays.
+    """Wrap a function to raise `OptionError`, with a suggestion, for an unknown option. The signature is kept.
 
     Args:
         function: The function, or a class's ``__init__``.
-        name: What its callers know it by, where that is not its own name.
+        name: The name to use in the message, if not the function's.
 
     Returns:
-        The function, which raises `OptionError` where it would raise a bare `TypeError` for an unknown option.
+        The wrapped function.
     """
     known = [
         parameter.name
@@ -71,18 +71,18 @@ def explain_options(function: Callable[_Arguments, _Result], name: str = "") -> 
 
 
 def _explain_options_of(cls: type[_Class]) -> type[_Class]:
-    """Do the same for the options that a class is made with."""
+    """Wrap the ``__init__`` of a class in the same way."""
     cls.__init__ = explain_options(cls.__init__, cls.__name__)  # type: ignore[method-assign]
     return cls
 
 
 def _unknown_option(option: str, known: Iterable[str]) -> str:
     if option in ELSEWHERE:
-        return f"there is no option {option}=; here it is {ELSEWHERE[option]}"
+        return f"unknown option {option}=: use {ELSEWHERE[option]}"
     near = difflib.get_close_matches(option, known, n=3)
     if near:
-        return f"there is no option {option}=; the nearest are {', '.join(near)}"
-    return f"there is no option {option}=; expected some of {', '.join(known)}"
+        return f"unknown option {option}=: the nearest options are {', '.join(near)}"
+    return f"unknown option {option}=: the options are {', '.join(known)}"
 
 
 @_explain_options_of
@@ -93,27 +93,28 @@ class RandLoRAConfig:
     Attributes:
         r: Rank of one random basis. A **smaller** r means **more** trainable parameters: ``num_bases·(r + min_dim)``
             a layer with ``num_bases = ceil(min_dim / r)``.
-        targets: Which layers are adapted. A string is a regex matched with ``fullmatch`` against the FQN, except the
-            word ``"all-linear"``; a sequence holds FQNs or their suffixes, each of which must match a linear layer, or
-            a module and then means all linear layers inside; a callable gets ``(fqn, module)``; ``None`` takes the
-            preset of ``model.config.model_type``, else all linear layers.
-        exclude: What is left out of ``targets`` before anything is refused, in the same forms. Its names may be those
-            of any modules; a callable is asked about the layers that ``targets`` mean.
-        alpha: The update is scaled by ``alpha / r``; ``None`` means ``20·r``. Between ``2·r`` and ``20·r`` is the
-            range the paper's author advises; it trades against the learning rate.
-        dropout: Probability with which an entry of the adapter's input is zeroed in training, in [0, 1).
+        targets: The layers to adapt. A string is a regex matched with ``fullmatch`` against the FQN, except
+            ``"all-linear"``. A sequence contains FQNs or suffixes of them, each of a linear layer, or of a module whose
+            linear layers are all adapted. A callable is called with ``(fqn, module)``. ``None`` means the preset of
+            ``model.config.model_type``, or all linear layers if there is none.
+        exclude: Layers to exclude from ``targets``, in the same forms, before ``targets`` are checked. Names may be
+            those of any modules; a callable is called for the layers that ``targets`` match.
+        alpha: The update is scaled by ``alpha / r``; ``None`` means ``20·r``. The paper's author advises values from
+            ``2·r`` to ``20·r``. A larger alpha needs a smaller learning rate.
+        dropout: Probability of zeroing an entry of the adapter's input in training, in [0, 1).
         basis: The kind of the frozen random bases.
-        stream: The random stream they are drawn from: ``"torch"`` draws what PEFT 0.21.2 draws, ``"portable"`` the same
-            bits on every machine and version. ``None`` means ``"torch"``, but ``"portable"`` for ``block``, which has
+        stream: The random stream of the bases: ``"torch"`` draws what PEFT 0.21.2 draws, ``"portable"`` draws the same
+            bits on every machine and version. ``None`` means ``"torch"``, or ``"portable"`` for ``block``, which has
             no other.
-        blocks: ``(c, b)``, how many blocks ``block`` bases have in A and in B; both divide r. ``None`` chooses.
-        seed: Seed of the bases, a 64-bit unsigned integer; torch's generator reads its low 32 bits.
-        train_also: Modules or single parameters trained beside the adapter and saved with it: a regex, or a sequence of
-            names or suffixes.
+        blocks: ``(c, b)``, the numbers of blocks in A and B of ``block`` bases; both divide r. ``None`` means a
+            default that depends on r.
+        seed: Seed of the bases, a 64-bit unsigned integer; torch's generator uses its low 32 bits.
+        train_also: Modules or parameters that are trained and saved with the adapter: a regex, or a sequence of names
+            or suffixes.
 
     Raises:
-        ConfigError: When a value cannot work; all such values are named at once.
-        OptionError: For an option that there is not, with our name for it; it is a `TypeError` too.
+        ConfigError: If values are invalid; the message lists all of them.
+        OptionError: For an unknown option, with a suggestion. It is also a `TypeError`.
     """
 
     r: int = 32
@@ -128,7 +129,7 @@ class RandLoRAConfig:
     train_also: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        """Turn lists into tuples and check every value."""
+        """Convert lists to tuples and check every value."""
         for field in fields(self):
             if isinstance(value := getattr(self, field.name), list | set | frozenset):
                 object.__setattr__(
@@ -151,32 +152,32 @@ class RandLoRAConfig:
         return self.effective_alpha / self.r
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the options as plain values that JSON can hold.
+        """Return the options as JSON-serializable values.
 
         Raises:
-            ConfigError: Where ``targets`` or ``exclude`` is a callable, which no file can hold.
+            ConfigError: If ``targets`` or ``exclude`` is a callable.
         """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("targets", "exclude"):
             if callable(values[name]):
-                raise ConfigError(f"{name} is a callable, which cannot be written down: give the layers' names instead")
+                raise ConfigError(f"{name} is a callable, which cannot be serialized: give the layers' names instead")
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build a config from what `to_dict` returned.
+        """Build a config from the result of `to_dict`.
 
         Raises:
-            ConfigError: For a name this version does not know, or a value that cannot work.
+            ConfigError: For an unknown option or an invalid value.
         """
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise ConfigError(f"unknown option(s) {', '.join(unknown)}: expected some of {', '.join(sorted(known))}")
+            raise ConfigError(f"unknown options {', '.join(unknown)}: the options are {', '.join(sorted(known))}")
         return cls(**values)
 
 
 def is_integer(value: object) -> bool:
-    """Whether ``value`` is a Python integer and not a truth value."""
+    """Whether ``value`` is a Python integer and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -185,7 +186,7 @@ def _is_real(value: object) -> bool:
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer beyond every float
+    except OverflowError:  # an integer too large for a float
         return False
 
 
@@ -209,7 +210,7 @@ def _basis_problems(config: RandLoRAConfig) -> list[str]:
     if config.stream not in (None, *get_args(Stream)):
         problems.append(f"stream must be one of {', '.join(get_args(Stream))}, or None, got {config.stream!r}")
     if config.basis == "block" and config.stream == "torch":
-        problems.append("basis='block' is drawn from stream='portable' only: leave stream out")
+        problems.append("basis='block' needs stream='portable', got stream='torch': omit stream")
     if config.blocks is not None:
         problems.extend(_block_problems(config))
     return problems
@@ -217,7 +218,7 @@ def _basis_problems(config: RandLoRAConfig) -> list[str]:
 
 def _block_problems(config: RandLoRAConfig) -> list[str]:
     if config.basis != "block":
-        return [f"blocks={config.blocks!r} goes with basis='block' only, got basis={config.basis!r}"]
+        return [f"blocks={config.blocks!r} needs basis='block', got basis={config.basis!r}"]
     pair = config.blocks
     if not (isinstance(pair, tuple) and len(pair) == 2 and all(is_integer(count) and count > 0 for count in pair)):
         return [f"blocks must be two positive integers (c, b), got {pair!r}"]
@@ -234,7 +235,7 @@ def _pattern_problems(config: RandLoRAConfig) -> list[str]:
             problems.extend(_regex_problems(name, pattern))
         elif isinstance(pattern, tuple):
             if not pattern or not all(isinstance(entry, str) and entry for entry in pattern):
-                problems.append(f"{name} must hold at least one name and nothing but names, got {pattern!r}")
+                problems.append(f"{name} must contain at least one name and only names, got {pattern!r}")
         elif pattern is not None and not (callable(pattern) and name != "train_also"):
             problems.append(f"{name} must be a regex or a list of names, got {pattern!r}")
     return problems
@@ -244,5 +245,5 @@ def _regex_problems(name: str, pattern: str) -> list[str]:
     try:
         re.compile(pattern)
     except re.error as error:
-        return [f"{name}={pattern!r} is no regular expression: {error}"]
+        return [f"{name}={pattern!r} is not a valid regular expression: {error}"]
     return []

@@ -1,53 +1,53 @@
-"""The errors randlora raises for a user's mistake.
+"""The exceptions that randlora raises for incorrect use.
 
-Every message says what was expected, what came, where (the fully qualified name, FQN) and what to do. All problems
-that one call finds are collected and raised once, before anything is changed: the first few in full, the rest counted.
+Every message says what was expected, what was given, where (the fully qualified name, FQN) and what to do. All problems
+of one call are collected and raised together before anything is changed: the first few in full, the rest as a count.
 """
 
 from collections.abc import Sequence
 
 SHOWN = 5
-"""How many problems of one call are written out; the rest are counted."""
+"""Number of problems of one call that are shown in full."""
 
 
 class RandLoRAError(Exception):
-    """Base of every error this library raises on purpose."""
+    """Base class of the exceptions of this library."""
 
 
 class ConfigError(RandLoRAError, ValueError):
-    """An option has a value that cannot work, alone or beside the adapters a model already carries."""
+    """An option has an invalid value, by itself or with the adapters that the model already has."""
 
 
 class OptionError(ConfigError, TypeError):
-    """An option that the function called does not have."""
+    """An unknown option."""
 
 
 class TargetError(RandLoRAError, ValueError):
-    """The targets asked for are not there, or cannot carry an adapter."""
+    """The requested targets do not exist or cannot be adapted."""
 
 
 class AdapterError(RandLoRAError, RuntimeError):
-    """The model's adapters are not in the state the call needs."""
+    """The model's adapters are not in the state that the call requires."""
 
 
 class MergeError(RandLoRAError, RuntimeError):
-    """An adapter cannot be folded into its base layer, or unfolded."""
+    """An adapter cannot be merged into its base layer, or unmerged."""
 
 
 class CheckpointError(RandLoRAError, ValueError):
-    """A file is missing, damaged, foreign, or does not fit the model."""
+    """A file is missing, corrupted, of an unknown format, or does not match the model."""
 
 
 def raise_collected(error: type[RandLoRAError], problems: Sequence[str], *, doing: str) -> None:
-    """Raise one error for all problems, the first five in full and the rest counted; do nothing where there is none.
+    """Raise one error for all problems, the first five in full and the rest as a count, if there are any.
 
     Args:
         error: The class to raise.
-        problems: One sentence each.
-        doing: What was refused, for the first line: ``"inject"``, ``"load 'dir'"``.
+        problems: One sentence for each problem.
+        doing: The refused call, for the first line: ``"inject"``, ``"load 'dir'"``.
 
     Raises:
-        RandLoRAError: Of the class given, where there is a problem.
+        RandLoRAError: Of the given class, if there is a problem.
     """
     if not problems:
         return

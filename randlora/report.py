@@ -1,4 +1,4 @@
-"""What a verb did or would do: figures as fields, and a table to print."""
+"""Reports of what a function did or would do, with figures as fields, that print as tables."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class ShapeRow:
     """All targets of one shape.
 
     Attributes:
-        count: How many there are.
+        count: Number of layers.
         in_features: Input width.
         out_features: Output width.
         r: Rank of one basis.
-        num_bases: Bases summed in one layer.
-        expected_rank: Rank a trained update can reach.
+        num_bases: Number of bases per layer.
+        expected_rank: Rank that a trained update can reach.
         trainable: Trainable parameters of all of them.
     """
 
@@ -45,25 +45,25 @@ class ShapeRow:
 
 @dataclass(frozen=True)
 class Report:
-    """What `randlora.inject` did, or `randlora.plan` and `randlora.load` found; prints as a table.
+    """The report of `randlora.inject`, `randlora.plan` and `randlora.load`; prints as a table.
 
     Attributes:
         name: The adapter's name.
         config: Its options.
-        rule: The rule that chose the targets, in words.
+        rule: A description of the rule that chose the targets.
         targets: FQNs of the adapted layers.
-        rows: One for each distinct shape.
-        spec: The bases, dims included.
-        trainable_parameters: Numbers that training changes once the adapter may train, with those of ``train_also``.
-        total_parameters: Numbers of the model and this adapter together; a quantized weight counts as many as it
-            stands for, however many it stores.
-        basis_bytes: Bytes the bases take in memory, as stored; those shared with other adapters included.
-        checkpoint_bytes: Bytes `randlora.save` writes of tensors, with ``bases="seed"``.
+        rows: One row for each distinct shape.
+        spec: The spec of the bases, with their dims.
+        trainable_parameters: Number of parameters of the adapter, including those of ``train_also``, frozen or not.
+        total_parameters: Number of parameters of the model and this adapter. A quantized weight counts with the size
+            of the dequantized one.
+        basis_bytes: Bytes of the stored bases in memory, including those shared with other adapters.
+        checkpoint_bytes: Bytes of the tensors that `randlora.save` writes with ``bases="seed"``.
         is_active: Whether the adapter's update is added.
         is_trainable: Whether its parameters require grad.
-        train_also: FQNs of the parameters trained beside the adapter.
-        skipped: Layers passed over, with the reason, by FQN.
-        notes: What else the user should know.
+        train_also: FQNs of the parameters trained with the adapter.
+        skipped: Reasons why layers were skipped, by FQN.
+        notes: Other notes for the user.
     """
 
     name: str
@@ -84,16 +84,16 @@ class Report:
 
     @property
     def status(self) -> str:
-        """Whether the adapter acts and trains, in words: ``"active, trainable"`` or ``"inactive, frozen"``, say."""
+        """The status in words, such as ``"active, trainable"`` or ``"inactive, frozen"``."""
         return f"{'active' if self.is_active else 'inactive'}, {'trainable' if self.is_trainable else 'frozen'}"
 
     @property
     def share(self) -> float:
-        """Trainable parameters as a share of all."""
+        """Trainable parameters as a share of all parameters."""
         return self.trainable_parameters / self.total_parameters
 
     def __str__(self) -> str:
-        """Lay the report out as a table of shapes, then the totals."""
+        """Return a table of shapes followed by the totals."""
         rows = [
             (row.count, row.in_features, row.out_features, row.r, row.num_bases, row.expected_rank, row.trainable)
             for row in self.rows
@@ -108,7 +108,7 @@ class Report:
             f"bases {as_bytes(self.basis_bytes)} in memory, checkpoint {as_bytes(self.checkpoint_bytes)}",
         ]
         if self.train_also:
-            lines.append(f"trained beside it: {shortened(self.train_also)}")
+            lines.append(f"also trained: {shortened(self.train_also)}")
         lines += [f"left out: {shortened(fqns)} ({reason})" for reason, fqns in self._skipped_by_reason().items()]
         return "\n".join([*lines, *self.notes])
 
@@ -121,14 +121,14 @@ class Report:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What `randlora.merge` folded in.
+    """The report of `randlora.merge`.
 
     Attributes:
-        adapters: Names and weights of the adapters folded in.
+        adapters: Names and weights of the merged adapters.
         targets: FQNs of the layers whose weight changed.
-        reversible: Whether `randlora.unmerge` can take it back.
-        rounding: What rounding to codes did to each layer that was quantized again, by FQN.
-        notes: What else the user should know.
+        reversible: Whether `randlora.unmerge` can undo the merge.
+        rounding: The rounding error of each requantized layer, by FQN.
+        notes: Other notes for the user.
     """
 
     adapters: dict[str, float]
@@ -138,9 +138,9 @@ class MergeReport:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Return one line, two more on what rounding to codes did, then the notes."""
+        """Return a summary line, two lines on rounding errors if any, and the notes."""
         names = ", ".join(name if weight == 1 else f"{weight:g} x {name}" for name, weight in self.adapters.items())
-        ending = "reversible with randlora.unmerge" if self.reversible else "plain layers are back"
+        ending = "reversible with randlora.unmerge" if self.reversible else "the layers are plain again"
         return "\n".join([
             f"merged {names} into {len(self.targets)} layers; {ending}",
             *self._rounding_lines(),
@@ -154,8 +154,8 @@ class MergeReport:
         worst = max(shares, key=lambda fqn: shares[fqn])
         loss, spread = self.rounding[worst], f"{min(shares.values()):.1%} to {shares[worst]:.1%}"
         return [
-            f"{len(self.rounding)} layers quantized again: rounding took {spread} of the norm of what was merged in,",
-            f"most in {worst}, by {loss.largest:.3g} at most where levels lie {loss.step:.3g} apart",
+            f"{len(self.rounding)} layers requantized: the rounding error is {spread} of the norm of the update,",
+            f"largest in {worst}: up to {loss.largest:.3g}, with levels up to {loss.step:.3g} apart",
         ]
 
 
@@ -174,20 +174,20 @@ def adapter_report(
     train_also: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> Report:
-    """Count what one adapter of a model takes.
+    """Return the report of one adapter of a model.
 
     Args:
         census: The model, adapted or not.
         name: The adapter's name.
         config: Its options.
-        shapes: ``(out_features, in_features)`` of the weights it goes on, by FQN.
-        spec: Its bases.
-        rule: The rule that chose the weights, in words.
-        basis_bytes: Bytes of the bases it slices.
+        shapes: ``(out_features, in_features)`` of its target weights, by FQN.
+        spec: The spec of its bases.
+        rule: A description of the rule that chose the weights.
+        basis_bytes: Bytes of its bases.
         is_active: Whether its update is added.
         is_trainable: Whether its parameters require grad.
-        skipped: Layers that were passed over, with the reason, by FQN.
-        train_also: FQNs of the parameters trained beside it.
+        skipped: Reasons why layers were skipped, by FQN.
+        train_also: FQNs of the parameters trained with it.
         notes: Lines to print below the table.
     """
     rows = shape_rows(shapes, spec)
@@ -214,27 +214,27 @@ def adapter_report(
 
 
 def count_numbers(held: Held) -> int:
-    """Return how many numbers a parameter stands for: bytes of codes may hold two each, words more."""
+    """Return the number of entries of a parameter, dequantized: one stored element may hold several codes."""
     layer_class = find_layer(held.module)
     if held.attribute == "weight" and isinstance(layer_class, type):
         return math.prod(layer_class.features(held.module))
-    if (state := getattr(held.parameter, "quant_state", None)) is not None:  # of an embedding of bitsandbytes
+    if (state := getattr(held.parameter, "quant_state", None)) is not None:  # a bitsandbytes embedding
         return math.prod(state.shape)
     return held.parameter.numel()
 
 
 def next_steps(name: str, *, is_active: bool, is_trainable: bool) -> list[str]:
-    """Return how to let an adapter act and train, where it does not yet."""
+    """Return notes on how to activate and train an adapter that is inactive or frozen."""
     notes = []
     if not is_active:
-        notes.append(f"inactive for now: randlora.activate(model, {name!r}) lets it act")
+        notes.append(f"inactive: call randlora.activate(model, {name!r}) to add its update")
     if not is_trainable:
-        notes.append(f"frozen for now: randlora.activate(model, {name!r}, trainable=True) lets it train")
+        notes.append(f"frozen: call randlora.activate(model, {name!r}, trainable=True) to train it")
     return notes
 
 
 def shape_rows(shapes: Shapes, spec: BasisSpec) -> tuple[ShapeRow, ...]:
-    """Count weights by shape, in order of appearance."""
+    """Return a row for each shape, in order of appearance."""
     counts = Counter(shapes.values())
     rows = []
     for (out_features, in_features), count in counts.items():
@@ -247,7 +247,7 @@ def shape_rows(shapes: Shapes, spec: BasisSpec) -> tuple[ShapeRow, ...]:
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """Lay out rows right-aligned under their headings, numbers with separators."""
+    """Return the lines of a table, right-aligned, with thousands separators."""
     cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
     return [
@@ -256,7 +256,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str
 
 
 def as_bytes(count: float) -> str:
-    """Write a number of bytes in the largest decimal unit that leaves at least one."""
+    """Return a number of bytes in the largest decimal unit in which it is at least 1."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -265,5 +265,5 @@ def as_bytes(count: float) -> str:
 
 
 def shortened(fqns: Sequence[str], most: int = 4) -> str:
-    """Name the first few layers, and count the others."""
+    """Return the first few names and the number of others."""
     return ", ".join(fqns[:most]) + (f" and {len(fqns) - most} more" if len(fqns) > most else "")

@@ -1,8 +1,8 @@
-"""What a model carries while it is adapted: its adapters, their bases, and the parameters trained beside them.
+"""The state of an adapted model: its adapters, their bases, and the parameters trained with them.
 
-One `ModelState` hangs on the module that `inject` was called on, as a plain attribute: it is no module, so it stays out
-of ``state_dict``, and copying or pickling the model takes it along. Every adapted layer refers to it, so switching an
-adapter is one assignment, not a walk.
+One `ModelState` is a plain attribute of the module that `inject` was called on. It is not a module, so it is not in
+``state_dict``, and it is copied and pickled with the model. Every adapted layer has a reference to it, so that
+activating an adapter is one assignment instead of a walk over the model.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Adapter:
     """One adapter of a model, shared by all its layers.
 
     Attributes:
-        name: The name it was given.
-        config: The options it was made with.
-        basis: The bases its layers slice.
+        name: The adapter's name.
+        config: Its options.
+        basis: The bases of its layers.
         targets: FQNs of its layers.
         rule: How the targets were chosen, for reports.
-        weight: Factor of its delta while active; ``None`` while it is not.
-        trained: The parameters trained beside it, by FQN.
-        peft_fields: Fields of the ``adapter_config.json`` it was loaded from that mean nothing here, kept for saving.
+        weight: The factor of its update while active, else ``None``.
+        trained: The parameters trained with it, by FQN.
+        peft_fields: Fields of its ``adapter_config.json`` that are not used here, kept for saving.
     """
 
     name: str
@@ -48,18 +48,18 @@ class Adapter:
 
     @property
     def is_active(self) -> bool:
-        """Whether its delta is added."""
+        """Whether its update is added."""
         return self.weight is not None
 
 
 @dataclass(eq=False)
 class ReplacedParameter:
-    """A parameter of the model in whose place an adapter trains one of its own.
+    """A parameter of the model that adapters train copies of.
 
     Attributes:
-        places: The modules that hold it, each with the attribute's name; several where it is tied.
+        places: The modules that have it, each with the attribute's name; several if it is tied.
         original: The model's own parameter.
-        installed: The version that was put in its place last.
+        installed: The parameter that was installed last.
     """
 
     places: tuple[tuple[nn.Module, str], ...]
@@ -68,15 +68,15 @@ class ReplacedParameter:
 
     @property
     def live(self) -> nn.Parameter:
-        """The version that the model reads now."""
+        """The parameter that the model has now."""
         module, attribute = self.places[0]
         parameter = module._parameters[attribute]
-        assert parameter is not None, f"{attribute} was deleted while an adapter trains a version of it"
+        assert parameter is not None, f"{attribute} was deleted while an adapter trains a copy of it"
         return parameter
 
-    @torch.inference_mode(mode=False)  # parameters outlive the mode the caller is in
+    @torch.inference_mode(mode=False)  # parameters must not be inference tensors
     def install(self, parameter: nn.Parameter) -> None:
-        """Put ``parameter`` where the model reads, on the device and in the dtype of the one that leaves."""
+        """Set the model's parameter to ``parameter``, moved to the device and dtype of the current one."""
         leaving = self.live
         if leaving is not parameter and not leaving.is_meta:
             parameter.data = parameter.data.to(device=leaving.device, dtype=leaving.dtype)
@@ -87,15 +87,15 @@ class ReplacedParameter:
 
 @dataclass(eq=False)
 class ModelState:
-    """All that one model carries while it is adapted.
+    """The state of one adapted model.
 
     Attributes:
-        adapters: By name, in the order they were added.
+        adapters: The adapters by name, in the order they were added.
         bank: The bases they share.
-        required_grad: Whether each parameter required grad when the first adapter came, by FQN.
-        replaced: The parameters that some adapter trains a version of, by FQN.
-        disabled: How many blocks that switch all adapters off are entered.
-        merge_report: The `randlora.report.MergeReport` of the merge that is in force, while there is one.
+        required_grad: Whether each parameter required grad before the first adapter was added, by FQN.
+        replaced: The parameters that some adapter trains a copy of, by FQN.
+        disabled: Number of `randlora.disabled` blocks entered.
+        merge_report: The `randlora.report.MergeReport` while adapters are merged reversibly.
         compute: How layers compute.
     """
 
@@ -109,12 +109,12 @@ class ModelState:
 
     @property
     def is_merged(self) -> bool:
-        """Whether the active adapters are folded into the weights for now."""
+        """Whether the active adapters are merged into the weights."""
         return self.merge_report is not None
 
     @property
     def is_disabled(self) -> bool:
-        """Whether all adapters are switched off for now."""
+        """Whether all adapters are disabled."""
         return self.disabled > 0
 
     @property
@@ -123,26 +123,26 @@ class ModelState:
         return {name: adapter.weight for name, adapter in self.adapters.items() if adapter.weight is not None}
 
     def adapter(self, name: str | None) -> Adapter:
-        """Look one adapter up.
+        """Return one adapter.
 
         Args:
             name: Its name; ``None`` means the only one.
 
         Raises:
-            AdapterError: When there is no such adapter, or ``None`` does not say which.
+            AdapterError: If there is no such adapter, or the name is ``None`` and there are several.
         """
         known = ", ".join(self.adapters)
         if name is None and len(self.adapters) > 1:
-            raise AdapterError(f"the model carries several adapters ({known}): say which one with name=")
+            raise AdapterError(f"the model has several adapters ({known}): give name= to choose one")
         found = next(iter(self.adapters.values()), None) if name is None else self.adapters.get(name)
         if found is None:
             raise AdapterError(f"the model has no adapter named {name!r}: it has {known or 'none'}")
         return found
 
     def adopt_parameters(self) -> None:
-        """Note the objects that torch put in place of ours, as ``load_state_dict(assign=True)`` and ``to_empty`` do.
+        """Update the references to parameters that torch replaced, as in ``load_state_dict(assign=True)``.
 
-        Not while a merge is in force, which puts parameters of its own in place for a while.
+        Not while merged, when the model temporarily has other parameters.
         """
         if self.is_merged:
             return
@@ -156,14 +156,14 @@ class ModelState:
             replaced.installed = live
 
     def install_parameters(self) -> None:
-        """Let the model read the parameters that belong to the active adapters, and its own everywhere else."""
+        """Install the trained copies of the active adapters, and the model's own parameters elsewhere."""
         active = [] if self.is_disabled else [adapter for adapter in self.adapters.values() if adapter.is_active]
         for fqn, replaced in self.replaced.items():
             versions = [adapter.trained[fqn] for adapter in active if fqn in adapter.trained]
             replaced.install(versions[0] if versions else replaced.original)
 
     def forget_unused(self) -> None:
-        """Drop the bases and the replaced parameters that no adapter refers to."""
+        """Remove the bases and the replaced parameters that no adapter uses."""
         self.install_parameters()
         used = {fqn for adapter in self.adapters.values() for fqn in adapter.trained}
         self.replaced = {fqn: replaced for fqn, replaced in self.replaced.items() if fqn in used}
@@ -171,21 +171,21 @@ class ModelState:
 
 
 def attached_state(model: nn.Module) -> ModelState | None:
-    """Return the state that hangs on this very module, or ``None``."""
+    """Return the state attached to this module itself, or ``None``."""
     state = model.__dict__.get(ATTRIBUTE)
     return state if isinstance(state, ModelState) else None
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether the model, or a part of it, carries adapters."""
+    """Whether the model or one of its submodules has adapters."""
     return attached_state(model) is not None or any(attached_state(module) is not None for module in model.modules())
 
 
 def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
-    """Find the module that carries the adapters: ``model``, or the one inside a wrapper such as DDP's.
+    """Return the module with the adapters and its state: ``model``, or a submodule, as in a DDP wrapper.
 
     Raises:
-        AdapterError: When there is none, or more than one.
+        AdapterError: If there is no such module, or more than one.
     """
     if (own := attached_state(model)) is not None:
         own.adopt_parameters()
@@ -194,25 +194,23 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
     if not carriers:
         if any("randlora" in vars(module) for module in model.modules()):
             raise AdapterError(
-                "the adapters of this model's layers are kept on another module, one that this is, or was, a part of: "
-                "call this on that module"
+                "the adapters of this model's layers were added to another module, of which this is, or was, a "
+                "submodule: call this on that module"
             )
-        raise AdapterError(
-            "the model carries no adapter: call randlora.inject(model) or randlora.load(model, path) first"
-        )
+        raise AdapterError("the model has no adapter: call randlora.inject(model) or randlora.load(model, path) first")
     if len(carriers) > 1:
         names = ", ".join(fqn or "the model itself" for fqn, _, _ in carriers)
-        raise AdapterError(f"adapters were injected into several parts ({names}): call this on one of them")
+        raise AdapterError(f"several submodules have adapters ({names}): call this on one of them")
     _, root, state = carriers[0]
     state.adopt_parameters()
     return root, state
 
 
 def require_unmerged(state: ModelState, doing: str) -> None:
-    """Refuse what would go wrong while the adapters are folded into the weights.
+    """Check that the adapters are not merged.
 
     Raises:
-        AdapterError: When they are.
+        AdapterError: If they are.
     """
     if state.is_merged:
         raise AdapterError(f"cannot {doing} while the adapters are merged: call randlora.unmerge(model) first")

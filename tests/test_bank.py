@@ -188,7 +188,7 @@ def test_very_sparse_has_the_density_of_its_own_min_dim() -> None:
 
 
 def test_a_ternary_draw_without_spread_is_refused_before_it_does_harm() -> None:
-    with pytest.raises(ConfigError, match=r"no spread .* use basis='dense'"):
+    with pytest.raises(ConfigError, match=r"standard deviation of 0: use basis='dense'"):
         slices(BasisSpec("very_sparse", "torch", 7, 1, 16, 16))
 
 

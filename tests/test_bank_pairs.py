@@ -157,7 +157,7 @@ def test_a_pair_is_made_once_and_then_looked_up() -> None:
 def test_a_pair_does_not_reach_beyond_what_was_asked_for_before() -> None:
     basis = Basis(BasisSpec("dense", "portable", 0, 4, 12, 8))
     basis.extend(10, 8)
-    with pytest.raises(AssertionError, match=r"extend\(\) comes first"):
+    with pytest.raises(AssertionError, match=r"call extend\(\) first"):
         basis.pair(12, 8, device=torch.device("cpu"), dtype=torch.float32)
 
 

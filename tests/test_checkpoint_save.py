@@ -138,14 +138,14 @@ def test_save_in_inference_mode_writes_the_same_files(tmp_path: Path) -> None:
 
 
 def test_save_refuses_a_model_without_adapters(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="carries no adapter"):
+    with pytest.raises(AdapterError, match="the model has no adapter: call"):
         randlora.save(LINEAR.build(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [(None, r"carries several adapters \(one, two\)"), ("three", "no adapter named 'three': it has one, two")],
+    [(None, r"has several adapters \(one, two\)"), ("three", "no adapter named 'three': it has one, two")],
     ids=["ambiguous", "unknown"],
 )
 def test_save_refuses_a_name_that_says_not_which(name: str | None, message: str, tmp_path: Path) -> None:

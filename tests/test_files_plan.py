@@ -63,7 +63,7 @@ def test_what_is_trained_beside_is_counted_as_in_the_model(kind: RealModel, tmp_
     ("message", "options"),
     [
         ("'quarry' matches no linear layer; the nearest names are", {"targets": ["quarry"]}),
-        ("is a Embedding, and only linear layers can be adapted", {"targets": ".*word_embeddings"}),
+        ("is of type Embedding, and only linear layers can be adapted", {"targets": ".*word_embeddings"}),
         ("r must be a positive integer", {"r": 0}),
     ],
 )

@@ -203,9 +203,9 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("a-norm", ["norm"], "'norm' matches no linear layer"),
     ("a-norm-beside-one", ["norm", "up"], "'norm' matches no linear layer"),
     ("norms-by-regex", r".*\.norm", "matches no linear layer"),
-    ("an-embedding", ["embed"], "embed is a Embedding, and only linear layers can be adapted"),
-    ("an-embedding-by-regex", "embed|head", "embed is a Embedding, and only linear layers can be adapted"),
-    ("everything", ".*", "embed is a Embedding, and only linear layers can be adapted: narrow the pattern"),
+    ("an-embedding", ["embed"], "embed is of type Embedding, and only linear layers can be adapted"),
+    ("an-embedding-by-regex", "embed|head", "embed is of type Embedding, and only linear layers can be adapted"),
+    ("everything", ".*", "embed is of type Embedding, and only linear layers can be adapted: narrow the pattern"),
     ("callable-of-nothing", nothing, "the callable nothing matches no linear layer; the model has"),
 ]
 
@@ -228,7 +228,7 @@ def test_a_pattern_that_means_no_linear_layer_is_refused(pattern: Any, message: 
 )
 def test_another_layer_with_a_weight_matrix_is_refused_by_name_and_kind(layer: nn.Module, kind: str) -> None:
     model = nn.ModuleDict({"up": nn.Linear(2, 2), "other": layer})
-    with pytest.raises(TargetError, match=f"other is a {kind}, and only linear layers can be adapted"):
+    with pytest.raises(TargetError, match=f"other is of type {kind}, and only linear layers can be adapted"):
         find_targets(model, "up|other")
 
 
@@ -274,19 +274,19 @@ def test_a_pattern_that_is_none_is_refused(name: str, pattern: Any) -> None:
 
 
 def test_excluding_every_layer_is_refused() -> None:
-    with pytest.raises(TargetError, match="the names up, without the excluded leaves no layer to adapt"):
+    with pytest.raises(TargetError, match="the names up, without the excluded: no layer is left to adapt"):
         find_targets(Model(), ["up"], ["up"])
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), Conv1D(2, 2)], ids=["Linear", "Conv1D"])
 def test_the_model_itself_cannot_be_a_target(model: nn.Module) -> None:
-    with pytest.raises(TargetError, match=f"the model itself is a {type(model).__name__}, .*put it into a module"):
+    with pytest.raises(TargetError, match=f"itself is a layer .{type(model).__name__}. .*wrap it in a module"):
         find_targets(model)
 
 
 @pytest.mark.parametrize("model", [nn.Sequential(), nn.Sequential(nn.Tanh())], ids=["empty", "no-linear"])
 def test_a_model_without_linear_layers_is_refused(model: nn.Module) -> None:
-    with pytest.raises(TargetError, match="leaves no layer to adapt"):
+    with pytest.raises(TargetError, match="no layer is left to adapt"):
         find_targets(model)
 
 

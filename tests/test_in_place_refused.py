@@ -58,8 +58,8 @@ def test_a_script_module_is_refused_with_the_reason(known: bool, monkeypatch: py
     reason = "only linear layers can be adapted"
     if known:
         monkeypatch.setattr(registry, "_layers", {**registry._layers, registry._name(own): Scripted})
-        reason = "which TorchScript compiled"
-    with untouched(model), pytest.raises(TargetError, match=f"1 is a RecursiveScriptModule, .*{reason}"):
+        reason = "a TorchScript module whose class cannot change"
+    with untouched(model), pytest.raises(TargetError, match=f"1 is .*RecursiveScriptModule, .*{reason}"):
         randlora.inject(model, r=3, targets=["0", "1"])
     assert type(model[0]) is nn.Linear
     assert type(model[1]) is own
@@ -83,7 +83,7 @@ def test_a_class_changed_on_top_stops_eject_and_remove(change: Callable[[nn.Modu
     classes = {name: type(module) for name, module in model.named_modules()}
     for verb in (randlora.eject, lambda model: randlora.remove(model, "second"), randlora.merge):
         randlora.activate(model, ["default", "second"])
-        with untouched(model), pytest.raises((AdapterError, MergeError), match=r"2 became a .* after it was adapted"):
+        with untouched(model), pytest.raises((AdapterError, MergeError), match=r"2 changed its class to .* after"):
             verb(model)
         assert {name: type(module) for name, module in model.named_modules()} == classes
     expected = model(X.double())
@@ -104,10 +104,10 @@ def test_undoing_the_change_lets_eject_go_on() -> None:
 def test_saving_and_merging_notice_a_layer_put_in_an_adapted_ones_place(tmp_path: Path) -> None:
     model = adapt(of_kind(LAYER_KINDS[0]))
     model._modules["2"] = nn.Linear(12, 20, dtype=torch.float64)
-    with untouched(model), pytest.raises(CheckpointError, match="2 carries adapter 'default' no longer"):
+    with untouched(model), pytest.raises(CheckpointError, match="2 no longer has adapter 'default'"):
         randlora.save(model, tmp_path)
     for reversible in (True, False):
-        with untouched(model), pytest.raises(MergeError, match="2 carries adapter 'default' no longer"):
+        with untouched(model), pytest.raises(MergeError, match="2 no longer has adapter 'default'"):
             randlora.merge(model, reversible=reversible)
     assert not list(tmp_path.iterdir())
 

@@ -222,16 +222,16 @@ def _unchanged(model: Mixed) -> None:
             TargetError,
             r"'upp' matches no linear layer; the nearest names are up",
         ),
-        (_unchanged, {"targets": "embed|q"}, TargetError, r"embed is a Embedding, and only linear layers"),
+        (_unchanged, {"targets": "embed|q"}, TargetError, r"embed is of type Embedding, and only linear layers"),
         (_unchanged, {"exclude": ["no"]}, TargetError, r"exclude='no' matches no linear layer"),
-        (_unchanged, {"exclude": "q|up|down"}, TargetError, r"leaves no layer to adapt"),
+        (_unchanged, {"exclude": "q|up|down"}, TargetError, r"no layer is left to adapt"),
         (_unchanged, {"train_also": ["hed"]}, TargetError, r"train_also='hed' matches no module .* are .*head"),
-        (_unchanged, {"train_also": ["q"]}, TargetError, r"train_also takes in q.weight, the weight that the adapter"),
-        (_unchanged, {"name": "a.b"}, AdapterError, r"expected a word without dots"),
-        (_unchanged, {"name": "keys"}, AdapterError, r"that torch does not use"),
-        (_unchanged, {"name": "training"}, AdapterError, r"that torch does not use"),
-        (_unchanged, {"name": "_parameters"}, AdapterError, r"that torch does not use"),
-        (_unchanged, {"name": ""}, AdapterError, r"expected a word"),
+        (_unchanged, {"train_also": ["q"]}, TargetError, r"train_also includes q.weight, a weight that the adapter"),
+        (_unchanged, {"name": "a.b"}, AdapterError, r"expected a name without dots"),
+        (_unchanged, {"name": "keys"}, AdapterError, r"not an attribute of ParameterDict"),
+        (_unchanged, {"name": "training"}, AdapterError, r"not an attribute of ParameterDict"),
+        (_unchanged, {"name": "_parameters"}, AdapterError, r"not an attribute of ParameterDict"),
+        (_unchanged, {"name": ""}, AdapterError, r"expected a name"),
         (_unchanged, {"config": RandLoRAConfig(), "r": 4}, ConfigError, r"either config= or single options"),
         (_unchanged, {"config": RandLoRAConfig(), "seed": 4, "r": None}, ConfigError, r"either config= or single"),
         (_tied, {}, TargetError, r"the weight of q is tied to other\.weight"),
@@ -269,7 +269,7 @@ def test_all_problems_are_named_at_once() -> None:
 
 def test_bases_that_cannot_be_drawn_are_refused_before_anything_changes() -> None:
     model = nn.Sequential(nn.Linear(16, 16))
-    with untouched(model), pytest.raises(ConfigError, match="no spread"):
+    with untouched(model), pytest.raises(ConfigError, match="standard deviation of 0"):
         randlora.inject(model, r=1, basis="very_sparse", seed=7, targets="all-linear")
 
 
@@ -299,7 +299,7 @@ def test_a_name_can_be_injected_once() -> None:
 
 def test_the_root_itself_cannot_be_replaced() -> None:
     model = nn.Linear(4, 4)
-    with untouched(model), pytest.raises(TargetError, match=r"put it into a module, as in torch\.nn\.Sequential"):
+    with untouched(model), pytest.raises(TargetError, match=r"wrap it in a module, as in torch\.nn\.Sequential"):
         randlora.inject(model, r=2)
 
 
@@ -308,7 +308,7 @@ def test_adapters_of_a_part_and_of_the_whole_are_kept_apart(inner_first: bool) -
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
     first, second = (model[0], model) if inner_first else (model, model[0])
     randlora.inject(first, r=2, targets="all-linear")
-    with untouched(first), pytest.raises(AdapterError, match="belongs to adapters kept on another module"):
+    with untouched(first), pytest.raises(AdapterError, match="has adapters that were added to another module"):
         randlora.inject(second, r=2, targets="all-linear", name="other")
 
 
@@ -334,6 +334,6 @@ def test_a_report_of_a_further_adapter_says_that_it_rests() -> None:
     randlora.inject(model, r=4)
     report = randlora.inject(model, r=4, name="b")
     assert report.notes == (
-        "inactive for now: randlora.activate(model, 'b') lets it act",
-        "frozen for now: randlora.activate(model, 'b', trainable=True) lets it train",
+        "inactive: call randlora.activate(model, 'b') to add its update",
+        "frozen: call randlora.activate(model, 'b', trainable=True) to train it",
     )

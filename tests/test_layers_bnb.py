@@ -70,11 +70,11 @@ def _turned() -> Any:
 @pytest.mark.parametrize(
     ("build", "said"),
     [
-        (_not_yet_4bit, r"0 holds no codes yet: move the model to its device first"),
-        (_not_yet_8bit, r"0 holds no codes yet: move the model to its device first"),
-        (_meta_4bit, r"0 has codes that are not here \(meta, offloaded\)"),
-        (_meta_8bit, r"0 has codes that are not here \(meta, offloaded\)"),
-        (_16_bit_weights, r"0 keeps 16-bit weights .*has_fp16_weights=True"),
+        (_not_yet_4bit, r"0 is not quantized yet: move the model to its device first"),
+        (_not_yet_8bit, r"0 is not quantized yet: move the model to its device first"),
+        (_meta_4bit, r"0 has no values \(its weight is on the meta device or offloaded\)"),
+        (_meta_8bit, r"0 has no values \(its weight is on the meta device or offloaded\)"),
+        (_16_bit_weights, r"0 has 16-bit weights .*has_fp16_weights=True"),
         (_unknown_type, r"0 has codes of type 'af4', expected one of nf4, fp4"),
         (_turned, r"0 was quantized as \(64, 96\), expected \(out, in\) = \(96, 64\)"),
     ],
@@ -95,7 +95,7 @@ def test_codes_that_bitsandbytes_misreads_are_refused() -> None:
     if torch.allclose(layer(torch.eye(48)).T.double(), written_out(layer), atol=1e-6):
         pytest.skip("this bitsandbytes reads them right")
     model = nn.Sequential(layer)
-    said = r"0 has rows of 48 and blocks of 64, .* reads such codes wrongly on a CPU"
+    said = r"0 has rows of 48 entries and blocks of 64, .* dequantizes incorrectly on a CPU"
     with untouched(model), pytest.raises(TargetError, match=said):
         randlora.inject(model, r=4, targets=["0"])
 

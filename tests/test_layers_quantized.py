@@ -67,8 +67,8 @@ def test_the_reported_loss_is_relative_to_what_was_merged(kind: LayerKind) -> No
     report = randlora.merge(model)
     off = torch.linalg.vector_norm(kind.weight(model[0]) - exact)
     assert report.rounding["0"].relative == pytest.approx((off / merged_in).item(), rel=1e-3)
-    assert f"rounding took {report.rounding['0'].relative:.1%}" in str(report)
-    assert "most in 0, by" in str(report)
+    assert f"the rounding error is {report.rounding['0'].relative:.1%}" in str(report)
+    assert "largest in 0: up to" in str(report)
 
 
 @every_quantized_kind_and_dtype
@@ -251,7 +251,7 @@ def test_a_layer_that_does_more_is_requantized_but_not_made_plain(kind: LayerKin
     model, own = nn.Sequential(layer), type(layer)
     randlora.inject(model, r=3)
     fill(model)
-    said = r"0 has a forward of its own, .* quantized='requantize'"
+    said = r"0 has its own forward, .* quantized='requantize'"
     with untouched(model), pytest.raises(MergeError, match=said):
         randlora.merge(model, quantized="dequantize")
     randlora.merge(model)
@@ -278,7 +278,7 @@ def test_a_layer_whose_class_changed_since_is_not_made_plain_even_for_a_while(ki
     model = one_layer(kind, (24, 20), torch.float32)
     parametrize.register_parametrization(model[0], "bias", nn.Identity())
     changed = type(model[0])
-    said = r"0 became a Parametrized\w+ after it was adapted"
+    said = r"0 changed its class to Parametrized\w+ after it was adapted"
     with untouched(model), pytest.raises(MergeError, match=said):
         randlora.merge(model, quantized="dequantize", reversible=True)
     assert type(model[0]) is changed
@@ -290,7 +290,7 @@ def test_a_layer_that_was_put_in_after_the_adapter_is_not_merged_into(kind: Laye
     """As ``model.dequantize()`` of transformers does, for one."""
     model = one_layer(kind, (24, 20), torch.float32)
     model[0] = nn.Linear(24, 20)
-    said = r"0 carries adapter 'default' no longer: another module was put in its place"
+    said = r"0 no longer has adapter 'default': the module was replaced by another"
     with untouched(model), pytest.raises(MergeError, match=said):
         randlora.merge(model, quantized=quantized)
 
@@ -356,7 +356,7 @@ def test_options_that_mean_nothing_are_refused(kind: LayerKind) -> None:
 @every_quantized_kind
 def test_a_dtype_for_codes_is_refused(kind: LayerKind) -> None:
     model = one_layer(kind, (24, 20), torch.float32)
-    with untouched(model), pytest.raises(ConfigError, match="codes have none: give quantized='dequantize' too"):
+    with untouched(model), pytest.raises(ConfigError, match="applies to dequantized layers only"):
         randlora.merge(model, dtype=torch.float32)
 
 

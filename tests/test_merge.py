@@ -207,7 +207,7 @@ def _merged(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (_two, "b would be lost: save and remove what is not active"),
+        (_two, "b would be lost: save and remove inactive adapters"),
         (_none_active, "no adapter is active: activate one of default"),
         (_merged, r"merged already: call randlora\.unmerge"),
     ],
@@ -265,7 +265,7 @@ def test_verbs_that_would_go_wrong_while_merged_are_refused(verb: object) -> Non
 
 
 def test_a_plain_model_has_nothing_to_merge() -> None:
-    with pytest.raises(AdapterError, match=r"carries no adapter: call randlora\.inject"):
+    with pytest.raises(AdapterError, match=r"the model has no adapter: call randlora\.inject"):
         randlora.merge(Mixed())
 
 
@@ -384,4 +384,4 @@ def test_merging_into_a_layer_with_a_forward_of_its_own_is_said() -> None:
     model = nn.Sequential(Rectified(4, 4), nn.Linear(4, 4))
     randlora.inject(model, r=2)
     (note,) = randlora.merge(model).notes
-    assert note.startswith("a forward of their own: 0;")
+    assert note.startswith("layers with their own forward: 0;")

@@ -95,7 +95,7 @@ def test_bases_are_those_of_peft_or_refused_where_peft_divides_by_nothing(
 ) -> None:
     theirs = their_bases(shapes, r, basis, seed)
     if not all(part.isfinite().all() for part in theirs):
-        with pytest.raises(ConfigError, match="have no spread to be normalized by"):
+        with pytest.raises(ConfigError, match="have a standard deviation of 0"):
             randlora.inject(stack(shapes), r, targets="all-linear", basis=basis, seed=seed)
         return
     ours = our_bases(shapes, r, basis, seed)
@@ -113,7 +113,7 @@ def test_bases_that_peft_draws_as_nan_are_refused(shape: tuple[int, int], basis:
     assert their_bases((shape,), 1, basis, seed)[0].isnan().all()
     model = stack((shape,))
     before = snapshot(model)
-    with pytest.raises(ConfigError, match="have no spread to be normalized by"):
+    with pytest.raises(ConfigError, match="have a standard deviation of 0"):
         randlora.inject(model, 1, targets="all-linear", basis=basis, seed=seed)
     assert_untouched(model, before)
 

@@ -114,10 +114,10 @@ def test_a_model_without_quantized_layers_is_prepared_all_the_same() -> None:
     report = prepare_quantized(model)
     assert str(report).splitlines() == [
         "quantized layers: none",
-        "made float32: q, up, down, norm and 1 more",
-        "require grad from the start: embed",
+        "converted to float32: q, up, down, norm and 1 more",
+        "outputs that now require grad: embed",
         "checkpointing: off",
-        "kept from being repacked: no layers",
+        "layers with repacking disabled: none",
         "checkpointing stays off: Mixed has no method for it",
     ]
     assert model.embed.weight.dtype == torch.bfloat16

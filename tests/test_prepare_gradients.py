@@ -47,7 +47,7 @@ def test_a_model_without_embeddings_is_reported(build: Callable[[], nn.Module]) 
     model = build()
     report = prepare_quantized(model, **only("inputs_require_grad"))
     assert report.input_gradients == ()
-    assert report.notes == ("no embedding was found: for reentrant checkpointing, let the batch itself require grad",)
+    assert report.notes == ("no embedding was found: for reentrant checkpointing, make the inputs require grad",)
     assert set(hooks(model).values()) == {(0, 0)}
 
 
@@ -167,7 +167,7 @@ def test_without_the_step_an_evaluation_cuts_gradients_off_and_a_later_call_mend
         pytest.skip("this bitsandbytes passes gradients through repacked layers")
     report = prepare_quantized(model)
     assert (report.quantized, report.unpacked, report.put_in_order) == (("0",), ("0",), ("0",))
-    assert "repacked already: 0 (in order again, their scales less exact)" in str(report)
+    assert "restored after repacking: 0 (scales rounded to bfloat16)" in str(report)
     assert input_gradient_after_evaluation(model) is not None
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0.02 * expected.abs().max().item())
     assert prepare_quantized(model).put_in_order == ()

@@ -327,7 +327,7 @@ def test_what_transformers_dequantized_under_the_adapters_is_neither_merged_nor_
     if is_merged:
         randlora.merge(model, reversible=True)
     model.dequantize()
-    said = r"q_proj carries adapter 'default' no longer: another module was put in its place"
+    said = r"q_proj no longer has adapter 'default': the module was replaced by another"
     with pytest.raises(randlora.RandLoRAError, match=said):
         randlora.save(model, tmp_path / "adapter")
     if not is_merged:

@@ -85,7 +85,7 @@ def test_the_table_of_a_small_model_reads_so() -> None:
         "trainable 183 of 987 parameters (18.54%)",
         "3 layers adapted, active, trainable",
         "bases 576 B in memory, checkpoint 732 B",
-        "trained beside it: head.weight, head.bias",
+        "also trained: head.weight, head.bias",
         "left out: head (the output head)",
     ]
 
@@ -120,7 +120,7 @@ def test_a_sparse_kind_claims_no_more_rank_than_it_has() -> None:
 def test_a_merge_says_what_went_where() -> None:
     model = Mixed()
     randlora.inject(model, r=4)
-    assert str(randlora.merge(model)) == "merged default into 3 layers; plain layers are back"
+    assert str(randlora.merge(model)) == "merged default into 3 layers; the layers are plain again"
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_two_parts_with_adapters_of_their_own_cannot_be_told_apart() -> None:
     model = nn.Sequential(Mixed(), Mixed())
     for part in model:
         randlora.inject(part, r=4)
-    with pytest.raises(AdapterError, match=r"several parts \(0, 1\): call this on one of them"):
+    with pytest.raises(AdapterError, match=r"several submodules have adapters \(0, 1\): call this on one of them"):
         randlora.merge(model)
 
 
@@ -54,7 +54,7 @@ def test_one_of_several_adapters_must_be_named() -> None:
     model = Mixed()
     randlora.inject(model, r=4)
     randlora.inject(model, r=4, name="b")
-    with pytest.raises(AdapterError, match=r"several adapters \(default, b\): say which one with name="):
+    with pytest.raises(AdapterError, match=r"several adapters \(default, b\): give name= to choose one"):
         adapted_root(model)[1].adapter(None)
 
 

@@ -71,7 +71,7 @@ def test_what_a_named_module_holds_beside_linear_layers_is_left_out_with_the_rea
     model = nn.ModuleDict({"body": vision_transformer(), "attention": nn.MultiheadAttention(4, 2)})
     selection = select(Census.of(model), ["body"], None)
     assert [site.fqn for site in selection.sites] == [f"body.{fqn}" for fqn in IN_BLOCKS]
-    assert selection.skipped == {"body.patch_embed.proj": "a Conv2d, and only linear layers can be adapted"}
+    assert selection.skipped == {"body.patch_embed.proj": "of type Conv2d, and only linear layers can be adapted"}
     assert select(Census.of(model), ["body"], ["patch_embed"]).skipped == {}
 
 
@@ -80,7 +80,7 @@ def test_what_a_named_module_holds_beside_linear_layers_is_left_out_with_the_rea
     [
         ("stem", nn.Sequential(nn.Conv2d(2, 2, 1)), "targets='stem' matches no linear layer, only stem (Sequential)"),
         ("norms", nn.Sequential(nn.LayerNorm(2)), "targets='norms' matches no linear layer, only norms (Sequential)"),
-        ("attention", nn.MultiheadAttention(4, 2), "attention is a MultiheadAttention, and only linear layers"),
+        ("attention", nn.MultiheadAttention(4, 2), "attention is of type MultiheadAttention, and only linear layers"),
     ],
     ids=["a-convolution", "norms", "attention"],
 )
@@ -93,7 +93,7 @@ def test_a_named_module_without_layers_to_adapt_is_refused(name: str, module: nn
 def test_a_layer_that_cannot_be_adapted_is_refused_by_its_name_and_left_out_of_its_module() -> None:
     model = nn.ModuleDict({"body": nn.ModuleDict({"conv": nn.Conv2d(2, 2, 1), "up": nn.Linear(2, 2)})})
     assert found(model, ["body"]) == ["body.up"]
-    with pytest.raises(TargetError, match=r"body\.conv is a Conv2d"):
+    with pytest.raises(TargetError, match=r"body\.conv is of type Conv2d"):
         find_targets(model, ["body", "conv"])
 
 
@@ -121,7 +121,7 @@ def test_a_list_means_the_layers_of_its_names_and_in_modules_of_its_names(
     if expected:
         assert found(Model(), names, exclude) == expected
     else:
-        with pytest.raises(TargetError, match="without the excluded leaves no layer to adapt"):
+        with pytest.raises(TargetError, match="without the excluded: no layer is left to adapt"):
             find_targets(Model(), names, exclude)
 
 
@@ -183,7 +183,7 @@ def test_no_answer_suggests_what_was_written(targets: Any, model: nn.Module) -> 
     ("model", "message"),
     [
         (nn.Sequential(nn.Conv2d(1, 1, 1), nn.Tanh()), "; the model has no linear layer, only Conv2d, Tanh"),
-        (nn.Sequential(), "; the model holds no modules"),
+        (nn.Sequential(), "; the model has no submodules"),
     ],
     ids=["other-modules", "nothing"],
 )

@@ -68,13 +68,13 @@ def test_copies_start_from_the_models_own_values_and_not_from_another_adapters()
 def test_integers_cannot_be_trained() -> None:
     model = Mixed()
     model.steps = nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False)
-    with pytest.raises(TargetError, match=r"train_also takes in steps, which holds torch\.int64"):
+    with pytest.raises(TargetError, match=r"train_also includes steps of dtype torch\.int64"):
         randlora.inject(model, r=4, train_also=["steps"])
 
 
 def test_running_statistics_cannot_be_carried_and_single_parameters_can() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    with pytest.raises(TargetError, match=r"train_also takes in 1, whose running statistics an adapter cannot carry"):
+    with pytest.raises(TargetError, match=r"train_also includes 1, whose running statistics cannot be part"):
         randlora.inject(model, r=2, targets="all-linear", train_also=["1"])
     report = randlora.inject(model, r=2, targets="all-linear", train_also=["1.weight", "1.bias"])
     assert report.train_also == ("1.weight", "1.bias")
@@ -84,7 +84,7 @@ def test_running_statistics_cannot_be_carried_and_single_parameters_can() -> Non
 def test_nor_can_those_of_a_quantized_embedding(storage: torch.dtype) -> None:
     embedding = Embedding4bit(16, 64, quant_type="nf4", quant_storage=storage)
     model = nn.Sequential(OrderedDict(embed=embedding, body=nn.Linear(64, 64))).to("cpu")
-    with pytest.raises(TargetError, match=r"embed\.weight, which is codes \(Embedding4bit\)"):
+    with pytest.raises(TargetError, match=r"embed\.weight, which is quantized \(Embedding4bit\)"):
         randlora.inject(model, r=4, targets=["body"], train_also=["embed"])
 
 
@@ -95,7 +95,7 @@ def test_the_codes_of_a_quantized_layer_cannot_be_trained_and_its_bias_can(
 ) -> None:
     model = nn.Sequential(OrderedDict(body=nn.Linear(64, 64), head=of_4_bits(64, 8, quant_storage=storage)))
     before = Snapshot.of(model)
-    with pytest.raises(TargetError, match=r"takes in head\.weight, which is codes \(Linear4bit\).*name a bias"):
+    with pytest.raises(TargetError, match=r"head\.weight, which is quantized \(Linear4bit\).*name only its bias"):
         randlora.inject(model, r=4, targets=["body"], train_also=names)
     before.assert_equals(Snapshot.of(model))
     assert randlora.inject(model, r=4, targets=["body"], train_also=["head.bias"]).train_also == ("head.bias",)

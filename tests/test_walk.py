@@ -180,7 +180,7 @@ def tied_on_meta() -> nn.Module:
 
 @pytest.mark.parametrize("make", [tied_parameter, tied_storage, tied_on_meta], ids=lambda make: make.__name__)
 def test_a_weight_tied_to_another_module_is_refused_and_both_are_named(make: Callable[[], nn.Module]) -> None:
-    message = "the weight of up is tied to embed.weight: untie it, or leave the layer out"
+    message = "the weight of up is tied to embed.weight: untie it, or exclude the layer"
     assert problems(make(), ["up"]) == [message]
     with pytest.raises(TargetError, match=re.escape(message)):
         randlora.inject(make(), r=1)
@@ -190,8 +190,8 @@ def test_two_targets_of_one_weight_are_both_refused() -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     model["b"].weight = model["a"].weight
     assert problems(model) == [
-        "the weight of a is tied to b.weight: untie it, or leave the layer out",
-        "the weight of b is tied to a.weight: untie it, or leave the layer out",
+        "the weight of a is tied to b.weight: untie it, or exclude the layer",
+        "the weight of b is tied to a.weight: untie it, or exclude the layer",
     ]
 
 

@@ -1,1 +1,1 @@
-"""The frozen random bases: what is drawn (`spec`), from where (`torch_stream`, `portable_stream`), how it is kept."""
+"""The frozen random bases: their spec, the random streams they are drawn from, and their storage."""

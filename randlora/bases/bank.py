@@ -1,4 +1,4 @@
-"""The bases that a model's adapters share, found by content."""
+"""The bases that a model's adapters share, looked up by spec."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from randlora.bases.spec import BasisSpec
 
 
 class BasisBank:
-    """The bases of one model, found by content: adapters that name equal bases hold the same object.
+    """The bases of one model. Adapters with equal specs share one `Basis`.
 
     Example:
         >>> bank = BasisBank()
@@ -21,29 +21,29 @@ class BasisBank:
     """
 
     def __init__(self) -> None:
-        """Make an empty bank."""
+        """Create an empty bank."""
         self._bases: list[Basis] = []
 
     def __iter__(self) -> Iterator[Basis]:
-        """Go through the bases held."""
+        """Iterate over the bases."""
         return iter(self._bases)
 
     def __len__(self) -> int:
-        """Count the bases held."""
+        """Return the number of bases."""
         return len(self._bases)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all bases take in storage."""
+        """Total bytes of the bases in storage."""
         return sum(basis.nbytes for basis in self._bases)
 
     def find(self, spec: BasisSpec, *, used: tuple[int, int] | None = None) -> Basis | None:
-        """Find bases that serve a spec.
+        """Return bases that can be used for a spec, or ``None``.
 
         Args:
-            spec: What is wanted.
-            used: ``(max_dim, min_dim)`` that layers really slice. Bases of the same family drawn for at least these
-                dims serve too, as they do in PEFT. Without it only the very bits of ``spec`` do.
+            spec: The spec.
+            used: ``(max_dim, min_dim)`` of the slices that layers use. If given, bases of the same family drawn for at
+                least these dims are accepted too, as in PEFT. Otherwise the bits must be those of ``spec``.
         """
         for basis in self._bases:
             held = basis.spec
@@ -55,7 +55,7 @@ class BasisBank:
         return None
 
     def acquire(self, spec: BasisSpec) -> Basis:
-        """Return the bases of a spec, adding them where they are not held."""
+        """Return the bases of a spec, adding them to the bank if it has none."""
         if (found := self.find(spec)) is not None:
             return found
         basis = Basis(spec)
@@ -63,17 +63,17 @@ class BasisBank:
         return basis
 
     def add(self, basis: Basis) -> None:
-        """Hold bases made elsewhere, unless they are held."""
+        """Add existing bases, unless the bank has them already."""
         if not any(basis is held for held in self._bases):
             self._bases.append(basis)
 
     def keep_only(self, used: Iterable[Basis]) -> None:
-        """Let go of every basis but those given."""
+        """Remove every basis except those given."""
         wanted = {id(basis) for basis in used}
         self._bases = [basis for basis in self._bases if id(basis) in wanted]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BasisBank:
-        """Copy the list, share the bases."""
+        """Return a bank with a copy of the list and the same bases."""
         twin = copy.copy(self)
         twin._bases = list(self._bases)
         return twin

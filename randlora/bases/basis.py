@@ -1,4 +1,4 @@
-"""One pair of frozen bases: drawn once, kept small, handed out per device and dtype."""
+"""One pair of frozen bases: drawn once, stored compactly, copied once per device and dtype."""
 
 from __future__ import annotations
 
@@ -23,37 +23,33 @@ from randlora.functional.cost import SMALL_WEIGHT
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Made = TypeVar("Made")
-_MAKING = threading.Lock()  # one for all bases, which can so be copied and pickled
+_MAKING = threading.Lock()  # shared by all bases, because a lock cannot be copied or pickled
 
 
 class Bases(NamedTuple):
-    """The slices of one layer, written out: ``A`` is ``(r, 1, min_dim)``, ``B`` is ``(max_dim, num_bases, r)``."""
+    """The dense slices of one layer: ``A`` is ``(r, 1, min_dim)``, ``B`` is ``(max_dim, num_bases, r)``."""
 
     A: Tensor
     B: Tensor
 
 
-def _not_told() -> bool:
-    return False
-
-
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", _not_told)
-"""Whether a program is being exported. torch 2.6 does not tell; it cannot export these models anyway."""
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+"""Whether a program is being exported. torch 2.6 has no such function; it cannot export these models anyway."""
 
 
 def constant_to_the_compiler(function: Function) -> Function:
-    """Mark a function as ``torch.compiler.assume_constant_result`` does, which would import the whole compiler."""
+    """Mark a function as ``torch.compiler.assume_constant_result`` does, without importing the compiler."""
     vars(function)["_dynamo_marked_constant"] = True
     return function
 
 
 def _aside(make: Callable[[], Made]) -> Made:
-    """Return what ``make`` makes in a thread of its own, where no mode, transform or autocast of the caller is on."""
+    """Return ``make()``, run in a new thread, where no mode, transform or autocast of the caller is active."""
 
     def run() -> Made:
         made = make()
         if torch.cuda.is_initialized():
-            torch.cuda.current_stream().synchronize()  # the caller may compute on another stream
+            torch.cuda.current_stream().synchronize()  # the caller may use another stream
         return made
 
     with ThreadPoolExecutor(max_workers=1) as aside:
@@ -62,17 +58,17 @@ def _aside(make: Callable[[], Made]) -> Made:
 
 @dataclass(eq=False)
 class Basis:
-    """One pair of frozen bases, shared by every layer that names its spec.
+    """One pair of frozen bases, shared by every layer with the same spec.
 
-    It is drawn when first needed, only as far as a layer has asked for, and holds one copy to compute with per
-    device and dtype, in which the zeros of ``block`` take no room. Copying shares it; pickling drops the numbers, which
-    its spec brings back, unless they came from a file that no seed reproduces.
+    The bases are drawn on first use, and only the rows and columns that layers need are kept. There is one working copy
+    per device and dtype, which does not store the zeros of ``block`` bases. Copies of the object are the object itself.
+    Pickling drops the values, which the spec reproduces, unless they came from a file that no seed reproduces.
 
     Attributes:
-        spec: What is drawn.
+        spec: The spec of the bases.
         extent: ``(max_dim, min_dim)`` kept so far.
-        stored: A and B as a file held them, where its seed does not bring them back.
-        identity: What the bits depend on, in words; bases of equal identity are equal.
+        stored: A and B as read from a file, if the seed does not reproduce them.
+        identity: A string of everything the bits depend on; bases of equal identity are equal.
     """
 
     spec: BasisSpec
@@ -84,43 +80,43 @@ class Basis:
     identity: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Name the content."""
+        """Set `identity`."""
         self.identity = str(self.spec.family if self.spec.is_prefix_stable else self.spec)
         if self.stored is not None:
             self.identity += f", stored {self.digest(*self.extent)}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Basis:
-        """Share: the numbers never change."""
+        """Return the object itself: its values never change."""
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Drop what can be drawn again."""
+        """Return the state without what can be drawn again."""
         lasting = {name: value for name, value in self.__dict__.items() if not name.startswith("_constant_")}
         return {**lasting, "_drawn": None, "_copies": {}, "_pairs": {}}
 
     def extend(self, max_dim: int, min_dim: int) -> None:
-        """Make the bases reach layers of these dims; bits already handed out do not change.
+        """Extend the bases to layers of these dims. Entries returned before do not change.
 
         Args:
-            max_dim: Rows of B that some layer needs.
-            min_dim: Columns of A that some layer needs.
+            max_dim: Rows of B that a layer needs.
+            min_dim: Columns of A that a layer needs.
 
         Raises:
-            ConfigError: When they were drawn for smaller dims and cannot grow.
+            ConfigError: If the bases were drawn for smaller dims and cannot grow.
         """
         extent = (max(self.extent[0], max_dim), max(self.extent[1], min_dim))
         if extent == self.extent:
             return
         drawn = self.spec.max_dim, self.spec.min_dim
         if not self.spec.is_prefix_stable and (extent[0] > drawn[0] or extent[1] > drawn[1]):
-            raise ConfigError(f"a layer of {max_dim}x{min_dim} reaches beyond {self.spec}: draw them for larger dims")
+            raise ConfigError(f"a layer of {max_dim}x{min_dim} is larger than {self.spec}: draw them for larger dims")
         self.extent, self._drawn = extent, None
         self.release()
         if self.spec.is_prefix_stable:
             self.spec = replace(self.spec, max_dim=max(drawn[0], extent[0]), min_dim=max(drawn[1], extent[1]))
 
     def matrices(self) -> tuple[CompactMatrix, CompactMatrix]:
-        """Return A, ``(r, min_dim)``, and B, ``(max_dim, num_bases·r)``, in storage, drawing them at the first call."""
+        """Return A, ``(r, min_dim)``, and B, ``(max_dim, num_bases·r)``, as stored; the first call draws them."""
         if self.stored is not None:
             return self.stored
         if self._drawn is None:
@@ -130,13 +126,13 @@ class Basis:
         return self._drawn
 
     def slices(self, max_dim: int, min_dim: int, *, device: torch.device | str, dtype: torch.dtype) -> Bases:
-        """Write out the bases of a layer, zeros and all, to look at or to save; nothing of it is kept.
+        """Return the dense bases of a layer, to inspect or save. They are not cached.
 
         Args:
-            max_dim: The layer's larger side.
-            min_dim: The layer's smaller side.
-            device: Where the result lives.
-            dtype: A floating dtype; exact in float32 and wider.
+            max_dim: The layer's larger dim.
+            min_dim: The layer's smaller dim.
+            device: Device of the result.
+            dtype: A floating dtype; the result is exact in float32 and wider.
         """
         self.extend(max_dim, min_dim)
         r, columns_B = self.spec.r, count_bases(min_dim, self.spec.r) * self.spec.r
@@ -144,17 +140,17 @@ class Basis:
         return Bases(basis_A[:, :min_dim].unsqueeze(1), basis_B[:max_dim, :columns_B].unflatten(1, (-1, r)))
 
     def pair(self, max_dim: int, min_dim: int, *, device: torch.device, dtype: torch.dtype) -> Pair:
-        """Return the bases of a layer within `extent` in the form it computes with: a lookup but for the first time.
+        """Return the bases of a layer within `extent` in the form that products use. Cached after the first call.
 
         Args:
-            max_dim: The layer's larger side.
-            min_dim: The layer's smaller side.
-            device: Where the layer computes.
-            dtype: What the layer computes in: the dtype of B. A, which is small, is at least float32. It carries the
-                scale of a ternary B too, whose signs are exact in any dtype.
+            max_dim: The layer's larger dim.
+            min_dim: The layer's smaller dim.
+            device: Device that the layer computes on.
+            dtype: Dtype that the layer computes in, which is that of B. A is small and at least float32. It includes
+                the scale of a ternary B, so that the signs in B are exact in any dtype.
 
         Returns:
-            Views of the one copy for this device and dtype.
+            Views of the copy for this device and dtype.
         """
         if torch.compiler.is_compiling():
             place = max_dim, min_dim, device, dtype, _is_exporting()
@@ -164,7 +160,7 @@ class Basis:
         return self._made(max_dim, min_dim, device, dtype) if pair is None else pair
 
     def release(self) -> None:
-        """Forget the copies to compute with; what computes next makes its own again."""
+        """Free the working copies. The next product makes them again."""
         self._pairs.clear()
         self._copies.clear()
         for name in [name for name in self.__dict__ if name.startswith("_constant_")]:
@@ -181,13 +177,14 @@ class Basis:
         is_exporting: bool,  # noqa: FBT001
         identity: str,
     ) -> str:
-        """Return the name of an attribute, a function that returns A (index 0) or B (index 1) of a pair.
+        """Return the name of an attribute that holds a function returning A (index 0) or B (index 1) of a pair.
 
-        The compiler calls both while it traces, and keeps the tensor as a constant under the function's name, which is
-        why each has its own; ``identity`` is an argument so that it traces again for other bases. As a parameter the
-        tensor has a shape that is no symbol to it, but a program that is exported has no parameters but the model's.
+        The compiler calls that function while tracing and stores the tensor as a constant under the function's name,
+        so each tensor has its own name. ``identity`` is an argument so that other bases cause a retrace. The tensor is
+        a parameter because its shape is then static, except in an exported program, which may have no other parameters
+        than the model's.
         """
-        assert identity == self.identity, "the caller names these bases"
+        assert identity == self.identity, "the caller passes the identity of these bases"
         name = f"_constant_{hash((index, max_dim, min_dim, device, dtype, is_exporting)):x}_{id(self):x}".replace(
             "-", "_"
         )
@@ -204,9 +201,9 @@ class Basis:
         return name
 
     def _copy(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return A and B to compute with, whole: made once, whoever else asks for them at the same time.
+        """Return the working copy of all of A and B, made once even if several threads ask for it.
 
-        Whatever mode or transform is on, they are real tensors that autograd accepts.
+        They are plain tensors that autograd accepts, whatever mode or transform is active.
         """
         with _MAKING:
             if (device, dtype) not in self._copies:
@@ -215,8 +212,8 @@ class Basis:
             return self._copies[device, dtype]
 
     def _made(self, max_dim: int, min_dim: int, device: torch.device, dtype: torch.dtype) -> Pair:
-        """Make a pair and remember it."""
-        problem = f"a layer of {max_dim}x{min_dim} of bases within {self.extent}: extend() comes first"
+        """Make a pair and cache it."""
+        problem = f"a layer of {max_dim}x{min_dim} exceeds the extent {self.extent}: call extend() first"
         assert max_dim <= self.extent[0], problem
         assert min_dim <= self.extent[1], problem
         whole = self._copy(device, dtype)
@@ -224,7 +221,7 @@ class Basis:
         return self._pairs.setdefault((max_dim, min_dim, device, dtype), pair)
 
     def _sliced(self, whole_A: Tensor, whole_B: Tensor, max_dim: int, min_dim: int) -> Pair:
-        """Slice the whole bases for a layer."""
+        """Slice the bases for a layer."""
         num_bases, (c, b) = count_bases(min_dim, self.spec.r), self._blocks
         if (c, b) == (1, 1):
             basis_A = whole_A[:, :min_dim].unsqueeze(0)
@@ -238,7 +235,7 @@ class Basis:
         return pair
 
     def _paired(self, basis_A: Tensor, basis_B: Tensor, max_dim: int, min_dim: int) -> Pair:
-        """Make a pair of the slices for a layer."""
+        """Make a pair from the slices of a layer."""
         c, b = self._blocks
         if (c, b) == (1, 1):
             return DensePair(basis_A, basis_B)
@@ -248,8 +245,8 @@ class Basis:
     def digest(self, max_dim: int, min_dim: int) -> str:
         """Return the SHA-256 of the values that layers of these dims use.
 
-        The canonical bytes are a line with both shapes, then A and B row by row as little-endian float32: of the
-        values, not of how they are stored.
+        The hashed bytes are a line with both shapes, then the dense A and B row by row as little-endian float32,
+        independent of how they are stored.
         """
         self.extend(max_dim, min_dim)
         columns_B = count_bases(min_dim, self.spec.r) * self.spec.r
@@ -262,27 +259,27 @@ class Basis:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that storage takes, or will take once drawn; written-out copies not counted."""
+        """Bytes in storage, or the bytes once drawn. Working copies are not counted."""
         if self.stored is not None:
             return sum(matrix.nbytes for matrix in self.stored)
         return self.spec.nbytes(*self.extent)
 
     @property
     def _blocks(self) -> tuple[int, int]:
-        """``(c, b)`` as it is kept: bases from a file are kept whole."""
+        """``(c, b)`` of the storage: bases from a file are stored dense."""
         return (1, 1) if self.stored is not None else self.spec.blocks or (1, 1)
 
     def _write_out_A(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Make A, ``(r, ceil(min_dim / c))``, with the scales of both."""
+        """Return A, ``(r, ceil(min_dim / c))``, multiplied by the scales of A and B."""
         wide = torch.promote_types(dtype, torch.float32)
-        if device.type == "meta":  # shapes only: nothing is drawn for a model without values
+        if device.type == "meta":  # a model without values needs no draw
             return torch.empty((self.spec.r, math.ceil(self.extent[1] / self._blocks[0])), dtype=wide, device=device)
         stored_A, stored_B = self.matrices()
         values: Tensor = stored_A.values.to(dtype=wide) * (stored_A.scale * stored_B.scale)
-        return values.to(device)  # done where it is returned: the copy waits, a kernel after it would not
+        return values.to(device)  # last, because a copy is synchronous and a kernel after it would not be
 
     def _write_out_B(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Make B, ``(max_dim, r·num_bases/b)`` with rows up to a multiple of b; storage itself where that will do."""
+        """Return B, ``(max_dim, r·num_bases/b)``, its rows padded to a multiple of b; the stored tensor if possible."""
         (max_dim, min_dim), (_, b), r = self.extent, self._blocks, self.spec.r
         rows = math.ceil(max_dim / b) * b
         if device.type == "meta":

@@ -1,4 +1,4 @@
-"""How a basis is kept: a matrix of small numbers whose zeros, where their place is known, are not stored."""
+"""Compact storage of a basis: a small dtype, and no entries for the zeros of ``block`` bases."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ CHUNK_ROWS = 256
 
 @dataclass(frozen=True)
 class CompactMatrix:
-    """A random matrix in storage.
+    """A stored random matrix.
 
     Entry ``(i, j)`` is zero unless ``i ≡ j (mod stride)``; there it is ``scale · values[i, j // stride]``. With
-    ``stride`` 1 every entry is stored. Any prefix of rows and columns is a matrix of the same form.
+    ``stride`` 1 every entry is stored. The first rows and columns are a matrix of the same form.
 
     Attributes:
         values: ``(rows, ceil(columns / stride))``, bfloat16 for a dense kind, int8 for a ternary one.
-        columns: Columns of the whole matrix.
-        scale: Factor of the values; a ternary basis has one, a float32 number.
-        stride: How many blocks the matrix has.
+        columns: Number of columns of the matrix.
+        scale: Factor of the values, a float32 number; 1 unless the basis is ternary.
+        stride: Number of blocks.
     """
 
     values: Tensor
@@ -37,11 +37,11 @@ class CompactMatrix:
         return self.values.numel() * self.values.element_size()
 
     def to_dense(self, *, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """Write the matrix out, ``(rows, columns)``.
+        """Return the dense matrix, ``(rows, columns)``.
 
         Args:
-            device: Where the result lives.
-            dtype: A floating dtype; exact in float32 and wider.
+            device: Device of the result.
+            dtype: A floating dtype; the result is exact in float32 and wider.
         """
         values = self.values.to(device=device, dtype=dtype)
         if self.scale != 1.0:
@@ -55,22 +55,22 @@ class CompactMatrix:
         return dense
 
     def dense_chunks(self, rows: int) -> Iterator[Tensor]:
-        """Write the first rows out in float32 on the CPU, some at a time, so that they are never whole in memory.
+        """Yield the first rows as dense float32 chunks on the CPU, so that they are never all in memory.
 
         Args:
-            rows: How many.
+            rows: Number of rows.
         """
-        step = CHUNK_ROWS * self.stride  # a chunk that starts at a multiple of the stride has the same form
+        step = CHUNK_ROWS * self.stride  # a chunk must start at a multiple of the stride
         for start in range(0, rows, step):
             part = replace(self, values=self.values[start : min(start + step, rows)])
             yield part.to_dense(device="cpu", dtype=torch.float32)
 
     @classmethod
     def from_dense(cls, matrix: Tensor) -> CompactMatrix:
-        """Keep a matrix that a file holds, in the smallest form that loses no bit.
+        """Build a compact matrix from a dense one, in the smallest dtype that is lossless.
 
         Args:
-            matrix: ``(rows, columns)``, any floating dtype. It is kept itself where no smaller form holds it.
+            matrix: ``(rows, columns)``, any floating dtype. It is stored as it is if no smaller dtype is lossless.
         """
         scale = max(abs(bound.item()) for bound in matrix.aminmax())
         parts = matrix.split(CHUNK_ROWS)

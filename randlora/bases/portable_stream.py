@@ -1,8 +1,8 @@
 """``stream="portable"``: the same bits on every machine, thread count, torch version and chunking.
 
 The numbers come from NumPy's ``Philox``, a counter-based generator whose raw stream NumPy guarantees. Every row of a
-basis has a counter range of its own, read from its start, so a longer row begins with a shorter one, and more rows
-change none. One 32-bit lane makes one entry, by integer comparisons or by float32 operations that IEEE 754 fixes.
+basis has its own counter range, read from the start, so a longer row begins with the shorter one, and adding rows
+changes no other row. Each 32-bit lane gives one entry, by integer comparisons or exact IEEE 754 float32 operations.
 """
 
 import math
@@ -23,10 +23,10 @@ Lanes = NDArray[np.uint32]
 
 
 def draw(spec: BasisSpec, max_dim: int, min_dim: int) -> tuple[CompactMatrix, CompactMatrix]:
-    """Draw what layers of the given dims use.
+    """Draw the part of the bases that layers of the given dims use.
 
     Args:
-        spec: What to draw; its stream is ``portable``. Of its dims only ``min_dim`` counts, for ``very_sparse``.
+        spec: The spec; its stream is ``portable``. Of its dims only ``min_dim`` matters, and only for ``very_sparse``.
         max_dim: Rows of B.
         min_dim: Columns of A.
 
@@ -43,7 +43,7 @@ def _draw_matrix(spec: BasisSpec, index: int, rows: int, columns: int, stride: i
         threshold = round(spec.probability * 2**32)
         values = _fill(spec, index, rows, columns, torch.int8, lambda lanes: _signs(lanes, threshold))
         return CompactMatrix(values, columns, float(np.float32(1 / math.sqrt(2 * spec.probability))))
-    bound = np.float32(math.sqrt(3 * stride))  # a uniform number on ±bound, at one place in stride: mean square 1
+    bound = np.float32(math.sqrt(3 * stride))  # uniform on ±bound in one of stride entries: mean square 1
     width = math.ceil(columns / stride)
     return CompactMatrix(
         _fill(spec, index, rows, width, torch.bfloat16, lambda lanes: _symmetric(lanes) * bound), columns, stride=stride
@@ -58,7 +58,7 @@ def _fill(
     dtype: torch.dtype,
     to_values: Callable[[Lanes], NDArray[np.generic]],
 ) -> torch.Tensor:
-    """Make ``(rows, width)`` values, a bounded number of rows at a time."""
+    """Return ``(rows, width)`` values, computed in chunks of rows to bound memory."""
     filled = torch.empty((rows, width), dtype=dtype, device="cpu")
     step = max(1, CHUNK_ENTRIES // width)
     for start in range(0, rows, step):
@@ -69,7 +69,7 @@ def _fill(
 
 
 def _row(seed: int, index: int, row: int, width: int) -> Lanes:
-    """Read the first ``width`` lanes of one row, low half of each 64-bit word first on any machine."""
+    """Return the first ``width`` lanes of one row: the low half of each 64-bit word first, on any machine."""
     philox = np.random.Philox(
         key=np.array([seed, VERSION << 8 | index], dtype=np.uint64), counter=np.array([0, row, 0, 0], dtype=np.uint64)
     )

@@ -1,4 +1,4 @@
-"""Names one pair of bases: everything its bits depend on, and nothing else."""
+"""The spec of one pair of bases: everything its bits depend on, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any, Self
 from randlora.config import BasisKind, RandLoRAConfig, Stream, is_integer
 from randlora.errors import ConfigError
 
-SMALLEST_BLOCK_COLUMN = 8  # a column of A keeps at least so many entries by default: within .004 of dense when fitting
+SMALLEST_BLOCK_COLUMN = 8  # default minimum of entries in a column of A: fits within .004 of dense bases
 MOST_BLOCKS_IN_B = 8
 
 
 @dataclass(frozen=True)
 class BasisSpec:
-    """The identity of a pair of bases: equal specs are equal bits.
+    """The spec of a pair of bases. Equal specs give equal bits.
 
     Attributes:
         kind: ``dense``, ``sparse``, ``very_sparse`` or ``block``.
         stream: ``torch`` or ``portable``.
         seed: Seed of the stream.
         r: Rank of one basis.
-        max_dim: Rows of B that are drawn, the largest side of any target.
+        max_dim: Rows of B that are drawn, the largest dim of any target.
         min_dim: Columns of A that are drawn, ``min(largest out_features, largest in_features)``.
-        blocks: ``(c, b)``, the blocks of A and B, for ``block``; else ``None``.
+        blocks: ``(c, b)``, the number of blocks of A and B, for ``block``; else ``None``.
     """
 
     kind: BasisKind
@@ -37,44 +37,44 @@ class BasisSpec:
     blocks: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        """Check what the drawing code relies on: the options as a config's, and the dims."""
+        """Check the options, as `RandLoRAConfig` does, and the dims."""
         RandLoRAConfig(r=self.r, basis=self.kind, stream=self.stream, seed=self.seed, blocks=self.blocks)
         if not all(is_integer(size) and size > 0 for size in (self.max_dim, self.min_dim)):
             raise ConfigError(f"the dims of a basis must be positive integers, got {self.max_dim}x{self.min_dim}")
         if (self.blocks is None) == (self.kind == "block"):
             raise ConfigError(
-                f"blocks go with kind='block' and with no other, got kind={self.kind!r}, blocks={self.blocks}"
+                f"blocks must be given if and only if kind='block', got kind={self.kind!r}, blocks={self.blocks}"
             )
 
     @property
     def num_bases(self) -> int:
-        """How many bases are drawn, ``ceil(min_dim / r)``."""
+        """Number of bases drawn, ``ceil(min_dim / r)``."""
         return count_bases(self.min_dim, self.r)
 
     @property
     def family(self) -> tuple[BasisKind, Stream, int, int, tuple[int, int] | None]:
-        """What two specs must have in common to share their bases: all but the dims."""
+        """The fields, without the dims, that two specs must have in common to share bases."""
         return self.kind, self.stream, self.seed, self.r, self.blocks
 
     @property
     def is_prefix_stable(self) -> bool:
         """Whether a larger draw begins with the bits of a smaller one.
 
-        The density of ``very_sparse`` is ``1 / sqrt(min_dim)``: it changes with the dims whatever the stream.
+        Not for ``very_sparse``, whose density ``1 / sqrt(min_dim)`` depends on the dims.
         """
         return self.stream == "portable" and self.kind != "very_sparse"
 
     @property
     def probability(self) -> float:
-        """Of a ternary entry being +1, and of its being -1: 1/6, or ``1 / (2·sqrt(min_dim))`` for ``very_sparse``."""
+        """Probability that a ternary entry is +1, and that it is -1: 1/6, or ``1 / (2·sqrt(min_dim))``."""
         return 1 / (2 * (math.sqrt(self.min_dim) if self.kind == "very_sparse" else 3))
 
     def expected_rank(self, out_features: int, in_features: int) -> int:
         """Estimate the rank of one layer's trained update.
 
-        The small basis is shared by all terms, so where a whole column of a ternary A is zero the same column of every
-        update is zero: ``1 - (1 - 2·probability)**r`` of the columns are left on average. With ``block`` bases the
-        ranks of `block_parts` add up.
+        All terms share A, so a zero column of a ternary A is a zero column of every update. On average
+        ``1 - (1 - 2·probability)**r`` of the columns are nonzero. With ``block`` bases the rank is the sum of the ranks
+        of `block_parts`.
         """
         full = min(out_features, in_features)
         if self.kind == "dense":
@@ -84,38 +84,38 @@ class BasisSpec:
         return round(full * (1 - (1 - 2 * self.probability) ** self.r))
 
     def nbytes(self, max_dim: int, min_dim: int) -> int:
-        """Bytes that the slices for layers of these dims take in storage."""
+        """Return the bytes in storage of the slices for layers of these dims."""
         c, b = self.blocks or (1, 1)
         itemsize = 2 if self.kind in ("dense", "block") else 1
         return itemsize * (self.r * math.ceil(min_dim / c) + max_dim * count_bases(min_dim, self.r) * self.r // b)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values that JSON can hold."""
+        """Return the fields as JSON-serializable values."""
         return {**asdict(self), "blocks": None if self.blocks is None else list(self.blocks)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build a spec from what `to_dict` returned; the options are checked as a config's are."""
+        """Build a spec from the result of `to_dict`. The options are checked as in `RandLoRAConfig`."""
         blocks = values["blocks"]
         return cls(**{**values, "blocks": tuple(blocks) if isinstance(blocks, list) else blocks})
 
     def __str__(self) -> str:
-        """Return what is drawn, on one line."""
+        """Return the spec on one line."""
         blocks = f", blocks={self.blocks}" if self.blocks else ""
         dims = f"{self.max_dim}x{self.min_dim}"
         return f"{self.kind} bases (stream={self.stream}, seed={self.seed}, r={self.r}, dims={dims}{blocks})"
 
 
 def count_bases(min_dim: int, r: int) -> int:
-    """Count the bases whose ranks add up to ``min_dim``: ``ceil(min_dim / r)``."""
+    """Return the number of bases of rank r that reach rank ``min_dim``: ``ceil(min_dim / r)``."""
     return math.ceil(min_dim / r)
 
 
 def block_parts(max_dim: int, min_dim: int, r: int, blocks: tuple[int, int]) -> list[tuple[int, int]]:
-    """Count the rows and columns of the parts that an update of ``block`` bases falls into; outside of them it is zero.
+    """Return the sizes of the submatrices in which an update of ``block`` bases may be nonzero.
 
-    Row i meets column j where some p, the index that pairs UB with UA, has the remainder of i by b, and the row of A
-    that it stands for, ``p // num_bases``, that of j by c. Layers of many bases are all one part.
+    Entry (i, j) may be nonzero if some p, the index that pairs the columns of UB with the rows of UA, has
+    ``p ≡ i (mod b)`` and ``p // num_bases ≡ j (mod c)``. With many bases there is one part, the whole matrix.
 
     Returns:
         ``(rows, columns)`` of each part, out of ``max_dim`` and ``min_dim``.
@@ -134,29 +134,29 @@ def block_parts(max_dim: int, min_dim: int, r: int, blocks: tuple[int, int]) -> 
 
 
 def drawn_dims(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """Return ``(max_dim, min_dim)`` that PEFT draws for layers of these ``(out, in)`` shapes.
+    """Return the ``(max_dim, min_dim)`` that PEFT draws for layers of these ``(out, in)`` shapes.
 
-    They are the largest side of all, and the smaller of the largest output and the largest input width.
+    They are the larger and the smaller of the largest output width and the largest input width.
     """
     widest = [max(sides) for sides in zip(*shapes, strict=True)]
     return max(widest), min(widest)
 
 
 def sliced_dims(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """Return ``(max_dim, min_dim)`` that layers slice: the largest of the larger and of the smaller sides."""
+    """Return the ``(max_dim, min_dim)`` that layers slice: the maxima of their larger and of their smaller dims."""
     shapes = list(shapes)
     return max(map(max, shapes)), max(map(min, shapes))
 
 
 def spec_for(config: RandLoRAConfig, max_dim: int, min_dim: int) -> BasisSpec:
-    """Name the bases that a config asks for over targets of these dims."""
+    """Return the spec of the bases of a config for targets of these dims."""
     stream = config.stream or ("portable" if config.basis == "block" else "torch")
     blocks = (config.blocks or default_blocks(config.r)) if config.basis == "block" else None
     return BasisSpec(config.basis, stream, config.seed, config.r, max_dim, min_dim, blocks)
 
 
 def default_blocks(r: int) -> tuple[int, int]:
-    """Choose ``(c, b)`` for a rank: the most blocks of A that leave 8 entries a column, and at most 8 blocks of B."""
+    """Return ``(c, b)`` for a rank: the most blocks of A with 8 entries in a column, and at most 8 blocks of B."""
     divisors = [size for size in range(1, r + 1) if r % size == 0]
     c = max((size for size in divisors if r // size >= SMALLEST_BLOCK_COLUMN), default=1)
     b = max(size for size in divisors if size <= MOST_BLOCKS_IN_B)

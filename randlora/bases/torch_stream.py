@@ -1,13 +1,12 @@
 """``stream="torch"``: the draws of PEFT 0.21.2, bit for bit, from torch's CPU generator.
 
-PEFT draws one rectangle over the largest dims of all targets, A first, and divides each basis by its own standard
-deviation. The draws here are the same, but made in chunks of rows of which only what a layer uses is kept, and the
-deviation is summed in float64, so that no thread count can change it. ``dense`` is always drawn in bfloat16; PEFT does
-so where the hardware has it.
+PEFT draws A and then B for the largest dims of all targets, and divides each by its standard deviation. The draws here
+are the same, but made in chunks of rows of which only the part that layers use is kept. The deviation is summed in
+float64, so that it does not depend on the number of threads. ``dense`` is always drawn in bfloat16; PEFT does so if the
+hardware supports it.
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -20,10 +19,10 @@ CHUNK_ENTRIES = 2**22
 
 
 def draw(spec: BasisSpec, max_dim: int, min_dim: int) -> tuple[CompactMatrix, CompactMatrix]:
-    """Draw the whole of ``spec`` and keep what layers of the given dims use.
+    """Draw the bases of ``spec`` and keep the part that layers of the given dims use.
 
     Args:
-        spec: What to draw; its stream is ``torch``.
+        spec: The spec; its stream is ``torch``.
         max_dim: Rows of B to keep, at most ``spec.max_dim``.
         min_dim: Columns of A to keep, at most ``spec.min_dim``.
 
@@ -31,7 +30,7 @@ def draw(spec: BasisSpec, max_dim: int, min_dim: int) -> tuple[CompactMatrix, Co
         A, ``(r, min_dim)``, and B, ``(max_dim, num_bases·r)``.
 
     Raises:
-        ConfigError: When a basis comes out all equal, so that it has no standard deviation to divide by.
+        ConfigError: If all entries of a basis are equal, so that its standard deviation is zero.
     """
     generator = torch.Generator("cpu").manual_seed(spec.seed)
     num_bases = count_bases(min_dim, spec.r)
@@ -42,7 +41,7 @@ def draw(spec: BasisSpec, max_dim: int, min_dim: int) -> tuple[CompactMatrix, Co
 
 
 class _Deviation:
-    """The standard deviation of numbers that arrive in chunks, from exact or float64 sums."""
+    """The standard deviation of numbers added in chunks, from exact or float64 sums."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -57,16 +56,14 @@ class _Deviation:
     def result(self, spec: BasisSpec) -> float:
         variance = (self.squares - self.total**2 / self.count) / (self.count - 1) if self.count > 1 else 0.0
         if variance <= 0:
-            raise ConfigError(
-                f"{spec} have no spread to be normalized by: use basis='dense', a larger r or another seed"
-            )
+            raise ConfigError(f"{spec} have a standard deviation of 0: use basis='dense', a larger r or another seed")
         return math.sqrt(variance)
 
 
 def _draw_dense(
     spec: BasisSpec, generator: torch.Generator, shape: tuple[int, int, int], keep: tuple[int, int, int]
 ) -> CompactMatrix:
-    """Draw Kaiming-uniform numbers as PEFT does: ``shape[1]`` times one ``(rows, 1, width)`` draw."""
+    """Draw Kaiming-uniform numbers as PEFT does: ``shape[1]`` draws of ``(rows, 1, width)``."""
     rows, draws, width = shape
     kept = torch.empty(keep, dtype=torch.bfloat16, device="cpu")
     deviation = _Deviation()
@@ -84,19 +81,15 @@ def _draw_dense(
 def _draw_ternary(
     spec: BasisSpec, generator: torch.Generator, shape: tuple[int, int, int], keep: tuple[int, int, int]
 ) -> CompactMatrix:
-    """Draw -1, 0 and 1 from one uniform number an entry, in the order of one draw of the whole shape."""
+    """Draw -1, 0 and 1 from one uniform number per entry, in the order of a single draw of the whole shape."""
     kept = torch.empty(keep, dtype=torch.int8, device="cpu")
     deviation = _Deviation()
-    for rows in _row_chunks(shape):
-        uniform = torch.rand((len(rows), *shape[1:]), generator=generator, dtype=torch.float32, device="cpu")
+    step = max(1, CHUNK_ENTRIES // (shape[1] * shape[2]))
+    for start in range(0, shape[0], step):
+        chunk = min(step, shape[0] - start), *shape[1:]
+        uniform = torch.rand(chunk, generator=generator, dtype=torch.float32, device="cpu")
         signs = (uniform > 1 - spec.probability).to(torch.int8) - (uniform < spec.probability).to(torch.int8)
         deviation.add(signs.numel(), signs.sum(), signs.count_nonzero())
-        kept[rows.start : rows.stop] = signs[: max(0, keep[0] - rows.start), : keep[1], : keep[2]]
+        kept[start : start + step] = signs[: max(0, keep[0] - start), : keep[1], : keep[2]]
     scale = 1 / torch.tensor(deviation.result(spec), dtype=torch.float64, device="cpu").to(torch.float32)
     return CompactMatrix(kept.flatten(start_dim=1), keep[1] * keep[2], scale.item())
-
-
-def _row_chunks(shape: tuple[int, int, int]) -> Iterator[range]:
-    rows = max(1, CHUNK_ENTRIES // (shape[1] * shape[2]))
-    for start in range(0, shape[0], rows):
-        yield range(start, min(start + rows, shape[0]))

@@ -1,4 +1,4 @@
-r"""The formula, and nothing else: a frozen linear layer with what an adapter adds to it.
+r"""The formula, and nothing else: a frozen linear layer plus the update of an adapter.
 
 RandLoRA (Albert et al., ICLR 2025, arXiv 2502.00987, eq. 4) writes the update of a frozen weight as a sum of
 ``num_bases`` products of random frozen bases and trained diagonal scalings, ``Σ_j B_j Λ_j A Γ_j``, with A shared by
@@ -13,12 +13,12 @@ With ``max_dim = max(out, in)``, ``min_dim = min(out, in)``, ``num_bases = ceil(
 | ``lam`` | ``(r, num_bases)`` | Λ, trained, starts at 0 |
 | ``gamma`` | ``(num_bases, min_dim)`` | Γ, trained, starts at ``1 / max(num_bases, min_dim)`` |
 
-and the update is ``scaling · UB @ UA``, oriented as the weight, where row ``p = k·num_bases + j`` of
-``UA`` is ``lam[k, j] · basis_A[k] · gamma[j]`` and ``UB`` is ``basis_B``. The pairing by the flat index p is the one of
-PEFT 0.15 to 0.21 and of the authors' code; a checkpoint is only right under it.
+and the update is ``scaling · UB @ UA``, transposed if ``in > out``, where row ``p = k·num_bases + j`` of ``UA`` is
+``lam[k, j] · basis_A[k] · gamma[j]`` and ``UB`` is ``basis_B``. The pairing by the flat index p is that of PEFT 0.15 to
+0.21 and of the authors' code; an adapter is only valid under the pairing it was trained with.
 
-The rooms: `dense` and `block` know the products with bases of their kind, each under the same names; `adapted` puts a
-layer's weight and update together; `cost` chooses among the ways to compute; `operation` is what autograd sees.
+Files: `dense` and `block` implement the same products for their kinds of bases; `adapted` combines a layer's weight and
+update; `cost` chooses how to compute; `operation` is the autograd function.
 """
 
 from randlora.functional.adapted import Pair

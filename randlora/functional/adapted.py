@@ -1,4 +1,4 @@
-"""A layer's weight together with the update of one adapter: the products that a training step makes with both."""
+"""A layer's weight together with the update of one adapter: the products of a training step."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ WIDE = (torch.float32, torch.float64)
 
 
 class Adapted(NamedTuple):
-    """``weight + update`` of one layer, ``(out, in)``, as something to multiply by.
+    """``weight + update`` of one layer, ``(out, in)``, as an operand of products.
 
     Attributes:
-        weight: The base layer's, ``(out, in)``, in the dtype of B; ``None`` where only the update is meant.
+        weight: The base layer's weight, ``(out, in)``, in the dtype of B; ``None`` for the update alone.
         pair: The bases.
-        lam: Λ, ``(r, num_bases)``, at least as wide as A; it carries the scaling where B is narrow, before rounding.
-        gamma: Γ, ``(num_bases, min_dim)``, at least as wide as A.
-        factor: What is left of the scaling, for a product to multiply by.
+        lam: Λ, ``(r, num_bases)``, at least as wide a dtype as A; multiplied by the scaling if B has 16 bits.
+        gamma: Γ, ``(num_bases, min_dim)``, at least as wide a dtype as A.
+        factor: The scaling if Λ is not multiplied by it, else 1.
         scaling: The scaling.
-        is_wide: Whether the input is on the small side, as in square layers too.
-        owns_weight: Whether nobody else holds the weight, so that forming the sum may use its memory up.
+        is_wide: Whether the input has ``min_dim`` features, which includes square layers.
+        owns_weight: Whether the weight is referenced nowhere else and may be overwritten.
     """
 
     weight: Tensor | None
@@ -41,17 +41,17 @@ class Adapted(NamedTuple):
     owns_weight: bool = False
 
     def without_weight(self) -> Adapted:
-        """Return the update alone; `_replace` would do, but torch's compiler refuses it up to 2.8."""
+        """Return the update alone. torch.compile does not support `_replace` before 2.9."""
         return Adapted(None, self.pair, self.lam, self.gamma, self.factor, self.scaling, self.is_wide)
 
     def total(self) -> Tensor:
-        """Form the sum of weight and update, ``(out, in)``, laid out as the weight is, which is gone if it is owned."""
+        """Return weight + update, ``(out, in)``, in the memory layout of the weight, which is overwritten if owned."""
         onto = self.weight if self.weight is None or self.is_wide else self.weight.T
         total = self.pair.update(self.pair.scaled_A(self.lam, self.gamma), onto, self.factor, uses_up=self.owns_weight)
         return total if self.is_wide else total.T
 
     def output(self, rows: Tensor, bias: Tensor | None, way: Way) -> Tensor:
-        """Compute the output, ``(tokens, out)``, of ``rows``, ``(tokens, in)``."""
+        """Compute the output, ``(tokens, out)``, for ``rows``, ``(tokens, in)``."""
         if way == "materialized":
             return F.linear(rows, self.total(), bias)
         onto = None if self.weight is None else F.linear(rows, self.weight, bias)
@@ -67,11 +67,11 @@ class Adapted(NamedTuple):
         return pair.hidden_to_small(pair.large_to_hidden(rows), scaled_A, onto, self.factor)
 
     def input_gradient(self, grad: Tensor, way: Way) -> tuple[Tensor, Tensor | None]:
-        """Compute the gradient of the input, ``(tokens, in)``, and what `gradients_from_tokens` can use again.
+        """Compute the gradient of the input, ``(tokens, in)``, and hidden vectors that `gradients_from_tokens` reuses.
 
         Args:
             grad: Gradient of the output, ``(tokens, out)``.
-            way: Factored or materialized.
+            way: ``"factored"`` or ``"materialized"``.
         """
         if way == "materialized":
             return grad @ self.total(), None
@@ -88,7 +88,7 @@ class Adapted(NamedTuple):
         Args:
             tokens: The input, ``(tokens, in)``.
             grad: Gradient of the output, ``(tokens, out)``.
-            hidden: What `input_gradient` had of the same work.
+            hidden: The hidden vectors that `input_gradient` returned.
         """
         large, small = (grad, tokens) if self.is_wide else (tokens, grad)
         if hidden is None:
@@ -96,19 +96,19 @@ class Adapted(NamedTuple):
         return self._of_diagonals(self.pair.grad_from_tokens(hidden, small))
 
     def gradients_from_update(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the gradients of Λ and Γ from that of the update, ``(out, in)``."""
+        """Compute the gradients of Λ and Γ from the gradient of the update, ``(out, in)``."""
         grad_A = self.pair.grad_from_update(grad if self.is_wide else grad.T)
         return self._of_diagonals(grad_A)
 
     def gradients_of_few_tokens(
         self, tokens: Tensor | None, grad: Tensor, *, needs_input: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Compute the gradients of the input, of Λ and of Γ without building UA: see `cost`.
+        """Compute the gradients of the input, of Λ and of Γ without building UA; see `cost`.
 
         Args:
-            tokens: The input, ``(tokens, in)``; ``None`` where Λ and Γ need no gradient.
+            tokens: The input, ``(tokens, in)``; ``None`` if Λ and Γ need no gradient.
             grad: Gradient of the output, ``(tokens, out)``.
-            needs_input: Whether the input's gradient is asked for.
+            needs_input: Whether the input needs a gradient.
         """
         small, large = (tokens, grad) if self.is_wide else (grad, tokens)
         before = None if small is None else self.pair.small_to_terms(small, self.gamma)
@@ -119,7 +119,7 @@ class Adapted(NamedTuple):
             onto = None if self.weight is None else grad @ self.weight
             to_input = self._by_term_to_small if self.is_wide else self._terms_to_large
             part = by_term if self.is_wide else before
-            assert part is not None, "it is made of the gradient"
+            assert part is not None, "computed from the gradient"
             grad_x = to_input(part, onto, self.factor)
         if small is None or before is None or after is None or by_term is None:
             return grad_x, None, None
@@ -128,24 +128,24 @@ class Adapted(NamedTuple):
         return grad_x, *self._times_scaling(grad_lam, grad_gamma)
 
     def _of_diagonals(self, grad_A: Tensor) -> tuple[Tensor, Tensor]:
-        """Lead the gradient of UA, less the scaling, on to Λ and Γ."""
+        """Compute the gradients of Λ and Γ from that of UA without the scaling."""
         return self._times_scaling(*self.pair.diagonal_gradients(grad_A, self.lam, self.gamma))
 
     def _times_scaling(self, grad_lam: Tensor, grad_gamma: Tensor) -> tuple[Tensor, Tensor]:
-        """Multiply gradients by the scaling; where Λ carries it, Γ's has it already."""
+        """Multiply gradients by the scaling. The gradient of Γ already contains it if Λ does."""
         return scratch.scaled(grad_lam, self.scaling), scratch.scaled(grad_gamma, self.factor)
 
     def _terms(self, large: Tensor) -> Tensor:
-        """Multiply ``(tokens, max_dim)`` by UB, in the order of Λ: ``(tokens, r, num_bases)``."""
+        """Multiply ``(tokens, max_dim)`` by UB and view the result as ``(tokens, r, num_bases)``."""
         return self.pair.large_to_flat(large).view(-1, self.lam.size(0), self.lam.size(1))
 
     def _terms_to_large(self, terms: Tensor, onto: Tensor | None, factor: float) -> Tensor:
-        """Scale ``(tokens, r, num_bases)`` by Λ and the factor and multiply by UB, added to ``onto``."""
+        """Multiply ``(tokens, r, num_bases)`` by Λ, the factor and ``UB.T``, and add ``onto``."""
         flat = (self.lam * terms).reshape(-1, self.lam.numel())
         return self.pair.flat_to_large(scratch.in_dtype(flat, self.pair.B.dtype), onto, factor)
 
     def _by_term_to_small(self, by_term: Tensor, onto: Tensor | None, factor: float) -> Tensor:
-        """Scale ``(tokens, num_bases, min_dim)`` by Γ and the factor and sum over the terms, added to ``onto``."""
+        """Multiply ``(tokens, num_bases, min_dim)`` by Γ and the factor, sum over the terms, and add ``onto``."""
         small = (by_term * self.gamma).sum(1)
         total = scratch.scaled(small, factor) if onto is None else scratch.plus(onto, small, factor)
         return scratch.in_dtype(total, self.pair.B.dtype)
@@ -166,7 +166,7 @@ def adapted(
     *,
     owns_weight: bool = False,
 ) -> Adapted:
-    """Put the parts of a layer together.
+    """Build the operand of one layer, casting Λ and Γ to at least the dtype of A.
 
     Args:
         weight: ``(out, in)`` in the dtype of B, or ``None``.
@@ -174,8 +174,8 @@ def adapted(
         lam: Λ.
         gamma: Γ.
         scaling: Factor of the update.
-        in_features: The layer's input width; it is ``min_dim`` or ``max_dim``, and fixes the orientation.
-        owns_weight: Whether nobody else holds the weight.
+        in_features: The layer's input width, ``min_dim`` or ``max_dim``; it determines the orientation.
+        owns_weight: Whether the weight is referenced nowhere else.
     """
     wide = pair.A.dtype
     if lam.dtype != wide:

@@ -1,20 +1,20 @@
-"""Products with ``block`` bases: a few small dense ones in place of one that is mostly zeros.
+"""Products with ``block`` bases: batched products of small dense blocks.
 
-A is zero but where ``k ≡ j (mod c)``, B but where ``i ≡ p (mod b)``: block diagonal up to a stride permutation, the
-factors of Monarch matrices (Dao et al., ICML 2022). So a product of tokens with either deals their columns out
-(`_deal`), multiplies block by block, and gathers the columns of the result (`_gather`). The update is a grid of b·c
-dense tiles in the same way. Sides that a stride does not divide are filled up with zeros, which change no sum, and cut
-off again.
+A is zero except where ``k ≡ j (mod c)``, B except where ``i ≡ p (mod b)``. They are block diagonal up to a stride
+permutation, the factors of Monarch matrices (Dao et al., ICML 2022). A product of tokens with either one distributes
+the columns to blocks (`_deal`), multiplies block by block (bmm), and gathers the columns of the result (`_gather`). In
+the same way the update is a grid of b·c dense tiles. Dims that a stride does not divide are padded with zeros, which
+change no sum and are cut off again.
 
-A matrix product wants its sides dense in memory, so this is what is copied beside the products. Through both factors:
-the tokens once, dealt out; the hidden vectors twice, from the order of one basis to that of the other by way of p; the
-result once, gathered, and read again to be added. Hidden vectors could go in a single copy where b divides num_bases,
-but one over five axes took 1.4 to 2.9 times as long as the two over three on a CPU. Backward uses one copy of the
-hidden vectors for both gradients. To form the sum of weight and update: the weight once, dealt out to tiles that the
-products are added to, and the sum once, gathered; tokens are not copied at all.
+bmm needs rows that are contiguous in memory, so these copies are made besides the products. Factored: the tokens once,
+dealt; the hidden vectors twice, from the order of one basis to that of the other through p; the result once, gathered,
+and one more read to add it. If b divides num_bases, one copy of the hidden vectors would do, but a permutation of five
+axes took 1.4 to 2.9 times as long on a CPU as two of three. Backward uses one copy of the hidden vectors for both
+gradients. Materialized: the weight once, cut into tiles that the products are added to, and the sum once, put together;
+tokens are not copied.
 
-What is dealt out stays in its row, ``(rows, blocks, width)``, and is only seen as ``(blocks, rows, width)``: a row is
-then read and written while it is in the cache, and a matrix product may skip from row to row.
+Dealt columns are stored as ``(rows, blocks, width)`` and viewed as ``(blocks, rows, width)``: each row is then read and
+written while it is in the cache, and bmm accepts the row stride.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from randlora.functional.dense import DensePair
 from randlora.functional.scratch import in_dtype
 
 WORTH_A_SHUFFLE = 2**14
-"""Entries of a matrix that torch's kernel for shuffling channels takes less time for than a copy."""
+"""Entries of a matrix from which on torch's channel shuffle on a CPU is faster than a copy."""
 
 
 class BlockPair:
-    """A pair of block bases; the products are those of `DensePair`.
+    """A pair of block bases, with the same products as `DensePair`.
 
     Here ``scaled_A`` is ``(c, r/c·num_bases, ceil(min_dim / c))``: row ``u·num_bases + j`` of block t is row
-    ``p = (u·c + t)·num_bases + j`` of UA. Hidden vectors as its rows lie are ``(c, tokens, r/c·num_bases)``.
+    ``p = (u·c + t)·num_bases + j`` of UA. Hidden vectors in the order of its rows are ``(c, tokens, r/c·num_bases)``.
 
     Attributes:
         A: ``(c, r/c, ceil(min_dim / c))``.
-        B: ``(b, ceil(max_dim / b), r·num_bases/b)``; its dtype is the one computed in.
-        num_bases: Terms of the update; it tells p, the index that pairs the rows of UA with the columns of UB.
-        max_dim: The layer's large side.
-        min_dim: The layer's small side.
-        rest: What makes a pair again of other tensors.
+        B: ``(b, ceil(max_dim / b), r·num_bases/b)``, in the dtype to compute in.
+        num_bases: Number of terms of the update.
+        max_dim: The layer's larger dim.
+        min_dim: The layer's smaller dim.
+        rest: The arguments besides A and B that rebuild the pair from other tensors.
         r: Rows of A.
         hidden: ``r·num_bases``.
-        written: The same bases written out, zeros and all, where someone made them, for so few multiply-adds that the
-            host's time to deal and gather would be the larger part: see `cost.is_small`.
+        written: The same bases as a dense pair, if one was made for products so small that dealing and gathering would
+            take longer; see `cost.is_small`.
     """
 
     written: DensePair | None = None
@@ -65,7 +65,7 @@ class BlockPair:
         min_dim: int,
         blocks: tuple[int, int, int] | None = None,
     ) -> None:
-        """Take the bases of one layer; ``blocks`` is ``(c, b, r/c)``, which to a compiler may be symbols of tensors."""
+        """Hold the bases of one layer. ``blocks`` is ``(c, b, r/c)``; under a compiler tensor sizes may be symbols."""
         self.A, self.B = A, B
         self.num_bases, self.max_dim, self.min_dim = num_bases, max_dim, min_dim
         self._c, self._b, self._rows = (A.size(0), B.size(0), A.size(1)) if blocks is None else blocks
@@ -80,18 +80,18 @@ class BlockPair:
 
     @property
     def _tile_rows(self) -> int:
-        """Rows of tiles that the update has, b': where b does not divide num_bases, tiles are merged until it does."""
+        """Rows of tiles in the update, b'. If b does not divide num_bases, tiles are merged until b' does."""
         return math.gcd(self.num_bases, self._b)
 
     @cached_property
     def shape(self) -> Shape:
-        """What the cost of products depends on; a product with UA, with UB and both are shares of dense ones."""
+        """The sizes that the cost depends on, with the shares of the dense work of products with UA, UB and both."""
         entry = pass_over(self.B.device.type, self.B.dtype).multiply_adds
         shares = 1 / self._c, 1 / self._b, 1 / (self._c * self._tile_rows)
         return Shape(self.max_dim, self.min_dim, self.hidden, self.num_bases, shares, entry)
 
     def write_out(self) -> DensePair:
-        """Return the same bases as dense ones."""
+        """Return the same bases as a dense pair."""
         basis_A, basis_B = (
             torch.diag_embed(blocks.permute(1, 2, 0), dim1=1, dim2=3).reshape(rows, -1)
             for blocks, rows in ((self.A, self.r), (self.B, self._b * self._height))
@@ -99,41 +99,41 @@ class BlockPair:
         return DensePair(basis_A[:, : self.min_dim].contiguous().unsqueeze(0), basis_B[: self.max_dim])
 
     def scaled_A(self, lam: Tensor, gamma: Tensor) -> Tensor:
-        """Build UA block by block in the dtype of B: made in the widest of all and rounded once."""
+        """Compute UA block by block in the dtype of B, rounded once from the widest dtype of its factors."""
         product = scratch.times(self._rows_of_A * self._blocks_of_gamma(gamma), self._blocks_of_lam(lam))
         return in_dtype(product.reshape(self._c, -1, self._width), self.B.dtype)
 
     def diagonal_gradients(self, grad_A: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        """Lead the gradient of UA, whose memory is used up, on to Λ and Γ."""
+        """Compute the gradients of Λ and Γ from that of UA, which is overwritten."""
         grad_A = grad_A.reshape(self._c, self._rows, self.num_bases, self._width)
         product = scratch.times(grad_A, self._rows_of_A)
         grad_lam = (product * self._blocks_of_gamma(gamma)).sum(3).transpose(0, 1).reshape(self.r, self.num_bases)
         return grad_lam, _gather(scratch.times(product, self._blocks_of_lam(lam)).sum(1), self.min_dim)
 
     def _blocks_of_lam(self, lam: Tensor) -> Tensor:
-        """Lay Λ out as the blocks of A: ``(c, r/c, num_bases, 1)``."""
+        """Return Λ in the order of the blocks of A: ``(c, r/c, num_bases, 1)``."""
         return lam.view(self._rows, self._c, self.num_bases, 1).transpose(0, 1)
 
     def _blocks_of_gamma(self, gamma: Tensor) -> Tensor:
-        """Lay Γ out as the blocks of A, in memory too, so that what is made of it lies like that: ``(c, 1, n, w)``."""
+        """Return Γ in the order of the blocks of A, contiguous so that products with it are too: ``(c, 1, n, w)``."""
         by_row = _fill(gamma, self.num_bases, self._sides[1]).view(self.num_bases, self._width, self._c)
         return by_row.permute(2, 0, 1).contiguous().unsqueeze(1)
 
     def small_to_hidden(self, small: Tensor, scaled_A: Tensor) -> Tensor:
-        """Multiply ``(tokens, min_dim)`` by ``UA.T``: hidden vectors as the rows of ``scaled_A`` lie."""
+        """Multiply ``(tokens, min_dim)`` by ``UA.T``: hidden vectors in the order of the rows of ``scaled_A``."""
         return torch.bmm(_deal(small, self._c), scaled_A.mT)
 
     def hidden_to_small(self, hidden: Tensor, scaled_A: Tensor, onto: Tensor | None, factor: float) -> Tensor:
-        """Multiply such vectors by ``factor·UA``, added to ``onto``, ``(tokens, min_dim)``, whose memory is used up."""
+        """Multiply such vectors by ``factor·UA`` and add ``onto``, ``(tokens, min_dim)``, which is overwritten."""
         return _gather_onto(onto, torch.bmm(hidden, scaled_A), self.min_dim, factor)
 
     def large_to_hidden(self, large: Tensor) -> Tensor:
-        """Multiply ``(tokens, max_dim)`` by ``UB``: hidden vectors as the rows of ``scaled_A`` lie."""
+        """Multiply ``(tokens, max_dim)`` by ``UB``: hidden vectors in the order of the rows of ``scaled_A``."""
         by_row = self.large_to_flat(large).view(-1, self._rows, self._c, self.num_bases)
         return by_row.permute(2, 0, 1, 3).reshape(self._c, -1, self._rows * self.num_bases)
 
     def hidden_to_large(self, hidden: Tensor, onto: Tensor | None, factor: float) -> Tensor:
-        """Multiply such vectors by ``factor·UB.T``, added to ``onto``, ``(tokens, max_dim)``, which is used up."""
+        """Multiply such vectors by ``factor·UB.T`` and add ``onto``, ``(tokens, max_dim)``, which is overwritten."""
         by_row = hidden.view(self._c, -1, self._rows, self.num_bases)
         return self.flat_to_large(by_row.permute(1, 2, 0, 3).reshape(-1, self.hidden), onto, factor)
 
@@ -142,29 +142,29 @@ class BlockPair:
         return _gather(torch.bmm(_deal(large, self._b), self.B), self.hidden)
 
     def flat_to_large(self, flat: Tensor, onto: Tensor | None, factor: float) -> Tensor:
-        """Multiply such vectors by ``factor·UB.T``, added to ``onto``, ``(tokens, max_dim)``, which is used up."""
+        """Multiply such vectors by ``factor·UB.T`` and add ``onto``, ``(tokens, max_dim)``, which is overwritten."""
         return _gather_onto(onto, torch.bmm(_deal(flat, self._b), self._B_T), self.max_dim, factor)
 
     def small_to_terms(self, small: Tensor, gamma: Tensor) -> Tensor:
-        """Multiply tokens by A once a term, scaled by its Γ before: ``(tokens, r, num_bases)``, flat but for Λ."""
+        """Multiply tokens by Γ and ``A.T``, once per term: ``(tokens, r, num_bases)``, hidden vectors before Λ."""
         laid_out = (small.unsqueeze(1) * gamma).reshape(-1, self.min_dim)  # (tokens·num_bases, min_dim)
         terms = torch.bmm(_deal(laid_out, self._c), in_dtype(self._A_T, laid_out.dtype))
         by_row = terms.view(self._c, -1, self.num_bases, self._rows).permute(1, 3, 0, 2)
         return by_row.reshape(-1, self.r, self.num_bases)
 
     def terms_to_small(self, terms: Tensor) -> Tensor:
-        """Multiply ``(tokens, r, num_bases)`` by A, term by term: ``(tokens, num_bases, min_dim)``, before Γ."""
+        """Multiply ``(tokens, r, num_bases)`` by A, once per term: ``(tokens, num_bases, min_dim)``, before Γ."""
         by_block = terms.view(-1, self._rows, self._c, self.num_bases).permute(2, 0, 3, 1)
         rows = by_block.reshape(self._c, -1, self._rows)  # (c, tokens·num_bases, r/c)
         small = torch.bmm(rows, in_dtype(self.A, rows.dtype))
         return _gather(small, self.min_dim).view(-1, self.num_bases, self.min_dim)
 
     def grad_from_tokens(self, hidden: Tensor, small: Tensor) -> Tensor:
-        """Return what ``hidden.T @ small`` has in the blocks of ``UA``, in the shape of ``scaled_A``."""
+        """Compute the blocks of ``hidden.T @ small``, the gradient of ``UA``, in the shape of ``scaled_A``."""
         return torch.bmm(hidden.mT, _deal(small, self._c))
 
     def grad_from_sides(self, large: Tensor, small: Tensor) -> Tensor:
-        """Return the same for ``large @ UB``, summed over strips of tokens in A's dtype."""
+        """Compute the same with ``hidden = large @ UB``, summed over strips of tokens in the dtype of A."""
         total: Tensor | None = None
         for some_large, some_small in scratch.strips(large, small):
             part = self.grad_from_tokens(self.large_to_hidden(some_large), some_small)
@@ -173,7 +173,7 @@ class BlockPair:
         return total
 
     def grad_from_update(self, grad: Tensor) -> Tensor:
-        """Lead the gradient of the update, ``(max_dim, min_dim)``, on to ``UA``, in the shape of ``scaled_A``."""
+        """Compute the gradient of ``UA``, shaped as ``scaled_A``, from that of the update, ``(max_dim, min_dim)``."""
         if across := grad.stride(-1) != 1:
             tiles = _cut(_fill(grad.T, *self._sides[::-1]), self._c, self._tile_rows).mT
         else:
@@ -184,15 +184,15 @@ class BlockPair:
         return by_row.reshape(self._c, -1, self._width)
 
     def update(self, scaled_A: Tensor, onto: Tensor | None, factor: float, *, uses_up: bool = False) -> Tensor:  # noqa: ARG002
-        """Compute ``factor·UB @ UA``, ``(max_dim, min_dim)``, added to ``onto`` inside the products' accumulation.
+        """Compute ``onto + factor·UB @ UA``, ``(max_dim, min_dim)``, with the sum inside the products (baddbmm).
 
-        The result is laid out in memory as ``onto`` is, which is left as it is: its tiles have to be copied anyway.
+        The result has the memory layout of ``onto``, which is never overwritten: its tiles are copied anyway.
         """
         across = onto is not None and onto.stride(-1) != 1
         left, right = self._parts_of_B(across=across), self._parts_of_A(scaled_A, across=across)
         if onto is None:
             tiles = scratch.scaled(torch.bmm(left, right), factor)
-        elif across:  # transposed in memory: so are its tiles
+        elif across:  # onto is transposed in memory, and so are its tiles
             tiles = _cut(_fill(onto.T, *self._sides[::-1]), self._c, self._tile_rows)
             tiles = scratch.plus_products(tiles, right.mT, left.mT, factor)
         else:
@@ -203,17 +203,17 @@ class BlockPair:
         return whole[: self.max_dim, : self.min_dim] if self._is_padded else whole
 
     def _grid(self, *, across: bool) -> tuple[int, int]:
-        """Return how many rows and columns the update has of tiles; ``across``, how many columns and rows."""
+        """Return the numbers of rows and columns of tiles in the update, swapped if ``across``."""
         return (self._c, self._tile_rows) if across else (self._tile_rows, self._c)
 
     def _parts_of_A(self, scaled_A: Tensor, *, across: bool) -> Tensor:
-        """Return the part of UA that each tile reads, ``(b'·c, r/c·num_bases/b', width)``, in rows or ``across``."""
+        """Return the part of UA for each tile, ``(b'·c, r/c·num_bases/b', width)``, by rows of tiles or ``across``."""
         parts = scaled_A.view(self._c, self._rows, -1, self._tile_rows, self._width)
         order = (0, 3) if across else (3, 0)
         return parts.permute(*order, 1, 2, 4).reshape(self._tile_rows * self._c, -1, self._width)
 
     def _parts_of_B(self, *, across: bool) -> Tensor:
-        """Return the part of B that each tile reads, ``(b'·c, height, r/c·num_bases/b')``, in the same order."""
+        """Return the part of B for each tile, ``(b'·c, height, r/c·num_bases/b')``, in the same order."""
         merged, height = self.B, self._b * self._height // self._tile_rows
         if (more := self._b // self._tile_rows) > 1:
             parts = self.B.unflatten(0, (more, self._tile_rows)).permute(1, 2, 3, 0)  # (b', height, inner, b/b')
@@ -224,9 +224,9 @@ class BlockPair:
 
 
 def _deal(matrix: Tensor, blocks: int) -> Tensor:
-    """Deal the columns of a matrix out to blocks, ``(rows, n)`` to ``(blocks, rows, ceil(n / blocks))``; 0 fills up.
+    """Distribute columns to blocks in turn: ``(rows, n)`` to ``(blocks, rows, ceil(n / blocks))``, zero-padded.
 
-    In memory the blocks of a row lie side by side, so that a row is written while it is in the cache.
+    The blocks of a row are adjacent in memory, so that a row is written while it is in the cache.
     """
     if blocks == 1:
         return matrix.unsqueeze(0)
@@ -238,7 +238,7 @@ def _deal(matrix: Tensor, blocks: int) -> Tensor:
 
 
 def _gather(parts: Tensor, columns: int) -> Tensor:
-    """Undo `_deal`: ``(blocks, rows, width)`` back to ``(rows, columns)``, in memory that holds nothing else."""
+    """Undo `_deal`: ``(blocks, rows, width)`` to ``(rows, columns)``, as a new contiguous tensor."""
     whole = parts.permute(1, 2, 0).reshape(-1, parts.size(0) * parts.size(2))
     if whole.size(1) != columns:
         return whole[:, :columns].clone(memory_format=torch.contiguous_format)
@@ -246,7 +246,7 @@ def _gather(parts: Tensor, columns: int) -> Tensor:
 
 
 def _gather_onto(onto: Tensor | None, parts: Tensor, columns: int, factor: float) -> Tensor:
-    """Return ``onto + factor·parts`` gathered; the memory of both is used up."""
+    """Return ``onto + factor·_gather(parts)``, overwriting both."""
     if onto is None:
         return scratch.scaled(_gather(parts, columns), factor)
     if parts.size(0) * parts.size(2) == columns:
@@ -255,15 +255,15 @@ def _gather_onto(onto: Tensor | None, parts: Tensor, columns: int, factor: float
 
 
 def _fill(matrix: Tensor, rows: int, columns: int) -> Tensor:
-    """Fill a matrix up with zeros, to a size."""
+    """Pad a matrix with zeros to a size."""
     below, beside = rows - matrix.size(0), columns - matrix.size(1)
     return F.pad(matrix, (0, beside, 0, below)) if below or beside else matrix
 
 
 def _cut(matrix: Tensor, row_classes: int, column_classes: int) -> Tensor:
-    """Cut a matrix into tiles by the remainders of rows and columns: ``(row_classes·column_classes, rows, columns)``.
+    """Split a matrix into tiles by the remainders of rows and columns: ``(row_classes·column_classes, rows, columns)``.
 
-    The tiles of one class of rows follow each other, and lie side by side in memory that holds nothing else.
+    The tiles of one class of rows are consecutive, and interleaved row by row in new memory.
     """
     width = matrix.size(1) // column_classes
     return _transpose_rows(matrix, width).reshape(-1, row_classes * column_classes, width).transpose(0, 1)
@@ -276,10 +276,10 @@ def _put_together(tiles: Tensor, row_classes: int, column_classes: int) -> Tenso
 
 
 def _transpose_rows(matrix: Tensor, groups: int) -> Tensor:
-    """Transpose each row, seen as a matrix of so many rows, ``groups``; the result is new memory.
+    """Transpose each row, viewed as a matrix of ``groups`` rows, into new memory.
 
-    To torch that is a shuffle of channels, where rows are pixels and columns channels. For it torch has a kernel on a
-    CPU that takes a quarter to a half of a copy's time, of what is not too small.
+    This is a channel shuffle with rows as pixels and columns as channels. torch's CPU kernel for it takes a quarter to
+    a half of the time of a copy, unless the matrix is small.
     """
     rows, columns = matrix.shape
     shape = rows, groups, columns // groups

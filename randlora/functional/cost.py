@@ -1,23 +1,23 @@
-"""Which way each stage of a layer takes: a pure function of sizes.
+"""The choice of how each stage of a layer computes: a pure function of sizes.
 
-A step has three stages, and each can multiply the tokens through both factors (*factored*) or form the update first
+A training step has three stages. Each can multiply the tokens by both factors (*factored*) or form the update first
 (*materialized*). With M = max_dim, m = min_dim, K = r·num_bases and T tokens, in multiply-adds:
 
 | stage | factored | materialized |
 |---|---|---|
-| forward | T·K·m·a + T·K·M·b | M·K·m·ab, the update added to the weight that multiplies the tokens anyway |
+| forward | T·K·m·a + T·K·M·b | M·K·m·ab; the update is added to the weight, whose product is needed anyway |
 | input gradient | T·K·M·b + T·K·m·a | the same again |
 | gradient of Λ and Γ | T·K·M·b + T·K·m·a | T·M·m + M·K·m·ab |
 
-a, b and ab are what `block` bases leave of a product: 1/c, 1/b and one tile in so many. Factored, the input gradient
-and that of Λ and Γ share a product with B where the layer's input is its small side. Few tokens have a third way in all
-stages, *few_tokens*, that never builds ``UA``, which has ``min_dim²`` entries: the tokens are laid out once a term and
-scaled instead, ``num_bases·min_dim`` numbers a token. Passes over memory count as so many multiply-adds an entry. What
-an operator costs whatever its size counts only where ways differ in it, which is in backward, where it decides in
-layers of 128 features or fewer.
+a, b and ab are the shares of the dense work with `block` bases, about 1/c, 1/b and 1/(b·c). Factored, the input
+gradient and that of Λ and Γ share a product with B if the input has ``min_dim`` features. For few tokens there is a
+third way in all stages, *few_tokens*, which does not build ``UA`` with its ``min_dim²`` entries: the tokens are
+repeated for each term and scaled, ``num_bases·min_dim`` numbers per token. A pass over memory counts as a number of
+multiply-adds per entry. The fixed cost of an operator is counted only in backward, where the ways differ in it; it
+decides in layers of 128 features or fewer.
 
-Where a compiler or an exporter sees the sizes, a number of tokens may be a symbol, and a choice by it would be a
-condition on it, so everything is factored there.
+Under a compiler or exporter everything is factored: the number of tokens may be a symbol, and a choice that depends on
+it would be a guard on it.
 """
 
 from functools import lru_cache
@@ -31,11 +31,11 @@ Choice = TypeVar("Choice")
 
 
 class Pass(NamedTuple):
-    """What one entry costs to be read, changed and written.
+    """The cost of reading, changing and writing one entry.
 
     Attributes:
-        multiply_adds: So many can be made in the time.
-        is_measured: Whether that was measured, or computed from data sheets.
+        multiply_adds: Number of multiply-adds that take the same time.
+        is_measured: Whether that was measured rather than computed from data sheets.
     """
 
     multiply_adds: float
@@ -53,45 +53,45 @@ ON_GPU = {
 
 
 def pass_over(device_type: str, dtype: torch.dtype) -> Pass:
-    """Return what a pass over memory costs on a type of device, in a dtype."""
+    """Return the cost of a pass over memory for a device type and dtype."""
     return ON_CPU if device_type in ("cpu", "meta") else ON_GPU.get(dtype, ON_GPU[torch.float32])
 
 
 MORE_OPERATORS = 5 * 2**15
-"""Entries that a pass reads in the time that few tokens take in backward for being more, and smaller, operators."""
+"""The extra operators of few_tokens in backward, as the number of entries that a pass reads in the same time."""
 SMALL_WORK = 2**20
-"""Multiply-adds of a dense product below which one takes no longer than dealing tokens out to blocks does.
+"""Multiply-adds up to which a dense product takes no longer than one in blocks.
 
-Measured on a CPU, forward and backward of square layers in four and eight blocks: 1.1 times faster written out at 16
-tokens and 256², 1.2 times at one token and 512², and slower from 16 tokens on at 384².
+Measured on a CPU, forward and backward of square layers in four and eight blocks: dense bases are 1.1 times faster at
+16 tokens and 256², 1.2 times at one token and 512², and slower from 16 tokens on at 384².
 """
 SMALL_WEIGHT = SMALL_WORK // 4
-"""Entries of the largest weight beside whose block bases written-out ones are kept."""
+"""Entries of the largest weight for which a dense copy of block bases is kept."""
 
 
 def is_small(tokens: int, entries: int) -> bool:
-    """Return whether so many tokens times a weight of so many entries are so little work.
+    """Whether a product takes at most `SMALL_WORK` multiply-adds.
 
     Args:
-        tokens: A number, or a symbol of one who traces, to whom nothing is small.
-        entries: Of the weight.
+        tokens: Number of tokens, or a symbol of it under a tracer, for which nothing is small.
+        entries: Entries of the weight.
     """
     return _is_known(tokens) and tokens * entries <= SMALL_WORK
 
 
 class Sizes(NamedTuple):
-    """What the cost of a layer's stages depends on.
+    """The sizes that the cost of a layer's stages depends on.
 
     Attributes:
         tokens: Rows of the input.
-        max_dim: The layer's large side.
-        min_dim: The layer's small side.
+        max_dim: The layer's larger dim.
+        min_dim: The layer's smaller dim.
         hidden: ``r·num_bases``.
         num_bases: Terms of the update.
-        shares: What the kind of bases leaves of a product with UA, with UB, and of both.
-        is_wide: Whether the input is on the small side.
-        has_weight: Whether the base layer's weight can be read, so that the update can be added to it.
-        entry: Multiply-adds in the time of a pass over one entry, see `pass_over`.
+        shares: Shares of the dense work of products with UA, with UB, and of UB @ UA.
+        is_wide: Whether the input has ``min_dim`` features.
+        has_weight: Whether the base layer's weight is given, so that the update can be added to it.
+        entry: Multiply-adds in the time of a pass over one entry; see `pass_over`.
     """
 
     tokens: int
@@ -106,55 +106,55 @@ class Sizes(NamedTuple):
 
     @property
     def through_A(self) -> float:
-        """Take the tokens through UA."""
+        """Cost of multiplying the tokens by UA."""
         copies = 0 if self.shares[0] == 1 else self.entry * self.tokens * (self.min_dim + self.hidden)
         return self.tokens * self.hidden * self.min_dim * self.shares[0] + copies
 
     @property
     def through_B(self) -> float:
-        """Take the tokens through UB."""
+        """Cost of multiplying the tokens by UB."""
         copies = 0 if self.shares[1] == 1 else self.entry * self.tokens * (self.max_dim + self.hidden)
         return self.tokens * self.hidden * self.max_dim * self.shares[1] + copies
 
     @property
     def build_A(self) -> float:
-        """Build UA: one product by Λ, one by Γ."""
+        """Cost of computing UA: one product with Λ, one with Γ."""
         return 2 * self.entry * self.hidden * self.min_dim * self.shares[0]
 
     @property
     def update(self) -> float:
-        """Form the update from UA."""
+        """Cost of computing the update from UA."""
         passes = 1 if self.shares[2] == 1 else 3
         return self.max_dim * self.min_dim * (self.hidden * self.shares[2] + self.entry * passes)
 
     @property
     def tokens_through_update(self) -> float:
-        """Take the tokens through an update that cannot be added to the weight, which they pass anyway."""
+        """Cost of multiplying the tokens by the update, if there is no weight that it is added to."""
         return 0.0 if self.has_weight else self.tokens * self.max_dim * self.min_dim
 
     @property
     def laid_out(self) -> int:
-        """Numbers that tokens take, laid out once a term."""
+        """Size of the tokens repeated for each term."""
         return self.tokens * self.num_bases * self.min_dim
 
     @property
     def through_terms(self) -> float:
-        """Take the tokens through A term by term, without building UA."""
+        """Cost of multiplying the tokens by A term by term, without UA."""
         passes = 3 if self.shares[0] == 1 else 4
         return self.tokens * self.hidden * self.min_dim * self.shares[0] + passes * self.entry * self.laid_out
 
     @property
     def has_few_tokens(self) -> bool:
-        """Whether tokens laid out take no more room than the weight."""
+        """Whether the tokens repeated for each term take no more memory than the weight."""
         return self.laid_out <= self.max_dim * self.min_dim
 
 
 def forward_way(sizes: Sizes, compute: Compute = "auto") -> Way:
-    """Choose how the output is computed.
+    """Return how to compute the output.
 
     Args:
-        sizes: The layer's.
-        compute: A way to take whatever it costs, or ``"auto"``.
+        sizes: The layer's sizes.
+        compute: The way to take regardless of cost, or ``"auto"``.
     """
     if compute != "auto":
         return compute
@@ -175,14 +175,14 @@ def backward_ways(
     needs_weight: bool = False,
     compute: Compute = "auto",
 ) -> tuple[Way, Way]:
-    """Choose how the gradients of the input, and of Λ and Γ, are computed, together because they share a product.
+    """Return how to compute the gradients of the input and of Λ and Γ, chosen together because they share a product.
 
     Args:
-        sizes: The layer's.
-        needs_input: Whether the input's gradient is asked for.
-        needs_diagonals: Whether those of Λ and Γ are.
-        needs_weight: Whether the weight's is, from which those of Λ and Γ can be had.
-        compute: A way to take whatever it costs, or ``"auto"``.
+        sizes: The layer's sizes.
+        needs_input: Whether the input needs a gradient.
+        needs_diagonals: Whether Λ and Γ do.
+        needs_weight: Whether the weight does; the gradients of Λ and Γ can be computed from it.
+        compute: The way to take regardless of cost, or ``"auto"``.
     """
     if compute != "auto":
         return compute, compute
@@ -223,7 +223,7 @@ def _diagonal_gradients(sizes: Sizes, way: Way, *, has_hidden: bool, has_weight_
 
 
 class Shape(NamedTuple):
-    """What of `Sizes` a layer's bases and weight tell, to choose by and to remember the choice by."""
+    """The part of `Sizes` that bases determine, a key to cache the choice by."""
 
     max_dim: int
     min_dim: int
@@ -234,11 +234,11 @@ class Shape(NamedTuple):
 
 
 class Shaped(Protocol):
-    """What has a shape: a pair of bases."""
+    """An object with a `Shape`: a pair of bases."""
 
     @property
     def shape(self) -> Shape:
-        """What the cost of its products depends on."""
+        """The sizes that the cost of its products depends on."""
 
 
 @lru_cache(maxsize=4096)
@@ -255,7 +255,7 @@ def _backward(
 
 
 def chosen_forward(tokens: int, pair: Shaped, *, is_wide: bool, has_weight: bool, compute: Compute) -> Way:
-    """Choose as `forward_way` does, and remember; ``tokens`` may be a symbol, which the choice does not read then."""
+    """Return the cached result of `forward_way`, or ``"factored"`` without reading ``tokens`` if that is a symbol."""
     if compute != "auto":
         return compute
     return _forward(tokens, pair.shape, is_wide=is_wide, has_weight=has_weight) if _is_known(tokens) else "factored"
@@ -264,7 +264,7 @@ def chosen_forward(tokens: int, pair: Shaped, *, is_wide: bool, has_weight: bool
 def chosen_backward(
     tokens: int, pair: Shaped, *, is_wide: bool, has_weight: bool, needs: tuple[bool, bool, bool], compute: Compute
 ) -> tuple[Way, Way]:
-    """Choose as `backward_ways` does, and remember; ``needs`` are of the input, the weight, and of Λ and Γ."""
+    """Return the cached result of `backward_ways`; ``needs`` are those of the input, the weight, and Λ and Γ."""
     if compute != "auto":
         return compute, compute
     if not _is_known(tokens):
@@ -273,5 +273,5 @@ def chosen_backward(
 
 
 def _is_known(tokens: int) -> bool:
-    """Whether a number of tokens is a number, and not a symbol of one who traces."""
+    """Whether a number of tokens is an integer rather than a tracer's symbol."""
     return type(tokens) is int and not torch.compiler.is_compiling()

@@ -1,4 +1,4 @@
-"""What autograd sees: a frozen linear layer with one adapter as a single operation, with a lean backward."""
+"""The autograd function of a frozen linear layer with one adapter."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from randlora.functional.diagonals import Diagonals
 from randlora.functional.scratch import in_dtype, is_in_transform
 
 WriteOut = Callable[[torch.dtype], Tensor]
-"""Writes a weight out that is stored in another form, ``(out_features, in_features)`` in the dtype asked for.
+"""A function that dequantizes a weight, ``(out_features, in_features)``, to the dtype it is given.
 
-Every call returns new memory, which is used up.
+Every call returns a new tensor, which may be overwritten.
 """
 
 
@@ -31,35 +31,36 @@ def adapted_linear(
     bias: Tensor | None = None,
     compute: Compute = "auto",
 ) -> Tensor:
-    """Compute ``x @ (weight + update).T + bias``, or the update's part alone where no weight is given.
+    """Compute ``x @ (weight + update).T + bias``, or ``x @ update.T`` if no weight is given.
 
-    Nothing is kept for backward but x, Λ, Γ, the weight and a reference to the bases; what was built of them is built
-    again. A gradient that nobody asks for costs nothing.
+    Only x, Λ, Γ, the weight and a reference to the bases are saved for backward, which computes the rest again.
+    Gradients that are not needed are not computed.
 
-    A weight that is stored as codes is written out for as long as one product takes, and gets no gradient.
+    A quantized weight is dequantized for one product at a time and gets no gradient.
 
     Args:
         x: ``(..., in_features)`` in the dtype of B.
-        pair: The bases, as the layer slices them; the dtype of B is the one computed in.
+        pair: The bases of the layer; the dtype of B is the one computed in.
         diagonals: Λ and Γ.
-        weight: The base layer's weight, ``(out_features, in_features)`` in any layout and dtype, or what writes it out.
+        weight: The base layer's weight, ``(out_features, in_features)`` in any layout and dtype, or a function that
+            dequantizes it.
         bias: The base layer's bias, ``(out_features,)``.
-        compute: How; ``"auto"`` chooses by the sizes, see `randlora.functional.cost`. A compiled or exported program,
-            which may serve any number of tokens, is factored.
+        compute: How to compute; ``"auto"`` chooses by size, see `randlora.functional.cost`. A compiled or exported
+            program is factored, because it may be run with any number of tokens.
 
     Returns:
         ``(..., out_features)`` in the dtype of B.
     """
     device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # it had its say when the dtype of B was chosen
+    if device != "meta" and torch.is_autocast_enabled(device):  # the dtype of B already follows autocast
         with torch.autocast(device, enabled=False):
             return adapted_linear(x, pair, diagonals, weight=weight, bias=bias, compute=compute)
     shape = x.shape
-    rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])  # a view would be a view of the operation's own
+    rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])  # here, so that the output is no view
     lam, gamma, scaling = diagonals
     output: Tensor
-    if torch.compiler.is_compiling():  # it must see every tensor, as a transform must
-        lam = lam * scaling  # which may be a symbol to it, and has to multiply a tensor then
+    if torch.compiler.is_compiling():  # every tensor must be an argument, as for a transform
+        lam = lam * scaling  # the scaling may be a symbolic float, so it must multiply a tensor here
         output = _AdaptedLinear.apply(rows, weight, bias, lam, gamma, 1.0, pair.A, pair.B, pair.rest, compute)  # type: ignore[no-untyped-call]
     elif is_in_transform():
         output = _Transformed.apply(rows, weight, bias, lam, gamma, scaling, pair.A, pair.B, pair.rest, compute)  # type: ignore[no-untyped-call]
@@ -70,7 +71,7 @@ def adapted_linear(
         or (bias is not None and bias.requires_grad)
         or (isinstance(weight, Tensor) and weight.requires_grad)
     ):
-        # the pair stays whole, so that hooks on what autograd saves, as that of save_on_cpu, leave the bases alone
+        # the bases are not passed as tensors, so that saved-tensor hooks such as save_on_cpu do not see them
         output = _AdaptedLinear.apply(rows, weight, bias, lam, gamma, scaling, None, None, pair, compute)  # type: ignore[no-untyped-call]
     else:
         output = _output(rows, weight, bias, lam, gamma, scaling, pair, compute)
@@ -81,9 +82,9 @@ def delta_weight(pair: Pair, diagonals: Diagonals, *, in_features: int) -> Tenso
     """Compute the update of one layer's weight.
 
     Args:
-        pair: The bases, as the layer slices them.
+        pair: The bases of the layer.
         diagonals: Λ and Γ.
-        in_features: The layer's input width, ``min_dim`` or ``max_dim``; it fixes the orientation.
+        in_features: The layer's input width, ``min_dim`` or ``max_dim``; it determines the orientation.
 
     Returns:
         ``(out_features, in_features)`` in the dtype of B.
@@ -115,7 +116,7 @@ def _output(
 def _layer(
     weight: Tensor | WriteOut | None, pair: Pair, lam: Tensor, gamma: Tensor, scaling: float, in_features: int
 ) -> Adapted:
-    """Put the parts together in the dtype of B; a weight that had to be written out or converted is nobody else's."""
+    """Build the operand in the dtype of B. It owns the weight if that had to be dequantized or converted."""
     if weight is None or (isinstance(weight, Tensor) and weight.dtype == pair.B.dtype):
         return adapted(weight, pair, lam, gamma, scaling, in_features)
     dtype = pair.B.dtype
@@ -124,14 +125,14 @@ def _layer(
 
 
 def _form(pair: Pair, tokens: int, compute: Compute) -> Pair:
-    """Choose the form of the bases that takes less time: written out, where that is kept and little is to do."""
+    """Return the faster form of the bases: the dense copy if there is one and the product is small."""
     if compute != "auto" or pair.written is None or not is_small(tokens, pair.max_dim * pair.min_dim):
         return pair
     return pair.written
 
 
 def _pair_like(basis_A: Tensor | None, basis_B: Tensor | None, rest: Any, /) -> Pair:
-    """Put a pair together again that was taken apart for a transform to see its tensors."""
+    """Rebuild a pair from the tensors passed to an autograd function; without them, ``rest`` is the pair."""
     if basis_A is None or basis_B is None:
         whole: Pair = rest
         return whole
@@ -139,9 +140,9 @@ def _pair_like(basis_A: Tensor | None, basis_B: Tensor | None, rest: Any, /) -> 
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """`adapted_linear` of tokens in rows; always a new tensor, which may be changed in place.
+    """`adapted_linear` of a matrix. The output is always a new tensor, which may be changed in place.
 
-    Plain autograd would keep ``UA`` and what it is made of, ``2·min_dim²`` numbers a layer, until backward.
+    Plain autograd would keep ``UA`` and its factors, ``2·min_dim²`` numbers per layer, until backward.
     """
 
     @staticmethod
@@ -164,14 +165,14 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         device = grad.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):  # it may be on in backward alone
+        if device != "meta" and torch.is_autocast_enabled(device):  # autocast may be on in backward alone
             with torch.autocast(device, enabled=False):
                 return _gradients(ctx, grad)
         return _gradients(ctx, grad)
 
 
 class _Transformed(torch.autograd.Function):
-    """The same for torch's function transforms. With ``setup_context`` every call costs an ``inspect.signature``."""
+    """The same for `torch.func` transforms: with ``setup_context`` every call runs ``inspect.signature``."""
 
     generate_vmap_rule = True
 
@@ -210,19 +211,19 @@ def _save(
     rest: Pair | tuple[int, ...],
     compute: Compute,
 ) -> None:
-    """Keep for backward what it needs."""
+    """Save what backward needs."""
     _, needs_weight, _, needs_lam, needs_gamma, *_ = ctx.needs_input_grad
     ctx.scaling, ctx.rest, ctx.compute, ctx.in_features = scaling, rest, compute, x.shape[1]
     ctx.bias_dtype = None if bias is None else bias.dtype
     needs_tokens = needs_weight or needs_lam or needs_gamma
     held, ctx.write_out = (weight, None) if weight is None or isinstance(weight, Tensor) else (None, weight)
     if held is not None and not held.requires_grad:
-        held = held.detach()  # merging before backward puts other values into the parameter
+        held = held.detach()  # a merge before backward changes the parameter's data
     ctx.save_for_backward(x if needs_tokens else None, held, lam, gamma, basis_A, basis_B)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Compute the gradients that are asked for."""
+    """Compute the gradients that are needed."""
     x, weight, lam, gamma, basis_A, basis_B = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_lam, needs_gamma, *others = ctx.needs_input_grad
     needs_diagonals = needs_lam or needs_gamma
@@ -244,7 +245,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_lam, grad_gamma = layer.gradients_of_few_tokens(tokens, grad, needs_input=needs_x)
     elif needs_x:
         grad_x, hidden = layer.input_gradient(grad, x_way)
-    if layer.owns_weight:  # one that was written out goes before another matrix of its size comes
+    if layer.owns_weight:  # free the dequantized weight before the next matrix of its size is made
         layer = layer.without_weight()
     del held
     if needs_weight or (needs_diagonals and diagonals_way == "materialized"):

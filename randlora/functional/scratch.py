@@ -1,8 +1,8 @@
-"""Arithmetic on tensors that nobody else holds, in their own memory where that is allowed.
+"""Arithmetic on temporary tensors, in place where that is allowed.
 
-Fresh memory is dear: the system clears every page of it first, which can cost more than the arithmetic. Compiled code
-manages its own memory; autograd may still want the old values; and torch's function transforms do not let a batch be
-written into a single tensor.
+New memory is expensive: the system clears every page first, which can take longer than the arithmetic. In-place
+operations are not used in compiled code, which manages its own memory, while autograd records, which may need the old
+values, or under `torch.func` transforms, where a batch cannot be written into an unbatched tensor.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,17 +10,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-
-def _unknown() -> bool:
-    return True
-
-
-is_in_transform: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _unknown)
-"""Whether one of torch's function transforms is active. Where torch does not tell, all is done as if one were."""
+is_in_transform: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+"""Whether a `torch.func` transform is active; always true if torch has no such function."""
 
 
 def is_transformed() -> bool:
-    """Whether a compiler or one of torch's function transforms runs what is written here, and not Python itself."""
+    """Whether the code runs under a compiler or a `torch.func` transform."""
     return torch.compiler.is_compiling() or is_in_transform()
 
 
@@ -29,11 +24,11 @@ def _may_overwrite() -> bool:
 
 
 STRIP = 2**20
-"""Entries of a matrix that are worked on at a time: they stay, with what is made of them, in a core's own cache."""
+"""Entries of a matrix that are processed at a time, so that they and the results stay in a core's cache."""
 
 
 def strips(*matrices: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Split matrices of as many rows into strips of a few; a GPU wants all at once, and who watches too."""
+    """Split matrices with equal numbers of rows into strips of rows; not on a GPU or if in-place is not allowed."""
     if matrices[0].device.type != "cpu" or not _may_overwrite():
         return [matrices]
     rows = max(1, STRIP // max(matrix.size(1) for matrix in matrices))
@@ -41,7 +36,7 @@ def strips(*matrices: Tensor) -> Iterable[tuple[Tensor, ...]]:
 
 
 def times(scratch: Tensor, factor: Tensor) -> Tensor:
-    """Return ``scratch * factor``; the memory of ``scratch`` is used up."""
+    """Return ``scratch * factor``; ``scratch`` may be overwritten."""
     if not _may_overwrite():
         return scratch * factor
     dtype = scratch.dtype
@@ -51,31 +46,31 @@ def times(scratch: Tensor, factor: Tensor) -> Tensor:
 
 
 def plus(scratch: Tensor, term: Tensor, factor: float) -> Tensor:
-    """Return ``scratch + factor·term``; the memory of ``scratch`` is used up."""
+    """Return ``scratch + factor·term``; ``scratch`` may be overwritten."""
     return scratch.add_(term, alpha=factor) if _may_overwrite() else torch.add(scratch, term, alpha=factor)
 
 
 def plus_product(scratch: Tensor, left: Tensor, right: Tensor, factor: float) -> Tensor:
-    """Return ``scratch + factor·left @ right`` of matrices, rounded once; the memory of ``scratch`` is used up."""
+    """Return ``scratch + factor·left @ right``, rounded once; ``scratch`` may be overwritten."""
     if _may_overwrite():
         return scratch.addmm_(left, right, alpha=factor)
     return torch.addmm(scratch, left, right, alpha=factor)
 
 
 def plus_products(scratch: Tensor, left: Tensor, right: Tensor, factor: float) -> Tensor:
-    """Do what `plus_product` does for a batch of matrices."""
+    """Return the same as `plus_product` for batches of matrices."""
     if _may_overwrite():
         return scratch.baddbmm_(left, right, alpha=factor)
     return torch.baddbmm(scratch, left, right, alpha=factor)
 
 
 def scaled(tensor: Tensor, factor: float) -> Tensor:
-    """Return ``factor·tensor``; the memory of ``tensor`` is used up."""
+    """Return ``factor·tensor``; ``tensor`` may be overwritten."""
     if factor == 1:
         return tensor
     return tensor.mul_(factor) if _may_overwrite() else tensor * factor
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor in a dtype: itself, without asking torch, where it is in it already."""
+    """Return a tensor in a dtype; itself, without a call to torch, if it has that dtype."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)

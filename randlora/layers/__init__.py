@@ -1,4 +1,4 @@
-"""One file per kind of base layer: how to read and write that kind of weight, nothing more."""
+"""Adapter layers, one file per kind of base layer. Importing this package registers every kind."""
 
 from randlora.layers import bnb as bnb
 from randlora.layers import conv1d as conv1d

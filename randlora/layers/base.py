@@ -1,4 +1,4 @@
-"""What adapts one weight of a module: how its kind stores the weight, and what all kinds share."""
+"""The base class of adapter layers, each of which adapts one weight of a module."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from randlora.state import Adapter, ModelState
 
 
 class Reading(NamedTuple):
-    """How a layer's weight enters one operation with an adapter.
+    """The weight of a layer as an input of `adapted_linear`.
 
     Attributes:
-        weight: ``(out_features, in_features)``, or a function that writes it out.
+        weight: ``(out_features, in_features)``, or a function that dequantizes it.
         dtype: The dtype to compute in.
         output_dtype: The dtype that the layer returns.
     """
@@ -35,9 +35,9 @@ class Reading(NamedTuple):
 class AdapterLayer(ABC):
     """Adapts one weight of a module, its owner, in place.
 
-    The owner stays the object it is, with its place, its parameters and its hooks; its class becomes a subclass of
-    itself that asks its adapter layer what to return. A subclass of this class tells how a kind of layer stores its
-    weight, and nothing more. For every kind
+    The owner remains the same object, with its parameters and hooks. Its class becomes a subclass of its original class
+    that calls the adapter layer. A subclass of this class defines how one kind of layer stores its weight. For every
+    kind
 
         ``layer(x) with adapters - layer(x) without == x @ delta_weight.T``
 
@@ -45,15 +45,15 @@ class AdapterLayer(ABC):
         attribute: The name of the parameter that is adapted.
         state: The state of the model that the owner belongs to.
         shape: ``(out_features, in_features)`` of the weight.
-        adapters: The adapters that this weight belongs to, by name.
-        own_forward: A ``forward`` that was set on the owner itself rather than on its class, if there is one.
-        unmerged: While a merged weight stands in its place, the owner's weight as `exchange` returned it, in a tuple.
+        adapters: The adapters of this weight, by name.
+        own_forward: The ``forward`` that was set on the owner itself rather than on its class, if any.
+        unmerged: While the weight is merged, a tuple of the original weight as `exchange` returned it.
     """
 
     attribute: ClassVar[str] = "weight"
 
     def __init__(self, owner: nn.Module, state: ModelState) -> None:
-        """Describe a weight that is about to be adapted; the owner is not touched.
+        """Create the adapter layer of a weight without changing the owner.
 
         Args:
             owner: The module that holds the weight.
@@ -68,26 +68,26 @@ class AdapterLayer(ABC):
     @staticmethod
     @abstractmethod
     def features(owner: nn.Module) -> tuple[int, int]:
-        """Return ``(in_features, out_features)`` of a module, whether or not its weight holds values."""
+        """Return ``(in_features, out_features)`` of a module, even if its weight has no values."""
 
     @staticmethod
     @abstractmethod
     def in_storage_layout(delta: Tensor) -> Tensor:
-        """Return an update, ``(out_features, in_features)``, in the layout of the owner's weight."""
+        """Return an update, ``(out_features, in_features)``, in the shape of the owner's weight."""
 
     @classmethod
     def plain_forward(cls) -> Callable[..., Tensor] | None:
-        """Return the ``forward`` of the kind itself, or ``None`` if the kind has none that can be taken over.
+        """Return the ``forward`` of the base layer's class, or ``None`` if it cannot be replaced.
 
-        Where an owner's class has this very forward and `only_multiplies`, layer and adapter are computed as one
+        If the owner's class has this forward and `only_multiplies` holds, layer and adapter are computed as one
         operation.
         """
         return None
 
     @classmethod
     def obstacle(cls, owner: nn.Module) -> str | None:
-        """Return why this very module cannot be adapted, to be read after its name, or ``None``."""
-        weight = cls.weight_of(owner)  # and not what reading it gives, which adapters may form
+        """Return why this module cannot be adapted, as a phrase that follows its name, or ``None``."""
+        weight = cls.weight_of(owner)  # not the attribute, whose value may include updates
         assert weight is not None, "obstacles() asks for a weight"
         if weight.dtype.is_floating_point:
             return None
@@ -101,12 +101,12 @@ class AdapterLayer(ABC):
 
     @classmethod
     def weight_of(cls, owner: nn.Module) -> nn.Parameter | None:
-        """Return the owner's own parameter, without any update; ``None`` where it computes it from others."""
+        """Return the owner's parameter without any update, or ``None`` if it is computed from others."""
         return owner._parameters.get(cls.attribute)
 
     @classmethod
     def site_fqn(cls, owner_fqn: str) -> str:
-        """Return the name of the weight on disk, given its owner's: here the owner's own."""
+        """Return the name of the weight in files, given its owner's FQN; here the FQN itself."""
         return owner_fqn
 
     @classmethod
@@ -121,20 +121,20 @@ class AdapterLayer(ABC):
 
     @classmethod
     def device_beside(cls, owner: nn.Module) -> torch.device:
-        """Return where Λ and Γ live: beside the weight, or on the CPU if accelerate offloads it."""
+        """Return the device of Λ and Γ: that of the weight, or the CPU if accelerate offloads the weight."""
         weight = cls.weight_of(owner)
         assert weight is not None, "obstacles() asks for a weight"
         return torch.device("cpu") if cls.is_offloaded(owner) else weight.device
 
     @classmethod
     def is_offloaded(cls, owner: nn.Module) -> bool:
-        """Whether accelerate keeps the weight elsewhere and brings it in for each forward."""
+        """Whether accelerate offloads the weight and loads it for each forward."""
         weight = cls.weight_of(owner)
         return weight is not None and weight.is_meta and "_hf_hook" in owner.__dict__
 
     @classmethod
     def fresh_diagonals(cls, owner: nn.Module, r: int) -> tuple[Tensor, Tensor]:
-        """Return Λ and Γ of an adapter that changes nothing yet, beside the weight.
+        """Return the initial Λ and Γ, with which the update is zero, on the weight's device.
 
         Returns:
             Λ = 0, ``(r, num_bases)``, and Γ = 1 / max(num_bases, min_dim), ``(num_bases, min_dim)``, both float32.
@@ -146,22 +146,22 @@ class AdapterLayer(ABC):
         return torch.zeros((r, num_bases), **options), gamma
 
     def settle(self, owner: nn.Module) -> None:  # noqa: B027  # most kinds have nothing to do
-        """Bring the owner into the state that its kind is adapted in; it cannot fail."""
+        """Change whatever else on the owner its kind requires while adapted. Must not fail."""
 
     def unsettle(self, owner: nn.Module) -> None:  # noqa: B027  # most kinds have nothing to do
-        """Undo what `settle` set."""
+        """Undo `settle`."""
 
     def forward(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Return what the owner's own forward returns, with what the active adapters add to it.
+        """Return the output of the owner's forward plus the outputs of the active adapters.
 
         Args:
             owner: The adapted module.
             base_forward: Its forward without adapters.
-            *args: Passed on to it; the first is the input, ``(..., in_features)``.
-            **kwargs: Passed on to it; the input may be the first of them.
+            *args: Arguments of the forward; the first is the input, ``(..., in_features)``.
+            **kwargs: Keyword arguments of the forward; the input may be the first of them.
 
         Returns:
-            ``(..., out_features)`` in the dtype that the owner returns.
+            ``(..., out_features)`` in the dtype of the owner's output.
         """
         if self.own_forward is not None:
             base_forward = self.own_forward
@@ -175,15 +175,13 @@ class AdapterLayer(ABC):
         else:
             output = self.base_output(owner, base_forward, *args, **kwargs)
         if active and not isinstance(x, Tensor):
-            raise TypeError(
-                f"expected the input of an adapted {type(owner).__name__} as a tensor, got {type(x).__name__}"
-            )
+            raise TypeError(f"the input of an adapted {type(owner).__name__} must be a tensor, got {type(x).__name__}")
         for adapter, factor in active:
             output = output + self._adapter_output(owner, adapter, factor, x, output.dtype)
         return output
 
     def active(self) -> list[tuple[Adapter, float]]:
-        """Return the adapters that act at this moment, with their factors."""
+        """Return the active adapters with their weights; none while disabled or merged."""
         if self.state.is_disabled or self.state.is_merged:
             return []
         return [(adapter, adapter.weight) for adapter in self.adapters.values() if adapter.weight is not None]
@@ -194,21 +192,21 @@ class AdapterLayer(ABC):
         return output
 
     def runs_plain_forward(self, owner: nn.Module) -> bool:
-        """Whether the owner's own forward is its kind's and nothing else."""
+        """Whether the owner's forward is that of its kind, not overridden by a subclass or on the instance."""
         base: Any = type(owner)
         return self.own_forward is None and base.randlora_base.forward is self.plain_forward()
 
     def _is_one_operation(self, owner: nn.Module, adapter: Adapter, x: object) -> bool:
-        """Whether layer and adapter can be computed as one, which reads the weight without running the layer's forward.
+        """Whether layer and adapter can be computed as one operation, without running the layer's forward.
 
-        Not where the forward is more than that product, or the layer's input another than the adapter's.
+        Not if the forward does more than that product, or dropout makes the adapter's input differ from the layer's.
         """
         if not self.runs_plain_forward(owner) or (adapter.config.dropout and owner.training):
             return False
         return is_plain_tensor(x) and self.only_multiplies(owner, x)
 
     def only_multiplies(self, owner: nn.Module, x: Tensor) -> bool:
-        """Whether the kind's forward does nothing to this input but multiply by the weight and add the bias."""
+        """Whether the kind's forward only multiplies this input by the weight and adds the bias."""
         weight = self.weight_of(owner)
         if not is_plain_tensor(weight) or x.device != weight.device:
             return False
@@ -216,14 +214,14 @@ class AdapterLayer(ABC):
         return has_autocast and x.dim() > 0 and x.shape[-1] == self.shape[1]
 
     def reading(self, owner: nn.Module, x: Tensor) -> Reading:
-        """Return how the weight is read where `only_multiplies` holds."""
+        """Return the weight for the one operation; `only_multiplies` holds."""
         weight = self.weight_of(owner)
         assert weight is not None, "only_multiplies() asks for a weight"
         dtype = autocast_dtype(x, weight.dtype)
         return Reading(self.in_storage_layout(weight), dtype, dtype)
 
     def update(self, owner: nn.Module, adapter: Adapter, factor: float) -> Update:
-        """Return one adapter's update of this weight, not formed yet."""
+        """Return one adapter's update of this weight as factors."""
         return Update(adapter.basis, *self.diagonals_of(owner, adapter.name), adapter.config.scaling * factor)
 
     def _adapted_output(self, owner: nn.Module, adapter: Adapter, factor: float, x: Tensor) -> Tensor:
@@ -238,10 +236,10 @@ class AdapterLayer(ABC):
     def _adapter_output(
         self, owner: nn.Module, adapter: Adapter, factor: float, x: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """Return one adapter's part in the dtype that the layer returned, which is autocast's where that is on."""
+        """Return one adapter's output in the dtype of the layer's output, which autocast determines if it is on."""
         x = F.dropout(x.to(dtype), adapter.config.dropout, owner.training)
         pair, diagonals = self.update(owner, adapter, factor).parts(self.shape, x.device, dtype)
-        if x.is_nested:  # a nested tensor has sizes and no shape
+        if x.is_nested:  # adapted_linear needs a shape, which nested tensors lack
             return F.linear(x, delta_weight(pair, diagonals, in_features=self.shape[1]))
         return adapted_linear(x, pair, diagonals, compute=self.state.compute)
 
@@ -250,10 +248,10 @@ class AdapterLayer(ABC):
 
         Args:
             owner: The adapted module.
-            weights: Adapters' names and factors; those that this weight does not belong to are passed over.
+            weights: Adapter names and factors; adapters without an update of this weight are ignored.
 
         Returns:
-            ``(out_features, in_features)`` on the weight's device, in float32, or in float64 where the weight is.
+            ``(out_features, in_features)`` on the weight's device, in float32, or float64 if the weight is.
         """
         weight = self.weight_of(owner)
         assert weight is not None, "obstacles() asks for a weight"
@@ -264,17 +262,17 @@ class AdapterLayer(ABC):
         return sum_updates(updates, self.shape, device=self.device_beside(owner), dtype=dtype)
 
     def merge_obstacle(self, owner: nn.Module, into: Into) -> str | None:  # noqa: ARG002  # for quantized layers
-        """Return why nothing can be merged into this weight so, to be read after its name, or ``None``."""
+        """Return why this weight cannot be merged into, as a phrase that follows its name, or ``None``."""
         return None
 
     @torch.no_grad()
     def merged(self, owner: nn.Module, weights: dict[str, float], into: Into) -> Merged:  # noqa: ARG002  # for quantized layers
-        """Return the weight with some adapters folded in, added in float32 or wider and rounded once.
+        """Return the weight plus the updates of some adapters, added in float32 or wider and rounded once.
 
         Args:
             owner: The adapted module, which is not changed.
-            weights: Adapters' names and factors.
-            into: What becomes of a quantized layer.
+            weights: Adapter names and factors.
+            into: What a quantized layer becomes.
         """
         weight = self.weight_of(owner)
         assert weight is not None, "merge() asks for a weight"
@@ -282,26 +280,26 @@ class AdapterLayer(ABC):
         return Merged(merged, merged)
 
     def exchange(self, owner: nn.Module, held: Any) -> Any:
-        """Put another weight in the place of the owner's, and return what stood there."""
+        """Replace the owner's weight and return the previous one."""
         weight = self.weight_of(owner)
         assert weight is not None, "merge() asks for a weight"
         own, weight.data = weight.data, held
         return own
 
     def fold(self, owner: nn.Module, merged: Merged) -> None:
-        """Put a merged weight in the place of the owner's own, which is kept as it is."""
+        """Replace the owner's weight by a merged one and keep the original in `unmerged`."""
         self.unmerged = (self.exchange(owner, merged.held),)
 
     def save_unmerged(self, owner: nn.Module, destination: dict[str, Any], prefix: str) -> None:
-        """Write the owner's own weight into a state dict that holds the merged one."""
+        """Write the original weight into a state dict that has the merged one."""
         weight = self.weight_of(owner)
         assert weight is not None, "it was merged into"
         assert self.unmerged is not None, "it was merged into"
         destination[f"{prefix}{self.attribute}"] = self.unmerged[0].to(device=weight.device, dtype=weight.dtype)
 
-    @torch.inference_mode(mode=False)  # the weight outlives the mode the caller is in
+    @torch.inference_mode(mode=False)  # the weight must not be an inference tensor
     def unfold(self, owner: nn.Module) -> None:
-        """Put the owner's own weight back, bit for bit, on the device and in the dtype it was moved to meanwhile."""
+        """Restore the original weight bit for bit, on the device and in the dtype that the owner has now."""
         if self.unmerged is not None:
             weight = self.weight_of(owner)
             assert weight is not None, "it was merged into"
@@ -309,7 +307,7 @@ class AdapterLayer(ABC):
             self.unmerged = None
 
     def description(self) -> str:
-        """Return the adapters in words, for ``print(model)``."""
+        """Return a description of the adapters for ``print(model)``."""
         return ", ".join(
             f"{name}: r={adapter.config.r}, num_bases={count_bases(min(self.shape), adapter.config.r)}, "
             f"{adapter.config.basis}"
@@ -321,8 +319,8 @@ def _value_of(held: nn.Module | None, name: str) -> nn.Parameter:
     """Return one adapter's Λ or Γ."""
     assert held is not None, "the weight is adapted"
     parameter = held._parameters.get(name)
-    if parameter is None:  # in a replica of DataParallel's, which holds it as an attribute
+    if parameter is None:  # DataParallel's replicas hold parameters as plain attributes
         return getattr(held, name)  # type: ignore[no-any-return]
-    if parameter.is_meta and "_hf_hook" in held.__dict__:  # accelerate brings values in for a call and no longer
+    if parameter.is_meta and "_hf_hook" in held.__dict__:  # accelerate loads offloaded values only during a call
         return held.forward(name)  # type: ignore[no-any-return]
     return parameter

@@ -1,6 +1,6 @@
-"""The linear layers of bitsandbytes, 4 and 8 bits: frozen codes that stay codes while adapters train on them.
+"""Adapter layers of bitsandbytes' linear layers, 4 and 8 bits. The weights stay quantized while adapters train.
 
-bitsandbytes is imported where there is a layer of it, and nowhere else.
+bitsandbytes is imported only if the model has one of its layers.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from randlora.state import ModelState
 
 MODULE = "bitsandbytes.nn.modules"
 MAY_REPACK = "support_avx512bf16_for_cpu"
-"""An attribute of a 4-bit layer that its forward asks before it repacks the codes for a CPU."""
+"""The attribute of a 4-bit layer that enables repacking of the codes for a CPU in its forward."""
 OWN_KERNELS_UP_TO = 1536
-"""Tokens up to which bitsandbytes may multiply by 4-bit codes as they are, on a GPU, and not write them out first."""
-NOT_HERE = "has codes that are not here (meta, offloaded): load the model's weights first"
-NOT_YET = "holds no codes yet: move the model to its device first, as in model.to('cuda'), which quantizes it"
+"""Number of tokens up to which bitsandbytes may multiply by 4-bit codes on a GPU without dequantizing them."""
+NOT_HERE = "has no values (its weight is on the meta device or offloaded): load the model's weights first"
+NOT_YET = "is not quantized yet: move the model to its device first, as in model.to('cuda'), which quantizes it"
 
 
 class Codes4bit(NamedTuple):
-    """What a 4-bit layer computes with: the layer holds the state too, for a weight that loses its own."""
+    """The weight of a 4-bit layer and its ``QuantState``, which the layer holds too in case the weight loses it."""
 
     weight: Any
     quant_state: Any
@@ -42,20 +42,20 @@ class Codes4bit(NamedTuple):
 class Linear4bitAdapter(QuantizedLayer):
     """Adapts a ``Linear4bit``, NF4 or FP4.
 
-    Where gradients are wanted, codes are written out for as long as one product takes, and layer and adapter are one
-    operation. Elsewhere the layer's own forward runs, with whatever kernels bitsandbytes has.
+    If gradients may be needed, the weight is dequantized for one product at a time, and layer and adapter are one
+    operation. Otherwise the layer's own forward runs, with the kernels of bitsandbytes.
     """
 
     kept = ("compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", MAY_REPACK)
 
     def __init__(self, owner: nn.Module, state: ModelState) -> None:
-        """Describe a layer that is about to be adapted."""
+        """Create the adapter layer of a 4-bit layer."""
         super().__init__(owner, state)
         self.may_repack: object = owner.__dict__.get(MAY_REPACK)
 
     @classmethod
     def obstacle(cls, owner: nn.Module) -> str | None:
-        """Return why this very layer cannot be adapted."""
+        """Return why this layer cannot be adapted, or ``None``."""
         weight = owner.get_parameter("weight")
         state = bnb_codes.quant_state(owner, weight)
         if (reason := bnb_codes.missing()) is not None:
@@ -66,32 +66,32 @@ class Linear4bitAdapter(QuantizedLayer):
 
     @classmethod
     def plain_forward(cls) -> Callable[..., Tensor] | None:
-        """Return ``Linear4bit.forward``, unless another was put in its place."""
+        """Return ``Linear4bit.forward``, or ``None`` if it was replaced."""
         return _forward_of("Linear4bit")
 
     def settle(self, owner: nn.Module) -> None:
-        """Put codes that were repacked for a CPU in order, and keep them so: no gradient passes repacked ones."""
+        """Restore codes that were repacked for a CPU and disable repacking, because it stops gradients."""
         if bnb_codes.is_out_of_order(owner):
             bnb_codes.put_in_order(owner)
         if MAY_REPACK in owner.__dict__:
             owner.__dict__[MAY_REPACK] = False
 
     def unsettle(self, owner: nn.Module) -> None:
-        """Let bitsandbytes repack the codes again, if it could before."""
+        """Enable repacking again if it was enabled before."""
         if MAY_REPACK in owner.__dict__:
             owner.__dict__[MAY_REPACK] = self.may_repack
 
     def compute_dtype(self, owner: nn.Module) -> torch.dtype | None:
-        """Return the dtype that the layer computes in: as set, else that of its first input."""
+        """Return the dtype that the layer computes in: as configured, else that of its first input."""
         base: Any = owner
         dtype: torch.dtype | None = base.compute_dtype
         return dtype
 
     def only_multiplies(self, owner: nn.Module, x: Tensor) -> bool:
-        """Whether the layer would write its codes out and multiply, which can be done with the update added.
+        """Whether the layer would dequantize its weight and multiply, which can be done with the update added.
 
-        In evaluation it may compute otherwise. Compiled, it keeps no weight for backward; ours, seen through by the
-        compiler, would keep the weight written out.
+        In evaluation it may use other kernels. Not under a compiler: the layer saves no dequantized weight for
+        backward, but a trace of our operation would.
         """
         base: Any = owner
         if x.device != base.weight.device or x.dim() == 0 or x.shape[-1] != self.shape[1]:
@@ -104,19 +104,19 @@ class Linear4bitAdapter(QuantizedLayer):
         return autocast_dtype(x, dtype) == dtype
 
     def reading(self, owner: nn.Module, x: Tensor) -> Reading:
-        """Return how the codes are written out where `only_multiplies` holds."""
+        """Return a function that dequantizes the weight; `only_multiplies` holds."""
         base: Any = owner
-        state = copy.copy(bnb_codes.quant_state(owner, base.weight))  # bitsandbytes changes its own when it repacks
+        state = copy.copy(bnb_codes.quant_state(owner, base.weight))  # bitsandbytes changes the state when it repacks
         write_out = partial(bnb_codes.write_out_4bit, base.weight.data, state)
         return Reading(write_out, base.compute_dtype or x.dtype, x.dtype)
 
     def stand_in(self, owner: nn.Module, x: Tensor) -> Any:
-        """Return what the kind's forward runs on: with codes in order, if it would misread the owner's.
+        """Return a copy of the layer for its forward to run on, with codes in order if it would misread the owner's.
 
-        Codes may have been repacked, or scales turned, after the adapter came. The owner keeps them as they are.
+        Codes may have been repacked, or scales transposed, after the adapter was added. The owner keeps them.
         """
         base: Any = owner
-        if not base.compute_type_is_set:  # as its own forward does with the first input
+        if not base.compute_type_is_set:  # as the layer's forward does with the first input
             base.set_compute_type(x)
             base.compute_type_is_set = True
         twin = super().stand_in(owner, x)
@@ -130,13 +130,13 @@ class Linear4bitAdapter(QuantizedLayer):
         return twin
 
     def written_out(self, owner: nn.Module, held: Codes4bit | None = None) -> Tensor:
-        """Return the weight that 4-bit codes stand for, in float32."""
+        """Return the dequantized weight in float32."""
         weight = owner.get_parameter("weight") if held is None else held.weight
         state = bnb_codes.quant_state(owner, weight) if held is None else held.weight.quant_state
         return bnb_codes.write_out_4bit(weight.data, state)
 
     def requantized(self, owner: nn.Module, weight: Tensor) -> tuple[Codes4bit, float]:
-        """Round a weight to 4-bit codes of the same type, block size and storage."""
+        """Quantize a weight to 4-bit codes of the same type, block size and storage dtype."""
         own = owner.get_parameter("weight")
         codes, state = bnb_codes.round_to_4bit(weight, bnb_codes.quant_state(owner, own), own.dtype)
         parameter = sys.modules[MODULE].Params4bit(
@@ -153,18 +153,18 @@ class Linear4bitAdapter(QuantizedLayer):
         return Codes4bit(parameter, state), bnb_codes.step_4bit(state)
 
     def codes(self, owner: nn.Module) -> Codes4bit:
-        """Return the codes that the layer reads now."""
+        """Return the current codes of the layer."""
         base: Any = owner
         return Codes4bit(base.weight, base.quant_state)
 
     def put_in(self, owner: nn.Module, held: Codes4bit) -> None:
-        """Let the layer read other codes, with the state they are read by."""
+        """Replace the codes of the layer and their ``QuantState``."""
         base: Any = owner
         base._parameters["weight"], base.quant_state = held
 
 
 class Codes8bit(NamedTuple):
-    """What an 8-bit layer computes with: its scales lie at the weight until the first forward, then in the state."""
+    """The weight of an 8-bit layer and its state's codes and scales, which are ``None`` until the first forward."""
 
     weight: Any
     codes: Tensor | None
@@ -173,18 +173,18 @@ class Codes8bit(NamedTuple):
 
 @register_layer(f"{MODULE}.Linear8bitLt")
 class Linear8bitAdapter(QuantizedLayer):
-    """Adapts a ``Linear8bitLt``, whose own forward always runs: it treats outliers of the input apart."""
+    """Adapts a ``Linear8bitLt``. Its own forward always runs, because it handles outliers of the input separately."""
 
     kept = ("state", "index")
 
     @classmethod
     def obstacle(cls, owner: nn.Module) -> str | None:
-        """Return why this very layer cannot be adapted."""
+        """Return why this layer cannot be adapted, or ``None``."""
         base: Any = owner
         if (reason := bnb_codes.missing()) is not None:
             return reason
         if base.state.has_fp16_weights:
-            return "keeps 16-bit weights beside its codes (has_fp16_weights=True): set that to False, or use nn.Linear"
+            return "has 16-bit weights besides its codes (has_fp16_weights=True): set that to False, or use nn.Linear"
         if base.weight.is_meta:
             return NOT_HERE
         if base.weight.dtype != torch.int8 or _scales(base) is None:
@@ -193,11 +193,11 @@ class Linear8bitAdapter(QuantizedLayer):
 
     @classmethod
     def plain_forward(cls) -> Callable[..., Tensor] | None:
-        """Return ``Linear8bitLt.forward``, unless another was put in its place."""
+        """Return ``Linear8bitLt.forward``, or ``None`` if it was replaced."""
         return _forward_of("Linear8bitLt")
 
     def only_multiplies(self, owner: nn.Module, x: Tensor) -> bool:  # noqa: ARG002
-        """Return ``False``: the layer rounds its inputs, and treats outliers apart."""
+        """Return ``False``: the layer quantizes its inputs and handles outliers separately."""
         return False
 
     def compute_dtype(self, owner: nn.Module) -> None:  # noqa: ARG002
@@ -205,25 +205,25 @@ class Linear8bitAdapter(QuantizedLayer):
         return
 
     def written_out(self, owner: nn.Module, held: Codes8bit | None = None) -> Tensor:
-        """Return the weight that 8-bit codes stand for, in float32."""
+        """Return the dequantized weight in float32."""
         weight = owner.get_parameter("weight") if held is None else held.weight
         scales = _scales(owner) if held is None else held.weight.SCB
         assert scales is not None, "obstacle() asks for scales"
         return bnb_codes.write_out_8bit(weight.data, scales)
 
     def requantized(self, owner: nn.Module, weight: Tensor) -> tuple[Codes8bit, float]:  # noqa: ARG002
-        """Round a weight to 8-bit codes, row by row."""
+        """Quantize a weight to 8-bit codes, row by row."""
         codes, scales = bnb_codes.round_to_8bit(weight)
         parameter = sys.modules[MODULE].Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
         return Codes8bit(parameter, None, None), float(scales.max() / 127)
 
     def codes(self, owner: nn.Module) -> Codes8bit:
-        """Return the codes that the layer reads now."""
+        """Return the current codes of the layer."""
         base: Any = owner
         return Codes8bit(base.weight, base.state.CB, base.state.SCB)
 
     def put_in(self, owner: nn.Module, held: Codes8bit) -> None:
-        """Let the layer read other codes, with their scales."""
+        """Replace the codes of the layer and their scales."""
         base: Any = owner
         base._parameters["weight"], base.state.CB, base.state.SCB = held
 
@@ -234,7 +234,7 @@ def _forward_of(kind: str) -> Callable[..., Tensor] | None:
 
 
 def _may_lead_gradients(owner: nn.Module, x: Tensor) -> bool:
-    """Whether gradients may be wanted; inside of a transform of torch's, the input does not tell."""
+    """Whether gradients may be needed. Under a `torch.func` transform, ``requires_grad`` of the input does not tell."""
     return owner.training or x.requires_grad or (is_transformed() and not torch.compiler.is_compiling())
 
 

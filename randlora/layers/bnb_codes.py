@@ -1,4 +1,4 @@
-"""The codes of bitsandbytes, 4 and 8 bits: writing them out, and rounding weights to them."""
+"""Quantizing and dequantizing with the codes of bitsandbytes, 4 and 8 bits."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 OLDEST = (0, 50)
-"""The first version that computes every size and type on a CPU, and the oldest that the tests run with."""
+"""The first version that supports every size and type on a CPU, and the oldest that is tested."""
 QUANT_TYPES = ("nf4", "fp4")
 WRITABLE = (torch.float32, torch.bfloat16, torch.float16)
-"""What bitsandbytes writes codes out in; for another dtype it returns memory as it finds it."""
+"""Dtypes that bitsandbytes can dequantize to; for others it returns uninitialized memory."""
 
 
 @cache
 def missing() -> str | None:
-    """Return what keeps bitsandbytes from being used, and the remedy, or ``None``."""
+    """Return why bitsandbytes cannot be used and how to install it, or ``None``."""
     try:
         found = version("bitsandbytes")
     except PackageNotFoundError:
@@ -32,18 +32,18 @@ def missing() -> str | None:
 
 
 def quant_state(layer: nn.Module, weight: Tensor) -> Any:
-    """Return how the codes of a 4-bit layer are to be read; sharding leaves that to the layer alone."""
+    """Return the ``QuantState`` of a 4-bit layer's weight. After sharding, only the layer has it."""
     state = getattr(weight, "quant_state", None)
     return getattr(layer, "quant_state", None) if state is None else state
 
 
 def write_out_4bit(codes: Tensor, state: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Write 4-bit codes out.
+    """Dequantize 4-bit codes.
 
     Args:
-        codes: As bitsandbytes stores them, in any storage dtype, or as it repacks them for a CPU.
-        state: Its ``QuantState``; it stays as it is.
-        dtype: Of the result.
+        codes: Codes as bitsandbytes stores them, in any storage dtype, or repacked for a CPU.
+        state: Their ``QuantState``, which is not changed.
+        dtype: The dtype of the result.
 
     Returns:
         ``(out_features, in_features)``, each entry a level times its block's scale, rounded once.
@@ -57,10 +57,10 @@ def write_out_4bit(codes: Tensor, state: Any, dtype: torch.dtype = torch.float32
 
 
 def _unpacked(codes: Tensor, state: Any) -> tuple[Tensor, Tensor]:
-    """Return codes in the common order, and their scales in float32."""
+    """Return codes in the order they were quantized in, and their scales in float32."""
     import bitsandbytes.functional as bnb  # noqa: PLC0415  # an optional extra
 
-    if _is_packed(state):  # scales lie transposed, and are no codes any more
+    if _is_packed(state):  # the scales are transposed and no longer quantized
         scales = state.absmax.float().T.reshape(-1)
         return bnb._convert_weight_packed_for_cpu_inverse(codes, copy.copy(state))[0], scales
     if state.nested:
@@ -71,12 +71,12 @@ def _unpacked(codes: Tensor, state: Any) -> tuple[Tensor, Tensor]:
 
 
 def is_out_of_order(layer: Any, *, repacked: bool = True) -> bool:
-    """Whether codes of a 4-bit layer, or their scales, lie in another order than they were quantized in.
+    """Whether the codes or scales of a 4-bit layer are in another order than they were quantized in.
 
     Args:
         layer: Any linear layer.
-        repacked: Whether codes count that bitsandbytes repacked for a CPU, which it reads right but leads no gradient
-            through. Scales always count that it left turned when it saved a repacked layer: it misreads those.
+        repacked: Whether to include codes repacked for a CPU, which bitsandbytes reads correctly but without gradients.
+            Scales that it left transposed when it saved a repacked layer are always included: it misreads those.
     """
     state = quant_state(layer, layer.weight)
     if _is_packed(state):
@@ -85,10 +85,10 @@ def is_out_of_order(layer: Any, *, repacked: bool = True) -> bool:
 
 
 def put_in_order(layer: Any) -> None:
-    """Put codes of a 4-bit layer that are out of order back in place. Their scales stay rounded to bfloat16.
+    """Restore the order of a 4-bit layer's codes. Their scales stay rounded to bfloat16.
 
-    The codes outlive the inference mode and the torch.func transform that the caller may be in, and belong to neither:
-    both are a matter of the thread, so they are put in order in another.
+    This runs in another thread, where no inference mode or `torch.func` transform of the caller is active, because the
+    restored codes must belong to neither.
     """
     with ThreadPoolExecutor(max_workers=1) as aside:
         aside.submit(_put_in_order, layer).result()
@@ -101,7 +101,7 @@ def _put_in_order(layer: Any) -> None:
     _, scales = _unpacked(weight.data, state)
     if _is_packed(state):
         weight.data, _ = bnb._convert_weight_packed_for_cpu_inverse(weight.data, state)
-    if not state.nested:  # which it leaves turned
+    if not state.nested:  # bitsandbytes leaves unquantized scales transposed
         state.absmax = scales
 
 
@@ -110,26 +110,26 @@ def _is_packed(state: Any) -> bool:
 
 
 def _is_turned(state: Any) -> bool:
-    """Whether scales lie column by column, as bitsandbytes 0.50 leaves them when it saves what it had repacked."""
+    """Whether scales are transposed, as bitsandbytes 0.50 leaves them when it saves a repacked layer."""
     return not state.nested and state.absmax.ndim == 2
 
 
 def unreadable(codes: Tensor, state: Any, shape: tuple[int, int]) -> str | None:
-    """Return why 4-bit codes cannot be read as a weight of a shape, to be read after the layer's name, or ``None``."""
+    """Return why 4-bit codes do not give a weight of a shape, as a phrase that follows a layer's name, or ``None``."""
     if state.quant_type not in QUANT_TYPES:
         return f"has codes of type {state.quant_type!r}, expected one of {', '.join(QUANT_TYPES)}"
     if tuple(state.shape) != shape:
         return f"was quantized as {tuple(state.shape)}, expected (out, in) = {shape}: quantize it again"
     if is_misread(codes, state):
         return (
-            f"has rows of {shape[1]} and blocks of {state.blocksize}, and the bitsandbytes that is installed reads "
-            "such codes wrongly on a CPU: take a block size that divides the rows, or leave the layer out"
+            f"has rows of {shape[1]} entries and blocks of {state.blocksize}, which the installed bitsandbytes "
+            "dequantizes incorrectly on a CPU: use a block size that divides the row length, or exclude the layer"
         )
     return None
 
 
 def is_misread(codes: Tensor, state: Any) -> bool:
-    """Whether bitsandbytes writes 4-bit codes out wrongly, as 0.50 does on CPUs for rows that blocks do not divide.
+    """Whether bitsandbytes dequantizes 4-bit codes incorrectly, as 0.50 does on CPUs if blocks do not divide rows.
 
     Its own layer then computes with other weights than were quantized.
     """
@@ -144,11 +144,11 @@ def is_misread(codes: Tensor, state: Any) -> bool:
 
 
 def round_to_4bit(weight: Tensor, like: Any, storage: torch.dtype) -> tuple[Tensor, Any]:
-    """Round a weight to 4-bit codes.
+    """Quantize a weight to 4-bit codes.
 
     Args:
         weight: ``(out_features, in_features)`` float32.
-        like: The ``QuantState`` of codes of the same kind: type, block size, whether scales are codes too.
+        like: A ``QuantState`` with the type, the block size, and whether scales are quantized too.
         storage: The dtype that codes are stored in.
 
     Returns:
@@ -169,31 +169,31 @@ def round_to_4bit(weight: Tensor, like: Any, storage: torch.dtype) -> tuple[Tens
 
 
 def step_4bit(state: Any) -> float:
-    """Measure the widest gap between two neighboring levels at the largest scale."""
+    """Return the widest gap between two neighboring levels, at the largest scale."""
     scales = _unpacked(torch.empty(0), state)[1]
     return float(state.code.sort().values.diff().max() * scales.max())
 
 
 def write_out_8bit(codes: Tensor, scales: Tensor) -> Tensor:
-    """Write 8-bit codes out in float32.
+    """Dequantize 8-bit codes to float32.
 
     Args:
-        codes: ``(out_features, in_features)`` int8; 127 stands for the row's scale.
+        codes: ``(out_features, in_features)`` int8; 127 is the row's scale.
         scales: ``(out_features,)`` float32.
     """
     return codes.float() * (scales.float() * (1 / 127)).unsqueeze(1)
 
 
 def round_to_8bit(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a weight to 8-bit codes: each row by its own scale, to the nearest of 255 levels.
+    """Quantize a weight to 8-bit codes: each row with its own scale, to the nearest of 255 levels.
 
-    bitsandbytes rounds to float16 first; this does not.
+    Unlike bitsandbytes this does not round to float16 first.
 
     Args:
         weight: ``(out_features, in_features)`` float32.
 
     Returns:
-        int8 codes of that shape, and the rows' scales, ``(out_features,)`` float32.
+        int8 codes of that shape, and the scales of the rows, ``(out_features,)`` float32.
     """
     scales = weight.abs().amax(dim=1)
     per_level = torch.where(scales > 0, 127 / scales, 0)

@@ -11,11 +11,11 @@ from randlora.layers.registry import register_layer
 
 @register_layer("transformers.pytorch_utils.Conv1D")
 class Conv1DAdapter(AdapterLayer):
-    """Adapts a ``Conv1D``, known by name so that transformers need not be imported."""
+    """Adapts a ``Conv1D``, registered by name so that transformers need not be imported."""
 
     @staticmethod
     def features(owner: nn.Module) -> tuple[int, int]:
-        """Return ``(in_features, out_features)``, from ``ds_shape`` where DeepSpeed's ZeRO-3 left the weight empty."""
+        """Return ``(in_features, out_features)``, from ``ds_shape`` if DeepSpeed's ZeRO-3 emptied the weight."""
         weight = owner._parameters["weight"]
         assert weight is not None, "a Conv1D has a weight"
         in_features, out_features = getattr(weight, "ds_shape", weight.shape)
@@ -23,11 +23,11 @@ class Conv1DAdapter(AdapterLayer):
 
     @staticmethod
     def in_storage_layout(delta: Tensor) -> Tensor:
-        """Transpose to ``(in_features, out_features)``."""
+        """Return the transpose, ``(in_features, out_features)``."""
         return delta.T
 
     @classmethod
     def plain_forward(cls) -> Callable[..., Tensor]:
-        """Return ``Conv1D.forward``; transformers is imported if there is a layer of it."""
+        """Return ``Conv1D.forward``. transformers is imported if a ``Conv1D`` exists."""
         forward: Callable[..., Tensor] = sys.modules["transformers.pytorch_utils"].Conv1D.forward
         return forward

@@ -1,4 +1,4 @@
-"""What a merge makes of one layer, before anything reads it."""
+"""Options and results of merging one layer."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -12,10 +12,10 @@ class Into(NamedTuple):
     """What a merge turns quantized layers into.
 
     Attributes:
-        quantized: The same kind of layer with new codes, or a plain `nn.Linear`.
-        dtype: Of a plain layer, if the caller named one.
-        model_dtype: Of a plain layer otherwise, read from the model; where it shows none, a plain layer has the dtype
-            that the quantized one computes in.
+        quantized: ``"requantize"`` for the same kind of layer, ``"dequantize"`` for a plain `nn.Linear`.
+        dtype: The dtype of plain layers, if the caller gave one.
+        model_dtype: Their dtype otherwise, read from the model. If that is ``None``, a plain layer has the dtype that
+            the quantized one computes in.
     """
 
     quantized: Quantized = "requantize"
@@ -24,12 +24,12 @@ class Into(NamedTuple):
 
 
 class RoundingLoss(NamedTuple):
-    """What rounding a merged weight to codes did to it.
+    """The rounding error of quantizing a merged weight.
 
     Attributes:
-        largest: The largest difference between an entry and what its code stands for.
+        largest: The largest absolute error of an entry.
         step: The widest gap between two neighboring levels of the new codes, at the layer's largest scale.
-        relative: The norm of all differences as a share of the norm of what was merged in.
+        relative: The norm of the error as a share of the norm of the merged update.
     """
 
     largest: float
@@ -38,12 +38,12 @@ class RoundingLoss(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """A layer with adapters folded in.
+    """A merged weight.
 
     Attributes:
-        weight: Its weight, before any rounding to codes.
-        held: What `AdapterLayer.exchange` puts in for the owner to read.
-        rounding: What rounding to codes did, where that happened.
+        weight: The weight before any quantization.
+        held: The value for `AdapterLayer.exchange`.
+        rounding: The rounding error, if the weight was quantized.
     """
 
     weight: Tensor

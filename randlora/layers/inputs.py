@@ -1,4 +1,4 @@
-"""What an adapter layer must know of the tensors it is given."""
+"""Inspecting the inputs of an adapter layer."""
 
 from typing import Any, TypeGuard
 
@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 
 def input_of(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the input of an adapted module: the first argument of its forward, by position or by name."""
+    """Return the input of an adapted module, the first argument of its forward, positional or keyword."""
     return args[0] if args else kwargs.get(owner.randlora_input)
 
 
 def is_plain_tensor(value: object) -> TypeGuard[Tensor]:
-    """Whether a value is a dense floating tensor of torch's own: subclasses have arithmetic of their own."""
+    """Whether a value is a strided floating tensor and not of a tensor subclass."""
     if type(value) not in (Tensor, nn.Parameter):
         return False
     assert isinstance(value, Tensor)
@@ -25,5 +25,5 @@ def is_autocast(x: Tensor) -> bool:
 
 
 def autocast_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Return what autocast makes of a dtype on the device of ``x``."""
+    """Return the dtype that autocast casts a dtype to on the device of ``x``; the dtype itself without autocast."""
     return torch.get_autocast_dtype(x.device.type) if dtype != torch.float64 and is_autocast(x) else dtype

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from randlora.layers.base import AdapterLayer
 from randlora.layers.registry import refuse_layer, register_layer
 
-FORWARD = nn.Linear.forward  # before anybody can put another in its place
+FORWARD = nn.Linear.forward  # read on import, in case it is replaced later
 
 
 @register_layer(nn.Linear)
@@ -16,13 +16,13 @@ class LinearAdapter(AdapterLayer):
 
     @staticmethod
     def features(owner: nn.Module) -> tuple[int, int]:
-        """Return ``(in_features, out_features)``, right even if DeepSpeed's ZeRO-3 holds the weight elsewhere."""
+        """Return ``(in_features, out_features)``, even if DeepSpeed's ZeRO-3 emptied the weight."""
         assert isinstance(owner, nn.Linear)
         return owner.in_features, owner.out_features
 
     @staticmethod
     def in_storage_layout(delta: Tensor) -> Tensor:
-        """Return ``(out_features, in_features)`` as it is."""
+        """Return the update unchanged, ``(out_features, in_features)``."""
         return delta
 
     @classmethod
@@ -33,5 +33,5 @@ class LinearAdapter(AdapterLayer):
 
 refuse_layer(
     nn.modules.linear.NonDynamicallyQuantizableLinear,
-    "nn.MultiheadAttention reads this weight and never calls the layer, so an adapter would be idle: leave it out",
+    "nn.MultiheadAttention reads this weight without calling the layer, so an adapter would have no effect: exclude it",
 )

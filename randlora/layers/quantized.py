@@ -1,4 +1,4 @@
-"""Layers whose weight is stored as codes: what merging makes of them, whatever the codes are."""
+"""Base class of adapter layers for quantized layers: merging, independent of the quantization."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from randlora.layers.inputs import input_of
 
 
 class Form(NamedTuple):
-    """What makes a layer one of its kind: its class, and what its class keeps on it.
+    """The class of a layer with the parameters and attributes specific to it.
 
     Attributes:
         kind: The class.
         parameters: The parameters by name.
-        attributes: What else the class keeps on the layer.
+        attributes: Other attributes that the class sets on the layer.
     """
 
     kind: type[nn.Module]
@@ -31,25 +31,25 @@ class Form(NamedTuple):
 
 
 class QuantizedLayer(AdapterLayer):
-    """Adapts a layer that computes with a weight it stores as codes and scales.
+    """Adapts a layer with a quantized weight, stored as codes and scales.
 
-    A subclass is final and tells how its kind writes codes out and rounds a weight to codes.
+    A subclass is final and implements quantization and dequantization for its kind.
 
     Attributes:
-        kept: Names of the attributes that its kind keeps on the layer, which a plain layer has no use for.
+        kept: Names of the attributes that the quantized class sets on a layer and a plain layer does not need.
     """
 
     kept: ClassVar[tuple[str, ...]] = ()
 
     @staticmethod
     def features(owner: nn.Module) -> tuple[int, int]:
-        """Return ``(in_features, out_features)``, which the shape of the codes need not show."""
+        """Return ``(in_features, out_features)``, which may differ from the shape of the codes."""
         assert isinstance(owner, nn.Linear)
         return owner.in_features, owner.out_features
 
     @staticmethod
     def in_storage_layout(delta: Tensor) -> Tensor:
-        """Return ``(out_features, in_features)`` as it is: that is how codes are written out."""
+        """Return the update unchanged: dequantized weights are ``(out_features, in_features)``."""
         return delta
 
     @abstractmethod
@@ -58,40 +58,39 @@ class QuantizedLayer(AdapterLayer):
 
     @abstractmethod
     def written_out(self, owner: nn.Module, held: Any = None) -> Tensor:
-        """Return what the owner's codes, or those given, stand for, ``(out_features, in_features)`` float32."""
+        """Return the owner's codes, or those given, dequantized to ``(out_features, in_features)`` float32."""
 
     @abstractmethod
     def requantized(self, owner: nn.Module, weight: Tensor) -> tuple[Any, float]:
-        """Round a weight, ``(out_features, in_features)`` float32, to codes of the owner's kind.
+        """Quantize a weight, ``(out_features, in_features)`` float32, in the way of the owner.
 
         Returns:
-            What `put_in` takes, and the widest gap between neighboring levels at the largest scale.
+            Codes for `put_in`, and the widest gap between neighboring levels at the largest scale.
         """
 
     @abstractmethod
     def codes(self, owner: nn.Module) -> Any:
-        """Return the codes that the owner reads now, with all they are read by."""
+        """Return the owner's current codes with their scales and quantization state."""
 
     @abstractmethod
     def put_in(self, owner: nn.Module, held: Any) -> None:
-        """Let the owner read other codes, with all they are read by."""
+        """Replace the owner's codes with their scales and quantization state."""
 
     def merge_obstacle(self, owner: nn.Module, into: Into) -> str | None:
-        """Return why the owner, which does more than a plain layer, cannot become one."""
+        """Return why the owner cannot become a plain layer, or ``None``."""
         if into.quantized == "requantize":
             return None
         if not self.runs_plain_forward(owner):
             return (
-                "has a forward of its own, as of a subclass, which an nn.Linear would lose: "
+                "has its own forward, as of a subclass, which an nn.Linear would not run: "
                 "merge with quantized='requantize'"
             )
-        return detach_obstacle(owner)  # another class is about to take the place of whatever it became
+        return detach_obstacle(owner)  # because its class will be replaced
 
     def base_output(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Return the output of the owner without adapters, of a stand-in where its own forward would spoil something.
+        """Return the output of the owner without adapters, computed by `stand_in` if there is one.
 
-        A forward that was set on the owner itself reads the owner, and an owner that is merged into a plain layer
-        spoils nothing.
+        Not if a forward was set on the owner itself, which reads the owner, or the owner is merged into a plain layer.
         """
         kind, x = plain_class(owner), input_of(owner, args, kwargs)
         if kind is not nn.Linear and self.own_forward is None and isinstance(x, Tensor):
@@ -102,10 +101,9 @@ class QuantizedLayer(AdapterLayer):
         return super().base_output(owner, base_forward, *args, **kwargs)
 
     def stand_in(self, owner: nn.Module, x: Tensor) -> Any:
-        """Return what the kind's forward is to run on in the owner's place, or ``None`` for the owner itself.
+        """Return a copy of the owner for the kind's forward to run on, or ``None`` to run it on the owner.
 
-        bitsandbytes casts the bias in its place, in evaluation too, under the optimizer's feet if it is trained: here
-        it sees a copy.
+        bitsandbytes casts the layer's bias in place in every forward, even if it is trained. The copy has a cast bias.
 
         Args:
             owner: The adapted module.
@@ -116,7 +114,7 @@ class QuantizedLayer(AdapterLayer):
 
     @torch.no_grad()
     def merged(self, owner: nn.Module, weights: dict[str, float], into: Into) -> Merged:
-        """Return the layer with some adapters folded in, added in float32: new codes, or a plain layer."""
+        """Return the layer merged with some adapters, added in float32: new codes, or a plain layer."""
         delta = self.delta_weight(owner, weights)
         weight = self.written_out(owner).add_(delta)
         if into.quantized == "dequantize":
@@ -124,7 +122,7 @@ class QuantizedLayer(AdapterLayer):
             weight = weight.to(dtype)
             return Merged(weight, self._plain_form(owner, weight))
         merged_in = torch.linalg.vector_norm(delta)
-        if merged_in == 0:  # rounding nothing would change scales that are codes themselves
+        if merged_in == 0:  # requantizing would change scales that are quantized themselves
             return Merged(weight, self.codes(owner))
         held, step = self.requantized(owner, weight)
         difference = self.written_out(owner, held).sub_(weight)
@@ -132,14 +130,14 @@ class QuantizedLayer(AdapterLayer):
         return Merged(weight, held, RoundingLoss(float(difference.abs().max()), step, float(relative)))
 
     def _plain_form(self, owner: nn.Module, weight: Tensor) -> Form:
-        """Return what makes a plain linear layer of the owner."""
+        """Return the class and parameters that make the owner a plain linear layer."""
         bias = owner._parameters.get("bias")
         if bias is not None and bias.dtype != weight.dtype:
             bias = nn.Parameter(bias.to(weight.dtype), bias.requires_grad)
         return Form(nn.Linear, {"weight": nn.Parameter(weight, requires_grad=False), "bias": bias}, {})
 
     def exchange(self, owner: nn.Module, held: Any) -> Any:
-        """Put other codes in the place of the owner's, or another form of layer, and return what stood there."""
+        """Replace the owner's codes, or its class and parameters, and return the previous ones."""
         if not isinstance(held, Form):
             own_codes = self.codes(owner)
             self.put_in(owner, held)
@@ -152,13 +150,13 @@ class QuantizedLayer(AdapterLayer):
         return own
 
     def save_unmerged(self, owner: nn.Module, destination: dict[str, Any], prefix: str) -> None:
-        """Write the owner's own codes into a state dict that holds merged ones, or a plain layer."""
+        """Write the original codes into a state dict that has merged ones, or a plain layer's weight."""
         twin = unmerged_twin(owner, self)
         type(twin)._save_to_state_dict(twin, destination, prefix, False)  # noqa: FBT003  # torch's signature
 
-    @torch.inference_mode(mode=False)  # the codes outlive the mode the caller is in
+    @torch.inference_mode(mode=False)  # the codes must not be inference tensors
     def unfold(self, owner: nn.Module) -> None:
-        """Put the owner's codes back, byte for byte, on the device it was moved to meanwhile."""
+        """Restore the original codes byte for byte, on the device that the owner is on now."""
         if self.unmerged is not None:
             device = owner.get_parameter("weight").device
             self.exchange(owner, self.unmerged[0])
@@ -168,7 +166,7 @@ class QuantizedLayer(AdapterLayer):
 
 
 def unmerged_twin(owner: nn.Module, layer: QuantizedLayer) -> Any:
-    """Return an object of the owner's class and codes as they were before the merge, which shares the rest with it."""
+    """Return a shallow copy of a merged owner with its original class and codes."""
     assert layer.unmerged is not None, "it was merged into"
     held = layer.unmerged[0]
     if isinstance(held, Form):
@@ -182,7 +180,7 @@ def unmerged_twin(owner: nn.Module, layer: QuantizedLayer) -> Any:
 
 
 def twin_of(owner: nn.Module, **parameters: Tensor) -> Any:
-    """Return an object of an adapted module's own class that shares all it holds but some parameters."""
+    """Return a shallow copy of an adapted module in its original class, with some parameters replaced."""
     twin: Any = object.__new__(plain_class(owner))
     twin.__dict__.update(owner.__dict__, _parameters={**owner._parameters, **parameters})
     return twin

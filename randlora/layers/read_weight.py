@@ -1,4 +1,4 @@
-"""A weight that other code reads, such as an attention's or the experts': it is adapted as it is read."""
+"""Base class of adapter layers for weights that other code reads, such as those of attention or experts."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from randlora.layers.update import folded, sum_updates
 
 
 class ReadWeight(AdapterLayer):
-    """Adapts a parameter that code outside of its owner's forward, or its owner's own, reads by name.
+    """Adapts a parameter that code reads by name, in the owner's forward or elsewhere.
 
-    Reading it gives weight + update while adapters act, and the parameter itself otherwise. The update is formed for
-    what is read and when it is read. The owner's ``state_dict`` and ``parameters()`` hold the parameter itself.
+    Reading the attribute returns weight + update while adapters are active, and the parameter otherwise. The update is
+    computed on each read. ``state_dict()`` and ``parameters()`` of the owner return the parameter.
     """
 
     @classmethod
     def site_fqn(cls, owner_fqn: str) -> str:
-        """Return the name of the weight on disk: the parameter's own."""
+        """Return the name of the weight in files: the FQN of the parameter."""
         return f"{owner_fqn}.{cls.attribute}"
 
     @classmethod
     def parameter_names(cls) -> tuple[str, str]:
-        """Return the names under which the owner, which may hold several such weights, holds Λ and Γ."""
+        """Return the names of Λ and Γ on the owner, which may have several such weights."""
         return f"{cls.attribute}_randlora_lambda", f"{cls.attribute}_randlora_gamma"
 
     def read(self, owner: nn.Module) -> Tensor:
-        """Return what reading the weight gives at this moment, in the layout and dtype of the weight."""
+        """Return the value of the attribute, in the shape and dtype of the weight."""
         weight = self.weight_of(owner)
         assert weight is not None, "obstacles() asks for a weight"
         active = self.active()

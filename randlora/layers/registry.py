@@ -1,8 +1,8 @@
-"""Which adapter layer serves which module.
+"""The registry of adapter layers by type of module.
 
-A kind is found by the module's type or the nearest of its parents. It is registered by the type itself or by the type's
-qualified name, so that a library need not be imported to be known. A kind that looks like a linear layer but cannot be
-adapted is registered with the reason, so that no parent answers for it.
+The adapter layer of a module is that of its type or of the nearest base class. Types are registered as classes or by
+qualified name, so that their library need not be imported. A type that looks like a linear layer but cannot be adapted
+is registered with the reason, so that the entry of a base class does not apply.
 """
 
 import inspect
@@ -24,14 +24,14 @@ def register_layer(base_type: type[nn.Module] | str) -> Callable[[Layer], Layer]
     """Register the adapter layer for a type of module, as a class decorator.
 
     Args:
-        base_type: The type, or its qualified name such as ``"transformers.pytorch_utils.Conv1D"``. Its subclasses are
-            served too, unless they have an entry of their own.
+        base_type: The type, or its qualified name such as ``"transformers.pytorch_utils.Conv1D"``. The entry applies to
+            subclasses too, unless they have their own.
 
     Returns:
         A decorator that returns the class unchanged.
 
     Raises:
-        TypeError: When the class lacks one of the methods that every kind of layer defines.
+        TypeError: If the class lacks one of the abstract methods of `AdapterLayer`.
 
     Example:
         >>> from torch import Tensor, nn
@@ -64,16 +64,16 @@ def refuse_layer(base_type: type[nn.Module] | str, reason: str) -> None:
 
     Args:
         base_type: The type or its qualified name.
-        reason: Why, and what to do, to be read after the layer's name.
+        reason: Why, and what to do, as a phrase that follows the layer's name.
     """
     _layers[_name(base_type)] = reason
 
 
 def find_layer(module: nn.Module) -> type[AdapterLayer] | str | None:
-    """Return what serves a module whose forward is a product with its weight.
+    """Return the registry entry of a module whose forward is a product with its weight.
 
     Returns:
-        The adapter layer's class; the reason why its kind is refused; or ``None`` for a module of no known kind.
+        The class of adapter layer, the reason why the type cannot be adapted, or ``None`` for an unknown type.
     """
     for parent in type(module).__mro__:
         if (entry := _layers.get(_name(parent))) is not None:
@@ -82,7 +82,7 @@ def find_layer(module: nn.Module) -> type[AdapterLayer] | str | None:
 
 
 def find_readers(module: nn.Module) -> tuple[type[ReadWeight], ...]:
-    """Return what serves the parameters of a module that other code reads."""
+    """Return the adapter layers for the parameters of a module that other code reads."""
     for parent in type(module).__mro__:
         if (entry := _readers.get(_name(parent))) is not None:
             return tuple(entry.values())
@@ -90,7 +90,7 @@ def find_readers(module: nn.Module) -> tuple[type[ReadWeight], ...]:
 
 
 def registered_layers() -> dict[str, type[AdapterLayer]]:
-    """Return every kind that can be adapted in its forward, by qualified name."""
+    """Return the adapter layers that act in a forward, by qualified name of the base layer."""
     return {name: entry for name, entry in _layers.items() if not isinstance(entry, str)}
 
 

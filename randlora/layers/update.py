@@ -1,4 +1,4 @@
-"""The updates of one weight, before and after they are formed, and their sum with the weight."""
+"""The updates of one weight, their sum, and the merged weight."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from randlora.functional import Diagonals, Pair, delta_weight
 
 
 class Update(NamedTuple):
-    """One adapter's update of one weight, before it is formed.
+    """One adapter's update of one weight, as factors.
 
     Attributes:
         basis: The bases.
         lam: Λ, ``(r, num_bases)``.
         gamma: Γ, ``(num_bases, min_dim)``.
-        scaling: The factor of the update, with the adapter's weight.
+        scaling: The factor of the update, including the adapter's weight.
     """
 
     basis: Basis
@@ -29,7 +29,7 @@ class Update(NamedTuple):
     scaling: float
 
     def parts(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> tuple[Pair, Diagonals]:
-        """Return what `randlora.functional` computes with, for a weight of ``(out_features, in_features)``."""
+        """Return the arguments of `randlora.functional` for a weight of shape ``(out_features, in_features)``."""
         pair = self.basis.pair(max(shape), min(shape), device=device, dtype=dtype)
         return pair, Diagonals(_on(self.lam, device), _on(self.gamma, device), self.scaling)
 
@@ -40,7 +40,7 @@ def sum_updates(
     """Return the sum of some updates of one weight.
 
     Args:
-        updates: In the order in which they are added, which is part of the sum's bits.
+        updates: The updates, in the order of addition, which affects rounding.
         shape: ``(out_features, in_features)`` of the weight.
         device: The device of the result.
         dtype: The dtype to compute in.

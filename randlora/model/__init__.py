@@ -1,1 +1,1 @@
-"""The verbs on a model in memory."""
+"""The public functions for a model in memory."""

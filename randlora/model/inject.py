@@ -1,7 +1,7 @@
-"""`inject`, `plan` and `eject`: put an adapter on a model's layers, and take all of them off.
+"""`inject`, `plan` and `eject`: adding an adapter to a model's layers, and removing all adapters.
 
-Planning finds everything out and touches nothing; checking collects what is wrong and raises once; only then layers
-change.
+Planning and checking come first, do not change the model, and raise one error for all problems. Only then are layers
+changed.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from randlora.targets.walk import Census
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """All that adding one adapter needs to know.
+    """Everything needed to add one adapter.
 
     Attributes:
         census: The model.
         name: The adapter's name.
         config: Its options.
-        state: What the model carries already, if anything.
-        selection: The weights it goes on.
-        spec: The bases it asks for.
-        shared: Bases of the model that serve, if any.
-        train_also: FQNs of the parameters trained beside it.
+        state: The model's state, if it has adapters already.
+        selection: The weights to adapt.
+        spec: The spec of its bases.
+        shared: Existing bases of the model that it can use, if any.
+        train_also: FQNs of the parameters trained with it.
     """
 
     census: Census
@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def used(self) -> tuple[int, int]:
-        """``(max_dim, min_dim)`` that the weights slice of the bases."""
+        """``(max_dim, min_dim)`` of the slices that the weights use."""
         return sliced_dims(site.shape for site in self.selection.sites)
 
 
@@ -81,15 +81,15 @@ def plan(
     name: str = "default",
     config: RandLoRAConfig | None = None,
 ) -> Report:
-    """Return the report of what `inject` would do with the same arguments, and touch nothing.
+    """Return the report that `inject` would return for the same arguments, without changing the model.
 
-    Works on a model on the meta device too, and takes no memory for weights or bases.
+    This also works on the meta device and allocates no weights or bases.
 
     Returns:
         The report that `inject` would return.
 
     Raises:
-        RandLoRAError: Whatever `inject` would raise before it draws bases.
+        RandLoRAError: Any error that `inject` would raise before it draws bases.
     """
     options = _one_config(
         config,
@@ -110,7 +110,7 @@ def plan(
 
 
 @explain_options
-@torch.inference_mode(mode=False)  # what is made here is trained, whatever mode the caller is in
+@torch.inference_mode(mode=False)  # trainable parameters must not be inference tensors
 def inject(
     model: nn.Module,
     r: int | None = None,
@@ -131,34 +131,34 @@ def inject(
 ) -> Report:
     """Add an adapter to a model, in place, and freeze everything else.
 
-    The output does not change: Λ starts at zero. Without ``targets`` the preset of the model's type applies, else
-    every linear layer but the output head is adapted.
+    The output does not change at first, because Λ starts at zero. Without ``targets``, the preset of the model's type
+    is used or, if there is none, all linear layers except the output head.
 
     Args:
-        model: Any module that holds linear layers; it is changed in place.
-        r: Rank of one random basis, 32 unless given. A smaller r trains more parameters.
-        targets: Which layers; see `RandLoRAConfig` for this and the next eight.
-        exclude: Which of them not.
-        alpha: The update is scaled by ``alpha / r``; 20·r unless given.
+        model: Any module with linear layers; it is changed in place.
+        r: Rank of one random basis, 32 by default. A smaller r trains more parameters.
+        targets: Layers to adapt; see `RandLoRAConfig` for this and the next eight options.
+        exclude: Layers to exclude from ``targets``.
+        alpha: The update is scaled by ``alpha / r``; 20·r by default.
         dropout: Dropout on the adapter's input in training.
         basis: Kind of the random bases.
-        stream: Where the bases are drawn from.
-        blocks: Blocks of ``block`` bases.
+        stream: Random stream of the bases.
+        blocks: Numbers of blocks of ``block`` bases.
         seed: Seed of the bases.
-        train_also: Modules or parameters trained beside the adapter and saved with it.
+        train_also: Modules or parameters that are trained and saved with the adapter.
         name: The adapter's name.
-        config: All of the options above in one object, instead of them.
-        active: Make it the only active adapter. ``None``: if it is the model's first.
-        trainable: Let its parameters require grad. ``None``: if it is the model's first.
+        config: The options from ``r`` to ``train_also`` as one object, instead of single options.
+        active: Whether to make it the only active adapter. ``None`` means if it is the model's first.
+        trainable: Whether its parameters require grad. ``None`` means if it is the model's first.
 
     Returns:
-        A report with the figures as fields; it prints as a table.
+        A report with figures as fields; it prints as a table.
 
     Raises:
-        ConfigError: For options that cannot work.
-        OptionError: For an option that there is not, with our name for it; it is a `TypeError` too.
-        TargetError: When the targets match nothing, or something that cannot be adapted.
-        AdapterError: When the name is taken, or the model's adapters are merged.
+        ConfigError: For invalid options.
+        OptionError: For an unknown option, with a suggestion. It is also a `TypeError`.
+        TargetError: If the targets match nothing, or something that cannot be adapted.
+        AdapterError: If the name is taken, or the model's adapters are merged.
     """
     options = _one_config(
         config,
@@ -186,18 +186,18 @@ def inject(
 
 
 def eject(model: nn.Module) -> tuple[str, ...]:
-    """Take every adapter off, in place: every module has its own class again, and the values it came with.
+    """Remove all adapters, in place, and restore the original classes and values.
 
-    What was merged is unmerged first, what ``train_also`` replaced is put back, and parameters require grad as before.
+    Merged adapters are unmerged first. Parameters replaced by ``train_also`` and ``requires_grad`` flags are restored.
 
     Args:
-        model: A model that carries adapters.
+        model: A model with adapters.
 
     Returns:
         FQNs of the layers that were adapted.
 
     Raises:
-        AdapterError: When the model carries none, or something else changed the class of an adapted module meanwhile.
+        AdapterError: If the model has no adapter, or something else has changed the class of an adapted module.
     """
     root, state = adapted_root(model)
     census = Census.of(root)
@@ -209,12 +209,12 @@ def eject(model: nn.Module) -> tuple[str, ...]:
     state.install_parameters()
     restored = detach_all(census, state)
     state.replaced.clear()
-    state.merge_report, state.disabled = None, 0  # for a `with merged(model)` that this call is inside of
+    state.merge_report, state.disabled = None, 0  # in case this is called inside `with merged(model)`
     return restored
 
 
 def _one_config(config: RandLoRAConfig | None, r: int | None, **given: Any) -> RandLoRAConfig:
-    """Build the config from single options, or take the one given, but not both."""
+    """Return the config given, or one made from single options."""
     options = given if r is None else {**given, "r": r}
     built = RandLoRAConfig(**options)
     if config is None:
@@ -227,7 +227,7 @@ def _one_config(config: RandLoRAConfig | None, r: int | None, **given: Any) -> R
 
 
 def _plan(census: Census, name: str, config: RandLoRAConfig) -> Plan:
-    """Find out what an adapter would need, and check all of it."""
+    """Return the plan of an adapter, or raise one error for all problems."""
     state = owned_state(census, name, "inject")
     selection = select(census, config.targets, config.exclude)
     problems = obstacles(census, selection.sites, config.dropout)
@@ -246,14 +246,14 @@ def _plan(census: Census, name: str, config: RandLoRAConfig) -> Plan:
 
 
 def _with_names(config: RandLoRAConfig, fqns: tuple[str, ...]) -> RandLoRAConfig:
-    """Put names in the place of callables, which no pickle and no file can hold."""
+    """Replace callables by names, because callables cannot be pickled or saved."""
     return (
         replace(config, targets=fqns, exclude=None) if callable(config.targets) or callable(config.exclude) else config
     )
 
 
 def _new_basis(planned: Plan) -> Basis:
-    """Draw bases at once, so that what cannot be drawn is refused here; for a model without values draw nothing."""
+    """Draw bases now, so that errors are raised before the model changes; on the meta device draw nothing."""
     basis = Basis(planned.spec)
     basis.extend(*planned.used)
     if not all(parameter.is_meta for site in planned.selection.sites for parameter in site.owner.parameters()):
@@ -266,7 +266,7 @@ def _report(planned: Plan, *, active: bool, trainable: bool) -> Report:
     notes = next_steps(planned.name, is_active=active, is_trainable=trainable)
     if planned.shared is None and planned.state is not None and (held := [*planned.state.bank]):
         others = "; ".join(f"{basis.spec}, {basis.nbytes:,} bytes" for basis in held)
-        notes.append(f"its bases come beside those of the other adapters, which do not fit: {others}")
+        notes.append(f"its bases are additional, because those of the other adapters cannot be shared: {others}")
     return adapter_report(
         planned.census,
         planned.name,

@@ -1,6 +1,7 @@
-"""Adding one adapter to a model and taking all of them off: the only code that changes what a model holds.
+"""Adding one adapter to a model and removing all of them: the only code that changes a model's modules.
 
-Whatever can fail happens before `commit` changes the first module, so a call that raises leaves the model as it was.
+Everything that can fail happens before `commit` changes the first module, so a call that raises does not change the
+model.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from randlora.targets.site import Site
 from randlora.targets.walk import Census
 
 WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
-"""Types that wrap a whole model, and the attribute that holds it."""
+"""Types that wrap a whole model, and the attribute with the model."""
 
 
 @dataclass(frozen=True, eq=False)
 class Addition:
-    """One adapter, ready to be added: every tensor is made, and the model not touched yet.
+    """One adapter with all its tensors, ready to be added to the model.
 
     Attributes:
-        state: The state the model carries, or will.
+        state: The model's state, possibly not attached yet.
         adapter: The adapter.
-        layers: Each site with its adapter layer and its Λ and Γ.
+        layers: Each site with its adapter layer, Λ and Γ.
         replaced: The model's own parameters that the adapter trains copies of, by FQN.
         trainable: Whether the adapter's parameters require grad.
     """
@@ -42,36 +43,34 @@ class Addition:
 
 
 def owned_state(census: Census, name: str, doing: str) -> ModelState | None:
-    """Return the state a model carries, having checked that an adapter of this name may be added.
+    """Return the model's state, after checking that an adapter of this name can be added.
 
     Args:
-        census: The module that adapters are, or will be, kept on.
+        census: The module to add adapters to.
         name: The new adapter's name.
-        doing: The call, for errors.
+        doing: The call, for error messages.
 
     Raises:
-        AdapterError: When the name cannot be used or is taken, the adapters are merged, or a part of the model or what
-            it is part of carries adapters already.
+        AdapterError: If the name is invalid or taken, the adapters are merged, or adapters were added to a submodule of
+            the model or to a module that contains it.
     """
     model = census.model
     if (attribute := WRAPPERS.get(type(model).__qualname__)) is not None:
         raise AdapterError(
-            f"cannot {doing} through a {type(model).__name__}, which gives every layer another name: "
-            f"call this on model.{attribute}, which it wraps"
+            f"cannot {doing} through a {type(model).__name__}, which changes the name of every layer: "
+            f"call this on the wrapped model.{attribute}"
         )
     state = attached_state(model)
     if state is not None:
         state.adopt_parameters()
     if not isinstance(name, str) or not name or "." in name or name in dir(nn.ParameterDict()):
         raise AdapterError(
-            f"cannot {doing} an adapter named {name!r}: expected a word without dots that torch does not use"
+            f"cannot {doing} an adapter named {name!r}: expected a name without dots, not an attribute of ParameterDict"
         )
     require_own(census, state, doing)
     unfit = [held.fqn for held in census.parameters if not held.parameter.is_leaf]
     if unfit:
-        raise AdapterError(
-            f"cannot {doing}: {unfit[0]} was computed from other tensors and cannot be frozen; detach it"
-        )
+        raise AdapterError(f"cannot {doing}: {unfit[0]} is not a leaf tensor and cannot be frozen; detach it")
     if state is not None:
         require_unmerged(state, doing)
         if name in state.adapters:
@@ -82,21 +81,21 @@ def owned_state(census: Census, name: str, doing: str) -> ModelState | None:
 
 
 def require_own(census: Census, state: ModelState | None, doing: str) -> None:
-    """Check that all adapted layers belong to the adapters that the model keeps.
+    """Check that all adapted layers belong to the adapters of this model.
 
     Raises:
-        AdapterError: When a layer belongs to others, as a copy of an adapted layer that was put into the model does.
+        AdapterError: If a layer belongs to adapters of another module, as a copied layer does.
     """
     for site in census.adapted:
         if site.layer.state is not state:
             raise AdapterError(
-                f"cannot {doing} here: {site.fqn} belongs to adapters kept on another module, as one that is a part of "
-                "this one, one around it, or a copy; call this on that module, or take the layer out"
+                f"cannot {doing} here: {site.fqn} has adapters that were added to another module (a submodule, parent "
+                "or a copy of this one); call this on that module, or replace the layer"
             )
 
 
 def or_if_first(state: ModelState | None, *, wanted: bool | None) -> bool:
-    """Resolve an option whose ``None`` means: if the adapter is the model's first."""
+    """Return ``wanted``, or if it is ``None``, whether the adapter is the model's first."""
     return state is None if wanted is None else wanted
 
 
@@ -109,13 +108,13 @@ def prepare(
     replaced: Mapping[str, ReplacedParameter] | None = None,
     trainable: bool = True,
 ) -> Addition:
-    """Make everything an adapter needs, without touching the model.
+    """Create everything that an adapter needs, without changing the model.
 
     Args:
-        state: The state the model carries already, if any.
+        state: The model's state, if it has adapters already.
         adapter: The adapter, with its trained parameters.
-        sites: The weights it goes on.
-        values: Λ and Γ by the site's FQN; without them the adapter starts by changing nothing.
+        sites: The weights to adapt.
+        values: Λ and Γ by the site's FQN; the initial values by default.
         replaced: The model's own parameters that the adapter trains copies of.
         trainable: Whether the adapter's parameters require grad.
     """
@@ -132,8 +131,8 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
     """Add a prepared adapter to the model and freeze the rest.
 
     Args:
-        census: The module that carries the adapters.
-        addition: What `prepare` made.
+        census: The module to add the adapter to.
+        addition: The result of `prepare`.
         active: Whether the adapter becomes the only active one.
     """
     state, adapter = addition.state, addition.adapter
@@ -156,10 +155,10 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
 
 
 def require_detachable(census: Census, doing: str, sites: Iterable[Site] | None = None) -> None:
-    """Check that adapted modules can be given their own classes back.
+    """Check that the original classes of adapted modules can be restored.
 
     Raises:
-        AdapterError: When something else changed the class of one meanwhile.
+        AdapterError: If something else has changed the class of one.
     """
     problems = [
         f"{site.fqn} {reason}"
@@ -170,15 +169,15 @@ def require_detachable(census: Census, doing: str, sites: Iterable[Site] | None 
 
 
 def lost_sites(census: Census, adapters: Iterable[Adapter]) -> list[str]:
-    """Return which weights adapters are no longer on, as where another module was put in an adapted one's place."""
+    """Return messages about weights that have lost an adapter, because their module was replaced by another."""
     layers = {
         type(layer).site_fqn(visit.fqn): layer
         for visit in census.visits
         for layer in adapter_layers_of(visit.module).values()
     }
     return [
-        f"{fqn} carries adapter {adapter.name!r} no longer: another module was put in its place; adapt the model after "
-        "it is changed"
+        f"{fqn} no longer has adapter {adapter.name!r}: the module was replaced by another; change the model before "
+        "adapting it"
         for adapter in adapters
         for fqn in adapter.targets
         if fqn not in layers or adapter.name not in layers[fqn].adapters
@@ -186,9 +185,9 @@ def lost_sites(census: Census, adapters: Iterable[Adapter]) -> list[str]:
 
 
 def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
-    """Take every adapter off and let each parameter require grad as it did before the first came.
+    """Remove all adapters and restore the ``requires_grad`` flags from before the first was added.
 
-    The model keeps the values it holds at this moment.
+    The model keeps its current values.
 
     Returns:
         FQNs of the weights that were adapted.
@@ -197,7 +196,7 @@ def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
     for site in census.adapted:
         detach(site.owner, site.layer)
     for held in Census(census.model, census.visits).parameters:
-        if held.fqn in state.required_grad:  # and not what was added since
+        if held.fqn in state.required_grad:  # not for parameters added later
             held.parameter.requires_grad_(state.required_grad[held.fqn])
     del census.model.__dict__[ATTRIBUTE]
     return restored

@@ -1,8 +1,8 @@
-"""`merge`, `merged` and `unmerge`: fold the active adapters into the weights, for good or for a while.
+"""`merge`, `merged` and `unmerge`: merging the active adapters into the weights, permanently or reversibly.
 
-A merged weight is computed in float32 or wider and rounded once. The weight it replaces is kept, not computed back, so
-unmerging restores every bit in every dtype. A quantized weight is written out, added to, and rounded to codes again, or
-left written out.
+A merged weight is computed in float32 or wider and rounded once. A reversible merge keeps the original weight, so that
+unmerging restores every bit in every dtype. A quantized weight is dequantized, added to, and either quantized again or
+left as it is.
 """
 
 from __future__ import annotations
@@ -25,36 +25,37 @@ from randlora.targets.site import AdaptedSite
 from randlora.targets.walk import Census, is_norm, is_quantized
 
 
-@torch.inference_mode(mode=False)  # the weights outlive the mode the caller is in
+@torch.inference_mode(mode=False)  # the weights must not be inference tensors
 def merge(
     model: nn.Module, *, reversible: bool = False, quantized: Quantized = "requantize", dtype: torch.dtype | None = None
 ) -> MergeReport:
-    """Fold the active adapters into the weights, in place.
+    """Merge the active adapters into the weights, in place.
 
-    Until the last layer is done, both its weight before and after are held.
+    The weights before and after are both in memory until the last layer is merged.
 
     Args:
-        model: A model that carries adapters.
-        reversible: Keep the adapters and the weights as they were, for `unmerge`. Else plain layers are back, the
-            adapters are gone, and parameters require grad as they did before the first adapter came.
-        quantized: What becomes of bitsandbytes layers. ``"requantize"`` leaves layers of the same kind, whose codes are
-            the nearest to the merged weights: as small as before, but some of what was learned is rounded away; the
-            report says how much. ``"dequantize"`` makes each of them an `nn.Linear`, the very same module with its
-            hooks: nothing is lost, and it takes 2 to 8 times the memory.
-        dtype: Of the layers that ``"dequantize"`` leaves, which do not cast what they are given as quantized ones do.
-            ``None`` means the dtype of the model's norms, else of its first parameter outside of quantized layers,
-            else the one that each layer computes in.
+        model: A model with adapters.
+        reversible: Whether to keep the adapters and the original weights for `unmerge`. Otherwise the layers become
+            plain again, the adapters are removed, and ``requires_grad`` flags are restored.
+        quantized: What to do with bitsandbytes layers. ``"requantize"`` keeps the kind of layer and quantizes the
+            merged weight: the layer stays small, but part of the update is lost to rounding; the report says how much.
+            ``"dequantize"`` turns each into an `nn.Linear`, the same module object with its hooks, without loss, which
+            takes 2 to 8 times the memory.
+        dtype: The dtype of dequantized layers, which do not cast their inputs as quantized ones do. ``None`` means the
+            dtype of the model's norms, else of its first parameter outside of quantized layers, else the one that each
+            layer computes in.
 
     Returns:
-        Which adapters went into which layers, and what rounding to codes did to each.
+        The report, with the merged layers and the rounding error of each requantized one.
 
     Raises:
-        AdapterError: When the model carries no adapter.
-        ConfigError: For another word, or a dtype that is not floating or that nothing would have.
-        MergeError: When nothing is active, the adapters are switched off or merged already, an inactive adapter would
-            be lost, a weight has no values here, another module was put in an adapted one's place, a merged weight
-            would not be finite, or a quantized layer has a forward of its own that an `nn.Linear` would lose. The model
-            is then as it was.
+        AdapterError: If the model has no adapter.
+        ConfigError: For an unknown value of ``quantized``, a dtype that is not floating, or a dtype with
+            ``"requantize"``.
+        MergeError: If no adapter is active, the adapters are disabled or merged already, an inactive adapter would be
+            lost, a weight has no values (meta, offloaded or sharded), an adapted module was replaced, a merged weight
+            would not be finite, or a quantized layer has its own forward that an `nn.Linear` would not run. The model
+            is then unchanged.
     """
     root, state = adapted_root(model)
     census = Census.of(root)
@@ -68,14 +69,14 @@ def merge(
     raise_collected(MergeError, problems, doing="merge")
     if not reversible:
         require_detachable(census, "merge")
-    notes = _forward_notes(sites)  # folding may change classes
+    notes = _forward_notes(sites)  # before merging, which may change classes
     rounding = _fold_all(sites, state.active, into)
     notes = (*notes, *(() if reversible else _notes(root, sites, into)))
     targets = tuple(site.fqn for site in sites)
     report = MergeReport(dict(state.active), targets, reversible=reversible, rounding=rounding, notes=notes)
     state.merge_report = report
     for basis in state.bank:
-        basis.release()  # a merged model computes without them
+        basis.release()  # a merged model does not use them
     if not reversible:
         for site in sites:
             site.layer.unmerged = None
@@ -84,17 +85,17 @@ def merge(
 
 
 def unmerge(model: nn.Module) -> tuple[str, ...]:
-    """Put back, bit for bit, the weights that ``merge(model, reversible=True)`` replaced.
+    """Restore, bit for bit, the weights from before ``merge(model, reversible=True)``.
 
     Args:
         model: A model whose adapters are merged.
 
     Returns:
-        FQNs of the layers restored.
+        FQNs of the restored layers.
 
     Raises:
-        AdapterError: When the model carries no adapter.
-        MergeError: When its adapters are not merged.
+        AdapterError: If the model has no adapter.
+        MergeError: If its adapters are not merged.
     """
     root, state = adapted_root(model)
     if not state.is_merged:
@@ -116,20 +117,20 @@ def merged(
 ) -> Iterator[MergeReport]:
     """Merge the active adapters inside a ``with`` block, for inference at the base model's speed.
 
-    Nests: an inner block finds the adapters merged, and leaves them so, whatever its own options are.
+    Blocks can be nested. An inner block ignores its options and leaves the adapters merged.
 
     Args:
-        model: A model that carries adapters.
-        quantized: As in `merge`.
-        dtype: As in `merge`.
+        model: A model with adapters.
+        quantized: See `merge`.
+        dtype: See `merge`.
 
     Yields:
-        The report of the merge that is in force: of an inner block, that of the outer one.
+        The report of the merge, in an inner block that of the outer one.
 
     Raises:
-        AdapterError: As `merge` does.
-        ConfigError: As `merge` does.
-        MergeError: As `merge` does.
+        AdapterError: See `merge`.
+        ConfigError: See `merge`.
+        MergeError: See `merge`.
     """
     _, state = adapted_root(model)
     if state.merge_report is not None:
@@ -144,15 +145,15 @@ def merged(
 
 
 def require_finite(fqn: str, weight: Tensor) -> Tensor:
-    """Return a merged weight, or refuse it.
+    """Return a merged weight after checking that it is finite.
 
     Raises:
-        MergeError: When a value of it is not finite.
+        MergeError: If it is not.
     """
     if not torch.isfinite(weight).all():
         raise MergeError(
-            f"the merged weight of {fqn} would not be finite in {weight.dtype}: look for NaN or infinite values in the "
-            "adapter and in the base weight, lower the adapter's weight, or merge in a wider dtype"
+            f"the merged weight of {fqn} would not be finite in {weight.dtype}: check the adapter and the base weight "
+            "for NaN or infinite values, lower the adapter's weight, or merge in a wider dtype"
         )
     return weight
 
@@ -162,13 +163,13 @@ def _state_problems(state: ModelState, *, reversible: bool) -> list[str]:
         return ["the adapters are merged already: call randlora.unmerge(model) first"]
     problems = []
     if state.is_disabled:
-        problems.append("the adapters are switched off: merge outside of randlora.disabled(model)")
+        problems.append("the adapters are disabled: merge outside of randlora.disabled(model)")
     if not state.active:
         problems.append(f"no adapter is active: activate one of {', '.join(state.adapters)}")
     inactive = [name for name in state.adapters if name not in state.active]
     if inactive and not reversible:
         problems.append(
-            f"{', '.join(inactive)} would be lost: save and remove what is not active, or merge with reversible=True"
+            f"{', '.join(inactive)} would be lost: save and remove inactive adapters, or merge with reversible=True"
         )
     return problems
 
@@ -180,7 +181,7 @@ def _option_problems(into: Into) -> list[str]:
     if into.dtype is not None and not (isinstance(into.dtype, torch.dtype) and into.dtype.is_floating_point):
         problems.append(f"dtype must be a floating dtype or None, got {into.dtype!r}")
     if into.dtype is not None and into.quantized == "requantize":
-        problems.append("dtype= is that of plain layers, and codes have none: give quantized='dequantize' too")
+        problems.append("dtype= applies to dequantized layers only: give quantized='dequantize' too, or omit dtype")
     return problems
 
 
@@ -191,11 +192,13 @@ def _weight_problems(sites: Sequence[AdaptedSite], into: Into) -> list[str]:
         if weight is None:
             problems.append(f"{site.fqn} computes its weight from other parameters: remove the parametrization first")
         elif weight.is_meta or weight.numel() == 0 or type(weight.data) is not Tensor:
-            problems.append(f"the weight of {site.fqn} is not all here (meta, offloaded or sharded): gather it first")
+            problems.append(
+                f"the weight of {site.fqn} is incomplete (meta, offloaded or sharded): load or gather it first"
+            )
         elif site.shape != layer.shape:
             problems.append(
-                f"{site.fqn} was {layer.shape[0]} x {layer.shape[1]} when the adapter came and is "
-                f"{site.shape[0]} x {site.shape[1]} now: save the adapter, eject it, and load one that fits"
+                f"the shape of {site.fqn} was {layer.shape[0]} x {layer.shape[1]} when it was adapted and is "
+                f"{site.shape[0]} x {site.shape[1]} now: eject the adapter and load one of the new shape"
             )
         elif (reason := layer.merge_obstacle(site.owner, into)) is not None:
             problems.append(f"{site.fqn} {reason}")
@@ -203,7 +206,7 @@ def _weight_problems(sites: Sequence[AdaptedSite], into: Into) -> list[str]:
 
 
 def _forward_notes(sites: Sequence[AdaptedSite]) -> tuple[str, ...]:
-    """Return a note on layers whose forward is not their kind's, where merging may change what is computed."""
+    """Return a note on layers with their own forward, whose output may change when merged."""
     own = [
         site.fqn
         for site in sites
@@ -212,8 +215,8 @@ def _forward_notes(sites: Sequence[AdaptedSite]) -> tuple[str, ...]:
     if not own:
         return ()
     note = (
-        f"a forward of their own: {shortened(own)}; merged, they compute what they did with the adapter only where "
-        "that is linear in the weight: compare outputs before and after"
+        f"layers with their own forward: {shortened(own)}; merged, their output is the same as with the adapter only "
+        "if the forward is linear in the weight: compare outputs before and after"
     )
     return (note,)
 
@@ -223,15 +226,15 @@ def _notes(root: nn.Module, sites: Sequence[AdaptedSite], into: Into) -> tuple[s
     if not is_plain_now or getattr(getattr(root, "config", None), "quantization_config", None) is None:
         return ()
     note = (
-        "the model's config still says that it is quantized, so what save_pretrained writes would not load: to save, "
-        "merge the files with randlora.files.merge, or, but for Conv1D layers (GPT-2), call model.dequantize() before "
-        "the adapter is loaded, then merge"
+        "the model's config still says that it is quantized, so files written by save_pretrained would not load: to "
+        "save, merge the files with randlora.files.merge, or, except with Conv1D layers (GPT-2), call "
+        "model.dequantize() before loading the adapter, then merge"
     )
     return (note,)
 
 
 def _model_dtype(census: Census) -> torch.dtype | None:
-    """Return the dtype that linear layers are given: that of norms, else of what the model has beside codes."""
+    """Return the dtype of the inputs of linear layers: that of norms, else of the first unquantized parameter."""
     own = [
         (held.module, held.parameter.dtype)
         for held in census.parameters
@@ -242,7 +245,7 @@ def _model_dtype(census: Census) -> torch.dtype | None:
 
 
 def _fold_all(sites: Sequence[AdaptedSite], weights: dict[str, float], into: Into) -> dict[str, RoundingLoss]:
-    """Fold into every weight, or into none."""
+    """Merge into all weights, or into none if one fails, and return the rounding errors."""
     rounding = {}
     try:
         for site in sites:

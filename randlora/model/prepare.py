@@ -1,6 +1,6 @@
-"""Getting a quantized model ready for training, before `randlora.inject`.
+"""Preparing a quantized model for training, before `randlora.inject`.
 
-Neither bitsandbytes nor transformers is imported: what they made is known by its type's name, or by what it can do.
+Neither bitsandbytes nor transformers is imported: their objects are recognized by type names and methods.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ HALVES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class PreparationReport:
-    """What `randlora.prepare_quantized` did; prints as a few lines.
+    """The report of `randlora.prepare_quantized`; prints as a few lines.
 
     Attributes:
         quantized: FQNs of the quantized linear layers.
-        cast: FQNs of the modules whose parameters this call made float32.
+        cast: FQNs of the modules whose parameters were converted to float32.
         input_gradients: FQNs of the modules whose output now requires grad.
-        checkpointing: Whether the model now checkpoints its activations in training.
+        checkpointing: Whether activation checkpointing is enabled.
         unpacked: FQNs of the 4-bit layers that bitsandbytes will not repack.
-        put_in_order: FQNs of those that it had repacked before the call, or whose scales it left turned.
-        notes: What was asked for and could not be done.
+        put_in_order: FQNs of those that were repacked before the call, or had transposed scales, and were restored.
+        notes: Requested steps that were not possible.
     """
 
     quantized: tuple[str, ...] = ()
@@ -51,41 +51,41 @@ class PreparationReport:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Return a line for each step, then the notes."""
+        """Return a line for each step, followed by the notes."""
         lines = [
             f"quantized layers: {len(self.quantized) or 'none'}",
-            f"made float32: {shortened(self.cast) or 'nothing'}",
-            f"require grad from the start: {shortened(self.input_gradients) or 'no inputs'}",
+            f"converted to float32: {shortened(self.cast) or 'none'}",
+            f"outputs that now require grad: {shortened(self.input_gradients) or 'none'}",
             f"checkpointing: {'on, in training mode' if self.checkpointing else 'off'}",
-            f"kept from being repacked: {len(self.unpacked) or 'no'} layers",
+            f"layers with repacking disabled: {len(self.unpacked) or 'none'}",
         ]
         if self.put_in_order:
-            lines.append(f"repacked already: {shortened(self.put_in_order)} (in order again, their scales less exact)")
+            lines.append(f"restored after repacking: {shortened(self.put_in_order)} (scales rounded to bfloat16)")
         return "\n".join([*lines, *self.notes])
 
 
 @runtime_checkable
 class HasInputEmbeddings(Protocol):
-    """A transformers model, as far as its inputs go."""
+    """A transformers model with input embeddings."""
 
     def get_input_embeddings(self) -> nn.Module | None:
-        """Return the module that sees the inputs first."""
+        """Return the input embedding."""
 
 
 @runtime_checkable
 class HasActivationCheckpointing(Protocol):
-    """A model of a recent transformers."""
+    """A model of a recent version of transformers."""
 
     def activation_checkpointing_enable(self, *, activation_checkpointing_kwargs: dict[str, Any]) -> None:
-        """Compute activations again in backward."""
+        """Enable activation checkpointing."""
 
 
 @runtime_checkable
 class HasGradientCheckpointing(Protocol):
-    """A model of an older transformers, or one that follows it; recent ones warn that the name will go."""
+    """A model of an older version of transformers or with its interface, which recent ones deprecate."""
 
     def gradient_checkpointing_enable(self, *, gradient_checkpointing_kwargs: dict[str, Any]) -> None:
-        """Compute activations again in backward."""
+        """Enable activation checkpointing."""
 
 
 def prepare_quantized(
@@ -96,63 +96,63 @@ def prepare_quantized(
     checkpointing: bool = True,
     unpacked: bool = True,
 ) -> PreparationReport:
-    """Make a quantized model ready for training, in place; call it before `inject` and before the first forward pass.
+    """Prepare a quantized model for training, in place. Call it before `inject` and before the first forward pass.
 
-    Each step can be left out, and a second call changes nothing more. A model without quantized layers is prepared in
-    the same way. What requires grad stays as it is: `inject` freezes the model.
+    Each step is optional, and a second call changes nothing. A model without quantized layers is prepared in the same
+    way. ``requires_grad`` flags do not change: `inject` freezes the model.
 
     Args:
         model: Any module, such as a transformers model loaded with a ``BitsAndBytesConfig``.
-        full_precision: Make norms and the linear layers that are not quantized, such as the output head, float32 where
-            they have 16 bits, and let embeddings give float32, so that hidden states are added up in it. Embeddings
-            keep their 16 bits, unless one is tied to the head; so do convolutions and the like, which cast what they
-            are given. The head and what is tied to it take twice the memory. A model that multiplies by a 16-bit
-            parameter outside of a layer, as by an embedding's weight, must cast for itself, or leave this out.
-        inputs_require_grad: Let the output of the embeddings require grad, without which reentrant checkpointing gives
-            no gradients. They are what ``get_input_embeddings`` returns where a model or a part of it has that, as in
+        full_precision: Whether to convert 16-bit norms and linear layers that are not quantized, such as the output
+            head, to float32, and to cast the outputs of embeddings to float32, so that hidden states are summed in it.
+            Embeddings stay 16-bit unless tied to the head. So do other layers such as convolutions, which cast their
+            inputs. The head and weights tied to it take twice the memory. A model that multiplies by a 16-bit parameter
+            outside of a layer, such as an embedding's weight, must cast by itself or set this to ``False``.
+        inputs_require_grad: Whether the outputs of the input embeddings require grad, which reentrant checkpointing
+            needs. They are those returned by ``get_input_embeddings`` of the model or of a submodule, as in
             transformers, else the first `nn.Embedding`.
-        checkpointing: Switch checkpointing of activations on where the model has it, in the way that is not reentrant.
-            A model that checkpoints already goes on in its way. transformers may let inputs require grad with it.
-        unpacked: Keep bitsandbytes from repacking 4-bit weights at their first forward pass in evaluation mode, which
-            it does on CPUs with AVX512-BF16: a repacked layer passes no gradient to its input. One that was repacked
-            before the call, or has scales that saving it so left turned, is put in order again, with the scales
-            rounded to bfloat16, and named in the report.
+        checkpointing: Whether to enable non-reentrant activation checkpointing if the model supports it. If it is
+            enabled already, it is not changed. transformers may also make inputs require grad.
+        unpacked: Whether to keep bitsandbytes from repacking 4-bit weights in their first forward pass in evaluation
+            mode, which it does on CPUs with AVX512-BF16: a repacked layer gives no gradient of its input. A layer that
+            was repacked before the call, or has scales left transposed by saving a repacked layer, is restored, with
+            scales rounded to bfloat16, and is listed in the report.
 
     Returns:
-        What was done, and what could not be.
+        The report of what was done and what was not possible.
 
     Raises:
-        AdapterError: While adapters are merged.
+        AdapterError: If adapters are merged.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 9))
         >>> print(prepare_quantized(model.bfloat16()))
         quantized layers: none
-        made float32: 1, 2
-        require grad from the start: 0
+        converted to float32: 1, 2
+        outputs that now require grad: 0
         checkpointing: off
-        kept from being repacked: no layers
+        layers with repacking disabled: none
         checkpointing stays off: Sequential has no method for it
     """
     for module in model.modules():
         if (state := attached_state(module)) is not None:
             require_unmerged(state, "prepare the model")
     visits = Census.of(model).first_visits
-    embeddings = _input_embeddings(model)  # first, because it is somebody else's and could raise
+    embeddings = _input_embeddings(model)  # first, because the model's own methods may raise
     notes = []
-    if checkpointing and not _enable_checkpointing(model):  # the same
+    if checkpointing and not _enable_checkpointing(model):  # also first
         notes.append(f"checkpointing stays off: {type(model).__name__} has no method for it")
     cast = _make_float32(visits) if full_precision else []
     inputs = _let_inputs_require_grad(model, embeddings) if inputs_require_grad else ()
     if inputs_require_grad and not inputs:
-        notes.append("no embedding was found: for reentrant checkpointing, let the batch itself require grad")
+        notes.append("no embedding was found: for reentrant checkpointing, make the inputs require grad")
     four_bits = [visit for visit in visits if unpacked and find_layer(visit.module) is Linear4bitAdapter]
     out_of_order = [visit for visit in four_bits if bnb_codes.is_out_of_order(visit.module)]
     for visit in four_bits:
         vars(visit.module)[MAY_REPACK] = False
         layer = adapter_layers_of(visit.module).get("weight")
         if isinstance(layer, Linear4bitAdapter):
-            layer.may_repack = False  # which is what ejecting gives back
+            layer.may_repack = False  # the value that ejecting restores
     for visit in out_of_order:
         bnb_codes.put_in_order(visit.module)
     return PreparationReport(
@@ -167,7 +167,7 @@ def prepare_quantized(
 
 
 def cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Cast floating inputs to the dtype of the module's weights: a forward pre-hook."""
+    """Cast floating inputs to the dtype of the module's parameters; a forward pre-hook."""
     dtype = next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
 
     def cast(value: Any) -> Any:
@@ -178,38 +178,38 @@ def cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def float32_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:  # noqa: ARG001
-    """Make a module's output float32 where it has 16 bits: a forward hook."""
+    """Cast a 16-bit output to float32; a forward hook."""
     return output.float() if output.dtype in HALVES else output
 
 
 def require_grad(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    """Let a module's output require grad: a forward hook."""
+    """Make a module's output require grad; a forward hook."""
     output.requires_grad_(True)  # noqa: FBT003
 
 
 def _make_float32(visits: Sequence[Visit]) -> list[Visit]:
-    """Make norms and dense linear layers float32; return what that changed, layers tied to them included."""
+    """Convert norms and dense linear layers to float32; return the changed modules, including tied ones."""
     raised = [visit for visit in visits if _is_norm_or_dense(visit.module)]
     halves = {id(tensor): tensor for visit in raised for tensor in _own_tensors(visit.module) if tensor.dtype in HALVES}
     if not halves:
         return []
     for tensor in halves.values():
-        tensor.data = tensor.data.float()  # the same object, so that what is tied stays tied
+        tensor.data = tensor.data.float()  # in place, so that tied parameters stay tied
     for visit in visits:
         _let_dtypes_meet(visit.module)
     return [visit for visit in visits if any(id(tensor) in halves for tensor in _own_tensors(visit.module))]
 
 
 def _is_norm_or_dense(module: nn.Module) -> bool:
-    """Whether a module is a norm, or a dense linear layer, which some adapter layer serves."""
-    is_stored_otherwise = any(type(tensor.data) is not Tensor for tensor in _own_tensors(module))  # as torchao does
+    """Whether a module is a norm or a dense linear layer that can be adapted."""
+    is_stored_otherwise = any(type(tensor.data) is not Tensor for tensor in _own_tensors(module))  # as in torchao
     if is_stored_otherwise or is_quantized(module) or is_parametrized(module):
         return False
     return is_norm(module) or isinstance(find_layer(module), type)
 
 
 def _holds_half_matrices(module: nn.Module) -> bool:
-    """Whether a module holds 16-bit matrices, as a convolution does, and would refuse the float32 of a norm."""
+    """Whether a module has 16-bit matrices, as convolutions do, and would raise for the float32 output of a norm."""
     if is_quantized(module):
         return False
     tensors = module.parameters() if is_parametrized(module) else _own_tensors(module)
@@ -217,7 +217,7 @@ def _holds_half_matrices(module: nn.Module) -> bool:
 
 
 def _let_dtypes_meet(module: nn.Module) -> None:
-    """Hook a module, once, so that it works in the float32 stream that norms and embeddings now give."""
+    """Add a hook to a module, once, so that it works with the float32 outputs of norms and embeddings."""
     if isinstance(module, nn.Embedding):
         if float32_output not in module._forward_hooks.values():
             module.register_forward_hook(float32_output)
@@ -228,13 +228,13 @@ def _let_dtypes_meet(module: nn.Module) -> None:
 
 
 def _own_tensors(module: nn.Module) -> list[Tensor]:
-    """List a module's own parameters and buffers that have values."""
+    """Return a module's own parameters and buffers that are initialized."""
     held = [*module._parameters.values(), *module._buffers.values()]
     return [tensor for tensor in held if tensor is not None and not is_lazy(tensor)]
 
 
 def _let_inputs_require_grad(model: nn.Module, embeddings: Sequence[nn.Module]) -> tuple[str, ...]:
-    """Hook what sees the inputs first, each module once; return their FQNs."""
+    """Add a hook to the input embeddings, each once; return their FQNs."""
     for module in embeddings:
         if require_grad not in module._forward_hooks.values():
             module.register_forward_hook(require_grad)
@@ -242,21 +242,21 @@ def _let_inputs_require_grad(model: nn.Module, embeddings: Sequence[nn.Module]) 
 
 
 def _input_embeddings(model: nn.Module) -> list[nn.Module]:
-    """Ask the model and its parts, as one of text and images has two; where none knows, take the first embedding."""
+    """Return the input embeddings of the model and its submodules (text and image), else the first embedding."""
     found = []
     for module in model.modules():
         if isinstance(module, HasInputEmbeddings):
-            with suppress(NotImplementedError):  # which is how transformers says that there are none
+            with suppress(NotImplementedError):  # transformers raises this if there are none
                 found.append(module.get_input_embeddings())
     known = [module for module in found if module is not None]
     return known or list(islice((module for module in model.modules() if isinstance(module, nn.Embedding)), 1))
 
 
 def _enable_checkpointing(model: nn.Module) -> bool:
-    """Switch checkpointing on, unless it is; say whether it is on now."""
+    """Enable activation checkpointing if it is not enabled; return whether it is now."""
     if _is_checkpointing(model):
         return True
-    if not getattr(model, "supports_gradient_checkpointing", True):  # transformers' flag, which nobody else need have
+    if not getattr(model, "supports_gradient_checkpointing", True):  # a flag of transformers models only
         return False
     if isinstance(model, HasActivationCheckpointing):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -268,7 +268,7 @@ def _enable_checkpointing(model: nn.Module) -> bool:
 
 
 def _is_checkpointing(model: nn.Module) -> bool:
-    """Read the flags that transformers sets on the modules it checkpoints."""
+    """Whether a module has the flag that transformers sets for checkpointing."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 

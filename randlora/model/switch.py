@@ -1,4 +1,4 @@
-"""The adapters of a model: which there are, which are active, switching all of them off, taking one away."""
+"""The adapters of a model: listing, activating, disabling and removing them."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class AdapterInfo:
     Attributes:
         name: Its name.
         config: Its options.
-        spec: Its bases.
+        spec: The spec of its bases.
         targets: FQNs of its layers.
-        train_also: FQNs of the parameters trained beside it.
-        weight: Factor of its delta while it is active, else ``None``.
+        train_also: FQNs of the parameters trained with it.
+        weight: The factor of its update while active, else ``None``.
         is_trainable: Whether any of its parameters requires grad.
-        is_merged: Whether it is folded into the weights for now.
+        is_merged: Whether it is merged into the weights.
     """
 
     name: str
@@ -49,12 +49,12 @@ class AdapterInfo:
 
     @property
     def is_active(self) -> bool:
-        """Whether its delta is added."""
+        """Whether its update is added."""
         return self.weight is not None
 
 
 def adapters(model: nn.Module) -> list[AdapterInfo]:
-    """List a model's adapters, in the order they were added; a plain model has none."""
+    """Return a model's adapters in the order they were added; an empty list for a plain model."""
     if not is_adapted(model):
         return []
     root, state = adapted_root(model)
@@ -77,17 +77,17 @@ def adapters(model: nn.Module) -> list[AdapterInfo]:
 def activate(
     model: nn.Module, names: str | Iterable[str] | Mapping[str, float], *, trainable: bool | None = None
 ) -> None:
-    """Choose which adapters act, in place; all others are switched off.
+    """Activate adapters, in place, and deactivate all others.
 
     Args:
-        model: A model that carries adapters.
-        names: One name; several, whose deltas add; or names with weights, whose deltas are added with these factors.
-        trainable: Let the parameters of these adapters require grad, or not, and leave all others as they are. ``None``
-            changes no flag: what acts and what is trained are separate matters.
+        model: A model with adapters.
+        names: One name; several names, whose updates are summed; or a mapping from names to factors of the updates.
+        trainable: Whether the parameters of these adapters require grad; those of others do not change. ``None``
+            changes no ``requires_grad`` flag.
 
     Raises:
-        AdapterError: For a name the model does not have, a weight that is not finite, adapters that train the same
-            parameter beside them, or while the adapters are merged.
+        AdapterError: For an unknown name, a weight that is not finite, adapters that train the same parameter with
+            ``train_also``, or if the adapters are merged.
     """
     root, state = adapted_root(model)
     require_unmerged(state, "activate")
@@ -106,12 +106,12 @@ def activate(
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Switch all adapters off inside a ``with`` block: the model computes what it did before any came.
+    """Disable all adapters inside a ``with`` block, so that the model computes as without adapters.
 
-    Nests, and gives back the state it found, whatever happens inside.
+    Blocks can be nested. The previous state is restored on exit, even after an exception.
 
     Raises:
-        AdapterError: When the model carries no adapter, or its adapters are merged.
+        AdapterError: If the model has no adapter, or its adapters are merged.
     """
     root, state = adapted_root(model)
     require_unmerged(state, "disable")
@@ -121,19 +121,19 @@ def disabled(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        state.disabled = max(0, state.disabled - 1)  # blocks may overlap, and ejecting inside of one ends all
+        state.disabled = max(0, state.disabled - 1)  # ejecting inside a block resets the count
         state.install_parameters()
 
 
 def remove(model: nn.Module, name: str) -> None:
-    """Take one adapter off, in place; no other adapter's output changes. Removing the last one ejects.
+    """Remove one adapter, in place, without changing the output of others. Removing the last one is `eject`.
 
     Args:
-        model: A model that carries adapters.
+        model: A model with adapters.
         name: The adapter to remove.
 
     Raises:
-        AdapterError: When the model has no such adapter, or its adapters are merged.
+        AdapterError: If the model has no such adapter, or its adapters are merged.
     """
     root, state = adapted_root(model)
     require_unmerged(state, "remove")
@@ -152,7 +152,7 @@ def remove(model: nn.Module, name: str) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Go through what an optimizer is to train: Λ and Γ of the trainable adapters, and what ``train_also`` named.
+    """Yield the parameters to train: Λ and Γ of the trainable adapters, and those named by ``train_also``.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
@@ -160,7 +160,7 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
         >>> optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=1e-3)
 
     Raises:
-        AdapterError: When the model carries no adapter.
+        AdapterError: If the model has no adapter.
     """
     root, state = adapted_root(model)
     census = Census.of(root)
@@ -169,19 +169,19 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tensor:
-    """Compute the update that adapters make to one layer's weight.
+    """Compute the update of one layer's weight.
 
     Args:
-        model: A model that carries adapters.
+        model: A model with adapters.
         fqn: The layer's fully qualified name.
-        name: One adapter, taken with weight 1; ``None`` means the active ones with their weights.
+        name: One adapter, with weight 1; ``None`` means the active ones with their weights.
 
     Returns:
-        ``(out_features, in_features)``, whatever layout the layer stores, in float32, or float64 where the weight is.
+        ``(out_features, in_features)`` for every kind of layer, in float32, or float64 if the weight is.
 
     Raises:
-        AdapterError: When the model carries no adapter, or none of that name.
-        TargetError: When the layer is not adapted.
+        AdapterError: If the model has no adapter, or none of that name.
+        TargetError: If the layer is not adapted.
     """
     root, state = adapted_root(model)
     sites = {site.fqn: site for site in Census.of(root).adapted}
@@ -193,7 +193,7 @@ def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tens
 
 
 def adapter_parameters(census: Census, adapter: Adapter) -> Iterator[nn.Parameter]:
-    """Yield the parameters of one adapter: Λ and Γ of each weight, then those trained beside it."""
+    """Yield the parameters of one adapter: Λ and Γ of each weight, then those trained with it."""
     for site in census.adapted:
         if adapter.name in site.layer.adapters:
             yield from site.layer.diagonals_of(site.owner, adapter.name)
@@ -207,7 +207,7 @@ def _weights(names: str | Iterable[str] | Mapping[str, float]) -> dict[str, floa
         return dict(names)
     listed = list(names)
     if len(set(listed)) < len(listed):
-        raise AdapterError(f"each adapter can be named once, got {listed}: give weights to count one several times")
+        raise AdapterError(f"each adapter can be named once, got {listed}: give a weight, as in {{'a': 2.0}}, instead")
     return dict.fromkeys(listed, 1.0)
 
 
@@ -223,7 +223,7 @@ def _activation_problems(state: ModelState, weights: Mapping[str, float]) -> lis
         for fqn in state.adapters[name].trained:
             trained.setdefault(fqn, []).append(name)
     problems += [
-        f"{' and '.join(sorted(names))} each trained a {fqn} of their own, and the model has room for one"
+        f"{' and '.join(sorted(names))} each trained their own copy of {fqn}, and only one can be active: activate one"
         for fqn, names in trained.items()
         if len(names) > 1
     ]
@@ -231,17 +231,17 @@ def _activation_problems(state: ModelState, weights: Mapping[str, float]) -> lis
 
 
 def set_compute(model: nn.Module, compute: Compute = "auto") -> None:
-    """Choose how the layers of a model compute. It changes speed, memory and the last bits of results, nothing else.
+    """Set how the layers of a model compute. This changes speed, memory and rounding, nothing else.
 
     Args:
-        model: A model that carries adapters.
-        compute: ``"factored"`` multiplies the tokens through both factors of the update, ``"materialized"`` forms the
-            update first, ``"auto"`` takes for each stage of each call what its sizes make cheaper (see
-            `randlora.functional.cost`) and factors in a compiled or exported program, which may serve any.
+        model: A model with adapters.
+        compute: ``"factored"`` multiplies the tokens by both factors of the update, ``"materialized"`` computes the
+            update first, ``"auto"`` chooses the cheaper way for the sizes of each call, see `randlora.functional.cost`.
+            A compiled or exported program, which may be run with any sizes, is factored with ``"auto"``.
 
     Raises:
-        AdapterError: When the model carries no adapters.
-        ConfigError: For another word.
+        AdapterError: If the model has no adapter.
+        ConfigError: For any other value.
 
     Example:
         >>> import torch, randlora

@@ -1,6 +1,6 @@
-"""Parameters trained beside an adapter: a new head, biases, norms.
+"""Parameters trained with an adapter, such as a new head, biases or norms.
 
-The model's own values stay untouched. Each adapter trains a copy, which the model reads while that adapter is active.
+Each adapter trains a copy, which the model uses while that adapter is active. The model's own values do not change.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from randlora.targets.walk import Census, is_quantized
 
 
 def select_parameters(census: Census, names: str | Sequence[str]) -> list[str]:
-    """Return the parameters that a regex or a list of names means: those matched, and those inside a matched module.
+    """Return the parameters that a regex or a list of names matches, by themselves or by one of their modules.
 
     Args:
         census: The model, adapted or not.
-        names: As `RandLoRAConfig.train_also`.
+        names: See `RandLoRAConfig.train_also`.
 
     Returns:
-        FQNs, one per parameter: its first, where it is tied.
+        FQNs, one per parameter; the first if it is tied.
     """
     first_names: dict[int, str] = {}
     found: dict[str, None] = {}
@@ -37,13 +37,13 @@ def select_parameters(census: Census, names: str | Sequence[str]) -> list[str]:
 def train_also_problems(
     census: Census, names: str | Sequence[str], selected: Iterable[str], sites: Iterable[Site]
 ) -> list[str]:
-    """Return what is wrong with ``train_also``: names that match nothing, weights that are adapted or codes, integers.
+    """Return problems with ``train_also``: names without a match, and parameters that are adapted or not floating.
 
     Args:
         census: The model.
-        names: As `RandLoRAConfig.train_also`.
-        selected: What `select_parameters` found.
-        sites: The weights that the adapter goes on.
+        names: See `RandLoRAConfig.train_also`.
+        selected: The result of `select_parameters`.
+        sites: The weights to adapt.
     """
     held_by = {held.fqn: held for held in census.parameters}
     known = sorted({prefix for fqn in held_by for prefix in prefixes(fqn)})
@@ -53,7 +53,7 @@ def train_also_problems(
         for entry in unmatched(names, known)
     ]
     problems += [
-        f"train_also takes in {fqn}, whose running statistics an adapter cannot carry: name its parameters one by one"
+        f"train_also includes {fqn}, whose running statistics cannot be part of an adapter: name its parameters instead"
         for fqn, module, _ in census.visits
         if any(name not in module._non_persistent_buffers_set for name in module._buffers)
         and any(matches_name(names, prefix) for prefix in prefixes(fqn))
@@ -62,22 +62,22 @@ def train_also_problems(
     for fqn in selected:
         _, module, attribute, parameter = held_by[fqn]
         if id(parameter) in adapted:
-            problems.append(
-                f"train_also takes in {fqn}, the weight that the adapter already trains: name its bias alone"
-            )
+            problems.append(f"train_also includes {fqn}, a weight that the adapter already adapts: name only its bias")
         elif attribute == "weight" and is_quantized(module):
             problems.append(
-                f"train_also takes in {fqn}, which is codes ({type(module).__name__}) and cannot be trained: leave it "
-                "out and name a bias alone, or load the model with this layer not quantized, as with "
-                "llm_int8_skip_modules of a BitsAndBytesConfig"
+                f"train_also includes {fqn}, which is quantized ({type(module).__name__}) and cannot be trained: name "
+                "only its bias, or load the model with this layer not quantized, as with llm_int8_skip_modules of a "
+                "BitsAndBytesConfig"
             )
         elif not parameter.is_floating_point():
-            problems.append(f"train_also takes in {fqn}, which holds {parameter.dtype} and cannot be trained")
+            problems.append(
+                f"train_also includes {fqn} of dtype {parameter.dtype}, expected a floating dtype: leave it out"
+            )
     return problems
 
 
 def replacements(census: Census, state: ModelState, fqns: Iterable[str]) -> dict[str, ReplacedParameter]:
-    """Return the model's own parameters of these names and their places, whatever is installed there now."""
+    """Return the model's own parameters of these names with their places, even if copies are installed there."""
     by_fqn = {held.fqn: held.parameter for held in census.parameters}
     found = {}
     for fqn in fqns:
@@ -87,7 +87,7 @@ def replacements(census: Census, state: ModelState, fqns: Iterable[str]) -> dict
 
 
 def own_copies(replaced: dict[str, ReplacedParameter], *, trainable: bool) -> dict[str, nn.Parameter]:
-    """Return copies of the model's own values for an adapter to train."""
+    """Return trainable copies of the model's own values for an adapter."""
     return {
         fqn: nn.Parameter(entry.original.detach().clone(), requires_grad=trainable) for fqn, entry in replaced.items()
     }

@@ -1,1 +1,1 @@
-"""From a model and a pattern to the layers that adapters go on; nothing here does arithmetic."""
+"""Selecting the layers of a model to adapt."""

@@ -1,4 +1,4 @@
-"""What to say of modules that cannot be adapted, and of names and regexes that mean no layer."""
+"""Messages about modules that cannot be adapted and patterns that match no layer."""
 
 from __future__ import annotations
 
@@ -25,41 +25,40 @@ def layer_names(visits: Iterable[Visit]) -> list[str]:
 
 
 def holders(visits: Iterable[Visit]) -> set[str]:
-    """Return the FQNs of the modules that hold linear layers."""
+    """Return the FQNs of the modules that contain linear layers."""
     return {name for fqn in layer_names(visits) for name in prefixes(fqn)[:-1]}
 
 
 def reason(visit: Visit) -> str | None:
-    """Why a module cannot be adapted; ``None`` for linear layers, containers and modules without a matrix."""
+    """Return why a module cannot be adapted; ``None`` for linear layers, containers and modules without a matrix."""
     entry = visit.entry
     if isinstance(entry, str):
         return entry
     parameters = [parameter for parameter in visit.module._parameters.values() if parameter is not None]
-    is_owner = bool(find_readers(visit.module))  # of weights that are adapted as they are read
+    is_owner = bool(find_readers(visit.module))  # of weights adapted on read
     if entry is None and not is_owner and any(is_lazy(parameter) or parameter.ndim >= 2 for parameter in parameters):
-        return f"a {plain_class(visit.module).__name__}, and only linear layers can be adapted"
+        return f"of type {plain_class(visit.module).__name__}, and only linear layers can be adapted"
     return None
 
 
 def refusal(visit: Visit) -> str:
-    """Refuse a module that was matched and cannot be adapted."""
+    """Return the message about a matched module that cannot be adapted."""
     if visit.entry is not None:
         return f"{visit.fqn} ({plain_class(visit.module).__name__}) cannot be adapted: {reason(visit)}"
-    leaving_out = f"exclude={json.dumps([visit.fqn])}"
-    return f"{visit.fqn} is {reason(visit)}: narrow the pattern to leave it out, or give {leaving_out}"
+    return f"{visit.fqn} is {reason(visit)}: narrow the pattern, or give exclude={json.dumps([visit.fqn])}"
 
 
 def missed(visits: Sequence[Visit], argument: str, pattern: Pattern, entries: Sequence[str]) -> list[str]:
-    """Return a problem for every regex or name that means no layer, with a guess at what was meant.
+    """Return a message for every regex or name that matches no layer, with a suggestion.
 
     Args:
         visits: The model's modules.
         argument: ``"targets"`` or ``"exclude"``.
-        pattern: What was given.
-        entries: The pattern itself, or the entries of a list, that mean nothing.
+        pattern: The value of the argument.
+        entries: The regex, or the entries of the list, without a match.
 
     Returns:
-        One problem an entry. Guessing takes time, and is done for those that an error writes out.
+        One message per entry. Suggestions take time and are made only for those that an error shows in full.
     """
     told = [_missed(visits, argument, pattern, entry) for entry in entries[:SHOWN]]
     return [*told, *(f"{argument}={entry!r} matches no linear layer" for entry in entries[SHOWN:])]
@@ -71,7 +70,7 @@ def _missed(visits: Sequence[Visit], argument: str, pattern: Pattern, entry: str
     if argument == "targets" and re.sub(r"[-_\s]", "", entry).lower() == "alllinear":
         return f'{said}; did you mean targets="{ALL_LINEAR}"?'
     if is_names(pattern) and is_regex_of(entry, layers):
-        return f'{said}: a list holds names and no regex; did you mean {argument}=r"{entry}"?'
+        return f'{said}: the entries of a list are names, not regexes; did you mean {argument}=r"{entry}"?'
     name = pattern if isinstance(pattern, str) else (entry,)
     only = [f"{visit.fqn} ({plain_class(visit.module).__name__})" for visit in visits if matches_name(name, visit.fqn)]
     said += f", only {_listed(only)}" if only else ""
@@ -80,11 +79,11 @@ def _missed(visits: Sequence[Visit], argument: str, pattern: Pattern, entry: str
 
 
 def inventory(visits: Sequence[Visit]) -> str:
-    """Return which linear layers a model has or, where it has none, which modules."""
+    """Return a list of the model's linear layers or, if it has none, of its types of modules."""
     if layers := layer_names(visits):
         return f"the model has {_listed(layers)}"
     kinds = sorted({plain_class(visit.module).__name__ for visit in visits})
-    return f"the model has no linear layer, only {_listed(kinds)}" if kinds else "the model holds no modules"
+    return f"the model has no linear layer, only {_listed(kinds)}" if kinds else "the model has no submodules"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -34,18 +34,18 @@ def matches_name(pattern: str | Sequence[str], fqn: str) -> bool:
     return f".{fqn}".endswith(_endings(tuple(pattern)))
 
 
-@functools.lru_cache(maxsize=16)  # asked for with the same names at every module of a model
+@functools.lru_cache(maxsize=16)  # called with the same names for every module of a model
 def _endings(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f".{name}" for name in names)
 
 
 def is_names(pattern: Pattern | None) -> TypeGuard[Sequence[str]]:
-    """Whether a pattern is a list of names, whose entries may name modules and then mean all inside."""
+    """Whether a pattern is a list of names, which may be those of modules and then include all submodules."""
     return pattern is not None and not callable(pattern) and not isinstance(pattern, str)
 
 
 def is_regex_of(entry: str, fqns: Iterable[str]) -> bool:
-    """Whether a name was probably meant as a regex: as one, it matches some of ``fqns`` in full."""
+    """Whether a name was probably meant as a regex, because as a regex it matches some of ``fqns`` in full."""
     try:
         return any(re.fullmatch(entry, fqn) for fqn in fqns)
     except re.error:
@@ -58,13 +58,13 @@ def has_suffix(fqn: str, suffix: str) -> bool:
 
 
 def prefixes(fqn: str) -> list[str]:
-    """List an FQN and what contains it, outermost first: ``a.b.weight`` gives ``a``, ``a.b`` and ``a.b.weight``."""
+    """Return an FQN and its parents, outermost first: ``a.b.weight`` gives ``a``, ``a.b`` and ``a.b.weight``."""
     parts = fqn.split(".")
     return [".".join(parts[: length + 1]) for length in range(len(parts))]
 
 
 def unmatched(pattern: Pattern, fqns: Iterable[str]) -> list[str]:
-    """Return the entries of a list of names, or the regex, that match none of ``fqns``; a callable has no entries."""
+    """Return the regex, or the entries of a list of names, that match none of ``fqns``; empty for a callable."""
     fqns = list(fqns)
     if callable(pattern):
         return []
@@ -75,14 +75,15 @@ def unmatched(pattern: Pattern, fqns: Iterable[str]) -> list[str]:
 
 
 def nearest_names(entry: str, fqns: Iterable[str], *, common: Iterable[str] | None = None) -> str:
-    """List the known names most like ``entry``, for an error; never ``entry`` itself.
+    """Return the known names most similar to ``entry``, for an error message; never ``entry`` itself.
 
-    Names that end with ``entry`` come alone. Else last components are listed for a bare word, and FQNs for a path.
+    If names end with ``entry``, only those are returned. Otherwise they are last components if ``entry`` has no dot,
+    else FQNs.
 
     Args:
-        entry: What was written.
-        fqns: What there is.
-        common: Those of them that are listed where nothing is much like ``entry``; ``None`` means all.
+        entry: The name that was given.
+        fqns: The known names.
+        common: Those to return if none is similar to ``entry``; ``None`` means all.
     """
     known = set(fqns) - {entry}
     ending = {fqn for fqn in known if has_suffix(fqn, entry)}
@@ -95,11 +96,11 @@ def nearest_names(entry: str, fqns: Iterable[str], *, common: Iterable[str] | No
 
 
 def as_list(regex: str, fqns: Iterable[str]) -> str | None:
-    """Return the list of names that a regex was probably meant to be, as one writes it; ``None`` if it is no such.
+    """Return the list of names that a regex was probably meant to be, as source code, or ``None``.
 
     Args:
         regex: A string that matches nothing, such as ``"q_proj"``, ``"q_proj|v_proj"`` or ``"q_proj, v_proj"``.
-        fqns: What there is: each name of the list must be one of these or the last components of one.
+        fqns: The known names; each name of the list must be one of these or a suffix of one.
     """
     names = [name for name in re.split(r"[\s,|()]+", regex.replace("\\.", ".")) if name]
     fqns = list(fqns)
@@ -109,15 +110,15 @@ def as_list(regex: str, fqns: Iterable[str]) -> str | None:
 
 
 def suggestion(argument: str, entry: str, fqns: Sequence[str], *, common: Sequence[str] | None = None) -> str:
-    """Return what to write in the place of a regex or a name that means nothing; empty where there is nothing to name.
+    """Return a suggestion for a regex or name that matches nothing; empty if there are no names.
 
     Args:
-        argument: The argument that it was given for.
+        argument: The name of the argument.
         entry: The regex or the name.
-        fqns: What a list of names may name.
+        fqns: The known names.
         common: As for `nearest_names`.
     """
     if (names := as_list(entry, fqns)) is not None:
-        return f"did you mean {argument}={names}? A string is a regex for whole names, a list holds names or their ends"
+        return f"did you mean {argument}={names}? A string is a regex for full names, a list has names or suffixes"
     near = nearest_names(entry, fqns, common=common)
     return near and f"the nearest names are {near}"

@@ -1,7 +1,7 @@
-"""Which layers are adapted by default, by ``model.config.model_type``, and which are output heads.
+"""The layers adapted by default, by ``model.config.model_type``, and the names of output heads.
 
-The choices for language models are those PEFT 0.21.2 makes for LoRA and RandLoRA: mostly the query and value
-projections, so that a default of ours and of PEFT's adapt the same layers.
+The defaults for language models are those of PEFT 0.21.2 for LoRA and RandLoRA, mostly the query and value projections,
+so that both libraries adapt the same layers.
 """
 
 _Q_V_PROJ = ("q_proj", "v_proj")
@@ -41,7 +41,7 @@ TARGET_PRESETS: dict[str, str | tuple[str, ...]] = {
     "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
     "t5": ("q", "v"),
 }
-"""Suffixes (or a regex) of the layers adapted by default; an entry may name layers that only some variants have."""
+"""Suffixes (or a regex) of the layers adapted by default; an entry may name layers of only some variants."""
 
 HEAD_NAMES = frozenset({"classifier", "embed_out", "head", "heads", "lm_head", "qa_outputs", "score"})
-"""Names that a model's own children have where they are its output head."""
+"""Names of a model's direct children that are output heads."""

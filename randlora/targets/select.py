@@ -1,8 +1,8 @@
-"""From a pattern to the layers it means, and what cannot be adapted, with the reason."""
+"""Selecting layers by pattern, and reasons why layers cannot be adapted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -24,12 +24,12 @@ from randlora.targets.walk import Census, Held, Visit
 
 @dataclass(frozen=True)
 class Selection:
-    """What a pattern came to.
+    """The result of a pattern.
 
     Attributes:
         sites: The weights, in the model's order.
-        rule: The rule that chose them, in words.
-        skipped: Layers that ``"all-linear"`` or the name of a module passes over, with the reason, by FQN.
+        rule: A description of the rule that chose them.
+        skipped: Reasons why layers matched by ``"all-linear"`` or a module's name were skipped, by FQN.
     """
 
     sites: tuple[Site, ...]
@@ -39,38 +39,38 @@ class Selection:
 
 @runtime_checkable
 class HasOutputEmbeddings(Protocol):
-    """A transformers model, as far as the walker cares."""
+    """A transformers model."""
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the output head."""
 
 
 def find_targets(model: nn.Module, targets: Pattern | None = None, exclude: Pattern | None = None) -> list[Site]:
-    """Return the layers that targets mean, without touching anything.
+    """Return the layers that would be adapted, without changing the model.
 
     Args:
         model: Any module.
-        targets: As `RandLoRAConfig.targets`.
-        exclude: As `RandLoRAConfig.exclude`.
+        targets: See `RandLoRAConfig.targets`.
+        exclude: See `RandLoRAConfig.exclude`.
 
     Returns:
         One site for each weight, in the model's order.
 
     Raises:
-        ConfigError: When ``targets`` or ``exclude`` is no pattern.
-        TargetError: When a pattern or a name matches nothing, or what it matches cannot be adapted.
+        ConfigError: If ``targets`` or ``exclude`` is not a pattern.
+        TargetError: If a pattern or a name matches nothing, or a match cannot be adapted.
     """
     checked = RandLoRAConfig(targets=targets, exclude=exclude)
     return list(select(Census.of(model), checked.targets, checked.exclude).sites)
 
 
 def select(census: Census, pattern: Pattern | None, exclude: Pattern | None) -> Selection:
-    """Return the layers a pattern means, with the rule that applied; arguments and errors as in `find_targets`."""
+    """Return the layers matched by a pattern, with the rule applied; arguments and errors as in `find_targets`."""
     model, visits = census.model, census.candidates
     if not visits and find_layer(model) is not None:
         raise TargetError(
-            f"the model itself is a {type(model).__name__}, which has no name to call its adapter by: "
-            "put it into a module, as in torch.nn.Sequential(layer), and adapt that"
+            f"the model itself is a layer ({type(model).__name__}) and has no name within a model: "
+            "wrap it in a module, as in torch.nn.Sequential(layer), and adapt that"
         )
     pattern, rule, must_match = _resolve(model, pattern)
     opens = must_match and is_names(pattern)
@@ -80,7 +80,8 @@ def select(census: Census, pattern: Pattern | None, exclude: Pattern | None) -> 
         found = [visit for visit in visits if _is_meant(visit, pattern, opens=opens)]
     excluded = [] if exclude is None else _excluded(visits, found, exclude)
     problems = [] if exclude is None else _exclude_problems(visits, exclude)
-    kept = _without(found, excluded)
+    excluded_keys = {visit.key for visit in excluded}
+    kept = [visit for visit in found if visit.key not in excluded_keys]
     if pattern == ALL_LINEAR:
         chosen, skipped = _all_linear(model, kept)
     else:
@@ -95,17 +96,17 @@ def select(census: Census, pattern: Pattern | None, exclude: Pattern | None) -> 
     raise_collected(TargetError, problems, doing="find the targets")
     rule += "" if exclude is None else ", without the excluded"
     if not chosen:
-        raise TargetError(f"{rule} leaves no layer to adapt: give targets= that match one; {inventory(visits)}")
+        raise TargetError(f"{rule}: no layer is left to adapt; give targets= that match one; {inventory(visits)}")
     wanted = {visit.key for visit in chosen}
     return Selection(tuple(site for site in census.sites if site.key in wanted), rule, skipped)
 
 
 def obstacles(census: Census, sites: Sequence[Site], dropout: float) -> list[str]:
-    """Return why sites cannot be adapted: no weight of their own that serves, or one that something else shares.
+    """Return why sites cannot be adapted: an unsuitable class or weight, or a weight tied to another module.
 
     Args:
         census: The model.
-        sites: Of it.
+        sites: Its sites.
         dropout: Dropout on the adapter's input.
     """
     problems, sound = [], []
@@ -122,8 +123,8 @@ def obstacles(census: Census, sites: Sequence[Site], dropout: float) -> list[str
             problems.append(f"{site.fqn} {reason}")
         elif dropout and issubclass(site.layer_class, ReadWeight):
             problems.append(
-                f"{site.fqn} is adapted as it is read, where there is no input for {dropout=} to fall on: "
-                "leave dropout out, or this weight"
+                f"{site.fqn} is a weight that other code reads, whose input {dropout=} cannot reach: "
+                "omit dropout, or exclude this weight"
             )
         else:
             sound.append(site)
@@ -131,7 +132,7 @@ def obstacles(census: Census, sites: Sequence[Site], dropout: float) -> list[str
 
 
 def tie_problems(census: Census, sites: Sequence[Site]) -> list[str]:
-    """Return which of some weights something else in the model shares."""
+    """Return messages about weights that are tied to other modules."""
     holders: dict[object, list[Held]] = {}
     for held in census.parameters:
         if not is_lazy(held.parameter):
@@ -142,20 +143,18 @@ def tie_problems(census: Census, sites: Sequence[Site]) -> list[str]:
         found = [] if weight is None else holders.get(_identity(weight), [])
         others = [held.fqn for held in found if held.module is not site.owner]
         if others:
-            problems.append(
-                f"the weight of {site.fqn} is tied to {', '.join(others)}: untie it, or leave the layer out"
-            )
+            problems.append(f"the weight of {site.fqn} is tied to {', '.join(others)}: untie it, or exclude the layer")
     return problems
 
 
 def _identity(parameter: Tensor) -> object:
-    """What two parameters over the same memory have in common."""
+    """Return a key that is equal for parameters that share memory."""
     is_plain = type(parameter.data) is Tensor and not parameter.is_meta and parameter.numel() > 0
     return (parameter.device, parameter.data_ptr()) if is_plain else id(parameter)
 
 
 def _resolve(model: nn.Module, pattern: Pattern | None) -> tuple[Pattern, str, bool]:
-    """Return the pattern that applies, its name in words, and whether each of its entries must match."""
+    """Return the effective pattern, its description, and whether each of its entries must match."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if pattern is None and model_type in TARGET_PRESETS:
         preset = TARGET_PRESETS[model_type]
@@ -171,7 +170,7 @@ def _resolve(model: nn.Module, pattern: Pattern | None) -> tuple[Pattern, str, b
 
 
 def _names(visit: Visit, *, opens: bool) -> list[str]:
-    """Return the names by which a pattern may mean a module: its own and, where it ``opens`` modules, their names."""
+    """Return the names that a pattern may match a module by: its FQN, and if ``opens``, those of its parents."""
     return prefixes(visit.fqn) if opens else [visit.fqn]
 
 
@@ -182,7 +181,7 @@ def _is_meant(visit: Visit, pattern: Pattern, *, opens: bool) -> bool:
 def _matching(
     visits: Sequence[Visit], found: Sequence[Visit], pattern: Pattern, *, opens: bool
 ) -> tuple[list[Visit], dict[str, str], list[Visit]]:
-    """Sort what a pattern means: linear layers, what a named module holds beside them, and what is refused by name."""
+    """Split matches into linear layers, other layers inside a named module (skipped), and other named layers."""
     chosen, skipped, refused = [], {}, []
     opened = holders(visits) if opens else set()
     for visit in found:
@@ -199,21 +198,16 @@ def _matching(
 def _all_linear(model: nn.Module, visits: Sequence[Visit]) -> tuple[list[Visit], dict[str, str]]:
     head = model.get_output_embeddings() if isinstance(model, HasOutputEmbeddings) else None
     linear = [(visit, entry) for visit in visits if (entry := visit.entry) is not None]
-    heads = {visit.key for visit, _ in linear if _is_head(visit, head)}
+    heads = {visit.key for visit, _ in linear if visit.module is head or visit.fqn.split(".")[0] in HEAD_NAMES}
     skipped = {visit.fqn: entry for visit, entry in linear if isinstance(entry, str)}
     skipped |= {visit.fqn: "the output head" for visit, entry in linear if visit.key in heads}
     return [visit for visit, _ in linear if visit.fqn not in skipped], skipped
 
 
-def _is_head(visit: Visit, head: nn.Module | None) -> bool:
-    named_so = visit.fqn.split(".")[0] in HEAD_NAMES
-    return named_so or (head is not None and visit.module is head)
-
-
 def _excluded(visits: Sequence[Visit], found: Sequence[Visit], exclude: Pattern) -> list[Visit]:
-    """Return what ``exclude`` matches, under all of its names; a name in a list means all inside too.
+    """Return the modules that ``exclude`` matches, at all of their places; a name in a list includes all submodules.
 
-    A callable is asked about the layers that the targets mean and no other modules.
+    A callable is called only for the layers that the targets match.
     """
     asked = visits
     if callable(exclude):
@@ -224,12 +218,7 @@ def _excluded(visits: Sequence[Visit], found: Sequence[Visit], exclude: Pattern)
 
 
 def _exclude_problems(visits: Sequence[Visit], exclude: Pattern) -> list[str]:
-    """Name the entries that match no module, and a regex that matches nothing but what holds layers."""
+    """Return messages about entries that match no module, and about a regex that matches only containers."""
     closed = holders(visits) if isinstance(exclude, str) else set()
     known = [visit.fqn for visit in visits if visit.fqn not in closed]
     return missed(visits, "exclude", exclude, unmatched(exclude, known))
-
-
-def _without(visits: Iterable[Visit], excluded: Iterable[Visit]) -> list[Visit]:
-    left_out = {visit.key for visit in excluded}
-    return [visit for visit in visits if visit.key not in left_out]

@@ -1,4 +1,4 @@
-"""What is adapted: one weight of one module, under its name on disk."""
+"""A site: one weight of one module that is or can be adapted."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Shapes = dict[str, tuple[int, int]]
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One weight that an adapter goes on or could go on.
+    """One weight that is or can be adapted.
 
     Attributes:
-        fqn: Its fully qualified name on disk: that of the module, if the module's forward is the product with its
-            weight, else that of the parameter. The first one, if the module is used in several places.
-        owner: The module that holds the weight.
-        layer_class: The adapter layer that serves it.
+        fqn: The fully qualified name used in files: that of the module if its forward is the product with the weight,
+            else that of the parameter. The first name, if the module is used in several places.
+        owner: The module that has the weight.
+        layer_class: The class of its adapter layer.
     """
 
     fqn: str
@@ -31,7 +31,7 @@ class Site:
 
     @property
     def key(self) -> tuple[int, str]:
-        """What tells it from other sites, whatever name it goes by."""
+        """A key that identifies the weight, independent of its name."""
         return id(self.owner), self.layer_class.attribute
 
     @property
@@ -41,21 +41,21 @@ class Site:
 
     @property
     def weight(self) -> nn.Parameter | None:
-        """The parameter itself, without any update; ``None`` where the owner computes it from others."""
+        """The parameter without any update, or ``None`` if the owner computes it from others."""
         return self.layer_class.weight_of(self.owner)
 
     @property
     def adapter_layer(self) -> AdapterLayer | None:
-        """What adapts it now, if anything does."""
+        """The current adapter layer, if any."""
         return adapter_layers_of(self.owner).get(self.layer_class.attribute)
 
 
 @dataclass(frozen=True, eq=False)
 class AdaptedSite(Site):
-    """A weight that is adapted.
+    """An adapted weight.
 
     Attributes:
-        layer: What adapts it.
+        layer: Its adapter layer.
     """
 
     layer: AdapterLayer

@@ -1,4 +1,4 @@
-"""The module walker: one pass over a model, which everything that looks at the model reads."""
+"""The walk over a model's modules and parameters, done once per call and shared by everything that inspects it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from randlora.targets.site import AdaptedSite, Site
 
 
 class Visit(NamedTuple):
-    """One place of a module in a model, or of a parameter that is adapted as it is read.
+    """One occurrence of a module in a model, or of a parameter adapted on read.
 
     Attributes:
-        fqn: Its name.
+        fqn: Its fully qualified name.
         module: The module, or the parameter's owner.
-        reader: What serves the parameter, if it is one.
+        reader: The class of adapter layer of the parameter, ``None`` for a module.
     """
 
     fqn: str
@@ -32,17 +32,17 @@ class Visit(NamedTuple):
 
     @property
     def entry(self) -> type[AdapterLayer] | str | None:
-        """What serves it, as `find_layer` returns it."""
+        """The registry entry, as from `find_layer`."""
         return find_layer(self.module) if self.reader is None else self.reader
 
     @property
     def key(self) -> tuple[int, str]:
-        """What its places have in common: the same as `Site.key` for what can be adapted."""
+        """A key that is equal for all occurrences, and equal to `Site.key`."""
         return id(self.module), (self.reader or AdapterLayer).attribute
 
 
 class Held(NamedTuple):
-    """One place of a parameter in a model: ``module.<attribute>`` holds it."""
+    """One occurrence of a parameter in a model: ``module.<attribute>``."""
 
     fqn: str
     module: nn.Module
@@ -52,11 +52,11 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Census:
-    """What a model holds, read in one pass; what adapters added to it is left out.
+    """The modules and parameters of a model, without those that adapters added.
 
     Attributes:
         model: The model.
-        visits: Every module below it, parents first, a shared one at each of its places.
+        visits: All submodules, parents first; a shared one at each of its places.
     """
 
     model: nn.Module
@@ -69,7 +69,7 @@ class Census:
 
     @cached_property
     def parameters(self) -> tuple[Held, ...]:
-        """Every parameter; a tied one at each of its places."""
+        """All parameters; a tied one at each of its places."""
         modules = [("", self.model), *((f"{visit.fqn}.", visit.module) for visit in self.visits)]
         return tuple(
             Held(f"{prefix}{attribute}", module, attribute, parameter)
@@ -80,7 +80,7 @@ class Census:
 
     @cached_property
     def candidates(self) -> tuple[Visit, ...]:
-        """Every module, and every parameter that is adapted as it is read, at each of its places."""
+        """All submodules and all parameters adapted on read, at each of their places."""
         return tuple(
             found
             for visit in self.visits
@@ -92,7 +92,7 @@ class Census:
 
     @cached_property
     def first_visits(self) -> tuple[Visit, ...]:
-        """Every module once, under its first name."""
+        """All submodules, each once under its first name."""
         found: dict[int, Visit] = {}
         for visit in self.visits:
             found.setdefault(id(visit.module), visit)
@@ -100,12 +100,12 @@ class Census:
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
-        """Every weight that some kind of adapter layer serves, once."""
+        """All weights that have a class of adapter layer, each once."""
         return tuple(site for visit in self.first_visits for site in sites_of(visit))
 
     @cached_property
     def adapted(self) -> tuple[AdaptedSite, ...]:
-        """Every weight that is adapted."""
+        """All adapted weights, each once."""
         return tuple(
             AdaptedSite(type(layer).site_fqn(visit.fqn), visit.module, type(layer), layer)
             for visit in self.first_visits
@@ -114,23 +114,23 @@ class Census:
 
 
 def sites_of(visit: Visit) -> tuple[Site, ...]:
-    """Return the weights of a module that adapters can go on, under the name of one of its places."""
+    """Return the weights of a module that can be adapted, under the name of one of its places."""
     forward = find_layer(visit.module)
     kinds = [*([forward] if isinstance(forward, type) else []), *find_readers(visit.module)]
     return tuple(Site(kind.site_fqn(visit.fqn), visit.module, kind) for kind in kinds)
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a module's weight is codes; their dtype may be floating, so the module's type decides."""
+    """Whether a module's weight is quantized. Its dtype may be floating, so the module's type decides."""
     layer_class, weight = find_layer(module), module._parameters.get("weight")
     if isinstance(layer_class, type) and issubclass(layer_class, QuantizedLayer):
         return True
-    is_foreign = type(weight).__module__.startswith("bitsandbytes.")  # as that of its embeddings
+    is_foreign = type(weight).__module__.startswith("bitsandbytes.")  # as in bitsandbytes' embeddings
     return weight is not None and (is_foreign or not weight.is_floating_point())
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm, by its class's name: every library has classes of its own."""
+    """Whether a module is a norm, by the name of its class, because every library defines its own norms."""
     return "norm" in type(module).__name__.lower()
 
 
