@@ -22,7 +22,7 @@ WINDOW = 64  # bytes
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers carries no types
-    """A `Trainer` of one adapter: its checkpoints hold what `randlora.save` writes in the place of the model."""
+    """A `Trainer` whose checkpoints contain the adapter, as written by `randlora.save`, instead of the model."""
 
     def _save(self, output_dir: str | None = None, **_: object) -> None:
         if self.args.should_save:
@@ -32,7 +32,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers carries no 
         (adapter,) = randlora.adapters(self.model)
         randlora.remove(self.model, adapter.name)
         randlora.load(self.model, resume_from_checkpoint, name=adapter.name, trainable=True)
-        self.optimizer = self.lr_scheduler = None  # the Trainer makes new ones, of the parameters that are there now
+        self.optimizer = self.lr_scheduler = None  # the Trainer makes new ones for the loaded parameters
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
