@@ -97,8 +97,7 @@ class Adapted(NamedTuple):
 
     def gradients_from_update(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gradients of Λ and Γ from the gradient of the update, ``(out, in)``."""
-        grad_A = self.pair.grad_from_update(grad if self.is_wide else grad.T)
-        return self._of_diagonals(grad_A)
+        return self._of_diagonals(self.pair.grad_from_update(grad, across=not self.is_wide))
 
     def gradients_of_few_tokens(
         self, tokens: Tensor | None, grad: Tensor, *, needs_input: bool

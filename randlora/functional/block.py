@@ -172,10 +172,15 @@ class BlockPair:
         assert total is not None, "there is one strip at least"
         return total
 
-    def grad_from_update(self, grad: Tensor) -> Tensor:
-        """Compute the gradient of ``UA``, shaped as ``scaled_A``, from that of the update, ``(max_dim, min_dim)``."""
-        if across := grad.stride(-1) != 1:
-            tiles = _cut(_fill(grad.T, *self._sides[::-1]), self._c, self._tile_rows).mT
+    def grad_from_update(self, grad: Tensor, *, across: bool) -> Tensor:
+        """Compute the gradient of ``UA``, shaped as ``scaled_A``, from that of the update, or ``across`` its transpose.
+
+        Args:
+            grad: ``(max_dim, min_dim)``, or if ``across``, ``(min_dim, max_dim)``.
+            across: Whether it is transposed.
+        """
+        if across:
+            tiles = _cut(_fill(grad, *self._sides[::-1]), self._c, self._tile_rows).mT
         else:
             tiles = _cut(_fill(grad, *self._sides), self._tile_rows, self._c)
         product = torch.bmm(self._parts_of_B(across=across).mT, tiles)
@@ -257,7 +262,9 @@ def _gather_onto(onto: Tensor | None, parts: Tensor, columns: int, factor: float
 def _fill(matrix: Tensor, rows: int, columns: int) -> Tensor:
     """Pad a matrix with zeros to a size."""
     below, beside = rows - matrix.size(0), columns - matrix.size(1)
-    return F.pad(matrix, (0, beside, 0, below)) if below or beside else matrix
+    if below:
+        return F.pad(matrix, (0, beside, 0, below))
+    return F.pad(matrix, (0, beside)) if beside else matrix
 
 
 def _cut(matrix: Tensor, row_classes: int, column_classes: int) -> Tensor:

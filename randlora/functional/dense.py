@@ -100,9 +100,9 @@ class DensePair:
         """Compute the same with ``hidden = large @ UB``."""
         return self.grad_from_tokens(self.large_to_hidden(large), small)
 
-    def grad_from_update(self, grad: Tensor) -> Tensor:
-        """Compute the gradient of ``UA`` from that of the update, ``(max_dim, min_dim)``: ``UB.T @ grad``."""
-        return self._B_T @ grad
+    def grad_from_update(self, grad: Tensor, *, across: bool) -> Tensor:
+        """Compute the gradient of ``UA``, ``UB.T @ grad``, from that of the update, or ``across`` its transpose."""
+        return self._B_T @ (grad.T if across else grad)
 
     def update(self, scaled_A: Tensor, onto: Tensor | None, factor: float, *, uses_up: bool = False) -> Tensor:
         """Compute ``onto + factor·UB @ UA``, ``(max_dim, min_dim)``, with the sum inside the product (addmm).
