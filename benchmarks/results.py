@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure as Picture
@@ -40,11 +40,6 @@ class Row:
         """Divide one contestant's median by another's."""
         return self.figures[first].median / self.figures[second].median
 
-    def better_of(self, again: "Row") -> "Row":
-        """Return the row with each contestant's better figures of two runs."""
-        both = {name: (figure, again.figures.get(name, figure)) for name, figure in self.figures.items()}
-        return replace(self, figures={name: min(pair, key=lambda figure: figure.best) for name, pair in both.items()})
-
 
 @dataclass(frozen=True)
 class Results:
@@ -57,6 +52,7 @@ class Results:
         device: ``cpu`` or ``cuda``.
         is_quick: Whether only cases with targets were asked for.
         seconds: How long it took.
+        run: The first, or the second after one that missed a target.
     """
 
     benchmark: str
@@ -65,6 +61,7 @@ class Results:
     device: str = "cpu"
     is_quick: bool = True
     seconds: float = 0.0
+    run: int = 1
 
     def columns(self) -> tuple[list[str], list[tuple[str, str]]]:
         """Name the contestants, and the pairs whose ratio is worth a column: the peer by each of ours."""

@@ -224,3 +224,29 @@ def test_a_forward_is_few_operations(form: str, most: int, shape: tuple[int, int
     with torch.no_grad(), Kernels() as kernels:
         adapted_linear(x, made.pair, made.diagonals, weight=weight)
     assert kernels.count <= most
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (48, 24), (24, 48)], ids=str)
+def test_gradients_summed_over_strips_of_tokens_are_those_of_all_tokens(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, x, weight = prepared("block(2,4)", shape, 1000)
+    x = x.detach()
+    strips, taken = scratch.strips, list[int]()
+
+    def counted(*matrices: Tensor, entries: int) -> list[tuple[Tensor, ...]]:
+        found = list(strips(*matrices, entries=entries))
+        taken.append(len(found))
+        return found
+
+    monkeypatch.setattr(scratch, "strips", counted)
+
+    def gradients(entries: int) -> tuple[Tensor, ...]:
+        monkeypatch.setattr(scratch, "STRIP", entries)
+        output = adapted_linear(x, made.pair, made.diagonals, weight=weight, compute="factored")
+        return torch.autograd.grad(output.sin().sum(), made.diagonals[:2])
+
+    torch.testing.assert_close(gradients(1), gradients(2**20), rtol=1e-10, atol=1e-10)
+    several, one = taken
+    assert several > 5
+    assert one == 1

@@ -164,12 +164,16 @@ class BlockPair:
         return torch.bmm(hidden.mT, _deal(small, self._c))
 
     def grad_from_sides(self, large: Tensor, small: Tensor) -> Tensor:
-        """Compute the same with ``hidden = large @ UB``, summed over strips of tokens in the dtype of A."""
+        """Return the same for ``large @ UB``, in the dtype of A, summed over strips of tokens.
+
+        Every strip adds a gradient of UA to the sum, so a strip has four times its entries at least.
+        """
         total: Tensor | None = None
-        for some_large, some_small in scratch.strips(large, small):
+        entries = max(scratch.STRIP, 4 * self.hidden * self._width)
+        for some_large, some_small in scratch.strips(large, small, entries=entries):
             part = self.grad_from_tokens(self.large_to_hidden(some_large), some_small)
             total = in_dtype(part, self.A.dtype) if total is None else total.add_(part)
-        assert total is not None, "there is one strip at least"
+        assert total is not None, "there is at least one strip"
         return total
 
     def grad_from_update(self, grad: Tensor, *, across: bool) -> Tensor:
@@ -277,8 +281,11 @@ def _cut(matrix: Tensor, row_classes: int, column_classes: int) -> Tensor:
 
 
 def _put_together(tiles: Tensor, row_classes: int, column_classes: int) -> Tensor:
-    """Undo `_cut`."""
+    """Undo `_cut`, also for tiles that are contiguous."""
     rows, columns = row_classes * tiles.size(1), column_classes * tiles.size(2)
+    if tiles.is_contiguous():
+        grid = tiles.view(row_classes, column_classes, tiles.size(1), tiles.size(2))
+        return grid.permute(2, 0, 3, 1).reshape(rows, columns)
     return _transpose_rows(tiles.transpose(0, 1).reshape(rows, columns), column_classes).reshape(rows, columns)
 
 

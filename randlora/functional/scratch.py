@@ -24,14 +24,19 @@ def _may_overwrite() -> bool:
 
 
 STRIP = 2**20
-"""Entries of a matrix that are processed at a time, so that they and the results stay in a core's cache."""
+"""Entries of a strip that fit into a CPU's cache together with the results computed from them."""
 
 
-def strips(*matrices: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Split matrices with equal numbers of rows into strips of rows; not on a GPU or if in-place is not allowed."""
+def strips(*matrices: Tensor, entries: int) -> Iterable[tuple[Tensor, ...]]:
+    """Split matrices with equal numbers of rows into strips of rows; not on a GPU or if in-place is not allowed.
+
+    Args:
+        *matrices: ``(rows, any)``.
+        entries: Of a strip of the widest.
+    """
     if matrices[0].device.type != "cpu" or not _may_overwrite():
         return [matrices]
-    rows = max(1, STRIP // max(matrix.size(1) for matrix in matrices))
+    rows = max(1, entries // max(matrix.size(1) for matrix in matrices))
     return zip(*(matrix.split(rows) for matrix in matrices), strict=True)
 
 
