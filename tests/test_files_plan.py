@@ -1,7 +1,8 @@
 """What is planned from headers is what is planned from the model, to the last field."""
 
-import re
-from collections.abc import Mapping
+import json
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 import randlora
-from randlora.errors import TargetError
+from randlora.errors import CheckpointError, TargetError
 from randlora.files.model_directory import read_model_directory
 from randlora.files.plan import training_memory
 from tests.model_directories import HEADS, contents, save_model, write
@@ -137,61 +138,45 @@ def test_other_models_are_planned_alike(name: str, tmp_path: Path) -> None:
     write(model, tmp_path)
     for targets in (None, "all-linear"):
         found = randlora.files.plan(tmp_path, r=4, targets=targets)
-        assert comparable(found) == comparable(randlora.plan(model, r=4, targets=targets))
+        assert found == randlora.plan(model, r=4, targets=targets)
 
 
-def comparable(report: randlora.Report) -> dict[str, Any]:
-    """Take what must be equal in any model: all but the order, which not every model's names tell."""
-    facts = {name: value for name, value in vars(report).items() if name not in ("targets", "rows", "skipped")}
-    return {
-        **facts,
-        "targets": sorted(report.targets),
-        "rows": sorted(map(str, report.rows)),
-        "skipped": dict(sorted(report.skipped.items())),
-    }
+def without_transformers(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
 
 
-def test_what_torch_reads_past_its_layer_is_passed_over_as_in_the_model(tmp_path: Path) -> None:
-    attention = nn.MultiheadAttention(8, 2)
-    model = nn.ModuleDict({"attention": attention, "linear": nn.Linear(8, 8)})
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text("{}")
-    report = randlora.files.plan(tmp_path, r=4, targets="all-linear")
-    expected = randlora.plan(model, r=4, targets="all-linear")
-    assert report.skipped == expected.skipped
-    assert report.targets == expected.targets == ("linear",)
-    assert report.total_parameters == expected.total_parameters
+def edited(**fields: Any) -> Callable[[pytest.MonkeyPatch, Path], None]:
+    """Return what changes fields of ``config.json``."""
 
+    def edit(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+        path = directory / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **fields}), encoding="utf-8")
 
-def test_running_statistics_are_no_parameters(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
-    report = randlora.files.plan(tmp_path, r=4)
-    assert report.total_parameters == randlora.plan(model, r=4).total_parameters
-    with pytest.raises(TargetError, match="running statistics"):
-        randlora.files.plan(tmp_path, r=4, train_also=["1"])
+    return edit
 
 
 @pytest.mark.parametrize(
-    ("tensors", "config", "note"),
+    ("change", "message"),
     [
-        ({"a.weight": (4, 4)}, None, "there is no config.json: what is a linear layer was told by names alone"),
-        ({"words.weight": (50, 4)}, {"vocab_size": 50}, "words was taken for a linear layer .*though it has a row for"),
-        ({"b.embed.weight": (51, 4)}, {"vocab_size": 90}, "b.embed was taken for an embedding by its name"),
-        ({"mlp.experts.3.up.weight": (6, 4)}, {"hidden_size": 4}, "linear layer of an expert"),
+        (without_transformers, "transformers, .* is not installed: pip install 'transformers>="),
+        (edited(architectures=["OwnForCausalLM"]), "names OwnForCausalLM, which transformers .* lacks; or build"),
+        (edited(architectures=["AutoModel"]), "names AutoModel, which transformers .* lacks; or build"),
+        (edited(architectures=None), "its config.json names no class; or build the model"),
+        (edited(num_attention_heads="many"), "cannot build LlamaForCausalLM from its config.json"),
+        (edited(intermediate_size=40), r"up_proj.weight has shape \(48, 32\) in the files, \(40, 32\) by its config"),
     ],
-    ids=["no-config", "words", "embedding", "expert"],
+    ids=["no-transformers", "own", "auto", "none", "nonsense", "shape"],
 )
-def test_where_a_name_is_doubtful_the_report_says_so(
-    tensors: dict[str, tuple[int, int]], config: dict[str, Any] | None, note: str, tmp_path: Path
+def test_where_there_is_no_model_to_plan_the_error_says_why(
+    change: Callable[[pytest.MonkeyPatch, Path], None],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    held = {name: torch.zeros(shape) for name, shape in tensors.items()}
-    save_file({**held, "linear.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
-    if config is not None:
-        (tmp_path / "config.json").write_text(str(config).replace("'", '"'))
-    report = randlora.files.plan(tmp_path, r=2)
-    assert re.search(note, report.notes[-1])
-    assert report.notes[-1] in str(report)
+    save_model(LLAMA, tmp_path)
+    change(monkeypatch, tmp_path)
+    with pytest.raises(CheckpointError, match=f"(?s)cannot plan for .*{message}"):
+        randlora.files.plan(tmp_path)
 
 
 @pytest.mark.parametrize("kind", [LLAMA, VIT], ids=lambda kind: kind.name)

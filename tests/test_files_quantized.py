@@ -94,7 +94,6 @@ def test_what_bitsandbytes_quantized_has_the_headers_of_the_dense_checkpoint(
         ({"dtype": "bfloat16"}, torch.bfloat16),
         ({"dtype": None, "torch_dtype": "float32"}, torch.float32),
         ({"dtype": None}, torch.float16),
-        ({"dtype": "auto"}, torch.float16),
     ],
 )
 def test_codes_of_8_bits_stand_for_numbers_of_the_configs_dtype(

@@ -43,6 +43,7 @@ ROOMS = (
 OPTIONAL = {
     "checkpoint.hub": {"huggingface_hub"},
     "files.codes": {"bitsandbytes"},
+    "files.transformers_model": {"transformers"},
     "layers.bnb_codes": {"bitsandbytes"},
 }
 """What a file may import beyond what the project depends on, inside functions only."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 from randlora.checkpoint.read import AdapterFile
+from randlora.checkpoint.tensors_file import Entry
 from randlora.errors import CheckpointError, raise_collected
 from randlora.layers.registry import find_layer
 from randlora.targets.select import obstacles
@@ -28,20 +29,20 @@ def fit_sites(census: Census, file: AdapterFile, *, needs_values: bool = True) -
     Raises:
         CheckpointError: When something does not fit; all such things are named at once.
     """
-    sites = named_sites(census, file)
+    sites = named_sites(census, file.values)
     problems = [
         *obstacles(census, sites, file.config.dropout),
         *(_without_values(sites) if needs_values else []),
         *misfits(file, shapes_of(sites)),
         *_unknown_parameters(census, file.trained),
-        *trained_misfits(census, file.trained),
+        *trained_misfits({held.fqn: held.parameter for held in census.parameters}, file.trained),
     ]
     raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
     return sites
 
 
-def named_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
-    """Find the weights that a file names, under these names.
+def named_sites(census: Census, fqns: Iterable[str]) -> tuple[Site, ...]:
+    """Find the weights of some names, under these names.
 
     Raises:
         CheckpointError: When one is missing, or cannot carry an adapter of its own.
@@ -50,7 +51,7 @@ def named_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
     modules = {visit.fqn: visit.module for visit in census.visits}
     problems = []
     found: dict[tuple[int, str], Site] = {}
-    for fqn in file.values:
+    for fqn in fqns:
         if (site := sites.get(fqn)) is not None:
             twin = found.setdefault((id(site.owner), site.layer_class.attribute), site)
             if twin is not site:
@@ -79,16 +80,15 @@ def misfits(file: AdapterFile, shapes: Shapes) -> list[str]:
     return problems
 
 
-def trained_misfits(census: Census, trained: Mapping[str, Tensor]) -> list[str]:
+def trained_misfits(own: Mapping[str, Tensor | Entry], trained: Mapping[str, Tensor]) -> list[str]:
     """Return which parameters trained beside an adapter differ in the model; those that it lacks are passed over."""
-    own = {held.fqn: held.parameter for held in census.parameters}
     problems = []
     for fqn, tensor in trained.items():
         if fqn not in own:
             continue
-        if not own[fqn].is_floating_point():
+        if not own[fqn].dtype.is_floating_point:
             problems.append(f"{fqn} holds {own[fqn].dtype} here, and was trained as {tensor.dtype}")
-        elif own[fqn].shape != tensor.shape:
+        elif tuple(own[fqn].shape) != tuple(tensor.shape):
             problems.append(f"{fqn} has shape {tuple(own[fqn].shape)} here, {tuple(tensor.shape)} in the file")
     return problems
 

@@ -43,8 +43,9 @@ def plan(
 ) -> None:
     """Say what an adapter of a model would be: layers, counts, bytes, and the memory that training takes.
 
-    Reads the headers of safetensors files and nothing else: no weights, and no code of the model's. Without
-    `--targets` the layers that are usual for the kind of model are taken.
+    Builds the class that `config.json` names with transformers, without values, and reads the headers of the
+    safetensors files: no weights, and no code that came with them. Without `--targets` the layers that are usual for
+    the kind of model are taken.
 
     **Examples**
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,25 +11,14 @@ from torch import Tensor
 from randlora.bases.bank import BasisBank
 from randlora.bases.basis import Basis
 from randlora.checkpoint.bases import file_basis
-from randlora.checkpoint.fit import misfits, named_sites, trained_misfits
+from randlora.checkpoint.fit import misfits
 from randlora.checkpoint.layout import master_copy
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.errors import CheckpointError, raise_collected
+from randlora.files.base_fit import fit_base, open_base
 from randlora.files.model_directory import read_model_directory
-from randlora.files.names import namings
-from randlora.files.quantized import as_dense
-from randlora.files.skeleton import Skeleton, skeleton
 from randlora.functional import Diagonals, delta_weight
-from randlora.targets.select import obstacles
-from randlora.targets.site import Shapes, shapes_of
-from randlora.targets.walk import Census
-
-
-class BaseFit(NamedTuple):
-    """How an adapter fits a base model: the layers' shapes, and what was trained beside it that the base lacks."""
-
-    shapes: Shapes
-    absent: tuple[str, ...]
+from randlora.targets.site import Shapes
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +84,7 @@ def open_adapter(directory: Path, base: Path | None = None) -> OpenAdapter:
             not fit the base.
     """
     file = read_adapter(directory)
-    shapes = known_shapes(file) if base is None else fit_base(file, base).shapes
+    shapes = known_shapes(file) if base is None else fit_base(open_base(read_model_directory(base)), file).shapes
     return OpenAdapter(directory, file, shapes, adapter_basis(file, shapes))
 
 
@@ -116,33 +104,6 @@ def known_shapes(file: AdapterFile) -> Shapes | None:
     ]
     raise_collected(CheckpointError, problems or misfits(file, shapes), doing="read the adapter")
     return shapes
-
-
-def fit_base(file: AdapterFile, base: Path) -> BaseFit:
-    """Hold an adapter against the headers of a base model.
-
-    Raises:
-        CheckpointError: When a layer is missing, or something has another shape. A parameter trained beside the adapter
-            may be missing: a new head is in no base.
-    """
-    census = Census.of(_nearest_skeleton(file, base))
-    sites = named_sites(census, file)
-    shapes = shapes_of(sites)
-    problems = [
-        *obstacles(census, sites, file.config.dropout),
-        *misfits(file, shapes),
-        *trained_misfits(census, file.trained),
-    ]
-    raise_collected(CheckpointError, problems, doing=f"fit the adapter to {str(base)!r}")
-    own = {held.fqn for held in census.parameters}
-    return BaseFit(shapes, tuple(fqn for fqn in file.trained if fqn not in own))
-
-
-def _nearest_skeleton(file: AdapterFile, base: Path) -> Skeleton:
-    """Rebuild the base with the names that it has in the model the adapter was trained on, as far as they are known."""
-    directory = as_dense(read_model_directory(base)).directory
-    models = [skeleton(directory, naming) for naming in namings(directory)]
-    return max(models, key=lambda model: len(file.values.keys() & dict(model.named_modules()).keys()))
 
 
 def adapter_basis(file: AdapterFile, shapes: Shapes | None) -> Basis | None:

@@ -5,7 +5,7 @@ The arithmetic is that of `randlora.merge`, update by update.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,20 +16,15 @@ from torch import Tensor
 from randlora.bases.bank import BasisBank
 from randlora.bases.spec import sliced_dims
 from randlora.checkpoint.bases import file_basis
-from randlora.checkpoint.fit import fit_sites
 from randlora.checkpoint.layout import master_copy
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.checkpoint.tensors_file import Entry
-from randlora.errors import CheckpointError, MergeError
-from randlora.files.model_directory import ModelDirectory
-from randlora.files.names import namings
+from randlora.errors import CheckpointError, MergeError, raise_collected
+from randlora.files.base_fit import Base, BaseFit, Slot, fit_base
 from randlora.files.quantized import DenseView
-from randlora.files.skeleton import Skeleton, skeleton
 from randlora.files.tensor_file import read_pieces
 from randlora.layers.update import Update, folded, sum_updates
 from randlora.model.merge import require_finite
-from randlora.targets.site import Site, shapes_of
-from randlora.targets.walk import Census
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +32,13 @@ class Merging:
     """A weight that adapters are merged into.
 
     Attributes:
-        site: Its place in the skeleton.
+        fqn: Its layer's name.
+        slot: Where the checkpoint keeps it.
         updates: The adapters' updates, in the order in which they are summed.
     """
 
-    site: Site
+    fqn: str
+    slot: Slot
     updates: list[Update] = field(default_factory=list)
 
     @torch.no_grad()
@@ -52,8 +49,8 @@ class Merging:
             MergeError: When it would not be finite.
         """
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        delta = sum_updates(self.updates, self.site.shape, device=weight.device, dtype=dtype)
-        return require_finite(self.site.fqn, folded(weight, self.site.layer_class.in_storage_layout(delta)))
+        delta = sum_updates(self.updates, self.slot.shape, device=weight.device, dtype=dtype)
+        return require_finite(self.fqn, folded(weight, self.slot.in_storage_layout(delta)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +61,13 @@ class Changes:
         merged: Weights that are merged into.
         replaced: Tensors with a version trained beside an adapter, which is that adapter's.
         base: The checkpoint.
+        notes: What the user should know.
     """
 
     merged: dict[str, Merging]
     replaced: dict[str, Tensor]
     base: DenseView
+    notes: tuple[str, ...] = ()
 
     def pieces(self, entry: Entry, dtype: torch.dtype) -> Iterator[Tensor]:
         """Go through the parts of what becomes of a tensor, reading it as they are asked for.
@@ -95,7 +94,7 @@ class Changes:
             yield from (_cast(entry.name, piece, dtype) for piece in read_pieces(entry))
 
 
-def find_changes(base: DenseView, adapters: Mapping[Path, float]) -> Changes:
+def find_changes(base: Base, adapters: Mapping[Path, float]) -> Changes:
     """Read adapters, fit them to a checkpoint, draw their bases, and say which tensors they change.
 
     Args:
@@ -106,47 +105,41 @@ def find_changes(base: DenseView, adapters: Mapping[Path, float]) -> Changes:
         CheckpointError: When an adapter or its bases cannot be had, or it does not fit the checkpoint, or two of them
             trained the same parameter beside them.
     """
-    files = {}
-    for path in adapters:
-        with _about(path):
-            files[path] = read_adapter(path)
-    model = _skeleton(base.directory, files.values())
-    census = Census.of(model)
-    parameters = {held.fqn: id(held.parameter) for held in census.parameters}
     bank = BasisBank()
-    merged: dict[int, Merging] = {}
-    replaced: dict[int, Tensor] = {}
+    merged: dict[str, Merging] = {}
+    replaced: dict[str, Tensor] = {}
+    notes = []
     for path, factor in adapters.items():
-        file = files[path]
         with _about(path):
-            sites = fit_sites(census, file, needs_values=False)
-            basis = file_basis(file, shapes_of(sites), bank)
-            if taken := [fqn for fqn in file.trained if parameters[fqn] in replaced]:
-                raise CheckpointError(
-                    f"an adapter before it trained {', '.join(taken)} too, and the model has room for one"
-                )
-        basis.extend(*sliced_dims(site.shape for site in sites))
+            file = read_adapter(path)
+            fit = fit_base(base, file)
+            _require_room(file, fit, replaced)
+            basis = file_basis(file, fit.shapes, bank)
+        basis.extend(*sliced_dims(fit.shapes.values()))
         bank.add(basis)
-        for site in sites:
-            lam, gamma = (master_copy(part, "cpu") for part in file.values[site.fqn])
+        for fqn, slot in fit.slots.items():
+            lam, gamma = (master_copy(part, "cpu") for part in file.values[fqn])
             update = Update(basis, lam, gamma, file.config.scaling * factor)
-            merged.setdefault(id(site.weight), Merging(site)).updates.append(update)
-        replaced |= {parameters[fqn]: tensor for fqn, tensor in file.trained.items()}
-    places = {name: parameters.get(model.naming.fqn(name)) for name in base.directory.entries}
+            for name in slot.names:
+                merged.setdefault(name, Merging(fqn, slot)).updates.append(update)
+        replaced |= {name: file.trained[fqn] for fqn, names in fit.trained.items() for name in names}
+        if fit.renamed:
+            notes.append(f"{path} was trained under other names: its {fit.renamed[0]} is {fit.renamed[1]} here")
+    in_order = base.dense.directory.entries
     return Changes(
-        {name: merged[place] for name, place in places.items() if place in merged},
-        {name: replaced[place] for name, place in places.items() if place in replaced},
-        base,
+        {name: merged[name] for name in in_order if name in merged},
+        {name: replaced[name] for name in in_order if name in replaced},
+        base.dense,
+        tuple(notes),
     )
 
 
-def _skeleton(directory: ModelDirectory, files: Iterable[AdapterFile]) -> Skeleton:
-    """Build the checkpoint's skeleton under the names that the adapters use, or else under its usual ones."""
-    weights = {f"{fqn}.weight" for file in files for fqn in file.values}
-    for naming in namings(directory):
-        if weights <= {naming.fqn(name) for name in directory.entries}:
-            return skeleton(directory, naming)
-    return skeleton(directory)
+def _require_room(file: AdapterFile, fit: BaseFit, replaced: Mapping[str, Tensor]) -> None:
+    """Refuse parameters trained beside an adapter that the checkpoint lacks, or that another adapter brought."""
+    problems = [f"the model has no parameter {fqn}, which the file holds beside the adapter" for fqn in fit.absent]
+    if taken := [fqn for fqn in file.trained if set(fit.trained[fqn]) & replaced.keys()]:
+        problems.append(f"an adapter before it trained {', '.join(taken)} too, and the model has room for one")
+    raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,6 @@ from randlora.checkpoint.read import AdapterFile
 from randlora.checkpoint.tensors_file import read_shard
 from randlora.files.adapter import OpenAdapter, open_adapter
 from randlora.files.low_rank import frobenius_norm, spectral_norm
-from randlora.files.order import model_order
 from randlora.files.progress import Progress, no_progress
 from randlora.files.summary import AdapterSummary, BasisSource, BasisSummary, LayerSummary
 
@@ -43,7 +42,7 @@ def inspect(
     """
     adapter = open_adapter(Path(directory), None if base is None else Path(base))
     file = adapter.file
-    layers = [_layer(adapter, fqn) for fqn in adapter.shapes or sorted(file.values, key=model_order)]
+    layers = [_layer(adapter, fqn) for fqn in adapter.shapes or sorted(file.values, key=_by_number)]
     is_measured = norms and adapter.shapes is not None
     if is_measured:
         layers = [_measured(adapter, layer, progress, done, len(layers)) for done, layer in enumerate(layers)]
@@ -63,6 +62,11 @@ def inspect(
         unknown_fields=tuple(sorted(set(kept_fields(file.fields)) - set(NEUTRAL_FIELDS))),
         notes=() if adapter.shapes else (WITHOUT_SHAPES,),
     )
+
+
+def _by_number(fqn: str) -> list[tuple[int, str]]:
+    """Return a key that sorts layer 10 behind layer 9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in fqn.split(".")]
 
 
 def _layer(adapter: OpenAdapter, fqn: str) -> LayerSummary:

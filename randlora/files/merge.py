@@ -20,11 +20,12 @@ import torch
 
 from randlora.checkpoint.tensors_file import Shard
 from randlora.errors import CheckpointError, ConfigError, MergeError, raise_collected
+from randlora.files.base_fit import open_base
 from randlora.files.changes import Changes, find_changes
 from randlora.files.companions import copy_companion, copy_config, find_companions, write_json
 from randlora.files.model_directory import CONFIG_FILE, INDEX_FILE, ModelDirectory, read_model_directory
 from randlora.files.progress import Progress, no_progress
-from randlora.files.quantized import DenseView, as_dense
+from randlora.files.quantized import DenseView
 from randlora.files.staging import staged
 from randlora.files.tensor_file import Planned, write_tensor_file
 from randlora.layers import bnb_codes
@@ -116,9 +117,10 @@ def merge(
     source, destination = Path(base), Path(out)
     _check(source, factors, destination, dtype)
     directory = read_model_directory(source)
-    dense = as_dense(directory)
+    found = open_base(directory)
+    dense = found.dense
     _require_bitsandbytes(dense)
-    changes = find_changes(dense, factors)
+    changes = find_changes(found, factors)
     shards = [(shard, _planned(shard, changes, dtype)) for shard in dense.directory.shards]
     companions = find_companions(directory)
     nbytes = sum(tensor.nbytes for _, tensors in shards for tensor in tensors)
@@ -143,7 +145,10 @@ def merge(
         shards=len(shards),
         nbytes=nbytes,
         dtype=dtype,
-        notes=tuple(f"left out: {path}, which may hold the weights as they were" for path in companions.left_out),
+        notes=(
+            *changes.notes,
+            *(f"left out: {path}, which may hold the weights as they were" for path in companions.left_out),
+        ),
         dequantized={name: codes.kind for name, codes in dense.codes.items()},
         base_nbytes=directory.nbytes,
     )

@@ -1,4 +1,4 @@
-"""`randlora.files.plan`: what an adapter of a model would be, from the headers of its checkpoint alone."""
+"""`randlora.files.plan`: what an adapter of a model would be, from its class and the headers of its checkpoint."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
-from randlora.errors import TargetError, raise_collected
+from randlora.errors import CheckpointError, TargetError, raise_collected
 from randlora.files.model_directory import ModelDirectory, read_model_directory
-from randlora.files.quantized import as_dense
-from randlora.files.skeleton import skeleton
+from randlora.files.quantized import DenseView, as_dense
+from randlora.files.transformers_model import TransformersModel, build_model
 from randlora.model.inject import plan as plan_model
 from randlora.report import Report
 
@@ -39,7 +39,10 @@ class TrainingMemory:
 
 
 def plan(directory: str | os.PathLike[str], r: int | None = None, **options: Any) -> Report:
-    """Say what `randlora.inject` would do to the model in a directory, without its code and its weights.
+    """Return the report of what `randlora.inject` would do to the model in a directory, without its weights.
+
+    The model's class, which ``config.json`` names, is built by transformers on the meta device. Nothing is downloaded,
+    and no code that came with the checkpoint is run.
 
     Args:
         directory: A checkpoint as transformers writes it: one safetensors file, or shards with an index.
@@ -47,24 +50,42 @@ def plan(directory: str | os.PathLike[str], r: int | None = None, **options: Any
         **options: As for `randlora.plan`.
 
     Returns:
-        The report that `randlora.plan` gives for the model; notes name what had to be guessed. Of a quantized model,
-        parameters are counted as before it was.
+        The report that `randlora.plan` gives for the model. Of a quantized model, parameters are counted as before it
+        was.
 
     Raises:
-        CheckpointError: When the directory holds no checkpoint that can be read; of quantized ones, only those of
-            bitsandbytes can.
+        CheckpointError: When the directory holds no checkpoint that can be read, of quantized ones any but those of
+            bitsandbytes; when transformers is not installed or has no class of this name; or when the files hold
+            parameters of other shapes than the class.
         RandLoRAError: Whatever `randlora.plan` raises.
     """
-    base = as_dense(read_model_directory(directory))
-    model = skeleton(base.directory)
-    report = plan_model(model, r, **options)
+    checkpoint = read_model_directory(directory)
+    model = build_model(checkpoint)
+    base = as_dense(checkpoint, model)
+    if isinstance(model, str):
+        advice = "or build the model on torch.device('meta') and give it to randlora.plan"
+        raise CheckpointError(f"cannot plan for {str(directory)!r}: {model}; {advice}")
+    raise_collected(CheckpointError, _take_dtypes(model, base), doing=f"plan for {str(directory)!r}")
+    report = plan_model(model.census.model, r, **options)
     if not base.codes:
-        return replace(report, notes=(*report.notes, *model.doubts))
-    codes = {model.naming.fqn(name) for name in base.codes}
+        return report
+    codes = {fqn for fqn, names in model.names_by_fqn.items() if base.codes.keys() & set(names)}
     problems = [f"train_also takes in {fqn}, which is quantized" for fqn in report.train_also if fqn in codes]
     raise_collected(TargetError, problems, doing="plan")
     quantized = f"the model is quantized ({', '.join(base.kinds)}): parameters are counted as before it was"
-    return replace(report, notes=(*report.notes, *model.doubts, quantized))
+    return replace(report, notes=(*report.notes, quantized))
+
+
+def _take_dtypes(model: TransformersModel, base: DenseView) -> list[str]:
+    """Give the parameters the dtypes that they are stored in, and return which are stored in other shapes."""
+    problems = []
+    for held in model.census.parameters:
+        for entry in (base.directory.entries[name] for name in model.names_of(held.parameter)):
+            if entry.shape != tuple(held.parameter.shape):
+                by_class = tuple(held.parameter.shape)
+                problems.append(f"{entry.name} has shape {entry.shape} in the files, {by_class} by its config.json")
+            held.parameter.data = held.parameter.data.to(entry.dtype)
+    return problems
 
 
 def training_memory(report: Report, directory: ModelDirectory) -> TrainingMemory:

@@ -13,9 +13,9 @@ from randlora.checkpoint.tensors_file import Entry, Shard
 from randlora.errors import CheckpointError, raise_collected
 from randlora.files.bnb_layout import find_codes
 from randlora.files.codes import FLOATS, Codes
-from randlora.files.kinds import is_conv1d
 from randlora.files.model_directory import ModelDirectory
 from randlora.files.tensor_file import read_tensor
+from randlora.files.transformers_model import TransformersModel, build_model
 
 MARKS = {
     ".qweight": "GPTQ or AWQ",
@@ -57,22 +57,27 @@ class DenseView:
         return tuple(sorted({codes.kind for codes in self.codes.values()}))
 
 
-def as_dense(directory: ModelDirectory) -> DenseView:
+def as_dense(directory: ModelDirectory, model: TransformersModel | str | None = None) -> DenseView:
     """Look at a checkpoint as the dense one that it stands for; one that is not quantized stays as it is.
 
     Args:
         directory: The checkpoint.
+        model: What `build_model` returned for it; ``None`` to have it built where it is needed.
 
     Raises:
         CheckpointError: When codes are incomplete or damaged, or none of bitsandbytes, naming the tensor or the entry
-            of ``config.json`` that shows it.
+            of ``config.json`` that shows it; or when its class, which alone says which weights were transposed before
+            they were quantized, cannot be had.
     """
     _refuse_others(directory)
     codes = find_codes(directory.entries)
     if not codes and not isinstance(directory.config.get(SETTINGS), dict):
         return DenseView(directory, {})
     raise_collected(CheckpointError, _bare_codes(directory, codes), doing="read what is quantized")
-    transposed = frozenset(name for name in codes if is_conv1d(name.removesuffix(".weight"), directory.model_type))
+    model = build_model(directory) if model is None else model
+    if isinstance(model, str) and (directory.architecture or directory.model_type):
+        raise CheckpointError(f"{directory.path} is quantized, and cannot be read without its model: {model}")
+    transposed = frozenset() if isinstance(model, str) else model.transposed & codes.keys()
     beside = {part.name for found in codes.values() for part in found.parts.values()}
     dense = {name: _dense(found, directory, is_transposed=name in transposed) for name, found in codes.items()}
     shards = (_without(shard, beside, dense) for shard in directory.shards)

@@ -10,7 +10,9 @@ from typing import Literal
 from randlora.bases.spec import sliced_dims
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.errors import CheckpointError
-from randlora.files.adapter import adapter_basis, fit_base, known_shapes
+from randlora.files.adapter import adapter_basis, known_shapes
+from randlora.files.base_fit import fit_base, open_base
+from randlora.files.model_directory import read_model_directory
 from randlora.files.progress import Progress, no_progress
 from randlora.files.summary import DIGEST_SHOWN
 from randlora.targets.site import Shapes
@@ -113,12 +115,14 @@ def _checksum(file: AdapterFile) -> Check:
 def _fit(file: AdapterFile, base: Path, shapes: Shapes | None) -> tuple[Check, Shapes | None]:
     """Hold the adapter against a base, and say the layers' shapes, which those of the base settle."""
     try:
-        found = fit_base(file, base)
+        found = fit_base(open_base(read_model_directory(base)), file)
     except CheckpointError as error:
         return Check("base", "failed", str(error)), shapes
     words = f"{base} has all {len(found.shapes)} layers, in the shapes of the adapter"
     if found.absent:
         words += f"; it lacks {', '.join(found.absent)}, as it would a new head"
+    if found.renamed:
+        words += f"; {found.renamed[0]} is called {found.renamed[1]} there, and so are others"
     return Check("base", "passed", words), found.shapes
 
 

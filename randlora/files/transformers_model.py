@@ -1,0 +1,116 @@
+"""The model that a checkpoint's ``config.json`` describes, without values: transformers' own class on the meta device.
+
+It is built by transformers, and transformers says which of its parameters each tensor in the files becomes. Nothing is
+downloaded, and no code is run but that of transformers. No other file imports transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from randlora.files.model_directory import CONFIG_FILE, ModelDirectory
+from randlora.layers.conv1d import Conv1DAdapter
+from randlora.targets.walk import Census
+
+INSTALL = "pip install 'transformers>=5.0'"
+
+
+@dataclass(frozen=True, eq=False)
+class TransformersModel:
+    """A model on the meta device, and which parameters the tensors of its checkpoint become.
+
+    Attributes:
+        census: The model.
+        names: Names of the tensors that hold a parameter as it is, by the parameter's id. A tied parameter may stand in
+            the files several times.
+        converted: Names of the tensors that a parameter is computed from, by its FQN: of all experts, for example.
+        parameter_fqn: Returns the name of the parameter that a tensor of a given name becomes.
+    """
+
+    census: Census
+    parameter_fqn: Callable[[str], str]
+    names: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    converted: dict[str, list[str]] = field(default_factory=dict)
+
+    def layer_fqn(self, fqn: str) -> str:
+        """Return the name in this model of a layer that has another name in its files, or in other versions of it."""
+        return self.parameter_fqn(f"{fqn}.weight").removesuffix(".weight")
+
+    def names_of(self, parameter: nn.Parameter | None) -> tuple[str, ...]:
+        """Return the names of the tensors that hold a parameter as it is."""
+        return self.names.get(id(parameter), ())
+
+    @property
+    def names_by_fqn(self) -> dict[str, tuple[str, ...]]:
+        """Names of the tensors that hold a parameter as it is, by its FQN."""
+        return {held.fqn: self.names_of(held.parameter) for held in self.census.parameters}
+
+    @property
+    def transposed(self) -> frozenset[str]:
+        """Names of the tensors that hold a weight as ``(in_features, out_features)``."""
+        sites = (site for site in self.census.sites if issubclass(site.layer_class, Conv1DAdapter))
+        return frozenset(name for site in sites for name in self.names_of(site.weight))
+
+
+def build_model(directory: ModelDirectory) -> TransformersModel | str:
+    """Build the model that ``config.json`` describes, on the meta device.
+
+    Args:
+        directory: The checkpoint.
+
+    Returns:
+        The model; or the reason why there is none, and what to do.
+    """
+    try:
+        import transformers  # noqa: PLC0415 - optional
+    except ImportError:
+        return f"transformers, which has its class, is not installed: {INSTALL}"
+    name = directory.architecture
+    model_class: Any = getattr(transformers, name, None) if name else None
+    is_model = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+    if not is_model:
+        named = f"names {name}, which transformers {transformers.__version__} lacks" if name else "names no class"
+        return f"its config.json {named}"
+    try:
+        config = model_class.config_class.from_json_file(directory.path / CONFIG_FILE)
+        with torch.device("meta"):
+            model = model_class(config)
+    except Exception as error:  # whatever the code of some model raises over a config that it cannot take
+        return f"transformers {transformers.__version__} cannot build {name} from its config.json ({error})"
+    if isinstance(config.dtype, torch.dtype):
+        model.to(config.dtype)
+    return _with_names(model, directory)
+
+
+def _with_names(model: nn.Module, directory: ModelDirectory) -> TransformersModel:
+    """Find the parameter that every tensor of a checkpoint becomes, as ``from_pretrained`` does."""
+    from transformers import conversion_mapping, core_model_loading  # noqa: PLC0415 - optional
+
+    conversions = conversion_mapping.get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, core_model_loading.WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, core_model_loading.WeightConverter)]
+    targets = {pattern: entry.target_patterns for entry in converters for pattern in entry.source_patterns}
+    state, prefix = model.state_dict(), model.base_model_prefix
+
+    def renamed(name: str) -> tuple[str, str | None]:
+        rename = core_model_loading.rename_source_key
+        found: tuple[str, str | None] = rename(name, renamings, converters, prefix, state)
+        if found[0] not in state and name in state:
+            found = rename(name, [], [], prefix, state)
+        return found
+
+    built = TransformersModel(Census.of(model), lambda name: renamed(name)[0])
+    parameters = {held.fqn: held.parameter for held in built.census.parameters}
+    for name in sorted(directory.entries, key=core_model_loading.dot_natural_key):  # some renamings count on this order
+        fqn, pattern = renamed(name)
+        if pattern is not None:
+            for target in targets[pattern]:
+                built.converted.setdefault(fqn.replace(targets[pattern][0], target), []).append(name)
+        elif (parameter := parameters.get(fqn)) is not None:
+            built.names[id(parameter)] = (*built.names_of(parameter), name)
+    return built

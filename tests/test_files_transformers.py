@@ -1,0 +1,217 @@
+"""What is planned and merged from files agrees with the model in memory, for every class that transformers has."""
+
+import json
+import re
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from torch import nn
+
+import randlora
+from randlora.errors import CheckpointError, TargetError
+from randlora.files.model_directory import read_model_directory
+from randlora.files.transformers_model import TransformersModel, build_model
+from randlora.report import Report
+from tests.checkpoint_files import edit_fields
+from tests.laws import fill, same_bits
+from tests.model_directories import HEADS, contents, save_adapter, save_model, write
+from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, every_transformers_model
+from tests.quantized_checkpoints import quantize, stored
+from tests.transformers_zoo import TASKS, classes, tiny
+
+SOME = ("mixtral", "qwen3_moe", "deepseek_v3", "phi3", "gpt_neox", "t5", "bart", "roberta", "dinov2")
+"""Types for the quick run: experts in one tensor, renamed layers, fused projections, tied heads."""
+
+MERGED = (
+    "MixtralForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "Phi3ForCausalLM",
+    "T5ForConditionalGeneration",
+    "Dinov2ForImageClassification",
+)
+
+LEAST = {"causal LM": 140, "masked LM": 40, "sequence classification": 105, "vision": 20, "encoder and decoder": 30}
+"""How many classes of a task are at least built and compared."""
+
+
+def plans_agree(model: nn.Module, directory: Path) -> None:
+    write(model, directory)
+    before = contents(directory)
+    for targets in (None, "all-linear"):
+        found = outcome(randlora.files.plan, directory, targets)
+        assert found == outcome(randlora.plan, model, targets)
+    assert contents(directory) == before
+
+
+def outcome(plan: Callable[..., Report], model: object, targets: str | None) -> Report | str:
+    """Return the report; or the error, which some models with tied layers or none to adapt come to."""
+    try:
+        return plan(model, r=4, targets=targets)
+    except TargetError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [pytest.param(kind, name, id=name) for _, kind, name in classes() if kind in SOME],
+)
+def test_the_plan_of_a_class_is_that_of_its_model(model_type: str, name: str, tmp_path: Path) -> None:
+    model = tiny(model_type, name)
+    assert model is not None
+    plans_agree(model, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_the_plan_of_every_class_is_that_of_its_model(task: str, tmp_path: Path) -> None:
+    compared, unlike = [], {}
+    for _, model_type, name in (entry for entry in classes() if entry[0] == task):
+        if (model := tiny(model_type, name)) is None:
+            continue
+        try:
+            plans_agree(model, tmp_path / name)
+        except (AssertionError, randlora.RandLoRAError) as error:
+            unlike[name] = str(error)[:500]
+        compared.append(name)
+    assert unlike == {}
+    assert len(compared) >= LEAST[task] - 6  # some have no layer to adapt
+
+
+def merges_agree(model_class: Any, model: nn.Module, directory: Path) -> None:
+    """Adapt the attention of a model on disk and in memory, and compare what is saved."""
+    base = write(model, directory / "base")
+    layers = randlora.plan(model, r=4, targets="all-linear").targets
+    attention = [fqn for fqn in layers if re.search("attn|attention", fqn, re.IGNORECASE)]
+    randlora.inject(model, r=4, targets=attention or list(layers))
+    fill(model)
+    randlora.save(model, directory / "adapter")
+    assert randlora.files.verify(directory / "adapter", base).passed
+    out = randlora.files.merge(base, directory / "adapter", directory / "out").out
+    loaded = model_class.from_pretrained(base)
+    randlora.load(loaded, directory / "adapter")
+    randlora.merge(loaded)
+    expected = stored(write(loaded, directory / "expected"))
+    found = stored(out)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not same_bits(found[name], expected[name])] == []
+    assert sum(not same_bits(found[name], tensor) for name, tensor in stored(base).items()) == len(attention or layers)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [pytest.param(kind, name, id=name) for _, kind, name in classes() if name in MERGED],
+)
+def test_an_attention_adapter_is_merged_as_in_memory(model_type: str, name: str, tmp_path: Path) -> None:
+    model = tiny(model_type, name)
+    assert model is not None
+    merges_agree(getattr(transformers, name), model, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_an_attention_adapter_of_every_class_is_merged_as_in_memory(task: str, tmp_path: Path) -> None:
+    compared, unlike = [], {}
+    for _, model_type, name in (entry for entry in classes() if entry[0] == task):
+        if (model := tiny(model_type, name)) is None or isinstance(outcome(randlora.plan, model, "all-linear"), str):
+            continue
+        try:
+            merges_agree(getattr(transformers, name), model, tmp_path / name)
+        except (AssertionError, randlora.RandLoRAError) as error:
+            unlike[name] = str(error)[:500]
+        compared.append(name)
+    assert unlike == {}
+    assert len(compared) >= LEAST[task] - 6  # some have no layer to adapt
+
+
+@every_transformers_model
+def test_the_parameters_of_the_files_are_those_of_the_model(kind: RealModel, tmp_path: Path) -> None:
+    model = kind.build()
+    built = build_model(read_model_directory(write(model, tmp_path)))
+    assert isinstance(built, TransformersModel)
+    assert [fqn for fqn, _ in built.census.model.named_parameters()] == [fqn for fqn, _ in model.named_parameters()]
+    names = [name for found in built.names.values() for name in found]
+    assert sorted(names) == sorted(read_model_directory(tmp_path).entries)
+    assert built.converted == {}
+    assert bool(built.transposed) == (kind is GPT2)
+    assert all(parameter.is_meta for parameter in built.census.model.parameters())
+
+
+def test_tensors_that_a_parameter_is_made_of_are_named(tmp_path: Path) -> None:
+    model = tiny("mixtral", "MixtralForCausalLM")
+    assert model is not None
+    built = build_model(read_model_directory(write(model, tmp_path)))
+    assert isinstance(built, TransformersModel)
+    made = built.converted["model.layers.0.mlp.experts.gate_up_proj"]
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in made
+    assert "model.layers.0.block_sparse_moe.experts.3.w3.weight" in made
+
+
+@pytest.mark.parametrize("kind", [LLAMA, GPT2, BERT], ids=lambda kind: kind.name)
+def test_where_files_have_the_adapters_names_merging_needs_no_transformers(
+    kind: RealModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_model(kind, tmp_path / "base")
+    adapter = save_adapter(kind, tmp_path / "adapter", train_also=[HEADS[kind.name]])
+    expected = contents(randlora.files.merge(base, adapter, tmp_path / "expected").out)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert contents(randlora.files.merge(base, adapter, tmp_path / "out").out) == expected
+    assert randlora.files.verify(adapter, base).passed
+
+
+def test_without_transformers_a_prefix_may_differ_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = save_model(LLAMA, tmp_path / "full")
+    transformers.LlamaForCausalLM.from_pretrained(full).model.save_pretrained(tmp_path / "bare")
+    adapter = save_adapter(LLAMA, tmp_path / "adapter")
+    expected = stored(randlora.files.merge(full, adapter, tmp_path / "expected").out)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    report = randlora.files.merge(tmp_path / "bare", adapter, tmp_path / "out")
+    found = stored(report.out)
+    assert all(same_bits(found[name], expected[f"model.{name}"]) for name in found)
+    first = "layers.0.mlp.down_proj"
+    assert f"was trained under other names: its model.{first} is {first} here" in str(report)
+
+
+def test_without_transformers_what_its_names_would_tell_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = save_model(VIT, tmp_path / "base"), save_adapter(VIT, tmp_path / "adapter")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(
+        CheckpointError, match=r"the model has no layer vit.layers.0.* under this name \(transformers, "
+    ):
+        randlora.files.merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_transformers_a_square_weight_of_mixed_layouts_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = save_model(GPT2, tmp_path / "base"), save_adapter(GPT2, tmp_path / "adapter")
+    edit_fields(adapter, {"fan_in_fan_out": False})
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(CheckpointError, match=r"h.0.attn.c_proj is square, and may be stored transposed or not"):
+        randlora.files.merge(base, adapter, tmp_path / "out")
+
+
+def test_without_transformers_codes_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = quantize(LLAMA, "8 bits", tmp_path / "base"), save_adapter(LLAMA, tmp_path / "adapter")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(CheckpointError, match=r"is quantized, and cannot be read without its model: .*pip install"):
+        randlora.files.merge(base, adapter, tmp_path / "out")
+
+
+def test_no_file_is_read_but_those_of_the_directory_and_no_network_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(LLAMA, tmp_path)
+    (tmp_path / "modeling_own.py").write_text("raise SystemExit('code of the checkpoint was run')", encoding="utf-8")
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    monkeypatch.setattr(socket, "socket", None)
+    assert randlora.files.plan(tmp_path, r=4).targets

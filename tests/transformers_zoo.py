@@ -1,0 +1,86 @@
+"""Classes of transformers, each built from its default config with sizes cut down: a few thousand weights to save."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+TASKS = {
+    "causal LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "masked LM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "sequence classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "vision": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "encoder and decoder": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+}
+"""By task, the class for each ``model_type``."""
+
+LAYERS = dict.fromkeys(
+    (
+        *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"),
+        *("num_encoder_layers", "num_decoder_layers", "decoder_num_layers", "num_hidden_groups"),
+    ),
+    2,
+)
+WIDE = {
+    "vocab_size": 128,
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim"), 96),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 48),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk"), 2),
+    **dict.fromkeys(("n_group", "topk_group"), 1),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 64),
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id"), 1),
+}
+SIDES = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim"), 64),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    "num_key_value_heads": 2,
+    **dict.fromkeys(("head_dim", "d_kv"), 16),
+}
+HEADS = {name: size for name, size in SIDES.items() if name not in ("head_dim", "d_kv")}
+CUTS = (LAYERS | WIDE | SIDES, LAYERS | WIDE | HEADS, LAYERS | WIDE, LAYERS)
+"""What is cut down, the most first: a config may refuse some sizes beside others of its own."""
+
+LARGEST = 12_000_000
+
+
+def classes() -> Iterator[tuple[str, str, str]]:
+    """Go through tasks, types of models, and names of classes; each class once."""
+    seen = set()
+    for task, names in TASKS.items():
+        for model_type, found in names.items():
+            name = found if isinstance(found, str) else found[0]
+            if name not in seen:
+                seen.add(name)
+                yield task, model_type, name
+
+
+def tiny(model_type: str, name: str) -> nn.Module | None:
+    """Build a class with few weights; ``None`` where no cut of its config gives any."""
+    for sizes in CUTS:
+        try:
+            model_class, config = getattr(transformers, name), _cut(CONFIG_MAPPING[model_type], sizes)
+            with torch.device("meta"):
+                size = sum(parameter.numel() for parameter in model_class(config).parameters())
+            if size <= LARGEST:
+                return model_class(config).eval()  # type: ignore[no-any-return]
+        except Exception:  # some sizes do not go together
+            continue
+    return None
+
+
+def _cut(config_class: Any, sizes: dict[str, int]) -> Any:
+    """Make a config of a class with the sizes given that it has, and those inside it."""
+    default = config_class()
+    inner = {
+        key: _cut(type(found), sizes).to_dict()
+        for key in config_class.sub_configs
+        if (found := getattr(default, key, None)) is not None
+    }
+    own = {key: size for key, size in sizes.items() if isinstance(getattr(default, key, None), int)}
+    return config_class(**own, **inner)
