@@ -18,7 +18,7 @@ from randlora.checkpoint.tensors_file import Entry
 from randlora.errors import CheckpointError, raise_collected
 from randlora.files.model_directory import ModelDirectory
 from randlora.files.quantized import DenseView, as_dense
-from randlora.files.transformers_model import TransformersModel, build_model
+from randlora.files.transformers_model import Conversion, TransformersModel, build_model
 from randlora.layers.conv1d import Conv1DAdapter
 from randlora.layers.linear import LinearAdapter
 from randlora.targets.select import obstacles
@@ -44,11 +44,13 @@ class Slot(NamedTuple):
         names: Names of the tensors that hold it; several where files hold a shared weight several times.
         shape: ``(out_features, in_features)``.
         in_storage_layout: Turns an update, ``(out_features, in_features)``, into the layout of the tensors.
+        fused: The weight's FQN in the model and how it is split off, where it is a part of the tensor.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, int]
     in_storage_layout: Callable[[Tensor], Tensor]
+    fused: tuple[str, Conversion] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,18 @@ def _fit_model(model: TransformersModel, file: AdapterFile, entries: Mapping[str
     problems = obstacles(model.census, found, file.config.dropout)
     slots = {}
     for site in found:
+        layout = site.layer_class.in_storage_layout
+        fqn = next(held.fqn for held in model.census.parameters if held.parameter is site.weight)
+        conversion = model.conversions.get(fqn)
         if names := model.names_of(site.weight):
-            slots[own[site.fqn]] = Slot(names, _shape(site, entries[names[0]]), site.layer_class.in_storage_layout)
+            slots[own[site.fqn]] = Slot(names, _shape(site, entries[names[0]]), layout)
+        elif conversion is None:
+            problems.append(f"the model has no layer {site.fqn} in its files")
+        elif len(conversion.sources) == 1:
+            slots[own[site.fqn]] = Slot((*conversion.sources,), site.shape, layout, (fqn, conversion))
         else:
-            problems.append(_not_stored(model, site))
+            parts = ", ".join(conversion.sources)
+            problems.append(f"{site.fqn} is made of {parts} when it is loaded: load the model and merge in memory")
     parameters = model.names_by_fqn
     trained = {fqn: fqn if fqn in parameters else model.parameter_fqn(fqn) for fqn in file.trained}
     stored = {name: parameters.get(fqn, ()) for name, fqn in trained.items()}
@@ -129,13 +139,6 @@ def _shape(site: Site, entry: Entry) -> tuple[int, int]:
         return site.shape
     is_transposed = site.shape != tuple(site.weight.shape)
     return (entry.shape[1], entry.shape[0]) if is_transposed else (entry.shape[0], entry.shape[1])
-
-
-def _not_stored(model: TransformersModel, site: Site) -> str:
-    owner = {held.fqn for held in model.census.parameters if held.parameter is site.weight}
-    if parts := next((model.converted[fqn] for fqn in owner if fqn in model.converted), None):
-        return f"{site.fqn} is made of {', '.join(parts)} when it is loaded: load the model and merge in memory"
-    return f"the model has no layer {site.fqn} in its files"
 
 
 def _fit_names(reason: str, file: AdapterFile, entries: Mapping[str, Entry]) -> tuple[BaseFit, list[str]]:

@@ -23,6 +23,7 @@ from randlora.errors import CheckpointError, MergeError, raise_collected
 from randlora.files.base_fit import Base, BaseFit, Slot, fit_base
 from randlora.files.quantized import DenseView
 from randlora.files.tensor_file import read_pieces
+from randlora.files.transformers_model import Conversion
 from randlora.layers.update import Update, folded, sum_updates
 from randlora.model.merge import require_finite
 
@@ -54,6 +55,29 @@ class Merging:
 
 
 @dataclass(frozen=True, eq=False)
+class FusedMerging:
+    """A tensor of which adapters are merged into parts, which are weights of their own in the model.
+
+    Attributes:
+        conversion: How the parts are split off and joined.
+        parts: Those that are merged into, by FQN.
+    """
+
+    conversion: Conversion
+    parts: dict[str, Merging] = field(default_factory=dict)
+
+    @property
+    def updates(self) -> list[Update]:
+        """The updates of all parts."""
+        return [update for part in self.parts.values() for update in part.updates]
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """Return the tensor with its parts merged, as `Merging.merged` does."""
+        found = self.conversion.split(weight)
+        return self.conversion.join(found | {fqn: part.merged(found[fqn]) for fqn, part in self.parts.items()})
+
+
+@dataclass(frozen=True, eq=False)
 class Changes:
     """What adapters change in a checkpoint, by the names of its tensors.
 
@@ -64,7 +88,7 @@ class Changes:
         notes: What the user should know.
     """
 
-    merged: dict[str, Merging]
+    merged: dict[str, Merging | FusedMerging]
     replaced: dict[str, Tensor]
     base: DenseView
     notes: tuple[str, ...] = ()
@@ -106,7 +130,7 @@ def find_changes(base: Base, adapters: Mapping[Path, float]) -> Changes:
             trained the same parameter beside them.
     """
     bank = BasisBank()
-    merged: dict[str, Merging] = {}
+    merged: dict[str, Merging | FusedMerging] = {}
     replaced: dict[str, Tensor] = {}
     notes = []
     for path, factor in adapters.items():
@@ -121,7 +145,7 @@ def find_changes(base: Base, adapters: Mapping[Path, float]) -> Changes:
             lam, gamma = (master_copy(part, "cpu") for part in file.values[fqn])
             update = Update(basis, lam, gamma, file.config.scaling * factor)
             for name in slot.names:
-                merged.setdefault(name, Merging(fqn, slot)).updates.append(update)
+                _merging(merged, name, fqn, slot).updates.append(update)
         replaced |= {name: file.trained[fqn] for fqn, names in fit.trained.items() for name in names}
         if fit.renamed:
             notes.append(f"{path} was trained under other names: its {fit.renamed[0]} is {fit.renamed[1]} here")
@@ -132,6 +156,18 @@ def find_changes(base: Base, adapters: Mapping[Path, float]) -> Changes:
         base.dense,
         tuple(notes),
     )
+
+
+def _merging(merged: dict[str, Merging | FusedMerging], name: str, fqn: str, slot: Slot) -> Merging:
+    """Return what is merged into a tensor or a part of it so far, made where there is nothing yet."""
+    if slot.fused is None:
+        found = merged.setdefault(name, Merging(fqn, slot))
+        assert isinstance(found, Merging), "a tensor is fused for every adapter or for none"
+        return found
+    part, conversion = slot.fused
+    fused = merged.setdefault(name, FusedMerging(conversion))
+    assert isinstance(fused, FusedMerging), "a tensor is fused for every adapter or for none"
+    return fused.parts.setdefault(part, Merging(fqn, slot))
 
 
 def _require_room(file: AdapterFile, fit: BaseFit, replaced: Mapping[str, Tensor]) -> None:

@@ -7,17 +7,51 @@ downloaded, and no code is run but that of transformers. No other file imports t
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from randlora.files.model_directory import CONFIG_FILE, ModelDirectory
 from randlora.layers.conv1d import Conv1DAdapter
 from randlora.targets.walk import Census
 
 INSTALL = "pip install 'transformers>=5.0'"
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """How transformers makes parameters out of tensors in files: those of all experts one, one fused tensor several.
+
+    Attributes:
+        model: The model.
+        converter: What transformers does to the tensors.
+        fqn: The first of the parameters.
+        sources: Names of the tensors, with the patterns that they match.
+    """
+
+    model: Any
+    converter: Any
+    fqn: str
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Return the parameters that one tensor becomes, by FQN."""
+        ((name, pattern),) = self.sources.items()
+        converter = deepcopy(self.converter)
+        converter.add_tensor(self.fqn, name, pattern, tensor)
+        found = converter.convert(self.fqn, model=self.model, config=self.model.config)
+        return {fqn: part[0] if isinstance(part, list) else part for fqn, part in found.items()}
+
+    def join(self, parts: dict[str, Tensor]) -> Tensor:
+        """Return the one tensor that parameters become when they are saved."""
+        from transformers import core_model_loading  # noqa: PLC0415 - optional
+
+        (tensor,) = core_model_loading.revert_weight_conversion(self.model, parts).values()
+        assert isinstance(tensor, Tensor)
+        return tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,14 +62,14 @@ class TransformersModel:
         census: The model.
         names: Names of the tensors that hold a parameter as it is, by the parameter's id. A tied parameter may stand in
             the files several times.
-        converted: Names of the tensors that a parameter is computed from, by its FQN: of all experts, for example.
+        conversions: How a parameter is computed from tensors, by its FQN, where none holds it as it is.
         parameter_fqn: Returns the name of the parameter that a tensor of a given name becomes.
     """
 
     census: Census
     parameter_fqn: Callable[[str], str]
     names: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    converted: dict[str, list[str]] = field(default_factory=dict)
+    conversions: dict[str, Conversion] = field(default_factory=dict)
 
     def layer_fqn(self, fqn: str) -> str:
         """Return the name in this model of a layer that has another name in its files, or in other versions of it."""
@@ -94,7 +128,7 @@ def _with_names(model: nn.Module, directory: ModelDirectory) -> TransformersMode
     conversions = conversion_mapping.get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, core_model_loading.WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, core_model_loading.WeightConverter)]
-    targets = {pattern: entry.target_patterns for entry in converters for pattern in entry.source_patterns}
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     state, prefix = model.state_dict(), model.base_model_prefix
 
     def renamed(name: str) -> tuple[str, str | None]:
@@ -109,8 +143,11 @@ def _with_names(model: nn.Module, directory: ModelDirectory) -> TransformersMode
     for name in sorted(directory.entries, key=core_model_loading.dot_natural_key):  # some renamings count on this order
         fqn, pattern = renamed(name)
         if pattern is not None:
-            for target in targets[pattern]:
-                built.converted.setdefault(fqn.replace(targets[pattern][0], target), []).append(name)
+            converter = by_pattern[pattern]
+            conversion = built.conversions.setdefault(fqn, Conversion(model, converter, fqn))
+            conversion.sources[name] = pattern
+            for target in converter.target_patterns[1:]:
+                built.conversions[fqn.replace(converter.target_patterns[0], target)] = conversion
         elif (parameter := parameters.get(fqn)) is not None:
             built.names[id(parameter)] = (*built.names_of(parameter), name)
     return built
