@@ -179,6 +179,22 @@ def test_without_transformers_a_prefix_may_differ_and_is_named(tmp_path: Path, m
     assert f"was trained under other names: its model.{first} is {first} here" in str(report)
 
 
+def test_loading_says_which_prefix_makes_the_difference(tmp_path: Path) -> None:
+    full = BERT.build()
+    bare = full.get_submodule("bert")
+    for name, model in (("of full", full), ("of bare", bare)):
+        randlora.inject(model, r=4, targets=["query"])
+        randlora.save(model, tmp_path / name)
+        randlora.eject(model)
+    with pytest.raises(CheckpointError, match=r"has the adapter's layers in 'bert': load the adapter into that module"):
+        randlora.load(full, tmp_path / "of bare")
+    with pytest.raises(
+        CheckpointError, match=r"has the adapter's layers without 'bert.': load the model that the adapter"
+    ):
+        randlora.load(bare, tmp_path / "of full")
+    assert randlora.load(full.get_submodule("bert"), tmp_path / "of bare").targets
+
+
 def test_without_transformers_what_its_names_would_tell_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

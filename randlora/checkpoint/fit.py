@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -45,11 +45,12 @@ def named_sites(census: Census, fqns: Iterable[str]) -> tuple[Site, ...]:
     """Find the weights of some names, under these names.
 
     Raises:
-        CheckpointError: When one is missing, or cannot carry an adapter of its own.
+        CheckpointError: When one is missing, or cannot carry an adapter of its own; where a prefix alone makes the
+            difference, it is named.
     """
     sites = {site.fqn: site for visit in census.visits for site in sites_of(visit)}
     modules = {visit.fqn: visit.module for visit in census.visits}
-    problems = []
+    problems = _prefix_problems([*fqns], sites)
     found: dict[tuple[int, str], Site] = {}
     for fqn in fqns:
         if (site := sites.get(fqn)) is not None:
@@ -64,6 +65,33 @@ def named_sites(census: Census, fqns: Iterable[str]) -> tuple[Site, ...]:
             problems.append(f"{fqn} ({type(modules[fqn]).__name__}) has no weight that an adapter can go on")
     raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
     return tuple(site for site in sites.values() if found.get((id(site.owner), site.layer_class.attribute)) is site)
+
+
+def _prefix_problems(fqns: Sequence[str], known: Collection[str]) -> list[str]:
+    """Return what to do where a prefix alone keeps an adapter from a model."""
+    dropped, added = other_prefix(fqns, known)
+    if added:
+        return [f"the model has the adapter's layers in {added.removesuffix('.')!r}: load the adapter into that module"]
+    if dropped:
+        return [
+            f"the model has the adapter's layers without {dropped!r}: load the model that the adapter was trained on"
+        ]
+    return []
+
+
+def other_prefix(names: Sequence[str], known: Collection[str]) -> tuple[str, str]:
+    """Return the prefix to drop or to add, where just one turns all names into known ones; they are empty elsewhere."""
+    if all(name in known for name in names):
+        return "", ""
+    parts = names[0].split(".")
+    found = [("", name.removesuffix(names[0])) for name in known if name.endswith(f".{names[0]}")]
+    found += [(".".join(parts[:count]) + ".", "") for count in range(1, len(parts))]
+    fitting = [
+        (dropped, added)
+        for dropped, added in found
+        if all(name.startswith(dropped) and added + name.removeprefix(dropped) in known for name in names)
+    ]
+    return fitting[0] if len(fitting) == 1 else ("", "")
 
 
 def misfits(file: AdapterFile, shapes: Shapes) -> list[str]:

@@ -6,13 +6,13 @@ have the names that the adapter gives its layers, but for a prefix that all of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
 
-from randlora.checkpoint.fit import misfits, named_sites, trained_misfits
+from randlora.checkpoint.fit import misfits, named_sites, other_prefix, trained_misfits
 from randlora.checkpoint.read import AdapterFile
 from randlora.checkpoint.tensors_file import Entry
 from randlora.errors import CheckpointError, raise_collected
@@ -143,7 +143,7 @@ def _shape(site: Site, entry: Entry) -> tuple[int, int]:
 
 def _fit_names(reason: str, file: AdapterFile, entries: Mapping[str, Entry]) -> tuple[BaseFit, list[str]]:
     """Find an adapter's weights by the names of tensors, and their layout by what the adapter says of it."""
-    dropped, added = _other_prefix(file.values, entries)
+    dropped, added = other_prefix([f"{fqn}.weight" for fqn in file.values], entries)
     names = {fqn: added + fqn.removeprefix(dropped) for fqn in (*file.values, *file.trained)}
     slots, problems = {}, []
     for fqn in file.values:
@@ -172,17 +172,3 @@ def _slot(file: AdapterFile, fqn: str, entry: Entry) -> Slot:
     if is_transposed:
         return Slot((entry.name,), (columns, rows), Conv1DAdapter.in_storage_layout)
     return Slot((entry.name,), (rows, columns), LinearAdapter.in_storage_layout)
-
-
-def _other_prefix(fqns: Iterable[str], entries: Collection[str]) -> tuple[str, str]:
-    """Return the prefix to drop or to add, where just one turns the names of all layers into those of tensors."""
-    weights = [f"{fqn}.weight" for fqn in fqns]
-    parts = weights[0].split(".")
-    found = [("", name.removesuffix(weights[0])) for name in entries if name.endswith(f".{weights[0]}")]
-    found += [(".".join(parts[:count]) + ".", "") for count in range(1, len(parts) - 1)]
-    fitting = [
-        (dropped, added)
-        for dropped, added in found
-        if all(added + weight.removeprefix(dropped) in entries for weight in weights)
-    ]
-    return fitting[0] if len(fitting) == 1 and not all(weight in entries for weight in weights) else ("", "")
