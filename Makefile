@@ -9,7 +9,7 @@ SEED ?= 0
 ARGS ?=  # further options of an example: make demo ARGS="--epochs 3"
 REVIEWS := build/data/vaderSentiment-0.5.zip
 
-.PHONY: demo example-causal-lm bench quality test lint types tests docs release-check test-floor test-newest clean
+.PHONY: demo example-causal-lm bench quality test lint types tests slow docs release-check test-floor test-newest clean
 
 demo: $(VENV)/.examples $(REVIEWS)
 	$(BIN)/python docs/examples/sentiment.py --basis $(BASIS) --r $(R) --seed $(SEED) $(ARGS)
@@ -33,18 +33,21 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 tests: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto -m "not slow"
+
+slow: $(VENV)/.dev  # all that takes minutes, such as hundreds of classes of transformers
+	$(BIN)/python -m pytest --numprocesses auto -m slow
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
-release-check: test test-floor test-newest
+release-check: test slow test-floor test-newest
 
 test-floor: .venv-floor/.dev
-	.venv-floor/bin/python -m pytest --numprocesses auto $(ARGS)
+	.venv-floor/bin/python -m pytest --numprocesses auto -m "not slow" $(ARGS)
 
 test-newest: .venv-newest/.dev
-	.venv-newest/bin/python -m pytest --numprocesses auto $(ARGS)
+	.venv-newest/bin/python -m pytest --numprocesses auto -m "not slow" $(ARGS)
 
 clean:
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis
