@@ -76,15 +76,19 @@ def test_a_model_with_hooks_merges_and_ejects(place: Callable[[nn.Module], nn.Mo
     assert torch.equal(outputs(model, INPUTS), outputs(LLAMA.build(), INPUTS))
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_an_offloaded_model_is_adapted_and_ejected_with_and_without_its_hooks(when: str) -> None:
-    model, plain = LLAMA.build(), outputs(LLAMA.build(), INPUTS)
+def adapted_and_offloaded(when: str) -> nn.Module:
+    """Return a model that is offloaded ``"before"`` it is adapted, or ``"after"``."""
+    model = LLAMA.build()
     if when == "before":
         model = offloaded(model)
     randlora.inject(model, R, alpha=ALPHA, targets=LLAMA.targets)
     fill(model)
-    if when == "after":
-        model = offloaded(model)
+    return offloaded(model) if when == "after" else model
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_offloaded_model_is_adapted_and_ejected_with_and_without_its_hooks(when: str) -> None:
+    model, plain = adapted_and_offloaded(when), outputs(LLAMA.build(), INPUTS)
     adapted = outputs(our_model(LLAMA), INPUTS)
     assert torch.equal(outputs(model, INPUTS), adapted)
     with randlora.disabled(model):
@@ -99,13 +103,7 @@ def test_an_offloaded_model_is_adapted_and_ejected_with_and_without_its_hooks(wh
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_offloaded_model_is_ejected_under_its_hooks(when: str) -> None:
-    model, plain = LLAMA.build(), outputs(LLAMA.build(), INPUTS)
-    if when == "before":
-        model = offloaded(model)
-    randlora.inject(model, R, alpha=ALPHA, targets=LLAMA.targets)
-    fill(model)
-    if when == "after":
-        model = offloaded(model)
+    model, plain = adapted_and_offloaded(when), outputs(LLAMA.build(), INPUTS)
     randlora.eject(model)
     assert torch.equal(outputs(model, INPUTS), plain)
     remove_hook_from_submodules(model)

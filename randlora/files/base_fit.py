@@ -114,9 +114,10 @@ def _fit_model(model: TransformersModel, file: AdapterFile, entries: Mapping[str
     found = named_sites(model.census, own if len(own) == len(file.values) else file.values)
     problems = obstacles(model.census, found, file.config.dropout)
     slots = {}
+    fqns = {id(held.parameter): held.fqn for held in reversed(model.census.parameters)}  # of a tied one the first
     for site in found:
         layout = site.layer_class.in_storage_layout
-        fqn = next(held.fqn for held in model.census.parameters if held.parameter is site.weight)
+        fqn = fqns[id(site.weight)]
         conversion = model.conversions.get(fqn)
         if names := model.names_of(site.weight):
             slots[own[site.fqn]] = Slot(names, _shape(site, entries[names[0]]), layout)
@@ -164,7 +165,7 @@ def _fit_names(reason: str, file: AdapterFile, entries: Mapping[str, Entry]) -> 
 
 
 def _slot(file: AdapterFile, fqn: str, entry: Entry) -> Slot:
-    """Tell whether a matrix is stored transposed: by its shape, or by PEFT's ``fan_in_fan_out`` where it is square."""
+    """Return where a matrix is stored and how: transposed or not by its shape, or by ``fan_in_fan_out`` if square."""
     rows, columns = entry.shape
     is_transposed = bool(file.fields.get("fan_in_fan_out"))
     if file.header is not None and rows != columns:

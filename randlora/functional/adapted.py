@@ -58,9 +58,9 @@ class Adapted(NamedTuple):
         pair = self.pair
         if way == "few_tokens":
             if self.is_wide:
-                return self._terms_to_large(pair.small_to_terms(rows, self.gamma), onto, self.factor)
+                return self._terms_to_large(pair.small_to_terms(rows, self.gamma), onto)
             by_term = pair.terms_to_small(self._terms(rows) * self.lam)
-            return self._by_term_to_small(by_term, onto, self.factor)
+            return self._by_term_to_small(by_term, onto)
         scaled_A = pair.scaled_A(self.lam, self.gamma)
         if self.is_wide:
             return pair.hidden_to_large(pair.small_to_hidden(rows, scaled_A), onto, self.factor)
@@ -119,7 +119,7 @@ class Adapted(NamedTuple):
             to_input = self._by_term_to_small if self.is_wide else self._terms_to_large
             part = by_term if self.is_wide else before
             assert part is not None, "computed from the gradient"
-            grad_x = to_input(part, onto, self.factor)
+            grad_x = to_input(part, onto)
         if small is None or before is None or after is None or by_term is None:
             return grad_x, None, None
         grad_lam = _over_tokens(before * after)
@@ -138,15 +138,15 @@ class Adapted(NamedTuple):
         """Multiply ``(tokens, max_dim)`` by UB and view the result as ``(tokens, r, num_bases)``."""
         return self.pair.large_to_flat(large).view(-1, self.lam.size(0), self.lam.size(1))
 
-    def _terms_to_large(self, terms: Tensor, onto: Tensor | None, factor: float) -> Tensor:
+    def _terms_to_large(self, terms: Tensor, onto: Tensor | None) -> Tensor:
         """Multiply ``(tokens, r, num_bases)`` by Λ, the factor and ``UB.T``, and add ``onto``."""
         flat = (self.lam * terms).reshape(-1, self.lam.numel())
-        return self.pair.flat_to_large(scratch.in_dtype(flat, self.pair.B.dtype), onto, factor)
+        return self.pair.flat_to_large(scratch.in_dtype(flat, self.pair.B.dtype), onto, self.factor)
 
-    def _by_term_to_small(self, by_term: Tensor, onto: Tensor | None, factor: float) -> Tensor:
+    def _by_term_to_small(self, by_term: Tensor, onto: Tensor | None) -> Tensor:
         """Multiply ``(tokens, num_bases, min_dim)`` by Γ and the factor, sum over the terms, and add ``onto``."""
         small = (by_term * self.gamma).sum(1)
-        total = scratch.scaled(small, factor) if onto is None else scratch.plus(onto, small, factor)
+        total = scratch.scaled(small, self.factor) if onto is None else scratch.plus(onto, small, self.factor)
         return scratch.in_dtype(total, self.pair.B.dtype)
 
 

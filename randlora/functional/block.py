@@ -183,11 +183,8 @@ class BlockPair:
             grad: ``(max_dim, min_dim)``, or if ``across``, ``(min_dim, max_dim)``.
             across: Whether it is transposed.
         """
-        if across:
-            tiles = _cut(_fill(grad, *self._sides[::-1]), self._c, self._tile_rows).mT
-        else:
-            tiles = _cut(_fill(grad, *self._sides), self._tile_rows, self._c)
-        product = torch.bmm(self._parts_of_B(across=across).mT, tiles)
+        tiles = self._tiles(grad, across=across)
+        product = torch.bmm(self._parts_of_B(across=across).mT, tiles.mT if across else tiles)
         by_term = product.view(*self._grid(across=across), self._rows, -1, self._width)
         by_row = by_term.permute(0, 2, 3, 1, 4) if across else by_term.permute(1, 2, 3, 0, 4)
         return by_row.reshape(self._c, -1, self._width)
@@ -202,14 +199,16 @@ class BlockPair:
         if onto is None:
             tiles = scratch.scaled(torch.bmm(left, right), factor)
         elif across:  # onto is transposed in memory, and so are its tiles
-            tiles = _cut(_fill(onto.T, *self._sides[::-1]), self._c, self._tile_rows)
-            tiles = scratch.plus_products(tiles, right.mT, left.mT, factor)
+            tiles = scratch.plus_products(self._tiles(onto.T, across=True), right.mT, left.mT, factor)
         else:
-            tiles = _cut(_fill(onto, *self._sides), self._tile_rows, self._c)
-            tiles = scratch.plus_products(tiles, left, right, factor)
+            tiles = scratch.plus_products(self._tiles(onto, across=False), left, right, factor)
         whole = _put_together(tiles, *self._grid(across=across))
         whole = whole.T if across else whole
         return whole[: self.max_dim, : self.min_dim] if self._is_padded else whole
+
+    def _tiles(self, matrix: Tensor, *, across: bool) -> Tensor:
+        """Split ``(max_dim, min_dim)``, or if ``across`` its transpose, into tiles; see `_cut`."""
+        return _cut(_fill(matrix, *(self._sides[::-1] if across else self._sides)), *self._grid(across=across))
 
     def _grid(self, *, across: bool) -> tuple[int, int]:
         """Return the numbers of rows and columns of tiles in the update, swapped if ``across``."""
@@ -283,7 +282,7 @@ def _cut(matrix: Tensor, row_classes: int, column_classes: int) -> Tensor:
 def _put_together(tiles: Tensor, row_classes: int, column_classes: int) -> Tensor:
     """Undo `_cut`, also for tiles that are contiguous."""
     rows, columns = row_classes * tiles.size(1), column_classes * tiles.size(2)
-    if tiles.is_contiguous():
+    if scratch.is_transformed() or tiles.is_contiguous():  # torch 2.6 cannot compile the second question in backward
         grid = tiles.view(row_classes, column_classes, tiles.size(1), tiles.size(2))
         return grid.permute(2, 0, 3, 1).reshape(rows, columns)
     return _transpose_rows(tiles.transpose(0, 1).reshape(rows, columns), column_classes).reshape(rows, columns)

@@ -74,7 +74,7 @@ def adapted_linear(
         # the bases are not passed as tensors, so that saved-tensor hooks such as save_on_cpu do not see them
         output = _AdaptedLinear.apply(rows, weight, bias, lam, gamma, scaling, None, None, pair, compute)  # type: ignore[no-untyped-call]
     else:
-        output = _output(rows, weight, bias, lam, gamma, scaling, pair, compute)
+        output = _output(rows, weight, bias, lam, gamma, scaling, None, None, pair, compute)
     return output if len(shape) == 2 else output.view(*shape[:-1], output.shape[1])
 
 
@@ -99,12 +99,14 @@ def _output(
     lam: Tensor,
     gamma: Tensor,
     scaling: float,
-    pair: Pair,
+    basis_A: Tensor | None,
+    basis_B: Tensor | None,
+    rest: Pair | tuple[int, ...],
     compute: Compute,
 ) -> Tensor:
-    """Compute the output, ``(tokens, out)``."""
+    """Compute the output, ``(tokens, out)``, from the arguments of the autograd functions."""
     tokens, in_features = rows.shape
-    pair = _form(pair, tokens, compute)
+    pair = _form(_pair_like(basis_A, basis_B, rest), tokens, compute)
     layer = _layer(weight, pair, lam, gamma, scaling, in_features)
     has_weight = weight is not None
     way = chosen_forward(tokens, pair, is_wide=layer.is_wide, has_weight=has_weight, compute=compute)
@@ -146,21 +148,9 @@ class _AdaptedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | WriteOut | None,
-        bias: Tensor | None,
-        lam: Tensor,
-        gamma: Tensor,
-        scaling: float,
-        basis_A: Tensor | None,
-        basis_B: Tensor | None,
-        rest: Pair | tuple[int, ...],
-        compute: Compute,
-    ) -> Tensor:
-        _save(ctx, x, weight, bias, lam, gamma, scaling, basis_A, basis_B, rest, compute)
-        return _output(x, weight, bias, lam, gamma, scaling, _pair_like(basis_A, basis_B, rest), compute)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _save(ctx, *inputs)
+        return _output(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -177,19 +167,8 @@ class _Transformed(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor | WriteOut | None,
-        bias: Tensor | None,
-        lam: Tensor,
-        gamma: Tensor,
-        scaling: float,
-        basis_A: Tensor,
-        basis_B: Tensor,
-        rest: tuple[int, ...],
-        compute: Compute,
-    ) -> Tensor:
-        return _output(x, weight, bias, lam, gamma, scaling, _pair_like(basis_A, basis_B, rest), compute)
+    def forward(*inputs: Any) -> Tensor:
+        return _output(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
