@@ -1,4 +1,4 @@
-"""``python -m randlora``, and the `randlora` script: the command line, or how to install what it needs."""
+"""``python -m randlora`` and the script `randlora`: the command line, or how to install what it needs."""
 
 from __future__ import annotations
 

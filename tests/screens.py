@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from randlora.__main__ import main
-from randlora.files.tensor_file import Planned, dump_header
+from randlora.disk.tensor_file import Planned, header_bytes
 from tests.model_directories import save_adapter, save_model
 from tests.models import LLAMA
 from tests.quantized_checkpoints import quantize
@@ -58,7 +58,7 @@ def write_llama_3_8b(directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
     tensors = [Planned(name, torch.bfloat16, shape, list) for name, shape in shapes.items()]
     with (directory / "model.safetensors").open("wb") as file:
-        file.write(dump_header(tensors, {"format": "pt"}))
+        file.write(header_bytes(tensors, {"format": "pt"}))
         file.truncate(file.tell() + sum(tensor.nbytes for tensor in tensors))
 
 

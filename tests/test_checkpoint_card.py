@@ -55,7 +55,7 @@ def test_the_card_says_what_the_report_of_inject_says(tmp_path: Path) -> None:
         "SHA-256 of the bases": f"`{basis_of(model).digest(9, 7)}`",
         "adapted layers": "2, called `0`, `2`",
         "trained parameters": f"{report.trainable_parameters} of {report.total_parameters} ({report.share:.2%})",
-        "trained beside the adapter": trained_beside,
+        "trained with the adapter": trained_beside,
     }
     assert trained_beside.count("`") == 6
 
@@ -137,7 +137,7 @@ def test_bases_of_no_seed_are_not_said_to_have_one(tmp_path: Path) -> None:
     model = LINEAR.build()
     randlora.load(model, directory)
     randlora.save(model, tmp_path / "ours", bases="stored")
-    assert rows(card_of(tmp_path / "ours"))["seed of the bases"] == "none brings them back: they are in the file"
+    assert rows(card_of(tmp_path / "ours"))["seed of the bases"] == "none reproduces them: they are in the file"
 
 
 @pytest.mark.parametrize("text", ["# Mine\n", "", "caf\N{LATIN SMALL LETTER E WITH ACUTE}"])

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from randlora import BasisSpec, RandLoRAConfig
-from randlora.checkpoint.header import Header, dump_header, parse_header
+from randlora.checkpoint.format import Header, dump_header, parse_header
 from randlora.errors import CheckpointError
 from tests.strategies import specs
 
 SHAPES = {"a": (4, 6), "b.c": (5, 3)}
 SPEC = BasisSpec("dense", "torch", seed=3, r=2, max_dim=6, min_dim=5)
 CONFIG = RandLoRAConfig(r=2, targets=("a", "b.c"), alpha=5.0, dropout=0.5, seed=3, train_also=("d",))
-HEADER = Header(CONFIG, SPEC, SHAPES, "0" * 64, is_reproducible=True)
+HEADER = Header(CONFIG, SPEC, SHAPES, "0" * 64, is_reproducible=True, library_version="0.1.0", torch_version="2.9.1")
 TENSORS = {"x": torch.arange(6.0).reshape(2, 3), "y": torch.ones(4, dtype=torch.bfloat16)}
 
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
@@ -42,9 +42,8 @@ def headers(draw: st.DrawFn) -> Header:
         dropout=draw(st.floats(0, 1, exclude_max=True)),
         train_also=draw(st.none() | st.lists(names, min_size=1, max_size=2).map(tuple)),
     )
-    return Header(
-        config, spec, shapes, draw(st.text("0123456789abcdef", min_size=64, max_size=64)), draw(st.booleans())
-    )
+    digest = draw(st.text("0123456789abcdef", min_size=64, max_size=64))
+    return Header(config, spec, shapes, digest, draw(st.booleans()), draw(names), draw(st.none() | names))
 
 
 @given(headers())
@@ -186,5 +185,5 @@ CONTRADICTIONS: dict[str, Header] = {
 
 @pytest.mark.parametrize("header", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
 def test_options_that_contradict_the_bases_are_refused_though_the_seal_is_whole(header: Header) -> None:
-    with pytest.raises(CheckpointError, match="contradict one another"):
+    with pytest.raises(CheckpointError, match="contradict each other"):
         parse_header(dump_header(header, TENSORS), TENSORS)

@@ -198,7 +198,7 @@ def test_a_hub_that_cannot_be_reached_is_said_to_be(hub: Hub, monkeypatch: pytes
         ("user/none", None, "check its name; if it is private, log in with `hf auth login` (RepositoryNotFoundError"),
         ("user/gated", None, "it is gated: ask for access on its page, then log in with `hf auth login` (GatedRepo"),
         ("user/repo", "v9", "it has no such revision: name a branch, a tag or a commit of it (RevisionNotFoundError"),
-        ("user/empty", None, f"has no {CONFIG_FILE} and no {TENSORS_FILE}: it holds no adapter"),
+        ("user/empty", None, f"has no {CONFIG_FILE} and no {TENSORS_FILE}: name another"),
         ("user/a--b", None, "the Hub allows no such name (HFValidationError"),
     ],
     ids=["missing", "gated", "no-revision", "no-adapter", "no-name"],

@@ -264,8 +264,8 @@ MISFITS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "longer-input": (_with(0, lambda: nn.Linear(7, 4)), "0 is 4 x 7 here, the adapter was trained on out x in = 4 x 6"),
     "transposed": (_with(0, lambda: nn.Linear(4, 6)), "0 is 6 x 4 here, the adapter was trained on out x in = 4 x 6"),
     "transposed-Conv1D": (_with(0, lambda: Conv1D(6, 4)), "0 is 6 x 4 here"),
-    "not-linear": (_with(0, lambda: nn.LayerNorm(6)), "0 (LayerNorm) has no weight that an adapter can go on"),
-    "an-embedding": (_with(0, lambda: nn.Embedding(6, 4)), "0 (Embedding) has no weight that an adapter can go on"),
+    "not-linear": (_with(0, lambda: nn.LayerNorm(6)), "0 (LayerNorm) has no weight that can be adapted"),
+    "an-embedding": (_with(0, lambda: nn.Embedding(6, 4)), "0 (Embedding) has no weight that can be adapted"),
     "a-container": (
         _with(0, lambda: Computed(nn.Linear(6, 4))),
         "0 (Computed) has no weight",
@@ -300,7 +300,7 @@ def test_every_misfit_is_named_at_once(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"norm": nn.Identity()}, "the model has no parameter norm.bias, which the file holds beside the adapter"),
+        ({"norm": nn.Identity()}, "the model has no parameter norm.bias, which was trained with the adapter"),
         ({"head": nn.Linear(7, 4)}, "head.weight has shape (4, 7) here, (3, 7) in the file"),
         ({"head": nn.Linear(7, 3, bias=False)}, "the model has no parameter head.bias"),
     ],
@@ -323,7 +323,7 @@ def test_a_parameter_of_integers_is_not_overwritten_with_rounded_numbers(headed:
 
 @pytest.mark.parametrize("make", [lambda: trained(HEADED, name="first", r=4), HEADED.build], ids=["adapted", "plain"])
 def test_a_misfit_leaves_a_model_with_or_without_adapters_alone(make: Callable[[], nn.Module], saved: Path) -> None:
-    refused(make(), saved, "the model has no layer 0", name="second")
+    refused(make(), saved, "pass prefix='body' to load, merge or verify", name="second")
 
 
 @pytest.mark.parametrize(

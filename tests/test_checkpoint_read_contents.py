@@ -90,8 +90,12 @@ WRONG_TENSORS: dict[str, Edit] = {
         (LAMBDA, GAMMA, LAMBDA.replace("0", "2"), GAMMA.replace("0", "2")),
         "the file holds no randlora_lambda and randlora_gamma",
     ),
-    "stray-name": ({"optimizer.step": torch.ones(1)}, (), "'optimizer.step' is no name of an adapter's tensor"),
-    "no-prefix": ({"0.randlora_lambda": torch.ones(2, 2)}, (), "'0.randlora_lambda' is no name of an adapter's tensor"),
+    "stray-name": ({"optimizer.step": torch.ones(1)}, (), "'optimizer.step' is not the name of an adapter's tensor"),
+    "no-prefix": (
+        {"0.randlora_lambda": torch.ones(2, 2)},
+        (),
+        "'0.randlora_lambda' is not the name of",
+    ),
     "unknown-parameter": ({f"{PREFIX}1.weight": torch.ones(4)}, (), "the model has no parameter 1.weight"),
     "adapter-name-in-key": (
         {f"{LAMBDA}.default": torch.ones(2, 2)},
@@ -129,7 +133,7 @@ WRONG_TENSORS: dict[str, Edit] = {
     "two-tensors-of-one-name": (
         {f"{PREFIX}0.bias": torch.ones(4), f"{PREFIX}0.base_layer.bias": torch.zeros(4)},
         (),
-        "2 tensors beside Λ and Γ name 1 parameters",
+        "expected tensors of the parameters trained with the adapter (0.bias), got",
     ),
     "copies-of-A-that-differ": (
         {f"{PREFIX}0.randlora_A": torch.ones(2, 1, 5)},
@@ -167,9 +171,9 @@ def test_tensors_that_are_no_adapter_are_refused(
         ({"randlora_alpha": "640"}, (), "alpha must be a finite number"),
         ({"randlora_dropout": 1.0}, (), "dropout must be a number in [0, 1)"),
         ({"projection_prng_key": 0.5}, (), "seed must be an integer"),
-        ({"projection_prng_key": "0"}, (), "options that cannot work"),
-        ({"projection_prng_key": None}, (), "options that cannot work"),
-        ({"projection_prng_key": [1]}, (), "options that cannot work"),
+        ({"projection_prng_key": "0"}, (), "invalid options"),
+        ({"projection_prng_key": None}, (), "invalid options"),
+        ({"projection_prng_key": [1]}, (), "invalid options"),
     ],
     ids=str,
 )

@@ -214,7 +214,7 @@ def test_bases_of_no_seed_are_not_saved_as_a_seed(tmp_path: Path) -> None:
     edit_tensors(directory, {"base_model.randlora_B": torch.randn(6, 3, 2)})
     model = LINEAR.build()
     randlora.load(model, directory)
-    with pytest.raises(CheckpointError, match="no seed brings them back: save with bases='stored'"):
+    with pytest.raises(CheckpointError, match="no seed reproduces them: save with bases='stored'"):
         randlora.save(model, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
 

@@ -103,10 +103,10 @@ def test_an_error_of_the_system_names_the_file(directory: Path, capsys: pytest.C
     assert re.fullmatch(r"error: .*: .*adapter_config\.json.*\n", capsys.readouterr().err)
 
 
-def test_a_bug_is_not_dressed_up_as_a_users_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("randlora.files.plan", lambda *_, **__: 1 / 0)
+def test_a_bug_is_not_dressed_up_as_a_users_error(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    monkeypatch.setattr("randlora.cli.plan.plan_checkpoint", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        main(["plan", str(tmp_path)])
+        main(["plan", str(directory / "model")])
 
 
 def test_a_reader_that_goes_away_is_no_error(directory: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import randlora
-from randlora.checkpoint.layout import TENSORS_FILE
+from randlora.checkpoint.format import TENSORS_FILE
 from randlora.cli.app import main
 from tests.checkpoint_files import edit_fields
 from tests.directories import base_directory, our_directory, their_directory
@@ -101,7 +101,7 @@ def test_convert_to_lora_prints_every_error(tmp_path: Path, capsys: pytest.Captu
     words = ("convert", source, tmp_path / "lora", "--to", "lora")
     code, out, err = run(capsys, *words, "--rank", "4")
     assert (code, out) == (1, "")
-    assert "beyond tolerance=0.05" in err
+    assert "above tolerance=0.05" in err
     assert not (tmp_path / "lora").exists()
     code, found = run_json(capsys, *words, "--rank", "4", "--tolerance", "1.0")
     assert code == 0
@@ -148,11 +148,11 @@ def test_a_kill_in_the_middle_leaves_no_output_under_its_name(tmp_path: Path) ->
     before = contents(source)
     script = f"""
 import os, signal
-from randlora.checkpoint import write
+from randlora.disk import replace
 from randlora.__main__ import main
 def killed(*_):
     os.kill(os.getpid(), signal.SIGKILL)
-write._move_all = killed
+replace.flush = killed
 main(["convert", {str(source)!r}, {str(tmp_path / "out")!r}, "--to", "native"])
 """
     result = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)

@@ -82,6 +82,6 @@ def test_that_a_quantized_model_became_a_dense_one_is_said(
     small, large = (as_bytes(sum(tensor.nbytes for tensor in stored(place).values())) for place in (base, Path("out")))
     assert capsys.readouterr().out.splitlines() == [
         "merged one into 8 weights",
-        f"dequantized 14 weights of a model of {small} (nf4): what is written is dense",
+        f"dequantized 14 weights of a model of {small} (nf4): the result is not quantized",
         f"wrote out, {large} in 1 file",
     ]

@@ -52,7 +52,7 @@ def test_without_shapes_no_update_can_be_had_and_the_base_is_named(tmp_path: Pat
     source, _ = their_directory(LLAMA, tmp_path)
     adapter = open_adapter(source)
     assert adapter.shapes is None
-    with pytest.raises(CheckpointError, match="the smaller side of each layer only"):
+    with pytest.raises(CheckpointError, match="only the smaller dim of each layer"):
         adapter.delta_weight("model.layers.0.self_attn.q_proj")
 
 

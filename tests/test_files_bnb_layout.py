@@ -79,7 +79,7 @@ FOUR_BITS: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "no table": (without(f"{WEIGHT}.quant_map"), rf"nothing has {WEIGHT}\.quant_map"),
     "no scales of scales": (without(f"{WEIGHT}.nested_absmax"), rf"nothing has {WEIGHT}\.nested_absmax"),
     "no codes": (without(WEIGHT), f"{STATE} but nothing has {WEIGHT}: get a complete copy"),
-    "no JSON": (without(STATE), f"{WEIGHT}.absmax but nothing that says what codes it is of"),
+    "no JSON": (without(STATE), f"{WEIGHT}.absmax without the codes that it belongs to"),
     "another type": (renamed(STATE, f"{STATE[:-3]}af4"), f"{WEIGHT} in .* of type 'af4', expected one of nf4, fp4"),
     "no text": (put(STATE, torch.full((9,), 255, dtype=torch.uint8)), f"{STATE} in .*model.safetensors cannot be read"),
     "no object": (put(STATE, torch.tensor([91, 93], dtype=torch.uint8)), rf"{STATE} in .* says \[\], expected"),
@@ -120,10 +120,10 @@ FOUR_BITS: dict[str, tuple[Callable[[Tensors], None], str]] = {
 
 EIGHT_BITS: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "no codes": (without(WEIGHT), rf"{LAYER}\.SCB but nothing has {WEIGHT}"),
-    "no scales": (without(f"{LAYER}.SCB"), rf"{LAYER}\.weight_format but nothing that says what codes it is of"),
+    "no scales": (without(f"{LAYER}.SCB"), rf"{LAYER}\.weight_format without the codes that it belongs to"),
     "no scales and no format": (
         without(f"{LAYER}.SCB", f"{LAYER}.weight_format"),
-        f"{WEIGHT} in torch.int8 but nothing that says how to read it",
+        f"{WEIGHT} in torch.int8 without the scales needed to read it",
     ),
     "another order": (put(f"{LAYER}.weight_format", torch.tensor(2, dtype=torch.uint8)), r"weight_format in .* \[2\]"),
     "fewer scales": (put(f"{LAYER}.SCB", torch.zeros(31)), r"with scales of shape \(31,\), expected a matrix"),

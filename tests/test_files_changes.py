@@ -7,7 +7,6 @@ import torch
 from randlora.bases.basis import Basis
 from randlora.files.base_fit import open_base
 from randlora.files.changes import Changes, find_changes
-from randlora.files.model_directory import read_model_directory
 from tests.model_directories import save_adapter, save_model
 from tests.models import BERT, LLAMA
 
@@ -19,25 +18,25 @@ def bases(changes: Changes) -> list[Basis]:
 
 
 def test_every_tensor_that_changes_is_named_and_no_other(tmp_path: Path) -> None:
-    base = read_model_directory(save_model(BERT, tmp_path / "base", is_sharded=True))
+    base = open_base(save_model(BERT, tmp_path / "base", is_sharded=True))
     adapter = save_adapter(BERT, tmp_path / "adapter", targets=["query"], train_also=["classifier"])
-    changes = find_changes(open_base(base), {adapter: 1.0})
+    changes = find_changes(base, {adapter: 1.0})
     assert set(changes.merged) == {f"bert.encoder.layer.{layer}.attention.self.query.weight" for layer in (0, 1)}
     assert set(changes.replaced) == {"classifier.weight", "classifier.bias"}
-    entry = base.entries["bert.pooler.dense.weight"]
+    entry = base.directory.entries["bert.pooler.dense.weight"]
     (piece,) = changes.pieces(entry, torch.float32)
     assert torch.equal(piece.reshape(entry.shape), BERT.build().get_parameter(entry.name))
 
 
 def test_adapters_of_equal_bases_share_them(tmp_path: Path) -> None:
-    base = read_model_directory(save_model(LLAMA, tmp_path / "base"))
+    base = open_base(save_model(LLAMA, tmp_path / "base"))
     adapters = {save_adapter(LLAMA, tmp_path / name, values=value): 1.0 for value, name in enumerate("ab")}
-    assert len(bases(find_changes(open_base(base), adapters))) == 1
+    assert len(bases(find_changes(base, adapters))) == 1
 
 
 def test_bases_that_grow_are_grown_before_the_first_weight_is_merged(tmp_path: Path) -> None:
-    base = read_model_directory(save_model(LLAMA, tmp_path / "base"))
+    base = open_base(save_model(LLAMA, tmp_path / "base"))
     small = save_adapter(LLAMA, tmp_path / "small", targets=["v_proj"], stream="portable")
     large = save_adapter(LLAMA, tmp_path / "large", targets=["up_proj"], stream="portable")
-    (shared,) = bases(find_changes(open_base(base), {small: 1.0, large: 1.0}))
+    (shared,) = bases(find_changes(base, {small: 1.0, large: 1.0}))
     assert shared.extent == (48, 32)

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from randlora.checkpoint.tensors_file import read_shard
-from randlora.files.bnb_layout import find_codes
-from randlora.files.codes import Codes
+from randlora.disk.tensor_file import read_shard
+from randlora.files.bnb_layout import StoredCodes, find_codes
 from tests.quantized_checkpoints import written_out
 
 NAME = "some.layer.weight"
@@ -22,7 +21,7 @@ sides = st.integers(1, 40) | st.sampled_from([32, 48, 64, 96])
 """Of matrices; bitsandbytes has kernels of its own for some multiples of 16."""
 
 
-def saved(tensors: dict[str, Tensor], directory: Path) -> Codes:
+def saved(tensors: dict[str, Tensor], directory: Path) -> StoredCodes:
     """Put codes and what stands beside them into a file, and find them there."""
     save_file(tensors, directory / "codes.safetensors")
     return find_codes({entry.name: entry for entry in read_shard(directory / "codes.safetensors").entries})[NAME]

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import randlora
-from randlora.checkpoint import write
-from randlora.checkpoint.layout import CONFIG_FILE, TENSORS_FILE
+from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
 from randlora.config import BasisKind
+from randlora.disk import replace
 from randlora.errors import CheckpointError, ConfigError
 from tests.checkpoint_files import all_bits, read_fields, read_tensors
 from tests.directories import base_directory, our_directory, their_directory
@@ -144,7 +144,7 @@ def test_bases_that_no_key_draws_stay_in_the_file(tmp_path: Path) -> None:
     theirs.save_pretrained(source)
     base = base_directory(LLAMA, tmp_path)
     report = randlora.files.convert(source, tmp_path / "native", "native", base=base)
-    assert report.notes == ("the bases are in the file: no seed brings them back",)
+    assert report.notes == ("the bases are in the file: no seed reproduces them",)
     assert_same_effect(in_ours(LLAMA, tmp_path / "native"), theirs, LLAMA)
     randlora.files.convert(tmp_path / "native", tmp_path / "peft", "peft")
     assert_same_effect(in_ours(LLAMA, tmp_path / "peft"), in_peft(LLAMA, tmp_path / "peft"), LLAMA)
@@ -228,14 +228,14 @@ def test_a_disk_that_fills_up_leaves_no_trace(overwrite: bool, tmp_path: Path, m
     if overwrite:
         randlora.files.convert(source, tmp_path / "out")
     before = contents(tmp_path)
-    write_file = write._write
+    flush = replace.flush
 
-    def full(path: Path, writer: write.Writer) -> None:
-        write_file(path, writer)
+    def full(path: Path) -> None:
+        flush(path)
         if path.name == CONFIG_FILE:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(write, "_write", full)
+    monkeypatch.setattr(replace, "flush", full)
     with pytest.raises(OSError, match="No space left"):
         randlora.files.convert(source, tmp_path / "out", overwrite=overwrite)
     assert contents(tmp_path) == before

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import randlora
-from randlora.checkpoint.layout import CONFIG_FILE, TENSORS_FILE
+from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
 from randlora.errors import CheckpointError
 from randlora.files.adapter import OpenAdapter
 from randlora.targets.select import find_targets
@@ -63,7 +63,7 @@ def test_what_was_trained_beside_it_its_base_and_strange_fields_are_named(tmp_pa
     assert summary.base_model == "some/model"
     assert summary.unknown_fields == ("use_quantum",)
     text = str(summary)
-    for part in ("some/model", "trained beside it: classifier.weight 3x32", "not understood: use_quantum"):
+    for part in ("some/model", "trained with it: classifier.weight 3x32", "not understood: use_quantum"):
         assert part in text
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import randlora
 from randlora.config import BasisKind
 from tests.model_directories import HEADS, contents, merge_in_memory, save_adapter, save_model, write
-from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, every_transformers_model
+from tests.models import BERT, GPT2, LLAMA, RealModel, every_transformers_model
 from tests.peer import THEIR_WARNINGS, peft_model
 
 pytestmark = THEIR_WARNINGS
@@ -148,19 +148,20 @@ def test_a_tensor_that_is_no_number_with_a_point_keeps_its_dtype(tmp_path: Path)
     assert {tensor.dtype for name, tensor in merged.items() if name != "position_ids"} == {torch.bfloat16}
 
 
-def test_an_adapter_of_the_bare_model_fits_the_checkpoint_of_one_with_a_head_and_the_other_way(tmp_path: Path) -> None:
+def test_a_prefix_fits_an_adapter_of_a_bare_model_to_one_with_a_head_and_the_other_way(tmp_path: Path) -> None:
     full = save_model(GPT2, tmp_path / "full")
     transformers.GPT2LMHeadModel.from_pretrained(full).transformer.save_pretrained(tmp_path / "bare")
     adapter = save_adapter(GPT2, tmp_path / "adapter")
     merged = randlora.files.merge(full, adapter, tmp_path / "out").out
-    from_bare = randlora.files.merge(tmp_path / "bare", adapter, tmp_path / "out of bare").out
+    from_bare = randlora.files.merge(tmp_path / "bare", adapter, tmp_path / "out of bare", prefix="transformer").out
     expected = {name.removeprefix("transformer."): bits for name, bits in tensors(merged).items()}
     assert tensors(from_bare) == expected
 
-    model = transformers.GPT2Model.from_pretrained(tmp_path / "bare")
-    randlora.load(model, rename(adapter, tmp_path / "renamed"))
-    again = randlora.files.merge(full, tmp_path / "renamed", tmp_path / "again").out
+    renamed = rename(adapter, tmp_path / "renamed")
+    again = randlora.files.merge(full, renamed, tmp_path / "again", prefix="transformer.").out
     assert tensors(again) == tensors(merged)
+    both = randlora.files.merge(full, {adapter: 0.5, renamed: 0.5}, tmp_path / "both", prefix="transformer")
+    assert both.merged == randlora.files.merge(full, adapter, tmp_path / "alone").merged
 
 
 def rename(adapter: Path, directory: Path) -> Path:
@@ -174,21 +175,3 @@ def rename(adapter: Path, directory: Path) -> Path:
         parameter.data.copy_(values[fqn].data)
     randlora.save(bare, directory)
     return directory
-
-
-def test_an_adapter_trained_under_the_old_names_of_a_vit_fits_its_checkpoint(tmp_path: Path) -> None:
-    base = save_model(VIT, tmp_path / "base")
-    adapter = save_adapter(VIT, tmp_path / "adapter", targets=["q_proj", "fc2"])
-    merged = randlora.files.merge(base, adapter, tmp_path / "out").out
-    held = load_file(adapter / "adapter_model.safetensors")
-    renamed = {as_before_5(name): tensor for name, tensor in held.items()}
-    save_file(renamed, adapter / "adapter_model.safetensors")  # without our header, as PEFT writes it
-    again = randlora.files.merge(base, adapter, tmp_path / "again").out
-    assert renamed.keys() != held.keys()
-    assert contents(again) == contents(merged)
-
-
-def as_before_5(name: str) -> str:
-    """Name a layer of a ViT as transformers did before version 5."""
-    name = name.replace("layers.", "encoder.layer.").replace("mlp.fc2", "output.dense")
-    return name.replace("attention.q_proj", "attention.attention.query")

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import randlora
+from randlora.disk.tensor_file import Planned, header_bytes
 from randlora.errors import CheckpointError, MergeError
-from randlora.files.tensor_file import Planned, dump_header
 from randlora.layers import bnb_codes
 from tests.model_directories import contents, save_adapter
 from tests.models import LLAMA
@@ -45,12 +45,12 @@ def test_the_disk_must_have_room_for_the_dense_weights(tmp_path: Path) -> None:
         Planned("vast.weight.quant_map", torch.float32, (16,), list),
     ]
     with (base / "vast.safetensors").open("wb") as file:
-        file.write(dump_header(tensors, {"format": "pt"}) + blob)
+        file.write(header_bytes(tensors, {"format": "pt"}) + blob)
         file.truncate(file.tell() - len(blob) + sum(tensor.nbytes for tensor in tensors))
     index = json.loads((base / "model.safetensors.index.json").read_text(encoding="utf-8"))
     index["weight_map"] |= {tensor.name: "vast.safetensors" for tensor in tensors}
     (base / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(MergeError, match=r"it takes .*, and .* are free"):
+    with pytest.raises(MergeError, match=r"it needs .*, .* are free"):
         randlora.files.merge(base, adapter, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "base dense"]
 

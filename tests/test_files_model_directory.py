@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from randlora.checkpoint.tensors_file import DTYPES
+from randlora.disk.tensor_file import TORCH_DTYPES
 from randlora.errors import CheckpointError
 from randlora.files.model_directory import INDEX_FILE, SINGLE_FILE, read_model_directory
 from tests.model_directories import contents, save_model
@@ -37,7 +37,7 @@ def test_the_entries_are_the_tensors_of_the_files(kind: RealModel, is_sharded: b
     assert (directory.index is not None) == is_sharded == (len(directory.shards) > 1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("dtype", TORCH_DTYPES.values(), ids=str)
 def test_every_dtype_is_read(dtype: torch.dtype, tmp_path: Path) -> None:
     save_file({"x": torch.zeros(3, 2, dtype=dtype)}, tmp_path / SINGLE_FILE, {"origin": "a test"})
     (shard,) = read_model_directory(tmp_path).shards
@@ -45,7 +45,7 @@ def test_every_dtype_is_read(dtype: torch.dtype, tmp_path: Path) -> None:
     assert (entry.dtype, entry.shape, entry.nbytes) == (dtype, (3, 2), 6 * dtype.itemsize)
     assert shard.metadata == {"origin": "a test"}
     with safe_open(tmp_path / SINGLE_FILE, framework="pt") as file:
-        assert DTYPES[file.get_slice("x").get_dtype()] == dtype
+        assert TORCH_DTYPES[file.get_slice("x").get_dtype()] == dtype
 
 
 def cut(path: Path) -> None:
@@ -80,9 +80,9 @@ def repeat(directory: Path) -> None:
         (lambda path: cut(shards(path)[1]), "00002-of-.* is truncated or damaged .*get an undamaged copy"),
         (lambda path: shards(path)[0].unlink(), "there is no .*00001-of-.*, which the index names"),
         (lie, "lacks no.such.weight, which the index says it holds"),
-        (repeat, r" stands in model-00001.* and in model-00002"),
+        (repeat, r" is in model-00001.* and in model-00002"),
         (lambda path: (path / INDEX_FILE).write_text("{"), "cannot read .*index.json"),
-        (lambda path: (path / INDEX_FILE).write_text("[1]"), "no JSON object"),
+        (lambda path: (path / INDEX_FILE).write_text("[1]"), "not a JSON object"),
         (lambda path: (path / INDEX_FILE).write_text("{}"), "index.json is damaged: expected 'weight_map'"),
         (lambda path: edit_index(path, lambda _: []), "index.json is damaged"),
         (lambda path: edit_index(path, lambda _: {"x": "../x.safetensors"}), "index.json is damaged"),
@@ -124,7 +124,7 @@ def test_a_file_cut_anywhere_is_refused(length: int, tmp_path_factory: pytest.Te
     ("names", "message"),
     [
         (["pytorch_model.bin", "config.json"], r"pickled weights \(pytorch_model.bin\).*write it with save_pretrained"),
-        (["model-q4.gguf"], "as GGUF, packed for another program"),
+        (["model-q4.gguf"], "in the GGUF format"),
         (["adapter_config.json", "adapter_model.safetensors"], "holds an adapter, not a model"),
         (["config.json"], "holds no weights"),
     ],
@@ -142,7 +142,7 @@ def test_what_a_directory_holds_in_place_of_a_checkpoint_is_said(
 @pytest.mark.parametrize("name", ["nothing", "file"])
 def test_a_path_that_is_no_directory_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=f"{name} is no directory"):
+    with pytest.raises(CheckpointError, match=f"{name} is not a directory"):
         read_model_directory(tmp_path / name)
 
 

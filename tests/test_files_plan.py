@@ -214,7 +214,7 @@ def test_the_plan_of_a_quantized_model_is_that_of_the_dense_one(
     options: dict[str, Any] = {"r": 4, "targets": "all-linear", "train_also": [HEADS[kind.name]]}
     found = randlora.files.plan(base, **options)
     expected = randlora.files.plan(tmp_path / "base dense", **options)
-    note = f"the model is quantized ({KINDS[quantization]}): parameters are counted as before it was"
+    note = f"the model is quantized ({KINDS[quantization]}): parameters are counted as if it were not"
     assert found == replace(expected, notes=(*expected.notes, note))
     size = sum(tensor.nbytes for tensor in stored(base).values())
     assert training_memory(found, read_model_directory(base)).weights == size
@@ -222,5 +222,5 @@ def test_the_plan_of_a_quantized_model_is_that_of_the_dense_one(
 
 def test_codes_cannot_be_trained_beside_an_adapter(tmp_path: Path) -> None:
     base = quantize(LLAMA, "nf4", tmp_path / "base")
-    with pytest.raises(TargetError, match=r"train_also takes in model.layers.0.mlp.up_proj.weight, which is"):
+    with pytest.raises(TargetError, match=r"train_also includes model.layers.0.mlp.up_proj.weight, which is"):
         randlora.files.plan(base, 4, targets=["q_proj"], train_also=["up_proj"])

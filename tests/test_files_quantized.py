@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import randlora
 from randlora.errors import CheckpointError
-from randlora.files.model_directory import read_model_directory
-from randlora.files.quantized import as_dense
+from randlora.files.model_directory import ModelDirectory, read_model_directory
+from randlora.files.quantized import DenseView, as_dense
+from randlora.files.transformers_model import build_model
 from tests.model_directories import contents, save_adapter, save_model
 from tests.models import GPT2, LLAMA, RealModel
 from tests.quantized_checkpoints import QUANTIZATIONS, quantize
@@ -40,6 +41,11 @@ def settings(base: Path, change: dict[str, Any]) -> None:
     config = {**json.loads((base / "config.json").read_text(encoding="utf-8")), **change}
     config = {name: value for name, value in config.items() if value is not None}
     (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def dense_view(directory: ModelDirectory) -> DenseView:
+    """Return a checkpoint as if it were not quantized."""
+    return as_dense(directory, build_model(directory))
 
 
 @verbs
@@ -78,12 +84,12 @@ def test_what_bitsandbytes_quantized_has_the_headers_of_the_dense_checkpoint(
 ) -> None:
     base = read_model_directory(quantize(kind, quantization, tmp_path / "base"))
     dense = read_model_directory(tmp_path / "base dense")
-    view = as_dense(base)
+    view = dense_view(base)
     headers = {name: (entry.dtype, entry.shape, entry.nbytes) for name, entry in view.directory.entries.items()}
     assert headers == {name: (entry.dtype, entry.shape, entry.nbytes) for name, entry in dense.entries.items()}
     assert view.directory.config == dense.config != base.config
     assert view.directory.nbytes == dense.nbytes > base.nbytes or quantization != "8 bits"
-    again = as_dense(view.directory)
+    again = dense_view(view.directory)
     assert again.directory is view.directory
     assert not again.codes
 
@@ -101,22 +107,22 @@ def test_codes_of_8_bits_stand_for_numbers_of_the_configs_dtype(
 ) -> None:
     base = quantize(LLAMA, "8 bits", tmp_path / "base")
     settings(base, said)
-    view = as_dense(read_model_directory(base))
+    view = dense_view(read_model_directory(base))
     assert {view.directory.entries[name].dtype for name in view.codes} == {dtype}
 
 
 def test_a_config_of_the_first_versions_which_names_no_method_is_that_of_bitsandbytes(tmp_path: Path) -> None:
     base = quantize(LLAMA, "nf4", tmp_path / "base")
-    expected = as_dense(read_model_directory(base))
+    expected = dense_view(read_model_directory(base))
     settings(base, {"quantization_config": {"load_in_4bit": True}})
-    found = as_dense(read_model_directory(base))
+    found = dense_view(read_model_directory(base))
     assert (found.directory.entries, found.kinds) == (expected.directory.entries, ("nf4",))
     settings(base, {"quantization_config": None})
-    assert as_dense(read_model_directory(base)).directory.entries == expected.directory.entries
+    assert dense_view(read_model_directory(base)).directory.entries == expected.directory.entries
 
 
 def test_a_checkpoint_that_is_not_quantized_stays_as_it_is(tmp_path: Path) -> None:
     directory = read_model_directory(save_model(LLAMA, tmp_path))
     unsaid = replace(directory, config={**directory.config, "quantization_config": None})
-    assert as_dense(directory).directory is directory
-    assert as_dense(unsaid).directory is unsaid
+    assert dense_view(directory).directory is directory
+    assert dense_view(unsaid).directory is unsaid

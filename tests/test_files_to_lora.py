@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import randlora
-from randlora.checkpoint.layout import CONFIG_FILE, TENSORS_FILE
+from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
 from randlora.errors import ConfigError
 from randlora.files import low_rank
 from randlora.files.adapter import OpenAdapter
@@ -146,7 +146,7 @@ def test_a_loss_beyond_the_tolerance_is_refused_and_nothing_written(tmp_path: Pa
         randlora.files.convert(source, tmp_path / "lora", "lora", rank=2, tolerance=0.3)
     assert not (tmp_path / "lora").exists()
     message = str(refusal.value)
-    assert "with rank=2 8 of 8 layers have a relative error beyond tolerance=0.3" in message
+    assert "with rank=2 8 of 8 layers have a relative error above tolerance=0.3" in message
     worst = float(message.split("the largest is ")[1].split(":", maxsplit=1)[0])
     report = randlora.files.convert(source, tmp_path / "lora", "lora", rank=2, tolerance=worst + 1e-4)
     assert max(layer.relative_error for layer in report.layers) == pytest.approx(worst, abs=1e-4)
@@ -154,7 +154,7 @@ def test_a_loss_beyond_the_tolerance_is_refused_and_nothing_written(tmp_path: Pa
 
 def test_without_a_tolerance_one_applies_all_the_same(tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
-    with pytest.raises(ConfigError, match=r"beyond tolerance=0\.05"):
+    with pytest.raises(ConfigError, match=r"above tolerance=0\.05"):
         randlora.files.convert(source, tmp_path / "lora", "lora", rank=2)
     report = randlora.files.convert(source, tmp_path / "lora", "lora")
     assert 0.02 < max(layer.relative_error for layer in report.layers) <= 0.05
@@ -171,7 +171,7 @@ def test_the_head_and_the_biases_trained_beside_it_come_along(tmp_path: Path) ->
     source, theirs = their_directory(BERT, tmp_path, modules_to_save=["classifier"], bias="randlora_only")
     base = base_directory(BERT, tmp_path)
     report = randlora.files.convert(source, tmp_path / "lora", "lora", tolerance=1e-5, base=base)
-    assert any("not every server takes them" in note for note in report.notes)
+    assert any("not every server reads them" in note for note in report.notes)
     lora = in_peft(BERT, tmp_path / "lora")
     difference = outputs(lora, BERT.inputs()) - outputs(theirs, BERT.inputs())
     assert difference.abs().max() < 1e-4 * outputs(theirs, BERT.inputs()).abs().max()

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import transformers
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import randlora
 from randlora.errors import CheckpointError, TargetError
 from randlora.files.model_directory import read_model_directory
 from randlora.files.transformers_model import TransformersModel, build_model
 from randlora.report import Report
-from tests.checkpoint_files import edit_fields
+from tests.checkpoint_files import TENSORS_FILE, edit_fields
 from tests.laws import fill, same_bits
 from tests.model_directories import HEADS, contents, save_adapter, save_model, write
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, every_transformers_model
@@ -167,33 +168,78 @@ def test_where_files_have_the_adapters_names_merging_needs_no_transformers(
     assert randlora.files.verify(adapter, base).passed
 
 
-def test_without_transformers_a_prefix_may_differ_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_transformers_a_prefix_is_named_and_can_be_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     full = save_model(LLAMA, tmp_path / "full")
     transformers.LlamaForCausalLM.from_pretrained(full).model.save_pretrained(tmp_path / "bare")
     adapter = save_adapter(LLAMA, tmp_path / "adapter")
     expected = stored(randlora.files.merge(full, adapter, tmp_path / "expected").out)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    report = randlora.files.merge(tmp_path / "bare", adapter, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="differ by the prefix 'model': pass prefix='model'"):
+        randlora.files.merge(tmp_path / "bare", adapter, tmp_path / "out")
+    report = randlora.files.merge(tmp_path / "bare", adapter, tmp_path / "out", prefix="model")
     found = stored(report.out)
     assert all(same_bits(found[name], expected[f"model.{name}"]) for name in found)
-    first = "layers.0.mlp.down_proj"
-    assert f"was trained under other names: its model.{first} is {first} here" in str(report)
 
 
-def test_loading_says_which_prefix_makes_the_difference(tmp_path: Path) -> None:
+def same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(same_bits(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> dict[str, tuple[nn.Module, Path, Path]]:
+    """A model with a head and its bare one, each with its checkpoint and an adapter of the same values."""
     full = BERT.build()
-    bare = full.get_submodule("bert")
-    for name, model in (("of full", full), ("of bare", bare)):
-        randlora.inject(model, r=4, targets=["query"])
-        randlora.save(model, tmp_path / name)
+    found = {}
+    for name, model in (("full", full), ("bare", full.get_submodule("bert"))):
+        model.save_pretrained(tmp_path / name)  # type: ignore[operator]
+        randlora.inject(model, r=4, targets=["query"], train_also=["embeddings.LayerNorm"])
+        fill(model, seed=0)
+        randlora.save(model, tmp_path / f"of {name}")
         randlora.eject(model)
-    with pytest.raises(CheckpointError, match=r"has the adapter's layers in 'bert': load the adapter into that module"):
-        randlora.load(full, tmp_path / "of bare")
-    with pytest.raises(
-        CheckpointError, match=r"has the adapter's layers without 'bert.': load the model that the adapter"
-    ):
-        randlora.load(bare, tmp_path / "of full")
-    assert randlora.load(full.get_submodule("bert"), tmp_path / "of bare").targets
+        found[name] = model, tmp_path / name, tmp_path / f"of {name}"
+    return found
+
+
+@pytest.mark.parametrize(("one", "other"), [("full", "bare"), ("bare", "full")])
+def test_load_merge_and_verify_name_the_prefix_that_differs_and_take_it(
+    one: str, other: str, both: dict[str, tuple[nn.Module, Path, Path]], tmp_path: Path
+) -> None:
+    model, base, own = both[one]
+    adapter = both[other][2]
+    named = "differ by the prefix 'bert': pass prefix='bert' to load, merge or verify"
+    for wrong in (None, ""):
+        with pytest.raises(CheckpointError, match=named):
+            randlora.load(model, adapter, prefix=wrong)
+        with pytest.raises(CheckpointError, match=named):
+            randlora.files.merge(base, adapter, tmp_path / "out", prefix=wrong)
+        assert named in str(randlora.files.verify(adapter, base, prefix=wrong))
+    for wrong in ("ber", "bert.encoder"):
+        with pytest.raises(CheckpointError, match="cannot load"):
+            randlora.load(model, adapter, prefix=wrong)
+        assert not randlora.files.verify(adapter, base, prefix=wrong).passed
+    assert randlora.files.verify(adapter, base, prefix="bert").passed
+    merged = randlora.files.merge(base, adapter, tmp_path / "out", prefix="bert").out
+    expected = randlora.files.merge(base, own, tmp_path / "expected").out
+    assert same_tensors(stored(merged), stored(expected))
+    assert randlora.load(model, adapter, prefix="bert").targets
+    randlora.save(model, tmp_path / "again")  # under the names of the model that carries it now
+    assert same_tensors(load_file(tmp_path / "again" / TENSORS_FILE), load_file(own / TENSORS_FILE))
+
+
+def test_a_parameter_that_a_class_lacks_is_missing_for_load_merge_and_verify(tmp_path: Path) -> None:
+    full = BERT.build()
+    full.get_submodule("bert").save_pretrained(tmp_path / "bare")  # type: ignore[operator]
+    randlora.inject(full, r=4, targets=["query"], train_also=["classifier"])
+    randlora.save(full, tmp_path / "adapter")
+    bare = transformers.BertModel.from_pretrained(tmp_path / "bare")
+    missing = "the model has no parameter classifier.weight, which was trained with the adapter"
+    with pytest.raises(CheckpointError, match=missing):
+        randlora.load(bare, tmp_path / "adapter", prefix="bert")
+    with pytest.raises(CheckpointError, match=missing):
+        randlora.files.merge(tmp_path / "bare", tmp_path / "adapter", tmp_path / "out", prefix="bert")
+    assert missing in str(randlora.files.verify(tmp_path / "adapter", tmp_path / "bare", prefix="bert"))
 
 
 def test_without_transformers_what_its_names_would_tell_is_said(

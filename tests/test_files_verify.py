@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import randlora
-from randlora.checkpoint.layout import CONFIG_FILE, TENSORS_FILE
+from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
 from randlora.files.verify import Check, Verification
 from tests.checkpoint_files import edit_fields, reseal
 from tests.directories import base_directory, our_directory, their_directory
@@ -132,7 +132,7 @@ def test_bases_that_come_out_otherwise_are_a_failed_check(tmp_path: Path) -> Non
     reseal(source, basis_digest="0" * 64)
     found = failure(randlora.files.verify(source))
     assert found.name == "bases"
-    assert "are not those the adapter was trained with" in found.words
+    assert "load it with that torch and save it with bases='stored'" in found.words
 
 
 def test_a_header_that_gives_a_layer_another_shape_is_a_failed_check(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_stored_bases_that_no_key_draws_are_passed_and_said_to_be_so(tmp_path: P
     theirs.save_pretrained(source)
     found = randlora.files.verify(source)
     assert found.passed
-    assert "its key draws others here" in found.checks[-1].words
+    assert "its key gives others here" in found.checks[-1].words
 
 
 def damaged_base(change: Callable[[dict[str, torch.Tensor]], None], tmp_path: Path) -> Path:
@@ -200,7 +200,7 @@ def test_a_head_that_the_base_lacks_is_named_and_one_of_another_shape_fails(tmp_
     save_file(headless, base / "model.safetensors", {"format": "pt"})
     found = randlora.files.verify(source, base)
     assert found.passed
-    assert "it lacks classifier.weight, classifier.bias, as it would a new head" in str(found)
+    assert "its files lack classifier.weight, classifier.bias, which its class has" in str(found)
 
 
 def test_progress_is_told_of_every_step(tmp_path: Path) -> None:

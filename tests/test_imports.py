@@ -41,8 +41,8 @@ ROOMS = (
 """From the ground up: a file imports from its own room and from those below it."""
 
 OPTIONAL = {
-    "checkpoint.hub": {"huggingface_hub"},
-    "files.codes": {"bitsandbytes"},
+    "disk.hub": {"huggingface_hub"},
+    "files.bnb_layout": {"bitsandbytes"},
     "files.transformers_model": {"transformers"},
     "layers.bnb_codes": {"bitsandbytes"},
 }

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import randlora
-from randlora.checkpoint.layout import CONFIG_FILE, TENSORS_FILE
+from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
 from randlora.errors import CheckpointError, MergeError
 from tests.models import LLAMA, assert_untouched, outputs, snapshot
 from tests.peer import (

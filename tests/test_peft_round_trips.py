@@ -99,7 +99,7 @@ def test_bases_that_peft_cannot_draw_travel_on_from_peft_and_not_as_a_seed(basis
     randlora.save(ours, tmp_path / "ours", bases="stored")
     in_peft(LLAMA, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     back = in_ours(LLAMA, tmp_path / "theirs")
-    with pytest.raises(CheckpointError, match="no seed brings them back: save with bases='stored'"):
+    with pytest.raises(CheckpointError, match="no seed reproduces them: save with bases='stored'"):
         randlora.save(back, tmp_path / "again")
     randlora.save(back, tmp_path / "again", bases="stored")
     assert torch.equal(outputs(in_ours(LLAMA, tmp_path / "again"), LLAMA.inputs()), outputs(back, LLAMA.inputs()))

@@ -1,7 +1,7 @@
-"""Adapters on disk, in PEFT's directory layout.
+"""One adapter on disk, in PEFT's directory layout.
 
-`layout` names the files and their keys, `peft_config` speaks PEFT's JSON, `header` is what the safetensors header adds,
-`write` and `read` touch the disk, `save` and `load` are the verbs.
+`format` names the files and keys and has our own header, `peft_config` reads and writes PEFT's JSON, `read` reads and
+checks both files, `fit` compares them with a model, and `save` and `load` are the verbs.
 """
 
 from randlora.checkpoint.load import load

@@ -1,4 +1,4 @@
-"""Names of base models: what a model calls itself, what a file says it was trained on, and whether the two agree."""
+"""Names of base models, and whether two of them may mean the same model."""
 
 from __future__ import annotations
 
@@ -7,22 +7,18 @@ from pathlib import Path
 
 from torch import nn
 
-REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+from randlora.disk.hub import is_repo_id
+
 CACHED = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")
-"""Where huggingface_hub keeps a repository: a model that was loaded from there by its path is called by that path."""
-
-
-def is_repo_id(name: str) -> bool:
-    """Whether a name has the form of a repository on the Hub, ``"user/repo"``."""
-    return REPO_ID.fullmatch(name) is not None
+"""A path in the cache of huggingface_hub, which is the name of a model that was loaded by this path."""
 
 
 def base_model_name(model: nn.Module, written: object = None) -> str | None:
-    """Name the model that an adapter belongs to.
+    """Return the name of the model that an adapter belongs to.
 
     Args:
-        model: The model, which may note where it came from, as those of transformers do.
-        written: The name in the file that the adapter was loaded from; kept where it says the same as the model's own.
+        model: The model, which may have a name, as those of transformers do.
+        written: The name in the file that the adapter was loaded from, which is kept if it means the same model.
     """
     known = written if isinstance(written, str) and written else None
     own = _own_name(model)
@@ -30,9 +26,9 @@ def base_model_name(model: nn.Module, written: object = None) -> str | None:
 
 
 def is_same_model(one: str, other: str) -> bool:
-    """Whether two names may mean the same model.
+    """Return whether two names may mean the same model.
 
-    Two repositories are told apart by their whole names. A path is one's own affair: only its last component counts.
+    The names of two repositories are compared whole. Of a path, only the last component counts.
     """
     first, second = _normalized(one), _normalized(other)
     if is_repo_id(first) and is_repo_id(second):
@@ -41,7 +37,7 @@ def is_same_model(one: str, other: str) -> bool:
 
 
 def mismatch(model: nn.Module, written: object) -> str | None:
-    """Say that a model is not the one that a file's adapter was trained on; ``None`` where it is, or nobody knows."""
+    """Return a warning if a model is not the one that an adapter was trained on, ``None`` if it is or is not known."""
     own = _own_name(model)
     if own is None or not isinstance(written, str) or not written or is_same_model(written, own):
         return None
@@ -52,7 +48,7 @@ def mismatch(model: nn.Module, written: object) -> str | None:
 
 
 def repo_of(name: str | None) -> str | None:
-    """Return the repository on the Hub that a base model's name means; ``None`` for a path, which is of one machine."""
+    """Return the repository on the Hub that a base model's name means, or ``None`` for a local path."""
     if name is None:
         return None
     if found := CACHED.search(name):

@@ -1,4 +1,4 @@
-"""The bases an adapter's file means: drawn again and checked, or kept as the file holds them."""
+"""The bases of an adapter on disk: drawn again and checked, or those that the file holds."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from randlora.targets.site import Shapes
 
 
 def file_basis(file: AdapterFile, shapes: Shapes, bank: BasisBank) -> Basis:
-    """Find or make the bases that a file's adapter was trained with; the bank is not changed.
+    """Return the bases that a file's adapter was trained with. The bank does not change.
 
     Args:
         file: The adapter.
         shapes: ``(out_features, in_features)`` of its layers.
-        bank: Bases the model holds already, which are shared where they are the same bits.
+        bank: Bases that the model has already, which are used if they have the same bits.
 
     Raises:
-        CheckpointError: When what the spec draws is not what the file was saved with.
+        CheckpointError: If the spec does not give the bases that the file was saved with.
     """
     used = sliced_dims(shapes.values())
     spec = _spec(file, shapes)
@@ -36,9 +36,11 @@ def file_basis(file: AdapterFile, shapes: Shapes, bank: BasisBank) -> Basis:
     except ConfigError as error:
         raise CheckpointError(f"the bases that the file names cannot be drawn: {error}") from error
     if file.header is not None and (digest := basis.digest(*used)) != file.header.basis_digest:
+        then = f"torch {file.header.torch_version}" if file.header.torch_version else "an unknown torch"
         raise CheckpointError(
-            f"the {spec} drawn here are not those the adapter was trained with: SHA-256 {digest[:12]}… instead of "
-            f"{file.header.basis_digest[:12]}…; stream='torch' needs a torch that draws as it did then"
+            f"the {spec} have the SHA-256 {digest[:12]}… when drawn by torch {torch.__version__}, and had "
+            f"{file.header.basis_digest[:12]}… when the adapter was saved with {then}: load it with that torch and "
+            "save it with bases='stored'"
         )
     if file.bases is None or _equal(basis, file.bases, used):
         return bank.find(spec) or basis
@@ -50,7 +52,7 @@ def file_basis(file: AdapterFile, shapes: Shapes, bank: BasisBank) -> Basis:
 
 
 def _spec(file: AdapterFile, shapes: Shapes) -> BasisSpec:
-    """Name the bases: as our header does, by the shapes PEFT stored, or by the rule PEFT draws with."""
+    """Return the spec in our header, or the one by which PEFT draws bases of the stored shapes or for the layers."""
     if file.header is not None:
         return file.header.spec
     if file.bases is not None:
@@ -59,9 +61,9 @@ def _spec(file: AdapterFile, shapes: Shapes) -> BasisSpec:
 
 
 def _as_stored(file: AdapterFile, spec: BasisSpec, used: tuple[int, int], bank: BasisBank) -> Basis:
-    """Keep the file's own numbers, where no seed brings them back, or the same numbers already held."""
+    """Return bases with the values in the file, which no seed reproduces, or equal ones that the bank has."""
     if file.bases is None:
-        raise CheckpointError("the file holds no bases, and no seed brings its own back: save with bases='stored'")
+        raise CheckpointError("the file holds no bases, and no seed reproduces its own: save with bases='stored'")
     basis_A, basis_B = file.bases
     stored = (
         CompactMatrix.from_dense(basis_A.flatten(end_dim=1)),
@@ -80,14 +82,14 @@ def _as_stored(file: AdapterFile, spec: BasisSpec, used: tuple[int, int], bank: 
 
 
 def _equal(basis: Basis, stored: tuple[Tensor, Tensor], used: tuple[int, int]) -> bool:
-    """Whether the file's numbers are the drawn ones, wherever a layer reads them."""
+    """Return whether the values in the file that layers use are the drawn ones."""
     max_dim, min_dim = used
     used_A, used_B = stored[0][:, 0, :min_dim], stored[1][:max_dim, : count_bases(min_dim, basis.spec.r)]
     return all(map(_equal_rows, basis.matrices(), (used_A, used_B)))
 
 
 def _equal_rows(drawn: CompactMatrix, stored: Tensor) -> bool:
-    """Compare some rows at a time, so that what was drawn is never written out whole beside what is stored."""
+    """Compare some rows at a time, so that the drawn basis is never dense in memory as a whole."""
     start = 0
     for rows in drawn.dense_chunks(len(stored)):
         if not torch.equal(rows, stored[start : start + len(rows)].flatten(start_dim=1).float()):

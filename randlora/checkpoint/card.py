@@ -1,4 +1,4 @@
-"""The model card: a README.md that says what an adapter is and how to load it, for people and for the Hub."""
+"""The model card: a README.md with an adapter's figures and how to load it, which the Hub reads too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from randlora.checkpoint.base_model import repo_of
-from randlora.checkpoint.header import Header
+from randlora.checkpoint.format import Header
 from randlora.report import Report
 
 MARK = "<!-- Written by randlora.save, which writes it anew at each save unless this line is gone. -->"
@@ -16,14 +16,14 @@ MARK = "<!-- Written by randlora.save, which writes it anew at each save unless 
 def write_card(
     report: Report, header: Header, *, base_model: str | None, peft_notes: Sequence[str], repo_id: str | None
 ) -> str:
-    """Write a model card.
+    """Return the text of a model card.
 
     Args:
         report: The adapter's figures.
-        header: What its file says of itself.
-        base_model: Name of the model it belongs to, if it has one.
-        peft_notes: Why PEFT could not load the files; empty where it can.
-        repo_id: The repository they go to, if any.
+        header: The header of its file.
+        base_model: Name of its base model, if known.
+        peft_notes: Reasons why PEFT cannot load the files; empty if it can.
+        repo_id: The repository that they are uploaded to, if any.
     """
     base = repo_of(base_model)
     place = repo_id or "path/to/this/directory"
@@ -41,17 +41,17 @@ def write_card(
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a README.md is a model card that `write_card` wrote and that nobody claimed since."""
+    """Return whether a README.md is a generated model card that still has its mark."""
     return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def may_write(path: Path) -> bool:
-    """Whether a model card may be written here: nothing is there, or one of ours."""
+    """Return whether a model card may be written here: there is no file, or a generated card."""
     return is_ours(path) or not (path.exists() or path.is_symlink())
 
 
 def _front_matter(base: str | None) -> str:
-    """Write what the Hub reads, in YAML; a JSON string is one of YAML's."""
+    """Return the metadata that the Hub reads, in YAML, of which JSON strings are a part."""
     of_base = [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"] if base else []
     return "\n".join(["---", *of_base, "library_name: randlora", "tags:", "- randlora", "---"])
 
@@ -59,7 +59,7 @@ def _front_matter(base: str | None) -> str:
 def _figures(report: Report, header: Header) -> dict[str, object]:
     spec = report.spec
     kinds = sorted({fqn.rsplit(".", 1)[-1] for fqn in report.targets})
-    seed = f"{spec.seed}" if header.is_reproducible else "none brings them back: they are in the file"
+    seed = f"{spec.seed}" if header.is_reproducible else "none reproduces them: they are in the file"
     figures: dict[str, object] = {
         "r": spec.r,
         "alpha": f"{report.config.effective_alpha:g}",
@@ -70,7 +70,7 @@ def _figures(report: Report, header: Header) -> dict[str, object]:
         "SHA-256 of the bases": f"`{header.basis_digest}`",
         "adapted layers": f"{len(report.targets)}, called {_names(kinds)}",
         "trained parameters": f"{report.trainable_parameters:,} of {report.total_parameters:,} ({report.share:.2%})",
-        "trained beside the adapter": _names(report.train_also),
+        "trained with the adapter": _names(report.train_also),
     }
     return {name: value for name, value in figures.items() if value}
 

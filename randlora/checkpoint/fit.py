@@ -1,13 +1,16 @@
-"""Whether an adapter's file fits a model: its layers are there and can carry it, and every shape agrees."""
+"""Whether an adapter's file fits a model: its layers exist and can be adapted, and every shape agrees."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
+from randlora.checkpoint.peft_config import whole_modules
 from randlora.checkpoint.read import AdapterFile
-from randlora.checkpoint.tensors_file import Entry
+from randlora.disk.tensor_file import Entry
 from randlora.errors import CheckpointError, raise_collected
 from randlora.layers.registry import find_layer
 from randlora.targets.select import obstacles
@@ -15,46 +18,46 @@ from randlora.targets.site import Shapes, Site, shapes_of
 from randlora.targets.walk import Census, sites_of
 
 
-def fit_sites(census: Census, file: AdapterFile, *, needs_values: bool = True) -> tuple[Site, ...]:
-    """Find the weights that a file names, and check that all in it fits and can be put beside them.
+def fit_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
+    """Return the weights that a file names, after checking that everything in it fits the model.
 
     Args:
         census: The model, adapted or not.
         file: The adapter.
-        needs_values: Refuse layers on the meta device, where what is loaded would be lost.
-
-    Returns:
-        Its sites under the names that the file gives them.
 
     Raises:
-        CheckpointError: When something does not fit; all such things are named at once.
+        CheckpointError: If something does not fit. All problems are named.
     """
     sites = named_sites(census, file.values)
+    own = {held.fqn: held.parameter for held in census.parameters}
     problems = [
         *obstacles(census, sites, file.config.dropout),
-        *(_without_values(sites) if needs_values else []),
+        *(
+            f"{site.fqn} holds no values yet (meta), so the adapter's would be lost: materialize it first"
+            for site in sites
+            if site.weight is not None and site.weight.is_meta and not site.layer_class.is_offloaded(site.owner)
+        ),
         *misfits(file, shapes_of(sites)),
-        *_unknown_parameters(census, file.trained),
-        *trained_misfits({held.fqn: held.parameter for held in census.parameters}, file.trained),
+        *trained_misfits(own, file.trained),
     ]
     raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
     return sites
 
 
 def named_sites(census: Census, fqns: Iterable[str]) -> tuple[Site, ...]:
-    """Find the weights of some names, under these names.
+    """Return the weights of some FQNs, under these FQNs.
 
     Raises:
-        CheckpointError: When one is missing, or cannot carry an adapter of its own; where a prefix alone makes the
-            difference, it is named.
+        CheckpointError: If one is missing or cannot be adapted by itself. If a prefix is the only difference, the
+            message names it.
     """
     sites = {site.fqn: site for visit in census.visits for site in sites_of(visit)}
     modules = {visit.fqn: visit.module for visit in census.visits}
-    problems = _prefix_problems([*fqns], sites)
+    problems: list[str] = []
     found: dict[tuple[int, str], Site] = {}
     for fqn in fqns:
         if (site := sites.get(fqn)) is not None:
-            twin = found.setdefault((id(site.owner), site.layer_class.attribute), site)
+            twin = found.setdefault(site.key, site)
             if twin is not site:
                 problems.append(f"{fqn} and {twin.fqn} are one layer here: it cannot carry both of their adapters")
         elif fqn not in modules:
@@ -62,40 +65,50 @@ def named_sites(census: Census, fqns: Iterable[str]) -> tuple[Site, ...]:
         elif isinstance(reason := find_layer(modules[fqn]), str):
             problems.append(f"{fqn} ({type(modules[fqn]).__name__}) cannot be adapted: {reason}")
         else:
-            problems.append(f"{fqn} ({type(modules[fqn]).__name__}) has no weight that an adapter can go on")
+            problems.append(f"{fqn} ({type(modules[fqn]).__name__}) has no weight that can be adapted")
+    problems = prefix_problems([*fqns], sites) or problems
     raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
-    return tuple(site for site in sites.values() if found.get((id(site.owner), site.layer_class.attribute)) is site)
+    return tuple(site for site in sites.values() if found.get(site.key) is site)
 
 
-def _prefix_problems(fqns: Sequence[str], known: Collection[str]) -> list[str]:
-    """Return what to do where a prefix alone keeps an adapter from a model."""
-    dropped, added = other_prefix(fqns, known)
-    if added:
-        return [f"the model has the adapter's layers in {added.removesuffix('.')!r}: load the adapter into that module"]
-    if dropped:
-        return [
-            f"the model has the adapter's layers without {dropped!r}: load the model that the adapter was trained on"
-        ]
-    return []
+def with_prefix(file: AdapterFile, prefix: str | None, known: Collection[str]) -> AdapterFile:
+    """Return an adapter with a prefix added to its names or removed from them, whichever gives known names.
+
+    Args:
+        file: The adapter.
+        prefix: The prefix, such as ``"bert"``; ``None`` and names that are known already change nothing.
+        known: FQNs of the model's layers.
+    """
+    if not prefix or all(fqn in known for fqn in file.values):
+        return file
+    prefix = f"{prefix.removesuffix('.')}."
+    if all(fqn.startswith(prefix) and fqn.removeprefix(prefix) in known for fqn in file.values):
+        return file.renamed(lambda fqn: fqn.removeprefix(prefix))
+    return file.renamed(lambda fqn: prefix + fqn)
 
 
-def other_prefix(names: Sequence[str], known: Collection[str]) -> tuple[str, str]:
-    """Return the prefix to drop or to add, where just one turns all names into known ones; they are empty elsewhere."""
+def prefix_problems(names: Sequence[str], known: Collection[str]) -> list[str]:
+    """Return what to do if exactly one prefix, added to all names or removed from them, gives known ones."""
     if all(name in known for name in names):
-        return "", ""
+        return []
     parts = names[0].split(".")
-    found = [("", name.removesuffix(names[0])) for name in known if name.endswith(f".{names[0]}")]
-    found += [(".".join(parts[:count]) + ".", "") for count in range(1, len(parts))]
-    fitting = [
-        (dropped, added)
-        for dropped, added in found
-        if all(name.startswith(dropped) and added + name.removeprefix(dropped) in known for name in names)
-    ]
-    return fitting[0] if len(fitting) == 1 else ("", "")
+    longer = {name.removesuffix(names[0]) for name in known if name.endswith(f".{names[0]}")}
+    shorter = {".".join(parts[:count]) + "." for count in range(1, len(parts))}
+    fitting = {prefix for prefix in longer if all(prefix + name in known for name in names)}
+    fitting |= {
+        prefix
+        for prefix in shorter
+        if all(name.startswith(prefix) and name.removeprefix(prefix) in known for name in names)
+    }
+    if len(fitting) != 1:
+        return []
+    prefix = fitting.pop().removesuffix(".")
+    option = f"pass prefix={prefix!r} to load, merge or verify"
+    return [f"the names of the adapter's layers and the model's differ by the prefix {prefix!r}: {option}"]
 
 
 def misfits(file: AdapterFile, shapes: Shapes) -> list[str]:
-    """Return which layers have other shapes than the adapter was trained on, or reach beyond the bases in the file."""
+    """Return which layers have other shapes than those the adapter was trained on, or exceed the stored bases."""
     problems = []
     for fqn, shape in shapes.items():
         min_dim = file.values[fqn][1].shape[1]
@@ -109,27 +122,63 @@ def misfits(file: AdapterFile, shapes: Shapes) -> list[str]:
 
 
 def trained_misfits(own: Mapping[str, Tensor | Entry], trained: Mapping[str, Tensor]) -> list[str]:
-    """Return which parameters trained beside an adapter differ in the model; those that it lacks are passed over."""
+    """Return which parameters trained with an adapter are missing or different in the model."""
     problems = []
     for fqn, tensor in trained.items():
         if fqn not in own:
-            continue
-        if not own[fqn].dtype.is_floating_point:
+            problems.append(f"the model has no parameter {fqn}, which was trained with the adapter")
+        elif not own[fqn].dtype.is_floating_point:
             problems.append(f"{fqn} holds {own[fqn].dtype} here, and was trained as {tensor.dtype}")
         elif tuple(own[fqn].shape) != tuple(tensor.shape):
             problems.append(f"{fqn} has shape {tuple(own[fqn].shape)} here, {tuple(tensor.shape)} in the file")
     return problems
 
 
-def _without_values(sites: Sequence[Site]) -> list[str]:
+def without_repeats(census: Census, file: AdapterFile) -> AdapterFile:
+    """Return an adapter with each tied parameter once, under the first of its names in the file.
+
+    Here a parameter trained with an adapter remains tied. PEFT gives each module of ``modules_to_save`` an untied copy.
+
+    Args:
+        census: The model.
+        file: An adapter whose parameters the model has.
+
+    Raises:
+        CheckpointError: If the file has several values for one parameter, or, written by PEFT, a value for one place of
+            a parameter and none for another.
+    """
+    problems, repeated = [], set()
+    for names in _names_of_tied(census):
+        named = [fqn for fqn in names if fqn in file.trained]
+        left = [fqn for fqn in names if fqn not in file.trained]
+        if not all(_equal(file.trained[fqn], file.trained[named[0]]) for fqn in named):
+            problems.append(f"{' and '.join(named)} are one parameter here, and two in the file: untie them first")
+        elif named and left and file.header is None:
+            problems.append(
+                f"{named[0]} is tied to {' and '.join(left)} here, and PEFT trained it alone: untie them first"
+            )
+        repeated.update(named[1:])
+    raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
+    return replace(file, trained={fqn: value for fqn, value in file.trained.items() if fqn not in repeated})
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first, second)
+
+
+def untied_by_peft(census: Census, trained: Iterable[str]) -> list[str]:
+    """Return which parameters trained with an adapter PEFT would change in one of their places only."""
+    trained = set(trained)
+    whole = tuple(f"{module}." for module in whole_modules(census, trained))
     return [
-        f"{site.fqn} holds no values yet (meta), so the adapter's would be lost: materialize it first"
-        for site in sites
-        if site.weight is not None and site.weight.is_meta and not site.layer_class.is_offloaded(site.owner)
+        f"PEFT would untie {' and '.join(names)} and change {' and '.join(trained.intersection(names))} alone"
+        for names in _names_of_tied(census)
+        if any(fqn.startswith(whole) for fqn in trained.intersection(names))
     ]
 
 
-def _unknown_parameters(census: Census, trained: Iterable[str]) -> list[str]:
-    own = {held.fqn for held in census.parameters}
-    unknown = [fqn for fqn in trained if fqn not in own]
-    return [f"the model has no parameter {fqn}, which the file holds beside the adapter" for fqn in unknown]
+def _names_of_tied(census: Census) -> list[list[str]]:
+    names: dict[int, list[str]] = {}
+    for held in census.parameters:
+        names.setdefault(id(held.parameter), []).append(held.fqn)
+    return [fqns for fqns in names.values() if len(fqns) > 1]

@@ -1,4 +1,4 @@
-"""`load`: an adapter from a directory or the Hub into a model, ours or one that PEFT wrote."""
+"""`load`: an adapter from a directory or the Hub into a model."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from randlora.bases.bank import BasisBank
 from randlora.checkpoint.base_model import mismatch
 from randlora.checkpoint.bases import file_basis
-from randlora.checkpoint.fit import fit_sites
-from randlora.checkpoint.layout import master
-from randlora.checkpoint.locate import locate
+from randlora.checkpoint.fit import fit_sites, with_prefix, without_repeats
+from randlora.checkpoint.format import master
 from randlora.checkpoint.peft_config import BASE_FIELD, NEUTRAL_FIELDS, kept_fields
-from randlora.checkpoint.read import AdapterFile, read_adapter
-from randlora.checkpoint.tied import tied
+from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.errors import CheckpointError
 from randlora.model.install import commit, or_if_first, owned_state, prepare
 from randlora.model.train_also import replacements
@@ -35,38 +33,41 @@ def load(
     trainable: bool = False,
     active: bool | None = None,
     revision: str | None = None,
+    prefix: str | None = None,
 ) -> Report:
-    """Add the adapter of a directory, or of a repository on the Hub, to a model, in place.
+    """Load an adapter from a directory, or from a repository on the Hub, into a model, in place.
 
-    The file's own names say which layers it belongs to; its ``target_modules`` is never matched against the model.
-    Bases that a file brings and the model lacks are added without asking. Where the file and the model both say which
-    base model they are of, and disagree, a ``UserWarning`` names the two.
+    The names in the file determine the layers; its ``target_modules`` is not matched against the model. Bases that the
+    model does not have are added. If both the file and the model name their base model and the names differ, a
+    ``UserWarning`` says so.
 
     Args:
-        model: The model it was trained on, with or without other adapters.
-        source: What `randlora.save` or PEFT's ``save_pretrained`` wrote, or the safetensors file in it. A string
-            ``"user/repo"`` that is no path here means a repository on the Hub, for which huggingface_hub must be
+        model: The model that the adapter was trained on, with or without other adapters.
+        source: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote, or the safetensors file in it. A
+            string ``"user/repo"`` that is not a path means a repository on the Hub, for which huggingface_hub must be
             installed (the extra ``hub``).
-        name: The adapter's name here.
-        trainable: Let its parameters require grad.
-        active: Make it the only active adapter. ``None``: if it is the model's first.
+        name: The adapter's name in the model.
+        trainable: Whether its parameters require grad.
+        active: Whether to make it the only active adapter. ``None``: if it is the model's first.
         revision: Branch, tag or commit of a repository; ``None`` means its main branch.
+        prefix: The prefix by which the names in the file and in the model differ, such as ``"bert"`` for an adapter of
+            ``BertModel`` and a model with a head. It is added to the names or removed from them, as the model requires.
 
     Returns:
         A report as from `randlora.inject`.
 
     Raises:
-        CheckpointError: When the files are damaged, foreign or of another version, do not fit the model, or cannot be
-            had from the Hub.
-        AdapterError: When the name is taken, or the model's adapters are merged.
+        CheckpointError: If the files are damaged, of another kind or version, do not fit the model, or cannot be
+            downloaded.
+        AdapterError: If the name is taken, or the model's adapters are merged.
     """
     census = Census.of(model)
     state = owned_state(census, name, "load")
     active = or_if_first(state, wanted=active)
     try:
-        file = read_adapter(locate(source, revision))
+        file = with_prefix(read_adapter(locate(source, revision)), prefix, {visit.fqn for visit in census.candidates})
         sites = fit_sites(census, file)
-        file = tied(census, file)
+        file = without_repeats(census, file)
         shapes = shapes_of(sites)
         basis = file_basis(file, shapes, state.bank if state else BasisBank())
     except CheckpointError as error:
@@ -74,6 +75,8 @@ def load(
     doubts = _doubts(model, file)
     rule = f"the names in {source}" + (f" at {revision}" if revision else "")
     adapter = Adapter(name, file.config, basis, tuple(shapes), rule, peft_fields=kept_fields(file.fields))
+    unknown = sorted(set(adapter.peft_fields) - set(NEUTRAL_FIELDS))
+    foreign = [f"fields kept but not understood: {', '.join(unknown)}"] if unknown else []
     replaced = replacements(census, state or ModelState(), file.trained)
     for fqn, entry in replaced.items():
         own = file.trained[fqn].to(device=entry.original.device, dtype=entry.original.dtype)
@@ -90,14 +93,14 @@ def load(
         is_active=active,
         is_trainable=trainable,
         train_also=tuple(file.trained),
-        notes=[*doubts, *next_steps(name, is_active=active, is_trainable=True), *_foreign_fields(adapter)],
+        notes=[*doubts, *next_steps(name, is_active=active, is_trainable=True), *foreign],
     )
     commit(census, addition, active=active)
     return report
 
 
 def _placed(file: AdapterFile, sites: tuple[Site, ...]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Put Λ and Γ beside their weights."""
+    """Return Λ and Γ by FQN, on the devices of their weights."""
     placed = {}
     for site in sites:
         device = site.layer_class.device_beside(site.owner)
@@ -107,14 +110,9 @@ def _placed(file: AdapterFile, sites: tuple[Site, ...]) -> dict[str, tuple[Tenso
 
 
 def _doubts(model: nn.Module, file: AdapterFile) -> list[str]:
-    """Warn, at the line that loads, where the file was trained on another base model; return the warning as a note."""
+    """Warn at the line that calls `load` if the adapter was trained on another base model, and return the warning."""
     doubt = mismatch(model, file.fields.get(BASE_FIELD))
     if doubt is None:
         return []
     warnings.warn(doubt, UserWarning, stacklevel=4)  # past `load` and its decorator
     return [doubt]
-
-
-def _foreign_fields(adapter: Adapter) -> list[str]:
-    foreign = sorted(set(adapter.peft_fields) - set(NEUTRAL_FIELDS))
-    return [f"fields kept but not understood: {', '.join(foreign)}"] if foreign else []

@@ -20,7 +20,7 @@ PEFT_VERSION = "0.21.2"  # whose fields these are
 BASE_FIELD = "base_model_name_or_path"
 
 STREAM_FIELD = "randlora_stream"
-"""Our one field, written where PEFT would draw other bases from the seed: PEFT warns of a field it does not know."""
+"""Our only field, written if PEFT would draw other bases from the seed: it warns of fields that it does not know."""
 
 NEUTRAL_FIELDS: dict[str, Any] = {
     "auto_mapping": None,
@@ -32,7 +32,7 @@ NEUTRAL_FIELDS: dict[str, Any] = {
     "revision": None,
     "task_type": None,
 }
-"""Fields that say nothing about the arithmetic. A file's own values are kept and written back."""
+"""Fields that do not affect the arithmetic. Their values in a file are kept and written back."""
 
 OWN_FIELDS = frozenset({
     "fan_in_fan_out",
@@ -50,22 +50,23 @@ OWN_FIELDS = frozenset({
     "target_modules",
     "very_sparse",
 })
-"""Fields made anew from the adapter at every save."""
+"""Fields that every save computes from the adapter."""
 
 
 def to_peft_fields(census: Census, adapter: Adapter, *, stored: bool) -> dict[str, Any]:
-    """Write an adapter's options as PEFT would.
+    """Return the fields of an adapter as PEFT would write them.
 
     Args:
-        census: The adapted model, which decides how targets are best named.
+        census: The adapted model, which determines how targets can be named.
         adapter: The adapter.
-        stored: Whether the bases go into the file.
+        stored: Whether the file holds the bases.
     """
+    kinds = {plain_class(visit.module).__name__ for visit in census.visits if visit.fqn in set(adapter.targets)}
     fields = {
         **NEUTRAL_FIELDS,
         **adapter.peft_fields,
         BASE_FIELD: base_model_name(census.model, adapter.peft_fields.get(BASE_FIELD)),
-        "fan_in_fan_out": _all_transposed(census, adapter),
+        "fan_in_fan_out": kinds == {"Conv1D"},  # PEFT's name for weights stored as (in_features, out_features)
         "inference_mode": True,
         "modules_to_save": whole_modules(census, adapter.trained) or None,
         "target_modules": target_modules(census, adapter.targets),
@@ -75,12 +76,12 @@ def to_peft_fields(census: Census, adapter: Adapter, *, stored: bool) -> dict[st
 
 
 def option_fields(config: RandLoRAConfig, stream: Stream, *, stored: bool) -> dict[str, Any]:
-    """Write the options whose fields need no model.
+    """Return the fields that do not depend on a model.
 
     Args:
         config: The adapter's options.
-        stream: The stream that its bases are drawn from.
-        stored: Whether the bases go into the file.
+        stream: The stream of its bases.
+        stored: Whether the file holds the bases.
     """
     alpha = config.effective_alpha
     fields: dict[str, Any] = {
@@ -98,15 +99,15 @@ def option_fields(config: RandLoRAConfig, stream: Stream, *, stored: bool) -> di
 
 
 def from_peft_fields(fields: Mapping[str, Any], targets: Iterable[str], trained: Iterable[str]) -> RandLoRAConfig:
-    """Read the options of an adapter that PEFT wrote.
+    """Return the options of an adapter that PEFT wrote.
 
     Args:
-        fields: What the JSON holds.
-        targets: FQNs that the tensors name; ``target_modules`` is never run against a model.
-        trained: FQNs of the parameters trained beside it.
+        fields: The contents of the JSON file.
+        targets: FQNs in the keys of the tensors. ``target_modules`` is never matched against a model.
+        trained: FQNs of the parameters trained with it.
 
     Raises:
-        CheckpointError: When a field is missing or has a value that cannot work.
+        CheckpointError: If a field is missing or has an invalid value.
     """
     needed = ("r", "randlora_alpha", "projection_prng_key")
     if missing := [name for name in needed if name not in fields]:
@@ -125,23 +126,23 @@ def from_peft_fields(fields: Mapping[str, Any], targets: Iterable[str], trained:
             train_also=tuple(trained) or None,
         )
     except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"the adapter's JSON holds options that cannot work: {error}") from error
+        raise CheckpointError(f"the adapter's JSON has invalid options: {error}") from error
 
 
 def peft_kind(fields: Mapping[str, Any]) -> BasisKind:
-    """Read PEFT's two booleans as one choice; with both set PEFT draws ``very_sparse``."""
+    """Return the kind of bases in PEFT's two booleans. If both are true, PEFT draws ``very_sparse``."""
     if fields.get("very_sparse"):
         return "very_sparse"
     return "sparse" if fields.get("sparse") else "dense"
 
 
 def kept_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a file that mean nothing here, to be written back at the next save."""
+    """Return the fields of a file that are not used here, which the next save writes back."""
     return {name: value for name, value in fields.items() if name not in OWN_FIELDS}
 
 
 def target_modules(census: Census, fqns: Sequence[str]) -> list[str] | str:
-    """Name targets so that PEFT finds these layers and no others: by last components if that works, else by a regex."""
+    """Return a value of ``target_modules`` for exactly these layers: last components if possible, else a regex."""
     wanted = set(fqns)
     suffixes = sorted({fqn.rsplit(".", 1)[-1] for fqn in fqns})
     found = {visit.fqn for visit in census.visits if any(has_suffix(visit.fqn, suffix) for suffix in suffixes)}
@@ -149,7 +150,7 @@ def target_modules(census: Census, fqns: Sequence[str]) -> list[str] | str:
 
 
 def whole_modules(census: Census, trained: Iterable[str]) -> list[str]:
-    """Name the outermost modules all of whose parameters are among ``trained``."""
+    """Return the outermost modules whose parameters are all in ``trained``."""
     trained = set(trained)
     modules: dict[str, bool] = {}
     for fqn in (held.fqn for held in census.parameters):
@@ -159,9 +160,3 @@ def whole_modules(census: Census, trained: Iterable[str]) -> list[str]:
             modules[prefix] = modules.get(prefix, True) and fqn in trained
     whole = [prefix for prefix, is_whole in modules.items() if is_whole]
     return [prefix for prefix in whole if prefix.rpartition(".")[0] not in whole]
-
-
-def _all_transposed(census: Census, adapter: Adapter) -> bool:
-    """Whether every target stores its weight ``(in, out)``, which PEFT calls ``fan_in_fan_out``."""
-    kinds = {plain_class(visit.module).__name__ for visit in census.visits if visit.fqn in set(adapter.targets)}
-    return kinds == {"Conv1D"}

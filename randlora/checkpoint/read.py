@@ -1,10 +1,12 @@
-"""Reading an adapter's two files: names, dtypes, shapes, finiteness and checksums, before any model is looked at."""
+"""Reading an adapter's two files and checking names, dtypes, shapes, finiteness and checksums, without a model."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,7 @@ import torch
 from torch import Tensor
 
 from randlora.bases.spec import count_bases
-from randlora.checkpoint.header import SEAL_WORD, Header, parse_header
-from randlora.checkpoint.layout import (
+from randlora.checkpoint.format import (
     BASIS_A,
     BASIS_B,
     CONFIG_FILE,
@@ -21,31 +22,36 @@ from randlora.checkpoint.layout import (
     HEADER_KEY,
     LAMBDA_SUFFIX,
     MODEL_PREFIX,
+    SEAL_WORD,
     TENSORS_FILE,
     TOP_BASIS_A,
     TOP_BASIS_B,
+    Header,
+    parse_header,
     trained_fqn,
     trained_key,
 )
 from randlora.checkpoint.peft_config import PEFT_TYPE, STREAM_FIELD, from_peft_fields, peft_kind
-from randlora.checkpoint.tensors_file import TensorsFile, open_tensors
 from randlora.config import RandLoRAConfig
+from randlora.disk.hub import download, is_repo_id
+from randlora.disk.tensor_file import Shard, is_equal, open_shard, read_tensor
 from randlora.errors import CheckpointError, raise_collected
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterFile:
-    """An adapter as its files hold it, checked as far as it can be without a model.
+    """The contents of an adapter's files, checked as far as is possible without a model.
 
     Attributes:
-        fields: What ``adapter_config.json`` holds.
-        config: Its options.
-        header: What our own header adds; ``None`` for a file that PEFT wrote.
+        fields: The contents of ``adapter_config.json``.
+        config: The adapter's options.
+        header: Our own header; ``None`` for a file that PEFT wrote.
         values: Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, by target.
-        trained: Parameters trained beside the adapter, by FQN.
-        bases: A, ``(r, 1, min_dim)``, and B, ``(max_dim, num_bases, r)``, where the file holds them.
+        trained: Parameters trained with the adapter, by FQN.
+        bases: A, ``(r, 1, min_dim)``, and B, ``(max_dim, num_bases, r)``, if the file holds them.
+        basis_copies: How many times the file holds them.
     """
 
     fields: dict[str, Any]
@@ -54,17 +60,57 @@ class AdapterFile:
     values: dict[str, tuple[Tensor, Tensor]]
     trained: dict[str, Tensor] = field(default_factory=dict)
     bases: tuple[Tensor, Tensor] | None = None
+    basis_copies: int = 0
+
+    def renamed(self, rename: Callable[[str], str]) -> AdapterFile:
+        """Return the adapter with other FQNs."""
+        targets = tuple(map(rename, self.header.shapes if self.header else self.values))
+        config = replace(self.config, targets=targets, train_also=tuple(map(rename, self.trained)) or None)
+        header = self.header and replace(
+            self.header, config=config, shapes={rename(fqn): shape for fqn, shape in self.header.shapes.items()}
+        )
+        values = {rename(fqn): pair for fqn, pair in self.values.items()}
+        trained = {rename(fqn): tensor for fqn, tensor in self.trained.items()}
+        return replace(self, config=config, header=header, values=values, trained=trained)
+
+
+def locate(source: str | os.PathLike[str], revision: str | None) -> Path:
+    """Return the directory of an adapter's files. A path that exists has priority over a repository of that name.
+
+    Args:
+        source: A directory, the safetensors file in it, or a repository on the Hub, ``"user/repo"``.
+        revision: A branch, a tag or a commit of a repository.
+
+    Raises:
+        CheckpointError: If the file has another name, a revision is given for a path, or the Hub does not have the
+            files.
+    """
+    path = Path(source)
+    if not path.exists() and isinstance(source, str) and is_repo_id(source):
+        return download(source, revision, [CONFIG_FILE, TENSORS_FILE])
+    if revision is not None:
+        raise CheckpointError(f"a path has no revision, got {revision!r}: revision= goes with 'user/repo' on the Hub")
+    if not path.is_file():
+        return path
+    if path.name != TENSORS_FILE:
+        raise CheckpointError(f"it is a file: expected a directory, or the file {TENSORS_FILE} in one")
+    return path.parent
 
 
 def read_adapter(directory: Path) -> AdapterFile:
     """Read and check an adapter's directory.
 
     Raises:
-        CheckpointError: When a file is missing, truncated, damaged, foreign, of another format version, or disagrees
-            with the other or with itself.
+        CheckpointError: If a file is missing, truncated, damaged, of another kind or format version, or contradicts
+            the other or itself.
     """
     fields = _read_fields(directory / CONFIG_FILE)
-    tensors, text = _read_tensors(directory / TENSORS_FILE)
+    path = directory / TENSORS_FILE
+    if not path.is_file():
+        raise CheckpointError(f"there is no {path}: only safetensors files are read, nothing is unpickled")
+    with open_shard(path) as (shard, raw):
+        text = _header_text(shard)
+        tensors = _read_tensors(shard, raw)
     header = None if text is None else parse_header(text, tensors)
     if header is None and fields.get(STREAM_FIELD) is not None:
         raise CheckpointError(f"the tensors have lost the header that goes with {STREAM_FIELD}: get an undamaged copy")
@@ -81,7 +127,8 @@ def read_adapter(directory: Path) -> AdapterFile:
     if header and set(header.shapes) != set(values):
         problems.append("the header names other targets than the tensors")
     raise_collected(CheckpointError, problems, doing=f"read {str(directory)!r}")
-    return AdapterFile(fields, config, header, values, trained, bases)
+    copies = sum(entry.name.endswith(BASIS_B) for entry in shard.entries)
+    return AdapterFile(fields, config, header, values, trained, bases, copies)
 
 
 def _read_fields(path: Path) -> dict[str, Any]:
@@ -101,47 +148,45 @@ def _read_fields(path: Path) -> dict[str, Any]:
 
 
 def _directories_inside(directory: Path) -> str:
-    """Name adapters one level down, where PEFT puts each that is not called ``default``."""
+    """Name the adapters one level down, where PEFT saves each that is not called ``default``."""
     inside = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
     return f"; there are some inside it: {', '.join(inside)}" if inside else ""
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Read every tensor but the repeated copies of the bases, each into memory of its own, and our header's text."""
-    if not path.is_file():
-        raise CheckpointError(f"there is no {path}: only safetensors files are read, nothing is unpickled")
-    with open_tensors(path) as file:
-        text = _header_text(file.metadata, path)
-        if text is None:  # what else is in a file of ours is for its seal and its version to say
-            raise_collected(CheckpointError, _stray(file.entries), doing=f"read {str(path)!r}")
-        return _unrepeated(file, path), text
+def _header_text(shard: Shard) -> str | None:
+    """Return the text of our header, or ``None`` for a file of PEFT's.
+
+    Raises:
+        CheckpointError: If the header's name was damaged, or a file without a header has tensors that no adapter has.
+    """
+    if HEADER_KEY in shard.metadata:  # its checksum and its version say what else belongs in the file
+        return shard.metadata[HEADER_KEY]
+    if any(SEAL_WORD in text for text in shard.metadata.values()):
+        raise CheckpointError(f"{shard.path} has a header under a damaged name: get an undamaged copy")
+    problems = [
+        f"{entry.name!r} is not the name of an adapter's tensor"
+        for entry in shard.entries
+        if not entry.name.startswith(MODEL_PREFIX) and entry.name not in (TOP_BASIS_A, TOP_BASIS_B)
+    ]
+    raise_collected(CheckpointError, problems, doing=f"read {str(shard.path)!r}")
+    return None
 
 
-def _unrepeated(file: TensorsFile, path: Path) -> dict[str, Tensor]:
-    """Read the tensors; further copies of the bases are held against the first ones and never kept."""
+def _read_tensors(shard: Shard, raw: FileIO) -> dict[str, Tensor]:
+    """Read the tensors by key. Repeated copies of the bases are compared with the first ones and not kept."""
     tensors: dict[str, Tensor] = {}
     firsts: dict[str, str] = {}
-    for key in file.entries:
-        name = _basis_name(key) or key
-        first = firsts.setdefault(name, key)
-        if first == key:
-            tensors[name] = file.read(key)
-        elif not file.repeats(key, tensors[name]):
-            raise CheckpointError(f"{path} holds copies of {name} that differ, {first} and {key}: it is damaged")
+    for entry in sorted(shard.entries, key=lambda entry: entry.name):
+        last = entry.name.rsplit(".", 1)[-1]  # PEFT 0.21.2 and older write a copy for every layer
+        name = {BASIS_A: TOP_BASIS_A, BASIS_B: TOP_BASIS_B}.get(last, entry.name)
+        first = firsts.setdefault(name, entry.name)
+        if first == entry.name:
+            tensors[name] = read_tensor(entry, raw)
+        elif not is_equal(entry, tensors[name], raw):
+            raise CheckpointError(
+                f"{shard.path} holds copies of {name} that differ, {first} and {entry.name}: it is damaged"
+            )
     return tensors
-
-
-def _header_text(metadata: Mapping[str, str], path: Path) -> str | None:
-    """Return our header's text, ``None`` for a file of PEFT's; a header under a name that was damaged is refused."""
-    if HEADER_KEY not in metadata and any(SEAL_WORD in text for text in metadata.values()):
-        raise CheckpointError(f"{path} holds a header under a damaged name: get an undamaged copy")
-    return metadata.get(HEADER_KEY)
-
-
-def _basis_name(key: str) -> str | None:
-    """Return the top-level name of a basis or of one of the copies that PEFT 0.21.2 and older write for every layer."""
-    last = key.rsplit(".", 1)[-1]
-    return {BASIS_A: TOP_BASIS_A, BASIS_B: TOP_BASIS_B}.get(last)
 
 
 def _take_bases(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
@@ -154,7 +199,7 @@ def _take_bases(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
 
 
 def _take_values(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Pair up the Λ and Γ of each target."""
+    """Take Λ and Γ of each target out of the tensors."""
     pairs: dict[str, dict[str, Tensor]] = {}
     for key in list(tensors):
         for suffix in (LAMBDA_SUFFIX, GAMMA_SUFFIX):
@@ -164,13 +209,13 @@ def _take_values(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]
     halves = [fqn for fqn, pair in pairs.items() if len(pair) == 1]
     problems = [f"{fqn} has one of randlora_lambda and randlora_gamma: expected both" for fqn in halves]
     if not pairs:
-        problems.append("the file holds no randlora_lambda and randlora_gamma: it is no RandLoRA adapter")
+        problems.append("the file holds no randlora_lambda and randlora_gamma: it is not a RandLoRA adapter")
     raise_collected(CheckpointError, problems, doing="read the adapter's tensors")
     return {fqn: (pair[LAMBDA_SUFFIX], pair[GAMMA_SUFFIX]) for fqn, pair in pairs.items()}
 
 
 def _trained(tensors: Mapping[str, Tensor], targets: Container[str], header: Header | None) -> dict[str, Tensor]:
-    """Name the parameters trained beside the adapter as the model does."""
+    """Return the parameters trained with the adapter by FQN."""
     if header is None:
         return {trained_fqn(key, targets): tensor for key, tensor in tensors.items()}
     keys = {trained_key(fqn, targets): fqn for fqn in header.config.train_also or ()}
@@ -182,17 +227,13 @@ def _trained_problems(
 ) -> list[str]:
     if len(trained) == len(tensors) and set(trained) == set(config.train_also or ()):
         return []
-    return [f"{len(tensors)} tensors beside Λ and Γ name {len(trained)} parameters: expected those trained beside it"]
-
-
-def _stray(keys: Iterable[str]) -> list[str]:
-    """Tell a whole model or another adapter's file by its names, before any of it is read."""
-    strange = [key for key in keys if not key.startswith(MODEL_PREFIX) and key not in (TOP_BASIS_A, TOP_BASIS_B)]
-    return [f"{key!r} is no name of an adapter's tensor" for key in strange]
+    expected = ", ".join(config.train_also or ()) or "none"
+    found = ", ".join(sorted(tensors)) or "none"
+    return [f"expected tensors of the parameters trained with the adapter ({expected}), got {found}: it was edited"]
 
 
 def _disagreements(fields: Mapping[str, Any], header: Header | None) -> list[str]:
-    """Compare the two files of one adapter: neither may have come from another save."""
+    """Return where the two files contradict each other because they come from different saves."""
     if header is None:
         return []
     config = header.config
@@ -222,15 +263,15 @@ def _damage(
     named |= {**trained} | ({} if bases is None else dict(zip((BASIS_A, BASIS_B), bases, strict=True)))
     problems = []
     for name, tensor in named.items():
-        if tensor.dtype not in DTYPES:
-            problems.append(f"{name} holds {tensor.dtype}: expected one of {', '.join(map(str, DTYPES))}")
+        if tensor.dtype not in FLOATING:
+            problems.append(f"{name} holds {tensor.dtype}: expected one of {', '.join(map(str, FLOATING))}")
         elif not _is_finite(tensor):
             problems.append(f"{name} holds NaN or infinite values")
     return problems
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Look at the bounds, which are NaN where any value is: `torch.isfinite` would copy the tensor to find out."""
+    """Check the bounds, which are NaN if any value is; `torch.isfinite` would allocate as much memory again."""
     return not tensor.numel() or all(bound.isfinite().item() for bound in tensor.aminmax())
 
 

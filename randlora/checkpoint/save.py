@@ -1,4 +1,4 @@
-"""`save`: one adapter to a directory of two files that PEFT reads too, with a model card, and to the Hub."""
+"""`save`: an adapter to a directory of two files that PEFT reads too, with a model card, and to the Hub."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from randlora.checkpoint.card import may_write, write_card
-from randlora.checkpoint.contents import describe, drawn_rectangle, file_writers, stored_bases
-from randlora.checkpoint.header import Header
-from randlora.checkpoint.hub import upload, upload_problems
-from randlora.checkpoint.layout import CARD_FILE, GAMMA_SUFFIX, LAMBDA_SUFFIX, MODEL_PREFIX, master_copy, trained_key
+from randlora.checkpoint.card import is_ours, may_write, write_card
+from randlora.checkpoint.fit import untied_by_peft
+from randlora.checkpoint.format import (
+    CARD_FILE,
+    CONFIG_FILE,
+    TENSORS_FILE,
+    Header,
+    adapter_tensors,
+    file_writers,
+    stored_bases,
+    stored_dims,
+)
 from randlora.checkpoint.peft_config import BASE_FIELD, to_peft_fields
-from randlora.checkpoint.tied import untied_by_peft
-from randlora.checkpoint.write import write_together
+from randlora.disk.hub import is_repo_id, require_hub, upload
+from randlora.disk.replace import write_files
 from randlora.errors import CheckpointError, raise_collected
 from randlora.model.install import lost_sites, require_own
 from randlora.report import Report, adapter_report, as_bytes
@@ -58,27 +65,27 @@ def save(
     bases: Literal["seed", "stored"] = "seed",
     push_to_hub: str | None = None,
 ) -> SaveReport:
-    """Write one adapter to a directory, atomically: Λ, Γ, what ``train_also`` named, and what brings the bases back.
+    """Save one adapter to a directory, atomically: Λ, Γ, the parameters of ``train_also`` and the spec of the bases.
 
-    A model card, ``README.md``, is written with them, unless there is one that somebody else wrote.
+    A model card, ``README.md``, is written with them, unless the directory has one that was not generated.
 
     Args:
-        model: A model that carries adapters.
-        directory: Made if it is missing; an adapter already in it is replaced.
-        name: Which adapter; ``None`` means the only one.
-        bases: ``"seed"`` stores no basis: the spec brings them back and a SHA-256 proves it. ``"stored"`` writes A and
-            B out in float32, once, which PEFT needs for ``block`` bases and for ``stream="portable"``.
-        push_to_hub: A repository on the Hub, ``"user/repo"``, that the files are then uploaded to; it is made if it is
-            missing. huggingface_hub must be installed (the extra ``hub``).
+        model: A model with adapters.
+        directory: The directory, created if it does not exist. An adapter already in it is replaced.
+        name: The adapter's name; ``None`` means the only one.
+        bases: ``"seed"`` stores no bases: the spec reproduces them, and a SHA-256 checks it. ``"stored"`` stores A and
+            B in float32, once, which PEFT needs for ``block`` bases and for ``stream="portable"``.
+        push_to_hub: A repository on the Hub, ``"user/repo"``, to upload the files to, created if it does not exist.
+            huggingface_hub must be installed (the extra ``hub``).
 
     Returns:
-        Where, how large, and notes.
+        The directory, the size and notes.
 
     Raises:
-        AdapterError: When the model carries no adapter, or ``name`` does not say which.
-        CheckpointError: When there are no values to save, or the bases cannot be had from a seed; or when everything is
-            saved and the Hub does not take it.
-        OSError: When the disk refuses. Files already there stay whole.
+        AdapterError: If the model has no adapter, or several and no ``name`` is given.
+        CheckpointError: If there are no values to save, or no seed reproduces the bases. Also if the files are saved
+            and the Hub refuses them.
+        OSError: If the disk refuses. Files already there remain as they were.
     """
     root, state = adapted_root(model)
     adapter = state.adapter(name)
@@ -86,21 +93,22 @@ def save(
     census = Census.of(root)
     require_own(census, state, "save")
     diagonals = diagonals_by_fqn(census, adapter.name)
-    problems = [*lost_sites(census, [adapter]), *_problems(adapter, diagonals, bases), *upload_problems(push_to_hub)]
+    problems = [*lost_sites(census, [adapter]), *_problems(adapter, diagonals, bases), *_hub_problems(push_to_hub)]
     raise_collected(CheckpointError, problems, doing=f"save to {str(directory)!r}")
     shapes = {site.fqn: site.shape for site in census.adapted if site.fqn in diagonals}
-    header = describe(adapter.config, adapter.basis, shapes, adapter.trained)
+    header = Header.of(adapter.config, adapter.basis, shapes, adapter.trained)
     notes = _peft_notes(adapter, header, bases)
-    tensors = _tensors(adapter, diagonals) | (stored_bases(adapter.basis, header) if bases == "stored" else {})
+    tensors = adapter_tensors(diagonals, adapter.trained)
+    if bases == "stored":
+        tensors |= stored_bases(adapter.basis, header)
     fields = to_peft_fields(census, adapter, stored=bases == "stored")
     writers = file_writers(fields, tensors, header)
     if may_write(directory / CARD_FILE):
         report = _report(census, adapter, shapes)
         card = write_card(report, header, base_model=fields[BASE_FIELD], peft_notes=notes, repo_id=push_to_hub)
         writers[CARD_FILE] = lambda path: path.write_text(card, encoding="utf-8")
-    write_together(directory, writers)
-    size = sum((directory / file).stat().st_size for file in writers)
-    url = upload(directory, push_to_hub) if push_to_hub else None
+    size = write_files(directory, writers)
+    url = _upload(directory, push_to_hub) if push_to_hub else None
     notes += untied_by_peft(census, adapter.trained)
     return SaveReport(directory, adapter.name, size, tuple(notes), url)
 
@@ -113,7 +121,7 @@ def diagonals_by_fqn(census: Census, name: str) -> dict[str, tuple[nn.Parameter,
 
 
 def _report(census: Census, adapter: Adapter, shapes: Shapes) -> Report:
-    """Count what is saved, for its model card."""
+    """Return the figures for the model card."""
     return adapter_report(
         census,
         adapter.name,
@@ -131,7 +139,7 @@ def _problems(adapter: Adapter, diagonals: Mapping[str, tuple[nn.Parameter, nn.P
     if bases not in ("seed", "stored"):
         problems.append(f"bases must be 'seed' or 'stored', got {bases!r}")
     if bases == "seed" and adapter.basis.stored is not None:
-        problems.append("its bases came from a file and no seed brings them back: save with bases='stored'")
+        problems.append("its bases came from a file and no seed reproduces them: save with bases='stored'")
     without = [fqn for fqn, (lam, _) in diagonals.items() if lam.is_meta]
     without += [fqn for fqn, parameter in adapter.trained.items() if parameter.is_meta]
     problems += [f"{fqn} holds no values to save (meta): materialize the model first" for fqn in without]
@@ -140,14 +148,24 @@ def _problems(adapter: Adapter, diagonals: Mapping[str, tuple[nn.Parameter, nn.P
     return problems
 
 
-def _tensors(adapter: Adapter, diagonals: Mapping[str, tuple[nn.Parameter, nn.Parameter]]) -> dict[str, Tensor]:
-    tensors = {}
-    for fqn, (lam, gamma) in diagonals.items():
-        tensors[f"{MODEL_PREFIX}{fqn}{LAMBDA_SUFFIX}"] = master_copy(lam, "cpu")
-        tensors[f"{MODEL_PREFIX}{fqn}{GAMMA_SUFFIX}"] = master_copy(gamma, "cpu")
-    for fqn, parameter in adapter.trained.items():
-        tensors[trained_key(fqn, diagonals)] = parameter.detach().cpu().contiguous().clone()
-    return tensors
+def _hub_problems(repo_id: str | None) -> list[str]:
+    if repo_id is None:
+        return []
+    if not isinstance(repo_id, str) or not is_repo_id(repo_id):
+        return [f"push_to_hub must be a repository on the Hub, 'user/repo', got {repo_id!r}"]
+    try:
+        require_hub(repo_id)
+    except CheckpointError as error:
+        return [str(error)]
+    return []
+
+
+def _upload(directory: Path, repo_id: str) -> str:
+    """Upload a saved adapter. A generated card does not replace one in the repository that was not generated."""
+    is_generated = is_ours(directory / CARD_FILE)
+    files = [CONFIG_FILE, TENSORS_FILE, *([] if is_generated else [CARD_FILE])]
+    generated = {CARD_FILE: is_ours} if is_generated else {}
+    return upload(directory, repo_id, files, message="Upload a RandLoRA adapter", generated=generated)
 
 
 def _peft_notes(adapter: Adapter, header: Header, bases: str) -> list[str]:
@@ -158,7 +176,7 @@ def _peft_notes(adapter: Adapter, header: Header, bases: str) -> list[str]:
         notes.append(f"PEFT cannot draw stream={spec.stream!r}: save with bases='stored' to load there")
     elif bases == "seed" and (spec.max_dim, spec.min_dim) != header.rectangle:
         notes.append("the bases were drawn for other layers too, so PEFT would draw others: save with bases='stored'")
-    if drawn_rectangle(adapter.basis, header) != header.rectangle:
+    if stored_dims(adapter.basis, header) != header.rectangle:
         notes.append(
             "the bases were drawn for other layers and are too narrow for PEFT, which cannot load this adapter"
         )

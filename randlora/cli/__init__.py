@@ -1,4 +1,4 @@
-"""The `randlora` command: one file a command, each of which parses, calls a verb on files, and prints.
+"""The `randlora` command, one file per command, each of which parses, calls a verb on files, and prints.
 
-It needs typer and rich, the extra ``cli``; nothing else of the library imports them.
+It needs typer and rich, the extra ``cli``, which no other room imports.
 """

@@ -1,4 +1,4 @@
-"""The command line as a whole: its commands, and what becomes of errors."""
+"""The command line: its commands, and how it reports errors."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ Version = Annotated[bool, typer.Option("--version", callback=_show_version, help
 def describe(version: Version = False) -> None:  # noqa: FBT002
     """RandLoRA adapters as files.
 
-    Results go to stdout, errors and progress to stderr. The exit code is 0; 1 for what went wrong with files; 2 for a
-    command line that cannot be read. Every command takes `--json`.
+    Results go to stdout, errors and progress to stderr. The exit code is 0; 1 for an error with files; 2 for an invalid
+    command line. Every command takes `--json`.
     """
 
 
@@ -55,10 +55,10 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        args: The words after the program's name; ``None`` takes the process's own.
+        args: The arguments; ``None`` means those of the process.
 
     Returns:
-        The exit code: 0, 1 for an error of the user's, 2 for a command line that cannot be read.
+        The exit code: 0, 1 for an error with files, 2 for an invalid command line.
     """
     try:
         app(None if args is None else list(args), prog_name="randlora")

@@ -18,7 +18,7 @@ Rank = Annotated[int | None, Option(help="For `lora`: the rank of every layer.")
 Tolerance = Annotated[
     float | None, Option(help="For `lora`: the largest relative error of a layer's update.  [default: 0.05]")
 ]
-Overwrite = Annotated[bool, Option("--overwrite", help="Write over an adapter in OUT.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace an adapter in OUT.")]
 
 
 def convert(
@@ -31,14 +31,14 @@ def convert(
     overwrite: Overwrite = False,  # noqa: FBT002
     as_json: AsJson = False,  # noqa: FBT002
 ) -> None:
-    """Write an adapter for another reader: `peft`, `native` or `lora`.
+    """Write an adapter in another format: `peft`, `native` or `lora`.
 
-    `peft` is what PEFT loads, with the bases in the file where PEFT would draw others. `native` carries checksums, and
-    the bases only where no seed brings them back. Neither loses anything.
+    PEFT can load `peft`; the file holds the bases if PEFT would draw others. `native` has checksums, and the bases only
+    if no seed reproduces them. Both are exact.
 
-    `lora` is a PEFT LoRA, for servers that know nothing else: each layer's update cut to a low rank. It loses
-    something, and every layer's error is printed. Where one is beyond the tolerance, nothing is written. With `--rank`
-    every layer has that rank, without it the smallest within the tolerance.
+    `lora` is a PEFT LoRA, for servers that read nothing else: a low-rank approximation of each layer's update. Every
+    layer's error is printed. If one exceeds the tolerance, nothing is written. With `--rank`, every layer has that
+    rank, without it the smallest within the tolerance.
 
     **Examples**
 

@@ -9,7 +9,6 @@ from typer import Option
 from randlora import files
 from randlora.cli.arguments import AdapterDir, BaseForShapes
 from randlora.cli.output import AsJson, plain, progress_bar, show, show_json
-from randlora.files.summary import AdapterSummary
 
 Norms = Annotated[bool, Option(help="Compute every layer's update and its norms.")]
 
@@ -20,10 +19,10 @@ def inspect(
     norms: Norms = True,  # noqa: FBT002
     as_json: AsJson = False,  # noqa: FBT002
 ) -> None:
-    """Say what an adapter is: options, bases, layers, the norms of their updates, and who wrote it.
+    """Print what an adapter is: options, bases, layers, the norms of their updates, and which library wrote it.
 
     ‖ΔW‖F is the Frobenius norm of a layer's update, ‖ΔW‖2 its largest singular value, and the stable rank the square of
-    their ratio: how many directions carry the update.
+    their ratio, about the number of significant directions of the update.
 
     **Examples**
 
@@ -35,10 +34,8 @@ def inspect(
     """
     with progress_bar() as progress:
         summary = files.inspect(adapter_dir, base, norms=norms, progress=progress)
-    show_json(_whole(summary)) if as_json else show(summary)
-
-
-def _whole(summary: AdapterSummary) -> dict[str, object]:
-    """Give the layers their stable rank too, which is no field."""
-    layers = [{**plain(layer), "stable_rank": layer.stable_rank} for layer in summary.layers]
-    return {**plain(summary), "layers": layers}
+    if not as_json:
+        show(summary)
+        return
+    layers = [{**plain(layer), "stable_rank": layer.stable_rank} for layer in summary.layers]  # which is not a field
+    show_json({**plain(summary), "layers": layers})

@@ -10,11 +10,12 @@ import typer
 from typer import Option
 
 from randlora import files
+from randlora.cli.arguments import Prefix
 from randlora.cli.output import AsJson, progress_bar, show, show_json
 
-Base = Annotated[Path, Option(help="The model's directory, which stays as it is.")]
+Base = Annotated[Path, Option(help="The model's directory, which does not change.")]
 Adapters = Annotated[list[Path], Option("--adapter", help="An adapter's directory. May be repeated: updates add.")]
-Out = Annotated[Path, Option(help="The directory to make; nothing may have that name.")]
+Out = Annotated[Path, Option(help="The directory to create; it must not exist.")]
 Scales = Annotated[list[float] | None, Option("--scale", help="Factor of the update, one for each `--adapter`.")]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16", "float64"] | None, Option(help="Cast every floating tensor.")
@@ -27,15 +28,16 @@ def merge(
     out: Out,
     scales: Scales = None,
     dtype: Dtype = None,
+    prefix: Prefix = None,
     as_json: AsJson = False,  # noqa: FBT002
 ) -> None:
     """Merge adapters into a model's checkpoint, without loading the model.
 
-    Goes through the safetensors files tensor by tensor and writes a new directory, with index, config, tokenizer and
-    other files carried over. The weights are, bit for bit, those of loading, merging and saving. The directory appears
-    when it is complete; after a kill, run the same command again.
+    Reads the safetensors files tensor by tensor and writes a new directory, with a copy of index, config, tokenizer and
+    other files. The weights are, bit for bit, those of loading, merging and saving. The directory appears when it is
+    complete; after a kill, run the same command again.
 
-    A model that bitsandbytes quantized comes out dense.
+    A model quantized by bitsandbytes is dequantized.
 
     **Examples**
 
@@ -54,6 +56,7 @@ def merge(
             dict(zip(adapters, scales, strict=True)),
             out,
             dtype=None if dtype is None else getattr(torch, dtype),
+            prefix=prefix,
             progress=progress,
         )
     show_json(report) if as_json else show(report)

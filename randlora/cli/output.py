@@ -1,4 +1,4 @@
-"""How commands speak: results on stdout, for people or as JSON; progress on stderr, and only where somebody looks."""
+"""Output of commands: results on stdout, as text or JSON; progress and errors on stderr."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from randlora.files.progress import Progress, no_progress
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
-WIDEST = 100_000  # a pipe has no edge, so nothing is cut or wrapped there
+WIDEST = 100_000  # the width of a pipe, where nothing is cut or wrapped
 
 
 def show(text: object) -> None:
-    """Print a result, line by line as it is."""
+    """Print a result as text."""
     typer.echo(str(text))
 
 
 def show_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table: the first column to the left, the others to the right, and nothing cut in a pipe.
+    """Print a table, with the first column left-aligned and the others right-aligned.
 
     Args:
-        headings: One for each column, or none at all.
+        headings: One for each column, or none.
         rows: The cells.
     """
     table = Table(box=None, pad_edge=False, header_style="bold", show_header=bool(headings))
@@ -50,7 +50,7 @@ def show_json(value: object) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Turn a result into what JSON holds: dataclasses into objects, paths and dtypes into text."""
+    """Return a result as JSON values: dataclasses as objects, paths and dtypes as strings."""
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
@@ -64,7 +64,7 @@ def plain(value: Any) -> Any:
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """Show how far a verb is, on a terminal; in a pipe and in a log show nothing."""
+    """Yield a callback that shows progress on a terminal, and nothing in a pipe or a log."""
     if not sys.stderr.isatty():
         yield no_progress
         return
@@ -75,5 +75,5 @@ def progress_bar() -> Iterator[Progress]:
 
 
 def complain(message: str) -> None:
-    """Print an error, on stderr."""
+    """Print an error on stderr."""
     Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print("error:", message, style=None)

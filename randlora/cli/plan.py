@@ -8,10 +8,9 @@ from typing import Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from randlora import files
 from randlora.cli.output import AsJson, plain, show, show_json, show_table
 from randlora.files.model_directory import read_model_directory
-from randlora.files.plan import TrainingMemory, training_memory
+from randlora.files.plan import TrainingMemory, plan_checkpoint, training_memory
 from randlora.report import as_bytes
 
 Model = Annotated[Path, Argument(help="Directory with `model.safetensors`, or with shards and their index.")]
@@ -19,10 +18,10 @@ Rank = Annotated[int, Option(help="Rank of one random basis; a smaller one train
 Targets = Annotated[list[str] | None, Option(help="A name of layers or modules, or `all-linear`. May be repeated.")]
 Regex = Annotated[str | None, Option(help="A regex that matches whole names, in place of `--targets`.")]
 Exclude = Annotated[list[str] | None, Option(help="A layer, or a module with the layers in it, to leave out.")]
-TrainAlso = Annotated[list[str] | None, Option(help="A module or parameter to be trained beside the adapter.")]
+TrainAlso = Annotated[list[str] | None, Option(help="A module or parameter to train with the adapter.")]
 Alpha = Annotated[float | None, Option(help="The update is scaled by alpha / r; 20 r unless given.")]
-Basis = Annotated[Literal["dense", "sparse", "very_sparse", "block"], Option(help="Kind of the random bases.")]
-Stream = Annotated[Literal["torch", "portable"] | None, Option(help="What they are drawn from.")]
+Basis = Annotated[Literal["dense", "sparse", "very_sparse", "block"], Option(help="Kind of random bases.")]
+Stream = Annotated[Literal["torch", "portable"] | None, Option(help="The stream of random numbers.")]
 Blocks = Annotated[tuple[int, int] | None, Option(help="Blocks of A and of B, for `--basis block`.")]
 Seed = Annotated[int, Option(help="Seed of the bases.")]
 
@@ -41,11 +40,11 @@ def plan(
     seed: Seed = 0,
     as_json: AsJson = False,  # noqa: FBT002
 ) -> None:
-    """Say what an adapter of a model would be: layers, counts, bytes, and the memory that training takes.
+    """Print what an adapter of a model would be: layers, counts, bytes, and the memory that training needs.
 
-    Builds the class that `config.json` names with transformers, without values, and reads the headers of the
-    safetensors files: no weights, and no code that came with them. Without `--targets` the layers that are usual for
-    the kind of model are taken.
+    Builds the class that `config.json` names with transformers, on the meta device, and reads the headers of the
+    safetensors files, but no weights, and runs no code that came with them. Without `--targets`, the usual layers of
+    this type of model are adapted.
 
     **Examples**
 
@@ -55,8 +54,9 @@ def plan(
 
     `randlora plan gpt2 --targets all-linear --basis block --json`
     """
-    report = files.plan(
-        model_dir,
+    checkpoint = read_model_directory(model_dir)
+    report = plan_checkpoint(
+        checkpoint,
         r,
         targets=_pattern(targets, targets_regex),
         exclude=exclude or None,
@@ -67,7 +67,7 @@ def plan(
         blocks=blocks,
         seed=seed,
     )
-    memory = training_memory(report, read_model_directory(model_dir))
+    memory = training_memory(report, checkpoint)
     if as_json:
         show_json({**plain(report), "share": report.share, "training_memory": {**plain(memory), "total": memory.total}})
         return

@@ -9,7 +9,7 @@ import typer
 from typer import Option
 
 from randlora import files
-from randlora.cli.arguments import AdapterDir
+from randlora.cli.arguments import AdapterDir, Prefix
 from randlora.cli.output import AsJson, plain, progress_bar, show, show_json
 
 FAILED = 1
@@ -17,11 +17,16 @@ FAILED = 1
 Base = Annotated[Path | None, Option(help="Check also that this model has every layer, in the shape of the adapter.")]
 
 
-def verify(adapter_dir: AdapterDir, base: Base = None, as_json: AsJson = False) -> None:  # noqa: FBT002
-    """Check an adapter: names, shapes, values, checksums, and that the bases come out as they were.
+def verify(
+    adapter_dir: AdapterDir,
+    base: Base = None,
+    prefix: Prefix = None,
+    as_json: AsJson = False,  # noqa: FBT002
+) -> None:
+    """Check an adapter: names, shapes, values, checksums, and that the bases are reproduced.
 
-    Of a base model headers are read, no weights. The exit code is 1 where a check failed. A file of PEFT's carries no
-    checksum, and what nothing can be held against is said to be not checked.
+    Of a base model only headers are read. The exit code is 1 if a check failed. PEFT stores no checksums: what cannot
+    be checked without them is reported as not checked.
 
     **Examples**
 
@@ -30,7 +35,7 @@ def verify(adapter_dir: AdapterDir, base: Base = None, as_json: AsJson = False) 
     `randlora verify my-adapter --base Llama-3-8B --json`
     """
     with progress_bar() as progress:
-        verification = files.verify(adapter_dir, base, progress=progress)
+        verification = files.verify(adapter_dir, base, prefix=prefix, progress=progress)
     if as_json:
         show_json({**plain(verification), "passed": verification.passed})
     else:

@@ -1,12 +1,11 @@
-"""Verbs on files: what can be done to checkpoints and adapters without a model in memory.
+"""Verbs on files: what can be done with checkpoints and adapters without a model in memory.
 
 Each verb is the command of its name: `plan`, `merge`, `inspect`, `verify`, `convert`.
 
-`model_directory` reads the headers of a checkpoint; `transformers_model` builds the model that its ``config.json``
-describes on the meta device, and `base_fit` finds an adapter's layers in the files. `quantized` sees a checkpoint of
-codes as the dense one that it stands for, `bnb_layout` finds the codes in it, and `codes` reads them. `tensor_file`
-reads and writes tensors as bytes, `companions` are the files beside them, `staging` lets a directory appear complete or
-not at all. `adapter` opens an adapter layer by layer, `low_rank` cuts its updates.
+`model_directory` reads the headers of a checkpoint, `transformers_model` builds the model that its ``config.json``
+describes on the meta device, and `base_fit` finds an adapter's layers in the files. `quantized` shows a quantized
+checkpoint as if it were not, and `bnb_layout` finds and reads the codes in it. `adapter` opens an adapter layer by
+layer, `changes` are what adapters do to a checkpoint, and `companions` are the files that a merge copies.
 """
 
 from randlora.files.convert import convert

@@ -1,4 +1,4 @@
-"""An adapter on disk with the shapes of its layers, so that every update can be computed one after the other."""
+"""An adapter on disk with its bases, ready to compute updates layer by layer."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from randlora.bases.bank import BasisBank
 from randlora.bases.basis import Basis
+from randlora.bases.spec import sliced_dims
 from randlora.checkpoint.bases import file_basis
 from randlora.checkpoint.fit import misfits
-from randlora.checkpoint.layout import master_copy
+from randlora.checkpoint.format import master
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.errors import CheckpointError, raise_collected
-from randlora.files.base_fit import fit_base, open_base
-from randlora.files.model_directory import read_model_directory
-from randlora.functional import Diagonals, delta_weight
+from randlora.files.base_fit import Base, BaseFit, fit_base, open_base
+from randlora.layers.update import Update, sum_updates
 from randlora.targets.site import Shapes
 
 
@@ -26,10 +26,10 @@ class OpenAdapter:
     """An adapter's files, checked, with its bases.
 
     Attributes:
-        directory: Where the files are.
-        file: What they hold.
-        shapes: ``(out_features, in_features)`` by target; ``None`` where nothing says them: PEFT does not write them.
-        basis: Its bases; ``None`` where neither the file holds them nor the shapes say what to draw.
+        directory: The directory.
+        file: Its contents.
+        shapes: ``(out_features, in_features)`` by target; ``None`` if not known, because PEFT does not store them.
+        basis: The bases; ``None`` if the file does not hold them and the shapes needed to draw them are not known.
     """
 
     directory: Path
@@ -37,36 +37,43 @@ class OpenAdapter:
     shapes: Shapes | None
     basis: Basis | None
 
-    @torch.no_grad()
-    def delta_weight(self, fqn: str) -> Tensor:
-        """Compute the update of one layer.
-
-        Returns:
-            ``(out_features, in_features)``, float32, or float64 where Λ is.
+    def update(self, fqn: str, factor: float = 1.0) -> Update:
+        """Return the update of one layer, times a factor, as factors.
 
         Raises:
-            CheckpointError: When the shapes are not known, or the update is not finite.
+            CheckpointError: If the shapes are not known.
         """
-        shapes, basis = self.require_shapes()
-        out_features, in_features = shapes[fqn]
-        lam, gamma = (master_copy(part, "cpu") for part in self.file.values[fqn])
-        sides = max(out_features, in_features), min(out_features, in_features)
-        pair = basis.pair(*sides, device=torch.device("cpu"), dtype=lam.dtype)
-        update = delta_weight(pair, Diagonals(lam, gamma, self.file.config.scaling), in_features=in_features)
-        if not all(bound.isfinite() for bound in update.aminmax()):
-            raise CheckpointError(f"the update of {fqn} is too large for {update.dtype}: its Λ and Γ are damaged")
-        return update
+        _, basis = self.require_shapes()
+        lam, gamma = (master(part, "cpu", copy=True) for part in self.file.values[fqn])
+        return Update(basis, lam, gamma, self.file.config.scaling * factor)
+
+    @torch.no_grad()
+    def delta_weight(self, fqn: str) -> Tensor:
+        """Return the update of one layer.
+
+        Returns:
+            ``(out_features, in_features)``, float32, or float64 if Λ has that dtype.
+
+        Raises:
+            CheckpointError: If the shapes are not known, or the update is not finite.
+        """
+        shapes, _ = self.require_shapes()
+        update = self.update(fqn)
+        delta = sum_updates([update], shapes[fqn], device=torch.device("cpu"), dtype=update.lam.dtype)
+        if not all(bound.isfinite() for bound in delta.aminmax()):
+            raise CheckpointError(f"the update of {fqn} is too large for {delta.dtype}: its Λ and Γ are damaged")
+        return delta
 
     def require_shapes(self) -> tuple[Shapes, Basis]:
         """Return the shapes and the bases.
 
         Raises:
-            CheckpointError: When nothing says them.
+            CheckpointError: If they are not known.
         """
         if self.shapes is None or self.basis is None:
             named = self.file.fields.get("base_model_name_or_path")
             raise CheckpointError(
-                f"{str(self.directory)!r} was written by PEFT, which says the smaller side of each layer only: "
+                f"{str(self.directory)!r} was written by PEFT, which stores only the smaller dim of each layer: "
                 f"give the directory of its base model too{f', {named!r}' if named else ''}"
             )
         return self.shapes, self.basis
@@ -76,23 +83,42 @@ def open_adapter(directory: Path, base: Path | None = None) -> OpenAdapter:
     """Read and check an adapter, and draw or take its bases.
 
     Args:
-        directory: What `randlora.save` or PEFT's ``save_pretrained`` wrote.
-        base: The base model's directory, of which only headers are read. Only for a file that PEFT wrote is it needed.
+        directory: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote.
+        base: The base model's directory, of which only headers are read. Needed only for files that PEFT wrote.
 
     Raises:
-        CheckpointError: When a file is damaged or foreign, the bases do not come out as they were, or the adapter does
-            not fit the base.
+        CheckpointError: If a file is damaged or of another kind, the bases are not reproduced, or the adapter does not
+            fit the base.
     """
     file = read_adapter(directory)
-    shapes = known_shapes(file) if base is None else fit_base(open_base(read_model_directory(base)), file).shapes
+    shapes = known_shapes(file) if base is None else fit_base(open_base(base), file).shapes
     return OpenAdapter(directory, file, shapes, adapter_basis(file, shapes))
 
 
-def known_shapes(file: AdapterFile) -> Shapes | None:
-    """Return the layers' shapes where the file says them, which PEFT's do not.
+def open_fitted(directory: Path, base: Base, prefix: str | None, bank: BasisBank) -> tuple[OpenAdapter, BaseFit]:
+    """Read an adapter, fit it to a base model, and add its bases to a bank.
+
+    Args:
+        directory: The adapter's directory.
+        base: The base model.
+        prefix: The prefix by which their names differ, as in `randlora.load`.
+        bank: Bases of adapters of the same base model, which are shared.
 
     Raises:
-        CheckpointError: When its tensors have other shapes.
+        CheckpointError: As `open_adapter`.
+    """
+    fit = fit_base(base, read_adapter(directory), prefix)
+    basis = file_basis(fit.file, fit.shapes, bank)
+    basis.extend(*sliced_dims(fit.shapes.values()))
+    bank.add(basis)
+    return OpenAdapter(directory, fit.file, fit.shapes, basis), fit
+
+
+def known_shapes(file: AdapterFile) -> Shapes | None:
+    """Return the layers' shapes if the file has them, which those of PEFT do not.
+
+    Raises:
+        CheckpointError: If its tensors have other shapes.
     """
     if file.header is None:
         return None
@@ -107,10 +133,13 @@ def known_shapes(file: AdapterFile) -> Shapes | None:
 
 
 def adapter_basis(file: AdapterFile, shapes: Shapes | None) -> Basis | None:
-    """Draw the bases and check them, or take those in the file; ``None`` where there is too little to draw from.
+    """Draw the bases and check them, or take those in the file.
+
+    Returns:
+        The bases; ``None`` if the file does not hold them and the shapes are not known.
 
     Raises:
-        CheckpointError: When they are not those that the adapter was trained with.
+        CheckpointError: If they are not those that the adapter was trained with.
     """
     if shapes is None:
         if file.bases is None:

@@ -1,22 +1,23 @@
 """How an adapter fits a base model on disk: which tensors hold its layers, and in which layout.
 
-Where transformers has the model's class, names are mapped as ``from_pretrained`` maps them. Elsewhere the tensors must
-have the names that the adapter gives its layers, but for a prefix that all of them have or lack.
+If transformers has the model's class, the adapter must fit that class, as in `randlora.load`, and names are mapped to
+tensors as ``from_pretrained`` maps them. Otherwise the tensors must have the names of the adapter's layers.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
-from randlora.checkpoint.fit import misfits, named_sites, other_prefix, trained_misfits
+from randlora.checkpoint.fit import misfits, named_sites, prefix_problems, trained_misfits, with_prefix
 from randlora.checkpoint.read import AdapterFile
-from randlora.checkpoint.tensors_file import Entry
+from randlora.disk.tensor_file import Entry
 from randlora.errors import CheckpointError, raise_collected
-from randlora.files.model_directory import ModelDirectory
+from randlora.files.model_directory import ModelDirectory, read_model_directory
 from randlora.files.quantized import DenseView, as_dense
 from randlora.files.transformers_model import Conversion, TransformersModel, build_model
 from randlora.layers.conv1d import Conv1DAdapter
@@ -29,22 +30,24 @@ class Base(NamedTuple):
     """A base model on disk.
 
     Attributes:
-        dense: Its checkpoint, as the dense one that it stands for.
-        model: Its class on the meta device; or why there is none.
+        directory: Its checkpoint.
+        dense: The checkpoint as if it were not quantized.
+        model: Its class on the meta device, or why there is none.
     """
 
+    directory: ModelDirectory
     dense: DenseView
     model: TransformersModel | str
 
 
 class Slot(NamedTuple):
-    """Where a base keeps a weight that an adapter goes on.
+    """Where a base model stores an adapted weight.
 
     Attributes:
-        names: Names of the tensors that hold it; several where files hold a shared weight several times.
+        names: Names of the tensors that hold it; several if files hold a shared weight several times.
         shape: ``(out_features, in_features)``.
-        in_storage_layout: Turns an update, ``(out_features, in_features)``, into the layout of the tensors.
-        fused: The weight's FQN in the model and how it is split off, where it is a part of the tensor.
+        in_storage_layout: Converts an update, ``(out_features, in_features)``, to the layout of the tensors.
+        fused: The weight's FQN in the model and how it is split off, if it is a part of the tensor.
     """
 
     names: tuple[str, ...]
@@ -53,85 +56,92 @@ class Slot(NamedTuple):
     fused: tuple[str, Conversion] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BaseFit:
     """How an adapter fits a base model.
 
     Attributes:
-        slots: Its weights, by the names that the adapter gives them.
-        trained: Names of the tensors that a parameter trained beside the adapter replaces, by the adapter's name of it;
-            none where the base lacks it.
-        renamed: A layer by the adapter's name and by the model's, where they differ.
+        file: The adapter, under the names that the base model has for its layers.
+        slots: Where its weights are, by FQN.
+        trained: Names of the tensors that hold each parameter trained with the adapter, by FQN; none if the files lack
+            a parameter of the model's class, such as a new head.
     """
 
+    file: AdapterFile
     slots: Mapping[str, Slot]
-    trained: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    renamed: tuple[str, str] | None = None
+    trained: Mapping[str, tuple[str, ...]]
 
     @property
     def shapes(self) -> Shapes:
-        """``(out_features, in_features)`` by the adapter's names."""
+        """``(out_features, in_features)`` by FQN."""
         return {fqn: slot.shape for fqn, slot in self.slots.items()}
 
     @property
     def absent(self) -> tuple[str, ...]:
-        """What was trained beside the adapter that the base lacks."""
+        """Parameters trained with the adapter that the files lack."""
         return tuple(fqn for fqn, names in self.trained.items() if not names)
 
 
-def open_base(directory: ModelDirectory) -> Base:
-    """Look at a checkpoint as a dense one, with its class where transformers has it.
+def open_base(directory: str | os.PathLike[str]) -> Base:
+    """Read the headers of a model's checkpoint, and build its class if transformers has it.
 
     Raises:
-        CheckpointError: When it is quantized in a way that cannot be read.
+        CheckpointError: If the directory holds no checkpoint that can be read.
     """
-    model = build_model(directory)
-    return Base(as_dense(directory, model), model)
+    checkpoint = read_model_directory(directory)
+    model = build_model(checkpoint)
+    return Base(checkpoint, as_dense(checkpoint, model), model)
 
 
-def fit_base(base: Base, file: AdapterFile) -> BaseFit:
-    """Hold an adapter against a base model, of which headers alone are read.
+def fit_base(base: Base, file: AdapterFile, prefix: str | None = None) -> BaseFit:
+    """Return how an adapter fits a base model, of which only headers are read.
+
+    Args:
+        base: The base model.
+        file: The adapter.
+        prefix: The prefix by which their names differ, as in `randlora.load`.
 
     Raises:
-        CheckpointError: When a layer is missing or something has another shape; all such things are named at once. A
-            parameter trained beside the adapter may be missing: a new head is in no base.
+        CheckpointError: If a layer or a parameter is missing or has another shape. All problems are named.
     """
     entries = base.dense.directory.entries
     fit, problems = (
-        _fit_names(base.model, file, entries) if isinstance(base.model, str) else _fit_model(base.model, file, entries)
+        _fit_names(base.model, with_prefix(file, prefix, _layer_names(entries)), entries)
+        if isinstance(base.model, str)
+        else _fit_model(base.model, file, prefix, entries)
     )
-    own = {fqn: entries[names[0]] for fqn, names in fit.trained.items() if names}
-    problems += [*misfits(file, fit.shapes), *trained_misfits(own, file.trained)]
-    raise_collected(CheckpointError, problems, doing=f"fit the adapter to {str(base.dense.directory.path)!r}")
+    own: dict[str, Tensor | Entry] = {fqn: entries[names[0]] for fqn, names in fit.trained.items() if names}
+    if isinstance(base.model, TransformersModel):  # it has parameters of its own that the files may lack, as a new head
+        own = {held.fqn: held.parameter for held in base.model.census.parameters} | own
+    problems += [*misfits(fit.file, fit.shapes), *trained_misfits(own, fit.file.trained)]
+    raise_collected(CheckpointError, problems, doing=f"fit the adapter to {str(base.directory.path)!r}")
     return fit
 
 
-def _fit_model(model: TransformersModel, file: AdapterFile, entries: Mapping[str, Entry]) -> tuple[BaseFit, list[str]]:
-    """Find an adapter's weights in a model, under its names or under others that ``from_pretrained`` maps to them."""
-    known = {visit.fqn for visit in model.census.candidates}
-    other = {fqn: name for fqn in file.values if fqn not in known and (name := model.layer_fqn(fqn)) in known}
-    own = {other.get(fqn, fqn): fqn for fqn in file.values}
-    found = named_sites(model.census, own if len(own) == len(file.values) else file.values)
-    problems = obstacles(model.census, found, file.config.dropout)
+def _fit_model(
+    model: TransformersModel, file: AdapterFile, prefix: str | None, entries: Mapping[str, Entry]
+) -> tuple[BaseFit, list[str]]:
+    """Find the tensors of the weights that an adapter names in a model."""
+    file = with_prefix(file, prefix, {visit.fqn for visit in model.census.candidates})
+    sites = named_sites(model.census, file.values)
+    problems = obstacles(model.census, sites, file.config.dropout)
     slots = {}
-    fqns = {id(held.parameter): held.fqn for held in reversed(model.census.parameters)}  # of a tied one the first
-    for site in found:
+    fqns = {id(held.parameter): held.fqn for held in reversed(model.census.parameters)}  # the first of a tied one
+    for site in sites:
         layout = site.layer_class.in_storage_layout
         fqn = fqns[id(site.weight)]
         conversion = model.conversions.get(fqn)
         if names := model.names_of(site.weight):
-            slots[own[site.fqn]] = Slot(names, _shape(site, entries[names[0]]), layout)
+            slots[site.fqn] = Slot(names, _shape(site, entries[names[0]]), layout)
         elif conversion is None:
             problems.append(f"the model has no layer {site.fqn} in its files")
         elif len(conversion.sources) == 1:
-            slots[own[site.fqn]] = Slot((*conversion.sources,), site.shape, layout, (fqn, conversion))
+            slots[site.fqn] = Slot((*conversion.sources,), site.shape, layout, (fqn, conversion))
         else:
             parts = ", ".join(conversion.sources)
             problems.append(f"{site.fqn} is made of {parts} when it is loaded: load the model and merge in memory")
-    parameters = model.names_by_fqn
-    trained = {fqn: fqn if fqn in parameters else model.parameter_fqn(fqn) for fqn in file.trained}
-    stored = {name: parameters.get(fqn, ()) for name, fqn in trained.items()}
-    return BaseFit(slots, stored, next(iter(other.items()), None)), problems
+    names_by_fqn = model.names_by_fqn
+    return BaseFit(file, slots, {fqn: names_by_fqn.get(fqn, ()) for fqn in file.trained}), problems
 
 
 def _shape(site: Site, entry: Entry) -> tuple[int, int]:
@@ -142,13 +152,16 @@ def _shape(site: Site, entry: Entry) -> tuple[int, int]:
     return (entry.shape[1], entry.shape[0]) if is_transposed else (entry.shape[0], entry.shape[1])
 
 
+def _layer_names(entries: Mapping[str, Entry]) -> set[str]:
+    return {*entries, *(name.removesuffix(".weight") for name in entries)}
+
+
 def _fit_names(reason: str, file: AdapterFile, entries: Mapping[str, Entry]) -> tuple[BaseFit, list[str]]:
-    """Find an adapter's weights by the names of tensors, and their layout by what the adapter says of it."""
-    dropped, added = other_prefix([f"{fqn}.weight" for fqn in file.values], entries)
-    names = {fqn: added + fqn.removeprefix(dropped) for fqn in (*file.values, *file.trained)}
-    slots, problems = {}, []
-    for fqn in file.values:
-        name = next((name for name in (f"{names[fqn]}.weight", names[fqn]) if name in entries), None)
+    """Find an adapter's weights by the names of tensors; their layout is that which the adapter's shapes imply."""
+    slots: dict[str, Slot] = {}
+    problems = prefix_problems([*file.values], _layer_names(entries))
+    for fqn in [] if problems else file.values:
+        name = next((name for name in (f"{fqn}.weight", fqn) if name in entries), None)
         if name is None:
             problems.append(f"the model has no layer {fqn} under this name ({reason})")
         elif len(entries[name].shape) != 2:
@@ -159,13 +172,11 @@ def _fit_names(reason: str, file: AdapterFile, entries: Mapping[str, Entry]) -> 
     if Conv1DAdapter.in_storage_layout in layouts and not file.fields.get("fan_in_fan_out"):
         square = [fqn for fqn, slot in slots.items() if slot.shape[0] == slot.shape[1]]
         problems += [f"{fqn} is square, and may be stored transposed or not ({reason})" for fqn in square]
-    trained = {fqn: (names[fqn],) if names[fqn] in entries else () for fqn in file.trained}
-    renamed = next(((fqn, names[fqn]) for fqn in file.values if names[fqn] != fqn), None)
-    return BaseFit(slots, trained, renamed), problems
+    return BaseFit(file, slots, {fqn: (fqn,) if fqn in entries else () for fqn in file.trained}), problems
 
 
 def _slot(file: AdapterFile, fqn: str, entry: Entry) -> Slot:
-    """Return where a matrix is stored and how: transposed or not by its shape, or by ``fan_in_fan_out`` if square."""
+    """Return where a matrix is stored and whether transposed: by its shape or, if square, by ``fan_in_fan_out``."""
     rows, columns = entry.shape
     is_transposed = bool(file.fields.get("fan_in_fan_out"))
     if file.header is not None and rows != columns:

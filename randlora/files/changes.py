@@ -1,4 +1,4 @@
-"""What adapters make of a checkpoint's tensors: which are merged into, and which are replaced.
+"""The changes that adapters make to a checkpoint: the tensors merged into, and those replaced.
 
 The arithmetic is that of `randlora.merge`, update by update.
 """
@@ -6,7 +6,6 @@ The arithmetic is that of `randlora.merge`, update by update.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,15 +13,11 @@ import torch
 from torch import Tensor
 
 from randlora.bases.bank import BasisBank
-from randlora.bases.spec import sliced_dims
-from randlora.checkpoint.bases import file_basis
-from randlora.checkpoint.layout import master_copy
-from randlora.checkpoint.read import AdapterFile, read_adapter
-from randlora.checkpoint.tensors_file import Entry
-from randlora.errors import CheckpointError, MergeError, raise_collected
-from randlora.files.base_fit import Base, BaseFit, Slot, fit_base
+from randlora.disk.tensor_file import Entry, read_pieces
+from randlora.errors import CheckpointError, MergeError
+from randlora.files.adapter import open_fitted
+from randlora.files.base_fit import Base, Slot
 from randlora.files.quantized import DenseView
-from randlora.files.tensor_file import read_pieces
 from randlora.files.transformers_model import Conversion
 from randlora.layers.update import Update, folded, sum_updates
 from randlora.model.merge import require_finite
@@ -34,8 +29,8 @@ class Merging:
 
     Attributes:
         fqn: Its layer's name.
-        slot: Where the checkpoint keeps it.
-        updates: The adapters' updates, in the order in which they are summed.
+        slot: Where the checkpoint stores it.
+        updates: The adapters' updates, in the order of addition.
     """
 
     fqn: str
@@ -47,7 +42,7 @@ class Merging:
         """Return the merged weight, in the dtype and layout of ``weight``.
 
         Raises:
-            MergeError: When it would not be finite.
+            MergeError: If it is not finite.
         """
         dtype = torch.promote_types(weight.dtype, torch.float32)
         delta = sum_updates(self.updates, self.slot.shape, device=weight.device, dtype=dtype)
@@ -56,11 +51,11 @@ class Merging:
 
 @dataclass(frozen=True, eq=False)
 class FusedMerging:
-    """A tensor of which adapters are merged into parts, which are weights of their own in the model.
+    """A tensor with adapters merged into parts of it, which are separate weights in the model.
 
     Attributes:
-        conversion: How the parts are split off and joined.
-        parts: Those that are merged into, by FQN.
+        conversion: Splits the tensor into parts and joins them.
+        parts: The parts merged into, by FQN.
     """
 
     conversion: Conversion
@@ -79,30 +74,28 @@ class FusedMerging:
 
 @dataclass(frozen=True, eq=False)
 class Changes:
-    """What adapters change in a checkpoint, by the names of its tensors.
+    """The changes to a checkpoint, by the names of its tensors.
 
     Attributes:
-        merged: Weights that are merged into.
-        replaced: Tensors with a version trained beside an adapter, which is that adapter's.
+        merged: Weights merged into.
+        replaced: The values of tensors that were trained with an adapter.
         base: The checkpoint.
-        notes: What the user should know.
     """
 
     merged: dict[str, Merging | FusedMerging]
     replaced: dict[str, Tensor]
     base: DenseView
-    notes: tuple[str, ...] = ()
 
     def pieces(self, entry: Entry, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Go through the parts of what becomes of a tensor, reading it as they are asked for.
+        """Yield the new values of a tensor in pieces, reading it as they are needed.
 
         Args:
             entry: A tensor of the checkpoint.
-            dtype: What it shall be in. It is computed in the wider of this and its own, from codes in float32 at least,
-                then rounded once.
+            dtype: The dtype of the result. It is computed in the wider of this and the tensor's, or float32 at least if
+                the tensor is quantized, and rounded once.
 
         Raises:
-            MergeError: When a value would not be finite, but for those that were not before.
+            MergeError: If a value is not finite that was before.
         """
         is_coded = entry.name in self.base.codes
         wide = torch.promote_types(torch.float32 if is_coded else entry.dtype, dtype)
@@ -118,48 +111,51 @@ class Changes:
             yield from (_cast(entry.name, piece, dtype) for piece in read_pieces(entry))
 
 
-def find_changes(base: Base, adapters: Mapping[Path, float]) -> Changes:
-    """Read adapters, fit them to a checkpoint, draw their bases, and say which tensors they change.
+def find_changes(base: Base, adapters: Mapping[Path, float], prefix: str | None = None) -> Changes:
+    """Read adapters, fit them to a checkpoint, draw their bases, and return which tensors they change.
 
     Args:
         base: The checkpoint.
         adapters: Directories of adapters and the factors of their updates.
+        prefix: The prefix by which their names differ from the checkpoint's, as in `randlora.load`.
 
     Raises:
-        CheckpointError: When an adapter or its bases cannot be had, or it does not fit the checkpoint, or two of them
-            trained the same parameter beside them.
+        CheckpointError: If an adapter or its bases cannot be read, or do not fit the checkpoint, or two of the adapters
+            trained the same parameter.
     """
     bank = BasisBank()
     merged: dict[str, Merging | FusedMerging] = {}
     replaced: dict[str, Tensor] = {}
-    notes = []
     for path, factor in adapters.items():
-        with _about(path):
-            file = read_adapter(path)
-            fit = fit_base(base, file)
-            _require_room(file, fit, replaced)
-            basis = file_basis(file, fit.shapes, bank)
-        basis.extend(*sliced_dims(fit.shapes.values()))
-        bank.add(basis)
+        try:
+            adapter, fit = open_fitted(path, base, prefix, bank)
+        except CheckpointError as error:
+            raise CheckpointError(f"cannot merge {str(path)!r}: {error}") from error
+        if fit.absent:
+            raise CheckpointError(
+                f"cannot merge {str(path)!r}: the model's files lack {', '.join(fit.absent)}, which was trained: "
+                "load the model and merge in memory"
+            )
+        if taken := [fqn for fqn, names in fit.trained.items() if replaced.keys() & set(names)]:
+            raise CheckpointError(
+                f"cannot merge {str(path)!r}: an adapter before it trained {', '.join(taken)} too, and the model has "
+                "room for one"
+            )
         for fqn, slot in fit.slots.items():
-            lam, gamma = (master_copy(part, "cpu") for part in file.values[fqn])
-            update = Update(basis, lam, gamma, file.config.scaling * factor)
+            update = adapter.update(fqn, factor)
             for name in slot.names:
                 _merging(merged, name, fqn, slot).updates.append(update)
-        replaced |= {name: file.trained[fqn] for fqn, names in fit.trained.items() for name in names}
-        if fit.renamed:
-            notes.append(f"{path} was trained under other names: its {fit.renamed[0]} is {fit.renamed[1]} here")
+        replaced |= {name: fit.file.trained[fqn] for fqn, names in fit.trained.items() for name in names}
     in_order = base.dense.directory.entries
     return Changes(
         {name: merged[name] for name in in_order if name in merged},
         {name: replaced[name] for name in in_order if name in replaced},
         base.dense,
-        tuple(notes),
     )
 
 
 def _merging(merged: dict[str, Merging | FusedMerging], name: str, fqn: str, slot: Slot) -> Merging:
-    """Return what is merged into a tensor or a part of it so far, made where there is nothing yet."""
+    """Return the merging of a tensor or of a part of it, created if there is none yet."""
     if slot.fused is None:
         found = merged.setdefault(name, Merging(fqn, slot))
         assert isinstance(found, Merging), "a tensor is fused for every adapter or for none"
@@ -170,14 +166,6 @@ def _merging(merged: dict[str, Merging | FusedMerging], name: str, fqn: str, slo
     return fused.parts.setdefault(part, Merging(fqn, slot))
 
 
-def _require_room(file: AdapterFile, fit: BaseFit, replaced: Mapping[str, Tensor]) -> None:
-    """Refuse parameters trained beside an adapter that the checkpoint lacks, or that another adapter brought."""
-    problems = [f"the model has no parameter {fqn}, which the file holds beside the adapter" for fqn in fit.absent]
-    if taken := [fqn for fqn in file.trained if set(fit.trained[fqn]) & replaced.keys()]:
-        problems.append(f"an adapter before it trained {', '.join(taken)} too, and the model has room for one")
-    raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
-
-
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dtype == dtype:
         return tensor
@@ -185,12 +173,3 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not torch.equal(torch.isfinite(converted), torch.isfinite(tensor)):
         raise MergeError(f"{name} has values too large for {dtype}: choose a wider dtype")
     return converted
-
-
-@contextmanager
-def _about(path: Path) -> Iterator[None]:
-    """Name the adapter in errors about it."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"cannot merge {str(path)!r}: {error}") from error

@@ -1,4 +1,4 @@
-"""The files beside a checkpoint's weights: config, tokenizer, whatever a model needs and an adapter does not change."""
+"""The files of a model's directory that hold no weights: config, tokenizer and others, which a merge copies."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from randlora.checkpoint.layout import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from randlora.checkpoint.write import flush
+from randlora.checkpoint.format import CONFIG_FILE
+from randlora.disk.replace import flush
 from randlora.files.model_directory import INDEX_FILE, ModelDirectory
 
 WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data"),
     *(".ot", ".tflite", ".npz", ".mlmodel", ".pkl", ".index.json"),
 )
-"""Ends of names of files with weights, or of their indexes."""
+"""Ends of the names of files with weights, or of their indexes."""
 
 ADAPTER_PREFIX = "adapter_"
 DTYPE_FIELDS = frozenset({"dtype", "torch_dtype"})
@@ -28,11 +28,11 @@ DTYPE_FIELDS = frozenset({"dtype", "torch_dtype"})
 
 @dataclass(frozen=True)
 class Companions:
-    """What stands beside the weights, as paths inside the directory.
+    """The files of a model's directory other than its checkpoint, as paths inside the directory.
 
     Attributes:
-        carried: Files to go along.
-        left_out: Weights in other forms, which would not be the merged ones.
+        carried: Files to copy.
+        left_out: Weights in other formats, which are not merged.
     """
 
     carried: tuple[Path, ...]
@@ -40,9 +40,9 @@ class Companions:
 
 
 def find_companions(directory: ModelDirectory) -> Companions:
-    """Find the files of a model's directory that are no part of its checkpoint.
+    """Return the files of a model's directory that are not part of its checkpoint.
 
-    Hidden files, and adapters kept in the directory, are passed over.
+    Hidden files and adapters in the directory are ignored.
     """
     own = {shard.path for shard in directory.shards} | {directory.path / INDEX_FILE}
     carried: list[Path] = []
@@ -55,7 +55,7 @@ def find_companions(directory: ModelDirectory) -> Companions:
 
 
 def copy_companion(source: Path, destination: Path) -> None:
-    """Copy one file, and make sure that it is on the disk."""
+    """Copy one file and flush it to disk."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, destination)
     flush(destination)
@@ -64,7 +64,7 @@ def copy_companion(source: Path, destination: Path) -> None:
 def copy_config(
     source: Path, destination: Path, dtype: torch.dtype | None, without: Collection[str] = frozenset()
 ) -> None:
-    """Copy ``config.json``, with another dtype where one is given, and without some of its fields."""
+    """Copy ``config.json``, with another dtype if one is given, and without some of its fields."""
     if dtype is None and not without:
         copy_companion(source, destination)
         return
@@ -75,13 +75,13 @@ def copy_config(
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a JSON file as transformers does, and make sure that it is on the disk."""
+    """Write a JSON file as transformers does and flush it to disk."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     flush(path)
 
 
 def _with_dtype(config: Any, dtype: torch.dtype) -> Any:
-    """Put a dtype where a config, or one inside it, says the model's."""
+    """Return a config with another dtype in its fields and in those of configs inside it."""
     if not isinstance(config, dict):
         return config
     name = str(dtype).removeprefix("torch.")
@@ -93,7 +93,7 @@ def _with_dtype(config: Any, dtype: torch.dtype) -> Any:
 
 def _files(root: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(root):
-        is_adapter = folder != os.fspath(root) and ADAPTER_CONFIG_FILE in names
+        is_adapter = folder != os.fspath(root) and CONFIG_FILE in names
         folders[:] = [] if is_adapter else sorted(name for name in folders if not name.startswith("."))
         if not is_adapter:
             yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))

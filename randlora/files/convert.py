@@ -1,4 +1,4 @@
-"""`convert`: an adapter on disk written anew for another reader: this library, PEFT, or whatever knows LoRA."""
+"""`randlora.files.convert`: writing an adapter for this library, for PEFT, or as a LoRA."""
 
 from __future__ import annotations
 
@@ -12,22 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from randlora.bases.spec import count_bases
-from randlora.checkpoint.contents import describe, file_writers, peft_can_draw, stored_bases
-from randlora.checkpoint.header import Header
-from randlora.checkpoint.layout import (
-    GAMMA_SUFFIX,
-    LAMBDA_SUFFIX,
-    MODEL_PREFIX,
+from randlora.checkpoint.format import (
     TOP_BASIS_A,
     TOP_BASIS_B,
-    master_copy,
-    trained_key,
+    Header,
+    adapter_tensors,
+    file_writers,
+    stored_bases,
 )
 from randlora.checkpoint.peft_config import STREAM_FIELD, option_fields
 from randlora.config import is_integer
+from randlora.disk.replace import scratch_directory, write_files
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.adapter import OpenAdapter, open_adapter
-from randlora.files.output import check_output, scratch_near, write_output
 from randlora.files.progress import Progress, no_progress
 from randlora.files.to_lora import Lora, LoraLayer, to_lora
 from randlora.report import as_bytes, table
@@ -37,15 +34,15 @@ Format = Literal["peft", "native", "lora"]
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What `randlora.files.convert` wrote; prints with the errors of a LoRA.
+    """The report of `randlora.files.convert`; prints with the errors of a LoRA.
 
     Attributes:
-        source: The adapter that was read.
-        out: The directory that was written.
+        source: The directory of the adapter.
+        out: The directory written.
         to: The format.
-        nbytes: Bytes of its files.
-        layers: For a LoRA, how each layer was converted; the other formats lose nothing.
-        notes: What else the user should know.
+        nbytes: Size of the files written, in bytes.
+        layers: For a LoRA, how each layer was converted; the other formats are exact.
+        notes: Other notes for the user.
     """
 
     source: Path
@@ -57,13 +54,13 @@ class ConversionReport:
 
     @property
     def relative_error(self) -> float:
-        """The error of all layers together: ``sqrt(Σ ‖ΔW - LoRA‖² / Σ ‖ΔW‖²)``; 0 where nothing was lost."""
+        """The error of all layers together: ``sqrt(Σ ‖ΔW - LoRA‖² / Σ ‖ΔW‖²)``; 0 for exact formats."""
         whole = sum(layer.norm**2 for layer in self.layers)
         lost = sum((layer.relative_error * layer.norm) ** 2 for layer in self.layers)
         return float((lost / whole) ** 0.5) if whole else 0.0
 
     def __str__(self) -> str:
-        """Lay it out: a table of layers for a LoRA, then what was written."""
+        """Return a table of layers for a LoRA, and what was written."""
         lines = []
         if self.layers:
             rows = [
@@ -88,44 +85,48 @@ def convert(
 ) -> ConversionReport:
     """Write an adapter in another format, to another directory.
 
-    ``"peft"`` is what PEFT 0.21.2 loads: with the bases in the file wherever PEFT would draw others. ``"native"`` has
-    this library's header with its checksums, and the bases in the file only where no seed brings them back. ``"lora"``
-    is a PEFT LoRA, which other servers read too: every layer's update cut to a low rank, which loses something; nothing
-    is written where a layer loses more than the tolerance.
+    ``"peft"`` can be loaded by PEFT 0.21.2: the file holds the bases if PEFT would draw others. ``"native"`` has this
+    library's header with its checksums, and the bases only if no seed reproduces them. ``"lora"`` is a PEFT LoRA, which
+    other servers read too: a low-rank approximation of every layer's update. Nothing is written if the error of a layer
+    exceeds the tolerance.
 
     Args:
-        directory: What `randlora.save` or PEFT's ``save_pretrained`` wrote; it is not touched.
-        out: Where to write; another directory.
+        directory: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote; it does not change.
+        out: Another directory, to write to.
         to: The format.
-        rank: For ``"lora"``, the rank of every layer; ``None`` for the smallest one of each layer within the tolerance.
-        tolerance: For ``"lora"``, the largest relative error accepted of a layer's update, in the Frobenius norm;
+        rank: For ``"lora"``, the rank of every layer; ``None`` for the smallest of each layer within the tolerance.
+        tolerance: For ``"lora"``, the largest accepted relative error of a layer's update, in the Frobenius norm;
             ``None`` means 0.05. 1 accepts anything.
-        base: The directory of the base model, whose headers say the layers' shapes. A file of PEFT's lacks them, and
-            becomes ``"native"`` or ``"lora"`` only with it.
-        overwrite: Write over an adapter in ``out``.
-        progress: Told of every layer.
+        base: The directory of the base model, whose headers give the layers' shapes. PEFT does not store them, so its
+            files need it for ``"native"`` and ``"lora"``.
+        overwrite: Whether to replace an adapter in ``out``.
+        progress: Called for every layer.
 
     Returns:
-        What was written, with the error of every layer.
+        A report, with the error of every layer.
 
     Raises:
-        ConfigError: For options that cannot work, and for a LoRA that would lose more than the tolerance.
-        CheckpointError: When the adapter cannot be read or does not fit the base, or ``out`` is taken.
-        OSError: When the disk refuses. Nothing is left half written.
+        ConfigError: For invalid options, or if the error of a LoRA exceeds the tolerance.
+        CheckpointError: If the adapter cannot be read or does not fit the base, or ``out`` is not empty.
+        OSError: If the disk refuses. Nothing is left half written.
     """
     source, target = Path(directory), Path(out)
     raise_collected(ConfigError, _option_problems(to, rank, tolerance), doing="convert")
     if source.resolve() in (target.resolve(), *target.resolve().parents):
-        raise CheckpointError(f"cannot convert {str(source)!r} into itself: the input is never touched")
-    check_output(target, overwrite=overwrite)
+        raise CheckpointError(f"cannot convert {str(source)!r} into itself: choose another directory")
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file: expected the name of a directory to write to")
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        raise CheckpointError(f"{target} exists and is not empty: choose another name, or ask for overwriting")
     adapter = open_adapter(source, None if base is None else Path(base))
     if to == "lora":
-        with scratch_near(target) as scratch:
+        disk = next(parent for parent in target.absolute().parents if parent.is_dir())
+        with scratch_directory(disk, target.name) as scratch:
             lora = to_lora(adapter, rank, tolerance, scratch, progress)
-            nbytes = write_output(target, lora.writers)
+            nbytes = write_files(target, lora.writers)
         return ConversionReport(source, target, to, nbytes, lora.layers, _lora_notes(lora))
-    fields, tensors, header, notes = _peft_contents(adapter) if to == "peft" else _native_contents(adapter)
-    nbytes = write_output(target, file_writers(fields, tensors, header))
+    fields, tensors, header, notes = _contents(adapter, to)
+    nbytes = write_files(target, file_writers(fields, tensors, header))
     return ConversionReport(source, target, to, nbytes, (), notes)
 
 
@@ -134,7 +135,7 @@ def _option_problems(to: str, rank: object, tolerance: object) -> list[str]:
     if to not in get_args(Format):
         problems.append(f"to must be one of {', '.join(get_args(Format))}, got {to!r}")
     elif to != "lora" and (rank is not None or tolerance is not None):
-        problems.append(f"rank and tolerance are for to='lora': {to!r} loses nothing")
+        problems.append(f"rank and tolerance are for to='lora': {to!r} is exact")
     if rank is not None and not (is_integer(rank) and rank > 0):  # type: ignore[operator]
         problems.append(f"rank must be a positive integer, got {rank!r}")
     if tolerance is not None and not (isinstance(tolerance, int | float) and 0 <= tolerance <= 1):
@@ -145,32 +146,35 @@ def _option_problems(to: str, rank: object, tolerance: object) -> list[str]:
 Contents = tuple[dict[str, Any], dict[str, Tensor], Header | None, tuple[str, ...]]
 
 
-def _native_contents(adapter: OpenAdapter) -> Contents:
-    """Add our header; store the bases only where they must be."""
+def _contents(adapter: OpenAdapter, to: Format) -> Contents:
+    """Return the fields of the JSON, the tensors, our header, and notes.
+
+    Without known shapes, which only ``"peft"`` can do without, everything remains as PEFT wrote it. Fields that depend
+    on a model always do.
+    """
+    file = adapter.file
+    tensors = adapter_tensors(file.values, file.trained)
+    if to == "peft" and adapter.shapes is None:
+        stored = {} if file.bases is None else dict(zip((TOP_BASIS_A, TOP_BASIS_B), file.bases, strict=True))
+        return dict(file.fields), tensors | stored, None, ()
     shapes, basis = adapter.require_shapes()
-    header = describe(adapter.file.config, basis, shapes, adapter.file.trained)
-    is_stored = basis.stored is not None
-    tensors = _trained_tensors(adapter) | (stored_bases(basis, header) if is_stored else {})
-    notes = ("the bases are in the file: no seed brings them back",) if is_stored else ()
-    return _native_fields(adapter, stored=is_stored), tensors, header, notes
-
-
-def _peft_contents(adapter: OpenAdapter) -> Contents:
-    """Store the bases where PEFT would draw others; without the layers' shapes, leave them as PEFT wrote them."""
-    if adapter.shapes is None or adapter.basis is None:
-        bases = adapter.file.bases
-        stored = {} if bases is None else dict(zip((TOP_BASIS_A, TOP_BASIS_B), bases, strict=True))
-        return dict(adapter.file.fields), _trained_tensors(adapter) | stored, None, ()
-    header = describe(adapter.file.config, adapter.basis, adapter.shapes, adapter.file.trained)
-    if peft_can_draw(adapter.basis, header):
-        return _native_fields(adapter, stored=False), _trained_tensors(adapter), header, ()
-    stored = _filled_up(stored_bases(adapter.basis, header), header)
-    notes = ("the bases are in the file: PEFT would draw others from the seed",)
-    return _native_fields(adapter, stored=True), _trained_tensors(adapter) | stored, header, notes
+    header = Header.of(file.config, basis, shapes, file.trained)
+    spec = basis.spec
+    is_peft_draw = spec.stream == "torch" and (spec.max_dim, spec.min_dim) == header.rectangle
+    is_stored = basis.stored is not None or (to == "peft" and not is_peft_draw)
+    notes: tuple[str, ...] = ()
+    if is_stored:
+        stored = stored_bases(basis, header)
+        tensors |= _filled_up(stored, header) if to == "peft" else stored
+        reason = "PEFT would draw others from the seed" if to == "peft" else "no seed reproduces them"
+        notes = (f"the bases are in the file: {reason}",)
+    kept = {name: value for name, value in file.fields.items() if name != STREAM_FIELD}
+    own = option_fields(file.config, spec.stream, stored=is_stored)
+    return dict(sorted({**kept, **own}.items())), tensors, header, notes
 
 
 def _filled_up(stored: Mapping[str, Tensor], header: Header) -> dict[str, Tensor]:
-    """Fill bases that were drawn for fewer rows or columns than PEFT allocates up with zeros, which no layer reads."""
+    """Return bases padded to the dims that PEFT expects with zeros, which no layer uses."""
     max_dim, min_dim = header.rectangle
     basis_A, basis_B = stored[TOP_BASIS_A], stored[TOP_BASIS_B]
     num_bases = count_bases(min_dim, header.spec.r)
@@ -179,31 +183,13 @@ def _filled_up(stored: Mapping[str, Tensor], header: Header) -> dict[str, Tensor
     return {TOP_BASIS_A: wide_A.contiguous(), TOP_BASIS_B: wide_B.contiguous()}
 
 
-def _native_fields(adapter: OpenAdapter, *, stored: bool) -> dict[str, Any]:
-    """Write the JSON anew where it speaks of options and bases; what needs a model stays as it was."""
-    assert adapter.basis is not None, "the shapes are known, so the bases are"
-    kept = {name: value for name, value in adapter.file.fields.items() if name != STREAM_FIELD}
-    own = option_fields(adapter.file.config, adapter.basis.spec.stream, stored=stored)
-    return dict(sorted({**kept, **own}.items()))
-
-
-def _trained_tensors(adapter: OpenAdapter) -> dict[str, Tensor]:
-    """Name Λ, Γ and what was trained beside them as both libraries do."""
-    tensors = {}
-    for fqn, (lam, gamma) in adapter.file.values.items():
-        tensors[f"{MODEL_PREFIX}{fqn}{LAMBDA_SUFFIX}"] = master_copy(lam, "cpu")
-        tensors[f"{MODEL_PREFIX}{fqn}{GAMMA_SUFFIX}"] = master_copy(gamma, "cpu")
-    beside = {trained_key(fqn, adapter.file.values): tensor for fqn, tensor in adapter.file.trained.items()}
-    return tensors | beside
-
-
 def _lora_notes(lora: Lora) -> tuple[str, ...]:
     notes = []
     if lora.fields["rank_pattern"]:
         notes.append(
-            "the ranks differ from layer to layer: a server must read rank_pattern and alpha_pattern, as PEFT does, or "
-            "take every scaling for 1; rank=N gives one rank to all"
+            "the ranks differ between layers: a server must read rank_pattern and alpha_pattern, as PEFT does, or use "
+            "a scaling of 1; rank=N gives all layers one rank"
         )
     if len(lora.tensors) > 2 * len(lora.layers):
-        notes.append("parameters trained beside the adapter are carried over: not every server takes them")
+        notes.append("parameters trained with the adapter are included: not every server reads them")
     return tuple(notes)

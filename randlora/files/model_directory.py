@@ -1,4 +1,4 @@
-"""A model's checkpoint as its headers describe it: names, dtypes, shapes and places. No value is read."""
+"""The headers of a model's checkpoint: names, dtypes and shapes of its tensors and where they are."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from randlora.checkpoint.tensors_file import Entry, Shard, read_shard
+from randlora.disk.tensor_file import Entry, Shard, read_shard
 from randlora.errors import CheckpointError, raise_collected
 
-CONFIG_FILE = "config.json"
+MODEL_CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -24,9 +24,9 @@ class ModelDirectory:
 
     Attributes:
         path: The directory.
-        config: What ``config.json`` holds; empty where there is none.
+        config: The contents of ``config.json``; empty if there is none.
         shards: The files with weights.
-        index: What the index of a sharded checkpoint holds, else ``None``.
+        index: The contents of the index of a sharded checkpoint, else ``None``.
     """
 
     path: Path
@@ -36,37 +36,37 @@ class ModelDirectory:
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
-        """Every tensor, by its name in the files."""
+        """All tensors by their names in the files."""
         return {entry.name: entry for shard in self.shards for entry in shard.entries}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Size of all tensors in bytes."""
         return sum(entry.nbytes for entry in self.entries.values())
 
     @property
     def model_type(self) -> str | None:
-        """What ``config.json`` says of the model's kind."""
+        """The model's type in ``config.json``."""
         found = self.config.get("model_type")
         return found if isinstance(found, str) else None
 
     @property
     def architecture(self) -> str:
-        """The class that ``config.json`` names first, or nothing."""
+        """The first class that ``config.json`` names, or an empty string."""
         found = self.config.get("architectures")
         return str(found[0]) if isinstance(found, list) and found else ""
 
 
 def read_model_directory(directory: str | os.PathLike[str]) -> ModelDirectory:
-    """Read the headers of a model's checkpoint, one file or sharded, and check that they fit together.
+    """Return the headers of a model's checkpoint, one file or sharded, after checking that they agree.
 
     Args:
-        directory: What transformers' ``save_pretrained`` writes: ``model.safetensors``, or shards with
-            ``model.safetensors.index.json``; ``config.json`` says what kind of model it is.
+        directory: A directory as transformers' ``save_pretrained`` writes it: ``model.safetensors``, or shards with
+            ``model.safetensors.index.json``, and ``config.json``.
 
     Raises:
-        CheckpointError: When there is no such checkpoint, or a file of it is missing, truncated or damaged, or holds
-            other tensors than the index says. All problems are named.
+        CheckpointError: If there is no such checkpoint, a file is missing, truncated or damaged, or a file holds other
+            tensors than the index says. All problems are named.
     """
     path = Path(directory)
     index = None
@@ -77,7 +77,7 @@ def read_model_directory(directory: str | os.PathLike[str]) -> ModelDirectory:
         files = sorted(set(_weight_map(path, index).values()))
     else:
         raise CheckpointError(_what_is_there_instead(path))
-    config = _read_json(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else {}
+    config = _read_json(path / MODEL_CONFIG_FILE) if (path / MODEL_CONFIG_FILE).is_file() else {}
     shards = _read_shards(path, files)
     problems = _repeated(shards) + ([] if index is None else _disagreements(shards, _weight_map(path, index)))
     raise_collected(CheckpointError, problems, doing=f"read the checkpoint in {str(path)!r}")
@@ -90,7 +90,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path} ({error}): get an undamaged copy") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is damaged (no JSON object): get an undamaged copy")
+        raise CheckpointError(f"{path} is damaged (not a JSON object): get an undamaged copy")
     return content
 
 
@@ -104,25 +104,22 @@ def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _is_file_name(value: object) -> bool:
-    """Whether a value names a file of the same directory, and not a place elsewhere."""
+    """Return whether a value names a file of the same directory."""
     return isinstance(value, str) and Path(value).name == value
 
 
 def _read_shards(path: Path, files: Iterable[str]) -> tuple[Shard, ...]:
     shards, problems = [], []
     for file in files:
+        if not (path / file).is_file():
+            problems.append(f"there is no {path / file}, which the index names: get a complete copy")
+            continue
         try:
-            shards.append(_read_shard(path / file))
+            shards.append(read_shard(path / file))
         except CheckpointError as error:
             problems.append(str(error))
     raise_collected(CheckpointError, problems, doing=f"read the checkpoint in {str(path)!r}")
     return tuple(shards)
-
-
-def _read_shard(path: Path) -> Shard:
-    if not path.is_file():
-        raise CheckpointError(f"there is no {path}, which the index names: get a complete copy")
-    return read_shard(path)
 
 
 def _repeated(shards: Iterable[Shard]) -> list[str]:
@@ -130,7 +127,7 @@ def _repeated(shards: Iterable[Shard]) -> list[str]:
     for shard in shards:
         for entry in shard.entries:
             places.setdefault(entry.name, []).append(shard.path.name)
-    return [f"{name} stands in {' and in '.join(files)}" for name, files in places.items() if len(files) > 1]
+    return [f"{name} is in {' and in '.join(files)}" for name, files in places.items() if len(files) > 1]
 
 
 def _disagreements(shards: Iterable[Shard], weight_map: Mapping[str, str]) -> list[str]:
@@ -143,14 +140,14 @@ def _disagreements(shards: Iterable[Shard], weight_map: Mapping[str, str]) -> li
 
 
 def _what_is_there_instead(path: Path) -> str:
-    """Say what a directory without a safetensors checkpoint holds, and what to do."""
+    """Return what a directory without a safetensors checkpoint holds, and what to do."""
     expected = f"expected a directory with {SINGLE_FILE} or {INDEX_FILE}"
     if not path.is_dir():
-        return f"{path} is no directory: {expected}"
+        return f"{path} is not a directory: {expected}"
     names = sorted(file.name for file in path.iterdir())
     pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if any(name.endswith(".gguf") for name in names):
-        return f"{path} holds weights as GGUF, packed for another program: {expected}"
+        return f"{path} holds weights in the GGUF format: {expected}"
     if "adapter_config.json" in names:
         return f"{path} holds an adapter, not a model: {expected}"
     if pickled:

@@ -1,4 +1,4 @@
-"""`randlora.files.plan`: what an adapter of a model would be, from its class and the headers of its checkpoint."""
+"""`randlora.files.plan`: the report of an adapter, from the model's class and the headers of its checkpoint."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from randlora.report import Report
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes that training an adapter takes, but for activations, which depend on the batch.
+    """The memory that training an adapter needs, in bytes, without activations, which depend on the batch.
 
     Attributes:
-        weights: The model's own, in the dtypes they are stored in.
-        parameters: What is trained: Λ and Γ in float32, and what ``train_also`` names in the model's dtype.
-        gradients: As many.
-        optimizer: Twice as many, the two moments of AdamW.
+        weights: The model's weights, in the dtypes of the checkpoint.
+        parameters: Λ and Γ in float32, and the parameters of ``train_also`` in the model's dtype.
+        gradients: The same size.
+        optimizer: Twice that size, for the two moments of AdamW.
         bases: The random bases, as stored.
     """
 
@@ -34,15 +34,15 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
-        """The sum."""
+        """The total."""
         return self.weights + self.parameters + self.gradients + self.optimizer + self.bases
 
 
 def plan(directory: str | os.PathLike[str], r: int | None = None, **options: Any) -> Report:
     """Return the report of what `randlora.inject` would do to the model in a directory, without its weights.
 
-    The model's class, which ``config.json`` names, is built by transformers on the meta device. Nothing is downloaded,
-    and no code that came with the checkpoint is run.
+    transformers builds the class that ``config.json`` names on the meta device. Nothing is downloaded, and no code that
+    came with the checkpoint is run.
 
     Args:
         directory: A checkpoint as transformers writes it: one safetensors file, or shards with an index.
@@ -50,16 +50,20 @@ def plan(directory: str | os.PathLike[str], r: int | None = None, **options: Any
         **options: As for `randlora.plan`.
 
     Returns:
-        The report that `randlora.plan` gives for the model. Of a quantized model, parameters are counted as before it
-        was.
+        The report of `randlora.plan` for the model. Parameters of a quantized model are counted as if it were not.
 
     Raises:
-        CheckpointError: When the directory holds no checkpoint that can be read, of quantized ones any but those of
-            bitsandbytes; when transformers is not installed or has no class of this name; or when the files hold
-            parameters of other shapes than the class.
-        RandLoRAError: Whatever `randlora.plan` raises.
+        CheckpointError: If the directory has no checkpoint that can be read, or one that is quantized but not by
+            bitsandbytes; if transformers is not installed or does not have the class; or if shapes in the files and in
+            the class differ.
+        RandLoRAError: As `randlora.plan`.
     """
-    checkpoint = read_model_directory(directory)
+    return plan_checkpoint(read_model_directory(directory), r, **options)
+
+
+def plan_checkpoint(checkpoint: ModelDirectory, r: int | None = None, **options: Any) -> Report:
+    """Return the report of `plan` for a checkpoint whose headers have been read."""
+    directory = checkpoint.path
     model = build_model(checkpoint)
     base = as_dense(checkpoint, model)
     if isinstance(model, str):
@@ -70,14 +74,14 @@ def plan(directory: str | os.PathLike[str], r: int | None = None, **options: Any
     if not base.codes:
         return report
     codes = {fqn for fqn, names in model.names_by_fqn.items() if base.codes.keys() & set(names)}
-    problems = [f"train_also takes in {fqn}, which is quantized" for fqn in report.train_also if fqn in codes]
+    problems = [f"train_also includes {fqn}, which is quantized" for fqn in report.train_also if fqn in codes]
     raise_collected(TargetError, problems, doing="plan")
-    quantized = f"the model is quantized ({', '.join(base.kinds)}): parameters are counted as before it was"
+    quantized = f"the model is quantized ({', '.join(base.kinds)}): parameters are counted as if it were not"
     return replace(report, notes=(*report.notes, quantized))
 
 
 def _take_dtypes(model: TransformersModel, base: DenseView) -> list[str]:
-    """Give the parameters the dtypes that they are stored in, and return which are stored in other shapes."""
+    """Set the parameters' dtypes to those of the checkpoint, and return which have other shapes there."""
     problems = []
     for held in model.census.parameters:
         for entry in (base.directory.entries[name] for name in model.names_of(held.parameter)):
@@ -89,11 +93,11 @@ def _take_dtypes(model: TransformersModel, base: DenseView) -> list[str]:
 
 
 def training_memory(report: Report, directory: ModelDirectory) -> TrainingMemory:
-    """Count the bytes that training the adapter of a report takes.
+    """Return the memory that training the adapter of a report needs.
 
     Args:
-        report: What `randlora.files.plan` returned.
-        directory: The model it is about.
+        report: The result of `plan`.
+        directory: The model's checkpoint.
     """
-    trained = report.checkpoint_bytes  # what is trained is what is saved
+    trained = report.checkpoint_bytes  # the trained parameters are those that are saved
     return TrainingMemory(directory.nbytes, trained, trained, 2 * trained, report.basis_bytes)

@@ -1,10 +1,10 @@
-"""How verbs on files tell how far they are."""
+"""The callback by which verbs on files report progress."""
 
 from collections.abc import Callable
 
 Progress = Callable[[int, int, str], object]
-"""Called with what is done, with the whole, and with what is being worked on, in words."""
+"""Called with the amount done, the total, and a description of the current step."""
 
 
 def no_progress(done: int, total: int, doing: str) -> None:
-    """Tell nobody."""
+    """Ignore the progress."""

@@ -1,93 +1,101 @@
-"""Quantized checkpoints: those of bitsandbytes are read as the dense ones they stand for, others are refused."""
+"""Quantized checkpoints: those of bitsandbytes are read as if they were not quantized, others are refused."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from randlora.checkpoint.tensors_file import Entry, Shard
+from randlora.disk.tensor_file import Entry, read_tensor
 from randlora.errors import CheckpointError, raise_collected
-from randlora.files.bnb_layout import find_codes
-from randlora.files.codes import FLOATS, Codes
+from randlora.files.bnb_layout import FLOATS, StoredCodes, find_codes
 from randlora.files.model_directory import ModelDirectory
-from randlora.files.tensor_file import read_tensor
-from randlora.files.transformers_model import TransformersModel, build_model
+from randlora.files.transformers_model import TransformersModel
 
 MARKS = {
     ".qweight": "GPTQ or AWQ",
     ".weight_scale_inv": "blocks of 8-bit floats",
     ".weight_packed": "compressed-tensors",
 }
-"""What the names of tensors contain that only checkpoints quantized in other ways have, and what wrote them."""
+"""Parts of tensor names that show another quantization, and which one."""
 
 SETTINGS = "quantization_config"
 METHOD = "bitsandbytes"
 UNSAID = torch.float16
-"""What codes of 8 bits are taken to stand for where ``config.json`` says no dtype: bitsandbytes rounds to it first."""
+"""The dtype of dequantized 8-bit codes if ``config.json`` has none: bitsandbytes rounds to it before it quantizes."""
 
 
 @dataclass(frozen=True, eq=False)
 class DenseView:
-    """A checkpoint as the dense one that it stands for.
+    """A checkpoint as if it were not quantized.
 
     Attributes:
-        directory: The checkpoint. Codes have the names, shapes and dtypes of dense tensors in it, what stands beside
-            codes is not in it, and its config says nothing of quantization.
+        directory: The checkpoint, with the shapes and dtypes that quantized tensors had, without the other tensors of
+            the quantization, and without the quantization in its config.
         codes: The tensors that are stored as codes, by name.
-        transposed: Names of those that a dense checkpoint holds transposed.
+        transposed: Names of those that were transposed before they were quantized.
     """
 
     directory: ModelDirectory
-    codes: Mapping[str, Codes]
+    codes: Mapping[str, StoredCodes]
     transposed: frozenset[str] = frozenset()
 
     def read(self, entry: Entry) -> Tensor:
-        """Read a tensor of the directory, one that is stored as codes in float32."""
+        """Return a tensor of the directory, dequantized to float32 if it is stored as codes."""
         if (codes := self.codes.get(entry.name)) is None:
             return read_tensor(entry)
         return codes.read().T if entry.name in self.transposed else codes.read()
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What kinds of codes there are, in words."""
+        """The kinds of codes."""
         return tuple(sorted({codes.kind for codes in self.codes.values()}))
 
 
-def as_dense(directory: ModelDirectory, model: TransformersModel | str | None = None) -> DenseView:
-    """Look at a checkpoint as the dense one that it stands for; one that is not quantized stays as it is.
+def as_dense(directory: ModelDirectory, model: TransformersModel | str) -> DenseView:
+    """Return a checkpoint as if it were not quantized.
 
     Args:
         directory: The checkpoint.
-        model: What `build_model` returned for it; ``None`` to have it built where it is needed.
+        model: The result of `build_model` for it.
 
     Raises:
-        CheckpointError: When codes are incomplete or damaged, or none of bitsandbytes, naming the tensor or the entry
-            of ``config.json`` that shows it; or when its class, which alone says which weights were transposed before
-            they were quantized, cannot be had.
+        CheckpointError: If codes are incomplete, damaged or not of bitsandbytes, or if the model's class cannot be
+            built, without which it is not known which weights were transposed before they were quantized.
     """
     _refuse_others(directory)
     codes = find_codes(directory.entries)
     if not codes and not isinstance(directory.config.get(SETTINGS), dict):
         return DenseView(directory, {})
-    raise_collected(CheckpointError, _bare_codes(directory, codes), doing="read what is quantized")
-    model = build_model(directory) if model is None else model
+    problems = [
+        f"{entry.file} has {name} in {entry.dtype} without the scales needed to read it: get a complete copy"
+        for name, entry in directory.entries.items()
+        if name.endswith(".weight") and entry.dtype in (torch.int8, torch.uint8) and name not in codes
+    ]
+    raise_collected(CheckpointError, problems, doing="read the quantized tensors")
     if isinstance(model, str) and (directory.architecture or directory.model_type):
         raise CheckpointError(f"{directory.path} is quantized, and cannot be read without its model: {model}")
     transposed = frozenset() if isinstance(model, str) else model.transposed & codes.keys()
-    beside = {part.name for found in codes.values() for part in found.parts.values()}
-    dense = {name: _dense(found, directory, is_transposed=name in transposed) for name, found in codes.items()}
-    shards = (_without(shard, beside, dense) for shard in directory.shards)
-    view = ModelDirectory(
-        directory.path,
-        {name: value for name, value in directory.config.items() if name != SETTINGS},
-        tuple(shard for shard in shards if shard.entries),  # what stood beside codes may have filled a file
-        _index(directory, beside),
-    )
-    return DenseView(view, codes, transposed)
+    said = directory.config.get("dtype", directory.config.get("torch_dtype"))
+    dtype_8bit = FLOATS.get(said, UNSAID) if isinstance(said, str) else UNSAID
+    dense = {}
+    for name, found in codes.items():
+        shape = found.shape[::-1] if name in transposed else found.shape
+        dtype = found.dtype or dtype_8bit
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        dense[name] = replace(found.entry, dtype=dtype, shape=shape, nbytes=nbytes)
+    parts = {part.name for found in codes.values() for part in found.parts.values()}
+    entries = ((shard, [entry for entry in shard.entries if entry.name not in parts]) for shard in directory.shards)
+    # a file may have had nothing but parts of codes
+    shards = tuple(replace(shard, entries=tuple(dense.get(e.name, e) for e in kept)) for shard, kept in entries if kept)
+    index = directory.index
+    if index is not None:
+        places = {name: file for name, file in index["weight_map"].items() if name not in parts}
+        index = {**index, "weight_map": places}
+    config = {name: value for name, value in directory.config.items() if name != SETTINGS}
+    return DenseView(ModelDirectory(directory.path, config, shards, index), codes, transposed)
 
 
 def _refuse_others(directory: ModelDirectory) -> None:
@@ -97,47 +105,10 @@ def _refuse_others(directory: ModelDirectory) -> None:
             if mark in f"{name}.":
                 raise CheckpointError(f"{directory.path} is quantized ({name} is of {origin}): {advice}")
     settings = directory.config.get(SETTINGS)
-    if isinstance(settings, dict) and not _is_bitsandbytes(settings):
+    if not isinstance(settings, dict):
+        return
+    # the first checkpoints of bitsandbytes do not name it
+    is_unnamed = "quant_method" not in settings and ("load_in_4bit" in settings or "load_in_8bit" in settings)
+    if not is_unnamed and settings.get("quant_method") != METHOD:
         method = settings.get("quant_method", "an unnamed method")
         raise CheckpointError(f"{directory.path} is quantized (config.json says with {method}): {advice}")
-
-
-def _is_bitsandbytes(settings: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint is of bitsandbytes, which the first of them do not name."""
-    if "quant_method" in settings:
-        return bool(settings["quant_method"] == METHOD)
-    return "load_in_4bit" in settings or "load_in_8bit" in settings
-
-
-def _bare_codes(directory: ModelDirectory, codes: Mapping[str, Codes]) -> list[str]:
-    """Say which weights are codes, and lack what says how to read them."""
-    return [
-        f"{entry.file} has {name} in {entry.dtype} but nothing that says how to read it: get a complete copy"
-        for name, entry in directory.entries.items()
-        if name.endswith(".weight") and entry.dtype in (torch.int8, torch.uint8) and name not in codes
-    ]
-
-
-def _dense(codes: Codes, directory: ModelDirectory, *, is_transposed: bool) -> Entry:
-    """Describe what codes stand for; its place in the file stays theirs."""
-    dtype = codes.dtype or _said_dtype(directory.config)
-    shape = codes.shape[::-1] if is_transposed else codes.shape
-    return replace(codes.entry, dtype=dtype, shape=shape, nbytes=torch.Size(shape).numel() * dtype.itemsize)
-
-
-def _said_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    said = config.get("dtype", config.get("torch_dtype"))
-    return FLOATS.get(said, UNSAID) if isinstance(said, str) else UNSAID
-
-
-def _without(shard: Shard, beside: Collection[str], dense: Mapping[str, Entry]) -> Shard:
-    """Leave out what stands beside codes, and put in the codes' places what they stand for."""
-    entries = (dense.get(entry.name, entry) for entry in shard.entries if entry.name not in beside)
-    return replace(shard, entries=tuple(entries))
-
-
-def _index(directory: ModelDirectory, beside: Collection[str]) -> dict[str, Any] | None:
-    if directory.index is None:
-        return None
-    places = {name: file for name, file in directory.index["weight_map"].items() if name not in beside}
-    return {**directory.index, "weight_map": places}

@@ -1,4 +1,4 @@
-"""What `randlora.files.inspect` found, as fields and as text."""
+"""The summary that `randlora.files.inspect` returns, as fields and as text."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class BasisSummary:
 
     Attributes:
         spec: Kind, stream, seed, rank, dims and blocks.
-        source: ``"seed"`` where the spec brings them back, ``"file"`` where only the file holds them.
-        digest: SHA-256 of the values that the layers use; see `randlora.bases.bank.Basis.digest`.
-        nbytes: Bytes that they take in memory.
+        source: ``"seed"`` if the spec reproduces them, ``"file"`` if only the file holds them.
+        digest: SHA-256 of the values that the layers use; see `randlora.bases.basis.Basis.digest`.
+        nbytes: Their size in memory, in bytes.
     """
 
     spec: BasisSpec
@@ -38,15 +38,15 @@ class LayerSummary:
     """One adapted layer.
 
     Attributes:
-        fqn: Its name.
-        min_dim: Its smaller side.
-        num_bases: Bases summed in it.
-        trainable: Numbers in its Λ and Γ.
-        out_features: Output width; ``None`` where the files do not say, as PEFT's do not.
+        fqn: Its FQN.
+        min_dim: Its smaller dim.
+        num_bases: Number of bases.
+        trainable: Number of entries of its Λ and Γ.
+        out_features: Output width; ``None`` if not known, because PEFT does not store it.
         in_features: Input width, likewise.
-        frobenius: Frobenius norm of its update ΔW; ``None`` where it was not computed.
-        spectral: The largest singular value of ΔW, likewise; of a layer whose sides are all above 1024 a lower bound
-            that is within a few percent.
+        frobenius: Frobenius norm of its update ΔW; ``None`` if it was not computed.
+        spectral: The largest singular value of ΔW, likewise. If both dims are above 1024, a lower bound within a few
+            percent.
     """
 
     fqn: str
@@ -60,7 +60,7 @@ class LayerSummary:
 
     @property
     def stable_rank(self) -> float | None:
-        """``(frobenius / spectral)²``: how many directions carry the update; 0 for an update of zeros."""
+        """``(frobenius / spectral)²``, about the number of significant directions of the update; 0 if it is zero."""
         if self.frobenius is None or self.spectral is None:
             return None
         return (self.frobenius / self.spectral) ** 2 if self.spectral else 0.0
@@ -71,18 +71,18 @@ class AdapterSummary:
     """An adapter on disk; prints as a table.
 
     Attributes:
-        directory: Where it is.
-        writer: What wrote it, with versions.
-        storage: Where its bases are, in words.
-        base_model: What it says it was trained on.
+        directory: Its directory.
+        writer: The library that wrote it, with versions.
+        storage: A description of where its bases are.
+        base_model: The name of its base model, if stored.
         config: Its options.
-        bases: Its bases; ``None`` where neither the file holds them nor the layers' shapes are known.
+        bases: Its bases; ``None`` if the file does not hold them and the layers' shapes are not known.
         layers: Its layers.
-        trained: Shapes of the parameters trained beside it, by FQN.
-        trainable_parameters: Numbers in Λ, Γ and those parameters.
-        nbytes: Bytes of its files.
-        unknown_fields: Fields of its JSON that this library does not know, and keeps.
-        notes: What else the user should know.
+        trained: Shapes of the parameters trained with it, by FQN.
+        trainable_parameters: Number of entries of Λ, Γ and those parameters.
+        nbytes: Size of its files in bytes.
+        unknown_fields: Fields of its JSON that are kept but not understood.
+        notes: Other notes for the user.
     """
 
     directory: Path
@@ -99,12 +99,12 @@ class AdapterSummary:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Lay it out: facts, a table of layers, totals."""
+        """Return facts, a table of layers, and totals."""
         return "\n".join([*self._facts(), *self._layers(), *self._totals(), *self.notes])
 
     def _facts(self) -> Iterator[str]:
         yield f"RandLoRA adapter in {self.directory}, {as_bytes(self.nbytes)}, written by {self.writer}"
-        yield f"base model: {self.base_model or 'not said'}"
+        yield f"base model: {self.base_model or 'not stored'}"
         yield f"r={self.config.r}, alpha={self.config.effective_alpha:g}, dropout={self.config.dropout:g}"
         if self.bases is None:
             yield f"bases: {self.config.basis}, seed={self.config.seed}; {self.storage}"
@@ -130,7 +130,7 @@ class AdapterSummary:
     def _totals(self) -> Iterator[str]:
         yield f"{len(self.layers)} layers, {self.trainable_parameters:,} trained parameters"
         for fqn, shape in self.trained.items():
-            yield f"trained beside it: {fqn} {'x'.join(map(str, shape)) or 'scalar'}"
+            yield f"trained with it: {fqn} {'x'.join(map(str, shape)) or 'scalar'}"
         if self.unknown_fields:
             yield f"fields of the JSON that are not understood: {', '.join(self.unknown_fields)}"
 

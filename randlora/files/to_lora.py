@@ -1,4 +1,4 @@
-"""An adapter as a LoRA: every update cut to a low rank, with the error of each stated."""
+"""Converting an adapter to a LoRA: a low-rank approximation of every update, with the error of each."""
 
 from __future__ import annotations
 
@@ -9,18 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from randlora.checkpoint.contents import FORMAT, json_writer, write_tensors
-from randlora.checkpoint.layout import CONFIG_FILE, MODEL_PREFIX, TENSORS_FILE, trained_key
+from randlora.checkpoint.format import METADATA, MODEL_PREFIX, planned_writers, trained_key
 from randlora.checkpoint.peft_config import PEFT_VERSION
-from randlora.checkpoint.tensors_file import open_tensors
-from randlora.checkpoint.write import Writer
+from randlora.disk.replace import Writer
+from randlora.disk.tensor_file import Planned, read_pieces, read_shard, write_tensor_file
 from randlora.errors import ConfigError
 from randlora.files.adapter import OpenAdapter
 from randlora.files.low_rank import LowRank, frobenius_norm, of_rank, within
 from randlora.files.progress import Progress
-from randlora.files.tensor_file import Planned, write_tensor_file
 from randlora.targets.match import has_suffix
 
 DEFAULT_TOLERANCE = 0.05
@@ -34,10 +30,10 @@ CARRIED_FIELDS = (
     "revision",
     "task_type",
 )
-"""Fields that mean the same for a LoRA."""
+"""Fields that have the same meaning for a LoRA."""
 
 BIAS = {"randlora_only": "lora_only"}
-"""The values of PEFT's field ``bias`` that have another name for a LoRA."""
+"""Values of PEFT's field ``bias`` that have another name for a LoRA."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class LoraLayer:
     """How one layer was converted.
 
     Attributes:
-        fqn: Its name.
+        fqn: Its FQN.
         out_features: Output width.
         in_features: Input width.
         rank: Rank of its LoRA.
@@ -63,11 +59,11 @@ class LoraLayer:
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """What the files of a LoRA adapter hold.
+    """The contents of the files of a LoRA adapter.
 
     Attributes:
-        fields: ``adapter_config.json``.
-        tensors: ``adapter_model.safetensors``, tensor by tensor.
+        fields: The contents of ``adapter_config.json``.
+        tensors: The tensors of ``adapter_model.safetensors``.
         layers: How each layer was converted.
     """
 
@@ -77,27 +73,23 @@ class Lora:
 
     @property
     def writers(self) -> dict[str, Writer]:
-        """How both files are written, with one tensor in memory at a time."""
-        return {TENSORS_FILE: self._write_tensors, CONFIG_FILE: json_writer(self.fields)}
-
-    def _write_tensors(self, path: Path) -> None:
-        path.unlink()  # which was made empty, and shall be a new file
-        write_tensor_file(path, self.tensors, FORMAT, _untold)
+        """What writes both files, with a part of a tensor in memory at a time."""
+        return planned_writers(self.fields, self.tensors)
 
 
 def to_lora(adapter: OpenAdapter, rank: int | None, tolerance: float | None, scratch: Path, progress: Progress) -> Lora:
-    """Cut every update of an adapter to a low rank, layer by layer.
+    """Approximate every update of an adapter by one of low rank, layer by layer.
 
     Args:
-        adapter: The adapter; its layers' shapes must be known.
-        rank: Of every layer; ``None`` for the smallest one of each layer that is within the tolerance.
-        tolerance: The largest relative error accepted of a layer; ``None`` means 0.05.
-        scratch: A directory to keep the factors in, which together may be as large as the model.
-        progress: Told of every layer.
+        adapter: The adapter, with known shapes.
+        rank: The rank of every layer; ``None`` for the smallest of each layer that is within the tolerance.
+        tolerance: The largest accepted relative error of a layer; ``None`` means 0.05.
+        scratch: A directory for the factors, which together may be as large as the model.
+        progress: Called for every layer.
 
     Raises:
-        CheckpointError: When the shapes are not known.
-        ConfigError: When a layer's error is beyond the tolerance.
+        CheckpointError: If the shapes are not known.
+        ConfigError: If a layer's error exceeds the tolerance.
     """
     shapes, _ = adapter.require_shapes()
     accepted = DEFAULT_TOLERANCE if tolerance is None else tolerance
@@ -108,34 +100,20 @@ def to_lora(adapter: OpenAdapter, rank: int | None, tolerance: float | None, scr
         update = adapter.delta_weight(fqn).float()
         found = within(update, accepted) if rank is None else of_rank(update, rank)
         layers.append(LoraLayer(fqn, *shape, found.rank, found.relative_error, frobenius_norm(update)))
-        tensors += _kept(fqn, found, scratch / f"{done}.safetensors")
-        del update, found  # before the next ones are made
+        tensors += _stored(fqn, found, scratch / f"{done}.safetensors")
+        del update, found  # before the next ones are computed
     progress(len(shapes), len(shapes), "done")
     _refuse_loss(layers, rank, accepted)
-    for fqn, tensor in adapter.file.trained.items():
-        tensors.append(Planned(trained_key(fqn, shapes), tensor.dtype, tuple(tensor.shape), partial(_one, tensor)))
+    tensors += [Planned.whole(trained_key(fqn, shapes), tensor) for fqn, tensor in adapter.file.trained.items()]
     return Lora(_fields(adapter, {layer.fqn: layer.rank for layer in layers}), tuple(tensors), tuple(layers))
 
 
-def _kept(fqn: str, factors: LowRank, path: Path) -> Iterator[Planned]:
-    """Put the factors of one layer into a file, and say how they are read back."""
+def _stored(fqn: str, factors: LowRank, path: Path) -> Iterator[Planned]:
+    """Store the factors of one layer in a file, and yield how they are copied from there."""
     named = {f"{MODEL_PREFIX}{fqn}.lora_A.weight": factors.right, f"{MODEL_PREFIX}{fqn}.lora_B.weight": factors.left}
-    write_tensors(path, named)
-    for key, factor in named.items():
-        yield Planned(key, factor.dtype, tuple(factor.shape), partial(_read, path, key))
-
-
-def _read(path: Path, key: str) -> Iterator[Tensor]:
-    with open_tensors(path) as file:
-        yield file.read(key)
-
-
-def _untold(count: int, name: str) -> None:
-    """Tell nobody: next to the decompositions, writing takes no time."""
-
-
-def _one(tensor: Tensor) -> Iterator[Tensor]:
-    yield tensor
+    write_tensor_file(path, [Planned.whole(key, factor) for key, factor in named.items()], METADATA)
+    for entry in read_shard(path).entries:
+        yield Planned(entry.name, entry.dtype, entry.shape, partial(read_pieces, entry))
 
 
 def _refuse_loss(layers: Sequence[LoraLayer], rank: int | None, tolerance: float) -> None:
@@ -146,16 +124,16 @@ def _refuse_loss(layers: Sequence[LoraLayer], rank: int | None, tolerance: float
     listed = ", ".join(f"{layer.fqn} {layer.relative_error:.3g}" for layer in lossy[:LISTED])
     more = f" and {len(lossy) - LISTED} more" if len(lossy) > LISTED else ""
     choice = "the full rank" if rank is None else f"rank={rank}"
-    remedy = "" if rank is None else "a larger rank, none for the smallest that is within the tolerance, or "
+    remedy = "" if rank is None else "a larger rank, no rank for the smallest within the tolerance, or "
     raise ConfigError(
-        f"cannot convert to LoRA: with {choice} {len(lossy)} of {len(layers)} layers have a relative error beyond "
+        f"cannot convert to LoRA: with {choice} {len(lossy)} of {len(layers)} layers have a relative error above "
         f"tolerance={tolerance:g} ({listed}{more}); the largest is {lossy[0].relative_error:.4g}: "
-        f"give {remedy}a tolerance that accepts this"
+        f"give {remedy}a larger tolerance"
     )
 
 
 def _fields(adapter: OpenAdapter, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Write the JSON; every scaling is ``alpha / rank = 1``, so the product of the factors is the update."""
+    """Return the JSON. Every scaling is ``alpha / rank = 1``, so the product of the factors is the update."""
     own = adapter.file.fields
     rank = max(ranks.values())
     pattern = {} if set(ranks.values()) == {rank} else _pattern(ranks)
@@ -180,12 +158,12 @@ def _fields(adapter: OpenAdapter, ranks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _pattern(ranks: Mapping[str, int]) -> dict[str, int]:
-    """Give every rank under a regex. PEFT matches it with the ends of names too, so the longest name comes first."""
+    """Return the rank by regex. PEFT matches them with the ends of names too, so the longest name comes first."""
     return {re.escape(fqn): ranks[fqn] for fqn in sorted(ranks, key=lambda fqn: (-len(fqn), fqn))}
 
 
 def _targets(fields: Mapping[str, Any], fqns: Sequence[str]) -> dict[str, Any]:
-    """Name the layers as the adapter's own JSON does, where that is a list which fits them; else by a regex."""
+    """Return the fields that name the layers: those of the adapter if they are a list that fits, else a regex."""
     named = fields.get("target_modules")
     names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     if all(any(has_suffix(fqn, name) for name in names) for fqn in fqns):

@@ -1,12 +1,11 @@
-"""The model that a checkpoint's ``config.json`` describes, without values: transformers' own class on the meta device.
+"""The model that a checkpoint's ``config.json`` describes: transformers' own class on the meta device.
 
-It is built by transformers, and transformers says which of its parameters each tensor in the files becomes. Nothing is
-downloaded, and no code is run but that of transformers. No other file imports transformers.
+transformers builds it and determines which parameter each tensor in the files becomes. Nothing is downloaded, and only
+code of transformers is run. No other file imports transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from randlora.files.model_directory import CONFIG_FILE, ModelDirectory
+from randlora.files.model_directory import MODEL_CONFIG_FILE, ModelDirectory
 from randlora.layers.conv1d import Conv1DAdapter
 from randlora.targets.walk import Census
 
@@ -23,11 +22,11 @@ INSTALL = "pip install 'transformers>=5.0'"
 
 @dataclass(frozen=True, eq=False)
 class Conversion:
-    """How transformers makes parameters out of tensors in files: those of all experts one, one fused tensor several.
+    """How transformers computes parameters from tensors in files: one from all experts', several from a fused one.
 
     Attributes:
         model: The model.
-        converter: What transformers does to the tensors.
+        converter: The conversion, an object of transformers.
         fqn: The first of the parameters.
         sources: Names of the tensors, with the patterns that they match.
     """
@@ -46,7 +45,7 @@ class Conversion:
         return {fqn: part[0] if isinstance(part, list) else part for fqn, part in found.items()}
 
     def join(self, parts: dict[str, Tensor]) -> Tensor:
-        """Return the one tensor that parameters become when they are saved."""
+        """Return the tensor that parameters become when they are saved."""
         from transformers import core_model_loading  # noqa: PLC0415 - optional
 
         (tensor,) = core_model_loading.revert_weight_conversion(self.model, parts).values()
@@ -56,32 +55,26 @@ class Conversion:
 
 @dataclass(frozen=True, eq=False)
 class TransformersModel:
-    """A model on the meta device, and which parameters the tensors of its checkpoint become.
+    """A model on the meta device, and the parameters that the tensors of its checkpoint become.
 
     Attributes:
         census: The model.
-        names: Names of the tensors that hold a parameter as it is, by the parameter's id. A tied parameter may stand in
-            the files several times.
-        conversions: How a parameter is computed from tensors, by its FQN, where none holds it as it is.
-        parameter_fqn: Returns the name of the parameter that a tensor of a given name becomes.
+        names: Names of the tensors that hold a parameter unchanged, by the parameter's id. Files may hold a tied
+            parameter several times.
+        conversions: How the other parameters are computed from tensors, by FQN.
     """
 
     census: Census
-    parameter_fqn: Callable[[str], str]
     names: dict[int, tuple[str, ...]] = field(default_factory=dict)
     conversions: dict[str, Conversion] = field(default_factory=dict)
 
-    def layer_fqn(self, fqn: str) -> str:
-        """Return the name in this model of a layer that has another name in its files, or in other versions of it."""
-        return self.parameter_fqn(f"{fqn}.weight").removesuffix(".weight")
-
     def names_of(self, parameter: nn.Parameter | None) -> tuple[str, ...]:
-        """Return the names of the tensors that hold a parameter as it is."""
+        """Return the names of the tensors that hold a parameter unchanged."""
         return self.names.get(id(parameter), ())
 
     @property
     def names_by_fqn(self) -> dict[str, tuple[str, ...]]:
-        """Names of the tensors that hold a parameter as it is, by its FQN."""
+        """Names of the tensors that hold a parameter unchanged, by its FQN."""
         return {held.fqn: self.names_of(held.parameter) for held in self.census.parameters}
 
     @property
@@ -98,7 +91,7 @@ def build_model(directory: ModelDirectory) -> TransformersModel | str:
         directory: The checkpoint.
 
     Returns:
-        The model; or the reason why there is none, and what to do.
+        The model, or the reason why it cannot be built and what to do.
     """
     try:
         import transformers  # noqa: PLC0415 - optional
@@ -111,10 +104,10 @@ def build_model(directory: ModelDirectory) -> TransformersModel | str:
         named = f"names {name}, which transformers {transformers.__version__} lacks" if name else "names no class"
         return f"its config.json {named}"
     try:
-        config = model_class.config_class.from_json_file(directory.path / CONFIG_FILE)
+        config = model_class.config_class.from_json_file(directory.path / MODEL_CONFIG_FILE)
         with torch.device("meta"):
             model = model_class(config)
-    except Exception as error:  # whatever the code of some model raises over a config that it cannot take
+    except Exception as error:  # whatever a model's code raises for an unsuitable config
         return f"transformers {transformers.__version__} cannot build {name} from its config.json ({error})"
     if isinstance(config.dtype, torch.dtype):
         model.to(config.dtype)
@@ -122,7 +115,7 @@ def build_model(directory: ModelDirectory) -> TransformersModel | str:
 
 
 def _with_names(model: nn.Module, directory: ModelDirectory) -> TransformersModel:
-    """Find the parameter that every tensor of a checkpoint becomes, as ``from_pretrained`` does."""
+    """Find the parameter that each tensor of a checkpoint becomes, as ``from_pretrained`` does."""
     from transformers import conversion_mapping, core_model_loading  # noqa: PLC0415 - optional
 
     conversions = conversion_mapping.get_model_conversion_mapping(model)
@@ -138,9 +131,9 @@ def _with_names(model: nn.Module, directory: ModelDirectory) -> TransformersMode
             found = rename(name, [], [], prefix, state)
         return found
 
-    built = TransformersModel(Census.of(model), lambda name: renamed(name)[0])
+    built = TransformersModel(Census.of(model))
     parameters = {held.fqn: held.parameter for held in built.census.parameters}
-    for name in sorted(directory.entries, key=core_model_loading.dot_natural_key):  # some renamings count on this order
+    for name in sorted(directory.entries, key=core_model_loading.dot_natural_key):  # some renamings rely on this order
         fqn, pattern = renamed(name)
         if pattern is not None:
             converter = by_pattern[pattern]

@@ -1,4 +1,4 @@
-"""`verify`: whether an adapter's files are whole, their bases come out again, and they fit a base model."""
+"""`randlora.files.verify`: whether an adapter's files are undamaged, its bases reproduced, and it fits a base model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.errors import CheckpointError
 from randlora.files.adapter import adapter_basis, known_shapes
 from randlora.files.base_fit import fit_base, open_base
-from randlora.files.model_directory import read_model_directory
 from randlora.files.progress import Progress, no_progress
 from randlora.files.summary import DIGEST_SHOWN
 from randlora.targets.site import Shapes
@@ -24,12 +23,12 @@ Outcome = Literal["passed", "failed", "not checked"]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """One check.
 
     Attributes:
         name: ``files``, ``checksum``, ``base`` or ``bases``.
-        outcome: ``"passed"``, ``"failed"``, or ``"not checked"`` where the files give nothing to hold against.
-        words: What was found.
+        outcome: ``"passed"``, ``"failed"``, or ``"not checked"`` if the files have nothing to compare with.
+        words: The finding.
     """
 
     name: str
@@ -37,17 +36,17 @@ class Check:
     words: str
 
     def __str__(self) -> str:
-        """Say it on one line, or on more where there are several reasons."""
+        """Return one line, or several if there are several reasons."""
         return f"{self.outcome}: {self.name}: {self.words}"
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What `randlora.files.verify` looked at.
+    """The report of `randlora.files.verify`.
 
     Attributes:
         directory: The adapter.
-        checks: In order; what follows a failure that leaves nothing to look at is missing.
+        checks: The checks, in order. If the files cannot be read, the following ones are missing.
     """
 
     directory: Path
@@ -59,7 +58,7 @@ class Verification:
         return all(check.outcome != "failed" for check in self.checks)
 
     def __str__(self) -> str:
-        """List the checks, and what they come to."""
+        """Return the checks and the verdict."""
         verdict = "sound" if self.passed else "NOT sound"
         return "\n".join([*map(str, self.checks), f"{self.directory} is {verdict}"])
 
@@ -68,17 +67,19 @@ def verify(
     directory: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,
     *,
+    prefix: str | None = None,
     progress: Progress = no_progress,
 ) -> Verification:
     """Check an adapter's files: contents, checksum, bases, and whether they fit a base model.
 
     Args:
-        directory: What `randlora.save` or PEFT's ``save_pretrained`` wrote.
-        base: The directory of its base model, whose headers are read.
-        progress: Told of every step.
+        directory: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote.
+        base: The directory of its base model, of which only headers are read.
+        prefix: The prefix by which the names in the adapter and in the model differ, as in `randlora.load`.
+        progress: Called for every step.
 
     Returns:
-        All checks. A damaged file is a check that failed, and no exception.
+        All checks. A damaged file is a failed check, not an exception.
     """
     directory = Path(directory)
     progress(0, STEPS, "reading the files")
@@ -88,9 +89,9 @@ def verify(
     except CheckpointError as error:
         return Verification(directory, (Check("files", "failed", str(error)),))
     checks = [Check("files", "passed", _contents(file)), _checksum(file)]
-    progress(1, STEPS, "looking at the base model")
+    progress(1, STEPS, "checking the base model")
     if base is not None:
-        fit, shapes = _fit(file, Path(base), shapes)
+        fit, shapes = _fit(file, Path(base), shapes, prefix)
         checks.append(fit)
     progress(2, STEPS, "drawing the bases")
     checks.append(_bases(file, shapes))
@@ -99,7 +100,7 @@ def verify(
 
 
 def _contents(file: AdapterFile) -> str:
-    beside = f" and {len(file.trained)} parameters beside them" if file.trained else ""
+    beside = f" and {len(file.trained)} parameters trained with them" if file.trained else ""
     return (
         f"Λ and Γ of {len(file.values)} layers{beside}: names, dtypes and shapes fit r={file.config.r}, "
         "all values are finite"
@@ -108,32 +109,32 @@ def _contents(file: AdapterFile) -> str:
 
 def _checksum(file: AdapterFile) -> Check:
     if file.header is None:
-        return Check("checksum", "not checked", "the file is PEFT's and carries none")
+        return Check("checksum", "not checked", "PEFT wrote the file, and stores none")
     return Check("checksum", "passed", "the SHA-256 over header and tensors is the recorded one")
 
 
-def _fit(file: AdapterFile, base: Path, shapes: Shapes | None) -> tuple[Check, Shapes | None]:
-    """Hold the adapter against a base, and say the layers' shapes, which those of the base settle."""
+def _fit(file: AdapterFile, base: Path, shapes: Shapes | None, prefix: str | None) -> tuple[Check, Shapes | None]:
+    """Compare the adapter with a base model, which also determines the layers' shapes."""
     try:
-        found = fit_base(open_base(read_model_directory(base)), file)
+        found = fit_base(open_base(base), file, prefix)
     except CheckpointError as error:
         return Check("base", "failed", str(error)), shapes
-    words = f"{base} has all {len(found.shapes)} layers, in the shapes of the adapter"
+    own = dict(zip(found.file.values, file.values, strict=True))
+    shapes = {own[fqn]: shape for fqn, shape in found.shapes.items()}
+    words = f"{base} has all {len(shapes)} layers, in the shapes of the adapter"
     if found.absent:
-        words += f"; it lacks {', '.join(found.absent)}, as it would a new head"
-    if found.renamed:
-        words += f"; {found.renamed[0]} is called {found.renamed[1]} there, and so are others"
-    return Check("base", "passed", words), found.shapes
+        words += f"; its files lack {', '.join(found.absent)}, which its class has"
+    return Check("base", "passed", words), shapes
 
 
 def _bases(file: AdapterFile, shapes: Shapes | None) -> Check:
-    """Draw the bases again and hold them against the recorded digest, or against those in the file."""
+    """Draw the bases again and compare them with the recorded digest, or with those in the file."""
     try:
         basis = adapter_basis(file, shapes)
     except CheckpointError as error:
         return Check("bases", "failed", str(error))
     if basis is None:
-        reason = "PEFT wrote neither the bases nor the layers' shapes: give the directory of the base model too"
+        reason = "PEFT stored neither the bases nor the layers' shapes: give the directory of the base model too"
         return Check("bases", "not checked", reason)
     digest = basis.digest(*(basis.extent if shapes is None else sliced_dims(shapes.values())))[:DIGEST_SHOWN]
     return Check("bases", *_how_found(file, f"{basis.spec}, SHA-256 {digest}…", is_drawn=basis.stored is None))
@@ -144,7 +145,7 @@ def _how_found(file: AdapterFile, bases: str, *, is_drawn: bool) -> tuple[Outcom
         origin = "drawn again" if is_drawn else "in the file"
         return "passed", f"{bases}: {origin}, as recorded"
     if file.bases is None:
-        return "not checked", f"{bases}: drawn from the key; the file is PEFT's and says nothing to hold them against"
+        return "not checked", f"{bases}: drawn from the key; PEFT stored nothing to compare them with"
     if is_drawn:
         return "passed", f"{bases}: drawn again, as stored in the file"
-    return "passed", f"{bases}: in the file; its key draws others here, so they are taken as they are"
+    return "passed", f"{bases}: in the file; its key gives others here, so those in the file are used"

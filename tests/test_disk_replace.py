@@ -1,7 +1,12 @@
-"""Writing: all files or none, whenever it fails, and nothing temporary left behind."""
+"""Files and directories appear complete or not at all, whatever fails, and nothing temporary remains."""
 
 import os
+import shutil
+import signal
+import subprocess
+import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +14,7 @@ from typing import Any
 import pytest
 
 import randlora
-from randlora.checkpoint.write import write_together
+from randlora.disk.replace import new_directory, scratch_directory, write_files
 from tests.checkpoint_files import (
     CARD_FILE,
     CONFIG_FILE,
@@ -72,20 +77,20 @@ def break_step(monkeypatch: pytest.MonkeyPatch, target: str, call: int) -> None:
 
 
 def test_files_are_written_and_nothing_else(tmp_path: Path) -> None:
-    write_together(tmp_path / "a" / "b", writers(one=b"1", two=b"2"))
+    write_files(tmp_path / "a" / "b", writers(one=b"1", two=b"2"))
     assert contents(tmp_path / "a" / "b") == {"one": b"1", "two": b"2"}
 
 
 def test_old_files_are_replaced_and_others_left_alone(tmp_path: Path) -> None:
-    write_together(tmp_path, writers(**OLD, other=b"other"))
-    write_together(tmp_path, writers(one=b"1", two=b"2"))
+    write_files(tmp_path, writers(**OLD, other=b"other"))
+    write_files(tmp_path, writers(one=b"1", two=b"2"))
     assert contents(tmp_path) == {"one": b"1", "two": b"2", "other": b"other"}
 
 
 def test_a_file_is_as_readable_as_any_new_one(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        write_together(tmp_path, writers(one=b"1"))
+        write_files(tmp_path, writers(one=b"1"))
     finally:
         os.umask(before)
     assert (tmp_path / "one").stat().st_mode & 0o777 == 0o640
@@ -96,10 +101,10 @@ def test_a_file_is_as_readable_as_any_new_one(tmp_path: Path) -> None:
 def test_a_failure_leaves_the_old_files_whole_and_nothing_temporary(
     target: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_together(tmp_path, writers(**OLD))
+    write_files(tmp_path, writers(**OLD))
     break_step(monkeypatch, target, call)
     with pytest.raises(OSError, match="the disk refuses"):
-        write_together(tmp_path, writers(one=b"1", two=b"2"))
+        write_files(tmp_path, writers(one=b"1", two=b"2"))
     monkeypatch.undo()
     assert contents(tmp_path) == OLD
 
@@ -110,16 +115,16 @@ def test_a_failure_leaves_an_empty_directory_empty(
 ) -> None:
     break_step(monkeypatch, target, call)
     with pytest.raises(OSError, match="the disk refuses"):
-        write_together(tmp_path, writers(one=b"1", two=b"2"))
+        write_files(tmp_path, writers(one=b"1", two=b"2"))
     monkeypatch.undo()
     assert contents(tmp_path) == {}
 
 
 def test_a_failing_flush_of_the_directory_leaves_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_together(tmp_path, writers(**OLD))
+    write_files(tmp_path, writers(**OLD))
     break_step(monkeypatch, "os.fsync", 3)
     with pytest.raises(OSError, match="the disk refuses"):
-        write_together(tmp_path, writers(one=b"1", two=b"2"))
+        write_files(tmp_path, writers(one=b"1", two=b"2"))
     monkeypatch.undo()
     assert contents(tmp_path) in (OLD, {"one": b"1", "two": b"2"})
 
@@ -133,19 +138,19 @@ def test_a_writer_that_fails_half_way_leaves_the_old_files_whole(
         path.write_bytes(b"hal")
         raise error("half-way")
 
-    write_together(tmp_path, writers(**OLD))
+    write_files(tmp_path, writers(**OLD))
     with pytest.raises(error, match="half-way"):
-        write_together(tmp_path, {**writers(one=b"1", two=b"2"), failing: write_half})
+        write_files(tmp_path, {**writers(one=b"1", two=b"2"), failing: write_half})
     assert contents(tmp_path) == OLD
 
 
 @pytest.mark.parametrize("name", ["one", "two"])
 def test_a_directory_in_the_way_of_a_file_leaves_the_rest_whole(name: str, tmp_path: Path) -> None:
-    write_together(tmp_path, writers(**OLD))
+    write_files(tmp_path, writers(**OLD))
     (tmp_path / name).unlink()
     (tmp_path / name).mkdir()
     with pytest.raises(OSError, match=name):
-        write_together(tmp_path, writers(one=b"1", two=b"2"))
+        write_files(tmp_path, writers(one=b"1", two=b"2"))
     (tmp_path / name).rmdir()
     assert contents(tmp_path) == {other: text for other, text in OLD.items() if other != name}
 
@@ -153,11 +158,11 @@ def test_a_directory_in_the_way_of_a_file_leaves_the_rest_whole(name: str, tmp_p
 def test_the_old_files_come_back_where_the_file_system_has_no_links(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_together(tmp_path, writers(**OLD))
+    write_files(tmp_path, writers(**OLD))
     monkeypatch.setattr(Path, "hardlink_to", fail_at(1, Path.hardlink_to))
     break_step(monkeypatch, "pathlib.Path.replace", 2)
     with pytest.raises(OSError, match="the disk refuses"):
-        write_together(tmp_path, writers(one=b"1", two=b"2"))
+        write_files(tmp_path, writers(one=b"1", two=b"2"))
     monkeypatch.undo()
     assert contents(tmp_path) == OLD
 
@@ -178,14 +183,14 @@ def test_every_file_is_flushed_before_the_first_is_renamed_and_the_directory_aft
 
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(Path, "replace", watched_replace)
-    write_together(tmp_path, writers(one=b"1", two=b"2"))
+    write_files(tmp_path, writers(one=b"1", two=b"2"))
     assert done == ["flush a file", "flush a file", "rename one", "rename two", "flush the directory"]
 
 
 def test_a_directory_that_is_a_file_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "taken").write_bytes(b"text")
     with pytest.raises(OSError, match="taken"):
-        write_together(tmp_path / "taken", writers(one=b"1"))
+        write_files(tmp_path / "taken", writers(one=b"1"))
     assert contents(tmp_path) == {"taken": b"text"}
 
 
@@ -205,3 +210,124 @@ def test_a_save_that_fails_leaves_the_older_adapter_loadable_and_the_model_alone
     twin = HEADED.build()
     randlora.load(twin, tmp_path)
     assert all_bits(adapter_values(twin)) == all_bits(adapter_values(old))
+
+
+# New directories
+
+
+def test_a_new_directory_appears_when_the_block_ends(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with new_directory(out) as new:
+        (new / "file").write_text("x")
+        assert not out.exists()
+    assert contents(out) == {"file": b"x"}
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_a_new_directory_is_as_readable_as_any(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with new_directory(tmp_path / "out"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_nothing_is_left_of_a_block_that_raises(error: type[BaseException], tmp_path: Path) -> None:
+    def write() -> None:
+        with new_directory(tmp_path / "deep" / "er" / "out") as new:
+            (new / "file").write_text("x")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_appeared_meanwhile_stays(tmp_path: Path) -> None:
+    def write() -> None:
+        with new_directory(tmp_path / "out"):
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "file").write_text("theirs")
+
+    with pytest.raises(OSError, match="out"):
+        write()
+    assert contents(tmp_path / "out") == {"file": b"theirs"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from randlora.disk.replace import new_directory, write_files
+
+def half(path):
+    path.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+out = Path(sys.argv[1])
+if sys.argv[2] == "new":
+    with new_directory(out) as new:
+        half(new / "file")
+else:
+    write_files(out, {"file": half})
+"""
+
+
+@pytest.mark.parametrize("kind", ["new", "files"])
+def test_the_next_call_removes_what_a_killed_process_left(kind: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if kind == "files":
+        write_files(out, writers(file=b"old"))
+    killed = subprocess.run([sys.executable, "-c", KILLED, out, kind], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    place = tmp_path if kind == "new" else out
+    assert any(path.name.startswith(".out.unfinished-") for path in place.iterdir())
+    assert not out.exists() if kind == "new" else (out / "file").read_bytes() == b"old"
+    write_files(out, writers(file=b"x"))
+    assert contents(out) == {"file": b"x"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_calls_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    with scratch_directory(tmp_path, "out") as first:
+        (first / "file").write_text("x")
+        with scratch_directory(tmp_path, "out") as second, scratch_directory(tmp_path, "other") as third:
+            assert len({first, second, third}) == 3
+            assert (first / "file").read_text() == "x"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_that_write_one_directory_leave_the_files_of_one_of_them(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    texts = [bytes([number]) * 100 for number in range(8)]
+    threads = [threading.Thread(target=write_files, args=(out, writers(one=text))) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert contents(out)["one"] in texts
+    assert [path.name for path in out.iterdir()] == ["one"]
+
+
+def test_a_link_under_a_hidden_name_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "file").write_text("theirs")
+    link = tmp_path / ".out.unfinished-link"
+    link.symlink_to(tmp_path / "data")
+    with new_directory(tmp_path / "out"):
+        pass
+    assert link.is_symlink()
+    assert contents(tmp_path / "data") == {"file": b"theirs"}
+
+
+def test_names_with_the_signs_of_patterns_are_names(tmp_path: Path) -> None:
+    for name in ("a[1]", "a1"):
+        (tmp_path / f".{name}.unfinished-left").mkdir()
+    with scratch_directory(tmp_path, "a[1]"):
+        assert not (tmp_path / ".a[1].unfinished-left").exists()
+    assert (tmp_path / ".a1.unfinished-left").exists()
+    shutil.rmtree(tmp_path / ".a1.unfinished-left")

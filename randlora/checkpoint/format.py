@@ -1,0 +1,242 @@
+"""The two files of an adapter: their names, the keys and dtypes of the tensors, and the header that is our own.
+
+Files and keys are those of PEFT. The header is JSON in the metadata of the safetensors file and has what PEFT has no
+field for: the spec of the bases with their digest, the layers' shapes, versions, and a checksum of everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from randlora.bases.basis import Basis
+from randlora.bases.spec import BasisSpec, drawn_dims, sliced_dims, spec_for
+from randlora.config import RandLoRAConfig
+from randlora.disk.replace import Writer
+from randlora.disk.tensor_file import Planned, bytes_of, write_tensor_file
+from randlora.errors import CheckpointError
+from randlora.targets.site import Shapes
+
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
+
+MODEL_PREFIX = "base_model.model."
+LAMBDA_SUFFIX = ".randlora_lambda"
+GAMMA_SUFFIX = ".randlora_gamma"
+BASIS_A = "randlora_A"
+BASIS_B = "randlora_B"
+TOP_BASIS_A = f"base_model.{BASIS_A}"
+TOP_BASIS_B = f"base_model.{BASIS_B}"
+BASE_LAYER = ".base_layer."
+
+METADATA = {"format": "pt"}
+"""What transformers and PEFT expect in the metadata of every safetensors file."""
+HEADER_KEY = "randlora"
+SEAL_WORD = "basis_sha256"  # a word that every header contains and nothing else does
+FORMAT_VERSION = 1
+
+
+def trained_key(fqn: str, targets: Container[str]) -> str:
+    """Return PEFT's key of a parameter trained with an adapter; those of an adapted layer are one level down."""
+    module, _, attribute = fqn.rpartition(".")
+    return f"{MODEL_PREFIX}{module}{BASE_LAYER}{attribute}" if module in targets else f"{MODEL_PREFIX}{fqn}"
+
+
+def trained_fqn(key: str, targets: Container[str]) -> str:
+    """Return the FQN of a key of `trained_key`."""
+    fqn = key.removeprefix(MODEL_PREFIX)
+    module, _, attribute = fqn.rpartition(BASE_LAYER)
+    return f"{module}.{attribute}" if module in targets and "." not in attribute else fqn
+
+
+def master(tensor: Tensor, device: torch.device | str, *, copy: bool = False) -> Tensor:
+    """Return Λ or Γ in float32, or in float64 if it has that dtype."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.detach().to(device=device, dtype=dtype, copy=copy).contiguous()
+
+
+def adapter_tensors(values: Mapping[str, tuple[Tensor, Tensor]], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of an adapter's tensors on the CPU by their keys.
+
+    Args:
+        values: Λ and Γ by FQN of their layer.
+        trained: The parameters trained with the adapter, by FQN.
+    """
+    tensors = {}
+    for fqn, (lam, gamma) in values.items():
+        tensors[f"{MODEL_PREFIX}{fqn}{LAMBDA_SUFFIX}"] = master(lam, "cpu", copy=True)
+        tensors[f"{MODEL_PREFIX}{fqn}{GAMMA_SUFFIX}"] = master(gamma, "cpu", copy=True)
+    for fqn, parameter in trained.items():
+        tensors[trained_key(fqn, values)] = parameter.detach().cpu().contiguous().clone()
+    return tensors
+
+
+@dataclass(frozen=True)
+class Header:
+    """The facts about an adapter that are not in its tensors.
+
+    Attributes:
+        config: Its options, with the FQNs of its targets.
+        spec: The spec of its bases.
+        shapes: ``(out_features, in_features)`` by target.
+        basis_digest: SHA-256 of the values that its layers use; see `Basis.digest`.
+        is_reproducible: Whether ``spec`` reproduces the bases. Otherwise the file must hold them.
+        library_version: The version of this library that saved it.
+        torch_version: The version of torch that drew the bases; ``None`` if the file does not say.
+    """
+
+    config: RandLoRAConfig
+    spec: BasisSpec
+    shapes: dict[str, tuple[int, int]]
+    basis_digest: str
+    is_reproducible: bool
+    library_version: str
+    torch_version: str | None
+
+    @classmethod
+    def of(cls, config: RandLoRAConfig, basis: Basis, shapes: Shapes, trained: Iterable[str]) -> Header:
+        """Return the header of an adapter.
+
+        Args:
+            config: Its options.
+            basis: Its bases.
+            shapes: ``(out_features, in_features)`` of its layers by FQN.
+            trained: FQNs of the parameters trained with it.
+        """
+        config = replace(config, targets=tuple(shapes), exclude=None, train_also=tuple(trained) or None)
+        is_drawn = basis.stored is None
+        versions = version("randlora"), torch.__version__.split("+")[0] if is_drawn else None
+        header = cls(config, basis.spec, dict(shapes), "", is_drawn, *versions)
+        spec = header.spec
+        if spec.is_prefix_stable:  # then the dims that other adapters of the model made it grow to do not matter
+            spec = replace(spec, max_dim=header.rectangle[0], min_dim=header.rectangle[1])
+        return replace(header, spec=spec, basis_digest=basis.digest(*header.extent))
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """``(max_dim, min_dim)`` of the slices that the targets use."""
+        return sliced_dims(self.shapes.values())
+
+    @property
+    def rectangle(self) -> tuple[int, int]:
+        """``(max_dim, min_dim)`` of the bases that PEFT would draw for the targets, at least `extent`."""
+        return drawn_dims(self.shapes.values())
+
+    @property
+    def is_consistent(self) -> bool:
+        """Whether the options name these bases, and the bases are large enough for every target."""
+        wanted = spec_for(self.config, *self.extent)
+        drawn = self.spec.max_dim, self.spec.min_dim
+        reached = self.spec.is_prefix_stable or all(map(operator.ge, drawn, self.extent))
+        return wanted.family == self.spec.family and reached
+
+
+def dump_header(header: Header, tensors: Mapping[str, Tensor]) -> str:
+    """Return a header as JSON, with the SHA-256 of itself and of every tensor."""
+    facts = {
+        "basis": header.spec.to_dict(),
+        "basis_sha256": header.basis_digest,
+        "config": header.config.to_dict(),
+        "format_version": FORMAT_VERSION,
+        "is_reproducible": header.is_reproducible,
+        "library_version": header.library_version,
+        "targets": {fqn: list(shape) for fqn, shape in header.shapes.items()},
+        "torch_version": header.torch_version,
+    }
+    return json.dumps({**facts, "sha256": _seal(facts, tensors)})
+
+
+def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
+    """Return the header in a JSON text after checking its checksum.
+
+    Args:
+        text: The result of `dump_header`.
+        tensors: Every tensor of the file.
+
+    Raises:
+        CheckpointError: If the format version is another, the text is not such a header, or anything in the file was
+            changed.
+    """
+    try:
+        facts = json.loads(text)
+        found = facts["format_version"]
+        if found != FORMAT_VERSION:
+            raise CheckpointError(
+                f"the file has format version {found!r}, this library reads {FORMAT_VERSION}: install one that reads it"
+            )
+        seal = facts.pop("sha256")
+        header = Header(
+            config=RandLoRAConfig.from_dict(facts["config"]),
+            spec=BasisSpec.from_dict(facts["basis"]),
+            shapes={fqn: (int(out), int(in_)) for fqn, (out, in_) in facts["targets"].items()},
+            basis_digest=facts["basis_sha256"],
+            is_reproducible=bool(facts["is_reproducible"]),
+            library_version=str(facts["library_version"]),
+            torch_version=facts.get("torch_version"),  # the first files do not have it
+        )
+    except CheckpointError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the file's header is damaged ({error}): get an undamaged copy") from error
+    if seal != _seal(facts, tensors):
+        raise CheckpointError("the file's contents do not match its checksum, it was damaged: get an undamaged copy")
+    if not header.is_consistent:
+        raise CheckpointError(
+            f"the file's options, its targets and {header.spec} contradict each other: randlora.save wrote no such file"
+        )
+    return header
+
+
+def _seal(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(bytes_of(tensor.cpu().contiguous()).numpy().data)
+    return digest.hexdigest()
+
+
+def stored_bases(basis: Basis, header: Header) -> dict[str, Tensor]:
+    """Return dense bases, by key, of the dims that PEFT expects, or smaller if they were drawn for less."""
+    drawn = basis if basis.stored else Basis(basis.spec)  # the model's own must not grow
+    written = drawn.slices(*stored_dims(basis, header), device="cpu", dtype=torch.float32)
+    return {TOP_BASIS_A: written.A.contiguous(), TOP_BASIS_B: written.B.contiguous()}
+
+
+def stored_dims(basis: Basis, header: Header) -> tuple[int, int]:
+    """Return the ``(max_dim, min_dim)`` that `stored_bases` stores."""
+    spec, (max_dim, min_dim) = basis.spec, header.rectangle
+    return header.rectangle if spec.is_prefix_stable else (min(spec.max_dim, max_dim), min(spec.min_dim, min_dim))
+
+
+def file_writers(
+    fields: Mapping[str, Any], tensors: Mapping[str, Tensor], header: Header | None = None
+) -> dict[str, Writer]:
+    """Return what writes an adapter's two files, by their names.
+
+    Args:
+        fields: The contents of ``adapter_config.json``.
+        tensors: The tensors by key, contiguous and on the CPU.
+        header: Our header, if the file is to have it.
+    """
+    metadata = METADATA | ({} if header is None else {HEADER_KEY: dump_header(header, tensors)})
+    return planned_writers(fields, [Planned.whole(*item) for item in tensors.items()], metadata)
+
+
+def planned_writers(
+    fields: Mapping[str, Any], tensors: Iterable[Planned], metadata: Mapping[str, str] = METADATA
+) -> dict[str, Writer]:
+    """Return what writes an adapter's two files, with one tensor in memory at a time."""
+    text = json.dumps(dict(fields), indent=2)
+    return {
+        TENSORS_FILE: lambda path: write_tensor_file(path, tensors, metadata),
+        CONFIG_FILE: lambda path: path.write_text(f"{text}\n", encoding="utf-8"),
+    }

@@ -1,0 +1,123 @@
+"""The Hugging Face Hub, through huggingface_hub, which is imported when a repository is named and not before."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+
+from randlora.errors import CheckpointError
+
+REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+LIBRARY = {"library_name": "randlora", "library_version": version("randlora")}
+
+
+def is_repo_id(name: str) -> bool:
+    """Return whether a name has the form of a repository on the Hub, ``"user/repo"``."""
+    return REPO_ID.fullmatch(name) is not None
+
+
+def require_hub(repo_id: str) -> ModuleType:
+    """Return huggingface_hub.
+
+    Raises:
+        CheckpointError: If it is not installed.
+    """
+    try:
+        import huggingface_hub  # noqa: PLC0415  (optional)
+    except ImportError as error:
+        raise CheckpointError(
+            f"{repo_id!r} can only mean a repository on the Hub, which needs huggingface_hub: "
+            "install randlora with its extra, randlora[hub]"
+        ) from error
+    return huggingface_hub
+
+
+def download(repo_id: str, revision: str | None, files: Sequence[str]) -> Path:
+    """Download files of a repository, or find them in the local cache.
+
+    Args:
+        repo_id: The repository, ``"user/repo"``.
+        revision: A branch, a tag or a commit; ``None`` means the main branch.
+        files: Their names.
+
+    Returns:
+        The directory of the cache that holds them.
+
+    Raises:
+        CheckpointError: If they cannot be had, with the cause and what to do.
+    """
+    library = require_hub(repo_id)
+    try:
+        found = library.snapshot_download(repo_id, revision=revision, allow_patterns=[*files], **LIBRARY)
+    except Exception as error:  # the library's own, and whatever its HTTP client raises
+        what = f"the Hub's repository {repo_id!r}" + (f" at revision {revision!r}" if revision else "")
+        raise CheckpointError(f"there is no such path, and {what} cannot be had: {_cause(library, error)}") from error
+    if missing := [name for name in files if not Path(found, name).is_file()]:
+        raise CheckpointError(f"the Hub's repository {repo_id!r} has no {' and no '.join(missing)}: name another")
+    return Path(found)
+
+
+def upload(
+    directory: Path,
+    repo_id: str,
+    files: Sequence[str],
+    *,
+    message: str,
+    generated: Mapping[str, Callable[[Path], bool]],
+) -> str:
+    """Upload files of a directory to a repository, which is created if it does not exist.
+
+    Args:
+        directory: The directory.
+        repo_id: The repository, ``"user/repo"``.
+        files: Names of the files.
+        message: The message of the commit.
+        generated: Further files, each uploaded unless the repository has a file of its name that this function refuses
+            to replace.
+
+    Returns:
+        The repository's URL.
+
+    Raises:
+        CheckpointError: If the Hub refuses or cannot be reached, with the cause and what to do.
+    """
+    library = require_hub(repo_id)
+    api = library.HfApi(**LIBRARY)
+    try:
+        url = api.create_repo(repo_id, exist_ok=True)
+        replaced = [name for name, may_replace in generated.items() if _may_upload(library, repo_id, name, may_replace)]
+        api.upload_folder(
+            repo_id=repo_id, folder_path=directory, allow_patterns=[*files, *replaced], commit_message=message
+        )
+    except Exception as error:  # the library's own, and whatever its HTTP client raises
+        raise CheckpointError(
+            f"saved to {str(directory)!r}, whole, but cannot push to {repo_id!r}: {_cause(library, error)}"
+        ) from error
+    return str(url)
+
+
+def _may_upload(library: ModuleType, repo_id: str, name: str, may_replace: Callable[[Path], bool]) -> bool:
+    try:
+        return may_replace(Path(library.hf_hub_download(repo_id, name, **LIBRARY)))
+    except library.errors.EntryNotFoundError:
+        return True
+
+
+def _cause(library: ModuleType, error: Exception) -> str:
+    """Return what to do about an error of the Hub, and the first lines of its message."""
+    errors = library.errors
+    advice = (
+        (errors.GatedRepoError, "it is gated: ask for access on its page, then log in with `hf auth login`"),
+        (errors.RepositoryNotFoundError, "check its name; if it is private, log in with `hf auth login`"),
+        (errors.RevisionNotFoundError, "it has no such revision: name a branch, a tag or a commit of it"),
+        (errors.LocalEntryNotFoundError, "it is not in the cache: check the connection, and HF_HUB_OFFLINE"),
+        (errors.HFValidationError, "the Hub allows no such name"),
+        (errors.HfHubHTTPError, "the Hub refuses: log in with `hf auth login`, with a token that may do this"),
+        (Exception, "check the connection, and HF_HUB_OFFLINE"),
+    )
+    what_to_do = next(text for kind, text in advice if isinstance(error, kind))
+    said = " ".join([line for line in str(error).splitlines() if line][:2])
+    return f"{what_to_do} ({type(error).__name__}: {said})"

@@ -1,0 +1,283 @@
+"""Safetensors files: their headers, and their tensors read and written one by one or in pieces.
+
+The package safetensors maps files into memory, where each page counts as this process's once it is read, and writes a
+file from tensors that are all in memory. Here values are read as from any other file, and a file is written piece by
+piece, byte for byte as the package would write it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from randlora.errors import CheckpointError
+
+PIECE_BYTES = 2**20  # small enough to remain in the processor's cache from reading to writing
+LENGTH_BYTES = 8  # a file begins with the length of its header, little-endian
+ALIGNMENT = 8  # of the first tensor, in bytes
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+"""Dtypes by their names in safetensors, in its order: a file begins with the tensors of the last of these."""
+
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_ORDER = {dtype: place for place, dtype in enumerate(TORCH_DTYPES.values())}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in a file, as the header describes it.
+
+    Attributes:
+        name: Its name.
+        file: The file.
+        dtype: Its dtype.
+        shape: Its shape.
+        offset: Offset of its first byte in the file.
+        nbytes: Its size in bytes.
+    """
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The header of one safetensors file.
+
+    Attributes:
+        path: The file.
+        entries: Its tensors, in the order of their bytes.
+        metadata: The strings in its header.
+    """
+
+    path: Path
+    entries: tuple[Entry, ...]
+    metadata: dict[str, str]
+
+
+def read_shard(path: Path) -> Shard:
+    """Return the header of a safetensors file, checked.
+
+    Raises:
+        CheckpointError: If the file is truncated, is not a safetensors file, or has a dtype that torch does not have.
+    """
+    with open_shard(path) as (shard, _):
+        return shard
+
+
+@contextmanager
+def open_shard(path: Path) -> Iterator[tuple[Shard, FileIO]]:
+    """Open a safetensors file and yield its header and the open file, which `read_tensor` and `read_pieces` take.
+
+    Raises:
+        CheckpointError: As `read_shard`, or if reading the file fails in the block.
+    """
+    try:
+        with path.open("rb", buffering=0) as raw:
+            yield _header(path, raw), raw
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({error}): get an undamaged copy") from error
+
+
+def _header(path: Path, raw: FileIO) -> Shard:
+    with safe_open(path, framework="np"):  # checks that header and file fit; "pt" would ask for as much memory
+        pass
+    length = int.from_bytes(raw.read(LENGTH_BYTES), "little")
+    header = json.loads(raw.read(length))
+    metadata = header.pop("__metadata__", None) or {}
+    entries = [_entry(path, name, facts, LENGTH_BYTES + length) for name, facts in header.items()]
+    return Shard(path, tuple(sorted(entries, key=lambda entry: (entry.offset, entry.nbytes))), metadata)
+
+
+def _entry(path: Path, name: str, facts: Mapping[str, Any], start: int) -> Entry:
+    if facts["dtype"] not in TORCH_DTYPES:
+        raise CheckpointError(
+            f"{name} in {path} has dtype {facts['dtype']}, which this library does not know: save it in another"
+        )
+    first, end = facts["data_offsets"]
+    return Entry(name, path, TORCH_DTYPES[facts["dtype"]], tuple(facts["shape"]), start + first, end - first)
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """Return the memory of a contiguous tensor as a flat uint8 view."""
+    return tensor.detach().flatten().view(torch.uint8)
+
+
+def read_tensor(entry: Entry, raw: FileIO | None = None) -> Tensor:
+    """Read one tensor into new memory.
+
+    Args:
+        entry: The tensor.
+        raw: Its file, if it is open.
+
+    Raises:
+        CheckpointError: If the file ends within the tensor.
+    """
+    return next(_read(entry, max(entry.nbytes, 1), raw)).reshape(entry.shape)
+
+
+def read_pieces(entry: Entry, raw: FileIO | None = None) -> Iterator[Tensor]:
+    """Read one tensor as flat pieces of at most 1 MiB. Each piece is valid until the next one is read.
+
+    Args:
+        entry: The tensor.
+        raw: Its file, if it is open.
+
+    Raises:
+        CheckpointError: If the file ends within the tensor.
+    """
+    return _read(entry, PIECE_BYTES, raw)
+
+
+def _read(entry: Entry, step: int, raw: FileIO | None) -> Iterator[Tensor]:
+    buffer = torch.empty(min(entry.nbytes, step), dtype=torch.uint8)
+    with entry.file.open("rb", buffering=0) if raw is None else nullcontext(raw) as file:
+        file.seek(entry.offset)
+        for start in range(0, max(entry.nbytes, 1), step):
+            piece = buffer[: entry.nbytes - start]
+            if not _read_fully(file, piece.numpy().data):
+                raise CheckpointError(f"{entry.file} ends within {entry.name}: it was cut while it was read")
+            yield piece.view(entry.dtype)
+
+
+def _read_fully(file: FileIO, view: memoryview) -> bool:
+    """Fill a buffer. A system call may read less than asked for, and at most 2 GB."""
+    while len(view):
+        count = file.readinto(view)
+        if not count:
+            return False
+        view = view[count:]
+    return True
+
+
+def is_equal(entry: Entry, tensor: Tensor, raw: FileIO | None = None) -> bool:
+    """Return whether a tensor in a file equals one in memory, bit for bit, reading it in pieces.
+
+    Args:
+        entry: The tensor in the file.
+        tensor: A contiguous tensor on the CPU.
+        raw: The file, if it is open.
+    """
+    if (entry.dtype, entry.shape) != (tensor.dtype, tuple(tensor.shape)):
+        return False
+    pieces = bytes_of(tensor).split(PIECE_BYTES)
+    return all(torch.equal(bytes_of(read), own) for read, own in zip(read_pieces(entry, raw), pieces, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A tensor to be written.
+
+    Attributes:
+        name: Its name.
+        dtype: Its dtype.
+        shape: Its shape.
+        pieces: Returns its parts, in order; called when the tensor is written.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[Tensor]]
+
+    @classmethod
+    def whole(cls, name: str, tensor: Tensor) -> Planned:
+        """Plan to write a tensor that is in memory."""
+        return cls(name, tensor.dtype, tuple(tensor.shape), lambda: (tensor,))
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_tensor_file(
+    path: Path,
+    tensors: Iterable[Planned],
+    metadata: Mapping[str, str],
+    wrote: Callable[[int, str], object] | None = None,
+) -> None:
+    """Write a safetensors file tensor by tensor, and flush it to disk.
+
+    Args:
+        path: The file.
+        tensors: Its tensors, in any order.
+        metadata: Strings for its header.
+        wrote: Called after each piece with its size in bytes and the name of its tensor.
+
+    Raises:
+        OSError: If the disk refuses.
+    """
+    ordered = sorted(tensors, key=lambda tensor: (-_ORDER[tensor.dtype], tensor.name))
+    try:
+        with path.open("wb", buffering=0) as file:
+            _write_fully(file, memoryview(header_bytes(ordered, metadata)))
+            for tensor in ordered:
+                _write_tensor(file, tensor, wrote)
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = error.filename or os.fspath(path)  # which a full disk does not name
+        raise
+
+
+def _write_tensor(file: FileIO, tensor: Planned, wrote: Callable[[int, str], object] | None) -> None:
+    left = tensor.nbytes
+    for piece in tensor.pieces():
+        assert piece.dtype == tensor.dtype, f"{tensor.name} was planned as {tensor.dtype}"
+        view = bytes_of(piece.contiguous()).numpy().data
+        _write_fully(file, view)
+        left -= len(view)
+        if wrote is not None:
+            wrote(len(view), tensor.name)
+    assert left == 0, f"{tensor.name} does not have the size that it was planned with"
+
+
+def _write_fully(file: FileIO, view: memoryview) -> None:
+    while len(view):
+        view = view[file.write(view) or 0 :]
+
+
+def header_bytes(tensors: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:
+    """Return the length and the header of a file with these tensors in this order."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
+    for tensor in tensors:
+        end = start + tensor.nbytes
+        name = _NAMES[tensor.dtype]
+        header[tensor.name] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text

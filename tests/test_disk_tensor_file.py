@@ -1,0 +1,227 @@
+"""Safetensors files: read as the package reads them, into new memory, and written byte for byte as it writes them."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from randlora.disk import tensor_file
+from randlora.disk.tensor_file import (
+    TORCH_DTYPES,
+    Planned,
+    bytes_of,
+    is_equal,
+    open_shard,
+    read_pieces,
+    read_shard,
+    read_tensor,
+    write_tensor_file,
+)
+from randlora.errors import CheckpointError
+from tests.checkpoint_files import all_bits
+
+PIECE = 16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_pieces() -> Iterator[None]:
+    """Read in pieces of a few bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensor_file, "PIECE_BYTES", PIECE)
+        yield
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensor:
+    """Draw tensors of any dtype and shape, empty ones and scalars among them, with any bits."""
+    dtype = draw(st.sampled_from(list(TORCH_DTYPES.values())))
+    shape = draw(st.lists(st.integers(0, 5), max_size=3))
+    tensor = torch.zeros(shape, dtype=dtype)
+    size = tensor.numel() * tensor.element_size()
+    raw = draw(st.binary(min_size=size, max_size=size))
+    if dtype == torch.bool:
+        raw = bytes(byte % 2 for byte in raw)
+    bytes_of(tensor).copy_(torch.tensor(list(raw), dtype=torch.uint8))
+    return tensor
+
+
+names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=6).filter(
+    lambda name: name != "__metadata__"
+)
+
+
+def same_file(path: Path, first: str, second: str) -> bool:
+    """Compare two tensors of a file, the first of them in memory."""
+    with open_shard(path) as (shard, raw):
+        entries = {entry.name: entry for entry in shard.entries}
+        return is_equal(entries[second], read_tensor(entries[first], raw), raw)
+
+
+@given(st.dictionaries(names, tensors(), min_size=1, max_size=5), st.none() | st.dictionaries(names, names, max_size=2))
+def test_every_tensor_is_what_safetensors_reads(written: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "file")
+        save_file(written, path, metadata)
+        with open_shard(path) as (shard, raw):
+            assert shard.metadata == (metadata or {})
+            found = {entry.name: read_tensor(entry, raw) for entry in reversed(shard.entries)}
+        again = {entry.name: read_tensor(entry) for entry in read_shard(path).entries}
+        assert all_bits(again) == all_bits(found) == all_bits(load_file(path)) == all_bits(written)
+
+
+@given(tensors(), st.data())
+def test_a_copy_is_told_from_what_differs_in_one_bit(tensor: Tensor, data: st.DataObject) -> None:
+    other = tensor.clone()
+    size = len(bytes_of(tensor))
+    if size:
+        bits = [1] if tensor.dtype == torch.bool else [1 << bit for bit in range(8)]
+        bytes_of(other)[data.draw(st.integers(0, size - 1))] ^= data.draw(st.sampled_from(bits))
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "file")
+        save_file({"a": tensor, "b": tensor.clone(), "c": other}, path)
+        assert same_file(path, "a", "b")
+        assert same_file(path, "a", "c") == (not size)
+
+
+@pytest.mark.parametrize("length", [PIECE - 1, PIECE, PIECE + 1, 3 * PIECE])
+def test_a_copy_is_compared_to_its_last_byte(length: int, tmp_path: Path) -> None:
+    tensor = torch.arange(length, dtype=torch.uint8)
+    for place in range(length):
+        other = tensor.clone()
+        other[place] ^= 0x80
+        save_file({"a": tensor, "b": other}, tmp_path / "file")
+        assert not same_file(tmp_path / "file", "a", "b"), place
+
+
+OTHERS = {
+    "dtype": torch.arange(6, dtype=torch.int64).view(torch.float64),
+    "shape": torch.arange(6).reshape(2, 3),
+    "shorter": torch.arange(5),
+    "longer": torch.arange(7),
+    "zero of the other sign": torch.tensor([-0.0]),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_a_copy_is_told_from_one_of_another_kind(other: Tensor, tmp_path: Path) -> None:
+    tensor = torch.tensor([0.0]) if len(other) == 1 else torch.arange(6)
+    save_file({"a": tensor, "b": other}, tmp_path / "file")
+    assert not same_file(tmp_path / "file", "a", "b")
+
+
+def test_a_copy_of_what_is_no_number_is_a_copy(tmp_path: Path) -> None:
+    nan = torch.full((9,), float("nan"))
+    save_file({"a": nan, "b": nan.clone()}, tmp_path / "file")
+    assert same_file(tmp_path / "file", "a", "b")
+
+
+def test_what_is_read_is_aligned_and_outlives_the_file(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(3, dtype=torch.int8), "b": torch.arange(5.0)}, tmp_path / "file")
+    with open_shard(tmp_path / "file") as (shard, raw):
+        found = [read_tensor(entry, raw) for entry in sorted(shard.entries, key=lambda entry: entry.name)]
+    with (tmp_path / "file").open("r+b") as written:
+        written.truncate(0)
+    assert [tensor.tolist() for tensor in found] == [[0, 1, 2], [0, 1, 2, 3, 4]]
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in found)
+
+
+@pytest.mark.parametrize("read", [read_tensor, lambda entry, raw: [*read_pieces(entry, raw)]], ids=["whole", "pieces"])
+def test_a_file_that_shrinks_while_it_is_read_is_refused(read: Callable[..., object], tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    save_file({"a": torch.zeros(20_000), "b": torch.zeros(20_000)}, path)
+    with open_shard(path) as (shard, raw):
+        first, second = shard.entries
+        read(first, raw)
+        with path.open("r+b") as written:
+            written.truncate(path.stat().st_size // 2)
+        with pytest.raises(CheckpointError, match="ends within b: it was cut while it was read"):
+            read(second, raw)
+
+
+@pytest.mark.parametrize("contents", [b"", b"\0" * 7, b"\0" * 8, b"\xff" * 8, b"\x02\0\0\0\0\0\0\0[]"], ids=repr)
+def test_what_is_no_safetensors_file_is_refused(contents: bytes, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(contents)
+    with pytest.raises(CheckpointError, match="is truncated or damaged"), open_shard(tmp_path / "file"):
+        pass
+
+
+def test_an_error_of_the_caller_is_not_taken_for_one_of_the_file(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "file")
+    with pytest.raises(KeyError), open_shard(tmp_path / "file"):
+        raise KeyError("a")
+
+
+# Writing
+
+
+def planned(name: str, tensor: Tensor) -> Planned:
+    """Plan a tensor in as many pieces as it has numbers."""
+    return Planned(name, tensor.dtype, tuple(tensor.shape), lambda: iter(tensor.flatten().split(1)))
+
+
+@given(held=st.dictionaries(names, tensors(), min_size=1, max_size=6))
+def test_the_file_is_byte_for_byte_the_packages(
+    held: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    directory = tmp_path_factory.mktemp("model")
+    wrote: list[int] = []
+    write_tensor_file(
+        directory / "ours",
+        [planned(name, tensor) for name, tensor in held.items()],
+        {"format": "pt"},
+        lambda count, _: wrote.append(count),
+    )
+    save_file(held, directory / "theirs", {"format": "pt"})
+    assert (directory / "ours").read_bytes() == (directory / "theirs").read_bytes()
+    assert sum(wrote) == sum(tensor.nbytes for tensor in held.values())
+
+
+def test_without_metadata_there_is_none(tmp_path: Path) -> None:
+    write_tensor_file(tmp_path / "ours", [planned("x", torch.ones(3))], {})
+    save_file({"x": torch.ones(3)}, tmp_path / "theirs")
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (1,), (5, 7), (2, 3, 4)])
+@pytest.mark.parametrize("dtype", TORCH_DTYPES.values(), ids=str)
+def test_a_tensor_is_read_as_it_was_written(dtype: torch.dtype, shape: tuple[int, ...], tmp_path: Path) -> None:
+    tensor = torch.arange(torch.Size(shape).numel()).to(dtype).reshape(shape)
+    save_file({"before": torch.ones(3), "x": tensor, "y": torch.ones(2, dtype=torch.uint8)}, tmp_path / "file")
+    read = read_tensor(next(entry for entry in read_shard(tmp_path / "file").entries if entry.name == "x"))
+    assert (read.dtype, read.shape) == (tensor.dtype, tensor.shape)
+    assert torch.equal(read.flatten().view(torch.uint8), tensor.flatten().view(torch.uint8))
+
+
+def test_a_large_tensor_is_read_in_pieces_of_bounded_size(tmp_path: Path) -> None:
+    tensor = torch.randn(3, tensor_file.PIECE_BYTES // 4 + 1)
+    save_file({"x": tensor}, tmp_path / "file")
+    (entry,) = read_shard(tmp_path / "file").entries
+    pieces = [piece.clone() for piece in read_pieces(entry)]
+    assert max(piece.nbytes for piece in pieces) <= tensor_file.PIECE_BYTES < tensor.nbytes
+    assert torch.equal(torch.cat(pieces).reshape(tensor.shape), tensor)
+
+
+def test_a_file_that_is_cut_after_its_header_was_read_is_noticed(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(8)}, tmp_path / "file")
+    (entry,) = read_shard(tmp_path / "file").entries
+    (tmp_path / "file").write_bytes((tmp_path / "file").read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="ends within x"):
+        read_tensor(entry)
+
+
+def test_tensors_are_asked_for_one_after_the_other(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def pieces(name: str) -> Iterator[Tensor]:
+        asked.append(name)
+        yield torch.ones(2)
+
+    plans = [Planned(name, torch.float32, (2,), lambda name=name: pieces(name)) for name in "bca"]  # type: ignore[misc]
+    write_tensor_file(tmp_path / "x", plans, {}, lambda _, name: asked.append(f"wrote {name}"))
+    assert asked == ["a", "wrote a", "b", "wrote b", "c", "wrote c"]
