@@ -15,6 +15,7 @@ from benchmarks.models import LLAMA_TARGETS, by_peft
 from benchmarks.processes import held_bytes, in_own_process, peak_bytes
 from benchmarks.results import Row
 from benchmarks.timing import Figure
+from randlora.bases.basis import Basis
 
 REPEATS = 3
 FLOAT = 4
@@ -78,7 +79,7 @@ def start_ours(kind: str) -> dict[str, float]:
     }
 
 
-def held_to_compute(basis: randlora.bases.basis.Basis, dtype: torch.dtype) -> int:
+def held_to_compute(basis: Basis, dtype: torch.dtype) -> int:
     """Count the bytes of bases, and of the copies to compute with, once all layers have computed in a dtype."""
     basis.release()
     pairs = [basis.pair(*sides, device=torch.device("cpu"), dtype=dtype) for sides in SIDES]

@@ -2,7 +2,8 @@
 
 from hypothesis import strategies as st
 
-from randlora.bases.spec import BasisSpec, default_blocks
+from randlora.bases.block import default_blocks
+from randlora.bases.spec import BasisSpec
 from randlora.config import BasisKind, Stream
 
 KINDS_AND_STREAMS: tuple[tuple[BasisKind, Stream], ...] = (

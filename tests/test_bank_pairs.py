@@ -1,6 +1,7 @@
 """The form in which layers are handed their bases: the same numbers, without the zeros where that pays."""
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from randlora import BasisSpec
-from randlora.bases import portable_stream, torch_stream
+from randlora import BasisSpec, RandLoRAConfig
 from randlora.bases.basis import Basis
+from randlora.bases.spec import KINDS, spec_for
+from randlora.config import BasisKind
 from randlora.functional import Compute, Diagonals, Pair, adapted_linear, delta_weight
 from tests import reference
 from tests.strategies import specs
@@ -120,10 +122,10 @@ def test_in_the_dtype_of_storage_nothing_is_copied(blocks: tuple[int, int] | Non
 def test_meta_bases_have_shapes_and_draw_nothing(
     blocks: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for stream in (torch_stream, portable_stream):
-        monkeypatch.setattr(stream, "draw", lambda *_: pytest.fail("drew for a model without values"))
-    kind, stream_name = ("block", "portable") if blocks else ("dense", "torch")
-    basis = Basis(BasisSpec(kind, stream_name, 0, 4, 12, 8, blocks))  # type: ignore[arg-type]
+    kind: BasisKind = "block" if blocks else "dense"
+    draws: Any = {stream: lambda *_: pytest.fail("drew for a model without values") for stream in KINDS[kind].draws}
+    monkeypatch.setitem(KINDS, kind, replace(KINDS[kind], draws=draws))
+    basis = Basis(spec_for(RandLoRAConfig(r=4, basis=kind, blocks=blocks), 12, 8))
     found = pair(basis, 12, 7, device="meta")
     assert (found.shape.max_dim, found.shape.min_dim) == (12, 7)
     assert found.A.is_meta
@@ -164,8 +166,9 @@ def test_a_pair_does_not_reach_beyond_what_was_asked_for_before() -> None:
 def test_a_failure_to_draw_is_raised_where_bases_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     basis = Basis(BasisSpec("dense", "portable", 0, 4, 12, 8))
     basis.extend(12, 8)
+    draws: Any = {"portable": lambda *_: 1 / 0}
     with monkeypatch.context() as patch:
-        patch.setattr(portable_stream, "draw", lambda *_: 1 / 0)
+        patch.setitem(KINDS, "dense", replace(KINDS["dense"], draws=draws))
         with pytest.raises(ZeroDivisionError):
             pair(basis, 12, 8)
     assert pair(basis, 12, 8).shape.max_dim == 12

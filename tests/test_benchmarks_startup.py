@@ -5,9 +5,10 @@ import torch
 
 import randlora
 from benchmarks.startup import SIDES, held_to_compute, llama_3_8b
+from randlora.bases.basis import Basis
 
 
-def drawn(kind: str) -> randlora.bases.basis.Basis:
+def drawn(kind: str) -> Basis:
     blocks = (4, 8) if kind == "block" else None
     spec = randlora.BasisSpec(kind, "portable", seed=0, r=32, max_dim=1024, min_dim=1024, blocks=blocks)  # type: ignore[arg-type]
     basis = randlora.BasisBank().acquire(spec)

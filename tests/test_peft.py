@@ -8,6 +8,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 import randlora
+from randlora.bases.basis import Bases
 from randlora.config import BasisKind
 from randlora.errors import ConfigError
 from tests.models import (
@@ -68,7 +69,7 @@ def their_bases(shapes: Shapes, r: int, basis: BasisKind, seed: int) -> tuple[Te
     return model.base_model.randlora_A["default"].float(), model.base_model.randlora_B["default"].float()
 
 
-def our_bases(shapes: Shapes, r: int, basis: BasisKind, seed: int) -> randlora.bases.basis.Bases:
+def our_bases(shapes: Shapes, r: int, basis: BasisKind, seed: int) -> Bases:
     spec = randlora.plan(stack(shapes), r, targets="all-linear", basis=basis, seed=seed).spec
     held = randlora.BasisBank().acquire(spec)
     return held.slices(spec.max_dim, spec.min_dim, device="cpu", dtype=torch.float32)

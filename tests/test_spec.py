@@ -10,7 +10,8 @@ from torch import nn
 
 import randlora
 from randlora import BasisSpec, RandLoRAConfig
-from randlora.bases.spec import block_parts, default_blocks, spec_for
+from randlora.bases.block import block_parts, default_blocks
+from randlora.bases.spec import spec_for
 from randlora.errors import ConfigError
 from tests.laws import fill
 from tests.strategies import specs

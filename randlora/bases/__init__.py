@@ -1,1 +1,5 @@
-"""The frozen random bases: their spec, the random streams they are drawn from, and their storage."""
+"""The frozen random bases: their spec, their kinds, which this package registers, their draws and their storage."""
+
+from randlora.bases import block as block
+from randlora.bases import dense as dense
+from randlora.bases import ternary as ternary

@@ -14,12 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.bases import portable_stream, torch_stream
-from randlora.bases.compact import CompactMatrix
-from randlora.bases.spec import BasisSpec, count_bases
+from randlora.bases.compact import Matrices
+from randlora.bases.spec import KINDS, BasisSpec, Kind, count_bases
 from randlora.errors import ConfigError
-from randlora.functional import BlockPair, DensePair, Pair
-from randlora.functional.cost import SMALL_WEIGHT
+from randlora.functional import Pair
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Made = TypeVar("Made")
@@ -38,7 +36,11 @@ _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lamb
 
 
 def constant_to_the_compiler(function: Function) -> Function:
-    """Mark a function as ``torch.compiler.assume_constant_result`` does, without importing the compiler."""
+    """Mark a function as ``torch.compiler.assume_constant_result`` does.
+
+    That function imports the compiler, which takes longer than importing torch, and the mark must be there before the
+    compiler meets the function. A test compares the two marks, and fails if torch renames its own.
+    """
     vars(function)["_dynamo_marked_constant"] = True
     return function
 
@@ -73,8 +75,8 @@ class Basis:
 
     spec: BasisSpec
     extent: tuple[int, int] = (0, 0)
-    stored: tuple[CompactMatrix, CompactMatrix] | None = None
-    _drawn: tuple[CompactMatrix, CompactMatrix] | None = field(default=None, repr=False)
+    stored: Matrices | None = None
+    _drawn: Matrices | None = field(default=None, repr=False)
     _copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _pairs: dict[tuple[int, int, torch.device, torch.dtype], Pair] = field(default_factory=dict, repr=False)
     identity: str = field(init=False, repr=False)
@@ -115,14 +117,13 @@ class Basis:
         if self.spec.is_prefix_stable:
             self.spec = replace(self.spec, max_dim=max(drawn[0], extent[0]), min_dim=max(drawn[1], extent[1]))
 
-    def matrices(self) -> tuple[CompactMatrix, CompactMatrix]:
+    def matrices(self) -> Matrices:
         """Return A, ``(r, min_dim)``, and B, ``(max_dim, num_bases·r)``, as stored; the first call draws them."""
         if self.stored is not None:
             return self.stored
         if self._drawn is None:
-            stream = torch_stream if self.spec.stream == "torch" else portable_stream
             with torch.inference_mode(mode=False):
-                self._drawn = stream.draw(self.spec, *self.extent)
+                self._drawn = KINDS[self.spec.kind].draws[self.spec.stream](self.spec, *self.extent)
         return self._drawn
 
     def slices(self, max_dim: int, min_dim: int, *, device: torch.device | str, dtype: torch.dtype) -> Bases:
@@ -154,8 +155,8 @@ class Basis:
         """
         if torch.compiler.is_compiling():
             place = max_dim, min_dim, device, dtype, _is_exporting()
-            basis_A, basis_B = (getattr(self, self._constant(index, *place, self.identity))() for index in (0, 1))
-            return self._paired(basis_A, basis_B, max_dim, min_dim)
+            basis_A, basis_B = (getattr(self, self._constant(index, place, self.identity))() for index in (0, 1))
+            return self._form.paired(self.spec, basis_A, basis_B, max_dim, min_dim)
         pair = self._pairs.get((max_dim, min_dim, device, dtype))
         return self._made(max_dim, min_dim, device, dtype) if pair is None else pair
 
@@ -167,16 +168,7 @@ class Basis:
             del self.__dict__[name]
 
     @constant_to_the_compiler
-    def _constant(
-        self,
-        index: int,
-        max_dim: int,
-        min_dim: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        is_exporting: bool,  # noqa: FBT001
-        identity: str,
-    ) -> str:
+    def _constant(self, index: int, place: tuple[int, int, torch.device, torch.dtype, bool], identity: str) -> str:
         """Return the name of an attribute that holds a function returning A (index 0) or B (index 1) of a pair.
 
         The compiler calls that function while tracing and stores the tensor as a constant under the function's name,
@@ -185,11 +177,9 @@ class Basis:
         than the model's.
         """
         assert identity == self.identity, "the caller passes the identity of these bases"
-        name = f"_constant_{hash((index, max_dim, min_dim, device, dtype, is_exporting)):x}_{id(self):x}".replace(
-            "-", "_"
-        )
+        name = f"_constant_{hash((index, *place)):x}_{id(self):x}".replace("-", "_")
         if name not in self.__dict__:
-            pair = self._made(max_dim, min_dim, device, dtype)
+            pair, is_exporting = self._made(*place[:4]), place[4]
             tensor = pair.B if index else pair.A
             constant = tensor if is_exporting else nn.Parameter(tensor, requires_grad=False)
 
@@ -200,47 +190,20 @@ class Basis:
             self.__dict__[name] = constant_to_the_compiler(give)
         return name
 
-    def _copy(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the working copy of all of A and B, made once even if several threads ask for it.
-
-        They are plain tensors that autograd accepts, whatever mode or transform is active.
-        """
-        with _MAKING:
-            if (device, dtype) not in self._copies:
-                written = _aside(lambda: (self._write_out_A(device, dtype), self._write_out_B(device, dtype)))
-                self._copies[device, dtype] = written
-            return self._copies[device, dtype]
-
     def _made(self, max_dim: int, min_dim: int, device: torch.device, dtype: torch.dtype) -> Pair:
-        """Make a pair and cache it."""
+        """Make a pair and cache it, from a working copy that is made once even if several threads ask for it.
+
+        Both are plain tensors that autograd accepts, whatever mode or transform is active.
+        """
         problem = f"a layer of {max_dim}x{min_dim} exceeds the extent {self.extent}: call extend() first"
         assert max_dim <= self.extent[0], problem
         assert min_dim <= self.extent[1], problem
-        whole = self._copy(device, dtype)
-        pair = _aside(lambda: self._sliced(*whole, max_dim, min_dim))
+        with _MAKING:
+            if (device, dtype) not in self._copies:
+                self._copies[device, dtype] = _aside(lambda: self._write_out(device, dtype))
+            whole = self._copies[device, dtype]
+        pair = _aside(lambda: self._form.sliced(self.spec, *whole, max_dim, min_dim))
         return self._pairs.setdefault((max_dim, min_dim, device, dtype), pair)
-
-    def _sliced(self, whole_A: Tensor, whole_B: Tensor, max_dim: int, min_dim: int) -> Pair:
-        """Slice the bases for a layer."""
-        num_bases, (c, b) = count_bases(min_dim, self.spec.r), self._blocks
-        if (c, b) == (1, 1):
-            basis_A = whole_A[:, :min_dim].unsqueeze(0)
-            return self._paired(basis_A, whole_B[:max_dim, : num_bases * self.spec.r], max_dim, min_dim)
-        rows, width = math.ceil(max_dim / b) * b, math.ceil(min_dim / c)
-        blocks_A = whole_A[:, :width].unflatten(0, (-1, c)).transpose(0, 1).contiguous()
-        blocks_B = whole_B[:rows, : num_bases * self.spec.r // b].unflatten(0, (-1, b)).transpose(0, 1)
-        pair = self._paired(blocks_A, blocks_B, max_dim, min_dim)
-        if isinstance(pair, BlockPair) and max_dim * min_dim <= SMALL_WEIGHT:
-            pair.written = pair.write_out()
-        return pair
-
-    def _paired(self, basis_A: Tensor, basis_B: Tensor, max_dim: int, min_dim: int) -> Pair:
-        """Make a pair from the slices of a layer."""
-        c, b = self._blocks
-        if (c, b) == (1, 1):
-            return DensePair(basis_A, basis_B)
-        r = self.spec.r
-        return BlockPair(basis_A, basis_B, count_bases(min_dim, r), max_dim, min_dim, (c, b, r // c))
 
     def digest(self, max_dim: int, min_dim: int) -> str:
         """Return the SHA-256 of the values that layers of these dims use.
@@ -265,25 +228,23 @@ class Basis:
         return self.spec.nbytes(*self.extent)
 
     @property
-    def _blocks(self) -> tuple[int, int]:
-        """``(c, b)`` of the storage: bases from a file are stored dense."""
-        return (1, 1) if self.stored is not None else self.spec.blocks or (1, 1)
+    def _form(self) -> Kind:
+        """The kind that makes pairs of the storage: bases from a file are stored dense."""
+        return KINDS["dense" if self.stored is not None else self.spec.kind]
 
-    def _write_out_A(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return A, ``(r, ceil(min_dim / c))``, multiplied by the scales of A and B."""
-        wide = torch.promote_types(dtype, torch.float32)
+    def _write_out(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return A, ``(r, ceil(min_dim / c))``, multiplied by both scales, and B, ``(max_dim, r·num_bases/b)``.
+
+        The rows of B are padded to a multiple of b. It is the stored tensor if possible.
+        """
+        c, b = (self.spec.blocks if self.stored is None else None) or (1, 1)
+        (max_dim, min_dim), r = self.extent, self.spec.r
+        rows, wide = math.ceil(max_dim / b) * b, torch.promote_types(dtype, torch.float32)
         if device.type == "meta":  # a model without values needs no draw
-            return torch.empty((self.spec.r, math.ceil(self.extent[1] / self._blocks[0])), dtype=wide, device=device)
+            basis_A = torch.empty((r, math.ceil(min_dim / c)), dtype=wide, device=device)
+            return basis_A, torch.empty((rows, count_bases(min_dim, r) * r // b), dtype=dtype, device=device)
         stored_A, stored_B = self.matrices()
-        values: Tensor = stored_A.values.to(dtype=wide) * (stored_A.scale * stored_B.scale)
-        return values.to(device)  # last, because a copy is synchronous and a kernel after it would not be
-
-    def _write_out_B(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return B, ``(max_dim, r·num_bases/b)``, its rows padded to a multiple of b; the stored tensor if possible."""
-        (max_dim, min_dim), (_, b), r = self.extent, self._blocks, self.spec.r
-        rows = math.ceil(max_dim / b) * b
-        if device.type == "meta":
-            return torch.empty((rows, count_bases(min_dim, r) * r // b), dtype=dtype, device=device)
-        basis_B = self.matrices()[1].values.to(dtype=dtype)
-        whole = basis_B if len(basis_B) == rows else F.pad(basis_B, (0, 0, 0, rows - len(basis_B)))
-        return whole.to(device)
+        basis_A = stored_A.values.to(dtype=wide) * (stored_A.scale * stored_B.scale)
+        basis_B = stored_B.values.to(dtype=dtype)
+        whole_B = basis_B if len(basis_B) == rows else F.pad(basis_B, (0, 0, 0, rows - len(basis_B)))
+        return basis_A.to(device), whole_B.to(device)  # last: a copy is synchronous and a kernel after it would not be

@@ -78,3 +78,7 @@ class CompactMatrix:
             return cls(torch.cat([part.sign().to(torch.int8) for part in parts]), matrix.shape[1], scale)
         is_brief = all(torch.equal(part.to(torch.bfloat16).to(matrix.dtype), part) for part in parts)
         return cls(matrix.to(torch.bfloat16) if is_brief else matrix, matrix.shape[1])
+
+
+Matrices = tuple[CompactMatrix, CompactMatrix]
+"""A, ``(r, min_dim)``, and B, ``(max_dim, num_bases·r)``."""

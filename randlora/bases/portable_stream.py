@@ -12,60 +12,42 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from randlora.bases.compact import CompactMatrix
-from randlora.bases.spec import BasisSpec, count_bases
+from randlora.bases.compact import CompactMatrix, Matrices
+from randlora.bases.spec import KINDS, BasisSpec, count_bases
 
 VERSION = 1
 CHUNK_ENTRIES = 2**20
 INDEX_A, INDEX_B = 0, 1
 
 Lanes = NDArray[np.uint32]
+Values = NDArray[np.generic]
 
 
-def draw(spec: BasisSpec, max_dim: int, min_dim: int) -> tuple[CompactMatrix, CompactMatrix]:
-    """Draw the part of the bases that layers of the given dims use.
+def draw(
+    spec: BasisSpec, max_dim: int, min_dim: int, *, to_values: Callable[[Lanes, int], Values], scale: float = 1.0
+) -> Matrices:
+    """Draw the part of the bases that layers of the given dims use, in chunks of rows to bound memory.
 
     Args:
-        spec: The spec; its stream is ``portable``. Of its dims only ``min_dim`` matters, and only for ``very_sparse``.
+        spec: The spec, whose own dims do not matter.
         max_dim: Rows of B.
         min_dim: Columns of A.
-
-    Returns:
-        A, ``(r, min_dim)``, and B, ``(max_dim, num_bases·r)``.
+        to_values: `uniform` or `signs`: computes the stored values from lanes and the number of blocks.
+        scale: Factor of the stored values, which is rounded to float32.
     """
-    c, b = spec.blocks or (1, 1)
-    columns_B = count_bases(min_dim, spec.r) * spec.r
-    return _draw_matrix(spec, INDEX_A, spec.r, min_dim, c), _draw_matrix(spec, INDEX_B, max_dim, columns_B, b)
 
+    def draw_matrix(index: int, rows: int, columns: int, stride: int) -> CompactMatrix:
+        width = math.ceil(columns / stride)
+        values = torch.empty((rows, width), dtype=KINDS[spec.kind].dtype, device="cpu")
+        step = max(1, CHUNK_ENTRIES // width)
+        for start in range(0, rows, step):
+            chunk = range(start, min(start + step, rows))
+            lanes = np.stack([_row(spec.seed, index, row, width) for row in chunk])
+            values[start : chunk.stop] = torch.from_numpy(to_values(lanes, stride)).to(values.dtype)
+        return CompactMatrix(values, columns, float(np.float32(scale)), stride)
 
-def _draw_matrix(spec: BasisSpec, index: int, rows: int, columns: int, stride: int) -> CompactMatrix:
-    if spec.kind in ("sparse", "very_sparse"):
-        threshold = round(spec.probability * 2**32)
-        values = _fill(spec, index, rows, columns, torch.int8, lambda lanes: _signs(lanes, threshold))
-        return CompactMatrix(values, columns, float(np.float32(1 / math.sqrt(2 * spec.probability))))
-    bound = np.float32(math.sqrt(3 * stride))  # uniform on ±bound in one of stride entries: mean square 1
-    width = math.ceil(columns / stride)
-    return CompactMatrix(
-        _fill(spec, index, rows, width, torch.bfloat16, lambda lanes: _symmetric(lanes) * bound), columns, stride=stride
-    )
-
-
-def _fill(
-    spec: BasisSpec,
-    index: int,
-    rows: int,
-    width: int,
-    dtype: torch.dtype,
-    to_values: Callable[[Lanes], NDArray[np.generic]],
-) -> torch.Tensor:
-    """Return ``(rows, width)`` values, computed in chunks of rows to bound memory."""
-    filled = torch.empty((rows, width), dtype=dtype, device="cpu")
-    step = max(1, CHUNK_ENTRIES // width)
-    for start in range(0, rows, step):
-        chunk = range(start, min(start + step, rows))
-        lanes = np.stack([_row(spec.seed, index, row, width) for row in chunk])
-        filled[start : chunk.stop] = torch.from_numpy(to_values(lanes)).to(dtype)
-    return filled
+    (c, b), columns_B = spec.blocks or (1, 1), count_bases(min_dim, spec.r) * spec.r
+    return draw_matrix(INDEX_A, spec.r, min_dim, c), draw_matrix(INDEX_B, max_dim, columns_B, b)
 
 
 def _row(seed: int, index: int, row: int, width: int) -> Lanes:
@@ -77,12 +59,17 @@ def _row(seed: int, index: int, row: int, width: int) -> Lanes:
     return words.astype("<u8").view("<u4")[:width]
 
 
-def _signs(lanes: Lanes, threshold: int) -> NDArray[np.int8]:
+def signs(lanes: Lanes, stride: int, *, probability: float) -> Values:  # noqa: ARG001
+    """Return 1 and -1 with the given probability each, else 0."""
+    threshold = round(probability * 2**32)
     high = lanes >= np.uint32(2**32 - threshold)
     return high.astype(np.int8) - (lanes < np.uint32(threshold)).astype(np.int8)
 
 
-def _symmetric(lanes: Lanes) -> NDArray[np.float32]:
-    """Map a lane's upper 24 bits to the odd multiples of 2**-24 in (-1, 1), all exact in float32."""
+def uniform(lanes: Lanes, stride: int) -> Values:
+    """Return uniform numbers, of which one in ``stride`` entries gives a mean square of 1.
+
+    A lane's upper 24 bits are mapped to the odd multiples of 2**-24 in (-1, 1), all exact in float32.
+    """
     odd = (lanes >> np.uint32(8)).astype(np.int32) * 2 + 1 - 2**24
-    return odd.astype(np.float32) * np.float32(2.0**-24)
+    return odd.astype(np.float32) * np.float32(2.0**-24) * np.float32(math.sqrt(3 * stride))

@@ -1,17 +1,48 @@
-"""The spec of one pair of bases: everything its bits depend on, and nothing else."""
+"""The spec of one pair of bases, which is everything its bits depend on, and the registry of kinds of bases."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+import torch
+from torch import Tensor
+
+from randlora.bases.compact import Matrices
 from randlora.config import BasisKind, RandLoRAConfig, Stream, is_integer
 from randlora.errors import ConfigError
+from randlora.functional import Pair
 
-SMALLEST_BLOCK_COLUMN = 8  # default minimum of entries in a column of A: fits within .004 of dense bases
-MOST_BLOCKS_IN_B = 8
+
+@dataclass(frozen=True)
+class Kind:
+    """What the library asks of a kind of bases. Each is registered in `KINDS` under its name.
+
+    Attributes:
+        draws: How to draw from each stream that the kind has, the default one first: called with a spec, and with the
+            max_dim and min_dim that layers use.
+        dtype: Dtype of the stored values.
+        expected_rank: Estimates the rank of the trained update of a layer from a spec, its max_dim and its min_dim.
+        sliced: Slices the working copies of A and B for a layer: called with a spec, A, B, max_dim and min_dim.
+        paired: Makes the same pair from its own A and B instead; the compiler traces it.
+        peft_flags: PEFT's ``(sparse, very_sparse)``; ``None`` if PEFT does not have the kind.
+        default_blocks: Returns ``(c, b)`` for a rank, or ``None`` for a kind without blocks.
+        depends_on_dims: Whether every entry depends on the dims of the spec, whatever the stream.
+    """
+
+    draws: Mapping[Stream, Callable[[BasisSpec, int, int], Matrices]]
+    dtype: torch.dtype
+    expected_rank: Callable[[BasisSpec, int, int], int]
+    sliced: Callable[[BasisSpec, Tensor, Tensor, int, int], Pair]
+    paired: Callable[[BasisSpec, Tensor, Tensor, int, int], Pair]
+    peft_flags: tuple[bool, bool] | None
+    default_blocks: Callable[[int], tuple[int, int] | None] = lambda _: None
+    depends_on_dims: bool = False
+
+
+KINDS: dict[BasisKind, Kind] = {}
 
 
 @dataclass(frozen=True)
@@ -19,13 +50,13 @@ class BasisSpec:
     """The spec of a pair of bases. Equal specs give equal bits.
 
     Attributes:
-        kind: ``dense``, ``sparse``, ``very_sparse`` or ``block``.
+        kind: Name of the kind.
         stream: ``torch`` or ``portable``.
         seed: Seed of the stream.
         r: Rank of one basis.
         max_dim: Rows of B that are drawn, the largest dim of any target.
         min_dim: Columns of A that are drawn, ``min(largest out_features, largest in_features)``.
-        blocks: ``(c, b)``, the number of blocks of A and B, for ``block``; else ``None``.
+        blocks: ``(c, b)``, the number of blocks of A and B, if the kind has blocks; else ``None``.
     """
 
     kind: BasisKind
@@ -41,10 +72,11 @@ class BasisSpec:
         RandLoRAConfig(r=self.r, basis=self.kind, stream=self.stream, seed=self.seed, blocks=self.blocks)
         if not all(is_integer(size) and size > 0 for size in (self.max_dim, self.min_dim)):
             raise ConfigError(f"the dims of a basis must be positive integers, got {self.max_dim}x{self.min_dim}")
-        if (self.blocks is None) == (self.kind == "block"):
-            raise ConfigError(
-                f"blocks must be given if and only if kind='block', got kind={self.kind!r}, blocks={self.blocks}"
-            )
+        kind = KINDS[self.kind]
+        if self.stream not in kind.draws:
+            raise ConfigError(f"{self.kind} bases need stream={' or '.join(kind.draws)}, got stream={self.stream!r}")
+        if (self.blocks is None) != (kind.default_blocks(self.r) is None):
+            raise ConfigError(f"{self.kind} bases need blocks, got blocks={self.blocks}")
 
     @property
     def num_bases(self) -> int:
@@ -58,36 +90,19 @@ class BasisSpec:
 
     @property
     def is_prefix_stable(self) -> bool:
-        """Whether a larger draw begins with the bits of a smaller one.
-
-        Not for ``very_sparse``, whose density ``1 / sqrt(min_dim)`` depends on the dims.
-        """
-        return self.stream == "portable" and self.kind != "very_sparse"
-
-    @property
-    def probability(self) -> float:
-        """Probability that a ternary entry is +1, and that it is -1: 1/6, or ``1 / (2·sqrt(min_dim))``."""
-        return 1 / (2 * (math.sqrt(self.min_dim) if self.kind == "very_sparse" else 3))
+        """Whether a larger draw begins with the bits of a smaller one."""
+        return self.stream == "portable" and not KINDS[self.kind].depends_on_dims
 
     def expected_rank(self, out_features: int, in_features: int) -> int:
-        """Estimate the rank of one layer's trained update.
-
-        All terms share A, so a zero column of a ternary A is a zero column of every update. On average
-        ``1 - (1 - 2·probability)**r`` of the columns are nonzero. With ``block`` bases the rank is the sum of the ranks
-        of `block_parts`.
-        """
-        full = min(out_features, in_features)
-        if self.kind == "dense":
-            return full
-        if self.blocks is not None:
-            return sum(map(min, block_parts(max(out_features, in_features), full, self.r, self.blocks)))
-        return round(full * (1 - (1 - 2 * self.probability) ** self.r))
+        """Estimate the rank of one layer's trained update."""
+        dims = max(out_features, in_features), min(out_features, in_features)
+        return KINDS[self.kind].expected_rank(self, *dims)
 
     def nbytes(self, max_dim: int, min_dim: int) -> int:
         """Return the bytes in storage of the slices for layers of these dims."""
         c, b = self.blocks or (1, 1)
-        itemsize = 2 if self.kind in ("dense", "block") else 1
-        return itemsize * (self.r * math.ceil(min_dim / c) + max_dim * count_bases(min_dim, self.r) * self.r // b)
+        entries = self.r * math.ceil(min_dim / c) + max_dim * count_bases(min_dim, self.r) * self.r // b
+        return KINDS[self.kind].dtype.itemsize * entries
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-serializable values."""
@@ -111,28 +126,6 @@ def count_bases(min_dim: int, r: int) -> int:
     return math.ceil(min_dim / r)
 
 
-def block_parts(max_dim: int, min_dim: int, r: int, blocks: tuple[int, int]) -> list[tuple[int, int]]:
-    """Return the sizes of the submatrices in which an update of ``block`` bases may be nonzero.
-
-    Entry (i, j) may be nonzero if some p, the index that pairs the columns of UB with the rows of UA, has
-    ``p ≡ i (mod b)`` and ``p // num_bases ≡ j (mod c)``. With many bases there is one part, the whole matrix.
-
-    Returns:
-        ``(rows, columns)`` of each part, out of ``max_dim`` and ``min_dim``.
-    """
-    c, b = blocks
-    num_bases = count_bases(min_dim, r)
-    parts: list[tuple[set[int], set[int]]] = []  # remainders of their rows and columns
-    for row, column in sorted({(p % b, p // num_bases % c) for p in range(num_bases * r)}):
-        met = [part for part in parts if row in part[0] or column in part[1]]
-        rows, columns = {row}.union(*(part[0] for part in met)), {column}.union(*(part[1] for part in met))
-        parts = [part for part in parts if part not in met] + [(rows, columns)]
-    return [
-        (sum(len(range(row, max_dim, b)) for row in rows), sum(len(range(column, min_dim, c)) for column in columns))
-        for rows, columns in parts
-    ]
-
-
 def drawn_dims(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
     """Return the ``(max_dim, min_dim)`` that PEFT draws for layers of these ``(out, in)`` shapes.
 
@@ -150,14 +143,6 @@ def sliced_dims(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
 
 def spec_for(config: RandLoRAConfig, max_dim: int, min_dim: int) -> BasisSpec:
     """Return the spec of the bases of a config for targets of these dims."""
-    stream = config.stream or ("portable" if config.basis == "block" else "torch")
-    blocks = (config.blocks or default_blocks(config.r)) if config.basis == "block" else None
-    return BasisSpec(config.basis, stream, config.seed, config.r, max_dim, min_dim, blocks)
-
-
-def default_blocks(r: int) -> tuple[int, int]:
-    """Return ``(c, b)`` for a rank: the most blocks of A with 8 entries in a column, and at most 8 blocks of B."""
-    divisors = [size for size in range(1, r + 1) if r % size == 0]
-    c = max((size for size in divisors if r // size >= SMALLEST_BLOCK_COLUMN), default=1)
-    b = max(size for size in divisors if size <= MOST_BLOCKS_IN_B)
-    return c, b
+    default, *_ = KINDS[config.basis].draws
+    blocks = config.blocks or KINDS[config.basis].default_blocks(config.r)
+    return BasisSpec(config.basis, config.stream or default, config.seed, config.r, max_dim, min_dim, blocks)

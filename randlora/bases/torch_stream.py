@@ -7,89 +7,77 @@ hardware supports it.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from randlora.bases.compact import CompactMatrix
+from randlora.bases.compact import CompactMatrix, Matrices
 from randlora.bases.spec import BasisSpec, count_bases
 from randlora.errors import ConfigError
 
 CHUNK_ENTRIES = 2**22
 
+Sizes = tuple[int, int, int]
 
-def draw(spec: BasisSpec, max_dim: int, min_dim: int) -> tuple[CompactMatrix, CompactMatrix]:
+
+def draw(spec: BasisSpec, max_dim: int, min_dim: int, *, draw_matrix: Callable[..., CompactMatrix]) -> Matrices:
     """Draw the bases of ``spec`` and keep the part that layers of the given dims use.
 
     Args:
-        spec: The spec; its stream is ``torch``.
+        spec: The spec.
         max_dim: Rows of B to keep, at most ``spec.max_dim``.
         min_dim: Columns of A to keep, at most ``spec.min_dim``.
-
-    Returns:
-        A, ``(r, min_dim)``, and B, ``(max_dim, num_bases·r)``.
+        draw_matrix: `uniform` or `signs`: draws a shape and keeps the first entries of each side.
 
     Raises:
         ConfigError: If all entries of a basis are equal, so that its standard deviation is zero.
     """
     generator = torch.Generator("cpu").manual_seed(spec.seed)
     num_bases = count_bases(min_dim, spec.r)
-    draw_matrix = _draw_dense if spec.kind == "dense" else _draw_ternary
-    basis_A = draw_matrix(spec, generator, (spec.r, 1, spec.min_dim), keep=(spec.r, 1, min_dim))
-    basis_B = draw_matrix(spec, generator, (spec.max_dim, spec.num_bases, spec.r), keep=(max_dim, num_bases, spec.r))
+    basis_A = draw_matrix(spec, generator, (spec.r, 1, spec.min_dim), (spec.r, 1, min_dim))
+    basis_B = draw_matrix(spec, generator, (spec.max_dim, spec.num_bases, spec.r), (max_dim, num_bases, spec.r))
     return basis_A, basis_B
 
 
-class _Deviation:
-    """The standard deviation of numbers added in chunks, from exact or float64 sums."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.total = 0.0
-        self.squares = 0.0
-
-    def add(self, count: int, total: Tensor, squares: Tensor) -> None:
-        self.count += count
-        self.total += total.item()
-        self.squares += squares.item()
-
-    def result(self, spec: BasisSpec) -> float:
-        variance = (self.squares - self.total**2 / self.count) / (self.count - 1) if self.count > 1 else 0.0
-        if variance <= 0:
-            raise ConfigError(f"{spec} have a standard deviation of 0: use basis='dense', a larger r or another seed")
-        return math.sqrt(variance)
+def _deviation(spec: BasisSpec, sums: list[tuple[int, float, float]]) -> float:
+    """Return the standard deviation of numbers, given the count, sum and sum of squares of each chunk of them."""
+    count, total, squares = 0, 0.0, 0.0
+    for chunk in sums:  # not by sum(), whose rounding depends on the version of Python
+        count, total, squares = count + chunk[0], total + chunk[1], squares + chunk[2]
+    variance = (squares - total**2 / count) / (count - 1) if count > 1 else 0.0
+    if variance <= 0:
+        raise ConfigError(f"{spec} have a standard deviation of 0: use basis='dense', a larger r or another seed")
+    return math.sqrt(variance)
 
 
-def _draw_dense(
-    spec: BasisSpec, generator: torch.Generator, shape: tuple[int, int, int], keep: tuple[int, int, int]
-) -> CompactMatrix:
+def uniform(spec: BasisSpec, generator: torch.Generator, shape: Sizes, keep: Sizes) -> CompactMatrix:
     """Draw Kaiming-uniform numbers as PEFT does: ``shape[1]`` draws of ``(rows, 1, width)``."""
     rows, draws, width = shape
     kept = torch.empty(keep, dtype=torch.bfloat16, device="cpu")
-    deviation = _Deviation()
+    sums = []
     for index in range(draws):
         chunk = torch.empty((rows, 1, width), dtype=torch.bfloat16, device="cpu")
         torch.nn.init.kaiming_uniform_(chunk, a=math.sqrt(5), generator=generator)
         norm = torch.linalg.vector_norm(chunk, dtype=torch.float64)
-        deviation.add(chunk.numel(), chunk.sum(dtype=torch.float64), norm.square())
+        sums.append((chunk.numel(), chunk.sum(dtype=torch.float64).item(), norm.square().item()))
         if index < keep[1]:
             kept[:, index] = chunk[: keep[0], 0, : keep[2]]
-    kept /= torch.tensor(deviation.result(spec), dtype=torch.float64, device="cpu").to(torch.bfloat16)
+    kept /= torch.tensor(_deviation(spec, sums), dtype=torch.float64, device="cpu").to(torch.bfloat16)
     return CompactMatrix(kept.flatten(start_dim=1), keep[1] * keep[2])
 
 
-def _draw_ternary(
-    spec: BasisSpec, generator: torch.Generator, shape: tuple[int, int, int], keep: tuple[int, int, int]
+def signs(
+    spec: BasisSpec, generator: torch.Generator, shape: Sizes, keep: Sizes, *, probability: Callable[[int], float]
 ) -> CompactMatrix:
-    """Draw -1, 0 and 1 from one uniform number per entry, in the order of a single draw of the whole shape."""
+    """Draw 1 and -1 with a probability each, else 0, in the order of a single draw of the whole shape."""
     kept = torch.empty(keep, dtype=torch.int8, device="cpu")
-    deviation = _Deviation()
+    share, sums = probability(spec.min_dim), []
     step = max(1, CHUNK_ENTRIES // (shape[1] * shape[2]))
     for start in range(0, shape[0], step):
         chunk = min(step, shape[0] - start), *shape[1:]
-        uniform = torch.rand(chunk, generator=generator, dtype=torch.float32, device="cpu")
-        signs = (uniform > 1 - spec.probability).to(torch.int8) - (uniform < spec.probability).to(torch.int8)
-        deviation.add(signs.numel(), signs.sum(), signs.count_nonzero())
-        kept[start : start + step] = signs[: max(0, keep[0] - start), : keep[1], : keep[2]]
-    scale = 1 / torch.tensor(deviation.result(spec), dtype=torch.float64, device="cpu").to(torch.float32)
+        numbers = torch.rand(chunk, generator=generator, dtype=torch.float32, device="cpu")
+        drawn = (numbers > 1 - share).to(torch.int8) - (numbers < share).to(torch.int8)
+        sums.append((drawn.numel(), drawn.sum().item(), drawn.count_nonzero().item()))
+        kept[start : start + step] = drawn[: max(0, keep[0] - start), : keep[1], : keep[2]]
+    scale = 1 / torch.tensor(_deviation(spec, sums), dtype=torch.float64, device="cpu").to(torch.float32)
     return CompactMatrix(kept.flatten(start_dim=1), keep[1] * keep[2], scale.item())

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from randlora.bases.spec import KINDS
 from randlora.checkpoint.base_model import base_model_name
 from randlora.config import BasisKind, RandLoRAConfig, Stream
 from randlora.errors import CheckpointError, ConfigError
@@ -84,6 +85,7 @@ def option_fields(config: RandLoRAConfig, stream: Stream, *, stored: bool) -> di
         stored: Whether the file holds the bases.
     """
     alpha = config.effective_alpha
+    sparse, very_sparse = KINDS[config.basis].peft_flags or (False, False)
     fields: dict[str, Any] = {
         "peft_type": PEFT_TYPE,
         "peft_version": PEFT_VERSION,
@@ -92,8 +94,8 @@ def option_fields(config: RandLoRAConfig, stream: Stream, *, stored: bool) -> di
         "randlora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "randlora_dropout": config.dropout,
         "save_projection": stored,
-        "sparse": config.basis == "sparse",
-        "very_sparse": config.basis == "very_sparse",
+        "sparse": sparse,
+        "very_sparse": very_sparse,
     }
     return fields if stored or stream == "torch" else {**fields, STREAM_FIELD: stream}
 
@@ -131,9 +133,9 @@ def from_peft_fields(fields: Mapping[str, Any], targets: Iterable[str], trained:
 
 def peft_kind(fields: Mapping[str, Any]) -> BasisKind:
     """Return the kind of bases in PEFT's two booleans. If both are true, PEFT draws ``very_sparse``."""
-    if fields.get("very_sparse"):
-        return "very_sparse"
-    return "sparse" if fields.get("sparse") else "dense"
+    very_sparse = bool(fields.get("very_sparse"))
+    flags = bool(fields.get("sparse")) and not very_sparse, very_sparse
+    return next(name for name, kind in KINDS.items() if kind.peft_flags == flags)
 
 
 def kept_fields(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from randlora.bases.spec import count_bases
+from randlora.bases.spec import KINDS, count_bases
 from randlora.checkpoint.format import (
     BASIS_A,
     BASIS_B,
@@ -243,7 +243,7 @@ def _disagreements(fields: Mapping[str, Any], header: Header | None) -> list[str
         "randlora_dropout": (fields.get("randlora_dropout"), config.dropout),
         "projection_prng_key": (fields.get("projection_prng_key"), config.seed),
     }
-    if config.basis != "block":
+    if KINDS[config.basis].peft_flags is not None:
         pairs["kind of basis"] = (peft_kind(fields), config.basis)
     return [
         f"{CONFIG_FILE} says {name}={ours!r}, the tensors were saved with {theirs!r}: the files are of two saves"

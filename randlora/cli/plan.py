@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from typer import Argument, Option
 
+from randlora import config
 from randlora.cli.output import AsJson, plain, show, show_json, show_table
 from randlora.files.model_directory import read_model_directory
 from randlora.files.plan import TrainingMemory, plan_checkpoint, training_memory
@@ -20,8 +21,8 @@ Regex = Annotated[str | None, Option(help="A regex that matches whole names, in 
 Exclude = Annotated[list[str] | None, Option(help="A layer, or a module with the layers in it, to leave out.")]
 TrainAlso = Annotated[list[str] | None, Option(help="A module or parameter to train with the adapter.")]
 Alpha = Annotated[float | None, Option(help="The update is scaled by alpha / r; 20 r unless given.")]
-Basis = Annotated[Literal["dense", "sparse", "very_sparse", "block"], Option(help="Kind of random bases.")]
-Stream = Annotated[Literal["torch", "portable"] | None, Option(help="The stream of random numbers.")]
+Basis = Annotated[config.BasisKind, Option(help="Kind of random bases.")]
+Stream = Annotated[config.Stream | None, Option(help="The stream of random numbers.")]
 Blocks = Annotated[tuple[int, int] | None, Option(help="Blocks of A and of B, for `--basis block`.")]
 Seed = Annotated[int, Option(help="Seed of the bases.")]
 
