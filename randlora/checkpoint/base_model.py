@@ -30,10 +30,10 @@ def is_same_model(one: str, other: str) -> bool:
 
     The names of two repositories are compared whole. Of a path, only the last component counts.
     """
-    first, second = _normalized(one), _normalized(other)
+    first, second = ((repo_of(name) or name).rstrip("/\\").casefold() for name in (one, other))
     if is_repo_id(first) and is_repo_id(second):
         return first == second
-    return _last(first) == _last(second)
+    return re.split(r"[/\\]", first)[-1] == re.split(r"[/\\]", second)[-1]
 
 
 def mismatch(model: nn.Module, written: object) -> str | None:
@@ -60,11 +60,3 @@ def _own_name(model: nn.Module) -> str | None:
     holders = (getattr(model, "config", None), model)
     names = (getattr(holder, field, None) for holder in holders for field in ("_name_or_path", "name_or_path"))
     return next((name for name in names if isinstance(name, str) and name), None)
-
-
-def _normalized(name: str) -> str:
-    return (repo_of(name) or name).rstrip("/\\").casefold()
-
-
-def _last(name: str) -> str:
-    return re.split(r"[/\\]", name)[-1]

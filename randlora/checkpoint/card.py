@@ -27,15 +27,22 @@ def write_card(
     """
     base = repo_of(base_model)
     place = repo_id or "path/to/this/directory"
+    # what the Hub reads, in YAML, of which JSON strings are a part
+    of_base = [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"] if base else []
+    front_matter = ["---", *of_base, "library_name: randlora", "tags:", "- randlora", "---"]
+    figures = (f"| {name} | {value} |" for name, value in _figures(report, header).items() if value)
+    here = f'import randlora\n\nrandlora.load(model, "{place}")  # model: the base model as it was before training'
+    there = f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, "{place}")'
     sections = [
-        _front_matter(base),
+        "\n".join(front_matter),
         MARK,
         f"# RandLoRA adapter of {base}" if base else "# RandLoRA adapter",
         "An adapter of the method [RandLoRA](https://arxiv.org/abs/2502.00987): trained scalings of random bases.",
-        _table(_figures(report, header)),
+        "\n".join(["| | |", "|---|---|", *figures]),
         "## Loading it",
-        _code(f'import randlora\n\nrandlora.load(model, "{place}")  # model: the base model as it was before training'),
-        *_in_peft(place, peft_notes),
+        f"```python\n{here}\n```",
+        "PEFT 0.21.2 does not load these files:" if peft_notes else "With PEFT:",
+        "\n".join(f"- {note}" for note in peft_notes) or f"```python\n{there}\n```",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -50,44 +57,22 @@ def may_write(path: Path) -> bool:
     return is_ours(path) or not (path.exists() or path.is_symlink())
 
 
-def _front_matter(base: str | None) -> str:
-    """Return the metadata that the Hub reads, in YAML, of which JSON strings are a part."""
-    of_base = [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"] if base else []
-    return "\n".join(["---", *of_base, "library_name: randlora", "tags:", "- randlora", "---"])
-
-
 def _figures(report: Report, header: Header) -> dict[str, object]:
     spec = report.spec
     kinds = sorted({fqn.rsplit(".", 1)[-1] for fqn in report.targets})
-    seed = f"{spec.seed}" if header.is_reproducible else "none reproduces them: they are in the file"
-    figures: dict[str, object] = {
+    return {
         "r": spec.r,
         "alpha": f"{report.config.effective_alpha:g}",
         "bases": spec.kind,
         "blocks": spec.blocks,
         "stream of the bases": spec.stream,
-        "seed of the bases": seed,
+        "seed of the bases": f"{spec.seed}" if header.is_reproducible else "none reproduces them: they are in the file",
         "SHA-256 of the bases": f"`{header.basis_digest}`",
         "adapted layers": f"{len(report.targets)}, called {_names(kinds)}",
         "trained parameters": f"{report.trainable_parameters:,} of {report.total_parameters:,} ({report.share:.2%})",
         "trained with the adapter": _names(report.train_also),
     }
-    return {name: value for name, value in figures.items() if value}
 
 
 def _names(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
-
-
-def _table(rows: dict[str, object]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
-
-
-def _code(text: str) -> str:
-    return f"```python\n{text}\n```"
-
-
-def _in_peft(place: str, notes: Sequence[str]) -> list[str]:
-    if notes:
-        return ["PEFT 0.21.2 does not load these files:", "\n".join(f"- {note}" for note in notes)]
-    return ["With PEFT:", _code(f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, "{place}")')]

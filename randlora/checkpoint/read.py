@@ -134,10 +134,11 @@ def read_adapter(directory: Path) -> AdapterFile:
 def _read_fields(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    except OSError as error:  # PEFT saves an adapter that is not called "default" one level down
+        inside = ", ".join(sorted(found.parent.name for found in path.parent.glob(f"*/{CONFIG_FILE}")))
         raise CheckpointError(
             f"cannot read {path} ({error.strerror}): expected a directory with {CONFIG_FILE} and {TENSORS_FILE}"
-            f"{_directories_inside(path.parent)}"
+            f"{f'; there are some inside it: {inside}' if inside else ''}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): get an undamaged copy") from error
@@ -145,12 +146,6 @@ def _read_fields(path: Path) -> dict[str, Any]:
     if kind != PEFT_TYPE:
         raise CheckpointError(f"{path} describes no RandLoRA adapter: expected peft_type={PEFT_TYPE!r}, got {kind!r}")
     return dict(fields)
-
-
-def _directories_inside(directory: Path) -> str:
-    """Name the adapters one level down, where PEFT saves each that is not called ``default``."""
-    inside = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
-    return f"; there are some inside it: {', '.join(inside)}" if inside else ""
 
 
 def _header_text(shard: Shard) -> str | None:
@@ -265,14 +260,9 @@ def _damage(
     for name, tensor in named.items():
         if tensor.dtype not in FLOATING:
             problems.append(f"{name} holds {tensor.dtype}: expected one of {', '.join(map(str, FLOATING))}")
-        elif not _is_finite(tensor):
+        elif tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # in no further memory
             problems.append(f"{name} holds NaN or infinite values")
     return problems
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Check the bounds, which are NaN if any value is; `torch.isfinite` would allocate as much memory again."""
-    return not tensor.numel() or all(bound.isfinite().item() for bound in tensor.aminmax())
 
 
 def _shape_problems(

@@ -96,16 +96,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
     found = index.get("weight_map")
-    if isinstance(found, dict) and found and all(_is_file_name(file) for file in found.values()):
-        return dict(found)
+    if isinstance(found, dict) and found:
+        files = found.values()
+        if all(isinstance(file, str) and Path(file).name == file for file in files):  # not in another directory
+            return found
     raise CheckpointError(
         f"{path / INDEX_FILE} is damaged: expected 'weight_map' with a file of the directory for each tensor"
     )
-
-
-def _is_file_name(value: object) -> bool:
-    """Return whether a value names a file of the same directory."""
-    return isinstance(value, str) and Path(value).name == value
 
 
 def _read_shards(path: Path, files: Iterable[str]) -> tuple[Shard, ...]:

@@ -121,7 +121,10 @@ class AdapterSummary:
                 "?" if layer.out_features is None else layer.out_features,
                 layer.num_bases,
                 layer.trainable,
-                *(_number(value) for value in (layer.frobenius, layer.spectral, layer.stable_rank)),
+                *(
+                    "-" if norm is None else f"{norm:.3g}"
+                    for norm in (layer.frobenius, layer.spectral, layer.stable_rank)
+                ),
             )
             for layer in self.layers
         ]
@@ -133,7 +136,3 @@ class AdapterSummary:
             yield f"trained with it: {fqn} {'x'.join(map(str, shape)) or 'scalar'}"
         if self.unknown_fields:
             yield f"fields of the JSON that are not understood: {', '.join(self.unknown_fields)}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"

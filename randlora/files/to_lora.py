@@ -136,7 +136,9 @@ def _fields(adapter: OpenAdapter, ranks: Mapping[str, int]) -> dict[str, Any]:
     """Return the JSON. Every scaling is ``alpha / rank = 1``, so the product of the factors is the update."""
     own = adapter.file.fields
     rank = max(ranks.values())
-    pattern = {} if set(ranks.values()) == {rank} else _pattern(ranks)
+    pattern = {}
+    if set(ranks.values()) != {rank}:  # PEFT matches each regex with the ends of names too: the longest comes first
+        pattern = {re.escape(fqn): ranks[fqn] for fqn in sorted(ranks, key=lambda fqn: (-len(fqn), fqn))}
     fields = {
         **{name: own.get(name) for name in CARRIED_FIELDS},
         **_targets(own, tuple(ranks)),
@@ -155,11 +157,6 @@ def _fields(adapter: OpenAdapter, ranks: Mapping[str, int]) -> dict[str, Any]:
         "use_rslora": False,
     }
     return dict(sorted(fields.items()))
-
-
-def _pattern(ranks: Mapping[str, int]) -> dict[str, int]:
-    """Return the rank by regex. PEFT matches them with the ends of names too, so the longest name comes first."""
-    return {re.escape(fqn): ranks[fqn] for fqn in sorted(ranks, key=lambda fqn: (-len(fqn), fqn))}
 
 
 def _targets(fields: Mapping[str, Any], fqns: Sequence[str]) -> dict[str, Any]:

@@ -88,7 +88,10 @@ def verify(
         shapes = known_shapes(file)
     except CheckpointError as error:
         return Verification(directory, (Check("files", "failed", str(error)),))
-    checks = [Check("files", "passed", _contents(file)), _checksum(file)]
+    checksum = Check("checksum", "passed", "the SHA-256 over header and tensors is the recorded one")
+    if file.header is None:
+        checksum = Check("checksum", "not checked", "PEFT wrote the file, and stores none")
+    checks = [Check("files", "passed", _contents(file)), checksum]
     progress(1, STEPS, "checking the base model")
     if base is not None:
         fit, shapes = _fit(file, Path(base), shapes, prefix)
@@ -105,12 +108,6 @@ def _contents(file: AdapterFile) -> str:
         f"Λ and Γ of {len(file.values)} layers{beside}: names, dtypes and shapes fit r={file.config.r}, "
         "all values are finite"
     )
-
-
-def _checksum(file: AdapterFile) -> Check:
-    if file.header is None:
-        return Check("checksum", "not checked", "PEFT wrote the file, and stores none")
-    return Check("checksum", "passed", "the SHA-256 over header and tensors is the recorded one")
 
 
 def _fit(file: AdapterFile, base: Path, shapes: Shapes | None, prefix: str | None) -> tuple[Check, Shapes | None]:
