@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, vmap
 
 from randlora.functional import Compute, Diagonals, adapted_linear
+from randlora.functional.scratch import is_in_transform
 from tests.pairs import Case, case, every_form
 
 every_dense_form = pytest.mark.parametrize("form", ["dense", "block(2,4)"])  # the others are not used under transforms
@@ -30,6 +31,19 @@ def prepared(form: str, shape: tuple[int, int], compute: Compute) -> tuple[Loss,
 
     x, weight = torch.randn(3, shape[1], dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
     return loss, [x, weight, *made.diagonals[:2]]
+
+
+def test_torch_says_whether_a_transform_is_active() -> None:
+    """By a private name: see randlora/functional/scratch.py."""
+    asked: list[bool] = []
+
+    def ask(x: Tensor) -> Tensor:
+        asked.append(is_in_transform())
+        return x.sum()
+
+    for call in (vmap(ask), grad(ask), ask):
+        call(torch.zeros(3, 1)[:, 0])
+    assert asked == [True, True, False]
 
 
 @every_dense_form

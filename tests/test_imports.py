@@ -45,6 +45,7 @@ OPTIONAL = {
     "files.bnb_layout": {"bitsandbytes"},
     "files.transformers_model": {"transformers"},
     "layers.bnb_codes": {"bitsandbytes"},
+    "layers.bnb_cpu": {"bitsandbytes"},
 }
 """What a file may import beyond what the project depends on, inside functions only."""
 

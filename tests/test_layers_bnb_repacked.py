@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.layers import bnb_codes, in_place
-from randlora.layers.bnb import MAY_REPACK
+from randlora.layers.bnb_cpu import MAY_REPACK
 from tests.codes import written_out
 from tests.laws import adapter_layer, assert_close, fill, plain, same_bits, update_of
 from tests.quantized import needs_repacking

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+# Private, but the only way to ask, and what torch's own `Function.apply` asks. Without it everything runs as under a
+# transform, which is correct but slower; tests/test_functional_transforms.py fails if torch renames it.
 is_in_transform: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-"""Whether a `torch.func` transform is active; always true if torch has no such function."""
+"""Whether a `torch.func` transform is active."""
 
 
 def is_transformed() -> bool:

@@ -14,17 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from randlora.functional.scratch import is_transformed
-from randlora.layers import bnb_codes
+from randlora.functional.scratch import is_in_transform
+from randlora.layers import bnb_codes, bnb_cpu
 from randlora.layers.base import Reading
+from randlora.layers.bnb_cpu import MAY_REPACK
 from randlora.layers.inputs import autocast_dtype
 from randlora.layers.quantized import QuantizedLayer, twin_of
 from randlora.layers.registry import register_layer
 from randlora.state import ModelState
 
 MODULE = "bitsandbytes.nn.modules"
-MAY_REPACK = "support_avx512bf16_for_cpu"
-"""The attribute of a 4-bit layer that enables repacking of the codes for a CPU in its forward."""
 OWN_KERNELS_UP_TO = 1536
 """Number of tokens up to which bitsandbytes may multiply by 4-bit codes on a GPU without dequantizing them."""
 NOT_HERE = "has no values (its weight is on the meta device or offloaded): load the model's weights first"
@@ -71,8 +70,7 @@ class Linear4bitAdapter(QuantizedLayer):
 
     def settle(self, owner: nn.Module) -> None:
         """Restore codes that were repacked for a CPU and disable repacking, because it stops gradients."""
-        if bnb_codes.is_out_of_order(owner):
-            bnb_codes.put_in_order(owner)
+        put_in_order(owner)
         if MAY_REPACK in owner.__dict__:
             owner.__dict__[MAY_REPACK] = False
 
@@ -120,13 +118,13 @@ class Linear4bitAdapter(QuantizedLayer):
             base.set_compute_type(x)
             base.compute_type_is_set = True
         twin = super().stand_in(owner, x)
-        if bnb_codes.is_out_of_order(owner, repacked=_may_lead_gradients(owner, x)):
-            weight = copy.copy(base.weight)
-            weight.quant_state = copy.copy(bnb_codes.quant_state(owner, base.weight))
+        state = bnb_codes.quant_state(owner, base.weight)
+        if bnb_cpu.is_out_of_order(state, repacked=_may_lead_gradients(owner, x)):
+            weight, state = copy.copy(base.weight), copy.copy(state)
+            bnb_cpu.put_in_order(weight, state)
             twin = twin_of(owner) if twin is None else twin
-            twin._parameters["weight"], twin.quant_state = weight, weight.quant_state
+            twin._parameters["weight"], weight.quant_state, twin.quant_state = weight, state, state
             twin.__dict__[MAY_REPACK] = False
-            bnb_codes.put_in_order(twin)
         return twin
 
     def written_out(self, owner: nn.Module, held: Codes4bit | None = None) -> Tensor:
@@ -228,6 +226,15 @@ class Linear8bitAdapter(QuantizedLayer):
         base._parameters["weight"], base.state.CB, base.state.SCB = held
 
 
+def put_in_order(layer: Any) -> bool:
+    """Restore codes of a 4-bit layer that were repacked for a CPU, and return whether they were."""
+    state = bnb_codes.quant_state(layer, layer.weight)
+    if not bnb_cpu.is_out_of_order(state):
+        return False
+    bnb_cpu.put_in_order(layer.weight, state)
+    return True
+
+
 def _forward_of(kind: str) -> Callable[..., Tensor] | None:
     forward: Callable[..., Tensor] = getattr(sys.modules[MODULE], kind).forward
     return forward if forward.__module__ == MODULE else None
@@ -235,7 +242,7 @@ def _forward_of(kind: str) -> Callable[..., Tensor] | None:
 
 def _may_lead_gradients(owner: nn.Module, x: Tensor) -> bool:
     """Whether gradients may be needed. Under a `torch.func` transform, ``requires_grad`` of the input does not tell."""
-    return owner.training or x.requires_grad or (is_transformed() and not torch.compiler.is_compiling())
+    return owner.training or x.requires_grad or (is_in_transform() and not torch.compiler.is_compiling())
 
 
 def _scales(owner: Any) -> Tensor | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from randlora.layers import bnb_cpu
 
 OLDEST = (0, 50)
 """The first version that supports every size and type on a CPU, and the oldest that is tested."""
@@ -48,7 +48,7 @@ def write_out_4bit(codes: Tensor, state: Any, dtype: torch.dtype = torch.float32
     Returns:
         ``(out_features, in_features)``, each entry a level times its block's scale, rounded once.
     """
-    codes, scales = _unpacked(codes, state)
+    codes, scales = _in_order(codes, state)
     written = torch.ops.bitsandbytes.dequantize_4bit.default(
         codes, scales, state.blocksize, state.quant_type, state.shape, dtype if dtype in WRITABLE else torch.float32
     )
@@ -56,62 +56,18 @@ def write_out_4bit(codes: Tensor, state: Any, dtype: torch.dtype = torch.float32
     return result
 
 
-def _unpacked(codes: Tensor, state: Any) -> tuple[Tensor, Tensor]:
+def _in_order(codes: Tensor, state: Any) -> tuple[Tensor, Tensor]:
     """Return codes in the order they were quantized in, and their scales in float32."""
+    if bnb_cpu.is_out_of_order(state):
+        return bnb_cpu.in_order(codes, state)
+    return codes, _scales(state)
+
+
+def _scales(state: Any) -> Tensor:
     import bitsandbytes.functional as bnb  # noqa: PLC0415  # an optional extra
 
-    if _is_packed(state):  # the scales are transposed and no longer quantized
-        scales = state.absmax.float().T.reshape(-1)
-        return bnb._convert_weight_packed_for_cpu_inverse(codes, copy.copy(state))[0], scales
-    if state.nested:
-        return codes, bnb.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
-    if _is_turned(state):
-        return codes, state.absmax.float().T.reshape(-1)
-    return codes, state.absmax.float()
-
-
-def is_out_of_order(layer: Any, *, repacked: bool = True) -> bool:
-    """Whether the codes or scales of a 4-bit layer are in another order than they were quantized in.
-
-    Args:
-        layer: Any linear layer.
-        repacked: Whether to include codes repacked for a CPU, which bitsandbytes reads correctly but without gradients.
-            Scales that it left transposed when it saved a repacked layer are always included: it misreads those.
-    """
-    state = quant_state(layer, layer.weight)
-    if _is_packed(state):
-        return repacked
-    return state is not None and _is_turned(state)
-
-
-def put_in_order(layer: Any) -> None:
-    """Restore the order of a 4-bit layer's codes. Their scales stay rounded to bfloat16.
-
-    This runs in another thread, where no inference mode or `torch.func` transform of the caller is active, because the
-    restored codes must belong to neither.
-    """
-    with ThreadPoolExecutor(max_workers=1) as aside:
-        aside.submit(_put_in_order, layer).result()
-
-
-def _put_in_order(layer: Any) -> None:
-    import bitsandbytes.functional as bnb  # noqa: PLC0415  # an optional extra
-
-    weight, state = layer.weight, quant_state(layer, layer.weight)
-    _, scales = _unpacked(weight.data, state)
-    if _is_packed(state):
-        weight.data, _ = bnb._convert_weight_packed_for_cpu_inverse(weight.data, state)
-    if not state.nested:  # bitsandbytes leaves unquantized scales transposed
-        state.absmax = scales
-
-
-def _is_packed(state: Any) -> bool:
-    return getattr(state, "packing_format_for_cpu", False)
-
-
-def _is_turned(state: Any) -> bool:
-    """Whether scales are transposed, as bitsandbytes 0.50 leaves them when it saves a repacked layer."""
-    return not state.nested and state.absmax.ndim == 2
+    absmax: Tensor = state.absmax
+    return bnb.dequantize_blockwise(absmax, state.state2).float() + state.offset if state.nested else absmax.float()
 
 
 def unreadable(codes: Tensor, state: Any, shape: tuple[int, int]) -> str | None:
@@ -136,7 +92,7 @@ def is_misread(codes: Tensor, state: Any) -> bool:
     if codes.device.type != "cpu" or state.shape[1] % state.blocksize == 0:
         return False
     count = state.shape.numel()
-    in_order, scales = _unpacked(codes, state)
+    in_order, scales = _in_order(codes, state)
     pairs = in_order.contiguous().view(torch.uint8).flatten()
     levels = state.code[torch.stack([pairs >> 4, pairs & 15], dim=1).flatten()[:count].int()]
     meant = levels * scales.repeat_interleave(state.blocksize)[:count]
@@ -156,21 +112,21 @@ def round_to_4bit(weight: Tensor, like: Any, storage: torch.dtype) -> tuple[Tens
     """
     import bitsandbytes.functional as bnb  # noqa: PLC0415  # an optional extra
 
-    is_packed = _is_packed(like)
+    nested, dtype, storage = bnb_cpu.quantization(like, storage)
     codes, state = bnb.quantize_4bit(
         weight.contiguous(),
         blocksize=like.blocksize,
-        compress_statistics=like.original_nested if is_packed else like.nested,
+        compress_statistics=nested,
         quant_type=like.quant_type,
-        quant_storage=getattr(like, "original_storage_type", storage),
+        quant_storage=storage,
     )
-    state.dtype = like.original_dtype if is_packed else like.dtype
+    state.dtype = dtype
     return codes, state
 
 
 def step_4bit(state: Any) -> float:
     """Return the widest gap between two neighboring levels, at the largest scale."""
-    scales = _unpacked(torch.empty(0), state)[1]
+    scales = _in_order(torch.empty(0), state)[1]
     return float(state.code.sort().values.diff().max() * scales.max())
 
 

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._pytree import tree_map
 
-from randlora.layers import bnb_codes
-from randlora.layers.bnb import MAY_REPACK, Linear4bitAdapter
+from randlora.layers.bnb import Linear4bitAdapter, put_in_order
+from randlora.layers.bnb_cpu import MAY_REPACK
 from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.registry import find_layer
 from randlora.report import shortened
@@ -147,14 +146,12 @@ def prepare_quantized(
     if inputs_require_grad and not inputs:
         notes.append("no embedding was found: for reentrant checkpointing, make the inputs require grad")
     four_bits = [visit for visit in visits if unpacked and find_layer(visit.module) is Linear4bitAdapter]
-    out_of_order = [visit for visit in four_bits if bnb_codes.is_out_of_order(visit.module)]
     for visit in four_bits:
         vars(visit.module)[MAY_REPACK] = False
         layer = adapter_layers_of(visit.module).get("weight")
         if isinstance(layer, Linear4bitAdapter):
             layer.may_repack = False  # the value that ejecting restores
-    for visit in out_of_order:
-        bnb_codes.put_in_order(visit.module)
+    out_of_order = [visit for visit in four_bits if put_in_order(visit.module)]
     return PreparationReport(
         quantized=_fqns(visit for visit in visits if is_quantized(visit.module)),
         cast=_fqns(cast),
@@ -171,10 +168,11 @@ def cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     dtype = next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
 
     def cast(value: Any) -> Any:
+        if type(value) in (tuple, list):  # an LSTM takes its state as a tuple
+            return type(value)(map(cast, value))
         return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    cast_args, cast_kwargs = tree_map(cast, (args, kwargs))  # an LSTM takes its state as a tuple
-    return cast_args, cast_kwargs
+    return cast(args), {name: cast(value) for name, value in kwargs.items()}
 
 
 def float32_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:  # noqa: ARG001

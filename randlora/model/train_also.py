@@ -52,6 +52,7 @@ def train_also_problems(
         f"{suggestion('train_also', entry, known) or 'the model has no parameters'}"
         for entry in unmatched(names, known)
     ]
+    # _non_persistent_buffers_set is private, but nothing else tells which buffers a state dict leaves out
     problems += [
         f"train_also includes {fqn}, whose running statistics cannot be part of an adapter: name its parameters instead"
         for fqn, module, _ in census.visits
