@@ -81,7 +81,7 @@ def test_running_statistics_cannot_be_carried_and_single_parameters_can() -> Non
 
 
 def test_buffers_that_no_file_holds_may_stand_in_a_module_that_is_trained() -> None:
-    """torch tells them apart by a private name only: see randlora/model/train_also.py."""
+    """A private name of torch alone tells them apart: see randlora/model/train_also.py."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].register_buffer("cache", torch.zeros(4), persistent=False)
     report = randlora.inject(model, r=2, targets=["0"], train_also=["1"])
