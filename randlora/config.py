@@ -42,7 +42,6 @@ ELSEWHERE = {
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
-_Class = TypeVar("_Class")
 
 
 def explain_options(function: Callable[_Arguments, _Result], name: str = "") -> Callable[_Arguments, _Result]:
@@ -70,10 +69,14 @@ def explain_options(function: Callable[_Arguments, _Result], name: str = "") -> 
     return checked
 
 
-def _explain_options_of(cls: type[_Class]) -> type[_Class]:
-    """Wrap the ``__init__`` of a class in the same way."""
-    cls.__init__ = explain_options(cls.__init__, cls.__name__)  # type: ignore[method-assign]
-    return cls
+def same_options(verb: Callable[_Arguments, Any]) -> Callable[[Callable[..., _Result]], Callable[_Arguments, _Result]]:
+    """Return a decorator that gives a function the signature of ``verb``, and explains its options."""
+
+    def decorate(function: Callable[..., _Result]) -> Callable[_Arguments, _Result]:
+        vars(function)["__signature__"] = inspect.signature(verb)
+        return explain_options(function)
+
+    return decorate
 
 
 def _unknown_option(option: str, known: Iterable[str]) -> str:
@@ -85,7 +88,6 @@ def _unknown_option(option: str, known: Iterable[str]) -> str:
     return f"unknown option {option}=: the options are {', '.join(known)}"
 
 
-@_explain_options_of
 @dataclass(frozen=True, kw_only=True)
 class RandLoRAConfig:
     """The options of one adapter.
@@ -174,6 +176,9 @@ class RandLoRAConfig:
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"unknown options {', '.join(unknown)}: the options are {', '.join(sorted(known))}")
         return cls(**values)
+
+
+RandLoRAConfig.__init__ = explain_options(RandLoRAConfig.__init__, "RandLoRAConfig")  # type: ignore[method-assign]
 
 
 def is_integer(value: object) -> bool:

@@ -137,6 +137,18 @@ def test_plan_reports_what_inject_does_and_touches_nothing(r: int) -> None:
     assert randlora.inject(model, r=r, stream="portable", train_also=["head"]) == planned
 
 
+@pytest.mark.parametrize("flag", ["active", "trainable"])
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize("count", [0, 1], ids=["first", "second"])
+def test_plan_reports_the_state_that_inject_is_asked_for(flag: str, value: bool, count: int) -> None:
+    model = Mixed()
+    for number in range(count):
+        randlora.inject(model, r=4, name=f"before{number}")
+    planned = randlora.plan(model, r=4, **{flag: value})  # type: ignore[arg-type]
+    assert vars(planned)[f"is_{flag}"] == value
+    assert randlora.inject(model, r=4, **{flag: value}) == planned  # type: ignore[arg-type]
+
+
 def test_plan_works_on_a_model_without_values() -> None:
     with torch.device("meta"):
         model = Mixed()

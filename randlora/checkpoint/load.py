@@ -16,7 +16,7 @@ from randlora.checkpoint.format import master
 from randlora.checkpoint.peft_config import BASE_FIELD, NEUTRAL_FIELDS, kept_fields
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.errors import CheckpointError
-from randlora.model.install import commit, or_if_first, owned_state, prepare
+from randlora.model.install import commit, owned_state, prepare
 from randlora.model.train_also import replacements
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState
@@ -63,7 +63,7 @@ def load(
     """
     census = Census.of(model)
     state = owned_state(census, name, "load")
-    active = or_if_first(state, wanted=active)
+    active = state is None if active is None else active
     try:
         file = with_prefix(read_adapter(locate(source, revision)), prefix, {visit.fqn for visit in census.candidates})
         sites = fit_sites(census, file)

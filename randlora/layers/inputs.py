@@ -19,11 +19,9 @@ def is_plain_tensor(value: object) -> TypeGuard[Tensor]:
     return value.is_floating_point() and value.layout == torch.strided and not value.is_nested
 
 
-def is_autocast(x: Tensor) -> bool:
-    """Whether autocast is on for the device of ``x``."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-
-
 def autocast_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that autocast casts a dtype to on the device of ``x``; the dtype itself without autocast."""
-    return torch.get_autocast_dtype(x.device.type) if dtype != torch.float64 and is_autocast(x) else dtype
+    device = x.device.type
+    if dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return dtype
+    return torch.get_autocast_dtype(device)

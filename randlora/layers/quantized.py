@@ -17,13 +17,7 @@ from randlora.layers.inputs import input_of
 
 
 class Form(NamedTuple):
-    """The class of a layer with the parameters and attributes specific to it.
-
-    Attributes:
-        kind: The class.
-        parameters: The parameters by name.
-        attributes: Other attributes that the class sets on the layer.
-    """
+    """The class of a layer, with its parameters and the other attributes that the class sets on it."""
 
     kind: type[nn.Module]
     parameters: dict[str, nn.Parameter | None]
@@ -120,7 +114,11 @@ class QuantizedLayer(AdapterLayer):
         if into.quantized == "dequantize":
             dtype = into.dtype or into.model_dtype or self.compute_dtype(owner) or torch.float32
             weight = weight.to(dtype)
-            return Merged(weight, self._plain_form(owner, weight))
+            bias = owner._parameters.get("bias")
+            if bias is not None and bias.dtype != dtype:
+                bias = nn.Parameter(bias.to(dtype), bias.requires_grad)
+            plain = {"weight": nn.Parameter(weight, requires_grad=False), "bias": bias}
+            return Merged(weight, Form(nn.Linear, plain, {}))
         merged_in = torch.linalg.vector_norm(delta)
         if merged_in == 0:  # requantizing would change scales that are quantized themselves
             return Merged(weight, self.codes(owner))
@@ -128,13 +126,6 @@ class QuantizedLayer(AdapterLayer):
         difference = self.written_out(owner, held).sub_(weight)
         relative = torch.linalg.vector_norm(difference) / merged_in
         return Merged(weight, held, RoundingLoss(float(difference.abs().max()), step, float(relative)))
-
-    def _plain_form(self, owner: nn.Module, weight: Tensor) -> Form:
-        """Return the class and parameters that make the owner a plain linear layer."""
-        bias = owner._parameters.get("bias")
-        if bias is not None and bias.dtype != weight.dtype:
-            bias = nn.Parameter(bias.to(weight.dtype), bias.requires_grad)
-        return Form(nn.Linear, {"weight": nn.Parameter(weight, requires_grad=False), "bias": bias}, {})
 
     def exchange(self, owner: nn.Module, held: Any) -> Any:
         """Replace the owner's codes, or its class and parameters, and return the previous ones."""
@@ -151,7 +142,15 @@ class QuantizedLayer(AdapterLayer):
 
     def save_unmerged(self, owner: nn.Module, destination: dict[str, Any], prefix: str) -> None:
         """Write the original codes into a state dict that has merged ones, or a plain layer's weight."""
-        twin = unmerged_twin(owner, self)
+        assert self.unmerged is not None, "it was merged into"
+        held = self.unmerged[0]
+        if isinstance(held, Form):
+            twin: Any = object.__new__(held.kind)
+            twin.__dict__.update(owner.__dict__, _parameters=held.parameters, **held.attributes)
+        else:
+            twin = twin_of(owner)
+            twin.__dict__.update({name: copy.copy(vars(owner)[name]) for name in self.kept if name in vars(owner)})
+            self.put_in(twin, held)
         type(twin)._save_to_state_dict(twin, destination, prefix, False)  # noqa: FBT003  # torch's signature
 
     @torch.inference_mode(mode=False)  # the codes must not be inference tensors
@@ -163,20 +162,6 @@ class QuantizedLayer(AdapterLayer):
             self.unmerged = None
             if owner.get_parameter("weight").device != device:
                 owner.to(device)
-
-
-def unmerged_twin(owner: nn.Module, layer: QuantizedLayer) -> Any:
-    """Return a shallow copy of a merged owner with its original class and codes."""
-    assert layer.unmerged is not None, "it was merged into"
-    held = layer.unmerged[0]
-    if isinstance(held, Form):
-        twin: Any = object.__new__(held.kind)
-        twin.__dict__.update(owner.__dict__, _parameters=held.parameters, **held.attributes)
-        return twin
-    twin = twin_of(owner)
-    twin.__dict__.update({name: copy.copy(owner.__dict__[name]) for name in layer.kept if name in owner.__dict__})
-    layer.put_in(twin, held)
-    return twin
 
 
 def twin_of(owner: nn.Module, **parameters: Tensor) -> Any:

@@ -60,21 +60,12 @@ def register_layer(base_type: type[nn.Module] | str) -> Callable[[Layer], Layer]
 
 
 def refuse_layer(base_type: type[nn.Module] | str, reason: str) -> None:
-    """Register that layers of a type cannot be adapted.
-
-    Args:
-        base_type: The type or its qualified name.
-        reason: Why, and what to do, as a phrase that follows the layer's name.
-    """
+    """Register why layers of a type cannot be adapted, as a phrase that follows the layer's name."""
     _layers[_name(base_type)] = reason
 
 
 def find_layer(module: nn.Module) -> type[AdapterLayer] | str | None:
-    """Return the registry entry of a module whose forward is a product with its weight.
-
-    Returns:
-        The class of adapter layer, the reason why the type cannot be adapted, or ``None`` for an unknown type.
-    """
+    """Return the adapter layer of a module's type, the reason why it cannot be adapted, or ``None`` if unknown."""
     for parent in type(module).__mro__:
         if (entry := _layers.get(_name(parent))) is not None:
             return entry
@@ -87,11 +78,6 @@ def find_readers(module: nn.Module) -> tuple[type[ReadWeight], ...]:
         if (entry := _readers.get(_name(parent))) is not None:
             return tuple(entry.values())
     return ()
-
-
-def registered_layers() -> dict[str, type[AdapterLayer]]:
-    """Return the adapter layers that act in a forward, by qualified name of the base layer."""
-    return {name: entry for name, entry in _layers.items() if not isinstance(entry, str)}
 
 
 def _name(base_type: type | str) -> str:

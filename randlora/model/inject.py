@@ -15,18 +15,17 @@ from torch import nn
 
 from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec, drawn_dims, sliced_dims, spec_for
-from randlora.config import BasisKind, Pattern, RandLoRAConfig, Stream, explain_options
+from randlora.config import BasisKind, Pattern, RandLoRAConfig, Stream, explain_options, same_options
 from randlora.errors import ConfigError, TargetError, raise_collected
 from randlora.model.install import (
     commit,
     detach_all,
-    or_if_first,
     owned_state,
     prepare,
     require_detachable,
     require_own,
 )
-from randlora.model.train_also import own_copies, replacements, select_parameters, train_also_problems
+from randlora.model.train_also import replacements, select_parameters, train_also_problems
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState, adapted_root
 from randlora.targets.select import Selection, obstacles, select
@@ -39,13 +38,8 @@ class Plan:
     """Everything needed to add one adapter.
 
     Attributes:
-        census: The model.
-        name: The adapter's name.
-        config: Its options.
         state: The model's state, if it has adapters already.
-        selection: The weights to adapt.
-        spec: The spec of its bases.
-        shared: Existing bases of the model that it can use, if any.
+        shared: Existing bases of the model that the adapter can use, if any.
         train_also: FQNs of the parameters trained with it.
     """
 
@@ -57,56 +51,35 @@ class Plan:
     spec: BasisSpec
     shared: Basis | None
     train_also: tuple[str, ...]
+    active: bool
+    trainable: bool
 
     @property
     def used(self) -> tuple[int, int]:
         """``(max_dim, min_dim)`` of the slices that the weights use."""
         return sliced_dims(site.shape for site in self.selection.sites)
 
-
-@explain_options
-def plan(
-    model: nn.Module,
-    r: int | None = None,
-    *,
-    targets: Pattern | None = None,
-    exclude: Pattern | None = None,
-    alpha: float | None = None,
-    dropout: float = 0.0,
-    basis: BasisKind = "dense",
-    stream: Stream | None = None,
-    blocks: tuple[int, int] | None = None,
-    seed: int = 0,
-    train_also: str | Sequence[str] | None = None,
-    name: str = "default",
-    config: RandLoRAConfig | None = None,
-) -> Report:
-    """Return the report that `inject` would return for the same arguments, without changing the model.
-
-    This also works on the meta device and allocates no weights or bases.
-
-    Returns:
-        The report that `inject` would return.
-
-    Raises:
-        RandLoRAError: Any error that `inject` would raise before it draws bases.
-    """
-    options = _one_config(
-        config,
-        r,
-        targets=targets,
-        exclude=exclude,
-        alpha=alpha,
-        dropout=dropout,
-        basis=basis,
-        stream=stream,
-        blocks=blocks,
-        seed=seed,
-        train_also=train_also,
-    )
-    planned = _plan(Census.of(model), name, options)
-    is_first = or_if_first(planned.state, wanted=None)
-    return _report(planned, active=is_first, trainable=is_first)
+    def report(self) -> Report:
+        """Return the report of the adapter, before it is added."""
+        used, extent = self.used, self.shared.extent if self.shared else (0, 0)
+        notes = next_steps(self.name, is_active=self.active, is_trainable=self.trainable)
+        if self.shared is None and self.state is not None and (held := [*self.state.bank]):
+            others = "; ".join(f"{basis.spec}, {basis.nbytes:,} bytes" for basis in held)
+            notes.append(f"its bases are additional, because those of the other adapters cannot be shared: {others}")
+        return adapter_report(
+            self.census,
+            self.name,
+            self.config,
+            shapes_of(self.selection.sites),
+            self.spec,
+            rule=self.selection.rule,
+            skipped=self.selection.skipped,
+            basis_bytes=self.spec.nbytes(max(used[0], extent[0]), max(used[1], extent[1])),
+            is_active=self.active,
+            is_trainable=self.trainable,
+            train_also=self.train_also,
+            notes=notes,
+        )
 
 
 @explain_options
@@ -173,16 +146,39 @@ def inject(
         seed=seed,
         train_also=train_also,
     )
-    planned = _plan(Census.of(model), name, options)
-    active, trainable = or_if_first(planned.state, wanted=active), or_if_first(planned.state, wanted=trainable)
-    report = _report(planned, active=active, trainable=trainable)
+    planned = _plan(model, name, options, active=active, trainable=trainable)
+    report = planned.report()
+    state = planned.state or ModelState()
+    replaced = replacements(planned.census, state, planned.train_also)
     held = planned.shared or _new_basis(planned)
-    replaced = replacements(planned.census, planned.state or ModelState(), planned.train_also)
     adapter = Adapter(name, _with_names(planned.config, report.targets), held, report.targets, planned.selection.rule)
-    adapter.trained = own_copies(replaced, trainable=trainable)
-    addition = prepare(planned.state, adapter, planned.selection.sites, replaced=replaced, trainable=trainable)
-    commit(planned.census, addition, active=active)
+    for fqn, entry in replaced.items():
+        own = entry.original.detach().clone()
+        adapter.trained[fqn] = nn.Parameter(own, requires_grad=planned.trainable)
+    addition = prepare(state, adapter, planned.selection.sites, replaced=replaced, trainable=planned.trainable)
+    commit(planned.census, addition, active=planned.active)
     return report
+
+
+@same_options(inject)
+def plan(
+    model: nn.Module,
+    r: int | None = None,
+    *,
+    name: str = "default",
+    config: RandLoRAConfig | None = None,
+    active: bool | None = None,
+    trainable: bool | None = None,
+    **options: Any,
+) -> Report:
+    """Return the report that `inject` would return for the same arguments, without changing the model.
+
+    This also works on the meta device and allocates no weights or bases.
+
+    Raises:
+        RandLoRAError: Any error that `inject` would raise before it draws bases.
+    """
+    return _plan(model, name, _one_config(config, r, **options), active=active, trainable=trainable).report()
 
 
 def eject(model: nn.Module) -> tuple[str, ...]:
@@ -226,8 +222,9 @@ def _one_config(config: RandLoRAConfig | None, r: int | None, **given: Any) -> R
     return config
 
 
-def _plan(census: Census, name: str, config: RandLoRAConfig) -> Plan:
+def _plan(model: nn.Module, name: str, config: RandLoRAConfig, *, active: bool | None, trainable: bool | None) -> Plan:
     """Return the plan of an adapter, or raise one error for all problems."""
+    census = Census.of(model)
     state = owned_state(census, name, "inject")
     selection = select(census, config.targets, config.exclude)
     problems = obstacles(census, selection.sites, config.dropout)
@@ -242,7 +239,19 @@ def _plan(census: Census, name: str, config: RandLoRAConfig) -> Plan:
     if shared is not None:
         dims = max(shared.spec.max_dim, used[0]), max(shared.spec.min_dim, used[1])
         spec = replace(shared.spec, max_dim=dims[0], min_dim=dims[1])
-    return Plan(census, name, config, state, selection, spec, shared, tuple(also))
+    is_first = state is None
+    return Plan(
+        census,
+        name,
+        config,
+        state,
+        selection,
+        spec,
+        shared,
+        tuple(also),
+        active=is_first if active is None else active,
+        trainable=is_first if trainable is None else trainable,
+    )
 
 
 def _with_names(config: RandLoRAConfig, fqns: tuple[str, ...]) -> RandLoRAConfig:
@@ -259,25 +268,3 @@ def _new_basis(planned: Plan) -> Basis:
     if not all(parameter.is_meta for site in planned.selection.sites for parameter in site.owner.parameters()):
         basis.matrices()
     return basis
-
-
-def _report(planned: Plan, *, active: bool, trainable: bool) -> Report:
-    used, extent = planned.used, planned.shared.extent if planned.shared else (0, 0)
-    notes = next_steps(planned.name, is_active=active, is_trainable=trainable)
-    if planned.shared is None and planned.state is not None and (held := [*planned.state.bank]):
-        others = "; ".join(f"{basis.spec}, {basis.nbytes:,} bytes" for basis in held)
-        notes.append(f"its bases are additional, because those of the other adapters cannot be shared: {others}")
-    return adapter_report(
-        planned.census,
-        planned.name,
-        planned.config,
-        shapes_of(planned.selection.sites),
-        planned.spec,
-        rule=planned.selection.rule,
-        skipped=planned.selection.skipped,
-        basis_bytes=planned.spec.nbytes(max(used[0], extent[0]), max(used[1], extent[1])),
-        is_active=active,
-        is_trainable=trainable,
-        train_also=planned.train_also,
-        notes=notes,
-    )

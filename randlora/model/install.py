@@ -7,7 +7,7 @@ model.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -23,23 +23,14 @@ WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module",
 """Types that wrap a whole model, and the attribute with the model."""
 
 
-@dataclass(frozen=True, eq=False)
-class Addition:
-    """One adapter with all its tensors, ready to be added to the model.
-
-    Attributes:
-        state: The model's state, possibly not attached yet.
-        adapter: The adapter.
-        layers: Each site with its adapter layer, Λ and Γ.
-        replaced: The model's own parameters that the adapter trains copies of, by FQN.
-        trainable: Whether the adapter's parameters require grad.
-    """
+class Addition(NamedTuple):
+    """One adapter with all its tensors, ready to be added; each site is given with its adapter layer, Λ and Γ."""
 
     state: ModelState
     adapter: Adapter
-    layers: tuple[tuple[Site, AdapterLayer, Tensor, Tensor], ...]
-    replaced: Mapping[str, ReplacedParameter] = field(default_factory=dict)
-    trainable: bool = True
+    layers: list[tuple[Site, AdapterLayer, Tensor, Tensor]]
+    replaced: Mapping[str, ReplacedParameter]
+    trainable: bool
 
 
 def owned_state(census: Census, name: str, doing: str) -> ModelState | None:
@@ -94,19 +85,14 @@ def require_own(census: Census, state: ModelState | None, doing: str) -> None:
             )
 
 
-def or_if_first(state: ModelState | None, *, wanted: bool | None) -> bool:
-    """Return ``wanted``, or if it is ``None``, whether the adapter is the model's first."""
-    return state is None if wanted is None else wanted
-
-
 def prepare(
     state: ModelState | None,
     adapter: Adapter,
     sites: Iterable[Site],
     *,
+    replaced: Mapping[str, ReplacedParameter],
+    trainable: bool,
     values: Mapping[str, tuple[Tensor, Tensor]] | None = None,
-    replaced: Mapping[str, ReplacedParameter] | None = None,
-    trainable: bool = True,
 ) -> Addition:
     """Create everything that an adapter needs, without changing the model.
 
@@ -114,9 +100,9 @@ def prepare(
         state: The model's state, if it has adapters already.
         adapter: The adapter, with its trained parameters.
         sites: The weights to adapt.
-        values: Λ and Γ by the site's FQN; the initial values by default.
-        replaced: The model's own parameters that the adapter trains copies of.
+        replaced: The model's own parameters that the adapter trains copies of, by FQN.
         trainable: Whether the adapter's parameters require grad.
+        values: Λ and Γ by the site's FQN; the initial values by default.
     """
     state = ModelState() if state is None else state
     layers = []
@@ -124,7 +110,7 @@ def prepare(
         layer = site.adapter_layer or site.layer_class(site.owner, state)
         lam, gamma = values[site.fqn] if values else layer.fresh_diagonals(site.owner, adapter.config.r)
         layers.append((site, layer, lam, gamma))
-    return Addition(state, adapter, tuple(layers), replaced or {}, trainable)
+    return Addition(state, adapter, layers, replaced, trainable)
 
 
 def commit(census: Census, addition: Addition, *, active: bool) -> None:

@@ -69,9 +69,8 @@ def merge(
     raise_collected(MergeError, problems, doing="merge")
     if not reversible:
         require_detachable(census, "merge")
-    notes = _forward_notes(sites)  # before merging, which may change classes
+    notes = _notes(root, sites, into, reversible=reversible)  # before merging, which may change classes
     rounding = _fold_all(sites, state.active, into)
-    notes = (*notes, *(() if reversible else _notes(root, sites, into)))
     targets = tuple(site.fqn for site in sites)
     report = MergeReport(dict(state.active), targets, reversible=reversible, rounding=rounding, notes=notes)
     state.merge_report = report
@@ -205,32 +204,28 @@ def _weight_problems(sites: Sequence[AdaptedSite], into: Into) -> list[str]:
     return problems
 
 
-def _forward_notes(sites: Sequence[AdaptedSite]) -> tuple[str, ...]:
-    """Return a note on layers with their own forward, whose output may change when merged."""
+def _notes(root: nn.Module, sites: Sequence[AdaptedSite], into: Into, *, reversible: bool) -> tuple[str, ...]:
+    """Return notes on layers with their own forward, and on a config that no longer describes the model."""
+    notes = []
     own = [
         site.fqn
         for site in sites
         if site.layer.plain_forward() is not None and not site.layer.runs_plain_forward(site.owner)
     ]
-    if not own:
-        return ()
-    note = (
-        f"layers with their own forward: {shortened(own)}; merged, their output is the same as with the adapter only "
-        "if the forward is linear in the weight: compare outputs before and after"
-    )
-    return (note,)
-
-
-def _notes(root: nn.Module, sites: Sequence[AdaptedSite], into: Into) -> tuple[str, ...]:
-    is_plain_now = into.quantized == "dequantize" and any(isinstance(site.layer, QuantizedLayer) for site in sites)
-    if not is_plain_now or getattr(getattr(root, "config", None), "quantization_config", None) is None:
-        return ()
-    note = (
-        "the model's config still says that it is quantized, so files written by save_pretrained would not load: to "
-        "save, merge the files with randlora.files.merge, or, except with Conv1D layers (GPT-2), call "
-        "model.dequantize() before loading the adapter, then merge"
-    )
-    return (note,)
+    if own:
+        notes.append(
+            f"layers with their own forward: {shortened(own)}; merged, their output is the same as with the adapter "
+            "only if the forward is linear in the weight: compare outputs before and after"
+        )
+    becomes_plain = into.quantized == "dequantize" and any(isinstance(site.layer, QuantizedLayer) for site in sites)
+    is_called_quantized = getattr(getattr(root, "config", None), "quantization_config", None) is not None
+    if becomes_plain and is_called_quantized and not reversible:
+        notes.append(
+            "the model's config still says that it is quantized, so files written by save_pretrained would not load: "
+            "to save, merge the files with randlora.files.merge, or, except with Conv1D layers (GPT-2), call "
+            "model.dequantize() before loading the adapter, then merge"
+        )
+    return tuple(notes)
 
 
 def _model_dtype(census: Census) -> torch.dtype | None:

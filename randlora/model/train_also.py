@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from torch import nn
-
 from randlora.state import ModelState, ReplacedParameter
 from randlora.targets.match import matches_name, prefixes, suggestion, unmatched
 from randlora.targets.site import Site
@@ -85,10 +83,3 @@ def replacements(census: Census, state: ModelState, fqns: Iterable[str]) -> dict
         places = tuple((held.module, held.attribute) for held in census.parameters if held.parameter is by_fqn[fqn])
         found[fqn] = state.replaced.get(fqn) or ReplacedParameter(places, by_fqn[fqn], by_fqn[fqn])
     return found
-
-
-def own_copies(replaced: dict[str, ReplacedParameter], *, trainable: bool) -> dict[str, nn.Parameter]:
-    """Return trainable copies of the model's own values for an adapter."""
-    return {
-        fqn: nn.Parameter(entry.original.detach().clone(), requires_grad=trainable) for fqn, entry in replaced.items()
-    }

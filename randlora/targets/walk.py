@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import nn
 
 from randlora.layers.base import AdapterLayer
-from randlora.layers.in_place import Gamma, Lambda, adapter_layers_of
+from randlora.layers.in_place import Diagonal, adapter_layers_of
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import find_layer, find_readers
@@ -136,6 +136,6 @@ def is_norm(module: nn.Module) -> bool:
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[Visit]:
     for attribute, child in module._modules.items():
-        if child is not None and not isinstance(child, Lambda | Gamma):
+        if child is not None and not isinstance(child, Diagonal):
             yield Visit(f"{prefix}{attribute}", child)
             yield from _walk(child, f"{prefix}{attribute}.")
