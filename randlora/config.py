@@ -47,12 +47,7 @@ _Result = TypeVar("_Result")
 def explain_options(function: Callable[_Arguments, _Result], name: str = "") -> Callable[_Arguments, _Result]:
     """Wrap a function to raise `OptionError`, with a suggestion, for an unknown option. The signature is kept.
 
-    Args:
-        function: The function, or a class's ``__init__``.
-        name: The name to use in the message, if not the function's.
-
-    Returns:
-        The wrapped function.
+    ``name`` is the name to use in the message, if not the function's.
     """
     known = [
         parameter.name

@@ -26,10 +26,6 @@ class ShapeRow:
 
     Attributes:
         count: Number of layers.
-        in_features: Input width.
-        out_features: Output width.
-        r: Rank of one basis.
-        num_bases: Number of bases per layer.
         expected_rank: Rank that a trained update can reach.
         trainable: Trainable parameters of all of them.
     """

@@ -27,9 +27,6 @@ class Adapter:
     """One adapter of a model, shared by all its layers.
 
     Attributes:
-        name: The adapter's name.
-        config: Its options.
-        basis: The bases of its layers.
         targets: FQNs of its layers.
         rule: How the targets were chosen, for reports.
         weight: The factor of its update while active, else ``None``.
@@ -91,12 +88,10 @@ class ModelState:
 
     Attributes:
         adapters: The adapters by name, in the order they were added.
-        bank: The bases they share.
         required_grad: Whether each parameter required grad before the first adapter was added, by FQN.
         replaced: The parameters that some adapter trains a copy of, by FQN.
         disabled: Number of `randlora.disabled` blocks entered.
         merge_report: The `randlora.report.MergeReport` while adapters are merged reversibly.
-        compute: How layers compute.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -123,14 +118,7 @@ class ModelState:
         return {name: adapter.weight for name, adapter in self.adapters.items() if adapter.weight is not None}
 
     def adapter(self, name: str | None) -> Adapter:
-        """Return one adapter.
-
-        Args:
-            name: Its name; ``None`` means the only one.
-
-        Raises:
-            AdapterError: If there is no such adapter, or the name is ``None`` and there are several.
-        """
+        """Return the adapter of a name, or the only one if that is ``None``; else raise `AdapterError`."""
         known = ", ".join(self.adapters)
         if name is None and len(self.adapters) > 1:
             raise AdapterError(f"the model has several adapters ({known}): give name= to choose one")
@@ -207,10 +195,6 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
 
 
 def require_unmerged(state: ModelState, doing: str) -> None:
-    """Check that the adapters are not merged.
-
-    Raises:
-        AdapterError: If they are.
-    """
+    """Check that the adapters are not merged; else raise `AdapterError`."""
     if state.is_merged:
         raise AdapterError(f"cannot {doing} while the adapters are merged: call randlora.unmerge(model) first")

@@ -67,11 +67,9 @@ class Adapted(NamedTuple):
         return pair.hidden_to_small(pair.large_to_hidden(rows), scaled_A, onto, self.factor)
 
     def input_gradient(self, grad: Tensor, way: Way) -> tuple[Tensor, Tensor | None]:
-        """Compute the gradient of the input, ``(tokens, in)``, and hidden vectors that `gradients_from_tokens` reuses.
+        """Compute the gradient of the input, ``(tokens, in)``, from that of the output, ``(tokens, out)``.
 
-        Args:
-            grad: Gradient of the output, ``(tokens, out)``.
-            way: ``"factored"`` or ``"materialized"``.
+        Also return the hidden vectors that `gradients_from_tokens` can reuse, if there are any.
         """
         if way == "materialized":
             return grad @ self.total(), None
@@ -165,17 +163,7 @@ def adapted(
     *,
     owns_weight: bool = False,
 ) -> Adapted:
-    """Build the operand of one layer, casting Λ and Γ to at least the dtype of A.
-
-    Args:
-        weight: ``(out, in)`` in the dtype of B, or ``None``.
-        pair: The bases.
-        lam: Λ.
-        gamma: Γ.
-        scaling: Factor of the update.
-        in_features: The layer's input width, ``min_dim`` or ``max_dim``; it determines the orientation.
-        owns_weight: Whether the weight is referenced nowhere else.
-    """
+    """Build the operand of one layer, see `Adapted`, casting Λ and Γ to at least the dtype of A."""
     wide = pair.A.dtype
     if lam.dtype != wide:
         lam = lam.to(torch.promote_types(lam.dtype, wide))

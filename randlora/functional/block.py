@@ -44,11 +44,7 @@ class BlockPair:
     Attributes:
         A: ``(c, r/c, ceil(min_dim / c))``.
         B: ``(b, ceil(max_dim / b), r·num_bases/b)``, in the dtype to compute in.
-        num_bases: Number of terms of the update.
-        max_dim: The layer's larger dim.
-        min_dim: The layer's smaller dim.
         rest: The arguments besides A and B that rebuild the pair from other tensors.
-        r: Rows of A.
         hidden: ``r·num_bases``.
         written: The same bases as a dense pair, if one was made for products so small that dealing and gathering would
             take longer; see `cost.is_small`.
@@ -177,12 +173,7 @@ class BlockPair:
         return total
 
     def grad_from_update(self, grad: Tensor, *, across: bool) -> Tensor:
-        """Compute the gradient of ``UA``, shaped as ``scaled_A``, from that of the update, or ``across`` its transpose.
-
-        Args:
-            grad: ``(max_dim, min_dim)``, or if ``across``, ``(min_dim, max_dim)``.
-            across: Whether it is transposed.
-        """
+        """Compute the gradient of UA, shaped as ``scaled_A``, from that of the update, or ``across`` its transpose."""
         tiles = self._tiles(grad, across=across)
         product = torch.bmm(self._parts_of_B(across=across).mT, tiles.mT if across else tiles)
         by_term = product.view(*self._grid(across=across), self._rows, -1, self._width)

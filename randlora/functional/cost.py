@@ -31,12 +31,7 @@ Choice = TypeVar("Choice")
 
 
 class Pass(NamedTuple):
-    """The cost of reading, changing and writing one entry.
-
-    Attributes:
-        multiply_adds: Number of multiply-adds that take the same time.
-        is_measured: Whether that was measured rather than computed from data sheets.
-    """
+    """The multiply-adds that take as long as a pass over one entry of memory, measured or from data sheets."""
 
     multiply_adds: float
     is_measured: bool
@@ -70,12 +65,7 @@ SMALL_WEIGHT = SMALL_WORK // 4
 
 
 def is_small(tokens: int, entries: int) -> bool:
-    """Whether a product takes at most `SMALL_WORK` multiply-adds.
-
-    Args:
-        tokens: Number of tokens, or a symbol of it under a tracer, for which nothing is small.
-        entries: Entries of the weight.
-    """
+    """Whether a product takes at most `SMALL_WORK` multiply-adds; never if ``tokens`` is the symbol of a tracer."""
     return _is_known(tokens) and tokens * entries <= SMALL_WORK
 
 
@@ -150,12 +140,7 @@ class Sizes(NamedTuple):
 
 
 def forward_way(sizes: Sizes, compute: Compute = "auto") -> Way:
-    """Return how to compute the output.
-
-    Args:
-        sizes: The layer's sizes.
-        compute: The way to take regardless of cost, or ``"auto"``.
-    """
+    """Return the cheapest way to compute the output, or ``compute`` if that is not ``"auto"``."""
     if compute != "auto":
         return compute
     costs: dict[Way, float] = {
@@ -177,12 +162,7 @@ def backward_ways(
 ) -> tuple[Way, Way]:
     """Return how to compute the gradients of the input and of Λ and Γ, chosen together because they share a product.
 
-    Args:
-        sizes: The layer's sizes.
-        needs_input: Whether the input needs a gradient.
-        needs_diagonals: Whether Λ and Γ do.
-        needs_weight: Whether the weight does; the gradients of Λ and Γ can be computed from it.
-        compute: The way to take regardless of cost, or ``"auto"``.
+    The gradients of Λ and Γ can also be computed from that of the weight, if it is needed.
     """
     if compute != "auto":
         return compute, compute

@@ -38,15 +38,10 @@ def quant_state(layer: nn.Module, weight: Tensor) -> Any:
 
 
 def write_out_4bit(codes: Tensor, state: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Dequantize 4-bit codes.
-
-    Args:
-        codes: Codes as bitsandbytes stores them, in any storage dtype, or repacked for a CPU.
-        state: Their ``QuantState``, which is not changed.
-        dtype: The dtype of the result.
+    """Dequantize 4-bit codes, in any storage dtype or repacked for a CPU. Their ``QuantState`` is not changed.
 
     Returns:
-        ``(out_features, in_features)``, each entry a level times its block's scale, rounded once.
+        ``(out_features, in_features)``, each entry a level times its block's scale, rounded once to ``dtype``.
     """
     codes, scales = _in_order(codes, state)
     written = torch.ops.bitsandbytes.dequantize_4bit.default(
@@ -100,15 +95,10 @@ def is_misread(codes: Tensor, state: Any) -> bool:
 
 
 def round_to_4bit(weight: Tensor, like: Any, storage: torch.dtype) -> tuple[Tensor, Any]:
-    """Quantize a weight to 4-bit codes.
-
-    Args:
-        weight: ``(out_features, in_features)`` float32.
-        like: A ``QuantState`` with the type, the block size, and whether scales are quantized too.
-        storage: The dtype that codes are stored in.
+    """Quantize a float32 weight, ``(out_features, in_features)``, to 4-bit codes like those of another ``QuantState``.
 
     Returns:
-        The codes and their ``QuantState``.
+        The codes in the dtype ``storage``, and their ``QuantState``.
     """
     import bitsandbytes.functional as bnb  # noqa: PLC0415  # an optional extra
 
@@ -131,12 +121,7 @@ def step_4bit(state: Any) -> float:
 
 
 def write_out_8bit(codes: Tensor, scales: Tensor) -> Tensor:
-    """Dequantize 8-bit codes to float32.
-
-    Args:
-        codes: ``(out_features, in_features)`` int8; 127 is the row's scale.
-        scales: ``(out_features,)`` float32.
-    """
+    """Dequantize int8 codes, ``(out, in)``, to float32; 127 is the row's scale, of which there are ``(out,)``."""
     return codes.float() * (scales.float() * (1 / 127)).unsqueeze(1)
 
 
@@ -145,11 +130,8 @@ def round_to_8bit(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Unlike bitsandbytes this does not round to float16 first.
 
-    Args:
-        weight: ``(out_features, in_features)`` float32.
-
     Returns:
-        int8 codes of that shape, and the scales of the rows, ``(out_features,)`` float32.
+        int8 codes, ``(out_features, in_features)``, and the scales of the rows, ``(out_features,)`` float32.
     """
     scales = weight.abs().amax(dim=1)
     per_level = torch.where(scales > 0, 127 / scales, 0)

@@ -38,13 +38,7 @@ class RoundingLoss(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """A merged weight.
-
-    Attributes:
-        weight: The weight before any quantization.
-        held: The value for `AdapterLayer.exchange`.
-        rounding: The rounding error, if the weight was quantized.
-    """
+    """A weight before any quantization, the value for `AdapterLayer.exchange`, and the error if it was quantized."""
 
     weight: Tensor
     held: Any

@@ -142,13 +142,7 @@ _classes: dict[tuple[type[nn.Module], tuple[str, ...], bool], type[InPlace]] = {
 
 
 def adapted_class(base: type[nn.Module], reads: tuple[str, ...], runs: bool) -> type[InPlace]:  # noqa: FBT001
-    """Return the adapted subclass of a module's class, created once.
-
-    Args:
-        base: The module's original class.
-        reads: Names of the parameters whose update is added on read.
-        runs: Whether its forward runs adapters.
-    """
+    """Return the subclass of a class that adds updates when ``reads`` are read and, if ``runs``, in its forward."""
     key = base, reads, runs
     if (known := _classes.get(key)) is not None:
         return known

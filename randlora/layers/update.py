@@ -14,14 +14,7 @@ from randlora.functional import Diagonals, Pair, delta_weight
 
 
 class Update(NamedTuple):
-    """One adapter's update of one weight, as factors.
-
-    Attributes:
-        basis: The bases.
-        lam: Λ, ``(r, num_bases)``.
-        gamma: Γ, ``(num_bases, min_dim)``.
-        scaling: The factor of the update, including the adapter's weight.
-    """
+    """One adapter's update of one weight, as factors; the scaling includes the adapter's weight."""
 
     basis: Basis
     lam: Tensor
@@ -37,16 +30,9 @@ class Update(NamedTuple):
 def sum_updates(
     updates: Iterable[Update], shape: tuple[int, int], *, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Return the sum of some updates of one weight.
+    """Return the sum of some updates of one weight, ``(out_features, in_features)``.
 
-    Args:
-        updates: The updates, in the order of addition, which affects rounding.
-        shape: ``(out_features, in_features)`` of the weight.
-        device: The device of the result.
-        dtype: The dtype to compute in.
-
-    Returns:
-        ``(out_features, in_features)``.
+    The updates are added in the order given, which affects rounding, and computed in ``dtype``.
     """
     total = torch.zeros(shape, dtype=dtype, device=device)
     with torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext():

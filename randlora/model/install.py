@@ -36,11 +36,6 @@ class Addition(NamedTuple):
 def owned_state(census: Census, name: str, doing: str) -> ModelState | None:
     """Return the model's state, after checking that an adapter of this name can be added.
 
-    Args:
-        census: The module to add adapters to.
-        name: The new adapter's name.
-        doing: The call, for error messages.
-
     Raises:
         AdapterError: If the name is invalid or taken, the adapters are merged, or adapters were added to a submodule of
             the model or to a module that contains it.
@@ -72,11 +67,7 @@ def owned_state(census: Census, name: str, doing: str) -> ModelState | None:
 
 
 def require_own(census: Census, state: ModelState | None, doing: str) -> None:
-    """Check that all adapted layers belong to the adapters of this model.
-
-    Raises:
-        AdapterError: If a layer belongs to adapters of another module, as a copied layer does.
-    """
+    """Check that no layer belongs to adapters of another module, as a copied layer does; else raise `AdapterError`."""
     for site in census.adapted:
         if site.layer.state is not state:
             raise AdapterError(
@@ -96,13 +87,8 @@ def prepare(
 ) -> Addition:
     """Create everything that an adapter needs, without changing the model.
 
-    Args:
-        state: The model's state, if it has adapters already.
-        adapter: The adapter, with its trained parameters.
-        sites: The weights to adapt.
-        replaced: The model's own parameters that the adapter trains copies of, by FQN.
-        trainable: Whether the adapter's parameters require grad.
-        values: Λ and Γ by the site's FQN; the initial values by default.
+    Λ and Γ have their initial values, or those of ``values``, by FQN. ``replaced`` are the model's own parameters that
+    the adapter trains copies of, by FQN.
     """
     state = ModelState() if state is None else state
     layers = []
@@ -114,13 +100,7 @@ def prepare(
 
 
 def commit(census: Census, addition: Addition, *, active: bool) -> None:
-    """Add a prepared adapter to the model and freeze the rest.
-
-    Args:
-        census: The module to add the adapter to.
-        addition: The result of `prepare`.
-        active: Whether the adapter becomes the only active one.
-    """
+    """Add a prepared adapter to the model, as the only active one if ``active``, and freeze the rest."""
     state, adapter = addition.state, addition.adapter
     if not state.adapters:
         state.required_grad = {held.fqn: held.parameter.requires_grad for held in census.parameters}
@@ -141,11 +121,7 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
 
 
 def require_detachable(census: Census, doing: str, sites: Iterable[Site] | None = None) -> None:
-    """Check that the original classes of adapted modules can be restored.
-
-    Raises:
-        AdapterError: If something else has changed the class of one.
-    """
+    """Check that the original classes of adapted modules can be restored; else raise `AdapterError`."""
     problems = [
         f"{site.fqn} {reason}"
         for site in (census.adapted if sites is None else sites)
@@ -171,12 +147,9 @@ def lost_sites(census: Census, adapters: Iterable[Adapter]) -> list[str]:
 
 
 def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
-    """Remove all adapters and restore the ``requires_grad`` flags from before the first was added.
+    """Remove all adapters, restore ``requires_grad`` of the rest, and return the FQNs of the weights that were adapted.
 
     The model keeps its current values.
-
-    Returns:
-        FQNs of the weights that were adapted.
     """
     restored = tuple(site.fqn for site in census.adapted)
     for site in census.adapted:

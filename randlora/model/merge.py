@@ -144,11 +144,7 @@ def merged(
 
 
 def require_finite(fqn: str, weight: Tensor) -> Tensor:
-    """Return a merged weight after checking that it is finite.
-
-    Raises:
-        MergeError: If it is not.
-    """
+    """Return a merged weight if it is finite; else raise `MergeError`."""
     if not torch.isfinite(weight).all():
         raise MergeError(
             f"the merged weight of {fqn} would not be finite in {weight.dtype}: check the adapter and the base weight "

@@ -14,14 +14,9 @@ from randlora.targets.walk import Census, is_quantized
 
 
 def select_parameters(census: Census, names: str | Sequence[str]) -> list[str]:
-    """Return the parameters that a regex or a list of names matches, by themselves or by one of their modules.
+    """Return the FQNs of the parameters that a regex or a list of names matches, by themselves or by a module.
 
-    Args:
-        census: The model, adapted or not.
-        names: See `RandLoRAConfig.train_also`.
-
-    Returns:
-        FQNs, one per parameter; the first if it is tied.
+    A tied parameter is returned once, by its first name.
     """
     first_names: dict[int, str] = {}
     found: dict[str, None] = {}
@@ -35,14 +30,7 @@ def select_parameters(census: Census, names: str | Sequence[str]) -> list[str]:
 def train_also_problems(
     census: Census, names: str | Sequence[str], selected: Iterable[str], sites: Iterable[Site]
 ) -> list[str]:
-    """Return problems with ``train_also``: names without a match, and parameters that are adapted or not floating.
-
-    Args:
-        census: The model.
-        names: See `RandLoRAConfig.train_also`.
-        selected: The result of `select_parameters`.
-        sites: The weights to adapt.
-    """
+    """Return problems with ``train_also``: names without a match, and selected parameters that cannot be trained."""
     held_by = {held.fqn: held for held in census.parameters}
     known = sorted({prefix for fqn in held_by for prefix in prefixes(fqn)})
     problems = [

@@ -51,14 +51,7 @@ def refusal(visit: Visit) -> str:
 def missed(visits: Sequence[Visit], argument: str, pattern: Pattern, entries: Sequence[str]) -> list[str]:
     """Return a message for every regex or name that matches no layer, with a suggestion.
 
-    Args:
-        visits: The model's modules.
-        argument: ``"targets"`` or ``"exclude"``.
-        pattern: The value of the argument.
-        entries: The regex, or the entries of the list, without a match.
-
-    Returns:
-        One message per entry. Suggestions take time and are made only for those that an error shows in full.
+    Suggestions take time and are made only for those that an error shows in full.
     """
     told = [_missed(visits, argument, pattern, entry) for entry in entries[:SHOWN]]
     return [*told, *(f"{argument}={entry!r} matches no linear layer" for entry in entries[SHOWN:])]

@@ -15,13 +15,7 @@ NEAREST = 5
 
 
 def matches(pattern: Pattern, fqn: str, module: nn.Module) -> bool:
-    """Whether a pattern matches one module.
-
-    Args:
-        pattern: A regex matched with ``fullmatch``; FQNs or suffixes of whole components; or a callable.
-        fqn: The module's fully qualified name.
-        module: The module, for a callable.
-    """
+    """Whether a pattern (a regex, names or suffixes, or a callable) matches one module."""
     if callable(pattern):
         return bool(pattern(fqn, module))
     return matches_name(pattern, fqn)
@@ -110,14 +104,7 @@ def as_list(regex: str, fqns: Iterable[str]) -> str | None:
 
 
 def suggestion(argument: str, entry: str, fqns: Sequence[str], *, common: Sequence[str] | None = None) -> str:
-    """Return a suggestion for a regex or name that matches nothing; empty if there are no names.
-
-    Args:
-        argument: The name of the argument.
-        entry: The regex or the name.
-        fqns: The known names.
-        common: As for `nearest_names`.
-    """
+    """Return a suggestion for a regex or name without a match, as `nearest_names` does; empty if there are no names."""
     if (names := as_list(entry, fqns)) is not None:
         return f"did you mean {argument}={names}? A string is a regex for full names, a list has names or suffixes"
     near = nearest_names(entry, fqns, common=common)

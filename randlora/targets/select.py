@@ -24,13 +24,7 @@ from randlora.targets.walk import Census, Held, Visit
 
 @dataclass(frozen=True)
 class Selection:
-    """The result of a pattern.
-
-    Attributes:
-        sites: The weights, in the model's order.
-        rule: A description of the rule that chose them.
-        skipped: Reasons why layers matched by ``"all-linear"`` or a module's name were skipped, by FQN.
-    """
+    """The sites that a pattern selects, the rule that chose them, and why others were skipped, by FQN."""
 
     sites: tuple[Site, ...]
     rule: str
@@ -102,13 +96,7 @@ def select(census: Census, pattern: Pattern | None, exclude: Pattern | None) -> 
 
 
 def obstacles(census: Census, sites: Sequence[Site], dropout: float) -> list[str]:
-    """Return why sites cannot be adapted: an unsuitable class or weight, or a weight tied to another module.
-
-    Args:
-        census: The model.
-        sites: Its sites.
-        dropout: Dropout on the adapter's input.
-    """
+    """Return why sites cannot be adapted: an unsuitable class or weight, or a weight tied to another module."""
     problems, sound = [], []
     for site in sites:
         if (reason := class_obstacle(site.owner, site.layer_class)) is not None:

@@ -52,11 +52,7 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class AdaptedSite(Site):
-    """An adapted weight.
-
-    Attributes:
-        layer: Its adapter layer.
-    """
+    """An adapted weight, with its adapter layer."""
 
     layer: AdapterLayer
 

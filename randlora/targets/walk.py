@@ -18,13 +18,7 @@ from randlora.targets.site import AdaptedSite, Site
 
 
 class Visit(NamedTuple):
-    """One occurrence of a module in a model, or of a parameter adapted on read.
-
-    Attributes:
-        fqn: Its fully qualified name.
-        module: The module, or the parameter's owner.
-        reader: The class of adapter layer of the parameter, ``None`` for a module.
-    """
+    """One occurrence of a module in a model or, with its ``reader``, of a parameter of it that is adapted on read."""
 
     fqn: str
     module: nn.Module
@@ -54,9 +48,7 @@ class Held(NamedTuple):
 class Census:
     """The modules and parameters of a model, without those that adapters added.
 
-    Attributes:
-        model: The model.
-        visits: All submodules, parents first; a shared one at each of its places.
+    ``visits`` are all submodules, parents first; a shared one is visited at each of its places.
     """
 
     model: nn.Module
