@@ -25,8 +25,7 @@ from randlora.functional.adapted import Pair
 from randlora.functional.block import BlockPair
 from randlora.functional.cost import Compute
 from randlora.functional.dense import DensePair
-from randlora.functional.diagonals import Diagonals
-from randlora.functional.operation import WriteOut, adapted_linear, delta_weight
+from randlora.functional.operation import Diagonals, WriteOut, adapted_linear, delta_weight
 
 __all__ = [
     "BlockPair",

@@ -21,13 +21,14 @@ it would be a guard on it.
 """
 
 from functools import lru_cache
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
 Compute = Literal["auto", "factored", "materialized"]
 Way = Literal["factored", "materialized", "few_tokens"]
-Choice = TypeVar("Choice")
+ALWAYS: tuple[Way, ...] = ("factored", "materialized")
+"""The ways that any number of tokens can take."""
 
 
 class Pass(NamedTuple):
@@ -118,11 +119,6 @@ class Sizes(NamedTuple):
         return self.max_dim * self.min_dim * (self.hidden * self.shares[2] + self.entry * passes)
 
     @property
-    def tokens_through_update(self) -> float:
-        """Cost of multiplying the tokens by the update, if there is no weight that it is added to."""
-        return 0.0 if self.has_weight else self.tokens * self.max_dim * self.min_dim
-
-    @property
     def laid_out(self) -> int:
         """Size of the tokens repeated for each term."""
         return self.tokens * self.num_bases * self.min_dim
@@ -138,15 +134,19 @@ class Sizes(NamedTuple):
         """Whether the tokens repeated for each term take no more memory than the weight."""
         return self.laid_out <= self.max_dim * self.min_dim
 
+    def product(self, way: Way) -> float:
+        """Cost of multiplying the tokens by the update, factored or materialized."""
+        if way == "factored":
+            return self.build_A + self.through_A + self.through_B
+        tokens_through_update = 0.0 if self.has_weight else self.tokens * self.max_dim * self.min_dim
+        return self.build_A + self.update + tokens_through_update
+
 
 def forward_way(sizes: Sizes, compute: Compute = "auto") -> Way:
     """Return the cheapest way to compute the output, or ``compute`` if that is not ``"auto"``."""
     if compute != "auto":
         return compute
-    costs: dict[Way, float] = {
-        "factored": sizes.build_A + sizes.through_A + sizes.through_B,
-        "materialized": sizes.build_A + sizes.update + sizes.tokens_through_update,
-    }
+    costs: dict[Way, float] = {way: sizes.product(way) for way in ALWAYS}
     if sizes.has_few_tokens:
         costs["few_tokens"] = sizes.through_terms + sizes.through_B
     return min(costs, key=costs.__getitem__)
@@ -166,9 +166,8 @@ def backward_ways(
     """
     if compute != "auto":
         return compute, compute
-    ways: tuple[Way, ...] = ("factored", "materialized")
     costs: dict[tuple[Way, Way], float] = {
-        (x_way, diagonals_way): needs_input * _input_gradient(sizes, x_way)
+        (x_way, diagonals_way): needs_input * sizes.product(x_way)
         + needs_diagonals
         * _diagonal_gradients(
             sizes,
@@ -176,8 +175,8 @@ def backward_ways(
             has_hidden=needs_input and x_way == "factored" and sizes.is_wide,
             has_weight_gradient=needs_weight,
         )
-        for x_way in ways
-        for diagonals_way in ways
+        for x_way in ALWAYS
+        for diagonals_way in ALWAYS
     }
     if sizes.has_few_tokens:
         through_A, through_B = (2, 1 if sizes.is_wide else 1 + needs_input) if needs_diagonals else (1, 1)
@@ -187,18 +186,11 @@ def backward_ways(
     return min(costs, key=costs.__getitem__)
 
 
-def _input_gradient(sizes: Sizes, way: Way) -> float:
-    if way == "factored":
-        return sizes.build_A + sizes.through_A + sizes.through_B
-    return sizes.tokens_through_update + sizes.build_A + sizes.update
-
-
 def _diagonal_gradients(sizes: Sizes, way: Way, *, has_hidden: bool, has_weight_gradient: bool) -> float:
+    passes = 4 * sizes.entry * sizes.hidden * sizes.min_dim * sizes.shares[0]
     if way == "factored":
-        passes = 4 * sizes.entry * sizes.hidden * sizes.min_dim * sizes.shares[0]
         return passes + sizes.through_A + (0.0 if has_hidden else sizes.through_B)
     product = 0.0 if has_weight_gradient else sizes.tokens * sizes.max_dim * sizes.min_dim
-    passes = 4 * sizes.entry * sizes.hidden * sizes.min_dim * sizes.shares[0]
     return passes + product + sizes.update
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from randlora.functional.adapted import Adapted, Pair, adapted
 from randlora.functional.block import BlockPair
 from randlora.functional.cost import Compute, chosen_backward, chosen_forward, is_small
 from randlora.functional.dense import DensePair
-from randlora.functional.diagonals import Diagonals
 from randlora.functional.scratch import in_dtype, is_in_transform
 
 WriteOut = Callable[[torch.dtype], Tensor]
@@ -20,6 +19,20 @@ WriteOut = Callable[[torch.dtype], Tensor]
 
 Every call returns a new tensor, which may be overwritten.
 """
+
+
+class Diagonals(NamedTuple):
+    """The trained scalings of one adapter in one layer.
+
+    Attributes:
+        lam: Λ, ``(r, num_bases)``.
+        gamma: Γ, ``(num_bases, min_dim)``.
+        scaling: Factor of the update, ``alpha / r``.
+    """
+
+    lam: Tensor
+    gamma: Tensor
+    scaling: float
 
 
 def adapted_linear(

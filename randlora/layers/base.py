@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,20 +16,6 @@ from randlora.layers.folding import Into, Merged
 from randlora.layers.inputs import autocast_dtype, input_of, is_plain_tensor
 from randlora.layers.update import Update, folded, sum_updates
 from randlora.state import Adapter, ModelState
-
-
-class Reading(NamedTuple):
-    """The weight of a layer as an input of `adapted_linear`.
-
-    Attributes:
-        weight: ``(out_features, in_features)``, or a function that dequantizes it.
-        dtype: The dtype to compute in.
-        output_dtype: The dtype that the layer returns.
-    """
-
-    weight: Tensor | WriteOut
-    dtype: torch.dtype
-    output_dtype: torch.dtype
 
 
 class AdapterLayer(ABC):
@@ -213,12 +199,17 @@ class AdapterLayer(ABC):
         has_autocast = x.dtype == weight.dtype or autocast_dtype(x, x.dtype) == autocast_dtype(x, weight.dtype)
         return has_autocast and x.dim() > 0 and x.shape[-1] == self.shape[1]
 
-    def reading(self, owner: nn.Module, x: Tensor) -> Reading:
-        """Return the weight for the one operation; `only_multiplies` holds."""
+    def reading(self, owner: nn.Module, x: Tensor) -> tuple[Tensor | WriteOut, torch.dtype, torch.dtype]:
+        """Return what `adapted_linear` needs when `only_multiplies` holds.
+
+        Returns:
+            The weight, ``(out_features, in_features)``, or a function that dequantizes it; the dtype to compute in; and
+            the dtype that the layer returns.
+        """
         weight = self.weight_of(owner)
         assert weight is not None, "only_multiplies() asks for a weight"
         dtype = autocast_dtype(x, weight.dtype)
-        return Reading(self.in_storage_layout(weight), dtype, dtype)
+        return self.in_storage_layout(weight), dtype, dtype
 
     def update(self, owner: nn.Module, adapter: Adapter, factor: float) -> Update:
         """Return one adapter's update of this weight as factors."""

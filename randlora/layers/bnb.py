@@ -9,14 +9,14 @@ import copy
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from randlora.functional import WriteOut
 from randlora.functional.scratch import is_in_transform
 from randlora.layers import bnb_codes, bnb_cpu
-from randlora.layers.base import Reading
 from randlora.layers.bnb_cpu import MAY_REPACK
 from randlora.layers.inputs import autocast_dtype
 from randlora.layers.quantized import QuantizedLayer, twin_of
@@ -28,13 +28,6 @@ OWN_KERNELS_UP_TO = 1536
 """Number of tokens up to which bitsandbytes may multiply by 4-bit codes on a GPU without dequantizing them."""
 NOT_HERE = "has no values (its weight is on the meta device or offloaded): load the model's weights first"
 NOT_YET = "is not quantized yet: move the model to its device first, as in model.to('cuda'), which quantizes it"
-
-
-class Codes4bit(NamedTuple):
-    """The weight of a 4-bit layer and its ``QuantState``, which the layer holds too in case the weight loses it."""
-
-    weight: Any
-    quant_state: Any
 
 
 @register_layer(f"{MODULE}.Linear4bit")
@@ -79,61 +72,56 @@ class Linear4bitAdapter(QuantizedLayer):
         if MAY_REPACK in owner.__dict__:
             owner.__dict__[MAY_REPACK] = self.may_repack
 
-    def compute_dtype(self, owner: nn.Module) -> torch.dtype | None:
+    def compute_dtype(self, owner: Any) -> torch.dtype | None:
         """Return the dtype that the layer computes in: as configured, else that of its first input."""
-        base: Any = owner
-        dtype: torch.dtype | None = base.compute_dtype
+        dtype: torch.dtype | None = owner.compute_dtype
         return dtype
 
-    def only_multiplies(self, owner: nn.Module, x: Tensor) -> bool:
+    def only_multiplies(self, owner: Any, x: Tensor) -> bool:
         """Whether the layer would dequantize its weight and multiply, which can be done with the update added.
 
         In evaluation it may use other kernels. Not under a compiler: the layer saves no dequantized weight for
         backward, but a trace of our operation would.
         """
-        base: Any = owner
-        if x.device != base.weight.device or x.dim() == 0 or x.shape[-1] != self.shape[1]:
+        if x.device != owner.weight.device or x.dim() == 0 or x.shape[-1] != self.shape[1]:
             return False
-        if not _may_lead_gradients(owner, x) or not base.compute_type_is_set or torch.compiler.is_compiling():
+        if not _may_lead_gradients(owner, x) or not owner.compute_type_is_set or torch.compiler.is_compiling():
             return False
         if x.device.type != "cpu" and x.numel() <= OWN_KERNELS_UP_TO * self.shape[1]:
             return False
-        dtype = base.compute_dtype or x.dtype
+        dtype = owner.compute_dtype or x.dtype
         return autocast_dtype(x, dtype) == dtype
 
-    def reading(self, owner: nn.Module, x: Tensor) -> Reading:
+    def reading(self, owner: Any, x: Tensor) -> tuple[WriteOut, torch.dtype, torch.dtype]:
         """Return a function that dequantizes the weight; `only_multiplies` holds."""
-        base: Any = owner
-        state = copy.copy(bnb_codes.quant_state(owner, base.weight))  # bitsandbytes changes the state when it repacks
-        write_out = partial(bnb_codes.write_out_4bit, base.weight.data, state)
-        return Reading(write_out, base.compute_dtype or x.dtype, x.dtype)
+        state = copy.copy(bnb_codes.quant_state(owner, owner.weight))  # bitsandbytes changes the state when it repacks
+        write_out = partial(bnb_codes.write_out_4bit, owner.weight.data, state)
+        return write_out, owner.compute_dtype or x.dtype, x.dtype
 
-    def stand_in(self, owner: nn.Module, x: Tensor) -> Any:
+    def stand_in(self, owner: Any, x: Tensor) -> Any:
         """Return a copy of the layer for its forward to run on, with codes in order if it would misread the owner's.
 
         Codes may have been repacked, or scales transposed, after the adapter was added. The owner keeps them.
         """
-        base: Any = owner
-        if not base.compute_type_is_set:  # as the layer's forward does with the first input
-            base.set_compute_type(x)
-            base.compute_type_is_set = True
+        if not owner.compute_type_is_set:  # as the layer's forward does with the first input
+            owner.set_compute_type(x)
+            owner.compute_type_is_set = True
         twin = super().stand_in(owner, x)
-        state = bnb_codes.quant_state(owner, base.weight)
+        state = bnb_codes.quant_state(owner, owner.weight)
         if bnb_cpu.is_out_of_order(state, repacked=_may_lead_gradients(owner, x)):
-            weight, state = copy.copy(base.weight), copy.copy(state)
+            weight, state = copy.copy(owner.weight), copy.copy(state)
             bnb_cpu.put_in_order(weight, state)
             twin = twin_of(owner) if twin is None else twin
             twin._parameters["weight"], weight.quant_state, twin.quant_state = weight, state, state
             twin.__dict__[MAY_REPACK] = False
         return twin
 
-    def written_out(self, owner: nn.Module, held: Codes4bit | None = None) -> Tensor:
+    def written_out(self, owner: Any, held: tuple[Any, Any] | None = None) -> Tensor:
         """Return the dequantized weight in float32."""
-        weight = owner.get_parameter("weight") if held is None else held.weight
-        state = bnb_codes.quant_state(owner, weight) if held is None else held.weight.quant_state
+        weight, state = held or (owner.weight, bnb_codes.quant_state(owner, owner.weight))
         return bnb_codes.write_out_4bit(weight.data, state)
 
-    def requantized(self, owner: nn.Module, weight: Tensor) -> tuple[Codes4bit, float]:
+    def requantized(self, owner: nn.Module, weight: Tensor) -> tuple[tuple[Any, Any], float]:
         """Quantize a weight to 4-bit codes of the same type, block size and storage dtype."""
         own = owner.get_parameter("weight")
         codes, state = bnb_codes.round_to_4bit(weight, bnb_codes.quant_state(owner, own), own.dtype)
@@ -148,25 +136,15 @@ class Linear4bitAdapter(QuantizedLayer):
             module=owner,
             bnb_quantized=True,
         )
-        return Codes4bit(parameter, state), bnb_codes.step_4bit(state)
+        return (parameter, state), bnb_codes.step_4bit(state)
 
-    def codes(self, owner: nn.Module) -> Codes4bit:
-        """Return the current codes of the layer."""
-        base: Any = owner
-        return Codes4bit(base.weight, base.quant_state)
+    def codes(self, owner: Any) -> tuple[Any, Any]:
+        """Return the weight and its ``QuantState``, which the layer holds too in case the weight loses it."""
+        return owner.weight, owner.quant_state
 
-    def put_in(self, owner: nn.Module, held: Codes4bit) -> None:
+    def put_in(self, owner: Any, held: tuple[Any, Any]) -> None:
         """Replace the codes of the layer and their ``QuantState``."""
-        base: Any = owner
-        base._parameters["weight"], base.quant_state = held
-
-
-class Codes8bit(NamedTuple):
-    """The weight of an 8-bit layer and its state's codes and scales, which are ``None`` until the first forward."""
-
-    weight: Any
-    codes: Tensor | None
-    scales: Tensor | None
+        owner._parameters["weight"], owner.quant_state = held
 
 
 @register_layer(f"{MODULE}.Linear8bitLt")
@@ -176,16 +154,15 @@ class Linear8bitAdapter(QuantizedLayer):
     kept = ("state", "index")
 
     @classmethod
-    def obstacle(cls, owner: nn.Module) -> str | None:
+    def obstacle(cls, owner: Any) -> str | None:
         """Return why this layer cannot be adapted, or ``None``."""
-        base: Any = owner
         if (reason := bnb_codes.missing()) is not None:
             return reason
-        if base.state.has_fp16_weights:
+        if owner.state.has_fp16_weights:
             return "has 16-bit weights besides its codes (has_fp16_weights=True): set that to False, or use nn.Linear"
-        if base.weight.is_meta:
+        if owner.weight.is_meta:
             return NOT_HERE
-        if base.weight.dtype != torch.int8 or _scales(base) is None:
+        if owner.weight.dtype != torch.int8 or _scales(owner) is None:
             return NOT_YET
         return None
 
@@ -202,28 +179,25 @@ class Linear8bitAdapter(QuantizedLayer):
         """Return ``None``: an 8-bit layer computes in the dtype of its input."""
         return
 
-    def written_out(self, owner: nn.Module, held: Codes8bit | None = None) -> Tensor:
+    def written_out(self, owner: Any, held: tuple[Any, None, None] | None = None) -> Tensor:
         """Return the dequantized weight in float32."""
-        weight = owner.get_parameter("weight") if held is None else held.weight
-        scales = _scales(owner) if held is None else held.weight.SCB
+        weight, scales = (owner.weight, _scales(owner)) if held is None else (held[0], held[0].SCB)
         assert scales is not None, "obstacle() asks for scales"
         return bnb_codes.write_out_8bit(weight.data, scales)
 
-    def requantized(self, owner: nn.Module, weight: Tensor) -> tuple[Codes8bit, float]:  # noqa: ARG002
+    def requantized(self, owner: nn.Module, weight: Tensor) -> tuple[tuple[Any, None, None], float]:  # noqa: ARG002
         """Quantize a weight to 8-bit codes, row by row."""
         codes, scales = bnb_codes.round_to_8bit(weight)
         parameter = sys.modules[MODULE].Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
-        return Codes8bit(parameter, None, None), float(scales.max() / 127)
+        return (parameter, None, None), float(scales.max() / 127)
 
-    def codes(self, owner: nn.Module) -> Codes8bit:
-        """Return the current codes of the layer."""
-        base: Any = owner
-        return Codes8bit(base.weight, base.state.CB, base.state.SCB)
+    def codes(self, owner: Any) -> tuple[Any, Tensor | None, Tensor | None]:
+        """Return the weight, and its state's codes and scales, which are ``None`` until the first forward."""
+        return owner.weight, owner.state.CB, owner.state.SCB
 
-    def put_in(self, owner: nn.Module, held: Codes8bit) -> None:
+    def put_in(self, owner: Any, held: tuple[Any, Tensor | None, Tensor | None]) -> None:
         """Replace the codes of the layer and their scales."""
-        base: Any = owner
-        base._parameters["weight"], base.state.CB, base.state.SCB = held
+        owner._parameters["weight"], owner.state.CB, owner.state.SCB = held
 
 
 def put_in_order(layer: Any) -> bool:
