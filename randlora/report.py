@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 from torch.nn.parameter import is_lazy
 
@@ -13,6 +13,7 @@ from randlora.bases.spec import BasisSpec, count_bases
 from randlora.config import RandLoRAConfig
 from randlora.layers.folding import RoundingLoss
 from randlora.layers.registry import find_layer
+from randlora.state import Adapter
 from randlora.targets.site import Shapes
 from randlora.targets.walk import Census, Held
 
@@ -90,29 +91,21 @@ class Report:
 
     def __str__(self) -> str:
         """Return a table of shapes followed by the totals."""
-        rows = [
-            (row.count, row.in_features, row.out_features, row.r, row.num_bases, row.expected_rank, row.trainable)
-            for row in self.rows
-        ]
         trains = "trainable" if self.is_trainable else "frozen"
         lines = [
             f"RandLoRA adapter {self.name!r}: {self.spec}, alpha={self.config.effective_alpha:g}",
             f"targets: {self.rule}",
-            *table(HEADINGS, rows),
+            *table(HEADINGS, [astuple(row) for row in self.rows]),
             f"{trains} {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({self.share:.2%})",
             f"{len(self.targets)} layers adapted, {self.status}",
             f"bases {as_bytes(self.basis_bytes)} in memory, checkpoint {as_bytes(self.checkpoint_bytes)}",
         ]
         if self.train_also:
             lines.append(f"also trained: {shortened(self.train_also)}")
-        lines += [f"left out: {shortened(fqns)} ({reason})" for reason, fqns in self._skipped_by_reason().items()]
+        for reason in dict.fromkeys(self.skipped.values()):
+            fqns = [fqn for fqn, why in self.skipped.items() if why == reason]
+            lines.append(f"left out: {shortened(fqns)} ({reason})")
         return "\n".join([*lines, *self.notes])
-
-    def _skipped_by_reason(self) -> dict[str, list[str]]:
-        reasons: dict[str, list[str]] = {}
-        for fqn, reason in self.skipped.items():
-            reasons.setdefault(reason, []).append(fqn)
-        return reasons
 
 
 @dataclass(frozen=True)
@@ -137,73 +130,47 @@ class MergeReport:
         """Return a summary line, two lines on rounding errors if any, and the notes."""
         names = ", ".join(name if weight == 1 else f"{weight:g} x {name}" for name, weight in self.adapters.items())
         ending = "reversible with randlora.unmerge" if self.reversible else "the layers are plain again"
-        return "\n".join([
-            f"merged {names} into {len(self.targets)} layers; {ending}",
-            *self._rounding_lines(),
-            *self.notes,
-        ])
-
-    def _rounding_lines(self) -> list[str]:
-        if not self.rounding:
-            return []
-        shares = {fqn: loss.relative for fqn, loss in self.rounding.items()}
-        worst = max(shares, key=lambda fqn: shares[fqn])
-        loss, spread = self.rounding[worst], f"{min(shares.values()):.1%} to {shares[worst]:.1%}"
-        return [
-            f"{len(self.rounding)} layers requantized: the rounding error is {spread} of the norm of the update,",
-            f"largest in {worst}: up to {loss.largest:.3g}, with levels up to {loss.step:.3g} apart",
-        ]
+        lines = [f"merged {names} into {len(self.targets)} layers; {ending}"]
+        if self.rounding:
+            worst = max(self.rounding, key=lambda fqn: self.rounding[fqn].relative)
+            loss, least = self.rounding[worst], min(loss.relative for loss in self.rounding.values())
+            spread = f"{least:.1%} to {loss.relative:.1%}"
+            lines += [
+                f"{len(self.rounding)} layers requantized: the rounding error is {spread} of the norm of the update,",
+                f"largest in {worst}: up to {loss.largest:.3g}, with levels up to {loss.step:.3g} apart",
+            ]
+        return "\n".join([*lines, *self.notes])
 
 
 def adapter_report(
     census: Census,
-    name: str,
-    config: RandLoRAConfig,
+    adapter: Adapter,
     shapes: Shapes,
-    spec: BasisSpec,
     *,
-    rule: str,
-    basis_bytes: int,
     is_active: bool = True,
     is_trainable: bool = True,
     skipped: Mapping[str, str] | None = None,
-    train_also: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> Report:
-    """Return the report of one adapter of a model.
-
-    Args:
-        census: The model, adapted or not.
-        name: The adapter's name.
-        config: Its options.
-        shapes: ``(out_features, in_features)`` of its target weights, by FQN.
-        spec: The spec of its bases.
-        rule: A description of the rule that chose the weights.
-        basis_bytes: Bytes of its bases.
-        is_active: Whether its update is added.
-        is_trainable: Whether its parameters require grad.
-        skipped: Reasons why layers were skipped, by FQN.
-        train_also: FQNs of the parameters trained with it.
-        notes: Lines to print below the table.
-    """
-    rows = shape_rows(shapes, spec)
+    """Return the report of one adapter of a model, with these layers, whether it has been added or not."""
+    rows = shape_rows(shapes, adapter.basis.spec)
     adapter_size = sum(row.trainable for row in rows)
     own = {id(held.parameter): held for held in reversed(census.parameters) if not is_lazy(held.parameter)}
-    beside = [held.parameter for held in own.values() if held.fqn in set(train_also)]
+    beside = [held.parameter for held in own.values() if held.fqn in adapter.trained]
     return Report(
-        name=name,
-        config=config,
-        rule=rule,
+        name=adapter.name,
+        config=adapter.config,
+        rule=adapter.rule,
         targets=tuple(shapes),
         rows=rows,
-        spec=spec,
+        spec=adapter.basis.spec,
         trainable_parameters=adapter_size + sum(parameter.numel() for parameter in beside),
         total_parameters=adapter_size + sum(map(count_numbers, own.values())),
-        basis_bytes=basis_bytes,
+        basis_bytes=adapter.basis.nbytes,
         checkpoint_bytes=FLOAT32_BYTES * adapter_size + sum(parameter.nbytes for parameter in beside),
         is_active=is_active,
         is_trainable=is_trainable,
-        train_also=tuple(train_also),
+        train_also=tuple(adapter.trained),
         skipped=dict(skipped or {}),
         notes=tuple(notes),
     )

@@ -8,7 +8,6 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from randlora.bases.bank import BasisBank
 from randlora.checkpoint.base_model import mismatch
 from randlora.checkpoint.bases import file_basis
 from randlora.checkpoint.fit import fit_sites, with_prefix, without_repeats
@@ -19,7 +18,7 @@ from randlora.errors import CheckpointError
 from randlora.model.install import commit, owned_state, prepare
 from randlora.model.train_also import replacements
 from randlora.report import Report, adapter_report, next_steps
-from randlora.state import Adapter, ModelState
+from randlora.state import Adapter
 from randlora.targets.site import Site, shapes_of
 from randlora.targets.walk import Census
 
@@ -63,13 +62,13 @@ def load(
     """
     census = Census.of(model)
     state = owned_state(census, name, "load")
-    active = state is None if active is None else active
+    active = not state.adapters if active is None else active
     try:
         file = with_prefix(read_adapter(locate(source, revision)), prefix, {visit.fqn for visit in census.candidates})
         sites = fit_sites(census, file)
         file = without_repeats(census, file)
         shapes = shapes_of(sites)
-        basis = file_basis(file, shapes, state.bank if state else BasisBank())
+        basis = file_basis(file, shapes, state.bank)
     except CheckpointError as error:
         raise CheckpointError(f"cannot load {str(source)!r}: {error}") from error
     doubts = _doubts(model, file)
@@ -77,22 +76,17 @@ def load(
     adapter = Adapter(name, file.config, basis, tuple(shapes), rule, peft_fields=kept_fields(file.fields))
     unknown = sorted(set(adapter.peft_fields) - set(NEUTRAL_FIELDS))
     foreign = [f"fields kept but not understood: {', '.join(unknown)}"] if unknown else []
-    replaced = replacements(census, state or ModelState(), file.trained)
+    replaced = replacements(census, state, file.trained)
     for fqn, entry in replaced.items():
         own = file.trained[fqn].to(device=entry.original.device, dtype=entry.original.dtype)
         adapter.trained[fqn] = nn.Parameter(own, requires_grad=trainable)
     addition = prepare(state, adapter, sites, values=_placed(file, sites), replaced=replaced, trainable=trainable)
     report = adapter_report(
         census,
-        name,
-        file.config,
+        adapter,
         shapes,
-        basis.spec,
-        rule=rule,
-        basis_bytes=basis.nbytes,
         is_active=active,
         is_trainable=trainable,
-        train_also=tuple(file.trained),
         notes=[*doubts, *next_steps(name, is_active=active, is_trainable=True), *foreign],
     )
     commit(census, addition, active=active)

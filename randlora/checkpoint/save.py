@@ -27,9 +27,8 @@ from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.disk.replace import write_files
 from randlora.errors import CheckpointError, raise_collected
 from randlora.model.install import lost_sites, require_own
-from randlora.report import Report, adapter_report, as_bytes
+from randlora.report import adapter_report, as_bytes
 from randlora.state import Adapter, adapted_root
-from randlora.targets.site import Shapes
 from randlora.targets.walk import Census
 
 
@@ -104,7 +103,7 @@ def save(
     fields = to_peft_fields(census, adapter, stored=bases == "stored")
     writers = file_writers(fields, tensors, header)
     if may_write(directory / CARD_FILE):
-        report = _report(census, adapter, shapes)
+        report = adapter_report(census, adapter, shapes)
         card = write_card(report, header, base_model=fields[BASE_FIELD], peft_notes=notes, repo_id=push_to_hub)
         writers[CARD_FILE] = lambda path: path.write_text(card, encoding="utf-8")
     size = write_files(directory, writers)
@@ -118,20 +117,6 @@ def diagonals_by_fqn(census: Census, name: str) -> dict[str, tuple[nn.Parameter,
     return {
         site.fqn: site.layer.diagonals_of(site.owner, name) for site in census.adapted if name in site.layer.adapters
     }
-
-
-def _report(census: Census, adapter: Adapter, shapes: Shapes) -> Report:
-    """Return the figures for the model card."""
-    return adapter_report(
-        census,
-        adapter.name,
-        adapter.config,
-        shapes,
-        adapter.basis.spec,
-        rule=adapter.rule,
-        basis_bytes=adapter.basis.nbytes,
-        train_also=tuple(adapter.trained),
-    )
 
 
 def _problems(adapter: Adapter, diagonals: Mapping[str, tuple[nn.Parameter, nn.Parameter]], bases: str) -> list[str]:

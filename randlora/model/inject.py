@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from randlora.bases.basis import Basis
-from randlora.bases.spec import BasisSpec, drawn_dims, sliced_dims, spec_for
+from randlora.bases.spec import drawn_dims, sliced_dims, spec_for
 from randlora.config import BasisKind, Pattern, RandLoRAConfig, Stream, explain_options, same_options
 from randlora.errors import ConfigError, TargetError, raise_collected
 from randlora.model.install import (
@@ -27,7 +27,7 @@ from randlora.model.install import (
 )
 from randlora.model.train_also import replacements, select_parameters, train_also_problems
 from randlora.report import Report, adapter_report, next_steps
-from randlora.state import Adapter, ModelState, adapted_root
+from randlora.state import Adapter, ModelState, ReplacedParameter, adapted_root
 from randlora.targets.select import Selection, obstacles, select
 from randlora.targets.site import shapes_of
 from randlora.targets.walk import Census
@@ -38,46 +38,34 @@ class Plan:
     """Everything needed to add one adapter.
 
     Attributes:
-        state: The model's state, if it has adapters already.
-        shared: Existing bases of the model that the adapter can use, if any.
-        train_also: FQNs of the parameters trained with it.
+        state: The model's state, possibly not attached yet.
+        adapter: The adapter, with bases that are not drawn and without values of its own.
+        shared: Existing bases of the model that it can use, if any.
+        replaced: The model's own parameters that the adapter trains copies of, by FQN.
     """
 
     census: Census
-    name: str
-    config: RandLoRAConfig
-    state: ModelState | None
+    state: ModelState
+    adapter: Adapter
     selection: Selection
-    spec: BasisSpec
     shared: Basis | None
-    train_also: tuple[str, ...]
+    replaced: dict[str, ReplacedParameter]
     active: bool
     trainable: bool
 
-    @property
-    def used(self) -> tuple[int, int]:
-        """``(max_dim, min_dim)`` of the slices that the weights use."""
-        return sliced_dims(site.shape for site in self.selection.sites)
-
     def report(self) -> Report:
         """Return the report of the adapter, before it is added."""
-        used, extent = self.used, self.shared.extent if self.shared else (0, 0)
-        notes = next_steps(self.name, is_active=self.active, is_trainable=self.trainable)
-        if self.shared is None and self.state is not None and (held := [*self.state.bank]):
+        notes = next_steps(self.adapter.name, is_active=self.active, is_trainable=self.trainable)
+        if self.shared is None and (held := [*self.state.bank]):
             others = "; ".join(f"{basis.spec}, {basis.nbytes:,} bytes" for basis in held)
             notes.append(f"its bases are additional, because those of the other adapters cannot be shared: {others}")
         return adapter_report(
             self.census,
-            self.name,
-            self.config,
+            self.adapter,
             shapes_of(self.selection.sites),
-            self.spec,
-            rule=self.selection.rule,
-            skipped=self.selection.skipped,
-            basis_bytes=self.spec.nbytes(max(used[0], extent[0]), max(used[1], extent[1])),
             is_active=self.active,
             is_trainable=self.trainable,
-            train_also=self.train_also,
+            skipped=self.selection.skipped,
             notes=notes,
         )
 
@@ -147,15 +135,16 @@ def inject(
         train_also=train_also,
     )
     planned = _plan(model, name, options, active=active, trainable=trainable)
-    report = planned.report()
-    state = planned.state or ModelState()
-    replaced = replacements(planned.census, state, planned.train_also)
-    held = planned.shared or _new_basis(planned)
-    adapter = Adapter(name, _with_names(planned.config, report.targets), held, report.targets, planned.selection.rule)
-    for fqn, entry in replaced.items():
-        own = entry.original.detach().clone()
-        adapter.trained[fqn] = nn.Parameter(own, requires_grad=planned.trainable)
-    addition = prepare(state, adapter, planned.selection.sites, replaced=replaced, trainable=planned.trainable)
+    report, adapter, sites = planned.report(), planned.adapter, planned.selection.sites
+    if planned.shared is not None:
+        adapter.basis = planned.shared
+    elif not all(parameter.is_meta for site in sites for parameter in site.owner.parameters()):
+        adapter.basis.matrices()  # drawn now, so that errors are raised before the model changes
+    if callable(adapter.config.targets) or callable(adapter.config.exclude):  # which cannot be pickled or saved
+        adapter.config = replace(adapter.config, targets=report.targets, exclude=None)
+    for fqn, entry in planned.replaced.items():
+        adapter.trained[fqn] = nn.Parameter(entry.original.detach().clone(), requires_grad=planned.trainable)
+    addition = prepare(planned.state, adapter, sites, replaced=planned.replaced, trainable=planned.trainable)
     commit(planned.census, addition, active=planned.active)
     return report
 
@@ -235,36 +224,18 @@ def _plan(model: nn.Module, name: str, config: RandLoRAConfig, *, active: bool |
     raise_collected(TargetError, problems, doing=f"inject {name!r}")
     shapes = [site.shape for site in selection.sites]
     spec, used = spec_for(config, *drawn_dims(shapes)), sliced_dims(shapes)
-    shared = state.bank.find(spec, used=used) if state else None
-    if shared is not None:
-        dims = max(shared.spec.max_dim, used[0]), max(shared.spec.min_dim, used[1])
-        spec = replace(shared.spec, max_dim=dims[0], min_dim=dims[1])
-    is_first = state is None
+    shared = state.bank.find(spec, used=used)
+    basis = Basis(spec if shared is None else shared.spec, (0, 0) if shared is None else shared.extent)
+    basis.extend(*used)
+    replaced = replacements(census, state, also)
+    trained = {fqn: entry.original for fqn, entry in replaced.items()}
     return Plan(
         census,
-        name,
-        config,
         state,
+        Adapter(name, config, basis, tuple(site.fqn for site in selection.sites), selection.rule, trained=trained),
         selection,
-        spec,
         shared,
-        tuple(also),
-        active=is_first if active is None else active,
-        trainable=is_first if trainable is None else trainable,
+        replaced,
+        active=not state.adapters if active is None else active,
+        trainable=not state.adapters if trainable is None else trainable,
     )
-
-
-def _with_names(config: RandLoRAConfig, fqns: tuple[str, ...]) -> RandLoRAConfig:
-    """Replace callables by names, because callables cannot be pickled or saved."""
-    return (
-        replace(config, targets=fqns, exclude=None) if callable(config.targets) or callable(config.exclude) else config
-    )
-
-
-def _new_basis(planned: Plan) -> Basis:
-    """Draw bases now, so that errors are raised before the model changes; on the meta device draw nothing."""
-    basis = Basis(planned.spec)
-    basis.extend(*planned.used)
-    if not all(parameter.is_meta for site in planned.selection.sites for parameter in site.owner.parameters()):
-        basis.matrices()
-    return basis

@@ -33,8 +33,8 @@ class Addition(NamedTuple):
     trainable: bool
 
 
-def owned_state(census: Census, name: str, doing: str) -> ModelState | None:
-    """Return the model's state, after checking that an adapter of this name can be added.
+def owned_state(census: Census, name: str, doing: str) -> ModelState:
+    """Return the model's state, or a new one, after checking that an adapter of this name can be added.
 
     Raises:
         AdapterError: If the name is invalid or taken, the adapters are merged, or adapters were added to a submodule of
@@ -46,9 +46,8 @@ def owned_state(census: Census, name: str, doing: str) -> ModelState | None:
             f"cannot {doing} through a {type(model).__name__}, which changes the name of every layer: "
             f"call this on the wrapped model.{attribute}"
         )
-    state = attached_state(model)
-    if state is not None:
-        state.adopt_parameters()
+    state = attached_state(model) or ModelState()
+    state.adopt_parameters()
     if not isinstance(name, str) or not name or "." in name or name in dir(nn.ParameterDict()):
         raise AdapterError(
             f"cannot {doing} an adapter named {name!r}: expected a name without dots, not an attribute of ParameterDict"
@@ -57,16 +56,15 @@ def owned_state(census: Census, name: str, doing: str) -> ModelState | None:
     unfit = [held.fqn for held in census.parameters if not held.parameter.is_leaf]
     if unfit:
         raise AdapterError(f"cannot {doing}: {unfit[0]} is not a leaf tensor and cannot be frozen; detach it")
-    if state is not None:
-        require_unmerged(state, doing)
-        if name in state.adapters:
-            raise AdapterError(
-                f"cannot {doing} {name!r}: the model has an adapter of that name; remove it, or choose another name"
-            )
+    require_unmerged(state, doing)
+    if name in state.adapters:
+        raise AdapterError(
+            f"cannot {doing} {name!r}: the model has an adapter of that name; remove it, or choose another name"
+        )
     return state
 
 
-def require_own(census: Census, state: ModelState | None, doing: str) -> None:
+def require_own(census: Census, state: ModelState, doing: str) -> None:
     """Check that no layer belongs to adapters of another module, as a copied layer does; else raise `AdapterError`."""
     for site in census.adapted:
         if site.layer.state is not state:
@@ -77,7 +75,7 @@ def require_own(census: Census, state: ModelState | None, doing: str) -> None:
 
 
 def prepare(
-    state: ModelState | None,
+    state: ModelState,
     adapter: Adapter,
     sites: Iterable[Site],
     *,
@@ -90,7 +88,6 @@ def prepare(
     Λ and Γ have their initial values, or those of ``values``, by FQN. ``replaced`` are the model's own parameters that
     the adapter trains copies of, by FQN.
     """
-    state = ModelState() if state is None else state
     layers = []
     for site in sites:
         layer = site.adapter_layer or site.layer_class(site.owner, state)
