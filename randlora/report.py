@@ -14,6 +14,7 @@ from randlora.config import RandLoRAConfig
 from randlora.layers.folding import RoundingLoss
 from randlora.layers.registry import find_layer
 from randlora.state import Adapter
+from randlora.targets.match import shortened
 from randlora.targets.site import Shapes
 from randlora.targets.walk import Census, Held
 
@@ -225,8 +226,3 @@ def as_bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB"
-
-
-def shortened(fqns: Sequence[str], most: int = 4) -> str:
-    """Return the first few names and the number of others."""
-    return ", ".join(fqns[:most]) + (f" and {len(fqns) - most} more" if len(fqns) > most else "")

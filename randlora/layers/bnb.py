@@ -175,10 +175,6 @@ class Linear8bitAdapter(QuantizedLayer):
         """Return ``False``: the layer quantizes its inputs and handles outliers separately."""
         return False
 
-    def compute_dtype(self, owner: nn.Module) -> None:  # noqa: ARG002
-        """Return ``None``: an 8-bit layer computes in the dtype of its input."""
-        return
-
     def written_out(self, owner: Any, held: tuple[Any, None, None] | None = None) -> Tensor:
         """Return the dequantized weight in float32."""
         weight, scales = (owner.weight, _scales(owner)) if held is None else (held[0], held[0].SCB)

@@ -178,8 +178,8 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 
 def change_class(owner: nn.Module, base: type[nn.Module]) -> None:
-    """Change the original class of an adapted module."""
-    object.__setattr__(owner, "__class__", adapted_class(base, *_hosts(adapter_layers_of(owner))))
+    """Change the class of a module that has adapter layers to the adapted subclass of ``base``."""
+    object.__setattr__(owner, "__class__", adapted_class(base, *_hosts(owner.__dict__["randlora"])))
 
 
 def class_obstacle(owner: nn.Module, layer_class: type[AdapterLayer]) -> str | None:
@@ -217,7 +217,7 @@ def attach(owner: nn.Module, layer: AdapterLayer) -> None:
         held.register_forward_pre_hook(_decline_fast_paths)
         owner._modules[name] = held
     base = plain_class(owner)
-    object.__setattr__(owner, "__class__", adapted_class(base, *_hosts(layers)))
+    change_class(owner, base)
     layer.settle(owner)
     if isinstance(layer, ReadWeight):
         return
@@ -240,7 +240,7 @@ def detach(owner: nn.Module, layer: AdapterLayer) -> None:
     layer.unsettle(owner)
     if layers:
         owner.__dict__["randlora"] = layers
-        object.__setattr__(owner, "__class__", adapted_class(base, *_hosts(layers)))
+        change_class(owner, base)
     else:
         del owner.__dict__["randlora"]
         object.__setattr__(owner, "__class__", base)

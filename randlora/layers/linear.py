@@ -16,7 +16,7 @@ class LinearAdapter(AdapterLayer):
 
     @staticmethod
     def features(owner: nn.Module) -> tuple[int, int]:
-        """Return ``(in_features, out_features)``, even if DeepSpeed's ZeRO-3 emptied the weight."""
+        """Return ``(in_features, out_features)``, even if the weight is codes or DeepSpeed's ZeRO-3 emptied it."""
         assert isinstance(owner, nn.Linear)
         return owner.in_features, owner.out_features
 
@@ -26,7 +26,7 @@ class LinearAdapter(AdapterLayer):
         return delta
 
     @classmethod
-    def plain_forward(cls) -> Callable[..., Tensor]:
+    def plain_forward(cls) -> Callable[..., Tensor] | None:
         """Return ``nn.Linear.forward``, as torch defines it."""
         return FORWARD
 

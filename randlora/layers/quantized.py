@@ -10,10 +10,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from randlora.layers.base import AdapterLayer
 from randlora.layers.folding import Into, Merged, RoundingLoss
 from randlora.layers.in_place import change_class, detach_obstacle, plain_class
 from randlora.layers.inputs import input_of
+from randlora.layers.linear import LinearAdapter
 
 
 class Form(NamedTuple):
@@ -24,8 +24,8 @@ class Form(NamedTuple):
     attributes: dict[str, Any]
 
 
-class QuantizedLayer(AdapterLayer):
-    """Adapts a layer with a quantized weight, stored as codes and scales.
+class QuantizedLayer(LinearAdapter):
+    """Adapts a linear layer with a quantized weight, stored as codes and scales.
 
     A subclass is final and implements quantization and dequantization for its kind.
 
@@ -35,20 +35,9 @@ class QuantizedLayer(AdapterLayer):
 
     kept: ClassVar[tuple[str, ...]] = ()
 
-    @staticmethod
-    def features(owner: nn.Module) -> tuple[int, int]:
-        """Return ``(in_features, out_features)``, which may differ from the shape of the codes."""
-        assert isinstance(owner, nn.Linear)
-        return owner.in_features, owner.out_features
-
-    @staticmethod
-    def in_storage_layout(delta: Tensor) -> Tensor:
-        """Return the update unchanged: dequantized weights are ``(out_features, in_features)``."""
-        return delta
-
-    @abstractmethod
-    def compute_dtype(self, owner: nn.Module) -> torch.dtype | None:
+    def compute_dtype(self, owner: nn.Module) -> torch.dtype | None:  # noqa: ARG002  # for kinds that have one
         """Return the dtype that the layer computes in, or ``None`` for that of its input."""
+        return None
 
     @abstractmethod
     def written_out(self, owner: nn.Module, held: Any = None) -> Tensor:

@@ -18,8 +18,9 @@ from randlora.errors import ConfigError, MergeError, raise_collected
 from randlora.layers.folding import Into, Quantized, RoundingLoss
 from randlora.layers.quantized import QuantizedLayer
 from randlora.model.install import detach_all, lost_sites, require_detachable, require_own
-from randlora.report import MergeReport, shortened
+from randlora.report import MergeReport
 from randlora.state import ModelState, adapted_root
+from randlora.targets.match import shortened
 from randlora.targets.select import tie_problems
 from randlora.targets.site import AdaptedSite
 from randlora.targets.walk import Census, is_norm, is_quantized

@@ -20,8 +20,8 @@ from randlora.layers.bnb import Linear4bitAdapter, put_in_order
 from randlora.layers.bnb_cpu import MAY_REPACK
 from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.registry import find_layer
-from randlora.report import shortened
 from randlora.state import attached_state, require_unmerged
+from randlora.targets.match import shortened
 from randlora.targets.walk import Census, Visit, is_norm, is_quantized
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -142,7 +142,12 @@ def prepare_quantized(
     if checkpointing and not _enable_checkpointing(model):  # also first
         notes.append(f"checkpointing stays off: {type(model).__name__} has no method for it")
     cast = _make_float32(visits) if full_precision else []
-    inputs = _let_inputs_require_grad(model, embeddings) if inputs_require_grad else ()
+    inputs: tuple[str, ...] = ()
+    if inputs_require_grad:
+        for module in embeddings:
+            if require_grad not in module._forward_hooks.values():
+                module.register_forward_hook(require_grad)
+        inputs = tuple(fqn for fqn, module in model.named_modules() if module in embeddings)
     if inputs_require_grad and not inputs:
         notes.append("no embedding was found: for reentrant checkpointing, make the inputs require grad")
     four_bits = [visit for visit in visits if unpacked and find_layer(visit.module) is Linear4bitAdapter]
@@ -229,14 +234,6 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
     """Return a module's own parameters and buffers that are initialized."""
     held = [*module._parameters.values(), *module._buffers.values()]
     return [tensor for tensor in held if tensor is not None and not is_lazy(tensor)]
-
-
-def _let_inputs_require_grad(model: nn.Module, embeddings: Sequence[nn.Module]) -> tuple[str, ...]:
-    """Add a hook to the input embeddings, each once; return their FQNs."""
-    for module in embeddings:
-        if require_grad not in module._forward_hooks.values():
-            module.register_forward_hook(require_grad)
-    return tuple(fqn for fqn, module in model.named_modules() if module in embeddings)
 
 
 def _input_embeddings(model: nn.Module) -> list[nn.Module]:

@@ -12,7 +12,7 @@ from randlora.config import Pattern
 from randlora.errors import SHOWN
 from randlora.layers.in_place import plain_class
 from randlora.layers.registry import find_readers
-from randlora.targets.match import is_names, is_regex_of, matches_name, prefixes, suggestion
+from randlora.targets.match import is_names, is_regex_of, matches_name, prefixes, shortened, suggestion
 from randlora.targets.walk import Visit
 
 ALL_LINEAR = "all-linear"
@@ -66,7 +66,7 @@ def _missed(visits: Sequence[Visit], argument: str, pattern: Pattern, entry: str
         return f'{said}: the entries of a list are names, not regexes; did you mean {argument}=r"{entry}"?'
     name = pattern if isinstance(pattern, str) else (entry,)
     only = [f"{visit.fqn} ({plain_class(visit.module).__name__})" for visit in visits if matches_name(name, visit.fqn)]
-    said += f", only {_listed(only)}" if only else ""
+    said += f", only {shortened(only, LISTED)}" if only else ""
     known = [visit.fqn for visit in visits] if argument == "exclude" else [*layers, *holders(visits)]
     return f"{said}; {suggestion(argument, entry, known, common=layers) or inventory(visits)}"
 
@@ -74,10 +74,6 @@ def _missed(visits: Sequence[Visit], argument: str, pattern: Pattern, entry: str
 def inventory(visits: Sequence[Visit]) -> str:
     """Return a list of the model's linear layers or, if it has none, of its types of modules."""
     if layers := layer_names(visits):
-        return f"the model has {_listed(layers)}"
+        return f"the model has {shortened(layers, LISTED)}"
     kinds = sorted({plain_class(visit.module).__name__ for visit in visits})
-    return f"the model has no linear layer, only {_listed(kinds)}" if kinds else "the model has no submodules"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+    return f"the model has no linear layer, only {shortened(kinds, LISTED)}" if kinds else "the model has no submodules"

@@ -109,3 +109,8 @@ def suggestion(argument: str, entry: str, fqns: Sequence[str], *, common: Sequen
         return f"did you mean {argument}={names}? A string is a regex for full names, a list has names or suffixes"
     near = nearest_names(entry, fqns, common=common)
     return near and f"the nearest names are {near}"
+
+
+def shortened(fqns: Sequence[str], most: int = 4) -> str:
+    """Return the first few names and the number of others."""
+    return ", ".join(fqns[:most]) + (f" and {len(fqns) - most} more" if len(fqns) > most else "")

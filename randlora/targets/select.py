@@ -73,7 +73,11 @@ def select(census: Census, pattern: Pattern | None, exclude: Pattern | None) -> 
     else:
         found = [visit for visit in visits if _is_meant(visit, pattern, opens=opens)]
     excluded = [] if exclude is None else _excluded(visits, found, exclude)
-    problems = [] if exclude is None else _exclude_problems(visits, exclude)
+    problems = []
+    if exclude is not None:  # each entry must match a module, and a regex one that is not only a container
+        closed = holders(visits) if isinstance(exclude, str) else set()
+        known = [visit.fqn for visit in visits if visit.fqn not in closed]
+        problems = missed(visits, "exclude", exclude, unmatched(exclude, known))
     excluded_keys = {visit.key for visit in excluded}
     kept = [visit for visit in found if visit.key not in excluded_keys]
     if pattern == ALL_LINEAR:
@@ -203,10 +207,3 @@ def _excluded(visits: Sequence[Visit], found: Sequence[Visit], exclude: Pattern)
         asked = [visit for visit in visits if visit.key in layers]
     matched = {visit.key for visit in asked if _is_meant(visit, exclude, opens=is_names(exclude))}
     return [visit for visit in visits if visit.key in matched]
-
-
-def _exclude_problems(visits: Sequence[Visit], exclude: Pattern) -> list[str]:
-    """Return messages about entries that match no module, and about a regex that matches only containers."""
-    closed = holders(visits) if isinstance(exclude, str) else set()
-    known = [visit.fqn for visit in visits if visit.fqn not in closed]
-    return missed(visits, "exclude", exclude, unmatched(exclude, known))
