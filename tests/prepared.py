@@ -4,8 +4,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from randlora.model.prepare import HasActivationCheckpointing
-
 NOTHING = {"full_precision": False, "inputs_require_grad": False, "checkpointing": False, "unpacked": False}
 
 
@@ -15,7 +13,7 @@ def only(step: str) -> dict[str, bool]:
 
 def checkpoint_activations(model: Any, *, is_reentrant: bool) -> None:
     """Switch checkpointing on under the name that the installed transformers has for it."""
-    if isinstance(model, HasActivationCheckpointing):
+    if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": is_reentrant})
     else:
         model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})

@@ -75,10 +75,7 @@ class Sizes(NamedTuple):
 
     Attributes:
         tokens: Rows of the input.
-        max_dim: The layer's larger dim.
-        min_dim: The layer's smaller dim.
         hidden: ``r·num_bases``.
-        num_bases: Terms of the update.
         shares: Shares of the dense work of products with UA, with UB, and of UB @ UA.
         is_wide: Whether the input has ``min_dim`` features.
         has_weight: Whether the base layer's weight is given, so that the update can be added to it.

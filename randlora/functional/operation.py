@@ -92,15 +92,9 @@ def adapted_linear(
 
 
 def delta_weight(pair: Pair, diagonals: Diagonals, *, in_features: int) -> Tensor:
-    """Compute the update of one layer's weight.
+    """Compute the update of one layer's weight, ``(out_features, in_features)`` in the dtype of B.
 
-    Args:
-        pair: The bases of the layer.
-        diagonals: Λ and Γ.
-        in_features: The layer's input width, ``min_dim`` or ``max_dim``; it determines the orientation.
-
-    Returns:
-        ``(out_features, in_features)`` in the dtype of B.
+    The input width, ``min_dim`` or ``max_dim``, determines the orientation.
     """
     return adapted(None, pair, *diagonals, in_features).total()
 

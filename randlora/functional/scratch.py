@@ -30,11 +30,9 @@ STRIP = 2**20
 
 
 def strips(*matrices: Tensor, entries: int) -> Iterable[tuple[Tensor, ...]]:
-    """Split matrices with equal numbers of rows into strips of rows; not on a GPU or if in-place is not allowed.
+    """Split matrices with equal numbers of rows into strips of rows, of ``entries`` entries in the widest.
 
-    Args:
-        *matrices: ``(rows, any)``.
-        entries: Of a strip of the widest.
+    Not on a GPU or if in-place arithmetic is not allowed.
     """
     if matrices[0].device.type != "cpu" or not _may_overwrite():
         return [matrices]

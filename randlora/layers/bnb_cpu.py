@@ -66,12 +66,7 @@ def _original(codes: Tensor, state: Any) -> Tensor:
 
 
 def quantization(state: Any, storage: torch.dtype) -> tuple[bool, torch.dtype, torch.dtype]:
-    """Return how a weight was quantized, before repacking: whether scales are quantized too, its dtype, and storage.
-
-    Args:
-        state: The ``QuantState`` of its codes.
-        storage: The dtype that the codes are stored in now.
-    """
+    """Return whether scales were quantized too, and the dtypes of weight and storage, before any repacking."""
     if not getattr(state, "packing_format_for_cpu", False):
         return state.nested, state.dtype, storage
     return state.original_nested, state.original_dtype, getattr(state, "original_storage_type", storage)

@@ -84,13 +84,9 @@ class QuantizedLayer(LinearAdapter):
         return super().base_output(owner, base_forward, *args, **kwargs)
 
     def stand_in(self, owner: nn.Module, x: Tensor) -> Any:
-        """Return a copy of the owner for the kind's forward to run on, or ``None`` to run it on the owner.
+        """Return a copy of the owner for the kind's forward to run on ``x``, or ``None`` to run it on the owner.
 
         bitsandbytes casts the layer's bias in place in every forward, even if it is trained. The copy has a cast bias.
-
-        Args:
-            owner: The adapted module.
-            x: Its input, ``(..., in_features)``.
         """
         bias, dtype = owner._parameters.get("bias"), self.compute_dtype(owner) or x.dtype
         return None if bias is None or bias.dtype == dtype else twin_of(owner, bias=bias.to(dtype))

@@ -71,22 +71,6 @@ class HasInputEmbeddings(Protocol):
         """Return the input embedding."""
 
 
-@runtime_checkable
-class HasActivationCheckpointing(Protocol):
-    """A model of a recent version of transformers."""
-
-    def activation_checkpointing_enable(self, *, activation_checkpointing_kwargs: dict[str, Any]) -> None:
-        """Enable activation checkpointing."""
-
-
-@runtime_checkable
-class HasGradientCheckpointing(Protocol):
-    """A model of an older version of transformers or with its interface, which recent ones deprecate."""
-
-    def gradient_checkpointing_enable(self, *, gradient_checkpointing_kwargs: dict[str, Any]) -> None:
-        """Enable activation checkpointing."""
-
-
 def prepare_quantized(
     model: nn.Module,
     *,
@@ -148,8 +132,8 @@ def prepare_quantized(
             if require_grad not in module._forward_hooks.values():
                 module.register_forward_hook(require_grad)
         inputs = tuple(fqn for fqn, module in model.named_modules() if module in embeddings)
-    if inputs_require_grad and not inputs:
-        notes.append("no embedding was found: for reentrant checkpointing, make the inputs require grad")
+        if not inputs:
+            notes.append("no embedding was found: for reentrant checkpointing, make the inputs require grad")
     four_bits = [visit for visit in visits if unpacked and find_layer(visit.module) is Linear4bitAdapter]
     for visit in four_bits:
         vars(visit.module)[MAY_REPACK] = False
@@ -253,13 +237,11 @@ def _enable_checkpointing(model: nn.Module) -> bool:
         return True
     if not getattr(model, "supports_gradient_checkpointing", True):  # a flag of transformers models only
         return False
-    if isinstance(model, HasActivationCheckpointing):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    elif isinstance(model, HasGradientCheckpointing):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        return False
-    return True
+    for name in ("activation_checkpointing", "gradient_checkpointing"):  # the latter in older versions of transformers
+        if (enable := getattr(model, f"{name}_enable", None)) is not None:
+            enable(**{f"{name}_kwargs": {"use_reentrant": False}})
+            return True
+    return False
 
 
 def _is_checkpointing(model: nn.Module) -> bool:

@@ -72,12 +72,7 @@ def nearest_names(entry: str, fqns: Iterable[str], *, common: Iterable[str] | No
     """Return the known names most similar to ``entry``, for an error message; never ``entry`` itself.
 
     If names end with ``entry``, only those are returned. Otherwise they are last components if ``entry`` has no dot,
-    else FQNs.
-
-    Args:
-        entry: The name that was given.
-        fqns: The known names.
-        common: Those to return if none is similar to ``entry``; ``None`` means all.
+    else FQNs. If none is similar, those of ``common`` are returned, by default all.
     """
     known = set(fqns) - {entry}
     ending = {fqn for fqn in known if has_suffix(fqn, entry)}
@@ -90,12 +85,7 @@ def nearest_names(entry: str, fqns: Iterable[str], *, common: Iterable[str] | No
 
 
 def as_list(regex: str, fqns: Iterable[str]) -> str | None:
-    """Return the list of names that a regex was probably meant to be, as source code, or ``None``.
-
-    Args:
-        regex: A string that matches nothing, such as ``"q_proj"``, ``"q_proj|v_proj"`` or ``"q_proj, v_proj"``.
-        fqns: The known names; each name of the list must be one of these or a suffix of one.
-    """
+    """Return the names that a regex such as ``"q_proj|v_proj"`` was meant to list, as source code, or ``None``."""
     names = [name for name in re.split(r"[\s,|()]+", regex.replace("\\.", ".")) if name]
     fqns = list(fqns)
     if not names or not all(any(has_suffix(fqn, name) for fqn in fqns) for name in names):
