@@ -81,11 +81,6 @@ class Report:
     notes: tuple[str, ...] = ()
 
     @property
-    def status(self) -> str:
-        """The status in words, such as ``"active, trainable"`` or ``"inactive, frozen"``."""
-        return f"{'active' if self.is_active else 'inactive'}, {'trainable' if self.is_trainable else 'frozen'}"
-
-    @property
     def share(self) -> float:
         """Trainable parameters as a share of all parameters."""
         return self.trainable_parameters / self.total_parameters
@@ -98,7 +93,7 @@ class Report:
             f"targets: {self.rule}",
             *table(HEADINGS, [astuple(row) for row in self.rows]),
             f"{trains} {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({self.share:.2%})",
-            f"{len(self.targets)} layers adapted, {self.status}",
+            f"{len(self.targets)} layers adapted, {'active' if self.is_active else 'inactive'}, {trains}",
             f"bases {as_bytes(self.basis_bytes)} in memory, checkpoint {as_bytes(self.checkpoint_bytes)}",
         ]
         if self.train_also:

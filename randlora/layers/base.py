@@ -271,10 +271,10 @@ class AdapterLayer(ABC):
         return Merged(merged, merged)
 
     def exchange(self, owner: nn.Module, held: Any) -> Any:
-        """Replace the owner's weight and return the previous one."""
+        """Replace the owner's weight, on its device and in its dtype, and return the previous one."""
         weight = self.weight_of(owner)
         assert weight is not None, "merge() asks for a weight"
-        own, weight.data = weight.data, held
+        own, weight.data = weight.data, held.to(device=weight.device, dtype=weight.dtype)
         return own
 
     def fold(self, owner: nn.Module, merged: Merged) -> None:
@@ -292,9 +292,7 @@ class AdapterLayer(ABC):
     def unfold(self, owner: nn.Module) -> None:
         """Restore the original weight bit for bit, on the device and in the dtype that the owner has now."""
         if self.unmerged is not None:
-            weight = self.weight_of(owner)
-            assert weight is not None, "it was merged into"
-            self.exchange(owner, self.unmerged[0].to(device=weight.device, dtype=weight.dtype))
+            self.exchange(owner, self.unmerged[0])
             self.unmerged = None
 
     def description(self) -> str:

@@ -1,8 +1,7 @@
 """Adapting modules in place, by changing their class to a subclass, and undoing that.
 
-An adapted module remains the same object. As in `torch.nn.utils.parametrize` and FSDP's ``fully_shard``, its
-``__class__`` becomes a subclass of its class, created once per class, and Λ and Γ are registered on it. So parameters
-keep their names, a checkpoint of the plain model loads before and after, hooks run once, and ``isinstance`` holds.
+As in `torch.nn.utils.parametrize` and FSDP's ``fully_shard``, the subclass is created once per class, and the module
+remains the same object. Λ and Γ are registered on it.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ class Diagonal(nn.ParameterDict):
 
     def forward(self, name: str) -> nn.Parameter:
         """Return the parameter of one adapter. accelerate's offloading loads the values only during this call."""
-        parameter = self._parameters[name]
-        assert parameter is not None, "the weight has this adapter"
+        parameter: nn.Parameter = self[name]
         return parameter
 
 
@@ -219,10 +217,8 @@ def attach(owner: nn.Module, layer: AdapterLayer) -> None:
     base = plain_class(owner)
     change_class(owner, base)
     layer.settle(owner)
-    if isinstance(layer, ReadWeight):
-        return
     held_as = next((name for name in FORWARDS if name in owner.__dict__), None)
-    if held_as is None:
+    if held_as is None or isinstance(layer, ReadWeight):
         return
     inner = owner.__dict__.pop(held_as)
     if not (isinstance(inner, MethodType) and inner.__func__ is base.forward):

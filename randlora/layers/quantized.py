@@ -143,8 +143,7 @@ class QuantizedLayer(LinearAdapter):
         """Restore the original codes byte for byte, on the device that the owner is on now."""
         if self.unmerged is not None:
             device = owner.get_parameter("weight").device
-            self.exchange(owner, self.unmerged[0])
-            self.unmerged = None
+            super().unfold(owner)
             if owner.get_parameter("weight").device != device:
                 owner.to(device)
 

@@ -102,13 +102,11 @@ def unmerge(model: nn.Module) -> tuple[str, ...]:
         raise MergeError(
             "cannot unmerge: the adapters are not merged; randlora.merge(model, reversible=True) merges reversibly"
         )
-    restored = []
-    for site in Census.of(root).adapted:
-        if site.layer.unmerged is not None:
-            site.layer.unfold(site.owner)
-            restored.append(site.fqn)
+    merged_sites = [site for site in Census.of(root).adapted if site.layer.unmerged is not None]
+    for site in merged_sites:
+        site.layer.unfold(site.owner)
     state.merge_report = None
-    return tuple(restored)
+    return tuple(site.fqn for site in merged_sites)
 
 
 @contextmanager
@@ -128,9 +126,7 @@ def merged(
         The report of the merge, in an inner block that of the outer one.
 
     Raises:
-        AdapterError: See `merge`.
-        ConfigError: See `merge`.
-        MergeError: See `merge`.
+        RandLoRAError: Any error of `merge`.
     """
     _, state = adapted_root(model)
     if state.merge_report is not None:
