@@ -49,11 +49,7 @@ def explain_options(function: Callable[_Arguments, _Result], name: str = "") -> 
 
     ``name`` is the name to use in the message, if not the function's.
     """
-    known = [
-        parameter.name
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.kind is not parameter.VAR_KEYWORD and parameter.name != "self"
-    ]
+    known = [name for name in inspect.signature(function).parameters if name != "self"]
 
     @functools.wraps(function)
     def checked(*args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:

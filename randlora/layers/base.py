@@ -39,12 +39,7 @@ class AdapterLayer(ABC):
     attribute: ClassVar[str] = "weight"
 
     def __init__(self, owner: nn.Module, state: ModelState) -> None:
-        """Create the adapter layer of a weight without changing the owner.
-
-        Args:
-            owner: The module that holds the weight.
-            state: The state of the model it belongs to.
-        """
+        """Create the adapter layer of a weight for a model with this state, without changing the owner."""
         self.state = state
         self.shape = self.shape_of(owner)
         self.adapters: dict[str, Adapter] = {}

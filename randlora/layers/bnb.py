@@ -21,7 +21,6 @@ from randlora.layers.bnb_cpu import MAY_REPACK
 from randlora.layers.inputs import autocast_dtype
 from randlora.layers.quantized import QuantizedLayer, twin_of
 from randlora.layers.registry import register_layer
-from randlora.state import ModelState
 
 MODULE = "bitsandbytes.nn.modules"
 OWN_KERNELS_UP_TO = 1536
@@ -39,11 +38,6 @@ class Linear4bitAdapter(QuantizedLayer):
     """
 
     kept = ("compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", MAY_REPACK)
-
-    def __init__(self, owner: nn.Module, state: ModelState) -> None:
-        """Create the adapter layer of a 4-bit layer."""
-        super().__init__(owner, state)
-        self.may_repack: object = owner.__dict__.get(MAY_REPACK)
 
     @classmethod
     def obstacle(cls, owner: nn.Module) -> str | None:
@@ -64,6 +58,7 @@ class Linear4bitAdapter(QuantizedLayer):
     def settle(self, owner: nn.Module) -> None:
         """Restore codes that were repacked for a CPU and disable repacking, because it stops gradients."""
         put_in_order(owner)
+        self.may_repack: object = owner.__dict__.get(MAY_REPACK)
         if MAY_REPACK in owner.__dict__:
             owner.__dict__[MAY_REPACK] = False
 

@@ -13,14 +13,11 @@ class Into(NamedTuple):
 
     Attributes:
         quantized: ``"requantize"`` for the same kind of layer, ``"dequantize"`` for a plain `nn.Linear`.
-        dtype: The dtype of plain layers, if the caller gave one.
-        model_dtype: Their dtype otherwise, read from the model. If that is ``None``, a plain layer has the dtype that
-            the quantized one computes in.
+        dtype: The dtype of plain layers; ``None`` means the one that the quantized layer computes in.
     """
 
     quantized: Quantized = "requantize"
     dtype: torch.dtype | None = None
-    model_dtype: torch.dtype | None = None
 
 
 class RoundingLoss(NamedTuple):

@@ -97,7 +97,7 @@ class QuantizedLayer(LinearAdapter):
         delta = self.delta_weight(owner, weights)
         weight = self.written_out(owner).add_(delta)
         if into.quantized == "dequantize":
-            dtype = into.dtype or into.model_dtype or self.compute_dtype(owner) or torch.float32
+            dtype = into.dtype or self.compute_dtype(owner) or torch.float32
             weight = weight.to(dtype)
             bias = owner._parameters.get("bias")
             if bias is not None and bias.dtype != dtype:

@@ -61,8 +61,8 @@ def merge(
     root, state = adapted_root(model)
     census = Census.of(root)
     sites = [site for site in census.adapted if state.active.keys() & site.layer.adapters.keys()]
-    into = Into(quantized, dtype, _model_dtype(census) if quantized == "dequantize" else None)
-    raise_collected(ConfigError, _option_problems(into), doing="merge")
+    raise_collected(ConfigError, _option_problems(quantized, dtype), doing="merge")
+    into = Into(quantized, dtype or _model_dtype(census))
     require_own(census, state, "merge")
     lost = lost_sites(census, (state.adapters[name] for name in state.active))
     tied = tie_problems(census, sites)
@@ -166,13 +166,13 @@ def _state_problems(state: ModelState, *, reversible: bool) -> list[str]:
     return problems
 
 
-def _option_problems(into: Into) -> list[str]:
+def _option_problems(quantized: Quantized, dtype: torch.dtype | None) -> list[str]:
     problems = []
-    if into.quantized not in get_args(Quantized):
-        problems.append(f"quantized must be one of {', '.join(get_args(Quantized))}, got {into.quantized!r}")
-    if into.dtype is not None and not (isinstance(into.dtype, torch.dtype) and into.dtype.is_floating_point):
-        problems.append(f"dtype must be a floating dtype or None, got {into.dtype!r}")
-    if into.dtype is not None and into.quantized == "requantize":
+    if quantized not in get_args(Quantized):
+        problems.append(f"quantized must be one of {', '.join(get_args(Quantized))}, got {quantized!r}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        problems.append(f"dtype must be a floating dtype or None, got {dtype!r}")
+    if dtype is not None and quantized == "requantize":
         problems.append("dtype= applies to dequantized layers only: give quantized='dequantize' too, or omit dtype")
     return problems
 
