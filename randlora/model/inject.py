@@ -17,14 +17,7 @@ from randlora.bases.basis import Basis
 from randlora.bases.spec import drawn_dims, sliced_dims, spec_for
 from randlora.config import BasisKind, Pattern, RandLoRAConfig, Stream, explain_options, same_options
 from randlora.errors import ConfigError, TargetError, raise_collected
-from randlora.model.install import (
-    commit,
-    detach_all,
-    owned_state,
-    prepare,
-    require_detachable,
-    require_own,
-)
+from randlora.model.install import commit, detach_all, owned_state, prepare, require_detachable, require_own
 from randlora.model.train_also import replacements, select_parameters, train_also_problems
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState, ReplacedParameter, adapted_root
