@@ -9,7 +9,7 @@ SEED ?= 0
 ARGS ?=  # further options of an example: make demo ARGS="--epochs 3"
 REVIEWS := build/data/vaderSentiment-0.5.zip
 
-.PHONY: demo example-causal-lm bench quality test lint types tests slow docs release-check test-floor test-newest clean
+.PHONY: demo example-causal-lm bench quality test lint types tests medium slow docs release-check test-floor test-newest clean
 
 demo: $(VENV)/.examples $(REVIEWS)
 	$(BIN)/python docs/examples/sentiment.py --basis $(BASIS) --r $(R) --seed $(SEED) $(ARGS)
@@ -23,7 +23,7 @@ bench: $(VENV)/.dev
 quality: $(VENV)/.dev $(VENV)/.examples $(REVIEWS)
 	$(BIN)/python -m benchmarks.quality --full $(ARGS)
 
-test: lint types tests docs
+test: lint types tests medium docs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -32,8 +32,11 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-tests: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses auto -m "not slow"
+tests: $(VENV)/.dev  # the quick ones, in under two minutes on two cores
+	$(BIN)/python -m pytest --numprocesses auto -m "not medium and not slow"
+
+medium: $(VENV)/.dev  # those that start processes, compile, train or repeat a law for further models
+	$(BIN)/python -m pytest --numprocesses auto -m medium
 
 slow: $(VENV)/.dev  # all that takes minutes, such as hundreds of classes of transformers
 	$(BIN)/python -m pytest --numprocesses auto -m slow
@@ -42,6 +45,7 @@ docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 release-check: test slow test-floor test-newest
+	$(BIN)/python -m benchmarks.peft_faults --gate
 
 test-floor: .venv-floor/.dev
 	.venv-floor/bin/python -m pytest --numprocesses auto -m "not slow" $(ARGS)

@@ -1,10 +1,11 @@
 """The quick set: all benchmarks but those of merging and of quality, in one command; on a GPU, its laws first."""
 
-from benchmarks import decode, laws, memory, model, overhead, quantized, startup, step
+from benchmarks import decode, laws, memory, model, overhead, peft_faults, quantized, startup, step
 from benchmarks.command import main
 
 main(
     ("laws", laws.run),
+    ("peft_faults", peft_faults.run),
     ("step", step.run),
     ("overhead", overhead.run),
     ("model", model.run),
@@ -12,5 +13,6 @@ main(
     ("quantized", quantized.run),
     ("startup", startup.run),
     ("decode", decode.run),
-    only_on={"laws": "cuda", "startup": "cpu"},  # `make tests` runs the laws on a CPU, and starting knows no device
+    # `make tests` runs the laws on a CPU, and faults and starting know no device
+    only_on={"laws": "cuda", "peft_faults": "cpu", "startup": "cpu"},
 )

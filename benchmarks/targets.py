@@ -78,6 +78,8 @@ IN_BFLOAT16 = "PEFT, autocast"  # without autocast PEFT multiplies in float32, a
 LORA_IN_BFLOAT16 = "LoRA, autocast"  # and so does its LoRA
 
 ON_A_CPU = (
+    within("peft_faults", "all faults", "randlora", 0.0, of="tried"),
+    Target("peft_faults", "all faults", "PEFT", "tried", at_least=1.0),  # as the documentation says of PEFT 0.21.2
     faster("step", "float32, T = 8192, 1024→1024", "dense", 2.1),
     faster("step", "bfloat16, T = 8192, 1024→1024", "dense", 2.1, than=IN_BFLOAT16),
     *(within("step", f"{dtype}, T = 8192, 1024→1024", "dense", 1.2) for dtype in ("float32", "bfloat16")),

@@ -12,7 +12,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
 import randlora
@@ -20,9 +19,8 @@ from randlora.bases.basis import Basis
 from randlora.checkpoint.format import dump_header, parse_header
 from randlora.errors import CheckpointError
 from randlora.state import ModelState, attached_state
-from randlora.targets.walk import Census
+from tests.kit import fill, snapshot
 
-Bits = tuple[torch.dtype, tuple[int, ...], bytes]
 Stored = Literal["seed", "stored"]
 
 CONFIG_FILE = "adapter_config.json"
@@ -179,27 +177,6 @@ def trained(case: Case, *, name: str = "default", **options: Any) -> nn.Module:
     return fill(model, name)
 
 
-def fill(model: nn.Module, name: str, *, seed: int = 1) -> nn.Module:
-    """Give one adapter random values."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in adapter_values(model, name).values():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def adapter_values(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """Return Λ, Γ and the parameters trained beside one adapter, by key."""
-    found: dict[str, Tensor] = {
-        f"{site.fqn}.{part}": value
-        for site in Census.of(model).adapted
-        if name in site.layer.adapters
-        for part, value in zip(
-            ("randlora_lambda", "randlora_gamma"), site.layer.diagonals_of(site.owner, name), strict=True
-        )
-    }
-    return found | dict(_state(model).adapter(name).trained)
-
-
 def basis_of(model: nn.Module, name: str = "default") -> Basis:
     """Return the bases of one adapter."""
     return _state(model).adapter(name).basis
@@ -209,49 +186,6 @@ def _state(model: nn.Module) -> ModelState:
     state = attached_state(model)
     assert state is not None, "the model is adapted"
     return state
-
-
-def bits(tensor: Tensor) -> Bits:
-    """Return everything a tensor says, to be compared with ``==``: NaN equals itself, and -0.0 is not 0.0."""
-    if is_lazy(tensor) or tensor.is_meta:
-        return tensor.dtype, () if is_lazy(tensor) else tuple(tensor.shape), b""
-    raw = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return tensor.dtype, tuple(tensor.shape), raw
-
-
-def all_bits(tensors: Mapping[str, Tensor]) -> dict[str, Bits]:
-    """Apply `bits` to each."""
-    return {name: bits(tensor) for name, tensor in tensors.items()}
-
-
-@dataclass(frozen=True)
-class Same:
-    """Equal to itself only; holds on to the object, so that no other gets its id."""
-
-    held: object = field(compare=False)
-    identity: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "identity", id(self.held))
-
-
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Take down all that a refused call must leave alone: objects, bits, flags, attributes, adapters and bases."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    state = attached_state(model)
-    return {
-        "modules": {fqn: Same(module) for fqn, module in modules.items()},
-        "attributes": {fqn: sorted(vars(module)) for fqn, module in modules.items()},
-        "training": {fqn: module.training for fqn, module in modules.items()},
-        "parameters": {
-            fqn: (Same(parameter), parameter.requires_grad, bits(parameter))
-            for fqn, parameter in model.named_parameters(remove_duplicate=False)
-        },
-        "buffers": all_bits(dict(model.named_buffers(remove_duplicate=False))),
-        "adapters": randlora.adapters(model),
-        "replaced": sorted(state.replaced) if state else None,
-        "bases": [(Same(basis), basis.spec, basis.extent) for basis in state.bank] if state else None,
-    }
 
 
 def refused(

@@ -18,8 +18,14 @@ def step(layer: nn.Module) -> Tensor:
         scales: Tensor = _scales_of_8_bits(layer)
         return (scales.double() / 127).unsqueeze(1).expand(layer.weight.shape)  # type: ignore[arg-type]
     state: Any = layer.weight.quant_state  # type: ignore[union-attr]
-    gap = np.diff(np.sort(state.code.double().numpy())).max()
-    return torch.from_numpy(gap * np.abs(_scale_of_each(state, state.shape.numel()))).view(state.shape)
+    gap: float = np.diff(np.sort(state.code.double().numpy())).max()
+    return gap * scale_of(layer).abs()
+
+
+def scale_of(layer: nn.Module) -> Tensor:
+    """Repeat the scales of 4-bit codes for each entry, ``(out_features, in_features)``."""
+    state: Any = layer.weight.quant_state  # type: ignore[union-attr]
+    return torch.from_numpy(_scale_of_each(state, state.shape.numel())).view(state.shape)
 
 
 def _of_8_bits(layer: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """Set-up shared by all tests: Hypothesis profiles, one thread a process, a fixed seed."""
 
+import gc
 import os
 
 import pytest
@@ -18,3 +19,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 def _seeded() -> None:
     """Give every test the same random weights, whatever ran before it."""
     torch.manual_seed(0)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported out of the garbage collector's rounds, some of which tests ask for themselves."""
+    gc.collect()
+    gc.freeze()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import randlora
 from randlora.layers import registry
 from randlora.layers.read_weight import ReadWeight
-from tests.laws import fill
+from tests.kit import fill
 from tests.layer_kinds import LayerKind
 
 X = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import randlora
-from tests.laws import fill
+from tests.kit import fill
 from tests.models import RealModel
 
 SHARD = "20KB"

@@ -1,8 +1,7 @@
 """Real models, a few thousand random weights each, and inputs for them: what users adapt, in milliseconds."""
 
-import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +113,14 @@ TORCHVISION_VIT = RealModel("torchvision-vit", torchvision_vit, image, ("0", "3"
 
 TRANSFORMERS_MODELS = (LLAMA, GPT2, BERT, VIT)
 
-every_transformers_model = pytest.mark.parametrize("kind", TRANSFORMERS_MODELS, ids=lambda kind: kind.name)
+
+def every(models: Sequence[RealModel]) -> pytest.MarkDecorator:
+    """Parametrize over models: over the first two, whose layers are of every shape and form, in the quick run too."""
+    further = [pytest.param(kind, marks=pytest.mark.medium) for kind in models[2:]]
+    return pytest.mark.parametrize("kind", [*models[:2], *further], ids=lambda kind: kind.name)
+
+
+every_transformers_model = every(TRANSFORMERS_MODELS)
 
 
 def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -128,23 +134,6 @@ def logits(output: Any) -> Tensor:
     found = output if isinstance(output, Tensor) else output.logits
     assert isinstance(found, Tensor)
     return found
-
-
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Record all that a refused call must leave alone: values, objects, what requires grad, and what hangs on it."""
-    return {
-        "values": copy.deepcopy(model.state_dict()),
-        "modules": {fqn: id(module) for fqn, module in model.named_modules()},
-        "parameters": {fqn: (id(parameter), parameter.requires_grad) for fqn, parameter in model.named_parameters()},
-        "attributes": sorted(model.__dict__),
-    }
-
-
-def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
-    """Hold a model against its snapshot; a NaN equals itself."""
-    after = snapshot(model)
-    torch.testing.assert_close(after.pop("values"), before["values"], rtol=0, atol=0, equal_nan=True)
-    assert after == {name: recorded for name, recorded in before.items() if name != "values"}
 
 
 def reproducible(build: Callable[[], Any]) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.config import BasisKind
-from tests.checkpoint_files import Bits, all_bits
+from tests.kit import Bits, all_bits, fill
 from tests.models import RealModel, outputs
 
 TOLERANCE = 2e-4
@@ -69,26 +69,14 @@ def peft_model(
     """Build PEFT's model with a trained-looking adapter; without ``autocast`` the adapter has the model's dtype."""
     base, config = kind.build().to(dtype), peft_config(kind, basis, **options)
     model = get_peft_model(base, config, adapter_name=adapter, autocast_adapter_dtype=autocast).eval()
-    fill(model)
-    return model
+    return fill(model, spread=0.2)
 
 
 def our_model(kind: RealModel, basis: BasisKind = "dense", **options: Any) -> nn.Module:
     """Build the same with ours."""
     model = kind.build()
     randlora.inject(model, **{"r": R, "alpha": ALPHA, "targets": kind.targets, "basis": basis, **options})
-    fill(model)
-    return model
-
-
-def fill(model: nn.Module) -> None:
-    """Give Λ and Γ of every adapter, and what is trained beside it, values as after some training."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(noise / max(parameter.shape) ** 0.5)
+    return fill(model, options.get("name", "default"))
 
 
 def their_values(model: nn.Module, name: str = "default") -> Iterator[tuple[str, Tensor, Tensor]]:

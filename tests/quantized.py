@@ -13,7 +13,7 @@ import transformers
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
-from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, bert, gpt2, llama, vit
+from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, bert, every, gpt2, llama, vit
 
 REPACKS = getattr(bitsandbytes.functional, "has_avx512bf16", lambda: False)()
 """Whether bitsandbytes repacks 4-bit weights on this CPU, at their first forward pass in evaluation mode."""
@@ -59,7 +59,7 @@ FP4 = Codes("fp4", {**_4_bit, "bnb_4bit_quant_type": "fp4"})
 INT8 = Codes("8bit", {"load_in_8bit": True}, kind="Linear8bitLt", tolerance=0.05)  # rounds its inputs to 8 bits too
 
 every_codes = pytest.mark.parametrize("codes", [NF4, FP4, INT8], ids=lambda codes: codes.name)
-every_model = pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.name)
+every_model = every(MODELS)
 
 
 def quantized_model(kind: RealModel, codes: Codes, *, repacks: bool = False) -> Any:

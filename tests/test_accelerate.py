@@ -16,9 +16,9 @@ from torch import nn
 
 import randlora
 from randlora.errors import MergeError
-from tests import laws
+from tests.kit import fill
 from tests.models import LLAMA, outputs
-from tests.peer import ALPHA, R, fill, our_model
+from tests.peer import ALPHA, R, our_model
 
 INPUTS = LLAMA.inputs()
 
@@ -126,7 +126,7 @@ def test_a_forward_of_the_layers_own_outlives_hooks_and_adapters(hook_first: boo
     if not hook_first:
         add_hook_to_module(layer, hook)
     assert torch.equal(layer(x), expected)
-    laws.fill(model)
+    fill(model)
     adapted = expected + x @ randlora.delta_weight(model, "0").T
     torch.testing.assert_close(layer(x), adapted)
     if unhook_first:

@@ -14,7 +14,8 @@ from torch import nn
 
 import randlora
 from randlora.errors import AdapterError, TargetError
-from tests.laws import TOKENS, Mixed, Snapshot, adapted_names, assert_close, fill, plain, same_bits, untouched
+from tests.kit import assert_unchanged, fill, same_bits, snapshot, untouched
+from tests.laws import TOKENS, Mixed, adapted_names, assert_close, plain
 
 second_options = st.fixed_dictionaries({
     "r": st.integers(3, 8),
@@ -191,11 +192,11 @@ def test_disabled_ends_when_what_is_inside_raises() -> None:
 
 def test_removing_the_only_adapter_gives_back_the_plain_model() -> None:
     model = Mixed()
-    before = Snapshot.of(model)
+    before = snapshot(model)
     randlora.inject(model, r=4, train_also=["head"])
     fill(model)
     randlora.remove(model, "default")
-    before.assert_equals(Snapshot.of(model))
+    assert_unchanged(model, before)
 
 
 def test_each_adapter_has_its_own_version_of_a_head() -> None:

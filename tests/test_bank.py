@@ -77,6 +77,7 @@ def test_drawing_neither_reads_nor_advances_the_global_generators(spec: BasisSpe
     assert pickle.dumps(np.random.get_state()) == numpy_before  # noqa: NPY002
 
 
+@pytest.mark.medium
 def test_another_process_draws_the_same_bits() -> None:
     script = (
         "from randlora.bases.basis import Basis\nfrom randlora import BasisSpec\n"

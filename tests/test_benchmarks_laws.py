@@ -29,6 +29,7 @@ def test_no_test_at_all_is_an_error(tmp_path: Path) -> None:
         laws.held(written(tmp_path, 0))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("is_met", [True, False])
 def test_the_gate_of_a_gpu_asks_that_all_hold_on_the_device_of_the_settings(
     is_met: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

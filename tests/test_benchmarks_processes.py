@@ -5,6 +5,8 @@ import torch
 
 from benchmarks.processes import held_bytes, in_own_process, peak_bytes
 
+pytestmark = pytest.mark.medium
+
 MIB = 2**20
 
 

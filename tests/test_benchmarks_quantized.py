@@ -14,6 +14,8 @@ from benchmarks.results import Row
 from benchmarks.targets import TARGETS
 from randlora.layers.in_place import InPlace
 
+pytestmark = pytest.mark.medium
+
 every_form = pytest.mark.parametrize("form", quantized.FORMS)
 SMALL = {"in_features": 128, "out_features": 128}
 

@@ -12,7 +12,8 @@ from torch import nn
 import randlora
 from randlora.checkpoint.base_model import base_model_name, is_same_model, repo_of
 from tests import models
-from tests.checkpoint_files import Case, edit_fields, fill, read_fields, snapshot, trained
+from tests.checkpoint_files import Case, edit_fields, read_fields, trained
+from tests.kit import fill, snapshot
 
 FIELD = "base_model_name_or_path"
 

@@ -18,13 +18,13 @@ from tests.checkpoint_files import (
     basis_of,
     edit_fields,
     edit_tensors,
-    fill,
     peft_directory,
     read_tensors,
     refused,
     reseal,
     trained,
 )
+from tests.kit import fill
 
 BASIS_A, BASIS_B = "base_model.randlora_A", "base_model.randlora_B"
 

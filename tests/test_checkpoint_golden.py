@@ -19,15 +19,12 @@ import randlora
 from tests import reference
 from tests.checkpoint_files import (
     Case,
-    adapter_values,
-    all_bits,
     basis_of,
-    bits,
     edit_tensors,
     read_fields,
     read_tensors,
-    snapshot,
 )
+from tests.kit import adapter_values, all_bits, bits, snapshot
 from tests.laws import draws_as_recorded
 
 DATA = Path(__file__).parent / "data"

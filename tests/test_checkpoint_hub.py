@@ -18,13 +18,11 @@ from tests.checkpoint_files import (
     HEADED,
     LINEAR,
     TENSORS_FILE,
-    adapter_values,
-    all_bits,
     refused,
-    snapshot,
     trained,
 )
 from tests.hub_server import Hub, Repository, running_hub
+from tests.kit import adapter_values, all_bits, snapshot
 
 NOBODY = "http://127.0.0.1:1"
 
@@ -270,6 +268,7 @@ print(torch.equal(fresh(x), trained(x)))
 """
 
 
+@pytest.mark.medium
 def test_the_environment_says_which_hub_and_which_cache(hub: Hub, tmp_path: Path) -> None:
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     root = str(Path(__file__).parent.parent)

@@ -21,16 +21,12 @@ from tests.checkpoint_files import (
     LINEAR,
     Case,
     Headed,
-    adapter_values,
-    all_bits,
     basis_of,
-    bits,
     every_case,
-    fill,
     refused,
-    snapshot,
     trained,
 )
+from tests.kit import adapter_values, all_bits, bits, fill, snapshot
 from tests.strategies import KINDS_AND_STREAMS
 
 

@@ -13,10 +13,7 @@ from tests.checkpoint_files import (
     LINEAR,
     Case,
     Twice,
-    adapter_values,
-    all_bits,
     basis_of,
-    bits,
     edit_fields,
     edit_tensors,
     peft_directory,
@@ -25,6 +22,7 @@ from tests.checkpoint_files import (
     refused,
     trained,
 )
+from tests.kit import adapter_values, all_bits, bits
 
 
 class Swapped(nn.Module):

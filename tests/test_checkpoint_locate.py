@@ -10,11 +10,10 @@ from tests.checkpoint_files import (
     HEADED,
     LINEAR,
     TENSORS_FILE,
-    adapter_values,
-    all_bits,
     refused,
     trained,
 )
+from tests.kit import adapter_values, all_bits
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from torch import nn
 
 from tests.checkpoint_files import TENSORS_FILE
 
+pytestmark = pytest.mark.medium
+
 MEBIBYTE = 2**20
 WIDTH, LAYERS, R = 1024, 48, 32
 

@@ -21,19 +21,16 @@ from tests.checkpoint_files import (
     PREFIX,
     TENSORS_FILE,
     Case,
-    adapter_values,
-    all_bits,
     basis_of,
-    bits,
     edit_fields,
     read_fields,
     read_tensors,
     refused,
     reseal,
-    snapshot,
     trained,
     write_tensors,
 )
+from tests.kit import adapter_values, all_bits, bits, snapshot
 
 EVERY_BIT = os.environ.get("HYPOTHESIS_PROFILE") == "ci"
 SMALL = Case("small", lambda: nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 3)), {"train_also": ["1.bias"]})

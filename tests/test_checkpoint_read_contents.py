@@ -17,8 +17,6 @@ from tests.checkpoint_files import (
     PREFIX,
     Case,
     Headed,
-    adapter_values,
-    bits,
     edit_fields,
     edit_tensors,
     peft_directory,
@@ -26,6 +24,7 @@ from tests.checkpoint_files import (
     refused,
     trained,
 )
+from tests.kit import adapter_values, bits
 
 BASIS_A, BASIS_B = "base_model.randlora_A", "base_model.randlora_B"
 

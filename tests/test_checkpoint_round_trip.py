@@ -24,18 +24,16 @@ from tests.checkpoint_files import (
     Case,
     Headed,
     Stored,
-    adapter_values,
-    all_bits,
     basis_of,
     both_ways,
     edit_tensors,
     every_case,
-    fill,
     peft_directory,
     read_fields,
     read_tensors,
     trained,
 )
+from tests.kit import adapter_values, all_bits, fill
 from tests.strategies import KINDS_AND_STREAMS, seeds
 
 every_basis = pytest.mark.parametrize(

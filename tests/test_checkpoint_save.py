@@ -18,13 +18,12 @@ from tests.checkpoint_files import (
     Case,
     Headed,
     Stored,
-    all_bits,
     both_ways,
     every_case,
     read_tensors,
-    snapshot,
     trained,
 )
+from tests.kit import all_bits, snapshot
 
 
 def test_save_names_its_tensors_as_peft_does(tmp_path: Path) -> None:

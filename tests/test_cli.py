@@ -53,6 +53,7 @@ def test_the_script_is_the_same_program() -> None:
     assert getattr(importlib.import_module(module), name) is main
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("missing", ["typer", "rich"])
 def test_without_its_extra_it_says_how_to_install_it(missing: str, tmp_path: Path) -> None:
     code = f"import sys; sys.modules[{missing!r}] = None; from randlora.__main__ import main; sys.exit(main([]))"
@@ -109,6 +110,7 @@ def test_a_bug_is_not_dressed_up_as_a_users_error(monkeypatch: pytest.MonkeyPatc
         main(["plan", str(directory / "model")])
 
 
+@pytest.mark.medium
 def test_a_reader_that_goes_away_is_no_error(directory: Path) -> None:
     running = process([*MODULE, "plan", "model"], directory)
     assert running.stdout is not None
@@ -122,6 +124,7 @@ def test_a_reader_that_goes_away_is_no_error(directory: Path) -> None:
 WORDS = ["merge", "--base", "model", "--adapter", "adapter", "--out", "out", "--json"]
 
 
+@pytest.mark.medium
 def test_in_a_pipe_there_is_one_object_on_stdout_and_nothing_on_stderr(directory: Path) -> None:
     running = process([*MODULE, *WORDS], directory)
     out, err = running.communicate()
@@ -129,6 +132,7 @@ def test_in_a_pipe_there_is_one_object_on_stdout_and_nothing_on_stderr(directory
     assert err == ""
 
 
+@pytest.mark.medium
 def test_on_a_terminal_a_bar_shows_how_far_it_is_and_stdout_stays_clean(directory: Path) -> None:
     ours, theirs = pty.openpty()
     running = process([*MODULE, *WORDS], directory, stderr=theirs)

@@ -143,6 +143,7 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
     assert f"randlora {command} my-adapter" in out
 
 
+@pytest.mark.medium
 def test_a_kill_in_the_middle_leaves_no_output_under_its_name(tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
     before = contents(source)
@@ -164,6 +165,7 @@ main(["convert", {str(source)!r}, {str(tmp_path / "out")!r}, "--to", "native"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "out"]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("to", ["native", "peft", "lora"])
 def test_a_disk_that_refuses_is_an_error_and_leaves_no_trace(to: str, tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import randlora
 from randlora.bases.basis import constant_to_the_compiler
 from randlora.errors import AdapterError
-from tests.laws import assert_close, fill, needs_export, same_bits, untouched
+from tests.kit import fill, same_bits, untouched
+from tests.laws import assert_close, needs_export
 
 KINDS: tuple[dict[str, Any], ...] = ({"basis": "dense"}, {"basis": "block"}, {"basis": "sparse", "stream": "portable"})
 
@@ -52,6 +53,7 @@ def run_with_fake_tensors(model: nn.Module, x: Tensor) -> Tensor:
     return output
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(options.values()))
 @pytest.mark.parametrize(
     "see",
@@ -90,6 +92,7 @@ def test_a_transform_that_comes_first_spoils_no_bases_for_the_next(options: dict
     assert model(x).requires_grad
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(options.values()))
 def test_a_compiled_model_takes_any_number_of_tokens_in_one_graph(options: dict[str, Any]) -> None:
     """From the second number on the compiler takes it for a symbol."""
@@ -104,6 +107,7 @@ def test_a_compiled_model_takes_any_number_of_tokens_in_one_graph(options: dict[
         assert_close(ours, theirs, torch.float32)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(options.values()))
 @pytest.mark.parametrize(("dynamic", "most"), [(None, 2), (True, 1)], ids=["automatic", "dynamic"])
 def test_the_number_of_tokens_is_no_condition_of_a_graph(
@@ -150,6 +154,7 @@ def test_a_function_is_marked_as_torch_marks_it() -> None:
     assert vars(constant_to_the_compiler(ours)) == vars(theirs) != {}
 
 
+@pytest.mark.medium
 @needs_export
 @pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
 @pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(options.values()))
@@ -162,6 +167,7 @@ def test_an_exported_model_takes_any_number_of_tokens(options: dict[str, Any], s
         assert_close(program(x), model(x), torch.float32)
 
 
+@pytest.mark.medium
 def test_a_compiled_model_follows_switches_and_other_bases_of_the_same_name() -> None:
     model = cold_model({})
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -218,6 +224,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.medium
 def test_data_parallel_training_sees_the_adapters_through_the_wrapper() -> None:
     """In a process that ends without taking gloo's threads down, which may wait for each other for ever."""
     result = subprocess.run(

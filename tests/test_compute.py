@@ -9,7 +9,8 @@ from torch import nn
 import randlora
 from randlora.errors import AdapterError, ConfigError
 from randlora.functional import Compute
-from tests.laws import TOKENS, Mixed, assert_close, fill, untouched
+from tests.kit import fill, untouched
+from tests.laws import TOKENS, Mixed, assert_close
 
 
 def adapted(basis: str = "dense") -> Mixed:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from randlora.functional.cost import (
@@ -60,19 +60,17 @@ def test_more_tokens_never_lead_away_from_the_materialized_way(
     shape: tuple[int, int], tokens: int, shares: tuple[float, float, float], fold: bool
 ) -> None:
     few, many = (sizes(count, *shape, shares, has_weight=fold) for count in (tokens, 2 * tokens + 1))
-    if forward_way(few) == "materialized" and fold:
-        assert forward_way(many) == "materialized"
-    if forward_way(many) == "few_tokens":
-        assert forward_way(few) != "materialized"
+    assume(forward_way(few) == "materialized")
+    assert forward_way(many) in ({"materialized"} if fold else {"materialized", "factored"})
 
 
-@given(shape=shapes, tokens=st.integers(0, 100_000))
+@given(shape=st.tuples(st.integers(500, 5000), st.integers(500, 5000)), tokens=st.integers(1, 64))
 def test_few_tokens_are_laid_out_only_where_they_take_no_more_room_than_the_weight(
     shape: tuple[int, int], tokens: int
 ) -> None:
     found = sizes(tokens, *shape)
-    if forward_way(found) == "few_tokens":
-        assert tokens * found.num_bases * found.min_dim <= shape[0] * shape[1]
+    assume(forward_way(found) == "few_tokens")
+    assert tokens * found.num_bases * found.min_dim <= shape[0] * shape[1]
 
 
 @pytest.mark.parametrize("way", ["factored", "materialized"])
@@ -88,7 +86,8 @@ def test_what_is_there_already_is_not_paid_for_again(shape: tuple[int, int], tok
     found = sizes(tokens, *shape)
     _, beside_weight = backward_ways(found, needs_input=False, needs_diagonals=True, needs_weight=True)
     _, alone = backward_ways(found, needs_input=False, needs_diagonals=True)
-    assert beside_weight == "materialized" or alone != "materialized"
+    assume(alone == "materialized")
+    assert beside_weight == "materialized"
 
 
 def test_an_update_without_a_weight_to_be_added_to_is_formed_later() -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import randlora
 from randlora.functional import Compute
 from tests import reference
-from tests.laws import TOLERANCES, Mixed, Snapshot, assert_close, fill, same_bits
+from tests.kit import assert_unchanged, fill, same_bits, snapshot
+from tests.laws import TOLERANCES, Mixed, assert_close
 from tests.layer_kinds import LAYER_KINDS, LayerKind
 from tests.strategies import KINDS_AND_STREAMS
 
@@ -110,11 +111,11 @@ def test_merging_computes_the_same_and_unmerging_restores_every_bit(
     kind: LayerKind, dtype: torch.dtype, basis: str
 ) -> None:
     model = adapted(kind, (24, 40), dtype, basis)
-    before, x = Snapshot.of(model), random(5, 24, dtype=dtype)
+    before, x = snapshot(model), random(5, 24, dtype=dtype)
     expected = model(x).detach()
     with randlora.merged(model):
         assert_close(model(x).detach(), expected, dtype)
-    before.assert_equals(Snapshot.of(model))
+    assert_unchanged(model, before)
     assert same_bits(model(x).detach(), expected)
 
 
@@ -212,10 +213,10 @@ def test_an_adapter_adds_the_oracles_update_to_a_quantized_layer(
 @pytest.mark.parametrize("basis", ["dense", "block"])
 def test_a_quantized_layer_is_unmerged_to_every_bit_and_trains(kind: LayerKind, dtype: torch.dtype, basis: str) -> None:
     model = adapted(kind, (64, 128), dtype, basis, r=4)
-    before, x = Snapshot.of(model), random(5, 64, dtype=dtype)
+    before, x = snapshot(model), random(5, 64, dtype=dtype)
     with randlora.merged(model):
         model(x)
-    before.assert_equals(Snapshot.of(model))
+    assert_unchanged(model, before)
     model(x).float().square().sum().backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in randlora.trainable_parameters(model))  # type: ignore[arg-type]
 

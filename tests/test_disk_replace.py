@@ -20,11 +20,9 @@ from tests.checkpoint_files import (
     CONFIG_FILE,
     HEADED,
     TENSORS_FILE,
-    adapter_values,
-    all_bits,
-    snapshot,
     trained,
 )
+from tests.kit import adapter_values, all_bits, snapshot
 
 OLD = {"one": b"old one", "two": b"old two"}
 
@@ -276,6 +274,7 @@ else:
 """
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", ["new", "files"])
 def test_the_next_call_removes_what_a_killed_process_left(kind: str, tmp_path: Path) -> None:
     out = tmp_path / "out"

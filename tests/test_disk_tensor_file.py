@@ -24,7 +24,7 @@ from randlora.disk.tensor_file import (
     write_tensor_file,
 )
 from randlora.errors import CheckpointError
-from tests.checkpoint_files import all_bits
+from tests.kit import all_bits
 
 PIECE = 16
 

@@ -177,9 +177,10 @@ def test_the_api_page_shows_every_public_name_once() -> None:
 
 
 def test_the_api_page_names_each_object_where_it_is_defined() -> None:
-    for entry in API_ENTRY.findall((DOCS / "api.md").read_text(encoding="utf-8")):
-        found = api_object(entry)
-        assert f"{found.__module__}.{found.__qualname__}" == f"randlora.{entry}"
+    entries = API_ENTRY.findall((DOCS / "api.md").read_text(encoding="utf-8"))
+    found = [api_object(entry) for entry in entries]
+    assert [f"{each.__module__}.{each.__qualname__}" for each in found] == [f"randlora.{entry}" for entry in entries]
+    assert entries
 
 
 def links(page: Path) -> list[str]:

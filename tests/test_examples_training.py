@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 import randlora
-from tests.checkpoint_files import CARD_FILE, CONFIG_FILE, TENSORS_FILE, Bits, all_bits, bits
+from tests.checkpoint_files import CARD_FILE, CONFIG_FILE, TENSORS_FILE
+from tests.kit import Bits, all_bits, bits
 from tests.peer import TRAINERS_WARNINGS
 from tests.test_examples import EXAMPLES, imported
 
@@ -23,7 +24,7 @@ ADAPTER_FILES = {CARD_FILE, CONFIG_FILE, TENSORS_FILE}
 TRAINER = EXAMPLES / "transformers_trainer.py"
 NAMES = ("plain_pytorch", "transformers_trainer", "lightning_module")
 
-pytestmark = TRAINERS_WARNINGS
+pytestmark = [*TRAINERS_WARNINGS, pytest.mark.medium]
 
 
 def trained_bits(model: nn.Module) -> list[Bits]:

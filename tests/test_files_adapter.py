@@ -13,7 +13,7 @@ from randlora.errors import CheckpointError
 from randlora.files.adapter import open_adapter
 from tests.checkpoint_files import CASES, Case, trained
 from tests.directories import base_directory, our_directory, their_directory
-from tests.laws import same_bits
+from tests.kit import same_bits
 from tests.models import GPT2, LLAMA, RealModel, every_transformers_model
 from tests.peer import THEIR_WARNINGS, in_ours
 

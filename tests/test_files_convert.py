@@ -15,11 +15,12 @@ from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
 from randlora.config import BasisKind
 from randlora.disk import replace
 from randlora.errors import CheckpointError, ConfigError
-from tests.checkpoint_files import all_bits, read_fields, read_tensors
+from tests.checkpoint_files import read_fields, read_tensors
 from tests.directories import base_directory, our_directory, their_directory
+from tests.kit import all_bits, fill
 from tests.model_directories import contents
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, every_transformers_model, outputs
-from tests.peer import THEIR_WARNINGS, assert_same_effect, every_peft_kind, fill, in_ours, in_peft
+from tests.peer import THEIR_WARNINGS, assert_same_effect, every_peft_kind, in_ours, in_peft
 
 pytestmark = [*THEIR_WARNINGS, pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")]
 
@@ -59,7 +60,7 @@ def test_bases_drawn_for_other_layers_too_are_stored_for_peft(tmp_path: Path) ->
     randlora.inject(model, r=6, targets=["down_proj"], name="first")
     randlora.inject(model, r=6, targets=["q_proj", "v_proj"], name="second")
     randlora.activate(model, "second", trainable=True)
-    fill(model)
+    fill(model, "second")
     randlora.save(model, tmp_path / "ours", name="second")
     randlora.files.convert(tmp_path / "ours", tmp_path / "out")
     assert_same_effect(model, in_peft(LLAMA, tmp_path / "out"), LLAMA)
@@ -85,7 +86,7 @@ def test_bases_narrower_than_what_peft_allocates_are_filled_up(tmp_path: Path) -
     randlora.inject(model, r=4, targets=["wide"], name="narrow")
     randlora.inject(model, r=4, targets=["wide", "tall"], name="both")
     randlora.activate(model, "both", trainable=True)
-    fill(model)
+    fill(model, "both")
     saved = randlora.save(model, tmp_path / "ours", name="both", bases="stored")
     assert "too narrow for PEFT" in "".join(saved.notes)
     randlora.files.convert(tmp_path / "ours", tmp_path / "out")

@@ -21,7 +21,7 @@ from torch import nn
 
 import randlora
 from randlora.errors import CheckpointError, ConfigError, MergeError
-from tests.laws import fill
+from tests.kit import fill
 from tests.model_directories import contents, save_adapter, save_model, write
 from tests.models import BERT, GPT2, LLAMA, SIDES, VOCABULARY
 
@@ -209,6 +209,7 @@ def test_what_the_disk_has_no_room_for_is_not_begun(adapter: Path, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
+@pytest.mark.medium
 def test_a_disk_that_is_full_leaves_nothing(base: Path, adapter: Path, tmp_path: Path) -> None:
     before = contents(tmp_path)
     words = [sys.executable, "-m", "randlora", "merge", "--base", "base", "--adapter", "adapter", "--out", "out"]
@@ -243,6 +244,7 @@ randlora.files.merge("base", "adapter", "out", progress=halt_in_the_middle)
 """
 
 
+@pytest.mark.medium
 def test_a_kill_in_the_middle_leaves_nothing_under_the_final_name_and_the_same_call_then_works(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:

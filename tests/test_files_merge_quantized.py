@@ -192,6 +192,7 @@ def many(directory: Path, width: int, layers: int) -> Path:
     return directory
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_memory_holds_one_weight_at_a_time(tmp_path: Path) -> None:
     width, layers = 1024, 40

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import randlora
-from tests.laws import fill
+from tests.kit import fill
 
 TEXT: dict[str, Any] = {
     "hidden_size": 32,

@@ -20,9 +20,10 @@ from randlora.files import low_rank
 from randlora.files.adapter import OpenAdapter
 from randlora.files.convert import ConversionReport
 from tests.directories import base_directory, our_directory, their_directory
+from tests.kit import fill
 from tests.model_directories import contents
 from tests.models import BERT, GPT2, LLAMA, RealModel, every_transformers_model, outputs
-from tests.peer import PREFIX, THEIR_WARNINGS, assert_same_effect, fill, in_peft
+from tests.peer import PREFIX, THEIR_WARNINGS, assert_same_effect, in_peft
 
 pytestmark = [*THEIR_WARNINGS, pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")]
 
@@ -87,9 +88,9 @@ def test_every_scaling_is_one_so_that_the_factors_alone_are_the_update(tmp_path:
     randlora.files.convert(source, tmp_path / "lora", "lora", rank=40, tolerance=1)
     fields = json.loads((tmp_path / "lora" / CONFIG_FILE).read_text())
     assert (fields["r"], fields["lora_alpha"], fields["rank_pattern"], fields["alpha_pattern"]) == (40, 40, {}, {})
-    for module in in_peft(LLAMA, tmp_path / "lora").modules():
-        if type(module).__name__ == "Linear" and hasattr(module, "scaling"):
-            assert module.scaling == {"default": 1.0}
+    named = in_peft(LLAMA, tmp_path / "lora").named_modules()
+    scalings = {fqn: module.scaling for fqn, module in named if fqn.endswith("_proj") and hasattr(module, "scaling")}
+    assert scalings == {fqn: {"default": 1.0} for fqn in scalings} != {}
 
 
 @pytest.mark.parametrize("tolerance", [0.3, 0.1, 0.02])

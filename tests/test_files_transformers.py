@@ -19,7 +19,7 @@ from randlora.files.model_directory import read_model_directory
 from randlora.files.transformers_model import TransformersModel, build_model
 from randlora.report import Report
 from tests.checkpoint_files import TENSORS_FILE, edit_fields
-from tests.laws import fill, same_bits
+from tests.kit import fill, same_bits
 from tests.model_directories import HEADS, contents, save_adapter, save_model, write
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, every_transformers_model
 from tests.quantized_checkpoints import quantize, stored

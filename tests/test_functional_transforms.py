@@ -106,24 +106,29 @@ def test_a_batch_of_gradients_is_led_back_at_once(
         torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # what torch.autograd.forward_ad imports
-@pytest.mark.parametrize("requires_grad", [True, False])
-def test_forward_mode_is_refused_or_right(requires_grad: bool) -> None:
-    """It is refused where the operation is autograd's; where no gradient is wanted, its parts know it."""
-    loss, values = prepared("dense", (9, 12), "auto")
-    x, weight, lam, gamma = values
-    x.requires_grad_(requires_grad)
+in_forward_mode = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own import
+
+
+@in_forward_mode
+def test_forward_mode_is_refused_where_the_operation_is_autograds() -> None:
+    loss, (x, weight, lam, gamma) = prepared("dense", (9, 12), "auto")
+    x.requires_grad_()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        loss(x, weight, forward_ad.make_dual(lam, lam), gamma)
+
+
+@in_forward_mode
+def test_forward_mode_is_right_where_no_gradient_is_wanted() -> None:
+    """The parts of the operation know it."""
+    loss, (x, weight, lam, gamma) = prepared("dense", (9, 12), "auto")
+    x.requires_grad_(False)
     with forward_ad.dual_level():
-        dual = forward_ad.make_dual(lam, lam)
-        if requires_grad:
-            with pytest.raises(NotImplementedError, match="jvp"):
-                loss(x, weight, dual, gamma)
-            return
-        tangent = forward_ad.unpack_dual(loss(x, weight, dual, gamma)).tangent
+        tangent = forward_ad.unpack_dual(loss(x, weight, forward_ad.make_dual(lam, lam), gamma)).tangent
     (expected,) = torch.autograd.grad(loss(x, weight, lam.requires_grad_(), gamma), lam)
     torch.testing.assert_close(tangent, (expected * lam.detach()).sum())
 
 
+@pytest.mark.medium
 @every_dense_form
 @every_way
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # what torch.compile imports

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import randlora
 from randlora.targets.walk import Census
 from tests.in_place_models import Reading, Tables, X, adapt, given, of_kind, register
-from tests.laws import assert_close, fill, needs_export, same_bits
+from tests.kit import fill, same_bits
+from tests.laws import assert_close, needs_export
 from tests.layer_kinds import LAYER_KINDS, LayerKind, every_dense_kind, every_kind, every_kind_compiled
 from tests.models import BERT, GPT2, LLAMA, RealModel, outputs
 
@@ -142,6 +143,7 @@ print("same", *models["torch"])
 """
 
 
+@pytest.mark.medium
 def test_copies_and_pickles_in_a_fresh_process_compute_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +190,7 @@ def test_what_save_pretrained_writes_reloads_as_the_base(kind: RealModel, tmp_pa
 # Compilers: tests/test_layers.py compiles every kind, tests/test_read_weight.py both with weights that are read
 
 
+@pytest.mark.medium
 @needs_export
 @every_dense_kind
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
@@ -197,6 +200,7 @@ def test_an_exported_program_computes_the_same(kind: LayerKind, strict: bool) ->
     assert_close(program.module()(X), model(X), torch.float32)
 
 
+@pytest.mark.medium
 @needs_export
 @pytest.mark.parametrize("kind", [kind for kind in LAYER_KINDS if kind.keeps_dtype], ids=lambda kind: kind.name)
 def test_an_exported_program_of_4_bits_computes_the_same(kind: LayerKind) -> None:
@@ -205,6 +209,7 @@ def test_an_exported_program_of_4_bits_computes_the_same(kind: LayerKind) -> Non
     assert_close(program.module()(X), model(X), torch.float32)
 
 
+@pytest.mark.medium
 @every_kind_compiled
 def test_a_model_compiles_to_one_graph(kind: LayerKind) -> None:
     model = adapt(of_kind(kind).float())

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
+pytestmark = pytest.mark.medium
+
 ROOT = Path(__file__).parent.parent
 PREAMBLE = """
 import copy, os, sys, torch
@@ -19,7 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 import randlora
-from tests.laws import Mixed, TOKENS, fill
+from tests.kit import fill
+from tests.laws import Mixed, TOKENS
 from tests.in_place_models import Reading, TableReader, Tables, TurnedReader
 
 torch.set_num_threads(1)

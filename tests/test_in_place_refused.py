@@ -15,7 +15,8 @@ from randlora.errors import AdapterError, CheckpointError, MergeError, TargetErr
 from randlora.layers import registry
 from randlora.layers.linear import LinearAdapter
 from tests.in_place_models import X, adapt, of_kind
-from tests.laws import assert_close, untouched
+from tests.kit import untouched
+from tests.laws import assert_close
 from tests.layer_kinds import LAYER_KINDS
 
 

@@ -16,7 +16,8 @@ from randlora.bases.dense import DENSE
 from randlora.bases.spec import KINDS, BasisSpec, count_bases
 from randlora.config import BasisKind
 from randlora.errors import ConfigError
-from tests.laws import assert_close, fill, same_bits
+from tests.kit import fill, same_bits
+from tests.laws import assert_close
 from tests.strategies import KINDS_AND_STREAMS
 
 

@@ -15,7 +15,8 @@ import randlora
 from randlora.functional import Compute
 from randlora.layers import registry
 from tests import reference
-from tests.laws import adapter_layer, assert_close, diagonals, fill, plain, same_bits, update_of
+from tests.kit import fill, same_bits
+from tests.laws import adapter_layer, assert_close, diagonals, plain, update_of
 from tests.layer_kinds import (
     LAYER_KINDS,
     LayerKind,
@@ -209,6 +210,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind: LayerKind, reentrant: 
         torch.testing.assert_close(layer.get_parameter(name).grad, gradient)
 
 
+@pytest.mark.medium
 @every_kind_compiled
 def test_compiling_gives_one_graph_and_the_same_values(kind: LayerKind) -> None:
     layer, _ = adapted(kind, (6, 9), torch.float32)

@@ -16,7 +16,8 @@ import randlora
 from randlora.errors import TargetError
 from randlora.layers import bnb_codes
 from tests.codes import written_out
-from tests.laws import adapter_layer, assert_close, fill, plain, same_bits, untouched, update_of
+from tests.kit import fill, same_bits, untouched
+from tests.laws import adapter_layer, assert_close, plain, update_of
 from tests.layer_kinds import LayerKind, compiles_codes, every_quantized_kind
 from tests.quantized import of_4_bits
 

@@ -12,7 +12,8 @@ import randlora
 from randlora.layers import bnb_codes, in_place
 from randlora.layers.bnb_cpu import MAY_REPACK
 from tests.codes import written_out
-from tests.laws import adapter_layer, assert_close, fill, plain, same_bits, update_of
+from tests.kit import fill, same_bits
+from tests.laws import adapter_layer, assert_close, plain, update_of
 from tests.quantized import needs_repacking
 from tests.test_layers_bnb import adapted, four_bits
 

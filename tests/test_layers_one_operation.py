@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize
 import randlora
 from randlora import AdapterLayer
 from randlora.functional import Compute
-from tests.laws import adapter_layer, assert_close, fill, plain, update_of
+from tests.kit import fill
+from tests.laws import adapter_layer, assert_close, plain, update_of
 from tests.layer_kinds import LayerKind, every_dense_kind, every_kind
 
 

@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 import randlora
 from randlora.errors import ConfigError, MergeError
 from randlora.layers.folding import Quantized
-from tests.laws import Snapshot, assert_close, fill, plain, same_bits, untouched, update_of
+from tests.kit import all_bits, assert_unchanged, fill, same_bits, snapshot, untouched
+from tests.laws import assert_close, plain, update_of
 from tests.layer_kinds import LAYER_KINDS, LayerKind, every_quantized_kind, every_quantized_kind_and_dtype
 
 sides = st.integers(2, 40).filter(lambda side: side % 16)  # of some such rows, bitsandbytes misreads the codes
@@ -176,14 +177,12 @@ def test_every_byte_and_the_state_of_the_codes_come_back(
 ) -> None:
     model = one_layer(kind, shape, torch.float32)
     x = torch.randn(5, shape[0])
-    expected, before, layer = model(x), Snapshot.of(model), model[0]
-    held, attributes = _contents(layer), vars(layer).keys()
+    expected, before, layer = model(x), snapshot(model), model[0]
+    held, attributes, saved = _contents(layer), vars(layer).keys(), all_bits(model.state_dict())
     with randlora.merged(model, quantized=quantized):
         model(x)
-        saved = model.state_dict()
-        assert saved.keys() == before.tensors.keys()
-        assert all(same_bits(saved[name], tensor) for name, tensor in before.tensors.items())
-    before.assert_equals(Snapshot.of(model))
+        assert all_bits(model.state_dict()) == saved
+    assert_unchanged(model, before)
     assert model[0] is layer
     assert vars(layer).keys() == attributes
     assert all(found is kept for found, kept in zip(_contents(layer), held, strict=True))
@@ -205,12 +204,12 @@ def _contents(layer: Any) -> list[object]:
 def test_ejecting_inside_merged_gives_the_original_layer(kind: LayerKind, quantized: Quantized) -> None:
     layer = kind.build(24, 20, True, torch.float32)
     model = nn.Sequential(layer)
-    before = Snapshot.of(model)
+    before = snapshot(model)
     randlora.inject(model, r=3)
     fill(model)
     with randlora.merged(model, quantized=quantized):
         randlora.eject(model)
-    before.assert_equals(Snapshot.of(model))
+    assert_unchanged(model, before)
 
 
 @every_way

@@ -8,16 +8,13 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.errors import AdapterError, MergeError
+from tests.kit import assert_unchanged, fill, same_bits, snapshot, untouched
 from tests.laws import (
     TOKENS,
     TOLERANCES,
     Mixed,
-    Snapshot,
     adapted_names,
     assert_close,
-    fill,
-    same_bits,
-    untouched,
     update_of,
 )
 from tests.layer_kinds import LAYER_KINDS, LayerKind, every_dense_kind_and_dtype, every_kind_and_dtype
@@ -70,12 +67,12 @@ def test_a_merged_weight_is_the_exact_sum_rounded_once(kind: LayerKind, dtype: t
 @given(shape=shapes)
 def test_unmerging_restores_every_bit(kind: LayerKind, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     model = one_layer(kind, shape, dtype)
-    before, x = Snapshot.of(model), torch.randn(5, shape[0]).to(dtype)
+    before, x = snapshot(model), torch.randn(5, shape[0]).to(dtype)
     expected = model(x)
     for _ in range(3):
         with randlora.merged(model):
             assert_within_a_step(kind, model, x, expected)
-        before.assert_equals(Snapshot.of(model))
+        assert_unchanged(model, before)
         assert same_bits(model(x), expected)
 
 
@@ -313,12 +310,12 @@ def test_a_state_dict_is_not_loaded_while_merged() -> None:
 
 def test_ejecting_inside_merged_ends_well() -> None:
     model = Mixed()
-    before = Snapshot.of(model)
+    before = snapshot(model)
     randlora.inject(model, r=4)
     fill(model)
     with randlora.merged(model):
         randlora.eject(model)
-    before.assert_equals(Snapshot.of(model))
+    assert_unchanged(model, before)
 
 
 def test_what_is_unmerged_in_inference_mode_can_be_trained_through() -> None:

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 import randlora
 from randlora.config import BasisKind
-from tests.models import assert_untouched, snapshot
+from tests.kit import assert_unchanged, snapshot
 
 QKV_UP_DOWN = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 ENCODER_DENSE = r".*\.encoder\.layer\..*\.(query|key|value|dense)"
@@ -127,7 +127,7 @@ def test_a_plan_for_llama_3_8b_takes_no_memory_and_touches_nothing(basis: BasisK
     assert report.checkpoint_bytes <= 0.35e9
     assert report.skipped == {"lm_head": "the output head"}
     assert all(parameter.is_meta for parameter in model.parameters())
-    assert_untouched(model, before)
+    assert_unchanged(model, before)
 
 
 def test_an_adapter_on_meta_takes_no_memory_until_the_model_has_values() -> None:

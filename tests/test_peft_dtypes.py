@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.config import BasisKind
-from tests.checkpoint_files import adapter_values, all_bits, basis_of, read_tensors
+from tests.checkpoint_files import basis_of, read_tensors
+from tests.kit import adapter_values, all_bits
 from tests.models import GPT2, LLAMA, RealModel
 from tests.peer import PREFIX, THEIR_WARNINGS, every_peft_kind, in_peft, peft_model, their_values
 

@@ -14,15 +14,14 @@ import randlora
 from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
 from randlora.config import BasisKind, Stream
 from randlora.errors import CheckpointError
+from tests.kit import fill, untouched
 from tests.models import (
     BERT,
     GPT2,
     LLAMA,
     RealModel,
-    assert_untouched,
     every_transformers_model,
     outputs,
-    snapshot,
 )
 from tests.peer import (
     ALPHA,
@@ -30,7 +29,6 @@ from tests.peer import (
     R,
     assert_same_effect,
     every_peft_kind,
-    fill,
     in_ours,
     in_peft,
     our_model,
@@ -78,10 +76,8 @@ def test_copies_of_the_bases_that_disagree_are_refused_and_change_nothing(change
     damaged = f"base_model.model.model.layers.1.mlp.up_proj.{changed}"
     rewrite(tmp_path, lambda key, value: value * (1 + 1e-6) if key == damaged else value)
     model = LLAMA.build()
-    before = snapshot(model)
-    with pytest.raises(CheckpointError, match=f"holds copies of base_model.{changed} that differ"):
+    with untouched(model), pytest.raises(CheckpointError, match=f"holds copies of base_model.{changed} that differ"):
         randlora.load(model, tmp_path)
-    assert_untouched(model, before)
 
 
 @pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
@@ -277,7 +273,7 @@ def test_peft_loads_an_adapter_whose_bases_were_drawn_for_larger_layers_only_whe
 ) -> None:
     ours = our_model(LLAMA, name="large")
     randlora.inject(ours, R, alpha=ALPHA, targets=["v_proj"], name="small", active=True, trainable=True)
-    fill(ours)
+    fill(ours, "small")
     report = randlora.save(ours, tmp_path / "seed", name="small", bases="seed")
     assert "PEFT would draw others: save with bases='stored'" in "\n".join(report.notes)
     with pytest.raises(AssertionError):

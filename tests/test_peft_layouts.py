@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 import randlora
 from randlora.config import BasisKind
 from tests.checkpoint_files import edit_fields, edit_tensors, read_fields, read_tensors, refused
+from tests.kit import fill
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, every_transformers_model, outputs
 from tests.peer import (
     PREFIX,
     THEIR_WARNINGS,
     assert_same_effect,
     every_peft_kind,
-    fill,
     in_ours,
     in_peft,
     in_peft_bit_for_bit,

@@ -9,7 +9,8 @@ import torch
 import randlora
 from randlora.config import BasisKind, Stream
 from randlora.errors import CheckpointError
-from tests.checkpoint_files import adapter_values, all_bits, basis_of, edit_tensors, read_tensors
+from tests.checkpoint_files import basis_of, edit_tensors, read_tensors
+from tests.kit import adapter_values, all_bits
 from tests.models import BERT, LLAMA, RealModel, every_transformers_model, outputs
 from tests.peer import (
     THEIR_WARNINGS,

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 import randlora
 from tests.checkpoint_files import read_fields
 from tests.checkpoint_files import refused as refused_without_trace
+from tests.kit import fill
 from tests.models import BERT, GPT2, LABELS, LLAMA, SIDES, VIT, VOCABULARY, RealModel, outputs, reproducible, tokens
 from tests.peer import (
     THEIR_WARNINGS,
     assert_same_effect,
-    fill,
     in_ours,
     in_peft,
     in_peft_bit_for_bit,

@@ -16,7 +16,8 @@ import randlora
 from randlora import prepare_quantized
 from randlora.errors import AdapterError
 from randlora.model.prepare import PreparationReport
-from tests.laws import TOKENS, Mixed, Snapshot, same_bits
+from tests.kit import assert_unchanged, same_bits, snapshot, untouched
+from tests.laws import TOKENS, Mixed
 from tests.models import (
     BERT,
     GPT2,
@@ -83,9 +84,9 @@ def test_a_prepared_model_trains_with_gradients_down_to_its_inputs(kind: RealMod
 def test_a_second_call_changes_nothing_more(kind: RealModel, tmp_path: Path) -> None:
     model = half_precision_model(kind, tmp_path)
     first = prepare_quantized(model)
-    before, hung = Snapshot.of(model), hooks(model)
+    before, hung = snapshot(model), hooks(model)
     second = prepare_quantized(model)
-    before.assert_equals(Snapshot.of(model))
+    assert_unchanged(model, before)
     assert hooks(model) == hung
     assert second == dataclasses.replace(first, cast=())
 
@@ -101,10 +102,10 @@ def test_a_model_made_16_bits_again_is_prepared_again_with_the_hooks_it_has() ->
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_a_call_without_steps_and_a_model_of_more_bits_are_left_alone(dtype: torch.dtype) -> None:
     model = Mixed(dtype)
-    before = Snapshot.of(model)
+    before = snapshot(model)
     is_half = dtype.itemsize == 2
     report = prepare_quantized(model, **(NOTHING if is_half else only("full_precision")))
-    before.assert_equals(Snapshot.of(model))
+    assert_unchanged(model, before)
     assert set(hooks(model).values()) == {(0, 0)}
     assert report == PreparationReport()
 
@@ -180,11 +181,12 @@ def test_dense_layers_that_are_adapted_are_prepared_too(adapted_first: bool) -> 
 def test_a_merged_model_is_not_prepared() -> None:
     model = nn.Sequential(four_bit_linear(), nn.LayerNorm(32, dtype=torch.bfloat16))
     randlora.inject(model, r=4)
-    with randlora.merged(model, quantized="dequantize"):
-        before = Snapshot.of(model)
-        with pytest.raises(AdapterError, match=r"cannot prepare the model while the adapters are merged"):
-            prepare_quantized(model)
-        before.assert_equals(Snapshot.of(model))
+    with (
+        randlora.merged(model, quantized="dequantize"),
+        untouched(model),
+        pytest.raises(AdapterError, match=r"cannot prepare the model while the adapters are merged"),
+    ):
+        prepare_quantized(model)
 
 
 class Convolutional(nn.Module):

@@ -15,7 +15,7 @@ import randlora
 from randlora.errors import MergeError
 from randlora.layers.folding import Quantized
 from randlora.targets.walk import Census
-from tests.laws import fill, same_bits
+from tests.kit import fill, same_bits
 from tests.models import RealModel, logits, outputs
 from tests.prepared import checkpoint_activations
 from tests.quantized import (

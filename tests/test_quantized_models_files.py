@@ -10,7 +10,7 @@ from torch import nn
 
 import randlora
 from tests import peer
-from tests.laws import fill, same_bits
+from tests.kit import fill, same_bits
 from tests.models import RealModel, outputs
 from tests.peer import ALPHA, R, assert_same_effect
 from tests.quantized import MODELS, Codes, every_codes, every_model, quantized_model
@@ -69,7 +69,7 @@ def in_peft(kind: RealModel, codes: Codes) -> PeftModel:
     """Build PEFT's quantized model with a trained-looking adapter."""
     config = RandLoraConfig(r=R, randlora_alpha=ALPHA, target_modules=list(kind.targets))
     model = get_peft_model(quantized_model(kind, codes), config).eval()
-    peer.fill(model)
+    fill(model)
     return model
 
 
@@ -90,7 +90,7 @@ def test_our_adapter_of_codes_computes_the_same_in_peft(
 ) -> None:
     ours = quantized_model(kind, codes)
     randlora.inject(ours, R, alpha=ALPHA, targets=kind.targets)
-    peer.fill(ours)
+    fill(ours)
     randlora.save(ours, tmp_path, bases=bases)
     theirs = PeftModel.from_pretrained(quantized_model(kind, codes), tmp_path).eval()
     assert_same_effect(ours, theirs, kind)

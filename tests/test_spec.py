@@ -13,7 +13,7 @@ from randlora import BasisSpec, RandLoRAConfig
 from randlora.bases.block import block_parts, default_blocks
 from randlora.bases.spec import spec_for
 from randlora.errors import ConfigError
-from tests.laws import fill
+from tests.kit import fill
 from tests.strategies import specs
 
 

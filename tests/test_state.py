@@ -6,7 +6,8 @@ from torch import nn
 import randlora
 from randlora.errors import AdapterError
 from randlora.state import adapted_root, attached_state, is_adapted
-from tests.laws import TOKENS, Mixed, same_bits
+from tests.kit import same_bits
+from tests.laws import TOKENS, Mixed
 
 
 def test_the_state_stays_out_of_the_models_own_books() -> None:

@@ -5,7 +5,8 @@ import torch
 
 import randlora
 from randlora.errors import TargetError
-from tests.models import TORCHVISION_VIT, assert_untouched, outputs, snapshot, torchvision_vit
+from tests.kit import untouched
+from tests.models import TORCHVISION_VIT, outputs, torchvision_vit
 
 INPUTS = TORCHVISION_VIT.inputs()
 BLOCKS = [f"encoder.layers.encoder_layer_{index}" for index in range(2)]
@@ -37,10 +38,11 @@ def test_all_linear_passes_over_what_attention_reads_and_says_why() -> None:
 )
 def test_asking_for_what_attention_reads_is_refused_and_changes_nothing(targets: randlora.config.Pattern) -> None:
     model = torchvision_vit()
-    before = snapshot(model)
-    with pytest.raises(TargetError, match=r"encoder_layer_1\.self_attention\.out_proj \(.*\) cannot be adapted"):
+    with (
+        untouched(model),
+        pytest.raises(TargetError, match=r"encoder_layer_1\.self_attention\.out_proj \(.*\) cannot be adapted"),
+    ):
         randlora.inject(model, r=6, targets=targets)
-    assert_untouched(model, before)
 
 
 def test_a_fresh_adapter_changes_no_bit_of_the_output() -> None:

@@ -11,7 +11,8 @@ import randlora
 from randlora.errors import TargetError
 from randlora.model.train_also import select_parameters
 from randlora.targets.walk import Census
-from tests.laws import TOKENS, Mixed, Snapshot, same_bits
+from tests.kit import assert_unchanged, bits, same_bits, snapshot, untouched
+from tests.laws import TOKENS, Mixed
 from tests.quantized import of_4_bits
 
 
@@ -44,15 +45,15 @@ def test_a_tied_parameter_goes_by_its_first_name() -> None:
 
 def test_the_bias_of_an_adapted_layer_trains_and_comes_back() -> None:
     model = Mixed()
-    before = Snapshot.of(model)
+    before = snapshot(model)
     randlora.inject(model, r=4, train_also=["q.bias"])
     optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=1.0)
     model(TOKENS).square().mean().backward()
     optimizer.step()
     trained = model.get_parameter("q.bias")
-    assert not same_bits(trained, before.tensors["q.bias"])
+    assert bits(trained) != before["value q.bias"]
     randlora.eject(model)
-    before.assert_equals(Snapshot.of(model))
+    assert_unchanged(model, before)
 
 
 def test_copies_start_from_the_models_own_values_and_not_from_another_adapters() -> None:
@@ -102,8 +103,9 @@ def test_the_codes_of_a_quantized_layer_cannot_be_trained_and_its_bias_can(
     storage: torch.dtype, names: list[str] | str
 ) -> None:
     model = nn.Sequential(OrderedDict(body=nn.Linear(64, 64), head=of_4_bits(64, 8, quant_storage=storage)))
-    before = Snapshot.of(model)
-    with pytest.raises(TargetError, match=r"head\.weight, which is quantized \(Linear4bit\).*name only its bias"):
+    with (
+        untouched(model),
+        pytest.raises(TargetError, match=r"head\.weight, which is quantized \(Linear4bit\).*name only its bias"),
+    ):
         randlora.inject(model, r=4, targets=["body"], train_also=names)
-    before.assert_equals(Snapshot.of(model))
     assert randlora.inject(model, r=4, targets=["body"], train_also=["head.bias"]).train_also == ("head.bias",)

@@ -1,0 +1,103 @@
+"""What every room of the tests needs: values for an adapter, bits to compare, and snapshots that tell of any trace."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+import randlora
+from randlora.state import attached_state
+from randlora.targets.walk import Census
+
+Bits = tuple[torch.dtype, tuple[int, ...], bytes]
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def fill(model: Model, name: str = "default", *, seed: int = 0, spread: float = 0.05) -> Model:
+    """Move all values of an adapter of ours, or all that PEFT trains, by about ``spread``; return the model."""
+    generator = torch.Generator().manual_seed(seed)
+    trained = {fqn: parameter for fqn, parameter in model.named_parameters() if parameter.requires_grad}
+    values = adapter_values(model, name) if Census.of(model).adapted else trained
+    with torch.no_grad():
+        for parameter in values.values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * spread)
+    return model
+
+
+def adapter_values(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """Return Λ, Γ and the parameters trained beside one adapter, by key."""
+    found: dict[str, Tensor] = {
+        f"{site.fqn}.{part}": value
+        for site in Census.of(model).adapted
+        if name in site.layer.adapters
+        for part, value in zip(
+            ("randlora_lambda", "randlora_gamma"), site.layer.diagonals_of(site.owner, name), strict=True
+        )
+    }
+    return found | dict(randlora.state.adapted_root(model)[1].adapter(name).trained)
+
+
+def bits(tensor: Tensor) -> Bits:
+    """Return everything a tensor says, to be compared with ``==``: NaN equals itself, and -0.0 is not 0.0."""
+    if is_lazy(tensor) or tensor.is_meta:
+        return tensor.dtype, () if is_lazy(tensor) else tuple(tensor.shape), b""
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return tensor.dtype, tuple(tensor.shape), raw
+
+
+def all_bits(tensors: Mapping[str, Tensor]) -> dict[str, Bits]:
+    """Apply `bits` to each."""
+    return {name: bits(tensor) for name, tensor in tensors.items()}
+
+
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Compare with NaN equal to NaN and 0.0 unlike -0.0."""
+    return bits(first) == bits(second)
+
+
+@dataclass(frozen=True)
+class Same:
+    """Equal to itself only; holds on to the object, so that no other gets its id."""
+
+    held: object = field(compare=False)
+    identity: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "identity", id(self.held))
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Take down all that a refused call must leave alone: objects, bits, flags, attributes, adapters and bases."""
+    state = attached_state(model)
+    found: dict[str, Any] = {
+        "adapters": randlora.adapters(model),
+        "replaced": sorted(state.replaced) if state else None,
+        "bases": [(Same(basis), basis.spec, basis.extent) for basis in state.bank] if state else None,
+    }
+    for fqn, module in model.named_modules(remove_duplicate=False):
+        found[f"module {fqn}"] = (Same(module), sorted(vars(module)), module.training)
+    for fqn, parameter in model.named_parameters(remove_duplicate=False):
+        found[f"parameter {fqn}"] = (Same(parameter), parameter.requires_grad)
+    held = dict(model.named_buffers(remove_duplicate=False)) | model.state_dict()  # scales of codes are in it alone
+    for fqn, value in held.items():
+        found[f"value {fqn}"] = bits(value) if isinstance(value, Tensor) else value
+    return found
+
+
+def assert_unchanged(model: nn.Module, before: Mapping[str, Any]) -> None:
+    """Hold a model against its snapshot; say what changed, and not how, for that is long."""
+    after = snapshot(model)
+    changed = [what for what in before.keys() | after.keys() if before.get(what) != after.get(what)]
+    assert not changed, f"changed: {sorted(changed)}"
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Assert that what happens inside leaves the model exactly as it was."""
+    before = snapshot(model)
+    yield
+    assert_unchanged(model, before)

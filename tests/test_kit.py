@@ -1,0 +1,52 @@
+"""What the other tests rely on: a snapshot tells of every kind of change."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import randlora
+from tests.kit import bits, fill, same_bits, untouched
+from tests.laws import Mixed
+
+
+def set_last_bit(model: nn.Module) -> None:
+    model.get_parameter("head.weight").data[0, 0].nextafter_(torch.tensor(9.0))
+
+
+def negate_zero(model: nn.Module) -> None:
+    model.get_buffer("zeros").neg_()
+
+
+CHANGES: dict[str, Callable[[Mixed], object]] = {
+    "value head.weight": set_last_bit,
+    "value zeros": negate_zero,
+    "parameter q.bias": lambda model: model.q.bias.requires_grad_(),
+    "parameter up.weight": lambda model: setattr(model.up, "weight", nn.Parameter(model.up.weight.data, False)),
+    "module q": lambda model: model.q.eval(),
+    "module down": lambda model: setattr(model.down, "note", 1),
+    "module norm": lambda model: setattr(model, "norm", nn.LayerNorm(12)),
+    "adapters": lambda model: randlora.activate(model, {"default": 0.5}),
+    "value q.randlora_lambda.default": fill,
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_snapshot_tells_what_changed(what: str) -> None:
+    model = Mixed()
+    model.register_buffer("zeros", torch.zeros(3), persistent=False)
+    randlora.inject(model, r=4)
+    with untouched(model):
+        model(torch.arange(9))
+    with pytest.raises(AssertionError, match=what), untouched(model):
+        CHANGES[what](model)
+
+
+def test_bits_tell_zeros_apart_and_not_nan() -> None:
+    nan = torch.tensor([float("nan")])
+    assert same_bits(nan, nan.clone())
+    assert not same_bits(torch.zeros(1), -torch.zeros(1))
+    assert not same_bits(torch.zeros(1), torch.zeros(1, dtype=torch.int32))
+    assert not same_bits(torch.zeros(1), torch.zeros(1, 1))
+    assert bits(torch.zeros(2, device="meta")) == bits(torch.ones(2, device="meta"))
