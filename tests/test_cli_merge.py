@@ -8,7 +8,7 @@ import torch
 
 import randlora
 from randlora.__main__ import main
-from randlora.cli.output import plain
+from randlora.cli.shared import plain
 from randlora.report import as_bytes
 from tests.model_directories import contents, save_adapter, save_model
 from tests.models import LLAMA

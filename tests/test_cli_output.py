@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from randlora.cli.output import complain, plain, progress_bar, show_json, show_table
+from randlora.cli.shared import complain, plain, progress_bar, show_json, show_table
 from randlora.files.merge import FileMergeReport
 from randlora.files.progress import no_progress
 

@@ -8,7 +8,7 @@ import pytest
 
 import randlora
 from randlora.__main__ import main
-from randlora.cli.output import plain
+from randlora.cli.shared import plain
 from tests.model_directories import save_model
 from tests.models import LLAMA
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import randlora
 from randlora.errors import CheckpointError
-from randlora.files.bnb_layout import find_codes
 from randlora.files.model_directory import read_model_directory
+from randlora.files.quantized import find_codes
 from tests.model_directories import contents, save_adapter
 from tests.models import LLAMA
 from tests.quantized_checkpoints import QUANTIZATIONS, WIDE, load_quantized, quantize, stored, written_out

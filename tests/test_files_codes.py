@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from randlora.disk.tensor_file import read_shard
-from randlora.files.bnb_layout import StoredCodes, find_codes
+from randlora.files.quantized import StoredCodes, find_codes
 from tests.quantized_checkpoints import written_out
 
 NAME = "some.layer.weight"

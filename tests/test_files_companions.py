@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from randlora.files.companions import copy_config, find_companions
-from randlora.files.model_directory import read_model_directory
+from randlora.files.model_directory import copy_config, find_companions, read_model_directory
 from tests.model_directories import save_model
 from tests.models import LLAMA
 

@@ -42,7 +42,7 @@ ROOMS = (
 
 OPTIONAL = {
     "disk.hub": {"huggingface_hub"},
-    "files.bnb_layout": {"bitsandbytes"},
+    "files.quantized": {"bitsandbytes"},
     "files.transformers_model": {"transformers"},
     "layers.bnb_codes": {"bitsandbytes"},
     "layers.bnb_cpu": {"bitsandbytes"},

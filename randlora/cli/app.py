@@ -11,8 +11,8 @@ import randlora
 from randlora.cli.convert import convert
 from randlora.cli.inspect import inspect
 from randlora.cli.merge import merge
-from randlora.cli.output import complain, show
 from randlora.cli.plan import plan
+from randlora.cli.shared import complain, show
 from randlora.cli.verify import verify
 from randlora.errors import RandLoRAError
 

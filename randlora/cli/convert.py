@@ -8,8 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from randlora import files
-from randlora.cli.arguments import AdapterDir, BaseForShapes
-from randlora.cli.output import AsJson, plain, progress_bar, show, show_json
+from randlora.cli.shared import AdapterDir, AsJson, BaseForShapes, plain, progress_bar, show, show_json
 from randlora.files.convert import Format
 
 Out = Annotated[Path, Argument(help="The directory to write.")]

@@ -7,8 +7,7 @@ from typing import Annotated
 from typer import Option
 
 from randlora import files
-from randlora.cli.arguments import AdapterDir, BaseForShapes
-from randlora.cli.output import AsJson, plain, progress_bar, show, show_json
+from randlora.cli.shared import AdapterDir, AsJson, BaseForShapes, plain, progress_bar, show, show_json
 
 Norms = Annotated[bool, Option(help="Compute every layer's update and its norms.")]
 

@@ -10,8 +10,7 @@ import typer
 from typer import Option
 
 from randlora import files
-from randlora.cli.arguments import Prefix
-from randlora.cli.output import AsJson, progress_bar, show, show_json
+from randlora.cli.shared import AsJson, Prefix, progress_bar, show, show_json
 
 Base = Annotated[Path, Option(help="The model's directory, which does not change.")]
 Adapters = Annotated[list[Path], Option("--adapter", help="An adapter's directory. May be repeated: updates add.")]

@@ -9,7 +9,7 @@ import typer
 from typer import Argument, Option
 
 from randlora import config
-from randlora.cli.output import AsJson, plain, show, show_json, show_table
+from randlora.cli.shared import AsJson, plain, show, show_json, show_table
 from randlora.files.model_directory import read_model_directory
 from randlora.files.plan import TrainingMemory, plan_checkpoint, training_memory
 from randlora.report import as_bytes

@@ -9,8 +9,7 @@ import typer
 from typer import Option
 
 from randlora import files
-from randlora.cli.arguments import AdapterDir, Prefix
-from randlora.cli.output import AsJson, plain, progress_bar, show, show_json
+from randlora.cli.shared import AdapterDir, AsJson, Prefix, plain, progress_bar, show, show_json
 
 FAILED = 1
 

@@ -4,8 +4,8 @@ Each verb is the command of its name: `plan`, `merge`, `inspect`, `verify`, `con
 
 `model_directory` reads the headers of a checkpoint, `transformers_model` builds the model that its ``config.json``
 describes on the meta device, and `base_fit` finds an adapter's layers in the files. `quantized` shows a quantized
-checkpoint as if it were not, and `bnb_layout` finds and reads the codes in it. `adapter` opens an adapter layer by
-layer, `changes` are what adapters do to a checkpoint, and `companions` are the files that a merge copies.
+checkpoint as if it were not. `adapter` opens an adapter layer by layer, and `changes` are what adapters do to a
+checkpoint.
 """
 
 from randlora.files.convert import convert

@@ -23,8 +23,15 @@ from randlora.disk.tensor_file import Planned, Shard, write_tensor_file
 from randlora.errors import CheckpointError, ConfigError, MergeError, raise_collected
 from randlora.files.base_fit import open_base
 from randlora.files.changes import Changes, find_changes
-from randlora.files.companions import copy_companion, copy_config, find_companions, write_json
-from randlora.files.model_directory import INDEX_FILE, MODEL_CONFIG_FILE, ModelDirectory
+from randlora.files.model_directory import (
+    INDEX_FILE,
+    MODEL_CONFIG_FILE,
+    ModelDirectory,
+    copy_companion,
+    copy_config,
+    find_companions,
+    write_json,
+)
 from randlora.files.progress import Progress, no_progress
 from randlora.layers import bnb_codes
 from randlora.report import as_bytes

@@ -12,8 +12,8 @@ from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.errors import CheckpointError
 from randlora.files.adapter import adapter_basis, known_shapes
 from randlora.files.base_fit import fit_base, open_base
+from randlora.files.inspect import DIGEST_SHOWN
 from randlora.files.progress import Progress, no_progress
-from randlora.files.summary import DIGEST_SHOWN
 from randlora.targets.site import Shapes
 
 STEPS = 3

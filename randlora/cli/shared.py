@@ -1,4 +1,4 @@
-"""Output of commands: results on stdout, as text or JSON; progress and errors on stderr."""
+"""What the commands share: arguments, and output: results on stdout, as text or JSON; progress and errors on stderr."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ from rich.table import Table
 
 from randlora.files.progress import Progress, no_progress
 
+AdapterDir = Annotated[Path, typer.Argument(help="Directory that `randlora.save` or PEFT wrote.")]
+BaseForShapes = Annotated[
+    Path | None,
+    typer.Option("--base", help="The base model's directory, whose headers give the shapes that PEFT does not store."),
+]
+Prefix = Annotated[
+    str | None,
+    typer.Option(help="The prefix by which the names in the adapter and in the model differ, such as `bert`."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 WIDEST = 100_000  # the width of a pipe, where nothing is cut or wrapped
