@@ -23,13 +23,10 @@ def default_blocks(r: int) -> tuple[int, int]:
 
 
 def block_parts(max_dim: int, min_dim: int, r: int, blocks: tuple[int, int]) -> list[tuple[int, int]]:
-    """Return the sizes of the submatrices in which an update of ``block`` bases may be nonzero.
+    """Return ``(rows, columns)`` of each submatrix in which an update of ``block`` bases may be nonzero.
 
     Entry (i, j) may be nonzero if some p, the index that pairs the columns of UB with the rows of UA, has
     ``p ≡ i (mod b)`` and ``p // num_bases ≡ j (mod c)``. With many bases there is one part, the whole matrix.
-
-    Returns:
-        ``(rows, columns)`` of each part, out of ``max_dim`` and ``min_dim``.
     """
     c, b = blocks
     num_bases = count_bases(min_dim, r)

@@ -16,14 +16,10 @@ CHUNK_ROWS = 256
 class CompactMatrix:
     """A stored random matrix.
 
-    Entry ``(i, j)`` is zero unless ``i ≡ j (mod stride)``; there it is ``scale · values[i, j // stride]``. With
-    ``stride`` 1 every entry is stored. The first rows and columns are a matrix of the same form.
-
-    Attributes:
-        values: ``(rows, ceil(columns / stride))``, bfloat16 for a dense kind, int8 for a ternary one.
-        columns: Number of columns of the matrix.
-        scale: Factor of the values, a float32 number; 1 unless the basis is ternary.
-        stride: Number of blocks.
+    Entry ``(i, j)`` is zero unless ``i ≡ j (mod stride)``; there it is ``scale · values[i, j // stride]``. ``values``
+    is ``(rows, ceil(columns / stride))``, in bfloat16 for a dense kind and in int8 for a ternary one, whose ``scale``
+    is a float32 number. With ``stride`` 1 every entry is stored. The first rows and columns are a matrix of the same
+    form.
     """
 
     values: Tensor
@@ -37,12 +33,7 @@ class CompactMatrix:
         return self.values.numel() * self.values.element_size()
 
     def to_dense(self, *, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """Return the dense matrix, ``(rows, columns)``.
-
-        Args:
-            device: Device of the result.
-            dtype: A floating dtype; the result is exact in float32 and wider.
-        """
+        """Return the dense matrix, ``(rows, columns)``, which is exact in float32 and wider."""
         values = self.values.to(device=device, dtype=dtype)
         if self.scale != 1.0:
             values = values * self.scale
@@ -55,11 +46,7 @@ class CompactMatrix:
         return dense
 
     def dense_chunks(self, rows: int) -> Iterator[Tensor]:
-        """Yield the first rows as dense float32 chunks on the CPU, so that they are never all in memory.
-
-        Args:
-            rows: Number of rows.
-        """
+        """Yield the first rows as dense float32 chunks on the CPU, so that they are never all in memory."""
         step = CHUNK_ROWS * self.stride  # a chunk must start at a multiple of the stride
         for start in range(0, rows, step):
             part = replace(self, values=self.values[start : min(start + step, rows)])
@@ -67,11 +54,7 @@ class CompactMatrix:
 
     @classmethod
     def from_dense(cls, matrix: Tensor) -> CompactMatrix:
-        """Build a compact matrix from a dense one, in the smallest dtype that is lossless.
-
-        Args:
-            matrix: ``(rows, columns)``, any floating dtype. It is stored as it is if no smaller dtype is lossless.
-        """
+        """Build a compact matrix from a dense one, ``(rows, columns)``, in the smallest dtype that is lossless."""
         scale = max(abs(bound.item()) for bound in matrix.aminmax())
         parts = matrix.split(CHUNK_ROWS)
         if all(torch.equal(part.sign() * scale, part) for part in parts):

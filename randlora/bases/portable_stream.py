@@ -28,12 +28,8 @@ def draw(
 ) -> Matrices:
     """Draw the part of the bases that layers of the given dims use, in chunks of rows to bound memory.
 
-    Args:
-        spec: The spec, whose own dims do not matter.
-        max_dim: Rows of B.
-        min_dim: Columns of A.
-        to_values: `uniform` or `signs`: computes the stored values from lanes and the number of blocks.
-        scale: Factor of the stored values, which is rounded to float32.
+    The dims of the spec do not matter. ``to_values``, which is `uniform` or `signs`, computes the stored values from
+    lanes and the number of blocks.
     """
 
     def draw_matrix(index: int, rows: int, columns: int, stride: int) -> CompactMatrix:

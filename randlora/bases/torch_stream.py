@@ -21,16 +21,9 @@ Sizes = tuple[int, int, int]
 
 
 def draw(spec: BasisSpec, max_dim: int, min_dim: int, *, draw_matrix: Callable[..., CompactMatrix]) -> Matrices:
-    """Draw the bases of ``spec`` and keep the part that layers of the given dims use.
+    """Draw the bases of a spec, with `uniform` or `signs`, and keep the part that layers of the given dims use.
 
-    Args:
-        spec: The spec.
-        max_dim: Rows of B to keep, at most ``spec.max_dim``.
-        min_dim: Columns of A to keep, at most ``spec.min_dim``.
-        draw_matrix: `uniform` or `signs`: draws a shape and keeps the first entries of each side.
-
-    Raises:
-        ConfigError: If all entries of a basis are equal, so that its standard deviation is zero.
+    It is an error if all entries of a basis are equal, so that its standard deviation is zero.
     """
     generator = torch.Generator("cpu").manual_seed(spec.seed)
     num_bases = count_bases(min_dim, spec.r)

@@ -16,9 +16,7 @@ CACHED = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")
 def base_model_name(model: nn.Module, written: object = None) -> str | None:
     """Return the name of the model that an adapter belongs to.
 
-    Args:
-        model: The model, which may have a name, as those of transformers do.
-        written: The name in the file that the adapter was loaded from, which is kept if it means the same model.
+    The name in the file that the adapter was loaded from, ``written``, is kept if it means the same model.
     """
     known = written if isinstance(written, str) and written else None
     own = _own_name(model)

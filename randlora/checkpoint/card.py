@@ -16,15 +16,7 @@ MARK = "<!-- Written by randlora.save, which writes it anew at each save unless 
 def write_card(
     report: Report, header: Header, *, base_model: str | None, peft_notes: Sequence[str], repo_id: str | None
 ) -> str:
-    """Return the text of a model card.
-
-    Args:
-        report: The adapter's figures.
-        header: The header of its file.
-        base_model: Name of its base model, if known.
-        peft_notes: Reasons why PEFT cannot load the files; empty if it can.
-        repo_id: The repository that they are uploaded to, if any.
-    """
+    """Return the text of a model card; ``peft_notes`` are the reasons why PEFT cannot load the files."""
     base = repo_of(base_model)
     place = repo_id or "path/to/this/directory"
     # what the Hub reads, in YAML, of which JSON strings are a part

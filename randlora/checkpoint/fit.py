@@ -19,15 +19,7 @@ from randlora.targets.walk import Census, sites_of
 
 
 def fit_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
-    """Return the weights that a file names, after checking that everything in it fits the model.
-
-    Args:
-        census: The model, adapted or not.
-        file: The adapter.
-
-    Raises:
-        CheckpointError: If something does not fit. All problems are named.
-    """
+    """Return the weights that a file names, after checking that everything in it fits the model, adapted or not."""
     sites = named_sites(census, file.values)
     own = {held.fqn: held.parameter for held in census.parameters}
     problems = [
@@ -45,12 +37,7 @@ def fit_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
 
 
 def named_sites(census: Census, fqns: Iterable[str]) -> tuple[Site, ...]:
-    """Return the weights of some FQNs, under these FQNs.
-
-    Raises:
-        CheckpointError: If one is missing or cannot be adapted by itself. If a prefix is the only difference, the
-            message names it.
-    """
+    """Return the weights of some FQNs, under these FQNs. If a prefix is all that differs, the error names it."""
     sites = {site.fqn: site for visit in census.visits for site in sites_of(visit)}
     modules = {visit.fqn: visit.module for visit in census.visits}
     problems: list[str] = []
@@ -74,10 +61,7 @@ def named_sites(census: Census, fqns: Iterable[str]) -> tuple[Site, ...]:
 def with_prefix(file: AdapterFile, prefix: str | None, known: Collection[str]) -> AdapterFile:
     """Return an adapter with a prefix added to its names or removed from them, whichever gives known names.
 
-    Args:
-        file: The adapter.
-        prefix: The prefix, such as ``"bert"``; ``None`` and names that are known already change nothing.
-        known: FQNs of the model's layers.
+    Without a prefix, or if the names are known already, the adapter is returned as it is.
     """
     if not prefix or all(fqn in known for fqn in file.values):
         return file
@@ -137,15 +121,9 @@ def trained_misfits(own: Mapping[str, Tensor | Entry], trained: Mapping[str, Ten
 def without_repeats(census: Census, file: AdapterFile) -> AdapterFile:
     """Return an adapter with each tied parameter once, under the first of its names in the file.
 
-    Here a parameter trained with an adapter remains tied. PEFT gives each module of ``modules_to_save`` an untied copy.
-
-    Args:
-        census: The model.
-        file: An adapter whose parameters the model has.
-
-    Raises:
-        CheckpointError: If the file has several values for one parameter, or, written by PEFT, a value for one place of
-            a parameter and none for another.
+    Here a parameter trained with an adapter remains tied. PEFT gives each module of ``modules_to_save`` an untied copy,
+    so it is an error if the file has several values for one parameter or, written by PEFT, a value for only one place
+    of it.
     """
     problems, repeated = [], set()
     for names in _names_of_tied(census):

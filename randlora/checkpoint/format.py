@@ -65,12 +65,7 @@ def master(tensor: Tensor, device: torch.device | str, *, copy: bool = False) ->
 
 
 def adapter_tensors(values: Mapping[str, tuple[Tensor, Tensor]], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies of an adapter's tensors on the CPU by their keys.
-
-    Args:
-        values: Λ and Γ by FQN of their layer.
-        trained: The parameters trained with the adapter, by FQN.
-    """
+    """Return copies on the CPU of Λ, Γ and the parameters trained with an adapter, by their keys."""
     tensors = {}
     for fqn, (lam, gamma) in values.items():
         tensors[f"{MODEL_PREFIX}{fqn}{LAMBDA_SUFFIX}"] = master(lam, "cpu", copy=True)
@@ -84,14 +79,9 @@ def adapter_tensors(values: Mapping[str, tuple[Tensor, Tensor]], trained: Mappin
 class Header:
     """The facts about an adapter that are not in its tensors.
 
-    Attributes:
-        config: Its options, with the FQNs of its targets.
-        spec: The spec of its bases.
-        shapes: ``(out_features, in_features)`` by target.
-        basis_digest: SHA-256 of the values that its layers use; see `Basis.digest`.
-        is_reproducible: Whether ``spec`` reproduces the bases. Otherwise the file must hold them.
-        library_version: The version of this library that saved it.
-        torch_version: The version of torch that drew the bases; ``None`` if the file does not say.
+    ``shapes`` are ``(out_features, in_features)`` by target, and ``basis_digest`` is the `Basis.digest` of the values
+    that they use. Unless ``is_reproducible``, the spec does not reproduce the bases, and the file must hold them.
+    ``torch_version`` is that of the torch that drew them; ``None`` if the file does not say.
     """
 
     config: RandLoRAConfig
@@ -104,14 +94,7 @@ class Header:
 
     @classmethod
     def of(cls, config: RandLoRAConfig, basis: Basis, shapes: Shapes, trained: Iterable[str]) -> Header:
-        """Return the header of an adapter.
-
-        Args:
-            config: Its options.
-            basis: Its bases.
-            shapes: ``(out_features, in_features)`` of its layers by FQN.
-            trained: FQNs of the parameters trained with it.
-        """
+        """Return the header of an adapter, given its layers' shapes and the FQNs of the parameters trained with it."""
         config = replace(config, targets=tuple(shapes), exclude=None, train_also=tuple(trained) or None)
         is_drawn = basis.stored is None
         versions = version("randlora"), torch.__version__.split("+")[0] if is_drawn else None
@@ -156,16 +139,7 @@ def dump_header(header: Header, tensors: Mapping[str, Tensor]) -> str:
 
 
 def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
-    """Return the header in a JSON text after checking its checksum.
-
-    Args:
-        text: The result of `dump_header`.
-        tensors: Every tensor of the file.
-
-    Raises:
-        CheckpointError: If the format version is another, the text is not such a header, or anything in the file was
-            changed.
-    """
+    """Return the header that `dump_header` wrote with these tensors, after checking version and checksum."""
     try:
         facts = json.loads(text)
         found = facts["format_version"]
@@ -220,13 +194,7 @@ def stored_dims(basis: Basis, header: Header) -> tuple[int, int]:
 def file_writers(
     fields: Mapping[str, Any], tensors: Mapping[str, Tensor], header: Header | None = None
 ) -> dict[str, Writer]:
-    """Return what writes an adapter's two files, by their names.
-
-    Args:
-        fields: The contents of ``adapter_config.json``.
-        tensors: The tensors by key, contiguous and on the CPU.
-        header: Our header, if the file is to have it.
-    """
+    """Return what writes an adapter's two files, by their names. Tensors must be contiguous and on the CPU."""
     metadata = METADATA | ({} if header is None else {HEADER_KEY: dump_header(header, tensors)})
     return planned_writers(fields, [Planned.whole(*item) for item in tensors.items()], metadata)
 

@@ -55,13 +55,7 @@ OWN_FIELDS = frozenset({
 
 
 def to_peft_fields(census: Census, adapter: Adapter, *, stored: bool) -> dict[str, Any]:
-    """Return the fields of an adapter as PEFT would write them.
-
-    Args:
-        census: The adapted model, which determines how targets can be named.
-        adapter: The adapter.
-        stored: Whether the file holds the bases.
-    """
+    """Return the fields of an adapter as PEFT would write them; ``stored`` means that the file holds the bases."""
     kinds = {plain_class(visit.module).__name__ for visit in census.visits if visit.fqn in set(adapter.targets)}
     fields = {
         **NEUTRAL_FIELDS,
@@ -77,13 +71,7 @@ def to_peft_fields(census: Census, adapter: Adapter, *, stored: bool) -> dict[st
 
 
 def option_fields(config: RandLoRAConfig, stream: Stream, *, stored: bool) -> dict[str, Any]:
-    """Return the fields that do not depend on a model.
-
-    Args:
-        config: The adapter's options.
-        stream: The stream of its bases.
-        stored: Whether the file holds the bases.
-    """
+    """Return the fields that do not depend on a model; ``stored`` means that the file holds the bases."""
     alpha = config.effective_alpha
     sparse, very_sparse = KINDS[config.basis].peft_flags or (False, False)
     fields: dict[str, Any] = {
@@ -101,15 +89,9 @@ def option_fields(config: RandLoRAConfig, stream: Stream, *, stored: bool) -> di
 
 
 def from_peft_fields(fields: Mapping[str, Any], targets: Iterable[str], trained: Iterable[str]) -> RandLoRAConfig:
-    """Return the options of an adapter that PEFT wrote.
+    """Return the options of an adapter that PEFT wrote. ``target_modules`` is never matched against a model.
 
-    Args:
-        fields: The contents of the JSON file.
-        targets: FQNs in the keys of the tensors. ``target_modules`` is never matched against a model.
-        trained: FQNs of the parameters trained with it.
-
-    Raises:
-        CheckpointError: If a field is missing or has an invalid value.
+    The FQNs, ``targets`` and ``trained``, are those in the keys of the tensors.
     """
     needed = ("r", "randlora_alpha", "projection_prng_key")
     if missing := [name for name in needed if name not in fields]:

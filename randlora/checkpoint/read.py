@@ -44,14 +44,9 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class AdapterFile:
     """The contents of an adapter's files, checked as far as is possible without a model.
 
-    Attributes:
-        fields: The contents of ``adapter_config.json``.
-        config: The adapter's options.
-        header: Our own header; ``None`` for a file that PEFT wrote.
-        values: Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, by target.
-        trained: Parameters trained with the adapter, by FQN.
-        bases: A, ``(r, 1, min_dim)``, and B, ``(max_dim, num_bases, r)``, if the file holds them.
-        basis_copies: How many times the file holds them.
+    ``header`` is ``None`` for a file that PEFT wrote. ``values`` are Λ, ``(r, num_bases)``, and Γ,
+    ``(num_bases, min_dim)``, by target, and ``trained`` other parameters by FQN. ``bases`` are A, ``(r, 1, min_dim)``,
+    and B, ``(max_dim, num_bases, r)``, which the file holds ``basis_copies`` times.
     """
 
     fields: dict[str, Any]
@@ -75,15 +70,9 @@ class AdapterFile:
 
 
 def locate(source: str | os.PathLike[str], revision: str | None) -> Path:
-    """Return the directory of an adapter's files. A path that exists has priority over a repository of that name.
+    """Return the directory of an adapter's files, given it, the safetensors file in it, or a repository on the Hub.
 
-    Args:
-        source: A directory, the safetensors file in it, or a repository on the Hub, ``"user/repo"``.
-        revision: A branch, a tag or a commit of a repository.
-
-    Raises:
-        CheckpointError: If the file has another name, a revision is given for a path, or the Hub does not have the
-            files.
+    A path that exists has priority over a repository of that name. Only a repository has revisions.
     """
     path = Path(source)
     if not path.exists() and isinstance(source, str) and is_repo_id(source):
@@ -98,12 +87,7 @@ def locate(source: str | os.PathLike[str], revision: str | None) -> Path:
 
 
 def read_adapter(directory: Path) -> AdapterFile:
-    """Read and check an adapter's directory.
-
-    Raises:
-        CheckpointError: If a file is missing, truncated, damaged, of another kind or format version, or contradicts
-            the other or itself.
-    """
+    """Read an adapter's directory, after checking each of its files, and one against the other."""
     fields = _read_fields(directory / CONFIG_FILE)
     path = directory / TENSORS_FILE
     if not path.is_file():
@@ -149,11 +133,7 @@ def _read_fields(path: Path) -> dict[str, Any]:
 
 
 def _header_text(shard: Shard) -> str | None:
-    """Return the text of our header, or ``None`` for a file of PEFT's.
-
-    Raises:
-        CheckpointError: If the header's name was damaged, or a file without a header has tensors that no adapter has.
-    """
+    """Return the text of our header, or ``None`` for a file of PEFT's, after checking the names of its tensors."""
     if HEADER_KEY in shard.metadata:  # its checksum and its version say what else belongs in the file
         return shard.metadata[HEADER_KEY]
     if any(SEAL_WORD in text for text in shard.metadata.values()):

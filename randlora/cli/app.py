@@ -52,14 +52,7 @@ def describe(version: Version = False) -> None:  # noqa: FBT002
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        args: The arguments; ``None`` means those of the process.
-
-    Returns:
-        The exit code: 0, 1 for an error with files, 2 for an invalid command line.
-    """
+    """Run the command line and return its exit code: 0, 1 for an error with files, 2 for an invalid command line."""
     try:
         app(None if args is None else list(args), prog_name="randlora")
     except SystemExit as ended:

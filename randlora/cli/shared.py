@@ -39,12 +39,7 @@ def show(text: object) -> None:
 
 
 def show_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table, with the first column left-aligned and the others right-aligned.
-
-    Args:
-        headings: One for each column, or none.
-        rows: The cells.
-    """
+    """Print a table, with the first column left-aligned and the others right-aligned. Headings may be none."""
     table = Table(box=None, pad_edge=False, header_style="bold", show_header=bool(headings))
     for index, heading in enumerate(headings or [""] * len(rows[0])):
         table.add_column(heading, justify="right" if index else "left", overflow="fold")

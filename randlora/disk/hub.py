@@ -20,11 +20,7 @@ def is_repo_id(name: str) -> bool:
 
 
 def require_hub(repo_id: str) -> ModuleType:
-    """Return huggingface_hub.
-
-    Raises:
-        CheckpointError: If it is not installed.
-    """
+    """Return huggingface_hub, or raise a `CheckpointError` if it is not installed."""
     try:
         import huggingface_hub  # noqa: PLC0415  (optional)
     except ImportError as error:
@@ -36,18 +32,9 @@ def require_hub(repo_id: str) -> ModuleType:
 
 
 def download(repo_id: str, revision: str | None, files: Sequence[str]) -> Path:
-    """Download files of a repository, or find them in the local cache.
+    """Download files of a repository, or find them in the local cache, and return the directory that holds them.
 
-    Args:
-        repo_id: The repository, ``"user/repo"``.
-        revision: A branch, a tag or a commit; ``None`` means the main branch.
-        files: Their names.
-
-    Returns:
-        The directory of the cache that holds them.
-
-    Raises:
-        CheckpointError: If they cannot be had, with the cause and what to do.
+    ``revision`` is a branch, a tag or a commit; ``None`` means the main branch.
     """
     library = require_hub(repo_id)
     try:
@@ -68,21 +55,10 @@ def upload(
     message: str,
     generated: Mapping[str, Callable[[Path], bool]],
 ) -> str:
-    """Upload files of a directory to a repository, which is created if it does not exist.
+    """Upload files of a directory to a repository, which is created if it does not exist, and return its URL.
 
-    Args:
-        directory: The directory.
-        repo_id: The repository, ``"user/repo"``.
-        files: Names of the files.
-        message: The message of the commit.
-        generated: Further files, each uploaded unless the repository has a file of its name that this function refuses
-            to replace.
-
-    Returns:
-        The repository's URL.
-
-    Raises:
-        CheckpointError: If the Hub refuses or cannot be reached, with the cause and what to do.
+    Each of the ``generated`` files is uploaded too, unless the repository has one of its name that the function refuses
+    to replace.
     """
     library = require_hub(repo_id)
     api = library.HfApi(**LIBRARY)

@@ -23,19 +23,9 @@ Writer = Callable[[Path], object]
 
 
 def write_files(directory: Path, writers: Mapping[str, Writer]) -> int:
-    """Write files of a directory, all or none. Its other files remain.
+    """Write files of a directory, all or none, and return their total size in bytes. Its other files remain.
 
-    A directory that does not exist is created with its files.
-
-    Args:
-        directory: The directory.
-        writers: What writes each file, by its name.
-
-    Returns:
-        The total size of the files in bytes.
-
-    Raises:
-        OSError: If the disk refuses. Files that were there remain as they were.
+    A directory that does not exist is created with its files. If the disk refuses, nothing changes.
     """
     if directory.exists():
         with scratch_directory(directory, directory.name) as scratch:
@@ -84,13 +74,7 @@ def _move_all(names: Iterable[str], new: Path, directory: Path, old: Path) -> No
 def new_directory(out: Path) -> Iterator[Path]:
     """Yield a directory to write into, which is renamed to ``out`` at the end of the block, or removed if it raises.
 
-    The block flushes its files.
-
-    Args:
-        out: The directory to create, with its parents. It must not exist.
-
-    Raises:
-        OSError: If the disk refuses.
+    ``out`` must not exist; its parents are created. The block flushes its files.
     """
     new_parents = [parent for parent in out.parents if not parent.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -111,14 +95,9 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_directory(parent: Path, name: str) -> Iterator[Path]:
-    """Yield a new hidden directory, which is removed at the end of the block.
+    """Yield a new hidden directory in ``parent``, which is removed at the end of the block.
 
-    Args:
-        parent: The directory to create it in.
-        name: What it is for, a part of its name. Directories for the same name that no process uses are removed.
-
-    Raises:
-        OSError: If the disk refuses.
+    Its name contains ``name``, which tells what it is for. Those for the same name that no process uses are removed.
     """
     prefix = f".{name}.unfinished-"
     guard = _lock(parent, wait=True)  # so that no other process removes the directory before it is locked
@@ -145,11 +124,7 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
 
 
 def _lock(directory: Path, *, wait: bool = False) -> int | None:
-    """Lock a directory while this process lives, at most until `_unlock`.
-
-    Returns:
-        The lock; ``None`` if another process holds it, or if the system or the file system has no such locks.
-    """
+    """Lock a directory until `_unlock` or the end of this process; return ``None`` if it is locked or cannot be."""
     if sys.platform == "win32":
         return None
     descriptor = None

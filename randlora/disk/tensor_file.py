@@ -52,16 +52,7 @@ _ORDER = {dtype: place for place, dtype in enumerate(TORCH_DTYPES.values())}
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor in a file, as the header describes it.
-
-    Attributes:
-        name: Its name.
-        file: The file.
-        dtype: Its dtype.
-        shape: Its shape.
-        offset: Offset of its first byte in the file.
-        nbytes: Its size in bytes.
-    """
+    """One tensor in a file, as the header describes it; ``offset`` is that of its first byte in the file."""
 
     name: str
     file: Path
@@ -73,13 +64,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Shard:
-    """The header of one safetensors file.
-
-    Attributes:
-        path: The file.
-        entries: Its tensors, in the order of their bytes.
-        metadata: The strings in its header.
-    """
+    """The header of one safetensors file, with its tensors in the order of their bytes."""
 
     path: Path
     entries: tuple[Entry, ...]
@@ -87,11 +72,7 @@ class Shard:
 
 
 def read_shard(path: Path) -> Shard:
-    """Return the header of a safetensors file, checked.
-
-    Raises:
-        CheckpointError: If the file is truncated, is not a safetensors file, or has a dtype that torch does not have.
-    """
+    """Return the header of a safetensors file, after checking that the file is whole and has known dtypes."""
     with open_shard(path) as (shard, _):
         return shard
 
@@ -100,8 +81,7 @@ def read_shard(path: Path) -> Shard:
 def open_shard(path: Path) -> Iterator[tuple[Shard, FileIO]]:
     """Open a safetensors file and yield its header and the open file, which `read_tensor` and `read_pieces` take.
 
-    Raises:
-        CheckpointError: As `read_shard`, or if reading the file fails in the block.
+    If reading the file fails in the block, that is a `CheckpointError` too.
     """
     try:
         with path.open("rb", buffering=0) as raw:
@@ -135,28 +115,12 @@ def bytes_of(tensor: Tensor) -> Tensor:
 
 
 def read_tensor(entry: Entry, raw: FileIO | None = None) -> Tensor:
-    """Read one tensor into new memory.
-
-    Args:
-        entry: The tensor.
-        raw: Its file, if it is open.
-
-    Raises:
-        CheckpointError: If the file ends within the tensor.
-    """
+    """Return one tensor, read into new memory; ``raw`` is its file, if it is open."""
     return next(_read(entry, max(entry.nbytes, 1), raw)).reshape(entry.shape)
 
 
 def read_pieces(entry: Entry, raw: FileIO | None = None) -> Iterator[Tensor]:
-    """Read one tensor as flat pieces of at most 1 MiB. Each piece is valid until the next one is read.
-
-    Args:
-        entry: The tensor.
-        raw: Its file, if it is open.
-
-    Raises:
-        CheckpointError: If the file ends within the tensor.
-    """
+    """Read one tensor as flat pieces of at most 1 MiB. Each piece is valid until the next one is read."""
     return _read(entry, PIECE_BYTES, raw)
 
 
@@ -182,13 +146,7 @@ def _read_fully(file: FileIO, view: memoryview) -> bool:
 
 
 def is_equal(entry: Entry, tensor: Tensor, raw: FileIO | None = None) -> bool:
-    """Return whether a tensor in a file equals one in memory, bit for bit, reading it in pieces.
-
-    Args:
-        entry: The tensor in the file.
-        tensor: A contiguous tensor on the CPU.
-        raw: The file, if it is open.
-    """
+    """Return whether a tensor in a file equals a contiguous one on the CPU, bit for bit, reading it in pieces."""
     if (entry.dtype, entry.shape) != (tensor.dtype, tuple(tensor.shape)):
         return False
     pieces = bytes_of(tensor).split(PIECE_BYTES)
@@ -197,14 +155,7 @@ def is_equal(entry: Entry, tensor: Tensor, raw: FileIO | None = None) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """A tensor to be written.
-
-    Attributes:
-        name: Its name.
-        dtype: Its dtype.
-        shape: Its shape.
-        pieces: Returns its parts, in order; called when the tensor is written.
-    """
+    """A tensor to be written; ``pieces`` returns its parts, in order, and is called when it is written."""
 
     name: str
     dtype: torch.dtype
@@ -228,16 +179,9 @@ def write_tensor_file(
     metadata: Mapping[str, str],
     wrote: Callable[[int, str], object] | None = None,
 ) -> None:
-    """Write a safetensors file tensor by tensor, and flush it to disk.
+    """Write a safetensors file from tensors in any order, one by one, and flush it to disk.
 
-    Args:
-        path: The file.
-        tensors: Its tensors, in any order.
-        metadata: Strings for its header.
-        wrote: Called after each piece with its size in bytes and the name of its tensor.
-
-    Raises:
-        OSError: If the disk refuses.
+    ``wrote`` is called after each piece with its size in bytes and the name of its tensor.
     """
     ordered = sorted(tensors, key=lambda tensor: (-_ORDER[tensor.dtype], tensor.name))
     try:

@@ -25,11 +25,8 @@ from randlora.targets.site import Shapes
 class OpenAdapter:
     """An adapter's files, checked, with its bases.
 
-    Attributes:
-        directory: The directory.
-        file: Its contents.
-        shapes: ``(out_features, in_features)`` by target; ``None`` if not known, because PEFT does not store them.
-        basis: The bases; ``None`` if the file does not hold them and the shapes needed to draw them are not known.
+    ``shapes``, ``(out_features, in_features)`` by target, are ``None`` if not known, because PEFT does not store them.
+    Then ``basis`` is ``None`` too unless the file holds the bases.
     """
 
     directory: Path
@@ -38,24 +35,16 @@ class OpenAdapter:
     basis: Basis | None
 
     def update(self, fqn: str, factor: float = 1.0) -> Update:
-        """Return the update of one layer, times a factor, as factors.
-
-        Raises:
-            CheckpointError: If the shapes are not known.
-        """
+        """Return the update of one layer, times a factor, as factors."""
         _, basis = self.require_shapes()
         lam, gamma = (master(part, "cpu", copy=True) for part in self.file.values[fqn])
         return Update(basis, lam, gamma, self.file.config.scaling * factor)
 
     @torch.no_grad()
     def delta_weight(self, fqn: str) -> Tensor:
-        """Return the update of one layer.
+        """Return the update of one layer, ``(out_features, in_features)``, float32, or float64 if Λ has that dtype.
 
-        Returns:
-            ``(out_features, in_features)``, float32, or float64 if Λ has that dtype.
-
-        Raises:
-            CheckpointError: If the shapes are not known, or the update is not finite.
+        It is an error if it is not finite.
         """
         shapes, _ = self.require_shapes()
         update = self.update(fqn)
@@ -65,11 +54,7 @@ class OpenAdapter:
         return delta
 
     def require_shapes(self) -> tuple[Shapes, Basis]:
-        """Return the shapes and the bases.
-
-        Raises:
-            CheckpointError: If they are not known.
-        """
+        """Return the shapes and the bases, or raise a `CheckpointError` if they are not known."""
         if self.shapes is None or self.basis is None:
             named = self.file.fields.get("base_model_name_or_path")
             raise CheckpointError(
@@ -80,33 +65,14 @@ class OpenAdapter:
 
 
 def open_adapter(directory: Path, base: Path | None = None) -> OpenAdapter:
-    """Read and check an adapter, and draw or take its bases.
-
-    Args:
-        directory: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote.
-        base: The base model's directory, of which only headers are read. Needed only for files that PEFT wrote.
-
-    Raises:
-        CheckpointError: If a file is damaged or of another kind, the bases are not reproduced, or the adapter does not
-            fit the base.
-    """
+    """Read and check an adapter, and draw or take its bases. The base is needed only for files that PEFT wrote."""
     file = read_adapter(directory)
     shapes = known_shapes(file) if base is None else fit_base(open_base(base), file).shapes
     return OpenAdapter(directory, file, shapes, adapter_basis(file, shapes))
 
 
 def open_fitted(directory: Path, base: Base, prefix: str | None, bank: BasisBank) -> tuple[OpenAdapter, BaseFit]:
-    """Read an adapter, fit it to a base model, and add its bases to a bank.
-
-    Args:
-        directory: The adapter's directory.
-        base: The base model.
-        prefix: The prefix by which their names differ, as in `randlora.load`.
-        bank: Bases of adapters of the same base model, which are shared.
-
-    Raises:
-        CheckpointError: As `open_adapter`.
-    """
+    """Read an adapter, fit it to a base model, and add its bases to the bank, unless it has them already."""
     fit = fit_base(base, read_adapter(directory), prefix)
     basis = file_basis(fit.file, fit.shapes, bank)
     basis.extend(*sliced_dims(fit.shapes.values()))
@@ -115,11 +81,7 @@ def open_fitted(directory: Path, base: Base, prefix: str | None, bank: BasisBank
 
 
 def known_shapes(file: AdapterFile) -> Shapes | None:
-    """Return the layers' shapes if the file has them, which those of PEFT do not.
-
-    Raises:
-        CheckpointError: If its tensors have other shapes.
-    """
+    """Return the layers' shapes, which the tensors must have, or ``None`` for a file of PEFT, which stores none."""
     if file.header is None:
         return None
     shapes = dict(file.header.shapes)
@@ -133,14 +95,7 @@ def known_shapes(file: AdapterFile) -> Shapes | None:
 
 
 def adapter_basis(file: AdapterFile, shapes: Shapes | None) -> Basis | None:
-    """Draw the bases and check them, or take those in the file.
-
-    Returns:
-        The bases; ``None`` if the file does not hold them and the shapes are not known.
-
-    Raises:
-        CheckpointError: If they are not those that the adapter was trained with.
-    """
+    """Draw the bases and check them, or take those in the file; return ``None`` if neither is possible."""
     if shapes is None:
         if file.bases is None:
             return None

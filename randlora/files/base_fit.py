@@ -27,13 +27,7 @@ from randlora.targets.site import Shapes, Site
 
 
 class Base(NamedTuple):
-    """A base model on disk.
-
-    Attributes:
-        directory: Its checkpoint.
-        dense: The checkpoint as if it were not quantized.
-        model: Its class on the meta device, or why there is none.
-    """
+    """A base model on disk: its checkpoint, also as if it were not quantized, and its class or why there is none."""
 
     directory: ModelDirectory
     dense: DenseView
@@ -41,13 +35,11 @@ class Base(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Where a base model stores an adapted weight.
+    """Where a base model stores an adapted weight, whose ``shape`` is ``(out_features, in_features)``.
 
-    Attributes:
-        names: Names of the tensors that hold it; several if files hold a shared weight several times.
-        shape: ``(out_features, in_features)``.
-        in_storage_layout: Converts an update, ``(out_features, in_features)``, to the layout of the tensors.
-        fused: The weight's FQN in the model and how it is split off, if it is a part of the tensor.
+    There are several ``names`` if files hold a shared weight several times. ``in_storage_layout`` converts an update of
+    this shape to the layout of the tensors. If the weight is a part of a tensor, ``fused`` is its FQN in the model and
+    how it is split off.
     """
 
     names: tuple[str, ...]
@@ -60,11 +52,9 @@ class Slot(NamedTuple):
 class BaseFit:
     """How an adapter fits a base model.
 
-    Attributes:
-        file: The adapter, under the names that the base model has for its layers.
-        slots: Where its weights are, by FQN.
-        trained: Names of the tensors that hold each parameter trained with the adapter, by FQN; none if the files lack
-            a parameter of the model's class, such as a new head.
+    ``file`` is the adapter under the names that the base model has for its layers. ``trained`` are the names of the
+    tensors that hold each parameter trained with it; none if the files lack a parameter of the model's class, such as a
+    new head.
     """
 
     file: AdapterFile
@@ -83,27 +73,14 @@ class BaseFit:
 
 
 def open_base(directory: str | os.PathLike[str]) -> Base:
-    """Read the headers of a model's checkpoint, and build its class if transformers has it.
-
-    Raises:
-        CheckpointError: If the directory holds no checkpoint that can be read.
-    """
+    """Read the headers of a model's checkpoint, and build its class if transformers has it."""
     checkpoint = read_model_directory(directory)
     model = build_model(checkpoint)
     return Base(checkpoint, as_dense(checkpoint, model), model)
 
 
 def fit_base(base: Base, file: AdapterFile, prefix: str | None = None) -> BaseFit:
-    """Return how an adapter fits a base model, of which only headers are read.
-
-    Args:
-        base: The base model.
-        file: The adapter.
-        prefix: The prefix by which their names differ, as in `randlora.load`.
-
-    Raises:
-        CheckpointError: If a layer or a parameter is missing or has another shape. All problems are named.
-    """
+    """Return how an adapter fits a base model, of which only headers are read. One error names all misfits."""
     entries = base.dense.directory.entries
     fit, problems = (
         _fit_names(base.model, with_prefix(file, prefix, _layer_names(entries)), entries)

@@ -25,13 +25,7 @@ from randlora.model.merge import require_finite
 
 @dataclass(frozen=True, eq=False)
 class Merging:
-    """A weight that adapters are merged into.
-
-    Attributes:
-        fqn: Its layer's name.
-        slot: Where the checkpoint stores it.
-        updates: The adapters' updates, in the order of addition.
-    """
+    """A weight that adapters are merged into, with their updates in the order of addition."""
 
     fqn: str
     slot: Slot
@@ -39,11 +33,7 @@ class Merging:
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
-        """Return the merged weight, in the dtype and layout of ``weight``.
-
-        Raises:
-            MergeError: If it is not finite.
-        """
+        """Return the merged weight, in the dtype and layout of ``weight``. It is an error if it is not finite."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
         delta = sum_updates(self.updates, self.slot.shape, device=weight.device, dtype=dtype)
         return require_finite(self.fqn, folded(weight, self.slot.in_storage_layout(delta)))
@@ -51,12 +41,7 @@ class Merging:
 
 @dataclass(frozen=True, eq=False)
 class FusedMerging:
-    """A tensor with adapters merged into parts of it, which are separate weights in the model.
-
-    Attributes:
-        conversion: Splits the tensor into parts and joins them.
-        parts: The parts merged into, by FQN.
-    """
+    """A tensor with adapters merged into parts of it, by FQN, which are separate weights in the model."""
 
     conversion: Conversion
     parts: dict[str, Merging] = field(default_factory=dict)
@@ -74,28 +59,17 @@ class FusedMerging:
 
 @dataclass(frozen=True, eq=False)
 class Changes:
-    """The changes to a checkpoint, by the names of its tensors.
-
-    Attributes:
-        merged: Weights merged into.
-        replaced: The values of tensors that were trained with an adapter.
-        base: The checkpoint.
-    """
+    """The changes to a checkpoint, by the names of its tensors: the weights merged into, and new values of others."""
 
     merged: dict[str, Merging | FusedMerging]
     replaced: dict[str, Tensor]
     base: DenseView
 
     def pieces(self, entry: Entry, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yield the new values of a tensor in pieces, reading it as they are needed.
+        """Yield the new values of a tensor of the checkpoint in pieces, reading it as they are needed.
 
-        Args:
-            entry: A tensor of the checkpoint.
-            dtype: The dtype of the result. It is computed in the wider of this and the tensor's, or float32 at least if
-                the tensor is quantized, and rounded once.
-
-        Raises:
-            MergeError: If a value is not finite that was before.
+        They are computed in the wider of ``dtype`` and the tensor's, or float32 at least if the tensor is quantized,
+        and rounded once to ``dtype``. It is an error if a value is not finite that was before.
         """
         is_coded = entry.name in self.base.codes
         wide = torch.promote_types(torch.float32 if is_coded else entry.dtype, dtype)
@@ -114,14 +88,8 @@ class Changes:
 def find_changes(base: Base, adapters: Mapping[Path, float], prefix: str | None = None) -> Changes:
     """Read adapters, fit them to a checkpoint, draw their bases, and return which tensors they change.
 
-    Args:
-        base: The checkpoint.
-        adapters: Directories of adapters and the factors of their updates.
-        prefix: The prefix by which their names differ from the checkpoint's, as in `randlora.load`.
-
-    Raises:
-        CheckpointError: If an adapter or its bases cannot be read, or do not fit the checkpoint, or two of the adapters
-            trained the same parameter.
+    ``adapters`` are their directories and the factors of their updates. It is an error if two trained the same
+    parameter.
     """
     bank = BasisBank()
     merged: dict[str, Merging | FusedMerging] = {}

@@ -19,12 +19,10 @@ SEED = 0
 
 
 class LowRank(NamedTuple):
-    """A matrix as the product of two thin ones.
+    """A matrix as the product of two thin ones, ``(rows, rank)`` and ``(rank, columns)``.
 
-    Attributes:
-        left: ``(rows, rank)``. Each singular value is distributed over both factors by its root.
-        right: ``(rank, columns)``.
-        relative_error: ``‖matrix - left @ right‖ / ‖matrix‖``, Frobenius norms.
+    Each singular value is distributed over both factors by its root. ``relative_error`` is
+    ``‖matrix - left @ right‖ / ‖matrix‖``, in Frobenius norms.
     """
 
     left: Tensor
@@ -38,12 +36,7 @@ class LowRank(NamedTuple):
 
 
 def of_rank(matrix: Tensor, rank: int) -> LowRank:
-    """Return the nearest matrix of a given rank, padded with zeros if the matrix has a lower one.
-
-    Args:
-        matrix: ``(rows, columns)``, float32 or float64, finite.
-        rank: At least 1.
-    """
+    """Return the nearest matrix of a given rank, padded with zeros if the matrix has a lower one."""
     smaller, wanted = min(matrix.shape), rank + OVERSAMPLING
     is_exact = smaller <= EXACT_UP_TO or wanted * WORTHWHILE > smaller
     return _truncated(matrix, *(_exact(matrix) if is_exact else _randomized(matrix, wanted)), rank)
@@ -53,10 +46,6 @@ def within(matrix: Tensor, tolerance: float) -> LowRank:
     """Return the matrix of the smallest rank whose relative error is within a tolerance.
 
     If rounding keeps even the full rank from the tolerance, the full rank is returned.
-
-    Args:
-        matrix: ``(rows, columns)``, float32 or float64, finite.
-        tolerance: At least 0.
     """
     left, values, right = _exact(matrix)
     # the squared error of each rank from 1: the sum of the squares after it, which is not a difference of large numbers

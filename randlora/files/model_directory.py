@@ -36,11 +36,7 @@ DTYPE_FIELDS = frozenset({"dtype", "torch_dtype"})
 class ModelDirectory:
     """A directory with a model's weights in one safetensors file or several.
 
-    Attributes:
-        path: The directory.
-        config: The contents of ``config.json``; empty if there is none.
-        shards: The files with weights.
-        index: The contents of the index of a sharded checkpoint, else ``None``.
+    ``config`` is empty if there is no ``config.json``, and ``index`` is ``None`` unless the checkpoint is sharded.
     """
 
     path: Path
@@ -72,16 +68,7 @@ class ModelDirectory:
 
 
 def read_model_directory(directory: str | os.PathLike[str]) -> ModelDirectory:
-    """Return the headers of a model's checkpoint, one file or sharded, after checking that they agree.
-
-    Args:
-        directory: A directory as transformers' ``save_pretrained`` writes it: ``model.safetensors``, or shards with
-            ``model.safetensors.index.json``, and ``config.json``.
-
-    Raises:
-        CheckpointError: If there is no such checkpoint, a file is missing, truncated or damaged, or a file holds other
-            tensors than the index says. All problems are named.
-    """
+    """Return the headers of a model's checkpoint, one file or sharded, after checking that they agree."""
     path = Path(directory)
     index = None
     if (path / SINGLE_FILE).is_file():
@@ -173,9 +160,7 @@ def _what_is_there_instead(path: Path) -> str:
 class Companions:
     """The files of a model's directory other than its checkpoint, as paths inside the directory.
 
-    Attributes:
-        carried: Files to copy.
-        left_out: Weights in other formats, which are not merged.
+    Those ``left_out`` are weights in other formats, which are not merged.
     """
 
     carried: tuple[Path, ...]

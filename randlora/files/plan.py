@@ -93,11 +93,6 @@ def _take_dtypes(model: TransformersModel, base: DenseView) -> list[str]:
 
 
 def training_memory(report: Report, directory: ModelDirectory) -> TrainingMemory:
-    """Return the memory that training the adapter of a report needs.
-
-    Args:
-        report: The result of `plan`.
-        directory: The model's checkpoint.
-    """
+    """Return the memory that is needed to train the adapter of a report that `plan` returned."""
     trained = report.checkpoint_bytes  # the trained parameters are those that are saved
     return TrainingMemory(directory.nbytes, trained, trained, 2 * trained, report.basis_bytes)

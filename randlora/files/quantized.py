@@ -59,12 +59,9 @@ REPACKED = (
 class StoredCodes:
     """A tensor that is stored as codes.
 
-    Attributes:
-        entry: The codes.
-        parts: The tensors needed to read them, by their names without the codes' name.
-        kind: ``"nf4"``, ``"fp4"`` or ``"8 bits"``.
-        shape: The shape of the tensor that was quantized.
-        dtype: Its dtype; ``None`` if the files do not say, as for 8 bits.
+    ``parts`` are the tensors needed to read them, by their names without the codes' name. ``kind`` is ``"nf4"``,
+    ``"fp4"`` or ``"8 bits"``. ``shape`` and ``dtype`` are those of the tensor that was quantized; files of 8 bits do
+    not say the dtype.
     """
 
     entry: Entry
@@ -95,11 +92,9 @@ class StoredCodes:
 class DenseView:
     """A checkpoint as if it were not quantized.
 
-    Attributes:
-        directory: The checkpoint, with the shapes and dtypes that quantized tensors had, without the other tensors of
-            the quantization, and without the quantization in its config.
-        codes: The tensors that are stored as codes, by name.
-        transposed: Names of those that were transposed before they were quantized.
+    ``directory`` has the shapes and dtypes that quantized tensors had, without the other tensors of the quantization
+    and without the quantization in its config. Of the ``codes``, by name, those in ``transposed`` were
+    transposed before they were quantized.
     """
 
     directory: ModelDirectory
@@ -119,15 +114,9 @@ class DenseView:
 
 
 def as_dense(directory: ModelDirectory, model: TransformersModel | str) -> DenseView:
-    """Return a checkpoint as if it were not quantized.
+    """Return a checkpoint as if it were not quantized; ``model`` is the result of `build_model` for it.
 
-    Args:
-        directory: The checkpoint.
-        model: The result of `build_model` for it.
-
-    Raises:
-        CheckpointError: If codes are incomplete, damaged or not of bitsandbytes, or if the model's class cannot be
-            built, without which it is not known which weights were transposed before they were quantized.
+    A quantized one needs the model's class, which determines the weights that were transposed before the quantization.
     """
     _refuse_others(directory)
     codes = find_codes(directory.entries)
@@ -179,14 +168,7 @@ def _refuse_others(directory: ModelDirectory) -> None:
 
 
 def find_codes(entries: Mapping[str, Entry]) -> dict[str, StoredCodes]:
-    """Return the tensors of a checkpoint that bitsandbytes stored as codes, by name.
-
-    Args:
-        entries: The tensors of the checkpoint by name.
-
-    Raises:
-        CheckpointError: If something is missing, damaged or unknown. All problems are named.
-    """
+    """Return the tensors of a checkpoint that bitsandbytes stored as codes, by name, after checking their parts."""
     found: dict[str, StoredCodes] = {}
     problems = []
     for name in entries:

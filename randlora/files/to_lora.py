@@ -59,13 +59,7 @@ class LoraLayer:
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """The contents of the files of a LoRA adapter.
-
-    Attributes:
-        fields: The contents of ``adapter_config.json``.
-        tensors: The tensors of ``adapter_model.safetensors``.
-        layers: How each layer was converted.
-    """
+    """The contents of the files of a LoRA adapter, and how each layer was converted."""
 
     fields: dict[str, Any]
     tensors: tuple[Planned, ...]
@@ -80,16 +74,9 @@ class Lora:
 def to_lora(adapter: OpenAdapter, rank: int | None, tolerance: float | None, scratch: Path, progress: Progress) -> Lora:
     """Approximate every update of an adapter by one of low rank, layer by layer.
 
-    Args:
-        adapter: The adapter, with known shapes.
-        rank: The rank of every layer; ``None`` for the smallest of each layer that is within the tolerance.
-        tolerance: The largest accepted relative error of a layer; ``None`` means 0.05.
-        scratch: A directory for the factors, which together may be as large as the model.
-        progress: Called for every layer.
-
-    Raises:
-        CheckpointError: If the shapes are not known.
-        ConfigError: If a layer's error exceeds the tolerance.
+    Without a rank, each layer gets the smallest whose relative error is within the tolerance, 0.05 if ``None``. A
+    larger error of any layer is a `ConfigError`. ``scratch`` is a directory for the factors, which together may be as
+    large as the model.
     """
     shapes, _ = adapter.require_shapes()
     accepted = DEFAULT_TOLERANCE if tolerance is None else tolerance

@@ -24,11 +24,8 @@ INSTALL = "pip install 'transformers>=5.0'"
 class Conversion:
     """How transformers computes parameters from tensors in files: one from all experts', several from a fused one.
 
-    Attributes:
-        model: The model.
-        converter: The conversion, an object of transformers.
-        fqn: The first of the parameters.
-        sources: Names of the tensors, with the patterns that they match.
+    ``converter`` is an object of transformers, ``fqn`` the first of the parameters. ``sources`` are the names of the
+    tensors, with the patterns that they match.
     """
 
     model: Any
@@ -57,11 +54,8 @@ class Conversion:
 class TransformersModel:
     """A model on the meta device, and the parameters that the tensors of its checkpoint become.
 
-    Attributes:
-        census: The model.
-        names: Names of the tensors that hold a parameter unchanged, by the parameter's id. Files may hold a tied
-            parameter several times.
-        conversions: How the other parameters are computed from tensors, by FQN.
+    ``names`` are those of the tensors that hold a parameter unchanged, by the parameter's id; there are several if
+    files hold a tied one several times. ``conversions`` compute the other parameters, by FQN.
     """
 
     census: Census
@@ -85,14 +79,7 @@ class TransformersModel:
 
 
 def build_model(directory: ModelDirectory) -> TransformersModel | str:
-    """Build the model that ``config.json`` describes, on the meta device.
-
-    Args:
-        directory: The checkpoint.
-
-    Returns:
-        The model, or the reason why it cannot be built and what to do.
-    """
+    """Return the model that ``config.json`` describes, on the meta device, or the reason why it cannot be built."""
     try:
         import transformers  # noqa: PLC0415 - optional
     except ImportError:
