@@ -129,7 +129,8 @@ def without_repeats(census: Census, file: AdapterFile) -> AdapterFile:
     for names in _names_of_tied(census):
         named = [fqn for fqn in names if fqn in file.trained]
         left = [fqn for fqn in names if fqn not in file.trained]
-        if not all(_equal(file.trained[fqn], file.trained[named[0]]) for fqn in named):
+        values = [file.trained[fqn] for fqn in named]
+        if any(value.dtype != values[0].dtype or not torch.equal(value, values[0]) for value in values):
             problems.append(f"{' and '.join(named)} are one parameter here, and two in the file: untie them first")
         elif named and left and file.header is None:
             problems.append(
@@ -138,10 +139,6 @@ def without_repeats(census: Census, file: AdapterFile) -> AdapterFile:
         repeated.update(named[1:])
     raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
     return replace(file, trained={fqn: value for fqn, value in file.trained.items() if fqn not in repeated})
-
-
-def _equal(first: Tensor, second: Tensor) -> bool:
-    return first.dtype == second.dtype and torch.equal(first, second)
 
 
 def untied_by_peft(census: Census, trained: Iterable[str]) -> list[str]:

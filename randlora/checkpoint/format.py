@@ -96,13 +96,13 @@ class Header:
     def of(cls, config: RandLoRAConfig, basis: Basis, shapes: Shapes, trained: Iterable[str]) -> Header:
         """Return the header of an adapter, given its layers' shapes and the FQNs of the parameters trained with it."""
         config = replace(config, targets=tuple(shapes), exclude=None, train_also=tuple(trained) or None)
-        is_drawn = basis.stored is None
-        versions = version("randlora"), torch.__version__.split("+")[0] if is_drawn else None
-        header = cls(config, basis.spec, dict(shapes), "", is_drawn, *versions)
-        spec = header.spec
+        spec, is_drawn = basis.spec, basis.stored is None
         if spec.is_prefix_stable:  # then the dims that other adapters of the model made it grow to do not matter
-            spec = replace(spec, max_dim=header.rectangle[0], min_dim=header.rectangle[1])
-        return replace(header, spec=spec, basis_digest=basis.digest(*header.extent))
+            max_dim, min_dim = drawn_dims(shapes.values())
+            spec = replace(spec, max_dim=max_dim, min_dim=min_dim)
+        digest = basis.digest(*sliced_dims(shapes.values()))
+        versions = version("randlora"), torch.__version__.split("+")[0] if is_drawn else None
+        return cls(config, spec, dict(shapes), digest, is_drawn, *versions)
 
     @property
     def extent(self) -> tuple[int, int]:
@@ -113,14 +113,6 @@ class Header:
     def rectangle(self) -> tuple[int, int]:
         """``(max_dim, min_dim)`` of the bases that PEFT would draw for the targets, at least `extent`."""
         return drawn_dims(self.shapes.values())
-
-    @property
-    def is_consistent(self) -> bool:
-        """Whether the options name these bases, and the bases are large enough for every target."""
-        wanted = spec_for(self.config, *self.extent)
-        drawn = self.spec.max_dim, self.spec.min_dim
-        reached = self.spec.is_prefix_stable or all(map(operator.ge, drawn, self.extent))
-        return wanted.family == self.spec.family and reached
 
 
 def dump_header(header: Header, tensors: Mapping[str, Tensor]) -> str:
@@ -163,9 +155,11 @@ def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
         raise CheckpointError(f"the file's header is damaged ({error}): get an undamaged copy") from error
     if seal != _seal(facts, tensors):
         raise CheckpointError("the file's contents do not match its checksum, it was damaged: get an undamaged copy")
-    if not header.is_consistent:
+    spec = header.spec
+    is_large_enough = spec.is_prefix_stable or all(map(operator.ge, (spec.max_dim, spec.min_dim), header.extent))
+    if spec.family != spec_for(header.config, *header.extent).family or not is_large_enough:
         raise CheckpointError(
-            f"the file's options, its targets and {header.spec} contradict each other: randlora.save wrote no such file"
+            f"the file's options, its targets and {spec} contradict each other: randlora.save wrote no such file"
         )
     return header
 

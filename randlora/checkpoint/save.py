@@ -29,6 +29,7 @@ from randlora.errors import CheckpointError, raise_collected
 from randlora.model.install import lost_sites, require_own
 from randlora.report import adapter_report, as_bytes
 from randlora.state import Adapter, adapted_root
+from randlora.targets.site import shapes_of
 from randlora.targets.walk import Census
 
 
@@ -91,10 +92,11 @@ def save(
     directory = Path(directory)
     census = Census.of(root)
     require_own(census, state, "save")
-    diagonals = diagonals_by_fqn(census, adapter.name)
+    sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
+    diagonals = {site.fqn: site.layer.diagonals_of(site.owner, adapter.name) for site in sites}
     problems = [*lost_sites(census, [adapter]), *_problems(adapter, diagonals, bases), *_hub_problems(push_to_hub)]
     raise_collected(CheckpointError, problems, doing=f"save to {str(directory)!r}")
-    shapes = {site.fqn: site.shape for site in census.adapted if site.fqn in diagonals}
+    shapes = shapes_of(sites)
     header = Header.of(adapter.config, adapter.basis, shapes, adapter.trained)
     notes = _peft_notes(adapter, header, bases)
     tensors = adapter_tensors(diagonals, adapter.trained)
@@ -110,13 +112,6 @@ def save(
     url = _upload(directory, push_to_hub) if push_to_hub else None
     notes += untied_by_peft(census, adapter.trained)
     return SaveReport(directory, adapter.name, size, tuple(notes), url)
-
-
-def diagonals_by_fqn(census: Census, name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """Return Λ and Γ of each weight that one adapter is on, by FQN."""
-    return {
-        site.fqn: site.layer.diagonals_of(site.owner, name) for site in census.adapted if name in site.layer.adapters
-    }
 
 
 def _problems(adapter: Adapter, diagonals: Mapping[str, tuple[nn.Parameter, nn.Parameter]], bases: str) -> list[str]:
