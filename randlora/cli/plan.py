@@ -9,8 +9,8 @@ import typer
 from typer import Argument, Option
 
 from randlora import config
-from randlora.cli.shared import AsJson, plain, show, show_json, show_table
-from randlora.files.model_directory import read_model_directory
+from randlora.cli.shared import AsJson, plain, show_json, show_table
+from randlora.files.base_fit import open_base
 from randlora.files.plan import TrainingMemory, plan_checkpoint, training_memory
 from randlora.report import as_bytes
 
@@ -55,9 +55,9 @@ def plan(
 
     `randlora plan gpt2 --targets all-linear --basis block --json`
     """
-    checkpoint = read_model_directory(model_dir)
+    base = open_base(model_dir)
     report = plan_checkpoint(
-        checkpoint,
+        base,
         r,
         targets=_pattern(targets, targets_regex),
         exclude=exclude or None,
@@ -68,12 +68,12 @@ def plan(
         blocks=blocks,
         seed=seed,
     )
-    memory = training_memory(report, checkpoint)
+    memory = training_memory(report, base.directory)
     if as_json:
         show_json({**plain(report), "share": report.share, "training_memory": {**plain(memory), "total": memory.total}})
         return
-    show(report)
-    show("\nmemory for training, without activations:")
+    typer.echo(report)
+    typer.echo("\nmemory for training, without activations:")
     show_table((), _memory_rows(memory))
 
 

@@ -70,17 +70,18 @@ class ModelDirectory:
 def read_model_directory(directory: str | os.PathLike[str]) -> ModelDirectory:
     """Return the headers of a model's checkpoint, one file or sharded, after checking that they agree."""
     path = Path(directory)
-    index = None
+    index, weight_map = None, {}
     if (path / SINGLE_FILE).is_file():
         files: Iterable[str] = [SINGLE_FILE]
     elif (path / INDEX_FILE).is_file():
         index = _read_json(path / INDEX_FILE)
-        files = sorted(set(_weight_map(path, index).values()))
+        weight_map = _weight_map(path, index)
+        files = sorted(set(weight_map.values()))
     else:
         raise CheckpointError(_what_is_there_instead(path))
     config = _read_json(path / MODEL_CONFIG_FILE) if (path / MODEL_CONFIG_FILE).is_file() else {}
     shards = _read_shards(path, files)
-    problems = _repeated(shards) + ([] if index is None else _disagreements(shards, _weight_map(path, index)))
+    problems = _repeated(shards) + _disagreements(shards, weight_map)
     raise_collected(CheckpointError, problems, doing=f"read the checkpoint in {str(path)!r}")
     return ModelDirectory(path, config, shards, index)
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from randlora.errors import CheckpointError, TargetError, raise_collected
-from randlora.files.model_directory import ModelDirectory, read_model_directory
-from randlora.files.quantized import DenseView, as_dense
-from randlora.files.transformers_model import TransformersModel, build_model
+from randlora.files.base_fit import Base, open_base
+from randlora.files.model_directory import ModelDirectory
+from randlora.files.quantized import DenseView
+from randlora.files.transformers_model import TransformersModel
 from randlora.model.inject import plan as plan_model
 from randlora.report import Report
 
@@ -58,33 +59,31 @@ def plan(directory: str | os.PathLike[str], r: int | None = None, **options: Any
             the class differ.
         RandLoRAError: As `randlora.plan`.
     """
-    return plan_checkpoint(read_model_directory(directory), r, **options)
+    return plan_checkpoint(open_base(directory), r, **options)
 
 
-def plan_checkpoint(checkpoint: ModelDirectory, r: int | None = None, **options: Any) -> Report:
+def plan_checkpoint(base: Base, r: int | None = None, **options: Any) -> Report:
     """Return the report of `plan` for a checkpoint whose headers have been read."""
-    directory = checkpoint.path
-    model = build_model(checkpoint)
-    base = as_dense(checkpoint, model)
+    directory, dense, model = base
     if isinstance(model, str):
         advice = "or build the model on torch.device('meta') and give it to randlora.plan"
-        raise CheckpointError(f"cannot plan for {str(directory)!r}: {model}; {advice}")
-    raise_collected(CheckpointError, _take_dtypes(model, base), doing=f"plan for {str(directory)!r}")
+        raise CheckpointError(f"cannot plan for {str(directory.path)!r}: {model}; {advice}")
+    raise_collected(CheckpointError, _take_dtypes(model, dense), doing=f"plan for {str(directory.path)!r}")
     report = plan_model(model.census.model, r, **options)
-    if not base.codes:
+    if not dense.codes:
         return report
-    codes = {fqn for fqn, names in model.names_by_fqn.items() if base.codes.keys() & set(names)}
+    codes = {fqn for fqn, names in model.names_by_fqn.items() if dense.codes.keys() & set(names)}
     problems = [f"train_also includes {fqn}, which is quantized" for fqn in report.train_also if fqn in codes]
     raise_collected(TargetError, problems, doing="plan")
-    quantized = f"the model is quantized ({', '.join(base.kinds)}): parameters are counted as if it were not"
+    quantized = f"the model is quantized ({', '.join(dense.kinds)}): parameters are counted as if it were not"
     return replace(report, notes=(*report.notes, quantized))
 
 
-def _take_dtypes(model: TransformersModel, base: DenseView) -> list[str]:
+def _take_dtypes(model: TransformersModel, dense: DenseView) -> list[str]:
     """Set the parameters' dtypes to those of the checkpoint, and return which have other shapes there."""
     problems = []
     for held in model.census.parameters:
-        for entry in (base.directory.entries[name] for name in model.names_of(held.parameter)):
+        for entry in (dense.directory.entries[name] for name in model.names_of(held.parameter)):
             if entry.shape != tuple(held.parameter.shape):
                 by_class = tuple(held.parameter.shape)
                 problems.append(f"{entry.name} has shape {entry.shape} in the files, {by_class} by its config.json")

@@ -93,8 +93,8 @@ class DenseView:
     """A checkpoint as if it were not quantized.
 
     ``directory`` has the shapes and dtypes that quantized tensors had, without the other tensors of the quantization
-    and without the quantization in its config. Of the ``codes``, by name, those in ``transposed`` were
-    transposed before they were quantized.
+    and without the quantization in its config. Of the ``codes``, by name, those in ``transposed`` were transposed before
+    they were quantized.
     """
 
     directory: ModelDirectory
@@ -123,7 +123,7 @@ def as_dense(directory: ModelDirectory, model: TransformersModel | str) -> Dense
     if not codes and not isinstance(directory.config.get(SETTINGS), dict):
         return DenseView(directory, {})
     problems = [
-        f"{entry.file} has {name} in {entry.dtype} without the scales needed to read it: get a complete copy"
+        f"{entry.file} has {name} in {entry.dtype} without the scales needed to read it: {INCOMPLETE}"
         for name, entry in directory.entries.items()
         if name.endswith(".weight") and entry.dtype in (torch.int8, torch.uint8) and name not in codes
     ]
