@@ -6,14 +6,15 @@ import torch
 
 from randlora.bases.basis import Basis
 from randlora.files.base_fit import open_base
-from randlora.files.changes import Changes, find_changes
+from randlora.files.changes import Changes, Merging, find_changes
 from tests.model_directories import save_adapter, save_model
 from tests.models import BERT, LLAMA
 
 
 def bases(changes: Changes) -> list[Basis]:
     """List the bases of all updates, each once."""
-    found = {id(update.basis): update.basis for merging in changes.merged.values() for update in merging.updates}
+    whole = [merging for merging in changes.merged.values() if isinstance(merging, Merging)]
+    found = {id(update.basis): update.basis for merging in whole for update in merging.updates}
     return list(found.values())
 
 

@@ -46,11 +46,6 @@ class FusedMerging:
     conversion: Conversion
     parts: dict[str, Merging] = field(default_factory=dict)
 
-    @property
-    def updates(self) -> list[Update]:
-        """The updates of all parts."""
-        return [update for part in self.parts.values() for update in part.updates]
-
     def merged(self, weight: Tensor) -> Tensor:
         """Return the tensor with its parts merged, as `Merging.merged` does."""
         found = self.conversion.split(weight)
@@ -97,18 +92,15 @@ def find_changes(base: Base, adapters: Mapping[Path, float], prefix: str | None 
     for path, factor in adapters.items():
         try:
             adapter, fit = open_fitted(path, base, prefix, bank)
+            if fit.absent:
+                absent = ", ".join(fit.absent)
+                raise CheckpointError(
+                    f"the model's files lack {absent}, which was trained: load the model and merge in memory"
+                )
+            if taken := ", ".join(fqn for fqn, names in fit.trained.items() if replaced.keys() & set(names)):
+                raise CheckpointError(f"an adapter before it trained {taken} too, and the model has room for one")
         except CheckpointError as error:
             raise CheckpointError(f"cannot merge {str(path)!r}: {error}") from error
-        if fit.absent:
-            raise CheckpointError(
-                f"cannot merge {str(path)!r}: the model's files lack {', '.join(fit.absent)}, which was trained: "
-                "load the model and merge in memory"
-            )
-        if taken := [fqn for fqn, names in fit.trained.items() if replaced.keys() & set(names)]:
-            raise CheckpointError(
-                f"cannot merge {str(path)!r}: an adapter before it trained {', '.join(taken)} too, and the model has "
-                "room for one"
-            )
         for fqn, slot in fit.slots.items():
             update = adapter.update(fqn, factor)
             for name in slot.names:

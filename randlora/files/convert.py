@@ -18,6 +18,7 @@ from randlora.checkpoint.format import (
     Header,
     adapter_tensors,
     file_writers,
+    planned_writers,
     stored_bases,
 )
 from randlora.checkpoint.peft_config import STREAM_FIELD, option_fields
@@ -123,7 +124,7 @@ def convert(
         disk = next(parent for parent in target.absolute().parents if parent.is_dir())
         with scratch_directory(disk, target.name) as scratch:
             lora = to_lora(adapter, rank, tolerance, scratch, progress)
-            nbytes = write_files(target, lora.writers)
+            nbytes = write_files(target, planned_writers(lora.fields, lora.tensors))
         return ConversionReport(source, target, to, nbytes, lora.layers, _lora_notes(lora))
     fields, tensors, header, notes = _contents(adapter, to)
     nbytes = write_files(target, file_writers(fields, tensors, header))

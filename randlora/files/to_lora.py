@@ -9,9 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from randlora.checkpoint.format import METADATA, MODEL_PREFIX, planned_writers, trained_key
+from randlora.checkpoint.format import METADATA, MODEL_PREFIX, trained_key
 from randlora.checkpoint.peft_config import PEFT_VERSION
-from randlora.disk.replace import Writer
 from randlora.disk.tensor_file import Planned, read_pieces, read_shard, write_tensor_file
 from randlora.errors import ConfigError
 from randlora.files.adapter import OpenAdapter
@@ -64,11 +63,6 @@ class Lora:
     fields: dict[str, Any]
     tensors: tuple[Planned, ...]
     layers: tuple[LoraLayer, ...]
-
-    @property
-    def writers(self) -> dict[str, Writer]:
-        """What writes both files, with a part of a tensor in memory at a time."""
-        return planned_writers(self.fields, self.tensors)
 
 
 def to_lora(adapter: OpenAdapter, rank: int | None, tolerance: float | None, scratch: Path, progress: Progress) -> Lora:
