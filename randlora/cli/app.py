@@ -12,7 +12,7 @@ from randlora.cli.convert import convert
 from randlora.cli.inspect import inspect
 from randlora.cli.merge import merge
 from randlora.cli.plan import plan
-from randlora.cli.shared import complain, show
+from randlora.cli.shared import complain
 from randlora.cli.verify import verify
 from randlora.errors import RandLoRAError
 
@@ -35,7 +35,7 @@ USER_ERROR = 1
 
 def _show_version(wanted: bool) -> None:  # noqa: FBT001 (typer calls it so)
     if wanted:
-        show(f"randlora {randlora.__version__}")
+        typer.echo(f"randlora {randlora.__version__}")
         raise typer.Exit
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Argument, Option, echo
 
 from randlora import files
-from randlora.cli.shared import AdapterDir, AsJson, BaseForShapes, plain, progress_bar, show, show_json
+from randlora.cli.shared import AdapterDir, AsJson, BaseForShapes, plain, progress_bar, show_json
 from randlora.files.convert import Format
 
 Out = Annotated[Path, Argument(help="The directory to write.")]
@@ -58,4 +58,4 @@ def convert(
             overwrite=overwrite,
             progress=progress,
         )
-    show_json({**plain(report), "relative_error": report.relative_error}) if as_json else show(report)
+    show_json({**plain(report), "relative_error": report.relative_error}) if as_json else echo(report)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from typer import Option
+from typer import Option, echo
 
 from randlora import files
-from randlora.cli.shared import AdapterDir, AsJson, BaseForShapes, plain, progress_bar, show, show_json
+from randlora.cli.shared import AdapterDir, AsJson, BaseForShapes, plain, progress_bar, show_json
 
 Norms = Annotated[bool, Option(help="Compute every layer's update and its norms.")]
 
@@ -34,7 +34,7 @@ def inspect(
     with progress_bar() as progress:
         summary = files.inspect(adapter_dir, base, norms=norms, progress=progress)
     if not as_json:
-        show(summary)
+        echo(summary)
         return
     layers = [{**plain(layer), "stable_rank": layer.stable_rank} for layer in summary.layers]  # which is not a field
     show_json({**plain(summary), "layers": layers})

@@ -33,11 +33,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and 
 WIDEST = 100_000  # the width of a pipe, where nothing is cut or wrapped
 
 
-def show(text: object) -> None:
-    """Print a result as text."""
-    typer.echo(str(text))
-
-
 def show_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table, with the first column left-aligned and the others right-aligned. Headings may be none."""
     table = Table(box=None, pad_edge=False, header_style="bold", show_header=bool(headings))

@@ -9,7 +9,7 @@ import typer
 from typer import Option
 
 from randlora import files
-from randlora.cli.shared import AdapterDir, AsJson, Prefix, plain, progress_bar, show, show_json
+from randlora.cli.shared import AdapterDir, AsJson, Prefix, plain, progress_bar, show_json
 
 FAILED = 1
 
@@ -38,6 +38,6 @@ def verify(
     if as_json:
         show_json({**plain(verification), "passed": verification.passed})
     else:
-        show(verification)
+        typer.echo(verification)
     if not verification.passed:
         raise typer.Exit(FAILED)
