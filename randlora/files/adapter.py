@@ -14,6 +14,7 @@ from randlora.bases.spec import sliced_dims
 from randlora.checkpoint.bases import file_basis
 from randlora.checkpoint.fit import misfits
 from randlora.checkpoint.format import master
+from randlora.checkpoint.peft_config import BASE_FIELD
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.errors import CheckpointError, raise_collected
 from randlora.files.base_fit import Base, BaseFit, fit_base, open_base
@@ -56,7 +57,7 @@ class OpenAdapter:
     def require_shapes(self) -> tuple[Shapes, Basis]:
         """Return the shapes and the bases, or raise a `CheckpointError` if they are not known."""
         if self.shapes is None or self.basis is None:
-            named = self.file.fields.get("base_model_name_or_path")
+            named = self.file.fields.get(BASE_FIELD)
             raise CheckpointError(
                 f"{str(self.directory)!r} was written by PEFT, which stores only the smaller dim of each layer: "
                 f"give the directory of its base model too{f', {named!r}' if named else ''}"

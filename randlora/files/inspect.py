@@ -11,7 +11,7 @@ from typing import Literal
 
 from randlora.bases.spec import BasisSpec, sliced_dims
 from randlora.checkpoint.format import CONFIG_FILE, FORMAT_VERSION, TENSORS_FILE
-from randlora.checkpoint.peft_config import NEUTRAL_FIELDS, kept_fields
+from randlora.checkpoint.peft_config import BASE_FIELD, NEUTRAL_FIELDS, kept_fields
 from randlora.config import RandLoRAConfig
 from randlora.files.adapter import OpenAdapter, open_adapter
 from randlora.files.low_rank import frobenius_norm, spectral_norm
@@ -183,7 +183,7 @@ def inspect(
         directory=adapter.directory,
         writer=writer,
         storage=times.get(file.basis_copies, f"stored {file.basis_copies} times in the file"),
-        base_model=file.fields.get("base_model_name_or_path"),
+        base_model=file.fields.get(BASE_FIELD),
         config=file.config,
         bases=_bases(adapter),
         layers=tuple(layers),

@@ -93,8 +93,8 @@ class DenseView:
     """A checkpoint as if it were not quantized.
 
     ``directory`` has the shapes and dtypes that quantized tensors had, without the other tensors of the quantization
-    and without the quantization in its config. Of the ``codes``, by name, those in ``transposed`` were transposed before
-    they were quantized.
+    and without the quantization in its config. Of the ``codes``, by name, those in ``transposed`` were transposed
+    before they were quantized.
     """
 
     directory: ModelDirectory

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from randlora.checkpoint.format import METADATA, MODEL_PREFIX, trained_key
-from randlora.checkpoint.peft_config import PEFT_VERSION
+from randlora.checkpoint.peft_config import BASE_FIELD, PEFT_VERSION
 from randlora.disk.tensor_file import Planned, read_pieces, read_shard, write_tensor_file
 from randlora.errors import ConfigError
 from randlora.files.adapter import OpenAdapter
@@ -23,7 +23,7 @@ LISTED = 5
 
 CARRIED_FIELDS = (
     "auto_mapping",
-    "base_model_name_or_path",
+    BASE_FIELD,
     "fan_in_fan_out",
     "modules_to_save",
     "revision",
