@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 
 from torch.nn.parameter import is_lazy
 
 from randlora.bases.spec import BasisSpec, count_bases
 from randlora.config import RandLoRAConfig
-from randlora.layers.folding import RoundingLoss
 from randlora.layers.registry import find_layer
+from randlora.layers.update import RoundingLoss
 from randlora.state import Adapter
 from randlora.targets.match import shortened
 from randlora.targets.site import Shapes
@@ -20,6 +20,14 @@ from randlora.targets.walk import Census, Held
 
 FLOAT32_BYTES = 4
 HEADINGS = ("count", "in", "out", "r", "num_bases", "rank", "trainable")
+
+
+Progress = Callable[[int, int, str], object]
+"""Called with the amount done, the total, and a description of the current step."""
+
+
+def no_progress(done: int, total: int, doing: str) -> None:
+    """Ignore the progress."""
 
 
 @dataclass(frozen=True)

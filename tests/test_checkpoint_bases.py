@@ -152,7 +152,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"torch": {}, "portable": {"stream": "porta
 def test_bases_that_are_not_those_trained_with_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
     randlora.save(trained(LINEAR, **options), tmp_path)
     reseal(tmp_path, basis_digest="0" * 64)
-    refused(LINEAR.build(), tmp_path, "load it with that torch and save it with bases='stored'")
+    refused(LINEAR.build(), tmp_path, "save it there with bases='stored'")
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -199,3 +199,15 @@ def test_the_key_of_bases_of_no_seed_is_saved_with_them(tmp_path: Path) -> None:
     assert basis_of(twin, "a0").spec.seed == 77
     assert basis_of(twin, "a0").stored is not None
     assert torch.equal(output(twin, "a0"), output(model, "a0"))
+
+
+def test_stored_bases_are_used_where_a_seed_draws_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained(LINEAR)
+    randlora.save(model, tmp_path / "stored", bases="stored")
+    randlora.save(model, tmp_path / "seed")
+    twin, other = LINEAR.build(), LINEAR.build()
+    monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda tensor, **_: tensor.uniform_(-1, 1))
+    randlora.load(twin, tmp_path / "stored")
+    assert torch.equal(LINEAR.output(twin), LINEAR.output(model))
+    assert randlora.files.verify(tmp_path / "stored").passed
+    refused(other, tmp_path / "seed", "save it there with bases='stored'")

@@ -19,7 +19,16 @@ from tests.strategies import specs
 SHAPES = {"a": (4, 6), "b.c": (5, 3)}
 SPEC = BasisSpec("dense", "torch", seed=3, r=2, max_dim=6, min_dim=5)
 CONFIG = RandLoRAConfig(r=2, targets=("a", "b.c"), alpha=5.0, dropout=0.5, seed=3, train_also=("d",))
-HEADER = Header(CONFIG, SPEC, SHAPES, "0" * 64, is_reproducible=True, library_version="0.1.0", torch_version="2.9.1")
+HEADER = Header(
+    CONFIG,
+    SPEC,
+    SHAPES,
+    "0" * 64,
+    is_reproducible=True,
+    library_version="0.1.0",
+    torch_version="2.9.1",
+    transposed=("b.c",),
+)
 TENSORS = {"x": torch.arange(6.0).reshape(2, 3), "y": torch.ones(4, dtype=torch.bfloat16)}
 
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
@@ -43,7 +52,8 @@ def headers(draw: st.DrawFn) -> Header:
         train_also=draw(st.none() | st.lists(names, min_size=1, max_size=2).map(tuple)),
     )
     digest = draw(st.text("0123456789abcdef", min_size=64, max_size=64))
-    return Header(config, spec, shapes, digest, draw(st.booleans()), draw(names), draw(st.none() | names))
+    transposed = draw(st.none() | st.just(tuple(shapes)))
+    return Header(config, spec, shapes, digest, draw(st.booleans()), draw(names), draw(st.none() | names), transposed)
 
 
 @given(headers())
@@ -63,9 +73,8 @@ def test_extent_and_rectangle_are_the_dims_that_layers_slice_and_that_peft_draws
     header = replace(HEADER, shapes=shapes)
     larger, smaller = zip(*(sorted(shape, reverse=True) for shape in shapes.values()), strict=True)
     widest_out, widest_in = max(out for out, _ in shapes.values()), max(in_ for _, in_ in shapes.values())
-    assert header.extent == (max(larger), max(smaller))
     assert header.rectangle == (max(larger), min(widest_out, widest_in))
-    assert header.rectangle[1] >= header.extent[1]
+    assert header.rectangle[1] >= max(smaller)
 
 
 CHANGED_FACTS: dict[str, Callable[[dict[str, Any]], object]] = {

@@ -194,3 +194,15 @@ def test_save_says_what_peft_would_not_load(
     report = randlora.save(trained(case, **options), tmp_path, bases=bases)
     assert report.notes == notes
     assert str(report).splitlines()[1:] == list(notes)
+
+
+@pytest.mark.parametrize("kind", ["file", "broken link"])
+def test_a_directory_that_is_none_is_refused_before_anything_is_written(kind: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if kind == "file":
+        out.touch()
+    else:
+        out.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="it is a file or a broken link: expected the name of a directory"):
+        randlora.save(trained(LINEAR), out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

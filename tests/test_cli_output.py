@@ -8,7 +8,7 @@ import torch
 
 from randlora.cli.shared import complain, plain, progress_bar, show_json, show_table
 from randlora.files.merge import FileMergeReport
-from randlora.files.progress import no_progress
+from randlora.report import no_progress
 
 
 def test_a_wide_table_is_not_cut_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,13 +7,16 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import randlora
+from randlora.disk import replace
 from randlora.disk.replace import new_directory, scratch_directory, write_files
 from tests.checkpoint_files import (
     CARD_FILE,
@@ -259,6 +262,7 @@ def test_a_directory_that_appeared_meanwhile_stays(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from randlora.disk import replace
 from randlora.disk.replace import new_directory, write_files
 
 def half(path):
@@ -297,6 +301,75 @@ def test_two_calls_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
             assert len({first, second, third}) == 3
             assert (first / "file").read_text() == "x"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_calls_that_create_one_directory_at_once_all_succeed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    barrier = threading.Barrier(4)
+
+    def together(text: bytes) -> Callable[[Path], object]:
+        def write(path: Path) -> None:
+            path.write_bytes(text)
+            if not out.exists():
+                with suppress(threading.BrokenBarrierError):
+                    barrier.wait(timeout=1)
+
+        return write
+
+    failures: list[BaseException] = []
+
+    def save(text: bytes) -> None:
+        try:
+            write_files(out, {"one": together(text), "two": together(text)})
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=save, args=(bytes([number]) * 100,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    found = contents(out)
+    assert found["one"] == found["two"], "files of two calls were mixed"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_kill_left_is_removed_through_a_link_too(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "link" / "out", "new"], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    write_files(tmp_path / "link" / "out", writers(file=b"x"))
+    assert [path.name for path in (tmp_path / "real").iterdir()] == ["out"]
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # of Python 3.12, in a process with threads
+def test_a_process_forked_while_a_lock_is_held_does_not_keep_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children: list[int] = []
+    make = tempfile.mkdtemp
+
+    def forking(*args: Any, **kwargs: Any) -> Any:
+        if (child := os.fork()) == 0:
+            time.sleep(30)
+            os._exit(0)
+        children.append(child)
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", forking)
+    monkeypatch.setattr(replace, "PATIENCE", 5.0)
+    with scratch_directory(tmp_path, "out"):
+        pass
+    monkeypatch.undo()
+    start = time.monotonic()
+    with replace._locked(tmp_path, seconds=5.0) as is_locked:
+        assert is_locked
+    assert time.monotonic() - start < 4
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_threads_that_write_one_directory_leave_the_files_of_one_of_them(tmp_path: Path) -> None:

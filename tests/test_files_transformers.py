@@ -8,17 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import randlora
-from randlora.errors import CheckpointError, TargetError
+from randlora.errors import CheckpointError, ConfigError, TargetError
 from randlora.files.model_directory import read_model_directory
 from randlora.files.transformers_model import TransformersModel, build_model
 from randlora.report import Report
-from tests.checkpoint_files import TENSORS_FILE, edit_fields
+from tests.checkpoint_files import TENSORS_FILE, edit_fields, reseal
 from tests.kit import fill, same_bits
 from tests.model_directories import HEADS, contents, save_adapter, save_model, write
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, every_transformers_model
@@ -208,24 +209,113 @@ def test_load_merge_and_verify_name_the_prefix_that_differs_and_take_it(
 ) -> None:
     model, base, own = both[one]
     adapter = both[other][2]
-    named = "differ by the prefix 'bert': pass prefix='bert' to load, merge or verify"
-    for wrong in (None, ""):
+    named = "differ by the prefix 'bert': pass prefix='bert'"
+    for wrong in (None, "ber", "bert.encoder"):
         with pytest.raises(CheckpointError, match=named):
             randlora.load(model, adapter, prefix=wrong)
         with pytest.raises(CheckpointError, match=named):
             randlora.files.merge(base, adapter, tmp_path / "out", prefix=wrong)
         assert named in str(randlora.files.verify(adapter, base, prefix=wrong))
-    for wrong in ("ber", "bert.encoder"):
-        with pytest.raises(CheckpointError, match="cannot load"):
-            randlora.load(model, adapter, prefix=wrong)
-        assert not randlora.files.verify(adapter, base, prefix=wrong).passed
+    no_names: list[Any] = ["", ".", 3]
+    for no_name in no_names:
+        with pytest.raises(ConfigError, match="prefix must be the name of a module"):
+            randlora.load(model, adapter, prefix=no_name)
+    with pytest.raises(CheckpointError, match="fit as they are: leave it out"):
+        randlora.load(model, own, prefix="bert")
     assert randlora.files.verify(adapter, base, prefix="bert").passed
     merged = randlora.files.merge(base, adapter, tmp_path / "out", prefix="bert").out
     expected = randlora.files.merge(base, own, tmp_path / "expected").out
     assert same_tensors(stored(merged), stored(expected))
-    assert randlora.load(model, adapter, prefix="bert").targets
+    report = randlora.load(model, adapter, prefix="bert")
+    assert re.search(r"with 'bert\.' (added|removed)$", report.rule)
     randlora.save(model, tmp_path / "again")  # under the names of the model that carries it now
     assert same_tensors(load_file(tmp_path / "again" / TENSORS_FILE), load_file(own / TENSORS_FILE))
+
+
+class Head(nn.Module):
+    """A model with a layer and a norm, and a norm of the same name in its submodule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.ModuleDict({"q": nn.Linear(8, 8), "norm": nn.LayerNorm(8)})
+        self.norm = nn.LayerNorm(8)
+
+
+def test_no_trained_parameter_is_taken_for_another_when_a_prefix_is_removed(tmp_path: Path) -> None:
+    head = Head()
+    randlora.inject(head, r=2, targets=["q"], train_also=["norm"])
+    randlora.save(head, tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"the model has no parameter norm\.weight, which was trained"):
+        randlora.load(Head().base, tmp_path / "adapter", prefix="base")
+
+
+def test_a_prefix_that_fits_both_ways_is_refused_and_one_that_fits_is_taken(tmp_path: Path) -> None:
+    nested = nn.ModuleDict({"q": nn.Linear(8, 8), "m": nn.ModuleDict({"q": nn.Linear(8, 8)})})
+    randlora.inject(nested, r=2, targets=r"m\.q")
+    randlora.save(nested, tmp_path / "adapter")
+    both = nn.ModuleDict({"q": nn.Linear(8, 8), "m": nn.ModuleDict({"m": nn.ModuleDict({"q": nn.Linear(8, 8)})})})
+    with pytest.raises(CheckpointError, match="both with and without it"):
+        randlora.load(both, tmp_path / "adapter", prefix="m")
+    with pytest.raises(CheckpointError, match=r"the model has no layer m\.q"):  # and names no prefix
+        randlora.load(both, tmp_path / "adapter")
+    draft = nn.ModuleDict({"m": nn.ModuleDict({"q": nn.Linear(8, 8)}), "draft": nested})
+    randlora.eject(nested)
+    assert randlora.load(draft, tmp_path / "adapter", prefix="draft").targets == ("draft.m.q",)
+
+
+def test_an_adapter_under_other_names_forgets_the_class_that_it_was_trained_on(tmp_path: Path) -> None:
+    bare = BERT.build().get_submodule("bert")
+    randlora.inject(bare, r=4, targets=["query"])
+    randlora.save(bare, tmp_path / "adapter")
+    edit_fields(
+        tmp_path / "adapter", {"auto_mapping": {"base_model_class": "BertModel"}, "task_type": "FEATURE_EXTRACTION"}
+    )
+    full = BERT.build()
+    randlora.load(full, tmp_path / "adapter", prefix="bert")
+    randlora.save(full, tmp_path / "again")
+    fields = json.loads((tmp_path / "again" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (fields["auto_mapping"], fields["task_type"]) == (None, None)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Model has .tie_word_embeddings:UserWarning", "ignore:fan_in_fan_out:UserWarning", "ignore::FutureWarning"
+)
+def test_a_parameter_that_is_tied_is_refused_by_load_merge_and_verify(tmp_path: Path) -> None:
+    model, _ = GPT2.build(), save_model(GPT2, tmp_path / "base")
+    theirs = peft.get_peft_model(
+        model, peft.RandLoraConfig(r=4, target_modules=["c_attn"], modules_to_save=["lm_head"])
+    )
+    theirs.save_pretrained(tmp_path / "adapter")
+    tied = r"lm_head\.weight is tied to transformer\.wte\.weight here"
+    with pytest.raises(CheckpointError, match=tied):
+        randlora.load(GPT2.build(), tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=tied):
+        randlora.files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert re.search(tied, str(randlora.files.verify(tmp_path / "adapter", tmp_path / "base")))
+
+
+def test_a_parameter_that_is_quantized_is_refused_by_load_merge_and_verify(tmp_path: Path) -> None:
+    base = quantize(LLAMA, "nf4", tmp_path / "base")
+    adapter = save_adapter(LLAMA, tmp_path / "adapter", targets=["q_proj"], train_also=["up_proj"])
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight is quantized here, and was trained as"):
+        randlora.files.merge(base, adapter, tmp_path / "out")
+    assert not randlora.files.verify(adapter, base).passed
+
+
+def test_a_prefix_gives_a_file_of_peft_its_shapes_and_leaves_its_names(tmp_path: Path) -> None:
+    full = BERT.build()
+    full.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    theirs = peft.get_peft_model(full.get_submodule("bert"), peft.RandLoraConfig(r=4, target_modules=["query"]))
+    theirs.save_pretrained(tmp_path / "adapter")
+    paths = tmp_path / "adapter", tmp_path / "out"
+    with pytest.raises(CheckpointError, match="pass prefix='bert'"):
+        randlora.files.convert(*paths, "native", base=tmp_path / "base")
+    randlora.files.convert(*paths, "native", base=tmp_path / "base", prefix="bert")
+    summary = randlora.files.inspect(tmp_path / "adapter", tmp_path / "base", prefix="bert")
+    assert [layer.fqn for layer in summary.layers] == [f"encoder.layer.{n}.attention.self.query" for n in (0, 1)]
+    assert all(layer.frobenius is not None for layer in summary.layers)
+    bare = BERT.build().get_submodule("bert")
+    assert randlora.load(bare, tmp_path / "out").targets == tuple(layer.fqn for layer in summary.layers)
 
 
 def test_a_parameter_that_a_class_lacks_is_missing_for_load_merge_and_verify(tmp_path: Path) -> None:
@@ -254,14 +344,42 @@ def test_without_transformers_what_its_names_would_tell_is_said(
     assert not (tmp_path / "out").exists()
 
 
-def test_without_transformers_a_square_weight_of_mixed_layouts_is_refused(
+def mixed_layouts(directory: Path) -> tuple[nn.Module, Path, Path]:
+    """Save a model with an adapter of square ``Conv1D`` layers and of an `nn.Linear` that is not square."""
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 20, "num_labels": 2, "pad_token_id": 0}
+    model = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**sizes))
+    model.save_pretrained(directory / "base")
+    randlora.inject(model, r=4, targets=["attn.c_proj", "score"])
+    fill(model, seed=0)
+    randlora.save(model, directory / "adapter")
+    return model, directory / "base", directory / "adapter"
+
+
+def test_without_transformers_our_files_say_which_weights_are_transposed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, adapter = save_model(GPT2, tmp_path / "base"), save_adapter(GPT2, tmp_path / "adapter")
-    edit_fields(adapter, {"fan_in_fan_out": False})
+    model, base, adapter = mixed_layouts(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(CheckpointError, match=r"h.0.attn.c_proj is square, and may be stored transposed or not"):
+    assert randlora.files.verify(adapter, base).passed
+    merged = stored(randlora.files.merge(base, adapter, tmp_path / "out").out)
+    randlora.merge(model)
+    assert all(same_bits(merged[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("writer", ["an earlier version", "PEFT"])
+def test_without_transformers_a_weight_that_may_be_transposed_is_refused(
+    writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, base, adapter = mixed_layouts(tmp_path)
+    if writer == "PEFT":
+        save_file(load_file(adapter / TENSORS_FILE), adapter / TENSORS_FILE)
+    else:
+        reseal(adapter, transposed=None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(CheckpointError, match=r"h\.0\.attn\.c_proj may be stored transposed or not.*pip install"):
         randlora.files.merge(base, adapter, tmp_path / "out")
+    assert not randlora.files.verify(adapter, base).passed
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_transformers_codes_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 import randlora
 from randlora.errors import ConfigError, MergeError
-from randlora.layers.folding import Quantized
+from randlora.layers.update import Quantized
 from tests.kit import all_bits, assert_unchanged, fill, same_bits, snapshot, untouched
 from tests.laws import assert_close, plain, update_of
 from tests.layer_kinds import LAYER_KINDS, LayerKind, every_quantized_kind, every_quantized_kind_and_dtype

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.errors import MergeError
-from randlora.layers.folding import Quantized
+from randlora.layers.update import Quantized
 from randlora.targets.walk import Census
 from tests.kit import fill, same_bits
 from tests.models import RealModel, logits, outputs

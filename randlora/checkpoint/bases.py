@@ -20,8 +20,8 @@ def file_basis(file: AdapterFile, shapes: Shapes, bank: BasisBank) -> Basis:
     The bank does not change. It is an error if other bases are drawn than those that the file was saved with.
     """
     used = sliced_dims(shapes.values())
-    spec = _spec(file, shapes)
-    if file.header is not None and not file.header.is_reproducible:
+    spec, header = _spec(file, shapes), file.header
+    if header is not None and not header.is_reproducible:
         return _as_stored(file, spec, used, bank)
     basis = Basis(spec)  # not the bank's own, which must not grow before all is checked
     try:
@@ -29,16 +29,16 @@ def file_basis(file: AdapterFile, shapes: Shapes, bank: BasisBank) -> Basis:
         basis.matrices()
     except ConfigError as error:
         raise CheckpointError(f"the bases that the file names cannot be drawn: {error}") from error
-    if file.header is not None and (digest := basis.digest(*used)) != file.header.basis_digest:
-        then = f"torch {file.header.torch_version}" if file.header.torch_version else "an unknown torch"
+    if file.bases is not None and not _equal(basis, file.bases, used):
+        return _as_stored(file, spec, used, bank)
+    if header is not None and (digest := basis.digest(*used)) != header.basis_digest:
+        here = torch.__version__.split("+")[0]
+        then = f"torch {header.torch_version}" if header.torch_version else "an unknown torch"
         raise CheckpointError(
-            f"the {spec} have the SHA-256 {digest[:12]}… when drawn by torch {torch.__version__}, and had "
-            f"{file.header.basis_digest[:12]}… when the adapter was saved with {then}: load it with that torch and "
-            "save it with bases='stored'"
+            f"the {spec} drawn here, by torch {here}, have the SHA-256 {digest[:12]}…, and had "
+            f"{header.basis_digest[:12]}… when the adapter was saved with {then}: save it there with bases='stored'"
         )
-    if file.bases is None or _equal(basis, file.bases, used):
-        return bank.find(spec) or basis
-    return _as_stored(file, spec, used, bank)
+    return bank.find(spec) or basis
 
 
 def _spec(file: AdapterFile, shapes: Shapes) -> BasisSpec:

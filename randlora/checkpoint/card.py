@@ -44,11 +44,6 @@ def is_ours(path: Path) -> bool:
     return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
-def may_write(path: Path) -> bool:
-    """Return whether a model card may be written here: there is no file, or a generated card."""
-    return is_ours(path) or not (path.exists() or path.is_symlink())
-
-
 def _figures(report: Report, header: Header) -> dict[str, object]:
     spec = report.spec
     kinds = sorted({fqn.rsplit(".", 1)[-1] for fqn in report.targets})

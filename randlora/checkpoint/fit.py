@@ -11,7 +11,7 @@ from torch import Tensor
 from randlora.checkpoint.peft_config import whole_modules
 from randlora.checkpoint.read import AdapterFile
 from randlora.disk.tensor_file import Entry
-from randlora.errors import CheckpointError, raise_collected
+from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.layers.registry import find_layer
 from randlora.targets.select import obstacles
 from randlora.targets.site import Shapes, Site, shapes_of
@@ -58,17 +58,33 @@ def named_sites(census: Census, fqns: Iterable[str]) -> tuple[Site, ...]:
     return tuple(site for site in sites.values() if found.get(site.key) is site)
 
 
-def with_prefix(file: AdapterFile, prefix: str | None, known: Collection[str]) -> AdapterFile:
-    """Return an adapter with a prefix added to its names or removed from them, whichever gives known names.
+def layer_names(census: Census) -> set[str]:
+    """Return the FQNs of all weights that can be adapted, at each of their places."""
+    return {site.fqn for visit in census.visits for site in sites_of(visit)}
 
-    Without a prefix, or if the names are known already, the adapter is returned as it is.
-    """
-    if not prefix or all(fqn in known for fqn in file.values):
+
+def with_prefix(file: AdapterFile, prefix: str | None, known: Collection[str]) -> AdapterFile:
+    """Return an adapter with a prefix, if any, added to its names or removed from them, whichever gives known names."""
+    if prefix is None:
         return file
-    prefix = f"{prefix.removesuffix('.')}."
-    if all(fqn.startswith(prefix) and fqn.removeprefix(prefix) in known for fqn in file.values):
-        return file.renamed(lambda fqn: fqn.removeprefix(prefix))
-    return file.renamed(lambda fqn: prefix + fqn)
+    if not isinstance(prefix, str) or not prefix.strip("."):
+        raise ConfigError(f"prefix must be the name of a module, such as 'bert', got {prefix!r}")
+    dotted = f"{prefix.removesuffix('.')}."
+    names = [*file.values]
+    match _directions(dotted, names, known):
+        case ["added"]:
+            return file.renamed(lambda fqn: dotted + fqn, f"with {dotted!r} added")
+        case ["removed"]:
+            others = [fqn for fqn in file.trained if not fqn.startswith(dotted)]
+            problems = [f"the model has no parameter {fqn}, which was trained with the adapter" for fqn in others]
+            raise_collected(CheckpointError, problems, doing=f"remove the prefix {prefix!r}")
+            return file.renamed(lambda fqn: fqn.removeprefix(dotted), f"with {dotted!r} removed")
+        case []:
+            fit = "as they are: leave it out" if all(name in known for name in names) else "neither with it nor without"
+            problems = prefix_problems(names, known) or [f"the names of the adapter's layers fit {fit}"]
+            raise CheckpointError(f"cannot use prefix={prefix!r}: {problems[0]}")
+        case _:
+            raise CheckpointError(f"cannot use prefix={prefix!r}: the model has such layers both with and without it")
 
 
 def prefix_problems(names: Sequence[str], known: Collection[str]) -> list[str]:
@@ -76,19 +92,23 @@ def prefix_problems(names: Sequence[str], known: Collection[str]) -> list[str]:
     if all(name in known for name in names):
         return []
     parts = names[0].split(".")
-    longer = {name.removesuffix(names[0]) for name in known if name.endswith(f".{names[0]}")}
-    shorter = {".".join(parts[:count]) + "." for count in range(1, len(parts))}
-    fitting = {prefix for prefix in longer if all(prefix + name in known for name in names)}
-    fitting |= {
-        prefix
-        for prefix in shorter
-        if all(name.startswith(prefix) and name.removeprefix(prefix) in known for name in names)
+    prefixes = {name.removesuffix(names[0]) for name in known if name.endswith(f".{names[0]}")}
+    prefixes |= {".".join(parts[:count]) + "." for count in range(1, len(parts))}
+    fitting = [prefix.removesuffix(".") for prefix in prefixes if len(_directions(prefix, names, known)) == 1]
+    return [
+        f"the names of the adapter's layers and the model's differ by the prefix {prefix!r}: pass prefix={prefix!r}"
+        for prefix in fitting
+        if len(fitting) == 1
+    ]
+
+
+def _directions(prefix: str, names: Sequence[str], known: Collection[str]) -> list[str]:
+    """Return whether a prefix gives known names if it is ``"added"`` to all names, ``"removed"`` from them, or both."""
+    is_fit = {
+        "added": all(prefix + name in known for name in names),
+        "removed": all(name.startswith(prefix) and name.removeprefix(prefix) in known for name in names),
     }
-    if len(fitting) != 1:
-        return []
-    prefix = fitting.pop().removesuffix(".")
-    option = f"pass prefix={prefix!r} to load, merge or verify"
-    return [f"the names of the adapter's layers and the model's differ by the prefix {prefix!r}: {option}"]
+    return [direction for direction, fits in is_fit.items() if fits]
 
 
 def misfits(file: AdapterFile, shapes: Shapes) -> list[str]:

@@ -81,7 +81,8 @@ class Header:
 
     ``shapes`` are ``(out_features, in_features)`` by target, and ``basis_digest`` is the `Basis.digest` of the values
     that they use. Unless ``is_reproducible``, the spec does not reproduce the bases, and the file must hold them.
-    ``torch_version`` is that of the torch that drew them; ``None`` if the file does not say.
+    ``torch_version`` is that of the torch that drew them, and ``transposed`` are the targets that are stored as
+    ``(in_features, out_features)``; ``None`` if the file does not say.
     """
 
     config: RandLoRAConfig
@@ -91,9 +92,17 @@ class Header:
     is_reproducible: bool
     library_version: str
     torch_version: str | None
+    transposed: tuple[str, ...] | None
 
     @classmethod
-    def of(cls, config: RandLoRAConfig, basis: Basis, shapes: Shapes, trained: Iterable[str]) -> Header:
+    def of(
+        cls,
+        config: RandLoRAConfig,
+        basis: Basis,
+        shapes: Shapes,
+        trained: Iterable[str],
+        transposed: tuple[str, ...] | None,
+    ) -> Header:
         """Return the header of an adapter, given its layers' shapes and the FQNs of the parameters trained with it."""
         config = replace(config, targets=tuple(shapes), exclude=None, train_also=tuple(trained) or None)
         spec, is_drawn = basis.spec, basis.stored is None
@@ -102,16 +111,11 @@ class Header:
             spec = replace(spec, max_dim=max_dim, min_dim=min_dim)
         digest = basis.digest(*sliced_dims(shapes.values()))
         versions = version("randlora"), torch.__version__.split("+")[0] if is_drawn else None
-        return cls(config, spec, dict(shapes), digest, is_drawn, *versions)
-
-    @property
-    def extent(self) -> tuple[int, int]:
-        """``(max_dim, min_dim)`` of the slices that the targets use."""
-        return sliced_dims(self.shapes.values())
+        return cls(config, spec, dict(shapes), digest, is_drawn, *versions, transposed)
 
     @property
     def rectangle(self) -> tuple[int, int]:
-        """``(max_dim, min_dim)`` of the bases that PEFT would draw for the targets, at least `extent`."""
+        """``(max_dim, min_dim)`` of the bases that PEFT would draw for the targets."""
         return drawn_dims(self.shapes.values())
 
 
@@ -126,6 +130,7 @@ def dump_header(header: Header, tensors: Mapping[str, Tensor]) -> str:
         "library_version": header.library_version,
         "targets": {fqn: list(shape) for fqn, shape in header.shapes.items()},
         "torch_version": header.torch_version,
+        "transposed": header.transposed,
     }
     return json.dumps({**facts, "sha256": _seal(facts, tensors)})
 
@@ -147,7 +152,8 @@ def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
             basis_digest=facts["basis_sha256"],
             is_reproducible=bool(facts["is_reproducible"]),
             library_version=str(facts["library_version"]),
-            torch_version=facts.get("torch_version"),  # the first files do not have it
+            torch_version=facts.get("torch_version"),  # the first files have neither this
+            transposed=None if (found := facts.get("transposed")) is None else tuple(found),  # nor this
         )
     except CheckpointError:
         raise
@@ -156,8 +162,9 @@ def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
     if seal != _seal(facts, tensors):
         raise CheckpointError("the file's contents do not match its checksum, it was damaged: get an undamaged copy")
     spec = header.spec
-    is_large_enough = spec.is_prefix_stable or all(map(operator.ge, (spec.max_dim, spec.min_dim), header.extent))
-    if spec.family != spec_for(header.config, *header.extent).family or not is_large_enough:
+    used = sliced_dims(header.shapes.values())
+    is_large_enough = spec.is_prefix_stable or all(map(operator.ge, (spec.max_dim, spec.min_dim), used))
+    if spec.family != spec_for(header.config, *used).family or not is_large_enough:
         raise CheckpointError(
             f"the file's options, its targets and {spec} contradict each other: randlora.save wrote no such file"
         )

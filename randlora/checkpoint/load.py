@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from randlora.checkpoint.base_model import mismatch
 from randlora.checkpoint.bases import file_basis
-from randlora.checkpoint.fit import fit_sites, with_prefix, without_repeats
+from randlora.checkpoint.fit import fit_sites, layer_names, with_prefix, without_repeats
 from randlora.checkpoint.format import master
 from randlora.checkpoint.peft_config import BASE_FIELD, NEUTRAL_FIELDS, kept_fields
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
@@ -50,12 +50,14 @@ def load(
         active: Whether to make it the only active adapter. ``None``: if it is the model's first.
         revision: Branch, tag or commit of a repository; ``None`` means its main branch.
         prefix: The prefix by which the names in the file and in the model differ, such as ``"bert"`` for an adapter of
-            ``BertModel`` and a model with a head. It is added to the names or removed from them, as the model requires.
+            ``BertModel`` and a model with a head. It is added to the names or removed from them, as the model requires,
+            which the report says.
 
     Returns:
         A report as from `randlora.inject`.
 
     Raises:
+        ConfigError: If ``prefix`` is not a name.
         CheckpointError: If the files are damaged, of another kind or version, do not fit the model, or cannot be
             downloaded.
         AdapterError: If the name is taken, or the model's adapters are merged.
@@ -64,7 +66,7 @@ def load(
     state = owned_state(census, name, "load")
     active = not state.adapters if active is None else active
     try:
-        file = with_prefix(read_adapter(locate(source, revision)), prefix, {visit.fqn for visit in census.candidates})
+        file = with_prefix(read_adapter(locate(source, revision)), prefix, layer_names(census))
         sites = fit_sites(census, file)
         file = without_repeats(census, file)
         shapes = shapes_of(sites)
@@ -73,6 +75,7 @@ def load(
         raise CheckpointError(f"cannot load {str(source)!r}: {error}") from error
     doubts = _doubts(model, file)
     rule = f"the names in {source}" + (f" at {revision}" if revision else "")
+    rule += f", {file.renaming}" if file.renaming else ""
     adapter = Adapter(name, file.config, basis, tuple(shapes), rule, peft_fields=kept_fields(file.fields))
     unknown = sorted(set(adapter.peft_fields) - set(NEUTRAL_FIELDS))
     foreign = [f"fields kept but not understood: {', '.join(unknown)}"] if unknown else []

@@ -35,6 +35,9 @@ NEUTRAL_FIELDS: dict[str, Any] = {
 }
 """Fields that do not affect the arithmetic. Their values in a file are kept and written back."""
 
+CLASS_FIELDS = ("auto_mapping", "task_type")
+"""Fields that name the class of the base model, or its task."""
+
 OWN_FIELDS = frozenset({
     "fan_in_fan_out",
     "inference_mode",

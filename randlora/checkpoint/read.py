@@ -31,7 +31,7 @@ from randlora.checkpoint.format import (
     trained_fqn,
     trained_key,
 )
-from randlora.checkpoint.peft_config import PEFT_TYPE, STREAM_FIELD, from_peft_fields, peft_kind
+from randlora.checkpoint.peft_config import CLASS_FIELDS, PEFT_TYPE, STREAM_FIELD, from_peft_fields, peft_kind
 from randlora.config import RandLoRAConfig
 from randlora.disk.hub import download, is_repo_id
 from randlora.disk.tensor_file import Shard, is_equal, open_shard, read_tensor
@@ -46,7 +46,8 @@ class AdapterFile:
 
     ``header`` is ``None`` for a file that PEFT wrote. ``values`` are Λ, ``(r, num_bases)``, and Γ,
     ``(num_bases, min_dim)``, by target, and ``trained`` other parameters by FQN. ``bases`` are A, ``(r, 1, min_dim)``,
-    and B, ``(max_dim, num_bases, r)``, which the file holds ``basis_copies`` times.
+    and B, ``(max_dim, num_bases, r)``, which the file holds ``basis_copies`` times. ``renaming`` is how names differ
+    from those in the file.
     """
 
     fields: dict[str, Any]
@@ -56,17 +57,23 @@ class AdapterFile:
     trained: dict[str, Tensor] = field(default_factory=dict)
     bases: tuple[Tensor, Tensor] | None = None
     basis_copies: int = 0
+    renaming: str = ""
 
-    def renamed(self, rename: Callable[[str], str]) -> AdapterFile:
-        """Return the adapter with other FQNs."""
+    def renamed(self, rename: Callable[[str], str], how: str) -> AdapterFile:
+        """Return the adapter with other FQNs, and without the fields that say which class it was trained on."""
         targets = tuple(map(rename, self.header.shapes if self.header else self.values))
         config = replace(self.config, targets=targets, train_also=tuple(map(rename, self.trained)) or None)
         header = self.header and replace(
-            self.header, config=config, shapes={rename(fqn): shape for fqn, shape in self.header.shapes.items()}
+            self.header,
+            config=config,
+            shapes={rename(fqn): shape for fqn, shape in self.header.shapes.items()},
+            transposed=self.header.transposed and tuple(map(rename, self.header.transposed)),
         )
+        fields = {name: value for name, value in self.fields.items() if name not in CLASS_FIELDS}
         values = {rename(fqn): pair for fqn, pair in self.values.items()}
         trained = {rename(fqn): tensor for fqn, tensor in self.trained.items()}
-        return replace(self, config=config, header=header, values=values, trained=trained)
+        renamed = replace(self, fields=fields, config=config, header=header, renaming=how)
+        return replace(renamed, values=values, trained=trained)
 
 
 def locate(source: str | os.PathLike[str], revision: str | None) -> Path:
@@ -103,7 +110,6 @@ def read_adapter(directory: Path) -> AdapterFile:
     trained = _trained(tensors, values, header)
     config = header.config if header else from_peft_fields(fields, values, trained)
     problems = [
-        *_trained_problems(trained, tensors, config),
         *_disagreements(fields, header),
         *_damage(values, trained, bases),
         *_shape_problems(config.r, values, bases),
@@ -190,21 +196,15 @@ def _take_values(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]
 
 
 def _trained(tensors: Mapping[str, Tensor], targets: Container[str], header: Header | None) -> dict[str, Tensor]:
-    """Return the parameters trained with the adapter by FQN."""
-    if header is None:
-        return {trained_fqn(key, targets): tensor for key, tensor in tensors.items()}
-    keys = {trained_key(fqn, targets): fqn for fqn in header.config.train_also or ()}
-    return {fqn: tensors[key] for key, fqn in keys.items() if key in tensors}
-
-
-def _trained_problems(
-    trained: Mapping[str, Tensor], tensors: Mapping[str, Tensor], config: RandLoRAConfig
-) -> list[str]:
-    if len(trained) == len(tensors) and set(trained) == set(config.train_also or ()):
-        return []
-    expected = ", ".join(config.train_also or ()) or "none"
-    found = ", ".join(sorted(tensors)) or "none"
-    return [f"expected tensors of the parameters trained with the adapter ({expected}), got {found}: it was edited"]
+    """Return the parameters trained with the adapter by FQN, which all other tensors must be."""
+    fqns = {key: trained_fqn(key, targets) for key in tensors}
+    if header is not None:
+        fqns = {trained_key(fqn, targets): fqn for fqn in header.config.train_also or ()}
+    if fqns.keys() != tensors.keys() or len({*fqns.values()}) < len(fqns):
+        expected, found = (", ".join(sorted(names)) or "none" for names in ({*fqns.values()}, tensors))
+        problem = f"expected those of the parameters trained with it ({expected}), got {found}: it was edited"
+        raise CheckpointError(f"cannot read the adapter's tensors: {problem}")
+    return {fqn: tensors[key] for key, fqn in fqns.items()}
 
 
 def _disagreements(fields: Mapping[str, Any], header: Header | None) -> list[str]:

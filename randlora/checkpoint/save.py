@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from randlora.checkpoint.card import is_ours, may_write, write_card
+from randlora.checkpoint.card import is_ours, write_card
 from randlora.checkpoint.fit import untied_by_peft
 from randlora.checkpoint.format import (
     CARD_FILE,
@@ -26,6 +26,7 @@ from randlora.checkpoint.peft_config import BASE_FIELD, to_peft_fields
 from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.disk.replace import write_files
 from randlora.errors import CheckpointError, raise_collected
+from randlora.layers.conv1d import Conv1DAdapter
 from randlora.model.install import lost_sites, require_own
 from randlora.report import adapter_report, as_bytes
 from randlora.state import Adapter, adapted_root
@@ -94,22 +95,33 @@ def save(
     require_own(census, state, "save")
     sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
     diagonals = {site.fqn: site.layer.diagonals_of(site.owner, adapter.name) for site in sites}
-    problems = [*lost_sites(census, [adapter]), *_problems(adapter, diagonals, bases), *_hub_problems(push_to_hub)]
+    problems = [*lost_sites(census, [adapter]), *_problems(adapter, diagonals, bases)]
+    if push_to_hub is not None and not (isinstance(push_to_hub, str) and is_repo_id(push_to_hub)):
+        problems.append(f"push_to_hub must be a repository on the Hub, 'user/repo', got {push_to_hub!r}")
+    elif push_to_hub is not None:
+        require_hub(push_to_hub)
+    if os.path.lexists(directory) and not directory.is_dir():
+        problems.append("it is a file or a broken link: expected the name of a directory")
     raise_collected(CheckpointError, problems, doing=f"save to {str(directory)!r}")
     shapes = shapes_of(sites)
-    header = Header.of(adapter.config, adapter.basis, shapes, adapter.trained)
+    transposed = tuple(site.fqn for site in sites if issubclass(site.layer_class, Conv1DAdapter))
+    header = Header.of(adapter.config, adapter.basis, shapes, adapter.trained, transposed)
     notes = _peft_notes(adapter, header, bases)
     tensors = adapter_tensors(diagonals, adapter.trained)
     if bases == "stored":
         tensors |= stored_bases(adapter.basis, header)
     fields = to_peft_fields(census, adapter, stored=bases == "stored")
     writers = file_writers(fields, tensors, header)
-    if may_write(directory / CARD_FILE):
+    if is_ours(directory / CARD_FILE) or not os.path.lexists(directory / CARD_FILE):
         report = adapter_report(census, adapter, shapes)
         card = write_card(report, header, base_model=fields[BASE_FIELD], peft_notes=notes, repo_id=push_to_hub)
         writers[CARD_FILE] = lambda path: path.write_text(card, encoding="utf-8")
     size = write_files(directory, writers)
-    url = _upload(directory, push_to_hub) if push_to_hub else None
+    url = None
+    if push_to_hub:  # a generated card replaces none in the repository that was not generated
+        generated = {CARD_FILE: is_ours} if is_ours(directory / CARD_FILE) else {}
+        files = [name for name in (CONFIG_FILE, TENSORS_FILE, CARD_FILE) if name not in generated]
+        url = upload(directory, push_to_hub, files, message="Upload a RandLoRA adapter", generated=generated)
     notes += untied_by_peft(census, adapter.trained)
     return SaveReport(directory, adapter.name, size, tuple(notes), url)
 
@@ -126,26 +138,6 @@ def _problems(adapter: Adapter, diagonals: Mapping[str, tuple[nn.Parameter, nn.P
     sharded = [fqn for fqn, (lam, _) in diagonals.items() if type(lam.data) is not Tensor]
     problems += [f"the adapter of {fqn} is sharded: gather it first" for fqn in sharded]
     return problems
-
-
-def _hub_problems(repo_id: str | None) -> list[str]:
-    if repo_id is None:
-        return []
-    if not isinstance(repo_id, str) or not is_repo_id(repo_id):
-        return [f"push_to_hub must be a repository on the Hub, 'user/repo', got {repo_id!r}"]
-    try:
-        require_hub(repo_id)
-    except CheckpointError as error:
-        return [str(error)]
-    return []
-
-
-def _upload(directory: Path, repo_id: str) -> str:
-    """Upload a saved adapter. A generated card does not replace one in the repository that was not generated."""
-    is_generated = is_ours(directory / CARD_FILE)
-    files = [CONFIG_FILE, TENSORS_FILE, *([] if is_generated else [CARD_FILE])]
-    generated = {CARD_FILE: is_ours} if is_generated else {}
-    return upload(directory, repo_id, files, message="Upload a RandLoRA adapter", generated=generated)
 
 
 def _peft_notes(adapter: Adapter, header: Header, bases: str) -> list[str]:

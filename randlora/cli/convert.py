@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Argument, Option, echo
 
 from randlora import files
-from randlora.cli.shared import AdapterDir, AsJson, BaseForShapes, plain, progress_bar, show_json
+from randlora.cli.shared import AdapterDir, AsJson, BaseForShapes, Prefix, plain, progress_bar, show_json
 from randlora.files.convert import Format
 
 Out = Annotated[Path, Argument(help="The directory to write.")]
@@ -27,6 +27,7 @@ def convert(
     rank: Rank = None,
     tolerance: Tolerance = None,
     base: BaseForShapes = None,
+    prefix: Prefix = None,
     overwrite: Overwrite = False,  # noqa: FBT002
     as_json: AsJson = False,  # noqa: FBT002
 ) -> None:
@@ -55,6 +56,7 @@ def convert(
             rank=rank,
             tolerance=tolerance,
             base=base,
+            prefix=prefix,
             overwrite=overwrite,
             progress=progress,
         )

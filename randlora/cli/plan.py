@@ -11,7 +11,7 @@ from typer import Argument, Option
 from randlora import config
 from randlora.cli.shared import AsJson, plain, show_json, show_table
 from randlora.files.base_fit import open_base
-from randlora.files.plan import TrainingMemory, plan_checkpoint, training_memory
+from randlora.files.plan import plan_checkpoint, training_memory
 from randlora.report import as_bytes
 
 Model = Annotated[Path, Argument(help="Directory with `model.safetensors`, or with shards and their index.")]
@@ -55,11 +55,13 @@ def plan(
 
     `randlora plan gpt2 --targets all-linear --basis block --json`
     """
+    if targets and targets_regex is not None:
+        raise typer.BadParameter("give --targets or --targets-regex, not both")
     base = open_base(model_dir)
     report = plan_checkpoint(
         base,
         r,
-        targets=_pattern(targets, targets_regex),
+        targets=targets_regex or ("all-linear" if targets == ["all-linear"] else targets or None),
         exclude=exclude or None,
         train_also=train_also or None,
         alpha=alpha,
@@ -74,16 +76,6 @@ def plan(
         return
     typer.echo(report)
     typer.echo("\nmemory for training, without activations:")
-    show_table((), _memory_rows(memory))
-
-
-def _pattern(names: list[str] | None, regex: str | None) -> str | list[str] | None:
-    if names and regex is not None:
-        raise typer.BadParameter("give --targets or --targets-regex, not both")
-    return regex or ("all-linear" if names == ["all-linear"] else names or None)
-
-
-def _memory_rows(memory: TrainingMemory) -> list[tuple[str, str]]:
     sizes = {
         "the model, as stored": memory.weights,
         "the adapter": memory.parameters,
@@ -92,4 +84,4 @@ def _memory_rows(memory: TrainingMemory) -> list[tuple[str, str]]:
         "bases": memory.bases,
         "together": memory.total,
     }
-    return [(name, as_bytes(size)) for name, size in sizes.items()]
+    show_table((), [(name, as_bytes(size)) for name, size in sizes.items()])

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from randlora.files.progress import Progress, no_progress
+from randlora.report import Progress, no_progress
 
 AdapterDir = Annotated[Path, typer.Argument(help="Directory that `randlora.save` or PEFT wrote.")]
 BaseForShapes = Annotated[

@@ -1,22 +1,27 @@
 """Files and directories that appear complete or not at all.
 
 They are written under a hidden name on the same file system, flushed to disk and renamed. What a killed process leaves
-under such a name is removed by the next call for the same directory.
+under such a name is removed by the next call for the same directory. Files of a directory that exists are renamed one
+after the other: a process that is killed in between leaves some of the old and some of the new ones.
 """
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 if sys.platform != "win32":
     import fcntl
+
+PATIENCE = 10.0  # seconds to wait for another process, which holds locks for milliseconds
 
 Writer = Callable[[Path], object]
 """Writes a whole file to the path it is given."""
@@ -27,17 +32,21 @@ def write_files(directory: Path, writers: Mapping[str, Writer]) -> int:
 
     A directory that does not exist is created with its files. If the disk refuses, nothing changes.
     """
-    if directory.exists():
+    is_created = False
+    if not directory.exists():
+        with suppress(FileExistsError):  # another process created it meanwhile
+            with new_directory(directory) as new:
+                _write_all(new, writers)
+            is_created = True
+    if not is_created:
         with scratch_directory(directory, directory.name) as scratch:
             new, old = scratch / "new", scratch / "old"
             new.mkdir()
             old.mkdir()
             _write_all(new, writers)
-            _move_all(writers, new, directory, old)
+            with _locked(directory, seconds=PATIENCE):  # so that no files of another call get between these
+                _move_all(writers, new, directory, old)
         flush(directory)
-    else:
-        with new_directory(directory) as new:
-            _write_all(new, writers)
     return sum((directory / name).stat().st_size for name in writers)
 
 
@@ -84,7 +93,12 @@ def new_directory(out: Path) -> Iterator[Path]:
             new.mkdir()  # with the permissions of any new directory
             yield new
             flush(new)
-            new.rename(out)
+            try:
+                new.rename(out)
+            except OSError as error:
+                if os.path.lexists(out):
+                    raise FileExistsError(errno.EEXIST, "another process created it meanwhile", str(out)) from error
+                raise
         flush(out.parent)
     except BaseException:
         for parent in new_parents:
@@ -100,46 +114,45 @@ def scratch_directory(parent: Path, name: str) -> Iterator[Path]:
     Its name contains ``name``, which tells what it is for. Those for the same name that no process uses are removed.
     """
     prefix = f".{name}.unfinished-"
-    guard = _lock(parent, wait=True)  # so that no other process removes the directory before it is locked
-    try:
-        if guard is not None:
-            _remove_abandoned(parent, prefix)
-        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        lock = _lock(scratch)
-    finally:
-        _unlock(guard)
-    try:
+    with ExitStack() as held:
+        with _locked(parent, seconds=PATIENCE) as is_locked:  # so that none is removed before it is locked
+            if is_locked:
+                _remove_abandoned(parent, prefix)
+            scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            held.enter_context(_locked(scratch))
+            held.callback(shutil.rmtree, scratch, ignore_errors=True)
         yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        _unlock(lock)
 
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
     for path in parent.glob(f"{glob.escape(prefix)}*"):
-        lock = _lock(path)
-        if lock is not None:
-            shutil.rmtree(path, ignore_errors=True)
-            _unlock(lock)
+        if not path.is_symlink():
+            with _locked(path) as is_abandoned:
+                if is_abandoned:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
-def _lock(directory: Path, *, wait: bool = False) -> int | None:
-    """Lock a directory until `_unlock` or the end of this process; return ``None`` if it is locked or cannot be."""
+@contextmanager
+def _locked(directory: Path, *, seconds: float = 0) -> Iterator[bool]:
+    """Lock a directory during the block, if it can be locked within some seconds; yield whether it is."""
     if sys.platform == "win32":
-        return None
-    descriptor = None
-    try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        _unlock(descriptor)
-        return None
-    return descriptor
-
-
-def _unlock(lock: int | None) -> None:
-    if lock is not None:
-        os.close(lock)
+        yield False
+        return
+    with ExitStack() as held:
+        is_locked, end = False, time.monotonic() + seconds
+        with suppress(OSError):  # a directory may be unreadable, and a file system without locks
+            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+            held.callback(os.close, descriptor)
+            while not is_locked:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    is_locked = True
+                    held.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # a forked process may keep the file open
+                except BlockingIOError:
+                    if time.monotonic() >= end:
+                        break
+                    time.sleep(0.01)
+        yield is_locked
 
 
 def flush(path: Path) -> None:

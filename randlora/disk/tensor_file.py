@@ -86,8 +86,10 @@ def open_shard(path: Path) -> Iterator[tuple[Shard, FileIO]]:
     try:
         with path.open("rb", buffering=0) as raw:
             yield _header(path, raw), raw
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}): get an undamaged copy") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path} ({error.strerror or error})") from error
 
 
 def _header(path: Path, raw: FileIO) -> Shard:
@@ -115,16 +117,13 @@ def bytes_of(tensor: Tensor) -> Tensor:
 
 
 def read_tensor(entry: Entry, raw: FileIO | None = None) -> Tensor:
-    """Return one tensor, read into new memory; ``raw`` is its file, if it is open."""
-    return next(_read(entry, max(entry.nbytes, 1), raw)).reshape(entry.shape)
+    """Read one tensor into new memory, from its open file if that is given."""
+    return next(read_pieces(entry, raw, max(entry.nbytes, 1))).reshape(entry.shape)
 
 
-def read_pieces(entry: Entry, raw: FileIO | None = None) -> Iterator[Tensor]:
-    """Read one tensor as flat pieces of at most 1 MiB. Each piece is valid until the next one is read."""
-    return _read(entry, PIECE_BYTES, raw)
-
-
-def _read(entry: Entry, step: int, raw: FileIO | None) -> Iterator[Tensor]:
+def read_pieces(entry: Entry, raw: FileIO | None = None, nbytes: int | None = None) -> Iterator[Tensor]:
+    """Read one tensor as flat pieces of ``nbytes``, 1 MiB by default. Each is valid until the next one is read."""
+    step = PIECE_BYTES if nbytes is None else nbytes
     buffer = torch.empty(min(entry.nbytes, step), dtype=torch.uint8)
     with entry.file.open("rb", buffering=0) if raw is None else nullcontext(raw) as file:
         file.seek(entry.offset)

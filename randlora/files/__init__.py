@@ -12,7 +12,7 @@ from randlora.files.convert import convert
 from randlora.files.inspect import inspect
 from randlora.files.merge import merge
 from randlora.files.plan import plan
-from randlora.files.progress import Progress
 from randlora.files.verify import verify
+from randlora.report import Progress
 
 __all__ = ["Progress", "convert", "inspect", "merge", "plan", "verify"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from randlora.checkpoint.format import master
 from randlora.checkpoint.peft_config import BASE_FIELD
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.errors import CheckpointError, raise_collected
-from randlora.files.base_fit import Base, BaseFit, fit_base, open_base
+from randlora.files.base_fit import Base, BaseFit, fit_base, open_base, shapes_in
+from randlora.layers.conv1d import Conv1DAdapter
 from randlora.layers.update import Update, sum_updates
 from randlora.targets.site import Shapes
 
@@ -27,13 +29,14 @@ class OpenAdapter:
     """An adapter's files, checked, with its bases.
 
     ``shapes``, ``(out_features, in_features)`` by target, are ``None`` if not known, because PEFT does not store them.
-    Then ``basis`` is ``None`` too unless the file holds the bases.
+    Then ``basis`` is ``None`` too unless the file holds the bases. ``transposed`` is as in the file's header.
     """
 
     directory: Path
     file: AdapterFile
     shapes: Shapes | None
     basis: Basis | None
+    transposed: tuple[str, ...] | None = None
 
     def update(self, fqn: str, factor: float = 1.0) -> Update:
         """Return the update of one layer, times a factor, as factors."""
@@ -65,20 +68,28 @@ class OpenAdapter:
         return self.shapes, self.basis
 
 
-def open_adapter(directory: Path, base: Path | None = None) -> OpenAdapter:
+def open_adapter(directory: Path, base: str | os.PathLike[str] | None = None, prefix: str | None = None) -> OpenAdapter:
     """Read and check an adapter, and draw or take its bases. The base is needed only for files that PEFT wrote."""
     file = read_adapter(directory)
-    shapes = known_shapes(file) if base is None else fit_base(open_base(base), file).shapes
-    return OpenAdapter(directory, file, shapes, adapter_basis(file, shapes))
+    if base is None:
+        shapes = known_shapes(file)
+        transposed = None if file.header is None else file.header.transposed
+        return OpenAdapter(directory, file, shapes, adapter_basis(file, shapes), transposed)
+    slots = fit_base(open_base(base), file, prefix).slots_of(file)
+    layout = Conv1DAdapter.in_storage_layout
+    transposed = tuple(fqn for fqn, slot in slots.items() if slot.in_storage_layout is layout)
+    shapes = shapes_in(slots)
+    return OpenAdapter(directory, file, shapes, adapter_basis(file, shapes), transposed)
 
 
 def open_fitted(directory: Path, base: Base, prefix: str | None, bank: BasisBank) -> tuple[OpenAdapter, BaseFit]:
     """Read an adapter, fit it to a base model, and add its bases to the bank, unless it has them already."""
     fit = fit_base(base, read_adapter(directory), prefix)
-    basis = file_basis(fit.file, fit.shapes, bank)
-    basis.extend(*sliced_dims(fit.shapes.values()))
+    shapes = shapes_in(fit.slots)
+    basis = file_basis(fit.file, shapes, bank)
+    basis.extend(*sliced_dims(shapes.values()))
     bank.add(basis)
-    return OpenAdapter(directory, fit.file, fit.shapes, basis), fit
+    return OpenAdapter(directory, fit.file, shapes, basis), fit
 
 
 def known_shapes(file: AdapterFile) -> Shapes | None:

@@ -13,7 +13,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from randlora.checkpoint.fit import misfits, named_sites, prefix_problems, trained_misfits, with_prefix
+from randlora.checkpoint.fit import (
+    layer_names,
+    misfits,
+    named_sites,
+    prefix_problems,
+    trained_misfits,
+    with_prefix,
+    without_repeats,
+)
 from randlora.checkpoint.read import AdapterFile
 from randlora.disk.tensor_file import Entry
 from randlora.errors import CheckpointError, raise_collected
@@ -61,15 +69,20 @@ class BaseFit:
     slots: Mapping[str, Slot]
     trained: Mapping[str, tuple[str, ...]]
 
-    @property
-    def shapes(self) -> Shapes:
-        """``(out_features, in_features)`` by FQN."""
-        return {fqn: slot.shape for fqn, slot in self.slots.items()}
+    def slots_of(self, file: AdapterFile) -> dict[str, Slot]:
+        """Return where the weights are by the names that the adapter has in its file."""
+        own = dict(zip(self.file.values, file.values, strict=True))
+        return {own[fqn]: slot for fqn, slot in self.slots.items()}
 
     @property
     def absent(self) -> tuple[str, ...]:
         """Parameters trained with the adapter that the files lack."""
         return tuple(fqn for fqn, names in self.trained.items() if not names)
+
+
+def shapes_in(slots: Mapping[str, Slot]) -> Shapes:
+    """Return ``(out_features, in_features)`` by FQN."""
+    return {fqn: slot.shape for fqn, slot in slots.items()}
 
 
 def open_base(directory: str | os.PathLike[str]) -> Base:
@@ -82,15 +95,16 @@ def open_base(directory: str | os.PathLike[str]) -> Base:
 def fit_base(base: Base, file: AdapterFile, prefix: str | None = None) -> BaseFit:
     """Return how an adapter fits a base model, of which only headers are read. One error names all misfits."""
     entries = base.dense.directory.entries
-    fit, problems = (
-        _fit_names(base.model, with_prefix(file, prefix, _layer_names(entries)), entries)
-        if isinstance(base.model, str)
-        else _fit_model(base.model, file, prefix, entries)
-    )
-    own: dict[str, Tensor | Entry] = {fqn: entries[names[0]] for fqn, names in fit.trained.items() if names}
-    if isinstance(base.model, TransformersModel):  # it has parameters of its own that the files may lack, as a new head
-        own = {held.fqn: held.parameter for held in base.model.census.parameters} | own
-    problems += [*misfits(fit.file, fit.shapes), *trained_misfits(own, fit.file.trained)]
+    own: dict[str, Tensor | Entry] = {}
+    if isinstance(base.model, str):
+        fit, problems = _fit_names(base.model, file, prefix, entries)
+    else:
+        fit, problems = _fit_model(base.model, file, prefix, entries)
+        own |= {held.fqn: held.parameter for held in base.model.census.parameters}  # the files may lack a new head
+    own |= {fqn: entries[names[0]] for fqn, names in fit.trained.items() if names}
+    problems += [*misfits(fit.file, shapes_in(fit.slots)), *trained_misfits(own, fit.file.trained)]
+    codes = {fqn for fqn, names in fit.trained.items() if base.dense.codes.keys() & set(names)}
+    problems += [f"{fqn} is quantized here, and was trained as {fit.file.trained[fqn].dtype}" for fqn in codes]
     raise_collected(CheckpointError, problems, doing=f"fit the adapter to {str(base.directory.path)!r}")
     return fit
 
@@ -99,8 +113,9 @@ def _fit_model(
     model: TransformersModel, file: AdapterFile, prefix: str | None, entries: Mapping[str, Entry]
 ) -> tuple[BaseFit, list[str]]:
     """Find the tensors of the weights that an adapter names in a model."""
-    file = with_prefix(file, prefix, {visit.fqn for visit in model.census.candidates})
+    file = with_prefix(file, prefix, layer_names(model.census))
     sites = named_sites(model.census, file.values)
+    file = without_repeats(model.census, file)
     problems = obstacles(model.census, sites, file.config.dropout)
     slots = {}
     fqns = {id(held.parameter): held.fqn for held in reversed(model.census.parameters)}  # the first of a tied one
@@ -129,35 +144,39 @@ def _shape(site: Site, entry: Entry) -> tuple[int, int]:
     return (entry.shape[1], entry.shape[0]) if is_transposed else (entry.shape[0], entry.shape[1])
 
 
-def _layer_names(entries: Mapping[str, Entry]) -> set[str]:
-    return {*entries, *(name.removesuffix(".weight") for name in entries)}
-
-
-def _fit_names(reason: str, file: AdapterFile, entries: Mapping[str, Entry]) -> tuple[BaseFit, list[str]]:
+def _fit_names(
+    reason: str, file: AdapterFile, prefix: str | None, entries: Mapping[str, Entry]
+) -> tuple[BaseFit, list[str]]:
     """Find an adapter's weights by the names of tensors; their layout is that which the adapter's shapes imply."""
+    known = {*entries, *(name.removesuffix(".weight") for name in entries)}
+    file = with_prefix(file, prefix, known)
     slots: dict[str, Slot] = {}
-    problems = prefix_problems([*file.values], _layer_names(entries))
+    problems = prefix_problems([*file.values], known)
     for fqn in [] if problems else file.values:
         name = next((name for name in (f"{fqn}.weight", fqn) if name in entries), None)
         if name is None:
             problems.append(f"the model has no layer {fqn} under this name ({reason})")
         elif len(entries[name].shape) != 2:
             problems.append(f"{fqn} has shape {entries[name].shape}, expected a matrix ({reason})")
+        elif (is_transposed := _is_transposed(file, fqn, entries[name])) is None:
+            problems.append(f"{fqn} may be stored transposed or not, which the adapter does not say ({reason})")
+        elif is_transposed:
+            columns, rows = entries[name].shape
+            slots[fqn] = Slot((name,), (rows, columns), Conv1DAdapter.in_storage_layout)
         else:
-            slots[fqn] = _slot(file, fqn, entries[name])
-    layouts = {slot.in_storage_layout for slot in slots.values()}
-    if Conv1DAdapter.in_storage_layout in layouts and not file.fields.get("fan_in_fan_out"):
-        square = [fqn for fqn, slot in slots.items() if slot.shape[0] == slot.shape[1]]
-        problems += [f"{fqn} is square, and may be stored transposed or not ({reason})" for fqn in square]
+            rows, columns = entries[name].shape
+            slots[fqn] = Slot((name,), (rows, columns), LinearAdapter.in_storage_layout)
     return BaseFit(file, slots, {fqn: (fqn,) if fqn in entries else () for fqn in file.trained}), problems
 
 
-def _slot(file: AdapterFile, fqn: str, entry: Entry) -> Slot:
-    """Return where a matrix is stored and whether transposed: by its shape or, if square, by ``fan_in_fan_out``."""
-    rows, columns = entry.shape
-    is_transposed = bool(file.fields.get("fan_in_fan_out"))
-    if file.header is not None and rows != columns:
-        is_transposed = file.header.shapes[fqn] == (columns, rows)
-    if is_transposed:
-        return Slot((entry.name,), (columns, rows), Conv1DAdapter.in_storage_layout)
-    return Slot((entry.name,), (rows, columns), LinearAdapter.in_storage_layout)
+def _is_transposed(file: AdapterFile, fqn: str, entry: Entry) -> bool | None:
+    """Return whether a matrix is stored as ``(in_features, out_features)``, or ``None`` if nothing says so.
+
+    PEFT's ``fan_in_fan_out`` says so if all layers are; otherwise some of them may be.
+    """
+    header = file.header
+    if header is not None and header.transposed is not None:
+        return fqn in header.transposed
+    if header is not None and entry.shape[0] != entry.shape[1]:
+        return header.shapes[fqn] == (entry.shape[1], entry.shape[0])
+    return True if file.fields.get("fan_in_fan_out") else None

@@ -94,9 +94,8 @@ def find_changes(base: Base, adapters: Mapping[Path, float], prefix: str | None 
             adapter, fit = open_fitted(path, base, prefix, bank)
             if fit.absent:
                 absent = ", ".join(fit.absent)
-                raise CheckpointError(
-                    f"the model's files lack {absent}, which was trained: load the model and merge in memory"
-                )
+                advice = "load the model and merge in memory"
+                raise CheckpointError(f"{absent} was trained and is not in the model's files, or in parts: {advice}")
             if taken := ", ".join(fqn for fqn, names in fit.trained.items() if replaced.keys() & set(names)):
                 raise CheckpointError(f"an adapter before it trained {taken} too, and the model has room for one")
         except CheckpointError as error:

@@ -26,9 +26,8 @@ from randlora.config import is_integer
 from randlora.disk.replace import scratch_directory, write_files
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.adapter import OpenAdapter, open_adapter
-from randlora.files.progress import Progress, no_progress
 from randlora.files.to_lora import Lora, LoraLayer, to_lora
-from randlora.report import as_bytes, table
+from randlora.report import Progress, as_bytes, no_progress, table
 
 Format = Literal["peft", "native", "lora"]
 
@@ -81,6 +80,7 @@ def convert(
     rank: int | None = None,
     tolerance: float | None = None,
     base: str | os.PathLike[str] | None = None,
+    prefix: str | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> ConversionReport:
@@ -100,6 +100,8 @@ def convert(
             ``None`` means 0.05. 1 accepts anything.
         base: The directory of the base model, whose headers give the layers' shapes. PEFT does not store them, so its
             files need it for ``"native"`` and ``"lora"``.
+        prefix: The prefix by which the names in the adapter and in the base model differ, as in `randlora.load`. The
+            adapter keeps its names.
         overwrite: Whether to replace an adapter in ``out``.
         progress: Called for every layer.
 
@@ -115,11 +117,11 @@ def convert(
     raise_collected(ConfigError, _option_problems(to, rank, tolerance), doing="convert")
     if source.resolve() in (target.resolve(), *target.resolve().parents):
         raise CheckpointError(f"cannot convert {str(source)!r} into itself: choose another directory")
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target} is a file: expected the name of a directory to write to")
+    if os.path.lexists(target) and not target.is_dir():
+        raise CheckpointError(f"{target} is a file or a broken link: expected the name of a directory to write to")
     if not overwrite and target.is_dir() and any(target.iterdir()):
         raise CheckpointError(f"{target} exists and is not empty: choose another name, or ask for overwriting")
-    adapter = open_adapter(source, None if base is None else Path(base))
+    adapter = open_adapter(source, base, prefix)
     if to == "lora":
         disk = next(parent for parent in target.absolute().parents if parent.is_dir())
         with scratch_directory(disk, target.name) as scratch:
@@ -144,10 +146,9 @@ def _option_problems(to: str, rank: object, tolerance: object) -> list[str]:
     return problems
 
 
-Contents = tuple[dict[str, Any], dict[str, Tensor], Header | None, tuple[str, ...]]
-
-
-def _contents(adapter: OpenAdapter, to: Format) -> Contents:
+def _contents(
+    adapter: OpenAdapter, to: Format
+) -> tuple[dict[str, Any], dict[str, Tensor], Header | None, tuple[str, ...]]:
     """Return the fields of the JSON, the tensors, our header, and notes.
 
     Without known shapes, which only ``"peft"`` can do without, everything remains as PEFT wrote it. Fields that depend
@@ -159,7 +160,7 @@ def _contents(adapter: OpenAdapter, to: Format) -> Contents:
         stored = {} if file.bases is None else dict(zip((TOP_BASIS_A, TOP_BASIS_B), file.bases, strict=True))
         return dict(file.fields), tensors | stored, None, ()
     shapes, basis = adapter.require_shapes()
-    header = Header.of(file.config, basis, shapes, file.trained)
+    header = Header.of(file.config, basis, shapes, file.trained, adapter.transposed)
     spec = basis.spec
     is_peft_draw = spec.stream == "torch" and (spec.max_dim, spec.min_dim) == header.rectangle
     is_stored = basis.stored is not None or (to == "peft" and not is_peft_draw)

@@ -15,8 +15,7 @@ from randlora.checkpoint.peft_config import BASE_FIELD, NEUTRAL_FIELDS, kept_fie
 from randlora.config import RandLoRAConfig
 from randlora.files.adapter import OpenAdapter, open_adapter
 from randlora.files.low_rank import frobenius_norm, spectral_norm
-from randlora.files.progress import Progress, no_progress
-from randlora.report import as_bytes, table
+from randlora.report import Progress, as_bytes, no_progress, table
 
 WITHOUT_SHAPES = "norms need the layers' shapes, which PEFT does not store: give the directory of the base model too"
 DIGEST_SHOWN = 12
@@ -150,6 +149,7 @@ def inspect(
     directory: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,
     *,
+    prefix: str | None = None,
     norms: bool = True,
     progress: Progress = no_progress,
 ) -> AdapterSummary:
@@ -158,6 +158,7 @@ def inspect(
     Args:
         directory: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote.
         base: The directory of its base model, for the layers' shapes, which PEFT does not store. Only headers are read.
+        prefix: The prefix by which the names in the adapter and in the base model differ, as in `randlora.load`.
         norms: Whether to compute every layer's update, one at a time, and its norms.
         progress: Called for every layer.
 
@@ -165,7 +166,7 @@ def inspect(
         CheckpointError: If a file is damaged or of another kind, the bases are not reproduced, or the adapter does not
             fit the base.
     """
-    adapter = open_adapter(Path(directory), None if base is None else Path(base))
+    adapter = open_adapter(Path(directory), base, prefix)
     file = adapter.file
     fqns = [*adapter.shapes] if adapter.shapes else sorted(file.values, key=_natural)
     layers = []

@@ -32,9 +32,8 @@ from randlora.files.model_directory import (
     find_companions,
     write_json,
 )
-from randlora.files.progress import Progress, no_progress
 from randlora.layers import bnb_codes
-from randlora.report import as_bytes
+from randlora.report import Progress, as_bytes, no_progress
 
 CASTABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that tensors are cast from and to."""
@@ -119,7 +118,7 @@ def merge(
         CheckpointError: If a file is missing, truncated or damaged, the checkpoint is quantized but not by
             bitsandbytes, bitsandbytes is needed and not installed, or an adapter does not fit.
         MergeError: If ``out`` exists or is inside an input, the disk is too small, or a value is not finite.
-        OSError: If the disk refuses.
+        OSError: If the disk refuses, or another process creates ``out`` meanwhile.
     """
     factors = _factors(adapters)
     source, destination = Path(base), Path(out)

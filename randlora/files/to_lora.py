@@ -15,7 +15,7 @@ from randlora.disk.tensor_file import Planned, read_pieces, read_shard, write_te
 from randlora.errors import ConfigError
 from randlora.files.adapter import OpenAdapter
 from randlora.files.low_rank import LowRank, frobenius_norm, of_rank, within
-from randlora.files.progress import Progress
+from randlora.report import Progress
 from randlora.targets.match import has_suffix
 
 DEFAULT_TOLERANCE = 0.05

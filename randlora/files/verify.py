@@ -9,14 +9,12 @@ from typing import Literal
 
 from randlora.bases.spec import sliced_dims
 from randlora.checkpoint.read import AdapterFile, read_adapter
-from randlora.errors import CheckpointError
+from randlora.errors import CheckpointError, ConfigError
 from randlora.files.adapter import adapter_basis, known_shapes
-from randlora.files.base_fit import fit_base, open_base
+from randlora.files.base_fit import fit_base, open_base, shapes_in
 from randlora.files.inspect import DIGEST_SHOWN
-from randlora.files.progress import Progress, no_progress
+from randlora.report import Progress, no_progress
 from randlora.targets.site import Shapes
-
-STEPS = 3
 
 Outcome = Literal["passed", "failed", "not checked"]
 
@@ -80,9 +78,14 @@ def verify(
 
     Returns:
         All checks. A damaged file is a failed check, not an exception.
+
+    Raises:
+        ConfigError: If ``prefix`` is not a name, or is given without ``base``.
     """
+    if prefix is not None and base is None:
+        raise ConfigError("prefix is for a base model: give base too")
     directory = Path(directory)
-    progress(0, STEPS, "reading the files")
+    progress(0, 3, "reading the files")
     try:
         file = read_adapter(directory)
         shapes = known_shapes(file)
@@ -91,23 +94,17 @@ def verify(
     checksum = Check("checksum", "passed", "the SHA-256 over header and tensors is the recorded one")
     if file.header is None:
         checksum = Check("checksum", "not checked", "PEFT wrote the file, and stores none")
-    checks = [Check("files", "passed", _contents(file)), checksum]
-    progress(1, STEPS, "checking the base model")
+    others = f" and {len(file.trained)} parameters trained with them" if file.trained else ""
+    found = f"Λ and Γ of {len(file.values)} layers{others}: names, dtypes and shapes fit r={file.config.r}"
+    checks = [Check("files", "passed", f"{found}, all values are finite"), checksum]
+    progress(1, 3, "checking the base model")
     if base is not None:
         fit, shapes = _fit(file, Path(base), shapes, prefix)
         checks.append(fit)
-    progress(2, STEPS, "drawing the bases")
+    progress(2, 3, "drawing the bases")
     checks.append(_bases(file, shapes))
-    progress(STEPS, STEPS, "done")
+    progress(3, 3, "done")
     return Verification(directory, tuple(checks))
-
-
-def _contents(file: AdapterFile) -> str:
-    beside = f" and {len(file.trained)} parameters trained with them" if file.trained else ""
-    return (
-        f"Λ and Γ of {len(file.values)} layers{beside}: names, dtypes and shapes fit r={file.config.r}, "
-        "all values are finite"
-    )
 
 
 def _fit(file: AdapterFile, base: Path, shapes: Shapes | None, prefix: str | None) -> tuple[Check, Shapes | None]:
@@ -116,11 +113,10 @@ def _fit(file: AdapterFile, base: Path, shapes: Shapes | None, prefix: str | Non
         found = fit_base(open_base(base), file, prefix)
     except CheckpointError as error:
         return Check("base", "failed", str(error)), shapes
-    own = dict(zip(found.file.values, file.values, strict=True))
-    shapes = {own[fqn]: shape for fqn, shape in found.shapes.items()}
+    shapes = shapes_in(found.slots_of(file))
     words = f"{base} has all {len(shapes)} layers, in the shapes of the adapter"
     if found.absent:
-        words += f"; its files lack {', '.join(found.absent)}, which its class has"
+        words += f"; {', '.join(found.absent)} of its class are not in its files, or in parts"
     return Check("base", "passed", words), shapes
 
 

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from randlora.bases.spec import count_bases
 from randlora.functional import WriteOut, adapted_linear, delta_weight
-from randlora.layers.folding import Into, Merged
 from randlora.layers.inputs import autocast_dtype, input_of, is_plain_tensor
-from randlora.layers.update import Update, folded, sum_updates
+from randlora.layers.update import Into, Merged, Update, folded, sum_updates
 from randlora.state import Adapter, ModelState
 
 

@@ -10,10 +10,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from randlora.layers.folding import Into, Merged, RoundingLoss
 from randlora.layers.in_place import change_class, detach_obstacle, plain_class
 from randlora.layers.inputs import input_of
 from randlora.layers.linear import LinearAdapter
+from randlora.layers.update import Into, Merged, RoundingLoss
 
 
 class Form(NamedTuple):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from randlora.errors import ConfigError, MergeError, raise_collected
-from randlora.layers.folding import Into, Quantized, RoundingLoss
 from randlora.layers.quantized import QuantizedLayer
+from randlora.layers.update import Into, Quantized, RoundingLoss
 from randlora.model.install import detach_all, lost_sites, require_detachable, require_own
 from randlora.report import MergeReport
 from randlora.state import ModelState, adapted_root
