@@ -302,6 +302,7 @@ def test_a_parameter_that_is_quantized_is_refused_by_load_merge_and_verify(tmp_p
     assert not randlora.files.verify(adapter, base).passed
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_prefix_gives_a_file_of_peft_its_shapes_and_leaves_its_names(tmp_path: Path) -> None:
     full = BERT.build()
     full.save_pretrained(tmp_path / "base")  # type: ignore[operator]
