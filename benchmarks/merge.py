@@ -125,7 +125,7 @@ def peaks(base: Path, adapter: Path, out: Path) -> dict[str, float]:
 
 
 def profile_of_merge(base: Path, adapter: Path, out: Path) -> dict[str, float]:
-    """Say where the time of a merge goes."""
+    """Return the time that each part of a merge takes, in seconds."""
     profile = cProfile.Profile()
     profile.runcall(randlora.files.merge, base, adapter, out)
     stats = pstats.Stats(profile)

@@ -182,12 +182,36 @@ def test_a_directory_that_cannot_be_written_to_is_refused() -> None:
             path.chmod(path.stat().st_mode | stat.S_IWUSR)
 
 
-def test_an_input_that_cannot_be_written_to_is_read(base: Path, adapter: Path, tmp_path: Path) -> None:
-    for path in (*base.iterdir(), base, *adapter.iterdir(), adapter):
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    randlora.files.merge(base, adapter, tmp_path / "out")
-    for path in (base, adapter):
-        path.chmod(0o755)
+AUDITED = """
+import os, sys
+import randlora
+
+written = []
+
+def audit(event, args):
+    if event == "open" and isinstance(args[0], str) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        written.append(os.path.abspath(args[0]))
+
+sys.addaudithook(audit)
+randlora.files.merge("base", "adapter", "out")
+print(any("unfinished" in path for path in written))
+print([path for path in written if path.startswith((os.path.abspath("base"), os.path.abspath("adapter")))])
+"""
+
+
+@pytest.mark.medium
+def test_no_input_is_opened_for_writing(base: Path, adapter: Path, tmp_path: Path) -> None:
+    before = contents(tmp_path)
+    ended = subprocess.run(
+        [sys.executable, "-c", AUDITED],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout == "True\n[]\n"
+    assert {name: content for name, content in contents(tmp_path).items() if not name.startswith("out")} == before
 
 
 def test_what_the_disk_has_no_room_for_is_not_begun(adapter: Path, tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def check_reloading(model: SentimentClassifier, directory: Path, texts: Texts) -
 
 
 def agreement(logits: Tensor, expected: Tensor) -> str:
-    """Say how many predictions are equal, and how far the logits are apart."""
+    """Print how many predictions are equal, and how far the logits are apart."""
     same = int(((logits > 0) == (expected > 0)).sum())
     off = (logits - expected).abs().max().item()
     return f"{same} of {len(logits)} predictions equal, " + (f"logits within {off:.0e}" if off else "bit for bit")
