@@ -151,6 +151,16 @@ def test_what_is_no_safetensors_file_is_refused(contents: bytes, tmp_path: Path)
         pass
 
 
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "file")
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=r"^cannot read .*file \(Permission denied\)$"):
+        read_shard(tmp_path / "file")
+
+
 def test_an_error_of_the_caller_is_not_taken_for_one_of_the_file(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "file")
     with pytest.raises(KeyError), open_shard(tmp_path / "file"):
