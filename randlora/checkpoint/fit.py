@@ -63,10 +63,8 @@ def layer_names(census: Census) -> set[str]:
     return {site.fqn for visit in census.visits for site in sites_of(visit)}
 
 
-def with_prefix(file: AdapterFile, prefix: str | None, known: Collection[str]) -> AdapterFile:
-    """Return an adapter with a prefix, if any, added to its names or removed from them, whichever gives known names."""
-    if prefix is None:
-        return file
+def with_prefix(file: AdapterFile, prefix: str, known: Collection[str]) -> AdapterFile:
+    """Return an adapter with a prefix added to its names or removed from them, whichever gives known names."""
     if not isinstance(prefix, str) or not prefix.strip("."):
         raise ConfigError(f"prefix must be the name of a module, such as 'bert', got {prefix!r}")
     dotted = f"{prefix.removesuffix('.')}."
@@ -95,11 +93,10 @@ def prefix_problems(names: Sequence[str], known: Collection[str]) -> list[str]:
     prefixes = {name.removesuffix(names[0]) for name in known if name.endswith(f".{names[0]}")}
     prefixes |= {".".join(parts[:count]) + "." for count in range(1, len(parts))}
     fitting = [prefix.removesuffix(".") for prefix in prefixes if len(_directions(prefix, names, known)) == 1]
-    return [
-        f"the names of the adapter's layers and the model's differ by the prefix {prefix!r}: pass prefix={prefix!r}"
-        for prefix in fitting
-        if len(fitting) == 1
-    ]
+    if len(fitting) != 1:
+        return []
+    differ = f"the names of the adapter's layers and the model's differ by the prefix {fitting[0]!r}"
+    return [f"{differ}: pass prefix={fitting[0]!r}"]
 
 
 def _directions(prefix: str, names: Sequence[str], known: Collection[str]) -> list[str]:

@@ -66,7 +66,9 @@ def load(
     state = owned_state(census, name, "load")
     active = not state.adapters if active is None else active
     try:
-        file = with_prefix(read_adapter(locate(source, revision)), prefix, layer_names(census))
+        file = read_adapter(locate(source, revision))
+        if prefix is not None:
+            file = with_prefix(file, prefix, layer_names(census))
         sites = fit_sites(census, file)
         file = without_repeats(census, file)
         shapes = shapes_of(sites)

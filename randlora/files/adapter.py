@@ -41,7 +41,7 @@ class OpenAdapter:
     def update(self, fqn: str, factor: float = 1.0) -> Update:
         """Return the update of one layer, times a factor, as factors."""
         _, basis = self.require_shapes()
-        lam, gamma = (master(part, "cpu", copy=True) for part in self.file.values[fqn])
+        lam, gamma = (master(part, "cpu") for part in self.file.values[fqn])
         return Update(basis, lam, gamma, self.file.config.scaling * factor)
 
     @torch.no_grad()

@@ -113,7 +113,8 @@ def _fit_model(
     model: TransformersModel, file: AdapterFile, prefix: str | None, entries: Mapping[str, Entry]
 ) -> tuple[BaseFit, list[str]]:
     """Find the tensors of the weights that an adapter names in a model."""
-    file = with_prefix(file, prefix, layer_names(model.census))
+    if prefix is not None:
+        file = with_prefix(file, prefix, layer_names(model.census))
     sites = named_sites(model.census, file.values)
     file = without_repeats(model.census, file)
     problems = obstacles(model.census, sites, file.config.dropout)
@@ -147,9 +148,10 @@ def _shape(site: Site, entry: Entry) -> tuple[int, int]:
 def _fit_names(
     reason: str, file: AdapterFile, prefix: str | None, entries: Mapping[str, Entry]
 ) -> tuple[BaseFit, list[str]]:
-    """Find an adapter's weights by the names of tensors; their layout is that which the adapter's shapes imply."""
+    """Find an adapter's weights by the names of tensors; their layout is the one that the adapter states."""
     known = {*entries, *(name.removesuffix(".weight") for name in entries)}
-    file = with_prefix(file, prefix, known)
+    if prefix is not None:
+        file = with_prefix(file, prefix, known)
     slots: dict[str, Slot] = {}
     problems = prefix_problems([*file.values], known)
     for fqn in [] if problems else file.values:
@@ -160,12 +162,10 @@ def _fit_names(
             problems.append(f"{fqn} has shape {entries[name].shape}, expected a matrix ({reason})")
         elif (is_transposed := _is_transposed(file, fqn, entries[name])) is None:
             problems.append(f"{fqn} may be stored transposed or not, which the adapter does not say ({reason})")
-        elif is_transposed:
-            columns, rows = entries[name].shape
-            slots[fqn] = Slot((name,), (rows, columns), Conv1DAdapter.in_storage_layout)
         else:
-            rows, columns = entries[name].shape
-            slots[fqn] = Slot((name,), (rows, columns), LinearAdapter.in_storage_layout)
+            kind = Conv1DAdapter if is_transposed else LinearAdapter
+            rows, columns = reversed(entries[name].shape) if is_transposed else entries[name].shape
+            slots[fqn] = Slot((name,), (rows, columns), kind.in_storage_layout)
     return BaseFit(file, slots, {fqn: (fqn,) if fqn in entries else () for fqn in file.trained}), problems
 
 
