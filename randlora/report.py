@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass, field
 
 from torch.nn.parameter import is_lazy
 
-from randlora.bases.spec import BasisSpec, count_bases
+from randlora.bases.spec import BasisSpec, count_bases, count_trainable
 from randlora.config import RandLoRAConfig
 from randlora.layers.registry import find_layer
 from randlora.layers.update import RoundingLoss
@@ -35,7 +35,7 @@ class ShapeRow:
     """All targets of one shape.
 
     Attributes:
-        count: Number of layers.
+        count: Number of matrices, each with its own Λ and Γ.
         expected_rank: Rank that a trained update can reach.
         trainable: Trainable parameters of all of them.
     """
@@ -204,12 +204,13 @@ def shape_rows(shapes: Shapes, spec: BasisSpec) -> tuple[ShapeRow, ...]:
     """Return a row for each shape, in order of appearance."""
     counts = Counter(shapes.values())
     rows = []
-    for (out_features, in_features), count in counts.items():
-        min_dim = min(in_features, out_features)
-        num_bases = count_bases(min_dim, spec.r)
+    for shape, count in counts.items():
+        out_features, in_features = shape[-2:]
+        num_bases = count_bases(min(shape[-2:]), spec.r)
         rank = spec.expected_rank(out_features, in_features)
-        trainable = count * num_bases * (spec.r + min_dim)
-        rows.append(ShapeRow(count, in_features, out_features, spec.r, num_bases, rank, trainable))
+        trainable = count * count_trainable(shape, spec.r)
+        matrices = count * math.prod(shape[:-2])
+        rows.append(ShapeRow(matrices, in_features, out_features, spec.r, num_bases, rank, trainable))
     return tuple(rows)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from randlora.bases.bank import BasisBank
 from randlora.bases.basis import Basis
+from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError
 from randlora.functional import Compute
@@ -47,6 +48,25 @@ class Adapter:
     def is_active(self) -> bool:
         """Whether its update is added."""
         return self.weight is not None
+
+
+@dataclass(eq=False)
+class SiteAdapter:
+    """One adapter at one adapted weight.
+
+    Attributes:
+        adapter: The adapter.
+        basis: Its bases.
+        shape: Shape of its update of this weight.
+        r: Rank of one basis.
+        scaling: Factor of the update, ``alpha / r``.
+    """
+
+    adapter: Adapter
+    basis: Basis
+    shape: Shape
+    r: int
+    scaling: float
 
 
 @dataclass(eq=False)

@@ -292,11 +292,11 @@ def test_running_out_of_memory_leaves_the_model_as_it_was(monkeypatch: pytest.Mo
     calls = []
     original = AdapterLayer.fresh_diagonals.__func__  # type: ignore[attr-defined]
 
-    def fail_at_the_last(kind: type[AdapterLayer], owner: nn.Module, r: int) -> tuple[Tensor, Tensor]:
+    def fail_at_the_last(kind: type[AdapterLayer], owner: nn.Module, *args: Any) -> tuple[Tensor, Tensor]:
         calls.append(owner)
         if len(calls) == len(ADAPTED):
             raise MemoryError
-        values: tuple[Tensor, Tensor] = original(kind, owner, r)
+        values: tuple[Tensor, Tensor] = original(kind, owner, *args)
         return values
 
     monkeypatch.setattr(AdapterLayer, "fresh_diagonals", classmethod(fail_at_the_last))

@@ -172,7 +172,7 @@ def test_transforms_pass_a_layer_that_is_repacked(is_training: bool) -> None:
 
 
 def _with_dropout(layer: Any) -> None:
-    adapter = adapter_layer(layer).adapters["default"]
+    adapter = adapter_layer(layer).adapters["default"].adapter
     adapter.config = replace(adapter.config, dropout=1e-9)
 
 

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import randlora
 from randlora.bases.spec import drawn_dims, sliced_dims
+from randlora.config import RandLoRAConfig
 from randlora.errors import TargetError
 from randlora.targets.select import find_targets, obstacles
 from randlora.targets.site import shapes_of
@@ -270,9 +271,9 @@ def emptied(model: nn.Module) -> nn.Module:
 
 def test_shapes_are_read_beside_a_weight_that_is_empty() -> None:
     model = nn.Sequential(nn.Linear(7, 3), Conv1D(5, 3))
-    expected = shapes_of(find_targets(model))
+    expected = shapes_of(find_targets(model), RandLoRAConfig())
     assert expected == {"0": (3, 7), "1": (5, 3)}
-    assert shapes_of(find_targets(emptied(model))) == expected
+    assert shapes_of(find_targets(emptied(model)), RandLoRAConfig()) == expected
     assert all(isinstance(size, int) for shape in expected.values() for size in shape)
 
 

@@ -15,6 +15,10 @@ from randlora.config import BasisKind, RandLoRAConfig, Stream, is_integer
 from randlora.errors import ConfigError
 from randlora.functional import Pair
 
+Shape = tuple[int, ...]
+"""Shape of an update: ``(out_features, in_features)``, or ``(matrices, out_features, in_features)`` for a stack of
+matrices, each with its own Λ and Γ."""
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -126,19 +130,25 @@ def count_bases(min_dim: int, r: int) -> int:
     return math.ceil(min_dim / r)
 
 
-def drawn_dims(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """Return the ``(max_dim, min_dim)`` that PEFT draws for layers of these ``(out, in)`` shapes.
+def count_trainable(shape: Shape, r: int) -> int:
+    """Return the number of entries of Λ and Γ for a weight: ``num_bases·(r + min_dim)`` for each of its matrices."""
+    min_dim = min(shape[-2:])
+    return math.prod(shape[:-2]) * count_bases(min_dim, r) * (r + min_dim)
+
+
+def drawn_dims(shapes: Iterable[Shape]) -> tuple[int, int]:
+    """Return the ``(max_dim, min_dim)`` that PEFT draws for layers of these shapes.
 
     They are the larger and the smaller of the largest output width and the largest input width.
     """
-    widest = [max(sides) for sides in zip(*shapes, strict=True)]
+    widest = [max(sides) for sides in zip(*(shape[-2:] for shape in shapes), strict=True)]
     return max(widest), min(widest)
 
 
-def sliced_dims(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+def sliced_dims(shapes: Iterable[Shape]) -> tuple[int, int]:
     """Return the ``(max_dim, min_dim)`` that layers slice: the maxima of their larger and of their smaller dims."""
-    shapes = list(shapes)
-    return max(map(max, shapes)), max(map(min, shapes))
+    matrices = [shape[-2:] for shape in shapes]
+    return max(map(max, matrices)), max(map(min, matrices))
 
 
 def spec_for(config: RandLoRAConfig, max_dim: int, min_dim: int) -> BasisSpec:

@@ -14,7 +14,7 @@ from randlora.disk.tensor_file import Entry
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.layers.registry import find_layer
 from randlora.targets.select import obstacles
-from randlora.targets.site import Shapes, Site, shapes_of
+from randlora.targets.site import Shapes, Site, shapes_of, sizes
 from randlora.targets.walk import Census, sites_of
 
 
@@ -29,7 +29,7 @@ def fit_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
             for site in sites
             if site.weight is not None and site.weight.is_meta and not site.layer_class.is_offloaded(site.owner)
         ),
-        *misfits(file, shapes_of(sites)),
+        *misfits(file, shapes_of(sites, file.config)),
         *trained_misfits(own, file.trained),
     ]
     raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
@@ -112,13 +112,13 @@ def misfits(file: AdapterFile, shapes: Shapes) -> list[str]:
     """Return which layers have other shapes than those the adapter was trained on, or exceed the stored bases."""
     problems = []
     for fqn, shape in shapes.items():
-        min_dim = file.values[fqn][1].shape[1]
-        saved = file.header.shapes[fqn] if file.header else shape
-        if saved != shape or min_dim != min(shape):
-            theirs = f"out x in = {saved[0]} x {saved[1]}" if file.header else f"a smaller side of {min_dim}"
-            problems.append(f"{fqn} is {shape[0]} x {shape[1]} here, the adapter was trained on {theirs}")
-        elif file.bases and (len(file.bases[1]) < max(shape) or file.bases[0].shape[-1] < min_dim):
-            problems.append(f"{fqn} is {shape[0]} x {shape[1]}, larger than the bases in the file")
+        gamma, matrix = file.values[fqn][1], shape[-2:]
+        min_dim, saved = gamma.shape[-1], file.header.shapes[fqn] if file.header else shape
+        if saved != shape or min_dim != min(matrix) or gamma.shape[:-2] != shape[:-2]:
+            theirs = f"out x in = {sizes(saved)}" if file.header else f"a smaller side of {min_dim}"
+            problems.append(f"{fqn} is {sizes(shape)} here, the adapter was trained on {theirs}")
+        elif file.bases and (len(file.bases[1]) < max(matrix) or file.bases[0].shape[-1] < min_dim):
+            problems.append(f"{fqn} is {sizes(shape)}, larger than the bases in the file")
     return problems
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from randlora.bases.basis import Basis
-from randlora.bases.spec import BasisSpec, drawn_dims, sliced_dims, spec_for
+from randlora.bases.spec import BasisSpec, Shape, drawn_dims, sliced_dims, spec_for
 from randlora.config import RandLoRAConfig
 from randlora.disk.replace import Writer
 from randlora.disk.tensor_file import Planned, bytes_of, write_tensor_file
@@ -42,7 +42,8 @@ METADATA = {"format": "pt"}
 """What transformers and PEFT expect in the metadata of every safetensors file."""
 HEADER_KEY = "randlora"
 SEAL_WORD = "basis_sha256"  # a word that every header contains and nothing else does
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = 1, 2
+"""Version 2 is written only for what version 1 has no place for: weights that are stacks of matrices."""
 
 
 def trained_key(fqn: str, targets: Container[str]) -> str:
@@ -79,7 +80,7 @@ def adapter_tensors(values: Mapping[str, tuple[Tensor, Tensor]], trained: Mappin
 class Header:
     """The facts about an adapter that are not in its tensors.
 
-    ``shapes`` are ``(out_features, in_features)`` by target, and ``basis_digest`` is the `Basis.digest` of the values
+    ``shapes`` are those of the updates by target, and ``basis_digest`` is the `Basis.digest` of the values
     that they use. Unless ``is_reproducible``, the spec does not reproduce the bases, and the file must hold them.
     ``torch_version`` is that of the torch that drew them, and ``transposed`` are the targets that are stored as
     ``(in_features, out_features)``; ``None`` if the file does not say.
@@ -87,7 +88,7 @@ class Header:
 
     config: RandLoRAConfig
     spec: BasisSpec
-    shapes: dict[str, tuple[int, int]]
+    shapes: Shapes
     basis_digest: str
     is_reproducible: bool
     library_version: str
@@ -114,6 +115,11 @@ class Header:
         return cls(config, spec, dict(shapes), digest, is_drawn, *versions, transposed)
 
     @property
+    def format_version(self) -> int:
+        """The version of the format that has a place for all of it."""
+        return 1 + any(len(shape) == 3 for shape in self.shapes.values())
+
+    @property
     def rectangle(self) -> tuple[int, int]:
         """``(max_dim, min_dim)`` of the bases that PEFT would draw for the targets."""
         return drawn_dims(self.shapes.values())
@@ -125,7 +131,7 @@ def dump_header(header: Header, tensors: Mapping[str, Tensor]) -> str:
         "basis": header.spec.to_dict(),
         "basis_sha256": header.basis_digest,
         "config": header.config.to_dict(),
-        "format_version": FORMAT_VERSION,
+        "format_version": header.format_version,
         "is_reproducible": header.is_reproducible,
         "library_version": header.library_version,
         "targets": {fqn: list(shape) for fqn, shape in header.shapes.items()},
@@ -140,15 +146,16 @@ def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
     try:
         facts = json.loads(text)
         found = facts["format_version"]
-        if found != FORMAT_VERSION:
+        if found not in FORMAT_VERSIONS:
+            known = " and ".join(map(str, FORMAT_VERSIONS))
             raise CheckpointError(
-                f"the file has format version {found!r}, this library reads {FORMAT_VERSION}: install one that reads it"
+                f"the file has format version {found!r}, this library reads {known}: install one that reads it"
             )
         seal = facts.pop("sha256")
         header = Header(
             config=RandLoRAConfig.from_dict(facts["config"]),
             spec=BasisSpec.from_dict(facts["basis"]),
-            shapes={fqn: (int(out), int(in_)) for fqn, (out, in_) in facts["targets"].items()},
+            shapes={fqn: _parsed_shape(*shape) for fqn, shape in facts["targets"].items()},
             basis_digest=facts["basis_sha256"],
             is_reproducible=bool(facts["is_reproducible"]),
             library_version=str(facts["library_version"]),
@@ -169,6 +176,14 @@ def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
             f"the file's options, its targets and {spec} contradict each other: randlora.save wrote no such file"
         )
     return header
+
+
+def _parsed_shape(out_or_matrices: int, *rest: int) -> Shape:
+    """Return a shape of two or three sizes from a header."""
+    shape = (int(out_or_matrices), *map(int, rest))
+    if len(shape) not in (2, 3):
+        raise ValueError(f"a shape of {len(shape)} sizes")
+    return shape
 
 
 def _seal(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

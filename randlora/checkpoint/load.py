@@ -71,7 +71,7 @@ def load(
             file = with_prefix(file, prefix, layer_names(census))
         sites = fit_sites(census, file)
         file = without_repeats(census, file)
-        shapes = shapes_of(sites)
+        shapes = shapes_of(sites, file.config)
         basis = file_basis(file, shapes, state.bank)
     except CheckpointError as error:
         raise CheckpointError(f"cannot load {str(source)!r}: {error}") from error

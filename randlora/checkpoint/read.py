@@ -251,10 +251,10 @@ def _shape_problems(
     problems = []
     for fqn, (lam, gamma) in values.items():
         if (
-            lam.ndim != 2
-            or gamma.ndim != 2
-            or lam.shape != (r, len(gamma))
-            or len(gamma) != count_bases(gamma.shape[1], r)
+            lam.ndim not in (2, 3)  # 3 for a stack of matrices
+            or gamma.ndim != lam.ndim
+            or lam.shape != (*gamma.shape[:-2], r, gamma.shape[-2])
+            or gamma.shape[-2] != count_bases(gamma.shape[-1], r)
         ):
             problems.append(
                 f"{fqn} has randlora_lambda {tuple(lam.shape)} and randlora_gamma {tuple(gamma.shape)}: "

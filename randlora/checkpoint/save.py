@@ -103,7 +103,7 @@ def save(
     if os.path.lexists(directory) and not directory.is_dir():
         problems.append("it is a file or a broken link: expected the name of a directory")
     raise_collected(CheckpointError, problems, doing=f"save to {str(directory)!r}")
-    shapes = shapes_of(sites)
+    shapes = shapes_of(sites, adapter.config)
     transposed = tuple(site.fqn for site in sites if issubclass(site.layer_class, Conv1DAdapter))
     header = Header.of(adapter.config, adapter.basis, shapes, adapter.trained, transposed)
     notes = _peft_notes(adapter, header, bases)

@@ -21,7 +21,7 @@ from randlora.errors import CheckpointError, raise_collected
 from randlora.files.base_fit import Base, BaseFit, fit_base, open_base, shapes_in
 from randlora.layers.conv1d import Conv1DAdapter
 from randlora.layers.update import Update, sum_updates
-from randlora.targets.site import Shapes
+from randlora.targets.site import Shapes, sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +40,9 @@ class OpenAdapter:
 
     def update(self, fqn: str, factor: float = 1.0) -> Update:
         """Return the update of one layer, times a factor, as factors."""
-        _, basis = self.require_shapes()
+        shapes, basis = self.require_shapes()
         lam, gamma = (master(part, "cpu") for part in self.file.values[fqn])
-        return Update(basis, lam, gamma, self.file.config.scaling * factor)
+        return Update(basis, lam, gamma, self.file.config.scaling * factor, shapes[fqn])
 
     @torch.no_grad()
     def delta_weight(self, fqn: str) -> Tensor:
@@ -50,9 +50,8 @@ class OpenAdapter:
 
         It is an error if it is not finite.
         """
-        shapes, _ = self.require_shapes()
         update = self.update(fqn)
-        delta = sum_updates([update], shapes[fqn], device=torch.device("cpu"), dtype=update.lam.dtype)
+        delta = sum_updates([update], update.shape, device=torch.device("cpu"), dtype=update.lam.dtype)
         if not all(bound.isfinite() for bound in delta.aminmax()):
             raise CheckpointError(f"the update of {fqn} is too large for {delta.dtype}: its Λ and Γ are damaged")
         return delta
@@ -77,7 +76,7 @@ def open_adapter(directory: Path, base: str | os.PathLike[str] | None = None, pr
         return OpenAdapter(directory, file, shapes, adapter_basis(file, shapes), transposed)
     slots = fit_base(open_base(base), file, prefix).slots_of(file)
     layout = Conv1DAdapter.in_storage_layout
-    transposed = tuple(fqn for fqn, slot in slots.items() if slot.in_storage_layout is layout)
+    transposed = tuple(fqn for fqn, slot in slots.items() if slot.layer_class.in_storage_layout is layout)
     shapes = shapes_in(slots)
     return OpenAdapter(directory, file, shapes, adapter_basis(file, shapes), transposed)
 
@@ -98,9 +97,9 @@ def known_shapes(file: AdapterFile) -> Shapes | None:
         return None
     shapes = dict(file.header.shapes)
     problems = [
-        f"its header says that {fqn} is {shape[0]} x {shape[1]}, its randlora_gamma that a side is {min_dim}"
+        f"its header says that {fqn} is {sizes(shape)}, its randlora_gamma that it has {sizes(gamma.shape)} entries"
         for fqn, shape in shapes.items()
-        if (min_dim := file.values[fqn][1].shape[1]) != min(shape)
+        if (gamma := file.values[fqn][1]).shape[-1] != min(shape[-2:]) or gamma.shape[:-2] != shape[:-2]
     ]
     raise_collected(CheckpointError, problems or misfits(file, shapes), doing="read the adapter")
     return shapes

@@ -7,12 +7,13 @@ tensors as ``from_pretrained`` maps them. Otherwise the tensors must have the na
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
+from randlora.bases.spec import Shape
 from randlora.checkpoint.fit import (
     layer_names,
     misfits,
@@ -23,11 +24,13 @@ from randlora.checkpoint.fit import (
     without_repeats,
 )
 from randlora.checkpoint.read import AdapterFile
+from randlora.config import RandLoRAConfig
 from randlora.disk.tensor_file import Entry
 from randlora.errors import CheckpointError, raise_collected
 from randlora.files.model_directory import ModelDirectory, read_model_directory
 from randlora.files.quantized import DenseView, as_dense
 from randlora.files.transformers_model import Conversion, TransformersModel, build_model
+from randlora.layers.base import AdapterLayer
 from randlora.layers.conv1d import Conv1DAdapter
 from randlora.layers.linear import LinearAdapter
 from randlora.targets.select import obstacles
@@ -43,16 +46,16 @@ class Base(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Where a base model stores an adapted weight, whose ``shape`` is ``(out_features, in_features)``.
+    """Where a base model stores an adapted weight, and the ``shape`` of its update.
 
-    There are several ``names`` if files hold a shared weight several times. ``in_storage_layout`` converts an update of
-    this shape to the layout of the tensors. If the weight is a part of a tensor, ``fused`` is its FQN in the model and
-    how it is split off.
+    There are several ``names`` if files hold a shared weight several times. ``layer_class`` converts an update of this
+    shape to the layout of the tensors. If the weight is a part of a tensor, ``fused`` is its FQN in the model and how
+    it is split off.
     """
 
     names: tuple[str, ...]
-    shape: tuple[int, int]
-    in_storage_layout: Callable[[Tensor], Tensor]
+    shape: Shape
+    layer_class: type[AdapterLayer]
     fused: tuple[str, Conversion] | None = None
 
 
@@ -81,7 +84,7 @@ class BaseFit:
 
 
 def shapes_in(slots: Mapping[str, Slot]) -> Shapes:
-    """Return ``(out_features, in_features)`` by FQN."""
+    """Return the shapes of the updates by FQN."""
     return {fqn: slot.shape for fqn, slot in slots.items()}
 
 
@@ -121,15 +124,15 @@ def _fit_model(
     slots = {}
     fqns = {id(held.parameter): held.fqn for held in reversed(model.census.parameters)}  # the first of a tied one
     for site in sites:
-        layout = site.layer_class.in_storage_layout
+        kind = site.layer_class
         fqn = fqns[id(site.weight)]
         conversion = model.conversions.get(fqn)
         if names := model.names_of(site.weight):
-            slots[site.fqn] = Slot(names, _shape(site, entries[names[0]]), layout)
+            slots[site.fqn] = Slot(names, _shape(site, file.config, entries[names[0]]), kind)
         elif conversion is None:
             problems.append(f"the model has no layer {site.fqn} in its files")
         elif len(conversion.sources) == 1:
-            slots[site.fqn] = Slot((*conversion.sources,), site.shape, layout, (fqn, conversion))
+            slots[site.fqn] = Slot((*conversion.sources,), site.shape_with(file.config), kind, (fqn, conversion))
         else:
             parts = ", ".join(conversion.sources)
             problems.append(f"{site.fqn} is made of {parts} when it is loaded: load the model and merge in memory")
@@ -137,11 +140,12 @@ def _fit_model(
     return BaseFit(file, slots, {fqn: names_by_fqn.get(fqn, ()) for fqn in file.trained}), problems
 
 
-def _shape(site: Site, entry: Entry) -> tuple[int, int]:
-    """Return ``(out_features, in_features)`` of a weight as it is stored, whatever its class says."""
+def _shape(site: Site, config: RandLoRAConfig, entry: Entry) -> Shape:
+    """Return the shape of the update of a weight as it is stored, whatever its class says."""
+    shape = site.shape_with(config)
     if len(entry.shape) != 2 or site.weight is None or entry.shape == tuple(site.weight.shape):
-        return site.shape
-    is_transposed = site.shape != tuple(site.weight.shape)
+        return shape
+    is_transposed = shape != tuple(site.weight.shape)
     return (entry.shape[1], entry.shape[0]) if is_transposed else (entry.shape[0], entry.shape[1])
 
 
@@ -163,9 +167,9 @@ def _fit_names(
         elif (is_transposed := _is_transposed(file, fqn, entries[name])) is None:
             problems.append(f"{fqn} may be stored transposed or not, which the adapter does not say ({reason})")
         else:
-            kind = Conv1DAdapter if is_transposed else LinearAdapter
+            kind: type[AdapterLayer] = Conv1DAdapter if is_transposed else LinearAdapter
             rows, columns = reversed(entries[name].shape) if is_transposed else entries[name].shape
-            slots[fqn] = Slot((name,), (rows, columns), kind.in_storage_layout)
+            slots[fqn] = Slot((name,), (rows, columns), kind)
     return BaseFit(file, slots, {fqn: (fqn,) if fqn in entries else () for fqn in file.trained}), problems
 
 

@@ -35,8 +35,9 @@ class Merging:
     def merged(self, weight: Tensor) -> Tensor:
         """Return the merged weight, in the dtype and layout of ``weight``. It is an error if it is not finite."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        delta = sum_updates(self.updates, self.slot.shape, device=weight.device, dtype=dtype)
-        return require_finite(self.fqn, folded(weight, self.slot.in_storage_layout(delta)))
+        kind, shape = self.slot.layer_class, self.slot.shape
+        delta = sum_updates(self.updates, shape, device=weight.device, dtype=dtype, united=kind.united)
+        return require_finite(self.fqn, folded(weight, kind.in_storage_layout(delta)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from randlora.bases.spec import BasisSpec, sliced_dims
-from randlora.checkpoint.format import CONFIG_FILE, FORMAT_VERSION, TENSORS_FILE
+from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
 from randlora.checkpoint.peft_config import BASE_FIELD, NEUTRAL_FIELDS, kept_fields
 from randlora.config import RandLoRAConfig
 from randlora.files.adapter import OpenAdapter, open_adapter
@@ -54,6 +54,7 @@ class LayerSummary:
         frobenius: Frobenius norm of its update ΔW; ``None`` if it was not computed.
         spectral: The largest singular value of ΔW, likewise. If both dims are above 1024, a lower bound within a few
             percent.
+        matrices: Number of matrices of a stack, each with these dims and ``num_bases``; the norms are those of all.
     """
 
     fqn: str
@@ -64,6 +65,7 @@ class LayerSummary:
     in_features: int | None = None
     frobenius: float | None = None
     spectral: float | None = None
+    matrices: int = 1
 
     @property
     def stable_rank(self) -> float | None:
@@ -178,7 +180,7 @@ def inspect(
     if header is None:
         writer = f"PEFT {file.fields.get('peft_version') or 'of an unknown version'}"
     else:
-        writer = f"randlora {header.library_version}, format {FORMAT_VERSION}"
+        writer = f"randlora {header.library_version}, format {header.format_version}"
     times = {0: "drawn from the seed", 1: "stored once in the file"}
     return AdapterSummary(
         directory=adapter.directory,
@@ -203,14 +205,18 @@ def _natural(fqn: str) -> list[tuple[int, str]]:
 
 def _layer(adapter: OpenAdapter, fqn: str, *, norms: bool) -> LayerSummary:
     lam, gamma = adapter.file.values[fqn]
-    num_bases, min_dim = gamma.shape
-    layer = partial(LayerSummary, fqn, min_dim, num_bases, lam.numel() + gamma.numel())
+    *stack, num_bases, min_dim = gamma.shape
+    layer = partial(
+        LayerSummary, fqn, min_dim, num_bases, lam.numel() + gamma.numel(), matrices=stack[0] if stack else 1
+    )
     if adapter.shapes is None:
         return layer()
+    *_, out_features, in_features = adapter.shapes[fqn]
     if not norms:
-        return layer(*adapter.shapes[fqn])
-    update = adapter.delta_weight(fqn)
-    return layer(*adapter.shapes[fqn], frobenius_norm(update), spectral_norm(update))
+        return layer(out_features, in_features)
+    updates = adapter.delta_weight(fqn).reshape(-1, out_features, in_features)
+    spectral = max(map(spectral_norm, updates))
+    return layer(out_features, in_features, frobenius_norm(updates.flatten(0, 1)), spectral)
 
 
 def _bases(adapter: OpenAdapter) -> BasisSummary | None:

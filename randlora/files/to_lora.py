@@ -12,7 +12,7 @@ from typing import Any
 from randlora.checkpoint.format import METADATA, MODEL_PREFIX, trained_key
 from randlora.checkpoint.peft_config import BASE_FIELD, PEFT_VERSION
 from randlora.disk.tensor_file import Planned, read_pieces, read_shard, write_tensor_file
-from randlora.errors import ConfigError
+from randlora.errors import ConfigError, raise_collected
 from randlora.files.adapter import OpenAdapter
 from randlora.files.low_rank import LowRank, frobenius_norm, of_rank, within
 from randlora.report import Progress
@@ -73,14 +73,22 @@ def to_lora(adapter: OpenAdapter, rank: int | None, tolerance: float | None, scr
     large as the model.
     """
     shapes, _ = adapter.require_shapes()
+    stacks = [
+        f"{fqn} is a stack of {shape[0]} matrices, for which a LoRA has no place"
+        for fqn, shape in shapes.items()
+        if len(shape) == 3
+    ]
+    raise_collected(ConfigError, stacks, doing="convert to a LoRA")
     accepted = DEFAULT_TOLERANCE if tolerance is None else tolerance
     layers: list[LoraLayer] = []
     tensors: list[Planned] = []
-    for done, (fqn, shape) in enumerate(shapes.items()):
+    for done, (fqn, (out_features, in_features)) in enumerate(shapes.items()):
         progress(done, len(shapes), fqn)
         update = adapter.delta_weight(fqn).float()
         found = within(update, accepted) if rank is None else of_rank(update, rank)
-        layers.append(LoraLayer(fqn, *shape, found.rank, found.relative_error, frobenius_norm(update)))
+        layers.append(
+            LoraLayer(fqn, out_features, in_features, found.rank, found.relative_error, frobenius_norm(update))
+        )
         tensors += _stored(fqn, found, scratch / f"{done}.safetensors")
         del update, found  # before the next ones are computed
     progress(len(shapes), len(shapes), "done")

@@ -18,14 +18,16 @@ and the update is ``scaling · UB @ UA``, transposed if ``in > out``, where row 
 0.21 and of the authors' code; an adapter is only valid under the pairing it was trained with.
 
 Files: `dense` and `block` implement the same products for their kinds of bases; `adapted` combines a layer's weight and
-update; `cost` chooses how to compute; `operation` is the autograd function.
+update; `cost` chooses how to compute; `operation` is the autograd function of a layer, `update` that of the update
+alone.
 """
 
 from randlora.functional.adapted import Pair
 from randlora.functional.block import BlockPair
 from randlora.functional.cost import Compute
 from randlora.functional.dense import DensePair
-from randlora.functional.operation import Diagonals, WriteOut, adapted_linear, delta_weight
+from randlora.functional.operation import Diagonals, WriteOut, adapted_linear
+from randlora.functional.update import delta_weight
 
 __all__ = [
     "BlockPair",

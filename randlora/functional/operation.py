@@ -25,8 +25,8 @@ class Diagonals(NamedTuple):
     """The trained scalings of one adapter in one layer.
 
     Attributes:
-        lam: Λ, ``(r, num_bases)``.
-        gamma: Γ, ``(num_bases, min_dim)``.
+        lam: Λ, ``(r, num_bases)``, or for `delta_weight` a stack of them, ``(matrices, r, num_bases)``.
+        gamma: Γ, ``(num_bases, min_dim)``, or a stack of them.
         scaling: Factor of the update, ``alpha / r``.
     """
 
@@ -89,14 +89,6 @@ def adapted_linear(
     else:
         output = _output(rows, weight, bias, lam, gamma, scaling, None, None, pair, compute)
     return output if len(shape) == 2 else output.view(*shape[:-1], output.shape[1])
-
-
-def delta_weight(pair: Pair, diagonals: Diagonals, *, in_features: int) -> Tensor:
-    """Compute the update of one layer's weight, ``(out_features, in_features)`` in the dtype of B.
-
-    The input width, ``min_dim`` or ``max_dim``, determines the orientation.
-    """
-    return adapted(None, pair, *diagonals, in_features).total()
 
 
 def _output(

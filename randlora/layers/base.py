@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.bases.spec import count_bases
+from randlora.bases.spec import Shape, count_bases
+from randlora.config import RandLoRAConfig
 from randlora.functional import WriteOut, adapted_linear, delta_weight
 from randlora.layers.inputs import autocast_dtype, input_of, is_plain_tensor
 from randlora.layers.update import Into, Merged, Update, folded, sum_updates
-from randlora.state import Adapter, ModelState
+from randlora.state import ModelState, SiteAdapter
 
 
 class AdapterLayer(ABC):
@@ -29,7 +30,7 @@ class AdapterLayer(ABC):
     Attributes:
         attribute: The name of the parameter that is adapted.
         state: The state of the model that the owner belongs to.
-        shape: ``(out_features, in_features)`` of the weight.
+        shape: ``(out_features, in_features)`` of the weight, or of one matrix of a stack.
         adapters: The adapters of this weight, by name.
         own_forward: The ``forward`` that was set on the owner itself rather than on its class, if any.
         unmerged: While the weight is merged, a tuple of the original weight as `exchange` returned it.
@@ -40,20 +41,29 @@ class AdapterLayer(ABC):
     def __init__(self, owner: nn.Module, state: ModelState) -> None:
         """Create the adapter layer of a weight for a model with this state, without changing the owner."""
         self.state = state
-        self.shape = self.shape_of(owner)
-        self.adapters: dict[str, Adapter] = {}
+        in_features, out_features = self.features(owner)
+        self.shape = out_features, in_features
+        self.adapters: dict[str, SiteAdapter] = {}
         self.own_forward: Callable[..., Any] | None = None
         self.unmerged: tuple[Any] | None = None
 
     @staticmethod
     @abstractmethod
     def features(owner: nn.Module) -> tuple[int, int]:
-        """Return ``(in_features, out_features)`` of a module, even if its weight has no values."""
+        """Return ``(in_features, out_features)`` of a module's weight, even if it has no values.
+
+        For a stack of matrices these are the features of one of them.
+        """
 
     @staticmethod
     @abstractmethod
     def in_storage_layout(delta: Tensor) -> Tensor:
-        """Return an update, ``(out_features, in_features)``, in the shape of the owner's weight."""
+        """Return an update, as `united` returns it, in the shape of the owner's weight, or in one broadcast to it."""
+
+    @staticmethod
+    def united(delta: Tensor) -> Tensor:
+        """Return an update in the form in which updates of different shapes of one weight can be added."""
+        return delta
 
     @classmethod
     def plain_forward(cls) -> Callable[..., Tensor] | None:
@@ -74,8 +84,11 @@ class AdapterLayer(ABC):
         return f"has a weight of {weight.dtype}, expected a floating dtype: dequantize it first"
 
     @classmethod
-    def shape_of(cls, owner: nn.Module) -> tuple[int, int]:
-        """Return ``(out_features, in_features)`` of a module."""
+    def shape_of(cls, owner: nn.Module, config: RandLoRAConfig) -> Shape:  # noqa: ARG003  # for stacks of matrices
+        """Return the shape of the update of an adapter with these options: ``(out_features, in_features)``.
+
+        For a stack of matrices, each with its own Λ and Γ, their number comes first.
+        """
         in_features, out_features = cls.features(owner)
         return out_features, in_features
 
@@ -95,7 +108,7 @@ class AdapterLayer(ABC):
         return "randlora_lambda", "randlora_gamma"
 
     def diagonals_of(self, owner: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """Return Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, of one adapter."""
+        """Return Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, of one adapter, or stacks of them."""
         lambdas, gammas = self.parameter_names()
         return _value_of(owner._modules[lambdas], name), _value_of(owner._modules[gammas], name)
 
@@ -113,17 +126,19 @@ class AdapterLayer(ABC):
         return weight is not None and weight.is_meta and "_hf_hook" in owner.__dict__
 
     @classmethod
-    def fresh_diagonals(cls, owner: nn.Module, r: int) -> tuple[Tensor, Tensor]:
+    def fresh_diagonals(cls, owner: nn.Module, shape: Shape, r: int) -> tuple[Tensor, Tensor]:
         """Return the initial Λ and Γ, with which the update is zero, on the weight's device.
 
         Returns:
-            Λ = 0, ``(r, num_bases)``, and Γ = 1 / max(num_bases, min_dim), ``(num_bases, min_dim)``, both float32.
+            Λ = 0, ``(r, num_bases)``, and Γ = 1 / max(num_bases, min_dim), ``(num_bases, min_dim)``, both float32; for
+            the shape of a stack, stacks of them.
         """
-        min_dim = min(cls.features(owner))
+        *matrices, out_features, in_features = shape
+        min_dim = min(out_features, in_features)
         num_bases = count_bases(min_dim, r)
         options: dict[str, Any] = {"dtype": torch.float32, "device": cls.device_beside(owner)}
-        gamma = torch.full((num_bases, min_dim), 1 / max(num_bases, min_dim), **options)
-        return torch.zeros((r, num_bases), **options), gamma
+        gamma = torch.full((*matrices, num_bases, min_dim), 1 / max(num_bases, min_dim), **options)
+        return torch.zeros((*matrices, r, num_bases), **options), gamma
 
     def settle(self, owner: nn.Module) -> None:  # noqa: B027  # most kinds have nothing to do
         """Change whatever else on the owner its kind requires while adapted. Must not fail."""
@@ -150,21 +165,22 @@ class AdapterLayer(ABC):
             return self.base_output(owner, base_forward, *args, **kwargs)
         x: Any = input_of(owner, args, kwargs)
         if len(args) + len(kwargs) == 1 and self._is_one_operation(owner, active[0][0], x):
-            (adapter, factor), *active = active
-            output = self._adapted_output(owner, adapter, factor, x)
+            (part, factor), *active = active
+            output = self._adapted_output(owner, part, factor, x)
         else:
             output = self.base_output(owner, base_forward, *args, **kwargs)
         if active and not isinstance(x, Tensor):
             raise TypeError(f"the input of an adapted {type(owner).__name__} must be a tensor, got {type(x).__name__}")
-        for adapter, factor in active:
-            output = output + self._adapter_output(owner, adapter, factor, x, output.dtype)
+        for part, factor in active:
+            output = output + self._adapter_output(owner, part, factor, x, output.dtype)
         return output
 
-    def active(self) -> list[tuple[Adapter, float]]:
+    def active(self) -> list[tuple[SiteAdapter, float]]:
         """Return the active adapters with their weights; none while disabled or merged."""
         if self.state.is_disabled or self.state.is_merged:
             return []
-        return [(adapter, adapter.weight) for adapter in self.adapters.values() if adapter.weight is not None]
+        weighted = [(part, part.adapter.weight) for part in self.adapters.values()]
+        return [(part, weight) for part, weight in weighted if weight is not None]
 
     def base_output(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002  # for quantized layers
         """Return the output of the owner without adapters."""
@@ -176,12 +192,12 @@ class AdapterLayer(ABC):
         base: Any = type(owner)
         return self.own_forward is None and base.randlora_base.forward is self.plain_forward()
 
-    def _is_one_operation(self, owner: nn.Module, adapter: Adapter, x: object) -> bool:
+    def _is_one_operation(self, owner: nn.Module, part: SiteAdapter, x: object) -> bool:
         """Whether layer and adapter can be computed as one operation, without running the layer's forward.
 
         Not if the forward does more than that product, or dropout makes the adapter's input differ from the layer's.
         """
-        if not self.runs_plain_forward(owner) or (adapter.config.dropout and owner.training):
+        if not self.runs_plain_forward(owner) or (part.adapter.config.dropout and owner.training):
             return False
         return is_plain_tensor(x) and self.only_multiplies(owner, x)
 
@@ -205,25 +221,25 @@ class AdapterLayer(ABC):
         dtype = autocast_dtype(x, weight.dtype)
         return self.in_storage_layout(weight), dtype, dtype
 
-    def update(self, owner: nn.Module, adapter: Adapter, factor: float) -> Update:
+    def update(self, owner: nn.Module, part: SiteAdapter, factor: float) -> Update:
         """Return one adapter's update of this weight as factors."""
-        return Update(adapter.basis, *self.diagonals_of(owner, adapter.name), adapter.config.scaling * factor)
+        return Update(part.basis, *self.diagonals_of(owner, part.adapter.name), part.scaling * factor, part.shape)
 
-    def _adapted_output(self, owner: nn.Module, adapter: Adapter, factor: float, x: Tensor) -> Tensor:
+    def _adapted_output(self, owner: nn.Module, part: SiteAdapter, factor: float, x: Tensor) -> Tensor:
         """Return the output of layer and adapter, computed as one operation."""
         weight, dtype, output_dtype = self.reading(owner, x)
-        pair, diagonals = self.update(owner, adapter, factor).parts(self.shape, x.device, dtype)
+        pair, diagonals = self.update(owner, part, factor).parts(x.device, dtype)
         bias: Any = owner.bias
         x = x if x.dtype == dtype else x.to(dtype)
         output = adapted_linear(x, pair, diagonals, weight=weight, bias=bias, compute=self.state.compute)
         return output if output.dtype == output_dtype else output.to(output_dtype)
 
     def _adapter_output(
-        self, owner: nn.Module, adapter: Adapter, factor: float, x: Tensor, dtype: torch.dtype
+        self, owner: nn.Module, part: SiteAdapter, factor: float, x: Tensor, dtype: torch.dtype
     ) -> Tensor:
         """Return one adapter's output in the dtype of the layer's output, which autocast determines if it is on."""
-        x = F.dropout(x.to(dtype), adapter.config.dropout, owner.training)
-        pair, diagonals = self.update(owner, adapter, factor).parts(self.shape, x.device, dtype)
+        x = F.dropout(x.to(dtype), part.adapter.config.dropout, owner.training)
+        pair, diagonals = self.update(owner, part, factor).parts(x.device, dtype)
         if x.is_nested:  # adapted_linear needs a shape, which nested tensors lack
             return F.linear(x, delta_weight(pair, diagonals, in_features=self.shape[1]))
         return adapted_linear(x, pair, diagonals, compute=self.state.compute)
@@ -236,7 +252,8 @@ class AdapterLayer(ABC):
             weights: Adapter names and factors; adapters without an update of this weight are ignored.
 
         Returns:
-            ``(out_features, in_features)`` on the weight's device, in float32, or float64 if the weight is.
+            ``(out_features, in_features)``, or a stack of such matrices, on the weight's device, in float32, or float64
+            if the weight is.
         """
         weight = self.weight_of(owner)
         assert weight is not None, "obstacles() asks for a weight"
@@ -244,7 +261,7 @@ class AdapterLayer(ABC):
             self.update(owner, self.adapters[name], factor) for name, factor in weights.items() if name in self.adapters
         )
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        return sum_updates(updates, self.shape, device=self.device_beside(owner), dtype=dtype)
+        return sum_updates(updates, self.shape, device=self.device_beside(owner), dtype=dtype, united=self.united)
 
     def merge_obstacle(self, owner: nn.Module, into: Into) -> str | None:  # noqa: ARG002  # for quantized layers
         """Return why this weight cannot be merged into, as a phrase that follows its name, or ``None``."""
@@ -292,9 +309,8 @@ class AdapterLayer(ABC):
     def description(self) -> str:
         """Return a description of the adapters for ``print(model)``."""
         return ", ".join(
-            f"{name}: r={adapter.config.r}, num_bases={count_bases(min(self.shape), adapter.config.r)}, "
-            f"{adapter.config.basis}"
-            for name, adapter in self.adapters.items()
+            f"{name}: r={part.r}, num_bases={count_bases(min(part.shape[-2:]), part.r)}, {part.basis.spec.kind}"
+            for name, part in self.adapters.items()
         )
 
 

@@ -48,7 +48,7 @@ class Linear4bitAdapter(QuantizedLayer):
             return reason
         if weight.is_meta:
             return NOT_HERE
-        return NOT_YET if state is None else bnb_codes.unreadable(weight.data, state, cls.shape_of(owner))
+        return NOT_YET if state is None else bnb_codes.unreadable(weight.data, state, cls.features(owner)[::-1])
 
     @classmethod
     def plain_forward(cls) -> Callable[..., Tensor] | None:

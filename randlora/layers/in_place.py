@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from randlora.errors import MergeError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.read_weight import ReadWeight
-from randlora.state import Adapter
+from randlora.state import SiteAdapter
 
 FORWARDS = "_old_forward", "forward"
 """Instance attributes that may hold a ``forward``. accelerate sets both, and calls the first from the second."""
@@ -37,7 +37,7 @@ class Diagonal(nn.ParameterDict):
 
 
 class Lambda(Diagonal):
-    """Λ of one weight, ``(r, num_bases)`` float32 per adapter."""
+    """Λ of one weight, ``(r, num_bases)``, or a stack, float32 per adapter."""
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -47,13 +47,13 @@ class Lambda(Diagonal):
 
 
 class Gamma(Diagonal):
-    """Γ of one weight, ``(num_bases, min_dim)`` float32 per adapter."""
+    """Γ of one weight, ``(num_bases, min_dim)``, or a stack, float32 per adapter."""
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set every Γ to 1 / max(num_bases, min_dim), its initial value, for use after ``model.to_empty(...)``."""
         for parameter in self.parameters():
-            parameter.fill_(1 / max(parameter.shape))
+            parameter.fill_(1 / max(parameter.shape[-2:]))
 
 
 class InPlace(nn.Module):
@@ -250,14 +250,15 @@ def detach(owner: nn.Module, layer: AdapterLayer) -> None:
 
 
 def add_adapter(
-    owner: nn.Module, layer: AdapterLayer, adapter: Adapter, lam: Tensor, gamma: Tensor, *, trainable: bool
+    owner: nn.Module, layer: AdapterLayer, part: SiteAdapter, lam: Tensor, gamma: Tensor, *, trainable: bool
 ) -> None:
-    """Add an adapter with Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, to a weight."""
+    """Add an adapter with Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, or stacks of them, to a weight."""
+    name = part.adapter.name
     if adapter_layers_of(owner).get(layer.attribute) is not layer:
         attach(owner, layer)
     for held, value in zip(_held(owner, layer), (lam, gamma), strict=True):
-        held[adapter.name] = nn.Parameter(value, requires_grad=trainable)
-    layer.adapters[adapter.name] = adapter
+        held[name] = nn.Parameter(value, requires_grad=trainable)
+    layer.adapters[name] = part
 
 
 def drop_adapter(owner: nn.Module, layer: AdapterLayer, name: str) -> None:

@@ -18,12 +18,14 @@ class ReadWeight(AdapterLayer):
 
     @classmethod
     def site_fqn(cls, owner_fqn: str) -> str:
-        """Return the name of the weight in files: the FQN of the parameter."""
-        return f"{owner_fqn}.{cls.attribute}"
+        """Return the name of the weight in files: the FQN of the parameter, or of the module if it is its ``weight``."""
+        return owner_fqn if cls.attribute == "weight" else f"{owner_fqn}.{cls.attribute}"
 
     @classmethod
     def parameter_names(cls) -> tuple[str, str]:
         """Return the names of Λ and Γ on the owner, which may have several such weights."""
+        if cls.attribute == "weight":
+            return super().parameter_names()
         return f"{cls.attribute}_randlora_lambda", f"{cls.attribute}_randlora_gamma"
 
     def read(self, owner: nn.Module) -> Tensor:
@@ -33,8 +35,7 @@ class ReadWeight(AdapterLayer):
         active = self.active()
         if not active:
             return weight
-        updates = [self.update(owner, adapter, factor) for adapter, factor in active]
+        updates = [self.update(owner, part, factor) for part, factor in active]
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        return folded(
-            weight, self.in_storage_layout(sum_updates(updates, self.shape, device=weight.device, dtype=dtype))
-        )
+        delta = sum_updates(updates, self.shape, device=weight.device, dtype=dtype, united=self.united)
+        return folded(weight, self.in_storage_layout(delta))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from randlora.bases.basis import Basis
+from randlora.bases.spec import Shape
 from randlora.functional import Diagonals, Pair, delta_weight
 
 Quantized = Literal["requantize", "dequantize"]
@@ -22,24 +23,39 @@ class Update(NamedTuple):
     lam: Tensor
     gamma: Tensor
     scaling: float
+    shape: Shape
 
-    def parts(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> tuple[Pair, Diagonals]:
-        """Return the arguments of `randlora.functional` for a weight of shape ``(out_features, in_features)``."""
-        pair = self.basis.pair(max(shape), min(shape), device=device, dtype=dtype)
+    def parts(self, device: torch.device, dtype: torch.dtype) -> tuple[Pair, Diagonals]:
+        """Return the arguments of `randlora.functional`."""
+        matrix = self.shape[-2:]
+        pair = self.basis.pair(max(matrix), min(matrix), device=device, dtype=dtype)
         return pair, Diagonals(_on(self.lam, device), _on(self.gamma, device), self.scaling)
 
 
 def sum_updates(
-    updates: Iterable[Update], shape: tuple[int, int], *, device: torch.device, dtype: torch.dtype
+    updates: Iterable[Update],
+    shape: Shape,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    united: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Return the sum of some updates of one weight, ``(out_features, in_features)``.
+    """Return the sum of some updates of one weight.
 
     The updates are added in the order given, which affects rounding, and computed in ``dtype``.
+
+    Args:
+        updates: The updates.
+        shape: Shape of the sum, or one that is broadcast to it.
+        device: Device of the sum.
+        dtype: Dtype of the sum.
+        united: Gives updates of different shapes one shape; see `AdapterLayer.united`.
     """
     total = torch.zeros(shape, dtype=dtype, device=device)
     with torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext():
         for update in updates:
-            total = total + delta_weight(*update.parts(shape, device, dtype), in_features=shape[1])
+            delta = delta_weight(*update.parts(device, dtype), in_features=update.shape[-1])
+            total = total + (delta if united is None else united(delta))
     return total
 
 

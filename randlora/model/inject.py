@@ -55,7 +55,7 @@ class Plan:
         return adapter_report(
             self.census,
             self.adapter,
-            shapes_of(self.selection.sites),
+            shapes_of(self.selection.sites, self.adapter.config),
             is_active=self.active,
             is_trainable=self.trainable,
             skipped=self.selection.skipped,
@@ -215,7 +215,7 @@ def _plan(model: nn.Module, name: str, config: RandLoRAConfig, *, active: bool |
         also = select_parameters(census, config.train_also)
         problems += train_also_problems(census, config.train_also, also, selection.sites)
     raise_collected(TargetError, problems, doing=f"inject {name!r}")
-    shapes = [site.shape for site in selection.sites]
+    shapes = [site.shape_with(config) for site in selection.sites]
     spec, used = spec_for(config, *drawn_dims(shapes)), sliced_dims(shapes)
     shared = state.bank.find(spec, used=used)
     basis = Basis(spec if shared is None else shared.spec, (0, 0) if shared is None else shared.extent)

@@ -15,7 +15,15 @@ from randlora.bases.spec import sliced_dims
 from randlora.errors import AdapterError, raise_collected
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle
-from randlora.state import ATTRIBUTE, Adapter, ModelState, ReplacedParameter, attached_state, require_unmerged
+from randlora.state import (
+    ATTRIBUTE,
+    Adapter,
+    ModelState,
+    ReplacedParameter,
+    SiteAdapter,
+    attached_state,
+    require_unmerged,
+)
 from randlora.targets.site import Site
 from randlora.targets.walk import Census
 
@@ -24,11 +32,11 @@ WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module",
 
 
 class Addition(NamedTuple):
-    """One adapter with all its tensors, ready to be added; each site is given with its adapter layer, Λ and Γ."""
+    """One adapter with all its tensors, ready to be added: each site with its adapter layer, its part, Λ and Γ."""
 
     state: ModelState
     adapter: Adapter
-    layers: list[tuple[Site, AdapterLayer, Tensor, Tensor]]
+    layers: list[tuple[Site, AdapterLayer, SiteAdapter, Tensor, Tensor]]
     replaced: Mapping[str, ReplacedParameter]
     trainable: bool
 
@@ -88,11 +96,12 @@ def prepare(
     Λ and Γ have their initial values, or those of ``values``, by FQN. ``replaced`` are the model's own parameters that
     the adapter trains copies of, by FQN.
     """
-    layers = []
+    layers, config = [], adapter.config
     for site in sites:
         layer = site.adapter_layer or site.layer_class(site.owner, state)
-        lam, gamma = values[site.fqn] if values else layer.fresh_diagonals(site.owner, adapter.config.r)
-        layers.append((site, layer, lam, gamma))
+        part = SiteAdapter(adapter, adapter.basis, site.shape_with(config), config.r, config.scaling)
+        lam, gamma = values[site.fqn] if values else layer.fresh_diagonals(site.owner, part.shape, part.r)
+        layers.append((site, layer, part, lam, gamma))
     return Addition(state, adapter, layers, replaced, trainable)
 
 
@@ -103,13 +112,13 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
         state.required_grad = {held.fqn: held.parameter.requires_grad for held in census.parameters}
         for held in census.parameters:
             held.parameter.requires_grad_(False)  # noqa: FBT003
-    for site, layer, lam, gamma in addition.layers:
-        add_adapter(site.owner, layer, adapter, lam, gamma, trainable=addition.trainable)
+    for site, layer, part, lam, gamma in addition.layers:
+        add_adapter(site.owner, layer, part, lam, gamma, trainable=addition.trainable)
     if active:
         for other in state.adapters.values():
             other.weight = None
         adapter.weight = 1.0
-    adapter.basis.extend(*sliced_dims(layer.shape for _, layer, *_ in addition.layers))
+    adapter.basis.extend(*sliced_dims(part.shape for _, _, part, *_ in addition.layers))
     state.bank.add(adapter.basis)
     state.adapters[adapter.name] = adapter
     state.replaced.update(addition.replaced)

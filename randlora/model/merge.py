@@ -22,7 +22,7 @@ from randlora.report import MergeReport
 from randlora.state import ModelState, adapted_root
 from randlora.targets.match import shortened
 from randlora.targets.select import tie_problems
-from randlora.targets.site import AdaptedSite
+from randlora.targets.site import AdaptedSite, sizes
 from randlora.targets.walk import Census, is_norm, is_quantized
 
 
@@ -187,10 +187,13 @@ def _weight_problems(sites: Sequence[AdaptedSite], into: Into) -> list[str]:
             problems.append(
                 f"the weight of {site.fqn} is incomplete (meta, offloaded or sharded): load or gather it first"
             )
-        elif site.shape != layer.shape:
+        elif changed := [
+            part for part in layer.adapters.values() if part.shape != site.shape_with(part.adapter.config)
+        ]:
+            was, now = changed[0].shape, site.shape_with(changed[0].adapter.config)
             problems.append(
-                f"the shape of {site.fqn} was {layer.shape[0]} x {layer.shape[1]} when it was adapted and is "
-                f"{site.shape[0]} x {site.shape[1]} now: eject the adapter and load one of the new shape"
+                f"the shape of {site.fqn} was {sizes(was)} when it was adapted and is {sizes(now)} now: "
+                "eject the adapter and load one of the new shape"
             )
         elif (reason := layer.merge_obstacle(site.owner, into)) is not None:
             problems.append(f"{site.fqn} {reason}")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from randlora.bases.spec import Shape
+from randlora.config import RandLoRAConfig
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of
 
-Shapes = dict[str, tuple[int, int]]
-"""``(out_features, in_features)`` of adapted weights by FQN."""
+Shapes = dict[str, Shape]
+"""Shapes of adapted weights by FQN."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +37,13 @@ class Site:
         return id(self.owner), self.layer_class.attribute
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """``(out_features, in_features)``."""
-        return self.layer_class.shape_of(self.owner)
+    def shape(self) -> Shape:
+        """The shape of the update of an adapter with the default options."""
+        return self.shape_with(RandLoRAConfig())
+
+    def shape_with(self, config: RandLoRAConfig) -> Shape:
+        """Return the shape of the update of an adapter with these options."""
+        return self.layer_class.shape_of(self.owner, config)
 
     @property
     def weight(self) -> nn.Parameter | None:
@@ -57,6 +63,11 @@ class AdaptedSite(Site):
     layer: AdapterLayer
 
 
-def shapes_of(sites: Iterable[Site]) -> Shapes:
-    """Return the shapes of some sites by FQN."""
-    return {site.fqn: site.shape for site in sites}
+def shapes_of(sites: Iterable[Site], config: RandLoRAConfig) -> Shapes:
+    """Return the shapes of an adapter's updates of some sites, by FQN."""
+    return {site.fqn: site.shape_with(config) for site in sites}
+
+
+def sizes(shape: Sequence[int]) -> str:
+    """Return a shape as text: ``"20 x 12"``."""
+    return " x ".join(map(str, shape))

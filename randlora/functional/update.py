@@ -1,0 +1,76 @@
+"""The autograd function of the update of a weight, or of every matrix of a stack of weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from randlora.functional.adapted import Adapted, Pair, adapted
+from randlora.functional.operation import Diagonals
+from randlora.functional.scratch import in_dtype, is_transformed
+
+
+def delta_weight(pair: Pair, diagonals: Diagonals, *, in_features: int) -> Tensor:
+    """Compute the update of a weight, in the dtype of B.
+
+    Only Λ, Γ and a reference to the bases are saved for backward.
+
+    Args:
+        pair: The bases of the layer.
+        diagonals: Λ and Γ, or stacks of them.
+        in_features: The input width, ``min_dim`` or ``max_dim``, which determines the orientation.
+
+    Returns:
+        ``(out_features, in_features)``, or ``(matrices, out_features, in_features)`` of a stack.
+    """
+    lam, gamma, scaling = diagonals
+    needs_grad = torch.is_grad_enabled() and (lam.requires_grad or gamma.requires_grad)
+    if needs_grad and not is_transformed():
+        update: Tensor = _Update.apply(lam, gamma, scaling, pair, in_features)  # type: ignore[no-untyped-call]
+        return update
+    return _update(lam, gamma, scaling, pair, in_features)
+
+
+def _update(lam: Tensor, gamma: Tensor, scaling: float, pair: Pair, in_features: int) -> Tensor:
+    """Compute one update after the other: a batch of them would need as many times the memory in between."""
+    if lam.dim() == 2:
+        return _of(lam, gamma, scaling, pair, in_features).total()
+    if is_transformed():  # one set of operators, however many matrices there are
+        total: Tensor = torch.vmap(lambda lam, gamma: _of(lam, gamma, scaling, pair, in_features).total())(lam, gamma)
+        return total
+    return torch.stack([_of(*each, scaling, pair, in_features).total() for each in zip(lam, gamma, strict=True)])
+
+
+def _of(lam: Tensor, gamma: Tensor, scaling: float, pair: Pair, in_features: int) -> Adapted:
+    return adapted(None, pair, lam, gamma, scaling, in_features)
+
+
+class _Update(torch.autograd.Function):
+    """`delta_weight`. Plain autograd would keep ``UA`` and its factors, ``2·min_dim²`` numbers a matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, lam: Tensor, gamma: Tensor, scaling: float, pair: Pair, in_features: int) -> Tensor:
+        ctx.save_for_backward(lam, gamma)
+        ctx.rest = scaling, pair, in_features
+        return _update(lam, gamma, scaling, pair, in_features)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        device = grad.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):  # autocast may be on in backward alone
+            with torch.autocast(device, enabled=False):
+                return _gradients(ctx, grad)
+        return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Compute the gradients of Λ and Γ."""
+    lam, gamma = ctx.saved_tensors
+    if lam.dim() == 2:
+        parts = _of(lam, gamma, *ctx.rest).gradients_from_update(grad)
+    else:
+        each = [_of(*one, *ctx.rest).gradients_from_update(part) for *one, part in zip(lam, gamma, grad, strict=True)]
+        parts = torch.stack([pair[0] for pair in each]), torch.stack([pair[1] for pair in each])
+    return in_dtype(parts[0], lam.dtype), in_dtype(parts[1], gamma.dtype), None, None, None
