@@ -14,9 +14,10 @@ from torch import Tensor
 from randlora import BasisSpec, RandLoRAConfig
 from randlora.checkpoint.format import Header, dump_header, parse_header
 from randlora.errors import CheckpointError
+from randlora.targets.site import Shapes
 from tests.strategies import specs
 
-SHAPES = {"a": (4, 6), "b.c": (5, 3)}
+SHAPES: Shapes = {"a": (4, 6), "b.c": (5, 3)}
 SPEC = BasisSpec("dense", "torch", seed=3, r=2, max_dim=6, min_dim=5)
 CONFIG = RandLoRAConfig(r=2, targets=("a", "b.c"), alpha=5.0, dropout=0.5, seed=3, train_also=("d",))
 HEADER = Header(
@@ -40,7 +41,7 @@ def headers(draw: st.DrawFn) -> Header:
     spec = draw(specs())
     side = st.integers(1, spec.min_dim)
     shape = st.tuples(side, side) | st.tuples(st.integers(1, 4), side, side)
-    shapes = draw(st.dictionaries(names, shape, min_size=1, max_size=3))
+    shapes: Shapes = draw(st.dictionaries(names, shape, min_size=1, max_size=3))
     config = RandLoRAConfig(
         r=spec.r,
         basis=spec.kind,

@@ -18,7 +18,7 @@ class ReadWeight(AdapterLayer):
 
     @classmethod
     def site_fqn(cls, owner_fqn: str) -> str:
-        """Return the name of the weight in files: the FQN of the parameter, or of the module if it is its ``weight``."""
+        """Return the name of the weight in files: the FQN of the parameter, or of the module for its ``weight``."""
         return owner_fqn if cls.attribute == "weight" else f"{owner_fqn}.{cls.attribute}"
 
     @classmethod
