@@ -15,6 +15,8 @@ from randlora.errors import ConfigError, OptionError, raise_collected
 
 BasisKind = Literal["dense", "sparse", "very_sparse", "block"]
 Stream = Literal["torch", "portable"]
+InProj = Literal["packed", "split"]
+Experts = Literal["each", "shared"]
 Pattern = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 ALPHA_PER_RANK = 20.0
@@ -39,6 +41,9 @@ ELSEWHERE = {
     "very_sparse": 'basis="very_sparse"',
 }
 """Names of options in PEFT and other libraries, with the names here."""
+
+ADDED_SINCE_FORMAT_1 = {"in_proj": "packed", "experts": "each"}
+"""Options that the first format of files does not have, with their defaults."""
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -104,6 +109,10 @@ class RandLoRAConfig:
         seed: Seed of the bases, a 64-bit unsigned integer; torch's generator uses its low 32 bits.
         train_also: Modules or parameters that are trained and saved with the adapter: a regex, or a sequence of names
             or suffixes.
+        in_proj: How the ``in_proj_weight`` of an `nn.MultiheadAttention` is adapted: ``"packed"``, as one matrix, or
+            ``"split"``, with a Λ and a Γ for each of its query, key and value projections.
+        experts: How a stack of experts' weights is adapted: ``"each"`` expert with its own Λ and Γ, or all with
+            ``"shared"`` ones, so that one update is added to all.
 
     Raises:
         ConfigError: If values are invalid; the message lists all of them.
@@ -120,6 +129,8 @@ class RandLoRAConfig:
     blocks: tuple[int, int] | None = None
     seed: int = 0
     train_also: str | Sequence[str] | None = None
+    in_proj: InProj = "packed"
+    experts: Experts = "each"
 
     def __post_init__(self) -> None:
         """Convert lists to tuples and check every value."""
@@ -130,7 +141,7 @@ class RandLoRAConfig:
                 )
         raise_collected(
             ConfigError,
-            [*_number_problems(self), *_basis_problems(self), *_pattern_problems(self)],
+            [*_number_problems(self), *_basis_problems(self), *_choice_problems(self), *_pattern_problems(self)],
             doing="configure RandLoRA",
         )
 
@@ -154,6 +165,9 @@ class RandLoRAConfig:
         for name in ("targets", "exclude"):
             if callable(values[name]):
                 raise ConfigError(f"{name} is a callable, which cannot be serialized: give the layers' names instead")
+        for name, default in ADDED_SINCE_FORMAT_1.items():
+            if values[name] == default:  # so that a file of format 1 has what its readers know
+                del values[name]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
@@ -209,6 +223,14 @@ def _basis_problems(config: RandLoRAConfig) -> list[str]:
         problems.append("basis='block' needs stream='portable', got stream='torch': omit stream")
     if config.blocks is not None:
         problems.extend(_block_problems(config))
+    return problems
+
+
+def _choice_problems(config: RandLoRAConfig) -> list[str]:
+    problems = []
+    for name, choices in (("in_proj", get_args(InProj)), ("experts", get_args(Experts))):
+        if (value := getattr(config, name)) not in choices:
+            problems.append(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     return problems
 
 

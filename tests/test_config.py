@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import randlora
-from randlora.config import ELSEWHERE, BasisKind, RandLoRAConfig
+from randlora.config import ADDED_SINCE_FORMAT_1, ELSEWHERE, BasisKind, RandLoRAConfig
 from randlora.errors import ConfigError, OptionError
 from tests.strategies import KINDS_AND_STREAMS, seeds
 
@@ -58,7 +58,7 @@ def test_a_config_is_a_value(config: RandLoRAConfig) -> None:
 
 
 def test_a_dict_holds_every_option_and_a_part_of_one_is_enough() -> None:
-    assert set(RandLoRAConfig().to_dict()) == {field.name for field in fields(RandLoRAConfig)}
+    assert set(RandLoRAConfig().to_dict()) | {*ADDED_SINCE_FORMAT_1} == {field.name for field in fields(RandLoRAConfig)}
     assert RandLoRAConfig.from_dict({"r": 4}) == RandLoRAConfig(r=4)
     assert RandLoRAConfig.from_dict({}) == RandLoRAConfig()
 
@@ -350,3 +350,16 @@ def test_a_config_is_not_changed_by_being_used(verb: Any) -> None:
     report = verb(nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4)), config=config)
     assert report.config is config
     assert all(getattr(config, name) is value for name, value in before.items())
+
+
+def test_an_option_that_the_first_format_lacks_is_written_only_where_it_was_chosen() -> None:
+    assert not RandLoRAConfig().to_dict().keys() & ADDED_SINCE_FORMAT_1.keys()
+    chosen = RandLoRAConfig(in_proj="split", experts="shared")
+    assert chosen.to_dict() == {**RandLoRAConfig().to_dict(), "in_proj": "split", "experts": "shared"}
+    assert RandLoRAConfig.from_dict(chosen.to_dict()) == chosen
+
+
+@pytest.mark.parametrize(("option", "value"), [("in_proj", "three"), ("experts", 8), ("experts", None)])
+def test_what_is_no_choice_is_answered_with_the_choices(option: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"{option} must be one of \w+, \w+, got {value!r}"):
+        RandLoRAConfig(**{option: value})  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec, Shape, drawn_dims, sliced_dims, spec_for
-from randlora.config import RandLoRAConfig
+from randlora.config import ADDED_SINCE_FORMAT_1, RandLoRAConfig
 from randlora.disk.replace import Writer
 from randlora.disk.tensor_file import Planned, bytes_of, write_tensor_file
 from randlora.errors import CheckpointError
@@ -117,7 +117,8 @@ class Header:
     @property
     def format_version(self) -> int:
         """The version of the format that has a place for all of it."""
-        return 1 + any(len(shape) == 3 for shape in self.shapes.values())
+        has_more = any(getattr(self.config, name) != default for name, default in ADDED_SINCE_FORMAT_1.items())
+        return 1 + (has_more or any(len(shape) == 3 for shape in self.shapes.values()))
 
     @property
     def rectangle(self) -> tuple[int, int]:

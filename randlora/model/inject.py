@@ -15,7 +15,7 @@ from torch import nn
 
 from randlora.bases.basis import Basis
 from randlora.bases.spec import drawn_dims, sliced_dims, spec_for
-from randlora.config import BasisKind, Pattern, RandLoRAConfig, Stream, explain_options, same_options
+from randlora.config import BasisKind, Experts, InProj, Pattern, RandLoRAConfig, Stream, explain_options, same_options
 from randlora.errors import ConfigError, TargetError, raise_collected
 from randlora.model.install import commit, detach_all, owned_state, prepare, require_detachable, require_own
 from randlora.model.train_also import replacements, select_parameters, train_also_problems
@@ -78,6 +78,8 @@ def inject(
     blocks: tuple[int, int] | None = None,
     seed: int = 0,
     train_also: str | Sequence[str] | None = None,
+    in_proj: InProj = "packed",
+    experts: Experts = "each",
     name: str = "default",
     config: RandLoRAConfig | None = None,
     active: bool | None = None,
@@ -91,7 +93,7 @@ def inject(
     Args:
         model: Any module with linear layers; it is changed in place.
         r: Rank of one random basis, 32 by default. A smaller r trains more parameters.
-        targets: Layers to adapt; see `RandLoRAConfig` for this and the next eight options.
+        targets: Layers to adapt; see `RandLoRAConfig` for this and the next ten options.
         exclude: Layers to exclude from ``targets``.
         alpha: The update is scaled by ``alpha / r``; 20·r by default.
         dropout: Dropout on the adapter's input in training.
@@ -100,8 +102,10 @@ def inject(
         blocks: Numbers of blocks of ``block`` bases.
         seed: Seed of the bases.
         train_also: Modules or parameters that are trained and saved with the adapter.
+        in_proj: Whether ``in_proj_weight`` of `nn.MultiheadAttention` is adapted as one matrix or split into three.
+        experts: Whether each of a stack of experts has its own Λ and Γ, or all share them.
         name: The adapter's name.
-        config: The options from ``r`` to ``train_also`` as one object, instead of single options.
+        config: The options from ``r`` to ``experts`` as one object, instead of single options.
         active: Whether to make it the only active adapter. ``None`` means if it is the model's first.
         trainable: Whether its parameters require grad. ``None`` means if it is the model's first.
 
@@ -126,6 +130,8 @@ def inject(
         blocks=blocks,
         seed=seed,
         train_also=train_also,
+        in_proj=in_proj,
+        experts=experts,
     )
     planned = _plan(model, name, options, active=active, trainable=trainable)
     report, adapter, sites = planned.report(), planned.adapter, planned.selection.sites
