@@ -19,7 +19,7 @@ and the update is ``scaling · UB @ UA``, transposed if ``in > out``, where row 
 
 Files: `dense` and `block` implement the same products for their kinds of bases; `adapted` combines a layer's weight and
 update; `cost` chooses how to compute; `operation` is the autograd function of a layer, `update` that of the update
-alone.
+alone, `summed` that of a layer whose update is formed already.
 """
 
 from randlora.functional.adapted import Pair
@@ -27,6 +27,7 @@ from randlora.functional.block import BlockPair
 from randlora.functional.cost import Compute
 from randlora.functional.dense import DensePair
 from randlora.functional.operation import Diagonals, WriteOut, adapted_linear
+from randlora.functional.summed import summed_linear
 from randlora.functional.update import delta_weight
 
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "WriteOut",
     "adapted_linear",
     "delta_weight",
+    "summed_linear",
 ]

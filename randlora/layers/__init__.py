@@ -2,4 +2,5 @@
 
 from randlora.layers import bnb as bnb
 from randlora.layers import conv1d as conv1d
+from randlora.layers import experts as experts
 from randlora.layers import linear as linear

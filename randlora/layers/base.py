@@ -29,6 +29,7 @@ class AdapterLayer(ABC):
 
     Attributes:
         attribute: The name of the parameter that is adapted.
+        kind: What the weight is: ``"linear"``, ``"attention"``, ``"convolution"``, ``"embedding"`` or ``"experts"``.
         state: The state of the model that the owner belongs to.
         shape: ``(out_features, in_features)`` of the weight, or of one matrix of a stack.
         adapters: The adapters of this weight, by name.
@@ -37,6 +38,7 @@ class AdapterLayer(ABC):
     """
 
     attribute: ClassVar[str] = "weight"
+    kind: ClassVar[str] = "linear"
 
     def __init__(self, owner: nn.Module, state: ModelState) -> None:
         """Create the adapter layer of a weight for a model with this state, without changing the owner."""

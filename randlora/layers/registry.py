@@ -1,8 +1,9 @@
-"""The registry of adapter layers by type of module.
+"""The registry of adapter layers by type of module, or by name of parameter.
 
 The adapter layer of a module is that of its type or of the nearest base class. Types are registered as classes or by
 qualified name, so that their library need not be imported. A type that looks like a linear layer but cannot be adapted
-is registered with the reason, so that the entry of a base class does not apply.
+is registered with the reason, so that the entry of a base class does not apply. Weights that other code reads are found
+by the module's type or, if that is not registered, by the parameter's name.
 """
 
 import inspect
@@ -15,9 +16,11 @@ from randlora.layers.base import AdapterLayer
 from randlora.layers.read_weight import ReadWeight
 
 Layer = TypeVar("Layer", bound=type[AdapterLayer])
+Reader = TypeVar("Reader", bound=type[ReadWeight])
 
 _layers: dict[str, type[AdapterLayer] | str] = {}
 _readers: dict[str, dict[str, type[ReadWeight]]] = {}
+_by_parameter: dict[str, list[tuple[Callable[[nn.Module, nn.Parameter], bool], type[ReadWeight]]]] = {}
 
 
 def register_layer(base_type: type[nn.Module] | str) -> Callable[[Layer], Layer]:
@@ -64,6 +67,24 @@ def refuse_layer(base_type: type[nn.Module] | str, reason: str) -> None:
     _layers[_name(base_type)] = reason
 
 
+def register_parameter(where: Callable[[nn.Module, nn.Parameter], bool]) -> Callable[[Reader], Reader]:
+    """Register the adapter layer of parameters with the name of its ``attribute``, as a class decorator.
+
+    Args:
+        where: Whether it applies, given a module and its parameter of this name. If several apply, the first
+            registered does.
+
+    Returns:
+        A decorator that returns the class unchanged.
+    """
+
+    def register(layer: Reader) -> Reader:
+        _by_parameter.setdefault(layer.attribute, []).append((where, layer))
+        return layer
+
+    return register
+
+
 def find_layer(module: nn.Module) -> type[AdapterLayer] | str | None:
     """Return the adapter layer of a module's type, the reason why it cannot be adapted, or ``None`` if unknown."""
     for parent in type(module).__mro__:
@@ -76,8 +97,15 @@ def find_readers(module: nn.Module) -> tuple[type[ReadWeight], ...]:
     """Return the adapter layers for the parameters of a module that other code reads."""
     for parent in type(module).__mro__:
         if (entry := _readers.get(_name(parent))) is not None:
-            return tuple(entry.values())
-    return ()
+            absent = {name for name, parameter in module._parameters.items() if parameter is None}
+            return tuple(kind for attribute, kind in entry.items() if attribute not in absent)
+    found = []
+    for name, parameter in module._parameters.items():
+        for where, kind in _by_parameter.get(name, ()):
+            if parameter is not None and where(module, parameter):
+                found.append(kind)
+                break
+    return tuple(found)
 
 
 def _name(base_type: type | str) -> str:

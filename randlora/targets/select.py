@@ -21,6 +21,9 @@ from randlora.targets.presets import HEAD_NAMES, TARGET_PRESETS
 from randlora.targets.site import Site
 from randlora.targets.walk import Census, Held, Visit
 
+LINEAR_KINDS = "linear", "attention"
+"""Kinds of weights that ``"all-linear"`` adapts."""
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -69,7 +72,7 @@ def select(census: Census, pattern: Pattern | None, exclude: Pattern | None) -> 
     pattern, rule, must_match = _resolve(model, pattern)
     opens = must_match and is_names(pattern)
     if pattern == ALL_LINEAR:
-        found = [visit for visit in visits if visit.entry is not None]
+        found = [visit for visit in visits if isinstance(visit.entry, str) or _is_linear(visit)]
     else:
         found = [visit for visit in visits if _is_meant(visit, pattern, opens=opens)]
     excluded = [] if exclude is None else _excluded(visits, found, exclude)
@@ -168,6 +171,11 @@ def _names(visit: Visit, *, opens: bool) -> list[str]:
 
 def _is_meant(visit: Visit, pattern: Pattern, *, opens: bool) -> bool:
     return any(matches(pattern, name, visit.module) for name in _names(visit, opens=opens))
+
+
+def _is_linear(visit: Visit) -> bool:
+    entry = visit.entry
+    return entry is not None and not isinstance(entry, str) and entry.kind in LINEAR_KINDS
 
 
 def _matching(

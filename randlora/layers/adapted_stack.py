@@ -1,0 +1,255 @@
+"""A stack of weights with the updates of its adapters, which are formed only for the matrices that are used."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from randlora.functional import Compute, adapted_linear, summed_linear
+from randlora.functional.cost import chosen_forward
+from randlora.layers.inputs import autocast_dtype, is_plain_tensor
+from randlora.layers.update import Update, folded, sum_updates
+
+
+class Shared:
+    """Updates that all matrices of a stack have in common. Their sum is formed at most once."""
+
+    def __init__(self, updates: Iterable[Update]) -> None:
+        """Hold the updates."""
+        self.updates = tuple(updates)
+        self._formed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def formed(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return their sum, ``(out, in)``."""
+        if (device, dtype) not in self._formed:
+            shape = self.updates[0].shape
+            self._formed[device, dtype] = sum_updates(self.updates, shape, device=device, dtype=dtype)
+        return self._formed[device, dtype]
+
+    def is_worth_forming(self, tokens: int, device: torch.device, dtype: torch.dtype, compute: Compute) -> bool:
+        """Whether a product of one matrix with this many tokens is faster with the sum formed."""
+        if (device, dtype) in self._formed:
+            return True
+        (pair, _), shape = self.updates[0].parts(device, dtype), self.updates[0].shape
+        is_wide = shape[-1] == min(shape)
+        return chosen_forward(tokens, pair, is_wide=is_wide, has_weight=True, compute=compute) == "materialized"
+
+
+class Parts(NamedTuple):
+    """What an `AdaptedStack` is made of.
+
+    Attributes:
+        weight: The weight without updates, ``(matrices, rows, columns)``, or one matrix of it.
+        is_out_in: Whether rows are outputs and columns inputs; ``False`` for ``(in, out)``.
+        own: Updates with a Λ and a Γ for each matrix, stacked like the weight.
+        shared: Updates that all matrices have in common.
+        compute: How to compute products.
+    """
+
+    weight: Tensor
+    is_out_in: bool
+    own: tuple[Update, ...]
+    shared: Shared
+    compute: Compute
+
+    def turned(self) -> Parts:
+        """Return the transposes of the matrices."""
+        return self._replace(weight=self.weight.mT, is_out_in=not self.is_out_in)
+
+    def at(self, index: Any) -> Parts:
+        """Return one matrix, or those at several indices."""
+        own = tuple(
+            update._replace(lam=update.lam[index], gamma=update.gamma[index], shape=update.shape[-2:])
+            for update in self.own
+        )
+        return self._replace(weight=self.weight[index], own=own)
+
+    def formed(self) -> Tensor:
+        """Return weight + updates, added in float32 or wider and rounded once, laid out in memory as the weight is."""
+        is_turned = self.weight.stride(-1) != 1
+        stored = self.weight.mT if is_turned else self.weight
+        dtype, updates = torch.promote_types(stored.dtype, torch.float32), (*self.own, *self.shared.updates)
+        shape = stored.shape[-2:] if self.is_out_in is not is_turned else stored.mT.shape[-2:]
+        delta = sum_updates(updates, shape, device=stored.device, dtype=dtype)
+        total = folded(stored, delta if self.is_out_in is not is_turned else delta.mT)
+        return total.mT if is_turned else total
+
+    def multiplies(self, x: object) -> bool:
+        """Whether `product` computes the product of these tokens, ``(..., in)``, with one matrix."""
+        if not is_plain_tensor(x) or self.weight.dim() != 2 or x.dim() < 2 or x.device != self.weight.device:
+            return False
+        in_features = self.weight.shape[1 if self.is_out_in else 0]
+        has_dtype = x.dtype == self.weight.dtype
+        has_dtype = has_dtype or autocast_dtype(x, x.dtype) == autocast_dtype(x, self.weight.dtype)
+        return has_dtype and x.shape[-1] == in_features
+
+    def product(self, x: Tensor, bias: Tensor | None = None, *, has_weight: bool = True) -> Tensor:
+        """Return the product of tokens, ``(..., in)``, with one matrix, ``(..., out)``, or with its updates alone."""
+        dtype = autocast_dtype(x, self.weight.dtype)
+        weight = None if not has_weight else self.weight if self.is_out_in else self.weight.mT
+        x, tokens = x.to(dtype), x.shape[:-1].numel()
+        if not self.own and self.shared.is_worth_forming(tokens, x.device, dtype, self.compute):
+            delta = self.shared.formed(x.device, dtype)
+            return F.linear(x, delta, bias) if weight is None else summed_linear(x, weight, delta, bias)
+        first, *others = (update.parts(x.device, dtype) for update in (*self.own, *self.shared.updates))
+        output = adapted_linear(x, *first, weight=weight, bias=bias, compute=self.compute)
+        for other in others:
+            output = output + adapted_linear(x, *other, compute=self.compute)
+        return output
+
+
+class AdaptedStack(Tensor):
+    """A stack of weights with their updates, or one matrix of it, as a tensor without values.
+
+    Products with one matrix and grouped products compute base and updates without forming them. Everything else that
+    torch is asked to do with it is done with the sum, formed for this.
+    """
+
+    parts: Parts
+
+    @staticmethod
+    def __new__(cls, parts: Parts) -> Self:
+        """Create the tensor."""
+        weight = parts.weight
+        made: Self = Tensor._make_wrapper_subclass(
+            cls, weight.shape, strides=weight.stride(), dtype=weight.dtype, device=weight.device
+        )
+        made.parts = parts
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Compute ``func``."""
+        if func in DESCRIPTIONS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and not name.endswith("__"):
+            raise RuntimeError(f"cannot {name} an adapted stack of weights in place: change the parameter instead")
+        compute = PRODUCTS.get(func) or (partial(_grouped, func) if name in GROUPED else None)
+        if compute is not None and (result := compute(*args, **(kwargs or {}))) is not NotImplemented:
+            return result
+        return func(*map(_formed, args), **{name: _formed(value) for name, value in (kwargs or {}).items()})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Raise an error: past `__torch_function__`, gradients would not reach the adapters."""
+        raise RuntimeError(f"cannot compute {func} of an adapted stack of weights: call .clone() on it first")
+
+
+def _formed(value: Any) -> Any:
+    if isinstance(value, AdaptedStack):
+        return value.parts.formed()
+    return type(value)(map(_formed, value)) if type(value) in (list, tuple) else value
+
+
+def _select(stack: AdaptedStack, index: Any) -> Any:
+    """Return one matrix, or the sums of several, each formed once."""
+    if stack.dim() != 3 or isinstance(index, bool):
+        return NotImplemented
+    if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0 and index.dtype != torch.bool):
+        return AdaptedStack(stack.parts.at(index))
+    if isinstance(index, Tensor) and index.dim() == 1 and index.dtype in (torch.int32, torch.int64):
+        which, places = index.unique(return_inverse=True)
+        return stack.parts.at(which).formed()[places]
+    return NotImplemented
+
+
+def _turn(stack: AdaptedStack, first: int = -2, second: int = -1) -> Any:
+    dims = {dim % stack.dim() for dim in (first, second)}
+    return AdaptedStack(stack.parts.turned()) if dims == {stack.dim() - 2, stack.dim() - 1} else NotImplemented
+
+
+def _turn_matrix(stack: AdaptedStack) -> Any:
+    return AdaptedStack(stack.parts.turned()) if stack.dim() == 2 else NotImplemented
+
+
+def _linear(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Any:
+    if isinstance(matrix, AdaptedStack) and matrix.parts.is_out_in and matrix.parts.multiplies(x):
+        return matrix.parts.product(x, bias)
+    return NotImplemented
+
+
+def _matmul(x: Tensor, matrix: Tensor) -> Any:
+    if isinstance(matrix, AdaptedStack) and not matrix.parts.is_out_in and matrix.parts.multiplies(x):
+        return matrix.parts.product(x)
+    return NotImplemented
+
+
+def _batched(x: Tensor, stack: Tensor) -> Any:
+    """Return the products of the matrices ``(in, out)`` with the tokens of each, ``(matrices, tokens, in)``."""
+    if not isinstance(stack, AdaptedStack) or stack.parts.is_out_in or not is_plain_tensor(x) or x.dim() != 3:
+        return NotImplemented
+    matrices = [stack.parts.at(index) for index in range(len(stack))]
+    if len(x) != len(matrices) or not all(map(Parts.multiplies, matrices, x)):
+        return NotImplemented
+    base = torch.bmm(x, stack.parts.weight)
+    updates = [matrix.product(rows, has_weight=False) for matrix, rows in zip(matrices, x, strict=True)]
+    return base + torch.stack(updates)
+
+
+def _grouped(
+    func: Callable[..., Tensor], x: Tensor, stack: Tensor, *, offs: Tensor | None = None, **others: Any
+) -> Any:
+    """Return the products of tokens, ``(tokens, in)``, sorted by their matrix, with matrices ``(in, out)``.
+
+    ``offs`` has the end of each matrix's tokens, and ``func`` computes the product with the base.
+    """
+    if not isinstance(stack, AdaptedStack) or stack.parts.is_out_in or stack.dim() != 3 or offs is None:
+        return NotImplemented
+    if x.dim() != 2 or not stack.parts.at(0).multiplies(x):
+        return NotImplemented
+    base = func(x, stack.parts.weight, offs=offs, **others)
+    if not stack.parts.own:
+        return base + stack.parts.at(0).product(x, has_weight=False)
+    ends = offs.tolist()
+    updates = [
+        stack.parts.at(index).product(x[start:end], has_weight=False)
+        for index, (start, end) in enumerate(itertools.pairwise([0, *ends]))
+        if start < end
+    ]
+    rest = base.new_zeros(len(base) - ends[-1], base.shape[1])
+    return base + torch.cat([*updates, rest])
+
+
+PRODUCTS: Mapping[Any, Callable[..., Any]] = {
+    Tensor.__getitem__: _select,
+    Tensor.transpose: _turn,
+    torch.transpose: _turn,
+    Tensor.mT.__get__: _turn,  # type: ignore[attr-defined]
+    Tensor.T.__get__: _turn_matrix,  # type: ignore[attr-defined]
+    Tensor.t: _turn_matrix,
+    torch.t: _turn_matrix,
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.mm: _matmul,
+    Tensor.__matmul__: _matmul,
+    Tensor.__rmatmul__: lambda matrix, x: _matmul(x, matrix),
+    torch.bmm: _batched,
+    Tensor.bmm: _batched,
+}
+"""How functions of torch are computed without forming the sum."""
+
+GROUPED = frozenset({"grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
+"""Names of grouped products: not every torch has each, and the last is an operator of transformers."""
+
+DESCRIPTIONS = {
+    *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "is_cuda", "is_leaf", "is_meta", "is_sparse")),
+    *(getattr(Tensor, name).__get__ for name in ("layout", "ndim", "requires_grad", "shape", "itemsize", "nbytes")),
+    *(getattr(Tensor, name) for name in ("__len__", "dim", "element_size", "is_complex", "is_contiguous")),
+    *(getattr(Tensor, name) for name in ("is_floating_point", "ndimension", "nelement", "numel", "size", "stride")),
+    torch.is_complex,
+    torch.is_floating_point,
+    torch.numel,
+}
+"""Functions of a tensor's description, for which it needs no values."""

@@ -1,0 +1,170 @@
+"""Stacks of experts' weights, ``(experts, out, in)`` or ``(experts, in, out)``, as in transformers.
+
+The code that multiplies by them may take one expert after the other, gather all that tokens visit, or call a grouped
+product. Reading an adapted stack returns an `AdaptedStack`, which computes each of these and forms no update of an
+expert that no token visits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from randlora.bases.spec import Shape
+from randlora.config import RandLoRAConfig
+from randlora.functional.scratch import is_transformed
+from randlora.layers.adapted_stack import AdaptedStack, Parts, Shared
+from randlora.layers.read_weight import ReadWeight
+from randlora.layers.registry import register_layer, register_parameter
+from randlora.layers.update import Into, Merged, Update
+
+
+class Experts(ReadWeight):
+    """Adapts a stack of weights ``(experts, out_features, in_features)``.
+
+    To adapt the stack of another class, subclass this with the name of the parameter as ``attribute``, and register the
+    subclass with `randlora.register_layer` for that class.
+    """
+
+    kind = "experts"
+    is_out_in = True
+
+    @classmethod
+    def obstacle(cls, owner: nn.Module) -> str | None:
+        """Return why this stack cannot be adapted, as a phrase that follows its name, or ``None``."""
+        weight = cls.weight_of(owner)
+        assert weight is not None, "obstacles() asks for a weight"
+        if len(_shape(weight)) != 3:
+            return f"has shape {tuple(weight.shape)}, expected a stack of matrices, (experts, rows, columns)"
+        return super().obstacle(owner)
+
+    @classmethod
+    def features(cls, owner: nn.Module) -> tuple[int, int]:
+        """Return ``(in_features, out_features)`` of one expert."""
+        weight = cls.weight_of(owner)
+        assert weight is not None, "a stack of experts is a parameter"
+        *_, rows, columns = _shape(weight)
+        return (columns, rows) if cls.is_out_in else (rows, columns)
+
+    @classmethod
+    def shape_of(cls, owner: nn.Module, config: RandLoRAConfig) -> Shape:
+        """Return ``(experts, out_features, in_features)``, or ``(out_features, in_features)`` for a shared update."""
+        weight, matrix = cls.weight_of(owner), super().shape_of(owner, config)
+        assert weight is not None, "a stack of experts is a parameter"
+        return matrix if config.experts == "shared" else (_shape(weight)[0], *matrix)
+
+    @staticmethod
+    def in_storage_layout(delta: Tensor) -> Tensor:
+        """Return the update unchanged; a shared one, ``(out, in)``, is broadcast to all experts."""
+        return delta
+
+    def read(self, owner: nn.Module) -> Tensor:
+        """Return the stack with its updates. Compiled and transformed code gets the sum, formed at once."""
+        weight = self.weight_of(owner)
+        assert weight is not None, "obstacles() asks for a weight"
+        active = self.active()
+        if not active or is_transformed():
+            return super().read(owner)
+        return AdaptedStack(self._parts(weight, [self.update(owner, part, factor) for part, factor in active]))
+
+    @torch.no_grad()
+    def merged(self, owner: nn.Module, weights: dict[str, float], into: Into) -> Merged:  # noqa: ARG002
+        """Return the stack with the updates of some adapters merged, one expert after the other."""
+        weight = self.weight_of(owner)
+        assert weight is not None, "merge() asks for a weight"
+        updates = [self.update(owner, part, weights[name]) for name, part in self.adapters.items() if name in weights]
+        parts = self._parts(weight, updates)
+        merged = torch.empty_like(weight)
+        for index in range(len(weight)):
+            merged[index] = parts.at(index).formed()
+        return Merged(merged, merged)
+
+    def _parts(self, weight: Tensor, updates: list[Update]) -> Parts:
+        own = tuple(update for update in updates if len(update.shape) == 3)
+        shared = Shared(update for update in updates if len(update.shape) == 2)
+        return Parts(weight, self.is_out_in, own, shared, self.state.compute)
+
+
+class TransposedExperts(Experts):
+    """Adapts a stack of weights ``(experts, in_features, out_features)``."""
+
+    is_out_in = False
+
+    @staticmethod
+    def in_storage_layout(delta: Tensor) -> Tensor:
+        """Return the transposes."""
+        return delta.mT
+
+
+def _is_stack(owner: nn.Module, weight: nn.Parameter) -> bool:
+    """Whether a parameter is a stack of weights ``(out, in)``: transformers marks those that are transposed."""
+    return not is_lazy(weight) and len(_shape(weight)) == 3 and not owner.__dict__.get("is_transposed", False)
+
+
+def _is_transposed_stack(owner: nn.Module, weight: nn.Parameter) -> bool:
+    return not is_lazy(weight) and len(_shape(weight)) == 3 and bool(owner.__dict__.get("is_transposed", False))
+
+
+@register_parameter(_is_stack)
+class GateUpProj(Experts):
+    """Adapts ``gate_up_proj``."""
+
+    attribute = "gate_up_proj"
+
+
+@register_parameter(_is_stack)
+class GateProj(Experts):
+    """Adapts ``gate_proj``."""
+
+    attribute = "gate_proj"
+
+
+@register_parameter(_is_stack)
+class UpProj(Experts):
+    """Adapts ``up_proj``."""
+
+    attribute = "up_proj"
+
+
+@register_parameter(_is_stack)
+class DownProj(Experts):
+    """Adapts ``down_proj``."""
+
+    attribute = "down_proj"
+
+
+LLAMA_4 = "transformers.models.llama4.modeling_llama4.Llama4TextExperts"  # does not say that it is transposed
+
+
+@register_layer(LLAMA_4)
+@register_parameter(_is_transposed_stack)
+class TransposedGateUpProj(TransposedExperts):
+    """Adapts ``gate_up_proj`` (gpt_oss, Aria, Llama 4)."""
+
+    attribute = "gate_up_proj"
+
+
+@register_parameter(_is_transposed_stack)
+class TransposedUpProj(TransposedExperts):
+    """Adapts ``up_proj``."""
+
+    attribute = "up_proj"
+
+
+@register_layer(LLAMA_4)
+@register_parameter(_is_transposed_stack)
+class TransposedDownProj(TransposedExperts):
+    """Adapts ``down_proj``."""
+
+    attribute = "down_proj"
+
+
+@register_layer("transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts")
+class ParallelExperts(Experts):
+    """Adapts ``weight`` of a stack of experts."""
+
+
+def _shape(weight: nn.Parameter) -> tuple[int, ...]:
+    """Return the shape of a weight, from ``ds_shape`` if DeepSpeed's ZeRO-3 emptied it."""
+    return tuple(map(int, getattr(weight, "ds_shape", weight.shape)))
