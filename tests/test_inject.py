@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, reject
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 import randlora
 from randlora import AdapterLayer, RandLoRAConfig, RandLoRAError
@@ -351,3 +353,22 @@ def test_a_report_of_a_further_adapter_says_that_it_rests() -> None:
         "inactive: call randlora.activate(model, 'b') to add its update",
         "frozen: call randlora.activate(model, 'b', trainable=True) to train it",
     )
+
+
+def test_uninitialized_layers_that_are_no_targets_do_not_matter(tmp_path: Path) -> None:
+    unused = nn.LazyConv1d(2, 1)
+    model = nn.Sequential(nn.Linear(4, 6), nn.LazyLinear(3), nn.Sequential(unused))
+    with untouched(model):
+        planned = randlora.plan(model, r=2, targets="0")
+    assert randlora.inject(model, r=2, targets="0").targets == planned.targets == ("0",)
+    assert not any(parameter.requires_grad for parameter in model[1].parameters())
+    fill(model)
+    randlora.save(model, tmp_path / "adapter")
+    with randlora.merged(model):
+        pass
+    adapted = model[:2](torch.ones(2, 4))  # the first forward initializes the second layer
+    assert (adapted.shape, isinstance(unused.weight, UninitializedParameter)) == ((2, 3), True)
+    randlora.eject(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with untouched(model), pytest.raises(TargetError, match=r"2\.0 is of type LazyConv1d|2\.0 .*no shape yet"):
+        randlora.inject(model, r=2, targets=r"2\.0")

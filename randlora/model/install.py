@@ -111,7 +111,7 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
     if not state.adapters:
         state.required_grad = {held.fqn: held.parameter.requires_grad for held in census.parameters}
         for held in census.parameters:
-            held.parameter.requires_grad_(False)  # noqa: FBT003
+            held.parameter.requires_grad = False  # the method does not work on uninitialized parameters
     for site, layer, part, lam, gamma in addition.layers:
         add_adapter(site.owner, layer, part, lam, gamma, trainable=addition.trainable)
     if active:
@@ -162,6 +162,6 @@ def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
         detach(site.owner, site.layer)
     for held in Census(census.model, census.visits).parameters:
         if held.fqn in state.required_grad:  # not for parameters added later
-            held.parameter.requires_grad_(state.required_grad[held.fqn])
+            held.parameter.requires_grad = state.required_grad[held.fqn]
     del census.model.__dict__[ATTRIBUTE]
     return restored
