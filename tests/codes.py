@@ -28,6 +28,29 @@ def scale_of(layer: nn.Module) -> Tensor:
     return torch.from_numpy(_scale_of_each(state, state.shape.numel())).view(state.shape)
 
 
+def assert_rounded_to_nearest(layer: nn.Module, exact: Tensor) -> None:
+    """Check that the levels of a layer are those nearest to exact entries, ``(out_features, in_features)``.
+
+    Half a gap away at most; scales that are codes themselves add what is lost in them, much for a block of small
+    entries beside others.
+    """
+    exact = exact.double()
+    lost = _lost_in_scales(layer, exact)
+    is_nested = not hasattr(layer, "state") and layer.weight.quant_state.nested  # type: ignore[union-attr]
+    assert lost.max() <= exact.abs().max() * (0.05 if is_nested else 1e-5)
+    error, allowed = (written_out(layer) - exact).abs(), step(layer) / 2 + 1e-5 * exact.abs().max()
+    assert (error <= allowed + 1.2 * lost).all()  # a level is off by as much, half a gap by a fifth of it at most
+
+
+def _lost_in_scales(layer: nn.Module, exact: Tensor) -> Tensor:
+    """Measure how far each entry's scale is from the largest entry that shares it, ``(out_features, in_features)``."""
+    if hasattr(layer, "state"):
+        return (_scales_of_8_bits(layer) - exact.abs().amax(dim=1)).abs().unsqueeze(1).expand(exact.shape)
+    state: Any = layer.weight.quant_state  # type: ignore[union-attr]
+    blocks = exact.flatten().split(state.blocksize)
+    return (scale_of(layer) - torch.cat([block.abs().max().expand_as(block) for block in blocks]).view_as(exact)).abs()
+
+
 def _of_8_bits(layer: Any) -> Tensor:
     rows = zip(layer.weight.tolist(), _scales_of_8_bits(layer).tolist(), strict=True)
     return torch.tensor([[code * scale / 127 for code in row] for row, scale in rows], dtype=torch.float64)
