@@ -93,8 +93,9 @@ class RandLoRAConfig:
             a layer with ``num_bases = ceil(min_dim / r)``.
         targets: The layers to adapt. A string is a regex matched with ``fullmatch`` against the FQN, except
             ``"all-linear"``. A sequence contains FQNs or suffixes of them, each of a linear layer, or of a module whose
-            linear layers are all adapted. A callable is called with ``(fqn, module)``. ``None`` means the preset of
-            ``model.config.model_type``, or all linear layers if there is none.
+            linear layers are all adapted. A callable is called with ``(fqn, module)``. ``None`` means the query
+            and value projections of transformers' models, as of the preset of ``model.config.model_type`` or by names
+            that models share, the attention of diffusers' models, and all linear layers but the output head of others.
         exclude: Layers to exclude from ``targets``, in the same forms, before ``targets`` are checked. Names may be
             those of any modules; a callable is called for the layers that ``targets`` match.
         alpha: The update is scaled by ``alpha / r``; ``None`` means ``20·r``. The paper's author advises values from

@@ -110,7 +110,7 @@ def test_a_layer_of_two_names_is_excluded_by_either(exclude: Any) -> None:
     ("model", "pattern", "rule", "count"),
     [
         (Model("llama"), None, "the preset of model_type 'llama' (q_proj, v_proj)", 4),
-        (Model("unheard-of"), None, "all linear layers but the output head", 8),
+        (Model("unheard-of"), None, "the query and value projections (q_proj, v_proj)", 4),
         (Model(None), None, "all linear layers but the output head", 8),
         (Model("llama"), "all-linear", "all linear layers but the output head", 8),
         (Model("llama"), ["up"], "the names up", 2),

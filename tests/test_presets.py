@@ -22,14 +22,8 @@ NOT_IN_TRANSFORMERS = {
 }
 """Types whose model cannot be built offline."""
 
-ALTERNATIVES = {
-    "beit": "transformers 5 renamed query and value",
-    "blip-2": "the language model inside is an OPT or a T5",
-    "deit": "transformers 5 renamed query and value",
-    "dinov2": "transformers 5 renamed query and value",
-    "vit": "transformers 5 renamed query and value",
-}
-"""Types whose preset names layers that only some variants or versions have."""
+ALTERNATIVES = {"blip-2": "the language model inside is an OPT or a T5"}
+"""Types whose preset names layers that only some variants have."""
 
 BUILDABLE = sorted(TARGET_PRESETS.keys() - NOT_IN_TRANSFORMERS)
 CLASSIFIERS = ("bert", "deberta-v2", "distilbert", "electra", "roberta", "vit", "wav2vec2")
@@ -53,6 +47,7 @@ LANGUAGE_MODELS = (
 
 def build(model_type: str, auto_class: Any = transformers.AutoModel) -> nn.Module:
     config = transformers.AutoConfig.for_model(model_type)
+    config.architectures = []  # the first class of a type with several
     with torch.device("meta"):
         model = auto_class.from_config(config)
     assert isinstance(model, nn.Module)

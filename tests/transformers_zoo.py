@@ -1,6 +1,7 @@
 """Classes of transformers, each built from its default config with sizes cut down: a few thousand weights to save."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -72,6 +73,30 @@ def tiny(model_type: str, name: str) -> nn.Module | None:
         except Exception:  # some sizes do not go together
             continue
     return None
+
+
+def every_type() -> dict[str, list[str]]:
+    """Return the names of every type's classes that one of transformers' auto classes builds; the best known first."""
+    found: dict[str, list[str]] = {}
+    for mapping in (name for name in vars(modeling_auto) if re.fullmatch(r"MODEL_\w*MAPPING_NAMES", name)):
+        for model_type, names in getattr(modeling_auto, mapping).items():
+            known = found.setdefault(model_type, [])
+            known += [name for name in ([names] if isinstance(names, str) else names) if name not in known]
+    return {model_type: names for model_type, names in found.items() if model_type in CONFIG_MAPPING}
+
+
+def on_meta(model_type: str, names: Iterable[str]) -> Iterator[nn.Module]:
+    """Build the classes of a type that can be built, each with fewer layers and then as its config is by default."""
+    for name in names:
+        for sizes in (*CUTS, {}):
+            try:
+                model_class = getattr(transformers, name)
+                config = _cut(CONFIG_MAPPING[model_type], sizes)
+                with torch.device("meta"):
+                    model = model_class(config)
+            except Exception:  # some sizes do not go together, and some classes need another library
+                continue
+            yield model.eval()
 
 
 def _cut(config_class: Any, sizes: dict[str, int]) -> Any:

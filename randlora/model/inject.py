@@ -87,8 +87,8 @@ def inject(
 ) -> Report:
     """Add an adapter to a model, in place, and freeze everything else.
 
-    The output does not change at first, because Λ starts at zero. Without ``targets``, the preset of the model's type
-    is used or, if there is none, all linear layers except the output head.
+    The output does not change at first, because Λ starts at zero. Without ``targets``, attention is adapted
+    in models of transformers and diffusers and, where none is found, all linear layers except the output head.
 
     Args:
         model: Any module with linear layers; it is changed in place.

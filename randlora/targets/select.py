@@ -15,9 +15,10 @@ from randlora.errors import TargetError, raise_collected
 from randlora.layers.in_place import class_obstacle
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import find_layer
+from randlora.targets.defaults import default_targets
 from randlora.targets.explain import ALL_LINEAR, holders, inventory, missed, reason, refusal
 from randlora.targets.match import is_names, matches, prefixes, unmatched
-from randlora.targets.presets import HEAD_NAMES, TARGET_PRESETS
+from randlora.targets.presets import HEAD_NAMES
 from randlora.targets.site import Site
 from randlora.targets.walk import Census, Held, Visit
 
@@ -69,7 +70,7 @@ def select(census: Census, pattern: Pattern | None, exclude: Pattern | None) -> 
             f"the model itself is a layer ({type(model).__name__}) and has no name within a model: "
             "wrap it in a module, as in torch.nn.Sequential(layer), and adapt that"
         )
-    pattern, rule, must_match = _resolve(model, pattern)
+    pattern, rule, must_match = _resolve(census, pattern)
     opens = must_match and is_names(pattern)
     if pattern == ALL_LINEAR:
         found = [visit for visit in visits if isinstance(visit.entry, str) or _is_linear(visit)]
@@ -148,13 +149,10 @@ def _identity(parameter: Tensor) -> object:
     return (parameter.device, parameter.data_ptr()) if is_plain else id(parameter)
 
 
-def _resolve(model: nn.Module, pattern: Pattern | None) -> tuple[Pattern, str, bool]:
+def _resolve(census: Census, pattern: Pattern | None) -> tuple[Pattern, str, bool]:
     """Return the effective pattern, its description, and whether each of its entries must match."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if pattern is None and model_type in TARGET_PRESETS:
-        preset = TARGET_PRESETS[model_type]
-        names = preset if isinstance(preset, str) else ", ".join(preset)
-        return preset, f"the preset of model_type {model_type!r} ({names})", False
+    if pattern is None and (default := default_targets(census)) is not None:
+        return *default, False
     if pattern is None or pattern == ALL_LINEAR:
         return ALL_LINEAR, "all linear layers but the output head", True
     if callable(pattern):

@@ -1,0 +1,265 @@
+"""By default attention is adapted, in every model that transformers and diffusers ship, and where not is listed."""
+
+import inspect
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as THEIR_TARGETS
+from torch import nn
+from transformers.models.auto import modeling_auto
+from transformers.pytorch_utils import Conv1D
+
+from randlora.errors import TargetError
+from randlora.targets.presets import TARGET_PRESETS
+from randlora.targets.select import Selection, select
+from randlora.targets.walk import Census
+from tests.transformers_zoo import every_type, on_meta
+
+TYPES = {
+    "canine": "query value",
+    "clip": "q_proj v_proj",
+    "deepseek_v3": "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj",
+    "distilbert": "q_lin v_lin",
+    "gemma3": "q_proj v_proj",
+    "glm4": "q_proj v_proj",
+    "gpt_oss": "q_proj v_proj",
+    "granite": "q_proj v_proj",
+    "idefics3": "q_proj v_proj",
+    "jamba": "q_proj v_proj",
+    "kyutai_speech_to_text": "q_proj.linear v_proj.linear",
+    "llava": "q_proj v_proj",
+    "longt5": "q v",
+    "modernbert": "Wqkv",
+    "phi3": "qkv_proj",
+    "qwen2_5_vl": "q_proj v_proj",
+    "qwen2_audio": "q_proj v_proj",
+    "qwen3_5": "q_proj v_proj in_proj_qkv",
+    "qwen3_moe": "q_proj v_proj",
+    "qwen3_next": "q_proj v_proj in_proj_qkvz",
+    "qwen3_vl": "q_proj v_proj",
+    "sam": "q_proj v_proj qkv",
+    "siglip": "q_proj v_proj",
+    "vit": "q_proj v_proj",
+    "wav2vec2": "q_proj v_proj",
+    "whisper": "q_proj v_proj",
+}
+"""The last components of what is adapted, by type."""
+
+INSIDE = {
+    **dict.fromkeys(("gemma3", "llava", "qwen2_5_vl", "qwen2_audio", "qwen3_5", "qwen3_vl"), "language_model"),
+    "idefics3": "text_model",
+}
+"""The module that all of it is in, for types whose encoders have layers of these names too, or might."""
+
+CONVOLUTIONS = "convolutions, no attention"
+STATES = "states, no attention"
+NO_ATTENTION = {
+    **dict.fromkeys(("bit", "convnext", "convnextv2", "dac", "dinov3_convnext", "edgetam_vision_model"), CONVOLUTIONS),
+    **dict.fromkeys(("efficientnet", "encodec", "focalnet", "gemma3n_vision", "glm_image_vqmodel"), CONVOLUTIONS),
+    **dict.fromkeys(("hgnet_v2", "mobilenet_v1", "mobilenet_v2", "muse_spark_audio"), CONVOLUTIONS),
+    **dict.fromkeys(("poolformer", "pp_lcnet", "pp_lcnet_v3", "pp_lcnet_v4", "pp_ocrv5_mobile_det"), CONVOLUTIONS),
+    **dict.fromkeys(("pp_ocrv6_small_det", "pp_ocrv6_tiny_rec", "regnet", "resnet", "rt_detr_resnet"), CONVOLUTIONS),
+    **dict.fromkeys(("superpoint", "textnet", "timm_wrapper", "univnet", "upernet", "uvdoc"), CONVOLUTIONS),
+    **dict.fromkeys(("uvdoc_backbone", "vibevoice_acoustic_tokenizer", "wavtokenizer"), CONVOLUTIONS),
+    **dict.fromkeys(("vibevoice_acoustic_tokenizer_decoder", "vibevoice_acoustic_tokenizer_encoder"), CONVOLUTIONS),
+    **dict.fromkeys(("falcon_mamba", "mamba", "mamba2", "slanet", "wavtokenizer_encoder"), STATES),
+    **dict.fromkeys(("bamba", "granitemoehybrid"), "none of its layers is attention unless its config says so"),
+    "fnet": "Fourier transforms, no attention",
+    "ibert": "layers that compute in integers",
+    "mobilevitv2": "attention of convolutions",
+    "patchtsmixer": "a mixer, no attention",
+    "squeezebert": "attention of convolutions",
+    "swiftformer": "attention without values",
+    "xlnet": "attention whose weights are parameters, not layers",
+}
+"""Types without linear query and value projections, and what they have: all linear layers are adapted, if any."""
+
+ELSEWHERE = {
+    "phi": "PEFT's preset has the feed-forward's layers too",
+    "pp_doclayout_v4": "a head scores pairs with a query projection",
+    "rwkv": "PEFT's preset has the feed-forward's layers too",
+    "sam3": "a head scores pairs with a query projection",
+    "sam3_lite_text": "a head scores pairs with a query projection",
+    "sam3_video": "a head scores pairs with a query projection",
+    "xlstm": "its cells have queries and values, and are not called attention",
+}
+"""Types of which some layers outside attention are adapted."""
+
+ENCODERS = {
+    "blip": "text is written by a decoder that no name tells from the text encoder of BlipModel",
+    "idefics": "the language model is not in a module of its own",
+    "llama4": "PEFT's preset",
+    "pp_formulanet": "one encoder and one decoder",
+    "t5gemma2": "one encoder for both, and one decoder",
+}
+"""Types that write text of which the encoders of images or sound are adapted too."""
+
+
+def chosen(model: nn.Module) -> Selection:
+    return select(Census.of(model), None, None)
+
+
+def is_attention(model: nn.Module, fqn: str) -> bool:
+    """Whether a module lies in one that its name or class calls attention."""
+    parts = fqn.split(".")[:-1]
+    around = [".".join(parts[: length + 1]) for length in range(len(parts))]
+    said = [*parts, *(type(model.get_submodule(name)).__name__ for name in around)]
+    return any(re.search(r"attention|attn|(^|_)att$|(^|_)mh.?a$", name.lower()) for name in said)
+
+
+def default_of(model_type: str, names: list[str]) -> tuple[nn.Module, Selection | None] | None:
+    """Return the first model of a type in which attention is found, else the last; ``None`` if none can be built."""
+    found: tuple[nn.Module, Selection | None] | None = None
+    for model in on_meta(model_type, names):
+        try:
+            selection = chosen(model)
+        except TargetError:  # no linear layer at all
+            found = model, None
+            continue
+        found = model, selection
+        if not selection.rule.startswith("all linear layers"):
+            break
+    return found
+
+
+def encoders(model: Any) -> list[str]:
+    """Return the names of a model's encoders of images and sound, as transformers finds them."""
+    found = [encoder for kind in ("image", "audio") if (encoder := model.get_encoder(modality=kind)) is not model]
+    return [name for name, module in model.named_modules() if name and any(module is encoder for encoder in found)]
+
+
+@pytest.mark.parametrize(("model_type", "names"), TYPES.items(), ids=TYPES)
+def test_the_query_and_value_projections_of_a_type_are_adapted(model_type: str, names: str) -> None:
+    endings = tuple(f".{ending}" for ending in names.split())
+    for model in on_meta(model_type, every_type()[model_type][:1]):
+        fqns = [site.fqn for site in chosen(model).sites]
+        if all(any(fqn.endswith(ending) for fqn in fqns) for ending in endings):
+            break
+    else:
+        pytest.fail("no config gives the type all of them")
+    assert all(is_attention(model, fqn) for fqn in fqns)
+    assert fqns == [
+        fqn
+        for fqn, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and fqn.endswith(endings) and INSIDE.get(model_type, "") in fqn
+    ]
+
+
+@pytest.mark.slow
+def test_attention_is_adapted_in_every_type_that_has_linear_projections() -> None:
+    writers = modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    without, elsewhere, heads, encoded = (set[str]() for _ in range(4))
+    covered = set[str]()
+    for model_type, names in every_type().items():
+        if (found := default_of(model_type, names)) is None:
+            continue
+        model, selection = found
+        if selection is None or selection.rule.startswith("all linear layers"):
+            without.add(model_type)
+            continue
+        covered.add(model_type)
+        fqns = [site.fqn for site in selection.sites]
+        if not all(is_attention(model, fqn) for fqn in fqns):
+            elsewhere.add(model_type)
+        if any(site.owner is model.get_output_embeddings() for site in selection.sites):  # type: ignore[operator]
+            heads.add(model_type)
+        if model_type in writers and any(fqn.startswith(f"{name}.") for fqn in fqns for name in encoders(model)):
+            encoded.add(model_type)
+    assert without <= NO_ATTENTION.keys()
+    assert covered.isdisjoint(NO_ATTENTION)
+    assert elsewhere == ELSEWHERE.keys()
+    assert encoded == ENCODERS.keys()
+    assert not heads
+    assert len(covered) >= 550
+
+
+@pytest.mark.parametrize("model_type", ["clip", "unheard-of"])
+def test_nothing_outside_a_language_model_is_adapted_where_there_is_one(model_type: str) -> None:
+    model = nn.ModuleDict({
+        name: nn.ModuleDict({"v_proj": nn.Linear(2, 2)}) for name in ("language_model", "vision_tower")
+    })
+    model.__dict__["config"] = SimpleNamespace(model_type=model_type)
+    assert [site.fqn for site in chosen(model).sites] == ["language_model.v_proj"]
+    assert chosen(model).rule == "the query and value projections of language_model (v_proj)"
+    model["language_model"] = nn.ModuleDict({"mixer": nn.Linear(2, 2)})  # its encoder is not adapted alone
+    assert chosen(model).rule == "all linear layers but the output head"
+
+
+@pytest.mark.parametrize("model_type", sorted(TARGET_PRESETS.keys() - THEIR_TARGETS.keys()))
+def test_a_preset_that_is_not_of_peft_is_needed(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = next(on_meta(model_type, every_type()[model_type]))
+    expected = [site.fqn for site in chosen(model).sites]
+    monkeypatch.delitem(TARGET_PRESETS, model_type)
+    assert [site.fqn for site in chosen(model).sites] != expected
+
+
+def test_names_mean_nothing_in_a_model_of_another_library() -> None:
+    model = nn.ModuleDict({"policy": nn.Linear(2, 2), "value": nn.Linear(2, 2)})
+    assert chosen(model).rule == "all linear layers but the output head"
+    assert len(chosen(model).sites) == 2
+
+
+def test_a_convolution_of_the_name_is_not_asked_for() -> None:
+    model = nn.ModuleDict({"query": nn.Conv1d(2, 2, 1), "value": nn.Linear(2, 2)})
+    model.__dict__["config"] = SimpleNamespace(model_type="unheard-of")
+    assert [site.fqn for site in chosen(model).sites] == ["value"]
+
+
+OTHERS = {"SanaWMTransformer3DModel": "names of its own for two kinds of attention"}
+"""Classes of diffusers in which none of the names is found, and why."""
+
+DIFFUSERS = {
+    "FluxTransformer2DModel": "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out",
+    "SD3Transformer2DModel": "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out",
+    "PixArtTransformer2DModel": "to_q to_k to_v to_out.0",
+    "WanTransformer3DModel": "to_q to_k to_v to_out.0",
+    "UNet2DConditionModel": "to_q to_k to_v to_out.0",
+}
+"""What is adapted in the best known classes: what their training scripts name."""
+
+
+def diffusers_model(name: str) -> Any:
+    """Build a class on the meta device with its defaults, of two layers where it is asked for a number."""
+    model_class = getattr(diffusers, name)
+    known = inspect.signature(model_class).parameters
+    with torch.device("meta"):
+        return model_class(**{key: 2 for key in ("num_layers", "num_single_layers", "depth") if key in known})
+
+
+@pytest.mark.parametrize(("name", "names"), DIFFUSERS.items(), ids=DIFFUSERS)
+def test_the_attention_of_a_diffusion_model_is_adapted(name: str, names: str) -> None:
+    model = diffusers_model(name)
+    endings = tuple(f".{ending}" for ending in names.split())
+    selection = chosen(model)
+    assert selection.rule.startswith("the attention projections (to_q, to_k, to_v, to_out")
+    assert [site.fqn for site in selection.sites] == [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.endswith(endings)
+    ]
+
+
+@pytest.mark.medium
+def test_attention_alone_is_adapted_in_every_model_of_diffusers() -> None:
+    """No output head and nothing that embeds the time."""
+    without, covered = set[str](), 0
+    for name in dir(diffusers):
+        kind = getattr(diffusers, name) if re.search(r"Transformer(\dD)?(Model)?$|UNet|DiT|ControlNet", name) else None
+        if not (inspect.isclass(kind) and issubclass(kind, diffusers.ModelMixin)):
+            continue
+        try:
+            model = diffusers_model(name)
+        except Exception:  # some have no defaults
+            continue
+        selection = chosen(model)
+        if selection.rule.startswith("all linear layers"):
+            without.add(name)
+            continue
+        covered += 1
+        fqns = [site.fqn for site in selection.sites]
+        assert [fqn for fqn in fqns if not is_attention(model, fqn)] == []
+        assert [fqn for fqn in fqns if re.search(r"time|proj_out|norm_out|conv_out", fqn)] == []
+    assert without == OTHERS.keys()
+    assert covered >= 60
