@@ -91,11 +91,13 @@ class RandLoRAConfig:
     Attributes:
         r: Rank of one random basis. A **smaller** r means **more** trainable parameters: ``num_bases·(r + min_dim)``
             a layer with ``num_bases = ceil(min_dim / r)``.
-        targets: The layers to adapt. A string is a regex matched with ``fullmatch`` against the FQN, except
-            ``"all-linear"``. A sequence contains FQNs or suffixes of them, each of a linear layer, or of a module whose
-            linear layers are all adapted. A callable is called with ``(fqn, module)``. ``None`` means the query
-            and value projections of transformers' models, as of the preset of ``model.config.model_type`` or by names
-            that models share, the attention of diffusers' models, and all linear layers but the output head of others.
+        targets: The layers and weights to adapt. ``"all-linear"`` means all linear layers and the projections of
+            attention, ``"all"`` every kind that has an adapter layer, and skips what cannot be adapted; both leave out
+            output heads. Any other string is a regex matched with ``fullmatch`` against the FQN. A sequence contains
+            FQNs or suffixes of them, each of a layer, of a weight that other code reads, or of a module in which all
+            are adapted. A callable is called with ``(fqn, module)``. ``None`` means the query and value projections of
+            transformers' models, as of the preset of ``model.config.model_type`` or by names that models share, the
+            attention of diffusers' models, and ``"all-linear"`` in others.
         exclude: Layers to exclude from ``targets``, in the same forms, before ``targets`` are checked. Names may be
             those of any modules; a callable is called for the layers that ``targets`` match.
         alpha: The update is scaled by ``alpha / r``; ``None`` means ``20·r``. The paper's author advises values from

@@ -11,15 +11,15 @@ from torch.nn.parameter import is_lazy
 
 from randlora.bases.spec import BasisSpec, count_bases, count_trainable
 from randlora.config import RandLoRAConfig
-from randlora.layers.registry import find_layer
 from randlora.layers.update import RoundingLoss
 from randlora.state import Adapter
+from randlora.targets.left_out import LeftOut, Remaining, left_out, lines
 from randlora.targets.match import shortened
 from randlora.targets.site import Shapes
-from randlora.targets.walk import Census, Held
+from randlora.targets.walk import Census
 
 FLOAT32_BYTES = 4
-HEADINGS = ("count", "in", "out", "r", "num_bases", "rank", "trainable")
+HEADINGS = ("kind", "count", "in", "out", "r", "num_bases", "rank", "trainable")
 
 
 Progress = Callable[[int, int, str], object]
@@ -32,14 +32,16 @@ def no_progress(done: int, total: int, doing: str) -> None:
 
 @dataclass(frozen=True)
 class ShapeRow:
-    """All targets of one shape.
+    """All targets of one kind and shape.
 
     Attributes:
+        kind: Their kind, as `AdapterLayer.kind`.
         count: Number of matrices, each with its own Λ and Γ.
         expected_rank: Rank that a trained update can reach.
         trainable: Trainable parameters of all of them.
     """
 
+    kind: str
     count: int
     in_features: int
     out_features: int
@@ -58,7 +60,7 @@ class Report:
         config: Its options.
         rule: A description of the rule that chose the targets.
         targets: FQNs of the adapted layers.
-        rows: One row for each distinct shape.
+        rows: One row for each distinct kind and shape.
         spec: The spec of the bases, with their dims.
         trainable_parameters: Number of parameters of the adapter, including those of ``train_also``, frozen or not.
         total_parameters: Number of parameters of the model and this adapter. A quantized weight counts with the size
@@ -69,6 +71,11 @@ class Report:
         is_trainable: Whether its parameters require grad.
         train_also: FQNs of the parameters trained with the adapter.
         skipped: Reasons why layers were skipped, by FQN.
+        left_out: What else the default, a preset, ``"all-linear"`` or ``"all"`` leaves out, by kind. Every parameter
+            with two or more dimensions is adapted, trained with the adapter, skipped or left out. Empty if the user
+            named or described the targets.
+        warning: What `randlora.inject` and `randlora.plan` warn of if the default adapts only a head or next to
+            nothing; else empty.
         notes: Other notes for the user.
     """
 
@@ -86,6 +93,8 @@ class Report:
     is_trainable: bool = True
     train_also: tuple[str, ...] = ()
     skipped: dict[str, str] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
+    warning: str = ""
     notes: tuple[str, ...] = ()
 
     @property
@@ -96,20 +105,19 @@ class Report:
     def __str__(self) -> str:
         """Return a table of shapes followed by the totals."""
         trains = "trainable" if self.is_trainable else "frozen"
-        lines = [
+        shown = int(all(row.kind == "linear" for row in self.rows))  # then the column of kinds would say nothing
+        text = [
             f"RandLoRA adapter {self.name!r}: {self.spec}, alpha={self.config.effective_alpha:g}",
             f"targets: {self.rule}",
-            *table(HEADINGS, [astuple(row) for row in self.rows]),
+            *table(HEADINGS[shown:], [astuple(row)[shown:] for row in self.rows]),
             f"{trains} {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({self.share:.2%})",
             f"{len(self.targets)} layers adapted, {'active' if self.is_active else 'inactive'}, {trains}",
             f"bases {as_bytes(self.basis_bytes)} in memory, checkpoint {as_bytes(self.checkpoint_bytes)}",
         ]
         if self.train_also:
-            lines.append(f"also trained: {shortened(self.train_also)}")
-        for reason in dict.fromkeys(self.skipped.values()):
-            fqns = [fqn for fqn, why in self.skipped.items() if why == reason]
-            lines.append(f"left out: {shortened(fqns)} ({reason})")
-        return "\n".join([*lines, *self.notes])
+            text.append(f"also trained: {shortened(self.train_also)}")
+        warning = [f"warning: {self.warning}"] if self.warning else []
+        return "\n".join([*text, *left_out_lines(self), *warning, *self.notes])
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,15 @@ class MergeReport:
         return "\n".join([*lines, *self.notes])
 
 
+def left_out_lines(report: Report) -> list[str]:
+    """Return the lines of a report about what is skipped and left out."""
+    names: dict[str, list[str]] = {}
+    for fqn, reason in report.skipped.items():
+        names.setdefault(reason, []).append(fqn)
+    skipped = [f"left out: {shortened(fqns)} ({reason})" for reason, fqns in names.items()]
+    return [*skipped, *lines(report.left_out)]
+
+
 def adapter_report(
     census: Census,
     adapter: Adapter,
@@ -154,13 +171,15 @@ def adapter_report(
     is_active: bool = True,
     is_trainable: bool = True,
     skipped: Mapping[str, str] | None = None,
+    remaining: Sequence[Remaining] = (),
     notes: Sequence[str] = (),
 ) -> Report:
     """Return the report of one adapter of a model, with these layers, whether it has been added or not."""
-    rows = shape_rows(shapes, adapter.basis.spec)
+    rows = shape_rows(shapes, census.kinds, adapter.basis.spec)
     adapter_size = sum(row.trainable for row in rows)
     own = {id(held.parameter): held for held in reversed(census.parameters) if not is_lazy(held.parameter)}
     beside = [held.parameter for held in own.values() if held.fqn in adapter.trained]
+    untrained = [each for each in remaining if each.held.fqn not in adapter.trained]
     return Report(
         name=adapter.name,
         config=adapter.config,
@@ -169,25 +188,20 @@ def adapter_report(
         rows=rows,
         spec=adapter.basis.spec,
         trainable_parameters=adapter_size + sum(parameter.numel() for parameter in beside),
-        total_parameters=adapter_size + sum(map(count_numbers, own.values())),
+        total_parameters=adapter_size + census.size,
         basis_bytes=adapter.basis.nbytes,
         checkpoint_bytes=FLOAT32_BYTES * adapter_size + sum(parameter.nbytes for parameter in beside),
         is_active=is_active,
         is_trainable=is_trainable,
         train_also=tuple(adapter.trained),
-        skipped=dict(skipped or {}),
+        skipped={
+            fqn: reason
+            for fqn, reason in (skipped or {}).items()
+            if not {fqn, f"{fqn}.weight"} & adapter.trained.keys()
+        },
+        left_out=left_out(untrained, adapter.config, census.size),
         notes=tuple(notes),
     )
-
-
-def count_numbers(held: Held) -> int:
-    """Return the number of entries of a parameter, dequantized: one stored element may hold several codes."""
-    layer_class = find_layer(held.module)
-    if held.attribute == "weight" and isinstance(layer_class, type):
-        return math.prod(layer_class.features(held.module))
-    if (state := getattr(held.parameter, "quant_state", None)) is not None:  # a bitsandbytes embedding
-        return math.prod(state.shape)
-    return held.parameter.numel()
 
 
 def next_steps(name: str, *, is_active: bool, is_trainable: bool) -> list[str]:
@@ -200,17 +214,17 @@ def next_steps(name: str, *, is_active: bool, is_trainable: bool) -> list[str]:
     return notes
 
 
-def shape_rows(shapes: Shapes, spec: BasisSpec) -> tuple[ShapeRow, ...]:
-    """Return a row for each shape, in order of appearance."""
-    counts = Counter(shapes.values())
+def shape_rows(shapes: Shapes, kinds: Mapping[str, str], spec: BasisSpec) -> tuple[ShapeRow, ...]:
+    """Return a row for each kind and shape, in order of appearance."""
+    counts = Counter((kinds[fqn], shape) for fqn, shape in shapes.items())
     rows = []
-    for shape, count in counts.items():
+    for (kind, shape), count in counts.items():
         out_features, in_features = shape[-2:]
         num_bases = count_bases(min(shape[-2:]), spec.r)
         rank = spec.expected_rank(out_features, in_features)
         trainable = count * count_trainable(shape, spec.r)
         matrices = count * math.prod(shape[:-2])
-        rows.append(ShapeRow(matrices, in_features, out_features, spec.r, num_bases, rank, trainable))
+        rows.append(ShapeRow(kind, matrices, in_features, out_features, spec.r, num_bases, rank, trainable))
     return tuple(rows)
 
 

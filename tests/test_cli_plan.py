@@ -61,3 +61,29 @@ def test_a_name_that_is_not_there_is_answered_with_the_nearest(model: Path, caps
     assert main(["plan", str(model), "--targets", "q_prj"]) == 1
     shown = capsys.readouterr()
     assert (shown.out, "q_proj" in shown.err) == ("", True)
+
+
+def test_a_default_that_adapts_next_to_nothing_is_told_in_the_report(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("randlora.targets.left_out.LITTLE", 1.1)  # as if it were next to nothing
+    with pytest.warns(UserWarning, match="the default adapts only") as caught:
+        report = randlora.files.plan(model)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert main(["plan", str(model)]) == 0
+    shown = capsys.readouterr()
+    assert f"warning: {report.warning}\n" in shown.out
+    assert "UserWarning" not in shown.err
+
+
+def test_what_is_left_out_is_printed_and_in_the_json(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = randlora.files.plan(model)
+    assert expected.left_out
+    assert main(["plan", str(model)]) == 0
+    shown = capsys.readouterr().out
+    assert all(str(group) in shown for group in expected.left_out)
+    assert main(["plan", str(model), "--targets", "all", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    everything = randlora.files.plan(model, targets="all")
+    assert found["left_out"] == plain(everything.left_out)
+    assert found["rule"] == everything.rule

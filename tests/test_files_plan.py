@@ -63,8 +63,8 @@ def test_what_is_trained_beside_is_counted_as_in_the_model(kind: RealModel, tmp_
 @pytest.mark.parametrize(
     ("message", "options"),
     [
-        ("'quarry' matches no linear layer; the nearest names are", {"targets": ["quarry"]}),
-        ("is of type Embedding, and only linear layers can be adapted", {"targets": ".*word_embeddings"}),
+        ("'quarry' matches no layer or weight that can be adapted; the nearest names are", {"targets": ["quarry"]}),
+        ("is of type Embedding, for which there is no adapter layer", {"targets": ".*word_embeddings"}),
         ("r must be a positive integer", {"r": 0}),
     ],
 )

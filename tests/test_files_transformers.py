@@ -87,6 +87,7 @@ def test_the_plan_of_a_class_is_that_of_its_model(model_type: str, name: str, tm
     plans_agree(model, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:the default adapts only:UserWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_the_plan_of_every_class_is_that_of_its_model(task: str, tmp_path: Path) -> None:

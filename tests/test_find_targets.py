@@ -137,7 +137,9 @@ def test_a_preset_may_name_layers_that_a_variant_lacks() -> None:
 
 
 def test_a_preset_that_matches_nothing_is_refused_with_what_the_model_has() -> None:
-    with pytest.raises(TargetError, match=r"the preset of model_type 'gpt2' \(c_attn\) matches no linear layer"):
+    with pytest.raises(
+        TargetError, match=r"the preset of model_type 'gpt2' \(c_attn\) matches no layer or weight that can be adapted"
+    ):
         find_targets(Model("gpt2"))
 
 
@@ -191,22 +193,34 @@ def test_layers_that_cannot_be_adapted_are_left_out_of_all_linear_with_the_reaso
 
 
 REFUSED: list[tuple[str, Any, str]] = [
-    ("regex-of-nothing", "q_prj", "'q_prj' matches no linear layer; the nearest names are q_proj, "),
-    ("regex-by-search", "attention", "'attention' matches no linear layer"),
-    ("name-of-nothing", ["q_prj"], "'q_prj' matches no linear layer; the nearest names are q_proj, "),
-    ("name-of-nothing-beside-one", ["v_proj", "q_prj"], "'q_prj' matches no linear layer"),
+    (
+        "regex-of-nothing",
+        "q_prj",
+        "'q_prj' matches no layer or weight that can be adapted; the nearest names are q_proj, ",
+    ),
+    ("regex-by-search", "attention", "'attention' matches no layer or weight that can be adapted"),
+    (
+        "name-of-nothing",
+        ["q_prj"],
+        "'q_prj' matches no layer or weight that can be adapted; the nearest names are q_proj, ",
+    ),
+    ("name-of-nothing-beside-one", ["v_proj", "q_prj"], "'q_prj' matches no layer or weight that can be adapted"),
     (
         "path-of-nothing",
         ["layers.2.up"],
-        "'layers.2.up' matches no linear layer; the nearest names are layers.1.up, layers.0.up",
+        "'layers.2.up' matches no layer or weight that can be adapted; the nearest names are layers.1.up, layers.0.up",
     ),
-    ("a-norm", ["norm"], "'norm' matches no linear layer"),
-    ("a-norm-beside-one", ["norm", "up"], "'norm' matches no linear layer"),
-    ("norms-by-regex", r".*\.norm", "matches no linear layer"),
-    ("an-embedding", ["embed"], "embed is of type Embedding, and only linear layers can be adapted"),
-    ("an-embedding-by-regex", "embed|head", "embed is of type Embedding, and only linear layers can be adapted"),
-    ("everything", ".*", "embed is of type Embedding, and only linear layers can be adapted: narrow the pattern"),
-    ("callable-of-nothing", nothing, "the callable nothing matches no linear layer; the model has"),
+    ("a-norm", ["norm"], "'norm' matches no layer or weight that can be adapted"),
+    ("a-norm-beside-one", ["norm", "up"], "'norm' matches no layer or weight that can be adapted"),
+    ("norms-by-regex", r".*\.norm", "matches no layer or weight that can be adapted"),
+    ("an-embedding", ["embed"], "embed is of type Embedding, for which there is no adapter layer"),
+    ("an-embedding-by-regex", "embed|head", "embed is of type Embedding, for which there is no adapter layer"),
+    ("everything", ".*", "embed is of type Embedding, for which there is no adapter layer: narrow the pattern"),
+    (
+        "callable-of-nothing",
+        nothing,
+        "the callable nothing matches no layer or weight that can be adapted; the model has",
+    ),
 ]
 
 
@@ -228,7 +242,7 @@ def test_a_pattern_that_means_no_linear_layer_is_refused(pattern: Any, message: 
 )
 def test_another_layer_with_a_weight_matrix_is_refused_by_name_and_kind(layer: nn.Module, kind: str) -> None:
     model = nn.ModuleDict({"up": nn.Linear(2, 2), "other": layer})
-    with pytest.raises(TargetError, match=f"other is of type {kind}, and only linear layers can be adapted"):
+    with pytest.raises(TargetError, match=f"other is of type {kind}, for which there is no adapter layer"):
         find_targets(model, "up|other")
 
 
@@ -251,12 +265,12 @@ def test_every_entry_that_matches_nothing_is_named_at_once() -> None:
 @pytest.mark.parametrize(
     ("exclude", "message"),
     [
-        (["q_prj"], "exclude='q_prj' matches no linear layer; the nearest names are q_proj"),
-        (["q_proj", "k_proj"], "exclude='k_proj' matches no linear layer"),
-        (["nrm"], "exclude='nrm' matches no linear layer; the nearest names are norm"),
-        (["embd", "layers.0"], "exclude='embd' matches no linear layer; the nearest names are embed"),
-        ("proj", "exclude='proj' matches no linear layer"),
-        (r"layers\.0", "exclude='layers\\\\.0' matches no linear layer"),
+        (["q_prj"], "exclude='q_prj' matches no layer or weight; the nearest names are q_proj"),
+        (["q_proj", "k_proj"], "exclude='k_proj' matches no layer or weight"),
+        (["nrm"], "exclude='nrm' matches no layer or weight; the nearest names are norm"),
+        (["embd", "layers.0"], "exclude='embd' matches no layer or weight; the nearest names are embed"),
+        ("proj", "exclude='proj' matches no layer or weight"),
+        (r"layers\.0", "exclude='layers\\\\.0' matches no layer or weight"),
     ],
     ids=["name", "one-of-two", "a-norm", "an-embedding", "regex-by-search", "regex-of-a-module"],
 )

@@ -62,7 +62,7 @@ IN_BLOCKS = [f"blocks.{index}.attn.{name}" for index in (0, 1) for name in ("qkv
     ids=["name", "module", "regex", "callable", "of-a-regex", "of-a-callable", "an-entry-of-its-own"],
 )
 def test_what_is_excluded_is_not_refused(targets: Any, exclude: Any) -> None:
-    with pytest.raises(TargetError, match=r'Conv2d, and only .* exclude=\["patch_embed\.proj"\]'):
+    with pytest.raises(TargetError, match=r'Conv2d, for which .* exclude=\["patch_embed\.proj"\]'):
         find_targets(vision_transformer(), targets)
     assert found(vision_transformer(), targets, exclude) == IN_BLOCKS
 
@@ -71,16 +71,28 @@ def test_what_a_named_module_holds_beside_linear_layers_is_left_out_with_the_rea
     model = nn.ModuleDict({"body": vision_transformer(), "attention": nn.MultiheadAttention(4, 2)})
     selection = select(Census.of(model), ["body"], None)
     assert [site.fqn for site in selection.sites] == [f"body.{fqn}" for fqn in IN_BLOCKS]
-    assert selection.skipped == {"body.patch_embed.proj": "of type Conv2d, and only linear layers can be adapted"}
+    assert selection.skipped == {"body.patch_embed.proj": "of type Conv2d, for which there is no adapter layer"}
     assert select(Census.of(model), ["body"], ["patch_embed"]).skipped == {}
 
 
 @pytest.mark.parametrize(
     ("name", "module", "message"),
     [
-        ("stem", nn.Sequential(nn.Conv2d(2, 2, 1)), "targets='stem' matches no linear layer, only stem (Sequential)"),
-        ("norms", nn.Sequential(nn.LayerNorm(2)), "targets='norms' matches no linear layer, only norms (Sequential)"),
-        ("attention", nn.MultiheadAttention(4, 2), "attention is of type MultiheadAttention, and only linear layers"),
+        (
+            "stem",
+            nn.Sequential(nn.Conv2d(2, 2, 1)),
+            "targets='stem' matches no layer or weight that can be adapted, only stem (Sequential)",
+        ),
+        (
+            "norms",
+            nn.Sequential(nn.LayerNorm(2)),
+            "targets='norms' matches no layer or weight that can be adapted, only norms (Sequential)",
+        ),
+        (
+            "attention",
+            nn.MultiheadAttention(4, 2),
+            "attention is of type MultiheadAttention, for which there is no adapter layer",
+        ),
     ],
     ids=["a-convolution", "norms", "attention"],
 )
@@ -170,7 +182,7 @@ def test_no_answer_suggests_what_was_written(targets: Any, model: nn.Module) -> 
         answer = str(error)
     except ConfigError:
         pass  # no regular expression
-    lines = re.findall(r"targets='(.*)' matches no linear layer(.*)", answer)
+    lines = re.findall(r"targets='(.*)' matches no layer or weight that can be adapted(.*)", answer)
     assume(lines)
     for said, rest in lines:
         suggested = re.findall(r"did you mean targets=(.*)\?|the nearest names are (.*)|(the model has) ", rest)
@@ -183,7 +195,10 @@ def test_no_answer_suggests_what_was_written(targets: Any, model: nn.Module) -> 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.Sequential(nn.Conv2d(1, 1, 1), nn.Tanh()), "; the model has no linear layer, only Conv2d, Tanh"),
+        (
+            nn.Sequential(nn.Conv2d(1, 1, 1), nn.Tanh()),
+            "; the model has no layer or weight that can be adapted, only Conv2d, Tanh",
+        ),
         (nn.Sequential(), "; the model has no submodules"),
     ],
     ids=["other-modules", "nothing"],

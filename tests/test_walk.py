@@ -15,7 +15,8 @@ import randlora
 from randlora.bases.spec import drawn_dims, sliced_dims
 from randlora.config import RandLoRAConfig
 from randlora.errors import TargetError
-from randlora.targets.select import find_targets, obstacles
+from randlora.targets.obstacles import obstacles
+from randlora.targets.select import find_targets
 from randlora.targets.site import shapes_of
 from randlora.targets.walk import Census
 from tests.laws import adapter_layer

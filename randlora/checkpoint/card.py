@@ -8,7 +8,7 @@ from pathlib import Path
 
 from randlora.checkpoint.base_model import repo_of
 from randlora.checkpoint.format import Header
-from randlora.report import Report
+from randlora.report import Report, left_out_lines
 
 MARK = "<!-- Written by randlora.save, which writes it anew at each save unless this line is gone. -->"
 
@@ -58,6 +58,7 @@ def _figures(report: Report, header: Header) -> dict[str, object]:
         "adapted layers": f"{len(report.targets)}, called {_names(kinds)}",
         "trained parameters": f"{report.trainable_parameters:,} of {report.total_parameters:,} ({report.share:.2%})",
         "trained with the adapter": _names(report.train_also),
+        "left out": "; ".join(line.removeprefix("left out: ") for line in left_out_lines(report)),
     }
 
 

@@ -13,7 +13,7 @@ from randlora.checkpoint.read import AdapterFile
 from randlora.disk.tensor_file import Entry
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.layers.registry import find_layer
-from randlora.targets.select import obstacles
+from randlora.targets.obstacles import obstacles
 from randlora.targets.site import Shapes, Site, shapes_of, sizes
 from randlora.targets.walk import Census, sites_of
 

@@ -30,6 +30,7 @@ from randlora.layers.conv1d import Conv1DAdapter
 from randlora.model.install import lost_sites, require_own
 from randlora.report import adapter_report, as_bytes
 from randlora.state import Adapter, adapted_root
+from randlora.targets.select import left_out_by
 from randlora.targets.site import shapes_of
 from randlora.targets.walk import Census
 
@@ -113,7 +114,8 @@ def save(
     fields = to_peft_fields(census, adapter, stored=bases == "stored")
     writers = file_writers(fields, tensors, header)
     if is_ours(directory / CARD_FILE) or not os.path.lexists(directory / CARD_FILE):
-        report = adapter_report(census, adapter, shapes)
+        skipped, remaining = left_out_by(census, adapter.config, shapes)
+        report = adapter_report(census, adapter, shapes, skipped=skipped, remaining=remaining)
         card = write_card(report, header, base_model=fields[BASE_FIELD], peft_notes=notes, repo_id=push_to_hub)
         writers[CARD_FILE] = lambda path: path.write_text(card, encoding="utf-8")
     size = write_files(directory, writers)

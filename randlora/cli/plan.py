@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -13,10 +14,13 @@ from randlora.cli.shared import AsJson, plain, show_json, show_table
 from randlora.files.base_fit import open_base
 from randlora.files.plan import plan_checkpoint, training_memory
 from randlora.report import as_bytes
+from randlora.targets.left_out import DOUBT
 
 Model = Annotated[Path, Argument(help="Directory with `model.safetensors`, or with shards and their index.")]
 Rank = Annotated[int, Option(help="Rank of one random basis; a smaller one trains more parameters.")]
-Targets = Annotated[list[str] | None, Option(help="A name of layers or modules, or `all-linear`. May be repeated.")]
+Targets = Annotated[
+    list[str] | None, Option(help="A name of layers, weights or modules; or `all-linear`, or `all`. May be repeated.")
+]
 Regex = Annotated[str | None, Option(help="A regex that matches whole names, in place of `--targets`.")]
 Exclude = Annotated[list[str] | None, Option(help="A layer, or a module with the layers in it, to leave out.")]
 TrainAlso = Annotated[list[str] | None, Option(help="A module or parameter to train with the adapter.")]
@@ -45,7 +49,7 @@ def plan(
 
     Builds the class that `config.json` names with transformers, on the meta device, and reads the headers of the
     safetensors files, but no weights, and runs no code that came with them. Without `--targets`, the usual layers of
-    this type of model are adapted.
+    this type of model are adapted, and the report says what is left out.
 
     **Examples**
 
@@ -58,18 +62,20 @@ def plan(
     if targets and targets_regex is not None:
         raise typer.BadParameter("give --targets or --targets-regex, not both")
     base = open_base(model_dir)
-    report = plan_checkpoint(
-        base,
-        r,
-        targets=targets_regex or ("all-linear" if targets == ["all-linear"] else targets or None),
-        exclude=exclude or None,
-        train_also=train_also or None,
-        alpha=alpha,
-        basis=basis,
-        stream=stream,
-        blocks=blocks,
-        seed=seed,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", DOUBT, UserWarning)  # the report says it
+        report = plan_checkpoint(
+            base,
+            r,
+            targets=targets_regex or (targets[0] if targets in (["all-linear"], ["all"]) else targets or None),
+            exclude=exclude or None,
+            train_also=train_also or None,
+            alpha=alpha,
+            basis=basis,
+            stream=stream,
+            blocks=blocks,
+            seed=seed,
+        )
     memory = training_memory(report, base.directory)
     if as_json:
         show_json({**plain(report), "share": report.share, "training_memory": {**plain(memory), "total": memory.total}})

@@ -33,7 +33,7 @@ from randlora.files.transformers_model import Conversion, TransformersModel, bui
 from randlora.layers.base import AdapterLayer
 from randlora.layers.conv1d import Conv1DAdapter
 from randlora.layers.linear import LinearAdapter
-from randlora.targets.select import obstacles
+from randlora.targets.obstacles import obstacles
 from randlora.targets.site import Shapes, Site
 
 

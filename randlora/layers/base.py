@@ -30,6 +30,7 @@ class AdapterLayer(ABC):
     Attributes:
         attribute: The name of the parameter that is adapted.
         kind: What the weight is: ``"linear"``, ``"attention"``, ``"convolution"``, ``"embedding"`` or ``"experts"``.
+            ``targets="all-linear"`` selects the first two.
         state: The state of the model that the owner belongs to.
         shape: ``(out_features, in_features)`` of the weight, or of one matrix of a stack.
         adapters: The adapters of this weight, by name.

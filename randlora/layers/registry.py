@@ -18,6 +18,9 @@ from randlora.layers.read_weight import ReadWeight
 Layer = TypeVar("Layer", bound=type[AdapterLayer])
 Reader = TypeVar("Reader", bound=type[ReadWeight])
 
+KINDS = ("linear", "attention", "convolution", "embedding", "experts")
+"""The kinds of weights, in the order in which reports list them."""
+
 _layers: dict[str, type[AdapterLayer] | str] = {}
 _readers: dict[str, dict[str, type[ReadWeight]]] = {}
 _by_parameter: dict[str, list[tuple[Callable[[nn.Module, nn.Parameter], bool], type[ReadWeight]]]] = {}
@@ -34,7 +37,8 @@ def register_layer(base_type: type[nn.Module] | str) -> Callable[[Layer], Layer]
         A decorator that returns the class unchanged.
 
     Raises:
-        TypeError: If the class lacks one of the abstract methods of `AdapterLayer`.
+        TypeError: If the class lacks one of the abstract methods of `AdapterLayer`, or its ``kind`` is not one of those
+            that `AdapterLayer` lists.
 
     Example:
         >>> from torch import Tensor, nn
@@ -53,6 +57,7 @@ def register_layer(base_type: type[nn.Module] | str) -> Callable[[Layer], Layer]
         if inspect.isabstract(layer):
             missing = ", ".join(sorted(layer.__abstractmethods__))
             raise TypeError(f"{layer.__name__} cannot be registered without {missing}: define it in the class")
+        _require_known_kind(layer)
         if issubclass(layer, ReadWeight):
             _readers.setdefault(_name(base_type), {})[layer.attribute] = layer
         else:
@@ -79,6 +84,7 @@ def register_parameter(where: Callable[[nn.Module, nn.Parameter], bool]) -> Call
     """
 
     def register(layer: Reader) -> Reader:
+        _require_known_kind(layer)
         _by_parameter.setdefault(layer.attribute, []).append((where, layer))
         return layer
 
@@ -106,6 +112,11 @@ def find_readers(module: nn.Module) -> tuple[type[ReadWeight], ...]:
                 found.append(kind)
                 break
     return tuple(found)
+
+
+def _require_known_kind(layer: type[AdapterLayer]) -> None:
+    if layer.kind not in KINDS:
+        raise TypeError(f"{layer.__name__} has kind={layer.kind!r}: expected one of {', '.join(KINDS)}")
 
 
 def _name(base_type: type | str) -> str:

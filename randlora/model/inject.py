@@ -6,6 +6,8 @@ changed.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +23,9 @@ from randlora.model.install import commit, detach_all, owned_state, prepare, req
 from randlora.model.train_also import replacements, select_parameters, train_also_problems
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState, ReplacedParameter, adapted_root
-from randlora.targets.select import Selection, obstacles, select
+from randlora.targets.left_out import doubt, lines
+from randlora.targets.obstacles import obstacles
+from randlora.targets.select import Selection, select
 from randlora.targets.site import shapes_of
 from randlora.targets.walk import Census
 
@@ -52,15 +56,19 @@ class Plan:
         if self.shared is None and (held := [*self.state.bank]):
             others = "; ".join(f"{basis.spec}, {basis.nbytes:,} bytes" for basis in held)
             notes.append(f"its bases are additional, because those of the other adapters cannot be shared: {others}")
-        return adapter_report(
+        report = adapter_report(
             self.census,
             self.adapter,
             shapes_of(self.selection.sites, self.adapter.config),
             is_active=self.active,
             is_trainable=self.trainable,
             skipped=self.selection.skipped,
+            remaining=self.selection.remaining,
             notes=notes,
         )
+        if not self.selection.is_default:
+            return report
+        return replace(report, warning=doubt(self.census, self.selection.sites, report.left_out))
 
 
 @explain_options
@@ -88,10 +96,11 @@ def inject(
     """Add an adapter to a model, in place, and freeze everything else.
 
     The output does not change at first, because Λ starts at zero. Without ``targets``, attention is adapted
-    in models of transformers and diffusers and, where none is found, all linear layers except the output head.
+    in models of transformers and diffusers and, where none is found, all linear layers except the output head. The
+    report says what is left out.
 
     Args:
-        model: Any module with linear layers; it is changed in place.
+        model: Any module with layers that can be adapted; it is changed in place.
         r: Rank of one random basis, 32 by default. A smaller r trains more parameters.
         targets: Layers to adapt; see `RandLoRAConfig` for this and the next ten options.
         exclude: Layers to exclude from ``targets``.
@@ -117,6 +126,10 @@ def inject(
         OptionError: For an unknown option, with a suggestion. It is also a `TypeError`.
         TargetError: If the targets match nothing, or something that cannot be adapted.
         AdapterError: If the name is taken, or the model's adapters are merged.
+
+    Warns:
+        UserWarning: If ``targets`` is not given and next to nothing is adapted by default, or only one layer that looks
+            like a head, as in a ResNet. The message says what is left out, and which ``targets`` to give.
     """
     options = _one_config(
         config,
@@ -135,6 +148,7 @@ def inject(
     )
     planned = _plan(model, name, options, active=active, trainable=trainable)
     report, adapter, sites = planned.report(), planned.adapter, planned.selection.sites
+    _warn(report)
     if planned.shared is not None:
         adapter.basis = planned.shared
     elif not all(parameter.is_meta for site in sites for parameter in site.owner.parameters()):
@@ -166,7 +180,9 @@ def plan(
     Raises:
         RandLoRAError: Any error that `inject` would raise before it draws bases.
     """
-    return _plan(model, name, _one_config(config, r, **options), active=active, trainable=trainable).report()
+    report = _plan(model, name, _one_config(config, r, **options), active=active, trainable=trainable).report()
+    _warn(report)
+    return report
 
 
 def eject(model: nn.Module) -> tuple[str, ...]:
@@ -195,6 +211,16 @@ def eject(model: nn.Module) -> tuple[str, ...]:
     state.replaced.clear()
     state.merge_report, state.disabled = None, 0  # in case this is called inside `with merged(model)`
     return restored
+
+
+def _warn(report: Report) -> None:
+    """Warn of a default that adapts next to nothing, at the line outside of this library that asked for it."""
+    if not report.warning:
+        return
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("randlora.", "torch.utils._contextlib")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn("; ".join([report.warning, *lines(report.left_out)]), UserWarning, stacklevel=level)
 
 
 def _one_config(config: RandLoRAConfig | None, r: int | None, **given: Any) -> RandLoRAConfig:

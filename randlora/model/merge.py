@@ -21,7 +21,7 @@ from randlora.model.install import detach_all, lost_sites, require_detachable, r
 from randlora.report import MergeReport
 from randlora.state import ModelState, adapted_root
 from randlora.targets.match import shortened
-from randlora.targets.select import tie_problems
+from randlora.targets.obstacles import tie_problems
 from randlora.targets.site import AdaptedSite, sizes
 from randlora.targets.walk import Census, is_norm, is_quantized
 

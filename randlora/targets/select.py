@@ -1,38 +1,46 @@
-"""Selecting layers by pattern, and reasons why layers cannot be adapted."""
+"""Selecting the layers and weights to adapt by pattern."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
+from torch import nn
 
 from randlora.config import Pattern, RandLoRAConfig
 from randlora.errors import TargetError, raise_collected
-from randlora.layers.in_place import class_obstacle
-from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import find_layer
 from randlora.targets.defaults import default_targets
-from randlora.targets.explain import ALL_LINEAR, holders, inventory, missed, reason, refusal
-from randlora.targets.match import is_names, matches, prefixes, unmatched
+from randlora.targets.explain import NOTHING, holders, inventory, missed, reason, refusal, stray_refusal
+from randlora.targets.left_out import ALL, ALL_LINEAR, LINEAR_KINDS, Remaining, left_out, lines, remaining
+from randlora.targets.match import is_names, matches, prefixes, shortened, unmatched
+from randlora.targets.obstacles import obstacle, tied_names
 from randlora.targets.presets import HEAD_NAMES
 from randlora.targets.site import Site
 from randlora.targets.walk import Census, Held, Visit
 
-LINEAR_KINDS = "linear", "attention"
-"""Kinds of weights that ``"all-linear"`` adapts."""
+HEAD = "the output head"
+Keys = Collection[tuple[int, str]]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The sites that a pattern selects, the rule that chose them, and why others were skipped, by FQN."""
+    """The sites that a pattern selects.
+
+    Attributes:
+        sites: The sites, in the model's order.
+        rule: A description of the rule that chose them.
+        skipped: Why others were skipped, by FQN.
+        remaining: All other matrices of the model; empty if the user named or described the targets.
+        is_default: Whether the user gave no targets.
+    """
 
     sites: tuple[Site, ...]
     rule: str
     skipped: dict[str, str]
+    remaining: tuple[Remaining, ...] = ()
+    is_default: bool = False
 
 
 @runtime_checkable
@@ -62,91 +70,63 @@ def find_targets(model: nn.Module, targets: Pattern | None = None, exclude: Patt
     return list(select(Census.of(model), checked.targets, checked.exclude).sites)
 
 
-def select(census: Census, pattern: Pattern | None, exclude: Pattern | None) -> Selection:
-    """Return the layers matched by a pattern, with the rule applied; arguments and errors as in `find_targets`."""
+def select(census: Census, given: Pattern | None, exclude: Pattern | None) -> Selection:
+    """Return the weights selected by a pattern, with the rule applied; arguments and errors as in `find_targets`."""
     model, visits = census.model, census.candidates
     if not visits and find_layer(model) is not None:
         raise TargetError(
             f"the model itself is a layer ({type(model).__name__}) and has no name within a model: "
             "wrap it in a module, as in torch.nn.Sequential(layer), and adapt that"
         )
-    pattern, rule, must_match = _resolve(census, pattern)
+    pattern, rule, must_match = _resolve(census, given)
     opens = must_match and is_names(pattern)
-    if pattern == ALL_LINEAR:
-        found = [visit for visit in visits if isinstance(visit.entry, str) or _is_linear(visit)]
+    is_rule = pattern in (ALL, ALL_LINEAR)
+    if is_rule:
+        found = [visit for visit in visits if _is_of(visit, pattern)]
     else:
         found = [visit for visit in visits if _is_meant(visit, pattern, opens=opens)]
     excluded = [] if exclude is None else _excluded(visits, found, exclude)
-    problems = []
-    if exclude is not None:  # each entry must match a module, and a regex one that is not only a container
-        closed = holders(visits) if isinstance(exclude, str) else set()
-        known = [visit.fqn for visit in visits if visit.fqn not in closed]
-        problems = missed(visits, "exclude", exclude, unmatched(exclude, known))
+    problems = [] if exclude is None else _exclude_problems(census, exclude)
     excluded_keys = {visit.key for visit in excluded}
     kept = [visit for visit in found if visit.key not in excluded_keys]
-    if pattern == ALL_LINEAR:
-        chosen, skipped = _all_linear(model, kept)
+    if is_rule:
+        chosen, skipped = _by_rule(census, kept, pattern)
     else:
         chosen, skipped, refused = _matching(visits, kept, pattern, opens=opens)
-        problems += [refusal(visit) for visit in refused]
+        strays = _strays(census, found, pattern, exclude) if must_match else []
+        problems += [*map(refusal, refused), *map(stray_refusal, strays)]
         reached = [*chosen, *excluded, *refused]
         if must_match:
             names = {name for visit in reached for name in _names(visit, opens=opens)}
-            problems += missed(visits, "targets", pattern, unmatched(pattern, names))
+            problems += missed(census, "targets", pattern, unmatched(pattern, names | {held.fqn for held in strays}))
         if not (reached or problems):
-            problems.append(f"{rule} matches no linear layer; {inventory(visits)}")
+            problems.append(f"{rule} {NOTHING}; {inventory(visits)}")
     raise_collected(TargetError, problems, doing="find the targets")
     rule += "" if exclude is None else ", without the excluded"
-    if not chosen:
-        raise TargetError(f"{rule}: no layer is left to adapt; give targets= that match one; {inventory(visits)}")
     wanted = {visit.key for visit in chosen}
-    return Selection(tuple(site for site in census.sites if site.key in wanted), rule, skipped)
+    left: tuple[Remaining, ...] = ()
+    if given is None or is_rule:
+        skipped |= _heads(census, wanted)
+        left = remaining(census, wanted, skipped, excluded_keys)
+    if not chosen:
+        raise TargetError(_nothing_left(census, rule, skipped, left))
+    sites = tuple(site for site in census.sites if site.key in wanted)
+    return Selection(sites, rule, skipped, left, is_default=given is None)
 
 
-def obstacles(census: Census, sites: Sequence[Site], dropout: float) -> list[str]:
-    """Return why sites cannot be adapted: an unsuitable class or weight, or a weight tied to another module."""
-    problems, sound = [], []
-    for site in sites:
-        if (reason := class_obstacle(site.owner, site.layer_class)) is not None:
-            problems.append(f"{site.fqn} {reason}")
-            continue
-        weight = site.weight
-        if is_parametrized(site.owner) or weight is None:
-            problems.append(f"{site.fqn} computes its weight from other parameters: remove the parametrization first")
-        elif is_lazy(weight):
-            problems.append(f"{site.fqn} has no shape yet: run one forward pass first")
-        elif (reason := site.layer_class.obstacle(site.owner)) is not None:
-            problems.append(f"{site.fqn} {reason}")
-        elif dropout and issubclass(site.layer_class, ReadWeight):
-            problems.append(
-                f"{site.fqn} is a weight that other code reads, whose input {dropout=} cannot reach: "
-                "omit dropout, or exclude this weight"
-            )
-        else:
-            sound.append(site)
-    return [*problems, *tie_problems(census, sound)]
-
-
-def tie_problems(census: Census, sites: Sequence[Site]) -> list[str]:
-    """Return messages about weights that are tied to other modules."""
-    holders: dict[object, list[Held]] = {}
-    for held in census.parameters:
-        if not is_lazy(held.parameter):
-            holders.setdefault(_identity(held.parameter), []).append(held)
-    problems = []
-    for site in sites:
-        weight = site.weight
-        found = [] if weight is None else holders.get(_identity(weight), [])
-        others = [held.fqn for held in found if held.module is not site.owner]
-        if others:
-            problems.append(f"the weight of {site.fqn} is tied to {', '.join(others)}: untie it, or exclude the layer")
-    return problems
-
-
-def _identity(parameter: Tensor) -> object:
-    """Return a key that is equal for parameters that share memory."""
-    is_plain = type(parameter.data) is Tensor and not parameter.is_meta and parameter.numel() > 0
-    return (parameter.device, parameter.data_ptr()) if is_plain else id(parameter)
+def left_out_by(
+    census: Census, config: RandLoRAConfig, fqns: Collection[str]
+) -> tuple[dict[str, str], tuple[Remaining, ...]]:
+    """Return what the rule in an adapter's options skips and leaves out, if it still selects the same weights."""
+    if config.targets not in (None, ALL, ALL_LINEAR):
+        return {}, ()
+    try:
+        selection = select(census, config.targets, config.exclude)
+    except TargetError:  # the model was changed since
+        return {}, ()
+    if {site.fqn for site in selection.sites} != set(fqns):
+        return {}, ()
+    return selection.skipped, selection.remaining
 
 
 def _resolve(census: Census, pattern: Pattern | None) -> tuple[Pattern, str, bool]:
@@ -155,6 +135,8 @@ def _resolve(census: Census, pattern: Pattern | None) -> tuple[Pattern, str, boo
         return *default, False
     if pattern is None or pattern == ALL_LINEAR:
         return ALL_LINEAR, "all linear layers but the output head", True
+    if pattern == ALL:
+        return ALL, "all layers and weights that can be adapted but the output head", True
     if callable(pattern):
         return pattern, f"the callable {getattr(pattern, '__name__', type(pattern).__name__)}", True
     if isinstance(pattern, str):
@@ -169,11 +151,6 @@ def _names(visit: Visit, *, opens: bool) -> list[str]:
 
 def _is_meant(visit: Visit, pattern: Pattern, *, opens: bool) -> bool:
     return any(matches(pattern, name, visit.module) for name in _names(visit, opens=opens))
-
-
-def _is_linear(visit: Visit) -> bool:
-    entry = visit.entry
-    return entry is not None and not isinstance(entry, str) and entry.kind in LINEAR_KINDS
 
 
 def _matching(
@@ -193,13 +170,77 @@ def _matching(
     return chosen, skipped, refused
 
 
-def _all_linear(model: nn.Module, visits: Sequence[Visit]) -> tuple[list[Visit], dict[str, str]]:
-    head = model.get_output_embeddings() if isinstance(model, HasOutputEmbeddings) else None
-    linear = [(visit, entry) for visit in visits if (entry := visit.entry) is not None]
-    heads = {visit.key for visit, _ in linear if visit.module is head or visit.fqn.split(".")[0] in HEAD_NAMES}
-    skipped = {visit.fqn: entry for visit, entry in linear if isinstance(entry, str)}
-    skipped |= {visit.fqn: "the output head" for visit, entry in linear if visit.key in heads}
-    return [visit for visit, _ in linear if visit.fqn not in skipped], skipped
+def _strays(census: Census, found: Sequence[Visit], pattern: Pattern, exclude: Pattern | None) -> list[Held]:
+    """Return the parameters without an adapter layer that a regex or a name matches, and that no module stands for."""
+    told = {id(visit.module) for visit in found if visit.reader is None and reason(visit) is not None}
+    return [
+        held
+        for held in census.unserved
+        if id(held.module) not in told and not callable(pattern) and matches(pattern, held.fqn, held.module)
+        if exclude is None or not _is_meant(Visit(held.fqn, held.module), exclude, opens=is_names(exclude))
+    ]
+
+
+def _is_of(visit: Visit, rule: Pattern) -> bool:
+    """Whether ``"all"`` or ``"all-linear"`` is about a module: one of its kinds, or one that looks like it."""
+    entry = visit.entry
+    return isinstance(entry, str) or (entry is not None and (rule == ALL or entry.kind in LINEAR_KINDS))
+
+
+def _by_rule(census: Census, visits: Sequence[Visit], rule: Pattern) -> tuple[list[Visit], dict[str, str]]:
+    """Split what ``"all"`` or ``"all-linear"`` is about into what is adapted and what is skipped, with the reasons.
+
+    What cannot be adapted is skipped by ``"all"``; by ``"all-linear"`` it is chosen, and an error later.
+    """
+    skipped = {visit.fqn: visit.entry for visit in visits if isinstance(visit.entry, str)}
+    head = _head(census.model)
+    heads = {visit.key for visit in visits if _is_in_head(visit.fqn, visit.module, head)}
+    skipped |= {visit.fqn: HEAD for visit in visits if visit.key in heads}
+    if rule == ALL:
+        keys = {visit.key for visit in visits if visit.fqn not in skipped}
+        sites = [site for site in census.sites if site.key in keys]
+        skipped |= {site.fqn: why for site in sites if (why := obstacle(site)) is not None}
+        tied = tied_names(census, sites)
+        skipped |= {site.fqn: f"tied to {', '.join(tied[site.key])}" for site in sites if site.key in tied}
+    passed = {visit.key for visit in visits if visit.fqn in skipped}
+    return [visit for visit in visits if visit.key not in passed], skipped
+
+
+def _heads(census: Census, chosen: Keys) -> dict[str, str]:
+    """Return the weights of the output head that are not adapted, as skipped."""
+    head = _head(census.model)
+    skipped = {}
+    for places in census.matrices:
+        sites = [site for held in places if (site := census.site_of(held)) is not None]
+        inside = [held for held in places if _is_in_head(held.fqn, held.module, head)]
+        if inside and not any(site.key in chosen for site in sites):
+            site = census.site_of(inside[0])
+            skipped[inside[0].fqn if site is None else site.fqn] = HEAD
+    return skipped
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    return model.get_output_embeddings() if isinstance(model, HasOutputEmbeddings) else None
+
+
+def _is_in_head(fqn: str, module: nn.Module, head: nn.Module | None) -> bool:
+    return module is head or fqn.partition(".")[0] in HEAD_NAMES
+
+
+def _nothing_left(census: Census, rule: str, skipped: dict[str, str], left: Sequence[Remaining]) -> str:
+    message = f"{rule}: no layer is left to adapt; give targets= that match one; {inventory(census.candidates)}"
+    reasons = [f"{fqn} ({why})" for fqn, why in skipped.items()]
+    parts = [message, *([f"skipped: {shortened(reasons)}"] if reasons else [])]
+    return "; ".join([*parts, *lines(left_out(left, RandLoRAConfig(), census.size))])
+
+
+def _exclude_problems(census: Census, exclude: Pattern) -> list[str]:
+    """Return messages about entries of ``exclude`` that match nothing or, as a regex, only a container."""
+    visits = census.candidates
+    closed = holders(visits) if isinstance(exclude, str) else set()
+    known = [visit.fqn for visit in visits if visit.fqn not in closed]
+    known += [held.fqn for held in census.unserved]
+    return missed(census, "exclude", exclude, unmatched(exclude, known))
 
 
 def _excluded(visits: Sequence[Visit], found: Sequence[Visit], exclude: Pattern) -> list[Visit]:

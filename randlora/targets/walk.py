@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import Diagonal, adapter_layers_of
@@ -71,6 +73,45 @@ class Census:
         )
 
     @cached_property
+    def size(self) -> int:
+        """Number of entries of all parameters, dequantized; a tied one counts once."""
+        own = {id(held.parameter): held for held in reversed(self.parameters)}
+        return sum(map(count_numbers, own.values()))
+
+    @cached_property
+    def matrices(self) -> tuple[tuple[Held, ...], ...]:
+        """All parameters with two or more dimensions, or without a shape yet, each with all of its places."""
+        places: dict[int, list[Held]] = {}
+        for held in self.parameters:
+            if is_lazy(held.parameter) or len(_shape_of(held.parameter)) >= 2:
+                places.setdefault(id(held.parameter), []).append(held)
+        return tuple(map(tuple, places.values()))
+
+    @cached_property
+    def unserved(self) -> tuple[Held, ...]:
+        """The parameters among `matrices` that have no adapter layer, at each of their places."""
+        return tuple(held for places in self.matrices for held in places if self.site_of(held) is None)
+
+    def site_of(self, held: Held) -> Site | None:
+        """Return the site whose weight a parameter is, or is computed from; ``None`` if there is no adapter layer."""
+        if (site := self.sites_by_key.get((id(held.module), held.attribute))) is not None:
+            return site
+        owner_fqn, _, within = held.fqn.partition(".parametrizations.")
+        if within and (owner := self._modules_by_fqn.get(owner_fqn)) is not None:
+            return self.sites_by_key.get((id(owner), within.split(".")[0]))
+        site = self.sites_by_key.get((id(held.module), AdapterLayer.attribute))
+        return site if site is not None and site.weight is None else None  # as of torch.nn.utils.weight_norm
+
+    @cached_property
+    def sites_by_key(self) -> dict[tuple[int, str], Site]:
+        """All weights that have a class of adapter layer, by `Site.key`."""
+        return {site.key: site for site in self.sites}
+
+    @cached_property
+    def _modules_by_fqn(self) -> dict[str, nn.Module]:
+        return {visit.fqn: visit.module for visit in self.visits}
+
+    @cached_property
     def candidates(self) -> tuple[Visit, ...]:
         """All submodules and all parameters adapted on read, at each of their places."""
         return tuple(
@@ -96,6 +137,11 @@ class Census:
         return tuple(site for visit in self.first_visits for site in sites_of(visit))
 
     @cached_property
+    def kinds(self) -> dict[str, str]:
+        """The kinds of all weights that have a class of adapter layer, by FQN, at each of their places."""
+        return {site.fqn: site.layer_class.kind for visit in self.visits for site in sites_of(visit)}
+
+    @cached_property
     def adapted(self) -> tuple[AdaptedSite, ...]:
         """All adapted weights, each once."""
         return tuple(
@@ -110,6 +156,21 @@ def sites_of(visit: Visit) -> tuple[Site, ...]:
     forward = find_layer(visit.module)
     kinds = [*([forward] if isinstance(forward, type) else []), *find_readers(visit.module)]
     return tuple(Site(kind.site_fqn(visit.fqn), visit.module, kind) for kind in kinds)
+
+
+def count_numbers(held: Held) -> int:
+    """Return the number of entries of a parameter, dequantized: one stored element may hold several codes."""
+    layer_class = find_layer(held.module)
+    if held.attribute == "weight" and isinstance(layer_class, type) and issubclass(layer_class, QuantizedLayer):
+        return math.prod(layer_class.features(held.module))
+    if (state := getattr(held.parameter, "quant_state", None)) is not None:  # a bitsandbytes embedding
+        return math.prod(state.shape)
+    return 0 if is_lazy(held.parameter) else math.prod(_shape_of(held.parameter))
+
+
+def _shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Return a parameter's shape, which DeepSpeed's ZeRO-3 keeps beside a parameter that it empties."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def is_quantized(module: nn.Module) -> bool:

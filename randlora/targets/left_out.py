@@ -1,0 +1,201 @@
+"""What an adapter leaves out of a model: the matrices that it neither adapts nor skips for a stated reason."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
+from typing import NamedTuple
+
+from randlora.bases.spec import count_trainable
+from randlora.config import RandLoRAConfig
+from randlora.layers.in_place import plain_class
+from randlora.layers.registry import KINDS, find_layer
+from randlora.targets.match import shortened
+from randlora.targets.obstacles import obstacle, tied_names
+from randlora.targets.site import Site
+from randlora.targets.walk import Census, Held, count_numbers
+
+ALL, ALL_LINEAR = "all", "all-linear"
+LINEAR_KINDS = frozenset({"linear", "attention"})
+NOUNS = {
+    "linear": "linear layer",
+    "attention": "attention weight",
+    "convolution": "convolution",
+    "embedding": "embedding",
+    "experts": "expert tensor",
+}
+EXCLUDED = "excluded"
+TIED = "tied to parameters of other modules: untie it first"
+REGISTER = "register one with randlora.register_layer"
+LITTLE = 1e-4
+"""Share of a model's parameters below which a default warns."""
+DOUBT = "the default adapts only"
+TYPES_SHOWN = 3
+
+
+class Remaining(NamedTuple):
+    """A matrix that is left out.
+
+    Attributes:
+        held: The parameter, at its first place.
+        site: Its site, or ``None`` if there is no adapter layer for it.
+        reason: Why nothing but a change of the model or of ``exclude`` would have it adapted, if so.
+    """
+
+    held: Held
+    site: Site | None
+    reason: str | None
+
+    @property
+    def fqn(self) -> str:
+        """The name to give in ``targets``, or that of the parameter if it cannot be a target."""
+        return self.held.fqn if self.site is None else self.site.fqn
+
+    @property
+    def group(self) -> tuple[int, str, str]:
+        """A key that is equal for matrices that are reported together, in the order of reports."""
+        order = len(KINDS) if self.site is None else KINDS.index(self.site.layer_class.kind)
+        return order, "" if self.site else plain_class(self.held.module).__name__, self.reason or ""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Matrices of one kind that an adapter leaves out, for one reason.
+
+    Attributes:
+        kind: Their kind, as `AdapterLayer.kind`; ``None`` if there is no adapter layer for them.
+        owner: The type of the modules that have them, if there is no adapter layer for them.
+        fqns: Their names.
+        parameters: Number of their entries.
+        share: The same as a share of the model's parameters.
+        trainable: Number of trainable parameters that adapting them would add; 0 if they cannot be adapted.
+        targets: The value of ``targets`` that includes them, if any.
+        reason: Why nothing but a change of the model or of ``exclude`` would have them adapted, if so.
+    """
+
+    kind: str | None
+    owner: str | None
+    fqns: tuple[str, ...]
+    parameters: int
+    share: float
+    trainable: int
+    targets: str | None
+    reason: str | None
+
+    def __str__(self) -> str:
+        """Return one line of a report."""
+        count = len(self.fqns)
+        noun = NOUNS[self.kind] if self.kind else "parameter"
+        what = f"{count:,} {noun}{'s' * (count > 1)}" + (f" of {self.owner}" if self.owner else "")
+        what += f", {self.share:.2%} of the weights"
+        if self.kind is None and self.reason is None:
+            return f"no adapter layer for {what}: {REGISTER}"
+        if self.reason is not None:
+            return f"left out: {what} ({self.reason})"
+        line = f'left out: {what}: targets="{self.targets}" adapts {"them" if count > 1 else "it"}'
+        return f"{line} and trains {self.trainable:,} more parameters" if self.kind == "experts" else line
+
+
+def remaining(
+    census: Census,
+    chosen: Collection[tuple[int, str]],
+    skipped: Collection[str],
+    excluded: Collection[tuple[int, str]],
+) -> tuple[Remaining, ...]:
+    """Return the matrices of a model that are neither adapted nor skipped.
+
+    Args:
+        census: The model.
+        chosen: `Site.key` of the sites that are adapted.
+        skipped: FQNs of the modules, sites and parameters that are skipped with a reason.
+        excluded: `Visit.key` of what the user excluded.
+    """
+    passed = {id(visit.module) for visit in census.candidates if visit.fqn in skipped and isinstance(visit.entry, str)}
+    passed_sites = {visit.key for visit in census.candidates if visit.fqn in skipped and isinstance(visit.entry, type)}
+    left: list[tuple[Held, Site | None]] = []
+    for places in census.matrices:
+        sites = [site for held in places if (site := census.site_of(held)) is not None]
+        is_passed = any(id(held.module) in passed or held.fqn in skipped for held in places)
+        if not is_passed and not any(site.key in chosen or site.key in passed_sites for site in sites):
+            left.append((places[0], sites[0] if sites else None))
+    tied = tied_names(census, [site for _, site in left if site is not None]).keys()
+    return tuple(Remaining(held, site, _reason(held, site, excluded, tied)) for held, site in left)
+
+
+def _reason(
+    held: Held, site: Site | None, excluded: Collection[tuple[int, str]], tied: Collection[tuple[int, str]]
+) -> str | None:
+    if site is None:
+        refused = find_layer(held.module)
+        return EXCLUDED if (id(held.module), "weight") in excluded else refused if isinstance(refused, str) else None
+    if site.key in excluded:
+        return EXCLUDED
+    return obstacle(site) or (TIED if site.key in tied else None)
+
+
+def left_out(matrices: Iterable[Remaining], config: RandLoRAConfig, total: int) -> tuple[LeftOut, ...]:
+    """Return a summary of matrices that are left out: kinds with an adapter layer first, then types without.
+
+    Args:
+        matrices: What `remaining` returned.
+        config: The options of the adapter.
+        total: Number of the model's parameters.
+    """
+    groups = []
+    key = attrgetter("group")
+    for (order, owner, reason), found in groupby(sorted(matrices, key=key), key=key):
+        members = list(found)
+        sites = {member.site.key: member.site for member in members if member.site is not None}
+        kind = KINDS[order] if order < len(KINDS) else None
+        numbers = sum(count_numbers(member.held) for member in members)
+        can = kind is not None and not reason
+        groups.append(
+            LeftOut(
+                kind=kind,
+                owner=owner or None,
+                fqns=tuple(dict.fromkeys(member.fqn for member in members)),
+                parameters=numbers,
+                share=numbers / total if total else 0.0,
+                trainable=sum(count_trainable(site.shape_with(config), config.r) for site in sites.values())
+                if can
+                else 0,
+                targets=(ALL_LINEAR if kind in LINEAR_KINDS else ALL) if can else None,
+                reason=reason or None,
+            )
+        )
+    return tuple(groups)
+
+
+def lines(groups: Sequence[LeftOut]) -> list[str]:
+    """Return a few lines of a report: of the types without an adapter layer, the largest are named."""
+    served = [group for group in groups if group.kind is not None or group.reason is not None]
+    others = sorted(groups, key=lambda group: -group.parameters)
+    others = [group for group in others if group.kind is None and group.reason is None]
+    told = [str(group) for group in [*served, *others[:TYPES_SHOWN]]]
+    if rest := others[TYPES_SHOWN:]:
+        count, share = sum(len(group.fqns) for group in rest), sum(group.share for group in rest)
+        types = shortened([group.owner for group in rest if group.owner])
+        told.append(
+            f"no adapter layer for {count:,} parameter{'s' * (count > 1)} of {types}, {share:.2%} of the weights"
+        )
+    return told
+
+
+def doubt(census: Census, sites: Sequence[Site], groups: Sequence[LeftOut]) -> str:
+    """Return a warning if the default adapts next to nothing, or one layer that looks like a head; else nothing."""
+    others = [group for group in groups if group.reason != EXCLUDED]
+    if not others or not census.size:
+        return ""
+    weights = {id(site.weight) for site in sites}
+    own = [places for places in census.matrices if id(places[0].parameter) in weights]
+    share = sum(count_numbers(places[0]) for places in own) / census.size
+    is_head = len(own) == 1 and own[0] is census.matrices[-1]
+    if not is_head and share >= LITTLE:
+        return ""
+    names = shortened([site.fqn for site in sites])
+    like = ", the last matrix of the model, which looks like its head" if is_head else ""
+    wider = dict.fromkeys(f'targets="{group.targets}"' for group in others if group.targets)
+    advice = " or ".join(wider) if wider else "targets= or register adapter layers to adapt more"
+    return f"{DOUBT} {names}, {share:.2%} of the weights{like}: give {advice}"
