@@ -12,6 +12,7 @@ from typing import Any, Literal, ParamSpec, Self, TypeVar, get_args
 from torch import nn
 
 from randlora.errors import ConfigError, OptionError, raise_collected
+from randlora.layer_options import ByPattern
 
 BasisKind = Literal["dense", "sparse", "very_sparse", "block"]
 Stream = Literal["torch", "portable"]
@@ -90,7 +91,11 @@ class RandLoRAConfig:
 
     Attributes:
         r: Rank of one random basis. A **smaller** r means **more** trainable parameters: ``num_bases·(r + min_dim)``
-            a layer with ``num_bases = ceil(min_dim / r)``.
+            a layer with ``num_bases = ceil(min_dim / r)``. A mapping from patterns to ranks, such as
+            ``{"q_proj": 16, ".*": 32}``, gives layers different ranks. A pattern is an FQN or a suffix of FQNs, of
+            layers or of modules with layers inside, or else a regex matched with ``fullmatch``. The first pattern that
+            matches a layer applies, and each layer must have one. There is one pair of bases for each rank, with the
+            dims of the layers that have it.
         targets: The layers and weights to adapt. ``"all-linear"`` means all linear layers and the projections of
             attention, ``"all"`` every kind that has an adapter layer, and skips what cannot be adapted; both leave out
             output heads. Any other string is a regex matched with ``fullmatch`` against the FQN. A sequence contains
@@ -100,14 +105,15 @@ class RandLoRAConfig:
             attention of diffusers' models, and ``"all-linear"`` in others.
         exclude: Layers to exclude from ``targets``, in the same forms, before ``targets`` are checked. Names may be
             those of any modules; a callable is called for the layers that ``targets`` match.
-        alpha: The update is scaled by ``alpha / r``; ``None`` means ``20·r``. The paper's author advises values from
-            ``2·r`` to ``20·r``. A larger alpha needs a smaller learning rate.
+        alpha: The update is scaled by ``alpha / r``; ``None`` means ``20·r``, of each layer's r. The paper's author
+            advises values from ``2·r`` to ``20·r``. A larger alpha needs a smaller learning rate. It may be a mapping
+            too, with patterns as for ``r``.
         dropout: Probability of zeroing an entry of the adapter's input in training, in [0, 1).
         basis: The kind of the frozen random bases.
         stream: The random stream of the bases: ``"torch"`` draws what PEFT 0.21.2 draws, ``"portable"`` draws the same
             bits on every machine and version. ``None`` means ``"torch"``, or ``"portable"`` for ``block``, which has
             no other.
-        blocks: ``(c, b)``, the numbers of blocks in A and B of ``block`` bases; both divide r. ``None`` means a
+        blocks: ``(c, b)``, the numbers of blocks in A and B of ``block`` bases; both divide every r. ``None`` means a
             default that depends on r.
         seed: Seed of the bases, a 64-bit unsigned integer; torch's generator uses its low 32 bits.
         train_also: Modules or parameters that are trained and saved with the adapter: a regex, or a sequence of names
@@ -122,10 +128,10 @@ class RandLoRAConfig:
         OptionError: For an unknown option, with a suggestion. It is also a `TypeError`.
     """
 
-    r: int = 32
+    r: int | Mapping[str, int] = 32
     targets: Pattern | None = None
     exclude: Pattern | None = None
-    alpha: float | None = None
+    alpha: float | Mapping[str, float] | None = None
     dropout: float = 0.0
     basis: BasisKind = "dense"
     stream: Stream | None = None
@@ -136,7 +142,10 @@ class RandLoRAConfig:
     experts: Experts = "each"
 
     def __post_init__(self) -> None:
-        """Convert lists to tuples and check every value."""
+        """Convert lists to tuples and mappings to immutable ones, and check every value."""
+        for name in ("r", "alpha"):
+            if isinstance(value := getattr(self, name), Mapping):
+                object.__setattr__(self, name, ByPattern(value))
         for field in fields(self):
             if isinstance(value := getattr(self, field.name), list | set | frozenset):
                 object.__setattr__(
@@ -148,18 +157,8 @@ class RandLoRAConfig:
             doing="configure RandLoRA",
         )
 
-    @property
-    def effective_alpha(self) -> float:
-        """``alpha``, or its default ``20·r``."""
-        return ALPHA_PER_RANK * self.r if self.alpha is None else float(self.alpha)
-
-    @property
-    def scaling(self) -> float:
-        """The factor of the update, ``alpha / r``."""
-        return self.effective_alpha / self.r
-
     def to_dict(self) -> dict[str, Any]:
-        """Return the options as JSON-serializable values.
+        """Return the options as JSON-serializable values. Mappings become lists of pairs, whose order JSON keeps.
 
         Raises:
             ConfigError: If ``targets`` or ``exclude`` is a callable.
@@ -171,6 +170,7 @@ class RandLoRAConfig:
         for name, default in ADDED_SINCE_FORMAT_1.items():
             if values[name] == default:  # so that a file of format 1 has what its readers know
                 del values[name]
+        values |= {name: [*map(list, value.items())] for name, value in values.items() if isinstance(value, ByPattern)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
@@ -183,7 +183,7 @@ class RandLoRAConfig:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"unknown options {', '.join(unknown)}: the options are {', '.join(sorted(known))}")
-        return cls(**values)
+        return cls(**{**values, **{name: _from_pairs(values[name]) for name in ("r", "alpha") if name in values}})
 
 
 RandLoRAConfig.__init__ = explain_options(RandLoRAConfig.__init__, "RandLoRAConfig")  # type: ignore[method-assign]
@@ -203,12 +203,45 @@ def _is_real(value: object) -> bool:
         return False
 
 
+def _is_rank(value: Any) -> bool:
+    return is_integer(value) and value > 0
+
+
+def _numbers(option: object) -> list[tuple[str, Any]]:
+    """Return the values of an option that may differ between layers, each after words for its pattern."""
+    if isinstance(option, Mapping):
+        return [(f" of {pattern!r}", value) for pattern, value in option.items()]
+    return [("", option)]
+
+
+def _from_pairs(value: Any) -> Any:
+    """Return the mapping that `RandLoRAConfig.to_dict` returned as a list of pairs, and any other value as it is."""
+    if not isinstance(value, list | tuple):
+        return value
+    is_pair = (isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in value)
+    return dict(value) if all(is_pair) else value
+
+
+def _by_pattern_problems(name: str, option: object) -> list[str]:
+    if not isinstance(option, Mapping):
+        return []
+    if not option:
+        return [f"{name} must be a number or have at least one pattern, got {option!r}"]
+    return [
+        f"the patterns of {name} must be names or regexes, got {pattern!r}"
+        for pattern in option
+        if not (isinstance(pattern, str) and pattern)
+    ]
+
+
 def _number_problems(config: RandLoRAConfig) -> list[str]:
-    problems = []
-    if not (is_integer(config.r) and config.r > 0):
-        problems.append(f"r must be a positive integer, got {config.r!r}")
-    if config.alpha is not None and not _is_real(config.alpha):
-        problems.append(f"alpha must be a finite number or None for 20·r, got {config.alpha!r}")
+    problems = _by_pattern_problems("r", config.r) + _by_pattern_problems("alpha", config.alpha)
+    problems += [f"r{of} must be a positive integer, got {r!r}" for of, r in _numbers(config.r) if not _is_rank(r)]
+    problems += [
+        f"alpha{of} must be a finite number{'' if of else ' or None for 20·r'}, got {alpha!r}"
+        for of, alpha in _numbers(config.alpha)
+        if not (_is_real(alpha) or (alpha is None and not of))
+    ]
     if not (_is_real(config.dropout) and 0 <= config.dropout < 1):
         problems.append(f"dropout must be a number in [0, 1), got {config.dropout!r}")
     if not (is_integer(config.seed) and 0 <= config.seed < 2**64):
@@ -243,9 +276,8 @@ def _block_problems(config: RandLoRAConfig) -> list[str]:
     pair = config.blocks
     if not (isinstance(pair, tuple) and len(pair) == 2 and all(is_integer(count) and count > 0 for count in pair)):
         return [f"blocks must be two positive integers (c, b), got {pair!r}"]
-    if is_integer(config.r) and config.r > 0 and any(config.r % count for count in pair):
-        return [f"both of blocks={pair} must divide r={config.r}"]
-    return []
+    ranks = dict.fromkeys(r for _, r in _numbers(config.r) if _is_rank(r))
+    return [f"both of blocks={pair} must divide r={r}" for r in ranks if any(r % count for count in pair)]
 
 
 def _pattern_problems(config: RandLoRAConfig) -> list[str]:

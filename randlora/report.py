@@ -19,7 +19,7 @@ from randlora.targets.site import Shapes
 from randlora.targets.walk import Census
 
 FLOAT32_BYTES = 4
-HEADINGS = ("kind", "count", "in", "out", "r", "num_bases", "rank", "trainable")
+HEADINGS = ("kind", "count", "in", "out", "r", "alpha", "num_bases", "rank", "trainable")
 
 
 Progress = Callable[[int, int, str], object]
@@ -32,7 +32,7 @@ def no_progress(done: int, total: int, doing: str) -> None:
 
 @dataclass(frozen=True)
 class ShapeRow:
-    """All targets of one kind and shape.
+    """All targets of one kind, shape, r and alpha.
 
     Attributes:
         kind: Their kind, as `AdapterLayer.kind`.
@@ -46,6 +46,7 @@ class ShapeRow:
     in_features: int
     out_features: int
     r: int
+    alpha: float
     num_bases: int
     expected_rank: int
     trainable: int
@@ -60,8 +61,8 @@ class Report:
         config: Its options.
         rule: A description of the rule that chose the targets.
         targets: FQNs of the adapted layers.
-        rows: One row for each distinct kind and shape.
-        spec: The spec of the bases, with their dims.
+        rows: One row for each distinct kind, shape, r and alpha.
+        specs: The specs of the bases with their dims, one for each r.
         trainable_parameters: Number of parameters of the adapter, including those of ``train_also``, frozen or not.
         total_parameters: Number of parameters of the model and this adapter. A quantized weight counts with the size
             of the dequantized one.
@@ -84,7 +85,7 @@ class Report:
     rule: str
     targets: tuple[str, ...]
     rows: tuple[ShapeRow, ...]
-    spec: BasisSpec
+    specs: tuple[BasisSpec, ...]
     trainable_parameters: int
     total_parameters: int
     basis_bytes: int
@@ -105,11 +106,14 @@ class Report:
     def __str__(self) -> str:
         """Return a table of shapes followed by the totals."""
         trains = "trainable" if self.is_trainable else "frozen"
-        shown = int(all(row.kind == "linear" for row in self.rows))  # then the column of kinds would say nothing
+        alphas = dict.fromkeys(f"{row.alpha:g}" for row in self.rows)
+        specs = [str(spec) for spec in self.specs]
+        first = f"{specs.pop()}, " if len(specs) == 1 else ""
         text = [
-            f"RandLoRA adapter {self.name!r}: {self.spec}, alpha={self.config.effective_alpha:g}",
+            f"RandLoRA adapter {self.name!r}: {first}alpha={', '.join(alphas)}",
+            *specs,
             f"targets: {self.rule}",
-            *table(HEADINGS[shown:], [astuple(row)[shown:] for row in self.rows]),
+            *_row_table(self.rows),
             f"{trains} {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({self.share:.2%})",
             f"{len(self.targets)} layers adapted, {'active' if self.is_active else 'inactive'}, {trains}",
             f"bases {as_bytes(self.basis_bytes)} in memory, checkpoint {as_bytes(self.checkpoint_bytes)}",
@@ -175,7 +179,7 @@ def adapter_report(
     notes: Sequence[str] = (),
 ) -> Report:
     """Return the report of one adapter of a model, with these layers, whether it has been added or not."""
-    rows = shape_rows(shapes, census.kinds, adapter.basis.spec)
+    rows = shape_rows(shapes, census.kinds, adapter)
     adapter_size = sum(row.trainable for row in rows)
     own = {id(held.parameter): held for held in reversed(census.parameters) if not is_lazy(held.parameter)}
     beside = [held.parameter for held in own.values() if held.fqn in adapter.trained]
@@ -186,10 +190,10 @@ def adapter_report(
         rule=adapter.rule,
         targets=tuple(shapes),
         rows=rows,
-        spec=adapter.basis.spec,
+        specs=tuple(basis.spec for basis in adapter.bases.values()),
         trainable_parameters=adapter_size + sum(parameter.numel() for parameter in beside),
         total_parameters=adapter_size + census.size,
-        basis_bytes=adapter.basis.nbytes,
+        basis_bytes=sum(basis.nbytes for basis in adapter.bases.values()),
         checkpoint_bytes=FLOAT32_BYTES * adapter_size + sum(parameter.nbytes for parameter in beside),
         is_active=is_active,
         is_trainable=is_trainable,
@@ -214,18 +218,27 @@ def next_steps(name: str, *, is_active: bool, is_trainable: bool) -> list[str]:
     return notes
 
 
-def shape_rows(shapes: Shapes, kinds: Mapping[str, str], spec: BasisSpec) -> tuple[ShapeRow, ...]:
-    """Return a row for each kind and shape, in order of appearance."""
-    counts = Counter((kinds[fqn], shape) for fqn, shape in shapes.items())
+def shape_rows(shapes: Shapes, kinds: Mapping[str, str], adapter: Adapter) -> tuple[ShapeRow, ...]:
+    """Return a row for each kind and shape with its r and alpha, in order of appearance."""
+    counts = Counter((kinds[fqn], shape, adapter.options[fqn]) for fqn, shape in shapes.items())
     rows = []
-    for (kind, shape), count in counts.items():
+    for (kind, shape, (r, alpha)), count in counts.items():
         out_features, in_features = shape[-2:]
-        num_bases = count_bases(min(shape[-2:]), spec.r)
-        rank = spec.expected_rank(out_features, in_features)
-        trainable = count * count_trainable(shape, spec.r)
+        num_bases = count_bases(min(shape[-2:]), r)
+        rank = adapter.bases[r].spec.expected_rank(out_features, in_features)
+        trainable = count * count_trainable(shape, r)
         matrices = count * math.prod(shape[:-2])
-        rows.append(ShapeRow(kind, matrices, in_features, out_features, spec.r, num_bases, rank, trainable))
+        rows.append(ShapeRow(kind, matrices, in_features, out_features, r, alpha, num_bases, rank, trainable))
     return tuple(rows)
+
+
+def _row_table(rows: Sequence[ShapeRow]) -> list[str]:
+    """Return the table of rows, without the columns of kinds and alphas where these would say nothing."""
+    plain = {"kind"} if all(row.kind == "linear" for row in rows) else set()
+    plain |= {"alpha"} if len({row.alpha for row in rows}) == 1 else set()
+    cells = [dict(zip(HEADINGS, astuple(row), strict=True)) | {"alpha": f"{row.alpha:g}"} for row in rows]
+    shown = [heading for heading in HEADINGS if heading not in plain]
+    return table(shown, [[row[heading] for heading in shown] for row in cells])
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:

@@ -19,6 +19,7 @@ from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError
 from randlora.functional import Compute
+from randlora.layer_options import LayerOptions
 
 ATTRIBUTE = "randlora_state"
 
@@ -28,7 +29,8 @@ class Adapter:
     """One adapter of a model, shared by all its layers.
 
     Attributes:
-        targets: FQNs of its layers.
+        bases: Its bases, by r.
+        options: r and alpha of its layers, by FQN.
         rule: How the targets were chosen, for reports.
         weight: The factor of its update while active, else ``None``.
         trained: The parameters trained with it, by FQN.
@@ -37,17 +39,27 @@ class Adapter:
 
     name: str
     config: RandLoRAConfig
-    basis: Basis
-    targets: tuple[str, ...]
+    bases: dict[int, Basis]
+    options: dict[str, LayerOptions]
     rule: str
     weight: float | None = None
     trained: dict[str, nn.Parameter] = field(default_factory=dict)
     peft_fields: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """FQNs of its layers."""
+        return tuple(self.options)
+
+    @property
     def is_active(self) -> bool:
         """Whether its update is added."""
         return self.weight is not None
+
+    def at(self, fqn: str, shape: Shape) -> SiteAdapter:
+        """Return the adapter at one of its weights, given the shape of its update there."""
+        options = self.options[fqn]
+        return SiteAdapter(self, self.bases[options.r], shape, options)
 
 
 @dataclass(eq=False)
@@ -58,15 +70,19 @@ class SiteAdapter:
         adapter: The adapter.
         basis: Its bases.
         shape: Shape of its update of this weight.
-        r: Rank of one basis.
+        options: r and alpha here.
         scaling: Factor of the update, ``alpha / r``.
     """
 
     adapter: Adapter
     basis: Basis
     shape: Shape
-    r: int
-    scaling: float
+    options: LayerOptions
+    scaling: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Set `scaling`, which each forward reads."""
+        self.scaling = self.options.scaling
 
 
 @dataclass(eq=False)
@@ -175,7 +191,7 @@ class ModelState:
         self.install_parameters()
         used = {fqn for adapter in self.adapters.values() for fqn in adapter.trained}
         self.replaced = {fqn: replaced for fqn, replaced in self.replaced.items() if fqn in used}
-        self.bank.keep_only(adapter.basis for adapter in self.adapters.values())
+        self.bank.keep_only(basis for adapter in self.adapters.values() for basis in adapter.bases.values())
 
 
 def attached_state(model: nn.Module) -> ModelState | None:

@@ -178,8 +178,14 @@ def trained(case: Case, *, name: str = "default", **options: Any) -> nn.Module:
 
 
 def basis_of(model: nn.Module, name: str = "default") -> Basis:
-    """Return the bases of one adapter."""
-    return _state(model).adapter(name).basis
+    """Return the bases of one adapter of one r."""
+    (basis,) = bases_of(model, name).values()
+    return basis
+
+
+def bases_of(model: nn.Module, name: str = "default") -> dict[int, Basis]:
+    """Return the bases of one adapter by r."""
+    return _state(model).adapter(name).bases
 
 
 def _state(model: nn.Module) -> ModelState:
@@ -241,10 +247,17 @@ def peft_directory(directory: Path, case: Case = LINEAR, **options: Any) -> Path
 
 
 def reseal(
-    directory: Path, changes: Mapping[str, Tensor] | None = None, *, drop: Sequence[str] = (), **facts: Any
+    directory: Path,
+    changes: Mapping[str, Tensor] | None = None,
+    *,
+    drop: Sequence[str] = (),
+    digest: str | None = None,
+    **facts: Any,
 ) -> None:
-    """Change tensors and facts of the header, and seal them as a save would have."""
+    """Change tensors, the digest of the bases and facts of the header, and seal them as a save would have."""
     tensors, metadata = read_tensors(directory)
     header = replace(parse_header(metadata["randlora"], tensors), **facts)
+    if digest is not None:
+        header = replace(header, bases={r: replace(record, digest=digest) for r, record in header.bases.items()})
     changed = {key: tensor for key, tensor in {**tensors, **(changes or {})}.items() if key not in drop}
     write_tensors(directory, changed, {**metadata, "randlora": dump_header(header, changed)})

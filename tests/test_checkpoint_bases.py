@@ -151,7 +151,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"torch": {}, "portable": {"stream": "porta
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_bases_that_are_not_those_trained_with_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
     randlora.save(trained(LINEAR, **options), tmp_path)
-    reseal(tmp_path, basis_digest="0" * 64)
+    reseal(tmp_path, digest="0" * 64)
     refused(LINEAR.build(), tmp_path, "save it there with bases='stored'")
 
 
@@ -159,7 +159,7 @@ def test_bases_that_are_not_those_trained_with_are_refused(options: dict[str, An
 def test_bases_that_are_refused_do_not_grow_those_the_model_holds(options: dict[str, Any], tmp_path: Path) -> None:
     narrow = Case("narrow", Headed, {"targets": ["head"]})
     randlora.save(trained(HEADED, **options), tmp_path)
-    reseal(tmp_path, basis_digest="0" * 64)
+    reseal(tmp_path, digest="0" * 64)
     refused(trained(narrow, name="first", **options), tmp_path, "when the adapter was saved with torch", name="second")
 
 

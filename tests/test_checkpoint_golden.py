@@ -7,7 +7,7 @@ is there is never made again. Every number in them is a formula's, and exact in 
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import randlora
 from tests import reference
 from tests.checkpoint_files import (
     Case,
+    bases_of,
     basis_of,
     edit_tensors,
     read_fields,
@@ -57,11 +58,15 @@ class Golden:
         name: The directory.
         options: What `randlora.inject` was told.
         stored: Whether it holds bases, which no seed brings back.
+        ranks: r of each target.
+        alphas: alpha of each target.
     """
 
     name: str
     options: Mapping[str, Any]
     stored: bool = False
+    ranks: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(TARGETS, 2))
+    alphas: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TARGETS, 4.0))
 
 
 GOLDEN = (
@@ -69,6 +74,12 @@ GOLDEN = (
     Golden("golden_v1_block", {"basis": "block", "blocks": (2, 2), "seed": 3}),
     Golden("golden_v1_torch", {"stream": "torch", "seed": 11}),
     Golden("golden_v1_stored", {"stream": "torch", "seed": 0}, stored=True),
+    Golden(
+        "golden_v2_options",
+        {"r": {"tall": 3, ".*": 2}, "alpha": {"wide": 4.0, ".*": 1.5}, "stream": "portable", "seed": 7},
+        ranks={"wide": 2, "tall": 3},
+        alphas={"wide": 4.0, "tall": 1.5},
+    ),
 )
 
 every_golden = pytest.mark.parametrize(
@@ -78,10 +89,15 @@ every_golden = pytest.mark.parametrize(
 )
 
 
-def lam(fqn: str) -> Tensor:
-    """Λ of one target, (2, 2), in eighths."""
+def lam(fqn: str, r: int = 2) -> Tensor:
+    """Λ of one target, (r, 2), in eighths."""
     start = 1 + TARGETS.index(fqn)
-    return torch.tensor([[(start + k - 3 * j) / 8 for j in range(2)] for k in range(2)])
+    return torch.tensor([[(start + k - 3 * j) / 8 for j in range(2)] for k in range(r)])
+
+
+def sides(fqn: str) -> tuple[int, int]:
+    """Return the larger and the smaller dim of one target."""
+    return {"wide": (6, 4), "tall": (5, 4)}[fqn]
 
 
 def gamma(fqn: str) -> Tensor:
@@ -112,10 +128,10 @@ def build(golden: Golden) -> nn.Module:
     """Make the model whose adapter a golden directory holds."""
     model = CASE.build()
     options: dict[str, Any] = {**golden.options, "targets": list(TARGETS), "train_also": ["norm"]}
-    randlora.inject(model, r=2, alpha=4.0, dropout=0.125, **options)
+    randlora.inject(model, **{"r": 2, "alpha": 4.0, "dropout": 0.125, **options})
     values = adapter_values(model)
     for fqn in TARGETS:
-        values[f"{fqn}.randlora_lambda"].data.copy_(lam(fqn))
+        values[f"{fqn}.randlora_lambda"].data.copy_(lam(fqn, golden.ranks[fqn]))
         values[f"{fqn}.randlora_gamma"].data.copy_(gamma(fqn))
     for fqn, tensor in beside().items():
         values[fqn].data.copy_(tensor)
@@ -137,11 +153,15 @@ def make(golden: Golden, directory: Path) -> None:
 def expect(model: nn.Module) -> dict[str, Any]:
     """Note the numbers that a golden directory must load to."""
     (info,) = randlora.adapters(model)
+    by_layer: dict[str, Any] = {
+        "bases_sha256": {str(r): bases_of(model)[r].digest(*sides(fqn)) for fqn, (r, _) in info.options.items()},
+        "options": {fqn: list(options) for fqn, options in info.options.items()},
+    }
+    if not isinstance(info.config.r, Mapping):
+        by_layer = {"basis_sha256": basis_of(model).digest(6, 4), "r": info.config.r, "alpha": info.config.alpha}
     return {
-        "basis_sha256": basis_of(model).digest(6, 4),
+        **by_layer,
         "delta_weight": {fqn: randlora.delta_weight(model, fqn).tolist() for fqn in TARGETS},
-        "r": info.config.r,
-        "alpha": info.config.alpha,
         "dropout": info.config.dropout,
         "seed": info.config.seed,
         "basis": info.config.basis,
@@ -167,7 +187,7 @@ def test_a_golden_file_loads_to_the_numbers_written_down_with_it(golden: Golden)
 def test_a_golden_file_holds_the_formulas_values(golden: Golden) -> None:
     values = adapter_values(load(golden))
     expected = {
-        **{f"{fqn}.randlora_lambda": lam(fqn) for fqn in TARGETS},
+        **{f"{fqn}.randlora_lambda": lam(fqn, golden.ranks[fqn]) for fqn in TARGETS},
         **{f"{fqn}.randlora_gamma": gamma(fqn) for fqn in TARGETS},
         **beside(),
     }
@@ -175,11 +195,13 @@ def test_a_golden_file_holds_the_formulas_values(golden: Golden) -> None:
 
 
 @every_golden
-@pytest.mark.parametrize(("fqn", "sides"), [("wide", (6, 4)), ("tall", (5, 4))], ids=TARGETS)
-def test_the_numbers_written_down_are_the_methods(golden: Golden, fqn: str, sides: tuple[int, int]) -> None:
+@pytest.mark.parametrize("fqn", TARGETS)
+def test_the_numbers_written_down_are_the_methods(golden: Golden, fqn: str) -> None:
     expected = json.loads((DATA / golden.name / EXPECTED_FILE).read_text(encoding="utf-8"))["delta_weight"][fqn]
-    bases = basis_of(load(golden)).slices(*sides, device="cpu", dtype=torch.float64)
-    oracle = reference.delta_weight(*bases, lam(fqn), gamma(fqn), 4 / 2, in_features=6 if fqn == "wide" else 4)
+    r, alpha = golden.ranks[fqn], golden.alphas[fqn]
+    bases = bases_of(load(golden))[r].slices(*sides(fqn), device="cpu", dtype=torch.float64)
+    values = lam(fqn, r), gamma(fqn)
+    oracle = reference.delta_weight(*bases, *values, alpha / r, in_features=6 if fqn == "wide" else 4)
     assert oracle.tolist() == expected
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from randlora import BasisSpec, RandLoRAConfig
-from randlora.checkpoint.format import Header, dump_header, parse_header
+from randlora.checkpoint.format import BasisRecord, Header, dump_header, parse_header
 from randlora.errors import CheckpointError
 from randlora.targets.site import Shapes
 from tests.strategies import specs
@@ -20,12 +20,11 @@ from tests.strategies import specs
 SHAPES: Shapes = {"a": (4, 6), "b.c": (5, 3)}
 SPEC = BasisSpec("dense", "torch", seed=3, r=2, max_dim=6, min_dim=5)
 CONFIG = RandLoRAConfig(r=2, targets=("a", "b.c"), alpha=5.0, dropout=0.5, seed=3, train_also=("d",))
+RECORD = BasisRecord(SPEC, "0" * 64, is_reproducible=True)
 HEADER = Header(
     CONFIG,
-    SPEC,
+    {2: RECORD},
     SHAPES,
-    "0" * 64,
-    is_reproducible=True,
     library_version="0.1.0",
     torch_version="2.9.1",
     transposed=("b.c",),
@@ -55,7 +54,8 @@ def headers(draw: st.DrawFn) -> Header:
     )
     digest = draw(st.text("0123456789abcdef", min_size=64, max_size=64))
     transposed = draw(st.none() | st.just(tuple(shapes)))
-    return Header(config, spec, shapes, digest, draw(st.booleans()), draw(names), draw(st.none() | names), transposed)
+    records = {spec.r: BasisRecord(spec, digest, draw(st.booleans()))}
+    return Header(config, records, shapes, draw(names), draw(st.none() | names), transposed)
 
 
 @given(headers())
@@ -75,8 +75,8 @@ def test_extent_and_rectangle_are_the_dims_that_layers_slice_and_that_peft_draws
     header = replace(HEADER, shapes={**shapes})
     larger, smaller = zip(*(sorted(shape, reverse=True) for shape in shapes.values()), strict=True)
     widest_out, widest_in = max(out for out, _ in shapes.values()), max(in_ for _, in_ in shapes.values())
-    assert header.rectangle == (max(larger), min(widest_out, widest_in))
-    assert header.rectangle[1] >= max(smaller)
+    assert header.rectangles[2] == (max(larger), min(widest_out, widest_in))
+    assert header.rectangles[2][1] >= max(smaller)
 
 
 CHANGED_FACTS: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -184,14 +184,58 @@ def test_another_format_version_is_named_whatever_else_the_header_holds(version:
         parse_header(json.dumps({"format_version": version}), {})
 
 
+def _with(**changes: Any) -> Header:
+    """Return the header with another spec of its bases."""
+    return replace(HEADER, bases={2: replace(RECORD, spec=replace(SPEC, **changes))})
+
+
+OTHER = BasisRecord(replace(SPEC, r=4, max_dim=5, min_dim=3), "2" * 64, is_reproducible=False)
+BY_LAYER = replace(
+    HEADER,
+    config=replace(CONFIG, r={"b.c": 4, "a": 2}, alpha={"b.c": 5, "a": 0.5}),
+    bases={2: RECORD, 4: OTHER},
+)
 CONTRADICTIONS: dict[str, Header] = {
-    "rank": replace(HEADER, spec=replace(SPEC, r=4)),
-    "seed": replace(HEADER, spec=replace(SPEC, seed=4)),
-    "kind": replace(HEADER, spec=replace(SPEC, kind="sparse")),
-    "stream": replace(HEADER, spec=replace(SPEC, stream="portable")),
-    "too-low": replace(HEADER, spec=replace(SPEC, max_dim=5)),
-    "too-narrow": replace(HEADER, spec=replace(SPEC, min_dim=3)),
+    "rank": _with(r=4),
+    "seed": _with(seed=4),
+    "kind": _with(kind="sparse"),
+    "stream": _with(stream="portable"),
+    "too-low": _with(max_dim=5),
+    "too-narrow": _with(min_dim=3),
+    "bases-of-an-r-less": replace(BY_LAYER, bases={2: RECORD}),
+    "bases-of-an-r-more": replace(BY_LAYER, config=replace(BY_LAYER.config, r=2)),
+    "bases-under-another-r": replace(BY_LAYER, bases={2: OTHER, 4: RECORD}),
+    "too-low-for-an-r": replace(BY_LAYER, bases={2: RECORD, 4: replace(OTHER, spec=replace(OTHER.spec, max_dim=4))}),
+    "r-of-a-target-less": replace(BY_LAYER, config=replace(BY_LAYER.config, r={"b.c": 4})),
+    "alpha-of-another-target": replace(BY_LAYER, config=replace(BY_LAYER.config, alpha={"b.c": 5, "a": 4, "d": 1})),
+    "patterns": replace(BY_LAYER, config=replace(BY_LAYER.config, r={"b.c": 4, ".*": 2})),
 }
+
+
+def test_options_of_each_layer_are_parsed_back_in_any_order() -> None:
+    assert (BY_LAYER.format_version, HEADER.format_version) == (2, 1)
+    assert BY_LAYER.options == {"a": (2, 0.5), "b.c": (4, 5.0)}
+    text = dump_header(BY_LAYER, TENSORS)
+    assert parse_header(text, TENSORS) == BY_LAYER
+    facts = json.loads(text)
+    facts["bases"] = dict(reversed(facts["bases"].items()))
+    assert parse_header(json.dumps(facts, sort_keys=True), TENSORS).options == BY_LAYER.options
+
+
+def test_alpha_alone_or_r_alone_may_differ() -> None:
+    for header in (
+        replace(HEADER, config=replace(CONFIG, alpha={"b.c": 5, "a": 0.5})),
+        replace(BY_LAYER, config=replace(BY_LAYER.config, alpha=None)),
+    ):
+        assert parse_header(dump_header(header, TENSORS), TENSORS) == header
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_contents_of_one_version_under_the_number_of_the_other_are_refused(version: int) -> None:
+    facts = json.loads(dump_header(BY_LAYER if version == 2 else HEADER, TENSORS))
+    facts["format_version"] = 3 - version
+    with pytest.raises(CheckpointError, match=r"header is damaged|contradict each other|do not match its checksum"):
+        parse_header(json.dumps(facts), TENSORS)
 
 
 @pytest.mark.parametrize("header", CONTRADICTIONS.values(), ids=CONTRADICTIONS)

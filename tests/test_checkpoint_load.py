@@ -191,7 +191,7 @@ def test_an_adapter_trained_on_wider_torch_bases_brings_its_own(tmp_path: Path) 
     model = trained(narrow, name="narrow")
     randlora.load(model, tmp_path, name="wide")
     assert basis_of(model, "narrow") is not basis_of(model, "wide")
-    assert [info.spec.max_dim for info in randlora.adapters(model)] == [7, 9]
+    assert [info.specs[0].max_dim for info in randlora.adapters(model)] == [7, 9]
 
 
 def test_a_name_that_is_taken_is_refused(saved: Path) -> None:
@@ -323,7 +323,7 @@ def test_a_misfit_leaves_a_model_with_or_without_adapters_alone(make: Callable[[
 
 
 @pytest.mark.parametrize(
-    "step", ["file_basis", "prepare", "adapter_report", "replacements"], ids=lambda step: f"{step}-fails"
+    "step", ["file_bases", "prepare", "adapter_report", "replacements"], ids=lambda step: f"{step}-fails"
 )
 @pytest.mark.parametrize("name", ["default", "second"])
 def test_a_failure_at_any_step_leaves_the_model_alone(

@@ -88,7 +88,7 @@ def test_alpha_is_written_as_an_integer_where_it_is_one(options: Any, written: o
     assert type(fields["randlora_alpha"]) is type(written)
     model = LINEAR.build()
     randlora.load(model, tmp_path)
-    assert randlora.adapters(model)[0].config.effective_alpha == written
+    assert randlora.adapters(model)[0].options["0"].alpha == written
 
 
 @pytest.mark.parametrize(

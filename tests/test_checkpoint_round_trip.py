@@ -51,7 +51,7 @@ def assert_same_adapter(saved: nn.Module, loaded: nn.Module, case: Case) -> None
     assert ours.config == replace(
         theirs.config, targets=theirs.targets, exclude=None, train_also=theirs.train_also or None
     )
-    assert (ours.targets, ours.spec) == (theirs.targets, theirs.spec)
+    assert (ours.targets, ours.specs) == (theirs.targets, theirs.specs)
     extent = basis_of(saved).extent
     assert basis_of(loaded).digest(*extent) == basis_of(saved).digest(*extent)
     assert torch.equal(case.output(loaded), case.output(saved))
@@ -148,7 +148,7 @@ def test_an_adapter_that_shared_larger_bases_reloads_alone(bases: Stored, tmp_pa
     report = randlora.save(model, tmp_path, name="narrow", bases=bases)
     randlora.load(twin, tmp_path)
     assert torch.equal(HEADED.output(twin), HEADED.output(model))
-    assert randlora.adapters(twin)[0].spec == randlora.adapters(model)[0].spec
+    assert randlora.adapters(twin)[0].specs == randlora.adapters(model)[0].specs
     assert any("bases='stored'" in note for note in report.notes) == (bases == "seed")
 
 
@@ -187,7 +187,7 @@ def test_an_adapter_whose_own_draw_would_be_larger_than_the_shared_one_reloads_a
     model, twin = case.build(), case.build()
     randlora.inject(model, r=2, targets=["wide"], name="wide")
     randlora.inject(model, r=2, targets=["up", "down"], name="crossed")
-    assert len({info.spec for info in randlora.adapters(model)}) == 1, "the bases are shared"
+    assert len({info.specs for info in randlora.adapters(model)}) == 1, "the bases are shared"
     randlora.activate(fill(model, "crossed"), "crossed")
     report = randlora.save(model, tmp_path, name="crossed", bases=bases)
     randlora.load(twin, tmp_path)

@@ -40,8 +40,8 @@ def test_inspect_prints_what_the_library_says(tmp_path: Path, capsys: pytest.Cap
     assert run(capsys, "inspect", source) == (0, f"{summary}\n", "")
     code, found = run_json(capsys, "inspect", source)
     assert code == 0
-    assert found["bases"]["spec"]["kind"] == "block"
-    assert found["bases"]["digest"] == summary.bases.digest  # type: ignore[union-attr]
+    assert found["bases"][0]["spec"]["kind"] == "block"
+    assert found["bases"][0]["digest"] == summary.bases[0].digest
     assert [layer["stable_rank"] for layer in found["layers"]] == [layer.stable_rank for layer in summary.layers]
     assert found["config"]["targets"] == [layer.fqn for layer in summary.layers]
 

@@ -28,8 +28,12 @@ def model(tmp_path: Path) -> Path:
         (["--train-also", "norm", "--alpha", "3", "--seed", "7"], {"train_also": ["norm"], "alpha": 3.0, "seed": 7}),
         (["--r", "8", "--basis", "block", "--blocks", "4", "8"], {"r": 8, "basis": "block", "blocks": (4, 8)}),
         (["--basis", "sparse", "--stream", "portable"], {"basis": "sparse", "stream": "portable"}),
+        (
+            ["--r", "q_proj=16", "--r", ".*=8", "--alpha", "(?=model).*=2.5"],
+            {"r": {"q_proj": 16, ".*": 8}, "alpha": {"(?=model).*": 2.5}},
+        ),
     ],
-    ids=["default", "names", "exclude", "regex", "beside", "block", "stream"],
+    ids=["default", "names", "exclude", "regex", "beside", "block", "stream", "by-pattern"],
 )
 def test_the_options_are_those_of_the_library(
     words: list[str], options: dict[str, Any], model: Path, capsys: pytest.CaptureFixture[str]
@@ -50,6 +54,23 @@ def test_the_options_are_those_of_the_library(
 def test_an_alpha_of_zero_is_not_taken_for_none(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(model), "--alpha", "0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["config"]["alpha"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--r", "16", "--r", "q_proj=8"], "expected PATTERN=NUMBER each time"),
+        (["--r", "q_proj=8", "--r", "q_proj=4"], "twice for one pattern"),
+        (["--r", "q_proj=2.5"], "must be a number or PATTERN=NUMBER"),
+        (["--alpha", "much"], "must be a number or PATTERN=NUMBER"),
+    ],
+    ids=["mixed", "twice", "fraction", "word"],
+)
+def test_numbers_by_pattern_that_cannot_be_read(
+    words: list[str], said: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(model), *words]) == 2
+    assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 def test_names_and_a_regex_together_cannot_be_read(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

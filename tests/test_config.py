@@ -17,6 +17,7 @@ from torch import nn
 import randlora
 from randlora.config import ADDED_SINCE_FORMAT_1, ELSEWHERE, BasisKind, RandLoRAConfig
 from randlora.errors import ConfigError, OptionError
+from randlora.targets.options import resolve
 from tests.strategies import KINDS_AND_STREAMS, seeds
 
 names = st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=3)
@@ -29,11 +30,13 @@ def configs(draw: st.DrawFn) -> RandLoRAConfig:
     kind, stream = draw(st.sampled_from(KINDS_AND_STREAMS))
     r = draw(st.integers(1, 64))
     divisors = st.sampled_from([size for size in range(1, r + 1) if r % size == 0])
+    patterns = st.text(min_size=1, max_size=3)
+    alphas = st.integers(-(10**9), 10**9) | st.floats(allow_nan=False, allow_infinity=False)
     return RandLoRAConfig(
-        r=r,
+        r=draw(st.just(r) | st.dictionaries(patterns, st.sampled_from([r, 2 * r]), min_size=1, max_size=3)),
         targets=draw(st.none() | regexes | names),
         exclude=draw(st.none() | regexes | names),
-        alpha=draw(st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)),
+        alpha=draw(st.none() | alphas | st.dictionaries(patterns, alphas, min_size=1, max_size=3)),
         dropout=draw(st.floats(0, 1, exclude_max=True)),
         basis=kind,
         stream=draw(st.sampled_from([stream, None])),
@@ -46,7 +49,23 @@ def configs(draw: st.DrawFn) -> RandLoRAConfig:
 @given(configs())
 def test_a_config_comes_back_from_its_dict_and_from_json(config: RandLoRAConfig) -> None:
     assert RandLoRAConfig.from_dict(config.to_dict()) == config
-    assert RandLoRAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert RandLoRAConfig.from_dict(json.loads(json.dumps(config.to_dict(), sort_keys=True))) == config
+
+
+def test_numbers_by_pattern_are_copied_and_cannot_be_changed() -> None:
+    given_r = {"q": 4, ".*": 2}
+    config = RandLoRAConfig(r=given_r)
+    given_r["q"] = 8
+    assert config.r == {"q": 4, ".*": 2}
+    assert repr(config.r) == "{'q': 4, '.*': 2}"
+    with pytest.raises(TypeError):
+        config.r["q"] = 8  # type: ignore[index]
+
+
+def test_configs_with_patterns_in_another_order_differ() -> None:
+    one, other = RandLoRAConfig(r={"q": 4, ".*": 2}), RandLoRAConfig(r={".*": 2, "q": 4})
+    assert one != other
+    assert one == RandLoRAConfig(r={"q": 4, ".*": 2})
 
 
 @given(configs())
@@ -157,8 +176,9 @@ def test_options_are_given_by_name_only() -> None:
 def test_the_update_is_scaled_by_alpha_over_r_with_20_r_as_the_default(
     options: dict[str, Any], alpha: float, scaling: float
 ) -> None:
-    config = RandLoRAConfig(**options)
-    assert (config.effective_alpha, config.scaling) == (alpha, scaling)
+    resolved, problems = resolve(RandLoRAConfig(**options), ["a"])
+    assert problems == []
+    assert (resolved["a"].alpha, resolved["a"].scaling) == (alpha, scaling)
 
 
 def predicate(fqn: str, module: nn.Module) -> bool:
@@ -168,6 +188,9 @@ def predicate(fqn: str, module: nn.Module) -> bool:
 GOOD: list[dict[str, Any]] = [
     {"r": 1},
     {"r": 10**9},
+    {"r": {"q": 4, ".*": 2}, "alpha": {".*": -0.5}},
+    {"r": {"(": 4}},  # which may be a name
+    {"r": {"a": 4, ".*": 12}, "basis": "block", "blocks": (4, 2)},
     {"alpha": 0},
     {"alpha": -1.5},
     {"alpha": 1e308},
@@ -202,6 +225,15 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"r": "4"}, "r must be a positive integer, got '4'"),
     ({"r": True}, "r must be a positive integer, got True"),
     ({"r": None}, "r must be a positive integer, got None"),
+    ({"r": {}}, "r must be a number or have at least one pattern, got {}"),
+    ({"r": {"q": 0}}, "r of 'q' must be a positive integer, got 0"),
+    ({"r": {"q": 4, ".*": True}}, "r of '.*' must be a positive integer, got True"),
+    ({"r": {"": 4}}, "the patterns of r must be names or regexes, got ''"),
+    ({"r": {4: 4}}, "the patterns of r must be names or regexes, got 4"),
+    ({"r": {"q": {"k": 4}}}, "r of 'q' must be a positive integer, got {'k': 4}"),
+    ({"alpha": {"q": None}}, "alpha of 'q' must be a finite number, got None"),
+    ({"alpha": {}}, "alpha must be a number or have at least one pattern, got {}"),
+    ({"r": {"a": 4, ".*": 6}, "basis": "block", "blocks": (4, 2)}, "both of blocks=(4, 2) must divide r=6"),
     ({"alpha": float("nan")}, "alpha must be a finite number or None for 20·r, got nan"),
     ({"alpha": float("inf")}, "alpha must be a finite number or None for 20·r, got inf"),
     ({"alpha": 10**400}, "alpha must be a finite number"),
@@ -265,6 +297,10 @@ FROM_DICT: list[tuple[dict[str, Any], str]] = [
     ({"basis": "block", "blocks": "22"}, "blocks must be two positive integers"),
     ({"basis": "block", "blocks": ["2", "2"]}, "blocks must be two positive integers"),
     ({"r": None}, "r must be a positive integer"),
+    ({"r": []}, "r must be a number or have at least one pattern"),
+    ({"r": [["q", 0]]}, "r of 'q' must be a positive integer"),
+    ({"r": [[["q"], 4]]}, "r must be a positive integer"),
+    ({"alpha": ["qk"]}, "alpha must be a finite number"),
 ]
 
 

@@ -56,7 +56,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def oracle(model: nn.Sequential, shape: tuple[int, int]) -> Tensor:
     """Compute the update in float64 on the CPU, from bases that are drawn there."""
-    spec = randlora.adapters(model)[0].spec
+    spec = randlora.adapters(model)[0].specs[0]
     basis = randlora.BasisBank().acquire(spec)
     bases = basis.slices(max(shape), min(shape), device="cpu", dtype=torch.float64)
     lam, gamma = (model.get_parameter(f"0.randlora_{name}.default").detach().cpu() for name in ("lambda", "gamma"))
@@ -173,7 +173,7 @@ def test_a_seed_means_the_same_update_wherever_it_is_drawn(basis: str, stream: s
         ours, expected = (randlora.delta_weight(model, name) for model in (here, there))
         assert ours.device.type == torch.device(DEVICE).type
         assert_close(ours.cpu(), expected, torch.float32)
-    spec = randlora.adapters(here)[0].spec
+    spec = randlora.adapters(here)[0].specs[0]
     drawn, kept = (
         randlora.BasisBank().acquire(spec).slices(20, 12, device=device, dtype=torch.float32)
         for device in (DEVICE, "cpu")

@@ -14,7 +14,7 @@ from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
 from randlora.errors import CheckpointError
 from randlora.files.adapter import OpenAdapter
 from randlora.targets.select import find_targets
-from tests.checkpoint_files import read_fields
+from tests.checkpoint_files import basis_of, read_fields
 from tests.directories import base_directory, our_directory, their_directory
 from tests.model_directories import contents
 from tests.models import BERT, GPT2, LLAMA, RealModel, every_transformers_model
@@ -44,10 +44,9 @@ def test_layers_and_norms_are_those_of_the_model(kind: RealModel, tmp_path: Path
 def test_options_and_bases_are_those_of_the_adapter(options: dict[str, Any], tmp_path: Path) -> None:
     source, model = our_directory(LLAMA, tmp_path, **options)
     summary = randlora.files.inspect(source, norms=False)
-    basis = randlora.state.adapted_root(model)[1].adapter("default").basis
-    assert summary.bases is not None
-    assert (summary.bases.spec, summary.bases.source) == (basis.spec, "seed")
-    assert summary.bases.digest == basis.digest(*basis.extent)
+    basis = basis_of(model)
+    assert (summary.bases[0].spec, summary.bases[0].source) == (basis.spec, "seed")
+    assert summary.bases[0].digest == basis.digest(*basis.extent)
     assert (summary.config.r, summary.config.alpha) == (R, ALPHA)
     assert summary.writer == f"randlora {randlora.__version__}, format 1"
     assert summary.storage == "drawn from the seed"
@@ -79,7 +78,7 @@ def test_a_file_of_peft_says_all_but_the_shapes(copies: str, tmp_path: Path) -> 
     expected = {"per layer": "stored 9 times in the file", "once": "stored once in the file"}
     assert summary.storage == expected.get(copies, "drawn from the seed")
     assert summary.writer == "PEFT 0.21.2"
-    assert (summary.bases is None) == (copies == "none")
+    assert (summary.bases == ()) == (copies == "none")
     assert {(layer.out_features, layer.in_features, layer.frobenius) for layer in summary.layers} == {(None,) * 3}
     assert "give the directory of the base model" in summary.notes[0]
     assert "?" in str(summary)
@@ -94,9 +93,8 @@ def test_with_the_base_a_file_of_peft_says_all(kind: RealModel, save_projection:
     for layer in summary.layers:
         norm = torch.linalg.norm(randlora.delta_weight(model, layer.fqn).detach().double())
         assert layer.frobenius == pytest.approx(float(norm), rel=1e-5)
-    basis = randlora.state.adapted_root(model)[1].adapter("default").basis
-    assert summary.bases is not None
-    assert summary.bases.digest == basis.digest(*basis.extent)
+    basis = basis_of(model)
+    assert summary.bases[0].digest == basis.digest(*basis.extent)
     assert summary.notes == ()
 
 

@@ -129,7 +129,7 @@ def test_no_directory_at_all_is_a_failed_check(tmp_path: Path) -> None:
 
 def test_bases_that_come_out_otherwise_are_a_failed_check(tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
-    reseal(source, basis_digest="0" * 64)
+    reseal(source, digest="0" * 64)
     found = failure(randlora.files.verify(source))
     assert found.name == "bases"
     assert "save it there with bases='stored'" in found.words

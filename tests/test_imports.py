@@ -22,6 +22,7 @@ PACKAGE = ROOT / "randlora"
 
 ROOMS = (
     "errors",
+    "layer_options",
     "config",
     "functional",
     "bases",

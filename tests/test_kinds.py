@@ -60,7 +60,7 @@ def new_kind(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_new_kind_is_an_entry_and_a_name(new_kind: Any, tmp_path: Path) -> None:
     plain = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
     model, x = nn.Sequential(*plain), torch.randn(3, 8)
-    spec = randlora.inject(model, r=4, targets="all-linear", basis=new_kind).spec
+    spec = randlora.inject(model, r=4, targets="all-linear", basis=new_kind).specs[0]
     assert (spec.kind, spec.stream) == ("sine", "portable")
     fill(model)
     adapted = model(x)

@@ -69,7 +69,7 @@ def their_bases(shapes: Shapes, r: int, basis: BasisKind, seed: int) -> tuple[Te
 
 
 def our_bases(shapes: Shapes, r: int, basis: BasisKind, seed: int) -> Bases:
-    spec = randlora.plan(stack(shapes), r, targets="all-linear", basis=basis, seed=seed).spec
+    spec = randlora.plan(stack(shapes), r, targets="all-linear", basis=basis, seed=seed).specs[0]
     held = randlora.BasisBank().acquire(spec)
     return held.slices(spec.max_dim, spec.min_dim, device="cpu", dtype=torch.float32)
 

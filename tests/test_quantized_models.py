@@ -77,7 +77,7 @@ def test_the_presets_choose_the_layers_that_they_choose_of_the_dense_model(kind:
     for targets in (None, "all-linear", kind.targets):
         found, expected = (randlora.plan(each, R, targets=targets) for each in (model, dense))
         assert (found.targets, found.rule, found.skipped) == (expected.targets, expected.rule, expected.skipped)
-        assert (found.rows, found.spec) == (expected.rows, expected.spec)
+        assert (found.rows, found.specs) == (expected.rows, expected.specs)
 
 
 def test_layers_are_known_by_their_type_and_not_by_what_the_model_says_of_itself() -> None:

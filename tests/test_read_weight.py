@@ -64,9 +64,9 @@ def changed(model: nn.Module, base: Reading) -> Reading:
 def test_reading_gives_the_weight_and_the_oracles_update(fqn: str, dtype: torch.dtype) -> None:
     model, base = adapted(dtype)
     owner, layer = owner_of(model, fqn)
-    adapter = layer.adapters["default"]
+    basis = layer.adapters["default"].basis
     lam, gamma = layer.diagonals_of(owner, "default")
-    bases = adapter.basis.slices(max(layer.shape), min(layer.shape), device="cpu", dtype=torch.float64)
+    bases = basis.slices(max(layer.shape), min(layer.shape), device="cpu", dtype=torch.float64)
     out_features, in_features = layer.shape
     update = reference.delta_weight(*bases, lam, gamma, 2.0, in_features=in_features)
     assert update.shape == (out_features, in_features)

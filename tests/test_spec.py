@@ -48,7 +48,7 @@ def test_default_blocks_of_known_ranks(r: int, blocks: tuple[int, int]) -> None:
 def test_expected_rank_of_a_layer_of_768(kind: str, r: int, expected: int) -> None:
     """Measured were 533 and 152 for very_sparse, 702 for sparse at r = 6."""
     config = RandLoRAConfig(r=r, basis=kind)  # type: ignore[arg-type]
-    assert spec_for(config, 768, 768).expected_rank(768, 768) == pytest.approx(expected, abs=1)
+    assert spec_for(config, r, 768, 768).expected_rank(768, 768) == pytest.approx(expected, abs=1)
 
 
 sides = st.integers(2, 110)
@@ -76,12 +76,12 @@ def test_the_parts_of_a_block_update_share_out_its_rows_and_columns(
 )
 def test_expected_rank_of_block_updates(shape: tuple[int, int], r: int, expected: int) -> None:
     """All sides that b divides are full, and all layers of many bases."""
-    assert spec_for(RandLoRAConfig(r=r, basis="block"), *shape).expected_rank(*shape) == expected
+    assert spec_for(RandLoRAConfig(r=r, basis="block"), r, *shape).expected_rank(*shape) == expected
 
 
 @pytest.mark.parametrize("basis", ["dense", "sparse", "very_sparse", "block"])
 def test_stream_defaults_to_the_one_the_kind_has(basis: str) -> None:
-    spec = spec_for(RandLoRAConfig(basis=basis), 8, 8)  # type: ignore[arg-type]
+    spec = spec_for(RandLoRAConfig(basis=basis), 32, 8, 8)  # type: ignore[arg-type]
     assert spec.stream == ("portable" if basis == "block" else "torch")
     assert (spec.blocks is not None) == (basis == "block")
 

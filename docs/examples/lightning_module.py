@@ -60,9 +60,9 @@ class AdapterModule(pl.LightningModule):
     def _trained(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def _bases(self) -> dict[str, Any]:
+    def _bases(self) -> list[dict[str, Any]]:
         (adapter,) = randlora.adapters(self.model)
-        return adapter.spec.to_dict()
+        return [spec.to_dict() for spec in adapter.specs]
 
 
 def adapted(**options: Any) -> AdapterModule:

@@ -151,8 +151,8 @@ def sliced_dims(shapes: Iterable[Shape]) -> tuple[int, int]:
     return max(map(max, matrices)), max(map(min, matrices))
 
 
-def spec_for(config: RandLoRAConfig, max_dim: int, min_dim: int) -> BasisSpec:
-    """Return the spec of the bases of a config for targets of these dims."""
+def spec_for(config: RandLoRAConfig, r: int, max_dim: int, min_dim: int) -> BasisSpec:
+    """Return the spec of the bases of rank r of a config, for targets of these dims."""
     default, *_ = KINDS[config.basis].draws
-    blocks = config.blocks or KINDS[config.basis].default_blocks(config.r)
-    return BasisSpec(config.basis, config.stream or default, config.seed, config.r, max_dim, min_dim, blocks)
+    blocks = config.blocks or KINDS[config.basis].default_blocks(r)
+    return BasisSpec(config.basis, config.stream or default, config.seed, r, max_dim, min_dim, blocks)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from randlora.checkpoint.base_model import repo_of
 from randlora.checkpoint.format import Header
+from randlora.layer_options import described
 from randlora.report import Report, left_out_lines
 
 MARK = "<!-- Written by randlora.save, which writes it anew at each save unless this line is gone. -->"
@@ -45,21 +46,27 @@ def is_ours(path: Path) -> bool:
 
 
 def _figures(report: Report, header: Header) -> dict[str, object]:
-    spec = report.spec
+    spec = report.specs[0]  # all have the same, except for r and blocks
+    blocks = {r: record.spec.blocks for r, record in header.bases.items() if record.spec.blocks}
+    digests = {r: f"`{record.digest}`" for r, record in header.bases.items()}
     kinds = sorted({fqn.rsplit(".", 1)[-1] for fqn in report.targets})
     return {
-        "r": spec.r,
-        "alpha": f"{report.config.effective_alpha:g}",
+        **described(header.options),
         "bases": spec.kind,
-        "blocks": spec.blocks,
+        "blocks": _by_rank(blocks),
         "stream of the bases": spec.stream,
         "seed of the bases": f"{spec.seed}" if header.is_reproducible else "none reproduces them: they are in the file",
-        "SHA-256 of the bases": f"`{header.basis_digest}`",
+        "SHA-256 of the bases": _by_rank(digests),
         "adapted layers": f"{len(report.targets)}, called {_names(kinds)}",
         "trained parameters": f"{report.trainable_parameters:,} of {report.total_parameters:,} ({report.share:.2%})",
         "trained with the adapter": _names(report.train_also),
         "left out": "; ".join(line.removeprefix("left out: ") for line in left_out_lines(report)),
     }
+
+
+def _by_rank(values: Mapping[int, object]) -> str:
+    """Return the only value, or each with its r."""
+    return ", ".join(f"{value} (r={r})" if len(values) > 1 else f"{value}" for r, value in values.items())
 
 
 def _names(names: Iterable[str]) -> str:

@@ -112,12 +112,12 @@ def misfits(file: AdapterFile, shapes: Shapes) -> list[str]:
     """Return which layers have other shapes than those the adapter was trained on, or exceed the stored bases."""
     problems = []
     for fqn, shape in shapes.items():
-        gamma, matrix = file.values[fqn][1], shape[-2:]
+        gamma, matrix, stored = file.values[fqn][1], shape[-2:], file.bases.get(file.options[fqn].r)
         min_dim, saved = gamma.shape[-1], file.header.shapes[fqn] if file.header else shape
         if saved != shape or min_dim != min(matrix) or gamma.shape[:-2] != shape[:-2]:
             theirs = f"out x in = {sizes(saved)}" if file.header else f"a smaller side of {min_dim}"
             problems.append(f"{fqn} is {sizes(shape)} here, the adapter was trained on {theirs}")
-        elif file.bases and (len(file.bases[1]) < max(matrix) or file.bases[0].shape[-1] < min_dim):
+        elif stored and (len(stored[1]) < max(matrix) or stored[0].shape[-1] < min_dim):
             problems.append(f"{fqn} is {sizes(shape)}, larger than the bases in the file")
     return problems
 

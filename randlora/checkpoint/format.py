@@ -10,6 +10,7 @@ import hashlib
 import json
 import operator
 from collections.abc import Container, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -23,6 +24,8 @@ from randlora.config import ADDED_SINCE_FORMAT_1, RandLoRAConfig
 from randlora.disk.replace import Writer
 from randlora.disk.tensor_file import Planned, bytes_of, write_tensor_file
 from randlora.errors import CheckpointError
+from randlora.layer_options import LayerOptions, by_rank
+from randlora.targets.options import listed, options_listed
 from randlora.targets.site import Shapes
 
 CONFIG_FILE = "adapter_config.json"
@@ -43,7 +46,7 @@ METADATA = {"format": "pt"}
 HEADER_KEY = "randlora"
 SEAL_WORD = "basis_sha256"  # a word that every header contains and nothing else does
 FORMAT_VERSIONS = 1, 2
-"""Version 2 is written only for what version 1 has no place for: weights that are stacks of matrices."""
+"""Version 2 is written only for what version 1 has no place for: stacks of matrices, options of single layers."""
 
 
 def trained_key(fqn: str, targets: Container[str]) -> str:
@@ -76,21 +79,59 @@ def adapter_tensors(values: Mapping[str, tuple[Tensor, Tensor]], trained: Mappin
     return tensors
 
 
+def basis_keys(r: int, ranks: AbstractSet[int]) -> tuple[str, str]:
+    """Return the keys of A and B of rank r: those of PEFT, or if there are bases of several ranks, these with r."""
+    suffix = "" if ranks == {r} else f".r{r}"
+    return f"{TOP_BASIS_A}{suffix}", f"{TOP_BASIS_B}{suffix}"
+
+
+@dataclass(frozen=True)
+class BasisRecord:
+    """What a header says of one pair of bases.
+
+    ``digest`` is the `Basis.digest` of the values that the layers of this r use. Unless ``is_reproducible``, the spec
+    does not reproduce the bases, and the file must hold them.
+    """
+
+    spec: BasisSpec
+    digest: str
+    is_reproducible: bool
+
+    @classmethod
+    def of(cls, basis: Basis, shapes: Iterable[Shape]) -> BasisRecord:
+        """Return the record of bases for layers of these shapes."""
+        spec, shapes = basis.spec, list(shapes)
+        if spec.is_prefix_stable:  # then the dims that other adapters of the model made it grow to do not matter
+            max_dim, min_dim = drawn_dims(shapes)
+            spec = replace(spec, max_dim=max_dim, min_dim=min_dim)
+        return cls(spec, basis.digest(*sliced_dims(shapes)), basis.stored is None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-serializable values."""
+        return {
+            "basis": self.spec.to_dict(),
+            SEAL_WORD: self.digest,
+            "is_reproducible": self.is_reproducible,
+        }
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> BasisRecord:
+        """Build a record from the result of `to_dict`."""
+        return cls(BasisSpec.from_dict(facts["basis"]), facts[SEAL_WORD], bool(facts["is_reproducible"]))
+
+
 @dataclass(frozen=True)
 class Header:
     """The facts about an adapter that are not in its tensors.
 
-    ``shapes`` are those of the updates by target, and ``basis_digest`` is the `Basis.digest` of the values
-    that they use. Unless ``is_reproducible``, the spec does not reproduce the bases, and the file must hold them.
-    ``torch_version`` is that of the torch that drew them, and ``transposed`` are the targets that are stored as
-    ``(in_features, out_features)``; ``None`` if the file does not say.
+    ``config`` gives r and alpha of each target by FQN where they differ, ``bases`` are those of each r, and ``shapes``
+    are those of the updates by target. ``torch_version`` is that of the torch that drew the bases, and ``transposed``
+    are the targets that are stored as ``(in_features, out_features)``; ``None`` if the file does not say.
     """
 
     config: RandLoRAConfig
-    spec: BasisSpec
+    bases: dict[int, BasisRecord]
     shapes: Shapes
-    basis_digest: str
-    is_reproducible: bool
     library_version: str
     torch_version: str | None
     transposed: tuple[str, ...] | None
@@ -99,46 +140,58 @@ class Header:
     def of(
         cls,
         config: RandLoRAConfig,
-        basis: Basis,
+        options: Mapping[str, LayerOptions],
+        bases: Mapping[int, Basis],
         shapes: Shapes,
         trained: Iterable[str],
         transposed: tuple[str, ...] | None,
     ) -> Header:
         """Return the header of an adapter, given its layers' shapes and the FQNs of the parameters trained with it."""
         config = replace(config, targets=tuple(shapes), exclude=None, train_also=tuple(trained) or None)
-        spec, is_drawn = basis.spec, basis.stored is None
-        if spec.is_prefix_stable:  # then the dims that other adapters of the model made it grow to do not matter
-            max_dim, min_dim = drawn_dims(shapes.values())
-            spec = replace(spec, max_dim=max_dim, min_dim=min_dim)
-        digest = basis.digest(*sliced_dims(shapes.values()))
+        records = {r: BasisRecord.of(bases[r], own) for r, own in by_rank(shapes, options).items()}
+        is_drawn = any(record.is_reproducible for record in records.values())
         versions = version("randlora"), torch.__version__.split("+")[0] if is_drawn else None
-        return cls(config, spec, dict(shapes), digest, is_drawn, *versions, transposed)
+        return cls(listed(config, options), records, dict(shapes), *versions, transposed)
 
     @property
     def format_version(self) -> int:
-        """The version of the format that has a place for all of it."""
+        """The oldest version of the format that has a place for all of it."""
         has_more = any(getattr(self.config, name) != default for name, default in ADDED_SINCE_FORMAT_1.items())
+        has_more |= any(isinstance(option, Mapping) for option in (self.config.r, self.config.alpha))
         return 1 + (has_more or any(len(shape) == 3 for shape in self.shapes.values()))
 
     @property
-    def rectangle(self) -> tuple[int, int]:
-        """``(max_dim, min_dim)`` of the bases that PEFT would draw for the targets."""
-        return drawn_dims(self.shapes.values())
+    def options(self) -> dict[str, LayerOptions]:
+        """The r and the alpha of each target."""
+        return options_listed(self.config, self.shapes)
+
+    @property
+    def rectangles(self) -> dict[int, tuple[int, int]]:
+        """``(max_dim, min_dim)`` of the bases that PEFT would draw for the targets of each r."""
+        return {r: drawn_dims(own) for r, own in by_rank(self.shapes, self.options).items()}
+
+    @property
+    def is_reproducible(self) -> bool:
+        """Whether the specs reproduce all bases."""
+        return all(record.is_reproducible for record in self.bases.values())
 
 
 def dump_header(header: Header, tensors: Mapping[str, Tensor]) -> str:
     """Return a header as JSON, with the SHA-256 of itself and of every tensor."""
     facts = {
-        "basis": header.spec.to_dict(),
-        "basis_sha256": header.basis_digest,
         "config": header.config.to_dict(),
         "format_version": header.format_version,
-        "is_reproducible": header.is_reproducible,
         "library_version": header.library_version,
         "targets": {fqn: list(shape) for fqn, shape in header.shapes.items()},
         "torch_version": header.torch_version,
         "transposed": header.transposed,
     }
+    if header.format_version == 1:
+        (record,) = header.bases.values()
+        facts |= record.to_dict()
+    else:
+        facts["bases"] = {str(r): record.to_dict() for r, record in header.bases.items()}
+    facts = dict(sorted(facts.items()))
     return json.dumps({**facts, "sha256": _seal(facts, tensors)})
 
 
@@ -153,12 +206,12 @@ def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
                 f"the file has format version {found!r}, this library reads {known}: install one that reads it"
             )
         seal = facts.pop("sha256")
+        config = RandLoRAConfig.from_dict(facts["config"])
+        records = {facts["config"]["r"]: facts} if found == 1 else facts["bases"]
         header = Header(
-            config=RandLoRAConfig.from_dict(facts["config"]),
-            spec=BasisSpec.from_dict(facts["basis"]),
+            config=config,
+            bases={int(r): BasisRecord.from_dict(record) for r, record in records.items()},
             shapes={fqn: _parsed_shape(*shape) for fqn, shape in facts["targets"].items()},
-            basis_digest=facts["basis_sha256"],
-            is_reproducible=bool(facts["is_reproducible"]),
             library_version=str(facts["library_version"]),
             torch_version=facts.get("torch_version"),  # the first files have neither this
             transposed=None if (found := facts.get("transposed")) is None else tuple(found),  # nor this
@@ -169,12 +222,10 @@ def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
         raise CheckpointError(f"the file's header is damaged ({error}): get an undamaged copy") from error
     if seal != _seal(facts, tensors):
         raise CheckpointError("the file's contents do not match its checksum, it was damaged: get an undamaged copy")
-    spec = header.spec
-    used = sliced_dims(header.shapes.values())
-    is_large_enough = spec.is_prefix_stable or all(map(operator.ge, (spec.max_dim, spec.min_dim), used))
-    if spec.family != spec_for(header.config, *used).family or not is_large_enough:
+    if not _is_consistent(header):
+        specs = " and ".join(str(record.spec) for record in header.bases.values())
         raise CheckpointError(
-            f"the file's options, its targets and {spec} contradict each other: randlora.save wrote no such file"
+            f"the file's options, its targets and {specs} contradict each other: randlora.save wrote no such file"
         )
     return header
 
@@ -187,6 +238,22 @@ def _parsed_shape(out_or_matrices: int, *rest: int) -> Shape:
     return shape
 
 
+def _is_consistent(header: Header) -> bool:
+    """Whether each target has its options, and the bases of its r fit those and are large enough."""
+    named = [option.keys() for option in (header.config.r, header.config.alpha) if isinstance(option, Mapping)]
+    if any(fqns != header.shapes.keys() for fqns in named):
+        return False
+    shapes = by_rank(header.shapes, header.options)
+    if shapes.keys() != header.bases.keys():
+        return False
+    for r, own in shapes.items():
+        spec, used = header.bases[r].spec, sliced_dims(own)
+        is_large_enough = spec.is_prefix_stable or all(map(operator.ge, (spec.max_dim, spec.min_dim), used))
+        if spec.family != spec_for(header.config, r, *used).family or not is_large_enough:
+            return False
+    return True
+
+
 def _seal(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
@@ -195,17 +262,21 @@ def _seal(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def stored_bases(basis: Basis, header: Header) -> dict[str, Tensor]:
+def stored_bases(bases: Mapping[int, Basis], header: Header) -> dict[str, Tensor]:
     """Return dense bases, by key, of the dims that PEFT expects, or smaller if they were drawn for less."""
-    drawn = basis if basis.stored else Basis(basis.spec)  # the model's own must not grow
-    written = drawn.slices(*stored_dims(basis, header), device="cpu", dtype=torch.float32)
-    return {TOP_BASIS_A: written.A.contiguous(), TOP_BASIS_B: written.B.contiguous()}
+    tensors: dict[str, Tensor] = {}
+    for r, rectangle in header.rectangles.items():
+        drawn = bases[r] if bases[r].stored else Basis(bases[r].spec)  # the model's own must not grow
+        written = drawn.slices(*stored_dims(bases[r], rectangle), device="cpu", dtype=torch.float32)
+        key_A, key_B = basis_keys(r, header.bases.keys())
+        tensors |= {key_A: written.A.contiguous(), key_B: written.B.contiguous()}
+    return tensors
 
 
-def stored_dims(basis: Basis, header: Header) -> tuple[int, int]:
-    """Return the ``(max_dim, min_dim)`` that `stored_bases` stores."""
-    spec, (max_dim, min_dim) = basis.spec, header.rectangle
-    return header.rectangle if spec.is_prefix_stable else (min(spec.max_dim, max_dim), min(spec.min_dim, min_dim))
+def stored_dims(basis: Basis, rectangle: tuple[int, int]) -> tuple[int, int]:
+    """Return the ``(max_dim, min_dim)`` that `stored_bases` stores of bases for which PEFT would draw ``rectangle``."""
+    spec, (max_dim, min_dim) = basis.spec, rectangle
+    return rectangle if spec.is_prefix_stable else (min(spec.max_dim, max_dim), min(spec.min_dim, min_dim))
 
 
 def file_writers(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora.checkpoint.base_model import mismatch
-from randlora.checkpoint.bases import file_basis
+from randlora.checkpoint.bases import file_bases
 from randlora.checkpoint.fit import fit_sites, layer_names, with_prefix, without_repeats
 from randlora.checkpoint.format import master
 from randlora.checkpoint.peft_config import BASE_FIELD, NEUTRAL_FIELDS, kept_fields
@@ -72,13 +72,14 @@ def load(
         sites = fit_sites(census, file)
         file = without_repeats(census, file)
         shapes = shapes_of(sites, file.config)
-        basis = file_basis(file, shapes, state.bank)
+        bases = file_bases(file, shapes, state.bank)
     except CheckpointError as error:
         raise CheckpointError(f"cannot load {str(source)!r}: {error}") from error
     doubts = _doubts(model, file)
     rule = f"the names in {source}" + (f" at {revision}" if revision else "")
     rule += f", {file.renaming}" if file.renaming else ""
-    adapter = Adapter(name, file.config, basis, tuple(shapes), rule, peft_fields=kept_fields(file.fields))
+    options = {fqn: file.options[fqn] for fqn in shapes}
+    adapter = Adapter(name, file.config, bases, options, rule, peft_fields=kept_fields(file.fields))
     unknown = sorted(set(adapter.peft_fields) - set(NEUTRAL_FIELDS))
     foreign = [f"fields kept but not understood: {', '.join(unknown)}"] if unknown else []
     replaced = replacements(census, state, file.trained)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from randlora.bases.spec import KINDS
 from randlora.checkpoint.base_model import base_model_name
 from randlora.config import BasisKind, RandLoRAConfig, Stream
 from randlora.errors import CheckpointError, ConfigError
+from randlora.layer_options import LayerOptions, described
 from randlora.layers.in_place import plain_class
 from randlora.state import Adapter
 from randlora.targets.match import has_suffix
@@ -21,7 +23,13 @@ PEFT_VERSION = "0.21.2"  # whose fields these are
 BASE_FIELD = "base_model_name_or_path"
 
 STREAM_FIELD = "randlora_stream"
-"""Our only field, written if PEFT would draw other bases from the seed: it warns of fields that it does not know."""
+"""A field of ours, written if PEFT would draw other bases from the seed: it warns of fields that it does not know."""
+
+RANK_FIELD, ALPHA_FIELD = "rank_pattern", "alpha_pattern"
+"""Fields that PEFT has for LoRA and not for RandLoRA: r or alpha by regex, where layers differ in it."""
+
+UNREAD_FIELDS = (STREAM_FIELD, RANK_FIELD, ALPHA_FIELD)
+"""Fields that say why PEFT cannot compute what we do. We read the same from our header."""
 
 NEUTRAL_FIELDS: dict[str, Any] = {
     "auto_mapping": None,
@@ -47,7 +55,7 @@ OWN_FIELDS = frozenset({
     "projection_prng_key",
     "r",
     "randlora_alpha",
-    STREAM_FIELD,
+    *UNREAD_FIELDS,
     "randlora_dropout",
     "save_projection",
     "sparse",
@@ -60,6 +68,7 @@ OWN_FIELDS = frozenset({
 def to_peft_fields(census: Census, adapter: Adapter, *, stored: bool) -> dict[str, Any]:
     """Return the fields of an adapter as PEFT would write them; ``stored`` means that the file holds the bases."""
     kinds = {plain_class(visit.module).__name__ for visit in census.visits if visit.fqn in set(adapter.targets)}
+    (stream,) = {basis.spec.stream for basis in adapter.bases.values()}
     fields = {
         **NEUTRAL_FIELDS,
         **adapter.peft_fields,
@@ -68,27 +77,60 @@ def to_peft_fields(census: Census, adapter: Adapter, *, stored: bool) -> dict[st
         "inference_mode": True,
         "modules_to_save": whole_modules(census, adapter.trained) or None,
         "target_modules": target_modules(census, adapter.targets),
-        **option_fields(adapter.config, adapter.basis.spec.stream, stored=stored),
+        **option_fields(adapter.config, adapter.options, stream, stored=stored),
     }
     return dict(sorted(fields.items()))
 
 
-def option_fields(config: RandLoRAConfig, stream: Stream, *, stored: bool) -> dict[str, Any]:
+def option_fields(
+    config: RandLoRAConfig, options: Mapping[str, LayerOptions], stream: Stream, *, stored: bool
+) -> dict[str, Any]:
     """Return the fields that do not depend on a model; ``stored`` means that the file holds the bases."""
-    alpha = config.effective_alpha
+    r, alpha = most_common(options)
     sparse, very_sparse = KINDS[config.basis].peft_flags or (False, False)
     fields: dict[str, Any] = {
         "peft_type": PEFT_TYPE,
         "peft_version": PEFT_VERSION,
         "projection_prng_key": config.seed,
-        "r": config.r,
-        "randlora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "r": r,
+        "randlora_alpha": _plain(alpha),
         "randlora_dropout": config.dropout,
         "save_projection": stored,
         "sparse": sparse,
         "very_sparse": very_sparse,
     }
+    fields |= pattern_fields(options)
     return fields if stored or stream == "torch" else {**fields, STREAM_FIELD: stream}
+
+
+def pattern_fields(options: Mapping[str, LayerOptions]) -> dict[str, Any]:
+    """Return the r and the alpha of each layer as PEFT writes them for LoRA; neither if all layers have the same."""
+    # PEFT matches each regex with the ends of names too: the longest comes first
+    ordered = sorted(options.items(), key=lambda item: (-len(item[0]), item[0]))
+    ranks = {re.escape(fqn): own.r for fqn, own in ordered}
+    alphas = {re.escape(fqn): _plain(own.alpha) for fqn, own in ordered}
+    return {
+        name: by_fqn for name, by_fqn in ((RANK_FIELD, ranks), (ALPHA_FIELD, alphas)) if len({*by_fqn.values()}) > 1
+    }
+
+
+def peft_obstacle(options: Mapping[str, LayerOptions]) -> str | None:
+    """Return why PEFT has no place for the options of the layers, or ``None`` if it has."""
+    if not pattern_fields(options):
+        return None
+    own = " and ".join(f"{name} = {values}" for name, values in described(options).items())
+    return f"PEFT has one r and one alpha for all layers and cannot use this adapter, which has {own}"
+
+
+def most_common(options: Mapping[str, LayerOptions]) -> LayerOptions:
+    """Return the r and the alpha of most layers, those of the first layers where there are equally many."""
+    (r, _), (alpha, _) = (Counter(values).most_common(1)[0] for values in zip(*options.values(), strict=True))
+    return LayerOptions(r, alpha)
+
+
+def _plain(alpha: float) -> float:
+    """Return an alpha as PEFT writes it, an integer if it is one."""
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def from_peft_fields(fields: Mapping[str, Any], targets: Iterable[str], trained: Iterable[str]) -> RandLoRAConfig:

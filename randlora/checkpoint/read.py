@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -27,15 +29,29 @@ from randlora.checkpoint.format import (
     TOP_BASIS_A,
     TOP_BASIS_B,
     Header,
+    basis_keys,
     parse_header,
     trained_fqn,
     trained_key,
 )
-from randlora.checkpoint.peft_config import CLASS_FIELDS, PEFT_TYPE, STREAM_FIELD, from_peft_fields, peft_kind
+from randlora.checkpoint.peft_config import (
+    CLASS_FIELDS,
+    PEFT_TYPE,
+    UNREAD_FIELDS,
+    from_peft_fields,
+    most_common,
+    pattern_fields,
+    peft_kind,
+)
 from randlora.config import RandLoRAConfig
 from randlora.disk.hub import download, is_repo_id
 from randlora.disk.tensor_file import Shard, is_equal, open_shard, read_tensor
 from randlora.errors import CheckpointError, raise_collected
+from randlora.layer_options import LayerOptions
+from randlora.targets.options import listed, options_listed
+
+COPY = re.compile(rf"\.{BASIS_B}(\.r\d+)?$")
+"""The end of the key of a copy of B."""
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -44,10 +60,10 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class AdapterFile:
     """The contents of an adapter's files, checked as far as is possible without a model.
 
-    ``header`` is ``None`` for a file that PEFT wrote. ``values`` are Λ, ``(r, num_bases)``, and Γ,
-    ``(num_bases, min_dim)``, by target, and ``trained`` other parameters by FQN. ``bases`` are A, ``(r, 1, min_dim)``,
-    and B, ``(max_dim, num_bases, r)``, which the file holds ``basis_copies`` times. ``renaming`` is how names differ
-    from those in the file.
+    ``config`` gives r and alpha of each target by FQN where they differ. ``header`` is ``None`` for a file that PEFT
+    wrote. ``values`` are Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, by target, and ``trained`` other
+    parameters by FQN. ``bases`` are A, ``(r, 1, min_dim)``, and B, ``(max_dim, num_bases, r)``, by r, which the file
+    holds ``basis_copies`` times. ``renaming`` is how names differ from those in the file.
     """
 
     fields: dict[str, Any]
@@ -55,14 +71,20 @@ class AdapterFile:
     header: Header | None
     values: dict[str, tuple[Tensor, Tensor]]
     trained: dict[str, Tensor] = field(default_factory=dict)
-    bases: tuple[Tensor, Tensor] | None = None
+    bases: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     basis_copies: int = 0
     renaming: str = ""
+
+    @cached_property
+    def options(self) -> dict[str, LayerOptions]:
+        """The r and the alpha of each target."""
+        return options_listed(self.config, self.values)
 
     def renamed(self, rename: Callable[[str], str], how: str) -> AdapterFile:
         """Return the adapter with other FQNs, and without the fields that say which class it was trained on."""
         targets = tuple(map(rename, self.header.shapes if self.header else self.values))
         config = replace(self.config, targets=targets, train_also=tuple(map(rename, self.trained)) or None)
+        config = listed(config, {rename(fqn): options for fqn, options in self.options.items()})
         header = self.header and replace(
             self.header,
             config=config,
@@ -103,21 +125,25 @@ def read_adapter(directory: Path) -> AdapterFile:
         text = _header_text(shard)
         tensors = _read_tensors(shard, raw)
     header = None if text is None else parse_header(text, tensors)
-    if header is None and fields.get(STREAM_FIELD) is not None:
-        raise CheckpointError(f"the tensors have lost the header that goes with {STREAM_FIELD}: get an undamaged copy")
-    bases = _take_bases(tensors)
+    if header is None and (lost := [name for name in UNREAD_FIELDS if fields.get(name) not in (None, {})]):
+        raise CheckpointError(f"the tensors have lost the header that goes with {lost[0]}: get an undamaged copy")
+    keys = [basis_keys(r, header.bases.keys()) for r in header.bases] if header else [(TOP_BASIS_A, TOP_BASIS_B)]
+    pairs = [_take_bases(tensors, *names) for names in keys]
     values = _take_values(tensors)
     trained = _trained(tensors, values, header)
     config = header.config if header else from_peft_fields(fields, values, trained)
+    ranks = header.bases if header else [fields["r"]]
+    bases = {r: pair for r, pair in zip(ranks, pairs, strict=True) if pair is not None}
     problems = [
         *_disagreements(fields, header),
         *_damage(values, trained, bases),
-        *_shape_problems(config.r, values, bases),
     ]
     if header and set(header.shapes) != set(values):
         problems.append("the header names other targets than the tensors")
+    else:
+        problems += _shape_problems(options_listed(config, values), values, bases)
     raise_collected(CheckpointError, problems, doing=f"read {str(directory)!r}")
-    copies = sum(entry.name.endswith(BASIS_B) for entry in shard.entries)
+    copies = sum(bool(COPY.search(entry.name)) for entry in shard.entries) // max(1, len(bases))
     return AdapterFile(fields, config, header, values, trained, bases, copies)
 
 
@@ -170,8 +196,8 @@ def _read_tensors(shard: Shard, raw: FileIO) -> dict[str, Tensor]:
     return tensors
 
 
-def _take_bases(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-    basis_A, basis_B = tensors.pop(TOP_BASIS_A, None), tensors.pop(TOP_BASIS_B, None)
+def _take_bases(tensors: dict[str, Tensor], key_A: str, key_B: str) -> tuple[Tensor, Tensor] | None:
+    basis_A, basis_B = tensors.pop(key_A, None), tensors.pop(key_B, None)
     if basis_A is None and basis_B is None:
         return None
     if basis_A is None or basis_B is None:
@@ -211,10 +237,11 @@ def _disagreements(fields: Mapping[str, Any], header: Header | None) -> list[str
     """Return where the two files contradict each other because they come from different saves."""
     if header is None:
         return []
-    config = header.config
+    config, common = header.config, most_common(header.options)
     pairs: dict[str, tuple[object, object]] = {
-        "r": (fields.get("r"), config.r),
-        "randlora_alpha": (fields.get("randlora_alpha"), config.effective_alpha),
+        "r": (fields.get("r"), common.r),
+        "randlora_alpha": (fields.get("randlora_alpha"), common.alpha),
+        **{name: (fields.get(name), pattern) for name, pattern in pattern_fields(header.options).items()},
         "randlora_dropout": (fields.get("randlora_dropout"), config.dropout),
         "projection_prng_key": (fields.get("projection_prng_key"), config.seed),
     }
@@ -228,14 +255,18 @@ def _disagreements(fields: Mapping[str, Any], header: Header | None) -> list[str
 
 
 def _damage(
-    values: Mapping[str, tuple[Tensor, Tensor]], trained: Mapping[str, Tensor], bases: tuple[Tensor, Tensor] | None
+    values: Mapping[str, tuple[Tensor, Tensor]],
+    trained: Mapping[str, Tensor],
+    bases: Mapping[int, tuple[Tensor, Tensor]],
 ) -> list[str]:
     named = {
         f"{fqn}{suffix}": part
         for fqn, pair in values.items()
         for suffix, part in zip((LAMBDA_SUFFIX, GAMMA_SUFFIX), pair, strict=True)
     }
-    named |= {**trained} | ({} if bases is None else dict(zip((BASIS_A, BASIS_B), bases, strict=True)))
+    named |= trained
+    for r, pair in bases.items():
+        named |= zip(basis_keys(r, bases.keys()), pair, strict=True)
     problems = []
     for name, tensor in named.items():
         if tensor.dtype not in FLOATING:
@@ -246,10 +277,13 @@ def _damage(
 
 
 def _shape_problems(
-    r: int, values: Mapping[str, tuple[Tensor, Tensor]], bases: tuple[Tensor, Tensor] | None
+    options: Mapping[str, LayerOptions],
+    values: Mapping[str, tuple[Tensor, Tensor]],
+    bases: Mapping[int, tuple[Tensor, Tensor]],
 ) -> list[str]:
     problems = []
     for fqn, (lam, gamma) in values.items():
+        r = options[fqn].r
         if (
             lam.ndim not in (2, 3)  # 3 for a stack of matrices
             or gamma.ndim != lam.ndim
@@ -260,8 +294,8 @@ def _shape_problems(
                 f"{fqn} has randlora_lambda {tuple(lam.shape)} and randlora_gamma {tuple(gamma.shape)}: "
                 f"expected ({r}, num_bases) and (num_bases, min_dim) with num_bases = ceil(min_dim / {r})"
             )
-    if bases is not None:
-        shape_A, shape_B = tuple(bases[0].shape), tuple(bases[1].shape)
+    for r, (basis_A, basis_B) in bases.items():
+        shape_A, shape_B = tuple(basis_A.shape), tuple(basis_B.shape)
         min_dim = shape_A[-1] if shape_A else 0
         if shape_A != (r, 1, min_dim) or len(shape_B) != 3 or shape_B[1:] != (count_bases(min_dim, r), r):
             problems.append(f"the bases have shapes {shape_A} and {shape_B}, which do not fit r={r}")

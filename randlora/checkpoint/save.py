@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,7 @@ from randlora.checkpoint.format import (
     stored_bases,
     stored_dims,
 )
-from randlora.checkpoint.peft_config import BASE_FIELD, to_peft_fields
+from randlora.checkpoint.peft_config import BASE_FIELD, peft_obstacle, to_peft_fields
 from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.disk.replace import write_files
 from randlora.errors import CheckpointError, raise_collected
@@ -105,12 +105,14 @@ def save(
         problems.append("it is a file or a broken link: expected the name of a directory")
     raise_collected(CheckpointError, problems, doing=f"save to {str(directory)!r}")
     shapes = shapes_of(sites, adapter.config)
+    # a module used in several places may have another name now, if one of them is gone or new
+    adapter = replace(adapter, options={site.fqn: site.layer.adapters[adapter.name].options for site in sites})
     transposed = tuple(site.fqn for site in sites if issubclass(site.layer_class, Conv1DAdapter))
-    header = Header.of(adapter.config, adapter.basis, shapes, adapter.trained, transposed)
+    header = Header.of(adapter.config, adapter.options, adapter.bases, shapes, adapter.trained, transposed)
     notes = _peft_notes(adapter, header, bases)
     tensors = adapter_tensors(diagonals, adapter.trained)
     if bases == "stored":
-        tensors |= stored_bases(adapter.basis, header)
+        tensors |= stored_bases(adapter.bases, header)
     fields = to_peft_fields(census, adapter, stored=bases == "stored")
     writers = file_writers(fields, tensors, header)
     if is_ours(directory / CARD_FILE) or not os.path.lexists(directory / CARD_FILE):
@@ -132,7 +134,7 @@ def _problems(adapter: Adapter, diagonals: Mapping[str, tuple[nn.Parameter, nn.P
     problems = []
     if bases not in ("seed", "stored"):
         problems.append(f"bases must be 'seed' or 'stored', got {bases!r}")
-    if bases == "seed" and adapter.basis.stored is not None:
+    if bases == "seed" and any(basis.stored is not None for basis in adapter.bases.values()):
         problems.append("its bases came from a file and no seed reproduces them: save with bases='stored'")
     without = [fqn for fqn, (lam, _) in diagonals.items() if lam.is_meta]
     without += [fqn for fqn, parameter in adapter.trained.items() if parameter.is_meta]
@@ -144,13 +146,16 @@ def _problems(adapter: Adapter, diagonals: Mapping[str, tuple[nn.Parameter, nn.P
 
 def _peft_notes(adapter: Adapter, header: Header, bases: str) -> list[str]:
     """Return what PEFT 0.21.2 would not load, or would load wrongly."""
+    if (reason := peft_obstacle(header.options)) is not None:
+        return [reason]
     notes = []
-    spec = adapter.basis.spec
+    ((basis, rectangle),) = ((adapter.bases[r], rectangle) for r, rectangle in header.rectangles.items())
+    spec = basis.spec
     if bases == "seed" and spec.stream != "torch":
         notes.append(f"PEFT cannot draw stream={spec.stream!r}: save with bases='stored' to load there")
-    elif bases == "seed" and (spec.max_dim, spec.min_dim) != header.rectangle:
+    elif bases == "seed" and (spec.max_dim, spec.min_dim) != rectangle:
         notes.append("the bases were drawn for other layers too, so PEFT would draw others: save with bases='stored'")
-    if stored_dims(adapter.basis, header) != header.rectangle:
+    if stored_dims(basis, rectangle) != rectangle:
         notes.append(
             "the bases were drawn for other layers and are too narrow for PEFT, which cannot load this adapter"
         )

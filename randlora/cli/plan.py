@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from typer import Argument, Option
@@ -16,15 +17,26 @@ from randlora.files.plan import plan_checkpoint, training_memory
 from randlora.report import as_bytes
 from randlora.targets.left_out import DOUBT
 
+_Number = TypeVar("_Number", int, float)
+
 Model = Annotated[Path, Argument(help="Directory with `model.safetensors`, or with shards and their index.")]
-Rank = Annotated[int, Option(help="Rank of one random basis; a smaller one trains more parameters.")]
+Rank = Annotated[
+    list[str] | None,
+    Option(
+        help="Rank of one random basis; a smaller one trains more parameters. `PATTERN=RANK` is for the layers of a "
+        "name or regex, and may be repeated: the first that matches applies.  [default: 32]"
+    ),
+]
 Targets = Annotated[
     list[str] | None, Option(help="A name of layers, weights or modules; or `all-linear`, or `all`. May be repeated.")
 ]
 Regex = Annotated[str | None, Option(help="A regex that matches whole names, in place of `--targets`.")]
 Exclude = Annotated[list[str] | None, Option(help="A layer, or a module with the layers in it, to leave out.")]
 TrainAlso = Annotated[list[str] | None, Option(help="A module or parameter to train with the adapter.")]
-Alpha = Annotated[float | None, Option(help="The update is scaled by alpha / r; 20 r unless given.")]
+Alpha = Annotated[
+    list[str] | None,
+    Option(help="The update is scaled by alpha / r; 20 r unless given. Or `PATTERN=ALPHA`, as for `--r`."),
+]
 Basis = Annotated[config.BasisKind, Option(help="Kind of random bases.")]
 Stream = Annotated[config.Stream | None, Option(help="The stream of random numbers.")]
 Blocks = Annotated[tuple[int, int] | None, Option(help="Blocks of A and of B, for `--basis block`.")]
@@ -33,7 +45,7 @@ Seed = Annotated[int, Option(help="Seed of the bases.")]
 
 def plan(
     model_dir: Model,
-    r: Rank = 32,
+    r: Rank = None,
     targets: Targets = None,
     targets_regex: Regex = None,
     exclude: Exclude = None,
@@ -58,19 +70,22 @@ def plan(
     `randlora plan Llama-3-8B --r 16 --targets q_proj --targets v_proj`
 
     `randlora plan gpt2 --targets all-linear --basis block --json`
+
+    `randlora plan gpt2 --r c_attn=16 --r ".*=32"`
     """
     if targets and targets_regex is not None:
         raise typer.BadParameter("give --targets or --targets-regex, not both")
+    ranks, alphas = _by_pattern("--r", r, int), _by_pattern("--alpha", alpha, float)
     base = open_base(model_dir)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", DOUBT, UserWarning)  # the report says it
         report = plan_checkpoint(
             base,
-            r,
+            ranks,
             targets=targets_regex or (targets[0] if targets in (["all-linear"], ["all"]) else targets or None),
             exclude=exclude or None,
             train_also=train_also or None,
-            alpha=alpha,
+            alpha=alphas,
             basis=basis,
             stream=stream,
             blocks=blocks,
@@ -91,3 +106,19 @@ def plan(
         "together": memory.total,
     }
     show_table((), [(name, as_bytes(size)) for name, size in sizes.items()])
+
+
+def _by_pattern(
+    option: str, given: Sequence[str] | None, number: Callable[[str], _Number]
+) -> _Number | dict[str, _Number] | None:
+    """Return the number given, or a dict of those given as ``PATTERN=NUMBER``, or ``None`` if none was given."""
+    split = [text.rpartition("=") for text in given or ()]
+    if len(split) > 1 and any(not separator for _, separator, _ in split):
+        raise typer.BadParameter(f"{option} is given several times: expected PATTERN=NUMBER each time")
+    if len({pattern for pattern, _, _ in split}) < len(split):
+        raise typer.BadParameter(f"{option} is given twice for one pattern")
+    try:
+        numbers = {pattern: number(text) for pattern, _, text in split}
+    except ValueError as error:
+        raise typer.BadParameter(f"{option} must be a number or PATTERN=NUMBER: {error}") from error
+    return numbers[""] if any(not separator for _, separator, _ in split) else numbers or None

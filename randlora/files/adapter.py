@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +13,14 @@ from torch import Tensor
 from randlora.bases.bank import BasisBank
 from randlora.bases.basis import Basis
 from randlora.bases.spec import sliced_dims
-from randlora.checkpoint.bases import file_basis
+from randlora.checkpoint.bases import bases_of_rank, file_bases
 from randlora.checkpoint.fit import misfits
 from randlora.checkpoint.format import master
 from randlora.checkpoint.peft_config import BASE_FIELD
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.errors import CheckpointError, raise_collected
 from randlora.files.base_fit import Base, BaseFit, fit_base, open_base, shapes_in
+from randlora.layer_options import by_rank
 from randlora.layers.conv1d import Conv1DAdapter
 from randlora.layers.update import Update, sum_updates
 from randlora.targets.site import Shapes, sizes
@@ -29,20 +31,20 @@ class OpenAdapter:
     """An adapter's files, checked, with its bases.
 
     ``shapes``, ``(out_features, in_features)`` by target, are ``None`` if not known, because PEFT does not store them.
-    Then ``basis`` is ``None`` too unless the file holds the bases. ``transposed`` is as in the file's header.
+    ``bases`` are by r; there are none if only the shapes would tell which. ``transposed`` is as in the file's header.
     """
 
     directory: Path
     file: AdapterFile
     shapes: Shapes | None
-    basis: Basis | None
+    bases: dict[int, Basis]
     transposed: tuple[str, ...] | None = None
 
     def update(self, fqn: str, factor: float = 1.0) -> Update:
         """Return the update of one layer, times a factor, as factors."""
-        shapes, basis = self.require_shapes()
+        shapes, options = self.require_shapes(), self.file.options[fqn]
         lam, gamma = (master(part, "cpu") for part in self.file.values[fqn])
-        return Update(basis, lam, gamma, self.file.config.scaling * factor, shapes[fqn])
+        return Update(self.bases[options.r], lam, gamma, options.scaling * factor, shapes[fqn])
 
     @torch.no_grad()
     def delta_weight(self, fqn: str) -> Tensor:
@@ -56,15 +58,15 @@ class OpenAdapter:
             raise CheckpointError(f"the update of {fqn} is too large for {delta.dtype}: its Λ and Γ are damaged")
         return delta
 
-    def require_shapes(self) -> tuple[Shapes, Basis]:
-        """Return the shapes and the bases, or raise a `CheckpointError` if they are not known."""
-        if self.shapes is None or self.basis is None:
+    def require_shapes(self) -> Shapes:
+        """Return the shapes, or raise a `CheckpointError` if they are not known."""
+        if self.shapes is None:
             named = self.file.fields.get(BASE_FIELD)
             raise CheckpointError(
                 f"{str(self.directory)!r} was written by PEFT, which stores only the smaller dim of each layer: "
                 f"give the directory of its base model too{f', {named!r}' if named else ''}"
             )
-        return self.shapes, self.basis
+        return self.shapes
 
 
 def open_adapter(directory: Path, base: str | os.PathLike[str] | None = None, prefix: str | None = None) -> OpenAdapter:
@@ -73,22 +75,23 @@ def open_adapter(directory: Path, base: str | os.PathLike[str] | None = None, pr
     if base is None:
         shapes = known_shapes(file)
         transposed = None if file.header is None else file.header.transposed
-        return OpenAdapter(directory, file, shapes, adapter_basis(file, shapes), transposed)
+        return OpenAdapter(directory, file, shapes, adapter_bases(file, shapes), transposed)
     slots = fit_base(open_base(base), file, prefix).slots_of(file)
     layout = Conv1DAdapter.in_storage_layout
     transposed = tuple(fqn for fqn, slot in slots.items() if slot.layer_class.in_storage_layout is layout)
     shapes = shapes_in(slots)
-    return OpenAdapter(directory, file, shapes, adapter_basis(file, shapes), transposed)
+    return OpenAdapter(directory, file, shapes, adapter_bases(file, shapes), transposed)
 
 
 def open_fitted(directory: Path, base: Base, prefix: str | None, bank: BasisBank) -> tuple[OpenAdapter, BaseFit]:
     """Read an adapter, fit it to a base model, and add its bases to the bank, unless it has them already."""
     fit = fit_base(base, read_adapter(directory), prefix)
     shapes = shapes_in(fit.slots)
-    basis = file_basis(fit.file, shapes, bank)
-    basis.extend(*sliced_dims(shapes.values()))
-    bank.add(basis)
-    return OpenAdapter(directory, fit.file, shapes, basis), fit
+    bases = file_bases(fit.file, shapes, bank)
+    for r, own in by_rank(shapes, fit.file.options).items():
+        bases[r].extend(*sliced_dims(own))
+        bank.add(bases[r])
+    return OpenAdapter(directory, fit.file, shapes, bases), fit
 
 
 def known_shapes(file: AdapterFile) -> Shapes | None:
@@ -105,10 +108,16 @@ def known_shapes(file: AdapterFile) -> Shapes | None:
     return shapes
 
 
-def adapter_basis(file: AdapterFile, shapes: Shapes | None) -> Basis | None:
-    """Draw the bases and check them, or take those in the file; return ``None`` if neither is possible."""
-    if shapes is None:
-        if file.bases is None:
-            return None
-        shapes = {"": (len(file.bases[1]), file.bases[0].shape[-1])}  # as if one layer used all of them
-    return file_basis(file, shapes, BasisBank())
+def adapter_bases(file: AdapterFile, shapes: Shapes | None) -> dict[int, Basis]:
+    """Draw the bases and check them, or take those in the file; return none if neither is possible."""
+    if shapes is not None:
+        return file_bases(file, shapes, BasisBank())
+    whole = {r: (len(basis_B), basis_A.shape[-1]) for r, (basis_A, basis_B) in file.bases.items()}
+    return {r: bases_of_rank(file, r, [shape], BasisBank()) for r, shape in whole.items()}  # as if one layer used all
+
+
+def digests(file: AdapterFile, shapes: Shapes | None, bases: Mapping[int, Basis]) -> Iterator[tuple[Basis, str]]:
+    """Yield an adapter's bases, each with the SHA-256 of the values that its layers use."""
+    own = None if shapes is None else by_rank(shapes, file.options)
+    for r, basis in bases.items():
+        yield basis, basis.digest(*(basis.extent if own is None else sliced_dims(own[r])))

@@ -13,15 +13,14 @@ from torch import Tensor
 
 from randlora.bases.spec import count_bases
 from randlora.checkpoint.format import (
-    TOP_BASIS_A,
-    TOP_BASIS_B,
     Header,
     adapter_tensors,
+    basis_keys,
     file_writers,
     planned_writers,
     stored_bases,
 )
-from randlora.checkpoint.peft_config import STREAM_FIELD, option_fields
+from randlora.checkpoint.peft_config import UNREAD_FIELDS, option_fields, peft_obstacle
 from randlora.config import is_integer
 from randlora.disk.replace import scratch_directory, write_files
 from randlora.errors import CheckpointError, ConfigError, raise_collected
@@ -157,32 +156,40 @@ def _contents(
     file = adapter.file
     tensors = adapter_tensors(file.values, file.trained)
     if to == "peft" and adapter.shapes is None:
-        stored = {} if file.bases is None else dict(zip((TOP_BASIS_A, TOP_BASIS_B), file.bases, strict=True))
-        return dict(file.fields), tensors | stored, None, ()
-    shapes, basis = adapter.require_shapes()
-    header = Header.of(file.config, basis, shapes, file.trained, adapter.transposed)
-    spec = basis.spec
-    is_peft_draw = spec.stream == "torch" and (spec.max_dim, spec.min_dim) == header.rectangle
-    is_stored = basis.stored is not None or (to == "peft" and not is_peft_draw)
+        for r, pair in file.bases.items():
+            tensors |= zip(basis_keys(r, file.bases.keys()), pair, strict=True)
+        return dict(file.fields), tensors, None, ()
+    shapes = adapter.require_shapes()
+    if to == "peft" and (reason := peft_obstacle(file.options)) is not None:
+        raise CheckpointError(f"cannot convert to 'peft': {reason}; a 'lora' has a rank for each layer")
+    header = Header.of(file.config, file.options, adapter.bases, shapes, file.trained, adapter.transposed)
+    specs = {r: basis.spec for r, basis in adapter.bases.items()}
+    is_peft_draw = all(
+        spec.stream == "torch" and (spec.max_dim, spec.min_dim) == header.rectangles[r] for r, spec in specs.items()
+    )
+    is_stored = not header.is_reproducible or (to == "peft" and not is_peft_draw)
     notes: tuple[str, ...] = ()
     if is_stored:
-        stored = stored_bases(basis, header)
+        stored = stored_bases(adapter.bases, header)
         tensors |= _filled_up(stored, header) if to == "peft" else stored
         reason = "PEFT would draw others from the seed" if to == "peft" else "no seed reproduces them"
         notes = (f"the bases are in the file: {reason}",)
-    kept = {name: value for name, value in file.fields.items() if name != STREAM_FIELD}
-    own = option_fields(file.config, spec.stream, stored=is_stored)
+    kept = {name: value for name, value in file.fields.items() if name not in UNREAD_FIELDS}
+    (stream,) = {spec.stream for spec in specs.values()}
+    own = option_fields(file.config, file.options, stream, stored=is_stored)
     return dict(sorted({**kept, **own}.items())), tensors, header, notes
 
 
 def _filled_up(stored: Mapping[str, Tensor], header: Header) -> dict[str, Tensor]:
     """Return bases padded to the dims that PEFT expects with zeros, which no layer uses."""
-    max_dim, min_dim = header.rectangle
-    basis_A, basis_B = stored[TOP_BASIS_A], stored[TOP_BASIS_B]
-    num_bases = count_bases(min_dim, header.spec.r)
-    wide_A = F.pad(basis_A, (0, min_dim - basis_A.shape[-1]))
-    wide_B = F.pad(basis_B, (0, 0, 0, num_bases - basis_B.shape[1], 0, max_dim - len(basis_B)))
-    return {TOP_BASIS_A: wide_A.contiguous(), TOP_BASIS_B: wide_B.contiguous()}
+    wide = {}
+    for r, (max_dim, min_dim) in header.rectangles.items():
+        key_A, key_B = basis_keys(r, header.bases.keys())
+        basis_A, basis_B, num_bases = stored[key_A], stored[key_B], count_bases(min_dim, r)
+        wide[key_A] = F.pad(basis_A, (0, min_dim - basis_A.shape[-1])).contiguous()
+        padding = (0, 0, 0, num_bases - basis_B.shape[1], 0, max_dim - len(basis_B))
+        wide[key_B] = F.pad(basis_B, padding).contiguous()
+    return wide
 
 
 def _lora_notes(lora: Lora) -> tuple[str, ...]:

@@ -9,12 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from randlora.bases.spec import BasisSpec, sliced_dims
+from randlora.bases.spec import BasisSpec
 from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
 from randlora.checkpoint.peft_config import BASE_FIELD, NEUTRAL_FIELDS, kept_fields
 from randlora.config import RandLoRAConfig
-from randlora.files.adapter import OpenAdapter, open_adapter
+from randlora.files.adapter import OpenAdapter, digests, open_adapter
 from randlora.files.low_rank import frobenius_norm, spectral_norm
+from randlora.layer_options import LayerOptions, described
 from randlora.report import Progress, as_bytes, no_progress, table
 
 WITHOUT_SHAPES = "norms need the layers' shapes, which PEFT does not store: give the directory of the base model too"
@@ -25,7 +26,7 @@ BasisSource = Literal["seed", "file"]
 
 @dataclass(frozen=True)
 class BasisSummary:
-    """The bases of an adapter.
+    """The bases of an adapter, or of its layers of one r.
 
     Attributes:
         spec: Kind, stream, seed, rank, dims and blocks.
@@ -46,6 +47,8 @@ class LayerSummary:
 
     Attributes:
         fqn: Its FQN.
+        r: Rank of one random basis.
+        alpha: The update is scaled by ``alpha / r``.
         min_dim: Its smaller dim.
         num_bases: Number of bases.
         trainable: Number of entries of its Λ and Γ.
@@ -58,6 +61,8 @@ class LayerSummary:
     """
 
     fqn: str
+    r: int
+    alpha: float
     min_dim: int
     num_bases: int
     trainable: int
@@ -84,8 +89,9 @@ class AdapterSummary:
         writer: The library that wrote it, with versions.
         storage: A description of where its bases are.
         base_model: The name of its base model, if stored.
-        config: Its options.
-        bases: Its bases; ``None`` if the file does not hold them and the layers' shapes are not known.
+        config: Its options, with r and alpha by FQN where layers differ in them.
+        bases: Its bases, one entry for each r; none if the file does not hold them and the layers' shapes are not
+            known.
         layers: Its layers.
         trained: Shapes of the parameters trained with it, by FQN.
         trainable_parameters: Number of entries of Λ, Γ and those parameters.
@@ -99,7 +105,7 @@ class AdapterSummary:
     storage: str
     base_model: str | None
     config: RandLoRAConfig
-    bases: BasisSummary | None
+    bases: tuple[BasisSummary, ...]
     layers: tuple[LayerSummary, ...]
     trained: dict[str, tuple[int, ...]]
     trainable_parameters: int
@@ -114,20 +120,24 @@ class AdapterSummary:
     def _facts(self) -> Iterator[str]:
         yield f"RandLoRA adapter in {self.directory}, {as_bytes(self.nbytes)}, written by {self.writer}"
         yield f"base model: {self.base_model or 'not stored'}"
-        yield f"r={self.config.r}, alpha={self.config.effective_alpha:g}, dropout={self.config.dropout:g}"
-        if self.bases is None:
+        options = described({layer.fqn: LayerOptions(layer.r, layer.alpha) for layer in self.layers})
+        yield f"r={options['r']}, alpha={options['alpha']}, dropout={self.config.dropout:g}"
+        if not self.bases:
             yield f"bases: {self.config.basis}, seed={self.config.seed}; {self.storage}"
-        else:
-            yield f"{self.bases.spec}; {self.storage}"
-            yield f"SHA-256 of the bases {self.bases.digest[:DIGEST_SHOWN]}…, {as_bytes(self.bases.nbytes)} in memory"
+        for bases in self.bases:
+            yield f"{bases.spec}; {self.storage}"
+            yield f"SHA-256 of the bases {bases.digest[:DIGEST_SHOWN]}…, {as_bytes(bases.nbytes)} in memory"
 
     def _layers(self) -> list[str]:
-        headings = ("layer", "in", "out", "num_bases", "trainable", "‖ΔW‖F", "‖ΔW‖2", "stable rank")
+        options = {name: [f"{getattr(layer, name):g}" for layer in self.layers] for name in LayerOptions._fields}
+        mixed = {name: values for name, values in options.items() if len({*values}) > 1}
+        headings = ("layer", "in", "out", *mixed, "num_bases", "trainable", "‖ΔW‖F", "‖ΔW‖2", "stable rank")
         rows = [
             (
                 layer.fqn,
                 "?" if layer.in_features is None else layer.in_features,
                 "?" if layer.out_features is None else layer.out_features,
+                *(values[index] for values in mixed.values()),
                 layer.num_bases,
                 layer.trainable,
                 *(
@@ -135,7 +145,7 @@ class AdapterSummary:
                     for norm in (layer.frobenius, layer.spectral, layer.stable_rank)
                 ),
             )
-            for layer in self.layers
+            for index, layer in enumerate(self.layers)
         ]
         return table(headings, rows)
 
@@ -188,7 +198,7 @@ def inspect(
         storage=times.get(file.basis_copies, f"stored {file.basis_copies} times in the file"),
         base_model=file.fields.get(BASE_FIELD),
         config=file.config,
-        bases=_bases(adapter),
+        bases=tuple(_bases(adapter)),
         layers=tuple(layers),
         trained={fqn: tuple(tensor.shape) for fqn, tensor in file.trained.items()},
         trainable_parameters=sum(layer.trainable for layer in layers) + sum(t.numel() for t in file.trained.values()),
@@ -207,7 +217,13 @@ def _layer(adapter: OpenAdapter, fqn: str, *, norms: bool) -> LayerSummary:
     lam, gamma = adapter.file.values[fqn]
     *stack, num_bases, min_dim = gamma.shape
     layer = partial(
-        LayerSummary, fqn, min_dim, num_bases, lam.numel() + gamma.numel(), matrices=stack[0] if stack else 1
+        LayerSummary,
+        fqn,
+        *adapter.file.options[fqn],
+        min_dim,
+        num_bases,
+        lam.numel() + gamma.numel(),
+        matrices=stack[0] if stack else 1,
     )
     if adapter.shapes is None:
         return layer()
@@ -219,10 +235,7 @@ def _layer(adapter: OpenAdapter, fqn: str, *, norms: bool) -> LayerSummary:
     return layer(out_features, in_features, frobenius_norm(updates.flatten(0, 1)), spectral)
 
 
-def _bases(adapter: OpenAdapter) -> BasisSummary | None:
-    basis = adapter.basis
-    if basis is None:
-        return None
-    used = basis.extent if adapter.shapes is None else sliced_dims(adapter.shapes.values())
-    source: BasisSource = "seed" if basis.stored is None else "file"
-    return BasisSummary(basis.spec, source, basis.digest(*used), basis.nbytes)
+def _bases(adapter: OpenAdapter) -> Iterator[BasisSummary]:
+    for basis, digest in digests(adapter.file, adapter.shapes, adapter.bases):
+        source: BasisSource = "seed" if basis.stored is None else "file"
+        yield BasisSummary(basis.spec, source, digest, basis.nbytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,7 +40,7 @@ class TrainingMemory:
         return self.weights + self.parameters + self.gradients + self.optimizer + self.bases
 
 
-def plan(directory: str | os.PathLike[str], r: int | None = None, **options: Any) -> Report:
+def plan(directory: str | os.PathLike[str], r: int | Mapping[str, int] | None = None, **options: Any) -> Report:
     """Return the report of what `randlora.inject` would do to the model in a directory, without its weights.
 
     transformers builds the class that ``config.json`` names on the meta device. Nothing is downloaded, and no code that
@@ -47,7 +48,7 @@ def plan(directory: str | os.PathLike[str], r: int | None = None, **options: Any
 
     Args:
         directory: A checkpoint as transformers writes it: one safetensors file, or shards with an index.
-        r: Rank of one random basis.
+        r: Rank of one random basis, or ranks by pattern.
         **options: As for `randlora.plan`.
 
     Returns:
@@ -62,7 +63,7 @@ def plan(directory: str | os.PathLike[str], r: int | None = None, **options: Any
     return plan_checkpoint(open_base(directory), r, **options)
 
 
-def plan_checkpoint(base: Base, r: int | None = None, **options: Any) -> Report:
+def plan_checkpoint(base: Base, r: int | Mapping[str, int] | None = None, **options: Any) -> Report:
     """Return the report of `plan` for a checkpoint whose headers have been read."""
     directory, dense, model = base
     if isinstance(model, str):

@@ -72,7 +72,7 @@ def to_lora(adapter: OpenAdapter, rank: int | None, tolerance: float | None, scr
     larger error of any layer is a `ConfigError`. ``scratch`` is a directory for the factors, which together may be as
     large as the model.
     """
-    shapes, _ = adapter.require_shapes()
+    shapes = adapter.require_shapes()
     stacks = [
         f"{fqn} is a stack of {shape[0]} matrices, for which a LoRA has no place"
         for fqn, shape in shapes.items()

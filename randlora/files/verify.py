@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from randlora.bases.spec import sliced_dims
+from randlora.bases.basis import Basis
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.errors import CheckpointError, ConfigError
-from randlora.files.adapter import adapter_basis, known_shapes
+from randlora.files.adapter import adapter_bases, digests, known_shapes
 from randlora.files.base_fit import fit_base, open_base, shapes_in
 from randlora.files.inspect import DIGEST_SHOWN
+from randlora.layer_options import described
 from randlora.report import Progress, no_progress
 from randlora.targets.site import Shapes
 
@@ -95,14 +96,16 @@ def verify(
     if file.header is None:
         checksum = Check("checksum", "not checked", "PEFT wrote the file, and stores none")
     others = f" and {len(file.trained)} parameters trained with them" if file.trained else ""
-    found = f"Λ and Γ of {len(file.values)} layers{others}: names, dtypes and shapes fit r={file.config.r}"
+    found = (
+        f"Λ and Γ of {len(file.values)} layers{others}: names, dtypes and shapes fit r={described(file.options)['r']}"
+    )
     checks = [Check("files", "passed", f"{found}, all values are finite"), checksum]
     progress(1, 3, "checking the base model")
     if base is not None:
         fit, shapes = _fit(file, Path(base), shapes, prefix)
         checks.append(fit)
     progress(2, 3, "drawing the bases")
-    checks.append(_bases(file, shapes))
+    checks += _bases(file, shapes)
     progress(3, 3, "done")
     return Verification(directory, tuple(checks))
 
@@ -120,24 +123,27 @@ def _fit(file: AdapterFile, base: Path, shapes: Shapes | None, prefix: str | Non
     return Check("base", "passed", words), shapes
 
 
-def _bases(file: AdapterFile, shapes: Shapes | None) -> Check:
-    """Draw the bases again and compare them with the recorded digest, or with those in the file."""
+def _bases(file: AdapterFile, shapes: Shapes | None) -> list[Check]:
+    """Draw the bases of each r again and compare them with the recorded digest, or with those in the file."""
     try:
-        basis = adapter_basis(file, shapes)
+        bases = adapter_bases(file, shapes)
     except CheckpointError as error:
-        return Check("bases", "failed", str(error))
-    if basis is None:
+        return [Check("bases", "failed", str(error))]
+    if not bases:
         reason = "PEFT stored neither the bases nor the layers' shapes: give the directory of the base model too"
-        return Check("bases", "not checked", reason)
-    digest = basis.digest(*(basis.extent if shapes is None else sliced_dims(shapes.values())))[:DIGEST_SHOWN]
-    return Check("bases", *_how_found(file, f"{basis.spec}, SHA-256 {digest}…", is_drawn=basis.stored is None))
+        return [Check("bases", "not checked", reason)]
+    return [
+        Check("bases", *_how_found(file, f"{basis.spec}, SHA-256 {digest[:DIGEST_SHOWN]}…", basis))
+        for basis, digest in digests(file, shapes, bases)
+    ]
 
 
-def _how_found(file: AdapterFile, bases: str, *, is_drawn: bool) -> tuple[Outcome, str]:
+def _how_found(file: AdapterFile, bases: str, basis: Basis) -> tuple[Outcome, str]:
+    is_drawn = basis.stored is None
     if file.header is not None:
         origin = "drawn again" if is_drawn else "in the file"
         return "passed", f"{bases}: {origin}, as recorded"
-    if file.bases is None:
+    if not file.bases:
         return "not checked", f"{bases}: drawn from the key; PEFT stored nothing to compare them with"
     if is_drawn:
         return "passed", f"{bases}: drawn again, as stored in the file"

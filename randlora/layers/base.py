@@ -312,8 +312,9 @@ class AdapterLayer(ABC):
     def description(self) -> str:
         """Return a description of the adapters for ``print(model)``."""
         return ", ".join(
-            f"{name}: r={part.r}, num_bases={count_bases(min(part.shape[-2:]), part.r)}, {part.basis.spec.kind}"
+            f"{name}: r={r}, num_bases={count_bases(min(part.shape[-2:]), r)}, {part.basis.spec.kind}"
             for name, part in self.adapters.items()
+            for r in [part.options.r]
         )
 
 

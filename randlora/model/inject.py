@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from randlora.bases.bank import BasisBank
 from randlora.bases.basis import Basis
 from randlora.bases.spec import drawn_dims, sliced_dims, spec_for
 from randlora.config import BasisKind, Experts, InProj, Pattern, RandLoRAConfig, Stream, explain_options, same_options
 from randlora.errors import ConfigError, TargetError, raise_collected
+from randlora.layer_options import LayerOptions, by_rank
 from randlora.model.install import commit, detach_all, owned_state, prepare, require_detachable, require_own
 from randlora.model.train_also import replacements, select_parameters, train_also_problems
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState, ReplacedParameter, adapted_root
 from randlora.targets.left_out import doubt, lines
 from randlora.targets.obstacles import obstacles
+from randlora.targets.options import resolve
 from randlora.targets.select import Selection, select
-from randlora.targets.site import shapes_of
+from randlora.targets.site import Shapes, shapes_of
 from randlora.targets.walk import Census
 
 
@@ -37,7 +40,7 @@ class Plan:
     Attributes:
         state: The model's state, possibly not attached yet.
         adapter: The adapter, with bases that are not drawn and without values of its own.
-        shared: Existing bases of the model that it can use, if any.
+        shared: Existing bases of the model that it can use, by r.
         replaced: The model's own parameters that the adapter trains copies of, by FQN.
     """
 
@@ -45,7 +48,7 @@ class Plan:
     state: ModelState
     adapter: Adapter
     selection: Selection
-    shared: Basis | None
+    shared: dict[int, Basis]
     replaced: dict[str, ReplacedParameter]
     active: bool
     trainable: bool
@@ -53,9 +56,13 @@ class Plan:
     def report(self) -> Report:
         """Return the report of the adapter, before it is added."""
         notes = next_steps(self.adapter.name, is_active=self.active, is_trainable=self.trainable)
-        if self.shared is None and (held := [*self.state.bank]):
+        new = [r for r in self.adapter.bases if r not in self.shared]
+        if new and (held := [*self.state.bank]):
             others = "; ".join(f"{basis.spec}, {basis.nbytes:,} bytes" for basis in held)
-            notes.append(f"its bases are additional, because those of the other adapters cannot be shared: {others}")
+            which = f" of r={', '.join(map(str, new))}" if self.shared else ""
+            notes.append(
+                f"its bases{which} are additional, because those of the other adapters cannot be shared: {others}"
+            )
         report = adapter_report(
             self.census,
             self.adapter,
@@ -75,11 +82,11 @@ class Plan:
 @torch.inference_mode(mode=False)  # trainable parameters must not be inference tensors
 def inject(
     model: nn.Module,
-    r: int | None = None,
+    r: int | Mapping[str, int] | None = None,
     *,
     targets: Pattern | None = None,
     exclude: Pattern | None = None,
-    alpha: float | None = None,
+    alpha: float | Mapping[str, float] | None = None,
     dropout: float = 0.0,
     basis: BasisKind = "dense",
     stream: Stream | None = None,
@@ -101,10 +108,11 @@ def inject(
 
     Args:
         model: Any module with layers that can be adapted; it is changed in place.
-        r: Rank of one random basis, 32 by default. A smaller r trains more parameters.
+        r: Rank of one random basis, 32 by default. A smaller r trains more parameters. A mapping from patterns gives
+            layers different ranks: ``{"q_proj": 16, ".*": 32}``.
         targets: Layers to adapt; see `RandLoRAConfig` for this and the next ten options.
         exclude: Layers to exclude from ``targets``.
-        alpha: The update is scaled by ``alpha / r``; 20·r by default.
+        alpha: The update is scaled by ``alpha / r``; 20·r by default. A number, or a mapping as for ``r``.
         dropout: Dropout on the adapter's input in training.
         basis: Kind of the random bases.
         stream: Random stream of the bases.
@@ -149,10 +157,10 @@ def inject(
     planned = _plan(model, name, options, active=active, trainable=trainable)
     report, adapter, sites = planned.report(), planned.adapter, planned.selection.sites
     _warn(report)
-    if planned.shared is not None:
-        adapter.basis = planned.shared
-    elif not all(parameter.is_meta for site in sites for parameter in site.owner.parameters()):
-        adapter.basis.matrices()  # drawn now, so that errors are raised before the model changes
+    adapter.bases |= planned.shared
+    if not all(parameter.is_meta for site in sites for parameter in site.owner.parameters()):
+        for rank in adapter.bases.keys() - planned.shared.keys():
+            adapter.bases[rank].matrices()  # drawn now, so that errors are raised before the model changes
     if callable(adapter.config.targets) or callable(adapter.config.exclude):  # which cannot be pickled or saved
         adapter.config = replace(adapter.config, targets=report.targets, exclude=None)
     for fqn, entry in planned.replaced.items():
@@ -165,7 +173,7 @@ def inject(
 @same_options(inject)
 def plan(
     model: nn.Module,
-    r: int | None = None,
+    r: int | Mapping[str, int] | None = None,
     *,
     name: str = "default",
     config: RandLoRAConfig | None = None,
@@ -223,7 +231,7 @@ def _warn(report: Report) -> None:
     warnings.warn("; ".join([report.warning, *lines(report.left_out)]), UserWarning, stacklevel=level)
 
 
-def _one_config(config: RandLoRAConfig | None, r: int | None, **given: Any) -> RandLoRAConfig:
+def _one_config(config: RandLoRAConfig | None, r: int | Mapping[str, int] | None, **given: Any) -> RandLoRAConfig:
     """Return the config given, or one made from single options."""
     options = given if r is None else {**given, "r": r}
     built = RandLoRAConfig(**options)
@@ -246,21 +254,32 @@ def _plan(model: nn.Module, name: str, config: RandLoRAConfig, *, active: bool |
     if config.train_also is not None:
         also = select_parameters(census, config.train_also)
         problems += train_also_problems(census, config.train_also, also, selection.sites)
-    raise_collected(TargetError, problems, doing=f"inject {name!r}")
-    shapes = [site.shape_with(config) for site in selection.sites]
-    spec, used = spec_for(config, *drawn_dims(shapes)), sliced_dims(shapes)
-    shared = state.bank.find(spec, used=used)
-    basis = Basis(spec if shared is None else shared.spec, (0, 0) if shared is None else shared.extent)
-    basis.extend(*used)
+    options, unresolved = resolve(config, [site.fqn for site in selection.sites])
+    raise_collected(TargetError, problems + unresolved, doing=f"inject {name!r}")
+    bases, shared = _bases(state.bank, config, shapes_of(selection.sites, config), options)
     replaced = replacements(census, state, also)
     trained = {fqn: entry.original for fqn, entry in replaced.items()}
     return Plan(
         census,
         state,
-        Adapter(name, config, basis, tuple(site.fqn for site in selection.sites), selection.rule, trained=trained),
+        Adapter(name, config, bases, options, selection.rule, trained=trained),
         selection,
         shared,
         replaced,
         active=not state.adapters if active is None else active,
         trainable=not state.adapters if trainable is None else trainable,
     )
+
+
+def _bases(
+    bank: BasisBank, config: RandLoRAConfig, shapes: Shapes, options: Mapping[str, LayerOptions]
+) -> tuple[dict[int, Basis], dict[int, Basis]]:
+    """Return the bases that layers of these shapes need, not drawn, by r, and those of them that the bank has."""
+    bases, shared = {}, {}
+    for r, own in by_rank(shapes, options).items():
+        spec, used = spec_for(config, r, *drawn_dims(own)), sliced_dims(own)
+        if (held := bank.find(spec, used=used)) is not None:
+            shared[r] = held
+        bases[r] = Basis(spec) if held is None else Basis(held.spec, held.extent)
+        bases[r].extend(*used)
+    return bases, shared

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from randlora.bases.spec import sliced_dims
 from randlora.errors import AdapterError, raise_collected
+from randlora.layer_options import by_rank
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle
 from randlora.state import (
@@ -96,11 +97,11 @@ def prepare(
     Λ and Γ have their initial values, or those of ``values``, by FQN. ``replaced`` are the model's own parameters that
     the adapter trains copies of, by FQN.
     """
-    layers, config = [], adapter.config
+    layers = []
     for site in sites:
         layer = site.adapter_layer or site.layer_class(site.owner, state)
-        part = SiteAdapter(adapter, adapter.basis, site.shape_with(config), config.r, config.scaling)
-        lam, gamma = values[site.fqn] if values else layer.fresh_diagonals(site.owner, part.shape, part.r)
+        part = adapter.at(site.fqn, site.shape_with(adapter.config))
+        lam, gamma = values[site.fqn] if values else layer.fresh_diagonals(site.owner, part.shape, part.options.r)
         layers.append((site, layer, part, lam, gamma))
     return Addition(state, adapter, layers, replaced, trainable)
 
@@ -118,8 +119,10 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
         for other in state.adapters.values():
             other.weight = None
         adapter.weight = 1.0
-    adapter.basis.extend(*sliced_dims(part.shape for _, _, part, *_ in addition.layers))
-    state.bank.add(adapter.basis)
+    shapes = {site.fqn: part.shape for site, _, part, *_ in addition.layers}
+    for r, used in by_rank(shapes, adapter.options).items():
+        adapter.bases[r].extend(*sliced_dims(used))
+        state.bank.add(adapter.bases[r])
     state.adapters[adapter.name] = adapter
     state.replaced.update(addition.replaced)
     state.install_parameters()

@@ -15,6 +15,7 @@ from randlora.bases.spec import BasisSpec
 from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError, ConfigError, TargetError, raise_collected
 from randlora.functional import Compute
+from randlora.layer_options import LayerOptions
 from randlora.layers.in_place import drop_adapter
 from randlora.model.inject import eject
 from randlora.model.install import require_detachable, require_own
@@ -30,8 +31,8 @@ class AdapterInfo:
     Attributes:
         name: Its name.
         config: Its options.
-        spec: The spec of its bases.
-        targets: FQNs of its layers.
+        specs: The specs of its bases, one for each r.
+        options: r and alpha of its layers, by FQN.
         train_also: FQNs of the parameters trained with it.
         weight: The factor of its update while active, else ``None``.
         is_trainable: Whether any of its parameters requires grad.
@@ -40,12 +41,17 @@ class AdapterInfo:
 
     name: str
     config: RandLoRAConfig
-    spec: BasisSpec
-    targets: tuple[str, ...]
+    specs: tuple[BasisSpec, ...]
+    options: dict[str, LayerOptions]
     train_also: tuple[str, ...]
     weight: float | None
     is_trainable: bool
     is_merged: bool
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """FQNs of its layers."""
+        return tuple(self.options)
 
     @property
     def is_active(self) -> bool:
@@ -63,8 +69,8 @@ def adapters(model: nn.Module) -> list[AdapterInfo]:
         AdapterInfo(
             name=adapter.name,
             config=adapter.config,
-            spec=adapter.basis.spec,
-            targets=adapter.targets,
+            specs=tuple(basis.spec for basis in adapter.bases.values()),
+            options=dict(adapter.options),
             train_also=tuple(adapter.trained),
             weight=adapter.weight,
             is_trainable=any(parameter.requires_grad for parameter in adapter_parameters(census, adapter)),

@@ -14,6 +14,7 @@ from randlora.layers.in_place import plain_class
 from randlora.layers.registry import KINDS, find_layer
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacle, tied_names
+from randlora.targets.options import ranks_of_others
 from randlora.targets.site import Site
 from randlora.targets.walk import Census, Held, count_numbers
 
@@ -158,14 +159,18 @@ def left_out(matrices: Iterable[Remaining], config: RandLoRAConfig, total: int) 
                 fqns=tuple(dict.fromkeys(member.fqn for member in members)),
                 parameters=numbers,
                 share=numbers / total if total else 0.0,
-                trainable=sum(count_trainable(site.shape_with(config), config.r) for site in sites.values())
-                if can
-                else 0,
+                trainable=_count_trainable([*sites.values()], config) if can else 0,
                 targets=(ALL_LINEAR if kind in LINEAR_KINDS else ALL) if can else None,
                 reason=reason or None,
             )
         )
     return tuple(groups)
+
+
+def _count_trainable(sites: Sequence[Site], config: RandLoRAConfig) -> int:
+    """Return the number of trainable parameters that adapting some sites would add."""
+    ranks = ranks_of_others(config, [site.fqn for site in sites])
+    return sum(count_trainable(site.shape_with(config), ranks[site.fqn]) for site in sites)
 
 
 def lines(groups: Sequence[LeftOut]) -> list[str]:

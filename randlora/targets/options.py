@@ -1,0 +1,92 @@
+"""The options that may differ between layers: from patterns to the layers of an adapter, and as files list them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from randlora.config import ALPHA_PER_RANK, RandLoRAConfig
+from randlora.layer_options import LayerOptions
+from randlora.targets.match import nearest_names, prefixes, shortened
+
+
+def resolve(config: RandLoRAConfig, fqns: Sequence[str]) -> tuple[dict[str, LayerOptions], list[str]]:
+    """Return r and alpha of each target, and a message for each target or pattern without a match.
+
+    There are no options if there is a message.
+    """
+    ranks, problems = _by_target("r", config.r, fqns)
+    alphas, more = _by_target("alpha", config.alpha, fqns)
+    problems += more
+    return ({} if problems else {fqn: _options(ranks[fqn], alphas[fqn]) for fqn in fqns}), problems
+
+
+def ranks_of_others(config: RandLoRAConfig, fqns: Sequence[str]) -> dict[str, int]:
+    """Return the r that weights which are no targets would have, by the last pattern if none matches."""
+    found, _ = _by_target("r", config.r, fqns)
+    last = [*config.r.values()][-1] if isinstance(config.r, Mapping) else config.r
+    return {fqn: found.get(fqn, last) for fqn in fqns}
+
+
+def listed(config: RandLoRAConfig, options: Mapping[str, LayerOptions]) -> RandLoRAConfig:
+    """Return a config that gives each target its options by FQN, or as one number if all targets have the same."""
+    ranks = {fqn: r for fqn, (r, _) in options.items()}
+    alphas = {fqn: alpha for fqn, (_, alpha) in options.items()}
+    return replace(
+        config,
+        r=_one_or_all(ranks),
+        alpha=_one_or_all(alphas) if isinstance(config.alpha, Mapping) else config.alpha,
+    )
+
+
+def options_listed(config: RandLoRAConfig, fqns: Iterable[str]) -> dict[str, LayerOptions]:
+    """Return r and alpha of each target of a config that `listed` returned; a `KeyError` if one has none."""
+    ranks, alphas = config.r, config.alpha
+    return {
+        fqn: _options(
+            ranks[fqn] if isinstance(ranks, Mapping) else ranks,
+            alphas[fqn] if isinstance(alphas, Mapping) else alphas,
+        )
+        for fqn in fqns
+    }
+
+
+def _options(r: int, alpha: float | None) -> LayerOptions:
+    return LayerOptions(r, ALPHA_PER_RANK * r if alpha is None else float(alpha))
+
+
+def _one_or_all(values: Mapping[str, Any]) -> Any:
+    """Return the only value, or the mapping with longer names first, because a name is a suffix of longer ones only."""
+    if len({*values.values()}) == 1:
+        return next(iter(values.values()))
+    return {fqn: values[fqn] for fqn in sorted(values, key=lambda fqn: (-len(fqn), fqn))}
+
+
+def _by_target(name: str, option: Any, fqns: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the value of one option for each target, and a message for each target or pattern without a match."""
+    if not isinstance(option, Mapping):
+        return dict.fromkeys(fqns, option), []
+    found: dict[str, Any] = {}
+    problems = []
+    for pattern, value in option.items():
+        try:
+            meant = _meant(pattern, fqns)
+        except re.error as error:
+            problems.append(f"{name}={{{pattern!r}: …}} is no name of a target, and no regular expression: {error}")
+            continue
+        if not meant:
+            near = nearest_names(pattern, [name for fqn in fqns for name in prefixes(fqn)], common=fqns)
+            problems.append(f"{name}={{{pattern!r}: …}} matches no target; the nearest names are {near}")
+        for fqn in meant:
+            found.setdefault(fqn, value)
+    if left := [fqn for fqn in fqns if fqn not in found]:
+        problems.append(f"{name}= has no pattern for {shortened(left)}: add '.*' as the last, for all others")
+    return found, problems
+
+
+def _meant(pattern: str, fqns: Sequence[str]) -> list[str]:
+    """Return the targets that have a name, or are inside a module that has it, or else match it as a regex."""
+    named = [fqn for fqn in fqns if f".{pattern}." in f".{fqn}."]
+    return named or [fqn for fqn in fqns if re.fullmatch(pattern, fqn)]

@@ -1,0 +1,472 @@
+"""Adapters whose layers have their own r and alpha: every law that holds for one r holds for several."""
+
+import copy
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import randlora
+from randlora import BasisSpec
+from randlora.bases.basis import Basis
+from randlora.bases.compact import CompactMatrix
+from randlora.bases.spec import KINDS
+from randlora.checkpoint.format import parse_header
+from randlora.config import BasisKind, Stream
+from randlora.errors import CheckpointError, ConfigError, TargetError
+from randlora.files.model_directory import read_model_directory
+from randlora.files.plan import training_memory
+from randlora.state import Adapter, attached_state
+from tests import reference
+from tests.checkpoint_files import (
+    Case,
+    Twice,
+    both_ways,
+    edit_fields,
+    edit_tensors,
+    read_fields,
+    read_tensors,
+    refused,
+    reseal,
+)
+from tests.kit import adapter_values, all_bits, fill, snapshot
+from tests.model_directories import contents, merge_in_memory, save_adapter, save_model, write
+from tests.models import LLAMA, outputs, tokens
+from tests.test_checkpoint_load_files import Swapped
+
+KINDS_AND_STREAMS = [(kind, stream) for kind, found in KINDS.items() for stream in found.draws]
+every_draw = pytest.mark.parametrize(("basis", "stream"), KINDS_AND_STREAMS)
+
+R = {"tall": 4, "inner.0": 6, ".*": 2}
+ALPHA = {"wide": 3.0, "inner": 5, ".*": 8}
+SHAPES = {"wide": (4, 6), "tall": (9, 4), "inner.0": (5, 9), "inner.1": (3, 5)}
+OPTIONS = {"wide": (2, 3.0), "tall": (4, 8.0), "inner.0": (6, 5.0), "inner.1": (2, 5.0)}
+DIMS = {2: (6, 4), 4: (9, 4), 6: (9, 5)}
+"""For each r, what PEFT would draw for the layers that have it."""
+
+
+class Layers(nn.Module):
+    """Layers of several shapes and kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(6, 4)
+        self.tall = nn.Linear(4, 9, bias=False)
+        self.inner = nn.Sequential(Conv1D(5, 9), nn.Linear(5, 3))
+        nn.init.normal_(self.inner.get_parameter("0.weight"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.inner(torch.tanh(self.tall(self.wide(x))))
+        return output
+
+
+CASE = Case("per-layer", Layers, dtype=torch.float64)
+
+
+def trained(name: str = "default", **options: Any) -> nn.Module:
+    """Build the model with an adapter of several r and alpha, and values as after training."""
+    model = CASE.build()
+    randlora.inject(model, **{"r": R, "alpha": ALPHA, **options}, name=name)
+    return fill(model, name)
+
+
+def adapter_of(model: nn.Module, name: str = "default") -> Adapter:
+    """Return one adapter's state."""
+    state = attached_state(model)
+    assert state is not None, "the model is adapted"
+    return state.adapters[name]
+
+
+def held(model: nn.Module) -> list[BasisSpec]:
+    """List the specs of the bases that the model holds."""
+    state = attached_state(model)
+    assert state is not None, "the model is adapted"
+    return [basis.spec for basis in state.bank]
+
+
+def inputs_and_outputs(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Go through the adapted layers: FQN, an input, and what the layer makes of it."""
+    for fqn in SHAPES:
+        x = torch.linspace(-1, 1, 2 * SHAPES[fqn][1], dtype=torch.float64).reshape(2, -1)
+        yield fqn, x, model.get_submodule(fqn)(x)
+
+
+@every_draw
+def test_each_layer_computes_with_its_own_r_and_alpha(basis: BasisKind, stream: Stream) -> None:
+    model = trained(basis=basis, stream=stream)
+    with randlora.disabled(model):
+        without = {fqn: output for fqn, _, output in inputs_and_outputs(model)}
+    values = adapter_values(model)
+    for fqn, x, output in inputs_and_outputs(model):
+        (r, alpha), shape = OPTIONS[fqn], SHAPES[fqn]
+        blocks = KINDS[basis].default_blocks(r)
+        bases = randlora.BasisBank().acquire(BasisSpec(basis, stream, 0, r, *DIMS[r], blocks))
+        drawn = bases.slices(max(shape), min(shape), device="cpu", dtype=torch.float64)
+        lam, gamma = (values[f"{fqn}.randlora_{part}"] for part in ("lambda", "gamma"))
+        update = reference.delta_weight(*drawn, lam, gamma, alpha / r, in_features=shape[1])
+        torch.testing.assert_close(output - without[fqn], x @ update.T, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(randlora.delta_weight(model, fqn), update, rtol=1e-10, atol=1e-12)
+
+
+def test_plan_and_inject_report_what_the_adapter_then_has() -> None:
+    model = CASE.build()
+    planned = randlora.plan(model, R, alpha=ALPHA)
+    report = randlora.inject(model, R, alpha=ALPHA)
+    assert report == planned
+    assert {(row.in_features, row.r, row.alpha, row.count) for row in report.rows} == {
+        (6, 2, 3.0, 1), (4, 4, 8.0, 1), (9, 6, 5.0, 1), (5, 2, 5.0, 1)
+    }  # fmt: skip
+    assert report.trainable_parameters == sum(value.numel() for value in adapter_values(model).values())
+    assert {spec.r: (spec.max_dim, spec.min_dim) for spec in report.specs} == DIMS
+    assert report.basis_bytes == sum(basis.nbytes for basis in adapter_of(model).bases.values())
+    (info,) = randlora.adapters(model)
+    assert (info.specs, dict(info.options), info.config.r) == (report.specs, OPTIONS, R)
+    assert " r  alpha " in str(report)
+    assert "r=6, num_bases=1" in str(model)
+    assert " alpha " not in str(randlora.plan(CASE.build(), R, alpha=4)).splitlines()[5]
+
+
+def test_layers_of_one_r_share_bases_and_so_do_adapters() -> None:
+    model = trained("several", stream="portable")
+    before = held(model)
+    randlora.inject(model, 4, alpha=1, stream="portable", name="one")
+    randlora.inject(model, {"wide": 6, ".*": 2}, stream="portable", name="two")
+    assert [spec.r for spec in held(model)] == [spec.r for spec in before]
+    several, one, two = (adapter_of(model, name).bases for name in ("several", "one", "two"))
+    assert one[4] is several[4]
+    assert (two[6], two[2]) == (several[6], several[2])
+    randlora.remove(model, "several")
+    assert sorted(spec.r for spec in held(model)) == [2, 4, 6]
+    randlora.remove(model, "two")
+    assert [spec.r for spec in held(model)] == [4]
+
+
+def test_a_report_says_which_bases_are_additional() -> None:
+    model = trained("several")
+    report = randlora.plan(model, {"tall": 4, ".*": 8}, name="other")
+    assert "its bases of r=8 are additional, because" in str(report)
+    assert "additional" not in str(randlora.plan(model, R, name="other"))
+    assert "its bases are additional, because" in str(randlora.plan(model, {"tall": 5, ".*": 8}, name="other"))
+
+
+def test_adapters_that_share_some_bases_do_not_change_each_other() -> None:
+    alone = trained("a")
+    expected = CASE.output(alone)
+    model = trained("a")
+    randlora.inject(model, {"inner.0": 4, ".*": 2}, alpha={"tall": 100, ".*": 1}, name="b")
+    assert torch.equal(CASE.output(model), expected)
+    fill(model, "b", seed=1)
+    randlora.activate(model, "b")
+    assert not torch.equal(CASE.output(model), expected)
+    randlora.activate(model, "a")
+    assert torch.equal(CASE.output(model), expected)
+    randlora.remove(model, "b")
+    assert torch.equal(CASE.output(model), expected)
+
+
+def test_copies_and_pickles_compute_the_same() -> None:
+    model = trained()
+    copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    assert adapter_of(copied).bases[4] is adapter_of(model).bases[4]
+    for twin in (copied, pickled):
+        assert torch.equal(CASE.output(twin), CASE.output(model))
+        assert adapter_of(twin).options == OPTIONS
+        fill(twin, seed=2)
+        assert not torch.equal(CASE.output(twin), CASE.output(model))
+
+
+def test_merging_and_ejecting_restore_every_bit() -> None:
+    before = CASE.build()
+    model = trained()
+    adapted = CASE.output(model)
+    with randlora.merged(model):
+        torch.testing.assert_close(CASE.output(model), adapted)
+    assert torch.equal(CASE.output(model), adapted)
+    randlora.eject(model)
+    assert all_bits(model.state_dict()) == all_bits(before.state_dict())
+
+
+@both_ways
+@every_draw
+def test_what_is_saved_is_loaded_bit_for_bit(bases: Any, basis: BasisKind, stream: Stream, tmp_path: Path) -> None:
+    model = trained(basis=basis, stream=stream)
+    randlora.save(model, tmp_path / "one", bases=bases)
+    twin = CASE.build()
+    report = randlora.load(twin, tmp_path / "one", trainable=True)
+    assert torch.equal(CASE.output(twin), CASE.output(model))
+    assert all_bits(adapter_values(twin)) == all_bits(adapter_values(model))
+    (info,), (expected,) = randlora.adapters(twin), randlora.adapters(model)
+    assert (info.specs, info.options) == (expected.specs, expected.options)
+    assert isinstance(info.config.r, Mapping)
+    assert dict(info.config.r) == {fqn: r for fqn, (r, _) in OPTIONS.items()}
+    assert report.rows == randlora.plan(CASE.build(), R, alpha=ALPHA, basis=basis, stream=stream).rows
+    randlora.save(twin, tmp_path / "two", bases=bases)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_a_loaded_config_injects_the_same_adapter(tmp_path: Path) -> None:
+    randlora.save(trained(), tmp_path)
+    model = CASE.build()
+    randlora.load(model, tmp_path)
+    twin = CASE.build()
+    randlora.inject(twin, config=randlora.adapters(model)[0].config)
+    assert randlora.adapters(twin)[0].options == randlora.adapters(model)[0].options
+
+
+@pytest.mark.parametrize("options", [{"r": {"wide": 2, ".*": 2}, "alpha": {".*": 4.0}}, {"r": 2, "alpha": 4.0}])
+def test_one_r_and_one_alpha_are_saved_as_ever_however_they_were_given(options: dict[str, Any], tmp_path: Path) -> None:
+    randlora.save(trained(r=2, alpha=4.0), tmp_path / "expected")
+    assert '"format_version": 1' in read_tensors(tmp_path / "expected")[1]["randlora"]
+    randlora.save(trained(**options), tmp_path / "found")
+    assert contents(tmp_path / "found") == contents(tmp_path / "expected")
+
+
+def foreign(directory: Path) -> dict[str, Tensor]:
+    """Save an adapter whose bases of r = 4 no seed brings back; return these."""
+    randlora.save(trained(), directory, bases="stored")
+    tensors, metadata = read_tensors(directory)
+    header = parse_header(metadata["randlora"], tensors)
+    changed = {key: tensors[key] * 2 for key in ("base_model.randlora_A.r4", "base_model.randlora_B.r4")}
+    basis_A, basis_B = changed.values()
+    stored = (CompactMatrix.from_dense(basis_A.flatten(end_dim=1)), CompactMatrix.from_dense(basis_B.flatten(1)))
+    digest = Basis(header.bases[4].spec, DIMS[4], stored).digest(*DIMS[4])
+    record = replace(header.bases[4], digest=digest, is_reproducible=False)
+    reseal(directory, changed, bases={**header.bases, 4: record})
+    return changed
+
+
+def test_bases_are_stored_under_a_key_for_each_r(tmp_path: Path) -> None:
+    randlora.save(trained(), tmp_path, bases="stored")
+    tensors, _ = read_tensors(tmp_path)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items() if not key.startswith("base_model.model.")}
+    assert shapes == {
+        f"base_model.randlora_{part}.r{r}": (r, 1, min_dim) if part == "A" else (max_dim, -(-min_dim // r), r)
+        for part in "AB"
+        for r, (max_dim, min_dim) in DIMS.items()
+    }
+
+
+def test_bases_of_one_r_that_no_seed_brings_back_are_kept_beside_drawn_ones(tmp_path: Path) -> None:
+    changed = foreign(tmp_path / "one")
+    model = CASE.build()
+    randlora.load(model, tmp_path / "one")
+    assert {r: basis.stored is None for r, basis in adapter_of(model).bases.items()} == {2: True, 4: False, 6: True}
+    torch.testing.assert_close(
+        randlora.delta_weight(model, "tall"), 4 * randlora.delta_weight(trained(), "tall"), rtol=1e-12, atol=0
+    )
+    assert torch.equal(randlora.delta_weight(model, "wide"), randlora.delta_weight(trained(), "wide"))
+    with pytest.raises(CheckpointError, match="no seed reproduces them"):
+        randlora.save(model, tmp_path / "two")
+    randlora.save(model, tmp_path / "two", bases="stored")
+    assert all_bits(read_tensors(tmp_path / "two")[0]) == all_bits(read_tensors(tmp_path / "one")[0])
+    assert all_bits(changed).items() <= all_bits(read_tensors(tmp_path / "two")[0]).items()
+    assert [bases.source for bases in randlora.files.inspect(tmp_path / "two").bases] == ["seed", "file", "seed"]
+    assert randlora.files.verify(tmp_path / "two").passed
+
+
+@pytest.mark.parametrize("part", ["base_model.randlora_A.r6", "base_model.randlora_B.r2"])
+def test_stored_bases_of_any_r_that_contradict_the_header_are_refused(part: str, tmp_path: Path) -> None:
+    randlora.save(trained(), tmp_path, bases="stored")
+    value = read_tensors(tmp_path)[0][part]
+    reseal(tmp_path, {part: value * 2})
+    refused(CASE.build(), tmp_path, "not those it names")
+    reseal(tmp_path, {part: value.flatten()})
+    refused(CASE.build(), tmp_path, "which do not fit r=")
+    reseal(tmp_path, drop=[part])
+    refused(CASE.build(), tmp_path, "one of the two bases")
+
+
+def test_drawn_bases_of_any_r_are_checked(tmp_path: Path) -> None:
+    randlora.save(trained(), tmp_path)
+    tensors, metadata = read_tensors(tmp_path)
+    bases = parse_header(metadata["randlora"], tensors).bases
+    reseal(tmp_path, bases={**bases, 6: replace(bases[6], digest="0" * 64)})
+    refused(CASE.build(), tmp_path, "the dense bases (stream=torch, seed=0, r=6, dims=9x5) drawn here")
+    outcomes = [check.outcome for check in randlora.files.verify(tmp_path).checks]
+    assert outcomes == ["passed", "passed", "failed"]
+
+
+def test_values_of_another_r_are_refused_though_the_seal_is_whole(tmp_path: Path) -> None:
+    randlora.save(trained(), tmp_path)
+    reseal(tmp_path, {"base_model.model.tall.randlora_lambda": torch.ones(2, 1, dtype=torch.float64)})
+    refused(
+        CASE.build(), tmp_path, "tall has randlora_lambda (2, 1) and randlora_gamma (1, 4): expected (4, num_bases)"
+    )
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_json_that_gives_a_layer_another_value_is_refused(name: str, tmp_path: Path) -> None:
+    randlora.save(trained(), tmp_path)
+    edit_fields(tmp_path, {name: {**read_fields(tmp_path)[name], "wide": 64}})
+    refused(CASE.build(), tmp_path, f"adapter_config.json says {name}=")
+
+
+def test_tensors_without_their_header_are_not_taken_for_those_of_one_r(tmp_path: Path) -> None:
+    randlora.save(trained(), tmp_path)
+    edit_tensors(tmp_path, {})
+    refused(CASE.build(), tmp_path, "have lost the header that goes with rank_pattern")
+
+
+def test_the_json_has_the_most_common_values_and_those_of_each_layer(tmp_path: Path) -> None:
+    note = (
+        "PEFT has one r and one alpha for all layers and cannot use this adapter, "
+        "which has r = 2 (2 layers), 4 (1 layer), 6 (1 layer) and alpha = 3 (1 layer), 5 (2 layers), 8 (1 layer)"
+    )
+    assert randlora.save(trained(), tmp_path).notes == (note,)
+    assert note in (tmp_path / "README.md").read_text(encoding="utf-8")
+    fields = read_fields(tmp_path)
+    assert (fields["r"], fields["randlora_alpha"]) == (2, 5)
+    assert fields["rank_pattern"] == {r"inner\.0": 6, r"inner\.1": 2, "tall": 4, "wide": 2}
+    assert fields["alpha_pattern"] == {r"inner\.0": 5, r"inner\.1": 5, "tall": 8, "wide": 3}
+
+
+def test_alpha_alone_may_differ_and_then_the_bases_have_pefts_keys(tmp_path: Path) -> None:
+    model = trained(r=4)
+    assert "cannot use this adapter" in randlora.save(model, tmp_path, bases="stored").notes[0]
+    assert "base_model.randlora_A" in read_tensors(tmp_path)[0]
+    assert "rank_pattern" not in read_fields(tmp_path)
+    twin = CASE.build()
+    randlora.load(twin, tmp_path)
+    assert torch.equal(CASE.output(twin), CASE.output(model))
+
+
+@pytest.mark.parametrize("bases", ["seed", "stored"])
+def test_peft_warns_of_the_patterns_and_refuses_layers_of_several_r(bases: Any, tmp_path: Path) -> None:
+    model = LLAMA.build()
+    randlora.inject(model, {"q_proj": 8, ".*": 4}, alpha={"q_proj": 4, ".*": 8}, targets=["q_proj", "v_proj"])
+    randlora.save(model, tmp_path, bases=bases)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            PeftModel.from_pretrained(LLAMA.build(), tmp_path)
+    assert any("alpha_pattern" in str(one.message) and "rank_pattern" in str(one.message) for one in caught)
+
+
+def test_a_prefix_renames_the_options_too(tmp_path: Path) -> None:
+    randlora.save(trained(), tmp_path)
+    model = nn.ModuleDict({"body": CASE.build()})
+    randlora.load(model, tmp_path, prefix="body")
+    assert randlora.adapters(model)[0].options == {f"body.{fqn}": options for fqn, options in OPTIONS.items()}
+    assert torch.equal(CASE.output(model["body"]), CASE.output(trained()))
+    randlora.save(model, tmp_path / "renamed")
+    twin = nn.ModuleDict({"body": CASE.build()})
+    randlora.load(twin, tmp_path / "renamed")
+    assert torch.equal(CASE.output(twin["body"]), CASE.output(trained()))
+
+
+def test_inspect_and_verify_name_the_options_of_each_layer(tmp_path: Path) -> None:
+    model = trained()
+    randlora.save(model, tmp_path)
+    summary = randlora.files.inspect(tmp_path)
+    assert {layer.fqn: (layer.r, layer.alpha) for layer in summary.layers} == OPTIONS
+    for layer in summary.layers:
+        norm = torch.linalg.norm(randlora.delta_weight(model, layer.fqn))
+        assert layer.frobenius == pytest.approx(norm.item())
+    digests = {bases.spec.r: bases.digest for bases in summary.bases}
+    assert digests == {r: basis.digest(*sliced(r)) for r, basis in adapter_of(model).bases.items()}
+    assert "r=2 (2 layers), 4 (1 layer), 6 (1 layer), alpha=3 (1 layer), 5 (2 layers), 8 (1 layer)" in str(summary)
+    assert summary.writer.endswith("format 2")
+    verification = randlora.files.verify(tmp_path)
+    assert verification.passed
+    assert [check.name for check in verification.checks] == ["files", "checksum", "bases", "bases", "bases"]
+
+
+def sliced(r: int) -> tuple[int, int]:
+    """Return the larger and the smaller dim that the layers of one r use."""
+    own = [shape for fqn, shape in SHAPES.items() if OPTIONS[fqn][0] == r]
+    return max(map(max, own)), max(map(min, own))
+
+
+def test_a_copy_in_our_own_format_is_equal_and_peft_is_refused_and_a_lora_approximates(tmp_path: Path) -> None:
+    randlora.save(trained(), tmp_path / "one")
+    randlora.files.convert(tmp_path / "one", tmp_path / "two", "native")
+    twin = CASE.build()
+    randlora.load(twin, tmp_path / "two")
+    assert torch.equal(CASE.output(twin), CASE.output(trained()))
+    with pytest.raises(CheckpointError, match="PEFT has one r and one alpha for all layers"):
+        randlora.files.convert(tmp_path / "one", tmp_path / "three", "peft")
+    assert not (tmp_path / "three").exists()
+    report = randlora.files.convert(tmp_path / "one", tmp_path / "lora", "lora", rank=5)
+    assert report.relative_error < 1e-5
+    assert {layer.fqn for layer in report.layers} == {*SHAPES}
+
+
+@pytest.mark.medium
+def test_files_are_merged_as_in_memory(tmp_path: Path) -> None:
+    base = save_model(LLAMA, tmp_path / "base", dtype=torch.bfloat16)
+    by_layer: dict[str, Any] = {"r": {"q_proj": 8, "layers.1": 2, ".*": 4}, "alpha": {"up_proj": 4, ".*": 16}}
+    adapters = {
+        save_adapter(LLAMA, tmp_path / "one", dtype=torch.bfloat16, **by_layer): 1.0,
+        save_adapter(LLAMA, tmp_path / "two", dtype=torch.bfloat16, r={"v_proj": 4, ".*": 8}, values=1): 0.5,
+    }
+    report = randlora.files.merge(base, adapters, tmp_path / "out")
+    merged = merge_in_memory(LLAMA, adapters, dtype=torch.bfloat16)
+    assert contents(report.out) == contents(write(merged, tmp_path / "expected"))
+
+
+@pytest.mark.medium
+def test_the_plan_of_files_counts_the_bases_of_each_r(tmp_path: Path) -> None:
+    base = save_model(LLAMA, tmp_path / "base")
+    options: dict[str, Any] = {"r": {"q_proj": 8, ".*": 4}, "targets": list(LLAMA.targets)}
+    model = LLAMA.build()
+    report = randlora.inject(model, **options)
+    assert randlora.files.plan(base, **options) == report
+    memory = training_memory(report, read_model_directory(base))
+    assert memory.bases == sum(basis.nbytes for basis in adapter_of(model).bases.values())
+
+
+def test_a_module_in_two_places_keeps_its_options_under_any_of_its_names(tmp_path: Path) -> None:
+    model, swapped, twin = Twice(), Swapped(), Twice()
+    randlora.inject(model, {"first": 2, "last": 3}, targets="all-linear")
+    fill(model)
+    randlora.save(model, tmp_path / "one")
+    randlora.load(swapped, tmp_path / "one")
+    randlora.save(swapped, tmp_path / "two")
+    randlora.load(twin, tmp_path / "two")
+    assert {fqn: own.r for fqn, own in randlora.adapters(twin)[0].options.items()} == {"again": 2, "last": 3}
+    for fqn in ("first", "last"):
+        assert torch.equal(randlora.delta_weight(twin, fqn), randlora.delta_weight(model, fqn))
+
+
+@pytest.mark.medium
+def test_a_real_model_trains_every_layer_compiled_too() -> None:
+    model = LLAMA.build()
+    randlora.inject(model, {"q_proj": 8, "layers.1.mlp": 2, ".*": 4}, alpha={".*0.*": 8, ".*": 2}, targets="all-linear")
+    fill(model)
+    expected = outputs(model, tokens())
+    compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
+    found = compiled(**tokens()).logits
+    torch.testing.assert_close(found, expected)
+    found.square().mean().backward()
+    values = adapter_values(model)
+    assert all(value.grad is not None and value.grad.any() for value in values.values())
+
+
+def test_a_wrong_option_changes_nothing() -> None:
+    model = trained()
+    before = snapshot(model)
+    with pytest.raises(ConfigError):
+        randlora.inject(model, {"wide": 0}, name="b")
+    with pytest.raises(TargetError):
+        randlora.inject(model, {"wide": 2}, name="b")
+    assert snapshot(model) == before
+
+
+def test_peft_warns_of_several_alpha_and_computes_another_update(tmp_path: Path) -> None:
+    """What the note of `save` and the page on saving say."""
+    model = LLAMA.build()
+    randlora.inject(model, 4, alpha={"q_proj": 4, ".*": 8}, targets=["q_proj", "v_proj"])
+    randlora.save(fill(model), tmp_path, bases="stored")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        theirs = PeftModel.from_pretrained(LLAMA.build(), tmp_path)
+    assert any("alpha_pattern" in str(one.message) for one in caught)
+    assert not torch.allclose(theirs(**tokens()).logits, outputs(model, tokens()), rtol=1e-3)
