@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)  # its own affair
+    import open_clip
     import torchvision
 
 VOCABULARY = 64
@@ -88,6 +89,30 @@ def torchvision_vit() -> nn.Module:
         return model
 
     return reproducible(build)
+
+
+def torchvision_vit_b_16() -> nn.Module:
+    """Build torchvision's ViT-B/16, at its own size."""
+    model: nn.Module = torchvision.models.vit_b_16()
+    return model
+
+
+def clip_vit_b_32() -> nn.Module:
+    """Build CLIP ViT-B/32 of open_clip, at its own size."""
+    model: nn.Module = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32"))
+    return model
+
+
+def clip() -> nn.Module:
+    """Build a CLIP of open_clip."""
+    text = {"context_length": 8, "vocab_size": 40, "width": 24, "heads": 2, "layers": 2}
+    vision = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
+    return reproducible(lambda: open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text))
+
+
+def clip_attention() -> nn.Module:
+    """Build an attention of open_clip's own."""
+    return reproducible(lambda: open_clip.transformer.Attention(16, num_heads=2))
 
 
 def tokens() -> dict[str, Tensor]:

@@ -266,7 +266,7 @@ MISFITS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         _with(0, lambda: Computed(nn.Linear(6, 4))),
         "0 (Computed) has no weight",
     ),
-    "attention": (_with(0, lambda: nn.MultiheadAttention(6, 2).out_proj), "nn.MultiheadAttention reads this weight"),
+    "attention": (_with(0, lambda: nn.MultiheadAttention(6, 2).out_proj), "0 is 6 x 6 here, the adapter was trained"),
     "parametrized": (
         _with(0, lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))),
         "0 computes its weight from other parameters",

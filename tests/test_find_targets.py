@@ -181,12 +181,11 @@ def test_a_head_that_is_asked_for_is_adapted() -> None:
     assert found(WithOutputEmbeddings(), ["to_words"]) == ["to_words"]
 
 
-def test_layers_that_cannot_be_adapted_are_left_out_of_all_linear_with_the_reason() -> None:
+def test_all_linear_includes_attention() -> None:
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "up": nn.Linear(4, 4)})
     selection = select(Census.of(model), "all-linear", None)
-    assert [site.fqn for site in selection.sites] == ["up"]
-    assert list(selection.skipped) == ["attention.out_proj"]
-    assert selection.skipped["attention.out_proj"].startswith("nn.MultiheadAttention reads this weight")
+    assert [site.fqn for site in selection.sites] == ["attention.in_proj_weight", "attention.out_proj", "up"]
+    assert selection.skipped == {}
 
 
 # What is refused
@@ -244,15 +243,6 @@ def test_another_layer_with_a_weight_matrix_is_refused_by_name_and_kind(layer: n
     model = nn.ModuleDict({"up": nn.Linear(2, 2), "other": layer})
     with pytest.raises(TargetError, match=f"other is of type {kind}, for which there is no adapter layer"):
         find_targets(model, "up|other")
-
-
-def test_a_refused_kind_is_named_with_its_reason() -> None:
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)})
-    with pytest.raises(
-        TargetError,
-        match=r"attention\.out_proj \(NonDynamicallyQuantizableLinear\) cannot be adapted: nn\.MultiheadAttention",
-    ):
-        find_targets(model, ["out_proj"])
 
 
 def test_every_entry_that_matches_nothing_is_named_at_once() -> None:

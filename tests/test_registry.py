@@ -77,11 +77,15 @@ def test_a_kind_without_one_of_its_two_methods_is_refused() -> None:
     assert registry.find_layer(Swapped(2, 2)) is LinearAdapter
 
 
-def test_a_layer_that_is_never_called_is_refused_by_name_and_skipped_by_all_linear() -> None:
-    attention = nn.MultiheadAttention(8, 2)
-    model = nn.ModuleDict({"attention": attention, "linear": nn.Linear(8, 8)})
+def test_a_refused_kind_is_refused_by_name_and_skipped_by_all_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refused(nn.Linear):
+        pass
+
+    monkeypatch.setattr(registry, "_layers", dict(registry._layers))
+    registry.refuse_layer(Refused, "it is of no use: exclude it")
+    model = nn.ModuleDict({"refused": Refused(8, 8), "linear": nn.Linear(8, 8)})
     report = randlora.plan(model, r=2, targets="all-linear")
     assert report.targets == ("linear",)
-    assert "nn.MultiheadAttention reads this weight" in report.skipped["attention.out_proj"]
-    with pytest.raises(TargetError, match=r"attention\.out_proj .* cannot be adapted"):
-        randlora.inject(model, r=2, targets=["out_proj"])
+    assert report.skipped == {"refused": "it is of no use: exclude it"}
+    with pytest.raises(TargetError, match=r"refused \(Refused\) cannot be adapted: it is of no use"):
+        randlora.inject(model, r=2, targets=["refused"])

@@ -27,9 +27,11 @@ from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.disk.replace import write_files
 from randlora.errors import CheckpointError, raise_collected
 from randlora.layers.conv1d import Conv1DAdapter
+from randlora.layers.read_weight import ReadWeight
 from randlora.model.install import lost_sites, require_own
 from randlora.report import adapter_report, as_bytes
 from randlora.state import Adapter, adapted_root
+from randlora.targets.match import shortened
 from randlora.targets.select import left_out_by
 from randlora.targets.site import shapes_of
 from randlora.targets.walk import Census
@@ -109,7 +111,8 @@ def save(
     adapter = replace(adapter, options={site.fqn: site.layer.adapters[adapter.name].options for site in sites})
     transposed = tuple(site.fqn for site in sites if issubclass(site.layer_class, Conv1DAdapter))
     header = Header.of(adapter.config, adapter.options, adapter.bases, shapes, adapter.trained, transposed)
-    notes = _peft_notes(adapter, header, bases)
+    read = [site.fqn for site in sites if issubclass(site.layer_class, ReadWeight)]
+    notes = _peft_notes(adapter, header, bases, read)
     tensors = adapter_tensors(diagonals, adapter.trained)
     if bases == "stored":
         tensors |= stored_bases(adapter.bases, header)
@@ -144,11 +147,13 @@ def _problems(adapter: Adapter, diagonals: Mapping[str, tuple[nn.Parameter, nn.P
     return problems
 
 
-def _peft_notes(adapter: Adapter, header: Header, bases: str) -> list[str]:
-    """Return what PEFT 0.21.2 would not load, or would load wrongly."""
+def _peft_notes(adapter: Adapter, header: Header, bases: str, read: list[str]) -> list[str]:
+    """Return what PEFT 0.21.2 would not load, or would load wrongly; ``read`` are the weights that other code reads."""
     if (reason := peft_obstacle(header.options)) is not None:
         return [reason]
     notes = []
+    if read:
+        notes.append(f"PEFT adapts only layers that are called, so it would leave out the update of {shortened(read)}")
     ((basis, rectangle),) = ((adapter.bases[r], rectangle) for r, rectangle in header.rectangles.items())
     spec = basis.spec
     if bases == "seed" and spec.stream != "torch":

@@ -41,6 +41,7 @@ Basis = Annotated[config.BasisKind, Option(help="Kind of random bases.")]
 Stream = Annotated[config.Stream | None, Option(help="The stream of random numbers.")]
 Blocks = Annotated[tuple[int, int] | None, Option(help="Blocks of A and of B, for `--basis block`.")]
 Seed = Annotated[int, Option(help="Seed of the bases.")]
+InProj = Annotated[config.InProj, Option(help="Attention's `in_proj_weight` as one matrix, or split into three.")]
 
 
 def plan(
@@ -55,6 +56,7 @@ def plan(
     stream: Stream = None,
     blocks: Blocks = None,
     seed: Seed = 0,
+    in_proj: InProj = "packed",
     as_json: AsJson = False,  # noqa: FBT002
 ) -> None:
     """Print what an adapter of a model would be: layers, counts, bytes, and the memory that training needs.
@@ -90,6 +92,7 @@ def plan(
             stream=stream,
             blocks=blocks,
             seed=seed,
+            in_proj=in_proj,
         )
     memory = training_memory(report, base.directory)
     if as_json:

@@ -30,6 +30,7 @@ from randlora.errors import CheckpointError, raise_collected
 from randlora.files.model_directory import ModelDirectory, read_model_directory
 from randlora.files.quantized import DenseView, as_dense
 from randlora.files.transformers_model import Conversion, TransformersModel, build_model
+from randlora.layers.attention import InProjAdapter
 from randlora.layers.base import AdapterLayer
 from randlora.layers.conv1d import Conv1DAdapter
 from randlora.layers.linear import LinearAdapter
@@ -168,9 +169,19 @@ def _fit_names(
             problems.append(f"{fqn} may be stored transposed or not, which the adapter does not say ({reason})")
         else:
             kind: type[AdapterLayer] = Conv1DAdapter if is_transposed else LinearAdapter
-            rows, columns = reversed(entries[name].shape) if is_transposed else entries[name].shape
-            slots[fqn] = Slot((name,), (rows, columns), kind)
+            if name == fqn and not is_transposed:  # a parameter, such as an `in_proj_weight`, which may be split
+                kind = InProjAdapter
+            slots[fqn] = Slot((name,), _stored_shape(file, fqn, entries[name], is_transposed=is_transposed), kind)
     return BaseFit(file, slots, {fqn: (fqn,) if fqn in entries else () for fqn in file.trained}), problems
+
+
+def _stored_shape(file: AdapterFile, fqn: str, entry: Entry, *, is_transposed: bool) -> Shape:
+    """Return the shape of the update of a matrix, which may be a stack of matrices that lie one above the other."""
+    rows, columns = reversed(entry.shape) if is_transposed else entry.shape
+    trained = file.header.shapes[fqn] if file.header is not None else ()
+    if len(trained) == 3 and (trained[0] * trained[1], trained[2]) == (rows, columns):
+        return trained
+    return rows, columns
 
 
 def _is_transposed(file: AdapterFile, fqn: str, entry: Entry) -> bool | None:

@@ -35,8 +35,9 @@ class Merging:
     def merged(self, weight: Tensor) -> Tensor:
         """Return the merged weight, in the dtype and layout of ``weight``. It is an error if it is not finite."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        kind, shape = self.slot.layer_class, self.slot.shape
-        delta = sum_updates(self.updates, shape, device=weight.device, dtype=dtype, united=kind.united)
+        kind = self.slot.layer_class
+        # one adapter may have a stack of updates where another has one: `united` gives them the shape of the sum
+        delta = sum_updates(self.updates, (), device=weight.device, dtype=dtype, united=kind.united)
         return require_finite(self.fqn, folded(weight, kind.in_storage_layout(delta)))
 
 

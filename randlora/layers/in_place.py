@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from randlora.errors import MergeError
 from randlora.layers.base import AdapterLayer
-from randlora.layers.read_weight import ReadWeight
+from randlora.layers.read_weight import ReadWeight, forward_of_owner
 from randlora.state import SiteAdapter
 
 FORWARDS = "_old_forward", "forward"
@@ -118,6 +118,19 @@ class RunsAdapters(InPlace):
         return self.randlora["weight"].forward(self, super().forward, *args, **kwargs)
 
 
+class ReadsAdapted(InPlace):
+    """An adapted module that has weights that are read, in its own forward or elsewhere."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the module's own forward."""
+        if not isinstance(self, ReadsAdapted):  # a bound method that outlived the adapters
+            return type(self).forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling():  # a compiler removes what is computed and not used
+            return super().forward(*args, **kwargs)
+        with forward_of_owner():
+            return super().forward(*args, **kwargs)
+
+
 def _read(attribute: str) -> property:
     """Return a property for reading one adapted weight."""
 
@@ -149,7 +162,7 @@ def adapted_class(base: type[nn.Module], reads: tuple[str, ...], runs: bool) -> 
     if runs:
         parameters = list(inspect.signature(base.forward).parameters)[1:2]
         body["randlora_input"] = parameters[0] if parameters else ""
-    adapted: type[InPlace] = type(f"Adapted{base.__name__}", (RunsAdapters if runs else InPlace, base), body)
+    adapted: type[InPlace] = type(f"Adapted{base.__name__}", (RunsAdapters if runs else ReadsAdapted, base), body)
     return _classes.setdefault(key, adapted)
 
 

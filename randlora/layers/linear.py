@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from randlora.layers.base import AdapterLayer
-from randlora.layers.registry import refuse_layer, register_layer
+from randlora.layers.registry import register_layer
 
 FORWARD = nn.Linear.forward  # read on import, in case it is replaced later
 
@@ -29,9 +29,3 @@ class LinearAdapter(AdapterLayer):
     def plain_forward(cls) -> Callable[..., Tensor] | None:
         """Return ``nn.Linear.forward``, as torch defines it."""
         return FORWARD
-
-
-refuse_layer(
-    nn.modules.linear.NonDynamicallyQuantizableLinear,
-    "nn.MultiheadAttention reads this weight without calling the layer, so an adapter would have no effect: exclude it",
-)

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.layers.base import AdapterLayer
 from randlora.layers.update import folded, sum_updates
+
+_forwards = threading.local()
+"""``values``: what the innermost forward of an owner has read, by weight. Another thread may run without gradients."""
+
+
+@contextmanager
+def forward_of_owner() -> Iterator[None]:
+    """Compute each weight that `ReadWeight.is_read_once` says it of a single time inside the block."""
+    outer = getattr(_forwards, "values", None)
+    _forwards.values = {}
+    try:
+        yield
+    finally:
+        _forwards.values = outer
 
 
 class ReadWeight(AdapterLayer):
@@ -14,7 +34,25 @@ class ReadWeight(AdapterLayer):
 
     Reading the attribute returns weight + update while adapters are active, and the parameter otherwise. The update is
     computed on each read. ``state_dict()`` and ``parameters()`` of the owner return the parameter.
+
+    Attributes:
+        is_read_once: Whether to compute the update once in a forward of an owner, however often that reads the weight.
+            The result is kept until the forward ends.
     """
+
+    is_read_once: ClassVar[bool] = False
+
+    @classmethod
+    def is_held_by(cls, owner: nn.Module) -> bool:
+        """Whether an owner has the weight, or computes it by a parametrization, rather than ``None`` in its place."""
+        if cls.attribute in owner._parameters:
+            return owner._parameters[cls.attribute] is not None
+        return is_parametrized(owner, cls.attribute) or cls.attribute in owner.__dict__  # there by weight_norm of old
+
+    @classmethod
+    def uncalled(cls, owner: nn.Module) -> tuple[nn.Module, ...]:  # noqa: ARG003  # for attention
+        """Return the submodules whose weight the owner's forward reads without calling them."""
+        return ()
 
     @classmethod
     def site_fqn(cls, owner_fqn: str) -> str:
@@ -30,6 +68,18 @@ class ReadWeight(AdapterLayer):
 
     def read(self, owner: nn.Module) -> Tensor:
         """Return the value of the attribute, in the shape and dtype of the weight."""
+        if not self.is_read_once or torch.compiler.is_compiling():
+            return self.value(owner)
+        values: dict[tuple[int, str], Tensor] | None = getattr(_forwards, "values", None)
+        if values is None:
+            return self.value(owner)
+        key = id(owner), self.attribute
+        if key not in values:
+            values[key] = self.value(owner)
+        return values[key]
+
+    def value(self, owner: nn.Module) -> Tensor:
+        """Compute the weight plus the updates of the active adapters."""
         weight = self.weight_of(owner)
         assert weight is not None, "obstacles() asks for a weight"
         active = self.active()

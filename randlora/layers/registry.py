@@ -58,7 +58,7 @@ def register_layer(base_type: type[nn.Module] | str) -> Callable[[Layer], Layer]
             missing = ", ".join(sorted(layer.__abstractmethods__))
             raise TypeError(f"{layer.__name__} cannot be registered without {missing}: define it in the class")
         _require_known_kind(layer)
-        if issubclass(layer, ReadWeight):
+        if issubclass(layer, ReadWeight) and layer.attribute != "weight":
             _readers.setdefault(_name(base_type), {})[layer.attribute] = layer
         else:
             _layers[_name(base_type)] = layer
@@ -100,11 +100,10 @@ def find_layer(module: nn.Module) -> type[AdapterLayer] | str | None:
 
 
 def find_readers(module: nn.Module) -> tuple[type[ReadWeight], ...]:
-    """Return the adapter layers for the parameters of a module that other code reads."""
+    """Return the adapter layers for the parameters of a module that other code reads, except for its ``weight``."""
     for parent in type(module).__mro__:
         if (entry := _readers.get(_name(parent))) is not None:
-            absent = {name for name, parameter in module._parameters.items() if parameter is None}
-            return tuple(kind for attribute, kind in entry.items() if attribute not in absent)
+            return tuple(kind for kind in entry.values() if kind.is_held_by(module))
     found = []
     for name, parameter in module._parameters.items():
         for where, kind in _by_parameter.get(name, ()):

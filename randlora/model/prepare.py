@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from randlora.layers.bnb import Linear4bitAdapter, put_in_order
 from randlora.layers.bnb_cpu import MAY_REPACK
 from randlora.layers.in_place import adapter_layers_of
+from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import find_layer
 from randlora.state import attached_state, require_unmerged
 from randlora.targets.match import shortened
@@ -192,7 +193,8 @@ def _is_norm_or_dense(module: nn.Module) -> bool:
     is_stored_otherwise = any(type(tensor.data) is not Tensor for tensor in _own_tensors(module))  # as in torchao
     if is_stored_otherwise or is_quantized(module) or is_parametrized(module):
         return False
-    return is_norm(module) or isinstance(find_layer(module), type)
+    entry = find_layer(module)  # what reads a weight may read 16-bit weights beside it, as attention does
+    return is_norm(module) or (isinstance(entry, type) and not issubclass(entry, ReadWeight))
 
 
 def _holds_half_matrices(module: nn.Module) -> bool:

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from randlora.layers.in_place import class_obstacle
+from randlora.layers.in_place import class_obstacle, plain_class
 from randlora.layers.read_weight import ReadWeight
+from randlora.layers.registry import find_readers
 from randlora.targets.site import Site
 from randlora.targets.walk import Census, Held
 
@@ -17,9 +18,15 @@ from randlora.targets.walk import Census, Held
 def obstacles(census: Census, sites: Sequence[Site], dropout: float) -> list[str]:
     """Return why sites cannot be adapted: an unsuitable class or weight, or a weight tied to another module."""
     problems, sound = [], []
+    uncalled = _uncalled(census)
     for site in sites:
         if (reason := obstacle(site)) is not None:
             problems.append(f"{site.fqn} {reason}")
+        elif site.key in uncalled and not issubclass(site.layer_class, ReadWeight):
+            problems.append(
+                f"{site.fqn} ({type(site.owner).__name__}) is never called, because {uncalled[site.key]} reads its "
+                "weight, so an adapter would have no effect: exclude it"
+            )
         elif dropout and issubclass(site.layer_class, ReadWeight):
             problems.append(
                 f"{site.fqn} is a weight that other code reads, whose input {dropout=} cannot reach: "
@@ -28,6 +35,16 @@ def obstacles(census: Census, sites: Sequence[Site], dropout: float) -> list[str
         else:
             sound.append(site)
     return [*problems, *tie_problems(census, sound)]
+
+
+def _uncalled(census: Census) -> dict[tuple[int, str], str]:
+    """Return the layers whose weight another module reads without calling them, each with the type of that module."""
+    return {
+        (id(child), "weight"): plain_class(visit.module).__name__
+        for visit in census.first_visits
+        for kind in find_readers(visit.module)
+        for child in kind.uncalled(visit.module)
+    }
 
 
 def obstacle(site: Site) -> str | None:

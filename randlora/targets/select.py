@@ -10,7 +10,7 @@ from torch import nn
 
 from randlora.config import Pattern, RandLoRAConfig
 from randlora.errors import TargetError, raise_collected
-from randlora.layers.registry import find_layer
+from randlora.layers.registry import find_layer, find_readers
 from randlora.targets.defaults import default_targets
 from randlora.targets.explain import NOTHING, holders, inventory, missed, reason, refusal, stray_refusal
 from randlora.targets.left_out import ALL, ALL_LINEAR, LINEAR_KINDS, Remaining, left_out, lines, remaining
@@ -73,7 +73,7 @@ def find_targets(model: nn.Module, targets: Pattern | None = None, exclude: Patt
 def select(census: Census, given: Pattern | None, exclude: Pattern | None) -> Selection:
     """Return the weights selected by a pattern, with the rule applied; arguments and errors as in `find_targets`."""
     model, visits = census.model, census.candidates
-    if not visits and find_layer(model) is not None:
+    if (not visits and find_layer(model) is not None) or find_readers(model):
         raise TargetError(
             f"the model itself is a layer ({type(model).__name__}) and has no name within a model: "
             "wrap it in a module, as in torch.nn.Sequential(layer), and adapt that"

@@ -1,0 +1,109 @@
+"""`nn.MultiheadAttention`, which reads the weights of its projections in its forward, and that of ``out_proj`` too.
+
+Its ``in_proj_weight`` has the query, key and value projections one above the other; if keys or values have another
+width, there are ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight`` instead.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from randlora.bases.spec import Shape
+from randlora.config import RandLoRAConfig
+from randlora.layers.in_place import plain_class
+from randlora.layers.read_weight import ReadWeight
+from randlora.layers.registry import register_layer
+
+PROJECTIONS = 3
+"""Query, key and value."""
+
+
+class ProjectionAdapter(ReadWeight):
+    """Adapts a matrix that attention multiplies by, stored ``(out_features, in_features)``."""
+
+    kind = "attention"
+    is_read_once = True
+
+    @classmethod
+    def features(cls, owner: nn.Module) -> tuple[int, int]:
+        """Return ``(in_features, out_features)``, from ``ds_shape`` if DeepSpeed's ZeRO-3 emptied the weight."""
+        weight = owner._parameters[cls.attribute]
+        assert weight is not None, "is_held_by() asks for a weight"
+        out_features, in_features = getattr(weight, "ds_shape", weight.shape)
+        return int(in_features), int(out_features)
+
+    @staticmethod
+    def in_storage_layout(delta: Tensor) -> Tensor:
+        """Return the update unchanged, ``(out_features, in_features)``."""
+        return delta
+
+    @classmethod
+    def uncalled(cls, owner: nn.Module) -> tuple[nn.Module, ...]:
+        """Return ``out_proj``, unless the forward is not that of `nn.MultiheadAttention`."""
+        base = plain_class(owner)
+        if not issubclass(base, nn.MultiheadAttention) or base.forward is not nn.MultiheadAttention.forward:
+            return ()
+        return (owner.get_submodule("out_proj"),)
+
+
+@register_layer("open_clip.transformer.Attention")
+@register_layer(nn.MultiheadAttention)
+class InProjAdapter(ProjectionAdapter):
+    """Adapts an ``in_proj_weight``, ``(3 * embed_dim, embed_dim)``: as one matrix, or as three."""
+
+    attribute = "in_proj_weight"
+
+    @classmethod
+    def obstacle(cls, owner: nn.Module) -> str | None:
+        """Return the obstacles of any weight, or that this one is no stack of three matrices of one size."""
+        out_features = cls.features(owner)[1]
+        if out_features % PROJECTIONS:
+            return f"has {out_features} rows, expected those of query, key and value, equally many: exclude it"
+        return super().obstacle(owner)
+
+    @classmethod
+    def shape_of(cls, owner: nn.Module, config: RandLoRAConfig) -> Shape:
+        """Return ``(3 * embed_dim, embed_dim)``, or ``(3, embed_dim, embed_dim)`` if the options say ``"split"``."""
+        in_features, out_features = cls.features(owner)
+        if config.in_proj == "split":
+            return PROJECTIONS, out_features // PROJECTIONS, in_features
+        return out_features, in_features
+
+    @staticmethod
+    def united(delta: Tensor) -> Tensor:
+        """Return an update of either form as one matrix."""
+        return delta.flatten(end_dim=-2)
+
+
+@register_layer(nn.MultiheadAttention)
+class QueryAdapter(ProjectionAdapter):
+    """Adapts a ``q_proj_weight``, ``(embed_dim, embed_dim)``."""
+
+    attribute = "q_proj_weight"
+
+
+@register_layer(nn.MultiheadAttention)
+class KeyAdapter(ProjectionAdapter):
+    """Adapts a ``k_proj_weight``, ``(embed_dim, kdim)``."""
+
+    attribute = "k_proj_weight"
+
+
+@register_layer(nn.MultiheadAttention)
+class ValueAdapter(ProjectionAdapter):
+    """Adapts a ``v_proj_weight``, ``(embed_dim, vdim)``."""
+
+    attribute = "v_proj_weight"
+
+
+@register_layer(nn.modules.linear.NonDynamicallyQuantizableLinear)
+class OutProjAdapter(ProjectionAdapter):
+    """Adapts the weight of ``out_proj``, ``(embed_dim, embed_dim)``, a layer that attention does not call.
+
+    Its own forward, if anything calls it, reads the weight as well.
+    """
+
+    @classmethod
+    def uncalled(cls, owner: nn.Module) -> tuple[nn.Module, ...]:  # noqa: ARG003
+        """Return no submodule: a linear layer has none."""
+        return ()
