@@ -261,7 +261,11 @@ MISFITS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "transposed": (_with(0, lambda: nn.Linear(4, 6)), "0 is 6 x 4 here, the adapter was trained on out x in = 4 x 6"),
     "transposed-Conv1D": (_with(0, lambda: Conv1D(6, 4)), "0 is 6 x 4 here"),
     "not-linear": (_with(0, lambda: nn.LayerNorm(6)), "0 (LayerNorm) has no weight that can be adapted"),
-    "an-embedding": (_with(0, lambda: nn.Embedding(6, 4)), "0 (Embedding) has no weight that can be adapted"),
+    "a-bag": (_with(0, lambda: nn.EmbeddingBag(6, 4)), "0 (EmbeddingBag) has no weight that can be adapted"),
+    "an-embedding": (
+        _with(0, lambda: nn.Embedding(6, 4)),
+        "0 is 6 x 4 here, the adapter was trained on out x in = 4 x 6",
+    ),
     "a-container": (
         _with(0, lambda: Computed(nn.Linear(6, 4))),
         "0 (Computed) has no weight",

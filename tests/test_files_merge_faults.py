@@ -89,11 +89,11 @@ def test_a_target_whose_weight_is_tied_in_the_base_is_refused(tmp_path: Path) ->
     refused(tmp_path, r"the weight of lm_head is tied to transformer\.wte\.weight")
 
 
-def test_a_target_that_is_an_embedding_in_the_base_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_target_that_is_a_norm_in_the_base_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
     held = load_file(adapter / "adapter_model.safetensors")
-    renamed = {name.replace("layers.0.self_attn.q_proj", "embed_tokens"): tensor for name, tensor in held.items()}
+    renamed = {name.replace("layers.0.self_attn.q_proj", "norm"): tensor for name, tensor in held.items()}
     save_file(renamed, adapter / "adapter_model.safetensors")
-    refused(tmp_path, r"embed_tokens \(Embedding\) has no weight that can be adapted")
+    refused(tmp_path, r"model\.norm \(LlamaRMSNorm\) has no weight that can be adapted")
 
 
 def test_a_damaged_adapter_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_what_is_trained_beside_is_counted_as_in_the_model(kind: RealModel, tmp_
     ("message", "options"),
     [
         ("'quarry' matches no layer or weight that can be adapted; the nearest names are", {"targets": ["quarry"]}),
-        ("is of type Embedding, for which there is no adapter layer", {"targets": ".*word_embeddings"}),
+        ("matches no .*, only bert.embeddings.LayerNorm", {"targets": r".*embeddings\.LayerNorm"}),
         ("r must be a positive integer", {"r": 0}),
     ],
 )

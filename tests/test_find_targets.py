@@ -212,9 +212,9 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("a-norm", ["norm"], "'norm' matches no layer or weight that can be adapted"),
     ("a-norm-beside-one", ["norm", "up"], "'norm' matches no layer or weight that can be adapted"),
     ("norms-by-regex", r".*\.norm", "matches no layer or weight that can be adapted"),
-    ("an-embedding", ["embed"], "embed is of type Embedding, for which there is no adapter layer"),
-    ("an-embedding-by-regex", "embed|head", "embed is of type Embedding, for which there is no adapter layer"),
-    ("everything", ".*", "embed is of type Embedding, for which there is no adapter layer: narrow the pattern"),
+    ("an-embedding", ["embed"], "embed is of type EmbeddingBag, for which there is no adapter layer"),
+    ("an-embedding-by-regex", "embed|head", "embed is of type EmbeddingBag, for which there is no adapter layer"),
+    ("everything", ".*", "embed is of type EmbeddingBag, for which there is no adapter layer: narrow the pattern"),
     (
         "callable-of-nothing",
         nothing,
@@ -232,9 +232,8 @@ def test_a_pattern_that_means_no_linear_layer_is_refused(pattern: Any, message: 
 @pytest.mark.parametrize(
     ("layer", "kind"),
     [
-        (nn.Conv2d(2, 2, 1), "Conv2d"),
+        (nn.EmbeddingBag(2, 2), "EmbeddingBag"),
         (nn.Bilinear(2, 2, 2), "Bilinear"),
-        (nn.LazyConv1d(2, 1), "LazyConv1d"),
         (nn.GRU(2, 2), "GRU"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

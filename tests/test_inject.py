@@ -206,6 +206,10 @@ def _tied(model: Mixed) -> None:
     model.other.weight = model.q.weight
 
 
+def _bag(model: Mixed) -> None:
+    model.embed = nn.EmbeddingBag(11, 12)  # type: ignore[assignment]
+
+
 def _tied_to_embedding(model: Mixed) -> None:
     model.embed = nn.Embedding(12, 12)
     model.q.weight = model.embed.weight
@@ -244,10 +248,10 @@ def _unchanged(model: Mixed) -> None:
             r"'upp' matches no layer or weight that can be adapted; the nearest names are up",
         ),
         (
-            _unchanged,
+            _bag,
             {"targets": "embed|q"},
             TargetError,
-            r"embed is of type Embedding, for which there is no adapter layer",
+            r"embed is of type EmbeddingBag, for which there is no adapter layer",
         ),
         (_unchanged, {"exclude": ["no"]}, TargetError, r"exclude='no' matches no layer or weight"),
         (_unchanged, {"exclude": "q|up|down"}, TargetError, r"no layer is left to adapt"),

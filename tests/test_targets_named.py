@@ -40,9 +40,9 @@ class Attention(nn.Module):
 
 
 def vision_transformer() -> nn.Module:
-    """Build what has timm's names: the projection of patches is a convolution."""
+    """Build what has timm's names: but the projection of patches is of a type without an adapter layer."""
     blocks = nn.ModuleList(nn.ModuleDict({"attn": Attention(), "norm": nn.LayerNorm(4)}) for _ in range(2))
-    return nn.ModuleDict({"patch_embed": nn.ModuleDict({"proj": nn.Conv2d(3, 4, 2)}), "blocks": blocks})
+    return nn.ModuleDict({"patch_embed": nn.ModuleDict({"proj": nn.Bilinear(3, 4, 2)}), "blocks": blocks})
 
 
 IN_BLOCKS = [f"blocks.{index}.attn.{name}" for index in (0, 1) for name in ("qkv", "proj")]
@@ -54,7 +54,7 @@ IN_BLOCKS = [f"blocks.{index}.attn.{name}" for index in (0, 1) for name in ("qkv
         (["qkv", "proj"], ["patch_embed.proj"]),
         (["qkv", "proj"], ["patch_embed"]),
         (["qkv", "proj"], r"patch_embed\..*"),
-        (["qkv", "proj"], lambda _, module: isinstance(module, nn.Conv2d)),
+        (["qkv", "proj"], lambda _, module: isinstance(module, nn.Bilinear)),
         (r".*\.(qkv|proj)", ["patch_embed.proj"]),
         (lambda fqn, _: fqn.endswith(("qkv", "proj")), ["patch_embed.proj"]),
         (["patch_embed.proj", "qkv", "proj"], ["patch_embed"]),
@@ -62,7 +62,7 @@ IN_BLOCKS = [f"blocks.{index}.attn.{name}" for index in (0, 1) for name in ("qkv
     ids=["name", "module", "regex", "callable", "of-a-regex", "of-a-callable", "an-entry-of-its-own"],
 )
 def test_what_is_excluded_is_not_refused(targets: Any, exclude: Any) -> None:
-    with pytest.raises(TargetError, match=r'Conv2d, for which .* exclude=\["patch_embed\.proj"\]'):
+    with pytest.raises(TargetError, match=r'Bilinear, for which .* exclude=\["patch_embed\.proj"\]'):
         find_targets(vision_transformer(), targets)
     assert found(vision_transformer(), targets, exclude) == IN_BLOCKS
 
@@ -71,7 +71,7 @@ def test_what_a_named_module_holds_beside_linear_layers_is_left_out_with_the_rea
     model = nn.ModuleDict({"body": vision_transformer(), "attention": nn.MultiheadAttention(4, 2)})
     selection = select(Census.of(model), ["body"], None)
     assert [site.fqn for site in selection.sites] == [f"body.{fqn}" for fqn in IN_BLOCKS]
-    assert selection.skipped == {"body.patch_embed.proj": "of type Conv2d, for which there is no adapter layer"}
+    assert selection.skipped == {"body.patch_embed.proj": "of type Bilinear, for which there is no adapter layer"}
     assert select(Census.of(model), ["body"], ["patch_embed"]).skipped == {}
 
 
@@ -80,7 +80,7 @@ def test_what_a_named_module_holds_beside_linear_layers_is_left_out_with_the_rea
     [
         (
             "stem",
-            nn.Sequential(nn.Conv2d(2, 2, 1)),
+            nn.Sequential(nn.Bilinear(2, 2, 1)),
             "targets='stem' matches no layer or weight that can be adapted, only stem (Sequential)",
         ),
         (
@@ -89,7 +89,7 @@ def test_what_a_named_module_holds_beside_linear_layers_is_left_out_with_the_rea
             "targets='norms' matches no layer or weight that can be adapted, only norms (Sequential)",
         ),
     ],
-    ids=["a-convolution", "norms"],
+    ids=["bilinear", "norms"],
 )
 def test_a_named_module_without_layers_to_adapt_is_refused(name: str, module: nn.Module, message: str) -> None:
     model = nn.ModuleDict({"up": nn.Linear(2, 2), name: module})
@@ -98,10 +98,10 @@ def test_a_named_module_without_layers_to_adapt_is_refused(name: str, module: nn
 
 
 def test_a_layer_that_cannot_be_adapted_is_refused_by_its_name_and_left_out_of_its_module() -> None:
-    model = nn.ModuleDict({"body": nn.ModuleDict({"conv": nn.Conv2d(2, 2, 1), "up": nn.Linear(2, 2)})})
+    model = nn.ModuleDict({"body": nn.ModuleDict({"mix": nn.Bilinear(2, 2, 1), "up": nn.Linear(2, 2)})})
     assert found(model, ["body"]) == ["body.up"]
-    with pytest.raises(TargetError, match=r"body\.conv is of type Conv2d"):
-        find_targets(model, ["body", "conv"])
+    with pytest.raises(TargetError, match=r"body\.mix is of type Bilinear"):
+        find_targets(model, ["body", "mix"])
 
 
 def test_the_names_of_a_preset_are_those_of_layers() -> None:
@@ -191,8 +191,8 @@ def test_no_answer_suggests_what_was_written(targets: Any, model: nn.Module) -> 
     ("model", "message"),
     [
         (
-            nn.Sequential(nn.Conv2d(1, 1, 1), nn.Tanh()),
-            "; the model has no layer or weight that can be adapted, only Conv2d, Tanh",
+            nn.Sequential(nn.Bilinear(1, 1, 1), nn.Tanh()),
+            "; the model has no layer or weight that can be adapted, only Bilinear, Tanh",
         ),
         (nn.Sequential(), "; the model has no submodules"),
     ],
@@ -207,7 +207,7 @@ def test_of_a_model_without_linear_layers_it_is_told_what_it_has(model: nn.Modul
 
 
 def test_of_many_refused_modules_five_are_named_and_the_rest_counted() -> None:
-    model = nn.Sequential(*(nn.Conv1d(1, 1, 1) for _ in range(560)))
+    model = nn.Sequential(*(nn.Bilinear(1, 1, 1) for _ in range(560)))
     with pytest.raises(TargetError, match="560 problems") as caught:
         find_targets(model, ".*")
     assert len(str(caught.value).splitlines()) == 7

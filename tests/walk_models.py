@@ -31,12 +31,12 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Two blocks between an embedding and a head, as language models are built."""
+    """Two blocks between a bag of embeddings, which no adapter layer adapts, and a head."""
 
     def __init__(self, model_type: str | None = None, head: str = "head") -> None:
         super().__init__()
         self.config = SimpleNamespace(model_type=model_type)
-        self.embed = nn.Embedding(10, 6)
+        self.embed = nn.EmbeddingBag(10, 6)
         self.layers = nn.ModuleList([Block(), Block()])
         self.add_module(head, nn.Linear(6, 10))
 

@@ -11,7 +11,7 @@ import json
 import operator
 from collections.abc import Container, Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -127,6 +127,7 @@ class Header:
     ``config`` gives r and alpha of each target by FQN where they differ, ``bases`` are those of each r, and ``shapes``
     are those of the updates by target. ``torch_version`` is that of the torch that drew the bases, and ``transposed``
     are the targets that are stored as ``(in_features, out_features)``; ``None`` if the file does not say.
+    ``kinds`` are the kinds of targets that are not linear layers.
     """
 
     config: RandLoRAConfig
@@ -135,6 +136,7 @@ class Header:
     library_version: str
     torch_version: str | None
     transposed: tuple[str, ...] | None
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -145,13 +147,14 @@ class Header:
         shapes: Shapes,
         trained: Iterable[str],
         transposed: tuple[str, ...] | None,
+        kinds: Mapping[str, str],
     ) -> Header:
         """Return the header of an adapter, given its layers' shapes and the FQNs of the parameters trained with it."""
         config = replace(config, targets=tuple(shapes), exclude=None, train_also=tuple(trained) or None)
         records = {r: BasisRecord.of(bases[r], own) for r, own in by_rank(shapes, options).items()}
         is_drawn = any(record.is_reproducible for record in records.values())
         versions = version("randlora"), torch.__version__.split("+")[0] if is_drawn else None
-        return cls(listed(config, options), records, dict(shapes), *versions, transposed)
+        return cls(listed(config, options), records, dict(shapes), *versions, transposed, kinds)
 
     @property
     def format_version(self) -> int:
@@ -185,6 +188,7 @@ def dump_header(header: Header, tensors: Mapping[str, Tensor]) -> str:
         "targets": {fqn: list(shape) for fqn, shape in header.shapes.items()},
         "torch_version": header.torch_version,
         "transposed": header.transposed,
+        **({"kinds": dict(header.kinds)} if header.kinds else {}),  # the first files have none
     }
     if header.format_version == 1:
         (record,) = header.bases.values()
@@ -215,6 +219,7 @@ def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
             library_version=str(facts["library_version"]),
             torch_version=facts.get("torch_version"),  # the first files have neither this
             transposed=None if (found := facts.get("transposed")) is None else tuple(found),  # nor this
+            kinds=dict(facts.get("kinds", {})),
         )
     except CheckpointError:
         raise

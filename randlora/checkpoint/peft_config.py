@@ -14,7 +14,7 @@ from randlora.errors import CheckpointError, ConfigError
 from randlora.layer_options import LayerOptions, described
 from randlora.layers.in_place import plain_class
 from randlora.state import Adapter
-from randlora.targets.match import has_suffix
+from randlora.targets.match import has_suffix, shortened
 from randlora.targets.walk import Census
 
 PEFT_TYPE = "RANDLORA"
@@ -80,6 +80,14 @@ def to_peft_fields(census: Census, adapter: Adapter, *, stored: bool) -> dict[st
         **option_fields(adapter.config, adapter.options, stream, stored=stored),
     }
     return dict(sorted(fields.items()))
+
+
+def unknown_to_peft(kinds: Mapping[str, str]) -> str | None:
+    """Return why PEFT has no place for an adapter, given the kinds of its targets that are not linear layers."""
+    if not kinds:
+        return None
+    named = shortened([f"{fqn} ({kind})" for fqn, kind in kinds.items()])
+    return f"its RandLoRA adapts linear layers only, not {named}"
 
 
 def option_fields(

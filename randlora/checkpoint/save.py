@@ -22,18 +22,16 @@ from randlora.checkpoint.format import (
     stored_bases,
     stored_dims,
 )
-from randlora.checkpoint.peft_config import BASE_FIELD, peft_obstacle, to_peft_fields
+from randlora.checkpoint.peft_config import BASE_FIELD, peft_obstacle, to_peft_fields, unknown_to_peft
 from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.disk.replace import write_files
 from randlora.errors import CheckpointError, raise_collected
 from randlora.layers.conv1d import Conv1DAdapter
-from randlora.layers.read_weight import ReadWeight
 from randlora.model.install import lost_sites, require_own
 from randlora.report import adapter_report, as_bytes
 from randlora.state import Adapter, adapted_root
-from randlora.targets.match import shortened
 from randlora.targets.select import left_out_by
-from randlora.targets.site import shapes_of
+from randlora.targets.site import other_kinds, shapes_of
 from randlora.targets.walk import Census
 
 
@@ -110,9 +108,10 @@ def save(
     # a module used in several places may have another name now, if one of them is gone or new
     adapter = replace(adapter, options={site.fqn: site.layer.adapters[adapter.name].options for site in sites})
     transposed = tuple(site.fqn for site in sites if issubclass(site.layer_class, Conv1DAdapter))
-    header = Header.of(adapter.config, adapter.options, adapter.bases, shapes, adapter.trained, transposed)
-    read = [site.fqn for site in sites if issubclass(site.layer_class, ReadWeight)]
-    notes = _peft_notes(adapter, header, bases, read)
+    header = Header.of(
+        adapter.config, adapter.options, adapter.bases, shapes, adapter.trained, transposed, other_kinds(sites)
+    )
+    notes = _peft_notes(adapter, header, bases)
     tensors = adapter_tensors(diagonals, adapter.trained)
     if bases == "stored":
         tensors |= stored_bases(adapter.bases, header)
@@ -147,13 +146,13 @@ def _problems(adapter: Adapter, diagonals: Mapping[str, tuple[nn.Parameter, nn.P
     return problems
 
 
-def _peft_notes(adapter: Adapter, header: Header, bases: str, read: list[str]) -> list[str]:
-    """Return what PEFT 0.21.2 would not load, or would load wrongly; ``read`` are the weights that other code reads."""
+def _peft_notes(adapter: Adapter, header: Header, bases: str) -> list[str]:
+    """Return what PEFT 0.21.2 would not load, or would load wrongly."""
+    if (reason := unknown_to_peft(header.kinds)) is not None:
+        return [f"PEFT cannot load this adapter: {reason}"]
     if (reason := peft_obstacle(header.options)) is not None:
         return [reason]
     notes = []
-    if read:
-        notes.append(f"PEFT adapts only layers that are called, so it would leave out the update of {shortened(read)}")
     ((basis, rectangle),) = ((adapter.bases[r], rectangle) for r, rectangle in header.rectangles.items())
     spec = basis.spec
     if bases == "seed" and spec.stream != "torch":

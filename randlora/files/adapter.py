@@ -40,6 +40,11 @@ class OpenAdapter:
     bases: dict[int, Basis]
     transposed: tuple[str, ...] | None = None
 
+    @property
+    def kinds(self) -> Mapping[str, str]:
+        """The kinds of targets that are not linear layers, by FQN. PEFT adapts no others."""
+        return {} if self.file.header is None else self.file.header.kinds
+
     def update(self, fqn: str, factor: float = 1.0) -> Update:
         """Return the update of one layer, times a factor, as factors."""
         shapes, options = self.require_shapes(), self.file.options[fqn]

@@ -6,6 +6,7 @@ tensors as ``from_pretrained`` maps them. Otherwise the tensors must have the na
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from randlora.files.transformers_model import Conversion, TransformersModel, bui
 from randlora.layers.attention import InProjAdapter
 from randlora.layers.base import AdapterLayer
 from randlora.layers.conv1d import Conv1DAdapter
+from randlora.layers.convolution import ConvolutionAdapter
 from randlora.layers.linear import LinearAdapter
 from randlora.targets.obstacles import obstacles
 from randlora.targets.site import Shapes, Site
@@ -144,10 +146,17 @@ def _fit_model(
 def _shape(site: Site, config: RandLoRAConfig, entry: Entry) -> Shape:
     """Return the shape of the update of a weight as it is stored, whatever its class says."""
     shape = site.shape_with(config)
-    if len(entry.shape) != 2 or site.weight is None or entry.shape == tuple(site.weight.shape):
+    if len(entry.shape) < 2 or site.weight is None or entry.shape == tuple(site.weight.shape):
         return shape
+    if len(entry.shape) > 2:
+        return shape if len(shape) > 2 else _as_matrix(entry)
     is_transposed = shape != tuple(site.weight.shape)
     return (entry.shape[1], entry.shape[0]) if is_transposed else (entry.shape[0], entry.shape[1])
+
+
+def _as_matrix(entry: Entry) -> Shape:
+    """Return the shape of a convolution's kernel as a matrix, in the order in which it is stored."""
+    return entry.shape[0], math.prod(entry.shape[1:])
 
 
 def _fit_names(
@@ -163,6 +172,8 @@ def _fit_names(
         name = next((name for name in (f"{fqn}.weight", fqn) if name in entries), None)
         if name is None:
             problems.append(f"the model has no layer {fqn} under this name ({reason})")
+        elif len(entries[name].shape) > 2 and file.header is not None and len(file.header.shapes[fqn]) == 2:
+            slots[fqn] = Slot((name,), _as_matrix(entries[name]), ConvolutionAdapter)
         elif len(entries[name].shape) != 2:
             problems.append(f"{fqn} has shape {entries[name].shape}, expected a matrix ({reason})")
         elif (is_transposed := _is_transposed(file, fqn, entries[name])) is None:

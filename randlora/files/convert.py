@@ -20,7 +20,7 @@ from randlora.checkpoint.format import (
     planned_writers,
     stored_bases,
 )
-from randlora.checkpoint.peft_config import UNREAD_FIELDS, option_fields, peft_obstacle
+from randlora.checkpoint.peft_config import UNREAD_FIELDS, option_fields, peft_obstacle, unknown_to_peft
 from randlora.config import is_integer
 from randlora.disk.replace import scratch_directory, write_files
 from randlora.errors import CheckpointError, ConfigError, raise_collected
@@ -160,9 +160,13 @@ def _contents(
             tensors |= zip(basis_keys(r, file.bases.keys()), pair, strict=True)
         return dict(file.fields), tensors, None, ()
     shapes = adapter.require_shapes()
+    if to == "peft" and (reason := unknown_to_peft(adapter.kinds)) is not None:
+        raise CheckpointError(f"cannot convert for PEFT: {reason}; this library loads the adapter as it is")
     if to == "peft" and (reason := peft_obstacle(file.options)) is not None:
         raise CheckpointError(f"cannot convert to 'peft': {reason}; a 'lora' has a rank for each layer")
-    header = Header.of(file.config, file.options, adapter.bases, shapes, file.trained, adapter.transposed)
+    header = Header.of(
+        file.config, file.options, adapter.bases, shapes, file.trained, adapter.transposed, adapter.kinds
+    )
     specs = {r: basis.spec for r, basis in adapter.bases.items()}
     is_peft_draw = all(
         spec.stream == "torch" and (spec.max_dim, spec.min_dim) == header.rectangles[r] for r, spec in specs.items()

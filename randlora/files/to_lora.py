@@ -78,7 +78,8 @@ def to_lora(adapter: OpenAdapter, rank: int | None, tolerance: float | None, scr
         for fqn, shape in shapes.items()
         if len(shape) == 3
     ]
-    raise_collected(ConfigError, stacks, doing="convert to a LoRA")
+    others = [f"{fqn} is of kind {kind}, and only linear layers are converted" for fqn, kind in adapter.kinds.items()]
+    raise_collected(ConfigError, stacks or others, doing="convert to a LoRA")
     accepted = DEFAULT_TOLERANCE if tolerance is None else tolerance
     layers: list[LoraLayer] = []
     tensors: list[Planned] = []

@@ -19,7 +19,7 @@ and the update is ``scaling · UB @ UA``, transposed if ``in > out``, where row 
 
 Files: `dense` and `block` implement the same products for their kinds of bases; `adapted` combines a layer's weight and
 update; `cost` chooses how to compute; `operation` is the autograd function of a layer, `update` that of the update
-alone, `summed` that of a layer whose update is formed already.
+alone, `rows` that of some of its rows, `summed` that of a layer whose update is formed already.
 """
 
 from randlora.functional.adapted import Pair
@@ -27,6 +27,7 @@ from randlora.functional.block import BlockPair
 from randlora.functional.cost import Compute
 from randlora.functional.dense import DensePair
 from randlora.functional.operation import Diagonals, WriteOut, adapted_linear
+from randlora.functional.rows import update_rows
 from randlora.functional.summed import summed_linear
 from randlora.functional.update import delta_weight
 
@@ -40,4 +41,5 @@ __all__ = [
     "adapted_linear",
     "delta_weight",
     "summed_linear",
+    "update_rows",
 ]

@@ -97,6 +97,15 @@ class Adapted(NamedTuple):
         """Compute the gradients of Λ and Γ from the gradient of the update, ``(out, in)``."""
         return self._of_diagonals(self.pair.grad_from_update(grad, across=not self.is_wide))
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """Compute rows of the update, ``(ids, in)``; ``is_wide`` must hold."""
+        scaled_A = self.pair.scaled_A(self.lam, self.gamma)
+        return self.pair.hidden_to_small(self.pair.rows_of_B(ids), scaled_A, None, self.factor)
+
+    def gradients_from_rows(self, ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of Λ and Γ from the gradient of `rows`."""
+        return self._of_diagonals(self.pair.grad_from_tokens(self.pair.rows_of_B(ids), grad))
+
     def gradients_of_few_tokens(
         self, tokens: Tensor | None, grad: Tensor, *, needs_input: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -125,8 +125,19 @@ class BlockPair:
 
     def large_to_hidden(self, large: Tensor) -> Tensor:
         """Multiply ``(tokens, max_dim)`` by ``UB``: hidden vectors in the order of the rows of ``scaled_A``."""
-        by_row = self.large_to_flat(large).view(-1, self._rows, self._c, self.num_bases)
-        return by_row.permute(2, 0, 1, 3).reshape(self._c, -1, self._rows * self.num_bases)
+        return self._in_order_of_A(self.large_to_flat(large))
+
+    def rows_of_B(self, ids: Tensor) -> Tensor:
+        """Return rows of ``UB``: hidden vectors in the order of the rows of ``scaled_A``."""
+        block, row = ids % self._b, ids // self._b
+        stride = torch.arange(self._b, device=ids.device)
+        is_own = (block.unsqueeze(1) == stride).unsqueeze(1)  # the columns p ≡ i (mod b) of row i
+        return self._in_order_of_A((self.B[block, row].unsqueeze(2) * is_own).reshape(ids.size(0), self.hidden))
+
+    def _in_order_of_A(self, flat: Tensor) -> Tensor:
+        """Put ``(tokens, r·num_bases)`` in the order of p into that of the rows of ``scaled_A``."""
+        by_row = flat.view(flat.size(0), self._rows, self._c, self.num_bases)
+        return by_row.permute(2, 0, 1, 3).reshape(self._c, flat.size(0), self._rows * self.num_bases)
 
     def hidden_to_large(self, hidden: Tensor, onto: Tensor | None, factor: float) -> Tensor:
         """Multiply such vectors by ``factor·UB.T`` and add ``onto``, ``(tokens, max_dim)``, which is overwritten."""

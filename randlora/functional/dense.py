@@ -68,6 +68,10 @@ class DensePair:
         """Multiply ``(tokens, max_dim)`` by ``UB``: hidden vectors in the order of the rows of ``scaled_A``."""
         return large @ self.B
 
+    def rows_of_B(self, ids: Tensor) -> Tensor:
+        """Return rows of ``UB``: hidden vectors in the order of the rows of ``scaled_A``."""
+        return self.B.index_select(0, ids)
+
     def hidden_to_large(self, hidden: Tensor, onto: Tensor | None, factor: float) -> Tensor:
         """Multiply such vectors by ``factor·UB.T`` and add ``onto``, ``(tokens, max_dim)``, which is overwritten."""
         if onto is None:

@@ -3,5 +3,7 @@
 from randlora.layers import attention as attention
 from randlora.layers import bnb as bnb
 from randlora.layers import conv1d as conv1d
+from randlora.layers import convolution as convolution
+from randlora.layers import embedding as embedding
 from randlora.layers import experts as experts
 from randlora.layers import linear as linear

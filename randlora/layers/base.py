@@ -31,6 +31,7 @@ class AdapterLayer(ABC):
         attribute: The name of the parameter that is adapted.
         kind: What the weight is: ``"linear"``, ``"attention"``, ``"convolution"``, ``"embedding"`` or ``"experts"``.
             ``targets="all-linear"`` selects the first two.
+        is_called: Whether its `forward` runs in place of the owner's.
         state: The state of the model that the owner belongs to.
         shape: ``(out_features, in_features)`` of the weight, or of one matrix of a stack.
         adapters: The adapters of this weight, by name.
@@ -40,6 +41,7 @@ class AdapterLayer(ABC):
 
     attribute: ClassVar[str] = "weight"
     kind: ClassVar[str] = "linear"
+    is_called: ClassVar[bool] = True
 
     def __init__(self, owner: nn.Module, state: ModelState) -> None:
         """Create the adapter layer of a weight for a model with this state, without changing the owner."""
@@ -61,7 +63,10 @@ class AdapterLayer(ABC):
     @staticmethod
     @abstractmethod
     def in_storage_layout(delta: Tensor) -> Tensor:
-        """Return an update, as `united` returns it, in the shape of the owner's weight, or in one broadcast to it."""
+        """Return an update, as `united` returns it, in the layout of the owner's weight.
+
+        That is its shape, one that is broadcast to it, or the shape of the weight viewed as a matrix.
+        """
 
     @staticmethod
     def united(delta: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ def adapted_class(base: type[nn.Module], reads: tuple[str, ...], runs: bool) -> 
 def _hosts(layers: dict[str, AdapterLayer]) -> tuple[tuple[str, ...], bool]:
     """Return the arguments ``reads`` and ``runs`` of `adapted_class` for some adapter layers."""
     reads = sorted(attribute for attribute, layer in layers.items() if isinstance(layer, ReadWeight))
-    return tuple(reads), len(reads) < len(layers)
+    return tuple(reads), any(layer.is_called for layer in layers.values())
 
 
 def _new(base: type[nn.Module], reads: tuple[str, ...], runs: bool, *args: Any) -> nn.Module:  # noqa: FBT001
@@ -202,7 +202,7 @@ def class_obstacle(owner: nn.Module, layer_class: type[AdapterLayer]) -> str | N
         return f"is a {own.__name__}, a TorchScript module whose class cannot change: adapt it before scripting"
     reads = (layer_class.attribute,) if issubclass(layer_class, ReadWeight) else ()
     try:
-        object.__setattr__(object.__new__(own), "__class__", adapted_class(own, reads, not reads))
+        object.__setattr__(object.__new__(own), "__class__", adapted_class(own, reads, layer_class.is_called))
     except Exception as error:  # a class may raise anything when it is subclassed
         return f"is a {own.__name__}, whose class cannot be replaced by a subclass ({error}): use another class"
     return None
@@ -231,7 +231,7 @@ def attach(owner: nn.Module, layer: AdapterLayer) -> None:
     change_class(owner, base)
     layer.settle(owner)
     held_as = next((name for name in FORWARDS if name in owner.__dict__), None)
-    if held_as is None or isinstance(layer, ReadWeight):
+    if held_as is None or not layer.is_called:
         return
     inner = owner.__dict__.pop(held_as)
     if not (isinstance(inner, MethodType) and inner.__func__ is base.forward):

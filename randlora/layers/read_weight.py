@@ -40,6 +40,7 @@ class ReadWeight(AdapterLayer):
             The result is kept until the forward ends.
     """
 
+    is_called: ClassVar[bool] = False
     is_read_once: ClassVar[bool] = False
 
     @classmethod

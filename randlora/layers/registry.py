@@ -2,7 +2,7 @@
 
 The adapter layer of a module is that of its type or of the nearest base class. Types are registered as classes or by
 qualified name, so that their library need not be imported. A type that looks like a linear layer but cannot be adapted
-is registered with the reason, so that the entry of a base class does not apply. Weights that other code reads are found
+is registered with the reason, so that the entries of a base class do not apply. Weights that other code reads are found
 by the module's type or, if that is not registered, by the parameter's name.
 """
 
@@ -104,6 +104,8 @@ def find_readers(module: nn.Module) -> tuple[type[ReadWeight], ...]:
     for parent in type(module).__mro__:
         if (entry := _readers.get(_name(parent))) is not None:
             return tuple(kind for kind in entry.values() if kind.is_held_by(module))
+        if isinstance(_layers.get(_name(parent)), str):
+            return ()
     found = []
     for name, parameter in module._parameters.items():
         for where, kind in _by_parameter.get(name, ()):

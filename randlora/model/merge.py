@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from randlora.errors import ConfigError, MergeError, raise_collected
 from randlora.layers.quantized import QuantizedLayer
+from randlora.layers.read_weight import ReadWeight
 from randlora.layers.update import Into, Quantized, RoundingLoss
 from randlora.model.install import detach_all, lost_sites, require_detachable, require_own
 from randlora.report import MergeReport
@@ -206,7 +207,9 @@ def _notes(root: nn.Module, sites: Sequence[AdaptedSite], into: Into, *, reversi
     own = [
         site.fqn
         for site in sites
-        if site.layer.plain_forward() is not None and not site.layer.runs_plain_forward(site.owner)
+        if site.layer.plain_forward() is not None
+        and not isinstance(site.layer, ReadWeight)  # whatever the forward is, it read the same weight
+        and not site.layer.runs_plain_forward(site.owner)
     ]
     if own:
         notes.append(

@@ -1,0 +1,85 @@
+"""Rows of the update of a table, such as that of an embedding, without computing the update of the whole table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from randlora.functional.adapted import Pair, adapted
+from randlora.functional.operation import Diagonals, adapted_linear
+from randlora.functional.scratch import in_dtype, is_transformed
+from randlora.functional.update import delta_weight
+
+
+def update_rows(ids: Tensor, pair: Pair, diagonals: Diagonals, *, num_rows: int, row_size: int) -> Tensor:
+    """Compute the rows of an update with some indices, in the dtype of B.
+
+    Only Λ, Γ, the indices and a reference to the bases are saved for backward, and for a table with fewer rows than
+    columns, a matrix of as many entries as its rows have for each index.
+
+    Args:
+        ids: Indices of rows, integers of any shape, at least 0 and less than ``num_rows``.
+        pair: The bases of the table.
+        diagonals: Λ and Γ.
+        num_rows: The number of rows of the table.
+        row_size: The size of a row. It determines the orientation, as ``in_features`` of `delta_weight` does.
+
+    Returns:
+        ``(*ids.shape, row_size)``.
+    """
+    device = ids.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # the dtype of B is the one to compute in
+        with torch.autocast(device, enabled=False):
+            return update_rows(ids, pair, diagonals, num_rows=num_rows, row_size=row_size)
+    flat = ids.reshape(-1)
+    if flat.size(0) >= num_rows:  # the whole update is not larger than the result
+        return F.embedding(ids, delta_weight(pair, diagonals, in_features=row_size))
+    rows: Tensor
+    if row_size > num_rows:
+        columns = torch.arange(num_rows, device=ids.device)
+        chosen = (flat.unsqueeze(1) == columns).to(pair.B.dtype)
+        rows = adapted_linear(chosen, pair, diagonals)
+    elif is_transformed():
+        rows = _rows(flat, *diagonals, pair, row_size)
+    elif device == "cpu":  # elsewhere the program would wait for the number of different indices
+        different, places = flat.unique(return_inverse=True)
+        rows = F.embedding(places, _recomputed(different, diagonals, pair, row_size))
+    else:
+        rows = _recomputed(flat, diagonals, pair, row_size)
+    return rows.view(*ids.shape, row_size)
+
+
+def _recomputed(ids: Tensor, diagonals: Diagonals, pair: Pair, row_size: int) -> Tensor:
+    """Compute the same as `_rows`, which backward computes again."""
+    lam, gamma, scaling = diagonals
+    if torch.is_grad_enabled() and (lam.requires_grad or gamma.requires_grad):
+        rows: Tensor = _Rows.apply(ids, lam, gamma, scaling, pair, row_size)  # type: ignore[no-untyped-call]
+        return rows
+    return _rows(ids, lam, gamma, scaling, pair, row_size)
+
+
+def _rows(ids: Tensor, lam: Tensor, gamma: Tensor, scaling: float, pair: Pair, row_size: int) -> Tensor:
+    """Compute rows of ``UB @ UA``, ``(ids, row_size)``: the table has no fewer rows than columns."""
+    return adapted(None, pair, lam, gamma, scaling, row_size).rows(ids)
+
+
+class _Rows(torch.autograd.Function):
+    """`_rows`. Plain autograd would keep rows of UB, and UA with its factors."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, lam: Tensor, gamma: Tensor, scaling: float, pair: Pair, row_size: int) -> Tensor:
+        ctx.save_for_backward(ids, lam, gamma)
+        ctx.rest = scaling, pair, row_size
+        return _rows(ids, lam, gamma, scaling, pair, row_size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ids, lam, gamma = ctx.saved_tensors
+        scaling, pair, row_size = ctx.rest
+        with torch.autocast(grad.device.type, enabled=False):  # it may be on in backward alone
+            table = adapted(None, pair, lam, gamma, scaling, row_size)
+            grad_lam, grad_gamma = table.gradients_from_rows(ids, grad)
+        return None, in_dtype(grad_lam, lam.dtype), in_dtype(grad_gamma, gamma.dtype), None, None, None

@@ -1,0 +1,42 @@
+"""torch's convolutions, whose kernel is adapted as a matrix: one row per output channel."""
+
+import math
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from randlora.layers.read_weight import ReadWeight
+from randlora.layers.registry import register_layer
+
+
+@register_layer(nn.Conv1d)
+@register_layer(nn.Conv2d)
+@register_layer(nn.Conv3d)
+@register_layer(nn.ConvTranspose1d)
+@register_layer(nn.ConvTranspose2d)
+@register_layer(nn.ConvTranspose3d)
+class ConvolutionAdapter(ReadWeight):
+    """Adapts the kernel of a convolution, viewed as a matrix.
+
+    The update is ``(out_channels, in_channels/groups·prod(kernel_size))``, and for a transposed convolution, whose
+    kernel is stored with the input channels first, ``(in_channels, out_channels/groups·prod(kernel_size))``.
+
+    The owner's forward reads kernel + update and convolves with it once, so stride, padding, dilation, groups and
+    memory format are torch's. Its autograd keeps this sum for backward, a tensor of the size of the kernel.
+    """
+
+    kind: ClassVar[str] = "convolution"
+
+    @staticmethod
+    def features(owner: nn.Module) -> tuple[int, int]:
+        """Return the sizes of a row and a column of the kernel as a matrix, even if DeepSpeed's ZeRO-3 emptied it."""
+        assert isinstance(owner, nn.modules.conv._ConvNd)
+        first, second = owner.out_channels, owner.in_channels
+        if owner.transposed:
+            first, second = second, first
+        return second // owner.groups * math.prod(owner.kernel_size), first
+
+    @staticmethod
+    def in_storage_layout(delta: Tensor) -> Tensor:
+        """Return the update unchanged, which has the kernel's entries in their order."""
+        return delta

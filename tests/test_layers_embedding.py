@@ -1,0 +1,196 @@
+"""What is particular to embeddings: rows, padding, options of torch's, subclasses, ties and resizing."""
+
+import copy
+from functools import partial
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
+
+import randlora
+from randlora.errors import AdapterError, TargetError
+from randlora.layers.embedding import EmbeddingAdapter
+from tests.kit import fill, same_bits, untouched
+from tests.laws import adapter_layer, assert_close
+from tests.models import BERT, GPT2, outputs, reproducible
+from tests.read_kinds import Scaled
+
+
+def adapted(embedding: nn.Module, **options: Any) -> nn.Sequential:
+    model = nn.Sequential(embedding)
+    randlora.inject(model, **{"r": 3, "alpha": 6, "targets": ["0"], "stream": "portable", **options})
+    return fill(model)
+
+
+def table(model: nn.Sequential) -> Tensor:
+    weight = adapter_layer(model[0]).weight_of(model[0])
+    assert weight is not None
+    return weight.detach() + randlora.delta_weight(model, "0")
+
+
+def test_the_update_of_the_table_is_not_formed_for_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object) -> Tensor:
+        raise AssertionError("the whole table was read")
+
+    model = adapted(nn.Embedding(30, 12))
+    expected = table(model)[torch.tensor([[1, 2], [2, 29]])]
+    monkeypatch.setattr(EmbeddingAdapter, "read", read)
+    found = model(torch.tensor([[1, 2], [2, 29]]))
+    assert_close(found, expected, torch.float32)
+    found.sum().backward()
+
+
+def test_code_that_reads_the_table_gets_the_update_too() -> None:
+    class TiedByHand(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(20, 12)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            output: Tensor = self.words(ids) @ self.words.weight.T
+            return output
+
+    model, ids = TiedByHand(), torch.tensor([1, 5])
+    randlora.inject(model, r=3, targets=["words"])
+    fill(model)
+    expected = model(ids)
+    randlora.merge(model)
+    assert_close(model(ids), expected, torch.float32)
+
+
+def test_positions_of_padding_have_the_rows_of_the_table_and_no_gradient() -> None:
+    padded, plain = (adapted(nn.Embedding(30, 12, padding_idx=index)) for index in (2, None))
+    padded[0].load_state_dict(plain[0].state_dict())
+    ids = torch.tensor([2, 2, 9])
+    assert same_bits(padded(ids), plain(ids))
+    assert_close(padded(ids)[0], table(padded)[2], torch.float32)
+    gradients = []
+    for model, own in ((padded, ids), (plain, ids[2:])):
+        model(own).square().sum().backward()
+        gradients.append([parameter.grad for parameter in randlora.trainable_parameters(model)])
+    for of_padded, of_others in zip(*gradients, strict=True):
+        assert of_padded is not None
+        assert of_others is not None
+        assert_close(of_padded, of_others, torch.float32)
+
+
+@pytest.mark.parametrize("options", [{"scale_grad_by_freq": True}, {"sparse": True}], ids=str)
+def test_options_that_concern_the_gradient_of_the_frozen_table_change_nothing(options: dict[str, Any]) -> None:
+    models = adapted(nn.Embedding(30, 12, **options)), adapted(nn.Embedding(30, 12))
+    models[0].load_state_dict(models[1].state_dict())
+    ids, gradients = torch.tensor([3, 3, 9]), []
+    for model in models:
+        model(ids).square().sum().backward()
+        gradients.append([parameter.grad for parameter in randlora.trainable_parameters(model)])
+        assert model[0].get_parameter("weight").grad is None
+    for first, second in zip(*gradients, strict=True):
+        assert first is not None
+        assert second is not None
+        assert torch.equal(first, second)
+
+
+def test_a_table_that_its_forward_renormalizes_is_refused() -> None:
+    model = nn.Sequential(nn.Embedding(30, 12, max_norm=1.0), nn.Linear(12, 12))
+    with untouched(model), pytest.raises(TargetError, match=r"0 has max_norm=1\.0, with which its forward changes the"):
+        randlora.inject(model, r=3, targets=["0", "1"])
+
+
+@pytest.mark.parametrize(
+    "kind", [bitsandbytes.nn.Embedding8bit, bitsandbytes.nn.EmbeddingNF4], ids=lambda k: k.__name__
+)
+@pytest.mark.parametrize("is_quantized", [True, False])
+def test_a_quantized_table_is_refused(kind: Any, is_quantized: bool) -> None:
+    model = nn.Sequential(kind(16, 64))
+    if is_quantized:
+        model.to("cpu")
+    with pytest.raises(TargetError, match=rf"0 \({kind.__name__}\) cannot be adapted: its table is quantized"):
+        randlora.inject(model, r=3, targets=["0"])
+
+
+@pytest.mark.parametrize("kind", [bitsandbytes.nn.StableEmbedding, bitsandbytes.nn.Embedding])
+def test_bitsandbytes_embeddings_with_a_table_of_numbers_are_adapted(kind: Any) -> None:
+    model, ids = adapted(kind(16, 12)), torch.tensor([3, 9])
+    expected = model(ids)
+    with randlora.merged(model):
+        assert_close(model(ids), expected, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("embedding", "given"),
+    [
+        (lambda: Scaled(20, 12), (torch.tensor([[1, 4]]),)),
+        (lambda: Gemma3TextScaledWordEmbedding(20, 12, 0, embed_scale=3.5), (torch.tensor([[1, 4]]),)),
+        (partial(OPTLearnedPositionalEmbedding, 18, 12), (torch.ones(1, 4, dtype=torch.int64),)),
+    ],
+    ids=["scaled", "gemma", "opt-positions"],
+)
+def test_a_forward_of_a_subclass_computes_with_the_adapted_table(embedding: Any, given: tuple[Tensor, ...]) -> None:
+    plain = embedding()
+    model = adapted(copy.deepcopy(plain))
+    with torch.no_grad():
+        plain.weight.copy_(table(model))
+    found = model[0](*given)
+    assert_close(found, plain(*given), torch.float32)
+    found.square().sum().backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in randlora.trainable_parameters(model))  # type: ignore[union-attr]
+    assert randlora.merge(model).notes == ()
+    assert_close(model[0](*given), found, torch.float32)
+
+
+def test_a_forward_set_on_the_embedding_itself_computes_with_the_adapted_table() -> None:
+    embedding: Any = nn.Embedding(20, 12)
+    plain = embedding.forward
+    own = embedding.forward = lambda ids: 2 * plain(ids)
+    model, ids = adapted(embedding), torch.tensor([3, 9])
+    assert_close(model(ids), 2 * table(model)[ids], torch.float32)
+    with randlora.disabled(model):
+        assert torch.equal(model(ids), own(ids))  # type: ignore[no-untyped-call]
+    randlora.eject(model)
+    assert embedding.forward is own
+
+
+def test_a_table_tied_to_the_output_head_is_refused() -> None:
+    model = GPT2.build()
+    with untouched(model), pytest.raises(TargetError, match=r"transformer\.wte is tied to lm_head\.weight"):
+        randlora.inject(model, r=3, targets=["wte"])
+
+
+def test_a_language_model_trains_its_words_and_positions_alone() -> None:
+    model, inputs = BERT.build(), BERT.inputs()
+    base = outputs(model, inputs)
+    report = randlora.inject(model, r=4, targets=["word_embeddings", "position_embeddings", "token_type_embeddings"])
+    assert report.targets == tuple(f"bert.embeddings.{name}_embeddings" for name in ("word", "position", "token_type"))
+    assert torch.equal(outputs(model, inputs), base)
+    optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=1.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**inputs).logits.square().sum().backward()
+        optimizer.step()
+    trained = outputs(model, inputs)
+    assert trained.square().sum() < base.square().sum()
+    randlora.merge(model)
+    assert_close(outputs(model, inputs), trained, torch.float32)
+
+
+def test_a_table_that_was_resized_since_is_an_error_and_not_another_result() -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=20, hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model: Any = reproducible(lambda: transformers.LlamaForCausalLM(config))
+    randlora.inject(model, r=3, targets=["embed_tokens"])
+    fill(model)
+    model.resize_token_embeddings(24, mean_resizing=False)
+    with pytest.raises(AdapterError, match=r"\(24, 12\) had the shape \(20, 12\) when it was adapted"):
+        model(torch.tensor([[3]]))
+
+
+def test_an_index_outside_of_the_table_is_torchs_error() -> None:
+    for num_rows in (30, 5):
+        model = adapted(nn.Embedding(num_rows, 12))
+        with pytest.raises(IndexError, match="out of range"):
+            model(torch.tensor([num_rows]))
