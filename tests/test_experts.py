@@ -10,7 +10,10 @@ import transformers
 from torch import Tensor, nn
 
 import randlora
-from randlora.layers.adapted_stack import AdaptedStack
+from randlora.functional import grouped
+from randlora.layers import adapted_stack
+from randlora.layers.adapted_stack import AdaptedStack, Parts
+from randlora.layers.experts import Experts
 from randlora.layers.in_place import adapter_layers_of
 from tests import reference
 from tests.kit import all_bits, fill, untouched
@@ -233,6 +236,76 @@ def test_gradient_checkpointing_changes_no_gradient(implementation: str, experts
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("basis", ["dense", "block"])
+@pytest.mark.parametrize("counts", [[3, 0, 2, 1], [0, 1, 0, 0]], ids=str)
+def test_a_grouped_product_all_at_once_equals_one_matrix_after_the_other(
+    stack: str, basis: Any, counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = made(mixtral, "grouped_mm", torch.float32)
+    randlora.inject(model, r=8, alpha=8, targets=EXPERTS, basis=basis)
+    randlora.inject(model, r=8, alpha=8, targets=EXPERTS, basis=basis, experts="shared", name="shared")
+    fill(fill(model, spread=0.3), "shared", spread=0.3)
+    randlora.activate(model, ["default", "shared"])
+    module = model.model.layers[0].mlp.experts
+    x, tokens = torch.randn(8, getattr(module, stack).shape[2]), sum(counts)  # the last rows have no matrix
+    offs = torch.tensor(counts).cumsum(0).to(torch.int32)
+    trained = [module.get_parameter(f"{stack}_randlora_{kind}.default") for kind in ("lambda", "gamma")]
+    monkeypatch.setattr(grouped, "ENTRIES", 1)  # several parts
+    results, names = [], []
+    for at_once in (True, False):
+        monkeypatch.setattr(adapted_stack, "chosen_all_at_once", lambda *_, at_once=at_once, **__: at_once)
+        rows = x.clone().requires_grad_()
+        output = torch._grouped_mm(rows, getattr(module, stack).mT, offs=offs)[:tokens]
+        names.append(nodes_of(output))
+        gradients = torch.autograd.grad(output.square().sum(), [rows, *trained])
+        results.append([output, gradients[0][:tokens], *gradients[1:]])
+    assert [found.count("_GroupedBackward") for found in names] == [1, 0]
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
+def nodes_of(output: Tensor) -> list[str]:
+    """Return the names of all nodes of a graph."""
+    nodes, seen = [output.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    return [type(node).__name__ for node in seen]
+
+
+@every_implementation
+def test_a_forward_reads_a_stack_once_and_the_next_sees_new_values(
+    implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = made(mixtral, implementation, torch.float32)
+    randlora.inject(model, r=3, alpha=3, targets=EXPERTS, experts="shared")
+    formed: list[Parts] = []
+    original = Experts._parts
+
+    def noting(*args: Any) -> Parts:
+        formed.append(original(*args))
+        return formed[-1]
+
+    monkeypatch.setattr(Experts, "_parts", noting)
+    before = logits(model)
+    assert len(formed) == 2 * len(STACKS)
+    fill(model, spread=0.3)
+    assert not torch.equal(logits(model), before)
+    assert len(formed) == 4 * len(STACKS)
+
+
+def test_the_gradients_of_all_experts_are_stacked_once() -> None:
+    model: Any = made(mixtral, dtype=torch.float32)
+    randlora.inject(model, r=3, targets=EXPERTS)
+    module = model.model.layers[0].mlp.experts
+    output = module(torch.randn(8, 16), torch.tensor([[0, 1], [2, 3]] * 4), torch.full((8, 2), 0.5))
+    names = nodes_of(output)
+    assert names.count("UnbindBackward0") == 2 * len(STACKS)
+    assert names.count("_AdaptedLinearBackward") == 4 * len(STACKS)
+
+
 def test_adapters_of_both_forms_add_up() -> None:
     model = made(mixtral)
     randlora.inject(model, r=3, alpha=3, targets=EXPERTS)
@@ -306,7 +379,6 @@ def test_changing_an_adapted_stack_in_place_is_refused() -> None:
 
 def test_what_is_no_stack_of_matrices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from randlora.layers import registry
-    from randlora.layers.experts import Experts
 
     class Flat(nn.Module):
         def __init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,14 +18,20 @@ Pair = DensePair | BlockPair
 WIDE = (torch.float32, torch.float64)
 
 
+def _over_tokens(rows: Tensor) -> Tensor:
+    """Sum over the first dimension."""
+    return rows[0] if rows.size(0) == 1 else rows.sum(0)
+
+
 class Adapted(NamedTuple):
     """``weight + update`` of one layer, ``(out, in)``, as an operand of products.
 
     Attributes:
         weight: The base layer's weight, ``(out, in)``, in the dtype of B; ``None`` for the update alone.
         pair: The bases.
-        lam: Λ, ``(r, num_bases)``, at least as wide a dtype as A; multiplied by the scaling if B has 16 bits.
-        gamma: Γ, ``(num_bases, min_dim)``, at least as wide a dtype as A.
+        lam: Λ, ``(r, num_bases)``, at least as wide a dtype as A; multiplied by the scaling if B has 16 bits. Products
+            with few tokens also take one for each token, ``(tokens, r, num_bases)``.
+        gamma: Γ, ``(num_bases, min_dim)``, at least as wide a dtype as A, or one for each token.
         factor: The scaling if Λ is not multiplied by it, else 1.
         scaling: The scaling.
         is_wide: Whether the input has ``min_dim`` features, which includes square layers.
@@ -107,7 +114,12 @@ class Adapted(NamedTuple):
         return self._of_diagonals(self.pair.grad_from_tokens(self.pair.rows_of_B(ids), grad))
 
     def gradients_of_few_tokens(
-        self, tokens: Tensor | None, grad: Tensor, *, needs_input: bool
+        self,
+        tokens: Tensor | None,
+        grad: Tensor,
+        *,
+        needs_input: bool,
+        over_tokens: Callable[[Tensor], Tensor] = _over_tokens,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Compute the gradients of the input, of Λ and of Γ without building UA; see `cost`.
 
@@ -115,6 +127,7 @@ class Adapted(NamedTuple):
             tokens: The input, ``(tokens, in)``; ``None`` if Λ and Γ need no gradient.
             grad: Gradient of the output, ``(tokens, out)``.
             needs_input: Whether the input needs a gradient.
+            over_tokens: How to sum the gradients of Λ and Γ, one for each token.
         """
         small, large = (tokens, grad) if self.is_wide else (grad, tokens)
         before = None if small is None else self.pair.small_to_terms(small, self.gamma)
@@ -129,8 +142,8 @@ class Adapted(NamedTuple):
             grad_x = to_input(part, onto)
         if small is None or before is None or after is None or by_term is None:
             return grad_x, None, None
-        grad_lam = _over_tokens(before * after)
-        grad_gamma = _over_tokens(by_term * small.unsqueeze(1))
+        grad_lam = over_tokens(before * after)
+        grad_gamma = over_tokens(by_term * small.unsqueeze(1))
         return grad_x, *self._times_scaling(grad_lam, grad_gamma)
 
     def _of_diagonals(self, grad_A: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,11 +156,11 @@ class Adapted(NamedTuple):
 
     def _terms(self, large: Tensor) -> Tensor:
         """Multiply ``(tokens, max_dim)`` by UB and view the result as ``(tokens, r, num_bases)``."""
-        return self.pair.large_to_flat(large).view(-1, self.lam.size(0), self.lam.size(1))
+        return self.pair.large_to_flat(large).view(-1, *self.lam.shape[-2:])
 
     def _terms_to_large(self, terms: Tensor, onto: Tensor | None) -> Tensor:
         """Multiply ``(tokens, r, num_bases)`` by Λ, the factor and ``UB.T``, and add ``onto``."""
-        flat = (self.lam * terms).reshape(-1, self.lam.numel())
+        flat = (self.lam * terms).flatten(1)
         return self.pair.flat_to_large(scratch.in_dtype(flat, self.pair.B.dtype), onto, self.factor)
 
     def _by_term_to_small(self, by_term: Tensor, onto: Tensor | None) -> Tensor:
@@ -155,11 +168,6 @@ class Adapted(NamedTuple):
         small = (by_term * self.gamma).sum(1)
         total = scratch.scaled(small, self.factor) if onto is None else scratch.plus(onto, small, self.factor)
         return scratch.in_dtype(total, self.pair.B.dtype)
-
-
-def _over_tokens(rows: Tensor) -> Tensor:
-    """Sum over the first dimension."""
-    return rows[0] if rows.size(0) == 1 else rows.sum(0)
 
 
 def adapted(
@@ -181,4 +189,4 @@ def adapted(
     factor = scaling
     if pair.B.dtype not in WIDE and scaling != 1:
         lam, factor = lam * scaling, 1.0
-    return Adapted(weight, pair, lam, gamma, factor, scaling, in_features == gamma.size(1), owns_weight)
+    return Adapted(weight, pair, lam, gamma, factor, scaling, in_features == gamma.size(-1), owns_weight)

@@ -153,7 +153,10 @@ class BlockPair:
         return _gather_onto(onto, torch.bmm(_deal(flat, self._b), self._B_T), self.max_dim, factor)
 
     def small_to_terms(self, small: Tensor, gamma: Tensor) -> Tensor:
-        """Multiply tokens by Γ and ``A.T``, once per term: ``(tokens, r, num_bases)``, hidden vectors before Λ."""
+        """Multiply tokens by Γ and ``A.T``, once per term: ``(tokens, r, num_bases)``, hidden vectors before Λ.
+
+        Γ may also be one for each token, ``(tokens, num_bases, min_dim)``.
+        """
         laid_out = (small.unsqueeze(1) * gamma).reshape(-1, self.min_dim)  # (tokens·num_bases, min_dim)
         terms = torch.bmm(_deal(laid_out, self._c), in_dtype(self._A_T, laid_out.dtype))
         by_row = terms.view(self._c, -1, self.num_bases, self._rows).permute(1, 3, 0, 2)

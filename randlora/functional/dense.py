@@ -82,13 +82,16 @@ class DensePair:
     flat_to_large = hidden_to_large
 
     def small_to_terms(self, small: Tensor, gamma: Tensor) -> Tensor:
-        """Multiply tokens by Γ and ``A.T``, once per term: ``(tokens, r, num_bases)``, hidden vectors before Λ."""
+        """Multiply tokens by Γ and ``A.T``, once per term: ``(tokens, r, num_bases)``, hidden vectors before Λ.
+
+        Γ may also be one for each token, ``(tokens, num_bases, min_dim)``.
+        """
         if small.size(0) == 1:  # as in generation, with fewer views
-            laid_out = small * gamma
+            laid_out = small * gamma.view(gamma.shape[-2:])
             return (in_dtype(self._A, laid_out.dtype) @ laid_out.T).unsqueeze(0)
-        laid_out = (small.unsqueeze(1) * gamma).reshape(-1, gamma.size(1))
+        laid_out = (small.unsqueeze(1) * gamma).reshape(-1, gamma.size(-1))
         terms = laid_out @ in_dtype(self._A_T, laid_out.dtype)
-        return terms.view(-1, gamma.size(0), terms.size(1)).transpose(1, 2)
+        return terms.view(-1, gamma.size(-2), terms.size(1)).transpose(1, 2)
 
     def terms_to_small(self, terms: Tensor) -> Tensor:
         """Multiply ``(tokens, r, num_bases)`` by A, once per term: ``(tokens, num_bases, min_dim)``, before Γ."""

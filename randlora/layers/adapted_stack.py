@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from randlora.functional import Compute, adapted_linear, summed_linear
-from randlora.functional.cost import chosen_forward
+from randlora.functional import Compute, adapted_linear, grouped_update, summed_linear
+from randlora.functional.cost import chosen_all_at_once, chosen_forward
 from randlora.layers.inputs import autocast_dtype, is_plain_tensor
 from randlora.layers.update import Update, folded, sum_updates
 
@@ -41,20 +41,55 @@ class Shared:
         return chosen_forward(tokens, pair, is_wide=is_wide, has_weight=True, compute=compute) == "materialized"
 
 
+class Own:
+    """Updates with a Λ and a Γ for each matrix of a stack, or those of one matrix."""
+
+    def __init__(self, updates: Iterable[Update]) -> None:
+        """Hold the updates."""
+        self.updates = tuple(updates)
+        self._each: tuple[tuple[tuple[Tensor, ...], tuple[Tensor, ...]], ...] | None = None
+
+    def at(self, index: Any) -> Own:
+        """Return those of one matrix, or of those at several indices.
+
+        Λ and Γ are split once: the gradient of each single index would be as large as that of the whole stack.
+        """
+        if not isinstance(index, int):
+            parts: Iterable[tuple[Tensor, Tensor]] = ((each.lam[index], each.gamma[index]) for each in self.updates)
+        else:
+            if self._each is None:
+                self._each = tuple((update.lam.unbind(), update.gamma.unbind()) for update in self.updates)
+            parts = ((lams[index], gammas[index]) for lams, gammas in self._each)
+        return Own(
+            Update(update.basis, lam, gamma, update.scaling, update.shape[-2:])
+            for update, (lam, gamma) in zip(self.updates, parts, strict=True)
+        )
+
+    def are_faster_together(self, x: Tensor, counts: Sequence[int], compute: Compute) -> bool:
+        """Whether `products` is faster than one matrix after the other for tokens of which each has so many."""
+        pairs = [update.parts(x.device, x.dtype)[0] for update in self.updates]
+        is_wide = x.shape[1] == min(self.updates[0].shape[-2:])
+        return all(chosen_all_at_once(counts, pair, is_wide=is_wide, compute=compute) for pair in pairs)
+
+    def products(self, x: Tensor, counts: Sequence[int]) -> Iterable[Tensor]:
+        """Return the products of tokens, sorted by their matrix, with each update."""
+        return (grouped_update(x, *update.parts(x.device, x.dtype), counts) for update in self.updates)
+
+
 class Parts(NamedTuple):
     """What an `AdaptedStack` is made of.
 
     Attributes:
         weight: The weight without updates, ``(matrices, rows, columns)``, or one matrix of it.
         is_out_in: Whether rows are outputs and columns inputs; ``False`` for ``(in, out)``.
-        own: Updates with a Λ and a Γ for each matrix, stacked like the weight.
+        own: Updates with a Λ and a Γ for each matrix.
         shared: Updates that all matrices have in common.
         compute: How to compute products.
     """
 
     weight: Tensor
     is_out_in: bool
-    own: tuple[Update, ...]
+    own: Own
     shared: Shared
     compute: Compute
 
@@ -64,17 +99,15 @@ class Parts(NamedTuple):
 
     def at(self, index: Any) -> Parts:
         """Return one matrix, or those at several indices."""
-        own = tuple(
-            update._replace(lam=update.lam[index], gamma=update.gamma[index], shape=update.shape[-2:])
-            for update in self.own
-        )
-        return self._replace(weight=self.weight[index], own=own)
+        if isinstance(index, Tensor) and index.dim() == 0:
+            index = int(index)
+        return self._replace(weight=self.weight[index], own=self.own.at(index))
 
     def formed(self) -> Tensor:
         """Return weight + updates, added in float32 or wider and rounded once, laid out in memory as the weight is."""
         is_turned = self.weight.stride(-1) != 1
         stored = self.weight.mT if is_turned else self.weight
-        dtype, updates = torch.promote_types(stored.dtype, torch.float32), (*self.own, *self.shared.updates)
+        dtype, updates = torch.promote_types(stored.dtype, torch.float32), (*self.own.updates, *self.shared.updates)
         shape = stored.shape[-2:] if self.is_out_in is not is_turned else stored.mT.shape[-2:]
         delta = sum_updates(updates, shape, device=stored.device, dtype=dtype)
         total = folded(stored, delta if self.is_out_in is not is_turned else delta.mT)
@@ -94,10 +127,10 @@ class Parts(NamedTuple):
         dtype = autocast_dtype(x, self.weight.dtype)
         weight = None if not has_weight else self.weight if self.is_out_in else self.weight.mT
         x, tokens = x.to(dtype), x.shape[:-1].numel()
-        if not self.own and self.shared.is_worth_forming(tokens, x.device, dtype, self.compute):
+        if not self.own.updates and self.shared.is_worth_forming(tokens, x.device, dtype, self.compute):
             delta = self.shared.formed(x.device, dtype)
             return F.linear(x, delta, bias) if weight is None else summed_linear(x, weight, delta, bias)
-        first, *others = (update.parts(x.device, dtype) for update in (*self.own, *self.shared.updates))
+        first, *others = (update.parts(x.device, dtype) for update in (*self.own.updates, *self.shared.updates))
         output = adapted_linear(x, *first, weight=weight, bias=bias, compute=self.compute)
         for other in others:
             output = output + adapted_linear(x, *other, compute=self.compute)
@@ -205,19 +238,26 @@ def _grouped(
     """
     if not isinstance(stack, AdaptedStack) or stack.parts.is_out_in or stack.dim() != 3 or offs is None:
         return NotImplemented
-    if x.dim() != 2 or not stack.parts.at(0).multiplies(x):
+    parts = stack.parts
+    one = parts._replace(weight=parts.weight[0], own=Own(()))
+    if x.dim() != 2 or not one.multiplies(x):
         return NotImplemented
-    base = func(x, stack.parts.weight, offs=offs, **others)
-    if not stack.parts.own:
-        return base + stack.parts.at(0).product(x, has_weight=False)
-    ends = offs.tolist()
-    updates = [
-        stack.parts.at(index).product(x[start:end], has_weight=False)
-        for index, (start, end) in enumerate(itertools.pairwise([0, *ends]))
-        if start < end
-    ]
-    rest = base.new_zeros(len(base) - ends[-1], base.shape[1])
-    return base + torch.cat([*updates, rest])
+    with torch.autocast(x.device.type, enabled=False):  # as in the function itself
+        x = x.to(parts.weight.dtype)
+        if not parts.own.updates:
+            return func(x, parts.weight, offs=offs, **others) + one.product(x, has_weight=False)
+        counts = [end - start for start, end in itertools.pairwise([0, *offs.tolist(), len(x)])]
+        *rows_of, rest = x.split(counts)  # the gradient of each single slice would be as large as x
+        if parts.own.are_faster_together(x, counts[:-1], parts.compute):
+            tokens = x[: len(x) - counts[-1]]
+            changes = [*parts.own.products(tokens, counts[:-1])]
+            changes += [one.product(tokens, has_weight=False)] if parts.shared.updates else []
+            change = sum(changes[1:], changes[0])
+        else:
+            visited = ((parts.at(index), rows) for index, rows in enumerate(rows_of) if len(rows))
+            change = torch.cat([x.new_empty(0, parts.weight.shape[-1]), *(part.product(rows, has_weight=False) for part, rows in visited)])
+        # the base is computed by the function itself, so that a fresh adapter changes no bit
+        return func(x, parts.weight, offs=offs, **others) + F.pad(change, (0, 0, 0, len(rest)))
 
 
 PRODUCTS: Mapping[Any, Callable[..., Any]] = {

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
 from randlora.functional.scratch import is_transformed
-from randlora.layers.adapted_stack import AdaptedStack, Parts, Shared
+from randlora.layers.adapted_stack import AdaptedStack, Own, Parts, Shared
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import register_layer, register_parameter
 from randlora.layers.update import Into, Merged, Update
@@ -28,6 +28,7 @@ class Experts(ReadWeight):
     """
 
     kind = "experts"
+    is_read_once = True  # code that takes one expert after the other reads the stack for each
     is_out_in = True
 
     @classmethod
@@ -59,13 +60,13 @@ class Experts(ReadWeight):
         """Return the update unchanged; a shared one, ``(out, in)``, is broadcast to all experts."""
         return delta
 
-    def read(self, owner: nn.Module) -> Tensor:
+    def value(self, owner: nn.Module) -> Tensor:
         """Return the stack with its updates. Compiled and transformed code gets the sum, formed at once."""
         weight = self.weight_of(owner)
         assert weight is not None, "obstacles() asks for a weight"
         active = self.active()
         if not active or is_transformed():
-            return super().read(owner)
+            return super().value(owner)
         return AdaptedStack(self._parts(weight, [self.update(owner, part, factor) for part, factor in active]))
 
     @torch.no_grad()
@@ -81,7 +82,7 @@ class Experts(ReadWeight):
         return Merged(merged, merged)
 
     def _parts(self, weight: Tensor, updates: list[Update]) -> Parts:
-        own = tuple(update for update in updates if len(update.shape) == 3)
+        own = Own(update for update in updates if len(update.shape) == 3)
         shared = Shared(update for update in updates if len(update.shape) == 2)
         return Parts(weight, self.is_out_in, own, shared, self.state.compute)
 

@@ -71,10 +71,10 @@ class ReadWeight(AdapterLayer):
         """Return the value of the attribute, in the shape and dtype of the weight."""
         if not self.is_read_once or torch.compiler.is_compiling():
             return self.value(owner)
-        values: dict[tuple[int, str], Tensor] | None = getattr(_forwards, "values", None)
+        values: dict[tuple[int, str, bool], Tensor] | None = getattr(_forwards, "values", None)
         if values is None:
             return self.value(owner)
-        key = id(owner), self.attribute
+        key = id(owner), self.attribute, torch.is_grad_enabled()
         if key not in values:
             values[key] = self.value(owner)
         return values[key]

@@ -1,0 +1,96 @@
+"""The autograd function of the updates of a stack of weights, each multiplied by a few tokens of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from randlora.functional.adapted import Adapted, Pair, adapted
+from randlora.functional.operation import Diagonals
+from randlora.functional.scratch import in_dtype
+
+ENTRIES = 2**22
+"""Entries of the tokens repeated for each term that are computed at once, or those of one weight if these are more."""
+
+
+class Groups(NamedTuple):
+    """Tokens sorted by the matrix of a stack that each belongs to.
+
+    Attributes:
+        counts: The number of tokens of each matrix.
+        pair: The bases of the layer.
+        scaling: Factor of the updates.
+        in_features: Width of the tokens.
+    """
+
+    counts: Sequence[int]
+    pair: Pair
+    scaling: float
+    in_features: int
+
+    def parts(self, lam: Tensor, gamma: Tensor) -> Iterator[tuple[slice, Tensor, Adapted]]:
+        """Yield slices of the tokens with the matrix of each token, and their updates with a Λ and a Γ for each."""
+        shape, tokens = self.pair.shape, sum(self.counts)
+        matrices = torch.arange(len(self.counts), device=lam.device)
+        matrix_of = matrices.repeat_interleave(torch.tensor(self.counts, device=lam.device), output_size=tokens)
+        at_once = max(1, max(ENTRIES, shape.max_dim * shape.min_dim) // (shape.num_bases * shape.min_dim))
+        for start in range(0, tokens, at_once):
+            part = slice(start, min(start + at_once, tokens))
+            which = matrix_of[part]
+            yield part, which, adapted(None, self.pair, lam[which], gamma[which], self.scaling, self.in_features)
+
+
+def grouped_update(x: Tensor, pair: Pair, diagonals: Diagonals, counts: Sequence[int]) -> Tensor:
+    """Compute the products of tokens with the updates of the matrices that they belong to.
+
+    The number of operators does not depend on that of the matrices. Only x, Λ, Γ and a reference to the bases are saved
+    for backward.
+
+    Args:
+        x: ``(tokens, in_features)`` in the dtype of B, sorted by matrix.
+        pair: The bases of the layer.
+        diagonals: Stacks of Λ and Γ.
+        counts: The number of tokens of each matrix.
+
+    Returns:
+        ``(tokens, out_features)`` in the dtype of B.
+    """
+    lam, gamma, scaling = diagonals
+    with torch.autocast(x.device.type, enabled=False):
+        output: Tensor = _Grouped.apply(x, lam, gamma, Groups(counts, pair, scaling, x.shape[1]))  # type: ignore[no-untyped-call]
+        return output
+
+
+class _Grouped(torch.autograd.Function):
+    """`grouped_update`. Plain autograd would keep a Γ for each token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lam: Tensor, gamma: Tensor, groups: Groups) -> Tensor:
+        ctx.save_for_backward(x, lam, gamma)
+        ctx.groups = groups
+        return torch.cat([updates.output(x[part], None, "few_tokens") for part, _, updates in groups.parts(lam, gamma)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad.device.type, enabled=False):
+            return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Compute the gradients that are needed."""
+    x, lam, gamma = ctx.saved_tensors
+    needs_x, needs_lam, needs_gamma, _ = ctx.needs_input_grad
+    grads_x, grad_lam, grad_gamma = [], *(torch.zeros_like(diagonal) for diagonal in (lam, gamma))
+    for part, which, updates in ctx.groups.parts(lam, gamma):
+        tokens = x[part] if needs_lam or needs_gamma else None
+        of_x, of_lam, of_gamma = updates.gradients_of_few_tokens(
+            tokens, grad[part], needs_input=needs_x, over_tokens=lambda rows: rows
+        )
+        grads_x.append(of_x)
+        for total, each in ((grad_lam, of_lam), (grad_gamma, of_gamma)):
+            if each is not None:
+                total.index_add_(0, which, in_dtype(each, total.dtype))
+    return torch.cat(grads_x) if needs_x else None, grad_lam, grad_gamma, None
