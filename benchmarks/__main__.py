@@ -1,6 +1,6 @@
 """The quick set: all benchmarks but those of merging and of quality, in one command; on a GPU, its laws first."""
 
-from benchmarks import decode, laws, memory, model, overhead, peft_faults, quantized, startup, step
+from benchmarks import decode, experts, laws, memory, model, overhead, peft_faults, quantized, startup, step
 from benchmarks.command import main
 
 main(
@@ -11,6 +11,7 @@ main(
     ("model", model.run),
     ("memory", memory.run),
     ("quantized", quantized.run),
+    ("experts", experts.run),
     ("startup", startup.run),
     ("decode", decode.run),
     # `make tests` runs the laws on a CPU, and faults and starting know no device

@@ -1,6 +1,6 @@
 """Memory: what a layer keeps from forward to backward, and the peak of whole training steps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,28 +20,34 @@ FLOAT = 4
 STEPS = 2
 
 
-def kept_by(layer: nn.Module, tokens: int) -> int:
-    """Count the bytes that autograd holds after forward, beside the layer's parameters and buffers."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
+def kept_by(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Count the bytes that autograd holds after a forward, beside the model's parameters and buffers."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     found: dict[int, int] = {}
+    held: list[Tensor] = []
 
     def look(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             found[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)  # or a later tensor could take its place
         return tensor
 
-    x = torch.randn(tokens, SIDE, requires_grad=True, device=next(layer.parameters()).device)
     with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
-        output = layer(x)
-    del output  # it had to live till here, or a later tensor could take an earlier one's place
+        forward()
     return sum(found.values())
+
+
+def kept_by_layer(layer: nn.Module, tokens: int) -> int:
+    """Count the bytes that a forward of a layer keeps, its input among them."""
+    x = torch.randn(tokens, SIDE, requires_grad=True, device=next(layer.parameters()).device)
+    return kept_by(layer, lambda: layer(x))
 
 
 def kept(tokens: int, device: str) -> Row:
     """Compare what is kept, also with PEFT's less the ``m²`` floats that ours must save."""
     layers = {name: build(adapt, SIDE, SIDE, torch.float32, device) for name, adapt in MORE_CONTESTANTS.items()}
-    sizes = {name: kept_by(layer, tokens) for name, layer in layers.items()}
+    sizes = {name: kept_by_layer(layer, tokens) for name, layer in layers.items()}
     sizes["PEFT less m² floats"] = sizes["PEFT"] - FLOAT * SIDE**2
     return Row(f"kept by a layer, T = {tokens}", in_bytes(sizes))
 

@@ -169,6 +169,16 @@ ANYWHERE = (
         for ours in ("dense", "block")
     ),
     within("decode", "one token, 2048→2048, settled memory", "merged", 1.1, of="frozen"),
+    *(  # a third or less: LoRA has weights with updates, ours only what is frozen and the tokens
+        within("experts", f"{what}, Mixtral, 8 experts, {implementation}, T = 256", ours, 0.5, of="LoRA")
+        for what in ("kept", "needed")
+        for implementation in ("eager", "grouped_mm")
+        for ours in ("dense", "block", "shared")
+    ),
+    *(
+        within("experts", "step, Mixtral, 8 experts, eager, T = 256", ours, 1.0, of="LoRA")
+        for ours in ("dense", "block", "shared")
+    ),
     *(
         within("overhead", case, ours, share, of=other)
         for ours in ("dense", "block")

@@ -239,8 +239,8 @@ def test_results_are_written_as_json_a_table_and_a_picture(tmp_path: Path) -> No
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_a_layer_that_is_trained_keeps_its_input_and_a_frozen_one_nothing(tokens: int) -> None:
     layer = nn.Sequential(nn.Linear(1024, 8))
-    assert memory.kept_by(layer, tokens) == tokens * 1024 * 4
-    assert memory.kept_by(layer.requires_grad_(requires_grad=False), tokens) == 0
+    assert memory.kept_by_layer(layer, tokens) == tokens * 1024 * 4
+    assert memory.kept_by_layer(layer.requires_grad_(requires_grad=False), tokens) == 0
 
 
 @pytest.mark.parametrize("tokens", [1, 2048])
