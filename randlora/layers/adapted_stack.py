@@ -255,7 +255,10 @@ def _grouped(
             change = sum(changes[1:], changes[0])
         else:
             visited = ((parts.at(index), rows) for index, rows in enumerate(rows_of) if len(rows))
-            change = torch.cat([x.new_empty(0, parts.weight.shape[-1]), *(part.product(rows, has_weight=False) for part, rows in visited)])
+            change = torch.cat([
+                x.new_empty(0, parts.weight.shape[-1]),
+                *(part.product(rows, has_weight=False) for part, rows in visited),
+            ])
         # the base is computed by the function itself, so that a fresh adapter changes no bit
         return func(x, parts.weight, offs=offs, **others) + F.pad(change, (0, 0, 0, len(rest)))
 
