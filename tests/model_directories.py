@@ -25,9 +25,9 @@ def save_model(
     return write(kind.build().to(dtype), directory, is_sharded=is_sharded)
 
 
-def write(model: nn.Module, directory: Path, *, is_sharded: bool = False) -> Path:
-    """Let transformers write what a model holds now."""
-    options = {"max_shard_size": SHARD} if is_sharded else {}
+def write(model: nn.Module, directory: Path, *, is_sharded: bool = False, shard: str = SHARD) -> Path:
+    """Let transformers write what a model holds now, in files of at most the size of a shard if ``is_sharded``."""
+    options = {"max_shard_size": shard} if is_sharded else {}
     model.save_pretrained(directory, **options)  # type: ignore[operator]
     return directory
 

@@ -54,8 +54,9 @@ def headers(draw: st.DrawFn) -> Header:
     )
     digest = draw(st.text("0123456789abcdef", min_size=64, max_size=64))
     transposed = draw(st.none() | st.just(tuple(shapes)))
+    kinds = dict.fromkeys(shapes, "experts") if draw(st.booleans()) else {}
     records = {spec.r: BasisRecord(spec, digest, draw(st.booleans()))}
-    return Header(config, records, shapes, draw(names), draw(st.none() | names), transposed)
+    return Header(config, records, shapes, draw(names), draw(st.none() | names), transposed, kinds)
 
 
 @given(headers())

@@ -13,7 +13,7 @@ from tests.models import BERT, LLAMA
 
 def bases(changes: Changes) -> list[Basis]:
     """List the bases of all updates, each once."""
-    whole = [merging for merging in changes.merged.values() if isinstance(merging, Merging)]
+    whole = [merging for merging in changes.computed.values() if isinstance(merging, Merging)]
     found = {id(update.basis): update.basis for merging in whole for update in merging.updates}
     return list(found.values())
 

@@ -100,7 +100,7 @@ def test_with_the_base_a_file_of_peft_says_all(kind: RealModel, save_projection:
 
 def test_without_norms_no_update_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, _ = our_directory(GPT2, tmp_path)
-    monkeypatch.delattr(OpenAdapter, "delta_weight")
+    monkeypatch.delattr(OpenAdapter, "delta_weights")
     summary = randlora.files.inspect(source, norms=False)
     assert {layer.stable_rank for layer in summary.layers} == {None}
     with pytest.raises(AttributeError):

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 import randlora
 from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
 from randlora.errors import ConfigError
+from randlora.files import adapter as adapter_module
 from randlora.files import low_rank
-from randlora.files.adapter import OpenAdapter
 from randlora.files.convert import ConversionReport
+from randlora.layers.update import Update
 from tests.directories import base_directory, our_directory, their_directory
 from tests.kit import fill
 from tests.model_directories import contents
@@ -233,15 +234,15 @@ def test_large_layers_are_cut_with_random_vectors_and_their_true_error_stated(
 def test_one_update_is_held_at_a_time_and_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
     held: list[weakref.ref[Tensor]] = []
-    compute = OpenAdapter.delta_weight
+    compute = adapter_module._formed
 
-    def watched(adapter: OpenAdapter, fqn: str) -> Tensor:
+    def watched(fqn: str, update: Update) -> Tensor:
         assert [reference() for reference in held if reference() is not None] == []
-        update = compute(adapter, fqn)
-        held.append(weakref.ref(update))
-        return update
+        formed = compute(fqn, update)
+        held.append(weakref.ref(formed))
+        return formed
 
-    monkeypatch.setattr(OpenAdapter, "delta_weight", watched)
+    monkeypatch.setattr(adapter_module, "_formed", watched)
     told: list[tuple[int, int, str]] = []
     report = randlora.files.convert(
         source, tmp_path / "lora", "lora", tolerance=0.3, progress=lambda *news: told.append(news)

@@ -90,6 +90,7 @@ class AdapterFile:
             config=config,
             shapes={rename(fqn): shape for fqn, shape in self.header.shapes.items()},
             transposed=self.header.transposed and tuple(map(rename, self.header.transposed)),
+            kinds={rename(fqn): kind for fqn, kind in self.header.kinds.items()},
         )
         fields = {name: value for name, value in self.fields.items() if name not in CLASS_FIELDS}
         values = {rename(fqn): pair for fqn, pair in self.values.items()}

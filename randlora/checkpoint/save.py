@@ -26,7 +26,6 @@ from randlora.checkpoint.peft_config import BASE_FIELD, peft_obstacle, to_peft_f
 from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.disk.replace import write_files
 from randlora.errors import CheckpointError, raise_collected
-from randlora.layers.conv1d import Conv1DAdapter
 from randlora.model.install import lost_sites, require_own
 from randlora.report import adapter_report, as_bytes
 from randlora.state import Adapter, adapted_root
@@ -107,7 +106,7 @@ def save(
     shapes = shapes_of(sites, adapter.config)
     # a module used in several places may have another name now, if one of them is gone or new
     adapter = replace(adapter, options={site.fqn: site.layer.adapters[adapter.name].options for site in sites})
-    transposed = tuple(site.fqn for site in sites if issubclass(site.layer_class, Conv1DAdapter))
+    transposed = tuple(site.fqn for site in sites if site.layer_class.is_transposed)
     header = Header.of(
         adapter.config, adapter.options, adapter.bases, shapes, adapter.trained, transposed, other_kinds(sites)
     )

@@ -21,7 +21,6 @@ from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.errors import CheckpointError, raise_collected
 from randlora.files.base_fit import Base, BaseFit, fit_base, open_base, shapes_in
 from randlora.layer_options import by_rank
-from randlora.layers.conv1d import Conv1DAdapter
 from randlora.layers.update import Update, sum_updates
 from randlora.targets.site import Shapes, sizes
 
@@ -52,16 +51,14 @@ class OpenAdapter:
         return Update(self.bases[options.r], lam, gamma, options.scaling * factor, shapes[fqn])
 
     @torch.no_grad()
-    def delta_weight(self, fqn: str) -> Tensor:
-        """Return the update of one layer, ``(out_features, in_features)``, float32, or float64 if Λ has that dtype.
+    def delta_weights(self, fqn: str) -> Iterator[Tensor]:
+        """Yield the update of one layer, ``(out_features, in_features)``, or those of a stack, one by one.
 
-        It is an error if it is not finite.
+        They are in float32, or in float64 if Λ has that dtype. It is an error if one is not finite.
         """
-        update = self.update(fqn)
-        delta = sum_updates([update], update.shape, device=torch.device("cpu"), dtype=update.lam.dtype)
-        if not all(bound.isfinite() for bound in delta.aminmax()):
-            raise CheckpointError(f"the update of {fqn} is too large for {delta.dtype}: its Λ and Γ are damaged")
-        return delta
+        whole = self.update(fqn)
+        for update in [whole] if len(whole.shape) == 2 else map(whole.at, range(whole.shape[0])):
+            yield _formed(fqn, update)
 
     def require_shapes(self) -> Shapes:
         """Return the shapes, or raise a `CheckpointError` if they are not known."""
@@ -74,6 +71,13 @@ class OpenAdapter:
         return self.shapes
 
 
+def _formed(fqn: str, update: Update) -> Tensor:
+    delta = sum_updates([update], update.shape, device=torch.device("cpu"), dtype=update.lam.dtype)
+    if not all(bound.isfinite() for bound in delta.aminmax()):
+        raise CheckpointError(f"the update of {fqn} is too large for {delta.dtype}: its Λ and Γ are damaged")
+    return delta
+
+
 def open_adapter(directory: Path, base: str | os.PathLike[str] | None = None, prefix: str | None = None) -> OpenAdapter:
     """Read and check an adapter, and draw or take its bases. The base is needed only for files that PEFT wrote."""
     file = read_adapter(directory)
@@ -82,8 +86,7 @@ def open_adapter(directory: Path, base: str | os.PathLike[str] | None = None, pr
         transposed = None if file.header is None else file.header.transposed
         return OpenAdapter(directory, file, shapes, adapter_bases(file, shapes), transposed)
     slots = fit_base(open_base(base), file, prefix).slots_of(file)
-    layout = Conv1DAdapter.in_storage_layout
-    transposed = tuple(fqn for fqn, slot in slots.items() if slot.layer_class.in_storage_layout is layout)
+    transposed = tuple(fqn for fqn, slot in slots.items() if slot.layer_class.is_transposed)
     shapes = shapes_in(slots)
     return OpenAdapter(directory, file, shapes, adapter_bases(file, shapes), transposed)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -28,14 +28,17 @@ from randlora.checkpoint.read import AdapterFile
 from randlora.config import RandLoRAConfig
 from randlora.disk.tensor_file import Entry
 from randlora.errors import CheckpointError, raise_collected
+from randlora.files.conversion import Conversion
 from randlora.files.model_directory import ModelDirectory, read_model_directory
 from randlora.files.quantized import DenseView, as_dense
-from randlora.files.transformers_model import Conversion, TransformersModel, build_model
+from randlora.files.transformers_model import TransformersModel, build_model
 from randlora.layers.attention import InProjAdapter
 from randlora.layers.base import AdapterLayer
 from randlora.layers.conv1d import Conv1DAdapter
 from randlora.layers.convolution import ConvolutionAdapter
+from randlora.layers.experts import Experts, TransposedExperts
 from randlora.layers.linear import LinearAdapter
+from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles
 from randlora.targets.site import Shapes, Site
 
@@ -52,14 +55,14 @@ class Slot(NamedTuple):
     """Where a base model stores an adapted weight, and the ``shape`` of its update.
 
     There are several ``names`` if files hold a shared weight several times. ``layer_class`` converts an update of this
-    shape to the layout of the tensors. If the weight is a part of a tensor, ``fused`` is its FQN in the model and how
-    it is split off.
+    shape to the layout of the tensors. If the weight is computed when the model is loaded, ``converted`` is its FQN in
+    the model and how, and ``names`` are those of the tensors that it is computed from.
     """
 
     names: tuple[str, ...]
     shape: Shape
     layer_class: type[AdapterLayer]
-    fused: tuple[str, Conversion] | None = None
+    converted: tuple[str, Conversion] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,12 +71,13 @@ class BaseFit:
 
     ``file`` is the adapter under the names that the base model has for its layers. ``trained`` are the names of the
     tensors that hold each parameter trained with it; none if the files lack a parameter of the model's class, such as a
-    new head.
+    new head. Those in ``conversions`` are computed from these tensors when the model is loaded.
     """
 
     file: AdapterFile
     slots: Mapping[str, Slot]
     trained: Mapping[str, tuple[str, ...]]
+    conversions: Mapping[str, Conversion] = field(default_factory=dict)
 
     def slots_of(self, file: AdapterFile) -> dict[str, Slot]:
         """Return where the weights are by the names that the adapter has in its file."""
@@ -107,7 +111,8 @@ def fit_base(base: Base, file: AdapterFile, prefix: str | None = None) -> BaseFi
     else:
         fit, problems = _fit_model(base.model, file, prefix, entries)
         own |= {held.fqn: held.parameter for held in base.model.census.parameters}  # the files may lack a new head
-    own |= {fqn: entries[names[0]] for fqn, names in fit.trained.items() if names}
+    stored = {fqn: names for fqn, names in fit.trained.items() if names and fqn not in fit.conversions}
+    own |= {fqn: entries[names[0]] for fqn, names in stored.items()}
     problems += [*misfits(fit.file, shapes_in(fit.slots)), *trained_misfits(own, fit.file.trained)]
     codes = {fqn for fqn, names in fit.trained.items() if base.dense.codes.keys() & set(names)}
     problems += [f"{fqn} is quantized here, and was trained as {fit.file.trained[fqn].dtype}" for fqn in codes]
@@ -134,13 +139,30 @@ def _fit_model(
             slots[site.fqn] = Slot(names, _shape(site, file.config, entries[names[0]]), kind)
         elif conversion is None:
             problems.append(f"the model has no layer {site.fqn} in its files")
-        elif len(conversion.sources) == 1:
-            slots[site.fqn] = Slot((*conversion.sources,), site.shape_with(file.config), kind, (fqn, conversion))
         else:
-            parts = ", ".join(conversion.sources)
-            problems.append(f"{site.fqn} is made of {parts} when it is loaded: load the model and merge in memory")
-    names_by_fqn = model.names_by_fqn
-    return BaseFit(file, slots, {fqn: names_by_fqn.get(fqn, ()) for fqn in file.trained}), problems
+            slots[site.fqn] = Slot((*conversion.sources,), site.shape_with(file.config), kind, (fqn, conversion))
+    trained = {fqn: names for fqn, names in model.names_by_fqn.items() if fqn in file.trained and names}
+    conversions = {
+        fqn: model.conversions[fqn] for fqn in file.trained if fqn not in trained and fqn in model.conversions
+    }
+    made_of = {fqn: (*conversion.sources,) for fqn, conversion in conversions.items()}
+    names_of = {fqn: (trained | made_of).get(fqn, ()) for fqn in file.trained}
+    computed = [slot.converted for slot in slots.values() if slot.converted is not None]
+    problems += _conversion_problems([*computed, *conversions.items()], entries)
+    return BaseFit(file, slots, names_of, conversions), problems
+
+
+def _conversion_problems(computed: list[tuple[str, Conversion]], entries: Mapping[str, Entry]) -> list[str]:
+    """Return which weights the files have tensors for that cannot be converted to them and back."""
+    problems = []
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    for fqn, conversion in {id(conversion): (fqn, conversion) for fqn, conversion in reversed(computed)}.values():
+        if (reason := conversion.misfit(shapes)) is not None:
+            problems.append(
+                f"{fqn} is made of {shortened([*conversion.sources])} when it is loaded, and {reason}: load the model "
+                "and merge in memory"
+            )
+    return problems
 
 
 def _shape(site: Site, config: RandLoRAConfig, entry: Entry) -> Shape:
@@ -172,6 +194,8 @@ def _fit_names(
         name = next((name for name in (f"{fqn}.weight", fqn) if name in entries), None)
         if name is None:
             problems.append(f"the model has no layer {fqn} under this name ({reason})")
+        elif len(entries[name].shape) == 3 and (stack := _stack_slot(file, fqn, entries[name])) is not None:
+            slots[fqn] = stack
         elif len(entries[name].shape) > 2 and file.header is not None and len(file.header.shapes[fqn]) == 2:
             slots[fqn] = Slot((name,), _as_matrix(entries[name]), ConvolutionAdapter)
         elif len(entries[name].shape) != 2:
@@ -193,6 +217,18 @@ def _stored_shape(file: AdapterFile, fqn: str, entry: Entry, *, is_transposed: b
     if len(trained) == 3 and (trained[0] * trained[1], trained[2]) == (rows, columns):
         return trained
     return rows, columns
+
+
+def _stack_slot(file: AdapterFile, fqn: str, entry: Entry) -> Slot | None:
+    """Return where a stack of experts is stored, if the adapter says that it is one."""
+    header = file.header
+    if header is None or header.transposed is None or header.kinds.get(fqn) != Experts.kind:
+        return None
+    is_transposed = fqn in header.transposed
+    matrices, *matrix = entry.shape
+    rows, columns = reversed(matrix) if is_transposed else matrix
+    shape = (rows, columns) if len(header.shapes[fqn]) == 2 else (matrices, rows, columns)
+    return Slot((entry.name,), shape, TransposedExperts if is_transposed else Experts)
 
 
 def _is_transposed(file: AdapterFile, fqn: str, entry: Entry) -> bool | None:

@@ -17,9 +17,9 @@ from randlora.disk.tensor_file import Entry, read_pieces
 from randlora.errors import CheckpointError, MergeError
 from randlora.files.adapter import open_fitted
 from randlora.files.base_fit import Base, Slot
+from randlora.files.conversion import Conversion, Read
 from randlora.files.quantized import DenseView
-from randlora.files.transformers_model import Conversion
-from randlora.layers.update import Update, folded, sum_updates
+from randlora.layers.update import Update
 from randlora.model.merge import require_finite
 
 
@@ -32,35 +32,75 @@ class Merging:
     updates: list[Update] = field(default_factory=list)
 
     @torch.no_grad()
-    def merged(self, weight: Tensor) -> Tensor:
-        """Return the merged weight, in the dtype and layout of ``weight``. It is an error if it is not finite."""
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        kind = self.slot.layer_class
-        # one adapter may have a stack of updates where another has one: `united` gives them the shape of the sum
-        delta = sum_updates(self.updates, (), device=weight.device, dtype=dtype, united=kind.united)
-        return require_finite(self.fqn, folded(weight, kind.in_storage_layout(delta)))
+    def merged(self, weight: Tensor, at: slice | None = None) -> Tensor:
+        """Return the merged weight, or some matrices ``at`` of a stack, in the dtype and layout of ``weight``.
+
+        It is an error if it is not finite.
+        """
+        is_part = at is not None
+        updates = [update.at(at) if is_part and len(update.shape) == 3 else update for update in self.updates]
+        return require_finite(self.fqn, self.slot.layer_class.with_updates(weight, updates))
 
 
 @dataclass(frozen=True, eq=False)
-class FusedMerging:
-    """A tensor with adapters merged into parts of it, by FQN, which are separate weights in the model."""
+class ConvertedMerging:
+    """Tensors that become weights which adapters are merged into when the model is loaded.
+
+    ``parts`` are the merged weights and ``replaced`` new values of others, by FQN.
+    """
 
     conversion: Conversion
     parts: dict[str, Merging] = field(default_factory=dict)
+    replaced: dict[str, Tensor] = field(default_factory=dict)
 
-    def merged(self, weight: Tensor) -> Tensor:
-        """Return the tensor with its parts merged, as `Merging.merged` does."""
-        found = self.conversion.split(weight)
-        return self.conversion.join(found | {fqn: part.merged(found[fqn]) for fqn, part in self.parts.items()})
+    def merged(self, name: str, read: Read) -> dict[str, Tensor]:
+        """Return the new value of one of the tensors, and of those that are computed with it, by name.
+
+        Of a stack that is made matrix by matrix, one matrix is computed, else all that the tensors become.
+        """
+        conversion, joined = self.conversion, self.conversion.joined
+        if joined is None:
+            return conversion.revert({fqn: self._changed(fqn, own) for fqn, own in conversion.convert(read).items()})
+        index = joined.places[name]
+        names = joined.names[index]
+        sources = [read(name) for name in names]
+        matrix = torch.cat(sources, joined.dim).unsqueeze(0)
+        changed = self._changed(conversion.fqn, matrix, slice(index, index + 1)).squeeze(0)
+        parts = changed.split([source.shape[joined.dim] for source in sources], joined.dim)
+        return dict(zip(names, parts, strict=True))
+
+    def _changed(self, fqn: str, weight: Tensor, at: slice | None = None) -> Tensor:
+        if (own := self.replaced.get(fqn)) is not None:  # one adapter's own version, which another may adapt
+            weight = (own if at is None else own[at]).to(weight.dtype)
+        merging = self.parts.get(fqn)
+        return weight if merging is None else merging.merged(weight, at)
 
 
 @dataclass(frozen=True, eq=False)
 class Changes:
-    """The changes to a checkpoint, by the names of its tensors: the weights merged into, and new values of others."""
+    """The changes to a checkpoint, by the names of its tensors.
 
-    merged: dict[str, Merging | FusedMerging]
-    replaced: dict[str, Tensor]
+    ``computed`` are the weights merged into, and tensors that become other weights when the model is loaded;
+    ``replaced`` are new values.
+    """
+
+    computed: dict[str, Merging | ConvertedMerging]
+    values: dict[str, Tensor]
     base: DenseView
+    _unwritten: list[dict[str, Tensor]] = field(default_factory=list)
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """Names of the tensors merged into."""
+        found = self.computed.items()
+        return tuple(name for name, merging in found if isinstance(merging, Merging) or merging.parts)
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """Names of the tensors replaced, or part of whose values are."""
+        found = self.computed.items()
+        parts = {name for name, merging in found if isinstance(merging, ConvertedMerging) and merging.replaced}
+        return tuple(name for name in self.base.directory.entries if name in self.values or name in parts)
 
     def pieces(self, entry: Entry, dtype: torch.dtype) -> Iterator[Tensor]:
         """Yield the new values of a tensor of the checkpoint in pieces, reading it as they are needed.
@@ -68,18 +108,33 @@ class Changes:
         They are computed in the wider of ``dtype`` and the tensor's, or float32 at least if the tensor is quantized,
         and rounded once to ``dtype``. It is an error if a value is not finite that was before.
         """
-        is_coded = entry.name in self.base.codes
-        wide = torch.promote_types(torch.float32 if is_coded else entry.dtype, dtype)
-        own = self.replaced.get(entry.name)
-        if (merging := self.merged.get(entry.name)) is not None:
-            weight = self.base.read(entry) if own is None else own  # one adapter's own version, which another adapts
-            yield _cast(entry.name, merging.merged(weight.to(wide)), dtype)
+        own, merging = self.values.get(entry.name), self.computed.get(entry.name)
+        if merging is not None:
+            yield _cast(entry.name, self._computed(merging, entry, dtype), dtype)
         elif own is not None:
-            yield _cast(entry.name, own.to(wide), dtype)
-        elif is_coded:
+            yield _cast(entry.name, own.to(torch.promote_types(entry.dtype, dtype)), dtype)
+        elif entry.name in self.base.codes:
             yield _cast(entry.name, self.base.read(entry), dtype)
         else:
             yield from (_cast(entry.name, piece, dtype) for piece in read_pieces(entry))
+
+    def _computed(self, merging: Merging | ConvertedMerging, entry: Entry, dtype: torch.dtype) -> Tensor:
+        """Return a tensor after a merge. Those computed with it are kept until they are asked for, if that is soon."""
+
+        def read(name: str) -> Tensor:
+            source, own = self.base.directory.entries[name], self.values.get(name)
+            wide = torch.promote_types(torch.float32 if name in self.base.codes else source.dtype, dtype)
+            return (self.base.read(source) if own is None else own).to(wide)  # an adapter's own, which another adapts
+
+        if isinstance(merging, Merging):
+            return merging.merged(read(entry.name))
+        found = next((tensors for tensors in self._unwritten if entry.name in tensors), None)
+        if found is None:
+            # an expert's tensors are written one after the other, and belong to two weights by turns
+            self._unwritten[:] = [tensors for tensors in self._unwritten if tensors][-1:]
+            found = merging.merged(entry.name, read)
+            self._unwritten.append(found)
+        return found.pop(entry.name)
 
 
 def find_changes(base: Base, adapters: Mapping[Path, float], prefix: str | None = None) -> Changes:
@@ -89,42 +144,52 @@ def find_changes(base: Base, adapters: Mapping[Path, float], prefix: str | None 
     parameter.
     """
     bank = BasisBank()
-    merged: dict[str, Merging | FusedMerging] = {}
-    replaced: dict[str, Tensor] = {}
+    computed: dict[str, Merging | ConvertedMerging] = {}
+    values: dict[str, Tensor] = {}
     for path, factor in adapters.items():
         try:
             adapter, fit = open_fitted(path, base, prefix, bank)
             if fit.absent:
                 absent = ", ".join(fit.absent)
                 advice = "load the model and merge in memory"
-                raise CheckpointError(f"{absent} was trained and is not in the model's files, or in parts: {advice}")
-            if taken := ", ".join(fqn for fqn, names in fit.trained.items() if replaced.keys() & set(names)):
+                raise CheckpointError(f"{absent} was trained and is not in the model's files: {advice}")
+            own = {fqn: _conversion(computed, found).replaced for fqn, found in fit.conversions.items()}
+            if taken := ", ".join(
+                fqn for fqn, names in fit.trained.items() if fqn in own.get(fqn, ()) or values.keys() & set(names)
+            ):
                 raise CheckpointError(f"an adapter before it trained {taken} too, and the model has room for one")
         except CheckpointError as error:
             raise CheckpointError(f"cannot merge {str(path)!r}: {error}") from error
         for fqn, slot in fit.slots.items():
             update = adapter.update(fqn, factor)
-            for name in slot.names:
-                _merging(merged, name, fqn, slot).updates.append(update)
-        replaced |= {name: fit.file.trained[fqn] for fqn, names in fit.trained.items() for name in names}
+            for merging in _mergings(computed, fqn, slot):
+                merging.updates.append(update)
+        for fqn, names in fit.trained.items():
+            if fqn in own:
+                own[fqn][fqn] = fit.file.trained[fqn]
+            else:
+                values |= dict.fromkeys(names, fit.file.trained[fqn])
     in_order = base.dense.directory.entries
-    return Changes(
-        {name: merged[name] for name in in_order if name in merged},
-        {name: replaced[name] for name in in_order if name in replaced},
-        base.dense,
-    )
+    return Changes({name: computed[name] for name in in_order if name in computed}, values, base.dense)
 
 
-def _merging(merged: dict[str, Merging | FusedMerging], name: str, fqn: str, slot: Slot) -> Merging:
-    """Return the merging of a tensor or of a part of it, created if there is none yet."""
-    if slot.fused is None:
-        found = merged.setdefault(name, Merging(fqn, slot))
-        assert isinstance(found, Merging), "a tensor is fused for every adapter or for none"
-        return found
-    part, conversion = slot.fused
-    fused = merged.setdefault(name, FusedMerging(conversion))
-    assert isinstance(fused, FusedMerging), "a tensor is fused for every adapter or for none"
-    return fused.parts.setdefault(part, Merging(fqn, slot))
+def _mergings(computed: dict[str, Merging | ConvertedMerging], fqn: str, slot: Slot) -> list[Merging]:
+    """Return the merging of a weight, or those of all its copies, created if there are none yet."""
+    if slot.converted is not None:
+        own, conversion = slot.converted
+        return [_conversion(computed, conversion).parts.setdefault(own, Merging(fqn, slot))]
+    found = [computed.setdefault(name, Merging(fqn, slot)) for name in slot.names]
+    assert all(isinstance(merging, Merging) for merging in found), "a weight is converted for every adapter or for none"
+    return [merging for merging in found if isinstance(merging, Merging)]
+
+
+def _conversion(computed: dict[str, Merging | ConvertedMerging], conversion: Conversion) -> ConvertedMerging:
+    """Return the merging of the tensors of a conversion, created if there is none yet."""
+    first = next(iter(conversion.sources))
+    found = computed.setdefault(first, ConvertedMerging(conversion))
+    assert isinstance(found, ConvertedMerging), "a tensor is converted for every adapter or for none"
+    computed |= dict.fromkeys(conversion.sources, found)
+    return found
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
+
+from torch import Tensor
 
 from randlora.bases.spec import BasisSpec
 from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
@@ -55,9 +58,9 @@ class LayerSummary:
         out_features: Output width; ``None`` if not known, because PEFT does not store it.
         in_features: Input width, likewise.
         frobenius: Frobenius norm of its update ΔW; ``None`` if it was not computed.
-        spectral: The largest singular value of ΔW, likewise. If both dims are above 1024, a lower bound within a few
-            percent.
-        matrices: Number of matrices of a stack, each with these dims and ``num_bases``; the norms are those of all.
+        spectral: The largest singular value of ΔW, likewise; of a stack, the largest of its matrices'. If both dims
+            are above 1024, a lower bound within a few percent.
+        matrices: Number of matrices of a stack, each with these dims and ``num_bases``.
     """
 
     fqn: str
@@ -131,10 +134,13 @@ class AdapterSummary:
     def _layers(self) -> list[str]:
         options = {name: [f"{getattr(layer, name):g}" for layer in self.layers] for name in LayerOptions._fields}
         mixed = {name: values for name, values in options.items() if len({*values}) > 1}
-        headings = ("layer", "in", "out", *mixed, "num_bases", "trainable", "‖ΔW‖F", "‖ΔW‖2", "stable rank")
+        has_stacks = any(layer.matrices > 1 for layer in self.layers)
+        sizes = ("matrices", "in", "out") if has_stacks else ("in", "out")
+        headings = ("layer", *sizes, *mixed, "num_bases", "trainable", "‖ΔW‖F", "‖ΔW‖2", "stable rank")
         rows = [
             (
                 layer.fqn,
+                *([layer.matrices] if has_stacks else []),
                 "?" if layer.in_features is None else layer.in_features,
                 "?" if layer.out_features is None else layer.out_features,
                 *(values[index] for values in mixed.values()),
@@ -230,9 +236,13 @@ def _layer(adapter: OpenAdapter, fqn: str, *, norms: bool) -> LayerSummary:
     *_, out_features, in_features = adapter.shapes[fqn]
     if not norms:
         return layer(out_features, in_features)
-    updates = adapter.delta_weight(fqn).reshape(-1, out_features, in_features)
-    spectral = max(map(spectral_norm, updates))
-    return layer(out_features, in_features, frobenius_norm(updates.flatten(0, 1)), spectral)
+    found = map(_norms, adapter.delta_weights(fqn))  # which holds one update at a time
+    frobenius, spectral = zip(*found, strict=True)
+    return layer(out_features, in_features, math.hypot(*frobenius), max(spectral))
+
+
+def _norms(update: Tensor) -> tuple[float, float]:
+    return frobenius_norm(update), spectral_norm(update)
 
 
 def _bases(adapter: OpenAdapter) -> Iterator[BasisSummary]:

@@ -152,8 +152,8 @@ def merge(
     return FileMergeReport(
         out=destination,
         adapters={str(path): factor for path, factor in factors.items()},
-        merged=tuple(changes.merged),
-        replaced=tuple(changes.replaced),
+        merged=changes.merged,
+        replaced=changes.replaced,
         shards=len(shards),
         nbytes=nbytes,
         dtype=dtype,

@@ -85,7 +85,8 @@ def to_lora(adapter: OpenAdapter, rank: int | None, tolerance: float | None, scr
     tensors: list[Planned] = []
     for done, (fqn, (out_features, in_features)) in enumerate(shapes.items()):
         progress(done, len(shapes), fqn)
-        update = adapter.delta_weight(fqn).float()
+        (update,) = adapter.delta_weights(fqn)
+        update = update.float()
         found = within(update, accepted) if rank is None else of_rank(update, rank)
         layers.append(
             LoraLayer(fqn, out_features, in_features, found.rank, found.relative_error, frobenius_norm(update))

@@ -6,48 +6,17 @@ code of transformers is run. No other file imports transformers.
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from randlora.files.conversion import Conversion
 from randlora.files.model_directory import MODEL_CONFIG_FILE, ModelDirectory
-from randlora.layers.conv1d import Conv1DAdapter
 from randlora.targets.walk import Census
 
 INSTALL = "pip install 'transformers>=5.0'"
-
-
-@dataclass(frozen=True, eq=False)
-class Conversion:
-    """How transformers computes parameters from tensors in files: one from all experts', several from a fused one.
-
-    ``converter`` is an object of transformers, ``fqn`` the first of the parameters. ``sources`` are the names of the
-    tensors, with the patterns that they match.
-    """
-
-    model: Any
-    converter: Any
-    fqn: str
-    sources: dict[str, str] = field(default_factory=dict)
-
-    def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Return the parameters that one tensor becomes, by FQN."""
-        ((name, pattern),) = self.sources.items()
-        converter = deepcopy(self.converter)
-        converter.add_tensor(self.fqn, name, pattern, tensor)
-        found = converter.convert(self.fqn, model=self.model, config=self.model.config)
-        return {fqn: part[0] if isinstance(part, list) else part for fqn, part in found.items()}
-
-    def join(self, parts: dict[str, Tensor]) -> Tensor:
-        """Return the tensor that parameters become when they are saved."""
-        from transformers import core_model_loading  # noqa: PLC0415 - optional
-
-        (tensor,) = core_model_loading.revert_weight_conversion(self.model, parts).values()
-        assert isinstance(tensor, Tensor)
-        return tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +43,7 @@ class TransformersModel:
     @property
     def transposed(self) -> frozenset[str]:
         """Names of the tensors that hold a weight as ``(in_features, out_features)``."""
-        sites = (site for site in self.census.sites if issubclass(site.layer_class, Conv1DAdapter))
+        sites = (site for site in self.census.sites if site.layer_class.is_transposed)
         return frozenset(name for site in sites for name in self.names_of(site.weight))
 
 
@@ -118,13 +87,14 @@ def _with_names(model: nn.Module, directory: ModelDirectory) -> TransformersMode
             found = rename(name, [], [], prefix, state)
         return found
 
+    undo = core_model_loading.revert_weight_conversion
     built = TransformersModel(Census.of(model))
     parameters = {held.fqn: held.parameter for held in built.census.parameters}
     for name in sorted(directory.entries, key=core_model_loading.dot_natural_key):  # some renamings rely on this order
         fqn, pattern = renamed(name)
         if pattern is not None:
             converter = by_pattern[pattern]
-            conversion = built.conversions.setdefault(fqn, Conversion(model, converter, fqn))
+            conversion = built.conversions.setdefault(fqn, Conversion(model, converter, undo, fqn))
             conversion.sources[name] = pattern
             for target in converter.target_patterns[1:]:
                 built.conversions[fqn.replace(converter.target_patterns[0], target)] = conversion

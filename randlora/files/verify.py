@@ -119,7 +119,7 @@ def _fit(file: AdapterFile, base: Path, shapes: Shapes | None, prefix: str | Non
     shapes = shapes_in(found.slots_of(file))
     words = f"{base} has all {len(shapes)} layers, in the shapes of the adapter"
     if found.absent:
-        words += f"; {', '.join(found.absent)} of its class are not in its files, or in parts"
+        words += f"; {', '.join(found.absent)} of its class are not in its files"
     return Check("base", "passed", words), shapes
 
 

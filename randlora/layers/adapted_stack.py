@@ -107,9 +107,12 @@ class Parts(NamedTuple):
         """Return weight + updates, added in float32 or wider and rounded once, laid out in memory as the weight is."""
         is_turned = self.weight.stride(-1) != 1
         stored = self.weight.mT if is_turned else self.weight
-        dtype, updates = torch.promote_types(stored.dtype, torch.float32), (*self.own.updates, *self.shared.updates)
-        shape = stored.shape[-2:] if self.is_out_in is not is_turned else stored.mT.shape[-2:]
-        delta = sum_updates(updates, shape, device=stored.device, dtype=dtype)
+        dtype = torch.promote_types(stored.dtype, torch.float32)
+        if self.own.updates:
+            updates = (*self.own.updates, *self.shared.updates)
+            delta = sum_updates(updates, updates[0].shape[-2:], device=stored.device, dtype=dtype)
+        else:  # for all matrices at once
+            delta = self.shared.formed(stored.device, dtype)
         total = folded(stored, delta if self.is_out_in is not is_turned else delta.mT)
         return total.mT if is_turned else total
 

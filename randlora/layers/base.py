@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +29,7 @@ class AdapterLayer(ABC):
 
     Attributes:
         attribute: The name of the parameter that is adapted.
+        is_transposed: Whether the weight is stored as ``(in_features, out_features)``, or as a stack of such matrices.
         kind: What the weight is: ``"linear"``, ``"attention"``, ``"convolution"``, ``"embedding"`` or ``"experts"``.
             ``targets="all-linear"`` selects the first two.
         is_called: Whether its `forward` runs in place of the owner's.
@@ -42,6 +43,7 @@ class AdapterLayer(ABC):
     attribute: ClassVar[str] = "weight"
     kind: ClassVar[str] = "linear"
     is_called: ClassVar[bool] = True
+    is_transposed: ClassVar[bool] = False
 
     def __init__(self, owner: nn.Module, state: ModelState) -> None:
         """Create the adapter layer of a weight for a model with this state, without changing the owner."""
@@ -286,8 +288,19 @@ class AdapterLayer(ABC):
         """
         weight = self.weight_of(owner)
         assert weight is not None, "merge() asks for a weight"
-        merged = folded(weight, self.in_storage_layout(self.delta_weight(owner, weights)))
+        parts = ((self.adapters[name], factor) for name, factor in weights.items() if name in self.adapters)
+        merged = self.with_updates(weight, [self.update(owner, part, factor) for part, factor in parts])
         return Merged(merged, merged)
+
+    @classmethod
+    def with_updates(cls, weight: Tensor, updates: Sequence[Update]) -> Tensor:
+        """Return a weight of this kind plus some updates of it, added in float32 or wider and rounded once.
+
+        This is the arithmetic of merging, in memory and on disk.
+        """
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        delta = sum_updates(updates, (), device=weight.device, dtype=dtype, united=cls.united)
+        return folded(weight, cls.in_storage_layout(delta))
 
     def exchange(self, owner: nn.Module, held: Any) -> Any:
         """Replace the owner's weight, on its device and in its dtype, and return the previous one."""

@@ -13,6 +13,8 @@ from randlora.layers.registry import register_layer
 class Conv1DAdapter(AdapterLayer):
     """Adapts a ``Conv1D``, registered by name so that transformers need not be imported."""
 
+    is_transposed = True
+
     @staticmethod
     def features(owner: nn.Module) -> tuple[int, int]:
         """Return ``(in_features, out_features)``, from ``ds_shape`` if DeepSpeed's ZeRO-3 emptied the weight."""

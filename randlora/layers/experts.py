@@ -7,17 +7,20 @@ expert that no token visits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
+from randlora.functional import Compute
 from randlora.functional.scratch import is_transformed
 from randlora.layers.adapted_stack import AdaptedStack, Own, Parts, Shared
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import register_layer, register_parameter
-from randlora.layers.update import Into, Merged, Update
+from randlora.layers.update import Update
 
 
 class Experts(ReadWeight):
@@ -29,7 +32,6 @@ class Experts(ReadWeight):
 
     kind = "experts"
     is_read_once = True  # code that takes one expert after the other reads the stack for each
-    is_out_in = True
 
     @classmethod
     def obstacle(cls, owner: nn.Module) -> str | None:
@@ -46,7 +48,7 @@ class Experts(ReadWeight):
         weight = cls.weight_of(owner)
         assert weight is not None, "a stack of experts is a parameter"
         *_, rows, columns = _shape(weight)
-        return (columns, rows) if cls.is_out_in else (rows, columns)
+        return (rows, columns) if cls.is_transposed else (columns, rows)
 
     @classmethod
     def shape_of(cls, owner: nn.Module, config: RandLoRAConfig) -> Shape:
@@ -67,30 +69,29 @@ class Experts(ReadWeight):
         active = self.active()
         if not active or is_transformed():
             return super().value(owner)
-        return AdaptedStack(self._parts(weight, [self.update(owner, part, factor) for part, factor in active]))
+        updates = [self.update(owner, part, factor) for part, factor in active]
+        return AdaptedStack(self._parts(weight, updates, self.state.compute))
 
-    @torch.no_grad()
-    def merged(self, owner: nn.Module, weights: dict[str, float], into: Into) -> Merged:  # noqa: ARG002
-        """Return the stack with the updates of some adapters merged, one expert after the other."""
-        weight = self.weight_of(owner)
-        assert weight is not None, "merge() asks for a weight"
-        updates = [self.update(owner, part, weights[name]) for name, part in self.adapters.items() if name in weights]
-        parts = self._parts(weight, updates)
+    @classmethod
+    def with_updates(cls, weight: Tensor, updates: Sequence[Update]) -> Tensor:
+        """Return the stack plus some updates, one matrix after the other. Any number of matrices may be given."""
+        parts = cls._parts(weight, updates, "auto")
         merged = torch.empty_like(weight)
         for index in range(len(weight)):
             merged[index] = parts.at(index).formed()
-        return Merged(merged, merged)
+        return merged
 
-    def _parts(self, weight: Tensor, updates: list[Update]) -> Parts:
+    @classmethod
+    def _parts(cls, weight: Tensor, updates: Sequence[Update], compute: Compute) -> Parts:
         own = Own(update for update in updates if len(update.shape) == 3)
         shared = Shared(update for update in updates if len(update.shape) == 2)
-        return Parts(weight, self.is_out_in, own, shared, self.state.compute)
+        return Parts(weight, not cls.is_transposed, own, shared, compute)
 
 
 class TransposedExperts(Experts):
     """Adapts a stack of weights ``(experts, in_features, out_features)``."""
 
-    is_out_in = False
+    is_transposed = True
 
     @staticmethod
     def in_storage_layout(delta: Tensor) -> Tensor:

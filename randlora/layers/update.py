@@ -31,6 +31,11 @@ class Update(NamedTuple):
         pair = self.basis.pair(max(matrix), min(matrix), device=device, dtype=dtype)
         return pair, Diagonals(_on(self.lam, device), _on(self.gamma, device), self.scaling)
 
+    def at(self, index: Any) -> Update:
+        """Return the update of one matrix of a stack, or of those at several indices."""
+        lam, gamma = self.lam[index], self.gamma[index]
+        return self._replace(lam=lam, gamma=gamma, shape=(*lam.shape[:-2], *self.shape[-2:]))
+
 
 def sum_updates(
     updates: Iterable[Update],
