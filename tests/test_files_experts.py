@@ -1,5 +1,6 @@
 """Adapters of experts on disk: merged into the tensors that a checkpoint has, saved, loaded, inspected, converted."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -7,13 +8,16 @@ from typing import Any, cast
 import pytest
 import torch
 import transformers
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 import randlora
+from randlora.errors import CheckpointError
+from randlora.layers.experts import Experts
 from tests.kit import fill, same_bits
 from tests.model_directories import write
-from tests.quantized_checkpoints import stored
-from tests.test_experts import EXPERTS, each_or_shared, every_model, made
+from tests.quantized_checkpoints import QUANTIZATIONS, stored
+from tests.test_experts import EXPERTS, each_or_shared, every_model, made, mixtral
 
 
 def adapted(model: nn.Module, directory: Path, **options: Any) -> Path:
@@ -71,3 +75,126 @@ def test_merging_on_disk_is_loading_merging_and_saving(
     assert changed == set(report.merged)
     assert all("experts." in name for name in changed)
     assert report.replaced == ()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16], ids=str)
+def test_adapters_of_both_forms_and_others_add_up_as_in_memory(dtype: torch.dtype | None, tmp_path: Path) -> None:
+    model = made(mixtral, dtype=torch.bfloat16)
+    base = checkpoint(model, tmp_path)
+    adapters = {
+        adapted(model, tmp_path / "each"): 0.5,
+        adapted(model, tmp_path / "shared", experts="shared", r=4): 2.0,
+        adapted(model, tmp_path / "others", targets=[*EXPERTS, "q_proj"], seed=3, train_also=["norm"]): -1.0,
+    }
+    report = randlora.files.merge(base, adapters, tmp_path / "out", dtype=dtype)
+    assert report.replaced == ("model.norm.weight",)
+    if dtype is None:
+        assert_same_tensors(report.out, in_memory(base, adapters, tmp_path / "expected"))
+    else:
+        (tmp_path / "cast").mkdir()
+        wide = read(base).to(torch.promote_types(torch.bfloat16, dtype))
+        expected = stored(in_memory(write(wide, tmp_path / "wide"), adapters, tmp_path / "expected"))
+        found = stored(report.out)
+        assert [name for name in found if not same_bits(found[name], expected[name].to(dtype))] == []
+
+
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["one file", "many files"])
+def test_one_matrix_is_computed_at_a_time_and_each_once(
+    is_sharded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made(mixtral, dtype=torch.float32)
+    base = checkpoint(model, tmp_path, is_sharded=is_sharded)
+    adapter = adapted(model, tmp_path / "adapter")
+    computed: list[int] = []
+    original = Experts.with_updates.__func__  # type: ignore[attr-defined]
+
+    def counted(cls: type[Experts], weight: Tensor, updates: Any) -> Tensor:
+        computed.append(len(weight))
+        return cast("Tensor", original(cls, weight, updates))
+
+    monkeypatch.setattr(Experts, "with_updates", classmethod(counted))
+    randlora.files.merge(base, adapter, tmp_path / "out")
+    assert computed == [1] * (2 * 2 * 4)  # two stacks of four matrices in each of two layers
+
+
+def test_the_tensors_of_an_expert_may_be_in_any_files(tmp_path: Path) -> None:
+    model = made(mixtral, dtype=torch.float32)
+    base = checkpoint(model, tmp_path)
+    adapter = adapted(model, tmp_path / "adapter")
+    expected = randlora.files.merge(base, adapter, tmp_path / "expected").out
+    tensors = stored(base)
+    files: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        last = name.split(".")[-2]
+        files.setdefault(f"model-{last}.safetensors", {})[name] = tensor
+    for file, held in files.items():
+        save_file(held, base / file, {"format": "pt"})
+    (base / "model.safetensors").unlink()
+    places = {name: file for file, held in files.items() for name in held}
+    index = {"metadata": {}, "weight_map": places}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    assert_same_tensors(randlora.files.merge(base, adapter, tmp_path / "out").out, expected)
+
+
+@pytest.mark.parametrize("change", ["is missing", "has another shape"])
+def test_a_tensor_of_an_expert_that_is_missing_or_of_another_shape_is_an_error_before_anything_is_written(
+    change: str, tmp_path: Path
+) -> None:
+    model = made(mixtral, dtype=torch.float32)
+    base = checkpoint(model, tmp_path)
+    adapter = adapted(model, tmp_path / "adapter")
+    tensors = stored(base)
+    lost = tensors.pop("model.layers.1.block_sparse_moe.experts.2.w1.weight")
+    if change == "has another shape":
+        tensors["model.layers.1.block_sparse_moe.experts.2.w1.weight"] = lost[1:].clone()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    made_of = r"model\.layers\.1\.mlp\.experts\.gate_up_proj is made of .*experts\.0\.w1\.weight, .* and \d more when"
+    with pytest.raises(CheckpointError, match=rf"{made_of} it is loaded, and .*merge in memory"):
+        randlora.files.merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not randlora.files.verify(adapter, base).passed
+
+
+@every_model
+def test_stacks_trained_with_an_adapter_replace_what_they_are_made_of(
+    build: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    model = made(build, dtype=torch.float32)
+    base = checkpoint(model, tmp_path)
+    attention = ["o_proj"]
+    adapter = adapted(model, tmp_path / "adapter", targets=attention, train_also=[r"mlp.experts.down_proj"])
+    on_top = adapted(model, tmp_path / "on top", seed=1)
+    assert randlora.files.verify(adapter, base).passed
+    report = randlora.files.merge(base, adapter, tmp_path / "out")
+    assert len(report.replaced) > 0
+    assert all("down_proj" in name or "w2" in name for name in report.replaced)
+    assert not set(report.replaced) & set(report.merged)
+    assert_same_tensors(report.out, in_memory(base, {adapter: 1.0}, tmp_path / "expected"))
+    both = {adapter: 1.0, on_top: 1.0}
+    assert_same_tensors(
+        randlora.files.merge(base, both, tmp_path / "both").out, in_memory(base, both, tmp_path / "expected of both")
+    )
+    again = adapted(model, tmp_path / "again", targets=attention, train_also=["mlp.experts.down_proj"])
+    with pytest.raises(CheckpointError, match=r"an adapter before it trained .*down_proj too"):
+        randlora.files.merge(base, [adapter, again], tmp_path / "twice")
+
+
+@each_or_shared
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_experts_of_a_quantized_model_are_not_quantized_and_merged_as_they_are(
+    kind: str, experts: Any, tmp_path: Path
+) -> None:
+    model = made(mixtral, dtype=torch.bfloat16)
+    base = checkpoint(model, tmp_path)
+    adapter = adapted(model, tmp_path / "adapter", experts=experts)
+    settings = transformers.BitsAndBytesConfig(**QUANTIZATIONS[kind])
+    options: dict[str, Any] = {"quantization_config": settings, "device_map": "cpu"}
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(base, **options)
+    write(quantized, tmp_path / "quantized")
+    report = randlora.files.merge(tmp_path / "quantized", adapter, tmp_path / "out")
+    assert report.dequantized
+    assert not any("experts" in name for name in report.dequantized)
+    found, expected = stored(report.out), stored(randlora.files.merge(base, adapter, tmp_path / "expected").out)
+    of_experts = [name for name in expected if "experts" in name]
+    assert len(of_experts) == 24
+    assert all(same_bits(found[name], expected[name]) for name in of_experts)

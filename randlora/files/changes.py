@@ -67,7 +67,7 @@ class ConvertedMerging:
         matrix = torch.cat(sources, joined.dim).unsqueeze(0)
         changed = self._changed(conversion.fqn, matrix, slice(index, index + 1)).squeeze(0)
         parts = changed.split([source.shape[joined.dim] for source in sources], joined.dim)
-        return dict(zip(names, parts, strict=True))
+        return {name: part.clone() for name, part in zip(names, parts, strict=True)}  # one may be kept longer
 
     def _changed(self, fqn: str, weight: Tensor, at: slice | None = None) -> Tensor:
         if (own := self.replaced.get(fqn)) is not None:  # one adapter's own version, which another may adapt
@@ -87,7 +87,7 @@ class Changes:
     computed: dict[str, Merging | ConvertedMerging]
     values: dict[str, Tensor]
     base: DenseView
-    _unwritten: list[dict[str, Tensor]] = field(default_factory=list)
+    _unwritten: dict[ConvertedMerging, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def merged(self) -> tuple[str, ...]:
@@ -119,7 +119,7 @@ class Changes:
             yield from (_cast(entry.name, piece, dtype) for piece in read_pieces(entry))
 
     def _computed(self, merging: Merging | ConvertedMerging, entry: Entry, dtype: torch.dtype) -> Tensor:
-        """Return a tensor after a merge. Those computed with it are kept until they are asked for, if that is soon."""
+        """Return a tensor after a merge. Those computed with it are kept until they are needed, for two weights."""
 
         def read(name: str) -> Tensor:
             source, own = self.base.directory.entries[name], self.values.get(name)
@@ -128,13 +128,14 @@ class Changes:
 
         if isinstance(merging, Merging):
             return merging.merged(read(entry.name))
-        found = next((tensors for tensors in self._unwritten if entry.name in tensors), None)
-        if found is None:
-            # an expert's tensors are written one after the other, and belong to two weights by turns
-            self._unwritten[:] = [tensors for tensors in self._unwritten if tensors][-1:]
-            found = merging.merged(entry.name, read)
-            self._unwritten.append(found)
-        return found.pop(entry.name)
+        kept = self._unwritten.pop(merging, {})
+        if entry.name not in kept:
+            # one expert's tensors are written one after the other, and belong to two weights by turns
+            for other in [*self._unwritten][:-1]:
+                del self._unwritten[other]
+            kept |= merging.merged(entry.name, read)
+        self._unwritten[merging] = kept
+        return kept.pop(entry.name)
 
 
 def find_changes(base: Base, adapters: Mapping[Path, float], prefix: str | None = None) -> Changes:
