@@ -14,10 +14,15 @@ from torch import Tensor, nn
 import randlora
 from randlora.errors import CheckpointError
 from randlora.layers.experts import Experts
+from randlora.targets.walk import Census
 from tests.kit import fill, same_bits
 from tests.model_directories import write
 from tests.quantized_checkpoints import QUANTIZATIONS, stored
 from tests.test_experts import EXPERTS, each_or_shared, every_model, made, mixtral
+from tests.transformers_zoo import TASKS, classes, tiny
+
+LEAST = {"causal LM": 35, "sequence classification": 12}
+"""How many classes of a task have experts, at least."""
 
 
 def adapted(model: nn.Module, directory: Path, **options: Any) -> Path:
@@ -198,3 +203,40 @@ def test_experts_of_a_quantized_model_are_not_quantized_and_merged_as_they_are(
     of_experts = [name for name in expected if "experts" in name]
     assert len(of_experts) == 24
     assert all(same_bits(found[name], expected[name]) for name in of_experts)
+
+
+def experts_of(model: nn.Module) -> list[str]:
+    """Return the FQNs of a model's stacks of experts."""
+    return [site.fqn for site in Census.of(model).sites if site.layer_class.kind == "experts"]
+
+
+def merges_agree(model_class: Any, model: nn.Module, directory: Path, experts: Any) -> None:
+    """Adapt the experts of a model on disk and in memory, and compare what is saved."""
+    write(model, directory / "made")
+    base = write(model_class.from_pretrained(directory / "made"), directory / "base")
+    adapter = adapted(model, directory / "adapter", targets=experts_of(model), r=4, experts=experts)
+    assert randlora.files.verify(adapter, base).passed
+    report = randlora.files.merge(base, adapter, directory / "out")
+    loaded = model_class.from_pretrained(base)
+    randlora.load(loaded, adapter)
+    randlora.merge(loaded)
+    assert_same_tensors(report.out, write(loaded, directory / "expected"))
+    before, after = stored(base), stored(report.out)
+    assert {name for name in after if not same_bits(before[name], after[name])} == set(report.merged) != set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_experts_of_every_class_are_merged_as_in_memory(task: str, tmp_path: Path) -> None:
+    compared, unlike = [], {}
+    for _, model_type, name in (entry for entry in classes() if entry[0] == task):
+        if (model := tiny(model_type, name)) is None or not experts_of(model):
+            continue
+        compared.append(name)
+        for experts in ("each", "shared"):
+            try:
+                merges_agree(getattr(transformers, name), model, tmp_path / name / experts, experts)
+            except (AssertionError, randlora.RandLoRAError) as error:
+                unlike[name, experts] = str(error)[:500]
+    assert unlike == {}
+    assert len(compared) >= LEAST.get(task, 0)
