@@ -19,6 +19,7 @@ from randlora.files.adapter import open_fitted
 from randlora.files.base_fit import Base, Slot
 from randlora.files.conversion import Conversion, Read
 from randlora.files.quantized import DenseView
+from randlora.layers.experts import Experts
 from randlora.layers.update import Update
 from randlora.model.merge import require_finite
 
@@ -30,6 +31,12 @@ class Merging:
     fqn: str
     slot: Slot
     updates: list[Update] = field(default_factory=list)
+
+    @property
+    def has_own_updates(self) -> bool:
+        """Whether it is a stack of experts, of which each matrix has an update of its own and can be merged alone."""
+        is_stack = self.slot.layer_class.kind == Experts.kind
+        return is_stack and any(len(update.shape) == 3 for update in self.updates)
 
     @torch.no_grad()
     def merged(self, weight: Tensor, at: slice | None = None) -> Tensor:
@@ -109,7 +116,17 @@ class Changes:
         and rounded once to ``dtype``. It is an error if a value is not finite that was before.
         """
         own, merging = self.values.get(entry.name), self.computed.get(entry.name)
-        if merging is not None:
+        if (
+            isinstance(merging, Merging)
+            and merging.has_own_updates
+            and own is None
+            and entry.name not in self.base.codes
+        ):
+            wide = torch.promote_types(entry.dtype, dtype)
+            for index, piece in enumerate(read_pieces(entry, nbytes=entry.nbytes // entry.shape[0])):
+                matrix = piece.reshape(1, *entry.shape[1:]).to(wide)
+                yield _cast(entry.name, merging.merged(matrix, slice(index, index + 1)), dtype)
+        elif merging is not None:
             yield _cast(entry.name, self._computed(merging, entry, dtype), dtype)
         elif own is not None:
             yield _cast(entry.name, own.to(torch.promote_types(entry.dtype, dtype)), dtype)

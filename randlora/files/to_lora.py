@@ -74,7 +74,7 @@ def to_lora(adapter: OpenAdapter, rank: int | None, tolerance: float | None, scr
     """
     shapes = adapter.require_shapes()
     stacks = [
-        f"{fqn} is a stack of {shape[0]} matrices, for which a LoRA has no place"
+        f"{fqn} is a stack of {shape[0]} matrices, and only linear layers are converted"
         for fqn, shape in shapes.items()
         if len(shape) == 3
     ]
