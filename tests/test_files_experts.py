@@ -143,7 +143,7 @@ def test_the_tensors_of_an_expert_may_be_in_any_files(tmp_path: Path) -> None:
     assert_same_tensors(randlora.files.merge(base, adapter, tmp_path / "out").out, expected)
 
 
-@pytest.mark.parametrize("change", ["is missing", "has another shape"])
+@pytest.mark.parametrize("change", ["is missing", "has another shape", "and all of its expert are missing"])
 def test_a_tensor_of_an_expert_that_is_missing_or_of_another_shape_is_an_error_before_anything_is_written(
     change: str, tmp_path: Path
 ) -> None:
@@ -154,6 +154,8 @@ def test_a_tensor_of_an_expert_that_is_missing_or_of_another_shape_is_an_error_b
     lost = tensors.pop("model.layers.1.block_sparse_moe.experts.2.w1.weight")
     if change == "has another shape":
         tensors["model.layers.1.block_sparse_moe.experts.2.w1.weight"] = lost[1:].clone()
+    elif change == "and all of its expert are missing":
+        tensors = {name: tensor for name, tensor in tensors.items() if "1.block_sparse_moe.experts.2." not in name}
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     made_of = r"model\.layers\.1\.mlp\.experts\.gate_up_proj is made of .*experts\.0\.w1\.weight, .* and \d more when"
     with pytest.raises(CheckpointError, match=rf"{made_of} it is loaded, and .*merge in memory"):
