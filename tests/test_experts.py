@@ -288,7 +288,7 @@ def test_a_forward_reads_a_stack_once_and_the_next_sees_new_values(
         formed.append(original(*args))
         return formed[-1]
 
-    monkeypatch.setattr(Experts, "_parts", noting)
+    monkeypatch.setattr(Experts, "_parts", staticmethod(noting))
     before = logits(model)
     assert len(formed) == 2 * len(STACKS)
     fill(model, spread=0.3)
