@@ -87,7 +87,7 @@ def unknown_to_peft(kinds: Mapping[str, str]) -> str | None:
     if not kinds:
         return None
     named = shortened([f"{fqn} ({kind})" for fqn, kind in kinds.items()])
-    return f"its RandLoRA adapts linear layers only, and {len(kinds)} of the weights are others: {named}"
+    return f"its RandLoRA adapts linear layers only, not {named}"
 
 
 def option_fields(
