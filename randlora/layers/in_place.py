@@ -253,10 +253,10 @@ def detach(owner: nn.Module, layer: AdapterLayer) -> None:
     else:
         del owner.__dict__["randlora"]
         object.__setattr__(owner, "__class__", base)
-    own_forward = MethodType(base.forward, owner) if layer.own_forward is None else layer.own_forward
+    own_forward = MethodType(type(owner).forward, owner) if layer.own_forward is None else layer.own_forward
     for name in FORWARDS:  # accelerate's hooks may have been added or removed since
         bound = owner.__dict__.get(name)
-        if isinstance(bound, MethodType) and bound.__func__ is RunsAdapters.forward:
+        if isinstance(bound, MethodType) and bound.__func__ in (RunsAdapters.forward, ReadsAdapted.forward):
             owner.__dict__[name] = own_forward
     if layer.own_forward is not None and not any(name in owner.__dict__ for name in FORWARDS):
         owner.__dict__["forward"] = own_forward
