@@ -149,7 +149,7 @@ def generated(case: Case, models: Mapping[str, nn.Module], device: str, repeats:
         return lambda: model.eval()(inputs)
 
     with torch.inference_mode():
-        runs = {name: forward(model) for name, model in models.items() if name != "full"}
+        runs = {name: forward(model) for name, model in models.items()}
         return Row(f"one token, {case._replace(tokens=1)}", interleaved(runs, device=device, repeats=repeats))
 
 

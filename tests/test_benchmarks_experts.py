@@ -24,6 +24,7 @@ def test_every_target_of_experts_has_its_row_and_its_contestants(
     assert asked
     assert all({target.first, target.second} <= set(found[target.case].figures) for target in asked)
     assert len(found) == 4 * (2 if is_quick else 3)
+    assert len({frozenset(row.figures) for row in found.values()}) == 1  # else a table of ratios has no baseline
 
 
 @pytest.mark.parametrize("name", experts.NAMES)
