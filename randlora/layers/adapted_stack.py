@@ -194,6 +194,8 @@ def _select(stack: AdaptedStack, index: Any) -> Any:
     if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0 and index.dtype != torch.bool):
         return AdaptedStack(stack.parts.at(index))
     if isinstance(index, Tensor) and index.dim() == 1 and index.dtype in (torch.int32, torch.int64):
+        if index.is_meta:  # values are not known, so neither is which occur
+            return stack.parts.at(index).formed()
         which, places = index.unique(return_inverse=True)
         return stack.parts.at(which).formed()[places]
     return NotImplemented

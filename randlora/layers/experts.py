@@ -99,12 +99,12 @@ class TransposedExperts(Experts):
         return delta.mT
 
 
-def _is_stack(owner: nn.Module, weight: nn.Parameter) -> bool:
+def _is_stack(owner: nn.Module, weight: Tensor) -> bool:
     """Whether a parameter is a stack of weights ``(out, in)``: transformers marks those that are transposed."""
     return not is_lazy(weight) and len(_shape(weight)) == 3 and not owner.__dict__.get("is_transposed", False)
 
 
-def _is_transposed_stack(owner: nn.Module, weight: nn.Parameter) -> bool:
+def _is_transposed_stack(owner: nn.Module, weight: Tensor) -> bool:
     return not is_lazy(weight) and len(_shape(weight)) == 3 and bool(owner.__dict__.get("is_transposed", False))
 
 
@@ -167,6 +167,6 @@ class ParallelExperts(Experts):
     """Adapts ``weight`` of a stack of experts."""
 
 
-def _shape(weight: nn.Parameter) -> tuple[int, ...]:
+def _shape(weight: Tensor) -> tuple[int, ...]:
     """Return the shape of a weight, from ``ds_shape`` if DeepSpeed's ZeRO-3 emptied it."""
     return tuple(map(int, getattr(weight, "ds_shape", weight.shape)))

@@ -10,7 +10,8 @@ import inspect
 from collections.abc import Callable
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.layers.base import AdapterLayer
 from randlora.layers.read_weight import ReadWeight
@@ -23,7 +24,7 @@ KINDS = ("linear", "attention", "convolution", "embedding", "experts")
 
 _layers: dict[str, type[AdapterLayer] | str] = {}
 _readers: dict[str, dict[str, type[ReadWeight]]] = {}
-_by_parameter: dict[str, list[tuple[Callable[[nn.Module, nn.Parameter], bool], type[ReadWeight]]]] = {}
+_by_parameter: dict[str, list[tuple[Callable[[nn.Module, Tensor], bool], type[ReadWeight]]]] = {}
 
 
 def register_layer(base_type: type[nn.Module] | str) -> Callable[[Layer], Layer]:
@@ -72,12 +73,12 @@ def refuse_layer(base_type: type[nn.Module] | str, reason: str) -> None:
     _layers[_name(base_type)] = reason
 
 
-def register_parameter(where: Callable[[nn.Module, nn.Parameter], bool]) -> Callable[[Reader], Reader]:
+def register_parameter(where: Callable[[nn.Module, Tensor], bool]) -> Callable[[Reader], Reader]:
     """Register the adapter layer of parameters with the name of its ``attribute``, as a class decorator.
 
     Args:
-        where: Whether it applies, given a module and its parameter of this name. If several apply, the first
-            registered does.
+        where: Whether it applies, given a module and its parameter of this name, or a tensor of as many dimensions that
+            the module computes it from. If several apply, the first registered does.
 
     Returns:
         A decorator that returns the class unchanged.
@@ -107,12 +108,33 @@ def find_readers(module: nn.Module) -> tuple[type[ReadWeight], ...]:
         if isinstance(_layers.get(_name(parent)), str):
             return ()
     found = []
-    for name, parameter in module._parameters.items():
+    for name in (*module._parameters, *_computed(module)):
+        weight = _weight_or_source(module, name)
         for where, kind in _by_parameter.get(name, ()):
-            if parameter is not None and where(module, parameter):
+            if weight is not None and where(module, weight):
                 found.append(kind)
                 break
     return tuple(found)
+
+
+def _computed(module: nn.Module) -> list[str]:
+    """Return the names of registered parameters that a module computes from others."""
+    return [
+        name
+        for name in _by_parameter
+        if name not in module._parameters and (is_parametrized(module, name) or name in module.__dict__)
+    ]
+
+
+def _weight_or_source(module: nn.Module, name: str) -> Tensor | None:
+    """Return a parameter or, if a parametrization or weight norm computes it, a tensor with as many dimensions."""
+    if name in module._parameters:
+        return module._parameters[name]
+    if is_parametrized(module, name):
+        sources = module.get_submodule(f"parametrizations.{name}").parameters()
+        return next(sources, None)
+    computed = module.__dict__.get(name)  # there by torch.nn.utils.weight_norm
+    return computed if isinstance(computed, Tensor) else None
 
 
 def _require_known_kind(layer: type[AdapterLayer]) -> None:

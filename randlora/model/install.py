@@ -25,6 +25,7 @@ from randlora.state import (
     attached_state,
     require_unmerged,
 )
+from randlora.targets.obstacles import offloaded_with
 from randlora.targets.site import Site
 from randlora.targets.walk import Census
 
@@ -130,11 +131,14 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
 
 
 def require_detachable(census: Census, doing: str, sites: Iterable[Site] | None = None) -> None:
-    """Check that the original classes of adapted modules can be restored; else raise `AdapterError`."""
-    problems = [
-        f"{site.fqn} {reason}"
-        for site in (census.adapted if sites is None else sites)
-        if (reason := detach_obstacle(site.owner)) is not None
+    """Check that adapters can be removed and the original classes restored; else raise `AdapterError`."""
+    sites, offloaded = list(census.adapted if sites is None else sites), offloaded_with(census)
+    problems = [f"{site.fqn} {reason}" for site in sites if (reason := detach_obstacle(site.owner)) is not None]
+    problems += [
+        f"{site.fqn} is offloaded by accelerate together with everything in {offloaded[id(site.owner)]}, which would "
+        "then miss the adapter: remove accelerate's hooks first"
+        for site in sites
+        if id(site.owner) in offloaded
     ]
     raise_collected(AdapterError, problems, doing=doing)
 

@@ -18,10 +18,15 @@ from randlora.targets.walk import Census, Held
 def obstacles(census: Census, sites: Sequence[Site], dropout: float) -> list[str]:
     """Return why sites cannot be adapted: an unsuitable class or weight, or a weight tied to another module."""
     problems, sound = [], []
-    uncalled = _uncalled(census)
+    uncalled, offloaded = _uncalled(census), offloaded_with(census)
     for site in sites:
         if (reason := obstacle(site)) is not None:
             problems.append(f"{site.fqn} {reason}")
+        elif id(site.owner) in offloaded:
+            problems.append(
+                f"{site.fqn} is offloaded by accelerate together with everything in {offloaded[id(site.owner)]}, which "
+                "would then miss the values of the adapter: offload the model after adapting it"
+            )
         elif site.key in uncalled and not issubclass(site.layer_class, ReadWeight):
             problems.append(
                 f"{site.fqn} ({type(site.owner).__name__}) is never called, because {uncalled[site.key]} reads its "
@@ -47,13 +52,28 @@ def _uncalled(census: Census) -> dict[tuple[int, str], str]:
     }
 
 
+def offloaded_with(census: Census) -> dict[int, str]:
+    """Return the modules that one of accelerate's hooks loads with all of a module around them, by id, and its type."""
+    found: dict[int, str] = {}
+    for module in (census.model, *(visit.module for visit in census.first_visits)):
+        hook = module.__dict__.get("_hf_hook")  # accelerate is not imported here, and may not be installed
+        for each in getattr(hook, "hooks", [hook]):
+            if getattr(each, "offload", False) and getattr(each, "place_submodules", False):
+                found |= dict.fromkeys(map(id, module.modules()), plain_class(module).__name__)
+    return found
+
+
 def obstacle(site: Site) -> str | None:
     """Return why a site cannot be adapted by itself, as a phrase that follows its name, or ``None``."""
     if (reason := class_obstacle(site.owner, site.layer_class)) is not None:
         return reason
     weight = site.weight
-    if is_parametrized(site.owner) or weight is None:
+    if weight is None:
         return "computes its weight from other parameters: remove the parametrization first"
+    if is_parametrized(site.owner):  # removing it would restore another class
+        return (
+            "computes other parameters by a parametrization, which changed its class: remove the parametrization first"
+        )
     if is_lazy(weight):
         return "has no shape yet: run one forward pass first"
     return site.layer_class.obstacle(site.owner)
