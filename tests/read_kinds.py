@@ -1,13 +1,16 @@
-"""The table of layers whose weight is adapted as it is read: tests/test_read_kinds.py runs every law over each row."""
+"""The table of weights that other code reads: the laws of tests/test_read_kinds*.py run over each row."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import randlora
 from randlora.layers.base import AdapterLayer
@@ -28,9 +31,14 @@ class ReadKind:
         build: Makes the module in float32.
         inputs: Makes the arguments of its forward in float32, always the same.
         attribute: The parameter that is adapted.
-        in_layout: Puts an update, as `randlora.delta_weight` gives it, into the shape of the second argument.
+        place: Where in the module its owner is.
+        options: Of the adapter.
+        other: Options of a second adapter, of another form where there are several.
+        united: Puts the oracle's update into the form that `randlora.delta_weight` returns.
+        in_layout: Puts that into the shape of the second argument.
         dtypes: What the module computes in.
         is_whole_read: Whether the forward reads all of weight + update, so that it computes the same bits as merged.
+        is_one_graph: Whether the forward does the same for all values, so that it can be compiled to one graph.
     """
 
     name: str
@@ -38,14 +46,34 @@ class ReadKind:
     build: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Any, ...]]
     attribute: str = "weight"
+    place: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    other: dict[str, Any] = field(default_factory=dict)
+    united: Callable[[Tensor], Tensor] = lambda update: update
     in_layout: Callable[[Tensor, Tensor], Tensor] = lambda update, weight: update.reshape(weight.shape)
     dtypes: tuple[torch.dtype, ...] = EVERY_DTYPE
     is_whole_read: bool = True
+    is_one_graph: bool = True
+
+    @property
+    def owner_fqn(self) -> str:
+        """The FQN of the owner in the model of `model`."""
+        return f"0.{self.place}" if self.place else "0"
 
     @property
     def target(self) -> str:
-        """The FQN of the weight in the model of `model`."""
-        return "0" if self.attribute == "weight" else f"0.{self.attribute}"
+        """The FQN of the weight in files."""
+        return self.owner_fqn if self.attribute == "weight" else self.parameter_fqn
+
+    @property
+    def parameter_fqn(self) -> str:
+        """The FQN of the parameter."""
+        return f"{self.owner_fqn}.{self.attribute}"
+
+    @property
+    def adapter_options(self) -> dict[str, Any]:
+        """The options with which `adapted` calls `randlora.inject`."""
+        return {"r": 3, "alpha": 6, "targets": [self.target], "stream": "portable", **self.options}
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Sequential:
         """Make a model of one such module, always with the same weights."""
@@ -56,7 +84,7 @@ class ReadKind:
     def adapted(self, dtype: torch.dtype = torch.float32, *, filled: bool = True, **options: Any) -> nn.Sequential:
         """Make such a model with an adapter of the weight, with values as after some training if ``filled``."""
         model = self.model(dtype)
-        randlora.inject(model, **{"r": 3, "alpha": 6, "targets": [self.target], "stream": "portable", **options})
+        randlora.inject(model, **{**self.adapter_options, **options})
         return fill(model) if filled else model
 
     def arguments(self, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
@@ -64,37 +92,47 @@ class ReadKind:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             given = self.inputs()
-        return tuple(
-            part.to(dtype) if isinstance(part, Tensor) and part.is_floating_point() else part for part in given
-        )
+        return tuple(part.to(dtype) if part.is_floating_point() else part for part in given)
 
     def run(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
         """Run the module of such a model."""
-        output = model.get_submodule("0")(*self.arguments(dtype))
-        found = output[0] if isinstance(output, tuple) else output
-        assert isinstance(found, Tensor)
-        return found
+        return output_of(model.get_submodule("0")(*self.arguments(dtype)))
+
+    def gradients(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        """Compute the gradients of Λ and Γ of what is trained, of `weighted` of the output."""
+        return torch.autograd.grad(weighted(self.run(model, dtype)), tuple(randlora.trainable_parameters(model)))
+
+    def owner(self, model: nn.Module) -> nn.Module:
+        """Return the module that holds the weight."""
+        return model.get_submodule(self.owner_fqn)
 
     def layer(self, model: nn.Module) -> AdapterLayer:
         """Return what adapts the weight."""
-        return adapter_layers_of(model.get_submodule("0"))[self.attribute]
+        return adapter_layers_of(self.owner(model))[self.attribute]
+
+    def diagonals(self, model: nn.Module, name: str = "default") -> tuple[nn.Parameter, nn.Parameter]:
+        """Return Λ and Γ of one adapter."""
+        return self.layer(model).diagonals_of(self.owner(model), name)
+
+    def diagonal_fqns(self, model: nn.Module, name: str = "default") -> tuple[str, ...]:
+        """Return the FQNs of Λ and Γ of one adapter."""
+        return tuple(f"{self.owner_fqn}.{part}.{name}" for part in self.layer(model).parameter_names())
 
     def weight(self, model: nn.Module) -> nn.Parameter:
         """Return the parameter without any update."""
-        return dict(model.named_parameters())[f"0.{self.attribute}"]
+        return dict(model.named_parameters())[self.parameter_fqn]
 
     def oracle_update(self, model: nn.Module, name: str = "default") -> Tensor:
         """Compute the update of one adapter in float64, as the library gives it: a matrix or a stack of them."""
-        layer, owner = self.layer(model), model.get_submodule("0")
-        part = layer.adapters[name]
+        part = self.layer(model).adapters[name]
         out_features, in_features = part.shape[-2:]
         sides = max(out_features, in_features), min(out_features, in_features)
         bases = part.basis.slices(*sides, device="cpu", dtype=torch.float64)
-        lam, gamma = layer.diagonals_of(owner, name)
+        lam, gamma = self.diagonals(model, name)
         matrix = partial(reference.delta_weight, *bases, scaling=part.scaling, in_features=in_features)
         if lam.dim() == 2:
             return matrix(lam, gamma)
-        return torch.stack([matrix(*each) for each in zip(lam, gamma, strict=True)])
+        return self.united(torch.stack([matrix(*each) for each in zip(lam, gamma, strict=True)]))
 
     def changed(self, base: nn.Module, *updates: Tensor) -> nn.Module:
         """Make a float64 copy of a plain model with updates added to the weight: an oracle by torch's own forward."""
@@ -105,6 +143,18 @@ class ReadKind:
             for update in updates:
                 weight.add_(self.in_layout(update, weight))
         return twin
+
+
+def output_of(result: object) -> Tensor:
+    """Return the output of a forward that may return more, as that of attention does."""
+    output = result[0] if isinstance(result, tuple) else result
+    assert isinstance(output, Tensor)
+    return output
+
+
+def weighted(output: Tensor) -> Tensor:
+    """Sum all numbers, each with another weight."""
+    return (output * torch.linspace(0.5, 2, output.numel(), dtype=output.dtype).view(output.shape)).sum()
 
 
 class Scaled(nn.Embedding):
@@ -174,7 +224,86 @@ EMBEDDINGS = (
     ),
     _embedding(name="Embedding-scaled", build=lambda: Scaled(20, 12), inputs=_ids(20, 2, 4), is_whole_read=True),
 )
-READ_KINDS = (*CONVOLUTIONS, *EMBEDDINGS)
+
+
+def _attention(name: str, *, widths: tuple[int, ...] = (12, 12, 12), bias: bool = True, **row: Any) -> ReadKind:
+    def build() -> nn.Module:
+        module = nn.MultiheadAttention(12, 2, bias=bias, kdim=widths[1], vdim=widths[2], batch_first=True)
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        return module
+
+    def inputs() -> tuple[Tensor, ...]:
+        return tuple(torch.randn(2, 5, width) for width in widths)
+
+    return ReadKind(f"attention-{name}", "attention", build, inputs, **row)
+
+
+def _packed(name: str, in_proj: str, **row: Any) -> ReadKind:
+    other = {"in_proj": "packed" if in_proj == "split" else "split"}
+    return _attention(
+        name, attribute="in_proj_weight", options={"in_proj": in_proj}, other=other, united=_one_matrix, **row
+    )
+
+
+def _one_matrix(update: Tensor) -> Tensor:
+    return update.flatten(end_dim=-2)
+
+
+CONTEXT = 12, 8, 20
+ATTENTION = (
+    _packed("in_proj", "packed"),
+    _packed("in_proj-no-bias", "packed", bias=False),
+    _packed("in_proj-split", "split"),
+    _packed("in_proj-split-no-bias", "split", bias=False),
+    _attention("q_proj", attribute="q_proj_weight", widths=CONTEXT),
+    _attention("k_proj", attribute="k_proj_weight", widths=CONTEXT),
+    _attention("v_proj-no-bias", attribute="v_proj_weight", widths=CONTEXT, bias=False),
+    _attention("out_proj", place="out_proj"),
+    _attention("out_proj-no-bias", place="out_proj", bias=False),
+    _attention("out_proj-beside-separate", place="out_proj", widths=CONTEXT),
+)
+
+
+def _experts(name: str, attribute: str, experts: str = "each", implementation: str = "eager", *,
+             inner: int = 20, is_transposed: bool = False, **row: Any) -> ReadKind:  # fmt: skip
+    options = {"hidden_size": 16, "intermediate_size": inner, "num_local_experts": 4}
+
+    def build() -> nn.Module:
+        config: Any = transformers.GptOssConfig if is_transposed else transformers.MixtralConfig
+        of = config(**options, experts_implementation=implementation)
+        module: nn.Module = GptOssExperts(of) if is_transposed else MixtralExperts(of)  # type: ignore[no-untyped-call]
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        return module
+
+    def in_layout(update: Tensor, weight: Tensor) -> Tensor:
+        return (update.mT if is_transposed else update).expand(weight.shape)
+
+    other = {"experts": "each" if experts == "shared" else "shared"}
+    return ReadKind(
+        f"experts-{name}", "experts", build, _routed, attribute, options={"experts": experts}, other=other,
+        in_layout=in_layout, is_whole_read=False, is_one_graph=implementation != "eager", **row,
+    )  # fmt: skip
+
+
+def _routed() -> tuple[Tensor, ...]:
+    """Six tokens, of which none goes to the last expert."""
+    return torch.randn(6, 16), torch.tensor([[0, 1], [2, 0], [1, 2]] * 2), torch.rand(6, 2)
+
+
+EXPERTS = (
+    _experts("gate_up", "gate_up_proj"),
+    _experts("gate_up-shared", "gate_up_proj", "shared"),
+    _experts("down", "down_proj"),
+    _experts("down-shared-batched", "down_proj", "shared", "batched_mm"),
+    _experts("down-square-batched", "down_proj", "each", "batched_mm", inner=16),
+    _experts("transposed-gate_up", "gate_up_proj", is_transposed=True),
+    _experts("transposed-gate_up-shared-batched", "gate_up_proj", "shared", "batched_mm", is_transposed=True),
+    _experts("transposed-down-square", "down_proj", inner=16, is_transposed=True),
+    _experts("transposed-down-square-shared", "down_proj", "shared", inner=16, is_transposed=True),
+)
+READ_KINDS = (*CONVOLUTIONS, *EMBEDDINGS, *ATTENTION, *EXPERTS)
 
 
 def _id(value: object) -> str:
@@ -184,4 +313,7 @@ def _id(value: object) -> str:
 every_read_kind = pytest.mark.parametrize("kind", READ_KINDS, ids=_id)
 every_read_kind_and_dtype = pytest.mark.parametrize(
     ("kind", "dtype"), [(kind, dtype) for kind in READ_KINDS for dtype in kind.dtypes], ids=_id
+)
+every_read_kind_of_one_graph = pytest.mark.parametrize(
+    "kind", [kind for kind in READ_KINDS if kind.is_one_graph], ids=_id
 )
