@@ -272,7 +272,7 @@ def _experts(name: str, attribute: str, experts: str = "each", implementation: s
     def build() -> nn.Module:
         config: Any = transformers.GptOssConfig if is_transposed else transformers.MixtralConfig
         of = config(**options, experts_implementation=implementation)
-        module: nn.Module = GptOssExperts(of) if is_transposed else MixtralExperts(of)  # type: ignore[no-untyped-call]
+        module: nn.Module = GptOssExperts(of) if is_transposed else MixtralExperts(of)
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=0.3)
         return module

@@ -16,7 +16,7 @@ from randlora.layers.adapted_stack import AdaptedStack, Parts
 from randlora.layers.experts import Experts
 from randlora.layers.in_place import adapter_layers_of
 from tests import reference
-from tests.kit import all_bits, fill, untouched
+from tests.kit import fill, untouched
 from tests.laws import TOLERANCES
 
 IDS = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -136,36 +136,6 @@ def test_every_implementation_has_the_same_gradients(build: Callable[[], nn.Modu
     assert all(gradient is not None and gradient.any() for gradient in gradients[0])
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], rtol=1e-3, atol=1e-4)
-
-
-def routed(model: nn.Module) -> list[Tensor]:
-    """Compute the outputs of all stacks of experts for tokens whose experts are given."""
-    generator = torch.Generator().manual_seed(1)
-    dtype = next(model.parameters()).dtype
-    x = torch.randn(6, 16, generator=generator).to(dtype)
-    which, weights = torch.randint(0, 4, (6, 2), generator=generator), torch.rand(6, 2, generator=generator).to(dtype)
-    modules = [module for fqn, module in model.named_modules() if fqn.endswith("mlp.experts")]
-    return [module(x, which, weights) for module in modules]
-
-
-@every_model
-@each_or_shared
-@pytest.mark.parametrize("dtype", TOLERANCES)
-def test_merging_puts_in_what_was_added_and_unmerging_every_bit(
-    build: Callable[[], nn.Module], experts: Any, dtype: torch.dtype
-) -> None:
-    model = made(build, dtype=dtype)
-    before = all_bits(model.state_dict())
-    randlora.inject(model, r=3, alpha=3, targets=EXPERTS, experts=experts)
-    fill(model, spread=0.1)
-    adapted = routed(model)
-    assert adapted
-    with randlora.merged(model):
-        for found, expected in zip(routed(model), adapted, strict=True):
-            atol = 2 * TOLERANCES[dtype] * float(expected.detach().abs().max())
-            torch.testing.assert_close(found, expected, rtol=0, atol=atol)
-    randlora.eject(model)
-    assert all_bits(model.state_dict()) == before
 
 
 def test_an_expert_that_no_token_visits_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,38 +274,6 @@ def test_the_gradients_of_all_experts_are_stacked_once() -> None:
     names = nodes_of(output)
     assert names.count("UnbindBackward0") == 2 * len(STACKS)
     assert names.count("_AdaptedLinearBackward") == 4 * len(STACKS)
-
-
-def test_adapters_of_both_forms_add_up() -> None:
-    model = made(mixtral)
-    randlora.inject(model, r=3, alpha=3, targets=EXPERTS)
-    randlora.inject(model, r=4, alpha=4, targets=EXPERTS, experts="shared", name="shared")
-    fill(fill(model, spread=0.2), "shared", spread=0.2)
-    randlora.activate(model, {"default": 0.5, "shared": 2.0})
-    adapted = logits(model)
-    fqn = "model.layers.1.mlp.experts.gate_up_proj"
-    delta = randlora.delta_weight(model, fqn)
-    own, shared = (randlora.delta_weight(model, fqn, name=name) for name in ("default", "shared"))
-    assert (own.shape, shared.shape) == ((4, 48, 16), (48, 16))
-    torch.testing.assert_close(delta, 0.5 * own + 2 * shared)
-    randlora.merge(model)
-    torch.testing.assert_close(logits(model), adapted)
-
-
-def test_autocast_computes_experts_in_its_dtype() -> None:
-    model = made(mixtral, dtype=torch.float32)
-    randlora.inject(model, r=3, alpha=3, targets=EXPERTS)
-    fill(model, spread=0.1)
-    with torch.autocast("cpu", torch.bfloat16):
-        adapted, base = logits(model), logits(changed_in_memory(model))
-    torch.testing.assert_close(adapted, base, rtol=0, atol=0.05 * float(base.detach().abs().max()))
-
-
-def changed_in_memory(model: nn.Module) -> nn.Module:
-    """Return a merged copy."""
-    twin = copy.deepcopy(model)
-    randlora.merge(twin)
-    return twin
 
 
 @each_or_shared

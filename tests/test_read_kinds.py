@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 import randlora
 from randlora.functional import Compute
 from randlora.layers import registry
+from randlora.layers.base import AdapterLayer
 from randlora.targets.walk import Census
 from tests.in_place_models import register
 from tests.kit import same_bits
@@ -32,7 +33,7 @@ def test_the_table_has_a_row_for_every_weight_of_torchs_modules() -> None:
         for kind in READ_KINDS
         for parent in type(kind.owner(kind.model())).__mro__
     }
-    registered = {
+    registered: set[tuple[type[AdapterLayer], str]] = {
         (layer, name)
         for name, layers in registry._readers.items()
         for layer in layers.values()

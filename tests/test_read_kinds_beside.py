@@ -1,4 +1,4 @@
-"""Weights that other code reads beside hooks, offloading, compilers, meta devices and parametrizations, for every row."""
+"""Weights that other code reads beside hooks, offloading, compilers and parametrizations, for every row."""
 
 import inspect
 from pathlib import Path
@@ -90,7 +90,7 @@ def test_offloading_gives_the_same_at_each_point(
     with randlora.disabled(model):
         assert torch.equal(kind.run(model), plain)
     if is_ejected_first and kind in ATTENTION:
-        with untouched(model), pytest.raises(AdapterError, match="together with .*: remove accelerate's hooks first"):
+        with untouched(model), pytest.raises(AdapterError, match=r"together with .*: remove accelerate's hooks first"):
             randlora.eject(model)
     elif is_ejected_first:
         randlora.eject(model)

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_a_saved_adapter_loads_into_a_model_of_any_dtype(
 @every_read_kind
 @pytest.mark.parametrize("options", [{"basis": "block"}, {"basis": "sparse", "stream": "torch"}], ids=str)
 @torch.no_grad()
-def test_what_was_loaded_is_saved_as_it_was(kind: ReadKind, options: dict[str, str], tmp_path: Path) -> None:
+def test_what_was_loaded_is_saved_as_it_was(kind: ReadKind, options: dict[str, Any], tmp_path: Path) -> None:
     randlora.save(kind.adapted(**options), tmp_path / "first")
     model = kind.model()
     randlora.load(model, tmp_path / "first")
