@@ -311,9 +311,26 @@ def _id(value: object) -> str:
 
 
 every_read_kind = pytest.mark.parametrize("kind", READ_KINDS, ids=_id)
-every_read_kind_and_dtype = pytest.mark.parametrize(
-    ("kind", "dtype"), [(kind, dtype) for kind in READ_KINDS for dtype in kind.dtypes], ids=_id
-)
 every_read_kind_of_one_graph = pytest.mark.parametrize(
     "kind", [kind for kind in READ_KINDS if kind.is_one_graph], ids=_id
+)
+
+
+def or_medium(is_quick: bool, *values: object) -> Any:
+    """Mark a set of parameters as medium where the quick run covers the same law by others."""
+    return pytest.param(*values, marks=[] if is_quick else [pytest.mark.medium])
+
+
+_of_every_dtype = [(kind, dtype) for kind in READ_KINDS for dtype in kind.dtypes]
+every_read_kind_and_dtype = pytest.mark.parametrize(
+    ("kind", "dtype"), [or_medium(row[1] in (torch.float32, torch.bfloat16), *row) for row in _of_every_dtype], ids=_id
+)
+every_read_kind_dtype_and_basis = pytest.mark.parametrize(
+    ("kind", "dtype", "basis"),
+    [
+        or_medium((row[1] in (torch.float32, torch.bfloat16)) == (basis == "dense"), *row, basis)
+        for row in _of_every_dtype
+        for basis in ("dense", "block")
+    ],
+    ids=_id,
 )

@@ -19,7 +19,8 @@ from tests.read_kinds import (
     READ_KINDS,
     ReadKind,
     every_read_kind,
-    every_read_kind_and_dtype,
+    every_read_kind_dtype_and_basis,
+    or_medium,
     output_of,
     weighted,
 )
@@ -65,8 +66,7 @@ def test_the_kind_and_the_name_are_those_of_the_row(kind: ReadKind) -> None:
 # Identity and the contract
 
 
-@every_read_kind_and_dtype
-@SHAPED
+@every_read_kind_dtype_and_basis
 def test_a_fresh_adapter_leaves_every_bit_of_the_output(kind: ReadKind, dtype: torch.dtype, basis: str) -> None:
     model, base = kind.adapted(dtype, filled=False, basis=basis), kind.model(dtype).requires_grad_(False)
     kind.weight(base).requires_grad_()  # by which torch decides how it computes a linear layer
@@ -95,8 +95,7 @@ def assert_contract(kind: ReadKind, dtype: torch.dtype, basis: str, r: int) -> N
         assert_close(kind.run(model, dtype), expected, dtype)
 
 
-@every_read_kind_and_dtype
-@SHAPED
+@every_read_kind_dtype_and_basis
 def test_the_output_is_that_of_the_weight_and_the_oracles_update(
     kind: ReadKind, dtype: torch.dtype, basis: str
 ) -> None:
@@ -104,8 +103,7 @@ def test_the_output_is_that_of_the_weight_and_the_oracles_update(
 
 
 @every_read_kind
-@pytest.mark.parametrize("r", [1, 8])
-@SHAPED
+@pytest.mark.parametrize(("r", "basis"), [(1, "dense"), (8, "block"), or_medium(False, 8, "dense")])
 def test_the_output_is_that_of_the_oracle_for_a_rank_of_one_and_one_of_many(kind: ReadKind, basis: str, r: int) -> None:
     assert_contract(kind, torch.float64, basis, r)
 

@@ -17,13 +17,11 @@ from tests.kit import all_bits, fill, same_bits, untouched
 from tests.laws import assert_close, needs_export
 from tests.read_kinds import (
     ATTENTION,
-    CONVOLUTIONS,
-    EMBEDDINGS,
-    EXPERTS,
     READ_KINDS,
     ReadKind,
     every_read_kind,
     every_read_kind_of_one_graph,
+    or_medium,
     output_of,
     weighted,
 )
@@ -67,12 +65,16 @@ def offload(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "when"),
-    [(kind, "before") for kind in (*CONVOLUTIONS, *EMBEDDINGS, *EXPERTS)]
-    + [(kind, "after") for kind in (*CONVOLUTIONS, *EMBEDDINGS, *EXPERTS, *ATTENTION)],
-    ids=lambda value: value.name if isinstance(value, ReadKind) else value,
+    ("kind", "when", "is_ejected_first"),
+    [
+        or_medium(is_ejected_first == (when == "after"), kind, when, is_ejected_first)
+        for kind in READ_KINDS
+        for when in ("before", "after")
+        for is_ejected_first in (False, True)
+        if not (kind in ATTENTION and when == "before")
+    ],
+    ids=lambda value: value.name if isinstance(value, ReadKind) else str(value),
 )
-@pytest.mark.parametrize("is_ejected_first", [False, True])
 @torch.no_grad()
 def test_offloading_gives_the_same_at_each_point(
     kind: ReadKind, when: str, is_ejected_first: bool, tmp_path: Path

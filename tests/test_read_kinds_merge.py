@@ -106,10 +106,21 @@ def test_a_file_that_does_not_fit_leaves_the_module_as_it_was(kind: ReadKind, tm
 
 
 @every_read_kind
-def test_a_file_for_a_weight_of_another_shape_is_refused(kind: ReadKind, tmp_path: Path) -> None:
+def test_a_file_for_another_kind_of_weight_is_refused(kind: ReadKind, tmp_path: Path) -> None:
     randlora.save(kind.adapted(), tmp_path)
     model = nn.Sequential(nn.Linear(3, 5))
     with untouched(model), pytest.raises(RandLoRAError, match=rf"\b{kind.target}\b"):
+        randlora.load(model, tmp_path)
+
+
+@every_read_kind
+def test_a_file_for_a_weight_of_another_shape_is_refused(
+    kind: ReadKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    randlora.save(kind.adapted(), tmp_path)
+    model, layer = kind.model(), type(kind.layer(kind.adapted()))
+    monkeypatch.setattr(layer, "features", staticmethod(lambda _: (7, 9)))
+    with untouched(model), pytest.raises(RandLoRAError, match=rf"{kind.target} is .*7.* here, .* trained on"):
         randlora.load(model, tmp_path)
 
 
