@@ -108,7 +108,7 @@ def find_readers(module: nn.Module) -> tuple[type[ReadWeight], ...]:
         if isinstance(_layers.get(_name(parent)), str):
             return ()
     found = []
-    for name in (*module._parameters, *_computed(module)):
+    for name in (*module._parameters.keys(), *_computed(module)):  # TorchScript's are no dict, and have keys() alone
         weight = _weight_or_source(module, name)
         for where, kind in _by_parameter.get(name, ()):
             if weight is not None and where(module, weight):
