@@ -1,8 +1,12 @@
 """Kinds of layers are found by type or name, the nearest parent first."""
 
+from typing import Any
+
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
 from transformers.pytorch_utils import Conv1D
 
 import randlora
@@ -89,3 +93,42 @@ def test_a_refused_kind_is_refused_by_name_and_skipped_by_all_linear(monkeypatch
     assert report.skipped == {"refused": "it is of no use: exclude it"}
     with pytest.raises(TargetError, match=r"refused \(Refused\) cannot be adapted: it is of no use"):
         randlora.inject(model, r=2, targets=["refused"])
+
+
+def routed(name: str) -> nn.Module:
+    """Build a tiny model of experts with a router that is a linear layer by its class."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "num_local_experts": 4, "vocab_size": 20, "head_dim": 8}
+    if name == "phimoe":
+        return transformers.PhimoeModel(transformers.PhimoeConfig(**sizes, num_experts_per_tok=2)).eval()  # type: ignore[no-any-return]
+    config = transformers.Llama4TextConfig(**sizes, num_experts_per_tok=1, interleave_moe_layer_step=1)
+    return transformers.Llama4TextModel(config).eval()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("rule", ["all", "all-linear"])
+@pytest.mark.parametrize("name", ["llama4", "phimoe"])
+def test_routers_that_choose_experts_are_skipped(name: str, rule: str) -> None:
+    model = routed(name)
+    report = randlora.inject(model, r=2, targets=rule)
+    assert [why for fqn, why in report.skipped.items() if fqn.endswith("router") and "returns the experts" in why]
+    model(torch.tensor([[1, 2, 3]]))
+
+
+def test_a_grouped_linear_layer_is_refused() -> None:
+    model = nn.Sequential(DeepseekV4GroupedLinear(8, 16, 4))
+    with pytest.raises(TargetError, match=r"0 \(DeepseekV4GroupedLinear\) cannot be adapted: its forward multiplies"):
+        randlora.inject(model, r=2, targets=["0"])
+
+
+@pytest.mark.parametrize(("what", "got"), [("pair", "got tuple"), ("half", r"got a tensor of shape \(3, 2\)")])
+def test_a_forward_that_returns_no_product_is_an_error(what: str, got: str) -> None:
+    class Odd(nn.Linear):
+        def forward(self, input: Tensor) -> Any:  # noqa: A002
+            output = super().forward(input)
+            return (output, output) if what == "pair" else output[:, :2]
+
+    model = nn.Sequential(Odd(4, 4))
+    randlora.inject(model, r=2, targets=["0"])
+    message = r"the forward of an adapted Odd must return a tensor of shape \(\.\.\., 4\), .*" + got
+    with pytest.raises(TypeError, match=message + ".*randlora.register_layer"):
+        model(torch.randn(3, 4))

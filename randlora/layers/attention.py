@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
-from randlora.layers.in_place import plain_class
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import register_layer
 
@@ -39,11 +38,8 @@ class ProjectionAdapter(ReadWeight):
 
     @classmethod
     def uncalled(cls, owner: nn.Module) -> tuple[nn.Module, ...]:
-        """Return ``out_proj``, unless the forward is not that of `nn.MultiheadAttention`."""
-        base = plain_class(owner)
-        if not issubclass(base, nn.MultiheadAttention) or base.forward is not nn.MultiheadAttention.forward:
-            return ()
-        return (owner.get_submodule("out_proj"),)
+        """Return ``out_proj``, of a subclass too: whether a forward of its own calls it cannot be told."""
+        return (owner.get_submodule("out_proj"),) if isinstance(owner, nn.MultiheadAttention) else ()
 
 
 @register_layer("open_clip.transformer.Attention")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from randlora.bases.spec import Shape, count_bases
 from randlora.config import RandLoRAConfig
 from randlora.functional import WriteOut, adapted_linear, delta_weight
-from randlora.layers.inputs import autocast_dtype, input_of, is_plain_tensor
+from randlora.layers.inputs import autocast_dtype, input_of, is_plain_tensor, require_product
 from randlora.layers.update import Into, Merged, Update, folded, sum_updates
 from randlora.state import ModelState, SiteAdapter
 
@@ -181,6 +181,8 @@ class AdapterLayer(ABC):
             output = self.base_output(owner, base_forward, *args, **kwargs)
         if active and not isinstance(x, Tensor):
             raise TypeError(f"the input of an adapted {type(owner).__name__} must be a tensor, got {type(x).__name__}")
+        if active:
+            require_product(owner, output, self.shape[0])
         for part, factor in active:
             output = output + self._adapter_output(owner, part, factor, x, output.dtype)
         return output

@@ -1,4 +1,4 @@
-"""Inspecting the inputs of an adapter layer."""
+"""Inspecting the inputs and the output of an adapted module."""
 
 from typing import Any, TypeGuard
 
@@ -25,3 +25,16 @@ def autocast_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     if dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
         return dtype
     return torch.get_autocast_dtype(device)
+
+
+def require_product(owner: Any, output: object, out_features: int) -> None:
+    """Raise a `TypeError` if what an adapted module's forward returned is no tensor of ``(..., out_features)``."""
+    if isinstance(output, Tensor) and (output.is_nested or output.shape[-1:] == (out_features,)):
+        return
+    name = owner.randlora_base.__name__
+    got = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    raise TypeError(
+        f"the forward of an adapted {name} must return a tensor of shape (..., {out_features}), the product with its "
+        f"weight, got {got}: give exclude= that matches it, or register an adapter layer for {name} with "
+        "randlora.register_layer"
+    )

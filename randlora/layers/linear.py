@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from randlora.layers.base import AdapterLayer
-from randlora.layers.registry import register_layer
+from randlora.layers.registry import refuse_layer, register_layer
 
 FORWARD = nn.Linear.forward  # read on import, in case it is replaced later
 
@@ -29,3 +29,14 @@ class LinearAdapter(AdapterLayer):
     def plain_forward(cls) -> Callable[..., Tensor] | None:
         """Return ``nn.Linear.forward``, as torch defines it."""
         return FORWARD
+
+
+for router in ("llama4.modeling_llama4.Llama4Router", "phimoe.modeling_phimoe.PhimoeTopKRouter"):
+    refuse_layer(
+        f"transformers.models.{router}",
+        "its forward returns the experts that it chooses, not the product with its weight: exclude it",
+    )
+refuse_layer(
+    "transformers.models.deepseek_v4.modeling_deepseek_v4.DeepseekV4GroupedLinear",
+    "its forward multiplies each group of its input by some rows of its weight: exclude it",
+)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from randlora.config import Pattern
+from randlora.targets.match import matches
 from randlora.targets.presets import DIFFUSERS_NAMES, LANGUAGE_MODEL, TARGET_PRESETS, TRANSFORMERS_NAMES
 from randlora.targets.walk import Census, Visit
 
@@ -14,9 +15,19 @@ from randlora.targets.walk import Census, Visit
 def default_targets(census: Census) -> tuple[Pattern, str] | None:
     """Return the pattern of the layers adapted by default, and what it selects; ``None`` if no attention is found.
 
+    Neither is it found where an adapter would have no effect, because none of the layers is called.
+
     Only models of transformers (which have a ``config.model_type``) and of diffusers have a default: elsewhere, a layer
     named ``value`` may be anything.
     """
+    default = _by_names(census)
+    if default is None:
+        return None
+    keys = [visit.key for visit in census.candidates if matches(default[0], visit.fqn, visit.module) and visit.entry]
+    return None if keys and census.uncalled.keys() >= set(keys) else default
+
+
+def _by_names(census: Census) -> tuple[Pattern, str] | None:
     model_type = getattr(getattr(census.model, "config", None), "model_type", None)
     if model_type in TARGET_PRESETS:
         preset = TARGET_PRESETS[model_type]

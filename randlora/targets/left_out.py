@@ -122,18 +122,22 @@ def remaining(
         if not is_passed and not any(site.key in chosen or site.key in passed_sites for site in sites):
             left.append((places[0], sites[0] if sites else None))
     tied = tied_names(census, [site for _, site in left if site is not None]).keys()
-    return tuple(Remaining(held, site, _reason(held, site, excluded, tied)) for held, site in left)
+    return tuple(Remaining(held, site, _reason(census, held, site, excluded, tied)) for held, site in left)
 
 
 def _reason(
-    held: Held, site: Site | None, excluded: Collection[tuple[int, str]], tied: Collection[tuple[int, str]]
+    census: Census,
+    held: Held,
+    site: Site | None,
+    excluded: Collection[tuple[int, str]],
+    tied: Collection[tuple[int, str]],
 ) -> str | None:
     if site is None:
         refused = find_layer(held.module)
         return EXCLUDED if (id(held.module), "weight") in excluded else refused if isinstance(refused, str) else None
     if site.key in excluded:
         return EXCLUDED
-    return obstacle(site) or (TIED if site.key in tied else None)
+    return obstacle(site) or census.uncalled.get(site.key) or (TIED if site.key in tied else None)
 
 
 def left_out(matrices: Iterable[Remaining], config: RandLoRAConfig, total: int) -> tuple[LeftOut, ...]:

@@ -10,7 +10,6 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.layers.in_place import class_obstacle, plain_class
 from randlora.layers.read_weight import ReadWeight
-from randlora.layers.registry import find_readers
 from randlora.targets.site import Site
 from randlora.targets.walk import Census, Held
 
@@ -18,7 +17,7 @@ from randlora.targets.walk import Census, Held
 def obstacles(census: Census, sites: Sequence[Site], dropout: float) -> list[str]:
     """Return why sites cannot be adapted: an unsuitable class or weight, or a weight tied to another module."""
     problems, sound = [], []
-    uncalled, offloaded = _uncalled(census), offloaded_with(census)
+    offloaded = offloaded_with(census)
     for site in sites:
         if (reason := obstacle(site)) is not None:
             problems.append(f"{site.fqn} {reason}")
@@ -27,11 +26,9 @@ def obstacles(census: Census, sites: Sequence[Site], dropout: float) -> list[str
                 f"{site.fqn} is offloaded by accelerate together with everything in {offloaded[id(site.owner)]}, which "
                 "would then miss the values of the adapter: offload the model after adapting it"
             )
-        elif site.key in uncalled and not issubclass(site.layer_class, ReadWeight):
-            problems.append(
-                f"{site.fqn} ({type(site.owner).__name__}) is never called, because {uncalled[site.key]} reads its "
-                "weight, so an adapter would have no effect: exclude it"
-            )
+        elif site.key in census.uncalled:
+            name = plain_class(site.owner).__name__
+            problems.append(f"{site.fqn} ({name}) {census.uncalled[site.key]}: exclude it")
         elif dropout and issubclass(site.layer_class, ReadWeight):
             problems.append(
                 f"{site.fqn} is a weight that other code reads, whose input {dropout=} cannot reach: "
@@ -40,16 +37,6 @@ def obstacles(census: Census, sites: Sequence[Site], dropout: float) -> list[str
         else:
             sound.append(site)
     return [*problems, *tie_problems(census, sound)]
-
-
-def _uncalled(census: Census) -> dict[tuple[int, str], str]:
-    """Return the layers whose weight another module reads without calling them, each with the type of that module."""
-    return {
-        (id(child), "weight"): plain_class(visit.module).__name__
-        for visit in census.first_visits
-        for kind in find_readers(visit.module)
-        for child in kind.uncalled(visit.module)
-    }
 
 
 def offloaded_with(census: Census) -> dict[int, str]:

@@ -93,6 +93,9 @@ def select(census: Census, given: Pattern | None, exclude: Pattern | None) -> Se
         chosen, skipped = _by_rule(census, kept, pattern)
     else:
         chosen, skipped, refused = _matching(visits, kept, pattern, opens=opens)
+        if given is None:
+            skipped |= _uncalled(census, chosen)
+            chosen = [visit for visit in chosen if visit.key not in census.uncalled]
         strays = _strays(census, found, pattern, exclude) if must_match else []
         problems += [*map(refusal, refused), *map(stray_refusal, strays)]
         reached = [*chosen, *excluded, *refused]
@@ -190,9 +193,11 @@ def _is_of(visit: Visit, rule: Pattern) -> bool:
 def _by_rule(census: Census, visits: Sequence[Visit], rule: Pattern) -> tuple[list[Visit], dict[str, str]]:
     """Split what ``"all"`` or ``"all-linear"`` is about into what is adapted and what is skipped, with the reasons.
 
-    What cannot be adapted is skipped by ``"all"``; by ``"all-linear"`` it is chosen, and an error later.
+    What cannot be adapted is skipped by ``"all"``; by ``"all-linear"`` it is chosen, and an error later, except for
+    layers that are not called.
     """
     skipped = {visit.fqn: visit.entry for visit in visits if isinstance(visit.entry, str)}
+    skipped |= _uncalled(census, visits)
     head = _head(census.model)
     heads = {visit.key for visit in visits if _is_in_head(visit.fqn, visit.module, head)}
     skipped |= {visit.fqn: HEAD for visit in visits if visit.key in heads}
@@ -204,6 +209,11 @@ def _by_rule(census: Census, visits: Sequence[Visit], rule: Pattern) -> tuple[li
         skipped |= {site.fqn: f"tied to {', '.join(tied[site.key])}" for site in sites if site.key in tied}
     passed = {visit.key for visit in visits if visit.fqn in skipped}
     return [visit for visit in visits if visit.key not in passed], skipped
+
+
+def _uncalled(census: Census, visits: Sequence[Visit]) -> dict[str, str]:
+    """Return the layers that would be adapted without effect, as skipped."""
+    return {visit.fqn: census.uncalled[visit.key] for visit in visits if visit.key in census.uncalled}
 
 
 def _heads(census: Census, chosen: Keys) -> dict[str, str]:

@@ -16,6 +16,7 @@ from randlora.layers.in_place import Diagonal, adapter_layers_of
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import find_layer, find_readers
+from randlora.layers.uncalled import uncalled_in
 from randlora.targets.site import AdaptedSite, Site
 
 
@@ -101,6 +102,21 @@ class Census:
             return self.sites_by_key.get((id(owner), within.split(".")[0]))
         site = self.sites_by_key.get((id(held.module), AdapterLayer.attribute))
         return site if site is not None and site.weight is None else None  # as of torch.nn.utils.weight_norm
+
+    @cached_property
+    def uncalled(self) -> dict[tuple[int, str], str]:
+        """Why adapters of layers would have no effect, because a module reads the weight instead, by `Site.key`."""
+        found = {
+            (id(child), AdapterLayer.attribute): f"{reason}, so an adapter would have no effect"
+            for module in (self.model, *(visit.module for visit in self.first_visits))
+            for child, reason in uncalled_in(module)
+        }
+        sites = self.sites_by_key
+        return {
+            key: why
+            for key, why in found.items()
+            if key in sites and not issubclass(sites[key].layer_class, ReadWeight)  # which are adapted as they are read
+        }
 
     @cached_property
     def sites_by_key(self) -> dict[tuple[int, str], Site]:
