@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -93,6 +92,12 @@ class Parts(NamedTuple):
     shared: Shared
     compute: Compute
 
+    @property
+    def require_grad(self) -> bool:
+        """Whether the sum has a gradient to pass on."""
+        updates = (*self.own.updates, *self.shared.updates)
+        return self.weight.requires_grad or any(each.lam.requires_grad or each.gamma.requires_grad for each in updates)
+
     def turned(self) -> Parts:
         """Return the transposes of the matrices."""
         return self._replace(weight=self.weight.mT, is_out_in=not self.is_out_in)
@@ -144,7 +149,8 @@ class AdaptedStack(Tensor):
     """A stack of weights with their updates, or one matrix of it, as a tensor without values.
 
     Products with one matrix and grouped products compute base and updates without forming them. Everything else that
-    torch is asked to do with it is done with the sum, formed for this.
+    torch is asked to do with it is done with the sum, formed for this. Its own gradient is an error: a function that
+    took it without `__torch_function__`, such as a `torch.autograd.Function`, cannot pass gradients to Λ and Γ.
     """
 
     parts: Parts
@@ -152,11 +158,19 @@ class AdaptedStack(Tensor):
     @staticmethod
     def __new__(cls, parts: Parts) -> Self:
         """Create the tensor."""
-        weight = parts.weight
+        weight, needs_grad = parts.weight, torch.is_grad_enabled() and parts.require_grad
         made: Self = Tensor._make_wrapper_subclass(
-            cls, weight.shape, strides=weight.stride(), dtype=weight.dtype, device=weight.device
+            cls,
+            weight.shape,
+            strides=weight.stride(),
+            dtype=weight.dtype,
+            device=weight.device,
+            requires_grad=needs_grad,
         )
         made.parts = parts
+        if needs_grad:
+            with torch._C.DisableTorchFunctionSubclass():
+                made.register_hook(_refuse_gradient)
         return made
 
     @classmethod
@@ -167,18 +181,37 @@ class AdaptedStack(Tensor):
         if func in DESCRIPTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
-        if name.endswith("_") and not name.endswith("__"):
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        is_in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        written = [next(iter((*args, *kwargs.values())))] if is_in_place else []
+        if any(map(_has_stack, (*written, kwargs.get("out")))):
             raise RuntimeError(f"cannot {name} an adapted stack of weights in place: change the parameter instead")
-        compute = PRODUCTS.get(func) or (partial(_grouped, func) if name in GROUPED else None)
-        if compute is not None and (result := compute(*args, **(kwargs or {}))) is not NotImplemented:
+        if name in GROUPED:
+            result = _grouped(func, *args, **kwargs)
+        else:
+            compute, names = PRODUCTS.get(func, (None, ()))
+            given = names[len(args) : len(args) + len(kwargs)]
+            is_known = compute is not None and kwargs.keys() == {*given}
+            result = compute(*args, *map(kwargs.get, given)) if compute and is_known else NotImplemented
+        if result is not NotImplemented:
             return result
-        return func(*map(_formed, args), **{name: _formed(value) for name, value in (kwargs or {}).items()})
+        return func(*map(_formed, args), **{name: _formed(value) for name, value in kwargs.items()})
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Raise an error: past `__torch_function__`, gradients would not reach the adapters."""
         raise RuntimeError(f"cannot compute {func} of an adapted stack of weights: call .clone() on it first")
+
+
+def _refuse_gradient(grad: Tensor) -> None:  # noqa: ARG001
+    raise RuntimeError(
+        "the gradient of an adapted stack of weights cannot reach its adapters: it was passed to a "
+        "torch.autograd.Function, or as an argument to checkpoint(use_reentrant=True). Pass its .clone() instead"
+    )
+
+
+def _has_stack(value: Any) -> bool:
+    return isinstance(value, AdaptedStack) or (isinstance(value, list | tuple) and any(map(_has_stack, value)))
 
 
 def _formed(value: Any) -> Any:
@@ -197,6 +230,7 @@ def _select(stack: AdaptedStack, index: Any) -> Any:
         if index.is_meta:  # values are not known, so neither is which occur
             return stack.parts.at(index).formed()
         which, places = index.unique(return_inverse=True)
+        which = which if len(which) else index.new_zeros(1)  # none is visited: form any one
         return stack.parts.at(which).formed()[places]
     return NotImplemented
 
@@ -235,13 +269,19 @@ def _batched(x: Tensor, stack: Tensor) -> Any:
 
 
 def _grouped(
-    func: Callable[..., Tensor], x: Tensor, stack: Tensor, *, offs: Tensor | None = None, **others: Any
+    func: Callable[..., Tensor],
+    x: Any = None,
+    stack: Any = None,
+    /,
+    offs: Tensor | None = None,
+    *more: Any,
+    **others: Any,
 ) -> Any:
     """Return the products of tokens, ``(tokens, in)``, sorted by their matrix, with matrices ``(in, out)``.
 
     ``offs`` has the end of each matrix's tokens, and ``func`` computes the product with the base.
     """
-    if not isinstance(stack, AdaptedStack) or stack.parts.is_out_in or stack.dim() != 3 or offs is None:
+    if not isinstance(stack, AdaptedStack) or stack.parts.is_out_in or stack.dim() != 3 or offs is None or more:
         return NotImplemented
     parts = stack.parts
     one = parts._replace(weight=parts.weight[0], own=Own(()))
@@ -268,25 +308,29 @@ def _grouped(
         return func(x, parts.weight, offs=offs, **others) + F.pad(change, (0, 0, 0, len(rest)))
 
 
-PRODUCTS: Mapping[Any, Callable[..., Any]] = {
-    Tensor.__getitem__: _select,
-    Tensor.transpose: _turn,
-    torch.transpose: _turn,
-    Tensor.mT.__get__: _turn,  # type: ignore[attr-defined]
-    Tensor.T.__get__: _turn_matrix,  # type: ignore[attr-defined]
-    Tensor.t: _turn_matrix,
-    torch.t: _turn_matrix,
-    F.linear: _linear,
-    torch.matmul: _matmul,
-    torch.mm: _matmul,
-    Tensor.matmul: _matmul,
-    Tensor.mm: _matmul,
-    Tensor.__matmul__: _matmul,
-    Tensor.__rmatmul__: lambda matrix, x: _matmul(x, matrix),
-    torch.bmm: _batched,
-    Tensor.bmm: _batched,
+TURN = _turn, ("input", "dim0", "dim1")
+MATMUL = _matmul, ("input", "other")
+MM = _matmul, ("input", "mat2")
+BATCHED = _batched, ("input", "mat2")
+PRODUCTS: Mapping[Any, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    Tensor.__getitem__: (_select, ()),
+    Tensor.transpose: TURN,
+    torch.transpose: TURN,
+    Tensor.mT.__get__: (_turn, ()),  # type: ignore[attr-defined]
+    Tensor.T.__get__: (_turn_matrix, ()),  # type: ignore[attr-defined]
+    Tensor.t: (_turn_matrix, ()),
+    torch.t: (_turn_matrix, ("input",)),
+    F.linear: (_linear, ("input", "weight", "bias")),
+    torch.matmul: MATMUL,
+    torch.mm: MM,
+    Tensor.matmul: MATMUL,
+    Tensor.mm: MM,
+    Tensor.__matmul__: MATMUL,
+    Tensor.__rmatmul__: (lambda matrix, x: _matmul(x, matrix), ()),
+    torch.bmm: BATCHED,
+    Tensor.bmm: BATCHED,
 }
-"""How functions of torch are computed without forming the sum."""
+"""How functions of torch are computed without forming the sum, and the names of their parameters."""
 
 GROUPED = frozenset({"grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
 """Names of grouped products: not every torch has each, and the last is an operator of transformers."""
