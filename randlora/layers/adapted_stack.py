@@ -170,7 +170,7 @@ class AdaptedStack(Tensor):
         made.parts = parts
         if needs_grad:
             with torch._C.DisableTorchFunctionSubclass():
-                made.register_hook(_refuse_gradient)
+                made.register_hook(_refuse_gradient)  # type: ignore[no-untyped-call]
         return made
 
     @classmethod

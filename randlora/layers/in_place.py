@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from randlora.errors import MergeError
+from randlora.errors import AdapterError, MergeError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.read_weight import ReadWeight, forward_of_owner
 from randlora.state import SiteAdapter
@@ -25,6 +25,9 @@ FORWARDS = "_old_forward", "forward"
 
 BOOKKEEPERS = "torch.distributed.", "torch.nn.modules.module", "accelerate."
 """Modules whose code reads parameters by name to register, shard, move or save them, not to compute with them."""
+
+REWRITERS = "torch.nn.utils.parametrize", "torch.nn.utils.weight_norm", "torch.nn.utils.prune"
+"""Modules whose code reads a parameter to put another in its place, and changes the module before it assigns that."""
 
 
 class Diagonal(nn.ParameterDict):
@@ -79,6 +82,18 @@ class InPlace(nn.Module):
             return make, args, *state
         return _new, (self.randlora_base, *_hosts(self.randlora), *args[1:]), *state
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, except that nothing but bookkeeping may replace a weight that is adapted and read."""
+        if name in self.__dict__.get("randlora", ()) and value is not self._parameters.get(name):
+            _keep(self, name, sys._getframe(1).f_globals.get("__name__", ""))
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute, except that nothing but bookkeeping may remove a weight that is adapted and read."""
+        if name in self.__dict__.get("randlora", ()):
+            _keep(self, name, sys._getframe(1).f_globals.get("__name__", ""))
+        super().__delattr__(name)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
         """Save the original weight: a merged one together with Λ and Γ would apply the update twice."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -131,6 +146,15 @@ class ReadsAdapted(InPlace):
             return super().forward(*args, **kwargs)
 
 
+def _keep(owner: InPlace, attribute: str, caller: str) -> None:
+    """Raise an error if code of the module ``caller`` may not replace an adapted weight: its value has the updates."""
+    if isinstance(owner.randlora[attribute], ReadWeight) and not caller.startswith(BOOKKEEPERS):
+        raise AdapterError(
+            f"cannot replace {attribute} of an adapted {owner.randlora_base.__name__}: merge or eject its adapters "
+            f"first, or change the base weight itself, get_parameter({attribute!r}), in place"
+        )
+
+
 def _read(attribute: str) -> property:
     """Return a property for reading one adapted weight."""
 
@@ -141,6 +165,8 @@ def _read(attribute: str) -> property:
             reader: str = sys._getframe(1).f_globals.get("__name__", "")
             if reader.startswith(BOOKKEEPERS):
                 return layer.weight_of(owner)
+            if reader in REWRITERS:
+                _keep(owner, attribute, reader)
         try:
             return layer.read(owner)
         except AttributeError as error:  # else Python would call nn.Module.__getattr__, which returns the parameter
