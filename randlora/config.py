@@ -85,6 +85,10 @@ def _unknown_option(option: str, known: Iterable[str]) -> str:
     return f"unknown option {option}=: the options are {', '.join(known)}"
 
 
+LARGEST_RANK = 2**20
+"""The largest r. Above min_dim, a larger r adds rows of the bases and no rank, and no layer is as wide as this."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RandLoRAConfig:
     """The options of one adapter.
@@ -94,8 +98,8 @@ class RandLoRAConfig:
             a layer with ``num_bases = ceil(min_dim / r)``. A mapping from patterns to ranks, such as
             ``{"q_proj": 16, ".*": 32}``, gives layers different ranks. A pattern is an FQN or a suffix of FQNs, of
             layers or of modules with layers inside, or else a regex matched with ``fullmatch``. The first pattern that
-            matches a layer applies, and each layer must have one. There is one pair of bases for each rank, with the
-            dims of the layers that have it.
+            matches a layer applies, each layer must have one, and patterns for a part of others come first. There is
+            one pair of bases for each rank, with the dims of the layers that have it.
         targets: The layers and weights to adapt. ``"all-linear"`` means all linear layers and the projections of
             attention, ``"all"`` every kind that has an adapter layer, and skips what cannot be adapted; both leave out
             output heads. Any other string is a regex matched with ``fullmatch`` against the FQN. A sequence contains
@@ -204,7 +208,7 @@ def _is_real(value: object) -> bool:
 
 
 def _is_rank(value: Any) -> bool:
-    return is_integer(value) and value > 0
+    return is_integer(value) and 0 < value <= LARGEST_RANK
 
 
 def _numbers(option: object) -> list[tuple[str, Any]]:
@@ -236,7 +240,12 @@ def _by_pattern_problems(name: str, option: object) -> list[str]:
 
 def _number_problems(config: RandLoRAConfig) -> list[str]:
     problems = _by_pattern_problems("r", config.r) + _by_pattern_problems("alpha", config.alpha)
-    problems += [f"r{of} must be a positive integer, got {r!r}" for of, r in _numbers(config.r) if not _is_rank(r)]
+    for of, r in _numbers(config.r):
+        if is_integer(r) and r > LARGEST_RANK:
+            size = f"{r}" if r < 2**64 else f"an integer of {r.bit_length()} bits"
+            problems.append(f"r{of} must be at most {LARGEST_RANK}, more than any layer is wide, got {size}")
+        elif not _is_rank(r):
+            problems.append(f"r{of} must be a positive integer, got {r!r}")
     problems += [
         f"alpha{of} must be a finite number{'' if of else ' or None for 20·r'}, got {alpha!r}"
         for of, alpha in _numbers(config.alpha)

@@ -187,7 +187,7 @@ def predicate(fqn: str, module: nn.Module) -> bool:
 
 GOOD: list[dict[str, Any]] = [
     {"r": 1},
-    {"r": 10**9},
+    {"r": 2**20},
     {"r": {"q": 4, ".*": 2}, "alpha": {".*": -0.5}},
     {"r": {"(": 4}},  # which may be a name
     {"r": {"a": 4, ".*": 12}, "basis": "block", "blocks": (4, 2)},
@@ -225,6 +225,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"r": "4"}, "r must be a positive integer, got '4'"),
     ({"r": True}, "r must be a positive integer, got True"),
     ({"r": None}, "r must be a positive integer, got None"),
+    ({"r": 2**20 + 1}, "r must be at most 1048576, more than any layer is wide, got 1048577"),
+    (
+        {"r": {"q": 10**5000, ".*": 4}},
+        "r of 'q' must be at most 1048576, more than any layer is wide, got an integer of",
+    ),
     ({"r": {}}, "r must be a number or have at least one pattern, got {}"),
     ({"r": {"q": 0}}, "r of 'q' must be a positive integer, got 0"),
     ({"r": {"q": 4, ".*": True}}, "r of '.*' must be a positive integer, got True"),

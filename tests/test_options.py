@@ -52,8 +52,13 @@ def test_a_name_of_a_target_is_no_regex() -> None:
 
 
 def test_the_first_pattern_that_matches_applies() -> None:
-    assert ranks({"attn": 4, "q_proj": 8, ".*": 16}) == [4, 16, 4, 4]
-    assert ranks({"q_proj": 8, "attn": 4, ".*": 16}) == [8, 16, 8, 4]
+    assert ranks({"layers.1": 4, "q_proj": 8, ".*": 16}) == [8, 16, 4, 4]
+    assert ranks({"q_proj": 8, "layers.1": 4, ".*": 16}) == [8, 16, 8, 4]
+
+
+def test_a_pattern_for_all_others_may_find_none_left() -> None:
+    assert ranks({"q_proj": 8, "attn": 4, "mlp|.*mlp.*": 2, ".*": 16}) == [8, 2, 8, 4]
+    assert ranks({".*": 4, "q_proj": 4}) == [4, 4, 4, 4]
 
 
 def test_alpha_has_patterns_of_its_own_and_is_20_r_of_each_layer_without() -> None:
@@ -78,6 +83,11 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no-target": ({"r": {"lm_head": 4, ".*": 8}}, ["r={'lm_head': …} matches no target"]),
     "part-of-a-name": ({"r": {"proj": 4, ".*": 8}}, ["r={'proj': …} matches no target; the nearest names are"]),
     "no-regex": ({"r": {"q_proj(": 4, ".*": 8}}, ["r={'q_proj(': …} is no name", "no regular expression: missing )"]),
+    "shadowed": ({"r": {".*": 4, "q_proj": 8}}, ["r={'q_proj': …} matches only what '.*' took", "put it before '.*'"]),
+    "shadowed-alpha": (
+        {"alpha": {"mlp": 4, ".*": 8, "self_attn": 2}},
+        ["alpha={'self_attn': …}", "put it before '.*'"],
+    ),
     "both": ({"r": {"x": 4, ".*": 8}, "alpha": {"q_proj": 1}}, ["2 problems", "r={'x': …}", "alpha= has no pattern"]),
 }
 

@@ -13,7 +13,7 @@ from randlora.targets.match import nearest_names, prefixes, shortened
 
 
 def resolve(config: RandLoRAConfig, fqns: Sequence[str]) -> tuple[dict[str, LayerOptions], list[str]]:
-    """Return r and alpha of each target, and a message for each target or pattern without a match.
+    """Return r and alpha of each target, and a message for each target or pattern without a match or without effect.
 
     There are no options if there is a message.
     """
@@ -65,10 +65,11 @@ def _one_or_all(values: Mapping[str, Any]) -> Any:
 
 
 def _by_target(name: str, option: Any, fqns: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return the value of one option for each target, and a message for each target or pattern without a match."""
+    """Return the value of one option for each target, and a message for each target or pattern that has a problem."""
     if not isinstance(option, Mapping):
         return dict.fromkeys(fqns, option), []
     found: dict[str, Any] = {}
+    earlier: dict[str, frozenset[str]] = {}
     problems = []
     for pattern, value in option.items():
         try:
@@ -79,6 +80,13 @@ def _by_target(name: str, option: Any, fqns: Sequence[str]) -> tuple[dict[str, A
         if not meant:
             near = nearest_names(pattern, [name for fqn in fqns for name in prefixes(fqn)], common=fqns)
             problems.append(f"{name}={{{pattern!r}: …}} matches no target; the nearest names are {near}")
+        own = frozenset(meant)
+        wider = [other for other, taken in earlier.items() if taken > own and option[other] != value]
+        if meant and wider:
+            problems.append(
+                f"{name}={{{pattern!r}: …}} matches only what {wider[0]!r} took: put it before {wider[0]!r}"
+            )
+        earlier[pattern] = own
         for fqn in meant:
             found.setdefault(fqn, value)
     if left := [fqn for fqn in fqns if fqn not in found]:
