@@ -20,11 +20,12 @@ from torch import Tensor
 
 from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec, Shape, drawn_dims, sliced_dims, spec_for
-from randlora.config import ADDED_SINCE_FORMAT_1, RandLoRAConfig
+from randlora.config import ADDED_SINCE_FORMAT_1, RandLoRAConfig, is_integer
 from randlora.disk.replace import Writer
 from randlora.disk.tensor_file import Planned, bytes_of, write_tensor_file
 from randlora.errors import CheckpointError
 from randlora.layer_options import LayerOptions, by_rank
+from randlora.layers.registry import KINDS
 from randlora.targets.options import listed, options_listed
 from randlora.targets.site import Shapes
 
@@ -215,11 +216,11 @@ def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
         header = Header(
             config=config,
             bases={int(r): BasisRecord.from_dict(record) for r, record in records.items()},
-            shapes={fqn: _parsed_shape(*shape) for fqn, shape in facts["targets"].items()},
+            shapes={fqn: _parsed_shape(fqn, shape) for fqn, shape in facts["targets"].items()},
             library_version=str(facts["library_version"]),
             torch_version=facts.get("torch_version"),  # the first files have neither this
             transposed=None if (found := facts.get("transposed")) is None else tuple(found),  # nor this
-            kinds=dict(facts.get("kinds", {})),
+            kinds=_parsed_kinds(facts.get("kinds", {}), facts["targets"]),
         )
     except CheckpointError:
         raise
@@ -235,12 +236,21 @@ def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
     return header
 
 
-def _parsed_shape(out_or_matrices: int, *rest: int) -> Shape:
+def _parsed_shape(fqn: str, sizes: Any) -> Shape:
     """Return a shape of two or three sizes from a header."""
-    shape = (int(out_or_matrices), *map(int, rest))
-    if len(shape) not in (2, 3):
-        raise ValueError(f"a shape of {len(shape)} sizes")
-    return shape
+    if not (isinstance(sizes, list) and len(sizes) in (2, 3) and all(is_integer(size) and size > 0 for size in sizes)):
+        raise ValueError(f"{fqn} has shape {sizes!r}, expected two or three positive integers")
+    return tuple(sizes)
+
+
+def _parsed_kinds(kinds: Any, targets: Container[str]) -> dict[str, str]:
+    """Return the kinds of targets from a header."""
+    if not isinstance(kinds, dict):
+        raise TypeError(f"kinds are {kinds!r}, expected a kind by target")
+    for fqn, kind in kinds.items():
+        if fqn not in targets or kind not in KINDS:
+            raise ValueError(f"{fqn} has kind {kind!r}, expected a target and one of {', '.join(KINDS)}")
+    return kinds
 
 
 def _is_consistent(header: Header) -> bool:
