@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -93,10 +94,12 @@ class Parts(NamedTuple):
     compute: Compute
 
     @property
-    def require_grad(self) -> bool:
-        """Whether the sum has a gradient to pass on."""
-        updates = (*self.own.updates, *self.shared.updates)
-        return self.weight.requires_grad or any(each.lam.requires_grad or each.gamma.requires_grad for each in updates)
+    def operands(self) -> list[Tensor]:
+        """The tensors that the sum may have gradients to pass on to."""
+        return [
+            self.weight,
+            *(each for one in (*self.own.updates, *self.shared.updates) for each in (one.lam, one.gamma)),
+        ]
 
     def turned(self) -> Parts:
         """Return the transposes of the matrices."""
@@ -158,19 +161,12 @@ class AdaptedStack(Tensor):
     @staticmethod
     def __new__(cls, parts: Parts) -> Self:
         """Create the tensor."""
-        weight, needs_grad = parts.weight, torch.is_grad_enabled() and parts.require_grad
-        made: Self = Tensor._make_wrapper_subclass(
-            cls,
-            weight.shape,
-            strides=weight.stride(),
-            dtype=weight.dtype,
-            device=weight.device,
-            requires_grad=needs_grad,
-        )
+        weight, operands = parts.weight, parts.operands if torch.is_grad_enabled() else []
+        wrapper = partial(Tensor._make_wrapper_subclass, cls, weight.shape, strides=weight.stride())
+        make = partial(wrapper, dtype=weight.dtype, device=weight.device)
+        needs_grad = any(operand.requires_grad for operand in operands)
+        made: Self = _Linked.apply(make, *operands) if needs_grad else make()  # type: ignore[no-untyped-call]
         made.parts = parts
-        if needs_grad:
-            with torch._C.DisableTorchFunctionSubclass():
-                made.register_hook(_refuse_gradient)  # type: ignore[no-untyped-call]
         return made
 
     @classmethod
@@ -203,11 +199,19 @@ class AdaptedStack(Tensor):
         raise RuntimeError(f"cannot compute {func} of an adapted stack of weights: call .clone() on it first")
 
 
-def _refuse_gradient(grad: Tensor) -> None:  # noqa: ARG001
-    raise RuntimeError(
-        "the gradient of an adapted stack of weights cannot reach its adapters: it was passed to a "
-        "torch.autograd.Function, or as an argument to checkpoint(use_reentrant=True). Pass its .clone() instead"
-    )
+class _Linked(torch.autograd.Function):
+    """Connects an adapted stack with Λ and Γ, so that a gradient of its own is noticed wherever it is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, make: Callable[[], Tensor], *operands: Tensor) -> Tensor:  # noqa: ARG004
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:  # noqa: ARG004
+        raise RuntimeError(
+            "the gradient of an adapted stack of weights cannot reach its adapters: it was passed to a "
+            "torch.autograd.Function, or as an argument to checkpoint(use_reentrant=True). Pass its .clone() instead"
+        )
 
 
 def _has_stack(value: Any) -> bool:
@@ -269,13 +273,7 @@ def _batched(x: Tensor, stack: Tensor) -> Any:
 
 
 def _grouped(
-    func: Callable[..., Tensor],
-    x: Any = None,
-    stack: Any = None,
-    /,
-    offs: Tensor | None = None,
-    *more: Any,
-    **others: Any,
+    func: Callable[..., Tensor], x: Any = None, stack: Any = None, /, offs: Any = None, *more: Any, **others: Any
 ) -> Any:
     """Return the products of tokens, ``(tokens, in)``, sorted by their matrix, with matrices ``(in, out)``.
 
