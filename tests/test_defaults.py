@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as THEIR_TARGETS
 from torch import nn
+from torch.torch_version import TorchVersion
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
@@ -17,7 +18,7 @@ from randlora.errors import TargetError
 from randlora.targets.presets import TARGET_PRESETS
 from randlora.targets.select import Selection, select
 from randlora.targets.walk import Census
-from tests.transformers_zoo import every_type, on_meta
+from tests.transformers_zoo import NOT_YET, every_type, on_meta
 
 TYPES = {
     "canine": "query value",
@@ -192,6 +193,8 @@ def test_nothing_outside_a_language_model_is_adapted_where_there_is_one(model_ty
 
 @pytest.mark.parametrize("model_type", sorted(TARGET_PRESETS.keys() - THEIR_TARGETS.keys()))
 def test_a_preset_that_is_not_of_peft_is_needed(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if model_type in NOT_YET:
+        pytest.skip("this transformers does not have the type yet")
     model = next(on_meta(model_type, every_type()[model_type]))
     expected = [site.fqn for site in chosen(model).sites]
     monkeypatch.delitem(TARGET_PRESETS, model_type)
@@ -208,6 +211,19 @@ def test_a_convolution_of_the_name_is_not_asked_for() -> None:
     model = nn.ModuleDict({"query": nn.Conv1d(2, 2, 1), "value": nn.Linear(2, 2)})
     model.__dict__["config"] = SimpleNamespace(model_type="unheard-of")
     assert [site.fqn for site in chosen(model).sites] == ["value"]
+    assert chosen(model).rule == "the query and value projections (value)"
+    model["value"] = nn.Embedding(2, 2)
+    model["mixer"] = nn.Linear(2, 2)
+    assert chosen(model).rule == "all linear layers but the output head"
+
+
+@pytest.mark.parametrize("other", [nn.Conv1d(2, 2, 1), nn.Embedding(2, 2)], ids=lambda layer: type(layer).__name__)
+def test_a_preset_is_about_linear_layers_alone(other: nn.Module) -> None:
+    model = nn.ModuleDict({"q_proj": other, "v_proj": nn.Linear(2, 2)})
+    model.__dict__["config"] = SimpleNamespace(model_type="llama")
+    assert [site.fqn for site in chosen(model).sites] == ["v_proj"]
+    assert [found.fqn for found in chosen(model).remaining] == ["q_proj"]  # not left out silently
+    assert [site.fqn for site in select(Census.of(model), ["q_proj"], None).sites] == ["q_proj"]
 
 
 OTHERS = {"SanaWMTransformer3DModel": "names of its own for two kinds of attention"}
@@ -262,5 +278,5 @@ def test_attention_alone_is_adapted_in_every_model_of_diffusers() -> None:
         fqns = [site.fqn for site in selection.sites]
         assert [fqn for fqn in fqns if not is_attention(model, fqn)] == []
         assert [fqn for fqn in fqns if re.search(r"time|proj_out|norm_out|conv_out", fqn)] == []
-    assert without == OTHERS.keys()
-    assert covered >= 60
+    assert without == {name for name in OTHERS if hasattr(diffusers, name)}  # older ones have fewer classes
+    assert covered >= (80 if TorchVersion(diffusers.__version__) >= "0.42" else 55)

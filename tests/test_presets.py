@@ -12,6 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import randlora
 from randlora.targets.presets import HEAD_NAMES, TARGET_PRESETS
+from tests.transformers_zoo import NOT_YET
 
 NOT_IN_TRANSFORMERS = {
     "RefinedWeb": "Falcon's name while its code came with the checkpoint",
@@ -24,6 +25,9 @@ NOT_IN_TRANSFORMERS = {
 
 ALTERNATIVES = {"blip-2": "the language model inside is an OPT or a T5"}
 """Types whose preset names layers that only some variants have."""
+
+OPTIONS = {name: {"pad_token_id": 1} for name in ("idefics3", "smolvlm")}
+"""What a type's config needs: transformers 5.12 pads these with an id outside of their vocabulary."""
 
 BUILDABLE = sorted(TARGET_PRESETS.keys() - NOT_IN_TRANSFORMERS)
 CLASSIFIERS = ("bert", "deberta-v2", "distilbert", "electra", "roberta", "vit", "wav2vec2")
@@ -46,7 +50,7 @@ LANGUAGE_MODELS = (
 
 
 def build(model_type: str, auto_class: Any = transformers.AutoModel) -> nn.Module:
-    config = transformers.AutoConfig.for_model(model_type)
+    config = transformers.AutoConfig.for_model(model_type, **OPTIONS.get(model_type, {}))
     config.architectures = []  # the first class of a type with several
     with torch.device("meta"):
         model = auto_class.from_config(config)
@@ -59,11 +63,13 @@ def last_components(model: nn.Module) -> set[str]:
 
 
 def test_every_preset_is_for_a_type_that_transformers_or_the_list_above_knows() -> None:
-    assert TARGET_PRESETS.keys() - set(CONFIG_MAPPING) == NOT_IN_TRANSFORMERS.keys()
+    assert TARGET_PRESETS.keys() - set(CONFIG_MAPPING) == NOT_IN_TRANSFORMERS.keys() | NOT_YET
 
 
 @pytest.mark.parametrize("model_type", BUILDABLE)
 def test_a_preset_finds_the_layers_it_names(model_type: str) -> None:
+    if model_type in NOT_YET:
+        pytest.skip("this transformers does not have the type yet")
     model = build(model_type)
     preset = TARGET_PRESETS[model_type]
     report = randlora.plan(model, r=8)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from randlora.config import Pattern
+from randlora.targets.left_out import LINEAR_KINDS
 from randlora.targets.match import matches
 from randlora.targets.presets import DIFFUSERS_NAMES, LANGUAGE_MODEL, TARGET_PRESETS, TRANSFORMERS_NAMES
 from randlora.targets.walk import Census, Visit
@@ -45,6 +46,12 @@ def _by_names(census: Census) -> tuple[Pattern, str] | None:
     return None
 
 
+def is_linear(visit: Visit) -> bool:
+    """Whether a module or weight is, or looks like, a linear layer or a projection of attention."""
+    entry = visit.entry
+    return isinstance(entry, str) or (entry is not None and entry.kind in LINEAR_KINDS)
+
+
 def _is_of_diffusers(model: nn.Module) -> bool:
     """Whether a model's class derives from one of diffusers, whose configs name no type."""
     return any(base.__module__.partition(".")[0] == "diffusers" for base in type(model).__mro__)
@@ -52,7 +59,7 @@ def _is_of_diffusers(model: nn.Module) -> bool:
 
 def _named(visits: Iterable[Visit], names: Sequence[str], what: str) -> tuple[Pattern, str] | None:
     """Return the pattern and the rule of the linear layers that have one of some names, or lie in a module that has."""
-    found = {visit.fqn: visit.fqn.split(".")[-2:] for visit in visits if visit.entry is not None}
+    found = {visit.fqn: visit.fqn.split(".")[-2:] for visit in visits if is_linear(visit)}
     chosen = {fqn for fqn, ending in found.items() if not set(names).isdisjoint(ending)}
     if not chosen:
         return None

@@ -11,9 +11,9 @@ from torch import nn
 from randlora.config import Pattern, RandLoRAConfig
 from randlora.errors import TargetError, raise_collected
 from randlora.layers.registry import find_layer, find_readers
-from randlora.targets.defaults import default_targets
+from randlora.targets.defaults import default_targets, is_linear
 from randlora.targets.explain import NOTHING, holders, inventory, missed, reason, refusal, stray_refusal
-from randlora.targets.left_out import ALL, ALL_LINEAR, LINEAR_KINDS, Remaining, left_out, lines, remaining
+from randlora.targets.left_out import ALL, ALL_LINEAR, Remaining, left_out, lines, remaining
 from randlora.targets.match import is_names, matches, prefixes, shortened, unmatched
 from randlora.targets.obstacles import obstacle, tied_names
 from randlora.targets.presets import HEAD_NAMES
@@ -84,7 +84,8 @@ def select(census: Census, given: Pattern | None, exclude: Pattern | None) -> Se
     if is_rule:
         found = [visit for visit in visits if _is_of(visit, pattern)]
     else:
-        found = [visit for visit in visits if _is_meant(visit, pattern, opens=opens)]
+        asked = visits if must_match else [visit for visit in visits if visit.entry is None or is_linear(visit)]
+        found = [visit for visit in asked if _is_meant(visit, pattern, opens=opens)]
     excluded = [] if exclude is None else _excluded(visits, found, exclude)
     problems = [] if exclude is None else _exclude_problems(census, exclude)
     excluded_keys = {visit.key for visit in excluded}
@@ -186,8 +187,7 @@ def _strays(census: Census, found: Sequence[Visit], pattern: Pattern, exclude: P
 
 def _is_of(visit: Visit, rule: Pattern) -> bool:
     """Whether ``"all"`` or ``"all-linear"`` is about a module: one of its kinds, or one that looks like it."""
-    entry = visit.entry
-    return isinstance(entry, str) or (entry is not None and (rule == ALL or entry.kind in LINEAR_KINDS))
+    return (rule == ALL and visit.entry is not None) or is_linear(visit)
 
 
 def _by_rule(census: Census, visits: Sequence[Visit], rule: Pattern) -> tuple[list[Visit], dict[str, str]]:
