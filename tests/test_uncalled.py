@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 import randlora
 from randlora.errors import TargetError
@@ -22,6 +23,13 @@ TRANSFORMERS = "transformers.models"
 TDNN = {"tdnn_dim": (8,), "tdnn_kernel": (3,), "tdnn_dilation": (1,)}
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 STATES: dict[str, Any] = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "time_step_rank": 4}
+
+
+def as_surveyed(name: str) -> Any:
+    """Return a class's name as a parameter, skipped where transformers is older than the one that was surveyed."""
+    is_older = name.startswith("transformers.") and TorchVersion(transformers.__version__) < "5.24"
+    reason = "older versions of transformers call some of these layers, and lack some of the classes"
+    return pytest.param(name, marks=pytest.mark.skipif(is_older, reason=reason))
 
 
 def named(name: str) -> Any:
@@ -125,7 +133,7 @@ def test_every_class_that_never_calls_a_layer_is_built() -> None:
     assert never <= BUILDS.keys()
 
 
-@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("name", [as_surveyed(name) for name in BUILDS])
 def test_no_layer_of_the_table_is_called(name: str) -> None:
     torch.manual_seed(0)
     owner, run = BUILDS[name](named(name))
@@ -139,7 +147,7 @@ def test_no_layer_of_the_table_is_called(name: str) -> None:
     assert not called
 
 
-@pytest.mark.parametrize("name", UNCALLED)
+@pytest.mark.parametrize("name", [as_surveyed(name) for name in UNCALLED])
 def test_the_code_of_every_class_of_the_table_reads_the_weight(name: str) -> None:
     code = inspect.getsource(named(name))
     for reading in UNCALLED[name]:
