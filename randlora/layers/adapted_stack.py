@@ -13,7 +13,7 @@ from torch import Tensor
 
 from randlora.functional import Compute, adapted_linear, grouped_update, summed_linear
 from randlora.functional.cost import chosen_all_at_once, chosen_forward
-from randlora.layers.inputs import autocast_dtype, is_plain_tensor
+from randlora.layers.inputs import autocast_dtype, have_one_dtype, is_plain_tensor
 from randlora.layers.update import Update, folded, sum_updates
 
 
@@ -129,9 +129,7 @@ class Parts(NamedTuple):
         if not is_plain_tensor(x) or self.weight.dim() != 2 or x.dim() < 2 or x.device != self.weight.device:
             return False
         in_features = self.weight.shape[1 if self.is_out_in else 0]
-        has_dtype = x.dtype == self.weight.dtype
-        has_dtype = has_dtype or autocast_dtype(x, x.dtype) == autocast_dtype(x, self.weight.dtype)
-        return has_dtype and x.shape[-1] == in_features
+        return have_one_dtype(x, self.weight) and x.shape[-1] == in_features
 
     def product(self, x: Tensor, bias: Tensor | None = None, *, has_weight: bool = True) -> Tensor:
         """Return the product of tokens, ``(..., in)``, with one matrix, ``(..., out)``, or with its updates alone."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from randlora.bases.spec import Shape, count_bases
 from randlora.config import RandLoRAConfig
 from randlora.functional import WriteOut, adapted_linear, delta_weight
-from randlora.layers.inputs import autocast_dtype, input_of, is_plain_tensor, require_product
+from randlora.layers.inputs import autocast_dtype, have_one_dtype, input_of, is_plain_tensor, require_product
 from randlora.layers.update import Into, Merged, Update, folded, sum_updates
 from randlora.state import ModelState, SiteAdapter
 
@@ -218,8 +218,7 @@ class AdapterLayer(ABC):
         weight = self.weight_of(owner)
         if not is_plain_tensor(weight) or x.device != weight.device:
             return False
-        has_autocast = x.dtype == weight.dtype or autocast_dtype(x, x.dtype) == autocast_dtype(x, weight.dtype)
-        return has_autocast and x.dim() > 0 and x.shape[-1] == self.shape[1]
+        return have_one_dtype(x, weight) and x.dim() > 0 and x.shape[-1] == self.shape[1]
 
     def reading(self, owner: nn.Module, x: Tensor) -> tuple[Tensor | WriteOut, torch.dtype, torch.dtype]:
         """Return what `adapted_linear` needs when `only_multiplies` holds.

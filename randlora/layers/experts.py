@@ -8,6 +8,7 @@ expert that no token visits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -67,9 +68,11 @@ class Experts(ReadWeight):
         weight = self.weight_of(owner)
         assert weight is not None, "obstacles() asks for a weight"
         active = self.active()
-        if not active or is_transformed():
-            return super().value(owner)
+        if not active:
+            return weight
         updates = [self.update(owner, part, factor) for part, factor in active]
+        if is_transformed():
+            return super().with_updates(weight, updates)
         return AdaptedStack(self._parts(weight, updates, self.state.compute))
 
     @classmethod
@@ -99,13 +102,16 @@ class TransposedExperts(Experts):
         return delta.mT
 
 
-def _is_stack(owner: nn.Module, weight: Tensor) -> bool:
-    """Whether a parameter is a stack of weights ``(out, in)``: transformers marks those that are transposed."""
-    return not is_lazy(weight) and len(_shape(weight)) == 3 and not owner.__dict__.get("is_transposed", False)
+def _is_stack(owner: nn.Module, weight: Tensor, *, is_transposed: bool = False) -> bool:
+    """Whether a parameter is a stack of weights ``(out, in)``, or transposed ones: transformers marks the latter."""
+    return (
+        not is_lazy(weight)
+        and len(_shape(weight)) == 3
+        and bool(owner.__dict__.get("is_transposed", False)) is is_transposed
+    )
 
 
-def _is_transposed_stack(owner: nn.Module, weight: Tensor) -> bool:
-    return not is_lazy(weight) and len(_shape(weight)) == 3 and bool(owner.__dict__.get("is_transposed", False))
+_is_transposed_stack = partial(_is_stack, is_transposed=True)
 
 
 @register_parameter(_is_stack)

@@ -27,6 +27,11 @@ def autocast_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
+def have_one_dtype(x: Tensor, weight: Tensor) -> bool:
+    """Whether an input and a weight have the same dtype, or autocast casts them to the same."""
+    return x.dtype == weight.dtype or autocast_dtype(x, x.dtype) == autocast_dtype(x, weight.dtype)
+
+
 def require_product(owner: Any, output: object, out_features: int) -> None:
     """Raise a `TypeError` if what an adapted module's forward returned is no tensor of ``(..., out_features)``."""
     if isinstance(output, Tensor) and (output.is_nested or output.shape[-1:] == (out_features,)):

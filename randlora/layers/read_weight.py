@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.layers.base import AdapterLayer
-from randlora.layers.update import folded, sum_updates
 
 _forwards = threading.local()
 """``values``: what the innermost forward of an owner has read, by weight. Another thread may run without gradients."""
@@ -86,7 +85,4 @@ class ReadWeight(AdapterLayer):
         active = self.active()
         if not active:
             return weight
-        updates = [self.update(owner, part, factor) for part, factor in active]
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        delta = sum_updates(updates, self.shape, device=weight.device, dtype=dtype, united=self.united)
-        return folded(weight, self.in_storage_layout(delta))
+        return self.with_updates(weight, [self.update(owner, part, factor) for part, factor in active])
