@@ -194,3 +194,15 @@ def test_an_index_outside_of_the_table_is_torchs_error() -> None:
         model = adapted(nn.Embedding(num_rows, 12))
         with pytest.raises(IndexError, match="out of range"):
             model(torch.tensor([num_rows]))
+
+
+@pytest.mark.parametrize("shape", [(50, 8), (4, 8)], ids=str)
+def test_a_meta_table_computes_the_shapes_of_gradients(shape: tuple[int, int]) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Embedding(*shape))
+    randlora.inject(model, r=2, targets="0")
+    output = model(torch.zeros(3, dtype=torch.long, device="meta"))
+    output.sum().backward()
+    trained = [*randlora.trainable_parameters(model)]
+    assert output.shape == (3, 8)
+    assert all(parameter.grad is not None and parameter.grad.shape == parameter.shape for parameter in trained)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from randlora.functional.adapted import Adapted, Pair, adapted
 from randlora.functional.operation import Diagonals
-from randlora.functional.scratch import in_dtype
+from randlora.functional.scratch import in_dtype, without_autocast
 
 ENTRIES = 2**22
 """Entries of the tokens repeated for each term that are computed at once, or those of one weight if these are more."""
@@ -59,7 +59,7 @@ def grouped_update(x: Tensor, pair: Pair, diagonals: Diagonals, counts: Sequence
         ``(tokens, out_features)`` in the dtype of B.
     """
     lam, gamma, scaling = diagonals
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         output: Tensor = _Grouped.apply(x, lam, gamma, Groups(counts, pair, scaling, x.shape[1]))  # type: ignore[no-untyped-call]
         return output
 
@@ -75,7 +75,7 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device.type):
             return _gradients(ctx, grad)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from randlora.functional.adapted import Pair, adapted
 from randlora.functional.operation import Diagonals, adapted_linear
-from randlora.functional.scratch import in_dtype, is_transformed
+from randlora.functional.scratch import in_dtype, is_transformed, without_autocast
 from randlora.functional.update import delta_weight
 
 
@@ -79,7 +79,7 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ids, lam, gamma = ctx.saved_tensors
         scaling, pair, row_size = ctx.rest
-        with torch.autocast(grad.device.type, enabled=False):  # it may be on in backward alone
+        with without_autocast(grad.device.type):  # it may be on in backward alone
             table = adapted(None, pair, lam, gamma, scaling, row_size)
             grad_lam, grad_gamma = table.gradients_from_rows(ids, grad)
         return None, in_dtype(grad_lam, lam.dtype), in_dtype(grad_gamma, gamma.dtype), None, None, None

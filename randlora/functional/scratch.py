@@ -6,6 +6,7 @@ values, or under `torch.func` transforms, where a batch cannot be written into a
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -19,6 +20,11 @@ is_in_transform: Callable[[], bool] = getattr(torch._C, "_are_functorch_transfor
 def is_transformed() -> bool:
     """Whether the code runs under a compiler or a `torch.func` transform."""
     return torch.compiler.is_compiling() or is_in_transform()
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Return a context in which autocast is off; on the meta device, which has none, one that does nothing."""
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 def _may_overwrite() -> bool:

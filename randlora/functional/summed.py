@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from randlora.functional.scratch import without_autocast
+
 
 def summed_linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute ``x @ (weight + delta).T + bias``. The sum is not kept for backward.
@@ -22,7 +24,7 @@ def summed_linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None 
         ``(..., out_features)`` in the dtype of x.
     """
     rows = x.reshape(-1, x.shape[-1])
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         output: Tensor = _SummedLinear.apply(rows, weight, delta)  # type: ignore[no-untyped-call]
         output = output if bias is None else output + bias.to(output.dtype)
     return output.view(*x.shape[:-1], output.shape[1])
@@ -40,7 +42,7 @@ class _SummedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, delta = ctx.saved_tensors
         needs_x, needs_weight, needs_delta = ctx.needs_input_grad
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device.type):
             grad_x = grad @ (weight.to(x.dtype) + delta) if needs_x else None
             grad_sum = grad.T @ x if needs_weight or needs_delta else None
         grad_weight = grad_sum.to(weight.dtype) if needs_weight and grad_sum is not None else None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from randlora.functional.adapted import Adapted, Pair, adapted
 from randlora.functional.operation import Diagonals
-from randlora.functional.scratch import in_dtype, is_transformed
+from randlora.functional.scratch import in_dtype, is_transformed, without_autocast
 
 
 def delta_weight(pair: Pair, diagonals: Diagonals, *, in_features: int) -> Tensor:
@@ -58,11 +58,8 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        device = grad.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):  # autocast may be on in backward alone
-            with torch.autocast(device, enabled=False):
-                return _gradients(ctx, grad)
-        return _gradients(ctx, grad)
+        with without_autocast(grad.device.type):  # it may be on in backward alone
+            return _gradients(ctx, grad)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

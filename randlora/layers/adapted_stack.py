@@ -13,6 +13,7 @@ from torch import Tensor
 
 from randlora.functional import Compute, adapted_linear, grouped_update, summed_linear
 from randlora.functional.cost import chosen_all_at_once, chosen_forward
+from randlora.functional.scratch import without_autocast
 from randlora.layers.inputs import autocast_dtype, have_one_dtype, is_plain_tensor
 from randlora.layers.update import Update, folded, sum_updates
 
@@ -283,7 +284,7 @@ def _grouped(
     one = parts._replace(weight=parts.weight[0], own=Own(()))
     if x.dim() != 2 or not one.multiplies(x):
         return NotImplemented
-    with torch.autocast(x.device.type, enabled=False):  # as in the function itself
+    with without_autocast(x.device.type):  # as in the function itself
         x = x.to(parts.weight.dtype)
         if not parts.own.updates:
             return func(x, parts.weight, offs=offs, **others) + one.product(x, has_weight=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from randlora.bases.basis import Basis
 from randlora.bases.spec import Shape
 from randlora.functional import Diagonals, Pair, delta_weight
+from randlora.functional.scratch import without_autocast
 
 Quantized = Literal["requantize", "dequantize"]
 
@@ -57,7 +57,7 @@ def sum_updates(
         united: Gives updates of different shapes one shape; see `AdapterLayer.united`.
     """
     total = torch.zeros(shape, dtype=dtype, device=device)
-    with torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext():
+    with without_autocast(device.type):
         for update in updates:
             delta = delta_weight(*update.parts(device, dtype), in_features=update.shape[-1])
             total = total + (delta if united is None else united(delta))
