@@ -1,4 +1,4 @@
-"""The two files of an adapter: their names, the keys and dtypes of the tensors, and the header that is our own.
+"""The two files of an adapter: their names, the dtypes of the tensors, and the header that is our own.
 
 Files and keys are those of PEFT. The header is JSON in the metadata of the safetensors file and has what PEFT has no
 field for: the spec of the bases with their digest, the layers' shapes, versions, and a checksum of everything.
@@ -10,7 +10,6 @@ import hashlib
 import json
 import operator
 from collections.abc import Container, Iterable, Mapping
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec, Shape, drawn_dims, sliced_dims, spec_for
+from randlora.checkpoint.keys import basis_keys, trained_key, value_keys
 from randlora.config import ADDED_SINCE_FORMAT_1, RandLoRAConfig, is_integer
 from randlora.disk.replace import Writer
 from randlora.disk.tensor_file import Planned, bytes_of, write_tensor_file
@@ -33,34 +33,12 @@ CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 
-MODEL_PREFIX = "base_model.model."
-LAMBDA_SUFFIX = ".randlora_lambda"
-GAMMA_SUFFIX = ".randlora_gamma"
-BASIS_A = "randlora_A"
-BASIS_B = "randlora_B"
-TOP_BASIS_A = f"base_model.{BASIS_A}"
-TOP_BASIS_B = f"base_model.{BASIS_B}"
-BASE_LAYER = ".base_layer."
-
 METADATA = {"format": "pt"}
 """What transformers and PEFT expect in the metadata of every safetensors file."""
 HEADER_KEY = "randlora"
 SEAL_WORD = "basis_sha256"  # a word that every header contains and nothing else does
 FORMAT_VERSIONS = 1, 2
 """Version 2 is written only for what version 1 has no place for: stacks of matrices, options of single layers."""
-
-
-def trained_key(fqn: str, targets: Container[str]) -> str:
-    """Return PEFT's key of a parameter trained with an adapter; those of an adapted layer are one level down."""
-    module, _, attribute = fqn.rpartition(".")
-    return f"{MODEL_PREFIX}{module}{BASE_LAYER}{attribute}" if module in targets else f"{MODEL_PREFIX}{fqn}"
-
-
-def trained_fqn(key: str, targets: Container[str]) -> str:
-    """Return the FQN of a key of `trained_key`."""
-    fqn = key.removeprefix(MODEL_PREFIX)
-    module, _, attribute = fqn.rpartition(BASE_LAYER)
-    return f"{module}.{attribute}" if module in targets and "." not in attribute else fqn
 
 
 def master(tensor: Tensor, device: torch.device | str, *, copy: bool = False) -> Tensor:
@@ -72,18 +50,12 @@ def master(tensor: Tensor, device: torch.device | str, *, copy: bool = False) ->
 def adapter_tensors(values: Mapping[str, tuple[Tensor, Tensor]], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return copies on the CPU of Λ, Γ and the parameters trained with an adapter, by their keys."""
     tensors = {}
-    for fqn, (lam, gamma) in values.items():
-        tensors[f"{MODEL_PREFIX}{fqn}{LAMBDA_SUFFIX}"] = master(lam, "cpu", copy=True)
-        tensors[f"{MODEL_PREFIX}{fqn}{GAMMA_SUFFIX}"] = master(gamma, "cpu", copy=True)
+    for fqn, diagonals in values.items():
+        for key, diagonal in zip(value_keys(fqn, values), diagonals, strict=True):
+            tensors[key] = master(diagonal, "cpu", copy=True)
     for fqn, parameter in trained.items():
         tensors[trained_key(fqn, values)] = parameter.detach().cpu().contiguous().clone()
     return tensors
-
-
-def basis_keys(r: int, ranks: AbstractSet[int]) -> tuple[str, str]:
-    """Return the keys of A and B of rank r: those of PEFT, or if there are bases of several ranks, these with r."""
-    suffix = "" if ranks == {r} else f".r{r}"
-    return f"{TOP_BASIS_A}{suffix}", f"{TOP_BASIS_B}{suffix}"
 
 
 @dataclass(frozen=True)

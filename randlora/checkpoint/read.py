@@ -9,30 +9,26 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from io import FileIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from randlora.bases.spec import KINDS, count_bases
-from randlora.checkpoint.format import (
+from randlora.checkpoint.format import CONFIG_FILE, HEADER_KEY, SEAL_WORD, TENSORS_FILE, Header, parse_header
+from randlora.checkpoint.keys import (
     BASIS_A,
     BASIS_B,
-    CONFIG_FILE,
     GAMMA_SUFFIX,
-    HEADER_KEY,
     LAMBDA_SUFFIX,
     MODEL_PREFIX,
-    SEAL_WORD,
-    TENSORS_FILE,
     TOP_BASIS_A,
     TOP_BASIS_B,
-    Header,
     basis_keys,
-    parse_header,
     trained_fqn,
     trained_key,
+    value_keys,
 )
 from randlora.checkpoint.peft_config import (
     CLASS_FIELDS,
@@ -43,6 +39,7 @@ from randlora.checkpoint.peft_config import (
     pattern_fields,
     peft_kind,
 )
+from randlora.checkpoint.values import flaw
 from randlora.config import RandLoRAConfig
 from randlora.disk.hub import download, is_repo_id
 from randlora.disk.tensor_file import Shard, is_equal, open_shard, read_tensor
@@ -52,8 +49,6 @@ from randlora.targets.options import listed, options_listed
 
 COPY = re.compile(rf"\.{BASIS_B}(\.r\d+)?$")
 """The end of the key of a copy of B."""
-
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,13 +119,13 @@ def read_adapter(directory: Path) -> AdapterFile:
         raise CheckpointError(f"there is no {path}: only safetensors files are read, nothing is unpickled")
     with open_shard(path) as (shard, raw):
         text = _header_text(shard)
-        tensors = _read_tensors(shard, raw)
+        tensors = _read_tensors(shard, raw, copies=text is None)
     header = None if text is None else parse_header(text, tensors)
     if header is None and (lost := [name for name in UNREAD_FIELDS if fields.get(name) not in (None, {})]):
         raise CheckpointError(f"the tensors have lost the header that goes with {lost[0]}: get an undamaged copy")
     keys = [basis_keys(r, header.bases.keys()) for r in header.bases] if header else [(TOP_BASIS_A, TOP_BASIS_B)]
     pairs = [_take_bases(tensors, *names) for names in keys]
-    values = _take_values(tensors)
+    values = _take_named(tensors, header.shapes) if header else _take_values(tensors)
     trained = _trained(tensors, values, header)
     config = header.config if header else from_peft_fields(fields, values, trained)
     ranks = header.bases if header else [fields["r"]]
@@ -139,12 +134,9 @@ def read_adapter(directory: Path) -> AdapterFile:
         *_disagreements(fields, header),
         *_damage(values, trained, bases),
     ]
-    if header and set(header.shapes) != set(values):
-        problems.append("the header names other targets than the tensors")
-    else:
-        problems += _shape_problems(options_listed(config, values), values, bases)
+    problems += _shape_problems(options_listed(config, values), values, bases)
     raise_collected(CheckpointError, problems, doing=f"read {str(directory)!r}")
-    copies = sum(bool(COPY.search(entry.name)) for entry in shard.entries) // max(1, len(bases))
+    copies = int(bool(bases)) if header else sum(bool(COPY.search(entry.name)) for entry in shard.entries)
     return AdapterFile(fields, config, header, values, trained, bases, copies)
 
 
@@ -180,13 +172,13 @@ def _header_text(shard: Shard) -> str | None:
     return None
 
 
-def _read_tensors(shard: Shard, raw: FileIO) -> dict[str, Tensor]:
-    """Read the tensors by key. Repeated copies of the bases are compared with the first ones and not kept."""
+def _read_tensors(shard: Shard, raw: FileIO, *, copies: bool) -> dict[str, Tensor]:
+    """Read the tensors by key. Where there may be copies of the bases, they are compared with the first, not kept."""
     tensors: dict[str, Tensor] = {}
     firsts: dict[str, str] = {}
     for entry in sorted(shard.entries, key=lambda entry: entry.name):
         last = entry.name.rsplit(".", 1)[-1]  # PEFT 0.21.2 and older write a copy for every layer
-        name = {BASIS_A: TOP_BASIS_A, BASIS_B: TOP_BASIS_B}.get(last, entry.name)
+        name = {BASIS_A: TOP_BASIS_A, BASIS_B: TOP_BASIS_B}.get(last, entry.name) if copies else entry.name
         first = firsts.setdefault(name, entry.name)
         if first == entry.name:
             tensors[name] = read_tensor(entry, raw)
@@ -206,8 +198,16 @@ def _take_bases(tensors: dict[str, Tensor], key_A: str, key_B: str) -> tuple[Ten
     return basis_A, basis_B
 
 
+def _take_named(tensors: dict[str, Tensor], targets: Mapping[str, object]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Take Λ and Γ of the targets that a header names out of the tensors."""
+    keys = {fqn: value_keys(fqn, targets) for fqn in targets}
+    if not tensors.keys() >= {*chain.from_iterable(keys.values())}:
+        raise CheckpointError("cannot read the adapter's tensors: the header names other targets than the tensors")
+    return {fqn: (tensors.pop(lam), tensors.pop(gamma)) for fqn, (lam, gamma) in keys.items()}
+
+
 def _take_values(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Take Λ and Γ of each target out of the tensors."""
+    """Take Λ and Γ of each target out of the tensors of a file that PEFT wrote."""
     pairs: dict[str, dict[str, Tensor]] = {}
     for key in list(tensors):
         for suffix in (LAMBDA_SUFFIX, GAMMA_SUFFIX):
@@ -268,13 +268,7 @@ def _damage(
     named |= trained
     for r, pair in bases.items():
         named |= zip(basis_keys(r, bases.keys()), pair, strict=True)
-    problems = []
-    for name, tensor in named.items():
-        if tensor.dtype not in FLOATING:
-            problems.append(f"{name} holds {tensor.dtype}: expected one of {', '.join(map(str, FLOATING))}")
-        elif tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # in no further memory
-            problems.append(f"{name} holds NaN or infinite values")
-    return problems
+    return [f"{name} {reason}" for name, tensor in named.items() if (reason := flaw(tensor)) is not None]
 
 
 def _shape_problems(

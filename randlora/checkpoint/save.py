@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -23,15 +23,17 @@ from randlora.checkpoint.format import (
     stored_dims,
 )
 from randlora.checkpoint.peft_config import BASE_FIELD, peft_obstacle, to_peft_fields, unknown_to_peft
+from randlora.checkpoint.values import Value, is_text, save_problems
 from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.disk.replace import write_files
 from randlora.errors import CheckpointError, raise_collected
+from randlora.layers.base import diagonal_shapes
 from randlora.model.install import lost_sites, require_own
 from randlora.report import adapter_report, as_bytes
-from randlora.state import Adapter, adapted_root
+from randlora.state import Adapter, ModelState, adapted_root
 from randlora.targets.select import left_out_by
-from randlora.targets.site import other_kinds, shapes_of
-from randlora.targets.walk import Census
+from randlora.targets.site import AdaptedSite, other_kinds, shapes_of
+from randlora.targets.walk import Census, whole_shape
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,9 @@ def save(
 
     Raises:
         AdapterError: If the model has no adapter, or several and no ``name`` is given.
-        CheckpointError: If there are no values to save, or no seed reproduces the bases. Also if the files are saved
-            and the Hub refuses them.
+        CheckpointError: If a value is not here or not whole (meta, sharded), not floating or not finite, an adapted
+            module or a trained parameter was removed or has another shape now, or no seed reproduces the bases: nothing
+            is written then. Also if the files are saved and the Hub refuses them.
         OSError: If the disk refuses. Files already there remain as they were.
     """
     root, state = adapted_root(model)
@@ -95,7 +98,9 @@ def save(
     require_own(census, state, "save")
     sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
     diagonals = {site.fqn: site.layer.diagonals_of(site.owner, adapter.name) for site in sites}
-    problems = [*lost_sites(census, [adapter]), *_problems(adapter, diagonals, bases)]
+    trained = _trained(census, adapter)
+    problems = lost_sites(census, [adapter])
+    problems += _problems(adapter, bases) + save_problems(_values(sites, state, adapter, diagonals, trained))
     if push_to_hub is not None and not (isinstance(push_to_hub, str) and is_repo_id(push_to_hub)):
         problems.append(f"push_to_hub must be a repository on the Hub, 'user/repo', got {push_to_hub!r}")
     elif push_to_hub is not None:
@@ -111,7 +116,7 @@ def save(
         adapter.config, adapter.options, adapter.bases, shapes, adapter.trained, transposed, other_kinds(sites)
     )
     notes = _peft_notes(adapter, header, bases)
-    tensors = adapter_tensors(diagonals, adapter.trained)
+    tensors = adapter_tensors(diagonals, trained)
     if bases == "stored":
         tensors |= stored_bases(adapter.bases, header)
     fields = to_peft_fields(census, adapter, stored=bases == "stored")
@@ -131,17 +136,42 @@ def save(
     return SaveReport(directory, adapter.name, size, tuple(notes), url)
 
 
-def _problems(adapter: Adapter, diagonals: Mapping[str, tuple[nn.Parameter, nn.Parameter]], bases: str) -> list[str]:
+def _trained(census: Census, adapter: Adapter) -> dict[str, Tensor]:
+    """Return the parameters trained with an adapter; of one that other adapters are merged into, the value before."""
+    merged = {id(site.weight): site for site in census.adapted if site.layer.unmerged is not None}
+    return {
+        fqn: site.layer.original(site.owner) if (site := merged.get(id(parameter))) else parameter
+        for fqn, parameter in adapter.trained.items()
+    }
+
+
+def _values(
+    sites: Iterable[AdaptedSite],
+    state: ModelState,
+    adapter: Adapter,
+    diagonals: Mapping[str, tuple[nn.Parameter, nn.Parameter]],
+    trained: Mapping[str, Tensor],
+) -> dict[str, Value]:
+    """Return everything that is written of an adapter, except bases, and the shape that it must have."""
+    values = {}
+    for site in sites:
+        part, (lam, gamma) = site.layer.adapters[adapter.name], diagonals[site.fqn]
+        lam_shape, gamma_shape = diagonal_shapes(part.shape, part.options.r)
+        values[f"Λ of {site.fqn}"] = Value(lam, lam, lam_shape)
+        values[f"Γ of {site.fqn}"] = Value(gamma, gamma, gamma_shape)
+    for fqn, tensor in trained.items():
+        values[fqn] = Value(tensor, adapter.trained[fqn], whole_shape(state.replaced[fqn].original))
+    return values
+
+
+def _problems(adapter: Adapter, bases: str) -> list[str]:
     problems = []
     if bases not in ("seed", "stored"):
         problems.append(f"bases must be 'seed' or 'stored', got {bases!r}")
     if bases == "seed" and any(basis.stored is not None for basis in adapter.bases.values()):
         problems.append("its bases came from a file and no seed reproduces them: save with bases='stored'")
-    without = [fqn for fqn, (lam, _) in diagonals.items() if lam.is_meta]
-    without += [fqn for fqn, parameter in adapter.trained.items() if parameter.is_meta]
-    problems += [f"{fqn} holds no values to save (meta): materialize the model first" for fqn in without]
-    sharded = [fqn for fqn, (lam, _) in diagonals.items() if type(lam.data) is not Tensor]
-    problems += [f"the adapter of {fqn} is sharded: gather it first" for fqn in sharded]
+    names = [*adapter.targets, *adapter.trained]
+    problems += [f"{fqn!r} is no valid Unicode: rename the module" for fqn in names if not is_text(fqn)]
     return problems
 
 

@@ -15,11 +15,11 @@ from randlora.bases.spec import count_bases
 from randlora.checkpoint.format import (
     Header,
     adapter_tensors,
-    basis_keys,
     file_writers,
     planned_writers,
     stored_bases,
 )
+from randlora.checkpoint.keys import basis_keys
 from randlora.checkpoint.peft_config import UNREAD_FIELDS, option_fields, peft_obstacle, unknown_to_peft
 from randlora.config import is_integer
 from randlora.disk.replace import scratch_directory, write_files

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from randlora.checkpoint.format import METADATA, MODEL_PREFIX, trained_key
+from randlora.checkpoint.format import METADATA
+from randlora.checkpoint.keys import MODEL_PREFIX, trained_key
 from randlora.checkpoint.peft_config import BASE_FIELD, PEFT_VERSION
 from randlora.disk.tensor_file import Planned, read_pieces, read_shard, write_tensor_file
 from randlora.errors import ConfigError, raise_collected

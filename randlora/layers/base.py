@@ -143,12 +143,9 @@ class AdapterLayer(ABC):
             Λ = 0, ``(r, num_bases)``, and Γ = 1 / max(num_bases, min_dim), ``(num_bases, min_dim)``, both float32; for
             the shape of a stack, stacks of them.
         """
-        *matrices, out_features, in_features = shape
-        min_dim = min(out_features, in_features)
-        num_bases = count_bases(min_dim, r)
+        lam, gamma = diagonal_shapes(shape, r)
         options: dict[str, Any] = {"dtype": torch.float32, "device": cls.device_beside(owner)}
-        gamma = torch.full((*matrices, num_bases, min_dim), 1 / max(num_bases, min_dim), **options)
-        return torch.zeros((*matrices, r, num_bases), **options), gamma
+        return torch.zeros(lam, **options), torch.full(gamma, 1 / max(gamma[-2:]), **options)
 
     def settle(self, owner: nn.Module) -> None:  # noqa: B027  # most kinds have nothing to do
         """Change whatever else on the owner its kind requires while adapted. Must not fail."""
@@ -314,12 +311,18 @@ class AdapterLayer(ABC):
         """Replace the owner's weight by a merged one and keep the original in `unmerged`."""
         self.unmerged = (self.exchange(owner, merged.held),)
 
+    def original(self, owner: nn.Module) -> Tensor:
+        """Return the weight, or while merged the one from before, on the device and in the dtype that it has now."""
+        weight = self.weight_of(owner)
+        assert weight is not None, "obstacles() asks for a weight"
+        if self.unmerged is None:
+            return weight
+        before: Tensor = self.unmerged[0].to(device=weight.device, dtype=weight.dtype)
+        return before
+
     def save_unmerged(self, owner: nn.Module, destination: dict[str, Any], prefix: str) -> None:
         """Write the original weight into a state dict that has the merged one."""
-        weight = self.weight_of(owner)
-        assert weight is not None, "it was merged into"
-        assert self.unmerged is not None, "it was merged into"
-        destination[f"{prefix}{self.attribute}"] = self.unmerged[0].to(device=weight.device, dtype=weight.dtype)
+        destination[f"{prefix}{self.attribute}"] = self.original(owner)
 
     @torch.inference_mode(mode=False)  # the weight must not be an inference tensor
     def unfold(self, owner: nn.Module) -> None:
@@ -335,6 +338,14 @@ class AdapterLayer(ABC):
             for name, part in self.adapters.items()
             for r in [part.options.r]
         )
+
+
+def diagonal_shapes(shape: Shape, r: int) -> tuple[Shape, Shape]:
+    """Return the shapes of Λ and Γ of an update: ``(r, num_bases)`` and ``(num_bases, min_dim)``, or stacks of them."""
+    *matrices, out_features, in_features = shape
+    min_dim = min(out_features, in_features)
+    num_bases = count_bases(min_dim, r)
+    return (*matrices, r, num_bases), (*matrices, num_bases, min_dim)
 
 
 def _value_of(held: nn.Module | None, name: str) -> nn.Parameter:

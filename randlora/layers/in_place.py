@@ -226,12 +226,20 @@ def class_obstacle(owner: nn.Module, layer_class: type[AdapterLayer]) -> str | N
     own = type(owner)
     if isinstance(owner, torch.jit.ScriptModule):
         return f"is a {own.__name__}, a TorchScript module whose class cannot change: adapt it before scripting"
+    if taken := [name for name in ("randlora", *layer_class.parameter_names()) if has_attribute(owner, name)]:
+        return f"has an attribute {taken[0]} of its own, where an adapter is held: rename that, or exclude the layer"
     reads = (layer_class.attribute,) if issubclass(layer_class, ReadWeight) else ()
     try:
         object.__setattr__(object.__new__(own), "__class__", adapted_class(own, reads, layer_class.is_called))
     except Exception as error:  # a class may raise anything when it is subclassed
         return f"is a {own.__name__}, whose class cannot be replaced by a subclass ({error}): use another class"
     return None
+
+
+def has_attribute(module: nn.Module, name: str) -> bool:
+    """Whether a module has an attribute, without computing it."""
+    own = module._modules, module._parameters, module._buffers, vars(module)
+    return any(name in held for held in own) or any(name in vars(base) for base in type(module).__mro__)
 
 
 def detach_obstacle(owner: nn.Module) -> str | None:

@@ -15,7 +15,7 @@ from randlora.bases.spec import sliced_dims
 from randlora.errors import AdapterError, raise_collected
 from randlora.layer_options import by_rank
 from randlora.layers.base import AdapterLayer
-from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle
+from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, has_attribute
 from randlora.state import (
     ATTRIBUTE,
     Adapter,
@@ -26,8 +26,8 @@ from randlora.state import (
     require_unmerged,
 )
 from randlora.targets.obstacles import offloaded_with
-from randlora.targets.site import Site
-from randlora.targets.walk import Census
+from randlora.targets.site import Site, sizes
+from randlora.targets.walk import Census, whole_shape
 
 WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 """Types that wrap a whole model, and the attribute with the model."""
@@ -56,6 +56,8 @@ def owned_state(census: Census, name: str, doing: str) -> ModelState:
             f"cannot {doing} through a {type(model).__name__}, which changes the name of every layer: "
             f"call this on the wrapped model.{attribute}"
         )
+    if attached_state(model) is None and has_attribute(model, ATTRIBUTE):
+        raise AdapterError(f"cannot {doing}: the model has an attribute {ATTRIBUTE} of its own; rename that")
     state = attached_state(model) or ModelState()
     state.adopt_parameters()
     if not isinstance(name, str) or not name or "." in name or name in dir(nn.ParameterDict()):
@@ -144,19 +146,31 @@ def require_detachable(census: Census, doing: str, sites: Iterable[Site] | None 
 
 
 def lost_sites(census: Census, adapters: Iterable[Adapter]) -> list[str]:
-    """Return messages about weights that have lost an adapter, because their module was replaced by another."""
-    layers = {
-        type(layer).site_fqn(visit.fqn): layer
+    """Return messages about weights that have lost an adapter: the module was replaced by another, or resized."""
+    found = {
+        type(layer).site_fqn(visit.fqn): (layer, visit.module)
         for visit in census.visits
         for layer in adapter_layers_of(visit.module).values()
     }
-    return [
-        f"{fqn} no longer has adapter {adapter.name!r}: the module was replaced by another; change the model before "
-        "adapting it"
-        for adapter in adapters
-        for fqn in adapter.targets
-        if fqn not in layers or adapter.name not in layers[fqn].adapters
-    ]
+    problems = []
+    for adapter in adapters:
+        for fqn in adapter.targets:
+            layer, owner = found.get(fqn, (None, None))
+            if layer is None or owner is None or adapter.name not in layer.adapters:
+                problems.append(
+                    f"{fqn} no longer has adapter {adapter.name!r}: the module was replaced by another; change the "
+                    "model before adapting it"
+                )
+                continue
+            weight = layer.weight_of(owner)
+            if weight is None or len(whole_shape(weight)) < 2:  # computed from others, or a flat shard of FSDP's
+                continue
+            if (was := layer.adapters[adapter.name].shape) != (now := layer.shape_of(owner, adapter.config)):
+                problems.append(
+                    f"the shape of {fqn} was {sizes(was)} when it was adapted and is {sizes(now)} now: "
+                    "eject the adapter and load one of the new shape"
+                )
+    return problems
 
 
 def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from randlora.report import MergeReport
 from randlora.state import ModelState, adapted_root
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import tie_problems
-from randlora.targets.site import AdaptedSite, sizes
+from randlora.targets.site import AdaptedSite
 from randlora.targets.walk import Census, is_norm, is_quantized
 
 
@@ -187,14 +187,6 @@ def _weight_problems(sites: Sequence[AdaptedSite], into: Into) -> list[str]:
         elif weight.is_meta or weight.numel() == 0 or type(weight.data) is not Tensor:
             problems.append(
                 f"the weight of {site.fqn} is incomplete (meta, offloaded or sharded): load or gather it first"
-            )
-        elif changed := [
-            part for part in layer.adapters.values() if part.shape != site.shape_with(part.adapter.config)
-        ]:
-            was, now = changed[0].shape, site.shape_with(changed[0].adapter.config)
-            problems.append(
-                f"the shape of {site.fqn} was {sizes(was)} when it was adapted and is {sizes(now)} now: "
-                "eject the adapter and load one of the new shape"
             )
         elif (reason := layer.merge_obstacle(site.owner, into)) is not None:
             problems.append(f"{site.fqn} {reason}")

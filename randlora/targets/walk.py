@@ -19,6 +19,14 @@ from randlora.layers.registry import find_layer, find_readers
 from randlora.layers.uncalled import uncalled_in
 from randlora.targets.site import AdaptedSite, Site
 
+WRAPPED_AS = {
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "OffloadWrapper": "_checkpoint_wrapped_module",
+    "OptimizedModule": "_orig_mod",
+}
+"""Types of torch that wrap a submodule, and where they hold it. As in torch's checkpoints, no name contains that."""
+
 
 class Visit(NamedTuple):
     """One occurrence of a module in a model or, with its ``reader``, of a parameter of it that is adapted on read."""
@@ -49,7 +57,7 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Census:
-    """The modules and parameters of a model, without those that adapters added.
+    """The modules and parameters of a model, without those that adapters added and the wrappers of `WRAPPED_AS`.
 
     ``visits`` are all submodules, parents first; a shared one is visited at each of its places.
     """
@@ -84,7 +92,7 @@ class Census:
         """All parameters with two or more dimensions, or without a shape yet, each with all of its places."""
         places: dict[int, list[Held]] = {}
         for held in self.parameters:
-            if is_lazy(held.parameter) or len(_shape_of(held.parameter)) >= 2:
+            if is_lazy(held.parameter) or len(whole_shape(held.parameter)) >= 2:
                 places.setdefault(id(held.parameter), []).append(held)
         return tuple(map(tuple, places.values()))
 
@@ -181,10 +189,10 @@ def count_numbers(held: Held) -> int:
         return math.prod(layer_class.features(held.module))
     if (state := getattr(held.parameter, "quant_state", None)) is not None:  # a bitsandbytes embedding
         return math.prod(state.shape)
-    return 0 if is_lazy(held.parameter) else math.prod(_shape_of(held.parameter))
+    return 0 if is_lazy(held.parameter) else math.prod(whole_shape(held.parameter))
 
 
-def _shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Return a parameter's shape, which DeepSpeed's ZeRO-3 keeps beside a parameter that it empties."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
@@ -204,7 +212,10 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[Visit]:
-    for attribute, child in module._modules.items():
+    for attribute, held in module._modules.items():
+        child = held
+        while child is not None and (within := WRAPPED_AS.get(type(child).__qualname__)) is not None:
+            child = child._modules[within]
         if child is not None and not isinstance(child, Diagonal):
             yield Visit(f"{prefix}{attribute}", child)
             yield from _walk(child, f"{prefix}{attribute}.")
