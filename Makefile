@@ -117,6 +117,10 @@ $(REVIEWS): | $(VENV)/.pip
 	.venv-release/bin/python -m pip install --quiet --group release
 	touch $@
 
+$(VENV)/.torture: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --group torture
+	touch $@
+
 # the oldest versions that pyproject.toml admits, and of everything else the newest that goes with them
 .venv-floor/.dev: .venv-floor/.pip pyproject.toml tests/floors.py
 	.venv-floor/bin/python tests/floors.py > .venv-floor/constraints.txt

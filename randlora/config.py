@@ -85,6 +85,9 @@ def _unknown_option(option: str, known: Iterable[str]) -> str:
     return f"unknown option {option}=: the options are {', '.join(known)}"
 
 
+NO_REGEX = re.error, OverflowError, RecursionError
+"""What the module ``re`` raises for a regular expression that is none, counts too far, or is nested too deeply."""
+
 LARGEST_RANK = 2**20
 """The largest r. Above min_dim, a larger r adds rows of the bases and no rank, and no layer is as wide as this."""
 
@@ -306,6 +309,6 @@ def _pattern_problems(config: RandLoRAConfig) -> list[str]:
 def _regex_problems(name: str, pattern: str) -> list[str]:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except NO_REGEX as error:
         return [f"{name}={pattern!r} is not a valid regular expression: {error}"]
     return []

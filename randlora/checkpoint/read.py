@@ -72,8 +72,8 @@ class AdapterFile:
 
     @cached_property
     def options(self) -> dict[str, LayerOptions]:
-        """The r and the alpha of each target."""
-        return options_listed(self.config, self.values)
+        """The r and the alpha of each target, in the order of the header, which decides which of them are common."""
+        return options_listed(self.config, self.header.shapes if self.header else self.values)
 
     def renamed(self, rename: Callable[[str], str], how: str) -> AdapterFile:
         """Return the adapter with other FQNs, and without the fields that say which class it was trained on."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -53,6 +55,8 @@ def describe(version: Version = False) -> None:  # noqa: FBT002
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 for an error with files, 2 for an invalid command line."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names may hold what no text is encoded as
     try:
         app(None if args is None else list(args), prog_name="randlora")
     except SystemExit as ended:

@@ -9,7 +9,7 @@ from typing import TypeGuard
 
 from torch import nn
 
-from randlora.config import Pattern
+from randlora.config import NO_REGEX, Pattern
 
 NEAREST = 5
 
@@ -42,7 +42,7 @@ def is_regex_of(entry: str, fqns: Iterable[str]) -> bool:
     """Whether a name was probably meant as a regex, because as a regex it matches some of ``fqns`` in full."""
     try:
         return any(re.fullmatch(entry, fqn) for fqn in fqns)
-    except re.error:
+    except NO_REGEX:
         return False
 
 

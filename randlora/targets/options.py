@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from randlora.config import ALPHA_PER_RANK, RandLoRAConfig
+from randlora.config import ALPHA_PER_RANK, NO_REGEX, RandLoRAConfig
 from randlora.layer_options import LayerOptions
 from randlora.targets.match import nearest_names, prefixes, shortened
 
@@ -74,7 +74,7 @@ def _by_target(name: str, option: Any, fqns: Sequence[str]) -> tuple[dict[str, A
     for pattern, value in option.items():
         try:
             meant = _meant(pattern, fqns)
-        except re.error as error:
+        except NO_REGEX as error:
             problems.append(f"{name}={{{pattern!r}: …}} is no name of a target, and no regular expression: {error}")
             continue
         if not meant:

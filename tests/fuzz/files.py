@@ -1,0 +1,96 @@
+"""An input of several files as one string of bytes: a zip archive of a directory.
+
+Beside files it may hold what a hostile directory does: ``@link/NAME`` is a symbolic link to its contents,
+``@pipe/NAME`` a named pipe, and ``@folder/NAME`` a directory.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+Files = dict[str, bytes]
+
+CORPUS = Path(__file__).parent / "corpus"
+"""A folder of inputs for each target."""
+
+IN_MEMORY = Path("/dev/shm")  # where flushing takes no time
+
+LINK, PIPE, FOLDER = "@link/", "@pipe/", "@folder/"
+LINKED = (b"/dev/zero", b"/dev/null", b"/dev/full")  # and names without a slash, so that nothing else can be reached
+
+
+def pack(files: Mapping[str, bytes]) -> bytes:
+    """Return files as one archive; equal files give equal bytes."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in sorted(files.items()):
+            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+    return stream.getvalue()
+
+
+def unpack(data: bytes) -> Files | None:
+    """Return the files of an archive, or ``None`` for bytes that are none."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return {info.filename: archive.read(info) for info in archive.infolist() if info.file_size < 2**20}
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, RuntimeError, ValueError, zlib.error):
+        return None
+
+
+def packed(directory: Path) -> bytes:
+    """Return the files below a directory as one archive."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return pack({path.relative_to(directory).as_posix(): path.read_bytes() for path in files})
+
+
+@contextmanager
+def laid_out(files: Mapping[str, bytes]) -> Iterator[Path]:
+    """Yield a new directory with these files. Names that would lead out of it are left out."""
+    place = IN_MEMORY if os.access(IN_MEMORY, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=place) as name:
+        root = Path(name)
+        for entry, content in files.items():
+            kind = next((kind for kind in (LINK, PIPE, FOLDER) if entry.startswith(kind)), "")
+            parts = entry.removeprefix(kind).split("/")
+            if any(part in {"", ".", ".."} for part in parts):
+                continue
+            try:
+                _make(root.joinpath(*parts), kind, content)
+            except (OSError, ValueError):  # a name that no file can have, or that is taken
+                continue
+        yield root
+
+
+def _make(path: Path, kind: str, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == LINK:
+        if content in LINKED or (content and b"/" not in content):
+            path.symlink_to(os.fsdecode(content))
+    elif kind == PIPE:
+        os.mkfifo(path)
+    elif kind == FOLDER:
+        path.mkdir(exist_ok=True)
+    elif not path.is_symlink() and (path.is_file() or not path.exists()):
+        path.write_bytes(content)
+
+
+def tree(root: Path) -> dict[str, bytes | str]:
+    """Return everything below a directory: the bytes of files, and the kinds of all else. Nothing is followed."""
+    found: dict[str, bytes | str] = {}
+    for folder, folders, names in os.walk(root):
+        for name in [*folders, *names]:
+            path = Path(folder, name)
+            if path.is_symlink():
+                found[str(path.relative_to(root))] = f"link to {path.readlink()}"
+            elif path.is_file():
+                found[str(path.relative_to(root))] = path.read_bytes()
+            else:
+                found[str(path.relative_to(root))] = "folder" if path.is_dir() else "special"
+    return found
