@@ -400,6 +400,15 @@ def test_a_copy_in_our_own_format_is_equal_and_peft_is_refused_and_a_lora_approx
     assert {layer.fqn for layer in report.layers} == {*SHAPES}
 
 
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_a_copy_is_read_where_equally_many_layers_have_each_rank(first: str, tmp_path: Path) -> None:
+    model = nn.ModuleDict({"b": nn.Linear(8, 8), "a": nn.Linear(8, 8)})  # not in the order of their names
+    randlora.inject(model, {first: 4, ".*": 5})
+    randlora.save(model, tmp_path / "one")
+    randlora.files.convert(tmp_path / "one", tmp_path / "two", "native")
+    assert randlora.files.verify(tmp_path / "two").passed
+
+
 @pytest.mark.medium
 def test_files_are_merged_as_in_memory(tmp_path: Path) -> None:
     base = save_model(LLAMA, tmp_path / "base", dtype=torch.bfloat16)

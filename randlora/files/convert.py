@@ -180,7 +180,7 @@ def _contents(
         notes = (f"the bases are in the file: {reason}",)
     kept = {name: value for name, value in file.fields.items() if name not in UNREAD_FIELDS}
     (stream,) = {spec.stream for spec in specs.values()}
-    own = option_fields(file.config, file.options, stream, stored=is_stored)
+    own = option_fields(file.config, header.options, stream, stored=is_stored)  # whose order decides between equals
     return dict(sorted({**kept, **own}.items())), tensors, header, notes
 
 

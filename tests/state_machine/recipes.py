@@ -1,0 +1,113 @@
+"""What the state machine draws: the options of an adapter, as numbers that any of its models can take."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from randlora import BasisSpec
+from randlora.errors import TargetError
+from tests.state_machine.models import Kind, Weight
+from tests.state_machine.truth import Adapter, drawn, first_values
+from tests.strategies import KINDS_AND_STREAMS
+
+NAMES = "a", "b", "c"
+DTYPES = torch.float32, torch.float64, torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The options of an adapter.
+
+    Attributes:
+        places: Which of a model's weights are adapted, counted round and round.
+        beside: Which of its other parameters are trained, likewise.
+        r: The ranks of the first weight and of the others.
+        alpha: The same of alpha.
+        basis: Kind and stream of the bases.
+        apart: Whether each matrix of a stack has its own Λ and Γ.
+    """
+
+    places: tuple[int, ...]
+    beside: tuple[int, ...] = ()
+    r: tuple[int, int] = (3, 3)
+    alpha: tuple[float, float] | None = None
+    basis: tuple[Any, Any] = ("dense", "portable")
+    seed: int = 0
+    dropout: float = 0.0
+    apart: bool = True
+
+    def weights(self, kind: Kind) -> tuple[Weight, ...]:
+        """Return the weights of a model that are adapted, in its order."""
+        places = {place % len(kind.weights) for place in self.places}
+        return tuple(weight for place, weight in enumerate(kind.weights) if place in places)
+
+    def copies(self, kind: Kind) -> tuple[str, ...]:
+        """Return the names of the parameters that are trained beside."""
+        return tuple(dict.fromkeys(kind.others[place % len(kind.others)] for place in self.beside))
+
+    def options(self, kind: Kind) -> dict[str, Any]:
+        """Return what `randlora.inject` is told."""
+        weights = self.weights(kind)
+        first = weights[0].fqn
+        return {
+            "targets": [weight.fqn for weight in weights],
+            "train_also": [*self.copies(kind)] or None,
+            "r": self.r[0] if len(set(self.r)) == 1 else {first: self.r[0], ".*": self.r[1]},
+            "alpha": self.alpha and {first: self.alpha[0], ".*": self.alpha[1]},
+            "basis": self.basis[0],
+            "stream": self.basis[1],
+            "seed": self.seed,
+            "dropout": self.dropout,
+            "in_proj": "split" if self.apart else "packed",
+            "experts": "each" if self.apart else "shared",
+        }
+
+    def scales(self, kind: Kind) -> dict[str, tuple[int, float]]:
+        """Return r and alpha of each weight."""
+        found = {}
+        for place, weight in enumerate(self.weights(kind)):
+            r = self.r[min(place, 1)]
+            found[weight.fqn] = r, 20.0 * r if self.alpha is None else self.alpha[min(place, 1)]
+        return found
+
+    def misfit(self, kind: Kind) -> type[TargetError] | None:
+        """Return what must be raised: for training what is adapted too, or for dropout where no input is known."""
+        weights = self.weights(kind)
+        is_twice = not {weight.name for weight in weights}.isdisjoint(self.copies(kind))
+        is_unknown = self.dropout > 0 and not all(weight.is_called for weight in weights)
+        return TargetError if is_twice or is_unknown else None
+
+    def adapter(self, kind: Kind, specs: Iterable[BasisSpec], *, own: Mapping[str, Tensor], trains: bool) -> Adapter:
+        """Return the truth of a new adapter. Of the library's report only the specs of the bases are taken."""
+        options, scales, weights = self.options(kind), self.scales(kind), self.weights(kind)
+        bases = {}
+        for spec in specs:
+            assert (spec.kind, spec.stream, spec.seed) == (*self.basis, self.seed)
+            shapes = [weight.matrices(options)[1] for weight in weights if scales[weight.fqn][0] == spec.r]
+            dims = max(map(max, shapes)), max(map(min, shapes))
+            bases[spec.r] = drawn(spec, max(spec.max_dim, dims[0]), max(spec.min_dim, dims[1]))
+        values = {weight.fqn: first_values(options, weight, scales[weight.fqn][0]) for weight in weights}
+        return Adapter(options, scales, bases, values, {name: own[name] for name in self.copies(kind)}, None, trains)
+
+
+names = st.sampled_from(NAMES)
+slots = st.integers(0, 1)
+maybe = st.sampled_from([None, True, False])
+ranks = st.tuples(st.integers(2, 6), st.integers(2, 6)) | st.just((4, 4))
+recipes = st.builds(
+    Recipe,
+    places=st.lists(st.integers(0, 6), min_size=1, max_size=4, unique=True).map(tuple),
+    beside=st.lists(st.integers(0, 5), max_size=3, unique=True).map(tuple),
+    r=ranks,
+    alpha=st.none() | st.tuples(st.sampled_from([8.0, -3.5]), st.sampled_from([8.0, 20.0, 0.0])),
+    basis=st.sampled_from(KINDS_AND_STREAMS),
+    seed=st.integers(0, 1),
+    dropout=st.sampled_from([0.0, 0.0, 0.0, 0.5]),
+    apart=st.booleans(),
+)
+which = st.integers(0, 2)
+factors = st.tuples(*[st.sampled_from([1.0, None, 0.5, -2.0, 0.0])] * len(NAMES))

@@ -1,0 +1,284 @@
+"""What a model must be: plain values, and the outputs and gradients that follow from them by torch's own layers.
+
+The truth holds every number apart, with its bits: the model's own values, each adapter's Λ, Γ and copies. What a verb
+does is a line or two here. Updates are computed in float64 by the formula, outputs by a plain twin of the model.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from randlora import BasisSpec
+from randlora.bases.basis import Basis
+from tests.state_machine.models import Kind, Weight
+
+Pair = tuple[Tensor, Tensor]
+
+
+@cache
+def drawn(spec: BasisSpec, max_dim: int, min_dim: int) -> Pair:
+    """Draw A, ``(r, m)``, and B, ``(M, n, r)``, in float64, apart from those of any model."""
+    A, B = Basis(spec).slices(max_dim, min_dim, device="cpu", dtype=torch.float64)
+    return A[:, 0].clone(), B.clone()
+
+
+def update(bases: Pair, lam: Tensor, gamma: Tensor, scaling: float, shape: tuple[int, int]) -> Tensor:
+    """Compute ``s · UB @ UA``, ``(out, in)``, of one matrix; a test holds it against the loops of the oracle."""
+    A, B = bases
+    num_bases, (min_dim, max_dim) = len(gamma), sorted(shape)
+    factors = torch.einsum("kj,kc,jc->kjc", lam, A[:, :min_dim], gamma).flatten(end_dim=1)
+    delta = scaling * torch.einsum("ip,pc->ic", B[:max_dim, :num_bases].flatten(start_dim=1), factors)
+    return delta if shape[1] == min_dim else delta.T
+
+
+@dataclass
+class Adapter:
+    """One adapter.
+
+    Attributes:
+        options: What it was injected with, complete.
+        scales: ``(r, alpha)`` of each weight, by FQN.
+        bases: A and B, by r.
+        values: Λ and Γ of each weight, by FQN.
+        copies: The parameters trained with it, by name.
+        factor: Its factor while active, else ``None``.
+        trains: Whether its parameters require grad.
+    """
+
+    options: dict[str, Any]
+    scales: dict[str, tuple[int, float]]
+    bases: dict[int, Pair]
+    values: dict[str, Pair]
+    copies: dict[str, Tensor]
+    factor: float | None
+    trains: bool
+
+    def update(self, weight: Weight, values: Pair | None = None) -> Tensor:
+        """Compute its update of one weight: a matrix, or a stack of them."""
+        lam, gamma = (part.double() for part in values or self.values[weight.fqn])
+        count, shape = weight.matrices(self.options)
+        r, alpha = self.scales[weight.fqn]
+        if not count:
+            return update(self.bases[r], lam, gamma, alpha / r, shape)
+        return torch.stack([update(self.bases[r], *each, alpha / r, shape) for each in zip(lam, gamma, strict=True)])
+
+
+@dataclass
+class Truth:
+    """What the model must be.
+
+    Attributes:
+        own: The model's own parameters, by first name. One that is displaced, by an adapter's copy or a merged weight,
+            keeps its bits until it is put back, whatever dtype the model has meanwhile.
+        own_grad: Whether each requires grad while the model is plain.
+        adapters: The adapters by name.
+        merged: The merged weights by name of parameter, or ``None``.
+        disabled: The number of open blocks of ``disabled``.
+        life: Counts up whenever the model becomes plain.
+    """
+
+    kind: Kind
+    dtype: torch.dtype
+    twin: nn.Module = field(init=False)
+    inputs: tuple[Tensor, ...] = field(init=False)
+    own: dict[str, Tensor] = field(init=False)
+    own_grad: dict[str, bool] = field(init=False)
+    aliases: dict[str, str] = field(init=False)
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    merged: dict[str, Tensor] | None = None
+    disabled: int = 0
+    life: int = 0
+    training: bool = False
+
+    def __post_init__(self) -> None:
+        plain = self.kind.build(self.dtype)
+        self.own = {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
+        self.own_grad = dict.fromkeys(self.own, True)
+        first = {id(parameter): name for name, parameter in plain.named_parameters()}
+        self.aliases = {name: first[id(held)] for name, held in plain.named_parameters(remove_duplicate=False)}
+        self.inputs = self.kind.draw()
+        self.twin = self.kind.build(torch.float64).train()  # so that torch takes no fast path
+
+    @property
+    def active(self) -> dict[str, Adapter]:
+        """The adapters whose updates are added, merged or not, by name."""
+        return {} if self.disabled else {name: each for name, each in self.adapters.items() if each.factor is not None}
+
+    @property
+    def installed(self) -> dict[str, tuple[Adapter, Tensor]]:
+        """The copies that the model uses instead of its own parameters, with their adapters."""
+        return {name: (each, value) for each in self.active.values() for name, value in each.copies.items()}
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the output depends on dropout."""
+        return self.training and self.merged is None and any(each.options["dropout"] for each in self.active.values())
+
+    def arguments(self) -> tuple[Tensor, ...]:
+        """Return what the model is given, floating parts in its dtype."""
+        return tuple(part.to(self.dtype) if part.is_floating_point() else part for part in self.inputs)
+
+    def weights_of(self, adapter: Adapter) -> Iterator[Weight]:
+        """Go through the weights of an adapter."""
+        return (weight for weight in self.kind.weights if weight.fqn in adapter.values)
+
+    def unmerged(self) -> dict[str, Tensor]:
+        """Return the parameters that the model has, but for merging."""
+        return self.own | {name: value for name, (_, value) in self.installed.items()}
+
+    def live(self) -> dict[str, Tensor]:
+        """Return the parameters that the model has now."""
+        return self.unmerged() | (self.merged or {})
+
+    def settle(self) -> None:
+        """Give what the model has now its dtype, as installing and ``to`` do."""
+        displaced = self.installed.keys() | (self.merged or {}).keys()
+        for name, value in self.own.items():
+            if name not in displaced:
+                self.own[name] = value.to(self.dtype)
+        for name, (adapter, value) in self.installed.items():
+            if name not in (self.merged or {}):
+                adapter.copies[name] = value.to(self.dtype)
+
+    def sums(self, values: Mapping[str, Mapping[str, Pair]] | None = None) -> dict[str, Tensor]:
+        """Sum the updates of the active adapters, by name of parameter and in its layout, in float64."""
+        total: dict[str, Tensor] = {}
+        for name, adapter in self.active.items():
+            for weight in self.weights_of(adapter):
+                delta = adapter.update(weight, values[name][weight.fqn] if values else None)
+                placed = weight.placed(delta, self.own[weight.name]) * (adapter.factor or 0.0)
+                total[weight.name] = total[weight.name] + placed if weight.name in total else placed
+        return total
+
+    def merging(self) -> dict[str, Tensor]:
+        """Return what the weights are after merging, in float64."""
+        return {name: self.unmerged()[name].to(self.dtype).double() + delta for name, delta in self.sums().items()}
+
+    def output(self, parameters: dict[str, Tensor] | None = None) -> Tensor:
+        """Run the twin, by default with what the model has and its updates."""
+        if parameters is None:
+            parameters = {name: value.double() for name, value in self.live().items()}
+            if self.merged is None:
+                parameters |= {name: parameters[name] + delta for name, delta in self.sums().items()}
+        arguments = tuple(part.double() if part.is_floating_point() else part for part in self.arguments())
+        output: Tensor = functional_call(self.twin, parameters, arguments)
+        return output
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Differentiate the sum of the squared output, by name of the parameters that must get a gradient."""
+        values = {
+            name: {fqn: (_leaf(lam), _leaf(gamma)) for fqn, (lam, gamma) in adapter.values.items()}
+            for name, adapter in self.active.items()
+        }
+        parameters = {name: value.double() for name, value in self.live().items()}
+        leaves = {
+            name: _leaf(value)
+            for name, (adapter, value) in self.installed.items()
+            if adapter.trains and name not in (self.merged or {})
+        }
+        if not self.adapters:
+            leaves = {name: _leaf(value) for name, value in self.own.items() if self.own_grad[name]}
+        parameters |= leaves
+        if self.merged is None:
+            parameters |= {name: parameters[name] + delta for name, delta in self.sums(values).items()}
+            for name, by_fqn in values.items():
+                if self.adapters[name].trains:
+                    for weight in self.weights_of(self.adapters[name]):
+                        leaves |= dict(zip(diagonal_names(weight.name, name), by_fqn[weight.fqn], strict=True))
+        if not leaves:
+            return {}
+        found = torch.autograd.grad(self.output(parameters).square().sum(), list(leaves.values()), allow_unused=True)
+        return {name: grad for name, grad in zip(leaves, found, strict=True) if grad is not None}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the state dict: original weights, even while merged, under every name, and every Λ and Γ."""
+        unmerged = self.unmerged()
+        found = {name: unmerged[first].to(self.dtype) for name, first in self.aliases.items()}
+        for name, adapter in self.adapters.items():
+            for weight in self.weights_of(adapter):
+                for alias in (alias for alias, first in self.aliases.items() if first == weight.name):
+                    found |= dict(zip(diagonal_names(alias, name), adapter.values[weight.fqn], strict=True))
+        return found
+
+    def requires_grad(self) -> dict[str, bool]:
+        """Return whether each parameter that the model has now requires grad."""
+        if not self.adapters:
+            return dict(self.own_grad)
+        found = dict.fromkeys(self.own, False) | {name: each.trains for name, (each, _) in self.installed.items()}
+        for name, adapter in self.adapters.items():
+            for weight in self.weights_of(adapter):
+                found |= dict.fromkeys(diagonal_names(weight.name, name), adapter.trains)
+        return found
+
+    # what the verbs do
+
+    def add(self, name: str, adapter: Adapter, *, is_active: bool) -> None:
+        """Add an adapter, as the only active one if it is active."""
+        if is_active:
+            self.activate({name: 1.0} if name in self.adapters else {})
+            adapter.factor = 1.0
+        self.adapters[name] = adapter
+
+    def activate(self, factors: Mapping[str, float]) -> None:
+        """Activate these adapters and no others."""
+        for name, adapter in self.adapters.items():
+            adapter.factor = factors.get(name)
+
+    def merge(self, found: Mapping[str, Tensor]) -> None:
+        """Put the merged weights, which were found right, in the place of the others."""
+        self.merged = {name: found[name].detach().clone() for name in self.sums()}
+
+    def become_plain(self, *, keep: bool) -> None:
+        """Remove all adapters, and keep the values of now or go back to the model's own."""
+        if keep:
+            self.own |= self.live()
+        self.adapters, self.merged, self.disabled, self.life = {}, None, 0, self.life + 1
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Give all that the model has, merged weights and every Λ and Γ too, another dtype."""
+        self.dtype = dtype
+        if self.merged is not None:
+            self.merged = {name: value.to(dtype) for name, value in self.merged.items()}
+        for adapter in self.adapters.values():
+            adapter.values = {fqn: (lam.to(dtype), gamma.to(dtype)) for fqn, (lam, gamma) in adapter.values.items()}
+
+    def take(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what a state dict of this model holds, in the dtype that each value has."""
+        for name, value in state.items():
+            if (first := self.aliases.get(name)) is not None:
+                self._set(first, value)
+        for name, adapter in self.adapters.items():
+            for weight in self.weights_of(adapter):
+                held = zip(diagonal_names(weight.name, name), adapter.values[weight.fqn], strict=True)
+                lam, gamma = (state.get(key, part).detach().to(part, copy=True) for key, part in held)
+                adapter.values[weight.fqn] = lam, gamma
+
+    def _set(self, name: str, value: Tensor) -> None:
+        held = self.installed[name][0].copies if name in self.installed else self.own
+        held[name] = value.detach().to(self.dtype, copy=True)
+
+
+def first_values(adapter_options: Mapping[str, Any], weight: Weight, r: int) -> Pair:
+    """Return the Λ and Γ that training starts from: 0 and 1 / max(n, m)."""
+    count, shape = weight.matrices(adapter_options)
+    num_bases = math.ceil(min(shape) / r)
+    stack = (count,) if count else ()
+    gamma = torch.full((*stack, num_bases, min(shape)), 1 / max(num_bases, min(shape)))
+    return torch.zeros(*stack, r, num_bases), gamma
+
+
+def diagonal_names(parameter: str, adapter: str) -> tuple[str, str]:
+    """Return the names of an adapter's Λ and Γ of a weight, given the name of its parameter."""
+    owner, _, attribute = parameter.rpartition(".")
+    before = f"{owner}." if attribute == "weight" else f"{owner}.{attribute}_"
+    return f"{before}randlora_lambda.{adapter}", f"{before}randlora_gamma.{adapter}"
+
+
+def _leaf(value: Tensor) -> Tensor:
+    return value.double().requires_grad_()
