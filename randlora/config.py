@@ -15,7 +15,7 @@ from randlora.errors import ConfigError, OptionError, raise_collected
 from randlora.layer_options import ByPattern
 
 BasisKind = Literal["dense", "sparse", "very_sparse", "block"]
-Stream = Literal["torch", "portable"]
+Stream = Literal["torch", "torch-2.11", "portable"]
 InProj = Literal["packed", "split"]
 Experts = Literal["each", "shared"]
 Pattern = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -117,9 +117,10 @@ class RandLoRAConfig:
             too, with patterns as for ``r``.
         dropout: Probability of zeroing an entry of the adapter's input in training, in [0, 1).
         basis: The kind of the frozen random bases.
-        stream: The random stream of the bases: ``"torch"`` draws what PEFT 0.21.2 draws, ``"portable"`` draws the same
-            bits on every machine and version. ``None`` means ``"torch"``, or ``"portable"`` for ``block``, which has
-            no other.
+        stream: The random stream of the bases, each the same bits on every machine and version: ``"torch"`` is what
+            PEFT 0.21.2 draws, ``"torch-2.11"`` is what it draws for ``dense`` under torch 2.11 and older, and
+            ``"portable"`` depends on no dims. ``None`` means ``"torch"``, or ``"portable"`` for ``block``, which has no
+            other.
         blocks: ``(c, b)``, the numbers of blocks in A and B of ``block`` bases; both divide every r. ``None`` means a
             default that depends on r.
         seed: Seed of the bases, a 64-bit unsigned integer; torch's generator uses its low 32 bits.
@@ -267,8 +268,12 @@ def _basis_problems(config: RandLoRAConfig) -> list[str]:
         problems.append(f"basis must be one of {', '.join(get_args(BasisKind))}, got {config.basis!r}")
     if config.stream not in (None, *get_args(Stream)):
         problems.append(f"stream must be one of {', '.join(get_args(Stream))}, or None, got {config.stream!r}")
-    if config.basis == "block" and config.stream == "torch":
-        problems.append("basis='block' needs stream='portable', got stream='torch': omit stream")
+    if config.basis == "block" and config.stream in ("torch", "torch-2.11"):
+        problems.append(f"basis='block' needs stream='portable', got stream={config.stream!r}: omit stream")
+    if config.basis in ("sparse", "very_sparse") and config.stream == "torch-2.11":
+        problems.append(
+            f"stream='torch-2.11' is for basis='dense': every torch draws the same basis={config.basis!r}: omit stream"
+        )
     if config.blocks is not None:
         problems.extend(_block_problems(config))
     return problems

@@ -19,11 +19,6 @@ needs_export = pytest.mark.skipif(
 )
 """Those of the bases are neither parameters nor buffers: ``KeyError: 'sub_constant_…'``, or a warning that fails."""
 
-draws_as_recorded = pytest.mark.skipif(
-    TorchVersion(torch.__version__) < "2.13", reason="torch 2.10 and older draw other bfloat16 numbers from a seed"
-)
-"""For what was recorded of dense bases with ``stream="torch"``."""
-
 
 class Mixed(nn.Module):
     """Square, wide, tall and biasless layers, a norm and a head: what a model's shapes may be."""

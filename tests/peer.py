@@ -10,9 +10,10 @@ import pytest
 import torch
 from peft import PeftModel, RandLoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 import randlora
-from randlora.config import BasisKind
+from randlora.config import BasisKind, Stream
 from tests.kit import Bits, all_bits, fill
 from tests.models import RealModel, outputs
 
@@ -25,6 +26,9 @@ PEFT_FLAGS: dict[BasisKind, dict[str, bool]] = {
     "very_sparse": {"very_sparse": True},
 }
 """PEFT's flags for the kinds of bases it knows."""
+
+PEFT_STREAM: Stream = "torch" if TorchVersion(torch.__version__) >= "2.12" else "torch-2.11"
+"""The stream that PEFT draws dense bases from under the torch installed."""
 
 every_peft_kind = pytest.mark.parametrize("basis", PEFT_FLAGS)
 

@@ -8,6 +8,7 @@ from randlora.config import BasisKind, Stream
 
 KINDS_AND_STREAMS: tuple[tuple[BasisKind, Stream], ...] = (
     ("dense", "torch"),
+    ("dense", "torch-2.11"),
     ("sparse", "torch"),
     ("very_sparse", "torch"),
     ("dense", "portable"),

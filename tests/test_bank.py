@@ -19,7 +19,6 @@ from randlora.bases import portable_stream, torch_stream
 from randlora.bases.basis import Bases, Basis
 from randlora.bases.compact import CompactMatrix
 from randlora.errors import ConfigError
-from tests.laws import draws_as_recorded
 from tests.strategies import KINDS_AND_STREAMS, specs
 
 GOLDEN = Path(__file__).parent / "data" / "golden_digests.json"
@@ -42,10 +41,7 @@ def golden_spec(kind: str, stream: str) -> BasisSpec:
 # Law 5: determinism
 
 
-@pytest.mark.parametrize(
-    ("kind", "stream"),
-    [pytest.param(*each, marks=[draws_as_recorded] * (each == ("dense", "torch"))) for each in KINDS_AND_STREAMS],
-)
+@pytest.mark.parametrize(("kind", "stream"), KINDS_AND_STREAMS)
 def test_bases_are_the_committed_ones(kind: str, stream: str) -> None:
     """To add a kind: `json.dumps` of the digests, once, by hand. A digest that changes breaks every saved adapter."""
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
@@ -156,7 +152,7 @@ def test_the_portable_stream_is_the_documented_one() -> None:
 def test_entries_have_mean_square_one(spec: BasisSpec) -> None:
     """Exactly one sample standard deviation where the stream normalizes by it, else one in expectation."""
     basis_B = slices(replace(spec, max_dim=600, min_dim=max(spec.min_dim, 24))).B
-    if spec.stream == "torch":
+    if spec.stream != "portable":
         assert basis_B.std().item() == pytest.approx(1, rel=0.005)  # the divisor was rounded to bfloat16
     else:
         assert basis_B.square().mean().item() == pytest.approx(1, rel=0.15)

@@ -26,7 +26,6 @@ from tests.checkpoint_files import (
     read_tensors,
 )
 from tests.kit import adapter_values, all_bits, bits, snapshot
-from tests.laws import draws_as_recorded
 
 DATA = Path(__file__).parent / "data"
 EXPECTED_FILE = "expected.json"
@@ -82,11 +81,7 @@ GOLDEN = (
     ),
 )
 
-every_golden = pytest.mark.parametrize(
-    "golden",
-    [pytest.param(golden, marks=[draws_as_recorded] * (golden.name == "golden_v1_torch")) for golden in GOLDEN],
-    ids=lambda golden: golden.name,
-)
+every_golden = pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: golden.name)
 
 
 def lam(fqn: str, r: int = 2) -> Tensor:

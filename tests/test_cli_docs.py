@@ -7,7 +7,6 @@ import pytest
 import typer.main
 
 from randlora.cli.app import app
-from tests.laws import draws_as_recorded
 from tests.screens import PAGE, SCREEN, record
 
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -21,7 +20,6 @@ def section(command: str) -> str:
     return found[1]
 
 
-@draws_as_recorded
 def test_the_screens_are_what_the_commands_print(tmp_path: Path) -> None:
     assert record(TEXT, tmp_path) == TEXT
 

@@ -13,19 +13,11 @@ from tests import reference
 from tests.checkpoint_files import bases_of, read_fields, read_tensors
 from tests.golden import BODIES, GOLDEN, SEED, TRAINED, TRANSPOSED, Golden, build, expected_values, make, plain
 from tests.kit import adapter_values, all_bits, snapshot
-from tests.laws import draws_as_recorded
 
 LAST = {"library_version", "sha256", "torch_version"}
 """What a header says of the library that wrote it, and the seal over it."""
 
-every_golden = pytest.mark.parametrize(
-    "golden",
-    [
-        pytest.param(golden, marks=[draws_as_recorded] * ((golden.kind, golden.stream) == ("dense", "torch")))
-        for golden in GOLDEN
-    ],
-    ids=lambda golden: golden.name,
-)
+every_golden = pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: golden.name)
 
 
 def header_of(golden: Golden) -> dict[str, Any]:

@@ -8,9 +8,13 @@ from randlora.bases import portable_stream, torch_stream
 from randlora.bases.spec import KINDS, Kind, count_bases
 from randlora.functional import DensePair
 
+_since_2_12 = partial(torch_stream.uniform, rounded=torch_stream.since_2_12)
+_until_2_11 = partial(torch_stream.uniform, rounded=torch_stream.until_2_11)
+
 DENSE = KINDS["dense"] = Kind(
     draws={
-        "torch": partial(torch_stream.draw, draw_matrix=torch_stream.uniform),
+        "torch": partial(torch_stream.draw, draw_matrix=_since_2_12),
+        "torch-2.11": partial(torch_stream.draw, draw_matrix=_until_2_11),
         "portable": partial(portable_stream.draw, to_values=portable_stream.uniform),
     },
     dtype=torch.bfloat16,

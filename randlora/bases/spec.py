@@ -48,6 +48,9 @@ class Kind:
 
 KINDS: dict[BasisKind, Kind] = {}
 
+PEFT_STREAMS: tuple[Stream, ...] = ("torch", "torch-2.11")
+"""What PEFT draws from a seed: today, and for ``dense`` under torch 2.11 and older. Its files do not say which."""
+
 
 @dataclass(frozen=True)
 class BasisSpec:
@@ -55,7 +58,7 @@ class BasisSpec:
 
     Attributes:
         kind: Name of the kind.
-        stream: ``torch`` or ``portable``.
+        stream: ``torch``, ``torch-2.11`` or ``portable``.
         seed: Seed of the stream.
         r: Rank of one basis.
         max_dim: Rows of B that are drawn, the largest dim of any target.
@@ -134,6 +137,11 @@ def count_trainable(shape: Shape, r: int) -> int:
     """Return the number of entries of Λ and Γ for a weight: ``num_bases·(r + min_dim)`` for each of its matrices."""
     min_dim = min(shape[-2:])
     return math.prod(shape[:-2]) * count_bases(min_dim, r) * (r + min_dim)
+
+
+def peft_streams(kind: BasisKind) -> tuple[Stream, ...]:
+    """Return those of PEFT's streams that a kind has."""
+    return tuple(stream for stream in PEFT_STREAMS if stream in KINDS[kind].draws)
 
 
 def drawn_dims(shapes: Iterable[Shape]) -> tuple[int, int]:

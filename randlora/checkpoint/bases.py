@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,44 +11,112 @@ from torch import Tensor
 from randlora.bases.bank import BasisBank
 from randlora.bases.basis import Basis
 from randlora.bases.compact import CompactMatrix
-from randlora.bases.spec import BasisSpec, Shape, count_bases, drawn_dims, sliced_dims, spec_for
+from randlora.bases.spec import (
+    KINDS,
+    PEFT_STREAMS,
+    BasisSpec,
+    Shape,
+    count_bases,
+    drawn_dims,
+    peft_streams,
+    sliced_dims,
+    spec_for,
+)
 from randlora.checkpoint.read import AdapterFile
 from randlora.errors import CheckpointError, ConfigError
-from randlora.layer_options import by_rank
-from randlora.targets.site import Shapes
 
 
-def file_bases(file: AdapterFile, shapes: Shapes, bank: BasisBank) -> dict[int, Basis]:
-    """Return the bases that a file's adapter was trained with, by r, those of the bank if it has the same bits.
+def stream_notes(file: AdapterFile) -> tuple[str, ...]:
+    """Return a note if a file leaves open which of two streams its bases are from, and the caller does not say."""
+    kind = file.config.basis
+    if file.header is not None or file.bases or file.stream is not None or len(peft_streams(kind)) == 1:
+        return ()
+    note = (
+        "PEFT stored neither the bases nor the torch that drew them: assumed stream='torch', of torch 2.12 and newer. "
+        "An adapter trained under torch 2.11 or older had others and computes something else with these: give "
+        "stream='torch-2.11' for it"
+    )
+    return (note,)
 
-    The bank does not change. It is an error if other bases are drawn than those that the file was saved with.
+
+def file_bases(
+    file: AdapterFile, shapes: Mapping[int, Sequence[Shape]], bank: BasisBank
+) -> tuple[AdapterFile, dict[int, Basis]]:
+    """Return the bases that a file's adapter was trained with, by r, and the file with their stream in its config.
+
+    If the file has a digest of the bases, or the bases themselves, these decide from which of PEFT's streams they are.
+    The bank's bases are returned if it has the same bits; it does not change.
+
+    Args:
+        file: The adapter's file.
+        shapes: Shapes of the layers' updates, by r.
+        bank: The bases of a model.
+
+    Raises:
+        CheckpointError: If other bases are drawn than those that the file was saved with, or they are from another
+            stream than the caller says.
     """
-    return {r: bases_of_rank(file, r, own, bank) for r, own in by_rank(shapes, file.options).items()}
+    bases = {r: _bases_of_rank(file, r, own, bank) for r, own in shapes.items()}
+    streams = sorted({basis.spec.stream for basis in bases.values()})
+    if len(streams) > 1:
+        raise CheckpointError(f"its bases are from several streams, {' and '.join(streams)}: save wrote no such file")
+    if file.stream is not None and any(basis.stored is not None for basis in bases.values()):
+        raise CheckpointError(f"stream={file.stream!r} is given, but the file's bases are from no seed: omit it")
+    if file.stream is not None and streams not in ([], [file.stream]):
+        raise CheckpointError(f"stream={file.stream!r} is given, but the file's bases are from {streams[0]!r}: omit it")
+    default, *_ = KINDS[file.config.basis].draws
+    if streams not in ([], [file.config.stream or default]):
+        file = replace(file, config=replace(file.config, stream=streams[0]))
+    return file, bases
 
 
-def bases_of_rank(file: AdapterFile, r: int, shapes: Sequence[Shape], bank: BasisBank) -> Basis:
+def _bases_of_rank(file: AdapterFile, r: int, shapes: Sequence[Shape], bank: BasisBank) -> Basis:
     """Return the bases of one r, as `file_bases` does, for the shapes of the layers that use them."""
     used = sliced_dims(shapes)
     spec, stored = _spec(file, r, shapes), file.bases.get(r)
     record = None if file.header is None else file.header.bases[r]
     if record is not None and not record.is_reproducible:
         return _as_stored(file, spec, used, bank)
-    basis = Basis(spec)  # not the bank's own, which must not grow before all is checked
+    found = []
+    for candidate in _candidates(spec):
+        basis = _drawn(candidate, used)
+        if record is None and stored is None:  # nothing to compare with
+            return bank.find(candidate) or basis
+        if stored is not None and not _equal(basis, stored, used):
+            continue
+        found.append("" if record is None else basis.digest(*used))
+        if record is None or found[-1] == record.digest:
+            return bank.find(candidate) or basis
+    if stored is not None:
+        return _as_stored(file, spec, used, bank)
+    assert file.header is not None, "bases without a record are found or stored"
+    assert record is not None, "a file with a header has a record for each r"
+    here, drawn_by = torch.__version__.split("+")[0], file.header.torch_version
+    then = f"torch {drawn_by}" if drawn_by else "an unknown torch"
+    raise CheckpointError(
+        f"the {spec} drawn here, by torch {here}, have the SHA-256 {found[0][:12]}…, and had "
+        f"{record.digest[:12]}… when the adapter was saved with {then}: save it there with bases='stored'"
+    )
+
+
+def _candidates(spec: BasisSpec) -> list[BasisSpec]:
+    """Return the spec, and that of the other stream if it is one of PEFT's two.
+
+    Before ``torch-2.11`` had a name, a file of ours said ``torch`` of what the torch of its time drew.
+    """
+    others = peft_streams(spec.kind) if spec.stream in PEFT_STREAMS else ()
+    return [spec, *(replace(spec, stream=stream) for stream in others if stream != spec.stream)]
+
+
+def _drawn(spec: BasisSpec, used: tuple[int, int]) -> Basis:
+    """Draw bases for layers of these dims, not the bank's own, which must not grow before all is checked."""
+    basis = Basis(spec)
     try:
         basis.extend(*used)
         basis.matrices()
     except ConfigError as error:
         raise CheckpointError(f"the bases that the file names cannot be drawn: {error}") from error
-    if stored is not None and not _equal(basis, stored, used):
-        return _as_stored(file, spec, used, bank)
-    if file.header is not None and record is not None and (digest := basis.digest(*used)) != record.digest:
-        here, drawn_by = torch.__version__.split("+")[0], file.header.torch_version
-        then = f"torch {drawn_by}" if drawn_by else "an unknown torch"
-        raise CheckpointError(
-            f"the {spec} drawn here, by torch {here}, have the SHA-256 {digest[:12]}…, and had "
-            f"{record.digest[:12]}… when the adapter was saved with {then}: save it there with bases='stored'"
-        )
-    return bank.find(spec) or basis
+    return basis
 
 
 def _spec(file: AdapterFile, r: int, shapes: Sequence[Shape]) -> BasisSpec:

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from randlora.checkpoint.base_model import mismatch
-from randlora.checkpoint.bases import file_bases
+from randlora.checkpoint.bases import file_bases, stream_notes
 from randlora.checkpoint.fit import fit_sites, layer_names, with_prefix, without_repeats
 from randlora.checkpoint.format import master
 from randlora.checkpoint.peft_config import BASE_FIELD, NEUTRAL_FIELDS, kept_fields
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
+from randlora.config import Stream
 from randlora.errors import CheckpointError
+from randlora.layer_options import by_rank
 from randlora.model.install import commit, owned_state, prepare
 from randlora.model.train_also import replacements
 from randlora.report import Report, adapter_report, next_steps
@@ -33,6 +35,7 @@ def load(
     active: bool | None = None,
     revision: str | None = None,
     prefix: str | None = None,
+    stream: Stream | None = None,
 ) -> Report:
     """Load an adapter from a directory, or from a repository on the Hub, into a model, in place.
 
@@ -52,27 +55,30 @@ def load(
         prefix: The prefix by which the names in the file and in the model differ, such as ``"bert"`` for an adapter of
             ``BertModel`` and a model with a head. It is added to the names or removed from them, as the model requires,
             which the report says.
+        stream: The stream that the adapter's bases are from, if a file of PEFT without ``dense`` bases does not say it:
+            ``"torch-2.11"`` if it was trained under torch 2.11 or older. ``None`` means what the file says, or else
+            ``"torch"``, with a note in the report.
 
     Returns:
         A report as from `randlora.inject`.
 
     Raises:
-        ConfigError: If ``prefix`` is not a name.
-        CheckpointError: If the files are damaged, of another kind or version, do not fit the model, or cannot be
-            downloaded.
+        ConfigError: If ``prefix`` is not a name, or ``stream`` is none of a stream.
+        CheckpointError: If the files are damaged, of another kind or version, do not fit the model, cannot be
+            downloaded, or are from another stream.
         AdapterError: If the name is taken, or the model's adapters are merged.
     """
     census = Census.of(model)
     state = owned_state(census, name, "load")
     active = not state.adapters if active is None else active
     try:
-        file = read_adapter(locate(source, revision))
+        file = read_adapter(locate(source, revision), stream)
         if prefix is not None:
             file = with_prefix(file, prefix, layer_names(census))
         sites = fit_sites(census, file)
         file = without_repeats(census, file)
         shapes = shapes_of(sites, file.config)
-        bases = file_bases(file, shapes, state.bank)
+        file, bases = file_bases(file, by_rank(shapes, file.options), state.bank)
     except CheckpointError as error:
         raise CheckpointError(f"cannot load {str(source)!r}: {error}") from error
     doubts = _doubts(model, file)
@@ -93,7 +99,7 @@ def load(
         shapes,
         is_active=active,
         is_trainable=trainable,
-        notes=[*doubts, *next_steps(name, is_active=active, is_trainable=True), *foreign],
+        notes=[*doubts, *stream_notes(file), *next_steps(name, is_active=active, is_trainable=True), *foreign],
     )
     commit(census, addition, active=active)
     return report

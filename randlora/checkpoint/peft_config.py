@@ -7,7 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from randlora.bases.spec import KINDS
+import torch
+from torch.torch_version import TorchVersion
+
+from randlora.bases.spec import KINDS, BasisSpec, peft_streams
 from randlora.checkpoint.base_model import base_model_name
 from randlora.config import BasisKind, RandLoRAConfig, Stream
 from randlora.errors import CheckpointError, ConfigError
@@ -111,6 +114,17 @@ def option_fields(
     return fields if stored or stream == "torch" else {**fields, STREAM_FIELD: stream}
 
 
+def drawing_note(spec: BasisSpec) -> str | None:
+    """Return why PEFT might draw other bases from a seed than those of a spec, or ``None`` if it would not here."""
+    if spec.stream not in (streams := peft_streams(spec.kind)):
+        return f"PEFT cannot draw stream={spec.stream!r}: save with bases='stored' to load there"
+    is_new = TorchVersion(torch.__version__) >= "2.12"
+    if len(streams) == 1 or (is_new and spec.stream == "torch"):
+        return None
+    those = "2.12 and newer" if spec.stream == "torch" else "2.11 and older"
+    return f"PEFT draws stream={spec.stream!r} under torch {those} only: save with bases='stored' to load under any"
+
+
 def pattern_fields(options: Mapping[str, LayerOptions]) -> dict[str, Any]:
     """Return the r and the alpha of each layer as PEFT writes them for LoRA; neither if all layers have the same."""
     # PEFT matches each regex with the ends of names too: the longest comes first
@@ -141,23 +155,30 @@ def _plain(alpha: float) -> float:
     return int(alpha) if alpha.is_integer() else alpha
 
 
-def from_peft_fields(fields: Mapping[str, Any], targets: Iterable[str], trained: Iterable[str]) -> RandLoRAConfig:
+def from_peft_fields(
+    fields: Mapping[str, Any], targets: Iterable[str], trained: Iterable[str], stream: Stream | None
+) -> RandLoRAConfig:
     """Return the options of an adapter that PEFT wrote. ``target_modules`` is never matched against a model.
 
-    The FQNs, ``targets`` and ``trained``, are those in the keys of the tensors.
+    The FQNs, ``targets`` and ``trained``, are those in the keys of the tensors. ``stream`` is that of the bases, which
+    PEFT does not write; ``None`` means what it draws today.
     """
     needed = ("r", "randlora_alpha", "projection_prng_key")
     if missing := [name for name in needed if name not in fields]:
         raise CheckpointError(
             f"the adapter's JSON lacks {', '.join(missing)}: expected the fields PEFT writes for RandLoRA"
         )
+    kind = peft_kind(fields)
+    drawn_from = stream or "torch"
+    if drawn_from not in (streams := peft_streams(kind)):
+        raise CheckpointError(f"PEFT draws {kind} bases from stream={' or '.join(map(repr, streams))}, got {stream!r}")
     try:
         return RandLoRAConfig(
             r=fields["r"],
             alpha=fields["randlora_alpha"],
             dropout=fields.get("randlora_dropout", 0.0),
-            basis=peft_kind(fields),
-            stream="torch",
+            basis=kind,
+            stream=drawn_from,
             seed=fields["projection_prng_key"] % 2**64,  # as torch takes a negative one
             targets=tuple(targets),
             train_also=tuple(trained) or None,

@@ -11,7 +11,7 @@ from functools import cached_property
 from io import FileIO
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -40,10 +40,10 @@ from randlora.checkpoint.peft_config import (
     peft_kind,
 )
 from randlora.checkpoint.values import flaw
-from randlora.config import RandLoRAConfig
+from randlora.config import RandLoRAConfig, Stream
 from randlora.disk.hub import download, is_repo_id
 from randlora.disk.tensor_file import Shard, is_equal, open_shard, read_tensor
-from randlora.errors import CheckpointError, raise_collected
+from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.layer_options import LayerOptions
 from randlora.targets.options import listed, options_listed
 
@@ -58,7 +58,8 @@ class AdapterFile:
     ``config`` gives r and alpha of each target by FQN where they differ. ``header`` is ``None`` for a file that PEFT
     wrote. ``values`` are Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, by target, and ``trained`` other
     parameters by FQN. ``bases`` are A, ``(r, 1, min_dim)``, and B, ``(max_dim, num_bases, r)``, by r, which the file
-    holds ``basis_copies`` times. ``renaming`` is how names differ from those in the file.
+    holds ``basis_copies`` times. ``renaming`` is how names differ from those in the file. ``stream`` is what the caller
+    says of the bases, if anything.
     """
 
     fields: dict[str, Any]
@@ -69,6 +70,7 @@ class AdapterFile:
     bases: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     basis_copies: int = 0
     renaming: str = ""
+    stream: Stream | None = None
 
     @cached_property
     def options(self) -> dict[str, LayerOptions]:
@@ -111,8 +113,13 @@ def locate(source: str | os.PathLike[str], revision: str | None) -> Path:
     return path.parent
 
 
-def read_adapter(directory: Path) -> AdapterFile:
-    """Read an adapter's directory, after checking each of its files, and one against the other."""
+def read_adapter(directory: Path, stream: Stream | None = None) -> AdapterFile:
+    """Read an adapter's directory, after checking each of its files, and one against the other.
+
+    ``stream`` is the stream of its bases, if the caller says it. `file_bases` compares it with what the file says.
+    """
+    if stream not in (None, *get_args(Stream)):
+        raise ConfigError(f"stream must be one of {', '.join(get_args(Stream))}, or None, got {stream!r}")
     fields = _read_fields(directory / CONFIG_FILE)
     path = directory / TENSORS_FILE
     if not path.is_file():
@@ -127,7 +134,7 @@ def read_adapter(directory: Path) -> AdapterFile:
     pairs = [_take_bases(tensors, *names) for names in keys]
     values = _take_named(tensors, header.shapes) if header else _take_values(tensors)
     trained = _trained(tensors, values, header)
-    config = header.config if header else from_peft_fields(fields, values, trained)
+    config = header.config if header else from_peft_fields(fields, values, trained, stream)
     ranks = header.bases if header else [fields["r"]]
     bases = {r: pair for r, pair in zip(ranks, pairs, strict=True) if pair is not None}
     problems = [
@@ -137,7 +144,7 @@ def read_adapter(directory: Path) -> AdapterFile:
     problems += _shape_problems(options_listed(config, values), values, bases)
     raise_collected(CheckpointError, problems, doing=f"read {str(directory)!r}")
     copies = int(bool(bases)) if header else sum(bool(COPY.search(entry.name)) for entry in shard.entries)
-    return AdapterFile(fields, config, header, values, trained, bases, copies)
+    return AdapterFile(fields, config, header, values, trained, bases, copies, stream=stream)
 
 
 def _read_fields(path: Path) -> dict[str, Any]:

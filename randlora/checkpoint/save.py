@@ -22,7 +22,7 @@ from randlora.checkpoint.format import (
     stored_bases,
     stored_dims,
 )
-from randlora.checkpoint.peft_config import BASE_FIELD, peft_obstacle, to_peft_fields, unknown_to_peft
+from randlora.checkpoint.peft_config import BASE_FIELD, drawing_note, peft_obstacle, to_peft_fields, unknown_to_peft
 from randlora.checkpoint.values import Value, is_text, save_problems
 from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.disk.replace import write_files
@@ -77,7 +77,8 @@ def save(
         directory: The directory, created if it does not exist. An adapter already in it is replaced.
         name: The adapter's name; ``None`` means the only one.
         bases: ``"seed"`` stores no bases: the spec reproduces them, and a SHA-256 checks it. ``"stored"`` stores A and
-            B in float32, once, which PEFT needs for ``block`` bases and for ``stream="portable"``.
+            B in float32, once, which PEFT needs for ``block`` bases and for ``stream="portable"``, and for
+            ``"torch-2.11"`` under a newer torch.
         push_to_hub: A repository on the Hub, ``"user/repo"``, to upload the files to, created if it does not exist.
             huggingface_hub must be installed (the extra ``hub``).
 
@@ -184,8 +185,8 @@ def _peft_notes(adapter: Adapter, header: Header, bases: str) -> list[str]:
     notes = []
     ((basis, rectangle),) = ((adapter.bases[r], rectangle) for r, rectangle in header.rectangles.items())
     spec = basis.spec
-    if bases == "seed" and spec.stream != "torch":
-        notes.append(f"PEFT cannot draw stream={spec.stream!r}: save with bases='stored' to load there")
+    if bases == "seed" and (reason := drawing_note(spec)) is not None:
+        notes.append(reason)
     elif bases == "seed" and (spec.max_dim, spec.min_dim) != rectangle:
         notes.append("the bases were drawn for other layers too, so PEFT would draw others: save with bases='stored'")
     if stored_dims(basis, rectangle) != rectangle:

@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Argument, Option, echo
 
 from randlora import files
-from randlora.cli.shared import AdapterDir, AsJson, BaseForShapes, Prefix, plain, progress_bar, show_json
+from randlora.cli.shared import AdapterDir, AsJson, BaseForShapes, FileStream, Prefix, plain, progress_bar, show_json
 from randlora.files.convert import Format
 
 Out = Annotated[Path, Argument(help="The directory to write.")]
@@ -28,6 +28,7 @@ def convert(
     tolerance: Tolerance = None,
     base: BaseForShapes = None,
     prefix: Prefix = None,
+    stream: FileStream = None,
     overwrite: Overwrite = False,  # noqa: FBT002
     as_json: AsJson = False,  # noqa: FBT002
 ) -> None:
@@ -57,6 +58,7 @@ def convert(
             tolerance=tolerance,
             base=base,
             prefix=prefix,
+            stream=stream,
             overwrite=overwrite,
             progress=progress,
         )

@@ -7,7 +7,7 @@ from typing import Annotated
 from typer import Option, echo
 
 from randlora import files
-from randlora.cli.shared import AdapterDir, AsJson, BaseForShapes, Prefix, plain, progress_bar, show_json
+from randlora.cli.shared import AdapterDir, AsJson, BaseForShapes, FileStream, Prefix, plain, progress_bar, show_json
 
 Norms = Annotated[bool, Option(help="Compute every layer's update and its norms.")]
 
@@ -16,6 +16,7 @@ def inspect(
     adapter_dir: AdapterDir,
     base: BaseForShapes = None,
     prefix: Prefix = None,
+    stream: FileStream = None,
     norms: Norms = True,  # noqa: FBT002
     as_json: AsJson = False,  # noqa: FBT002
 ) -> None:
@@ -33,7 +34,7 @@ def inspect(
     `randlora inspect my-adapter --no-norms --json`
     """
     with progress_bar() as progress:
-        summary = files.inspect(adapter_dir, base, prefix=prefix, norms=norms, progress=progress)
+        summary = files.inspect(adapter_dir, base, prefix=prefix, stream=stream, norms=norms, progress=progress)
     if not as_json:
         echo(summary)
         return

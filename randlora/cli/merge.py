@@ -10,7 +10,7 @@ import typer
 from typer import Option
 
 from randlora import files
-from randlora.cli.shared import AsJson, Prefix, progress_bar, show_json
+from randlora.cli.shared import AsJson, FileStream, Prefix, progress_bar, show_json
 
 Base = Annotated[Path, Option(help="The model's directory, which does not change.")]
 Adapters = Annotated[list[Path], Option("--adapter", help="An adapter's directory. May be repeated: updates add.")]
@@ -28,6 +28,7 @@ def merge(
     scales: Scales = None,
     dtype: Dtype = None,
     prefix: Prefix = None,
+    stream: FileStream = None,
     as_json: AsJson = False,  # noqa: FBT002
 ) -> None:
     """Merge adapters into a model's checkpoint, without loading the model.
@@ -56,6 +57,7 @@ def merge(
             out,
             dtype=None if dtype is None else getattr(torch, dtype),
             prefix=prefix,
+            stream=stream,
             progress=progress,
         )
     show_json(report) if as_json else typer.echo(report)

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from randlora import config
 from randlora.report import Progress, no_progress
 
 AdapterDir = Annotated[Path, typer.Argument(help="Directory that `randlora.save` or PEFT wrote.")]
@@ -27,6 +28,13 @@ BaseForShapes = Annotated[
 Prefix = Annotated[
     str | None,
     typer.Option(help="The prefix by which the names in the adapter and in the model differ, such as `bert`."),
+]
+FileStream = Annotated[
+    config.Stream | None,
+    typer.Option(
+        "--stream",
+        help="The stream of the bases, if PEFT stored none: `torch-2.11` if trained under torch 2.11 or older.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 

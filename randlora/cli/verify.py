@@ -9,7 +9,7 @@ import typer
 from typer import Option
 
 from randlora import files
-from randlora.cli.shared import AdapterDir, AsJson, Prefix, plain, progress_bar, show_json
+from randlora.cli.shared import AdapterDir, AsJson, FileStream, Prefix, plain, progress_bar, show_json
 
 FAILED = 1
 
@@ -20,6 +20,7 @@ def verify(
     adapter_dir: AdapterDir,
     base: Base = None,
     prefix: Prefix = None,
+    stream: FileStream = None,
     as_json: AsJson = False,  # noqa: FBT002
 ) -> None:
     """Check an adapter: names, shapes, values, checksums, and that the bases are reproduced.
@@ -34,7 +35,7 @@ def verify(
     `randlora verify my-adapter --base Llama-3-8B --json`
     """
     with progress_bar() as progress:
-        verification = files.verify(adapter_dir, base, prefix=prefix, progress=progress)
+        verification = files.verify(adapter_dir, base, prefix=prefix, stream=stream, progress=progress)
     if as_json:
         show_json({**plain(verification), "passed": verification.passed})
     else:

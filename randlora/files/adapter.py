@@ -13,11 +13,12 @@ from torch import Tensor
 from randlora.bases.bank import BasisBank
 from randlora.bases.basis import Basis
 from randlora.bases.spec import sliced_dims
-from randlora.checkpoint.bases import bases_of_rank, file_bases
+from randlora.checkpoint.bases import file_bases
 from randlora.checkpoint.fit import misfits
 from randlora.checkpoint.format import master
 from randlora.checkpoint.peft_config import BASE_FIELD
 from randlora.checkpoint.read import AdapterFile, read_adapter
+from randlora.config import Stream
 from randlora.errors import CheckpointError, raise_collected
 from randlora.files.base_fit import Base, BaseFit, fit_base, open_base, shapes_in
 from randlora.layer_options import by_rank
@@ -78,28 +79,34 @@ def _formed(fqn: str, update: Update) -> Tensor:
     return delta
 
 
-def open_adapter(directory: Path, base: str | os.PathLike[str] | None = None, prefix: str | None = None) -> OpenAdapter:
+def open_adapter(
+    directory: Path, base: str | os.PathLike[str] | None = None, prefix: str | None = None, stream: Stream | None = None
+) -> OpenAdapter:
     """Read and check an adapter, and draw or take its bases. The base is needed only for files that PEFT wrote."""
-    file = read_adapter(directory)
+    file = read_adapter(directory, stream)
     if base is None:
         shapes = known_shapes(file)
         transposed = None if file.header is None else file.header.transposed
-        return OpenAdapter(directory, file, shapes, adapter_bases(file, shapes), transposed)
-    slots = fit_base(open_base(base), file, prefix).slots_of(file)
-    transposed = tuple(fqn for fqn, slot in slots.items() if slot.layer_class.is_transposed)
-    shapes = shapes_in(slots)
-    return OpenAdapter(directory, file, shapes, adapter_bases(file, shapes), transposed)
+    else:
+        slots = fit_base(open_base(base), file, prefix).slots_of(file)
+        shapes = shapes_in(slots)
+        transposed = tuple(fqn for fqn, slot in slots.items() if slot.layer_class.is_transposed)
+    file, bases = adapter_bases(file, shapes)
+    return OpenAdapter(directory, file, shapes, bases, transposed)
 
 
-def open_fitted(directory: Path, base: Base, prefix: str | None, bank: BasisBank) -> tuple[OpenAdapter, BaseFit]:
+def open_fitted(
+    directory: Path, base: Base, prefix: str | None, stream: Stream | None, bank: BasisBank
+) -> tuple[OpenAdapter, BaseFit]:
     """Read an adapter, fit it to a base model, and add its bases to the bank, unless it has them already."""
-    fit = fit_base(base, read_adapter(directory), prefix)
+    fit = fit_base(base, read_adapter(directory, stream), prefix)
     shapes = shapes_in(fit.slots)
-    bases = file_bases(fit.file, shapes, bank)
-    for r, own in by_rank(shapes, fit.file.options).items():
+    by_r = by_rank(shapes, fit.file.options)
+    file, bases = file_bases(fit.file, by_r, bank)
+    for r, own in by_r.items():
         bases[r].extend(*sliced_dims(own))
         bank.add(bases[r])
-    return OpenAdapter(directory, fit.file, shapes, bases), fit
+    return OpenAdapter(directory, file, shapes, bases), fit
 
 
 def known_shapes(file: AdapterFile) -> Shapes | None:
@@ -116,12 +123,16 @@ def known_shapes(file: AdapterFile) -> Shapes | None:
     return shapes
 
 
-def adapter_bases(file: AdapterFile, shapes: Shapes | None) -> dict[int, Basis]:
-    """Draw the bases and check them, or take those in the file; return none if neither is possible."""
+def adapter_bases(file: AdapterFile, shapes: Shapes | None) -> tuple[AdapterFile, dict[int, Basis]]:
+    """Draw the bases and check them, or take those in the file; return none if neither is possible.
+
+    The file is returned with their stream, as by `file_bases`.
+    """
     if shapes is not None:
-        return file_bases(file, shapes, BasisBank())
-    whole = {r: (len(basis_B), basis_A.shape[-1]) for r, (basis_A, basis_B) in file.bases.items()}
-    return {r: bases_of_rank(file, r, [shape], BasisBank()) for r, shape in whole.items()}  # as if one layer used all
+        return file_bases(file, by_rank(shapes, file.options), BasisBank())
+    # as if one layer used all
+    whole = {r: [(len(basis_B), basis_A.shape[-1])] for r, (basis_A, basis_B) in file.bases.items()}
+    return file_bases(file, whole, BasisBank())
 
 
 def digests(file: AdapterFile, shapes: Shapes | None, bases: Mapping[int, Basis]) -> Iterator[tuple[Basis, str]]:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from randlora.bases.bank import BasisBank
+from randlora.checkpoint.bases import stream_notes
+from randlora.config import Stream
 from randlora.disk.tensor_file import Entry, read_pieces
 from randlora.errors import CheckpointError, MergeError
 from randlora.files.adapter import open_fitted
@@ -88,12 +90,13 @@ class Changes:
     """The changes to a checkpoint, by the names of its tensors.
 
     ``computed`` are the weights merged into, and tensors that become other weights when the model is loaded;
-    ``replaced`` are new values.
+    ``values`` are new values; ``notes`` are what was assumed of the adapters.
     """
 
     computed: dict[str, Merging | ConvertedMerging]
     values: dict[str, Tensor]
     base: DenseView
+    notes: tuple[str, ...] = ()
     _unwritten: dict[ConvertedMerging, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
@@ -155,18 +158,21 @@ class Changes:
         return kept.pop(entry.name)
 
 
-def find_changes(base: Base, adapters: Mapping[Path, float], prefix: str | None = None) -> Changes:
+def find_changes(
+    base: Base, adapters: Mapping[Path, float], prefix: str | None = None, stream: Stream | None = None
+) -> Changes:
     """Read adapters, fit them to a checkpoint, draw their bases, and return which tensors they change.
 
-    ``adapters`` are their directories and the factors of their updates. It is an error if two trained the same
-    parameter.
+    ``adapters`` are their directories and the factors of their updates. ``stream`` is that of the bases of each, as in
+    `randlora.load`. It is an error if two trained the same parameter.
     """
     bank = BasisBank()
     computed: dict[str, Merging | ConvertedMerging] = {}
     values: dict[str, Tensor] = {}
+    notes: list[str] = []
     for path, factor in adapters.items():
         try:
-            adapter, fit = open_fitted(path, base, prefix, bank)
+            adapter, fit = open_fitted(path, base, prefix, stream, bank)
             if fit.absent:
                 absent = ", ".join(fit.absent)
                 advice = "load the model and merge in memory"
@@ -178,6 +184,7 @@ def find_changes(base: Base, adapters: Mapping[Path, float], prefix: str | None 
                 raise CheckpointError(f"an adapter before it trained {taken} too, and the model has room for one")
         except CheckpointError as error:
             raise CheckpointError(f"cannot merge {str(path)!r}: {error}") from error
+        notes += [f"{path}: {note}" for note in stream_notes(adapter.file)]
         for fqn, slot in fit.slots.items():
             update = adapter.update(fqn, factor)
             for merging in _mergings(computed, fqn, slot):
@@ -188,7 +195,8 @@ def find_changes(base: Base, adapters: Mapping[Path, float], prefix: str | None 
             else:
                 values |= dict.fromkeys(names, fit.file.trained[fqn])
     in_order = base.dense.directory.entries
-    return Changes({name: computed[name] for name in in_order if name in computed}, values, base.dense)
+    in_file = {name: computed[name] for name in in_order if name in computed}
+    return Changes(in_file, values, base.dense, tuple(notes))
 
 
 def _mergings(computed: dict[str, Merging | ConvertedMerging], fqn: str, slot: Slot) -> list[Merging]:

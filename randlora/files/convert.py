@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from randlora.bases.spec import count_bases
+from randlora.checkpoint.bases import stream_notes
 from randlora.checkpoint.format import (
     Header,
     adapter_tensors,
@@ -21,7 +22,7 @@ from randlora.checkpoint.format import (
 )
 from randlora.checkpoint.keys import basis_keys
 from randlora.checkpoint.peft_config import UNREAD_FIELDS, option_fields, peft_obstacle, unknown_to_peft
-from randlora.config import is_integer
+from randlora.config import Stream, is_integer
 from randlora.disk.replace import scratch_directory, write_files
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.adapter import OpenAdapter, open_adapter
@@ -80,6 +81,7 @@ def convert(
     tolerance: float | None = None,
     base: str | os.PathLike[str] | None = None,
     prefix: str | None = None,
+    stream: Stream | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> ConversionReport:
@@ -101,6 +103,7 @@ def convert(
             files need it for ``"native"`` and ``"lora"``.
         prefix: The prefix by which the names in the adapter and in the base model differ, as in `randlora.load`. The
             adapter keeps its names.
+        stream: The stream of the bases, as in `randlora.load`. A ``"native"`` file says it.
         overwrite: Whether to replace an adapter in ``out``.
         progress: Called for every layer.
 
@@ -120,16 +123,17 @@ def convert(
         raise CheckpointError(f"{target} is a file or a broken link: expected the name of a directory to write to")
     if not overwrite and target.is_dir() and any(target.iterdir()):
         raise CheckpointError(f"{target} exists and is not empty: choose another name, or ask for overwriting")
-    adapter = open_adapter(source, base, prefix)
+    adapter = open_adapter(source, base, prefix, stream)
+    assumed = stream_notes(adapter.file)
     if to == "lora":
         disk = next(parent for parent in target.absolute().parents if parent.is_dir())
         with scratch_directory(disk, target.name) as scratch:
             lora = to_lora(adapter, rank, tolerance, scratch, progress)
             nbytes = write_files(target, planned_writers(lora.fields, lora.tensors))
-        return ConversionReport(source, target, to, nbytes, lora.layers, _lora_notes(lora))
+        return ConversionReport(source, target, to, nbytes, lora.layers, (*assumed, *_lora_notes(lora)))
     fields, tensors, header, notes = _contents(adapter, to)
     nbytes = write_files(target, file_writers(fields, tensors, header))
-    return ConversionReport(source, target, to, nbytes, (), notes)
+    return ConversionReport(source, target, to, nbytes, (), (*assumed, *notes))
 
 
 def _option_problems(to: str, rank: object, tolerance: object) -> list[str]:
@@ -150,12 +154,12 @@ def _contents(
 ) -> tuple[dict[str, Any], dict[str, Tensor], Header | None, tuple[str, ...]]:
     """Return the fields of the JSON, the tensors, our header, and notes.
 
-    Without known shapes, which only ``"peft"`` can do without, everything remains as PEFT wrote it. Fields that depend
-    on a model always do.
+    Without known shapes, which only ``"peft"`` can do without, everything remains as PEFT wrote it. Then a stream that
+    the caller names would be lost, which is an error. Fields that depend on a model always remain.
     """
     file = adapter.file
     tensors = adapter_tensors(file.values, file.trained)
-    if to == "peft" and adapter.shapes is None:
+    if to == "peft" and adapter.shapes is None and (file.stream is None or file.bases):
         for r, pair in file.bases.items():
             tensors |= zip(basis_keys(r, file.bases.keys()), pair, strict=True)
         return dict(file.fields), tensors, None, ()

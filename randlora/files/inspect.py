@@ -13,9 +13,10 @@ from typing import Literal
 from torch import Tensor
 
 from randlora.bases.spec import BasisSpec
+from randlora.checkpoint.bases import stream_notes
 from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
 from randlora.checkpoint.peft_config import BASE_FIELD, NEUTRAL_FIELDS, kept_fields
-from randlora.config import RandLoRAConfig
+from randlora.config import RandLoRAConfig, Stream
 from randlora.files.adapter import OpenAdapter, digests, open_adapter
 from randlora.files.low_rank import frobenius_norm, spectral_norm
 from randlora.layer_options import LayerOptions, described
@@ -168,6 +169,7 @@ def inspect(
     base: str | os.PathLike[str] | None = None,
     *,
     prefix: str | None = None,
+    stream: Stream | None = None,
     norms: bool = True,
     progress: Progress = no_progress,
 ) -> AdapterSummary:
@@ -177,14 +179,16 @@ def inspect(
         directory: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote.
         base: The directory of its base model, for the layers' shapes, which PEFT does not store. Only headers are read.
         prefix: The prefix by which the names in the adapter and in the base model differ, as in `randlora.load`.
+        stream: The stream of the bases, as in `randlora.load`.
         norms: Whether to compute every layer's update, one at a time, and its norms.
         progress: Called for every layer.
 
     Raises:
+        ConfigError: If ``prefix`` is not a name, or ``stream`` is none of a stream.
         CheckpointError: If a file is damaged or of another kind, the bases are not reproduced, or the adapter does not
             fit the base.
     """
-    adapter = open_adapter(Path(directory), base, prefix)
+    adapter = open_adapter(Path(directory), base, prefix, stream)
     file = adapter.file
     fqns = [*adapter.shapes] if adapter.shapes else sorted(file.values, key=_natural)
     layers = []
@@ -210,7 +214,7 @@ def inspect(
         trainable_parameters=sum(layer.trainable for layer in layers) + sum(t.numel() for t in file.trained.values()),
         nbytes=sum((adapter.directory / name).stat().st_size for name in (CONFIG_FILE, TENSORS_FILE)),
         unknown_fields=tuple(sorted(set(kept_fields(file.fields)) - set(NEUTRAL_FIELDS))),
-        notes=() if adapter.shapes else (WITHOUT_SHAPES,),
+        notes=(*stream_notes(file), *(() if adapter.shapes else (WITHOUT_SHAPES,))),
     )
 
 

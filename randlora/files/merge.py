@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from randlora.config import Stream
 from randlora.disk.replace import new_directory
 from randlora.disk.tensor_file import Planned, Shard, write_tensor_file
 from randlora.errors import CheckpointError, ConfigError, MergeError, raise_collected
@@ -92,6 +93,7 @@ def merge(
     *,
     dtype: torch.dtype | None = None,
     prefix: str | None = None,
+    stream: Stream | None = None,
     progress: Progress = no_progress,
 ) -> FileMergeReport:
     """Merge adapters into a checkpoint and write the result to a new directory, without loading the model.
@@ -111,10 +113,12 @@ def merge(
         out: The directory to create.
         dtype: Cast every floating tensor to this dtype. A merged one is computed in float32 or wider and rounded once.
         prefix: The prefix by which the names in the adapters and in the model differ, as in `randlora.load`.
+        stream: The stream of the bases of every adapter, as in `randlora.load`. If adapters differ in it, `convert`
+            them first to files that say it.
         progress: Called with the number of bytes written.
 
     Raises:
-        ConfigError: For an invalid factor or dtype.
+        ConfigError: For an invalid factor, dtype or stream.
         CheckpointError: If a file is missing, truncated or damaged, the checkpoint is quantized but not by
             bitsandbytes, bitsandbytes is needed and not installed, or an adapter does not fit.
         MergeError: If ``out`` exists or is inside an input, the disk is too small, or a value is not finite.
@@ -128,7 +132,7 @@ def merge(
     coded = next((name for name, codes in dense.codes.items() if codes.needs_bitsandbytes), None)
     if coded is not None and (reason := bnb_codes.missing()) is not None:
         raise CheckpointError(f"cannot merge: reading {coded} ({dense.codes[coded].kind}) {reason}")
-    changes = find_changes(model, factors, prefix)
+    changes = find_changes(model, factors, prefix, stream)
     shards = [(shard, _planned(shard, changes, dtype)) for shard in dense.directory.shards]
     companions = find_companions(directory)
     nbytes = sum(tensor.nbytes for _, tensors in shards for tensor in tensors)
@@ -157,7 +161,10 @@ def merge(
         shards=len(shards),
         nbytes=nbytes,
         dtype=dtype,
-        notes=tuple(f"not copied: {path}, which may hold the base model's weights" for path in companions.left_out),
+        notes=(
+            *changes.notes,
+            *(f"not copied: {path}, which may hold the base model's weights" for path in companions.left_out),
+        ),
         dequantized={name: codes.kind for name, codes in dense.codes.items()},
         base_nbytes=directory.nbytes,
     )

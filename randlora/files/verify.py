@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from randlora.bases.basis import Basis
+from randlora.checkpoint.bases import stream_notes
 from randlora.checkpoint.read import AdapterFile, read_adapter
+from randlora.config import Stream
 from randlora.errors import CheckpointError, ConfigError
 from randlora.files.adapter import adapter_bases, digests, known_shapes
 from randlora.files.base_fit import fit_base, open_base, shapes_in
@@ -67,6 +69,7 @@ def verify(
     base: str | os.PathLike[str] | None = None,
     *,
     prefix: str | None = None,
+    stream: Stream | None = None,
     progress: Progress = no_progress,
 ) -> Verification:
     """Check an adapter's files: contents, checksum, bases, and whether they fit a base model.
@@ -75,20 +78,21 @@ def verify(
         directory: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote.
         base: The directory of its base model, of which only headers are read.
         prefix: The prefix by which the names in the adapter and in the model differ, as in `randlora.load`.
+        stream: The stream that the bases should be from, as in `randlora.load`. Others are a failed check.
         progress: Called for every step.
 
     Returns:
         All checks. A damaged file is a failed check, not an exception.
 
     Raises:
-        ConfigError: If ``prefix`` is not a name, or is given without ``base``.
+        ConfigError: If ``prefix`` is not a name, or is given without ``base``, or ``stream`` is none of a stream.
     """
     if prefix is not None and base is None:
         raise ConfigError("prefix is for a base model: give base too")
     directory = Path(directory)
     progress(0, 3, "reading the files")
     try:
-        file = read_adapter(directory)
+        file = read_adapter(directory, stream)
         shapes = known_shapes(file)
     except CheckpointError as error:
         return Verification(directory, (Check("files", "failed", str(error)),))
@@ -126,7 +130,7 @@ def _fit(file: AdapterFile, base: Path, shapes: Shapes | None, prefix: str | Non
 def _bases(file: AdapterFile, shapes: Shapes | None) -> list[Check]:
     """Draw the bases of each r again and compare them with the recorded digest, or with those in the file."""
     try:
-        bases = adapter_bases(file, shapes)
+        file, bases = adapter_bases(file, shapes)
     except CheckpointError as error:
         return [Check("bases", "failed", str(error))]
     if not bases:
@@ -144,7 +148,8 @@ def _how_found(file: AdapterFile, bases: str, basis: Basis) -> tuple[Outcome, st
         origin = "drawn again" if is_drawn else "in the file"
         return "passed", f"{bases}: {origin}, as recorded"
     if not file.bases:
-        return "not checked", f"{bases}: drawn from the key; PEFT stored nothing to compare them with"
+        doubts = "".join(f"; {note}" for note in stream_notes(file))
+        return "not checked", f"{bases}: drawn from the key; PEFT stored nothing to compare them with{doubts}"
     if is_drawn:
         return "passed", f"{bases}: drawn again, as stored in the file"
     return "passed", f"{bases}: in the file; its key gives others here, so those in the file are used"

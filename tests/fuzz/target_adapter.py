@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.bases.spec import Shape
-from randlora.checkpoint.format import adapter_tensors, basis_keys, file_writers
+from randlora.checkpoint.format import adapter_tensors, file_writers
+from randlora.checkpoint.keys import basis_keys
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.disk.replace import write_files
 from randlora.errors import RandLoRAError

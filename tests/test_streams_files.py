@@ -1,0 +1,334 @@
+"""Files and the two streams of PEFT: those that say theirs, those that prove it, and those that say neither."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import randlora
+from randlora.bases.basis import Basis
+from randlora.bases.spec import PEFT_STREAMS
+from randlora.checkpoint.format import parse_header
+from randlora.cli.app import main
+from randlora.config import BasisKind, Stream
+from randlora.errors import CheckpointError, ConfigError
+from tests.checkpoint_files import (
+    LINEAR,
+    basis_of,
+    edit_fields,
+    edit_tensors,
+    peft_directory,
+    read_fields,
+    read_tensors,
+    refused,
+    reseal,
+    trained,
+)
+from tests.directories import base_directory, our_directory
+from tests.models import LLAMA
+from tests.peer import THEIR_WARNINGS, assert_same_effect, in_peft
+from tests.test_checkpoint_golden import CASE, DATA, TARGETS
+
+pytestmark = THEIR_WARNINGS
+
+OURS, PEFTS = DATA / "golden_v1_torch_2_11", DATA / "golden_peft_torch_2_11"
+"""One adapter, saved under torch 2.11.0 by this library, before the stream had a name, and by PEFT without bases."""
+
+EXPECTED = json.loads((OURS / "expected.json").read_text(encoding="utf-8"))["delta_weight"]
+"""The update of each layer, computed under torch 2.11.0; a test compares PEFT's with ours."""
+
+ASSUMED = "PEFT stored neither the bases nor the torch that drew them"
+BASIS_A, BASIS_B = "base_model.randlora_A", "base_model.randlora_B"
+
+
+# Files of ours that were saved before the stream had a name
+
+
+def delta_weights(model: nn.Module) -> dict[str, Any]:
+    return {fqn: randlora.delta_weight(model, fqn).tolist() for fqn in TARGETS}
+
+
+def test_the_recorded_updates_are_those_of_peft_too() -> None:
+    assert json.loads((PEFTS / "expected.json").read_text(encoding="utf-8"))["delta_weight"] == EXPECTED
+
+
+@pytest.mark.parametrize("stream", [None, "torch-2.11"])
+def test_a_digest_decides_between_the_streams(stream: Stream | None, tmp_path: Path) -> None:
+    model = CASE.build()
+    report = randlora.load(model, OURS, stream=stream)
+    assert delta_weights(model) == EXPECTED
+    assert [spec.stream for spec in report.specs] == ["torch-2.11"]
+    assert ASSUMED not in str(report)
+    randlora.save(model, tmp_path / "again")
+    assert json.loads(read_tensors(tmp_path / "again")[1]["randlora"])["basis"]["stream"] == "torch-2.11"
+    twin = CASE.build()
+    randlora.load(twin, tmp_path / "again")
+    assert delta_weights(twin) == EXPECTED
+    assert randlora.adapters(twin)[0].config == randlora.adapters(model)[0].config
+
+
+def test_every_verb_on_files_finds_the_stream_of_an_old_file(tmp_path: Path) -> None:
+    summary = randlora.files.inspect(OURS)
+    assert (summary.config.stream, summary.bases[0].spec.stream, summary.notes) == ("torch-2.11", "torch-2.11", ())
+    assert randlora.files.verify(OURS).passed
+    randlora.files.convert(OURS, tmp_path / "native", "native")
+    assert json.loads(read_tensors(tmp_path / "native")[1]["randlora"])["config"]["stream"] == "torch-2.11"
+    report = randlora.files.convert(OURS, tmp_path / "peft", "peft")
+    assert report.notes == ("the bases are in the file: PEFT would draw others from the seed",)
+
+
+# Files of PEFT without bases, which do not say under which torch they were trained
+
+
+@dataclass(frozen=True)
+class Old:
+    """A file that PEFT saves without bases, of an adapter trained under torch 2.11 or older, with its base model.
+
+    Attributes:
+        adapter: Its directory.
+        base: The directory of the base model.
+        updates: What it was trained to, by layer.
+    """
+
+    adapter: Path
+    base: Path
+    updates: dict[str, Tensor]
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Old:
+    adapter, model = our_directory(LLAMA, tmp_path, stream="torch-2.11")
+    edit_tensors(adapter, {})
+    edit_fields(adapter, {}, drop=["randlora_stream"])
+    return Old(adapter, base_directory(LLAMA, tmp_path), updates(model))
+
+
+def updates(model: nn.Module) -> dict[str, Tensor]:
+    (info,) = randlora.adapters(model)
+    return {fqn: randlora.delta_weight(model, fqn).detach() for fqn in info.targets}
+
+
+def assert_updates(found: dict[str, Tensor], expected: dict[str, Tensor], *, are_equal: bool = True) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[fqn], expected[fqn]) == are_equal for fqn in expected)
+
+
+def load_updates(directory: Path, *, is_assumed: bool = False, **options: Any) -> dict[str, Tensor]:
+    """Load an adapter, check whether the report says what was assumed, and return its updates."""
+    model = LLAMA.build()
+    report = randlora.load(model, directory, **options)
+    assert (ASSUMED in str(report)) == is_assumed
+    return updates(model)
+
+
+def test_an_adapter_that_peft_trained_under_torch_2_11_computes_the_same_by_its_stream() -> None:
+    model = CASE.build()
+    report = randlora.load(model, PEFTS, stream="torch-2.11")
+    assert delta_weights(model) == EXPECTED
+    assert ASSUMED not in str(report)
+
+
+def test_without_a_stream_todays_is_assumed_and_the_report_says_so() -> None:
+    model = CASE.build()
+    (note,) = [note for note in randlora.load(model, PEFTS).notes if note.startswith(ASSUMED)]
+    assert "give stream='torch-2.11' for it" in note
+    assert delta_weights(model) != EXPECTED
+
+
+def test_every_verb_on_files_takes_the_stream(old: Old, tmp_path: Path) -> None:
+    assert_updates(load_updates(old.adapter, stream="torch-2.11"), old.updates)
+    summary = randlora.files.inspect(old.adapter, old.base, stream="torch-2.11")
+    assert (summary.bases[0].spec.stream, summary.notes) == ("torch-2.11", ())
+    verification = randlora.files.verify(old.adapter, old.base, stream="torch-2.11")
+    assert verification.passed
+    assert ASSUMED not in str(verification)
+    report = randlora.files.merge(old.base, old.adapter, tmp_path / "merged", stream="torch-2.11")
+    assert report.notes == ()
+    before, after = (load_file(directory / "model.safetensors") for directory in (old.base, tmp_path / "merged"))
+    for fqn, update in old.updates.items():
+        assert torch.equal(after[f"{fqn}.weight"], before[f"{fqn}.weight"] + update)
+
+
+def test_every_verb_on_files_says_what_it_assumed(old: Old, tmp_path: Path) -> None:
+    assert_updates(load_updates(old.adapter, is_assumed=True), old.updates, are_equal=False)
+    assert randlora.files.inspect(old.adapter).notes[0].startswith(ASSUMED)
+    assert randlora.files.inspect(old.adapter, old.base).notes[0].startswith(ASSUMED)
+    assert ASSUMED in str(randlora.files.verify(old.adapter, old.base))
+    assert randlora.files.convert(old.adapter, tmp_path / "peft", "peft").notes[0].startswith(ASSUMED)
+    lora = randlora.files.convert(old.adapter, tmp_path / "lora", "lora", base=old.base, tolerance=1.0)
+    assert lora.notes[0].startswith(ASSUMED)
+    report = randlora.files.merge(old.base, old.adapter, tmp_path / "merged")
+    assert report.notes[0].startswith(f"{old.adapter}: {ASSUMED}")
+
+
+@pytest.mark.parametrize("stream", [None, *PEFT_STREAMS])
+def test_a_converted_file_says_its_stream_and_proves_it(stream: Stream | None, old: Old, tmp_path: Path) -> None:
+    report = randlora.files.convert(old.adapter, tmp_path / "native", "native", base=old.base, stream=stream)
+    assert bool(report.notes) == (stream is None)
+    header = json.loads(read_tensors(tmp_path / "native")[1]["randlora"])
+    assert header["basis"]["stream"] == header["config"]["stream"] == (stream or "torch")
+    assert_updates(load_updates(tmp_path / "native"), old.updates, are_equal=stream == "torch-2.11")
+    outcomes = [check.outcome for check in randlora.files.verify(tmp_path / "native").checks]
+    assert outcomes == ["passed"] * 3
+
+
+def test_what_is_converted_for_peft_needs_no_old_torch_any_more(old: Old, tmp_path: Path) -> None:
+    """PEFT finds the bases in the file, and draws none."""
+    randlora.files.convert(old.adapter, tmp_path / "peft", "peft", base=old.base, stream="torch-2.11")
+    rescued = LLAMA.build()
+    randlora.load(rescued, old.adapter, stream="torch-2.11")
+    assert_same_effect(rescued, in_peft(LLAMA, tmp_path / "peft"), LLAMA)
+
+
+def test_a_stream_that_a_conversion_would_lose_is_an_error(tmp_path: Path) -> None:
+    """Without the layers' shapes a file of PEFT becomes another, which says as little."""
+    with pytest.raises(CheckpointError, match="give the directory of its base model too"):
+        randlora.files.convert(PEFTS, tmp_path / "peft", "peft", stream="torch-2.11")
+    assert not (tmp_path / "peft").exists()
+
+
+@pytest.mark.parametrize("basis", ["sparse", "very_sparse"])
+def test_the_ternary_kinds_have_one_stream_and_need_no_note(basis: BasisKind, tmp_path: Path) -> None:
+    directory = peft_directory(tmp_path, r=4, basis=basis)
+    edit_tensors(directory, {}, drop=[BASIS_A, BASIS_B])
+    assert ASSUMED not in str(randlora.load(LINEAR.build(), directory))
+    message = f"PEFT draws {basis} bases from stream='torch', got 'torch-2.11'"
+    refused(LINEAR.build(), directory, message, stream="torch-2.11")
+
+
+# Files that do say it
+
+
+@pytest.mark.parametrize("stream", PEFT_STREAMS)
+def test_bases_that_peft_stored_decide_between_the_streams(stream: Stream, tmp_path: Path) -> None:
+    directory = peft_directory(tmp_path / "peft", stream=stream)
+    model = LINEAR.build()
+    report = randlora.load(model, directory)
+    assert (basis_of(model).stored, basis_of(model).spec.stream) == (None, stream)
+    assert ASSUMED not in str(report)
+    randlora.save(model, tmp_path / "seed")  # which they need no place in
+    assert torch.equal(LINEAR.output(model), LINEAR.output(trained(LINEAR, stream=stream)))
+
+
+def saved(parent: Path, **options: Any) -> Path:
+    randlora.save(trained(LINEAR, **options), parent)
+    return parent
+
+
+def of_no_seed(parent: Path) -> Path:
+    directory = peft_directory(parent)
+    edit_tensors(directory, {BASIS_A: torch.randn(2, 1, 5), BASIS_B: torch.randn(6, 3, 2)})
+    return directory
+
+
+CONTRADICTIONS: dict[str, tuple[Callable[[Path], Path], Stream, str]] = {
+    "the header's": (
+        saved,
+        "torch-2.11",
+        "stream='torch-2.11' is given, but the file's bases are from 'torch': omit it",
+    ),
+    "portable": (
+        lambda parent: saved(parent, stream="portable"),
+        "torch",
+        "stream='torch' is given, but the file's bases are from 'portable': omit it",
+    ),
+    "named": (
+        lambda parent: saved(parent, stream="torch-2.11"),
+        "torch",
+        "stream='torch' is given, but the file's bases are from 'torch-2.11': omit it",
+    ),
+    "stored": (peft_directory, "torch-2.11", "but the file's bases are from 'torch': omit it"),
+    "of no seed": (of_no_seed, "torch", "stream='torch' is given, but the file's bases are from no seed: omit it"),
+    "not PEFT's": (
+        lambda _: PEFTS,
+        "portable",
+        "PEFT draws dense bases from stream='torch' or 'torch-2.11', got",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "stream", "message"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_a_stream_that_contradicts_the_file_is_an_error(
+    make: Callable[[Path], Path], stream: Stream, message: str, tmp_path: Path
+) -> None:
+    directory = make(tmp_path / "adapter")
+    refused(LINEAR.build() if directory != PEFTS else CASE.build(), directory, message, stream=stream)
+    verification = randlora.files.verify(directory, stream=stream)
+    assert not verification.passed
+    assert message in str(verification)
+    with pytest.raises(CheckpointError):
+        randlora.files.inspect(directory, stream=stream)
+    with pytest.raises(CheckpointError):
+        randlora.files.convert(directory, tmp_path / "out", "peft", stream=stream)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_old_files_stream_is_what_its_digest_says_whatever_the_caller_does() -> None:
+    refused(CASE.build(), OURS, "stream='torch' is given, but the file's bases are from 'torch-2.11'", stream="torch")
+
+
+@pytest.mark.parametrize("stream", ["numpy", 3, ["torch"], ""])
+def test_what_is_no_stream_is_an_error_of_every_verb(stream: Any, tmp_path: Path) -> None:
+    message = "stream must be one of torch, torch-2.11, portable, or None, got "
+    refused(CASE.build(), OURS, message, error=ConfigError, stream=stream)
+    calls: list[Callable[[], object]] = [
+        lambda: randlora.files.inspect(OURS, stream=stream),
+        lambda: randlora.files.verify(OURS, stream=stream),
+        lambda: randlora.files.convert(OURS, tmp_path / "out", stream=stream),
+        lambda: randlora.files.merge(base_directory(LLAMA, tmp_path), OURS, tmp_path / "out", stream=stream),
+    ]
+    for call in calls:
+        with pytest.raises(ConfigError, match=message):
+            call()
+
+
+def test_bases_of_two_streams_in_one_file_are_refused(tmp_path: Path) -> None:
+    """A file says one stream for every r; a digest of each generation is a forgery."""
+    randlora.save(trained(LINEAR, r={"0": 2, ".*": 3}), tmp_path)
+    header = parse_header(read_tensors(tmp_path)[1]["randlora"], read_tensors(tmp_path)[0])
+    record = header.bases[2]
+    forged = Basis(replace(record.spec, stream="torch-2.11")).digest(record.spec.max_dim, record.spec.min_dim)
+    reseal(tmp_path, bases={**header.bases, 2: replace(record, digest=forged)})
+    refused(LINEAR.build(), tmp_path, "its bases are from several streams, torch and torch-2.11")
+
+
+# PEFT, for which a file is saved
+
+
+@pytest.mark.parametrize(("version", "warned"), [("2.11.0", "torch"), ("2.12.0", None), ("2.15.0+cpu", None)])
+@pytest.mark.parametrize("stream", PEFT_STREAMS)
+def test_save_says_under_which_torch_peft_draws_the_same(
+    stream: Stream, version: str, warned: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = trained(LINEAR, stream=stream)
+    monkeypatch.setattr(torch, "__version__", version)
+    notes = randlora.save(model, tmp_path / "seed").notes
+    those = {"torch": "2.12 and newer", "torch-2.11": "2.11 and older"}[stream]
+    note = f"PEFT draws stream={stream!r} under torch {those} only: save with bases='stored' to load under any"
+    assert notes == ((note,) if stream in ("torch-2.11", warned) else ())
+    assert read_fields(tmp_path / "seed").get("randlora_stream") == (None if stream == "torch" else stream)
+    assert randlora.save(model, tmp_path / "stored", bases="stored").notes == ()
+    assert "randlora_stream" not in read_fields(tmp_path / "stored")
+
+
+def test_the_command_line_takes_the_stream(old: Old, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter, model, stream = str(old.adapter), str(old.base), ("--stream", "torch-2.11")
+    commands = (
+        ("inspect", adapter, "--base", model),
+        ("verify", adapter, "--base", model),
+        ("convert", adapter, str(tmp_path / "out"), "--to", "native", "--base", model),
+        ("merge", "--adapter", adapter, "--base", model, "--out", str(tmp_path / "merged")),
+    )
+    for command in commands:
+        assert main([*command, *stream]) == 0
+        assert ASSUMED not in capsys.readouterr().out
+    assert_updates(load_updates(tmp_path / "out"), old.updates)
+    for command in commands[:2]:
+        assert main(command) == 0
+        assert ASSUMED in capsys.readouterr().out
