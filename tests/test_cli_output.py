@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from randlora.cli.shared import complain, plain, progress_bar, show_json, show_table
+from randlora.cli.app import main
+from randlora.cli.shared import complain, plain, progress_bar, show_json, show_table, visible
 from randlora.files.merge import FileMergeReport
 from randlora.report import no_progress
+from tests.checkpoint_files import peft_directory, read_tensors, write_tensors
 
 
 def test_a_wide_table_is_not_cut_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,6 +33,34 @@ def test_brackets_in_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> 
     shown = capsys.readouterr()
     assert "[bold]x[/bold]" in shown.out
     assert shown.err == "error: [red]no[/red]\n"
+
+
+@given(st.text())
+def test_what_a_terminal_would_not_print_is_written_out_and_nothing_else(text: str) -> None:
+    shown = visible(text)
+    assert all(each.isprintable() or each == "\n" for each in shown)
+    assert not text.replace("\n", "").isprintable() or shown == text
+    assert json.loads(visible(json.dumps([text], ensure_ascii=False))) == [text]
+
+
+HOSTILE = "evil\x1b[2J\x1b]0;title\x07\x9b31m\u202e"
+"""A name that clears a terminal, names its window, colors what follows and turns it round."""
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_names_in_a_file_give_a_terminal_no_commands(
+    command: str, more: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    peft_directory(tmp_path / "adapter")
+    tensors, _ = read_tensors(tmp_path / "adapter")
+    renamed = {name.replace(".0.", f".{HOSTILE}."): tensor for name, tensor in tensors.items()}
+    write_tensors(tmp_path / "adapter", renamed, {"format": "pt"})
+    for directory in (tmp_path / "adapter", tmp_path / HOSTILE):  # and one that does not exist
+        main([command, str(directory), *more])
+        shown = capfd.readouterr()
+        assert shown.out + shown.err
+        assert (shown.out + shown.err).replace("\n", "").isprintable()
 
 
 def test_what_json_cannot_hold_becomes_text(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,10 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option, echo
+from typer import Argument, Option
 
 from randlora import files
-from randlora.cli.shared import AdapterDir, AsJson, BaseForShapes, FileStream, Prefix, plain, progress_bar, show_json
+from randlora.cli.shared import (
+    AdapterDir,
+    AsJson,
+    BaseForShapes,
+    FileStream,
+    Prefix,
+    plain,
+    progress_bar,
+    show,
+    show_json,
+)
 from randlora.files.convert import Format
 
 Out = Annotated[Path, Argument(help="The directory to write.")]
@@ -62,4 +72,4 @@ def convert(
             overwrite=overwrite,
             progress=progress,
         )
-    show_json({**plain(report), "relative_error": report.relative_error}) if as_json else echo(report)
+    show_json({**plain(report), "relative_error": report.relative_error}) if as_json else show(report)

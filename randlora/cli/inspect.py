@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from typer import Option, echo
+from typer import Option
 
 from randlora import files
-from randlora.cli.shared import AdapterDir, AsJson, BaseForShapes, FileStream, Prefix, plain, progress_bar, show_json
+from randlora.cli.shared import (
+    AdapterDir,
+    AsJson,
+    BaseForShapes,
+    FileStream,
+    Prefix,
+    plain,
+    progress_bar,
+    show,
+    show_json,
+)
 
 Norms = Annotated[bool, Option(help="Compute every layer's update and its norms.")]
 
@@ -36,7 +46,7 @@ def inspect(
     with progress_bar() as progress:
         summary = files.inspect(adapter_dir, base, prefix=prefix, stream=stream, norms=norms, progress=progress)
     if not as_json:
-        echo(summary)
+        show(summary)
         return
     layers = [{**plain(layer), "stable_rank": layer.stable_rank} for layer in summary.layers]  # which is not a field
     show_json({**plain(summary), "layers": layers})

@@ -10,7 +10,7 @@ import typer
 from typer import Option
 
 from randlora import files
-from randlora.cli.shared import AsJson, FileStream, Prefix, progress_bar, show_json
+from randlora.cli.shared import AsJson, FileStream, Prefix, progress_bar, show, show_json
 
 Base = Annotated[Path, Option(help="The model's directory, which does not change.")]
 Adapters = Annotated[list[Path], Option("--adapter", help="An adapter's directory. May be repeated: updates add.")]
@@ -60,4 +60,4 @@ def merge(
             stream=stream,
             progress=progress,
         )
-    show_json(report) if as_json else typer.echo(report)
+    show_json(report) if as_json else show(report)

@@ -11,7 +11,7 @@ import typer
 from typer import Argument, Option
 
 from randlora import config
-from randlora.cli.shared import AsJson, plain, show_json, show_table
+from randlora.cli.shared import AsJson, plain, show, show_json, show_table
 from randlora.files.base_fit import open_base
 from randlora.files.plan import plan_checkpoint, training_memory
 from randlora.report import as_bytes
@@ -98,7 +98,7 @@ def plan(
     if as_json:
         show_json({**plain(report), "share": report.share, "training_memory": {**plain(memory), "total": memory.total}})
         return
-    typer.echo(report)
+    show(report)
     typer.echo("\nmemory for training, without activations:")
     sizes = {
         "the model, as stored": memory.weights,

@@ -51,9 +51,19 @@ def show_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     Console(width=None if sys.stdout.isatty() else WIDEST, highlight=False, markup=False).print(table)
 
 
+def show(value: object) -> None:
+    """Print a result as text."""
+    typer.echo(visible(str(value)))
+
+
+def visible(text: str) -> str:
+    """Return text with what is not printed written out, as in JSON: names in files may hold a terminal's commands."""
+    return "".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text)
+
+
 def show_json(value: object) -> None:
     """Print a result as one JSON object."""
-    typer.echo(json.dumps(plain(value), indent=2, ensure_ascii=False))
+    typer.echo(visible(json.dumps(plain(value), indent=2, ensure_ascii=False)))
 
 
 def plain(value: Any) -> Any:
@@ -78,9 +88,9 @@ def progress_bar() -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task("", total=None)
-        yield lambda done, total, doing: bars.update(task, completed=done, total=total, description=doing)
+        yield lambda done, total, doing: bars.update(task, completed=done, total=total, description=visible(doing))
 
 
 def complain(message: str) -> None:
     """Print an error on stderr."""
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print("error:", message, style=None)
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print("error:", visible(message), style=None)

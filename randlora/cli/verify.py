@@ -9,7 +9,7 @@ import typer
 from typer import Option
 
 from randlora import files
-from randlora.cli.shared import AdapterDir, AsJson, FileStream, Prefix, plain, progress_bar, show_json
+from randlora.cli.shared import AdapterDir, AsJson, FileStream, Prefix, plain, progress_bar, show, show_json
 
 FAILED = 1
 
@@ -39,6 +39,6 @@ def verify(
     if as_json:
         show_json({**plain(verification), "passed": verification.passed})
     else:
-        typer.echo(verification)
+        show(verification)
     if not verification.passed:
         raise typer.Exit(FAILED)
