@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -288,7 +289,9 @@ class AdapterLayer(ABC):
         assert weight is not None, "merge() asks for a weight"
         parts = ((self.adapters[name], factor) for name, factor in weights.items() if name in self.adapters)
         merged = self.with_updates(weight, [self.update(owner, part, factor) for part, factor in parts])
-        return Merged(merged, merged)
+        held = copy.copy(weight)  # with the attributes that libraries set on parameters
+        held.data = merged
+        return Merged(merged, held)
 
     @classmethod
     def with_updates(cls, weight: Tensor, updates: Sequence[Update]) -> Tensor:
@@ -301,15 +304,29 @@ class AdapterLayer(ABC):
         return folded(weight, cls.in_storage_layout(delta))
 
     def exchange(self, owner: nn.Module, held: Any) -> Any:
-        """Replace the owner's weight, on its device and in its dtype, and return the previous one."""
-        weight = self.weight_of(owner)
-        assert weight is not None, "merge() asks for a weight"
-        own, weight.data = weight.data, held.to(device=weight.device, dtype=weight.dtype)
+        """Replace the owner's parameter by another, on its device and in its dtype, and return the previous one.
+
+        The parameter itself does not change, because a program that was exported or traced from the model may hold it.
+        """
+        own = self.weight_of(owner)
+        assert own is not None, "merge() asks for a weight"
+        if held.device != own.device or held.dtype != own.dtype:
+            held.data = held.data.to(device=own.device, dtype=own.dtype)
+        owner._parameters[self.attribute] = held
         return own
 
     def fold(self, owner: nn.Module, merged: Merged) -> None:
         """Replace the owner's weight by a merged one and keep the original in `unmerged`."""
         self.unmerged = (self.exchange(owner, merged.held),)
+
+    def keep_merged(self, owner: nn.Module) -> None:
+        """Make a merge permanent: the original parameter, which an optimizer may hold, gets the merged values."""
+        assert self.unmerged is not None, "it was merged into"
+        merged = self.weight_of(owner)
+        assert merged is not None, "it was merged into"
+        (own,), self.unmerged = self.unmerged, None
+        own.data = merged.data
+        owner._parameters[self.attribute] = own
 
     def original(self, owner: nn.Module) -> Tensor:
         """Return the weight, or while merged the one from before, on the device and in the dtype that it has now."""
@@ -317,7 +334,7 @@ class AdapterLayer(ABC):
         assert weight is not None, "obstacles() asks for a weight"
         if self.unmerged is None:
             return weight
-        before: Tensor = self.unmerged[0].to(device=weight.device, dtype=weight.dtype)
+        before: Tensor = self.unmerged[0].detach().to(device=weight.device, dtype=weight.dtype)
         return before
 
     def save_unmerged(self, owner: nn.Module, destination: dict[str, Any], prefix: str) -> None:

@@ -125,6 +125,10 @@ class QuantizedLayer(LinearAdapter):
         change_class(owner, held.kind)
         return own
 
+    def keep_merged(self, owner: nn.Module) -> None:  # noqa: ARG002  # which has the new codes, or is plain
+        """Make a merge permanent."""
+        self.unmerged = None
+
     def save_unmerged(self, owner: nn.Module, destination: dict[str, Any], prefix: str) -> None:
         """Write the original codes into a state dict that has merged ones, or a plain layer's weight."""
         assert self.unmerged is not None, "it was merged into"

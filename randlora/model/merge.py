@@ -80,7 +80,7 @@ def merge(
         basis.release()  # a merged model does not use them
     if not reversible:
         for site in sites:
-            site.layer.unmerged = None
+            site.layer.keep_merged(site.owner)
         detach_all(census, state)
     return report
 
