@@ -202,6 +202,16 @@ def is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def flag_problems(*, optional: bool = False, **flags: object) -> list[str]:
+    """Return a message for each flag that is neither ``True`` nor ``False``, nor ``None`` if that is a choice."""
+    expected = "True, False or None" if optional else "True or False"
+    return [
+        f"{name} must be {expected}, got {value!r}"
+        for name, value in flags.items()
+        if not (isinstance(value, bool) or (optional and value is None))
+    ]
+
+
 def _is_real(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False

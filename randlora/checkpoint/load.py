@@ -14,8 +14,8 @@ from randlora.checkpoint.fit import fit_sites, layer_names, with_prefix, without
 from randlora.checkpoint.format import master
 from randlora.checkpoint.peft_config import BASE_FIELD, NEUTRAL_FIELDS, kept_fields
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
-from randlora.config import Stream
-from randlora.errors import CheckpointError
+from randlora.config import Stream, flag_problems
+from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.layer_options import by_rank
 from randlora.model.install import commit, owned_state, prepare
 from randlora.model.train_also import replacements
@@ -63,11 +63,14 @@ def load(
         A report as from `randlora.inject`.
 
     Raises:
-        ConfigError: If ``prefix`` is not a name, or ``stream`` is none of a stream.
+        ConfigError: If ``prefix`` is not a name, ``stream`` is none of a stream, or a flag is neither ``True`` nor
+            ``False``.
         CheckpointError: If the files are damaged, of another kind or version, do not fit the model, cannot be
             downloaded, or are from another stream.
         AdapterError: If the name is taken, or the model's adapters are merged.
     """
+    flags = [*flag_problems(trainable=trainable), *flag_problems(optional=True, active=active)]
+    raise_collected(ConfigError, flags, doing="load")
     census = Census.of(model)
     state = owned_state(census, name, "load")
     active = not state.adapters if active is None else active

@@ -148,6 +148,11 @@ class AdapterLayer(ABC):
         options: dict[str, Any] = {"dtype": torch.float32, "device": cls.device_beside(owner)}
         return torch.zeros(lam, **options), torch.full(gamma, 1 / max(gamma[-2:]), **options)
 
+    @classmethod
+    def beside(cls, owner: nn.Module) -> list[object]:  # noqa: ARG003  # for quantized layers
+        """Return objects that the owner holds, other than modules and parameters, and that merging changes."""
+        return []
+
     def settle(self, owner: nn.Module) -> None:  # noqa: B027  # most kinds have nothing to do
         """Change whatever else on the owner its kind requires while adapted. Must not fail."""
 

@@ -39,6 +39,12 @@ class QuantizedLayer(LinearAdapter):
         """Return the dtype that the layer computes in, or ``None`` for that of its input."""
         return None
 
+    @classmethod
+    def beside(cls, owner: nn.Module) -> list[object]:
+        """Return the quantization state."""
+        held = (owner.__dict__.get(name) for name in cls.kept)
+        return [each for each in held if hasattr(each, "__dict__") and not isinstance(each, type)]
+
     @abstractmethod
     def written_out(self, owner: nn.Module, held: Any = None) -> Tensor:
         """Return the owner's codes, or those given, dequantized to ``(out_features, in_features)`` float32."""

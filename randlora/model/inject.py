@@ -18,10 +18,21 @@ from torch import nn
 from randlora.bases.bank import BasisBank
 from randlora.bases.basis import Basis
 from randlora.bases.spec import drawn_dims, sliced_dims, spec_for
-from randlora.config import BasisKind, Experts, InProj, Pattern, RandLoRAConfig, Stream, explain_options, same_options
+from randlora.config import (
+    BasisKind,
+    Experts,
+    InProj,
+    Pattern,
+    RandLoRAConfig,
+    Stream,
+    explain_options,
+    flag_problems,
+    same_options,
+)
 from randlora.errors import ConfigError, TargetError, raise_collected
 from randlora.layer_options import LayerOptions, by_rank
-from randlora.model.install import commit, detach_all, owned_state, prepare, require_detachable, require_own
+from randlora.model.change import whole
+from randlora.model.install import commit, detach_all, owned_state, prepare, require_detachable, require_own, unfold_all
 from randlora.model.train_also import replacements, select_parameters, train_also_problems
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState, ReplacedParameter, adapted_root
@@ -211,13 +222,13 @@ def eject(model: nn.Module) -> tuple[str, ...]:
     census = Census.of(root)
     require_own(census, state, "eject")
     require_detachable(census, "eject")
-    for site in census.adapted:
-        site.layer.unfold(site.owner)
-    state.adapters.clear()
-    state.install_parameters()
-    restored = detach_all(census, state)
-    state.replaced.clear()
-    state.merge_report, state.disabled = None, 0  # in case this is called inside `with merged(model)`
+    with whole(census, state):
+        unfold_all(census, state)  # in case this is called inside `with merged(model)`
+        state.adapters.clear()
+        state.install_parameters()
+        restored = detach_all(census, state)
+        state.replaced.clear()
+        state.disabled = 0
     return restored
 
 
@@ -246,6 +257,7 @@ def _one_config(config: RandLoRAConfig | None, r: int | Mapping[str, int] | None
 
 def _plan(model: nn.Module, name: str, config: RandLoRAConfig, *, active: bool | None, trainable: bool | None) -> Plan:
     """Return the plan of an adapter, or raise one error for all problems."""
+    raise_collected(ConfigError, flag_problems(optional=True, active=active, trainable=trainable), doing="inject")
     census = Census.of(model)
     state = owned_state(census, name, "inject")
     selection = select(census, config.targets, config.exclude)

@@ -1,7 +1,7 @@
 """Adding one adapter to a model and removing all of them: the only code that changes a model's modules.
 
-Everything that can fail happens before `commit` changes the first module, so a call that raises does not change the
-model.
+Everything that can fail happens before `commit` changes the first module, and what nobody can foresee is undone, so a
+call that raises does not change the model.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from randlora.errors import AdapterError, raise_collected
 from randlora.layer_options import by_rank
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, has_attribute
+from randlora.model.change import set_requires_grad, whole
 from randlora.state import (
     ATTRIBUTE,
     Adapter,
@@ -112,24 +113,25 @@ def prepare(
 def commit(census: Census, addition: Addition, *, active: bool) -> None:
     """Add a prepared adapter to the model, as the only active one if ``active``, and freeze the rest."""
     state, adapter = addition.state, addition.adapter
-    if not state.adapters:
-        state.required_grad = {held.fqn: held.parameter.requires_grad for held in census.parameters}
-        for held in census.parameters:
-            held.parameter.requires_grad = False  # the method does not work on uninitialized parameters
-    for site, layer, part, lam, gamma in addition.layers:
-        add_adapter(site.owner, layer, part, lam, gamma, trainable=addition.trainable)
-    if active:
-        for other in state.adapters.values():
-            other.weight = None
-        adapter.weight = 1.0
-    shapes = {site.fqn: part.shape for site, _, part, *_ in addition.layers}
-    for r, used in by_rank(shapes, adapter.options).items():
-        adapter.bases[r].extend(*sliced_dims(used))
-        state.bank.add(adapter.bases[r])
-    state.adapters[adapter.name] = adapter
-    state.replaced.update(addition.replaced)
-    state.install_parameters()
-    census.model.__dict__[ATTRIBUTE] = state
+    with whole(census, state, [site for site, *_ in addition.layers]):
+        if not state.adapters:
+            state.required_grad = {held.fqn: held.parameter.requires_grad for held in census.parameters}
+            for held in census.parameters:
+                set_requires_grad(held.parameter, False)  # noqa: FBT003
+        for site, layer, part, lam, gamma in addition.layers:
+            add_adapter(site.owner, layer, part, lam, gamma, trainable=addition.trainable)
+        if active:
+            for other in state.adapters.values():
+                other.weight = None
+            adapter.weight = 1.0
+        shapes = {site.fqn: part.shape for site, _, part, *_ in addition.layers}
+        for r, used in by_rank(shapes, adapter.options).items():
+            adapter.bases[r].extend(*sliced_dims(used))
+            state.bank.add(adapter.bases[r])
+        state.adapters[adapter.name] = adapter
+        state.replaced.update(addition.replaced)
+        state.install_parameters()
+        census.model.__dict__[ATTRIBUTE] = state
 
 
 def require_detachable(census: Census, doing: str, sites: Iterable[Site] | None = None) -> None:
@@ -173,6 +175,15 @@ def lost_sites(census: Census, adapters: Iterable[Adapter]) -> list[str]:
     return problems
 
 
+def unfold_all(census: Census, state: ModelState) -> tuple[str, ...]:
+    """Restore the weights from before a reversible merge, if there was one, and return their FQNs."""
+    merged = [site for site in census.adapted if site.layer.unmerged is not None]
+    for site in merged:
+        site.layer.unfold(site.owner)
+    state.merge_report = None
+    return tuple(site.fqn for site in merged)
+
+
 def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
     """Remove all adapters, restore ``requires_grad`` of the rest, and return the FQNs of the weights that were adapted.
 
@@ -182,7 +193,7 @@ def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
     for site in census.adapted:
         detach(site.owner, site.layer)
     for held in Census(census.model, census.visits).parameters:
-        if held.fqn in state.required_grad:  # not for parameters added later
-            held.parameter.requires_grad = state.required_grad[held.fqn]
+        if (flag := state.required_grad.get(held.fqn)) is not None:  # not for parameters added later
+            set_requires_grad(held.parameter, flag)
     del census.model.__dict__[ATTRIBUTE]
     return restored

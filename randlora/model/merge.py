@@ -14,11 +14,13 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
+from randlora.config import flag_problems
 from randlora.errors import ConfigError, MergeError, raise_collected
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.update import Into, Quantized, RoundingLoss
-from randlora.model.install import detach_all, lost_sites, require_detachable, require_own
+from randlora.model.change import whole
+from randlora.model.install import detach_all, lost_sites, require_detachable, require_own, unfold_all
 from randlora.report import MergeReport
 from randlora.state import ModelState, adapted_root
 from randlora.targets.match import shortened
@@ -62,7 +64,8 @@ def merge(
     root, state = adapted_root(model)
     census = Census.of(root)
     sites = [site for site in census.adapted if state.active.keys() & site.layer.adapters.keys()]
-    raise_collected(ConfigError, _option_problems(quantized, dtype), doing="merge")
+    problems = [*flag_problems(reversible=reversible), *_option_problems(quantized, dtype)]
+    raise_collected(ConfigError, problems, doing="merge")
     into = Into(quantized, dtype or _model_dtype(census))
     require_own(census, state, "merge")
     lost = lost_sites(census, (state.adapters[name] for name in state.active))
@@ -72,13 +75,15 @@ def merge(
     if not reversible:
         require_detachable(census, "merge")
     notes = _notes(root, sites, into, reversible=reversible)  # before merging, which may change classes
-    rounding = _fold_all(sites, state.active, into)
-    targets = tuple(site.fqn for site in sites)
-    report = MergeReport(dict(state.active), targets, reversible=reversible, rounding=rounding, notes=notes)
-    state.merge_report = report
-    for basis in state.bank:
-        basis.release()  # a merged model does not use them
-    if not reversible:
+    with whole(census, state):
+        rounding = _fold_all(sites, state.active, into)
+        targets = tuple(site.fqn for site in sites)
+        report = MergeReport(dict(state.active), targets, reversible=reversible, rounding=rounding, notes=notes)
+        for basis in state.bank:
+            basis.release()  # a merged model does not use them
+        if reversible:
+            state.merge_report = report
+            return report
         for site in sites:
             site.layer.keep_merged(site.owner)
         detach_all(census, state)
@@ -103,11 +108,9 @@ def unmerge(model: nn.Module) -> tuple[str, ...]:
         raise MergeError(
             "cannot unmerge: the adapters are not merged; randlora.merge(model, reversible=True) merges reversibly"
         )
-    merged_sites = [site for site in Census.of(root).adapted if site.layer.unmerged is not None]
-    for site in merged_sites:
-        site.layer.unfold(site.owner)
-    state.merge_report = None
-    return tuple(site.fqn for site in merged_sites)
+    census = Census.of(root)
+    with whole(census, state):
+        return unfold_all(census, state)
 
 
 @contextmanager
@@ -129,7 +132,7 @@ def merged(
     Raises:
         RandLoRAError: Any error of `merge`.
     """
-    _, state = adapted_root(model)
+    root, state = adapted_root(model)
     if state.merge_report is not None:
         yield state.merge_report
         return
@@ -138,7 +141,7 @@ def merged(
         yield report
     finally:
         if state.is_merged:
-            unmerge(model)
+            unmerge(root)
 
 
 def require_finite(fqn: str, weight: Tensor) -> Tensor:
@@ -231,17 +234,12 @@ def _model_dtype(census: Census) -> torch.dtype | None:
 
 
 def _fold_all(sites: Sequence[AdaptedSite], weights: dict[str, float], into: Into) -> dict[str, RoundingLoss]:
-    """Merge into all weights, or into none if one fails, and return the rounding errors."""
+    """Merge into all weights and return the rounding errors."""
     rounding = {}
-    try:
-        for site in sites:
-            merged = site.layer.merged(site.owner, weights, into)
-            require_finite(site.fqn, merged.weight)
-            site.layer.fold(site.owner, merged)
-            if merged.rounding is not None:
-                rounding[site.fqn] = merged.rounding
-    except BaseException:
-        for site in sites:
-            site.layer.unfold(site.owner)
-        raise
+    for site in sites:
+        merged = site.layer.merged(site.owner, weights, into)
+        require_finite(site.fqn, merged.weight)
+        site.layer.fold(site.owner, merged)
+        if merged.rounding is not None:
+            rounding[site.fqn] = merged.rounding
     return rounding

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from randlora.config import flag_problems
+from randlora.errors import ConfigError, raise_collected
 from randlora.layers.bnb import Linear4bitAdapter, put_in_order
 from randlora.layers.bnb_cpu import MAY_REPACK
 from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import find_layer
+from randlora.model.change import unchanged_if_raised
 from randlora.state import attached_state, require_unmerged
 from randlora.targets.match import shortened
 from randlora.targets.walk import Census, Visit, is_norm, is_quantized
@@ -107,6 +110,7 @@ def prepare_quantized(
 
     Raises:
         AdapterError: If adapters are merged.
+        ConfigError: If a flag is neither ``True`` nor ``False``.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 9))
@@ -118,30 +122,26 @@ def prepare_quantized(
         layers with repacking disabled: none
         checkpointing stays off: Sequential has no method for it
     """
+    flags = {"full_precision": full_precision, "inputs_require_grad": inputs_require_grad}
+    flags |= {"checkpointing": checkpointing, "unpacked": unpacked}
+    raise_collected(ConfigError, flag_problems(**flags), doing="prepare the model")
+    visits = Census.of(model).first_visits
     for module in model.modules():
         if (state := attached_state(module)) is not None:
             require_unmerged(state, "prepare the model")
-    visits = Census.of(model).first_visits
-    embeddings = _input_embeddings(model)  # first, because the model's own methods may raise
-    notes = []
-    if checkpointing and not _enable_checkpointing(model):  # also first
-        notes.append(f"checkpointing stays off: {type(model).__name__} has no method for it")
-    cast = _make_float32(visits) if full_precision else []
-    inputs: tuple[str, ...] = ()
-    if inputs_require_grad:
-        for module in embeddings:
-            if require_grad not in module._forward_hooks.values():
-                module.register_forward_hook(require_grad)
-        inputs = tuple(fqn for fqn, module in model.named_modules() if module in embeddings)
-        if not inputs:
-            notes.append("no embedding was found: for reentrant checkpointing, make the inputs require grad")
     four_bits = [visit for visit in visits if unpacked and find_layer(visit.module) is Linear4bitAdapter]
-    for visit in four_bits:
-        vars(visit.module)[MAY_REPACK] = False
-        layer = adapter_layers_of(visit.module).get("weight")
-        if isinstance(layer, Linear4bitAdapter):
-            layer.may_repack = False  # the value that ejecting restores
-    out_of_order = [visit for visit in four_bits if put_in_order(visit.module)]
+    with unchanged_if_raised(*_changeable(model)):
+        embeddings = _input_embeddings(model)
+        notes = []
+        if checkpointing and not _enable_checkpointing(model):
+            notes.append(f"checkpointing stays off: {type(model).__name__} has no method for it")
+        cast = _make_float32(visits) if full_precision else []
+        inputs: tuple[str, ...] = ()
+        if inputs_require_grad:
+            inputs = _let_outputs_require_grad(model, embeddings)
+            if not inputs:
+                notes.append("no embedding was found: for reentrant checkpointing, make the inputs require grad")
+        out_of_order = _unpack(four_bits)
     return PreparationReport(
         quantized=_fqns(visit for visit in visits if is_quantized(visit.module)),
         cast=_fqns(cast),
@@ -151,6 +151,36 @@ def prepare_quantized(
         put_in_order=_fqns(out_of_order),
         notes=tuple(notes),
     )
+
+
+def _changeable(model: nn.Module) -> tuple[list[object], list[Tensor], list[Tensor]]:
+    """Return the arguments of `unchanged_if_raised`: everything that preparing a model may change."""
+    objects: list[object] = []
+    values: list[Tensor] = []
+    for module in model.modules():
+        kind = find_layer(module)
+        objects += [module, *adapter_layers_of(module).values()]
+        objects += kind.beside(module) if isinstance(kind, type) else []
+        values += _own_tensors(module)
+    return objects, values, []
+
+
+def _let_outputs_require_grad(model: nn.Module, embeddings: Sequence[nn.Module]) -> tuple[str, ...]:
+    """Add a hook to embeddings, once, and return their FQNs."""
+    for module in embeddings:
+        if require_grad not in module._forward_hooks.values():
+            module.register_forward_hook(require_grad)
+    return tuple(fqn for fqn, module in model.named_modules() if module in embeddings)
+
+
+def _unpack(four_bits: Sequence[Visit]) -> list[Visit]:
+    """Keep bitsandbytes from repacking 4-bit layers, and return those that had to be put in order."""
+    for visit in four_bits:
+        vars(visit.module)[MAY_REPACK] = False
+        layer = adapter_layers_of(visit.module).get("weight")
+        if isinstance(layer, Linear4bitAdapter):
+            layer.may_repack = False  # the value that ejecting restores
+    return [visit for visit in four_bits if put_in_order(visit.module)]
 
 
 def cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

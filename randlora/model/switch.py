@@ -12,11 +12,12 @@ from typing import get_args
 from torch import Tensor, nn
 
 from randlora.bases.spec import BasisSpec
-from randlora.config import RandLoRAConfig
+from randlora.config import RandLoRAConfig, flag_problems
 from randlora.errors import AdapterError, ConfigError, TargetError, raise_collected
 from randlora.functional import Compute
 from randlora.layer_options import LayerOptions
 from randlora.layers.in_place import drop_adapter
+from randlora.model.change import set_requires_grad, whole
 from randlora.model.inject import eject
 from randlora.model.install import require_detachable, require_own
 from randlora.state import Adapter, ModelState, adapted_root, is_adapted, require_unmerged
@@ -95,19 +96,21 @@ def activate(
         AdapterError: For an unknown name, a weight that is not finite, adapters that train the same parameter with
             ``train_also``, or if the adapters are merged.
     """
+    raise_collected(ConfigError, flag_problems(optional=True, trainable=trainable), doing="activate")
     root, state = adapted_root(model)
     require_unmerged(state, "activate")
     census = Census.of(root)
     require_own(census, state, "activate")
     weights = _weights(names)
     raise_collected(AdapterError, _activation_problems(state, weights), doing="activate")
-    for adapter in state.adapters.values():
-        adapter.weight = weights.get(adapter.name)
-    state.install_parameters()
-    if trainable is not None:
-        for name in weights:
-            for parameter in adapter_parameters(census, state.adapters[name]):
-                parameter.requires_grad_(trainable)
+    with whole(census, state):
+        for adapter in state.adapters.values():
+            adapter.weight = weights.get(adapter.name)
+        state.install_parameters()
+        if trainable is not None:
+            for name in weights:
+                for parameter in adapter_parameters(census, state.adapters[name]):
+                    set_requires_grad(parameter, trainable)
 
 
 @contextmanager
@@ -121,9 +124,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """
     root, state = adapted_root(model)
     require_unmerged(state, "disable")
-    require_own(Census.of(root), state, "disable the adapters")
-    state.disabled += 1
-    state.install_parameters()
+    census = Census.of(root)
+    require_own(census, state, "disable the adapters")
+    with whole(census, state):
+        state.disabled += 1
+        state.install_parameters()
     try:
         yield
     finally:
@@ -151,10 +156,11 @@ def remove(model: nn.Module, name: str) -> None:
     require_own(census, state, "remove")
     sites = [site for site in census.adapted if name in site.layer.adapters]
     require_detachable(census, f"remove {name!r}", sites)
-    del state.adapters[name]
-    for site in sites:
-        drop_adapter(site.owner, site.layer, name)
-    state.forget_unused()
+    with whole(census, state):
+        del state.adapters[name]
+        for site in sites:
+            drop_adapter(site.owner, site.layer, name)
+        state.forget_unused()
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

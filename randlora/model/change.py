@@ -1,0 +1,95 @@
+"""Changing a model as a whole or not at all.
+
+The checks of a call find what would make it fail. What no check can foresee, such as a lack of memory, an interrupt or
+a class that sets its attributes in its own way, may still raise in the middle of a change, which is then undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from randlora.state import ModelState
+from randlora.targets.site import Site
+from randlora.targets.walk import Census
+
+
+@contextmanager
+def whole(census: Census, state: ModelState, sites: Iterable[Site] = ()) -> Iterator[None]:
+    """Undo everything that the block has changed if it raises: modules, parameters, and the state with its adapters.
+
+    Values that were written in place would not be restored; nothing here writes in place.
+
+    Args:
+        census: The model.
+        state: Its state, attached or not.
+        sites: The weights that are to be adapted. Those that are adapted are always included.
+    """
+    objects: list[object] = [census.model, state, state.bank, *state.bank, *state.adapters.values()]
+    values = [parameter for adapter in state.adapters.values() for parameter in adapter.trained.values()]
+    for entry in state.replaced.values():
+        objects += [entry, *(module for module, _ in entry.places)]
+        values += [entry.original, entry.installed]
+    for site in (*sites, *census.adapted):
+        owner = site.owner
+        objects += [owner, *owner._modules.values(), *site.layer_class.beside(owner), site.adapter_layer]
+        values += owner.parameters()
+    with unchanged_if_raised(objects, values, [held.parameter for held in census.parameters]):
+        yield
+
+
+@contextmanager
+def unchanged_if_raised(objects: Iterable[object], values: Iterable[Tensor], flags: Iterable[Tensor]) -> Iterator[None]:
+    """Restore some objects if the block raises.
+
+    Args:
+        objects: What gets back its class and its attributes, and of those that are dicts or lists, their entries.
+        values: Tensors that get back their data and ``requires_grad``.
+        flags: Tensors that get back ``requires_grad``.
+    """
+    held = {id(each): _Attributes(each) for each in objects if each is not None}
+    required_grad = [(each, each.requires_grad) for each in (*values, *flags)]
+    data = [(each, each.data) for each in values if not is_lazy(each) and type(each.data) is Tensor]
+    try:
+        yield
+    except BaseException:
+        for attributes in held.values():
+            attributes.restore()
+        for tensor, own in data:
+            with torch.inference_mode(own.is_inference()):
+                tensor.data = own
+        for tensor, flag in required_grad:
+            set_requires_grad(tensor, flag)
+        raise
+
+
+def set_requires_grad(tensor: Tensor, flag: bool) -> None:  # noqa: FBT001
+    """Set ``requires_grad``; of integers, as a quantized weight may have become, it stays ``False``."""
+    if tensor.requires_grad == flag or (flag and not (tensor.dtype.is_floating_point or tensor.dtype.is_complex)):
+        return
+    is_inference = not is_lazy(tensor) and tensor.is_inference()
+    with torch.inference_mode(is_inference):  # of a model built in this mode it can be set in it alone
+        tensor.requires_grad = flag  # the method does not work on uninitialized parameters
+
+
+class _Attributes:
+    """The class and the attributes of an object, with the entries of those that are dicts or lists."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner, self.kind, self.attributes = owner, type(owner), dict(vars(owner))
+        containers = [each for each in self.attributes.values() if isinstance(each, dict | list)]
+        self.entries = [(each, dict(each) if isinstance(each, dict) else list(each)) for each in containers]
+
+    def restore(self) -> None:
+        if type(self.owner) is not self.kind:
+            object.__setattr__(self.owner, "__class__", self.kind)
+        self.owner.__dict__.clear()
+        self.owner.__dict__.update(self.attributes)
+        for container, entries in self.entries:
+            container.clear()
+            container.update(entries) if isinstance(container, dict) else container.extend(entries)

@@ -1,0 +1,56 @@
+"""A change of a model that fails in the middle, at whatever call, leaves the model as it was."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import randlora
+from tests.faults import Fault, Faults, under
+from tests.kit import fill, untouched
+
+Verb = Callable[[nn.Module], object]
+
+VERBS: dict[str, Verb] = {
+    "inject": lambda model: randlora.inject(model, r=3, name="c", active=True, train_also=["norm", "2"], targets=["0"]),
+    "eject": randlora.eject,
+    "remove": lambda model: randlora.remove(model, "b"),
+    "activate": lambda model: randlora.activate(model, {"b": 0.5}, trainable=True),
+    "disabled": lambda model: randlora.disabled(model).__enter__(),
+    "merge": randlora.merge,
+    "merge reversibly": lambda model: randlora.merge(model, reversible=True),
+    "prepare": lambda model: randlora.prepare_quantized(model, checkpointing=False),
+}
+AFTER_MERGING: dict[str, Verb] = {"unmerge": randlora.unmerge, "eject merged": randlora.eject}
+
+
+def adapted(*, merged: bool) -> nn.Module:
+    """Return a model with two adapters, one of which trains a norm beside it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8), nn.Linear(8, 4, bias=False))
+    model.add_module("norm", nn.LayerNorm(4, dtype=torch.bfloat16))
+    model.get_submodule("2").requires_grad_(False)
+    randlora.inject(model, r=4, targets=["0", "1"], name="a", train_also=["norm"])
+    randlora.inject(model, r=2, targets=["1", "2"], name="b", stream="portable", active=True)
+    randlora.activate(model, ["a", "b"])
+    fill(fill(model, "a"), "b")
+    if merged:
+        randlora.merge(model, reversible=True)
+    return model
+
+
+@pytest.mark.medium
+@settings(max_examples=50)
+@given(name=st.sampled_from([*VERBS, *AFTER_MERGING]), share=st.floats(0, 1, exclude_max=True))
+def test_a_change_that_fails_at_any_call_is_undone(name: str, share: float) -> None:
+    verb, merged = {**VERBS, **AFTER_MERGING}[name], name in AFTER_MERGING
+    verb(adapted(merged=merged))  # what is done once in a process
+    counted, twin, model = Faults(), adapted(merged=merged), adapted(merged=merged)
+    assert under(counted, lambda: verb(twin)) is None
+    with untouched(model):
+        error = under(Faults(1 + int(share * counted.calls)), lambda: verb(model))
+    assert isinstance(error, Fault), "it is raised, whatever else goes wrong"
+    verb(model)
