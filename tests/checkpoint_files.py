@@ -209,6 +209,14 @@ def refused(
     assert snapshot(model) == before
 
 
+def doubted(model: nn.Module, directory: Path | str, match: str) -> None:
+    """Load with `randlora.load`, and check that a warning says ``match``, as does the report."""
+    with pytest.warns(UserWarning, match=re.escape(match)) as warned:
+        report = randlora.load(model, directory)
+    (message,) = (str(warning.message) for warning in warned)
+    assert message in report.notes
+
+
 def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a directory's tensors and their header's metadata."""
     with safe_open(directory / TENSORS_FILE, framework="pt") as file:

@@ -1,7 +1,9 @@
-"""Reading files: whatever is damaged, foreign or of two saves is refused, and the model shows no trace of it."""
+"""Reading files: whatever is damaged or foreign is refused, the header decides, and the model shows no trace of it."""
 
 import os
 import shutil
+import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import randlora
+from randlora.checkpoint import read
+from randlora.disk.tensor_file import open_shard
 from randlora.errors import CheckpointError
 from tests.checkpoint_files import (
     CONFIG_FILE,
     GAMMA,
     HEADED,
     LAMBDA,
+    LINEAR,
     PREFIX,
     TENSORS_FILE,
     Case,
+    Stored,
     basis_of,
+    doubted,
     edit_fields,
+    edit_tensors,
     read_fields,
     read_tensors,
     refused,
@@ -35,6 +43,11 @@ from tests.kit import adapter_values, all_bits, bits, snapshot
 EVERY_BIT = os.environ.get("HYPOTHESIS_PROFILE") == "ci"
 SMALL = Case("small", lambda: nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 3)), {"train_also": ["1.bias"]})
 OPTIONS: dict[str, Any] = {"stream": "portable", "seed": 5, "alpha": 3, "dropout": 0.25}
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read, "PATIENCE", 0)
 
 
 @pytest.fixture
@@ -62,7 +75,9 @@ def misread(directory: Path, case: Case, damaged: Path, versions: Iterable[tuple
     for label, contents in versions:
         damaged.write_bytes(contents)
         try:
-            randlora.load(model, directory)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=f"{CONFIG_FILE} says")
+                randlora.load(model, directory)
         except CheckpointError:
             continue
         if facts(model, case) != expected:
@@ -144,9 +159,8 @@ def test_a_tensors_file_with_bytes_after_its_end_is_refused(saved: Path) -> None
         (b"{}", "describes no RandLoRA adapter"),
         (b'{"peft_type": "LORA"}', "expected peft_type='RANDLORA', got 'LORA'"),
         (b'{"peft_type": ["RANDLORA"]}', "got ['RANDLORA']"),
-        (b'{"peft_type": "RANDLORA"}', "says r=None, the tensors were saved with 2"),
     ],
-    ids=["empty", "cut", "no-text", "nested", "null", "list", "string", "no-type", "lora", "type-list", "bare"],
+    ids=["empty", "cut", "no-text", "nested", "null", "list", "string", "no-type", "lora", "type-list"],
 )
 def test_a_damaged_or_foreign_json_is_refused(contents: bytes, message: str, saved: Path) -> None:
     (saved / CONFIG_FILE).write_bytes(contents)
@@ -159,6 +173,7 @@ def test_a_damaged_or_foreign_json_is_refused(contents: bytes, message: str, sav
 )
 @pytest.mark.parametrize("in_the_way", [None, "directory"], ids=["missing", "directory"])
 def test_a_missing_file_is_named(name: str, message: str, in_the_way: str | None, saved: Path) -> None:
+    edit_tensors(saved, {})  # which our header would make do without the JSON
     (saved / name).unlink()
     if in_the_way:
         (saved / name).mkdir()
@@ -190,15 +205,77 @@ def test_a_pickle_in_place_of_the_tensors_is_refused_and_never_run(saved: Path, 
         ({"alpha": 3.5}, "says randlora_alpha=3, the tensors were saved with 3.5"),
         ({"dropout": 0.5}, "says randlora_dropout=0.25, the tensors were saved with 0.5"),
         ({"seed": 6}, "says projection_prng_key=5, the tensors were saved with 6"),
-        ({"basis": "sparse", "r": 8}, "says kind of basis='dense', the tensors were saved with 'sparse'"),
+        ({"basis": "sparse", "r": 8}, "kind of basis='dense', the tensors were saved with 'sparse'"),
     ],
     ids=["r", "alpha", "dropout", "seed", "kind"],
 )
-def test_files_of_two_saves_are_refused(options: dict[str, Any], message: str, saved: Path, tmp_path: Path) -> None:
-    randlora.save(trained(SMALL, **{**OPTIONS, **options}), tmp_path / "other")
+def test_tensors_beside_the_json_of_another_save_decide(
+    options: dict[str, Any], message: str, saved: Path, tmp_path: Path
+) -> None:
+    other = trained(SMALL, **{**OPTIONS, **options})
+    randlora.save(other, tmp_path / "other")
     shutil.copy(tmp_path / "other" / TENSORS_FILE, saved / TENSORS_FILE)
-    refused(SMALL.build(), saved, message)
-    refused(SMALL.build(), saved, "the files are of two saves")
+    model = SMALL.build()
+    doubted(model, saved, message)
+    assert facts(model, SMALL)[1:] == facts(other, SMALL)[1:]
+    (summary, conversion) = (
+        randlora.files.inspect(saved),
+        randlora.files.convert(saved, tmp_path / "converted", "native"),
+    )
+    for notes in (summary.notes, conversion.notes):
+        assert any(message in note and "the files are of two saves" in note for note in notes)
+    assert not randlora.files.verify(saved).passed
+    again = SMALL.build()
+    randlora.load(again, tmp_path / "converted")
+    assert facts(again, SMALL)[1:] == facts(other, SMALL)[1:]
+
+
+@pytest.mark.parametrize("storage", ["seed", "stored"])
+def test_tensors_with_our_header_need_no_json(storage: Stored, saved: Path) -> None:
+    model = trained(SMALL, **OPTIONS)
+    randlora.save(model, saved, bases=storage)
+    (saved / CONFIG_FILE).unlink()
+    twin = SMALL.build()
+    doubted(twin, saved, f"there is no {CONFIG_FILE}")
+    assert facts(twin, SMALL)[1:] == facts(model, SMALL)[1:]
+    assert randlora.files.inspect(saved).nbytes == (saved / TENSORS_FILE).stat().st_size
+
+
+def test_tensors_without_header_need_the_json(saved: Path) -> None:
+    edit_tensors(saved, {})
+    (saved / CONFIG_FILE).unlink()
+    refused(SMALL.build(), saved, f"expected a directory with {CONFIG_FILE} and {TENSORS_FILE}")
+
+
+def test_a_json_that_appears_within_a_moment_is_waited_for(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (saved / CONFIG_FILE).read_text(encoding="utf-8")
+    edit_fields(saved, {"r": 7})
+    monkeypatch.setattr(read, "PATIENCE", 5.0)
+    monkeypatch.setattr(time, "sleep", lambda _: (saved / CONFIG_FILE).write_text(text, encoding="utf-8"))
+    randlora.load(SMALL.build(), saved)  # where a warning is an error
+
+
+def test_files_without_header_that_are_replaced_while_they_are_read_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The options of one adapter and the tensors of another would load without a word: their shapes are equal."""
+    made = {}
+    for name, alpha in (("old", 3.0), ("new", 5.0)):
+        made[name] = trained(LINEAR, alpha=alpha)
+        randlora.save(made[name], tmp_path / name)
+        edit_tensors(tmp_path / name, {})
+    shutil.copytree(tmp_path / "old", tmp_path / "there")
+
+    def replaced(path: Path) -> Any:
+        for name in (TENSORS_FILE, CONFIG_FILE):
+            shutil.copy(tmp_path / "new" / name, path.parent / name)
+        return open_shard(path)
+
+    monkeypatch.setattr(read, "PATIENCE", 5.0)
+    monkeypatch.setattr(read, "open_shard", replaced)
+    model = LINEAR.build()
+    randlora.load(model, tmp_path / "there")
+    assert torch.equal(LINEAR.output(model), LINEAR.output(made["new"]))
 
 
 def test_the_other_file_of_two_saves_with_equal_options_says_nothing_else(saved: Path, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def misshape(directory: Path) -> None:
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "bit": (flip_a_bit, "do not match its checksum"),
     "truncated": (truncate, "truncated or damaged"),
-    "missing": (remove, "cannot read"),
+    "missing": (remove, "there is no adapter_config.json"),
     "garbled": (garble, "is damaged"),
     "contradiction": (contradict, "the files are of two saves"),
     "NaN": (put_nan, "holds NaN or infinite values"),

@@ -21,8 +21,7 @@ from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec, Shape, drawn_dims, sliced_dims, spec_for
 from randlora.checkpoint.keys import basis_keys, trained_key, value_keys
 from randlora.config import ADDED_SINCE_FORMAT_1, RandLoRAConfig, is_integer
-from randlora.disk.replace import Writer
-from randlora.disk.tensor_file import Planned, bytes_of, write_tensor_file
+from randlora.disk.tensor_file import bytes_of
 from randlora.errors import CheckpointError
 from randlora.layer_options import LayerOptions, by_rank
 from randlora.layers.registry import KINDS
@@ -264,22 +263,3 @@ def stored_dims(basis: Basis, rectangle: tuple[int, int]) -> tuple[int, int]:
     """Return the ``(max_dim, min_dim)`` that `stored_bases` stores of bases for which PEFT would draw ``rectangle``."""
     spec, (max_dim, min_dim) = basis.spec, rectangle
     return rectangle if spec.is_prefix_stable else (min(spec.max_dim, max_dim), min(spec.min_dim, min_dim))
-
-
-def file_writers(
-    fields: Mapping[str, Any], tensors: Mapping[str, Tensor], header: Header | None = None
-) -> dict[str, Writer]:
-    """Return what writes an adapter's two files, by their names. Tensors must be contiguous and on the CPU."""
-    metadata = METADATA | ({} if header is None else {HEADER_KEY: dump_header(header, tensors)})
-    return planned_writers(fields, [Planned.whole(*item) for item in tensors.items()], metadata)
-
-
-def planned_writers(
-    fields: Mapping[str, Any], tensors: Iterable[Planned], metadata: Mapping[str, str] = METADATA
-) -> dict[str, Writer]:
-    """Return what writes an adapter's two files, with one tensor in memory at a time."""
-    text = json.dumps(dict(fields), indent=2)
-    return {
-        TENSORS_FILE: lambda path: write_tensor_file(path, tensors, metadata),
-        CONFIG_FILE: lambda path: path.write_text(f"{text}\n", encoding="utf-8"),
-    }

@@ -41,7 +41,8 @@ def load(
 
     The names in the file determine the layers; its ``target_modules`` is not matched against the model. Bases that the
     model does not have are added. If both the file and the model name their base model and the names differ, a
-    ``UserWarning`` says so.
+    ``UserWarning`` says so. Another one says if the JSON file is missing or contradicts the header of the tensors,
+    which decides.
 
     Args:
         model: The model that the adapter was trained on, with or without other adapters.
@@ -119,9 +120,9 @@ def _placed(file: AdapterFile, sites: tuple[Site, ...]) -> dict[str, tuple[Tenso
 
 
 def _doubts(model: nn.Module, file: AdapterFile) -> list[str]:
-    """Warn at the line that calls `load` if the adapter was trained on another base model, and return the warning."""
+    """Warn of doubts about the files and of another base model, at the line that calls `load`; return the warnings."""
     doubt = mismatch(model, file.fields.get(BASE_FIELD))
-    if doubt is None:
-        return []
-    warnings.warn(doubt, UserWarning, stacklevel=4)  # past `load` and its decorator
-    return [doubt]
+    doubts = [*file.doubts, *([] if doubt is None else [doubt])]
+    for doubt in doubts:
+        warnings.warn(doubt, UserWarning, stacklevel=4)  # past `load` and its decorator
+    return doubts

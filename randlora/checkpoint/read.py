@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -50,6 +52,9 @@ from randlora.targets.options import listed, options_listed
 COPY = re.compile(rf"\.{BASIS_B}(\.r\d+)?$")
 """The end of the key of a copy of B."""
 
+PATIENCE = 0.5  # seconds for another process to finish replacing the files, which takes it milliseconds
+PAUSE = 0.02
+
 
 @dataclass(frozen=True, eq=False)
 class AdapterFile:
@@ -58,8 +63,8 @@ class AdapterFile:
     ``config`` gives r and alpha of each target by FQN where they differ. ``header`` is ``None`` for a file that PEFT
     wrote. ``values`` are Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, by target, and ``trained`` other
     parameters by FQN. ``bases`` are A, ``(r, 1, min_dim)``, and B, ``(max_dim, num_bases, r)``, by r, which the file
-    holds ``basis_copies`` times. ``renaming`` is how names differ from those in the file. ``stream`` is what the caller
-    says of the bases, if anything.
+    holds ``basis_copies`` times. ``doubts`` are what the user should know of the files. ``renaming`` is how names
+    differ from those in the file. ``stream`` is what the caller says of the bases, if anything.
     """
 
     fields: dict[str, Any]
@@ -69,6 +74,7 @@ class AdapterFile:
     trained: dict[str, Tensor] = field(default_factory=dict)
     bases: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     basis_copies: int = 0
+    doubts: tuple[str, ...] = ()
     renaming: str = ""
     stream: Stream | None = None
 
@@ -117,10 +123,33 @@ def read_adapter(directory: Path, stream: Stream | None = None) -> AdapterFile:
     """Read an adapter's directory, after checking each of its files, and one against the other.
 
     ``stream`` is the stream of its bases, if the caller says it. `file_bases` compares it with what the file says.
+
+    Our header decides if the JSON contradicts it or is missing, which is a doubt. Another process may be replacing the
+    files, in the order of `checkpoint.write`. So the JSON must be the same before and after the tensors are read, and a
+    doubt must last for a moment.
     """
     if stream not in (None, *get_args(Stream)):
         raise ConfigError(f"stream must be one of {', '.join(get_args(Stream))}, or None, got {stream!r}")
-    fields = _read_fields(directory / CONFIG_FILE)
+    end = time.monotonic() + PATIENCE
+    while True:
+        fields = _read_fields(directory)
+        found: AdapterFile | CheckpointError
+        try:
+            found = _read_beside(fields, directory, stream)
+        except CheckpointError as error:
+            found = error
+        is_settled = fields is not None and fields == _read_fields(directory)
+        is_settled &= isinstance(found, CheckpointError) or not found.doubts
+        if is_settled or time.monotonic() >= end:
+            break
+        time.sleep(PAUSE)
+    if isinstance(found, CheckpointError):
+        raise found
+    return found
+
+
+def _read_beside(fields: dict[str, Any] | None, directory: Path, stream: Stream | None) -> AdapterFile:
+    """Read the tensors that the JSON describes, or without it those that our header describes."""
     path = directory / TENSORS_FILE
     if not path.is_file():
         raise CheckpointError(f"there is no {path}: only safetensors files are read, nothing is unpickled")
@@ -128,6 +157,13 @@ def read_adapter(directory: Path, stream: Stream | None = None) -> AdapterFile:
         text = _header_text(shard)
         tensors = _read_tensors(shard, raw, copies=text is None)
     header = None if text is None else parse_header(text, tensors)
+    if fields is None:
+        if header is None:
+            raise _unreadable(directory, os.strerror(errno.ENOENT))
+        fields = {"peft_type": PEFT_TYPE}
+        doubts = [f"there is no {CONFIG_FILE}, which PEFT needs and which names the base model: save it again"]
+    else:
+        doubts = _disagreements(fields, header)
     if header is None and (lost := [name for name in UNREAD_FIELDS if fields.get(name) not in (None, {})]):
         raise CheckpointError(f"the tensors have lost the header that goes with {lost[0]}: get an undamaged copy")
     keys = [basis_keys(r, header.bases.keys()) for r in header.bases] if header else [(TOP_BASIS_A, TOP_BASIS_B)]
@@ -137,31 +173,37 @@ def read_adapter(directory: Path, stream: Stream | None = None) -> AdapterFile:
     config = header.config if header else from_peft_fields(fields, values, trained, stream)
     ranks = header.bases if header else [fields["r"]]
     bases = {r: pair for r, pair in zip(ranks, pairs, strict=True) if pair is not None}
-    problems = [
-        *_disagreements(fields, header),
-        *_damage(values, trained, bases),
-    ]
+    problems = _damage(values, trained, bases)
     problems += _shape_problems(options_listed(config, values), values, bases)
     raise_collected(CheckpointError, problems, doing=f"read {str(directory)!r}")
     copies = int(bool(bases)) if header else sum(bool(COPY.search(entry.name)) for entry in shard.entries)
-    return AdapterFile(fields, config, header, values, trained, bases, copies, stream=stream)
+    return AdapterFile(fields, config, header, values, trained, bases, copies, tuple(doubts), stream=stream)
 
 
-def _read_fields(path: Path) -> dict[str, Any]:
+def _read_fields(directory: Path) -> dict[str, Any] | None:
+    """Return the fields of the JSON, or ``None`` if there is none beside the tensors."""
+    path = directory / CONFIG_FILE
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:  # PEFT saves an adapter that is not called "default" one level down
-        inside = ", ".join(sorted(found.parent.name for found in path.parent.glob(f"*/{CONFIG_FILE}")))
-        raise CheckpointError(
-            f"cannot read {path} ({error.strerror}): expected a directory with {CONFIG_FILE} and {TENSORS_FILE}"
-            f"{f'; there are some inside it: {inside}' if inside else ''}"
-        ) from error
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and (directory / TENSORS_FILE).exists():
+            return None
+        raise _unreadable(directory, error.strerror) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): get an undamaged copy") from error
     kind = fields.get("peft_type") if isinstance(fields, dict) else None
     if kind != PEFT_TYPE:
         raise CheckpointError(f"{path} describes no RandLoRA adapter: expected peft_type={PEFT_TYPE!r}, got {kind!r}")
     return dict(fields)
+
+
+def _unreadable(directory: Path, reason: str | None) -> CheckpointError:
+    # PEFT saves an adapter that is not called "default" one level down
+    inside = ", ".join(sorted(found.parent.name for found in directory.glob(f"*/{CONFIG_FILE}")))
+    return CheckpointError(
+        f"cannot read {directory / CONFIG_FILE} ({reason}): expected a directory with {CONFIG_FILE} and {TENSORS_FILE}"
+        f"{f'; there are some inside it: {inside}' if inside else ''}"
+    )
 
 
 def _header_text(shard: Shard) -> str | None:
@@ -242,7 +284,7 @@ def _trained(tensors: Mapping[str, Tensor], targets: Container[str], header: Hea
 
 
 def _disagreements(fields: Mapping[str, Any], header: Header | None) -> list[str]:
-    """Return where the two files contradict each other because they come from different saves."""
+    """Return where the JSON contradicts our header, because it was edited or comes from another save."""
     if header is None:
         return []
     config, common = header.config, most_common(header.options)
@@ -255,11 +297,13 @@ def _disagreements(fields: Mapping[str, Any], header: Header | None) -> list[str
     }
     if KINDS[config.basis].peft_flags is not None:
         pairs["kind of basis"] = (peft_kind(fields), config.basis)
-    return [
-        f"{CONFIG_FILE} says {name}={ours!r}, the tensors were saved with {theirs!r}: the files are of two saves"
-        for name, (ours, theirs) in pairs.items()
-        if ours != theirs
+    found = [
+        f"{name}={said!r}, the tensors were saved with {saved!r}"
+        for name, (said, saved) in pairs.items()
+        if said != saved
     ]
+    reason = "the files are of two saves, or the JSON was edited, which changes no options"
+    return [f"{CONFIG_FILE} says {' and '.join(found)}, which is used: {reason}; save it again"] if found else []
 
 
 def _damage(

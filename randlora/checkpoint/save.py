@@ -18,14 +18,13 @@ from randlora.checkpoint.format import (
     TENSORS_FILE,
     Header,
     adapter_tensors,
-    file_writers,
     stored_bases,
     stored_dims,
 )
 from randlora.checkpoint.peft_config import BASE_FIELD, drawing_note, peft_obstacle, to_peft_fields, unknown_to_peft
 from randlora.checkpoint.values import Value, is_text, save_problems
+from randlora.checkpoint.write import write_adapter
 from randlora.disk.hub import is_repo_id, require_hub, upload
-from randlora.disk.replace import write_files
 from randlora.errors import CheckpointError, raise_collected
 from randlora.layers.base import diagonal_shapes
 from randlora.model.install import lost_sites, require_own
@@ -121,13 +120,12 @@ def save(
     if bases == "stored":
         tensors |= stored_bases(adapter.bases, header)
     fields = to_peft_fields(census, adapter, stored=bases == "stored")
-    writers = file_writers(fields, tensors, header)
+    card = None
     if is_ours(directory / CARD_FILE) or not os.path.lexists(directory / CARD_FILE):
         skipped, remaining = left_out_by(census, adapter.config, shapes)
         report = adapter_report(census, adapter, shapes, skipped=skipped, remaining=remaining)
         card = write_card(report, header, base_model=fields[BASE_FIELD], peft_notes=notes, repo_id=push_to_hub)
-        writers[CARD_FILE] = lambda path: path.write_text(card, encoding="utf-8")
-    size = write_files(directory, writers)
+    size = write_adapter(directory, fields, tensors, header, card)
     url = None
     if push_to_hub:  # a generated card replaces none in the repository that was not generated
         generated = {CARD_FILE: is_ours} if is_ours(directory / CARD_FILE) else {}

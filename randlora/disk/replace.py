@@ -1,21 +1,44 @@
 """Files and directories that appear complete or not at all.
 
-They are written under a hidden name on the same file system, flushed to disk and renamed. What a killed process leaves
-under such a name is removed by the next call for the same directory. Files of a directory that exists are renamed one
-after the other: a process that is killed in between leaves some of the old and some of the new ones.
+Everything is first written to a hidden directory on the same disk. What then makes it visible is
+
+- for a directory that does not exist, one rename of the whole directory;
+- for files of a directory that exists, one rename for each. The first of them is that of the file that *decides*: what
+  it holds tells a reader everything, and the other files are copies of parts of it, for other programs. So the rename
+  of one file is the step from the old contents to the new ones. A copy that would be taken at its word beside the wrong
+  file is *withdrawn*: it is removed before that rename and appears after it, so that nobody finds it beside a file of
+  another call.
+
+A process that is killed leaves its hidden directory and, of the visible steps, the first few. The next call for the
+same name takes all of them and removes the hidden directory: a lock, which the system releases when a process ends,
+tells that it is abandoned.
+
+**After a power failure** a file system may have forgotten whatever was not flushed, in any combination: the bytes of a
+file, its name, a rename but not the one before it. So
+
+- each file is flushed before its rename. A name that survives is never that of an empty or a partial file;
+- the directory is flushed after each visible step and before the next one. The steps that survive are the first few, as
+  after a kill, and before a call returns all of them are on disk;
+- a new directory is flushed before its rename, which gives it its files, and its parent after it. Each parent that had
+  to be created is flushed into its own before anything is put into it.
+
+A rename itself is atomic in POSIX, and in what a journal replays. On a disk that reports writes as flushed which are
+not, nothing of this holds.
 """
 
 from __future__ import annotations
 
 import errno
+import filecmp
 import glob
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 if sys.platform != "win32":
@@ -23,59 +46,84 @@ if sys.platform != "win32":
 
 PATIENCE = 10.0  # seconds to wait for another process, which holds locks for milliseconds
 
+UNFLUSHABLE = (errno.EINVAL, errno.ENOTSUP)  # file systems on a network that flush no directories
+
 Writer = Callable[[Path], object]
 """Writes a whole file to the path it is given."""
 
 
-def write_files(directory: Path, writers: Mapping[str, Writer]) -> int:
+def write_files(directory: Path, writers: Mapping[str, Writer], withdrawn: Container[str] = ()) -> int:
     """Write files of a directory, all or none, and return their total size in bytes. Its other files remain.
 
-    A directory that does not exist is created with its files. If the disk refuses, nothing changes.
+    A directory that does not exist is created with its files. The first of the files decides; those ``withdrawn`` are
+    never seen beside one of another call, unless they are equal in both. If the disk refuses, nothing changes.
     """
-    is_created = False
-    if not directory.exists():
-        with suppress(FileExistsError):  # another process created it meanwhile
-            with new_directory(directory) as new:
-                _write_all(new, writers)
-            is_created = True
-    if not is_created:
-        with scratch_directory(directory, directory.name) as scratch:
-            new, old = scratch / "new", scratch / "old"
-            new.mkdir()
+    directory = directory.resolve()
+    with scratch_for(directory) as scratch:
+        new, old = scratch / "new", scratch / "old"
+        new.mkdir()  # with the permissions of any new directory
+        for name, writer in writers.items():
+            _write(new / name, writer)
+        is_created = False
+        if not directory.exists():
+            with suppress(FileExistsError):  # another process created it meanwhile
+                _publish(new, directory)
+                is_created = True
+        if not is_created:
             old.mkdir()
-            _write_all(new, writers)
             with _locked(directory, seconds=PATIENCE):  # so that no files of another call get between these
-                _move_all(writers, new, directory, old)
-        flush(directory)
-    return sum((directory / name).stat().st_size for name in writers)
+                _replace(list(writers), withdrawn, new, directory, old)
+        return sum((directory / name).stat().st_size for name in writers)
 
 
-def _write_all(directory: Path, writers: Mapping[str, Writer]) -> None:
-    for name, writer in writers.items():
-        path = directory / name
-        path.touch()
-        mode = path.stat().st_mode  # of any new file here; a writer may create one that fewer people may read
-        writer(path)
-        path.chmod(mode)
-        flush(path)
+def _write(path: Path, writer: Writer) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # of any new file here; a writer may create one that fewer people may read
+    writer(path)
+    path.chmod(mode)
+    flush(path)
 
 
-def _move_all(names: Iterable[str], new: Path, directory: Path, old: Path) -> None:
-    """Move every file into the directory or, if a move fails, none; ``old`` keeps those that were there."""
-    for name in names:
-        if (directory / name).exists():
-            try:
-                (old / name).hardlink_to(directory / name)
-            except OSError:  # a file system without links
-                shutil.copy2(directory / name, old / name)
-    moved: list[str] = []
-    try:
+def _replace(names: Sequence[str], withdrawn: Container[str], new: Path, directory: Path, old: Path) -> None:
+    """Move every file into the directory or, if a step fails, none, going back step by step."""
+    present = [name for name in names if (directory / name).exists()]
+    for name in present:
+        try:
+            (old / name).hardlink_to(directory / name)
+        except OSError:  # a file system without links
+            shutil.copy2(directory / name, old / name)
+    changing = [
+        name for name in present if name in withdrawn and not filecmp.cmp(new / name, directory / name, shallow=False)
+    ]
+    with ExitStack() as undo:
+        undo.callback(flush, directory)
+        for name in changing:
+            undo.callback((old / name).replace, directory / name)
+            (directory / name).unlink()
+            flush(directory)
         for name in names:
+            if name in present and name not in changing:
+                undo.callback((old / name).replace, directory / name)
+            else:
+                undo.callback(partial((directory / name).unlink, missing_ok=True))
             (new / name).replace(directory / name)
-            moved.append(name)
+            flush(directory)
+        undo.pop_all()
+
+
+def _publish(new: Path, out: Path) -> None:
+    """Rename a directory that is complete; a `FileExistsError` if something has that name meanwhile."""
+    flush(new)
+    try:
+        new.rename(out)
+    except OSError as error:
+        if os.path.lexists(out):
+            raise FileExistsError(errno.EEXIST, "another process created it meanwhile", str(out)) from error
+        raise
+    try:
+        flush(out.parent)
     except BaseException:
-        for name in moved:
-            (old / name).replace(directory / name) if (old / name).exists() else (directory / name).unlink()
+        out.rename(new)
         raise
 
 
@@ -85,47 +133,61 @@ def new_directory(out: Path) -> Iterator[Path]:
 
     ``out`` must not exist; its parents are created. The block flushes its files.
     """
-    new_parents = [parent for parent in out.parents if not parent.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with scratch_directory(out.parent, out.name) as scratch:
-            new = scratch / "new"
-            new.mkdir()  # with the permissions of any new directory
-            yield new
-            flush(new)
-            try:
-                new.rename(out)
-            except OSError as error:
-                if os.path.lexists(out):
-                    raise FileExistsError(errno.EEXIST, "another process created it meanwhile", str(out)) from error
-                raise
-        flush(out.parent)
-    except BaseException:
-        for parent in new_parents:
-            with suppress(OSError):  # another process may have written something there
-                parent.rmdir()
-        raise
+    out = out.resolve()
+    with scratch_for(out) as scratch:
+        new = scratch / "new"
+        new.mkdir()
+        yield new
+        _publish(new, out)
 
 
 @contextmanager
-def scratch_directory(parent: Path, name: str) -> Iterator[Path]:
-    """Yield a new hidden directory in ``parent``, which is removed at the end of the block.
+def scratch_for(directory: Path) -> Iterator[Path]:
+    """Yield a new hidden directory on the disk of a directory, which need not exist, and remove it after the block.
 
-    Its name contains ``name``, which tells what it is for. Those for the same name that no process uses are removed.
+    It is in the directory, or beside it if it does not exist; then its parents are created, and removed if the block
+    raises. Those that a killed process left in either place are removed. The path must be resolved.
     """
-    prefix = f".{name}.unfinished-"
+    parent, name = directory.parent, directory.name
+    with ExitStack() as undo:
+        if directory.is_dir():
+            with _locked(parent, seconds=PATIENCE) as is_locked:
+                if is_locked:
+                    _remove_abandoned(parent, name)
+            parent = directory
+        for missing in reversed([parent for parent in directory.parents if not parent.exists()]):
+            undo.callback(_remove_if_empty, missing)
+            missing.mkdir(exist_ok=True)
+            flush(missing.parent)
+        with _scratch_in(parent, name) as scratch:
+            yield scratch
+        undo.pop_all()
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with suppress(OSError):  # another process may have written something there
+        directory.rmdir()
+
+
+@contextmanager
+def _scratch_in(parent: Path, name: str) -> Iterator[Path]:
     with ExitStack() as held:
         with _locked(parent, seconds=PATIENCE) as is_locked:  # so that none is removed before it is locked
             if is_locked:
-                _remove_abandoned(parent, prefix)
-            scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-            held.enter_context(_locked(scratch))
+                _remove_abandoned(parent, name)
+            scratch = Path(tempfile.mkdtemp(prefix=_prefix(name), dir=parent))
             held.callback(shutil.rmtree, scratch, ignore_errors=True)
+            held.enter_context(_locked(scratch))
         yield scratch
 
 
-def _remove_abandoned(parent: Path, prefix: str) -> None:
-    for path in parent.glob(f"{glob.escape(prefix)}*"):
+def _prefix(name: str) -> str:
+    """Return how the names of hidden directories begin, which tells what they are for."""
+    return f".{name}.unfinished-"
+
+
+def _remove_abandoned(parent: Path, name: str) -> None:
+    for path in parent.glob(f"{glob.escape(_prefix(name))}*"):
         if not path.is_symlink():
             with _locked(path) as is_abandoned:
                 if is_abandoned:
@@ -162,5 +224,8 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNFLUSHABLE or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)

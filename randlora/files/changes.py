@@ -90,7 +90,7 @@ class Changes:
     """The changes to a checkpoint, by the names of its tensors.
 
     ``computed`` are the weights merged into, and tensors that become other weights when the model is loaded;
-    ``values`` are new values; ``notes`` are what was assumed of the adapters.
+    ``values`` are new values; ``notes`` are what was assumed of the adapters, and doubts about their files.
     """
 
     computed: dict[str, Merging | ConvertedMerging]
@@ -184,7 +184,7 @@ def find_changes(
                 raise CheckpointError(f"an adapter before it trained {taken} too, and the model has room for one")
         except CheckpointError as error:
             raise CheckpointError(f"cannot merge {str(path)!r}: {error}") from error
-        notes += [f"{path}: {note}" for note in stream_notes(adapter.file)]
+        notes += [f"{path}: {note}" for note in (*adapter.file.doubts, *stream_notes(adapter.file))]
         for fqn, slot in fit.slots.items():
             update = adapter.update(fqn, factor)
             for merging in _mergings(computed, fqn, slot):

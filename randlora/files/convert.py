@@ -16,14 +16,13 @@ from randlora.checkpoint.bases import stream_notes
 from randlora.checkpoint.format import (
     Header,
     adapter_tensors,
-    file_writers,
-    planned_writers,
     stored_bases,
 )
 from randlora.checkpoint.keys import basis_keys
 from randlora.checkpoint.peft_config import UNREAD_FIELDS, option_fields, peft_obstacle, unknown_to_peft
+from randlora.checkpoint.write import write_adapter, write_planned
 from randlora.config import Stream, is_integer
-from randlora.disk.replace import scratch_directory, write_files
+from randlora.disk.replace import scratch_for
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.adapter import OpenAdapter, open_adapter
 from randlora.files.to_lora import Lora, LoraLayer, to_lora
@@ -124,15 +123,14 @@ def convert(
     if not overwrite and target.is_dir() and any(target.iterdir()):
         raise CheckpointError(f"{target} exists and is not empty: choose another name, or ask for overwriting")
     adapter = open_adapter(source, base, prefix, stream)
-    assumed = stream_notes(adapter.file)
+    assumed = (*adapter.file.doubts, *stream_notes(adapter.file))
     if to == "lora":
-        disk = next(parent for parent in target.absolute().parents if parent.is_dir())
-        with scratch_directory(disk, target.name) as scratch:
+        with scratch_for(target.resolve()) as scratch:
             lora = to_lora(adapter, rank, tolerance, scratch, progress)
-            nbytes = write_files(target, planned_writers(lora.fields, lora.tensors))
+            nbytes = write_planned(target, lora.fields, lora.tensors)
         return ConversionReport(source, target, to, nbytes, lora.layers, (*assumed, *_lora_notes(lora)))
     fields, tensors, header, notes = _contents(adapter, to)
-    nbytes = write_files(target, file_writers(fields, tensors, header))
+    nbytes = write_adapter(target, fields, tensors, header)
     return ConversionReport(source, target, to, nbytes, (), (*assumed, *notes))
 
 

@@ -212,10 +212,15 @@ def inspect(
         layers=tuple(layers),
         trained={fqn: tuple(tensor.shape) for fqn, tensor in file.trained.items()},
         trainable_parameters=sum(layer.trainable for layer in layers) + sum(t.numel() for t in file.trained.values()),
-        nbytes=sum((adapter.directory / name).stat().st_size for name in (CONFIG_FILE, TENSORS_FILE)),
+        nbytes=sum(path.stat().st_size for path in _files(adapter.directory)),
         unknown_fields=tuple(sorted(set(kept_fields(file.fields)) - set(NEUTRAL_FIELDS))),
-        notes=(*stream_notes(file), *(() if adapter.shapes else (WITHOUT_SHAPES,))),
+        notes=(*file.doubts, *stream_notes(file), *(() if adapter.shapes else (WITHOUT_SHAPES,))),
     )
+
+
+def _files(directory: Path) -> list[Path]:
+    """Return an adapter's files; a header can do without the JSON."""
+    return [path for name in (CONFIG_FILE, TENSORS_FILE) if (path := directory / name).exists()]
 
 
 def _natural(fqn: str) -> list[tuple[int, str]]:

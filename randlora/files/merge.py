@@ -138,7 +138,7 @@ def merge(
     nbytes = sum(tensor.nbytes for _, tensors in shards for tensor in tensors)
     beside = sum((source / path).stat().st_size for path in companions.carried)
     written = _Written(nbytes, progress)
-    with new_directory(destination.absolute()) as scratch:
+    with new_directory(destination) as scratch:
         needed, free = nbytes + beside, shutil.disk_usage(scratch).free
         if free < needed:
             raise MergeError(
@@ -153,6 +153,7 @@ def merge(
                 copy_config(source / path, scratch / path, dtype, without)
             else:
                 copy_companion(source / path, scratch / path)
+    left_out = [f"not copied: {path}, which may hold the base model's weights" for path in companions.left_out]
     return FileMergeReport(
         out=destination,
         adapters={str(path): factor for path, factor in factors.items()},
@@ -161,10 +162,7 @@ def merge(
         shards=len(shards),
         nbytes=nbytes,
         dtype=dtype,
-        notes=(
-            *changes.notes,
-            *(f"not copied: {path}, which may hold the base model's weights" for path in companions.left_out),
-        ),
+        notes=(*changes.notes, *left_out),
         dequantized={name: codes.kind for name, codes in dense.codes.items()},
         base_nbytes=directory.nbytes,
     )

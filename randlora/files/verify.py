@@ -103,7 +103,10 @@ def verify(
     found = (
         f"Λ and Γ of {len(file.values)} layers{others}: names, dtypes and shapes fit r={described(file.options)['r']}"
     )
-    checks = [Check("files", "passed", f"{found}, all values are finite"), checksum]
+    files = Check("files", "passed", f"{found}, all values are finite")
+    if file.doubts:
+        files = Check("files", "failed", "; ".join(file.doubts))
+    checks = [files, checksum]
     progress(1, 3, "checking the base model")
     if base is not None:
         fit, shapes = _fit(file, Path(base), shapes, prefix)

@@ -22,6 +22,7 @@ from tests.fuzz.files import CORPUS
 with atheris.instrument_imports(include=["randlora"], enable_loader_override=False):
     import torch
 
+    from randlora.checkpoint import read
     from tests.fuzz.limits import Violation
     from tests.fuzz.targets import TARGETS
 
@@ -56,6 +57,7 @@ def main() -> None:
         run = target.load()
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    read.PATIENCE = 0.0  # no other process replaces the files
     logging.disable(logging.CRITICAL)
     faulthandler.enable()
     seen: set[str] = set()
