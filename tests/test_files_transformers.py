@@ -391,13 +391,28 @@ def test_without_transformers_codes_are_not_read(tmp_path: Path, monkeypatch: py
         randlora.files.merge(base, adapter, tmp_path / "out")
 
 
+def edit_json(path: Path, changes: dict[str, Any]) -> None:
+    """Change some fields of a JSON file."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**fields, **changes}), encoding="utf-8")
+
+
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_no_code_that_a_config_names_for_attention_or_experts_is_loaded(
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "socket", None)
+    save_model(LLAMA, tmp_path)
+    plain = randlora.files.plan(tmp_path, r=4)
+    edit_json(tmp_path / "config.json", {field: "kernels-community/flash-attn"})
+    assert randlora.files.plan(tmp_path, r=4) == plain
+
+
 def test_no_file_is_read_but_those_of_the_directory_and_no_network_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_model(LLAMA, tmp_path)
     (tmp_path / "modeling_own.py").write_text("raise SystemExit('code of the checkpoint was run')", encoding="utf-8")
-    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    edit_json(tmp_path / "config.json", {"auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}})
     monkeypatch.setattr(socket, "socket", None)
     assert randlora.files.plan(tmp_path, r=4).targets

@@ -61,6 +61,8 @@ def build_model(directory: ModelDirectory) -> TransformersModel | str:
         return f"its config.json {named}"
     try:
         config = model_class.config_class.from_json_file(directory.path / MODEL_CONFIG_FILE)
+        # either may name a kernel on the Hub, which is code; these also set those of the configs inside
+        config._attn_implementation = config._experts_implementation = None
         with torch.device("meta"):
             model = model_class(config)
     except Exception as error:  # whatever a model's code raises for an unsuitable config
