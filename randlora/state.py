@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from randlora.bases.bank import BasisBank
@@ -20,6 +19,7 @@ from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError
 from randlora.functional import Compute
 from randlora.layer_options import LayerOptions
+from randlora.replaced import ReplacedParameter
 
 ATTRIBUTE = "randlora_state"
 
@@ -86,39 +86,6 @@ class SiteAdapter:
 
 
 @dataclass(eq=False)
-class ReplacedParameter:
-    """A parameter of the model that adapters train copies of.
-
-    Attributes:
-        places: The modules that have it, each with the attribute's name; several if it is tied.
-        original: The model's own parameter.
-        installed: The parameter that was installed last.
-    """
-
-    places: tuple[tuple[nn.Module, str], ...]
-    original: nn.Parameter
-    installed: nn.Parameter
-
-    @property
-    def live(self) -> nn.Parameter:
-        """The parameter that the model has now."""
-        module, attribute = self.places[0]
-        parameter = module._parameters[attribute]
-        assert parameter is not None, f"{attribute} was deleted while an adapter trains a copy of it"
-        return parameter
-
-    @torch.inference_mode(mode=False)  # parameters must not be inference tensors
-    def install(self, parameter: nn.Parameter) -> None:
-        """Set the model's parameter to ``parameter``, moved to the device and dtype of the current one."""
-        leaving = self.live
-        if leaving is not parameter and not leaving.is_meta:
-            parameter.data = parameter.data.to(device=leaving.device, dtype=leaving.dtype)
-        for module, attribute in self.places:
-            module._parameters[attribute] = parameter
-        self.installed = parameter
-
-
-@dataclass(eq=False)
 class ModelState:
     """The state of one adapted model.
 
@@ -163,26 +130,36 @@ class ModelState:
             raise AdapterError(f"the model has no adapter named {name!r}: it has {known or 'none'}")
         return found
 
-    def adopt_parameters(self) -> None:
-        """Update the references to parameters that torch replaced, as in ``load_state_dict(assign=True)``.
+    def adopt_parameters(self, root: nn.Module) -> None:
+        """Follow the parameters that adapters train copies of, where code has replaced them or their modules.
 
-        Not while merged, when the model temporarily has other parameters.
+        As ``load_state_dict(assign=True)`` and transformers' ``resize_token_embeddings`` do. Not while merged, when the
+        model temporarily has other parameters.
         """
         if self.is_merged:
             return
-        for fqn, replaced in self.replaced.items():
-            was, live = replaced.installed, replaced.live
-            if replaced.original is was:
-                replaced.original = live
-            for adapter in self.adapters.values():
-                if adapter.trained.get(fqn) is was:
-                    adapter.trained[fqn] = live
-            replaced.installed = live
+        was = {fqn: entry.installed for fqn, entry in self.replaced.items()}
+        followed = {fqn: entry.followed(root) for fqn, entry in self.replaced.items()}
+        self.replaced = {part.name: part for parts in followed.values() for part in parts}
+        for part in self.replaced.values():
+            if not part.is_lost:
+                part.adopt()
+        for adapter in self.adapters.values():
+            trained = {}
+            for fqn, copy in adapter.trained.items():
+                first, *untied = followed[fqn]
+                is_installed = copy is was[fqn]
+                trained[first.name] = first.installed if is_installed else copy
+                for part in untied:
+                    own = nn.Parameter(copy.detach().clone(), copy.requires_grad)
+                    trained[part.name] = part.installed if is_installed else own
+            adapter.trained = trained
 
     def install_parameters(self) -> None:
         """Install the trained copies of the active adapters, and the model's own parameters elsewhere."""
         active = [] if self.is_disabled else [adapter for adapter in self.adapters.values() if adapter.is_active]
-        for fqn, replaced in self.replaced.items():
+        present = {fqn: replaced for fqn, replaced in self.replaced.items() if not replaced.is_lost}
+        for fqn, replaced in present.items():
             versions = [adapter.trained[fqn] for adapter in active if fqn in adapter.trained]
             replaced.install(versions[0] if versions else replaced.original)
 
@@ -212,7 +189,7 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
         AdapterError: If there is no such module, or more than one.
     """
     if (own := attached_state(model)) is not None:
-        own.adopt_parameters()
+        own.adopt_parameters(model)
         return model, own
     carriers = [(fqn, module, state) for fqn, module in model.named_modules() if (state := attached_state(module))]
     if not carriers:
@@ -226,7 +203,7 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
         names = ", ".join(fqn or "the model itself" for fqn, _, _ in carriers)
         raise AdapterError(f"several submodules have adapters ({names}): call this on one of them")
     _, root, state = carriers[0]
-    state.adopt_parameters()
+    state.adopt_parameters(root)
     return root, state
 
 

@@ -1,5 +1,6 @@
 """The names of an adapter's tensors: different ones for different tensors, and whatever `save` wrote, `load` reads."""
 
+import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.checkpoint.keys import MODEL_PREFIX, TOP_BASIS_A, TOP_BASIS_B, trained_fqn, trained_key, value_keys
-from randlora.errors import AdapterError, CheckpointError, RandLoRAError, TargetError
+from randlora.errors import AdapterError, CheckpointError, ConfigError, RandLoRAError, TargetError
 from tests.kit import adapter_values, all_bits, fill, untouched
+from tests.layer_kinds import LAYER_KINDS, LayerKind, every_kind
+from tests.read_kinds import READ_KINDS, ReadKind, every_read_kind
 
 NAMES = (
     "base_layer", "randlora_lambda", "randlora_gamma", "randlora_A", "randlora_B", "randlora", "randlora_state",
@@ -145,3 +148,54 @@ def test_a_model_whose_own_attribute_would_be_hidden_is_refused() -> None:
     with pytest.raises(RandLoRAError, match="has an attribute randlora_state of its own"):
         randlora.inject(model, r=2, targets=["q"])
     assert {name: id(module) for name, module in model.named_modules()} == before
+
+
+PLACES = "base_layer.randlora_A", "randlora_lambda", "x.base_layer", "default.a b"
+
+
+def placed(layer: nn.Module, path: str) -> nn.Module:
+    """Return a model with a layer at a path, and another layer."""
+    *outer, name = path.split(".")
+    module: nn.Module = nn.ModuleDict({name: layer})
+    for part in reversed(outer):
+        module = nn.ModuleDict({part: module})
+    module.add_module("beside", nn.Linear(4, 6))
+    return module
+
+
+@every_read_kind
+def test_what_was_saved_of_weights_that_are_read_is_loaded_under_any_name(kind: ReadKind, tmp_path: Path) -> None:
+    path = PLACES[READ_KINDS.index(kind) % len(PLACES)]
+    model = placed(kind.build(), path)
+    base = copy.deepcopy(model)
+    target, parameter = (f"{path}{fqn.removeprefix('0')}" for fqn in (kind.target, kind.parameter_fqn))
+    also = [fqn for fqn, _ in model.named_parameters() if fqn != parameter]
+    randlora.inject(model, **{**kind.adapter_options, "targets": [target], "train_also": also})
+    assert_comes_back(fill(model), base, tmp_path)
+
+
+@every_kind
+def test_what_was_saved_of_layers_is_loaded_under_any_name(kind: LayerKind, tmp_path: Path) -> None:
+    path = PLACES[LAYER_KINDS.index(kind) % len(PLACES)]
+    model = placed(kind.build(128, 32, True, kind.exact), path)
+    base = copy.deepcopy(model)
+    randlora.inject(model, r=4, targets=[path], train_also=[f"{path}.bias", "beside"])
+    assert_comes_back(fill(model), base, tmp_path)
+
+
+def assert_comes_back(model: nn.Module, base: nn.Module, place: Path) -> None:
+    own = all_bits(adapter_values(model))
+    for name in ("seed", "stored"):
+        randlora.save(model, place / name, bases=name)
+    assert all(randlora.files.verify(place / name).passed for name in ("seed", "stored"))
+    randlora.load(base, place / "stored")
+    assert all_bits(adapter_values(base)) == own
+
+
+def test_a_name_that_a_lora_has_for_something_else_is_refused_there(tmp_path: Path) -> None:
+    model = nn.Sequential(Odd([], {"lora_A": nn.Linear(3, 4)}))
+    randlora.inject(model, r=2, targets="0", train_also=r"0\.lora_A\.weight")
+    randlora.save(fill(model), tmp_path / "own")
+    with pytest.raises(ConfigError, match=r"0\.lora_A\.weight would have the name of a factor of an update: rename it"):
+        randlora.files.convert(tmp_path / "own", tmp_path / "lora", "lora", tolerance=1.0)
+    assert not (tmp_path / "lora").exists()

@@ -54,8 +54,8 @@ def to_empty(parameter: nn.Parameter) -> None:
     parameter.data = torch.empty(0)
 
 
-def to_flat(parameter: nn.Parameter) -> None:
-    parameter.data = parameter.data.flatten()[1:]
+def to_rows(parameter: nn.Parameter) -> None:
+    parameter.data = parameter.data.flatten()[None, None]
 
 
 def to_freed(parameter: nn.Parameter) -> None:
@@ -68,7 +68,7 @@ def to_freed(parameter: nn.Parameter) -> None:
     [
         (to_float8, r"holds torch\.float8_e4m3fn: expected one of torch\.float32"),
         (to_empty, r"has shape \(0,\) here, expected all of \(.*gather it if it is sharded"),
-        (to_flat, r"has shape \(\d+,\) here, expected all of \("),
+        (to_rows, r"has shape \(1, 1, \d+\) here, expected all of \("),
         (to_freed, r"has no memory here, expected all of \("),
     ],
 )

@@ -26,6 +26,7 @@ ROOMS = (
     "config",
     "functional",
     "bases",
+    "replaced",
     "state",
     "layers",
     "targets",

@@ -7,7 +7,6 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
@@ -17,7 +16,7 @@ from randlora.errors import AdapterError, TargetError
 from randlora.layers.embedding import EmbeddingAdapter
 from tests.kit import fill, same_bits, untouched
 from tests.laws import adapter_layer, assert_close
-from tests.models import BERT, GPT2, outputs, reproducible
+from tests.models import BERT, GPT2, outputs
 from tests.read_kinds import Scaled
 
 
@@ -178,13 +177,14 @@ def test_a_language_model_trains_its_words_and_positions_alone() -> None:
 
 
 def test_a_table_that_was_resized_since_is_an_error_and_not_another_result() -> None:
-    config = transformers.LlamaConfig(
-        vocab_size=20, hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
-    model: Any = reproducible(lambda: transformers.LlamaForCausalLM(config))
-    randlora.inject(model, r=3, targets=["embed_tokens"])
+    """Not by transformers, which is refused: see tests/test_replaced.py."""
+    model = nn.Sequential(nn.Embedding(20, 12))
+    randlora.inject(model, r=3, targets="0")
     fill(model)
-    model.resize_token_embeddings(24, mean_resizing=False)
+    table = model.get_submodule("0")
+    assert isinstance(table, nn.Embedding)
+    table.get_parameter("weight").data = torch.randn(24, 12)
+    table.num_embeddings = 24
     with pytest.raises(AdapterError, match=r"\(24, 12\) had the shape \(20, 12\) when it was adapted"):
         model(torch.tensor([[3]]))
 

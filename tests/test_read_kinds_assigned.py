@@ -15,7 +15,7 @@ from randlora.errors import AdapterError
 from tests.kit import all_bits, same_bits, untouched
 from tests.read_kinds import ReadKind, every_read_kind, or_medium
 
-EXPLAINED = r"cannot replace .* of an adapted \w+: merge or eject its adapters first.*get_parameter"
+EXPLAINED = r"cannot replace or resize .* of an adapted \w+: merge or eject its adapters first.*get_parameter"
 
 
 @every_read_kind

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from randlora.checkpoint.card import is_ours, write_card
 from randlora.checkpoint.fit import untied_by_peft
@@ -28,11 +28,15 @@ from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.errors import CheckpointError, raise_collected
 from randlora.layers.base import diagonal_shapes
 from randlora.model.install import lost_sites, require_own
+from randlora.model.switch import adapter_parameters
+from randlora.model.train_also import lost_parameters
+from randlora.replaced import whole_shape
 from randlora.report import adapter_report, as_bytes
 from randlora.state import Adapter, ModelState, adapted_root
+from randlora.targets.match import shortened
 from randlora.targets.select import left_out_by
 from randlora.targets.site import AdaptedSite, other_kinds, shapes_of
-from randlora.targets.walk import Census, whole_shape
+from randlora.targets.walk import Census
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,8 @@ def save(
     require_own(census, state, "save")
     sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
     diagonals = {site.fqn: site.layer.diagonals_of(site.owner, adapter.name) for site in sites}
-    trained = _trained(census, adapter)
-    problems = lost_sites(census, [adapter])
-    problems += _problems(adapter, bases) + save_problems(_values(sites, state, adapter, diagonals, trained))
+    problems = [*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])]
+    problems += _problems(adapter, bases) + save_problems(_values(sites, state, adapter, diagonals))
     if push_to_hub is not None and not (isinstance(push_to_hub, str) and is_repo_id(push_to_hub)):
         problems.append(f"push_to_hub must be a repository on the Hub, 'user/repo', got {push_to_hub!r}")
     elif push_to_hub is not None:
@@ -116,7 +119,7 @@ def save(
         adapter.config, adapter.options, adapter.bases, shapes, adapter.trained, transposed, other_kinds(sites)
     )
     notes = _peft_notes(adapter, header, bases)
-    tensors = adapter_tensors(diagonals, trained)
+    tensors = adapter_tensors(diagonals, adapter.trained)
     if bases == "stored":
         tensors |= stored_bases(adapter.bases, header)
     fields = to_peft_fields(census, adapter, stored=bases == "stored")
@@ -131,17 +134,8 @@ def save(
         generated = {CARD_FILE: is_ours} if is_ours(directory / CARD_FILE) else {}
         files = [name for name in (CONFIG_FILE, TENSORS_FILE, CARD_FILE) if name not in generated]
         url = upload(directory, push_to_hub, files, message="Upload a RandLoRA adapter", generated=generated)
-    notes += untied_by_peft(census, adapter.trained)
+    notes += [*untied_by_peft(census, adapter.trained), *_left_out(census, state)]
     return SaveReport(directory, adapter.name, size, tuple(notes), url)
-
-
-def _trained(census: Census, adapter: Adapter) -> dict[str, Tensor]:
-    """Return the parameters trained with an adapter; of one that other adapters are merged into, the value before."""
-    merged = {id(site.weight): site for site in census.adapted if site.layer.unmerged is not None}
-    return {
-        fqn: site.layer.original(site.owner) if (site := merged.get(id(parameter))) else parameter
-        for fqn, parameter in adapter.trained.items()
-    }
 
 
 def _values(
@@ -149,17 +143,16 @@ def _values(
     state: ModelState,
     adapter: Adapter,
     diagonals: Mapping[str, tuple[nn.Parameter, nn.Parameter]],
-    trained: Mapping[str, Tensor],
 ) -> dict[str, Value]:
     """Return everything that is written of an adapter, except bases, and the shape that it must have."""
     values = {}
     for site in sites:
         part, (lam, gamma) = site.layer.adapters[adapter.name], diagonals[site.fqn]
         lam_shape, gamma_shape = diagonal_shapes(part.shape, part.options.r)
-        values[f"Λ of {site.fqn}"] = Value(lam, lam, lam_shape)
-        values[f"Γ of {site.fqn}"] = Value(gamma, gamma, gamma_shape)
-    for fqn, tensor in trained.items():
-        values[fqn] = Value(tensor, adapter.trained[fqn], whole_shape(state.replaced[fqn].original))
+        values[f"Λ of {site.fqn}"] = Value(lam, lam_shape)
+        values[f"Γ of {site.fqn}"] = Value(gamma, gamma_shape)
+    for fqn, parameter in adapter.trained.items():
+        values[fqn] = Value(parameter, whole_shape(state.replaced[fqn].original))
     return values
 
 
@@ -172,6 +165,17 @@ def _problems(adapter: Adapter, bases: str) -> list[str]:
     names = [*adapter.targets, *adapter.trained]
     problems += [f"{fqn!r} is no valid Unicode: rename the module" for fqn in names if not is_text(fqn)]
     return problems
+
+
+def _left_out(census: Census, state: ModelState) -> list[str]:
+    """Return a note on parameters that require grad and belong to no adapter, as of a module put in later."""
+    if state.is_merged:  # when a quantized layer may have others
+        return []
+    own = {id(each) for adapter in state.adapters.values() for each in adapter_parameters(census, adapter)}
+    left = [held.fqn for held in census.parameters if held.parameter.requires_grad and id(held.parameter) not in own]
+    if not left:
+        return []
+    return [f"{shortened(left)} requires grad and belongs to no adapter, so it is not in the files: see train_also"]
 
 
 def _peft_notes(adapter: Adapter, header: Header, bases: str) -> list[str]:

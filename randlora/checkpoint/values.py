@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,8 @@ GATHER = {
 
 
 class Value(NamedTuple):
-    """A tensor to save, the parameter that it is of, and the shape that it must have."""
+    """A parameter to save, and the shape that it must have."""
 
-    tensor: Tensor
     parameter: Tensor
     shape: Sequence[int]
 
@@ -49,7 +48,7 @@ def save_problems(values: Mapping[str, Value]) -> list[str]:
     return [f"{name} {problem}" for name, problem in problems.items() if problem is not None]
 
 
-def _save_problem(tensor: Tensor, parameter: Any, shape: Sequence[int]) -> str | None:
+def _save_problem(tensor: Tensor, shape: Sequence[int]) -> str | None:
     if tensor.is_meta:
         return "holds no values to save (meta): materialize the model first"
     if type(tensor.data) is not Tensor:
@@ -57,7 +56,7 @@ def _save_problem(tensor: Tensor, parameter: Any, shape: Sequence[int]) -> str |
     is_freed = tensor.untyped_storage().nbytes() < tensor.nbytes
     if is_freed or tuple(tensor.shape) != tuple(shape):
         found = "no memory" if is_freed else f"shape {tuple(tensor.shape)}"
-        advice = next((advice for attribute, advice in GATHER.items() if attribute in vars(parameter)), None)
+        advice = next((advice for attribute, advice in GATHER.items() if attribute in vars(tensor)), None)
         remedy = f"it is sharded by {advice}" if advice else "gather it if it is sharded, else adapt the model anew"
         return f"has {found} here, expected all of {tuple(shape)}: {remedy}"
     reason = flaw(tensor)

@@ -80,7 +80,13 @@ def to_lora(adapter: OpenAdapter, rank: int | None, tolerance: float | None, scr
         if len(shape) == 3
     ]
     others = [f"{fqn} is of kind {kind}, and only linear layers are converted" for fqn, kind in adapter.kinds.items()]
-    raise_collected(ConfigError, stacks or others, doing="convert to a LoRA")
+    factors = {key for fqn in shapes for key in _factor_keys(fqn)}
+    clashes = [
+        f"{fqn} would have the name of a factor of an update: rename it"
+        for fqn in adapter.file.trained
+        if trained_key(fqn, shapes) in factors
+    ]
+    raise_collected(ConfigError, [*(stacks or others), *clashes], doing="convert to a LoRA")
     accepted = DEFAULT_TOLERANCE if tolerance is None else tolerance
     layers: list[LoraLayer] = []
     tensors: list[Planned] = []
@@ -100,10 +106,15 @@ def to_lora(adapter: OpenAdapter, rank: int | None, tolerance: float | None, scr
     return Lora(_fields(adapter, {layer.fqn: layer.rank for layer in layers}), tuple(tensors), tuple(layers))
 
 
+def _factor_keys(fqn: str) -> tuple[str, str]:
+    """Return the names of the two factors of one layer's update."""
+    return f"{MODEL_PREFIX}{fqn}.lora_A.weight", f"{MODEL_PREFIX}{fqn}.lora_B.weight"
+
+
 def _stored(fqn: str, factors: LowRank, path: Path) -> Iterator[Planned]:
     """Store the factors of one layer in a file, and yield how they are copied from there."""
-    named = {f"{MODEL_PREFIX}{fqn}.lora_A.weight": factors.right, f"{MODEL_PREFIX}{fqn}.lora_B.weight": factors.left}
-    write_tensor_file(path, [Planned.whole(key, factor) for key, factor in named.items()], METADATA)
+    named = zip(_factor_keys(fqn), (factors.right, factors.left), strict=True)
+    write_tensor_file(path, [Planned.whole(key, factor) for key, factor in named], METADATA)
     for entry in read_shard(path).entries:
         yield Planned(entry.name, entry.dtype, entry.shape, partial(read_pieces, entry))
 

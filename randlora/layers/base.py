@@ -333,18 +333,13 @@ class AdapterLayer(ABC):
         own.data = merged.data
         owner._parameters[self.attribute] = own
 
-    def original(self, owner: nn.Module) -> Tensor:
-        """Return the weight, or while merged the one from before, on the device and in the dtype that it has now."""
-        weight = self.weight_of(owner)
-        assert weight is not None, "obstacles() asks for a weight"
-        if self.unmerged is None:
-            return weight
-        before: Tensor = self.unmerged[0].detach().to(device=weight.device, dtype=weight.dtype)
-        return before
-
     def save_unmerged(self, owner: nn.Module, destination: dict[str, Any], prefix: str) -> None:
-        """Write the original weight into a state dict that has the merged one."""
-        destination[f"{prefix}{self.attribute}"] = self.original(owner)
+        """Write the original weight into a state dict that has the merged one, on its device and in its dtype."""
+        weight = self.weight_of(owner)
+        assert weight is not None, "it was merged into"
+        assert self.unmerged is not None, "it was merged into"
+        own = self.unmerged[0].detach()
+        destination[f"{prefix}{self.attribute}"] = own.to(device=weight.device, dtype=weight.dtype)
 
     @torch.inference_mode(mode=False)  # the weight must not be an inference tensor
     def unfold(self, owner: nn.Module) -> None:

@@ -26,7 +26,12 @@ FORWARDS = "_old_forward", "forward"
 BOOKKEEPERS = "torch.distributed.", "torch.nn.modules.module", "accelerate."
 """Modules whose code reads parameters by name to register, shard, move or save them, not to compute with them."""
 
-REWRITERS = "torch.nn.utils.parametrize", "torch.nn.utils.weight_norm", "torch.nn.utils.prune"
+REWRITERS = (
+    "torch.nn.utils.parametrize",
+    "torch.nn.utils.weight_norm",
+    "torch.nn.utils.prune",
+    "transformers.modeling_utils",  # where it resizes embeddings
+)
 """Modules whose code reads a parameter to put another in its place, and changes the module before it assigns that."""
 
 
@@ -150,8 +155,8 @@ def _keep(owner: InPlace, attribute: str, caller: str) -> None:
     """Raise an error if code of the module ``caller`` may not replace an adapted weight: its value has the updates."""
     if isinstance(owner.randlora[attribute], ReadWeight) and not caller.startswith(BOOKKEEPERS):
         raise AdapterError(
-            f"cannot replace {attribute} of an adapted {owner.randlora_base.__name__}: merge or eject its adapters "
-            f"first, or change the base weight itself, get_parameter({attribute!r}), in place"
+            f"cannot replace or resize {attribute} of an adapted {owner.randlora_base.__name__}: merge or eject its "
+            f"adapters first, or change the base weight itself, get_parameter({attribute!r}), in place"
         )
 
 

@@ -33,7 +33,7 @@ def whole(census: Census, state: ModelState, sites: Iterable[Site] = ()) -> Iter
     objects: list[object] = [census.model, state, state.bank, *state.bank, *state.adapters.values()]
     values = [parameter for adapter in state.adapters.values() for parameter in adapter.trained.values()]
     for entry in state.replaced.values():
-        objects += [entry, *(module for module, _ in entry.places)]
+        objects += [entry, *(module for module, _ in entry.places.values())]
         values += [entry.original, entry.installed]
     for site in (*sites, *census.adapted):
         owner = site.owner

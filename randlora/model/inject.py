@@ -34,8 +34,9 @@ from randlora.layer_options import LayerOptions, by_rank
 from randlora.model.change import whole
 from randlora.model.install import commit, detach_all, owned_state, prepare, require_detachable, require_own, unfold_all
 from randlora.model.train_also import replacements, select_parameters, train_also_problems
+from randlora.replaced import ReplacedParameter
 from randlora.report import Report, adapter_report, next_steps
-from randlora.state import Adapter, ModelState, ReplacedParameter, adapted_root
+from randlora.state import Adapter, ModelState, adapted_root
 from randlora.targets.left_out import doubt, lines
 from randlora.targets.obstacles import obstacles
 from randlora.targets.options import resolve

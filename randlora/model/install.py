@@ -17,20 +17,23 @@ from randlora.layer_options import by_rank
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, has_attribute
 from randlora.model.change import set_requires_grad, whole
+from randlora.replaced import ReplacedParameter, whole_shape
 from randlora.state import (
     ATTRIBUTE,
     Adapter,
     ModelState,
-    ReplacedParameter,
     SiteAdapter,
     attached_state,
     require_unmerged,
 )
 from randlora.targets.obstacles import offloaded_with
 from randlora.targets.site import Site, sizes
-from randlora.targets.walk import Census, whole_shape
+from randlora.targets.walk import Census
 
-WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
+WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    **dict.fromkeys(("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"), "module"),
+}
 """Types that wrap a whole model, and the attribute with the model."""
 
 
@@ -60,7 +63,7 @@ def owned_state(census: Census, name: str, doing: str) -> ModelState:
     if attached_state(model) is None and has_attribute(model, ATTRIBUTE):
         raise AdapterError(f"cannot {doing}: the model has an attribute {ATTRIBUTE} of its own; rename that")
     state = attached_state(model) or ModelState()
-    state.adopt_parameters()
+    state.adopt_parameters(model)
     if not isinstance(name, str) or not name or "." in name or name in dir(nn.ParameterDict()):
         raise AdapterError(
             f"cannot {doing} an adapter named {name!r}: expected a name without dots, not an attribute of ParameterDict"

@@ -21,6 +21,7 @@ from randlora.layers.read_weight import ReadWeight
 from randlora.layers.update import Into, Quantized, RoundingLoss
 from randlora.model.change import whole
 from randlora.model.install import detach_all, lost_sites, require_detachable, require_own, unfold_all
+from randlora.model.train_also import lost_parameters
 from randlora.report import MergeReport
 from randlora.state import ModelState, adapted_root
 from randlora.targets.match import shortened
@@ -68,7 +69,8 @@ def merge(
     raise_collected(ConfigError, problems, doing="merge")
     into = Into(quantized, dtype or _model_dtype(census))
     require_own(census, state, "merge")
-    lost = lost_sites(census, (state.adapters[name] for name in state.active))
+    active = [state.adapters[name] for name in state.active]
+    lost = [*lost_sites(census, active), *lost_parameters(state, active)]
     tied = tie_problems(census, sites)
     problems = [*_state_problems(state, reversible=reversible), *lost, *tied, *_weight_problems(sites, into)]
     raise_collected(MergeError, problems, doing="merge")

@@ -19,7 +19,9 @@ from randlora.layer_options import LayerOptions
 from randlora.layers.in_place import drop_adapter
 from randlora.model.change import set_requires_grad, whole
 from randlora.model.inject import eject
-from randlora.model.install import require_detachable, require_own
+from randlora.model.install import lost_sites, require_detachable, require_own
+from randlora.model.train_also import lost_parameters
+from randlora.replaced import whole_shape
 from randlora.state import Adapter, ModelState, adapted_root, is_adapted, require_unmerged
 from randlora.targets.match import nearest_names
 from randlora.targets.walk import Census
@@ -38,6 +40,7 @@ class AdapterInfo:
         weight: The factor of its update while active, else ``None``.
         is_trainable: Whether any of its parameters requires grad.
         is_merged: Whether it is merged into the weights.
+        problems: What of it the model no longer has, because a module was replaced, removed or resized.
     """
 
     name: str
@@ -48,6 +51,7 @@ class AdapterInfo:
     weight: float | None
     is_trainable: bool
     is_merged: bool
+    problems: tuple[str, ...]
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -76,6 +80,7 @@ def adapters(model: nn.Module) -> list[AdapterInfo]:
             weight=adapter.weight,
             is_trainable=any(parameter.requires_grad for parameter in adapter_parameters(census, adapter)),
             is_merged=state.is_merged and adapter.is_active,
+            problems=(*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])),
         )
         for adapter in state.adapters.values()
     ]
@@ -172,11 +177,15 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
         >>> optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=1e-3)
 
     Raises:
-        AdapterError: If the model has no adapter.
+        AdapterError: If the model has no adapter, or no longer has all of what an adapter trains, because a module was
+            replaced, removed or resized.
     """
     root, state = adapted_root(model)
     census = Census.of(root)
-    for adapter in state.adapters.values():
+    adapters = state.adapters.values()
+    lost = [*lost_sites(census, adapters), *lost_parameters(state, adapters)]
+    raise_collected(AdapterError, lost, doing="train the adapters")
+    for adapter in adapters:
         yield from (parameter for parameter in adapter_parameters(census, adapter) if parameter.requires_grad)
 
 
@@ -230,6 +239,12 @@ def _activation_problems(state: ModelState, weights: Mapping[str, float]) -> lis
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
             problems.append(f"the weight of {name!r} must be a finite number, got {weight!r}")
+    problems += [
+        f"{name!r} trained {fqn} of shape {was}, and the model has {now} now: load an adapter of the new shape"
+        for name in weights.keys() & state.adapters.keys()
+        for fqn, copy in state.adapters[name].trained.items()
+        if (was := whole_shape(copy)) != (now := whole_shape(state.replaced[fqn].original))
+    ]
     trained: dict[str, list[str]] = {}
     for name in weights.keys() & state.adapters.keys():
         for fqn in state.adapters[name].trained:

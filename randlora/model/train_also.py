@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from randlora.state import ModelState, ReplacedParameter
+from randlora.replaced import ReplacedParameter
+from randlora.state import Adapter, ModelState
 from randlora.targets.match import matches_name, prefixes, suggestion, unmatched
 from randlora.targets.site import Site
 from randlora.targets.walk import Census, is_quantized
@@ -68,6 +69,17 @@ def replacements(census: Census, state: ModelState, fqns: Iterable[str]) -> dict
     by_fqn = {held.fqn: held.parameter for held in census.parameters}
     found = {}
     for fqn in fqns:
-        places = tuple((held.module, held.attribute) for held in census.parameters if held.parameter is by_fqn[fqn])
+        tied = [held for held in census.parameters if held.parameter is by_fqn[fqn]]
+        places = {held.fqn: (held.module, held.attribute) for held in tied}
         found[fqn] = state.replaced.get(fqn) or ReplacedParameter(places, by_fqn[fqn], by_fqn[fqn])
     return found
+
+
+def lost_parameters(state: ModelState, adapters: Iterable[Adapter]) -> list[str]:
+    """Return messages about parameters trained with an adapter that the model no longer has."""
+    return [
+        f"{fqn}, which adapter {adapter.name!r} trains, is no longer in the model: put it back, or remove the adapter"
+        for adapter in adapters
+        for fqn in adapter.trained
+        if state.replaced[fqn].is_lost
+    ]

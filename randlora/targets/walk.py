@@ -17,15 +17,8 @@ from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import find_layer, find_readers
 from randlora.layers.uncalled import uncalled_in
+from randlora.replaced import unwrapped, whole_shape
 from randlora.targets.site import AdaptedSite, Site
-
-WRAPPED_AS = {
-    "FullyShardedDataParallel": "_fsdp_wrapped_module",
-    "CheckpointWrapper": "_checkpoint_wrapped_module",
-    "OffloadWrapper": "_checkpoint_wrapped_module",
-    "OptimizedModule": "_orig_mod",
-}
-"""Types of torch that wrap a submodule, and where they hold it. As in torch's checkpoints, no name contains that."""
 
 
 class Visit(NamedTuple):
@@ -192,11 +185,6 @@ def count_numbers(held: Held) -> int:
     return 0 if is_lazy(held.parameter) else math.prod(whole_shape(held.parameter))
 
 
-def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Return a parameter's shape, which DeepSpeed's ZeRO-3 keeps beside a parameter that it empties."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
 def is_quantized(module: nn.Module) -> bool:
     """Whether a module's weight is quantized. Its dtype may be floating, so the module's type decides."""
     layer_class, weight = find_layer(module), module._parameters.get("weight")
@@ -213,9 +201,7 @@ def is_norm(module: nn.Module) -> bool:
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[Visit]:
     for attribute, held in module._modules.items():
-        child = held
-        while child is not None and (within := WRAPPED_AS.get(type(child).__qualname__)) is not None:
-            child = child._modules[within]
+        child = unwrapped(held)
         if child is not None and not isinstance(child, Diagonal):
             yield Visit(f"{prefix}{attribute}", child)
             yield from _walk(child, f"{prefix}{attribute}.")

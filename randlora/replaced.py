@@ -1,0 +1,114 @@
+"""Parameters of a model that adapters train copies of, followed by name where code replaces them or their modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Place = tuple[nn.Module, str]
+"""A module and the name of one of its parameters."""
+
+WRAPPED_AS = {
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "OffloadWrapper": "_checkpoint_wrapped_module",
+    "OptimizedModule": "_orig_mod",
+}
+"""Types of torch that wrap a submodule, and where they hold it. As in torch's checkpoints, no name contains that."""
+
+FLATTENED = "_fsdp_flattened"
+"""An attribute that FSDP sets on parameters, of which it leaves a flat part or nothing."""
+
+
+def unwrapped(module: nn.Module | None) -> nn.Module | None:
+    """Return a module without the wrappers of `WRAPPED_AS` around it."""
+    while module is not None and (within := WRAPPED_AS.get(type(module).__qualname__)) is not None:
+        module = module._modules[within]
+    return module
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Return a parameter's shape, which DeepSpeed's ZeRO-3 keeps beside a parameter that it empties."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@dataclass(eq=False)
+class ReplacedParameter:
+    """A parameter of the model that adapters train copies of.
+
+    Attributes:
+        places: Where the model has it, by FQN; several places if it is tied.
+        original: The model's own parameter.
+        installed: The parameter that was installed last.
+        is_lost: Whether the model no longer has any of the places.
+    """
+
+    places: dict[str, Place]
+    original: nn.Parameter
+    installed: nn.Parameter
+    is_lost: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its FQN, the first of several."""
+        return next(iter(self.places))
+
+    @property
+    def live(self) -> nn.Parameter:
+        """The parameter that the model has now."""
+        module, attribute = next(iter(self.places.values()))
+        parameter = module._parameters[attribute]
+        assert parameter is not None, f"{attribute} was deleted while an adapter trains a copy of it"
+        return parameter
+
+    @torch.inference_mode(mode=False)  # parameters must not be inference tensors
+    def install(self, parameter: nn.Parameter) -> None:
+        """Set the model's parameter to ``parameter``, moved to the device and dtype of the current one."""
+        leaving = self.live
+        if leaving is not parameter and not leaving.is_meta:
+            parameter.data = parameter.data.to(device=leaving.device, dtype=leaving.dtype)
+        for module, attribute in self.places.values():
+            module._parameters[attribute] = parameter
+        self.installed = parameter
+
+    def followed(self, root: nn.Module) -> list[ReplacedParameter]:
+        """Return it as the model has it now: in other modules of the same names, or in parts if it was untied.
+
+        `live` may be another parameter than `installed` then, see `adopt`.
+        """
+        parts: dict[int, dict[str, Place]] = {}
+        for fqn in self.places:
+            if (place := _place(root, fqn)) is not None:
+                parts.setdefault(id(place[0]._parameters[place[1]]), {})[fqn] = place
+        if not parts:
+            return [ReplacedParameter(self.places, self.original, self.installed, is_lost=True)]
+        return [ReplacedParameter(places, self.original, self.installed) for places in parts.values()]
+
+    @torch.inference_mode(mode=False)
+    def adopt(self) -> None:
+        """Make `live`, if code put it in the place of `installed`, the installed one, with what `installed` was for."""
+        was, live = self.installed, self.live
+        if self.original is was:
+            self.original = live
+        elif whole_shape(live) != whole_shape(self.original) and (live is not was or self._is_resized()):
+            # the own values of a module that was put in or resized later are those that it has when that is noticed
+            self.original = nn.Parameter(live.detach().clone(), requires_grad=False)
+        if live is not was and was.requires_grad:
+            live.requires_grad = True
+        self.installed = live
+
+    def _is_resized(self) -> bool:
+        """Whether the data of `live` may be those of a resized parameter, and not what is left of a sharded one."""
+        is_left = FLATTENED in vars(self.live) or not self.live.numel()
+        return not is_left and self.live.dim() == self.original.dim()
+
+
+def _place(root: nn.Module, fqn: str) -> Place | None:
+    """Return where a model has a parameter of this name now, or ``None``."""
+    path, _, attribute = fqn.rpartition(".")
+    module: nn.Module | None = root
+    for name in path.split(".") if path else ():
+        module = None if module is None else unwrapped(module._modules.get(name))
+    return None if module is None or module._parameters.get(attribute) is None else (module, attribute)

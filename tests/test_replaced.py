@@ -1,0 +1,280 @@
+"""Parameters that adapters train, and weights that they adapt, of modules that are replaced or resized afterwards."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+import randlora
+from randlora.errors import AdapterError, CheckpointError, MergeError, RandLoRAError
+from tests.checkpoint_files import TENSORS_FILE, read_tensors
+from tests.kit import adapter_values, bits, fill, same_bits, untouched
+from tests.laws import TOKENS, Mixed
+
+IDS = torch.arange(10).view(2, 5)
+
+
+def llama(*, is_tied: bool) -> Any:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=40, tie_word_embeddings=is_tied, **sizes)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def resize(model: Any, size: int) -> None:
+    torch.manual_seed(1)
+    model.resize_token_embeddings(size, mean_resizing=False)
+
+
+def step(model: nn.Module) -> None:
+    """Take a step of training that changes everything that an adapter trains."""
+    parameters = [*randlora.trainable_parameters(model)]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 0.5)
+    torch.optim.SGD(parameters, lr=0.1).step()
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["own-head", "tied"])
+@pytest.mark.parametrize("also", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids=" ".join)
+@pytest.mark.parametrize("size", [30, 44])
+def test_a_resized_vocabulary_is_trained_and_saved_on(
+    is_tied: bool, also: list[str], size: int, tmp_path: Path
+) -> None:
+    model = llama(is_tied=is_tied)
+    randlora.inject(model, r=2, targets=["q_proj"], train_also=also)
+    step(model)
+    resize(model, size)
+    names = [fqn for fqn, parameter in model.named_parameters() if any(name in fqn for name in also)]
+    names = ["model.embed_tokens.weight"] if is_tied else names
+    trained = [*randlora.trainable_parameters(model)]
+    assert all(any(parameter is model.get_parameter(name) for parameter in trained) for name in names)
+    before = {name: model.get_parameter(name).detach().clone() for name in names}
+    step(model)
+    assert not any(same_bits(before[name], model.get_parameter(name)) for name in names)
+
+    randlora.save(model, tmp_path)
+    fresh = llama(is_tied=is_tied)
+    with pytest.raises(CheckpointError, match=r"has shape \(40, 16\) here"):
+        randlora.load(fresh, tmp_path)
+    resize(fresh, size)
+    for name, parameter in model.named_parameters():  # the rows that are new in what is not trained
+        if "randlora" not in name and name not in names:
+            fresh.get_parameter(name).data = parameter.data.clone()
+    randlora.load(fresh, tmp_path)
+    assert same_bits(fresh(IDS).logits, model(IDS).logits)
+    assert randlora.files.verify(tmp_path).passed
+
+    randlora.eject(model)
+    assert model.get_input_embeddings().weight.shape == model.lm_head.weight.shape == (size, 16)
+    assert is_tied == (model.lm_head.weight is model.get_input_embeddings().weight)
+    model(IDS)
+
+
+@pytest.mark.parametrize("situation", ["active", "inactive", "merged"])
+def test_resizing_an_adapted_embedding_is_refused_before_anything_changes(situation: str) -> None:
+    model = llama(is_tied=False)
+    randlora.inject(model, r=2, targets=["embed_tokens"], active=situation != "inactive")
+    fill(model)
+    if situation == "merged":
+        randlora.merge(model, reversible=True)
+    config = copy.deepcopy(model.config.to_dict())
+    with untouched(model), pytest.raises(AdapterError, match="cannot replace or resize weight of an adapted Embedding"):
+        resize(model, 44)
+    assert model.config.to_dict() == config
+    randlora.eject(model)
+    resize(model, 44)
+    assert model.lm_head.weight.shape == (44, 16)
+
+
+def test_resizing_an_adapted_head_loses_its_adapter_which_everything_says(tmp_path: Path) -> None:
+    model = llama(is_tied=False)
+    randlora.inject(model, r=2, targets=["lm_head", "q_proj"])
+    resize(model, 44)
+    model(IDS)
+    assert_said(model, "lm_head no longer has adapter 'default': the module was replaced by another", tmp_path)
+    randlora.eject(model)
+    assert model.lm_head.weight.shape == (44, 16)
+
+
+def assert_said(model: nn.Module, message: str, place: Path) -> None:
+    """Whatever would train, write or merge an adapter that the model has lost a part of is refused."""
+    (info,) = randlora.adapters(model)
+    assert [message in problem for problem in info.problems] == [True]
+    refused: list[tuple[type[RandLoRAError], Callable[[], object]]] = [
+        (AdapterError, lambda: [*randlora.trainable_parameters(model)]),
+        (CheckpointError, lambda: randlora.save(model, place / "new")),
+        (MergeError, lambda: randlora.merge(model)),
+    ]
+    for error, call in refused:
+        with pytest.raises(error, match=message):
+            call()
+    assert not (place / "new").exists()
+
+
+class Tied(Mixed):
+    """A head that is tied to another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twin = nn.Linear(12, 3, bias=False)
+        self.twin.weight = self.head.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Add the outputs of both."""
+        output: Tensor = super().forward(tokens) + self.twin(self.embed(tokens))
+        return output
+
+
+def new_head(model: Tied) -> None:
+    model.head = nn.Linear(12, 3)
+
+
+def wider_head(model: Tied) -> None:
+    model.head, model.twin = nn.Linear(12, 5), nn.Linear(12, 5, bias=False)
+    model.twin.weight = model.head.weight
+
+
+def new_parameter(model: Tied) -> None:
+    model.head.weight = model.twin.weight = nn.Parameter(torch.randn(3, 12))
+
+
+def wider_parameter(model: Tied) -> None:
+    model.head.weight = model.twin.weight = nn.Parameter(torch.randn(5, 12))
+    model.head.bias = nn.Parameter(torch.randn(5))
+
+
+def wider_data(model: Tied) -> None:
+    model.head.weight.data, model.head.bias.data = torch.randn(5, 12), torch.randn(5)
+
+
+def untied(model: Tied) -> None:
+    model.twin.weight = nn.Parameter(torch.randn(3, 12))
+
+
+def assigned(model: Tied) -> None:
+    state = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def wrapped(model: Tied) -> None:
+    model.add_module("head", checkpoint_wrapper(model.head))
+
+
+every_edit = pytest.mark.parametrize(
+    "edit", [new_head, wider_head, new_parameter, wider_parameter, wider_data, untied, assigned, wrapped]
+)
+TRAINED = "head.weight", "head.bias", "twin.weight"
+
+
+@every_edit
+@pytest.mark.parametrize("others", [False, True], ids=["alone", "beside-another"])
+def test_what_is_trained_after_a_change_is_what_the_model_has_and_what_is_saved(
+    edit: Callable[[Tied], None], others: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = Tied()
+    if others:
+        randlora.inject(model, r=4, targets=["q"], train_also=["head.weight"], name="other")
+    randlora.inject(model, r=4, targets=["q"], train_also=["head"], active=True, trainable=True)
+    fill(model)
+    edit(model)
+    step(model)
+    live = dict(model.named_parameters(remove_duplicate=False))
+    live = {fqn.replace("._checkpoint_wrapped_module", ""): parameter for fqn, parameter in live.items()}
+    trained = {id(parameter) for parameter in randlora.trainable_parameters(model)}
+    assert all(id(live[fqn]) in trained for fqn in TRAINED)
+    randlora.save(model, tmp_path, name="default")
+    written = read_tensors(tmp_path)[0]
+    places = {id(live[fqn]): fqn for fqn in reversed(TRAINED)}  # each once, by its first name
+    assert {fqn for fqn in TRAINED if f"base_model.model.{fqn}" in written} == {*places.values()}
+    assert all(bits(written[f"base_model.model.{fqn}"]) == bits(live[fqn]) for fqn in places.values())
+    output = model(TOKENS)
+    with randlora.disabled(model):
+        model(TOKENS)
+    assert same_bits(model(TOKENS), output)
+    randlora.eject(model)
+    model(TOKENS)
+    assert not any("randlora" in name for name, _ in model.named_parameters())
+
+
+@every_edit
+def test_an_adapter_that_is_not_active_keeps_its_values_or_is_refused(
+    edit: Callable[[Tied], None], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = Tied()
+    randlora.inject(model, r=4, targets=["q"], name="first")
+    randlora.inject(model, r=4, targets=["q"], train_also=["head"], name="b", active=True)
+    own = fill(model, "b").head.weight.detach().clone()
+    randlora.activate(model, "first")
+    edit(model)
+    if model.head.weight.shape != own.shape:
+        with pytest.raises(
+            AdapterError, match=r"'b' trained head\.weight of shape \(3, 12\), and the model has \(5, 12\)"
+        ):
+            randlora.activate(model, "b")
+        with pytest.raises(CheckpointError, match=r"head\.weight has shape \(3, 12\) here, expected all of \(5, 12\)"):
+            randlora.save(model, tmp_path / "new", name="b")
+        assert not (tmp_path / "new").exists()
+        return
+    randlora.activate(model, "b")
+    assert same_bits(model.head.weight, own)
+    assert same_bits(model.twin.weight, own)
+    randlora.save(model, tmp_path, name="b")
+    assert bits(read_tensors(tmp_path)[0]["base_model.model.head.weight"]) == bits(own)
+    model(TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("lose", "fqn"),
+    [
+        (lambda model: delattr(model, "norm"), "norm.weight"),
+        (lambda model: setattr(model, "norm", nn.LayerNorm(12, bias=False)), "norm.bias"),
+        (lambda model: setattr(model, "norm", nn.Identity()), "norm.weight"),
+        (lambda model: setattr(model, "q", nn.Linear(12, 12)), "q no longer has"),
+        (lambda model: setattr(model, "q", nn.Identity()), "q no longer has"),
+    ],
+    ids=["deleted", "without-bias", "identity", "target", "target-identity"],
+)
+def test_what_the_model_lost_is_said_and_not_trained_or_saved(
+    lose: Callable[[nn.Module], None], fqn: str, tmp_path: Path
+) -> None:
+    model = Mixed()
+    trained = ["norm.bias"] if fqn == "norm.bias" else ["norm.weight"]
+    randlora.inject(model, r=4, targets=["q", "up"], train_also=trained)
+    lose(model)
+    assert_said(model, fqn, tmp_path)
+    randlora.eject(model)
+    assert not any("randlora" in name for name, _ in model.named_parameters())
+
+
+def test_a_module_that_is_put_back_is_followed_too(tmp_path: Path) -> None:
+    model = Mixed()
+    randlora.inject(model, r=4, targets=["q"], train_also=["norm"])
+    fill(model)
+    own, norm = adapter_values(model), model.norm
+    del model.norm
+    assert randlora.adapters(model)[0].problems
+    model.norm = norm
+    assert not randlora.adapters(model)[0].problems
+    assert {name: id(value) for name, value in adapter_values(model).items()} == {
+        name: id(value) for name, value in own.items()
+    }
+    randlora.save(model, tmp_path)
+    assert (tmp_path / TENSORS_FILE).is_file()
+
+
+def test_a_parameter_that_is_trained_and_belongs_to_no_adapter_is_said_to_be_left_out(tmp_path: Path) -> None:
+    model = Mixed()
+    model.head = nn.Linear(12, 3, bias=False)
+    randlora.inject(model, r=4, targets=["q"], train_also=["head"])
+    assert randlora.save(model, tmp_path).notes == ()
+    model.head = nn.Linear(12, 3)
+    (note,) = randlora.save(model, tmp_path).notes
+    assert note.startswith("head.bias requires grad and belongs to no adapter, so it is not in the files")
