@@ -54,6 +54,7 @@ def target(data: bytes) -> None:
                 assert not found.passed or "too large" in str(summary), f"verify passes what inspect refuses: {summary}"
             else:
                 assert str(summary).encode("utf-8", "backslashreplace")
+            check_values(file)
             check_rewritten(file, root)
             if not isinstance(converted, RandLoRAError):
                 _check_same(file, read_adapter(root / "native"))
@@ -65,6 +66,18 @@ def _drawn(file: AdapterFile) -> int:
     dims = [(record.spec.max_dim, record.spec.min_dim) for record in file.header.bases.values()] if file.header else []
     ranks = [options.r for options in file.options.values()]
     return max([gamma.shape[-1] for _, gamma in file.values.values()] + [a * b for a, b in [*shapes, *dims]] + ranks)
+
+
+def check_values(file: AdapterFile) -> None:
+    """Check that all values are finite, and that Λ and Γ have shapes that belong together."""
+    tensors = [*file.trained.values(), *(tensor for pair in file.bases.values() for tensor in pair)]
+    for fqn, (lam, gamma) in file.values.items():
+        r = file.options[fqn].r
+        *stack, num_bases, min_dim = gamma.shape
+        assert tuple(lam.shape) == (*stack, r, num_bases)
+        assert 0 < min_dim <= r * num_bases < min_dim + r
+        tensors += [lam, gamma]
+    assert all(tensor.isfinite().all() for tensor in tensors)
 
 
 def check_rewritten(file: AdapterFile, root: Path) -> None:

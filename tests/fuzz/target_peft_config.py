@@ -14,7 +14,7 @@ from tests.fuzz.files import Files, laid_out
 from tests.fuzz.limits import bounded
 from tests.fuzz.outcome import outcome
 from tests.fuzz.seeds import of_peft
-from tests.fuzz.target_adapter import READING, REST, check_rewritten, model_of
+from tests.fuzz.target_adapter import READING, REST, check_rewritten, check_values, model_of
 from tests.kit import untouched
 
 TENSORS = ("stored", "drawn")
@@ -39,6 +39,7 @@ def target(data: bytes) -> None:
                     assert not found.passed
                     continue
                 _check_options(json.loads(data), file)
+                check_values(file)
                 check_rewritten(file, root)
                 kept = outcome(partial(randlora.files.convert, source, root / "peft", "peft"))
                 if not isinstance(kept, RandLoRAError):

@@ -65,6 +65,9 @@ def parse(data: bytes) -> TensorFile | None:
             name: StoredTensor(facts["dtype"], list(facts["shape"]), values[slice(*facts["data_offsets"])])
             for name, facts in header.items()
         }
+        for tensor in tensors.values():
+            if not isinstance(tensor.dtype, str) or not all(isinstance(side, int) for side in tensor.shape):
+                return None
         return TensorFile(tensors, {str(key): str(text) for key, text in metadata.items()})
     except (AttributeError, KeyError, LookupError, RecursionError, TypeError, ValueError):
         return None

@@ -7,10 +7,10 @@ import pytest
 from tests.fuzz.files import CORPUS
 from tests.fuzz.targets import TARGETS
 
-IMPORTING = {"checkpoint", "command_line"}  # transformers and bitsandbytes, which takes seconds
+SLOW = {"adapter", "checkpoint", "command_line"}  # that load models, or import transformers and bitsandbytes
 
 INPUTS = [
-    pytest.param(name, path, id=f"{name}/{path.name}", marks=pytest.mark.medium if name in IMPORTING else ())
+    pytest.param(name, path, id=f"{name}/{path.name}", marks=pytest.mark.medium if name in SLOW else ())
     for name in TARGETS
     for path in sorted((CORPUS / name).iterdir())
 ]

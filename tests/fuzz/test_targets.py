@@ -1,0 +1,150 @@
+"""What fuzzing relies on: a target sees a check that is gone, limits hold, and changed files are whole."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+from randlora.checkpoint.read import read_adapter
+from randlora.errors import CheckpointError
+from tests.fuzz import limits
+from tests.fuzz.files import CORPUS, laid_out, pack, packed, tree, unpack
+from tests.fuzz.limits import Violation, bounded, writing_only
+from tests.fuzz.mutate import HOSTILE, mutate_json
+from tests.fuzz.seeds import GOLDEN, golden
+from tests.fuzz.targets import TARGETS
+from tests.fuzz.tensors import parse, reseal, unparse
+
+TENSORS = "adapter/adapter_model.safetensors"
+
+
+def nothing(*_: Any, **__: Any) -> list[Any]:
+    """Find no problem."""
+    return []
+
+
+BREAKS: dict[str, tuple[str, str, Any]] = {
+    "shapes of Λ and Γ": ("adapter", "randlora.checkpoint.read._shape_problems", nothing),
+    "kind of bases": ("peft_config", "randlora.checkpoint.peft_config.peft_kind", lambda _: "dense"),
+    "sizes of codes": ("checkpoint", "randlora.files.quantized._misfits", nothing),
+    "regexes": ("patterns", "randlora.config._regex_problems", nothing),
+    "exit code": ("command_line", "randlora.cli.app.USER_ERROR", 0),
+}
+"""What is broken: the target that must see it, and what is put in the place of a check."""
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(("name", "place", "broken"), BREAKS.values(), ids=BREAKS)
+def test_a_check_that_is_gone_is_seen_from_the_corpus(
+    name: str, place: str, broken: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = TARGETS[name].load()
+    monkeypatch.setattr(place, broken)
+
+    def fails(path: Path) -> bool:
+        try:
+            run(path.read_bytes())
+        except (Exception, Violation):
+            return True
+        return False
+
+    assert any(map(fails, sorted((CORPUS / name).iterdir())))
+
+
+def _waste(seconds: float) -> None:
+    start = time.process_time()
+    while time.process_time() - start < seconds:
+        pass
+
+
+TOO_MUCH: dict[str, tuple[type[BaseException], Callable[[], object]]] = {
+    "processor": (Violation, lambda: _waste(5.0)),
+    "waiting": (Violation, lambda: threading.Event().wait(60)),
+    "memory": (MemoryError, lambda: bytearray(2**30)),
+    "memory of torch": (RuntimeError, lambda: torch.empty(2**30)),
+}
+
+
+@pytest.mark.parametrize(("error", "call"), TOO_MUCH.values(), ids=TOO_MUCH)
+def test_a_call_that_uses_too_much_is_stopped(
+    error: type[BaseException], call: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "WAITING", 1)
+    with pytest.raises(error), bounded(0.2, 100):
+        call()
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+    assert bytearray(2**28)
+
+
+def test_writing_is_refused_outside_of_a_directory(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    outside.mkdir()
+    (inside / "link").symlink_to(outside)
+    with writing_only(inside):
+        (inside / "x").write_text("x")
+        (inside / "x").rename(inside / "y")
+        (inside / "link").unlink()
+        for write in (
+            lambda: (outside / "x").write_text("x"),
+            (inside / ".." / "outside" / "x").touch,
+            (outside / "x").mkdir,
+            lambda: (inside / "y").rename(outside / "y"),
+            outside.rmdir,
+        ):
+            with pytest.raises(PermissionError):
+                write()
+    (outside / "x").write_text("x")
+    assert tree(tmp_path) == {"inside": "folder", "inside/y": b"x", "outside": "folder", "outside/x": b"x"}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_file_that_is_sealed_again_is_read_and_one_that_is_not_is_refused(name: str) -> None:
+    files = golden(name)
+    file = parse(files[TENSORS])
+    assert file is not None
+    facts = json.loads(file.metadata["randlora"])
+    file.metadata["randlora"] = json.dumps({**facts, "library_version": "another"})
+    with laid_out({**files, TENSORS: unparse(file)}) as root, pytest.raises(CheckpointError, match="checksum"):
+        read_adapter(root / "adapter")
+    reseal(file)
+    with laid_out({**files, TENSORS: unparse(file)}) as root:
+        header = read_adapter(root / "adapter").header
+    assert header is not None
+    assert header.library_version == "another"
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_seed_repeats_every_change(name: str) -> None:
+    inputs = [path.read_bytes() for path in sorted((CORPUS / name).iterdir())]
+    for seed in range(60):
+        found = [inputs[seed % len(inputs)]] * 2
+        for _ in range(3):
+            found = [TARGETS[name].mutate(data, Random(seed), lambda part: part[1:]) for data in found]
+        assert found[0] == found[1]
+
+
+def test_any_part_of_a_json_value_is_changed_and_becomes_any_hostile_one() -> None:
+    value = {"a": [1, {"b": "c"}], "d": 0.5}
+    changed = [json.dumps(mutate_json(value, Random(seed))) for seed in range(5000)]
+    assert value == {"a": [1, {"b": "c"}], "d": 0.5}
+    for part in HOSTILE:
+        assert any(json.dumps(part) in text for text in changed), part
+    for part in ('"a": [1, {"b": "c"}]', '1, {"b": "c"}', '"b": "c"', '"d": 0.5'):
+        assert any(part not in text for text in changed)
+
+
+def test_archives_hold_files_and_stay_in_their_directory(tmp_path: Path) -> None:
+    files = {"a/b": b"x", "../c": b"x", "/d": b"x", "@link/a/e": b"b", "@link/a/f": b"/etc/passwd", "@pipe/g": b""}
+    assert unpack(pack(files)) == files
+    assert unpack(b"x") is None
+    with laid_out(files) as root:
+        assert tree(root) == {"a": "folder", "a/b": b"x", "a/e": "link to b", "g": "special"}
+        assert unpack(packed(root)) == {"a/b": b"x", "a/e": b"x"}
