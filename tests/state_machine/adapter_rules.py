@@ -15,7 +15,8 @@ from randlora.functional import Compute
 from tests.kit import untouched
 from tests.state_machine.base import ModelMachine, Refused, is_adapted, is_free, is_plain, is_unmerged
 from tests.state_machine.invariants import assert_near, assert_weights_near
-from tests.state_machine.recipes import Recipe, factors, maybe, names, recipes, which
+from tests.state_machine.recipes import Factors, Recipe, factors, maybe, names, recipes, which
+from tests.state_machine.truth import diagonal_names
 
 
 class AdapterRules(ModelMachine):
@@ -45,10 +46,24 @@ class AdapterRules(ModelMachine):
         trains = is_first if trainable is None else trainable
         adapter = recipe.adapter(truth.kind, report.specs, own=truth.own, trains=trains)
         truth.add(name, adapter, is_active=is_first if active is None else active)
+        if not recipe.is_fresh:
+            self.stir(name)
+
+    def stir(self, name: str) -> None:
+        """Move what the model has of an adapter, as some training would."""
+        self.holds()
+        own = [copy for copy, (adapter, _) in self.truth.installed.items() if adapter is self.truth.adapters[name]]
+        for weight in self.truth.weights_of(self.truth.adapters[name]):
+            own += diagonal_names(weight.name, name)
+        generator = torch.Generator().manual_seed(len(self.truth.adapters))
+        with torch.no_grad():
+            for parameter in map(self.model.get_parameter, own):
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.1)
+        self.truth.take({each: self.model.get_parameter(each) for each in own})
 
     @is_free
     @rule(chosen=factors, form=st.sampled_from(["name", "names", "mapping"]), trainable=maybe)
-    def activate(self, chosen: tuple[float | None, ...], form: str, trainable: bool | None) -> None:
+    def activate(self, chosen: Factors, form: str, trainable: bool | None) -> None:
         each = zip(self.truth.adapters, chosen, strict=False)  # of some chosen factors there is no adapter
         factor_of = {name: factor for name, factor in each if factor is not None}
         given: Any = dict(factor_of)

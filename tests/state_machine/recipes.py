@@ -14,6 +14,8 @@ from tests.state_machine.models import Kind, Weight
 from tests.state_machine.truth import Adapter, drawn, first_values
 from tests.strategies import KINDS_AND_STREAMS
 
+Factors = tuple[float | None, ...]
+"""Factors of the first adapter, the second, and so on; ``None`` for one that is not active."""
 NAMES = "a", "b", "c"
 DTYPES = torch.float32, torch.float64, torch.bfloat16
 
@@ -29,6 +31,7 @@ class Recipe:
         alpha: The same of alpha.
         basis: Kind and stream of the bases.
         apart: Whether each matrix of a stack has its own Λ and Γ.
+        is_fresh: Whether it keeps its first values, with which it changes nothing, and is not stirred as by training.
     """
 
     places: tuple[int, ...]
@@ -39,6 +42,7 @@ class Recipe:
     seed: int = 0
     dropout: float = 0.0
     apart: bool = True
+    is_fresh: bool = False
 
     def weights(self, kind: Kind) -> tuple[Weight, ...]:
         """Return the weights of a model that are adapted, in its order."""
@@ -104,10 +108,11 @@ recipes = st.builds(
     beside=st.lists(st.integers(0, 5), max_size=3, unique=True).map(tuple),
     r=ranks,
     alpha=st.none() | st.tuples(st.sampled_from([8.0, -3.5]), st.sampled_from([8.0, 20.0, 0.0])),
-    basis=st.sampled_from(KINDS_AND_STREAMS),
+    basis=st.sampled_from(KINDS_AND_STREAMS) | st.just(("dense", "torch")),  # so that some share bases
     seed=st.integers(0, 1),
     dropout=st.sampled_from([0.0, 0.0, 0.0, 0.5]),
     apart=st.booleans(),
+    is_fresh=st.sampled_from([False, False, False, True]),
 )
 which = st.integers(0, 2)
 factors = st.tuples(*[st.sampled_from([1.0, None, 0.5, -2.0, 0.0])] * len(NAMES))
