@@ -38,6 +38,7 @@ class RandLoRAMachine(AdapterRules, ModelRules, FileRules):
         with self.cleanup:
             while self.blocks:
                 self.leave()
+                self.holds()
             if hasattr(self, "truth") and self.truth.adapters:
                 self.eject()
                 self.holds()

@@ -80,7 +80,7 @@ class ModelRules(ModelMachine):
     def remember_state(self) -> None:
         self.remembered = {name: value.clone() for name, value in self.model.state_dict().items()}
 
-    @precondition(lambda self: self.remembered and self.truth.merged is None)
+    @precondition(lambda self: self.remembered)
     @rule(assign=st.booleans())
     def restore_state(self, assign: bool) -> None:
         now = self.truth.state()
