@@ -76,10 +76,16 @@ def peft_model(
     return fill(model, spread=0.2)
 
 
+def peft_draw(basis: BasisKind) -> Stream | None:
+    """Return the stream that PEFT draws bases of a kind from under the torch installed; ``None`` is our default."""
+    return PEFT_STREAM if basis == "dense" else None
+
+
 def our_model(kind: RealModel, basis: BasisKind = "dense", **options: Any) -> nn.Module:
-    """Build the same with ours."""
+    """Build the same with ours, with the bases that PEFT draws here."""
     model = kind.build()
-    randlora.inject(model, **{"r": R, "alpha": ALPHA, "targets": kind.targets, "basis": basis, **options})
+    ours = {"r": R, "alpha": ALPHA, "targets": kind.targets, "basis": basis, "stream": peft_draw(basis)}
+    randlora.inject(model, **{**ours, **options})
     return fill(model, options.get("name", "default"))
 
 

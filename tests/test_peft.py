@@ -28,6 +28,7 @@ from tests.peer import (
     copy_values,
     every_peft_kind,
     peft_config,
+    peft_draw,
     peft_model,
     their_values,
 )
@@ -69,7 +70,9 @@ def their_bases(shapes: Shapes, r: int, basis: BasisKind, seed: int) -> tuple[Te
 
 
 def our_bases(shapes: Shapes, r: int, basis: BasisKind, seed: int) -> Bases:
-    spec = randlora.plan(stack(shapes), r, targets="all-linear", basis=basis, seed=seed).specs[0]
+    spec = randlora.plan(stack(shapes), r, targets="all-linear", basis=basis, seed=seed, stream=peft_draw(basis)).specs[
+        0
+    ]
     held = randlora.BasisBank().acquire(spec)
     return held.slices(spec.max_dim, spec.min_dim, device="cpu", dtype=torch.float32)
 
