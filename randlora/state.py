@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from randlora.bases.bank import BasisBank
 from randlora.bases.basis import Basis
 from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
-from randlora.errors import AdapterError
+from randlora.errors import AdapterError, TargetError
 from randlora.functional import Compute
 from randlora.layer_options import LayerOptions
 from randlora.replaced import ReplacedParameter
@@ -94,6 +95,7 @@ class ModelState:
         required_grad: Whether each parameter required grad before the first adapter was added, by FQN.
         replaced: The parameters that some adapter trains a copy of, by FQN.
         disabled: Number of `randlora.disabled` blocks entered.
+        loading_guard: While merged, the handle of the hook that refuses to load a state dict.
         merge_report: The `randlora.report.MergeReport` while adapters are merged reversibly.
     """
 
@@ -102,6 +104,7 @@ class ModelState:
     required_grad: dict[str, bool] = field(default_factory=dict)
     replaced: dict[str, ReplacedParameter] = field(default_factory=dict)
     disabled: int = 0
+    loading_guard: RemovableHandle | None = None
     merge_report: Any = None
     compute: Compute = "auto"
 
@@ -123,6 +126,8 @@ class ModelState:
     def adapter(self, name: str | None) -> Adapter:
         """Return the adapter of a name, or the only one if that is ``None``; else raise `AdapterError`."""
         known = ", ".join(self.adapters)
+        if name is not None and not isinstance(name, str):
+            raise AdapterError(f"the name of an adapter must be a string, got {name!r}: the model has {known}")
         if name is None and len(self.adapters) > 1:
             raise AdapterError(f"the model has several adapters ({known}): give name= to choose one")
         found = next(iter(self.adapters.values()), None) if name is None else self.adapters.get(name)
@@ -177,8 +182,16 @@ def attached_state(model: nn.Module) -> ModelState | None:
     return state if isinstance(state, ModelState) else None
 
 
+def require_module(model: object) -> None:
+    """Check that what is given as a model is one; else raise `TargetError`."""
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TargetError(f"expected a model, a torch.nn.Module, got {what}")
+
+
 def is_adapted(model: nn.Module) -> bool:
     """Whether the model or one of its submodules has adapters."""
+    require_module(model)
     return attached_state(model) is not None or any(attached_state(module) is not None for module in model.modules())
 
 
@@ -188,6 +201,7 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
     Raises:
         AdapterError: If there is no such module, or more than one.
     """
+    require_module(model)
     if (own := attached_state(model)) is not None:
         own.adopt_parameters(model)
         return model, own

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -294,8 +293,8 @@ class AdapterLayer(ABC):
         assert weight is not None, "merge() asks for a weight"
         parts = ((self.adapters[name], factor) for name, factor in weights.items() if name in self.adapters)
         merged = self.with_updates(weight, [self.update(owner, part, factor) for part, factor in parts])
-        held = copy.copy(weight)  # with the attributes that libraries set on parameters
-        held.data = merged
+        held = nn.Parameter(merged, weight.requires_grad)
+        held.__dict__.update(vars(weight))  # what libraries set on parameters
         return Merged(merged, held)
 
     @classmethod
@@ -330,8 +329,9 @@ class AdapterLayer(ABC):
         merged = self.weight_of(owner)
         assert merged is not None, "it was merged into"
         (own,), self.unmerged = self.unmerged, None
-        own.data = merged.data
-        owner._parameters[self.attribute] = own
+        if not own.is_inference():  # whose data cannot be set: it would be of both modes
+            own.data = merged.data
+            owner._parameters[self.attribute] = own
 
     def save_unmerged(self, owner: nn.Module, destination: dict[str, Any], prefix: str) -> None:
         """Write the original weight into a state dict that has the merged one, on its device and in its dtype."""

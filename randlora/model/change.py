@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from randlora.replaced import ReplacedParameter
 from randlora.state import ModelState
 from randlora.targets.site import Site
 from randlora.targets.walk import Census
 
 
 @contextmanager
-def whole(census: Census, state: ModelState, sites: Iterable[Site] = ()) -> Iterator[None]:
+def whole(
+    census: Census, state: ModelState, sites: Iterable[Site] = (), replaced: Iterable[ReplacedParameter] = ()
+) -> Iterator[None]:
     """Undo everything that the block has changed if it raises: modules, parameters, and the state with its adapters.
 
     Values that were written in place would not be restored; nothing here writes in place.
@@ -29,10 +32,11 @@ def whole(census: Census, state: ModelState, sites: Iterable[Site] = ()) -> Iter
         census: The model.
         state: Its state, attached or not.
         sites: The weights that are to be adapted. Those that are adapted are always included.
+        replaced: The parameters that are to be replaced by trained copies. Those that are replaced are included too.
     """
     objects: list[object] = [census.model, state, state.bank, *state.bank, *state.adapters.values()]
     values = [parameter for adapter in state.adapters.values() for parameter in adapter.trained.values()]
-    for entry in state.replaced.values():
+    for entry in (*state.replaced.values(), *replaced):
         objects += [entry, *(module for module, _ in entry.places.values())]
         values += [entry.original, entry.installed]
     for site in (*sites, *census.adapted):
@@ -61,7 +65,7 @@ def unchanged_if_raised(objects: Iterable[object], values: Iterable[Tensor], fla
         for attributes in held.values():
             attributes.restore()
         for tensor, own in data:
-            with torch.inference_mode(own.is_inference()):
+            if tensor.data_ptr() != own.data_ptr() or tensor.dtype != own.dtype:
                 tensor.data = own
         for tensor, flag in required_grad:
             set_requires_grad(tensor, flag)

@@ -39,7 +39,7 @@ from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState, adapted_root
 from randlora.targets.left_out import doubt, lines
 from randlora.targets.obstacles import obstacles
-from randlora.targets.options import resolve
+from randlora.targets.options import rank_problems, resolve
 from randlora.targets.select import Selection, select
 from randlora.targets.site import Shapes, shapes_of
 from randlora.targets.walk import Census
@@ -249,6 +249,8 @@ def _one_config(config: RandLoRAConfig | None, r: int | Mapping[str, int] | None
     built = RandLoRAConfig(**options)
     if config is None:
         return built
+    if not isinstance(config, RandLoRAConfig):
+        raise ConfigError(f"config must be a RandLoRAConfig, got {type(config).__name__}: give options by name instead")
     if r is not None or built != RandLoRAConfig():
         raise ConfigError(
             "give either config= or single options, not both: dataclasses.replace(config, r=16) changes one"
@@ -269,7 +271,9 @@ def _plan(model: nn.Module, name: str, config: RandLoRAConfig, *, active: bool |
         problems += train_also_problems(census, config.train_also, also, selection.sites)
     options, unresolved = resolve(config, [site.fqn for site in selection.sites])
     raise_collected(TargetError, problems + unresolved, doing=f"inject {name!r}")
-    bases, shared = _bases(state.bank, config, shapes_of(selection.sites, config), options)
+    shapes = shapes_of(selection.sites, config)
+    raise_collected(ConfigError, rank_problems(shapes, options), doing=f"inject {name!r}")
+    bases, shared = _bases(state.bank, config, shapes, options)
     replaced = replacements(census, state, also)
     trained = {fqn: entry.original for fqn, entry in replaced.items()}
     return Plan(

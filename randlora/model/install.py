@@ -26,6 +26,7 @@ from randlora.state import (
     attached_state,
     require_unmerged,
 )
+from randlora.targets.foreign import foreign_adapters
 from randlora.targets.obstacles import offloaded_with
 from randlora.targets.site import Site, sizes
 from randlora.targets.walk import Census
@@ -62,6 +63,8 @@ def owned_state(census: Census, name: str, doing: str) -> ModelState:
         )
     if attached_state(model) is None and has_attribute(model, ATTRIBUTE):
         raise AdapterError(f"cannot {doing}: the model has an attribute {ATTRIBUTE} of its own; rename that")
+    foreign = foreign_adapters([("", model), *((visit.fqn, visit.module) for visit in census.first_visits)])
+    raise_collected(AdapterError, foreign, doing=doing)
     state = attached_state(model) or ModelState()
     state.adopt_parameters(model)
     if not isinstance(name, str) or not name or "." in name or name in dir(nn.ParameterDict()):
@@ -116,7 +119,7 @@ def prepare(
 def commit(census: Census, addition: Addition, *, active: bool) -> None:
     """Add a prepared adapter to the model, as the only active one if ``active``, and freeze the rest."""
     state, adapter = addition.state, addition.adapter
-    with whole(census, state, [site for site, *_ in addition.layers]):
+    with whole(census, state, [site for site, *_ in addition.layers], addition.replaced.values()):
         if not state.adapters:
             state.required_grad = {held.fqn: held.parameter.requires_grad for held in census.parameters}
             for held in census.parameters:
@@ -184,6 +187,9 @@ def unfold_all(census: Census, state: ModelState) -> tuple[str, ...]:
     for site in merged:
         site.layer.unfold(site.owner)
     state.merge_report = None
+    if state.loading_guard is not None:
+        state.loading_guard.remove()
+        state.loading_guard = None
     return tuple(site.fqn for site in merged)
 
 

@@ -84,6 +84,7 @@ def merge(
         for basis in state.bank:
             basis.release()  # a merged model does not use them
         if reversible:
+            state.loading_guard = root.register_load_state_dict_pre_hook(_refuse_loading)
             state.merge_report = report
             return report
         for site in sites:
@@ -144,6 +145,14 @@ def merged(
     finally:
         if state.is_merged:
             unmerge(root)
+
+
+def _refuse_loading(module: nn.Module, *args: object) -> None:  # noqa: ARG001  # a hook's signature
+    """Raise an error before anything is loaded into a merged model, because unmerging would undo a part of that."""
+    raise MergeError(
+        "cannot load a state dict while the adapters are merged: call randlora.unmerge(model) first, or load after the "
+        "`with randlora.merged(model)` block"
+    )
 
 
 def require_finite(fqn: str, weight: Tensor) -> Tensor:

@@ -204,6 +204,8 @@ def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tens
         AdapterError: If the model has no adapter, or none of that name.
         TargetError: If the layer is not adapted.
     """
+    if not isinstance(fqn, str):
+        raise TargetError(f"expected the name of a layer, got {fqn!r}")
     root, state = adapted_root(model)
     sites = {site.fqn: site for site in Census.of(root).adapted}
     if fqn not in sites:
@@ -224,9 +226,11 @@ def adapter_parameters(census: Census, adapter: Adapter) -> Iterator[nn.Paramete
 def _weights(names: str | Iterable[str] | Mapping[str, float]) -> dict[str, float]:
     if isinstance(names, str):
         return {names: 1.0}
+    listed = list(names) if isinstance(names, Iterable) else [names]
+    if strange := [name for name in listed if not isinstance(name, str)]:
+        raise AdapterError(f"expected names of adapters, or a mapping from names to weights, got {strange[0]!r}")
     if isinstance(names, Mapping):
         return dict(names)
-    listed = list(names)
     if len(set(listed)) < len(listed):
         raise AdapterError(f"each adapter can be named once, got {listed}: give a weight, as in {{'a': 2.0}}, instead")
     return dict.fromkeys(listed, 1.0)
@@ -276,7 +280,7 @@ def set_compute(model: nn.Module, compute: Compute = "auto") -> None:
         >>> report = randlora.inject(model, r=8, targets="all-linear")
         >>> randlora.set_compute(model, "materialized")
     """
-    if compute not in get_args(Compute):
+    if not isinstance(compute, str) or compute not in get_args(Compute):
         raise ConfigError(f"compute must be one of {', '.join(get_args(Compute))}, got {compute!r}")
     _, state = adapted_root(model)
     state.compute = compute

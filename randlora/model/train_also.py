@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from torch.nn.parameter import is_lazy
+
 from randlora.replaced import ReplacedParameter
 from randlora.state import Adapter, ModelState
 from randlora.targets.match import matches_name, prefixes, suggestion, unmatched
@@ -57,6 +59,8 @@ def train_also_problems(
                 "only its bias, or load the model with this layer not quantized, as with llm_int8_skip_modules of a "
                 "BitsAndBytesConfig"
             )
+        elif is_lazy(parameter):
+            problems.append(f"train_also includes {fqn}, which has no shape yet: run one forward pass first")
         elif not parameter.is_floating_point():
             problems.append(
                 f"train_also includes {fqn} of dtype {parameter.dtype}, expected a floating dtype: leave it out"

@@ -7,9 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from randlora.bases.spec import Shape
 from randlora.config import ALPHA_PER_RANK, NO_REGEX, RandLoRAConfig
-from randlora.layer_options import LayerOptions
+from randlora.layer_options import LayerOptions, by_rank
 from randlora.targets.match import nearest_names, prefixes, shortened
+
+SMALL_RANK = 1024
+"""An r that costs little, whatever the layers."""
 
 
 def resolve(config: RandLoRAConfig, fqns: Sequence[str]) -> tuple[dict[str, LayerOptions], list[str]]:
@@ -21,6 +25,17 @@ def resolve(config: RandLoRAConfig, fqns: Sequence[str]) -> tuple[dict[str, Laye
     alphas, more = _by_target("alpha", config.alpha, fqns)
     problems += more
     return ({} if problems else {fqn: _options(ranks[fqn], alphas[fqn]) for fqn in fqns}), problems
+
+
+def rank_problems(shapes: Mapping[str, Shape], options: Mapping[str, LayerOptions]) -> list[str]:
+    """Return a message for each r that no layer is as wide as: its bases would take memory and add no rank."""
+    widest = {r: max(max(shape[-2:]) for shape in own) for r, own in by_rank(shapes, options).items()}
+    return [
+        f"r={r} is larger than its layers, which are at most {wide} wide: above the smaller side of a layer it adds no "
+        f"rank; give an r of at most {wide}"
+        for r, wide in widest.items()
+        if r > max(wide, SMALL_RANK)
+    ]
 
 
 def ranks_of_others(config: RandLoRAConfig, fqns: Sequence[str]) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from randlora.errors import TargetError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import Diagonal, adapter_layers_of
 from randlora.layers.quantized import QuantizedLayer
@@ -18,6 +19,8 @@ from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import find_layer, find_readers
 from randlora.layers.uncalled import uncalled_in
 from randlora.replaced import unwrapped, whole_shape
+from randlora.state import require_module
+from randlora.targets.foreign import is_part
 from randlora.targets.site import AdaptedSite, Site
 
 
@@ -30,7 +33,9 @@ class Visit(NamedTuple):
 
     @property
     def entry(self) -> type[AdapterLayer] | str | None:
-        """The registry entry, as from `find_layer`."""
+        """The registry entry, as from `find_layer`; for a matrix of another adapter, the reason why not."""
+        if is_part(self.fqn):
+            return "it is a part of another adapter, as its name says, and not a layer of the model"
         return find_layer(self.module) if self.reader is None else self.reader
 
     @property
@@ -60,8 +65,13 @@ class Census:
 
     @classmethod
     def of(cls, model: nn.Module) -> Census:
-        """Walk a model."""
-        return cls(model, tuple(_walk(model, "")))
+        """Walk a model.
+
+        Raises:
+            TargetError: If it is no module, or contains itself.
+        """
+        require_module(model)
+        return cls(model, tuple(_walk(model, "", {id(model): "the model"})))
 
     @cached_property
     def parameters(self) -> tuple[Held, ...]:
@@ -199,9 +209,12 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def _walk(module: nn.Module, prefix: str) -> Iterator[Visit]:
+def _walk(module: nn.Module, prefix: str, around: dict[int, str]) -> Iterator[Visit]:
     for attribute, held in module._modules.items():
         child = unwrapped(held)
         if child is not None and not isinstance(child, Diagonal):
-            yield Visit(f"{prefix}{attribute}", child)
-            yield from _walk(child, f"{prefix}{attribute}.")
+            fqn = f"{prefix}{attribute}"
+            if (outer := around.get(id(child))) is not None:
+                raise TargetError(f"the model contains itself: {fqn} is {outer}, around it; hold it in a list instead")
+            yield Visit(fqn, child)
+            yield from _walk(child, f"{fqn}.", {**around, id(child): fqn})

@@ -1,0 +1,117 @@
+"""Values of the wrong type, cycles and models in unusual modes: errors of ours, at once, or the right result."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+import randlora
+from randlora.errors import ConfigError, RandLoRAError, TargetError
+from tests.kit import all_bits, fill, untouched
+
+VALUES: list[Any] = [1, 1.0, -1, "yes", b"no", np.True_, (), [], {}, [[]], {"a": "b"}, {1: 1.0}, object(), ...]
+VALUES += [None, torch.ones(2), 10**400, float("nan")]
+VERBS: list[Callable[..., Any]] = [randlora.inject, randlora.plan, randlora.eject, randlora.activate, randlora.remove]
+VERBS += [randlora.delta_weight, randlora.set_compute, randlora.merge, randlora.unmerge, randlora.adapters]
+VERBS += [randlora.prepare_quantized, randlora.find_targets]
+REQUIRED = {"names": "default", "name": "default", "fqn": "0"}
+
+
+def adapted() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+    model.get_submodule("2").requires_grad_(False)
+    randlora.inject(model, r=2, targets=["0"], train_also=["1"])
+    return fill(model)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.__name__)
+def test_an_argument_of_any_type_is_used_or_refused_by_an_error_of_ours(verb: Callable[..., Any]) -> None:
+    parameters = inspect.signature(verb).parameters
+    without = [name for name, each in parameters.items() if each.default is inspect.Parameter.empty and name != "model"]
+    required = {name: REQUIRED[name] for name in without}
+    required |= {"name": "other"} if verb in (randlora.inject, randlora.plan) else {}
+    for name in parameters:
+        for value in VALUES:
+            model = adapted()
+            before = all_bits(model.state_dict())
+            arguments: dict[str, Any] = {"model": model, **required, name: value}
+            refused = ""
+            try:
+                verb(**arguments)
+            except RandLoRAError as error:
+                refused = str(error)
+            except Exception as error:
+                raise AssertionError(f"{verb.__name__}({name}={value!r})") from error
+            assert len(refused) < 2000
+            if refused:
+                assert all_bits(model.state_dict()) == before
+                assert [info.name for info in randlora.adapters(model)] == ["default"]
+
+
+def test_a_model_that_contains_itself_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].add_module("around", model)
+    with pytest.raises(TargetError, match=r"contains itself: 0\.around is the model"):
+        randlora.inject(model, r=2)
+
+
+def test_an_r_that_no_layer_is_as_wide_as_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    with untouched(model), pytest.raises(ConfigError, match="r=1000000 is larger than its layers, which are at most 8"):
+        randlora.inject(model, r=10**6)
+
+
+def test_a_model_built_in_inference_mode_is_adapted_merged_and_restored() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+        x = torch.randn(2, 8)
+    base = all_bits(model.state_dict())
+    randlora.inject(model, r=2, train_also=["1"])
+    randlora.eject(model)
+    assert all_bits(model.state_dict()) == base
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    randlora.inject(model, r=2)
+    fill(model)
+    with torch.inference_mode():
+        expected = model(x)
+        randlora.merge(model)
+        torch.testing.assert_close(model(x), expected)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_layers_without_a_shape_are_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(4), nn.LazyBatchNorm1d())
+    with untouched(model), pytest.raises(TargetError, match=r"train_also includes 1\.weight, which has no shape yet"):
+        randlora.inject(model, r=2, targets=["0"], train_also=["1"])
+    randlora.prepare_quantized(model)
+    for verb in (randlora.eject, randlora.merge):
+        randlora.inject(model, r=2, targets=["0"])
+        randlora.activate(model, "default", trainable=True)
+        verb(model)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: model.requires_grad_(True),
+        lambda model: model.requires_grad_(False),
+        lambda model: randlora.prepare_quantized(model.bfloat16()),
+        lambda model: randlora.inject(model, r=2, targets=["2"], name="b", train_also=["1", "0.bias"], active=True),
+        lambda model: randlora.merge(model, reversible=True),
+        lambda model: model.load_state_dict(model.state_dict(), assign=True),
+        lambda model: prune.remove(prune.l1_unstructured(model[2], "weight", 0.5), "weight"),
+    ],
+)
+def test_flags_are_what_they_were_whatever_was_called_between(call: Callable[[Any], object]) -> None:
+    model = adapted()
+    call(model)
+    randlora.eject(model)
+    assert {name for name, each in model.named_parameters() if not each.requires_grad} == {"2.weight", "2.bias"}
