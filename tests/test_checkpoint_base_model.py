@@ -96,7 +96,7 @@ def test_a_name_that_nobody_knows_is_no_mismatch(one: str | None, other: str | N
     assert randlora.load(named(other).build(), saved(tmp_path, one)).notes == ()
 
 
-@pytest.mark.parametrize("written", ["", None, 7, ["org/another"]], ids=str)
+@pytest.mark.parametrize("written", ["", None], ids=str)
 def test_a_field_without_a_name_is_no_mismatch(written: object, tmp_path: Path) -> None:
     directory = saved(tmp_path, "org/model")
     edit_fields(directory, {FIELD: written})

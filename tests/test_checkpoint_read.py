@@ -171,12 +171,9 @@ def test_a_damaged_or_foreign_json_is_refused(contents: bytes, message: str, sav
     ("name", "message"),
     [(CONFIG_FILE, f"expected a directory with {CONFIG_FILE} and {TENSORS_FILE}"), (TENSORS_FILE, "nothing is unpick")],
 )
-@pytest.mark.parametrize("in_the_way", [None, "directory"], ids=["missing", "directory"])
-def test_a_missing_file_is_named(name: str, message: str, in_the_way: str | None, saved: Path) -> None:
+def test_a_missing_file_is_named(name: str, message: str, saved: Path) -> None:
     edit_tensors(saved, {})  # which our header would make do without the JSON
     (saved / name).unlink()
-    if in_the_way:
-        (saved / name).mkdir()
     refused(SMALL.build(), saved, message)
     refused(SMALL.build(), saved, name)
 

@@ -156,7 +156,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monke
         raise PermissionError(13, "Permission denied")
 
     save_file({"a": torch.zeros(1)}, tmp_path / "file")
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr("os.open", refuse)
     with pytest.raises(CheckpointError, match=r"^cannot read .*file \(Permission denied\)$"):
         read_shard(tmp_path / "file")
 

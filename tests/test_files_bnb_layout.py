@@ -97,7 +97,7 @@ FOUR_BITS: dict[str, tuple[Callable[[Tensors], None], str]] = {
     ),
     "a size that is true": (said(shape=[True, 1024]), r"says shape = \[True, 1024\]"),
     "blocks of a fraction": (said(blocksize=64.0), r"says blocksize = 64\.0"),
-    "an offset beyond floats": (said(nested_offset=10**400), "says nested_offset = 10"),
+    "an offset beyond floats": (said(nested_offset=10**400), "an integer of 401 digits, which is too large"),
     "an offset that is none": (said(nested_offset=True), "says nested_offset = True"),
     "an offset that is not finite": (said(nested_offset=float("nan")), "says nested_offset = nan"),
     "scales of another dtype": (

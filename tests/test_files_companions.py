@@ -1,13 +1,17 @@
 """What goes along with a checkpoint's weights, and what does not."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+import randlora
+from randlora.errors import CheckpointError
 from randlora.files.model_directory import copy_config, find_companions, read_model_directory
-from tests.model_directories import save_model
+from tests.hostile_files import SPECIAL, sparse
+from tests.model_directories import save_adapter, save_model
 from tests.models import LLAMA
 
 CARRIED = {
@@ -60,3 +64,52 @@ def test_a_dtype_is_put_wherever_the_config_names_one(field: str, tmp_path: Path
     written = json.loads((tmp_path / "copy.json").read_text(encoding="utf-8"))
     inner = {field: "bfloat16", "dtype_of_norms": "x"}
     assert written == {field: "bfloat16", "text_config": inner, "vision_config": {field: None}}
+
+
+@pytest.mark.parametrize("make", SPECIAL.values(), ids=SPECIAL)
+def test_what_is_no_file_is_not_copied_and_a_merge_says_so_before_it_writes(
+    make: Callable[[Path], object], tmp_path: Path
+) -> None:
+    base, adapter = save_model(LLAMA, tmp_path / "base"), save_adapter(LLAMA, tmp_path / "adapter")
+    make(base / "tokenizer.json")
+    if (base / "tokenizer.json").is_dir() and not (base / "tokenizer.json").is_symlink():
+        (base / "tokenizer.json" / "more").symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="cannot copy the files of"):
+        randlora.files.merge(base, adapter, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize("make", SPECIAL.values(), ids=SPECIAL)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_what_is_no_file_in_place_of_a_models_file_is_refused(
+    name: str, make: Callable[[Path], object], tmp_path: Path
+) -> None:
+    base, adapter = save_model(LLAMA, tmp_path / "base"), save_adapter(LLAMA, tmp_path / "adapter")
+    if name.endswith("index.json"):
+        (base / "model.safetensors").unlink()
+    (base / name).unlink(missing_ok=True)
+    make(base / name)
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: randlora.files.plan(base),
+        lambda: randlora.files.merge(base, adapter, tmp_path / "out"),
+    )
+    for call in calls:
+        with pytest.raises(CheckpointError):
+            call()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_file_as_large_as_weights_is_left_out(tmp_path: Path) -> None:
+    save_model(LLAMA, tmp_path)
+    sparse(2**30)(tmp_path / "vocabulary")
+    sparse(2**30 + 1)(tmp_path / "weights-in-a-new-format")
+    companions = find_companions(read_model_directory(tmp_path))
+    assert {path.name for path in companions.left_out} == {"weights-in-a-new-format"}
+    assert Path("vocabulary") in companions.carried
+
+
+def test_json_of_a_model_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    save_model(LLAMA, tmp_path)
+    sparse(3 * 2**30)(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"config\.json has 3,221,225,472 bytes, expected at most"):
+        read_model_directory(tmp_path)

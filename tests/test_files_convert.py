@@ -185,8 +185,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "format": ({"to": "gguf"}, "to must be one of peft, native, lora, got 'gguf'"),
     "rank for a format that loses nothing": ({"rank": 4}, "rank and tolerance are for to='lora'"),
     "rank": ({"to": "lora", "rank": 0}, "rank must be a positive integer, got 0"),
-    "tolerance": ({"to": "lora", "tolerance": float("nan")}, "tolerance must be a number in"),
-    "tolerance of the wrong kind": ({"to": "lora", "tolerance": "a"}, "tolerance must be a number in"),
+    "tolerance": ({"to": "lora", "tolerance": float("nan")}, "tolerance must be a finite number, got nan"),
+    "tolerance of the wrong kind": (
+        {"to": "lora", "tolerance": "a"},
+        "tolerance must be a finite number or None",
+    ),
 }
 
 

@@ -22,6 +22,7 @@ PACKAGE = ROOT / "randlora"
 
 ROOMS = (
     "errors",
+    "hints",
     "layer_options",
     "config",
     "functional",

@@ -8,8 +8,9 @@ from pathlib import Path
 from torch import nn
 
 from randlora.disk.hub import is_repo_id
+from randlora.disk.regular import is_there
 
-CACHED = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")
+CACHED = re.compile(r"(?:^|[/\\])models--([^/\\]+)[/\\]snapshots[/\\]")
 """A path in the cache of huggingface_hub, which is the name of a model that was loaded by this path."""
 
 
@@ -51,7 +52,7 @@ def repo_of(name: str | None) -> str | None:
         return None
     if found := CACHED.search(name):
         return found[1].replace("--", "/")
-    return name if is_repo_id(name) and not Path(name).exists() else None
+    return name if is_repo_id(name) and not is_there(Path(name)) else None
 
 
 def _own_name(model: nn.Module) -> str | None:

@@ -22,6 +22,7 @@ from randlora.bases.spec import (
     sliced_dims,
     spec_for,
 )
+from randlora.checkpoint.limits import Known, require_drawable
 from randlora.checkpoint.read import AdapterFile
 from randlora.errors import CheckpointError, ConfigError
 
@@ -40,7 +41,7 @@ def stream_notes(file: AdapterFile) -> tuple[str, ...]:
 
 
 def file_bases(
-    file: AdapterFile, shapes: Mapping[int, Sequence[Shape]], bank: BasisBank
+    file: AdapterFile, shapes: Mapping[int, Sequence[Shape]], bank: BasisBank, known: Known | None = None
 ) -> tuple[AdapterFile, dict[int, Basis]]:
     """Return the bases that a file's adapter was trained with, by r, and the file with their stream in its config.
 
@@ -51,12 +52,13 @@ def file_bases(
         file: The adapter's file.
         shapes: Shapes of the layers' updates, by r.
         bank: The bases of a model.
+        known: The layers of the model, if there is one, than which the bases must not be larger.
 
     Raises:
-        CheckpointError: If other bases are drawn than those that the file was saved with, or they are from another
-            stream than the caller says.
+        CheckpointError: If other bases are drawn than those that the file was saved with, they are from another stream
+            than the caller says, or larger than the layers of the model need.
     """
-    bases = {r: _bases_of_rank(file, r, own, bank) for r, own in shapes.items()}
+    bases = {r: _bases_of_rank(file, r, own, bank, known) for r, own in shapes.items()}
     streams = sorted({basis.spec.stream for basis in bases.values()})
     if len(streams) > 1:
         raise CheckpointError(f"its bases are from several streams, {' and '.join(streams)}: save wrote no such file")
@@ -70,11 +72,12 @@ def file_bases(
     return file, bases
 
 
-def _bases_of_rank(file: AdapterFile, r: int, shapes: Sequence[Shape], bank: BasisBank) -> Basis:
+def _bases_of_rank(file: AdapterFile, r: int, shapes: Sequence[Shape], bank: BasisBank, known: Known | None) -> Basis:
     """Return the bases of one r, as `file_bases` does, for the shapes of the layers that use them."""
     used = sliced_dims(shapes)
     spec, stored = _spec(file, r, shapes), file.bases.get(r)
     record = None if file.header is None else file.header.bases[r]
+    require_drawable(spec, used, sum(basis.numel() for basis in stored or ()), known)
     if record is not None and not record.is_reproducible:
         return _as_stored(file, spec, used, bank)
     found = []

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from randlora.bases.spec import Shape
 from randlora.checkpoint.peft_config import whole_modules
 from randlora.checkpoint.read import AdapterFile
 from randlora.disk.tensor_file import Entry
@@ -61,6 +62,11 @@ def named_sites(census: Census, fqns: Iterable[str]) -> tuple[Site, ...]:
 def layer_names(census: Census) -> set[str]:
     """Return the FQNs of all weights that can be adapted, at each of their places."""
     return {site.fqn for visit in census.visits for site in sites_of(visit)}
+
+
+def all_shapes(census: Census) -> list[Shape]:
+    """Return the shapes of all weights that can be adapted, at each of their places."""
+    return [site.shape for visit in census.visits for site in sites_of(visit)]
 
 
 def with_prefix(file: AdapterFile, prefix: str, known: Collection[str]) -> AdapterFile:

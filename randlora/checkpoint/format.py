@@ -20,11 +20,15 @@ from torch import Tensor
 from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec, Shape, drawn_dims, sliced_dims, spec_for
 from randlora.checkpoint.keys import basis_keys, trained_key, value_keys
-from randlora.config import ADDED_SINCE_FORMAT_1, RandLoRAConfig, is_integer
+from randlora.checkpoint.schema import HeaderFacts1, HeaderFacts2
+from randlora.config import ADDED_SINCE_FORMAT_1, RandLoRAConfig
+from randlora.disk.json_text import parse_json
 from randlora.disk.tensor_file import bytes_of
-from randlora.errors import CheckpointError
+from randlora.errors import SHOWN, CheckpointError
+from randlora.hints import mistyped
 from randlora.layer_options import LayerOptions, by_rank
 from randlora.layers.registry import KINDS
+from randlora.targets.match import is_names
 from randlora.targets.options import listed, options_listed
 from randlora.targets.site import Shapes
 
@@ -36,7 +40,7 @@ METADATA = {"format": "pt"}
 """What transformers and PEFT expect in the metadata of every safetensors file."""
 HEADER_KEY = "randlora"
 SEAL_WORD = "basis_sha256"  # a word that every header contains and nothing else does
-FORMAT_VERSIONS = 1, 2
+FORMAT_VERSIONS = {1: HeaderFacts1, 2: HeaderFacts2}
 """Version 2 is written only for what version 1 has no place for: stacks of matrices, options of single layers."""
 
 
@@ -174,28 +178,32 @@ def dump_header(header: Header, tensors: Mapping[str, Tensor]) -> str:
 def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
     """Return the header that `dump_header` wrote with these tensors, after checking version and checksum."""
     try:
-        facts = json.loads(text)
+        facts = parse_json(text)
+        if not isinstance(facts, dict):
+            raise TypeError("it is no object")
         found = facts["format_version"]
-        if found not in FORMAT_VERSIONS:
+        if type(found) is not int or found not in FORMAT_VERSIONS:
             known = " and ".join(map(str, FORMAT_VERSIONS))
             raise CheckpointError(
-                f"the file has format version {found!r}, this library reads {known}: install one that reads it"
+                f"the file has format version {found!r:.80}, this library reads {known}: install one that reads it"
             )
+        if problems := [*mistyped(facts, FORMAT_VERSIONS[found], "")]:
+            raise ValueError("; ".join(problems[:SHOWN]))
         seal = facts.pop("sha256")
         config = RandLoRAConfig.from_dict(facts["config"])
         records = {facts["config"]["r"]: facts} if found == 1 else facts["bases"]
         header = Header(
             config=config,
-            bases={int(r): BasisRecord.from_dict(record) for r, record in records.items()},
+            bases={_parsed_rank(r): BasisRecord.from_dict(record) for r, record in records.items()},
             shapes={fqn: _parsed_shape(fqn, shape) for fqn, shape in facts["targets"].items()},
-            library_version=str(facts["library_version"]),
+            library_version=facts["library_version"],
             torch_version=facts.get("torch_version"),  # the first files have neither this
             transposed=None if (found := facts.get("transposed")) is None else tuple(found),  # nor this
             kinds=_parsed_kinds(facts.get("kinds", {}), facts["targets"]),
         )
     except CheckpointError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"the file's header is damaged ({error}): get an undamaged copy") from error
     if seal != _seal(facts, tensors):
         raise CheckpointError("the file's contents do not match its checksum, it was damaged: get an undamaged copy")
@@ -207,17 +215,22 @@ def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
     return header
 
 
-def _parsed_shape(fqn: str, sizes: Any) -> Shape:
+def _parsed_rank(r: int | str) -> int:
+    """Return an r, which is a name in JSON if there are several."""
+    if str(int(r)) != str(r):
+        raise ValueError(f"{r!r} is no r")
+    return int(r)
+
+
+def _parsed_shape(fqn: str, sizes: list[int]) -> Shape:
     """Return a shape of two or three sizes from a header."""
-    if not (isinstance(sizes, list) and len(sizes) in (2, 3) and all(is_integer(size) and size > 0 for size in sizes)):
-        raise ValueError(f"{fqn} has shape {sizes!r}, expected two or three positive integers")
+    if not (len(sizes) in (2, 3) and all(size > 0 for size in sizes)):
+        raise ValueError(f"{fqn} has shape {sizes!r:.80}, expected two or three positive integers")
     return tuple(sizes)
 
 
-def _parsed_kinds(kinds: Any, targets: Container[str]) -> dict[str, str]:
+def _parsed_kinds(kinds: dict[str, str], targets: Container[str]) -> dict[str, str]:
     """Return the kinds of targets from a header."""
-    if not isinstance(kinds, dict):
-        raise TypeError(f"kinds are {kinds!r}, expected a kind by target")
     for fqn, kind in kinds.items():
         if fqn not in targets or kind not in KINDS:
             raise ValueError(f"{fqn} has kind {kind!r}, expected a target and one of {', '.join(KINDS)}")
@@ -227,7 +240,8 @@ def _parsed_kinds(kinds: Any, targets: Container[str]) -> dict[str, str]:
 def _is_consistent(header: Header) -> bool:
     """Whether each target has its options, and the bases of its r fit those and are large enough."""
     named = [option.keys() for option in (header.config.r, header.config.alpha) if isinstance(option, Mapping)]
-    if any(fqns != header.shapes.keys() for fqns in named):
+    targets = header.config.targets
+    if not is_names(targets) or any(fqns != header.shapes.keys() for fqns in [*named, {*targets}]):
         return False
     shapes = by_rank(header.shapes, header.options)
     if shapes.keys() != header.bases.keys():

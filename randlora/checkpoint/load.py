@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from randlora.checkpoint.base_model import mismatch
 from randlora.checkpoint.bases import file_bases, stream_notes
-from randlora.checkpoint.fit import fit_sites, layer_names, with_prefix, without_repeats
+from randlora.checkpoint.fit import all_shapes, fit_sites, layer_names, with_prefix, without_repeats
 from randlora.checkpoint.format import master
 from randlora.checkpoint.peft_config import BASE_FIELD, NEUTRAL_FIELDS, kept_fields
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
-from randlora.config import Stream, flag_problems
-from randlora.errors import CheckpointError, ConfigError, raise_collected
+from randlora.config import Stream
+from randlora.errors import CheckpointError
+from randlora.hints import require_types
 from randlora.layer_options import by_rank
 from randlora.model.install import commit, owned_state, prepare
 from randlora.model.train_also import replacements
@@ -70,8 +71,8 @@ def load(
             downloaded, or are from another stream.
         AdapterError: If the name is taken, or the model's adapters are merged.
     """
-    flags = [*flag_problems(trainable=trainable), *flag_problems(optional=True, active=active)]
-    raise_collected(ConfigError, flags, doing="load")
+    given = {"model": model, "source": source, "trainable": trainable, "active": active, "revision": revision}
+    require_types(load, given)
     census = Census.of(model)
     state = owned_state(census, name, "load")
     active = not state.adapters if active is None else active
@@ -82,7 +83,7 @@ def load(
         sites = fit_sites(census, file)
         file = without_repeats(census, file)
         shapes = shapes_of(sites, file.config)
-        file, bases = file_bases(file, by_rank(shapes, file.options), state.bank)
+        file, bases = file_bases(file, by_rank(shapes, file.options), state.bank, lambda: all_shapes(census))
     except CheckpointError as error:
         raise CheckpointError(f"cannot load {str(source)!r}: {error}") from error
     doubts = _doubts(model, file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import time
@@ -41,11 +40,15 @@ from randlora.checkpoint.peft_config import (
     pattern_fields,
     peft_kind,
 )
+from randlora.checkpoint.schema import PeftFields
 from randlora.checkpoint.values import flaw
 from randlora.config import RandLoRAConfig, Stream
 from randlora.disk.hub import download, is_repo_id
+from randlora.disk.json_text import read_json
+from randlora.disk.regular import is_there
 from randlora.disk.tensor_file import Shard, is_equal, open_shard, read_tensor
 from randlora.errors import CheckpointError, ConfigError, raise_collected
+from randlora.hints import mistyped, shortly
 from randlora.layer_options import LayerOptions
 from randlora.targets.options import listed, options_listed
 
@@ -108,11 +111,11 @@ def locate(source: str | os.PathLike[str], revision: str | None) -> Path:
     A path that exists has priority over a repository of that name. Only a repository has revisions.
     """
     path = Path(source)
-    if not path.exists() and isinstance(source, str) and is_repo_id(source):
+    if not is_there(path) and isinstance(source, str) and is_repo_id(source):
         return download(source, revision, [CONFIG_FILE, TENSORS_FILE])
     if revision is not None:
         raise CheckpointError(f"a path has no revision, got {revision!r}: revision= goes with 'user/repo' on the Hub")
-    if not path.is_file():
+    if not (is_there(path) and path.is_file()):
         return path
     if path.name != TENSORS_FILE:
         raise CheckpointError(f"it is a file: expected a directory, or the file {TENSORS_FILE} in one")
@@ -151,7 +154,7 @@ def read_adapter(directory: Path, stream: Stream | None = None) -> AdapterFile:
 def _read_beside(fields: dict[str, Any] | None, directory: Path, stream: Stream | None) -> AdapterFile:
     """Read the tensors that the JSON describes, or without it those that our header describes."""
     path = directory / TENSORS_FILE
-    if not path.is_file():
+    if not is_there(path):
         raise CheckpointError(f"there is no {path}: only safetensors files are read, nothing is unpickled")
     with open_shard(path) as (shard, raw):
         text = _header_text(shard)
@@ -184,22 +187,27 @@ def _read_fields(directory: Path) -> dict[str, Any] | None:
     """Return the fields of the JSON, or ``None`` if there is none beside the tensors."""
     path = directory / CONFIG_FILE
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
+    except CheckpointError:
+        raise
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and (directory / TENSORS_FILE).exists():
+        if isinstance(error, FileNotFoundError) and is_there(directory / TENSORS_FILE):
             return None
         raise _unreadable(directory, error.strerror) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is damaged ({error}): get an undamaged copy") from error
     kind = fields.get("peft_type") if isinstance(fields, dict) else None
     if kind != PEFT_TYPE:
-        raise CheckpointError(f"{path} describes no RandLoRA adapter: expected peft_type={PEFT_TYPE!r}, got {kind!r}")
+        expected = f"expected peft_type={PEFT_TYPE!r}, got {shortly(kind)}"
+        raise CheckpointError(f"{path} describes no RandLoRA adapter: {expected}")
+    raise_collected(CheckpointError, [*mistyped(fields, PeftFields, "")], doing=f"read {str(path)!r}")
     return dict(fields)
 
 
 def _unreadable(directory: Path, reason: str | None) -> CheckpointError:
     # PEFT saves an adapter that is not called "default" one level down
-    inside = ", ".join(sorted(found.parent.name for found in directory.glob(f"*/{CONFIG_FILE}")))
+    places = directory.glob(f"*/{CONFIG_FILE}") if is_there(directory) else ()
+    inside = ", ".join(sorted(place.parent.name for place in places))
     return CheckpointError(
         f"cannot read {directory / CONFIG_FILE} ({reason}): expected a directory with {CONFIG_FILE} and {TENSORS_FILE}"
         f"{f'; there are some inside it: {inside}' if inside else ''}"
@@ -333,6 +341,7 @@ def _shape_problems(
         if (
             lam.ndim not in (2, 3)  # 3 for a stack of matrices
             or gamma.ndim != lam.ndim
+            or not lam.numel() * gamma.numel()
             or lam.shape != (*gamma.shape[:-2], r, gamma.shape[-2])
             or gamma.shape[-2] != count_bases(gamma.shape[-1], r)
         ):
@@ -343,6 +352,7 @@ def _shape_problems(
     for r, (basis_A, basis_B) in bases.items():
         shape_A, shape_B = tuple(basis_A.shape), tuple(basis_B.shape)
         min_dim = shape_A[-1] if shape_A else 0
-        if shape_A != (r, 1, min_dim) or len(shape_B) != 3 or shape_B[1:] != (count_bases(min_dim, r), r):
+        is_empty = not basis_A.numel() * basis_B.numel()
+        if is_empty or shape_A != (r, 1, min_dim) or shape_B[1:] != (count_bases(min_dim, r), r) or len(shape_B) != 3:
             problems.append(f"the bases have shapes {shape_A} and {shape_B}, which do not fit r={r}")
     return problems

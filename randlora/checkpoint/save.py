@@ -26,6 +26,7 @@ from randlora.checkpoint.values import Value, is_text, save_problems
 from randlora.checkpoint.write import write_adapter
 from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.errors import CheckpointError, raise_collected
+from randlora.hints import require_types
 from randlora.layers.base import diagonal_shapes
 from randlora.model.install import lost_sites, require_own
 from randlora.model.switch import adapter_parameters
@@ -95,6 +96,7 @@ def save(
             is written then. Also if the files are saved and the Hub refuses them.
         OSError: If the disk refuses. Files already there remain as they were.
     """
+    require_types(save, {"model": model, "directory": directory, "name": name})
     root, state = adapted_root(model)
     adapter = state.adapter(name)
     directory = Path(directory)

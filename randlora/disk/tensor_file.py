@@ -8,6 +8,7 @@ piece, byte for byte as the package would write it.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,11 +21,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from randlora.disk.json_text import parse_json
+from randlora.disk.regular import open_regular, path_of
 from randlora.errors import CheckpointError
 
 PIECE_BYTES = 2**20  # small enough to remain in the processor's cache from reading to writing
 LENGTH_BYTES = 8  # a file begins with the length of its header, little-endian
+MOST_HEADER_BYTES = 100_000_000  # as in the package
 ALIGNMENT = 8  # of the first tensor, in bytes
+LONGEST_NAME = 4096  # of a tensor: as long as a path, whose parts the name of a module has
+MOST_DIMS = 64  # with which torch computes
+MOST_ENTRIES = 2**63 - 1  # of a tensor, which torch counts without those dims that are 0
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -84,7 +91,7 @@ def open_shard(path: Path) -> Iterator[tuple[Shard, FileIO]]:
     If reading the file fails in the block, that is a `CheckpointError` too.
     """
     try:
-        with path.open("rb", buffering=0) as raw:
+        with open_regular(path) as raw:
             yield _header(path, raw), raw
     except SafetensorError as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}): get an undamaged copy") from error
@@ -93,10 +100,16 @@ def open_shard(path: Path) -> Iterator[tuple[Shard, FileIO]]:
 
 
 def _header(path: Path, raw: FileIO) -> Shard:
-    with safe_open(path, framework="np"):  # checks that header and file fit; "pt" would ask for as much memory
+    length, size = int.from_bytes(raw.read(LENGTH_BYTES), "little"), os.fstat(raw.fileno()).st_size
+    if not 0 < length <= min(MOST_HEADER_BYTES, size - LENGTH_BYTES):
+        told = f"its header has {length:,} of {size:,} bytes, expected at most {MOST_HEADER_BYTES:,}"
+        raise CheckpointError(f"{path} is truncated or damaged ({told}): get an undamaged copy")
+    with safe_open(path_of(raw, path), framework="np"):  # checks that both fit; "pt" would ask for as much memory
         pass
-    length = int.from_bytes(raw.read(LENGTH_BYTES), "little")
-    header = json.loads(raw.read(length))
+    try:
+        header = parse_json(raw.read(length).decode())
+    except ValueError as error:
+        raise CheckpointError(f"the header of {path} is damaged ({error}): get an undamaged copy") from error
     metadata = header.pop("__metadata__", None) or {}
     entries = [_entry(path, name, facts, LENGTH_BYTES + length) for name, facts in header.items()]
     return Shard(path, tuple(sorted(entries, key=lambda entry: (entry.offset, entry.nbytes))), metadata)
@@ -108,7 +121,12 @@ def _entry(path: Path, name: str, facts: Mapping[str, Any], start: int) -> Entry
             f"{name} in {path} has dtype {facts['dtype']}, which this library does not know: save it in another"
         )
     first, end = facts["data_offsets"]
-    return Entry(name, path, TORCH_DTYPES[facts["dtype"]], tuple(facts["shape"]), start + first, end - first)
+    shape = tuple(facts["shape"])
+    if len(name) > LONGEST_NAME:
+        raise CheckpointError(f"{name:.60}… in {path} has a name of {len(name)} characters: expected {LONGEST_NAME}")
+    if len(shape) > MOST_DIMS or math.prod(size or 1 for size in shape) > MOST_ENTRIES:
+        raise CheckpointError(f"{name} in {path} has a shape that no tensor has, {shape!r:.200}: get an undamaged copy")
+    return Entry(name, path, TORCH_DTYPES[facts["dtype"]], shape, start + first, end - first)
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
@@ -124,8 +142,11 @@ def read_tensor(entry: Entry, raw: FileIO | None = None) -> Tensor:
 def read_pieces(entry: Entry, raw: FileIO | None = None, nbytes: int | None = None) -> Iterator[Tensor]:
     """Read one tensor as flat pieces of ``nbytes``, 1 MiB by default. Each is valid until the next one is read."""
     step = PIECE_BYTES if nbytes is None else nbytes
-    buffer = torch.empty(min(entry.nbytes, step), dtype=torch.uint8)
-    with entry.file.open("rb", buffering=0) if raw is None else nullcontext(raw) as file:
+    try:
+        buffer = torch.empty(min(entry.nbytes, step), dtype=torch.uint8)
+    except RuntimeError as error:
+        raise CheckpointError(f"{entry.name} in {entry.file} has {entry.nbytes:,} bytes, too many: {error}") from error
+    with open_regular(entry.file) if raw is None else nullcontext(raw) as file:
         file.seek(entry.offset)
         for start in range(0, max(entry.nbytes, 1), step):
             piece = buffer[: entry.nbytes - start]

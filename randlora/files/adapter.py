@@ -16,6 +16,7 @@ from randlora.bases.spec import sliced_dims
 from randlora.checkpoint.bases import file_bases
 from randlora.checkpoint.fit import misfits
 from randlora.checkpoint.format import master
+from randlora.checkpoint.limits import Known
 from randlora.checkpoint.peft_config import BASE_FIELD
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.config import Stream
@@ -32,6 +33,7 @@ class OpenAdapter:
 
     ``shapes``, ``(out_features, in_features)`` by target, are ``None`` if not known, because PEFT does not store them.
     ``bases`` are by r; there are none if only the shapes would tell which. ``transposed`` is as in the file's header.
+    ``known`` are the layers of its base model, if that is given.
     """
 
     directory: Path
@@ -39,6 +41,7 @@ class OpenAdapter:
     shapes: Shapes | None
     bases: dict[int, Basis]
     transposed: tuple[str, ...] | None = None
+    known: Known | None = None
 
     @property
     def kinds(self) -> Mapping[str, str]:
@@ -87,12 +90,14 @@ def open_adapter(
     if base is None:
         shapes = known_shapes(file)
         transposed = None if file.header is None else file.header.transposed
+        known = None
     else:
-        slots = fit_base(open_base(base), file, prefix).slots_of(file)
+        model = open_base(base)
+        slots, known = fit_base(model, file, prefix).slots_of(file), model.all_shapes
         shapes = shapes_in(slots)
         transposed = tuple(fqn for fqn, slot in slots.items() if slot.layer_class.is_transposed)
-    file, bases = adapter_bases(file, shapes)
-    return OpenAdapter(directory, file, shapes, bases, transposed)
+    file, bases = adapter_bases(file, shapes, known)
+    return OpenAdapter(directory, file, shapes, bases, transposed, known)
 
 
 def open_fitted(
@@ -102,7 +107,7 @@ def open_fitted(
     fit = fit_base(base, read_adapter(directory, stream), prefix)
     shapes = shapes_in(fit.slots)
     by_r = by_rank(shapes, fit.file.options)
-    file, bases = file_bases(fit.file, by_r, bank)
+    file, bases = file_bases(fit.file, by_r, bank, base.all_shapes)
     for r, own in by_r.items():
         bases[r].extend(*sliced_dims(own))
         bank.add(bases[r])
@@ -123,13 +128,15 @@ def known_shapes(file: AdapterFile) -> Shapes | None:
     return shapes
 
 
-def adapter_bases(file: AdapterFile, shapes: Shapes | None) -> tuple[AdapterFile, dict[int, Basis]]:
+def adapter_bases(
+    file: AdapterFile, shapes: Shapes | None, known: Known | None = None
+) -> tuple[AdapterFile, dict[int, Basis]]:
     """Draw the bases and check them, or take those in the file; return none if neither is possible.
 
     The file is returned with their stream, as by `file_bases`.
     """
     if shapes is not None:
-        return file_bases(file, by_rank(shapes, file.options), BasisBank())
+        return file_bases(file, by_rank(shapes, file.options), BasisBank(), known)
     # as if one layer used all
     whole = {r: [(len(basis_B), basis_A.shape[-1])] for r, (basis_A, basis_B) in file.bases.items()}
     return file_bases(file, whole, BasisBank())

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from randlora.bases.spec import Shape
 from randlora.checkpoint.fit import (
+    all_shapes,
     layer_names,
     misfits,
     named_sites,
@@ -49,6 +50,13 @@ class Base(NamedTuple):
     directory: ModelDirectory
     dense: DenseView
     model: TransformersModel | str
+
+    def all_shapes(self) -> list[Shape]:
+        """Return the shapes of all weights that can be adapted; those of all matrices if there is no class."""
+        if not isinstance(self.model, str):
+            return all_shapes(self.model.census)
+        shapes = [entry.shape for entry in self.dense.directory.entries.values() if len(entry.shape) > 1]
+        return [*(shape[-2:] for shape in shapes), *((shape[0], math.prod(shape[1:])) for shape in shapes)]
 
 
 class Slot(NamedTuple):

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,13 +19,15 @@ from randlora.checkpoint.format import (
     stored_bases,
 )
 from randlora.checkpoint.keys import basis_keys
+from randlora.checkpoint.limits import require_drawable
 from randlora.checkpoint.peft_config import UNREAD_FIELDS, option_fields, peft_obstacle, unknown_to_peft
 from randlora.checkpoint.write import write_adapter, write_planned
-from randlora.config import Stream, is_integer
+from randlora.config import Stream
 from randlora.disk.replace import scratch_for
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.adapter import OpenAdapter, open_adapter
 from randlora.files.to_lora import Lora, LoraLayer, to_lora
+from randlora.hints import require_types
 from randlora.report import Progress, as_bytes, no_progress, table
 
 Format = Literal["peft", "native", "lora"]
@@ -114,9 +116,11 @@ def convert(
         CheckpointError: If the adapter cannot be read or does not fit the base, or ``out`` is not empty.
         OSError: If the disk refuses. Nothing is left half written.
     """
+    require_types(convert, locals())
     source, target = Path(directory), Path(out)
     raise_collected(ConfigError, _option_problems(to, rank, tolerance), doing="convert")
-    if source.resolve() in (target.resolve(), *target.resolve().parents):
+    whole = Path(os.path.realpath(target))  # unlike Path.resolve, of links in a circle too
+    if Path(os.path.realpath(source)) in (whole, *whole.parents):
         raise CheckpointError(f"cannot convert {str(source)!r} into itself: choose another directory")
     if os.path.lexists(target) and not target.is_dir():
         raise CheckpointError(f"{target} is a file or a broken link: expected the name of a directory to write to")
@@ -134,15 +138,13 @@ def convert(
     return ConversionReport(source, target, to, nbytes, (), (*assumed, *notes))
 
 
-def _option_problems(to: str, rank: object, tolerance: object) -> list[str]:
+def _option_problems(to: Format, rank: int | None, tolerance: float | None) -> list[str]:
     problems = []
-    if to not in get_args(Format):
-        problems.append(f"to must be one of {', '.join(get_args(Format))}, got {to!r}")
-    elif to != "lora" and (rank is not None or tolerance is not None):
+    if to != "lora" and (rank is not None or tolerance is not None):
         problems.append(f"rank and tolerance are for to='lora': {to!r} is exact")
-    if rank is not None and not (is_integer(rank) and rank > 0):  # type: ignore[operator]
+    if rank is not None and rank <= 0:
         problems.append(f"rank must be a positive integer, got {rank!r}")
-    if tolerance is not None and not (isinstance(tolerance, int | float) and 0 <= tolerance <= 1):
+    if tolerance is not None and not 0 <= tolerance <= 1:
         problems.append(f"tolerance must be a number in [0, 1], got {tolerance!r}")
     return problems
 
@@ -175,6 +177,9 @@ def _contents(
     )
     is_stored = not header.is_reproducible or (to == "peft" and not is_peft_draw)
     notes: tuple[str, ...] = ()
+    if to == "peft":  # which has bases as wide as the widest layer and as high as the highest
+        for r, spec in specs.items():
+            require_drawable(spec, header.rectangles[r], 0, adapter.known)
     if is_stored:
         stored = stored_bases(adapter.bases, header)
         tensors |= _filled_up(stored, header) if to == "peft" else stored

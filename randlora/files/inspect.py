@@ -19,6 +19,7 @@ from randlora.checkpoint.peft_config import BASE_FIELD, NEUTRAL_FIELDS, kept_fie
 from randlora.config import RandLoRAConfig, Stream
 from randlora.files.adapter import OpenAdapter, digests, open_adapter
 from randlora.files.low_rank import frobenius_norm, spectral_norm
+from randlora.hints import require_types
 from randlora.layer_options import LayerOptions, described
 from randlora.report import Progress, as_bytes, no_progress, table
 
@@ -188,6 +189,7 @@ def inspect(
         CheckpointError: If a file is damaged or of another kind, the bases are not reproduced, or the adapter does not
             fit the base.
     """
+    require_types(inspect, locals())
     adapter = open_adapter(Path(directory), base, prefix, stream)
     file = adapter.file
     fqns = [*adapter.shapes] if adapter.shapes else sorted(file.values, key=_natural)
@@ -224,8 +226,9 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _natural(fqn: str) -> list[tuple[int, str]]:
-    """Return a key that sorts layer 10 after layer 9."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in fqn.split(".")]
+    """Return a key that sorts layer 10 after layer 9, however long a number is."""
+    parts = ((part.lstrip("0"), part) for part in fqn.split("."))
+    return [(len(digits), digits) if part.isdecimal() else (-1, part) for digits, part in parts]
 
 
 def _layer(adapter: OpenAdapter, fqn: str, *, norms: bool) -> LayerSummary:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from randlora.checkpoint.format import CONFIG_FILE
+from randlora.disk.json_text import read_json
+from randlora.disk.regular import is_there, open_regular, require_regular
 from randlora.disk.replace import flush
 from randlora.disk.tensor_file import Entry, Shard, read_shard
 from randlora.errors import CheckpointError, raise_collected
@@ -27,6 +29,9 @@ WEIGHT_SUFFIXES = (
     *(".ot", ".tflite", ".npz", ".mlmodel", ".pkl", ".index.json"),
 )
 """Ends of the names of files with weights, or of their indexes."""
+
+LARGEST_CARRIED = 2**30
+"""The size above which a file is taken for weights in a format of another name."""
 
 ADAPTER_PREFIX = "adapter_"
 DTYPE_FIELDS = frozenset({"dtype", "torch_dtype"})
@@ -64,22 +69,22 @@ class ModelDirectory:
     def architecture(self) -> str:
         """The first class that ``config.json`` names, or an empty string."""
         found = self.config.get("architectures")
-        return str(found[0]) if isinstance(found, list) and found else ""
+        return found[0] if isinstance(found, list) and found and isinstance(found[0], str) else ""
 
 
 def read_model_directory(directory: str | os.PathLike[str]) -> ModelDirectory:
     """Return the headers of a model's checkpoint, one file or sharded, after checking that they agree."""
     path = Path(directory)
     index, weight_map = None, {}
-    if (path / SINGLE_FILE).is_file():
+    if is_there(path / SINGLE_FILE):
         files: Iterable[str] = [SINGLE_FILE]
-    elif (path / INDEX_FILE).is_file():
+    elif is_there(path / INDEX_FILE):
         index = _read_json(path / INDEX_FILE)
         weight_map = _weight_map(path, index)
         files = sorted(set(weight_map.values()))
     else:
         raise CheckpointError(_what_is_there_instead(path))
-    config = _read_json(path / MODEL_CONFIG_FILE) if (path / MODEL_CONFIG_FILE).is_file() else {}
+    config = _read_json(path / MODEL_CONFIG_FILE) if is_there(path / MODEL_CONFIG_FILE) else {}
     shards = _read_shards(path, files)
     problems = _repeated(shards) + _disagreements(shards, weight_map)
     raise_collected(CheckpointError, problems, doing=f"read the checkpoint in {str(path)!r}")
@@ -88,8 +93,10 @@ def read_model_directory(directory: str | os.PathLike[str]) -> ModelDirectory:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path, is_lenient=True)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path} ({error}): get an undamaged copy") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is damaged (not a JSON object): get an undamaged copy")
@@ -110,7 +117,7 @@ def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
 def _read_shards(path: Path, files: Iterable[str]) -> tuple[Shard, ...]:
     shards, problems = [], []
     for file in files:
-        if not (path / file).is_file():
+        if not is_there(path / file):
             problems.append(f"there is no {path / file}, which the index names: get a complete copy")
             continue
         try:
@@ -141,7 +148,7 @@ def _disagreements(shards: Iterable[Shard], weight_map: Mapping[str, str]) -> li
 def _what_is_there_instead(path: Path) -> str:
     """Return what a directory without a safetensors checkpoint holds, and what to do."""
     expected = f"expected a directory with {SINGLE_FILE} or {INDEX_FILE}"
-    if not path.is_dir():
+    if not (is_there(path) and path.is_dir()):
         return f"{path} is not a directory: {expected}"
     names = sorted(file.name for file in path.iterdir())
     pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
@@ -161,7 +168,7 @@ def _what_is_there_instead(path: Path) -> str:
 class Companions:
     """The files of a model's directory other than its checkpoint, as paths inside the directory.
 
-    Those ``left_out`` are weights in other formats, which are not merged.
+    Those ``left_out`` are weights in other formats, which are not merged, or as large as weights.
     """
 
     carried: tuple[Path, ...]
@@ -171,22 +178,30 @@ class Companions:
 def find_companions(directory: ModelDirectory) -> Companions:
     """Return the files of a model's directory that are not part of its checkpoint.
 
-    Hidden files and adapters in the directory are ignored.
+    Hidden files and adapters in the directory are ignored. A pipe, a device or a broken link is a `CheckpointError`.
     """
     own = {shard.path for shard in directory.shards} | {directory.path / INDEX_FILE}
     carried: list[Path] = []
     left_out: list[Path] = []
+    problems = []
     for path in _files(directory.path):
         if path in own or path.name.startswith(ADAPTER_PREFIX):
             continue
-        (left_out if path.name.endswith(WEIGHT_SUFFIXES) else carried).append(path.relative_to(directory.path))
+        try:
+            is_weights = path.name.endswith(WEIGHT_SUFFIXES) or require_regular(path).st_size > LARGEST_CARRIED
+        except (CheckpointError, OSError) as error:
+            problems.append(f"{error}, which would be copied: remove it")
+            continue
+        (left_out if is_weights else carried).append(path.relative_to(directory.path))
+    raise_collected(CheckpointError, problems, doing=f"copy the files of {str(directory.path)!r}")
     return Companions(tuple(carried), tuple(left_out))
 
 
 def copy_companion(source: Path, destination: Path) -> None:
     """Copy one file and flush it to disk."""
     destination.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, destination)
+    with open_regular(source) as read, destination.open("wb") as written:
+        shutil.copyfileobj(read, written)
     flush(destination)
 
 
@@ -197,9 +212,7 @@ def copy_config(
     if dtype is None and not without:
         copy_companion(source, destination)
         return
-    config = {
-        name: value for name, value in json.loads(source.read_text(encoding="utf-8")).items() if name not in without
-    }
+    config = {name: value for name, value in _read_json(source).items() if name not in without}
     write_json(destination, config if dtype is None else _with_dtype(config, dtype))
 
 

@@ -12,6 +12,7 @@ from randlora.files.base_fit import Base, open_base
 from randlora.files.model_directory import ModelDirectory
 from randlora.files.quantized import DenseView
 from randlora.files.transformers_model import TransformersModel
+from randlora.hints import require_types
 from randlora.model.inject import plan as plan_model
 from randlora.report import Report
 
@@ -60,6 +61,7 @@ def plan(directory: str | os.PathLike[str], r: int | Mapping[str, int] | None = 
             the class differ.
         RandLoRAError: As `randlora.plan`.
     """
+    require_types(plan, {"directory": directory})  # the others are those of an adapter
     return plan_checkpoint(open_base(directory), r, **options)
 
 

@@ -6,7 +6,6 @@ scales of the rows. The checks read headers and that JSON, and no other value.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from randlora.disk.tensor_file import Entry, read_tensor
+from randlora.disk.json_text import parse_json
+from randlora.disk.tensor_file import Entry, bytes_of, read_tensor
 from randlora.errors import CheckpointError, raise_collected
 from randlora.files.model_directory import ModelDirectory
 from randlora.files.transformers_model import TransformersModel
@@ -38,6 +38,7 @@ UNSAID = torch.float16
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 JSON = re.compile(r"(?P<weight>.+)\.(?P<part>quant_state\.bitsandbytes__(?P<kind>.+))", re.DOTALL)
 TABLES, NESTED_TABLES = ("absmax", "quant_map"), ("nested_absmax", "nested_quant_map")
+LONGEST_JSON = 2**16
 FIELDS = frozenset({"quant_type", "blocksize", "dtype", "shape"})
 NESTED_FIELDS = frozenset({"nested_blocksize", "nested_dtype", "nested_offset"})
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -203,8 +204,10 @@ def _four_bits(entries: Mapping[str, Entry], match: re.Match[str]) -> StoredCode
 def _fields(blob: Entry, kind: str) -> dict[str, Any]:
     """Return the JSON of 4-bit codes after checking it."""
     try:
-        fields = json.loads(read_tensor(blob).view(torch.uint8).numpy().tobytes())
-    except (ValueError, RecursionError) as error:
+        if blob.nbytes > LONGEST_JSON:
+            raise ValueError(f"it has {blob.nbytes:,} bytes")
+        fields = parse_json(bytes_of(read_tensor(blob)).numpy().tobytes().decode(), is_lenient=True)
+    except ValueError as error:
         raise CheckpointError(f"{blob.name} in {blob.file} cannot be read ({error}): {DAMAGED}") from error
     if not isinstance(fields, dict) or fields.keys() not in (FIELDS, FIELDS | NESTED_FIELDS):
         raise CheckpointError(

@@ -16,11 +16,13 @@ from randlora.disk.tensor_file import Planned, read_pieces, read_shard, write_te
 from randlora.errors import ConfigError, raise_collected
 from randlora.files.adapter import OpenAdapter
 from randlora.files.low_rank import LowRank, frobenius_norm, of_rank, within
+from randlora.hints import shortly
 from randlora.report import Progress
 from randlora.targets.match import has_suffix
 
 DEFAULT_TOLERANCE = 0.05
 LISTED = 5
+LARGEST_SERVED = 512  # the largest rank that servers have; a higher one than a layer's sides adds zeros
 
 CARRIED_FIELDS = (
     "auto_mapping",
@@ -87,6 +89,9 @@ def to_lora(adapter: OpenAdapter, rank: int | None, tolerance: float | None, scr
         if trained_key(fqn, shapes) in factors
     ]
     raise_collected(ConfigError, [*(stacks or others), *clashes], doing="convert to a LoRA")
+    highest = max(LARGEST_SERVED, *map(min, shapes.values()))
+    if rank is not None and rank > highest:
+        raise ConfigError(f"cannot convert to a LoRA: rank must be at most {highest}, got {shortly(rank)}")
     accepted = DEFAULT_TOLERANCE if tolerance is None else tolerance
     layers: list[LoraLayer] = []
     tensors: list[Planned] = []

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from randlora.disk.regular import open_regular, path_of
 from randlora.files.conversion import Conversion
 from randlora.files.model_directory import MODEL_CONFIG_FILE, ModelDirectory
 from randlora.targets.walk import Census
@@ -59,17 +60,19 @@ def build_model(directory: ModelDirectory) -> TransformersModel | str:
     if not is_model:
         named = f"names {name}, which transformers {transformers.__version__} lacks" if name else "names no class"
         return f"its config.json {named}"
+    path = directory.path / MODEL_CONFIG_FILE
     try:
-        config = model_class.config_class.from_json_file(directory.path / MODEL_CONFIG_FILE)
+        with open_regular(path) as file:
+            config = model_class.config_class.from_json_file(path_of(file, path))
         # either may name a kernel on the Hub, which is code; these also set those of the configs inside
         config._attn_implementation = config._experts_implementation = None
         with torch.device("meta"):
             model = model_class(config)
-    except Exception as error:  # whatever a model's code raises for an unsuitable config
+        if isinstance(config.dtype, torch.dtype):
+            model.to(config.dtype)
+        return _with_names(model, directory)
+    except Exception as error:  # whatever a model's code raises for an unsuitable config, or names of tensors
         return f"transformers {transformers.__version__} cannot build {name} from its config.json ({error})"
-    if isinstance(config.dtype, torch.dtype):
-        model.to(config.dtype)
-    return _with_names(model, directory)
 
 
 def _with_names(model: nn.Module, directory: ModelDirectory) -> TransformersModel:

@@ -9,12 +9,14 @@ from typing import Literal
 
 from randlora.bases.basis import Basis
 from randlora.checkpoint.bases import stream_notes
+from randlora.checkpoint.limits import Known
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.config import Stream
 from randlora.errors import CheckpointError, ConfigError
 from randlora.files.adapter import adapter_bases, digests, known_shapes
 from randlora.files.base_fit import fit_base, open_base, shapes_in
 from randlora.files.inspect import DIGEST_SHOWN
+from randlora.hints import require_types
 from randlora.layer_options import described
 from randlora.report import Progress, no_progress
 from randlora.targets.site import Shapes
@@ -87,6 +89,7 @@ def verify(
     Raises:
         ConfigError: If ``prefix`` is not a name, or is given without ``base``, or ``stream`` is none of a stream.
     """
+    require_types(verify, locals())
     if prefix is not None and base is None:
         raise ConfigError("prefix is for a base model: give base too")
     directory = Path(directory)
@@ -108,32 +111,36 @@ def verify(
         files = Check("files", "failed", "; ".join(file.doubts))
     checks = [files, checksum]
     progress(1, 3, "checking the base model")
+    known = None
     if base is not None:
-        fit, shapes = _fit(file, Path(base), shapes, prefix)
+        fit, shapes, known = _fit(file, Path(base), shapes, prefix)
         checks.append(fit)
     progress(2, 3, "drawing the bases")
-    checks += _bases(file, shapes)
+    checks += _bases(file, shapes, known)
     progress(3, 3, "done")
     return Verification(directory, tuple(checks))
 
 
-def _fit(file: AdapterFile, base: Path, shapes: Shapes | None, prefix: str | None) -> tuple[Check, Shapes | None]:
+def _fit(
+    file: AdapterFile, base: Path, shapes: Shapes | None, prefix: str | None
+) -> tuple[Check, Shapes | None, Known | None]:
     """Compare the adapter with a base model, which also determines the layers' shapes."""
     try:
-        found = fit_base(open_base(base), file, prefix)
+        model = open_base(base)
+        found = fit_base(model, file, prefix)
     except CheckpointError as error:
-        return Check("base", "failed", str(error)), shapes
+        return Check("base", "failed", str(error)), shapes, None
     shapes = shapes_in(found.slots_of(file))
     words = f"{base} has all {len(shapes)} layers, in the shapes of the adapter"
     if found.absent:
         words += f"; {', '.join(found.absent)} of its class are not in its files"
-    return Check("base", "passed", words), shapes
+    return Check("base", "passed", words), shapes, model.all_shapes
 
 
-def _bases(file: AdapterFile, shapes: Shapes | None) -> list[Check]:
+def _bases(file: AdapterFile, shapes: Shapes | None, known: Known | None) -> list[Check]:
     """Draw the bases of each r again and compare them with the recorded digest, or with those in the file."""
     try:
-        file, bases = adapter_bases(file, shapes)
+        file, bases = adapter_bases(file, shapes, known)
     except CheckpointError as error:
         return [Check("bases", "failed", str(error))]
     if not bases:
