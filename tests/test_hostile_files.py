@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import randlora
+from randlora.checkpoint import read
 from randlora.cli.app import main
 from randlora.errors import CheckpointError
 from tests.checkpoint_files import (
@@ -51,6 +52,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 every_damage = pytest.mark.parametrize(("maker", "damage"), CASES.values(), ids=CASES)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of a header and a JSON that disagree
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_other_process() -> Iterator[None]:
+    """Do not wait for another process to finish replacing files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read, "PATIENCE", 0)
+        yield
 
 
 @pytest.fixture(scope="module")
