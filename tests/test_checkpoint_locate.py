@@ -46,9 +46,12 @@ def test_another_file_of_the_directory_is_refused(saved: Path) -> None:
     refused(HEADED.build(), saved / CONFIG_FILE, f"expected a directory, or the file {TENSORS_FILE} in one")
 
 
-def test_a_file_without_the_other_beside_it_is_refused(saved: Path, tmp_path: Path) -> None:
-    alone = (saved / TENSORS_FILE).rename(tmp_path / TENSORS_FILE)
-    refused(HEADED.build(), alone, f"expected a directory with {CONFIG_FILE} and {TENSORS_FILE}")
+def test_the_file_of_tensors_is_enough_and_it_is_said(saved: Path, tmp_path: Path) -> None:
+    alone, twin = (saved / TENSORS_FILE).rename(tmp_path / TENSORS_FILE), HEADED.build()
+    with pytest.warns(UserWarning, match=f"there is no {CONFIG_FILE}"):
+        randlora.load(twin, alone)
+    assert all_bits(adapter_values(twin)) == all_bits(adapter_values(trained(HEADED)))
+    refused(HEADED.build(), saved, f"{TENSORS_FILE}: only safetensors files are read")
 
 
 @pytest.mark.parametrize("place", ["user/repo", f"user/repo/{TENSORS_FILE}", "./nowhere", "nowhere", "a/b/c"])
