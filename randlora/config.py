@@ -3,7 +3,6 @@
 import difflib
 import functools
 import inspect
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -12,6 +11,7 @@ from typing import Any, Literal, ParamSpec, Self, TypeVar, get_args
 from torch import nn
 
 from randlora.errors import ConfigError, OptionError, raise_collected
+from randlora.hints import is_finite, shortly
 from randlora.layer_options import ByPattern
 
 BasisKind = Literal["dense", "sparse", "very_sparse", "block"]
@@ -202,23 +202,8 @@ def is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def flag_problems(*, optional: bool = False, **flags: object) -> list[str]:
-    """Return a message for each flag that is neither ``True`` nor ``False``, nor ``None`` if that is a choice."""
-    expected = "True, False or None" if optional else "True or False"
-    return [
-        f"{name} must be {expected}, got {value!r}"
-        for name, value in flags.items()
-        if not (isinstance(value, bool) or (optional and value is None))
-    ]
-
-
 def _is_real(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer too large for a float
-        return False
+    return isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value)
 
 
 def _is_rank(value: Any) -> bool:
@@ -228,7 +213,7 @@ def _is_rank(value: Any) -> bool:
 def _numbers(option: object) -> list[tuple[str, Any]]:
     """Return the values of an option that may differ between layers, each after words for its pattern."""
     if isinstance(option, Mapping):
-        return [(f" of {pattern!r}", value) for pattern, value in option.items()]
+        return [(f" of {shortly(pattern)}", value) for pattern, value in option.items()]
     return [("", option)]
 
 
@@ -244,9 +229,9 @@ def _by_pattern_problems(name: str, option: object) -> list[str]:
     if not isinstance(option, Mapping):
         return []
     if not option:
-        return [f"{name} must be a number or have at least one pattern, got {option!r}"]
+        return [f"{name} must be a number or have at least one pattern, got {shortly(option)}"]
     return [
-        f"the patterns of {name} must be names or regexes, got {pattern!r}"
+        f"the patterns of {name} must be names or regexes, got {shortly(pattern)}"
         for pattern in option
         if not (isinstance(pattern, str) and pattern)
     ]
@@ -256,28 +241,27 @@ def _number_problems(config: RandLoRAConfig) -> list[str]:
     problems = _by_pattern_problems("r", config.r) + _by_pattern_problems("alpha", config.alpha)
     for of, r in _numbers(config.r):
         if is_integer(r) and r > LARGEST_RANK:
-            size = f"{r}" if r < 2**64 else f"an integer of {r.bit_length()} bits"
-            problems.append(f"r{of} must be at most {LARGEST_RANK}, more than any layer is wide, got {size}")
+            problems.append(f"r{of} must be at most {LARGEST_RANK}, more than any layer is wide, got {shortly(r)}")
         elif not _is_rank(r):
-            problems.append(f"r{of} must be a positive integer, got {r!r}")
+            problems.append(f"r{of} must be a positive integer, got {shortly(r)}")
     problems += [
-        f"alpha{of} must be a finite number{'' if of else ' or None for 20·r'}, got {alpha!r}"
+        f"alpha{of} must be a finite number{'' if of else ' or None for 20·r'}, got {shortly(alpha)}"
         for of, alpha in _numbers(config.alpha)
         if not (_is_real(alpha) or (alpha is None and not of))
     ]
     if not (_is_real(config.dropout) and 0 <= config.dropout < 1):
-        problems.append(f"dropout must be a number in [0, 1), got {config.dropout!r}")
+        problems.append(f"dropout must be a number in [0, 1), got {shortly(config.dropout)}")
     if not (is_integer(config.seed) and 0 <= config.seed < 2**64):
-        problems.append(f"seed must be an integer in [0, 2**64), got {config.seed!r}")
+        problems.append(f"seed must be an integer in [0, 2**64), got {shortly(config.seed)}")
     return problems
 
 
 def _basis_problems(config: RandLoRAConfig) -> list[str]:
     problems = []
     if config.basis not in get_args(BasisKind):
-        problems.append(f"basis must be one of {', '.join(get_args(BasisKind))}, got {config.basis!r}")
+        problems.append(f"basis must be one of {', '.join(get_args(BasisKind))}, got {shortly(config.basis)}")
     if config.stream not in (None, *get_args(Stream)):
-        problems.append(f"stream must be one of {', '.join(get_args(Stream))}, or None, got {config.stream!r}")
+        problems.append(f"stream must be one of {', '.join(get_args(Stream))} or None, got {shortly(config.stream)}")
     if config.basis == "block" and config.stream in ("torch", "torch-2.11"):
         problems.append(f"basis='block' needs stream='portable', got stream={config.stream!r}: omit stream")
     if config.basis in ("sparse", "very_sparse") and config.stream == "torch-2.11":
@@ -293,16 +277,16 @@ def _choice_problems(config: RandLoRAConfig) -> list[str]:
     problems = []
     for name, choices in (("in_proj", get_args(InProj)), ("experts", get_args(Experts))):
         if (value := getattr(config, name)) not in choices:
-            problems.append(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+            problems.append(f"{name} must be one of {', '.join(choices)}, got {shortly(value)}")
     return problems
 
 
 def _block_problems(config: RandLoRAConfig) -> list[str]:
     if config.basis != "block":
-        return [f"blocks={config.blocks!r} needs basis='block', got basis={config.basis!r}"]
+        return [f"blocks={shortly(config.blocks)} needs basis='block', got basis={config.basis!r}"]
     pair = config.blocks
     if not (isinstance(pair, tuple) and len(pair) == 2 and all(is_integer(count) and count > 0 for count in pair)):
-        return [f"blocks must be two positive integers (c, b), got {pair!r}"]
+        return [f"blocks must be two positive integers (c, b), got {shortly(pair)}"]
     ranks = dict.fromkeys(r for _, r in _numbers(config.r) if _is_rank(r))
     return [f"both of blocks={pair} must divide r={r}" for r in ranks if any(r % count for count in pair)]
 
@@ -315,9 +299,9 @@ def _pattern_problems(config: RandLoRAConfig) -> list[str]:
             problems.extend(_regex_problems(name, pattern))
         elif isinstance(pattern, tuple):
             if not pattern or not all(isinstance(entry, str) and entry for entry in pattern):
-                problems.append(f"{name} must contain at least one name and only names, got {pattern!r}")
+                problems.append(f"{name} must contain at least one name and only names, got {shortly(pattern)}")
         elif pattern is not None and not (callable(pattern) and name != "train_also"):
-            problems.append(f"{name} must be a regex or a list of names, got {pattern!r}")
+            problems.append(f"{name} must be a regex or a list of names, got {shortly(pattern)}")
     return problems
 
 

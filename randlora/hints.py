@@ -53,8 +53,8 @@ def mistyped(value: object, hint: Any, name: str) -> Iterator[str]:
     choices = get_args(hint) if get_origin(hint) in UNIONS else (hint,)
     found = [(choice, [*_differences(value, choice, name)]) for choice in choices if _has_form(value, choice)]
     if not found:
-        words = " or ".join(dict.fromkeys(map(_words, choices)))
-        yield f"{name} must be {words}, got {shortly(value)}"
+        *words, last = dict.fromkeys(word for choice in choices for word in _words(choice).split(" or "))
+        yield f"{name} must be {', '.join(words)}{' or ' if words else ''}{last}, got {shortly(value)}"
     elif all(problems for _, problems in found):
         yield from found[0][1]
     elif any(get_origin(choice) is os.PathLike for choice in choices) and _is_no_path(value):
@@ -95,7 +95,7 @@ def _differences(value: Any, hint: Any, name: str) -> Iterator[str]:
         for key, entry in value.items():
             yield from mistyped(key, args[0], f"a name in {name}")
             yield from mistyped(entry, args[1], f"{name}[{shortly(key)}]")
-    elif form is float and not _is_finite(value):
+    elif form is float and not is_finite(value):
         yield f"{name} must be a finite number, got {shortly(value)}"
 
 
@@ -110,7 +110,8 @@ def _is_no_path(value: object) -> bool:
     return not isinstance(text, str) or not text or "\0" in text
 
 
-def _is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
+    """Whether a number is finite as a float, which a large integer is not."""
     try:
         return math.isfinite(value)
     except OverflowError:  # an integer too large for a float

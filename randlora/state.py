@@ -19,6 +19,7 @@ from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError, TargetError
 from randlora.functional import Compute
+from randlora.hints import shortly
 from randlora.layer_options import LayerOptions
 from randlora.replaced import ReplacedParameter
 
@@ -127,7 +128,7 @@ class ModelState:
         """Return the adapter of a name, or the only one if that is ``None``; else raise `AdapterError`."""
         known = ", ".join(self.adapters)
         if name is not None and not isinstance(name, str):
-            raise AdapterError(f"the name of an adapter must be a string, got {name!r}: the model has {known}")
+            raise AdapterError(f"the name of an adapter must be a string, got {shortly(name)}: the model has {known}")
         if name is None and len(self.adapters) > 1:
             raise AdapterError(f"the model has several adapters ({known}): give name= to choose one")
         found = next(iter(self.adapters.values()), None) if name is None else self.adapters.get(name)

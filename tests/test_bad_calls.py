@@ -15,7 +15,7 @@ from randlora.errors import ConfigError, RandLoRAError, TargetError
 from tests.kit import all_bits, fill, untouched
 
 VALUES: list[Any] = [1, 1.0, -1, "yes", b"no", np.True_, (), [], {}, [[]], {"a": "b"}, {1: 1.0}, object(), ...]
-VALUES += [None, torch.ones(2), 10**400, float("nan")]
+VALUES += [None, torch.ones(2), 10**400, 10**5000, float("nan"), {"default": 10**400}, [10**5000]]
 VERBS: list[Callable[..., Any]] = [randlora.inject, randlora.plan, randlora.eject, randlora.activate, randlora.remove]
 VERBS += [randlora.delta_weight, randlora.set_compute, randlora.merge, randlora.unmerge, randlora.adapters]
 VERBS += [randlora.prepare_quantized, randlora.find_targets]

@@ -258,7 +258,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"basis": "gauss"}, "basis must be one of dense, sparse, very_sparse, block, got 'gauss'"),
     ({"basis": None}, "basis must be one of dense, sparse, very_sparse, block, got None"),
     ({"basis": ["dense"]}, "basis must be one of dense, sparse, very_sparse, block, got ('dense',)"),
-    ({"stream": "numpy"}, "stream must be one of torch, torch-2.11, portable, or None, got 'numpy'"),
+    ({"stream": "numpy"}, "stream must be one of torch, torch-2.11, portable or None, got 'numpy'"),
     ({"basis": "block", "stream": "torch"}, "basis='block' needs stream='portable', got stream='torch'"),
     ({"basis": "block", "stream": "torch-2.11"}, "basis='block' needs stream='portable', got stream='torch-2.11'"),
     (

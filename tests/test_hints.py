@@ -138,6 +138,8 @@ WRONG: list[tuple[object, Any, str]] = [
     (1.0, int, "x must be an integer, got 1.0"),
     (10**400, float, "x must be a finite number, got an integer of 1329 bits"),
     (1, bool, "x must be True or False, got 1"),
+    (1, bool | None, "x must be True, False or None, got 1"),
+    ("c", Literal["a", "b"] | None, "x must be one of a, b or None, got 'c'"),
     ([1], tuple[int, str], "x must have 2 entries, got 1"),
     ([1, 2], tuple[int, str], "x[1] must be a string, got 2"),
     ({"a": [1, None]}, dict[str, list[int]], "x['a'][1] must be an integer, got None"),

@@ -275,7 +275,7 @@ def test_the_old_files_stream_is_what_its_digest_says_whatever_the_caller_does()
 
 @pytest.mark.parametrize("stream", ["numpy", 3, ["torch"], ""])
 def test_what_is_no_stream_is_an_error_of_every_verb(stream: Any, tmp_path: Path) -> None:
-    message = "stream must be one of torch, torch-2.11, portable, or None, got "
+    message = "stream must be one of torch, torch-2.11, portable or None, got "
     refused(CASE.build(), OURS, message, error=ConfigError, stream=stream)
     calls: list[Callable[[], object]] = [
         lambda: randlora.files.inspect(OURS, stream=stream),

@@ -71,7 +71,7 @@ def all_shapes(census: Census) -> list[Shape]:
 
 def with_prefix(file: AdapterFile, prefix: str, known: Collection[str]) -> AdapterFile:
     """Return an adapter with a prefix added to its names or removed from them, whichever gives known names."""
-    if not isinstance(prefix, str) or not prefix.strip("."):
+    if not prefix.strip("."):
         raise ConfigError(f"prefix must be the name of a module, such as 'bert', got {prefix!r}")
     dotted = f"{prefix.removesuffix('.')}."
     names = [*file.values]

@@ -72,6 +72,7 @@ def load(
         AdapterError: If the name is taken, or the model's adapters are merged.
     """
     given = {"model": model, "source": source, "trainable": trainable, "active": active, "revision": revision}
+    given |= {"prefix": prefix, "stream": stream}
     require_types(load, given)
     census = Census.of(model)
     state = owned_state(census, name, "load")

@@ -12,7 +12,7 @@ from functools import cached_property
 from io import FileIO
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from torch import Tensor
 
@@ -47,7 +47,7 @@ from randlora.disk.hub import download, is_repo_id
 from randlora.disk.json_text import read_json
 from randlora.disk.regular import is_there
 from randlora.disk.tensor_file import Shard, is_equal, open_shard, read_tensor
-from randlora.errors import CheckpointError, ConfigError, raise_collected
+from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import mistyped, shortly
 from randlora.layer_options import LayerOptions
 from randlora.targets.options import listed, options_listed
@@ -131,8 +131,6 @@ def read_adapter(directory: Path, stream: Stream | None = None) -> AdapterFile:
     files, in the order of `checkpoint.write`. So the JSON must be the same before and after the tensors are read, and a
     doubt must last for a moment.
     """
-    if stream not in (None, *get_args(Stream)):
-        raise ConfigError(f"stream must be one of {', '.join(get_args(Stream))}, or None, got {stream!r}")
     end = time.monotonic() + PATIENCE
     while True:
         fields = _read_fields(directory)

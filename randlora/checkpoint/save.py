@@ -26,7 +26,7 @@ from randlora.checkpoint.values import Value, is_text, save_problems
 from randlora.checkpoint.write import write_adapter
 from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.errors import CheckpointError, raise_collected
-from randlora.hints import require_types
+from randlora.hints import require_types, shortly
 from randlora.layers.base import diagonal_shapes
 from randlora.model.install import lost_sites, require_own
 from randlora.model.switch import adapter_parameters
@@ -107,7 +107,7 @@ def save(
     problems = [*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])]
     problems += _problems(adapter, bases) + save_problems(_values(sites, state, adapter, diagonals))
     if push_to_hub is not None and not (isinstance(push_to_hub, str) and is_repo_id(push_to_hub)):
-        problems.append(f"push_to_hub must be a repository on the Hub, 'user/repo', got {push_to_hub!r}")
+        problems.append(f"push_to_hub must be a repository on the Hub, 'user/repo', got {shortly(push_to_hub)}")
     elif push_to_hub is not None:
         require_hub(push_to_hub)
     if os.path.lexists(directory) and not directory.is_dir():
@@ -161,7 +161,7 @@ def _values(
 def _problems(adapter: Adapter, bases: str) -> list[str]:
     problems = []
     if bases not in ("seed", "stored"):
-        problems.append(f"bases must be 'seed' or 'stored', got {bases!r}")
+        problems.append(f"bases must be 'seed' or 'stored', got {shortly(bases)}")
     if bases == "seed" and any(basis.stored is not None for basis in adapter.bases.values()):
         problems.append("its bases came from a file and no seed reproduces them: save with bases='stored'")
     names = [*adapter.targets, *adapter.trained]

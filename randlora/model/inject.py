@@ -26,10 +26,10 @@ from randlora.config import (
     RandLoRAConfig,
     Stream,
     explain_options,
-    flag_problems,
     same_options,
 )
 from randlora.errors import ConfigError, TargetError, raise_collected
+from randlora.hints import require_types
 from randlora.layer_options import LayerOptions, by_rank
 from randlora.model.change import whole
 from randlora.model.install import commit, detach_all, owned_state, prepare, require_detachable, require_own, unfold_all
@@ -260,7 +260,7 @@ def _one_config(config: RandLoRAConfig | None, r: int | Mapping[str, int] | None
 
 def _plan(model: nn.Module, name: str, config: RandLoRAConfig, *, active: bool | None, trainable: bool | None) -> Plan:
     """Return the plan of an adapter, or raise one error for all problems."""
-    raise_collected(ConfigError, flag_problems(optional=True, active=active, trainable=trainable), doing="inject")
+    require_types(inject, {"active": active, "trainable": trainable})
     census = Census.of(model)
     state = owned_state(census, name, "inject")
     selection = select(census, config.targets, config.exclude)

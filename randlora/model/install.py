@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from randlora.bases.spec import sliced_dims
 from randlora.errors import AdapterError, raise_collected
+from randlora.hints import shortly
 from randlora.layer_options import by_rank
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, has_attribute
@@ -69,7 +70,8 @@ def owned_state(census: Census, name: str, doing: str) -> ModelState:
     state.adopt_parameters(model)
     if not isinstance(name, str) or not name or "." in name or name in dir(nn.ParameterDict()):
         raise AdapterError(
-            f"cannot {doing} an adapter named {name!r}: expected a name without dots, not an attribute of ParameterDict"
+            f"cannot {doing} an adapter named {shortly(name)}: expected a name without dots, "
+            "not an attribute of ParameterDict"
         )
     require_own(census, state, doing)
     unfit = [held.fqn for held in census.parameters if not held.parameter.is_leaf]

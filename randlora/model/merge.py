@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from randlora.config import flag_problems
 from randlora.errors import ConfigError, MergeError, raise_collected
+from randlora.hints import require_types, shortly
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.update import Into, Quantized, RoundingLoss
@@ -65,8 +64,8 @@ def merge(
     root, state = adapted_root(model)
     census = Census.of(root)
     sites = [site for site in census.adapted if state.active.keys() & site.layer.adapters.keys()]
-    problems = [*flag_problems(reversible=reversible), *_option_problems(quantized, dtype)]
-    raise_collected(ConfigError, problems, doing="merge")
+    require_types(merge, {"reversible": reversible, "quantized": quantized})
+    raise_collected(ConfigError, _option_problems(quantized, dtype), doing="merge")
     into = Into(quantized, dtype or _model_dtype(census))
     require_own(census, state, "merge")
     active = [state.adapters[name] for name in state.active]
@@ -183,10 +182,8 @@ def _state_problems(state: ModelState, *, reversible: bool) -> list[str]:
 
 def _option_problems(quantized: Quantized, dtype: torch.dtype | None) -> list[str]:
     problems = []
-    if quantized not in get_args(Quantized):
-        problems.append(f"quantized must be one of {', '.join(get_args(Quantized))}, got {quantized!r}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        problems.append(f"dtype must be a floating dtype or None, got {dtype!r}")
+        problems.append(f"dtype must be a floating dtype or None, got {shortly(dtype)}")
     if dtype is not None and quantized == "requantize":
         problems.append("dtype= applies to dequantized layers only: give quantized='dequantize' too, or omit dtype")
     return problems

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from randlora.config import flag_problems
-from randlora.errors import ConfigError, raise_collected
+from randlora.hints import require_types
 from randlora.layers.bnb import Linear4bitAdapter, put_in_order
 from randlora.layers.bnb_cpu import MAY_REPACK
 from randlora.layers.in_place import adapter_layers_of
@@ -124,7 +123,7 @@ def prepare_quantized(
     """
     flags = {"full_precision": full_precision, "inputs_require_grad": inputs_require_grad}
     flags |= {"checkpointing": checkpointing, "unpacked": unpacked}
-    raise_collected(ConfigError, flag_problems(**flags), doing="prepare the model")
+    require_types(prepare_quantized, flags)
     visits = Census.of(model).first_visits
     for module in model.modules():
         if (state := attached_state(module)) is not None:

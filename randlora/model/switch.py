@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
-from typing import get_args
 
 from torch import Tensor, nn
 
 from randlora.bases.spec import BasisSpec
-from randlora.config import RandLoRAConfig, flag_problems
-from randlora.errors import AdapterError, ConfigError, TargetError, raise_collected
+from randlora.config import RandLoRAConfig
+from randlora.errors import AdapterError, TargetError, raise_collected
 from randlora.functional import Compute
+from randlora.hints import is_finite, require_types, shortly
 from randlora.layer_options import LayerOptions
 from randlora.layers.in_place import drop_adapter
 from randlora.model.change import set_requires_grad, whole
@@ -101,7 +100,7 @@ def activate(
         AdapterError: For an unknown name, a weight that is not finite, adapters that train the same parameter with
             ``train_also``, or if the adapters are merged.
     """
-    raise_collected(ConfigError, flag_problems(optional=True, trainable=trainable), doing="activate")
+    require_types(activate, {"trainable": trainable})
     root, state = adapted_root(model)
     require_unmerged(state, "activate")
     census = Census.of(root)
@@ -204,8 +203,7 @@ def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tens
         AdapterError: If the model has no adapter, or none of that name.
         TargetError: If the layer is not adapted.
     """
-    if not isinstance(fqn, str):
-        raise TargetError(f"expected the name of a layer, got {fqn!r}")
+    require_types(delta_weight, {"fqn": fqn, "name": name})
     root, state = adapted_root(model)
     sites = {site.fqn: site for site in Census.of(root).adapted}
     if fqn not in sites:
@@ -228,7 +226,7 @@ def _weights(names: str | Iterable[str] | Mapping[str, float]) -> dict[str, floa
         return {names: 1.0}
     listed = list(names) if isinstance(names, Iterable) else [names]
     if strange := [name for name in listed if not isinstance(name, str)]:
-        raise AdapterError(f"expected names of adapters, or a mapping from names to weights, got {strange[0]!r}")
+        raise AdapterError(f"expected names of adapters, or a mapping from names to weights, got {shortly(strange[0])}")
     if isinstance(names, Mapping):
         return dict(names)
     if len(set(listed)) < len(listed):
@@ -241,8 +239,8 @@ def _activation_problems(state: ModelState, weights: Mapping[str, float]) -> lis
     unknown = [name for name in weights if name not in state.adapters]
     problems = [f"the model has no adapter named {name!r}: it has {known}" for name in unknown]
     for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
-            problems.append(f"the weight of {name!r} must be a finite number, got {weight!r}")
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not is_finite(weight):
+            problems.append(f"the weight of {name!r} must be a finite number, got {shortly(weight)}")
     problems += [
         f"{name!r} trained {fqn} of shape {was}, and the model has {now} now: load an adapter of the new shape"
         for name in weights.keys() & state.adapters.keys()
@@ -280,7 +278,6 @@ def set_compute(model: nn.Module, compute: Compute = "auto") -> None:
         >>> report = randlora.inject(model, r=8, targets="all-linear")
         >>> randlora.set_compute(model, "materialized")
     """
-    if not isinstance(compute, str) or compute not in get_args(Compute):
-        raise ConfigError(f"compute must be one of {', '.join(get_args(Compute))}, got {compute!r}")
+    require_types(set_compute, {"compute": compute})
     _, state = adapted_root(model)
     state.compute = compute
