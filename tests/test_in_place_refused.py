@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.ao import quantization
+from torch.ao.quantization.quantize_fx import prepare_fx
 from torch.nn.utils import parametrize
 
 import randlora
@@ -64,6 +66,80 @@ def test_a_script_module_is_refused_with_the_reason(known: bool, monkeypatch: py
         randlora.inject(model, r=3, targets=["0", "1"])
     assert type(model[0]) is nn.Linear
     assert type(model[1]) is own
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_an_adapted_model_is_not_scripted() -> None:
+    model = adapt(of_kind(LAYER_KINDS[0]))
+    with untouched(model), pytest.raises(AdapterError, match="cannot script an adapted Linear: merge"):
+        torch.jit.script(model)
+
+
+def static(model: nn.Module) -> object:
+    model.qconfig = quantization.default_qconfig  # type: ignore[assignment]  # torch sets it so
+    try:
+        return quantization.convert(quantization.prepare(model))
+    finally:
+        del model.qconfig
+
+
+def in_training(model: nn.Module) -> object:
+    model.qconfig = quantization.default_qat_qconfig  # type: ignore[assignment]
+    try:
+        return quantization.prepare_qat(model.train())
+    finally:
+        del model.qconfig
+
+
+QUANTIZERS: dict[str, Callable[[nn.Module], object]] = {
+    "dynamic": quantization.quantize_dynamic,
+    "dynamic, types": lambda model: quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.float16),
+    "static": static,
+    "in training": in_training,
+    "of a graph": lambda model: prepare_fx(
+        copy.deepcopy(model).eval(), quantization.get_default_qconfig_mapping(), (X,)
+    ),
+}
+of_torch_ao = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # it warns of all it does
+
+
+@of_torch_ao
+@pytest.mark.parametrize("quantize", QUANTIZERS.values(), ids=QUANTIZERS)
+def test_torch_leaves_no_adapted_layer_unquantized_without_a_word(quantize: Callable[[nn.Module], object]) -> None:
+    """It knows layers by their exact class, and would quantize the others alone."""
+    model = nn.Sequential(nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))
+    randlora.inject(model, r=3, targets=["3"])
+    with untouched(model), pytest.raises(AdapterError, match=r"cannot quantize an adapted Linear.* merge its adapters"):
+        quantize(model)
+    randlora.merge(model)
+    quantize(model)
+
+
+@of_torch_ao
+def test_an_adapted_layer_can_be_left_out_of_quantizing() -> None:
+    model = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 12))
+    randlora.inject(model, r=3, targets=["1"])
+    model[1].qconfig = None  # type: ignore[assignment]
+    found = quantization.quantize_dynamic(model)
+    assert type(found[0]) is not nn.Linear
+    assert randlora.adapters(found)[0].targets == ("1",)
+
+
+@of_torch_ao
+def test_layers_that_torch_quantized_or_will_are_refused_with_the_reason() -> None:
+    model = nn.Sequential(nn.Linear(12, 20), nn.Embedding(5, 20))
+    quantized = quantization.quantize_dynamic(
+        model,
+        {nn.Linear: quantization.default_dynamic_qconfig, nn.Embedding: quantization.float_qparams_weight_only_qconfig},
+    )
+    for target in "01":
+        with pytest.raises(TargetError, match=rf"{target} .* was quantized by torch\.ao"):
+            randlora.inject(quantized, r=3, targets=[target])
+    plain = nn.Sequential(nn.Linear(12, 20))
+    plain.qconfig = quantization.default_qconfig  # type: ignore[assignment]
+    prepared = quantization.prepare(plain)
+    with untouched(prepared), pytest.raises(TargetError, match=r"0 is prepared for being quantized by torch\.ao"):
+        randlora.inject(prepared, r=3, targets=["0"])
 
 
 def on_top(model: nn.Module) -> None:

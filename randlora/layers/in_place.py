@@ -34,6 +34,9 @@ REWRITERS = (
 )
 """Modules whose code reads a parameter to put another in its place, and changes the module before it assigns that."""
 
+QUANTIZER = "torch.ao.quantization."
+"""The modules that quantize layers of exact classes, and set ``qconfig`` on all modules before they change one."""
+
 
 class Diagonal(nn.ParameterDict):
     """Λ or Γ of one weight, a parameter per adapter."""
@@ -91,6 +94,8 @@ class InPlace(nn.Module):
         """Set an attribute, except that nothing but bookkeeping may replace a weight that is adapted and read."""
         if name in self.__dict__.get("randlora", ()) and value is not self._parameters.get(name):
             _keep(self, name, sys._getframe(1).f_globals.get("__name__", ""))
+        elif name == "qconfig" and (value is not None or name not in vars(self)):
+            _stay_unquantized(self, sys._getframe(1).f_globals.get("__name__", ""))
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
@@ -98,6 +103,13 @@ class InPlace(nn.Module):
         if name in self.__dict__.get("randlora", ()):
             _keep(self, name, sys._getframe(1).f_globals.get("__name__", ""))
         super().__delattr__(name)
+
+    def __prepare_scriptable__(self) -> None:
+        """Refuse `torch.jit.script`, which calls this before it compiles a module."""
+        raise AdapterError(
+            f"cannot script an adapted {self.randlora_base.__name__}: merge its adapters first, with randlora.merge, "
+            "or use torch.export or torch.jit.trace"
+        )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
         """Save the original weight: a merged one together with Λ and Γ would apply the update twice."""
@@ -157,6 +169,16 @@ def _keep(owner: InPlace, attribute: str, caller: str) -> None:
         raise AdapterError(
             f"cannot replace or resize {attribute} of an adapted {owner.randlora_base.__name__}: merge or eject its "
             f"adapters first, or change the base weight itself, get_parameter({attribute!r}), in place"
+        )
+
+
+def _stay_unquantized(owner: InPlace, caller: str) -> None:
+    """Raise an error if torch is about to quantize a model: it would leave adapted layers as they are, silently."""
+    if caller.startswith(QUANTIZER):
+        raise AdapterError(
+            f"cannot quantize an adapted {owner.randlora_base.__name__}, because torch.ao recognizes layers by their "
+            "exact class and would leave it as it is: merge its adapters first, with randlora.merge, or set "
+            "qconfig = None on each adapted layer to leave them out"
         )
 
 

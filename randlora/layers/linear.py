@@ -40,3 +40,8 @@ refuse_layer(
     "transformers.models.deepseek_v4.modeling_deepseek_v4.DeepseekV4GroupedLinear",
     "its forward multiplies each group of its input by some rows of its weight: exclude it",
 )
+for quantized in ("utils.WeightedQuantizedModule", "embedding_ops.Embedding"):
+    refuse_layer(
+        f"torch.ao.nn.quantized.modules.{quantized}",
+        "it was quantized by torch.ao, without a weight to train beside: adapt and merge before quantizing",
+    )
