@@ -22,6 +22,7 @@ from randlora.functional import Compute
 from randlora.hints import shortly
 from randlora.layer_options import LayerOptions
 from randlora.replaced import ReplacedParameter
+from randlora.required_grad import RequiredGrad
 
 ATTRIBUTE = "randlora_state"
 
@@ -93,7 +94,7 @@ class ModelState:
 
     Attributes:
         adapters: The adapters by name, in the order they were added.
-        required_grad: Whether each parameter required grad before the first adapter was added, by FQN.
+        required_grad: Which parameters required grad before the first adapter was added.
         replaced: The parameters that some adapter trains a copy of, by FQN.
         disabled: Number of `randlora.disabled` blocks entered.
         loading_guard: While merged, the handle of the hook that refuses to load a state dict.
@@ -102,7 +103,7 @@ class ModelState:
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     bank: BasisBank = field(default_factory=BasisBank)
-    required_grad: dict[str, bool] = field(default_factory=dict)
+    required_grad: RequiredGrad = field(default_factory=RequiredGrad)
     replaced: dict[str, ReplacedParameter] = field(default_factory=dict)
     disabled: int = 0
     loading_guard: RemovableHandle | None = None

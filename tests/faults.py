@@ -6,6 +6,7 @@ import gc
 import queue
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import thread
 from types import FrameType
@@ -15,7 +16,9 @@ from randlora.model import change
 
 GUARD = change.unchanged_if_raised.__wrapped__.__code__  # type: ignore[attr-defined]  # of the generator itself
 
-SPARED = tuple(str(module.__file__) for module in (contextlib, queue, threading, concurrent.futures._base, thread))
+SPARED = tuple(
+    str(module.__file__) for module in (contextlib, queue, threading, weakref, concurrent.futures._base, thread)
+)
 """Files of the standard library in which nothing is raised."""
 
 
@@ -26,7 +29,8 @@ class Fault(BaseException):
 class Faults:
     """Counts calls while a model is being changed, and raises at the k-th; with ``k=None``, at none.
 
-    Not in `contextlib`, for what is raised there is raised before or after the change, nor where locks are held.
+    Not in `contextlib`, for what is raised there is raised before or after the change, nor where locks are held,
+    nor in callbacks of weak references, where Python drops it.
     """
 
     def __init__(self, k: int | None = None) -> None:

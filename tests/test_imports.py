@@ -28,6 +28,7 @@ ROOMS = (
     "functional",
     "bases",
     "replaced",
+    "required_grad",
     "state",
     "layers",
     "targets",

@@ -33,7 +33,7 @@ from randlora.hints import require_types
 from randlora.layer_options import LayerOptions, by_rank
 from randlora.model.change import whole
 from randlora.model.install import commit, detach_all, owned_state, prepare, require_detachable, require_own, unfold_all
-from randlora.model.train_also import replacements, select_parameters, train_also_problems
+from randlora.model.train_also import misplaced_copies, replacements, select_parameters, train_also_problems
 from randlora.replaced import ReplacedParameter
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState, adapted_root
@@ -223,10 +223,13 @@ def eject(model: nn.Module) -> tuple[str, ...]:
     census = Census.of(root)
     require_own(census, state, "eject")
     require_detachable(census, "eject")
-    with whole(census, state):
+    misplaced = misplaced_copies(census, state)
+    with whole(census, state, replaced=misplaced):
         unfold_all(census, state)  # in case this is called inside `with merged(model)`
         state.adapters.clear()
         state.install_parameters()
+        for entry in misplaced:
+            entry.install(entry.original)
         restored = detach_all(census, state)
         state.replaced.clear()
         state.disabled = 0

@@ -19,6 +19,7 @@ from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, has_attribute
 from randlora.model.change import set_requires_grad, whole
 from randlora.replaced import ReplacedParameter, whole_shape
+from randlora.required_grad import RequiredGrad
 from randlora.state import (
     ATTRIBUTE,
     Adapter,
@@ -123,7 +124,7 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
     state, adapter = addition.state, addition.adapter
     with whole(census, state, [site for site, *_ in addition.layers], addition.replaced.values()):
         if not state.adapters:
-            state.required_grad = {held.fqn: held.parameter.requires_grad for held in census.parameters}
+            state.required_grad = RequiredGrad((held.fqn, held.parameter) for held in census.parameters)
             for held in census.parameters:
                 set_requires_grad(held.parameter, False)  # noqa: FBT003
         for site, layer, part, lam, gamma in addition.layers:
@@ -203,8 +204,8 @@ def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
     restored = tuple(site.fqn for site in census.adapted)
     for site in census.adapted:
         detach(site.owner, site.layer)
-    for held in Census(census.model, census.visits).parameters:
-        if (flag := state.required_grad.get(held.fqn)) is not None:  # not for parameters added later
-            set_requires_grad(held.parameter, flag)
+    own = {held.fqn: held.parameter for held in Census(census.model, census.visits).parameters}
+    for fqn, flag in state.required_grad.by_name(own.items()).items():  # not for parameters added later
+        set_requires_grad(own[fqn], flag)
     del census.model.__dict__[ATTRIBUTE]
     return restored

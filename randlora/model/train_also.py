@@ -87,3 +87,14 @@ def lost_parameters(state: ModelState, adapters: Iterable[Adapter]) -> list[str]
         for fqn in adapter.trained
         if state.replaced[fqn].is_lost
     ]
+
+
+def misplaced_copies(census: Census, state: ModelState) -> list[ReplacedParameter]:
+    """Return the copies that the model has elsewhere than where it had the parameter, as in a module that was moved."""
+    found = []
+    for entry in state.replaced.values():
+        if entry.is_lost:
+            held = [each for each in census.parameters if each.parameter is entry.installed]
+            places = {each.fqn: (each.module, each.attribute) for each in held}
+            found += [ReplacedParameter(places, entry.original, entry.installed)] if places else []
+    return found
