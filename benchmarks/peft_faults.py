@@ -211,11 +211,14 @@ def edited_seed(directory: Path) -> Seen:
     """Edit the seed in a saved adapter's configuration, and load it."""
     theirs = _theirs(save_projection=False)
     theirs.save_pretrained(directory / "theirs")
-    randlora.save(_ours(), directory / "ours", bases="seed")
+    ours = _ours()
+    randlora.save(ours, directory / "ours", bases="seed")
     for name in ("theirs", "ours"):
         file = directory / name / CONFIG_FILE
         file.write_text(json.dumps(json.loads(file.read_text()) | {"projection_prng_key": 4}))
-    return Seen(_differs(_in_peft(directory / "theirs"), _output(theirs)), not _refused(directory / "ours"))
+    return Seen(
+        _differs(_in_peft(directory / "theirs"), _output(theirs)), _differs(_loaded(directory / "ours"), _output(ours))
+    )
 
 
 def lost_tensor(directory: Path) -> Seen:
@@ -306,7 +309,7 @@ FAULTS: Mapping[str, Fault] = {
     "an adapter trained beside a larger one reloads as another": small_beside_large,
     "unmerging leaves bfloat16 weights changed": unmerging,
     "a merge that is refused for NaN has changed other layers": merging_nan,
-    "a file whose seed was edited loads": edited_seed,
+    "a file whose seed was edited computes something else": edited_seed,
     "a file that lost a tensor loads": lost_tensor,
     "a file holds the bases once for every layer": repeated_bases,
     **{
