@@ -97,7 +97,7 @@ class ModelState:
         required_grad: Which parameters required grad before the first adapter was added.
         replaced: The parameters that some adapter trains a copy of, by FQN.
         disabled: Number of `randlora.disabled` blocks entered.
-        loading_guard: While merged, the handle of the hook that refuses to load a state dict.
+        loading_guards: While merged, the handles of the hooks that refuse to load a state dict.
         merge_report: The `randlora.report.MergeReport` while adapters are merged reversibly.
     """
 
@@ -106,7 +106,7 @@ class ModelState:
     required_grad: RequiredGrad = field(default_factory=RequiredGrad)
     replaced: dict[str, ReplacedParameter] = field(default_factory=dict)
     disabled: int = 0
-    loading_guard: RemovableHandle | None = None
+    loading_guards: list[RemovableHandle] = field(default_factory=list)
     merge_report: Any = None
     compute: Compute = "auto"
 

@@ -1,5 +1,6 @@
 """Verbs inside of `merged` and `disabled` blocks, in any nesting: each works or raises an error of ours."""
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -92,12 +93,34 @@ def test_an_exception_in_a_block_is_not_hidden_by_leaving_it() -> None:
 
 
 def test_nothing_of_a_state_dict_is_loaded_into_a_merged_model() -> None:
-    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
-    randlora.inject(model, r=2)
-    values = {name: value + 1 for name, value in model.state_dict().items()}
-    with randlora.merged(model):
-        for target in (model, nn.Sequential(model)):
-            state = values if target is model else {f"0.{name}": value for name, value in values.items()}
-            with untouched(model), pytest.raises(MergeError, match="cannot load a state dict while"):
+    inner = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
+    model = nn.Sequential(nn.Sequential(nn.LayerNorm(8), inner))
+    randlora.inject(model, r=2, targets="all-linear")
+    targets = [nn.Sequential(model), model, model[0], inner, inner[1]]
+    states = [{name: value + 1 for name, value in target.state_dict().items()} for target in targets]
+    with randlora.merged(model), randlora.merged(copy.deepcopy(model)):
+        for target, state in zip(targets, states, strict=True):
+            with untouched(model), pytest.raises(MergeError, match="cannot load a state dict"):
                 target.load_state_dict(state)
-    model.load_state_dict(values)
+    for target, state in zip(targets, states, strict=True):
+        target.load_state_dict(state)
+    assert not any(module._load_state_dict_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_unmerging_drops_does_not_require_grad(bias: bool) -> None:
+    """An optimizer of ``model.parameters()`` would train it, for nothing: here a's copy of a weight that b adapts."""
+    model = nn.Sequential(nn.Linear(8, 8, bias=bias), nn.Linear(8, 8))
+    randlora.inject(model, r=2, name="a", targets=["1"], train_also=["0"])
+    randlora.inject(model, r=2, name="b", targets=["0"])
+    randlora.activate(model, ["a", "b"])
+    trained = set(randlora.trainable_parameters(model))
+    assert model[0].weight in trained
+    with randlora.merged(model):
+        assert trained == set(randlora.trainable_parameters(model))
+        assert trained >= {parameter for parameter in model.parameters() if parameter.requires_grad}
+        assert not model[0].weight.requires_grad
+        assert not bias or model[0].bias in trained
+    assert model[0].weight.requires_grad
+    randlora.merge(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())

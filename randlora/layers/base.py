@@ -293,7 +293,7 @@ class AdapterLayer(ABC):
         assert weight is not None, "merge() asks for a weight"
         parts = ((self.adapters[name], factor) for name, factor in weights.items() if name in self.adapters)
         merged = self.with_updates(weight, [self.update(owner, part, factor) for part, factor in parts])
-        held = nn.Parameter(merged, weight.requires_grad)
+        held = nn.Parameter(merged, requires_grad=False)  # even if it is trained: unmerging would drop the training
         held.__dict__.update(vars(weight))  # what libraries set on parameters
         return Merged(merged, held)
 

@@ -107,7 +107,7 @@ class QuantizedLayer(LinearAdapter):
             weight = weight.to(dtype)
             bias = owner._parameters.get("bias")
             if bias is not None and bias.dtype != dtype:
-                bias = nn.Parameter(bias.to(dtype), bias.requires_grad)
+                bias = nn.Parameter(bias.to(dtype), requires_grad=False)  # as it is put in for the time of the merge
             plain = {"weight": nn.Parameter(weight, requires_grad=False), "bias": bias}
             return Merged(weight, Form(nn.Linear, plain, {}))
         merged_in = torch.linalg.vector_norm(delta)

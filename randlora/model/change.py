@@ -34,7 +34,7 @@ def whole(
         sites: The weights that are to be adapted. Those that are adapted are always included.
         replaced: The parameters that are to be replaced by trained copies. Those that are replaced are included too.
     """
-    objects: list[object] = [census.model, state, state.bank, *state.bank, *state.adapters.values()]
+    objects: list[object] = [*census.around_adapted, state, state.bank, *state.bank, *state.adapters.values()]
     values = [parameter for adapter in state.adapters.values() for parameter in adapter.trained.values()]
     for entry in (*state.replaced.values(), *replaced):
         objects += [entry, *(module for module, _ in entry.places.values())]

@@ -190,9 +190,9 @@ def unfold_all(census: Census, state: ModelState) -> tuple[str, ...]:
     for site in merged:
         site.layer.unfold(site.owner)
     state.merge_report = None
-    if state.loading_guard is not None:
-        state.loading_guard.remove()
-        state.loading_guard = None
+    for guard in state.loading_guards:
+        guard.remove()
+    state.loading_guards = []
     return tuple(site.fqn for site in merged)
 
 

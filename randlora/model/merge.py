@@ -83,7 +83,8 @@ def merge(
         for basis in state.bank:
             basis.release()  # a merged model does not use them
         if reversible:
-            state.loading_guard = root.register_load_state_dict_pre_hook(_refuse_loading)
+            guarded = census.around_adapted
+            state.loading_guards = [each.register_load_state_dict_pre_hook(_refuse_loading) for each in guarded]
             state.merge_report = report
             return report
         for site in sites:
@@ -147,7 +148,7 @@ def merged(
 
 
 def _refuse_loading(module: nn.Module, *args: object) -> None:  # noqa: ARG001  # a hook's signature
-    """Raise an error before anything is loaded into a merged model, because unmerging would undo a part of that."""
+    """Raise an error before anything is loaded into a part of a model that is merged into: unmerging would undo it."""
     raise MergeError(
         "cannot load a state dict while the adapters are merged: call randlora.unmerge(model) first, or load after the "
         "`with randlora.merged(model)` block"

@@ -21,6 +21,7 @@ from randlora.layers.uncalled import uncalled_in
 from randlora.replaced import unwrapped, whole_shape
 from randlora.state import require_module
 from randlora.targets.foreign import is_part
+from randlora.targets.match import prefixes
 from randlora.targets.site import AdaptedSite, Site
 
 
@@ -176,6 +177,13 @@ class Census:
             for visit in self.first_visits
             for layer in adapter_layers_of(visit.module).values()
         )
+
+    @cached_property
+    def around_adapted(self) -> tuple[nn.Module, ...]:
+        """The model and all submodules that contain an adapted weight's owner."""
+        adapted = [visit.fqn for visit in self.visits if adapter_layers_of(visit.module)]
+        names = {name for fqn in adapted for name in prefixes(fqn)[:-1]}
+        return self.model, *(visit.module for visit in self.first_visits if visit.fqn in names)
 
 
 def sites_of(visit: Visit) -> tuple[Site, ...]:

@@ -211,6 +211,7 @@ class Truth:
         if not self.adapters:
             return dict(self.own_grad)
         found = dict.fromkeys(self.own, False) | {name: each.trains for name, (each, _) in self.installed.items()}
+        found |= dict.fromkeys(self.merged or {}, False)
         for name, adapter in self.adapters.items():
             for weight in self.weights_of(adapter):
                 found |= dict.fromkeys(diagonal_names(weight.name, name), adapter.trains)
