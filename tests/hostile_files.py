@@ -170,6 +170,8 @@ OURS: dict[str, Damage] = {
     "exclude-regex": facts(config__exclude="(a+)+$"),
     "max-dim": facts(basis__max_dim=LARGE),
     "min-dim": facts(basis__min_dim=LARGE),
+    "wide-spec": facts(basis__max_dim=2**14, basis__min_dim=2**14),
+    "one-long-dim": facts(basis__max_dim=2**19),
     "both-dims": facts(basis__max_dim=2**20, basis__min_dim=2**20),
     "dims-beyond-floats": facts(basis__max_dim=10**308, basis__min_dim=10**308),
     "wide-layer": facts(targets={"0": [4, LARGE], "2": [5, 4]}, basis__max_dim=LARGE),
@@ -195,6 +197,7 @@ OURS: dict[str, Damage] = {
 PORTABLE: dict[str, Damage] = {
     "wide-layer": facts(targets={"0": [4, LARGE], "2": [5, 4]}),
     "wide-layer-of-its-spec": facts(targets={"0": [4, LARGE], "2": [5, 4]}, basis__max_dim=LARGE),
+    "high-layer": facts(targets={"0": [4, 2**20], "2": [5, 4]}),
     "high-and-wide": facts(targets={"0": [4, 2**25], "2": [2**25, 4]}),
     "max-dim": facts(basis__max_dim=LARGE),
     "min-dim": facts(basis__min_dim=LARGE),

@@ -381,7 +381,7 @@ def test_threads_that_write_one_directory_leave_the_files_of_one_of_them(tmp_pat
 def test_a_link_under_a_hidden_name_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "file").write_text("theirs")
-    link = tmp_path / ".out.unfinished-link"
+    link = tmp_path / ".out.unfinished-a_link_1"
     link.symlink_to(tmp_path / "data")
     with new_directory(tmp_path / "out"):
         pass
@@ -389,10 +389,18 @@ def test_a_link_under_a_hidden_name_is_not_followed(tmp_path: Path) -> None:
     assert contents(tmp_path / "data") == {"file": b"theirs"}
 
 
+@pytest.mark.parametrize("name", [".out.unfinished-mine", ".out.unfinished-chapter1", ".out.unfinished-chapter1.old"])
+def test_a_directory_that_only_looks_like_a_leftover_stays(name: str, tmp_path: Path) -> None:
+    write_files(tmp_path / name, writers(file=b"theirs"))
+    write_files(tmp_path / "out", writers(file=b"ours"))
+    write_files(tmp_path / "out", writers(file=b"ours again"))
+    assert contents(tmp_path / name) == {"file": b"theirs"}
+
+
 def test_names_with_the_signs_of_patterns_are_names(tmp_path: Path) -> None:
     for name in ("a[1]", "a1"):
-        (tmp_path / f".{name}.unfinished-left").mkdir()
+        (tmp_path / f".{name}.unfinished-leftover").mkdir()
     with scratch_for(tmp_path / "a[1]"):
-        assert not (tmp_path / ".a[1].unfinished-left").exists()
-    assert (tmp_path / ".a1.unfinished-left").exists()
-    shutil.rmtree(tmp_path / ".a1.unfinished-left")
+        assert not (tmp_path / ".a[1].unfinished-leftover").exists()
+    assert (tmp_path / ".a1.unfinished-leftover").exists()
+    shutil.rmtree(tmp_path / ".a1.unfinished-leftover")

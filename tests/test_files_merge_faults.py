@@ -138,7 +138,9 @@ def test_what_cannot_be_computed_is_refused(
 
 
 def test_an_adapter_named_twice_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
-    for twice in ([adapter, adapter], {str(adapter): 0.5, f"{adapter}/": 0.25}):
+    link, detour = tmp_path / "link", adapter / ".." / adapter.name
+    link.symlink_to(adapter)
+    for twice in ([adapter, adapter], {str(adapter): 0.5, f"{adapter}/": 0.25}, [adapter, link], [detour, adapter]):
         refused(tmp_path, "named twice", ConfigError, adapters=twice)
 
 

@@ -26,10 +26,12 @@ from tests.checkpoint_files import (
     TENSORS_FILE,
     read_fields,
     read_tensors,
+    write_tensors,
 )
 from tests.hostile_files import (
     CASES,
     Damage,
+    facts,
     hostile,
     model_directory,
     our_adapter,
@@ -109,6 +111,23 @@ def test_every_command_ends_with_1_and_a_message(
     out, err = capsys.readouterr()
     assert re.search("^failed: ", out, re.MULTILINE)
     assert err == ""
+
+
+def test_a_weight_under_two_names_is_refused_by_every_verb_that_has_its_model(sound: Path, tmp_path: Path) -> None:
+    def name_twice(directory: Path) -> None:
+        tensors, metadata = read_tensors(directory)
+        names = {name: name.replace(".0.", ".0.weight.") for name in tensors if ".0." in name}
+        write_tensors(directory, tensors | {other: tensors[name].clone() for name, other in names.items()}, metadata)
+        targets = {"0": [4, 6], "0.weight": [4, 6], "2": [5, 4]}
+        facts(targets=targets, config__targets=[*targets])(directory)
+
+    directory = hostile(sound / "our_adapter", name_twice, tmp_path / "adapter")
+    assert isinstance(outcome(directory), CheckpointError)
+    calls = verbs(directory, sound / "base", tmp_path / "out")
+    for verb in ("inspect-base", "lora", "merge"):
+        with pytest.raises(CheckpointError, match=r"0 and 0\.weight are both 0\.weight"):
+            calls[verb]()
+    assert not randlora.files.verify(directory, sound / "base").passed
 
 
 SCRIPT = """

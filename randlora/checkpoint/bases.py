@@ -77,7 +77,7 @@ def _bases_of_rank(file: AdapterFile, r: int, shapes: Sequence[Shape], bank: Bas
     used = sliced_dims(shapes)
     spec, stored = _spec(file, r, shapes), file.bases.get(r)
     record = None if file.header is None else file.header.bases[r]
-    require_drawable(spec, used, sum(basis.numel() for basis in stored or ()), known)
+    require_drawable(spec, used, file, known)
     if record is not None and not record.is_reproducible:
         return _as_stored(file, spec, used, bank)
     found = []

@@ -46,6 +46,10 @@ if sys.platform != "win32":
 
 PATIENCE = 10.0  # seconds to wait for another process, which holds locks for milliseconds
 
+NEW, OLD = "new", "old"
+"""What there may be in a hidden directory: what is written, and what it replaces."""
+RANDOM = 8  # characters at the end of a name of `tempfile.mkdtemp`
+
 UNFLUSHABLE = (errno.EINVAL, errno.ENOTSUP)  # file systems on a network that flush no directories
 
 Writer = Callable[[Path], object]
@@ -60,7 +64,7 @@ def write_files(directory: Path, writers: Mapping[str, Writer], withdrawn: Conta
     """
     directory = directory.resolve()
     with scratch_for(directory) as scratch:
-        new, old = scratch / "new", scratch / "old"
+        new, old = scratch / NEW, scratch / OLD
         new.mkdir()  # with the permissions of any new directory
         for name, writer in writers.items():
             _write(new / name, writer)
@@ -135,7 +139,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     """
     out = out.resolve()
     with scratch_for(out) as scratch:
-        new = scratch / "new"
+        new = scratch / NEW
         new.mkdir()
         yield new
         _publish(new, out)
@@ -146,7 +150,8 @@ def scratch_for(directory: Path) -> Iterator[Path]:
     """Yield a new hidden directory on the disk of a directory, which need not exist, and remove it after the block.
 
     It is in the directory, or beside it if it does not exist; then its parents are created, and removed if the block
-    raises. Those that a killed process left in either place are removed. The path must be resolved.
+    raises. Those that a killed process left in either place are removed: that is why nothing may be in it but `NEW` and
+    `OLD`. The path must be resolved.
     """
     parent, name = directory.parent, directory.name
     with ExitStack() as undo:
@@ -187,10 +192,10 @@ def _prefix(name: str) -> str:
 
 
 def _remove_abandoned(parent: Path, name: str) -> None:
-    for path in parent.glob(f"{glob.escape(_prefix(name))}*"):
+    for path in parent.glob(f"{glob.escape(_prefix(name))}{'?' * RANDOM}"):
         if not path.is_symlink():
             with _locked(path) as is_abandoned:
-                if is_abandoned:
+                if is_abandoned and {held.name for held in path.iterdir()} <= {NEW, OLD}:  # else it is of somebody else
                     shutil.rmtree(path, ignore_errors=True)
 
 

@@ -215,6 +215,10 @@ def _fit_names(
             if name == fqn and not is_transposed:  # a parameter, such as an `in_proj_weight`, which may be split
                 kind = InProjAdapter
             slots[fqn] = Slot((name,), _stored_shape(file, fqn, entries[name], is_transposed=is_transposed), kind)
+    places: dict[str, str] = {}
+    for fqn, slot in slots.items():
+        if (other := places.setdefault(slot.names[0], fqn)) != fqn:
+            problems.append(f"{other} and {fqn} are both {slot.names[0]}, which cannot carry both of their adapters")
     return BaseFit(file, slots, {fqn: (fqn,) if fqn in entries else () for fqn in file.trained}), problems
 
 

@@ -23,7 +23,7 @@ from randlora.checkpoint.limits import require_drawable
 from randlora.checkpoint.peft_config import UNREAD_FIELDS, option_fields, peft_obstacle, unknown_to_peft
 from randlora.checkpoint.write import write_adapter, write_planned
 from randlora.config import Stream
-from randlora.disk.replace import scratch_for
+from randlora.disk.replace import NEW, scratch_for
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.adapter import OpenAdapter, open_adapter
 from randlora.files.to_lora import Lora, LoraLayer, to_lora
@@ -130,7 +130,8 @@ def convert(
     assumed = (*adapter.file.doubts, *stream_notes(adapter.file))
     if to == "lora":
         with scratch_for(target.resolve()) as scratch:
-            lora = to_lora(adapter, rank, tolerance, scratch, progress)
+            (factors := scratch / NEW).mkdir()
+            lora = to_lora(adapter, rank, tolerance, factors, progress)
             nbytes = write_planned(target, lora.fields, lora.tensors)
         return ConversionReport(source, target, to, nbytes, lora.layers, (*assumed, *_lora_notes(lora)))
     fields, tensors, header, notes = _contents(adapter, to)
@@ -179,7 +180,7 @@ def _contents(
     notes: tuple[str, ...] = ()
     if to == "peft":  # which has bases as wide as the widest layer and as high as the highest
         for r, spec in specs.items():
-            require_drawable(spec, header.rectangles[r], 0, adapter.known)
+            require_drawable(spec, header.rectangles[r], file, adapter.known)
     if is_stored:
         stored = stored_bases(adapter.bases, header)
         tensors |= _filled_up(stored, header) if to == "peft" else stored

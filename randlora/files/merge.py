@@ -187,7 +187,7 @@ def _factors(adapters: Sources) -> dict[Path, float]:
         adapters = [adapters]
     given = adapters if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
     factors = {Path(source): factor for source, factor in given.items()}
-    if len(factors) < len(adapters):
+    if len({os.path.realpath(source) for source in factors}) < len(adapters):
         raise ConfigError("cannot merge: an adapter is named twice; give it one factor instead")
     return factors
 
