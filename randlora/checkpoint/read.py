@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from randlora.bases.spec import KINDS, count_bases
+from randlora.bases.spec import KINDS
 from randlora.checkpoint.format import CONFIG_FILE, HEADER_KEY, SEAL_WORD, TENSORS_FILE, Header, parse_header
 from randlora.checkpoint.keys import (
     BASIS_A,
@@ -41,7 +41,7 @@ from randlora.checkpoint.peft_config import (
     peft_kind,
 )
 from randlora.checkpoint.schema import PeftFields
-from randlora.checkpoint.values import flaw
+from randlora.checkpoint.values import file_problems
 from randlora.config import RandLoRAConfig, Stream
 from randlora.disk.hub import download, is_repo_id
 from randlora.disk.json_text import read_json
@@ -83,8 +83,8 @@ class AdapterFile:
 
     @cached_property
     def options(self) -> dict[str, LayerOptions]:
-        """The r and the alpha of each target, in the order of the header, which decides which of them are common."""
-        return options_listed(self.config, self.header.shapes if self.header else self.values)
+        """The r and the alpha of each target."""
+        return options_listed(self.config, self.values)
 
     def renamed(self, rename: Callable[[str], str], how: str) -> AdapterFile:
         """Return the adapter with other FQNs, and without the fields that say which class it was trained on."""
@@ -174,8 +174,7 @@ def _read_beside(fields: dict[str, Any] | None, directory: Path, stream: Stream 
     config = header.config if header else from_peft_fields(fields, values, trained, stream)
     ranks = header.bases if header else [fields["r"]]
     bases = {r: pair for r, pair in zip(ranks, pairs, strict=True) if pair is not None}
-    problems = _damage(values, trained, bases)
-    problems += _shape_problems(options_listed(config, values), values, bases)
+    problems = file_problems(values, trained, bases, options_listed(config, values))
     raise_collected(CheckpointError, problems, doing=f"read {str(directory)!r}")
     copies = int(bool(bases)) if header else sum(bool(COPY.search(entry.name)) for entry in shard.entries)
     return AdapterFile(fields, config, header, values, trained, bases, copies, tuple(doubts), stream=stream)
@@ -310,47 +309,3 @@ def _disagreements(fields: Mapping[str, Any], header: Header | None) -> list[str
     ]
     reason = "the files are of two saves, or the JSON was edited, which changes no options"
     return [f"{CONFIG_FILE} says {' and '.join(found)}, which is used: {reason}; save it again"] if found else []
-
-
-def _damage(
-    values: Mapping[str, tuple[Tensor, Tensor]],
-    trained: Mapping[str, Tensor],
-    bases: Mapping[int, tuple[Tensor, Tensor]],
-) -> list[str]:
-    named = {
-        f"{fqn}{suffix}": part
-        for fqn, pair in values.items()
-        for suffix, part in zip((LAMBDA_SUFFIX, GAMMA_SUFFIX), pair, strict=True)
-    }
-    named |= trained
-    for r, pair in bases.items():
-        named |= zip(basis_keys(r, bases.keys()), pair, strict=True)
-    return [f"{name} {reason}" for name, tensor in named.items() if (reason := flaw(tensor)) is not None]
-
-
-def _shape_problems(
-    options: Mapping[str, LayerOptions],
-    values: Mapping[str, tuple[Tensor, Tensor]],
-    bases: Mapping[int, tuple[Tensor, Tensor]],
-) -> list[str]:
-    problems = []
-    for fqn, (lam, gamma) in values.items():
-        r = options[fqn].r
-        if (
-            lam.ndim not in (2, 3)  # 3 for a stack of matrices
-            or gamma.ndim != lam.ndim
-            or not lam.numel() * gamma.numel()
-            or lam.shape != (*gamma.shape[:-2], r, gamma.shape[-2])
-            or gamma.shape[-2] != count_bases(gamma.shape[-1], r)
-        ):
-            problems.append(
-                f"{fqn} has randlora_lambda {tuple(lam.shape)} and randlora_gamma {tuple(gamma.shape)}: "
-                f"expected ({r}, num_bases) and (num_bases, min_dim) with num_bases = ceil(min_dim / {r})"
-            )
-    for r, (basis_A, basis_B) in bases.items():
-        shape_A, shape_B = tuple(basis_A.shape), tuple(basis_B.shape)
-        min_dim = shape_A[-1] if shape_A else 0
-        is_empty = not basis_A.numel() * basis_B.numel()
-        if is_empty or shape_A != (r, 1, min_dim) or shape_B[1:] != (count_bases(min_dim, r), r) or len(shape_B) != 3:
-            problems.append(f"the bases have shapes {shape_A} and {shape_B}, which do not fit r={r}")
-    return problems

@@ -8,11 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from randlora.bases.spec import count_bases
+from randlora.checkpoint.keys import GAMMA_SUFFIX, LAMBDA_SUFFIX, basis_keys
+from randlora.layer_options import LayerOptions
+from randlora.replaced import FLATTENED
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 GATHER = {
     "ds_id": "DeepSpeed's ZeRO-3: save inside deepspeed.zero.GatheredParameters([*model.parameters()])",
-    "_fsdp_flattened": "FSDP: save inside FullyShardedDataParallel.summon_full_params(model)",
+    FLATTENED: "FSDP: save inside FullyShardedDataParallel.summon_full_params(model)",
 }
 """What to do about parameters that were sharded and are plain tensors still, by an attribute that the sharder sets."""
 
@@ -24,7 +29,7 @@ class Value(NamedTuple):
     shape: Sequence[int]
 
 
-def flaw(tensor: Tensor) -> str | None:
+def _flaw(tensor: Tensor) -> str | None:
     """Return why no file may hold these values, as a phrase that follows the name, or ``None``."""
     if tensor.dtype not in FLOATING:
         return f"holds {tensor.dtype}: expected one of {', '.join(map(str, FLOATING))}"
@@ -59,5 +64,52 @@ def _save_problem(tensor: Tensor, shape: Sequence[int]) -> str | None:
         advice = next((advice for attribute, advice in GATHER.items() if attribute in vars(tensor)), None)
         remedy = f"it is sharded by {advice}" if advice else "gather it if it is sharded, else adapt the model anew"
         return f"has {found} here, expected all of {tuple(shape)}: {remedy}"
-    reason = flaw(tensor)
+    reason = _flaw(tensor)
     return reason and f"{reason}, which cannot be loaded: go back to values from before"
+
+
+def file_problems(
+    values: Mapping[str, tuple[Tensor, Tensor]],
+    trained: Mapping[str, Tensor],
+    bases: Mapping[int, tuple[Tensor, Tensor]],
+    options: Mapping[str, LayerOptions],
+) -> list[str]:
+    """Return what is wrong with Λ and Γ by target, the trained parameters and the bases by r that a file holds."""
+    named = {
+        f"{fqn}{suffix}": part
+        for fqn, pair in values.items()
+        for suffix, part in zip((LAMBDA_SUFFIX, GAMMA_SUFFIX), pair, strict=True)
+    }
+    named |= trained
+    for r, pair in bases.items():
+        named |= zip(basis_keys(r, bases.keys()), pair, strict=True)
+    problems = [f"{name} {reason}" for name, tensor in named.items() if (reason := _flaw(tensor)) is not None]
+    return problems + _shape_problems(values, bases, options)
+
+
+def _shape_problems(
+    values: Mapping[str, tuple[Tensor, Tensor]],
+    bases: Mapping[int, tuple[Tensor, Tensor]],
+    options: Mapping[str, LayerOptions],
+) -> list[str]:
+    problems = []
+    for fqn, (lam, gamma) in values.items():
+        r = options[fqn].r
+        if (
+            lam.ndim not in (2, 3)  # 3 for a stack of matrices
+            or gamma.ndim != lam.ndim
+            or not lam.numel() * gamma.numel()
+            or lam.shape != (*gamma.shape[:-2], r, gamma.shape[-2])
+            or gamma.shape[-2] != count_bases(gamma.shape[-1], r)
+        ):
+            problems.append(
+                f"{fqn} has randlora_lambda {tuple(lam.shape)} and randlora_gamma {tuple(gamma.shape)}: "
+                f"expected ({r}, num_bases) and (num_bases, min_dim) with num_bases = ceil(min_dim / {r})"
+            )
+    for r, (basis_A, basis_B) in bases.items():
+        shape_A, shape_B = tuple(basis_A.shape), tuple(basis_B.shape)
+        min_dim = shape_A[-1] if shape_A else 0
+        is_empty = not basis_A.numel() * basis_B.numel()
+        if is_empty or shape_A != (r, 1, min_dim) or shape_B[1:] != (count_bases(min_dim, r), r) or len(shape_B) != 3:
+            problems.append(f"the bases have shapes {shape_A} and {shape_B}, which do not fit r={r}")
+    return problems
