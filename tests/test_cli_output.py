@@ -1,6 +1,8 @@
 """How results look: tables that nobody cuts, and values that JSON can hold."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,14 @@ def test_names_in_a_file_give_a_terminal_no_commands(
         shown = capfd.readouterr()
         assert shown.out + shown.err
         assert (shown.out + shown.err).replace("\n", "").isprintable()
+
+
+def test_what_an_encoding_lacks_is_written_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peft_directory(tmp_path / "adapter")
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "latin-1", write_through=True))
+    assert main(["verify", str(tmp_path / "adapter")]) == 0
+    assert b"\\u039b and \\u0393 of 2 layers" in written.getvalue()
 
 
 def test_what_json_cannot_hold_becomes_text(capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ def describe(version: Version = False) -> None:  # noqa: FBT002
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 for an error with files, 2 for an invalid command line."""
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names may hold what no text is encoded as
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: an old terminal's encoding may lack Λ
     try:
         app(None if args is None else list(args), prog_name="randlora")
     except SystemExit as ended:
