@@ -86,7 +86,7 @@ def _unknown_option(option: str, known: Iterable[str]) -> str:
 
 
 NO_REGEX = re.error, OverflowError, RecursionError
-"""What the module ``re`` raises for a regular expression that is none, counts too far, or is nested too deeply."""
+"""What the module ``re`` raises for what is no regular expression, counts too far, or is nested too deeply."""
 
 LARGEST_RANK = 2**20
 """The largest r. Above min_dim, a larger r adds rows of the bases and no rank, and no layer is as wide as this."""

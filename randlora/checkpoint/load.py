@@ -65,7 +65,7 @@ def load(
         A report as from `randlora.inject`.
 
     Raises:
-        ConfigError: If ``prefix`` is not a name, ``stream`` is none of a stream, or a flag is neither ``True`` nor
+        ConfigError: If ``prefix`` is not a name, ``stream`` is not a stream, or a flag is neither ``True`` nor
             ``False``.
         CheckpointError: If the files are damaged, of another kind or version, do not fit the model, cannot be
             downloaded, or are from another stream.

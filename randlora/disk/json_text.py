@@ -22,7 +22,7 @@ def read_json(path: Path, *, is_lenient: bool = False) -> Any:
     Raises:
         CheckpointError: If it is not a regular file of at most 16 MiB.
         OSError: If it cannot be opened.
-        ValueError: If it is no JSON.
+        ValueError: If it is not JSON.
     """
     return parse_json(read_regular(path, MOST_BYTES).decode("utf-8"), is_lenient=is_lenient)
 
@@ -54,7 +54,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(text: str) -> float:
-    raise ValueError(f"it has {text}, which is no JSON")
+    raise ValueError(f"it has {text}, which is not JSON")
 
 
 def _float(text: str) -> float:

@@ -1,4 +1,4 @@
-"""Regular files, opened without waiting for what is none: a pipe may have no writer, and a device no end."""
+"""Regular files, and nothing else, opened without waiting: a pipe may have no writer, and a device no end."""
 
 from __future__ import annotations
 

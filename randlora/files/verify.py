@@ -87,7 +87,7 @@ def verify(
         All checks. A damaged file is a failed check, not an exception.
 
     Raises:
-        ConfigError: If ``prefix`` is not a name, or is given without ``base``, or ``stream`` is none of a stream.
+        ConfigError: If ``prefix`` is not a name, or is given without ``base``, or ``stream`` is not a stream.
     """
     require_types(verify, locals())
     if prefix is not None and base is None:
