@@ -166,7 +166,7 @@ def test_tensors_that_are_no_adapter_are_refused(
         ({"r": True}, (), "r must be an integer, got True"),
         ({"r": 3}, (), "expected (3, num_bases)"),
         ({"randlora_alpha": 10**400}, (), "an integer of 401 digits, which is too large"),
-        ({"randlora_alpha": float("nan")}, (), "it has NaN, which is no JSON"),
+        ({"randlora_alpha": float("nan")}, (), "it has NaN, which is not JSON"),
         ({"randlora_alpha": "640"}, (), "alpha must be a finite number"),
         ({"randlora_dropout": 1.0}, (), "dropout must be a number in [0, 1)"),
         ({"projection_prng_key": 0.5}, (), "projection_prng_key must be an integer, got 0.5"),
