@@ -99,10 +99,18 @@ class ReplacedParameter:
             live.requires_grad = True
         self.installed = live
 
+    def fits(self, copy: Tensor) -> bool:
+        """Whether a trained copy, which may be what is left of a sharded one, has the shape of the model's own."""
+        return not _may_be_whole(copy, self.original) or whole_shape(copy) == whole_shape(self.original)
+
     def _is_resized(self) -> bool:
         """Whether the data of `live` may be those of a resized parameter, and not what is left of a sharded one."""
-        is_left = FLATTENED in vars(self.live) or not self.live.numel()
-        return not is_left and self.live.dim() == self.original.dim()
+        return _may_be_whole(self.live, self.original)
+
+
+def _may_be_whole(parameter: Tensor, original: Tensor) -> bool:
+    is_left = FLATTENED in vars(parameter) or not parameter.numel()
+    return not is_left and parameter.dim() == original.dim()
 
 
 def _place(root: nn.Module, fqn: str) -> Place | None:

@@ -96,18 +96,20 @@ class ModelState:
         adapters: The adapters by name, in the order they were added.
         required_grad: Which parameters required grad before the first adapter was added.
         replaced: The parameters that some adapter trains a copy of, by FQN.
-        disabled: Number of `randlora.disabled` blocks entered.
+        disabled: The `randlora.disabled` blocks that have not ended.
         loading_guards: While merged, the handles of the hooks that refuse to load a state dict.
         merge_report: The `randlora.report.MergeReport` while adapters are merged reversibly.
+        merged_blocks: The `randlora.merged` blocks that have not ended; none if `randlora.merge` merged them.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     bank: BasisBank = field(default_factory=BasisBank)
     required_grad: RequiredGrad = field(default_factory=RequiredGrad)
     replaced: dict[str, ReplacedParameter] = field(default_factory=dict)
-    disabled: int = 0
+    disabled: list[object] = field(default_factory=list)
     loading_guards: list[RemovableHandle] = field(default_factory=list)
     merge_report: Any = None
+    merged_blocks: list[object] = field(default_factory=list)
     compute: Compute = "auto"
 
     @property
@@ -118,7 +120,7 @@ class ModelState:
     @property
     def is_disabled(self) -> bool:
         """Whether all adapters are disabled."""
-        return self.disabled > 0
+        return bool(self.disabled)
 
     @property
     def active(self) -> dict[str, float]:
@@ -167,7 +169,8 @@ class ModelState:
         active = [] if self.is_disabled else [adapter for adapter in self.adapters.values() if adapter.is_active]
         present = {fqn: replaced for fqn, replaced in self.replaced.items() if not replaced.is_lost}
         for fqn, replaced in present.items():
-            versions = [adapter.trained[fqn] for adapter in active if fqn in adapter.trained]
+            copies = [adapter.trained[fqn] for adapter in active if fqn in adapter.trained]
+            versions = [copy for copy in copies if replaced.fits(copy)]
             replaced.install(versions[0] if versions else replaced.original)
 
     def forget_unused(self) -> None:

@@ -1,8 +1,14 @@
 """Verbs inside of `merged` and `disabled` blocks, in any nesting: each works or raises an error of ours."""
 
+import contextlib
 import copy
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
@@ -124,3 +130,122 @@ def test_what_unmerging_drops_does_not_require_grad(bias: bool) -> None:
     assert model[0].weight.requires_grad
     randlora.merge(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_that_threads_enter_at_once_end_with_the_last_and_restore_every_bit(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    randlora.inject(model, r=2, targets=["0"], train_also=["1"])
+    fill(model)
+    x = torch.randn(3, 8)
+    before = all_bits(model.state_dict())
+    with BLOCKS[name](model):
+        expected = model(x)
+
+    def enter(barrier: threading.Barrier) -> list[torch.Tensor]:
+        barrier.wait()
+        outputs = []
+        for _ in range(50):
+            with BLOCKS[name](model):
+                outputs.append(model(x))
+        return outputs
+
+    with ThreadPoolExecutor(4) as pool:
+        barrier = threading.Barrier(4)
+        outputs = [output for thread in [pool.submit(enter, barrier) for _ in range(4)] for output in thread.result()]
+    assert all(torch.equal(output, expected) for output in outputs)
+    assert all_bits(model.state_dict()) == before
+    assert all_bits(dict(model.named_parameters())) == before
+    assert not any(info.is_merged for info in randlora.adapters(model))
+    assert not randlora.state.adapted_root(model)[1].is_disabled
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_that_overlap_end_with_the_last(name: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    randlora.inject(model, r=2, targets=["0"], train_also=["1"])
+    fill(model)
+    x, first, second = torch.ones(1, 8), BLOCKS[name](model), BLOCKS[name](model)
+    plain = model(x)
+    first.__enter__()
+    second.__enter__()
+    inside = model(x)
+    first.__exit__(None, None, None)
+    assert torch.equal(model(x), inside)
+    second.__exit__(None, None, None)
+    assert torch.equal(model(x), plain)
+
+
+@pytest.mark.medium
+@settings(max_examples=100)
+@given(name=st.sampled_from([*BLOCKS]), share=st.floats(0, 1, exclude_max=True))
+def test_an_interrupt_at_any_call_leaves_no_block_open(name: str, share: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    randlora.inject(model, r=2, targets=["0"], train_also=["1"])
+    fill(model)
+
+    def block() -> None:
+        with BLOCKS[name](model):
+            pass
+
+    block()
+    counted = Interrupt(None)
+    counted.during(block)
+    with untouched(model), contextlib.suppress(KeyboardInterrupt):
+        Interrupt(1 + int(share * counted.calls)).during(block)
+
+
+class Interrupt:
+    """Raises `KeyboardInterrupt` as the k-th function of this library is called; with `None` at none.
+
+    Python handles signals where a function begins, and where a loop goes on; closing a generator, it drops them.
+    """
+
+    def __init__(self, k: int | None) -> None:
+        self.k, self.calls = k, 0
+
+    def trace(self, frame: FrameType, event: str, arg: object) -> None:  # noqa: ARG002
+        if frame.f_globals.get("__name__", "").startswith("randlora.") and frame.f_code.co_name != "<genexpr>":
+            self.calls += 1
+            if self.calls == self.k:
+                raise KeyboardInterrupt
+
+    def during(self, call: Callable[[], None]) -> None:
+        before = sys.gettrace()
+        sys.settrace(self.trace)
+        try:
+            call()
+        finally:
+            sys.settrace(before)
+
+
+@pytest.mark.parametrize("change", ["load", "replace"])
+def test_what_is_put_into_a_model_while_disabled_becomes_its_own(change: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    randlora.inject(model, r=2, targets=["0"], train_also=["1"])
+    fill(model)
+    trained, new = all_bits(model[1].state_dict()), nn.Linear(8, 4)
+    with randlora.disabled(model):
+        if change == "load":
+            model[1].load_state_dict(new.state_dict(), assign=True)
+        else:
+            model[1] = new
+    assert all_bits(model[1].state_dict()) == trained
+    randlora.eject(model)
+    assert all_bits(model[1].state_dict()) == all_bits(new.state_dict())
+
+
+def test_a_module_of_another_shape_put_into_a_model_while_disabled_is_said(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    randlora.inject(model, r=2, targets=["0"], train_also=["1"])
+    with randlora.disabled(model):
+        model[1] = nn.Linear(8, 6)
+    assert model(torch.ones(1, 8)).shape == (1, 6)
+    assert any("shape of 1.weight" in problem for problem in randlora.adapters(model)[0].problems)
+    with pytest.raises(RandLoRAError, match=r"shape of 1\.weight, which adapter 'default' trains, was 4 x 8"):
+        randlora.save(model, tmp_path)
+    randlora.eject(model)
+    assert model[1].weight.shape == (6, 8)

@@ -18,6 +18,7 @@ from randlora.config import Stream
 from randlora.errors import CheckpointError
 from randlora.hints import require_types
 from randlora.layer_options import by_rank
+from randlora.model.change import one_at_a_time
 from randlora.model.install import commit, owned_state, prepare
 from randlora.model.train_also import replacements
 from randlora.report import Report, adapter_report, next_steps
@@ -27,6 +28,7 @@ from randlora.targets.walk import Census
 
 
 @torch.inference_mode(mode=False)  # what is made here may be trained, whatever mode the caller is in
+@one_at_a_time
 def load(
     model: nn.Module,
     source: str | os.PathLike[str],
@@ -126,5 +128,5 @@ def _doubts(model: nn.Module, file: AdapterFile) -> list[str]:
     doubt = mismatch(model, file.fields.get(BASE_FIELD))
     doubts = [*file.doubts, *([] if doubt is None else [doubt])]
     for doubt in doubts:
-        warnings.warn(doubt, UserWarning, stacklevel=4)  # past `load` and its decorator
+        warnings.warn(doubt, UserWarning, stacklevel=5)  # past `load` and its decorators
     return doubts

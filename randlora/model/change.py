@@ -2,13 +2,17 @@
 
 The checks of a call find what would make it fail. What no check can foresee, such as a lack of memory, an interrupt or
 a class that sets its attributes in its own way, may still raise in the middle of a change, which is then undone.
+
+The checks hold until the change is made, because one thread at a time changes models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +22,23 @@ from randlora.replaced import ReplacedParameter
 from randlora.state import ModelState
 from randlora.targets.site import Site
 from randlora.targets.walk import Census
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+CHANGING = threading.RLock()
+"""Held by the thread that checks and changes a model: two that merged one model at once would lose its weights."""
+
+
+def one_at_a_time(verb: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Wrap a function that changes a model to wait for changes in other threads."""
+
+    @functools.wraps(verb)
+    def alone(*args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+        with CHANGING:
+            return verb(*args, **options)
+
+    return alone
 
 
 @contextmanager

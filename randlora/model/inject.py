@@ -31,7 +31,7 @@ from randlora.config import (
 from randlora.errors import ConfigError, TargetError, raise_collected
 from randlora.hints import require_types
 from randlora.layer_options import LayerOptions, by_rank
-from randlora.model.change import whole
+from randlora.model.change import one_at_a_time, whole
 from randlora.model.install import commit, detach_all, owned_state, prepare, require_detachable, require_own, unfold_all
 from randlora.model.train_also import misplaced_copies, replacements, select_parameters, train_also_problems
 from randlora.replaced import ReplacedParameter
@@ -92,6 +92,7 @@ class Plan:
 
 @explain_options
 @torch.inference_mode(mode=False)  # trainable parameters must not be inference tensors
+@one_at_a_time
 def inject(
     model: nn.Module,
     r: int | Mapping[str, int] | None = None,
@@ -205,6 +206,7 @@ def plan(
     return report
 
 
+@one_at_a_time
 def eject(model: nn.Module) -> tuple[str, ...]:
     """Remove all adapters, in place, and restore the original classes and values.
 
@@ -232,7 +234,7 @@ def eject(model: nn.Module) -> tuple[str, ...]:
             entry.install(entry.original)
         restored = detach_all(census, state)
         state.replaced.clear()
-        state.disabled = 0
+        state.disabled = []
     return restored
 
 

@@ -193,6 +193,7 @@ def unfold_all(census: Census, state: ModelState) -> tuple[str, ...]:
     for guard in state.loading_guards:
         guard.remove()
     state.loading_guards = []
+    state.merged_blocks = []
     return tuple(site.fqn for site in merged)
 
 

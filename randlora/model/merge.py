@@ -18,7 +18,7 @@ from randlora.hints import require_types, shortly
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.update import Into, Quantized, RoundingLoss
-from randlora.model.change import whole
+from randlora.model.change import CHANGING, one_at_a_time, whole
 from randlora.model.install import detach_all, lost_sites, require_detachable, require_own, unfold_all
 from randlora.model.train_also import lost_parameters
 from randlora.report import MergeReport
@@ -30,6 +30,7 @@ from randlora.targets.walk import Census, is_norm, is_quantized
 
 
 @torch.inference_mode(mode=False)  # the weights must not be inference tensors
+@one_at_a_time
 def merge(
     model: nn.Module, *, reversible: bool = False, quantized: Quantized = "requantize", dtype: torch.dtype | None = None
 ) -> MergeReport:
@@ -93,6 +94,7 @@ def merge(
     return report
 
 
+@one_at_a_time
 def unmerge(model: nn.Module) -> tuple[str, ...]:
     """Restore, bit for bit, the weights from before ``merge(model, reversible=True)``.
 
@@ -122,7 +124,8 @@ def merged(
 ) -> Iterator[MergeReport]:
     """Merge the active adapters inside a ``with`` block, for inference at the base model's speed.
 
-    Blocks can be nested. An inner block ignores its options and leaves the adapters merged.
+    Blocks can be nested, and may overlap, in several threads or tasks: the adapters are merged until the last one ends.
+    Only the block that merges uses its options.
 
     Args:
         model: A model with adapters.
@@ -130,21 +133,33 @@ def merged(
         dtype: See `merge`.
 
     Yields:
-        The report of the merge, in an inner block that of the outer one.
+        The report of the merge, which may be that of an outer block.
 
     Raises:
         RandLoRAError: Any error of `merge`.
     """
     root, state = adapted_root(model)
-    if state.merge_report is not None:
-        yield state.merge_report
-        return
-    report = merge(model, reversible=True, quantized=quantized, dtype=dtype)
+    block, is_kept = object(), False
+
+    def end() -> None:
+        with CHANGING:
+            state.merged_blocks = [other for other in state.merged_blocks if other is not block]
+            if state.is_merged and not state.merged_blocks and not is_kept:
+                unmerge(root)
+
     try:
+        with CHANGING:
+            is_kept = state.is_merged and not state.merged_blocks  # by `merge`, which `unmerge` undoes
+            report = state.merge_report or merge(root, reversible=True, quantized=quantized, dtype=dtype)
+            if not is_kept:
+                state.merged_blocks.append(block)
         yield report
     finally:
-        if state.is_merged:
-            unmerge(root)
+        try:
+            end()
+        except BaseException:  # an interrupt, after which nothing else would
+            end()
+            raise
 
 
 def _refuse_loading(module: nn.Module, *args: object) -> None:  # noqa: ARG001  # a hook's signature

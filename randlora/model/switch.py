@@ -16,7 +16,7 @@ from randlora.functional import Compute
 from randlora.hints import is_finite, require_types, shortly
 from randlora.layer_options import LayerOptions
 from randlora.layers.in_place import drop_adapter
-from randlora.model.change import set_requires_grad, whole
+from randlora.model.change import CHANGING, one_at_a_time, set_requires_grad, whole
 from randlora.model.inject import eject
 from randlora.model.install import lost_sites, require_detachable, require_own
 from randlora.model.train_also import lost_parameters
@@ -85,6 +85,7 @@ def adapters(model: nn.Module) -> list[AdapterInfo]:
     ]
 
 
+@one_at_a_time
 def activate(
     model: nn.Module, names: str | Iterable[str] | Mapping[str, float], *, trainable: bool | None = None
 ) -> None:
@@ -127,19 +128,32 @@ def disabled(model: nn.Module) -> Iterator[None]:
         AdapterError: If the model has no adapter, or its adapters are merged.
     """
     root, state = adapted_root(model)
-    require_unmerged(state, "disable")
-    census = Census.of(root)
-    require_own(census, state, "disable the adapters")
-    with whole(census, state):
-        state.disabled += 1
-        state.install_parameters()
+    block = object()
+
+    def end() -> None:
+        with CHANGING:
+            state.disabled = [other for other in state.disabled if other is not block]
+            state.adopt_parameters(root)  # what was put in the place of the model's own
+            state.install_parameters()
+
     try:
+        with CHANGING:
+            require_unmerged(state, "disable")
+            census = Census.of(root)
+            require_own(census, state, "disable the adapters")
+            with whole(census, state):
+                state.disabled.append(block)
+                state.install_parameters()
         yield
     finally:
-        state.disabled = max(0, state.disabled - 1)  # ejecting inside a block resets the count
-        state.install_parameters()
+        try:
+            end()
+        except BaseException:  # an interrupt, after which nothing else would
+            end()
+            raise
 
 
+@one_at_a_time
 def remove(model: nn.Module, name: str) -> None:
     """Remove one adapter, in place, without changing the output of others. Removing the last one is `eject`.
 

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from randlora.replaced import ReplacedParameter
 from randlora.state import Adapter, ModelState
 from randlora.targets.match import matches_name, prefixes, suggestion, unmatched
-from randlora.targets.site import Site
+from randlora.targets.site import Site, sizes
 from randlora.targets.walk import Census, is_quantized
 
 
@@ -81,12 +81,21 @@ def replacements(census: Census, state: ModelState, fqns: Iterable[str]) -> dict
 
 def lost_parameters(state: ModelState, adapters: Iterable[Adapter]) -> list[str]:
     """Return messages about parameters trained with an adapter that the model no longer has."""
-    return [
-        f"{fqn}, which adapter {adapter.name!r} trains, is no longer in the model: put it back, or remove the adapter"
-        for adapter in adapters
-        for fqn in adapter.trained
-        if state.replaced[fqn].is_lost
-    ]
+    problems = []
+    for adapter in adapters:
+        for fqn, copy in adapter.trained.items():
+            if state.replaced[fqn].is_lost:
+                problems.append(
+                    f"{fqn}, which adapter {adapter.name!r} trains, is no longer in the model: put it back, or remove "
+                    "the adapter"
+                )
+            elif adapter.is_active and not state.replaced[fqn].fits(copy):
+                problems.append(
+                    f"the shape of {fqn}, which adapter {adapter.name!r} trains, was {sizes(copy.shape)} and is "
+                    f"{sizes(state.replaced[fqn].original.shape)} since it was changed while adapters were disabled: "
+                    "remove the adapter and load one of the new shape"
+                )
+    return problems
 
 
 def misplaced_copies(census: Census, state: ModelState) -> list[ReplacedParameter]:
