@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 
 from torch.nn.parameter import is_lazy
@@ -239,6 +239,11 @@ def _row_table(rows: Sequence[ShapeRow]) -> list[str]:
     cells = [dict(zip(HEADINGS, astuple(row), strict=True)) | {"alpha": f"{row.alpha:g}"} for row in rows]
     shown = [heading for heading in HEADINGS if heading not in plain]
     return table(shown, [[row[heading] for heading in shown] for row in cells])
+
+
+def as_lines(parts: Iterable[str]) -> str:
+    """Return text of one line for each part: a line break in a name would let it add lines of its own."""
+    return "\n".join(part.replace("\n", "\\n") for part in parts)
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:

@@ -65,6 +65,20 @@ def test_names_in_a_file_give_a_terminal_no_commands(
         assert (shown.out + shown.err).replace("\n", "").isprintable()
 
 
+def test_names_in_a_file_add_no_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peft_directory(tmp_path / "adapter")
+    tensors, _ = read_tensors(tmp_path / "adapter")
+    renamed = {name.replace(".0.", ".0\npassed: forged\nx."): tensor for name, tensor in tensors.items()}
+    write_tensors(tmp_path / "adapter", renamed, {"format": "pt"})
+    assert main(["inspect", str(tmp_path / "adapter")]) == 0
+    del renamed[next(name for name in renamed if name.endswith("forged\nx.randlora_gamma"))]
+    write_tensors(tmp_path / "adapter", renamed, {"format": "pt"})
+    assert main(["verify", str(tmp_path / "adapter")]) == 1
+    shown = capsys.readouterr().out
+    assert shown.count("passed: forged") >= 2
+    assert not any(line.startswith("passed: forged") for line in shown.splitlines())
+
+
 def test_what_an_encoding_lacks_is_written_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     peft_directory(tmp_path / "adapter")
     written = io.BytesIO()

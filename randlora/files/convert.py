@@ -28,7 +28,7 @@ from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.adapter import OpenAdapter, open_adapter
 from randlora.files.to_lora import Lora, LoraLayer, to_lora
 from randlora.hints import require_types
-from randlora.report import Progress, as_bytes, no_progress, table
+from randlora.report import Progress, as_bytes, as_lines, no_progress, table
 
 Format = Literal["peft", "native", "lora"]
 
@@ -70,7 +70,7 @@ class ConversionReport:
             ]
             lines += [*table(("layer", "in", "out", "rank", "relative error"), rows)]
             lines.append(f"relative error of all layers together {self.relative_error:.3g}")
-        return "\n".join([*lines, f"wrote {self.out} ({self.to}), {as_bytes(self.nbytes)}", *self.notes])
+        return as_lines([*lines, f"wrote {self.out} ({self.to}), {as_bytes(self.nbytes)}", *self.notes])
 
 
 def convert(

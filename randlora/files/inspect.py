@@ -21,7 +21,7 @@ from randlora.files.adapter import OpenAdapter, digests, open_adapter
 from randlora.files.low_rank import frobenius_norm, spectral_norm
 from randlora.hints import require_types
 from randlora.layer_options import LayerOptions, described
-from randlora.report import Progress, as_bytes, no_progress, table
+from randlora.report import Progress, as_bytes, as_lines, no_progress, table
 
 WITHOUT_SHAPES = "norms need the layers' shapes, which PEFT does not store: give the directory of the base model too"
 DIGEST_SHOWN = 12
@@ -120,7 +120,7 @@ class AdapterSummary:
 
     def __str__(self) -> str:
         """Return facts, a table of layers, and totals."""
-        return "\n".join([*self._facts(), *self._layers(), *self._totals(), *self.notes])
+        return as_lines([*self._facts(), *self._layers(), *self._totals(), *self.notes])
 
     def _facts(self) -> Iterator[str]:
         yield f"RandLoRA adapter in {self.directory}, {as_bytes(self.nbytes)}, written by {self.writer}"

@@ -33,7 +33,7 @@ from randlora.files.model_directory import (
 )
 from randlora.hints import require_types
 from randlora.layers import bnb_codes
-from randlora.report import Progress, as_bytes, no_progress
+from randlora.report import Progress, as_bytes, as_lines, no_progress
 
 CASTABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that tensors are cast from and to."""
@@ -82,7 +82,7 @@ class FileMergeReport:
             kinds = ", ".join(sorted(set(self.dequantized.values())))
             was = f"{len(self.dequantized)} weights of a model of {as_bytes(self.base_nbytes)}"
             lines.append(f"dequantized {was} ({kinds}): the result is not quantized")
-        return "\n".join([*lines, f"wrote {self.out}, {as_bytes(self.nbytes)} in {files}{dtype}", *self.notes])
+        return as_lines([*lines, f"wrote {self.out}, {as_bytes(self.nbytes)} in {files}{dtype}", *self.notes])
 
 
 def merge(

@@ -40,7 +40,9 @@ class Check:
 
     def __str__(self) -> str:
         """Return one line, or several if there are several reasons."""
-        return f"{self.outcome}: {self.name}: {self.words}"
+        first, *others = self.words.split("\n")
+        indented = (line if line.startswith("  ") else f"  {line}" for line in others)  # only a check begins a line
+        return "\n".join([f"{self.outcome}: {self.name}: {first}", *indented])
 
 
 @dataclass(frozen=True)
