@@ -112,6 +112,16 @@ class ModelState:
     merged_blocks: list[object] = field(default_factory=list)
     compute: Compute = "auto"
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Hold the state of a copied or unpickled model, in which no block is open, as none would end there.
+
+        If it was made in a block of `randlora.disabled`, its adapters are inactive.
+        """
+        self.__dict__.update(state)
+        for adapter in self.adapters.values() if self.is_disabled else ():
+            adapter.weight = None
+        self.disabled, self.merged_blocks = [], []
+
     @property
     def is_merged(self) -> bool:
         """Whether the active adapters are merged into the weights."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import pickle
 import sys
 import threading
 from collections.abc import Callable
@@ -249,3 +250,27 @@ def test_a_module_of_another_shape_put_into_a_model_while_disabled_is_said(tmp_p
         randlora.save(model, tmp_path)
     randlora.eject(model)
     assert model[1].weight.shape == (6, 8)
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "copy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+}
+
+
+@pytest.mark.parametrize("made", COPIES.values(), ids=COPIES)
+def test_a_copy_made_while_disabled_is_inactive_and_not_disabled_for_ever(made: Callable[..., nn.Module]) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), torch.randn(3, 8)
+    base = model(x)
+    randlora.inject(model, r=2, targets=["0"], name="a", train_also=["1"])
+    fill(model, "a")
+    active = model(x)
+    with randlora.disabled(model), randlora.disabled(model):
+        copied = made(model)
+    assert torch.equal(copied(x), base)
+    assert torch.equal(model(x), active)
+    assert [info.is_active for info in randlora.adapters(copied)] == [False]
+    with randlora.disabled(copied):
+        assert torch.equal(copied(x), base)
+    randlora.activate(copied, "a")
+    assert torch.equal(copied(x), active)

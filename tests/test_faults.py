@@ -1,6 +1,7 @@
 """A change of a model that fails in the middle, at whatever call, leaves the model as it was."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,11 +45,24 @@ def adapted(*, merged: bool) -> nn.Module:
     return model
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with an adapter of the model that trains a norm beside it."""
+    path: Path = tmp_path_factory.mktemp("saved")
+    randlora.save(adapted(merged=False), path, name="a")
+    return path
+
+
 @pytest.mark.medium
 @settings(max_examples=50)
-@given(name=st.sampled_from([*VERBS, *AFTER_MERGING]), share=st.floats(0, 1, exclude_max=True))
-def test_a_change_that_fails_at_any_call_is_undone(name: str, share: float) -> None:
-    verb, merged = {**VERBS, **AFTER_MERGING}[name], name in AFTER_MERGING
+@given(name=st.sampled_from([*VERBS, *AFTER_MERGING, "load"]), share=st.floats(0, 1, exclude_max=True))
+def test_a_change_that_fails_at_any_call_is_undone(saved: Path, name: str, share: float) -> None:
+    verbs: dict[str, Verb] = {
+        **VERBS,
+        **AFTER_MERGING,
+        "load": lambda model: randlora.load(model, saved, name="c", active=True),
+    }
+    verb, merged = verbs[name], name in AFTER_MERGING
     verb(adapted(merged=merged))  # what is done once in a process
     counted, twin, model = Faults(), adapted(merged=merged), adapted(merged=merged)
     assert under(counted, lambda: verb(twin)) is None

@@ -28,6 +28,8 @@ def test_a_model_with_adapters_of_peft_is_refused_by_name(config: Any, is_wrappe
     for targets in TARGETS:
         with untouched(model), pytest.raises(AdapterError, match=r"adapters of PEFT: .*peft\.tuners.*unload\(\)"):
             randlora.inject(model, r=2, targets=targets)
+        with pytest.raises(AdapterError, match=r"cannot find targets: .* adapters of PEFT: .*peft\.tuners"):
+            randlora.find_targets(model, targets)
 
 
 @pytest.mark.parametrize("config", CONFIGS[:2], ids=lambda config: type(config).__name__)

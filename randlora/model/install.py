@@ -28,7 +28,6 @@ from randlora.state import (
     attached_state,
     require_unmerged,
 )
-from randlora.targets.foreign import foreign_adapters
 from randlora.targets.obstacles import offloaded_with
 from randlora.targets.site import Site, sizes
 from randlora.targets.walk import Census
@@ -65,8 +64,7 @@ def owned_state(census: Census, name: str, doing: str) -> ModelState:
         )
     if attached_state(model) is None and has_attribute(model, ATTRIBUTE):
         raise AdapterError(f"cannot {doing}: the model has an attribute {ATTRIBUTE} of its own; rename that")
-    foreign = foreign_adapters([("", model), *((visit.fqn, visit.module) for visit in census.first_visits)])
-    raise_collected(AdapterError, foreign, doing=doing)
+    raise_collected(AdapterError, census.foreign, doing=doing)
     state = attached_state(model) or ModelState()
     state.adopt_parameters(model)
     if not isinstance(name, str) or not name or "." in name or name in dir(nn.ParameterDict()):

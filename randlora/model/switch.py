@@ -122,7 +122,8 @@ def activate(
 def disabled(model: nn.Module) -> Iterator[None]:
     """Disable all adapters inside a ``with`` block, so that the model computes as without adapters.
 
-    Blocks can be nested. The previous state is restored on exit, even after an exception.
+    Blocks can be nested. The previous state is restored on exit, even after an exception. In a copy of the model that
+    is made inside, which no block restores, the adapters are inactive.
 
     Raises:
         AdapterError: If the model has no adapter, or its adapters are merged.

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 from torch import nn
 
 from randlora.config import Pattern, RandLoRAConfig
-from randlora.errors import TargetError, raise_collected
+from randlora.errors import AdapterError, TargetError, raise_collected
 from randlora.layers.registry import find_layer, find_readers
 from randlora.targets.defaults import default_targets, is_linear
 from randlora.targets.explain import NOTHING, holders, inventory, missed, reason, refusal, stray_refusal
@@ -65,9 +65,11 @@ def find_targets(model: nn.Module, targets: Pattern | None = None, exclude: Patt
     Raises:
         ConfigError: If ``targets`` or ``exclude`` is not a pattern.
         TargetError: If a pattern or a name matches nothing, or a match cannot be adapted.
+        AdapterError: If the model has adapters of another library.
     """
-    checked = RandLoRAConfig(targets=targets, exclude=exclude)
-    return list(select(Census.of(model), checked.targets, checked.exclude).sites)
+    checked, census = RandLoRAConfig(targets=targets, exclude=exclude), Census.of(model)
+    raise_collected(AdapterError, census.foreign, doing="find targets")
+    return list(select(census, checked.targets, checked.exclude).sites)
 
 
 def select(census: Census, given: Pattern | None, exclude: Pattern | None) -> Selection:

@@ -20,7 +20,7 @@ from randlora.layers.registry import find_layer, find_readers
 from randlora.layers.uncalled import uncalled_in
 from randlora.replaced import unwrapped, whole_shape
 from randlora.state import require_module
-from randlora.targets.foreign import is_part
+from randlora.targets.foreign import foreign_adapters, is_part
 from randlora.targets.match import prefixes
 from randlora.targets.site import AdaptedSite, Site
 
@@ -177,6 +177,11 @@ class Census:
             for visit in self.first_visits
             for layer in adapter_layers_of(visit.module).values()
         )
+
+    @cached_property
+    def foreign(self) -> list[str]:
+        """A message for each library that has adapters in the model."""
+        return foreign_adapters([("", self.model), *((visit.fqn, visit.module) for visit in self.first_visits)])
 
     @cached_property
     def around_adapted(self) -> tuple[nn.Module, ...]:
