@@ -43,13 +43,31 @@ def test_what_a_model_needs_goes_along_and_weights_in_other_forms_do_not(tmp_pat
     assert {path.as_posix() for path in companions.left_out} == LEFT_OUT
 
 
-def test_files_behind_links_go_along_as_in_the_hubs_cache(tmp_path: Path) -> None:
+@pytest.mark.parametrize("snapshot", ["snapshot", "snapshots/0123abc"])
+def test_files_behind_links_go_along_as_in_the_hubs_cache(snapshot: str, tmp_path: Path) -> None:
     save_model(LLAMA, tmp_path / "blobs")
-    (tmp_path / "snapshot").mkdir()
+    (tmp_path / snapshot).mkdir(parents=True)
     for path in (tmp_path / "blobs").iterdir():
-        (tmp_path / "snapshot" / path.name).symlink_to(path)
-    companions = find_companions(read_model_directory(tmp_path / "snapshot"))
-    assert {path.name for path in companions.carried} == {"config.json", "generation_config.json"}
+        (tmp_path / snapshot / path.name).symlink_to(path)
+    (tmp_path / snapshot / "again.json").symlink_to("config.json")
+    (tmp_path / "elsewhere").symlink_to(tmp_path / snapshot)
+    companions = find_companions(read_model_directory(tmp_path / "elsewhere"))
+    assert {path.name for path in companions.carried} == {"again.json", "config.json", "generation_config.json"}
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "config.json", "deep/notes.txt"])
+def test_a_link_to_a_file_elsewhere_is_not_copied_and_a_merge_says_so_before_it_writes(
+    name: str, tmp_path: Path
+) -> None:
+    base, adapter = save_model(LLAMA, tmp_path / "base"), save_adapter(LLAMA, tmp_path / "adapter")
+    link, secret = base / name, tmp_path / "secret"
+    secret.write_bytes((base / "config.json").read_bytes())
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(secret)
+    with pytest.raises(CheckpointError, match=r"is a link to .*secret, outside of the directory"):
+        randlora.files.merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("field", ["dtype", "torch_dtype"])

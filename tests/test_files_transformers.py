@@ -4,10 +4,12 @@ import json
 import re
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import peft
 import pytest
 import transformers
@@ -416,3 +418,49 @@ def test_no_file_is_read_but_those_of_the_directory_and_no_network_asked(
     edit_json(tmp_path / "config.json", {"auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}})
     monkeypatch.setattr(socket, "socket", None)
     assert randlora.files.plan(tmp_path, r=4).targets
+
+
+ASKING = {
+    "layers": {"num_hidden_layers": 50_000},
+    "layers-beyond-memory": {"num_hidden_layers": 10**12},
+    "layers-of-a-part": {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "text_config": {"num_hidden_layers": 10**12},
+    },
+    "weights-of-timm": {
+        "architectures": ["TimmWrapperModel"],
+        "architecture": "resnet18",
+        "model_args": {"checkpoint_path": "weights.pth"},
+    },
+    "repository-of-timm": {"architectures": ["TimmWrapperModel"], "architecture": "hf-hub:user/repo"},
+    "directory-of-timm": {"architectures": ["TimmWrapperModel"], "architecture": "local-dir:/tmp"},
+    "backbone": {
+        "architectures": ["DepthAnythingForDepthEstimation"],
+        "backbone": "user/repo",
+        "backbone_config": None,
+        "use_timm_backbone": False,
+    },
+}
+
+
+@pytest.mark.parametrize("changes", ASKING.values(), ids=ASKING)
+def test_a_class_that_asks_for_what_its_files_do_not_have_is_not_built(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import timm
+
+    asked: list[str] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: asked.append(host))
+    monkeypatch.setattr(timm.models._factory, "load_checkpoint", lambda *_, **__: asked.append("load_checkpoint"))
+    monkeypatch.setattr(timm.models._factory, "load_model_config_from_path", lambda *_: asked.append("local-dir"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    save_model(LLAMA, tmp_path)
+    edit_json(tmp_path / "config.json", changes)
+    begin = time.process_time()
+    reason = build_model(read_model_directory(tmp_path))
+    assert isinstance(reason, str)
+    assert re.search("modules and parameters|_layers is|names (other files|another place)|[Oo]ffline", reason), reason
+    assert time.process_time() - begin < 10
+    assert asked == []
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    assert not nn.modules.module._global_module_registration_hooks

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +30,23 @@ def require_hub(repo_id: str) -> ModuleType:
             "install randlora with its extra, randlora[hub]"
         ) from error
     return huggingface_hub
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Keep whatever runs in the block from asking the Hub, if huggingface_hub is installed; other threads too."""
+    try:
+        from huggingface_hub import constants  # noqa: PLC0415  (optional)
+    except ImportError:
+        yield
+        return
+    flags = vars(constants)
+    before = flags["HF_HUB_OFFLINE"]
+    flags["HF_HUB_OFFLINE"] = True
+    try:
+        yield
+    finally:
+        flags["HF_HUB_OFFLINE"] = before
 
 
 def download(repo_id: str, revision: str | None, files: Sequence[str]) -> Path:

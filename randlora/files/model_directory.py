@@ -33,6 +33,9 @@ WEIGHT_SUFFIXES = (
 LARGEST_CARRIED = 2**30
 """The size above which a file is taken for weights in a format of another name."""
 
+BLOBS = "blobs"
+"""The directory, beside that of all snapshots, that links in the Hub's cache lead to."""
+
 ADAPTER_PREFIX = "adapter_"
 DTYPE_FIELDS = frozenset({"dtype", "torch_dtype"})
 
@@ -178,7 +181,8 @@ class Companions:
 def find_companions(directory: ModelDirectory) -> Companions:
     """Return the files of a model's directory that are not part of its checkpoint.
 
-    Hidden files and adapters in the directory are ignored. A pipe, a device or a broken link is a `CheckpointError`.
+    Hidden files and adapters in the directory are ignored. A pipe, a device, a broken link or one to a file elsewhere
+    is a `CheckpointError`.
     """
     own = {shard.path for shard in directory.shards} | {directory.path / INDEX_FILE}
     carried: list[Path] = []
@@ -189,12 +193,24 @@ def find_companions(directory: ModelDirectory) -> Companions:
             continue
         try:
             is_weights = path.name.endswith(WEIGHT_SUFFIXES) or require_regular(path).st_size > LARGEST_CARRIED
+            if not is_weights:
+                _require_own(path, directory.path)
         except (CheckpointError, OSError) as error:
-            problems.append(f"{error}, which would be copied: remove it")
+            problems.append(f"{error}, which would be copied: put a file in its place, or remove it")
             continue
         (left_out if is_weights else carried).append(path.relative_to(directory.path))
     raise_collected(CheckpointError, problems, doing=f"copy the files of {str(directory.path)!r}")
     return Companions(tuple(carried), tuple(left_out))
+
+
+def _require_own(path: Path, root: Path) -> None:
+    """Raise a `CheckpointError` for a link out of a directory, unless it leads to where the Hub's cache has all files.
+
+    A directory from a stranger could point at secrets, which whoever publishes the output would publish.
+    """
+    own, found = (Path(os.path.realpath(each)) for each in (root, path))
+    if own not in found.parents and found.parent not in [parent / BLOBS for parent in [*own.parents][:2]]:
+        raise CheckpointError(f"{path} is a link to {found}, outside of the directory")
 
 
 def copy_companion(source: Path, destination: Path) -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from randlora.disk.regular import open_regular, path_of
+from randlora.errors import CheckpointError, raise_collected
+from randlora.files.config_limits import bounded, config_problems
 from randlora.files.conversion import Conversion
 from randlora.files.model_directory import MODEL_CONFIG_FILE, ModelDirectory
 from randlora.targets.walk import Census
@@ -60,14 +62,16 @@ def build_model(directory: ModelDirectory) -> TransformersModel | str:
     if not is_model:
         named = f"names {name}, which transformers {transformers.__version__} lacks" if name else "names no class"
         return f"its config.json {named}"
-    path = directory.path / MODEL_CONFIG_FILE
+    path, tensors = directory.path / MODEL_CONFIG_FILE, len(directory.entries)
     try:
-        with open_regular(path) as file:
-            config = model_class.config_class.from_json_file(path_of(file, path))
-        # either may name a kernel on the Hub, which is code; these also set those of the configs inside
-        config._attn_implementation = config._experts_implementation = None
-        with torch.device("meta"):
-            model = model_class(config)
+        raise_collected(CheckpointError, [*config_problems(directory.config)], doing="build it")
+        with bounded(tensors):
+            with open_regular(path) as file:
+                config = model_class.config_class.from_json_file(path_of(file, path))
+            # either may name a kernel on the Hub, which is code; these also set those of the configs inside
+            config._attn_implementation = config._experts_implementation = None
+            with torch.device("meta"):
+                model = model_class(config)
         if isinstance(config.dtype, torch.dtype):
             model.to(config.dtype)
         return _with_names(model, directory)
