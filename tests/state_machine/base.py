@@ -1,6 +1,5 @@
 """What all rules need: the model, the truth about it, how to call a verb, and what must hold after every step."""
 
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -16,6 +15,7 @@ from tests.kit import all_bits, untouched
 from tests.state_machine.invariants import assert_is
 from tests.state_machine.models import Kind
 from tests.state_machine.truth import Adapter, Truth
+from tests.torture.faults import fast_disk
 
 Refused = type[RandLoRAError] | None
 """The error that a verb must raise, or ``None`` if it must not."""
@@ -35,7 +35,7 @@ class ModelMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.cleanup = ExitStack()
-        self.root = Path(self.cleanup.enter_context(tempfile.TemporaryDirectory()))
+        self.root = self.cleanup.enter_context(fast_disk())
         self.saved: dict[int, Adapter] = {}
         self.remembered: dict[str, Tensor] = {}
         self.blocks: list[tuple[AbstractContextManager[Any], str, int]] = []

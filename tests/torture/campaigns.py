@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import torch
+
 from tests.fuzz.campaign import CAMPAIGNS as FUZZING
 from tests.state_machine.campaign import campaign as state_machine
 from tests.torture.cycles import cycles
@@ -24,6 +26,7 @@ CAMPAIGNS: dict[str, Campaign] = {
 
 def run(name: str, scale: float) -> Row:
     """Run one campaign. An error in it is a failure, so that the others run nevertheless."""
+    torch.set_num_threads(1)  # campaigns run side by side, and threads would get in each other's way on small tensors
     start = time.monotonic()
     try:
         return CAMPAIGNS[name](scale)

@@ -23,7 +23,7 @@ from tests.torture.row import Row
 KILLS, SECONDS = 1000, 60.0
 LONGEST_LIFE = 0.15  # seconds that a process saves before it is killed
 KEPT = 5  # kills after which the next save must remove what they left
-PAGE = 4096
+PAGE, LIMIT = 4096, 64  # bytes by which the space of a disk and the largest file grow, an adapter being of 2 KiB
 
 
 def at_every_call(scale: float) -> Row:
@@ -145,8 +145,8 @@ def _limited(action: Callable[[], object], nbytes: int) -> Callable[[], object]:
 
 
 def on_a_full_disk(scale: float) -> Row:
-    """Save over an adapter with every number of free pages, from none to enough."""
-    start, stride, tried, refused, failures = time.monotonic(), max(1, round(0.1 / scale)), 0, 0, list[str]()
+    """Save over an adapter with every number of free pages, or every largest size of a file, from none to enough."""
+    start, stride, tried, refused, failures = time.monotonic(), min(39, max(1, round(0.1 / scale))), 0, 0, list[str]()
     with small_disk() as (root, kind):
         directory, filler = root / "there", root / "filler"
         whole = both(directory)
@@ -160,7 +160,7 @@ def on_a_full_disk(scale: float) -> Row:
                 outcome = in_child(action, error=errno.ENOSPC)
                 filler.unlink()
             else:
-                outcome = in_child(_limited(action, free * 512), error=errno.EFBIG)
+                outcome = in_child(_limited(action, free * LIMIT), error=errno.EFBIG)
             tried += 1
             refused += outcome.raised == "OSError"
             if outcome.raised not in ("", "OSError") or outcome.was_killed:
