@@ -124,7 +124,7 @@ def test_bases_that_peft_draws_as_nan_are_refused(shape: tuple[int, int], basis:
 def test_outputs_agree_with_peft(kind: RealModel, basis: BasisKind) -> None:
     theirs = peft_model(kind, basis)
     ours = kind.build()
-    randlora.inject(ours, R, alpha=ALPHA, targets=kind.targets, basis=basis)
+    randlora.inject(ours, R, alpha=ALPHA, targets=kind.targets, basis=basis, stream=peft_draw(basis))
     copy_values(theirs, ours)
     assert_same_effect(ours, theirs, kind)
 
@@ -133,7 +133,7 @@ def test_outputs_agree_with_peft(kind: RealModel, basis: BasisKind) -> None:
 def test_delta_weights_agree_with_peft(kind: RealModel) -> None:
     theirs = peft_model(kind)
     ours = kind.build()
-    report = randlora.inject(ours, R, alpha=ALPHA, targets=kind.targets)
+    report = randlora.inject(ours, R, alpha=ALPHA, targets=kind.targets, stream=peft_draw("dense"))
     copy_values(theirs, ours)
     expected = {fqn: theirs.base_model.model.get_submodule(fqn).get_delta_weight("default") for fqn in report.targets}
     if kind is GPT2:
@@ -146,7 +146,7 @@ def test_delta_weights_agree_with_peft(kind: RealModel) -> None:
 def test_merged_outputs_agree_with_peft(kind: RealModel) -> None:
     theirs = peft_model(kind)
     ours = kind.build()
-    randlora.inject(ours, R, alpha=ALPHA, targets=kind.targets)
+    randlora.inject(ours, R, alpha=ALPHA, targets=kind.targets, stream=peft_draw("dense"))
     copy_values(theirs, ours)
     randlora.merge(ours)
     assert_same_effect(ours, theirs, kind)
@@ -156,7 +156,7 @@ def test_merged_outputs_agree_with_peft(kind: RealModel) -> None:
 def test_training_follows_peft_for_25_steps(kind: RealModel) -> None:
     theirs = get_peft_model(kind.build(), peft_config(kind))
     ours = kind.build()
-    randlora.inject(ours, R, alpha=ALPHA, targets=kind.targets)
+    randlora.inject(ours, R, alpha=ALPHA, targets=kind.targets, stream=peft_draw("dense"))
 
     their_losses = losses_of_training(theirs, [p for p in theirs.parameters() if p.requires_grad])
     our_losses = losses_of_training(ours, list(randlora.trainable_parameters(ours)))

@@ -12,7 +12,7 @@ from randlora.config import BasisKind
 from tests.checkpoint_files import basis_of, read_tensors
 from tests.kit import adapter_values, all_bits
 from tests.models import GPT2, LLAMA, RealModel
-from tests.peer import PREFIX, THEIR_WARNINGS, every_peft_kind, in_peft, peft_model, their_values
+from tests.peer import PREFIX, THEIR_WARNINGS, every_peft_kind, in_peft, peft_model, their_values, told_stream
 
 pytestmark = THEIR_WARNINGS
 
@@ -23,7 +23,7 @@ linear_and_conv1d = pytest.mark.parametrize("kind", [LLAMA, GPT2], ids=lambda ki
 
 def loaded(kind: RealModel, directory: Path, dtype: torch.dtype) -> nn.Module:
     model = kind.build().to(dtype)
-    randlora.load(model, directory)
+    randlora.load(model, directory, stream=told_stream(directory))
     return model
 
 

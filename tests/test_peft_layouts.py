@@ -119,7 +119,7 @@ def test_peft_names_fields_that_it_does_not_know_and_passes_over_them(tmp_path: 
     edit_fields(tmp_path / "theirs", {"use_quantum": True})
     randlora.save(in_ours(LLAMA, tmp_path / "theirs"), tmp_path / "ours")
     assert read_fields(tmp_path / "ours")["use_quantum"] is True
-    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['use_quantum'\] for class RandLoraConfig"):
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \[.*'use_quantum'\] for class RandLoraConfig"):
         back = in_peft(LLAMA, tmp_path / "ours")
     assert in_peft_bit_for_bit(back) == in_peft_bit_for_bit(theirs)
 

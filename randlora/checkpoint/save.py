@@ -189,10 +189,10 @@ def _peft_notes(adapter: Adapter, header: Header, bases: str) -> list[str]:
     notes = []
     ((basis, rectangle),) = ((adapter.bases[r], rectangle) for r, rectangle in header.rectangles.items())
     spec = basis.spec
-    if bases == "seed" and (reason := drawing_note(spec)) is not None:
-        notes.append(reason)
-    elif bases == "seed" and (spec.max_dim, spec.min_dim) != rectangle:
+    if bases == "seed" and (spec.max_dim, spec.min_dim) != rectangle:
         notes.append("the bases were drawn for other layers too, so PEFT would draw others: save with bases='stored'")
+    elif bases == "seed" and (reason := drawing_note(spec)) is not None:
+        notes.append(reason)
     if stored_dims(basis, rectangle) != rectangle:
         notes.append(
             "the bases were drawn for other layers and are too narrow for PEFT, which cannot load this adapter"
