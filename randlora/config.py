@@ -91,6 +91,9 @@ NO_REGEX = re.error, OverflowError, RecursionError
 LARGEST_RANK = 2**20
 """The largest r. Above min_dim, a larger r adds rows of the bases and no rank, and no layer is as wide as this."""
 
+LARGEST_FACTOR = 1e15
+"""The largest alpha, and the largest weight of an adapter: products of both and zeros are zeros in any dtype."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RandLoRAConfig:
@@ -248,6 +251,11 @@ def _number_problems(config: RandLoRAConfig) -> list[str]:
         f"alpha{of} must be a finite number{'' if of else ' or None for 20·r'}, got {shortly(alpha)}"
         for of, alpha in _numbers(config.alpha)
         if not (_is_real(alpha) or (alpha is None and not of))
+    ]
+    problems += [
+        f"alpha{of} must be at most {LARGEST_FACTOR:g} in size, got {shortly(alpha)}"
+        for of, alpha in _numbers(config.alpha)
+        if _is_real(alpha) and abs(alpha) > LARGEST_FACTOR
     ]
     if not (_is_real(config.dropout) and 0 <= config.dropout < 1):
         problems.append(f"dropout must be a number in [0, 1), got {shortly(config.dropout)}")

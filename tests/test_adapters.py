@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import randlora
+from randlora.config import LARGEST_FACTOR
 from randlora.errors import AdapterError, TargetError
+from randlora.functional import Compute
 from tests.kit import assert_unchanged, fill, same_bits, snapshot, untouched
 from tests.laws import TOKENS, Mixed, adapted_names, assert_close, plain
 
@@ -273,6 +275,7 @@ def test_a_model_adapted_by_a_callable_can_be_pickled() -> None:
         ({"default": float("nan")}, "weight of 'default' must be a finite number, got nan"),
         (["default", "default"], r"each adapter can be named once, got \['default', 'default'\]"),
         ({"default": True}, "must be a finite number, got True"),
+        ({"default": -1e16}, r"weight of 'default' must be at most 1e\+15 in size, got -1e\+16"),
     ],
 )
 def test_what_cannot_be_activated_is_refused(names: Any, message: str) -> None:
@@ -385,3 +388,15 @@ def test_ejecting_gives_back_what_required_grad_and_what_did_not() -> None:
     model.requires_grad_(True)
     randlora.eject(model)
     assert [parameter.requires_grad for parameter in model.parameters()] == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("compute", ["factored", "materialized"])
+def test_a_fresh_adapter_leaves_every_bit_whatever_its_factors(dtype: torch.dtype, compute: Compute) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8)).to(dtype), torch.randn(3, 8, dtype=dtype)
+    expected = model(x)
+    randlora.inject(model, r=4, alpha=LARGEST_FACTOR)
+    randlora.activate(model, {"default": -LARGEST_FACTOR})
+    randlora.set_compute(model, compute)
+    assert same_bits(model(x), expected)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from randlora import BasisSpec, RandLoRAConfig
 from randlora.checkpoint.format import BasisRecord, Header, dump_header, parse_header
+from randlora.config import LARGEST_FACTOR
 from randlora.errors import CheckpointError
 from randlora.targets.site import Shapes
 from tests.strategies import specs
@@ -48,7 +49,7 @@ def headers(draw: st.DrawFn) -> Header:
         blocks=spec.blocks,
         seed=spec.seed,
         targets=tuple(shapes),
-        alpha=draw(st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(10**9), 10**9)),
+        alpha=draw(st.none() | st.floats(-LARGEST_FACTOR, LARGEST_FACTOR) | st.integers(-(10**9), 10**9)),
         dropout=draw(st.floats(0, 1, exclude_max=True)),
         train_also=draw(st.none() | st.lists(names, min_size=1, max_size=2).map(tuple)),
     )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import randlora
-from randlora.config import ADDED_SINCE_FORMAT_1, ELSEWHERE, BasisKind, RandLoRAConfig
+from randlora.config import ADDED_SINCE_FORMAT_1, ELSEWHERE, LARGEST_FACTOR, BasisKind, RandLoRAConfig
 from randlora.errors import ConfigError, OptionError
 from randlora.targets.options import resolve
 from tests.strategies import KINDS_AND_STREAMS, seeds
@@ -31,7 +31,7 @@ def configs(draw: st.DrawFn) -> RandLoRAConfig:
     r = draw(st.integers(1, 64))
     divisors = st.sampled_from([size for size in range(1, r + 1) if r % size == 0])
     patterns = st.text(min_size=1, max_size=3)
-    alphas = st.integers(-(10**9), 10**9) | st.floats(allow_nan=False, allow_infinity=False)
+    alphas = st.integers(-(10**9), 10**9) | st.floats(-LARGEST_FACTOR, LARGEST_FACTOR)
     return RandLoRAConfig(
         r=draw(st.just(r) | st.dictionaries(patterns, st.sampled_from([r, 2 * r]), min_size=1, max_size=3)),
         targets=draw(st.none() | regexes | names),
@@ -193,7 +193,7 @@ GOOD: list[dict[str, Any]] = [
     {"r": {"a": 4, ".*": 12}, "basis": "block", "blocks": (4, 2)},
     {"alpha": 0},
     {"alpha": -1.5},
-    {"alpha": 1e308},
+    {"alpha": LARGEST_FACTOR},
     {"dropout": 0},
     {"dropout": 1 - 2**-53},
     {"seed": 0},
@@ -242,6 +242,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"alpha": float("nan")}, "alpha must be a finite number or None for 20·r, got nan"),
     ({"alpha": float("inf")}, "alpha must be a finite number or None for 20·r, got inf"),
     ({"alpha": 10**400}, "alpha must be a finite number"),
+    ({"alpha": 1e16}, "alpha must be at most 1e+15 in size, got 1e+16"),
     ({"alpha": "16"}, "alpha must be a finite number or None for 20·r, got '16'"),
     ({"alpha": True}, "alpha must be a finite number or None for 20·r, got True"),
     ({"alpha": 1j}, "alpha must be a finite number or None for 20·r, got 1j"),

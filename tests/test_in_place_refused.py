@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.ao import quantization
 from torch.ao.quantization.quantize_fx import prepare_fx
-from torch.nn.utils import parametrize
+from torch.nn.utils import fusion, parametrize
 
 import randlora
 from randlora.errors import AdapterError, CheckpointError, MergeError, TargetError
 from randlora.layers import registry
 from randlora.layers.linear import LinearAdapter
 from tests.in_place_models import X, adapt, of_kind
-from tests.kit import untouched
+from tests.kit import fill, untouched
 from tests.laws import assert_close
 from tests.layer_kinds import LAYER_KINDS
 
@@ -231,3 +231,17 @@ def test_each_verb_goes_through_the_model_once(tmp_path: Path) -> None:
         "merge": randlora.merge,
     }
     assert {name: walks(model, verb) for name, verb in verbs.items()} == dict.fromkeys(verbs, 1)
+
+
+def test_fusing_an_adapted_linear_layer_is_refused_and_works_once_merged() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).eval()
+    nn.init.uniform_(model[1].running_var, 0.5, 2.0)  # type: ignore[arg-type]
+    randlora.inject(model, r=3, targets=["0"])
+    fill(model)
+    x = torch.randn(4, 8)
+    expected = model(x)
+    with untouched(model), pytest.raises(AdapterError, match="cannot replace or resize weight of an adapted Linear"):
+        fusion.fuse_linear_bn_eval(*model)
+    randlora.merge(model)
+    assert_close(fusion.fuse_linear_bn_eval(*model)(x), expected, torch.float32)

@@ -38,6 +38,10 @@ QUANTIZER = "torch.ao.quantization."
 """The modules that quantize layers of exact classes, and set ``qconfig`` on all modules before they change one."""
 
 
+FUSION = "torch.nn.utils.fusion"
+"""A module whose code multiplies the weight of a layer by the scales of the norm after it, and would not the update."""
+
+
 class Diagonal(nn.ParameterDict):
     """Λ or Γ of one weight, a parameter per adapter."""
 
@@ -165,7 +169,8 @@ class ReadsAdapted(InPlace):
 
 def _keep(owner: InPlace, attribute: str, caller: str) -> None:
     """Raise an error if code of the module ``caller`` may not replace an adapted weight: its value has the updates."""
-    if isinstance(owner.randlora[attribute], ReadWeight) and not caller.startswith(BOOKKEEPERS):
+    is_read = isinstance(owner.randlora[attribute], ReadWeight)
+    if (is_read and not caller.startswith(BOOKKEEPERS)) or caller == FUSION:
         raise AdapterError(
             f"cannot replace or resize {attribute} of an adapted {owner.randlora_base.__name__}: merge or eject its "
             f"adapters first, or change the base weight itself, get_parameter({attribute!r}), in place"

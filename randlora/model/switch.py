@@ -10,7 +10,7 @@ from numbers import Real
 from torch import Tensor, nn
 
 from randlora.bases.spec import BasisSpec
-from randlora.config import RandLoRAConfig
+from randlora.config import LARGEST_FACTOR, RandLoRAConfig
 from randlora.errors import AdapterError, TargetError, raise_collected
 from randlora.functional import Compute
 from randlora.hints import is_finite, require_types, shortly
@@ -256,6 +256,8 @@ def _activation_problems(state: ModelState, weights: Mapping[str, float]) -> lis
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, Real) or not is_finite(weight):
             problems.append(f"the weight of {name!r} must be a finite number, got {shortly(weight)}")
+        elif abs(weight) > LARGEST_FACTOR:
+            problems.append(f"the weight of {name!r} must be at most {LARGEST_FACTOR:g} in size, got {shortly(weight)}")
     problems += [
         f"{name!r} trained {fqn} of shape {was}, and the model has {now} now: load an adapter of the new shape"
         for name in weights.keys() & state.adapters.keys()
