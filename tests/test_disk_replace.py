@@ -99,6 +99,13 @@ def test_a_file_is_as_readable_as_any_new_one(tmp_path: Path) -> None:
     assert os.umask(before) == before, "the umask is as it was"
 
 
+def test_a_file_is_as_readable_as_the_one_that_it_replaces(tmp_path: Path) -> None:
+    write_files(tmp_path, writers(**OLD))
+    (tmp_path / "one").chmod(0o600)
+    write_files(tmp_path, writers(one=b"1", two=b"2"))
+    assert (tmp_path / "one").stat().st_mode & 0o777 == 0o600, "what was private stays private"
+
+
 @every_step
 def test_a_failure_leaves_the_old_files_whole_and_nothing_temporary(
     target: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -33,6 +33,7 @@ import filecmp
 import glob
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -67,7 +68,7 @@ def write_files(directory: Path, writers: Mapping[str, Writer], withdrawn: Conta
         new, old = scratch / NEW, scratch / OLD
         new.mkdir()  # with the permissions of any new directory
         for name, writer in writers.items():
-            _write(new / name, writer)
+            _write(new / name, writer, like=directory / name)
         is_created = False
         if not directory.exists():
             with suppress(FileExistsError):  # another process created it meanwhile
@@ -80,11 +81,14 @@ def write_files(directory: Path, writers: Mapping[str, Writer], withdrawn: Conta
         return sum((directory / name).stat().st_size for name in writers)
 
 
-def _write(path: Path, writer: Writer) -> None:
+def _write(path: Path, writer: Writer, like: Path) -> None:
+    """Write a file that those may read who may read the one that it replaces, or if there is none, any new file."""
     path.touch()
-    mode = path.stat().st_mode  # of any new file here; a writer may create one that fewer people may read
+    mode = path.stat().st_mode  # a writer may create a file that fewer people may read
+    with suppress(FileNotFoundError):
+        mode = like.stat().st_mode
     writer(path)
-    path.chmod(mode)
+    path.chmod(stat.S_IMODE(mode))
     flush(path)
 
 
