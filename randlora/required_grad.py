@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-Record = tuple[str, nn.Parameter | None, bool]
-"""The FQN of a parameter, the parameter unless it is gone, and whether it required grad."""
+MARK = "randlora_required_grad"
+"""The attribute of a parameter that says whether it required grad before a model that contains it was adapted."""
+
+Named = Iterable[tuple[str, nn.Parameter]]
+"""Parameters with their FQNs."""
 
 
 class RequiredGrad:
-    """The flags of some parameters, which it does not keep in memory.
+    """The flags of some parameters.
 
-    A parameter is looked up by itself first, because pruning or a parametrization gives it another name, and then by
-    its name, because ``load_state_dict(assign=True)`` or sharding puts others in its place. Copied or pickled with a
-    model, these are the parameters of the copy.
+    Each parameter carries its own flag, because pruning or a parametrization gives it another name. It is also looked
+    up by its name, because ``load_state_dict(assign=True)``, sharding or a copy of the model puts another in its place.
+    References to the parameters would keep them in memory, and weak ones would keep torch from swapping them.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]] = ()) -> None:
-        """Record the flags of parameters, given with their FQNs."""
-        self.__setstate__([(fqn, parameter, parameter.requires_grad) for fqn, parameter in parameters])
+    def __init__(self, parameters: Named = ()) -> None:
+        """Take the flags from parameters; where another adapted model froze one, the flag from before."""
+        self._flags = {fqn: bool(vars(parameter).get(MARK, parameter.requires_grad)) for fqn, parameter in parameters}
 
-    def by_name(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, bool]:
-        """Return the flags of the parameters of a model that were recorded, by the FQNs that they have now."""
-        own = {id(parameter): flag for _, parameter, flag in self.__getstate__() if parameter is not None}
-        flags = {fqn: flag for fqn, _, flag in self._records}
-        found = {fqn: own.get(id(parameter), flags.get(fqn)) for fqn, parameter in parameters}
+    def mark(self, parameters: Named) -> None:
+        """Let the parameters carry their flags."""
+        for fqn, parameter in parameters:
+            vars(parameter)[MARK] = self._flags[fqn]
+
+    def take(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, bool]:
+        """Return the flags of the parameters of a model, by the FQNs that they have now, and take the marks off."""
+        found = {fqn: vars(own).get(MARK, self._flags.get(fqn)) for fqn, own in parameters.items()}
+        for parameter in parameters.values():  # a tied one is there more than once
+            vars(parameter).pop(MARK, None)
         return {fqn: flag for fqn, flag in found.items() if flag is not None}
-
-    def __getstate__(self) -> list[Record]:
-        """Return the records with the parameters themselves, as weak references cannot be copied or pickled."""
-        return [(fqn, None if held is None else held(), flag) for fqn, held, flag in self._records]
-
-    def __setstate__(self, records: list[Record]) -> None:
-        """Hold the records of `__getstate__`, of another model maybe."""
-        self._records = [
-            (fqn, None if parameter is None else weakref.ref(parameter), flag) for fqn, parameter, flag in records
-        ]

@@ -55,10 +55,9 @@ RENAMES: dict[str, Change] = {
     "prune": pruned,
     "parametrize": parametrized,
 }
-REPLACES: dict[str, Change] = {"assign": assigned}
+REPLACES: dict[str, Change] = {"assign": assigned, "copy": lambda model: copied(model, copy.deepcopy)}
 OTHERS: dict[str, Change] = {
     "thaw": lambda model: model.requires_grad_(True) and None,
-    "copy": lambda model: copied(model, copy.deepcopy),
     "pickle": lambda model: copied(model, lambda each: pickle.loads(pickle.dumps(each))),
 }
 
@@ -75,7 +74,7 @@ def some_of(changes: dict[str, Change], *, repeat: bool) -> st.SearchStrategy[li
     changes=some_of(RENAMES | OTHERS, repeat=False) | some_of(REPLACES | OTHERS, repeat=True),
 )
 def test_flags_come_back_to_the_parameters_they_were_of(flags: list[bool], changes: list[str]) -> None:
-    """Not if a parameter is replaced and renamed, as it then has nothing that tells which it was."""
+    """Not if a parameter is replaced or copied and renamed, as it then has nothing that tells which it was."""
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(*(nn.Linear(8, 8) for _ in range(7)))
     parameters = [*model.parameters()]
@@ -97,3 +96,30 @@ def test_parameters_that_were_replaced_are_freed() -> None:
     model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
     gc.collect()
     assert before() is None
+
+
+def test_a_model_that_torch_swaps_parameters_of_is_converted_and_keeps_its_flags() -> None:
+    """As torch does with tensors of other classes, such as those of a sharded or a quantized model."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight.requires_grad = False
+    flags = {fqn: parameter.requires_grad for fqn, parameter in model.named_parameters()}
+    randlora.inject(model, r=2, targets=["0"])
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to(torch.float64)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    randlora.eject(model)
+    assert {fqn: parameter.requires_grad for fqn, parameter in model.named_parameters()} == flags
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
+def test_models_that_share_a_layer_both_give_its_flags_back() -> None:
+    shared = nn.Linear(8, 8)
+    models = [nn.Sequential(nn.Linear(8, 8), shared) for _ in range(2)]
+    for model in models:
+        randlora.inject(model, r=2, targets=["0"])
+    for model in models:
+        randlora.eject(model)
+    assert all(parameter.requires_grad for model in models for parameter in model.parameters())
+    assert not any(vars(parameter) for parameter in shared.parameters()), "no mark is left"

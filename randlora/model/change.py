@@ -55,7 +55,8 @@ def whole(
         sites: The weights that are to be adapted. Those that are adapted are always included.
         replaced: The parameters that are to be replaced by trained copies. Those that are replaced are included too.
     """
-    objects: list[object] = [*census.around_adapted, state, state.bank, *state.bank, *state.adapters.values()]
+    own = [held.parameter for held in census.parameters]
+    objects: list[object] = [*own, *census.around_adapted, state, state.bank, *state.bank, *state.adapters.values()]
     values = [parameter for adapter in state.adapters.values() for parameter in adapter.trained.values()]
     for entry in (*state.replaced.values(), *replaced):
         objects += [entry, *(module for module, _ in entry.places.values())]
@@ -64,7 +65,7 @@ def whole(
         owner = site.owner
         objects += [owner, *owner._modules.values(), *site.layer_class.beside(owner), site.adapter_layer]
         values += owner.parameters()
-    with unchanged_if_raised(objects, values, [held.parameter for held in census.parameters]):
+    with unchanged_if_raised(objects, values, own):
         yield
 
 

@@ -122,9 +122,11 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
     state, adapter = addition.state, addition.adapter
     with whole(census, state, [site for site, *_ in addition.layers], addition.replaced.values()):
         if not state.adapters:
-            state.required_grad = RequiredGrad((held.fqn, held.parameter) for held in census.parameters)
-            for held in census.parameters:
-                set_requires_grad(held.parameter, False)  # noqa: FBT003
+            named = [(held.fqn, held.parameter) for held in census.parameters]
+            state.required_grad = RequiredGrad(named)
+            state.required_grad.mark(named)
+            for _, parameter in named:
+                set_requires_grad(parameter, False)  # noqa: FBT003
         for site, layer, part, lam, gamma in addition.layers:
             add_adapter(site.owner, layer, part, lam, gamma, trainable=addition.trainable)
         if active:
@@ -204,7 +206,7 @@ def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
     for site in census.adapted:
         detach(site.owner, site.layer)
     own = {held.fqn: held.parameter for held in Census(census.model, census.visits).parameters}
-    for fqn, flag in state.required_grad.by_name(own.items()).items():  # not for parameters added later
+    for fqn, flag in state.required_grad.take(own).items():  # not for parameters added later
         set_requires_grad(own[fqn], flag)
     del census.model.__dict__[ATTRIBUTE]
     return restored
