@@ -7,6 +7,7 @@ activating an adapter is one assignment instead of a walk over the model.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,9 @@ from randlora.replaced import ReplacedParameter
 from randlora.required_grad import RequiredGrad
 
 ATTRIBUTE = "randlora_state"
+
+CHANGING = threading.RLock()
+"""Held by the thread that checks and changes a model: two that merged one model at once would lose its weights."""
 
 
 @dataclass(eq=False)
@@ -155,8 +159,11 @@ class ModelState:
         As ``load_state_dict(assign=True)`` and transformers' ``resize_token_embeddings`` do. Not while merged, when the
         model temporarily has other parameters.
         """
-        if self.is_merged:
-            return
+        with CHANGING:  # another thread may be between the model's parameter and what is known of it
+            if not self.is_merged:
+                self._adopt(root)
+
+    def _adopt(self, root: nn.Module) -> None:
         was = {fqn: entry.installed for fqn, entry in self.replaced.items()}
         followed = {fqn: entry.followed(root) for fqn, entry in self.replaced.items()}
         self.replaced = {part.name: part for parts in followed.values() for part in parts}

@@ -243,11 +243,13 @@ def test_a_layer_without_a_shape_is_refused_until_it_has_one() -> None:
     assert problems(model) == []
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32], ids=str)
-def test_a_weight_of_integers_is_refused(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn], ids=str)
+def test_a_weight_of_integers_or_of_bytes_is_refused(dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Linear(3, 3))
-    model[0].weight = nn.Parameter(torch.ones(3, 3, dtype=dtype), requires_grad=False)
-    assert problems(model) == [f"0 has a weight of {dtype}, expected a floating dtype: dequantize it first"]
+    model[0].weight = nn.Parameter(torch.ones(3, 3).to(dtype), requires_grad=False)
+    assert problems(model) == [
+        f"0 has a weight of {dtype}, expected a floating dtype of 16 bits or more: dequantize it first"
+    ]
 
 
 def test_all_obstacles_are_named_at_once() -> None:

@@ -89,9 +89,9 @@ class AdapterLayer(ABC):
         """Return why this module cannot be adapted, as a phrase that follows its name, or ``None``."""
         weight = cls.weight_of(owner)  # not the attribute, whose value may include updates
         assert weight is not None, "obstacles() asks for a weight"
-        if weight.dtype.is_floating_point:
+        if weight.dtype.is_floating_point and weight.dtype.itemsize > 1:  # torch does not add 8-bit numbers
             return None
-        return f"has a weight of {weight.dtype}, expected a floating dtype: dequantize it first"
+        return f"has a weight of {weight.dtype}, expected a floating dtype of 16 bits or more: dequantize it first"
 
     @classmethod
     def shape_of(cls, owner: nn.Module, config: RandLoRAConfig) -> Shape:  # noqa: ARG003  # for stacks of matrices

@@ -9,7 +9,6 @@ The checks hold until the change is made, because one thread at a time changes m
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -19,15 +18,12 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from randlora.replaced import ReplacedParameter
-from randlora.state import ModelState
+from randlora.state import CHANGING, ModelState
 from randlora.targets.site import Site
 from randlora.targets.walk import Census
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
-
-CHANGING = threading.RLock()
-"""Held by the thread that checks and changes a model: two that merged one model at once would lose its weights."""
 
 
 def one_at_a_time(verb: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:

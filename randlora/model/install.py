@@ -6,6 +6,7 @@ call that raises does not change the model.
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -67,10 +68,12 @@ def owned_state(census: Census, name: str, doing: str) -> ModelState:
     raise_collected(AdapterError, census.foreign, doing=doing)
     state = attached_state(model) or ModelState()
     state.adopt_parameters(model)
-    if not isinstance(name, str) or not name or "." in name or name in dir(nn.ParameterDict()):
+    # torch.export writes the names of parameters as code
+    is_name = isinstance(name, str) and name and name.isprintable() and "." not in name
+    if not is_name or keyword.iskeyword(name) or name in dir(nn.ParameterDict()):
         raise AdapterError(
-            f"cannot {doing} an adapter named {shortly(name)}: expected a name without dots, "
-            "not an attribute of ParameterDict"
+            f"cannot {doing} an adapter named {shortly(name)}: expected a printable name without dots, "
+            "not an attribute of ParameterDict or a keyword of Python"
         )
     require_own(census, state, doing)
     unfit = [held.fqn for held in census.parameters if not held.parameter.is_leaf]

@@ -18,11 +18,11 @@ from randlora.hints import require_types, shortly
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.update import Into, Quantized, RoundingLoss
-from randlora.model.change import CHANGING, one_at_a_time, whole
+from randlora.model.change import one_at_a_time, whole
 from randlora.model.install import detach_all, lost_sites, require_detachable, require_own, unfold_all
 from randlora.model.train_also import lost_parameters
 from randlora.report import MergeReport
-from randlora.state import ModelState, adapted_root
+from randlora.state import CHANGING, ModelState, adapted_root
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import tie_problems
 from randlora.targets.site import AdaptedSite

@@ -16,12 +16,12 @@ from randlora.functional import Compute
 from randlora.hints import is_finite, require_types, shortly
 from randlora.layer_options import LayerOptions
 from randlora.layers.in_place import drop_adapter
-from randlora.model.change import CHANGING, one_at_a_time, set_requires_grad, whole
+from randlora.model.change import one_at_a_time, set_requires_grad, whole
 from randlora.model.inject import eject
 from randlora.model.install import lost_sites, require_detachable, require_own
 from randlora.model.train_also import lost_parameters
 from randlora.replaced import whole_shape
-from randlora.state import Adapter, ModelState, adapted_root, is_adapted, require_unmerged
+from randlora.state import CHANGING, Adapter, ModelState, adapted_root, is_adapted, require_unmerged
 from randlora.targets.match import nearest_names
 from randlora.targets.walk import Census
 
