@@ -1,6 +1,7 @@
 """Set-up shared by all tests: Hypothesis profiles, one thread a process, a fixed seed."""
 
 import gc
+import sys
 import os
 
 import pytest
@@ -19,6 +20,13 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 def _seeded() -> None:
     """Give every test the same random weights, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _without_compiled_programs(request: pytest.FixtureRequest) -> None:
+    """Forget what other tests compiled: the compiler counts the programs of one code, whatever model they are of."""
+    if request.node.get_closest_marker("medium") and (dynamo := sys.modules.get("torch._dynamo")):
+        dynamo.reset()
 
 
 def pytest_collection_finish() -> None:
