@@ -1,8 +1,8 @@
 """Set-up shared by all tests: Hypothesis profiles, one thread a process, a fixed seed."""
 
 import gc
-import sys
 import os
+import sys
 
 import pytest
 import torch
