@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -373,16 +374,32 @@ def test_a_process_forked_while_a_lock_is_held_does_not_keep_it(
 
 
 def test_threads_that_write_one_directory_leave_the_files_of_one_of_them(tmp_path: Path) -> None:
+    """And none of them fails because another has withdrawn a file."""
     out = tmp_path / "out"
     out.mkdir()
     texts = [bytes([number]) * 100 for number in range(8)]
-    threads = [threading.Thread(target=write_files, args=(out, writers(one=text))) for text in texts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+
+    def write(text: bytes) -> list[int]:
+        return [write_files(out, writers(one=text, two=text), withdrawn=("two",)) for _ in range(5)]
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        assert [*pool.map(write, texts)] == [[200] * 5] * len(texts)
+    assert contents(out)["one"] == contents(out)["two"]
     assert contents(out)["one"] in texts
-    assert [path.name for path in out.iterdir()] == ["one"]
+    assert sorted(path.name for path in out.iterdir()) == ["one", "two"]
+
+
+def test_the_size_is_of_what_was_written_whatever_another_process_withdraws_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_all = replace._replace
+
+    def withdrawn_after(*args: Any) -> None:
+        replace_all(*args)
+        (tmp_path / "two").unlink()
+
+    monkeypatch.setattr(replace, "_replace", withdrawn_after)
+    assert write_files(tmp_path, writers(one=b"1", two=b"22"), withdrawn=("two",)) == 3
 
 
 def test_a_link_under_a_hidden_name_is_not_followed(tmp_path: Path) -> None:

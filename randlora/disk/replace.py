@@ -69,6 +69,7 @@ def write_files(directory: Path, writers: Mapping[str, Writer], withdrawn: Conta
         new.mkdir()  # with the permissions of any new directory
         for name, writer in writers.items():
             _write(new / name, writer, like=directory / name)
+        size = sum((new / name).stat().st_size for name in writers)  # later another process may be replacing them
         is_created = False
         if not directory.exists():
             with suppress(FileExistsError):  # another process created it meanwhile
@@ -78,7 +79,7 @@ def write_files(directory: Path, writers: Mapping[str, Writer], withdrawn: Conta
             old.mkdir()
             with _locked(directory, seconds=PATIENCE):  # so that no files of another call get between these
                 _replace(list(writers), withdrawn, new, directory, old)
-        return sum((directory / name).stat().st_size for name in writers)
+        return size
 
 
 def _write(path: Path, writer: Writer, like: Path) -> None:

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,6 +54,8 @@ def saving(directory: Path, *options: dict[str, object]) -> Iterator[int]:
         try:
             for turn in count():
                 save(directory, dict(options[turn % len(options)]))
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(1)  # a save that raises, which the parent sees
     try:
