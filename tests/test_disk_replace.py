@@ -8,9 +8,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -400,6 +400,22 @@ def test_the_size_is_of_what_was_written_whatever_another_process_withdraws_then
 
     monkeypatch.setattr(replace, "_replace", withdrawn_after)
     assert write_files(tmp_path, writers(one=b"1", two=b"22"), withdrawn=("two",)) == 3
+
+
+def test_what_another_process_is_removing_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, locked = tmp_path / f".{tmp_path.name}.unfinished-abcdefgh", replace._locked
+    theirs.mkdir()
+
+    @contextmanager
+    def locked_too_late(directory: Path, *, seconds: float = 0) -> Iterator[bool]:
+        with locked(directory, seconds=seconds) as is_locked:
+            if directory == theirs:
+                theirs.rmdir()
+            yield is_locked
+
+    monkeypatch.setattr(replace, "_locked", locked_too_late)
+    write_files(tmp_path, writers(one=b"1"))
+    assert contents(tmp_path) == {"one": b"1"}
 
 
 def test_a_link_under_a_hidden_name_is_not_followed(tmp_path: Path) -> None:

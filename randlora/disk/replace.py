@@ -199,7 +199,7 @@ def _prefix(name: str) -> str:
 def _remove_abandoned(parent: Path, name: str) -> None:
     for path in parent.glob(f"{glob.escape(_prefix(name))}{'?' * RANDOM}"):
         if not path.is_symlink():
-            with _locked(path) as is_abandoned:
+            with suppress(OSError), _locked(path) as is_abandoned:  # its own process may be removing it
                 if is_abandoned and {held.name for held in path.iterdir()} <= {NEW, OLD}:  # else it is of somebody else
                     shutil.rmtree(path, ignore_errors=True)
 
