@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -214,15 +215,19 @@ def inspect(
         layers=tuple(layers),
         trained={fqn: tuple(tensor.shape) for fqn, tensor in file.trained.items()},
         trainable_parameters=sum(layer.trainable for layer in layers) + sum(t.numel() for t in file.trained.values()),
-        nbytes=sum(path.stat().st_size for path in _files(adapter.directory)),
+        nbytes=_size(adapter.directory),
         unknown_fields=tuple(sorted(set(kept_fields(file.fields)) - set(NEUTRAL_FIELDS))),
         notes=(*file.doubts, *stream_notes(file), *(() if adapter.shapes else (WITHOUT_SHAPES,))),
     )
 
 
-def _files(directory: Path) -> list[Path]:
-    """Return an adapter's files; a header can do without the JSON."""
-    return [path for name in (CONFIG_FILE, TENSORS_FILE) if (path := directory / name).exists()]
+def _size(directory: Path) -> int:
+    """Return the size of an adapter's files in bytes; the JSON may be missing, or withdrawn by another process."""
+    size = 0
+    for name in (CONFIG_FILE, TENSORS_FILE):
+        with suppress(FileNotFoundError):
+            size += (directory / name).stat().st_size
+    return size
 
 
 def _natural(fqn: str) -> list[tuple[int, str]]:

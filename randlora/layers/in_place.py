@@ -37,7 +37,6 @@ REWRITERS = (
 QUANTIZER = "torch.ao.quantization."
 """The modules that quantize layers of exact classes, and set ``qconfig`` on all modules before they change one."""
 
-
 FUSION = "torch.nn.utils.fusion"
 """A module whose code multiplies the weight of a layer by the scales of the norm after it, and would not the update."""
 
