@@ -3,10 +3,15 @@
 import gc
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from randlora.checkpoint import read
+from tests.torture.faults import fast_disk
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # the tests run in parallel, and on small tensors threads only get in each other's way
@@ -27,6 +32,14 @@ def _without_compiled_programs(request: pytest.FixtureRequest) -> None:
     """Forget what other tests compiled: the compiler counts the programs of one code, whatever model they are of."""
     if request.node.get_closest_marker("medium") and (dynamo := sys.modules.get("torch._dynamo")):
         dynamo.reset()
+
+
+@pytest.fixture
+def fast_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory where flushing takes no time, and where no other process writes that readers would wait for."""
+    monkeypatch.setattr(read, "PATIENCE", 0)
+    with fast_disk() as directory:
+        yield directory
 
 
 def pytest_collection_finish() -> None:

@@ -1,13 +1,11 @@
 """A write that is killed or fails at any of its system calls leaves the old adapter or the new one."""
 
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
 import pytest
 
-from randlora.checkpoint import read
-from tests.torture.faults import ERRORS, fast_disk
+from tests.torture.faults import ERRORS
 from tests.torture.replacing import SCENARIOS, Scenario, Stage, after_a_kill, after_an_error
 
 pytestmark = [
@@ -21,18 +19,6 @@ TESTED = {"new", "over ours", "over PEFT's", "LoRA over ours"}
 every_scenario = pytest.mark.parametrize(
     "scenario", [found for found in SCENARIOS if found.name in TESTED], ids=lambda scenario: scenario.name
 )
-
-
-@pytest.fixture
-def fast_path() -> Iterator[Path]:
-    """A directory where flushing takes no time."""
-    with fast_disk() as directory:
-        yield directory
-
-
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "PATIENCE", 0)
 
 
 @every_scenario

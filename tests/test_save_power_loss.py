@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from randlora.checkpoint import read
 from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE
-from tests.torture.faults import Call, fast_disk
+from tests.torture.faults import Call
 from tests.torture.replacing import SCENARIOS, Scenario, Stage
 
 pytestmark = [
@@ -21,18 +20,6 @@ over_another = pytest.mark.parametrize("scenario", SCENARIOS[1:], ids=lambda sce
 
 Names = frozenset[tuple[str, bool]]
 """Names in a directory, each with whether it stands for the new file."""
-
-
-@pytest.fixture
-def fast_path() -> Iterator[Path]:
-    """A directory where flushing takes no time."""
-    with fast_disk() as directory:
-        yield directory
-
-
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "PATIENCE", 0)
 
 
 def survivors(calls: tuple[Call, ...], directory: Path, old: frozenset[str]) -> Iterator[Names]:
