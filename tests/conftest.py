@@ -14,6 +14,7 @@ from randlora.checkpoint import read
 from tests.torture.faults import fast_disk
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which accelerate imports, prints what it found
 torch.set_num_threads(1)  # the tests run in parallel, and on small tensors threads only get in each other's way
 
 settings.register_profile("quick", max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
