@@ -1,19 +1,19 @@
 """Modules adapted in place under `fully_shard` and distributed checkpoints: one process of a group of its own."""
 
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch.torch_version import TorchVersion
 
+from tests.distributed.processes import Processes
+
 pytestmark = pytest.mark.medium
 
-ROOT = Path(__file__).parent.parent
 PREAMBLE = """
 import copy, os, sys, torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -25,9 +25,6 @@ from tests.kit import fill
 from tests.laws import Mixed, TOKENS
 from tests.in_place_models import Reading, TableReader, Tables, TurnedReader
 
-torch.set_num_threads(1)
-torch.manual_seed(0)
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/rendezvous", rank=0, world_size=1)
 mesh = init_device_mesh("cpu", (1,))
 for reader in (TableReader, TurnedReader):
     randlora.register_layer(Tables)(reader)
@@ -97,30 +94,23 @@ shards_on_a_cpu = pytest.mark.skipif(
 )
 
 
-def in_a_group(script: str, tmp_path: Path) -> None:
-    """Run a script in a process of its own that is all of a group."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-c",
-            f"{PREAMBLE}\n{script}\ndist.destroy_process_group()\nprint('done')",
-            tmp_path,
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.split() == ["done"]
+def execute(script: str, directory: Path) -> None:
+    """Run a script, to which a directory is given as the argument of a command line."""
+    sys.argv = ["script", str(directory)]
+    exec(compile(f"{PREAMBLE}\n{script}", "<script>", "exec"), {"__name__": "script"})
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Processes]:
+    """A process that is all of a group."""
+    processes = Processes(1)
+    yield processes
+    processes.stop()
 
 
 @shards_on_a_cpu
 @every_order
-def test_a_sharded_model_is_saved_and_trained_as_the_whole_one(order: str, tmp_path: Path) -> None:
+def test_a_sharded_model_is_saved_and_trained_as_the_whole_one(order: str, tmp_path: Path, alone: Processes) -> None:
     script = f"""
 {order}
 assert_same_step(model, base)
@@ -136,10 +126,10 @@ dcp.load(state, checkpoint_id=sys.argv[1] + "/dcp")
 set_model_state_dict(other, state)
 assert torch.equal(full(model(TOKENS)), other(TOKENS))
 """
-    in_a_group(script, tmp_path)
+    alone.run(execute, script, tmp_path)
 
 
-def test_a_layer_sharded_after_it_was_adapted_stops_eject(tmp_path: Path) -> None:
+def test_a_layer_sharded_after_it_was_adapted_stops_eject(tmp_path: Path, alone: Processes) -> None:
     script = f"""
 {LAYER_AFTER}
 classes = {{name: type(module) for name, module in model.named_modules()}}
@@ -152,11 +142,11 @@ else:
 assert {{name: type(module) for name, module in model.named_modules()}} == classes
 assert names(model) == set(START)
 """
-    in_a_group(script, tmp_path)
+    alone.run(execute, script, tmp_path)
 
 
 @shards_on_a_cpu
-def test_a_model_sharded_before_it_was_adapted_is_ejected(tmp_path: Path) -> None:
+def test_a_model_sharded_before_it_was_adapted_is_ejected(tmp_path: Path, alone: Processes) -> None:
     script = f"""
 {LAYER_BEFORE}
 randlora.eject(model)
@@ -164,4 +154,4 @@ assert type(model.mixed.up).__name__ == "FSDPLinear", type(model.mixed.up)
 assert names(model) == plain
 assert torch.equal(full(model(TOKENS)), base(TOKENS))
 """
-    in_a_group(script, tmp_path)
+    alone.run(execute, script, tmp_path)
