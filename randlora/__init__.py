@@ -29,6 +29,7 @@ from randlora.model.inject import plan as plan
 from randlora.model.merge import merge as merge
 from randlora.model.merge import merged as merged
 from randlora.model.merge import unmerge as unmerge
+from randlora.model.merged_tensors import merged_tensors as merged_tensors
 from randlora.model.prepare import prepare_quantized as prepare_quantized
 from randlora.model.switch import activate as activate
 from randlora.model.switch import adapters as adapters
@@ -61,6 +62,7 @@ __all__ = [
     "load",
     "merge",
     "merged",
+    "merged_tensors",
     "plan",
     "prepare_quantized",
     "register_layer",

@@ -67,12 +67,12 @@ def merge(
     sites = [site for site in census.adapted if state.active.keys() & site.layer.adapters.keys()]
     require_types(merge, {"reversible": reversible, "quantized": quantized})
     raise_collected(ConfigError, _option_problems(quantized, dtype), doing="merge")
-    into = Into(quantized, dtype or _model_dtype(census))
+    into = Into(quantized, dtype or model_dtype(census))
     require_own(census, state, "merge")
     active = [state.adapters[name] for name in state.active]
     lost = [*lost_sites(census, active), *lost_parameters(state, active)]
     tied = tie_problems(census, sites)
-    problems = [*_state_problems(state, reversible=reversible), *lost, *tied, *_weight_problems(sites, into)]
+    problems = [*_state_problems(state, reversible=reversible), *lost, *tied, *weight_problems(sites, into)]
     raise_collected(MergeError, problems, doing="merge")
     if not reversible:
         require_detachable(census, "merge")
@@ -205,7 +205,8 @@ def _option_problems(quantized: Quantized, dtype: torch.dtype | None) -> list[st
     return problems
 
 
-def _weight_problems(sites: Sequence[AdaptedSite], into: Into) -> list[str]:
+def weight_problems(sites: Sequence[AdaptedSite], into: Into) -> list[str]:
+    """Return messages about weights that have no values here, or that cannot be merged into."""
     problems = []
     for site in sites:
         layer, weight = site.layer, site.weight
@@ -246,7 +247,7 @@ def _notes(root: nn.Module, sites: Sequence[AdaptedSite], into: Into, *, reversi
     return tuple(notes)
 
 
-def _model_dtype(census: Census) -> torch.dtype | None:
+def model_dtype(census: Census) -> torch.dtype | None:
     """Return the dtype of the inputs of linear layers: that of norms, else of the first unquantized parameter."""
     own = [
         (held.module, held.parameter.dtype)

@@ -1,0 +1,196 @@
+"""`merged_tensors`: what the state dict of the merged model would have, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from randlora.errors import ConfigError, MergeError, raise_collected
+from randlora.hints import shortly
+from randlora.layers.base import AdapterLayer
+from randlora.layers.in_place import plain_class
+from randlora.layers.quantized import QuantizedLayer
+from randlora.layers.update import Into
+from randlora.model.install import WRAPPERS, lost_sites, require_own
+from randlora.model.merge import model_dtype, require_finite, weight_problems
+from randlora.model.train_also import lost_parameters
+from randlora.state import ATTRIBUTE, CHANGING, ModelState, adapted_root
+from randlora.targets.obstacles import tie_problems
+from randlora.targets.site import Site
+from randlora.targets.walk import Census, is_quantized
+
+
+class _Entry(NamedTuple):
+    """One entry of the state dict, and a function that returns its value now."""
+
+    fqn: str
+    read: Callable[[], Tensor]
+
+
+def merged_tensors(model: nn.Module, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Return an iterator over names and values of the merged model's state dict, without merging the model.
+
+    This is what an inference engine loads at every step of reinforcement learning: ``load_weights`` of vLLM and SGLang
+    takes such an iterator, and ``load_state_dict`` a dict of it. The model, its adapters and the optimizer do not
+    change. Each merged weight has the bits that `merge` would give it, is computed when it is asked for, and is not
+    kept here. Other tensors share the memory of the model, as in ``state_dict``: do not write to them.
+
+    Args:
+        model: A model with adapters, or a wrapper of torch around one, whose own names do not appear.
+        dtype: The dtype of all floating tensors. ``None`` means that of each parameter; for dequantized weights, the
+            dtype that `merge` would choose.
+
+    Returns:
+        Names and values, in the order of ``state_dict``: parameters, also those trained by ``train_also``, and
+        persistent buffers. A tied parameter is yielded under each of its names, as ``state_dict`` has it. Quantized
+        layers, adapted or not, are yielded as the plain layers that they stand for. What a module writes into a state
+        dict by code of its own, such as ``get_extra_state``, is not included.
+
+    Raises:
+        AdapterError: If the model has no adapter.
+        ConfigError: For a dtype that is not floating.
+        MergeError: When it is called, if no adapter is active, the adapters are disabled, an adapted module was
+            replaced, or a value is not here. Later, if a merged weight is not finite, or the adapters were merged,
+            disabled, switched or removed between two tensors. If they are merged reversibly when it is called, the
+            merged weights are yielded.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> report = randlora.inject(model, r=4)
+        >>> [name for name, tensor in randlora.merged_tensors(model)]
+        ['0.weight', '0.bias']
+    """
+    root, state = adapted_root(model)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype must be a floating dtype or None, got {shortly(dtype)}")
+    with CHANGING:
+        _require_mergeable(Census.of(root), state)
+        census = Census.of(_unwrapped(model))
+        into = Into("dequantize", dtype or model_dtype(census))
+        entries = [*_entries(census, state, into)]
+        raise_collected(MergeError, _value_problems(census), doing="yield the merged tensors")
+    return _in_turn(root, state, entries, dtype)
+
+
+def _in_turn(
+    root: nn.Module, state: ModelState, entries: Sequence[_Entry], dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Compute one value after the other, and hold none of them."""
+
+    def as_now() -> tuple[object, ...]:
+        return root.__dict__.get(ATTRIBUTE), state.active, state.is_merged, state.is_disabled
+
+    at_first = as_now()
+
+    def value(entry: _Entry) -> Tensor:
+        with CHANGING, torch.no_grad():
+            if as_now() != at_first:
+                raise MergeError(
+                    f"the adapters were merged, disabled, switched or removed before {entry.fqn} was yielded, so the "
+                    "tensors would be of two models: take all of them first, then change the adapters"
+                )
+            found = entry.read()
+            return found if dtype is None or not found.is_floating_point() else found.to(dtype)
+
+    for entry in entries:
+        yield entry.fqn, value(entry)
+
+
+def _entries(census: Census, state: ModelState, into: Into) -> Iterator[_Entry]:
+    """Go through a model in the order of its state dict."""
+    places = [("", census.model), *((f"{visit.fqn}.", visit.module) for visit in census.visits)]
+    for prefix, module in places:
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                fqn = f"{prefix}{attribute}"
+                yield _Entry(fqn, _reader(census, module, attribute, fqn, state, into))
+        for attribute, buffer in module._buffers.items():
+            if buffer is not None and attribute not in module._non_persistent_buffers_set:
+                yield _Entry(f"{prefix}{attribute}", partial(_held, module._buffers, attribute))
+
+
+def _reader(
+    census: Census, module: nn.Module, attribute: str, fqn: str, state: ModelState, into: Into
+) -> Callable[[], Tensor]:
+    """Return a function that returns the value of one parameter now."""
+    site = census.sites_by_key.get((id(module), attribute))
+    if site is not None and (site.adapter_layer is not None or issubclass(site.layer_class, QuantizedLayer)):
+        return partial(_weight, fqn, site, state, into)
+    beside = census.sites_by_key.get((id(module), "weight")) if attribute == "bias" else None
+    if beside is not None and issubclass(beside.layer_class, QuantizedLayer):
+        return partial(_bias, beside, state, into)
+    return partial(_held, module._parameters, attribute)
+
+
+def _weight(fqn: str, site: Site, state: ModelState, into: Into) -> Tensor:
+    """Return a weight plus the updates of the active adapters, dequantized."""
+    layer = _layer(site, state)
+    if not state.is_merged and state.active.keys() & layer.adapters.keys():
+        return require_finite(fqn, layer.merged(site.owner, state.active, into).weight)
+    if isinstance(layer, QuantizedLayer) and plain_class(site.owner) is not nn.Linear:  # which a merge may make it
+        return layer.written_out(site.owner).to(_plain_dtype(layer, site.owner, into))
+    return _held(site.owner._parameters, layer.attribute)
+
+
+def _bias(site: Site, state: ModelState, into: Into) -> Tensor:
+    """Return the bias of a quantized layer in the dtype of its dequantized weight."""
+    layer = _layer(site, state)
+    assert isinstance(layer, QuantizedLayer), "_reader() asks"
+    bias = _held(site.owner._parameters, "bias")
+    return bias if plain_class(site.owner) is nn.Linear else bias.to(_plain_dtype(layer, site.owner, into))
+
+
+def _layer(site: Site, state: ModelState) -> AdapterLayer:
+    return site.adapter_layer or site.layer_class(site.owner, state)
+
+
+def _plain_dtype(layer: QuantizedLayer, owner: nn.Module, into: Into) -> torch.dtype:
+    return into.dtype or layer.compute_dtype(owner) or torch.float32
+
+
+def _held(tensors: dict[str, Any], attribute: str) -> Tensor:
+    found: Tensor = tensors[attribute].detach()
+    return found
+
+
+def _require_mergeable(census: Census, state: ModelState) -> None:
+    """Check that the active adapters can be merged, or are; else raise the errors of `merge`."""
+    require_own(census, state, "yield the merged tensors")
+    active = [state.adapters[name] for name in state.active]
+    problems = []
+    if state.is_disabled:
+        problems.append("the adapters are disabled: call this outside of randlora.disabled(model)")
+    if not active:
+        problems.append(f"no adapter is active: activate one of {', '.join(state.adapters)}")
+    if not state.is_merged:
+        sites = [site for site in census.adapted if state.active.keys() & site.layer.adapters.keys()]
+        problems += [*lost_sites(census, active), *lost_parameters(state, active), *tie_problems(census, sites)]
+        problems += weight_problems(sites, Into())
+    raise_collected(MergeError, problems, doing="yield the merged tensors")
+
+
+def _value_problems(census: Census) -> list[str]:
+    """Return messages about values that are not here, and codes that no adapter layer can dequantize."""
+    problems = []
+    for held in census.parameters:
+        site = census.sites_by_key.get((id(held.module), held.attribute))
+        is_known = site is not None and issubclass(site.layer_class, QuantizedLayer)
+        if held.parameter.is_meta or is_lazy(held.parameter) or type(held.parameter.data) is not Tensor:
+            if site is None or site.adapter_layer is None:  # else `weight_problems` has said so
+                problems.append(f"{held.fqn} has no values here (meta, offloaded or sharded): load or gather it first")
+        elif held.attribute == "weight" and is_quantized(held.module) and not is_known:
+            kind = plain_class(held.module).__name__
+            problems.append(f"{held.fqn} is quantized, and the codes of a {kind} cannot be dequantized here")
+    return problems
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return a model without the wrappers of torch around it."""
+    while (attribute := WRAPPERS.get(type(model).__qualname__)) is not None:
+        model = getattr(model, attribute)
+    return model
