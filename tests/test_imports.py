@@ -27,6 +27,7 @@ ROOMS = (
     "config",
     "functional",
     "bases",
+    "placement",
     "replaced",
     "required_grad",
     "state",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from randlora.checkpoint.card import is_ours, write_card
 from randlora.checkpoint.fit import untied_by_peft
@@ -22,7 +22,7 @@ from randlora.checkpoint.format import (
     stored_dims,
 )
 from randlora.checkpoint.peft_config import BASE_FIELD, drawing_note, peft_obstacle, to_peft_fields, unknown_to_peft
-from randlora.checkpoint.values import Value, is_text, save_problems
+from randlora.checkpoint.values import Value, is_text, meta_problems, save_problems
 from randlora.checkpoint.write import write_adapter
 from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.errors import CheckpointError, raise_collected
@@ -31,6 +31,9 @@ from randlora.layers.base import diagonal_shapes
 from randlora.model.install import lost_sites, require_own
 from randlora.model.switch import adapter_parameters
 from randlora.model.train_also import lost_parameters
+from randlora.placement.dtensor import reshard
+from randlora.placement.place import whole
+from randlora.placement.ranks import agreed, one_writes, ranks_of
 from randlora.replaced import whole_shape
 from randlora.report import adapter_report, as_bytes
 from randlora.state import Adapter, ModelState, adapted_root
@@ -74,7 +77,9 @@ def save(
 ) -> SaveReport:
     """Save one adapter to a directory, atomically: Λ, Γ, the parameters of ``train_also`` and the spec of the bases.
 
-    A model card, ``README.md``, is written with them, unless the directory has one that was not generated.
+    A model card, ``README.md``, is written with them, unless the directory has one that was not generated. If Λ, Γ or a
+    trained parameter is sharded, as by `fully_shard`, this is a collective: every process calls it, one writes the
+    files, and all get the same report or an error.
 
     Args:
         model: A model with adapters.
@@ -97,19 +102,52 @@ def save(
         OSError: If the disk refuses. Files already there remain as they were.
     """
     require_types(save, {"model": model, "directory": directory, "name": name})
+    reshard(model)
     root, state = adapted_root(model)
     adapter = state.adapter(name)
-    directory = Path(directory)
     census = Census.of(root)
-    require_own(census, state, "save")
     sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
     diagonals = {site.fqn: site.layer.diagonals_of(site.owner, adapter.name) for site in sites}
-    problems = [*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])]
-    problems += _problems(adapter, bases) + save_problems(_values(sites, state, adapter, diagonals))
-    if push_to_hub is not None and not (isinstance(push_to_hub, str) and is_repo_id(push_to_hub)):
-        problems.append(f"push_to_hub must be a repository on the Hub, 'user/repo', got {shortly(push_to_hub)}")
-    elif push_to_hub is not None:
-        require_hub(push_to_hub)
+    ranks = ranks_of([*(each for pair in diagonals.values() for each in pair), *adapter.trained.values()])
+    with agreed(ranks):
+        require_own(census, state, "save")
+        problems = [*lost_sites(census, [adapter]), *lost_parameters(state, [adapter]), *_problems(adapter, bases)]
+        if ranks is not None:  # before anything is gathered
+            problems += meta_problems(_values(_Whole(sites, diagonals, adapter.trained), state, adapter))
+            raise_collected(CheckpointError, problems, doing=f"save to {str(directory)!r}")
+    diagonals_whole = {fqn: (whole(lam), whole(gamma)) for fqn, (lam, gamma) in diagonals.items()}
+    held = _Whole(sites, diagonals_whole, {fqn: whole(own) for fqn, own in adapter.trained.items()})
+    return one_writes(
+        ranks, lambda: _write(census, state, adapter, held, Path(directory), problems, bases=bases, hub=push_to_hub)
+    )
+
+
+class _Whole(NamedTuple):
+    """An adapter's weights, with all values of their Λ and Γ by FQN, and of the parameters trained with it."""
+
+    sites: Sequence[AdaptedSite]
+    diagonals: Mapping[str, tuple[Tensor, Tensor]]
+    trained: Mapping[str, Tensor]
+
+
+def _write(
+    census: Census,
+    state: ModelState,
+    adapter: Adapter,
+    held: _Whole,
+    directory: Path,
+    problems: list[str],
+    *,
+    bases: str,
+    hub: str | None,
+) -> SaveReport:
+    """Check the values of an adapter and write its files."""
+    sites = held.sites
+    problems += save_problems(_values(held, state, adapter))
+    if hub is not None and not (isinstance(hub, str) and is_repo_id(hub)):
+        problems.append(f"push_to_hub must be a repository on the Hub, 'user/repo', got {shortly(hub)}")
+    elif hub is not None:
+        require_hub(hub)
     if os.path.lexists(directory) and not directory.is_dir():
         problems.append("it is a file or a broken link: expected the name of a directory")
     raise_collected(CheckpointError, problems, doing=f"save to {str(directory)!r}")
@@ -121,7 +159,7 @@ def save(
         adapter.config, adapter.options, adapter.bases, shapes, adapter.trained, transposed, other_kinds(sites)
     )
     notes = _peft_notes(adapter, header, bases)
-    tensors = adapter_tensors(diagonals, adapter.trained)
+    tensors = adapter_tensors(held.diagonals, held.trained)
     if bases == "stored":
         tensors |= stored_bases(adapter.bases, header)
     fields = to_peft_fields(census, adapter, stored=bases == "stored")
@@ -129,31 +167,26 @@ def save(
     if is_ours(directory / CARD_FILE) or not os.path.lexists(directory / CARD_FILE):
         skipped, remaining = left_out_by(census, adapter.config, shapes)
         report = adapter_report(census, adapter, shapes, skipped=skipped, remaining=remaining)
-        card = write_card(report, header, base_model=fields[BASE_FIELD], peft_notes=notes, repo_id=push_to_hub)
+        card = write_card(report, header, base_model=fields[BASE_FIELD], peft_notes=notes, repo_id=hub)
     size = write_adapter(directory, fields, tensors, header, card)
     url = None
-    if push_to_hub:  # a generated card replaces none in the repository that was not generated
+    if hub:  # a generated card replaces none in the repository that was not generated
         generated = {CARD_FILE: is_ours} if is_ours(directory / CARD_FILE) else {}
         files = [name for name in (CONFIG_FILE, TENSORS_FILE, CARD_FILE) if name not in generated]
-        url = upload(directory, push_to_hub, files, message="Upload a RandLoRA adapter", generated=generated)
+        url = upload(directory, hub, files, message="Upload a RandLoRA adapter", generated=generated)
     notes += [*untied_by_peft(census, adapter.trained), *_left_out(census, state)]
     return SaveReport(directory, adapter.name, size, tuple(notes), url)
 
 
-def _values(
-    sites: Iterable[AdaptedSite],
-    state: ModelState,
-    adapter: Adapter,
-    diagonals: Mapping[str, tuple[nn.Parameter, nn.Parameter]],
-) -> dict[str, Value]:
+def _values(held: _Whole, state: ModelState, adapter: Adapter) -> dict[str, Value]:
     """Return everything that is written of an adapter, except bases, and the shape that it must have."""
     values = {}
-    for site in sites:
-        part, (lam, gamma) = site.layer.adapters[adapter.name], diagonals[site.fqn]
+    for site in held.sites:
+        part, (lam, gamma) = site.layer.adapters[adapter.name], held.diagonals[site.fqn]
         lam_shape, gamma_shape = diagonal_shapes(part.shape, part.options.r)
         values[f"Λ of {site.fqn}"] = Value(lam, lam_shape)
         values[f"Γ of {site.fqn}"] = Value(gamma, gamma_shape)
-    for fqn, parameter in adapter.trained.items():
+    for fqn, parameter in held.trained.items():
         values[fqn] = Value(parameter, whole_shape(state.replaced[fqn].original))
     return values
 

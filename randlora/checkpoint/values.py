@@ -53,9 +53,17 @@ def save_problems(values: Mapping[str, Value]) -> list[str]:
     return [f"{name} {problem}" for name, problem in problems.items() if problem is not None]
 
 
+def meta_problems(values: Mapping[str, Value]) -> list[str]:
+    """Return which of the values, by name, are on the meta device."""
+    return [f"{name} {_META}" for name, value in values.items() if value.parameter.is_meta]
+
+
+_META = "holds no values to save (meta): materialize the model first"
+
+
 def _save_problem(tensor: Tensor, shape: Sequence[int]) -> str | None:
     if tensor.is_meta:
-        return "holds no values to save (meta): materialize the model first"
+        return _META
     if type(tensor.data) is not Tensor:
         return f"is sharded, a {type(tensor.data).__name__}: gather it first"
     is_freed = tensor.untyped_storage().nbytes() < tensor.nbytes

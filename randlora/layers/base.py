@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -15,6 +16,8 @@ from randlora.config import RandLoRAConfig
 from randlora.functional import WriteOut, adapted_linear, delta_weight
 from randlora.layers.inputs import autocast_dtype, have_one_dtype, input_of, is_plain_tensor, require_product
 from randlora.layers.update import Into, Merged, Update, folded, sum_updates
+from randlora.placement.dtensor import Part
+from randlora.placement.place import Kept, place_of, whole
 from randlora.state import ModelState, SiteAdapter
 
 
@@ -270,11 +273,16 @@ class AdapterLayer(ABC):
         """
         weight = self.weight_of(owner)
         assert weight is not None, "obstacles() asks for a weight"
-        updates = (
-            self.update(owner, self.adapters[name], factor) for name, factor in weights.items() if name in self.adapters
-        )
+        updates = self.whole_updates(owner, weights)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return sum_updates(updates, self.shape, device=self.device_beside(owner), dtype=dtype, united=self.united)
+
+    def whole_updates(self, owner: nn.Module, weights: dict[str, float]) -> list[Update]:
+        """Return the updates of some adapters with all values of Λ and Γ; a collective if these are sharded."""
+        updates = [
+            self.update(owner, self.adapters[name], factor) for name, factor in weights.items() if name in self.adapters
+        ]
+        return [update._replace(lam=whole(update.lam), gamma=whole(update.gamma)) for update in updates]
 
     def merge_obstacle(self, owner: nn.Module, into: Into) -> str | None:  # noqa: ARG002  # for quantized layers
         """Return why this weight cannot be merged into, as a phrase that follows its name, or ``None``."""
@@ -284,6 +292,8 @@ class AdapterLayer(ABC):
     def merged(self, owner: nn.Module, weights: dict[str, float], into: Into) -> Merged:  # noqa: ARG002  # for quantized layers
         """Return the weight plus the updates of some adapters, added in float32 or wider and rounded once.
 
+        Of a sharded weight that is the part that this process holds. A collective if Λ and Γ are sharded.
+
         Args:
             owner: The adapted module, which is not changed.
             weights: Adapter names and factors.
@@ -291,8 +301,15 @@ class AdapterLayer(ABC):
         """
         weight = self.weight_of(owner)
         assert weight is not None, "merge() asks for a weight"
-        parts = ((self.adapters[name], factor) for name, factor in weights.items() if name in self.adapters)
-        merged = self.with_updates(weight, [self.update(owner, part, factor) for part, factor in parts])
+        updates = self.whole_updates(owner, weights)
+        if (place := place_of(owner, self.attribute)) is not None:
+            own, part, shape = place.read(), place.part, tuple(weight.shape)
+            if part is None:
+                merged = self.with_updates(own, updates)
+            else:
+                merged = self.part_with_updates(own, part, shape, updates)
+            return Merged(merged, merged)
+        merged = self.with_updates(weight, updates)
         held = nn.Parameter(merged, requires_grad=False)  # even if it is trained: unmerging would drop the training
         held.__dict__.update(vars(weight))  # what libraries set on parameters
         return Merged(merged, held)
@@ -306,6 +323,23 @@ class AdapterLayer(ABC):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         delta = sum_updates(updates, (), device=weight.device, dtype=dtype, united=cls.united)
         return folded(weight, cls.in_storage_layout(delta))
+
+    def part_with_updates(self, own: Tensor, part: Part, shape: Shape, updates: Sequence[Update]) -> Tensor:
+        """Return a part of the weight plus that part of some updates, added as `with_updates` does.
+
+        Args:
+            own: The part, in the layout of the weight.
+            part: Which it is, a range in each dimension of the weight.
+            shape: The shape of the whole weight, as stored.
+            updates: The updates, with all of Λ and Γ.
+        """
+        if not own.numel():
+            return own
+        dtype = torch.promote_types(own.dtype, torch.float32)
+        delta = self.in_storage_layout(sum_updates(updates, (), device=own.device, dtype=dtype, united=self.united))
+        if delta.numel() == math.prod(shape):
+            delta = delta.reshape(shape)
+        return folded(own, delta[part[-delta.dim() :]])
 
     def exchange(self, owner: nn.Module, held: Any) -> Any:
         """Replace the owner's parameter by another, on its device and in its dtype, and return the previous one.
@@ -321,7 +355,11 @@ class AdapterLayer(ABC):
 
     def fold(self, owner: nn.Module, merged: Merged) -> None:
         """Replace the owner's weight by a merged one and keep the original in `unmerged`."""
-        self.unmerged = (self.exchange(owner, merged.held),)
+        if (place := place_of(owner, self.attribute)) is None:
+            self.unmerged = (self.exchange(owner, merged.held),)
+            return
+        self.unmerged = (Kept(place.keep()),)  # before the values change, so that `unfold` can undo that
+        place.write(merged.weight)
 
     def keep_merged(self, owner: nn.Module) -> None:
         """Make a merge permanent: the original parameter, which an optimizer may hold, gets the merged values."""
@@ -329,7 +367,7 @@ class AdapterLayer(ABC):
         merged = self.weight_of(owner)
         assert merged is not None, "it was merged into"
         (own,), self.unmerged = self.unmerged, None
-        if not own.is_inference():  # whose data cannot be set: it would be of both modes
+        if not isinstance(own, Kept) and not own.is_inference():  # whose data cannot be set: it would be of both modes
             own.data = merged.data
             owner._parameters[self.attribute] = own
 
@@ -338,15 +376,26 @@ class AdapterLayer(ABC):
         weight = self.weight_of(owner)
         assert weight is not None, "it was merged into"
         assert self.unmerged is not None, "it was merged into"
-        own = self.unmerged[0].detach()
-        destination[f"{prefix}{self.attribute}"] = own.to(device=weight.device, dtype=weight.dtype)
+        own: Any = self.unmerged[0]
+        if isinstance(own, Kept):
+            place = place_of(owner, self.attribute)
+            own = None if place is None else place.stored(own.values)
+        if own is not None:
+            destination[f"{prefix}{self.attribute}"] = own.detach().to(device=weight.device, dtype=weight.dtype)
 
     @torch.inference_mode(mode=False)  # the weight must not be an inference tensor
     def unfold(self, owner: nn.Module) -> None:
         """Restore the original weight bit for bit, on the device and in the dtype that the owner has now."""
-        if self.unmerged is not None:
-            self.exchange(owner, self.unmerged[0])
-            self.unmerged = None
+        if self.unmerged is None:
+            return
+        held = self.unmerged[0]
+        if isinstance(held, Kept):
+            place = place_of(owner, self.attribute)
+            assert place is not None, "it was merged into where its values are"
+            place.restore(held.values)
+        else:
+            self.exchange(owner, held)
+        self.unmerged = None
 
     def description(self) -> str:
         """Return a description of the adapters for ``print(model)``."""

@@ -22,6 +22,7 @@ from randlora.layers.adapted_stack import AdaptedStack, Own, Parts, Shared
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import register_layer, register_parameter
 from randlora.layers.update import Update
+from randlora.placement.dtensor import Part
 
 
 class Experts(ReadWeight):
@@ -83,6 +84,13 @@ class Experts(ReadWeight):
         for index in range(len(weight)):
             merged[index] = parts.at(index).formed()
         return merged
+
+    def part_with_updates(self, own: Tensor, part: Part, shape: Shape, updates: Sequence[Update]) -> Tensor:
+        """Return some experts of the stack plus their updates; of parts of experts, as of any other weight."""
+        if not own.numel() or tuple(own.shape[1:]) != tuple(shape[1:]):
+            return super().part_with_updates(own, part, shape, updates)
+        stacks = [update.at(part[0]) if len(update.shape) == 3 else update for update in updates]
+        return self.with_updates(own, stacks)
 
     @classmethod
     def _parts(cls, weight: Tensor, updates: Sequence[Update], compute: Compute) -> Parts:

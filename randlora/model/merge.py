@@ -21,6 +21,9 @@ from randlora.layers.update import Into, Quantized, RoundingLoss
 from randlora.model.change import one_at_a_time, whole
 from randlora.model.install import detach_all, lost_sites, require_detachable, require_own, unfold_all
 from randlora.model.train_also import lost_parameters
+from randlora.placement.dtensor import reshard
+from randlora.placement.place import place_of
+from randlora.placement.ranks import Ranks, agreed, ranks_of
 from randlora.report import MergeReport
 from randlora.state import CHANGING, ModelState, adapted_root
 from randlora.targets.match import shortened
@@ -62,23 +65,27 @@ def merge(
             would not be finite, or a quantized layer has its own forward that an `nn.Linear` would not run. The model
             is then unchanged.
     """
+    reshard(model)
     root, state = adapted_root(model)
     census = Census.of(root)
+    ranks = ranks_of(held for site in census.adapted for held in site.owner.parameters())
     sites = [site for site in census.adapted if state.active.keys() & site.layer.adapters.keys()]
-    require_types(merge, {"reversible": reversible, "quantized": quantized})
-    raise_collected(ConfigError, _option_problems(quantized, dtype), doing="merge")
-    into = Into(quantized, dtype or model_dtype(census))
-    require_own(census, state, "merge")
-    active = [state.adapters[name] for name in state.active]
-    lost = [*lost_sites(census, active), *lost_parameters(state, active)]
-    tied = tie_problems(census, sites)
-    problems = [*_state_problems(state, reversible=reversible), *lost, *tied, *weight_problems(sites, into)]
-    raise_collected(MergeError, problems, doing="merge")
-    if not reversible:
-        require_detachable(census, "merge")
+    into = Into(quantized, dtype)
+    with agreed(ranks):
+        require_types(merge, {"reversible": reversible, "quantized": quantized})
+        raise_collected(ConfigError, _option_problems(quantized, dtype), doing="merge")
+        into = Into(quantized, dtype or model_dtype(census))
+        require_own(census, state, "merge")
+        active = [state.adapters[name] for name in state.active]
+        lost = [*lost_sites(census, active), *lost_parameters(state, active)]
+        tied = tie_problems(census, sites)
+        problems = [*_state_problems(state, reversible=reversible), *lost, *tied, *weight_problems(sites, into)]
+        raise_collected(MergeError, problems, doing="merge")
+        if not reversible:
+            require_detachable(census, "merge")
     notes = _notes(root, sites, into, reversible=reversible)  # before merging, which may change classes
     with whole(census, state):
-        rounding = _fold_all(sites, state.active, into)
+        rounding = _fold_all(sites, state.active, into, ranks)
         targets = tuple(site.fqn for site in sites)
         report = MergeReport(dict(state.active), targets, reversible=reversible, rounding=rounding, notes=notes)
         for basis in state.bank:
@@ -108,6 +115,7 @@ def unmerge(model: nn.Module) -> tuple[str, ...]:
         AdapterError: If the model has no adapter.
         MergeError: If its adapters are not merged.
     """
+    reshard(model)
     root, state = adapted_root(model)
     if not state.is_merged:
         raise MergeError(
@@ -138,19 +146,19 @@ def merged(
     Raises:
         RandLoRAError: Any error of `merge`.
     """
-    root, state = adapted_root(model)
+    _, state = adapted_root(model)
     block, is_kept = object(), False
 
     def end() -> None:
         with CHANGING:
             state.merged_blocks = [other for other in state.merged_blocks if other is not block]
             if state.is_merged and not state.merged_blocks and not is_kept:
-                unmerge(root)
+                unmerge(model)
 
     try:
         with CHANGING:
             is_kept = state.is_merged and not state.merged_blocks  # by `merge`, which `unmerge` undoes
-            report = state.merge_report or merge(root, reversible=True, quantized=quantized, dtype=dtype)
+            report = state.merge_report or merge(model, reversible=True, quantized=quantized, dtype=dtype)
             if not is_kept:
                 state.merged_blocks.append(block)
         yield report
@@ -212,13 +220,22 @@ def weight_problems(sites: Sequence[AdaptedSite], into: Into) -> list[str]:
         layer, weight = site.layer, site.weight
         if weight is None:
             problems.append(f"{site.fqn} computes its weight from other parameters: remove the parametrization first")
-        elif weight.is_meta or weight.numel() == 0 or type(weight.data) is not Tensor:
+        elif _is_incomplete(site, weight):
             problems.append(
                 f"the weight of {site.fqn} is incomplete (meta, offloaded or sharded): load or gather it first"
             )
         elif (reason := layer.merge_obstacle(site.owner, into)) is not None:
             problems.append(f"{site.fqn} {reason}")
     return problems
+
+
+def _is_incomplete(site: AdaptedSite, weight: nn.Parameter) -> bool:
+    """Whether a weight has no values, or not all of them and not in a place that they can be merged into."""
+    if weight.is_meta or weight.numel() == 0:
+        return True
+    if isinstance(site.layer, QuantizedLayer) or place_of(site.owner, site.layer.attribute) is None:
+        return type(weight.data) is not Tensor
+    return False
 
 
 def _notes(root: nn.Module, sites: Sequence[AdaptedSite], into: Into, *, reversible: bool) -> tuple[str, ...]:
@@ -258,13 +275,33 @@ def model_dtype(census: Census) -> torch.dtype | None:
     return next(iter(norms or [dtype for _, dtype in own]), None)
 
 
-def _fold_all(sites: Sequence[AdaptedSite], weights: dict[str, float], into: Into) -> dict[str, RoundingLoss]:
-    """Merge into all weights and return the rounding errors."""
-    rounding = {}
-    for site in sites:
-        merged = site.layer.merged(site.owner, weights, into)
-        require_finite(site.fqn, merged.weight)
-        site.layer.fold(site.owner, merged)
-        if merged.rounding is not None:
-            rounding[site.fqn] = merged.rounding
+def _fold_all(
+    sites: Sequence[AdaptedSite], weights: dict[str, float], into: Into, ranks: Ranks | None
+) -> dict[str, RoundingLoss]:
+    """Merge into all weights and return the rounding errors. If any process fails, all weights are as before."""
+    rounding: dict[str, RoundingLoss] = {}
+    try:
+        with agreed(ranks):
+            failed: Exception | None = None
+            for site in sites:
+                try:
+                    merged = site.layer.merged(site.owner, weights, into)
+                    if failed is not None:  # the other processes still need this one to gather
+                        continue
+                    require_finite(site.fqn, merged.weight)
+                    site.layer.fold(site.owner, merged)
+                except Exception as error:
+                    if ranks is None:
+                        raise
+                    failed = failed or error
+                else:
+                    if merged.rounding is not None:
+                        rounding[site.fqn] = merged.rounding
+            if failed is not None:
+                raise failed
+    except BaseException:
+        for site in sites:
+            if place_of(site.owner, site.layer.attribute) is not None:  # of others the caller undoes it
+                site.layer.unfold(site.owner)
+        raise
     return rounding

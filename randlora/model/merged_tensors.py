@@ -19,6 +19,8 @@ from randlora.layers.update import Into
 from randlora.model.install import WRAPPERS, lost_sites, require_own
 from randlora.model.merge import model_dtype, require_finite, weight_problems
 from randlora.model.train_also import lost_parameters
+from randlora.placement.dtensor import is_dtensor, reshard
+from randlora.placement.place import place_of, whole
 from randlora.state import ATTRIBUTE, CHANGING, ModelState, adapted_root
 from randlora.targets.obstacles import tie_problems
 from randlora.targets.site import Site
@@ -39,6 +41,9 @@ def merged_tensors(model: nn.Module, *, dtype: torch.dtype | None = None) -> Ite
     takes such an iterator, and ``load_state_dict`` a dict of it. The model, its adapters and the optimizer do not
     change. Each merged weight has the bits that `merge` would give it, is computed when it is asked for, and is not
     kept here. Other tensors share the memory of the model, as in ``state_dict``: do not write to them.
+
+    Each tensor of a model that is sharded, as by `fully_shard`, is gathered in turn: every process iterates, and all
+    get all values.
 
     Args:
         model: A model with adapters, or a wrapper of torch around one, whose own names do not appear.
@@ -65,6 +70,7 @@ def merged_tensors(model: nn.Module, *, dtype: torch.dtype | None = None) -> Ite
         >>> [name for name, tensor in randlora.merged_tensors(model)]
         ['0.weight', '0.bias']
     """
+    reshard(model)
     root, state = adapted_root(model)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype must be a floating dtype or None, got {shortly(dtype)}")
@@ -89,6 +95,7 @@ def _in_turn(
 
     def value(entry: _Entry) -> Tensor:
         with CHANGING, torch.no_grad():
+            reshard(root)
             if as_now() != at_first:
                 raise MergeError(
                     f"the adapters were merged, disabled, switched or removed before {entry.fqn} was yielded, so the "
@@ -131,7 +138,12 @@ def _weight(fqn: str, site: Site, state: ModelState, into: Into) -> Tensor:
     """Return a weight plus the updates of the active adapters, dequantized."""
     layer = _layer(site, state)
     if not state.is_merged and state.active.keys() & layer.adapters.keys():
-        return require_finite(fqn, layer.merged(site.owner, state.active, into).weight)
+        merged, place = layer.merged(site.owner, state.active, into).weight, place_of(site.owner, layer.attribute)
+        if place is not None and place.part is not None:
+            stored = place.stored(merged)
+            assert stored is not None, "it is a part of the weight"
+            merged = whole(stored)
+        return require_finite(fqn, merged)
     if isinstance(layer, QuantizedLayer) and plain_class(site.owner) is not nn.Linear:  # which a merge may make it
         return layer.written_out(site.owner).to(_plain_dtype(layer, site.owner, into))
     return _held(site.owner._parameters, layer.attribute)
@@ -155,7 +167,7 @@ def _plain_dtype(layer: QuantizedLayer, owner: nn.Module, into: Into) -> torch.d
 
 def _held(tensors: dict[str, Any], attribute: str) -> Tensor:
     found: Tensor = tensors[attribute].detach()
-    return found
+    return whole(found)
 
 
 def _require_mergeable(census: Census, state: ModelState) -> None:
@@ -180,7 +192,8 @@ def _value_problems(census: Census) -> list[str]:
     for held in census.parameters:
         site = census.sites_by_key.get((id(held.module), held.attribute))
         is_known = site is not None and issubclass(site.layer_class, QuantizedLayer)
-        if held.parameter.is_meta or is_lazy(held.parameter) or type(held.parameter.data) is not Tensor:
+        is_here = type(held.parameter.data) is Tensor or is_dtensor(held.parameter)
+        if held.parameter.is_meta or is_lazy(held.parameter) or not is_here:
             if site is None or site.adapter_layer is None:  # else `weight_problems` has said so
                 problems.append(f"{held.fqn} has no values here (meta, offloaded or sharded): load or gather it first")
         elif held.attribute == "weight" and is_quantized(held.module) and not is_known:

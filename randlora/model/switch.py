@@ -20,6 +20,7 @@ from randlora.model.change import one_at_a_time, set_requires_grad, whole
 from randlora.model.inject import eject
 from randlora.model.install import lost_sites, require_detachable, require_own
 from randlora.model.train_also import lost_parameters
+from randlora.placement.dtensor import reshard
 from randlora.replaced import whole_shape
 from randlora.state import CHANGING, Adapter, ModelState, adapted_root, is_adapted, require_unmerged
 from randlora.targets.match import nearest_names
@@ -212,13 +213,15 @@ def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tens
         name: One adapter, with weight 1; ``None`` means the active ones with their weights.
 
     Returns:
-        ``(out_features, in_features)`` for every kind of layer, in float32, or float64 if the weight is.
+        ``(out_features, in_features)`` for every kind of layer, in float32, or float64 if the weight is. If the model
+        is sharded, this is a collective: every process calls it and gets the whole update.
 
     Raises:
         AdapterError: If the model has no adapter, or none of that name.
         TargetError: If the layer is not adapted.
     """
     require_types(delta_weight, {"fqn": fqn, "name": name})
+    reshard(model)
     root, state = adapted_root(model)
     sites = {site.fqn: site for site in Census.of(root).adapted}
     if fqn not in sites:

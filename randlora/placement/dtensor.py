@@ -1,0 +1,116 @@
+"""Parameters that torch shards over processes, as `fully_shard` (FSDP2) and tensor parallelism do.
+
+Such a parameter is a `DTensor`, which holds a part of the values, its shard. `fully_shard` keeps references to its
+parameters, so that another parameter put in the place of one would be ignored: values are written into the shard.
+Nothing here imports `torch.distributed.tensor` unless a program has done so already, because that takes long.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+Part = tuple[slice, ...]
+"""The part of a parameter that a process holds: a range in each dimension."""
+
+
+def is_dtensor(value: object) -> TypeGuard[Any]:
+    """Whether a value is a `DTensor`."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """Return the modules of a model that `fully_shard` was called on, outer ones first."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(module, "FSDPModule", None)  # which torch 2.6 has elsewhere too
+    return [] if kind is None else [each for each in model.modules() if isinstance(each, kind)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Have a model hold its shards.
+
+    After a forward without a backward the outermost module still has whole copies of its parameters, which the next
+    forward forgets: what is read of them may be stale, and what is written is lost.
+    """
+    for module in fsdp_modules(model):
+        module.reshard()
+
+
+class Shard:
+    """The place of a sharded parameter: this process's shard, read and written without communication."""
+
+    def __init__(self, parameter: Any) -> None:
+        """Take a parameter that is a `DTensor`."""
+        self._parameter = parameter
+
+    @property
+    def part(self) -> Part:
+        """What of the parameter this process holds, which may be nothing."""
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # noqa: PLC0415  # see above
+
+        own = self._parameter
+        sizes, offsets = compute_local_shape_and_global_offset(own.shape, own.device_mesh, own.placements)
+        return tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+
+    def read(self) -> Tensor:
+        """Return the values of the shard, which share its memory."""
+        local: Tensor = self._parameter.detach().to_local()
+        return local
+
+    def keep(self) -> Tensor:
+        """Return a copy of the values, for `restore`."""
+        return self.read().clone()
+
+    @torch.no_grad()
+    def write(self, value: Tensor) -> None:
+        """Change the values of the shard, in place."""
+        self.read().copy_(value)
+
+    def restore(self, kept: Tensor) -> None:
+        """Write back the values that `keep` returned."""
+        self.write(kept)
+
+    def stored(self, kept: Tensor) -> Tensor:
+        """Return kept values in the form in which a state dict has the parameter."""
+        value: Tensor = _like(self._parameter, kept)
+        return value
+
+
+def _like(parameter: Any, local: Tensor) -> Any:
+    """Return a `DTensor` that is sharded as a parameter, given its shard."""
+    return type(parameter).from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def gathered(parameter: Any) -> Tensor:
+    """Return all values of a sharded parameter; a collective, through which gradients flow."""
+    device, mesh = parameter.device, parameter.device_mesh
+    if device.type == mesh.device_type:
+        whole: Tensor = parameter.full_tensor()
+        return whole
+    # offloaded to the CPU by CPUOffloadPolicy, where NCCL does not communicate
+    local: Tensor = parameter.detach().to_local().to(mesh.device_type)
+    offloaded: Tensor = _like(parameter, local).full_tensor().to(device)
+    return offloaded
+
+
+def meshes(parameters: Iterable[object]) -> list[Any]:
+    """Return the device meshes that some parameters are sharded over, the largest first."""
+    sharded = [each for each in parameters if is_dtensor(each)]
+    found = {
+        id(each.device_mesh): each.device_mesh
+        for each in sharded
+        if not all(placement.is_replicate() for placement in each.placements)
+    }
+    return sorted(found.values(), key=lambda mesh: -int(mesh.size()))

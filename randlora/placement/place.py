@@ -1,0 +1,56 @@
+"""The place of a parameter's values, and all values of one, whatever shards it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from randlora.placement.dtensor import Part, Shard, gathered, is_dtensor
+
+
+class Place(Protocol):
+    """Where the values of a parameter are if its own data are not simply all of them.
+
+    Values are written there in place, because what shards or offloads a parameter would not see another in its place.
+    """
+
+    @property
+    def part(self) -> Part | None:
+        """What of the parameter this process holds, a range in each dimension; ``None`` for all of it."""
+
+    def read(self) -> Tensor:
+        """Return the values of that part, a plain tensor. This may be a collective."""
+
+    def keep(self) -> Any:
+        """Return what `restore` needs to restore the present values, bit for bit."""
+
+    def write(self, value: Tensor) -> None:
+        """Set the values of that part. This may be a collective."""
+
+    def restore(self, kept: Any) -> None:
+        """Restore the values that `keep` returned."""
+
+    def stored(self, kept: Any) -> Tensor | None:
+        """Return kept values in the form in which a state dict has the parameter; ``None`` if it has none."""
+
+
+class Kept(NamedTuple):
+    """The values of a parameter from before it was merged into, as `Place.keep` returned them."""
+
+    values: Any
+
+
+def place_of(owner: nn.Module, attribute: str) -> Place | None:
+    """Return the place of a module's parameter, or ``None`` for an ordinary one, whose data are all its values."""
+    parameter = owner._parameters.get(attribute)
+    if is_dtensor(parameter):
+        return Shard(parameter)
+    return None
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """Return all values of a parameter, itself if it is not sharded; else a collective."""
+    if is_dtensor(parameter):
+        return gathered(parameter)
+    return parameter

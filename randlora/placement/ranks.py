@@ -1,0 +1,94 @@
+"""Processes that hold parts of one model: they agree whether a call succeeds, and one of them writes files.
+
+An error that only one process raised would leave the others waiting for it for ever.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from randlora.errors import RandLoRAError
+from randlora.placement.dtensor import meshes
+
+Result = TypeVar("Result")
+
+
+class Ranks(NamedTuple):
+    """The processes that hold a model together.
+
+    Attributes:
+        groups: Process groups that connect them, one for each dimension of their mesh.
+        is_first: Whether this is the process that writes files.
+    """
+
+    groups: tuple[Any, ...]
+    is_first: bool
+
+    def gathered(self, value: object) -> list[Any]:
+        """Return the values that all processes give, in the same order everywhere; a collective."""
+        found = [value]
+        for group in self.groups:
+            lists: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(lists, found, group=group)
+            found = [each for part in lists for each in part]
+        return found
+
+
+def ranks_of(parameters: Iterable[Tensor]) -> Ranks | None:
+    """Return the processes that some parameters are sharded over; ``None`` if none is sharded."""
+    mesh = next(iter(meshes(parameters)), None)
+    return None if mesh is None else Ranks(tuple(mesh.get_all_groups()), not any(mesh.get_coordinate() or ()))
+
+
+@contextmanager
+def agreed(ranks: Ranks | None) -> Iterator[None]:
+    """Raise an error in every process if the block raised one in any; a collective at the end of the block.
+
+    The block itself must not contain collectives that an error could skip.
+    """
+    if ranks is None:
+        yield
+        return
+    try:
+        yield
+    except Exception as error:
+        ranks.gathered(_portable(error))
+        raise
+    raise_first(ranks.gathered(None))
+
+
+def one_writes(ranks: Ranks | None, write: Callable[[], Result]) -> Result:
+    """Call a function in one process while the others wait, and return or raise in each what it did; a collective."""
+    if ranks is None:
+        return write()
+    results: list[Result] = []
+    with agreed(ranks):
+        if ranks.is_first:
+            results.append(write())
+    (result,) = [each for own in ranks.gathered(results) for each in own]
+    return result  # type: ignore[no-any-return]
+
+
+def raise_first(errors: list[Exception | None]) -> None:
+    """Raise the first of the errors that other processes report, if any."""
+    for error in errors:
+        if error is not None:
+            error.add_note("This was raised in another process, which holds a part of the same model.")
+            raise error
+
+
+def _portable(error: Exception) -> Exception:
+    """Return an error that can be sent to another process."""
+    try:
+        copy.copy(error)
+        pickle.dumps(error)
+    except Exception:  # a class may raise anything when it is pickled
+        return RandLoRAError(f"{type(error).__name__}: {error}")
+    return error

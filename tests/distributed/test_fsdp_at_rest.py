@@ -1,0 +1,130 @@
+"""A model sharded by `fully_shard` is saved and merged, by all its processes together, as the whole one is."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+import randlora
+from randlora.errors import MergeError
+from tests.distributed.processes import Processes
+from tests.kit import fill
+from tests.laws import TOKENS, Mixed
+
+
+class Two(nn.Module):
+    """Two blocks, one of which is sharded by itself and the other with the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Mixed(), Mixed()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map ``(batch,)`` tokens to ``(batch, 3)``."""
+        output: Tensor = self.first(tokens) + self.second(tokens)
+        return output
+
+
+def adapted() -> Two:
+    model = Two()
+    randlora.inject(model, r=3, targets=["q", "up", "down", "embed"], train_also=["norm"])
+    return fill(model)
+
+
+def sharded(model: Two) -> Two:
+    fully_shard(model.first)
+    fully_shard(model)
+    return model
+
+
+def pair_of_models() -> tuple[Two, Two]:
+    """Return a whole model and a sharded one of the same values."""
+    torch.manual_seed(0)
+    one = adapted()
+    torch.manual_seed(0)
+    return one, sharded(adapted())
+
+
+def local(parameter: Tensor) -> Tensor:
+    assert isinstance(parameter, DTensor)
+    shard: Tensor = parameter._local_tensor
+    return shard.detach()
+
+
+def full(parameter: Tensor) -> Tensor:
+    assert isinstance(parameter, DTensor)
+    return parameter.full_tensor()
+
+
+def shards(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the shards of a model that may hold whole parameters."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return {name: local(parameter).clone() for name, parameter in model.named_parameters()}
+
+
+def save(place: Path) -> None:
+    one, model = pair_of_models()
+    model(TOKENS)  # after which the root holds whole parameters
+    report = randlora.save(model, place / "sharded")
+    assert report.directory == place / "sharded"
+    if dist.get_rank() == 0:
+        randlora.save(one, place / "whole")
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            assert (place / "sharded" / name).read_bytes() == (place / "whole" / name).read_bytes()
+
+
+def test_the_files_are_those_of_one_process(pair: Processes, tmp_path: Path) -> None:
+    pair.run(save, tmp_path)
+
+
+def merge_and_unmerge() -> None:
+    one, model = pair_of_models()
+    before, expected = shards(model), one(TOKENS)
+    assert torch.equal(randlora.delta_weight(model, "first.up"), randlora.delta_weight(one, "first.up"))
+    with torch.no_grad(), randlora.merged(model), randlora.merged(one):
+        assert torch.allclose(model(TOKENS), expected, rtol=0, atol=1e-6)
+        merged = {name: parameter.detach().clone() for name, parameter in one.named_parameters()}
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        for name, parameter in model.named_parameters():
+            assert torch.equal(full(parameter), merged[name]), name
+    after = shards(model)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_merging_and_unmerging(pair: Processes) -> None:
+    pair.run(merge_and_unmerge)
+
+
+def yield_merged() -> None:
+    one, model = pair_of_models()
+    model(TOKENS)
+    found, expected = dict(randlora.merged_tensors(model)), dict(randlora.merged_tensors(one))
+    assert list(found) == list(expected)
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_the_tensors_of_the_merged_model_are_gathered_one_at_a_time(pair: Processes) -> None:
+    pair.run(yield_merged)
+
+
+def fail_to_merge() -> None:
+    _, model = pair_of_models()
+    if dist.get_rank() == 1:
+        local(model.second.up.weight).fill_(torch.inf)
+    before = shards(model)
+    with pytest.raises(MergeError, match=r"second\.up would not be finite"):
+        randlora.merge(model, reversible=True)
+    after = shards(model)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_what_fails_in_one_process_is_raised_in_all_and_changes_nothing(pair: Processes) -> None:
+    pair.run(fail_to_merge)
