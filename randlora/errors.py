@@ -1,9 +1,11 @@
-"""The exceptions that randlora raises for incorrect use.
+"""The exceptions that randlora raises for incorrect use, and how it warns.
 
 Every message says what was expected, what was given, where (the fully qualified name, FQN) and what to do. All problems
 of one call are collected and raised together before anything is changed: the first few in full, the rest as a count.
 """
 
+import sys
+import warnings
 from collections.abc import Sequence
 
 SHOWN = 5
@@ -57,3 +59,11 @@ def raise_collected(error: type[RandLoRAError], problems: Sequence[str], *, doin
     if len(problems) > SHOWN:
         lines.append(f"  - and {len(problems) - SHOWN} more")
     raise error("\n".join(lines))
+
+
+def warn(message: str) -> None:
+    """Warn at the line outside of this library that made the call."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("randlora.", "torch.utils._contextlib")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)

@@ -6,8 +6,6 @@ changed.
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,7 +26,7 @@ from randlora.config import (
     explain_options,
     same_options,
 )
-from randlora.errors import ConfigError, TargetError, raise_collected
+from randlora.errors import ConfigError, TargetError, raise_collected, warn
 from randlora.hints import require_types
 from randlora.layer_options import LayerOptions, by_rank
 from randlora.model.change import one_at_a_time, whole
@@ -150,7 +148,8 @@ def inject(
 
     Warns:
         UserWarning: If ``targets`` is not given and next to nothing is adapted by default, or only one layer that looks
-            like a head, as in a ResNet. The message says what is left out, and which ``targets`` to give.
+            like a head, as in a ResNet. The message says what is left out, and which ``targets`` to give. Also if the
+            model is in a `DistributedDataParallel` already, which would not average the adapter's gradients.
     """
     options = _one_config(
         config,
@@ -239,13 +238,9 @@ def eject(model: nn.Module) -> tuple[str, ...]:
 
 
 def _warn(report: Report) -> None:
-    """Warn of a default that adapts next to nothing, at the line outside of this library that asked for it."""
-    if not report.warning:
-        return
-    level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("randlora.", "torch.utils._contextlib")):
-        level, frame = level + 1, frame.f_back
-    warnings.warn("; ".join([report.warning, *lines(report.left_out)]), UserWarning, stacklevel=level)
+    """Warn of a default that adapts next to nothing."""
+    if report.warning:
+        warn("; ".join([report.warning, *lines(report.left_out)]))
 
 
 def _one_config(config: RandLoRAConfig | None, r: int | Mapping[str, int] | None, **given: Any) -> RandLoRAConfig:

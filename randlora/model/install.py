@@ -19,6 +19,7 @@ from randlora.layer_options import by_rank
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, has_attribute
 from randlora.model.change import set_requires_grad, whole
+from randlora.model.reducers import warn_of_unknown
 from randlora.replaced import ReplacedParameter, whole_shape
 from randlora.required_grad import RequiredGrad
 from randlora.state import (
@@ -144,6 +145,7 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
         state.replaced.update(addition.replaced)
         state.install_parameters()
         census.model.__dict__[ATTRIBUTE] = state
+        warn_of_unknown(census.model)
 
 
 def require_detachable(census: Census, doing: str, sites: Iterable[Site] | None = None) -> None:

@@ -19,6 +19,7 @@ from randlora.layers.in_place import drop_adapter
 from randlora.model.change import one_at_a_time, set_requires_grad, whole
 from randlora.model.inject import eject
 from randlora.model.install import lost_sites, require_detachable, require_own
+from randlora.model.reducers import warn_of_unknown
 from randlora.model.train_also import lost_parameters
 from randlora.placement.dtensor import reshard
 from randlora.replaced import whole_shape
@@ -101,6 +102,10 @@ def activate(
     Raises:
         AdapterError: For an unknown name, a weight that is not finite, adapters that train the same parameter with
             ``train_also``, or if the adapters are merged.
+
+    Warns:
+        UserWarning: If parameters require grad that the `DistributedDataParallel` around the model does not know,
+            because they did not when it was made: their gradients would not be averaged over the processes.
     """
     require_types(activate, {"trainable": trainable})
     root, state = adapted_root(model)
@@ -117,6 +122,7 @@ def activate(
             for name in weights:
                 for parameter in adapter_parameters(census, state.adapters[name]):
                     set_requires_grad(parameter, trainable)
+        warn_of_unknown(root)
 
 
 @contextmanager

@@ -1,0 +1,98 @@
+"""`check_ranks`: whether all processes have the same adapters on the same bases."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from randlora.errors import AdapterError, RandLoRAError, raise_collected
+from randlora.state import ModelState, adapted_root
+
+Facts = Mapping[str, str]
+"""What must be equal in all processes, by a phrase that names it."""
+
+
+def check_ranks(model: nn.Module, *, group: Any = None) -> None:
+    """Check that all processes have the same adapters on the same bases, as a collective.
+
+    Bases are drawn or read by each process for itself and never sent, so nothing else would tell that two of them
+    differ. Call it in every process after `randlora.inject` or `randlora.load`. Compared are the adapters' names,
+    weights, targets, r, alpha, dropout and ``train_also``, and a SHA-256 of the bases, which takes about a second per
+    GB of them in float32. Nothing is compared if there is one process.
+
+    Args:
+        model: A model with adapters, or one that wraps it.
+        group: The process group; ``None`` means all processes.
+
+    Raises:
+        AdapterError: In every process, if something differs. The message names what, and which ranks have what.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> _ = randlora.inject(model, r=4)
+        >>> randlora.check_ranks(model)
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1):
+        adapted_root(model)
+        return
+    problem, facts = "", {}
+    try:
+        facts = _facts(adapted_root(model)[1])
+    except Exception as error:  # raised after the exchange: the other processes wait for this one
+        problem = str(error) if isinstance(error, RandLoRAError) else repr(error)
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, (problem, facts, f"torch {torch.__version__}"), group=group)
+    ranks = range(dist.get_world_size()) if group is None else dist.get_process_group_ranks(group)
+    failed = [f"rank {rank}: {problem}" for rank, (problem, *_) in zip(ranks, gathered, strict=True) if problem]
+    raise_collected(AdapterError, failed, doing="compare the adapters of all ranks")
+    versions = {rank: version for rank, (*_, version) in zip(ranks, gathered, strict=True)}
+    differing = differences(dict(zip(ranks, (facts for _, facts, _ in gathered), strict=True)))
+    if differing and len(set(versions.values())) > 1:
+        differing.append(f"the versions of torch differ: {_by_value(versions)}")
+    raise_collected(AdapterError, differing, doing="go on: the ranks have different adapters")
+
+
+def differences(facts: Mapping[int, Facts]) -> list[str]:
+    """Return what differs between ranks, as sentences that say which rank has what."""
+    names = dict.fromkeys(name for own in facts.values() for name in own)
+    found = {name: {rank: own.get(name, "nothing") for rank, own in facts.items()} for name in names}
+    return [f"{name}: {_by_value(own)}" for name, own in found.items() if len(set(own.values())) > 1]
+
+
+def _facts(state: ModelState) -> dict[str, str]:
+    facts = {"the names of the adapters": ", ".join(state.adapters)}
+    for name, adapter in state.adapters.items():
+        options = {str(each) for each in adapter.options.values()}
+        facts[f"the weight of {name!r}"] = str(adapter.weight)
+        facts[f"the dropout of {name!r}"] = str(adapter.config.dropout)
+        facts[f"the targets of {name!r}, their r and alpha"] = _counted(
+            f"{len(adapter.options)} with {', '.join(sorted(options))}", map(str, sorted(adapter.options.items()))
+        )
+        facts[f"what {name!r} trains beside Λ and Γ"] = _counted(
+            f"{len(adapter.trained)} parameters", sorted(adapter.trained)
+        )
+        for r, basis in adapter.bases.items():
+            what = f"the bases of r={r} of {name!r}"
+            facts[f"the spec of {what}"] = f"{basis.spec}{'' if basis.stored is None else ', stored in the file'}"
+            facts[what] = f"SHA-256 {basis.digest(*basis.extent)[:16]} for layers of {'x'.join(map(str, basis.extent))}"
+    return facts
+
+
+def _counted(text: str, lines: Iterable[str]) -> str:
+    """Return a short text with a digest of all lines."""
+    return f"{text} (digest {hashlib.sha256('/'.join(lines).encode()).hexdigest()[:8]})"
+
+
+def _by_value(values: Mapping[int, str]) -> str:
+    """Return what which ranks have: ``"torch 2.9 on rank 0; torch 2.13 on ranks 1, 2"``."""
+    by_value: dict[str, list[str]] = {}
+    for rank, value in values.items():
+        by_value.setdefault(value, []).append(str(rank))
+    return "; ".join(
+        f"{value} on rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}" for value, ranks in by_value.items()
+    )

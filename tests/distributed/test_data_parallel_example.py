@@ -1,0 +1,41 @@
+"""The example docs/examples/data_parallel.py, launched as a user would."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import randlora
+from tests.test_examples import imported
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(tmp_path: Path, *options: str) -> str:
+    """Run the example on two processes; return what it prints."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "docs/examples/data_parallel.py", "--steps", "40", "--out", str(tmp_path / "out"), *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def assert_learned(printed: str, directory: Path) -> None:
+    """Assert that the adapter was saved, loads, and is better than none."""
+    assert "step 40: loss" in printed
+    assert printed.count("saved 'default'") == 1
+    example = imported("data_parallel")
+    model = example.pretrained()
+    x, y = example.batch(torch.Generator().manual_seed(9))
+    before = (model(x) - y).square().mean()
+    randlora.load(model, directory)
+    assert (model(x) - y).square().mean() < before / 2
+
+
+@pytest.mark.medium
+def test_the_example_trains_with_ddp(tmp_path: Path) -> None:
+    assert_learned(launch(tmp_path), tmp_path / "out")
