@@ -26,6 +26,7 @@ from randlora.layers.registry import register_layer as register_layer
 from randlora.model.inject import eject as eject
 from randlora.model.inject import inject as inject
 from randlora.model.inject import plan as plan
+from randlora.model.memory import training_memory as training_memory
 from randlora.model.merge import merge as merge
 from randlora.model.merge import merged as merged
 from randlora.model.merge import unmerge as unmerge
@@ -72,5 +73,6 @@ __all__ = [
     "save",
     "set_compute",
     "trainable_parameters",
+    "training_memory",
     "unmerge",
 ]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import randlora
 from randlora.__main__ import main
@@ -42,12 +43,12 @@ def test_the_options_are_those_of_the_library(
     assert main(["plan", str(model), *words]) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith(f"{expected}\n")
-    assert "AdamW" in shown.out
+    assert "optimizer, 2 numbers for each" in shown.out
     assert main(["plan", str(model), *words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {name: found[name] for name in plain(expected)} == plain(expected)
     assert found["share"] == expected.share
-    parts = ("weights", "parameters", "gradients", "optimizer", "bases")
+    parts = ("weights", "parameters", "gradients", "optimizer", "bases")  # all that there is for one device
     assert found["training_memory"]["total"] == sum(found["training_memory"][part] for part in parts)
 
 
@@ -108,3 +109,23 @@ def test_what_is_left_out_is_printed_and_in_the_json(model: Path, capsys: pytest
     everything = randlora.files.plan(model, targets="all")
     assert found["left_out"] == plain(everything.left_out)
     assert found["rule"] == everything.rule
+
+
+def test_the_setup_is_that_of_the_library(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--devices", "8", "--strategy", "tp", "--tokens", "100", "--dtype", "bfloat16", "--checkpointing"]
+    words += ["--optimizer-states", "1"]
+    setup: dict[str, Any] = {"devices": 8, "strategy": "tp", "tokens": 100, "dtype": torch.bfloat16}
+    expected = randlora.files.training_memory(model, checkpointing=True, optimizer_states=1, **setup)
+    assert main(["plan", str(model), *words]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count(expected.title) == 1
+    assert all(name in shown and size in shown for name, size in expected.lines)
+    assert all(note in shown for note in expected.notes)
+    assert main(["plan", str(model), *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["training_memory"]
+    assert found == {**plain(expected), "total": expected.total}
+
+
+def test_a_number_that_is_too_small_is_an_error(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(model), "--devices", "0"]) == 1
+    assert "devices must be at least 1, got 0" in capsys.readouterr().err

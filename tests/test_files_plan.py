@@ -11,13 +11,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.torch_version import TorchVersion
 
 import randlora
 from randlora.errors import CheckpointError, TargetError
-from randlora.files.model_directory import read_model_directory
-from randlora.files.plan import training_memory
 from tests.model_directories import HEADS, contents, save_model, write
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, every_transformers_model
 from tests.quantized_checkpoints import KINDS, QUANTIZATIONS, quantize, stored
@@ -180,29 +177,13 @@ def test_where_there_is_no_model_to_plan_the_error_says_why(
 
 
 @pytest.mark.parametrize("kind", [LLAMA, VIT], ids=lambda kind: kind.name)
-def test_the_memory_of_training_is_that_of_a_trained_model(kind: RealModel, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"r": 4, "train_also": [HEADS[kind.name]]}
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_the_memory_of_training_is_that_of_the_model(kind: RealModel, strategy: Any, tmp_path: Path) -> None:
+    setup: dict[str, Any] = {"devices": 3, "strategy": strategy, "tokens": 10}
+    options: dict[str, Any] = {"r": 4, "train_also": [HEADS[kind.name]], **setup}
     model = kind.build().to(torch.bfloat16)
     write(model, tmp_path)
-    memory = training_memory(randlora.files.plan(tmp_path, **options), read_model_directory(tmp_path))
-    assert memory.weights == sum(parameter.nbytes for parameter in model.parameters())
-    randlora.inject(model, **options)
-    trained = list(randlora.trainable_parameters(model))
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer = torch.optim.AdamW(trained)
-    optimizer.step()
-    moments = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
-    assert memory.parameters == sum(parameter.nbytes for parameter in trained)
-    assert memory.gradients == sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None)
-    assert memory.optimizer == sum(moment.nbytes for moment in moments)
-    assert memory.bases == sum(basis.nbytes for basis in {id(b): b for b in bases(model)}.values())
-    assert memory.total == memory.weights + memory.parameters + memory.gradients + memory.optimizer + memory.bases
-
-
-def bases(model: nn.Module) -> list[Any]:
-    """Return what the model's bank holds."""
-    return list(randlora.state.adapted_root(model)[1].bank)
+    assert randlora.files.training_memory(tmp_path, **options) == randlora.training_memory(model, **options)
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
@@ -217,7 +198,8 @@ def test_the_plan_of_a_quantized_model_is_that_of_the_dense_one(
     note = f"the model is quantized ({KINDS[quantization]}): parameters are counted as if it were not"
     assert found == replace(expected, notes=(*expected.notes, note))
     size = sum(tensor.nbytes for tensor in stored(base).values())
-    assert training_memory(found, read_model_directory(base)).weights == size
+    buffers = sum(buffer.nbytes for buffer in kind.build().to(torch.bfloat16).buffers())
+    assert randlora.files.training_memory(base, **options).weights == size + buffers
 
 
 def test_codes_cannot_be_trained_beside_an_adapter(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ ROOMS = (
     "layers",
     "targets",
     "report",
+    "memory",
     "model",
     "disk",
     "checkpoint",

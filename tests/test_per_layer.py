@@ -23,8 +23,6 @@ from randlora.bases.spec import KINDS
 from randlora.checkpoint.format import parse_header
 from randlora.config import BasisKind, Stream
 from randlora.errors import CheckpointError, ConfigError, TargetError
-from randlora.files.model_directory import read_model_directory
-from randlora.files.plan import training_memory
 from randlora.state import Adapter, attached_state
 from tests import reference
 from tests.checkpoint_files import (
@@ -433,8 +431,8 @@ def test_the_plan_of_files_counts_the_bases_of_each_r(tmp_path: Path) -> None:
     model = LLAMA.build()
     report = randlora.inject(model, **options)
     assert randlora.files.plan(base, **options) == report
-    memory = training_memory(report, read_model_directory(base))
-    assert memory.bases == sum(basis.nbytes for basis in adapter_of(model).bases.values())
+    memory = randlora.files.training_memory(base, **options)
+    assert memory.host == sum(basis.nbytes for basis in adapter_of(model).bases.values())
 
 
 def test_a_module_in_two_places_keeps_its_options_under_any_of_its_names(tmp_path: Path) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
+import torch
 import typer
 from typer import Argument, Option
 
 from randlora import config
 from randlora.cli.shared import AsJson, plain, show, show_json, show_table
 from randlora.files.base_fit import open_base
-from randlora.files.plan import plan_checkpoint, training_memory
-from randlora.report import as_bytes
+from randlora.files.plan import checkpoint_memory, plan_checkpoint
+from randlora.memory.parts import Strategy
 from randlora.targets.left_out import DOUBT
 
 _Number = TypeVar("_Number", int, float)
@@ -42,6 +43,15 @@ Stream = Annotated[config.Stream | None, Option(help="The stream of random numbe
 Blocks = Annotated[tuple[int, int] | None, Option(help="Blocks of A and of B, for `--basis block`.")]
 Seed = Annotated[int, Option(help="Seed of the bases.")]
 InProj = Annotated[config.InProj, Option(help="Attention's `in_proj_weight` as one matrix, or split into three.")]
+Devices = Annotated[int, Option(help="Number of devices that train together.")]
+Divided = Annotated[Strategy, Option(help="How the model is divided among them: `ddp` not at all.")]
+Tokens = Annotated[int, Option(help="Tokens of a step on each device, for what layers keep for backward.")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    Option(help="The dtype to hold the model in and to compute in; as stored unless given."),
+]
+States = Annotated[int, Option(help="Numbers that the optimizer keeps for each trained one: 2 for AdamW.")]
+Checkpointing = Annotated[bool, Option("--checkpointing", help="Blocks are computed again in backward.")]
 
 
 def plan(
@@ -57,6 +67,12 @@ def plan(
     blocks: Blocks = None,
     seed: Seed = 0,
     in_proj: InProj = "packed",
+    devices: Devices = 1,
+    strategy: Divided = "ddp",
+    tokens: Tokens = 0,
+    dtype: Dtype = None,
+    optimizer_states: States = 2,
+    checkpointing: Checkpointing = False,  # noqa: FBT002
     as_json: AsJson = False,  # noqa: FBT002
 ) -> None:
     """Print what an adapter of a model would be: layers, counts, bytes, and the memory that training needs.
@@ -74,41 +90,44 @@ def plan(
     `randlora plan gpt2 --targets all-linear --basis block --json`
 
     `randlora plan gpt2 --r c_attn=16 --r ".*=32"`
+
+    `randlora plan Llama-3-70B --devices 8 --strategy fsdp2 --tokens 4096 --checkpointing`
     """
     if targets and targets_regex is not None:
         raise typer.BadParameter("give --targets or --targets-regex, not both")
     ranks, alphas = _by_pattern("--r", r, int), _by_pattern("--alpha", alpha, float)
+    options: dict[str, Any] = {
+        "targets": targets_regex or (targets[0] if targets in (["all-linear"], ["all"]) else targets or None),
+        "exclude": exclude or None,
+        "train_also": train_also or None,
+        "alpha": alphas,
+        "basis": basis,
+        "stream": stream,
+        "blocks": blocks,
+        "seed": seed,
+        "in_proj": in_proj,
+    }
+    setup = {
+        "devices": devices,
+        "strategy": strategy,
+        "tokens": tokens,
+        "dtype": None if dtype is None else getattr(torch, dtype),
+        "optimizer_states": optimizer_states,
+        "checkpointing": checkpointing,
+    }
     base = open_base(model_dir)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", DOUBT, UserWarning)  # the report says it
-        report = plan_checkpoint(
-            base,
-            ranks,
-            targets=targets_regex or (targets[0] if targets in (["all-linear"], ["all"]) else targets or None),
-            exclude=exclude or None,
-            train_also=train_also or None,
-            alpha=alphas,
-            basis=basis,
-            stream=stream,
-            blocks=blocks,
-            seed=seed,
-            in_proj=in_proj,
-        )
-    memory = training_memory(report, base.directory)
+        report = plan_checkpoint(base, ranks, **options)
+        memory = checkpoint_memory(base, ranks, **options, **setup)
     if as_json:
         show_json({**plain(report), "share": report.share, "training_memory": {**plain(memory), "total": memory.total}})
         return
     show(report)
-    typer.echo("\nmemory for training, without activations:")
-    sizes = {
-        "the model, as stored": memory.weights,
-        "the adapter": memory.parameters,
-        "its gradients": memory.gradients,
-        "AdamW": memory.optimizer,
-        "bases": memory.bases,
-        "together": memory.total,
-    }
-    show_table((), [(name, as_bytes(size)) for name, size in sizes.items()])
+    typer.echo(f"\n{memory.title}")
+    show_table((), memory.lines)
+    for note in memory.notes:
+        typer.echo(note)
 
 
 def _by_pattern(

@@ -11,8 +11,8 @@ checkpoint.
 from randlora.files.convert import convert
 from randlora.files.inspect import inspect
 from randlora.files.merge import merge
-from randlora.files.plan import plan
+from randlora.files.plan import plan, training_memory
 from randlora.files.verify import verify
 from randlora.report import Progress
 
-__all__ = ["Progress", "convert", "inspect", "merge", "plan", "verify"]
+__all__ = ["Progress", "convert", "inspect", "merge", "plan", "training_memory", "verify"]

@@ -1,10 +1,10 @@
-"""`randlora.files.plan`: the report of an adapter, from the model's class and the headers of its checkpoint."""
+"""`randlora.files.plan` and `training_memory`, from the model's class and the headers of its checkpoint."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 from typing import Any
 
 from randlora.errors import CheckpointError, TargetError, raise_collected
@@ -13,32 +13,10 @@ from randlora.files.model_directory import ModelDirectory
 from randlora.files.quantized import DenseView
 from randlora.files.transformers_model import TransformersModel
 from randlora.hints import require_types
+from randlora.memory.training import Setup, TrainingMemory
 from randlora.model.inject import plan as plan_model
+from randlora.model.memory import memory_of
 from randlora.report import Report
-
-
-@dataclass(frozen=True)
-class TrainingMemory:
-    """The memory that training an adapter needs, in bytes, without activations, which depend on the batch.
-
-    Attributes:
-        weights: The model's weights, in the dtypes of the checkpoint.
-        parameters: Λ and Γ in float32, and the parameters of ``train_also`` in the model's dtype.
-        gradients: The same size.
-        optimizer: Twice that size, for the two moments of AdamW.
-        bases: The random bases, as stored.
-    """
-
-    weights: int
-    parameters: int
-    gradients: int
-    optimizer: int
-    bases: int
-
-    @property
-    def total(self) -> int:
-        """The total."""
-        return self.weights + self.parameters + self.gradients + self.optimizer + self.bases
 
 
 def plan(directory: str | os.PathLike[str], r: int | Mapping[str, int] | None = None, **options: Any) -> Report:
@@ -94,7 +72,45 @@ def _take_dtypes(model: TransformersModel, dense: DenseView) -> list[str]:
     return problems
 
 
-def training_memory(report: Report, directory: ModelDirectory) -> TrainingMemory:
-    """Return the memory that is needed to train the adapter of a report that `plan` returned."""
-    trained = report.checkpoint_bytes  # the trained parameters are those that are saved
-    return TrainingMemory(directory.nbytes, trained, trained, 2 * trained, report.basis_bytes)
+def training_memory(
+    directory: str | os.PathLike[str], r: int | Mapping[str, int] | None = None, **options: Any
+) -> TrainingMemory:
+    """Return the bytes that training an adapter of the model in a directory takes on each device.
+
+    Args:
+        directory: As for `plan`.
+        r: Rank of one random basis, or ranks by pattern.
+        **options: As for `randlora.training_memory`.
+
+    Returns:
+        The sizes of `randlora.training_memory` for the model, with quantized weights in the bytes that they are stored
+        in.
+
+    Raises:
+        CheckpointError: As `plan`.
+        RandLoRAError: As `randlora.training_memory`.
+    """
+    require_types(training_memory, {"directory": directory})
+    return checkpoint_memory(open_base(directory), r, **options)
+
+
+def checkpoint_memory(base: Base, r: int | Mapping[str, int] | None = None, **options: Any) -> TrainingMemory:
+    """Return the result of `training_memory` for a checkpoint whose headers have been read."""
+    setup = Setup(**{field.name: options.pop(field.name) for field in fields(Setup) if field.name in options})
+    plan_checkpoint(base, r, **options)  # whose errors these are too
+    directory, dense, model = base
+    assert not isinstance(model, str), "plan_checkpoint() raises an error"
+    return memory_of(model.census.model, r, setup, _stored(directory, dense, model), **options)
+
+
+def _stored(directory: ModelDirectory, dense: DenseView, model: TransformersModel) -> dict[str, int]:
+    """Return the bytes of the quantized parameters by FQN: a share of those of all codes and what belongs to them."""
+    codes = {fqn: names for fqn, names in model.names_by_fqn.items() if dense.codes.keys() & set(names)}
+    plain = sum(entry.nbytes for name, entry in dense.directory.entries.items() if name not in dense.codes)
+    left = directory.nbytes - plain
+    sizes = {fqn: sum(dense.directory.entries[name].nbytes for name in names) for fqn, names in codes.items()}
+    total, shares = sum(sizes.values()), {}
+    for fqn, size in sizes.items():
+        shares[fqn] = round(left * size / total)
+        left, total = left - shares[fqn], total - size
+    return shares

@@ -151,7 +151,7 @@ def inject(
             like a head, as in a ResNet. The message says what is left out, and which ``targets`` to give. Also if the
             model is in a `DistributedDataParallel` already, which would not average the adapter's gradients.
     """
-    options = _one_config(
+    options = one_config(
         config,
         r,
         targets=targets,
@@ -166,7 +166,7 @@ def inject(
         in_proj=in_proj,
         experts=experts,
     )
-    planned = _plan(model, name, options, active=active, trainable=trainable)
+    planned = make_plan(model, name, options, active=active, trainable=trainable)
     report, adapter, sites = planned.report(), planned.adapter, planned.selection.sites
     _warn(report)
     adapter.bases |= planned.shared
@@ -200,7 +200,7 @@ def plan(
     Raises:
         RandLoRAError: Any error that `inject` would raise before it draws bases.
     """
-    report = _plan(model, name, _one_config(config, r, **options), active=active, trainable=trainable).report()
+    report = make_plan(model, name, one_config(config, r, **options), active=active, trainable=trainable).report()
     _warn(report)
     return report
 
@@ -243,7 +243,7 @@ def _warn(report: Report) -> None:
         warn("; ".join([report.warning, *lines(report.left_out)]))
 
 
-def _one_config(config: RandLoRAConfig | None, r: int | Mapping[str, int] | None, **given: Any) -> RandLoRAConfig:
+def one_config(config: RandLoRAConfig | None, r: int | Mapping[str, int] | None, **given: Any) -> RandLoRAConfig:
     """Return the config given, or one made from single options."""
     options = given if r is None else {**given, "r": r}
     built = RandLoRAConfig(**options)
@@ -258,7 +258,9 @@ def _one_config(config: RandLoRAConfig | None, r: int | Mapping[str, int] | None
     return config
 
 
-def _plan(model: nn.Module, name: str, config: RandLoRAConfig, *, active: bool | None, trainable: bool | None) -> Plan:
+def make_plan(
+    model: nn.Module, name: str, config: RandLoRAConfig, *, active: bool | None, trainable: bool | None
+) -> Plan:
     """Return the plan of an adapter, or raise one error for all problems."""
     require_types(inject, {"active": active, "trainable": trainable})
     census = Census.of(model)

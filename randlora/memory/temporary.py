@@ -1,0 +1,96 @@
+"""The memory that a layer needs during a step, found by running its arithmetic on the meta device."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from randlora.bases.basis import Basis
+from randlora.bases.spec import Shape
+from randlora.functional import Diagonals, Pair, adapted_linear
+from randlora.functional.cost import pass_over
+from randlora.layers.base import diagonal_shapes
+
+META = torch.device("meta")
+
+
+class _Counting(TorchDispatchMode):
+    """Counts the bytes of what operators allocate, and the most of them at once."""
+
+    def __init__(self, *held: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self._alive = {tensor.untyped_storage()._cdata for tensor in held}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        self._alive.add(key)
+        self.now += nbytes
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._free, key, nbytes)
+
+    def _free(self, key: int, nbytes: int) -> None:
+        self._alive.discard(key)
+        self.now -= nbytes
+
+
+def peak_beside(shape: Shape, r: int, basis: Basis, tokens: int, dtype: torch.dtype, device_type: str) -> int:
+    """Return how much more memory a step of an adapted layer takes at its height than one of the frozen layer.
+
+    Args:
+        shape: ``(out_features, in_features)``.
+        r: The rank of one basis.
+        basis: Bases of this rank that cover the layer.
+        tokens: Rows of the input.
+        dtype: The dtype that the layer is held and computed in.
+        device_type: The type of the device, which the choice of how to compute depends on.
+    """
+    out_features, in_features = shape
+    pair = basis.pair(max(shape), min(shape), device=META, dtype=dtype)
+    for form in (pair, pair.written):
+        if form is not None:  # the cached choice of a device that is not the one computed on
+            vars(form)["shape"] = form.shape._replace(entry=pass_over(device_type, dtype).multiply_adds)
+    lam, gamma = (torch.empty(each, device=META, requires_grad=True) for each in diagonal_shapes(shape, r))
+    x = torch.empty((tokens, in_features), dtype=dtype, device=META, requires_grad=True)
+    weight = torch.empty((out_features, in_features), dtype=dtype, device=META)
+    grad = torch.empty((tokens, out_features), dtype=dtype, device=META)
+
+    def adapted_step() -> None:
+        output = adapted_linear(x, pair, Diagonals(lam, gamma, 1.5), weight=weight)
+        torch.autograd.grad(output, [x, lam, gamma], grad)
+
+    def frozen_step() -> None:
+        torch.autograd.grad(F.linear(x, weight), [x], grad)
+
+    held = (x, lam, gamma, weight, grad, *_tensors(pair))
+    return _most(adapted_step, *held) - _most(frozen_step, *held)
+
+
+def _tensors(pair: Pair) -> list[Tensor]:
+    forms: list[Pair] = [pair] if pair.written is None else [pair, pair.written]
+    return [tensor for form in forms for tensor in (form.A, form.B)]
+
+
+def _most(step: Callable[[], None], *held: Tensor) -> int:
+    counting = _Counting(*held)
+    with counting:
+        step()
+    return counting.most
