@@ -1,0 +1,45 @@
+"""The tables of docs/scale.md are what the formulas give, and no model in them was forgotten."""
+
+import re
+
+import pytest
+
+from benchmarks import scale
+
+PAGE = scale.PAGE.read_text(encoding="utf-8")
+
+
+def lines(table: str) -> list[str]:
+    """Return the rows of a table of the page."""
+    found = re.search(rf"<!-- {table} -->\n(.*?)<!-- end -->", PAGE, re.DOTALL)
+    assert found is not None
+    return found[1].splitlines()
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("name", ["Llama-3 8B", "Mixtral-8x7B, experts too", "Qwen3-235B-A22B"])
+def test_the_rows_of_a_model_are_what_the_formulas_give(name: str) -> None:
+    assert scale.sizes_row(name, scale.MODELS[name]) in lines("sizes")
+    assert scale.totals_row(name, scale.MODELS[name]) in lines("totals")
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("name", ["Llama-3 405B, 64 devices, fsdp2", "Llama-3 70B, 8 devices, tp"])
+def test_the_parts_of_a_sum_are_what_the_formulas_give(name: str) -> None:
+    assert scale.parts_row(name) in lines("parts")
+
+
+@pytest.mark.parametrize(
+    ("table", "names"), [("sizes", scale.MODELS), ("totals", scale.MODELS), ("parts", scale.PARTS)]
+)
+def test_every_model_has_its_row(table: str, names: dict[str, object]) -> None:
+    head, _, *rows = lines(table)
+    assert head == f"| {' | '.join(scale.HEADS[table])} |"
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == list(names)
+
+
+def test_a_sum_is_bold_where_a_device_has_room_for_it() -> None:
+    rows = [row for row in lines("totals") if "Llama-3" in row]
+    cells = [cell.strip() for row in rows for cell in re.split(r"[|/]", row)[2:] if cell.strip()]
+    assert len(cells) == 30
+    assert all(("*" in cell) == (float(cell.strip("*")) * scale.GB <= scale.ROOM) for cell in cells)
