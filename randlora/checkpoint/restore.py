@@ -1,0 +1,136 @@
+"""`restore`: the values of an adapter's files into the adapter that a model has already, in place."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from randlora.bases.basis import Basis
+from randlora.checkpoint.format import BasisRecord, Header
+from randlora.checkpoint.read import AdapterFile, read_adapter
+from randlora.errors import CheckpointError, raise_collected
+from randlora.layer_options import by_rank
+from randlora.model.change import one_at_a_time
+from randlora.model.install import lost_sites, require_own
+from randlora.model.train_also import lost_parameters
+from randlora.replaced import whole_shape
+from randlora.state import Adapter, adapted_root, require_unmerged
+from randlora.targets.match import shortened
+from randlora.targets.site import AdaptedSite, Shapes, shapes_of, sizes
+from randlora.targets.walk import Census
+
+
+@one_at_a_time
+def restore(model: nn.Module, directory: str | os.PathLike[str], *, name: str | None = None) -> None:
+    """Write the values of an adapter's files into the adapter of a model that they were saved from, in place.
+
+    Unlike after `randlora.load`, parameters are the same objects as before, so that an optimizer and an engine that
+    hold them go on with them. The adapter must be the same in everything but its values: layers, r, alpha, bases and
+    the parameters trained with it. If parameters are sharded, all processes call this together.
+
+    Args:
+        model: A model with adapters.
+        directory: A directory that `randlora.save` wrote.
+        name: The adapter's name in the model; ``None`` means the only one.
+
+    Raises:
+        AdapterError: If the model has no adapter of that name, or its adapters are merged.
+        CheckpointError: If the files are missing or damaged, or are those of another adapter. The model is then
+            unchanged.
+    """
+    root, state = adapted_root(model)
+    adapter = state.adapter(name)
+    require_unmerged(state, "restore")
+    _reshard(root)
+    census = Census.of(root)
+    require_own(census, state, "restore")
+    sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
+    doing = f"restore adapter {adapter.name!r} from {str(directory)!r}"
+    try:
+        file = read_adapter(Path(directory))
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot {doing}: {error}") from error
+    problems = [*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])]
+    problems += problems or [*_differences(adapter, file, shapes_of(sites, adapter.config))]
+    raise_collected(CheckpointError, problems, doing=doing)
+    values = dict(_values(adapter, file, sites))
+    with torch.no_grad():
+        for parameter, value in values.items():
+            _write(parameter, value)
+
+
+def _values(adapter: Adapter, file: AdapterFile, sites: list[AdaptedSite]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Yield each parameter of the adapter with its value in the file."""
+    for site in sites:
+        yield from zip(site.layer.diagonals_of(site.owner, adapter.name), file.values[site.fqn], strict=True)
+    for fqn, parameter in adapter.trained.items():
+        yield parameter, file.trained[fqn]
+
+
+def _differences(adapter: Adapter, file: AdapterFile, shapes: Shapes) -> Iterator[str]:
+    """Yield in what an adapter is another than the one in the files, except for its values."""
+    advice = "make the model and its adapter as they were made when training began, with the same options"
+    if file.header is None:
+        yield "randlora.save did not write these files: call randlora.load instead"
+        return
+    for what, own, other in (("layer", shapes, file.header.shapes), ("trained parameter", adapter.trained, file.trained)):
+        if more := sorted(own.keys() - other.keys()):
+            yield f"the files have no {what} {shortened(more)}: {advice}"
+        if more := sorted(other.keys() - own.keys()):
+            yield f"the adapter has no {what} {shortened(more)}, which the files have: {advice}"
+    yield from _different_shapes(adapter, file, shapes, advice)
+    if file.header.shapes == shapes and file.options == adapter.options:
+        yield from _different_bases(adapter.bases, file.header, adapter, advice)
+
+
+def _different_shapes(adapter: Adapter, file: AdapterFile, shapes: Shapes, advice: str) -> Iterator[str]:
+    """Yield which layers have another shape, r or alpha than in the files, and which parameters another shape."""
+    assert file.header is not None, "checked before"
+    both: Mapping[str, Any] = {fqn: file.header.shapes[fqn] for fqn in shapes if fqn in file.header.shapes}
+    for fqn, saved in both.items():
+        if saved != shapes[fqn]:
+            yield f"{fqn} has shape {sizes(shapes[fqn])}, and in the files {sizes(saved)}: {advice}"
+        elif (was := file.options[fqn]) != (now := adapter.options[fqn]):
+            yield (
+                f"{fqn} has r={now.r} and alpha={now.alpha:g}, and in the files r={was.r} and alpha={was.alpha:g}: "
+                f"{advice}"
+            )
+    for fqn in sorted(adapter.trained.keys() & file.trained.keys()):
+        own, other = whole_shape(adapter.trained[fqn]), file.trained[fqn].shape
+        if tuple(own) != tuple(other):
+            yield f"{fqn} has shape {sizes(own)}, and in the files {sizes(other)}: {advice}"
+
+
+def _different_bases(bases: Mapping[int, Basis], header: Header, adapter: Adapter, advice: str) -> Iterator[str]:
+    """Yield which bases are others than those that the files were saved with."""
+    for r, own in by_rank(header.shapes, adapter.options).items():
+        record = BasisRecord.of(bases[r], own)
+        if record.digest != header.bases[r].digest:
+            yield f"the bases are {record.spec}, and in the files {header.bases[r].spec}: {advice}"
+
+
+def _write(parameter: nn.Parameter, value: Tensor) -> None:
+    """Write a whole value into a parameter, of which this process may hold a part."""
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: PLC0415  (slow to import)
+
+        if isinstance(parameter.data, DTensor):
+            value = value.to(device=parameter.device, dtype=parameter.dtype)
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
+    parameter.copy_(value)
+
+
+def _reshard(root: nn.Module) -> None:
+    """Let the parameters be those that FSDP2 keeps, instead of whole ones that a forward pass has left."""
+    if "torch.distributed.fsdp" in sys.modules:
+        from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415  (slow to import)
+
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

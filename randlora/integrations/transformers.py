@@ -1,0 +1,217 @@
+"""`AdapterTrainer`, and `AdapterCheckpoints` for any other trainer that is a `transformers.Trainer`.
+
+transformers has no public hook for what a checkpoint holds and how it is loaded. `PRIVATE` names the methods that are
+overridden and are not public.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+import randlora
+from randlora.checkpoint.format import TENSORS_FILE
+from randlora.checkpoint.restore import restore
+from randlora.errors import AdapterError
+from randlora.integrations.reference import Reference
+from randlora.layers.in_place import RunsAdapters
+from randlora.model.switch import AdapterInfo
+from randlora.targets.match import shortened
+from randlora.targets.walk import Census
+
+PRIVATE = ("_load_from_checkpoint", "_load_best_model")
+"""Private methods of `Trainer` that `AdapterCheckpoints` overrides; a test holds their signatures and their callers."""
+
+
+class AdapterCheckpoints:
+    """A mixin for a subclass of `transformers.Trainer`, whose checkpoints then hold the adapter and not the model.
+
+    Put it first: ``class SFT(AdapterCheckpoints, trl.SFTTrainer)``. A checkpoint has the files of `randlora.save`, and
+    the trainer's own for the optimizer, the scheduler and the generators. Call `randlora.inject` before the trainer is
+    made. To resume, make model and adapter in the same way again: values are loaded into the parameters in place.
+
+    If several adapters are trained, each is saved in a subdirectory of its name. Those that are not trained are not
+    saved.
+
+    With TRL's trainers that take a ``ref_model``, none means that the reference is the same model without the adapters
+    that are trained; no other is loaded.
+    """
+
+    args: Any
+    model: Any
+    state: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Make the trainer.
+
+        Raises:
+            AdapterError: If the model has no adapter that is trained, or parameters require grad that are not in the
+                adapter's files.
+        """
+        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
+        model = given.arguments.get("model")
+        if isinstance(model, nn.Module):
+            _require_trained(model)
+            if "ref_model" in given.signature.parameters and given.arguments.get("ref_model") is None:
+                _refer(given, model)
+            with _accepted(model):
+                super().__init__(*given.args, **given.kwargs)
+        else:  # made in there, by a function or from a name
+            super().__init__(*args, **kwargs)
+            _require_trained(self.model)
+        _require_called(self.model, type(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer.train` does, except that ``True`` means the newest checkpoint that is complete."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = _newest_complete(Path(self.args.output_dir))
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001, FBT002
+        """Save the adapters that are trained, with what else the trainer saves beside a model.
+
+        All processes of a run call this.
+        """
+        directory = Path(output_dir or self.args.output_dir)
+        trained = _require_trained(self.model)
+        for info in trained if self.args.should_save else ():
+            own = directory if len(trained) == 1 else directory / info.name
+            randlora.save(self.model, own, name=info.name)
+        if self.args.should_save:
+            self._save_beside(directory)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)  # type: ignore[attr-defined]
+
+    def _save_beside(self, directory: Path) -> None:
+        """Save the processing class and the arguments, as `Trainer` does."""
+        processing = getattr(self, "processing_class", None)
+        processing = processing or getattr(getattr(self, "data_collator", None), "tokenizer", None)
+        if processing is not None:
+            processing.save_pretrained(directory)
+        torch.save(self.args, directory / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the adapters that are trained from a checkpoint, in place."""
+        model = self.model if model is None else model
+        trained = _require_trained(model)
+        for info in trained:
+            own = Path(resume_from_checkpoint, *([] if len(trained) == 1 else [info.name]))
+            restore(model, own, name=info.name)
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint of the run."""
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class AdapterTrainer(AdapterCheckpoints, Trainer):  # type: ignore[misc]  # transformers carries no types
+    """A `transformers.Trainer` whose checkpoints hold the adapter and not the model: `AdapterCheckpoints`."""
+
+
+def _require_trained(model: nn.Module) -> list[AdapterInfo]:
+    """Return the adapters that are trained, after checking that a checkpoint has all that is.
+
+    Raises:
+        AdapterError: If there is none, or a parameter is trained that no adapter has.
+    """
+    trained = [info for info in randlora.adapters(model) if info.is_trainable]
+    if not trained:
+        raise AdapterError(
+            "the model has no adapter that is trained: call randlora.inject(model) before the trainer is made, or "
+            "randlora.load(model, path, trainable=True)"
+        )
+    own = {id(parameter) for parameter in randlora.trainable_parameters(model)}
+    others = [name for name, held in model.named_parameters() if held.requires_grad and id(held) not in own]
+    if others:
+        raise AdapterError(
+            f"{shortened(others)} requires grad and belongs to no adapter, so checkpoints would not have it: name it in "
+            "train_also=, or set requires_grad to False"
+        )
+    return trained
+
+
+def _require_called(model: nn.Module, trainer: type) -> None:
+    """Check that a trainer of TRL, which multiplies by the weight of the output head, trains no adapter of it."""
+    is_trl = any(base.__module__.startswith("trl.") for base in trainer.__mro__)
+    head = getattr(model, "get_output_embeddings", lambda: None)() if is_trl else None
+    if isinstance(head, RunsAdapters):
+        raise AdapterError(
+            "TRL's trainers multiply by the weight of the output head instead of calling it, so an adapter of it would "
+            "not be trained: leave it out of targets=, or name it in train_also="
+        )
+
+
+def _refer(given: inspect.BoundArguments, model: nn.Module) -> None:
+    """Let a trainer of TRL use the same model as its reference."""
+    arguments: Any = given.arguments.get("args")
+    if getattr(arguments, "sync_ref_model", False):
+        raise AdapterError(
+            "sync_ref_model=True copies what is trained into the reference, which is the same model here, without its "
+            "adapters: leave it out, or give a ref_model"
+        )
+    if _is_sharded_by_engine(arguments):  # TRL would shard the reference, and loads one of its own without it
+        return
+    trained = [info.name for info in _require_trained(model)]
+    if any(lam.any() for site in Census.of(model).adapted for name in site.layer.adapters if name in trained
+           for lam in site.layer.diagonals_of(site.owner, name)[:1]):
+        warnings.warn(
+            f"the reference is the model without {', '.join(trained)}, which was trained before: if it should be the "
+            "model as it is now, merge the adapter first and inject another, or give a ref_model",
+            UserWarning,
+            stacklevel=3,
+        )
+    given.arguments["ref_model"] = Reference(model, trained)
+
+
+def _is_sharded_by_engine(arguments: Any) -> bool:
+    """Whether a trainer of these arguments will shard models, by FSDP or DeepSpeed."""
+    flags = (getattr(arguments, name, None) for name in ("fsdp", "deepspeed"))
+    launched = (os.environ.get(name, "false") for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
+    return any(flags) or any(flag.lower() in ("true", "1") for flag in launched)
+
+
+@contextmanager
+def _accepted(model: nn.Module) -> Iterator[None]:
+    """Have `Trainer` accept a quantized model, which it does if it believes that PEFT has adapted it.
+
+    TRL then casts what is trained to bfloat16, which is undone: Λ and Γ are trained in float32.
+    """
+    held = [(parameter, parameter.data) for parameter in randlora.trainable_parameters(model)]
+    is_quantized = getattr(model, "is_quantized", False)
+    if is_quantized:
+        vars(model)["_hf_peft_config_loaded"] = True
+    try:
+        yield
+    finally:
+        if is_quantized:
+            del vars(model)["_hf_peft_config_loaded"]
+            for parameter, data in held:
+                parameter.data = data.to(parameter.device)
+
+
+def _newest_complete(directory: Path) -> str:
+    """Return the newest checkpoint of a run that was written to its end."""
+    found = {int(path.name.split("-")[1]): path for path in directory.glob("checkpoint-*") if _is_complete(path)}
+    if not found:
+        raise ValueError(f"there is no complete checkpoint in {str(directory)!r}")
+    return str(found[max(found)])
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint has the file that the trainer writes last, and an adapter."""
+    if not checkpoint.name.split("-")[1].isdecimal():
+        return False
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return any(checkpoint.rglob(TENSORS_FILE))

@@ -1,0 +1,247 @@
+"""`AdapterTrainer`: checkpoints of the adapter only, and runs that go on as if they had not been stopped."""
+
+import ast
+import importlib
+import inspect
+import json
+import shutil
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+
+import randlora
+from randlora.errors import AdapterError, CheckpointError
+from randlora.integrations.transformers import PRIVATE, AdapterCheckpoints, AdapterTrainer
+from tests.hub_server import Hub
+from tests.test_checkpoint_hub import _own_cache, hub  # noqa: F401  (fixtures)
+from tests.kit import fill
+from tests.trainers import (
+    ADAPTER_FILES,
+    QUIET,
+    adapted_model,
+    arguments,
+    files,
+    plain_model,
+    rows,
+    tokenizer,
+    trained_bits,
+)
+
+pytestmark = [*QUIET, pytest.mark.medium]
+
+
+def trainer(model: nn.Module, directory: Path | str, **options: Any) -> AdapterTrainer:
+    own = {name: options.pop(name) for name in ("optimizers", "processing_class", "eval_dataset") if name in options}
+    return AdapterTrainer(model, arguments(TrainingArguments, directory, **options), train_dataset=rows(), **own)
+
+
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "train-also-and-dropout": {"train_also": ["norm"], "dropout": 0.2},
+    "block": {"basis": "block"},
+}
+
+
+@pytest.mark.parametrize("resumed_from", ["run/checkpoint-2", True])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_resumed_run_ends_with_the_same_bits(options: dict[str, Any], resumed_from: str | bool) -> None:
+    through = trainer(adapted_model(**options), "run")
+    through.train()
+    assert files("run/checkpoint-2") >= ADAPTER_FILES | {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    assert not [name for name in files("run/checkpoint-2") if name.startswith(("model", "pytorch_model"))]
+    shutil.rmtree("run/checkpoint-4")
+    rest = trainer(fill(adapted_model(**options)), "run")
+    rest.train(resume_from_checkpoint=resumed_from)
+    assert trained_bits(rest.model) == trained_bits(through.model)
+
+
+def test_a_run_goes_on_in_the_parameters_that_it_has_and_with_an_optimizer_that_was_given() -> None:
+    def given(model: nn.Module) -> tuple[Any, Any]:
+        optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=0.1, momentum=0.9)
+        return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    model = adapted_model()
+    through = trainer(model, "run", optimizers=given(model))
+    through.train()
+    other = fill(adapted_model())
+    before = list(randlora.trainable_parameters(other))
+    rest = trainer(other, "run", optimizers=given(other))
+    rest.train(resume_from_checkpoint="run/checkpoint-2")
+    assert all(map(lambda one, two: one is two, before, randlora.trainable_parameters(other)))
+    assert trained_bits(other) == trained_bits(model)
+
+
+def test_the_best_adapter_is_given_back_and_old_checkpoints_are_deleted() -> None:
+    model = adapted_model()
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 2}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    run = trainer(model, "run", eval_dataset=rows(), **options)
+    run.train()
+    best = Path(run.state.best_model_checkpoint)  # greater is better, so not the last
+    assert files("run") == {best.name, "checkpoint-4"}
+    first, last = plain_model(), plain_model()
+    randlora.load(first, best, trainable=True)
+    randlora.load(last, "run/checkpoint-4", trainable=True)
+    assert trained_bits(model) == trained_bits(first) != trained_bits(last)
+
+
+def test_gradient_checkpointing_changes_no_bit() -> None:
+    plain = trainer(adapted_model(), "plain")
+    plain.train()
+    saving = trainer(adapted_model(), "saving", gradient_checkpointing=True)
+    saving.train()
+    assert trained_bits(saving.model) == trained_bits(plain.model)
+
+
+def test_the_adapter_that_is_trained_is_saved_beside_one_that_is_not() -> None:
+    model = fill(adapted_model())
+    randlora.inject(model, r=4, name="task")
+    randlora.activate(model, "default", trainable=False)
+    randlora.activate(model, "task", trainable=True)
+    randlora.activate(model, ["default", "task"])
+    trainer(model, "run").train()
+    other = plain_model()
+    randlora.load(other, "run/checkpoint-4", trainable=True)
+    assert trained_bits(other) == trained_bits(model)
+
+
+def test_several_adapters_that_are_trained_are_saved_each_in_a_directory() -> None:
+    def two() -> nn.Module:
+        model = adapted_model()
+        randlora.inject(model, r=4, name="task", trainable=True, targets=["up_proj"])
+        randlora.activate(model, ["default", "task"], trainable=True)
+        return model
+
+    through = trainer(two(), "run")
+    through.train()
+    assert files("run/checkpoint-2/task") == files("run/checkpoint-2/default") == ADAPTER_FILES
+    rest = trainer(two(), "run")
+    rest.train(resume_from_checkpoint="run/checkpoint-2")
+    assert trained_bits(rest.model) == trained_bits(through.model)
+
+
+def test_save_model_saves_the_tokenizer_and_the_arguments_too() -> None:
+    trainer(adapted_model(), "run", processing_class=tokenizer()).save_model("saved")
+    assert files("saved") == ADAPTER_FILES | {"tokenizer.json", "tokenizer_config.json", "training_args.bin"}
+
+
+@pytest.mark.parametrize("damage", ["no-state", "half-a-state", "no-adapter"])
+def test_true_passes_over_a_checkpoint_that_was_not_written_to_its_end(damage: str) -> None:
+    through = trainer(adapted_model(), "run")
+    through.train()
+    last = Path("run/checkpoint-4")
+    if damage == "no-adapter":
+        (last / "adapter_model.safetensors").unlink()
+    else:
+        (last / "trainer_state.json").write_text("" if damage == "no-state" else '{"epoch": 1')
+    rest = trainer(adapted_model(), "run")
+    rest.train(resume_from_checkpoint=True)
+    assert trained_bits(rest.model) == trained_bits(through.model)
+    assert json.loads((last / "trainer_state.json").read_text())["global_step"] == 4
+
+
+def test_true_without_a_checkpoint_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no complete checkpoint in 'run'"):
+        trainer(adapted_model(), "run").train(resume_from_checkpoint=True)
+
+
+DIFFERENCES: dict[str, tuple[dict[str, Any], str]] = {
+    "r": ({"r": 4}, "has r=4 and alpha=80, and in the files r=8 and alpha=160"),
+    "alpha": ({"alpha": 1}, "has r=8 and alpha=1, and in the files r=8 and alpha=160"),
+    "seed": ({"seed": 1}, r"the bases are .*, and in the files"),
+    "targets": ({"targets": ["up_proj"]}, "the files have no layer model.layers.0.mlp.up_proj"),
+    "train_also": ({"train_also": ["norm"]}, "the files have no trained parameter model.norm.weight"),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENCES)
+def test_a_checkpoint_of_another_adapter_is_refused_and_changes_nothing(case: str) -> None:
+    options, message = DIFFERENCES[case]
+    trainer(adapted_model(), "run", max_steps=2).train()
+    other = trainer(fill(adapted_model(**options)), "run")
+    before = trained_bits(other.model)
+    with pytest.raises(CheckpointError, match=message):
+        other.train(resume_from_checkpoint=True)
+    assert trained_bits(other.model) == before
+
+
+def test_what_checkpoints_would_not_have_is_refused() -> None:
+    with pytest.raises(AdapterError, match="no adapter that is trained"):
+        trainer(plain_model(), "run")
+    model = adapted_model()
+    model.lm_head.weight.requires_grad = True
+    with pytest.raises(AdapterError, match=r"lm_head.weight requires grad .* train_also="):
+        trainer(model, "run")
+
+
+def test_seq2seq_trainers_and_a_model_made_by_a_function() -> None:
+    class Seq2Seq(AdapterCheckpoints, Seq2SeqTrainer):  # type: ignore[misc]
+        pass
+
+    def make(directory: str) -> Any:
+        options = arguments(Seq2SeqTrainingArguments, directory)
+        return Seq2Seq(args=options, model_init=lambda: adapted_model(), train_dataset=rows())
+
+    through, rest = make("run"), make("run")
+    through.train()
+    rest.train(resume_from_checkpoint="run/checkpoint-2")
+    assert files("run/checkpoint-2") >= ADAPTER_FILES
+    assert trained_bits(rest.model) == trained_bits(through.model)
+
+
+def test_a_push_has_the_adapter(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted_model()
+    pushing = trainer(model, "run", push_to_hub=True, hub_model_id="me/adapter", hub_token="hf_x", max_steps=2)
+    pushing.train()
+    pushing.push_to_hub()
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(hub.repositories["me/adapter"].files())
+    assert not [name for name in hub.repositories["me/adapter"].files() if name.startswith("model")]
+
+
+# What is overridden and is not public
+
+
+def test_the_private_methods_that_are_overridden_are_those_that_are_named() -> None:
+    own = {name for name in vars(AdapterCheckpoints) if name in dir(Trainer) and not name.startswith("__")}
+    assert {name for name in own if name.startswith("_")} == set(PRIVATE)
+    assert own - set(PRIVATE) == {"save_model", "train", "args", "model", "state"} & own
+
+
+def test_the_signatures_of_what_is_overridden_are_as_they_were() -> None:
+    assert list(inspect.signature(Trainer._load_from_checkpoint).parameters) == ["self", "resume_from_checkpoint", "model"]
+    assert list(inspect.signature(Trainer._load_best_model).parameters) == ["self"]
+    assert list(inspect.signature(Trainer.save_model).parameters) == ["self", "output_dir", "_internal_call"]
+    assert list(inspect.signature(Trainer.train).parameters)[:2] == ["self", "resume_from_checkpoint"]
+
+
+CALLS = {
+    "save_model": {"_save_checkpoint", "push_to_hub", "_tune_save_checkpoint"},
+    "_load_from_checkpoint": {"train", "_prepare_for_training"},
+    "_load_best_model": {"_finalize_training"},
+    "_save": {"save_model"},  # so that overriding save_model is enough
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_overridden_is_called_where_it_was(name: str) -> None:
+    (kind,) = ast.parse(textwrap.dedent(inspect.getsource(Trainer))).body
+    assert isinstance(kind, ast.ClassDef)
+    callers = {
+        method.name
+        for method in kind.body
+        if isinstance(method, ast.FunctionDef)
+        for node in ast.walk(method)
+        if isinstance(node, ast.Attribute) and node.attr == name
+    }
+    assert callers == CALLS[name]
+
+
+def test_nothing_is_imported_with_the_integration_but_what_a_trainer_needs() -> None:
+    assert importlib.import_module("randlora.integrations.transformers").AdapterTrainer is AdapterTrainer
