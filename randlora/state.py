@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -26,6 +26,9 @@ from randlora.replaced import ReplacedParameter
 from randlora.required_grad import RequiredGrad
 
 ATTRIBUTE = "randlora_state"
+
+SavePretrained = Literal["adapter", "error", "model"]
+"""What ``save_pretrained`` of an adapted model does: see `randlora.inject`."""
 
 CHANGING = threading.RLock()
 """Held by the thread that checks and changes a model: two that merged one model at once would lose its weights."""
@@ -104,6 +107,8 @@ class ModelState:
         loading_guards: While merged, the handles of the hooks that refuse to load a state dict.
         merge_report: The `randlora.report.MergeReport` while adapters are merged reversibly.
         merged_blocks: The `randlora.merged` blocks that have not ended; none if `randlora.merge` merged them.
+        save_pretrained: What ``save_pretrained`` of the model does; ``None`` if no caller has chosen.
+        saves_merged: Whether state dicts hold merged weights, while ``save_pretrained`` writes them.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -115,6 +120,8 @@ class ModelState:
     merge_report: Any = None
     merged_blocks: list[object] = field(default_factory=list)
     compute: Compute = "auto"
+    save_pretrained: SavePretrained | None = None
+    saves_merged: bool = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Hold the state of a copied or unpickled model, in which no block is open, as none would end there.

@@ -174,7 +174,7 @@ def test_copies_and_pickles_in_a_fresh_process_compute_the_same_bits(
 def test_what_save_pretrained_writes_reloads_as_the_base(kind: RealModel, tmp_path: Path) -> None:
     base: Any = kind.build()
     model: Any = kind.build()
-    randlora.inject(model, r=4, targets=kind.targets)
+    randlora.inject(model, r=4, targets=kind.targets, save_pretrained="model")
     fill(model)
     model.save_pretrained(tmp_path)
     again, told = type(base).from_pretrained(tmp_path, output_loading_info=True)

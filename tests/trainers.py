@@ -64,18 +64,16 @@ def texts(count: int = 16) -> Dataset:
 def preferences(count: int = 16) -> Dataset:
     """Return examples for TRL's `DPOTrainer`."""
     numbers = range(count)
-    return Dataset.from_dict(
-        {
-            "prompt": [f"{i} squared is" for i in numbers],
-            "chosen": [f" {i * i}" for i in numbers],
-            "rejected": [f" {i}" for i in numbers],
-        }
-    )
+    return Dataset.from_dict({
+        "prompt": [f"{i} squared is" for i in numbers],
+        "chosen": [f" {i * i}" for i in numbers],
+        "rejected": [f" {i}" for i in numbers],
+    })
 
 
 def arguments(make: Callable[..., Any], directory: Path | str, **options: Any) -> Any:
     """Make the arguments of a trainer that saves every second of four steps."""
-    given = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+    given: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
     given |= {"report_to": [], "disable_tqdm": True, "use_cpu": True, "logging_steps": 1, "seed": 3}
     return make(str(directory), **given | options)
 

@@ -22,7 +22,7 @@ from randlora.model.change import one_at_a_time
 from randlora.model.install import commit, owned_state, prepare
 from randlora.model.train_also import replacements
 from randlora.report import Report, adapter_report, next_steps
-from randlora.state import Adapter
+from randlora.state import Adapter, SavePretrained
 from randlora.targets.site import Site, shapes_of
 from randlora.targets.walk import Census
 
@@ -39,6 +39,7 @@ def load(
     revision: str | None = None,
     prefix: str | None = None,
     stream: Stream | None = None,
+    save_pretrained: SavePretrained | None = None,
 ) -> Report:
     """Load an adapter from a directory, or from a repository on the Hub, into a model, in place.
 
@@ -62,6 +63,7 @@ def load(
         stream: The stream that the adapter's bases are from, if a file of PEFT without ``dense`` bases does not say it:
             ``"torch-2.11"`` if it was trained under torch 2.11 or older. ``None`` means what the file says, or else
             ``"torch"``, with a note in the report.
+        save_pretrained: What the model's method of this name does: see `randlora.inject`.
 
     Returns:
         A report as from `randlora.inject`.
@@ -74,7 +76,7 @@ def load(
         AdapterError: If the name is taken, or the model's adapters are merged.
     """
     given = {"model": model, "source": source, "trainable": trainable, "active": active, "revision": revision}
-    given |= {"prefix": prefix, "stream": stream}
+    given |= {"prefix": prefix, "stream": stream, "save_pretrained": save_pretrained}
     require_types(load, given)
     census = Census.of(model)
     state = owned_state(census, name, "load")
@@ -100,7 +102,15 @@ def load(
     for fqn, entry in replaced.items():
         own = file.trained[fqn].to(device=entry.original.device, dtype=entry.original.dtype)
         adapter.trained[fqn] = nn.Parameter(own, requires_grad=trainable)
-    addition = prepare(state, adapter, sites, values=_placed(file, sites), replaced=replaced, trainable=trainable)
+    addition = prepare(
+        state,
+        adapter,
+        sites,
+        values=_placed(file, sites),
+        replaced=replaced,
+        trainable=trainable,
+        save_pretrained=save_pretrained,
+    )
     report = adapter_report(
         census,
         adapter,

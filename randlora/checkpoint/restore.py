@@ -79,7 +79,10 @@ def _differences(adapter: Adapter, file: AdapterFile, shapes: Shapes) -> Iterato
     if file.header is None:
         yield "randlora.save did not write these files: call randlora.load instead"
         return
-    for what, own, other in (("layer", shapes, file.header.shapes), ("trained parameter", adapter.trained, file.trained)):
+    for what, own, other in (
+        ("layer", shapes, file.header.shapes),
+        ("trained parameter", adapter.trained, file.trained),
+    ):
         if more := sorted(own.keys() - other.keys()):
             yield f"the files have no {what} {shortened(more)}: {advice}"
         if more := sorted(other.keys() - own.keys()):

@@ -29,6 +29,7 @@ from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import require_types, shortly
 from randlora.layers.base import diagonal_shapes
 from randlora.model.install import lost_sites, require_own
+from randlora.model.save_guard import SaveGuard
 from randlora.model.switch import adapter_parameters
 from randlora.model.train_also import lost_parameters
 from randlora.placement.dtensor import reshard
@@ -176,6 +177,9 @@ def _write(
         url = upload(directory, hub, files, message="Upload a RandLoRA adapter", generated=generated)
     notes += [*untied_by_peft(census, adapter.trained), *_left_out(census, state)]
     return SaveReport(directory, adapter.name, size, tuple(notes), url)
+
+
+SaveGuard.write_adapter = staticmethod(save)
 
 
 def _values(held: _Whole, state: ModelState, adapter: Adapter) -> dict[str, Value]:

@@ -21,7 +21,11 @@ class Reference(nn.Module):
         trained: The adapters that are left out; the others that are active remain active.
     """
 
+    policy: nn.Module
+    trained: tuple[str, ...]
+
     def __init__(self, model: nn.Module, trained: Sequence[str]) -> None:
+        """Take a model and the names of the adapters to leave out."""
         super().__init__()
         vars(self).update(policy=model, trained=tuple(trained))  # not as a submodule
         for name in ("config", "base_model_prefix"):  # which a trainer reads of a model that it prepares

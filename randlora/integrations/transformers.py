@@ -71,7 +71,7 @@ class AdapterCheckpoints:
             _require_trained(self.model)
         _require_called(self.model, type(self))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does, except that ``True`` means the newest checkpoint that is complete."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = _newest_complete(Path(self.args.output_dir))
@@ -133,8 +133,8 @@ def _require_trained(model: nn.Module) -> list[AdapterInfo]:
     others = [name for name, held in model.named_parameters() if held.requires_grad and id(held) not in own]
     if others:
         raise AdapterError(
-            f"{shortened(others)} requires grad and belongs to no adapter, so checkpoints would not have it: name it in "
-            "train_also=, or set requires_grad to False"
+            f"{shortened(others)} requires grad and belongs to no adapter, so checkpoints would not have it: name it "
+            "in train_also=, or set requires_grad to False"
         )
     return trained
 
@@ -161,8 +161,13 @@ def _refer(given: inspect.BoundArguments, model: nn.Module) -> None:
     if _is_sharded_by_engine(arguments):  # TRL would shard the reference, and loads one of its own without it
         return
     trained = [info.name for info in _require_trained(model)]
-    if any(lam.any() for site in Census.of(model).adapted for name in site.layer.adapters if name in trained
-           for lam in site.layer.diagonals_of(site.owner, name)[:1]):
+    if any(
+        lam.any()
+        for site in Census.of(model).adapted
+        for name in site.layer.adapters
+        if name in trained
+        for lam in site.layer.diagonals_of(site.owner, name)[:1]
+    ):
         warnings.warn(
             f"the reference is the model without {', '.join(trained)}, which was trained before: if it should be the "
             "model as it is now, merge the adapter first and inject another, or give a ref_model",

@@ -115,10 +115,10 @@ class InPlace(nn.Module):
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
-        """Save the original weight: a merged one together with Λ and Γ would apply the update twice."""
+        """Save the original weight, since a merged one together with Λ and Γ would apply the update twice."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for layer in self.randlora.values():
-            if layer.unmerged is not None:
+            if layer.unmerged is not None and not layer.state.saves_merged:
                 layer.save_unmerged(self, destination, prefix)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

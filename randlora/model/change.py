@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from randlora.model.save_guard import savers
 from randlora.replaced import ReplacedParameter
 from randlora.state import CHANGING, ModelState
 from randlora.targets.site import Site
@@ -52,7 +53,15 @@ def whole(
         replaced: The parameters that are to be replaced by trained copies. Those that are replaced are included too.
     """
     own = [held.parameter for held in census.parameters]
-    objects: list[object] = [*own, *census.around_adapted, state, state.bank, *state.bank, *state.adapters.values()]
+    objects: list[object] = [
+        *own,
+        *census.around_adapted,
+        *savers(census),
+        state,
+        state.bank,
+        *state.bank,
+        *state.adapters.values(),
+    ]
     values = [parameter for adapter in state.adapters.values() for parameter in adapter.trained.values()]
     for entry in (*state.replaced.values(), *replaced):
         objects += [entry, *(module for module, _ in entry.places.values())]

@@ -34,7 +34,7 @@ from randlora.model.install import commit, detach_all, owned_state, prepare, req
 from randlora.model.train_also import misplaced_copies, replacements, select_parameters, train_also_problems
 from randlora.replaced import ReplacedParameter
 from randlora.report import Report, adapter_report, next_steps
-from randlora.state import Adapter, ModelState, adapted_root
+from randlora.state import Adapter, ModelState, SavePretrained, adapted_root
 from randlora.targets.left_out import doubt, lines
 from randlora.targets.obstacles import obstacles
 from randlora.targets.options import rank_problems, resolve
@@ -110,6 +110,7 @@ def inject(
     config: RandLoRAConfig | None = None,
     active: bool | None = None,
     trainable: bool | None = None,
+    save_pretrained: SavePretrained | None = None,
 ) -> Report:
     """Add an adapter to a model, in place, and freeze everything else.
 
@@ -136,6 +137,11 @@ def inject(
         config: The options from ``r`` to ``experts`` as one object, instead of single options.
         active: Whether to make it the only active adapter. ``None`` means if it is the model's first.
         trainable: Whether its parameters require grad. ``None`` means if it is the model's first.
+        save_pretrained: What a method of this name of the model, as transformers' has, does while it has adapters. Its
+            own would write what reloads as the model without them. ``"adapter"`` writes the adapter, as
+            `randlora.save` does; ``"error"`` raises an error that says what to call; ``"model"`` leaves it as it is.
+            ``None`` means what another adapter of the model has, else ``"adapter"`` with a warning at each call. While
+            the adapters are merged, the merged model is written.
 
     Returns:
         A report with figures as fields; it prints as a table.
@@ -166,6 +172,7 @@ def inject(
         in_proj=in_proj,
         experts=experts,
     )
+    require_types(inject, {"save_pretrained": save_pretrained})
     planned = make_plan(model, name, options, active=active, trainable=trainable)
     report, adapter, sites = planned.report(), planned.adapter, planned.selection.sites
     _warn(report)
@@ -177,7 +184,14 @@ def inject(
         adapter.config = replace(adapter.config, targets=report.targets, exclude=None)
     for fqn, entry in planned.replaced.items():
         adapter.trained[fqn] = nn.Parameter(entry.original.detach().clone(), requires_grad=planned.trainable)
-    addition = prepare(planned.state, adapter, sites, replaced=planned.replaced, trainable=planned.trainable)
+    addition = prepare(
+        planned.state,
+        adapter,
+        sites,
+        replaced=planned.replaced,
+        trainable=planned.trainable,
+        save_pretrained=save_pretrained,
+    )
     commit(planned.census, addition, active=planned.active)
     return report
 
@@ -191,6 +205,7 @@ def plan(
     config: RandLoRAConfig | None = None,
     active: bool | None = None,
     trainable: bool | None = None,
+    save_pretrained: SavePretrained | None = None,
     **options: Any,
 ) -> Report:
     """Return the report that `inject` would return for the same arguments, without changing the model.
@@ -200,6 +215,7 @@ def plan(
     Raises:
         RandLoRAError: Any error that `inject` would raise before it draws bases.
     """
+    require_types(inject, {"save_pretrained": save_pretrained})
     report = make_plan(model, name, one_config(config, r, **options), active=active, trainable=trainable).report()
     _warn(report)
     return report

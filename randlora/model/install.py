@@ -20,12 +20,14 @@ from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, has_attribute
 from randlora.model.change import set_requires_grad, whole
 from randlora.model.reducers import warn_of_unknown
+from randlora.model.save_guard import guard_saving, unguard_saving
 from randlora.replaced import ReplacedParameter, whole_shape
 from randlora.required_grad import RequiredGrad
 from randlora.state import (
     ATTRIBUTE,
     Adapter,
     ModelState,
+    SavePretrained,
     SiteAdapter,
     attached_state,
     require_unmerged,
@@ -49,6 +51,7 @@ class Addition(NamedTuple):
     layers: list[tuple[Site, AdapterLayer, SiteAdapter, Tensor, Tensor]]
     replaced: Mapping[str, ReplacedParameter]
     trainable: bool
+    save_pretrained: SavePretrained | None
 
 
 def owned_state(census: Census, name: str, doing: str) -> ModelState:
@@ -105,6 +108,7 @@ def prepare(
     *,
     replaced: Mapping[str, ReplacedParameter],
     trainable: bool,
+    save_pretrained: SavePretrained | None = None,
     values: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> Addition:
     """Create everything that an adapter needs, without changing the model.
@@ -118,7 +122,7 @@ def prepare(
         part = adapter.at(site.fqn, site.shape_with(adapter.config))
         lam, gamma = values[site.fqn] if values else layer.fresh_diagonals(site.owner, part.shape, part.options.r)
         layers.append((site, layer, part, lam, gamma))
-    return Addition(state, adapter, layers, replaced, trainable)
+    return Addition(state, adapter, layers, replaced, trainable, save_pretrained)
 
 
 def commit(census: Census, addition: Addition, *, active: bool) -> None:
@@ -146,6 +150,7 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
         state.install_parameters()
         census.model.__dict__[ATTRIBUTE] = state
         warn_of_unknown(census.model)
+        guard_saving(Census(census.model, census.visits), state, addition.save_pretrained)  # of the layers adapted now
 
 
 def require_detachable(census: Census, doing: str, sites: Iterable[Site] | None = None) -> None:
@@ -208,6 +213,7 @@ def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
     The model keeps its current values.
     """
     restored = tuple(site.fqn for site in census.adapted)
+    unguard_saving(census)
     for site in census.adapted:
         detach(site.owner, site.layer)
     own = {held.fqn: held.parameter for held in Census(census.model, census.visits).parameters}

@@ -1,0 +1,186 @@
+"""What ``save_pretrained`` of an adapted model does: it writes the adapter, or refuses, and never another model.
+
+A library's own ``save_pretrained`` would write the base weights, which it reads again as the model without its
+adapters, and Λ and Γ under names that it does not read. It is found by its name, on the model and on every module in it
+that contains an adapted one. While the adapters are merged, it writes the merged model.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from randlora.errors import AdapterError, MergeError
+from randlora.layers.in_place import InPlace
+from randlora.layers.quantized import QuantizedLayer
+from randlora.state import ModelState, SavePretrained, attached_state
+from randlora.targets.walk import Census
+
+METHODS = ("save_pretrained", "save")
+"""The second one only of a module that has the first too, as a SentenceTransformer, whose first calls it."""
+
+DIRECTORY = ("save_directory", "path", "output_path")
+"""What libraries call the first argument."""
+
+INSTEAD = (
+    "call randlora.save(model, directory) for the adapter; or, for the merged model, randlora.merge(model) first, or "
+    "save within `with randlora.merged(model):`"
+)
+
+
+class SaveGuard:
+    """What is called in the place of a module's method while it has adapters.
+
+    It has no reference that would keep the module alive. A copy of the model has a guard of its own.
+    """
+
+    write_adapter: ClassVar[Callable[..., object]]  # set by `checkpoint.save`, which is above this room
+
+    def __init__(self, name: str, module: nn.Module, root: nn.Module | None, own: Callable[..., Any] | None) -> None:
+        """Guard a method.
+
+        Args:
+            name: Its name.
+            module: Whose it is.
+            root: The model that the adapters were added to; ``None`` if it is not known any more.
+            own: What the module has under the name instead of its class's method, if anything.
+        """
+        self.name, self.own = name, own
+        self.module = weakref.ref(module)
+        self.root: Callable[[], nn.Module | None] = weakref.ref(root) if root is not None else _nothing
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Write the adapter or the merged model, or raise an error, as was chosen when the adapter was added."""
+        module, root = self.module(), self.root()
+        if module is None:
+            raise AdapterError(f"cannot {self.name} a model that is gone: keep a reference to it")
+        state = None if root is None else attached_state(root)
+        if state is None and not any(isinstance(each, InPlace) for each in module.modules()):
+            return self._unguarded(module)(*args, **kwargs)
+        if root is None or state is None:
+            raise AdapterError(f"cannot {self.name} a part of an adapted model that was copied or pickled: {INSTEAD}")
+        if state.is_merged:
+            with _merged_values(root, state):
+                return self._unguarded(module)(*args, **kwargs)
+        if state.save_pretrained == "error":
+            raise AdapterError(f"{self.name} would write a model without its adapters: {INSTEAD}")
+        return self._save_adapter(root, state, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle without the model around a part of it, because that may not be what is pickled."""
+        module, root = self.module(), self.root()
+        return SaveGuard, (self.name, module, module if root is module else None, self.own)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SaveGuard:
+        """Guard the module's copy, with the model's copy if that is copied too."""
+        module, root = self.module(), self.root()
+        assert module is not None, "it is the module that is copied"
+        return SaveGuard(self.name, memo.get(id(module), module), memo.get(id(root)), self.own)
+
+    def _unguarded(self, module: nn.Module) -> Callable[..., Any]:
+        found = self.own or getattr(type(module), self.name).__get__(module)
+        assert callable(found), "only methods are guarded"
+        return found
+
+    def _save_adapter(self, root: nn.Module, state: ModelState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Write the adapter to the directory that the method was given."""
+        given = [*args[:1], *(kwargs[name] for name in DIRECTORY if name in kwargs)]
+        if not given:
+            raise AdapterError(f"{self.name} writes the adapter and was given no directory: {INSTEAD}")
+        if kwargs.get("push_to_hub"):
+            raise AdapterError(
+                f"{self.name} writes the adapter and pushes nothing: call randlora.save(model, directory, "
+                "push_to_hub='user/repo')"
+            )
+        if len(state.adapters) > 1:
+            raise AdapterError(
+                f"{self.name} would write one of several adapters ({', '.join(state.adapters)}): call "
+                "randlora.save(model, directory, name=...)"
+            )
+        if not kwargs.get("is_main_process", True):
+            return
+        type(self).write_adapter(root, Path(given[0]))
+        if state.save_pretrained is None:
+            (name,) = state.adapters
+            warnings.warn(
+                f"{self.name} wrote adapter {name!r} to {str(given[0])!r}, not the model: for that, save within `with "
+                "randlora.merged(model):`. inject and load take save_pretrained='adapter', which does not warn, or "
+                "'error'",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def _nothing() -> None:
+    """Return ``None``, as a reference to what is gone does."""
+
+
+def savers(census: Census) -> list[nn.Module]:
+    """Return the modules of a model that have a method ``save_pretrained``, the model first."""
+    modules = (census.model, *(visit.module for visit in census.first_visits))
+    return [module for module in modules if _has_method(module, METHODS[0])]
+
+
+def _has_method(module: nn.Module, name: str) -> bool:
+    return callable(vars(module).get(name)) or callable(getattr(type(module), name, None))
+
+
+def guard_saving(census: Census, state: ModelState, choice: SavePretrained | None) -> None:
+    """Guard the methods of every module that contains an adapted one; a choice replaces that of other adapters."""
+    state.save_pretrained = choice or state.save_pretrained
+    if state.save_pretrained == "model":
+        unguard_saving(census)
+        return
+    around = {id(module) for module in census.around_adapted}
+    for module in savers(census):
+        for name in METHODS:
+            own = vars(module).get(name)
+            if id(module) in around and _has_method(module, name) and not isinstance(own, SaveGuard):
+                vars(module)[name] = SaveGuard(name, module, census.model, own)
+
+
+def unguard_saving(census: Census) -> None:
+    """Give every module the methods that it had."""
+    for module in savers(census):
+        for name in METHODS:
+            held = vars(module).get(name)
+            if not isinstance(held, SaveGuard):
+                continue
+            if held.own is None:
+                del vars(module)[name]
+            else:
+                vars(module)[name] = held.own
+
+
+@contextmanager
+def _merged_values(root: nn.Module, state: ModelState) -> Iterator[None]:
+    """Have state dicts hold merged weights, and no Λ or Γ, instead of what unmerging restores."""
+    adapted = Census.of(root).adapted
+    if any(isinstance(site.layer, QuantizedLayer) for site in adapted):
+        raise MergeError(
+            "cannot save_pretrained a quantized model with merged weights, whose config describes others: merge the "
+            "files with randlora.files.merge, or call model.dequantize() before loading the adapter, then merge"
+        )
+    hooks = [owner.register_state_dict_post_hook(_drop_diagonals) for owner in {site.owner for site in adapted}]
+    before, state.saves_merged = state.saves_merged, True
+    try:
+        yield
+    finally:
+        state.saves_merged = before
+        for hook in hooks:
+            hook.remove()
+
+
+def _drop_diagonals(owner: nn.Module, destination: dict[str, Any], prefix: str, *_: object) -> None:
+    """Take Λ and Γ out of a state dict."""
+    assert isinstance(owner, InPlace), "the hook is on adapted modules"
+    names = [name for layer in owner.randlora.values() for name in layer.parameter_names()]
+    within = tuple(f"{prefix}{name}." for name in names)
+    for key in [key for key in destination if key.startswith(within)]:
+        del destination[key]

@@ -1,0 +1,264 @@
+"""`AdapterCheckpoints` with TRL's and sentence-transformers' trainers, and quantized models."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentence_transformers
+import torch
+from datasets import Dataset
+from sentence_transformers.base.modules import Dense, Transformer
+from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
+from sentence_transformers.sentence_transformer.modules import Pooling
+from torch import nn
+from transformers import BertConfig, BertModel, BitsAndBytesConfig, LlamaForCausalLM, TrainingArguments
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+import randlora
+from randlora.errors import AdapterError
+from randlora.integrations.transformers import AdapterCheckpoints, AdapterTrainer
+from tests.kit import bits, fill, same_bits
+from tests.trainers import (
+    ADAPTER_FILES,
+    QUIET,
+    adapted_model,
+    arguments,
+    files,
+    plain_model,
+    preferences,
+    rows,
+    texts,
+    tokenizer,
+    trained_bits,
+)
+
+pytestmark = [*QUIET, pytest.mark.medium]
+
+
+class SFT(AdapterCheckpoints, SFTTrainer):  # type: ignore[misc]
+    """TRL's trainer for texts."""
+
+
+class DPO(AdapterCheckpoints, DPOTrainer):  # type: ignore[misc]
+    """TRL's trainer for preferences."""
+
+
+def sft(model: nn.Module, **options: Any) -> Any:
+    return SFT(model, arguments(SFTConfig, "run", **options), train_dataset=texts(), processing_class=tokenizer())
+
+
+def dpo(model: nn.Module, **options: Any) -> Any:
+    own = {name: options.pop(name) for name in ("ref_model",) if name in options}
+    given = arguments(DPOConfig, "run", **options)
+    return DPO(model, args=given, train_dataset=preferences(), processing_class=tokenizer(), **own)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("make", [sft, dpo])
+def test_a_resumed_run_ends_with_the_same_bits(make: Any) -> None:
+    through = make(adapted_model(train_also=["norm"]))
+    through.train()
+    assert files("run/checkpoint-2") >= ADAPTER_FILES | {"optimizer.pt", "tokenizer.json"}
+    assert not [name for name in files("run/checkpoint-2") if name.startswith("model")]
+    rest = make(fill(adapted_model(train_also=["norm"]), spread=0.0))
+    rest.train(resume_from_checkpoint="run/checkpoint-2")
+    assert trained_bits(rest.model) == trained_bits(through.model)
+
+
+# DPO's reference
+
+
+def reference_of(trainer: Any) -> list[torch.Tensor]:
+    batch = next(iter(trainer.get_train_dataloader()))
+    return list(trainer.compute_ref_log_probs(trainer.ref_model, batch))
+
+
+def test_the_reference_of_dpo_is_the_plain_base_to_the_last_bit_and_no_other_model() -> None:
+    trainer = dpo(adapted_model(train_also=["norm", "lm_head"]))
+    assert list(trainer.ref_model.parameters()) == []
+    trainer.train()
+    base = DPOTrainer(
+        plain_model(),
+        ref_model=plain_model(),
+        args=arguments(DPOConfig, "other"),
+        train_dataset=preferences(),
+        processing_class=tokenizer(),
+    )
+    assert [*map(bits, reference_of(trainer))] == [*map(bits, reference_of(base))]
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert not same_bits(trainer.compute_ref_log_probs(trainer.model, batch)[0], reference_of(base)[0])
+
+
+def test_dpo_trains_as_with_a_copy_of_the_base() -> None:
+    shared, copied = dpo(adapted_model()), dpo(adapted_model(), ref_model=plain_model())
+    shared.train()
+    copied.train()
+    assert trained_bits(shared.model) == trained_bits(copied.model)
+
+
+def test_references_that_are_computed_before_training_are_those_of_the_base() -> None:
+    with pytest.warns(UserWarning, match=r"the model without default, which was trained before: .*merge"):
+        trainer = dpo(fill(adapted_model()), precompute_ref_log_probs=True)
+    plain = dpo(adapted_model(), precompute_ref_log_probs=True)
+    assert trainer.train_dataset["ref_chosen_logps"] == plain.train_dataset["ref_chosen_logps"]
+    assert trainer._precompute_model_hash == plain._precompute_model_hash
+
+
+def test_an_adapter_that_is_not_trained_is_part_of_the_reference() -> None:
+    def two() -> Any:
+        model = fill(adapted_model())
+        randlora.activate(model, "default", trainable=False)
+        randlora.inject(model, r=4, name="dpo", trainable=True)
+        randlora.activate(model, ["default", "dpo"])
+        return model
+
+    merged = fill(adapted_model())
+    batch = next(iter(dpo(adapted_model()).get_train_dataloader()))
+    trainer = dpo(two())
+    trainer.train()
+    found = trainer.compute_ref_log_probs(trainer.ref_model, batch)
+    expected = dpo(merged, ref_model=plain_model()).compute_ref_log_probs(merged, batch)
+    assert [*map(bits, found)] == [*map(bits, expected)]
+    assert [info.name for info in randlora.adapters(trainer.model) if info.is_active] == ["default", "dpo"]
+
+
+def test_what_a_reference_in_the_same_model_cannot_do_is_refused() -> None:
+    with pytest.raises(AdapterError, match="sync_ref_model=True"):
+        dpo(adapted_model(), sync_ref_model=True)
+
+
+@pytest.mark.parametrize("make", [sft, dpo])
+def test_an_adapter_of_the_head_which_trl_does_not_call_is_refused(make: Any) -> None:
+    with pytest.raises(AdapterError, match="weight of the output head"):
+        make(adapted_model(targets=["lm_head", "q_proj"]))
+
+
+# Quantized models
+
+
+@pytest.mark.parametrize("make", ["Trainer", "SFTTrainer"])
+def test_a_quantized_model_is_trained_in_float32(make: str) -> None:
+    plain_model(hidden_size=64).save_pretrained("base")
+
+    def quantized() -> Any:
+        options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+        model = LlamaForCausalLM.from_pretrained("base", quantization_config=options, device_map="cpu")
+        randlora.prepare_quantized(model)
+        randlora.inject(model, r=8)
+        return model
+
+    def trainer(model: Any) -> Any:
+        if make == "SFTTrainer":
+            return sft(model)
+        return AdapterTrainer(model, arguments(TrainingArguments, "run"), train_dataset=rows())
+
+    through = trainer(quantized())
+    assert {parameter.dtype for parameter in randlora.trainable_parameters(through.model)} == {torch.float32}
+    assert not through.model._hf_peft_config_loaded
+    through.train()
+    rest = trainer(quantized())
+    rest.train(resume_from_checkpoint="run/checkpoint-2")
+    assert trained_bits(rest.model) == trained_bits(through.model)
+
+
+# sentence-transformers
+
+
+class Sentences(AdapterCheckpoints, sentence_transformers.SentenceTransformerTrainer):  # type: ignore[misc]
+    """sentence-transformers' trainer."""
+
+
+def encoder() -> Any:
+    """Make a SentenceTransformer with random weights, without the Hub."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        BertModel(BertConfig(vocab_size=130, **sizes)).save_pretrained("bert")
+        tokenizer().save_pretrained("bert")
+        parts = [Transformer("bert"), Pooling(32), Dense(32, 8)]
+    return sentence_transformers.SentenceTransformer(modules=parts, device="cpu")
+
+
+PARTS = {"whole": lambda model: model, "transformer": lambda model: model[0].auto_model}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_sentence_transformer_goes_on_with_the_same_bits(part: str) -> None:
+    data = Dataset.from_dict({"a": [f"{i}" for i in range(16)], "b": ["x"] * 16, "score": [i / 16 for i in range(16)]})
+
+    def trainer() -> Any:
+        model = encoder()
+        model[2].requires_grad_(False)
+        randlora.inject(PARTS[part](model), r=4, targets=["query", "value"])
+        given = arguments(sentence_transformers.SentenceTransformerTrainingArguments, "run")
+        return Sentences(model=model, args=given, train_dataset=data, loss=CosineSimilarityLoss(model))
+
+    through = trainer()
+    through.train()
+    assert files("run/checkpoint-2") >= ADAPTER_FILES
+    assert not [name for name in files("run/checkpoint-2") if name.startswith(("model", "modules"))]
+    rest = trainer()
+    rest.train(resume_from_checkpoint="run/checkpoint-2")
+    assert trained_bits(rest.model) == trained_bits(through.model)
+
+
+@pytest.mark.parametrize("method", ["save", "save_pretrained"])
+def test_a_sentence_transformer_saves_the_adapter(method: str) -> None:
+    model = encoder()
+    randlora.inject(model, r=4, targets=["query", "value"], save_pretrained="adapter")
+    fill(model)
+    getattr(model, method)("saved")
+    assert files("saved") == ADAPTER_FILES
+    other = encoder()
+    randlora.load(other, "saved")
+    assert same_bits(other.encode("7", convert_to_tensor=True), model.encode("7", convert_to_tensor=True))
+
+
+def test_a_sentence_transformer_whose_transformer_is_adapted_reloads_with_the_adapter() -> None:
+    model = encoder()
+    randlora.inject(model[0].auto_model, r=4, targets=["query", "value"], save_pretrained="adapter")
+    fill(model[0].auto_model)
+    model.save("saved")
+    other = encoder()
+    randlora.load(other[0].auto_model, "saved")
+    assert same_bits(other.encode("7", convert_to_tensor=True), model.encode("7", convert_to_tensor=True))
+
+
+def test_a_merged_sentence_transformer_reloads_as_it_was_merged() -> None:
+    model = encoder()
+    randlora.inject(model, r=4, targets=["query", "value", "2.linear"])
+    fill(model)
+    with randlora.merged(model):
+        expected = model.encode("7", convert_to_tensor=True)
+        model.save("saved")
+    again = sentence_transformers.SentenceTransformer("saved", device="cpu")
+    assert same_bits(again.encode("7", convert_to_tensor=True), expected)
+
+
+# transformers' own method
+
+
+def test_a_merged_model_reloads_as_it_was_merged() -> None:
+    model = fill(adapted_model(targets="all-linear"))
+    ids = torch.arange(8)[None]
+    with randlora.merged(model):
+        expected = model(ids).logits
+        model.save_pretrained("saved")
+    again, told = LlamaForCausalLM.from_pretrained("saved", output_loading_info=True)
+    assert not told["unexpected_keys"]
+    assert torch.equal(again(ids).logits, expected)
+
+
+def test_a_stock_trainer_saves_the_adapter() -> None:
+    from transformers import Trainer
+
+    model = adapted_model(save_pretrained="adapter")
+    Trainer(model, arguments(TrainingArguments, "run"), train_dataset=rows()).train()
+    assert files("run/checkpoint-4") >= ADAPTER_FILES
+    other = plain_model()
+    randlora.load(other, "run/checkpoint-4", trainable=True)
+    assert trained_bits(other) == trained_bits(model)
