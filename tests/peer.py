@@ -52,6 +52,8 @@ THEIR_WARNINGS = [
 TRAINERS_WARNINGS = [
     # transformers on a machine without a GPU
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
+    # transformers and TRL, which call what transformers renames
+    pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
     # Lightning's advice, and what it still calls by an old name
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning"),

@@ -1,6 +1,5 @@
 """The examples of training: each runs, its checkpoints hold the adapter only, and a resumed run is the same run."""
 
-import re
 import runpy
 import sys
 from pathlib import Path
@@ -21,8 +20,7 @@ from tests.peer import TRAINERS_WARNINGS
 from tests.test_examples import EXAMPLES, imported
 
 ADAPTER_FILES = {CARD_FILE, CONFIG_FILE, TENSORS_FILE}
-TRAINER = EXAMPLES / "transformers_trainer.py"
-NAMES = ("plain_pytorch", "transformers_trainer", "lightning_module")
+NAMES = ("plain_pytorch", "transformers_trainer", "trl_sft", "lightning_module")
 
 pytestmark = [*TRAINERS_WARNINGS, pytest.mark.medium]
 
@@ -122,13 +120,6 @@ def test_a_resumed_trainer_has_the_same_losses(is_new: bool, transformers_traine
     assert trained_bits(rest.model) == trained_bits(whole.model)
 
 
-def test_the_page_on_training_shows_the_trainer_of_the_example() -> None:
-    program, page = (path.read_text(encoding="utf-8") for path in (TRAINER, EXAMPLES.parent / "training.md"))
-    (shown,) = re.findall(r"^class AdapterTrainer.*?(?=\n\n\n|\n```)", page, re.MULTILINE | re.DOTALL)
-    (run,) = re.findall(r"^class AdapterTrainer.*?(?=\n\n\n)", program, re.MULTILINE | re.DOTALL)
-    assert shown == re.sub(r"  # type: ignore.*", "", run)
-
-
 def test_a_trainer_gives_the_best_adapter_back(transformers_trainer: ModuleType) -> None:
     model = transformers_trainer.pretrained()
     randlora.inject(model, r=8)
@@ -221,5 +212,6 @@ def test_an_example_of_training_runs_and_goes_on(
 LEFT = {
     "plain_pytorch": ["step-000002", "step-000004"],
     "transformers_trainer": ["adapter", "checkpoint-2", "checkpoint-4"],
+    "trl_sft": ["README.md", "adapter", "checkpoint-2", "checkpoint-4"],
     "lightning_module": ["adapter", "epoch=0.ckpt", "epoch=1.ckpt", "epoch=2.ckpt", "epoch=3.ckpt", "last.ckpt"],
 }

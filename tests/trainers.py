@@ -21,7 +21,6 @@ LETTERS = {chr(code): code for code in range(128)}
 
 QUIET = [
     *TRAINERS_WARNINGS,
-    pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*None of the inputs have requires_grad=True.*:UserWarning"),

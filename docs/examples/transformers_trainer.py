@@ -13,29 +13,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is import
 import torch
 import typer
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import randlora
+from randlora.integrations.transformers import AdapterTrainer
 
 TALES = Path(__file__).parent / "data" / "grimm.txt"
 WINDOW = 64  # bytes
-
-
-class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers carries no types
-    """A `Trainer` whose checkpoints contain the adapter, as written by `randlora.save`, instead of the model."""
-
-    def _save(self, output_dir: str | None = None, **_: object) -> None:
-        if self.args.should_save:
-            randlora.save(self.model, output_dir or self.args.output_dir)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *_: object) -> None:
-        (adapter,) = randlora.adapters(self.model)
-        randlora.remove(self.model, adapter.name)
-        randlora.load(self.model, resume_from_checkpoint, name=adapter.name, trainable=True)
-        self.optimizer = self.lr_scheduler = None  # the Trainer makes new ones for the loaded parameters
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def pretrained() -> LlamaForCausalLM:

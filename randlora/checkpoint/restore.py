@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from randlora.layer_options import by_rank
 from randlora.model.change import one_at_a_time
 from randlora.model.install import lost_sites, require_own
 from randlora.model.train_also import lost_parameters
+from randlora.placement.dtensor import Shard, is_dtensor, reshard
+from randlora.placement.ranks import agreed, ranks_of
 from randlora.replaced import whole_shape
 from randlora.state import Adapter, adapted_root, require_unmerged
 from randlora.targets.match import shortened
@@ -44,21 +46,29 @@ def restore(model: nn.Module, directory: str | os.PathLike[str], *, name: str | 
         CheckpointError: If the files are missing or damaged, or are those of another adapter. The model is then
             unchanged.
     """
+    reshard(model)
     root, state = adapted_root(model)
     adapter = state.adapter(name)
     require_unmerged(state, "restore")
-    _reshard(root)
     census = Census.of(root)
-    require_own(census, state, "restore")
     sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
+    own = [*chain.from_iterable(site.layer.diagonals_of(site.owner, adapter.name) for site in sites)]
     doing = f"restore adapter {adapter.name!r} from {str(directory)!r}"
-    try:
-        file = read_adapter(Path(directory))
-    except CheckpointError as error:
-        raise CheckpointError(f"cannot {doing}: {error}") from error
-    problems = [*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])]
-    problems += problems or [*_differences(adapter, file, shapes_of(sites, adapter.config))]
-    raise_collected(CheckpointError, problems, doing=doing)
+    with agreed(ranks_of([*own, *adapter.trained.values()])):
+        require_own(census, state, "restore")
+        problems = [*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])]
+        raise_collected(CheckpointError, problems, doing=doing)
+        try:
+            file = read_adapter(Path(directory))
+        except CheckpointError as error:
+            raise CheckpointError(f"cannot {doing}: {error}") from error
+        problems += _differences(adapter, file, shapes_of(sites, adapter.config))
+        problems += [
+            f"{site.fqn} is partitioned by ZeRO-3: load DeepSpeed's checkpoint"
+            for site in sites[:1]
+            if any(hasattr(each, "ds_id") for each in own)
+        ]
+        raise_collected(CheckpointError, problems, doing=doing)
     values = dict(_values(adapter, file, sites))
     with torch.no_grad():
         for parameter, value in values.items():
@@ -120,20 +130,8 @@ def _different_bases(bases: Mapping[int, Basis], header: Header, adapter: Adapte
 
 def _write(parameter: nn.Parameter, value: Tensor) -> None:
     """Write a whole value into a parameter, of which this process may hold a part."""
-    if "torch.distributed.tensor" in sys.modules:
-        from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: PLC0415  (slow to import)
-
-        if isinstance(parameter.data, DTensor):
-            value = value.to(device=parameter.device, dtype=parameter.dtype)
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
-    parameter.copy_(value)
-
-
-def _reshard(root: nn.Module) -> None:
-    """Let the parameters be those that FSDP2 keeps, instead of whole ones that a forward pass has left."""
-    if "torch.distributed.fsdp" in sys.modules:
-        from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415  (slow to import)
-
-        for module in root.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+    if is_dtensor(parameter):
+        place = Shard(parameter)
+        place.write(value[place.part])
+    else:
+        parameter.copy_(value)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +21,11 @@ from transformers import Trainer
 import randlora
 from randlora.checkpoint.format import TENSORS_FILE
 from randlora.checkpoint.restore import restore
-from randlora.errors import AdapterError
+from randlora.errors import AdapterError, warn
 from randlora.integrations.reference import Reference
 from randlora.layers.in_place import RunsAdapters
 from randlora.model.switch import AdapterInfo
+from randlora.placement.ranks import ranks_of
 from randlora.targets.match import shortened
 from randlora.targets.walk import Census
 
@@ -80,11 +80,12 @@ class AdapterCheckpoints:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001, FBT002
         """Save the adapters that are trained, with what else the trainer saves beside a model.
 
-        All processes of a run call this.
+        All processes of a run call this; one of them writes.
         """
         directory = Path(output_dir or self.args.output_dir)
         trained = _require_trained(self.model)
-        for info in trained if self.args.should_save else ():
+        is_sharded = ranks_of(randlora.trainable_parameters(self.model)) is not None
+        for info in trained if self.args.should_save or is_sharded else ():
             own = directory if len(trained) == 1 else directory / info.name
             randlora.save(self.model, own, name=info.name)
         if self.args.should_save:
@@ -168,11 +169,9 @@ def _refer(given: inspect.BoundArguments, model: nn.Module) -> None:
         if name in trained
         for lam in site.layer.diagonals_of(site.owner, name)[:1]
     ):
-        warnings.warn(
+        warn(
             f"the reference is the model without {', '.join(trained)}, which was trained before: if it should be the "
-            "model as it is now, merge the adapter first and inject another, or give a ref_model",
-            UserWarning,
-            stacklevel=3,
+            "model as it is now, merge the adapter first and inject another, or give a ref_model"
         )
     given.arguments["ref_model"] = Reference(model, trained)
 

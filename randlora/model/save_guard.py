@@ -7,7 +7,6 @@ that contains an adapted one. While the adapters are merged, it writes the merge
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +15,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from randlora.errors import AdapterError, MergeError
+from randlora.errors import AdapterError, MergeError, warn
 from randlora.layers.in_place import InPlace
 from randlora.layers.quantized import QuantizedLayer
+from randlora.placement.ranks import ranks_of
 from randlora.state import ModelState, SavePretrained, attached_state
 from randlora.targets.walk import Census
 
@@ -103,17 +103,18 @@ class SaveGuard:
                 f"{self.name} would write one of several adapters ({', '.join(state.adapters)}): call "
                 "randlora.save(model, directory, name=...)"
             )
-        if not kwargs.get("is_main_process", True):
+        ranks = ranks_of(root.parameters())
+        if ranks is not None and kwargs.get("state_dict") is not None:  # that one process gathered, which calls alone
+            raise AdapterError(f"{self.name} of a sharded model takes no state_dict: {INSTEAD}, in all processes")
+        if ranks is None and not kwargs.get("is_main_process", True):
             return
         type(self).write_adapter(root, Path(given[0]))
         if state.save_pretrained is None:
             (name,) = state.adapters
-            warnings.warn(
+            warn(
                 f"{self.name} wrote adapter {name!r} to {str(given[0])!r}, not the model: for that, save within `with "
                 "randlora.merged(model):`. inject and load take save_pretrained='adapter', which does not warn, or "
-                "'error'",
-                UserWarning,
-                stacklevel=3,
+                "'error'"
             )
 
 
