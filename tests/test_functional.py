@@ -27,7 +27,7 @@ def oracle(made: Case, in_features: int) -> Tensor:
 @given(out_features=sides, in_features=sides, r=ranks)
 def test_delta_weight_is_the_oracles(form: str, out_features: int, in_features: int, r: int) -> None:
     made = case(form, out_features, in_features, r)
-    found = delta_weight(made.pair, made.diagonals, in_features=in_features)
+    found = delta_weight(made.pair, made.diagonals, is_wide=in_features <= out_features)
     assert found.shape == (out_features, in_features)
     torch.testing.assert_close(found, oracle(made, in_features))
 
@@ -66,7 +66,7 @@ def test_delta_weight_of_a_case_worked_out_by_hand() -> None:
     basis_B = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
     lam = torch.tensor([[3.0, 5.0]], dtype=torch.float64)
     gamma = torch.tensor([[1.0, 1.0], [1.0, 0.5]], dtype=torch.float64)
-    found = delta_weight(DensePair(basis_A, basis_B), Diagonals(lam, gamma, 2.0), in_features=2)
+    found = delta_weight(DensePair(basis_A, basis_B), Diagonals(lam, gamma, 2.0), is_wide=True)
     expected = torch.tensor([[6.0, 12.0], [10.0, 10.0], [16.0, 22.0]], dtype=torch.float64)
     torch.testing.assert_close(found, expected)
 
@@ -96,7 +96,7 @@ def test_the_update_is_differentiable(form: str, shape: tuple[int, int]) -> None
     made = case(form, *shape, 3)
     trained = tuple(tensor.requires_grad_() for tensor in made.diagonals[:2])
     assert torch.autograd.gradcheck(
-        lambda lam, gamma: delta_weight(made.pair, Diagonals(lam, gamma, 0.7), in_features=shape[1]), trained
+        lambda lam, gamma: delta_weight(made.pair, Diagonals(lam, gamma, 0.7), is_wide=shape[1] == min(shape)), trained
     )
 
 
@@ -124,7 +124,7 @@ def test_in_bfloat16_the_sum_of_weight_and_update_is_rounded_once() -> None:
     made = case("dense", 64, 48, 8)
     pair = DensePair(made.pair.A.float(), made.pair.B.to(torch.bfloat16))
     weight = torch.randn(64, 48).to(torch.bfloat16)
-    layer = adapted(weight, pair, made.diagonals.lam, made.diagonals.gamma, 1e-2, 48)
+    layer = adapted(weight, pair, made.diagonals.lam, made.diagonals.gamma, 1e-2, is_wide=True)
     scaled_A = pair.scaled_A(layer.lam, layer.gamma)  # the scaling is in Λ here
     exact = weight.double() + pair.B.double() @ scaled_A.double()
     twice = weight + (pair.B @ scaled_A)

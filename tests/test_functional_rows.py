@@ -22,7 +22,7 @@ def oracle(made: Case, shape: tuple[int, int]) -> Tensor:
 
 
 def rows(made: Case, ids: Tensor, shape: tuple[int, int]) -> Tensor:
-    return update_rows(ids, made.pair, made.diagonals, num_rows=shape[0], row_size=shape[1])
+    return update_rows(ids, made.pair, made.diagonals, num_rows=shape[0], is_wide=shape[1] <= shape[0])
 
 
 @every_form
@@ -52,7 +52,7 @@ def test_gradients_are_those_of_finite_differences(form: str, shape: tuple[int, 
 
     def run(lam: Tensor, gamma: Tensor) -> Tensor:
         table = Diagonals(lam, gamma, scaling)
-        return update_rows(chosen, made.pair, table, num_rows=shape[0], row_size=shape[1])
+        return update_rows(chosen, made.pair, table, num_rows=shape[0], is_wide=shape[1] <= shape[0])
 
     assert run(lam, gamma).shape == (*chosen.shape, shape[1])
     assert torch.autograd.gradcheck(run, (lam.requires_grad_(), gamma.requires_grad_()), fast_mode=True)
@@ -133,7 +133,7 @@ def test_autocast_does_not_reach_into_the_rows(form: str) -> None:
     found = []
     for enabled in (True, False):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            output = update_rows(ids, pair, single, num_rows=40, row_size=8)
+            output = update_rows(ids, pair, single, num_rows=40, is_wide=True)
             assert output.dtype == torch.float32
             found.append((output, *torch.autograd.grad(output.sum(), (lam, gamma))))
     for with_autocast, without in zip(*found, strict=True):

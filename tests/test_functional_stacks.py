@@ -27,7 +27,7 @@ def stack(form: str, shape: tuple[int, int], r: int, matrices: int) -> tuple[Cas
 @given(out=sides, into=sides, r=ranks, matrices=st.integers(1, 4))
 def test_each_matrix_of_a_stack_gets_the_oracles_update(form: str, out: int, into: int, r: int, matrices: int) -> None:
     made, diagonals = stack(form, (out, into), r, matrices)
-    found = delta_weight(made.pair, diagonals, in_features=into)
+    found = delta_weight(made.pair, diagonals, is_wide=into <= out)
     expected = [
         reference.delta_weight(made.basis_A, made.basis_B, lam, gamma, diagonals.scaling, in_features=into)
         for lam, gamma in zip(*diagonals[:2], strict=True)
@@ -42,7 +42,7 @@ def test_gradients_of_a_stack_are_those_of_finite_differences_once_and_twice(for
     trained = tuple(part.requires_grad_() for part in diagonals[:2])
 
     def run(lam: Tensor, gamma: Tensor) -> Tensor:
-        return delta_weight(made.pair, Diagonals(lam, gamma, 0.7), in_features=shape[1])
+        return delta_weight(made.pair, Diagonals(lam, gamma, 0.7), is_wide=shape[1] == min(shape))
 
     assert torch.autograd.gradcheck(run, trained, fast_mode=True)
     assert torch.autograd.gradgradcheck(lambda *parts: run(*parts).square(), trained, fast_mode=True)
@@ -54,7 +54,7 @@ def test_gradients_of_a_stack_are_those_of_finite_differences_once_and_twice(for
 def test_backward_keeps_the_diagonals_alone(form: str, shape: tuple[int, int], matrices: int) -> None:
     made, diagonals = stack(form, shape, 3, matrices) if matrices else ((only := case(form, *shape, 3)), only.diagonals)
     given = {storage(part.requires_grad_()) for part in diagonals[:2]}
-    kept = kept_by(lambda: delta_weight(made.pair, diagonals, in_features=shape[1]))
+    kept = kept_by(lambda: delta_weight(made.pair, diagonals, is_wide=shape[1] == min(shape)))
     assert {storage(tensor) for tensor in kept} == given
 
 
@@ -65,7 +65,7 @@ def test_a_compiled_stack_is_the_same(form: str, shape: tuple[int, int]) -> None
     made, diagonals = stack(form, shape, 3, 3)
 
     def run(lam: Tensor, gamma: Tensor) -> Tensor:
-        return delta_weight(made.pair, Diagonals(lam, gamma, 0.7), in_features=shape[1])
+        return delta_weight(made.pair, Diagonals(lam, gamma, 0.7), is_wide=shape[1] == min(shape))
 
     torch._dynamo.reset()
     found = torch.compile(run, fullgraph=True, backend="aot_eager")(*diagonals[:2])

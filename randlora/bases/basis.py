@@ -18,9 +18,15 @@ from randlora.bases.compact import Matrices
 from randlora.bases.spec import KINDS, BasisSpec, Kind, count_bases
 from randlora.errors import ConfigError
 from randlora.functional import Pair
+from randlora.functional.region import Sides
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Made = TypeVar("Made")
+Use = tuple[int, int, torch.device, torch.dtype, Sides | None]
+"""A layer's larger and smaller dim, the device and dtype that it computes on and in, and its part of the bases."""
+TracedUse = tuple[int, int, torch.device, torch.dtype, int, int, int, int, bool]
+"""The same, flat as the compiler wants its constants, and whether a program is exported."""
+
 _MAKING = threading.Lock()  # shared by all bases, because a lock cannot be copied or pickled
 
 
@@ -78,7 +84,7 @@ class Basis:
     stored: Matrices | None = None
     _drawn: Matrices | None = field(default=None, repr=False)
     _copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
-    _pairs: dict[tuple[int, int, torch.device, torch.dtype], Pair] = field(default_factory=dict, repr=False)
+    _pairs: dict[Use, Pair] = field(default_factory=dict, repr=False)
     identity: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -140,7 +146,15 @@ class Basis:
         basis_A, basis_B = (matrix.to_dense(device=device, dtype=dtype) for matrix in self.matrices())
         return Bases(basis_A[:, :min_dim].unsqueeze(1), basis_B[:max_dim, :columns_B].unflatten(1, (-1, r)))
 
-    def pair(self, max_dim: int, min_dim: int, *, device: torch.device, dtype: torch.dtype) -> Pair:
+    def pair(
+        self,
+        max_dim: int,
+        min_dim: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        sides: Sides | None = None,
+    ) -> Pair:
         """Return the bases of a layer within `extent` in the form that products use. Cached after the first call.
 
         Args:
@@ -149,16 +163,18 @@ class Basis:
             device: Device that the layer computes on.
             dtype: Dtype that the layer computes in, which is that of B. A is small and at least float32. It includes
                 the scale of a ternary B, so that the signs in B are exact in any dtype.
+            sides: The part of the bases that a part of the layer's update needs; ``None`` for all of it.
 
         Returns:
             Views of the copy for this device and dtype.
         """
         if torch.compiler.is_compiling():
-            place = max_dim, min_dim, device, dtype, _is_exporting()
-            basis_A, basis_B = (getattr(self, self._constant(index, place, self.identity))() for index in (0, 1))
-            return self._form.paired(self.spec, basis_A, basis_B, max_dim, min_dim)
-        pair = self._pairs.get((max_dim, min_dim, device, dtype))
-        return self._made(max_dim, min_dim, device, dtype) if pair is None else pair
+            (row, stop_row), (column, stop_column) = part = sides or Sides((0, max_dim), (0, min_dim))
+            use = max_dim, min_dim, device, dtype, row, stop_row, column, stop_column, _is_exporting()
+            basis_A, basis_B = (getattr(self, self._constant(at, use, self.identity))() for at in (0, 1))
+            return self._form.paired(self.spec, basis_A, basis_B, count_bases(min_dim, self.spec.r), part)
+        pair = self._pairs.get((max_dim, min_dim, device, dtype, sides))
+        return self._made(max_dim, min_dim, device, dtype, sides) if pair is None else pair
 
     def release(self) -> None:
         """Free the working copies. The next product makes them again."""
@@ -168,7 +184,7 @@ class Basis:
             del self.__dict__[name]
 
     @constant_to_the_compiler
-    def _constant(self, index: int, place: tuple[int, int, torch.device, torch.dtype, bool], identity: str) -> str:
+    def _constant(self, index: int, use: TracedUse, identity: str) -> str:
         """Return the name of an attribute that holds a function returning A (index 0) or B (index 1) of a pair.
 
         The compiler calls that function while tracing and stores the tensor as a constant under the function's name,
@@ -177,9 +193,10 @@ class Basis:
         than the model's.
         """
         assert identity == self.identity, "the caller passes the identity of these bases"
-        name = f"_constant_{hash((index, *place)):x}_{id(self):x}".replace("-", "_")
+        name = f"_constant_{hash((index, *use)):x}_{id(self):x}".replace("-", "_")
         if name not in self.__dict__:
-            pair, is_exporting = self._made(*place[:4]), place[4]
+            max_dim, min_dim, device, dtype, row, stop_row, column, stop_column, is_exporting = use
+            pair = self._made(max_dim, min_dim, device, dtype, Sides((row, stop_row), (column, stop_column)))
             tensor = pair.B if index else pair.A
             constant = tensor if is_exporting else nn.Parameter(tensor, requires_grad=False)
 
@@ -190,7 +207,7 @@ class Basis:
             self.__dict__[name] = constant_to_the_compiler(give)
         return name
 
-    def _made(self, max_dim: int, min_dim: int, device: torch.device, dtype: torch.dtype) -> Pair:
+    def _made(self, max_dim: int, min_dim: int, device: torch.device, dtype: torch.dtype, sides: Sides | None) -> Pair:
         """Make a pair and cache it, from a working copy that is made once even if several threads ask for it.
 
         Both are plain tensors that autograd accepts, whatever mode or transform is active.
@@ -202,8 +219,9 @@ class Basis:
             if (device, dtype) not in self._copies:
                 self._copies[device, dtype] = _aside(lambda: self._write_out(device, dtype))
             whole = self._copies[device, dtype]
-        pair = _aside(lambda: self._form.sliced(self.spec, *whole, max_dim, min_dim))
-        return self._pairs.setdefault((max_dim, min_dim, device, dtype), pair)
+        num_bases, part = count_bases(min_dim, self.spec.r), sides or Sides((0, max_dim), (0, min_dim))
+        pair = _aside(lambda: self._form.sliced(self.spec, *whole, num_bases, part))
+        return self._pairs.setdefault((max_dim, min_dim, device, dtype, sides), pair)
 
     def digest(self, max_dim: int, min_dim: int) -> str:
         """Return the SHA-256 of the values that layers of these dims use.

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from randlora.bases.dense import DENSE
 from randlora.bases.spec import KINDS, BasisSpec, count_bases
-from randlora.functional import BlockPair, Pair
+from randlora.functional import BlockPair, DensePair, Pair
 from randlora.functional.cost import SMALL_WEIGHT
+from randlora.functional.region import Sides
 
 SMALLEST_BLOCK_COLUMN = 8  # default minimum of entries in a column of A: fits within .004 of dense bases
 MOST_BLOCKS_IN_B = 8
@@ -41,24 +42,31 @@ def block_parts(max_dim: int, min_dim: int, r: int, blocks: tuple[int, int]) -> 
     ]
 
 
-def _sliced(spec: BasisSpec, basis_A: Tensor, basis_B: Tensor, max_dim: int, min_dim: int) -> Pair:
+def _sliced(spec: BasisSpec, basis_A: Tensor, basis_B: Tensor, num_bases: int, sides: Sides) -> Pair:
     c, b = spec.blocks or (1, 1)
     if (c, b) == (1, 1):
-        return DENSE.sliced(spec, basis_A, basis_B, max_dim, min_dim)
-    rows, width = math.ceil(max_dim / b) * b, math.ceil(min_dim / c)
-    blocks_A = basis_A[:, :width].unflatten(0, (-1, c)).transpose(0, 1).contiguous()
-    blocks_B = basis_B[:rows, : count_bases(min_dim, spec.r) * spec.r // b].unflatten(0, (-1, b)).transpose(0, 1)
-    pair = _paired(spec, blocks_A, blocks_B, max_dim, min_dim)
-    if isinstance(pair, BlockPair) and max_dim * min_dim <= SMALL_WEIGHT:
+        return DENSE.sliced(spec, basis_A, basis_B, num_bases, sides)
+    (row, stop_row), (column, stop_column) = sides
+    first_row, first_column = row - row % b, column - column % c  # where blocks begin
+    height, width = math.ceil((stop_row - first_row) / b) * b, math.ceil((stop_column - first_column) / c)
+    blocks_A = basis_A[:, first_column // c :][:, :width].unflatten(0, (-1, c)).transpose(0, 1).contiguous()
+    blocks_B = basis_B[first_row:, : num_bases * spec.r // b][:height].unflatten(0, (-1, b)).transpose(0, 1)
+    dims = stop_row - first_row, stop_column - first_column
+    pair = BlockPair(blocks_A, blocks_B, num_bases, *dims, (c, b, spec.r // c))
+    if (first_row, first_column) != (row, column):
+        written = pair.write_out()
+        return DensePair(written.A[..., column - first_column :].contiguous(), written.B[row - first_row :])
+    if math.prod(dims) <= SMALL_WEIGHT:
         pair.written = pair.write_out()
     return pair
 
 
-def _paired(spec: BasisSpec, basis_A: Tensor, basis_B: Tensor, max_dim: int, min_dim: int) -> Pair:
+def _paired(spec: BasisSpec, basis_A: Tensor, basis_B: Tensor, num_bases: int, sides: Sides) -> Pair:
     c, b = spec.blocks or (1, 1)
-    if (c, b) == (1, 1):
-        return DENSE.paired(spec, basis_A, basis_B, max_dim, min_dim)
-    return BlockPair(basis_A, basis_B, count_bases(min_dim, spec.r), max_dim, min_dim, (c, b, spec.r // c))
+    (row, stop_row), (column, stop_column) = sides
+    if (c, b) == (1, 1) or row % b or column % c:
+        return DENSE.paired(spec, basis_A, basis_B, num_bases, sides)
+    return BlockPair(basis_A, basis_B, num_bases, stop_row - row, stop_column - column, (c, b, spec.r // c))
 
 
 KINDS["block"] = replace(

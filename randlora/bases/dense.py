@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from randlora.bases import portable_stream, torch_stream
-from randlora.bases.spec import KINDS, Kind, count_bases
+from randlora.bases.spec import KINDS, Kind
 from randlora.functional import DensePair
 
 _since_2_12 = partial(torch_stream.uniform, rounded=torch_stream.since_2_12)
@@ -19,9 +19,9 @@ DENSE = KINDS["dense"] = Kind(
     },
     dtype=torch.bfloat16,
     expected_rank=lambda _spec, _max_dim, min_dim: min_dim,
-    sliced=lambda spec, basis_A, basis_B, max_dim, min_dim: DensePair(
-        basis_A[:, :min_dim].unsqueeze(0), basis_B[:max_dim, : count_bases(min_dim, spec.r) * spec.r]
+    sliced=lambda spec, basis_A, basis_B, num_bases, sides: DensePair(
+        basis_A[:, slice(*sides.small)].unsqueeze(0), basis_B[slice(*sides.large), : num_bases * spec.r]
     ),
-    paired=lambda _spec, basis_A, basis_B, _max_dim, _min_dim: DensePair(basis_A, basis_B),
+    paired=lambda _spec, basis_A, basis_B, _num_bases, _sides: DensePair(basis_A, basis_B),
     peft_flags=(False, False),
 )

@@ -14,6 +14,7 @@ from randlora.bases.compact import Matrices
 from randlora.config import BasisKind, RandLoRAConfig, Stream, is_integer
 from randlora.errors import ConfigError
 from randlora.functional import Pair
+from randlora.functional.region import Sides
 
 Shape = tuple[int, ...]
 """Shape of an update: ``(out_features, in_features)``, or ``(matrices, out_features, in_features)`` for a stack of
@@ -29,7 +30,8 @@ class Kind:
             max_dim and min_dim that layers use.
         dtype: Dtype of the stored values.
         expected_rank: Estimates the rank of the trained update of a layer from a spec, its max_dim and its min_dim.
-        sliced: Slices the working copies of A and B for a layer: called with a spec, A, B, max_dim and min_dim.
+        sliced: Slices the working copies of A and B for a layer or a part of it: called with a spec, A, B, the number
+            of bases of the layer, and the rows of B and columns of A of that part.
         paired: Makes the same pair from its own A and B instead; the compiler traces it.
         peft_flags: PEFT's ``(sparse, very_sparse)``; ``None`` if PEFT does not have the kind.
         default_blocks: Returns ``(c, b)`` for a rank, or ``None`` for a kind without blocks.
@@ -39,8 +41,8 @@ class Kind:
     draws: Mapping[Stream, Callable[[BasisSpec, int, int], Matrices]]
     dtype: torch.dtype
     expected_rank: Callable[[BasisSpec, int, int], int]
-    sliced: Callable[[BasisSpec, Tensor, Tensor, int, int], Pair]
-    paired: Callable[[BasisSpec, Tensor, Tensor, int, int], Pair]
+    sliced: Callable[[BasisSpec, Tensor, Tensor, int, Sides], Pair]
+    paired: Callable[[BasisSpec, Tensor, Tensor, int, Sides], Pair]
     peft_flags: tuple[bool, bool] | None
     default_blocks: Callable[[int], tuple[int, int] | None] = lambda _: None
     depends_on_dims: bool = False

@@ -34,7 +34,8 @@ class Adapted(NamedTuple):
         gamma: Γ, ``(num_bases, min_dim)``, at least as wide a dtype as A, or one for each token.
         factor: The scaling if Λ is not multiplied by it, else 1.
         scaling: The scaling.
-        is_wide: Whether the input has ``min_dim`` features, which includes square layers.
+        is_wide: Whether the input has ``min_dim`` features, which includes square layers. A part of a weight may have
+            as many inputs as columns of Γ and yet be part of one whose input has ``max_dim``.
         owns_weight: Whether the weight is referenced nowhere else and may be overwritten.
     """
 
@@ -176,8 +177,8 @@ def adapted(
     lam: Tensor,
     gamma: Tensor,
     scaling: float,
-    in_features: int,
     *,
+    is_wide: bool,
     owns_weight: bool = False,
 ) -> Adapted:
     """Build the operand of one layer, see `Adapted`, casting Λ and Γ to at least the dtype of A."""
@@ -189,4 +190,4 @@ def adapted(
     factor = scaling
     if pair.B.dtype not in WIDE and scaling != 1:
         lam, factor = lam * scaling, 1.0
-    return Adapted(weight, pair, lam, gamma, factor, scaling, in_features == gamma.size(-1), owns_weight)
+    return Adapted(weight, pair, lam, gamma, factor, scaling, is_wide, owns_weight)

@@ -23,13 +23,13 @@ class Groups(NamedTuple):
         counts: The number of tokens of each matrix.
         pair: The bases of the layer.
         scaling: Factor of the updates.
-        in_features: Width of the tokens.
+        is_wide: Whether tokens of the whole layer have ``min_dim`` features.
     """
 
     counts: Sequence[int]
     pair: Pair
     scaling: float
-    in_features: int
+    is_wide: bool
 
     def parts(self, lam: Tensor, gamma: Tensor) -> Iterator[tuple[slice, Tensor, Adapted]]:
         """Yield slices of the tokens with the matrix of each token, and their updates with a Λ and a Γ for each."""
@@ -40,10 +40,10 @@ class Groups(NamedTuple):
         for start in range(0, tokens, at_once):
             part = slice(start, min(start + at_once, tokens))
             which = matrix_of[part]
-            yield part, which, adapted(None, self.pair, lam[which], gamma[which], self.scaling, self.in_features)
+            yield part, which, adapted(None, self.pair, lam[which], gamma[which], self.scaling, is_wide=self.is_wide)
 
 
-def grouped_update(x: Tensor, pair: Pair, diagonals: Diagonals, counts: Sequence[int]) -> Tensor:
+def grouped_update(x: Tensor, pair: Pair, diagonals: Diagonals, counts: Sequence[int], *, is_wide: bool) -> Tensor:
     """Compute the products of tokens with the updates of the matrices that they belong to.
 
     The number of operators does not depend on that of the matrices. Only x, Λ, Γ and a reference to the bases are saved
@@ -54,13 +54,14 @@ def grouped_update(x: Tensor, pair: Pair, diagonals: Diagonals, counts: Sequence
         pair: The bases of the layer.
         diagonals: Stacks of Λ and Γ.
         counts: The number of tokens of each matrix.
+        is_wide: Whether tokens of the whole layer have ``min_dim`` features.
 
     Returns:
         ``(tokens, out_features)`` in the dtype of B.
     """
     lam, gamma, scaling = diagonals
     with without_autocast(x.device.type):
-        output: Tensor = _Grouped.apply(x, lam, gamma, Groups(counts, pair, scaling, x.shape[1]))  # type: ignore[no-untyped-call]
+        output: Tensor = _Grouped.apply(x, lam, gamma, Groups(counts, pair, scaling, is_wide))  # type: ignore[no-untyped-call]
         return output
 
 

@@ -43,6 +43,7 @@ def adapted_linear(
     weight: Tensor | WriteOut | None = None,
     bias: Tensor | None = None,
     compute: Compute = "auto",
+    is_wide: bool | None = None,
 ) -> Tensor:
     """Compute ``x @ (weight + update).T + bias``, or ``x @ update.T`` if no weight is given.
 
@@ -60,6 +61,8 @@ def adapted_linear(
         bias: The base layer's bias, ``(out_features,)``.
         compute: How to compute; ``"auto"`` chooses by size, see `randlora.functional.cost`. A compiled or exported
             program is factored, because it may be run with any number of tokens.
+        is_wide: Whether the whole layer's input has ``min_dim`` features. By default whether x has as many as Γ has
+            columns, which may not tell if bases and Γ are slices for a part of a weight.
 
     Returns:
         ``(..., out_features)`` in the dtype of B.
@@ -67,16 +70,19 @@ def adapted_linear(
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # the dtype of B already follows autocast
         with torch.autocast(device, enabled=False):
-            return adapted_linear(x, pair, diagonals, weight=weight, bias=bias, compute=compute)
+            return adapted_linear(x, pair, diagonals, weight=weight, bias=bias, compute=compute, is_wide=is_wide)
     shape = x.shape
     rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])  # here, so that the output is no view
     lam, gamma, scaling = diagonals
+    is_wide = shape[-1] == gamma.shape[-1] if is_wide is None else is_wide
     output: Tensor
     if torch.compiler.is_compiling():  # every tensor must be an argument, as for a transform
         lam = lam * scaling  # the scaling may be a symbolic float, so it must multiply a tensor here
-        output = _AdaptedLinear.apply(rows, weight, bias, lam, gamma, 1.0, pair.A, pair.B, pair.rest, compute)  # type: ignore[no-untyped-call]
+        output = _AdaptedLinear.apply(rows, weight, bias, lam, gamma, 1.0, pair.A, pair.B, pair.rest, compute, is_wide)  # type: ignore[no-untyped-call]
     elif is_in_transform():
-        output = _Transformed.apply(rows, weight, bias, lam, gamma, scaling, pair.A, pair.B, pair.rest, compute)  # type: ignore[no-untyped-call]
+        output = _Transformed.apply(
+            rows, weight, bias, lam, gamma, scaling, pair.A, pair.B, pair.rest, compute, is_wide
+        )  # type: ignore[no-untyped-call]
     elif torch.is_grad_enabled() and (
         x.requires_grad
         or lam.requires_grad
@@ -85,9 +91,9 @@ def adapted_linear(
         or (isinstance(weight, Tensor) and weight.requires_grad)
     ):
         # the bases are not passed as tensors, so that saved-tensor hooks such as save_on_cpu do not see them
-        output = _AdaptedLinear.apply(rows, weight, bias, lam, gamma, scaling, None, None, pair, compute)  # type: ignore[no-untyped-call]
+        output = _AdaptedLinear.apply(rows, weight, bias, lam, gamma, scaling, None, None, pair, compute, is_wide)  # type: ignore[no-untyped-call]
     else:
-        output = _output(rows, weight, bias, lam, gamma, scaling, None, None, pair, compute)
+        output = _output(rows, weight, bias, lam, gamma, scaling, None, None, pair, compute, is_wide)
     return output if len(shape) == 2 else output.view(*shape[:-1], output.shape[1])
 
 
@@ -102,27 +108,28 @@ def _output(
     basis_B: Tensor | None,
     rest: Pair | tuple[int, ...],
     compute: Compute,
+    is_wide: bool,  # noqa: FBT001
 ) -> Tensor:
     """Compute the output, ``(tokens, out)``, from the arguments of the autograd functions."""
-    tokens, in_features = rows.shape
+    tokens = rows.shape[0]
     pair = _form(_pair_like(basis_A, basis_B, rest), tokens, compute)
-    layer = _layer(weight, pair, lam, gamma, scaling, in_features)
+    layer = _layer(weight, pair, lam, gamma, scaling, is_wide=is_wide)
     has_weight = weight is not None
-    way = chosen_forward(tokens, pair, is_wide=layer.is_wide, has_weight=has_weight, compute=compute)
+    way = chosen_forward(tokens, pair, is_wide=is_wide, has_weight=has_weight, compute=compute)
     if bias is not None and bias.dtype != pair.B.dtype:
         bias = bias.to(pair.B.dtype)
     return layer.output(rows, bias, way)
 
 
 def _layer(
-    weight: Tensor | WriteOut | None, pair: Pair, lam: Tensor, gamma: Tensor, scaling: float, in_features: int
+    weight: Tensor | WriteOut | None, pair: Pair, lam: Tensor, gamma: Tensor, scaling: float, *, is_wide: bool
 ) -> Adapted:
     """Build the operand in the dtype of B. It owns the weight if that had to be dequantized or converted."""
     if weight is None or (isinstance(weight, Tensor) and weight.dtype == pair.B.dtype):
-        return adapted(weight, pair, lam, gamma, scaling, in_features)
+        return adapted(weight, pair, lam, gamma, scaling, is_wide=is_wide)
     dtype = pair.B.dtype
     own = weight.to(dtype) if isinstance(weight, Tensor) else weight(dtype)
-    return adapted(own, pair, lam, gamma, scaling, in_features, owns_weight=True)
+    return adapted(own, pair, lam, gamma, scaling, is_wide=is_wide, owns_weight=True)
 
 
 def _form(pair: Pair, tokens: int, compute: Compute) -> Pair:
@@ -188,10 +195,11 @@ def _save(
     basis_B: Tensor | None,
     rest: Pair | tuple[int, ...],
     compute: Compute,
+    is_wide: bool,  # noqa: FBT001
 ) -> None:
     """Save what backward needs."""
     _, needs_weight, _, needs_lam, needs_gamma, *_ = ctx.needs_input_grad
-    ctx.scaling, ctx.rest, ctx.compute, ctx.in_features = scaling, rest, compute, x.shape[1]
+    ctx.scaling, ctx.rest, ctx.compute, ctx.is_wide = scaling, rest, compute, is_wide
     ctx.bias_dtype = None if bias is None else bias.dtype
     needs_tokens = needs_weight or needs_lam or needs_gamma
     held, ctx.write_out = (weight, None) if weight is None or isinstance(weight, Tensor) else (None, weight)
@@ -207,7 +215,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs_diagonals = needs_lam or needs_gamma
     pair = _form(_pair_like(basis_A, basis_B, ctx.rest), grad.shape[0], ctx.compute)
     held = (ctx.write_out or weight) if needs_x else None
-    has_weight, is_wide = ctx.write_out is not None or weight is not None, ctx.in_features == gamma.size(1)
+    has_weight, is_wide = ctx.write_out is not None or weight is not None, ctx.is_wide
     x_way, diagonals_way = chosen_backward(
         grad.shape[0],
         pair,
@@ -216,7 +224,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs=(needs_x, needs_weight, needs_diagonals),
         compute=ctx.compute,
     )
-    layer = _layer(held, pair, lam, gamma, ctx.scaling, ctx.in_features)
+    layer = _layer(held, pair, lam, gamma, ctx.scaling, is_wide=is_wide)
     grad_x = grad_weight = grad_lam = grad_gamma = hidden = None
     if x_way == "few_tokens":
         tokens = x if needs_diagonals else None

@@ -12,15 +12,15 @@ from randlora.functional.operation import Diagonals
 from randlora.functional.scratch import in_dtype, is_transformed, without_autocast
 
 
-def delta_weight(pair: Pair, diagonals: Diagonals, *, in_features: int) -> Tensor:
-    """Compute the update of a weight, in the dtype of B.
+def delta_weight(pair: Pair, diagonals: Diagonals, *, is_wide: bool) -> Tensor:
+    """Compute the update of a weight, or of the part that the pair and Γ are slices for, in the dtype of B.
 
     Only Λ, Γ and a reference to the bases are saved for backward.
 
     Args:
         pair: The bases of the layer.
         diagonals: Λ and Γ, or stacks of them.
-        in_features: The input width, ``min_dim`` or ``max_dim``, which determines the orientation.
+        is_wide: Whether the whole weight's input has ``min_dim`` features, which determines the orientation.
 
     Returns:
         ``(out_features, in_features)``, or ``(matrices, out_features, in_features)`` of a stack.
@@ -28,33 +28,33 @@ def delta_weight(pair: Pair, diagonals: Diagonals, *, in_features: int) -> Tenso
     lam, gamma, scaling = diagonals
     needs_grad = torch.is_grad_enabled() and (lam.requires_grad or gamma.requires_grad)
     if needs_grad and not is_transformed():
-        update: Tensor = _Update.apply(lam, gamma, scaling, pair, in_features)  # type: ignore[no-untyped-call]
+        update: Tensor = _Update.apply(lam, gamma, scaling, pair, is_wide)  # type: ignore[no-untyped-call]
         return update
-    return _update(lam, gamma, scaling, pair, in_features)
+    return _update(lam, gamma, scaling, pair, is_wide)
 
 
-def _update(lam: Tensor, gamma: Tensor, scaling: float, pair: Pair, in_features: int) -> Tensor:
+def _update(lam: Tensor, gamma: Tensor, scaling: float, pair: Pair, is_wide: bool) -> Tensor:  # noqa: FBT001
     """Compute one update after the other: a batch of them would need as many times the memory in between."""
     if lam.dim() == 2:
-        return _of(lam, gamma, scaling, pair, in_features).total()
+        return _of(lam, gamma, scaling, pair, is_wide).total()
     if is_transformed():  # one set of operators, however many matrices there are
-        total: Tensor = torch.vmap(lambda lam, gamma: _of(lam, gamma, scaling, pair, in_features).total())(lam, gamma)
+        total: Tensor = torch.vmap(lambda lam, gamma: _of(lam, gamma, scaling, pair, is_wide).total())(lam, gamma)
         return total
-    return torch.stack([_of(*each, scaling, pair, in_features).total() for each in zip(lam, gamma, strict=True)])
+    return torch.stack([_of(*each, scaling, pair, is_wide).total() for each in zip(lam, gamma, strict=True)])
 
 
-def _of(lam: Tensor, gamma: Tensor, scaling: float, pair: Pair, in_features: int) -> Adapted:
-    return adapted(None, pair, lam, gamma, scaling, in_features)
+def _of(lam: Tensor, gamma: Tensor, scaling: float, pair: Pair, is_wide: bool) -> Adapted:  # noqa: FBT001
+    return adapted(None, pair, lam, gamma, scaling, is_wide=is_wide)
 
 
 class _Update(torch.autograd.Function):
     """`delta_weight`. Plain autograd would keep ``UA`` and its factors, ``2·min_dim²`` numbers a matrix."""
 
     @staticmethod
-    def forward(ctx: Any, lam: Tensor, gamma: Tensor, scaling: float, pair: Pair, in_features: int) -> Tensor:
+    def forward(ctx: Any, lam: Tensor, gamma: Tensor, scaling: float, pair: Pair, is_wide: bool) -> Tensor:  # noqa: FBT001
         ctx.save_for_backward(lam, gamma)
-        ctx.rest = scaling, pair, in_features
-        return _update(lam, gamma, scaling, pair, in_features)
+        ctx.rest = scaling, pair, is_wide
+        return _update(lam, gamma, scaling, pair, is_wide)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

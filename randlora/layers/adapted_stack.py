@@ -29,17 +29,17 @@ class Shared:
     def formed(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return their sum, ``(out, in)``."""
         if (device, dtype) not in self._formed:
-            shape = self.updates[0].shape
-            self._formed[device, dtype] = sum_updates(self.updates, shape, device=device, dtype=dtype)
+            self._formed[device, dtype] = sum_updates(self.updates, (), device=device, dtype=dtype)
         return self._formed[device, dtype]
 
     def is_worth_forming(self, tokens: int, device: torch.device, dtype: torch.dtype, compute: Compute) -> bool:
         """Whether a product of one matrix with this many tokens is faster with the sum formed."""
         if (device, dtype) in self._formed:
             return True
-        (pair, _), shape = self.updates[0].parts(device, dtype), self.updates[0].shape
-        is_wide = shape[-1] == min(shape)
-        return chosen_forward(tokens, pair, is_wide=is_wide, has_weight=True, compute=compute) == "materialized"
+        first = self.updates[0]
+        pair, _ = first.parts(device, dtype)
+        way = chosen_forward(tokens, pair, is_wide=first.is_wide, has_weight=True, compute=compute)
+        return way == "materialized"
 
 
 class Own:
@@ -62,19 +62,22 @@ class Own:
                 self._each = tuple((update.lam.unbind(), update.gamma.unbind()) for update in self.updates)
             parts = ((lams[index], gammas[index]) for lams, gammas in self._each)
         return Own(
-            Update(update.basis, lam, gamma, update.scaling, update.shape[-2:])
+            update._replace(lam=lam, gamma=gamma, shape=update.shape[-2:])
             for update, (lam, gamma) in zip(self.updates, parts, strict=True)
         )
 
     def are_faster_together(self, x: Tensor, counts: Sequence[int], compute: Compute) -> bool:
         """Whether `products` is faster than one matrix after the other for tokens of which each has so many."""
         pairs = [update.parts(x.device, x.dtype)[0] for update in self.updates]
-        is_wide = x.shape[1] == min(self.updates[0].shape[-2:])
+        is_wide = self.updates[0].is_wide
         return all(chosen_all_at_once(counts, pair, is_wide=is_wide, compute=compute) for pair in pairs)
 
     def products(self, x: Tensor, counts: Sequence[int]) -> Iterable[Tensor]:
         """Return the products of tokens, sorted by their matrix, with each update."""
-        return (grouped_update(x, *update.parts(x.device, x.dtype), counts) for update in self.updates)
+        return (
+            grouped_update(x, *update.parts(x.device, x.dtype), counts, is_wide=update.is_wide)
+            for update in self.updates
+        )
 
 
 class Parts(NamedTuple):
@@ -119,7 +122,7 @@ class Parts(NamedTuple):
         dtype = torch.promote_types(stored.dtype, torch.float32)
         if self.own.updates:
             updates = (*self.own.updates, *self.shared.updates)
-            delta = sum_updates(updates, updates[0].shape[-2:], device=stored.device, dtype=dtype)
+            delta = sum_updates(updates, (), device=stored.device, dtype=dtype)
         else:  # for all matrices at once
             delta = self.shared.formed(stored.device, dtype)
         total = folded(stored, delta if self.is_out_in is not is_turned else delta.mT)
@@ -140,10 +143,12 @@ class Parts(NamedTuple):
         if not self.own.updates and self.shared.is_worth_forming(tokens, x.device, dtype, self.compute):
             delta = self.shared.formed(x.device, dtype)
             return F.linear(x, delta, bias) if weight is None else summed_linear(x, weight, delta, bias)
-        first, *others = (update.parts(x.device, dtype) for update in (*self.own.updates, *self.shared.updates))
-        output = adapted_linear(x, *first, weight=weight, bias=bias, compute=self.compute)
+        first, *others = (*self.own.updates, *self.shared.updates)
+        of_first = first.parts(x.device, dtype)
+        product = partial(adapted_linear, x, compute=self.compute, is_wide=first.is_wide)
+        output = product(*of_first, weight=weight, bias=bias)
         for other in others:
-            output = output + adapted_linear(x, *other, compute=self.compute)
+            output = output + product(*other.parts(x.device, dtype))
         return output
 
 

@@ -6,12 +6,17 @@ width, there are ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight`` inst
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor, nn
 
 from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
+from randlora.functional.region import Region
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import register_layer
+from randlora.layers.update import Update
 
 PROJECTIONS = 3
 """Query, key and value."""
@@ -69,6 +74,17 @@ class InProjAdapter(ProjectionAdapter):
     def united(delta: Tensor) -> Tensor:
         """Return an update of either form as one matrix."""
         return delta.flatten(end_dim=-2)
+
+    @classmethod
+    def summed(
+        cls, updates: Iterable[Update], region: Region | None, *, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """Return the sum of some updates as one matrix, or of the parts within a region, a slice of the whole sum.
+
+        A region may begin in one of the three matrices and end in another.
+        """
+        total = super().summed(updates, None, device=device, dtype=dtype)
+        return total if region is None else total[region.slices]
 
 
 @register_layer(nn.MultiheadAttention)

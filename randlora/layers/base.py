@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from randlora.bases.spec import Shape, count_bases
 from randlora.config import RandLoRAConfig
 from randlora.functional import WriteOut, adapted_linear, delta_weight
+from randlora.functional.region import Region, Span
 from randlora.layers.inputs import autocast_dtype, have_one_dtype, input_of, is_plain_tensor, require_product
 from randlora.layers.update import Into, Merged, Update, folded, sum_updates
 from randlora.placement.dtensor import Part
@@ -257,7 +257,7 @@ class AdapterLayer(ABC):
         x = F.dropout(x.to(dtype), part.adapter.config.dropout, owner.training)
         pair, diagonals = self.update(owner, part, factor).parts(x.device, dtype)
         if x.is_nested:  # adapted_linear needs a shape, which nested tensors lack
-            return F.linear(x, delta_weight(pair, diagonals, in_features=self.shape[1]))
+            return F.linear(x, delta_weight(pair, diagonals, is_wide=self.shape[1] == min(self.shape)))
         return adapted_linear(x, pair, diagonals, compute=self.state.compute)
 
     def delta_weight(self, owner: nn.Module, weights: dict[str, float]) -> Tensor:
@@ -315,16 +315,22 @@ class AdapterLayer(ABC):
         return Merged(merged, held)
 
     @classmethod
-    def with_updates(cls, weight: Tensor, updates: Sequence[Update]) -> Tensor:
+    def with_updates(cls, weight: Tensor, updates: Sequence[Update], region: Region | None = None) -> Tensor:
         """Return a weight of this kind plus some updates of it, added in float32 or wider and rounded once.
 
         This is the arithmetic of merging, in memory and on disk.
+
+        Args:
+            weight: The weight, or the part of it within the region.
+            updates: The updates of the whole weight.
+            region: What part of the weight is given, from `region_of`; ``None`` for all of it.
         """
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        delta = sum_updates(updates, (), device=weight.device, dtype=dtype, united=cls.united)
+        delta = cls.summed(updates, region, device=weight.device, dtype=dtype)
         return folded(weight, cls.in_storage_layout(delta))
 
-    def part_with_updates(self, own: Tensor, part: Part, shape: Shape, updates: Sequence[Update]) -> Tensor:
+    @classmethod
+    def part_with_updates(cls, own: Tensor, part: Part, shape: Shape, updates: Sequence[Update]) -> Tensor:
         """Return a part of the weight plus that part of some updates, added as `with_updates` does.
 
         Args:
@@ -335,11 +341,29 @@ class AdapterLayer(ABC):
         """
         if not own.numel():
             return own
-        dtype = torch.promote_types(own.dtype, torch.float32)
-        delta = self.in_storage_layout(sum_updates(updates, (), device=own.device, dtype=dtype, united=self.united))
-        if delta.numel() == math.prod(shape):
-            delta = delta.reshape(shape)
-        return folded(own, delta[part[-delta.dim() :]])
+        region = cls.region_of(shape, [(held.start, held.stop) for held in part])
+        return cls.with_updates(own, updates, region)
+
+    @classmethod
+    def summed(
+        cls, updates: Iterable[Update], region: Region | None, *, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """Return the sum of some updates, `united`, or of their parts within a region, computed from those alone."""
+        parts = updates if region is None else [update.within(region) for update in updates]
+        return sum_updates(parts, (), device=device, dtype=dtype, united=cls.united)
+
+    @classmethod
+    def region_of(cls, shape: Shape, spans: Sequence[Span]) -> Region:  # noqa: ARG003  # for convolutions
+        """Return the part of the update, `united`, for a part of the parameter.
+
+        Args:
+            shape: The shape of the whole parameter.
+            spans: What part of it, in each dimension.
+        """
+        *stack, rows, columns = spans
+        if cls.is_transposed:
+            rows, columns = columns, rows
+        return Region(rows, columns, stack[0] if stack else None)
 
     def exchange(self, owner: nn.Module, held: Any) -> Any:
         """Replace the owner's parameter by another, on its device and in its dtype, and return the previous one.

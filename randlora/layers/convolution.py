@@ -1,10 +1,14 @@
 """torch's convolutions, whose kernel is adapted as a matrix: one row per output channel."""
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
 
+from randlora.bases.spec import Shape
+from randlora.errors import AdapterError
+from randlora.functional.region import Region, Span
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import register_layer
 
@@ -40,3 +44,12 @@ class ConvolutionAdapter(ReadWeight):
     def in_storage_layout(delta: Tensor) -> Tensor:
         """Return the update unchanged, which has the kernel's entries in their order."""
         return delta
+
+    @classmethod
+    def region_of(cls, shape: Shape, spans: Sequence[Span]) -> Region:
+        """Return the part of the update for a part of the kernel, which may be split by its channels."""
+        rows, (start, stop), *inside = spans
+        if inside != [(0, size) for size in shape[2:]]:
+            raise AdapterError(f"a kernel of shape {tuple(shape)} is split inside, into {spans}: split its channels")
+        entries = math.prod(shape[2:])
+        return Region(rows, (start * entries, stop * entries))

@@ -84,7 +84,7 @@ class EmbeddingAdapter(ReadWeight):
         )
         for part, factor in active:
             pair, diagonals = self.update(owner, part, factor).parts(output.device, output.dtype)
-            rows = update_rows(ids, pair, diagonals, num_rows=num_rows, row_size=row_size)
+            rows = update_rows(ids, pair, diagonals, num_rows=num_rows, is_wide=row_size <= num_rows)
             if owner.padding_idx is not None:  # which gets no gradient, as in torch
                 rows = torch.where((ids == owner.padding_idx).unsqueeze(-1), rows.detach(), rows)
             output = output + rows

@@ -17,12 +17,12 @@ from torch.nn.parameter import is_lazy
 from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
 from randlora.functional import Compute
+from randlora.functional.region import Region
 from randlora.functional.scratch import is_transformed
 from randlora.layers.adapted_stack import AdaptedStack, Own, Parts, Shared
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import register_layer, register_parameter
 from randlora.layers.update import Update
-from randlora.placement.dtensor import Part
 
 
 class Experts(ReadWeight):
@@ -77,20 +77,14 @@ class Experts(ReadWeight):
         return AdaptedStack(self._parts(weight, updates, self.state.compute))
 
     @classmethod
-    def with_updates(cls, weight: Tensor, updates: Sequence[Update]) -> Tensor:
+    def with_updates(cls, weight: Tensor, updates: Sequence[Update], region: Region | None = None) -> Tensor:
         """Return the stack plus some updates, one matrix after the other. Any number of matrices may be given."""
-        parts = cls._parts(weight, updates, "auto")
+        within = updates if region is None else [update.within(region) for update in updates]
+        parts = cls._parts(weight, within, "auto")
         merged = torch.empty_like(weight)
         for index in range(len(weight)):
             merged[index] = parts.at(index).formed()
         return merged
-
-    def part_with_updates(self, own: Tensor, part: Part, shape: Shape, updates: Sequence[Update]) -> Tensor:
-        """Return some experts of the stack plus their updates; of parts of experts, as of any other weight."""
-        if not own.numel() or tuple(own.shape[1:]) != tuple(shape[1:]):
-            return super().part_with_updates(own, part, shape, updates)
-        stacks = [update.at(part[0]) if len(update.shape) == 3 else update for update in updates]
-        return self.with_updates(own, stacks)
 
     @classmethod
     def _parts(cls, weight: Tensor, updates: Sequence[Update], compute: Compute) -> Parts:

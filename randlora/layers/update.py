@@ -11,25 +11,49 @@ from torch import Tensor
 from randlora.bases.basis import Basis
 from randlora.bases.spec import Shape
 from randlora.functional import Diagonals, Pair, delta_weight
+from randlora.functional.region import Region
 from randlora.functional.scratch import without_autocast
 
 Quantized = Literal["requantize", "dequantize"]
 
 
 class Update(NamedTuple):
-    """One adapter's update of one weight, as factors; the scaling includes the adapter's weight."""
+    """One adapter's update of one weight, or of a part of it, as factors.
+
+    Attributes:
+        basis: The bases.
+        lam: Λ, whole, or a stack of them.
+        gamma: Γ, whole, or a stack of them.
+        scaling: The adapter's scaling, times its weight.
+        shape: The shape of the whole update.
+        region: The part that is computed; ``None`` for all of it.
+    """
 
     basis: Basis
     lam: Tensor
     gamma: Tensor
     scaling: float
     shape: Shape
+    region: Region | None = None
 
     def parts(self, device: torch.device, dtype: torch.dtype) -> tuple[Pair, Diagonals]:
-        """Return the arguments of `randlora.functional`."""
-        matrix = self.shape[-2:]
-        pair = self.basis.pair(max(matrix), min(matrix), device=device, dtype=dtype)
-        return pair, Diagonals(_on(self.lam, device), _on(self.gamma, device), self.scaling)
+        """Return the arguments of `randlora.functional`: for a part of the weight, slices of the bases and of Γ."""
+        matrix, gamma, sides = self.shape[-2:], self.gamma, None
+        if self.region is not None:
+            sides = self.region.sides(is_wide=self.is_wide)
+            gamma = gamma[..., slice(*sides.small)]
+        pair = self.basis.pair(max(matrix), min(matrix), device=device, dtype=dtype, sides=sides)
+        return pair, Diagonals(_on(self.lam, device), _on(gamma, device), self.scaling)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the input of the whole layer has ``min_dim`` features, which includes square layers."""
+        return self.shape[-1] == min(self.shape[-2:])
+
+    def within(self, region: Region) -> Update:
+        """Return the part of the update for a part of the weight."""
+        update = self if region.matrices is None or len(self.shape) == 2 else self.at(slice(*region.matrices))
+        return update._replace(region=region)
 
     def at(self, index: Any) -> Update:
         """Return the update of one matrix of a stack, or of those at several indices."""
@@ -59,7 +83,7 @@ def sum_updates(
     total = torch.zeros(shape, dtype=dtype, device=device)
     with without_autocast(device.type):
         for update in updates:
-            delta = delta_weight(*update.parts(device, dtype), in_features=update.shape[-1])
+            delta = delta_weight(*update.parts(device, dtype), is_wide=update.is_wide)
             total = total + (delta if united is None else united(delta))
     return total
 

@@ -1,0 +1,208 @@
+"""The update of a part of a weight: that part of the update of the whole weight, from a part of the bases."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import randlora
+from randlora.bases.basis import Basis
+from randlora.bases.spec import BasisSpec
+from randlora.functional import BlockPair, Compute, adapted_linear, delta_weight
+from randlora.functional.region import Region, Sides, Span
+from randlora.layers.base import AdapterLayer
+from randlora.layers.in_place import adapter_layers_of
+from randlora.layers.update import Update
+from tests.kit import fill
+from tests.strategies import specs
+
+CPU = torch.device("cpu")
+
+
+class Drawn(NamedTuple):
+    """An update of a whole weight, and where to cut the weight along both sides."""
+
+    update: Update
+    rows: list[Span]
+    columns: list[Span]
+
+
+def spans(data: st.DataObject, size: int) -> list[Span]:
+    """Cut ``range(size)`` into one to three parts that are not empty."""
+    cuts = data.draw(st.sets(st.integers(1, max(1, size - 1)), max_size=2)) if size > 1 else set()
+    edges = [0, *sorted(cuts), size]
+    return list(itertools.pairwise(edges))
+
+
+def drawn(spec: BasisSpec, data: st.DataObject, *matrices: int) -> Drawn:
+    """Draw a layer of any orientation that uses the bases, and a partition of its weight."""
+    max_dim = data.draw(st.integers(1, spec.max_dim))
+    min_dim = data.draw(st.integers(1, min(max_dim, spec.min_dim)))
+    out, into = (max_dim, min_dim) if data.draw(st.booleans()) else (min_dim, max_dim)
+    basis = Basis(spec)
+    basis.extend(spec.max_dim, spec.min_dim)
+    num_bases = -(-min_dim // spec.r)
+    lam, gamma = torch.randn(*matrices, spec.r, num_bases), torch.randn(*matrices, num_bases, min_dim)
+    update = Update(basis, lam.double(), gamma.double(), 0.7, (*matrices, out, into))
+    return Drawn(update, spans(data, out), spans(data, into))
+
+
+def formed(update: Update, dtype: torch.dtype = torch.float64) -> Tensor:
+    return delta_weight(*update.parts(CPU, dtype), is_wide=update.is_wide)
+
+
+@given(specs(), st.data())
+def test_the_update_of_a_region_is_that_part_of_the_whole_update(spec: BasisSpec, data: st.DataObject) -> None:
+    update, rows, columns = drawn(spec, data)
+    whole = formed(update)
+    for region in (Region(one, other) for one in rows for other in columns):
+        torch.testing.assert_close(formed(update.within(region)), whole[region.slices])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@given(specs(), st.data())
+def test_it_is_so_in_other_dtypes(dtype: torch.dtype, spec: BasisSpec, data: st.DataObject) -> None:
+    update, rows, columns = drawn(spec, data)
+    whole = formed(update, dtype)
+    scale = whole.abs().max().clamp(min=1e-30)
+    for region in (Region(one, other) for one in rows for other in columns):
+        error = (formed(update.within(region), dtype) - whole[region.slices]).abs().max() / scale
+        assert error <= (1e-6 if dtype == torch.float32 else 2**-6)
+
+
+@given(specs(), st.data())
+def test_so_it_is_for_matrices_of_a_stack(spec: BasisSpec, data: st.DataObject) -> None:
+    update, rows, columns = drawn(spec, data, 3)
+    whole = formed(update)
+    for first, stop in spans(data, 3):
+        region = Region(rows[0], columns[-1], (first, stop))
+        torch.testing.assert_close(formed(update.within(region)), whole[first:stop][:, *region.slices])
+
+
+@pytest.mark.parametrize("compute", ["auto", "factored", "materialized"])
+@given(specs(), st.data())
+def test_gradients_of_the_parts_add_up_to_those_of_the_whole(
+    compute: Compute, spec: BasisSpec, data: st.DataObject
+) -> None:
+    """And so do the outputs of parts that have a part of the input each, as in a layer split by its columns."""
+    update, rows, columns = drawn(spec, data)
+    out, into = update.shape
+    trained = [update.lam.requires_grad_(), update.gamma.requires_grad_()]
+    weight = torch.randn(out, into, dtype=torch.float64)
+    x, upstream = (torch.randn(3, size, dtype=torch.float64) for size in (into, out))
+    x.requires_grad_()
+    output = adapted_linear(x, *update.parts(CPU, torch.float64), weight=weight, compute=compute)
+    expected = torch.autograd.grad(output, [x, *trained], upstream)
+    parts = {}
+    for region in (Region(one, other) for one in rows for other in columns):
+        parts[region] = adapted_linear(
+            x[:, slice(*region.columns)],
+            *update.within(region).parts(CPU, torch.float64),
+            weight=weight[region.slices],
+            compute=compute,
+            is_wide=update.is_wide,
+        )
+    total = torch.cat([sum(part for at, part in parts.items() if at.rows == one) for one in rows], 1)  # type: ignore[misc]
+    torch.testing.assert_close(total, output)
+    torch.testing.assert_close(torch.autograd.grad(total, [x, *trained], upstream), expected)
+
+
+def test_a_region_that_begins_where_blocks_do_keeps_their_form() -> None:
+    basis = Basis(BasisSpec("block", "portable", 0, 8, 48, 32, (2, 4)))
+    basis.extend(48, 32)
+    kept = basis.pair(48, 32, device=CPU, dtype=torch.float32, sides=Sides((24, 48), (16, 32)))
+    written = basis.pair(48, 32, device=CPU, dtype=torch.float32, sides=Sides((23, 48), (16, 32)))
+    assert isinstance(kept, BlockPair)
+    assert not isinstance(written, BlockPair)
+    assert kept.B.untyped_storage().data_ptr() == basis.pair(48, 32, device=CPU, dtype=torch.float32).B.data_ptr()
+
+
+def test_a_part_of_the_bases_is_made_once() -> None:
+    basis = Basis(BasisSpec("dense", "portable", 0, 4, 12, 8))
+    basis.extend(12, 8)
+    ask: Any = {"device": CPU, "dtype": torch.float32}
+    first = basis.pair(12, 8, **ask, sides=Sides((0, 6), (0, 8)))
+    assert basis.pair(12, 8, **ask, sides=Sides((0, 6), (0, 8))) is first
+    assert basis.pair(12, 8, **ask, sides=Sides((6, 12), (0, 8))) is not first
+    assert first.B.data_ptr() == basis.pair(12, 8, **ask).B.data_ptr()
+
+
+KINDS: dict[str, tuple[nn.Module, dict[str, Any]]] = {
+    "linear": (nn.Linear(12, 20), {}),
+    "convolution": (nn.Conv2d(6, 10, 3), {}),
+    "transposed convolution": (nn.ConvTranspose1d(6, 10, 3), {}),
+    "grouped convolution": (nn.Conv1d(6, 10, 3, groups=2), {}),
+    "embedding": (nn.Embedding(30, 8), {}),
+    "packed": (nn.MultiheadAttention(8, 2), {"in_proj": "packed", "targets": ["0.in_proj_weight"]}),
+    "split": (nn.MultiheadAttention(8, 2), {"in_proj": "split", "targets": ["0.in_proj_weight"]}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("basis", ["dense", "block"])
+def test_a_part_of_a_weight_of_any_kind_is_merged_into_as_the_whole_is(kind: str, dim: int, basis: Any) -> None:
+    module, options = KINDS[kind]
+    model = nn.Sequential(module)
+    options = {"targets": ["0"], **options}
+    randlora.inject(model, r=4, basis=basis, **options)
+    fill(model)
+    (attribute, layer), *_ = adapter_layers_of(module).items()
+    check_parts(module, attribute, layer, dim)
+    randlora.eject(model)
+
+
+def check_parts(module: nn.Module, attribute: str, layer: AdapterLayer, dim: int) -> None:
+    """Compare weights with updates, part by part, to the whole."""
+    weight = module._parameters[attribute]
+    assert weight is not None
+    updates = [layer.update(module, part, 1.0) for part in layer.adapters.values()]
+    whole = layer.with_updates(weight.detach(), updates)
+    size = weight.shape[dim]
+    for start, stop in ((0, size // 2), (size // 2, size)):
+        held = [(0, length) for length in weight.shape]
+        held[dim] = (start, stop)
+        local = weight.detach().narrow(dim, start, stop - start).clone()
+        region = layer.region_of(tuple(weight.shape), held)
+        merged = layer.with_updates(local, updates, region)
+        assert merged.shape == local.shape
+        torch.testing.assert_close(merged, whole.narrow(dim, start, stop - start), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("experts", ["each", "shared"])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_so_is_a_part_of_a_stack_of_experts(experts: Any, dim: int) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up_proj = nn.Parameter(torch.randn(4, 12, 8))
+
+    model = nn.Sequential(Experts())
+    randlora.inject(model, r=4, experts=experts, targets=["0.up_proj"])
+    fill(model)
+    (attribute, layer), *_ = adapter_layers_of(model[0]).items()
+    check_parts(model[0], attribute, layer, dim)
+
+
+def test_compiled_code_slices_the_same_bases() -> None:
+    for spec in (BasisSpec("dense", "portable", 0, 4, 24, 16), BasisSpec("block", "portable", 0, 8, 48, 32, (2, 4))):
+        basis = Basis(spec)
+        basis.extend(spec.max_dim, spec.min_dim)
+        num_bases = -(-spec.min_dim // spec.r)
+        lam, gamma = torch.randn(spec.r, num_bases), torch.randn(num_bases, spec.min_dim)
+        whole = Update(basis, lam, gamma, 0.7, (spec.max_dim, spec.min_dim))
+        for start in (8, 5):
+            update = whole.within(Region((start, spec.max_dim), (0, spec.min_dim)))
+            x = torch.randn(3, spec.min_dim)
+
+            def product(x: Tensor, update: Update = update) -> Tensor:
+                return adapted_linear(x, *update.parts(CPU, torch.float32), is_wide=True)
+
+            compiled = torch.compile(product, backend="eager", fullgraph=True, dynamic=False)
+            torch.testing.assert_close(compiled(x), product(x))
