@@ -94,7 +94,7 @@ def merge_and_unmerge() -> None:
             if isinstance(module, FSDPModule):
                 module.reshard()
         for name, parameter in model.named_parameters():
-            assert torch.equal(full(parameter), merged[name]), name
+            assert torch.allclose(full(parameter), merged[name], rtol=1e-6, atol=1e-6), name  # parts of products
     after = shards(model)
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
@@ -108,7 +108,7 @@ def yield_merged() -> None:
     model(TOKENS)
     found, expected = dict(randlora.merged_tensors(model)), dict(randlora.merged_tensors(one))
     assert list(found) == list(expected)
-    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    assert all(torch.allclose(value, expected[name], rtol=1e-6, atol=1e-6) for name, value in found.items())
 
 
 def test_the_tensors_of_the_merged_model_are_gathered_one_at_a_time(pair: Processes) -> None:
