@@ -1,0 +1,228 @@
+"""`AdapterCheckpoints`: a callback of Lightning whose checkpoints hold what is trained, and not the model.
+
+Both packages of Lightning, ``pytorch_lightning`` and ``lightning``, can use it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import random
+import shutil
+import sys
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import randlora
+from randlora.errors import AdapterError, CheckpointError, raise_collected
+
+PACKAGES = ("pytorch_lightning", "lightning")
+ENTRY = "randlora"
+"""The entry of a checkpoint with what a resumed run is compared with, and the states of generators."""
+
+
+def _callbacks() -> tuple[type, ...]:
+    """Return the class of callbacks of each package that is installed; a trainer knows that of its own only."""
+    found = [name for name in PACKAGES if name in sys.modules or find_spec(name) is not None]
+    if not found:
+        raise ImportError("Lightning is not installed: pip install lightning, or pytorch-lightning")
+    names = ("lightning.pytorch" if name == "lightning" else name for name in found)
+    return tuple(importlib.import_module(name).Callback for name in names)
+
+
+_Callback: Any = type("_Callback", _callbacks(), {})
+
+
+class AdapterCheckpoints(_Callback):  # type: ignore[misc]
+    """Make a trainer's checkpoints hold the parameters that are trained, and not the base model.
+
+    A checkpoint has Λ, Γ, the parameters of ``train_also`` and any other that requires grad, buffers that training has
+    changed, such as the statistics of norms, Lightning's own state, and the state of the random number generators of
+    each process. A run that resumes from the end of an epoch has the bits of one that was not interrupted. What is
+    loaded must be of the same adapters: the same layers, r, alpha and bases.
+
+    The base model is not in a checkpoint: create it as when training began, and inject the adapters with the same
+    options, in the module's constructor or in ``configure_model``.
+
+    Args:
+        adapter_directories: Whether to call `randlora.save` for each checkpoint too, into a directory beside it that
+            has ``.adapter`` in the place of ``.ckpt``. It is removed when Lightning removes the checkpoint.
+        name: The adapter to save there; ``None`` means the only one.
+
+    Example:
+        >>> from randlora.integrations.lightning import AdapterCheckpoints
+        >>> callback = AdapterCheckpoints(adapter_directories=True)  # for Trainer(callbacks=[callback])
+    """
+
+    def __init__(self, *, adapter_directories: bool = False, name: str | None = None) -> None:
+        """Create the callback for one trainer."""
+        super().__init__()
+        self.adapter_directories, self.name = adapter_directories, name
+        self._buffers: dict[str, str] = {}
+        self._directories: dict[Path, Path] = {}
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002  # Lightning's hook
+        """Prepare a run before a checkpoint is loaded."""
+        if any(getattr(each, "save_weights_only", False) for each in trainer.checkpoint_callbacks):
+            raise CheckpointError(_WEIGHTS_ONLY)
+        self._buffers = {name: _digest(buffer) for name, buffer in pl_module.named_buffers()}
+        pl_module.strict_loading = False  # the base is not in the checkpoint
+        # as Lightning's hook of a callback comes after the module was changed
+        own = type(pl_module).on_load_checkpoint.__get__(pl_module)
+        pl_module.on_load_checkpoint = functools.partial(_check_and_load, own, pl_module)
+        if not isinstance(trainer.save_checkpoint, functools.partial):
+            trainer.save_checkpoint = functools.partial(self._save_checkpoint, trainer, trainer.save_checkpoint)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002  # Lightning's hook
+        """Restore the module's hook, and remove directories whose checkpoints were removed."""
+        pl_module.__dict__.pop("on_load_checkpoint", None)
+        self._remove_left()
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002  # Lightning's hook
+        """Check that there is an adapter."""
+        if not randlora.adapters(pl_module):
+            raise AdapterError(
+                f"{type(pl_module).__name__} has no adapter: call randlora.inject before trainer.fit, or in "
+                "configure_model"
+            )
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Leave what is not trained out of a checkpoint; called in every process."""
+        values, trained = checkpoint["state_dict"], _trained(pl_module)
+        if values:  # other processes than the first may have none
+            missing = sorted(trained - values.keys())
+            raise_collected(CheckpointError, [f"{name} is not in it" for name in missing], doing="write a checkpoint")
+            sharded = next((name for name in trained if type(values[name]) is not Tensor), None)
+            if sharded is not None and not isinstance(values[sharded], nn.Parameter):
+                raise CheckpointError(
+                    f"{sharded} is sharded, and Lightning cannot load a part of a sharded checkpoint: give the strategy "
+                    "save_distributed_checkpoint=False"
+                )
+            changed = {name for name, own in pl_module.named_buffers() if self._buffers.get(name) != _digest(own)}
+            kept = trained | (changed & values.keys())
+            checkpoint["state_dict"] = {name: value for name, value in values.items() if name in kept}
+        states = [_generators()]
+        if trainer.world_size > 1:
+            states *= trainer.world_size
+            dist.all_gather_object(states, _generators())
+        checkpoint[ENTRY] = {"adapters": _described(pl_module), "trained": sorted(trained), "generators": states}
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Set the generators as they were when the checkpoint was written, before an epoch draws its order of data."""
+        _check(pl_module, checkpoint)  # a strategy may have loaded the module without its hook
+        states = checkpoint[ENTRY]["generators"]
+        if len(states) == trainer.world_size:
+            _set_generators(states[trainer.global_rank])
+            return
+        warnings.warn(
+            f"the checkpoint is of {len(states)} processes and this run has {trainer.world_size}: random numbers will be "
+            "others than in an uninterrupted run",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    def _save_checkpoint(
+        self, trainer: Any, write: Any, filepath: Any, weights_only: bool | None = None, **options: Any
+    ) -> None:
+        """Write a checkpoint, and the adapter beside it."""
+        if weights_only:
+            raise CheckpointError(_WEIGHTS_ONLY)
+        write(filepath, weights_only, **options)
+        if not self.adapter_directories:
+            return
+        path = Path(filepath)
+        directory = path.with_suffix(".adapter")
+        is_sharded = any(type(each.data) is not Tensor for each in randlora.trainable_parameters(trainer.lightning_module))
+        if is_sharded or trainer.is_global_zero:
+            randlora.save(trainer.lightning_module, directory, name=self.name)
+        self._directories[path] = directory
+        self._remove_left(path)
+
+    def _remove_left(self, newest: Path | None = None) -> None:
+        """Remove the directories whose checkpoints Lightning has removed."""
+        for path in [each for each in self._directories if each != newest and not each.exists()]:
+            shutil.rmtree(self._directories.pop(path), ignore_errors=True)
+
+
+_WEIGHTS_ONLY = (
+    "save_weights_only=True writes the whole model, because Lightning does not ask callbacks then: omit it, and use "
+    "adapter_directories=True or randlora.save for files with the adapter alone"
+)
+
+
+def _check_and_load(load: Any, module: Any, checkpoint: dict[str, Any]) -> None:
+    _check(module, checkpoint)
+    load(checkpoint)
+
+
+def _check(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Check that a checkpoint is of the adapters that a module has; else raise `CheckpointError`."""
+    written = checkpoint.get(ENTRY)
+    if not isinstance(written, dict):
+        raise CheckpointError("the checkpoint was written without AdapterCheckpoints: load it without this callback")
+    problems, here = [], {entry["name"]: entry for entry in _described(module)}
+    for entry in written["adapters"]:
+        own = here.get(entry["name"])
+        differing = ["name"] if own is None else [field for field in entry if entry[field] != own[field]]
+        if differing:
+            problems.append(
+                f"its adapter {entry['name']!r} differs from the model's in {' and '.join(differing)}: inject with the "
+                "options that it was trained with"
+            )
+    if not problems and (other := _trained(module) ^ set(written["trained"])):
+        problems.append(f"{sorted(other)[0]} is trained in one of the two only: make the same parameters require grad")
+    raise_collected(CheckpointError, problems, doing="load the checkpoint")
+
+
+def _described(module: nn.Module) -> list[dict[str, Any]]:
+    """Return what Λ and Γ mean nothing without: each adapter's layers, r, alpha and bases."""
+    return [
+        {
+            "name": each.name,
+            "layers": {fqn: [options.r, options.alpha] for fqn, options in each.options.items()},
+            "bases": [spec.to_dict() for spec in each.specs],
+            "train_also": list(each.train_also),
+        }
+        for each in randlora.adapters(module)
+    ]
+
+
+def _trained(module: nn.Module) -> set[str]:
+    named = module.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in named if parameter.requires_grad}
+
+
+def _digest(buffer: Tensor) -> str:
+    """Return a digest of a buffer's values."""
+    if buffer.is_meta:
+        return ""
+    raw = buffer.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.blake2b(raw.tobytes(), digest_size=16).hexdigest()
+
+
+def _generators() -> dict[str, Any]:
+    """Return the states of this process's generators, in types that ``torch.load(weights_only=True)`` reads."""
+    name, keys, *rest = numpy.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),  # type: ignore[union-attr]
+    }
+
+
+def _set_generators(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"].cpu())
+    if len(states["cuda"]) == torch.cuda.device_count() > 0:
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    numpy.random.set_state(tuple(states["numpy"]))

@@ -1,0 +1,105 @@
+"""`AdapterCheckpoints`: Lightning's checkpoints hold what is trained, and a resumed run is the run it goes on with."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import randlora
+from randlora.errors import AdapterError, CheckpointError
+from randlora.integrations.lightning import AdapterCheckpoints
+from tests.kit import all_bits, assert_unchanged, snapshot
+from tests.lightning_modules import Module, fit, trained
+from tests.peer import TRAINERS_WARNINGS
+
+pytestmark = [*TRAINERS_WARNINGS, pytest.mark.medium]
+
+
+def test_a_checkpoint_has_what_is_trained_and_statistics_and_nothing_of_the_base(tmp_path: Path) -> None:
+    module = Module()
+    trainer = fit(module, tmp_path, epochs=1)
+    values = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["state_dict"]
+    assert all_bits(values) == trained(module)
+    assert {"model.1.weight", "model.1.running_mean", "head.weight"} < values.keys()
+    assert not {"model.0.weight", "model.1.bias"} & values.keys()
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    assert torch.load(tmp_path / "after.ckpt", weights_only=True)["state_dict"].keys() == values.keys()
+
+
+def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(tmp_path: Path) -> None:
+    whole = Module()
+    fit(whole, tmp_path / "whole", epochs=3)
+    fit(Module(), tmp_path / "part", epochs=2)
+    rest = Module()
+    torch.manual_seed(99)
+    fit(rest, tmp_path / "part", epochs=3, resume=tmp_path / "part/epoch=1.ckpt")
+    assert rest.losses == whole.losses[8:]
+    assert len(set(rest.losses)) == 4
+    assert trained(rest) == trained(whole)
+
+
+def test_adapters_are_saved_beside_checkpoints_and_removed_with_them(tmp_path: Path) -> None:
+    module = Module()
+    fit(module, tmp_path, epochs=3, callback=AdapterCheckpoints(adapter_directories=True), checkpoints={"save_top_k": 1})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch=2.adapter", "epoch=2.ckpt"]
+    fresh = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Dropout(0.1), nn.Linear(32, 8))
+    randlora.load(fresh, tmp_path / "epoch=2.adapter", trainable=True)
+    own, loaded = randlora.trainable_parameters(module.model), randlora.trainable_parameters(fresh)
+    assert all(torch.equal(one, other) for one, other in zip(own, loaded, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 1}, "differs from the model's in bases"),
+        ({"r": 2}, "differs from the model's in layers and bases"),
+        ({"alpha": 3}, "differs from the model's in layers"),
+        ({"train_also": None}, "differs from the model's in train_also"),
+        ({"name": "other"}, "differs from the model's in name"),
+    ],
+    ids=["seed", "r", "alpha", "train_also", "name"],
+)
+def test_a_checkpoint_of_another_adapter_is_refused_before_anything_is_loaded(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    fit(Module(), tmp_path, epochs=1)
+    module = Module(**options)
+    before = snapshot(module.model)
+    with pytest.raises(CheckpointError, match=message):
+        fit(module, tmp_path, epochs=2, resume=tmp_path / "epoch=0.ckpt")
+    assert_unchanged(module.model, before)
+
+
+def test_a_checkpoint_that_trained_other_parameters_is_refused(tmp_path: Path) -> None:
+    fit(Module(), tmp_path, epochs=1)
+    module = Module()
+    module.head.bias.requires_grad = False
+    with pytest.raises(CheckpointError, match="head.bias is trained in one of the two only"):
+        fit(module, tmp_path, epochs=2, resume=tmp_path / "epoch=0.ckpt")
+
+
+def test_a_module_without_an_adapter_and_checkpoints_of_weights_only_are_refused(tmp_path: Path) -> None:
+    plain = Module()
+    randlora.eject(plain.model)
+    with pytest.raises(AdapterError, match="Module has no adapter: call randlora.inject before trainer.fit"):
+        fit(plain, tmp_path, epochs=1)
+    with pytest.raises(CheckpointError, match="writes the whole model"):
+        fit(Module(), tmp_path, epochs=1, checkpoints={"save_weights_only": True})
+    trainer = fit(Module(), tmp_path, epochs=1)
+    with pytest.raises(CheckpointError, match="writes the whole model"):
+        trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    assert not (tmp_path / "weights.ckpt").exists()
+
+
+def test_the_modules_own_hook_of_loading_is_called_and_given_back(tmp_path: Path) -> None:
+    class Own(Module):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            self.found = checkpoint["epoch"]
+
+    fit(Own(), tmp_path, epochs=1)
+    module = Own()
+    fit(module, tmp_path, epochs=2, resume=tmp_path / "epoch=0.ckpt")
+    assert module.found == 0
+    assert "on_load_checkpoint" not in vars(module)
