@@ -29,7 +29,7 @@ class Module(pl.LightningModule):
         self.losses: list[float] = []
 
     def training_step(self, batch: list[Tensor]) -> Tensor:
-        loss = self.head(self.model(batch[0])).square().mean()
+        loss: Tensor = self.head(self.model(batch[0])).square().mean()
         self.losses.append(loss.item())
         return loss
 
@@ -50,7 +50,12 @@ def fit(
     """Train a module for some epochs, with a checkpoint after each."""
     callback = options.pop("callback", None) or AdapterCheckpoints()
     checkpoints = ModelCheckpoint(out, filename="{epoch}", **{"save_top_k": -1, **options.pop("checkpoints", {})})
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    quiet: dict[str, Any] = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+    }
     trainer = pl.Trainer(max_epochs=epochs, callbacks=[checkpoints, callback], **quiet, **options)
     with torch.random.fork_rng():
         torch.manual_seed(1)

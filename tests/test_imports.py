@@ -50,6 +50,7 @@ OPTIONAL = {
     "disk.hub": {"huggingface_hub"},
     "files.quantized": {"bitsandbytes"},
     "files.transformers_model": {"transformers"},
+    "integrations.lightning": set(),  # by importlib, whichever of its packages there is
     "integrations.transformers": {"transformers"},
     "layers.bnb_codes": {"bitsandbytes"},
     "layers.bnb_cpu": {"bitsandbytes"},

@@ -42,7 +42,9 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(tmp_path: Pa
 
 def test_adapters_are_saved_beside_checkpoints_and_removed_with_them(tmp_path: Path) -> None:
     module = Module()
-    fit(module, tmp_path, epochs=3, callback=AdapterCheckpoints(adapter_directories=True), checkpoints={"save_top_k": 1})
+    fit(
+        module, tmp_path, epochs=3, callback=AdapterCheckpoints(adapter_directories=True), checkpoints={"save_top_k": 1}
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch=2.adapter", "epoch=2.ckpt"]
     fresh = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Dropout(0.1), nn.Linear(32, 8))
     randlora.load(fresh, tmp_path / "epoch=2.adapter", trainable=True)
@@ -76,14 +78,14 @@ def test_a_checkpoint_that_trained_other_parameters_is_refused(tmp_path: Path) -
     fit(Module(), tmp_path, epochs=1)
     module = Module()
     module.head.bias.requires_grad = False
-    with pytest.raises(CheckpointError, match="head.bias is trained in one of the two only"):
+    with pytest.raises(CheckpointError, match=r"head\.bias is trained in one of the two only"):
         fit(module, tmp_path, epochs=2, resume=tmp_path / "epoch=0.ckpt")
 
 
 def test_a_module_without_an_adapter_and_checkpoints_of_weights_only_are_refused(tmp_path: Path) -> None:
     plain = Module()
     randlora.eject(plain.model)
-    with pytest.raises(AdapterError, match="Module has no adapter: call randlora.inject before trainer.fit"):
+    with pytest.raises(AdapterError, match=r"Module has no adapter: call randlora\.inject before trainer\.fit"):
         fit(plain, tmp_path, epochs=1)
     with pytest.raises(CheckpointError, match="writes the whole model"):
         fit(Module(), tmp_path, epochs=1, checkpoints={"save_weights_only": True})

@@ -20,19 +20,19 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification
 
 import randlora
+from randlora.integrations.lightning import AdapterCheckpoints
 
 TALES = Path(__file__).parent / "data" / "grimm.txt"
 WINDOW = 32  # bytes
 
 
 class AdapterModule(pl.LightningModule):
-    """An adapted classifier; its checkpoints hold what is trained, its bases' names, and torch's generator."""
+    """An adapted classifier."""
 
     def __init__(self, model: torch.nn.Module, *, lr: float = 1e-2) -> None:
         """Take a model that carries one adapter; its base is in no checkpoint and must be made anew for every run."""
         super().__init__()
         self.model, self.lr = model, lr
-        self.strict_loading = False
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Compute the loss of a batch."""
@@ -44,25 +44,6 @@ class AdapterModule(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Train the adapter and what was named beside it."""
         return torch.optim.AdamW(randlora.trainable_parameters(self.model), lr=self.lr)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained; note the bases, without which Λ and Γ mean nothing."""
-        checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in sorted(self._trained())}
-        checkpoint["bases"] = self._bases()
-        checkpoint["generator"] = torch.get_rng_state()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another adapter, which would else be loaded in part and without a word."""
-        if checkpoint["bases"] != self._bases() or set(checkpoint["state_dict"]) != self._trained():
-            raise ValueError("the checkpoint was made with other options of the adapter: inject with the same")
-        torch.set_rng_state(checkpoint["generator"].cpu())  # to shuffle and drop out as if the run had not stopped
-
-    def _trained(self) -> set[str]:
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-    def _bases(self) -> list[dict[str, Any]]:
-        (adapter,) = randlora.adapters(self.model)
-        return [spec.to_dict() for spec in adapter.specs]
 
 
 def adapted(**options: Any) -> AdapterModule:
@@ -86,7 +67,9 @@ def windows(count: int) -> TensorDataset:
 def make_trainer(out: Path, *, epochs: int) -> pl.Trainer:
     """Make a trainer that writes a checkpoint after every epoch."""
     checkpoints = ModelCheckpoint(out, filename="{epoch}", save_top_k=-1, save_last=True)
-    return pl.Trainer(max_epochs=epochs, callbacks=[checkpoints], logger=False, log_every_n_steps=1)
+    return pl.Trainer(
+        max_epochs=epochs, callbacks=[checkpoints, AdapterCheckpoints()], logger=False, log_every_n_steps=1
+    )
 
 
 def main(

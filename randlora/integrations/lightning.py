@@ -16,13 +16,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 import randlora
 from randlora.errors import AdapterError, CheckpointError, raise_collected
+from randlora.placement.dtensor import is_dtensor
 
 PACKAGES = ("pytorch_lightning", "lightning")
 ENTRY = "randlora"
@@ -100,11 +101,11 @@ class AdapterCheckpoints(_Callback):  # type: ignore[misc]
         if values:  # other processes than the first may have none
             missing = sorted(trained - values.keys())
             raise_collected(CheckpointError, [f"{name} is not in it" for name in missing], doing="write a checkpoint")
-            sharded = next((name for name in trained if type(values[name]) is not Tensor), None)
-            if sharded is not None and not isinstance(values[sharded], nn.Parameter):
+            sharded = next((name for name in trained if is_dtensor(values[name])), None)
+            if sharded is not None:
                 raise CheckpointError(
-                    f"{sharded} is sharded, and Lightning cannot load a part of a sharded checkpoint: give the strategy "
-                    "save_distributed_checkpoint=False"
+                    f"{sharded} is sharded, and Lightning cannot load a part of a sharded checkpoint: give the "
+                    "strategy save_distributed_checkpoint=False"
                 )
             changed = {name for name, own in pl_module.named_buffers() if self._buffers.get(name) != _digest(own)}
             kept = trained | (changed & values.keys())
@@ -123,14 +124,19 @@ class AdapterCheckpoints(_Callback):  # type: ignore[misc]
             _set_generators(states[trainer.global_rank])
             return
         warnings.warn(
-            f"the checkpoint is of {len(states)} processes and this run has {trainer.world_size}: random numbers will be "
-            "others than in an uninterrupted run",
+            f"the checkpoint is of {len(states)} processes and this run has {trainer.world_size}: random numbers will "
+            "be others than in an uninterrupted run",
             UserWarning,
             stacklevel=2,
         )
 
     def _save_checkpoint(
-        self, trainer: Any, write: Any, filepath: Any, weights_only: bool | None = None, **options: Any
+        self,
+        trainer: Any,
+        write: Any,
+        filepath: Any,
+        weights_only: bool | None = None,  # noqa: FBT001  # Lightning's signature
+        **options: Any,
     ) -> None:
         """Write a checkpoint, and the adapter beside it."""
         if weights_only:
@@ -140,7 +146,9 @@ class AdapterCheckpoints(_Callback):  # type: ignore[misc]
             return
         path = Path(filepath)
         directory = path.with_suffix(".adapter")
-        is_sharded = any(type(each.data) is not Tensor for each in randlora.trainable_parameters(trainer.lightning_module))
+        is_sharded = any(
+            type(each.data) is not Tensor for each in randlora.trainable_parameters(trainer.lightning_module)
+        )
         if is_sharded or trainer.is_global_zero:
             randlora.save(trainer.lightning_module, directory, name=self.name)
         self._directories[path] = directory
@@ -210,7 +218,7 @@ def _digest(buffer: Tensor) -> str:
 
 def _generators() -> dict[str, Any]:
     """Return the states of this process's generators, in types that ``torch.load(weights_only=True)`` reads."""
-    name, keys, *rest = numpy.random.get_state(legacy=True)
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002  # what code that uses it draws from
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
@@ -225,4 +233,4 @@ def _set_generators(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
-    numpy.random.set_state(tuple(states["numpy"]))
+    np.random.set_state(tuple(states["numpy"]))  # noqa: NPY002

@@ -1,4 +1,4 @@
-"""Lightning on two processes: DDP, and FSDP2 by its `ModelParallelStrategy`; a resumed run has the bits of a whole one."""
+"""Lightning on two processes, with DDP and FSDP2: a resumed run has the bits of a whole one."""
 
 import os
 import tempfile
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
@@ -22,13 +23,14 @@ class Sharded(Module):
     def configure_model(self) -> None:
         if not getattr(self, "is_sharded", False):
             self.is_sharded = True
+            mesh: Any = self.device_mesh
             for module in (self.model[0], self.model, self.head):  # not `self`, whose forward is not called
-                fully_shard(module, mesh=self.device_mesh["data_parallel"])
+                fully_shard(module, mesh=mesh["data_parallel"])
 
 
 def run(kind: type[Module], out: Path, epochs: int, resume: Path | None = None) -> Module:
-    from pytorch_lightning.plugins.environments import TorchElasticEnvironment  # noqa: PLC0415
-    from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy  # noqa: PLC0415
+    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+    from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 
     rank, count = dist.get_rank(), dist.get_world_size()
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{count}", "GROUP_RANK": "0"}
@@ -57,8 +59,6 @@ def run(kind: type[Module], out: Path, epochs: int, resume: Path | None = None) 
 
 def resumed_equals_whole(kind: type[Module], out: Path) -> tuple[list[float], list[float], list[str]]:
     """Return the last epoch's losses of a whole and of a resumed run, and the names of values in a checkpoint."""
-    import torch  # noqa: PLC0415
-
     whole = run(kind, out / "whole", 2)
     run(kind, out / "part", 1)
     rest = run(kind, out / "part", 2, out / "part/epoch=0.ckpt")
