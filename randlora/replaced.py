@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from randlora.placement import zero3
+
 Place = tuple[nn.Module, str]
 """A module and the name of one of its parameters."""
 
@@ -63,12 +65,25 @@ class ReplacedParameter:
         assert parameter is not None, f"{attribute} was deleted while an adapter trains a copy of it"
         return parameter
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether an engine of DeepSpeed's ZeRO-3 has the parameter, and would not run with another in its place."""
+        return zero3.is_managed(self.live) and any(zero3.is_in_engine(module) for module, _ in self.places.values())
+
     @torch.inference_mode(mode=False)  # parameters must not be inference tensors
     def install(self, parameter: nn.Parameter) -> None:
-        """Set the model's parameter to ``parameter``, moved to the device and dtype of the current one."""
+        """Set the model's parameter to ``parameter``, moved to the device and dtype of the current one.
+
+        If `is_fixed`, the current one gets the values instead, for good: this is how `eject` ends.
+        """
         leaving = self.live
+        if leaving is not parameter and self.is_fixed:
+            zero3.Spread(leaving).write(zero3.gathered(parameter))
+            return
         if leaving is not parameter and not leaving.is_meta:
             parameter.data = parameter.data.to(device=leaving.device, dtype=leaving.dtype)
+            if zero3.is_managed(leaving) and not zero3.is_managed(parameter):
+                zero3.manage(parameter, leaving)
         for module, attribute in self.places.values():
             module._parameters[attribute] = parameter
         self.installed = parameter

@@ -8,6 +8,7 @@ activating an adapter is one assignment instead of a walk over the model.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from randlora.bases.bank import BasisBank
 from randlora.bases.basis import Basis
 from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
-from randlora.errors import AdapterError, TargetError
+from randlora.errors import AdapterError, TargetError, raise_collected
 from randlora.functional import Compute
 from randlora.hints import shortly
 from randlora.layer_options import LayerOptions
@@ -190,12 +191,27 @@ class ModelState:
 
     def install_parameters(self) -> None:
         """Install the trained copies of the active adapters, and the model's own parameters elsewhere."""
-        active = [] if self.is_disabled else [adapter for adapter in self.adapters.values() if adapter.is_active]
-        present = {fqn: replaced for fqn, replaced in self.replaced.items() if not replaced.is_lost}
-        for fqn, replaced in present.items():
-            copies = [adapter.trained[fqn] for adapter in active if fqn in adapter.trained]
-            versions = [copy for copy in copies if replaced.fits(copy)]
-            replaced.install(versions[0] if versions else replaced.original)
+        for replaced, version in self._versions([] if self.is_disabled else self.active):
+            replaced.install(version)
+
+    def require_exchangeable(self, active: Iterable[str], doing: str) -> None:
+        """Check that `install_parameters` could install the copies of these adapters; else raise `AdapterError`."""
+        problems = [
+            f"{replaced.name} would have to be another parameter object, and the model is run by an engine of "
+            "DeepSpeed's ZeRO-3, which expects the one that it started with: use ZeRO-2, or an adapter without "
+            "train_also"
+            for replaced, version in self._versions(active)
+            if version is not replaced.live and replaced.is_fixed
+        ]
+        raise_collected(AdapterError, problems, doing=doing)
+
+    def _versions(self, active: Iterable[str]) -> Iterator[tuple[ReplacedParameter, nn.Parameter]]:
+        """Yield the parameters that adapters train copies of, each with what is installed if these are active."""
+        trained = [self.adapters[name].trained for name in active]
+        for fqn, replaced in self.replaced.items():
+            if not replaced.is_lost:
+                copies = [copies[fqn] for copies in trained if fqn in copies and replaced.fits(copies[fqn])]
+                yield replaced, copies[0] if copies else replaced.original
 
     def forget_unused(self) -> None:
         """Remove the bases and the replaced parameters that no adapter uses."""

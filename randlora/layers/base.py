@@ -108,7 +108,8 @@ class AdapterLayer(ABC):
     @classmethod
     def weight_of(cls, owner: nn.Module) -> nn.Parameter | None:
         """Return the owner's parameter without any update, or ``None`` if it is computed from others."""
-        return owner._parameters.get(cls.attribute)
+        held = owner._parameters
+        return held[cls.attribute] if cls.attribute in held else None  # noqa: SIM401  # ZeRO-3 does not see a get()
 
     @classmethod
     def site_fqn(cls, owner_fqn: str) -> str:
@@ -441,9 +442,10 @@ def diagonal_shapes(shape: Shape, r: int) -> tuple[Shape, Shape]:
 def _value_of(held: nn.Module | None, name: str) -> nn.Parameter:
     """Return one adapter's Λ or Γ."""
     assert held is not None, "the weight is adapted"
-    parameter = held._parameters.get(name)
-    if parameter is None:  # DataParallel's replicas hold parameters as plain attributes
+    if name not in held._parameters:  # DataParallel's replicas hold parameters as plain attributes
         return getattr(held, name)  # type: ignore[no-any-return]
+    parameter = held._parameters[name]  # not get(), in which ZeRO-3 would not gather it
+    assert parameter is not None, "the weight is adapted"
     if parameter.is_meta and "_hf_hook" in held.__dict__:  # accelerate loads offloaded values only during a call
         return held.forward(name)  # type: ignore[no-any-return]
     return parameter

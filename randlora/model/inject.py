@@ -32,6 +32,7 @@ from randlora.layer_options import LayerOptions, by_rank
 from randlora.model.change import one_at_a_time, whole
 from randlora.model.install import commit, detach_all, owned_state, prepare, require_detachable, require_own, unfold_all
 from randlora.model.train_also import misplaced_copies, replacements, select_parameters, train_also_problems
+from randlora.placement.place import whole as whole_values
 from randlora.replaced import ReplacedParameter
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState, SavePretrained, adapted_root
@@ -183,7 +184,8 @@ def inject(
     if callable(adapter.config.targets) or callable(adapter.config.exclude):  # which cannot be pickled or saved
         adapter.config = replace(adapter.config, targets=report.targets, exclude=None)
     for fqn, entry in planned.replaced.items():
-        adapter.trained[fqn] = nn.Parameter(entry.original.detach().clone(), requires_grad=planned.trainable)
+        own = whole_values(entry.original).detach().clone()
+        adapter.trained[fqn] = nn.Parameter(own, requires_grad=planned.trainable)
     addition = prepare(
         planned.state,
         adapter,

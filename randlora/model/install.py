@@ -147,6 +147,7 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
             state.bank.add(adapter.bases[r])
         state.adapters[adapter.name] = adapter
         state.replaced.update(addition.replaced)
+        state.require_exchangeable(state.active, f"add {adapter.name!r}")
         state.install_parameters()
         census.model.__dict__[ATTRIBUTE] = state
         warn_of_unknown(census.model)

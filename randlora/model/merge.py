@@ -231,10 +231,10 @@ def weight_problems(sites: Sequence[AdaptedSite], into: Into) -> list[str]:
 
 def _is_incomplete(site: AdaptedSite, weight: nn.Parameter) -> bool:
     """Whether a weight has no values, or not all of them and not in a place that they can be merged into."""
-    if weight.is_meta or weight.numel() == 0:
+    if weight.is_meta:
         return True
     if isinstance(site.layer, QuantizedLayer) or place_of(site.owner, site.layer.attribute) is None:
-        return type(weight.data) is not Tensor
+        return type(weight.data) is not Tensor or not weight.numel()
     return False
 
 

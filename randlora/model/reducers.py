@@ -1,15 +1,17 @@
-"""Parameters that `DistributedDataParallel` does not know, because they did not require grad when it was made.
+"""Parameters that the engine of a model does not know, because they did not require grad when it was made.
 
-It averages the gradients of the parameters that required grad then, and of no others: what is trained besides them
-differs from process to process, without an error of torch's. torch tells which these are, though only by private names,
-all of which are in this file.
+`DistributedDataParallel` averages the gradients of the parameters that required grad then, and of no others, and an
+engine of DeepSpeed trains no others: what is trained besides them differs from process to process, without an error of
+theirs. Both tell which these are, though only by names that are not documented, all of which are in this file.
 """
 
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,43 +20,64 @@ from torch.nn.parallel import DistributedDataParallel
 from randlora.errors import warn
 from randlora.targets.match import shortened
 
-_SEEN: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
-"""Wrappers that were found before, so that switching between adapters need not look for them each time."""
+_SEEN: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Engines that were found before, so that switching between adapters need not look for them each time."""
 
 
 def warn_of_unknown(model: nn.Module) -> None:
-    """Warn of parameters of a model that require grad and whose gradients the wrapper around it would not average."""
+    """Warn of parameters of a model that require grad and that the engine around it does not know."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return  # then there is no wrapper, or nothing to average
-    trained = {name: parameter for name, parameter in model.named_parameters() if _may_be_averaged(parameter)}
+        return  # then there is no engine, or nothing to average
+    trained = {name: each for name, each in model.named_parameters() if each.requires_grad and _is_plain(each)}
     own = {id(parameter) for parameter in model.parameters()}
-    if trained and (not (wrappers := _of(own, _SEEN)) or _unknown(trained, wrappers)):
-        gc.collect()  # a wrapper that was given up may still be here, as part of a cycle
-        _SEEN.update(each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel))
-        wrappers = _of(own, _SEEN)
-        if wrappers and (unknown := _unknown(trained, wrappers)):
+    if trained and (not (engines := _of(own)) or _unknown(trained, engines)):
+        gc.collect()  # an engine that was given up may still be here, as part of a cycle
+        kinds = (DistributedDataParallel, *_deepspeed_engines())
+        _SEEN.update(each for each in gc.get_objects() if issubclass(type(each), kinds))
+        engines = _of(own)
+        if engines and (unknown := _unknown(trained, engines)):
             warn(
-                f"{shortened(unknown)} requires grad, and the DistributedDataParallel around the model was made before "
-                "and does not know it: every process would train its own copy. Wrap the model again after this call"
+                f"{shortened(unknown)} requires grad, and the {type(engines[0]).__name__} around the model was made "
+                "before and does not know it: every process would train its own copy. Wrap the model again after this "
+                "call"
             )
 
 
-def _may_be_averaged(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is trained and not sharded, when another engine than this one has it."""
-    return parameter.requires_grad and type(parameter.data) is Tensor and not hasattr(parameter, "ds_id")
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is not a `DTensor`, which belongs to an engine that needs no wrapper."""
+    return type(parameter.data) is Tensor
 
 
-def _of(own: set[int], wrappers: Iterable[DistributedDataParallel]) -> list[DistributedDataParallel]:
-    """Return those of the wrappers that hold some of these parameters."""
-    return [each for each in wrappers if not own.isdisjoint(map(id, each.parameters()))]
+def _deepspeed_engines() -> list[type]:
+    library: Any = sys.modules.get("deepspeed")
+    return [] if library is None else [library.DeepSpeedEngine]
 
 
-def _unknown(trained: Mapping[str, nn.Parameter], wrappers: Iterable[DistributedDataParallel]) -> list[str]:
-    """Return the names of the parameters that none of the wrappers averages, or was told to ignore."""
+def _of(own: set[int]) -> list[Any]:
+    """Return the engines that hold some of these parameters."""
+    return [each for each in _SEEN if not own.isdisjoint(map(id, each.parameters()))]
+
+
+def _unknown(trained: Mapping[str, nn.Parameter], engines: Iterable[Any]) -> list[str]:
+    """Return the names of the parameters that none of the engines knows, or was told to ignore."""
     known: set[int] = set()
-    for wrapper in wrappers:
-        for bucket in wrapper.reducer._get_zeros_like_grad_buckets():
-            known.update(map(id, bucket.parameters()))
-        ignored = wrapper.parameters_to_ignore
-        known.update(id(each) for name, each in wrapper.module.named_parameters() if name in ignored)
+    for engine in engines:
+        known.update(_averaged(engine) if isinstance(engine, DistributedDataParallel) else _optimized(engine))
     return [name for name, parameter in trained.items() if id(parameter) not in known]
+
+
+def _averaged(wrapper: DistributedDataParallel) -> Iterator[int]:
+    """Yield the ids of the parameters whose gradients DDP averages, and of those that it was told to ignore."""
+    for bucket in wrapper.reducer._get_zeros_like_grad_buckets():
+        yield from map(id, bucket.parameters())
+    ignored = wrapper.parameters_to_ignore
+    yield from (id(each) for name, each in wrapper.module.named_parameters() if name in ignored)
+
+
+def _optimized(engine: Any) -> Iterator[int]:
+    """Yield the ids of the parameters that DeepSpeed trains: with ZeRO its optimizer has them in groups beside it."""
+    optimizer = engine.optimizer
+    for groups in ("bit16_groups", "fp16_groups"):  # ZeRO 1 and 2; ZeRO 3 and its fp16 optimizer
+        yield from (id(each) for group in getattr(optimizer, groups, ()) for each in group)
+    for group in getattr(optimizer, "param_groups", ()):
+        yield from map(id, group["params"])

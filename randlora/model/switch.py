@@ -114,6 +114,7 @@ def activate(
     require_own(census, state, "activate")
     weights = _weights(names)
     raise_collected(AdapterError, _activation_problems(state, weights), doing="activate")
+    state.require_exchangeable([name for name in state.adapters if name in weights], "activate")
     with whole(census, state):
         for adapter in state.adapters.values():
             adapter.weight = weights.get(adapter.name)
@@ -149,6 +150,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
             require_unmerged(state, "disable")
             census = Census.of(root)
             require_own(census, state, "disable the adapters")
+            state.require_exchangeable([], "disable the adapters")
             with whole(census, state):
                 state.disabled.append(block)
                 state.install_parameters()
@@ -180,6 +182,7 @@ def remove(model: nn.Module, name: str) -> None:
         return
     census = Census.of(root)
     require_own(census, state, "remove")
+    state.require_exchangeable([other for other in state.active if other != name], f"remove {name!r}")
     sites = [site for site in census.adapted if name in site.layer.adapters]
     require_detachable(census, f"remove {name!r}", sites)
     with whole(census, state):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from randlora.placement import zero3
 from randlora.placement.dtensor import Part, Shard, gathered, is_dtensor
 
 
@@ -46,6 +47,8 @@ def place_of(owner: nn.Module, attribute: str) -> Place | None:
     parameter = owner._parameters.get(attribute)
     if is_dtensor(parameter):
         return Shard(parameter)
+    if zero3.is_managed(parameter) and zero3.is_writable(parameter):
+        return zero3.Spread(parameter)
     return None
 
 
@@ -53,4 +56,6 @@ def whole(parameter: Tensor) -> Tensor:
     """Return all values of a parameter, itself if it is not sharded; else a collective."""
     if is_dtensor(parameter):
         return gathered(parameter)
+    if zero3.is_spread(parameter):
+        return zero3.gathered(parameter)
     return parameter

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from randlora.errors import RandLoRAError
 from randlora.placement.dtensor import meshes
+from randlora.placement.zero3 import is_spread
 
 Result = TypeVar("Result")
 
@@ -43,6 +44,10 @@ class Ranks(NamedTuple):
 
 def ranks_of(parameters: Iterable[Tensor]) -> Ranks | None:
     """Return the processes that some parameters are sharded over; ``None`` if none is sharded."""
+    parameters = list(parameters)
+    if (spread := next(filter(is_spread, parameters), None)) is not None:
+        group: Any = spread.ds_process_group
+        return Ranks((group,), dist.get_rank(group) == 0)
     mesh = next(iter(meshes(parameters)), None)
     return None if mesh is None else Ranks(tuple(mesh.get_all_groups()), not any(mesh.get_coordinate() or ()))
 

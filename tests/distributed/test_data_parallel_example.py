@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import randlora
+from tests.distributed.engines import needs_deepspeed
 from tests.test_examples import imported
 
 ROOT = Path(__file__).parents[2]
@@ -39,3 +40,10 @@ def assert_learned(printed: str, directory: Path) -> None:
 @pytest.mark.medium
 def test_the_example_trains_with_ddp(tmp_path: Path) -> None:
     assert_learned(launch(tmp_path), tmp_path / "out")
+
+
+@pytest.mark.medium
+@needs_deepspeed
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_the_example_trains_with_deepspeed(tmp_path: Path, stage: str) -> None:
+    assert_learned(launch(tmp_path, "--zero", stage), tmp_path / "out")

@@ -1,0 +1,118 @@
+"""Parameters that DeepSpeed's ZeRO-3 spreads over processes.
+
+Such a parameter is an ordinary one whose data are empty, except while a forward or backward needs it, or for good if it
+is small (``stage3_param_persistence_threshold``). Each process has an equal piece of its flattened values in
+``ds_tensor``. Nothing here imports DeepSpeed, which a program with such parameters has done.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def is_managed(value: object) -> bool:
+    """Whether a value is a parameter of ZeRO-3."""
+    return hasattr(value, "ds_id") and hasattr(value, "ds_tensor")
+
+
+def is_spread(value: Any) -> bool:
+    """Whether a value is a parameter of ZeRO-3 whose data are not here, so that reading it is a collective."""
+    return is_managed(value) and str(getattr(value.ds_status, "name", value.ds_status)) != "AVAILABLE"
+
+
+def is_writable(parameter: Any) -> bool:
+    """Whether the values of a parameter of ZeRO-3 are all in ``ds_tensor``.
+
+    They are not if they are offloaded to NVMe, quantized, or have a second copy (``zero_hpz_partition_size``).
+    """
+    own, count = parameter.ds_tensor, dist.get_world_size(parameter.ds_process_group)
+    has_all = own.dtype == parameter.dtype and own.numel() * count >= parameter.ds_numel
+    return has_all and getattr(parameter, "ds_secondary_tensor", None) is None
+
+
+def is_in_engine(module: nn.Module) -> bool:
+    """Whether an engine of DeepSpeed runs a module, and so expects the parameter objects that the module had then.
+
+    The engine marks modules only for ZeRO-3.
+    """
+    return hasattr(module, "ds_id")
+
+
+def gathered(parameter: Any) -> Tensor:
+    """Return all values of a parameter of ZeRO-3; a collective if they are not here."""
+    if not is_spread(parameter):
+        here: Tensor = parameter.detach()
+        return here
+    with sys.modules["deepspeed"].zero.GatheredParameters([parameter]):
+        values: Tensor = parameter.detach().clone()
+    return values
+
+
+def manage(parameter: nn.Parameter, like: Any) -> None:
+    """Let ZeRO-3 manage a parameter as another, in whose place it is put, so that the engine's hooks find it.
+
+    A collective, after which every process has its piece of the values.
+    """
+    holder = nn.ParameterList([parameter])
+    sys.modules["deepspeed"].zero.Init(
+        module=holder, data_parallel_group=like.ds_process_group, dtype=parameter.dtype, enabled=True
+    )
+
+
+class _Pieces(NamedTuple):
+    """The values of a parameter: this process's piece, and all of them if they were here."""
+
+    own: Tensor
+    all: Tensor | None
+
+
+class Spread:
+    """The place of a parameter of ZeRO-3: all values, gathered when they are read."""
+
+    def __init__(self, parameter: Any) -> None:
+        """Take a parameter that ZeRO-3 manages."""
+        self._parameter = parameter
+
+    @property
+    def part(self) -> None:
+        """The whole parameter, as the pieces are of its flattened values and not of a range in each dimension."""
+        return
+
+    def read(self) -> Tensor:
+        """Return all values; a collective if they are not here."""
+        return gathered(self._parameter)
+
+    def keep(self) -> _Pieces:
+        """Return copies of what is here, for `restore`."""
+        here = None if is_spread(self._parameter) else self._parameter.detach().clone()
+        return _Pieces(self._parameter.ds_tensor.detach().clone(), here)
+
+    @torch.no_grad()
+    def write(self, value: Tensor) -> None:
+        """Change this process's piece, and the data if they are here, in place."""
+        own = self._parameter.ds_tensor.data.flatten()
+        start = dist.get_rank(self._parameter.ds_process_group) * own.numel()
+        piece = value.detach().flatten()[start : start + own.numel()]
+        own[: piece.numel()].copy_(piece)
+        if not is_spread(self._parameter):
+            self._parameter.data.copy_(value)
+
+    @torch.no_grad()
+    def restore(self, kept: _Pieces) -> None:
+        """Restore the values that `keep` returned."""
+        self._parameter.ds_tensor.data.copy_(kept.own)
+        if is_spread(self._parameter):
+            return
+        if kept.all is None:  # they have been gathered since then, and will be again when they are needed
+            self._parameter.partition(param_list=[self._parameter], has_been_updated=False)
+        else:
+            self._parameter.data.copy_(kept.all)
+
+    def stored(self, kept: _Pieces) -> Tensor | None:
+        """Return all kept values, or ``None`` if only a piece of them was here."""
+        return kept.all

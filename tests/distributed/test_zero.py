@@ -1,0 +1,210 @@
+"""DeepSpeed's ZeRO: training as in one process, and adapters saved, merged and switched while they are spread."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import randlora
+from randlora.errors import AdapterError
+from tests.distributed.engines import deepspeed, engine_around, engine_of, needs_deepspeed, trained, whole_values
+from tests.distributed.processes import Processes
+from tests.distributed.trained import (
+    Drawn,
+    distance,
+    drawn_models,
+    mean_over_ranks,
+    require_equal_on_ranks,
+    trained_alone,
+)
+
+pytestmark = [pytest.mark.medium, needs_deepspeed]
+
+DRAWN = Drawn((12, 12, 8, 12), 4, "dense", 2.0, ("norms",))
+SPREAD_STAGES = ["3", "3-persistent", "3-offload"]
+
+
+def train(drawn: Drawn, stage: str, *, is_spread_first: bool) -> tuple[float, float]:
+    """Train; return how far the losses and the values are from those of one process."""
+    engine = engine_of(drawn, stage, is_spread_first=is_spread_first)
+    losses = [mean_over_ranks(trained(engine, drawn, dist.get_rank(), step)) for step in range(drawn.steps)]
+    values = whole_values(engine.module)
+    require_equal_on_ranks(values)
+    expected_losses, expected = trained_alone(drawn)
+    return max(abs(a - b) for a, b in zip(losses, expected_losses, strict=True)), distance(values, expected)
+
+
+@settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(
+    drawn=drawn_models(), stage=st.sampled_from(["2", "3", "3-persistent", "3-offload"]), is_spread_first=st.booleans()
+)
+def test_training_equals_that_of_one_process(
+    pair: Processes, drawn: Drawn, stage: str, *, is_spread_first: bool
+) -> None:
+    is_spread_first &= stage != "2"
+    for loss, value in pair.run(train, drawn, stage, is_spread_first=is_spread_first):
+        assert loss <= 1e-6
+        assert value <= 1e-6
+
+
+def alone(drawn: Drawn, engine: Any) -> torch.nn.Module:
+    """Return a model of this process with the values that the engine has trained."""
+    model = drawn.adapted()
+    for name, value in whole_values(engine.module).items():
+        model.get_parameter(name).data.copy_(value)
+    return model
+
+
+def save(stage: str, directory: str, *, is_spread_first: bool) -> None:
+    engine = engine_of(DRAWN, stage, is_spread_first=is_spread_first)
+    trained(engine, DRAWN, dist.get_rank(), 0)
+    report = randlora.save(engine.module, directory)
+    assert report.directory == Path(directory)
+    dist.barrier()
+    loaded = DRAWN.build()
+    randlora.load(loaded, directory, trainable=True)
+    values = {name: each.detach() for name, each in loaded.named_parameters() if each.requires_grad}
+    assert distance(values, whole_values(engine.module)) == 0
+
+
+@pytest.mark.parametrize("stage", SPREAD_STAGES)
+@pytest.mark.parametrize("is_spread_first", [False, True], ids=["inject-first", "init-first"])
+def test_spread_adapters_are_saved_whole(pair: Processes, tmp_path: Path, stage: str, *, is_spread_first: bool) -> None:
+    pair.run(save, stage, str(tmp_path / "adapter"), is_spread_first=is_spread_first)
+
+
+def merge_and_back(stage: str, *, is_spread_first: bool) -> None:
+    engine = engine_of(DRAWN, stage, is_spread_first=is_spread_first)
+    model, rank = engine.module, dist.get_rank()
+    trained(engine, DRAWN, rank, 0)
+    twin, rows = alone(DRAWN, engine), DRAWN.batch(rank, 5)
+    before = engine(rows).detach()
+    for fqn in ("layers.0", "layers.1", "layers.2"):
+        assert torch.equal(randlora.delta_weight(model, fqn), randlora.delta_weight(twin, fqn))
+    with randlora.merged(twin):
+        expected = twin(rows).detach()
+    with randlora.merged(engine):
+        assert torch.equal(engine(rows), expected)
+    assert torch.equal(engine(rows), before)
+    randlora.merge(model, reversible=True)
+    assert torch.equal(engine(rows), expected)
+    randlora.unmerge(model)
+    assert torch.equal(engine(rows), before)
+    tensors = dict(randlora.merged_tensors(twin))
+    for name, tensor in randlora.merged_tensors(model):
+        assert torch.equal(tensor, tensors.pop(name)), name
+    assert not tensors
+    randlora.merge(model)
+    assert torch.equal(engine(rows), expected)
+
+
+@pytest.mark.parametrize("stage", SPREAD_STAGES)
+@pytest.mark.parametrize("is_spread_first", [False, True], ids=["inject-first", "init-first"])
+def test_merging_equals_that_of_one_process(pair: Processes, stage: str, *, is_spread_first: bool) -> None:
+    pair.run(merge_and_back, stage, is_spread_first=is_spread_first)
+
+
+def merge_and_count() -> list[int]:
+    """Return how many parameters were gathered together, each time, while adapters were merged and saved."""
+    engine = engine_of(DRAWN, "3")
+    together: list[int] = []
+    original = deepspeed().zero.GatheredParameters
+
+    def counting(parameters: list[torch.nn.Parameter]) -> Any:
+        assert all(each.ds_status.name == "NOT_AVAILABLE" for each in engine.module.parameters())
+        together.append(len(parameters))
+        return original(parameters)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deepspeed().zero, "GatheredParameters", counting)
+        randlora.merge(engine.module)
+    return together
+
+
+def test_one_parameter_at_a_time_is_gathered(pair: Processes) -> None:
+    for together in pair.run(merge_and_count):
+        assert together == [1] * 9  # Λ, Γ and the weight of three layers
+
+
+def switch(drawn: Drawn, stage: str, *, is_spread_first: bool) -> None:
+    """Disable, activate and eject adapters, which with parameters that they train copies of needs others in place."""
+    engine = engine_of(drawn, stage, is_spread_first=is_spread_first)
+    model, rank = engine.module, dist.get_rank()
+    trained(engine, drawn, rank, 0)
+    rows, plain = drawn.batch(rank, 5), drawn.build()
+    before = engine(rows).detach()
+    if stage != "2" and drawn.train_also:
+        for change in (lambda: randlora.activate(model, []), lambda: randlora.disabled(model).__enter__()):
+            with pytest.raises(AdapterError, match=r"norms\.0\.weight would have to be another parameter object"):
+                change()
+    else:
+        with randlora.disabled(model):
+            torch.testing.assert_close(engine(rows), plain(rows))
+        assert torch.equal(engine(rows), before)
+        randlora.activate(model, [])
+        torch.testing.assert_close(engine(rows), plain(rows))
+        randlora.activate(model, "default")
+    assert torch.equal(engine(rows), before)
+    trained(engine, drawn, rank, 1)
+    require_equal_on_ranks(whole_values(model))
+    randlora.eject(model)
+    torch.testing.assert_close(engine(rows), plain(rows))
+    with deepspeed().zero.GatheredParameters([*model.parameters()]):
+        own = {name: each.detach().clone() for name, each in model.named_parameters()}
+    assert distance(own, dict(plain.named_parameters())) == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "is_spread_first"), [("2", False), ("3", False), ("3", True), ("3-persistent", False)]
+)
+@pytest.mark.parametrize("also", [(), ("norms",)], ids=["alone", "train_also"])
+def test_adapters_are_switched_by_values_or_the_call_is_refused(
+    pair: Processes, also: tuple[str, ...], stage: str, *, is_spread_first: bool
+) -> None:
+    pair.run(switch, replace(DRAWN, train_also=also), stage, is_spread_first=is_spread_first)
+
+
+def train_another(stage: str, how: str) -> None:
+    model = DRAWN.adapted()
+    randlora.inject(model, 2, targets="all-linear", name="second", stream="portable")
+    engine = engine_around(model, stage)
+    trained(engine, DRAWN, dist.get_rank(), 0)
+    randlora.activate(model, "default", trainable=True)  # which the engine trains
+    change = {
+        "activate": lambda: randlora.activate(model, ["default", "second"], trainable=True),
+        "inject": lambda: randlora.inject(model, 2, targets="all-linear", name="third", trainable=True),
+    }[how]
+    with pytest.warns(UserWarning, match="requires grad, and the DeepSpeedEngine around the model was made before"):
+        change()
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+@pytest.mark.parametrize("how", ["activate", "inject"])
+def test_training_another_adapter_than_the_engine_does_warns(pair: Processes, stage: str, how: str) -> None:
+    pair.run(train_another, stage, how)
+
+
+def train_in_half_precision(stage: str, directory: str, dtype: str) -> None:
+    """Λ and Γ are in the engine's dtype, and so is the file; float32 masters are the optimizer's."""
+    options: dict[str, Any] = {dtype: {"enabled": True}}
+    engine = engine_of(DRAWN, stage, **options)
+    losses = [mean_over_ranks(trained(engine, DRAWN, dist.get_rank(), step)) for step in range(DRAWN.steps)]
+    expected, _ = trained_alone(DRAWN)
+    assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 0.02
+    require_equal_on_ranks(whole_values(engine.module))
+    randlora.save(engine.module, directory)
+    dist.barrier()
+    loaded = DRAWN.build()
+    randlora.load(loaded, directory, trainable=True)
+    values = {name: each.detach() for name, each in loaded.named_parameters() if each.requires_grad}
+    assert distance(values, {name: each.float() for name, each in whole_values(engine.module).items()}) == 0
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_engines_of_half_precision_train(pair: Processes, tmp_path: Path, stage: str) -> None:
+    pair.run(train_in_half_precision, stage, str(tmp_path / "adapter"), "bf16")
