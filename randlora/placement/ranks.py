@@ -45,8 +45,9 @@ class Ranks(NamedTuple):
 def ranks_of(parameters: Iterable[Tensor]) -> Ranks | None:
     """Return the processes that some parameters are sharded over; ``None`` if none is sharded."""
     parameters = list(parameters)
-    if (spread := next(filter(is_spread, parameters), None)) is not None:
-        group: Any = spread.ds_process_group
+    spread: Any = next(filter(is_spread, parameters), None)
+    if spread is not None:
+        group = spread.ds_process_group
         return Ranks((group,), dist.get_rank(group) == 0)
     mesh = next(iter(meshes(parameters)), None)
     return None if mesh is None else Ranks(tuple(mesh.get_all_groups()), not any(mesh.get_coordinate() or ()))

@@ -1,5 +1,6 @@
 """DeepSpeed's ZeRO: training as in one process, and adapters saved, merged and switched while they are spread."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,9 +140,10 @@ def switch(drawn: Drawn, stage: str, *, is_spread_first: bool) -> None:
     rows, plain = drawn.batch(rank, 5), drawn.build()
     before = engine(rows).detach()
     if stage != "2" and drawn.train_also:
-        for change in (lambda: randlora.activate(model, []), lambda: randlora.disabled(model).__enter__()):
-            with pytest.raises(AdapterError, match=r"norms\.0\.weight would have to be another parameter object"):
-                change()
+        with pytest.raises(AdapterError, match=r"norms\.0\.weight would have to be another parameter object"):
+            randlora.activate(model, [])
+        with pytest.raises(AdapterError, match="would have to be another"), randlora.disabled(model):
+            pass
     else:
         with randlora.disabled(model):
             torch.testing.assert_close(engine(rows), plain(rows))
@@ -175,12 +177,12 @@ def train_another(stage: str, how: str) -> None:
     engine = engine_around(model, stage)
     trained(engine, DRAWN, dist.get_rank(), 0)
     randlora.activate(model, "default", trainable=True)  # which the engine trains
-    change = {
+    changes: dict[str, Callable[[], object]] = {
         "activate": lambda: randlora.activate(model, ["default", "second"], trainable=True),
         "inject": lambda: randlora.inject(model, 2, targets="all-linear", name="third", trainable=True),
-    }[how]
+    }
     with pytest.warns(UserWarning, match="requires grad, and the DeepSpeedEngine around the model was made before"):
-        change()
+        changes[how]()
 
 
 @pytest.mark.parametrize("stage", ["2", "3"])
