@@ -180,6 +180,23 @@ def test_shards_cover_a_parameter_and_are_padded_by_less_than_a_row_for_each_dev
 
 
 @pytest.mark.parametrize(
+    ("shape", "style", "expected"),
+    [
+        ((6, 9), "colwise", (3, 9)),
+        ((6,), "colwise", (3,)),
+        ((6, 9), "rowwise", (6, 5)),
+        ((6,), "rowwise", (6,)),  # the bias is added after the sum
+        ((7, 6, 9), "packed_colwise", (7, 3, 9)),
+        ((7, 4), "embedding_rowwise", (4, 4)),
+        ((7, 4), "embedding_colwise", (7, 2)),
+        ((7, 4), "replicate", (7, 4)),
+    ],
+)
+def test_a_style_splits_one_side_of_a_weight(shape: Any, style: str, expected: Any) -> None:
+    assert Part("x", shape, 4).split_bytes(2, style) == Part("x", expected, 4).nbytes
+
+
+@pytest.mark.parametrize(
     ("fqn", "style"),
     [
         ("model.layers.11.self_attn.q_proj", "colwise"),
