@@ -1,5 +1,6 @@
 """accelerate's hooks replace a layer's ``forward`` and bring its weights in from elsewhere: adapters go round that."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,16 @@ from typing import Any
 import accelerate  # type: ignore[import-untyped]
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file  # type: ignore[import-untyped]
 from accelerate.hooks import (  # type: ignore[import-untyped]
     AlignDevicesHook,
     add_hook_to_module,
     remove_hook_from_submodules,
 )
+from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 from torch import nn
 
 import randlora
-from randlora.errors import MergeError
 from tests.kit import fill
 from tests.models import LLAMA, outputs
 from tests.peer import ALPHA, R, our_model
@@ -140,8 +142,17 @@ def test_a_forward_of_the_layers_own_outlives_hooks_and_adapters(hook_first: boo
     assert layer.forward is own
 
 
-def test_offloaded_weights_are_not_merged_unseen() -> None:
-    model = offloaded(LLAMA.build())
-    randlora.inject(model, R, targets=LLAMA.targets)
-    with pytest.raises(MergeError, match="is incomplete"):
-        randlora.merge(model)
+DISTRIBUTED = Path(__file__).parent.parent / "docs" / "distributed.md"
+
+
+def test_accelerate_reads_the_configs_of_the_docs(tmp_path: Path) -> None:
+    found = re.findall(r"^```yaml\n(.*?)^```$", DISTRIBUTED.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    kinds = {}
+    for text in found:
+        (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+        config = load_config_from_file(str(tmp_path / "config.yaml"))
+        kinds[config.distributed_type] = config
+    assert kinds.keys() >= {DistributedType.FSDP, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED}
+    assert kinds[DistributedType.FSDP].fsdp_config["fsdp_version"] == 2
+    assert kinds[DistributedType.MULTI_GPU].parallelism_config["parallelism_config_tp_size"] == 8
+    assert kinds[DistributedType.DEEPSPEED].deepspeed_config["zero_stage"] == 3

@@ -54,6 +54,7 @@ OPTIONAL = {
     "integrations.transformers": {"transformers"},
     "layers.bnb_codes": {"bitsandbytes"},
     "layers.bnb_cpu": {"bitsandbytes"},
+    "placement.offloaded": {"accelerate"},
 }
 """What a file may import beyond what the project depends on, inside functions only."""
 

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from randlora.bases.spec import Shape, count_bases
 from randlora.config import RandLoRAConfig
+from randlora.errors import AdapterError
 from randlora.functional import WriteOut, adapted_linear, delta_weight
 from randlora.functional.region import Region, Span
 from randlora.layers.inputs import autocast_dtype, have_one_dtype, input_of, is_plain_tensor, require_product
 from randlora.layers.update import Into, Merged, Update, folded, sum_updates
 from randlora.placement.dtensor import Part
+from randlora.placement.offloaded import Offloaded
 from randlora.placement.place import Kept, place_of, whole
 from randlora.state import ModelState, SiteAdapter
 
@@ -383,7 +385,7 @@ class AdapterLayer(ABC):
         if (place := place_of(owner, self.attribute)) is None:
             self.unmerged = (self.exchange(owner, merged.held),)
             return
-        self.unmerged = (Kept(place.keep()),)  # before the values change, so that `unfold` can undo that
+        self.unmerged = (Kept(place, place.keep()),)  # before the values change, so that `unfold` can undo that
         place.write(merged.weight)
 
     def keep_merged(self, owner: nn.Module) -> None:
@@ -403,8 +405,7 @@ class AdapterLayer(ABC):
         assert self.unmerged is not None, "it was merged into"
         own: Any = self.unmerged[0]
         if isinstance(own, Kept):
-            place = place_of(owner, self.attribute)
-            own = None if place is None else place.stored(own.values)
+            own = (place_of(owner, self.attribute) or own.place).stored(own.values)
         if own is not None:
             destination[f"{prefix}{self.attribute}"] = own.detach().to(device=weight.device, dtype=weight.dtype)
 
@@ -413,11 +414,11 @@ class AdapterLayer(ABC):
         """Restore the original weight bit for bit, on the device and in the dtype that the owner has now."""
         if self.unmerged is None:
             return
-        held = self.unmerged[0]
+        held, place = self.unmerged[0], place_of(owner, self.attribute)
         if isinstance(held, Kept):
-            place = place_of(owner, self.attribute)
-            assert place is not None, "it was merged into where its values are"
-            place.restore(held.values)
+            (place or held.place).restore(held.values)
+        elif isinstance(place, Offloaded):  # the merged weight was offloaded
+            place.write(held)
         else:
             self.exchange(owner, held)
         self.unmerged = None
@@ -447,5 +448,16 @@ def _value_of(held: nn.Module | None, name: str) -> nn.Parameter:
     parameter = held._parameters[name]  # not get(), in which ZeRO-3 would not gather it
     assert parameter is not None, "the weight is adapted"
     if parameter.is_meta and "_hf_hook" in held.__dict__:  # accelerate loads offloaded values only during a call
-        return held.forward(name)  # type: ignore[no-any-return]
+        loaded: nn.Parameter = held.forward(name)
+        if loaded.requires_grad:
+            loaded.register_hook(_refuse_gradient)
+        return loaded
     return parameter
+
+
+def _refuse_gradient(gradient: Tensor) -> None:  # noqa: ARG001  # a hook's signature
+    """Raise an error before the gradient of a Λ or Γ goes to a copy that is dropped."""
+    raise AdapterError(
+        "cannot train an adapter whose Λ and Γ are offloaded by hooks of their own, because their gradients would be "
+        "lost: offload the model first, as with accelerate.dispatch_model, then inject or load the adapter"
+    )

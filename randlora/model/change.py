@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from randlora.model.save_guard import savers
+from randlora.placement.offloaded import stores
 from randlora.replaced import ReplacedParameter
 from randlora.state import CHANGING, ModelState
 from randlora.targets.site import Site
@@ -69,6 +70,7 @@ def whole(
     for site in (*sites, *census.adapted):
         owner = site.owner
         objects += [owner, *owner._modules.values(), *site.layer_class.beside(owner), site.adapter_layer]
+        objects += stores(owner)
         values += owner.parameters()
     with unchanged_if_raised(objects, values, own):
         yield

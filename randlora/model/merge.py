@@ -22,6 +22,7 @@ from randlora.model.change import one_at_a_time, whole
 from randlora.model.install import detach_all, lost_sites, require_detachable, require_own, unfold_all
 from randlora.model.train_also import lost_parameters
 from randlora.placement.dtensor import reshard
+from randlora.placement.offloaded import Offloaded
 from randlora.placement.place import place_of
 from randlora.placement.ranks import Ranks, agreed, ranks_of
 from randlora.report import MergeReport
@@ -231,11 +232,10 @@ def weight_problems(sites: Sequence[AdaptedSite], into: Into) -> list[str]:
 
 def _is_incomplete(site: AdaptedSite, weight: nn.Parameter) -> bool:
     """Whether a weight has no values, or not all of them and not in a place that they can be merged into."""
-    if weight.is_meta:
-        return True
-    if isinstance(site.layer, QuantizedLayer) or place_of(site.owner, site.layer.attribute) is None:
-        return type(weight.data) is not Tensor or not weight.numel()
-    return False
+    place = None if isinstance(site.layer, QuantizedLayer) else place_of(site.owner, site.layer.attribute)
+    if place is None:
+        return weight.is_meta or weight.numel() == 0 or type(weight.data) is not Tensor
+    return weight.is_meta and not isinstance(place, Offloaded)
 
 
 def _notes(root: nn.Module, sites: Sequence[AdaptedSite], into: Into, *, reversible: bool) -> tuple[str, ...]:
@@ -252,6 +252,14 @@ def _notes(root: nn.Module, sites: Sequence[AdaptedSite], into: Into, *, reversi
         notes.append(
             f"layers with their own forward: {shortened(own)}; merged, their output is the same as with the adapter "
             "only if the forward is linear in the weight: compare outputs before and after"
+        )
+    places = {site.fqn: place_of(site.owner, site.layer.attribute) for site in sites}
+    on_disk = {fqn: place.folder for fqn, place in places.items() if isinstance(place, Offloaded) and place.folder}
+    if on_disk:
+        notes.append(
+            f"the merged weights of {shortened(list(on_disk))}, which accelerate offloads to disk, are in new files in "
+            f"{', '.join(sorted(set(on_disk.values())))} that are deleted with the model: the files that held these "
+            "weights are not changed; to keep the merged model, save it"
         )
     becomes_plain = into.quantized == "dequantize" and any(isinstance(site.layer, QuantizedLayer) for site in sites)
     is_called_quantized = getattr(getattr(root, "config", None), "quantization_config", None) is not None

@@ -25,6 +25,7 @@ from randlora.placement.dtensor import reshard
 from randlora.replaced import whole_shape
 from randlora.state import CHANGING, Adapter, ModelState, adapted_root, is_adapted, require_unmerged
 from randlora.targets.match import nearest_names
+from randlora.targets.obstacles import offloaded_with
 from randlora.targets.walk import Census
 
 
@@ -202,13 +203,13 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
     Raises:
         AdapterError: If the model has no adapter, or no longer has all of what an adapter trains, because a module was
-            replaced, removed or resized.
+            replaced, removed or resized, or accelerate offloads Λ and Γ.
     """
     root, state = adapted_root(model)
     census = Census.of(root)
     adapters = state.adapters.values()
     lost = [*lost_sites(census, adapters), *lost_parameters(state, adapters)]
-    raise_collected(AdapterError, lost, doing="train the adapters")
+    raise_collected(AdapterError, [*lost, *offloaded_diagonals(census)], doing="train the adapters")
     for adapter in adapters:
         yield from (parameter for parameter in adapter_parameters(census, adapter) if parameter.requires_grad)
 
@@ -226,18 +227,31 @@ def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tens
         is sharded, this is a collective: every process calls it and gets the whole update.
 
     Raises:
-        AdapterError: If the model has no adapter, or none of that name.
+        AdapterError: If the model has no adapter, or none of that name, or accelerate offloads Λ and Γ.
         TargetError: If the layer is not adapted.
     """
     require_types(delta_weight, {"fqn": fqn, "name": name})
     reshard(model)
     root, state = adapted_root(model)
-    sites = {site.fqn: site for site in Census.of(root).adapted}
+    census = Census.of(root)
+    sites = {site.fqn: site for site in census.adapted}
     if fqn not in sites:
         raise TargetError(f"{fqn!r} is not adapted; the nearest adapted layers are {nearest_names(fqn, sites)}")
+    raise_collected(AdapterError, offloaded_diagonals(census), doing=f"compute the update of {fqn}")
     weights = state.active if name is None else {state.adapter(name).name: 1.0}
     site = sites[fqn]
     return site.layer.delta_weight(site.owner, weights)
+
+
+def offloaded_diagonals(census: Census) -> list[str]:
+    """Return messages about weights whose Λ and Γ accelerate offloads, with all of a module around them."""
+    offloaded = offloaded_with(census)
+    return [
+        f"Λ and Γ of {site.fqn} are offloaded by accelerate together with everything in {offloaded[id(site.owner)]}: "
+        "remove accelerate's hooks, or offload without preload_module_classes"
+        for site in census.adapted
+        if id(site.owner) in offloaded
+    ]
 
 
 def adapter_parameters(census: Census, adapter: Adapter) -> Iterator[nn.Parameter]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from randlora.placement import zero3
 from randlora.placement.dtensor import Part, Shard, gathered, is_dtensor
+from randlora.placement.offloaded import HOOK, offloaded
 
 
 class Place(Protocol):
@@ -37,8 +38,12 @@ class Place(Protocol):
 
 
 class Kept(NamedTuple):
-    """The values of a parameter from before it was merged into, as `Place.keep` returned them."""
+    """The values of a parameter from before it was merged into, as `keep` of its place returned them.
 
+    The place is the one to restore them in if the parameter has become an ordinary one since.
+    """
+
+    place: Place
     values: Any
 
 
@@ -49,7 +54,7 @@ def place_of(owner: nn.Module, attribute: str) -> Place | None:
         return Shard(parameter)
     if zero3.is_managed(parameter) and zero3.is_writable(parameter):
         return zero3.Spread(parameter)
-    return None
+    return offloaded(owner, attribute) if HOOK in owner.__dict__ else None
 
 
 def whole(parameter: Tensor) -> Tensor:

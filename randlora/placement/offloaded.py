@@ -1,0 +1,219 @@
+"""Parameters whose values accelerate keeps in RAM or on disk, and loads for each call of their module.
+
+Such a parameter is on the meta device between calls. Its values are in the ``weights_map`` of a hook of the module: a
+dict, or a loader of files. Values are written into the dict. Files are left as they are, because they may be a
+checkpoint, or a folder that another model reads too: new values go to a file of their own, which the loader is told to
+read. accelerate is imported only where a module has one of its hooks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+HOOK = "_hf_hook"
+"""The attribute of a module in which accelerate keeps its hook, or several in one."""
+
+
+class MergedFile(str):
+    """The path of a file that is deleted when nothing refers to it any more, a copy of the model included."""
+
+    def __init__(self, path: str) -> None:
+        """Take the path of an existing file."""
+        super().__init__()
+        weakref.finalize(self, _delete, Path(path), os.getpid())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MergedFile:
+        """Return the object itself, so that the file lives as long as any copy."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as a plain path, because only the process that wrote the file deletes it."""
+        return str, (str(self),)
+
+
+class Entry(NamedTuple):
+    """Where one hook finds the values of a parameter: under a key of a dict or of accelerate's loader of files."""
+
+    store: Any
+    key: str
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the values are in a file."""
+        return not isinstance(self.store, dict) and self.key not in self.store.state_dict
+
+    @property
+    def held(self) -> dict[str, Any]:
+        """The dict that has the values or, for a file, what the loader knows of it."""
+        if isinstance(self.store, dict):
+            return self.store
+        found: dict[str, Any] = self.store.index if self.is_file else self.store.state_dict
+        return found
+
+    @property
+    def folder(self) -> str:
+        """The folder for a file with new values: that of the offloaded weights, else one for temporary files."""
+        return str(self.store.save_folder or tempfile.gettempdir())
+
+    def read(self, kept: Any) -> Tensor:
+        """Return the values that an entry of `held` stands for."""
+        if not self.is_file:
+            return kept  # type: ignore[no-any-return]
+        loader = type(self.store)(save_folder=self.store.save_folder, index={self.key: kept})
+        return loader[self.key]  # type: ignore[no-any-return]
+
+    def put(self, kept: Any) -> None:
+        """Set the entry of `held`."""
+        if self.is_file:  # the index may be an argument of the caller's, who would load the values into other models
+            self.store.index = {**self.store.index, self.key: kept}
+        else:
+            self.held[self.key] = kept
+
+    def write(self, value: Tensor) -> None:
+        """Set the values."""
+        self.put(_in_a_file(self.folder, self.key, value) if self.is_file else value)
+
+
+Kept = tuple[tuple[Entry, Any], ...]
+"""What the entries of a parameter were."""
+
+
+class Offloaded:
+    """The place of a parameter that accelerate offloads: its entry in the map that a hook loads it from.
+
+    Attributes:
+        part: What of the parameter this process holds; ``None`` for all of it.
+        entries: The entry of each hook of the module; a module used in two places has two hooks.
+    """
+
+    part = None
+
+    def __init__(self, owner: nn.Module, attribute: str, entries: tuple[Entry, ...], device: torch.device) -> None:
+        """Take a module, the name of a parameter, its entries and the device that the module runs on."""
+        self._owner, self._attribute, self.entries, self._device = owner, attribute, entries, device
+
+    @property
+    def folder(self) -> str | None:
+        """The folder to which `write` adds a file, or ``None`` if the values are in RAM."""
+        return next((entry.folder for entry in self.entries if entry.is_file), None)
+
+    def read(self) -> Tensor:
+        """Return the values as the module's forward would get them."""
+        return self._read(self.keep())
+
+    def keep(self) -> Kept:
+        """Return the entries: tensors, or where the files are."""
+        return tuple((entry, entry.held[entry.key]) for entry in self.entries)
+
+    def write(self, value: Tensor) -> None:
+        """Set the values: in the dict, or in a new file."""
+        value = value.detach().to("cpu")
+        for entry in self.entries:
+            entry.write(value)
+        self._renew(value)
+
+    def restore(self, kept: Kept) -> None:
+        """Set back what `keep` returned, or write those values if the parameter has been offloaded anew since."""
+        value = self._read(kept)
+        if [id(entry.store) for entry, _ in kept] != [id(entry.store) for entry in self.entries]:
+            self.write(value)
+            return
+        for entry, each in kept:
+            entry.put(each)
+        self._renew(value)
+
+    def stored(self, kept: Kept) -> Tensor | None:
+        """Return kept values if the parameter is loaded at present; a state dict has no values of it else."""
+        return None if self._parameter.is_meta else self._read(kept)
+
+    @property
+    def _parameter(self) -> nn.Parameter:
+        parameter = self._owner._parameters[self._attribute]
+        assert parameter is not None, "it is offloaded"
+        return parameter
+
+    def _read(self, kept: Kept) -> Tensor:
+        entry, value = kept[-1]  # accelerate loads from one hook after the other
+        return entry.read(value).detach().to(self._device, self._parameter.dtype)
+
+    def _renew(self, value: Tensor) -> None:
+        """Set the values of a parameter that is loaded, as inside ``accelerate.utils.align_module_device``."""
+        if not self._parameter.is_meta:
+            self._parameter.data = value.to(self._parameter.device, self._parameter.dtype)
+
+
+def offloaded(owner: nn.Module, attribute: str) -> Offloaded | None:
+    """Return the place of a module's parameter if accelerate offloads it by itself, else ``None``.
+
+    ``None`` too if it is loaded together with all of a module around it, or from a map that cannot be written to.
+    """
+    hooks = list(offloading_hooks(owner))
+    entries = [_entry(hook.weights_map, attribute) for hook in hooks]
+    found = tuple(entry for entry in entries if entry is not None)
+    if owner._parameters.get(attribute) is None or not found or len(found) < len(entries):
+        return None
+    device = hooks[-1].execution_device
+    device = torch.device("cpu") if device is None else torch.empty(0, device=device).device
+    return Offloaded(owner, attribute, found, torch.device("cpu") if device.type == "meta" else device)
+
+
+def offloading_hooks(module: nn.Module) -> Iterator[Any]:
+    """Yield the hooks with which accelerate offloads a module's parameters, if there are any."""
+    if (hook := module.__dict__.get(HOOK)) is None:
+        return
+    from accelerate.hooks import AlignDevicesHook  # type: ignore[import-untyped]  # noqa: PLC0415
+
+    for each in getattr(hook, "hooks", [hook]):
+        if isinstance(each, AlignDevicesHook) and each.offload:
+            yield each
+
+
+def stores(owner: nn.Module) -> list[object]:
+    """Return the objects whose attributes change when a parameter that a module has offloaded is written to."""
+    found: dict[int, object] = {}
+    for hook in offloading_hooks(owner):
+        holder = hook
+        within = hook.weights_map
+        while (inner := getattr(within, "dataset", None)) is not None:
+            holder, within = within, inner
+        is_plain = not isinstance(getattr(within, "__dict__", None), dict)
+        found[id(within)] = holder if is_plain else within  # a dict is the attribute of another object
+    return list(found.values())
+
+
+def _entry(weights_map: Any, name: str) -> Entry | None:
+    """Return where a map has a parameter, or ``None`` if it cannot be written there."""
+    from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset  # type: ignore[import-untyped]  # noqa: PLC0415
+
+    while isinstance(weights_map, PrefixedDataset):
+        weights_map, name = weights_map.dataset, f"{weights_map.prefix}{name}"
+    if isinstance(weights_map, OffloadedWeightsLoader):  # which would load a tensor to say whether it has it
+        is_here = name in weights_map.state_dict or name in weights_map.index
+    else:
+        is_here = isinstance(weights_map, dict) and name in weights_map
+    return Entry(weights_map, name) if is_here else None
+
+
+def _in_a_file(folder: str, key: str, value: Tensor) -> dict[str, Any]:
+    """Write values to a new file, and return what accelerate's loader needs to know of it."""
+    name = re.sub(r"[^\w.-]", "_", key)[-100:]
+    descriptor, path = tempfile.mkstemp(prefix=f"randlora-merged-{name}-", suffix=".safetensors", dir=folder)
+    os.close(descriptor)
+    owned = MergedFile(path)  # deleted at once if it cannot be written
+    save_file({key: value.contiguous()}, path)
+    return {"safetensors_file": owned, "weight_name": key, "dtype": str(value.dtype).removeprefix("torch.")}
+
+
+def _delete(path: Path, pid: int) -> None:
+    if os.getpid() == pid:  # a process forked from this one ends earlier
+        path.unlink(missing_ok=True)

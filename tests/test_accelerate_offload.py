@@ -1,0 +1,392 @@
+"""Models that accelerate offloads to RAM or to disk: merged and unmerged there, trained, adapted before and after."""
+
+import copy
+import gc
+import json
+import pickle
+import weakref
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import accelerate  # type: ignore[import-untyped]
+import pytest
+import torch
+from accelerate.hooks import (  # type: ignore[import-untyped]
+    AlignDevicesHook,
+    add_hook_to_module,
+    remove_hook_from_submodules,
+)
+from accelerate.utils import align_module_device, modeling  # type: ignore[import-untyped]
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import randlora
+from randlora.errors import AdapterError, CheckpointError, MergeError
+from randlora.placement import offloaded as offloaded_module
+from randlora.placement.offloaded import MergedFile, Offloaded
+from randlora.placement.place import place_of
+from tests.kit import adapter_values, all_bits, bits, fill
+from tests.models import LLAMA, outputs
+
+CPU = torch.device("cpu")
+WIDTHS = 12, 20, 12
+
+
+class Small(nn.Module):
+    """Two linear layers of several shapes, one of which may be used twice."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, *, shared: bool = False) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.up, self.down = (nn.Linear(a, b, dtype=dtype) for a, b in pairwise(WIDTHS))
+        if shared:
+            self.again = self.up
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.down(torch.tanh(self.up(x))))
+        return torch.tanh(self.again(hidden)) if hasattr(self, "again") else hidden
+
+
+def as_checkpoint(model: nn.Module, folder: Path) -> Path:
+    save_file({name: value.clone() for name, value in model.state_dict().items()}, folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+def in_ram(model: nn.Module, folder: Path) -> nn.Module:
+    placed: nn.Module = accelerate.cpu_offload(model, execution_device=CPU)
+    return placed
+
+
+def on_disk(model: nn.Module, folder: Path) -> nn.Module:
+    placed: nn.Module = accelerate.disk_offload(model, folder / "offloaded", execution_device=CPU)
+    return placed
+
+
+def partly_on_disk(model: nn.Module, folder: Path) -> nn.Module:
+    device_map = {name: "disk" if name == "down" else "cpu" for name, _ in model.named_children()}
+    placed: nn.Module = accelerate.dispatch_model(model, device_map, offload_dir=folder / "offloaded")
+    return placed
+
+
+def in_a_checkpoint(model: nn.Module, folder: Path) -> nn.Module:
+    """Dispatch a model whose weights stay in a file of safetensors, as ``from_pretrained`` does."""
+    plain = {name: value for name, value in model.state_dict().items() if "randlora" not in name}
+    path = folder / "model.safetensors"
+    save_file({name: value.clone() for name, value in plain.items()}, path)
+    index = {name: {"safetensors_file": str(path), "weight_name": name} for name in plain}
+    device_map = {name: "disk" for name, _ in model.named_children()}
+    placed: nn.Module = accelerate.dispatch_model(model, device_map, offload_index=index)
+    return placed
+
+
+PLACEMENTS = {"RAM": in_ram, "disk": on_disk, "both": partly_on_disk, "checkpoint": in_a_checkpoint}
+Placing = Callable[[nn.Module, Path], nn.Module]
+every_placement = pytest.mark.parametrize("place", PLACEMENTS.values(), ids=PLACEMENTS)
+
+
+def adapted(model: nn.Module, *, seed: int = 0, **options: Any) -> nn.Module:
+    randlora.inject(model, **{"r": 3, "targets": "all-linear", **options})
+    return fill(model, seed=seed, spread=0.3)
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
+    model(x).float().square().sum().backward()
+    values = adapter_values(model)
+    return {name: value.grad for name, value in values.items()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.medium
+@given(
+    st.sampled_from(sorted(PLACEMENTS)),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    st.integers(1, 13),
+    st.sampled_from(["dense", "block", "sparse"]),
+    st.integers(0, 3),
+)
+@settings(max_examples=15)
+def test_an_offloaded_model_computes_trains_saves_and_merges_as_one_that_is_not(
+    tmp_path_factory: pytest.TempPathFactory,
+    placement: str,
+    is_adapted_first: bool,
+    dtype: torch.dtype,
+    r: int,
+    basis: str,
+    seed: int,
+) -> None:
+    folder, place = tmp_path_factory.mktemp("law"), PLACEMENTS[placement]
+    options: dict[str, Any] = {"r": r, "basis": basis, "seed": seed}
+    here = adapted(Small(dtype), **options)
+    there = place(adapted(Small(dtype), **options), folder) if is_adapted_first else None
+    there = adapted(place(Small(dtype), folder), **options) if there is None else there
+    before = contents(folder)
+    x = torch.randn(3, WIDTHS[0], dtype=dtype)
+    plain = here(x)
+    assert bits(there(x)) == bits(plain)
+    found, expected = gradients(there, x), gradients(here, x)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert gradient is not None, name
+        assert bits(gradient) == bits(expected[name])  # type: ignore[arg-type]
+    for model, name in ((here, "here"), (there, "there")):
+        randlora.save(model, folder / name)
+    assert contents(folder / "here") == contents(folder / "there")
+    with randlora.merged(here), randlora.merged(there):
+        merged = here(x)
+        assert bits(there(x)) == bits(merged)
+    assert {name: value for name, value in contents(folder).items() if "here" not in name} == before
+    assert bits(there(x)) == bits(plain)
+    randlora.merge(here)
+    randlora.merge(there)
+    gc.collect()
+    assert bits(there(x)) == bits(merged)
+    assert {name: contents(folder)[name] for name in before} == before
+    assert not any("randlora" in name for name, _ in there.named_parameters())
+
+
+@every_placement
+def test_hooks_that_are_removed_leave_the_weights_as_they_are_then(place: Placing, tmp_path: Path) -> None:
+    x = torch.randn(3, WIDTHS[0])
+    expected = adapted(Small())
+    for reversible in (True, False):
+        model = adapted(place(Small(), tmp_path))
+        randlora.merge(model, reversible=reversible)
+        merged = model(x)
+        if reversible:
+            randlora.unmerge(model)
+            remove_hook_from_submodules(model)
+            assert bits(model(x)) == bits(expected(x))
+            continue
+        remove_hook_from_submodules(model)
+        assert bits(model(x)) == bits(merged)
+        assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_hooks_that_are_removed_while_merged_are_no_reason_to_lose_the_original(tmp_path: Path) -> None:
+    model, x = adapted(in_ram(Small(), tmp_path)), torch.randn(3, WIDTHS[0])
+    plain = model(x)
+    randlora.merge(model, reversible=True)
+    remove_hook_from_submodules(model)
+    randlora.unmerge(model)
+    assert bits(model(x)) == bits(plain)
+
+
+def test_a_merged_model_that_is_offloaded_is_unmerged_there(tmp_path: Path) -> None:
+    model, x = adapted(Small()), torch.randn(3, WIDTHS[0])
+    plain = model(x)
+    randlora.merge(model, reversible=True)
+    in_ram(model, tmp_path)
+    randlora.unmerge(model)
+    assert bits(model(x)) == bits(plain)
+    randlora.merge(model, reversible=True)
+    remove_hook_from_submodules(model)
+    on_disk(model, tmp_path)
+    randlora.unmerge(model)
+    assert bits(model(x)) == bits(plain)
+
+
+@every_placement
+def test_a_merge_that_fails_leaves_the_maps_and_files_as_they_were(
+    place: Placing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = adapted(place(Small(), tmp_path)), torch.randn(3, WIDTHS[0])
+    plain, before = model(x), contents(tmp_path)
+    write, calls = Offloaded.write, []
+
+    def fail_late(self: Offloaded, value: Tensor) -> None:
+        calls.append(value)
+        write(self, value)
+        if len(calls) == 2 or place is partly_on_disk:
+            raise OSError("the disk is full")
+
+    monkeypatch.setattr(Offloaded, "write", fail_late)
+    for reversible in (True, False):
+        calls.clear()
+        with pytest.raises(OSError, match="disk is full"):
+            randlora.merge(model, reversible=reversible)
+        gc.collect()
+        assert bits(model(x)) == bits(plain)
+        assert contents(tmp_path) == before
+
+
+def test_a_merge_into_files_says_where_they_are_and_deletes_them_with_the_model(tmp_path: Path) -> None:
+    model, x = adapted(on_disk(Small(), tmp_path)), torch.randn(3, WIDTHS[0])
+    before = contents(tmp_path)
+    report = randlora.merge(model)
+    assert any(str(tmp_path / "offloaded") in note and "up, down" in note for note in report.notes)
+    added = contents(tmp_path).keys() - before.keys()
+    assert len(added) == 2
+    assert json.loads((tmp_path / "offloaded" / "index.json").read_text()).keys() == Small().state_dict().keys()
+    another = on_disk(Small(), tmp_path)
+    assert bits(another(x)) == bits(Small()(x))  # another model of that folder is not merged
+    twin, merged = copy.deepcopy(model), model(x)
+    del model, report
+    gc.collect()
+    assert bits(twin(x)) == bits(merged)
+    del twin
+    gc.collect()
+    assert contents(tmp_path) == before
+
+
+def test_the_file_of_merged_values_is_deleted_by_the_process_that_wrote_it(tmp_path: Path) -> None:
+    path = tmp_path / "merged"
+    path.touch()
+    own = MergedFile(str(path))
+    assert type(pickle.loads(pickle.dumps(own))) is str
+    offloaded_module._delete(path, -1)
+    assert path.exists()
+    del own
+    gc.collect()
+    assert not path.exists()
+
+
+def test_one_layer_at_a_time_is_loaded_to_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(on_disk(Small(), tmp_path))
+    read = Offloaded.read
+    alive: list[weakref.ref[Tensor]] = []
+
+    def counted(self: Offloaded) -> Tensor:
+        gc.collect()
+        assert not any(is_alive() is not None for is_alive in alive)
+        value = read(self)
+        alive.append(weakref.ref(value))
+        return value
+
+    monkeypatch.setattr(Offloaded, "read", counted)
+    randlora.merge(model, reversible=True)
+    assert len(alive) == 2
+    randlora.unmerge(model)
+
+
+def test_a_layer_used_twice_is_merged_at_both_of_its_places(tmp_path: Path) -> None:
+    model, here = in_ram(Small(shared=True), tmp_path), adapted(Small(shared=True))
+    adapted(model)
+    x = torch.randn(3, WIDTHS[0])
+    plain = model(x)
+    assert bits(plain) == bits(here(x))
+    with randlora.merged(model), randlora.merged(here):
+        assert bits(model(x)) == bits(here(x))
+        remove_hook_from_submodules(model)
+        assert bits(model(x)) == bits(here(x))
+
+
+def test_values_that_are_loaded_at_present_are_merged_too(tmp_path: Path) -> None:
+    model: Any = adapted(in_ram(Small(), tmp_path))
+    x, here = torch.randn(3, WIDTHS[0]), adapted(Small())
+    with align_module_device(model.up):
+        own = bits(model.up.weight)
+        with randlora.merged(model):
+            assert bits(model.up.weight) != own
+            assert bits(model.up.state_dict()["weight"]) == own  # beside Λ and Γ it is the original
+        assert bits(model.up.weight) == own
+        randlora.merge(model)
+    randlora.merge(here)
+    assert bits(model(x)) == bits(here(x))
+
+
+def test_accelerate_decides_without_diagonals_which_modules_to_offload(tmp_path: Path) -> None:
+    model = adapted(Small())
+    values = adapter_values(model)
+    in_ram(model, tmp_path)
+    now = adapter_values(model)
+    assert all(now[name] is value for name, value in values.items())
+    sizes = modeling.compute_module_sizes(model)
+    assert sizes[""] == sum(value.nbytes for value in [*Small().parameters(), *values.values()])
+
+
+def test_offloaded_diagonals_refuse_gradients_that_would_be_lost(tmp_path: Path) -> None:
+    model: Any = adapted(Small())
+    x = torch.randn(3, WIDTHS[0])
+    expected = model(x).detach()
+    for held in (model.up.randlora_lambda, model.up.randlora_gamma):
+        add_hook_to_module(held, AlignDevicesHook(execution_device=CPU, offload=True))
+    output = model(x)
+    assert bits(output) == bits(expected)
+    with pytest.raises(AdapterError, match="offload the model first"):
+        output.sum().backward()
+    randlora.save(model, tmp_path)
+    with randlora.merged(model):
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_what_is_offloaded_with_all_around_it_runs_and_is_refused_elsewhere(tmp_path: Path) -> None:
+    model = randlora_llama()
+    expected = outputs(model, LLAMA.inputs())
+    accelerate.cpu_offload(model, execution_device=CPU, preload_module_classes=["LlamaDecoderLayer"])
+    assert torch.equal(outputs(model, LLAMA.inputs()), expected)
+    layer = "model.layers.0.mlp.up_proj"
+    for refused, error in (
+        (lambda: list(randlora.trainable_parameters(model)), AdapterError),
+        (lambda: randlora.delta_weight(model, layer), AdapterError),
+        (lambda: randlora.merge(model), MergeError),
+        (lambda: randlora.save(model, tmp_path), CheckpointError),
+        (lambda: randlora.eject(model), AdapterError),
+    ):
+        with pytest.raises(error, match=r"offloaded|meta"):
+            refused()
+    remove_hook_from_submodules(model)
+    assert torch.equal(outputs(model, LLAMA.inputs()), expected)
+    randlora.merge(model)
+
+
+def randlora_llama() -> nn.Module:
+    model = LLAMA.build()
+    randlora.inject(model, r=4, targets=LLAMA.targets)
+    return fill(model)
+
+
+@pytest.mark.parametrize("device_map", [{"": "cpu"}, {"up": "cpu", "down": "disk"}], ids=["cpu", "disk"])
+def test_a_checkpoint_is_dispatched_before_it_is_adapted_unless_the_model_has_values(
+    device_map: dict[str, str], tmp_path: Path
+) -> None:
+    checkpoint, x = as_checkpoint(Small(), tmp_path), torch.randn(3, WIDTHS[0])
+
+    def dispatch(model: nn.Module) -> nn.Module:
+        placed: nn.Module = accelerate.load_checkpoint_and_dispatch(
+            model, str(checkpoint), device_map=device_map, offload_folder=tmp_path / "offloaded", force_hooks=True
+        )
+        return placed
+
+    expected = adapted(Small())(x)
+    with accelerate.init_empty_weights():
+        empty, injected = Small(), Small()
+    assert bits(adapted(dispatch(empty))(x)) == bits(expected)
+    assert bits(dispatch(adapted(Small()))(x)) == bits(expected)
+    randlora.inject(injected, r=3, targets="all-linear")
+    with pytest.raises(AdapterError, match="dispatch first"):
+        dispatch(injected)
+
+
+def test_a_map_that_cannot_be_written_to_is_no_place_to_merge_into() -> None:
+    from types import MappingProxyType
+
+    model: Any = Small()
+    values = MappingProxyType({name: value.detach() for name, value in model.up.named_parameters()})
+    add_hook_to_module(model.up, AlignDevicesHook(execution_device=CPU, offload=True, weights_map=values))
+    assert place_of(model.up, "weight") is None
+    adapted(model)
+    with pytest.raises(MergeError, match="up is incomplete"):
+        randlora.merge(model)
+
+
+def test_weights_are_loaded_in_the_dtype_of_the_model(tmp_path: Path) -> None:
+    checkpoint = as_checkpoint(Small(torch.float64), tmp_path)
+    index = {name: {"safetensors_file": str(checkpoint), "weight_name": name} for name in Small().state_dict()}
+    model = accelerate.dispatch_model(Small(), {"up": "disk", "down": "disk"}, offload_index=index)
+    adapted(model)
+    x = torch.randn(3, WIDTHS[0])
+    plain = model(x)
+    with randlora.merged(model):
+        assert model(x).dtype is torch.float32
+    assert all_bits({"": model(x)}) == all_bits({"": plain})
