@@ -21,6 +21,7 @@ from randlora.checkpoint import load as load
 from randlora.checkpoint import save as save
 from randlora.config import RandLoRAConfig as RandLoRAConfig
 from randlora.errors import RandLoRAError as RandLoRAError
+from randlora.files.load_model import load_model as load_model
 from randlora.layers.base import AdapterLayer as AdapterLayer
 from randlora.layers.registry import register_layer as register_layer
 from randlora.model.inject import eject as eject
@@ -63,6 +64,7 @@ __all__ = [
     "find_targets",
     "inject",
     "load",
+    "load_model",
     "merge",
     "merged",
     "merged_tensors",

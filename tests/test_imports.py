@@ -48,6 +48,7 @@ ROOMS = (
 
 OPTIONAL = {
     "disk.hub": {"huggingface_hub"},
+    "files.load_model": {"transformers"},
     "files.quantized": {"bitsandbytes"},
     "files.transformers_model": {"transformers"},
     "integrations.lightning": set(),  # by importlib, whichever of its packages there is

@@ -1,7 +1,7 @@
 """The model that a checkpoint's ``config.json`` describes: transformers' own class on the meta device.
 
 transformers builds it and determines which parameter each tensor in the files becomes. Nothing is downloaded, and only
-code of transformers is run. No other file imports transformers.
+code of transformers is run.
 """
 
 from __future__ import annotations

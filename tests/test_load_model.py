@@ -1,0 +1,135 @@
+"""`load_model`: a base model and its adapter in one call; and transformers and PEFT that read the same directory."""
+
+import json
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import randlora
+from randlora.errors import CheckpointError, ConfigError
+from tests import models
+from tests.kit import adapter_values, all_bits, fill
+from tests.peer import THEIR_WARNINGS
+
+IDS = torch.tensor([[1, 2, 3, 4]])
+
+pytestmark = THEIR_WARNINGS
+
+
+@pytest.fixture
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """A Llama in ``base``, an adapter of it in ``adapter``, and the model of both."""
+    monkeypatch.chdir(tmp_path)
+    plain: Any = models.llama()
+    plain.save_pretrained("base")
+    model: nn.Module = AutoModelForCausalLM.from_pretrained("base")
+    randlora.inject(model, r=4)
+    randlora.save(fill(model), "adapter")
+    return model
+
+
+def logits(model: Any) -> Tensor:
+    found: Tensor = model.eval()(IDS).logits
+    return found
+
+
+def edit(path: str, **fields: object) -> None:
+    file = Path(path)
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **fields}), encoding="utf-8")
+
+
+def test_base_and_adapter_are_loaded(saved: nn.Module) -> None:
+    model = randlora.load_model("adapter")
+    assert type(model).__name__.endswith("LlamaForCausalLM")
+    assert torch.equal(logits(model), logits(saved))
+    (adapter,) = randlora.adapters(model)
+    assert (adapter.name, adapter.is_active, adapter.is_trainable) == ("default", True, False)
+
+
+def test_what_is_given_decides(saved: nn.Module) -> None:
+    Path("elsewhere").mkdir()
+    Path("base").rename("elsewhere/base")
+    model = randlora.load_model(
+        "adapter", base=Path("elsewhere/base"), name="other", trainable=True, dtype=torch.bfloat16
+    )
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert all_bits(adapter_values(model, "other")) == all_bits(adapter_values(saved))
+    assert randlora.adapters(model)[0].is_trainable
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda: Path("base").rename("gone"), "cannot load the base model 'base', which the adapter names"),
+        (lambda: edit("adapter/adapter_config.json", base_model_name_or_path=None), "names no base model"),
+        (lambda: edit("adapter/adapter_config.json", base_model_name_or_path=""), "names no base model"),
+        (lambda: edit("adapter/adapter_config.json", base_model_name_or_path="/no/where"), "is not there: give base="),
+        (
+            lambda: edit("adapter/adapter_config.json", base_model_name_or_path="no/where"),
+            "base model 'no/where",
+        ),
+        (lambda: edit("base/config.json", architectures=["Unheard"]), "has no class 'Unheard'"),
+        (lambda: edit("base/config.json", architectures=["pipeline"]), "has no class 'pipeline'"),
+        (lambda: Path("base/modules.json").write_text("[]"), "one of sentence-transformers: create it by"),
+        (lambda: Path("base/model_index.json").write_text("{}"), "one of diffusers: create it by"),
+        (lambda: edit("base/config.json", hidden_size=16), "base model 'base'"),
+        (lambda: Path("adapter/adapter_model.safetensors").write_bytes(b"x" * 64), "adapter_model.safetensors"),
+    ],
+)
+def test_what_cannot_be_loaded_is_said(change: Callable[[], object], message: str, saved: nn.Module) -> None:
+    change()
+    with pytest.raises(CheckpointError, match=message):
+        randlora.load_model("adapter")
+
+
+def test_an_adapter_that_does_not_fit_is_refused(saved: nn.Module) -> None:
+    other: Any = models.gpt2()
+    other.save_pretrained("other")
+    with pytest.raises(CheckpointError, match=r"cannot load .*adapter"):
+        randlora.load_model("adapter", base="other")
+
+
+def test_transformers_is_named_where_it_is_missing(saved: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(CheckpointError, match=r"pip install 'transformers>=5\.0'"):
+        randlora.load_model("adapter")
+
+
+def test_no_code_of_a_base_model_is_run_and_nothing_unpickled(saved: nn.Module) -> None:
+    options: tuple[dict[str, Any], ...] = {"trust_remote_code": True}, {"use_safetensors": False}
+    for option in options:
+        with pytest.raises(ConfigError, match="create such a model yourself"):
+            randlora.load_model("adapter", **option)
+    Path("base/modeling.py").write_text("open('ran', 'w')\n", encoding="utf-8")
+    edit("base/config.json", auto_map={"AutoModelForCausalLM": "modeling.Any"}, _attn_implementation="some/kernel")
+    assert torch.equal(logits(randlora.load_model("adapter")), logits(saved))
+    Path("base/model.safetensors").unlink()
+    Path("base/pytorch_model.bin").write_bytes(pickle.dumps(Path("ran")))
+    with pytest.raises(CheckpointError, match="base model 'base'"):
+        randlora.load_model("adapter")
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("bases", ["seed", "stored"])
+def test_transformers_and_peft_read_the_directory(bases: Any, saved: nn.Module) -> None:
+    randlora.save(saved, "adapter", bases=bases)
+
+    def base() -> Any:
+        return AutoModelForCausalLM.from_pretrained("base")
+
+    by_method = base()
+    by_method.load_adapter("adapter")
+    for model in (
+        AutoModelForCausalLM.from_pretrained("adapter"),
+        by_method,
+        peft.PeftModel.from_pretrained(base(), "adapter"),
+    ):
+        torch.testing.assert_close(logits(model), logits(saved))
