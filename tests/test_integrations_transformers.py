@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import constants
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
@@ -94,6 +95,15 @@ def test_the_best_adapter_is_given_back_and_old_checkpoints_are_deleted() -> Non
     randlora.load(first, best, trainable=True)
     randlora.load(last, "run/checkpoint-4", trainable=True)
     assert trained_bits(model) == trained_bits(first) != trained_bits(last)
+
+
+def test_deepspeed_gives_the_best_back_from_its_own_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(adapted_model(), "run")
+    loaded: list[str] = []
+    monkeypatch.setattr(transformers.trainer, "deepspeed_load_checkpoint", lambda _, path, **__: loaded.append(path))
+    run.is_deepspeed_enabled, run.state.best_model_checkpoint = True, "run/checkpoint-1"
+    run._load_best_model()
+    assert loaded == ["run/checkpoint-1"]
 
 
 def test_gradient_checkpointing_changes_no_bit() -> None:

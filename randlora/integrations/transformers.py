@@ -48,6 +48,7 @@ class AdapterCheckpoints:
     """
 
     args: Any
+    is_deepspeed_enabled: bool
     model: Any
     state: Any
 
@@ -110,7 +111,10 @@ class AdapterCheckpoints:
             restore(model, own, name=info.name)
 
     def _load_best_model(self) -> None:
-        """Load the best checkpoint of the run."""
+        """Load the best checkpoint of the run; DeepSpeed's from its own files, which have copies of what is trained."""
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()  # type: ignore[misc]
+            return
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
