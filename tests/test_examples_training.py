@@ -19,6 +19,7 @@ from tests.checkpoint_files import CARD_FILE, CONFIG_FILE, TENSORS_FILE
 from tests.kit import Bits, all_bits, bits
 from tests.peer import TRAINERS_WARNINGS
 from tests.test_examples import EXAMPLES, imported
+from tests.torture.training import killed_training
 
 ADAPTER_FILES = {CARD_FILE, CONFIG_FILE, TENSORS_FILE}
 NAMES = ("plain_pytorch", "transformers_trainer", "trl_sft", "lightning_module")
@@ -75,6 +76,12 @@ def test_a_checkpoint_of_a_plain_run_that_was_not_finished_is_passed_over(plain:
     Path("run/step-000002/training.pt").unlink()
     with pytest.raises(typer.BadParameter, match="there is no checkpoint in run"):
         plain.resume(Path("run"), steps=8)
+
+
+def test_training_that_is_killed_has_the_losses_of_training_that_is_not() -> None:
+    done, again, failures = killed_training(6, steps=60, life=0.4)
+    assert failures == []
+    assert (done, again > 0) == (6, True)
 
 
 # transformers

@@ -1,0 +1,129 @@
+"""Training runs that are killed at random times: the newest complete checkpoint loads, and the losses are the same."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+import random
+import signal
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.torture.row import Row
+
+KILLS = 100
+STEPS, EVERY = 400, 4
+LONGEST_LIFE = 0.6  # seconds that a process trains before it is killed
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "plain_pytorch.py"
+
+
+def example() -> Any:
+    """Import the program of docs/training.md for a loop of one's own."""
+    spec = importlib.util.spec_from_file_location("plain_pytorch", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def train(plain: Any, out: Path, steps: int) -> None:
+    """Go on from the newest complete checkpoint, if there is one, and note the loss of each step."""
+    is_begun = any(out.glob(f"step-*/{plain.STATE_FILE}"))
+    run = plain.resume(out, steps=steps) if is_begun else plain.begin(steps=steps)
+    with (out / "losses").open("a", encoding="ascii") as file:
+        while run.done < steps:
+            for loss in run.train(min(run.done + EVERY, steps)):
+                file.write(f"{json.dumps([run.done, loss])}\n")
+                file.flush()
+            run.save(out)
+
+
+def in_process(plain: Any, out: Path, steps: int, life: float) -> bool:
+    """Train in another process until it has finished or its life ends; return whether it was killed.
+
+    Raises:
+        AssertionError: If training raised.
+    """
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reports of each run
+            train(plain, out, steps)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    end = time.monotonic() + life
+    while time.monotonic() < end:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            assert status == 0, "a resumed run raised"
+            return False
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def noted(out: Path) -> tuple[dict[int, set[float]], int]:
+    """Return the losses of each step, of all runs that took it, and how often steps were taken."""
+    found: dict[int, set[float]] = {}
+    count = 0
+    for line in (out / "losses").read_text(encoding="ascii").split("\n"):
+        if line.endswith("]"):  # the last of a killed process may be cut
+            step, loss = json.loads(line)
+            found.setdefault(step, set()).add(loss)
+            count += 1
+    return found, count
+
+
+def killed_training(kills: int, steps: int, life: float) -> tuple[int, int, list[str]]:
+    """Kill training again and again; return the kills, the steps that were taken again, and failures."""
+    plain, chance, failures = example(), random.Random(0), list[str]()
+    network: nn.Module = plain.pretrained()
+    generator = torch.get_rng_state()
+
+    def pretrained() -> nn.Module:
+        torch.set_rng_state(generator)  # as after training it, which would take most of a short life
+        return copy.deepcopy(network)
+
+    plain.pretrained = pretrained
+    done = again = runs = 0
+    with tempfile.TemporaryDirectory() as root:
+        whole = Path(root, "whole")
+        whole.mkdir()
+        in_process(plain, whole, steps, 600)
+        expected, _ = noted(whole)
+        while done < kills:
+            out = Path(root, f"run-{runs}")
+            out.mkdir()
+            runs += 1
+            while done < kills and in_process(plain, out, steps, chance.uniform(0, life)):
+                done += 1
+            in_process(plain, out, steps, 600)
+            found, count = noted(out)
+            again += count - len(found)
+            differing = [step for step in expected if found.get(step) != expected[step]]
+            if differing or found.keys() != expected.keys():
+                failures.append(f"run {runs}: other losses from step {min(differing, default=-1)} on")
+    return done, again, failures
+
+
+def killed_while_training(scale: float) -> Row:
+    """Kill the loop of docs/training.md at random times, and let it resume."""
+    start = time.monotonic()
+    done, again, failures = killed_training(max(1, round(KILLS * scale)), STEPS, LONGEST_LIFE)
+    notes = f"{again:,} steps taken again, with the same losses"
+    tried = "training runs killed and resumed"
+    return Row("training", tried, done, tuple(failures), time.monotonic() - start, notes)
