@@ -60,7 +60,10 @@ def manage(parameter: nn.Parameter, like: Any) -> None:
     """
     holder = nn.ParameterList([parameter])
     sys.modules["deepspeed"].zero.Init(
-        module=holder, data_parallel_group=like.ds_process_group, dtype=parameter.dtype, enabled=True
+        module=holder,
+        data_parallel_group=like.ds_process_group,
+        dtype=parameter.dtype,
+        mem_efficient_linear=False,  # which would replace F.linear for the whole program
     )
 
 

@@ -25,6 +25,14 @@ def pair() -> Iterator[Processes]:
 
 
 @pytest.fixture(scope="session")
+def zero_pair() -> Iterator[Processes]:
+    """Two processes for DeepSpeed, which replaces ``torch.nn.functional.linear`` in them."""
+    processes = Processes(2)
+    yield processes
+    processes.stop()
+
+
+@pytest.fixture(scope="session")
 def four() -> Iterator[Processes]:
     """Four processes with gloo, for meshes of two dimensions."""
     processes = Processes(4)

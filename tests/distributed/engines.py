@@ -25,6 +25,7 @@ SPREAD = {"stage": 3, "stage3_param_persistence_threshold": 0}
 STAGES: dict[str, dict[str, Any]] = {
     "2": {"stage": 2},
     "3": SPREAD,
+    "3-experts": SPREAD | {"memory_efficient_linear": False},  # else it computes F.linear by a function of its own
     "3-persistent": {"stage": 3},
     "3-offload": SPREAD | {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
 }
