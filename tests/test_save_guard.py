@@ -236,6 +236,21 @@ def test_a_call_that_raises_leaves_no_guard(monkeypatch: pytest.MonkeyPatch) -> 
     assert randlora.adapters(model) == []
 
 
+def test_a_call_that_raises_between_two_guards_leaves_none_on_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    outer, made = Outer(), SaveGuard.__init__
+    before = set(vars(outer.aside))
+
+    def failing(guard: SaveGuard, name: str, *args: Any) -> None:
+        made(guard, name, *args)
+        if name == "save":
+            raise MemoryError
+
+    monkeypatch.setattr(SaveGuard, "__init__", failing)
+    with pytest.raises(MemoryError):
+        randlora.inject(outer, r=4, targets=["aside"])
+    assert set(vars(outer.aside)) == before
+
+
 def test_load_takes_the_choice(tmp_path: Path) -> None:
     randlora.save(adapted(), tmp_path)
     model = Saver()
