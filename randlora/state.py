@@ -8,7 +8,7 @@ activating an adapter is one assignment instead of a walk over the model.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -83,6 +83,7 @@ class SiteAdapter:
         shape: Shape of its update of this weight.
         options: r and alpha here.
         scaling: Factor of the update, ``alpha / r``.
+        position: Where it is among the active adapters of the weight, or ``None`` while inactive.
     """
 
     adapter: Adapter
@@ -90,10 +91,22 @@ class SiteAdapter:
     shape: Shape
     options: LayerOptions
     scaling: float = field(init=False)
+    position: int | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Set `scaling`, which each forward reads."""
         self.scaling = self.options.scaling
+
+
+@dataclass(eq=False)
+class Activation:
+    """One choice of the active adapters, which layers prepare for.
+
+    Attributes:
+        is_current: Whether it is the present one. A layer that was out of the model when another was made sees it.
+    """
+
+    is_current: bool = True
 
 
 @dataclass(eq=False)
@@ -110,6 +123,7 @@ class ModelState:
         merged_blocks: The `randlora.merged` blocks that have not ended; none if `randlora.merge` merged them.
         save_pretrained: What ``save_pretrained`` of the model does; ``None`` if no caller has chosen.
         saves_merged: Whether state dicts hold merged weights, while ``save_pretrained`` writes them.
+        activation: The last choice of active adapters.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -123,6 +137,7 @@ class ModelState:
     compute: Compute = "auto"
     save_pretrained: SavePretrained | None = None
     saves_merged: bool = False
+    activation: Activation = field(default_factory=Activation)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Hold the state of a copied or unpickled model, in which no block is open, as none would end there.
@@ -148,6 +163,13 @@ class ModelState:
     def active(self) -> dict[str, float]:
         """The active adapters' names and weights."""
         return {name: adapter.weight for name, adapter in self.adapters.items() if adapter.weight is not None}
+
+    def activate(self, weights: Mapping[str, float]) -> None:
+        """Activate the adapters of these names with these weights, and no others. The layers must then be seated."""
+        self.activation.is_current = False
+        self.activation = Activation()
+        for adapter in self.adapters.values():
+            adapter.weight = weights.get(adapter.name)
 
     def adapter(self, name: str | None) -> Adapter:
         """Return the adapter of a name, or the only one if that is ``None``; else raise `AdapterError`."""

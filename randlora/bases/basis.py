@@ -120,6 +120,8 @@ class Basis:
             raise ConfigError(f"a layer of {max_dim}x{min_dim} is larger than {self.spec}: draw them for larger dims")
         self.extent, self._drawn = extent, None
         self.release()
+        for name in [name for name in self.__dict__ if name.startswith("_constant_")]:
+            del self.__dict__[name]
         if self.spec.is_prefix_stable:
             self.spec = replace(self.spec, max_dim=max(drawn[0], extent[0]), min_dim=max(drawn[1], extent[1]))
 
@@ -177,11 +179,9 @@ class Basis:
         return self._made(max_dim, min_dim, device, dtype, sides) if pair is None else pair
 
     def release(self) -> None:
-        """Free the working copies. The next product makes them again."""
+        """Free the working copies, except those in compiled programs. The next product makes them again."""
         self._pairs.clear()
         self._copies.clear()
-        for name in [name for name in self.__dict__ if name.startswith("_constant_")]:
-            del self.__dict__[name]
 
     @constant_to_the_compiler
     def _constant(self, index: int, use: TracedUse, identity: str) -> str:
@@ -190,7 +190,7 @@ class Basis:
         The compiler calls that function while tracing and stores the tensor as a constant under the function's name,
         so each tensor has its own name. ``identity`` is an argument so that other bases cause a retrace. The tensor is
         a parameter because its shape is then static, except in an exported program, which may have no other parameters
-        than the model's.
+        than the model's, and is saved with all of the memory that a constant is a view of.
         """
         assert identity == self.identity, "the caller passes the identity of these bases"
         name = f"_constant_{hash((index, *use)):x}_{id(self):x}".replace("-", "_")
@@ -198,7 +198,7 @@ class Basis:
             max_dim, min_dim, device, dtype, row, stop_row, column, stop_column, is_exporting = use
             pair = self._made(max_dim, min_dim, device, dtype, Sides((row, stop_row), (column, stop_column)))
             tensor = pair.B if index else pair.A
-            constant = tensor if is_exporting else nn.Parameter(tensor, requires_grad=False)
+            constant = _aside(tensor.clone) if is_exporting else nn.Parameter(tensor, requires_grad=False)
 
             def give() -> Tensor:
                 return constant

@@ -15,6 +15,7 @@ from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError
 from randlora.functional import WriteOut, adapted_linear, delta_weight
 from randlora.functional.region import Region, Span
+from randlora.layers.diagonals import Diagonal
 from randlora.layers.inputs import autocast_dtype, have_one_dtype, input_of, is_plain_tensor, require_product
 from randlora.layers.update import Into, Merged, Update, folded, sum_updates
 from randlora.placement.dtensor import Part
@@ -41,6 +42,8 @@ class AdapterLayer(ABC):
         state: The state of the model that the owner belongs to.
         shape: ``(out_features, in_features)`` of the weight, or of one matrix of a stack.
         adapters: The adapters of this weight, by name.
+        acting: Those that are active, in the same order, if ``activation`` is current; see `seat`.
+        activation: The choice of active adapters that it is prepared for.
         own_forward: The ``forward`` that was set on the owner itself rather than on its class, if any.
         unmerged: While the weight is merged, a tuple of the original weight as `exchange` returned it.
     """
@@ -56,6 +59,8 @@ class AdapterLayer(ABC):
         in_features, out_features = self.features(owner)
         self.shape = out_features, in_features
         self.adapters: dict[str, SiteAdapter] = {}
+        self.acting: list[SiteAdapter] = []
+        self.activation = state.activation
         self.own_forward: Callable[..., Any] | None = None
         self.unmerged: tuple[Any] | None = None
 
@@ -199,7 +204,8 @@ class AdapterLayer(ABC):
         """Return the active adapters with their weights; none while disabled or merged."""
         if self.state.is_disabled or self.state.is_merged:
             return []
-        weighted = [(part, part.adapter.weight) for part in self.adapters.values()]
+        parts = self.acting if self.activation.is_current else self.adapters.values()
+        weighted = [(part, part.adapter.weight) for part in parts]
         return [(part, weight) for part, weight in weighted if weight is not None]
 
     def base_output(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002  # for quantized layers
@@ -242,7 +248,33 @@ class AdapterLayer(ABC):
 
     def update(self, owner: nn.Module, part: SiteAdapter, factor: float) -> Update:
         """Return one adapter's update of this weight as factors."""
+        if torch.compiler.is_dynamo_compiling() and (seated := self._seated(owner, part)) is not None:
+            return Update(part.basis, *seated, part.scaling * factor, part.shape)
         return Update(part.basis, *self.diagonals_of(owner, part.adapter.name), part.scaling * factor, part.shape)
+
+    def seat(self, owner: nn.Module) -> None:
+        """Follow a change of which adapters are active: compiled code finds them by position, not by name."""
+        self.activation = self.state.activation
+        self.acting = [part for part in self.adapters.values() if part.adapter.is_active]
+        for part in self.adapters.values():
+            part.position = None
+        for position, part in enumerate(self.acting):
+            part.position = position
+        for name in self.parameter_names():
+            self._held(owner, name).seat(part.adapter.name for part in self.acting)
+
+    @staticmethod
+    def _held(owner: nn.Module, name: str) -> Diagonal:
+        held = owner._modules[name]
+        assert isinstance(held, Diagonal), "the weight is adapted"
+        return held
+
+    def _seated(self, owner: nn.Module, part: SiteAdapter) -> tuple[nn.Parameter, nn.Parameter] | None:
+        """Return what `diagonals_of` does, without reading a name, or ``None`` where only that finds them."""
+        if part.position is None or not self.activation.is_current:
+            return None
+        lam, gamma = (self._held(owner, name).at(part.position) for name in self.parameter_names())
+        return None if lam is None or gamma is None else (lam, gamma)
 
     def _adapted_output(self, owner: nn.Module, part: SiteAdapter, factor: float, x: Tensor) -> Tensor:
         """Return the output of layer and adapter, computed as one operation."""

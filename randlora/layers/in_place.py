@@ -9,8 +9,7 @@ from __future__ import annotations
 import copyreg
 import inspect
 import sys
-from collections.abc import Iterator
-from types import FrameType, MethodType
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from randlora.errors import AdapterError, MergeError
 from randlora.layers.base import AdapterLayer
+from randlora.layers.diagonals import Gamma, Lambda
 from randlora.layers.read_weight import ReadWeight, forward_of_owner
 from randlora.state import SiteAdapter
 
@@ -40,64 +40,6 @@ QUANTIZER = "torch.ao.quantization."
 
 FUSION = "torch.nn.utils.fusion"
 """A module whose code multiplies the weight of a layer by the scales of the norm after it, and would not the update."""
-
-
-OFFLOADER, OFFLOADER_IN = "attach_align_device_hook", "accelerate.utils.modeling"
-"""accelerate's function that offloads each module with parameters of its own, and the module that it asks for these."""
-
-DISPATCHER = "check_device_map"
-"""The function of that module with which accelerate begins to dispatch a model. It asks for its state dict."""
-
-
-class Diagonal(nn.ParameterDict):
-    """Λ or Γ of one weight, a parameter per adapter."""
-
-    def forward(self, name: str) -> nn.Parameter:
-        """Return the parameter of one adapter. accelerate's offloading loads the values only during this call."""
-        parameter: nn.Parameter = self[name]
-        return parameter
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters by name, except where accelerate decides which modules to offload.
-
-        Λ and Γ stay where they are then: they are small, and gradients of offloaded parameters would be lost.
-        """
-        if sys._getframe(2).f_code.co_name == OFFLOADER and sys._getframe(1).f_globals["__name__"] == OFFLOADER_IN:
-            return iter(())
-        return super().named_parameters(*args, **kwargs)
-
-    def _save_to_state_dict(self, *args: Any) -> None:
-        """Save the parameters, except that accelerate is not to dispatch a model whose Λ and Γ have no values."""
-        if any(parameter.is_meta for parameter in self._parameters.values() if parameter is not None):
-            frame: FrameType | None = sys._getframe(1)
-            while frame is not None and frame.f_code.co_name != DISPATCHER:
-                frame = frame.f_back
-            if frame is not None and frame.f_globals["__name__"] == OFFLOADER_IN:
-                raise AdapterError(
-                    "cannot dispatch a model whose adapters have no values (meta): dispatch first, as with "
-                    "load_checkpoint_and_dispatch, then inject or load the adapter"
-                )
-        super()._save_to_state_dict(*args)
-
-
-class Lambda(Diagonal):
-    """Λ of one weight, ``(r, num_bases)``, or a stack, float32 per adapter."""
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Set every Λ to 0, its initial value, for use after ``model.to_empty(...)``."""
-        for parameter in self.parameters():
-            parameter.zero_()
-
-
-class Gamma(Diagonal):
-    """Γ of one weight, ``(num_bases, min_dim)``, or a stack, float32 per adapter."""
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Set every Γ to 1 / max(num_bases, min_dim), its initial value, for use after ``model.to_empty(...)``."""
-        for parameter in self.parameters():
-            parameter.fill_(1 / max(parameter.shape[-2:]))
 
 
 class InPlace(nn.Module):
@@ -367,6 +309,7 @@ def add_adapter(
     for held, value in zip(_held(owner, layer), (lam, gamma), strict=True):
         held[name] = nn.Parameter(value, requires_grad=trainable)
     layer.adapters[name] = part
+    layer.seat(owner)
 
 
 def drop_adapter(owner: nn.Module, layer: AdapterLayer, name: str) -> None:
@@ -374,6 +317,7 @@ def drop_adapter(owner: nn.Module, layer: AdapterLayer, name: str) -> None:
     for held in _held(owner, layer):
         del held[name]
     del layer.adapters[name]
+    layer.seat(owner)
     if not layer.adapters:
         detach(owner, layer)
 

@@ -59,6 +59,7 @@ def whole(
         *census.around_adapted,
         *savers(census),
         state,
+        state.activation,
         state.bank,
         *state.bank,
         *state.adapters.values(),
@@ -71,6 +72,7 @@ def whole(
         owner = site.owner
         objects += [owner, *owner._modules.values(), *site.layer_class.beside(owner), site.adapter_layer]
         objects += stores(owner)
+        objects += site.adapter_layer.adapters.values() if site.adapter_layer is not None else ()
         values += owner.parameters()
     with unchanged_if_raised(objects, values, own):
         yield

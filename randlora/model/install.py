@@ -137,15 +137,16 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
                 set_requires_grad(parameter, False)  # noqa: FBT003
         for site, layer, part, lam, gamma in addition.layers:
             add_adapter(site.owner, layer, part, lam, gamma, trainable=addition.trainable)
+        state.adapters[adapter.name] = adapter
         if active:
-            for other in state.adapters.values():
-                other.weight = None
-            adapter.weight = 1.0
+            state.activate({adapter.name: 1.0})
+            added = ((site.owner, layer) for site, layer, *_ in addition.layers)
+            for owner, layer in (*((site.owner, site.layer) for site in census.adapted), *added):
+                layer.seat(owner)
         shapes = {site.fqn: part.shape for site, _, part, *_ in addition.layers}
         for r, used in by_rank(shapes, adapter.options).items():
             adapter.bases[r].extend(*sliced_dims(used))
             state.bank.add(adapter.bases[r])
-        state.adapters[adapter.name] = adapter
         state.replaced.update(addition.replaced)
         state.require_exchangeable(state.active, f"add {adapter.name!r}")
         state.install_parameters()

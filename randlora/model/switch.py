@@ -117,8 +117,9 @@ def activate(
     raise_collected(AdapterError, _activation_problems(state, weights), doing="activate")
     state.require_exchangeable([name for name in state.adapters if name in weights], "activate")
     with whole(census, state):
-        for adapter in state.adapters.values():
-            adapter.weight = weights.get(adapter.name)
+        state.activate(weights)
+        for site in census.adapted:
+            site.layer.seat(site.owner)
         state.install_parameters()
         if trainable is not None:
             for name in weights:

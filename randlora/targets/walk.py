@@ -13,7 +13,8 @@ from torch.nn.parameter import is_lazy
 
 from randlora.errors import TargetError
 from randlora.layers.base import AdapterLayer
-from randlora.layers.in_place import Diagonal, adapter_layers_of
+from randlora.layers.diagonals import Diagonal
+from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import find_layer, find_readers

@@ -1,0 +1,158 @@
+"""Λ and Γ of one weight: a parameter per adapter, found by name, and by position for compiled code.
+
+A compiler makes a program for each adapter whose name it sees. Compiled code therefore reads the parameters of the
+active adapters from a list, where another adapter is only another value. The list follows the parameters however they
+are replaced: `nn.Module.to`, FSDP, `torch.func.functional_call` and accelerate all assign to ``_parameters``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from randlora.errors import AdapterError
+
+OFFLOADER, OFFLOADER_IN = "attach_align_device_hook", "accelerate.utils.modeling"
+"""accelerate's function that offloads each module with parameters of its own, and the module that it asks for these."""
+
+DISPATCHER = "check_device_map"
+"""The function of that module with which accelerate begins to dispatch a model. It asks for its state dict."""
+
+Named = dict[str, nn.Parameter | None]
+
+
+class Values(Named):
+    """The ``_parameters`` of Λ or Γ, which keep a list of the active ones up to date.
+
+    Attributes:
+        acting: The names of the active adapters, in the order in which their updates are added.
+        slots: Their parameters; always the same list.
+    """
+
+    acting: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        """Create it empty."""
+        super().__init__()
+        self.slots: list[nn.Parameter | None] = []
+
+    def seat(self, names: Iterable[str]) -> None:
+        """Set the names of the active adapters."""
+        self.acting = tuple(names)
+        self.slots.clear()
+        self.fill()
+
+    def fill(self) -> None:
+        """Update `slots`, after any change."""
+        if self.acting:  # not while it is unpickled, which sets entries before attributes
+            self.slots[:] = [self.get(name) for name in self.acting]
+
+    def __setitem__(self, name: str, value: nn.Parameter | None) -> None:
+        """Set a parameter. Compilers trace this, as they trace `torch.func.functional_call`."""
+        super().__setitem__(name, value)
+        self.fill()
+
+
+def _filling(method: str) -> Callable[..., Any]:
+    """Return a method of dict that also updates the slots."""
+
+    def change(self: Values, *args: Any, **kwargs: Any) -> Any:
+        result = getattr(super(Values, self), method)(*args, **kwargs)
+        self.fill()
+        return result
+
+    change.__name__ = method
+    return change
+
+
+for _method in ("__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):
+    setattr(Values, _method, _filling(_method))
+
+
+class Diagonal(nn.ParameterDict):
+    """Λ or Γ of one weight.
+
+    Attributes:
+        slots: The parameters of the active adapters; ``None`` if something else than `Values` holds the parameters, as
+            in replicas of `nn.DataParallel` and under DeepSpeed's ZeRO-3. They are found by name then.
+    """
+
+    slots: list[nn.Parameter | None] | None
+
+    def __init__(self) -> None:
+        """Create it without adapters."""
+        super().__init__()
+        self._parameters = Values()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; whatever holds the parameters says where the active ones are."""
+        super().__setattr__(name, value)
+        if name == "_parameters":
+            self.__dict__["slots"] = value.slots if type(value) is Values else None
+
+    def _replicate_for_data_parallel(self) -> Diagonal:
+        """Return a replica, whose parameters are on another device."""
+        replica: Diagonal = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.slots = None
+        return replica
+
+    def seat(self, names: Iterable[str]) -> None:
+        """Set the names of the active adapters."""
+        if isinstance(self._parameters, Values):
+            self._parameters.seat(names)
+
+    def at(self, position: int) -> nn.Parameter | None:
+        """Return the parameter of an active adapter, or ``None`` if it must be found by name."""
+        return None if self.slots is None or "_hf_hook" in self.__dict__ else self.slots[position]
+
+    def forward(self, name: str) -> nn.Parameter:
+        """Return the parameter of one adapter. accelerate's offloading loads the values only during this call."""
+        parameter: nn.Parameter = self[name]
+        return parameter
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters by name, except where accelerate decides which modules to offload.
+
+        Λ and Γ stay where they are then: they are small, and gradients of offloaded parameters would be lost.
+        """
+        if sys._getframe(2).f_code.co_name == OFFLOADER and sys._getframe(1).f_globals["__name__"] == OFFLOADER_IN:
+            return iter(())
+        return super().named_parameters(*args, **kwargs)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        """Save the parameters, except that accelerate is not to dispatch a model whose Λ and Γ have no values."""
+        if any(parameter.is_meta for parameter in self._parameters.values() if parameter is not None):
+            frame: FrameType | None = sys._getframe(1)
+            while frame is not None and frame.f_code.co_name != DISPATCHER:
+                frame = frame.f_back
+            if frame is not None and frame.f_globals["__name__"] == OFFLOADER_IN:
+                raise AdapterError(
+                    "cannot dispatch a model whose adapters have no values (meta): dispatch first, as with "
+                    "load_checkpoint_and_dispatch, then inject or load the adapter"
+                )
+        super()._save_to_state_dict(*args)
+
+
+class Lambda(Diagonal):
+    """Λ of one weight, ``(r, num_bases)``, or a stack, float32 per adapter."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set every Λ to 0, its initial value, for use after ``model.to_empty(...)``."""
+        for parameter in self.parameters():
+            parameter.zero_()
+
+
+class Gamma(Diagonal):
+    """Γ of one weight, ``(num_bases, min_dim)``, or a stack, float32 per adapter."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set every Γ to 1 / max(num_bases, min_dim), its initial value, for use after ``model.to_empty(...)``."""
+        for parameter in self.parameters():
+            parameter.fill_(1 / max(parameter.shape[-2:]))
