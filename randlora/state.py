@@ -2,7 +2,7 @@
 
 One `ModelState` is a plain attribute of the module that `inject` was called on. It is not a module, so it is not in
 ``state_dict``, and it is copied and pickled with the model. Every adapted layer has a reference to it, so that
-activating an adapter is one assignment instead of a walk over the model.
+disabling all adapters is one assignment instead of a walk over the model.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from tests.kit import fill
 from tests.laws import assert_close
 
 pytestmark = pytest.mark.medium
-OPTIONS: tuple[dict[str, Any], ...] = ({"basis": "dense"}, {"basis": "block"})
 X = torch.linspace(-1, 1, 24).view(3, 8)
 
 
@@ -53,10 +52,9 @@ class Compiled:
         return count
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options["basis"])
-def test_adapters_of_one_spec_share_a_graph(options: dict[str, Any]) -> None:
+def test_adapters_of_one_spec_share_a_graph() -> None:
     names = [f"a{index}" for index in range(20)]
-    model = model_with(*names, **options)
+    model = model_with(*names)
     run, outputs = Compiled(model), set()
     for name in names:
         randlora.activate(model, name)
@@ -73,7 +71,7 @@ def test_adapters_of_one_spec_share_a_graph(options: dict[str, Any]) -> None:
     assert run.graphs() == 4
     randlora.remove(model, "a0")
     assert run.graphs() == 4
-    randlora.inject(model, r=4, targets="all-linear", name="later", trainable=True, **options)
+    randlora.inject(model, r=4, targets="all-linear", name="later", trainable=True)
     fill(model, "later")
     randlora.activate(model, "later")
     assert run.graphs() == 4
