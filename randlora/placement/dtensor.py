@@ -28,7 +28,9 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
     """Return the modules of a model that `fully_shard` was called on, outer ones first."""
     module = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(module, "FSDPModule", None)  # which torch 2.6 has elsewhere too
-    return [] if kind is None else [each for each in model.modules() if isinstance(each, kind)]
+    if kind is None or not isinstance(model, nn.Module):  # which the caller has not checked yet
+        return []
+    return [each for each in model.modules() if isinstance(each, kind)]
 
 
 def reshard(model: nn.Module) -> None:
