@@ -1,0 +1,107 @@
+"""Programs exported from adapted and merged models, run by other runtimes: packages of AOTInductor, and ONNX."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import randlora
+from tests.kit import fill
+from tests.laws import assert_close, needs_export
+
+pytestmark = [
+    pytest.mark.medium,
+    needs_export,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # what inductor imports, and torch.jit
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # of torch's exporter of ONNX about its own functions
+    pytest.mark.filterwarnings("ignore:No complete tensor found"),  # of a basis that is stored transposed
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+]
+BASES: tuple[dict[str, Any], ...] = ({"basis": "dense"}, {"basis": "block"}, {"basis": "sparse", "stream": "portable"})
+DYNAMIC = ({0: torch.export.Dim("tokens", min=2, max=64)},)
+every_basis = pytest.mark.parametrize("options", BASES, ids=lambda options: options["basis"])
+
+
+def adapted(options: dict[str, Any]) -> nn.Module:
+    """Make a filled model."""
+    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
+    randlora.inject(model, r=4, targets="all-linear", **options)
+    return fill(model, spread=0.3)
+
+
+def merged(options: dict[str, Any]) -> nn.Module:
+    """Make a filled model and merge its adapter for good."""
+    model = adapted(options)
+    randlora.merge(model)
+    return model
+
+
+every_state = pytest.mark.parametrize("make", [adapted, merged])
+
+
+@every_basis
+@every_state
+def test_a_program_is_saved_and_loaded(make: Callable[[dict[str, Any]], nn.Module], options: dict[str, Any]) -> None:
+    model, file = make(options), io.BytesIO()
+    torch.export.save(torch.export.export(model, (torch.randn(3, 8),), dynamic_shapes=DYNAMIC), file)
+    file.seek(0)
+    program = torch.export.load(file).module()
+    for tokens in (2, 7, 64):
+        x = torch.randn(tokens, 8)
+        assert_close(program(x), model(x), torch.float32)
+
+
+@every_basis
+def test_gradients_pass_through_a_program(options: dict[str, Any]) -> None:
+    model, x = adapted(options), torch.randn(3, 8)
+    program = torch.export.export(model, (x,)).module()
+    program(x).square().sum().backward()
+    model(x).square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = dict(program.named_parameters())
+    assert len(expected) == 4
+    for name, grad in expected.items():
+        ours = found[name].grad
+        assert grad is not None
+        assert ours is not None
+        assert_close(ours, grad, torch.float32)
+
+
+@every_basis
+def test_onnx_computes_the_same(options: dict[str, Any], tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    for make in (adapted, merged):
+        model, x = make(options).eval(), torch.randn(3, 8)
+        path = tmp_path / f"{make.__name__}.onnx"
+        torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(path)
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        assert_close(torch.from_numpy(found), model(x), torch.float32)
+
+
+@every_state
+def test_a_package_of_aotinductor_computes_the_same(
+    make: Callable[[dict[str, Any]], nn.Module], tmp_path: Path
+) -> None:
+    model = make({"basis": "block"})
+    with torch.no_grad():
+        program = torch.export.export(model, (torch.randn(3, 8),), dynamic_shapes=DYNAMIC)
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    run: Any = torch._inductor.aoti_load_package(package)
+    for tokens in (2, 7):
+        x = torch.randn(tokens, 8)
+        found: Tensor = run(x)
+        assert_close(found, model(x), torch.float32)
+
+
+@every_basis
+def test_a_traced_model_computes_the_same(options: dict[str, Any]) -> None:
+    model, x = adapted(options), torch.randn(3, 8)
+    with torch.no_grad():
+        traced: Any = torch.jit.trace(model, (x,))
+    assert_close(traced(x), model(x), torch.float32)
