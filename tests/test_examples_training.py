@@ -19,7 +19,7 @@ from tests.checkpoint_files import CARD_FILE, CONFIG_FILE, TENSORS_FILE
 from tests.kit import Bits, all_bits, bits
 from tests.peer import TRAINERS_WARNINGS
 from tests.test_examples import EXAMPLES, imported
-from tests.torture.training import killed_training
+from tests.torture.training import killed_training, plain_loop
 
 ADAPTER_FILES = {CARD_FILE, CONFIG_FILE, TENSORS_FILE}
 NAMES = ("plain_pytorch", "transformers_trainer", "trl_sft", "lightning_module")
@@ -79,7 +79,7 @@ def test_a_checkpoint_of_a_plain_run_that_was_not_finished_is_passed_over(plain:
 
 
 def test_training_that_is_killed_has_the_losses_of_training_that_is_not() -> None:
-    done, again, failures = killed_training(6, steps=60, life=0.4)
+    done, again, failures = killed_training(plain_loop(), 6, steps=60, life=0.4)
     assert failures == []
     assert (done, again > 0) == (6, True)
 

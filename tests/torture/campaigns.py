@@ -11,13 +11,14 @@ from tests.state_machine.campaign import campaign as state_machine
 from tests.torture.cycles import cycles
 from tests.torture.kills import at_every_call, at_random_times, on_a_full_disk, two_writers
 from tests.torture.row import Campaign, Row
-from tests.torture.training import killed_while_training
+from tests.torture.training import killed_trainer, killed_while_training
 
 CAMPAIGNS: dict[str, Campaign] = {
     "state-machine": state_machine,
     "kills": at_random_times,
     **FUZZING,
     "training": killed_while_training,
+    "trainer": killed_trainer,
     "faults": at_every_call,
     "cycles": cycles,
     "two-writers": two_writers,

@@ -11,6 +11,7 @@ import signal
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ from tests.torture.row import Row
 KILLS = 100
 STEPS, EVERY = 400, 4
 LONGEST_LIFE = 0.6  # seconds that a process trains before it is killed
-EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "plain_pytorch.py"
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+
+Train = Callable[[Path, int], None]
+"""Trains up to a step, from the newest complete checkpoint in a directory if there is one, and notes losses there."""
 
 
-def example() -> Any:
-    """Import the program of docs/training.md for a loop of one's own."""
-    spec = importlib.util.spec_from_file_location("plain_pytorch", EXAMPLE)
+def example(name: str) -> Any:
+    """Import one of the programs of docs/training.md."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -35,19 +39,54 @@ def example() -> Any:
     return module
 
 
-def train(plain: Any, out: Path, steps: int) -> None:
-    """Go on from the newest complete checkpoint, if there is one, and note the loss of each step."""
-    is_begun = any(out.glob(f"step-*/{plain.STATE_FILE}"))
-    run = plain.resume(out, steps=steps) if is_begun else plain.begin(steps=steps)
-    with (out / "losses").open("a", encoding="ascii") as file:
-        while run.done < steps:
-            for loss in run.train(min(run.done + EVERY, steps)):
-                file.write(f"{json.dumps([run.done, loss])}\n")
+def plain_loop() -> Train:
+    """Return the training of the loop of one's own."""
+    plain = example("plain_pytorch")
+    network: nn.Module = plain.pretrained()
+    generator = torch.get_rng_state()
+
+    def pretrained() -> nn.Module:
+        torch.set_rng_state(generator)  # as after training it, which would take most of a short life
+        return copy.deepcopy(network)
+
+    def train(out: Path, steps: int) -> None:
+        is_begun = any(out.glob(f"step-*/{plain.STATE_FILE}"))
+        run = plain.resume(out, steps=steps) if is_begun else plain.begin(steps=steps)
+        with (out / "losses").open("a", encoding="ascii") as file:
+            while run.done < steps:
+                for loss in run.train(min(run.done + EVERY, steps)):
+                    file.write(f"{json.dumps([run.done, loss])}\n")
+                    file.flush()
+                run.save(out)
+
+    plain.pretrained = pretrained
+    return train
+
+
+def trainer() -> Train:
+    """Return the training of `AdapterTrainer`."""
+    program = example("transformers_trainer")
+    from transformers.trainer_callback import ProgressCallback
+
+    def train(out: Path, steps: int) -> None:
+        made = program.make_trainer(out, steps=steps, every=EVERY)
+        made.remove_callback(ProgressCallback)
+        complete = [path for path in out.glob("checkpoint-*/trainer_state.json") if path.read_bytes().endswith(b"}\n")]
+        if any(path.parent.name == f"checkpoint-{steps}" for path in complete):
+            return  # killed when it had finished: resuming such a run takes a step that no whole run takes
+        with (out / "losses").open("a", encoding="ascii") as file:
+
+            def note(_module: nn.Module, _inputs: object, output: Any) -> None:
+                file.write(f"{json.dumps([made.state.global_step, output.loss.item()])}\n")
                 file.flush()
-            run.save(out)
+
+            made.model.register_forward_hook(note)
+            made.train(resume_from_checkpoint=bool(complete))
+
+    return train
 
 
-def in_process(plain: Any, out: Path, steps: int, life: float) -> bool:
+def in_process(train: Train, out: Path, steps: int, life: float) -> bool:
     """Train in another process until it has finished or its life ends; return whether it was killed.
 
     Raises:
@@ -58,7 +97,7 @@ def in_process(plain: Any, out: Path, steps: int, life: float) -> bool:
         code = 1
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reports of each run
-            train(plain, out, steps)
+            train(out, steps)
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -88,30 +127,22 @@ def noted(out: Path) -> tuple[dict[int, set[float]], int]:
     return found, count
 
 
-def killed_training(kills: int, steps: int, life: float) -> tuple[int, int, list[str]]:
+def killed_training(train: Train, kills: int, steps: int, life: float) -> tuple[int, int, list[str]]:
     """Kill training again and again; return the kills, the steps that were taken again, and failures."""
-    plain, chance, failures = example(), random.Random(0), list[str]()
-    network: nn.Module = plain.pretrained()
-    generator = torch.get_rng_state()
-
-    def pretrained() -> nn.Module:
-        torch.set_rng_state(generator)  # as after training it, which would take most of a short life
-        return copy.deepcopy(network)
-
-    plain.pretrained = pretrained
+    chance, failures = random.Random(0), list[str]()
     done = again = runs = 0
     with tempfile.TemporaryDirectory() as root:
         whole = Path(root, "whole")
         whole.mkdir()
-        in_process(plain, whole, steps, 600)
+        in_process(train, whole, steps, 600)
         expected, _ = noted(whole)
         while done < kills:
             out = Path(root, f"run-{runs}")
             out.mkdir()
             runs += 1
-            while done < kills and in_process(plain, out, steps, chance.uniform(0, life)):
+            while done < kills and in_process(train, out, steps, chance.uniform(0, life)):
                 done += 1
-            in_process(plain, out, steps, 600)
+            in_process(train, out, steps, 600)
             found, count = noted(out)
             again += count - len(found)
             differing = [step for step in expected if found.get(step) != expected[step]]
@@ -120,10 +151,20 @@ def killed_training(kills: int, steps: int, life: float) -> tuple[int, int, list
     return done, again, failures
 
 
+def _campaign(name: str, tried: str, train: Train, kills: int, steps: int, life: float) -> Row:
+    start = time.monotonic()
+    done, again, failures = killed_training(train, kills, steps, life)
+    notes = f"{again:,} steps taken again, with the same losses"
+    return Row(name, tried, done, tuple(failures), time.monotonic() - start, notes)
+
+
 def killed_while_training(scale: float) -> Row:
     """Kill the loop of docs/training.md at random times, and let it resume."""
-    start = time.monotonic()
-    done, again, failures = killed_training(max(1, round(KILLS * scale)), STEPS, LONGEST_LIFE)
-    notes = f"{again:,} steps taken again, with the same losses"
-    tried = "training runs killed and resumed"
-    return Row("training", tried, done, tuple(failures), time.monotonic() - start, notes)
+    kills = max(1, round(KILLS * scale))
+    return _campaign("training", "training runs killed and resumed", plain_loop(), kills, STEPS, LONGEST_LIFE)
+
+
+def killed_trainer(scale: float) -> Row:
+    """Kill `AdapterTrainer` at random times, and let it resume."""
+    kills = max(1, round(KILLS * scale))
+    return _campaign("trainer", "runs of AdapterTrainer killed and resumed", trainer(), kills, 40, 2.0)
