@@ -17,8 +17,9 @@ from randlora.functional import WriteOut, adapted_linear, delta_weight
 from randlora.functional.region import Region, Span
 from randlora.layers.diagonals import Diagonal
 from randlora.layers.inputs import autocast_dtype, have_one_dtype, input_of, is_plain_tensor, require_product
+from randlora.layers.sharded import sharded_product
 from randlora.layers.update import Into, Merged, Update, folded, sum_updates
-from randlora.placement.dtensor import Part
+from randlora.placement.dtensor import Part, Shard, is_dtensor
 from randlora.placement.offloaded import Offloaded
 from randlora.placement.place import Kept, place_of, whole
 from randlora.state import ModelState, SiteAdapter
@@ -290,6 +291,10 @@ class AdapterLayer(ABC):
     ) -> Tensor:
         """Return one adapter's output in the dtype of the layer's output, which autocast determines if it is on."""
         x = F.dropout(x.to(dtype), part.adapter.config.dropout, owner.training)
+        if is_dtensor(weight := self.weight_of(owner)):  # split by tensor parallelism
+            update, inputs = self.update(owner, part, factor), 0 if self.is_transposed else 1
+            output: Tensor = sharded_product(update, x, weight, self.region_here(weight), inputs, self.state.compute)
+            return output
         pair, diagonals = self.update(owner, part, factor).parts(x.device, dtype)
         if x.is_nested:  # adapted_linear needs a shape, which nested tensors lack
             return F.linear(x, delta_weight(pair, diagonals, is_wide=self.shape[1] == min(self.shape)))
@@ -386,6 +391,11 @@ class AdapterLayer(ABC):
         """Return the sum of some updates, `united`, or of their parts within a region, computed from those alone."""
         parts = updates if region is None else [update.within(region) for update in updates]
         return sum_updates(parts, (), device=device, dtype=dtype, united=cls.united)
+
+    @classmethod
+    def region_here(cls, weight: Tensor) -> Region:
+        """Return the part of the update for this process's part of a sharded weight."""
+        return cls.region_of(tuple(weight.shape), [(held.start, held.stop) for held in Shard(weight).part])
 
     @classmethod
     def region_of(cls, shape: Shape, spans: Sequence[Span]) -> Region:  # noqa: ARG003  # for convolutions

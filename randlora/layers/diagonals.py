@@ -137,6 +137,11 @@ class Diagonal(nn.ParameterDict):
                 )
         super()._save_to_state_dict(*args)
 
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Go through no module for `parallelize_module`, which would ask this one for a weight to split."""
+        if not _is_split_by(sys._getframe(1)):
+            yield from super().named_modules(*args, **kwargs)
+
 
 class Lambda(Diagonal):
     """Λ of one weight, ``(r, num_bases)``, or a stack, float32 per adapter."""
@@ -156,3 +161,10 @@ class Gamma(Diagonal):
         """Set every Γ to 1 / max(num_bases, min_dim), its initial value, for use after ``model.to_empty(...)``."""
         for parameter in self.parameters():
             parameter.fill_(1 / max(parameter.shape[-2:]))
+
+
+def _is_split_by(frame: FrameType | None) -> bool:
+    """Whether code runs for `torch.distributed.tensor`, perhaps through the generators of `nn.Module`."""
+    while frame is not None and frame.f_globals.get("__name__") in ("torch.nn.modules.module", __name__):
+        frame = frame.f_back
+    return frame is not None and str(frame.f_globals.get("__name__")).startswith("torch.distributed.tensor")

@@ -12,6 +12,8 @@ from randlora.functional import update_rows
 from randlora.layers.inputs import input_of
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import refuse_layer, register_layer
+from randlora.layers.sharded import sharded_rows
+from randlora.placement.dtensor import is_dtensor
 
 FORWARD = nn.Embedding.forward  # read on import, in case it is replaced later
 
@@ -79,6 +81,9 @@ class EmbeddingAdapter(ReadWeight):
                 f"the table of {type(owner).__name__}({owner.num_embeddings}, {owner.embedding_dim}) had the shape "
                 f"{self.shape} when it was adapted: resize it before adapting it"
             )
+        if is_dtensor(weight):
+            updates = [self.update(owner, part, factor) for part, factor in active]
+            return sharded_rows(updates, ids, weight, self.region_here(weight), owner.padding_idx)
         output = F.embedding(
             ids, weight, owner.padding_idx, scale_grad_by_freq=owner.scale_grad_by_freq, sparse=owner.sparse
         )

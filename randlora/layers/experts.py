@@ -23,6 +23,7 @@ from randlora.layers.adapted_stack import AdaptedStack, Own, Parts, Shared
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import register_layer, register_parameter
 from randlora.layers.update import Update
+from randlora.placement.dtensor import is_dtensor
 
 
 class Experts(ReadWeight):
@@ -71,6 +72,8 @@ class Experts(ReadWeight):
         active = self.active()
         if not active:
             return weight
+        if is_dtensor(weight):
+            return super().value(owner)
         updates = [self.update(owner, part, factor) for part, factor in active]
         if is_transformed():
             return super().with_updates(weight, updates)

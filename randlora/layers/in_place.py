@@ -65,6 +65,11 @@ class InPlace(nn.Module):
             return make, args, *state
         return _new, (self.randlora_base, *_hosts(self.randlora), *args[1:]), *state
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter, except that Λ and Γ stay whole where `parallelize_module` splits all parameters."""
+        if "." not in name or name not in dict(self.named_parameters()):
+            super().register_parameter(name, param)
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute, except that nothing but bookkeeping may replace a weight that is adapted and read."""
         if name in self.__dict__.get("randlora", ()) and value is not self._parameters.get(name):

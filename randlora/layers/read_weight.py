@@ -5,13 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.layers.base import AdapterLayer
+from randlora.layers.sharded import on_mesh
+from randlora.layers.update import Update
+from randlora.placement.dtensor import Shard, is_dtensor
 
 _forwards = threading.local()
 """``values``: what the innermost forward of an owner has read, by weight. Another thread may run without gradients."""
@@ -85,4 +88,20 @@ class ReadWeight(AdapterLayer):
         active = self.active()
         if not active:
             return weight
-        return self.with_updates(weight, [self.update(owner, part, factor) for part, factor in active])
+        updates = [self.update(owner, part, factor) for part, factor in active]
+        if is_dtensor(weight):
+            return self._sharded_value(weight, updates)
+        return self.with_updates(weight, updates)
+
+    def _sharded_value(self, weight: Any, updates: list[Update]) -> Tensor:
+        """Return a weight that tensor parallelism splits, plus updates, split in the same way."""
+        from torch.distributed.tensor import DTensor, Partial, Replicate  # noqa: PLC0415  # there already
+
+        mesh, shape = weight.device_mesh, weight.shape
+        grads = [Partial() if placement.is_shard() else Replicate() for placement in weight.placements]
+        parts = [on_mesh(update, mesh, grads) for update in updates]
+        local = self.part_with_updates(weight.to_local(), Shard(weight).part, tuple(shape), parts)
+        value: Tensor = DTensor.from_local(
+            local, mesh, weight.placements, run_check=False, shape=shape, stride=weight.stride()
+        )
+        return value

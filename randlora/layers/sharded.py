@@ -1,0 +1,138 @@
+"""The products of weights that tensor parallelism splits, each process with its part of the update.
+
+A process slices its part of the bases and computes with it alone. The output is that of the base: split where the
+weight's outputs are, a sum over processes where its inputs are. The only communication besides the base's own is the
+sum of the gradients of Λ and Γ, which every process has whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from randlora.functional import Compute, adapted_linear, update_rows
+from randlora.functional.region import Region
+from randlora.layers.update import Update
+from randlora.placement.dtensor import is_dtensor
+
+
+class Layout(NamedTuple):
+    """How the operands of a product are placed on the mesh of a weight, dimension by dimension of the mesh.
+
+    Attributes:
+        x: The input.
+        output: The output.
+        grad_x: The gradient of the input that a process computes.
+        diagonals: The gradients of Λ and Γ that a process computes.
+    """
+
+    x: list[Any]
+    output: list[Any]
+    grad_x: list[Any]
+    diagonals: list[Any]
+
+
+def layout_of(weight: Any, x: Any, inputs: int) -> Layout:
+    """Return the layout of a product; ``inputs`` is the dimension of the weight that has its inputs."""
+    from torch.distributed.tensor import Partial, Replicate, Shard  # noqa: PLC0415  # takes long, and is there already
+
+    last = x.dim() - 1
+    layout = Layout([], [], [], [])
+    given = x.placements if is_dtensor(x) else [Replicate()] * weight.device_mesh.ndim
+    for of_weight, of_x in zip(weight.placements, given, strict=True):
+        if of_weight.is_shard() and of_weight.dim == inputs:
+            each: tuple[Any, ...] = Shard(last), Partial(), Shard(last), Partial()
+        elif of_weight.is_shard():
+            each = Replicate(), Shard(last), Partial(), Partial()
+        elif of_x.is_shard() and of_x.dim != last:  # each process has some of the tokens
+            each = of_x, of_x, of_x, Partial()
+        else:
+            each = (Replicate(),) * 4
+        for placements, one in zip(layout, each, strict=True):
+            placements.append(one)
+    return layout
+
+
+def on_mesh(update: Update, mesh: Any, grads: list[Any]) -> Update:
+    """Return an update with Λ and Γ as plain tensors, whole, whose gradients are summed over a mesh."""
+    from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415
+
+    def local(diagonal: Any) -> Tensor:
+        whole = [Replicate()] * mesh.ndim
+        if is_dtensor(diagonal):
+            replicated = diagonal.redistribute(placements=[Replicate()] * diagonal.device_mesh.ndim)
+        else:
+            replicated = DTensor.from_local(diagonal, mesh, whole, run_check=False)
+        plain: Tensor = replicated.to_local(grad_placements=grads)
+        return plain
+
+    return update._replace(lam=local(update.lam), gamma=local(update.gamma))
+
+
+def sharded_product(update: Update, x: Any, weight: Any, region: Region, inputs: int, compute: Compute) -> Any:
+    """Return the product of tokens with an update, placed as the base's output.
+
+    Args:
+        update: The update of the whole weight.
+        x: ``(..., in_features)`` in the dtype to compute in, a `DTensor` on the mesh of the weight or on every process.
+        weight: The weight, a `DTensor`.
+        region: The part of the update for this process's part of the weight.
+        inputs: The dimension of the weight that has its inputs.
+        compute: How to compute.
+    """
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415
+
+    mesh, layout = weight.device_mesh, layout_of(weight, x, inputs)
+    if not is_dtensor(x):
+        x = DTensor.from_local(x, mesh, layout.x, run_check=False)
+    elif list(x.placements) != layout.x:
+        x = x.redistribute(placements=layout.x)
+    local = x.to_local(grad_placements=layout.grad_x)
+    shape = (*x.shape[:-1], update.shape[-2])
+    update = on_mesh(update, mesh, layout.diagonals).within(region)
+    if any(start == stop for start, stop in (region.rows, region.columns)):  # it takes part in the sums nevertheless
+        rows = region.rows[1] - region.rows[0]
+        nothing = local.sum() + update.lam.sum() + update.gamma.sum()
+        output = local.new_zeros((*local.shape[:-1], rows)) + 0 * nothing.to(local.dtype)
+    else:
+        parts = update.parts(local.device, local.dtype)
+        output = adapted_linear(local, *parts, is_wide=update.is_wide, compute=compute)
+    return _placed(output, mesh, layout.output, shape)
+
+
+def sharded_rows(updates: Iterable[Update], ids: Any, weight: Any, region: Region, padding_idx: int | None) -> Any:
+    """Return the rows of a table with updates, ``(*ids.shape, columns)``, placed as the lookup in the base."""
+    from torch.distributed.tensor import Partial, Replicate, Shard  # noqa: PLC0415
+
+    mesh = weight.device_mesh
+    ids = ids.full_tensor() if is_dtensor(ids) else ids
+    start, stop = region.rows
+    output, diagonals = [], []
+    for placement in weight.placements:
+        is_split = placement.is_shard()
+        output.append((Partial() if placement.dim == 0 else Shard(ids.dim())) if is_split else Replicate())
+        diagonals.append(Partial() if is_split else Replicate())
+    is_here = ((ids >= start) & (ids < stop)).unsqueeze(-1)
+    own = (ids - start).clamp(0, max(0, stop - start - 1))
+    local = F.embedding(own, weight.to_local())
+    for update in updates:
+        part = on_mesh(update, mesh, diagonals).within(region)
+        pair, of_part = part.parts(local.device, local.dtype)
+        rows = update_rows(own, pair, of_part, num_rows=stop - start, is_wide=part.is_wide)
+        if padding_idx is not None:  # which gets no gradient, as in torch
+            rows = torch.where((ids == padding_idx).unsqueeze(-1), rows.detach(), rows)
+        local = local + rows
+    local = local * is_here.to(local.dtype)
+    return _placed(local, mesh, output, (*ids.shape, weight.shape[1]))
+
+
+def _placed(local: Tensor, mesh: Any, placements: list[Any], shape: tuple[int, ...]) -> Any:
+    """Return a `DTensor` of a shape."""
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415
+
+    strides = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides)

@@ -1,0 +1,209 @@
+"""Tensor parallelism: a model split over processes trains, saves and merges as in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import randlora
+from tests.distributed.processes import Processes
+from tests.kit import fill
+
+LAYERS = ["embed", "up", "down", "head"]
+
+
+class Net(nn.Module):
+    """A table, two layers of a feed-forward block, and a head."""
+
+    def __init__(self, width: int, hidden: int, rows: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(rows, width, padding_idx=0)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+        self.head = nn.Linear(width, rows, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        x = x + self.down(torch.relu(self.up(x)))
+        output: Tensor = self.head(x)
+        return output
+
+
+class Drawn(NamedTuple):
+    """Sizes and options of a model.
+
+    Attributes:
+        width: The width of the model; ``hidden`` that of its block, and ``rows`` the entries of its table.
+        first: Whether the model is split first and adapted then.
+        table: How the table is split: by rows, by columns, or not at all.
+        options: Those of `randlora.inject`.
+    """
+
+    width: int
+    hidden: int
+    rows: int
+    first: bool
+    table: str
+    options: dict[str, Any]
+
+
+def plain(drawn: Drawn) -> Net:
+    torch.manual_seed(0)
+    return Net(drawn.width, drawn.hidden, drawn.rows)
+
+
+def split(model: nn.Module, drawn: Drawn) -> None:
+    plan: dict[str, Any] = {
+        "up": ColwiseParallel(),
+        "down": RowwiseParallel(),
+        "head": ColwiseParallel(output_layouts=Replicate()),
+    }
+    if drawn.table == "rows":
+        plan["embed"] = RowwiseParallel(input_layouts=Replicate())
+    elif drawn.table == "columns":
+        plan["embed"] = ColwiseParallel(output_layouts=Replicate())
+    parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+
+
+def models(drawn: Drawn) -> tuple[Net, Net]:
+    """Return an adapted model and the same, split."""
+    one, model = plain(drawn), plain(drawn)
+    randlora.inject(one, targets=LAYERS, **drawn.options)
+    if drawn.first:
+        split(model, drawn)
+    randlora.inject(model, targets=LAYERS, **drawn.options)
+    if not drawn.first:
+        split(model, drawn)
+    return fill(one), fill(model)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    scale = float(expected.detach().abs().max().clamp(min=1e-3))
+    error = float((found.detach() - expected.detach()).abs().max())
+    assert error <= 5e-6 * scale, (error, scale)
+
+
+def train(drawn: Drawn, place: Path) -> None:
+    """Compare output, gradients, some steps, the saved files and the merged weights."""
+    one, model = models(drawn)
+    assert isinstance(model.up._parameters["weight"], DTensor)
+    ids = torch.randint(drawn.rows, (2, 5), generator=torch.Generator().manual_seed(1))
+    ids[0, 0] = 0
+    optimizers = [torch.optim.SGD(randlora.trainable_parameters(each), lr=1e-3) for each in (one, model)]
+    for _ in range(2):
+        outputs = [each(ids) for each in (one, model)]
+        close(outputs[1], outputs[0])
+        for optimizer, output in zip(optimizers, outputs, strict=True):
+            optimizer.zero_grad()
+            output.square().mean().backward()
+        ours, expected = (list(randlora.trainable_parameters(each)) for each in (model, one))
+        for parameter, other in zip(ours, expected, strict=True):
+            assert type(parameter) is nn.Parameter
+            assert parameter.grad is not None
+            assert other.grad is not None
+            close(parameter.grad, other.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+    for fqn in LAYERS:
+        close(randlora.delta_weight(model, fqn), randlora.delta_weight(one, fqn))
+    randlora.save(model, place / f"rank_{dist.get_rank()}")
+    other = plain(drawn)
+    randlora.load(other, place / f"rank_{dist.get_rank()}")
+    close(other(ids), outputs_of(one, ids))
+    before = model.down._parameters["weight"].to_local().clone()  # type: ignore[union-attr]
+    with randlora.merged(model):
+        close(outputs_of(model, ids), outputs_of(one, ids))
+    assert torch.equal(model.down._parameters["weight"].to_local(), before)  # type: ignore[union-attr]
+    with randlora.disabled(model), randlora.disabled(one):
+        close(outputs_of(model, ids), outputs_of(one, ids))
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, ids: Tensor) -> Tensor:
+    output: Tensor = model(ids)
+    return output
+
+
+drawn_models = st.builds(
+    Drawn,
+    st.sampled_from([8, 12]),
+    st.sampled_from([16, 48, 7]),
+    st.sampled_from([30, 9, 12]),
+    st.booleans(),
+    st.sampled_from(["rows", "columns", "whole"]),
+    st.fixed_dictionaries({"r": st.sampled_from([3, 4, 8]), "basis": st.sampled_from(["dense", "sparse", "block"])}),
+)
+
+
+@pytest.mark.medium
+def test_a_split_model_trains_saves_and_merges_as_in_one_process(
+    pair: Processes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    @settings(max_examples=4, deadline=None)
+    @given(drawn_models)
+    def law(drawn: Drawn) -> None:
+        pair.run(train, drawn, tmp_path_factory.mktemp("tp"))
+
+    law()
+
+
+def count_collectives() -> None:
+    """Compare what an adapted model sends with what the plain one does, and with gradients of Λ and Γ."""
+    drawn = Drawn(8, 16, 30, True, "rows", {"r": 4})
+    base = plain(drawn)
+    split(base, drawn)
+    for parameter in base.parameters():
+        parameter.requires_grad_(False)
+    _, model = models(drawn)
+    randlora.activate(model, "default")
+    sent = []
+    ids = torch.arange(8).view(2, 4)
+    for each in (base, model):
+        with torch.no_grad(), CommDebugMode() as communication:
+            each(ids)
+        sent.append(communication.get_total_counts())
+    assert sent[0] == sent[1]
+    with CommDebugMode() as communication:
+        model(ids).sum().backward()
+    counts = {str(kind): count for kind, count in communication.get_comm_counts().items()}
+    diagonals = 2 * 4
+    assert communication.get_total_counts() - sent[0] - diagonals <= 3, counts  # the base's own: inputs' gradients
+
+
+def test_nothing_is_sent_but_the_gradients(pair: Processes) -> None:
+    pair.run(count_collectives)
+
+
+def several(place: Path) -> None:
+    """Use two adapters, load one into a split model, and eject."""
+    drawn = Drawn(8, 16, 30, True, "columns", {"r": 4})
+    one, model = models(drawn)
+    if dist.get_rank() == 0:
+        randlora.save(one, place / "saved")
+    dist.barrier()
+    for each in (one, model):
+        randlora.load(each, place / "saved", name="second")
+        randlora.activate(each, {"default": 0.5, "second": 0.25})
+    ids = torch.arange(8).view(2, 4)
+    close(outputs_of(model, ids), outputs_of(one, ids))
+    with randlora.merged(model):
+        close(outputs_of(model, ids), outputs_of(one, ids))
+    randlora.eject(model)
+    assert type(model.up) is nn.Linear
+    close(outputs_of(model, ids), outputs_of(plain(drawn), ids))
+    assert model.up.weight.placements == (Shard(0),)  # type: ignore[union-attr]
+
+
+def test_several_adapters_of_a_split_model(pair: Processes, tmp_path: Path) -> None:
+    pair.run(several, tmp_path)
