@@ -122,10 +122,10 @@ def train(drawn: Drawn, place: Path) -> None:
     other = plain(drawn)
     randlora.load(other, place)
     close(other(ids), outputs_of(one, ids))
-    before = model.down._parameters["weight"].to_local().clone()  # type: ignore[union-attr]
+    before = model.down._parameters["weight"].to_local().clone()
     with randlora.merged(model):
         close(outputs_of(model, ids), outputs_of(one, ids))
-    assert torch.equal(model.down._parameters["weight"].to_local(), before)  # type: ignore[union-attr]
+    assert torch.equal(model.down._parameters["weight"].to_local(), before)
     with randlora.disabled(model), randlora.disabled(one):
         close(outputs_of(model, ids), outputs_of(one, ids))
 
