@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora.placement import zero3
+from randlora.placement.dtensor import Shard, is_dtensor
 
 Place = tuple[nn.Module, str]
 """A module and the name of one of its parameters."""
@@ -87,6 +88,21 @@ class ReplacedParameter:
         for module, attribute in self.places.values():
             module._parameters[attribute] = parameter
         self.installed = parameter
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def exchange_values(self, parameter: nn.Parameter) -> nn.Parameter:
+        """Give the model's parameter the values and the flag of another, and return one with those that it had.
+
+        For a parameter that is sharded: `fully_shard` keeps references, and would ignore another in its place.
+        """
+        slot = self.live
+        place = Shard(slot)
+        leaving = nn.Parameter(slot.detach().clone(), requires_grad=slot.requires_grad)
+        place.write(Shard(parameter).read() if is_dtensor(parameter) else parameter.detach()[place.part])
+        slot.requires_grad = parameter.requires_grad
+        self.installed = slot
+        return leaving
 
     def followed(self, root: nn.Module) -> list[ReplacedParameter]:
         """Return it as the model has it now: in other modules of the same names, or in parts if it was untied.

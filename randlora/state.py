@@ -23,6 +23,7 @@ from randlora.errors import AdapterError, TargetError, raise_collected
 from randlora.functional import Compute
 from randlora.hints import shortly
 from randlora.layer_options import LayerOptions
+from randlora.placement.dtensor import is_dtensor, reshard
 from randlora.replaced import ReplacedParameter
 from randlora.required_grad import RequiredGrad
 
@@ -124,6 +125,7 @@ class ModelState:
         save_pretrained: What ``save_pretrained`` of the model does; ``None`` if no caller has chosen.
         saves_merged: Whether state dicts hold merged weights, while ``save_pretrained`` writes them.
         activation: The last choice of active adapters.
+        averaging: The `randlora.model.averaging.Averaging` of adapters that were added after `fully_shard`.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -134,6 +136,7 @@ class ModelState:
     loading_guards: list[RemovableHandle] = field(default_factory=list)
     merge_report: Any = None
     merged_blocks: list[object] = field(default_factory=list)
+    averaging: Any = None
     compute: Compute = "auto"
     save_pretrained: SavePretrained | None = None
     saves_merged: bool = False
@@ -191,6 +194,8 @@ class ModelState:
         """
         with CHANGING:  # another thread may be between the model's parameter and what is known of it
             if not self.is_merged:
+                if self.replaced:
+                    reshard(root)
                 self._adopt(root)
 
     def _adopt(self, root: nn.Module) -> None:
@@ -213,8 +218,11 @@ class ModelState:
 
     def install_parameters(self) -> None:
         """Install the trained copies of the active adapters, and the model's own parameters elsewhere."""
-        for replaced, version in self._versions([] if self.is_disabled else self.active):
-            replaced.install(version)
+        for replaced, version in list(self._versions([] if self.is_disabled else self.active)):
+            if is_dtensor(replaced.live):
+                self._install_values(replaced, version)
+            else:
+                replaced.install(version)
 
     def require_exchangeable(self, active: Iterable[str], doing: str) -> None:
         """Check that `install_parameters` could install the copies of these adapters; else raise `AdapterError`."""
@@ -234,6 +242,18 @@ class ModelState:
             if not replaced.is_lost:
                 copies = [copies[fqn] for copies in trained if fqn in copies and replaced.fits(copies[fqn])]
                 yield replaced, copies[0] if copies else replaced.original
+
+    def _install_values(self, replaced: ReplacedParameter, wanted: nn.Parameter) -> None:
+        """Install a trained copy, or the model's own, where a sharded parameter must stay: it becomes that one."""
+        slot = replaced.live
+        if wanted is slot:
+            return
+        left = replaced.exchange_values(wanted)
+        becomes = {id(slot): left, id(wanted): slot}
+        replaced.original = becomes.get(id(replaced.original), replaced.original)
+        for adapter in self.adapters.values():
+            if (copy := adapter.trained.get(replaced.name)) is not None:
+                adapter.trained[replaced.name] = becomes.get(id(copy), copy)
 
     def forget_unused(self) -> None:
         """Remove the bases and the replaced parameters that no adapter uses."""

@@ -21,6 +21,7 @@ from randlora.layer_options import by_rank
 from randlora.model.change import one_at_a_time
 from randlora.model.install import commit, owned_state, prepare
 from randlora.model.train_also import replacements
+from randlora.placement.dtensor import reshard
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, SavePretrained
 from randlora.targets.site import Site, shapes_of
@@ -78,6 +79,7 @@ def load(
     given = {"model": model, "source": source, "trainable": trainable, "active": active, "revision": revision}
     given |= {"prefix": prefix, "stream": stream, "save_pretrained": save_pretrained}
     require_types(load, given)
+    reshard(model)
     census = Census.of(model)
     state = owned_state(census, name, "load")
     active = not state.adapters if active is None else active

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from randlora.model.save_guard import savers
+from randlora.placement.dtensor import Shard, is_dtensor
 from randlora.placement.offloaded import stores
 from randlora.replaced import ReplacedParameter
 from randlora.state import CHANGING, ModelState
@@ -45,7 +46,8 @@ def whole(
 ) -> Iterator[None]:
     """Undo everything that the block has changed if it raises: modules, parameters, and the state with its adapters.
 
-    Values that were written in place would not be restored; nothing here writes in place.
+    Values that were written in place would not be restored, except those of sharded parameters that adapters train
+    copies of. Nothing else here writes in place.
 
     Args:
         census: The model.
@@ -53,6 +55,7 @@ def whole(
         sites: The weights that are to be adapted. Those that are adapted are always included.
         replaced: The parameters that are to be replaced by trained copies. Those that are replaced are included too.
     """
+    replaced = list(replaced)
     own = [held.parameter for held in census.parameters]
     objects: list[object] = [
         *own,
@@ -74,8 +77,15 @@ def whole(
         objects += stores(owner)
         objects += site.adapter_layer.adapters.values() if site.adapter_layer is not None else ()
         values += owner.parameters()
+    slots = [Shard(entry.installed) for entry in (*state.replaced.values(), *replaced) if is_dtensor(entry.installed)]
+    kept = [slot.keep() for slot in slots]
     with unchanged_if_raised(objects, values, own):
-        yield
+        try:
+            yield
+        except BaseException:
+            for slot, before in zip(slots, kept, strict=True):
+                slot.restore(before)
+            raise
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from randlora.layer_options import LayerOptions, by_rank
 from randlora.model.change import one_at_a_time, whole
 from randlora.model.install import commit, detach_all, owned_state, prepare, require_detachable, require_own, unfold_all
 from randlora.model.train_also import misplaced_copies, replacements, select_parameters, train_also_problems
+from randlora.placement.dtensor import reshard
 from randlora.placement.place import whole as whole_values
 from randlora.replaced import ReplacedParameter
 from randlora.report import Report, adapter_report, next_steps
@@ -173,6 +174,7 @@ def inject(
         in_proj=in_proj,
         experts=experts,
     )
+    reshard(model)
     require_types(inject, {"save_pretrained": save_pretrained})
     planned = make_plan(model, name, options, active=active, trainable=trainable)
     report, adapter, sites = planned.report(), planned.adapter, planned.selection.sites
@@ -239,6 +241,7 @@ def eject(model: nn.Module) -> tuple[str, ...]:
         AdapterError: If the model has no adapter, or something else has changed the class of an adapted module.
     """
     root, state = adapted_root(model)
+    reshard(model)
     census = Census.of(root)
     require_own(census, state, "eject")
     require_detachable(census, "eject")

@@ -18,9 +18,11 @@ from randlora.hints import shortly
 from randlora.layer_options import by_rank
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, has_attribute
+from randlora.model.averaging import average_gradients
 from randlora.model.change import set_requires_grad, whole
 from randlora.model.reducers import warn_of_unknown
 from randlora.model.save_guard import guard_saving, unguard_saving
+from randlora.placement.dtensor import is_dtensor
 from randlora.replaced import ReplacedParameter, whole_shape
 from randlora.required_grad import RequiredGrad
 from randlora.state import (
@@ -115,7 +117,11 @@ def prepare(
 
     Λ and Γ have their initial values, or those of ``values``, by FQN. ``replaced`` are the model's own parameters that
     the adapter trains copies of, by FQN.
+
+    Raises:
+        AdapterError: If another adapter trains a copy of one of them, and it is sharded.
     """
+    raise_collected(AdapterError, shared_slots(state, [*state.adapters.values(), adapter], replaced), doing="add it")
     layers = []
     for site in sites:
         layer = site.adapter_layer or site.layer_class(site.owner, state)
@@ -123,6 +129,23 @@ def prepare(
         lam, gamma = values[site.fqn] if values else layer.fresh_diagonals(site.owner, part.shape, part.options.r)
         layers.append((site, layer, part, lam, gamma))
     return Addition(state, adapter, layers, replaced, trainable, save_pretrained)
+
+
+def shared_slots(state: ModelState, adapters: Iterable[Adapter], fqns: Iterable[str]) -> list[str]:
+    """Return messages about sharded parameters that several adapters train copies of.
+
+    A sharded parameter takes the values of one copy after the other, and the optimizer of one would train another.
+    """
+    problems = []
+    for fqn in fqns:
+        names = [repr(adapter.name) for adapter in adapters if fqn in adapter.trained]
+        entry = state.replaced.get(fqn)
+        if len(names) > 1 and entry is not None and is_dtensor(entry.installed):
+            problems.append(
+                f"{' and '.join(names)} each train their own copy of {fqn}, which is sharded: only one adapter can "
+                "train it: load each into a model of its own, or leave it out of train_also"
+            )
+    return problems
 
 
 def commit(census: Census, addition: Addition, *, active: bool) -> None:
@@ -138,6 +161,9 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
         for site, layer, part, lam, gamma in addition.layers:
             add_adapter(site.owner, layer, part, lam, gamma, trainable=addition.trainable)
         state.adapters[adapter.name] = adapter
+        average_gradients(
+            census.model, state, [(site.owner, layer, adapter.name) for site, layer, *_ in addition.layers]
+        )
         if active:
             state.activate({adapter.name: 1.0})
             added = ((site.owner, layer) for site, layer, *_ in addition.layers)
@@ -221,5 +247,7 @@ def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
     own = {held.fqn: held.parameter for held in Census(census.model, census.visits).parameters}
     for fqn, flag in state.required_grad.take(own).items():  # not for parameters added later
         set_requires_grad(own[fqn], flag)
+    if state.averaging is not None:
+        state.averaging.end()
     del census.model.__dict__[ATTRIBUTE]
     return restored

@@ -18,7 +18,7 @@ from randlora.layer_options import LayerOptions
 from randlora.layers.in_place import drop_adapter
 from randlora.model.change import one_at_a_time, set_requires_grad, whole
 from randlora.model.inject import eject
-from randlora.model.install import lost_sites, require_detachable, require_own
+from randlora.model.install import lost_sites, require_detachable, require_own, shared_slots
 from randlora.model.reducers import warn_of_unknown
 from randlora.model.train_also import lost_parameters
 from randlora.placement.dtensor import reshard
@@ -109,6 +109,7 @@ def activate(
             because they did not when it was made: their gradients would not be averaged over the processes.
     """
     require_types(activate, {"trainable": trainable})
+    reshard(model)
     root, state = adapted_root(model)
     require_unmerged(state, "activate")
     census = Census.of(root)
@@ -125,6 +126,8 @@ def activate(
             for name in weights:
                 for parameter in adapter_parameters(census, state.adapters[name]):
                     set_requires_grad(parameter, trainable)
+            if state.averaging is not None:
+                state.averaging(root)
         warn_of_unknown(root)
 
 
@@ -176,6 +179,7 @@ def remove(model: nn.Module, name: str) -> None:
     Raises:
         AdapterError: If the model has no such adapter, or its adapters are merged.
     """
+    reshard(model)
     root, state = adapted_root(model)
     require_unmerged(state, "remove")
     state.adapter(name)
@@ -206,6 +210,7 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
         AdapterError: If the model has no adapter, or no longer has all of what an adapter trains, because a module was
             replaced, removed or resized, or accelerate offloads Λ and Γ.
     """
+    reshard(model)
     root, state = adapted_root(model)
     census = Census.of(root)
     adapters = state.adapters.values()
@@ -295,6 +300,7 @@ def _activation_problems(state: ModelState, weights: Mapping[str, float]) -> lis
     for name in weights.keys() & state.adapters.keys():
         for fqn in state.adapters[name].trained:
             trained.setdefault(fqn, []).append(name)
+    problems += shared_slots(state, [*state.adapters.values()], trained)
     problems += [
         f"{' and '.join(sorted(names))} each trained their own copy of {fqn}, and only one can be active: activate one"
         for fqn, names in trained.items()

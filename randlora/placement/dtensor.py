@@ -24,23 +24,32 @@ def is_dtensor(value: object) -> TypeGuard[Any]:
     return module is not None and isinstance(value, module.DTensor)
 
 
-def fsdp_modules(model: nn.Module) -> list[Any]:
-    """Return the modules of a model that `fully_shard` was called on, outer ones first."""
+def fsdp_modules(modules: Iterable[nn.Module]) -> list[Any]:
+    """Return those of some modules that `fully_shard` was called on."""
     module = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(module, "FSDPModule", None)  # which torch 2.6 has elsewhere too
-    if kind is None or not isinstance(model, nn.Module):  # which the caller has not checked yet
-        return []
-    return [each for each in model.modules() if isinstance(each, kind)]
+    kind = getattr(module, "FSDPModule", None)
+    return [] if kind is None else [each for each in modules if isinstance(each, kind)]
+
+
+def all_fsdp_modules() -> list[Any]:
+    """Return all modules of the program that `fully_shard` was called on."""
+    # private, but nothing else tells of a module around a model; it is loaded with FSDP2
+    module = sys.modules.get("torch.distributed._composable_state")
+    return fsdp_modules([*getattr(module, "_module_state_mapping", ())])
 
 
 def reshard(model: nn.Module) -> None:
-    """Have a model hold its shards.
+    """Have a model hold its shards, also those that `fully_shard` of a module around it made.
 
     After a forward without a backward the outermost module still has whole copies of its parameters, which the next
     forward forgets: what is read of them may be stale, and what is written is lost.
     """
-    for module in fsdp_modules(model):
-        module.reshard()
+    if not (sharded := all_fsdp_modules()) or not isinstance(model, nn.Module):  # which the caller refuses
+        return
+    within = {id(module) for module in model.modules()}
+    for module in sharded:
+        if id(module) in within or any(each is model for each in module.modules()):
+            module.reshard()
 
 
 class Shard:

@@ -50,9 +50,7 @@ def pair_of_models() -> tuple[Two, Two]:
 
 
 def local(parameter: Tensor) -> Tensor:
-    assert isinstance(parameter, DTensor)
-    shard: Tensor = parameter._local_tensor
-    return shard.detach()
+    return (parameter._local_tensor if isinstance(parameter, DTensor) else parameter).detach()
 
 
 def full(parameter: Tensor) -> Tensor:

@@ -1,0 +1,59 @@
+"""Averaging the gradients of adapters that were added to a model after `fully_shard`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from randlora.layers.base import AdapterLayer
+from randlora.layers.in_place import adapter_layers_of
+from randlora.placement.averaged import DataMeshes, average_gradient
+from randlora.placement.dtensor import all_fsdp_modules, is_dtensor
+from randlora.state import ModelState
+
+
+class Averaging:
+    """What of a model's adapters is averaged, and over which mesh.
+
+    A hook is on each parameter. Before each forward of the model those that got another parameter since, as by
+    ``to_empty`` or ``load_state_dict(assign=True)``, get their hook again.
+
+    Attributes:
+        meshes: The mesh of each adapter of each weight.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        """Watch the forward of the model that has the adapters."""
+        self.meshes: dict[tuple[AdapterLayer, str], Any] = {}
+        self._handle: RemovableHandle = root.register_forward_pre_hook(self)
+
+    def __call__(self, root: nn.Module, *args: object) -> None:  # noqa: ARG002  # of a hook
+        """Have the gradients averaged of what is trained now."""
+        for owner in root.modules():
+            for layer in adapter_layers_of(owner).values():
+                for name in layer.adapters:
+                    if (mesh := self.meshes.get((layer, name))) is None:
+                        continue
+                    for parameter in layer.diagonals_of(owner, name):
+                        if parameter.requires_grad and not is_dtensor(parameter):
+                            average_gradient(parameter, mesh)
+
+    def end(self) -> None:
+        """Watch no longer."""
+        self._handle.remove()
+
+
+def average_gradients(root: nn.Module, state: ModelState, added: Iterable[tuple[nn.Module, AdapterLayer, str]]) -> None:
+    """Have the gradients of adapters that are added averaged, if `fully_shard` has sharded a part of the model."""
+    if not all_fsdp_modules():
+        return
+    found = DataMeshes.of(root)
+    meshes = {(layer, name): found.mesh_for(layer.weight_of(owner)) for owner, layer, name in added}
+    meshes = {key: mesh for key, mesh in meshes.items() if mesh is not None}
+    if meshes:
+        state.averaging = state.averaging or Averaging(root)
+        state.averaging.meshes |= meshes
+        state.averaging(root)
