@@ -120,6 +120,8 @@ class Diagonal(nn.ParameterDict):
 
         Λ and Γ stay where they are then: they are small, and gradients of offloaded parameters would be lost.
         """
+        if torch.compiler.is_dynamo_compiling():  # it traces no frames
+            return super().named_parameters(*args, **kwargs)
         if sys._getframe(2).f_code.co_name == OFFLOADER and sys._getframe(1).f_globals["__name__"] == OFFLOADER_IN:
             return iter(())
         return super().named_parameters(*args, **kwargs)
@@ -139,7 +141,7 @@ class Diagonal(nn.ParameterDict):
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """Go through no module for `parallelize_module`, which would ask this one for a weight to split."""
-        if not _is_split_by(sys._getframe(1)):
+        if torch.compiler.is_dynamo_compiling() or not _is_split_by(sys._getframe(1)):  # it traces no frames
             yield from super().named_modules(*args, **kwargs)
 
 
