@@ -28,8 +28,8 @@ from randlora.placement.ranks import Ranks, agreed, ranks_of
 from randlora.report import MergeReport
 from randlora.state import CHANGING, ModelState, adapted_root
 from randlora.targets.match import shortened
-from randlora.targets.obstacles import tie_problems
 from randlora.targets.site import AdaptedSite
+from randlora.targets.ties import tie_problems
 from randlora.targets.walk import Census, is_norm, is_quantized
 
 

@@ -20,11 +20,14 @@ from randlora.model.install import WRAPPERS, lost_sites, require_own
 from randlora.model.merge import model_dtype, require_finite, weight_problems
 from randlora.model.train_also import lost_parameters
 from randlora.placement.dtensor import is_dtensor, reshard
+from randlora.placement.offloaded import offloaded
 from randlora.placement.place import place_of, whole
 from randlora.state import ATTRIBUTE, CHANGING, ModelState, adapted_root
-from randlora.targets.obstacles import tie_problems
 from randlora.targets.site import Site
+from randlora.targets.ties import tie_problems
 from randlora.targets.walk import Census, is_quantized
+
+NOT_HERE = "has no values here (meta, offloaded or sharded): load or gather it first"
 
 
 class _Entry(NamedTuple):
@@ -43,7 +46,7 @@ def merged_tensors(model: nn.Module, *, dtype: torch.dtype | None = None) -> Ite
     kept here. Other tensors share the memory of the model, as in ``state_dict``: do not write to them.
 
     Each tensor of a model that is sharded, as by `fully_shard`, is gathered in turn: every process iterates, and all
-    get all values.
+    get all values. Each tensor that accelerate offloads, to RAM or disk, is loaded in turn.
 
     Args:
         model: A model with adapters, or a wrapper of torch around one, whose own names do not appear.
@@ -110,15 +113,13 @@ def _in_turn(
 
 def _entries(census: Census, state: ModelState, into: Into) -> Iterator[_Entry]:
     """Go through a model in the order of its state dict."""
-    places = [("", census.model), *((f"{visit.fqn}.", visit.module) for visit in census.visits)]
-    for prefix, module in places:
+    for prefix, module in _modules(census):
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 fqn = f"{prefix}{attribute}"
                 yield _Entry(fqn, _reader(census, module, attribute, fqn, state, into))
-        for attribute, buffer in module._buffers.items():
-            if buffer is not None and attribute not in module._non_persistent_buffers_set:
-                yield _Entry(f"{prefix}{attribute}", partial(_held, module._buffers, attribute))
+        for attribute, _ in _saved_buffers(module):
+            yield _Entry(f"{prefix}{attribute}", partial(_held, module, attribute))
 
 
 def _reader(
@@ -131,7 +132,7 @@ def _reader(
     beside = census.sites_by_key.get((id(module), "weight")) if attribute == "bias" else None
     if beside is not None and issubclass(beside.layer_class, QuantizedLayer):
         return partial(_bias, beside, state, into)
-    return partial(_held, module._parameters, attribute)
+    return partial(_held, module, attribute)
 
 
 def _weight(fqn: str, site: Site, state: ModelState, into: Into) -> Tensor:
@@ -146,14 +147,14 @@ def _weight(fqn: str, site: Site, state: ModelState, into: Into) -> Tensor:
         return require_finite(fqn, merged)
     if isinstance(layer, QuantizedLayer) and plain_class(site.owner) is not nn.Linear:  # which a merge may make it
         return layer.written_out(site.owner).to(_plain_dtype(layer, site.owner, into))
-    return _held(site.owner._parameters, layer.attribute)
+    return _held(site.owner, layer.attribute)
 
 
 def _bias(site: Site, state: ModelState, into: Into) -> Tensor:
     """Return the bias of a quantized layer in the dtype of its dequantized weight."""
     layer = _layer(site, state)
     assert isinstance(layer, QuantizedLayer), "_reader() asks"
-    bias = _held(site.owner._parameters, "bias")
+    bias = _held(site.owner, "bias")
     return bias if plain_class(site.owner) is nn.Linear else bias.to(_plain_dtype(layer, site.owner, into))
 
 
@@ -165,8 +166,12 @@ def _plain_dtype(layer: QuantizedLayer, owner: nn.Module, into: Into) -> torch.d
     return into.dtype or layer.compute_dtype(owner) or torch.float32
 
 
-def _held(tensors: dict[str, Any], attribute: str) -> Tensor:
+def _held(module: nn.Module, attribute: str) -> Tensor:
+    """Return the value of a parameter or buffer as it is, loaded if accelerate offloads it."""
+    tensors: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
     found: Tensor = tensors[attribute].detach()
+    if found.is_meta and (place := offloaded(module, attribute)) is not None:
+        return place.read()
     return whole(found)
 
 
@@ -192,14 +197,41 @@ def _value_problems(census: Census) -> list[str]:
     for held in census.parameters:
         site = census.sites_by_key.get((id(held.module), held.attribute))
         is_known = site is not None and issubclass(site.layer_class, QuantizedLayer)
-        is_here = type(held.parameter.data) is Tensor or is_dtensor(held.parameter)
-        if held.parameter.is_meta or is_lazy(held.parameter) or not is_here:
+        is_codes = held.attribute == "weight" and is_quantized(held.module)
+        if not _is_here(held.module, held.attribute, held.parameter) or (is_codes and held.parameter.is_meta):
             if site is None or site.adapter_layer is None:  # else `weight_problems` has said so
-                problems.append(f"{held.fqn} has no values here (meta, offloaded or sharded): load or gather it first")
-        elif held.attribute == "weight" and is_quantized(held.module) and not is_known:
+                problems.append(f"{held.fqn} {NOT_HERE}")
+        elif is_codes and not is_known:
             kind = plain_class(held.module).__name__
             problems.append(f"{held.fqn} is quantized, and the codes of a {kind} cannot be dequantized here")
+    for prefix, module in _modules(census):
+        problems += [
+            f"{prefix}{attribute} {NOT_HERE}"
+            for attribute, buffer in _saved_buffers(module)
+            if not _is_here(module, attribute, buffer)
+        ]
     return problems
+
+
+def _is_here(module: nn.Module, attribute: str, tensor: Tensor) -> bool:
+    """Whether a parameter or buffer has values, or accelerate can load them."""
+    if is_lazy(tensor):
+        return False
+    if tensor.is_meta:
+        return offloaded(module, attribute) is not None
+    return type(tensor.data) is Tensor or is_dtensor(tensor)
+
+
+def _modules(census: Census) -> list[tuple[str, nn.Module]]:
+    """Return all modules at each of their places, with what their names begin with."""
+    return [("", census.model), *((f"{visit.fqn}.", visit.module) for visit in census.visits)]
+
+
+def _saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers that a state dict has."""
+    for attribute, buffer in module._buffers.items():
+        if buffer is not None and attribute not in module._non_persistent_buffers_set:
+            yield attribute, buffer
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

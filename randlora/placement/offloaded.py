@@ -1,4 +1,4 @@
-"""Parameters whose values accelerate keeps in RAM or on disk, and loads for each call of their module.
+"""Parameters and buffers whose values accelerate keeps in RAM or on disk, and loads for each call of their module.
 
 Such a parameter is on the meta device between calls. Its values are in the ``weights_map`` of a hook of the module: a
 dict, or a loader of files. Values are written into the dict. Files are left as they are, because they may be a
@@ -61,6 +61,15 @@ class Entry(NamedTuple):
         return found
 
     @property
+    def identity(self) -> object:
+        """A key that is equal where entries have the same memory or the same tensor of a file."""
+        kept = self.held[self.key]
+        if not self.is_file:
+            return kept.device, kept.data_ptr()
+        path = kept.get("safetensors_file")
+        return (self.store.save_folder, self.key) if path is None else (str(path), kept.get("weight_name", self.key))
+
+    @property
     def folder(self) -> str:
         """The folder for a file with new values: that of the offloaded weights, else one for temporary files."""
         return str(self.store.save_folder or tempfile.gettempdir())
@@ -89,7 +98,7 @@ Kept = tuple[tuple[Entry, Any], ...]
 
 
 class Offloaded:
-    """The place of a parameter that accelerate offloads: its entry in the map that a hook loads it from.
+    """The place of a parameter or buffer that accelerate offloads: its entry in the map that a hook loads it from.
 
     Attributes:
         part: What of the parameter this process holds; ``None`` for all of it.
@@ -99,7 +108,7 @@ class Offloaded:
     part = None
 
     def __init__(self, owner: nn.Module, attribute: str, entries: tuple[Entry, ...], device: torch.device) -> None:
-        """Take a module, the name of a parameter, its entries and the device that the module runs on."""
+        """Take a module, the name of a parameter or buffer, its entries and the device that the module runs on."""
         self._owner, self._attribute, self.entries, self._device = owner, attribute, entries, device
 
     @property
@@ -134,33 +143,33 @@ class Offloaded:
 
     def stored(self, kept: Kept) -> Tensor | None:
         """Return kept values if the parameter is loaded at present; a state dict has no values of it else."""
-        return None if self._parameter.is_meta else self._read(kept)
+        return None if self._tensor.is_meta else self._read(kept)
 
     @property
-    def _parameter(self) -> nn.Parameter:
-        parameter = self._owner._parameters[self._attribute]
-        assert parameter is not None, "it is offloaded"
-        return parameter
+    def _tensor(self) -> Tensor:
+        found = _tensor(self._owner, self._attribute)
+        assert found is not None, "it is offloaded"
+        return found
 
     def _read(self, kept: Kept) -> Tensor:
         entry, value = kept[-1]  # accelerate loads from one hook after the other
-        return entry.read(value).detach().to(self._device, self._parameter.dtype)
+        return entry.read(value).detach().to(self._device, self._tensor.dtype)
 
     def _renew(self, value: Tensor) -> None:
         """Set the values of a parameter that is loaded, as inside ``accelerate.utils.align_module_device``."""
-        if not self._parameter.is_meta:
-            self._parameter.data = value.to(self._parameter.device, self._parameter.dtype)
+        if not self._tensor.is_meta:
+            self._tensor.data = value.to(self._tensor.device, self._tensor.dtype)
 
 
 def offloaded(owner: nn.Module, attribute: str) -> Offloaded | None:
-    """Return the place of a module's parameter if accelerate offloads it by itself, else ``None``.
+    """Return the place of a module's parameter or buffer if accelerate offloads it by itself, else ``None``.
 
     ``None`` too if it is loaded together with all of a module around it, or from a map that cannot be written to.
     """
     hooks = list(offloading_hooks(owner))
     entries = [_entry(hook.weights_map, attribute) for hook in hooks]
     found = tuple(entry for entry in entries if entry is not None)
-    if owner._parameters.get(attribute) is None or not found or len(found) < len(entries):
+    if _tensor(owner, attribute) is None or not found or len(found) < len(entries):
         return None
     device = hooks[-1].execution_device
     device = torch.device("cpu") if device is None else torch.empty(0, device=device).device
@@ -176,6 +185,11 @@ def offloading_hooks(module: nn.Module) -> Iterator[Any]:
     for each in getattr(hook, "hooks", [hook]):
         if isinstance(each, AlignDevicesHook) and each.offload:
             yield each
+
+
+def _tensor(owner: nn.Module, attribute: str) -> Tensor | None:
+    held = owner._parameters.get(attribute)
+    return owner._buffers.get(attribute) if held is None else held
 
 
 def stores(owner: nn.Module) -> list[object]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.layers.in_place import class_obstacle, plain_class
 from randlora.layers.read_weight import ReadWeight
 from randlora.targets.site import Site
-from randlora.targets.walk import Census, Held
+from randlora.targets.ties import tie_problems
+from randlora.targets.walk import Census
 
 
 def obstacles(census: Census, sites: Sequence[Site], dropout: float) -> list[str]:
@@ -69,34 +69,3 @@ def obstacle(site: Site) -> str | None:
     if is_lazy(weight):
         return "has no shape yet: run one forward pass first"
     return site.layer_class.obstacle(site.owner)
-
-
-def tie_problems(census: Census, sites: Sequence[Site]) -> list[str]:
-    """Return messages about weights that are tied to other modules."""
-    tied = tied_names(census, sites)
-    return [
-        f"the weight of {site.fqn} is tied to {', '.join(tied[site.key])}: untie it, or exclude the layer"
-        for site in sites
-        if site.key in tied
-    ]
-
-
-def tied_names(census: Census, sites: Iterable[Site]) -> dict[tuple[int, str], list[str]]:
-    """Return the names of the parameters of other modules that the weights of sites are tied to, by `Site.key`."""
-    holders: dict[object, list[Held]] = {}
-    for held in census.parameters:
-        if not is_lazy(held.parameter):
-            holders.setdefault(_identity(held.parameter), []).append(held)
-    tied = {}
-    for site in sites:
-        weight = site.weight
-        found = [] if weight is None or is_lazy(weight) else holders.get(_identity(weight), [])
-        if others := [held.fqn for held in found if held.module is not site.owner]:
-            tied[site.key] = others
-    return tied
-
-
-def _identity(parameter: Tensor) -> object:
-    """Return a key that is equal for parameters that share memory."""
-    is_plain = type(parameter.data) is Tensor and not parameter.is_meta and parameter.numel() > 0
-    return (parameter.device, parameter.data_ptr()) if is_plain else id(parameter)

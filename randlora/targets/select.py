@@ -15,9 +15,10 @@ from randlora.targets.defaults import default_targets, is_linear
 from randlora.targets.explain import NOTHING, holders, inventory, missed, reason, refusal, stray_refusal
 from randlora.targets.left_out import ALL, ALL_LINEAR, Remaining, left_out, lines, remaining
 from randlora.targets.match import is_names, matches, prefixes, shortened, unmatched
-from randlora.targets.obstacles import obstacle, tied_names
+from randlora.targets.obstacles import obstacle
 from randlora.targets.presets import HEAD_NAMES
 from randlora.targets.site import Site
+from randlora.targets.ties import tied_names
 from randlora.targets.walk import Census, Held, Visit
 
 HEAD = "the output head"

@@ -1,0 +1,93 @@
+"""Weights that several modules share, also where accelerate offloads them and each module has one of its own then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from randlora.placement.offloaded import HOOK, Offloaded, offloaded, offloading_hooks
+from randlora.targets.site import Site
+from randlora.targets.walk import Census, Held
+
+NAMES = "all_tied_weights_keys"
+"""The attribute in which models of transformers name each tied parameter, and the one that it is tied to."""
+
+
+def tie_problems(census: Census, sites: Sequence[Site]) -> list[str]:
+    """Return messages about weights that are tied to other modules."""
+    tied = tied_names(census, sites)
+    return [
+        f"the weight of {site.fqn} is tied to {', '.join(tied[site.key])}: untie it, or exclude the layer"
+        for site in sites
+        if site.key in tied
+    ]
+
+
+def tied_names(census: Census, sites: Iterable[Site]) -> dict[tuple[int, str], list[str]]:
+    """Return the names of the parameters of other modules that the weights of sites are tied to, by `Site.key`."""
+    holders: dict[object, list[Held]] = {}
+    for held in census.parameters:
+        for identity in _identities(held):
+            holders.setdefault(identity, []).append(held)
+    tied = {}
+    for site in sites:
+        if (weight := site.weight) is None:
+            continue
+        own = Held(site.fqn, site.owner, site.layer_class.attribute, weight)
+        found = [held for identity in _identities(own) for held in holders.get(identity, [])]
+        found += _tied_by_name(census, own)
+        if others := [held.fqn for held in found if held.module is not site.owner]:
+            tied[site.key] = [*dict.fromkeys(others)]
+    return tied
+
+
+def _identities(held: Held) -> Iterator[object]:
+    """Yield keys, one of which is equal for parameters that share memory, or did so when accelerate offloaded them."""
+    parameter = held.parameter
+    if is_lazy(parameter):
+        return
+    yield _identity(parameter)
+    if (place := _offloaded(held)) is not None and parameter.numel() > 0:
+        yield from (entry.identity for entry in place.entries)
+        for hook in offloading_hooks(held.module):
+            if held.attribute in hook.tied_params_names:  # what with is not recorded, but it has the same shape
+                yield id(hook.tied_params_map), parameter.shape, parameter.dtype
+
+
+def _identity(parameter: Tensor) -> object:
+    is_plain = type(parameter.data) is Tensor and not parameter.is_meta and parameter.numel() > 0
+    return (parameter.device, parameter.data_ptr()) if is_plain else id(parameter)
+
+
+def _offloaded(held: Held) -> Offloaded | None:
+    """Return the place of a parameter that is not loaded at present."""
+    is_away = held.parameter.is_meta and HOOK in held.module.__dict__
+    return offloaded(held.module, held.attribute) if is_away else None
+
+
+def _tied_by_name(census: Census, own: Held) -> Iterator[Held]:
+    """Yield the parameters that transformers ties to an offloaded weight, and would tie again when the model is saved.
+
+    ``accelerate.disk_offload`` writes a file for each of them, so only their names and values are left to compare.
+    """
+    if (place := _offloaded(own)) is None:
+        return
+    fqns = {held.fqn for held in census.parameters if held.module is own.module and held.attribute == own.attribute}
+    names = {fqn for group in _named_groups(census) if group & fqns for fqn in group - fqns}
+    for held in census.parameters:
+        other = _offloaded(held) if held.fqn in names else None
+        if other is not None and torch.equal(other.read(), place.read()):
+            yield held
+
+
+def _named_groups(census: Census) -> list[set[str]]:
+    """Return groups of names of parameters that transformers ties, if they are not untied since."""
+    groups: dict[str, set[str]] = {}
+    for prefix, module in [("", census.model), *((f"{visit.fqn}.", visit.module) for visit in census.visits)]:
+        names = module.__dict__.get(NAMES)
+        for name, source in names.items() if isinstance(names, dict) else ():
+            groups.setdefault(f"{prefix}{source}", {f"{prefix}{source}"}).add(f"{prefix}{name}")
+    return [*groups.values()]

@@ -1,0 +1,132 @@
+"""Models that accelerate offloads: tied weights, the tensors of the merged model, and whole models of transformers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate  # type: ignore[import-untyped]
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import randlora
+from randlora.errors import MergeError, TargetError
+from tests.kit import all_bits, fill
+
+CPU = torch.device("cpu")
+
+
+def llama(*, is_tied: bool = False) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=is_tied,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def in_ram(model: nn.Module, folder: Path) -> Any:
+    return accelerate.cpu_offload(model, CPU, offload_buffers=True)
+
+
+def on_disk(model: nn.Module, folder: Path) -> Any:
+    return accelerate.disk_offload(model, folder / "offloaded", CPU, offload_buffers=True)
+
+
+def dispatched(model: nn.Module, folder: Path) -> Any:
+    device_map = {name: "disk" for name, _ in model.named_children()}
+    return accelerate.dispatch_model(model, device_map, offload_dir=folder / "offloaded", offload_buffers=True)
+
+
+def from_a_checkpoint(model: Any, folder: Path) -> Any:
+    model.save_pretrained(folder)
+    return LlamaForCausalLM.from_pretrained(folder, device_map={"": "disk"}, offload_folder=folder / "offloaded")
+
+
+Placing = Callable[[Any, Path], Any]
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("place", [in_ram, on_disk, dispatched, from_a_checkpoint])
+def test_a_head_that_was_tied_when_it_was_offloaded_is_refused_as_without_offloading(
+    place: Placing, tmp_path: Path
+) -> None:
+    with pytest.raises(TargetError) as plain:
+        randlora.inject(llama(is_tied=True), r=4, targets=["lm_head", "up_proj"])
+    assert "lm_head is tied to model.embed_tokens.weight" in str(plain.value)
+    model = place(llama(is_tied=True), tmp_path)
+    with pytest.raises(TargetError) as there:
+        randlora.inject(model, r=4, targets=["lm_head", "up_proj"])
+    assert str(there.value) == str(plain.value)
+    assert "randlora_lambda" not in str(model)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("place", [in_ram, on_disk, dispatched, from_a_checkpoint])
+def test_weights_that_are_equal_or_untied_are_not_taken_for_tied(place: Placing, tmp_path: Path) -> None:
+    model = llama()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.5)
+    report = randlora.inject(place(model, tmp_path), r=4, targets=["lm_head", "up_proj", "gate_proj"])
+    assert len(report.targets) == 5
+
+
+def test_a_head_that_was_untied_by_hand_is_adapted(tmp_path: Path) -> None:
+    model = llama(is_tied=True)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() + 1)
+    assert randlora.inject(on_disk(model, tmp_path), r=4, targets=["lm_head"]).targets == ("lm_head",)
+
+
+class Beside(nn.Module):
+    """An adapted layer, one that is not, and a buffer that is in the state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.up, self.norm, self.down = nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, 8)
+        with torch.no_grad():
+            for tensor in (*self.parameters(), self.norm.running_mean):
+                assert tensor is not None
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down(self.norm(self.up(x)))
+        return output
+
+
+def adapted(model: nn.Module, **options: Any) -> Any:
+    randlora.inject(model, **{"r": 3, "targets": ["up"], **options})
+    return fill(model, spread=0.3)
+
+
+@pytest.mark.parametrize("place", [in_ram, on_disk, dispatched])
+@pytest.mark.parametrize("is_first", [True, False], ids=["adapted first", "offloaded first"])
+def test_the_tensors_of_the_merged_model_are_loaded_and_not_meta(
+    place: Placing, is_first: bool, tmp_path: Path
+) -> None:
+    plain = adapted(Beside().eval())
+    model = place(adapted(Beside().eval()), tmp_path) if is_first else adapted(place(Beside().eval(), tmp_path))
+    expected = all_bits(dict(randlora.merged_tensors(plain)))
+    assert all_bits(dict(randlora.merged_tensors(model))) == expected
+    with randlora.merged(model):
+        assert all_bits(dict(randlora.merged_tensors(model))) == expected
+    assert model.down.weight.is_meta
+    assert model.norm.running_mean.is_meta
+    twin = Beside()
+    twin.load_state_dict(dict(randlora.merged_tensors(model)))
+    randlora.merge(plain)
+    assert all_bits(twin.state_dict()) == all_bits(plain.state_dict())
+
+
+def test_a_buffer_without_values_is_no_tensor_of_the_merged_model() -> None:
+    model = adapted(Beside())
+    model.norm.running_mean = torch.empty(12, device="meta")
+    with pytest.raises(MergeError, match=r"norm\.running_mean has no values here"):
+        randlora.merged_tensors(model)
