@@ -24,6 +24,7 @@ from randlora.functional import Compute
 from randlora.hints import shortly
 from randlora.layer_options import LayerOptions
 from randlora.placement.dtensor import is_dtensor, reshard
+from randlora.placement.offloaded import is_offloaded
 from randlora.replaced import ReplacedParameter
 from randlora.required_grad import RequiredGrad
 
@@ -235,6 +236,21 @@ class ModelState:
         ]
         raise_collected(AdapterError, problems, doing=doing)
 
+    def require_loaded(self, root: nn.Module) -> None:
+        """Check that accelerate offloads no parameter that adapters train a copy of; else raise `AdapterError`.
+
+        It makes other parameters of them, without gradients, and loads into these what it offloaded.
+        """
+        problems = [
+            f"{part.name}, which adapters train copies of, was offloaded by accelerate, which can neither train nor "
+            "switch them: call accelerate.hooks.remove_hook_from_submodules(model), and keep its module on a device by "
+            "the device map"
+            for entry in self.replaced.values()
+            for part in entry.followed(root)
+            if not part.is_lost and any(is_offloaded(root, module) for module, _ in part.places.values())
+        ]
+        raise_collected(AdapterError, problems, doing="use the adapters")
+
     def _versions(self, active: Iterable[str]) -> Iterator[tuple[ReplacedParameter, nn.Parameter]]:
         """Yield the parameters that adapters train copies of, each with what is installed if these are active."""
         trained = [self.adapters[name].trained for name in active]
@@ -286,10 +302,11 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
     """Return the module with the adapters and its state: ``model``, or a submodule, as in a DDP wrapper.
 
     Raises:
-        AdapterError: If there is no such module, or more than one.
+        AdapterError: If there is no such module, or more than one, or accelerate offloads a copy that adapters train.
     """
     require_module(model)
     if (own := attached_state(model)) is not None:
+        own.require_loaded(model)
         own.adopt_parameters(model)
         return model, own
     carriers = [(fqn, module, state) for fqn, module in model.named_modules() if (state := attached_state(module))]
@@ -304,6 +321,7 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
         names = ", ".join(fqn or "the model itself" for fqn, _, _ in carriers)
         raise AdapterError(f"several submodules have adapters ({names}): call this on one of them")
     _, root, state = carriers[0]
+    state.require_loaded(root)
     state.adopt_parameters(root)
     return root, state
 

@@ -7,14 +7,17 @@ from typing import Any
 import accelerate  # type: ignore[import-untyped]
 import pytest
 import torch
+from accelerate.hooks import remove_hook_from_submodules  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import randlora
-from randlora.errors import MergeError, TargetError
-from tests.kit import all_bits, fill
+from randlora.errors import AdapterError, CheckpointError, MergeError, TargetError
+from tests.kit import all_bits, bits, fill
 
 CPU = torch.device("cpu")
+NORM = ["norm.weight", "norm.bias"]
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
 
 
 def llama(*, is_tied: bool = False) -> Any:
@@ -130,3 +133,84 @@ def test_a_buffer_without_values_is_no_tensor_of_the_merged_model() -> None:
     model.norm.running_mean = torch.empty(12, device="meta")
     with pytest.raises(MergeError, match=r"norm\.running_mean has no values here"):
         randlora.merged_tensors(model)
+
+
+def preloaded(model: nn.Module, folder: Path) -> Any:
+    return accelerate.cpu_offload(model, CPU, preload_module_classes=["Sequential"])
+
+
+@pytest.mark.parametrize("place", [in_ram, on_disk, dispatched])
+def test_offloaded_parameters_are_no_ones_to_train_copies_of(place: Placing, tmp_path: Path) -> None:
+    randlora.save(adapted(Beside(), train_also=NORM), tmp_path / "adapter")
+    model = place(Beside().eval(), tmp_path)
+    expected = bits(model(X))
+    with pytest.raises(TargetError, match=r"norm\.weight is offloaded by accelerate.*\n.*norm\.bias is"):
+        adapted(model, train_also=NORM)
+    with pytest.raises(CheckpointError, match=r"norm\.weight is offloaded by accelerate"):
+        randlora.load(model, tmp_path / "adapter")
+    assert not any("randlora" in name for name, _ in model.named_parameters())
+    assert bits(model(X)) == expected
+
+
+def test_parameters_beside_those_that_are_offloaded_are_trained_saved_switched_and_ejected(tmp_path: Path) -> None:
+    def offloaded(model: Any) -> Any:
+        return accelerate.dispatch_model(model, {"up": "disk", "norm": "cpu", "down": "disk"}, offload_dir=tmp_path)
+
+    plain = adapted(Beside().eval(), train_also=NORM)
+    expected, base = plain(X), Beside().eval()(X)
+    for model in (
+        adapted(offloaded(Beside().eval()), train_also=NORM),
+        offloaded(adapted(Beside().eval(), train_also=NORM)),
+    ):
+        assert bits(model(X)) == bits(expected)
+        model(X).sum().backward()
+        assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(model))
+        with randlora.disabled(model):
+            assert bits(model(X)) == bits(base)
+        for each, name in ((model, "there"), (plain, "here")):
+            randlora.save(each, tmp_path / name)
+        assert (tmp_path / "there" / "adapter_model.safetensors").read_bytes() == (
+            tmp_path / "here" / "adapter_model.safetensors"
+        ).read_bytes()
+        assert all_bits(dict(randlora.merged_tensors(model))) == all_bits(dict(randlora.merged_tensors(plain)))
+        with randlora.merged(model), randlora.merged(plain):
+            assert bits(model(X)) == bits(plain(X))
+        randlora.eject(model)
+        assert bits(model(X)) == bits(base)
+
+
+@pytest.mark.parametrize("place", [in_ram, on_disk, dispatched, preloaded])
+@pytest.mark.parametrize("is_active", [True, False])
+def test_copies_that_are_offloaded_after_that_are_refused_until_the_hooks_are_removed(
+    place: Placing, is_active: bool, tmp_path: Path
+) -> None:
+    model: Any = nn.Sequential(Beside().eval())
+    adapted(model, targets="0.up", train_also=[f"0.{name}" for name in NORM])
+    adapted(model, targets="0.down", name="other")
+    if not is_active:
+        randlora.activate(model, "other")
+    randlora.save(model, tmp_path / "before", name="default")
+    expected = model(X)
+    place(model, tmp_path)
+    for refused in (
+        lambda: [*randlora.trainable_parameters(model)],
+        lambda: randlora.save(model, tmp_path / "never", name="default"),
+        lambda: randlora.activate(model, "other"),
+        lambda: randlora.disabled(model).__enter__(),
+        lambda: randlora.merge(model),
+        lambda: randlora.merged_tensors(model),
+        lambda: randlora.inject(model, r=2, targets="0.down", name="third"),
+        lambda: randlora.eject(model),
+    ):
+        with pytest.raises(AdapterError, match=r"0\.norm\.weight.*remove_hook_from_submodules"):
+            refused()
+    assert bits(model(X)) == bits(expected)
+    remove_hook_from_submodules(model)
+    randlora.save(model, tmp_path / "after", name="default")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "after" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
+    assert bits(model(X)) == bits(expected)
+    with randlora.merged(model):
+        torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-4)
+    randlora.eject(model)
+    assert bits(model(X)) == bits(Beside().eval()(X))

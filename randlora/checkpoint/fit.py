@@ -14,7 +14,7 @@ from randlora.checkpoint.read import AdapterFile
 from randlora.disk.tensor_file import Entry
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.layers.registry import find_layer
-from randlora.targets.obstacles import obstacles
+from randlora.targets.obstacles import obstacles, offloaded_copies
 from randlora.targets.site import Shapes, Site, shapes_of, sizes
 from randlora.targets.walk import Census, sites_of
 
@@ -32,6 +32,7 @@ def fit_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
         ),
         *misfits(file, shapes_of(sites, file.config)),
         *trained_misfits(own, file.trained),
+        *offloaded_copies(census, file.trained),
     ]
     raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
     return sites

@@ -38,7 +38,7 @@ from randlora.replaced import ReplacedParameter
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState, SavePretrained, adapted_root
 from randlora.targets.left_out import doubt, lines
-from randlora.targets.obstacles import obstacles
+from randlora.targets.obstacles import obstacles, offloaded_copies
 from randlora.targets.options import rank_problems, resolve
 from randlora.targets.select import Selection, select
 from randlora.targets.site import Shapes, shapes_of
@@ -292,6 +292,7 @@ def make_plan(
     if config.train_also is not None:
         also = select_parameters(census, config.train_also)
         problems += train_also_problems(census, config.train_also, also, selection.sites)
+        problems += offloaded_copies(census, also)
     options, unresolved = resolve(config, [site.fqn for site in selection.sites])
     raise_collected(TargetError, problems + unresolved, doing=f"inject {name!r}")
     shapes = shapes_of(selection.sites, config)

@@ -73,6 +73,7 @@ def owned_state(census: Census, name: str, doing: str) -> ModelState:
         raise AdapterError(f"cannot {doing}: the model has an attribute {ATTRIBUTE} of its own; rename that")
     raise_collected(AdapterError, census.foreign, doing=doing)
     state = attached_state(model) or ModelState()
+    state.require_loaded(model)
     state.adopt_parameters(model)
     # torch.export writes the names of parameters as code
     is_name = isinstance(name, str) and name and name.isprintable() and "." not in name

@@ -176,6 +176,16 @@ def offloaded(owner: nn.Module, attribute: str) -> Offloaded | None:
     return Offloaded(owner, attribute, found, torch.device("cpu") if device.type == "meta" else device)
 
 
+def is_offloaded(model: nn.Module, module: nn.Module) -> bool:
+    """Whether accelerate loads a module's parameters for each call: of the module, or of one of a model around it."""
+    around = [each for each in model.modules() if HOOK in each.__dict__]
+    return any(
+        each is module or (hook.place_submodules and any(module is within for within in each.modules()))
+        for each in around
+        for hook in offloading_hooks(each)
+    )
+
+
 def offloading_hooks(module: nn.Module) -> Iterator[Any]:
     """Yield the hooks with which accelerate offloads a module's parameters, if there are any."""
     if (hook := module.__dict__.get(HOOK)) is None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.layers.in_place import class_obstacle, plain_class
 from randlora.layers.read_weight import ReadWeight
+from randlora.placement.offloaded import is_offloaded
 from randlora.targets.site import Site
 from randlora.targets.ties import tie_problems
 from randlora.targets.walk import Census
@@ -48,6 +49,17 @@ def offloaded_with(census: Census) -> dict[int, str]:
             if getattr(each, "offload", False) and getattr(each, "place_submodules", False):
                 found |= dict.fromkeys(map(id, module.modules()), plain_class(module).__name__)
     return found
+
+
+def offloaded_copies(census: Census, fqns: Iterable[str]) -> list[str]:
+    """Return messages about parameters that ``train_also`` names and accelerate offloads."""
+    modules = {held.fqn: held.module for held in census.parameters}
+    return [
+        f"{fqn} is offloaded by accelerate, which would load the model's own values instead of trained ones: keep it "
+        "on a device by the device map, or leave it out of train_also"
+        for fqn in fqns
+        if fqn in modules and is_offloaded(census.model, modules[fqn])
+    ]
 
 
 def obstacle(site: Site) -> str | None:
