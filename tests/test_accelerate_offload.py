@@ -380,13 +380,20 @@ def test_a_map_that_cannot_be_written_to_is_no_place_to_merge_into() -> None:
         randlora.merge(model)
 
 
-def test_weights_are_loaded_in_the_dtype_of_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_loaded_in_the_dtype_of_the_model(dtype: torch.dtype, tmp_path: Path) -> None:
     checkpoint = as_checkpoint(Small(torch.float64), tmp_path)
     index = {name: {"safetensors_file": str(checkpoint), "weight_name": name} for name in Small().state_dict()}
-    model = accelerate.dispatch_model(Small(), {"up": "disk", "down": "disk"}, offload_index=index)
-    adapted(model)
-    x = torch.randn(3, WIDTHS[0])
-    plain = model(x)
-    with randlora.merged(model):
-        assert model(x).dtype is torch.float32
-    assert all_bits({"": model(x)}) == all_bits({"": plain})
+    placed = accelerate.dispatch_model(Small(dtype), {"up": "disk", "down": "disk"}, offload_index=index)
+    there, here = adapted(placed), adapted(Small(torch.float64).to(dtype))
+    x = torch.randn(3, WIDTHS[0], dtype=dtype)
+    plain = there(x)
+    assert bits(plain) == bits(here(x))
+    for model in (there, here):
+        randlora.merge(model, reversible=True)
+    assert bits(there(x)) == bits(here(x))
+    merged = {name: value.read() for name in ("up", "down") if (value := place_of(there.get_submodule(name), "weight"))}
+    assert {name: value.dtype for name, value in merged.items()} == {"up": dtype, "down": dtype}
+    assert all_bits(merged) == all_bits({name: here.get_submodule(name).weight for name in merged})
+    randlora.unmerge(there)
+    assert bits(there(x)) == bits(plain)

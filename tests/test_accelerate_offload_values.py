@@ -7,7 +7,12 @@ from typing import Any
 import accelerate  # type: ignore[import-untyped]
 import pytest
 import torch
-from accelerate.hooks import remove_hook_from_submodules  # type: ignore[import-untyped]
+from accelerate.hooks import (  # type: ignore[import-untyped]
+    attach_execution_device_hook,
+    remove_hook_from_submodules,
+)
+from accelerate.utils import set_module_tensor_to_device  # type: ignore[import-untyped]
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -68,6 +73,37 @@ def test_a_head_that_was_tied_when_it_was_offloaded_is_refused_as_without_offloa
         randlora.inject(model, r=4, targets=["lm_head", "up_proj"])
     assert str(there.value) == str(plain.value)
     assert "randlora_lambda" not in str(model)
+
+
+class Tied(nn.Module):
+    """Two layers that share a weight, which only the model itself knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.alone = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.down.weight = self.up.weight
+
+
+def from_one_file(model: nn.Module, folder: Path) -> Any:
+    save_file({"up.weight": torch.ones(8, 8), "alone.weight": torch.ones(8, 8), "bias": torch.ones(8)}, folder / "file")
+    tensors = {"down.weight": "up.weight"} | {f"{name}.bias": "bias" for name, _ in model.named_children()}
+    index = {
+        name: {"safetensors_file": str(folder / "file"), "weight_name": tensors.get(name, name)}
+        for name in model.state_dict()
+    }
+    model.to("meta")  # as from_pretrained has it
+    return accelerate.dispatch_model(model, {name: "disk" for name, _ in model.named_children()}, offload_index=index)
+
+
+@pytest.mark.parametrize("place", [in_ram, dispatched, from_one_file])
+def test_weights_that_no_name_says_are_tied_are_refused_where_accelerate_knows(place: Placing, tmp_path: Path) -> None:
+    with pytest.raises(TargetError) as plain:
+        randlora.inject(Tied(), r=4, targets="all-linear")
+    model = place(Tied(), tmp_path)
+    with pytest.raises(TargetError) as there:
+        randlora.inject(model, r=4, targets="all-linear")
+    assert str(there.value) == str(plain.value)
+    assert randlora.inject(model, r=4, targets="alone").targets == ("alone",)
 
 
 @pytest.mark.medium
@@ -214,3 +250,124 @@ def test_copies_that_are_offloaded_after_that_are_refused_until_the_hooks_are_re
         torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-4)
     randlora.eject(model)
     assert bits(model(X)) == bits(Beside().eval()(X))
+
+
+DEVICE_MAPS: dict[str, dict[str, str]] = {
+    "all on disk": {"": "disk"},
+    "a layer on disk": {"model.layers.0": "cpu", "model.layers.1": "disk"},
+    "all but a layer on disk": {"model.layers.0": "disk", "model.layers.1": "cpu", "lm_head": "disk"},
+}
+BESIDE_LAYERS = {f"model.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb")} | {"lm_head": "cpu"}
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("placement", DEVICE_MAPS)
+def test_a_model_of_transformers_that_is_offloaded_as_it_is_loaded(placement: str, tmp_path: Path) -> None:
+    device_map = DEVICE_MAPS[placement] if "" in DEVICE_MAPS[placement] else BESIDE_LAYERS | DEVICE_MAPS[placement]
+    llama().save_pretrained(tmp_path / "base")
+    before = (tmp_path / "base" / "model.safetensors").read_bytes()
+
+    def loaded(**options: Any) -> Any:
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "base", **options).eval()
+        randlora.inject(model, r=4, targets="all-linear", stream="portable")
+        return fill(model, spread=0.1)
+
+    plain = loaded()
+    model = loaded(device_map=device_map, offload_folder=tmp_path / "offloaded")
+    tokens = torch.arange(6)[None]
+    expected = plain(tokens).logits
+    assert bits(model(tokens).logits) == bits(expected)
+    for each, name in ((model, "there"), (plain, "here")):
+        randlora.save(each, tmp_path / name)
+    there, here = (tmp_path / name / "adapter_model.safetensors" for name in ("there", "here"))
+    assert there.read_bytes() == here.read_bytes()
+    assert all_bits(dict(randlora.merged_tensors(model))) == all_bits(dict(randlora.merged_tensors(plain)))
+    for each in (model, plain):
+        randlora.merge(each, reversible=True)
+    assert bits(model(tokens).logits) == bits(plain(tokens).logits)
+    randlora.unmerge(model)
+    assert bits(model(tokens).logits) == bits(expected)
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
+def test_layers_of_bitsandbytes_are_merged_where_they_are_and_refused_where_they_are_offloaded(
+    kind: str, tmp_path: Path
+) -> None:
+    nn_of_bnb = pytest.importorskip("bitsandbytes").nn
+    options = {"Linear4bit": {"compute_dtype": torch.float32}, "Linear8bitLt": {"has_fp16_weights": False}}[kind]
+
+    def built() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(*(getattr(nn_of_bnb, kind)(64, 64, **options) for _ in range(2))).to("cpu")
+
+    def with_adapter(model: nn.Module) -> nn.Module:
+        randlora.inject(model, r=4, targets="all-linear")
+        return fill(model, spread=0.1)
+
+    def half(model: nn.Module) -> Any:
+        return accelerate.dispatch_model(model, {"0": "cpu", "1": "disk"}, offload_dir=tmp_path)
+
+    x = torch.randn(3, 64)
+    plain = with_adapter(built())
+    model = with_adapter(accelerate.dispatch_model(built(), {"": "cpu"}, force_hooks=True))
+    assert bits(model(x)) == bits(plain(x))
+    with randlora.merged(model), randlora.merged(plain):
+        assert bits(model(x)) == bits(plain(x))
+    assert bits(model(x)) == bits(plain(x))
+    with pytest.raises(TargetError, match="1 has no values"):
+        with_adapter(half(built()))
+    late = half(with_adapter(built()))
+    codes = bits(late[0].weight)
+    for refused in (randlora.merge, randlora.merged_tensors):
+        with pytest.raises(MergeError, match="the weight of 1 is incomplete"):
+            refused(late)
+    assert bits(late[0].weight) == codes
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["adapted first", "hooked first"])
+def test_hooks_that_only_place_inputs_change_nothing(is_first: bool) -> None:
+    plain, model = adapted(Beside().eval()), Beside().eval()
+    if is_first:
+        adapted(model)
+    attach_execution_device_hook(model, "cpu")
+    if not is_first:
+        adapted(model)
+    assert bits(model(X)) == bits(plain(X))
+    model(X).sum().backward()
+    assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(model))
+    with randlora.merged(model), randlora.merged(plain):
+        assert bits(model(X)) == bits(plain(X))
+    randlora.eject(model)
+    assert bits(model(X)) == bits(Beside().eval()(X))
+
+
+def test_values_that_accelerate_sets_are_those_that_are_used_merged_and_saved(tmp_path: Path) -> None:
+    model, other, weight = adapted(Beside().eval()), Beside().eval(), torch.randn(12, 8)
+    with torch.no_grad():
+        other.up.weight.copy_(weight)
+    base = other(X)
+    adapted(other)
+    set_module_tensor_to_device(model, "up.weight", "cpu", value=weight)
+    for name, values in other.named_parameters():
+        if values.requires_grad:
+            with torch.no_grad():
+                values.mul_(2)
+            set_module_tensor_to_device(model, name, "cpu", value=values.detach().clone())
+    assert bits(model(X)) == bits(other(X))
+    for each, name in ((model, "there"), (other, "here")):
+        randlora.save(each, tmp_path / name)
+    there, here = (tmp_path / name / "adapter_model.safetensors" for name in ("there", "here"))
+    assert there.read_bytes() == here.read_bytes()
+    with randlora.merged(model), randlora.merged(other):
+        assert bits(model(X)) == bits(other(X))
+    randlora.eject(model)
+    assert bits(model(X)) == bits(base)
+
+
+def test_a_weight_that_accelerate_empties_is_not_merged_into() -> None:
+    model = adapted(Beside().eval())
+    set_module_tensor_to_device(model, "up.weight", "meta")
+    with pytest.raises(MergeError, match="the weight of up is incomplete"):
+        randlora.merge(model)

@@ -73,6 +73,25 @@ def test_one_process_writes_and_all_resume(pair: Processes, tmp_path: Path) -> N
     assert "model.safetensors" not in found
 
 
+def run_with_fsdp(directory: Path) -> str:
+    """Train with FSDP2 asked for on a CPU, and return how the model was wrapped."""
+    from transformers import Trainer, TrainingArguments
+
+    with launched():
+        from tests.trainers import adapted_model, arguments, rows
+
+        options = {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2}, "max_steps": 1, "save_strategy": "no"}
+        given = arguments(TrainingArguments, directory, ddp_backend="gloo", **options)
+        through = Trainer(adapted_model(), given, train_dataset=rows())
+        through.train()
+        return type(through.model_wrapped).__name__
+
+
+def test_fsdp2_of_a_trainer_is_ddp_on_a_cpu(pair: Processes, tmp_path: Path) -> None:
+    """So that nobody takes a test through `Trainer` on a CPU for one of FSDP."""
+    assert pair.run(run_with_fsdp, tmp_path) == ["DistributedDataParallel"] * 2
+
+
 def sharded(seed: int) -> Any:
     from tests.trainers import adapted_model
 
