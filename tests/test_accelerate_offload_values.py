@@ -296,7 +296,7 @@ def test_layers_of_bitsandbytes_are_merged_where_they_are_and_refused_where_they
     kind: str, tmp_path: Path
 ) -> None:
     nn_of_bnb = pytest.importorskip("bitsandbytes").nn
-    options = {"Linear4bit": {"compute_dtype": torch.float32}, "Linear8bitLt": {"has_fp16_weights": False}}[kind]
+    options: dict[str, Any] = {"compute_dtype": torch.float32} if kind == "Linear4bit" else {"has_fp16_weights": False}
 
     def built() -> nn.Module:
         torch.manual_seed(0)
