@@ -261,6 +261,7 @@ def _unchanged(model: Mixed) -> None:
         (_unchanged, {"name": "a\nb"}, AdapterError, r"expected a printable name without dots"),
         (_unchanged, {"name": "class"}, AdapterError, r"or a keyword of Python"),
         (_unchanged, {"name": "keys"}, AdapterError, r"not an attribute of ParameterDict"),
+        (_unchanged, {"name": "reset_parameters"}, AdapterError, r"not an attribute of ParameterDict"),
         (_unchanged, {"name": "training"}, AdapterError, r"not an attribute of ParameterDict"),
         (_unchanged, {"name": "_parameters"}, AdapterError, r"not an attribute of ParameterDict"),
         (_unchanged, {"name": ""}, AdapterError, r"expected a printable name"),

@@ -37,6 +37,11 @@ class Bases(NamedTuple):
     B: Tensor
 
 
+def _packed(tensor: Tensor) -> Tensor:
+    """Return a copy, contiguous as `torch.export.save` wants what it saves."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 """Whether a program is being exported. torch 2.6 has no such function; it cannot export these models anyway."""
 
@@ -198,7 +203,7 @@ class Basis:
             max_dim, min_dim, device, dtype, row, stop_row, column, stop_column, is_exporting = use
             pair = self._made(max_dim, min_dim, device, dtype, Sides((row, stop_row), (column, stop_column)))
             tensor = pair.B if index else pair.A
-            constant = _aside(tensor.clone) if is_exporting else nn.Parameter(tensor, requires_grad=False)
+            constant = _aside(lambda: _packed(tensor)) if is_exporting else nn.Parameter(tensor, requires_grad=False)
 
             def give() -> Tensor:
                 return constant

@@ -262,7 +262,7 @@ class AdapterLayer(ABC):
         for position, part in enumerate(self.acting):
             part.position = position
         for name in self.parameter_names():
-            self._held(owner, name).seat(part.adapter.name for part in self.acting)
+            self._held(owner, name).randlora_seat(part.adapter.name for part in self.acting)
 
     @staticmethod
     def _held(owner: nn.Module, name: str) -> Diagonal:
@@ -272,9 +272,9 @@ class AdapterLayer(ABC):
 
     def _seated(self, owner: nn.Module, part: SiteAdapter) -> tuple[nn.Parameter, nn.Parameter] | None:
         """Return what `diagonals_of` does, without reading a name, or ``None`` where only that finds them."""
-        if part.position is None or not self.activation.is_current:
+        if part.position is None:
             return None
-        lam, gamma = (self._held(owner, name).at(part.position) for name in self.parameter_names())
+        lam, gamma = (self._held(owner, name).randlora_at(part.position) for name in self.parameter_names())
         return None if lam is None or gamma is None else (lam, gamma)
 
     def _adapted_output(self, owner: nn.Module, part: SiteAdapter, factor: float, x: Tensor) -> Tensor:

@@ -77,12 +77,16 @@ for _method in ("__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault
 class Diagonal(nn.ParameterDict):
     """Λ or Γ of one weight.
 
+    An adapter may have any name that is not an attribute, so those of ours begin with ``randlora``.
+
     Attributes:
-        slots: The parameters of the active adapters; ``None`` if something else than `Values` holds the parameters, as
-            in replicas of `nn.DataParallel` and under DeepSpeed's ZeRO-3. They are found by name then.
+        randlora_acting: The names of the active adapters.
+        randlora_slots: Their parameters; ``None`` if something else than `Values` holds the parameters, as in replicas
+            of `nn.DataParallel` and under DeepSpeed's ZeRO-3. They are found by name then.
     """
 
-    slots: list[nn.Parameter | None] | None
+    randlora_acting: tuple[str, ...] = ()
+    randlora_slots: list[nn.Parameter | None] | None
 
     def __init__(self) -> None:
         """Create it without adapters."""
@@ -93,22 +97,26 @@ class Diagonal(nn.ParameterDict):
         """Set an attribute; whatever holds the parameters says where the active ones are."""
         super().__setattr__(name, value)
         if name == "_parameters":
-            self.__dict__["slots"] = value.slots if type(value) is Values else None
+            self.randlora_seat(self.randlora_acting)  # `Values` that were away may list others
 
     def _replicate_for_data_parallel(self) -> Diagonal:
         """Return a replica, whose parameters are on another device."""
         replica: Diagonal = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica.slots = None
+        replica.randlora_slots = None
         return replica
 
-    def seat(self, names: Iterable[str]) -> None:
+    def randlora_seat(self, names: Iterable[str]) -> None:
         """Set the names of the active adapters."""
-        if isinstance(self._parameters, Values):
-            self._parameters.seat(names)
+        held = self._parameters
+        self.__dict__["randlora_acting"] = tuple(names)
+        self.__dict__["randlora_slots"] = held.slots if type(held) is Values else None
+        if isinstance(held, Values):
+            held.seat(self.randlora_acting)
 
-    def at(self, position: int) -> nn.Parameter | None:
+    def randlora_at(self, position: int) -> nn.Parameter | None:
         """Return the parameter of an active adapter, or ``None`` if it must be found by name."""
-        return None if self.slots is None or "_hf_hook" in self.__dict__ else self.slots[position]
+        slots = None if "_hf_hook" in self.__dict__ else self.randlora_slots
+        return None if slots is None else slots[position]
 
     def forward(self, name: str) -> nn.Parameter:
         """Return the parameter of one adapter. accelerate's offloading loads the values only during this call."""

@@ -10,13 +10,14 @@ import keyword
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from randlora.bases.spec import sliced_dims
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
 from randlora.layer_options import by_rank
 from randlora.layers.base import AdapterLayer
+from randlora.layers.diagonals import Gamma
 from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, has_attribute
 from randlora.model.averaging import average_gradients
 from randlora.model.change import set_requires_grad, whole
@@ -77,7 +78,7 @@ def owned_state(census: Census, name: str, doing: str) -> ModelState:
     state.adopt_parameters(model)
     # torch.export writes the names of parameters as code
     is_name = isinstance(name, str) and name and name.isprintable() and "." not in name
-    if not is_name or keyword.iskeyword(name) or name in dir(nn.ParameterDict()):
+    if not is_name or keyword.iskeyword(name) or name in dir(Gamma()):
         raise AdapterError(
             f"cannot {doing} an adapter named {shortly(name)}: expected a printable name without dots, "
             "not an attribute of ParameterDict or a keyword of Python"
