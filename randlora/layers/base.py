@@ -46,6 +46,7 @@ class AdapterLayer(ABC):
         acting: Those that are active, in the same order, if ``activation`` is current; see `seat`.
         activation: The choice of active adapters that it is prepared for.
         own_forward: The ``forward`` that was set on the owner itself rather than on its class, if any.
+        planned: The ``forward`` that a plan of transformers set on the owner, and the one in its place, if any.
         unmerged: While the weight is merged, a tuple of the original weight as `exchange` returned it.
     """
 
@@ -63,6 +64,7 @@ class AdapterLayer(ABC):
         self.acting: list[SiteAdapter] = []
         self.activation = state.activation
         self.own_forward: Callable[..., Any] | None = None
+        self.planned: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self.unmerged: tuple[Any] | None = None
 
     @staticmethod

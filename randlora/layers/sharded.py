@@ -94,14 +94,19 @@ def sharded_product(update: Update, x: Any, weight: Any, region: Region, inputs:
     local = x.to_local(grad_placements=layout.grad_x)
     shape = (*x.shape[:-1], update.shape[-2])
     update = on_mesh(update, mesh, layout.diagonals).within(region)
-    if any(start == stop for start, stop in (region.rows, region.columns)):  # it takes part in the sums nevertheless
-        rows = region.rows[1] - region.rows[0]
-        nothing = local.sum() + update.lam.sum() + update.gamma.sum()
-        output = local.new_zeros((*local.shape[:-1], rows)) + 0 * nothing.to(local.dtype)
-    else:
-        parts = update.parts(local.device, local.dtype)
-        output = adapted_linear(local, *parts, is_wide=update.is_wide, compute=compute)
+    output = local_product(update, local, region, compute)
     return _placed(output, mesh, layout.output, shape)
+
+
+def local_product(update: Update, x: Tensor, region: Region, compute: Compute) -> Tensor:
+    """Return the product of the inputs that a part of a weight has with that part of an update, ``(..., rows)``.
+
+    Where the part has not all inputs this is a summand of the output.
+    """
+    if any(start == stop for start, stop in (region.rows, region.columns)):  # it takes part in the sums nevertheless
+        nothing = x.sum() + update.lam.sum() + update.gamma.sum()
+        return x.new_zeros((*x.shape[:-1], region.rows[1] - region.rows[0])) + 0 * nothing.to(x.dtype)
+    return adapted_linear(x, *update.parts(x.device, x.dtype), is_wide=update.is_wide, compute=compute)
 
 
 def sharded_rows(updates: Iterable[Update], ids: Any, weight: Any, region: Region, padding_idx: int | None) -> Any:

@@ -8,6 +8,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.layers.in_place import class_obstacle, plain_class
+from randlora.layers.planned import plan_obstacle
 from randlora.layers.read_weight import ReadWeight
 from randlora.placement.offloaded import is_offloaded
 from randlora.targets.site import Site
@@ -80,4 +81,5 @@ def obstacle(site: Site) -> str | None:
         )
     if is_lazy(weight):
         return "has no shape yet: run one forward pass first"
-    return site.layer_class.obstacle(site.owner)
+    split = plan_obstacle(site.owner, weight, is_called=site.layer_class.is_called)
+    return split or site.layer_class.obstacle(site.owner)

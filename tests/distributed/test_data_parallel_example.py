@@ -15,21 +15,21 @@ from tests.test_examples import imported
 ROOT = Path(__file__).parents[2]
 
 
-def launch(tmp_path: Path, *options: str) -> str:
-    """Run the example on two processes; return what it prints."""
+def launch(tmp_path: Path, *options: str, example: str = "data_parallel") -> str:
+    """Run an example on two processes; return what it prints."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "docs/examples/data_parallel.py", "--steps", "40", "--out", str(tmp_path / "out"), *options]
+    command = [*torchrun, f"docs/examples/{example}.py", "--steps", "40", "--out", str(tmp_path / "out"), *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
 
-def assert_learned(printed: str, directory: Path) -> None:
+def assert_learned(printed: str, directory: Path, name: str = "data_parallel") -> None:
     """Assert that the adapter was saved, loads, and is better than none."""
     assert "step 40: loss" in printed
     assert printed.count("saved 'default'") == 1
-    example = imported("data_parallel")
+    example = imported(name)
     model = example.pretrained()
     x, y = example.batch(torch.Generator().manual_seed(9))
     before = (model(x) - y).square().mean()

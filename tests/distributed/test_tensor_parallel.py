@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -65,7 +65,7 @@ def plain(drawn: Drawn) -> Net:
 
 def split(model: nn.Module, drawn: Drawn) -> None:
     plan: dict[str, Any] = {
-        "up": ColwiseParallel(),
+        "up": ColwiseParallel(use_local_output=False),  # torch takes a local one for a half, also of an odd number
         "down": RowwiseParallel(),
         "head": ColwiseParallel(output_layouts=Replicate()),
     }
@@ -89,9 +89,10 @@ def models(drawn: Drawn) -> tuple[Net, Net]:
 
 
 def close(found: Tensor, expected: Tensor) -> None:
+    """Assert equality but for sums in another order: after two steps through four layers, up to 1.4e-6 was measured."""
     scale = float(expected.detach().abs().max().clamp(min=1e-3))
     error = float((found.detach() - expected.detach()).abs().max())
-    assert error <= 5e-6 * scale, (error, scale)
+    assert error <= 2e-6 * scale, (error, scale)
 
 
 def train(drawn: Drawn, place: Path) -> None:
@@ -100,7 +101,7 @@ def train(drawn: Drawn, place: Path) -> None:
     assert isinstance(model.up._parameters["weight"], DTensor)
     ids = torch.randint(drawn.rows, (2, 5), generator=torch.Generator().manual_seed(1))
     ids[0, 0] = 0
-    optimizers = [torch.optim.SGD(randlora.trainable_parameters(each), lr=1e-3) for each in (one, model)]
+    optimizers = [torch.optim.SGD(randlora.trainable_parameters(each), lr=1e-5) for each in (one, model)]
     for _ in range(2):
         outputs = [each(ids) for each in (one, model)]
         close(outputs[1], outputs[0])
@@ -139,7 +140,7 @@ def outputs_of(model: nn.Module, ids: Tensor) -> Tensor:
 drawn_models = st.builds(
     Drawn,
     st.sampled_from([8, 12]),
-    st.sampled_from([16, 48, 7]),
+    st.sampled_from([16, 48, 7, 1]),
     st.sampled_from([30, 9, 12]),
     st.booleans(),
     st.sampled_from(["rows", "columns", "whole"]),
@@ -151,8 +152,10 @@ drawn_models = st.builds(
 def test_a_split_model_trains_saves_and_merges_as_in_one_process(
     pair: Processes, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    @settings(max_examples=4, deadline=None)
+    @settings(max_examples=2, deadline=None, phases=[Phase.explicit, Phase.generate])
     @given(drawn_models)
+    @example(Drawn(8, 1, 9, True, "rows", {"r": 4, "basis": "block"}))  # the second process has nothing of the block
+    @example(Drawn(12, 7, 30, False, "columns", {"r": 3, "basis": "dense"}))
     def law(drawn: Drawn) -> None:
         pair.run(train, drawn, tmp_path_factory.mktemp("tp"))
 
@@ -160,26 +163,25 @@ def test_a_split_model_trains_saves_and_merges_as_in_one_process(
 
 
 def count_collectives() -> None:
-    """Compare what an adapted model sends with what the plain one does, and with gradients of Λ and Γ."""
+    """Compare what an adapted model sends with what the plain one does whose table is trained."""
     drawn = Drawn(8, 16, 30, True, "rows", {"r": 4})
     base = plain(drawn)
     split(base, drawn)
-    for parameter in base.parameters():
-        parameter.requires_grad_(False)
+    for fqn, parameter in base.named_parameters():
+        parameter.requires_grad_(fqn == "embed.weight")
     _, model = models(drawn)
-    randlora.activate(model, "default")
-    sent = []
     ids = torch.arange(8).view(2, 4)
+    forward, both = [], []
     for each in (base, model):
         with torch.no_grad(), CommDebugMode() as communication:
             each(ids)
-        sent.append(communication.get_total_counts())
-    assert sent[0] == sent[1]
-    with CommDebugMode() as communication:
-        model(ids).sum().backward()
-    counts = {str(kind): count for kind, count in communication.get_comm_counts().items()}
-    diagonals = 2 * 4
-    assert communication.get_total_counts() - sent[0] - diagonals <= 3, counts  # the base's own: inputs' gradients
+        forward.append(communication.get_total_counts())
+        with CommDebugMode() as communication:
+            each(ids).square().sum().backward()
+        both.append(communication.get_total_counts())
+    assert 0 < forward[0] < both[0]
+    assert forward[1] == forward[0]
+    assert both[1] == both[0] + 2 * len(LAYERS)  # of Λ and of Γ
 
 
 def test_nothing_is_sent_but_the_gradients(pair: Processes) -> None:
