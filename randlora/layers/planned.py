@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.layers.sharded import local_product
@@ -73,7 +74,8 @@ def forward_within(owner: Any, layer: AdapterLayer, planned: Callable[..., Any])
         output = owner.randlora_base.forward(owner, x)
         for part, factor in active:
             update = layer.update(owner, part, factor).within(region)
-            output = output + local_product(update, x.to(output.dtype), region, layer.state.compute)
+            own = F.dropout(x.to(output.dtype), part.adapter.config.dropout, owner.training)
+            output = output + local_product(update, own, region, layer.state.compute)
         return output
 
     owner.__dict__["forward"] = forward

@@ -211,3 +211,63 @@ def several(place: Path) -> None:
 
 def test_several_adapters_of_a_split_model(pair: Processes, tmp_path: Path) -> None:
     pair.run(several, tmp_path)
+
+
+def with_dropout(first: bool) -> None:
+    """Train with another seed in each process, and compare the processes."""
+    drawn = Drawn(8, 16, 30, first, "whole", {"r": 4, "dropout": 0.5})
+    model = plain(drawn)
+    if first:
+        split(model, drawn)
+    randlora.inject(model, targets=["up", "down", "head"], **drawn.options)
+    if not first:
+        split(model, drawn)
+    fill(model)
+    torch.manual_seed(dist.get_rank())
+    ids = torch.arange(10).view(2, 5)
+    found = [model(ids), model(ids)]
+    assert not torch.equal(*found)
+    found[0].square().mean().backward()
+    found += map(_grad_of, randlora.trainable_parameters(model))
+    for each in found:
+        theirs = [torch.empty_like(each) for _ in range(dist.get_world_size())]
+        dist.all_gather(theirs, each.detach().contiguous())
+        assert all(torch.equal(each, other) for other in theirs)
+
+
+def _grad_of(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("first", [True, False])
+def test_dropout_leaves_processes_with_the_same_adapter(pair: Processes, first: bool) -> None:
+    pair.run(with_dropout, first)
+
+
+def merged_reversibly() -> None:
+    """Merge and unmerge, with parts of different sizes."""
+    _, model = models(Drawn(8, 7, 30, True, "rows", {"r": 4}))
+    ids = torch.arange(8).view(2, 4)
+    output, kept = outputs_of(model, ids), parts_of(model)
+    randlora.merge(model, reversible=True)
+    close(outputs_of(model, ids), output)
+    merged = parts_of(model)
+    assert all(not torch.equal(merged[f"{fqn}.weight"], kept[f"{fqn}.weight"]) for fqn in LAYERS)
+    randlora.unmerge(model)
+    assert all(torch.equal(value, kept[fqn]) for fqn, value in parts_of(model).items())
+    assert torch.equal(outputs_of(model, ids), output)
+
+
+def parts_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of what a process holds."""
+    return {
+        fqn: (each.detach().to_local() if isinstance(each, DTensor) else each.detach()).clone()
+        for fqn, each in model.named_parameters()
+    }
+
+
+@pytest.mark.medium
+def test_unmerging_restores_the_bits(pair: Processes) -> None:
+    pair.run(merged_reversibly)
