@@ -263,7 +263,7 @@ def merged_reversibly() -> None:
 def parts_of(model: nn.Module) -> dict[str, Tensor]:
     """Return copies of what a process holds."""
     return {
-        fqn: (each.detach().to_local() if isinstance(each, DTensor) else each.detach()).clone()
+        fqn: (each.to_local() if isinstance(each, DTensor) else each).detach().clone()
         for fqn, each in model.named_parameters()
     }
 
