@@ -24,7 +24,7 @@ from randlora.functional import Compute
 from randlora.hints import shortly
 from randlora.layer_options import LayerOptions
 from randlora.placement.dtensor import is_dtensor, reshard
-from randlora.placement.offloaded import is_offloaded
+from randlora.placement.offloaded import offloaded_modules
 from randlora.replaced import ReplacedParameter
 from randlora.required_grad import RequiredGrad
 
@@ -241,13 +241,14 @@ class ModelState:
 
         It makes other parameters of them, without gradients, and loads into these what it offloaded.
         """
+        offloaded = offloaded_modules(root) if self.replaced else set()
         problems = [
             f"{part.name}, which adapters train copies of, was offloaded by accelerate, which can neither train nor "
             "switch them: call accelerate.hooks.remove_hook_from_submodules(model), and keep its module on a device by "
             "the device map"
-            for entry in self.replaced.values()
+            for entry in (self.replaced.values() if offloaded else ())
             for part in entry.followed(root)
-            if not part.is_lost and any(is_offloaded(root, module) for module, _ in part.places.values())
+            if not part.is_lost and any(id(module) in offloaded for module, _ in part.places.values())
         ]
         raise_collected(AdapterError, problems, doing="use the adapters")
 

@@ -176,14 +176,13 @@ def offloaded(owner: nn.Module, attribute: str) -> Offloaded | None:
     return Offloaded(owner, attribute, found, torch.device("cpu") if device.type == "meta" else device)
 
 
-def is_offloaded(model: nn.Module, module: nn.Module) -> bool:
-    """Whether accelerate loads a module's parameters for each call: of the module, or of one of a model around it."""
-    around = [each for each in model.modules() if HOOK in each.__dict__]
-    return any(
-        each is module or (hook.place_submodules and any(module is within for within in each.modules()))
-        for each in around
-        for hook in offloading_hooks(each)
-    )
+def offloaded_modules(model: nn.Module) -> set[int]:
+    """Return the modules, by id, whose parameters accelerate loads for each call: of them, or of one around them."""
+    found: set[int] = set()
+    for module in model.modules():
+        for hook in offloading_hooks(module):
+            found |= set(map(id, module.modules())) if hook.place_submodules else {id(module)}
+    return found
 
 
 def offloading_hooks(module: nn.Module) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from randlora.layers.in_place import class_obstacle, plain_class
 from randlora.layers.planned import plan_obstacle
 from randlora.layers.read_weight import ReadWeight
-from randlora.placement.offloaded import is_offloaded
+from randlora.placement.offloaded import offloaded_modules
 from randlora.targets.site import Site
 from randlora.targets.ties import tie_problems
 from randlora.targets.walk import Census
@@ -54,12 +54,12 @@ def offloaded_with(census: Census) -> dict[int, str]:
 
 def offloaded_copies(census: Census, fqns: Iterable[str]) -> list[str]:
     """Return messages about parameters that ``train_also`` names and accelerate offloads."""
-    modules = {held.fqn: held.module for held in census.parameters}
+    modules, offloaded = {held.fqn: held.module for held in census.parameters}, offloaded_modules(census.model)
     return [
         f"{fqn} is offloaded by accelerate, which would load the model's own values instead of trained ones: keep it "
         "on a device by the device map, or leave it out of train_also"
         for fqn in fqns
-        if fqn in modules and is_offloaded(census.model, modules[fqn])
+        if fqn in modules and id(modules[fqn]) in offloaded
     ]
 
 
