@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import pickle
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -14,11 +16,15 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from hypothesis import Phase, settings
 
 Result = TypeVar("Result")
 
 SECONDS = 120
 """How long a call may take; processes that wait for each other for ever are stopped then."""
+
+LAW = settings(max_examples=5, deadline=None, phases=[Phase.explicit, Phase.generate])
+"""Of laws that processes are asked for. Examples are not shrunk, because each one that fails ends the processes."""
 
 
 class ProcessError(AssertionError):
@@ -89,13 +95,19 @@ def _serve(calls: Connection, rank: int, count: int, meeting: Path) -> None:
     # a process that waits for one that failed must raise before it is given up
     patience = timedelta(seconds=SECONDS)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=patience)
+    imported = 0
     while True:
         try:
-            function, args, kwargs = pickle.loads(calls.recv_bytes())
+            call = calls.recv_bytes()
         except EOFError:
             return
         torch.manual_seed(0)
+        if len(sys.modules) > imported:
+            gc.collect()
+            gc.freeze()  # or each look for engines among all objects, of which there are many calls, takes a second
+            imported = len(sys.modules)
         try:
+            function, args, kwargs = pickle.loads(call)  # imports modules, which may fail
             answer = True, function(*args, **kwargs)
         except BaseException:  # it is reported in the other process
             answer = False, traceback.format_exc()

@@ -1,24 +1,29 @@
-"""The example docs/examples/data_parallel.py, launched as a user would."""
+"""The example docs/examples/data_parallel.py, launched as a user would and with each of its engines."""
 
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import randlora
-from tests.distributed.engines import needs_deepspeed
+from tests.distributed.engines import deepspeed, needs_deepspeed
+from tests.distributed.processes import Processes
 from tests.test_examples import imported
 
 ROOT = Path(__file__).parents[2]
 
 
-def launch(tmp_path: Path, *options: str, example: str = "data_parallel") -> str:
+def launch(tmp_path: Path, example: str = "data_parallel") -> str:
     """Run an example on two processes; return what it prints."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, f"docs/examples/{example}.py", "--steps", "40", "--out", str(tmp_path / "out"), *options]
+    command = [*torchrun, f"docs/examples/{example}.py", "--steps", "40", "--out", str(tmp_path / "out")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -42,8 +47,18 @@ def test_the_example_trains_with_ddp(tmp_path: Path) -> None:
     assert_learned(launch(tmp_path), tmp_path / "out")
 
 
+def run(out: Path, stage: int) -> str:
+    """Run the example in a process that is in a group already; return what it prints."""
+    deepspeed()
+    printed = StringIO()
+    in_a_group = mock.patch.multiple(dist, init_process_group=mock.DEFAULT, destroy_process_group=mock.DEFAULT)
+    with in_a_group, redirect_stdout(printed):
+        imported("data_parallel").main(40, out, stage)
+    return printed.getvalue()
+
+
 @pytest.mark.medium
 @needs_deepspeed
-@pytest.mark.parametrize("stage", ["2", "3"])
-def test_the_example_trains_with_deepspeed(tmp_path: Path, stage: str) -> None:
-    assert_learned(launch(tmp_path, "--zero", stage), tmp_path / "out")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_example_trains_with_deepspeed(zero_pair: Processes, tmp_path: Path, stage: int) -> None:
+    assert_learned("".join(zero_pair.run(run, tmp_path / "out", stage)), tmp_path / "out")

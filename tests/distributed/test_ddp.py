@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
@@ -16,7 +16,7 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import randlora
-from tests.distributed.processes import Processes
+from tests.distributed.processes import LAW, Processes
 from tests.distributed.trained import (
     Drawn,
     counted_broadcasts,
@@ -29,9 +29,6 @@ from tests.distributed.trained import (
     trained_alone,
     values_of,
 )
-
-law = settings(max_examples=10, deadline=None, phases=[Phase.explicit, Phase.generate])
-"""Examples are not shrunk, because each one that fails ends the processes."""
 
 OPTIONS = st.fixed_dictionaries({
     "static_graph": st.booleans(),
@@ -71,7 +68,7 @@ def train_in_parts(drawn: Drawn, options: dict[str, bool], accumulated: int) -> 
 
 
 @pytest.mark.medium
-@law
+@settings(LAW, max_examples=10)
 @given(drawn=drawn_models(checkpointed=st.booleans()), options=OPTIONS, accumulated=st.sampled_from([1, 1, 3]))
 def test_training_equals_that_of_one_process(
     pair: Processes, drawn: Drawn, options: dict[str, bool], accumulated: int
@@ -109,7 +106,7 @@ def bytes_sent(drawn: Drawn) -> dict[str, int]:
 
 
 @pytest.mark.medium
-@settings(law, max_examples=5)
+@LAW
 @given(drawn=drawn_models(others=st.sampled_from([0, 2])))
 def test_no_byte_of_bases_is_sent(pair: Processes, drawn: Drawn) -> None:
     for sent in pair.run(bytes_sent, drawn):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 import randlora
 from randlora.errors import AdapterError
-from tests.distributed.processes import Processes
+from tests.distributed.processes import LAW, Processes
 from tests.distributed.test_fsdp_at_rest import Two, full, shards
 from tests.kit import fill
 
@@ -126,7 +126,7 @@ cases = st.builds(
 
 
 @pytest.mark.medium
-@settings(max_examples=6, deadline=None)
+@LAW
 @given(case=cases)
 def test_a_sharded_model_trains_as_in_one_process(pair: Processes, case: Case) -> None:
     pair.run(assert_as_one_process, case)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,7 +17,7 @@ from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 import randlora
 from randlora.memory.training import TrainingMemory
 from randlora.state import adapted_root
-from tests.distributed.processes import Processes
+from tests.distributed.processes import LAW, Processes
 
 
 class Drawn(NamedTuple):
@@ -144,7 +144,7 @@ def planned(case: Drawn, strategy: Any) -> TrainingMemory:
     return randlora.training_memory(model, case.r, devices=2, strategy=strategy, device_type="cpu", **case.options)
 
 
-@settings(max_examples=6)
+@LAW
 @given(drawn)
 def test_each_process_of_ddp_holds_everything_and_buckets_as_large_as_the_gradients(
     pair: Processes, case: Drawn
@@ -154,7 +154,7 @@ def test_each_process_of_ddp_holds_everything_and_buckets_as_large_as_the_gradie
     assert [list(found) for found in pair.run(replicated, case)] == [expected, expected]
 
 
-@settings(max_examples=6)
+@LAW
 @given(drawn)
 def test_each_process_of_fsdp2_holds_shards_of_all_parameters_and_whole_bases(pair: Processes, case: Drawn) -> None:
     plan = planned(case, "fsdp2")
@@ -167,7 +167,7 @@ def test_each_process_of_fsdp2_holds_shards_of_all_parameters_and_whole_bases(pa
     assert root_and_block < plan.communication <= 2 * root_and_block + 2 * plan.parameters
 
 
-@settings(max_examples=6)
+@LAW
 @given(drawn)
 def test_each_process_of_tensor_parallelism_holds_parts_of_the_layers(pair: Processes, case: Drawn) -> None:
     assert max(pair.run(split, case)) == planned(case, "tp").weights

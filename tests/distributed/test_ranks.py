@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.parallel import DistributedDataParallel
 
 import randlora
 from randlora.errors import AdapterError
 from randlora.model.ranks import differences
-from tests.distributed.processes import Processes
+from tests.distributed.processes import LAW, Processes
 from tests.distributed.trained import Drawn, drawn_models
 
 DRAWN = Drawn((6, 8, 6), 4, "block", 2.0)
@@ -26,7 +26,7 @@ def check(drawn: Drawn) -> None:
 
 
 @pytest.mark.medium
-@settings(max_examples=5, deadline=None)
+@LAW
 @given(drawn=drawn_models(others=st.sampled_from([0, 1])))
 def test_equal_adapters_pass(pair: Processes, drawn: Drawn) -> None:
     pair.run(check, drawn)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import Phase, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,7 +17,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import randlora
-from tests.distributed.processes import Processes
+from tests.distributed.processes import LAW, Processes
 from tests.kit import fill
 
 LAYERS = ["embed", "up", "down", "head"]
@@ -152,7 +152,7 @@ drawn_models = st.builds(
 def test_a_split_model_trains_saves_and_merges_as_in_one_process(
     pair: Processes, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    @settings(max_examples=2, deadline=None, phases=[Phase.explicit, Phase.generate])
+    @LAW
     @given(drawn_models)
     @example(Drawn(8, 1, 9, True, "rows", {"r": 4, "basis": "block"}))  # the second process has nothing of the block
     @example(Drawn(12, 7, 30, False, "columns", {"r": 3, "basis": "dense"}))

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import randlora
 from randlora.errors import AdapterError
 from tests.distributed.engines import deepspeed, engine_around, engine_of, needs_deepspeed, trained, whole_values
-from tests.distributed.processes import Processes
+from tests.distributed.processes import LAW, Processes
 from tests.distributed.trained import (
     Drawn,
     distance,
@@ -44,7 +44,7 @@ def train(drawn: Drawn, stage: str, *, is_spread_first: bool) -> tuple[float, fl
     return max(abs(a - b) for a, b in zip(losses, expected_losses, strict=True)), distance(values, expected)
 
 
-@settings(max_examples=5, deadline=None, phases=[Phase.explicit, Phase.generate])
+@LAW
 @given(
     drawn=drawn_models(), stage=st.sampled_from(["2", "3", "3-persistent", "3-offload"]), is_spread_first=st.booleans()
 )
