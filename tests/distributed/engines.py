@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from tests.distributed.trained import ROWS, Drawn, loss_of, optimizer_of
 from tests.kit import fill
@@ -18,6 +19,9 @@ needs_deepspeed = pytest.mark.skipif(
     not sys.platform.startswith("linux") or importlib.util.find_spec("deepspeed") is None,
     reason="DeepSpeed is not installed",
 )
+
+LINEAR = functional.linear
+"""What DeepSpeed replaces in a process for good, also for engines that are told not to."""
 
 SPREAD = {"stage": 3, "stage3_param_persistence_threshold": 0}
 """ZeRO-3 that spreads small parameters too, as it does large ones."""
@@ -75,7 +79,8 @@ def engine_of(drawn: Drawn, stage: str, *, is_spread_first: bool = False, **opti
 
 
 def engine_around(model: nn.Module, stage: str, **options: Any) -> Any:
-    """Return an engine of a model."""
+    """Return an engine of a model, which computes with DeepSpeed's `F.linear` only if its own stage says so."""
+    vars(functional)["linear"] = LINEAR
     engine, *_ = deepspeed().initialize(model=model, optimizer=optimizer_of(model), config=config(stage, **options))
     return engine
 

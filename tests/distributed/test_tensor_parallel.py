@@ -101,6 +101,7 @@ def train(drawn: Drawn, place: Path) -> None:
     assert isinstance(model.up._parameters["weight"], DTensor)
     ids = torch.randint(drawn.rows, (2, 5), generator=torch.Generator().manual_seed(1))
     ids[0, 0] = 0
+    # a larger rate diverges, and amplifies how products of parts round
     optimizers = [torch.optim.SGD(randlora.trainable_parameters(each), lr=1e-5) for each in (one, model)]
     for _ in range(2):
         outputs = [each(ids) for each in (one, model)]
