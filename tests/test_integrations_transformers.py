@@ -83,6 +83,20 @@ def test_a_run_goes_on_in_the_parameters_that_it_has_and_with_an_optimizer_that_
     assert trained_bits(other) == trained_bits(model)
 
 
+@pytest.mark.parametrize(("steps", "after"), [(4, 5), (8, 8)], ids=["within-an-epoch", "an-epoch"])
+def test_a_finished_run_that_is_resumed_takes_the_step_that_transformers_own_takes(steps: int, after: int) -> None:
+    def own(directory: str) -> Trainer:
+        return Trainer(plain_model(), arguments(TrainingArguments, directory, max_steps=steps), train_dataset=rows())
+
+    own("plain").train()
+    stock = own("plain")
+    stock.train(resume_from_checkpoint=True)
+    trainer(adapted_model(), "run", max_steps=steps).train()
+    rest = trainer(adapted_model(), "run", max_steps=steps)
+    rest.train(resume_from_checkpoint=True)
+    assert rest.state.global_step == stock.state.global_step == after
+
+
 def test_the_best_adapter_is_given_back_and_old_checkpoints_are_deleted() -> None:
     model = adapted_model()
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 2}

@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -18,10 +19,18 @@ from randlora.errors import CheckpointError, ConfigError
 from tests import models
 from tests.kit import adapter_values, all_bits, fill
 from tests.peer import THEIR_WARNINGS
+from tests.trainers import plain_model
 
 IDS = torch.tensor([[1, 2, 3, 4]])
 
 pytestmark = THEIR_WARNINGS
+
+
+class Hostile:
+    """What makes a file when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("ran"),)
 
 
 @pytest.fixture
@@ -90,6 +99,53 @@ def test_what_cannot_be_loaded_is_said(change: Callable[[], object], message: st
         randlora.load_model("adapter")
 
 
+def change_tensors(change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file("base/model.safetensors")
+    change(tensors)
+    save_file(tensors, "base/model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_a_base_whose_files_lack_values_is_refused_by_their_names(name: str, saved: nn.Module) -> None:
+    change_tensors(lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=f"its files have no {name}.*values would be random: give base="):
+        randlora.load_model("adapter")
+
+
+def test_a_base_with_values_of_another_shape_is_refused_whatever_transformers_was_told(saved: nn.Module) -> None:
+    change_tensors(lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}))
+    with pytest.raises(CheckpointError, match="base model 'base'"):
+        randlora.load_model("adapter")
+    with pytest.raises(CheckpointError, match=r"another shape of model\.norm\.weight"):
+        randlora.load_model("adapter", ignore_mismatched_sizes=True)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_values_that_files_need_not_have_are_no_reason_to_refuse(tied: bool, saved: nn.Module) -> None:
+    """Tied weights are written once, and a base may have values that the model does not use."""
+    base: Any = plain_model(tie_word_embeddings=tied)
+    base.save_pretrained("other")
+    tensors = load_file("other/model.safetensors")
+    assert ("lm_head.weight" in tensors) is not tied
+    save_file({**tensors, "unused": torch.ones(2)}, "other/model.safetensors", metadata={"format": "pt"})
+    randlora.inject(base, r=4)
+    randlora.save(fill(base), "other-adapter")
+    assert torch.equal(logits(randlora.load_model("other-adapter", base="other")), logits(base))
+
+
+@pytest.mark.parametrize("option", ["config", "state_dict", "output_loading_info"])
+def test_options_that_would_make_another_model_are_refused(option: str, saved: nn.Module) -> None:
+    with pytest.raises(ConfigError, match=f"{option} is not passed on: create such a model yourself"):
+        randlora.load_model("adapter", **{option: None})
+
+
+def test_the_model_is_made_where_the_caller_says(saved: nn.Module) -> None:
+    for device_map in ("cpu", {"": "cpu"}, "auto"):
+        assert torch.equal(logits(randlora.load_model("adapter", device_map=device_map)), logits(saved))
+    with pytest.raises(CheckpointError, match=r"holds no values yet \(meta\)"):
+        randlora.load_model("adapter", device_map="meta")
+
+
 def test_an_adapter_that_does_not_fit_is_refused(saved: nn.Module) -> None:
     other: Any = models.gpt2()
     other.save_pretrained("other")
@@ -112,7 +168,10 @@ def test_no_code_of_a_base_model_is_run_and_nothing_unpickled(saved: nn.Module) 
     edit("base/config.json", auto_map={"AutoModelForCausalLM": "modeling.Any"}, _attn_implementation="some/kernel")
     assert torch.equal(logits(randlora.load_model("adapter")), logits(saved))
     Path("base/model.safetensors").unlink()
-    Path("base/pytorch_model.bin").write_bytes(pickle.dumps(Path("ran")))
+    torch.save(Hostile(), "base/pytorch_model.bin")
+    pickle.loads(pickle.dumps(Hostile()))
+    assert Path("ran").exists(), "it is hostile"
+    Path("ran").unlink()
     with pytest.raises(CheckpointError, match="base model 'base'"):
         randlora.load_model("adapter")
     assert not Path("ran").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from randlora.checkpoint.read import locate, read_adapter
 from randlora.config import Stream
 from randlora.disk.hub import is_repo_id
 from randlora.disk.regular import is_there
-from randlora.errors import CheckpointError, ConfigError
+from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.hints import require_types, shortly
+from randlora.targets.match import shortened
 
 CODE = "trust_remote_code"
+FIXED = ("config", "output_loading_info", "state_dict")
+"""Arguments of ``from_pretrained`` that are not the caller's: they would make another model, or return something else."""
+
 OTHER_LIBRARIES = {
     "modules.json": ("sentence-transformers", "SentenceTransformer(base)"),
     "model_index.json": ("diffusers", "DiffusionPipeline.from_pretrained(base)"),
@@ -59,9 +64,11 @@ def load_model(
         The model, in evaluation mode as ``from_pretrained`` returns it, with the adapter active.
 
     Raises:
-        ConfigError: For ``trust_remote_code`` or ``use_safetensors=False``.
+        ConfigError: For ``trust_remote_code``, ``use_safetensors=False``, ``config``, ``state_dict`` or
+            ``output_loading_info``.
         CheckpointError: If transformers is not installed, the adapter's files are damaged, they name no base model, it
-            is not there or not one of transformers, or the adapter does not fit it.
+            is not there or not one of transformers, its files lack values or have others than the model's shapes, or
+            the adapter does not fit it.
     """
     require_types(load_model, {"source": source, "name": name, "trainable": trainable, "revision": revision})
     require_types(load_model, {"base": base, "base_revision": base_revision})
@@ -71,6 +78,8 @@ def load_model(
         raise ConfigError(
             "use_safetensors=False unpickles files: create such a model yourself, then call randlora.load"
         )
+    if given := [option for option in FIXED if option in options]:
+        raise ConfigError(f"{given[0]} is not passed on: create such a model yourself, then call randlora.load")
     transformers = _transformers()
     directory = locate(source, revision)
     file = read_adapter(directory, stream)  # before the base, which may be large
@@ -130,11 +139,26 @@ def _base_model(transformers: Any, base: str, options: dict[str, Any], *, given:
             raise ValueError(f"transformers {transformers.__version__} has no class {architecture!r}")
         # either may name a kernel on the Hub, which is code; an argument of the caller is used nevertheless
         config._attn_implementation = config._experts_implementation = None
-        model: nn.Module = model_class.from_pretrained(base, config=config, **options)
+        model, found = model_class.from_pretrained(base, config=config, output_loading_info=True, **options)
     except Exception as error:  # whatever transformers and the Hub's client raise
         said = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"cannot load the base model {base!r}{'' if given else ', which the adapter names'}: check that it is "
             f"there, or give base= ({type(error).__name__}: {said})"
         ) from error
-    return model
+    _require_complete(base, found)
+    made: nn.Module = model
+    return made
+
+
+def _require_complete(base: str, found: Mapping[str, Any]) -> None:
+    """Refuse a model some of whose values are not from its files: transformers draws them at random, and warns."""
+    missing = sorted(found["missing_keys"])
+    mismatched = sorted(name for name, *_ in found["mismatched_keys"])
+    problems = [f"its files have no {shortened(missing)}"] if missing else []
+    problems += [f"its files have another shape of {shortened(mismatched)}"] if mismatched else []
+    problems += found["error_msgs"]
+    advice = "values would be random: give base= with complete files, or create the model yourself and call randlora.load"
+    raise_collected(
+        CheckpointError, [f"{problem} ({advice})" for problem in problems], doing=f"load the base model {base!r}"
+    )
