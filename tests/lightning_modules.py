@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import randlora
-from randlora.integrations.lightning import AdapterCheckpoints
+from randlora.integrations.lightning import AdapterCallback
 from tests.kit import bits
 
 
@@ -48,7 +48,7 @@ def fit(
     module: pl.LightningModule, out: Path, *, epochs: int, resume: Path | None = None, batch: int = 8, **options: Any
 ) -> pl.Trainer:
     """Train a module for some epochs, with a checkpoint after each."""
-    callback = options.pop("callback", None) or AdapterCheckpoints()
+    callback = options.pop("callback", None) or AdapterCallback()
     checkpoints = ModelCheckpoint(out, filename="{epoch}", **{"save_top_k": -1, **options.pop("checkpoints", {})})
     quiet: dict[str, Any] = {
         "logger": False,

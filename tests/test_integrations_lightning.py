@@ -1,4 +1,4 @@
-"""`AdapterCheckpoints`: Lightning's checkpoints hold what is trained, and a resumed run is the run it goes on with."""
+"""`AdapterCallback`: Lightning's checkpoints hold what is trained, and a resumed run is the run it goes on with."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from torch import nn
 
 import randlora
 from randlora.errors import AdapterError, CheckpointError
-from randlora.integrations.lightning import AdapterCheckpoints
+from randlora.integrations.lightning import AdapterCallback
 from tests.kit import all_bits, assert_unchanged, snapshot
 from tests.lightning_modules import Module, fit, trained
 from tests.peer import TRAINERS_WARNINGS
@@ -42,9 +42,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(tmp_path: Pa
 
 def test_adapters_are_saved_beside_checkpoints_and_removed_with_them(tmp_path: Path) -> None:
     module = Module()
-    fit(
-        module, tmp_path, epochs=3, callback=AdapterCheckpoints(adapter_directories=True), checkpoints={"save_top_k": 1}
-    )
+    fit(module, tmp_path, epochs=3, callback=AdapterCallback(adapter_directories=True), checkpoints={"save_top_k": 1})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch=2.adapter", "epoch=2.ckpt"]
     fresh = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Dropout(0.1), nn.Linear(32, 8))
     randlora.load(fresh, tmp_path / "epoch=2.adapter", trainable=True)

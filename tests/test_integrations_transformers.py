@@ -155,6 +155,65 @@ def test_several_adapters_that_are_trained_are_saved_each_in_a_directory() -> No
     assert trained_bits(rest.model) == trained_bits(through.model)
 
 
+def several(*names: str) -> nn.Module:
+    model: nn.Module = plain_model()
+    for name in names:
+        randlora.inject(model, r=4, name=name, trainable=True)
+    randlora.activate(model, [*names], trainable=True)
+    return model
+
+
+def _damage() -> None:
+    path = Path("run/checkpoint-2/b/adapter_model.safetensors")
+    path.write_bytes(path.read_bytes()[:50])
+
+
+@pytest.mark.parametrize(
+    ("names", "change", "message"),
+    [
+        (("a", "b"), lambda: None, "it has c, which the model lacks"),
+        (("a", "b", "c"), _damage, "b/adapter_model.safetensors is truncated"),
+        (("a", "b", "d"), lambda: shutil.rmtree("run/checkpoint-2/c"), "cannot restore adapter 'd'"),
+        (("a",), lambda: None, "there are some inside it: a, b, c"),
+    ],
+    ids=["fewer", "damaged", "another", "one"],
+)
+def test_of_several_adapters_all_are_restored_or_none(names: tuple[str, ...], change: Any, message: str) -> None:
+    trainer(several("a", "b", "c"), "run", max_steps=2).train()
+    change()
+    model = several(*names)
+    for name in names:
+        fill(model, name)
+    before = trained_bits(model)
+    with pytest.raises(CheckpointError, match=message):
+        trainer(model, "run").train(resume_from_checkpoint="run/checkpoint-2")
+    assert trained_bits(model) == before
+
+
+@pytest.mark.parametrize("block", [randlora.merged, randlora.disabled])
+def test_training_that_would_not_change_the_adapter_is_refused(block: Any) -> None:
+    run = trainer(adapted_model(train_also=["norm"]), "run")
+    with block(run.model), pytest.raises(AdapterError, match=r"so training would not change it|not trained"):
+        run.train()
+
+
+def test_predictions_and_losses_before_training_are_those_of_the_base() -> None:
+    run = trainer(adapted_model(), "run", eval_dataset=rows())
+    plain = Trainer(plain_model(), arguments(TrainingArguments, "plain"), eval_dataset=rows())
+    assert run.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+    assert (run.predict(rows()).predictions == plain.predict(rows()).predictions).all()
+
+
+def test_the_best_is_kept_where_one_checkpoint_is() -> None:
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 1}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    run = trainer(adapted_model(), "run", eval_dataset=rows(), **options)
+    run.train()
+    best = plain_model()
+    randlora.load(best, run.state.best_model_checkpoint, trainable=True)
+    assert trained_bits(best) == trained_bits(run.model)
+
+
 def test_save_model_saves_the_tokenizer_and_the_arguments_too() -> None:
     trainer(adapted_model(), "run", processing_class=tokenizer()).save_model("saved")
     assert files("saved") == ADAPTER_FILES | {"tokenizer.json", "tokenizer_config.json", "training_args.bin"}
@@ -237,6 +296,9 @@ def test_a_push_has_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         run = trainer(adapted_model(), "run", **options)
         run.train()
         run.push_to_hub()
+        with pytest.warns(UserWarning, match="wrote adapter 'default'"):
+            run.model.push_to_hub("me/by-method", token="hf_none")
+        assert set(hub.repositories["me/by-method"].files()) >= ADAPTER_FILES
         found = set(hub.repositories["me/adapter"].files())
         assert found >= ADAPTER_FILES
         assert not [name for name in found if name.startswith(("model", "pytorch_model"))]

@@ -167,7 +167,10 @@ def test_no_code_of_a_base_model_is_run_and_nothing_unpickled(saved: nn.Module) 
     Path("base/modeling.py").write_text("open('ran', 'w')\n", encoding="utf-8")
     edit("base/config.json", auto_map={"AutoModelForCausalLM": "modeling.Any"}, _attn_implementation="some/kernel")
     assert torch.equal(logits(randlora.load_model("adapter")), logits(saved))
+    torch.save(load_file("base/model.safetensors"), "base/pytorch_model.bin")
     Path("base/model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="base model 'base'"):
+        randlora.load_model("adapter")
     torch.save(Hostile(), "base/pytorch_model.bin")
     pickle.loads(pickle.dumps(Hostile()))
     assert Path("ran").exists(), "it is hostile"

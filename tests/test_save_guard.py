@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import randlora
-from randlora.errors import AdapterError, ConfigError
+from randlora.errors import AdapterError, ConfigError, MergeError
 from randlora.model.save_guard import SaveGuard
 from tests.kit import adapter_values, all_bits, fill, snapshot
 
@@ -215,6 +215,27 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
     randlora.inject(model, r=4, targets=["up"], name="second")
     with pytest.raises(AdapterError, match=r"one of several adapters \(default, second\).*name="):
         model.save_pretrained(tmp_path)
+
+
+def test_a_state_dict_with_the_models_own_values_is_accepted_and_with_others_refused(tmp_path: Path) -> None:
+    model = adapted(save_pretrained="adapter")
+    model.save_pretrained(tmp_path / "own", state_dict=model.state_dict())
+    assert same_adapter(tmp_path / "own", model, Saver())
+    averages = {name: value / 2 for name, value in model.state_dict().items()}
+    for given, message in ((averages, "has another up.randlora_"), (Saver().state_dict(), "has no up.randlora_")):
+        with pytest.raises(AdapterError, match=f"{message}.* load it into the model first"):
+            model.save_pretrained(tmp_path / "none", state_dict=given)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_state_dict_taken_of_a_merged_model_which_is_that_of_the_base_is_refused(tmp_path: Path) -> None:
+    model = adapted()
+    with randlora.merged(model):
+        with pytest.raises(MergeError, match=r"Λ and Γ beside the weights of the base: .*merged_tensors"):
+            model.save_pretrained(tmp_path / "none", state_dict=model.state_dict())
+        given = dict(randlora.merged_tensors(model))
+        assert model.save_pretrained(tmp_path / "merged", state_dict=given) == "its own result"
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("verb", [randlora.inject, randlora.plan])

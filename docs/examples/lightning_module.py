@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification
 
 import randlora
-from randlora.integrations.lightning import AdapterCheckpoints
+from randlora.integrations.lightning import AdapterCallback
 
 TALES = Path(__file__).parent / "data" / "grimm.txt"
 WINDOW = 32  # bytes
@@ -67,9 +67,7 @@ def windows(count: int) -> TensorDataset:
 def make_trainer(out: Path, *, epochs: int) -> pl.Trainer:
     """Make a trainer that writes a checkpoint after every epoch."""
     checkpoints = ModelCheckpoint(out, filename="{epoch}", save_top_k=-1, save_last=True)
-    return pl.Trainer(
-        max_epochs=epochs, callbacks=[checkpoints, AdapterCheckpoints()], logger=False, log_every_n_steps=1
-    )
+    return pl.Trainer(max_epochs=epochs, callbacks=[checkpoints, AdapterCallback()], logger=False, log_every_n_steps=1)
 
 
 def main(

@@ -1,9 +1,9 @@
-"""`restore`: the values of an adapter's files into the adapter that a model has already, in place."""
+"""`restore` and `restore_each`: the values of an adapter's files into the adapter that a model has, in place."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,19 @@ def restore(model: nn.Module, directory: str | os.PathLike[str], *, name: str | 
         CheckpointError: If the files are missing or damaged, or are those of another adapter. The model is then
             unchanged.
     """
+    _write_all(_planned(model, directory, name))
+
+
+@one_at_a_time
+def restore_each(model: nn.Module, directories: Mapping[str, Path]) -> None:
+    """Restore several adapters, by name, each from its directory as `restore` does: all of them, or none."""
+    _write_all(chain.from_iterable([[*_planned(model, path, name)] for name, path in directories.items()]))
+
+
+def _planned(
+    model: nn.Module, directory: str | os.PathLike[str], name: str | None
+) -> Iterable[tuple[nn.Parameter, Tensor]]:
+    """Return the parameters of an adapter with their values in the files, after checking that these are its own."""
     reshard(model)
     root, state = adapted_root(model)
     adapter = state.adapter(name)
@@ -69,9 +82,12 @@ def restore(model: nn.Module, directory: str | os.PathLike[str], *, name: str | 
             if any(hasattr(each, "ds_id") for each in own)
         ]
         raise_collected(CheckpointError, problems, doing=doing)
-    values = dict(_values(adapter, file, sites))
+    return dict(_values(adapter, file, sites)).items()
+
+
+def _write_all(values: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
     with torch.no_grad():
-        for parameter, value in values.items():
+        for parameter, value in values:
             _write(parameter, value)
 
 

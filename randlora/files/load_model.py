@@ -21,7 +21,7 @@ from randlora.targets.match import shortened
 
 CODE = "trust_remote_code"
 FIXED = ("config", "output_loading_info", "state_dict")
-"""Arguments of ``from_pretrained`` that are not the caller's: they would make another model, or return something else."""
+"""Arguments of ``from_pretrained`` that are not the caller's: they would make another model, or return more."""
 
 OTHER_LIBRARIES = {
     "modules.json": ("sentence-transformers", "SentenceTransformer(base)"),
@@ -158,7 +158,7 @@ def _require_complete(base: str, found: Mapping[str, Any]) -> None:
     problems = [f"its files have no {shortened(missing)}"] if missing else []
     problems += [f"its files have another shape of {shortened(mismatched)}"] if mismatched else []
     problems += found["error_msgs"]
-    advice = "values would be random: give base= with complete files, or create the model yourself and call randlora.load"
+    advice = "values would be random: give base= with complete files, or create the model yourself, then load"
     raise_collected(
         CheckpointError, [f"{problem} ({advice})" for problem in problems], doing=f"load the base model {base!r}"
     )

@@ -1,4 +1,4 @@
-"""`AdapterCheckpoints`: a callback of Lightning whose checkpoints hold what is trained, and not the model.
+"""`AdapterCallback`: a callback of Lightning whose checkpoints hold what is trained, and not the model.
 
 Both packages of Lightning, ``pytorch_lightning`` and ``lightning``, can use it.
 """
@@ -42,7 +42,7 @@ def _callbacks() -> tuple[type, ...]:
 _Callback: Any = type("_Callback", _callbacks(), {})
 
 
-class AdapterCheckpoints(_Callback):  # type: ignore[misc]
+class AdapterCallback(_Callback):  # type: ignore[misc]
     """Make a trainer's checkpoints hold the parameters that are trained, and not the base model.
 
     A checkpoint has Λ, Γ, the parameters of ``train_also`` and any other that requires grad, buffers that training has
@@ -59,8 +59,8 @@ class AdapterCheckpoints(_Callback):  # type: ignore[misc]
         name: The adapter to save there; ``None`` means the only one.
 
     Example:
-        >>> from randlora.integrations.lightning import AdapterCheckpoints
-        >>> callback = AdapterCheckpoints(adapter_directories=True)  # for Trainer(callbacks=[callback])
+        >>> from randlora.integrations.lightning import AdapterCallback
+        >>> callback = AdapterCallback(adapter_directories=True)  # for Trainer(callbacks=[callback])
     """
 
     def __init__(self, *, adapter_directories: bool = False, name: str | None = None) -> None:
@@ -175,7 +175,7 @@ def _check(module: Any, checkpoint: dict[str, Any]) -> None:
     """Check that a checkpoint is of the adapters that a module has; else raise `CheckpointError`."""
     written = checkpoint.get(ENTRY)
     if not isinstance(written, dict):
-        raise CheckpointError("the checkpoint was written without AdapterCheckpoints: load it without this callback")
+        raise CheckpointError("the checkpoint was written without AdapterCallback: load it without this callback")
     problems, here = [], {entry["name"]: entry for entry in _described(module)}
     for entry in written["adapters"]:
         own = here.get(entry["name"])

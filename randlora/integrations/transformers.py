@@ -20,8 +20,8 @@ from transformers import Trainer
 
 import randlora
 from randlora.checkpoint.format import TENSORS_FILE
-from randlora.checkpoint.restore import restore
-from randlora.errors import AdapterError, warn
+from randlora.checkpoint.restore import restore, restore_each
+from randlora.errors import AdapterError, CheckpointError, warn
 from randlora.integrations.reference import Reference
 from randlora.layers.in_place import RunsAdapters
 from randlora.model.switch import AdapterInfo
@@ -50,6 +50,7 @@ class AdapterCheckpoints:
     args: Any
     is_deepspeed_enabled: bool
     model: Any
+    model_init: Any
     state: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -74,6 +75,8 @@ class AdapterCheckpoints:
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does, except that ``True`` means the newest checkpoint that is complete."""
+        if self.model_init is None:  # else another model is made now
+            _require_added(self.model)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = _newest_complete(Path(self.args.output_dir))
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
@@ -105,10 +108,17 @@ class AdapterCheckpoints:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the adapters that are trained from a checkpoint, in place."""
         model = self.model if model is None else model
-        trained = _require_trained(model)
-        for info in trained:
-            own = Path(resume_from_checkpoint, *([] if len(trained) == 1 else [info.name]))
-            restore(model, own, name=info.name)
+        trained = [info.name for info in _require_trained(model)]
+        checkpoint = Path(resume_from_checkpoint)
+        if len(trained) == 1:
+            restore(model, checkpoint, name=trained[0])
+            return
+        if others := {path.parent.name for path in checkpoint.glob(f"*/{TENSORS_FILE}")}.difference(trained):
+            raise CheckpointError(
+                f"cannot resume from {str(checkpoint)!r}: it has {shortened(sorted(others))}, which the model lacks or "
+                f"does not train (it trains {', '.join(trained)}): inject and activate the same adapters as then"
+            )
+        restore_each(model, {name: checkpoint / name for name in trained})
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint of the run; DeepSpeed's from its own files, which have copies of what is trained."""
@@ -142,6 +152,22 @@ def _require_trained(model: nn.Module) -> list[AdapterInfo]:
             "in train_also=, or set requires_grad to False"
         )
     return trained
+
+
+def _require_added(model: nn.Module) -> None:
+    """Check that an adapter that is trained is part of what the model computes, and not merged: else it would not be.
+
+    Raises:
+        AdapterError: If it is not.
+    """
+    trained = _require_trained(model)
+    names = ", ".join(info.name for info in trained)
+    if not any(info.is_active for info in trained):
+        raise AdapterError(
+            f"{names} is not active, so training would not change it: call randlora.activate(model, name)"
+        )
+    if any(info.is_merged for info in trained):
+        raise AdapterError(f"{names} is merged, so training would not change it: call randlora.unmerge(model) first")
 
 
 def _require_called(model: nn.Module, trainer: type) -> None:

@@ -8,11 +8,12 @@ that contains an adapted one. While the adapters are merged, it writes the merge
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from randlora.errors import AdapterError, MergeError, warn
@@ -27,6 +28,9 @@ METHODS = ("save_pretrained", "save")
 
 DIRECTORY = ("save_directory", "path", "output_path")
 """What libraries call the first argument."""
+
+DIAGONAL = "randlora_"
+"""What names of Λ and Γ have in a state dict."""
 
 INSTEAD = (
     "call randlora.save(model, directory) for the adapter; or, for the merged model, randlora.merge(model) first, or "
@@ -66,11 +70,12 @@ class SaveGuard:
         if root is None or state is None:
             raise AdapterError(f"cannot {self.name} a part of an adapted model that was copied or pickled: {INSTEAD}")
         if state.is_merged:
+            self._require_merged(kwargs.get("state_dict"))
             with _merged_values(root, state):
                 return self._unguarded(module)(*args, **kwargs)
         if state.save_pretrained == "error":
             raise AdapterError(f"{self.name} would write a model without its adapters: {INSTEAD}")
-        return self._save_adapter(root, state, args, kwargs)
+        return self._save_adapter(module, root, state, args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle without the model around a part of it, because that may not be what is pickled."""
@@ -88,7 +93,17 @@ class SaveGuard:
         assert callable(found), "only methods are guarded"
         return found
 
-    def _save_adapter(self, root: nn.Module, state: ModelState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _require_merged(self, given: Mapping[str, Any] | None) -> None:
+        """Refuse a state dict that was taken of a merged model, which has what unmerging restores."""
+        if any(DIAGONAL in name for name in given or ()):
+            raise MergeError(
+                f"{self.name} was given a state_dict with Λ and Γ beside the weights of the base: leave it out or give "
+                "dict(randlora.merged_tensors(model))"
+            )
+
+    def _save_adapter(
+        self, module: nn.Module, root: nn.Module, state: ModelState, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Write the adapter to the directory that the method was given."""
         given = [*args[:1], *(kwargs[name] for name in DIRECTORY if name in kwargs)]
         if not given:
@@ -108,6 +123,7 @@ class SaveGuard:
             raise AdapterError(f"{self.name} of a sharded model takes no state_dict: {INSTEAD}, in all processes")
         if ranks is None and not kwargs.get("is_main_process", True):
             return
+        _require_own_values(module, kwargs.get("state_dict"))
         type(self).write_adapter(root, Path(given[0]))
         if state.save_pretrained is None:
             (name,) = state.adapters
@@ -120,6 +136,18 @@ class SaveGuard:
 
 def _nothing() -> None:
     """Return ``None``, as a reference to what is gone does."""
+
+
+def _require_own_values(module: nn.Module, given: Mapping[str, Any] | None) -> None:
+    """Refuse a state dict that has other values of Λ and Γ than the model, such as averages, which are not written."""
+    if given is None:
+        return
+    for name, value in module.state_dict().items():
+        if DIAGONAL in name and (name not in given or not torch.equal(value, given[name].to(value))):
+            raise AdapterError(
+                f"the state_dict has {'another' if name in given else 'no'} {name}, and the model's would be written: "
+                f"leave state_dict out, or load it into the model first; {INSTEAD}"
+            )
 
 
 def savers(census: Census) -> list[nn.Module]:

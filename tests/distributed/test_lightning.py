@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 import randlora
-from randlora.integrations.lightning import AdapterCheckpoints
+from randlora.integrations.lightning import AdapterCallback
 from tests.distributed.processes import Processes
 from tests.lightning_modules import Module, fit
 
@@ -40,7 +40,7 @@ def run(kind: type[Module], out: Path, epochs: int, resume: Path | None = None) 
     if kind is Sharded:
         strategy = ModelParallelStrategy(count, 1, save_distributed_checkpoint=False)
     module = kind(norm=kind is Module)
-    beside = AdapterCheckpoints(adapter_directories=kind is Module)
+    beside = AdapterCallback(adapter_directories=kind is Module)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit(
