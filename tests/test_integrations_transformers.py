@@ -193,8 +193,20 @@ def test_of_several_adapters_all_are_restored_or_none(names: tuple[str, ...], ch
 @pytest.mark.parametrize("block", [randlora.merged, randlora.disabled])
 def test_training_that_would_not_change_the_adapter_is_refused(block: Any) -> None:
     run = trainer(adapted_model(train_also=["norm"]), "run")
-    with block(run.model), pytest.raises(AdapterError, match=r"so training would not change it|not trained"):
+    with (
+        block(run.model),
+        pytest.raises(AdapterError, match=r"are (merged|disabled), so training"),
+    ):
         run.train()
+
+
+def test_training_an_adapter_that_is_not_active_is_refused() -> None:
+    model: nn.Module = plain_model()
+    randlora.inject(model, r=4, name="base")
+    randlora.inject(model, r=4, name="other", trainable=True)
+    randlora.activate(model, "base", trainable=False)
+    with pytest.raises(AdapterError, match=r"other is not active and .* call randlora\.activate"):
+        trainer(model, "run").train()
 
 
 def test_predictions_and_losses_before_training_are_those_of_the_base() -> None:

@@ -26,6 +26,7 @@ from randlora.integrations.reference import Reference
 from randlora.layers.in_place import RunsAdapters
 from randlora.model.switch import AdapterInfo
 from randlora.placement.ranks import ranks_of
+from randlora.state import adapted_root
 from randlora.targets.match import shortened
 from randlora.targets.walk import Census
 
@@ -161,13 +162,13 @@ def _require_added(model: nn.Module) -> None:
         AdapterError: If it is not.
     """
     trained = _require_trained(model)
-    names = ", ".join(info.name for info in trained)
+    _, state = adapted_root(model)
+    if state.is_merged or state.is_disabled:
+        done = "merged" if state.is_merged else "disabled"
+        raise AdapterError(f"the adapters are {done}, so training would not change them: unmerge or leave the block")
     if not any(info.is_active for info in trained):
-        raise AdapterError(
-            f"{names} is not active, so training would not change it: call randlora.activate(model, name)"
-        )
-    if any(info.is_merged for info in trained):
-        raise AdapterError(f"{names} is merged, so training would not change it: call randlora.unmerge(model) first")
+        names = ", ".join(info.name for info in trained)
+        raise AdapterError(f"{names} is not active and would not be trained: call randlora.activate(model, name)")
 
 
 def _require_called(model: nn.Module, trainer: type) -> None:
