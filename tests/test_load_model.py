@@ -135,8 +135,9 @@ def test_values_that_files_need_not_have_are_no_reason_to_refuse(tied: bool, sav
 
 @pytest.mark.parametrize("option", ["config", "state_dict", "output_loading_info"])
 def test_options_that_would_make_another_model_are_refused(option: str, saved: nn.Module) -> None:
+    given: dict[str, Any] = {option: None}
     with pytest.raises(ConfigError, match=f"{option} is not passed on: create such a model yourself"):
-        randlora.load_model("adapter", **{option: None})
+        randlora.load_model("adapter", **given)
 
 
 def test_the_model_is_made_where_the_caller_says(saved: nn.Module) -> None:
