@@ -80,6 +80,23 @@ def test_training_equals_that_of_one_process(
         assert value <= 1e-6
 
 
+def train_compiled(drawn: Drawn) -> float:
+    """Train a compiled model with DDP; return how far the values are from those of one process."""
+    model = drawn.adapted()
+    compiled, optimizer = torch.compile(wrap(model), backend="aot_eager"), optimizer_of(model)
+    for step in range(drawn.steps):
+        optimizer.zero_grad()
+        loss_of(compiled(drawn.batch(dist.get_rank(), step))).backward()
+        optimizer.step()
+    require_equal_on_ranks(values_of(model))
+    return distance(values_of(model), trained_alone(drawn)[1])
+
+
+@pytest.mark.medium
+def test_compiled_training_equals_that_of_one_process(pair: Processes) -> None:
+    assert max(pair.run(train_compiled, Drawn((6, 8, 6), 2, "block", 2.0, ("norms",)))) <= 1e-6
+
+
 def bytes_sent(drawn: Drawn) -> dict[str, int]:
     """Return the bytes that DDP sends when it is made, in a forward and in a backward, and those that it has to."""
     model = drawn.adapted()
