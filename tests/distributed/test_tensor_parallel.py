@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -153,7 +153,7 @@ drawn_models = st.builds(
 def test_a_split_model_trains_saves_and_merges_as_in_one_process(
     pair: Processes, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    @LAW
+    @settings(LAW, max_examples=2)
     @given(drawn_models)
     @example(Drawn(8, 1, 9, True, "rows", {"r": 4, "basis": "block"}))  # the second process has nothing of the block
     @example(Drawn(12, 7, 30, False, "columns", {"r": 3, "basis": "dense"}))
