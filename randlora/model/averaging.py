@@ -11,28 +11,29 @@ from torch.utils.hooks import RemovableHandle
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of
 from randlora.placement.averaged import DataMeshes, average_gradient
-from randlora.placement.dtensor import all_fsdp_modules, is_dtensor
+from randlora.placement.dtensor import all_fsdp_modules, fsdp_modules, is_dtensor
 from randlora.state import ModelState
 
 
 class Averaging:
     """What of a model's adapters is averaged, and over which mesh.
 
-    A hook is on each parameter. Before each forward of the model those that got another parameter since, as by
-    ``to_empty`` or ``load_state_dict(assign=True)``, get their hook again.
+    A hook is on each parameter. Before each forward of the model, or of a part that is sharded by itself, those that
+    got another parameter since, as by ``to_empty`` or ``load_state_dict(assign=True)``, get their hook again.
 
     Attributes:
         meshes: The mesh of each adapter of each weight.
     """
 
     def __init__(self, root: nn.Module) -> None:
-        """Watch the forward of the model that has the adapters."""
+        """Watch the forward of the model that has the adapters, and of its parts that `fully_shard` was called on."""
         self.meshes: dict[tuple[AdapterLayer, str], Any] = {}
-        self._handle: RemovableHandle = root.register_forward_pre_hook(self)
+        watched = dict.fromkeys([root, *fsdp_modules(root.modules())])
+        self._handles: list[RemovableHandle] = [each.register_forward_pre_hook(self) for each in watched]
 
-    def __call__(self, root: nn.Module, *args: object) -> None:  # noqa: ARG002  # of a hook
-        """Have the gradients averaged of what is trained now."""
-        for owner in root.modules():
+    def __call__(self, part: nn.Module, *args: object) -> None:  # noqa: ARG002  # of a hook
+        """Have the gradients averaged of what a part of the model trains now."""
+        for owner in part.modules():
             for layer in adapter_layers_of(owner).values():
                 for name in layer.adapters:
                     if (mesh := self.meshes.get((layer, name))) is None:
@@ -43,12 +44,13 @@ class Averaging:
 
     def end(self) -> None:
         """Watch no longer."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
 
 def average_gradients(root: nn.Module, state: ModelState, added: Iterable[tuple[nn.Module, AdapterLayer, str]]) -> None:
     """Have the gradients of adapters that are added averaged, if `fully_shard` has sharded a part of the model."""
-    if not all_fsdp_modules():
+    if not all_fsdp_modules(root):
         return
     found = DataMeshes.of(root)
     meshes = {(layer, name): found.mesh_for(layer.weight_of(owner)) for owner, layer, name in added}

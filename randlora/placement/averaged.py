@@ -33,7 +33,7 @@ class DataMeshes(NamedTuple):
         within = {id(module) for module in model.modules()}
         by_weight: dict[int, Any] = {}
         others: dict[Any, None] = {}
-        for module in all_fsdp_modules():
+        for module in all_fsdp_modules(model):
             for group in _groups(module):
                 mesh = group.mesh_info.mesh
                 by_weight |= {id(each.sharded_param): mesh for each in group.fsdp_params}
@@ -69,7 +69,7 @@ def average_gradient(parameter: nn.Parameter, mesh: Any) -> None:
 
     The average of a gradient that was accumulated from averages is that gradient, so steps can be accumulated.
     """
-    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    hooks = parameter._post_accumulate_grad_hooks or {}  # private, for want of another
     if not any(isinstance(hook, _Average) for hook in hooks.values()):
         parameter.register_post_accumulate_grad_hook(_Average(mesh))
 

@@ -14,6 +14,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from randlora.errors import AdapterError
+
 Part = tuple[slice, ...]
 """The part of a parameter that a process holds: a range in each dimension."""
 
@@ -31,11 +33,24 @@ def fsdp_modules(modules: Iterable[nn.Module]) -> list[Any]:
     return [] if kind is None else [each for each in modules if isinstance(each, kind)]
 
 
-def all_fsdp_modules() -> list[Any]:
-    """Return all modules of the program that `fully_shard` was called on."""
+def all_fsdp_modules(model: nn.Module) -> list[Any]:
+    """Return all modules of the program that `fully_shard` was called on.
+
+    Raises:
+        AdapterError: If this version of torch does not tell, and a part of the model is sharded.
+    """
+    if "torch.distributed.fsdp" not in sys.modules:
+        return []
     # private, but nothing else tells of a module around a model; it is loaded with FSDP2
     module = sys.modules.get("torch.distributed._composable_state")
-    return fsdp_modules([*getattr(module, "_module_state_mapping", ())])
+    states = getattr(module, "_module_state_mapping", None)
+    if states is None and (fsdp_modules(model.modules()) or any(map(is_dtensor, model.parameters()))):
+        raise AdapterError(
+            f"this model is sharded, and torch {torch.__version__} does not tell which modules fully_shard was called "
+            "on (torch.distributed._composable_state._module_state_mapping), so its processes could come to differ: "
+            "use another version of torch, or report this to randlora"
+        )
+    return fsdp_modules([*(states or ())])
 
 
 def reshard(model: nn.Module) -> None:
@@ -44,7 +59,7 @@ def reshard(model: nn.Module) -> None:
     After a forward without a backward the outermost module still has whole copies of its parameters, which the next
     forward forgets: what is read of them may be stale, and what is written is lost.
     """
-    if not (sharded := all_fsdp_modules()) or not isinstance(model, nn.Module):  # which the caller refuses
+    if not isinstance(model, nn.Module) or not (sharded := all_fsdp_modules(model)):  # the caller refuses others
         return
     within = {id(module) for module in model.modules()}
     for module in sharded:

@@ -73,8 +73,8 @@ def filled(model: Two, name: str) -> Two:
     return model
 
 
-def train(model: nn.Module, tokens: Tensor, backwards: int = 1, steps: int = 3) -> None:
-    optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=0.02)
+def train(model: nn.Module, tokens: Tensor, backwards: int = 1, steps: int = 3, lr: float = 0.02) -> None:
+    optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=lr)
     for _ in range(steps):
         for part in tokens.view(backwards, -1):
             (model(part).pow(2).mean() / backwards).backward()

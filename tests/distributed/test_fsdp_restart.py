@@ -1,0 +1,218 @@
+"""A sharded model that is built without memory, and one whose run is resumed by another number of processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import randlora
+from randlora.errors import AdapterError
+from randlora.layers.diagonals import Diagonal
+from randlora.placement.averaged import DataMeshes, average_gradient
+from randlora.placement.dtensor import all_fsdp_modules
+from tests.distributed.processes import Processes
+from tests.distributed.test_fsdp_at_rest import Two
+from tests.distributed.test_fsdp_training import TOKENS, Case, share_of, train, values
+from tests.distributed.trained import distance
+
+TRAINED = StateDictOptions(ignore_frozen_params=True)
+
+
+def build_on_meta(is_sharded_first: bool) -> None:
+    case = Case()
+    base = case.base()
+    one = case.base()
+    randlora.inject(one, r=3, targets=["q", "up", "down", "embed"])
+    with torch.device("meta"):
+        model = Two()
+    if is_sharded_first:
+        case.shard(model)
+    randlora.inject(model, r=3, targets=["q", "up", "down", "embed"])
+    if not is_sharded_first:
+        case.shard(model)
+    model.to_empty(device="cpu")
+    whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    loaded = set_model_state_dict(model, base.state_dict() if dist.get_rank() == 0 else {}, options=whole)
+    assert not loaded.unexpected_keys
+    assert all("randlora" in key for key in loaded.missing_keys)
+    for module in model.modules():
+        if isinstance(module, Diagonal):
+            module.reset_parameters()  # type: ignore[operator]  # of both kinds of `Diagonal`
+    assert distance(values(model), dict(one.named_parameters())) == 0
+    train(one, TOKENS)
+    train(model, share_of(TOKENS, 1))
+    assert distance(values(model), dict(one.named_parameters())) <= 1e-6
+
+
+@pytest.mark.parametrize("is_sharded_first", [False, True])
+def test_a_model_built_on_meta_trains_as_one_that_was_not(pair: Processes, is_sharded_first: bool) -> None:
+    pair.run(build_on_meta, is_sharded_first)
+
+
+def train_a_part() -> None:
+    """A part of a model that got other parameters is averaged too if only its own forward is called."""
+    case = Case(is_sharded_first=True)
+    one, model = case.adapt(case.base()), case.sharded()
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if isinstance(module, nn.ParameterDict) and parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.detach().clone())
+    for each, tokens in ((one, TOKENS), (model, share_of(TOKENS, 1))):
+        optimizer = torch.optim.SGD(randlora.trainable_parameters(each), lr=0.02)
+        for _ in range(2):
+            each.first(tokens).pow(2).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert distance(values(model), dict(one.named_parameters())) <= 1e-6
+
+
+def test_a_part_that_is_called_itself_is_averaged(pair: Processes) -> None:
+    pair.run(train_a_part)
+
+
+def momentum(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(randlora.trainable_parameters(model), lr=0.02, momentum=0.9)
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor) -> None:
+    for _ in range(2):
+        model(tokens).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def train_and_save(case: Case, directory: Path) -> dict[str, Tensor]:
+    """Train, save, train on; return the values of the adapter."""
+    model = case.sharded()
+    optimizer = momentum(model)
+    steps(model, optimizer, share_of(TOKENS, 1))
+    state, moments = get_state_dict(model, optimizer, options=TRAINED)
+    assert state
+    assert all("randlora" in key or "norm" in key for key in state), "only what is trained"
+    state_dict_saver.save({"model": state, "optimizer": moments}, checkpoint_id=directory)
+    steps(model, optimizer, share_of(TOKENS, 1))
+    return {name: value.clone() for name, value in values(model).items()}
+
+
+def resumed(model: nn.Module, directory: Path, tokens: Tensor, *, is_alone: bool = False) -> None:
+    optimizer = momentum(model)
+    state, moments = get_state_dict(model, optimizer, options=TRAINED)
+    state_dict_loader.load({"model": state, "optimizer": moments}, checkpoint_id=directory, no_dist=is_alone)
+    partly = StateDictOptions(strict=False, ignore_frozen_params=True)
+    set_state_dict(model, optimizer, model_state_dict=state, optim_state_dict=moments, options=partly)
+    steps(model, optimizer, tokens)
+
+
+def resume(case: Case, directory: Path, expected: dict[str, Tensor]) -> None:
+    model = case.sharded()
+    resumed(model, directory, share_of(TOKENS, 1))
+    assert distance(values(model), expected) <= 1e-6
+
+
+@pytest.mark.medium
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # as it is meant
+@pytest.mark.parametrize("is_sharded_first", [False, True])
+def test_another_number_of_processes_resumes(
+    pair: Processes, four: Processes, tmp_path: Path, is_sharded_first: bool
+) -> None:
+    case = Case(is_sharded_first=is_sharded_first, train_also=() if is_sharded_first else ("norm",))
+    expected = pair.run(train_and_save, case, tmp_path / "run")[0]
+    four.run(resume, case, tmp_path / "run", expected)
+    alone = case.adapt(case.base())
+    resumed(alone, tmp_path / "run", TOKENS, is_alone=True)
+    assert distance(dict(alone.named_parameters()), expected) <= 1e-6
+
+
+class Gathered(TorchDispatchMode):
+    """Counts the bytes that are gathered."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.nbytes: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count and call an operation."""
+        if "allgather" in func.name():
+            self.nbytes += args[0].nbytes
+        return func(*args, **(kwargs or {}))
+
+
+def gathered_bytes(model: nn.Module) -> int:
+    """Return the bytes that FSDP2 gathers in a forward."""
+    with torch.no_grad(), Gathered() as gathered:
+        model(TOKENS)
+    nbytes: int = gathered.nbytes
+    assert nbytes > 0
+    return nbytes
+
+
+def eject_and_gather() -> None:
+    case = Case()
+    plain, model, later = case.shard(case.base()), case.sharded(), Case(is_sharded_first=True).sharded()
+    adapter = sum(parameter.nbytes for parameter in randlora.trainable_parameters(model))
+    base = gathered_bytes(plain)
+    assert gathered_bytes(later) == base
+    before = gathered_bytes(model)
+    assert before >= base + adapter  # each is padded to shards of one size
+    randlora.eject(model)
+    assert gathered_bytes(model) == before
+
+
+def test_what_was_sharded_is_gathered_after_eject_too(pair: Processes) -> None:
+    """A limit of FSDP2, which keeps what it has sharded; docs/distributed.md says so."""
+    pair.run(eject_and_gather)
+
+
+def without_private_names() -> None:
+    """A torch that renames what tells of all sharded modules must not lead to processes that differ silently."""
+    composable = vars(torch.distributed)["_composable_state"]
+    mapping = composable._module_state_mapping
+    model, plain, adapted = Case().shard(Case().base()), Case().base(), Case().sharded()
+    del composable._module_state_mapping
+    try:
+        with pytest.raises(AdapterError, match="does not tell which modules fully_shard was called on"):
+            Case().adapt(model)
+        assert not randlora.state.is_adapted(model)
+        Case().adapt(plain)
+        with pytest.raises(AdapterError, match="use another version of torch"):
+            randlora.merge(adapted)
+    finally:
+        composable._module_state_mapping = mapping
+    Case().adapt(model)
+
+
+def test_names_that_torch_could_change_are_missed_loudly(pair: Processes) -> None:
+    pair.run(without_private_names)
+
+
+def read_private_names() -> None:
+    model = Case().shard(Case().base())
+    found = all_fsdp_modules(model.first.q)
+    assert {id(model), id(model.first)} <= {id(each) for each in found}, "also of modules around a part"
+    meshes = DataMeshes.of(model)
+    assert all(meshes.by_weight[id(each)] == meshes.others[0] for each in model.parameters())
+    parameter = nn.Parameter(torch.ones(2))
+    for _ in range(2):
+        average_gradient(parameter, meshes.others[0])
+    (parameter * (1 + dist.get_rank())).sum().backward()
+    assert parameter.grad is not None
+    assert parameter.grad.tolist() == [1.5, 1.5]
+    hooks: Any = parameter._post_accumulate_grad_hooks
+    assert len(hooks) == 1
+
+
+def test_the_private_names_of_torch_are_as_expected(pair: Processes) -> None:
+    pair.run(read_private_names)
