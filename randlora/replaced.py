@@ -25,6 +25,16 @@ FLATTENED = "_fsdp_flattened"
 """An attribute that FSDP sets on parameters, of which it leaves a flat part or nothing."""
 
 
+def path_to(root: nn.Module, fqn: str) -> list[nn.Module]:
+    """Return the modules from a model to the one that has a parameter, given its FQN; empty if there is none."""
+    modules = [root]
+    for name in fqn.split(".")[:-1]:
+        if (module := unwrapped(modules[-1]._modules.get(name))) is None:
+            return []
+        modules.append(module)
+    return modules
+
+
 def unwrapped(module: nn.Module | None) -> nn.Module | None:
     """Return a module without the wrappers of `WRAPPED_AS` around it."""
     while module is not None and (within := WRAPPED_AS.get(type(module).__qualname__)) is not None:
@@ -146,8 +156,5 @@ def _may_be_whole(parameter: Tensor, original: Tensor) -> bool:
 
 def _place(root: nn.Module, fqn: str) -> Place | None:
     """Return where a model has a parameter of this name now, or ``None``."""
-    path, _, attribute = fqn.rpartition(".")
-    module: nn.Module | None = root
-    for name in path.split(".") if path else ():
-        module = None if module is None else unwrapped(module._modules.get(name))
-    return None if module is None or module._parameters.get(attribute) is None else (module, attribute)
+    modules, attribute = path_to(root, fqn), fqn.rpartition(".")[2]
+    return (modules[-1], attribute) if modules and modules[-1]._parameters.get(attribute) is not None else None

@@ -25,7 +25,7 @@ from randlora.hints import shortly
 from randlora.layer_options import LayerOptions
 from randlora.placement.dtensor import is_dtensor, reshard
 from randlora.placement.offloaded import offloaded_modules
-from randlora.replaced import ReplacedParameter
+from randlora.replaced import ReplacedParameter, path_to
 from randlora.required_grad import RequiredGrad
 
 ATTRIBUTE = "randlora_state"
@@ -241,7 +241,8 @@ class ModelState:
 
         It makes other parameters of them, without gradients, and loads into these what it offloaded.
         """
-        offloaded = offloaded_modules(root) if self.replaced else set()
+        around = [module for entry in self.replaced.values() for fqn in entry.places for module in path_to(root, fqn)]
+        offloaded = offloaded_modules(around)
         problems = [
             f"{part.name}, which adapters train copies of, was offloaded by accelerate, which can neither train nor "
             "switch them: call accelerate.hooks.remove_hook_from_submodules(model), and keep its module on a device by "

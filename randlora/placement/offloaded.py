@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,10 +176,14 @@ def offloaded(owner: nn.Module, attribute: str) -> Offloaded | None:
     return Offloaded(owner, attribute, found, torch.device("cpu") if device.type == "meta" else device)
 
 
-def offloaded_modules(model: nn.Module) -> set[int]:
-    """Return the modules, by id, whose parameters accelerate loads for each call: of them, or of one around them."""
+def offloaded_modules(modules: Iterable[nn.Module]) -> set[int]:
+    """Return which modules, by id, have parameters that accelerate loads for each call of them or of one around them.
+
+    Args:
+        modules: Modules and all that are around them.
+    """
     found: set[int] = set()
-    for module in model.modules():
+    for module in modules:
         for hook in offloading_hooks(module):
             found |= set(map(id, module.modules())) if hook.place_submodules else {id(module)}
     return found
