@@ -77,10 +77,12 @@ class Shard:
     @property
     def part(self) -> Part:
         """What of the parameter this process holds, which may be nothing."""
+        own, mesh = self._parameter, self._parameter.device_mesh
+        if (coordinate := mesh.get_coordinate()) is not None and are_even(own.placements):
+            return part_at(own.shape, own.placements, mesh.shape, coordinate)
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # noqa: PLC0415  # see above
 
-        own = self._parameter
-        sizes, offsets = compute_local_shape_and_global_offset(own.shape, own.device_mesh, own.placements)
+        sizes, offsets = compute_local_shape_and_global_offset(own.shape, mesh, own.placements)
         return tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
 
     def read(self) -> Tensor:
@@ -105,6 +107,27 @@ class Shard:
         """Return kept values in the form in which a state dict has the parameter."""
         value: Tensor = _like(self._parameter, kept)
         return value
+
+
+def are_even(placements: Iterable[Any]) -> bool:
+    """Whether placements split into ranges in the order of the mesh, which `_StridedShard` does not."""
+    from torch.distributed.tensor import Shard as Split  # noqa: PLC0415  # see above
+
+    return all(type(each) is Split or each.is_replicate() or each.is_partial() for each in placements)
+
+
+def part_at(shape: Iterable[int], placements: Iterable[Any], mesh: Iterable[int], coordinate: Iterable[int]) -> Part:
+    """Return the part of a parameter at a coordinate of a mesh.
+
+    torch's function finds the same with tensors of indices, which are data to the compiler that it cannot branch on.
+    """
+    spans = [(0, size) for size in shape]
+    for placement, processes, index in zip(placements, mesh, coordinate, strict=True):
+        if placement.is_shard():
+            start, stop = spans[placement.dim]
+            step = -((start - stop) // processes)  # rounded up
+            spans[placement.dim] = min(stop, start + index * step), min(stop, start + (index + 1) * step)
+    return tuple(slice(*span) for span in spans)
 
 
 def _like(parameter: Any, local: Tensor) -> Any:

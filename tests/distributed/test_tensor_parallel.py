@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
 
 import randlora
 from tests.distributed.processes import LAW, Processes
@@ -272,3 +272,49 @@ def parts_of(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.medium
 def test_unmerging_restores_the_bits(pair: Processes) -> None:
     pair.run(merged_reversibly)
+
+
+def with_split_loss() -> None:
+    """Compare a loss of logits that stay split, and its gradients."""
+    drawn = Drawn(8, 7, 9, True, "whole", {"r": 4})
+    one, model = plain(drawn), plain(drawn)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parallelize_module(model, mesh, {"head": ColwiseParallel(use_local_output=False)})
+    for each in (one, model):
+        randlora.inject(each, targets=["up", "head"], **drawn.options)
+        fill(each)
+    ids = torch.arange(8).view(2, 4)
+    expected = nn.functional.cross_entropy(one(ids).flatten(0, 1), ids.flatten())
+    expected.backward()
+    with loss_parallel():
+        logits = model(ids)
+        assert logits.placements == (Shard(2),)
+        loss: Any = nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+        loss.backward()
+    close(loss.full_tensor(), expected)
+    for ours, theirs in zip(*map(randlora.trainable_parameters, (model, one)), strict=True):
+        close(_grad_of(ours), _grad_of(theirs))
+
+
+@pytest.mark.medium
+def test_a_loss_of_split_logits(pair: Processes) -> None:
+    pair.run(with_split_loss)
+
+
+def compiled() -> None:
+    """Compare a compiled model with the same as it is, in one graph each."""
+    drawn = Drawn(8, 7, 9, True, "rows", {"r": 4, "basis": "block"})
+    _, plain_split = models(drawn)
+    _, model = models(drawn)
+    ids = torch.arange(8).view(2, 4)
+    outputs = [plain_split(ids), torch.compile(model, backend="aot_eager", fullgraph=True)(ids)]
+    close(outputs[1], outputs[0])
+    for output in outputs:
+        output.square().mean().backward()
+    for ours, expected in zip(*map(randlora.trainable_parameters, (model, plain_split)), strict=True):
+        close(_grad_of(ours), _grad_of(expected))
+
+
+@pytest.mark.medium
+def test_a_split_model_is_compiled_in_one_graph(pair: Processes) -> None:
+    pair.run(compiled)
