@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -37,9 +38,17 @@ def path_to(root: nn.Module, fqn: str) -> list[nn.Module]:
 
 def unwrapped(module: nn.Module | None) -> nn.Module | None:
     """Return a module without the wrappers of `WRAPPED_AS` around it."""
-    while module is not None and (within := WRAPPED_AS.get(type(module).__qualname__)) is not None:
+    while module is not None and (within := held_at(module, WRAPPED_AS)) is not None:
         module = module._modules[within]
     return module
+
+
+def held_at(module: nn.Module, wrappers: Mapping[str, str]) -> str | None:
+    """Return where a module holds what it wraps, given that of types by name; None if it is not one of them.
+
+    ``fully_shard`` makes a wrapper's type a subclass of another name, such as ``FSDPCheckpointWrapper``.
+    """
+    return next((wrappers[base.__qualname__] for base in type(module).__mro__ if base.__qualname__ in wrappers), None)
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from randlora.model.change import set_requires_grad, whole
 from randlora.model.reducers import warn_of_unknown
 from randlora.model.save_guard import guard_saving, unguard_saving
 from randlora.placement.dtensor import is_dtensor
-from randlora.replaced import ReplacedParameter, whole_shape
+from randlora.replaced import ReplacedParameter, held_at, whole_shape
 from randlora.required_grad import RequiredGrad
 from randlora.state import (
     ATTRIBUTE,
@@ -65,7 +65,7 @@ def owned_state(census: Census, name: str, doing: str) -> ModelState:
             the model or to a module that contains it.
     """
     model = census.model
-    if (attribute := WRAPPERS.get(type(model).__qualname__)) is not None:
+    if (attribute := held_at(model, WRAPPERS)) is not None:
         raise AdapterError(
             f"cannot {doing} through a {type(model).__name__}, which changes the name of every layer: "
             f"call this on the wrapped model.{attribute}"

@@ -22,6 +22,7 @@ from randlora.model.train_also import lost_parameters
 from randlora.placement.dtensor import is_dtensor, reshard
 from randlora.placement.offloaded import offloaded
 from randlora.placement.place import place_of, whole
+from randlora.replaced import held_at
 from randlora.state import ATTRIBUTE, CHANGING, ModelState, adapted_root
 from randlora.targets.site import Site
 from randlora.targets.ties import tie_problems
@@ -236,6 +237,6 @@ def _saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """Return a model without the wrappers of torch around it."""
-    while (attribute := WRAPPERS.get(type(model).__qualname__)) is not None:
+    while (attribute := held_at(model, WRAPPERS)) is not None:
         model = getattr(model, attribute)
     return model

@@ -20,7 +20,7 @@ import randlora
 from randlora.errors import AdapterError
 from tests.distributed.processes import LAW, Processes
 from tests.distributed.test_fsdp_at_rest import Two, full, shards
-from tests.kit import fill
+from tests.kit import Model, fill
 
 TOKENS = torch.arange(16) % 11
 
@@ -60,7 +60,7 @@ class Case:
         return self.adapt(self.shard(model)) if self.is_sharded_first else self.shard(self.adapt(model))
 
 
-def filled(model: Two, name: str) -> Two:
+def filled(model: Model, name: str) -> Model:
     """Give Λ and Γ the same values as of one process."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
