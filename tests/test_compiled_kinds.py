@@ -52,7 +52,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Call]] = {
     "attention": (lambda: nn.MultiheadAttention(WIDTH, 2), attend),
     "experts": (experts, route),
     "convolution": (lambda: nn.Conv1d(WIDTH, WIDTH, 3, padding=1), lambda layer, x: layer(x.T.unsqueeze(0))[0].T),
-    "embedding": (lambda: nn.Embedding(WIDTH, WIDTH), lambda layer, x: layer(x.argmax(-1))),
+    "embedding": (lambda: nn.Embedding(2 * WIDTH, WIDTH), lambda layer, x: x + layer(x.argmax(-1))),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -107,10 +107,24 @@ def compare(compiled: Any, model: nn.Module, x: Tensor, **autocast: Any) -> None
         assert_close(ours, theirs, dtype)
 
 
-@pytest.mark.parametrize(("kind", "dynamic"), [("linear", True), ("linear", None), ("Conv1D", None)])
-def test_blocks_compiled_one_by_one_take_as_many_graphs_as_plain_ones(kind: str, dynamic: bool | None) -> None:
+REGIONAL = [
+    ("linear", True, False),
+    ("linear", None, False),
+    ("linear", None, True),
+    ("Conv1D", None, False),
+    ("attention", None, False),
+    ("experts", None, False),
+    ("convolution", None, False),
+    ("embedding", None, False),
+]
+
+
+@pytest.mark.parametrize(("kind", "dynamic", "checkpointed"), REGIONAL)
+def test_blocks_compiled_one_by_one_take_as_many_graphs_as_plain_ones(
+    kind: str, dynamic: bool | None, checkpointed: bool
+) -> None:
     graphs = []
-    for model in (Blocks(kind), adapted(Blocks(kind), kind)):
+    for model in (Blocks(kind, checkpointed=checkpointed), adapted(Blocks(kind, checkpointed=checkpointed), kind)):
         torch._dynamo.reset()
         twin, counter = copy.deepcopy(model), CompileCounterWithBackend("aot_eager")
         for block in model.blocks:
