@@ -41,7 +41,7 @@ tests: $(VENV)/.dev  # the quick ones, in under two minutes on two cores
 	$(BIN)/python -m pytest --numprocesses auto -m "not medium and not distributed and not slow"
 
 medium: $(VENV)/.dev  # those that start processes, compile, train or repeat a law for further models
-	$(BIN)/python -m pytest --numprocesses auto -m medium
+	$(BIN)/python -m pytest --numprocesses auto -m "medium and not distributed"
 
 distributed: $(VENV)/.dev  # two or four processes at a time, which tests beside each other would not share
 	$(BIN)/python -m pytest --numprocesses 0 tests/distributed

@@ -46,3 +46,9 @@ def test_every_method_that_changes_a_dictionary_is_known() -> None:
     reading |= {"__len__", "__reversed__", "__or__", "__ror__", "__class_getitem__"}
     methods = set(vars(dict)) - set(vars(object)) - reading
     assert methods == set(CHANGES)
+
+
+def test_parameters_are_named_wherever_that_is_asked() -> None:
+    found: dict[str, Any] = {"held": adapted("a")._modules["randlora_lambda"]}
+    exec("names = list(dict(held.named_parameters()))", found)  # by code of no module
+    assert found["names"] == ["a"]

@@ -81,6 +81,8 @@ def _planned(
             for site in sites[:1]
             if any(hasattr(each, "ds_id") for each in own)
         ]
+        if any(each.is_meta for each in (*own, *adapter.trained.values())):
+            problems.append("the adapter has no values to write to (meta): materialize the model first")
         raise_collected(CheckpointError, problems, doing=doing)
     return dict(_values(adapter, file, sites)).items()
 

@@ -130,7 +130,10 @@ class Diagonal(nn.ParameterDict):
         """
         if torch.compiler.is_dynamo_compiling():  # it traces no frames
             return super().named_parameters(*args, **kwargs)
-        if sys._getframe(2).f_code.co_name == OFFLOADER and sys._getframe(1).f_globals["__name__"] == OFFLOADER_IN:
+        frame = sys._getframe(1)
+        caller = frame.f_back
+        is_asked_by = frame.f_globals.get("__name__") == OFFLOADER_IN
+        if is_asked_by and caller is not None and caller.f_code.co_name == OFFLOADER:
             return iter(())
         return super().named_parameters(*args, **kwargs)
 

@@ -8,11 +8,14 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from randlora.errors import AdapterError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of
 from randlora.placement.averaged import DataMeshes, average_gradient
 from randlora.placement.dtensor import all_fsdp_modules, fsdp_modules, is_dtensor
+from randlora.replaced import ReplacedParameter
 from randlora.state import ModelState
+from randlora.targets.match import shortened
 
 
 class Averaging:
@@ -33,14 +36,15 @@ class Averaging:
 
     def __call__(self, part: nn.Module, *args: object) -> None:  # noqa: ARG002  # of a hook
         """Have the gradients averaged of what a part of the model trains now."""
+        indices = {key: 2 * index for index, key in enumerate(self.meshes)}
         for owner in part.modules():
             for layer in adapter_layers_of(owner).values():
                 for name in layer.adapters:
                     if (mesh := self.meshes.get((layer, name))) is None:
                         continue
-                    for parameter in layer.diagonals_of(owner, name):
+                    for index, parameter in enumerate(layer.diagonals_of(owner, name), indices[layer, name]):
                         if parameter.requires_grad and not is_dtensor(parameter):
-                            average_gradient(parameter, mesh)
+                            average_gradient(parameter, mesh, index)
 
     def end(self) -> None:
         """Watch no longer."""
@@ -48,14 +52,29 @@ class Averaging:
             handle.remove()
 
 
-def average_gradients(root: nn.Module, state: ModelState, added: Iterable[tuple[nn.Module, AdapterLayer, str]]) -> None:
-    """Have the gradients of adapters that are added averaged, if `fully_shard` has sharded a part of the model."""
+def average_gradients(
+    root: nn.Module,
+    state: ModelState,
+    added: Iterable[tuple[nn.Module, AdapterLayer, str]],
+    replaced: Iterable[ReplacedParameter],
+) -> None:
+    """Have the gradients of adapters that are added averaged, if `fully_shard` has sharded a part of the model.
+
+    Raises:
+        AdapterError: If the adapters train copies of parameters that are not sharded, which nothing would average.
+    """
     if not all_fsdp_modules(root):
         return
     found = DataMeshes.of(root)
     meshes = {(layer, name): found.mesh_for(layer.weight_of(owner)) for owner, layer, name in added}
     meshes = {key: mesh for key, mesh in meshes.items() if mesh is not None}
-    if meshes:
-        state.averaging = state.averaging or Averaging(root)
-        state.averaging.meshes |= meshes
-        state.averaging(root)
+    if not meshes:
+        return
+    if whole := [entry.name for entry in replaced if not is_dtensor(entry.live)]:
+        raise AdapterError(
+            f"cannot train copies of {shortened(whole)}, not sharded in a model of which fully_shard has sharded "
+            "another part, because every process would train its own: inject before fully_shard"
+        )
+    state.averaging = state.averaging or Averaging(root)
+    state.averaging.meshes |= meshes
+    state.averaging(root)

@@ -163,9 +163,8 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
         for site, layer, part, lam, gamma in addition.layers:
             add_adapter(site.owner, layer, part, lam, gamma, trainable=addition.trainable)
         state.adapters[adapter.name] = adapter
-        average_gradients(
-            census.model, state, [(site.owner, layer, adapter.name) for site, layer, *_ in addition.layers]
-        )
+        added_to = [(site.owner, layer, adapter.name) for site, layer, *_ in addition.layers]
+        average_gradients(census.model, state, added_to, addition.replaced.values() if addition.trainable else ())
         if active:
             state.activate({adapter.name: 1.0})
             added = ((site.owner, layer) for site, layer, *_ in addition.layers)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from randlora.errors import ConfigError, MergeError, raise_collected
 from randlora.hints import require_types, shortly
+from randlora.layers.base import AdapterLayer
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.update import Into, Quantized, RoundingLoss
@@ -23,7 +25,7 @@ from randlora.model.install import detach_all, lost_sites, require_detachable, r
 from randlora.model.train_also import lost_parameters
 from randlora.placement.dtensor import reshard
 from randlora.placement.offloaded import Offloaded
-from randlora.placement.place import place_of
+from randlora.placement.place import Kept, place_of
 from randlora.placement.ranks import Ranks, agreed, ranks_of
 from randlora.report import MergeReport
 from randlora.state import CHANGING, ModelState, adapted_root
@@ -85,7 +87,7 @@ def merge(
         if not reversible:
             require_detachable(census, "merge")
     notes = _notes(root, sites, into, reversible=reversible)  # before merging, which may change classes
-    with whole(census, state):
+    with whole(census, state), _unfolded_if_raised(sites) as kept:
         rounding = _fold_all(sites, state.active, into, ranks)
         targets = tuple(site.fqn for site in sites)
         report = MergeReport(dict(state.active), targets, reversible=reversible, rounding=rounding, notes=notes)
@@ -96,6 +98,7 @@ def merge(
             state.loading_guards = [each.register_load_state_dict_pre_hook(_refuse_loading) for each in guarded]
             state.merge_report = report
             return report
+        kept |= {site.layer: site.layer.unmerged for site in sites}
         for site in sites:
             site.layer.keep_merged(site.owner)
         detach_all(census, state)
@@ -286,30 +289,45 @@ def model_dtype(census: Census) -> torch.dtype | None:
 def _fold_all(
     sites: Sequence[AdaptedSite], weights: dict[str, float], into: Into, ranks: Ranks | None
 ) -> dict[str, RoundingLoss]:
-    """Merge into all weights and return the rounding errors. If any process fails, all weights are as before."""
+    """Merge into all weights and return the rounding errors. If any process fails, all raise."""
     rounding: dict[str, RoundingLoss] = {}
+    with agreed(ranks):
+        failed: Exception | None = None
+        for site in sites:
+            try:
+                merged = site.layer.merged(site.owner, weights, into)
+                if failed is not None:  # the other processes still need this one to gather
+                    continue
+                require_finite(site.fqn, merged.weight)
+                site.layer.fold(site.owner, merged)
+            except Exception as error:
+                if ranks is None:
+                    raise
+                failed = failed or error
+            else:
+                if merged.rounding is not None:
+                    rounding[site.fqn] = merged.rounding
+        if failed is not None:
+            raise failed
+    return rounding
+
+
+@contextmanager
+def _unfolded_if_raised(sites: Sequence[AdaptedSite]) -> Iterator[dict[AdapterLayer, tuple[Any] | None]]:
+    """Restore the values that were written in place, as of sharded weights, if the block raises.
+
+    Other weights are exchanged for merged ones, which `whole` undoes.
+
+    Yields:
+        A dict for the block to fill with what `AdapterLayer.unmerged` was before it dropped that.
+    """
+    kept: dict[AdapterLayer, tuple[Any] | None] = {}
     try:
-        with agreed(ranks):
-            failed: Exception | None = None
-            for site in sites:
-                try:
-                    merged = site.layer.merged(site.owner, weights, into)
-                    if failed is not None:  # the other processes still need this one to gather
-                        continue
-                    require_finite(site.fqn, merged.weight)
-                    site.layer.fold(site.owner, merged)
-                except Exception as error:
-                    if ranks is None:
-                        raise
-                    failed = failed or error
-                else:
-                    if merged.rounding is not None:
-                        rounding[site.fqn] = merged.rounding
-            if failed is not None:
-                raise failed
+        yield kept
     except BaseException:
         for site in sites:
-            if place_of(site.owner, site.layer.attribute) is not None:  # of others the caller undoes it
-                site.layer.unfold(site.owner)
+            layer = site.layer
+            layer.unmerged = layer.unmerged or kept.get(layer)
+            if layer.unmerged is not None and isinstance(layer.unmerged[0], Kept):
+                layer.unfold(site.owner)
         raise
-    return rounding

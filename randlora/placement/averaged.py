@@ -64,21 +64,26 @@ def _groups(module: Any) -> list[Any]:
     return [state._fsdp_param_group] if groups is None and state._fsdp_param_group else list(groups or ())
 
 
-def average_gradient(parameter: nn.Parameter, mesh: Any) -> None:
+def average_gradient(parameter: nn.Parameter, mesh: Any, index: int) -> None:
     """Have every backward average the gradient of a parameter over a mesh; nothing if it does so already.
 
     The average of a gradient that was accumulated from averages is that gradient, so steps can be accumulated.
+
+    Args:
+        parameter: A parameter that is whole in every process.
+        mesh: The mesh.
+        index: A number that the parameter, and no other, has in every process.
     """
     hooks = parameter._post_accumulate_grad_hooks or {}  # private, for want of another
     if not any(isinstance(hook, _Average) for hook in hooks.values()):
-        parameter.register_post_accumulate_grad_hook(_Average(mesh))
+        parameter.register_post_accumulate_grad_hook(_Average(mesh, index))
 
 
 class _Average:
     """Averages the gradient of a parameter, in place."""
 
-    def __init__(self, mesh: Any) -> None:
-        self._mesh = mesh
+    def __init__(self, mesh: Any, index: int) -> None:
+        self._mesh, self._index = mesh, index
 
     @torch.no_grad()
     def __call__(self, parameter: Tensor) -> None:
@@ -86,6 +91,14 @@ class _Average:
         assert grad is not None, "it was accumulated"
         # of a weight that is offloaded to the CPU, where NCCL does not communicate
         there = grad.to(self._mesh.device_type)
+        # processes that have gradients of different parameters, as of experts that are modules, would mix them
+        bounds = torch.tensor([self._index, -self._index], device=there.device)
         for group in self._mesh.get_all_groups():
+            dist.all_reduce(bounds, dist.ReduceOp.MAX, group=group)
+            if bounds.tolist() != [self._index, -self._index]:
+                raise AdapterError(
+                    "this backward gave gradients to different adapted layers in different processes, so they cannot "
+                    "be averaged: inject before fully_shard, or have every process use every layer in each step"
+                )
             dist.all_reduce(there, group=group)
         grad.copy_(there.div_(self._mesh.size()))

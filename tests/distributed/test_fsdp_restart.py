@@ -206,7 +206,7 @@ def read_private_names() -> None:
     assert all(meshes.by_weight[id(each)] == meshes.others[0] for each in model.parameters())
     parameter = nn.Parameter(torch.ones(2))
     for _ in range(2):
-        average_gradient(parameter, meshes.others[0])
+        average_gradient(parameter, meshes.others[0], 0)
     (parameter * (1 + dist.get_rank())).sum().backward()
     assert parameter.grad is not None
     assert parameter.grad.tolist() == [1.5, 1.5]
