@@ -1,7 +1,6 @@
 """The examples in docs/examples: what they do with data, and each of them whole on a tiny model; no file is fetched."""
 
 import copy
-import importlib.util
 import io
 import runpy
 import sys
@@ -18,17 +17,7 @@ from torch import Tensor
 
 import randlora
 from tests import models
-
-EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
-
-
-def imported(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.examples import EXAMPLES, imported
 
 
 @pytest.fixture

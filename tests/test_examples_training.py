@@ -16,9 +16,9 @@ from transformers import TrainingArguments
 import randlora
 from randlora.errors import CheckpointError
 from tests.checkpoint_files import CARD_FILE, CONFIG_FILE, TENSORS_FILE
+from tests.examples import EXAMPLES, imported
 from tests.kit import Bits, all_bits, bits
 from tests.peer import TRAINERS_WARNINGS
-from tests.test_examples import EXAMPLES, imported
 from tests.torture.training import killed_training, plain_loop
 
 ADAPTER_FILES = {CARD_FILE, CONFIG_FILE, TENSORS_FILE}

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import randlora
 from tests.distributed.engines import deepspeed, needs_deepspeed
 from tests.distributed.processes import Processes
-from tests.test_examples import imported
+from tests.examples import imported
 
 ROOT = Path(__file__).parents[2]
 

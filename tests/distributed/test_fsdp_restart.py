@@ -25,7 +25,7 @@ from randlora.placement.averaged import DataMeshes, average_gradient
 from randlora.placement.dtensor import all_fsdp_modules
 from tests.distributed.processes import Processes
 from tests.distributed.test_fsdp_at_rest import Two
-from tests.distributed.test_fsdp_training import TOKENS, Case, share_of, train, values
+from tests.distributed.test_fsdp_training import TOKENS, Case, exchange, share_of, train, values
 from tests.distributed.trained import distance
 
 TRAINED = StateDictOptions(ignore_frozen_params=True)
@@ -66,10 +66,7 @@ def train_a_part() -> None:
     """A part of a model that got other parameters is averaged too if only its own forward is called."""
     case = Case(is_sharded_first=True)
     one, model = case.adapt(case.base()), case.sharded()
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if isinstance(module, nn.ParameterDict) and parameter is not None:
-                module._parameters[name] = nn.Parameter(parameter.detach().clone())
+    exchange(model)
     for each, tokens in ((one, TOKENS), (model, share_of(TOKENS, 1))):
         optimizer = torch.optim.SGD(randlora.trainable_parameters(each), lr=0.02)
         for _ in range(2):

@@ -170,14 +170,19 @@ def test_a_second_adapter_of_a_sharded_model(pair: Processes, is_sharded_first: 
     pair.run(two_adapters, Case(is_sharded_first=is_sharded_first))
 
 
-def replace_parameters() -> None:
-    """Other Parameter objects, as ``to_empty`` of a model on the meta device makes them, are averaged too."""
-    case = Case(is_sharded_first=True)
-    one, model = case.adapt(case.base()), case.sharded()
+def exchange(model: nn.Module) -> None:
+    """Put other Parameter objects in the places of Λ and Γ."""
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if isinstance(module, nn.ParameterDict) and parameter is not None:
                 module._parameters[name] = nn.Parameter(parameter.detach().clone())
+
+
+def replace_parameters() -> None:
+    """Other Parameter objects, as ``to_empty`` of a model on the meta device makes them, are averaged too."""
+    case = Case(is_sharded_first=True)
+    one, model = case.adapt(case.base()), case.sharded()
+    exchange(model)
     train(one, TOKENS)
     train(model, share_of(TOKENS, 1))
     for name, expected in one.named_parameters():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import randlora
-from tests.test_examples import imported
+from tests.examples import imported
 
 ROOT = Path(__file__).parents[2]
 

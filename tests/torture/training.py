@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import os
 import random
@@ -18,31 +17,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.examples import imported
 from tests.torture.row import Row
 
 KILLS = 100
 STEPS, EVERY = 400, 4
 TRAINER_STEPS = 50  # an epoch: in the middle of one, `Trainer` takes a step more if a finished run is resumed
 LONGEST_LIFE = 0.6  # seconds that a process trains before it is killed
-EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 Train = Callable[[Path, int], None]
 """Trains up to a step, from the newest complete checkpoint in a directory if there is one, and notes losses there."""
 
 
-def example(name: str) -> Any:
-    """Import one of the programs of docs/training.md."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def plain_loop() -> Train:
     """Return the training of the loop of one's own."""
-    plain = example("plain_pytorch")
+    plain: Any = imported("plain_pytorch")
     network: nn.Module = plain.pretrained()
     generator = torch.get_rng_state()
 
@@ -66,7 +55,7 @@ def plain_loop() -> Train:
 
 def trainer() -> Train:
     """Return the training of `AdapterTrainer`."""
-    program = example("transformers_trainer")
+    program: Any = imported("transformers_trainer")
     from transformers.trainer_callback import ProgressCallback
 
     def train(out: Path, steps: int) -> None:
