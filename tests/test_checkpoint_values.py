@@ -15,8 +15,6 @@ from randlora.errors import CheckpointError
 from tests.checkpoint_files import HEADED, TENSORS_FILE, read_tensors, trained
 from tests.kit import adapter_values, all_bits, fill
 from tests.laws import Mixed
-from tests.read_kinds import ReadKind, every_read_kind
-from tests.sharding import Zero3
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,37 +76,6 @@ def test_values_that_are_not_whole_are_refused(
     model = trained(HEADED)
     change(parameter_of(model, which))
     assert_nothing_is_written(model, f"{which} {message}", tmp_path)
-
-
-def test_a_model_of_zero_3_is_refused_until_it_is_gathered(tmp_path: Path) -> None:
-    model = trained(HEADED)
-    own = all_bits(adapter_values(model))
-    sharded = Zero3(model)
-    assert_nothing_is_written(model, r"has shape \(0,\) here.*deepspeed\.zero\.GatheredParameters", tmp_path)
-    with sharded.gathered():
-        randlora.save(model, tmp_path / "whole")
-    assert trained_again(tmp_path / "whole") == own
-
-
-def trained_again(directory: Path) -> dict[str, object]:
-    fresh = HEADED.build()
-    randlora.load(fresh, directory)
-    return dict(all_bits(adapter_values(fresh)))
-
-
-@every_read_kind
-def test_of_every_kind_of_zero_3_too(kind: ReadKind, tmp_path: Path) -> None:
-    model = kind.adapted()
-    own = all_bits(adapter_values(model))
-    sharded = Zero3(model)
-    with pytest.raises(CheckpointError, match="GatheredParameters"):
-        randlora.save(model, tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-    with sharded.gathered():
-        randlora.save(model, tmp_path / "whole")
-    fresh = kind.model()
-    randlora.load(fresh, tmp_path / "whole")
-    assert all_bits(adapter_values(fresh)) == own
 
 
 SHARDED = """

@@ -77,7 +77,8 @@ def _planned(
             raise CheckpointError(f"cannot {doing}: {error}") from error
         problems += _differences(adapter, file, shapes_of(sites, adapter.config))
         problems += [
-            f"{site.fqn} is partitioned by ZeRO-3: load DeepSpeed's checkpoint"
+            f"{site.fqn} is partitioned by ZeRO-3, whose optimizer has copies of the values and would write them back: "
+            "load DeepSpeed's own checkpoint, as engine.load_checkpoint(directory) does"
             for site in sites[:1]
             if any(hasattr(each, "ds_id") for each in own)
         ]

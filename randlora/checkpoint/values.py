@@ -15,12 +15,6 @@ from randlora.replaced import FLATTENED
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-GATHER = {
-    "ds_id": "DeepSpeed's ZeRO-3: save inside deepspeed.zero.GatheredParameters([*model.parameters()])",
-    FLATTENED: "FSDP: save inside FullyShardedDataParallel.summon_full_params(model)",
-}
-"""What to do about parameters that were sharded and are plain tensors still, by an attribute that the sharder sets."""
-
 
 class Value(NamedTuple):
     """A parameter to save, and the shape that it must have."""
@@ -69,8 +63,9 @@ def _save_problem(tensor: Tensor, shape: Sequence[int]) -> str | None:
     is_freed = tensor.untyped_storage().nbytes() < tensor.nbytes
     if is_freed or tuple(tensor.shape) != tuple(shape):
         found = "no memory" if is_freed else f"shape {tuple(tensor.shape)}"
-        advice = next((advice for attribute, advice in GATHER.items() if attribute in vars(tensor)), None)
-        remedy = f"it is sharded by {advice}" if advice else "gather it if it is sharded, else adapt the model anew"
+        remedy = "gather it if it is sharded, else adapt the model anew"
+        if FLATTENED in vars(tensor):
+            remedy = "it is sharded by FSDP: save inside FullyShardedDataParallel.summon_full_params(model)"
         return f"has {found} here, expected all of {tuple(shape)}: {remedy}"
     reason = _flaw(tensor)
     return reason and f"{reason}, which cannot be loaded: go back to values from before"

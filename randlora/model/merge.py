@@ -71,7 +71,7 @@ def merge(
     reshard(model)
     root, state = adapted_root(model)
     census = Census.of(root)
-    ranks = ranks_of(held for site in census.adapted for held in site.owner.parameters())
+    ranks = ranks_of((held for site in census.adapted for held in site.owner.parameters()), is_written=True)
     sites = [site for site in census.adapted if state.active.keys() & site.layer.adapters.keys()]
     into = Into(quantized, dtype)
     with agreed(ranks):

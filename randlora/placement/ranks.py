@@ -16,7 +16,7 @@ from torch import Tensor
 
 from randlora.errors import RandLoRAError
 from randlora.placement.dtensor import meshes
-from randlora.placement.zero3 import is_spread
+from randlora.placement.zero3 import is_managed, is_spread
 
 Result = TypeVar("Result")
 
@@ -42,10 +42,16 @@ class Ranks(NamedTuple):
         return found
 
 
-def ranks_of(parameters: Iterable[Tensor]) -> Ranks | None:
-    """Return the processes that some parameters are sharded over; ``None`` if none is sharded."""
+def ranks_of(parameters: Iterable[Tensor], *, is_written: bool = False) -> Ranks | None:
+    """Return the processes that some parameters are sharded over; ``None`` if none is sharded.
+
+    Args:
+        parameters: The parameters.
+        is_written: Whether values are written, which every process does to its own piece. Those of ZeRO-3 that are all
+            here at present, as small ones always are, count too then.
+    """
     parameters = list(parameters)
-    spread: Any = next(filter(is_spread, parameters), None)
+    spread: Any = next(filter(is_managed if is_written else is_spread, parameters), None)
     if spread is not None:
         group = spread.ds_process_group
         return Ranks((group,), dist.get_rank(group) == 0)
