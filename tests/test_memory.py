@@ -17,7 +17,7 @@ from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec
 from randlora.errors import ConfigError, RandLoRAError
 from randlora.functional import Diagonals, adapted_linear
-from randlora.layers.base import diagonal_shapes
+from randlora.layers.diagonals import diagonal_shapes
 from randlora.memory.parts import Part, style_of
 from randlora.memory.temporary import peak_beside
 from randlora.memory.training import TrainingMemory

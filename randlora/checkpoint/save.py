@@ -27,7 +27,7 @@ from randlora.checkpoint.write import write_adapter
 from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import require_types, shortly
-from randlora.layers.base import diagonal_shapes
+from randlora.layers.diagonals import diagonal_shapes
 from randlora.model.install import lost_sites, require_own
 from randlora.model.save_guard import SaveGuard
 from randlora.model.switch import adapter_parameters

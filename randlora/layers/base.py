@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -11,21 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.bases.spec import Shape, count_bases
-from randlora.config import RandLoRAConfig
-from randlora.errors import AdapterError
 from randlora.functional import WriteOut, adapted_linear, delta_weight
-from randlora.functional.region import Region, Span
-from randlora.layers.diagonals import Diagonal
+from randlora.layers.diagonals import Diagonal, diagonal_shapes
 from randlora.layers.inputs import autocast_dtype, have_one_dtype, input_of, is_plain_tensor, require_product
 from randlora.layers.sharded import sharded_product
-from randlora.layers.update import Into, Merged, Update, folded, sum_updates
-from randlora.placement.dtensor import Part, Shard, is_dtensor
+from randlora.layers.stored import StoredWeight
+from randlora.layers.update import Into, Merged, Update, sum_updates
+from randlora.placement.dtensor import is_dtensor
 from randlora.placement.offloaded import Offloaded
 from randlora.placement.place import Kept, place_of, whole
 from randlora.state import ModelState, SiteAdapter
 
 
-class AdapterLayer(ABC):
+class AdapterLayer(StoredWeight):
     """Adapts one weight of a module, its owner, in place.
 
     The owner remains the same object, with its parameters and hooks. Its class becomes a subclass of its original class
@@ -35,8 +32,6 @@ class AdapterLayer(ABC):
         ``layer(x) with adapters - layer(x) without == x @ delta_weight.T``
 
     Attributes:
-        attribute: The name of the parameter that is adapted.
-        is_transposed: Whether the weight is stored as ``(in_features, out_features)``, or as a stack of such matrices.
         kind: What the weight is: ``"linear"``, ``"attention"``, ``"convolution"``, ``"embedding"`` or ``"experts"``.
             ``targets="all-linear"`` selects the first two.
         is_called: Whether its `forward` runs in place of the owner's.
@@ -50,10 +45,8 @@ class AdapterLayer(ABC):
         unmerged: While the weight is merged, a tuple of the original weight as `exchange` returned it.
     """
 
-    attribute: ClassVar[str] = "weight"
     kind: ClassVar[str] = "linear"
     is_called: ClassVar[bool] = True
-    is_transposed: ClassVar[bool] = False
 
     def __init__(self, owner: nn.Module, state: ModelState) -> None:
         """Create the adapter layer of a weight for a model with this state, without changing the owner."""
@@ -67,27 +60,6 @@ class AdapterLayer(ABC):
         self.planned: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self.unmerged: tuple[Any] | None = None
 
-    @staticmethod
-    @abstractmethod
-    def features(owner: nn.Module) -> tuple[int, int]:
-        """Return ``(in_features, out_features)`` of a module's weight, even if it has no values.
-
-        For a stack of matrices these are the features of one of them.
-        """
-
-    @staticmethod
-    @abstractmethod
-    def in_storage_layout(delta: Tensor) -> Tensor:
-        """Return an update, as `united` returns it, in the layout of the owner's weight.
-
-        That is its shape, one that is broadcast to it, or the shape of the weight viewed as a matrix.
-        """
-
-    @staticmethod
-    def united(delta: Tensor) -> Tensor:
-        """Return an update in the form in which updates of different shapes of one weight can be added."""
-        return delta
-
     @classmethod
     def plain_forward(cls) -> Callable[..., Tensor] | None:
         """Return the ``forward`` of the base layer's class, or ``None`` if it cannot be replaced.
@@ -97,57 +69,10 @@ class AdapterLayer(ABC):
         """
         return None
 
-    @classmethod
-    def obstacle(cls, owner: nn.Module) -> str | None:
-        """Return why this module cannot be adapted, as a phrase that follows its name, or ``None``."""
-        weight = cls.weight_of(owner)  # not the attribute, whose value may include updates
-        assert weight is not None, "obstacles() asks for a weight"
-        if weight.dtype.is_floating_point and weight.dtype.itemsize > 1:  # torch does not add 8-bit numbers
-            return None
-        return f"has a weight of {weight.dtype}, expected a floating dtype of 16 bits or more: dequantize it first"
-
-    @classmethod
-    def shape_of(cls, owner: nn.Module, config: RandLoRAConfig) -> Shape:  # noqa: ARG003  # for stacks of matrices
-        """Return the shape of the update of an adapter with these options: ``(out_features, in_features)``.
-
-        For a stack of matrices, each with its own Λ and Γ, their number comes first.
-        """
-        in_features, out_features = cls.features(owner)
-        return out_features, in_features
-
-    @classmethod
-    def weight_of(cls, owner: nn.Module) -> nn.Parameter | None:
-        """Return the owner's parameter without any update, or ``None`` if it is computed from others."""
-        held = owner._parameters
-        return held[cls.attribute] if cls.attribute in held else None  # noqa: SIM401  # ZeRO-3 does not see a get()
-
-    @classmethod
-    def site_fqn(cls, owner_fqn: str) -> str:
-        """Return the name of the weight in files, given its owner's FQN; here the FQN itself."""
-        return owner_fqn
-
-    @classmethod
-    def parameter_names(cls) -> tuple[str, str]:
-        """Return the names under which the owner holds Λ and Γ."""
-        return "randlora_lambda", "randlora_gamma"
-
     def diagonals_of(self, owner: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """Return Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, of one adapter, or stacks of them."""
         lambdas, gammas = self.parameter_names()
-        return _value_of(owner._modules[lambdas], name), _value_of(owner._modules[gammas], name)
-
-    @classmethod
-    def device_beside(cls, owner: nn.Module) -> torch.device:
-        """Return the device of Λ and Γ: that of the weight, or the CPU if accelerate offloads the weight."""
-        weight = cls.weight_of(owner)
-        assert weight is not None, "obstacles() asks for a weight"
-        return torch.device("cpu") if cls.is_offloaded(owner) else weight.device
-
-    @classmethod
-    def is_offloaded(cls, owner: nn.Module) -> bool:
-        """Whether accelerate offloads the weight and loads it for each forward."""
-        weight = cls.weight_of(owner)
-        return weight is not None and weight.is_meta and "_hf_hook" in owner.__dict__
+        return self._held(owner, lambdas).randlora_named(name), self._held(owner, gammas).randlora_named(name)
 
     @classmethod
     def fresh_diagonals(cls, owner: nn.Module, shape: Shape, r: int) -> tuple[Tensor, Tensor]:
@@ -166,10 +91,10 @@ class AdapterLayer(ABC):
         """Return objects that the owner holds, other than modules and parameters, and that merging changes."""
         return []
 
-    def settle(self, owner: nn.Module) -> None:  # noqa: B027  # most kinds have nothing to do
+    def settle(self, owner: nn.Module) -> None:  # most kinds have nothing to do
         """Change whatever else on the owner its kind requires while adapted. Must not fail."""
 
-    def unsettle(self, owner: nn.Module) -> None:  # noqa: B027  # most kinds have nothing to do
+    def unsettle(self, owner: nn.Module) -> None:  # most kinds have nothing to do
         """Undo `settle`."""
 
     def forward(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -356,62 +281,6 @@ class AdapterLayer(ABC):
         held.__dict__.update(vars(weight))  # what libraries set on parameters
         return Merged(merged, held)
 
-    @classmethod
-    def with_updates(cls, weight: Tensor, updates: Sequence[Update], region: Region | None = None) -> Tensor:
-        """Return a weight of this kind plus some updates of it, added in float32 or wider and rounded once.
-
-        This is the arithmetic of merging, in memory and on disk.
-
-        Args:
-            weight: The weight, or the part of it within the region.
-            updates: The updates of the whole weight.
-            region: What part of the weight is given, from `region_of`; ``None`` for all of it.
-        """
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        delta = cls.summed(updates, region, device=weight.device, dtype=dtype)
-        return folded(weight, cls.in_storage_layout(delta))
-
-    @classmethod
-    def part_with_updates(cls, own: Tensor, part: Part, shape: Shape, updates: Sequence[Update]) -> Tensor:
-        """Return a part of the weight plus that part of some updates, added as `with_updates` does.
-
-        Args:
-            own: The part, in the layout of the weight.
-            part: Which it is, a range in each dimension of the weight.
-            shape: The shape of the whole weight, as stored.
-            updates: The updates, with all of Λ and Γ.
-        """
-        if not own.numel():
-            return own
-        region = cls.region_of(shape, [(held.start, held.stop) for held in part])
-        return cls.with_updates(own, updates, region)
-
-    @classmethod
-    def summed(
-        cls, updates: Iterable[Update], region: Region | None, *, device: torch.device, dtype: torch.dtype
-    ) -> Tensor:
-        """Return the sum of some updates, `united`, or of their parts within a region, computed from those alone."""
-        parts = updates if region is None else [update.within(region) for update in updates]
-        return sum_updates(parts, (), device=device, dtype=dtype, united=cls.united)
-
-    @classmethod
-    def region_here(cls, weight: Tensor) -> Region:
-        """Return the part of the update for this process's part of a sharded weight."""
-        return cls.region_of(tuple(weight.shape), [(held.start, held.stop) for held in Shard(weight).part])
-
-    @classmethod
-    def region_of(cls, shape: Shape, spans: Sequence[Span]) -> Region:  # noqa: ARG003  # for convolutions
-        """Return the part of the update, `united`, for a part of the parameter.
-
-        Args:
-            shape: The shape of the whole parameter.
-            spans: What part of it, in each dimension.
-        """
-        *stack, rows, columns = spans
-        if cls.is_transposed:
-            rows, columns = columns, rows
-        return Region(rows, columns, stack[0] if stack else None)
-
     def exchange(self, owner: nn.Module, held: Any) -> Any:
         """Replace the owner's parameter by another, on its device and in its dtype, and return the previous one.
 
@@ -474,34 +343,3 @@ class AdapterLayer(ABC):
             for name, part in self.adapters.items()
             for r in [part.options.r]
         )
-
-
-def diagonal_shapes(shape: Shape, r: int) -> tuple[Shape, Shape]:
-    """Return the shapes of Λ and Γ of an update: ``(r, num_bases)`` and ``(num_bases, min_dim)``, or stacks of them."""
-    *matrices, out_features, in_features = shape
-    min_dim = min(out_features, in_features)
-    num_bases = count_bases(min_dim, r)
-    return (*matrices, r, num_bases), (*matrices, num_bases, min_dim)
-
-
-def _value_of(held: nn.Module | None, name: str) -> nn.Parameter:
-    """Return one adapter's Λ or Γ."""
-    assert held is not None, "the weight is adapted"
-    if name not in held._parameters:  # DataParallel's replicas hold parameters as plain attributes
-        return getattr(held, name)  # type: ignore[no-any-return]
-    parameter = held._parameters[name]  # not get(), in which ZeRO-3 would not gather it
-    assert parameter is not None, "the weight is adapted"
-    if parameter.is_meta and "_hf_hook" in held.__dict__:  # accelerate loads offloaded values only during a call
-        loaded: nn.Parameter = held.forward(name)
-        if loaded.requires_grad:
-            loaded.register_hook(_refuse_gradient)
-        return loaded
-    return parameter
-
-
-def _refuse_gradient(gradient: Tensor) -> None:  # noqa: ARG001  # a hook's signature
-    """Raise an error before the gradient of a Λ or Γ goes to a copy that is dropped."""
-    raise AdapterError(
-        "cannot train an adapter whose Λ and Γ are offloaded by hooks of their own, because their gradients would be "
-        "lost: offload the model first, as with accelerate.dispatch_model, then inject or load the adapter"
-    )

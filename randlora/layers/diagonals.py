@@ -13,8 +13,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from randlora.bases.spec import Shape, count_bases
 from randlora.errors import AdapterError
 
 OFFLOADER, OFFLOADER_IN = "attach_align_device_hook", "accelerate.utils.modeling"
@@ -118,6 +119,19 @@ class Diagonal(nn.ParameterDict):
         slots = None if "_hf_hook" in self.__dict__ else self.randlora_slots
         return None if slots is None else slots[position]
 
+    def randlora_named(self, name: str) -> nn.Parameter:
+        """Return the parameter of one adapter."""
+        if name not in self._parameters:  # nn.DataParallel's replicas hold parameters as plain attributes
+            return getattr(self, name)  # type: ignore[no-any-return]
+        parameter = self._parameters[name]  # not get(), in which ZeRO-3 would not gather it
+        assert parameter is not None, "the weight is adapted"
+        if parameter.is_meta and "_hf_hook" in self.__dict__:  # accelerate loads offloaded values only during a call
+            loaded: nn.Parameter = self.forward(name)
+            if loaded.requires_grad:
+                loaded.register_hook(_refuse_gradient)
+            return loaded
+        return parameter
+
     def forward(self, name: str) -> nn.Parameter:
         """Return the parameter of one adapter. accelerate's offloading loads the values only during this call."""
         parameter: nn.Parameter = self[name]
@@ -181,3 +195,19 @@ def _is_split_by(frame: FrameType | None) -> bool:
     while frame is not None and frame.f_globals.get("__name__") in ("torch.nn.modules.module", __name__):
         frame = frame.f_back
     return frame is not None and str(frame.f_globals.get("__name__")).startswith("torch.distributed.tensor")
+
+
+def diagonal_shapes(shape: Shape, r: int) -> tuple[Shape, Shape]:
+    """Return the shapes of Λ and Γ of an update: ``(r, num_bases)`` and ``(num_bases, min_dim)``, or stacks of them."""
+    *matrices, out_features, in_features = shape
+    min_dim = min(out_features, in_features)
+    num_bases = count_bases(min_dim, r)
+    return (*matrices, r, num_bases), (*matrices, num_bases, min_dim)
+
+
+def _refuse_gradient(gradient: Tensor) -> None:  # noqa: ARG001  # a hook's signature
+    """Raise an error before the gradient of a Λ or Γ goes to a copy that is dropped."""
+    raise AdapterError(
+        "cannot train an adapter whose Λ and Γ are offloaded by hooks of their own, because their gradients would be "
+        "lost: offload the model first, as with accelerate.dispatch_model, then inject or load the adapter"
+    )

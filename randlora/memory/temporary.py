@@ -16,7 +16,7 @@ from randlora.bases.basis import Basis
 from randlora.bases.spec import Shape
 from randlora.functional import Diagonals, Pair, adapted_linear
 from randlora.functional.cost import pass_over
-from randlora.layers.base import diagonal_shapes
+from randlora.layers.diagonals import diagonal_shapes
 
 META = torch.device("meta")
 

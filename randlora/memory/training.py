@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from randlora.bases.basis import Basis
 from randlora.errors import ConfigError, raise_collected
 from randlora.hints import mistyped
-from randlora.layers.base import diagonal_shapes
+from randlora.layers.diagonals import diagonal_shapes
 from randlora.layers.read_weight import ReadWeight
 from randlora.memory.parts import SHARED_INPUT, Part, Strategy, style_of
 from randlora.memory.temporary import peak_beside

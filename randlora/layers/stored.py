@@ -1,0 +1,152 @@
+"""How one kind of layer stores the weight that is adapted, and the arithmetic of merging updates into it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from randlora.bases.spec import Shape
+from randlora.config import RandLoRAConfig
+from randlora.functional.region import Region, Span
+from randlora.layers.update import Update, folded, sum_updates
+from randlora.placement.dtensor import Part, Shard
+
+
+class StoredWeight(ABC):
+    """A weight of one kind of layer, the module's parameter of some name. It has no state: it is asked as a class.
+
+    Attributes:
+        attribute: The name of the parameter.
+        is_transposed: Whether the weight is stored as ``(in_features, out_features)``, or as a stack of such matrices.
+    """
+
+    attribute: ClassVar[str] = "weight"
+    is_transposed: ClassVar[bool] = False
+
+    @staticmethod
+    @abstractmethod
+    def features(owner: nn.Module) -> tuple[int, int]:
+        """Return ``(in_features, out_features)`` of a module's weight, even if it has no values.
+
+        For a stack of matrices these are the features of one of them.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def in_storage_layout(delta: Tensor) -> Tensor:
+        """Return an update, as `united` returns it, in the layout of the owner's weight.
+
+        That is its shape, one that is broadcast to it, or the shape of the weight viewed as a matrix.
+        """
+
+    @staticmethod
+    def united(delta: Tensor) -> Tensor:
+        """Return an update in the form in which updates of different shapes of one weight can be added."""
+        return delta
+
+    @classmethod
+    def obstacle(cls, owner: nn.Module) -> str | None:
+        """Return why this module cannot be adapted, as a phrase that follows its name, or ``None``."""
+        weight = cls.weight_of(owner)  # not the attribute, whose value may include updates
+        assert weight is not None, "obstacles() asks for a weight"
+        if weight.dtype.is_floating_point and weight.dtype.itemsize > 1:  # torch does not add 8-bit numbers
+            return None
+        return f"has a weight of {weight.dtype}, expected a floating dtype of 16 bits or more: dequantize it first"
+
+    @classmethod
+    def shape_of(cls, owner: nn.Module, config: RandLoRAConfig) -> Shape:  # noqa: ARG003  # for stacks of matrices
+        """Return the shape of the update of an adapter with these options: ``(out_features, in_features)``.
+
+        For a stack of matrices, each with its own Λ and Γ, their number comes first.
+        """
+        in_features, out_features = cls.features(owner)
+        return out_features, in_features
+
+    @classmethod
+    def weight_of(cls, owner: nn.Module) -> nn.Parameter | None:
+        """Return the owner's parameter without any update, or ``None`` if it is computed from others."""
+        held = owner._parameters
+        return held[cls.attribute] if cls.attribute in held else None  # noqa: SIM401  # ZeRO-3 does not see a get()
+
+    @classmethod
+    def site_fqn(cls, owner_fqn: str) -> str:
+        """Return the name of the weight in files, given its owner's FQN; here the FQN itself."""
+        return owner_fqn
+
+    @classmethod
+    def parameter_names(cls) -> tuple[str, str]:
+        """Return the names under which the owner holds Λ and Γ."""
+        return "randlora_lambda", "randlora_gamma"
+
+    @classmethod
+    def device_beside(cls, owner: nn.Module) -> torch.device:
+        """Return the device of Λ and Γ: that of the weight, or the CPU if accelerate offloads the weight."""
+        weight = cls.weight_of(owner)
+        assert weight is not None, "obstacles() asks for a weight"
+        return torch.device("cpu") if cls.is_offloaded(owner) else weight.device
+
+    @classmethod
+    def is_offloaded(cls, owner: nn.Module) -> bool:
+        """Whether accelerate offloads the weight and loads it for each forward."""
+        weight = cls.weight_of(owner)
+        return weight is not None and weight.is_meta and "_hf_hook" in owner.__dict__
+
+    @classmethod
+    def with_updates(cls, weight: Tensor, updates: Sequence[Update], region: Region | None = None) -> Tensor:
+        """Return a weight of this kind plus some updates of it, added in float32 or wider and rounded once.
+
+        This is the arithmetic of merging, in memory and on disk.
+
+        Args:
+            weight: The weight, or the part of it within the region.
+            updates: The updates of the whole weight.
+            region: What part of the weight is given, from `region_of`; ``None`` for all of it.
+        """
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        delta = cls.summed(updates, region, device=weight.device, dtype=dtype)
+        return folded(weight, cls.in_storage_layout(delta))
+
+    @classmethod
+    def part_with_updates(cls, own: Tensor, part: Part, shape: Shape, updates: Sequence[Update]) -> Tensor:
+        """Return a part of the weight plus that part of some updates, added as `with_updates` does.
+
+        Args:
+            own: The part, in the layout of the weight.
+            part: Which it is, a range in each dimension of the weight.
+            shape: The shape of the whole weight, as stored.
+            updates: The updates, with all of Λ and Γ.
+        """
+        if not own.numel():
+            return own
+        region = cls.region_of(shape, [(held.start, held.stop) for held in part])
+        return cls.with_updates(own, updates, region)
+
+    @classmethod
+    def summed(
+        cls, updates: Iterable[Update], region: Region | None, *, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """Return the sum of some updates, `united`, or of their parts within a region, computed from those alone."""
+        parts = updates if region is None else [update.within(region) for update in updates]
+        return sum_updates(parts, (), device=device, dtype=dtype, united=cls.united)
+
+    @classmethod
+    def region_here(cls, weight: Tensor) -> Region:
+        """Return the part of the update for this process's part of a sharded weight."""
+        return cls.region_of(tuple(weight.shape), [(held.start, held.stop) for held in Shard(weight).part])
+
+    @classmethod
+    def region_of(cls, shape: Shape, spans: Sequence[Span]) -> Region:  # noqa: ARG003  # for convolutions
+        """Return the part of the update, `united`, for a part of the parameter.
+
+        Args:
+            shape: The shape of the whole parameter.
+            spans: What part of it, in each dimension.
+        """
+        *stack, rows, columns = spans
+        if cls.is_transposed:
+            rows, columns = columns, rows
+        return Region(rows, columns, stack[0] if stack else None)
