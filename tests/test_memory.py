@@ -17,8 +17,10 @@ from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec
 from randlora.errors import ConfigError, RandLoRAError
 from randlora.functional import Diagonals, adapted_linear
+from randlora.functional.region import Region
 from randlora.layers.diagonals import diagonal_shapes
 from randlora.memory.parts import Part, style_of
+from randlora.memory.pieces import Piece
 from randlora.memory.temporary import peak_beside
 from randlora.memory.training import TrainingMemory
 from randlora.state import adapted_root
@@ -116,24 +118,47 @@ def test_everything_held_is_that_of_a_trained_model(kind: RealModel, dtype: torc
 sides = st.integers(1, 6).map(lambda count: 32 * count)
 
 
-@settings(max_examples=15)
-@given(sides, sides, st.sampled_from([1, 3, 40, 700]), st.sampled_from(["dense", "block", "sparse"]))
-def test_the_height_of_a_step_is_that_of_the_arithmetic(rows: int, columns: int, tokens: int, basis: Any) -> None:
+@settings(max_examples=20)
+@given(
+    sides,
+    sides,
+    st.sampled_from([1, 3, 40, 700]),
+    st.sampled_from(["dense", "block", "sparse"]),
+    st.sampled_from([None, (0, 1), (1, 0), (1, 2)]),
+)
+def test_the_height_of_a_step_is_that_of_the_arithmetic(
+    rows: int, columns: int, tokens: int, basis: Any, part: tuple[int, int] | None
+) -> None:
     shape, r = (rows, columns), 8
     spec = BasisSpec(basis, "portable", 0, r, max(shape), min(shape), (2, 4) if basis == "block" else None)
     real, planned = (Basis(spec, (max(shape), min(shape))) for _ in range(2))
-    pair = real.pair(max(shape), min(shape), device=torch.device("cpu"), dtype=torch.float32)
+    piece = Piece(shape, r, tokens)
+    if part is not None:  # of three devices, under tensor parallelism
+        piece = piece.split(part[0], 3, part[1], spec.blocks or (1, 1))
+    whole = Region((0, rows), (0, columns))
+    region, (height, width) = piece.region or whole, piece.extent
+    sides = region.sides(is_wide=piece.is_wide)
+    pair = real.pair(max(shape), min(shape), device=torch.device("cpu"), dtype=torch.float32, sides=sides)
     lam, gamma = (torch.randn(each).requires_grad_() for each in diagonal_shapes(shape, r))
-    x, weight, grad = torch.randn(tokens, columns).requires_grad_(), torch.randn(shape), torch.randn(tokens, rows)
+    x, weight, grad = (
+        torch.randn(tokens, width).requires_grad_(),
+        torch.randn(height, width),
+        torch.randn(tokens, height),
+    )
 
     def adapted() -> None:
-        torch.autograd.grad(adapted_linear(x, pair, Diagonals(lam, gamma, 1.5), weight=weight), [x, lam, gamma], grad)
+        diagonals = Diagonals(lam, gamma[:, slice(*sides.small)], 1.5)
+        if part is None:
+            output = adapted_linear(x, pair, diagonals, weight=weight)
+        else:
+            output = F.linear(x, weight) + adapted_linear(x, pair, diagonals, is_wide=piece.is_wide)
+        torch.autograd.grad(output, [x, lam, gamma], grad)
 
     def plain() -> None:
         torch.autograd.grad(F.linear(x, weight), [x], grad)
 
     measured = peak_of(adapted, "cpu") - peak_of(plain, "cpu")
-    found = peak_beside(shape, r, planned, tokens, torch.float32, "cpu")
+    found = peak_beside(piece, planned, torch.float32, "cpu")
     assert abs(found - measured) <= 0.02 * measured + 1024
 
 

@@ -1,4 +1,4 @@
-"""What part of each parameter a device holds: all of it, a shard of its first dimension, or a part of a layer."""
+"""What part of each parameter a device has: all of it, a shard of the first dimension, a part of a layer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from randlora.bases.spec import Shape
+from randlora.functional.region import Span
 
 Strategy = Literal["ddp", "fsdp2", "tp"]
 LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
@@ -65,8 +66,14 @@ class Part(NamedTuple):
         if dim is None or (len(self.shape) == 1 and dim == -1):  # the bias of a row-wise layer is whole
             return self.nbytes
         dim = max(dim + len(self.shape), 0) if dim < 0 else dim
-        sides = [math.ceil(side / devices) if at == dim else side for at, side in enumerate(self.shape)]
+        sides = [part_of(side, devices, 0)[1] if at == dim else side for at, side in enumerate(self.shape)]
         return round(math.prod(sides) * self.itemsize)
+
+
+def part_of(size: int, devices: int, index: int) -> Span:
+    """Return the range of a dimension that a device has: equally long ones but for the last, as torch splits it."""
+    step = math.ceil(size / devices)
+    return min(size, index * step), min(size, (index + 1) * step)
 
 
 def style_of(fqn: str, tp_plan: Mapping[str, str]) -> str | None:

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from randlora.bases.basis import Basis
-from randlora.bases.spec import Shape
 from randlora.functional import Diagonals, Pair, adapted_linear
 from randlora.functional.cost import pass_over
 from randlora.layers.diagonals import diagonal_shapes
+from randlora.memory.pieces import Piece
 
 META = torch.device("meta")
 
@@ -52,36 +52,49 @@ class _Counting(TorchDispatchMode):
         self.now -= nbytes
 
 
-def peak_beside(shape: Shape, r: int, basis: Basis, tokens: int, dtype: torch.dtype, device_type: str) -> int:
+def peak_beside(piece: Piece, basis: Basis, dtype: torch.dtype, device_type: str) -> int:
     """Return how much more memory a step of an adapted layer takes at its height than one of the frozen layer.
 
     Args:
-        shape: ``(out_features, in_features)``.
-        r: The rank of one basis.
-        basis: Bases of this rank that cover the layer.
-        tokens: Rows of the input.
+        piece: The update, or the part of it that a device computes.
+        basis: Bases of its rank that cover the layer.
         dtype: The dtype that the layer is held and computed in.
         device_type: The type of the device, which the choice of how to compute depends on.
     """
-    out_features, in_features = shape
-    pair = basis.pair(max(shape), min(shape), device=META, dtype=dtype)
+    pair, (height, width) = pair_of(piece, basis, dtype), piece.extent
     for form in (pair, pair.written):
         if form is not None:  # the cached choice of a device that is not the one computed on
             vars(form)["shape"] = form.shape._replace(entry=pass_over(device_type, dtype).multiply_adds)
-    lam, gamma = (torch.empty(each, device=META, requires_grad=True) for each in diagonal_shapes(shape, r))
-    x = torch.empty((tokens, in_features), dtype=dtype, device=META, requires_grad=True)
-    weight = torch.empty((out_features, in_features), dtype=dtype, device=META)
-    grad = torch.empty((tokens, out_features), dtype=dtype, device=META)
+    shapes = diagonal_shapes(piece.shape, piece.r)
+    lam, gamma = (torch.empty(each, device=META, requires_grad=True) for each in shapes)
+    x = torch.empty((piece.tokens, width), dtype=dtype, device=META, requires_grad=True)
+    weight = torch.empty((height, width), dtype=dtype, device=META)
+    grad = torch.empty((piece.tokens, height), dtype=dtype, device=META)
 
     def adapted_step() -> None:
-        output = adapted_linear(x, pair, Diagonals(lam, gamma, 1.5), weight=weight)
-        torch.autograd.grad(output, [x, lam, gamma], grad)
+        if piece.region is None:
+            output = adapted_linear(x, pair, Diagonals(lam, gamma, 1.5), weight=weight)
+            torch.autograd.grad(output, [x, lam, gamma], grad)
+            return
+        columns = slice(*piece.region.sides(is_wide=piece.is_wide).small)
+        own = F.linear(x.detach(), weight)  # then the layer's product is torch's
+        output = adapted_linear(x, pair, Diagonals(lam, gamma[:, columns], 1.5), is_wide=piece.is_wide)
+        own = own + output
+        del own
+        grad_x, *_ = torch.autograd.grad(output, [x, lam, gamma], grad)
+        grad_x += grad @ weight  # autograd adds in place, but not while operators are watched
 
     def frozen_step() -> None:
         torch.autograd.grad(F.linear(x, weight), [x], grad)
 
     held = (x, lam, gamma, weight, grad, *_tensors(pair))
     return _most(adapted_step, *held) - _most(frozen_step, *held)
+
+
+def pair_of(piece: Piece, basis: Basis, dtype: torch.dtype) -> Pair:
+    """Return the bases that a device computes a piece with, without values."""
+    sides = None if piece.region is None else piece.region.sides(is_wide=piece.is_wide)
+    return basis.pair(max(piece.shape), min(piece.shape), device=META, dtype=dtype, sides=sides)
 
 
 def _tensors(pair: Pair) -> list[Tensor]:

@@ -18,8 +18,9 @@ from randlora.errors import ConfigError, raise_collected
 from randlora.hints import mistyped
 from randlora.layers.diagonals import diagonal_shapes
 from randlora.layers.read_weight import ReadWeight
-from randlora.memory.parts import SHARED_INPUT, Part, Strategy, style_of
-from randlora.memory.temporary import peak_beside
+from randlora.memory.parts import SHARED_INPUT, SPLIT_DIMS, Part, Strategy, style_of
+from randlora.memory.pieces import Piece, pieces_by_device
+from randlora.memory.temporary import pair_of, peak_beside
 from randlora.report import FLOAT32_BYTES, as_bytes, table
 from randlora.state import Adapter
 from randlora.targets.site import Site
@@ -46,7 +47,8 @@ class TrainingMemory:
         parameters: Λ and Γ in float32, and the copies of ``train_also`` in the model's dtype.
         gradients: The same size.
         optimizer: That size ``optimizer_states`` times.
-        bases: The random bases in the form that is computed with. All of them on every device, however it is divided.
+        bases: The random bases in the form that is computed with. All of them on every device, however it is divided,
+            and with ``"tp"`` what is made of them for its parts of the layers: the most of any device.
         communication: With ``"fsdp2"`` the parameters outside of blocks and two blocks, gathered, with the gradients of
             one; with ``"ddp"`` the buckets, which are as large as the gradients.
         inputs: What adapted layers keep from forward to backward: their inputs, and the sum of weight and update where
@@ -177,7 +179,7 @@ class Training:
             bases=bases,
             communication=self._communication(trained) if self.setup.devices > 1 else 0,
             inputs=self._inputs() if self.setup.tokens else 0,
-            temporary=max(map(self._temporary, self.distinct), default=0) if self.setup.tokens else 0,
+            temporary=self._temporary() if self.setup.tokens else 0,
             host=host,
             optimizer_states=self.setup.optimizer_states,
         )
@@ -236,15 +238,23 @@ class Training:
         )
 
     @cached_property
-    def distinct(self) -> tuple[tuple[tuple[int, int], int, int], ...]:
-        """The different matrices of updates, with their r and the rows that each is multiplied by."""
-        config, options = self.adapter.config, self.adapter.options
-        found: dict[tuple[tuple[int, int], int, int], None] = {}
+    def pieces(self) -> frozenset[frozenset[Piece]]:
+        """What the devices compute of the updates, for those that differ in that."""
+        bases = self.adapter.bases
+        return pieces_by_device(self._matrices, self.setup.devices, lambda r: bases[r].spec.blocks or (1, 1))
+
+    @cached_property
+    def _matrices(self) -> frozenset[tuple[Piece, int | None]]:
+        """The different matrices of updates, with the dimension that a plan of tensor parallelism splits."""
+        found = set()
         for site in self.sites:
-            *_, out_features, in_features = site.shape_with(config)
+            *_, out_features, in_features = site.shape_with(self.adapter.config)
             rows = math.ceil(self._rows_of(site) / _matrices(site))
-            found[(out_features, in_features), options[site.fqn].r, rows] = None
-        return tuple(found)
+            dim = SPLIT_DIMS.get(style_of(site.fqn, self.tp_plan) or "") if self.setup.strategy == "tp" else None
+            if dim is not None:
+                dim = (dim + site.layer_class.is_transposed) % 2
+            found.add((Piece((out_features, in_features), self.adapter.options[site.fqn].r, rows), dim))
+        return frozenset(found)
 
     def _itemsize(self, tensor: torch.Tensor) -> int:
         converted = self.setup.dtype is not None and tensor.dtype.is_floating_point
@@ -265,18 +275,17 @@ class Training:
         return next((name for name in names if name in self._blocks), "")
 
     def _bases(self) -> tuple[int, int]:
-        """Return the bytes of the bases on a device and in the memory of the process."""
+        """Return the bytes of the bases on a device, the most of any, and in the memory of the process."""
         working = 0
-        for r, basis in self._on_meta.items():
-            for shape, rank, _ in self.distinct:
-                if rank == r:
-                    basis.pair(max(shape), min(shape), device=META, dtype=self.compute_dtype)
-            working += basis.working_nbytes
+        for pieces in self.pieces:
+            bases = self._on_meta()
+            for piece in pieces:
+                pair_of(piece, bases[piece.r], self.compute_dtype)
+            working = max(working, sum(basis.working_nbytes for basis in bases.values()))
         return working, sum(basis.nbytes for basis in self.adapter.bases.values())
 
-    @cached_property
     def _on_meta(self) -> dict[int, Basis]:
-        """Bases of the same specs that have no values."""
+        """Return bases of the same specs that have no values."""
         return {r: Basis(basis.spec, basis.extent) for r, basis in self.adapter.bases.items()}
 
     def _communication(self, trained: int) -> int:
@@ -327,9 +336,10 @@ class Training:
         routes = getattr(getattr(self.census.model, "config", None), "num_experts_per_tok", None)
         return self.setup.tokens * (routes if isinstance(routes, int) else _matrices(site))
 
-    def _temporary(self, update: tuple[tuple[int, int], int, int]) -> int:
-        shape, r, rows = update
-        return peak_beside(shape, r, self._on_meta[r], rows, self.compute_dtype, self.setup.device_type)
+    def _temporary(self) -> int:
+        bases, dtype, device_type = self._on_meta(), self.compute_dtype, self.setup.device_type
+        pieces = frozenset[Piece]().union(*self.pieces)
+        return max((peak_beside(piece, bases[piece.r], dtype, device_type) for piece in pieces), default=0)
 
 
 def _matrices(site: Site) -> int:

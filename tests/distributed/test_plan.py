@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -128,13 +128,15 @@ def sharded(case: Drawn) -> Held:
     return found._replace(gradients=sum(p.grad.to_local().nbytes for p in local if isinstance(p.grad, DTensor)))
 
 
-def split(case: Drawn) -> int:
-    """Divide the model as transformers does and count what this process holds of it."""
+def split(case: Drawn) -> Held:
+    """Divide the model as transformers does, and train."""
     model = case.build()
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     apply_tensor_parallelism(model, mesh, model._expand_parallel_plan(model.tp_plan))
     parts = [each.to_local() if isinstance(each, DTensor) else each for each in model.parameters()]
-    return sum(part.nbytes for part in (*parts, *model.buffers()))  # not their memory: these are views of the whole
+    weights = sum(part.nbytes for part in (*parts, *model.buffers()))  # not their memory: these are views of the whole
+    randlora.inject(model, case.r, **case.options)
+    return held(model, model, lambda: 0)._replace(weights=weights)
 
 
 def planned(case: Drawn, strategy: Any) -> TrainingMemory:
@@ -169,5 +171,10 @@ def test_each_process_of_fsdp2_holds_shards_of_all_parameters_and_whole_bases(pa
 
 @LAW
 @given(drawn)
-def test_each_process_of_tensor_parallelism_holds_parts_of_the_layers(pair: Processes, case: Drawn) -> None:
-    assert max(pair.run(split, case)) == planned(case, "tp").weights
+@example(Drawn(40, 33, 1, 16, "block", "all-linear", None))  # the second process starts within blocks of A and of B
+def test_each_process_of_tensor_parallelism_holds_parts_of_the_layers_and_of_the_bases(
+    pair: Processes, case: Drawn
+) -> None:
+    plan = planned(case, "tp")
+    found = [max(sizes) for sizes in zip(*pair.run(split, case), strict=True)]
+    assert found == [getattr(plan, name) for name in Held._fields]
