@@ -1,10 +1,14 @@
-"""The programs of docs/examples, imported."""
+"""The programs of docs/examples, imported, and snippets of pages that need what a page does not have."""
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
-EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+DOCS = Path(__file__).parents[1] / "docs"
+EXAMPLES = DOCS / "examples"
+SNIPPET = re.compile(r"^```py\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+"""A block in this language is run by a test that has processes, or the packages, for it; others as a page."""
 
 
 def imported(name: str) -> ModuleType:
@@ -15,3 +19,9 @@ def imported(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def snippet(page: str, name: str) -> str:
+    """Return the code of the one such block of a page that has a name in it."""
+    (code,) = (code for code in SNIPPET.findall((DOCS / page).read_text(encoding="utf-8")) if name in code)
+    return str(code)

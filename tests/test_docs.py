@@ -19,6 +19,7 @@ from torch import nn
 
 import randlora
 from randlora.layers import registry
+from tests.examples import SNIPPET
 from tests.peer import THEIR_WARNINGS, TRAINERS_WARNINGS
 
 pytestmark = [*THEIR_WARNINGS, *TRAINERS_WARNINGS]  # of pages that show them at work
@@ -94,6 +95,11 @@ def run_page(page: Path) -> None:
 
 def stripped(text: str) -> list[str]:
     return [line.rstrip() for line in text.strip("\n").splitlines()]
+
+
+def test_every_snippet_in_python_is_run_here_or_by_a_test_that_asks_for_it() -> None:
+    elsewhere = {page.name: len(SNIPPET.findall(page.read_text(encoding="utf-8"))) for page in PAGES}
+    assert {name: count for name, count in elsewhere.items() if count} == {"compiling.md": 2, "distributed.md": 2}
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import randlora
+from tests.examples import snippet
 from tests.kit import fill
 from tests.laws import assert_close, needs_export
 
@@ -75,34 +76,49 @@ def test_gradients_pass_through_a_program(options: dict[str, Any]) -> None:
     ids=["dense", "block", "sparse", "merged"],
 )
 def test_onnx_computes_the_same(
-    make: Callable[[dict[str, Any]], nn.Module], options: dict[str, Any], tmp_path: Path
+    make: Callable[[dict[str, Any]], nn.Module],
+    options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model, x = make(options).eval(), torch.randn(3, 8)
-    torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    assert_close(torch.from_numpy(found), model(x), torch.float32)
+    monkeypatch.chdir(tmp_path)
+    model, x = make(options), torch.randn(3, 8)
+    exec(snippet("compiling.md", "torch.onnx"), found := {"torch": torch, "model": model, "x": x})
+    assert_close(torch.from_numpy(found["output"]), model(x), torch.float32)
 
 
-def test_a_package_of_aotinductor_computes_the_same(tmp_path: Path) -> None:
-    model = adapted({"basis": "block"})
-    with torch.no_grad():
-        program = torch.export.export(model, (torch.randn(3, 8),), dynamic_shapes=DYNAMIC)
-        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    run: Any = torch._inductor.aoti_load_package(package)
+class Both(nn.Module):
+    """An adapted model beside a merged one: one package of both, because compiling takes seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.models = nn.ModuleList([adapted({"basis": "block"}), merged({"basis": "dense"})])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([model(x) for model in self.models])
+
+
+def test_a_package_of_aotinductor_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = Both()
+    exec(snippet("compiling.md", "aoti"), found := {"torch": torch, "model": model, "x": torch.randn(3, 8)})
+    run: Any = found["run"]
     for tokens in (2, 7):
         x = torch.randn(tokens, 8)
-        found: Tensor = run(x)
-        assert_close(found, model(x), torch.float32)
+        assert_close(run(x), model(x), torch.float32)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace(_method)?. is deprecated")
 @pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean might")  # sizes, which are constants of it
 @every_basis
-def test_a_traced_model_computes_the_same(options: dict[str, Any]) -> None:
+def test_a_traced_model_computes_the_same_and_is_trained(options: dict[str, Any]) -> None:
+    """The check that torch makes is another trace, without gradients, which must have the same operators."""
     model, x = adapted(options), torch.randn(3, 8)
-    with torch.no_grad():
-        traced: Any = torch.jit.trace(model, (x,))
-    assert_close(traced(x), model(x), torch.float32)
+    traced: Any = torch.jit.trace(model, (x,))
+    outputs, trained = (traced(x), model(x)), [*randlora.trainable_parameters(model)]
+    assert_close(outputs[0].detach(), outputs[1].detach(), torch.float32)
+    found, expected = (torch.autograd.grad(out.square().sum(), trained) for out in outputs)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs, torch.float32)

@@ -12,7 +12,7 @@ from randlora.functional.adapted import Adapted, Pair, adapted
 from randlora.functional.block import BlockPair
 from randlora.functional.cost import Compute, chosen_backward, chosen_forward, is_small
 from randlora.functional.dense import DensePair
-from randlora.functional.scratch import in_dtype, is_in_transform
+from randlora.functional.scratch import in_dtype, is_in_transform, is_traced
 
 WriteOut = Callable[[torch.dtype], Tensor]
 """A function that dequantizes a weight, ``(out_features, in_features)``, to the dtype it is given.
@@ -83,12 +83,16 @@ def adapted_linear(
         output = _Transformed.apply(
             rows, weight, bias, lam, gamma, scaling, pair.A, pair.B, pair.rest, compute, is_wide
         )  # type: ignore[no-untyped-call]
-    elif torch.is_grad_enabled() and (
-        x.requires_grad
-        or lam.requires_grad
-        or gamma.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (isinstance(weight, Tensor) and weight.requires_grad)
+    elif (
+        torch.is_grad_enabled()
+        and (
+            x.requires_grad
+            or lam.requires_grad
+            or gamma.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or (isinstance(weight, Tensor) and weight.requires_grad)
+        )
+        and not is_traced()  # a trace fails where two functions use a tensor that is no argument, as the bases are
     ):
         # the bases are not passed as tensors, so that saved-tensor hooks such as save_on_cpu do not see them
         output = _AdaptedLinear.apply(rows, weight, bias, lam, gamma, scaling, None, None, pair, compute, is_wide)  # type: ignore[no-untyped-call]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -15,6 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import randlora
 from tests.distributed.processes import Processes
 from tests.distributed.test_tensor_parallel import Drawn, close, outputs_of, plain
+from tests.examples import snippet
 from tests.kit import fill
 
 
@@ -60,3 +62,34 @@ def on_two_dimensions(first: bool, place: Path) -> None:
 @pytest.mark.parametrize("first", [True, False])
 def test_a_mesh_of_two_dimensions(four: Processes, first: bool, tmp_path: Path) -> None:
     four.run(on_two_dimensions, first, tmp_path)
+
+
+def compiled_in_the_pages_order() -> None:
+    """Split, adapt and shard as docs/distributed.md does, and compare the model compiled with itself as it is."""
+    drawn = Drawn(16, 32, 30, True, "whole", {})
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    models = []
+    for _ in range(2):
+        model = plain(drawn)
+        exec(snippet("distributed.md", "parallelize_module"), {"randlora": randlora, "model": model, "mesh": mesh})
+        for parameter in randlora.trainable_parameters(model):
+            torch.nn.init.constant_(parameter, 0.05)
+        models.append(model)
+    ids = torch.arange(8).view(2, 4) + 8 * mesh["dp"].get_local_rank()
+    counter = CompileCounterWithBackend("aot_eager")
+    outputs = [models[0](ids), torch.compile(models[1], backend=counter, fullgraph=True)(ids)]
+    assert counter.frame_count == 1
+    close(outputs[1], outputs[0])
+    for output in outputs:
+        output.square().mean().backward()
+    expected, found = ([*randlora.trainable_parameters(each)] for each in models)
+    assert len(found) == 4
+    for ours, theirs in zip(found, expected, strict=True):
+        assert isinstance(ours.grad, DTensor)
+        assert isinstance(theirs.grad, DTensor)
+        close(ours.grad.full_tensor(), theirs.grad.full_tensor())
+
+
+@pytest.mark.medium
+def test_a_model_on_two_dimensions_is_compiled(four: Processes) -> None:
+    four.run(compiled_in_the_pages_order)

@@ -14,6 +14,7 @@ import randlora
 from randlora.errors import RandLoRAError
 from tests.distributed.processes import Processes
 from tests.distributed.test_tensor_parallel import close
+from tests.examples import snippet
 from tests.kit import fill
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -95,6 +96,23 @@ def planned(kind: str, place: Path) -> None:
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_model_that_its_plan_splits(pair: Processes, kind: str, tmp_path: Path) -> None:
     pair.run(planned, kind, tmp_path)
+
+
+def as_on_the_page(place: Path) -> None:
+    """Load, split and adapt a model as docs/distributed.md does."""
+    written("llama", place)
+    code = snippet("distributed.md", "tp_plan").replace("meta-llama/Llama-3.1-8B", str(place))
+    exec(code, found := {"randlora": randlora})
+    model: Any = found["model"]
+    assert isinstance(model.model.layers[0].self_attn.q_proj.weight, DTensor)
+    assert len([*randlora.trainable_parameters(model)]) == 14
+    model(input_ids=(ids := torch.arange(12).view(2, 6)), labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(model))
+
+
+@pytest.mark.medium
+def test_the_snippet_of_a_plan_runs(pair: Processes, tmp_path: Path) -> None:
+    pair.run(as_on_the_page, tmp_path)
 
 
 def refuse_experts(place: Path) -> None:
