@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import randlora
@@ -60,6 +62,25 @@ def build_on_meta(is_sharded_first: bool) -> None:
 @pytest.mark.parametrize("is_sharded_first", [False, True])
 def test_a_model_built_on_meta_trains_as_one_that_was_not(pair: Processes, is_sharded_first: bool) -> None:
     pair.run(build_on_meta, is_sharded_first)
+
+
+def follow_the_docs() -> None:
+    page = Path(__file__).parents[2] / "docs" / "distributed.md"
+    (block,) = re.findall(r"```python[^\n]*\n([^`]*to_empty[^`]*)```", page.read_text(encoding="utf-8"))
+    base, rank = layers(), dist.get_rank()
+    names: dict[str, Any] = {"torch": torch, "randlora": randlora, "fully_shard": fully_shard, "build": layers}
+    exec(block, names | (given := {"device": "cpu", "rank": rank, "base_weights": base.state_dict()}), given)
+    randlora.inject(base, r=32)
+    assert distance(values(given["model"]), dict(base.named_parameters())) == 0
+
+
+def layers() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+
+
+def test_what_the_docs_do_on_meta_is_enough(pair: Processes) -> None:
+    pair.run(follow_the_docs)
 
 
 def train_a_part() -> None:
