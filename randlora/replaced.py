@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from randlora.errors import AdapterError
 from randlora.placement import zero3
 from randlora.placement.dtensor import Shard, is_dtensor
 
@@ -24,6 +25,11 @@ WRAPPED_AS = {
 
 FLATTENED = "_fsdp_flattened"
 """An attribute that FSDP sets on parameters, of which it leaves a flat part or nothing."""
+
+KEEP_COPIES = (
+    "call accelerate.hooks.remove_hook_from_submodules(model), and keep its module on a device by the device map"
+)
+"""What to do about a trained copy that accelerate offloads."""
 
 
 def path_to(root: nn.Module, fqn: str) -> list[nn.Module]:
@@ -54,6 +60,26 @@ def held_at(module: nn.Module, wrappers: Mapping[str, str]) -> str | None:
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     """Return a parameter's shape, which DeepSpeed's ZeRO-3 keeps beside a parameter that it empties."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def watched(lam: Tensor, replaced: Iterable[ReplacedParameter]) -> Tensor:
+    """Return a Λ whose gradient raises an error if accelerate offloads a trained copy: it would drop that's gradient.
+
+    An optimizer that was made before would train all but the copy, without a word.
+    """
+    away = next((entry for entry in replaced if entry.is_away), None)
+    if away is None or not lam.requires_grad:
+        return lam
+
+    def refuse(gradient: Tensor) -> None:  # noqa: ARG001  # a hook's signature
+        raise AdapterError(
+            f"cannot train {away.name}: accelerate has offloaded the copy of it that an adapter trains, and would drop "
+            f"its gradient: {KEEP_COPIES}"
+        )
+
+    lam = lam.view_as(lam)
+    lam.register_hook(refuse)
+    return lam
 
 
 @dataclass(eq=False)
@@ -89,6 +115,12 @@ class ReplacedParameter:
     def is_fixed(self) -> bool:
         """Whether an engine of DeepSpeed's ZeRO-3 has the parameter, and would not run with another in its place."""
         return zero3.is_managed(self.live) and any(zero3.is_in_engine(module) for module, _ in self.places.values())
+
+    @property
+    def is_away(self) -> bool:
+        """Whether a trained copy was replaced by a parameter without values, as accelerate offloads it."""
+        is_trained = self.installed.requires_grad and not self.installed.is_meta
+        return is_trained and not self.is_lost and self.live.is_meta
 
     @torch.inference_mode(mode=False)  # parameters must not be inference tensors
     def install(self, parameter: nn.Parameter) -> None:

@@ -25,7 +25,7 @@ from randlora.hints import shortly
 from randlora.layer_options import LayerOptions
 from randlora.placement.dtensor import is_dtensor, reshard
 from randlora.placement.offloaded import offloaded_modules
-from randlora.replaced import ReplacedParameter, path_to
+from randlora.replaced import KEEP_COPIES, ReplacedParameter, path_to
 from randlora.required_grad import RequiredGrad
 
 ATTRIBUTE = "randlora_state"
@@ -120,6 +120,7 @@ class ModelState:
         required_grad: Which parameters required grad before the first adapter was added.
         replaced: The parameters that some adapter trains a copy of, by FQN.
         disabled: The `randlora.disabled` blocks that have not ended.
+        ended: Those of them that are to end as soon as their parameters can be installed.
         loading_guards: While merged, the handles of the hooks that refuse to load a state dict.
         merge_report: The `randlora.report.MergeReport` while adapters are merged reversibly.
         merged_blocks: The `randlora.merged` blocks that have not ended; none if `randlora.merge` merged them.
@@ -134,6 +135,7 @@ class ModelState:
     required_grad: RequiredGrad = field(default_factory=RequiredGrad)
     replaced: dict[str, ReplacedParameter] = field(default_factory=dict)
     disabled: list[object] = field(default_factory=list)
+    ended: list[object] = field(default_factory=list)
     loading_guards: list[RemovableHandle] = field(default_factory=list)
     merge_report: Any = None
     merged_blocks: list[object] = field(default_factory=list)
@@ -151,7 +153,7 @@ class ModelState:
         self.__dict__.update(state)
         for adapter in self.adapters.values() if self.is_disabled else ():
             adapter.weight = None
-        self.disabled, self.merged_blocks = [], []
+        self.disabled, self.ended, self.merged_blocks = [], [], []
 
     @property
     def is_merged(self) -> bool:
@@ -198,6 +200,10 @@ class ModelState:
                 if self.replaced:
                     reshard(root)
                 self._adopt(root)
+            if self.ended:
+                self.disabled = [block for block in self.disabled if block not in self.ended]
+                self.ended = []
+                self.install_parameters()
 
     def _adopt(self, root: nn.Module) -> None:
         was = {fqn: entry.installed for fqn, entry in self.replaced.items()}
@@ -245,8 +251,7 @@ class ModelState:
         offloaded = offloaded_modules(around)
         problems = [
             f"{part.name}, which adapters train copies of, was offloaded by accelerate, which can neither train nor "
-            "switch them: call accelerate.hooks.remove_hook_from_submodules(model), and keep its module on a device by "
-            "the device map"
+            f"switch them: {KEEP_COPIES}"
             for entry in (self.replaced.values() if offloaded else ())
             for part in entry.followed(root)
             if not part.is_lost and any(id(module) in offloaded for module, _ in part.places.values())

@@ -228,6 +228,9 @@ def test_copies_that_are_offloaded_after_that_are_refused_until_the_hooks_are_re
     randlora.save(model, tmp_path / "before", name="default")
     expected = model(X)
     place(model, tmp_path)
+    if is_active:  # else nothing that is offloaded would be trained
+        with pytest.raises(AdapterError, match=r"accelerate.*remove_hook_from_submodules"):
+            model(X).sum().backward()
     for refused in (
         lambda: [*randlora.trainable_parameters(model)],
         lambda: randlora.save(model, tmp_path / "never", name="default"),
@@ -250,6 +253,50 @@ def test_copies_that_are_offloaded_after_that_are_refused_until_the_hooks_are_re
         torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-4)
     randlora.eject(model)
     assert bits(model(X)) == bits(Beside().eval()(X))
+
+
+def test_copies_of_parameters_that_are_not_offloaded_are_switched_where_layers_are(tmp_path: Path) -> None:
+    """A block of `disabled` may begin before the model is offloaded, and end after."""
+    device_map = {"up": "disk", "norm": "cpu", "down": "disk"}
+    model: Any = adapted(Beside().eval(), train_also=NORM)
+    expected, base = model(X), Beside().eval()(X)
+    optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=0.1)
+    with randlora.disabled(model):
+        accelerate.dispatch_model(model, device_map, offload_dir=tmp_path)
+        assert bits(model(X)) == bits(base)
+    assert bits(model(X)) == bits(expected)
+    model(X).sum().backward()
+    optimizer.step()
+    assert bits(model(X)) != bits(expected)
+    trained = bits(model(X))
+    with randlora.disabled(model):
+        assert bits(model(X)) == bits(base)
+    assert bits(model(X)) == trained
+
+
+@pytest.mark.parametrize("place", [in_ram, on_disk, dispatched, preloaded])
+def test_copies_that_are_offloaded_while_disabled_come_back_when_the_hooks_are_removed(
+    place: Placing, tmp_path: Path
+) -> None:
+    model: Any = nn.Sequential(Beside().eval())
+    adapted(model, targets=["0.up", "0.down"], train_also=[f"0.{name}" for name in NORM])
+    expected, base = model(X), Beside().eval()(X)
+    block = randlora.disabled(model)
+    block.__enter__()
+    place(model, tmp_path)
+    assert bits(model(X)) == bits(base)
+    with pytest.raises(AdapterError, match=r"norm\.weight.*remove_hook_from_submodules"):
+        block.__exit__(None, None, None)
+    assert bits(model(X)) == bits(base)
+    with pytest.raises(AdapterError, match=r"norm\.weight.*remove_hook_from_submodules"):
+        randlora.adapters(model)
+    remove_hook_from_submodules(model)
+    assert bits(model(X)) == bits(base)
+    assert [info.name for info in randlora.adapters(model)] == ["default"]
+    assert bits(model(X)) == bits(expected)
+    with randlora.disabled(model):
+        assert bits(model(X)) == bits(base)
+    assert bits(model(X)) == bits(expected)
 
 
 DEVICE_MAPS: dict[str, dict[str, str]] = {

@@ -17,8 +17,9 @@ from randlora.layers.sharded import sharded_product
 from randlora.layers.stored import StoredWeight
 from randlora.layers.update import Into, Merged, Update, sum_updates
 from randlora.placement.dtensor import is_dtensor
-from randlora.placement.offloaded import Offloaded
+from randlora.placement.offloaded import HOOK, Offloaded
 from randlora.placement.place import Kept, place_of, whole
+from randlora.replaced import watched
 from randlora.state import ModelState, SiteAdapter
 
 
@@ -178,7 +179,10 @@ class AdapterLayer(StoredWeight):
         """Return one adapter's update of this weight as factors."""
         if torch.compiler.is_dynamo_compiling() and (seated := self._seated(owner, part)) is not None:
             return Update(part.basis, *seated, part.scaling * factor, part.shape)
-        return Update(part.basis, *self.diagonals_of(owner, part.adapter.name), part.scaling * factor, part.shape)
+        lam, gamma = self.diagonals_of(owner, part.adapter.name)
+        is_hooked = HOOK in owner.__dict__ and self.state.replaced
+        own = watched(lam, self.state.replaced.values()) if is_hooked else lam
+        return Update(part.basis, own, gamma, part.scaling * factor, part.shape)
 
     def seat(self, owner: nn.Module) -> None:
         """Follow a change of which adapters are active: compiled code finds them by position, not by name."""

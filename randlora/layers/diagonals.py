@@ -24,6 +24,9 @@ OFFLOADER, OFFLOADER_IN = "attach_align_device_hook", "accelerate.utils.modeling
 DISPATCHER = "check_device_map"
 """The function of that module with which accelerate begins to dispatch a model. It asks for its state dict."""
 
+PLACER, LOADER = "set_module_tensor_to_device", "pre_forward"
+"""The function of that module that sets a parameter, and the method of a hook that does it for one forward only."""
+
 Named = dict[str, nn.Parameter | None]
 
 
@@ -57,6 +60,13 @@ class Values(Named):
         """Set a parameter. Compilers trace this, as they trace `torch.func.functional_call`."""
         super().__setitem__(name, value)
         self.fill()
+        if value is None or not value.requires_grad or torch.compiler.is_dynamo_compiling():  # it traces no frames
+            return
+        caller = sys._getframe(1)
+        if caller.f_code.co_name == PLACER and caller.f_globals["__name__"] == OFFLOADER_IN:
+            around = caller.f_back
+            if around is not None and around.f_code.co_name == LOADER:
+                value.register_hook(_refuse_gradient)
 
 
 def _filling(method: str) -> Callable[..., Any]:
@@ -126,10 +136,7 @@ class Diagonal(nn.ParameterDict):
         parameter = self._parameters[name]  # not get(), in which ZeRO-3 would not gather it
         assert parameter is not None, "the weight is adapted"
         if parameter.is_meta and "_hf_hook" in self.__dict__:  # accelerate loads offloaded values only during a call
-            loaded: nn.Parameter = self.forward(name)
-            if loaded.requires_grad:
-                loaded.register_hook(_refuse_gradient)
-            return loaded
+            return self.forward(name)
         return parameter
 
     def forward(self, name: str) -> nn.Parameter:
@@ -190,6 +197,15 @@ class Gamma(Diagonal):
             parameter.fill_(1 / max(parameter.shape[-2:]))
 
 
+def _refuse_gradient(gradient: Tensor) -> None:  # noqa: ARG001  # a hook's signature
+    """Raise an error before the gradient of a Λ or Γ goes to a copy that is dropped."""
+    raise AdapterError(
+        "cannot train an adapter whose Λ and Γ accelerate offloads, because their gradients would be lost: call "
+        "accelerate.hooks.remove_hook_from_submodules(model), and offload the model without preload_module_classes and "
+        "without hooks on Λ and Γ themselves"
+    )
+
+
 def _is_split_by(frame: FrameType | None) -> bool:
     """Whether code runs for `torch.distributed.tensor`, perhaps through the generators of `nn.Module`."""
     while frame is not None and frame.f_globals.get("__name__") in ("torch.nn.modules.module", __name__):
@@ -203,11 +219,3 @@ def diagonal_shapes(shape: Shape, r: int) -> tuple[Shape, Shape]:
     min_dim = min(out_features, in_features)
     num_bases = count_bases(min_dim, r)
     return (*matrices, r, num_bases), (*matrices, num_bases, min_dim)
-
-
-def _refuse_gradient(gradient: Tensor) -> None:  # noqa: ARG001  # a hook's signature
-    """Raise an error before the gradient of a Λ or Γ goes to a copy that is dropped."""
-    raise AdapterError(
-        "cannot train an adapter whose Λ and Γ are offloaded by hooks of their own, because their gradients would be "
-        "lost: offload the model first, as with accelerate.dispatch_model, then inject or load the adapter"
-    )

@@ -139,16 +139,18 @@ def disabled(model: nn.Module) -> Iterator[None]:
     is made inside, which no block restores, the adapters are inactive.
 
     Raises:
-        AdapterError: If the model has no adapter, or its adapters are merged.
+        AdapterError: If the model has no adapter, or its adapters are merged. On exit, if accelerate has offloaded
+            parameters inside that an adapter trains copies of: the adapters are disabled then until its hooks are
+            removed and another function is called.
     """
     root, state = adapted_root(model)
     block = object()
 
     def end() -> None:
         with CHANGING:
-            state.disabled = [other for other in state.disabled if other is not block]
-            state.adopt_parameters(root)  # what was put in the place of the model's own
-            state.install_parameters()
+            state.ended.append(block)
+            state.require_loaded(root)  # else the model's own values would be loaded over the copies
+            state.adopt_parameters(root)
 
     try:
         with CHANGING:

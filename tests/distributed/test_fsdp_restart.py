@@ -69,9 +69,10 @@ def follow_the_docs() -> None:
     (block,) = re.findall(r"```python[^\n]*\n([^`]*to_empty[^`]*)```", page.read_text(encoding="utf-8"))
     base, rank = layers(), dist.get_rank()
     names: dict[str, Any] = {"torch": torch, "randlora": randlora, "fully_shard": fully_shard, "build": layers}
-    exec(block, names | (given := {"device": "cpu", "rank": rank, "base_weights": base.state_dict()}), given)
+    names |= {"device": "cpu", "rank": rank, "base_weights": base.state_dict()}
+    exec(block, names)
     randlora.inject(base, r=32)
-    assert distance(values(given["model"]), dict(base.named_parameters())) == 0
+    assert distance(values(names["model"]), dict(base.named_parameters())) == 0
 
 
 def layers() -> nn.Module:
