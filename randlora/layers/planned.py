@@ -26,7 +26,7 @@ PLANS = "transformers.distributed.tensor_parallel"
 """The module that splits layers, which is not imported here."""
 
 
-def style_of(forward: object) -> Any:
+def style_behind(forward: object) -> Any:
     """Return the `TensorParallelLayer` of transformers that set a forward, or ``None`` if none did.
 
     It has no public name on the layer: it is a variable of the forward, a closure.
@@ -45,7 +45,7 @@ def plan_obstacle(owner: nn.Module, weight: Tensor, *, is_called: bool) -> str |
     placements = ", ".join(map(str, weight.placements))
     if weight.device_mesh.ndim == 1 and any(type(each).__name__ == "_StridedShard" for each in weight.placements):
         return f"is split so that each process has several pieces of it ({placements}): exclude it"
-    if (style := style_of(owner.__dict__.get("forward"))) is None:
+    if (style := style_behind(owner.__dict__.get("forward"))) is None:
         return None
     with torch.enable_grad():
         is_local = style.should_use_local_tensors(owner)
@@ -62,7 +62,7 @@ def forward_within(owner: Any, layer: AdapterLayer, planned: Callable[..., Any])
         layer: The adapter layer.
         planned: The forward that was set on the layer.
     """
-    style, weight = style_of(planned), layer.weight_of(owner)
+    style, weight = style_behind(planned), layer.weight_of(owner)
     if style is None or not is_dtensor(weight):
         return None
     mesh, region = weight.device_mesh, layer.region_here(weight)

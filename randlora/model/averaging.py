@@ -70,9 +70,9 @@ def average_gradients(
     meshes = {key: mesh for key, mesh in meshes.items() if mesh is not None}
     if not meshes:
         return
-    if whole := [entry.name for entry in replaced if not is_dtensor(entry.live)]:
+    if copies := [entry.name for entry in replaced if not is_dtensor(entry.live)]:
         raise AdapterError(
-            f"cannot train copies of {shortened(whole)}, not sharded in a model of which fully_shard has sharded "
+            f"cannot train copies of {shortened(copies)}, not sharded in a model of which fully_shard has sharded "
             "another part, because every process would train its own: inject before fully_shard"
         )
     state.averaging = state.averaging or Averaging(root)

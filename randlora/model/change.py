@@ -41,7 +41,7 @@ def one_at_a_time(verb: Callable[_Arguments, _Result]) -> Callable[_Arguments, _
 
 
 @contextmanager
-def whole(
+def all_or_nothing(
     census: Census, state: ModelState, sites: Iterable[Site] = (), replaced: Iterable[ReplacedParameter] = ()
 ) -> Iterator[None]:
     """Undo everything that the block has changed if it raises: modules, parameters, and the state with its adapters.

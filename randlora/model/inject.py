@@ -29,11 +29,11 @@ from randlora.config import (
 from randlora.errors import ConfigError, TargetError, raise_collected, warn
 from randlora.hints import require_types
 from randlora.layer_options import LayerOptions, by_rank
-from randlora.model.change import one_at_a_time, whole
+from randlora.model.change import all_or_nothing, one_at_a_time
 from randlora.model.install import commit, detach_all, owned_state, prepare, require_detachable, require_own, unfold_all
 from randlora.model.train_also import misplaced_copies, replacements, select_parameters, train_also_problems
 from randlora.placement.dtensor import reshard
-from randlora.placement.place import whole as whole_values
+from randlora.placement.place import whole
 from randlora.replaced import ReplacedParameter
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState, SavePretrained, adapted_root
@@ -186,7 +186,7 @@ def inject(
     if callable(adapter.config.targets) or callable(adapter.config.exclude):  # which cannot be pickled or saved
         adapter.config = replace(adapter.config, targets=report.targets, exclude=None)
     for fqn, entry in planned.replaced.items():
-        own = whole_values(entry.original).detach().clone()
+        own = whole(entry.original).detach().clone()
         adapter.trained[fqn] = nn.Parameter(own, requires_grad=planned.trainable)
     addition = prepare(
         planned.state,
@@ -246,7 +246,7 @@ def eject(model: nn.Module) -> tuple[str, ...]:
     require_own(census, state, "eject")
     require_detachable(census, "eject")
     misplaced = misplaced_copies(census, state)
-    with whole(census, state, replaced=misplaced):
+    with all_or_nothing(census, state, replaced=misplaced):
         unfold_all(census, state)  # in case this is called inside `with merged(model)`
         state.adapters.clear()
         state.install_parameters()

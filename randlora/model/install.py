@@ -20,7 +20,7 @@ from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Gamma
 from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, has_attribute
 from randlora.model.averaging import average_gradients
-from randlora.model.change import set_requires_grad, whole
+from randlora.model.change import all_or_nothing, set_requires_grad
 from randlora.model.reducers import warn_of_unknown
 from randlora.model.save_guard import guard_saving, unguard_saving
 from randlora.placement.dtensor import is_dtensor
@@ -153,7 +153,7 @@ def shared_slots(state: ModelState, adapters: Iterable[Adapter], fqns: Iterable[
 def commit(census: Census, addition: Addition, *, active: bool) -> None:
     """Add a prepared adapter to the model, as the only active one if ``active``, and freeze the rest."""
     state, adapter = addition.state, addition.adapter
-    with whole(census, state, [site for site, *_ in addition.layers], addition.replaced.values()):
+    with all_or_nothing(census, state, [site for site, *_ in addition.layers], addition.replaced.values()):
         if not state.adapters:
             named = [(held.fqn, held.parameter) for held in census.parameters]
             state.required_grad = RequiredGrad(named)

@@ -20,7 +20,7 @@ from randlora.layers.base import AdapterLayer
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.update import Into, Quantized, RoundingLoss
-from randlora.model.change import one_at_a_time, whole
+from randlora.model.change import all_or_nothing, one_at_a_time
 from randlora.model.install import detach_all, lost_sites, require_detachable, require_own, unfold_all
 from randlora.model.train_also import lost_parameters
 from randlora.placement.dtensor import reshard
@@ -87,7 +87,7 @@ def merge(
         if not reversible:
             require_detachable(census, "merge")
     notes = _notes(root, sites, into, reversible=reversible)  # before merging, which may change classes
-    with whole(census, state), _unfolded_if_raised(sites) as kept:
+    with all_or_nothing(census, state), _unfolded_if_raised(sites) as kept:
         rounding = _fold_all(sites, state.active, into, ranks)
         targets = tuple(site.fqn for site in sites)
         report = MergeReport(dict(state.active), targets, reversible=reversible, rounding=rounding, notes=notes)
@@ -126,7 +126,7 @@ def unmerge(model: nn.Module) -> tuple[str, ...]:
             "cannot unmerge: the adapters are not merged; randlora.merge(model, reversible=True) merges reversibly"
         )
     census = Census.of(root)
-    with whole(census, state):
+    with all_or_nothing(census, state):
         return unfold_all(census, state)
 
 
@@ -316,7 +316,7 @@ def _fold_all(
 def _unfolded_if_raised(sites: Sequence[AdaptedSite]) -> Iterator[dict[AdapterLayer, tuple[Any] | None]]:
     """Restore the values that were written in place, as of sharded weights, if the block raises.
 
-    Other weights are exchanged for merged ones, which `whole` undoes.
+    Other weights are exchanged for merged ones, which `all_or_nothing` undoes.
 
     Yields:
         A dict for the block to fill with what `AdapterLayer.unmerged` was before it dropped that.

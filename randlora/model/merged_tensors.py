@@ -44,7 +44,8 @@ def merged_tensors(model: nn.Module, *, dtype: torch.dtype | None = None) -> Ite
     This is what an inference engine loads at every step of reinforcement learning: ``load_weights`` of vLLM and SGLang
     takes such an iterator, and ``load_state_dict`` a dict of it. The model, its adapters and the optimizer do not
     change. Each merged weight has the bits that `merge` would give it, is computed when it is asked for, and is not
-    kept here. Other tensors share the memory of the model, as in ``state_dict``: do not write to them.
+    kept here. If the adapters are merged reversibly when this is called, it is the weight that the model has. Other
+    tensors share the memory of the model, as in ``state_dict``: do not write to them.
 
     Each tensor of a model that is sharded, as by `fully_shard`, is gathered in turn: every process iterates, and all
     get all values. Each tensor that accelerate offloads, to RAM or disk, is loaded in turn.
@@ -65,8 +66,7 @@ def merged_tensors(model: nn.Module, *, dtype: torch.dtype | None = None) -> Ite
         ConfigError: For a dtype that is not floating.
         MergeError: When it is called, if no adapter is active, the adapters are disabled, an adapted module was
             replaced, or a value is not here. Later, if a merged weight is not finite, or the adapters were merged,
-            disabled, switched or removed between two tensors. If they are merged reversibly when it is called, the
-            merged weights are yielded.
+            disabled, switched or removed between two tensors.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))

@@ -16,7 +16,7 @@ from randlora.functional import Compute
 from randlora.hints import is_finite, require_types, shortly
 from randlora.layer_options import LayerOptions
 from randlora.layers.in_place import drop_adapter
-from randlora.model.change import one_at_a_time, set_requires_grad, whole
+from randlora.model.change import all_or_nothing, one_at_a_time, set_requires_grad
 from randlora.model.inject import eject
 from randlora.model.install import lost_sites, require_detachable, require_own, shared_slots
 from randlora.model.reducers import warn_of_unknown
@@ -117,7 +117,7 @@ def activate(
     weights = _weights(names)
     raise_collected(AdapterError, _activation_problems(state, weights), doing="activate")
     state.require_exchangeable([name for name in state.adapters if name in weights], "activate")
-    with whole(census, state):
+    with all_or_nothing(census, state):
         state.activate(weights)
         for site in census.adapted:
             site.layer.seat(site.owner)
@@ -158,7 +158,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
             census = Census.of(root)
             require_own(census, state, "disable the adapters")
             state.require_exchangeable([], "disable the adapters")
-            with whole(census, state):
+            with all_or_nothing(census, state):
                 state.disabled.append(block)
                 state.install_parameters()
         yield
@@ -193,7 +193,7 @@ def remove(model: nn.Module, name: str) -> None:
     state.require_exchangeable([other for other in state.active if other != name], f"remove {name!r}")
     sites = [site for site in census.adapted if name in site.layer.adapters]
     require_detachable(census, f"remove {name!r}", sites)
-    with whole(census, state):
+    with all_or_nothing(census, state):
         del state.adapters[name]
         for site in sites:
             drop_adapter(site.owner, site.layer, name)
