@@ -289,5 +289,7 @@ def test_a_guarded_model_is_freed_without_the_collector() -> None:
         assert gone() is None
         with pytest.raises(AdapterError, match="a model that is gone"):
             method("nowhere")
+        with pytest.raises(AdapterError, match=r"assign it to a variable first, .*model\.save_pretrained\(directory\)"):
+            adapted().save_pretrained("nowhere")
     finally:
         gc.enable()

@@ -18,9 +18,10 @@ from randlora.errors import CheckpointError, raise_collected
 from randlora.layer_options import by_rank
 from randlora.model.change import one_at_a_time
 from randlora.model.install import lost_sites, require_own
+from randlora.model.ranks import ranks_holding
 from randlora.model.train_also import lost_parameters
 from randlora.placement.dtensor import Shard, is_dtensor, reshard
-from randlora.placement.ranks import agreed, ranks_of
+from randlora.placement.ranks import agreed
 from randlora.replaced import whole_shape
 from randlora.state import Adapter, adapted_root, require_unmerged
 from randlora.targets.match import shortened
@@ -34,7 +35,7 @@ def restore(model: nn.Module, directory: str | os.PathLike[str], *, name: str | 
 
     Unlike after `randlora.load`, parameters are the same objects as before, so that an optimizer and an engine that
     hold them go on with them. The adapter must be the same in everything but its values: layers, r, alpha, bases and
-    the parameters trained with it. If parameters are sharded, all processes call this together.
+    the parameters trained with it. If the model is sharded, all processes call this together.
 
     Args:
         model: A model with adapters.
@@ -67,7 +68,7 @@ def _planned(
     sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
     own = [*chain.from_iterable(site.layer.diagonals_of(site.owner, adapter.name) for site in sites)]
     doing = f"restore adapter {adapter.name!r} from {str(directory)!r}"
-    with agreed(ranks_of([*own, *adapter.trained.values()])):
+    with agreed(ranks_holding(root, state)):
         require_own(census, state, "restore")
         problems = [*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])]
         raise_collected(CheckpointError, problems, doing=doing)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -29,12 +31,13 @@ from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import require_types, shortly
 from randlora.layers.diagonals import diagonal_shapes
 from randlora.model.install import lost_sites, require_own
+from randlora.model.ranks import ranks_holding
 from randlora.model.save_guard import SaveGuard
 from randlora.model.switch import adapter_parameters
 from randlora.model.train_also import lost_parameters
 from randlora.placement.dtensor import reshard
 from randlora.placement.place import whole
-from randlora.placement.ranks import agreed, one_writes, ranks_of
+from randlora.placement.ranks import agreed, in_step, one_writes
 from randlora.replaced import whole_shape
 from randlora.report import adapter_report, as_bytes
 from randlora.state import Adapter, ModelState, adapted_root
@@ -78,8 +81,8 @@ def save(
 ) -> SaveReport:
     """Save one adapter to a directory, atomically: Λ, Γ, the parameters of ``train_also`` and the spec of the bases.
 
-    A model card, ``README.md``, is written with them, unless the directory has one that was not generated. If Λ, Γ or a
-    trained parameter is sharded, as by `fully_shard`, this is a collective: every process calls it, one writes the
+    A model card, ``README.md``, is written with them, unless the directory has one that was not generated. If any
+    parameter of the model is sharded, as by `fully_shard`, this is a collective: every process calls it, one writes the
     files, and all get the same report or an error.
 
     Args:
@@ -109,15 +112,18 @@ def save(
     census = Census.of(root)
     sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
     diagonals = {site.fqn: site.layer.diagonals_of(site.owner, adapter.name) for site in sites}
-    ranks = ranks_of([*(each for pair in diagonals.values() for each in pair), *adapter.trained.values()])
+    ranks = ranks_holding(root, state)
     with agreed(ranks):
         require_own(census, state, "save")
         problems = [*lost_sites(census, [adapter]), *lost_parameters(state, [adapter]), *_problems(adapter, bases)]
         if ranks is not None:  # before anything is gathered
             problems += meta_problems(_values(_Whole(sites, diagonals, adapter.trained), state, adapter))
             raise_collected(CheckpointError, problems, doing=f"save to {str(directory)!r}")
-    diagonals_whole = {fqn: (whole(lam), whole(gamma)) for fqn, (lam, gamma) in diagonals.items()}
-    held = _Whole(sites, diagonals_whole, {fqn: whole(own) for fqn, own in adapter.trained.items()})
+    with agreed(ranks):
+        flat = [*chain.from_iterable(diagonals.values()), *adapter.trained.values()]
+        values = iter(in_step(partial(whole, each) for each in flat))
+        pairs = {fqn: (next(values), next(values)) for fqn in diagonals}
+        held = _Whole(sites, pairs, dict(zip(adapter.trained, values, strict=True)))
     return one_writes(
         ranks, lambda: _write(census, state, adapter, held, Path(directory), problems, bases=bases, hub=push_to_hub)
     )

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.errors import AdapterError, CheckpointError, raise_collected
+from randlora.model.ranks import ranks_holding
 from randlora.placement.dtensor import is_dtensor
+from randlora.state import adapted_root
 
 PACKAGES = ("pytorch_lightning", "lightning")
 ENTRY = "randlora"
@@ -146,9 +148,7 @@ class AdapterCallback(_Callback):  # type: ignore[misc]
             return
         path = Path(filepath)
         directory = path.with_suffix(".adapter")
-        is_sharded = any(
-            type(each.data) is not Tensor for each in randlora.trainable_parameters(trainer.lightning_module)
-        )
+        is_sharded = ranks_holding(*adapted_root(trainer.lightning_module)) is not None
         if is_sharded or trainer.is_global_zero:
             randlora.save(trainer.lightning_module, directory, name=self.name)
         self._directories[path] = directory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from randlora.layers.update import Into, Merged, Update, sum_updates
 from randlora.placement.dtensor import is_dtensor
 from randlora.placement.offloaded import HOOK, Offloaded
 from randlora.placement.place import Kept, place_of, whole
+from randlora.placement.ranks import in_step
 from randlora.replaced import watched
 from randlora.state import ModelState, SiteAdapter
 
@@ -253,7 +255,8 @@ class AdapterLayer(StoredWeight):
         updates = [
             self.update(owner, self.adapters[name], factor) for name, factor in weights.items() if name in self.adapters
         ]
-        return [update._replace(lam=whole(update.lam), gamma=whole(update.gamma)) for update in updates]
+        values = iter(in_step(partial(whole, each) for update in updates for each in (update.lam, update.gamma)))
+        return [update._replace(lam=next(values), gamma=next(values)) for update in updates]
 
     def merge_obstacle(self, owner: nn.Module, into: Into) -> str | None:  # noqa: ARG002  # for quantized layers
         """Return why this weight cannot be merged into, as a phrase that follows its name, or ``None``."""
@@ -272,15 +275,12 @@ class AdapterLayer(StoredWeight):
         """
         weight = self.weight_of(owner)
         assert weight is not None, "merge() asks for a weight"
-        updates = self.whole_updates(owner, weights)
         if (place := place_of(owner, self.attribute)) is not None:
-            own, part, shape = place.read(), place.part, tuple(weight.shape)
-            if part is None:
-                merged = self.with_updates(own, updates)
-            else:
-                merged = self.part_with_updates(own, part, shape, updates)
+            updates, own = in_step([partial(self.whole_updates, owner, weights), place.read])
+            part, shape = place.part, tuple(weight.shape)
+            merged = self.part_with_updates(own, part, shape, updates) if part else self.with_updates(own, updates)
             return Merged(merged, merged)
-        merged = self.with_updates(weight, updates)
+        merged = self.with_updates(weight, self.whole_updates(owner, weights))
         held = nn.Parameter(merged, requires_grad=False)  # even if it is trained: unmerging would drop the training
         held.__dict__.update(vars(weight))  # what libraries set on parameters
         return Merged(merged, held)

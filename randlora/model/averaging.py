@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,9 @@ from randlora.placement.dtensor import all_fsdp_modules, fsdp_modules, is_dtenso
 from randlora.replaced import ReplacedParameter
 from randlora.state import ModelState
 from randlora.targets.match import shortened
+
+Part = tuple[nn.Module, AdapterLayer, str]
+"""An adapter of one weight: the module, its adapter layer, and the adapter's name."""
 
 
 class Averaging:
@@ -53,28 +56,39 @@ class Averaging:
 
 
 def average_gradients(
-    root: nn.Module,
-    state: ModelState,
-    added: Iterable[tuple[nn.Module, AdapterLayer, str]],
-    replaced: Iterable[ReplacedParameter],
+    root: nn.Module, state: ModelState, added: Sequence[Part], replaced: Iterable[ReplacedParameter]
 ) -> None:
     """Have the gradients of adapters that are added averaged, if `fully_shard` has sharded a part of the model.
 
     Raises:
         AdapterError: If the adapters train copies of parameters that are not sharded, which nothing would average.
     """
-    if not all_fsdp_modules(root):
-        return
-    found = DataMeshes.of(root)
-    meshes = {(layer, name): found.mesh_for(layer.weight_of(owner)) for owner, layer, name in added}
-    meshes = {key: mesh for key, mesh in meshes.items() if mesh is not None}
-    if not meshes:
-        return
-    if copies := [entry.name for entry in replaced if not is_dtensor(entry.live)]:
+    require_averaged(root, added, replaced)
+    meshes = _meshes_of(root, added)
+    if meshes:
+        state.averaging = state.averaging or Averaging(root)
+        state.averaging.meshes |= meshes
+        state.averaging(root)
+
+
+def require_averaged(root: nn.Module, trained: Sequence[Part], replaced: Iterable[ReplacedParameter]) -> None:
+    """Check that the copies of parameters that adapters train are sharded, if `fully_shard` has sharded another part.
+
+    Raises:
+        AdapterError: If they are not.
+    """
+    copies = [entry.name for entry in replaced if not entry.is_lost and not is_dtensor(entry.live)]
+    if copies and _meshes_of(root, trained):
         raise AdapterError(
             f"cannot train copies of {shortened(copies)}, not sharded in a model of which fully_shard has sharded "
             "another part, because every process would train its own: inject before fully_shard"
         )
-    state.averaging = state.averaging or Averaging(root)
-    state.averaging.meshes |= meshes
-    state.averaging(root)
+
+
+def _meshes_of(root: nn.Module, parts: Sequence[Part]) -> dict[tuple[AdapterLayer, str], Any]:
+    """Return the mesh of each adapter of each weight, if `fully_shard` has sharded a part of the model."""
+    if not all_fsdp_modules(root):
+        return {}
+    found = DataMeshes.of(root)
+    meshes = {(layer, name): found.mesh_for(layer.weight_of(owner)) for owner, layer, name in parts}
+    return {key: mesh for key, mesh in meshes.items() if mesh is not None}

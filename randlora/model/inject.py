@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from randlora.bases.bank import BasisBank
 from randlora.bases.basis import Basis
@@ -32,8 +33,9 @@ from randlora.layer_options import LayerOptions, by_rank
 from randlora.model.change import all_or_nothing, one_at_a_time
 from randlora.model.install import commit, detach_all, owned_state, prepare, require_detachable, require_own, unfold_all
 from randlora.model.train_also import misplaced_copies, replacements, select_parameters, train_also_problems
-from randlora.placement.dtensor import reshard
+from randlora.placement.dtensor import is_dtensor, reshard
 from randlora.placement.place import whole
+from randlora.placement.ranks import agreed, in_step, ranks_of
 from randlora.replaced import ReplacedParameter
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState, SavePretrained, adapted_root
@@ -185,9 +187,7 @@ def inject(
             adapter.bases[rank].matrices()  # drawn now, so that errors are raised before the model changes
     if callable(adapter.config.targets) or callable(adapter.config.exclude):  # which cannot be pickled or saved
         adapter.config = replace(adapter.config, targets=report.targets, exclude=None)
-    for fqn, entry in planned.replaced.items():
-        own = whole(entry.original).detach().clone()
-        adapter.trained[fqn] = nn.Parameter(own, requires_grad=planned.trainable)
+    adapter.trained |= _copies(planned)
     addition = prepare(
         planned.state,
         adapter,
@@ -198,6 +198,18 @@ def inject(
     )
     commit(planned.census, addition, active=planned.active)
     return report
+
+
+def _copies(planned: Plan) -> dict[str, nn.Parameter]:
+    """Return the parameters that an adapter will train beside Λ and Γ, with the values of the model's own.
+
+    A sharded one has this process's part. Those that ZeRO-3 spreads are gathered, together by all processes.
+    """
+    own: dict[str, Tensor] = {fqn: entry.original for fqn, entry in planned.replaced.items()}
+    others = {fqn: each for fqn, each in own.items() if not is_dtensor(each)}
+    with agreed(ranks_of(others.values())):
+        own |= zip(others, in_step(partial(whole, each) for each in others.values()), strict=True)
+        return {fqn: nn.Parameter(each.detach().clone(), planned.trainable) for fqn, each in own.items()}
 
 
 @same_options(inject)

@@ -22,11 +22,12 @@ from randlora.layers.read_weight import ReadWeight
 from randlora.layers.update import Into, Quantized, RoundingLoss
 from randlora.model.change import all_or_nothing, one_at_a_time
 from randlora.model.install import detach_all, lost_sites, require_detachable, require_own, unfold_all
+from randlora.model.ranks import ranks_holding
 from randlora.model.train_also import lost_parameters
 from randlora.placement.dtensor import reshard
 from randlora.placement.offloaded import Offloaded
 from randlora.placement.place import Kept, place_of
-from randlora.placement.ranks import Ranks, agreed, ranks_of
+from randlora.placement.ranks import Ranks, agreed
 from randlora.report import MergeReport
 from randlora.state import CHANGING, ModelState, adapted_root
 from randlora.targets.match import shortened
@@ -71,9 +72,8 @@ def merge(
     reshard(model)
     root, state = adapted_root(model)
     census = Census.of(root)
-    ranks = ranks_of((held for site in census.adapted for held in site.owner.parameters()), is_written=True)
+    ranks = ranks_holding(root, state, is_written=True)
     sites = [site for site in census.adapted if state.active.keys() & site.layer.adapters.keys()]
-    into = Into(quantized, dtype)
     with agreed(ranks):
         require_types(merge, {"reversible": reversible, "quantized": quantized})
         raise_collected(ConfigError, _option_problems(quantized, dtype), doing="merge")
@@ -109,6 +109,8 @@ def merge(
 def unmerge(model: nn.Module) -> tuple[str, ...]:
     """Restore, bit for bit, the weights from before ``merge(model, reversible=True)``.
 
+    If the model is sharded, all processes call this together.
+
     Args:
         model: A model whose adapters are merged.
 
@@ -119,15 +121,28 @@ def unmerge(model: nn.Module) -> tuple[str, ...]:
         AdapterError: If the model has no adapter.
         MergeError: If its adapters are not merged.
     """
+    return _unmerge(model)
+
+
+def _unmerge(model: nn.Module, *, is_agreed: bool = True) -> tuple[str, ...]:
+    """Restore the weights; if ``is_agreed``, together with the other processes that hold parts of them."""
     reshard(model)
     root, state = adapted_root(model)
-    if not state.is_merged:
-        raise MergeError(
-            "cannot unmerge: the adapters are not merged; randlora.merge(model, reversible=True) merges reversibly"
-        )
     census = Census.of(root)
-    with all_or_nothing(census, state):
-        return unfold_all(census, state)
+    ranks = ranks_holding(root, state, is_written=True) if is_agreed else None
+
+    def restored() -> tuple[str, ...]:
+        with all_or_nothing(census, state), agreed(ranks):
+            if not state.is_merged:
+                raise MergeError("cannot unmerge: the adapters are not merged; first merge(model, reversible=True)")
+            return unfold_all(census, state)
+
+    try:
+        return restored()
+    except BaseException as error:  # an `Exception` is raised in all processes, which wait for one that is interrupted
+        if ranks is not None and not isinstance(error, Exception) and state.is_merged:
+            restored()
+        raise
 
 
 @contextmanager
@@ -151,13 +166,14 @@ def merged(
         RandLoRAError: Any error of `merge`.
     """
     _, state = adapted_root(model)
-    block, is_kept = object(), False
+    block, is_kept, has_raised = object(), False, True
 
     def end() -> None:
         with CHANGING:
             state.merged_blocks = [other for other in state.merged_blocks if other is not block]
             if state.is_merged and not state.merged_blocks and not is_kept:
-                unmerge(model)
+                # after an error of this process alone, the others may never come here
+                _unmerge(model, is_agreed=not has_raised)
 
     try:
         with CHANGING:
@@ -166,6 +182,7 @@ def merged(
             if not is_kept:
                 state.merged_blocks.append(block)
         yield report
+        has_raised = False
     finally:
         try:
             end()

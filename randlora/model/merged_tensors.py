@@ -22,6 +22,7 @@ from randlora.model.train_also import lost_parameters
 from randlora.placement.dtensor import is_dtensor, reshard
 from randlora.placement.offloaded import offloaded
 from randlora.placement.place import place_of, whole
+from randlora.placement.ranks import agreed, ranks_of
 from randlora.replaced import held_at
 from randlora.state import ATTRIBUTE, CHANGING, ModelState, adapted_root
 from randlora.targets.site import Site
@@ -140,7 +141,9 @@ def _weight(fqn: str, site: Site, state: ModelState, into: Into) -> Tensor:
     """Return a weight plus the updates of the active adapters, dequantized."""
     layer = _layer(site, state)
     if not state.is_merged and state.active.keys() & layer.adapters.keys():
-        merged, place = layer.merged(site.owner, state.active, into).weight, place_of(site.owner, layer.attribute)
+        with agreed(ranks_of(site.owner.parameters())):  # or the others would wait for this process's part
+            merged = layer.merged(site.owner, state.active, into).weight
+        place = place_of(site.owner, layer.attribute)
         if place is not None and place.part is not None:
             stored = place.stored(merged)
             assert stored is not None, "it is a part of the weight"

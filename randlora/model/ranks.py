@@ -1,4 +1,4 @@
-"""`check_ranks`: whether all processes have the same adapters on the same bases."""
+"""`check_ranks`: whether all processes have the same adapters on the same bases; and which processes hold a model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from randlora.errors import AdapterError, RandLoRAError, raise_collected
+from randlora.placement.dtensor import reshard
+from randlora.placement.ranks import Ranks, ranks_of
 from randlora.state import ModelState, adapted_root
 
 Facts = Mapping[str, str]
@@ -55,6 +57,25 @@ def check_ranks(model: nn.Module, *, group: Any = None) -> None:
     if differing and len(set(versions.values())) > 1:
         differing.append(f"the versions of torch differ: {_by_value(versions)}")
     raise_collected(AdapterError, differing, doing="go on: the ranks have different adapters")
+
+
+def ranks_holding(root: nn.Module, state: ModelState, *, is_written: bool = False) -> Ranks | None:
+    """Return the processes that hold an adapted model together; ``None`` if each holds all of it.
+
+    They are those that any of its parameters is sharded over. Whether Λ and Γ are depends on whether the adapter was
+    added before the model was sharded, on which what a call does must not depend.
+
+    Args:
+        root: The module that has the adapters.
+        state: Its state.
+        is_written: See `ranks_of`.
+
+    Raises:
+        AdapterError: If parameters are sharded over processes that no mesh has all of.
+    """
+    reshard(root)  # after a forward, whole copies may be in the places of shards
+    copies = (copy for adapter in state.adapters.values() for copy in adapter.trained.values())
+    return ranks_of([*root.parameters(), *copies], is_written=is_written)
 
 
 def differences(facts: Mapping[int, Facts]) -> list[str]:

@@ -30,17 +30,18 @@ def warn_of_unknown(model: nn.Module) -> None:
         return  # then there is no engine, or nothing to average
     trained = {name: each for name, each in model.named_parameters() if each.requires_grad and _is_plain(each)}
     own = {id(parameter) for parameter in model.parameters()}
-    if trained and (not (engines := _of(own)) or _unknown(trained, engines)):
+    if not trained or _unknown(trained, own) == []:
+        return
+    kinds = tuple(_with_subclasses([DistributedDataParallel, *_deepspeed_engines()]))
+    _SEEN.update(each for each in gc.get_referrers(*kinds) if type(each) in kinds)
+    if _unknown(trained, own):
         gc.collect()  # an engine that was given up may still be here, as part of a cycle
-        kinds = (DistributedDataParallel, *_deepspeed_engines())
-        _SEEN.update(each for each in gc.get_objects() if issubclass(type(each), kinds))
-        engines = _of(own)
-        if engines and (unknown := _unknown(trained, engines)):
-            warn(
-                f"{shortened(unknown)} requires grad, and the {type(engines[0]).__name__} around the model was made "
-                "before and does not know it: every process would train its own copy. Wrap the model again after this "
-                "call"
-            )
+    if unknown := _unknown(trained, own):
+        warn(
+            f"{shortened(unknown)} requires grad, and the {type(_of(own)[0]).__name__} around the model was made "
+            "before and does not know it: every process would train its own copy. Wrap the model again after this "
+            "call"
+        )
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:
@@ -53,13 +54,26 @@ def _deepspeed_engines() -> list[type]:
     return [] if library is None else [library.DeepSpeedEngine]
 
 
+def _with_subclasses(kinds: Iterable[type]) -> Iterator[type]:
+    for kind in kinds:
+        yield kind
+        yield from _with_subclasses(kind.__subclasses__())
+
+
 def _of(own: set[int]) -> list[Any]:
     """Return the engines that hold some of these parameters."""
     return [each for each in _SEEN if not own.isdisjoint(map(id, each.parameters()))]
 
 
-def _unknown(trained: Mapping[str, nn.Parameter], engines: Iterable[Any]) -> list[str]:
-    """Return the names of the parameters that none of the engines knows, or was told to ignore."""
+def _unknown(trained: Mapping[str, nn.Parameter], own: set[int]) -> list[str] | None:
+    """Return the names of the parameters that no engine knows, or was told to ignore; ``None`` if there is no engine.
+
+    Args:
+        trained: The parameters, by name.
+        own: The identities of all parameters of their model.
+    """
+    if not (engines := _of(own)):
+        return None
     known: set[int] = set()
     for engine in engines:
         known.update(_averaged(engine) if isinstance(engine, DistributedDataParallel) else _optimized(engine))

@@ -19,7 +19,7 @@ from torch import nn
 from randlora.errors import AdapterError, MergeError, warn
 from randlora.layers.in_place import InPlace
 from randlora.layers.quantized import QuantizedLayer
-from randlora.placement.ranks import ranks_of
+from randlora.model.ranks import ranks_holding
 from randlora.state import ModelState, SavePretrained, attached_state
 from randlora.targets.walk import Census
 
@@ -63,7 +63,10 @@ class SaveGuard:
         """Write the adapter or the merged model, or raise an error, as was chosen when the adapter was added."""
         module, root = self.module(), self.root()
         if module is None:
-            raise AdapterError(f"cannot {self.name} a model that is gone: keep a reference to it")
+            raise AdapterError(
+                f"cannot {self.name} a model that is gone, because nothing refers to it while its method is called: "
+                f"assign it to a variable first, as in `model = ...; model.{self.name}(directory)`"
+            )
         state = None if root is None else attached_state(root)
         if state is None and not any(isinstance(each, InPlace) for each in module.modules()):
             return self._unguarded(module)(*args, **kwargs)
@@ -118,7 +121,7 @@ class SaveGuard:
                 f"{self.name} would write one of several adapters ({', '.join(state.adapters)}): call "
                 "randlora.save(model, directory, name=...)"
             )
-        ranks = ranks_of(root.parameters())
+        ranks = ranks_holding(root, state)
         if ranks is not None and kwargs.get("state_dict") is not None:  # that one process gathered, which calls alone
             raise AdapterError(f"{self.name} of a sharded model takes no state_dict: {INSTEAD}, in all processes")
         if ranks is None and not kwargs.get("is_main_process", True):

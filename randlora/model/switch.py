@@ -16,6 +16,7 @@ from randlora.functional import Compute
 from randlora.hints import is_finite, require_types, shortly
 from randlora.layer_options import LayerOptions
 from randlora.layers.in_place import drop_adapter
+from randlora.model.averaging import require_averaged
 from randlora.model.change import all_or_nothing, one_at_a_time, set_requires_grad
 from randlora.model.inject import eject
 from randlora.model.install import lost_sites, require_detachable, require_own, shared_slots
@@ -102,7 +103,8 @@ def activate(
 
     Raises:
         AdapterError: For an unknown name, a weight that is not finite, adapters that train the same parameter with
-            ``train_also``, or if the adapters are merged.
+            ``train_also``, or if the adapters are merged. Also if they would train copies of parameters that are not
+            sharded, in a model of which `fully_shard` has sharded another part.
 
     Warns:
         UserWarning: If parameters require grad that the `DistributedDataParallel` around the model does not know,
@@ -117,6 +119,12 @@ def activate(
     weights = _weights(names)
     raise_collected(AdapterError, _activation_problems(state, weights), doing="activate")
     state.require_exchangeable([name for name in state.adapters if name in weights], "activate")
+    if trainable:
+        parts = [
+            (each.owner, each.layer, name) for each in census.adapted for name in weights if name in each.layer.adapters
+        ]
+        copies = [state.replaced[fqn] for name in weights for fqn in state.adapters[name].trained]
+        require_averaged(root, parts, copies)
     with all_or_nothing(census, state):
         state.activate(weights)
         for site in census.adapted:

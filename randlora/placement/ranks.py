@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from randlora.errors import RandLoRAError
+from randlora.errors import AdapterError, RandLoRAError
 from randlora.placement.dtensor import meshes
 from randlora.placement.zero3 import is_managed, is_spread
 
@@ -49,21 +49,35 @@ def ranks_of(parameters: Iterable[Tensor], *, is_written: bool = False) -> Ranks
         parameters: The parameters.
         is_written: Whether values are written, which every process does to its own piece. Those of ZeRO-3 that are all
             here at present, as small ones always are, count too then.
+
+    Raises:
+        AdapterError: If no mesh has all of these processes, so that they could not agree.
     """
     parameters = list(parameters)
     spread: Any = next(filter(is_managed if is_written else is_spread, parameters), None)
     if spread is not None:
         group = spread.ds_process_group
         return Ranks((group,), dist.get_rank(group) == 0)
-    mesh = next(iter(meshes(parameters)), None)
-    return None if mesh is None else Ranks(tuple(mesh.get_all_groups()), not any(mesh.get_coordinate() or ()))
+    found = meshes(parameters)
+    if not found:
+        return None
+    largest, *others = found
+    held = set(largest.mesh.flatten().tolist())
+    for mesh in others:
+        if missing := sorted(set(mesh.mesh.flatten().tolist()) - held):
+            raise AdapterError(
+                f"some parameters are sharded over {largest} and others over {mesh}, whose processes {missing} the "
+                "first lacks, so that not all could take part in one call: shard the model over parts of one mesh, or "
+                "adapt its parts as models of their own"
+            )
+    return Ranks(tuple(largest.get_all_groups()), not any(largest.get_coordinate() or ()))
 
 
 @contextmanager
 def agreed(ranks: Ranks | None) -> Iterator[None]:
     """Raise an error in every process if the block raised one in any; a collective at the end of the block.
 
-    The block itself must not contain collectives that an error could skip.
+    The block itself must not contain collectives that an error could skip: `in_step` skips none.
     """
     if ranks is None:
         yield
@@ -74,6 +88,24 @@ def agreed(ranks: Ranks | None) -> Iterator[None]:
         ranks.gathered(_portable(error))
         raise
     raise_first(ranks.gathered(None))
+
+
+def in_step(collectives: Iterable[Callable[[], Any]]) -> list[Any]:
+    """Call functions that all processes call together, and return what they return.
+
+    If one raises, as for lack of memory, the rest are called before its error is raised: the other processes call them
+    too, and would wait for this one or take its part in one collective for that in another.
+    """
+    results: list[Any] = []
+    failed: Exception | None = None
+    for collective in collectives:
+        try:
+            results.append(collective())
+        except Exception as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
+    return results
 
 
 def one_writes(ranks: Ranks | None, write: Callable[[], Result]) -> Result:

@@ -104,7 +104,7 @@ def _serve(calls: Connection, rank: int, count: int, meeting: Path) -> None:
         torch.manual_seed(0)
         if len(sys.modules) > imported:
             gc.collect()
-            gc.freeze()  # or each look for engines among all objects, of which there are many calls, takes a second
+            gc.freeze()  # or each of the many calls that look for engines among all objects takes 0.1 s more
             imported = len(sys.modules)
         try:
             function, args, kwargs = pickle.loads(call)  # imports modules, which may fail

@@ -1,16 +1,22 @@
 """A model sharded by `fully_shard` is saved and merged, by all its processes together, as the whole one is."""
 
+import importlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, parallelize_module
 
 import randlora
-from randlora.errors import MergeError
+from randlora.errors import CheckpointError, MergeError
 from tests.distributed.processes import Processes
 from tests.kit import fill
 from tests.laws import TOKENS, Mixed
@@ -79,6 +85,62 @@ def save(place: Path) -> None:
 
 def test_the_files_are_those_of_one_process(pair: Processes, tmp_path: Path) -> None:
     pair.run(save, tmp_path)
+
+
+class Saver(Two):
+    """A model with the method of transformers' models."""
+
+    def save_pretrained(self, save_directory: Path) -> None:
+        raise AssertionError(f"writes {save_directory} without the adapter")
+
+
+def split(model: Saver, mesh: DeviceMesh) -> Saver:
+    layers = (f"{block}.{layer}" for block in ("first", "second") for layer in ("up", "down"))
+    plan: dict[str, ParallelStyle] = {layer: ColwiseParallel() for layer in layers}
+    parallelize_module(model, mesh, plan)
+    return model
+
+
+def save_in_each(order: str, place: Path) -> tuple[int, list[str]]:
+    """Save by each way that there is; return how often this process wrote files, and the errors where none could."""
+    model, count = Saver(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (count // 2, 2), mesh_dim_names=("data", "tensor"))
+    steps: dict[str, Callable[[], object]] = {
+        "inject": lambda: randlora.inject(model, r=3, targets=["q", "up", "down"], save_pretrained="adapter"),
+        "shard": lambda: fully_shard(model, mesh=mesh["data" if "split" in order else "tensor"]),
+        "split": lambda: split(model, mesh["tensor"]),
+    }
+    for step in order.split(", "):
+        steps[step]()
+    (place / "file").touch()
+    save_module = importlib.import_module("randlora.checkpoint.save")  # the package has a function of this name
+    written, errors = mock.Mock(side_effect=save_module.write_adapter), []
+    with mock.patch.object(save_module, "write_adapter", written):
+        report = randlora.save(model, place / "adapter")
+        assert report.nbytes > 0
+        model.save_pretrained(place / "other")
+        for write in (partial(randlora.save, model), model.save_pretrained):
+            with pytest.raises(CheckpointError) as caught:
+                write(place / "file")
+            errors.append(str(caught.value))
+    dist.barrier()
+    assert (place / "other" / "adapter_model.safetensors").exists()
+    return written.call_count, errors
+
+
+@pytest.mark.parametrize("order", ["inject, shard", "shard, inject", "split, inject", "inject, split"])
+def test_one_process_writes_and_all_learn_of_errors(pair: Processes, order: str, tmp_path: Path) -> None:
+    (first, errors), (second, others) = pair.run(save_in_each, order, tmp_path)
+    assert (first, second) == (2, 0)
+    assert errors == others
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("order", ["inject, split, shard", "split, shard, inject"])
+def test_one_process_of_a_mesh_of_two_dimensions_writes(four: Processes, order: str, tmp_path: Path) -> None:
+    found = four.run(save_in_each, order, tmp_path)
+    assert [count for count, _ in found] == [2, 0, 0, 0]
+    assert all(errors == found[0][1] for _, errors in found)
 
 
 def merge_and_unmerge() -> None:

@@ -1,7 +1,13 @@
-"""What would let processes differ under `fully_shard` is an error, and an interrupted merge leaves nothing behind."""
+"""What would let processes differ under `fully_shard` is an error, and what fails in one process is raised in all."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
+from itertools import count, product
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -9,11 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import randlora
-from randlora.errors import AdapterError
+from randlora.errors import AdapterError, MergeError
+from randlora.layers.base import AdapterLayer
 from randlora.model import merge
 from tests.distributed.processes import Processes
+from tests.distributed.test_fsdp_at_rest import shards
 from tests.kit import fill
 
 
@@ -62,6 +71,98 @@ def train_a_copy_that_is_not_sharded() -> None:
     randlora.inject(model, r=2, targets=["0", "1"])
 
 
+def activate_a_copy_that_is_not_sharded() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8))
+    fully_shard(model[0])
+    randlora.inject(model, r=2, targets=["0", "1"], train_also=["2"], trainable=False)
+    for trainable in (None, False):
+        randlora.activate(model, "default", trainable=trainable)
+    with pytest.raises(AdapterError, match=r"cannot train copies of 2\.weight, 2\.bias, not sharded"):
+        randlora.activate(model, "default", trainable=True)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    randlora.inject(model, r=2, targets=["0", "1"], trainable=False, name="second")
+    randlora.activate(model, "second", trainable=True)
+
+
+def adapted() -> nn.Module:
+    """Return a sharded model that has what a merge and `save` gather."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8))
+    randlora.inject(model, r=2, targets=["0", "1"], train_also=["2"])
+    fully_shard(fill(model))
+    return model
+
+
+@contextmanager
+def failing_in_last(method: str, on: Any, call: int, error: BaseException) -> Iterator[None]:
+    """Have one call of a method raise in the last process, once it has returned."""
+    own, calls = getattr(on, method), count()
+
+    def failing(*args: Any, **options: Any) -> Any:
+        result = own(*args, **options)
+        if next(calls) == call and dist.get_rank() == dist.get_world_size() - 1:
+            raise error
+        return result
+
+    with mock.patch.object(on, method, failing):
+        yield
+
+
+def fail_between_gathers(place: Path) -> None:
+    model = adapted()
+    before = shards(model)
+    verbs: list[Callable[[], object]] = [
+        lambda: randlora.merge(model),
+        lambda: randlora.merge(model, reversible=True),
+        lambda: randlora.save(model, place),
+        lambda: dict(randlora.merged_tensors(model)),
+    ]
+    for verb, call in product(verbs, (0, 1)):  # Λ and Γ of the first layer
+        failing = failing_in_last("full_tensor", DTensor, call, MemoryError("no room"))
+        with failing, pytest.raises(MemoryError, match="no room"):
+            verb()
+    after = shards(model)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    randlora.merge(model)
+
+
+def fail_to_unmerge() -> None:
+    model = adapted()
+    before = shards(model)
+    randlora.merge(model, reversible=True)
+    failing = partial(failing_in_last, "unfold", AdapterLayer, 0)
+    with failing(MemoryError("no room")), pytest.raises(MemoryError, match="no room"):
+        randlora.unmerge(model)
+    randlora.unmerge(model)
+    with failing(MemoryError("no room")), pytest.raises(MemoryError, match="no room"), randlora.merged(model):
+        pass
+    with pytest.raises(MergeError, match="not merged"):
+        randlora.unmerge(model)
+    randlora.merge(model, reversible=True)
+    is_last = dist.get_rank() == dist.get_world_size() - 1
+    with failing(KeyboardInterrupt()), pytest.raises(KeyboardInterrupt) if is_last else nullcontext():
+        randlora.unmerge(model)
+    after = shards(model)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    randlora.merge(model)
+
+
+def raise_in_one_block() -> None:
+    """An error of one process in a block of `merged` is raised at once, and not when others come to the end of it."""
+    model = adapted()
+    before = shards(model)
+    if dist.get_rank() == 0:
+        with suppress(ZeroDivisionError), randlora.merged(model):
+            dist.recv(torch.zeros(1), 1)  # of what is sent after the other's block
+            raise ZeroDivisionError
+    else:
+        with suppress(ZeroDivisionError), randlora.merged(model):
+            raise ZeroDivisionError
+        dist.send(torch.zeros(1), 0)
+    after = shards(model)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 def test_gradients_of_different_layers_are_not_mixed(pair: Processes) -> None:
     pair.run(train_another_expert_in_each)
 
@@ -72,3 +173,17 @@ def test_an_interrupted_merge_leaves_the_values_as_they_were(pair: Processes) ->
 
 def test_copies_that_nothing_would_average_are_refused(pair: Processes) -> None:
     pair.run(train_a_copy_that_is_not_sharded)
+    pair.run(activate_a_copy_that_is_not_sharded)
+
+
+def test_what_fails_in_one_process_between_two_gathers_is_raised_in_all(pair: Processes, tmp_path: Path) -> None:
+    pair.run(fail_between_gathers, tmp_path / "adapter", seconds=30)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_what_fails_in_one_process_while_it_unmerges_is_raised_in_all(pair: Processes) -> None:
+    pair.run(fail_to_unmerge, seconds=30)
+
+
+def test_an_error_in_a_block_of_one_process_does_not_wait_for_others(pair: Processes) -> None:
+    pair.run(raise_in_one_block, seconds=30)

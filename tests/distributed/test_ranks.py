@@ -1,5 +1,6 @@
-"""`check_ranks`: all processes are told what differs between them, and which has what."""
+"""`check_ranks`: all processes are told what differs between them, and which has what. Which hold a model together."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import randlora
@@ -91,6 +95,26 @@ def check_one_plain() -> str:
 def test_a_rank_without_adapters_stops_all(pair: Processes) -> None:
     first, second = pair.run(check_one_plain)
     assert first == second
+
+
+def shard_in_two_places(place: str) -> str:
+    """Return the error of a model of which each process has a layer of its own mesh."""
+    model = DRAWN.build()
+    meshes = [DeviceMesh("cpu", [rank]) for rank in range(dist.get_world_size())]
+    for layer, mesh in zip(model.layers, meshes, strict=True):
+        own = nn.Parameter(distribute_tensor(layer.get_parameter("weight").detach(), mesh, [Shard(0)]))
+        layer.register_parameter("weight", own)
+    randlora.inject(model, 4, targets=[f"layers.{dist.get_rank()}"])
+    with pytest.raises(AdapterError, match="so that not all could take part in one call") as caught:
+        randlora.save(model, place)
+    return str(caught.value)
+
+
+def test_meshes_without_one_that_has_all_processes_are_refused(pair: Processes, tmp_path: Path) -> None:
+    first, second = pair.run(shard_in_two_places, str(tmp_path / "adapter"))
+    assert first == second
+    assert "whose processes [1] the first lacks" in first
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_in_one_process_there_is_nothing_to_compare() -> None:
