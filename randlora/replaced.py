@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from randlora.errors import AdapterError
 from randlora.placement import zero3
-from randlora.placement.dtensor import Shard, is_dtensor
+from randlora.placement.dtensor import Shard, is_dtensor, values_within
 
 Place = tuple[nn.Module, str]
 """A module and the name of one of its parameters."""
@@ -150,7 +150,7 @@ class ReplacedParameter:
         slot = self.live
         place = Shard(slot)
         leaving = nn.Parameter(slot.detach().clone(), requires_grad=slot.requires_grad)
-        place.write(Shard(parameter).read() if is_dtensor(parameter) else parameter.detach()[place.part])
+        place.write(Shard(parameter).read() if is_dtensor(parameter) else values_within(parameter.detach(), place.part))
         slot.requires_grad = parameter.requires_grad
         self.installed = slot
         return leaving

@@ -15,7 +15,7 @@ import randlora
 from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec
 from randlora.functional import BlockPair, Compute, adapted_linear, delta_weight
-from randlora.functional.region import Region, Sides, Span
+from randlora.functional.region import Region, Sides, Spans, all_of, joined, taken
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.update import Update
@@ -29,15 +29,19 @@ class Drawn(NamedTuple):
     """An update of a whole weight, and where to cut the weight along both sides."""
 
     update: Update
-    rows: list[Span]
-    columns: list[Span]
+    rows: list[Spans]
+    columns: list[Spans]
 
 
-def spans(data: st.DataObject, size: int) -> list[Span]:
-    """Cut ``range(size)`` into one to three parts that are not empty."""
-    cuts = data.draw(st.sets(st.integers(1, max(1, size - 1)), max_size=2)) if size > 1 else set()
-    edges = [0, *sorted(cuts), size]
-    return list(itertools.pairwise(edges))
+def partition(data: st.DataObject, size: int) -> list[Spans]:
+    """Cut ``range(size)`` into pieces that are not empty, and make one to three parts of them."""
+    cuts = data.draw(st.sets(st.integers(1, max(1, size - 1)), max_size=4)) if size > 1 else set()
+    pieces = list(itertools.pairwise([0, *sorted(cuts), size]))
+    parts = data.draw(st.lists(st.integers(0, 2), min_size=len(pieces), max_size=len(pieces)))
+    return [
+        joined(piece for piece, part in zip(pieces, parts, strict=True) if part == number)
+        for number in sorted(set(parts))
+    ]
 
 
 def drawn(spec: BasisSpec, data: st.DataObject, *matrices: int) -> Drawn:
@@ -50,7 +54,7 @@ def drawn(spec: BasisSpec, data: st.DataObject, *matrices: int) -> Drawn:
     num_bases = -(-min_dim // spec.r)
     lam, gamma = torch.randn(*matrices, spec.r, num_bases), torch.randn(*matrices, num_bases, min_dim)
     update = Update(basis, lam.double(), gamma.double(), 0.7, (*matrices, out, into))
-    return Drawn(update, spans(data, out), spans(data, into))
+    return Drawn(update, partition(data, out), partition(data, into))
 
 
 def formed(update: Update, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -62,7 +66,7 @@ def test_the_update_of_a_region_is_that_part_of_the_whole_update(spec: BasisSpec
     update, rows, columns = drawn(spec, data)
     whole = formed(update)
     for region in (Region(one, other) for one in rows for other in columns):
-        torch.testing.assert_close(formed(update.within(region)), whole[region.slices])
+        torch.testing.assert_close(formed(update.within(region)), region.of(whole))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -72,7 +76,7 @@ def test_it_is_so_in_other_dtypes(dtype: torch.dtype, spec: BasisSpec, data: st.
     whole = formed(update, dtype)
     scale = whole.abs().max().clamp(min=1e-30)
     for region in (Region(one, other) for one in rows for other in columns):
-        error = (formed(update.within(region), dtype) - whole[region.slices]).abs().max() / scale
+        error = (formed(update.within(region), dtype) - region.of(whole)).abs().max() / scale
         assert error <= (1e-6 if dtype == torch.float32 else 2**-6)
 
 
@@ -80,9 +84,10 @@ def test_it_is_so_in_other_dtypes(dtype: torch.dtype, spec: BasisSpec, data: st.
 def test_so_it_is_for_matrices_of_a_stack(spec: BasisSpec, data: st.DataObject) -> None:
     update, rows, columns = drawn(spec, data, 3)
     whole = formed(update)
-    for first, stop in spans(data, 3):
-        region = Region(rows[0], columns[-1], (first, stop))
-        torch.testing.assert_close(formed(update.within(region)), whole[first:stop][:, *region.slices])
+    for matrices in partition(data, 3):
+        region = Region(rows[0], columns[-1], matrices)
+        expected = torch.stack([region.of(matrix) for matrix in taken(whole, matrices, 0)])
+        torch.testing.assert_close(formed(update.within(region)), expected)
 
 
 @pytest.mark.parametrize("compute", ["auto", "factored", "materialized"])
@@ -102,13 +107,15 @@ def test_gradients_of_the_parts_add_up_to_those_of_the_whole(
     parts = {}
     for region in (Region(one, other) for one in rows for other in columns):
         parts[region] = adapted_linear(
-            x[:, slice(*region.columns)],
+            taken(x, region.columns, 1),
             *update.within(region).parts(CPU, torch.float64),
-            weight=weight[region.slices],
+            weight=region.of(weight),
             compute=compute,
             is_wide=update.is_wide,
         )
-    total = torch.cat([sum(part for at, part in parts.items() if at.rows == one) for one in rows], 1)  # type: ignore[misc]
+    total = torch.zeros_like(output)
+    for region, part in parts.items():
+        total = total.index_add(1, torch.tensor([row for span in region.rows for row in range(*span)]), part)
     torch.testing.assert_close(total, output)
     torch.testing.assert_close(torch.autograd.grad(total, [x, *trained], upstream), expected)
 
@@ -116,20 +123,23 @@ def test_gradients_of_the_parts_add_up_to_those_of_the_whole(
 def test_a_region_that_begins_where_blocks_do_keeps_their_form() -> None:
     basis = Basis(BasisSpec("block", "portable", 0, 8, 48, 32, (2, 4)))
     basis.extend(48, 32)
-    kept = basis.pair(48, 32, device=CPU, dtype=torch.float32, sides=Sides((24, 48), (16, 32)))
-    written = basis.pair(48, 32, device=CPU, dtype=torch.float32, sides=Sides((23, 48), (16, 32)))
+    ask: Any = {"device": CPU, "dtype": torch.float32}
+    kept = basis.pair(48, 32, **ask, sides=Sides(((24, 48),), ((16, 32),)))
     assert isinstance(kept, BlockPair)
-    assert not isinstance(written, BlockPair)
-    assert kept.B.untyped_storage().data_ptr() == basis.pair(48, 32, device=CPU, dtype=torch.float32).B.data_ptr()
+    for sides in (Sides(((0, 12), (24, 38)), ((0, 8), (16, 32))), Sides(((0, 48),), ((2, 6), (8, 32)))):
+        assert isinstance(basis.pair(48, 32, **ask, sides=sides), BlockPair)
+    for sides in (Sides(((23, 48),), ((16, 32),)), Sides(((0, 10), (24, 36)), ((16, 32),))):
+        assert not isinstance(basis.pair(48, 32, **ask, sides=sides), BlockPair)
+    assert kept.B.untyped_storage().data_ptr() == basis.pair(48, 32, **ask).B.data_ptr()
 
 
 def test_a_part_of_the_bases_is_made_once() -> None:
     basis = Basis(BasisSpec("dense", "portable", 0, 4, 12, 8))
     basis.extend(12, 8)
     ask: Any = {"device": CPU, "dtype": torch.float32}
-    first = basis.pair(12, 8, **ask, sides=Sides((0, 6), (0, 8)))
-    assert basis.pair(12, 8, **ask, sides=Sides((0, 6), (0, 8))) is first
-    assert basis.pair(12, 8, **ask, sides=Sides((6, 12), (0, 8))) is not first
+    first = basis.pair(12, 8, **ask, sides=Sides(((0, 6),), ((0, 8),)))
+    assert basis.pair(12, 8, **ask, sides=Sides(((0, 6),), ((0, 8),))) is first
+    assert basis.pair(12, 8, **ask, sides=Sides(((6, 12),), ((0, 8),))) is not first
     assert first.B.data_ptr() == basis.pair(12, 8, **ask).B.data_ptr()
 
 
@@ -165,14 +175,15 @@ def check_parts(module: nn.Module, attribute: str, layer: AdapterLayer, dim: int
     updates = [layer.update(module, part, 1.0) for part in layer.adapters.values()]
     whole = layer.with_updates(weight.detach(), updates)
     size = weight.shape[dim]
-    for start, stop in ((0, size // 2), (size // 2, size)):
-        held = [(0, length) for length in weight.shape]
-        held[dim] = (start, stop)
-        local = weight.detach().narrow(dim, start, stop - start).clone()
+    quarter = max(1, size // 4)
+    for spans in (((0, size // 2),), ((size // 2, size),), ((0, quarter), (size - quarter, size))):
+        held = [all_of(length) for length in weight.shape]
+        held[dim] = spans
+        local = taken(weight.detach(), spans, dim).clone()
         region = layer.region_of(tuple(weight.shape), held)
         merged = layer.with_updates(local, updates, region)
         assert merged.shape == local.shape
-        torch.testing.assert_close(merged, whole.narrow(dim, start, stop - start), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(merged, taken(whole, spans, dim), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("experts", ["each", "shared"])
@@ -197,8 +208,8 @@ def test_compiled_code_slices_the_same_bases() -> None:
         num_bases = -(-spec.min_dim // spec.r)
         lam, gamma = torch.randn(spec.r, num_bases), torch.randn(num_bases, spec.min_dim)
         whole = Update(basis, lam, gamma, 0.7, (spec.max_dim, spec.min_dim))
-        for start in (8, 5):
-            update = whole.within(Region((start, spec.max_dim), (0, spec.min_dim)))
+        for rows in (((8, spec.max_dim),), ((5, spec.max_dim),), ((0, 4), (8, 12)), ((1, 4), (8, 13))):
+            update = whole.within(Region(rows, all_of(spec.min_dim)))
             x = torch.randn(3, spec.min_dim)
 
             def product(x: Tensor, update: Update = update) -> Tensor:

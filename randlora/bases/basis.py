@@ -18,13 +18,13 @@ from randlora.bases.compact import Matrices
 from randlora.bases.spec import KINDS, BasisSpec, Kind, count_bases
 from randlora.errors import ConfigError
 from randlora.functional import Pair
-from randlora.functional.region import Sides
+from randlora.functional.region import Sides, Spans, all_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Made = TypeVar("Made")
 Use = tuple[int, int, torch.device, torch.dtype, Sides | None]
 """A layer's larger and smaller dim, the device and dtype that it computes on and in, and its part of the bases."""
-TracedUse = tuple[int, int, torch.device, torch.dtype, int, int, int, int, bool]
+TracedUse = tuple[int, int, torch.device, torch.dtype, Spans, Spans, bool]
 """The same, flat as the compiler wants its constants, and whether a program is exported."""
 
 _MAKING = threading.Lock()  # shared by all bases, because a lock cannot be copied or pickled
@@ -176,8 +176,8 @@ class Basis:
             Views of the copy for this device and dtype.
         """
         if torch.compiler.is_compiling():
-            (row, stop_row), (column, stop_column) = part = sides or Sides((0, max_dim), (0, min_dim))
-            use = max_dim, min_dim, device, dtype, row, stop_row, column, stop_column, _is_exporting()
+            rows, columns = part = sides or Sides(all_of(max_dim), all_of(min_dim))
+            use = max_dim, min_dim, device, dtype, rows, columns, _is_exporting()
             basis_A, basis_B = (getattr(self, self._constant(at, use, self.identity))() for at in (0, 1))
             return self._form.paired(self.spec, basis_A, basis_B, count_bases(min_dim, self.spec.r), part)
         pair = self._pairs.get((max_dim, min_dim, device, dtype, sides))
@@ -200,8 +200,8 @@ class Basis:
         assert identity == self.identity, "the caller passes the identity of these bases"
         name = f"_constant_{hash((index, *use)):x}_{id(self):x}".replace("-", "_")
         if name not in self.__dict__:
-            max_dim, min_dim, device, dtype, row, stop_row, column, stop_column, is_exporting = use
-            pair = self._made(max_dim, min_dim, device, dtype, Sides((row, stop_row), (column, stop_column)))
+            max_dim, min_dim, device, dtype, rows, columns, is_exporting = use
+            pair = self._made(max_dim, min_dim, device, dtype, Sides(rows, columns))
             tensor = pair.B if index else pair.A
             constant = _aside(lambda: _packed(tensor)) if is_exporting else nn.Parameter(tensor, requires_grad=False)
 
@@ -223,9 +223,9 @@ class Basis:
         with _MAKING:
             if (device, dtype) not in self._copies:
                 self._copies[device, dtype] = _aside(lambda: self._write_out(device, dtype))
-            whole = self._copies[device, dtype]
-        num_bases, part = count_bases(min_dim, self.spec.r), sides or Sides((0, max_dim), (0, min_dim))
-        pair = _aside(lambda: self._form.sliced(self.spec, *whole, num_bases, part))
+            copies = self._copies[device, dtype]
+        num_bases, part = count_bases(min_dim, self.spec.r), sides or Sides(all_of(max_dim), all_of(min_dim))
+        pair = _aside(lambda: self._form.sliced(self.spec, *copies, num_bases, part))
         return self._pairs.setdefault((max_dim, min_dim, device, dtype, sides), pair)
 
     def digest(self, max_dim: int, min_dim: int) -> str:

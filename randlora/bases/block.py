@@ -9,7 +9,7 @@ from randlora.bases.dense import DENSE
 from randlora.bases.spec import KINDS, BasisSpec, count_bases
 from randlora.functional import BlockPair, DensePair, Pair
 from randlora.functional.cost import SMALL_WEIGHT
-from randlora.functional.region import Sides
+from randlora.functional.region import Sides, Spans, count, taken
 
 SMALLEST_BLOCK_COLUMN = 8  # default minimum of entries in a column of A: fits within .004 of dense bases
 MOST_BLOCKS_IN_B = 8
@@ -46,27 +46,53 @@ def _sliced(spec: BasisSpec, basis_A: Tensor, basis_B: Tensor, num_bases: int, s
     c, b = spec.blocks or (1, 1)
     if (c, b) == (1, 1):
         return DENSE.sliced(spec, basis_A, basis_B, num_bases, sides)
-    (row, stop_row), (column, stop_column) = sides
-    first_row, first_column = row - row % b, column - column % c  # where blocks begin
-    height, width = math.ceil((stop_row - first_row) / b) * b, math.ceil((stop_column - first_column) / c)
-    blocks_A = basis_A[:, first_column // c :][:, :width].unflatten(0, (-1, c)).transpose(0, 1).contiguous()
-    blocks_B = basis_B[first_row:, : num_bases * spec.r // b][:height].unflatten(0, (-1, b)).transpose(0, 1)
-    dims = stop_row - first_row, stop_column - first_column
-    pair = BlockPair(blocks_A, blocks_B, num_bases, *dims, (c, b, spec.r // c))
-    if (first_row, first_column) != (row, column):
-        written = pair.write_out()
-        return DensePair(written.A[..., column - first_column :].contiguous(), written.B[row - first_row :])
-    if math.prod(dims) <= SMALL_WEIGHT:
+    rows, columns = sides
+    if not (_begin_with_blocks(rows, b) and _begin_with_blocks(columns, c)):
+        return _without_blocks(spec, basis_A, basis_B, num_bases, sides)
+    blocks_A = taken(basis_A, tuple((start // c, math.ceil(stop / c)) for start, stop in columns), 1)
+    padded = tuple((start, start + math.ceil((stop - start) / b) * b) for start, stop in rows)
+    blocks_B = taken(basis_B, padded, 0)[:, : num_bases * spec.r // b]
+    pair = BlockPair(
+        blocks_A.unflatten(0, (-1, c)).transpose(0, 1).contiguous(),
+        blocks_B.unflatten(0, (-1, b)).transpose(0, 1),
+        num_bases,
+        count(rows),
+        count(columns),
+        (c, b, spec.r // c),
+    )
+    if count(rows) * count(columns) <= SMALL_WEIGHT:
         pair.written = pair.write_out()
     return pair
 
 
+def _begin_with_blocks(spans: Spans, blocks: int) -> bool:
+    """Whether each span begins where blocks begin, and still does with the spans one after the other."""
+    return all(start % blocks == 0 for start, _ in spans) and all(
+        (stop - start) % blocks == 0 for start, stop in spans[:-1]
+    )
+
+
+def _without_blocks(spec: BasisSpec, basis_A: Tensor, basis_B: Tensor, num_bases: int, sides: Sides) -> Pair:
+    """Return a dense pair, cut out of the blocks around it."""
+    c, b = spec.blocks or (1, 1)
+    row, column = (spans[0][0] // blocks * blocks for spans, blocks in zip(sides, (b, c), strict=True))
+    around = Sides(((row, sides.large[-1][1]),), ((column, sides.small[-1][1]),))
+    pair = _sliced(spec, basis_A, basis_B, num_bases, around)
+    assert isinstance(pair, BlockPair), "it begins with blocks"
+    written = pair.written or pair.write_out()
+    rows, columns = (
+        tuple((start - first, stop - first) for start, stop in spans)
+        for spans, first in zip(sides, (row, column), strict=True)
+    )
+    return DensePair(taken(written.A, columns, -1).contiguous(), taken(written.B, rows, 0))
+
+
 def _paired(spec: BasisSpec, basis_A: Tensor, basis_B: Tensor, num_bases: int, sides: Sides) -> Pair:
     c, b = spec.blocks or (1, 1)
-    (row, stop_row), (column, stop_column) = sides
-    if (c, b) == (1, 1) or row % b or column % c:
+    rows, columns = sides
+    if (c, b) == (1, 1) or not (_begin_with_blocks(rows, b) and _begin_with_blocks(columns, c)):
         return DENSE.paired(spec, basis_A, basis_B, num_bases, sides)
-    return BlockPair(basis_A, basis_B, num_bases, stop_row - row, stop_column - column, (c, b, spec.r // c))
+    return BlockPair(basis_A, basis_B, num_bases, count(rows), count(columns), (c, b, spec.r // c))
 
 
 KINDS["block"] = replace(

@@ -20,7 +20,7 @@ from randlora.model.change import one_at_a_time
 from randlora.model.install import lost_sites, require_own
 from randlora.model.ranks import ranks_holding
 from randlora.model.train_also import lost_parameters
-from randlora.placement.dtensor import Shard, is_dtensor, reshard
+from randlora.placement.dtensor import Shard, is_dtensor, reshard, values_within
 from randlora.placement.ranks import agreed
 from randlora.replaced import whole_shape
 from randlora.state import Adapter, adapted_root, require_unmerged
@@ -152,6 +152,6 @@ def _write(parameter: nn.Parameter, value: Tensor) -> None:
     """Write a whole value into a parameter, of which this process may hold a part."""
     if is_dtensor(parameter):
         place = Shard(parameter)
-        place.write(value[place.part])
+        place.write(values_within(value, place.part))
     else:
         parameter.copy_(value)

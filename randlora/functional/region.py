@@ -2,14 +2,49 @@
 
 A row of an update needs one row of B, or one column of A and of Γ if the layer is narrower than its input; a column the
 other way around. So a process that holds a part of a weight computes that part of the update from a part of the bases.
+The part may have several pieces, as of a weight that is several matrices one above the other, each of them split.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 Span = tuple[int, int]
 """``(start, stop)``."""
+
+Spans = tuple[Span, ...]
+"""Which entries of a dimension, in order; at least one span, which may be empty."""
+
+
+def all_of(size: int) -> Spans:
+    """Return all entries of a dimension."""
+    return ((0, size),)
+
+
+def joined(spans: Iterable[Span]) -> Spans:
+    """Return the same entries in as few spans as possible."""
+    found: list[Span] = []
+    for start, stop in spans:
+        if found and found[-1][1] == start:
+            found[-1] = found[-1][0], stop
+        elif start < stop:
+            found.append((start, stop))
+    return tuple(found) or all_of(0)
+
+
+def count(spans: Spans) -> int:
+    """Return the number of entries."""
+    return sum(stop - start for start, stop in spans)
+
+
+def taken(tensor: Tensor, spans: Spans, dim: int) -> Tensor:
+    """Return those entries of a dimension of a tensor, a view of it if they are one span."""
+    pieces = [tensor.narrow(dim, start, stop - start) for start, stop in spans]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
 class Sides(NamedTuple):
@@ -20,8 +55,8 @@ class Sides(NamedTuple):
         small: Columns of A and of Γ.
     """
 
-    large: Span
-    small: Span
+    large: Spans
+    small: Spans
 
 
 class Region(NamedTuple):
@@ -33,15 +68,14 @@ class Region(NamedTuple):
         matrices: Which matrices of a stack; ``None`` for all, or for a weight that is no stack.
     """
 
-    rows: Span
-    columns: Span
-    matrices: Span | None = None
+    rows: Spans
+    columns: Spans
+    matrices: Spans | None = None
 
     def sides(self, *, is_wide: bool) -> Sides:
         """Return the part of the bases; ``is_wide`` says whether the whole layer's input has ``min_dim`` features."""
         return Sides(self.rows, self.columns) if is_wide else Sides(self.columns, self.rows)
 
-    @property
-    def slices(self) -> tuple[slice, slice]:
-        """The index of this part of a matrix."""
-        return slice(*self.rows), slice(*self.columns)
+    def of(self, matrix: Tensor) -> Tensor:
+        """Return this part of a matrix."""
+        return taken(taken(matrix, self.rows, 0), self.columns, 1)

@@ -84,7 +84,7 @@ class InProjAdapter(ProjectionAdapter):
         A region may begin in one of the three matrices and end in another.
         """
         total = super().summed(updates, None, device=device, dtype=dtype)
-        return total if region is None else total[region.slices]
+        return total if region is None else region.of(total)
 
 
 @register_layer(nn.MultiheadAttention)

@@ -14,7 +14,7 @@ from randlora.bases.spec import Shape, count_bases
 from randlora.functional import WriteOut, adapted_linear, delta_weight
 from randlora.layers.diagonals import Diagonal, diagonal_shapes
 from randlora.layers.inputs import autocast_dtype, have_one_dtype, input_of, is_plain_tensor, require_product
-from randlora.layers.sharded import sharded_product
+from randlora.layers.sharded import Split, sharded_product
 from randlora.layers.stored import StoredWeight
 from randlora.layers.update import Into, Merged, Update, sum_updates
 from randlora.placement.dtensor import is_dtensor
@@ -45,6 +45,7 @@ class AdapterLayer(StoredWeight):
         activation: The choice of active adapters that it is prepared for.
         own_forward: The ``forward`` that was set on the owner itself rather than on its class, if any.
         planned: The ``forward`` that a plan of transformers set on the owner, and the one in its place, if any.
+        split: What a process has of the weight while such a forward runs.
         unmerged: While the weight is merged, a tuple of the original weight as `exchange` returned it.
     """
 
@@ -61,6 +62,7 @@ class AdapterLayer(StoredWeight):
         self.activation = state.activation
         self.own_forward: Callable[..., Any] | None = None
         self.planned: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+        self.split: Split | None = None
         self.unmerged: tuple[Any] | None = None
 
     @classmethod

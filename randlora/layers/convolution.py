@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from randlora.bases.spec import Shape
 from randlora.errors import AdapterError
-from randlora.functional.region import Region, Span
+from randlora.functional.region import Region, Spans, all_of
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import register_layer
 
@@ -46,10 +46,10 @@ class ConvolutionAdapter(ReadWeight):
         return delta
 
     @classmethod
-    def region_of(cls, shape: Shape, spans: Sequence[Span]) -> Region:
+    def region_of(cls, shape: Shape, spans: Sequence[Spans]) -> Region:
         """Return the part of the update for a part of the kernel, which may be split by its channels."""
-        rows, (start, stop), *inside = spans
-        if inside != [(0, size) for size in shape[2:]]:
+        rows, channels, *inside = spans
+        if inside != [all_of(size) for size in shape[2:]]:
             raise AdapterError(f"a kernel of shape {tuple(shape)} is split inside, into {spans}: split its channels")
         entries = math.prod(shape[2:])
-        return Region(rows, (start * entries, stop * entries))
+        return Region(rows, tuple((start * entries, stop * entries) for start, stop in channels))

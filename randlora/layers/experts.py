@@ -75,6 +75,8 @@ class Experts(ReadWeight):
         if is_dtensor(weight):
             return super().value(owner)
         updates = [self.update(owner, part, factor) for part, factor in active]
+        if self.split is not None:
+            updates = [self.split.part(update) for update in updates]
         if is_transformed():
             return super().with_updates(weight, updates)
         return AdaptedStack(self._parts(weight, updates, self.state.compute))

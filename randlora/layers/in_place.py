@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from randlora.errors import AdapterError, MergeError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Gamma, Lambda
-from randlora.layers.planned import forward_within
+from randlora.layers.planned import attach_planned
 from randlora.layers.read_weight import ReadWeight, forward_of_owner
 from randlora.state import SiteAdapter
 
@@ -274,12 +274,9 @@ def attach(owner: nn.Module, layer: AdapterLayer) -> None:
     change_class(owner, base)
     layer.settle(owner)
     held_as = next((name for name in FORWARDS if name in owner.__dict__), None)
-    if held_as is None or not layer.is_called:
+    if held_as is None or attach_planned(owner, layer, held_as) or not layer.is_called:
         return
     inner = owner.__dict__.pop(held_as)
-    if (within := forward_within(owner, layer, inner)) is not None:
-        layer.planned, owner.__dict__[held_as] = (inner, within), within
-        return
     if not (isinstance(inner, MethodType) and inner.__func__ is base.forward):
         layer.own_forward = inner
     if held_as == "_old_forward":  # called by accelerate's wrapper
@@ -302,7 +299,8 @@ def detach(owner: nn.Module, layer: AdapterLayer) -> None:
     own_forward = MethodType(type(owner).forward, owner) if layer.own_forward is None else layer.own_forward
     for name in FORWARDS:  # accelerate's hooks may have been added or removed since
         bound = owner.__dict__.get(name)
-        if layer.planned is not None and bound is layer.planned[1]:
+        is_shared = any(other.planned == layer.planned for other in layers.values())
+        if layer.planned is not None and bound is layer.planned[1] and not is_shared:
             owner.__dict__[name] = layer.planned[0]
         if isinstance(bound, MethodType) and bound.__func__ in (RunsAdapters.forward, ReadsAdapted.forward):
             owner.__dict__[name] = own_forward

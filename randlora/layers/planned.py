@@ -1,8 +1,9 @@
-"""Layers that a plan of transformers (``tp_plan``) splits over processes.
+"""Weights that a plan of transformers (``tp_plan``, ``ep_plan``) splits over processes.
 
-transformers sets a forward on such a layer, which places the input, has the layer's own forward compute, and places the
+transformers sets a forward on the layer, which places the input, has the layer's own forward compute, and places the
 output. Adapters belong inside of it: there input and output are those of a process's part of the weight. The parameters
-are `DTensor` objects, but during a forward without gradients transformers puts their local tensors in their place.
+are `DTensor` objects, but during that forward transformers puts their local tensors in their place: for layers without
+gradients, for stacks of experts and packed layers always. The local tensor of a packed weight has several pieces of it.
 """
 
 from __future__ import annotations
@@ -10,75 +11,128 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.layers.sharded import local_product
+from randlora.layers.read_weight import forward_of_owner
+from randlora.layers.sharded import Split, local_product
 from randlora.placement.dtensor import is_dtensor
 
 if TYPE_CHECKING:
     from randlora.layers.base import AdapterLayer
 
-PLANS = "transformers.distributed.tensor_parallel"
-"""The module that splits layers, which is not imported here."""
+STYLES = {
+    "transformers.distributed.tensor_parallel": "TensorParallelLayer",
+    "transformers.distributed.expert_parallel": "ExpertParallelLayer",
+}
+"""The modules that split weights, which are not imported here, and the base classes of how they do."""
 
 
-def style_behind(forward: object) -> Any:
-    """Return the `TensorParallelLayer` of transformers that set a forward, or ``None`` if none did.
+class Plan(NamedTuple):
+    """How transformers splits a layer.
 
-    It has no public name on the layer: it is a variable of the forward, a closure.
+    Attributes:
+        style: The object that set the layer's forward.
+        mesh: The mesh that it splits weights over.
+        shares_batch: Whether the processes have the same batch.
     """
-    kind = getattr(sys.modules.get(PLANS), "TensorParallelLayer", None)
-    if kind is None or not inspect.isfunction(forward) or forward.__module__ != PLANS:
+
+    style: Any
+    mesh: Any
+    shares_batch: bool
+
+
+def plan_of(forward: object) -> Plan | None:
+    """Return how transformers splits the layer that it set a forward on, or ``None`` if it did not.
+
+    That has no public name on the layer: it is in variables of the forward, a closure.
+    """
+    if not inspect.isfunction(forward) or forward.__module__ not in STYLES:
         return None
-    style = inspect.getclosurevars(forward).nonlocals.get("self")
-    return style if isinstance(style, kind) else None
+    kind = getattr(sys.modules[forward.__module__], STYLES[forward.__module__])
+    held = inspect.getclosurevars(forward).nonlocals
+    if not isinstance(style := held.get("self"), kind):
+        return None
+    mesh = held["mesh"] if "mesh" in held else held.get("ep_mesh")
+    return Plan(style, mesh, getattr(held.get("implementation"), "shares_batch", True))
 
 
-def plan_obstacle(owner: nn.Module, weight: Tensor, *, is_called: bool) -> str | None:
+def plan_obstacle(owner: nn.Module, weight: Tensor) -> str | None:
     """Return why a weight that is split over processes cannot be adapted, or ``None``; a phrase after its name."""
-    if not is_dtensor(weight):
+    plan = plan_of(owner.__dict__.get("forward")) if is_dtensor(weight) else None
+    if plan is None or plan.shares_batch:
         return None
-    placements = ", ".join(map(str, weight.placements))
-    if weight.device_mesh.ndim == 1 and any(type(each).__name__ == "_StridedShard" for each in weight.placements):
-        return f"is split so that each process has several pieces of it ({placements}): exclude it"
-    if (style := style_behind(owner.__dict__.get("forward"))) is None:
-        return None
-    with torch.enable_grad():
-        is_local = style.should_use_local_tensors(owner)
-    if is_called and not is_local:
-        return None
-    return f"is split by {type(style).__name__} of transformers, which computes with plain tensors: exclude it"
+    return (
+        f"is split by {type(plan.style).__name__} of transformers over processes with different batches, whose "
+        "gradients an adapter cannot sum: set ep_size to tp_size, or exclude it"
+    )
 
 
-def forward_within(owner: Any, layer: AdapterLayer, planned: Callable[..., Any]) -> Callable[..., Any] | None:
-    """Return the forward for an adapted layer that a plan splits, or ``None`` if no plan set the one that it has.
+def attach_planned(owner: Any, layer: AdapterLayer, held_as: str) -> bool:
+    """Have an adapted layer computed within the forward that a plan set on its owner; ``False`` if none did.
 
     Args:
-        owner: The layer, which must not have a forward of its own now.
+        owner: The owner, which has this layer already.
         layer: The adapter layer.
-        planned: The forward that was set on the layer.
+        held_as: The name of the forward that was set on the owner.
     """
-    style, weight = style_behind(planned), layer.weight_of(owner)
-    if style is None or not is_dtensor(weight):
-        return None
-    mesh, region = weight.device_mesh, layer.region_here(weight)
+    others = [other.planned for other in owner.randlora.values() if other.planned is not None]
+    inner, around = others[0] if others else (owner.__dict__[held_as], None)
+    plan, weight = plan_of(inner), layer.weight_of(owner)
+    if plan is None or not is_dtensor(weight):
+        return False
+    if weight.device_mesh.ndim == 1:  # else fully_shard splits it too
+        layer.split = Split.of(weight, layer.region_here(weight))
+    if around is None:
+        within = _within(owner, layer, plan, held_as) if layer.is_called else inner
+        around = _around(owner, within)
+    layer.planned = inner, around
+    owner.__dict__[held_as] = around
+    return True
+
+
+def _within(owner: Any, layer: AdapterLayer, plan: Plan, held_as: str) -> Callable[..., Any]:
+    """Return the forward of a plan with the layer's own and its adapters in it."""
 
     def forward(x: Any) -> Any:
-        active = layer.active()
-        if not active or is_dtensor(layer.weight_of(owner)):
+        active, split = layer.active(), layer.split
+        if not active or split is None or is_dtensor(layer.weight_of(owner)):
             return type(owner).forward(owner, x)
         output = owner.randlora_base.forward(owner, x)
         for part, factor in active:
-            update = layer.update(owner, part, factor).within(region)
+            update = split.part(layer.update(owner, part, factor))
             own = F.dropout(x.to(output.dtype), part.adapter.config.dropout, owner.training)
-            output = output + local_product(update, own, region, layer.state.compute)
+            output = output + local_product(update, own, split.region, layer.state.compute)
         return output
 
+    del owner.__dict__[held_as]
     owner.__dict__["forward"] = forward
-    style.install_forward(owner, mesh)
+    plan.style.install_forward(owner, plan.mesh)
     made: Callable[..., Any] = owner.__dict__.pop("forward")
     return made
+
+
+def _around(owner: Any, planned: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward that tells adapter layers what the local tensors are part of that a plan's forward has used.
+
+    It computes each weight that is read a single time, and has this process take part in the sums of gradients of
+    those that its tokens do not need.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return planned(*args, **kwargs)
+        for layer in owner.randlora.values():
+            if is_dtensor(weight := layer.weight_of(owner)):  # fully_shard, if any, has gathered it for this forward
+                layer.split = Split.of(weight, layer.region_here(weight))
+        with forward_of_owner() as values:
+            output = planned(*args, **kwargs)
+            for layer in owner.randlora.values() if torch.is_grad_enabled() else ():
+                if not layer.is_called and (id(owner), layer.attribute, True) not in values:
+                    output = layer.taking_part(owner, output)
+        return output
+
+    return forward

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.layers.base import AdapterLayer
-from randlora.layers.sharded import on_mesh
+from randlora.layers.sharded import on_mesh, sums_of
 from randlora.layers.update import Update
 from randlora.placement.dtensor import Shard, is_dtensor
 
@@ -21,12 +21,12 @@ _forwards = threading.local()
 
 
 @contextmanager
-def forward_of_owner() -> Iterator[None]:
-    """Compute each weight that `ReadWeight.is_read_once` says it of a single time inside the block."""
+def forward_of_owner() -> Iterator[dict[tuple[int, str, bool], Tensor]]:
+    """Compute each weight that `ReadWeight.is_read_once` says it of a single time inside the block; yield them."""
     outer = getattr(_forwards, "values", None)
-    _forwards.values = {}
+    values = _forwards.values = {}
     try:
-        yield
+        yield values
     finally:
         _forwards.values = outer
 
@@ -91,14 +91,24 @@ class ReadWeight(AdapterLayer):
         updates = [self.update(owner, part, factor) for part, factor in active]
         if is_dtensor(weight):
             return self._sharded_value(weight, updates)
-        return self.with_updates(weight, updates)
+        if self.split is None:
+            return self.with_updates(weight, updates)
+        return self.with_updates(weight, [self.split.part(update) for update in updates])
+
+    def taking_part(self, owner: nn.Module, output: Tensor) -> Tensor:
+        """Return an output that no update is in, whose backward takes part in the sums over processes nevertheless."""
+        split = self.split
+        assert split is not None, "its owner's forward is that of a plan"
+        for part, factor in self.active():
+            update = split.part(self.update(owner, part, factor))
+            output = output + 0 * (update.lam.sum() + update.gamma.sum()).to(output.dtype)
+        return output
 
     def _sharded_value(self, weight: Any, updates: list[Update]) -> Tensor:
         """Return a weight that tensor parallelism splits, plus updates, split in the same way."""
-        from torch.distributed.tensor import DTensor, Partial, Replicate  # noqa: PLC0415  # there already
+        from torch.distributed.tensor import DTensor  # noqa: PLC0415  # there already
 
-        mesh, shape = weight.device_mesh, weight.shape
-        grads = [Partial() if placement.is_shard() else Replicate() for placement in weight.placements]
+        mesh, shape, grads = weight.device_mesh, weight.shape, sums_of(weight)
         parts = [on_mesh(update, mesh, grads) for update in updates]
         local = self.part_with_updates(weight.to_local(), Shard(weight).part, tuple(shape), parts)
         value: Tensor = DTensor.from_local(

@@ -15,9 +15,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from randlora.functional import Compute, adapted_linear, update_rows
-from randlora.functional.region import Region
+from randlora.functional.region import Region, count
 from randlora.layers.update import Update
-from randlora.placement.dtensor import is_dtensor
+from randlora.placement.dtensor import is_dtensor, is_split
+
+
+class Split(NamedTuple):
+    """What a process has of a weight whose products are computed with plain tensors.
+
+    Attributes:
+        mesh: The mesh that the weight is split over.
+        grads: The gradients of Λ and Γ that a process computes, dimension by dimension of the mesh.
+        region: The part of the update for this process's part of the weight.
+    """
+
+    mesh: Any
+    grads: list[Any]
+    region: Region
+
+    @classmethod
+    def of(cls, weight: Any, region: Region) -> Split:
+        """Describe a weight, a `DTensor`."""
+        return cls(weight.device_mesh, sums_of(weight), region)
+
+    def part(self, update: Update) -> Update:
+        """Return the part of an update for this process, with Λ and Γ whose gradients are summed over the mesh."""
+        if torch.is_grad_enabled() and (update.lam.requires_grad or update.gamma.requires_grad):
+            update = on_mesh(update, self.mesh, self.grads)
+        return update.within(self.region)
+
+
+def sums_of(weight: Any) -> list[Any]:
+    """Return what the gradients of Λ and Γ are that a process computes with its part of a weight and all tokens."""
+    from torch.distributed.tensor import Partial, Replicate  # noqa: PLC0415  # takes long, and is there already
+
+    return [Partial() if is_split(placement) else Replicate() for placement in weight.placements]
 
 
 class Layout(NamedTuple):
@@ -38,23 +70,30 @@ class Layout(NamedTuple):
 
 def layout_of(weight: Any, x: Any, inputs: int) -> Layout:
     """Return the layout of a product; ``inputs`` is the dimension of the weight that has its inputs."""
-    from torch.distributed.tensor import Partial, Replicate, Shard  # noqa: PLC0415  # takes long, and is there already
+    from torch.distributed.tensor import Partial, Replicate  # noqa: PLC0415  # see above
 
     last = x.dim() - 1
     layout = Layout([], [], [], [])
     given = x.placements if is_dtensor(x) else [Replicate()] * weight.device_mesh.ndim
     for of_weight, of_x in zip(weight.placements, given, strict=True):
-        if of_weight.is_shard() and of_weight.dim == inputs:
-            each: tuple[Any, ...] = Shard(last), Partial(), Shard(last), Partial()
-        elif of_weight.is_shard():
-            each = Replicate(), Shard(last), Partial(), Partial()
-        elif of_x.is_shard() and of_x.dim != last:  # each process has some of the tokens
+        if is_split(of_weight) and of_weight.dim == inputs:
+            along = _split_at(of_weight, last)
+            each: tuple[Any, ...] = along, Partial(), along, Partial()
+        elif is_split(of_weight):
+            each = Replicate(), _split_at(of_weight, last), Partial(), Partial()
+        elif is_split(of_x) and of_x.dim != last:  # each process has some of the tokens
             each = of_x, of_x, of_x, Partial()
         else:
             each = (Replicate(),) * 4
         for placements, one in zip(layout, each, strict=True):
             placements.append(one)
     return layout
+
+
+def _split_at(placement: Any, dim: int) -> Any:
+    """Return a placement that splits another dimension in the same way."""
+    pieces = {"split_factor": placement.split_factor} if hasattr(placement, "split_factor") else {}
+    return type(placement)(dim, **pieces)
 
 
 def on_mesh(update: Update, mesh: Any, grads: list[Any]) -> Update:
@@ -103,35 +142,36 @@ def local_product(update: Update, x: Tensor, region: Region, compute: Compute) -
 
     Where the part has not all inputs this is a summand of the output.
     """
-    if any(start == stop for start, stop in (region.rows, region.columns)):  # it takes part in the sums nevertheless
+    if not (count(region.rows) and count(region.columns)):  # it takes part in the sums nevertheless
         nothing = x.sum() + update.lam.sum() + update.gamma.sum()
-        return x.new_zeros((*x.shape[:-1], region.rows[1] - region.rows[0])) + 0 * nothing.to(x.dtype)
+        return x.new_zeros((*x.shape[:-1], count(region.rows))) + 0 * nothing.to(x.dtype)
     return adapted_linear(x, *update.parts(x.device, x.dtype), is_wide=update.is_wide, compute=compute)
 
 
 def sharded_rows(updates: Iterable[Update], ids: Any, weight: Any, region: Region, padding_idx: int | None) -> Any:
     """Return the rows of a table with updates, ``(*ids.shape, columns)``, placed as the lookup in the base."""
-    from torch.distributed.tensor import Partial, Replicate, Shard  # noqa: PLC0415
+    from torch.distributed.tensor import Partial, Replicate  # noqa: PLC0415
 
     mesh = weight.device_mesh
     ids = ids.full_tensor() if is_dtensor(ids) else ids
-    start, stop = region.rows
-    output, diagonals = [], []
-    for placement in weight.placements:
-        is_split = placement.is_shard()
-        output.append((Partial() if placement.dim == 0 else Shard(ids.dim())) if is_split else Replicate())
-        diagonals.append(Partial() if is_split else Replicate())
-    is_here = ((ids >= start) & (ids < stop)).unsqueeze(-1)
-    own = (ids - start).clamp(0, max(0, stop - start - 1))
+    output = [
+        (Partial() if placement.dim == 0 else _split_at(placement, ids.dim())) if is_split(placement) else Replicate()
+        for placement in weight.placements
+    ]
+    own, is_here, before = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool), 0
+    for start, stop in region.rows:
+        is_inside = (ids >= start) & (ids < stop)
+        own, is_here = torch.where(is_inside, ids - start + before, own), is_here | is_inside
+        before += stop - start
     local = F.embedding(own, weight.to_local())
     for update in updates:
-        part = on_mesh(update, mesh, diagonals).within(region)
+        part = on_mesh(update, mesh, sums_of(weight)).within(region)
         pair, of_part = part.parts(local.device, local.dtype)
-        rows = update_rows(own, pair, of_part, num_rows=stop - start, is_wide=part.is_wide)
+        rows = update_rows(own, pair, of_part, num_rows=before, is_wide=part.is_wide)
         if padding_idx is not None:  # which gets no gradient, as in torch
             rows = torch.where((ids == padding_idx).unsqueeze(-1), rows.detach(), rows)
         local = local + rows
-    local = local * is_here.to(local.dtype)
+    local = local * is_here.unsqueeze(-1).to(local.dtype)
     return _placed(local, mesh, output, (*ids.shape, weight.shape[1]))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
-from randlora.functional.region import Region, Span
+from randlora.functional.region import Region, Spans
 from randlora.layers.update import Update, folded, sum_updates
 from randlora.placement.dtensor import Part, Shard
 
@@ -116,14 +116,13 @@ class StoredWeight(ABC):
 
         Args:
             own: The part, in the layout of the weight.
-            part: Which it is, a range in each dimension of the weight.
+            part: Which it is, of each dimension of the weight.
             shape: The shape of the whole weight, as stored.
             updates: The updates, with all of Λ and Γ.
         """
         if not own.numel():
             return own
-        region = cls.region_of(shape, [(held.start, held.stop) for held in part])
-        return cls.with_updates(own, updates, region)
+        return cls.with_updates(own, updates, cls.region_of(shape, part))
 
     @classmethod
     def summed(
@@ -136,10 +135,10 @@ class StoredWeight(ABC):
     @classmethod
     def region_here(cls, weight: Tensor) -> Region:
         """Return the part of the update for this process's part of a sharded weight."""
-        return cls.region_of(tuple(weight.shape), [(held.start, held.stop) for held in Shard(weight).part])
+        return cls.region_of(tuple(weight.shape), Shard(weight).part)
 
     @classmethod
-    def region_of(cls, shape: Shape, spans: Sequence[Span]) -> Region:  # noqa: ARG003  # for convolutions
+    def region_of(cls, shape: Shape, spans: Sequence[Spans]) -> Region:  # noqa: ARG003  # for convolutions
         """Return the part of the update, `united`, for a part of the parameter.
 
         Args:

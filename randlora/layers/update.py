@@ -11,7 +11,7 @@ from torch import Tensor
 from randlora.bases.basis import Basis
 from randlora.bases.spec import Shape
 from randlora.functional import Diagonals, Pair, delta_weight
-from randlora.functional.region import Region
+from randlora.functional.region import Region, taken
 from randlora.functional.scratch import without_autocast
 
 Quantized = Literal["requantize", "dequantize"]
@@ -41,7 +41,7 @@ class Update(NamedTuple):
         matrix, gamma, sides = self.shape[-2:], self.gamma, None
         if self.region is not None:
             sides = self.region.sides(is_wide=self.is_wide)
-            gamma = gamma[..., slice(*sides.small)]
+            gamma = taken(gamma, sides.small, -1)
         pair = self.basis.pair(max(matrix), min(matrix), device=device, dtype=dtype, sides=sides)
         return pair, Diagonals(_on(self.lam, device), _on(gamma, device), self.scaling)
 
@@ -52,8 +52,10 @@ class Update(NamedTuple):
 
     def within(self, region: Region) -> Update:
         """Return the part of the update for a part of the weight."""
-        update = self if region.matrices is None or len(self.shape) == 2 else self.at(slice(*region.matrices))
-        return update._replace(region=region)
+        if region.matrices is None or len(self.shape) == 2:
+            return self._replace(region=region)
+        lam, gamma = (taken(diagonal, region.matrices, 0) for diagonal in (self.lam, self.gamma))
+        return self._replace(lam=lam, gamma=gamma, shape=(len(lam), *self.shape[1:]), region=region)
 
     def at(self, index: Any) -> Update:
         """Return the update of one matrix of a stack, or of those at several indices."""

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from randlora.errors import AdapterError
+from randlora.functional.region import Spans, all_of, count, joined, taken
 
-Part = tuple[slice, ...]
-"""The part of a parameter that a process holds: a range in each dimension."""
+Part = tuple[Spans, ...]
+"""The part of a parameter that a process holds: which entries of each dimension."""
 
 
 def is_dtensor(value: object) -> TypeGuard[Any]:
@@ -78,12 +80,9 @@ class Shard:
     def part(self) -> Part:
         """What of the parameter this process holds, which may be nothing."""
         own, mesh = self._parameter, self._parameter.device_mesh
-        if (coordinate := mesh.get_coordinate()) is not None and are_even(own.placements):
-            return part_at(own.shape, own.placements, mesh.shape, coordinate)
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # noqa: PLC0415  # see above
-
-        sizes, offsets = compute_local_shape_and_global_offset(own.shape, mesh, own.placements)
-        return tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+        if (coordinate := mesh.get_coordinate()) is None:  # a process that is not of the mesh
+            return tuple(all_of(0) for _ in own.shape)
+        return part_at(own.shape, own.placements, mesh.shape, coordinate)
 
     def read(self) -> Tensor:
         """Return the values of the shard, which share its memory."""
@@ -109,25 +108,42 @@ class Shard:
         return value
 
 
-def are_even(placements: Iterable[Any]) -> bool:
-    """Whether placements split into ranges in the order of the mesh, which `_StridedShard` does not."""
-    from torch.distributed.tensor import Shard as Split  # noqa: PLC0415  # see above
-
-    return all(type(each) is Split or each.is_replicate() or each.is_partial() for each in placements)
+def is_split(placement: Any) -> bool:
+    """Whether a placement splits a dimension, which it is then said to have; `_StridedShard` denies it of itself."""
+    return not placement.is_replicate() and not placement.is_partial()
 
 
 def part_at(shape: Iterable[int], placements: Iterable[Any], mesh: Iterable[int], coordinate: Iterable[int]) -> Part:
     """Return the part of a parameter at a coordinate of a mesh.
 
-    torch's function finds the same with tensors of indices, which are data to the compiler that it cannot branch on.
+    torch's functions find the same with tensors of indices, which are data to the compiler that it cannot branch on.
+    `_StridedShard` splits a dimension into so many parts first, and each of them over the processes.
     """
-    spans = [(0, size) for size in shape]
+    part = [all_of(size) for size in shape]
     for placement, processes, index in zip(placements, mesh, coordinate, strict=True):
-        if placement.is_shard():
-            start, stop = spans[placement.dim]
-            step = -((start - stop) // processes)  # rounded up
-            spans[placement.dim] = min(stop, start + index * step), min(stop, start + (index + 1) * step)
-    return tuple(slice(*span) for span in spans)
+        if is_split(placement):
+            spans, pieces = part[placement.dim], getattr(placement, "split_factor", 1)
+            own = (_chunk(_chunk(spans, pieces, piece), processes, index) for piece in range(pieces))
+            part[placement.dim] = joined(chain.from_iterable(own))
+    return tuple(part)
+
+
+def _chunk(spans: Spans, chunks: int, index: int) -> Spans:
+    """Return one of the chunks that `torch.chunk` would cut these entries of a dimension into."""
+    size = -(count(spans) // -chunks)
+    found, before = [], 0
+    for first, last in spans:
+        start, stop = (min(max(first, first + at * size - before), last) for at in (index, index + 1))
+        found.append((start, stop))
+        before += last - first
+    return joined(found)
+
+
+def values_within(values: Tensor, part: Part) -> Tensor:
+    """Return a part of all values of a parameter."""
+    for dim, spans in enumerate(part):
+        values = taken(values, spans, dim)
+    return values
 
 
 def _like(parameter: Any, local: Tensor) -> Any:

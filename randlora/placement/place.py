@@ -19,7 +19,7 @@ class Place(Protocol):
 
     @property
     def part(self) -> Part | None:
-        """What of the parameter this process holds, a range in each dimension; ``None`` for all of it."""
+        """What of the parameter this process holds, which entries of each dimension; ``None`` for all."""
 
     def read(self) -> Tensor:
         """Return the values of that part, a plain tensor. This may be a collective."""

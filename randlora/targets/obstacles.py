@@ -82,5 +82,4 @@ def obstacle(site: Site) -> str | None:
         )
     if is_lazy(weight):
         return "has no shape yet: run one forward pass first"
-    split = plan_obstacle(site.owner, weight, is_called=site.layer_class.is_called)
-    return split or site.layer_class.obstacle(site.owner)
+    return plan_obstacle(site.owner, weight) or site.layer_class.obstacle(site.owner)

@@ -7,12 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import Partial, Replicate, Shard
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from randlora.placement.dtensor import are_even, part_at
+from randlora.placement.dtensor import is_split, part_at, values_within
 
-placed = st.one_of(st.integers(0, 1).map(Shard), st.sampled_from([Replicate(), Partial()]))
+placed = st.one_of(
+    st.integers(0, 1).map(Shard),
+    st.builds(lambda dim, pieces: _StridedShard(dim, split_factor=pieces), st.integers(0, 1), st.integers(1, 3)),
+    st.sampled_from([Replicate(), Partial()]),
+)
 split = st.integers(1, 3).flatmap(
     lambda ndim: st.tuples(
         st.lists(placed, min_size=ndim, max_size=ndim), st.lists(st.integers(1, 4), min_size=ndim, max_size=ndim)
@@ -26,14 +29,9 @@ def test_the_part_is_that_which_torch_finds(
 ) -> None:
     placements, mesh = split
     coordinate = [data.draw(st.integers(0, processes - 1)) for processes in mesh]
-    assert are_even(placements)
-    sizes, offsets = _compute_local_shape_and_global_offset(shape, tuple(mesh), coordinate, placements)
-    found = part_at(shape, placements, mesh, coordinate)
-    values = torch.arange(math.prod(shape)).view(shape)
-    expected = values[tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))]
-    assert values[found].shape == tuple(sizes)
-    assert torch.equal(values[found], expected)
-
-
-def test_other_splits_are_left_to_torch() -> None:
-    assert not are_even([Replicate(), _StridedShard(0, split_factor=2)])
+    values = expected = torch.arange(math.prod(shape)).view(shape)
+    for placement, processes, index in zip(placements, mesh, coordinate, strict=True):
+        if is_split(placement):
+            parts, _ = placement._split_tensor(expected, processes, with_padding=False)
+            expected = parts[index]
+    assert torch.equal(values_within(values, part_at(shape, placements, mesh, coordinate)), expected)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,18 +17,46 @@ from tests.distributed.test_tensor_parallel import close
 from tests.examples import snippet
 from tests.kit import fill
 
-CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": {"attention_bias": True, "mlp_bias": True},  # of layers with a sum of outputs too, added once
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+
+class Case(NamedTuple):
+    """A kind of model, and how it is split and adapted.
+
+    Attributes:
+        kind: The type of the model, as in its config.
+        config: Options of the config.
+        split: Options of `DistributedConfig`.
+        options: Those of `randlora.inject`.
+        experts: How transformers computes experts.
+    """
+
+    kind: str
+    config: dict[str, Any]
+    split: dict[str, Any]
+    options: dict[str, Any]
+    experts: str = "eager"
+
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6, "head_dim": 4}
+PACKED = {"model.layers.*.mlp.gate_up_proj": "packed_colwise", "model.layers.*.mlp.down_proj": "rowwise"}
+BLOCK = {"basis": "block", "blocks": (2, 2)}
+
+CASES = {
+    # of layers with a sum of outputs too, added once
+    "llama": Case("llama", {"attention_bias": True, "mlp_bias": True}, {"tp_plan": "auto"}, {}),
+    "mixtral": Case("mixtral", EXPERTS, {"tp_plan": "auto"}, {}),
+    "mixtral, blocks": Case("mixtral", EXPERTS, {"tp_plan": "auto"}, BLOCK, "batched_mm"),
+    "qwen3_moe": Case("qwen3_moe", QWEN, {"tp_plan": "auto"}, {"experts": "shared"}),
+    "packed": Case("phi3", {"pad_token_id": 0}, {"tp_plan": PACKED}, {}),
+    "packed, narrow": Case("phi3", {"pad_token_id": 0, "intermediate_size": 6}, {"tp_plan": PACKED}, BLOCK),
+    "whole experts": Case("mixtral", EXPERTS, {"tp_plan": "auto", "ep_size": 2}, {}),
+    "whole experts, shared": Case("qwen3_moe", QWEN, {"tp_plan": "auto", "ep_size": 2}, {"experts": "shared"}),
 }
 
-TARGETS = {
-    "llama": ".*(_proj|embed_tokens|lm_head)",
-    "mixtral": ".*([qkvo]_proj|embed_tokens|lm_head)",
-}
+TARGETS = ".*(_proj|embed_tokens|lm_head)"
 
 
-def written(kind: str, place: Path) -> None:
+def written(case: Case, place: Path) -> None:
     """Write a small model, in one process."""
     from transformers import AutoConfig, AutoModelForCausalLM  # which takes long to import, in the processes only
 
@@ -36,31 +64,30 @@ def written(kind: str, place: Path) -> None:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
     if dist.get_rank() == 0:
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **heads, **CONFIGS[kind])).save_pretrained(
-            place
-        )
+        config = AutoConfig.for_model(case.kind, **{**sizes, **heads, **case.config})
+        AutoModelForCausalLM.from_config(config).save_pretrained(place)
     dist.barrier()
 
 
-def pair_of(place: Path) -> tuple[Any, Any]:
-    """Return a model in float64, where sums in another order are no matter, and the same split by its plan."""
+def pair_of(case: Case, place: Path) -> tuple[Any, Any]:
+    """Return a model in float64, where sums in another order are no matter, and the same split by a plan."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
-    options = {"dtype": torch.float64, "experts_implementation": "eager"}  # of those that compute in float64
+    options = {"dtype": torch.float64, "experts_implementation": case.experts}
     one = AutoModelForCausalLM.from_pretrained(place, **options)
-    split = DistributedConfig(tp_plan="auto", tp_size=dist.get_world_size())
+    split = DistributedConfig(**{"tp_size": dist.get_world_size(), **case.split})
     return one.eval(), AutoModelForCausalLM.from_pretrained(place, distributed_config=split, **options).eval()
 
 
-def planned(kind: str, place: Path) -> None:
+def planned(case: Case, place: Path) -> None:
     """Train, generate, save, load, merge and eject a model that its own plan splits."""
-    written(kind, place / "base")
-    one, model = pair_of(place / "base")
-    assert isinstance(model.model.layers[0].self_attn.q_proj.weight, DTensor)
+    written(case, place / "base")
+    one, model = pair_of(case, place / "base")
+    assert any(isinstance(each, DTensor) for each in model.parameters())
     forwards = [each.__dict__.get("forward") for each in model.modules()]
     for each in (one, model):
-        randlora.inject(each, r=4, targets=TARGETS[kind])
+        randlora.inject(each, r=4, targets=TARGETS, **case.options)
         fill(each)
     ids = torch.arange(12).view(2, 6)
     optimizers = [torch.optim.SGD(randlora.trainable_parameters(each), lr=1e-4) for each in (one, model)]
@@ -93,14 +120,14 @@ def planned(kind: str, place: Path) -> None:
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_a_model_that_its_plan_splits(pair: Processes, kind: str, tmp_path: Path) -> None:
-    pair.run(planned, kind, tmp_path)
+@pytest.mark.parametrize("case", CASES)
+def test_a_model_that_its_plan_splits(pair: Processes, case: str, tmp_path: Path) -> None:
+    pair.run(planned, CASES[case], tmp_path)
 
 
 def as_on_the_page(place: Path) -> None:
     """Load, split and adapt a model as docs/distributed.md does."""
-    written("llama", place)
+    written(CASES["llama"], place)
     code = snippet("distributed.md", "tp_plan").replace("meta-llama/Llama-3.1-8B", str(place))
     exec(code, found := {"randlora": randlora})
     model: Any = found["model"]
@@ -115,18 +142,67 @@ def test_the_snippet_of_a_plan_runs(pair: Processes, tmp_path: Path) -> None:
     pair.run(as_on_the_page, tmp_path)
 
 
-def refuse_experts(place: Path) -> None:
-    """Name what the plan splits so that no adapter can be beside it."""
-    written("mixtral", place)
-    _, model = pair_of(place)
+def one_token(place: Path) -> None:
+    """Train experts alone with one token, which no expert of the other process sees."""
+    case = Case("mixtral", {**EXPERTS, "num_experts_per_tok": 1}, {"tp_plan": "auto", "ep_size": 2}, {})
+    written(case, place)
+    gradients = []
+    for each in pair_of(case, place):
+        randlora.inject(each, r=4, targets=".*experts.*")
+        fill(each)
+        each(input_ids=torch.tensor([[3]])).logits.square().mean().backward()
+        gradients.append([parameter.grad for parameter in randlora.trainable_parameters(each)])
+    for expected, found in zip(*gradients, strict=True):
+        assert expected is not None
+        assert found is not None
+        close(found, expected)
+
+
+@pytest.mark.medium
+def test_processes_whose_experts_have_no_tokens_take_part(pair: Processes, tmp_path: Path) -> None:
+    pair.run(one_token, tmp_path, seconds=30)
+
+
+def refuse_other_batches(place: Path) -> None:
+    """Name experts whose processes have different batches, and change nothing."""
+    case = Case("mixtral", EXPERTS, {"tp_size": 1, "fsdp_size": 2, "ep_size": 2}, {})
+    written(case, place)
+    _, model = pair_of(case, place)
     before = {name: type(module) for name, module in model.named_modules()}
-    with pytest.raises(RandLoRAError, match="gate_up_proj is split so that each process has several pieces"):
+    with pytest.raises(RandLoRAError, match="gate_up_proj is split by EpDispatchExpertsParallel"):
         randlora.inject(model, r=4, targets=["gate_up_proj"])
-    with pytest.raises(RandLoRAError, match="down_proj is split by MoeExpertsParallel of transformers"):
-        randlora.inject(model, r=4, targets=["down_proj"])
     assert before == {name: type(module) for name, module in model.named_modules()}
 
 
 @pytest.mark.medium
-def test_experts_that_a_plan_splits_are_refused(pair: Processes, tmp_path: Path) -> None:
-    pair.run(refuse_experts, tmp_path)
+def test_experts_of_processes_with_different_batches_are_refused(pair: Processes, tmp_path: Path) -> None:
+    pair.run(refuse_other_batches, tmp_path)
+
+
+def on_two_dimensions(case: Case, place: Path) -> None:
+    """Train a model that transformers splits over two processes, and shards over two times as many."""
+    written(case, place)
+    one, model = pair_of(case, place)
+    for each in (one, model):
+        randlora.inject(each, r=4, targets=TARGETS)
+        fill(each)
+    ids = torch.arange(24).view(4, 6)
+    mine = ids.chunk(2)[dist.get_rank() // 2]
+    with torch.no_grad():
+        close(model(input_ids=mine).logits, one(input_ids=mine).logits)
+    for each, batch in ((one, ids), (model, mine)):
+        each(input_ids=batch).logits.square().mean().backward()
+    for ours, expected in zip(*map(randlora.trainable_parameters, (model, one)), strict=True):
+        assert ours.grad is not None
+        assert expected.grad is not None
+        close(ours.grad, expected.grad)
+    with torch.no_grad(), randlora.merged(model):
+        merged = model(input_ids=mine).logits
+    with torch.no_grad():
+        close(merged, one(input_ids=mine).logits)
+
+
+@pytest.mark.medium
+def test_a_plan_of_two_dimensions(four: Processes, tmp_path: Path) -> None:
+    case = CASES["mixtral"]
+    four.run(on_two_dimensions, case._replace(split={**case.split, "tp_size": 2, "fsdp_size": 2}), tmp_path)
