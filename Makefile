@@ -44,7 +44,7 @@ medium: $(VENV)/.dev  # those that start processes, compile, train or repeat a l
 	$(BIN)/python -m pytest --numprocesses auto -m "medium and not distributed"
 
 distributed: $(VENV)/.dev  # two or four processes at a time, which tests beside each other would not share
-	$(BIN)/python -m pytest --numprocesses 0 tests/distributed
+	$(BIN)/python -m pytest --numprocesses 0 -m "not slow" tests/distributed
 
 slow: $(VENV)/.dev  # all that takes minutes, such as hundreds of classes of transformers
 	$(BIN)/python -m pytest --numprocesses auto -m slow

@@ -17,7 +17,7 @@ from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec
 from randlora.errors import ConfigError, RandLoRAError
 from randlora.functional import Diagonals, adapted_linear
-from randlora.functional.region import Region
+from randlora.functional.region import Region, all_of, taken
 from randlora.layers.diagonals import diagonal_shapes
 from randlora.memory.parts import Part, style_of
 from randlora.memory.pieces import Piece
@@ -135,7 +135,7 @@ def test_the_height_of_a_step_is_that_of_the_arithmetic(
     piece = Piece(shape, r, tokens)
     if part is not None:  # of three devices, under tensor parallelism
         piece = piece.split(part[0], 3, part[1], spec.blocks or (1, 1))
-    whole = Region((0, rows), (0, columns))
+    whole = Region(all_of(rows), all_of(columns))
     region, (height, width) = piece.region or whole, piece.extent
     sides = region.sides(is_wide=piece.is_wide)
     pair = real.pair(max(shape), min(shape), device=torch.device("cpu"), dtype=torch.float32, sides=sides)
@@ -147,7 +147,7 @@ def test_the_height_of_a_step_is_that_of_the_arithmetic(
     )
 
     def adapted() -> None:
-        diagonals = Diagonals(lam, gamma[:, slice(*sides.small)], 1.5)
+        diagonals = Diagonals(lam, taken(gamma, sides.small, 1), 1.5)
         if part is None:
             output = adapted_linear(x, pair, diagonals, weight=weight)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from randlora.functional.region import Region
+from randlora.functional.region import Region, all_of, count
 from randlora.memory.parts import part_of
 
 
@@ -34,8 +34,7 @@ class Piece(NamedTuple):
         """The sides of the part."""
         if self.region is None:
             return self.shape
-        (row, stop_row), (column, stop_column) = self.region[:2]
-        return stop_row - row, stop_column - column
+        return count(self.region.rows), count(self.region.columns)
 
     def split(self, dim: int | None, devices: int, index: int, blocks: tuple[int, int]) -> Piece:
         """Return the part of a device, at the first place of the matrix that needs as much of the bases.
@@ -51,9 +50,9 @@ class Piece(NamedTuple):
         start, stop = part_of(self.shape[dim], devices, index)
         c, b = blocks
         block = b if (dim == 0) is self.is_wide else c  # rows of B, or columns of A
-        spans = [(0, side) for side in self.shape]
-        spans[dim] = start % block, start % block + stop - start
-        return self._replace(region=Region(*spans))
+        rows, columns = map(all_of, self.shape)
+        part = ((start % block, start % block + stop - start),)
+        return self._replace(region=Region(part, columns) if dim == 0 else Region(rows, part))
 
 
 def pieces_by_device(

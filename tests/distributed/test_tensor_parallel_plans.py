@@ -202,7 +202,7 @@ def on_two_dimensions(case: Case, place: Path) -> None:
         close(merged, one(input_ids=mine).logits)
 
 
-@pytest.mark.medium
+@pytest.mark.slow  # four processes that import transformers
 def test_a_plan_of_two_dimensions(four: Processes, tmp_path: Path) -> None:
     case = CASES["mixtral"]
     four.run(on_two_dimensions, case._replace(split={**case.split, "tp_size": 2, "fsdp_size": 2}), tmp_path)
