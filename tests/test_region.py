@@ -15,7 +15,7 @@ import randlora
 from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec
 from randlora.functional import BlockPair, Compute, adapted_linear, delta_weight
-from randlora.functional.region import Region, Sides, Spans, all_of, joined, taken
+from randlora.functional.region import Region, Sides, Spans, all_of, fewest_spans, taken
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.update import Update
@@ -39,7 +39,7 @@ def partition(data: st.DataObject, size: int) -> list[Spans]:
     pieces = list(itertools.pairwise([0, *sorted(cuts), size]))
     parts = data.draw(st.lists(st.integers(0, 2), min_size=len(pieces), max_size=len(pieces)))
     return [
-        joined(piece for piece, part in zip(pieces, parts, strict=True) if part == number)
+        fewest_spans(piece for piece, part in zip(pieces, parts, strict=True) if part == number)
         for number in sorted(set(parts))
     ]
 

@@ -9,7 +9,7 @@ from randlora.bases.dense import DENSE
 from randlora.bases.spec import KINDS, BasisSpec, count_bases
 from randlora.functional import BlockPair, DensePair, Pair
 from randlora.functional.cost import SMALL_WEIGHT
-from randlora.functional.region import Sides, Spans, count, taken
+from randlora.functional.region import Sides, Spans, entries_of, taken
 
 SMALLEST_BLOCK_COLUMN = 8  # default minimum of entries in a column of A: fits within .004 of dense bases
 MOST_BLOCKS_IN_B = 8
@@ -56,11 +56,11 @@ def _sliced(spec: BasisSpec, basis_A: Tensor, basis_B: Tensor, num_bases: int, s
         blocks_A.unflatten(0, (-1, c)).transpose(0, 1).contiguous(),
         blocks_B.unflatten(0, (-1, b)).transpose(0, 1),
         num_bases,
-        count(rows),
-        count(columns),
+        entries_of(rows),
+        entries_of(columns),
         (c, b, spec.r // c),
     )
-    if count(rows) * count(columns) <= SMALL_WEIGHT:
+    if entries_of(rows) * entries_of(columns) <= SMALL_WEIGHT:
         pair.written = pair.write_out()
     return pair
 
@@ -92,7 +92,7 @@ def _paired(spec: BasisSpec, basis_A: Tensor, basis_B: Tensor, num_bases: int, s
     rows, columns = sides
     if (c, b) == (1, 1) or not (_begin_with_blocks(rows, b) and _begin_with_blocks(columns, c)):
         return DENSE.paired(spec, basis_A, basis_B, num_bases, sides)
-    return BlockPair(basis_A, basis_B, num_bases, count(rows), count(columns), (c, b, spec.r // c))
+    return BlockPair(basis_A, basis_B, num_bases, entries_of(rows), entries_of(columns), (c, b, spec.r // c))
 
 
 KINDS["block"] = replace(

@@ -25,7 +25,7 @@ def all_of(size: int) -> Spans:
     return ((0, size),)
 
 
-def joined(spans: Iterable[Span]) -> Spans:
+def fewest_spans(spans: Iterable[Span]) -> Spans:
     """Return the same entries in as few spans as possible."""
     found: list[Span] = []
     for start, stop in spans:
@@ -36,7 +36,7 @@ def joined(spans: Iterable[Span]) -> Spans:
     return tuple(found) or all_of(0)
 
 
-def count(spans: Spans) -> int:
+def entries_of(spans: Spans) -> int:
     """Return the number of entries."""
     return sum(stop - start for start, stop in spans)
 

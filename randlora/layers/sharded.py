@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from randlora.functional import Compute, adapted_linear, update_rows
-from randlora.functional.region import Region, count
+from randlora.functional.region import Region, entries_of
 from randlora.layers.update import Update
 from randlora.placement.dtensor import is_dtensor, is_split
 
@@ -142,9 +142,9 @@ def local_product(update: Update, x: Tensor, region: Region, compute: Compute) -
 
     Where the part has not all inputs this is a summand of the output.
     """
-    if not (count(region.rows) and count(region.columns)):  # it takes part in the sums nevertheless
+    if not (entries_of(region.rows) and entries_of(region.columns)):  # it takes part in the sums nevertheless
         nothing = x.sum() + update.lam.sum() + update.gamma.sum()
-        return x.new_zeros((*x.shape[:-1], count(region.rows))) + 0 * nothing.to(x.dtype)
+        return x.new_zeros((*x.shape[:-1], entries_of(region.rows))) + 0 * nothing.to(x.dtype)
     return adapted_linear(x, *update.parts(x.device, x.dtype), is_wide=update.is_wide, compute=compute)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from randlora.functional.region import Region, all_of, count
+from randlora.functional.region import Region, all_of, entries_of
 from randlora.memory.parts import part_of
 
 
@@ -34,7 +34,7 @@ class Piece(NamedTuple):
         """The sides of the part."""
         if self.region is None:
             return self.shape
-        return count(self.region.rows), count(self.region.columns)
+        return entries_of(self.region.rows), entries_of(self.region.columns)
 
     def split(self, dim: int | None, devices: int, index: int, blocks: tuple[int, int]) -> Piece:
         """Return the part of a device, at the first place of the matrix that needs as much of the bases.

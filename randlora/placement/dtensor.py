@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora.errors import AdapterError
-from randlora.functional.region import Spans, all_of, count, joined, taken
+from randlora.functional.region import Spans, all_of, entries_of, fewest_spans, taken
 
 Part = tuple[Spans, ...]
 """The part of a parameter that a process holds: which entries of each dimension."""
@@ -124,19 +124,19 @@ def part_at(shape: Iterable[int], placements: Iterable[Any], mesh: Iterable[int]
         if is_split(placement):
             spans, pieces = part[placement.dim], getattr(placement, "split_factor", 1)
             own = (_chunk(_chunk(spans, pieces, piece), processes, index) for piece in range(pieces))
-            part[placement.dim] = joined(chain.from_iterable(own))
+            part[placement.dim] = fewest_spans(chain.from_iterable(own))
     return tuple(part)
 
 
 def _chunk(spans: Spans, chunks: int, index: int) -> Spans:
     """Return one of the chunks that `torch.chunk` would cut these entries of a dimension into."""
-    size = -(count(spans) // -chunks)
+    size = -(entries_of(spans) // -chunks)
     found, before = [], 0
     for first, last in spans:
         start, stop = (min(max(first, first + at * size - before), last) for at in (index, index + 1))
         found.append((start, stop))
         before += last - first
-    return joined(found)
+    return fewest_spans(found)
 
 
 def values_within(values: Tensor, part: Part) -> Tensor:
