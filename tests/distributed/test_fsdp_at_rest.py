@@ -128,6 +128,7 @@ def save_in_each(order: str, place: Path) -> tuple[int, list[str]]:
     return written.call_count, errors
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("order", ["inject, shard", "shard, inject", "split, inject", "inject, split"])
 def test_one_process_writes_and_all_learn_of_errors(pair: Processes, order: str, tmp_path: Path) -> None:
     (first, errors), (second, others) = pair.run(save_in_each, order, tmp_path)

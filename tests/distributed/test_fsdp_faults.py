@@ -84,6 +84,19 @@ def activate_a_copy_that_is_not_sharded() -> None:
     randlora.activate(model, "second", trainable=True)
 
 
+def inject_without_gathering() -> None:
+    """Copies of sharded parameters are made of shards, also those of an adapter that is not active at first."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    fully_shard(model)
+    with mock.patch.object(DTensor, "full_tensor", side_effect=AssertionError("gathers")):
+        randlora.inject(model, r=2, targets=["0"])
+        randlora.inject(model, r=2, targets=["0"], train_also=["1"], name="second", trainable=True)
+        randlora.activate(model, "second")
+    model(torch.randn(2, 8)).sum().backward()
+    assert torch.equal(shards(model)["1.weight"], torch.ones(4))
+    assert model.get_parameter("1.weight").grad is not None
+
+
 def adapted() -> nn.Module:
     """Return a sharded model that has what a merge and `save` gather."""
     torch.manual_seed(0)
@@ -176,6 +189,11 @@ def test_copies_that_nothing_would_average_are_refused(pair: Processes) -> None:
     pair.run(activate_a_copy_that_is_not_sharded)
 
 
+def test_copies_of_sharded_parameters_are_made_without_gathering(pair: Processes) -> None:
+    pair.run(inject_without_gathering)
+
+
+@pytest.mark.medium
 def test_what_fails_in_one_process_between_two_gathers_is_raised_in_all(pair: Processes, tmp_path: Path) -> None:
     pair.run(fail_between_gathers, tmp_path / "adapter", seconds=30)
     assert not (tmp_path / "adapter").exists()

@@ -13,8 +13,18 @@ from hypothesis import strategies as st
 
 import randlora
 from randlora.errors import AdapterError
-from tests.distributed.engines import deepspeed, engine_around, engine_of, needs_deepspeed, trained, whole_values
+from randlora.placement import zero3
+from tests.distributed.engines import (
+    config,
+    deepspeed,
+    engine_around,
+    engine_of,
+    needs_deepspeed,
+    trained,
+    whole_values,
+)
 from tests.distributed.processes import LAW, Processes
+from tests.distributed.test_fsdp_faults import failing_in_last
 from tests.distributed.trained import (
     Drawn,
     distance,
@@ -135,6 +145,20 @@ def merge_and_count() -> list[int]:
 def test_one_parameter_at_a_time_is_gathered(zero_pair: Processes) -> None:
     for together in zero_pair.run(merge_and_count):
         assert together == [1] * 9  # Λ, Γ and the weight of three layers
+
+
+def fail_to_copy() -> None:
+    """Raise in one process between the gathers of what is trained beside Λ and Γ."""
+    with deepspeed().zero.Init(config_dict_or_path=config("3")):
+        model = DRAWN.build()
+    with failing_in_last("gathered", zero3, 0, MemoryError("no room")), pytest.raises(MemoryError, match="no room"):
+        DRAWN.adapt(model)
+    assert randlora.adapters(model) == []
+    DRAWN.adapt(model)
+
+
+def test_copies_that_cannot_be_made_in_one_process_are_an_error_in_all(zero_pair: Processes) -> None:
+    zero_pair.run(fail_to_copy, seconds=30)
 
 
 def switch(drawn: Drawn, stage: str, *, is_spread_first: bool) -> None:
