@@ -60,10 +60,17 @@ def plan_of(forward: object) -> Plan | None:
     return Plan(style, mesh, getattr(held.get("implementation"), "shares_batch", True))
 
 
-def plan_obstacle(owner: nn.Module, weight: Tensor) -> str | None:
+def plan_obstacle(owner: nn.Module, weight: Tensor, *, is_quantized: bool) -> str | None:
     """Return why a weight that is split over processes cannot be adapted, or ``None``; a phrase after its name."""
     plan = plan_of(owner.__dict__.get("forward")) if is_dtensor(weight) else None
-    if plan is None or plan.shares_batch:
+    if plan is None:
+        return None
+    if is_quantized:
+        return (
+            f"is a quantized {type(owner).__name__} whose weight {type(plan.style).__name__} of transformers split, "
+            "which leaves it without codes, so that it computes nothing: load the model without a plan, or unquantized"
+        )
+    if plan.shares_batch:
         return None
     return (
         f"is split by {type(plan.style).__name__} of transformers over processes with different batches, whose "

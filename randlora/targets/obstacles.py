@@ -9,6 +9,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.layers.in_place import class_obstacle, plain_class
 from randlora.layers.planned import plan_obstacle
+from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.read_weight import ReadWeight
 from randlora.placement.offloaded import offloaded_modules
 from randlora.targets.site import Site
@@ -82,4 +83,5 @@ def obstacle(site: Site) -> str | None:
         )
     if is_lazy(weight):
         return "has no shape yet: run one forward pass first"
-    return plan_obstacle(site.owner, weight) or site.layer_class.obstacle(site.owner)
+    split = plan_obstacle(site.owner, weight, is_quantized=issubclass(site.layer_class, QuantizedLayer))
+    return split or site.layer_class.obstacle(site.owner)

@@ -16,7 +16,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 import randlora
 from randlora.placement.dtensor import is_dtensor
 from tests.distributed.processes import Processes
-from tests.distributed.test_tensor_parallel import close, outputs_of
+from tests.distributed.test_tensor_parallel import close, in_float64, outputs_of
 from tests.kit import fill
 
 TARGETS = ["embed", "gate_up", "down", "head"]
@@ -73,7 +73,7 @@ def in_pieces(hidden: int, basis: Any, place: Path) -> None:
         if is_split:
             split(model)
         randlora.inject(model, r=4, targets=TARGETS, basis=basis)
-        models.append(fill(model))
+        models.append(in_float64(fill(model)))
     one, model = models
     ids = torch.arange(12).view(2, 6)
     outputs = [each(ids) for each in models]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +13,12 @@ from torch.distributed.tensor import DTensor
 
 import randlora
 from randlora.errors import RandLoRAError
+from tests.distributed import test_tensor_parallel
 from tests.distributed.processes import Processes
-from tests.distributed.test_tensor_parallel import close
 from tests.examples import snippet
 from tests.kit import fill
+
+close = partial(test_tensor_parallel.close, within=1e-6)  # routers compute in float32, also in a model in float64
 
 
 class Case(NamedTuple):
@@ -80,6 +83,19 @@ def pair_of(case: Case, place: Path) -> tuple[Any, Any]:
     return one.eval(), AutoModelForCausalLM.from_pretrained(place, distributed_config=split, **options).eval()
 
 
+def same_files(one: Any, saved: Path, place: Path) -> None:
+    """Compare the files of an adapter with those that one process writes."""
+    from safetensors.torch import load_file
+
+    randlora.save(one, place)
+    assert [each.name for each in sorted(saved.iterdir())] == [each.name for each in sorted(place.iterdir())]
+    tensors, expected = (load_file(each / "adapter_model.safetensors") for each in (saved, place))
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        close(tensor, expected[name])
+    assert (saved / "adapter_config.json").read_bytes() == (place / "adapter_config.json").read_bytes()
+
+
 def planned(case: Case, place: Path) -> None:
     """Train, generate, save, load, merge and eject a model that its own plan splits."""
     written(case, place / "base")
@@ -88,7 +104,7 @@ def planned(case: Case, place: Path) -> None:
     forwards = [each.__dict__.get("forward") for each in model.modules()]
     for each in (one, model):
         randlora.inject(each, r=4, targets=TARGETS, **case.options)
-        fill(each)
+        test_tensor_parallel.in_float64(fill(each))
     ids = torch.arange(12).view(2, 6)
     optimizers = [torch.optim.SGD(randlora.trainable_parameters(each), lr=1e-4) for each in (one, model)]
     for _ in range(2):
@@ -108,8 +124,12 @@ def planned(case: Case, place: Path) -> None:
         close(model(input_ids=ids).logits, expected)
         tokens = [each.generate(input_ids=ids[:, :3], max_new_tokens=3, do_sample=False) for each in (one, model)]
         assert torch.equal(*tokens)
+        merged = dict(randlora.merged_tensors(model))
+        for name, tensor in randlora.merged_tensors(one):
+            close(merged[name], tensor)
         randlora.save(model, place / "adapter")
         dist.barrier()
+        same_files(one, place / "adapter", place / f"one {dist.get_rank()}")
         randlora.eject(model)
         assert [each.__dict__.get("forward") for each in model.modules()] == forwards
         randlora.load(model, place / "adapter")
@@ -149,7 +169,7 @@ def one_token(place: Path) -> None:
     gradients = []
     for each in pair_of(case, place):
         randlora.inject(each, r=4, targets=".*experts.*")
-        fill(each)
+        test_tensor_parallel.in_float64(fill(each))
         each(input_ids=torch.tensor([[3]])).logits.square().mean().backward()
         gradients.append([parameter.grad for parameter in randlora.trainable_parameters(each)])
     for expected, found in zip(*gradients, strict=True):
@@ -179,13 +199,35 @@ def test_experts_of_processes_with_different_batches_are_refused(pair: Processes
     pair.run(refuse_other_batches, tmp_path)
 
 
+def refuse_quantized(place: Path) -> None:
+    """Name layers of bitsandbytes that a plan splits, which do not compute without adapters either."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.distributed import DistributedConfig
+
+    written(CASES["llama"], place)
+    options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "dtype": torch.float32}
+    split = DistributedConfig(tp_plan="auto", tp_size=2)
+    model: Any = AutoModelForCausalLM.from_pretrained(place, distributed_config=split, **options)
+    with pytest.raises(AssertionError):  # of bitsandbytes
+        model(input_ids=torch.arange(12).view(2, 6))
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(RandLoRAError, match="q_proj is a quantized Linear4bit whose weight ColwiseParallel"):
+        randlora.inject(model, r=4, targets="all-linear")
+    assert before == {name: type(module) for name, module in model.named_modules()}
+
+
+@pytest.mark.medium
+def test_quantized_layers_that_a_plan_splits_are_refused(pair: Processes, tmp_path: Path) -> None:
+    pair.run(refuse_quantized, tmp_path)
+
+
 def on_two_dimensions(case: Case, place: Path) -> None:
     """Train a model that transformers splits over two processes, and shards over two times as many."""
     written(case, place)
     one, model = pair_of(case, place)
     for each in (one, model):
         randlora.inject(each, r=4, targets=TARGETS)
-        fill(each)
+        test_tensor_parallel.in_float64(fill(each))
     ids = torch.arange(24).view(4, 6)
     mine = ids.chunk(2)[dist.get_rank() // 2]
     with torch.no_grad():
