@@ -1,6 +1,6 @@
 """The quick set: all benchmarks but those of merging and of quality, in one command; on a GPU, its laws first."""
 
-from benchmarks import decode, experts, laws, memory, model, overhead, peft_faults, quantized, startup, step
+from benchmarks import compiled, decode, experts, laws, memory, model, overhead, peft_faults, quantized, startup, step
 from benchmarks.command import main
 
 main(
@@ -8,6 +8,7 @@ main(
     ("peft_faults", peft_faults.run),
     ("step", step.run),
     ("overhead", overhead.run),
+    ("compiled", compiled.run),
     ("model", model.run),
     ("memory", memory.run),
     ("quantized", quantized.run),

@@ -199,6 +199,7 @@ ANYWHERE = (
     within("overhead", "eager step, Llama, 12 layers, d = 256, T = 16", "block", 1.5, of="LoRA"),  # was to be 1.4
     within("overhead", "compiled step, Llama, 2 layers, d = 256, T = 16", "block", 1.2, of="LoRA"),  # was to be 1.05
     within("overhead", "compile time, Llama, 2 layers, d = 256, T = 16", "block", 1.35, of="PEFT"),  # was to be 1.2
+    within("compiled", "graphs of 20 adapters of one spec in turn", "dense", 1.0, of="one graph"),
     *only_in_full(
         within("overhead", "compiled step, Llama, 12 layers, d = 256, T = 16", "block", 1.2, of="LoRA"),
         within("overhead", "compile time, Llama, 12 layers, d = 256, T = 16", "block", 1.35, of="PEFT"),
