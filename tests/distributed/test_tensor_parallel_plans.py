@@ -5,16 +5,20 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor
 
 import randlora
 from randlora.errors import RandLoRAError
+from randlora.layers.sharded import on_mesh
 from tests.distributed import test_tensor_parallel
-from tests.distributed.processes import Processes
+from tests.distributed.processes import LAW, Processes
 from tests.examples import snippet
 from tests.kit import fill
 
@@ -143,6 +147,56 @@ def planned(case: Case, place: Path) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_a_model_that_its_plan_splits(pair: Processes, case: str, tmp_path: Path) -> None:
     pair.run(planned, CASES[case], tmp_path)
+
+
+def sized(kind: str, heads: int, inner: int, experts: int, options: dict[str, Any], parallel: dict[str, Any]) -> Case:
+    """Return a case with other sizes: ``inner`` of an expert, or of the block of a model without any."""
+    config: dict[str, Any] = {"hidden_size": 4 * heads, "num_attention_heads": heads, "intermediate_size": inner}
+    if kind == "phi3":
+        return Case(kind, {**config, "pad_token_id": 0}, {"tp_plan": PACKED}, {**options, "experts": "each"})
+    counts = {"num_experts": experts, "num_local_experts": experts, "num_experts_per_tok": 2}
+    return Case(kind, {**config, **counts, "moe_intermediate_size": inner, "head_dim": 4}, parallel, options)
+
+
+drawn_cases = st.builds(
+    sized,
+    st.sampled_from(["mixtral", "qwen3_moe", "phi3"]),
+    st.sampled_from([2, 4, 6]),
+    st.sampled_from([4, 6, 20]),
+    st.sampled_from([2, 4, 6]),
+    st.fixed_dictionaries({
+        "basis": st.sampled_from(["dense", "sparse", "block"]),
+        "experts": st.sampled_from(["each", "shared"]),
+    }),
+    st.sampled_from([{"tp_plan": "auto"}, {"tp_plan": "auto", "ep_size": 2}]),
+)
+
+
+@pytest.mark.medium
+def test_models_of_other_sizes(pair: Processes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    @settings(LAW, max_examples=3)
+    @given(drawn_cases)
+    def law(case: Case) -> None:
+        pair.run(planned, case, tmp_path_factory.mktemp("plan"))
+
+    law()
+
+
+def count_sums(place: Path) -> None:
+    """Count how often Λ and Γ of experts are made to sum their gradients, of which each is two sums."""
+    case = CASES["mixtral"]
+    written(case, place)
+    _, model = pair_of(case, place)
+    randlora.inject(model, r=4, targets=".*experts.*")
+    fill(model)
+    with mock.patch("randlora.layers.sharded.on_mesh", side_effect=on_mesh) as counted:
+        model(input_ids=torch.arange(12).view(2, 6))
+    assert counted.call_count == 2  # of one layer: gate_up_proj and down_proj, whose experts all have tokens
+
+
+@pytest.mark.medium
+def test_each_stack_of_experts_sums_once(pair: Processes, tmp_path: Path) -> None:
+    pair.run(count_sums, tmp_path)
 
 
 def as_on_the_page(place: Path) -> None:
