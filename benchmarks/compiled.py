@@ -139,9 +139,11 @@ def graphs(model: nn.Module, names: Sequence[str], use: Callable[[str], object])
 
 @one_thread()
 def run(settings: Settings) -> Sequence[Row]:
-    """Measure both models, and count; in full, all contestants."""
-    names = QUICK_NAMES if settings.is_quick else NAMES
-    return [stacks(names, settings.device), llamas(names, settings.device), switching()]
+    """Measure the layers, and count; in full, the Llama too, and all contestants."""
+    device = settings.device
+    if settings.is_quick:
+        return [stacks(QUICK_NAMES, device), switching()]
+    return [stacks(NAMES, device), llamas(NAMES, device), switching()]
 
 
 if __name__ == "__main__":
