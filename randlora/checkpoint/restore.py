@@ -68,7 +68,7 @@ def _planned(
     sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
     own = [*chain.from_iterable(site.layer.diagonals_of(site.owner, adapter.name) for site in sites)]
     doing = f"restore adapter {adapter.name!r} from {str(directory)!r}"
-    with agreed(ranks_holding(root, state)):
+    with agreed(ranks_holding(census, state)):
         require_own(census, state, "restore")
         problems = [*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])]
         raise_collected(CheckpointError, problems, doing=doing)

@@ -112,7 +112,7 @@ def save(
     census = Census.of(root)
     sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
     diagonals = {site.fqn: site.layer.diagonals_of(site.owner, adapter.name) for site in sites}
-    ranks = ranks_holding(root, state)
+    ranks = ranks_holding(census, state)
     with agreed(ranks):
         require_own(census, state, "save")
         problems = [*lost_sites(census, [adapter]), *lost_parameters(state, [adapter]), *_problems(adapter, bases)]

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.errors import AdapterError, CheckpointError, raise_collected
-from randlora.model.ranks import ranks_holding
+from randlora.model.ranks import is_held_together
 from randlora.placement.dtensor import is_dtensor
-from randlora.state import adapted_root
 
 PACKAGES = ("pytorch_lightning", "lightning")
 ENTRY = "randlora"
@@ -148,7 +147,7 @@ class AdapterCallback(_Callback):  # type: ignore[misc]
             return
         path = Path(filepath)
         directory = path.with_suffix(".adapter")
-        is_sharded = ranks_holding(*adapted_root(trainer.lightning_module)) is not None
+        is_sharded = is_held_together(trainer.lightning_module)
         if is_sharded or trainer.is_global_zero:
             randlora.save(trainer.lightning_module, directory, name=self.name)
         self._directories[path] = directory

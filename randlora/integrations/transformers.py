@@ -24,7 +24,7 @@ from randlora.checkpoint.restore import restore, restore_each
 from randlora.errors import AdapterError, CheckpointError, warn
 from randlora.integrations.reference import Reference
 from randlora.layers.in_place import RunsAdapters
-from randlora.model.ranks import ranks_holding
+from randlora.model.ranks import is_held_together
 from randlora.model.switch import AdapterInfo
 from randlora.state import adapted_root
 from randlora.targets.match import shortened
@@ -89,7 +89,7 @@ class AdapterCheckpoints:
         """
         directory = Path(output_dir or self.args.output_dir)
         trained = _require_trained(self.model)
-        is_sharded = ranks_holding(*adapted_root(self.model)) is not None
+        is_sharded = is_held_together(self.model)
         for info in trained if self.args.should_save or is_sharded else ():
             own = directory if len(trained) == 1 else directory / info.name
             randlora.save(self.model, own, name=info.name)

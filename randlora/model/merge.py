@@ -72,7 +72,7 @@ def merge(
     reshard(model)
     root, state = adapted_root(model)
     census = Census.of(root)
-    ranks = ranks_holding(root, state, is_written=True)
+    ranks = ranks_holding(census, state, is_written=True)
     sites = [site for site in census.adapted if state.active.keys() & site.layer.adapters.keys()]
     with agreed(ranks):
         require_types(merge, {"reversible": reversible, "quantized": quantized})
@@ -129,7 +129,7 @@ def _unmerge(model: nn.Module, *, is_agreed: bool = True) -> tuple[str, ...]:
     reshard(model)
     root, state = adapted_root(model)
     census = Census.of(root)
-    ranks = ranks_holding(root, state, is_written=True) if is_agreed else None
+    ranks = ranks_holding(census, state, is_written=True) if is_agreed else None
 
     def restored() -> tuple[str, ...]:
         with all_or_nothing(census, state), agreed(ranks):

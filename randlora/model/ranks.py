@@ -14,6 +14,7 @@ from randlora.errors import AdapterError, RandLoRAError, raise_collected
 from randlora.placement.dtensor import reshard
 from randlora.placement.ranks import Ranks, ranks_of
 from randlora.state import ModelState, adapted_root
+from randlora.targets.walk import Census
 
 Facts = Mapping[str, str]
 """What must be equal in all processes, by a phrase that names it."""
@@ -59,23 +60,32 @@ def check_ranks(model: nn.Module, *, group: Any = None) -> None:
     raise_collected(AdapterError, differing, doing="go on: the ranks have different adapters")
 
 
-def ranks_holding(root: nn.Module, state: ModelState, *, is_written: bool = False) -> Ranks | None:
+def ranks_holding(census: Census, state: ModelState, *, is_written: bool = False) -> Ranks | None:
     """Return the processes that hold an adapted model together; ``None`` if each holds all of it.
 
     They are those that any of its parameters is sharded over. Whether Λ and Γ are depends on whether the adapter was
     added before the model was sharded, on which what a call does must not depend.
 
     Args:
-        root: The module that has the adapters.
+        census: The module that has the adapters, with its parameters as they are at rest.
         state: Its state.
         is_written: See `ranks_of`.
 
     Raises:
         AdapterError: If parameters are sharded over processes that no mesh has all of.
     """
-    reshard(root)  # after a forward, whole copies may be in the places of shards
+    own = [held.parameter for held in census.parameters]
+    added = [site.owner.get_submodule(name) for site in census.adapted for name in site.layer.parameter_names()]
+    diagonals = (diagonal for each in added for diagonal in each.parameters())
     copies = (copy for adapter in state.adapters.values() for copy in adapter.trained.values())
-    return ranks_of([*root.parameters(), *copies], is_written=is_written)
+    return ranks_of([*own, *diagonals, *copies], is_written=is_written)
+
+
+def is_held_together(model: nn.Module) -> bool:
+    """Whether several processes hold an adapted model together, so that each has to call what reads or writes it."""
+    reshard(model)  # after a forward, whole copies may be in the places of shards
+    root, state = adapted_root(model)
+    return ranks_holding(Census.of(root), state) is not None
 
 
 def differences(facts: Mapping[int, Facts]) -> list[str]:

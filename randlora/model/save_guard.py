@@ -19,7 +19,7 @@ from torch import nn
 from randlora.errors import AdapterError, MergeError, warn
 from randlora.layers.in_place import InPlace
 from randlora.layers.quantized import QuantizedLayer
-from randlora.model.ranks import ranks_holding
+from randlora.model.ranks import is_held_together
 from randlora.state import ModelState, SavePretrained, attached_state
 from randlora.targets.walk import Census
 
@@ -121,10 +121,10 @@ class SaveGuard:
                 f"{self.name} would write one of several adapters ({', '.join(state.adapters)}): call "
                 "randlora.save(model, directory, name=...)"
             )
-        ranks = ranks_holding(root, state)
-        if ranks is not None and kwargs.get("state_dict") is not None:  # that one process gathered, which calls alone
+        is_shared = is_held_together(root)
+        if is_shared and kwargs.get("state_dict") is not None:  # that one process gathered, which calls alone
             raise AdapterError(f"{self.name} of a sharded model takes no state_dict: {INSTEAD}, in all processes")
-        if ranks is None and not kwargs.get("is_main_process", True):
+        if not is_shared and not kwargs.get("is_main_process", True):
             return
         _require_own_values(module, kwargs.get("state_dict"))
         type(self).write_adapter(root, Path(given[0]))
