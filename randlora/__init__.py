@@ -34,6 +34,7 @@ from randlora.model.merge import unmerge as unmerge
 from randlora.model.merged_tensors import merged_tensors as merged_tensors
 from randlora.model.prepare import prepare_quantized as prepare_quantized
 from randlora.model.ranks import check_ranks as check_ranks
+from randlora.model.routed import routed as routed
 from randlora.model.switch import activate as activate
 from randlora.model.switch import adapters as adapters
 from randlora.model.switch import delta_weight as delta_weight
@@ -72,6 +73,7 @@ __all__ = [
     "prepare_quantized",
     "register_layer",
     "remove",
+    "routed",
     "save",
     "set_compute",
     "trainable_parameters",

@@ -27,6 +27,7 @@ from randlora.placement.dtensor import is_dtensor, reshard
 from randlora.placement.offloaded import offloaded_modules
 from randlora.replaced import KEEP_COPIES, ReplacedParameter, path_to
 from randlora.required_grad import RequiredGrad
+from randlora.routing import Routing
 
 ATTRIBUTE = "randlora_state"
 
@@ -119,7 +120,8 @@ class ModelState:
         adapters: The adapters by name, in the order they were added.
         required_grad: Which parameters required grad before the first adapter was added.
         replaced: The parameters that some adapter trains a copy of, by FQN.
-        disabled: The `randlora.disabled` blocks that have not ended.
+        disabled: The `randlora.disabled` and `randlora.routed` blocks that have not ended.
+        routing: The `randlora.routing.Routing` of the innermost of these; ``None`` if that is a `disabled` block.
         ended: Those of them that are to end as soon as their parameters can be installed.
         loading_guards: While merged, the handles of the hooks that refuse to load a state dict.
         merge_report: The `randlora.report.MergeReport` while adapters are merged reversibly.
@@ -135,6 +137,7 @@ class ModelState:
     required_grad: RequiredGrad = field(default_factory=RequiredGrad)
     replaced: dict[str, ReplacedParameter] = field(default_factory=dict)
     disabled: list[object] = field(default_factory=list)
+    routing: Routing | None = None
     ended: list[object] = field(default_factory=list)
     loading_guards: list[RemovableHandle] = field(default_factory=list)
     merge_report: Any = None
@@ -153,7 +156,7 @@ class ModelState:
         self.__dict__.update(state)
         for adapter in self.adapters.values() if self.is_disabled else ():
             adapter.weight = None
-        self.disabled, self.ended, self.merged_blocks = [], [], []
+        self.disabled, self.ended, self.merged_blocks, self.routing = [], [], [], None
 
     @property
     def is_merged(self) -> bool:
@@ -164,6 +167,14 @@ class ModelState:
     def is_disabled(self) -> bool:
         """Whether all adapters are disabled."""
         return bool(self.disabled)
+
+    def open_block(self, block: object) -> None:
+        """Begin a block in which the active adapters are not: one of `disabled`, or of `routed`, a `Routing`."""
+        self._set_blocks([*self.disabled, block])
+
+    def _set_blocks(self, blocks: list[object]) -> None:
+        innermost = blocks[-1] if blocks else None
+        self.disabled, self.routing = blocks, innermost if isinstance(innermost, Routing) else None
 
     @property
     def active(self) -> dict[str, float]:
@@ -201,7 +212,7 @@ class ModelState:
                     reshard(root)
                 self._adopt(root)
             if self.ended:
-                self.disabled = [block for block in self.disabled if block not in self.ended]
+                self._set_blocks([block for block in self.disabled if block not in self.ended])
                 self.ended = []
                 self.install_parameters()
 

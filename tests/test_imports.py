@@ -30,6 +30,7 @@ ROOMS = (
     "placement",
     "replaced",
     "required_grad",
+    "routing",
     "state",
     "layers",
     "targets",

@@ -14,6 +14,7 @@ from accelerate.hooks import remove_hook_from_submodules  # type: ignore[import-
 from torch import Tensor, nn
 
 import randlora
+from randlora.model.calls import check_call
 from randlora.targets.walk import Census
 from tests.in_place_models import Reading, Tables, X, adapt, given, of_kind, register
 from tests.kit import fill, same_bits
@@ -34,10 +35,12 @@ def reading(monkeypatch: pytest.MonkeyPatch) -> Reading:
 def objects(model: nn.Module) -> dict[str, Any]:
     """Record every object of a model that nothing may replace, under each of its names."""
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if "randlora" not in name}
+    ours = {number for number, hook in model._forward_pre_hooks.items() if hook is check_call}
     hooks = {
-        f"{name}.{held}": (id(module.__dict__[held]), list(module.__dict__[held].items()))
+        f"{name}.{held}": (id(own), [(number, hook) for number, hook in own.items() if number not in ours])
         for name, module in modules.items()
         for held in HOOKS
+        for own in [module.__dict__[held]]
     }
     parameters = model.named_parameters(remove_duplicate=False)
     return {

@@ -6,16 +6,20 @@ width, there are ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight`` inst
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
+from randlora.errors import AdapterError
 from randlora.functional.region import Region
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import register_layer
+from randlora.layers.rows import Rows
 from randlora.layers.update import Update
 
 PROJECTIONS = 3
@@ -45,6 +49,27 @@ class ProjectionAdapter(ReadWeight):
     def uncalled(cls, owner: nn.Module) -> tuple[nn.Module, ...]:
         """Return ``out_proj``, of a subclass too: whether a forward of its own calls it cannot be told."""
         return (owner.get_submodule("out_proj"),) if isinstance(owner, nn.MultiheadAttention) else ()
+
+    @classmethod
+    def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+        """Return which arguments have the rows: ``batch_first`` says where, and a mask may have one for each head."""
+        given = inspect.signature(owner.randlora_base.forward).bind(owner, *args, **kwargs).arguments
+        del given["self"]
+        x: Tensor = next(iter(given.values()))
+        axis = 0 if owner.batch_first else 1
+        if x.dim() != 3:
+            raise AdapterError(
+                f"an adapted {owner.randlora_base.__name__} was given an input of shape {tuple(x.shape)}, which has no "
+                "batch: routed needs (batch, tokens, features), in the order that batch_first says"
+            )
+        axes: dict[int | str, tuple[int, int]] = {}
+        for name, value in given.items():
+            if name == "attn_mask":
+                if isinstance(value, Tensor) and value.dim() == 3:
+                    axes[name] = 0, value.shape[0] // x.shape[axis]
+            elif isinstance(value, Tensor):
+                axes[name] = (0, 1) if name == "key_padding_mask" else (axis, 1)
+        return Rows((), dict(given), axes, x.shape[axis], x.device, (axis, 0))
 
 
 @register_layer("open_clip.transformer.Attention")

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.bases.spec import Shape, count_bases
+from randlora.errors import AdapterError
 from randlora.functional import WriteOut, adapted_linear, delta_weight
 from randlora.layers.diagonals import Diagonal, diagonal_shapes
 from randlora.layers.inputs import autocast_dtype, have_one_dtype, input_of, is_plain_tensor, require_product
+from randlora.layers.routed import Routes, routed_output
 from randlora.layers.sharded import Split, sharded_product
 from randlora.layers.stored import StoredWeight
 from randlora.layers.update import Into, Merged, Update, sum_updates
@@ -22,6 +24,7 @@ from randlora.placement.offloaded import HOOK, Offloaded
 from randlora.placement.place import Kept, place_of, whole
 from randlora.placement.ranks import in_step
 from randlora.replaced import watched
+from randlora.routing import Routing
 from randlora.state import ModelState, SiteAdapter
 
 
@@ -116,6 +119,10 @@ class AdapterLayer(StoredWeight):
         """
         if self.own_forward is not None:
             base_forward = self.own_forward
+        if self.state.routing is not None and self.state.routing.chosen is None:
+            output, given = self.base_output(owner, base_forward, *args, **kwargs), input_of(owner, args, kwargs)
+            require_product(owner, output, self.shape[0])
+            return routed_output(self.routes(owner), self.state.routing, given, output, has_dropout=owner.training)
         active = self.active()
         if not active:
             return self.base_output(owner, base_forward, *args, **kwargs)
@@ -136,10 +143,31 @@ class AdapterLayer(StoredWeight):
     def active(self) -> list[tuple[SiteAdapter, float]]:
         """Return the active adapters with their weights; none while disabled or merged."""
         if self.state.is_disabled or self.state.is_merged:
-            return []
+            return [] if self.state.routing is None else self._chosen(self.state.routing)
         parts = self.acting if self.activation.is_current else self.adapters.values()
         weighted = [(part, part.adapter.weight) for part in parts]
         return [(part, weight) for part, weight in weighted if weight is not None]
+
+    def routes(self, owner: Any) -> Routes:
+        """Return the adapters of this weight, for tokens that go through different ones."""
+        module = owner.randlora_base.__name__
+        if is_dtensor(self.weight_of(owner)):
+            raise AdapterError(
+                f"an adapted {module} is split by tensor parallelism, with which routed does not work: activate one "
+                "adapter at a time"
+            )
+        return Routes(module, self.adapters, lambda part: self.update(owner, part, 1.0), self.state.compute)
+
+    def _chosen(self, routing: Routing) -> list[tuple[SiteAdapter, float]]:
+        """Return the adapter that a module runs with now, for its rows; see `randlora.layers.routed`."""
+        if routing.chosen is None:
+            raise AdapterError(
+                f"code reads an adapted {self.attribute} outside of the forward of the module that it is in, where "
+                "routed cannot tell the rows of the batch: exclude it when the adapter is made, or activate one "
+                "adapter at a time"
+            )
+        part = self.adapters.get(routing.chosen[0] or "")
+        return [] if part is None else [(part, 1.0)]
 
     def base_output(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002  # for quantized layers
         """Return the output of the owner without adapters."""

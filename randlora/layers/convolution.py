@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -11,6 +11,7 @@ from randlora.errors import AdapterError
 from randlora.functional.region import Region, Spans, all_of
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import register_layer
+from randlora.layers.rows import Rows
 
 
 @register_layer(nn.Conv1d)
@@ -44,6 +45,17 @@ class ConvolutionAdapter(ReadWeight):
     def in_storage_layout(delta: Tensor) -> Tensor:
         """Return the update unchanged, which has the kernel's entries in their order."""
         return delta
+
+    @classmethod
+    def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+        """Return which arguments have the rows of the batch, which an input may lack."""
+        x: Tensor = args[0] if args else kwargs["input"]
+        if x.dim() != len(owner.kernel_size) + 2:
+            raise AdapterError(
+                f"an adapted {owner.randlora_base.__name__} was given an input of shape {tuple(x.shape)}, which has no "
+                "batch: routed needs (batch, channels, ...)"
+            )
+        return super().rows_of(owner, args, kwargs)
 
     @classmethod
     def region_of(cls, shape: Shape, spans: Sequence[Spans]) -> Region:

@@ -12,6 +12,7 @@ from randlora.functional import update_rows
 from randlora.layers.inputs import input_of
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import refuse_layer, register_layer
+from randlora.layers.routed import routed_rows
 from randlora.layers.sharded import sharded_rows
 from randlora.placement.dtensor import is_dtensor
 
@@ -69,10 +70,18 @@ class EmbeddingAdapter(ReadWeight):
         Returns:
             ``(*indices.shape, embedding_dim)`` in the dtype of the weight, or what a forward of its own returns.
         """
+        assert isinstance(owner, nn.Embedding)
+        routing = self.state.routing
+        if routing is not None and routing.chosen is None:
+            if not self.runs_plain_forward(owner):
+                return self.forward_by_adapter(owner, self.own_forward or base_forward, args, kwargs)
+            with routing.choosing(None):
+                output = base_forward(*args, **kwargs)
+            ids, table = input_of(owner, args, kwargs), self.shape[0]
+            return routed_rows(self.routes(owner), routing, ids, output, num_rows=table, padding_idx=owner.padding_idx)
         active = self.active()
         if not active or not self.runs_plain_forward(owner):
             return (self.own_forward or base_forward)(*args, **kwargs)
-        assert isinstance(owner, nn.Embedding)
         weight, ids = self.weight_of(owner), input_of(owner, args, kwargs)
         assert weight is not None, "obstacles() asks for a weight"
         num_rows, row_size = self.shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.layers.base import AdapterLayer
+from randlora.layers.routed import routed_forward
+from randlora.layers.rows import Rows
 from randlora.layers.sharded import on_mesh, sums_of
 from randlora.layers.update import Update
 from randlora.placement.dtensor import Shard, is_dtensor
@@ -56,6 +58,19 @@ class ReadWeight(AdapterLayer):
     def uncalled(cls, owner: nn.Module) -> tuple[nn.Module, ...]:  # noqa: ARG003  # for attention
         """Return the submodules whose weight the owner's forward reads without calling them."""
         return ()
+
+    @classmethod
+    def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+        """Return which arguments of the owner's forward have the rows of the batch, for `randlora.routed`."""
+        return Rows.first(args, kwargs, owner.randlora_base.__name__)
+
+    def forward_by_adapter(
+        self, owner: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Return the output of the owner's forward, run once for each adapter of `randlora.routed`, with its rows."""
+        routes, routing = self.routes(owner), self.state.routing
+        assert routing is not None, "only then it is called"
+        return routed_forward(routing, self.rows_of(owner, args, kwargs), forward, routes.module)
 
     @classmethod
     def site_fqn(cls, owner_fqn: str) -> str:

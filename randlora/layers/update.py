@@ -45,6 +45,10 @@ class Update(NamedTuple):
         pair = self.basis.pair(max(matrix), min(matrix), device=device, dtype=dtype, sides=sides)
         return pair, Diagonals(_on(self.lam, device), _on(gamma, device), self.scaling)
 
+    def diagonals(self, device: torch.device) -> Diagonals:
+        """Return Λ and Γ, whatever the part, with the scaling."""
+        return Diagonals(_on(self.lam, device), _on(self.gamma, device), self.scaling)
+
     @property
     def is_wide(self) -> bool:
         """Whether the input of the whole layer has ``min_dim`` features, which includes square layers."""

@@ -266,7 +266,7 @@ def eject(model: nn.Module) -> tuple[str, ...]:
             entry.install(entry.original)
         restored = detach_all(census, state)
         state.replaced.clear()
-        state.disabled = []
+        state.disabled, state.routing = [], None
     return restored
 
 

@@ -20,6 +20,7 @@ from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Gamma
 from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, has_attribute
 from randlora.model.averaging import average_gradients
+from randlora.model.calls import unwatch_calls, watch_calls
 from randlora.model.change import all_or_nothing, set_requires_grad
 from randlora.model.reducers import warn_of_unknown
 from randlora.model.save_guard import guard_saving, unguard_saving
@@ -180,6 +181,8 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
         census.model.__dict__[ATTRIBUTE] = state
         warn_of_unknown(census.model)
         guard_saving(Census(census.model, census.visits), state, addition.save_pretrained)  # of the layers adapted now
+        if len(state.adapters) == 1:
+            watch_calls(census.model)
 
 
 def require_detachable(census: Census, doing: str, sites: Iterable[Site] | None = None) -> None:
@@ -243,6 +246,7 @@ def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
     """
     restored = tuple(site.fqn for site in census.adapted)
     unguard_saving(census)
+    unwatch_calls(census.model)
     for site in census.adapted:
         detach(site.owner, site.layer)
     own = {held.fqn: held.parameter for held in Census(census.model, census.visits).parameters}

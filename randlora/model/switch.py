@@ -167,7 +167,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
             require_own(census, state, "disable the adapters")
             state.require_exchangeable([], "disable the adapters")
             with all_or_nothing(census, state):
-                state.disabled.append(block)
+                state.open_block(block)
                 state.install_parameters()
         yield
     finally:

@@ -1,0 +1,73 @@
+"""Checking each call of a model with adapters: names that it would ignore, and the batch of `randlora.routed`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+from randlora.errors import AdapterError
+from randlora.routing import Routing
+from randlora.state import attached_state
+
+ARGUMENT = "adapter_names"
+"""What PEFT calls the names in a call of a model. Models of transformers accept any argument and ignore this one."""
+
+BATCHES = "input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids"
+"""What models of transformers call an input that has a batch."""
+
+GENERATION = "transformers.generation."
+"""The modules that repeat each row of a batch: for each beam, or for each sequence that is sampled."""
+
+
+def check_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Check a call of a model with adapters, before its forward; a hook of the module that has them.
+
+    Raises:
+        AdapterError: If the call names adapters, which no model would use, or its batch is not that of `routed`.
+    """
+    if ARGUMENT in kwargs:
+        raise AdapterError(
+            f"{ARGUMENT} has no effect on this model: call it inside `with randlora.routed(model, names):`, which "
+            "takes a name for each row"
+        )
+    state = attached_state(root)
+    if state is not None and state.routing is not None:
+        _tell_batch(root, state.routing, args, kwargs)
+
+
+def _tell_batch(root: nn.Module, routing: Routing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell a routing how many rows the batch of a call has."""
+    given = [*args, *(kwargs[name] for name in BATCHES if name in kwargs), *kwargs.values()]
+    x = next((value for value in given if isinstance(value, Tensor) and value.dim()), None)
+    if x is None:
+        raise AdapterError(f"routed expects a tensor with a batch, and {type(root).__name__} was called without any")
+    rows, size = len(routing.index), x.shape[0]
+    if size != rows and (size % rows or not _is_generating()):
+        raise AdapterError(
+            f"routed was given names for {rows} rows, and {type(root).__name__} was called with an input of shape "
+            f"{tuple(x.shape)}, which has {size}: give a name, or None, for each"
+        )
+    routing.batch = size
+
+
+def _is_generating() -> bool:
+    """Whether the model is called by ``generate`` of transformers."""
+    frame = sys._getframe(1)
+    while (outer := frame.f_back) is not None:
+        if str(outer.f_globals.get("__name__")).startswith(GENERATION):
+            return True
+        frame = outer
+    return False
+
+
+def watch_calls(root: nn.Module) -> None:
+    """Check the calls of a module from now on."""
+    root.register_forward_pre_hook(check_call, with_kwargs=True)
+
+
+def unwatch_calls(root: nn.Module) -> None:
+    """Remove the hook, which a copy of the module has too."""
+    for number in [number for number, hook in root._forward_pre_hooks.items() if hook is check_call]:
+        del root._forward_pre_hooks[number], root._forward_pre_hooks_with_kwargs[number]

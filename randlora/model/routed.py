@@ -1,0 +1,111 @@
+"""`routed`: each row of a batch through its own adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from randlora.errors import AdapterError, raise_collected
+from randlora.hints import shortly
+from randlora.model.change import all_or_nothing
+from randlora.model.install import lost_sites, require_own
+from randlora.model.switch import offloaded_diagonals
+from randlora.placement.dtensor import reshard
+from randlora.routing import Routing
+from randlora.state import CHANGING, ModelState, adapted_root, require_unmerged
+from randlora.targets.walk import Census
+
+
+@contextmanager
+def routed(model: nn.Module, names: Sequence[str | None] | Sequence[Sequence[str | None]]) -> Iterator[None]:
+    """Run each row of a batch through its own adapter inside a ``with`` block, whichever adapters are active.
+
+    A linear layer computes the base for the whole batch once, and adapters on the same bases share the product with
+    them. Convolutions, attention and experts run once for each adapter, with its rows. Gradients are those of single
+    adapters; call ``backward`` inside of the block if parts of the model are checkpointed.
+
+    Inside transformers' ``generate`` every row may become several, as for beams. Blocks can be nested, also with those
+    of `randlora.disabled`: the innermost counts.
+
+    Args:
+        model: A model with adapters.
+        names: The adapter of each row, ``None`` for the base alone; or for each row the adapters of its tokens, where
+            several sequences are packed into one row.
+
+    Raises:
+        AdapterError: If a name is unknown, or an adapter cannot be routed: it trained parameters besides its own with
+            ``train_also``, the adapters are merged, or another thread routes through this model. In the block, if a
+            call of the model has another number of rows, or a layer does not tell its rows.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> _ = randlora.inject(model, r=4, name="a"), randlora.inject(model, r=4, name="b", seed=1)
+        >>> with randlora.routed(model, ["a", "b", None]):
+        ...     y = model(torch.randn(3, 8))
+    """
+    reshard(model)
+    root, state = adapted_root(model)
+    with CHANGING:
+        require_unmerged(state, "route")
+        census = Census.of(root)
+        require_own(census, state, "route")
+        routing = _routing(names)
+        raise_collected(AdapterError, _problems(state, routing), doing="route")
+        used = [state.adapters[name] for name in routing.adapters]
+        raise_collected(AdapterError, [*lost_sites(census, used), *offloaded_diagonals(census)], doing="route")
+        state.require_exchangeable([], "route")
+
+    def end() -> None:
+        with CHANGING:
+            state.ended.append(routing)
+            state.require_loaded(root)
+            state.adopt_parameters(root)
+
+    try:
+        with CHANGING, all_or_nothing(census, state):
+            state.open_block(routing)
+            state.install_parameters()
+        yield
+    finally:
+        try:
+            end()
+        except BaseException:  # an interrupt, after which nothing else would
+            end()
+            raise
+
+
+def _routing(names: object) -> Routing:
+    """Return the routing for some names, of whatever type was given."""
+    expected = "expected the name of an adapter, or None, for each row, or a sequence of those for each"
+    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+        raise AdapterError(f"{expected}, got {shortly(names)}")
+    rows = [row for row in names if row is not None and not isinstance(row, str)]
+    if strange := [row for row in rows if not isinstance(row, Sequence) or not row]:
+        raise AdapterError(f"{expected}, got {shortly(strange[0])}")
+    if rows and len(rows) < len(names):
+        raise AdapterError(f"{expected}, got both in {shortly(names)}")
+    if len(set(map(len, rows))) > 1:
+        raise AdapterError(f"the rows of names for tokens have {sorted(set(map(len, rows)))} names: pad them with None")
+    if strange := [name for row in rows for name in row if name is not None and not isinstance(name, str)]:
+        raise AdapterError(f"{expected}, got {shortly(strange[0])}")
+    return Routing(names)
+
+
+def _problems(state: ModelState, routing: Routing) -> list[str]:
+    known = ", ".join(state.adapters)
+    problems = [
+        f"the model has no adapter named {name!r}: it has {known}"
+        for name in routing.adapters
+        if name not in state.adapters
+    ]
+    problems += [
+        f"{name!r} trained {', '.join(state.adapters[name].trained)} with train_also, of which the model has one for "
+        "all rows: activate it alone"
+        for name in routing.adapters
+        if name in state.adapters and state.adapters[name].trained
+    ]
+    if any(isinstance(block, Routing) and block.thread != routing.thread for block in state.disabled):
+        problems.append("another thread routes through this model: wait for it, or gather the rows into one batch")
+    return problems

@@ -1,0 +1,122 @@
+"""Which adapter each row of a batch, or each token, goes through."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from randlora.errors import AdapterError
+
+BASE = -1
+"""The adapter of rows that go through the base model alone."""
+
+
+class Group(NamedTuple):
+    """The tokens of one adapter.
+
+    Attributes:
+        adapter: Its name, or ``None`` for the base.
+        tokens: How many they are.
+    """
+
+    adapter: str | None
+    tokens: int
+
+
+class Sorted(NamedTuple):
+    """The tokens of a batch, sorted by adapter.
+
+    Attributes:
+        order: The position in the batch of each, ``(tokens,)``.
+        groups: The adapters in that order.
+        is_in_order: Whether that is the order of the batch.
+    """
+
+    order: Tensor
+    groups: tuple[Group, ...]
+    is_in_order: bool
+
+
+class Routing:
+    """Which adapter each row, or each token, goes through.
+
+    Attributes:
+        adapters: The names of the adapters, each once.
+        index: The position in these of the adapter of each row, ``(rows,)``, or of each token, ``(rows, tokens)``.
+        batch: The size of the batch of the running call of the model, a multiple of the rows; as many as rows before.
+        chosen: While a module runs for the rows of one adapter, a tuple of its name, or of ``None`` for the base.
+        thread: The thread that it was made in.
+    """
+
+    def __init__(self, names: Sequence[Any]) -> None:
+        """Take a name or ``None`` for each row, or a sequence of those for each token of each row."""
+        rows = [[row] if row is None or isinstance(row, str) else list(row) for row in names]
+        self.adapters = tuple(dict.fromkeys(name for row in rows for name in row if name is not None))
+        position: dict[str | None, int] = {name: index for index, name in enumerate(self.adapters)}
+        index = torch.tensor([[position.get(name, BASE) for name in row] for row in rows])
+        has_tokens = any(row is not None and not isinstance(row, str) for row in names)
+        self.index = index if has_tokens else index.squeeze(1)
+        self.batch = len(rows)
+        self.chosen: tuple[str | None] | None = None
+        self.thread = threading.get_ident()
+        self._sorted: dict[tuple[torch.Size, int, torch.device], Sorted] = {}
+
+    @contextmanager
+    def choosing(self, adapter: str | None) -> Iterator[None]:
+        """Have modules run with one adapter, or with the base, in the block: they are given its rows alone."""
+        self.chosen = (adapter,)
+        try:
+            yield
+        finally:
+            self.chosen = None
+
+    def sorted(self, shape: torch.Size, device: torch.device, module: str) -> Sorted:
+        """Return the tokens of an input of a module, sorted by adapter.
+
+        Args:
+            shape: The shape of the input without its features, ``(batch, ...)``.
+            device: Where the order is wanted.
+            module: The name of its class, for messages.
+
+        Raises:
+            AdapterError: If the rows of the batch cannot be told from the shape.
+        """
+        key = shape, self.batch, device
+        if key not in self._sorted:
+            of_token = self._of_tokens(shape, module)
+            order = of_token.argsort(stable=True)
+            numbers, counts = of_token.unique(return_counts=True)
+            groups = [
+                Group(None if number == BASE else self.adapters[number], count)
+                for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)
+            ]
+            is_in_order = bool((order == torch.arange(len(order))).all())
+            self._sorted[key] = Sorted(order.to(device), tuple(groups), is_in_order)
+        return self._sorted[key]
+
+    def _of_tokens(self, shape: torch.Size, module: str) -> Tensor:
+        """Return the position of the adapter of each token, flattened."""
+        rows, tokens = len(self.index), shape.numel()
+        if self.index.dim() == 2:
+            wanted = rows, self.index.shape[1]
+            if tuple(shape[:2]) != wanted and shape[:1] != (self.index.numel(),):
+                raise AdapterError(
+                    f"an adapted {module} was given an input of shape {(*shape, '...')}, and routed was given names "
+                    f"for {rows} rows of {wanted[1]} tokens: give one name for each row, or call the model with such "
+                    "a batch"
+                )
+            return self.index.flatten().repeat_interleave(tokens // self.index.numel())
+        # the encoder of a model that generates with beams has as many rows as before, while the decoder has more
+        is_across = len(shape) > 1 and shape[0] not in (rows, self.batch) and shape[1] == self.batch
+        if not shape or shape[0] % rows or is_across:
+            raise AdapterError(
+                f"an adapted {module} was given an input of shape {(*shape, '...')}, whose first dimension is not the "
+                f"batch of {self.batch}: routed needs the rows of a batch in the first dimension; exclude the layer "
+                "when the adapter is made, or activate one adapter at a time"
+            )
+        return self.index.repeat_interleave(tokens // rows)

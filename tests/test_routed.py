@@ -1,0 +1,320 @@
+"""Each row of a batch through its own adapter: equal to running each adapter alone, or an error."""
+
+import copy
+import pickle
+import threading
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import randlora
+from randlora.errors import AdapterError
+from randlora.functional import Compute
+from tests.kit import fill, untouched
+from tests.laws import assert_close
+from tests.layer_kinds import LayerKind, every_kind
+from tests.read_kinds import READ_KINDS, ReadKind, output_of
+
+Names = list[str | None]
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "a": {"r": 3, "alpha": 6},
+    "b": {"r": 3, "alpha": 9},  # on the bases of a
+    "c": {"r": 2, "alpha": 2, "basis": "block", "seed": 5},
+    "d": {"r": 2, "alpha": 7, "basis": "block", "seed": 5},
+    "elsewhere": {"r": 3, "targets": ["1"]},
+}
+names_of_rows = st.lists(st.sampled_from([*OPTIONS, None]), min_size=1, max_size=7)
+
+
+def with_adapters(model: nn.Module, **options: Any) -> nn.Module:
+    """Add the adapters of `OPTIONS`, with values as after some training."""
+    for seed, (name, own) in enumerate(OPTIONS.items()):
+        randlora.inject(model, name=name, stream="portable", **{**options, **own})
+        fill(model, name, seed=seed)
+    return model
+
+
+def alone(model: nn.Module, name: str | None, *args: Any) -> Tensor:
+    """Run all rows through one adapter, or through the base."""
+    if name is None:
+        with randlora.disabled(model):
+            return output_of(model(*args))
+    randlora.activate(model, name)
+    return output_of(model(*args))
+
+
+def row_by_row(model: nn.Module, names: Names, *args: Any) -> Tensor:
+    """Take from each adapter's output the rows that are its own."""
+    outputs = {name: alone(model, name, *args) for name in dict.fromkeys(names)}
+    return torch.stack([outputs[name][row] for row, name in enumerate(names)])
+
+
+@every_kind
+@given(
+    st.integers(1, 20).filter(lambda side: side != 16),
+    st.integers(1, 20).filter(lambda side: side != 16),
+    names_of_rows,
+    st.sampled_from([(), (1,), (3,), (2, 2)]),
+    st.sampled_from(get_args(Compute)),
+    st.booleans(),
+)
+def test_rows_are_those_of_each_adapter_alone(
+    kind: LayerKind, inside: int, out: int, names: Names, lead: tuple[int, ...], compute: Compute, has_grad: bool
+) -> None:
+    model = with_adapters(nn.Sequential(kind.build(inside, out, True, kind.exact), nn.Linear(out, 4)), targets=["0"])
+    model = model.to(kind.exact)
+    randlora.set_compute(model, compute)
+    x = torch.randn(len(names), *lead, inside, dtype=kind.exact)
+    with torch.set_grad_enabled(has_grad):
+        expected = row_by_row(model, names, x)
+        with randlora.routed(model, names):
+            assert_close(model(x), expected, kind.exact)
+
+
+@given(names_of_rows, st.integers(1, 4))
+def test_gradients_are_those_of_each_adapter_alone(names: Names, tokens: int) -> None:
+    model = with_adapters(nn.Sequential(nn.Linear(10, 6), nn.Linear(6, 8)).double(), targets=["0", "1"], trainable=True)
+    x = torch.randn(len(names), tokens, 10, dtype=torch.float64, requires_grad=True)
+    factors = torch.randn(len(names), tokens, 8, dtype=torch.float64)
+    wanted = [x, *randlora.trainable_parameters(model)]
+    found = []
+    for run in (row_by_row, alone_routed):
+        loss = (run(model, names, x) * factors).sum()
+        found.append(torch.autograd.grad(loss, wanted, materialize_grads=True))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one.to(other.dtype), rtol=1e-6, atol=1e-7)  # Λ and Γ are float32
+
+
+def alone_routed(model: nn.Module, names: Names, *args: Any) -> Tensor:
+    with randlora.routed(model, names):
+        return output_of(model(*args))
+
+
+READ_OUTSIDE = "out_proj"
+"""The weight that attention reads of a layer inside of it."""
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in READ_KINDS if READ_OUTSIDE not in kind.name], ids=lambda kind: kind.name
+)
+def test_rows_of_modules_that_read_their_weight(kind: ReadKind) -> None:
+    model = kind.adapted(torch.float64)
+    randlora.inject(model, **{**kind.adapter_options, **kind.other, "name": "b", "seed": 7})
+    fill(model, "b", seed=7)
+    args = kind.arguments(torch.float64)
+    names: Names = [("default", None, "b")[row % 3] for row in range(args[0].shape[0])]
+    module = model.get_submodule("0")
+
+    def run(name: str | None) -> Tensor:
+        if name is None:
+            with randlora.disabled(model):
+                return output_of(module(*args))
+        randlora.activate(model, name)
+        return output_of(module(*args))
+
+    expected = torch.stack([run(name)[row] for row, name in enumerate(names)])
+    with randlora.routed(model, names):
+        assert_close(output_of(module(*args)), expected, torch.float64)
+    assert len(names) == 1 or not torch.equal(expected[0], expected[1])
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("masked", ["nothing", "padding", "heads", "all"])
+def test_attention_with_both_projections(batch_first: bool, masked: str) -> None:
+    model = nn.Sequential(nn.MultiheadAttention(12, 2, batch_first=batch_first).double(), nn.Identity())
+    for seed, adapter in enumerate("ab"):
+        randlora.inject(model, r=3, targets="all", name=adapter, seed=seed)
+        fill(model, adapter, seed=seed)
+    names: Names = ["b", "a", None, "a"]
+    x = torch.randn(*((4, 4) if masked == "all" else (4, 5) if batch_first else (5, 4)), 12, dtype=torch.float64)
+    tokens = 4 if masked == "all" else 5
+    options: dict[str, Any] = {
+        "nothing": {},
+        "padding": {"key_padding_mask": torch.rand(4, tokens) > 0.8},
+        "heads": {"attn_mask": torch.rand(8, tokens, tokens) > 0.7},
+        "all": {"attn_mask": torch.ones(4, 4, dtype=torch.bool).triu(1)},
+    }[masked]
+    if "attn_mask" in options:
+        options["attn_mask"] &= ~torch.eye(tokens, dtype=torch.bool)
+    axis = 0 if batch_first else 1
+
+    def run() -> tuple[Tensor, Tensor]:
+        output, weights = model[0](x, x, x, **options)
+        return output, weights
+
+    singles: dict[str | None, tuple[Tensor, Tensor]] = {}
+    for each in ("a", "b"):
+        randlora.activate(model, each)
+        singles[each] = run()
+    with randlora.disabled(model):
+        singles[None] = run()
+    with randlora.routed(model, names):
+        output, weights = run()
+    for row, name in enumerate(names):
+        torch.testing.assert_close(output.select(axis, row), singles[name][0].select(axis, row), equal_nan=True)
+        torch.testing.assert_close(weights[row], singles[name][1][row], equal_nan=True)
+
+
+def test_tokens_of_a_packed_row() -> None:
+    model = with_adapters(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)).double(), targets=["0", "1"])
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    names: list[Names] = [["a", "a", "b"], [None, "c", "a"]]
+    outputs = {name: alone(model, name, x) for name in ("a", "b", "c", None)}
+    expected = torch.stack([
+        torch.stack([outputs[name][row, token] for token, name in enumerate(each)]) for row, each in enumerate(names)
+    ])
+    with randlora.routed(model, names):
+        assert_close(model(x), expected, torch.float64)
+        with pytest.raises(AdapterError, match="names for 2 rows of 3 tokens"):
+            model(torch.randn(2, 4, 6, dtype=torch.float64))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return with_adapters(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), targets=["0", "1"])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a", "z"], "no adapter named 'z'"),
+        ("a", "expected the name of an adapter, or None, for each row"),
+        ([], "expected the name of an adapter"),
+        (None, "expected the name of an adapter"),
+        ([1, "a"], "got 1"),
+        ([["a"], "a"], "got both"),
+        ([["a"], ["a", "b"]], r"have \[1, 2\] names"),
+        ([["a", 3]], "got 3"),
+        ([[]], "expected the name"),
+        ([True], "expected the name"),
+    ],
+)
+def test_wrong_names_are_refused_before_anything_changes(model: nn.Module, names: Any, message: str) -> None:
+    with untouched(model), pytest.raises(AdapterError, match=message), randlora.routed(model, names):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((3, 6), "names for 2 rows.*which has 3"), ((4, 6), "names for 2 rows.*which has 4"), ((1, 6), "which has 1")],
+)
+def test_another_number_of_rows_is_an_error(model: nn.Module, shape: tuple[int, ...], message: str) -> None:
+    with randlora.routed(model, ["a", "b"]), pytest.raises(AdapterError, match=message):
+        model(torch.randn(shape))
+
+
+def test_a_layer_that_does_not_tell_its_rows_is_an_error(model: nn.Module) -> None:
+    with randlora.routed(model, ["a", "b"]):
+        for shape in ((3, 6), (4, 2, 6), (6,)):  # the second has its batch in another dimension
+            with pytest.raises(AdapterError, match="whose first dimension is not the batch of 2"):
+                model.get_submodule("0")(torch.randn(shape))
+
+
+def test_unbatched_inputs_are_errors() -> None:
+    model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.MultiheadAttention(4, 2))
+    randlora.inject(model, r=2, targets="all", name="a")
+    with randlora.routed(model, ["a", None, "a", "a"]):
+        with pytest.raises(AdapterError, match=r"Conv1d was given an input of shape .4, 9., which has no batch"):
+            model[0](torch.randn(4, 9))
+        with pytest.raises(AdapterError, match=r"MultiheadAttention was given an input of shape .4, 4., which has no"):
+            model[1](*[torch.randn(4, 4)] * 3)
+
+
+def test_code_that_reads_a_weight_elsewhere_is_an_error() -> None:
+    layer = nn.Conv1d(4, 4, 1)
+    model = nn.Sequential(layer)
+    randlora.inject(model, r=2, targets="all", name="a")
+    with randlora.routed(model, ["a"]), pytest.raises(AdapterError, match="reads an adapted weight outside"):
+        layer.weight.sum()
+    layer.weight.sum()
+
+
+def test_adapters_with_parameters_of_their_own_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    randlora.inject(model, r=2, targets=["0"], name="a", train_also=["1"])
+    refused = pytest.raises(AdapterError, match=r"'a' trained 1.weight, 1.bias with train_also")
+    with untouched(model), refused, randlora.routed(model, ["a"]):
+        pass
+
+
+def test_names_in_a_call_are_refused(model: nn.Module) -> None:
+    class Swallowing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, **kwargs: Any) -> Tensor:  # noqa: ARG002  # as models of transformers do
+            output: Tensor = self.layer(x)
+            return output
+
+    swallowing = Swallowing()
+    x = torch.randn(2, 4)
+    swallowing(x, adapter_names=["a", "b"])
+    randlora.inject(swallowing, r=2, name="a")
+    for each in (swallowing, copy.deepcopy(swallowing)):
+        with pytest.raises(AdapterError, match=r"randlora.routed\(model, names\)"):
+            each(x, adapter_names=["a", "b"])
+        randlora.eject(each)
+        each(x, adapter_names=["a", "b"])
+        assert not each._forward_pre_hooks
+        assert not each._forward_pre_hooks_with_kwargs
+
+
+def test_blocks_nest_and_the_innermost_counts(model: nn.Module) -> None:
+    x = torch.randn(2, 6)
+    a, b, base = (alone(model, name, x) for name in ("a", "b", None))
+    randlora.activate(model, "c")
+    c = model(x)
+    with randlora.routed(model, ["a", "b"]):
+        torch.testing.assert_close(model(x), torch.stack([a[0], b[1]]))
+        with randlora.disabled(model):
+            assert torch.equal(model(x), base)
+            with randlora.routed(model, ["b", None]):
+                torch.testing.assert_close(model(x), torch.stack([b[0], base[1]]))
+            assert torch.equal(model(x), base)
+        torch.testing.assert_close(model(x), torch.stack([a[0], b[1]]))
+        with pytest.raises(randlora.errors.MergeError, match="disabled"):
+            randlora.merge(model)
+    assert torch.equal(model(x), c)
+
+
+def test_a_copy_made_inside_has_inactive_adapters(model: nn.Module) -> None:
+    x = torch.randn(2, 6)
+    base = alone(model, None, x)
+    with randlora.routed(model, ["a", "b"]):
+        twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for twin in twins:
+        assert torch.equal(twin(x), base)
+        assert not [info.name for info in randlora.adapters(twin) if info.is_active]
+
+
+def test_another_thread_cannot_route_meanwhile(model: nn.Module) -> None:
+    raised = []
+
+    def other() -> None:
+        try:
+            with randlora.routed(model, ["b"]):
+                pass
+        except AdapterError as error:
+            raised.append(str(error))
+
+    with randlora.routed(model, ["a"]):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert "another thread routes" in raised[0]
+    other()
+    assert len(raised) == 1
+
+
+def test_an_error_inside_ends_the_block(model: nn.Module) -> None:
+    x = torch.randn(2, 6)
+    before = model(x)
+    with pytest.raises(ZeroDivisionError), randlora.routed(model, ["a", "b"]):
+        raise ZeroDivisionError
+    assert torch.equal(model(x), before)
