@@ -311,8 +311,17 @@ def _id(value: object) -> str:
 
 
 every_read_kind = pytest.mark.parametrize("kind", READ_KINDS, ids=_id)
+COMPILED = "Conv2d-groups", "ConvTranspose2d", "Embedding", "attention-in_proj-split", "experts-down-square-batched"
+"""One kind of each family, which `make test` compiles; `make slow` compiles the others."""
+
 every_read_kind_of_one_graph = pytest.mark.parametrize(
-    "kind", [kind for kind in READ_KINDS if kind.is_one_graph], ids=_id
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind.name in COMPILED else [pytest.mark.slow])
+        for kind in READ_KINDS
+        if kind.is_one_graph
+    ],
+    ids=_id,
 )
 
 

@@ -7,7 +7,7 @@ from benchmarks.command import Settings
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("is_quick", [True, False])
+@pytest.mark.parametrize("is_quick", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_every_case_has_its_contestants(is_quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"LAYERS": 1, "SIDE": 64, "ROWS": 4, "LOADED": {1: 1, 6: 4, 64: 4}, "REPEATS": 1}.items():
         monkeypatch.setattr(routed, name, value)

@@ -111,11 +111,7 @@ REGIONAL = [
     ("linear", True, False),
     ("linear", None, False),
     ("linear", None, True),
-    ("Conv1D", None, False),
-    ("attention", None, False),
-    ("experts", None, False),
-    ("convolution", None, False),
-    ("embedding", None, False),
+    *(pytest.param(kind, None, False, marks=pytest.mark.slow) for kind in KINDS if kind != "linear"),
 ]
 
 

@@ -258,7 +258,7 @@ def test_the_attention_of_a_diffusion_model_is_adapted(name: str, names: str) ->
     ]
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_attention_alone_is_adapted_in_every_model_of_diffusers() -> None:
     """No output head and nothing that embeds the time."""
     without, covered = set[str](), 0

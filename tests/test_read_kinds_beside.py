@@ -17,6 +17,7 @@ from tests.kit import all_bits, fill, same_bits, untouched
 from tests.laws import assert_close, needs_export
 from tests.read_kinds import (
     ATTENTION,
+    COMPILED,
     READ_KINDS,
     ReadKind,
     every_read_kind,
@@ -166,7 +167,11 @@ def test_a_lazy_convolution_is_refused_as_a_target_and_is_no_matter_elsewhere() 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # asked by dynamo
 @pytest.mark.parametrize(
     "kind",
-    [kind for kind in READ_KINDS if kind.is_one_graph or kind.name in ("experts-gate_up-shared", "experts-down")],
+    [
+        pytest.param(kind, marks=[] if kind.name in (*COMPILED, "experts-down") else [pytest.mark.slow])
+        for kind in READ_KINDS
+        if kind.is_one_graph or kind.name in ("experts-gate_up-shared", "experts-down")
+    ],
     ids=lambda kind: kind.name,
 )
 def test_compiling_gives_the_same_values_and_one_graph_where_no_value_decides(kind: ReadKind) -> None:

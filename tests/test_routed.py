@@ -31,9 +31,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 names_of_rows = st.lists(st.sampled_from([*OPTIONS, None]), min_size=1, max_size=7)
 
 
-def with_adapters(model: nn.Module, **options: Any) -> nn.Module:
-    """Add the adapters of `OPTIONS`, with values as after some training."""
-    for seed, (name, own) in enumerate(OPTIONS.items()):
+def with_adapters(model: nn.Module, names: Names | None = None, **options: Any) -> nn.Module:
+    """Add the adapters of `OPTIONS`, or those of some names and "a", with values as after some training."""
+    chosen = {name: own for name, own in OPTIONS.items() if names is None or name in ("a", *names)}
+    for seed, (name, own) in enumerate(chosen.items()):
         randlora.inject(model, name=name, stream="portable", **{**options, **own})
         fill(model, name, seed=seed)
     return model
@@ -66,8 +67,8 @@ def row_by_row(model: nn.Module, names: Names, *args: Any) -> Tensor:
 def test_rows_are_those_of_each_adapter_alone(
     kind: LayerKind, inside: int, out: int, names: Names, lead: tuple[int, ...], compute: Compute, has_grad: bool
 ) -> None:
-    model = with_adapters(nn.Sequential(kind.build(inside, out, True, kind.exact), nn.Linear(out, 4)), targets=["0"])
-    model = model.to(kind.exact)
+    layers = kind.build(inside, out, True, kind.exact), nn.Linear(out, 4)
+    model = with_adapters(nn.Sequential(*layers), names, targets=["0"]).to(kind.exact)
     randlora.set_compute(model, compute)
     x = torch.randn(len(names), *lead, inside, dtype=kind.exact)
     with torch.set_grad_enabled(has_grad):

@@ -17,7 +17,13 @@ TESTED = {"new", "over ours", "over PEFT's", "LoRA over ours"}
 """`make torture` runs all scenarios."""
 
 every_scenario = pytest.mark.parametrize(
-    "scenario", [found for found in SCENARIOS if found.name in TESTED], ids=lambda scenario: scenario.name
+    "scenario",
+    [
+        pytest.param(found, marks=[pytest.mark.slow] if found.name == "LoRA over ours" else [])
+        for found in SCENARIOS
+        if found.name in TESTED
+    ],
+    ids=lambda scenario: scenario.name,
 )
 
 
