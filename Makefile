@@ -133,6 +133,7 @@ $(VENV)/.torture: $(VENV)/.dev
 # the oldest versions that pyproject.toml admits, and of everything else the newest that goes with them
 .venv-floor/.dev: .venv-floor/.pip pyproject.toml tests/floors.py
 	.venv-floor/bin/python tests/floors.py > .venv-floor/constraints.txt
+	echo "pyarrow<26" >> .venv-floor/constraints.txt  # newer ones need numpy 2 and do not say so
 	.venv-floor/bin/python -m pip install --quiet --constraint .venv-floor/constraints.txt \
 		--editable ".[bnb,cli,hub]" --group examples --group test
 	.venv-floor/bin/python -m pip install --quiet --no-deps $(DIGITS)

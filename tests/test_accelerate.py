@@ -20,7 +20,7 @@ from torch import nn
 import randlora
 from tests.kit import fill
 from tests.models import LLAMA, outputs
-from tests.peer import ALPHA, R, our_model
+from tests.peer import ALPHA, R, our_model, peft_draw
 
 INPUTS = LLAMA.inputs()
 
@@ -51,7 +51,7 @@ def test_an_adapter_acts_on_a_model_with_hooks(place: Callable[[nn.Module], nn.M
     model = place(LLAMA.build())
     base = outputs(LLAMA.build(), INPUTS)
     assert torch.equal(outputs(model, INPUTS), base)
-    randlora.inject(model, R, alpha=ALPHA, targets=LLAMA.targets)
+    randlora.inject(model, R, alpha=ALPHA, targets=LLAMA.targets, stream=peft_draw("dense"))
     assert torch.equal(outputs(model, INPUTS), base)
     fill(model)
     assert torch.equal(outputs(model, INPUTS), outputs(our_model(LLAMA), INPUTS))
@@ -69,7 +69,7 @@ def test_a_file_loads_into_a_model_with_hooks(place: Callable[[nn.Module], nn.Mo
 @every_placement
 def test_a_model_with_hooks_merges_and_ejects(place: Callable[[nn.Module], nn.Module]) -> None:
     model = place(LLAMA.build())
-    randlora.inject(model, R, alpha=ALPHA, targets=LLAMA.targets)
+    randlora.inject(model, R, alpha=ALPHA, targets=LLAMA.targets, stream=peft_draw("dense"))
     fill(model)
     adapted = outputs(model, INPUTS)
     with randlora.merged(model):
@@ -83,7 +83,7 @@ def adapted_and_offloaded(when: str) -> nn.Module:
     model = LLAMA.build()
     if when == "before":
         model = offloaded(model)
-    randlora.inject(model, R, alpha=ALPHA, targets=LLAMA.targets)
+    randlora.inject(model, R, alpha=ALPHA, targets=LLAMA.targets, stream=peft_draw("dense"))
     fill(model)
     return offloaded(model) if when == "after" else model
 

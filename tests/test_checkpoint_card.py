@@ -23,7 +23,7 @@ from tests.checkpoint_files import (
     peft_directory,
     trained,
 )
-from tests.peer import THEIR_WARNINGS
+from tests.peer import THEIR_WARNINGS, peft_draw
 
 
 def card_of(directory: Path) -> str:
@@ -102,7 +102,7 @@ THEIRS: dict[str, dict[str, Any]] = {"torch": {}, "sparse": {"basis": "sparse"}}
 @pytest.mark.parametrize("options", THEIRS.values(), ids=THEIRS)
 def test_the_cards_snippets_load_the_adapter(options: dict[str, Any], tmp_path: Path) -> None:
     trained_model = models.llama()
-    randlora.inject(trained_model, r=8, **options)
+    randlora.inject(trained_model, r=8, stream=peft_draw(options.get("basis", "dense")), **options)
     for parameter in randlora.trainable_parameters(trained_model):
         torch.nn.init.normal_(parameter, std=0.05)
     randlora.save(trained_model, tmp_path)

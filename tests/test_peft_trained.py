@@ -240,7 +240,7 @@ def test_embeddings_that_peft_saved_in_both_places_are_one_parameter_here(tmp_pa
 
 def test_save_says_where_peft_would_untie(tmp_path: Path) -> None:
     ours = our_model(GPT2, train_also=["wte"])
-    report = randlora.save(ours, tmp_path)
+    report = randlora.save(ours, tmp_path, bases="stored")
     assert report.notes == (
         "PEFT would untie transformer.wte.weight and lm_head.weight and change transformer.wte.weight alone",
     )
@@ -254,4 +254,4 @@ def test_save_says_nothing_of_untying_where_peft_would_not(make: Callable[[], nn
     model = make()
     names = ["wte"] if make is untied else [r"ln_f"]
     randlora.inject(model, 6, targets=GPT2.targets, train_also=names)
-    assert randlora.save(model, tmp_path).notes == ()
+    assert randlora.save(model, tmp_path, bases="stored").notes == ()

@@ -12,7 +12,7 @@ import randlora
 from tests import peer
 from tests.kit import fill, same_bits
 from tests.models import RealModel, outputs
-from tests.peer import ALPHA, R, assert_same_effect
+from tests.peer import ALPHA, R, assert_same_effect, peft_draw
 from tests.quantized import MODELS, Codes, every_codes, every_model, quantized_model
 
 pytestmark = peer.THEIR_WARNINGS
@@ -89,7 +89,7 @@ def test_our_adapter_of_codes_computes_the_same_in_peft(
     kind: RealModel, codes: Codes, bases: Literal["seed", "stored"], tmp_path: Path
 ) -> None:
     ours = quantized_model(kind, codes)
-    randlora.inject(ours, R, alpha=ALPHA, targets=kind.targets)
+    randlora.inject(ours, R, alpha=ALPHA, targets=kind.targets, stream=peft_draw("dense"))
     fill(ours)
     randlora.save(ours, tmp_path, bases=bases)
     theirs = PeftModel.from_pretrained(quantized_model(kind, codes), tmp_path).eval()
