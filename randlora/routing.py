@@ -49,6 +49,7 @@ class Routing:
         adapters: The names of the adapters, each once.
         index: The position in these of the adapter of each row, ``(rows,)``, or of each token, ``(rows, tokens)``.
         batch: The size of the batch of the running call of the model, a multiple of the rows; as many as rows before.
+        tokens: The size of the next dimension of its input, if there is one: layers may be given all tokens as rows.
         chosen: While a module runs for the rows of one adapter, a tuple of its name, or of ``None`` for the base.
         thread: The thread that it was made in.
     """
@@ -61,10 +62,10 @@ class Routing:
         index = torch.tensor([[position.get(name, BASE) for name in row] for row in rows])
         has_tokens = any(row is not None and not isinstance(row, str) for row in names)
         self.index = index if has_tokens else index.squeeze(1)
-        self.batch = len(rows)
+        self.batch, self.tokens = len(rows), 1
         self.chosen: tuple[str | None] | None = None
         self.thread = threading.get_ident()
-        self._sorted: dict[tuple[torch.Size, int, torch.device], Sorted] = {}
+        self._sorted: dict[tuple[torch.Size, int, int, torch.device], Sorted] = {}
 
     @contextmanager
     def choosing(self, adapter: str | None) -> Iterator[None]:
@@ -86,7 +87,7 @@ class Routing:
         Raises:
             AdapterError: If the rows of the batch cannot be told from the shape.
         """
-        key = shape, self.batch, device
+        key = shape, self.batch, self.tokens, device
         if key not in self._sorted:
             of_token = self._of_tokens(shape, module)
             order = of_token.argsort(stable=True)
@@ -112,11 +113,11 @@ class Routing:
                 )
             return self.index.flatten().repeat_interleave(tokens // self.index.numel())
         # the encoder of a model that generates with beams has as many rows as before, while the decoder has more
-        is_across = len(shape) > 1 and shape[0] not in (rows, self.batch) and shape[1] == self.batch
-        if not shape or shape[0] % rows or is_across:
+        known = {size * each for size in (rows, self.batch) for each in (1, self.tokens)}
+        if rows > 1 and shape[:1] not in {(size,) for size in known}:  # some of the tokens, perhaps, in another order
             raise AdapterError(
                 f"an adapted {module} was given an input of shape {(*shape, '...')}, whose first dimension is not the "
-                f"batch of {self.batch}: routed needs the rows of a batch in the first dimension; exclude the layer "
+                f"batch of {self.batch}, or all its tokens: routed needs the rows of a batch there; exclude the layer "
                 "when the adapter is made, or activate one adapter at a time"
             )
         return self.index.repeat_interleave(tokens // rows)

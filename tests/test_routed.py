@@ -211,9 +211,40 @@ def test_another_number_of_rows_is_an_error(model: nn.Module, shape: tuple[int, 
 
 def test_a_layer_that_does_not_tell_its_rows_is_an_error(model: nn.Module) -> None:
     with randlora.routed(model, ["a", "b"]):
-        for shape in ((3, 6), (4, 2, 6), (6,)):  # the second has its batch in another dimension
+        for shape in ((3, 6), (4, 2, 6), (6, 5, 6), (4, 6), (6,)):  # the second has its batch in another dimension
             with pytest.raises(AdapterError, match="whose first dimension is not the batch of 2"):
                 model.get_submodule("0")(torch.randn(shape))
+
+
+def test_some_of_the_tokens_are_an_error_and_all_of_them_are_not() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.chosen = nn.Linear(6, 6), 8
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.layer(x.flatten(0, 1)[: self.chosen])
+            return output
+
+    experts: Any = with_adapters(Experts(), ["a", "b"], targets=["layer"])
+    x = torch.randn(2, 4, 6)
+    expected = torch.cat([alone(experts, name, x)[part] for name, part in (("a", slice(4)), ("b", slice(4, 8)))])
+    with randlora.routed(experts, ["a", "b"]):
+        torch.testing.assert_close(experts(x), expected)
+        experts.chosen = 6  # an even number of tokens, which might be any
+        with pytest.raises(AdapterError, match="whose first dimension is not the batch of 2, or all its tokens"):
+            experts(x)
+
+
+def test_tokens_sorted_by_expert_are_an_error() -> None:
+    from transformers.models.llama4.modeling_llama4 import Llama4TextConfig, Llama4TextExperts
+
+    config = Llama4TextConfig(hidden_size=8, intermediate_size=8, num_local_experts=2)
+    model = nn.Sequential(Llama4TextExperts(config))
+    nn.init.normal_(model[0].get_parameter("gate_up_proj"))
+    randlora.inject(model, r=2, targets="all", name="a")
+    with randlora.routed(model, ["a", None]), pytest.raises(AdapterError, match="sorted by expert"):
+        model[0](torch.randn(4, 8))
 
 
 def test_unbatched_inputs_are_errors() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,14 @@ from torch.nn.parameter import is_lazy
 
 from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
+from randlora.errors import AdapterError
 from randlora.functional import Compute
 from randlora.functional.region import Region
 from randlora.functional.scratch import is_transformed
 from randlora.layers.adapted_stack import AdaptedStack, Own, Parts, Shared
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import register_layer, register_parameter
+from randlora.layers.rows import Rows
 from randlora.layers.update import Update
 from randlora.placement.dtensor import is_dtensor
 
@@ -59,6 +62,18 @@ class Experts(ReadWeight):
         weight, matrix = cls.weight_of(owner), super().shape_of(owner, config)
         assert weight is not None, "a stack of experts is a parameter"
         return matrix if config.experts == "shared" else (_shape(weight)[0], *matrix)
+
+    @classmethod
+    def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+        """Return which arguments have the rows: tokens in their order, and the experts that each goes to."""
+        rows = super().rows_of(owner, args, kwargs)
+        given = [*args, *kwargs.values()]
+        if not any(isinstance(each, Tensor) and each.dim() == 2 and len(each) == rows.size for each in given[1:]):
+            raise AdapterError(
+                f"an adapted {owner.randlora_base.__name__} is given tokens sorted by expert, in which routed cannot "
+                "tell the rows of the batch: exclude it when the adapter is made, or activate one adapter at a time"
+            )
+        return rows
 
     @staticmethod
     def in_storage_layout(delta: Tensor) -> Tensor:

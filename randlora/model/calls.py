@@ -49,7 +49,7 @@ def _tell_batch(root: nn.Module, routing: Routing, args: tuple[Any, ...], kwargs
             f"routed was given names for {rows} rows, and {type(root).__name__} was called with an input of shape "
             f"{tuple(x.shape)}, which has {size}: give a name, or None, for each"
         )
-    routing.batch = size
+    routing.batch, routing.tokens = size, x.shape[1] if x.dim() > 1 else 1
 
 
 def _is_generating() -> bool:
