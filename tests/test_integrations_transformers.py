@@ -304,6 +304,7 @@ def test_a_push_has_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with running_hub() as hub:
         point_client_at(hub.url, monkeypatch)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # a client that an earlier test may have made
         options = {"push_to_hub": True, "hub_model_id": "me/adapter", "hub_token": "hf_none", "max_steps": 2}
         run = trainer(adapted_model(), "run", **options)
         run.train()
