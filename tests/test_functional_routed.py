@@ -23,7 +23,8 @@ def updates(form: str, out: int, into: int, r: int, many: int) -> tuple[Case, li
     made = case(form, out, into, r)
     lam, gamma, _ = made.diagonals
     diagonals = [
-        Diagonals(torch.randn_like(lam), torch.randn_like(gamma), scaling) for scaling in torch.rand(many).tolist()
+        Diagonals(torch.randn_like(lam), torch.randn_like(gamma), scaling)
+        for scaling in torch.rand(many, dtype=torch.float64).tolist()
     ]
     return (
         made,
@@ -44,9 +45,9 @@ def test_each_token_gets_the_oracles_update(
     made, diagonals, deltas = updates(form, out, into, r, len(counts))
     x = torch.randn(sum(counts), into, dtype=torch.float64)
     found = routed_update(x, made.pair, diagonals, counts, is_wide=into <= out, compute=compute)
-    torch.testing.assert_close(found, expected(x, counts, deltas))
+    torch.testing.assert_close(found, expected(x, counts, deltas), rtol=1e-12, atol=1e-12)
     together = all_at_once(x, made.pair, diagonals, counts, is_wide=into <= out)
-    torch.testing.assert_close(together, expected(x, counts, deltas))
+    torch.testing.assert_close(together, expected(x, counts, deltas), rtol=1e-12, atol=1e-12)
 
 
 @every_form
@@ -65,7 +66,7 @@ def test_both_ways_without_gradients(
     made, diagonals, deltas = updates(form, *shape, 3, 3)
     x = torch.randn(6, shape[1], dtype=torch.float64)
     found = routed_update(x, made.pair, diagonals, [1, 3, 2], is_wide=shape[1] <= shape[0])
-    torch.testing.assert_close(found, expected(x, [1, 3, 2], deltas))
+    torch.testing.assert_close(found, expected(x, [1, 3, 2], deltas), rtol=1e-12, atol=1e-12)
     assert chosen == [is_term_by_term]
 
 

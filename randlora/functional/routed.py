@@ -71,7 +71,8 @@ def all_at_once(
 
 def _term_by_term(x: Tensor, pair: Pair, updates: Sequence[Adapted], counts: Sequence[int]) -> Tensor:
     """Compute the products without building any UA, which is larger than the few tokens repeated for each term."""
-    lam = torch.stack([one.lam for one in updates]).mul_(torch.tensor([[[one.factor]] for one in updates]))
+    lam = torch.stack([one.lam for one in updates])
+    lam.mul_(lam.new_tensor([one.factor for one in updates]).view(-1, 1, 1))
     lam = lam.repeat_interleave(torch.tensor(counts, device=lam.device), 0, output_size=len(x))
     if updates[0].is_wide:
         each = zip(x.split(list(counts)), updates, strict=True)

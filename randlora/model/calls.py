@@ -38,7 +38,7 @@ def check_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _tell_batch(root: nn.Module, routing: Routing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tell a routing how many rows the batch of a call has."""
+    """Record the size of the batch of a call of the model, after checking it."""
     given = [*args, *(kwargs[name] for name in BATCHES if name in kwargs), *kwargs.values()]
     x = next((value for value in given if isinstance(value, Tensor) and value.dim()), None)
     if x is None:
