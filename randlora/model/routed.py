@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 from torch import nn
 
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
-from randlora.model.change import all_or_nothing
 from randlora.model.install import lost_sites, require_own
-from randlora.model.switch import offloaded_diagonals
+from randlora.model.switch import offloaded_diagonals, without_active
 from randlora.placement.dtensor import reshard
 from randlora.routing import Routing
-from randlora.state import CHANGING, ModelState, adapted_root, require_unmerged
+from randlora.state import ModelState, require_unmerged
 from randlora.targets.walk import Census
 
 
-@contextmanager
-def routed(model: nn.Module, names: Sequence[str | None] | Sequence[Sequence[str | None]]) -> Iterator[None]:
+def routed(
+    model: nn.Module, names: Sequence[str | None] | Sequence[Sequence[str | None]]
+) -> AbstractContextManager[None]:
     """Run each row of a batch through its own adapter inside a ``with`` block, whichever adapters are active.
 
     A linear layer computes the base for the whole batch once, and adapters on the same bases share the product with
@@ -45,35 +45,19 @@ def routed(model: nn.Module, names: Sequence[str | None] | Sequence[Sequence[str
         >>> with randlora.routed(model, ["a", "b", None]):
         ...     y = model(torch.randn(3, 8))
     """
-    reshard(model)
-    root, state = adapted_root(model)
-    with CHANGING:
+
+    def checked(census: Census, state: ModelState) -> Routing:
+        reshard(census.model)
         require_unmerged(state, "route")
-        census = Census.of(root)
         require_own(census, state, "route")
         routing = _routing(names)
         raise_collected(AdapterError, _problems(state, routing), doing="route")
         used = [state.adapters[name] for name in routing.adapters]
         raise_collected(AdapterError, [*lost_sites(census, used), *offloaded_diagonals(census)], doing="route")
         state.require_exchangeable([], "route")
+        return routing
 
-    def end() -> None:
-        with CHANGING:
-            state.ended.append(routing)
-            state.require_loaded(root)
-            state.adopt_parameters(root)
-
-    try:
-        with CHANGING, all_or_nothing(census, state):
-            state.open_block(routing)
-            state.install_parameters()
-        yield
-    finally:
-        try:
-            end()
-        except BaseException:  # an interrupt, after which nothing else would
-            end()
-            raise
+    return without_active(model, checked)
 
 
 def _routing(names: object) -> Routing:

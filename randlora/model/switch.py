@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from numbers import Real
 
@@ -139,8 +139,7 @@ def activate(
         warn_of_unknown(root)
 
 
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
+def disabled(model: nn.Module) -> AbstractContextManager[None]:
     """Disable all adapters inside a ``with`` block, so that the model computes as without adapters.
 
     Blocks can be nested. The previous state is restored on exit, even after an exception. In a copy of the model that
@@ -151,8 +150,26 @@ def disabled(model: nn.Module) -> Iterator[None]:
             parameters inside that an adapter trains copies of: the adapters are disabled then until its hooks are
             removed and another function is called.
     """
+
+    def checked(census: Census, state: ModelState) -> object:
+        require_unmerged(state, "disable")
+        require_own(census, state, "disable the adapters")
+        state.require_exchangeable([], "disable the adapters")
+        return object()
+
+    return without_active(model, checked)
+
+
+@contextmanager
+def without_active(model: nn.Module, checked: Callable[[Census, ModelState], object]) -> Iterator[None]:
+    """Run a block in which the active adapters are not, and end it even after an exception or an interrupt.
+
+    Args:
+        model: A model with adapters.
+        checked: Checks the model, without changing it, and returns what `ModelState.open_block` takes.
+    """
     root, state = adapted_root(model)
-    block = object()
+    block: object = None
 
     def end() -> None:
         with CHANGING:
@@ -162,10 +179,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
     try:
         with CHANGING:
-            require_unmerged(state, "disable")
             census = Census.of(root)
-            require_own(census, state, "disable the adapters")
-            state.require_exchangeable([], "disable the adapters")
+            block = checked(census, state)
             with all_or_nothing(census, state):
                 state.open_block(block)
                 state.install_parameters()
