@@ -21,6 +21,9 @@ SPARED = tuple(
 )
 """Files of the standard library in which nothing is raised."""
 
+LOCKS = type(threading.Lock()), type(threading.RLock())
+"""What a ``with`` statement calls to take and to release; raising there would leave a lock taken for ever."""
+
 
 class Fault(BaseException):
     """Raised at the k-th call."""
@@ -36,12 +39,14 @@ class Faults:
     def __init__(self, k: int | None = None) -> None:
         self.k, self.calls, self.is_open = k, 0, False
 
-    def __call__(self, frame: FrameType, event: str, arg: object) -> None:  # noqa: ARG002
+    def __call__(self, frame: FrameType, event: str, arg: object) -> None:
         if frame.f_code is GUARD:
             self.is_open = event == "return" and self.calls == 0  # as it yields to the block, until it goes on
             return
         files = [each.f_code.co_filename for each in (frame, frame.f_back) if each is not None]
         if not self.is_open or event not in ("call", "c_call") or any(file.startswith(SPARED) for file in files):
+            return
+        if isinstance(getattr(arg, "__self__", None), LOCKS):
             return
         self.calls += 1
         if self.calls == self.k:
