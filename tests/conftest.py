@@ -18,7 +18,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which accelerate
 torch.set_num_threads(1)  # the tests run in parallel, and on small tensors threads only get in each other's way
 
 settings.register_profile("quick", max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("ci", max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("long", max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 

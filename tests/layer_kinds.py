@@ -113,10 +113,18 @@ every_dense_kind = pytest.mark.parametrize(
 compiles_codes = pytest.mark.skipif(
     TorchVersion(torch.__version__) < "2.7", reason="the compiler of torch 2.6 does not know bitsandbytes' parameters"
 )
-every_kind_compiled = pytest.mark.parametrize(
-    "kind",
-    [pytest.param(kind, marks=[compiles_codes] * kind.is_quantized) for kind in LAYER_KINDS],
-    ids=lambda kind: kind.name,
+COMPILED = "Linear", "Conv1D", "NF4-double", "8bit-outliers"
+"""What `make test` compiles; `make slow` compiles the others."""
+
+
+def _compiled(kind: LayerKind) -> Any:
+    marks = [compiles_codes] * kind.is_quantized + [pytest.mark.slow] * (kind.name not in COMPILED)
+    return pytest.param(kind, marks=marks)
+
+
+every_kind_compiled = pytest.mark.parametrize("kind", map(_compiled, LAYER_KINDS), ids=lambda kind: kind.name)
+every_kind_of_4_bits_compiled = pytest.mark.parametrize(
+    "kind", [_compiled(kind) for kind in LAYER_KINDS if kind.keeps_dtype], ids=lambda kind: kind.name
 )
 every_quantized_kind = pytest.mark.parametrize(
     "kind", [kind for kind in LAYER_KINDS if kind.is_quantized], ids=lambda kind: kind.name

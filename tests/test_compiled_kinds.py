@@ -54,7 +54,6 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Call]] = {
     "convolution": (lambda: nn.Conv1d(WIDTH, WIDTH, 3, padding=1), lambda layer, x: layer(x.T.unsqueeze(0))[0].T),
     "embedding": (lambda: nn.Embedding(2 * WIDTH, WIDTH), lambda layer, x: x + layer(x.argmax(-1))),
 }
-every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 class Block(nn.Module):
@@ -131,7 +130,9 @@ def test_blocks_compiled_one_by_one_take_as_many_graphs_as_plain_ones(
     assert graphs[1] <= graphs[0] + 1
 
 
-@every_kind
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in ("linear", "experts") else [pytest.mark.slow]) for kind in KINDS]
+)
 def test_checkpointed_blocks_compile_to_one_graph_under_autocast(kind: str) -> None:
     model = adapted(Blocks(kind, checkpointed=True), kind)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

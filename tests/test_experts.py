@@ -60,6 +60,7 @@ MODELS = (mixtral, qwen3_moe, gpt_oss, deepseek_v3)
 every_model = pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 every_implementation = pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 each_or_shared = pytest.mark.parametrize("experts", ["each", "shared"])
+each_or_slowly_shared = pytest.mark.parametrize("experts", ["each", pytest.param("shared", marks=pytest.mark.slow)])
 STACKS = ["gate_up_proj", "down_proj"]
 EXPERTS = ["mlp.experts"]
 
@@ -277,7 +278,7 @@ def test_the_gradients_of_all_experts_are_stacked_once() -> None:
     assert names.count("_AdaptedLinearBackward") == 4 * len(STACKS)
 
 
-@each_or_shared
+@each_or_slowly_shared
 @pytest.mark.medium
 def test_a_compiled_model_computes_the_same(experts: Any) -> None:
     model = made(mixtral, "grouped_mm", torch.float32)

@@ -19,7 +19,14 @@ from randlora.targets.walk import Census
 from tests.in_place_models import Reading, Tables, X, adapt, given, of_kind, register
 from tests.kit import fill, same_bits
 from tests.laws import assert_close, needs_export
-from tests.layer_kinds import LAYER_KINDS, LayerKind, every_dense_kind, every_kind, every_kind_compiled
+from tests.layer_kinds import (
+    LAYER_KINDS,
+    LayerKind,
+    every_dense_kind,
+    every_kind,
+    every_kind_compiled,
+    every_kind_of_4_bits_compiled,
+)
 from tests.models import BERT, GPT2, LLAMA, RealModel, outputs
 
 HOOKS = [name for name in vars(nn.Linear(1, 1)) if name.endswith("_hooks") or "_hooks_with" in name]
@@ -205,7 +212,7 @@ def test_an_exported_program_computes_the_same(kind: LayerKind, strict: bool) ->
 
 @pytest.mark.medium
 @needs_export
-@pytest.mark.parametrize("kind", [kind for kind in LAYER_KINDS if kind.keeps_dtype], ids=lambda kind: kind.name)
+@every_kind_of_4_bits_compiled
 def test_an_exported_program_of_4_bits_computes_the_same(kind: LayerKind) -> None:
     model = adapt(of_kind(kind))
     program = torch.export.export(model, (X,), strict=True)  # bitsandbytes' plain layers export in no other way

@@ -105,7 +105,11 @@ MODELS = (
     Vision("unet", _unet, _noise, {"convolution": 33, "linear": 50}),
     Vision("flux", _flux, _patches, {"linear": 28}),
 )
-every_model = pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.name)
+every_model = pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] if kind.name == "convnext_tiny" else []) for kind in MODELS],
+    ids=lambda kind: kind.name,
+)
 
 
 def has_weight(_: str, module: nn.Module) -> bool:
