@@ -24,6 +24,7 @@ from randlora.errors import RandLoRAError as RandLoRAError
 from randlora.files.load_model import load_model as load_model
 from randlora.layers.base import AdapterLayer as AdapterLayer
 from randlora.layers.registry import register_layer as register_layer
+from randlora.model.combine import combine as combine
 from randlora.model.inject import eject as eject
 from randlora.model.inject import inject as inject
 from randlora.model.inject import plan as plan
@@ -57,6 +58,7 @@ __all__ = [
     "activate",
     "adapters",
     "check_ranks",
+    "combine",
     "delta_weight",
     "disabled",
     "eject",

@@ -306,7 +306,8 @@ def _weights(names: str | Iterable[str] | Mapping[str, float]) -> dict[str, floa
     return dict.fromkeys(listed, 1.0)
 
 
-def _activation_problems(state: ModelState, weights: Mapping[str, float]) -> list[str]:
+def factor_problems(state: ModelState, weights: Mapping[str, float]) -> list[str]:
+    """Return messages about names that no adapter has, and about factors that are no finite numbers."""
     known = ", ".join(state.adapters)
     unknown = [name for name in weights if name not in state.adapters]
     problems = [f"the model has no adapter named {name!r}: it has {known}" for name in unknown]
@@ -315,6 +316,11 @@ def _activation_problems(state: ModelState, weights: Mapping[str, float]) -> lis
             problems.append(f"the weight of {name!r} must be a finite number, got {shortly(weight)}")
         elif abs(weight) > LARGEST_FACTOR:
             problems.append(f"the weight of {name!r} must be at most {LARGEST_FACTOR:g} in size, got {shortly(weight)}")
+    return problems
+
+
+def _activation_problems(state: ModelState, weights: Mapping[str, float]) -> list[str]:
+    problems = factor_problems(state, weights)
     problems += [
         f"{name!r} trained {fqn} of shape {was}, and the model has {now} now: load an adapter of the new shape"
         for name in weights.keys() & state.adapters.keys()
