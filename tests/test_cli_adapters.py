@@ -115,6 +115,22 @@ def test_convert_to_lora_prints_every_error(tmp_path: Path, capsys: pytest.Captu
     assert "rank_pattern" in out
 
 
+def test_convert_writes_for_other_servers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, _ = our_directory(LLAMA, tmp_path)
+    words = ("--to", "lora", "--tolerance", "0.3")
+    code, out, _ = run(capsys, "convert", source, tmp_path / "one", *words, "--same-rank")
+    assert code == 0
+    assert "padded with zeros to rank" in out
+    words = ("--to", "lora", "--rank", "32")
+    more = ("--format", "diffusers", "--component", "unet")
+    code, found = run_json(capsys, "convert", source, tmp_path / "pipe", *words, *more)
+    assert (code, found["notes"]) == (0, ["for 'unet' of a pipeline: component= names another of its models"])
+    assert (tmp_path / "pipe" / "pytorch_lora_weights.safetensors").exists()
+    code, out, _ = run(capsys, "convert", source, tmp_path / "diff", "--to", "diff")
+    assert code == 0
+    assert "for 'diffusion_model'" in out
+
+
 def test_convert_of_a_file_of_peft_takes_a_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, _ = their_directory(LLAMA, tmp_path)
     words = ("convert", source, tmp_path / "native", "--to", "native")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.targets.walk import Census
+from tests.diffusion_models import flux, noise, patches, unet
 from tests.kit import all_bits, fill, same_bits
 from tests.models import reproducible
 from tests.peer import THEIR_WARNINGS
@@ -46,55 +47,6 @@ def _torchvision(name: str) -> Callable[[], nn.Module]:
     return build
 
 
-def _unet() -> nn.Module:
-    import diffusers
-
-    options: dict[str, Any] = {
-        "block_out_channels": (16, 32),
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": 16,
-        "attention_head_dim": 4,
-        "norm_num_groups": 8,
-    }
-    return reproducible(lambda: diffusers.UNet2DConditionModel(sample_size=8, layers_per_block=1, **options))
-
-
-def _flux() -> nn.Module:
-    import diffusers
-
-    options: dict[str, Any] = {
-        "num_attention_heads": 2,
-        "joint_attention_dim": 24,
-        "pooled_projection_dim": 12,
-        "axes_dims_rope": [4, 4, 8],
-    }
-    return reproducible(
-        lambda: diffusers.FluxTransformer2DModel(
-            in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, **options
-        )
-    )
-
-
-def _noise() -> dict[str, Any]:
-    return {
-        "sample": torch.randn(2, 4, 8, 8),
-        "timestep": torch.tensor([3, 500]),
-        "encoder_hidden_states": torch.randn(2, 5, 16),
-    }
-
-
-def _patches() -> dict[str, Any]:
-    return {
-        "hidden_states": torch.randn(2, 16, 4),
-        "encoder_hidden_states": torch.randn(2, 6, 24),
-        "pooled_projections": torch.randn(2, 12),
-        "timestep": torch.tensor([0.3, 0.5]),
-        "img_ids": torch.zeros(16, 3),
-        "txt_ids": torch.zeros(6, 3),
-    }
-
-
 def _image() -> dict[str, Any]:
     return {"x": torch.randn(2, 3, 32, 32)}
 
@@ -102,8 +54,8 @@ def _image() -> dict[str, Any]:
 MODELS = (
     Vision("resnet18", _torchvision("resnet18"), _image, {"convolution": 20, "linear": 1}),
     Vision("convnext_tiny", _torchvision("convnext_tiny"), _image, {"convolution": 22, "linear": 37}),
-    Vision("unet", _unet, _noise, {"convolution": 33, "linear": 50}),
-    Vision("flux", _flux, _patches, {"linear": 28}),
+    Vision("unet", unet, noise, {"convolution": 33, "linear": 50}),
+    Vision("flux", flux, patches, {"linear": 28}),
 )
 every_model = pytest.mark.parametrize(
     "kind",

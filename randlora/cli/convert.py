@@ -20,9 +20,26 @@ from randlora.cli.shared import (
     show_json,
 )
 from randlora.files.convert import Format
+from randlora.files.lora_layouts import Layout
+from randlora.files.pipeline_parts import Component
 
 Out = Annotated[Path, Argument(help="The directory to write.")]
 To = Annotated[Format, Option(help="What to write.")]
+ForReader = Annotated[
+    Layout | None,
+    Option("--format", help="For `lora`: whose files to write.  [default: peft]"),
+]
+SameRank = Annotated[
+    bool,
+    Option("--same-rank", help="For `lora`: pad all factors with zeros to one rank: SGLang and llama.cpp need it."),
+]
+Part = Annotated[
+    Component | None,
+    Option(
+        "--component",
+        help="For `diffusers` and `diff`: the pipeline's model that the adapter is for.  [default: by its names]",
+    ),
+]
 Rank = Annotated[int | None, Option(help="For `lora`: the rank of every layer.")]
 Tolerance = Annotated[
     float | None, Option(help="For `lora`: the largest relative error of a layer's update.  [default: 0.05]")
@@ -34,22 +51,28 @@ def convert(
     adapter_dir: AdapterDir,
     out: Out,
     to: To,
+    layout: ForReader = None,
     rank: Rank = None,
     tolerance: Tolerance = None,
+    same_rank: SameRank = False,  # noqa: FBT002
+    component: Part = None,
     base: BaseForShapes = None,
     prefix: Prefix = None,
     stream: FileStream = None,
     overwrite: Overwrite = False,  # noqa: FBT002
     as_json: AsJson = False,  # noqa: FBT002
 ) -> None:
-    """Write an adapter in another format: `peft`, `native` or `lora`.
+    """Write an adapter in another format: `peft`, `native`, `lora` or `diff`.
 
     PEFT can load `peft`; the file holds the bases if PEFT would draw others. `native` has checksums, and the bases only
     if no seed reproduces them. Both are exact.
 
-    `lora` is a PEFT LoRA, for servers that read nothing else: a low-rank approximation of each layer's update. Every
-    layer's error is printed. If one exceeds the tolerance, nothing is written. With `--rank`, every layer has that
-    rank, without it the smallest within the tolerance.
+    `lora` is for servers that read nothing else: a low-rank approximation of each layer's update. Every layer's error
+    is printed. If one exceeds the tolerance, nothing is written. With `--rank`, every layer has that rank, without it
+    the smallest within the tolerance. `--format` tells whose files to write: those of PEFT, which vLLM, SGLang and
+    llama.cpp's converter read too, of diffusers or of mlx-lm.
+
+    `diff` has every update in full, under ComfyUI's keys: exact, and as large as the weights.
 
     **Examples**
 
@@ -58,14 +81,19 @@ def convert(
     `randlora convert from-peft mine --to native --base Llama-3-8B`
 
     `randlora convert my-adapter a-lora --to lora --rank 64 --tolerance 0.3`
+
+    `randlora convert my-adapter for-pipeline --to lora --format diffusers`
     """
     with progress_bar() as progress:
         report = files.convert(
             adapter_dir,
             out,
             to,
+            format=layout,
             rank=rank,
             tolerance=tolerance,
+            same_rank=same_rank,
+            component=component,
             base=base,
             prefix=prefix,
             stream=stream,

@@ -1,4 +1,4 @@
-"""`randlora.files.convert`: writing an adapter for this library, for PEFT, or as a LoRA."""
+"""`randlora.files.convert`: writing an adapter for this library, for PEFT, as a LoRA, or as full updates."""
 
 from __future__ import annotations
 
@@ -21,16 +21,27 @@ from randlora.checkpoint.format import (
 from randlora.checkpoint.keys import basis_keys
 from randlora.checkpoint.limits import require_drawable
 from randlora.checkpoint.peft_config import UNREAD_FIELDS, option_fields, peft_obstacle, unknown_to_peft
-from randlora.checkpoint.write import write_adapter, write_planned
+from randlora.checkpoint.write import write_adapter
 from randlora.config import Stream
 from randlora.disk.replace import NEW, scratch_for
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.adapter import OpenAdapter, open_adapter
-from randlora.files.to_lora import Lora, LoraLayer, to_lora
+from randlora.files.full_diff import full_diff
+from randlora.files.lora_layouts import (
+    WEIGHTS,
+    AdapterFiles,
+    Layout,
+    diffusers_files,
+    layout_problems,
+    mlx_files,
+    peft_files,
+)
+from randlora.files.pipeline_parts import OWN_NAMES, Component, recognized
+from randlora.files.to_lora import Factors, LoraLayer, low_rank_factors, not_linear
 from randlora.hints import require_types
 from randlora.report import Progress, as_bytes, as_lines, no_progress, table
 
-Format = Literal["peft", "native", "lora"]
+Format = Literal["peft", "native", "lora", "diff"]
 
 
 @dataclass(frozen=True)
@@ -78,8 +89,11 @@ def convert(
     out: str | os.PathLike[str],
     to: Format = "peft",
     *,
+    format: Layout | None = None,  # noqa: A002 - what the files are called
     rank: int | None = None,
     tolerance: float | None = None,
+    same_rank: bool = False,
+    component: Component | None = None,
     base: str | os.PathLike[str] | None = None,
     prefix: str | None = None,
     stream: Stream | None = None,
@@ -89,17 +103,25 @@ def convert(
     """Write an adapter in another format, to another directory.
 
     ``"peft"`` can be loaded by PEFT 0.21.2: the file holds the bases if PEFT would draw others. ``"native"`` has this
-    library's header with its checksums, and the bases only if no seed reproduces them. ``"lora"`` is a PEFT LoRA, which
-    other servers read too: a low-rank approximation of every layer's update. Nothing is written if the error of a layer
-    exceeds the tolerance.
+    library's header with its checksums, and the bases only if no seed reproduces them. ``"lora"`` is for servers that
+    know nothing else: a low-rank approximation of every layer's update, in the files of PEFT, diffusers or mlx-lm.
+    Nothing is written if the error of a layer exceeds the tolerance. ``"diff"`` is exact too: every update in full,
+    under the keys by which ComfyUI adds it to a weight.
 
     Args:
         directory: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote; it does not change.
         out: Another directory, to write to.
         to: The format.
+        format: For ``"lora"``, whose files to write: ``"peft"``, the default, which vLLM, SGLang and llama.cpp's
+            converter read too, ``"diffusers"`` or ``"mlx"``.
         rank: For ``"lora"``, the rank of every layer; ``None`` for the smallest of each layer within the tolerance.
         tolerance: For ``"lora"``, the largest accepted relative error of a layer's update, in the Frobenius norm;
             ``None`` means 0.05. 1 accepts anything.
+        same_rank: For ``"lora"``, whether to pad all factors with zeros to the highest rank. Those of diffusers and
+            mlx-lm always are; SGLang and llama.cpp need it too, unless ``rank`` gives all layers one.
+        component: For diffusers and ``"diff"``, which of a pipeline's models the adapter is for: ``"unet"``,
+            ``"transformer"``, ``"text_encoder"`` or ``"text_encoder_2"``, with their names in diffusers. For ``"diff"``
+            also ``"diffusion_model"``, with the names that its authors gave. ``None`` recognizes it by the names.
         base: The directory of the base model, whose headers give the layers' shapes. PEFT does not store them, so its
             files need it for ``"native"`` and ``"lora"``.
         prefix: The prefix by which the names in the adapter and in the base model differ, as in `randlora.load`. The
@@ -118,7 +140,8 @@ def convert(
     """
     require_types(convert, locals())
     source, target = Path(directory), Path(out)
-    raise_collected(ConfigError, _option_problems(to, rank, tolerance), doing="convert")
+    problems = _option_problems(to, format, rank, tolerance, component, same_rank=same_rank)
+    raise_collected(ConfigError, problems, doing="convert")
     whole = Path(os.path.realpath(target))  # unlike Path.resolve, of links in a circle too
     if Path(os.path.realpath(source)) in (whole, *whole.parents):
         raise CheckpointError(f"cannot convert {str(source)!r} into itself: choose another directory")
@@ -126,28 +149,67 @@ def convert(
         raise CheckpointError(f"{target} is a file or a broken link: expected the name of a directory to write to")
     if not overwrite and target.is_dir() and any(target.iterdir()):
         raise CheckpointError(f"{target} exists and is not empty: choose another name, or ask for overwriting")
+    weights = WEIGHTS.get(to if to == "diff" else format or "peft")
+    if others := sorted(name for name in set(WEIGHTS.values()) - {weights} if (target / name).exists()):
+        raise CheckpointError(f"{target} holds files of another format, such as {others[0]}: choose another directory")
     adapter = open_adapter(source, base, prefix, stream)
     assumed = (*adapter.file.doubts, *stream_notes(adapter.file))
     if to == "lora":
         with scratch_for(target.resolve()) as scratch:
-            (factors := scratch / NEW).mkdir()
-            lora = to_lora(adapter, rank, tolerance, factors, progress)
-            nbytes = write_planned(target, lora.fields, lora.tensors)
-        return ConversionReport(source, target, to, nbytes, lora.layers, (*assumed, *_lora_notes(lora)))
+            (room := scratch / NEW).mkdir()
+            doing = "convert to a LoRA"
+            raise_collected(ConfigError, not_linear(adapter) + layout_problems(adapter, format or "peft"), doing=doing)
+            factors = low_rank_factors(adapter, rank, tolerance, room, progress)
+            files = _lora_files(adapter, factors, format, component, same_rank=same_rank)
+            nbytes = files.write(target)
+        layers = tuple(each.layer for each in factors)
+        return ConversionReport(source, target, to, nbytes, layers, (*assumed, *files.notes))
+    if to == "diff":
+        files = full_diff(adapter, component or recognized(adapter.require_shapes(), OWN_NAMES), progress)
+        nbytes = files.write(target)
+        progress(len(files.tensors), len(files.tensors), "done")
+        return ConversionReport(source, target, to, nbytes, (), (*assumed, *files.notes))
     fields, tensors, header, notes = _contents(adapter, to)
     nbytes = write_adapter(target, fields, tensors, header)
     return ConversionReport(source, target, to, nbytes, (), (*assumed, *notes))
 
 
-def _option_problems(to: Format, rank: int | None, tolerance: float | None) -> list[str]:
+def _option_problems(
+    to: Format,
+    layout: Layout | None,
+    rank: int | None,
+    tolerance: float | None,
+    component: Component | None,
+    *,
+    same_rank: bool,
+) -> list[str]:
     problems = []
     if to != "lora" and (rank is not None or tolerance is not None):
         problems.append(f"rank and tolerance are for to='lora': {to!r} is exact")
+    if to != "lora" and (layout is not None or same_rank):
+        problems.append(f"format and same_rank are for to='lora', not {to!r}")
+    if component is not None and not (to == "diff" or layout == "diffusers"):
+        problems.append("component is for to='diff', and for to='lora' with format='diffusers'")
+    if component == OWN_NAMES and layout == "diffusers":
+        problems.append(f"component={component!r} is for to='diff': pipelines of diffusers have no such part")
     if rank is not None and rank <= 0:
         problems.append(f"rank must be a positive integer, got {rank!r}")
     if tolerance is not None and not 0 <= tolerance <= 1:
         problems.append(f"tolerance must be a number in [0, 1], got {tolerance!r}")
     return problems
+
+
+def _lora_files(
+    adapter: OpenAdapter,
+    factors: tuple[Factors, ...],
+    layout: Layout | None,
+    component: Component | None,
+    *,
+    same_rank: bool,
+) -> AdapterFiles:
+    if layout == "diffusers":
+        return diffusers_files(factors, component or recognized(adapter.require_shapes(), "transformer"))
+    return mlx_files(adapter, factors) if layout == "mlx" else peft_files(adapter, factors, same_rank=same_rank)
 
 
 def _contents(
@@ -202,15 +264,3 @@ def _filled_up(stored: Mapping[str, Tensor], header: Header) -> dict[str, Tensor
         padding = (0, 0, 0, num_bases - basis_B.shape[1], 0, max_dim - len(basis_B))
         wide[key_B] = F.pad(basis_B, padding).contiguous()
     return wide
-
-
-def _lora_notes(lora: Lora) -> tuple[str, ...]:
-    notes = []
-    if lora.fields["rank_pattern"]:
-        notes.append(
-            "the ranks differ between layers: a server must read rank_pattern and alpha_pattern, as PEFT does, or use "
-            "a scaling of 1; rank=N gives all layers one rank"
-        )
-    if len(lora.tensors) > 2 * len(lora.layers):
-        notes.append("parameters trained with the adapter are included: not every server reads them")
-    return tuple(notes)
