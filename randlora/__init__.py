@@ -35,6 +35,7 @@ from randlora.model.merge import unmerge as unmerge
 from randlora.model.merged_tensors import merged_tensors as merged_tensors
 from randlora.model.prepare import prepare_quantized as prepare_quantized
 from randlora.model.ranks import check_ranks as check_ranks
+from randlora.model.rename import rename as rename
 from randlora.model.routed import routed as routed
 from randlora.model.switch import activate as activate
 from randlora.model.switch import adapters as adapters
@@ -42,7 +43,8 @@ from randlora.model.switch import delta_weight as delta_weight
 from randlora.model.switch import disabled as disabled
 from randlora.model.switch import remove as remove
 from randlora.model.switch import set_compute as set_compute
-from randlora.model.switch import trainable_parameters as trainable_parameters
+from randlora.model.trainable import set_trainable as set_trainable
+from randlora.model.trainable import trainable_parameters as trainable_parameters
 from randlora.report import Report as Report
 from randlora.targets.select import find_targets as find_targets
 
@@ -75,9 +77,11 @@ __all__ = [
     "prepare_quantized",
     "register_layer",
     "remove",
+    "rename",
     "routed",
     "save",
     "set_compute",
+    "set_trainable",
     "trainable_parameters",
     "training_memory",
     "unmerge",

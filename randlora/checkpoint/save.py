@@ -33,8 +33,8 @@ from randlora.layers.diagonals import diagonal_shapes
 from randlora.model.install import lost_sites, require_own
 from randlora.model.ranks import ranks_holding
 from randlora.model.save_guard import SaveGuard
-from randlora.model.switch import adapter_parameters
 from randlora.model.train_also import lost_parameters
+from randlora.model.trainable import adapter_parameters
 from randlora.placement.dtensor import reshard
 from randlora.placement.place import whole
 from randlora.placement.ranks import agreed, in_step, one_writes

@@ -20,8 +20,9 @@ from randlora.layers.combined import Combined, Method, combined
 from randlora.model.change import one_at_a_time
 from randlora.model.install import commit, lost_sites, owned_state, prepare
 from randlora.model.ranks import ranks_holding
-from randlora.model.switch import factor_problems, offloaded_diagonals
+from randlora.model.switch import factor_problems
 from randlora.model.train_also import lost_parameters, replacements
+from randlora.model.trainable import offloaded_diagonals
 from randlora.placement.dtensor import reshard
 from randlora.placement.place import whole
 from randlora.placement.ranks import agreed, in_step

@@ -77,6 +77,27 @@ def owned_state(census: Census, name: str, doing: str) -> ModelState:
     state = attached_state(model) or ModelState()
     state.require_loaded(model)
     state.adopt_parameters(model)
+    _require_name(name, doing)
+    require_own(census, state, doing)
+    unfit = [held.fqn for held in census.parameters if not held.parameter.is_leaf]
+    if unfit:
+        raise AdapterError(f"cannot {doing}: {unfit[0]} is not a leaf tensor and cannot be frozen; detach it")
+    require_unmerged(state, doing)
+    require_new_name(state, name, doing)
+    return state
+
+
+def require_new_name(state: ModelState, name: str, doing: str) -> None:
+    """Check that an adapter can have a name that no other has; else raise `AdapterError`."""
+    _require_name(name, doing)
+    if name in state.adapters:
+        raise AdapterError(
+            f"cannot {doing} {name!r}: the model has an adapter of that name; remove it, or choose another name"
+        )
+
+
+def _require_name(name: str, doing: str) -> None:
+    """Check that an adapter can have a name; else raise `AdapterError`."""
     # torch.export writes the names of parameters as code
     is_name = isinstance(name, str) and name and name.isprintable() and "." not in name
     if not is_name or keyword.iskeyword(name) or name in dir(Gamma()):
@@ -84,16 +105,6 @@ def owned_state(census: Census, name: str, doing: str) -> ModelState:
             f"cannot {doing} an adapter named {shortly(name)}: expected a printable name without dots, "
             "not an attribute of ParameterDict or a keyword of Python"
         )
-    require_own(census, state, doing)
-    unfit = [held.fqn for held in census.parameters if not held.parameter.is_leaf]
-    if unfit:
-        raise AdapterError(f"cannot {doing}: {unfit[0]} is not a leaf tensor and cannot be frozen; detach it")
-    require_unmerged(state, doing)
-    if name in state.adapters:
-        raise AdapterError(
-            f"cannot {doing} {name!r}: the model has an adapter of that name; remove it, or choose another name"
-        )
-    return state
 
 
 def require_own(census: Census, state: ModelState, doing: str) -> None:

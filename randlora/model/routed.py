@@ -10,7 +10,8 @@ from torch import nn
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
 from randlora.model.install import lost_sites, require_own
-from randlora.model.switch import offloaded_diagonals, without_active
+from randlora.model.switch import without_active
+from randlora.model.trainable import offloaded_diagonals
 from randlora.placement.dtensor import reshard
 from randlora.routing import Routing
 from randlora.state import ModelState, require_unmerged

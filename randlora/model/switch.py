@@ -16,17 +16,16 @@ from randlora.functional import Compute
 from randlora.hints import is_finite, require_types, shortly
 from randlora.layer_options import LayerOptions
 from randlora.layers.in_place import drop_adapter
-from randlora.model.averaging import require_averaged
-from randlora.model.change import all_or_nothing, one_at_a_time, set_requires_grad
+from randlora.model.change import all_or_nothing, one_at_a_time
 from randlora.model.inject import eject
 from randlora.model.install import lost_sites, require_detachable, require_own, shared_slots
 from randlora.model.reducers import warn_of_unknown
 from randlora.model.train_also import lost_parameters
+from randlora.model.trainable import adapter_parameters, offloaded_diagonals, require_trainable, train
 from randlora.placement.dtensor import reshard
 from randlora.replaced import whole_shape
-from randlora.state import CHANGING, Adapter, ModelState, adapted_root, is_adapted, require_unmerged
+from randlora.state import CHANGING, ModelState, adapted_root, is_adapted, require_unmerged
 from randlora.targets.match import nearest_names
-from randlora.targets.obstacles import offloaded_with
 from randlora.targets.walk import Census
 
 
@@ -119,23 +118,16 @@ def activate(
     weights = _weights(names)
     raise_collected(AdapterError, _activation_problems(state, weights), doing="activate")
     state.require_exchangeable([name for name in state.adapters if name in weights], "activate")
+    chosen = [state.adapters[name] for name in weights]
     if trainable:
-        parts = [
-            (each.owner, each.layer, name) for each in census.adapted for name in weights if name in each.layer.adapters
-        ]
-        copies = [state.replaced[fqn] for name in weights for fqn in state.adapters[name].trained]
-        require_averaged(root, parts, copies)
+        require_trainable(census, state, chosen)
     with all_or_nothing(census, state):
         state.activate(weights)
         for site in census.adapted:
             site.layer.seat(site.owner)
         state.install_parameters()
         if trainable is not None:
-            for name in weights:
-                for parameter in adapter_parameters(census, state.adapters[name]):
-                    set_requires_grad(parameter, trainable)
-            if state.averaging is not None:
-                state.averaging(root)
+            train(census, state, chosen, trainable=trainable)
         warn_of_unknown(root)
 
 
@@ -223,28 +215,6 @@ def remove(model: nn.Module, name: str) -> None:
         state.forget_unused()
 
 
-def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters to train: Λ and Γ of the trainable adapters, and those named by ``train_also``.
-
-    Example:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
-        >>> _ = randlora.inject(model, r=4)
-        >>> optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=1e-3)
-
-    Raises:
-        AdapterError: If the model has no adapter, or no longer has all of what an adapter trains, because a module was
-            replaced, removed or resized, or accelerate offloads Λ and Γ.
-    """
-    reshard(model)
-    root, state = adapted_root(model)
-    census = Census.of(root)
-    adapters = state.adapters.values()
-    lost = [*lost_sites(census, adapters), *lost_parameters(state, adapters)]
-    raise_collected(AdapterError, [*lost, *offloaded_diagonals(census)], doing="train the adapters")
-    for adapter in adapters:
-        yield from (parameter for parameter in adapter_parameters(census, adapter) if parameter.requires_grad)
-
-
 def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tensor:
     """Compute the update of one layer's weight.
 
@@ -272,25 +242,6 @@ def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tens
     weights = state.active if name is None else {state.adapter(name).name: 1.0}
     site = sites[fqn]
     return site.layer.delta_weight(site.owner, weights)
-
-
-def offloaded_diagonals(census: Census) -> list[str]:
-    """Return messages about weights whose Λ and Γ accelerate offloads, with all of a module around them."""
-    offloaded = offloaded_with(census)
-    return [
-        f"Λ and Γ of {site.fqn} are offloaded by accelerate together with everything in {offloaded[id(site.owner)]}: "
-        "remove accelerate's hooks, or offload without preload_module_classes"
-        for site in census.adapted
-        if id(site.owner) in offloaded
-    ]
-
-
-def adapter_parameters(census: Census, adapter: Adapter) -> Iterator[nn.Parameter]:
-    """Yield the parameters of one adapter: Λ and Γ of each weight, then those trained with it."""
-    for site in census.adapted:
-        if adapter.name in site.layer.adapters:
-            yield from site.layer.diagonals_of(site.owner, adapter.name)
-    yield from adapter.trained.values()
 
 
 def _weights(names: str | Iterable[str] | Mapping[str, float]) -> dict[str, float]:

@@ -1,0 +1,129 @@
+"""What of the adapters is trained: listing the parameters, and setting whether those of an adapter require grad."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from randlora.errors import AdapterError, raise_collected
+from randlora.hints import require_types, shortly
+from randlora.model.averaging import require_averaged
+from randlora.model.change import all_or_nothing, one_at_a_time, set_requires_grad
+from randlora.model.install import lost_sites, require_own
+from randlora.model.reducers import warn_of_unknown
+from randlora.model.train_also import lost_parameters
+from randlora.placement.dtensor import reshard
+from randlora.state import Adapter, ModelState, adapted_root
+from randlora.targets.obstacles import offloaded_with
+from randlora.targets.walk import Census
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters to train: Λ and Γ of the trainable adapters, and those named by ``train_also``.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> _ = randlora.inject(model, r=4)
+        >>> optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=1e-3)
+
+    Raises:
+        AdapterError: If the model has no adapter, or no longer has all of what an adapter trains, because a module was
+            replaced, removed or resized, or accelerate offloads Λ and Γ.
+    """
+    reshard(model)
+    root, state = adapted_root(model)
+    census = Census.of(root)
+    adapters = state.adapters.values()
+    lost = [*lost_sites(census, adapters), *lost_parameters(state, adapters)]
+    raise_collected(AdapterError, [*lost, *offloaded_diagonals(census)], doing="train the adapters")
+    for adapter in adapters:
+        yield from (parameter for parameter in adapter_parameters(census, adapter) if parameter.requires_grad)
+
+
+@one_at_a_time
+def set_trainable(model: nn.Module, names: str | Iterable[str], trainable: bool = True) -> None:  # noqa: FBT001, FBT002
+    """Set whether the parameters of adapters require grad, active or not. Those of other adapters do not change.
+
+    An adapter that is trainable and not active gets no gradients until it is active, or routed.
+
+    Args:
+        model: A model with adapters.
+        names: One name, or several.
+        trainable: Whether Λ, Γ and the parameters of ``train_also`` of these adapters require grad.
+
+    Raises:
+        AdapterError: For an unknown name, or if copies of parameters that are not sharded would be trained in a model
+            of which `fully_shard` has sharded another part.
+
+    Warns:
+        UserWarning: If parameters require grad that the `DistributedDataParallel` around the model does not know: see
+            `randlora.activate`.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> _ = randlora.inject(model, r=4, name="a"), randlora.inject(model, r=4, name="b")
+        >>> randlora.set_trainable(model, ["a", "b"])
+        >>> len(list(randlora.trainable_parameters(model)))
+        4
+    """
+    require_types(set_trainable, {"trainable": trainable})
+    reshard(model)
+    root, state = adapted_root(model)
+    listed = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+    known = ", ".join(state.adapters)
+    problems = [
+        f"the model has no adapter named {shortly(name)}: it has {known}"
+        for name in listed
+        if not isinstance(name, str) or name not in state.adapters
+    ]
+    raise_collected(AdapterError, problems, doing="set what is trainable")
+    chosen = [state.adapters[name] for name in listed]
+    census = Census.of(root)
+    require_own(census, state, "set what is trainable")
+    if trainable:
+        require_trainable(census, state, chosen)
+    with all_or_nothing(census, state):
+        train(census, state, chosen, trainable=trainable)
+        warn_of_unknown(root)
+
+
+def require_trainable(census: Census, state: ModelState, adapters: Iterable[Adapter]) -> None:
+    """Check that the gradients of adapters would be averaged where the model is sharded; else raise `AdapterError`."""
+    adapters = list(adapters)
+    parts = [
+        (site.owner, site.layer, adapter.name)
+        for site in census.adapted
+        for adapter in adapters
+        if adapter.name in site.layer.adapters
+    ]
+    copies = [state.replaced[fqn] for adapter in adapters for fqn in adapter.trained]
+    require_averaged(census.model, parts, copies)
+
+
+def train(census: Census, state: ModelState, adapters: Iterable[Adapter], *, trainable: bool) -> None:
+    """Set ``requires_grad`` of all parameters of adapters."""
+    for adapter in adapters:
+        for parameter in adapter_parameters(census, adapter):
+            set_requires_grad(parameter, trainable)
+    if state.averaging is not None:
+        state.averaging(census.model)
+
+
+def offloaded_diagonals(census: Census) -> list[str]:
+    """Return messages about weights whose Λ and Γ accelerate offloads, with all of a module around them."""
+    offloaded = offloaded_with(census)
+    return [
+        f"Λ and Γ of {site.fqn} are offloaded by accelerate together with everything in {offloaded[id(site.owner)]}: "
+        "remove accelerate's hooks, or offload without preload_module_classes"
+        for site in census.adapted
+        if id(site.owner) in offloaded
+    ]
+
+
+def adapter_parameters(census: Census, adapter: Adapter) -> Iterator[nn.Parameter]:
+    """Yield the parameters of one adapter: Λ and Γ of each weight, then those trained with it."""
+    for site in census.adapted:
+        if adapter.name in site.layer.adapters:
+            yield from site.layer.diagonals_of(site.owner, adapter.name)
+    yield from adapter.trained.values()

@@ -1,0 +1,174 @@
+"""Another name for an adapter, and what of adapters is trained by name: all else stays as it is."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import randlora
+from randlora.errors import AdapterError, ConfigError
+from tests.kit import adapter_values, all_bits, fill, same_bits, untouched
+from tests.laws import TOKENS, Mixed
+from tests.layer_kinds import LayerKind, every_kind
+from tests.read_kinds import ReadKind, every_read_kind
+from tests.test_compiled_switching import Compiled, model_with
+
+
+def three(**options: Any) -> Mixed:
+    """Make a model with three adapters, of which "a" and "b" are active and "a" is trainable."""
+    model = Mixed()
+    randlora.inject(model, r=4, name="a", train_also=["head"], **options)
+    randlora.inject(model, r=4, name="b", targets=["q", "up"], **options)
+    randlora.inject(model, r=3, name="c", targets=["q"], **options)
+    for seed, name in enumerate("abc"):
+        fill(model, name, seed=seed)
+    randlora.activate(model, {"a": 0.5, "b": -2.0})
+    return model
+
+
+def facts(model: nn.Module, names: dict[str, str]) -> list[Any]:
+    """Take down what is known of the adapters, by their names from before."""
+    return [(names.get(info.name, info.name), vars(info) | {"name": ""}) for info in randlora.adapters(model)]
+
+
+def identities(model: nn.Module) -> list[int]:
+    return [id(parameter) for _, parameter in model.named_parameters()]
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_all_but_the_name_stays(name: str, tmp_path: Path) -> None:
+    model = three()
+    expected, objects, before = model(TOKENS), identities(model), facts(model, {})
+    values = all_bits(adapter_values(model, name))
+    states = {key.replace(f".{name}", ".new") if "randlora" in key else key: v for key, v in model.state_dict().items()}
+    randlora.rename(model, name, "new")
+    assert [*model.state_dict()] == [*states]
+    assert all_bits(model.state_dict()) == all_bits(states)
+    assert identities(model) == objects
+    assert facts(model, {"new": name}) == before
+    assert all_bits(adapter_values(model, "new")) == values
+    assert same_bits(model(TOKENS), expected)
+    randlora.save(model, tmp_path, name="new")
+    twin = Mixed()
+    randlora.load(twin, tmp_path, name=name)
+    assert all_bits(adapter_values(twin, name)) == values
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert same_bits(copied(TOKENS), expected)
+        randlora.rename(copied, "new", name)
+        assert facts(copied, {}) == before
+    randlora.rename(model, "new", name)
+    assert facts(model, {}) == before
+    randlora.activate(model, name)
+    randlora.remove(model, name)
+    assert [info.name for info in randlora.adapters(model)] == [each for each in "abc" if each != name]
+
+
+def test_an_optimizer_goes_on_and_the_other_verbs_follow() -> None:
+    model = three()
+    twin = copy.deepcopy(model)
+    optimizers = [torch.optim.Adam(randlora.trainable_parameters(each), lr=0.1) for each in (model, twin)]
+    randlora.rename(model, "a", "new")
+    for each, optimizer in zip((model, twin), optimizers, strict=True):
+        each(TOKENS).square().mean().backward()
+        optimizer.step()
+    assert all_bits(adapter_values(model, "new")) == all_bits(adapter_values(twin, "a"))
+    with randlora.disabled(model):
+        randlora.rename(model, "new", "newer")
+    assert same_bits(model(TOKENS), twin(TOKENS))
+    randlora.merge(model, reversible=True), randlora.merge(twin, reversible=True)
+    assert same_bits(model(TOKENS), twin(TOKENS))
+    randlora.unmerge(model)
+    randlora.inject(model, r=4, targets=["q"], name="a")
+    with randlora.routed(model, ["b", "c", "a"] * 3):
+        model(TOKENS)
+
+
+@every_kind
+def test_a_layer_computes_the_same(kind: LayerKind) -> None:
+    model = nn.Sequential(kind.build(9, 14, True, kind.exact))
+    for seed, name in enumerate("ab"):
+        randlora.inject(model, r=3, name=name, active=True)
+        fill(model, name, seed=seed)
+    randlora.activate(model, ["a", "b"])
+    x = torch.randn(5, 9, dtype=kind.exact)
+    expected = model(x)
+    randlora.rename(model, "a", "z")
+    assert same_bits(model(x), expected)
+    randlora.activate(model, "b")
+    randlora.activate(model, {"z": 1, "b": 1})
+    assert same_bits(model(x), expected)
+
+
+@every_read_kind
+def test_a_weight_that_is_read_is_the_same(kind: ReadKind) -> None:
+    model = kind.adapted()
+    expected, values = kind.run(model), all_bits(adapter_values(model))
+    randlora.rename(model, "default", "z")
+    assert same_bits(kind.run(model), expected)
+    assert all_bits(adapter_values(model, "z")) == values
+
+
+@pytest.mark.medium
+def test_a_compiled_model_compiles_nothing() -> None:
+    model = model_with("a", "b")
+    run = Compiled(model)
+    before = run.graphs()
+    randlora.rename(model, "b", "new")
+    assert run.graphs() == before
+    randlora.activate(model, "a")
+    randlora.rename(model, "a", "newer")
+    assert run.graphs() == before
+
+
+def test_a_name_that_cannot_be_is_refused() -> None:
+    model = three()
+    for name, to, message in [
+        ("x", "y", "no adapter named 'x': it has a, b, c"),
+        ("a", "b", "the model has an adapter of that name"),
+        ("a", "a", "the model has an adapter of that name"),
+        ("a", "a.b", "expected a printable name without dots"),
+        ("a", "keys", "expected a printable name without dots"),
+        ("a", 3, "expected a printable name without dots"),
+    ]:
+        with untouched(model), pytest.raises(AdapterError, match=message):
+            randlora.rename(model, name, to)  # type: ignore[arg-type]
+    with randlora.merged(model), untouched(model), pytest.raises(AdapterError, match="while the adapters are merged"):
+        randlora.rename(model, "a", "new")
+    with randlora.routed(model, ["b"] * 9), untouched(model), pytest.raises(AdapterError, match="which goes by names"):
+        randlora.rename(model, "b", "new")
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {info.name for info in randlora.adapters(model) if info.is_trainable}
+
+
+def test_what_is_trained_is_set_by_name_whatever_is_active() -> None:
+    model = three()
+    assert trained(model) == {"a"}
+    state = randlora.state.adapted_root(model)[1]
+    randlora.set_trainable(model, ["b", "c"])
+    assert trained(model) == {"a", "b", "c"}
+    randlora.set_trainable(model, "a", False)
+    assert trained(model) == {"b", "c"}
+    assert not any(copy.requires_grad for copy in state.adapters["a"].trained.values())
+    assert not model.head.weight.requires_grad
+    assert {info.name: info.weight for info in randlora.adapters(model)} == {"a": 0.5, "b": -2.0, "c": None}
+    randlora.activate(model, "c")
+    randlora.set_trainable(model, "a")
+    assert model.head.weight is state.replaced["head.weight"].original
+    assert not model.head.weight.requires_grad
+    randlora.activate(model, "a")
+    assert model.head.weight.requires_grad
+
+
+def test_what_is_trained_of_no_adapter_is_refused() -> None:
+    model = three()
+    for names in ("x", ["a", "x"], [3], 3):
+        with untouched(model), pytest.raises(AdapterError, match="the model has no adapter named"):
+            randlora.set_trainable(model, names)  # type: ignore[arg-type]
+    with untouched(model), pytest.raises(ConfigError, match="trainable must be"):
+        randlora.set_trainable(model, "a", None)  # type: ignore[arg-type]
