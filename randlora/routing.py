@@ -29,7 +29,7 @@ class Group(NamedTuple):
 
 
 class Sorted(NamedTuple):
-    """The tokens of a batch, sorted by adapter.
+    """The tokens of a batch, sorted by adapter, those with the fewest tokens first.
 
     Attributes:
         order: The position in the batch of each, ``(tokens,)``.
@@ -52,6 +52,9 @@ class Routing:
         tokens: The size of the next dimension of its input, if there is one: layers may be given all tokens as rows.
         chosen: While a module runs for the rows of one adapter, a tuple of its name, or of ``None`` for the base.
         thread: The thread that it was made in.
+        keeps: Whether Λ and Γ may be kept: not if they are sharded, because what gathers them hides that they change.
+        by_bases: What `randlora.layers.routed` knows of the tokens of each layer.
+        kept: Λ and Γ of the adapters of each layer; see `randlora.layers.kept`.
     """
 
     def __init__(self, names: Sequence[Any]) -> None:
@@ -65,7 +68,14 @@ class Routing:
         self.batch, self.tokens = len(rows), 1
         self.chosen: tuple[str | None] | None = None
         self.thread = threading.get_ident()
+        self.keeps = True
+        self.by_bases: dict[tuple[int, int], Any] = {}
+        self.kept: dict[tuple[int, int], Any] = {}
         self._sorted: dict[tuple[torch.Size, int, int, torch.device], Sorted] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without what belongs to one model, for copies and pickles of it."""
+        return {**self.__dict__, "by_bases": {}, "kept": {}, "_sorted": {}}
 
     @contextmanager
     def choosing(self, adapter: str | None) -> Iterator[None]:
@@ -90,11 +100,12 @@ class Routing:
         key = shape, self.batch, self.tokens, device
         if key not in self._sorted:
             of_token = self._of_tokens(shape, module)
-            order = of_token.argsort(stable=True)
             numbers, counts = of_token.unique(return_counts=True)
+            by_count = counts.argsort(stable=True)
+            order = by_count.argsort()[torch.searchsorted(numbers, of_token)].argsort(stable=True)
             groups = [
                 Group(None if number == BASE else self.adapters[number], count)
-                for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)
+                for number, count in zip(numbers[by_count].tolist(), counts[by_count].tolist(), strict=True)
             ]
             is_in_order = bool((order == torch.arange(len(order))).all())
             self._sorted[key] = Sorted(order.to(device), tuple(groups), is_in_order)

@@ -8,13 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from randlora.functional import Compute, Diagonals, cost
-from randlora.functional import routed as rooted
-from randlora.functional.routed import all_at_once, routed_update
+from randlora.functional import Diagonals, stacked
+from randlora.functional.routed import goes_together, one_by_one
+from randlora.functional.stacked import Stack, Way, stacked_update
 from tests import reference
 from tests.pairs import Case, case, every_form
 from tests.strategies import ranks, sides
 
+at_once = st.sampled_from([1, 2**20])
 every_count = st.lists(st.integers(1, 4), min_size=1, max_size=5)
 
 
@@ -38,39 +39,63 @@ def expected(x: Tensor, counts: list[int], deltas: list[Tensor]) -> Tensor:
 
 
 @every_form
-@given(out=sides, into=sides, r=ranks, counts=every_count, compute=st.sampled_from(get_args(Compute)))
+@given(out=sides, into=sides, r=ranks, counts=every_count, way=st.sampled_from([*get_args(Way), None]), at_once=at_once)
 def test_each_token_gets_the_oracles_update(
-    form: str, out: int, into: int, r: int, counts: list[int], compute: Compute
+    form: str, out: int, into: int, r: int, counts: list[int], way: Way | None, at_once: int
 ) -> None:
     made, diagonals, deltas = updates(form, out, into, r, len(counts))
-    x = torch.randn(sum(counts), into, dtype=torch.float64)
-    found = routed_update(x, made.pair, diagonals, counts, is_wide=into <= out, compute=compute)
-    torch.testing.assert_close(found, expected(x, counts, deltas), rtol=1e-12, atol=1e-12)
-    together = all_at_once(x, made.pair, diagonals, counts, is_wide=into <= out)
-    torch.testing.assert_close(together, expected(x, counts, deltas), rtol=1e-12, atol=1e-12)
+    if way == "by term" and made.pair.A.shape[0] > 1:
+        way = None
+    x, is_wide = torch.randn(sum(counts), into, dtype=torch.float64), into <= out
+    wanted = expected(x, counts, deltas)
+    in_turn = one_by_one(x, made.pair, diagonals, counts, is_wide=is_wide)
+    torch.testing.assert_close(in_turn, wanted, rtol=1e-12, atol=1e-12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(stacked.AT_ONCE, "cpu", at_once)
+        stack = Stack.of(made.pair, diagonals)
+        found = stacked_update(x, made.pair, stack, counts, is_wide=is_wide, way=way)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
-@every_form
-@pytest.mark.parametrize("shape", [(5, 7), (7, 5), (6, 6)], ids=str)
-@pytest.mark.parametrize("is_term_by_term", [True, False])
-def test_both_ways_without_gradients(
-    form: str, shape: tuple[int, int], is_term_by_term: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def choose(tokens: int, pair: Any, **_: Any) -> bool:
-        chosen.append(is_term_by_term)
-        return is_term_by_term
-
-    chosen: list[bool] = []
-    monkeypatch.setattr(rooted, "chosen_terms", choose)
-    monkeypatch.setattr(rooted, "chosen_forward", lambda *_, **__: "factored")
-    made, diagonals, deltas = updates(form, *shape, 3, 3)
-    x = torch.randn(6, shape[1], dtype=torch.float64)
-    found = routed_update(x, made.pair, diagonals, [1, 3, 2], is_wide=shape[1] <= shape[0])
-    torch.testing.assert_close(found, expected(x, [1, 3, 2], deltas), rtol=1e-12, atol=1e-12)
-    assert chosen == [is_term_by_term]
+@pytest.mark.parametrize(
+    ("shape", "form"), [((64, 48), "dense"), ((48, 64), "dense"), ((64, 48), "block(2,4)")], ids=str
+)
+@pytest.mark.parametrize("way", get_args(Way))
+def test_in_bfloat16_it_is_as_close_as_one_by_one(shape: tuple[int, int], form: str, way: Way) -> None:
+    if form != "dense" and way == "by term":
+        return
+    made, diagonals, deltas = updates(form, *shape, 8, 3)
+    kind = type(made.pair)
+    pair = kind(made.pair.A.float(), made.pair.B.bfloat16(), *made.pair.rest)
+    x, counts = torch.randn(6, shape[1], dtype=torch.float64).bfloat16(), [1, 2, 3]
+    wanted, is_wide = expected(x.double(), counts, deltas), shape[1] <= shape[0]
+    near = one_by_one(x, pair, diagonals, counts, is_wide=is_wide)
+    found = stacked_update(x, pair, Stack.of(pair, diagonals), counts, is_wide=is_wide, way=way)
+    errors = [(each.double() - wanted).norm() / wanted.norm() for each in (near, found)]
+    assert errors[1] < 2 * errors[0] + 1e-3
 
 
-def test_few_tokens_of_many_adapters_build_no_large_factor() -> None:
-    pair = case("dense", 64, 64, 8).pair
-    assert cost.chosen_terms(1, pair, is_wide=True)
-    assert not cost.chosen_terms(64, pair, is_wide=True)
+def test_what_goes_together() -> None:
+    made, diagonals, _ = updates("dense", 32, 32, 4, 2)
+    x = torch.randn(6, 32, dtype=torch.float64)
+    parts = [part.detach() for one in diagonals for part in one[:2]]
+
+    def together(counts: list[int], **options: Any) -> bool:
+        return goes_together(x, parts, made.pair, counts, **{"is_wide": True, "compute": "auto", **options})
+
+    assert together([3, 3])
+    assert not together([6])
+    assert not together([3, 3], compute="materialized")
+    assert not together([3000, 3])
+    parts[2].requires_grad_()
+    assert not together([3, 3])
+    with torch.no_grad():
+        assert together([3, 3])
+
+
+def test_a_few_tokens_of_each_adapter_build_no_large_factor() -> None:
+    made, diagonals, _ = updates("dense", 64, 64, 8, 2)
+    stack = Stack.of(made.pair, diagonals)
+    few, many = ({part.way for part in stacked._parts([count] * 2, made.pair, stack, "cpu", None)} for count in (1, 64))
+    assert few < {"by row", "by term"}
+    assert many == {"whole"}

@@ -155,3 +155,27 @@ assert names(model) == plain
 assert torch.equal(full(model(TOKENS)), base(TOKENS))
 """
     alone.run(execute, script, tmp_path)
+
+
+@shards_on_a_cpu
+def test_routed_sees_that_sharded_values_change(tmp_path: Path, alone: Processes) -> None:
+    script = """
+model = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 8))
+for name in "ab":
+    randlora.inject(model, r=4, name=name)
+    fill(model, name)
+for layer in model:
+    fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+x = torch.randn(2, 16)
+with torch.no_grad():
+    with randlora.routed(model, ["a", "b"]):
+        before = model(x)
+        for name, parameter in model.named_parameters():
+            if name.endswith("lambda.b"):
+                parameter.to_local().mul_(-3)
+        after = model(x)
+    randlora.activate(model, "b")
+    torch.testing.assert_close(after[1], model(x)[1])
+assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
+"""
+    alone.run(execute, script, tmp_path)

@@ -233,12 +233,6 @@ def _all_at_once(tokens: int, shape: Shape, *, is_wide: bool) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _terms(tokens: int, shape: Shape, *, is_wide: bool) -> bool:
-    sizes = Sizes(tokens, *shape[:5], is_wide, has_weight=False, entry=shape.entry)
-    return sizes.has_few_tokens and sizes.through_terms <= sizes.build_A + sizes.through_A
-
-
-@lru_cache(maxsize=4096)
 def _backward(
     tokens: int, shape: Shape, *, is_wide: bool, has_weight: bool, needs: tuple[bool, bool, bool]
 ) -> tuple[Way, Way]:
@@ -262,11 +256,6 @@ def chosen_all_at_once(counts: Sequence[int], pair: Shaped, *, is_wide: bool, co
     if compute != "auto" or not visited:
         return False
     return _all_at_once(-(-sum(counts) // visited), pair.shape, is_wide=is_wide)
-
-
-def chosen_terms(tokens: int, pair: Shaped, *, is_wide: bool) -> bool:
-    """Return whether tokens are multiplied by A term by term rather than by ``UA``, whatever is done with B."""
-    return _is_known(tokens) and _terms(tokens, pair.shape, is_wide=is_wide)
 
 
 def chosen_backward(

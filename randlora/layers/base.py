@@ -15,6 +15,7 @@ from randlora.errors import AdapterError
 from randlora.functional import WriteOut, adapted_linear, delta_weight
 from randlora.layers.diagonals import Diagonal, diagonal_shapes
 from randlora.layers.inputs import autocast_dtype, have_one_dtype, input_of, is_plain_tensor, require_product
+from randlora.layers.kept import lasting
 from randlora.layers.routed import Routes, routed_output
 from randlora.layers.sharded import Split, sharded_product
 from randlora.layers.stored import StoredWeight
@@ -156,7 +157,13 @@ class AdapterLayer(StoredWeight):
                 f"an adapted {module} is split by tensor parallelism, with which routed does not work: activate one "
                 "adapter at a time"
             )
-        return Routes(module, self.adapters, lambda part: self.update(owner, part, 1.0), self.state.compute)
+        return Routes(
+            module,
+            self.adapters,
+            lambda part: self.update(owner, part, 1.0),
+            lambda names: lasting(owner, [self._held(owner, name) for name in self.parameter_names()], names),
+            self.state.compute,
+        )
 
     def _chosen(self, routing: Routing) -> list[tuple[SiteAdapter, float]]:
         """Return the adapter that a module runs with now, for its rows; see `randlora.layers.routed`."""

@@ -1,25 +1,28 @@
 """Adapted modules whose rows, or tokens, go through different adapters: `randlora.routed`.
 
 A layer whose input is known computes the base for the whole batch once and adds to each token the update of its
-adapter. The forward of a module that reads its weight, such as a convolution or attention, runs once for each adapter,
-with the rows of that one.
+adapter. What that takes besides the products is prepared in the first forward of a block. The forward of a module that
+reads its weight, such as a convolution or attention, runs once for each adapter, with the rows of that one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from randlora.errors import AdapterError
 from randlora.functional import Compute, Diagonals, Pair, update_rows
-from randlora.functional.routed import routed_update
+from randlora.functional.routed import goes_together, one_by_one
+from randlora.functional.scratch import without_autocast
+from randlora.functional.stacked import Stack, Way, stacked_update
+from randlora.layers.kept import kept_stack
 from randlora.layers.rows import Rows
 from randlora.layers.update import Update
-from randlora.routing import Routing
+from randlora.routing import Routing, Sorted
 from randlora.state import SiteAdapter
 
 
@@ -30,12 +33,14 @@ class Routes(NamedTuple):
         module: The name of the class of its module, for messages.
         parts: The adapters here, by name.
         update: Returns the update of one.
+        parameters: Returns every Λ of some adapters, then every Γ, or ``None`` where their values are elsewhere.
         compute: How to compute.
     """
 
     module: str
     parts: Mapping[str, SiteAdapter]
     update: Callable[[SiteAdapter], Update]
+    parameters: Callable[[Sequence[str]], list[nn.Parameter] | None]
     compute: Compute
 
 
@@ -44,11 +49,13 @@ class Routed(NamedTuple):
 
     Attributes:
         positions: Where in the batch they are, sorted by adapter; ``None`` if that is the whole batch in its order.
-        parts: The adapters.
+        names: The adapters.
+        parts: The same at this weight.
         counts: The number of tokens of each.
     """
 
     positions: Tensor | None
+    names: list[str]
     parts: list[SiteAdapter]
     counts: list[int]
 
@@ -81,9 +88,7 @@ def routed_output(routes: Routes, routing: Routing, x: Any, output: Tensor, *, h
         if has_dropout and any(part.adapter.config.dropout for part in group.parts):
             split = zip(own.split(group.counts), group.parts, strict=True)
             own = torch.cat([F.dropout(each, part.adapter.config.dropout) for each, part in split])
-        pair, diagonals, is_wide = _factors(routes, group.parts, own)
-        update = routed_update(own, pair, diagonals, group.counts, is_wide=is_wide, compute=routes.compute)
-        total = group.onto(total, update)
+        total = group.onto(total, _product(routes, routing, group, own))
     return total.view(output.shape)
 
 
@@ -122,22 +127,52 @@ def routed_forward(routing: Routing, rows: Rows, forward: Callable[..., Any], mo
     return rows.joined(outputs, order.argsort())
 
 
-def _by_bases(routes: Routes, routing: Routing, shape: torch.Size, device: torch.device) -> Iterator[Routed]:
-    """Yield the tokens that have an update here, those of adapters on the same bases together."""
-    order, groups, is_in_order = routing.sorted(shape, device, routes.module)
-    found: dict[int, tuple[list[Tensor], list[SiteAdapter], list[int]]] = {}
+def _by_bases(routes: Routes, routing: Routing, shape: torch.Size, device: torch.device) -> list[Routed]:
+    """Return the tokens that have an update here, those of adapters on the same bases together."""
+    ordered = routing.sorted(shape, device, routes.module)
+    parts = [None if adapter is None else routes.parts.get(adapter) for adapter, _ in ordered.groups]
+    key = id(routes.parts), id(ordered)
+    known = routing.by_bases.get(key)
+    if known is None or known[0] is not routes.parts or known[1] != parts:
+        known = routing.by_bases[key] = routes.parts, parts, _found_by_bases(parts, ordered)
+    groups: list[Routed] = known[2]
+    return groups
+
+
+def _found_by_bases(parts: list[SiteAdapter | None], ordered: Sorted) -> list[Routed]:
+    found: dict[int, tuple[list[Tensor], list[str], list[SiteAdapter], list[int]]] = {}
     start = 0
-    for adapter, count in groups:
-        part = None if adapter is None else routes.parts.get(adapter)
-        if part is not None:
-            positions, parts, counts = found.setdefault(id(part.basis), ([], [], []))
-            positions.append(order[start : start + count])
-            parts.append(part)
+    for part, (adapter, count) in zip(parts, ordered.groups, strict=True):
+        if part is not None and adapter is not None:
+            positions, names, own, counts = found.setdefault(id(part.basis), ([], [], [], []))
+            positions.append(ordered.order[start : start + count])
+            names.append(adapter)
+            own.append(part)
             counts.append(count)
         start += count
-    for positions, parts, counts in found.values():
-        is_all = is_in_order and sum(counts) == len(order)
-        yield Routed(None if is_all else torch.cat(positions), parts, counts)
+    groups = []
+    for positions, names, own, counts in found.values():
+        is_all = sum(counts) == len(ordered.order)
+        where = (None if ordered.is_in_order else ordered.order) if is_all else torch.cat(positions)
+        groups.append(Routed(where, names, own, counts))
+    return groups
+
+
+def _product(routes: Routes, routing: Routing, group: Routed, own: Tensor) -> Tensor:
+    """Return the product of tokens, ``(tokens, in_features)``, with the updates of their adapters."""
+    parameters = routes.parameters(group.names) if routing.keeps else None
+    pair, first, is_wide = _factors(routes, group.parts if parameters is None else group.parts[:1], own)
+    needed = [part for one in first for part in one[:2]] if parameters is None else parameters
+    options: dict[str, Any] = {"is_wide": is_wide, "compute": routes.compute}
+    if not goes_together(own, needed, pair, group.counts, **options):
+        return one_by_one(own, pair, _factors(routes, group.parts, own)[1], group.counts, **options)
+    with without_autocast(own.device.type):
+        if parameters is None:
+            stack = Stack.of(pair, first)
+        else:
+            stack = kept_stack(routing.kept, routes.parts, group.parts, parameters, pair)
+        way: Way | None = None if routes.compute == "auto" else "whole"
+        return stacked_update(own, pair, stack, group.counts, is_wide=is_wide, way=way)
 
 
 def _factors(routes: Routes, parts: list[SiteAdapter], like: Tensor) -> tuple[Pair, list[Diagonals], bool]:

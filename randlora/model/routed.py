@@ -11,8 +11,8 @@ from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
 from randlora.model.install import lost_sites, require_own
 from randlora.model.switch import without_active
-from randlora.model.trainable import offloaded_diagonals
-from randlora.placement.dtensor import reshard
+from randlora.model.trainable import adapter_parameters, offloaded_diagonals
+from randlora.placement.dtensor import is_dtensor, reshard
 from randlora.routing import Routing
 from randlora.state import ModelState, require_unmerged
 from randlora.targets.walk import Census
@@ -56,6 +56,7 @@ def routed(
         used = [state.adapters[name] for name in routing.adapters]
         raise_collected(AdapterError, [*lost_sites(census, used), *offloaded_diagonals(census)], doing="route")
         state.require_exchangeable([], "route")
+        routing.keeps = not any(is_dtensor(part) for adapter in used for part in adapter_parameters(census, adapter))
         return routing
 
     return without_active(model, checked)

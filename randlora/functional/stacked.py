@@ -1,0 +1,177 @@
+"""The updates of several adapters on the same bases, each multiplied by tokens of its own, without gradients.
+
+Λ and Γ of all adapters are in one tensor each, so that neither the number of operators nor the work in Python grows
+with that of the adapters. The products with B are computed for all tokens at once. Those with A and Γ take the cheapest
+of three ways, by the entries that have to be written for an adapter of T tokens:
+
+- *whole*: UA without Λ, ``r·num_bases·min_dim``;
+- *by row*: the tokens repeated for each row of A, ``T·r·min_dim``;
+- *by term*: the tokens repeated for each term, ``T·num_bases·min_dim``. Not for `block` bases, which have fewer rows.
+
+Of `block` bases only 1/c of the first two is written: in all shapes here c is the number of blocks of A, R = r/c the
+rows of one, n = num_bases, and w the columns of one. Dense bases are one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from randlora.functional.adapted import Pair
+from randlora.functional.operation import Diagonals
+from randlora.functional.scratch import in_dtype
+
+Way = Literal["whole", "by row", "by term"]
+
+AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
+"""Entries that are written at once on a device, or those of one adapter if these are more: what a CPU's cache holds."""
+
+
+class Stack(NamedTuple):
+    """Λ and Γ of several updates on the same bases.
+
+    Attributes:
+        lam: Λ times the scaling, ``(updates, c, R, n)``, at least as wide a dtype as A.
+        gamma: Γ, ``(updates, c, n, w)``, in the dtype of B.
+    """
+
+    lam: Tensor
+    gamma: Tensor
+
+    @classmethod
+    def of(cls, pair: Pair, diagonals: Sequence[Diagonals]) -> Stack:
+        """Copy Λ and Γ of some updates, all of one shape."""
+        blocks, rows, width = pair.A.shape
+        lam = torch.stack([one.lam for one in diagonals])
+        lam = lam.to(torch.promote_types(lam.dtype, pair.A.dtype))
+        lam *= torch.tensor([one.scaling for one in diagonals], dtype=lam.dtype).to(lam.device).view(-1, 1, 1)
+        gamma = torch.stack([in_dtype(one.gamma, pair.B.dtype) for one in diagonals])
+        lam = lam.view(len(lam), rows, blocks, -1).transpose(1, 2)
+        return cls(lam.contiguous(), _dealt(gamma, blocks, width).contiguous())
+
+
+class Part(NamedTuple):
+    """Some of the updates, all with the same number of tokens.
+
+    Attributes:
+        updates: Which they are.
+        tokens: Where their tokens are.
+        each: The number of tokens of each.
+        way: How to multiply by A and Γ.
+    """
+
+    updates: slice
+    tokens: slice
+    each: int
+    way: Way
+
+
+def stacked_update(
+    x: Tensor, pair: Pair, stack: Stack, counts: Sequence[int], *, is_wide: bool, way: Way | None = None
+) -> Tensor:
+    """Compute the product of each token with the update that it belongs to.
+
+    Args:
+        x: ``(tokens, in_features)`` in the dtype of B, sorted by update.
+        pair: The bases that the updates share.
+        stack: The updates.
+        counts: The number of tokens of each. It is fastest if equal ones are neighbors.
+        is_wide: Whether the input has ``min_dim`` features.
+        way: How to multiply by A and Γ; ``None`` chooses by size.
+
+    Returns:
+        ``(tokens, out_features)`` in the dtype of B.
+    """
+    parts = list(_parts(counts, pair, stack, x.device.type, way))
+    blocks, _, width = pair.A.shape
+    tokens, num_bases = x.shape[0], stack.lam.shape[3]
+    basis_A = in_dtype(pair.A, x.dtype)
+    if is_wide:
+        flat = x.new_empty(tokens, stack.lam[0].numel())
+        for part in parts:
+            small = x[part.tokens].view(-1, 1, part.each, width) if blocks == 1 else _dealt_tokens(x, part, pair)
+            terms = _small_to_terms(small, basis_A, stack.gamma[part.updates], part.way)
+            own = flat[part.tokens].view(-1, part.each, terms.shape[3], blocks, num_bases).permute(0, 3, 1, 2, 4)
+            torch.mul(terms, stack.lam[part.updates].unsqueeze(2), out=own)
+        return pair.flat_to_large(flat, None, 1.0)
+    flat = pair.large_to_flat(x)
+    total = x.new_empty(tokens, width, blocks)
+    for part in parts:
+        given = flat[part.tokens].view(-1, part.each, pair.A.shape[1], blocks, num_bases).permute(0, 3, 1, 2, 4)
+        terms = torch.mul(given, stack.lam[part.updates].unsqueeze(2), out=x.new_empty(given.shape))
+        small = _terms_to_small(terms, basis_A, stack.gamma[part.updates], part.way)
+        total[part.tokens].view(-1, part.each, width, blocks).copy_(small.permute(0, 2, 3, 1))
+    total = total.view(tokens, -1)
+    return total if total.shape[1] == pair.shape.min_dim else total[:, : pair.shape.min_dim]
+
+
+def _small_to_terms(small: Tensor, basis_A: Tensor, gamma: Tensor, way: Way) -> Tensor:
+    """Multiply ``(updates, c, count, w)`` by Γ and A: ``(updates, c, count, R, n)``."""
+    updates, blocks, count, width = small.shape
+    rows, num_bases = basis_A.shape[1], gamma.shape[2]
+    if way == "by term":
+        by_term = small.view(updates, count, 1, width) * gamma.view(updates, 1, num_bases, width)
+        terms = by_term.view(-1, width) @ basis_A[0].T
+        return terms.view(updates, 1, count, num_bases, rows).transpose(3, 4)
+    if way == "by row":
+        by_row = small.new_empty(updates, blocks, count, rows, width)
+        torch.mul(small.unsqueeze(3), basis_A.unsqueeze(1), out=by_row)
+        terms = torch.bmm(by_row.view(-1, count * rows, width), gamma.flatten(0, 1).mT)
+    else:
+        terms = torch.bmm(small.reshape(-1, count, width), _whole(basis_A, gamma).mT)
+    return terms.view(updates, blocks, count, rows, num_bases)
+
+
+def _terms_to_small(terms: Tensor, basis_A: Tensor, gamma: Tensor, way: Way) -> Tensor:
+    """Multiply ``(updates, c, count, R, n)`` by A and Γ: ``(updates, c, count, w)``."""
+    updates, blocks, count, rows, num_bases = terms.shape
+    width = basis_A.shape[2]
+    if way == "by term":
+        by_term = terms.transpose(3, 4).reshape(-1, rows) @ basis_A[0]
+        by_term = by_term.view(updates, 1, count, num_bases, width).mul_(gamma.unsqueeze(2))
+        return by_term.sum(3)
+    if way == "by row":
+        by_row = torch.bmm(terms.view(-1, count * rows, num_bases), gamma.flatten(0, 1))
+        return by_row.view(updates, blocks, count, rows, width).mul_(basis_A.unsqueeze(1)).sum(3)
+    small = torch.bmm(terms.view(-1, count, rows * num_bases), _whole(basis_A, gamma))
+    return small.view(updates, blocks, count, width)
+
+
+def _whole(basis_A: Tensor, gamma: Tensor) -> Tensor:
+    """Return UA without Λ, ``(updates·c, R·n, w)``."""
+    return (basis_A.unsqueeze(2) * gamma.unsqueeze(2)).flatten(2, 3).flatten(0, 1)
+
+
+def _parts(counts: Sequence[int], pair: Pair, stack: Stack, device: str, way: Way | None) -> Iterator[Part]:
+    """Yield the updates in parts of equal counts, each of which fits into the memory that is written at once."""
+    blocks, rows, width = pair.A.shape
+    num_bases, most = stack.lam.shape[3], AT_ONCE.get(device, AT_ONCE["cuda"])
+    update = token = 0
+    for count, equal in groupby(counts):
+        written: dict[Way, int] = {"whole": rows * num_bases, "by row": count * rows}
+        if blocks == 1:
+            written["by term"] = count * num_bases
+        chosen: Way = min(written, key=lambda each: written[each]) if way is None else way
+        at_once, end = max(1, most // (written[chosen] * width * blocks)), update + len(list(equal))
+        while update < end:
+            some = min(at_once, end - update)
+            yield Part(slice(update, update + some), slice(token, token + some * count), count, chosen)
+            update, token = update + some, token + some * count
+
+
+def _dealt_tokens(x: Tensor, part: Part, pair: Pair) -> Tensor:
+    """Return tokens in the order of the blocks of A, ``(updates, c, count, w)``."""
+    blocks, _, width = pair.A.shape
+    return _dealt(x[part.tokens].view(-1, part.each, x.shape[1]), blocks, width).contiguous()
+
+
+def _dealt(vectors: Tensor, blocks: int, width: int) -> Tensor:
+    """Distribute entries to blocks in turn: ``(updates, rows, min_dim)`` to a view ``(updates, c, rows, w)``."""
+    updates, rows, entries = vectors.shape
+    filled = F.pad(vectors, (0, blocks * width - entries)) if entries < blocks * width else vectors
+    return filled.view(updates, rows, width, blocks).permute(0, 3, 1, 2)
