@@ -17,8 +17,12 @@ from randlora import errors as errors
 from randlora import files as files
 from randlora.bases.bank import BasisBank as BasisBank
 from randlora.bases.spec import BasisSpec as BasisSpec
+from randlora.checkpoint import AdapterState as AdapterState
+from randlora.checkpoint import adapter_state as adapter_state
 from randlora.checkpoint import load as load
 from randlora.checkpoint import save as save
+from randlora.checkpoint import set_adapter_state as set_adapter_state
+from randlora.checkpoint import swap as swap
 from randlora.config import RandLoRAConfig as RandLoRAConfig
 from randlora.errors import RandLoRAError as RandLoRAError
 from randlora.files.load_model import load_model as load_model
@@ -45,6 +49,7 @@ from randlora.model.switch import remove as remove
 from randlora.model.switch import set_compute as set_compute
 from randlora.model.trainable import set_trainable as set_trainable
 from randlora.model.trainable import trainable_parameters as trainable_parameters
+from randlora.pool import AdapterPool as AdapterPool
 from randlora.report import Report as Report
 from randlora.targets.select import find_targets as find_targets
 
@@ -52,12 +57,15 @@ __version__ = _version("randlora")
 
 __all__ = [
     "AdapterLayer",
+    "AdapterPool",
+    "AdapterState",
     "BasisBank",
     "BasisSpec",
     "RandLoRAConfig",
     "RandLoRAError",
     "Report",
     "activate",
+    "adapter_state",
     "adapters",
     "check_ranks",
     "combine",
@@ -80,8 +88,10 @@ __all__ = [
     "rename",
     "routed",
     "save",
+    "set_adapter_state",
     "set_compute",
     "set_trainable",
+    "swap",
     "trainable_parameters",
     "training_memory",
     "unmerge",

@@ -20,6 +20,7 @@ from randlora.bases.basis import Basis
 from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError, TargetError, raise_collected
+from randlora.forwards import Forwards
 from randlora.functional import Compute
 from randlora.hints import shortly
 from randlora.layer_options import LayerOptions
@@ -130,6 +131,7 @@ class ModelState:
         saves_merged: Whether state dicts hold merged weights, while ``save_pretrained`` writes them.
         activation: The last choice of active adapters.
         averaging: The `randlora.model.averaging.Averaging` of adapters that were added after `fully_shard`.
+        forwards: The calls of the model that are running.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -147,6 +149,7 @@ class ModelState:
     save_pretrained: SavePretrained | None = None
     saves_merged: bool = False
     activation: Activation = field(default_factory=Activation)
+    forwards: Forwards = field(default_factory=Forwards)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Hold the state of a copied or unpickled model, in which no block is open, as none would end there.
@@ -175,6 +178,7 @@ class ModelState:
     def _set_blocks(self, blocks: list[object]) -> None:
         innermost = blocks[-1] if blocks else None
         self.disabled, self.routing = blocks, innermost if isinstance(innermost, Routing) else None
+        self.forwards.set_blocks(block.thread for block in blocks if isinstance(block, Routing))
 
     @property
     def active(self) -> dict[str, float]:

@@ -22,6 +22,7 @@ PACKAGE = ROOT / "randlora"
 
 ROOMS = (
     "errors",
+    "forwards",
     "hints",
     "layer_options",
     "config",
@@ -39,6 +40,7 @@ ROOMS = (
     "model",
     "disk",
     "checkpoint",
+    "pool",
     "files",
     "",  # the package itself
     "integrations",

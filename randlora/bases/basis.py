@@ -90,6 +90,7 @@ class Basis:
     _drawn: Matrices | None = field(default=None, repr=False)
     _copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _pairs: dict[Use, Pair] = field(default_factory=dict, repr=False)
+    _digests: dict[tuple[int, int], str] = field(default_factory=dict, repr=False)
     identity: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -105,7 +106,7 @@ class Basis:
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without what can be drawn again."""
         lasting = {name: value for name, value in self.__dict__.items() if not name.startswith("_constant_")}
-        return {**lasting, "_drawn": None, "_copies": {}, "_pairs": {}}
+        return {**lasting, "_drawn": None, "_copies": {}, "_pairs": {}, "_digests": {}}
 
     def extend(self, max_dim: int, min_dim: int) -> None:
         """Extend the bases to layers of these dims. Entries returned before do not change.
@@ -229,19 +230,21 @@ class Basis:
         return self._pairs.setdefault((max_dim, min_dim, device, dtype, sides), pair)
 
     def digest(self, max_dim: int, min_dim: int) -> str:
-        """Return the SHA-256 of the values that layers of these dims use.
+        """Return the SHA-256 of the values that layers of these dims use. Cached after the first call.
 
         The hashed bytes are a line with both shapes, then the dense A and B row by row as little-endian float32,
         independent of how they are stored.
         """
         self.extend(max_dim, min_dim)
+        if (max_dim, min_dim) in self._digests:
+            return self._digests[max_dim, min_dim]
         columns_B = count_bases(min_dim, self.spec.r) * self.spec.r
         basis_A, basis_B = self.matrices()
         digest = hashlib.sha256(f"A {self.spec.r}x{min_dim} B {max_dim}x{columns_B}\n".encode())
         for matrix, rows, columns in ((basis_A, self.spec.r, min_dim), (basis_B, max_dim, columns_B)):
             for chunk in matrix.dense_chunks(rows):
                 digest.update(chunk[:, :columns].contiguous().numpy().astype("<f4", copy=False).tobytes())
-        return digest.hexdigest()
+        return self._digests.setdefault((max_dim, min_dim), digest.hexdigest())
 
     @property
     def nbytes(self) -> int:

@@ -1,11 +1,13 @@
-"""One adapter on disk, in PEFT's directory layout.
+"""One adapter on disk, in PEFT's directory layout, or in memory.
 
 `format` names the files and keys and has our own header, `peft_config` reads and writes PEFT's JSON, `read` reads and
-checks both files, `fit` compares them with a model, and `save` and `load` are the verbs. Integrations `restore`.
+checks both files, `fit` compares them with a model. `save`, `load` and `swap` are the verbs; integrations `restore`.
 """
 
+from randlora.checkpoint.in_memory import AdapterState, adapter_state
 from randlora.checkpoint.load import load
 from randlora.checkpoint.restore import restore
 from randlora.checkpoint.save import save
+from randlora.checkpoint.swap import set_adapter_state, swap
 
-__all__ = ["load", "restore", "save"]
+__all__ = ["AdapterState", "adapter_state", "load", "restore", "save", "set_adapter_state", "swap"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -82,14 +83,16 @@ def _bases_of_rank(file: AdapterFile, r: int, shapes: Sequence[Shape], bank: Bas
         return _as_stored(file, spec, used, bank)
     found = []
     for candidate in _candidates(spec):
-        basis = _drawn(candidate, used)
+        held = bank.find(candidate)
+        is_large_enough = held is not None and all(map(operator.ge, held.extent, used))
+        basis = held if held is not None and is_large_enough else _drawn(candidate, used)
         if record is None and stored is None:  # nothing to compare with
-            return bank.find(candidate) or basis
+            return held or basis
         if stored is not None and not _equal(basis, stored, used):
             continue
         found.append("" if record is None else basis.digest(*used))
         if record is None or found[-1] == record.digest:
-            return bank.find(candidate) or basis
+            return held or basis
     if stored is not None:
         return _as_stored(file, spec, used, bank)
     assert file.header is not None, "bases without a record are found or stored"

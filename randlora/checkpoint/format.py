@@ -155,6 +155,11 @@ class Header:
         return all(record.is_reproducible for record in self.bases.values())
 
 
+def metadata_of(header: Header | None, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the metadata of the file of an adapter's tensors."""
+    return METADATA | ({} if header is None else {HEADER_KEY: dump_header(header, tensors)})
+
+
 def dump_header(header: Header, tensors: Mapping[str, Tensor]) -> str:
     """Return a header as JSON, with the SHA-256 of itself and of every tensor."""
     facts = {

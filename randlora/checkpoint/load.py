@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,10 @@ from randlora.checkpoint.bases import file_bases, stream_notes
 from randlora.checkpoint.fit import all_shapes, fit_sites, layer_names, with_prefix, without_repeats
 from randlora.checkpoint.format import master
 from randlora.checkpoint.peft_config import BASE_FIELD, NEUTRAL_FIELDS, kept_fields
-from randlora.checkpoint.read import AdapterFile, locate, read_adapter
+from randlora.checkpoint.read import AdapterFile
+from randlora.checkpoint.source import Found, Source, read_source
 from randlora.config import Stream
-from randlora.errors import CheckpointError
+from randlora.errors import CheckpointError, warn
 from randlora.hints import require_types
 from randlora.layer_options import by_rank
 from randlora.model.change import one_at_a_time
@@ -23,7 +23,7 @@ from randlora.model.install import commit, owned_state, prepare
 from randlora.model.train_also import replacements
 from randlora.placement.dtensor import reshard
 from randlora.report import Report, adapter_report, next_steps
-from randlora.state import Adapter, SavePretrained
+from randlora.state import Adapter, ModelState, SavePretrained
 from randlora.targets.site import Site, shapes_of
 from randlora.targets.walk import Census
 
@@ -32,12 +32,13 @@ from randlora.targets.walk import Census
 @one_at_a_time
 def load(
     model: nn.Module,
-    source: str | os.PathLike[str],
+    source: Source,
     *,
     name: str = "default",
     trainable: bool = False,
     active: bool | None = None,
     revision: str | None = None,
+    subfolder: str | None = None,
     prefix: str | None = None,
     stream: Stream | None = None,
     save_pretrained: SavePretrained | None = None,
@@ -53,11 +54,12 @@ def load(
         model: The model that the adapter was trained on, with or without other adapters.
         source: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote, or the safetensors file in it. A
             string ``"user/repo"`` that is not a path means a repository on the Hub, for which huggingface_hub must be
-            installed (the extra ``hub``).
+            installed (the extra ``hub``). Or what `randlora.adapter_state` returned.
         name: The adapter's name in the model.
         trainable: Whether its parameters require grad.
         active: Whether to make it the only active adapter. ``None``: if it is the model's first.
         revision: Branch, tag or commit of a repository; ``None`` means its main branch.
+        subfolder: The directory inside of ``source`` with the adapter's files; ``None`` means ``source`` itself.
         prefix: The prefix by which the names in the file and in the model differ, such as ``"bert"`` for an adapter of
             ``BertModel`` and a model with a head. It is added to the names or removed from them, as the model requires,
             which the report says.
@@ -77,14 +79,39 @@ def load(
         AdapterError: If the name is taken, or the model's adapters are merged.
     """
     given = {"model": model, "source": source, "trainable": trainable, "active": active, "revision": revision}
-    given |= {"prefix": prefix, "stream": stream, "save_pretrained": save_pretrained}
+    given |= {"prefix": prefix, "stream": stream, "subfolder": subfolder, "save_pretrained": save_pretrained}
     require_types(load, given)
     reshard(model)
     census = Census.of(model)
     state = owned_state(census, name, "load")
+    found = read_source(source, revision=revision, subfolder=subfolder, stream=stream)
+    options = Options(name=name, trainable=trainable, active=active, prefix=prefix, save_pretrained=save_pretrained)
+    return _added(census, state, found, options)
+
+
+class Options(NamedTuple):
+    """What `load` is told beside where an adapter is; see there."""
+
+    name: str
+    trainable: bool = False
+    active: bool | None = None
+    prefix: str | None = None
+    save_pretrained: SavePretrained | None = None
+
+
+@torch.inference_mode(mode=False)
+@one_at_a_time
+def add_found(model: nn.Module, found: Found, options: Options) -> Report:
+    """Add an adapter that was read to a model, as `load` does."""
+    reshard(model)
+    census = Census.of(model)
+    return _added(census, owned_state(census, options.name, "load"), found, options)
+
+
+def _added(census: Census, state: ModelState, found: Found, options: Options) -> Report:
+    file, (name, trainable, active, prefix, save_pretrained) = found.file, options
     active = not state.adapters if active is None else active
     try:
-        file = read_adapter(locate(source, revision), stream)
         if prefix is not None:
             file = with_prefix(file, prefix, layer_names(census))
         sites = fit_sites(census, file)
@@ -92,12 +119,11 @@ def load(
         shapes = shapes_of(sites, file.config)
         file, bases = file_bases(file, by_rank(shapes, file.options), state.bank, lambda: all_shapes(census))
     except CheckpointError as error:
-        raise CheckpointError(f"cannot load {str(source)!r}: {error}") from error
-    doubts = _doubts(model, file)
-    rule = f"the names in {source}" + (f" at {revision}" if revision else "")
-    rule += f", {file.renaming}" if file.renaming else ""
-    options = {fqn: file.options[fqn] for fqn in shapes}
-    adapter = Adapter(name, file.config, bases, options, rule, peft_fields=kept_fields(file.fields))
+        raise CheckpointError(f"cannot load {found.where}: {error}") from error
+    doubts = warn_of_doubts(census.model, file)
+    rule = f"{found.rule}, {file.renaming}" if file.renaming else found.rule
+    layer_options = {fqn: file.options[fqn] for fqn in shapes}
+    adapter = Adapter(name, file.config, bases, layer_options, rule, peft_fields=kept_fields(file.fields))
     unknown = sorted(set(adapter.peft_fields) - set(NEUTRAL_FIELDS))
     foreign = [f"fields kept but not understood: {', '.join(unknown)}"] if unknown else []
     replaced = replacements(census, state, file.trained)
@@ -135,10 +161,10 @@ def _placed(file: AdapterFile, sites: tuple[Site, ...]) -> dict[str, tuple[Tenso
     return placed
 
 
-def _doubts(model: nn.Module, file: AdapterFile) -> list[str]:
-    """Warn of doubts about the files and of another base model, at the line that calls `load`; return the warnings."""
+def warn_of_doubts(model: nn.Module, file: AdapterFile) -> list[str]:
+    """Warn of doubts about the files and of another base model; return the warnings."""
     doubt = mismatch(model, file.fields.get(BASE_FIELD))
     doubts = [*file.doubts, *([] if doubt is None else [doubt])]
     for doubt in doubts:
-        warnings.warn(doubt, UserWarning, stacklevel=5)  # past `load` and its decorators
+        warn(doubt)
     return doubts

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from io import FileIO
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
@@ -105,18 +105,23 @@ class AdapterFile:
         return replace(renamed, values=values, trained=trained)
 
 
-def locate(source: str | os.PathLike[str], revision: str | None) -> Path:
+def locate(source: str | os.PathLike[str], revision: str | None, subfolder: str | None = None) -> Path:
     """Return the directory of an adapter's files, given it, the safetensors file in it, or a repository on the Hub.
 
-    A path that exists has priority over a repository of that name. Only a repository has revisions.
+    A path that exists has priority over a repository of that name. Only a repository has revisions. The files may be in
+    a subfolder of either.
     """
     path = Path(source)
     if not is_there(path) and isinstance(source, str) and is_repo_id(source):
-        return download(source, revision, [CONFIG_FILE, TENSORS_FILE])
+        files = [CONFIG_FILE, TENSORS_FILE]
+        within = PurePosixPath(subfolder or ".")
+        return download(source, revision, [(within / name).as_posix() for name in files]) / within
     if revision is not None:
         raise CheckpointError(f"a path has no revision, got {revision!r}: revision= goes with 'user/repo' on the Hub")
     if not (is_there(path) and path.is_file()):
-        return path
+        return path / (subfolder or ".")
+    if subfolder is not None:
+        raise CheckpointError(f"a file has no subfolder, got {subfolder!r}: give the directory around it")
     if path.name != TENSORS_FILE:
         raise CheckpointError(f"it is a file: expected a directory, or the file {TENSORS_FILE} in one")
     return path.parent
@@ -164,7 +169,16 @@ def _read_beside(fields: dict[str, Any] | None, directory: Path, stream: Stream 
         fields = {"peft_type": PEFT_TYPE}
         doubts = [f"there is no {CONFIG_FILE}, which PEFT needs and which names the base model: save it again"]
     else:
-        doubts = _disagreements(fields, header)
+        doubts = disagreements(fields, header)
+    copies = sum(bool(COPY.search(entry.name)) for entry in shard.entries)
+    file = sort_contents(fields, header, tensors, stream, doing=f"read {str(directory)!r}")
+    return replace(file, basis_copies=int(bool(file.bases)) if header else copies, doubts=tuple(doubts))
+
+
+def sort_contents(
+    fields: dict[str, Any], header: Header | None, tensors: dict[str, Tensor], stream: Stream | None, *, doing: str
+) -> AdapterFile:
+    """Return an adapter's contents, given all that its files hold, after checking them; the tensors are taken out."""
     if header is None and (lost := [name for name in UNREAD_FIELDS if fields.get(name) not in (None, {})]):
         raise CheckpointError(f"the tensors have lost the header that goes with {lost[0]}: get an undamaged copy")
     keys = [basis_keys(r, header.bases.keys()) for r in header.bases] if header else [(TOP_BASIS_A, TOP_BASIS_B)]
@@ -175,9 +189,8 @@ def _read_beside(fields: dict[str, Any] | None, directory: Path, stream: Stream 
     ranks = header.bases if header else [fields["r"]]
     bases = {r: pair for r, pair in zip(ranks, pairs, strict=True) if pair is not None}
     problems = file_problems(values, trained, bases, options_listed(config, values))
-    raise_collected(CheckpointError, problems, doing=f"read {str(directory)!r}")
-    copies = int(bool(bases)) if header else sum(bool(COPY.search(entry.name)) for entry in shard.entries)
-    return AdapterFile(fields, config, header, values, trained, bases, copies, tuple(doubts), stream=stream)
+    raise_collected(CheckpointError, problems, doing=doing)
+    return AdapterFile(fields, config, header, values, trained, bases, stream=stream)
 
 
 def _read_fields(directory: Path) -> dict[str, Any] | None:
@@ -288,7 +301,7 @@ def _trained(tensors: Mapping[str, Tensor], targets: Container[str], header: Hea
     return {fqn: tensors[key] for key, fqn in fqns.items()}
 
 
-def _disagreements(fields: Mapping[str, Any], header: Header | None) -> list[str]:
+def disagreements(fields: Mapping[str, Any], header: Header | None) -> list[str]:
     """Return where the JSON contradicts our header, because it was edited or comes from another save."""
     if header is None:
         return []

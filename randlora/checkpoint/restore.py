@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -47,36 +47,63 @@ def restore(model: nn.Module, directory: str | os.PathLike[str], *, name: str | 
         CheckpointError: If the files are missing or damaged, or are those of another adapter. The model is then
             unchanged.
     """
-    _write_all(_planned(model, directory, name))
+    write_values(_restored(model, directory, name))
 
 
 @one_at_a_time
 def restore_each(model: nn.Module, directories: Mapping[str, Path]) -> None:
     """Restore several adapters, by name, each from its directory as `restore` does: all of them, or none."""
-    _write_all(chain.from_iterable([[*_planned(model, path, name)] for name, path in directories.items()]))
+    write_values(chain.from_iterable([[*_restored(model, path, name)] for name, path in directories.items()]))
 
 
-def _planned(
+def _restored(
     model: nn.Module, directory: str | os.PathLike[str], name: str | None
 ) -> Iterable[tuple[nn.Parameter, Tensor]]:
     """Return the parameters of an adapter with their values in the files, after checking that these are its own."""
+    advice = "make the model and its adapter as they were made when training began, with the same options"
+    doing = f"restore {'its adapter' if name is None else repr(name)} from {str(directory)!r}"
+    return planned_values(model, name, lambda _: read_adapter(Path(directory)), doing=doing, advice=advice)
+
+
+def planned_values(
+    model: nn.Module,
+    name: str | None,
+    read: Callable[[Census], AdapterFile],
+    *,
+    doing: str,
+    advice: str,
+) -> Iterable[tuple[nn.Parameter, Tensor]]:
+    """Return the parameters of an adapter with their values in files, after checking that these are its own.
+
+    If the model is sharded, this is a collective.
+
+    Args:
+        model: A model with adapters.
+        name: The adapter's name in the model; ``None`` means the only one.
+        read: Returns the contents of the files.
+        doing: The call, for messages.
+        advice: What to do about a difference.
+
+    Raises:
+        AdapterError: If the model has no adapter of that name, or its adapters are merged.
+        CheckpointError: If the files are damaged, or are those of another adapter.
+    """
     reshard(model)
     root, state = adapted_root(model)
     adapter = state.adapter(name)
-    require_unmerged(state, "restore")
+    require_unmerged(state, doing)
     census = Census.of(root)
     sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
     own = [*chain.from_iterable(site.layer.diagonals_of(site.owner, adapter.name) for site in sites)]
-    doing = f"restore adapter {adapter.name!r} from {str(directory)!r}"
     with agreed(ranks_holding(census, state)):
-        require_own(census, state, "restore")
+        require_own(census, state, doing)
         problems = [*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])]
         raise_collected(CheckpointError, problems, doing=doing)
         try:
-            file = read_adapter(Path(directory))
+            file = read(census)
         except CheckpointError as error:
             raise CheckpointError(f"cannot {doing}: {error}") from error
-        problems += _differences(adapter, file, shapes_of(sites, adapter.config))
+        problems += _differences(adapter, file, shapes_of(sites, adapter.config), advice)
         problems += [
             f"{site.fqn} is partitioned by ZeRO-3, whose optimizer has copies of the values and would write them back: "
             "load DeepSpeed's own checkpoint, as engine.load_checkpoint(directory) does"
@@ -89,10 +116,19 @@ def _planned(
     return dict(_values(adapter, file, sites)).items()
 
 
-def _write_all(values: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+def write_values(values: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+    """Write whole values into parameters, in place; all of them, or none."""
+    written: list[tuple[nn.Parameter, Tensor]] = []
     with torch.no_grad():
-        for parameter, value in values:
-            _write(parameter, value)
+        try:
+            for parameter, value in values:
+                own = Shard(parameter).keep() if is_dtensor(parameter) else parameter.detach().clone()
+                written.append((parameter, own))
+                _write(parameter, value)
+        except BaseException:
+            for parameter, before in reversed(written):
+                Shard(parameter).restore(before) if is_dtensor(parameter) else parameter.copy_(before)
+            raise
 
 
 def _values(adapter: Adapter, file: AdapterFile, sites: list[AdaptedSite]) -> Iterator[tuple[nn.Parameter, Tensor]]:
@@ -103,9 +139,8 @@ def _values(adapter: Adapter, file: AdapterFile, sites: list[AdaptedSite]) -> It
         yield parameter, file.trained[fqn]
 
 
-def _differences(adapter: Adapter, file: AdapterFile, shapes: Shapes) -> Iterator[str]:
+def _differences(adapter: Adapter, file: AdapterFile, shapes: Shapes, advice: str) -> Iterator[str]:
     """Yield in what an adapter is another than the one in the files, except for its values."""
-    advice = "make the model and its adapter as they were made when training began, with the same options"
     if file.header is None:
         yield "randlora.save did not write these files: call randlora.load instead"
         return

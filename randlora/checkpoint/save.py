@@ -4,46 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from randlora.checkpoint.card import is_ours, write_card
+from randlora.checkpoint.contents import Contents, Gathered, StoredAs, contents_of, gathered, value_problems
 from randlora.checkpoint.fit import untied_by_peft
-from randlora.checkpoint.format import (
-    CARD_FILE,
-    CONFIG_FILE,
-    TENSORS_FILE,
-    Header,
-    adapter_tensors,
-    stored_bases,
-    stored_dims,
-)
-from randlora.checkpoint.peft_config import BASE_FIELD, drawing_note, peft_obstacle, to_peft_fields, unknown_to_peft
-from randlora.checkpoint.values import Value, is_text, meta_problems, save_problems
+from randlora.checkpoint.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE
+from randlora.checkpoint.peft_config import BASE_FIELD
 from randlora.checkpoint.write import write_adapter
 from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import require_types, shortly
-from randlora.layers.diagonals import diagonal_shapes
-from randlora.model.install import lost_sites, require_own
-from randlora.model.ranks import ranks_holding
 from randlora.model.save_guard import SaveGuard
-from randlora.model.train_also import lost_parameters
 from randlora.model.trainable import adapter_parameters
-from randlora.placement.dtensor import reshard
-from randlora.placement.place import whole
-from randlora.placement.ranks import agreed, in_step, one_writes
-from randlora.replaced import whole_shape
+from randlora.placement.ranks import one_writes
 from randlora.report import adapter_report, as_bytes
-from randlora.state import Adapter, ModelState, adapted_root
+from randlora.state import ModelState
 from randlora.targets.match import shortened
 from randlora.targets.select import left_out_by
-from randlora.targets.site import AdaptedSite, other_kinds, shapes_of
 from randlora.targets.walk import Census
 
 
@@ -76,7 +57,7 @@ def save(
     directory: str | os.PathLike[str],
     *,
     name: str | None = None,
-    bases: Literal["seed", "stored"] = "seed",
+    bases: StoredAs = "seed",
     push_to_hub: str | None = None,
 ) -> SaveReport:
     """Save one adapter to a directory, atomically: Λ, Γ, the parameters of ``train_also`` and the spec of the bases.
@@ -106,110 +87,88 @@ def save(
         OSError: If the disk refuses. Files already there remain as they were.
     """
     require_types(save, {"model": model, "directory": directory, "name": name})
-    reshard(model)
-    root, state = adapted_root(model)
-    adapter = state.adapter(name)
-    census = Census.of(root)
-    sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
-    diagonals = {site.fqn: site.layer.diagonals_of(site.owner, adapter.name) for site in sites}
-    ranks = ranks_holding(census, state)
-    with agreed(ranks):
-        require_own(census, state, "save")
-        problems = [*lost_sites(census, [adapter]), *lost_parameters(state, [adapter]), *_problems(adapter, bases)]
-        if ranks is not None:  # before anything is gathered
-            problems += meta_problems(_values(_Whole(sites, diagonals, adapter.trained), state, adapter))
-            raise_collected(CheckpointError, problems, doing=f"save to {str(directory)!r}")
-    with agreed(ranks):
-        flat = [*chain.from_iterable(diagonals.values()), *adapter.trained.values()]
-        values = iter(in_step(partial(whole, each) for each in flat))
-        pairs = {fqn: (next(values), next(values)) for fqn in diagonals}
-        held = _Whole(sites, pairs, dict(zip(adapter.trained, values, strict=True)))
-    return one_writes(
-        ranks, lambda: _write(census, state, adapter, held, Path(directory), problems, bases=bases, hub=push_to_hub)
-    )
+    (report,) = write_each(model, {name: Path(directory)}, Path(directory), bases=bases, push_to_hub=push_to_hub)
+    return report
 
 
-class _Whole(NamedTuple):
-    """An adapter's weights, with all values of their Λ and Γ by FQN, and of the parameters trained with it."""
-
-    sites: Sequence[AdaptedSite]
-    diagonals: Mapping[str, tuple[Tensor, Tensor]]
-    trained: Mapping[str, Tensor]
-
-
-def _write(
-    census: Census,
-    state: ModelState,
-    adapter: Adapter,
-    held: _Whole,
-    directory: Path,
-    problems: list[str],
+def write_each(
+    model: nn.Module,
+    directories: Mapping[str | None, Path],
+    root: Path,
     *,
-    bases: str,
-    hub: str | None,
-) -> SaveReport:
-    """Check the values of an adapter and write its files."""
-    sites = held.sites
-    problems += save_problems(_values(held, state, adapter))
+    bases: StoredAs,
+    push_to_hub: str | None,
+) -> list[SaveReport]:
+    """Save adapters by name, each to its directory, which is ``root`` or inside it, after checking all of them."""
+    doing = f"save to {str(root)!r}"
+    held, ranks = gathered(model, [*directories], bases, doing=doing)
+    return one_writes(ranks, lambda: _write_each(held, [*directories.values()], root, hub=push_to_hub, doing=doing))
+
+
+def _write_each(
+    held: Sequence[Gathered], directories: Sequence[Path], root: Path, *, hub: str | None, doing: str
+) -> list[SaveReport]:
+    """Check the values of some adapters and write their files."""
+    problems = [problem for each in held for problem in value_problems(each)]
     if hub is not None and not (isinstance(hub, str) and is_repo_id(hub)):
         problems.append(f"push_to_hub must be a repository on the Hub, 'user/repo', got {shortly(hub)}")
     elif hub is not None:
         require_hub(hub)
-    if os.path.lexists(directory) and not directory.is_dir():
-        problems.append("it is a file or a broken link: expected the name of a directory")
-    raise_collected(CheckpointError, problems, doing=f"save to {str(directory)!r}")
-    shapes = shapes_of(sites, adapter.config)
-    # a module used in several places may have another name now, if one of them is gone or new
-    adapter = replace(adapter, options={site.fqn: site.layer.adapters[adapter.name].options for site in sites})
-    transposed = tuple(site.fqn for site in sites if site.layer_class.is_transposed)
-    header = Header.of(
-        adapter.config, adapter.options, adapter.bases, shapes, adapter.trained, transposed, other_kinds(sites)
-    )
-    notes = _peft_notes(adapter, header, bases)
-    tensors = adapter_tensors(held.diagonals, held.trained)
-    if bases == "stored":
-        tensors |= stored_bases(adapter.bases, header)
-    fields = to_peft_fields(census, adapter, stored=bases == "stored")
-    card = None
-    if is_ours(directory / CARD_FILE) or not os.path.lexists(directory / CARD_FILE):
-        skipped, remaining = left_out_by(census, adapter.config, shapes)
-        report = adapter_report(census, adapter, shapes, skipped=skipped, remaining=remaining)
-        card = write_card(report, header, base_model=fields[BASE_FIELD], peft_notes=notes, repo_id=hub)
-    size = write_adapter(directory, fields, tensors, header, card)
-    url = None
-    if hub:  # a generated card replaces none in the repository that was not generated
-        generated = {CARD_FILE: is_ours} if is_ours(directory / CARD_FILE) else {}
-        files = [name for name in (CONFIG_FILE, TENSORS_FILE, CARD_FILE) if name not in generated]
-        url = upload(directory, hub, files, message="Upload a RandLoRA adapter", generated=generated)
-    notes += [*untied_by_peft(census, adapter.trained), *_left_out(census, state)]
-    return SaveReport(directory, adapter.name, size, tuple(notes), url)
+    problems += [
+        f"{'it' if directory == root else repr(str(directory))} is a file or a broken link: expected the name of a "
+        "directory"
+        for directory in dict.fromkeys((root, *directories))
+        if os.path.lexists(directory) and not directory.is_dir()
+    ]
+    raise_collected(CheckpointError, problems, doing=doing)
+    each_contents = [contents_of(each) for each in held]
+    cards = [
+        _card(each, contents, directory, hub)
+        for each, contents, directory in zip(held, each_contents, directories, strict=True)
+    ]
+    sizes = [
+        write_adapter(directory, contents.fields, contents.tensors, contents.header, card)
+        for directory, contents, card in zip(directories, each_contents, cards, strict=True)
+    ]
+    url = _push(root, directories, hub) if hub else None
+    return [
+        SaveReport(
+            directory,
+            each.adapter.name,
+            size,
+            (*contents.notes, *untied_by_peft(each.census, each.adapter.trained), *_left_out(each.census, each.state)),
+            url,
+        )
+        for each, contents, directory, size in zip(held, each_contents, directories, sizes, strict=True)
+    ]
+
+
+def _card(held: Gathered, contents: Contents, directory: Path, hub: str | None) -> str | None:
+    """Return a model card, unless the directory has one that was not generated."""
+    if not is_ours(directory / CARD_FILE) and os.path.lexists(directory / CARD_FILE):
+        return None
+    shapes = contents.header.shapes
+    skipped, remaining = left_out_by(held.census, contents.adapter.config, shapes)
+    report = adapter_report(held.census, contents.adapter, shapes, skipped=skipped, remaining=remaining)
+    base = contents.fields[BASE_FIELD]
+    return write_card(report, contents.header, base_model=base, peft_notes=contents.notes, repo_id=hub)
+
+
+def _push(root: Path, directories: Sequence[Path], hub: str) -> str:
+    """Upload adapters; a generated card replaces none in the repository that was not generated."""
+    files, generated = [], {}
+    for directory in directories:
+        within = directory.relative_to(root)
+        files += [(within / name).as_posix() for name in (CONFIG_FILE, TENSORS_FILE)]
+        card = (within / CARD_FILE).as_posix()
+        if is_ours(directory / CARD_FILE):
+            generated[card] = is_ours
+        else:
+            files.append(card)
+    return upload(root, hub, files, message="Upload a RandLoRA adapter", generated=generated)
 
 
 SaveGuard.write_adapter = staticmethod(save)
-
-
-def _values(held: _Whole, state: ModelState, adapter: Adapter) -> dict[str, Value]:
-    """Return everything that is written of an adapter, except bases, and the shape that it must have."""
-    values = {}
-    for site in held.sites:
-        part, (lam, gamma) = site.layer.adapters[adapter.name], held.diagonals[site.fqn]
-        lam_shape, gamma_shape = diagonal_shapes(part.shape, part.options.r)
-        values[f"Λ of {site.fqn}"] = Value(lam, lam_shape)
-        values[f"Γ of {site.fqn}"] = Value(gamma, gamma_shape)
-    for fqn, parameter in held.trained.items():
-        values[fqn] = Value(parameter, whole_shape(state.replaced[fqn].original))
-    return values
-
-
-def _problems(adapter: Adapter, bases: str) -> list[str]:
-    problems = []
-    if bases not in ("seed", "stored"):
-        problems.append(f"bases must be 'seed' or 'stored', got {shortly(bases)}")
-    if bases == "seed" and any(basis.stored is not None for basis in adapter.bases.values()):
-        problems.append("its bases came from a file and no seed reproduces them: save with bases='stored'")
-    names = [*adapter.targets, *adapter.trained]
-    problems += [f"{fqn!r} is no valid Unicode: rename the module" for fqn in names if not is_text(fqn)]
-    return problems
 
 
 def _left_out(census: Census, state: ModelState) -> list[str]:
@@ -221,23 +180,3 @@ def _left_out(census: Census, state: ModelState) -> list[str]:
     if not left:
         return []
     return [f"{shortened(left)} requires grad and belongs to no adapter, so it is not in the files: see train_also"]
-
-
-def _peft_notes(adapter: Adapter, header: Header, bases: str) -> list[str]:
-    """Return what PEFT 0.21.2 would not load, or would load wrongly."""
-    if (reason := unknown_to_peft(header.kinds)) is not None:
-        return [f"PEFT cannot load this adapter: {reason}"]
-    if (reason := peft_obstacle(header.options)) is not None:
-        return [reason]
-    notes = []
-    ((basis, rectangle),) = ((adapter.bases[r], rectangle) for r, rectangle in header.rectangles.items())
-    spec = basis.spec
-    if bases == "seed" and (spec.max_dim, spec.min_dim) != rectangle:
-        notes.append("the bases were drawn for other layers too, so PEFT would draw others: save with bases='stored'")
-    elif bases == "seed" and (reason := drawing_note(spec)) is not None:
-        notes.append(reason)
-    if stored_dims(basis, rectangle) != rectangle:
-        notes.append(
-            "the bases were drawn for other layers and are too narrow for PEFT, which cannot load this adapter"
-        )
-    return notes

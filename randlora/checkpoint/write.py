@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from randlora.checkpoint.format import CARD_FILE, CONFIG_FILE, HEADER_KEY, METADATA, TENSORS_FILE, Header, dump_header
+from randlora.checkpoint.format import CARD_FILE, CONFIG_FILE, HEADER_KEY, METADATA, TENSORS_FILE, Header, metadata_of
 from randlora.disk.replace import Writer, write_files
 from randlora.disk.tensor_file import Planned, read_shard, write_tensor_file
 from randlora.errors import CheckpointError
@@ -31,8 +31,8 @@ def write_adapter(
     card: str | None = None,
 ) -> int:
     """Write an adapter's files and return their size in bytes. Tensors must be contiguous and on the CPU."""
-    metadata = METADATA | ({} if header is None else {HEADER_KEY: dump_header(header, tensors)})
-    return write_planned(directory, fields, [Planned.whole(*item) for item in tensors.items()], metadata, card)
+    planned = [Planned.whole(*item) for item in tensors.items()]
+    return write_planned(directory, fields, planned, metadata_of(header, tensors), card)
 
 
 def write_planned(

@@ -1,10 +1,14 @@
-"""Checking each call of a model with adapters: names that it would ignore, and the batch of `randlora.routed`."""
+"""Checking and counting each call of a model with adapters.
+
+Checked are names that it would ignore, and the batch of `randlora.routed`.
+"""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from randlora.errors import AdapterError
@@ -22,19 +26,28 @@ GENERATION = "transformers.generation."
 
 
 def check_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Check a call of a model with adapters, before its forward; a hook of the module that has them.
+    """Count and check a call of a model with adapters, before its forward; a hook of the module that has them.
 
     Raises:
         AdapterError: If the call names adapters, which no model would use, or its batch is not that of `routed`.
     """
+    state = attached_state(root)
+    if state is not None and not torch.compiler.is_compiling():
+        state.forwards.begin()
     if ARGUMENT in kwargs:
         raise AdapterError(
             f"{ARGUMENT} has no effect on this model: call it inside `with randlora.routed(model, names):`, which "
             "takes a name for each row"
         )
-    state = attached_state(root)
     if state is not None and state.routing is not None:
         _tell_batch(root, state.routing, args, kwargs)
+
+
+def end_call(root: nn.Module, args: tuple[Any, ...], output: object) -> None:  # noqa: ARG001  # a hook's signature
+    """Count the end of a call, also of one that has raised; a hook of the module that has the adapters."""
+    state = attached_state(root)
+    if state is not None and not torch.compiler.is_compiling():
+        state.forwards.end()
 
 
 def _tell_batch(root: nn.Module, routing: Routing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -63,11 +76,14 @@ def _is_generating() -> bool:
 
 
 def watch_calls(root: nn.Module) -> None:
-    """Check the calls of a module from now on."""
-    root.register_forward_pre_hook(check_call, with_kwargs=True)
+    """Check and count the calls of a module from now on."""
+    root.register_forward_pre_hook(check_call, with_kwargs=True, prepend=True)
+    root.register_forward_hook(end_call, always_call=True)
 
 
 def unwatch_calls(root: nn.Module) -> None:
-    """Remove the hook, which a copy of the module has too."""
+    """Remove the hooks, which a copy of the module has too."""
     for number in [number for number, hook in root._forward_pre_hooks.items() if hook is check_call]:
         del root._forward_pre_hooks[number], root._forward_pre_hooks_with_kwargs[number]
+    for number in [number for number, hook in root._forward_hooks.items() if hook is end_call]:
+        del root._forward_hooks[number], root._forward_hooks_always_called[number]

@@ -170,6 +170,7 @@ def without_active(model: nn.Module, checked: Callable[[Census, ModelState], obj
             state.adopt_parameters(root)
 
     try:
+        state.forwards.give_way()
         with CHANGING:
             census = Census.of(root)
             block = checked(census, state)

@@ -1,0 +1,183 @@
+"""What is written of an adapter: all its values, checked, with the fields and the header that go with them.
+
+`gathered` is a collective if the model is sharded, and finds what would not be written. `contents_of` then makes what
+`save` writes into files and `adapter_state` returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from randlora.checkpoint.format import Header, adapter_tensors, stored_bases, stored_dims
+from randlora.checkpoint.peft_config import drawing_note, peft_obstacle, to_peft_fields, unknown_to_peft
+from randlora.checkpoint.values import Value, is_text, meta_problems, save_problems
+from randlora.errors import CheckpointError, raise_collected
+from randlora.hints import shortly
+from randlora.layers.diagonals import diagonal_shapes
+from randlora.model.install import lost_sites, require_own
+from randlora.model.ranks import ranks_holding
+from randlora.model.train_also import lost_parameters
+from randlora.placement.dtensor import reshard
+from randlora.placement.place import whole
+from randlora.placement.ranks import Ranks, agreed, in_step
+from randlora.replaced import whole_shape
+from randlora.state import Adapter, ModelState, adapted_root
+from randlora.targets.site import AdaptedSite, other_kinds, shapes_of
+from randlora.targets.walk import Census
+
+StoredAs = Literal["seed", "stored"]
+"""Whether the bases of an adapter are not stored, because their spec reproduces them, or stored as they are."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """An adapter with all its values here.
+
+    Attributes:
+        census: The module that has it.
+        state: The state of that module.
+        adapter: The adapter.
+        sites: Its weights.
+        diagonals: Its Λ and Γ by FQN.
+        trained: The parameters trained with it, by FQN.
+        bases: Whether bases are stored.
+        problems: Why it cannot be written.
+    """
+
+    census: Census
+    state: ModelState
+    adapter: Adapter
+    sites: Sequence[AdaptedSite]
+    diagonals: Mapping[str, tuple[Tensor, Tensor]]
+    trained: Mapping[str, Tensor]
+    bases: str
+    problems: list[str]
+
+    def values(self) -> dict[str, Value]:
+        """Return everything that is written of it, except bases, and the shape that it must have."""
+        values = {}
+        for site in self.sites:
+            part, (lam, gamma) = site.layer.adapters[self.adapter.name], self.diagonals[site.fqn]
+            lam_shape, gamma_shape = diagonal_shapes(part.shape, part.options.r)
+            values[f"Λ of {site.fqn}"] = Value(lam, lam_shape)
+            values[f"Γ of {site.fqn}"] = Value(gamma, gamma_shape)
+        for fqn, parameter in self.trained.items():
+            values[fqn] = Value(parameter, whole_shape(self.state.replaced[fqn].original))
+        return values
+
+
+class Contents(NamedTuple):
+    """What is written of an adapter.
+
+    Attributes:
+        adapter: The adapter, with the names that its layers have now.
+        fields: The JSON for PEFT.
+        header: Our own header.
+        tensors: The tensors by key, copies on the CPU.
+        notes: Why PEFT could not load this, if it could not.
+    """
+
+    adapter: Adapter
+    fields: dict[str, Any]
+    header: Header
+    tensors: dict[str, Tensor]
+    notes: list[str]
+
+
+def gathered(
+    model: nn.Module, names: Sequence[str | None], bases: str, *, doing: str
+) -> tuple[list[Gathered], Ranks | None]:
+    """Return some adapters with all their values, and the processes that hold the model together; then a collective.
+
+    Raises:
+        AdapterError: If the model has no adapter of a name.
+        CheckpointError: If modules of one were removed or replaced, and the model is sharded; else that is a problem.
+    """
+    reshard(model)
+    root, state = adapted_root(model)
+    census = Census.of(root)
+    ranks = ranks_holding(census, state)
+    held = [_held(census, state, state.adapter(name), bases) for name in names]
+    with agreed(ranks):
+        require_own(census, state, "save")
+        for each in held:
+            each.problems.extend(_problems(each))
+        if ranks is not None:  # before anything is gathered
+            problems = [problem for each in held for problem in (*each.problems, *meta_problems(each.values()))]
+            raise_collected(CheckpointError, problems, doing=doing)
+    with agreed(ranks):
+        return [_whole(each) for each in held], ranks
+
+
+def contents_of(held: Gathered) -> Contents:
+    """Return what is written of an adapter that has no problems."""
+    adapter, sites = held.adapter, held.sites
+    shapes = shapes_of(sites, adapter.config)
+    # a module used in several places may have another name now, if one of them is gone or new
+    adapter = replace(adapter, options={site.fqn: site.layer.adapters[adapter.name].options for site in sites})
+    transposed = tuple(site.fqn for site in sites if site.layer_class.is_transposed)
+    header = Header.of(
+        adapter.config, adapter.options, adapter.bases, shapes, adapter.trained, transposed, other_kinds(sites)
+    )
+    tensors = adapter_tensors(held.diagonals, held.trained)
+    if held.bases == "stored":
+        tensors |= stored_bases(adapter.bases, header)
+    fields = to_peft_fields(held.census, adapter, stored=held.bases == "stored")
+    return Contents(adapter, fields, header, tensors, _peft_notes(adapter, header, held.bases))
+
+
+def value_problems(held: Gathered) -> list[str]:
+    """Return why an adapter cannot be written, its values included."""
+    return [*held.problems, *save_problems(held.values())]
+
+
+def _held(census: Census, state: ModelState, adapter: Adapter, bases: str) -> Gathered:
+    sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
+    diagonals = {site.fqn: site.layer.diagonals_of(site.owner, adapter.name) for site in sites}
+    return Gathered(census, state, adapter, sites, diagonals, adapter.trained, bases, [])
+
+
+def _whole(held: Gathered) -> Gathered:
+    """Return an adapter with the values that other processes hold too; a collective if there are any."""
+    flat = [*chain.from_iterable(held.diagonals.values()), *held.trained.values()]
+    values = iter(in_step(partial(whole, each) for each in flat))
+    pairs = {fqn: (next(values), next(values)) for fqn in held.diagonals}
+    return replace(held, diagonals=pairs, trained=dict(zip(held.trained, values, strict=True)))
+
+
+def _problems(held: Gathered) -> list[str]:
+    adapter, bases = held.adapter, held.bases
+    problems = [*lost_sites(held.census, [adapter]), *lost_parameters(held.state, [adapter])]
+    if bases not in ("seed", "stored"):
+        problems.append(f"bases must be 'seed' or 'stored', got {shortly(bases)}")
+    if bases == "seed" and any(basis.stored is not None for basis in adapter.bases.values()):
+        problems.append("its bases came from a file and no seed reproduces them: save with bases='stored'")
+    names = [*adapter.targets, *adapter.trained]
+    problems += [f"{fqn!r} is no valid Unicode: rename the module" for fqn in names if not is_text(fqn)]
+    return problems
+
+
+def _peft_notes(adapter: Adapter, header: Header, bases: str) -> list[str]:
+    """Return what PEFT 0.21.2 would not load, or would load wrongly."""
+    if (reason := unknown_to_peft(header.kinds)) is not None:
+        return [f"PEFT cannot load this adapter: {reason}"]
+    if (reason := peft_obstacle(header.options)) is not None:
+        return [reason]
+    notes = []
+    ((basis, rectangle),) = ((adapter.bases[r], rectangle) for r, rectangle in header.rectangles.items())
+    spec = basis.spec
+    if bases == "seed" and (spec.max_dim, spec.min_dim) != rectangle:
+        notes.append("the bases were drawn for other layers too, so PEFT would draw others: save with bases='stored'")
+    elif bases == "seed" and (reason := drawing_note(spec)) is not None:
+        notes.append(reason)
+    if stored_dims(basis, rectangle) != rectangle:
+        notes.append(
+            "the bases were drawn for other layers and are too narrow for PEFT, which cannot load this adapter"
+        )
+    return notes

@@ -1,0 +1,338 @@
+"""More adapters than a model holds: they are there when they are asked for, and rows are those of each alone."""
+
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import randlora
+from randlora import AdapterPool
+from randlora.errors import AdapterError, CheckpointError, ConfigError
+from randlora.state import attached_state
+from tests.kit import Same, fill, untouched
+from tests.laws import assert_close
+from tests.layer_kinds import LayerKind, every_kind
+from tests.read_kinds import ReadKind, every_read_kind
+
+NAMES = tuple("abcdef")
+X = torch.linspace(-1, 1, 18).view(3, 6)
+FILE = "adapter_model.safetensors"
+WAIT = 20.0  # seconds until a test fails that would wait for ever
+
+
+def plain() -> nn.Sequential:
+    """Make the same model always."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The outputs of adapters alone by name, and under ``"files"`` a directory of their directories."""
+    files, found = tmp_path_factory.mktemp("adapters"), {}
+    for seed, name in enumerate(NAMES):
+        model = plain()
+        randlora.inject(model, r=3, targets="all-linear", stream="portable")
+        found[name] = fill(model, seed=seed, spread=0.5)(X).detach()
+        randlora.save(model, files / name)
+    return {**found, "files": files}
+
+
+def assert_rows(pool: AdapterPool, model: nn.Module, outputs: dict[str, Any], *names: str | None) -> None:
+    """Check that a pool runs each row through the adapter that is named for it."""
+    base = plain()(X).detach()
+    with pool.routed(names):
+        found = model(X)
+    expected = [(base if name is None else outputs[name])[row] for row, name in enumerate(names)]
+    assert_close(found, torch.stack(expected), torch.float32)
+
+
+def test_adapters_are_loaded_when_they_are_asked_for_and_the_oldest_go_first(outputs: dict[str, Any]) -> None:
+    model = plain()
+    pool = AdapterPool(model, outputs["files"], max_loaded=3)
+    assert pool.names == NAMES
+    assert randlora.adapters(model) == []
+    expected = [
+        (("a", "b", None), ("a", "b"), (0, 2, 2, 0)),
+        (("b", "a", "b"), ("b", "a"), (2, 2, 2, 0)),
+        (("c", "a", "c"), ("b", "c", "a"), (3, 3, 3, 0)),
+        (("d", "d", None), ("c", "a", "d"), (3, 4, 4, 1)),
+        (("a", "b", "e"), ("a", "b", "e"), (4, 6, 6, 3)),
+        ((None, None, None), ("a", "b", "e"), (4, 6, 6, 3)),
+        (("f", "f", "f"), ("b", "e", "f"), (4, 7, 7, 4)),
+    ]
+    for names, loaded, counts in expected:
+        assert_rows(pool, model, outputs, *names)
+        assert pool.loaded == loaded
+        assert {each.name for each in randlora.adapters(model)} == set(loaded)
+        stats = pool.stats()
+        assert (stats.hits, stats.misses, stats.loads, stats.evictions) == counts
+        assert (stats.failures, stats.loaded) == (0, len(loaded))
+        assert stats.nbytes == 4 * sum(parameter.numel() for _, parameter in _diagonals(model))
+    assert pool.stats().seconds_loading > 0
+
+
+def refused(pool: AdapterPool, names: Any, error: type[Exception], message: str) -> None:
+    """Check that a block of a pool does not begin."""
+    with pytest.raises(error, match=message), pool.routed(names):
+        pass
+
+
+def _diagonals(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(fqn, each) for fqn, each in model.named_parameters() if "randlora_" in fqn]
+
+
+def test_no_adapter_is_removed_while_it_is_in_use(outputs: dict[str, Any]) -> None:
+    model = plain()
+    pool = AdapterPool(model, outputs["files"], max_loaded=3)
+    with pool.routed(["a", "a", "a"]):
+        for name in "bcdef":
+            assert_rows(pool, model, outputs, name, "a", name)
+            assert_rows(pool, model, outputs, name, name, None)
+            assert "a" in pool.loaded
+        assert_close(model(X), outputs["a"], torch.float32)
+        with untouched(model):
+            refused(pool, ["b", "c", "d"], AdapterError, "4 adapters are asked for at once, and the pool loads 3")
+        with pool.routed(["e", "b", None]), pytest.raises(AdapterError, match="4 adapters are asked for at once"):
+            pool.using("c").__enter__()
+    assert_rows(pool, model, outputs, "b", "c", "d")
+    assert "a" not in pool.loaded
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a", "b", "c"], "3 adapters are asked for at once, and the pool loads 2: raise max_loaded"),
+        (["a", "g", None], "the pool has no adapter named 'g'; the nearest are"),
+        (["a"] * 0, "expected the name of an adapter"),
+        ("abc", "expected the name of an adapter"),
+    ],
+)
+def test_what_a_pool_cannot_do_is_refused_before_anything_is_loaded(
+    names: Any, message: str, outputs: dict[str, Any]
+) -> None:
+    model = plain()
+    pool = AdapterPool(model, outputs["files"], max_loaded=2)
+    assert_rows(pool, model, outputs, "d", "e", "d")
+    before = pool.stats(), pool.loaded
+    with untouched(model):
+        refused(pool, names, AdapterError, message)
+    assert (pool.stats(), pool.loaded) == before
+
+
+@pytest.mark.parametrize("is_ahead", [False, True])
+@pytest.mark.parametrize("damage", ["cut", "another model's", "gone"])
+def test_a_load_that_fails_leaves_model_and_pool_and_names_the_file(
+    damage: str, is_ahead: bool, outputs: dict[str, Any], tmp_path: Path
+) -> None:
+    files = tmp_path / "adapters"
+    shutil.copytree(outputs["files"], files)
+    model = plain()
+    pool = AdapterPool(model, files, max_loaded=3)
+    assert_rows(pool, model, outputs, "a", "b", "c")
+    good = (files / "e" / FILE).read_bytes()
+    if damage == "cut":
+        (files / "e" / FILE).write_bytes(good[:-4])
+    elif damage == "gone":
+        (files / "e" / FILE).unlink()
+    else:
+        other = nn.Sequential(nn.Linear(6, 8))
+        randlora.inject(other, r=3)
+        randlora.save(other, files / "e")
+    if is_ahead:
+        pool.prefetch(["d", "e"])
+    before = pool.loaded
+    with untouched(model):
+        refused(pool, ["a", "d", "e"], CheckpointError, str(files / "e"))
+    assert pool.loaded == before
+    assert pool.stats().failures == 1
+    shutil.copytree(outputs["files"] / "e", files / "e", dirs_exist_ok=True)
+    assert_rows(pool, model, outputs, "a", "d", "e")
+    plain_one = plain()
+    (files / "e" / FILE).write_bytes(good[:-4])
+    first = AdapterPool(plain_one, files, max_loaded=3)
+    with untouched(plain_one):
+        refused(first, ["d", "e", None], CheckpointError, str(files / "e"))
+
+
+def test_prefetched_files_are_read_in_another_thread(outputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    pools: Any = sys.modules["randlora.pool"]
+    model, threads, read = plain(), dict[str, str](), pools.read_source
+
+    def noted(source: Any) -> Any:
+        threads[source.name] = threading.current_thread().name
+        return read(source)
+
+    monkeypatch.setattr(pools, "read_source", noted)
+    pool = AdapterPool(model, outputs["files"], max_loaded=2)
+    assert_rows(pool, model, outputs, "a", None, None)
+    pool.prefetch(["b", "a", "b"])
+    pool.prefetch("c")
+    with untouched(model):
+        pool.prefetch(["d"])  # the third, for which the first gives way
+        end = time.monotonic() + WAIT
+        while not threads.keys() >= {"c", "d"} and time.monotonic() < end:
+            time.sleep(0.01)
+    assert_rows(pool, model, outputs, "c", "d", None)
+    assert_rows(pool, model, outputs, "b", "d", None)
+    main = threading.current_thread().name
+    assert (threads["a"], threads["b"], threads["d"].rpartition("_")[0]) == (main, main, "randlora-prefetch")
+    with pytest.raises(AdapterError, match=r"prefetch adapters of the pool.*no adapter named 'z'"):
+        pool.prefetch(["z"])
+    with pytest.raises(AdapterError, match="3 adapters are asked for at once"):
+        pool.prefetch(["a", "b", "c"])
+
+
+def test_threads_take_turns_and_each_row_is_its_own(outputs: dict[str, Any]) -> None:
+    model = plain()
+    pool = AdapterPool(model, outputs["files"], max_loaded=3)
+    failed: list[BaseException] = []
+
+    def serve(start: int) -> None:
+        try:
+            for step in range(12):
+                names = [NAMES[(start + step * each) % len(NAMES)] for each in (1, 2, 3)]
+                pool.prefetch(names[:1])
+                assert_rows(pool, model, outputs, *names)
+                assert pool.stats().loaded >= 0
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=serve, args=(start,), daemon=True) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not failed, failed
+    stats = pool.stats()
+    assert stats.hits + stats.misses == sum(len({*names}) for names in _asked())
+    assert stats.loads == stats.misses == stats.evictions + len(pool.loaded)
+
+
+def _asked() -> list[list[str]]:
+    return [
+        [NAMES[(start + step * each) % len(NAMES)] for each in (1, 2, 3)] for start in range(4) for step in range(12)
+    ]
+
+
+def test_adapters_of_the_model_itself_are_left_alone(outputs: dict[str, Any]) -> None:
+    model = plain()
+    randlora.inject(model, r=3, targets=["0"], name="own", stream="portable")
+    fill(model, "own", spread=0.5)
+    own = model(X)
+    pool = AdapterPool(model, {name: outputs["files"] / name for name in "abc"}, max_loaded=1)
+    for name in "abca":
+        assert_rows(pool, model, outputs, name, name, None)
+        assert torch.equal(model(X), own)
+    with randlora.routed(model, ["own", "a", None]):
+        model(X)
+    randlora.inject(model, r=2, name="b")
+    with untouched(model), pytest.raises(AdapterError, match="the model has an adapter of that name"):
+        pool.using(["b"]).__enter__()
+    randlora.remove(model, "a")  # behind the pool's back
+    assert_rows(pool, model, outputs, "a", None, "a")
+
+
+def test_what_routed_cannot_take_is_used_by_other_means(tmp_path: Path) -> None:
+    expected: dict[str, Tensor] = {}
+    for seed, name in enumerate("ab"):
+        model = plain()
+        randlora.inject(model, r=3, targets=["0"], train_also=["2"], stream="portable")
+        expected[name] = fill(model, seed=seed, spread=0.5)(X).detach()
+        randlora.save(model, tmp_path / name)
+    model = plain()
+    pool = AdapterPool(model, tmp_path, max_loaded=1)
+    for name in "abba":
+        with pool.using(name):
+            randlora.activate(model, name)
+            assert torch.equal(model(X), expected[name])
+        with pytest.raises(AdapterError, match="train_also"), pool.routed([name] * 3):
+            pass
+
+
+def test_bases_are_drawn_once_for_all(outputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = plain()
+    pool = AdapterPool(model, outputs["files"], max_loaded=1)
+    assert_rows(pool, model, outputs, "a", None, None)
+    state = attached_state(model)
+    assert state is not None
+    bases = [Same(basis) for basis in state.bank]
+    monkeypatch.setattr("randlora.bases.basis.KINDS", {})  # none can be drawn
+    for name in "bcb":
+        with pool.using(name):
+            assert [Same(basis) for basis in state.bank] == bases
+
+
+def test_a_directory_is_read_again_for_a_new_name(outputs: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(outputs["files"] / "a", tmp_path / "a")
+    (tmp_path / ".b.unfinished-12345678").mkdir()
+    (tmp_path / ".b.unfinished-12345678" / FILE).touch()
+    model = plain()
+    pool = AdapterPool(model, str(tmp_path), max_loaded=2)
+    assert list(pool.names) == ["a"]
+    shutil.copytree(outputs["files"] / "b", tmp_path / "b")
+    assert_rows(pool, model, outputs, "a", "b", None)
+    assert list(pool.names) == ["a", "b"]
+
+
+def test_sources_are_paths_states_and_the_packed_names_of_tokens(outputs: dict[str, Any]) -> None:
+    loaded, model = plain(), plain()
+    randlora.load(loaded, outputs["files"] / "b")
+    sources = {"one": outputs["files"] / "a", "two": randlora.adapter_state(loaded)}
+    pool = AdapterPool(model, sources, max_loaded=2)
+    with pool.routed([["one", "two", None]]):
+        found = model(X.unsqueeze(0))
+    assert_close(found[0, :2], torch.stack([outputs["a"][0], outputs["b"][1]]), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("sources", "max_loaded", "error", "message"),
+    [
+        ({}, 0, ConfigError, "max_loaded must be at least 1, got 0"),
+        ({}, "3", ConfigError, "max_loaded must be an integer, got '3'"),
+        ({1: "a"}, 2, ConfigError, "a name in sources must be a string, got 1"),
+        (None, 2, ConfigError, "sources must be"),
+        ("nowhere", 2, CheckpointError, "'nowhere' has no adapters: expected directories with adapter_model"),
+    ],
+)
+def test_wrong_options_are_refused(sources: Any, max_loaded: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        AdapterPool(plain(), sources, max_loaded=max_loaded)
+
+
+@every_kind
+def test_a_layer_of_each_kind_is_served(kind: LayerKind) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(kind.build(6, 9, True, kind.exact))
+    x, states, expected = torch.randn(2, 6, dtype=kind.exact), {}, {}
+    for seed, name in enumerate("ab"):
+        randlora.inject(model, r=3, alpha=6, stream="portable")
+        expected[name] = fill(model, seed=seed, spread=0.5)(x)
+        states[name] = randlora.adapter_state(model)
+        randlora.eject(model)
+    pool = AdapterPool(model, states, max_loaded=1)
+    for name in "aba":
+        with pool.routed([name] * 2):
+            assert_close(model(x), expected[name], kind.exact)
+
+
+@every_read_kind
+def test_a_module_of_each_kind_that_is_read_is_served(kind: ReadKind) -> None:
+    model, states, expected = kind.model(), {}, {}
+    for seed, name in enumerate("ab"):
+        twin = fill(kind.adapted(filled=False), seed=seed, spread=0.5)
+        expected[name], states[name] = kind.run(twin).detach(), randlora.adapter_state(twin)
+    pool = AdapterPool(model, states, max_loaded=1)
+    for name in "aba":
+        with pool.using(name):
+            randlora.activate(model, name)
+            assert_close(kind.run(model), expected[name], torch.float32)
