@@ -61,13 +61,14 @@ def _restored(
 ) -> Iterable[tuple[nn.Parameter, Tensor]]:
     """Return the parameters of an adapter with their values in the files, after checking that these are its own."""
     advice = "make the model and its adapter as they were made when training began, with the same options"
-    doing = f"restore {'its adapter' if name is None else repr(name)} from {str(directory)!r}"
+    name = adapted_root(model)[1].adapter(name).name
+    doing = f"restore adapter {name!r} from {str(directory)!r}"
     return planned_values(model, name, lambda _: read_adapter(Path(directory)), doing=doing, advice=advice)
 
 
 def planned_values(
     model: nn.Module,
-    name: str | None,
+    name: str,
     read: Callable[[Census], AdapterFile],
     *,
     doing: str,
@@ -79,7 +80,7 @@ def planned_values(
 
     Args:
         model: A model with adapters.
-        name: The adapter's name in the model; ``None`` means the only one.
+        name: The adapter's name in the model.
         read: Returns the contents of the files.
         doing: The call, for messages.
         advice: What to do about a difference.
