@@ -125,8 +125,11 @@ class ModelState:
         routing: The `randlora.routing.Routing` of the innermost of these; ``None`` if that is a `disabled` block.
         ended: Those of them that are to end as soon as their parameters can be installed.
         loading_guards: While merged, the handles of the hooks that refuse to load a state dict.
-        merge_report: The `randlora.report.MergeReport` while adapters are merged reversibly.
-        merged_blocks: The `randlora.merged` blocks that have not ended; none if `randlora.merge` merged them.
+        merged: The names and weights of the adapters that are merged reversibly. They stay active.
+        merge_options: While there are any, the options ``quantized`` and ``dtype`` that they are merged with.
+        merge_report: The `randlora.report.MergeReport` of the last reversible merge.
+        merged_blocks: The `randlora.merged` blocks that have not ended.
+        merged_in_blocks: The names of the adapters that the first of these merged.
         save_pretrained: What ``save_pretrained`` of the model does; ``None`` if no caller has chosen.
         saves_merged: Whether state dicts hold merged weights, while ``save_pretrained`` writes them.
         activation: The last choice of active adapters.
@@ -142,8 +145,11 @@ class ModelState:
     routing: Routing | None = None
     ended: list[object] = field(default_factory=list)
     loading_guards: list[RemovableHandle] = field(default_factory=list)
+    merged: dict[str, float] = field(default_factory=dict)
+    merge_options: Any = None
     merge_report: Any = None
     merged_blocks: list[object] = field(default_factory=list)
+    merged_in_blocks: tuple[str, ...] = ()
     averaging: Any = None
     compute: Compute = "auto"
     save_pretrained: SavePretrained | None = None
@@ -163,8 +169,13 @@ class ModelState:
 
     @property
     def is_merged(self) -> bool:
-        """Whether the active adapters are merged into the weights."""
-        return self.merge_report is not None
+        """Whether any adapters are merged into the weights."""
+        return bool(self.merged)
+
+    @property
+    def on_top(self) -> dict[str, float]:
+        """The names and weights of the active adapters that are not merged."""
+        return {name: weight for name, weight in self.active.items() if name not in self.merged}
 
     @property
     def is_disabled(self) -> bool:
@@ -245,6 +256,11 @@ class ModelState:
                 self._install_values(replaced, version)
             else:
                 replaced.install(version)
+
+    def exchanged(self, active: Iterable[str]) -> list[str]:
+        """Return the names of the parameters that would be others if these adapters were active."""
+        now = {id(replaced): version for replaced, version in self._versions(self.active)}
+        return [replaced.name for replaced, version in self._versions(active) if version is not now[id(replaced)]]
 
     def require_exchangeable(self, active: Iterable[str], doing: str) -> None:
         """Check that `install_parameters` could install the copies of these adapters; else raise `AdapterError`."""

@@ -240,7 +240,7 @@ def test_unmerging_what_is_not_merged_is_refused() -> None:
 
 
 def _activate(model: nn.Module) -> None:
-    randlora.activate(model, "default")
+    randlora.activate(model, {"default": 2.0})
 
 
 def _remove(model: nn.Module) -> None:

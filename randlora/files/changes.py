@@ -23,7 +23,7 @@ from randlora.files.conversion import Conversion, Read
 from randlora.files.quantized import DenseView
 from randlora.layers.experts import Experts
 from randlora.layers.update import Update
-from randlora.model.merge import require_finite
+from randlora.model.mergeable import require_finite
 
 
 @dataclass(frozen=True, eq=False)

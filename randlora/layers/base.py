@@ -45,7 +45,7 @@ class AdapterLayer(StoredWeight):
         state: The state of the model that the owner belongs to.
         shape: ``(out_features, in_features)`` of the weight, or of one matrix of a stack.
         adapters: The adapters of this weight, by name.
-        acting: Those that are active, in the same order, if ``activation`` is current; see `seat`.
+        acting: Those that are active and not merged, in the same order, if ``activation`` is current; see `seat`.
         activation: The choice of active adapters that it is prepared for.
         own_forward: The ``forward`` that was set on the owner itself rather than on its class, if any.
         planned: The ``forward`` that a plan of transformers set on the owner, and the one in its place, if any.
@@ -142,8 +142,8 @@ class AdapterLayer(StoredWeight):
         return output
 
     def active(self) -> list[tuple[SiteAdapter, float]]:
-        """Return the active adapters with their weights; none while disabled or merged."""
-        if self.state.is_disabled or self.state.is_merged:
+        """Return the active adapters that are not merged, with their weights; none while disabled."""
+        if self.state.is_disabled:
             return [] if self.state.routing is None else self._chosen(self.state.routing)
         parts = self.acting if self.activation.is_current else self.adapters.values()
         weighted = [(part, part.adapter.weight) for part in parts]
@@ -224,9 +224,9 @@ class AdapterLayer(StoredWeight):
         return Update(part.basis, own, gamma, part.scaling * factor, part.shape)
 
     def seat(self, owner: nn.Module) -> None:
-        """Follow a change of which adapters are active: compiled code finds them by position, not by name."""
-        self.activation = self.state.activation
-        self.acting = [part for part in self.adapters.values() if part.adapter.is_active]
+        """Follow a change of which adapters are active and not merged: compiled code finds them by position."""
+        self.activation, merged = self.state.activation, self.state.merged
+        self.acting = [part for name, part in self.adapters.items() if part.adapter.is_active and name not in merged]
         for part in self.adapters.values():
             part.position = None
         for position, part in enumerate(self.acting):
@@ -303,7 +303,8 @@ class AdapterLayer(StoredWeight):
     def merged(self, owner: nn.Module, weights: dict[str, float], into: Into) -> Merged:  # noqa: ARG002  # for quantized layers
         """Return the weight plus the updates of some adapters, added in float32 or wider and rounded once.
 
-        Of a sharded weight that is the part that this process holds. A collective if Λ and Γ are sharded.
+        If it is merged already, the original weight is added to. Of a sharded weight that is the part that this process
+        holds. A collective if Λ and Γ are sharded.
 
         Args:
             owner: The adapted module, which is not changed.
@@ -317,7 +318,8 @@ class AdapterLayer(StoredWeight):
             part, shape = place.part, tuple(weight.shape)
             merged = self.part_with_updates(own, part, shape, updates) if part else self.with_updates(own, updates)
             return Merged(merged, merged)
-        merged = self.with_updates(weight, self.whole_updates(owner, weights))
+        own = weight if self.unmerged is None else self.unmerged[0].to(device=weight.device, dtype=weight.dtype)
+        merged = self.with_updates(own, self.whole_updates(owner, weights))
         held = nn.Parameter(merged, requires_grad=False)  # even if it is trained: unmerging would drop the training
         held.__dict__.update(vars(weight))  # what libraries set on parameters
         return Merged(merged, held)
@@ -336,6 +338,9 @@ class AdapterLayer(StoredWeight):
 
     def fold(self, owner: nn.Module, merged: Merged) -> None:
         """Replace the owner's weight by a merged one and keep the original in `unmerged`."""
+        if self.unmerged is not None:
+            owner._parameters[self.attribute] = merged.held
+            return
         if (place := place_of(owner, self.attribute)) is None:
             self.unmerged = (self.exchange(owner, merged.held),)
             return

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from randlora.layers.diagonals import Diagonal, Values
 from randlora.model.save_guard import savers
 from randlora.placement.dtensor import Shard, is_dtensor
 from randlora.placement.offloaded import stores
@@ -73,7 +74,9 @@ def all_or_nothing(
         values += [entry.original, entry.installed]
     for site in (*sites, *census.adapted):
         owner = site.owner
-        objects += [owner, *owner._modules.values(), *site.layer_class.beside(owner), site.adapter_layer]
+        diagonals = (each._parameters for each in owner._modules.values() if isinstance(each, Diagonal))
+        objects += [owner, *owner._modules.values(), *(each for each in diagonals if isinstance(each, Values))]
+        objects += [*site.layer_class.beside(owner), site.adapter_layer]
         objects += stores(owner)
         objects += site.adapter_layer.adapters.values() if site.adapter_layer is not None else ()
         values += owner.parameters()

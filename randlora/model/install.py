@@ -242,11 +242,13 @@ def unfold_all(census: Census, state: ModelState) -> tuple[str, ...]:
     merged = [site for site in census.adapted if site.layer.unmerged is not None]
     for site in merged:
         site.layer.unfold(site.owner)
-    state.merge_report = None
+    state.merged, state.merge_options, state.merge_report = {}, None, None
+    for site in merged:
+        site.layer.seat(site.owner)
     for guard in state.loading_guards:
         guard.remove()
     state.loading_guards = []
-    state.merged_blocks = []
+    state.merged_blocks, state.merged_in_blocks = [], ()
     return tuple(site.fqn for site in merged)
 
 

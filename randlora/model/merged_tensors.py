@@ -17,7 +17,7 @@ from randlora.layers.in_place import plain_class
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.update import Into
 from randlora.model.install import WRAPPERS, lost_sites, require_own
-from randlora.model.merge import model_dtype, require_finite, weight_problems
+from randlora.model.mergeable import model_dtype, require_finite, weight_problems
 from randlora.model.train_also import lost_parameters
 from randlora.placement.dtensor import is_dtensor, reshard
 from randlora.placement.offloaded import offloaded
@@ -94,7 +94,7 @@ def _in_turn(
     """Compute one value after the other, and hold none of them."""
 
     def as_now() -> tuple[object, ...]:
-        return root.__dict__.get(ATTRIBUTE), state.active, state.is_merged, state.is_disabled
+        return root.__dict__.get(ATTRIBUTE), state.active, dict(state.merged), state.is_disabled
 
     at_first = as_now()
 
@@ -188,6 +188,8 @@ def _require_mergeable(census: Census, state: ModelState) -> None:
         problems.append("the adapters are disabled: call this outside of randlora.disabled(model)")
     if not active:
         problems.append(f"no adapter is active: activate one of {', '.join(state.adapters)}")
+    if state.is_merged and state.on_top:
+        problems.append(f"{', '.join(state.on_top)} is active and not merged, as others are: merge it too")
     if not state.is_merged:
         sites = [site for site in census.adapted if state.active.keys() & site.layer.adapters.keys()]
         problems += [*lost_sites(census, active), *lost_parameters(state, active), *tie_problems(census, sites)]

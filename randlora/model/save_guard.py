@@ -73,6 +73,11 @@ class SaveGuard:
         if root is None or state is None:
             raise AdapterError(f"cannot {self.name} a part of an adapted model that was copied or pickled: {INSTEAD}")
         if state.is_merged:
+            if state.on_top:
+                raise MergeError(
+                    f"{self.name} would write a model without {', '.join(state.on_top)}, which is active and not "
+                    "merged: merge it too, or unmerge all"
+                )
             self._require_merged(kwargs.get("state_dict"))
             with _merged_values(root, state):
                 return self._unguarded(module)(*args, **kwargs)

@@ -81,7 +81,7 @@ def adapters(model: nn.Module) -> list[AdapterInfo]:
             train_also=tuple(adapter.trained),
             weight=adapter.weight,
             is_trainable=any(parameter.requires_grad for parameter in adapter_parameters(census, adapter)),
-            is_merged=state.is_merged and adapter.is_active,
+            is_merged=adapter.name in state.merged,
             problems=(*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])),
         )
         for adapter in state.adapters.values()
@@ -102,7 +102,8 @@ def activate(
 
     Raises:
         AdapterError: For an unknown name, a weight that is not finite, adapters that train the same parameter with
-            ``train_also``, or if the adapters are merged. Also if they would train copies of parameters that are not
+            ``train_also``, or if merged adapters are not among these with the weights that they were merged with. Also
+            if they would train copies of parameters that are not
             sharded, in a model of which `fully_shard` has sharded another part.
 
     Warns:
@@ -112,11 +113,14 @@ def activate(
     require_types(activate, {"trainable": trainable})
     reshard(model)
     root, state = adapted_root(model)
-    require_unmerged(state, "activate")
+    weights = _weights(names)
+    if any(weights.get(name) != weight for name, weight in state.merged.items()):
+        require_unmerged(state, "activate others")
     census = Census.of(root)
     require_own(census, state, "activate")
-    weights = _weights(names)
     raise_collected(AdapterError, _activation_problems(state, weights), doing="activate")
+    if state.is_merged and state.exchanged(name for name in state.adapters if name in weights):
+        require_unmerged(state, "activate adapters with train_also")  # which may be of a weight that is merged into
     state.require_exchangeable([name for name in state.adapters if name in weights], "activate")
     chosen = [state.adapters[name] for name in weights]
     if trainable:
@@ -125,7 +129,8 @@ def activate(
         state.activate(weights)
         for site in census.adapted:
             site.layer.seat(site.owner)
-        state.install_parameters()
+        if not state.is_merged:
+            state.install_parameters()
         if trainable is not None:
             train(census, state, chosen, trainable=trainable)
         warn_of_unknown(root)

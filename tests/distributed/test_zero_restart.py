@@ -13,7 +13,7 @@ from torch import Tensor
 import randlora
 from randlora.checkpoint import restore
 from randlora.errors import CheckpointError
-from randlora.model import merge
+from randlora.model import merge, mergeable
 from randlora.placement.zero3 import Spread
 from tests.distributed.engines import engine_of, needs_deepspeed, trained, whole_values
 from tests.distributed.processes import Processes
@@ -63,7 +63,7 @@ def fail_in_one_process(stage: str, *, reversible: bool) -> None:
     engine = engine_of(DRAWN, stage)
     model, rows = engine.module, DRAWN.batch(dist.get_rank(), 5)
     expected, before = engine(rows), pieces(model)
-    check, write, calls = merge.require_finite, Spread.write, []
+    check, write, calls = mergeable.require_finite, Spread.write, []
 
     def fail_before(fqn: str, weight: Tensor) -> Tensor:
         if fqn == "layers.1" and dist.get_rank() == 1:

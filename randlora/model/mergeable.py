@@ -1,0 +1,166 @@
+"""What can be merged, and what a merge says: checks that change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from randlora.errors import MergeError
+from randlora.hints import shortly
+from randlora.layers.quantized import QuantizedLayer
+from randlora.layers.read_weight import ReadWeight
+from randlora.layers.update import Into, Quantized
+from randlora.placement.offloaded import Offloaded
+from randlora.placement.place import Kept, place_of
+from randlora.state import ModelState
+from randlora.targets.match import shortened
+from randlora.targets.site import AdaptedSite
+from randlora.targets.walk import Census, is_norm, is_quantized
+
+
+def require_finite(fqn: str, weight: Tensor) -> Tensor:
+    """Return a merged weight if it is finite; else raise `MergeError`."""
+    if not torch.isfinite(weight).all():
+        raise MergeError(
+            f"the merged weight of {fqn} would not be finite in {weight.dtype}: check the adapter and the base weight "
+            "for NaN or infinite values, lower the adapter's weight, or merge in a wider dtype"
+        )
+    return weight
+
+
+def name_problems(state: ModelState, names: Sequence[str] | None) -> list[str]:
+    """Return messages about adapters that are to be merged, of these names, and are not active or merged already."""
+    if names is None:
+        return []
+    if not names:
+        return ["adapters is empty: name those to merge, or leave it out to merge all that are active"]
+    known = ", ".join(state.adapters)
+    return [
+        f"the model has no adapter named {shortly(name)}: it has {known}"
+        if not isinstance(name, str) or name not in state.adapters
+        else f"{name!r} is merged already"
+        if name in state.merged
+        else f"{name!r} is not active: activate it first, with the weight to merge it with"
+        for name in names
+        if name not in state.on_top
+    ]
+
+
+def state_problems(state: ModelState, names: Iterable[str], *, reversible: bool) -> list[str]:
+    """Return messages about adapters whose state does not allow to merge those of these names."""
+    if state.is_merged and (not reversible or not state.on_top):
+        return ["the adapters are merged already: call randlora.unmerge(model) first"]
+    problems = []
+    if state.is_disabled:
+        problems.append("the adapters are disabled: merge outside of randlora.disabled(model)")
+    if not state.active:
+        problems.append(f"no adapter is active: activate one of {', '.join(state.adapters)}")
+    left = [name for name in state.adapters if name not in names]
+    if left and not reversible:
+        which = "other" if set(left) & state.active.keys() else "inactive"
+        problems.append(
+            f"{', '.join(left)} would be lost: save and remove {which} adapters, or merge with reversible=True"
+        )
+    return problems
+
+
+def trained_problems(state: ModelState, sites: Sequence[AdaptedSite], names: Iterable[str]) -> list[str]:
+    """Return messages about weights that an adapter which stays active on top of those to merge trains a copy of."""
+    weights = {id(site.weight) for site in sites}
+    return [
+        f"{name!r} would not be merged, and trains a copy of {fqn}, which is merged into: merge it too"
+        for name in state.on_top.keys() - set(names)
+        for fqn, copy in state.adapters[name].trained.items()
+        if id(copy) in weights
+    ]
+
+
+def again_problems(sites: Sequence[AdaptedSite]) -> list[str]:
+    """Return messages about weights that are merged into and whose values are not in one place, to merge anew."""
+    return [
+        f"{site.fqn} is merged into already, and its weight is sharded or offloaded: unmerge all, and merge together"
+        for site in sites
+        if site.layer.unmerged is not None
+        and (isinstance(site.layer.unmerged[0], Kept) or place_of(site.owner, site.layer.attribute) is not None)
+    ]
+
+
+def option_problems(quantized: Quantized, dtype: torch.dtype | None) -> list[str]:
+    """Return messages about options of a merge."""
+    problems = []
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        problems.append(f"dtype must be a floating dtype or None, got {shortly(dtype)}")
+    if dtype is not None and quantized == "requantize":
+        problems.append("dtype= applies to dequantized layers only: give quantized='dequantize' too, or omit dtype")
+    return problems
+
+
+def weight_problems(sites: Sequence[AdaptedSite], into: Into) -> list[str]:
+    """Return messages about weights that have no values here, or that cannot be merged into."""
+    problems = []
+    for site in sites:
+        layer, weight = site.layer, site.weight
+        if weight is None:
+            problems.append(f"{site.fqn} computes its weight from other parameters: remove the parametrization first")
+        elif _is_incomplete(site, weight):
+            problems.append(
+                f"the weight of {site.fqn} is incomplete (meta, offloaded or sharded): load or gather it first"
+            )
+        elif (reason := layer.merge_obstacle(site.owner, into)) is not None:
+            problems.append(f"{site.fqn} {reason}")
+    return problems
+
+
+def _is_incomplete(site: AdaptedSite, weight: nn.Parameter) -> bool:
+    """Whether a weight has no values, or not all of them and not in a place that they can be merged into."""
+    place = None if isinstance(site.layer, QuantizedLayer) else place_of(site.owner, site.layer.attribute)
+    if place is None:
+        return weight.is_meta or weight.numel() == 0 or type(weight.data) is not Tensor
+    return weight.is_meta and not isinstance(place, Offloaded)
+
+
+def merge_notes(root: nn.Module, sites: Sequence[AdaptedSite], into: Into, *, reversible: bool) -> tuple[str, ...]:
+    """Return notes on layers with their own forward, and on a config that no longer describes the model."""
+    notes = []
+    own = [
+        site.fqn
+        for site in sites
+        if site.layer.plain_forward() is not None
+        and not isinstance(site.layer, ReadWeight)  # whatever the forward is, it read the same weight
+        and not site.layer.runs_plain_forward(site.owner)
+    ]
+    if own:
+        notes.append(
+            f"layers with their own forward: {shortened(own)}; merged, their output is the same as with the adapter "
+            "only if the forward is linear in the weight: compare outputs before and after"
+        )
+    places = {site.fqn: place_of(site.owner, site.layer.attribute) for site in sites}
+    on_disk = {fqn: place.folder for fqn, place in places.items() if isinstance(place, Offloaded) and place.folder}
+    if on_disk:
+        notes.append(
+            f"the merged weights of {shortened(list(on_disk))}, which accelerate offloads to disk, are in new files in "
+            f"{', '.join(sorted(set(on_disk.values())))} that are deleted with the model: the files that held these "
+            "weights are not changed; to keep the merged model, save it"
+        )
+    becomes_plain = into.quantized == "dequantize" and any(isinstance(site.layer, QuantizedLayer) for site in sites)
+    is_called_quantized = getattr(getattr(root, "config", None), "quantization_config", None) is not None
+    if becomes_plain and is_called_quantized and not reversible:
+        notes.append(
+            "the model's config still says that it is quantized, so files written by save_pretrained would not load: "
+            "to save, merge the files with randlora.files.merge, or, except with Conv1D layers (GPT-2), call "
+            "model.dequantize() before loading the adapter, then merge"
+        )
+    return tuple(notes)
+
+
+def model_dtype(census: Census) -> torch.dtype | None:
+    """Return the dtype of the inputs of linear layers: that of norms, else of the first unquantized parameter."""
+    own = [
+        (held.module, held.parameter.dtype)
+        for held in census.parameters
+        if held.parameter.is_floating_point() and not is_quantized(held.module)
+    ]
+    norms = [dtype for module, dtype in own if is_norm(module)]
+    return next(iter(norms or [dtype for _, dtype in own]), None)
