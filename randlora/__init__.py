@@ -20,7 +20,9 @@ from randlora.bases.spec import BasisSpec as BasisSpec
 from randlora.checkpoint import AdapterState as AdapterState
 from randlora.checkpoint import adapter_state as adapter_state
 from randlora.checkpoint import load as load
+from randlora.checkpoint import load_all as load_all
 from randlora.checkpoint import save as save
+from randlora.checkpoint import save_all as save_all
 from randlora.checkpoint import set_adapter_state as set_adapter_state
 from randlora.checkpoint import swap as swap
 from randlora.config import RandLoRAConfig as RandLoRAConfig
@@ -77,6 +79,7 @@ __all__ = [
     "find_targets",
     "inject",
     "load",
+    "load_all",
     "load_model",
     "merge",
     "merged",
@@ -88,6 +91,7 @@ __all__ = [
     "rename",
     "routed",
     "save",
+    "save_all",
     "set_adapter_state",
     "set_compute",
     "set_trainable",

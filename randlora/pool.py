@@ -79,7 +79,8 @@ class AdapterPool:
         Args:
             model: The model that the adapters were trained on.
             sources: For each name a directory, a repository on the Hub, or what `randlora.adapter_state` returned. Or a
-                directory of adapters, each in a directory of its name; it is read again for a name that was not there.
+                directory of adapters, each in a directory of its name, as `randlora.save_all` writes them; it is read
+                again for a name that was not there.
             max_loaded: How many of them the model has at once, at most; while others are loaded, also these.
             prefix: The prefix by which the names in the files and in the model differ, as for `randlora.load`.
 

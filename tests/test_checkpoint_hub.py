@@ -22,7 +22,7 @@ from tests.checkpoint_files import (
     trained,
 )
 from tests.hub_server import Hub, Repository, running_hub
-from tests.kit import adapter_values, all_bits, snapshot
+from tests.kit import adapter_values, all_bits, fill, snapshot
 
 NOBODY = "http://127.0.0.1:1"
 
@@ -174,6 +174,40 @@ def test_a_damaged_file_of_the_cache_is_refused(tmp_path: Path) -> None:
 def test_half_an_adapter_in_the_cache_is_refused(tmp_path: Path) -> None:
     (cached(tmp_path) / TENSORS_FILE).unlink()
     refused(LINEAR.build(), "user/repo", f"the Hub's repository 'user/repo' has no {TENSORS_FILE}")
+
+
+# Several adapters in one repository
+
+
+def test_several_adapters_are_pushed_in_one_commit_and_loaded_together_or_one_by_one(hub: Hub, tmp_path: Path) -> None:
+    model = trained(HEADED)
+    randlora.inject(model, r=3, targets=["0"], name="a")
+    fill(model, "a", seed=4)
+    reports = randlora.save_all(model, tmp_path / "out", push_to_hub="user/repo")
+    assert [report.url for report in reports] == [f"{hub.url}/user/repo"] * 2
+    found = hub.repositories["user/repo"].files()
+    names = [
+        name for folder in ("", "a/") for name in (f"{folder}{file}" for file in (CARD_FILE, CONFIG_FILE, TENSORS_FILE))
+    ]
+    assert set(found) == {".gitattributes", *names}
+    assert 'randlora.load(model, "user/repo")' in found[CARD_FILE].decode()
+    assert 'randlora.load(model, "user/repo", subfolder="a")' in found[f"a/{CARD_FILE}"].decode()
+    twin = HEADED.build()
+    assert [report.name for report in randlora.load_all(twin, "user/repo")] == ["default", "a"]
+    one = HEADED.build()
+    report = randlora.load(one, "user/repo", subfolder="a", name="a")
+    assert report.rule == "the names in a of user/repo"
+    for each, adapters in ((twin, ("default", "a")), (one, ("a",))):
+        for name in adapters:
+            assert all_bits(adapter_values(each, name)) == all_bits(adapter_values(model, name))
+    swapped = trained(HEADED)
+    randlora.swap(swapped, "default", "user/repo")
+    assert all_bits(adapter_values(swapped)) == all_bits(adapter_values(model))
+    refused(LINEAR.build(), "user/repo", f"has no b/{CONFIG_FILE} and no b/{TENSORS_FILE}", subfolder="b")
+    hub.repositories["user/none"] = Repository()
+    hub.repositories["user/none"].commit({"optimizer.pt": b"large"})
+    with pytest.raises(CheckpointError, match=r"cannot load 'user/none': .* has no adapters"):
+        randlora.load_all(HEADED.build(), "user/none")
 
 
 # What the Hub refuses

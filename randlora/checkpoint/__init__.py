@@ -8,6 +8,17 @@ from randlora.checkpoint.in_memory import AdapterState, adapter_state
 from randlora.checkpoint.load import load
 from randlora.checkpoint.restore import restore
 from randlora.checkpoint.save import save
+from randlora.checkpoint.several import load_all, save_all
 from randlora.checkpoint.swap import set_adapter_state, swap
 
-__all__ = ["AdapterState", "adapter_state", "load", "restore", "save", "set_adapter_state", "swap"]
+__all__ = [
+    "AdapterState",
+    "adapter_state",
+    "load",
+    "load_all",
+    "restore",
+    "save",
+    "save_all",
+    "set_adapter_state",
+    "swap",
+]

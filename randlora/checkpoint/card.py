@@ -15,17 +15,27 @@ MARK = "<!-- Written by randlora.save, which writes it anew at each save unless 
 
 
 def write_card(
-    report: Report, header: Header, *, base_model: str | None, peft_notes: Sequence[str], repo_id: str | None
+    report: Report,
+    header: Header,
+    *,
+    base_model: str | None,
+    peft_notes: Sequence[str],
+    repo_id: str | None,
+    subfolder: str | None = None,
 ) -> str:
-    """Return the text of a model card; ``peft_notes`` are the reasons why PEFT cannot load the files."""
+    """Return the text of a model card.
+
+    ``peft_notes`` are the reasons why PEFT cannot load the files; ``subfolder`` is where these are in the repository.
+    """
     base = repo_of(base_model)
-    place = repo_id or "path/to/this/directory"
+    place = f'"{repo_id or "path/to/this/directory"}"'
+    place += f', subfolder="{subfolder}"' if repo_id and subfolder else ""
     # what the Hub reads, in YAML, of which JSON strings are a part
     of_base = [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"] if base else []
     front_matter = ["---", *of_base, "library_name: randlora", "tags:", "- randlora", "---"]
     figures = (f"| {name} | {value} |" for name, value in _figures(report, header).items() if value)
-    here = f'import randlora\n\nrandlora.load(model, "{place}")  # model: the base model as it was before training'
-    there = f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, "{place}")'
+    here = f"import randlora\n\nrandlora.load(model, {place})  # model: the base model as it was before training"
+    there = f"from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, {place})"
     sections = [
         "\n".join(front_matter),
         MARK,

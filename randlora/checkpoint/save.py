@@ -14,8 +14,9 @@ from randlora.checkpoint.contents import Contents, Gathered, StoredAs, contents_
 from randlora.checkpoint.fit import untied_by_peft
 from randlora.checkpoint.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE
 from randlora.checkpoint.peft_config import BASE_FIELD
-from randlora.checkpoint.write import write_adapter
+from randlora.checkpoint.write import adapter_files
 from randlora.disk.hub import is_repo_id, require_hub, upload
+from randlora.disk.replace import write_directories
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import require_types, shortly
 from randlora.model.save_guard import SaveGuard
@@ -93,7 +94,7 @@ def save(
 
 def write_each(
     model: nn.Module,
-    directories: Mapping[str | None, Path],
+    directories: Mapping[str, Path] | Mapping[str | None, Path],
     root: Path,
     *,
     bases: StoredAs,
@@ -123,13 +124,13 @@ def _write_each(
     raise_collected(CheckpointError, problems, doing=doing)
     each_contents = [contents_of(each) for each in held]
     cards = [
-        _card(each, contents, directory, hub)
+        _card(each, contents, directory, hub, None if directory == root else directory.name)
         for each, contents, directory in zip(held, each_contents, directories, strict=True)
     ]
-    sizes = [
-        write_adapter(directory, contents.fields, contents.tensors, contents.header, card)
+    sizes = write_directories(
+        adapter_files(directory, contents.fields, contents.tensors, contents.header, card)
         for directory, contents, card in zip(directories, each_contents, cards, strict=True)
-    ]
+    )
     url = _push(root, directories, hub) if hub else None
     return [
         SaveReport(
@@ -143,15 +144,21 @@ def _write_each(
     ]
 
 
-def _card(held: Gathered, contents: Contents, directory: Path, hub: str | None) -> str | None:
+def _card(held: Gathered, contents: Contents, directory: Path, hub: str | None, subfolder: str | None) -> str | None:
     """Return a model card, unless the directory has one that was not generated."""
     if not is_ours(directory / CARD_FILE) and os.path.lexists(directory / CARD_FILE):
         return None
     shapes = contents.header.shapes
     skipped, remaining = left_out_by(held.census, contents.adapter.config, shapes)
     report = adapter_report(held.census, contents.adapter, shapes, skipped=skipped, remaining=remaining)
-    base = contents.fields[BASE_FIELD]
-    return write_card(report, contents.header, base_model=base, peft_notes=contents.notes, repo_id=hub)
+    return write_card(
+        report,
+        contents.header,
+        base_model=contents.fields[BASE_FIELD],
+        peft_notes=contents.notes,
+        repo_id=hub,
+        subfolder=subfolder,
+    )
 
 
 def _push(root: Path, directories: Sequence[Path], hub: str) -> str:

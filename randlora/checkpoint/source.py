@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from randlora.checkpoint.format import TENSORS_FILE
+from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
 from randlora.checkpoint.in_memory import AdapterState, file_of
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.config import Stream
+from randlora.disk.hub import download, is_repo_id
 from randlora.disk.regular import is_there
 from randlora.errors import CheckpointError
 
@@ -43,7 +44,9 @@ def read_source(
         where = rule = "the state of an adapter"
     else:
         where = repr(str(source))
-        rule = f"the names in {source}" + (f" at {revision}" if revision else "")
+        rule = f"the names in {f'{subfolder} of ' if subfolder else ''}{source}" + (
+            f" at {revision}" if revision else ""
+        )
     try:
         if not isinstance(source, AdapterState):
             return Found(read_adapter(locate(source, revision, subfolder), stream), where, rule)
@@ -56,6 +59,17 @@ def read_source(
 
 IN_ROOT = "default"
 """The name of an adapter whose files are not in a directory of their own, as in PEFT's layout of several."""
+
+
+def locate_all(source: str | os.PathLike[str], revision: str | None) -> dict[str, Path]:
+    """Return the directories of all adapters in a directory, or in a repository on the Hub, by name."""
+    path = Path(source)
+    if not is_there(path) and isinstance(source, str) and is_repo_id(source):
+        files = [CONFIG_FILE, TENSORS_FILE]
+        return adapters_in(download(source, revision, [*files, *(f"*/{name}" for name in files)], are_patterns=True))
+    if revision is not None:
+        raise CheckpointError(f"a path has no revision, got {revision!r}: revision= goes with 'user/repo' on the Hub")
+    return adapters_in(path)
 
 
 def adapters_in(directory: Path) -> dict[str, Path]:

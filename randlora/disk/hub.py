@@ -49,10 +49,11 @@ def offline() -> Iterator[None]:
         flags["HF_HUB_OFFLINE"] = before
 
 
-def download(repo_id: str, revision: str | None, files: Sequence[str]) -> Path:
+def download(repo_id: str, revision: str | None, files: Sequence[str], *, are_patterns: bool = False) -> Path:
     """Download files of a repository, or find them in the local cache, and return the directory that holds them.
 
-    ``revision`` is a branch, a tag or a commit; ``None`` means the main branch.
+    ``revision`` is a branch, a tag or a commit; ``None`` means the main branch. Where ``files`` are patterns, with
+    ``*``, there may be none.
     """
     library = require_hub(repo_id)
     try:
@@ -60,7 +61,8 @@ def download(repo_id: str, revision: str | None, files: Sequence[str]) -> Path:
     except Exception as error:  # the library's own, and whatever its HTTP client raises
         what = f"the Hub's repository {repo_id!r}" + (f" at revision {revision!r}" if revision else "")
         raise CheckpointError(f"there is no such path, and {what} cannot be had: {_cause(library, error)}") from error
-    if missing := [name for name in files if not Path(found, name).is_file()]:
+    missing = [name for name in files if not are_patterns and not Path(found, name).is_file()]
+    if missing:
         raise CheckpointError(f"the Hub's repository {repo_id!r} has no {' and no '.join(missing)}: name another")
     return Path(found)
 

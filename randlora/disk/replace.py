@@ -37,10 +37,11 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 if sys.platform != "win32":
     import fcntl
@@ -57,29 +58,66 @@ Writer = Callable[[Path], object]
 """Writes a whole file to the path it is given."""
 
 
-def write_files(directory: Path, writers: Mapping[str, Writer], withdrawn: Container[str] = ()) -> int:
-    """Write files of a directory, all or none, and return their total size in bytes. Its other files remain.
+class Files(NamedTuple):
+    """Files to write into a directory.
 
-    A directory that does not exist is created with its files. The first of the files decides; those ``withdrawn`` are
-    never seen beside one of another call, unless they are equal in both. If the disk refuses, nothing changes.
+    Attributes:
+        directory: The directory, created with its files if it does not exist. Its other files remain.
+        writers: What writes each, by name. The first of the files decides.
+        withdrawn: Those that are never seen beside one of another call, unless they are equal in both.
     """
-    directory = directory.resolve()
+
+    directory: Path
+    writers: Mapping[str, Writer]
+    withdrawn: Container[str] = ()
+
+
+def write_files(directory: Path, writers: Mapping[str, Writer], withdrawn: Container[str] = ()) -> int:
+    """Write files of a directory, all or none, and return their total size in bytes; see `Files`.
+
+    If the disk refuses, nothing changes.
+    """
+    (size,) = write_directories([Files(directory, writers, withdrawn)])
+    return size
+
+
+def write_directories(each: Iterable[Files]) -> list[int]:
+    """Write files of several directories, and return the total size in bytes of those of each.
+
+    All are whole on disk before the first is seen. If the disk refuses until then, nothing changes; if it refuses a
+    rename later, those directories that are complete remain.
+    """
+    with ExitStack() as held:
+        staged = [(files, held.enter_context(_staged(files))) for files in each]
+        return [_reveal(files, scratch) for files, scratch in staged]
+
+
+@contextmanager
+def _staged(files: Files) -> Iterator[Path]:
+    """Write files into a hidden directory, and yield that."""
+    directory = files.directory.resolve()
     with scratch_for(directory) as scratch:
-        new, old = scratch / NEW, scratch / OLD
+        new = scratch / NEW
         new.mkdir()  # with the permissions of any new directory
-        for name, writer in writers.items():
+        for name, writer in files.writers.items():
             _write(new / name, writer, like=directory / name)
-        size = sum((new / name).stat().st_size for name in writers)  # later another process may be replacing them
-        is_created = False
-        if not directory.exists():
-            with suppress(FileExistsError):  # another process created it meanwhile
-                _publish(new, directory)
-                is_created = True
-        if not is_created:
-            old.mkdir()
-            with _locked(directory, seconds=PATIENCE):  # so that no files of another call get between these
-                _replace(list(writers), withdrawn, new, directory, old)
-        return size
+        yield scratch
+
+
+def _reveal(files: Files, scratch: Path) -> int:
+    """Move files out of a hidden directory, and return their total size in bytes."""
+    directory, new, old = files.directory.resolve(), scratch / NEW, scratch / OLD
+    size = sum((new / name).stat().st_size for name in files.writers)  # later another process may be replacing them
+    is_created = False
+    if not directory.exists():
+        with suppress(FileExistsError):  # another process created it meanwhile
+            _publish(new, directory)
+            is_created = True
+    if not is_created:
+        old.mkdir()
+        with _locked(directory, seconds=PATIENCE):  # so that no files of another call get between these
+            _replace(list(files.writers), files.withdrawn, new, directory, old)
+    return size
 
 
 def _write(path: Path, writer: Writer, like: Path) -> None:

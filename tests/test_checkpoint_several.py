@@ -1,0 +1,198 @@
+"""Several adapters in one directory, as PEFT lays them out: all of them or none, to disk and back."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, RandLoraConfig, get_peft_model
+from torch import nn
+
+import randlora
+from randlora.disk import replace as replacing
+from randlora.errors import AdapterError, CheckpointError
+from tests.checkpoint_files import CARD_FILE, CONFIG_FILE, HEADED, LINEAR, TENSORS_FILE, trained
+from tests.kit import adapter_values, all_bits, fill, untouched
+from tests.laws import assert_close
+from tests.peer import THEIR_WARNINGS
+
+FILES = {CARD_FILE, CONFIG_FILE, TENSORS_FILE}
+NAMES = ("b", "default", "a")
+
+
+def model_of_three() -> nn.Module:
+    """Make a model with three adapters, of which one trains parameters besides."""
+    model = trained(HEADED)
+    randlora.inject(model, r=3, targets=["0"], name="a", stream="portable")
+    randlora.inject(model, r=2, targets=["2"], name="b", basis="block")
+    return fill(fill(model, "a", seed=1), "b", seed=2)
+
+
+def written(directory: Path) -> set[str]:
+    """Return the paths of all files in a directory."""
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
+
+
+def test_each_is_in_a_directory_of_its_name_and_default_in_the_root(tmp_path: Path) -> None:
+    model = model_of_three()
+    with untouched(model):
+        reports = randlora.save_all(model, tmp_path / "all")
+    places = {"default": tmp_path / "all", "a": tmp_path / "all" / "a", "b": tmp_path / "all" / "b"}
+    assert {report.name: report.directory for report in reports} == places
+    assert written(tmp_path / "all") == {*FILES, *(f"{name}/{file}" for name in "ab" for file in FILES)}
+    for name, place in places.items():
+        randlora.save(model, tmp_path / "one", name=name)
+        for file in FILES:
+            assert (tmp_path / "one" / file).read_bytes() == (place / file).read_bytes()
+    twin = HEADED.build()
+    loaded = randlora.load_all(twin, tmp_path / "all")
+    assert [(report.name, report.is_active) for report in loaded] == [("default", True), ("a", False), ("b", False)]
+    assert [each.is_active for each in randlora.adapters(twin)] == [True, False, False]
+    for name in places:
+        assert all_bits(adapter_values(twin, name)) == all_bits(adapter_values(model, name))
+
+
+def test_some_are_saved_and_loaded_by_name(tmp_path: Path) -> None:
+    model, twin = model_of_three(), HEADED.build()
+    randlora.save_all(model, tmp_path, names=["b", "a"], bases="stored")
+    assert written(tmp_path) == {f"{name}/{file}" for name in "ab" for file in FILES}
+    randlora.load_all(twin, tmp_path, names=["a"], trainable=True)
+    assert [(each.name, each.is_trainable) for each in randlora.adapters(twin)] == [("a", True)]
+    randlora.load_all(twin, str(tmp_path), names=["b"])
+    assert [each.name for each in randlora.adapters(twin)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("broken", NAMES)
+def test_nothing_is_written_unless_all_can_be(broken: str, tmp_path: Path) -> None:
+    model = model_of_three()
+    with torch.no_grad():
+        next(iter(adapter_values(model, broken).values())).fill_(float("nan"))
+    with pytest.raises(CheckpointError, match="holds NaN"):
+        randlora.save_all(model, tmp_path / "out", names=NAMES)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize("failing", [0, 4, 8])
+def test_nothing_is_seen_if_the_disk_is_full(
+    failing: int, is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = model_of_three(), tmp_path / "out"
+    if is_there:
+        randlora.save_all(trained(LINEAR), out)
+        randlora.save_all(trained(LINEAR, name="a"), out)
+    before = {name: (out / name).read_bytes() for name in written(out)}
+    flush, flushed = replacing.flush, list[Path]()
+
+    def fail(path: Path) -> None:
+        if path.name in FILES:
+            flushed.append(path)
+            if len(flushed) > failing:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        flush(path)
+
+    monkeypatch.setattr(replacing, "flush", fail)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        randlora.save_all(model, out, names=NAMES)
+    assert {name: (out / name).read_bytes() for name in written(out)} == before
+    assert {path.name for path in tmp_path.iterdir()} == ({"out"} if is_there else set())
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        (["a", "c"], AdapterError, "no adapter named 'c'"),
+        (["a", "a"], CheckpointError, "'a' is named twice"),
+        ([], CheckpointError, "no adapter is named"),
+        ("a", Exception, "names must be"),
+    ],
+)
+def test_names_that_cannot_be_saved_are_refused(
+    names: Any, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        randlora.save_all(model_of_three(), tmp_path / "out", names=names)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["a/b", "/"])
+def test_a_name_that_no_directory_has_is_refused(name: str, tmp_path: Path) -> None:
+    model = trained(LINEAR, name=name)
+    with pytest.raises(CheckpointError, match="is no name of a directory: rename the adapter"):
+        randlora.save_all(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_way_of_one_is_refused_before_any_is_written(tmp_path: Path) -> None:
+    (tmp_path / "b").touch()
+    with pytest.raises(CheckpointError, match=r"b' is a file or a broken link: expected the name of a directory"):
+        randlora.save_all(model_of_three(), tmp_path)
+    assert written(tmp_path) == {"b"}
+
+
+@pytest.mark.parametrize("is_adapted", [False, True])
+@pytest.mark.parametrize("damage", ["cut", "another model's", "a name that is taken"])
+def test_all_are_loaded_or_none(damage: str, is_adapted: bool, tmp_path: Path) -> None:
+    randlora.save_all(model_of_three(), tmp_path)
+    model = trained(HEADED, name="b" if damage == "a name that is taken" else "own") if is_adapted else HEADED.build()
+    if damage == "cut":
+        (tmp_path / "b" / TENSORS_FILE).write_bytes((tmp_path / "b" / TENSORS_FILE).read_bytes()[:-1])
+    elif damage == "another model's":
+        randlora.save(trained(LINEAR), tmp_path / "b")
+    elif not is_adapted:
+        (tmp_path / "b").rename(tmp_path / "default")
+    message = f"{tmp_path / 'b'}|cannot load 'b': the model has an adapter of that name|two adapters named 'default'"
+    with untouched(model), pytest.raises((CheckpointError, AdapterError), match=message):
+        randlora.load_all(model, tmp_path)
+
+
+def test_directories_without_adapters_are_refused(tmp_path: Path) -> None:
+    model = HEADED.build()
+    randlora.save_all(model_of_three(), tmp_path / "all")
+    with untouched(model), pytest.raises(CheckpointError, match=r"no adapter named 'c'; the nearest are"):
+        randlora.load_all(model, tmp_path / "all", names=["a", "c"])
+    for place in (tmp_path / "all" / "a" / "b", tmp_path / "none"):
+        with untouched(model), pytest.raises(CheckpointError, match=f"cannot load '{place}': .* has no adapters"):
+            randlora.load_all(model, place)
+    with untouched(model), pytest.raises(CheckpointError, match="a path has no revision, got 'main'"):
+        randlora.load_all(model, tmp_path / "all", revision="main")
+    for subfolder in ("a", "b"):
+        randlora.load(model, tmp_path / "all", subfolder=subfolder, name=subfolder)
+    with untouched(model), pytest.raises(CheckpointError, match="a file has no subfolder, got 'a'"):
+        randlora.load(model, tmp_path / "all" / TENSORS_FILE, subfolder="a", name="c")
+
+
+class TestPeft:
+    """PEFT's directories of several adapters, read here, and ours, read there."""
+
+    pytestmark = THEIR_WARNINGS
+
+    def test_theirs_are_loaded_here(self, tmp_path: Path) -> None:
+        config = RandLoraConfig(r=2, target_modules=["0", "2"])
+        theirs = get_peft_model(LINEAR.build(), config)
+        theirs.add_adapter("other", config)
+        for name, parameter in theirs.named_parameters():
+            if "randlora_lambda" in name:
+                nn.init.normal_(parameter)
+        theirs.save_pretrained(tmp_path)
+        assert {f"other/{TENSORS_FILE}", TENSORS_FILE} < written(tmp_path)
+        ours = LINEAR.build()
+        assert [report.name for report in randlora.load_all(ours, tmp_path)] == ["default", "other"]
+        for name in ("default", "other"):
+            theirs.set_adapter(name)
+            randlora.activate(ours, name)
+            assert_close(LINEAR.output(ours), LINEAR.output(theirs.eval()), torch.float32)
+
+    def test_ours_are_loaded_there(self, tmp_path: Path) -> None:
+        ours = trained(LINEAR)
+        randlora.inject(ours, r=2, name="other")
+        fill(ours, "other", seed=3)
+        randlora.save_all(ours, tmp_path, bases="stored")
+        theirs = PeftModel.from_pretrained(LINEAR.build(), tmp_path)
+        theirs.load_adapter(tmp_path / "other", "other")
+        for name in ("default", "other"):
+            theirs.set_adapter(name)
+            randlora.activate(ours, name)
+            assert_close(LINEAR.output(theirs), LINEAR.output(ours), torch.float32)
