@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, pa
 import randlora
 from randlora.errors import CheckpointError, MergeError
 from tests.distributed.processes import Processes
-from tests.kit import fill
+from tests.kit import all_bits, fill
 from tests.laws import TOKENS, Mixed
 
 
@@ -87,6 +87,39 @@ def test_the_files_are_those_of_one_process(pair: Processes, tmp_path: Path) -> 
     pair.run(save, tmp_path)
 
 
+def swap_and_return_states(place: Path) -> None:
+    one, model = pair_of_models()
+    model(TOKENS)  # after which the root holds whole parameters
+    before = randlora.adapter_state(model)
+    expected = randlora.adapter_state(one)
+    assert before.metadata == expected.metadata
+    assert all_bits(before.tensors) == all_bits(expected.tensors)
+    fill(one, seed=7)
+    if dist.get_rank() == 0:
+        randlora.save(one, place / "other")
+    dist.barrier()
+    held = [id(parameter) for parameter in model.parameters()]
+    if dist.get_rank() == 1:
+        (place / "none").mkdir()
+    for source in (place / ("other" if dist.get_rank() else "none"), place / "none"):
+        with pytest.raises(CheckpointError, match=r"cannot load .*/none"):
+            randlora.swap(model, "default", source)
+        assert randlora.adapter_state(model).metadata == before.metadata
+    randlora.swap(model, "default", place / "other")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    assert [id(parameter) for parameter in model.parameters()] == held
+    assert randlora.adapter_state(model).metadata == randlora.adapter_state(one).metadata
+    assert torch.allclose(model(TOKENS), one(TOKENS), rtol=0, atol=1e-6)
+    randlora.set_adapter_state(model, expected)
+    assert randlora.adapter_state(model).metadata == expected.metadata
+
+
+def test_a_state_is_that_of_one_process_and_is_swapped_in_all(pair: Processes, tmp_path: Path) -> None:
+    pair.run(swap_and_return_states, tmp_path)
+
+
 class Saver(Two):
     """A model with the method of transformers' models."""
 
@@ -114,8 +147,8 @@ def save_in_each(order: str, place: Path) -> tuple[int, list[str]]:
         steps[step]()
     (place / "file").touch()
     save_module = importlib.import_module("randlora.checkpoint.save")  # the package has a function of this name
-    written, errors = mock.Mock(side_effect=save_module.write_adapter), []
-    with mock.patch.object(save_module, "write_adapter", written):
+    written, errors = mock.Mock(side_effect=save_module.write_directories), []
+    with mock.patch.object(save_module, "write_directories", written):
         report = randlora.save(model, place / "adapter")
         assert report.nbytes > 0
         model.save_pretrained(place / "other")
