@@ -122,7 +122,9 @@ def _compiled(kind: LayerKind) -> Any:
     return pytest.param(kind, marks=marks)
 
 
-every_kind_compiled = pytest.mark.parametrize("kind", map(_compiled, LAYER_KINDS), ids=lambda kind: kind.name)
+every_kind_compiled = pytest.mark.parametrize(
+    "kind", [_compiled(kind) for kind in LAYER_KINDS], ids=lambda kind: kind.name
+)
 every_kind_of_4_bits_compiled = pytest.mark.parametrize(
     "kind", [_compiled(kind) for kind in LAYER_KINDS if kind.keeps_dtype], ids=lambda kind: kind.name
 )
