@@ -1,6 +1,7 @@
 """Many adapters in one batch: each row through its own, beside one adapter for all and PEFT's mixed batches of LoRA."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,9 @@ from benchmarks.timing import REPEATS, interleaved
 LAYERS, SIDE, ROWS = 2, 512, 64
 LOADED = {1: 1, 8: 8, 64: 64, 256: 64}
 """How many adapters there are, and how many of them a batch uses."""
-TOKENS = {"decode": 1, "prefill": 16}
+TOKENS = {"decode": 1, "prefill": 32}
+FEW_REPEATS = 3
+"""Repeats of what has no target."""
 
 
 def name_of(number: int) -> str:
@@ -60,35 +63,38 @@ def one_by_one(model: nn.Module, names: Sequence[str], inputs: Tensor) -> None:
         model(input_ids=inputs[[row for row, other in enumerate(names) if other == name]])
 
 
-def row(phase: str, loaded: int, device: str, repeats: int) -> Row:
-    """Time one forward of a batch."""
+def row(phase: str, loaded: int, device: str, *, is_quick: bool) -> Row:
+    """Time one forward of a batch: in a block that has many, as `generate` in one, or in a block of its own."""
     names = [name_of(number % LOADED[loaded]) for number in range(ROWS)]
     inputs = torch.randint(VOCABULARY, (ROWS, TOKENS[phase]), device=device)
-    alone, many, block, lora = (
-        ours(1, device),
-        ours(loaded, device),
-        ours(loaded, device, basis="block", blocks=(4, 8)),
-        peers(loaded, device),
-    )
-    merged = ours(1, device)
+    in_blocks: dict[str, Any] = {"basis": "block", "blocks": (4, 8)}
+    plain = {"one adapter": ours(1, device), "block, one adapter": ours(1, device, **in_blocks)}
+    many = {"dense": ours(loaded, device), "block": ours(loaded, device, **in_blocks)}
+    merged, lora = ours(1, device), peers(loaded, device)
     randlora.merge(merged)
     runs: dict[str, Callable[[], object]] = {
         "merged": partial(merged, input_ids=inputs),
-        "one adapter": partial(alone, input_ids=inputs),
-        "dense": partial(routed, many, names, inputs),
-        "block": partial(routed, block, names, inputs),
-        "one by one": partial(one_by_one, ours(loaded, device), names, inputs),
+        **{name: partial(model, input_ids=inputs) for name, model in {**plain, **many}.items()},
         "LoRA": partial(lora, input_ids=inputs, adapter_names=names),
     }
     with torch.no_grad():
-        figures = interleaved(runs, device=device, repeats=repeats)
+        with ExitStack() as blocks:
+            for model in many.values():
+                blocks.enter_context(randlora.routed(model, names))
+            figures = interleaved(runs, device=device, repeats=REPEATS if is_quick else FEW_REPEATS)
+        alone = {
+            "dense, a block each": partial(routed, many["dense"], names, inputs),
+            "one by one": partial(one_by_one, many["dense"], names, inputs),
+        }
+        if not is_quick:
+            figures |= interleaved(alone, device=device, repeats=1)
     return Row(f"{phase}, {loaded} adapters, {LOADED[loaded]} in a batch of {ROWS}", figures)
 
 
 def run(settings: Settings) -> Sequence[Row]:
-    """Measure decoding with 64 adapters, which has targets; in full, prefill and other numbers of adapters too."""
-    cases = [("decode", 64)] if settings.is_quick else [(phase, loaded) for phase in TOKENS for loaded in LOADED]
-    return [row(phase, loaded, settings.device, REPEATS) for phase, loaded in cases]
+    """Measure decoding and prefill with 64 adapters, which have targets; in full, other numbers of adapters too."""
+    loads = [64] if settings.is_quick else list(LOADED)
+    return [row(phase, loaded, settings.device, is_quick=settings.is_quick) for phase in TOKENS for loaded in loads]
 
 
 if __name__ == "__main__":

@@ -34,11 +34,13 @@ class Sorted(NamedTuple):
     Attributes:
         order: The position in the batch of each, ``(tokens,)``.
         groups: The adapters in that order.
+        adapters: The names of these.
         is_in_order: Whether that is the order of the batch.
     """
 
     order: Tensor
     groups: tuple[Group, ...]
+    adapters: tuple[str | None, ...]
     is_in_order: bool
 
 
@@ -108,7 +110,9 @@ class Routing:
                 for number, count in zip(numbers[by_count].tolist(), counts[by_count].tolist(), strict=True)
             ]
             is_in_order = bool((order == torch.arange(len(order))).all())
-            self._sorted[key] = Sorted(order.to(device), tuple(groups), is_in_order)
+            self._sorted[key] = Sorted(
+                order.to(device), tuple(groups), tuple(group.adapter for group in groups), is_in_order
+            )
         return self._sorted[key]
 
     def _of_tokens(self, shape: torch.Size, module: str) -> Tensor:

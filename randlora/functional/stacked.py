@@ -14,7 +14,8 @@ rows of one, n = num_bases, and w the columns of one. Dense bases are one block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from itertools import groupby
 from typing import Literal, NamedTuple
 
@@ -28,7 +29,7 @@ from randlora.functional.scratch import in_dtype
 
 Way = Literal["whole", "by row", "by term"]
 
-AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
+AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
 """Entries that are written at once on a device, or those of one adapter if these are more: what a CPU's cache holds."""
 
 
@@ -87,8 +88,11 @@ def stacked_update(
     Returns:
         ``(tokens, out_features)`` in the dtype of B.
     """
-    parts = list(_parts(counts, pair, stack, x.device.type, way))
-    blocks, _, width = pair.A.shape
+    if torch.is_autocast_enabled(x.device.type):  # the dtype of B already follows autocast
+        with torch.autocast(x.device.type, enabled=False):
+            return stacked_update(x, pair, stack, counts, is_wide=is_wide, way=way)
+    blocks, rows, width = pair.A.shape
+    parts = _parts(tuple(counts), (blocks, rows, stack.lam.shape[3], width), x.device.type, way)
     tokens, num_bases = x.shape[0], stack.lam.shape[3]
     basis_A = in_dtype(pair.A, x.dtype)
     if is_wide:
@@ -147,11 +151,18 @@ def _whole(basis_A: Tensor, gamma: Tensor) -> Tensor:
     return (basis_A.unsqueeze(2) * gamma.unsqueeze(2)).flatten(2, 3).flatten(0, 1)
 
 
-def _parts(counts: Sequence[int], pair: Pair, stack: Stack, device: str, way: Way | None) -> Iterator[Part]:
-    """Yield the updates in parts of equal counts, each of which fits into the memory that is written at once."""
-    blocks, rows, width = pair.A.shape
-    num_bases, most = stack.lam.shape[3], AT_ONCE.get(device, AT_ONCE["cuda"])
-    update = token = 0
+@lru_cache(maxsize=4096)
+def _parts(counts: tuple[int, ...], shape: tuple[int, int, int, int], device: str, way: Way | None) -> tuple[Part, ...]:
+    """Return the updates in parts of equal counts, each of which fits into the memory that is written at once.
+
+    Args:
+        counts: The number of tokens of each update.
+        shape: c, R, n and w.
+        device: The type of the device.
+        way: How to multiply by A and Γ; ``None`` chooses by size.
+    """
+    blocks, rows, num_bases, width = shape
+    most, parts, update, token = AT_ONCE.get(device, AT_ONCE["cuda"]), [], 0, 0
     for count, equal in groupby(counts):
         written: dict[Way, int] = {"whole": rows * num_bases, "by row": count * rows}
         if blocks == 1:
@@ -160,8 +171,9 @@ def _parts(counts: Sequence[int], pair: Pair, stack: Stack, device: str, way: Wa
         at_once, end = max(1, most // (written[chosen] * width * blocks)), update + len(list(equal))
         while update < end:
             some = min(at_once, end - update)
-            yield Part(slice(update, update + some), slice(token, token + some * count), count, chosen)
+            parts.append(Part(slice(update, update + some), slice(token, token + some * count), count, chosen))
             update, token = update + some, token + some * count
+    return tuple(parts)
 
 
 def _dealt_tokens(x: Tensor, part: Part, pair: Pair) -> Tensor:

@@ -161,7 +161,7 @@ class AdapterLayer(StoredWeight):
             module,
             self.adapters,
             lambda part: self.update(owner, part, 1.0),
-            lambda names: lasting(owner, [self._held(owner, name) for name in self.parameter_names()], names),
+            lambda find: lasting(owner, [self._held(owner, name) for name in self.parameter_names()], find),
             self.state.compute,
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from randlora.functional.stacked import Stack
 from randlora.layers.diagonals import Diagonal, Values
 from randlora.placement.offloaded import HOOK
 from randlora.state import SiteAdapter
+
+Find = Callable[[Any], tuple[nn.Parameter, ...]]
+"""Finds what some adapters, at least two, have in a mapping by name: `operator.itemgetter`, which is quick."""
 
 VERSION: Callable[[Tensor], int] = operator.attrgetter("_version")
 
@@ -54,21 +57,20 @@ class Kept(NamedTuple):
         )
 
 
-def lasting(owner: nn.Module, held: Sequence[Diagonal], names: Sequence[str]) -> list[nn.Parameter] | None:
+def lasting(owner: nn.Module, held: Sequence[Diagonal], find: Find) -> list[nn.Parameter] | None:
     """Return every Λ of some adapters, then every Γ, or ``None`` if what holds them may load or move their values.
 
     Args:
         owner: The adapted module.
         held: Λ and Γ of one of its weights.
-        names: The adapters.
+        find: Finds those of the adapters.
     """
-    if any(HOOK in module.__dict__ for module in (owner, *held)):
+    lambdas, gammas = held
+    if HOOK in owner.__dict__ or HOOK in lambdas.__dict__ or HOOK in gammas.__dict__:
         return None
-    if any(type(each._parameters) is not Values for each in held):
+    if type(lambdas._parameters) is not Values or type(gammas._parameters) is not Values:
         return None
-    found = [each._parameters.get(name) for each in held for name in names]
-    parameters = [parameter for parameter in found if parameter is not None]
-    return parameters if len(parameters) == len(found) else None
+    return [*find(lambdas._parameters), *find(gammas._parameters)]
 
 
 def kept_stack(

@@ -7,7 +7,8 @@ reads its weight, such as a convolution or attention, runs once for each adapter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +18,8 @@ from torch import Tensor, nn
 from randlora.errors import AdapterError
 from randlora.functional import Compute, Diagonals, Pair, update_rows
 from randlora.functional.routed import goes_together, one_by_one
-from randlora.functional.scratch import without_autocast
 from randlora.functional.stacked import Stack, Way, stacked_update
-from randlora.layers.kept import kept_stack
+from randlora.layers.kept import Find, kept_stack
 from randlora.layers.rows import Rows
 from randlora.layers.update import Update
 from randlora.routing import Routing, Sorted
@@ -40,7 +40,7 @@ class Routes(NamedTuple):
     module: str
     parts: Mapping[str, SiteAdapter]
     update: Callable[[SiteAdapter], Update]
-    parameters: Callable[[Sequence[str]], list[nn.Parameter] | None]
+    parameters: Callable[[Find], list[nn.Parameter] | None]
     compute: Compute
 
 
@@ -49,15 +49,15 @@ class Routed(NamedTuple):
 
     Attributes:
         positions: Where in the batch they are, sorted by adapter; ``None`` if that is the whole batch in its order.
-        names: The adapters.
-        parts: The same at this weight.
+        find: Finds what the adapters have in a mapping by name; ``None`` if it is one adapter.
+        parts: The adapters.
         counts: The number of tokens of each.
     """
 
     positions: Tensor | None
-    names: list[str]
+    find: Find | None
     parts: list[SiteAdapter]
-    counts: list[int]
+    counts: tuple[int, ...]
 
     def of(self, rows: Tensor) -> Tensor:
         """Return their rows of the rows of the batch."""
@@ -117,7 +117,7 @@ def routed_forward(routing: Routing, rows: Rows, forward: Callable[..., Any], mo
         forward: The forward.
         module: The name of the module's class, for messages.
     """
-    order, groups, _ = routing.sorted(torch.Size([rows.size]), rows.device, module)
+    order, groups, *_ = routing.sorted(torch.Size([rows.size]), rows.device, module)
     outputs, start = [], 0
     for adapter, count in groups:
         args, kwargs = rows.select(order[start : start + count])
@@ -130,7 +130,8 @@ def routed_forward(routing: Routing, rows: Rows, forward: Callable[..., Any], mo
 def _by_bases(routes: Routes, routing: Routing, shape: torch.Size, device: torch.device) -> list[Routed]:
     """Return the tokens that have an update here, those of adapters on the same bases together."""
     ordered = routing.sorted(shape, device, routes.module)
-    parts = [None if adapter is None else routes.parts.get(adapter) for adapter, _ in ordered.groups]
+    find: Any = routes.parts.get  # which finds nothing for None, the base
+    parts: list[SiteAdapter | None] = [*map(find, ordered.adapters)]
     key = id(routes.parts), id(ordered)
     known = routing.by_bases.get(key)
     if known is None or known[0] is not routes.parts or known[1] != parts:
@@ -142,11 +143,11 @@ def _by_bases(routes: Routes, routing: Routing, shape: torch.Size, device: torch
 def _found_by_bases(parts: list[SiteAdapter | None], ordered: Sorted) -> list[Routed]:
     found: dict[int, tuple[list[Tensor], list[str], list[SiteAdapter], list[int]]] = {}
     start = 0
-    for part, (adapter, count) in zip(parts, ordered.groups, strict=True):
-        if part is not None and adapter is not None:
+    for part, (_, count) in zip(parts, ordered.groups, strict=True):
+        if part is not None:
             positions, names, own, counts = found.setdefault(id(part.basis), ([], [], [], []))
             positions.append(ordered.order[start : start + count])
-            names.append(adapter)
+            names.append(part.adapter.name)
             own.append(part)
             counts.append(count)
         start += count
@@ -154,25 +155,25 @@ def _found_by_bases(parts: list[SiteAdapter | None], ordered: Sorted) -> list[Ro
     for positions, names, own, counts in found.values():
         is_all = sum(counts) == len(ordered.order)
         where = (None if ordered.is_in_order else ordered.order) if is_all else torch.cat(positions)
-        groups.append(Routed(where, names, own, counts))
+        groups.append(Routed(where, itemgetter(*names) if names[1:] else None, own, tuple(counts)))
     return groups
 
 
 def _product(routes: Routes, routing: Routing, group: Routed, own: Tensor) -> Tensor:
     """Return the product of tokens, ``(tokens, in_features)``, with the updates of their adapters."""
-    parameters = routes.parameters(group.names) if routing.keeps else None
+    parameters = routes.parameters(group.find) if routing.keeps and group.find is not None else None
     pair, first, is_wide = _factors(routes, group.parts if parameters is None else group.parts[:1], own)
     needed = [part for one in first for part in one[:2]] if parameters is None else parameters
     options: dict[str, Any] = {"is_wide": is_wide, "compute": routes.compute}
     if not goes_together(own, needed, pair, group.counts, **options):
         return one_by_one(own, pair, _factors(routes, group.parts, own)[1], group.counts, **options)
-    with without_autocast(own.device.type):
-        if parameters is None:
-            stack = Stack.of(pair, first)
-        else:
-            stack = kept_stack(routing.kept, routes.parts, group.parts, parameters, pair)
-        way: Way | None = None if routes.compute == "auto" else "whole"
-        return stacked_update(own, pair, stack, group.counts, is_wide=is_wide, way=way)
+    stack = (
+        Stack.of(pair, first)
+        if parameters is None
+        else kept_stack(routing.kept, routes.parts, group.parts, parameters, pair)
+    )
+    way: Way | None = None if routes.compute == "auto" else "whole"
+    return stacked_update(own, pair, stack, group.counts, is_wide=is_wide, way=way)
 
 
 def _factors(routes: Routes, parts: list[SiteAdapter], like: Tensor) -> tuple[Pair, list[Diagonals], bool]:
