@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 from randlora.errors import AdapterError
+
+GENERATION = "transformers.generation."
+"""The modules that repeat each row of a batch: for each beam, or for each sequence that is sampled."""
 
 BASE = -1
 """The adapter of rows that go through the base model alone."""
@@ -55,6 +59,7 @@ class Routing:
         chosen: While a module runs for the rows of one adapter, a tuple of its name, or of ``None`` for the base.
         thread: The thread that it was made in.
         keeps: Whether Λ and Γ may be kept: not if they are sharded, because what gathers them hides that they change.
+        trains: Whether gradients of the adapters are needed, as known when the block begins.
         by_bases: What `randlora.layers.routed` knows of the tokens of each layer.
         kept: Λ and Γ of the adapters of each layer; see `randlora.layers.kept`.
     """
@@ -70,7 +75,7 @@ class Routing:
         self.batch, self.tokens = len(rows), 1
         self.chosen: tuple[str | None] | None = None
         self.thread = threading.get_ident()
-        self.keeps = True
+        self.keeps, self.trains = True, False
         self.by_bases: dict[tuple[int, int], Any] = {}
         self.kept: dict[tuple[int, int], Any] = {}
         self._sorted: dict[tuple[torch.Size, int, int, torch.device], Sorted] = {}
@@ -88,6 +93,11 @@ class Routing:
         finally:
             self.chosen = None
 
+    def has_batch(self) -> bool:
+        """Whether the batch of the running call has the rows: one for each, or in ``generate`` several."""
+        rows = len(self.index)
+        return self.batch == rows or (self.batch % rows == 0 and _is_generating())
+
     def sorted(self, shape: torch.Size, device: torch.device, module: str) -> Sorted:
         """Return the tokens of an input of a module, sorted by adapter.
 
@@ -99,6 +109,11 @@ class Routing:
         Raises:
             AdapterError: If the rows of the batch cannot be told from the shape.
         """
+        if shape[:1] != (len(self.index),) and not self.has_batch():
+            raise AdapterError(
+                f"routed was given names for {len(self.index)} rows, and the model was called with a batch of "
+                f"{self.batch}: give a name, or None, for each"
+            )
         key = shape, self.batch, self.tokens, device
         if key not in self._sorted:
             of_token = self._of_tokens(shape, module)
@@ -136,3 +151,13 @@ class Routing:
                 "when the adapter is made, or activate one adapter at a time"
             )
         return self.index.repeat_interleave(tokens // rows)
+
+
+def _is_generating() -> bool:
+    """Whether the model is called by ``generate`` of transformers."""
+    frame = sys._getframe(1)
+    while (outer := frame.f_back) is not None:
+        if str(outer.f_globals.get("__name__")).startswith(GENERATION):
+            return True
+        frame = outer
+    return False

@@ -42,7 +42,7 @@ def _packed(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 """Whether a program is being exported. torch 2.6 has no such function; it cannot export these models anyway."""
 
 
@@ -178,7 +178,7 @@ class Basis:
         """
         if torch.compiler.is_compiling():
             rows, columns = part = sides or Sides(all_of(max_dim), all_of(min_dim))
-            use = max_dim, min_dim, device, dtype, rows, columns, _is_exporting()
+            use = max_dim, min_dim, device, dtype, rows, columns, is_exporting()
             basis_A, basis_B = (getattr(self, self._constant(at, use, self.identity))() for at in (0, 1))
             return self._form.paired(self.spec, basis_A, basis_B, count_bases(min_dim, self.spec.r), part)
         pair = self._pairs.get((max_dim, min_dim, device, dtype, sides))

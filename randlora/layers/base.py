@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from randlora.bases.spec import Shape, count_bases
 from randlora.errors import AdapterError
 from randlora.functional import WriteOut, adapted_linear, delta_weight
+from randlora.layers.compiled_routes import routed_layer
 from randlora.layers.diagonals import Diagonal, diagonal_shapes
 from randlora.layers.inputs import autocast_dtype, have_one_dtype, input_of, is_plain_tensor, require_product
 from randlora.layers.kept import lasting
-from randlora.layers.routed import Routes, routed_output
+from randlora.layers.routed import Routes
 from randlora.layers.sharded import Split, sharded_product
 from randlora.layers.stored import StoredWeight
 from randlora.layers.update import Into, Merged, Update, sum_updates
@@ -50,6 +51,7 @@ class AdapterLayer(StoredWeight):
         own_forward: The ``forward`` that was set on the owner itself rather than on its class, if any.
         planned: The ``forward`` that a plan of transformers set on the owner, and the one in its place, if any.
         split: What a process has of the weight while such a forward runs.
+        number: The number of the owner, for compiled code; see `randlora.layers.compiled_routes`.
         unmerged: While the weight is merged, a tuple of the original weight as `exchange` returned it.
     """
 
@@ -67,6 +69,7 @@ class AdapterLayer(StoredWeight):
         self.own_forward: Callable[..., Any] | None = None
         self.planned: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self.split: Split | None = None
+        self.number: Tensor | None = None
         self.unmerged: tuple[Any] | None = None
 
     @classmethod
@@ -123,7 +126,7 @@ class AdapterLayer(StoredWeight):
         if self.state.routing is not None and self.state.routing.chosen is None:
             output, given = self.base_output(owner, base_forward, *args, **kwargs), input_of(owner, args, kwargs)
             require_product(owner, output, self.shape[0])
-            return routed_output(self.routes(owner), self.state.routing, given, output, has_dropout=owner.training)
+            return routed_layer(self, owner, given, output)
         active = self.active()
         if not active:
             return self.base_output(owner, base_forward, *args, **kwargs)

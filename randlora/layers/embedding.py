@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from randlora.errors import AdapterError
 from randlora.functional import update_rows
+from randlora.layers.compiled_routes import uncompiled
 from randlora.layers.inputs import input_of
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import refuse_layer, register_layer
 from randlora.layers.routed import routed_rows
 from randlora.layers.sharded import sharded_rows
 from randlora.placement.dtensor import is_dtensor
+from randlora.routing import Routing
 
 FORWARD = nn.Embedding.forward  # read on import, in case it is replaced later
 
@@ -73,12 +75,7 @@ class EmbeddingAdapter(ReadWeight):
         assert isinstance(owner, nn.Embedding)
         routing = self.state.routing
         if routing is not None and routing.chosen is None:
-            if not self.runs_plain_forward(owner):
-                return self.forward_by_adapter(owner, self.own_forward or base_forward, args, kwargs)
-            with routing.choosing(None):
-                output = base_forward(*args, **kwargs)
-            ids, table = input_of(owner, args, kwargs), self.shape[0]
-            return routed_rows(self.routes(owner), routing, ids, output, num_rows=table, padding_idx=owner.padding_idx)
+            return self._routed_output(owner, routing, base_forward, args, kwargs)
         active = self.active()
         if not active or not self.runs_plain_forward(owner):
             return (self.own_forward or base_forward)(*args, **kwargs)
@@ -103,6 +100,23 @@ class EmbeddingAdapter(ReadWeight):
                 rows = torch.where((ids == owner.padding_idx).unsqueeze(-1), rows.detach(), rows)
             output = output + rows
         return output
+
+    @uncompiled
+    def _routed_output(
+        self,
+        owner: nn.Embedding,
+        routing: Routing,
+        base_forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Return what `forward` does, each row through its own adapter."""
+        if not self.runs_plain_forward(owner):
+            return self.forward_by_adapter(owner, self.own_forward or base_forward, args, kwargs)
+        with routing.choosing(None):
+            output = base_forward(*args, **kwargs)
+        ids, table = input_of(owner, args, kwargs), self.shape[0]
+        return routed_rows(self.routes(owner), routing, ids, output, num_rows=table, padding_idx=owner.padding_idx)
 
 
 for quantized in ("Embedding8bit", "Embedding4bit"):

@@ -138,12 +138,12 @@ class ReadsAdapted(InPlace):
         """Return the output of the module's own forward."""
         if not isinstance(self, ReadsAdapted):  # a bound method that outlived the adapters
             return type(self).forward(self, *args, **kwargs)
-        if torch.compiler.is_compiling():  # a compiler removes what is computed and not used
-            return super().forward(*args, **kwargs)
         layer = next(iter(self.randlora.values()))
         if layer.state.routing is not None and layer.state.routing.chosen is None:
             assert isinstance(layer, ReadWeight), "the class was created for this"
             return layer.forward_by_adapter(self, super().forward, args, kwargs)
+        if torch.compiler.is_compiling():  # a compiler removes what is computed and not used
+            return super().forward(*args, **kwargs)
         with forward_of_owner():
             return super().forward(*args, **kwargs)
 

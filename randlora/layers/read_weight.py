@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.layers.base import AdapterLayer
+from randlora.layers.compiled_routes import uncompiled
 from randlora.layers.routed import routed_forward
 from randlora.layers.rows import Rows
 from randlora.layers.sharded import on_mesh, sums_of
@@ -64,6 +65,7 @@ class ReadWeight(AdapterLayer):
         """Return which arguments of the owner's forward have the rows of the batch, for `randlora.routed`."""
         return Rows.first(args, kwargs, owner.randlora_base.__name__)
 
+    @uncompiled
     def forward_by_adapter(
         self, owner: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:

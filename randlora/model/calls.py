@@ -5,7 +5,6 @@ Checked are names that it would ignore, and the batch of `randlora.routed`.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -20,9 +19,6 @@ ARGUMENT = "adapter_names"
 
 BATCHES = "input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids"
 """What models of transformers call an input that has a batch."""
-
-GENERATION = "transformers.generation."
-"""The modules that repeat each row of a batch: for each beam, or for each sequence that is sampled."""
 
 
 def check_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -56,23 +52,14 @@ def _tell_batch(root: nn.Module, routing: Routing, args: tuple[Any, ...], kwargs
     x = next((value for value in given if isinstance(value, Tensor) and value.dim()), None)
     if x is None:
         raise AdapterError(f"routed expects a tensor with a batch, and {type(root).__name__} was called without any")
-    rows, size = len(routing.index), x.shape[0]
-    if size != rows and (size % rows or not _is_generating()):
+    size, routing.tokens = x.shape[0], x.shape[1] if x.dim() > 1 else 1
+    routing.batch = size
+    if not torch.compiler.is_compiling() and not routing.has_batch():  # compiled code asks when it comes to a layer
+        routing.batch = rows = len(routing.index)
         raise AdapterError(
             f"routed was given names for {rows} rows, and {type(root).__name__} was called with an input of shape "
             f"{tuple(x.shape)}, which has {size}: give a name, or None, for each"
         )
-    routing.batch, routing.tokens = size, x.shape[1] if x.dim() > 1 else 1
-
-
-def _is_generating() -> bool:
-    """Whether the model is called by ``generate`` of transformers."""
-    frame = sys._getframe(1)
-    while (outer := frame.f_back) is not None:
-        if str(outer.f_globals.get("__name__")).startswith(GENERATION):
-            return True
-        frame = outer
-    return False
 
 
 def watch_calls(root: nn.Module) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
+from randlora.layers.compiled_routes import numbered
 from randlora.model.install import lost_sites, require_own
 from randlora.model.switch import without_active
 from randlora.model.trainable import adapter_parameters, offloaded_diagonals
@@ -56,7 +57,11 @@ def routed(
         used = [state.adapters[name] for name in routing.adapters]
         raise_collected(AdapterError, [*lost_sites(census, used), *offloaded_diagonals(census)], doing="route")
         state.require_exchangeable([], "route")
-        routing.keeps = not any(is_dtensor(part) for adapter in used for part in adapter_parameters(census, adapter))
+        parameters = [part for adapter in used for part in adapter_parameters(census, adapter)]
+        routing.keeps = not any(is_dtensor(part) for part in parameters)
+        routing.trains = any(part.requires_grad for part in parameters)
+        for site in census.adapted:
+            site.layer.number = numbered(site.owner, site.layer.number)
         return routing
 
     return without_active(model, checked)
