@@ -118,6 +118,17 @@ def test_ranks_that_differ_are_for_peft_and_vllm_alone_and_a_note_says_so(tmp_pa
         assert_near(in_llama_cpp(tmp_path / "lora"), updates(model))
 
 
+def test_a_choice_of_layers_that_sglang_cannot_read_is_noted(tmp_path: Path) -> None:
+    source, _ = our_directory(LLAMA, tmp_path)
+    assert randlora.files.convert(source, tmp_path / "lora", "lora", rank=32).notes == ()
+    regex = LLAMA.build()
+    randlora.inject(regex, r=4, targets=r".*layers\.1\.mlp\.up_proj")
+    randlora.save(fill(regex), tmp_path / "regex")
+    report = randlora.files.convert(tmp_path / "regex", tmp_path / "by_regex", "lora", rank=32)
+    assert fields_of(tmp_path / "by_regex")["target_modules"] == r"model\.layers\.1\.mlp\.up_proj"
+    assert report.notes[0].endswith("SGLang reads only a list")
+
+
 def test_padding_to_one_rank_changes_nothing_in_peft(tmp_path: Path) -> None:
     source, model = our_directory(LLAMA, tmp_path)
     padded = randlora.files.convert(source, tmp_path / "one", "lora", tolerance=FULL, same_rank=True)
@@ -297,6 +308,17 @@ def test_full_updates_are_exact_under_keys_that_comfyui_knows(component: str, tm
 def _is_whole(key: str, fqn: str) -> bool:
     beginnings = ("lora_unet_", "transformer_", "text_encoder_text_model_")
     return key in {f"{beginning}{fqn.replace('.', '_')}" for beginning in beginnings}
+
+
+@pytest.mark.parametrize("kind", [LLAMA, GPT2], ids=lambda kind: kind.name)
+def test_a_full_update_has_the_layout_of_the_weight_that_it_is_added_to(kind: RealModel, tmp_path: Path) -> None:
+    source, model = our_directory(kind, tmp_path)
+    randlora.files.convert(source, tmp_path / "diff", "diff")
+    before, targets = kind.build().state_dict(), randlora.adapters(model)[0].targets
+    randlora.merge(model)
+    for fqn in targets:
+        diff = load_file(tmp_path / "diff" / "diff.safetensors")[f"diffusion_model.{fqn}.diff"]
+        torch.testing.assert_close(before[f"{fqn}.weight"] + diff, model.get_parameter(f"{fqn}.weight").data)
 
 
 def test_names_that_authors_gave_have_the_generic_key(tmp_path: Path) -> None:

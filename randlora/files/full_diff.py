@@ -18,7 +18,7 @@ from randlora.report import Progress
 
 
 def full_diff(adapter: OpenAdapter, component: Component, progress: Progress) -> AdapterFiles:
-    """Return a file with the update of every layer in float32, each of which is computed when it is written.
+    """Return a file with every update in float32, in the layout of its weight, each computed when it is written.
 
     Raises:
         ConfigError: If a layer is not linear, other parameters were trained, or two layers would have one key.
@@ -29,12 +29,15 @@ def full_diff(adapter: OpenAdapter, component: Component, progress: Progress) ->
     problems = [*not_linear(adapter), *only_updates(adapter, "to='diff'")]
     problems += [f"two layers would have the key {key}: rename one" for key in twice]
     raise_collected(ConfigError, problems, doing="convert to 'diff'")
-    done = iter(range(len(shapes)))
+    done, transposed = iter(range(len(shapes))), frozenset(adapter.transposed or ())
 
     def pieces(fqn: str) -> tuple[Tensor]:
         progress(next(done), len(shapes), fqn)
         (update,) = adapter.delta_weights(fqn)
-        return (update.float(),)
+        return (update.float().T if fqn in transposed else update.float(),)
 
-    tensors = [Planned(keys[fqn], torch.float32, shape, partial(pieces, fqn)) for fqn, shape in shapes.items()]
+    tensors = [
+        Planned(keys[fqn], torch.float32, shape[::-1] if fqn in transposed else shape, partial(pieces, fqn))
+        for fqn, shape in shapes.items()
+    ]
     return AdapterFiles(DIFF_FILE, tensors, notes=(f"for {component!r}: component= names another model",))

@@ -115,8 +115,10 @@ def peft_files(adapter: OpenAdapter, factors: Sequence[Factors], *, same_rank: b
     for each in factors:
         keys = _peft_keys(each.layer.fqn)
         tensors += _padded(keys, each, rank) if same_rank else _copied(keys, each)
-    ranks = dict.fromkeys(_ranks(factors), rank) if same_rank else _ranks(factors)
-    return AdapterFiles(TENSORS_FILE, tensors, _fields(adapter, ranks), notes=tuple(notes))
+    fields = _fields(adapter, dict.fromkeys(_ranks(factors), rank) if same_rank else _ranks(factors))
+    if isinstance(fields["target_modules"], str):
+        notes.append("target_modules is a regex, because no list of names tells these layers: SGLang reads only a list")
+    return AdapterFiles(TENSORS_FILE, tensors, fields, notes=tuple(notes))
 
 
 def diffusers_files(factors: Sequence[Factors], component: Component) -> AdapterFiles:

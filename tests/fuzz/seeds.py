@@ -193,6 +193,8 @@ LINES = (
     "convert ours out --to peft",
     "convert drawn out --to native --base base --json",
     "convert ours out --to lora --rank 2 --tolerance 1",
+    "convert ours out --to lora --format mlx --tolerance 0.9 --same-rank",
+    "convert ours out --to diff --component unet",
     "convert ours peft --to native --overwrite",
     "merge --base base --adapter ours --scale 0.5 --adapter peft --out merged --dtype bfloat16",
     "merge --base nf4 --adapter ours --out merged --json",
