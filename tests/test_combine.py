@@ -206,6 +206,24 @@ def attention(in_proj: Any) -> nn.Module:
     return model
 
 
+def test_what_no_such_adapter_could_have_is_refused() -> None:
+    model = Mixed()
+    randlora.inject(model, r=4, targets=["q"], dropout=0.5, name="dropping")
+    randlora.inject(model, r=4, targets=["embed"], name="read")
+    randlora.inject(model, r=4, targets=["up"], train_also=["q.weight"], name="beside")
+    randlora.inject(model, r=4, targets=["q"], alpha=0, name="off")
+    for name in ("dropping", "read", "beside", "off"):
+        fill(model, name)
+    for adapters, message in [
+        ({"dropping": 1, "read": 1}, r"embed is a weight that other code reads, whose input dropout=0\.5 cannot reach"),
+        ({"off": 1, "beside": 1}, r"'beside' trained a copy of q\.weight, a weight that the new adapter would adapt"),
+        ({"off": 1, "dropping": 1}, "above tolerance=100 in q, up to inf"),
+    ]:
+        with untouched(model), pytest.raises(AdapterError, match=message):
+            randlora.combine(model, adapters, name="c", method="fit", tolerance=100)
+    assert randlora.combine(model, {"off": 1, "dropping": 0}, name="c").is_exact
+
+
 def test_a_bad_call_is_refused_and_changes_nothing() -> None:
     model = two(Mixed())
     calls: list[tuple[Any, dict[str, Any], type[RandLoRAError], str]] = [

@@ -59,7 +59,7 @@ def combined(part: SiteAdapter, updates: Sequence[Update], method: Method, devic
         terms = [
             _Term(
                 update.basis,
-                _wide(update.lam[index], at) * (update.scaling / part.scaling),
+                _wide(update.lam[index], at) * (update.scaling / (part.scaling or 1.0)),
                 _wide(update.gamma[index], at),
             )
             for update in updates
@@ -94,6 +94,11 @@ class _Found(NamedTuple):
 def _one_matrix(part: SiteAdapter, terms: Sequence[_Term], method: Method, dtype: torch.dtype) -> _Found:
     """Return Λ and Γ of one matrix in a dtype."""
     identity, at = part.basis.identity, terms[0].lam.device
+    if not part.scaling and any(bool(term.lam.any()) for term in terms):
+        lam, gamma = (
+            torch.zeros(size, dtype=dtype, device=at) for size in diagonal_shapes(part.shape[-2:], part.options.r)
+        )
+        return _Found(Factors(lam, gamma), math.inf, 1.0)  # with alpha=0 there is no update
     own = [Factors(term.lam, term.gamma) for term in terms if term.basis.identity == identity]
     has_others = any(bool(term.lam.any()) for term in terms if term.basis.identity != identity)
     if own:

@@ -28,6 +28,7 @@ from randlora.placement.place import whole
 from randlora.placement.ranks import agreed, in_step
 from randlora.state import Adapter, ModelState, adapted_root
 from randlora.targets.match import shortened
+from randlora.targets.obstacles import obstacles
 from randlora.targets.options import listed
 from randlora.targets.site import AdaptedSite, shapes_of, sizes
 from randlora.targets.walk import Census
@@ -122,7 +123,8 @@ def combine(
     sources = _sources(state, adapters, like)
     sites = [site for site in census.adapted if any(source.name in site.layer.adapters for source in sources)]
     lost = [*lost_sites(census, sources), *lost_parameters(state, sources), *offloaded_diagonals(census)]
-    raise_collected(AdapterError, [*lost, *_form_problems(state, sites, sources)], doing="combine")
+    unfit = obstacles(census, sites, sources[0].config.dropout)
+    raise_collected(AdapterError, [*lost, *unfit, *_form_problems(state, sites, sources)], doing="combine")
     adapter, shared = _planned(state, name, sites, sources)
     with agreed(ranks_holding(census, state)):
         updates = {site.fqn: site.layer.whole_updates(site.owner, dict(adapters)) for site in sites}
@@ -172,6 +174,13 @@ def _form_problems(state: ModelState, sites: Iterable[AdaptedSite], sources: Seq
             if source.name in site.layer.adapters
             for each in site.layer.diagonals_of(site.owner, source.name)
         )
+    ]
+    weights = {id(site.weight) for site in sites}
+    problems += [
+        f"{source.name!r} trained a copy of {fqn}, a weight that the new adapter would adapt: leave one of both out"
+        for source in sources
+        for fqn in source.trained
+        if not (entry := state.replaced[fqn]).is_lost and id(entry.live) in weights
     ]
     return problems + [
         f"{source.name!r} trained {fqn}, whose shape has changed: leave it out"

@@ -249,9 +249,14 @@ def merged(
             if is_nested:
                 report = state.merge_report
             else:
+                before = state.merged_in_blocks
                 state.merged_in_blocks += tuple(state.on_top)  # first, or an interrupt might leave them merged
                 quantized, dtype = state.merge_options or (quantized, dtype)
-                report = merge(model, reversible=True, quantized=quantized, dtype=dtype)
+                try:
+                    report = merge(model, reversible=True, quantized=quantized, dtype=dtype)
+                except Exception:
+                    state.merged_in_blocks = before
+                    raise
             if not is_kept:
                 state.merged_blocks.append(block)
         yield report

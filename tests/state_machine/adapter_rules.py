@@ -118,36 +118,70 @@ class AdapterRules(ModelMachine):
                 expected = expected + factor * weight.placed(adapter.update(weight), expected)
         assert_near(weight.placed(found, expected), expected, torch.promote_types(truth.dtype, torch.float32))
 
-    def unless_mergeable(self, *, reversible: bool) -> Refused:
-        """What must be raised by a merge now."""
+    def unless_mergeable(self, names: set[str], *, reversible: bool) -> Refused:
+        """What must be raised by a merge of active adapters now."""
         truth = self.truth
-        is_loss = not reversible and len(truth.active) < len(truth.adapters)
-        return MergeError if truth.merged is not None or not truth.active or is_loss else None
+        is_loss = not reversible and len(names) < len(truth.adapters)
+        into = {weight.name for name in names for weight in truth.weights_of(truth.adapters[name])}
+        left = [each for name, each in truth.on_top.items() if name not in names]
+        is_trained = any(not into.isdisjoint(each.copies) for each in left)
+        is_again = bool(truth.merged_names) and (not reversible or not truth.on_top)
+        return MergeError if not truth.active or not names or is_loss or is_trained or is_again else None
 
     @is_adapted
-    @rule(reversible=st.booleans())
-    def merge(self, reversible: bool) -> None:
-        refused = self.unless_mergeable(reversible=reversible)
-        expected = None if refused else self.truth.merging()
-        report = self.ask(refused, randlora.merge, reversible=reversible)
+    @rule(reversible=st.booleans(), some=st.none() | st.sets(which))
+    def merge(self, reversible: bool, some: set[int] | None) -> None:
+        truth = self.truth
+        names = {*truth.on_top} if some is None else {self.name(each) for each in some}
+        refused = self.unless_mergeable(names & {*truth.on_top}, reversible=reversible)
+        if not names <= {*truth.on_top}:  # inactive, merged, or disabled
+            refused = MergeError
+        expected = None if refused else truth.merging(names | truth.merged_names)
+        given = {} if some is None else {"adapters": sorted(names)}
+        report = self.ask(refused, randlora.merge, reversible=reversible, **given)
         if expected is None:
             return
-        assert report.adapters == {name: adapter.factor for name, adapter in self.truth.active.items()}
-        self.merge_as(expected)
+        assert report.adapters == {name: truth.adapters[name].factor for name in truth.adapters if name in names}
+        self.merge_as(names | truth.merged_names, expected)
         if not reversible:
-            self.truth.become_plain(keep=True)
+            truth.become_plain(keep=True)
 
-    def merge_as(self, expected: dict[str, Tensor]) -> None:
-        """Check the merged weights, and take over how they were rounded."""
-        found = dict(self.model.named_parameters())
-        assert_weights_near(found, expected, self.truth.dtype)
-        self.truth.merge(found)
+    def merge_as(self, names: set[str], expected: dict[str, Tensor]) -> None:
+        """Check the weights merged with these adapters, and take over how they were rounded."""
+        found, were = dict(self.model.named_parameters()), self.truth.merged or {}
+        changed = [self.truth.adapters[name] for name in names ^ self.truth.merged_names]
+        touched = {weight.name for adapter in changed for weight in self.truth.weights_of(adapter)}
+        near = {name: value for name, value in expected.items() if name in touched}
+        assert_weights_near(found, near, self.truth.dtype)
+        stayed = [name for name in expected.keys() - near.keys() if not torch.equal(found[name], were[name])]
+        assert not stayed, f"merged anew: {stayed}"
+        self.truth.merge(names, found)
 
     @precondition(lambda self: self.truth.merged is not None)
-    @rule()
-    def unmerge(self) -> None:
-        randlora.unmerge(self.model)
-        self.truth.merged = None
+    @rule(some=st.none() | st.sets(which, min_size=1))
+    def unmerge(self, some: set[int] | None) -> None:
+        names = {*self.truth.merged_names} if some is None else {self.name(each) for each in some}
+        refused = None if names <= self.truth.merged_names else MergeError
+        self.ask(refused, randlora.unmerge, *([] if some is None else [sorted(names)]))
+        if refused is None:
+            staying = self.truth.merged_names - names
+            self.merge_as(staying, self.truth.merging(staying))
+
+    @precondition(lambda self: self.truth.merged is not None)
+    @rule(chosen=factors)
+    def activate_on_top(self, chosen: Factors) -> None:
+        truth = self.truth
+        each = zip(truth.adapters, chosen, strict=False)
+        factor_of = {name: factor for name, factor in each if factor is not None}
+        factor_of |= {name: truth.adapters[name].factor or 0.0 for name in truth.merged_names}
+        copies = [copy for name in factor_of for copy in truth.adapters[name].copies]
+        owners = {copy: truth.adapters[name] for name in factor_of for copy in truth.adapters[name].copies}
+        now = {copy: adapter for copy, (adapter, _) in truth.installed.items()}
+        is_exchange = owners.keys() != now.keys() or any(owners[copy] is not now[copy] for copy in now)
+        refused = AdapterError if len({*copies}) < len(copies) or is_exchange else None
+        self.ask(refused, randlora.activate, factor_of)
+        if refused is None:
+            truth.activate(factor_of)
 
     def enter(self, refused: Refused, block: Callable[..., Any], what: str) -> None:
         """Open a block, which `leave` closes some time later."""
@@ -164,22 +198,30 @@ class AdapterRules(ModelMachine):
     @is_adapted
     @rule()
     def merge_for_a_while(self) -> None:
-        is_nested = self.truth.merged is not None
-        refused = None if is_nested else self.unless_mergeable(reversible=True)
-        expected = None if refused or is_nested else self.truth.merging()
-        self.enter(refused, randlora.merged, "nested" if is_nested else "merged")
+        truth, names = self.truth, {*self.truth.on_top}
+        is_nested = truth.merged is not None and not names
+        refused = None if is_nested else self.unless_mergeable(names, reversible=True)
+        expected = None if refused or is_nested else truth.merging(names | truth.merged_names)
+        self.enter(refused, randlora.merged, "kept" if is_nested and not truth.blocks else "merged")
+        if refused is None and not (is_nested and not truth.blocks):
+            truth.blocks.append(self.blocks[-1][0])
         if expected is not None:
-            self.merge_as(expected)
+            truth.merged_in_blocks |= names
+            self.merge_as(names | truth.merged_names, expected)
 
     @precondition(lambda self: self.blocks)
     @rule()
     def leave(self) -> None:
-        manager, what, life = self.blocks.pop()
+        truth, (manager, what, life) = self.truth, self.blocks.pop()
         manager.__exit__(None, None, None)
-        if life == self.truth.life and what == "disabled":
-            self.truth.disabled -= 1
-        if life == self.truth.life and what == "merged":
-            self.truth.merged = None
+        if life == truth.life and what == "disabled":
+            truth.disabled -= 1
+        if life == truth.life and what == "merged":
+            truth.blocks = [block for block in truth.blocks if block is not manager]
+            if not truth.blocks:
+                staying = truth.merged_names - truth.merged_in_blocks
+                self.merge_as(staying, truth.merging(staying))
+                truth.merged_in_blocks = set()
 
 
 def _entered(manager: AbstractContextManager[Any]) -> AbstractContextManager[Any]:

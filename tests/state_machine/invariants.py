@@ -42,7 +42,7 @@ def assert_adapters_are(model: nn.Module, truth: Truth) -> None:
         name: (
             adapter.factor,
             adapter.trains,
-            truth.merged is not None and adapter.factor is not None,
+            name in truth.merged_names,
             set(adapter.copies),
             set(adapter.values),
         )

@@ -134,9 +134,12 @@ ON_A_PLAIN_MODEL = {
 }
 WHILE_MERGED = {
     "inject": _inject(),
-    "activate": _of_first(randlora.activate, str),
+    "activate": _of_first(randlora.activate, lambda name: {name: 1e3}),
     "disabled": _entered(randlora.disabled),
     "remove": _of_first(randlora.remove, str),
+    "rename": _of_first(lambda model, name: randlora.rename(model, name, "new"), str),
+    "combine": _of_first(lambda model, name: randlora.combine(model, {name: 1.0}, name="new"), str),
+    "routed": _entered(lambda model: randlora.routed(model, [None])),
 }
 ON_ANY_MODEL = {
     "a rank of 0": (ConfigError, _inject(r=0)),
@@ -159,6 +162,15 @@ OF_AN_ADAPTED_MODEL = {
     "a factor that is no number": (AdapterError, _of_first(randlora.activate, lambda name: {name: float("nan")})),
     "a factor in words": (AdapterError, _of_first(randlora.activate, lambda name: {name: "much"})),
     "one adapter twice": (AdapterError, _of_first(randlora.activate, lambda name: [name, name])),
+    "rename the unknown": (AdapterError, _on_model(randlora.rename, "unknown", "new")),
+    "rename to a name with a dot": (
+        AdapterError,
+        _of_first(lambda model, name: randlora.rename(model, name, "a.b"), str),
+    ),
+    "train the unknown": (AdapterError, _on_model(randlora.set_trainable, "unknown")),
+    "combine the unknown": (AdapterError, _on_model(randlora.combine, {"unknown": 1.0}, name="new")),
+    "merge the unknown": (MergeError, _on_model(randlora.merge, adapters="unknown", reversible=True)),
+    "unmerge the unknown": (MergeError, _on_model(randlora.unmerge, "unknown")),
     "remove the unknown": (AdapterError, _on_model(randlora.remove, "unknown")),
     "the update of the unknown": (TargetError, _on_model(randlora.delta_weight, "nowhere")),
     "no such codes": (ConfigError, _on_model(randlora.merge, quantized="never")),

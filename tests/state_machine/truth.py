@@ -5,8 +5,8 @@ does is a line or two here. Updates are computed in float64 by the formula, outp
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -79,6 +79,9 @@ class Truth:
         own_grad: Whether each requires grad while the model is plain.
         adapters: The adapters by name.
         merged: The merged weights by name of parameter, or ``None``.
+        merged_names: The adapters that are merged.
+        blocks: The open blocks of ``merged`` that end what they merged.
+        merged_in_blocks: The adapters that these merged.
         disabled: The number of open blocks of ``disabled``.
         life: Counts up whenever the model becomes plain.
     """
@@ -92,6 +95,9 @@ class Truth:
     aliases: dict[str, str] = field(init=False)
     adapters: dict[str, Adapter] = field(default_factory=dict)
     merged: dict[str, Tensor] | None = None
+    merged_names: set[str] = field(default_factory=set)
+    blocks: list[object] = field(default_factory=list)
+    merged_in_blocks: set[str] = field(default_factory=set)
     disabled: int = 0
     life: int = 0
     training: bool = False
@@ -111,6 +117,11 @@ class Truth:
         return {} if self.disabled else {name: each for name, each in self.adapters.items() if each.factor is not None}
 
     @property
+    def on_top(self) -> dict[str, Adapter]:
+        """The adapters whose updates are added and not merged, by name."""
+        return {name: each for name, each in self.active.items() if name not in self.merged_names}
+
+    @property
     def installed(self) -> dict[str, tuple[Adapter, Tensor]]:
         """The copies that the model uses instead of its own parameters, with their adapters."""
         return {name: (each, value) for each in self.active.values() for name, value in each.copies.items()}
@@ -118,7 +129,7 @@ class Truth:
     @property
     def is_random(self) -> bool:
         """Whether the output depends on dropout."""
-        return self.training and self.merged is None and any(each.options["dropout"] for each in self.active.values())
+        return self.training and any(each.options["dropout"] for each in self.on_top.values())
 
     def arguments(self) -> tuple[Tensor, ...]:
         """Return what the model is given, floating parts in its dtype."""
@@ -146,35 +157,49 @@ class Truth:
             if name not in (self.merged or {}):
                 adapter.copies[name] = value.to(self.dtype)
 
-    def sums(self, values: Mapping[str, Mapping[str, Pair]] | None = None) -> dict[str, Tensor]:
-        """Sum the updates of the active adapters, by name of parameter and in its layout, in float64."""
+    def sums(
+        self, adapters: Mapping[str, Adapter], values: Mapping[str, Mapping[str, Pair]] | None = None
+    ) -> dict[str, Tensor]:
+        """Sum the updates of some active adapters, by name of parameter and in its layout, in float64."""
         total: dict[str, Tensor] = {}
-        for name, adapter in self.active.items():
+        for name, adapter in adapters.items():
             for weight in self.weights_of(adapter):
                 delta = adapter.update(weight, values[name][weight.fqn] if values else None)
                 placed = weight.placed(delta, self.own[weight.name]) * (adapter.factor or 0.0)
                 total[weight.name] = total[weight.name] + placed if weight.name in total else placed
         return total
 
-    def merging(self) -> dict[str, Tensor]:
-        """Return what the weights are after merging, in float64."""
-        return {name: self.unmerged()[name].to(self.dtype).double() + delta for name, delta in self.sums().items()}
+    def merging(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return what the weights are when the adapters of these names are merged, and no others, in float64."""
+        sums = self.sums({name: self.active[name] for name in self.active if name in {*names}})
+        return {name: self.unmerged()[name].to(self.dtype).double() + delta for name, delta in sums.items()}
 
     def output(self, parameters: dict[str, Tensor] | None = None) -> Tensor:
         """Run the twin, by default with what the model has and its updates."""
         if parameters is None:
             parameters = {name: value.double() for name, value in self.live().items()}
-            if self.merged is None:
-                parameters |= {name: parameters[name] + delta for name, delta in self.sums().items()}
+            parameters |= {name: parameters[name] + delta for name, delta in self.sums(self.on_top).items()}
         arguments = tuple(part.double() if part.is_floating_point() else part for part in self.arguments())
         output: Tensor = functional_call(self.twin, parameters, arguments)
         return output
+
+    def rows(self, names: Sequence[str | None]) -> Tensor:
+        """Run the twin once for each of the names, with the update of that adapter alone, and take its rows."""
+        outputs = {}
+        for name in {*names}:
+            parameters = {own: value.to(self.dtype).double() for own, value in self.own.items()}
+            if name is not None:
+                adapter = replace(self.adapters[name], factor=1.0)
+                sums = self.sums({name: adapter})
+                parameters |= {own: parameters[own] + delta for own, delta in sums.items()}
+            outputs[name] = self.output(parameters)
+        return torch.stack([outputs[name][row] for row, name in enumerate(names)])
 
     def gradients(self) -> dict[str, Tensor]:
         """Differentiate the sum of the squared output, by name of the parameters that must get a gradient."""
         values = {
             name: {fqn: (_leaf(lam), _leaf(gamma)) for fqn, (lam, gamma) in adapter.values.items()}
-            for name, adapter in self.active.items()
+            for name, adapter in self.on_top.items()
         }
         parameters = {name: value.double() for name, value in self.live().items()}
         leaves = {
@@ -185,12 +210,11 @@ class Truth:
         if not self.adapters:
             leaves = {name: _leaf(value) for name, value in self.own.items() if self.own_grad[name]}
         parameters |= leaves
-        if self.merged is None:
-            parameters |= {name: parameters[name] + delta for name, delta in self.sums(values).items()}
-            for name, by_fqn in values.items():
-                if self.adapters[name].trains:
-                    for weight in self.weights_of(self.adapters[name]):
-                        leaves |= dict(zip(diagonal_names(weight.name, name), by_fqn[weight.fqn], strict=True))
+        parameters |= {name: parameters[name] + delta for name, delta in self.sums(self.on_top, values).items()}
+        for name, by_fqn in values.items():
+            if self.adapters[name].trains:
+                for weight in self.weights_of(self.adapters[name]):
+                    leaves |= dict(zip(diagonal_names(weight.name, name), by_fqn[weight.fqn], strict=True))
         if not leaves:
             return {}
         found = torch.autograd.grad(self.output(parameters).square().sum(), list(leaves.values()), allow_unused=True)
@@ -231,15 +255,25 @@ class Truth:
         for name, adapter in self.adapters.items():
             adapter.factor = factors.get(name)
 
-    def merge(self, found: Mapping[str, Tensor]) -> None:
-        """Put the merged weights, which were found right, in the place of the others."""
-        self.merged = {name: found[name].detach().clone() for name in self.sums()}
+    def merge(self, names: Iterable[str], found: Mapping[str, Tensor]) -> None:
+        """Put the weights merged with the adapters of these names, which were found right, in the place of others."""
+        self.merged_names = {*names}
+        self.merged = (
+            {name: found[name].detach().clone() for name in self.merging(names)} if self.merged_names else None
+        )
+        if not self.merged_names:
+            self.blocks, self.merged_in_blocks = [], set()
 
     def become_plain(self, *, keep: bool) -> None:
         """Remove all adapters, and keep the values of now or go back to the model's own."""
         if keep:
             self.own |= self.live()
-        self.adapters, self.merged, self.disabled, self.life = {}, None, 0, self.life + 1
+        self.adapters, self.disabled, self.life = {}, 0, self.life + 1
+        self.merge([], {})
+
+    def rename(self, name: str, to: str) -> None:
+        """Give an adapter another name."""
+        self.adapters = {to if each == name else each: adapter for each, adapter in self.adapters.items()}
 
     def cast(self, dtype: torch.dtype) -> None:
         """Give all that the model has, merged weights and every Λ and Γ too, another dtype."""
