@@ -272,19 +272,23 @@ def test_a_block_of_routed_is_not_interrupted_whatever_thread_runs_the_model() -
         assert torch.equal(model(X), other(X))
 
 
-def test_blocks_one_after_the_other_leave_a_swap_its_turn() -> None:
-    model, other, is_over = model_with(), model_with(1), threading.Event()
+def test_a_block_begins_after_a_swap_that_is_waiting() -> None:
+    model, other, begun = model_with(), model_with(1), list[Tensor]()
+    held, state = Held(model), randlora.adapter_state(other)
 
-    def run() -> None:
-        while not is_over.is_set():
-            with randlora.routed(model, ["a"] * 3):
-                model(X)
-                time.sleep(1e-3)
+    def run_block() -> None:
+        with randlora.routed(model, ["a"] * 3):
+            begun.append(next(iter(adapter_values(model, "a").values())).clone())
 
-    with in_background(run):
-        randlora.swap(model, "a", randlora.adapter_state(other))
-        is_over.set()
-    assert torch.equal(model(X), other(X))
+    with in_background(lambda: model(X)):
+        assert held.begun.wait(WAIT)
+        with in_background(lambda: randlora.swap(model, "a", state)) as swapping:
+            swapping.join(0.1)
+            with in_background(run_block) as block:
+                block.join(0.1)
+                assert not begun
+                held.go_on.set()
+    assert torch.equal(begun[0], next(iter(adapter_values(other, "a").values())))
 
 
 def test_a_thread_swaps_within_its_own_block_and_its_own_forward() -> None:
@@ -339,6 +343,19 @@ def test_a_forward_that_waits_for_another_change_can_end() -> None:
             swapping.join(0.1)
             held.go_on.set()
             time.sleep(0.1)
+
+
+def test_a_change_that_runs_the_model_can_end() -> None:
+    model, other = model_with(), model_with(1)
+    state = randlora.adapter_state(other)
+    with ThreadPoolExecutor(1) as pool:
+        with CHANGING:  # as a function that changes a model
+            swapping = pool.submit(randlora.swap, model, "a", state)
+            with pytest.raises(TimeoutError):
+                swapping.result(0.1)
+            model(X)
+        swapping.result(WAIT)
+    assert torch.equal(model(X), other(X))
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
