@@ -347,14 +347,15 @@ def test_a_forward_that_waits_for_another_change_can_end() -> None:
 
 def test_a_change_that_runs_the_model_can_end() -> None:
     model, other = model_with(), model_with(1)
-    state = randlora.adapter_state(other)
-    with ThreadPoolExecutor(1) as pool:
-        with CHANGING:  # as a function that changes a model
-            swapping = pool.submit(randlora.swap, model, "a", state)
-            with pytest.raises(TimeoutError):
-                swapping.result(0.1)
-            model(X)
-        swapping.result(WAIT)
+    held, state = Held(model), randlora.adapter_state(other)
+    with in_background(lambda: model(X)):
+        assert held.begun.wait(WAIT)
+        with in_background(lambda: randlora.swap(model, "a", state)) as swapping:
+            swapping.join(0.1)  # until it waits for the forward
+            with CHANGING, ThreadPoolExecutor(1) as pool:  # as a function that changes a model
+                held.go_on.set()
+                time.sleep(0.1)
+                pool.submit(model, X).result(WAIT)
     assert torch.equal(model(X), other(X))
 
 
