@@ -118,7 +118,7 @@ class AdapterPool:
         """Return the counters, from any thread, without waiting for a block to end."""
         return self._stats
 
-    def prefetch(self, names: Iterable[str]) -> None:
+    def prefetch(self, names: str | Sequence[str]) -> None:
         """Begin to read adapters in another thread, so that the next block that asks for them waits less.
 
         The model is not touched, and this does not wait. What was read is kept until it is asked for, for as many
@@ -130,7 +130,8 @@ class AdapterPool:
         Raises:
             AdapterError: If a name is unknown, or they are more than ``max_loaded``.
         """
-        wanted = list(dict.fromkeys(names if not isinstance(names, str) else [names]))
+        require_types(AdapterPool.prefetch, {"names": names})
+        wanted = list(dict.fromkeys([names] if isinstance(names, str) else names))
         self._check(wanted, wanted, "prefetch")
         with self._reading:
             for name in wanted:
@@ -162,7 +163,7 @@ class AdapterPool:
                 yield
 
     @contextmanager
-    def using(self, names: Iterable[str]) -> Iterator[None]:
+    def using(self, names: str | Sequence[str]) -> Iterator[None]:
         """Have adapters loaded inside a ``with`` block, in which the caller says what they are for, as by `activate`.
 
         That is for those that `randlora.routed` cannot take, as those with ``train_also``. No other thread is in a
@@ -175,6 +176,7 @@ class AdapterPool:
             AdapterError: If a name is unknown, or there are more adapters than ``max_loaded`` in all open blocks.
             CheckpointError: If one cannot be loaded. The model then has those that it had.
         """
+        require_types(AdapterPool.using, {"names": names})
         wanted = list(dict.fromkeys([names] if isinstance(names, str) else names))
         with self._using:
             self._check(wanted, {*wanted, *self._pinned}, "use")

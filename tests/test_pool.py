@@ -308,6 +308,15 @@ def test_wrong_options_are_refused(sources: Any, max_loaded: Any, error: type[Ex
         AdapterPool(plain(), sources, max_loaded=max_loaded)
 
 
+@pytest.mark.parametrize("names", [3, None, [1], [[]], {"a": "b"}])
+def test_names_of_another_type_are_refused(names: Any, outputs: dict[str, Any]) -> None:
+    pool = AdapterPool(plain(), outputs["files"], max_loaded=2)
+    with pytest.raises(ConfigError, match=r"cannot prefetch: .*names"):
+        pool.prefetch(names)
+    with pytest.raises(ConfigError, match=r"cannot using: .*names"), pool.using(names):
+        pass
+
+
 @every_kind
 def test_a_layer_of_each_kind_is_served(kind: LayerKind) -> None:
     with torch.random.fork_rng(devices=[]):
