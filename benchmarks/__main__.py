@@ -1,6 +1,19 @@
 """The quick set: all benchmarks but those of merging and of quality, in one command; on a GPU, its laws first."""
 
-from benchmarks import compiled, decode, experts, laws, memory, model, overhead, peft_faults, quantized, startup, step
+from benchmarks import (
+    compiled,
+    decode,
+    experts,
+    laws,
+    memory,
+    model,
+    overhead,
+    peft_faults,
+    quantized,
+    routed,
+    startup,
+    step,
+)
 from benchmarks.command import main
 
 main(
@@ -15,6 +28,7 @@ main(
     ("experts", experts.run),
     ("startup", startup.run),
     ("decode", decode.run),
+    ("routed", routed.run),
     # `make tests` runs the laws on a CPU, and faults and starting know no device
     only_on={"laws": "cuda", "peft_faults": "cpu", "startup": "cpu"},
 )

@@ -128,6 +128,11 @@ ON_A_CPU = (
     within("startup", "bytes of a checkpoint by seed", "ours", 1.0, of="0.35 GB"),
     faster("decode", "one token, 2048→2048, fresh memory", "merged", 8.0),  # 9 to 36, as PEFT's temporaries lie
     within("decode", "one token, 2048→2048, fresh memory", "merged", 1.1, of="frozen"),
+    within("routed", "decode, 64 adapters, 64 in a batch of 64", "dense", 1.5, of="one adapter"),
+    *(
+        within("routed", "decode, 64 adapters, 64 in a batch of 64", ours, 0.7, of="LoRA")
+        for ours in ("dense", "block")
+    ),
     *(
         within("merge", "peak of memory above the interpreter's", targets, 1.0, of="600 MB")
         for targets in ("q and v", "all linear")
