@@ -12,9 +12,10 @@ from tests.state_machine.model_rules import ModelRules
 from tests.state_machine.models import KINDS
 from tests.state_machine.recipes import DTYPES, Factors, Recipe, factors, recipes
 from tests.state_machine.refusals import REFUSALS
+from tests.state_machine.several_rules import SeveralRules
 
 
-class RandLoRAMachine(AdapterRules, ModelRules, FileRules):
+class RandLoRAMachine(AdapterRules, SeveralRules, ModelRules, FileRules):
     """A model under all that can be done to it."""
 
     @initialize(
