@@ -178,7 +178,7 @@ def _unmerge(model: nn.Module, names: Sequence[str] | None, *, is_agreed: bool =
         with all_or_nothing(census, state), agreed(ranks):
             if not state.is_merged:
                 raise MergeError("cannot unmerge: the adapters are not merged; first merge(model, reversible=True)")
-            unknown = [name for name in names or () if name not in state.merged]
+            unknown = [name for name in names or () if not isinstance(name, str) or name not in state.merged]
             problems = [f"{shortly(name)} is not merged: {', '.join(state.merged)} is" for name in unknown]
             raise_collected(MergeError, problems, doing="unmerge")
             return _merge_fewer(census, state, staying) if staying else unfold_all(census, state)

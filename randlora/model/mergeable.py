@@ -44,7 +44,7 @@ def name_problems(state: ModelState, names: Sequence[str] | None) -> list[str]:
         if name in state.merged
         else f"{name!r} is not active: activate it first, with the weight to merge it with"
         for name in names
-        if name not in state.on_top
+        if not isinstance(name, str) or name not in state.on_top
     ]
 
 
