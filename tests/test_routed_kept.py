@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import tempfile
 import threading
 import weakref
 from collections.abc import Callable
@@ -132,6 +133,16 @@ def other_dtype(model: nn.Module) -> None:
     model.float()
 
 
+def swapped(model: nn.Module) -> None:
+    twin = copy.deepcopy(model)
+    fill(twin, "b", seed=9)
+    with tempfile.TemporaryDirectory() as directory:
+        randlora.save(twin, directory, name="b")
+        thread = threading.Thread(target=randlora.swap, args=[model, "b", directory])
+        thread.start()
+        thread.join()
+
+
 def another_adapter(model: nn.Module) -> None:
     randlora.remove(model, "b")
     randlora.inject(model, r=4, alpha=9, name="b")
@@ -140,7 +151,7 @@ def another_adapter(model: nn.Module) -> None:
 
 CHANGES: list[Callable[[nn.Module], None]] = [
     in_place, by_another_thread, in_inference_mode, other_data, other_data_twice, other_parameter, by_a_state_dict,
-    by_an_optimizer, other_dtype, another_adapter,
+    by_an_optimizer, other_dtype, swapped, another_adapter,
 ]  # fmt: skip
 
 
