@@ -237,6 +237,7 @@ def test_a_call_that_makes_no_sense_is_refused() -> None:
     calls: list[tuple[Any, dict[str, Any], str]] = [
         ("x", {}, "no adapter named 'x'"),
         ([3], {}, "no adapter named 3"),
+        ([[]], {}, r"no adapter named \[\]"),
         (3, {}, "no adapter named 3"),
         ([], {}, "adapters is empty"),
         ("idle", {}, "'idle' is not active"),
@@ -250,6 +251,8 @@ def test_a_call_that_makes_no_sense_is_refused() -> None:
         randlora.merge(model, adapters=["a", "b"], reversible=True)
     with untouched(model), pytest.raises(MergeError, match="'b' is not merged: a is"):
         randlora.unmerge(model, ["a", "b"])
+    with untouched(model), pytest.raises(MergeError, match=r"\[\] is not merged: a is"):
+        randlora.unmerge(model, [[]])  # type: ignore[list-item]
     for verb in (randlora.disabled, lambda model: randlora.routed(model, ["b"])):
         with untouched(model), pytest.raises(AdapterError, match="while the adapters are merged"), verb(model):
             pass
