@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Real
 
@@ -179,7 +179,8 @@ def without_active(model: nn.Module, checked: Callable[[Census, ModelState], obj
         with CHANGING:
             census = Census.of(root)
             block = checked(census, state)
-            with all_or_nothing(census, state):
+            # without copies to exchange it is one assignment; to keep what could be undone takes far longer
+            with all_or_nothing(census, state) if state.replaced else nullcontext():
                 state.open_block(block)
                 state.install_parameters()
         yield
