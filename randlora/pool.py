@@ -14,7 +14,8 @@ from pathlib import Path
 
 from torch import nn
 
-from randlora.checkpoint.load import Options, add_found
+from randlora.checkpoint.load import Options
+from randlora.checkpoint.several import add_all
 from randlora.checkpoint.source import Found, Source, adapters_in, read_source
 from randlora.errors import AdapterError, ConfigError, raise_collected
 from randlora.hints import require_types, shortly
@@ -229,17 +230,9 @@ class AdapterPool:
     def _load(self, names: Sequence[str]) -> None:
         """Load some adapters, all or none."""
         found = {name: self._read(name) for name in names}
-        added: dict[str, int] = {}
-        try:
-            for name, each in found.items():
-                report = add_found(self._model, each, Options(name=name, active=False, prefix=self._prefix))
-                added[name] = report.checkpoint_bytes
-        except BaseException:
-            for name in reversed(added):
-                remove(self._model, name)
-            raise
-        self._loaded |= added
-        self._count(loads=len(added))
+        reports = add_all(self._model, found, Options(active=False, prefix=self._prefix))
+        self._loaded |= {name: report.checkpoint_bytes for name, report in zip(found, reports, strict=True)}
+        self._count(loads=len(reports))
 
     def _read(self, name: str) -> Found:
         """Return the contents of an adapter, which may have been read before."""

@@ -92,7 +92,7 @@ def load(
 class Options(NamedTuple):
     """What `load` is told beside where an adapter is; see there."""
 
-    name: str
+    name: str = "default"
     trainable: bool = False
     active: bool | None = None
     prefix: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from randlora.checkpoint.contents import StoredAs
 from randlora.checkpoint.load import Options, add_found
 from randlora.checkpoint.save import SaveReport, write_each
-from randlora.checkpoint.source import IN_ROOT, locate_all, read_source
+from randlora.checkpoint.source import IN_ROOT, Found, locate_all, read_source
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import require_types
 from randlora.model.change import one_at_a_time
@@ -112,13 +112,17 @@ def load_all(
     ]
     raise_collected(CheckpointError, problems, doing=f"load {str(source)!r}")
     found = {name: read_source(directories[name]) for name in chosen}
+    return add_all(model, found, Options(trainable=trainable, prefix=prefix, save_pretrained=save_pretrained))
+
+
+def add_all(model: nn.Module, found: Mapping[str, Found], options: Options) -> list[Report]:
+    """Add adapters that were read to a model under these names: all of them, or none if one cannot be added."""
     reports: list[Report] = []
     try:
         for name, each in found.items():
-            options = Options(name=name, trainable=trainable, prefix=prefix, save_pretrained=save_pretrained)
-            reports.append(add_found(model, each, options))
+            reports.append(add_found(model, each, options._replace(name=name)))
     except BaseException:
-        for name in reversed(chosen[: len(reports)]):
+        for name in reversed([*found][: len(reports)]):
             remove(model, name)
         raise
     return reports
