@@ -53,7 +53,7 @@ class Refusal(Exception):  # noqa: N818 - it is the client's error, and an answe
     """A request that is answered with an error."""
 
     def __init__(self, status: HTTPStatus, message: str) -> None:
-        """Say which status it gets, and what to do."""
+        """Make a refusal with the status of its answer, and what to do."""
         super().__init__(message)
         self.status = status
 
