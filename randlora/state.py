@@ -215,6 +215,15 @@ class ModelState:
             raise AdapterError(f"the model has no adapter named {name!r}: it has {known or 'none'}")
         return found
 
+    def unknown(self, names: Iterable[object]) -> list[str]:
+        """Return messages about names, of whatever type, that no adapter has."""
+        known = ", ".join(self.adapters)
+        return [
+            f"the model has no adapter named {shortly(name)}: it has {known}"
+            for name in names
+            if not isinstance(name, str) or name not in self.adapters
+        ]
+
     def adopt_parameters(self, root: nn.Module) -> None:
         """Follow the parameters that adapters train copies of, where code has replaced them or their modules.
 

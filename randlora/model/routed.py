@@ -85,12 +85,7 @@ def _routing(names: object) -> Routing:
 
 
 def _problems(state: ModelState, routing: Routing) -> list[str]:
-    known = ", ".join(state.adapters)
-    problems = [
-        f"the model has no adapter named {name!r}: it has {known}"
-        for name in routing.adapters
-        if name not in state.adapters
-    ]
+    problems = state.unknown(routing.adapters)
     problems += [
         f"{name!r} trained {', '.join(state.adapters[name].trained)} with train_also, of which the model has one for "
         "all rows: activate it alone"

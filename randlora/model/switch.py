@@ -266,9 +266,7 @@ def _weights(names: str | Iterable[str] | Mapping[str, float]) -> dict[str, floa
 
 def factor_problems(state: ModelState, weights: Mapping[str, float]) -> list[str]:
     """Return messages about names that no adapter has, and about factors that are no finite numbers."""
-    known = ", ".join(state.adapters)
-    unknown = [name for name in weights if name not in state.adapters]
-    problems = [f"the model has no adapter named {name!r}: it has {known}" for name in unknown]
+    problems = state.unknown(weights)
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, Real) or not is_finite(weight):
             problems.append(f"the weight of {name!r} must be a finite number, got {shortly(weight)}")

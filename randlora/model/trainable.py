@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from randlora.errors import AdapterError, raise_collected
-from randlora.hints import require_types, shortly
+from randlora.hints import require_types
 from randlora.model.averaging import require_averaged
 from randlora.model.change import all_or_nothing, one_at_a_time, set_requires_grad
 from randlora.model.install import lost_sites, require_own
@@ -71,13 +71,7 @@ def set_trainable(model: nn.Module, names: str | Iterable[str], trainable: bool 
     reshard(model)
     root, state = adapted_root(model)
     listed = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
-    known = ", ".join(state.adapters)
-    problems = [
-        f"the model has no adapter named {shortly(name)}: it has {known}"
-        for name in listed
-        if not isinstance(name, str) or name not in state.adapters
-    ]
-    raise_collected(AdapterError, problems, doing="set what is trainable")
+    raise_collected(AdapterError, state.unknown(listed), doing="set what is trainable")
     chosen = [state.adapters[name] for name in listed]
     census = Census.of(root)
     require_own(census, state, "set what is trainable")
