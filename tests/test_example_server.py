@@ -210,9 +210,11 @@ def test_what_waits_is_answered_when_the_server_ends(
     limits = server.Limits(batch=2)
     with ThreadPoolExecutor(5) as clients, server.serving(server.tiny_model(), adapters, limits) as running:
         gate, port = Gate(running, monkeypatch), running.server_port
-        answers = [clients.submit(post, port, ask._asdict()) for ask in asked(5)]
+        first, *later = asked(5)
+        answers = [clients.submit(post, port, first._asdict())]
         assert gate.has_begun.wait(30)
-        until(lambda: len(running.batcher.waiting) >= 3)
+        answers += [clients.submit(post, port, ask._asdict()) for ask in later]
+        until(lambda: len(running.batcher.waiting) == 4)  # all have arrived before the server ends
         ending = threading.Thread(target=running.close)
         ending.start()
         until(lambda: bool(running.batcher._is_closing))
