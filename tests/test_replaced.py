@@ -117,6 +117,30 @@ def assert_said(model: nn.Module, message: str, place: Path) -> None:
     assert not (place / "new").exists()
 
 
+@pytest.mark.parametrize("names", ["abc", "cba", "b"])
+def test_what_several_adapters_have_lost_is_said_of_each_in_their_order(names: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4), nn.MultiheadAttention(4, 2))
+    weight = "2.in_proj_weight"
+    randlora.inject(model, r=2, name="a", targets=["1", weight])
+    randlora.inject(model, r=2, name="b", targets=["0", weight], in_proj="split")
+    randlora.inject(model, r=2, name="c", targets=[weight])
+    model.get_parameter(weight).data = torch.zeros(24, 8)
+    model[1], model[0] = nn.Linear(6, 4), nn.Linear(4, 6)
+    packed = f"the shape of {weight} was 12 x 4 when it was adapted and is 24 x 8 now"
+    expected = {
+        "a": ["1 no longer has adapter 'a'", packed],
+        "b": [
+            "0 no longer has adapter 'b'",
+            f"the shape of {weight} was 3 x 4 x 4 when it was adapted and is 3 x 8 x 8 now",
+        ],
+        "c": [packed],
+    }
+    with untouched(model), pytest.raises(AdapterError) as caught, randlora.routed(model, list(names)):
+        pass
+    said = [line.removeprefix("  - ").partition(": ")[0] for line in str(caught.value).splitlines()[1:]]
+    assert said == [line for name in names for line in expected[name]]
+
+
 class Tied(Mixed):
     """A head that is tied to another module."""
 

@@ -139,6 +139,12 @@ class Diagonal(nn.ParameterDict):
             return self.forward(name)
         return parameter
 
+    def randlora_each(self, names: Iterable[str]) -> Iterator[nn.Parameter]:
+        """Return the parameters of some adapters."""
+        held: Any = self._parameters
+        is_plain = type(held) is Values and "_hf_hook" not in self.__dict__
+        return map(held.__getitem__ if is_plain else self.randlora_named, names)
+
     def forward(self, name: str) -> nn.Parameter:
         """Return the parameter of one adapter. accelerate's offloading loads the values only during this call."""
         parameter: nn.Parameter = self[name]

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import keyword
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from randlora.bases.spec import sliced_dims
+from randlora.bases.spec import Shape, sliced_dims
+from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
 from randlora.layer_options import by_rank
@@ -39,6 +41,9 @@ from randlora.state import (
 from randlora.targets.obstacles import offloaded_with
 from randlora.targets.site import Site, sizes
 from randlora.targets.walk import Census
+
+NOWHERE: tuple[dict[str, SiteAdapter], Shape | None] = {}, None
+"""The adapters and the shape of a weight that a model does not have."""
 
 WRAPPERS = {
     "OptimizedModule": "_orig_mod",
@@ -217,24 +222,31 @@ def lost_sites(census: Census, adapters: Iterable[Adapter]) -> list[str]:
         for layer in adapter_layers_of(visit.module).values()
     }
     problems = []
-    for adapter in adapters:
-        for fqn in adapter.targets:
-            layer, owner = found.get(fqn, (None, None))
-            if layer is None or owner is None or adapter.name not in layer.adapters:
-                problems.append(
-                    f"{fqn} no longer has adapter {adapter.name!r}: the module was replaced by another; change the "
-                    "model before adapting it"
-                )
-                continue
-            weight = layer.weight_of(owner)
-            if weight is None or len(whole_shape(weight)) < 2:  # computed from others, or a flat shard of FSDP's
-                continue
-            if (was := layer.adapters[adapter.name].shape) != (now := layer.shape_of(owner, adapter.config)):
-                problems.append(
-                    f"the shape of {fqn} was {sizes(was)} when it was adapted and is {sizes(now)} now: "
-                    "eject the adapter and load one of the new shape"
-                )
+    for config, alike in groupby(adapters, key=lambda adapter: adapter.config):
+        here = {fqn: (layer.adapters, _shape_now(layer, owner, config)) for fqn, (layer, owner) in found.items()}
+        for name, targets in ((adapter.name, adapter.targets) for adapter in alike):
+            for fqn in targets:
+                parts, now = here.get(fqn, NOWHERE)
+                part = parts.get(name)
+                if part is None:
+                    problems.append(
+                        f"{fqn} no longer has adapter {name!r}: the module was replaced by another; change the model "
+                        "before adapting it"
+                    )
+                elif now is not None and part.shape != now:
+                    problems.append(
+                        f"the shape of {fqn} was {sizes(part.shape)} when it was adapted and is {sizes(now)} now: "
+                        "eject the adapter and load one of the new shape"
+                    )
     return problems
+
+
+def _shape_now(layer: AdapterLayer, owner: nn.Module, config: RandLoRAConfig) -> Shape | None:
+    """Return the shape of an update of a weight, or ``None`` if the weight does not tell."""
+    weight = layer.weight_of(owner)
+    if weight is None or len(whole_shape(weight)) < 2:  # computed from others, or a flat shard of FSDP's
+        return None
+    return layer.shape_of(owner, config)
 
 
 def unfold_all(census: Census, state: ModelState) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from operator import attrgetter
 
 from torch import nn
 
@@ -57,9 +58,9 @@ def routed(
         used = [state.adapters[name] for name in routing.adapters]
         raise_collected(AdapterError, [*lost_sites(census, used), *offloaded_diagonals(census)], doing="route")
         state.require_exchangeable([], "route")
-        parameters = [part for adapter in used for part in adapter_parameters(census, adapter)]
-        routing.keeps = not any(is_dtensor(part) for part in parameters)
-        routing.trains = any(part.requires_grad for part in parameters)
+        parameters = [*adapter_parameters(census, *used)]
+        routing.keeps = not any(map(is_dtensor, {type(part): part for part in parameters}.values()))
+        routing.trains = any(map(attrgetter("requires_grad"), parameters))
         for site in census.adapted:
             site.layer.number = numbered(site.owner, site.layer.number)
         return routing

@@ -8,6 +8,7 @@ from torch import nn
 
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import require_types
+from randlora.layers.diagonals import Diagonal
 from randlora.model.averaging import require_averaged
 from randlora.model.change import all_or_nothing, one_at_a_time, set_requires_grad
 from randlora.model.install import lost_sites, require_own
@@ -115,9 +116,14 @@ def offloaded_diagonals(census: Census) -> list[str]:
     ]
 
 
-def adapter_parameters(census: Census, adapter: Adapter) -> Iterator[nn.Parameter]:
-    """Yield the parameters of one adapter: Λ and Γ of each weight, then those trained with it."""
+def adapter_parameters(census: Census, *adapters: Adapter) -> Iterator[nn.Parameter]:
+    """Yield the parameters of some adapters: Λ and Γ of each weight, then those trained with them."""
+    every = [adapter.name for adapter in adapters]
     for site in census.adapted:
-        if adapter.name in site.layer.adapters:
-            yield from site.layer.diagonals_of(site.owner, adapter.name)
-    yield from adapter.trained.values()
+        names = [*filter(site.layer.adapters.__contains__, every)]
+        for attribute in site.layer.parameter_names() if names else ():
+            held = site.owner._modules[attribute]
+            assert isinstance(held, Diagonal), "the weight is adapted"
+            yield from held.randlora_each(names)
+    for adapter in adapters:
+        yield from adapter.trained.values()
