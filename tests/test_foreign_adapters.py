@@ -1,15 +1,17 @@
 """Models that carry adapters of other libraries."""
 
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import torch
 from torch import nn
 
 import randlora
-from randlora.errors import AdapterError, TargetError
-from tests.kit import untouched
-from tests.laws import Mixed
+from randlora.errors import AdapterError, CheckpointError, MergeError, TargetError
+from tests.kit import fill, untouched
+from tests.laws import TOKENS, Mixed
 
 CONFIGS = [
     peft.LoraConfig(r=2, target_modules=["q"]),
@@ -36,6 +38,50 @@ def test_a_model_with_adapters_of_peft_is_refused_by_name(config: Any, is_wrappe
 def test_a_model_that_peft_has_left_is_adapted(config: Any) -> None:
     model: Any = peft.get_peft_model(Mixed(), config).unload()
     assert "q" in randlora.inject(model, r=2, targets="all-linear").targets
+
+
+def test_a_mixed_model_of_peft_is_refused_by_name_until_peft_has_left() -> None:
+    mixed: Any = peft.get_peft_model(Mixed(), CONFIGS[0], mixed=True)
+    mixed.add_adapter("other", peft.LoHaConfig(r=2, target_modules=["up"]))
+    mixed.set_adapter(["default", "other"])
+    said = r"adapters of PEFT: .*q \(peft\.tuners\.lora\..*up \(peft\.tuners\.loha\..* merge or remove them first"
+    for targets in TARGETS:
+        with untouched(mixed), pytest.raises(AdapterError, match=said):
+            randlora.inject(mixed, r=2, targets=targets)
+    assert {"q", "up"} <= {*randlora.inject(mixed.unload(), r=2, targets="all-linear").targets}
+
+
+@pytest.mark.parametrize("is_mixed", [True, False], ids=["mixed", "one kind"])
+def test_what_peft_wraps_later_is_said_to_be_lost_until_peft_has_left(is_mixed: bool, tmp_path: Path) -> None:
+    model = fill(randlora_only())
+    expected = model(TOKENS)
+    wrapped: Any = peft.get_peft_model(model, CONFIGS[0], mixed=is_mixed)
+    torch.testing.assert_close(wrapped(TOKENS), expected, rtol=0, atol=0)
+    said = "q no longer has adapter 'default'"
+    with untouched(wrapped), pytest.raises(AdapterError, match=said):
+        [*randlora.trainable_parameters(wrapped)]
+    with untouched(wrapped), pytest.raises(CheckpointError, match=said):
+        randlora.save(wrapped, tmp_path / "adapter")
+    with untouched(wrapped), pytest.raises(MergeError, match=said):
+        randlora.merge(wrapped)
+    with untouched(wrapped), pytest.raises(AdapterError, match=said), randlora.routed(wrapped, ["default"]):
+        pass
+    with untouched(wrapped), pytest.raises(AdapterError, match="the model has adapters of PEFT"):
+        randlora.inject(model, r=2, name="second")
+    wrapped.unload()
+    torch.testing.assert_close(model(TOKENS), expected, rtol=0, atol=0)
+    randlora.save(model, tmp_path / "adapter")
+    loaded = randlora_only()
+    randlora.eject(loaded)
+    randlora.load(loaded, tmp_path / "adapter")
+    torch.testing.assert_close(loaded(TOKENS), expected, rtol=0, atol=0)
+
+
+def randlora_only() -> nn.Module:
+    torch.manual_seed(0)
+    model = Mixed()
+    randlora.inject(model, r=2, targets=["q", "up"])
+    return model
 
 
 class OwnLoRA(nn.Module):

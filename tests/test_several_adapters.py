@@ -96,6 +96,20 @@ def test_rows_of_both_in_one_batch(second: str) -> None:
         torch.testing.assert_close(model(input_ids=IDS).logits, wanted, rtol=1e-5, atol=1e-5)
 
 
+@every_second
+@torch.no_grad()
+def test_both_are_active_together(second: str) -> None:
+    """PEFT's `PeftMixedModel`, which activates adapters of several kinds, takes none of RandLoRA."""
+    model, summed = plain(), plain()
+    add(model, "first", {})
+    add(model, "second", SECOND[second])
+    for info in randlora.adapters(model):
+        for fqn in info.targets:
+            summed.get_parameter(f"{fqn}.weight").add_(randlora.delta_weight(model, fqn, name=info.name))
+    randlora.activate(model, ["first", "second"])
+    torch.testing.assert_close(model(input_ids=IDS).logits, summed(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_each_has_a_scaling_of_its_own_and_a_factor_while_active() -> None:
     model, fqn = plain(), "model.layers.0.self_attn.v_proj"
     add(model, "first", {})
