@@ -160,6 +160,27 @@ def fail_to_unmerge() -> None:
     randlora.merge(model)
 
 
+def rename_what_is_sharded() -> None:
+    """`fully_shard` knows Λ and Γ by name. Those that were added later are whole, and have another name."""
+    model, x = adapted(), torch.randn(2, 8)
+    randlora.inject(model, r=2, targets=["0"], name="whole", active=False)
+    expected, before = model(x), shards(model)
+    held = {name: (id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()}
+    infos = randlora.adapters(model)
+    with pytest.raises(AdapterError, match="cannot rename 'default', 2 problems:") as caught:
+        randlora.rename(model, "default", "new")
+    for fqn in "01":
+        assert f"Λ and Γ of {fqn} are sharded, and fully_shard knows them by name: rename before" in str(caught.value)
+    assert randlora.adapters(model) == infos
+    after = {name: (id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()}
+    assert list(after.items()) == list(held.items())
+    assert all(torch.equal(value, before[name]) for name, value in shards(model).items())
+    assert torch.equal(model(x), expected)
+    randlora.rename(model, "whole", "new")
+    assert [info.name for info in randlora.adapters(model)] == ["default", "new"]
+    assert torch.equal(model(x), expected)
+
+
 def raise_in_one_block() -> None:
     """An error of one process in a block of `merged` is raised at once, and not when others come to the end of it."""
     model = adapted()
@@ -197,6 +218,10 @@ def test_copies_of_sharded_parameters_are_made_without_gathering(pair: Processes
 def test_what_fails_in_one_process_between_two_gathers_is_raised_in_all(pair: Processes, tmp_path: Path) -> None:
     pair.run(fail_between_gathers, tmp_path / "adapter", seconds=30)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_sharded_adapter_keeps_its_name_and_a_whole_one_is_renamed(pair: Processes) -> None:
+    pair.run(rename_what_is_sharded)
 
 
 def test_what_fails_in_one_process_while_it_unmerges_is_raised_in_all(pair: Processes) -> None:
