@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from randlora.bases.spec import BasisSpec, count_bases, count_trainable
 from randlora.config import RandLoRAConfig
+from randlora.layer_options import Factor
 from randlora.layers.update import RoundingLoss
 from randlora.state import Adapter
 from randlora.targets.left_out import LeftOut, Remaining, left_out, lines
@@ -129,14 +130,14 @@ class MergeReport:
     """The report of `randlora.merge`.
 
     Attributes:
-        adapters: Names and weights of the merged adapters.
+        adapters: Names of the merged adapters, and their factors as in `AdapterInfo.weight`.
         targets: FQNs of the layers whose weight changed.
         reversible: Whether `randlora.unmerge` can undo the merge.
         rounding: The rounding error of each requantized layer, by FQN.
         notes: Other notes for the user.
     """
 
-    adapters: dict[str, float]
+    adapters: dict[str, Factor]
     targets: tuple[str, ...]
     reversible: bool
     rounding: dict[str, RoundingLoss] = field(default_factory=dict)
@@ -144,7 +145,7 @@ class MergeReport:
 
     def __str__(self) -> str:
         """Return a summary line, two lines on rounding errors if any, and the notes."""
-        names = ", ".join(name if weight == 1 else f"{weight:g} x {name}" for name, weight in self.adapters.items())
+        names = ", ".join(_with_factor(name, factor) for name, factor in self.adapters.items())
         ending = "reversible with randlora.unmerge" if self.reversible else "the layers are plain again"
         lines = [f"merged {names} into {len(self.targets)} layers; {ending}"]
         if self.rounding:
@@ -156,6 +157,12 @@ class MergeReport:
                 f"largest in {worst}: up to {loss.largest:.3g}, with levels up to {loss.step:.3g} apart",
             ]
         return "\n".join([*lines, *self.notes])
+
+
+def _with_factor(name: str, factor: Factor) -> str:
+    if isinstance(factor, Mapping):
+        return f"{name} with a factor for each layer"
+    return name if factor == 1 else f"{factor:g} x {name}"
 
 
 def left_out_lines(report: Report) -> list[str]:

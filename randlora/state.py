@@ -23,7 +23,7 @@ from randlora.errors import AdapterError, TargetError, raise_collected
 from randlora.forwards import Forwards
 from randlora.functional import Compute
 from randlora.hints import shortly
-from randlora.layer_options import LayerOptions
+from randlora.layer_options import Factor, LayerOptions
 from randlora.placement.dtensor import is_dtensor, reshard
 from randlora.placement.offloaded import offloaded_modules
 from randlora.replaced import KEEP_COPIES, ReplacedParameter, path_to
@@ -47,7 +47,7 @@ class Adapter:
         bases: Its bases, by r.
         options: r and alpha of its layers, by FQN.
         rule: How the targets were chosen, for reports.
-        weight: The factor of its update while active, else ``None``.
+        weight: The factor of its update while active, for each layer if they differ, else ``None``.
         trained: The parameters trained with it, by FQN.
         peft_fields: Fields of its ``adapter_config.json`` that are not used here, kept for saving.
     """
@@ -57,7 +57,7 @@ class Adapter:
     bases: dict[int, Basis]
     options: dict[str, LayerOptions]
     rule: str
-    weight: float | None = None
+    weight: Factor | None = None
     trained: dict[str, nn.Parameter] = field(default_factory=dict)
     peft_fields: dict[str, Any] = field(default_factory=dict)
 
@@ -74,7 +74,7 @@ class Adapter:
     def at(self, fqn: str, shape: Shape) -> SiteAdapter:
         """Return the adapter at one of its weights, given the shape of its update there."""
         options = self.options[fqn]
-        return SiteAdapter(self, self.bases[options.r], shape, options)
+        return SiteAdapter(self, fqn, self.bases[options.r], shape, options)
 
 
 @dataclass(eq=False)
@@ -83,14 +83,16 @@ class SiteAdapter:
 
     Attributes:
         adapter: The adapter.
+        fqn: The name of the weight among the adapter's targets.
         basis: Its bases.
         shape: Shape of its update of this weight.
         options: r and alpha here.
         scaling: Factor of the update, ``alpha / r``.
-        position: Where it is among the active adapters of the weight, or ``None`` while inactive.
+        position: Where it is among the acting adapters of the weight, or ``None`` if it does not act.
     """
 
     adapter: Adapter
+    fqn: str
     basis: Basis
     shape: Shape
     options: LayerOptions
@@ -100,6 +102,12 @@ class SiteAdapter:
     def __post_init__(self) -> None:
         """Set `scaling`, which each forward reads."""
         self.scaling = self.options.scaling
+
+    @property
+    def weight(self) -> float | None:
+        """The factor of its update of this weight, or ``None`` if it is inactive or left out here."""
+        weight = self.adapter.weight
+        return weight.get(self.fqn) or None if isinstance(weight, Mapping) else weight
 
 
 @dataclass(eq=False)
@@ -145,7 +153,7 @@ class ModelState:
     routing: Routing | None = None
     ended: list[object] = field(default_factory=list)
     loading_guards: list[RemovableHandle] = field(default_factory=list)
-    merged: dict[str, float] = field(default_factory=dict)
+    merged: dict[str, Factor] = field(default_factory=dict)
     merge_options: Any = None
     merge_report: Any = None
     merged_blocks: list[object] = field(default_factory=list)
@@ -163,8 +171,8 @@ class ModelState:
         If it was made in a block of `randlora.disabled`, its adapters are inactive.
         """
         self.__dict__.update(state)
-        for adapter in self.adapters.values() if self.is_disabled else ():
-            adapter.weight = None
+        if self.is_disabled:
+            self.activate({})
         self.disabled, self.ended, self.merged_blocks, self.routing = [], [], [], None
 
     @property
@@ -173,7 +181,7 @@ class ModelState:
         return bool(self.merged)
 
     @property
-    def on_top(self) -> dict[str, float]:
+    def on_top(self) -> dict[str, Factor]:
         """The names and weights of the active adapters that are not merged."""
         return {name: weight for name, weight in self.active.items() if name not in self.merged}
 
@@ -192,11 +200,11 @@ class ModelState:
         self.forwards.set_blocks(block.thread for block in blocks if isinstance(block, Routing))
 
     @property
-    def active(self) -> dict[str, float]:
+    def active(self) -> dict[str, Factor]:
         """The active adapters' names and weights."""
         return {name: adapter.weight for name, adapter in self.adapters.items() if adapter.weight is not None}
 
-    def activate(self, weights: Mapping[str, float]) -> None:
+    def activate(self, weights: Mapping[str, Factor]) -> None:
         """Activate the adapters of these names with these weights, and no others. The layers must then be seated."""
         self.activation.is_current = False
         self.activation = Activation()

@@ -272,10 +272,10 @@ def test_a_model_adapted_by_a_callable_can_be_pickled() -> None:
     [
         ("c", "no adapter named 'c': it has default"),
         (["default", "c"], "no adapter named 'c'"),
-        ({"default": float("nan")}, "weight of 'default' must be a finite number, got nan"),
+        ({"default": float("nan")}, "factor of 'default' must be a finite number, got nan"),
         (["default", "default"], r"each adapter can be named once, got \['default', 'default'\]"),
         ({"default": True}, "must be a finite number, got True"),
-        ({"default": -1e16}, r"weight of 'default' must be at most 1e\+15 in size, got -1e\+16"),
+        ({"default": -1e16}, r"factor of 'default' must be at most 1e\+15 in size, got -1e\+16"),
     ],
 )
 def test_what_cannot_be_activated_is_refused(names: Any, message: str) -> None:

@@ -116,6 +116,23 @@ def test_adapters_of_some_layers_each_are_told_apart() -> None:
     assert max(graphs) == 3
 
 
+def test_factors_of_single_layers_share_a_graph_if_the_same_layers_act() -> None:
+    model = model_with("a", "b")
+    run = Compiled(model)
+    graphs = []
+    for names in (
+        {"a": {"0": 0.5, "2": 2.0}},
+        {"a": {"0": 0.25, "2": -1.0}},
+        {"b": {"0": -3.0, "2": 0.75}},
+        {"a": {"0": 0.0, "2": 0.3}},
+        {"b": {"0": 0.0, "2": 0.7}},
+        {"a": {"0": 0.1, "2": 0.6}},
+    ):
+        randlora.activate(model, names)
+        graphs.append(run.graphs())
+    assert graphs == [1, 2, 2, 3, 3, 3]
+
+
 # Parameters that are replaced
 
 

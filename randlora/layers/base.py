@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -46,7 +46,8 @@ class AdapterLayer(StoredWeight):
         state: The state of the model that the owner belongs to.
         shape: ``(out_features, in_features)`` of the weight, or of one matrix of a stack.
         adapters: The adapters of this weight, by name.
-        acting: Those that are active and not merged, in the same order, if ``activation`` is current; see `seat`.
+        acting: Those that act on this weight and are not merged, in the same order, with their factors, if
+            ``activation`` is current; see `seat`.
         activation: The choice of active adapters that it is prepared for.
         own_forward: The ``forward`` that was set on the owner itself rather than on its class, if any.
         planned: The ``forward`` that a plan of transformers set on the owner, and the one in its place, if any.
@@ -64,7 +65,7 @@ class AdapterLayer(StoredWeight):
         in_features, out_features = self.features(owner)
         self.shape = out_features, in_features
         self.adapters: dict[str, SiteAdapter] = {}
-        self.acting: list[SiteAdapter] = []
+        self.acting: list[tuple[SiteAdapter, float]] = []
         self.activation = state.activation
         self.own_forward: Callable[..., Any] | None = None
         self.planned: tuple[Callable[..., Any], Callable[..., Any]] | None = None
@@ -145,12 +146,19 @@ class AdapterLayer(StoredWeight):
         return output
 
     def active(self) -> list[tuple[SiteAdapter, float]]:
-        """Return the active adapters that are not merged, with their weights; none while disabled."""
+        """Return the adapters that act and are not merged, with their factors; none while disabled."""
         if self.state.is_disabled:
             return [] if self.state.routing is None else self._chosen(self.state.routing)
-        parts = self.acting if self.activation.is_current else self.adapters.values()
-        weighted = [(part, part.adapter.weight) for part in parts]
+        return self.acting if self.activation.is_current else self._acting(self.adapters)
+
+    def _acting(self, names: Iterable[str]) -> list[tuple[SiteAdapter, float]]:
+        """Return those of some adapters that act on this weight, with their factors."""
+        weighted = [(self.adapters[name], self.adapters[name].weight) for name in names if name in self.adapters]
         return [(part, weight) for part, weight in weighted if weight is not None]
+
+    def factors(self, names: Iterable[str]) -> dict[str, float]:
+        """Return the factors of those of some adapters that act on this weight, merged or not."""
+        return {part.adapter.name: weight for part, weight in self._acting(names)}
 
     def routes(self, owner: Any) -> Routes:
         """Return the adapters of this weight, for tokens that go through different ones."""
@@ -227,15 +235,15 @@ class AdapterLayer(StoredWeight):
         return Update(part.basis, own, gamma, part.scaling * factor, part.shape)
 
     def seat(self, owner: nn.Module) -> None:
-        """Follow a change of which adapters are active and not merged: compiled code finds them by position."""
+        """Follow a change of which adapters act and are not merged: compiled code finds them by position."""
         self.activation, merged = self.state.activation, self.state.merged
-        self.acting = [part for name, part in self.adapters.items() if part.adapter.is_active and name not in merged]
+        self.acting = self._acting(name for name in self.adapters if name not in merged)
         for part in self.adapters.values():
             part.position = None
-        for position, part in enumerate(self.acting):
+        for position, (part, _) in enumerate(self.acting):
             part.position = position
         for name in self.parameter_names():
-            self._held(owner, name).randlora_seat(part.adapter.name for part in self.acting)
+            self._held(owner, name).randlora_seat(part.adapter.name for part, _ in self.acting)
 
     @staticmethod
     def _held(owner: nn.Module, name: str) -> Diagonal:

@@ -18,9 +18,9 @@ from randlora.hints import is_finite, require_types, shortly
 from randlora.layer_options import by_rank
 from randlora.layers.combined import Combined, Method, combined
 from randlora.model.change import one_at_a_time
+from randlora.model.factors import factor_problems
 from randlora.model.install import commit, lost_sites, owned_state, prepare
 from randlora.model.ranks import ranks_holding
-from randlora.model.switch import factor_problems
 from randlora.model.train_also import lost_parameters, replacements
 from randlora.model.trainable import offloaded_diagonals
 from randlora.placement.dtensor import reshard

@@ -7,7 +7,7 @@ left as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from randlora.errors import ConfigError, MergeError, raise_collected
 from randlora.hints import require_types, shortly
+from randlora.layer_options import Factor
 from randlora.layers.base import AdapterLayer
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.update import Into, Quantized, RoundingLoss
@@ -93,7 +94,7 @@ def merge(
     ranks = ranks_holding(census, state, is_written=True)
     names = None if adapters is None else _listed(adapters)
     weights = {name: each for name, each in state.on_top.items() if names is None or name in names}
-    sites = [site for site in census.adapted if weights.keys() & site.layer.adapters.keys()]
+    sites = [site for site in census.adapted if site.layer.factors(weights)]
     with agreed(ranks):
         require_types(merge, {"reversible": reversible, "quantized": quantized})
         raise_collected(ConfigError, option_problems(quantized, dtype), doing="merge")
@@ -140,7 +141,7 @@ def _listed(names: object) -> list[str]:
     return list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]  # type: ignore[list-item]
 
 
-def _together(state: ModelState, weights: Mapping[str, float]) -> dict[str, float]:
+def _together(state: ModelState, weights: Mapping[str, Factor]) -> dict[str, Factor]:
     """Return adapters with their weights in the order in which their updates are added, whichever was merged first."""
     return {name: weights[name] for name in state.adapters if name in weights}
 
@@ -191,17 +192,17 @@ def _unmerge(model: nn.Module, names: Sequence[str] | None, *, is_agreed: bool =
         raise
 
 
-def _merge_fewer(census: Census, state: ModelState, staying: Mapping[str, float]) -> tuple[str, ...]:
+def _merge_fewer(census: Census, state: ModelState, staying: Mapping[str, Factor]) -> tuple[str, ...]:
     """Restore the weights from before other adapters than these were merged, and return the FQNs of the layers."""
     leaving = state.merged.keys() - staying.keys()
     merged = [site for site in census.adapted if site.layer.unmerged is not None]
-    sites = [site for site in merged if leaving & site.layer.adapters.keys()]
-    again = [site for site in sites if staying.keys() & site.layer.adapters.keys()]
+    sites = [site for site in merged if site.layer.factors(leaving)]
+    again = [site for site in sites if site.layer.factors(staying)]
     raise_collected(MergeError, again_problems(again), doing="unmerge")
     quantized, dtype = state.merge_options
     _fold_all(again, _together(state, staying), Into(quantized, dtype or model_dtype(census)), None)
     for site in sites:
-        if not staying.keys() & site.layer.adapters.keys():
+        if not site.layer.factors(staying):
             site.layer.unfold(site.owner)
     state.merged = _together(state, staying)
     for site in sites:
@@ -278,9 +279,9 @@ def _refuse_loading(module: nn.Module, *args: object) -> None:  # noqa: ARG001  
 
 
 def _fold_all(
-    sites: Sequence[AdaptedSite], weights: dict[str, float], into: Into, ranks: Ranks | None
+    sites: Sequence[AdaptedSite], names: Collection[str], into: Into, ranks: Ranks | None
 ) -> dict[str, RoundingLoss]:
-    """Merge into all weights and return the rounding errors. If any process fails, all raise."""
+    """Merge some active adapters into all weights and return the rounding errors. If any process fails, all raise."""
     rounding: dict[str, RoundingLoss] = {}
     with agreed(ranks):
         failed: Exception | None = None
@@ -288,7 +289,7 @@ def _fold_all(
             try:
                 if isinstance(site.layer, QuantizedLayer):
                     site.layer.unfold(site.owner)  # its original codes, if it is merged into already, to add to
-                merged = site.layer.merged(site.owner, weights, into)
+                merged = site.layer.merged(site.owner, site.layer.factors(names), into)
                 if failed is not None:  # the other processes still need this one to gather
                     continue
                 require_finite(site.fqn, merged.weight)

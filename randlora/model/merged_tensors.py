@@ -140,9 +140,9 @@ def _reader(
 def _weight(fqn: str, site: Site, state: ModelState, into: Into) -> Tensor:
     """Return a weight plus the updates of the active adapters, dequantized."""
     layer = _layer(site, state)
-    if not state.is_merged and state.active.keys() & layer.adapters.keys():
+    if not state.is_merged and (factors := layer.factors(state.active)):
         with agreed(ranks_of(site.owner.parameters())):  # or the others would wait for this process's part
-            merged = layer.merged(site.owner, state.active, into).weight
+            merged = layer.merged(site.owner, factors, into).weight
         place = place_of(site.owner, layer.attribute)
         if place is not None and place.part is not None:
             stored = place.stored(merged)
@@ -191,7 +191,7 @@ def _require_mergeable(census: Census, state: ModelState) -> None:
     if state.is_merged and state.on_top:
         problems.append(f"{', '.join(state.on_top)} is active and not merged, as others are: merge it too")
     if not state.is_merged:
-        sites = [site for site in census.adapted if state.active.keys() & site.layer.adapters.keys()]
+        sites = [site for site in census.adapted if site.layer.factors(state.active)]
         problems += [*lost_sites(census, active), *lost_parameters(state, active), *tie_problems(census, sites)]
         problems += weight_problems(sites, Into())
     raise_collected(MergeError, problems, doing="yield the merged tensors")

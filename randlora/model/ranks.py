@@ -99,7 +99,11 @@ def _facts(state: ModelState) -> dict[str, str]:
     facts = {"the names of the adapters": ", ".join(state.adapters)}
     for name, adapter in state.adapters.items():
         options = {str(each) for each in adapter.options.values()}
-        facts[f"the weight of {name!r}"] = str(adapter.weight)
+        facts[f"the weight of {name!r}"] = (
+            _counted("one for each layer", map(str, sorted(adapter.weight.items())))
+            if isinstance(adapter.weight, Mapping)
+            else str(adapter.weight)
+        )
         facts[f"the dropout of {name!r}"] = str(adapter.config.dropout)
         facts[f"the targets of {name!r}, their r and alpha"] = _counted(
             f"{len(adapter.options)} with {', '.join(sorted(options))}", map(str, sorted(adapter.options.items()))

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from numbers import Real
 
 from torch import Tensor, nn
 
 from randlora.bases.spec import BasisSpec
-from randlora.config import LARGEST_FACTOR, RandLoRAConfig
+from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError, TargetError, raise_collected
 from randlora.functional import Compute
-from randlora.hints import is_finite, require_types, shortly
-from randlora.layer_options import LayerOptions
+from randlora.hints import require_types
+from randlora.layer_options import Factor, LayerOptions
 from randlora.layers.in_place import drop_adapter
 from randlora.model.change import all_or_nothing, one_at_a_time
+from randlora.model.factors import resolved_factors
 from randlora.model.inject import eject
 from randlora.model.install import lost_sites, require_detachable, require_own, shared_slots
 from randlora.model.reducers import warn_of_unknown
@@ -39,7 +39,8 @@ class AdapterInfo:
         specs: The specs of its bases, one for each r.
         options: r and alpha of its layers, by FQN.
         train_also: FQNs of the parameters trained with it.
-        weight: The factor of its update while active, else ``None``.
+        weight: The factor of its update while active, else ``None``. If it differs between layers, a mapping with that
+            of each by FQN, 0 where the adapter does not act.
         is_trainable: Whether any of its parameters requires grad.
         is_merged: Whether it is merged into the weights.
         problems: What of it the model no longer has, because a module was replaced, removed or resized.
@@ -50,7 +51,7 @@ class AdapterInfo:
     specs: tuple[BasisSpec, ...]
     options: dict[str, LayerOptions]
     train_also: tuple[str, ...]
-    weight: float | None
+    weight: Factor | None
     is_trainable: bool
     is_merged: bool
     problems: tuple[str, ...]
@@ -90,21 +91,32 @@ def adapters(model: nn.Module) -> list[AdapterInfo]:
 
 @one_at_a_time
 def activate(
-    model: nn.Module, names: str | Iterable[str] | Mapping[str, float], *, trainable: bool | None = None
+    model: nn.Module,
+    names: str | Iterable[str] | Mapping[str, Factor],
+    *,
+    layers: str | Iterable[str] | None = None,
+    trainable: bool | None = None,
 ) -> None:
     """Activate adapters, in place, and deactivate all others.
 
+    Where an adapter does not act, its layer computes as without it, at no cost.
+
     Args:
         model: A model with adapters.
-        names: One name; several names, whose updates are summed; or a mapping from names to factors of the updates.
+        names: One name; several names, whose updates are summed; or a mapping from names to factors of the updates. A
+            factor may be a mapping itself, from patterns of layers to numbers, such as
+            ``{"decoder": 0.5, ".*": 1.0}``: the first that matches a layer applies, each layer must have one, and 0
+            leaves a layer out.
+        layers: The layers in which they act: one or several patterns, each an FQN or a suffix of FQNs, of layers or of
+            modules with layers inside, or else a regex matched with ``fullmatch``. ``None`` means all layers.
         trainable: Whether the parameters of these adapters require grad; those of others do not change. ``None``
             changes no ``requires_grad`` flag.
 
     Raises:
-        AdapterError: For an unknown name, a weight that is not finite, adapters that train the same parameter with
-            ``train_also``, or if merged adapters are not among these with the weights that they were merged with. Also
-            if they would train copies of parameters that are not
-            sharded, in a model of which `fully_shard` has sharded another part.
+        AdapterError: For an unknown name, a factor that is not finite, a pattern that matches no layer, adapters that
+            train the same parameter with ``train_also``, or if merged adapters are not among these with the factors
+            that they were merged with. Also if they would train copies of parameters that are not sharded, in a model
+            of which `fully_shard` has sharded another part.
 
     Warns:
         UserWarning: If parameters require grad that the `DistributedDataParallel` around the model does not know,
@@ -113,7 +125,7 @@ def activate(
     require_types(activate, {"trainable": trainable})
     reshard(model)
     root, state = adapted_root(model)
-    weights = _weights(names)
+    weights = resolved_factors(state, names, layers)
     if any(weights.get(name) != weight for name, weight in state.merged.items()):
         require_unmerged(state, "activate others")
     census = Census.of(root)
@@ -228,7 +240,7 @@ def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tens
     Args:
         model: A model with adapters.
         fqn: The layer's fully qualified name.
-        name: One adapter, with weight 1; ``None`` means the active ones with their weights.
+        name: One adapter, with factor 1; ``None`` means the active ones with their factors.
 
     Returns:
         ``(out_features, in_features)`` for every kind of layer, in float32, or float64 if the weight is. If the model
@@ -246,38 +258,13 @@ def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tens
     if fqn not in sites:
         raise TargetError(f"{fqn!r} is not adapted; the nearest adapted layers are {nearest_names(fqn, sites)}")
     raise_collected(AdapterError, offloaded_diagonals(census), doing=f"compute the update of {fqn}")
-    weights = state.active if name is None else {state.adapter(name).name: 1.0}
     site = sites[fqn]
-    return site.layer.delta_weight(site.owner, weights)
+    factors = site.layer.factors(state.active) if name is None else {state.adapter(name).name: 1.0}
+    return site.layer.delta_weight(site.owner, factors)
 
 
-def _weights(names: str | Iterable[str] | Mapping[str, float]) -> dict[str, float]:
-    if isinstance(names, str):
-        return {names: 1.0}
-    listed = list(names) if isinstance(names, Iterable) else [names]
-    if strange := [name for name in listed if not isinstance(name, str)]:
-        raise AdapterError(f"expected names of adapters, or a mapping from names to weights, got {shortly(strange[0])}")
-    if isinstance(names, Mapping):
-        return dict(names)
-    if len(set(listed)) < len(listed):
-        raise AdapterError(f"each adapter can be named once, got {listed}: give a weight, as in {{'a': 2.0}}, instead")
-    return dict.fromkeys(listed, 1.0)
-
-
-def factor_problems(state: ModelState, weights: Mapping[str, float]) -> list[str]:
-    """Return messages about names that no adapter has, and about factors that are no finite numbers."""
-    problems = state.unknown(weights)
-    for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, Real) or not is_finite(weight):
-            problems.append(f"the weight of {name!r} must be a finite number, got {shortly(weight)}")
-        elif abs(weight) > LARGEST_FACTOR:
-            problems.append(f"the weight of {name!r} must be at most {LARGEST_FACTOR:g} in size, got {shortly(weight)}")
-    return problems
-
-
-def _activation_problems(state: ModelState, weights: Mapping[str, float]) -> list[str]:
-    problems = factor_problems(state, weights)
-    problems += [
+def _activation_problems(state: ModelState, weights: Mapping[str, Factor]) -> list[str]:
+    problems = [
         f"{name!r} trained {fqn} of shape {was}, and the model has {now} now: load an adapter of the new shape"
         for name in weights.keys() & state.adapters.keys()
         for fqn, copy in state.adapters[name].trained.items()

@@ -21,8 +21,8 @@ def resolve(config: RandLoRAConfig, fqns: Sequence[str]) -> tuple[dict[str, Laye
 
     There are no options if there is a message.
     """
-    ranks, problems = _by_target("r", config.r, fqns)
-    alphas, more = _by_target("alpha", config.alpha, fqns)
+    ranks, problems = by_target("r", config.r, fqns)
+    alphas, more = by_target("alpha", config.alpha, fqns)
     problems += more
     return ({} if problems else {fqn: _options(ranks[fqn], alphas[fqn]) for fqn in fqns}), problems
 
@@ -40,7 +40,7 @@ def rank_problems(shapes: Mapping[str, Shape], options: Mapping[str, LayerOption
 
 def ranks_of_others(config: RandLoRAConfig, fqns: Sequence[str]) -> dict[str, int]:
     """Return the r that weights which are no targets would have, by the last pattern if none matches."""
-    found, _ = _by_target("r", config.r, fqns)
+    found, _ = by_target("r", config.r, fqns)
     last = [*config.r.values()][-1] if isinstance(config.r, Mapping) else config.r
     return {fqn: found.get(fqn, last) for fqn in fqns}
 
@@ -51,8 +51,8 @@ def listed(config: RandLoRAConfig, options: Mapping[str, LayerOptions]) -> RandL
     alphas = {fqn: alpha for fqn, (_, alpha) in options.items()}
     return replace(
         config,
-        r=_one_or_all(ranks),
-        alpha=_one_or_all(alphas) if isinstance(config.alpha, Mapping) else config.alpha,
+        r=one_or_all(ranks),
+        alpha=one_or_all(alphas) if isinstance(config.alpha, Mapping) else config.alpha,
     )
 
 
@@ -72,14 +72,14 @@ def _options(r: int, alpha: float | None) -> LayerOptions:
     return LayerOptions(r, ALPHA_PER_RANK * r if alpha is None else float(alpha))
 
 
-def _one_or_all(values: Mapping[str, Any]) -> Any:
+def one_or_all(values: Mapping[str, Any]) -> Any:
     """Return the only value, or the mapping with longer names first, because a name is a suffix of longer ones only."""
     if len({*values.values()}) == 1:
         return next(iter(values.values()))
     return {fqn: values[fqn] for fqn in sorted(values, key=lambda fqn: (-len(fqn), fqn))}
 
 
-def _by_target(name: str, option: Any, fqns: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def by_target(name: str, option: Any, fqns: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Return the value of one option for each target, and a message for each target or pattern that has a problem."""
     if not isinstance(option, Mapping):
         return dict.fromkeys(fqns, option), []
@@ -87,14 +87,9 @@ def _by_target(name: str, option: Any, fqns: Sequence[str]) -> tuple[dict[str, A
     earlier: dict[str, frozenset[str]] = {}
     problems = []
     for pattern, value in option.items():
-        try:
-            meant = _meant(pattern, fqns)
-        except NO_REGEX as error:
-            problems.append(f"{name}={{{pattern!r}: …}} is no name of a target, and no regular expression: {error}")
-            continue
-        if not meant:
-            near = nearest_names(pattern, [name for fqn in fqns for name in prefixes(fqn)], common=fqns)
-            problems.append(f"{name}={{{pattern!r}: …}} matches no target; the nearest names are {near}")
+        meant, unmet = meant_by(pattern, fqns)
+        if unmet:
+            problems.append(f"{name}={{{pattern!r}: …}} {unmet}")
         own = frozenset(meant)
         wider = [other for other, taken in earlier.items() if taken > own and option[other] != value]
         if meant and wider:
@@ -109,7 +104,18 @@ def _by_target(name: str, option: Any, fqns: Sequence[str]) -> tuple[dict[str, A
     return found, problems
 
 
-def _meant(pattern: str, fqns: Sequence[str]) -> list[str]:
-    """Return the targets that have a name, or are inside a module that has it, or else match it as a regex."""
-    named = [fqn for fqn in fqns if f".{pattern}." in f".{fqn}."]
-    return named or [fqn for fqn in fqns if re.fullmatch(pattern, fqn)]
+def meant_by(pattern: str, fqns: Sequence[str]) -> tuple[list[str], str]:
+    """Return the targets that have a name, or are inside a module that has it, or else match it as a regex.
+
+    The second is empty, or says why there are none, as a phrase that follows the pattern.
+    """
+    if named := [fqn for fqn in fqns if f".{pattern}." in f".{fqn}."]:
+        return named, ""
+    try:
+        matching = [fqn for fqn in fqns if re.fullmatch(pattern, fqn)]
+    except NO_REGEX as error:
+        return [], f"is no name of a target, and no regular expression: {error}"
+    if matching:
+        return matching, ""
+    near = nearest_names(pattern, [name for fqn in fqns for name in prefixes(fqn)], common=fqns)
+    return [], f"matches no target; the nearest names are {near}"

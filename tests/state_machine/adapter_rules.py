@@ -1,7 +1,9 @@
 """The rules of adapters in memory: adding, activating and removing them, merging, and blocks of ``with``."""
 
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,6 +83,33 @@ class AdapterRules(ModelMachine):
                 adapter.trains = adapter.trains if trainable is None else trainable
 
     @is_free
+    @rule(chosen=factors, place=st.integers(0, 6), scales=st.none() | st.permutations([1.0, 0.0, -0.5]))
+    def activate_in_layers(self, chosen: Factors, place: int, scales: list[float] | None) -> None:
+        """Activate adapters in one layer and those whose names begin with its, or with another factor in each."""
+        truth = self.truth
+        given = {name: by for name, by in zip(truth.adapters, chosen, strict=False) if by is not None}
+        factor_of: dict[str, dict[str, float]] = {}
+        named = truth.kind.weights[place % len(truth.kind.weights)].fqn
+        for name, by in given.items():
+            fqns = sorted(truth.adapters[name].values, key=len, reverse=True)
+            factor_of[name] = (
+                {fqn: by * (f".{named}." in f".{fqn}.") for fqn in fqns}
+                if scales is None
+                else dict(zip(fqns, itertools.cycle(scales), strict=False))
+            )
+        copies = [copy for name in given for copy in truth.adapters[name].copies]
+        is_nowhere = scales is None and not all(
+            any(f".{named}." in f".{fqn}." for fqn in factor_of[name]) for name in given
+        )
+        refused = AdapterError if len({*copies}) < len(copies) or is_nowhere else None
+        if scales is None:
+            self.ask(refused, randlora.activate, given, layers=named)
+        else:
+            self.ask(refused, randlora.activate, factor_of)
+        if refused is None:
+            truth.activate({name: _one_or_all(by) for name, by in factor_of.items()})
+
+    @is_free
     @rule(which=which)
     def remove(self, which: int) -> None:
         name = self.name(which)
@@ -111,18 +140,18 @@ class AdapterRules(ModelMachine):
         found = self.ask(refused, randlora.delta_weight, weight.fqn, name=name)
         if refused:
             return
-        summed = {name: 1.0} if name else {name: each.factor for name, each in truth.adapters.items() if each.factor}
+        summed = [replace(truth.adapters[name], factor=1.0)] if name else [*truth.adapters.values()]
         expected = torch.zeros_like(truth.own[weight.name], dtype=torch.float64)
-        for each, factor in summed.items():
-            if weight.fqn in (adapter := truth.adapters[each]).values:
-                expected = expected + factor * weight.placed(adapter.update(weight), expected)
+        for adapter in summed:
+            if weight.fqn in adapter.values:
+                expected = expected + adapter.factor_of(weight) * weight.placed(adapter.update(weight), expected)
         assert_near(weight.placed(found, expected), expected, torch.promote_types(truth.dtype, torch.float32))
 
     def unless_mergeable(self, names: set[str], *, reversible: bool) -> Refused:
         """What must be raised by a merge of active adapters now."""
         truth = self.truth
         is_loss = not reversible and len(names) < len(truth.adapters)
-        into = {weight.name for name in names for weight in truth.weights_of(truth.adapters[name])}
+        into = {weight.name for name in names for weight in truth.acted_on(truth.adapters[name])}
         left = [each for name, each in truth.on_top.items() if name not in names]
         is_trained = any(not into.isdisjoint(each.copies) for each in left)
         is_again = bool(truth.merged_names) and (not reversible or not truth.on_top)
@@ -172,7 +201,7 @@ class AdapterRules(ModelMachine):
     def activate_on_top(self, chosen: Factors) -> None:
         truth = self.truth
         each = zip(truth.adapters, chosen, strict=False)
-        factor_of = {name: factor for name, factor in each if factor is not None}
+        factor_of: dict[str, Any] = {name: factor for name, factor in each if factor is not None}
         factor_of |= {name: truth.adapters[name].factor or 0.0 for name in truth.merged_names}
         copies = [copy for name in factor_of for copy in truth.adapters[name].copies]
         owners = {copy: truth.adapters[name] for name in factor_of for copy in truth.adapters[name].copies}
@@ -222,6 +251,10 @@ class AdapterRules(ModelMachine):
                 staying = truth.merged_names - truth.merged_in_blocks
                 self.merge_as(staying, truth.merging(staying))
                 truth.merged_in_blocks = set()
+
+
+def _one_or_all(factors: dict[str, float]) -> float | dict[str, float]:
+    return next(iter(factors.values())) if len({*factors.values()}) == 1 else factors
 
 
 def _entered(manager: AbstractContextManager[Any]) -> AbstractContextManager[Any]:

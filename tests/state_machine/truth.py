@@ -47,7 +47,7 @@ class Adapter:
         bases: A and B, by r.
         values: Λ and Γ of each weight, by FQN.
         copies: The parameters trained with it, by name.
-        factor: Its factor while active, else ``None``.
+        factor: Its factor while active, of each weight by FQN if they differ and 0 where it is left out, else ``None``.
         trains: Whether its parameters require grad.
     """
 
@@ -56,8 +56,16 @@ class Adapter:
     bases: dict[int, Pair]
     values: dict[str, Pair]
     copies: dict[str, Tensor]
-    factor: float | None
+    factor: float | dict[str, float] | None
     trains: bool
+
+    def factor_of(self, weight: Weight) -> float:
+        """Return its factor for one of its weights, 0 if it is left out there."""
+        return self.factor[weight.fqn] if isinstance(self.factor, dict) else self.factor or 0.0
+
+    def acts_on(self, weight: Weight) -> bool:
+        """Whether it is active and not left out there."""
+        return bool(self.factor[weight.fqn]) if isinstance(self.factor, dict) else self.factor is not None
 
     def update(self, weight: Weight, values: Pair | None = None) -> Tensor:
         """Compute its update of one weight: a matrix, or a stack of them."""
@@ -139,6 +147,10 @@ class Truth:
         """Go through the weights of an adapter."""
         return (weight for weight in self.kind.weights if weight.fqn in adapter.values)
 
+    def acted_on(self, adapter: Adapter) -> Iterator[Weight]:
+        """Go through the weights that an active adapter acts on."""
+        return (weight for weight in self.weights_of(adapter) if adapter.acts_on(weight))
+
     def unmerged(self) -> dict[str, Tensor]:
         """Return the parameters that the model has, but for merging."""
         return self.own | {name: value for name, (_, value) in self.installed.items()}
@@ -163,9 +175,9 @@ class Truth:
         """Sum the updates of some active adapters, by name of parameter and in its layout, in float64."""
         total: dict[str, Tensor] = {}
         for name, adapter in adapters.items():
-            for weight in self.weights_of(adapter):
+            for weight in self.acted_on(adapter):
                 delta = adapter.update(weight, values[name][weight.fqn] if values else None)
-                placed = weight.placed(delta, self.own[weight.name]) * (adapter.factor or 0.0)
+                placed = weight.placed(delta, self.own[weight.name]) * adapter.factor_of(weight)
                 total[weight.name] = total[weight.name] + placed if weight.name in total else placed
         return total
 
@@ -213,7 +225,7 @@ class Truth:
         parameters |= {name: parameters[name] + delta for name, delta in self.sums(self.on_top, values).items()}
         for name, by_fqn in values.items():
             if self.adapters[name].trains:
-                for weight in self.weights_of(self.adapters[name]):
+                for weight in self.acted_on(self.adapters[name]):
                     leaves |= dict(zip(diagonal_names(weight.name, name), by_fqn[weight.fqn], strict=True))
         if not leaves:
             return {}
@@ -250,7 +262,7 @@ class Truth:
             adapter.factor = 1.0
         self.adapters[name] = adapter
 
-    def activate(self, factors: Mapping[str, float]) -> None:
+    def activate(self, factors: Mapping[str, float | dict[str, float]]) -> None:
         """Activate these adapters and no others."""
         for name, adapter in self.adapters.items():
             adapter.factor = factors.get(name)
