@@ -9,8 +9,10 @@ from benchmarks import (
     model,
     overhead,
     peft_faults,
+    pool,
     quantized,
     routed,
+    server,
     startup,
     step,
 )
@@ -29,6 +31,8 @@ main(
     ("startup", startup.run),
     ("decode", decode.run),
     ("routed", routed.run),
-    # `make tests` runs the laws on a CPU, and faults and starting know no device
-    only_on={"laws": "cuda", "peft_faults": "cpu", "startup": "cpu"},
+    ("pool", pool.run),
+    ("server", server.run),
+    # `make tests` runs the laws on a CPU, and faults, starting, the pool and the server need no device
+    only_on={"laws": "cuda", **dict.fromkeys(("peft_faults", "startup", "pool", "server"), "cpu")},
 )

@@ -88,11 +88,16 @@ def peers(layers: int, side: int, device: str, directory: Path, repeats: int) ->
     return figures | {"LoRA bytes": Figure.of([held], "B")}
 
 
+def name_of(layers: int, side: int) -> str:
+    """Return the name of a case."""
+    return f"Llama, {layers} layers, d = {side}, {layers * len(LLAMA_TARGETS)} adapted weights"
+
+
 def row(layers: int, side: int, device: str, repeats: int) -> Row:
     """Measure all that one model's adapters cost."""
     with tempfile.TemporaryDirectory() as directory, nullcontext(Path(directory)) as path:
         found = ours(layers, side, device, path, repeats) | peers(layers, side, device, path, repeats)
-    return Row(f"Llama, {layers} layers, d = {side}, {layers * len(LLAMA_TARGETS)} adapted weights", found)
+    return Row(name_of(layers, side), found)
 
 
 def run(settings: Settings) -> Sequence[Row]:

@@ -77,6 +77,16 @@ def only_in_full(*targets: Target) -> tuple[Target, ...]:
 IN_BFLOAT16 = "PEFT, autocast"  # without autocast PEFT multiplies in float32, and ours would be as much faster again
 LORA_IN_BFLOAT16 = "LoRA, autocast"  # and so does its LoRA
 
+
+def of_the_pool(case: str) -> tuple[Target, ...]:
+    """Ask that an adapter that is there be ready at once, and one that is not sooner than a LoRA of PEFT."""
+    return (
+        within("pool", case, "block", 0.2, of="load"),
+        within("pool", case, "swap, disk", 0.9, of="load"),
+        within("pool", case, "load", 1.0, of="LoRA load"),
+    )
+
+
 ON_A_CPU = (
     within("peft_faults", "all faults", "randlora", 0.0, of="tried"),
     Target("peft_faults", "all faults", "PEFT", "tried", at_least=1.0),  # as the documentation says of PEFT 0.21.2
@@ -133,6 +143,9 @@ ON_A_CPU = (
         within("routed", "decode, 64 adapters, 64 in a batch of 64", ours, 0.7, of="LoRA")
         for ours in ("dense", "block")
     ),
+    *of_the_pool("Llama, 2 layers, d = 512, 14 adapted weights"),
+    within("server", "time of a request, room for 64", "batches", 0.5, of="one by one"),
+    *only_in_full(*of_the_pool("Llama, 32 layers, d = 256, 224 adapted weights")),
     *(
         within("merge", "peak of memory above the interpreter's", targets, 1.0, of="600 MB")
         for targets in ("q and v", "all linear")

@@ -104,7 +104,7 @@ def test_the_quick_steps_are_of_those_with_targets_and_of_full_fine_tuning(case:
 def test_every_target_is_of_a_benchmark_and_has_one_bound() -> None:
     assert {target.benchmark for target in TARGETS} == {
         *("laws", "peft_faults", "step", "overhead", "model", "memory", "quantized", "experts"),
-        *("startup", "decode", "routed", "merge", "compiled"),
+        *("startup", "decode", "routed", "pool", "server", "merge", "compiled"),
     }
     assert all((target.at_least > 0) != (target.at_most < float("inf")) for target in TARGETS)
 

@@ -18,6 +18,7 @@ import pytest
 from benchmarks import server as load
 from benchmarks.command import Settings
 from benchmarks.server import Ask, post
+from benchmarks.targets import TARGETS
 from tests.examples import EXAMPLES
 
 pytestmark = pytest.mark.medium
@@ -227,10 +228,13 @@ def test_what_waits_is_answered_when_the_server_ends(
 
 
 def test_the_load_test_compares_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = {target.case for target in TARGETS if target.benchmark == "server"}
+    assert cases == {f"time of a request, room for {load.ADAPTERS}"}
     for name, value in {"ADAPTERS": 4, "CLIENTS": 4, "REQUESTS": 5, "NEW_TOKENS": 3}.items():
         monkeypatch.setattr(load, name, value)
     rows = load.run(Settings("cpu", is_quick=True))
     assert len(rows) == 4
+    assert rows[-1].case == "time of a request, room for 4"
     assert {frozenset(row.figures) for row in rows} == {frozenset({"one by one", "batches"})}
     server = load.example()
     with pytest.raises(AssertionError, match="and alone"):
