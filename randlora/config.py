@@ -125,7 +125,7 @@ class RandLoRAConfig:
             ``"portable"`` depends on no dims. ``None`` means ``"torch"``, or ``"portable"`` for ``block``, which has no
             other.
         blocks: ``(c, b)``, the numbers of blocks in A and B of ``block`` bases; both divide every r. ``None`` means a
-            default that depends on r.
+            default that depends on r and the layers, and leaves no entry of an update always zero.
         seed: Seed of the bases, a 64-bit unsigned integer; torch's generator uses its low 32 bits.
         train_also: Modules or parameters that are trained and saved with the adapter: a regex, or a sequence of names
             or suffixes.

@@ -211,7 +211,7 @@ def adapter_report(
             if not {fqn, f"{fqn}.weight"} & adapter.trained.keys()
         },
         left_out=left_out(untrained, adapter.config, census.size),
-        notes=tuple(notes),
+        notes=(*notes, *_zero_entries(shapes, adapter)),
     )
 
 
@@ -222,6 +222,19 @@ def next_steps(name: str, *, is_active: bool, is_trainable: bool) -> list[str]:
         notes.append(f"inactive: call randlora.activate(model, {name!r}) to add its update")
     if not is_trainable:
         notes.append(f"frozen: call randlora.activate(model, {name!r}, trainable=True) to train it")
+    return notes
+
+
+def _zero_entries(shapes: Shapes, adapter: Adapter) -> list[str]:
+    """Return a note for each pair of bases whose blocks leave entries of updates always zero."""
+    notes = []
+    for r, basis in adapter.bases.items():
+        own = {fqn: min(shape[-2:]) for fqn, shape in shapes.items() if adapter.options[fqn].r == r}
+        if split := [fqn for fqn, min_dim in own.items() if not basis.spec.is_whole(min_dim)]:
+            notes.append(
+                f"blocks={basis.spec.blocks} leave entries of the update always zero in {shortened(split)}, which have "
+                "few bases: the default blocks leave none"
+            )
     return notes
 
 

@@ -31,6 +31,6 @@ def specs(draw: st.DrawFn, *, smallest: int = 4, largest: int = 40, prefix_stabl
     dims = sorted(draw(st.tuples(st.integers(smallest, largest), st.integers(smallest, largest))))
     divisors = [size for size in range(1, r + 1) if r % size == 0]
     blocks = draw(
-        st.one_of(st.just(default_blocks(r)), st.tuples(st.sampled_from(divisors), st.sampled_from(divisors)))
+        st.one_of(st.just(default_blocks(r, ())), st.tuples(st.sampled_from(divisors), st.sampled_from(divisors)))
     )
     return BasisSpec(kind, stream, draw(seeds), r, dims[1], dims[0], blocks if kind == "block" else None)

@@ -125,7 +125,7 @@ def test_meta_bases_have_shapes_and_draw_nothing(
     kind: BasisKind = "block" if blocks else "dense"
     draws: Any = {stream: lambda *_: pytest.fail("drew for a model without values") for stream in KINDS[kind].draws}
     monkeypatch.setitem(KINDS, kind, replace(KINDS[kind], draws=draws))
-    basis = Basis(spec_for(RandLoRAConfig(r=4, basis=kind, blocks=blocks), 4, 12, 8))
+    basis = Basis(spec_for(RandLoRAConfig(r=4, basis=kind, blocks=blocks), 4, [(12, 8)]))
     found = pair(basis, 12, 7, device="meta")
     assert (found.shape.max_dim, found.shape.min_dim) == (12, 7)
     assert found.A.is_meta

@@ -37,7 +37,7 @@ def test_no_two_kinds_are_the_same_to_peft() -> None:
 @pytest.mark.parametrize("name", get_args(BasisKind))
 def test_the_dtype_of_a_kind_is_that_of_its_draws(name: BasisKind) -> None:
     for stream in KINDS[name].draws:
-        basis = Basis(BasisSpec(name, stream, 0, 8, 40, 24, KINDS[name].default_blocks(8)))
+        basis = Basis(BasisSpec(name, stream, 0, 8, 40, 24, KINDS[name].default_blocks(8, ())))
         basis.extend(40, 24)
         assert {matrix.values.dtype for matrix in basis.matrices()} == {KINDS[name].dtype}
 

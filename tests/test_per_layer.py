@@ -107,7 +107,7 @@ def test_each_layer_computes_with_its_own_r_and_alpha(basis: BasisKind, stream: 
     values = adapter_values(model)
     for fqn, x, output in inputs_and_outputs(model):
         (r, alpha), shape = OPTIONS[fqn], SHAPES[fqn]
-        blocks = KINDS[basis].default_blocks(r)
+        blocks = KINDS[basis].default_blocks(r, ())
         bases = randlora.BasisBank().acquire(BasisSpec(basis, stream, 0, r, *DIMS[r], blocks))
         drawn = bases.slices(max(shape), min(shape), device="cpu", dtype=torch.float64)
         lam, gamma = (values[f"{fqn}.randlora_{part}"] for part in ("lambda", "gamma"))

@@ -1,12 +1,13 @@
 """``block``: A and B are zero outside of blocks, whose rows and columns are strided; products skip the zeros."""
 
 import math
+from collections.abc import Collection
 from dataclasses import replace
 
 from torch import Tensor
 
 from randlora.bases.dense import DENSE
-from randlora.bases.spec import KINDS, BasisSpec, count_bases
+from randlora.bases.spec import KINDS, BasisSpec, count_bases, reach_all
 from randlora.functional import BlockPair, DensePair, Pair
 from randlora.functional.cost import SMALL_WEIGHT
 from randlora.functional.region import Sides, Spans, entries_of, taken
@@ -15,19 +16,30 @@ SMALLEST_BLOCK_COLUMN = 8  # default minimum of entries in a column of A: fits w
 MOST_BLOCKS_IN_B = 8
 
 
-def default_blocks(r: int) -> tuple[int, int]:
-    """Return ``(c, b)`` for a rank: the most blocks of A with 8 entries in a column, and at most 8 blocks of B."""
+def default_blocks(r: int, counts: Collection[int]) -> tuple[int, int]:
+    """Return ``(c, b)`` for a rank, given the numbers of bases of its layers.
+
+    A has at most so many blocks that a column has 8 entries, and B at most 8. Of those that leave no entry of an update
+    always zero, these take the least arithmetic in training, where a step has three products with UA and two with UB,
+    and of equals the least memory. If every layer has 8 bases or more, both have as many blocks as they can.
+    """
     divisors = [size for size in range(1, r + 1) if r % size == 0]
-    c = max((size for size in divisors if r // size >= SMALLEST_BLOCK_COLUMN), default=1)
-    b = max(size for size in divisors if size <= MOST_BLOCKS_IN_B)
-    return c, b
+    pairs = [
+        (c, b)
+        for c in divisors
+        if c == 1 or r // c >= SMALLEST_BLOCK_COLUMN
+        for b in divisors
+        if b <= MOST_BLOCKS_IN_B and all(reach_all((c, b), num_bases) for num_bases in counts)
+    ]
+    return min(pairs, key=lambda blocks: 3 * r // blocks[0] + 2 * r // blocks[1])  # of equals that with fewer in A
 
 
 def block_parts(max_dim: int, min_dim: int, r: int, blocks: tuple[int, int]) -> list[tuple[int, int]]:
     """Return ``(rows, columns)`` of each submatrix in which an update of ``block`` bases may be nonzero.
 
     Entry (i, j) may be nonzero if some p, the index that pairs the columns of UB with the rows of UA, has
-    ``p ≡ i (mod b)`` and ``p // num_bases ≡ j (mod c)``. With many bases there is one part, the whole matrix.
+    ``p ≡ i (mod b)`` and ``p // num_bases ≡ j (mod c)``. With many bases there is one part, the whole matrix. One part
+    may have zeros too; see `reach_all`.
     """
     c, b = blocks
     num_bases = count_bases(min_dim, r)

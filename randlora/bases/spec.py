@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -34,7 +34,8 @@ class Kind:
             of bases of the layer, and the rows of B and columns of A of that part.
         paired: Makes the same pair from its own A and B instead; the compiler traces it.
         peft_flags: PEFT's ``(sparse, very_sparse)``; ``None`` if PEFT does not have the kind.
-        default_blocks: Returns ``(c, b)`` for a rank, or ``None`` for a kind without blocks.
+        default_blocks: Returns ``(c, b)`` for a rank and the numbers of bases of its layers, or ``None`` for a kind
+            without blocks.
         depends_on_dims: Whether every entry depends on the dims of the spec, whatever the stream.
     """
 
@@ -44,7 +45,7 @@ class Kind:
     sliced: Callable[[BasisSpec, Tensor, Tensor, int, Sides], Pair]
     paired: Callable[[BasisSpec, Tensor, Tensor, int, Sides], Pair]
     peft_flags: tuple[bool, bool] | None
-    default_blocks: Callable[[int], tuple[int, int] | None] = lambda _: None
+    default_blocks: Callable[[int, Collection[int]], tuple[int, int] | None] = lambda _r, _counts: None
     depends_on_dims: bool = False
 
 
@@ -84,7 +85,7 @@ class BasisSpec:
         kind = KINDS[self.kind]
         if self.stream not in kind.draws:
             raise ConfigError(f"{self.kind} bases need stream={' or '.join(kind.draws)}, got stream={self.stream!r}")
-        if (self.blocks is None) != (kind.default_blocks(self.r) is None):
+        if (self.blocks is None) != (kind.default_blocks(self.r, ()) is None):
             raise ConfigError(f"{self.kind} bases need blocks, got blocks={self.blocks}")
 
     @property
@@ -101,6 +102,18 @@ class BasisSpec:
     def is_prefix_stable(self) -> bool:
         """Whether a larger draw begins with the bits of a smaller one."""
         return self.stream == "portable" and not KINDS[self.kind].depends_on_dims
+
+    def is_of(self, config: RandLoRAConfig, r: int) -> bool:
+        """Whether bases of rank r of a config may have this spec. If it gives no blocks, they may have any.
+
+        Default blocks depend on the layers and on the version that chose them, and a file says which they are.
+        """
+        asked = config.basis, config.stream or default_stream(config.basis), config.seed, r
+        return (self.kind, self.stream, self.seed, self.r) == asked and config.blocks in (None, self.blocks)
+
+    def is_whole(self, min_dim: int) -> bool:
+        """Whether blocks leave no entry of the update of a layer of this min_dim always zero."""
+        return self.blocks is None or reach_all(self.blocks, count_bases(min_dim, self.r))
 
     def expected_rank(self, out_features: int, in_features: int) -> int:
         """Estimate the rank of one layer's trained update."""
@@ -135,10 +148,27 @@ def count_bases(min_dim: int, r: int) -> int:
     return math.ceil(min_dim / r)
 
 
+def reach_all(blocks: tuple[int, int], num_bases: int) -> bool:
+    """Whether blocks ``(c, b)`` leave no entry of an update with this number of bases always zero.
+
+    Entry (i, j) needs an index p, which pairs the columns of UB with the rows of UA, with ``p ≡ i (mod b)`` and
+    ``p // num_bases ≡ j (mod c)``. The indices of one class mod c begin with num_bases consecutive ones, and repeat
+    after every ``c·num_bases``: they are of all classes mod b if no more than num_bases lie from one to the next.
+    """
+    c, b = blocks
+    return math.gcd(c * num_bases, b) <= num_bases
+
+
 def count_trainable(shape: Shape, r: int) -> int:
     """Return the number of entries of Λ and Γ for a weight: ``num_bases·(r + min_dim)`` for each of its matrices."""
     min_dim = min(shape[-2:])
     return math.prod(shape[:-2]) * count_bases(min_dim, r) * (r + min_dim)
+
+
+def default_stream(kind: BasisKind) -> Stream:
+    """Return the stream of a kind if a config gives none."""
+    default, *_ = KINDS[kind].draws
+    return default
 
 
 def peft_streams(kind: BasisKind) -> tuple[Stream, ...]:
@@ -161,8 +191,9 @@ def sliced_dims(shapes: Iterable[Shape]) -> tuple[int, int]:
     return max(map(max, matrices)), max(map(min, matrices))
 
 
-def spec_for(config: RandLoRAConfig, r: int, max_dim: int, min_dim: int) -> BasisSpec:
-    """Return the spec of the bases of rank r of a config, for targets of these dims."""
-    default, *_ = KINDS[config.basis].draws
-    blocks = config.blocks or KINDS[config.basis].default_blocks(r)
-    return BasisSpec(config.basis, config.stream or default, config.seed, r, max_dim, min_dim, blocks)
+def spec_for(config: RandLoRAConfig, r: int, shapes: Collection[Shape]) -> BasisSpec:
+    """Return the spec of the bases of rank r of a config, for layers of these shapes."""
+    counts = {count_bases(min(shape[-2:]), r) for shape in shapes}
+    blocks = config.blocks or KINDS[config.basis].default_blocks(r, counts)
+    stream = config.stream or default_stream(config.basis)
+    return BasisSpec(config.basis, stream, config.seed, r, *drawn_dims(shapes), blocks)

@@ -13,12 +13,11 @@ from randlora.bases.bank import BasisBank
 from randlora.bases.basis import Basis
 from randlora.bases.compact import CompactMatrix
 from randlora.bases.spec import (
-    KINDS,
     PEFT_STREAMS,
     BasisSpec,
     Shape,
     count_bases,
-    drawn_dims,
+    default_stream,
     peft_streams,
     sliced_dims,
     spec_for,
@@ -67,8 +66,7 @@ def file_bases(
         raise CheckpointError(f"stream={file.stream!r} is given, but the file's bases are from no seed: omit it")
     if file.stream is not None and streams not in ([], [file.stream]):
         raise CheckpointError(f"stream={file.stream!r} is given, but the file's bases are from {streams[0]!r}: omit it")
-    default, *_ = KINDS[file.config.basis].draws
-    if streams not in ([], [file.config.stream or default]):
+    if streams not in ([], [file.config.stream or default_stream(file.config.basis)]):
         file = replace(file, config=replace(file.config, stream=streams[0]))
     return file, bases
 
@@ -130,8 +128,8 @@ def _spec(file: AdapterFile, r: int, shapes: Sequence[Shape]) -> BasisSpec:
     if file.header is not None:
         return file.header.bases[r].spec
     if (stored := file.bases.get(r)) is not None:
-        return spec_for(file.config, r, len(stored[1]), stored[0].shape[-1])
-    return spec_for(file.config, r, *drawn_dims(shapes))
+        return replace(spec_for(file.config, r, shapes), max_dim=len(stored[1]), min_dim=stored[0].shape[-1])
+    return spec_for(file.config, r, shapes)
 
 
 def _as_stored(file: AdapterFile, spec: BasisSpec, used: tuple[int, int], bank: BasisBank) -> Basis:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from randlora.bases.basis import Basis
-from randlora.bases.spec import BasisSpec, Shape, drawn_dims, sliced_dims, spec_for
+from randlora.bases.spec import BasisSpec, Shape, drawn_dims, sliced_dims
 from randlora.checkpoint.keys import basis_keys, trained_key, value_keys
 from randlora.checkpoint.schema import HeaderFacts1, HeaderFacts2
 from randlora.config import ADDED_SINCE_FORMAT_1, RandLoRAConfig
@@ -254,7 +254,7 @@ def _is_consistent(header: Header) -> bool:
     for r, own in shapes.items():
         spec, used = header.bases[r].spec, sliced_dims(own)
         is_large_enough = spec.is_prefix_stable or all(map(operator.ge, (spec.max_dim, spec.min_dim), used))
-        if spec.family != spec_for(header.config, r, *used).family or not is_large_enough:
+        if not (spec.is_of(header.config, r) and is_large_enough):
             return False
     return True
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora.bases.basis import Basis
-from randlora.bases.spec import BasisSpec, drawn_dims, sliced_dims, spec_for
+from randlora.bases.spec import BasisSpec, sliced_dims, spec_for
 from randlora.config import ALPHA_PER_RANK
 from randlora.errors import AdapterError, ConfigError, raise_collected
 from randlora.hints import is_finite, require_types, shortly
@@ -214,7 +214,7 @@ def _planned(
     config = listed(config, options)
     bases, shared = {}, {}
     for r, own in by_rank(shapes_of(sites, config), options).items():
-        spec, used = spec_for(config, r, *drawn_dims(own)), sliced_dims(own)
+        spec, used = spec_for(config, r, own), sliced_dims(own)
         held = _held(state, sources, spec, used)
         if held is None:
             bases[r] = Basis(spec)
@@ -232,7 +232,7 @@ def _held(state: ModelState, sources: Sequence[Adapter], spec: BasisSpec, used: 
     """Return bases of the model for a spec: those of one of the adapters that are summed, if possible."""
     for source in sources:
         basis = source.bases.get(spec.r)
-        if basis is None or (basis.spec.family != spec.family and source is not sources[0]):
+        if basis is None or not (source is sources[0] or basis.spec.is_of(sources[0].config, spec.r)):
             continue
         largest = (basis.spec.max_dim, basis.spec.min_dim) if basis.stored is None else basis.extent
         covers = all(size <= most for size, most in zip(used, largest, strict=True))

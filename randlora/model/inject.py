@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from randlora.bases.bank import BasisBank
 from randlora.bases.basis import Basis
-from randlora.bases.spec import drawn_dims, sliced_dims, spec_for
+from randlora.bases.spec import sliced_dims, spec_for
 from randlora.config import (
     BasisKind,
     Experts,
@@ -330,7 +330,7 @@ def _bases(
     """Return the bases that layers of these shapes need, not drawn, by r, and those of them that the bank has."""
     bases, shared = {}, {}
     for r, own in by_rank(shapes, options).items():
-        spec, used = spec_for(config, r, *drawn_dims(own)), sliced_dims(own)
+        spec, used = spec_for(config, r, own), sliced_dims(own)
         if (held := bank.find(spec, used=used)) is not None:
             shared[r] = held
         bases[r] = Basis(spec) if held is None else Basis(held.spec, held.extent)
