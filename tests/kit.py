@@ -1,6 +1,7 @@
 """What every room of the tests needs: values for an adapter, bits to compare, and snapshots that tell of any trace."""
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -12,6 +13,8 @@ from torch.nn.parameter import is_lazy
 import randlora
 from randlora.state import attached_state
 from randlora.targets.walk import Census
+
+WAIT = 30.0  # seconds until a test fails that would wait for ever
 
 Bits = tuple[torch.dtype, tuple[int, ...], bytes]
 Model = TypeVar("Model", bound=nn.Module)
@@ -101,3 +104,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
     before = snapshot(model)
     yield
     assert_unchanged(model, before)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition, which another thread makes true."""
+    end = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)

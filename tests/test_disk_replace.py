@@ -364,10 +364,8 @@ def test_a_process_forked_while_a_lock_is_held_does_not_keep_it(
     with scratch_for(tmp_path / "out"):
         pass
     monkeypatch.undo()
-    start = time.monotonic()
     with replace._locked(tmp_path, seconds=5.0) as is_locked:
         assert is_locked
-    assert time.monotonic() - start < 4
     for child in children:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

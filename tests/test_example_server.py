@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ from benchmarks.command import Settings
 from benchmarks.server import Ask, post
 from benchmarks.targets import TARGETS
 from tests.examples import EXAMPLES
+from tests.kit import until
 
 pytestmark = pytest.mark.medium
 
@@ -62,18 +62,23 @@ class Gate:
         self._is_open.set()
 
 
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for a condition, which another thread makes true."""
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
-
-
 def together(running: Any, asks: list[Ask]) -> list[tuple[int, Any]]:
     """Post requests at once, and return statuses and answers in order."""
     with ThreadPoolExecutor(len(asks)) as clients:
         return list(clients.map(lambda ask: post(running.server_port, ask._asdict()), asks))
+
+
+def while_busy(running: Any, asks: list[Ask], monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Any]]:
+    """Do as `together`, while the model runs another request, so that all are there when the next batch begins."""
+    gate = Gate(running, monkeypatch)
+    with ThreadPoolExecutor(2) as clients:
+        other = clients.submit(post, running.server_port, {"prompt": "a", "max_new_tokens": 1})
+        assert gate.has_begun.wait(30)
+        answers = clients.submit(together, running, asks)
+        until(lambda: len(running.batcher.waiting) == len(asks))
+        gate.open()
+        assert other.result(60)[0] == 200
+        return answers.result(60)
 
 
 def asked(count: int, new_tokens: int = 4) -> list[Ask]:
@@ -84,18 +89,19 @@ def asked(count: int, new_tokens: int = 4) -> list[Ask]:
 
 
 @pytest.mark.parametrize("room", [ADAPTERS, 2])
-def test_answers_are_those_of_the_adapter_alone(room: int, server: ModuleType, adapters: Path) -> None:
+def test_answers_are_those_of_the_adapter_alone(
+    room: int, server: ModuleType, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asks = asked(13)
-    limits = server.Limits(batch=13, adapters=room, seconds=0.3)
-    with server.serving(server.tiny_model(), adapters, limits) as running:
-        found = together(running, asks)
+    with server.serving(server.tiny_model(), adapters, server.Limits(batch=13, adapters=room)) as running:
+        found = while_busy(running, asks, monkeypatch)
         stats, counts = running.batcher.pool.stats(), running.batcher.counts
     assert {status for status, _ in found} == {200}
     answers = {ask: answer["ids"] for ask, (_, answer) in zip(asks, found, strict=True)}
     load.check(server, adapters, answers)
     assert len({tuple(ids) for ids in answers.values()}) > ADAPTERS
-    assert (counts["rows"], counts["tokens"]) == (13, 13 * 4)
-    assert counts["batches"] == (1 if room == ADAPTERS else 3)
+    assert (counts["rows"], counts["tokens"]) == (1 + 13, 1 + 13 * 4)
+    assert counts["batches"] == 1 + (1 if room == ADAPTERS else 3)
     assert stats.evictions == (0 if room == ADAPTERS else 3)
 
 
@@ -175,13 +181,13 @@ def test_a_request_that_waits_too_long_is_given_up(
     monkeypatch.setattr(server, "PATIENCE", 0.2)
     with server.serving(server.tiny_model(), adapters, server.Limits(batch=1)) as running:
         gate = Gate(running, monkeypatch)
-        with ThreadPoolExecutor(2) as clients:
-            found = list(clients.map(lambda _: post(running.server_port, {"prompt": "a"}), range(2)))
-        assert [status for status, _ in found] == [504, 504]
+        while not gate.has_begun.is_set():
+            assert post(running.server_port, {"prompt": "a"})[0] == 504
+        assert post(running.server_port, {"prompt": "a"})[0] == 504
         monkeypatch.setattr(server, "PATIENCE", 60.0)
         gate.open()
         assert post(running.server_port, {"prompt": "a", "max_new_tokens": 1})[0] == 200
-        assert running.batcher.counts["rows"] == 2  # the one that ran already, and not the one that waited
+        assert running.batcher.counts["rows"] == 2  # the one that ran already, and none that waited
 
 
 def test_damaged_files_of_one_adapter_fail_its_requests_alone(server: ModuleType, tmp_path: Path) -> None:

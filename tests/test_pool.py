@@ -3,7 +3,6 @@
 import shutil
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import randlora
 from randlora import AdapterPool
 from randlora.errors import AdapterError, CheckpointError, ConfigError
 from randlora.state import attached_state
-from tests.kit import Same, fill, untouched
+from tests.kit import WAIT, Same, fill, until, untouched
 from tests.laws import assert_close
 from tests.layer_kinds import LayerKind, every_kind
 from tests.read_kinds import ReadKind, every_read_kind
@@ -23,7 +22,6 @@ from tests.read_kinds import ReadKind, every_read_kind
 NAMES = tuple("abcdef")
 X = torch.linspace(-1, 1, 18).view(3, 6)
 FILE = "adapter_model.safetensors"
-WAIT = 20.0  # seconds until a test fails that would wait for ever
 
 
 def plain() -> nn.Sequential:
@@ -177,9 +175,7 @@ def test_prefetched_files_are_read_in_another_thread(outputs: dict[str, Any], mo
     pool.prefetch("c")
     with untouched(model):
         pool.prefetch(["d"])  # the third, for which the first gives way
-        end = time.monotonic() + WAIT
-        while not threads.keys() >= {"c", "d"} and time.monotonic() < end:
-            time.sleep(0.01)
+        until(lambda: threads.keys() >= {"c", "d"})
     assert_rows(pool, model, outputs, "c", "d", None)
     assert_rows(pool, model, outputs, "b", "d", None)
     main = threading.current_thread().name

@@ -20,12 +20,10 @@ import randlora
 from randlora.errors import AdapterError, CheckpointError
 from randlora.state import CHANGING, attached_state
 from tests.checkpoint_files import HEADED, LINEAR, edit_fields, peft_directory, read_fields, trained
-from tests.kit import Same, adapter_values, all_bits, fill, untouched
+from tests.kit import WAIT, Same, adapter_values, all_bits, fill, until, untouched
 from tests.laws import assert_close
 from tests.layer_kinds import LayerKind, every_kind
 from tests.read_kinds import ReadKind, every_read_kind
-
-WAIT = 20.0  # seconds until a test fails that would wait for ever
 
 
 def model_with(values: int = 0, *, name: str = "a", **options: Any) -> nn.Sequential:
@@ -217,10 +215,19 @@ def test_forwards_in_a_loop_see_the_old_or_the_new_adapter(tmp_path: Path) -> No
             seen.extend(found)
 
     with in_background(run), in_background(run):
+        until(lambda: 0 in seen)
         for index in range(60):
             randlora.swap(model, "a", sources[index % 2])
+        until(lambda: 1 in seen)
         is_over.set()
     assert set(seen) == {0, 1}
+
+
+def wait_for_swap(model: nn.Module) -> None:
+    """Wait until a swap in another thread waits for the forwards that are running."""
+    state = attached_state(model)
+    assert state is not None
+    until(lambda: state.forwards._stopped_by is not None)
 
 
 class Held:
@@ -245,7 +252,7 @@ def test_a_swap_waits_for_the_forward_that_is_running_and_new_ones_wait_for_it()
     with in_background(lambda: outputs.append(model(X))):
         assert held.begun.wait(WAIT)
         with in_background(lambda: randlora.swap(model, "a", state)) as swapping:
-            swapping.join(0.1)
+            wait_for_swap(model)
             assert swapping.is_alive()
             with in_background(lambda: outputs.append(model(X))) as later:
                 later.join(0.1)
@@ -262,7 +269,7 @@ def test_a_block_of_routed_is_not_interrupted_whatever_thread_runs_the_model() -
             old = model(X)
             state = randlora.adapter_state(other)
             swapping = stack.enter_context(in_background(lambda: randlora.swap(model, "a", state)))
-            swapping.join(0.1)
+            wait_for_swap(model)
             assert swapping.is_alive()
             assert torch.equal(model(X), old)
             assert torch.equal(pool.submit(model, X).result(WAIT), old)  # the caller may wait for it
@@ -282,8 +289,8 @@ def test_a_block_begins_after_a_swap_that_is_waiting() -> None:
 
     with in_background(lambda: model(X)):
         assert held.begun.wait(WAIT)
-        with in_background(lambda: randlora.swap(model, "a", state)) as swapping:
-            swapping.join(0.1)
+        with in_background(lambda: randlora.swap(model, "a", state)):
+            wait_for_swap(model)
             with in_background(run_block) as block:
                 block.join(0.1)
                 assert not begun
@@ -308,8 +315,8 @@ def test_two_threads_that_swap_within_blocks_do_not_wait_for_each_other() -> Non
     held = Held(model)
     with in_background(lambda: model(X)):
         assert held.begun.wait(WAIT)
-        with in_background(lambda: randlora.swap(model, "a", state)) as swapping:
-            swapping.join(0.1)
+        with in_background(lambda: randlora.swap(model, "a", state)):
+            wait_for_swap(model)
             model.get_submodule("1").run = bool  # type: ignore[assignment]
             held.go_on.set()
     held = Held(model)
@@ -322,8 +329,8 @@ def test_two_threads_that_swap_within_blocks_do_not_wait_for_each_other() -> Non
     model.get_submodule("1").run = swap_inside  # type: ignore[assignment]
     with in_background(lambda: model(X)):
         assert held.begun.wait(WAIT)
-        with in_background(lambda: randlora.swap(model, "a", state)) as swapping:
-            swapping.join(0.1)
+        with in_background(lambda: randlora.swap(model, "a", state)):
+            wait_for_swap(model)
             held.go_on.set()
 
 
@@ -339,10 +346,11 @@ def test_a_forward_that_waits_for_another_change_can_end() -> None:
     model.get_submodule("1").run = change_inside  # type: ignore[assignment]
     with in_background(lambda: model(X)):
         assert held.begun.wait(WAIT)
-        with in_background(lambda: randlora.swap(model, "a", state)) as swapping, CHANGING:  # as another function
-            swapping.join(0.1)
-            held.go_on.set()
-            time.sleep(0.1)
+        with in_background(lambda: randlora.swap(model, "a", state)):
+            wait_for_swap(model)
+            with CHANGING:  # as another function
+                held.go_on.set()
+                time.sleep(0.1)
 
 
 def test_a_change_that_runs_the_model_can_end() -> None:
@@ -350,8 +358,8 @@ def test_a_change_that_runs_the_model_can_end() -> None:
     held, state = Held(model), randlora.adapter_state(other)
     with in_background(lambda: model(X)):
         assert held.begun.wait(WAIT)
-        with in_background(lambda: randlora.swap(model, "a", state)) as swapping:
-            swapping.join(0.1)  # until it waits for the forward
+        with in_background(lambda: randlora.swap(model, "a", state)):
+            wait_for_swap(model)
             with CHANGING, ThreadPoolExecutor(1) as pool:  # as a function that changes a model
                 held.go_on.set()
                 time.sleep(0.1)

@@ -20,7 +20,7 @@ def launch(place: Path, count: int, steps: int) -> str:
     options = ["--steps", str(steps), "--checkpoints", str(place / "run"), "--out", str(place / "adapter")]
     command = [*torchrun, "docs/examples/fully_sharded.py", *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     # gloo's threads outlive destroy_process_group, because what torch caches of shards holds the group, and may abort a
     # process that has come to its end (seen once)
     aborted_at_the_end = (
