@@ -43,13 +43,13 @@ tests: $(VENV)/.dev  # the quick ones, in under two minutes on two cores
 alone: $(VENV)/.dev  # the quick and the medium ones in one run: to collect them takes each worker 20 s
 	$(BIN)/python -m pytest --numprocesses auto -m "not slow" --ignore tests/distributed
 
-medium: $(VENV)/.dev  # those that start processes, compile, train or repeat a law for further models
+medium: $(VENV)/.dev  # those that start processes, compile or train
 	$(BIN)/python -m pytest --numprocesses auto -m "medium and not distributed"
 
 distributed: $(VENV)/.dev  # two or four processes at a time, which tests beside each other would not share
 	$(BIN)/python -m pytest --numprocesses 0 -m "not slow" tests/distributed
 
-slow: $(VENV)/.dev  # all that takes minutes, such as hundreds of classes of transformers
+slow: $(VENV)/.dev  # all that takes minutes, and what repeats a law: see tests/further.py
 	$(BIN)/python -m pytest --numprocesses auto -m slow
 
 torture: $(VENV)/.torture  # campaigns of minutes against the library; ARGS="--scale 0.01" for a hundredth of them

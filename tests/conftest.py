@@ -11,13 +11,14 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from randlora.checkpoint import read
+from tests.further import leave_to_slow
 from tests.torture.faults import fast_disk
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which accelerate imports, prints what it found
 torch.set_num_threads(1)  # the tests run in parallel, and on small tensors threads only get in each other's way
 
-settings.register_profile("quick", max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("quick", max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("long", max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
@@ -41,6 +42,20 @@ def fast_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(read, "PATIENCE", 0)
     with fast_disk() as directory:
         yield directory
+
+
+@pytest.fixture(scope="session")
+def without_transformers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a process with this package, and without transformers, which takes seconds to import."""
+    lacking = tmp_path_factory.mktemp("lacking")
+    (lacking / "transformers.py").write_text("raise ImportError", encoding="utf-8")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(lacking), str(Path(__file__).parent.parent)])}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave combinations that further values of two tables make to `make slow`, before it is chosen what to run."""
+    leave_to_slow(items)
 
 
 def pytest_collection_finish() -> None:

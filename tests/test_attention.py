@@ -12,6 +12,7 @@ import randlora
 from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.read_weight import ReadWeight
 from tests.attention_kinds import ATTENTION_KINDS, AttentionKind, changed, every_attention
+from tests.further import further
 from tests.kit import adapter_values, all_bits, fill, same_bits
 from tests.laws import adapted_names, assert_close, needs_export
 
@@ -177,7 +178,11 @@ def test_a_layer_of_this_type_that_is_called_reads_its_weight_too() -> None:
 
 @pytest.mark.medium
 @needs_export
-@every_attention
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind.name in ("packed", "split", "separate") else further(kind) for kind in ATTENTION_KINDS],
+    ids=lambda kind: kind.name,
+)
 def test_a_program_exported_without_the_compiler_computes_the_same(kind: AttentionKind) -> None:
     model, inputs = kind.adapted(torch.float32), kind.inputs(torch.float32)
     program = torch.export.export(model, inputs, strict=False)

@@ -41,7 +41,7 @@ def test_the_images_are_those_of_two_halves_of_the_digits() -> None:
         assert torch.equal(half.labels.bincount(), torch.full((5,), 500))
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_an_adapter_of_attention_beats_a_new_head_alone_and_trains_nothing_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -7,13 +7,14 @@ from benchmarks import experts
 from benchmarks.command import Settings
 from benchmarks.models import training_step
 from benchmarks.targets import TARGETS
+from tests.further import further
 
 SMALL = {"Mixtral": ("Mixtral", 64, 32, 4, 2), "many": ("Qwen3-MoE", 64, 32, 8, 2)}
 CASE = experts.Case(*SMALL["Mixtral"], "eager", 8)
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("is_quick", [True, False])
+@pytest.mark.parametrize("is_quick", [True, further(False)])
 def test_every_target_of_experts_has_its_row_and_its_contestants(
     is_quick: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

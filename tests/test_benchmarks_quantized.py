@@ -13,6 +13,7 @@ from benchmarks.quantized import Case, refuse_a_dense_copy
 from benchmarks.results import Row
 from benchmarks.targets import TARGETS
 from randlora.layers.in_place import InPlace
+from tests.further import further
 
 pytestmark = pytest.mark.medium
 
@@ -75,7 +76,7 @@ def test_ours_keep_the_input_and_peft_a_square_matrix_beside_it(form: str) -> No
 
 
 @every_form
-@pytest.mark.parametrize("name", ["dense", "block"])
+@pytest.mark.parametrize("name", ["dense", further("block")])
 def test_a_further_layer_holds_codes_scales_and_what_is_trained(form: str, name: str) -> None:
     layer = quantized.build(small(form), CONTESTANTS[name], "cpu")[0]  # type: ignore[index]
     trained = sum(parameter.nbytes for parameter in layer.parameters() if parameter.requires_grad)

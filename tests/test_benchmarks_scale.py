@@ -5,6 +5,7 @@ import re
 import pytest
 
 from benchmarks import scale
+from tests.further import further
 
 PAGE = scale.PAGE.read_text(encoding="utf-8")
 
@@ -17,7 +18,7 @@ def lines(table: str) -> list[str]:
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("name", ["Llama-3 8B", "Mixtral-8x7B, experts too", "Qwen3-235B-A22B"])
+@pytest.mark.parametrize("name", ["Llama-3 8B", "Mixtral-8x7B, experts too", further("Qwen3-235B-A22B")])
 def test_the_rows_of_a_model_are_what_the_formulas_give(name: str) -> None:
     assert scale.sizes_row(name, scale.MODELS[name]) in lines("sizes")
     assert scale.totals_row(name, scale.MODELS[name]) in lines("totals")

@@ -13,6 +13,7 @@ from peft import RandLoraConfig, get_peft_model
 from torch import nn
 
 from tests.checkpoint_files import TENSORS_FILE
+from tests.further import further
 
 pytestmark = pytest.mark.medium
 
@@ -60,7 +61,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
-@pytest.mark.parametrize(("what", "copies"), [("read", 2), ("load", 6)])
+@pytest.mark.parametrize(("what", "copies"), [further("read", 2), ("load", 6)])
 def test_a_file_of_200_megabytes_takes_the_memory_of_one_copy_of_its_bases(
     what: str, copies: int, directories: tuple[Path, Path]
 ) -> None:

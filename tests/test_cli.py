@@ -16,6 +16,7 @@ import pytest
 import randlora
 from randlora.__main__ import main
 from randlora.cli.app import app
+from tests.further import further
 from tests.model_directories import save_adapter, save_model
 from tests.models import LLAMA
 
@@ -56,7 +57,7 @@ def test_the_script_is_the_same_program() -> None:
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("missing", ["typer", "rich"])
+@pytest.mark.parametrize("missing", ["typer", further("rich")])
 def test_without_its_extra_it_says_how_to_install_it(missing: str, tmp_path: Path) -> None:
     code = f"import sys; sys.modules[{missing!r}] = None; from randlora.__main__ import main; sys.exit(main([]))"
     running = process([sys.executable, "-c", code], tmp_path)

@@ -13,6 +13,7 @@ from randlora.checkpoint.format import TENSORS_FILE
 from randlora.cli.app import main
 from tests.checkpoint_files import edit_fields
 from tests.directories import base_directory, our_directory, their_directory
+from tests.further import further
 from tests.model_directories import contents
 from tests.models import BERT, LLAMA
 from tests.peer import THEIR_WARNINGS, assert_same_effect, in_peft
@@ -182,7 +183,7 @@ main(["convert", {str(source)!r}, {str(tmp_path / "out")!r}, "--to", "native"])
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("to", ["native", "peft", "lora"])
+@pytest.mark.parametrize("to", ["native", further("peft"), further("lora")])
 def test_a_disk_that_refuses_is_an_error_and_leaves_no_trace(to: str, tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
     before = contents(tmp_path)

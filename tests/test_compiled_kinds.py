@@ -15,6 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
 import randlora
+from tests.further import further
 from tests.kit import fill
 from tests.laws import assert_close
 
@@ -107,10 +108,10 @@ def compare(compiled: Any, model: nn.Module, x: Tensor, **autocast: Any) -> None
 
 
 REGIONAL = [
-    ("linear", True, False),
     ("linear", None, False),
-    ("linear", None, True),
-    *(pytest.param(kind, None, False, marks=pytest.mark.slow) for kind in KINDS if kind != "linear"),
+    further("linear", True, False),
+    further("linear", None, True),
+    *(further(kind, None, False) for kind in KINDS if kind != "linear"),
 ]
 
 
@@ -130,9 +131,7 @@ def test_blocks_compiled_one_by_one_take_as_many_graphs_as_plain_ones(
     assert graphs[1] <= graphs[0] + 1
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[] if kind in ("linear", "experts") else [pytest.mark.slow]) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", ["linear", *(further(kind) for kind in KINDS if kind != "linear")])
 def test_checkpointed_blocks_compile_to_one_graph_under_autocast(kind: str) -> None:
     model = adapted(Blocks(kind, checkpointed=True), kind)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import randlora
 from randlora.layers.diagonals import Diagonal
+from tests.further import further
 from tests.kit import fill
 from tests.laws import assert_close
 
@@ -213,7 +214,7 @@ def test_a_dictionary_that_was_away_from_a_switch_follows_it_once_it_is_back() -
     Compiled(model).graphs()
 
 
-@pytest.mark.parametrize("name", ["slots", "seat", "at", "acting"])
+@pytest.mark.parametrize("name", ["slots", "seat", further("at"), further("acting")])
 def test_an_adapter_may_have_the_name_of_a_part_of_ours(name: str) -> None:
     model = model_with("a", name, targets=["0"])
     assert Compiled(model).graphs() == 1
@@ -225,7 +226,9 @@ def pickled(model: nn.Module) -> nn.Module:
     return twin
 
 
-@pytest.mark.parametrize(("copied", "inside"), [(copy.deepcopy, None), (pickled, None), (pickled, randlora.disabled)])
+@pytest.mark.parametrize(
+    ("copied", "inside"), [(copy.deepcopy, None), further(pickled, None), (pickled, randlora.disabled)]
+)
 def test_a_copy_reads_its_own_parameters(copied: Callable[[nn.Module], nn.Module], inside: Any) -> None:
     model = model_with("a", "b")
     if inside is None:

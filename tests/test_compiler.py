@@ -15,10 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import randlora
 from randlora.bases.basis import constant_to_the_compiler
 from randlora.errors import AdapterError
+from tests.further import further
 from tests.kit import fill, same_bits, untouched
 from tests.laws import assert_close, needs_export
 
 KINDS: tuple[dict[str, Any], ...] = ({"basis": "dense"}, {"basis": "block"}, {"basis": "sparse", "stream": "portable"})
+every_basis = pytest.mark.parametrize(
+    "options", [*KINDS[:2], further(KINDS[2])], ids=lambda options: "-".join(options.values())
+)
 
 
 def cold_model(options: dict[str, Any]) -> nn.Sequential:
@@ -54,7 +58,7 @@ def run_with_fake_tensors(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(options.values()))
+@every_basis
 @pytest.mark.parametrize(
     "see",
     [compile_whole, compile_in_inference_mode, pytest.param(export, marks=needs_export), run_with_fake_tensors],
@@ -79,7 +83,7 @@ def wide_model(options: dict[str, Any]) -> nn.Sequential:
     return model
 
 
-@pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(options.values()))
+@every_basis
 def test_a_transform_that_comes_first_spoils_no_bases_for_the_next(options: dict[str, Any]) -> None:
     model = pickle.loads(pickle.dumps(cold_model(options)))  # a pickle holds no bases that a seed brings back
     lam, x = model.get_parameter("0.randlora_lambda.default").detach(), torch.randn(3, 8)
@@ -93,7 +97,7 @@ def test_a_transform_that_comes_first_spoils_no_bases_for_the_next(options: dict
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(options.values()))
+@every_basis
 def test_a_compiled_model_takes_any_number_of_tokens_in_one_graph(options: dict[str, Any]) -> None:
     """From the second number on the compiler takes it for a symbol."""
     torch._dynamo.reset()  # no test before counts as a program of the same code
@@ -108,7 +112,7 @@ def test_a_compiled_model_takes_any_number_of_tokens_in_one_graph(options: dict[
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(options.values()))
+@every_basis
 @pytest.mark.parametrize(("dynamic", "most"), [(None, 2), (True, 1)], ids=["automatic", "dynamic"])
 def test_the_number_of_tokens_is_no_condition_of_a_graph(
     options: dict[str, Any], dynamic: bool | None, most: int
@@ -157,7 +161,7 @@ def test_a_function_is_marked_as_torch_marks_it() -> None:
 @pytest.mark.medium
 @needs_export
 @pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
-@pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(options.values()))
+@every_basis
 def test_an_exported_model_takes_any_number_of_tokens(options: dict[str, Any], strict: bool) -> None:
     model = wide_model(options)
     sizes = ({0: torch.export.Dim("tokens", min=2, max=1000)},)

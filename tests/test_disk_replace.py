@@ -26,6 +26,7 @@ from tests.checkpoint_files import (
     TENSORS_FILE,
     trained,
 )
+from tests.further import further
 from tests.kit import adapter_values, all_bits, snapshot
 
 OLD = {"one": b"old one", "two": b"old two"}
@@ -280,7 +281,7 @@ else:
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("kind", ["new", "files"])
+@pytest.mark.parametrize("kind", [further("new"), "files"])
 def test_the_next_call_removes_what_a_killed_process_left(kind: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     if kind == "files":

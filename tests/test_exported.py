@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import randlora
 from tests.examples import snippet
+from tests.further import further
 from tests.kit import fill
 from tests.laws import assert_close, needs_export
 
@@ -72,7 +73,7 @@ def test_gradients_pass_through_a_program(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("make", "options"),
-    [*((adapted, options) for options in BASES), (merged, BASES[0])],
+    [(adapted, BASES[0]), (adapted, BASES[1]), further(adapted, BASES[2]), (merged, BASES[0])],
     ids=["dense", "block", "sparse", "merged"],
 )
 def test_onnx_computes_the_same(
@@ -100,6 +101,7 @@ class Both(nn.Module):
         return torch.stack([model(x) for model in self.models])
 
 
+@pytest.mark.slow
 def test_a_package_of_aotinductor_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = Both()

@@ -1,6 +1,7 @@
 """What bitsandbytes wrote is found and checked before it is read: each fault is named with its file and tensor."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,10 +132,20 @@ EIGHT_BITS: dict[str, tuple[Callable[[Tensors], None], str]] = {
 }
 
 
-def assert_refused(quantization: str, change: Callable[[Tensors], None], message: str, root: Path) -> None:
-    """Damage a quantized checkpoint and see every verb refuse it, and leave nothing."""
-    base = quantize(LLAMA, quantization, root / "base")
-    adapter = save_adapter(LLAMA, root / "adapter")
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a checkpoint of each quantization, and an adapter."""
+    root = tmp_path_factory.mktemp("sound")
+    for quantization in ("nf4 twice", "8 bits"):
+        quantize(LLAMA, quantization, root / quantization)
+    save_adapter(LLAMA, root / "adapter")
+    return root
+
+
+def assert_refused(quantization: str, change: Callable[[Tensors], None], message: str, sound: Path, root: Path) -> None:
+    """Damage a copy of a quantized checkpoint and see every verb refuse it, and leave nothing."""
+    base = shutil.copytree(sound / quantization, root / "base")
+    adapter = shutil.copytree(sound / "adapter", root / "adapter")
     tensors = load_file(base / "model.safetensors")
     change(tensors)
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
@@ -148,19 +159,19 @@ def assert_refused(quantization: str, change: Callable[[Tensors], None], message
 
 
 @pytest.mark.parametrize("fault", FOUR_BITS)
-def test_faulty_codes_of_4_bits_are_refused(fault: str, tmp_path: Path) -> None:
-    assert_refused("nf4 twice", *FOUR_BITS[fault], tmp_path)
+def test_faulty_codes_of_4_bits_are_refused(fault: str, sound: Path, tmp_path: Path) -> None:
+    assert_refused("nf4 twice", *FOUR_BITS[fault], sound, tmp_path)
 
 
 @pytest.mark.parametrize("fault", EIGHT_BITS)
-def test_faulty_codes_of_8_bits_are_refused(fault: str, tmp_path: Path) -> None:
-    assert_refused("8 bits", *EIGHT_BITS[fault], tmp_path)
+def test_faulty_codes_of_8_bits_are_refused(fault: str, sound: Path, tmp_path: Path) -> None:
+    assert_refused("8 bits", *EIGHT_BITS[fault], sound, tmp_path)
 
 
-def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
+def test_all_faults_are_named_at_once(sound: Path, tmp_path: Path) -> None:
     other = WEIGHT.replace("q_proj", "v_proj")
     message = rf"2 problems:(?s:.*){WEIGHT}\.absmax(?s:.*){other}\.quant_map"
-    assert_refused("nf4 twice", without(f"{WEIGHT}.absmax", f"{other}.quant_map"), message, tmp_path)
+    assert_refused("nf4 twice", without(f"{WEIGHT}.absmax", f"{other}.quant_map"), message, sound, tmp_path)
 
 
 def test_codes_of_8_bits_without_a_format_are_in_their_order(tmp_path: Path) -> None:

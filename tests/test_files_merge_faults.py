@@ -25,8 +25,6 @@ from tests.kit import fill
 from tests.model_directories import contents, save_adapter, save_model, write
 from tests.models import BERT, GPT2, LLAMA, SIDES, VOCABULARY
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
@@ -202,12 +200,14 @@ print([path for path in written if path.startswith((os.path.abspath("base"), os.
 
 
 @pytest.mark.medium
-def test_no_input_is_opened_for_writing(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_no_input_is_opened_for_writing(
+    base: Path, adapter: Path, tmp_path: Path, without_transformers: dict[str, str]
+) -> None:
     before = contents(tmp_path)
     ended = subprocess.run(
         [sys.executable, "-c", AUDITED],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=without_transformers,
         capture_output=True,
         text=True,
         check=True,
@@ -236,14 +236,16 @@ def test_what_the_disk_has_no_room_for_is_not_begun(adapter: Path, tmp_path: Pat
 
 
 @pytest.mark.medium
-def test_a_disk_that_is_full_leaves_nothing(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_leaves_nothing(
+    base: Path, adapter: Path, tmp_path: Path, without_transformers: dict[str, str]
+) -> None:
     before = contents(tmp_path)
     words = [sys.executable, "-m", "randlora", "merge", "--base", "base", "--adapter", "adapter", "--out", "out"]
     limit = 15_000  # bytes that this process may write to one file: less than a shard
     ended = subprocess.run(
         words,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=without_transformers,
         capture_output=True,
         text=True,
         check=False,
@@ -272,13 +274,13 @@ randlora.files.merge("base", "adapter", "out", progress=halt_in_the_middle)
 
 @pytest.mark.medium
 def test_a_kill_in_the_middle_leaves_nothing_under_the_final_name_and_the_same_call_then_works(
-    base: Path, adapter: Path, tmp_path: Path
+    base: Path, adapter: Path, tmp_path: Path, without_transformers: dict[str, str]
 ) -> None:
     before = contents(tmp_path)
     process = subprocess.Popen(
         [sys.executable, "-c", HALTING],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=without_transformers,
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -19,6 +19,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 import randlora
 from randlora.errors import AdapterError, CheckpointError
 from randlora.integrations.transformers import PRIVATE, AdapterCheckpoints, AdapterTrainer
+from tests.further import further
 from tests.hub_server import running_hub
 from tests.kit import fill
 from tests.test_checkpoint_hub import point_client_at
@@ -54,8 +55,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+USUAL = ["plain", "train-also-and-dropout"]
+
+
 @pytest.mark.parametrize("resumed_from", ["run/checkpoint-2", True])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", [*map(OPTIONS.get, USUAL), further(OPTIONS["block"])], ids=[*USUAL, "block"])
 def test_a_resumed_run_ends_with_the_same_bits(options: dict[str, Any], resumed_from: str | bool) -> None:
     through = trainer(adapted_model(**options), "run")
     through.train()
@@ -83,7 +87,7 @@ def test_a_run_goes_on_in_the_parameters_that_it_has_and_with_an_optimizer_that_
     assert trained_bits(other) == trained_bits(model)
 
 
-@pytest.mark.parametrize(("steps", "after"), [(4, 5), (8, 8)], ids=["within-an-epoch", "an-epoch"])
+@pytest.mark.parametrize(("steps", "after"), [(4, 5), further(8, 8)], ids=["within-an-epoch", "an-epoch"])
 def test_a_finished_run_that_is_resumed_takes_the_step_that_transformers_own_takes(steps: int, after: int) -> None:
     def own(directory: str) -> Trainer:
         return Trainer(plain_model(), arguments(TrainingArguments, directory, max_steps=steps), train_dataset=rows())
@@ -231,7 +235,7 @@ def test_save_model_saves_the_tokenizer_and_the_arguments_too() -> None:
     assert files("saved") == ADAPTER_FILES | {"tokenizer.json", "tokenizer_config.json", "training_args.bin"}
 
 
-@pytest.mark.parametrize("damage", ["no-state", "half-a-state", "no-adapter"])
+@pytest.mark.parametrize("damage", [further("no-state"), "half-a-state", "no-adapter"])
 def test_true_passes_over_a_checkpoint_that_was_not_written_to_its_end(damage: str) -> None:
     through = trainer(adapted_model(), "run")
     through.train()
@@ -260,7 +264,7 @@ DIFFERENCES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", DIFFERENCES)
+@pytest.mark.parametrize("case", [case if case in ("r", "targets") else further(case) for case in DIFFERENCES])
 def test_a_checkpoint_of_another_adapter_is_refused_and_changes_nothing(case: str) -> None:
     options, message = DIFFERENCES[case]
     trainer(adapted_model(), "run", max_steps=2).train()

@@ -17,6 +17,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 import randlora
 from randlora.errors import AdapterError
 from randlora.integrations.transformers import AdapterCheckpoints, AdapterTrainer
+from tests.further import further
 from tests.kit import bits, fill, same_bits
 from tests.trainers import (
     ADAPTER_FILES,
@@ -58,7 +59,7 @@ def _in_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("make", [sft, dpo])
+@pytest.mark.parametrize("make", [sft, further(dpo)])
 def test_a_resumed_run_ends_with_the_same_bits(make: Any) -> None:
     through = make(adapted_model(train_also=["norm"]))
     through.train()
@@ -140,7 +141,7 @@ def test_an_adapter_of_the_head_which_trl_does_not_call_is_refused(make: Any) ->
 # Quantized models
 
 
-@pytest.mark.parametrize("make", ["Trainer", "SFTTrainer"])
+@pytest.mark.parametrize("make", [further("Trainer"), "SFTTrainer"])
 def test_a_quantized_model_is_trained_in_float32(make: str) -> None:
     plain_model(hidden_size=64).save_pretrained("base")
 
@@ -186,7 +187,7 @@ def encoder() -> Any:
 PARTS = {"whole": lambda model: model, "transformer": lambda model: model[0].auto_model}
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", ["whole", further("transformer")])
 def test_a_sentence_transformer_goes_on_with_the_same_bits(part: str) -> None:
     data = Dataset.from_dict({"a": [f"{i}" for i in range(16)], "b": ["x"] * 16, "score": [i / 16 for i in range(16)]})
 

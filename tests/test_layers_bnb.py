@@ -16,9 +16,10 @@ import randlora
 from randlora.errors import TargetError
 from randlora.layers import bnb_codes
 from tests.codes import written_out
+from tests.further import further
 from tests.kit import fill, same_bits, untouched
 from tests.laws import adapter_layer, assert_close, plain, update_of
-from tests.layer_kinds import LayerKind, compiles_codes, every_quantized_kind
+from tests.layer_kinds import LAYER_KINDS, LayerKind, compiles_codes, every_quantized_kind
 from tests.quantized import of_4_bits
 
 
@@ -176,7 +177,15 @@ def test_codes_may_be_stored_in_another_dtype() -> None:
     assert model(x).dtype == torch.float32
 
 
-@every_quantized_kind
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind.name in ("NF4-double", "8bit-outliers") else further(kind)
+        for kind in LAYER_KINDS
+        if kind.is_quantized
+    ],
+    ids=lambda kind: kind.name,
+)
 def test_nothing_as_large_as_the_weight_stays_between_forward_and_backward(kind: LayerKind) -> None:
     """No dense copy of it, above all."""
     base = kind.build(256, 192, False, torch.float32)

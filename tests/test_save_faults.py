@@ -19,7 +19,7 @@ TESTED = {"new", "over ours", "over PEFT's", "LoRA over ours"}
 every_scenario = pytest.mark.parametrize(
     "scenario",
     [
-        pytest.param(found, marks=[pytest.mark.slow] if found.name == "LoRA over ours" else [])
+        pytest.param(found, marks=[pytest.mark.slow] if found.name != "over ours" else [])
         for found in SCENARIOS
         if found.name in TESTED
     ],

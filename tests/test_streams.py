@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from randlora.bases.basis import Basis
 from randlora.bases.spec import PEFT_STREAMS, BasisSpec
 from randlora.config import BasisKind
+from tests.further import further
 from tests.peer import PEFT_STREAM
 from tests.strategies import KINDS_AND_STREAMS
 from tests.test_checkpoint_golden import DATA
@@ -33,7 +34,7 @@ print(json.dumps([Basis(spec).digest(spec.max_dim, spec.min_dim) for spec in spe
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", ["default", further("avx2"), "avx512"])
 def test_bases_are_the_committed_ones_on_every_cpu(capability: str) -> None:
     """In a process each, as torch chooses once. What this CPU cannot do, torch would do all the same, and crash."""
     ranks = ("default", "avx2", "avx512")

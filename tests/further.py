@@ -1,0 +1,100 @@
+"""What of a table of values stands for the others: `make slow` runs what repeats a law for further values."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+STANDS_FOR_OTHERS: dict[str, tuple[object, ...]] = {
+    "bases": ("seed",),
+    "basis": ("dense",),
+    "build": ("mixtral", "gpt_oss"),
+    "codes": ("nf4-double",),
+    "compute": ("auto",),
+    "copied": ("deepcopy",),
+    "dtype": (torch.float32,),
+    "experts": ("each",),
+    "form": ("dense", "block(2,4)", "NF4"),
+    "grad": (True,),
+    "implementation": ("eager", "grouped_mm"),
+    "is_disabled": (False,),
+    "is_ejected_first": (False,),
+    "is_reentrant": (False,),
+    "is_sharded": (False,),
+    "kind": (
+        *("Linear", "NF4-double"),
+        *("Conv2d-groups", "ConvTranspose2d", "Embedding", "attention-in_proj-split", "experts-down-square-batched"),
+        *("packed", "split", "llama", "dense", "linear", "experts"),
+    ),
+    "mode": ("no_grad",),
+    "quantization": ("nf4 twice",),
+    "quantized": ("requantize",),
+    "seed": (0,),
+    "shape": ((5, 7), (6, 9), (9, 12), (24, 40), (40, 8)),
+    "stream": ("portable",),
+    "strict": (False,),
+    "training": (True,),
+    "when": ("before",),
+}
+"""By the name of a parameter the values, or their names, that are the usual ones, or one of each family."""
+
+REPEATS_OTHERS = (
+    *("NF4", "FP4-double"),
+    "bert",
+    *("Conv1d", "Conv2d-stride", "Conv2d-depthwise", "ConvTranspose3d"),
+    *("Embedding-many", "Embedding-square"),
+    *("attention-in_proj-split-no-bias", "attention-k_proj"),
+    *("attention-out_proj-no-bias", "attention-out_proj-beside-separate"),
+    *("experts-gate_up", "experts-transposed-down-square-shared"),
+)
+"""Values of ``kind`` of which every part is in another one too."""
+
+
+def further(*values: object) -> Any:
+    """Make a set of parameters that only `make slow` runs, for others of the same table stand for it."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def leave_to_slow(items: Sequence[pytest.Item]) -> None:
+    """Mark the further tests of each function as slow."""
+    functions: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if hasattr(item, "callspec") and not item.get_closest_marker("slow"):
+            functions[item.nodeid.partition("[")[0]].append(item)
+    for function in functions.values():
+        parameters: list[dict[str, Any]] = [item.callspec.params for item in function]  # type: ignore[attr-defined]
+        for item, is_further in zip(function, which_are_further(parameters), strict=True):
+            if is_further:
+                item.add_marker(pytest.mark.slow)
+
+
+def which_are_further(tests: Sequence[dict[str, Any]]) -> list[bool]:
+    """Say which tests of a function repeat its law, by their parameters.
+
+    A test does so whose kind repeats others, and one that crosses two values for which others stand. But each kind that
+    does not repeat others, and each value of every other parameter, is in a test that is none of these.
+    """
+    repeats = [name_of(test.get("kind")) in REPEATS_OTHERS for test in tests]
+    if all(repeats):
+        repeats = [False] * len(tests)
+    crossed = [sum(map(_has_one_that_stands_for_it, test, test.values())) for test in tests]
+    is_further = [False] * len(tests)
+    seen: set[tuple[str, int]] = set()
+    for index in sorted(range(len(tests)), key=lambda index: (repeats[index], crossed[index])):
+        kept = {name: value for name, value in tests[index].items() if name != "kind" or not repeats[index]}
+        values = {(name, id(value)) for name, value in kept.items()}
+        is_further[index] = (repeats[index] or crossed[index] > 1) and values <= seen
+        seen |= values
+    return is_further
+
+
+def _has_one_that_stands_for_it(parameter: str, value: Any) -> bool:
+    return parameter in STANDS_FOR_OTHERS and name_of(value) not in STANDS_FOR_OTHERS[parameter]
+
+
+def name_of(value: Any) -> Any:
+    """Return what a value is called in the tables."""
+    name = getattr(value, "name", getattr(value, "__name__", value))
+    return name if isinstance(name, str | int | tuple | torch.dtype) else None
