@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
 Factor = float | Mapping[str, float]
-"""The factor of an active adapter's update: one for all layers, or one for each by FQN, 0 where it does not act."""
+"""The factor of an active adapter's update: one for all layers, or one for each by FQN. With 0 it does not act."""
 
 _Number = TypeVar("_Number", bound=float)
 _Value = TypeVar("_Value")

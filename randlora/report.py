@@ -161,7 +161,8 @@ class MergeReport:
 
 def _with_factor(name: str, factor: Factor) -> str:
     if isinstance(factor, Mapping):
-        return f"{name} with a factor for each layer"
+        acts = sum(map(bool, factor.values()))
+        return f"{name} with a factor for each layer ({acts} of {len(factor)} are not 0)"
     return name if factor == 1 else f"{factor:g} x {name}"
 
 

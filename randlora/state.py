@@ -105,9 +105,9 @@ class SiteAdapter:
 
     @property
     def weight(self) -> float | None:
-        """The factor of its update of this weight, or ``None`` if it is inactive or left out here."""
+        """The factor of its update of this weight, or ``None`` where it does not act: inactive, or that is 0."""
         weight = self.adapter.weight
-        return weight.get(self.fqn) or None if isinstance(weight, Mapping) else weight
+        return (weight.get(self.fqn) if isinstance(weight, Mapping) else weight) or None
 
 
 @dataclass(eq=False)
@@ -133,7 +133,7 @@ class ModelState:
         routing: The `randlora.routing.Routing` of the innermost of these; ``None`` if that is a `disabled` block.
         ended: Those of them that are to end as soon as their parameters can be installed.
         loading_guards: While merged, the handles of the hooks that refuse to load a state dict.
-        merged: The names and weights of the adapters that are merged reversibly. They stay active.
+        merged: The names and factors of the adapters that are merged reversibly. They stay active.
         merge_options: While there are any, the options ``quantized`` and ``dtype`` that they are merged with.
         merge_report: The `randlora.report.MergeReport` of the last reversible merge.
         merged_blocks: The `randlora.merged` blocks that have not ended.
@@ -182,7 +182,7 @@ class ModelState:
 
     @property
     def on_top(self) -> dict[str, Factor]:
-        """The names and weights of the active adapters that are not merged."""
+        """The names and factors of the active adapters that are not merged."""
         return {name: weight for name, weight in self.active.items() if name not in self.merged}
 
     @property
@@ -201,11 +201,11 @@ class ModelState:
 
     @property
     def active(self) -> dict[str, Factor]:
-        """The active adapters' names and weights."""
+        """The active adapters' names and factors."""
         return {name: adapter.weight for name, adapter in self.adapters.items() if adapter.weight is not None}
 
     def activate(self, weights: Mapping[str, Factor]) -> None:
-        """Activate the adapters of these names with these weights, and no others. The layers must then be seated."""
+        """Activate the adapters of these names with these factors, and no others. The layers must then be seated."""
         self.activation.is_current = False
         self.activation = Activation()
         for adapter in self.adapters.values():

@@ -96,6 +96,56 @@ def test_layers_are_named_by_patterns(layers: Any) -> None:
     assert_close(deltas["up"], 0.5 * own["up", "a"] + 2 * own["up", "b"], torch.float32)
 
 
+@pytest.mark.parametrize("zero", [0.0, {".*": 0}, {"q": -0.0, ".*": 0.0}])
+def test_an_adapter_with_the_factor_0_in_all_layers_does_not_act(zero: Any) -> None:
+    model, plain = mixed(), Mixed()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    randlora.activate(model, {"a": zero}, trainable=True)
+    output = model(TOKENS)
+    assert same_bits(output, plain(TOKENS))
+    assert not output.requires_grad
+    assert randlora.adapters(model)[0].is_active
+    with untouched(model):
+        assert randlora.merge(model, reversible=True).targets == ()
+        assert all_bits(dict(randlora.merged_tensors(model))) == all_bits(plain.state_dict())
+        randlora.unmerge(model)
+    assert randlora.merge(model).targets == ()
+    assert all_bits(model.state_dict()) == all_bits(plain.state_dict())
+
+
+def test_what_is_returned_is_a_copy() -> None:
+    model = mixed("a", "b")
+    randlora.activate(model, {"a": {"q": 0.5, ".*": 1.0}})
+    wanted, delta = model(TOKENS), randlora.delta_weight(model, "q")
+    report = randlora.merge(model, reversible=True)
+    found: Any = randlora.adapters(model)[0].weight
+    found["down"] = report.adapters["a"]["q"] = 0.0  # type: ignore[index]
+    with pytest.raises(AdapterError, match="cannot activate others while the adapters are merged"):
+        randlora.activate(model, {"a": found, "b": 1.0})
+    randlora.unmerge(model)
+    assert same_bits(model(TOKENS), wanted)
+    assert same_bits(randlora.delta_weight(model, "q"), delta)
+
+
+def test_parameters_trained_beside_have_no_factor() -> None:
+    model = Mixed()
+    randlora.inject(model, r=3, name="a", targets=["q", "up"], train_also=["q.bias"])
+    with torch.no_grad():
+        model.q.bias.add_(1.0)
+    copied = model.q.bias
+    randlora.activate(model, "a", layers=["up"])
+    assert model.q.bias is copied
+    assert same_bits(dict(randlora.merged_tensors(model))["q.bias"], copied)
+
+
+def test_a_value_that_is_not_here_is_missed_in_a_layer_that_is_left_out() -> None:
+    model: Any = mixed()
+    randlora.activate(model, "a", layers=["q"])
+    model.up.weight = nn.Parameter(torch.empty_like(model.up.weight, device="meta"), requires_grad=False)
+    with pytest.raises(MergeError, match=r"up\.weight"):
+        randlora.merged_tensors(model)
+
+
 def test_one_factor_for_all_layers_is_a_number() -> None:
     model = mixed()
     randlora.activate(model, {"a": {"up": 0.5, ".*": 0.5}})
@@ -110,9 +160,15 @@ def test_one_factor_for_all_layers_is_a_number() -> None:
         ("a", ["dwon"], r"layers: 'dwon' matches no target; the nearest names are down"),
         ("a", "(", "layers: '\\(' is no name of a target, and no regular expression"),
         ("a", [], "layers is empty"),
+        ("a", {"q": 0.5}, "layers takes names alone: give numbers as factors"),
+        (
+            ["a", "elsewhere"],
+            ["dwon"],
+            "^cannot activate: layers: 'dwon' matches no target; the nearest.* down",
+        ),
         ("a", 3, "expected layers to be names or patterns of layers, got 3"),
         ("a", ["q", None], "expected layers to be names or patterns of layers, got None"),
-        (["a", "elsewhere"], ["q"], r"'elsewhere' has no layer that layers=\['q'\] names"),
+        (["a", "elsewhere"], ["q"], "'elsewhere' adapts none of the layers that layers= names: leave it out"),
         ({"a": {"q": 0.5}}, None, r"names\['a'\]= has no pattern for up, down: add '\.\*' as the last"),
         ({"a": {"dwon": 0.5, ".*": 1.0}}, None, r"names\['a'\]={'dwon': …} matches no target"),
         ({"a": {".*": 0.5, "q": 1.0}}, None, "matches only what '.*' took: put it before"),
@@ -157,7 +213,7 @@ def test_a_layer_that_is_left_out_is_not_merged_into() -> None:
     assert [fqn for fqn, each in model.named_parameters() if each is not held[fqn]] == ["q.weight"]
     report = randlora.merge(model, adapters=["b"], reversible=True)
     assert report.targets == ("up", "down")
-    assert str(report).startswith("merged b with a factor for each layer into 2 layers")
+    assert str(report).startswith("merged b with a factor for each layer (2 of 3 are not 0) into 2 layers")
     assert randlora.unmerge(model, ["a"]) == ("q",)
     assert [fqn for fqn, each in model.named_parameters() if each is not held[fqn]] == ["up.weight", "down.weight"]
     randlora.unmerge(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -27,26 +27,43 @@ def resolved_factors(state: ModelState, names: object, layers: object) -> dict[s
     """
     given = _by_name(names)
     raise_collected(AdapterError, factor_problems(state, given, by_layer=True), doing="activate")
-    patterns = _patterns(layers)
+    targets = {name: state.adapters[name].targets for name in given}
+    inside = _inside(layers, [*dict.fromkeys(fqn for own in targets.values() for fqn in own)])
     found: dict[str, Factor] = {}
-    problems, unmet = [], dict[str, list[str]]()
+    problems = []
     for name, factor in given.items():
-        fqns = state.adapters[name].targets
-        numbers, more = by_target(f"names[{name!r}]", factor, fqns)
-        problems += more
-        if patterns is not None:
-            meant = {pattern: meant_by(pattern, fqns) for pattern in patterns}
-            for pattern, (own, why) in meant.items():
-                unmet.setdefault(pattern, []).extend([] if own else [why])
-            inside = {fqn for own, _ in meant.values() for fqn in own}
-            numbers = {fqn: number if fqn in inside else 0.0 for fqn, number in numbers.items()}
-            if not inside:
-                problems.append(f"{name!r} has no layer that layers={[*patterns]} names")
-        if numbers:
-            found[name] = one_or_all(numbers)
-    problems += [f"layers: {pattern!r} {why[0]}" for pattern, why in unmet.items() if len(why) == len(given)]
+        numbers, unmet = _numbers(name, factor, targets[name])
+        problems += unmet
+        if inside.isdisjoint(targets[name]):
+            problems.append(f"{name!r} adapts none of the layers that layers= names: leave it out")
+        elif not unmet:
+            found[name] = one_or_all({fqn: float(numbers[fqn]) * (fqn in inside) for fqn in targets[name]})
     raise_collected(AdapterError, problems, doing="activate")
     return found
+
+
+def _numbers(name: str, factor: Factor, fqns: Sequence[str]) -> tuple[Mapping[str, float], list[str]]:
+    """Return an adapter's factor of each layer, and messages about its patterns."""
+    if isinstance(factor, Mapping) and factor.keys() == {*fqns}:  # as `randlora.adapters` returns them
+        return factor, []
+    return by_target(f"names[{name!r}]", factor, fqns)
+
+
+def _inside(layers: Any, fqns: Sequence[str]) -> set[str]:
+    """Return those of some layers that patterns name, of whatever type was given; all of them for ``None``."""
+    if layers is None or not fqns:
+        return {*fqns}
+    listed = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+    if isinstance(layers, Mapping):
+        raise AdapterError("layers takes names alone: give numbers as factors, as in {'a': {'decoder': 0.5, '.*': 1}}")
+    if strange := [pattern for pattern in listed if not isinstance(pattern, str)]:
+        raise AdapterError(f"expected layers to be names or patterns of layers, got {shortly(strange[0])}")
+    if not listed:
+        raise AdapterError("layers is empty: name those in which the adapters act, or use randlora.disabled(model)")
+    meant = {pattern: meant_by(pattern, fqns) for pattern in listed}
+    problems = [f"layers: {pattern!r} {unmet}" for pattern, (_, unmet) in meant.items() if unmet]
+    raise_collected(AdapterError, problems, doing="activate")
+    return {fqn for own, _ in meant.values() for fqn in own}
 
 
 def factor_problems(state: ModelState, factors: Mapping[str, Any], *, by_layer: bool = False) -> list[str]:
@@ -88,15 +105,3 @@ def _by_name(names: Any) -> dict[str, Any]:
     if len(set(listed)) < len(listed):
         raise AdapterError(f"each adapter can be named once, got {listed}: give a factor, as in {{'a': 2.0}}, instead")
     return dict.fromkeys(listed, 1.0)
-
-
-def _patterns(layers: Any) -> list[str] | None:
-    """Return the patterns of layers, or ``None`` for all."""
-    if layers is None:
-        return None
-    listed = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
-    if strange := [pattern for pattern in listed if not isinstance(pattern, str)]:
-        raise AdapterError(f"expected layers to be names or patterns of layers, got {shortly(strange[0])}")
-    if not listed:
-        raise AdapterError("layers is empty: name those in which the adapters act, or use randlora.disabled(model)")
-    return listed

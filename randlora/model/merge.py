@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -116,7 +117,8 @@ def merge(
     with all_or_nothing(census, state), _unfolded_if_raised(first) as kept:
         rounding = _fold_all(sites, _together(state, state.merged | weights), into, ranks)
         targets = tuple(site.fqn for site in sites)
-        report = MergeReport(weights, targets, reversible=reversible, rounding=rounding, notes=notes)
+        factors = {name: copy(factor) for name, factor in weights.items()}
+        report = MergeReport(factors, targets, reversible=reversible, rounding=rounding, notes=notes)
         if not state.on_top.keys() - weights.keys():
             for basis in state.bank:
                 basis.release()  # a merged model does not use them

@@ -25,7 +25,7 @@ def require_finite(fqn: str, weight: Tensor) -> Tensor:
     if not torch.isfinite(weight).all():
         raise MergeError(
             f"the merged weight of {fqn} would not be finite in {weight.dtype}: check the adapter and the base weight "
-            "for NaN or infinite values, lower the adapter's weight, or merge in a wider dtype"
+            "for NaN or infinite values, lower the adapter's factor, or merge in a wider dtype"
         )
     return weight
 
@@ -42,7 +42,7 @@ def name_problems(state: ModelState, names: Sequence[str] | None) -> list[str]:
         if not isinstance(name, str) or name not in state.adapters
         else f"{name!r} is merged already"
         if name in state.merged
-        else f"{name!r} is not active: activate it first, with the weight to merge it with"
+        else f"{name!r} is not active: activate it first, with the factor to merge it with"
         for name in names
         if not isinstance(name, str) or name not in state.on_top
     ]

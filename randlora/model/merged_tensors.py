@@ -84,7 +84,7 @@ def merged_tensors(model: nn.Module, *, dtype: torch.dtype | None = None) -> Ite
         census = Census.of(_unwrapped(model))
         into = Into("dequantize", dtype or model_dtype(census))
         entries = [*_entries(census, state, into)]
-        raise_collected(MergeError, _value_problems(census), doing="yield the merged tensors")
+        raise_collected(MergeError, _value_problems(census, state), doing="yield the merged tensors")
     return _in_turn(root, state, entries, dtype)
 
 
@@ -197,7 +197,7 @@ def _require_mergeable(census: Census, state: ModelState) -> None:
     raise_collected(MergeError, problems, doing="yield the merged tensors")
 
 
-def _value_problems(census: Census) -> list[str]:
+def _value_problems(census: Census, state: ModelState) -> list[str]:
     """Return messages about values that are not here, and codes that no adapter layer can dequantize."""
     problems = []
     for held in census.parameters:
@@ -205,7 +205,8 @@ def _value_problems(census: Census) -> list[str]:
         is_known = site is not None and issubclass(site.layer_class, QuantizedLayer)
         is_codes = held.attribute == "weight" and is_quantized(held.module)
         if not _is_here(held.module, held.attribute, held.parameter) or (is_codes and held.parameter.is_meta):
-            if site is None or site.adapter_layer is None:  # else `weight_problems` has said so
+            layer = None if site is None or state.is_merged else site.adapter_layer
+            if layer is None or not layer.factors(state.active):  # else `weight_problems` has said so
                 problems.append(f"{held.fqn} {NOT_HERE}")
         elif is_codes and not is_known:
             kind = plain_class(held.module).__name__

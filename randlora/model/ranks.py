@@ -99,7 +99,7 @@ def _facts(state: ModelState) -> dict[str, str]:
     facts = {"the names of the adapters": ", ".join(state.adapters)}
     for name, adapter in state.adapters.items():
         options = {str(each) for each in adapter.options.values()}
-        facts[f"the weight of {name!r}"] = (
+        facts[f"the factor of {name!r}"] = (
             _counted("one for each layer", map(str, sorted(adapter.weight.items())))
             if isinstance(adapter.weight, Mapping)
             else str(adapter.weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class AdapterInfo:
         options: r and alpha of its layers, by FQN.
         train_also: FQNs of the parameters trained with it.
         weight: The factor of its update while active, else ``None``. If it differs between layers, a mapping with that
-            of each by FQN, 0 where the adapter does not act.
+            of each by FQN. `activate` takes either.
         is_trainable: Whether any of its parameters requires grad.
         is_merged: Whether it is merged into the weights.
         problems: What of it the model no longer has, because a module was replaced, removed or resized.
@@ -80,7 +81,7 @@ def adapters(model: nn.Module) -> list[AdapterInfo]:
             specs=tuple(basis.spec for basis in adapter.bases.values()),
             options=dict(adapter.options),
             train_also=tuple(adapter.trained),
-            weight=adapter.weight,
+            weight=copy(adapter.weight),
             is_trainable=any(parameter.requires_grad for parameter in adapter_parameters(census, adapter)),
             is_merged=adapter.name in state.merged,
             problems=(*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])),
@@ -99,7 +100,8 @@ def activate(
 ) -> None:
     """Activate adapters, in place, and deactivate all others.
 
-    Where an adapter does not act, its layer computes as without it, at no cost.
+    A layer in which an adapter has the factor 0 computes as without it, at no cost. Parameters of ``train_also`` have
+    no factor: the copies of an active adapter are in use.
 
     Args:
         model: A model with adapters.

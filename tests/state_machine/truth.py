@@ -64,8 +64,8 @@ class Adapter:
         return self.factor[weight.fqn] if isinstance(self.factor, dict) else self.factor or 0.0
 
     def acts_on(self, weight: Weight) -> bool:
-        """Whether it is active and not left out there."""
-        return bool(self.factor[weight.fqn]) if isinstance(self.factor, dict) else self.factor is not None
+        """Whether it is active and not left out there by a factor of 0."""
+        return bool(self.factor_of(weight))
 
     def update(self, weight: Weight, values: Pair | None = None) -> Tensor:
         """Compute its update of one weight: a matrix, or a stack of them."""
