@@ -39,6 +39,8 @@ from randlora.model.merge import merge as merge
 from randlora.model.merge import merged as merged
 from randlora.model.merge import unmerge as unmerge
 from randlora.model.merged_tensors import merged_tensors as merged_tensors
+from randlora.model.norms import limit_norms as limit_norms
+from randlora.model.norms import update_norms as update_norms
 from randlora.model.prepare import prepare_quantized as prepare_quantized
 from randlora.model.ranks import check_ranks as check_ranks
 from randlora.model.rename import rename as rename
@@ -78,6 +80,7 @@ __all__ = [
     "files",
     "find_targets",
     "inject",
+    "limit_norms",
     "load",
     "load_all",
     "load_model",
@@ -99,4 +102,5 @@ __all__ = [
     "trainable_parameters",
     "training_memory",
     "unmerge",
+    "update_norms",
 ]

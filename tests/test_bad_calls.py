@@ -19,8 +19,21 @@ VALUES += [None, torch.ones(2), 10**400, 10**5000, float("nan"), {"default": 10*
 VERBS: list[Callable[..., Any]] = [randlora.inject, randlora.plan, randlora.eject, randlora.activate, randlora.remove]
 VERBS += [randlora.delta_weight, randlora.set_compute, randlora.merge, randlora.unmerge, randlora.adapters]
 VERBS += [randlora.prepare_quantized, randlora.find_targets, randlora.combine, randlora.rename, randlora.set_trainable]
-VERBS += [randlora.adapter_state, randlora.set_adapter_state, randlora.swap]
-REQUIRED: dict[str, Any] = {"names": "default", "name": "default", "fqn": "0", "adapters": {"default": 0.5}, "to": "b"}
+VERBS += [
+    randlora.adapter_state,
+    randlora.set_adapter_state,
+    randlora.swap,
+    randlora.update_norms,
+    randlora.limit_norms,
+]
+REQUIRED: dict[str, Any] = {
+    "names": "default",
+    "name": "default",
+    "fqn": "0",
+    "adapters": {"default": 0.5},
+    "to": "b",
+    "limit": 0.5,
+}
 
 
 def adapted() -> nn.Module:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -69,6 +70,18 @@ def _aside(make: Callable[[], Made]) -> Made:
         return aside.submit(run).result()
 
 
+class Squares(NamedTuple):
+    """The squares of one layer's bases.
+
+    Attributes:
+        A: The square of each entry, ``(r, min_dim)``.
+        B: The sum of the squares of each column, ``(r, num_bases)``: at ``(k, j)`` that of ``k·num_bases + j``.
+    """
+
+    A: Tensor
+    B: Tensor
+
+
 @dataclass(eq=False)
 class Basis:
     """One pair of frozen bases, shared by every layer with the same spec.
@@ -91,6 +104,7 @@ class Basis:
     _copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _pairs: dict[Use, Pair] = field(default_factory=dict, repr=False)
     _digests: dict[tuple[int, int], str] = field(default_factory=dict, repr=False)
+    _squares: dict[tuple[int, int, torch.device, torch.dtype], Squares] = field(default_factory=dict, repr=False)
     identity: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -106,7 +120,7 @@ class Basis:
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without what can be drawn again."""
         lasting = {name: value for name, value in self.__dict__.items() if not name.startswith("_constant_")}
-        return {**lasting, "_drawn": None, "_copies": {}, "_pairs": {}, "_digests": {}}
+        return {**lasting, "_drawn": None, "_copies": {}, "_pairs": {}, "_digests": {}, "_squares": {}}
 
     def extend(self, max_dim: int, min_dim: int) -> None:
         """Extend the bases to layers of these dims. Entries returned before do not change.
@@ -188,6 +202,31 @@ class Basis:
         """Free the working copies, except those in compiled programs. The next product makes them again."""
         self._pairs.clear()
         self._copies.clear()
+        self._squares.clear()
+
+    def squares(self, max_dim: int, min_dim: int, *, device: torch.device, dtype: torch.dtype) -> Squares:
+        """Return the squares of a layer's bases within `extent`, made from the storage. Cached after the first call.
+
+        Args:
+            max_dim: The layer's larger dim.
+            min_dim: The layer's smaller dim.
+            device: Device of the result.
+            dtype: A floating dtype.
+        """
+        use = max_dim, min_dim, device, dtype
+        if use not in self._squares:
+            self._squares[use] = _aside(lambda: self._squared(*use))
+        return self._squares[use]
+
+    def _squared(self, max_dim: int, min_dim: int, device: torch.device, dtype: torch.dtype) -> Squares:
+        r, num_bases = self.spec.r, count_bases(min_dim, self.spec.r)
+        if device.type == "meta":  # a model without values needs no draw
+            empty = partial(torch.empty, dtype=dtype, device=device)
+            return Squares(empty((r, min_dim)), empty((r, num_bases)))
+        basis_A, basis_B = self.matrices()
+        of_A = basis_A.to_dense(device="cpu", dtype=torch.float64)[:, :min_dim].square()
+        of_B = basis_B.column_squares(max_dim)[: r * num_bases].view(r, num_bases)
+        return Squares(of_A.to(device, dtype), of_B.to(device, dtype))
 
     @constant_to_the_compiler
     def _constant(self, index: int, use: TracedUse, identity: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from randlora.bases.basis import Basis
 from randlora.bases.spec import Shape
-from randlora.functional import Diagonals, Pair, delta_weight
+from randlora.functional import Diagonals, Pair, delta_weight, update_norm
 from randlora.functional.region import Region, taken
 from randlora.functional.scratch import without_autocast
 
@@ -48,6 +48,14 @@ class Update(NamedTuple):
     def diagonals(self, device: torch.device) -> Diagonals:
         """Return Λ and Γ, whatever the part, with the scaling."""
         return Diagonals(_on(self.lam, device), _on(self.gamma, device), self.scaling)
+
+    def norm(self, device: torch.device) -> Tensor:
+        """Return about the norm of the whole update, through which gradients flow; see `randlora.functional.norm`."""
+        matrix, diagonals = self.shape[-2:], self.diagonals(device)
+        dtype = torch.promote_types(diagonals.lam.dtype, torch.float32)
+        squares = self.basis.squares(max(matrix), min(matrix), device=device, dtype=dtype)
+        with without_autocast(device.type):
+            return update_norm(squares.A, squares.B, diagonals)
 
     @property
     def is_wide(self) -> bool:
