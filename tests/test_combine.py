@@ -88,6 +88,20 @@ def test_the_new_adapter_saves_and_loads_like_any_other(tmp_path: Path) -> None:
     assert bits(twin(TOKENS)) == bits(model(TOKENS))
 
 
+def test_parameters_trained_beside_are_summed_in_the_dtype_that_the_model_was_cast_to() -> None:
+    model: Any = Mixed()
+    randlora.inject(model, r=4, name="a", targets=["q"], train_also=["head.bias"], trainable=True)
+    own = model.head.bias.detach().clone().double()
+    model.double()
+    with torch.no_grad():
+        model.head.bias.add_(torch.randn(3).double())
+    trained = model.head.bias.detach().clone()
+    randlora.combine(model, {"a": -2.0}, name="c")
+    randlora.activate(model, "c")
+    assert model.head.bias.dtype == torch.float64
+    torch.testing.assert_close(model.head.bias.detach(), own - 2 * (trained - own), rtol=1e-14, atol=1e-14)
+
+
 def test_what_was_trained_beside_is_summed_as_changes_of_the_models_own() -> None:
     model = Mixed(torch.float64)
     own = {name: value.detach().clone() for name, value in model.named_parameters()}

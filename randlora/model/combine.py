@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -246,15 +247,15 @@ def _copies(state: ModelState, adapters: Mapping[str, float], sources: Sequence[
     found = {}
     for fqn in dict.fromkeys(fqn for source in sources for fqn in source.trained):
         trained = {source.name: source.trained[fqn] for source in sources if fqn in source.trained}
-        own = state.replaced[fqn].original
-        flat = in_step(partial(whole, each) for each in (own, *trained.values()))
-        dtype = torch.promote_types(own.dtype, torch.float32)
+        own, live = state.replaced[fqn].original, state.replaced[fqn].live
+        flat = [*in_step(partial(whole, each) for each in (own, *trained.values()))]
+        dtype = functools.reduce(torch.promote_types, [each.dtype for each in flat], torch.float32)
         first, *others = [each.detach().to(device=own.device, dtype=dtype) for each in flat]
         factors = [adapters[name] for name in trained]
         total = (1 - sum(factors)) * first
         for factor, other in zip(factors, others, strict=True):
             total = total + factor * other
-        found[fqn] = total.to(own.dtype)
+        found[fqn] = total.to(live.dtype)  # what is not in use follows a cast of the model when it is put in
     return found
 
 
