@@ -55,6 +55,7 @@ from randlora.model.trainable import set_trainable as set_trainable
 from randlora.model.trainable import trainable_parameters as trainable_parameters
 from randlora.pool import AdapterPool as AdapterPool
 from randlora.report import Report as Report
+from randlora.start import equivalent_alpha as equivalent_alpha
 from randlora.targets.select import find_targets as find_targets
 
 __version__ = _version("randlora")
@@ -76,6 +77,7 @@ __all__ = [
     "delta_weight",
     "disabled",
     "eject",
+    "equivalent_alpha",
     "errors",
     "files",
     "find_targets",

@@ -29,6 +29,7 @@ from randlora.placement.offloaded import offloaded_modules
 from randlora.replaced import KEEP_COPIES, ReplacedParameter, path_to
 from randlora.required_grad import RequiredGrad
 from randlora.routing import Routing
+from randlora.start import Init
 
 ATTRIBUTE = "randlora_state"
 
@@ -47,6 +48,7 @@ class Adapter:
         bases: Its bases, by r.
         options: r and alpha of its layers, by FQN.
         rule: How the targets were chosen, for reports.
+        init: Which of Λ and Γ started at zero, for `reset_parameters`. Files do not say it, as no result depends on it.
         weight: The factor of its update while active, for each layer if they differ, else ``None``.
         trained: The parameters trained with it, by FQN.
         peft_fields: Fields of its ``adapter_config.json`` that are not used here, kept for saving.
@@ -57,6 +59,7 @@ class Adapter:
     bases: dict[int, Basis]
     options: dict[str, LayerOptions]
     rule: str
+    init: Init = "lambda"
     weight: Factor | None = None
     trained: dict[str, nn.Parameter] = field(default_factory=dict)
     peft_fields: dict[str, Any] = field(default_factory=dict)

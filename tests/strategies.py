@@ -1,10 +1,14 @@
 """Hypothesis strategies for the sizes and options that the laws range over."""
 
+from typing import get_args
+
+import pytest
 from hypothesis import strategies as st
 
 from randlora.bases.block import default_blocks
 from randlora.bases.spec import BasisSpec
 from randlora.config import BasisKind, Stream
+from randlora.start import Init
 
 KINDS_AND_STREAMS: tuple[tuple[BasisKind, Stream], ...] = (
     ("dense", "torch"),
@@ -16,6 +20,8 @@ KINDS_AND_STREAMS: tuple[tuple[BasisKind, Stream], ...] = (
     ("very_sparse", "portable"),
     ("block", "portable"),
 )
+
+every_start = pytest.mark.parametrize("init", get_args(Init))
 
 seeds = st.integers(0, 2**64 - 1)
 sides = st.integers(1, 24)

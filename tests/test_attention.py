@@ -11,10 +11,12 @@ from torch import Tensor, nn
 import randlora
 from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.read_weight import ReadWeight
+from randlora.start import Init
 from tests.attention_kinds import ATTENTION_KINDS, AttentionKind, changed, every_attention
 from tests.further import further
 from tests.kit import adapter_values, all_bits, fill, same_bits
 from tests.laws import adapted_names, assert_close, needs_export
+from tests.strategies import every_start
 
 PACKED_KIND, SPLIT_KIND = ATTENTION_KINDS[:2]
 
@@ -52,8 +54,9 @@ def test_a_split_projection_has_three_lambdas_and_gammas() -> None:
 @every_attention
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
-def test_a_fresh_adapter_changes_no_bit(kind: AttentionKind, training: bool, grad: bool) -> None:
-    plain, model = kind.plain().train(training), kind.adapted(filled=False).train(training)
+@every_start
+def test_a_fresh_adapter_changes_no_bit(kind: AttentionKind, training: bool, grad: bool, init: Init) -> None:
+    plain, model = kind.plain().train(training), kind.adapted(filled=False, init=init).train(training)
     plain.requires_grad_(grad)  # by which torch decides how it computes a linear layer
     with torch.set_grad_enabled(grad):
         assert same_bits(model(*kind.inputs()), plain(*kind.inputs()))

@@ -52,6 +52,17 @@ def test_the_sum_is_exact_where_one_of_both_is_the_same(kind: LayerKind, equal: 
     assert_close(randlora.delta_weight(model, "0", name="c"), wanted(model, "0", FACTORS), kind.exact)
 
 
+def test_what_is_not_trained_adds_nothing_and_a_sum_of_it_can_be_trained() -> None:
+    model = nn.Sequential(nn.Linear(9, 14))
+    for seed, (name, init) in enumerate({"a": "gamma", "b": "gamma", "c": "lambda"}.items()):
+        randlora.inject(model, r=3, name=name, init=init, seed=seed)  # type: ignore[arg-type]
+    assert randlora.combine(model, {"a": 1.0, "b": 0.5}, name="none").is_exact
+    assert [bool(part.any()) for part in diagonals(model[0], "none")] == [False, True]
+    fill(model, "c")
+    assert randlora.combine(model, {"c": 2.0, "a": 1.0}, name="d").is_exact
+    assert_close(randlora.delta_weight(model, "0", name="d"), wanted(model, "0", {"c": 2.0}), torch.float32)
+
+
 @every_read_kind
 def test_the_sum_is_exact_for_weights_that_are_read(kind: ReadKind) -> None:
     dtype = kind.dtypes[0]

@@ -28,6 +28,7 @@ ROOMS = (
     "config",
     "functional",
     "bases",
+    "start",
     "placement",
     "replaced",
     "required_grad",

@@ -1,5 +1,6 @@
 """`AdapterCheckpoints` with TRL's and sentence-transformers' trainers, and quantized models."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,14 @@ def test_references_that_are_computed_before_training_are_those_of_the_base() ->
     plain = dpo(adapted_model(), precompute_ref_log_probs=True)
     assert trainer.train_dataset["ref_chosen_logps"] == plain.train_dataset["ref_chosen_logps"]
     assert trainer._precompute_model_hash == plain._precompute_model_hash
+
+
+def test_an_adapter_that_moves_gamma_first_was_not_trained_before() -> None:
+    model = plain_model()
+    randlora.inject(model, r=4, init="gamma")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the reference is the model without")
+        dpo(model)
 
 
 def test_an_adapter_that_is_not_trained_is_part_of_the_reference() -> None:

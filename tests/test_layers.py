@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ import randlora
 from randlora.functional import Compute
 from randlora.layers import registry
 from randlora.layers.read_weight import ReadWeight
+from randlora.start import Init
 from tests import reference
 from tests.kit import fill, same_bits
 from tests.laws import adapter_layer, assert_close, diagonals, plain, update_of
@@ -26,12 +27,13 @@ from tests.layer_kinds import (
     every_kind_and_dtype,
     every_kind_compiled,
 )
-from tests.strategies import KINDS_AND_STREAMS
+from tests.strategies import KINDS_AND_STREAMS, every_start
 
 sides = st.integers(1, 20).filter(lambda side: side != 16)  # of rows of 16, bitsandbytes misreads the codes
 shapes = st.tuples(sides, sides)
 BASES = st.sampled_from(["dense", "block"])
 COMPUTE = st.sampled_from(get_args(Compute))
+INIT = st.sampled_from(get_args(Init))
 
 
 def adapted(
@@ -44,12 +46,14 @@ def adapted(
     stream: str | None = "portable",
     bias: bool = True,
     dropout: float = 0.0,
+    init: Init = "lambda",
 ) -> tuple[nn.Module, nn.Module]:
     """Adapt one layer of ``(in, out)`` features; return it, and a copy as it was before."""
     layer = kind.build(*shape, bias, dtype)
     base = copy.deepcopy(layer)
     model = nn.Sequential(layer)
-    randlora.inject(model, r=r, alpha=2 * r, basis=basis, stream=stream, dropout=dropout)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"basis": basis, "stream": stream, "dropout": dropout, "init": init}
+    randlora.inject(model, r=r, alpha=2 * r, **options)
     layer.__dict__["model"] = model  # not a part of it; keeps the carrier of the state alive for fill()
     return layer, base
 
@@ -68,19 +72,20 @@ def test_the_table_has_a_row_for_every_registered_kind() -> None:
 
 
 @every_kind_and_dtype
-@given(shape=shapes, r=st.integers(1, 8), basis=BASES, compute=COMPUTE)
+@given(shape=shapes, r=st.integers(1, 8), basis=BASES, compute=COMPUTE, init=INIT)
 def test_a_fresh_adapter_leaves_every_bit_of_the_output(
-    kind: LayerKind, dtype: torch.dtype, shape: tuple[int, int], r: int, basis: str, compute: Compute
+    kind: LayerKind, dtype: torch.dtype, shape: tuple[int, int], r: int, basis: str, compute: Compute, init: Init
 ) -> None:
-    layer, base = adapted(kind, shape, dtype, r=r, basis=basis)
+    layer, base = adapted(kind, shape, dtype, r=r, basis=basis, init=init)
     adapter_layer(layer).state.compute = compute
     x = torch.randn(4, shape[0]).to(dtype)
     assert same_bits(layer(x), base(x))
 
 
 @every_kind
-def test_a_fresh_adapter_leaves_every_bit_under_autocast(kind: LayerKind) -> None:
-    layer, base = adapted(kind, (6, 9), torch.float32)
+@every_start
+def test_a_fresh_adapter_leaves_every_bit_under_autocast(kind: LayerKind, init: Init) -> None:
+    layer, base = adapted(kind, (6, 9), torch.float32, init=init)
     x = torch.randn(4, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert same_bits(layer(x), base(x))
@@ -291,10 +296,12 @@ def test_trained_parameters_are_float32_whatever_the_base_is(kind: LayerKind, dt
 
 
 @every_kind
-def test_fresh_parameters_are_zero_and_the_reciprocal_of_the_longer_side(kind: LayerKind) -> None:
-    layer, _ = adapted(kind, (6, 9), torch.float32, r=1)
-    assert torch.equal(layer.get_parameter("randlora_lambda.default"), torch.zeros(1, 6))
-    assert torch.equal(layer.get_parameter("randlora_gamma.default"), torch.full((6, 6), 1 / 6))
+@every_start
+def test_one_of_the_fresh_parameters_is_zero_and_the_other_a_constant(kind: LayerKind, init: Init) -> None:
+    layer, _ = adapted(kind, (6, 9), torch.float32, r=1, init=init)
+    of_lam, of_gamma = (0, 1 / 6) if init == "lambda" else (6**-0.5, 0)
+    assert torch.equal(layer.get_parameter("randlora_lambda.default"), torch.full((1, 6), float(of_lam)))
+    assert torch.equal(layer.get_parameter("randlora_gamma.default"), torch.full((6, 6), float(of_gamma)))
 
 
 @every_kind
@@ -328,9 +335,10 @@ def test_copies_and_pickles_compute_the_same(kind: LayerKind) -> None:
 
 
 @every_dense_kind
-def test_a_meta_layer_computes_shapes_and_holds_no_bases(kind: LayerKind) -> None:
+@every_start
+def test_a_meta_layer_computes_shapes_and_holds_no_bases(kind: LayerKind, init: Init) -> None:
     with torch.device("meta"):
-        layer, _ = adapted(kind, (6, 9), torch.float32)
+        layer, _ = adapted(kind, (6, 9), torch.float32, init=init)
     assert layer.get_parameter("randlora_lambda.default").is_meta
     assert layer(torch.randn(3, 6, device="meta")).shape == (3, 9)
     layer.to_empty(device="cpu")
@@ -338,6 +346,7 @@ def test_a_meta_layer_computes_shapes_and_holds_no_bases(kind: LayerKind) -> Non
         nn.init.normal_(parameter)
     for module in (layer.randlora_lambda, layer.randlora_gamma):  # as FSDP asks each module that holds parameters
         module.reset_parameters()  # type: ignore[operator, union-attr]
-    assert torch.equal(layer.get_parameter("randlora_gamma.default"), torch.full((2, 6), 1 / 6))
+    fresh = diagonals(adapted(kind, (6, 9), torch.float32, init=init)[0])
+    assert all(torch.equal(reset, own) for reset, own in zip(diagonals(layer), fresh, strict=True))
     x = torch.randn(3, 6)
     assert torch.equal(layer(x), plain(layer)(x))

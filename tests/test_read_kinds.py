@@ -9,6 +9,7 @@ import randlora
 from randlora.functional import Compute
 from randlora.layers import registry
 from randlora.layers.base import AdapterLayer
+from randlora.start import Init
 from randlora.targets.walk import Census
 from tests.in_place_models import register
 from tests.kit import same_bits
@@ -24,6 +25,7 @@ from tests.read_kinds import (
     output_of,
     weighted,
 )
+from tests.strategies import every_start
 
 SHAPED = pytest.mark.parametrize("basis", ["dense", "block"])
 
@@ -67,8 +69,11 @@ def test_the_kind_and_the_name_are_those_of_the_row(kind: ReadKind) -> None:
 
 
 @every_read_kind_dtype_and_basis
-def test_a_fresh_adapter_leaves_every_bit_of_the_output(kind: ReadKind, dtype: torch.dtype, basis: str) -> None:
-    model, base = kind.adapted(dtype, filled=False, basis=basis), kind.model(dtype).requires_grad_(False)
+@every_start
+def test_a_fresh_adapter_leaves_every_bit_of_the_output(
+    kind: ReadKind, dtype: torch.dtype, basis: str, init: Init
+) -> None:
+    model, base = kind.adapted(dtype, filled=False, basis=basis, init=init), kind.model(dtype).requires_grad_(False)
     kind.weight(base).requires_grad_()  # by which torch decides how it computes a linear layer
     assert same_bits(kind.run(model, dtype), kind.run(base, dtype))
     model.eval()

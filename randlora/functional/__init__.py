@@ -10,8 +10,8 @@ With ``max_dim = max(out, in)``, ``min_dim = min(out, in)``, ``num_bases = ceil(
 |---|---|---|
 | ``basis_A`` | ``(r, min_dim)`` | the small basis |
 | ``basis_B`` | ``(max_dim, r·num_bases)`` | the large basis |
-| ``lam`` | ``(r, num_bases)`` | Λ, trained, starts at 0 |
-| ``gamma`` | ``(num_bases, min_dim)`` | Γ, trained, starts at ``1 / max(num_bases, min_dim)`` |
+| ``lam`` | ``(r, num_bases)`` | Λ, trained |
+| ``gamma`` | ``(num_bases, min_dim)`` | Γ, trained |
 
 and the update is ``scaling · UB @ UA``, transposed if ``in > out``, where row ``p = k·num_bases + j`` of ``UA`` is
 ``lam[k, j] · basis_A[k] · gamma[j]`` and ``UB`` is ``basis_B``. The pairing by the flat index p is that of PEFT 0.15 to

@@ -194,11 +194,10 @@ def _refer(given: inspect.BoundArguments, model: nn.Module) -> None:
         return
     trained = [info.name for info in _require_trained(model)]
     if any(
-        lam.any()
+        all(part.any() for part in site.layer.diagonals_of(site.owner, name))
         for site in Census.of(model).adapted
         for name in site.layer.adapters
         if name in trained
-        for lam in site.layer.diagonals_of(site.owner, name)[:1]
     ):
         warn(
             f"the reference is the model without {', '.join(trained)}, which was trained before: if it should be the "

@@ -27,6 +27,7 @@ from randlora.placement.place import Kept, place_of, whole
 from randlora.placement.ranks import in_step
 from randlora.replaced import watched
 from randlora.routing import Routing
+from randlora.start import Init, initial_values
 from randlora.state import ModelState, SiteAdapter
 
 
@@ -88,16 +89,19 @@ class AdapterLayer(StoredWeight):
         return self._held(owner, lambdas).randlora_named(name), self._held(owner, gammas).randlora_named(name)
 
     @classmethod
-    def fresh_diagonals(cls, owner: nn.Module, shape: Shape, r: int) -> tuple[Tensor, Tensor]:
+    def fresh_diagonals(cls, owner: nn.Module, shape: Shape, r: int, init: Init) -> tuple[Tensor, Tensor]:
         """Return the initial Λ and Γ, with which the update is zero, on the weight's device.
 
         Returns:
-            Λ = 0, ``(r, num_bases)``, and Γ = 1 / max(num_bases, min_dim), ``(num_bases, min_dim)``, both float32; for
-            the shape of a stack, stacks of them.
+            Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, both float32; for the shape of a stack, stacks of
+            them. See `initial_values`.
         """
-        lam, gamma = diagonal_shapes(shape, r)
-        options: dict[str, Any] = {"dtype": torch.float32, "device": cls.device_beside(owner)}
-        return torch.zeros(lam, **options), torch.full(gamma, 1 / max(gamma[-2:]), **options)
+        device, values = cls.device_beside(owner), initial_values(init, shape)
+        lam, gamma = (
+            torch.full(size, value, dtype=torch.float32, device=device)
+            for size, value in zip(diagonal_shapes(shape, r), values, strict=True)
+        )
+        return lam, gamma
 
     @classmethod
     def beside(cls, owner: nn.Module) -> list[object]:  # noqa: ARG003  # for quantized layers

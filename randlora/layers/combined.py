@@ -94,6 +94,7 @@ class _Found(NamedTuple):
 def _one_matrix(part: SiteAdapter, terms: Sequence[_Term], method: Method, dtype: torch.dtype) -> _Found:
     """Return Λ and Γ of one matrix in a dtype."""
     identity, at = part.basis.identity, terms[0].lam.device
+    terms = [term for term in terms if bool(term.gamma.any())]  # others have no update, and no Γ to begin with
     if not part.scaling and any(bool(term.lam.any()) for term in terms):
         lam, gamma = (
             torch.zeros(size, dtype=dtype, device=at) for size in diagonal_shapes(part.shape[-2:], part.options.r)

@@ -8,7 +8,7 @@ are replaced: `nn.Module.to`, FSDP, `torch.func.functional_call` and accelerate 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from randlora.bases.spec import Shape, count_bases
 from randlora.errors import AdapterError
+from randlora.start import initial_values
+from randlora.state import SiteAdapter
 
 OFFLOADER, OFFLOADER_IN = "attach_align_device_hook", "accelerate.utils.modeling"
 """accelerate's function that offloads each module with parameters of its own, and the module that it asks for these."""
@@ -94,15 +96,17 @@ class Diagonal(nn.ParameterDict):
         randlora_acting: The names of the active adapters.
         randlora_slots: Their parameters; ``None`` if something else than `Values` holds the parameters, as in replicas
             of `nn.DataParallel` and under DeepSpeed's ZeRO-3. They are found by name then.
+        randlora_parts: The adapters of the weight, by name; the mapping that its adapter layer has.
     """
 
     randlora_acting: tuple[str, ...] = ()
     randlora_slots: list[nn.Parameter | None] | None
 
-    def __init__(self) -> None:
-        """Create it without adapters."""
+    def __init__(self, parts: Mapping[str, SiteAdapter]) -> None:
+        """Create it without parameters, for the adapters that its adapter layer has."""
         super().__init__()
         self._parameters = Values()
+        self.randlora_parts = parts
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; whatever holds the parameters says where the active ones are."""
@@ -164,6 +168,13 @@ class Diagonal(nn.ParameterDict):
             return iter(())
         return super().named_parameters(*args, **kwargs)
 
+    @torch.no_grad()
+    def randlora_reset(self, position: int) -> None:
+        """Set every parameter to what it started with: the first or the second of the initial values."""
+        for name, parameter in self.named_parameters():
+            part = self.randlora_parts[name]
+            parameter.fill_(initial_values(part.adapter.init, part.shape)[position])
+
     def _save_to_state_dict(self, *args: Any) -> None:
         """Save the parameters, except that accelerate is not to dispatch a model whose Λ and Γ have no values."""
         if any(parameter.is_meta for parameter in self._parameters.values() if parameter is not None):
@@ -186,21 +197,17 @@ class Diagonal(nn.ParameterDict):
 class Lambda(Diagonal):
     """Λ of one weight, ``(r, num_bases)``, or a stack, float32 per adapter."""
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set every Λ to 0, its initial value, for use after ``model.to_empty(...)``."""
-        for parameter in self.parameters():
-            parameter.zero_()
+        """Set every Λ to its initial value, for use after ``model.to_empty(...)``."""
+        self.randlora_reset(0)
 
 
 class Gamma(Diagonal):
     """Γ of one weight, ``(num_bases, min_dim)``, or a stack, float32 per adapter."""
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set every Γ to 1 / max(num_bases, min_dim), its initial value, for use after ``model.to_empty(...)``."""
-        for parameter in self.parameters():
-            parameter.fill_(1 / max(parameter.shape[-2:]))
+        """Set every Γ to its initial value, for use after ``model.to_empty(...)``."""
+        self.randlora_reset(1)
 
 
 def _refuse_gradient(gradient: Tensor) -> None:  # noqa: ARG001  # a hook's signature

@@ -38,6 +38,7 @@ from randlora.placement.place import whole
 from randlora.placement.ranks import agreed, in_step, ranks_of
 from randlora.replaced import ReplacedParameter
 from randlora.report import Report, adapter_report, next_steps
+from randlora.start import Init
 from randlora.state import Adapter, ModelState, SavePretrained, adapted_root
 from randlora.targets.left_out import doubt, lines
 from randlora.targets.obstacles import obstacles, offloaded_copies
@@ -110,6 +111,7 @@ def inject(
     train_also: str | Sequence[str] | None = None,
     in_proj: InProj = "packed",
     experts: Experts = "each",
+    init: Init = "lambda",
     name: str = "default",
     config: RandLoRAConfig | None = None,
     active: bool | None = None,
@@ -118,9 +120,9 @@ def inject(
 ) -> Report:
     """Add an adapter to a model, in place, and freeze everything else.
 
-    The output does not change at first, because Λ starts at zero. Without ``targets``, attention is adapted
-    in models of transformers and diffusers and, where none is found, all linear layers except the output head. The
-    report says what is left out.
+    The output does not change at first, because Λ or Γ starts at zero. Without ``targets``, attention is adapted in
+    models of transformers and diffusers and, where none is found, all linear layers except the output head. The report
+    says what is left out.
 
     Args:
         model: Any module with layers that can be adapted; it is changed in place.
@@ -137,6 +139,9 @@ def inject(
         train_also: Modules or parameters that are trained and saved with the adapter.
         in_proj: Whether ``in_proj_weight`` of `nn.MultiheadAttention` is adapted as one matrix or split into three.
         experts: Whether each of a stack of experts has its own Λ and Γ, or all share them.
+        init: Which of the two starts at zero and moves first: ``"lambda"``, as in PEFT, with Γ = 1 / min_dim, or
+            ``"gamma"``, with Λ = 1 / sqrt(min_dim). With ``"gamma"`` an equal scaling makes the first steps larger by
+            ``sqrt(min_dim)``; see `randlora.equivalent_alpha`. Files do not say it.
         name: The adapter's name.
         config: The options from ``r`` to ``experts`` as one object, instead of single options.
         active: Whether to make it the only active adapter. ``None`` means if it is the model's first.
@@ -177,10 +182,11 @@ def inject(
         experts=experts,
     )
     reshard(model)
-    require_types(inject, {"save_pretrained": save_pretrained})
+    require_types(inject, {"init": init, "save_pretrained": save_pretrained})
     planned = make_plan(model, name, options, active=active, trainable=trainable)
     report, adapter, sites = planned.report(), planned.adapter, planned.selection.sites
     _warn(report)
+    adapter.init = init
     adapter.bases |= planned.shared
     if not all(parameter.is_meta for site in sites for parameter in site.owner.parameters()):
         for rank in adapter.bases.keys() - planned.shared.keys():
@@ -217,6 +223,7 @@ def plan(
     model: nn.Module,
     r: int | Mapping[str, int] | None = None,
     *,
+    init: Init = "lambda",
     name: str = "default",
     config: RandLoRAConfig | None = None,
     active: bool | None = None,
@@ -231,7 +238,7 @@ def plan(
     Raises:
         RandLoRAError: Any error that `inject` would raise before it draws bases.
     """
-    require_types(inject, {"save_pretrained": save_pretrained})
+    require_types(inject, {"init": init, "save_pretrained": save_pretrained})
     report = make_plan(model, name, one_config(config, r, **options), active=active, trainable=trainable).report()
     _warn(report)
     return report

@@ -105,7 +105,7 @@ def _require_name(name: str, doing: str) -> None:
     """Check that an adapter can have a name; else raise `AdapterError`."""
     # torch.export writes the names of parameters as code
     is_name = isinstance(name, str) and name and name.isprintable() and "." not in name
-    if not is_name or keyword.iskeyword(name) or name in dir(Gamma()):
+    if not is_name or keyword.iskeyword(name) or name in dir(Gamma({})):
         raise AdapterError(
             f"cannot {doing} an adapter named {shortly(name)}: expected a printable name without dots, "
             "not an attribute of ParameterDict or a keyword of Python"
@@ -134,8 +134,8 @@ def prepare(
 ) -> Addition:
     """Create everything that an adapter needs, without changing the model.
 
-    Λ and Γ have their initial values, or those of ``values``, by FQN. ``replaced`` are the model's own parameters that
-    the adapter trains copies of, by FQN.
+    Λ and Γ have the adapter's initial values, or those of ``values``, by FQN. ``replaced`` are the model's own
+    parameters that the adapter trains copies of, by FQN.
 
     Raises:
         AdapterError: If another adapter trains a copy of one of them, and it is sharded.
@@ -145,7 +145,9 @@ def prepare(
     for site in sites:
         layer = site.adapter_layer or site.layer_class(site.owner, state)
         part = adapter.at(site.fqn, site.shape_with(adapter.config))
-        lam, gamma = values[site.fqn] if values else layer.fresh_diagonals(site.owner, part.shape, part.options.r)
+        lam, gamma = (
+            values[site.fqn] if values else layer.fresh_diagonals(site.owner, part.shape, part.options.r, adapter.init)
+        )
         layers.append((site, layer, part, lam, gamma))
     return Addition(state, adapter, layers, replaced, trainable, save_pretrained)
 

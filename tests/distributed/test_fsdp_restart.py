@@ -25,6 +25,7 @@ from randlora.errors import AdapterError
 from randlora.layers.diagonals import Diagonal
 from randlora.placement.averaged import DataMeshes, average_gradient
 from randlora.placement.dtensor import all_fsdp_modules
+from randlora.start import Init
 from tests.distributed.processes import Processes
 from tests.distributed.test_fsdp_at_rest import Two
 from tests.distributed.test_fsdp_training import TOKENS, Case, exchange, share_of, train, values
@@ -33,16 +34,18 @@ from tests.distributed.trained import distance
 TRAINED = StateDictOptions(ignore_frozen_params=True)
 
 
-def build_on_meta(is_sharded_first: bool) -> None:
+def build_on_meta(is_sharded_first: bool, init: Init) -> None:
     case = Case()
     base = case.base()
     one = case.base()
-    randlora.inject(one, r=3, targets=["q", "up", "down", "embed"])
+    options: dict[str, Any] = {"init": init, "alpha": 3 if init == "gamma" else None}
+    options |= {"r": 3, "targets": ["q", "up", "down", "embed"]}
+    randlora.inject(one, **options)
     with torch.device("meta"):
         model = Two()
     if is_sharded_first:
         case.shard(model)
-    randlora.inject(model, r=3, targets=["q", "up", "down", "embed"])
+    randlora.inject(model, **options)
     if not is_sharded_first:
         case.shard(model)
     model.to_empty(device="cpu")
@@ -59,9 +62,9 @@ def build_on_meta(is_sharded_first: bool) -> None:
     assert distance(values(model), dict(one.named_parameters())) <= 1e-6
 
 
-@pytest.mark.parametrize("is_sharded_first", [False, True])
-def test_a_model_built_on_meta_trains_as_one_that_was_not(pair: Processes, is_sharded_first: bool) -> None:
-    pair.run(build_on_meta, is_sharded_first)
+@pytest.mark.parametrize(("is_sharded_first", "init"), [(False, "gamma"), (True, "lambda")])
+def test_a_model_built_on_meta_trains_as_one_that_was_not(pair: Processes, is_sharded_first: bool, init: Init) -> None:
+    pair.run(build_on_meta, is_sharded_first, init)
 
 
 def follow_the_docs() -> None:

@@ -1,0 +1,82 @@
+"""How an adapter starts: the initial values of Λ and Γ, and the alpha with which its first step is as large as LoRA's.
+
+Λ or Γ starts at zero, so that the update is zero, and the other one at a constant. The gradient of the constant one is
+then zero, so in the first step of an optimizer only the one at zero moves. Adam moves each entry by the learning rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from randlora.bases.spec import Shape, count_bases
+from randlora.config import LARGEST_FACTOR, LARGEST_RANK
+from randlora.errors import ConfigError, raise_collected
+from randlora.hints import require_types, shortly
+
+Init = Literal["lambda", "gamma"]
+"""Which of Λ and Γ starts at zero and moves first."""
+
+
+def initial_values(init: Init, shape: Shape) -> tuple[float, float]:
+    """Return what all entries of Λ and of Γ of an update of this shape, or of a stack of them, start with."""
+    min_dim = min(shape[-2:])
+    return (0.0, 1 / min_dim) if init == "lambda" else (1 / math.sqrt(min_dim), 0.0)
+
+
+def equivalent_alpha(
+    lora_r: int,
+    lora_alpha: float,
+    r: int = 32,
+    *,
+    init: Init = "lambda",
+    shape: tuple[int, int] | None = None,
+    use_rslora: bool = False,
+) -> float:
+    """Return the alpha with which RandLoRA's first step under Adam is as large as LoRA's at the same learning rate.
+
+    The size is the root mean square of the entries of the update. With PEFT's initial values that of LoRA is
+    ``scaling · lr · sqrt(lora_r / (3 · in_features))``, and here it is ``alpha / r · lr · sqrt(num_bases · r)`` times
+    what Λ or Γ starts with. For layers that are not wider than high and large beside ``r``, it follows that
+    ``alpha / r = lora_alpha / lora_r · sqrt(lora_r / 3)``.
+
+    Args:
+        lora_r: The rank of LoRA.
+        lora_alpha: The alpha of LoRA, whose update is scaled by ``lora_alpha / lora_r``.
+        r: The rank of one random basis.
+        init: The start, as in `inject`.
+        shape: ``(out_features, in_features)`` of a layer. ``None`` means any with ``in_features <= out_features``. A
+            layer with more gets an update that is ``sqrt(in_features / out_features)`` times too large then. With
+            ``init="gamma"`` the alpha depends on ``in_features``, so a shape is needed.
+        use_rslora: Whether LoRA's update is scaled by ``lora_alpha / sqrt(lora_r)`` instead, as PEFT's option of this
+            name says.
+
+    Raises:
+        ConfigError: For invalid values, or ``init="gamma"`` without a shape.
+
+    Example:
+        >>> round(randlora.equivalent_alpha(lora_r=32, lora_alpha=64, r=32), 2)
+        209.02
+    """
+    given = {name: value for name, value in locals().items() if name != "given"}
+    require_types(equivalent_alpha, given)
+    raise_collected(ConfigError, [*_problems(given)], doing="compute an equivalent alpha")
+    scaling = lora_alpha / (math.sqrt(lora_r) if use_rslora else lora_r)
+    if shape is None:
+        return r * scaling * math.sqrt(lora_r / 3)
+    lora_size = scaling * math.sqrt(lora_r / (3 * shape[1]))
+    return r * lora_size / (max(initial_values(init, shape)) * math.sqrt(count_bases(min(shape), r) * r))
+
+
+def _problems(given: dict[str, Any]) -> Iterator[str]:
+    """Yield which arguments of `equivalent_alpha` are out of range."""
+    counts = {name: given[name] for name in ("lora_r", "r")}
+    counts |= {f"shape[{index}]": size for index, size in enumerate(given["shape"] or ())}
+    for name, value in counts.items():
+        if not 0 < value <= LARGEST_RANK:
+            yield f"{name} must be a positive integer of at most {LARGEST_RANK}, got {shortly(value)}"
+    if not 0 < (alpha := given["lora_alpha"]) <= LARGEST_FACTOR:
+        yield f"lora_alpha must be a positive number of at most {LARGEST_FACTOR:g}, got {shortly(alpha)}"
+    if given["init"] == "gamma" and given["shape"] is None:
+        yield 'with init="gamma" the alpha depends on the layer: give its shape=(out_features, in_features)'
