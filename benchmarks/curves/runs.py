@@ -1,0 +1,57 @@
+"""Runs in files, one line of JSON each, so that a restart makes only those that are missing."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a result depends on, beside the versions of code and machine."""
+
+    task: str
+    contestant: str
+    lr: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and what came of it.
+
+    Attributes:
+        key: What was trained.
+        found: The task's metric, ``drift`` and other measures, by name.
+        loss: The mean training loss of the last tenth of the steps, if any.
+        seconds: All steps together, on whatever else the machine did.
+        trained: The number of parameters trained, without those of the head.
+        file_bytes: What the library writes of them.
+        machine: Where it ran, as `benchmarks.machine.describe` says.
+    """
+
+    key: Key
+    found: dict[str, float]
+    loss: float | None
+    seconds: float
+    trained: int
+    file_bytes: int
+    machine: dict[str, str]
+
+
+def read_runs(file: Path) -> Iterator[Run]:
+    """Go through the runs of a file; there may be none."""
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            fields = json.loads(line)
+            yield Run(**{**fields, "key": Key(**fields["key"])})
+
+
+def add_run(file: Path, run: Run) -> None:
+    """Append a run to a file; a line that a kill left unfinished before it is dropped."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    whole = text[: text.rfind("\n") + 1]
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text(whole + json.dumps(asdict(run)) + "\n", encoding="utf-8")
+    unfinished.replace(file)

@@ -1,0 +1,80 @@
+"""The tone of film reviews, two classes, or of tweets, three, by a pretrained sentence encoder with a linear head."""
+
+import random
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+
+from benchmarks.curves.task import Prepared, Size, Targets, Task
+from benchmarks.texts import (
+    FILM_REVIEWS,
+    TWEETS,
+    Classifier,
+    Source,
+    Texts,
+    accuracy,
+    encoder_directory,
+    fit_head,
+    load_classifier,
+    read_parts,
+    tokenize,
+)
+
+LAYERS = r"encoder\..*\.(query|key|value|dense)"
+BATCH_SIZE = 32
+HEAD_DECAY = 1e-2  # the best of some in a cross-validation on the training texts of seed 0
+OTHER_TEXTS = 400
+
+
+def prepare(source: Source, other: Source, seed: int, size: Size) -> Prepared:
+    """Load the encoder, with a head that is the logistic regression on its features."""
+    train_size, test_size, other_size, epochs = (96, 100, 100, 1) if size == "quick" else (600, 1000, OTHER_TEXTS, 2)
+    training, test = read_parts(source, train_size, test_size, seed)
+    model = load_classifier(source.num_classes)
+    fit_head(model, training, HEAD_DECAY)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(encoder_directory())
+    other_texts = tokenize(tokenizer, random.Random(seed).sample(other.read(), other_size))
+    before = similarities(model, other_texts)
+
+    def measure() -> dict[str, float]:
+        after = similarities(model, other_texts)
+        together = float(torch.corrcoef(torch.stack([before, after]))[0, 1])
+        return {"accuracy": accuracy(model, test), "drift": 1 - together}
+
+    return Prepared(
+        model,
+        model.head,
+        Targets(LAYERS, LAYERS, LAYERS),
+        training.shuffled_batches(BATCH_SIZE, epochs, seed),
+        lambda batch: F.cross_entropy(model(batch), batch.labels),
+        measure,
+    )
+
+
+@torch.no_grad()
+def similarities(model: Classifier, texts: Texts) -> Tensor:
+    """Return the cosine of the features of each two texts, ``(pairs,)``."""
+    model.eval()
+    features = F.normalize(torch.cat([model.features(batch) for batch in texts.batches()]), dim=1)
+    rows, columns = torch.triu_indices(len(texts), len(texts), offset=1)
+    return (features @ features.T)[rows, columns]
+
+
+def sentiment(name: str, source: Source, other: Source) -> Task:
+    """Make the task of a collection of texts; those of the other are what the encoder should compare as it did."""
+    return Task(
+        name,
+        metric="accuracy",
+        is_better_if_larger=True,
+        drift=f"1 − correlation of the similarities of {OTHER_TEXTS} other texts, before and after",
+        rates={"frozen": (0.0,), "full": (1e-5, 3e-5, 1e-4, 3e-4), "adapter": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)},
+        head_rate=5e-3,
+        prepare=partial(prepare, source, other),
+    )
+
+
+REVIEWS_TASK = sentiment("film reviews", FILM_REVIEWS, TWEETS)
+TWEETS_TASK = sentiment("tweets", TWEETS, FILM_REVIEWS)

@@ -1,0 +1,149 @@
+"""Tables and figures of many runs: accuracy against drift."""
+
+import itertools
+import math
+import statistics
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib import rcParams
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.curves.runs import Run
+from benchmarks.curves.task import Task
+
+INK = "#7f7f7f"
+"""Of axes and labels: readable on white and on black."""
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999933", "#882255", "#7f7f7f")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One contestant at one learning rate, over all seeds: means with their standard errors.
+
+    Attributes:
+        metric: The task's metric.
+        drift: How far the model has drifted on other data.
+        seeds: Their number.
+    """
+
+    contestant: str
+    lr: float
+    metric: tuple[float, float]
+    drift: tuple[float, float]
+    seeds: int
+
+
+def points_of(task: Task, runs: Iterable[Run]) -> list[Point]:
+    """Sum up over seeds; contestants in order of appearance, each with rising learning rates."""
+    groups: dict[str, dict[float, list[Run]]] = {}
+    for run in runs:
+        groups.setdefault(run.key.contestant, {}).setdefault(run.key.lr, []).append(run)
+    return [
+        Point(
+            contestant,
+            lr,
+            mean_and_error([run.found[task.metric] for run in own]),
+            mean_and_error([run.found["drift"] for run in own]),
+            len(own),
+        )
+        for contestant, by_rate in groups.items()
+        for lr, own in sorted(by_rate.items())
+    ]
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and its standard error, which of one value is not known."""
+    if len(values) < 2:
+        return values[0], math.nan
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def best(task: Task, points: Sequence[Point]) -> Point:
+    """Return the point with the best metric."""
+    sign = 1 if task.is_better_if_larger else -1
+    return max(points, key=lambda point: sign * point.metric[0])
+
+
+def front(task: Task, points: Sequence[Point]) -> list[Point]:
+    """Return the points of which no other has a better metric at no more drift, by drift."""
+    found: list[Point] = []
+    sign = 1 if task.is_better_if_larger else -1
+    for point in sorted(points, key=lambda each: (each.drift[0], -sign * each.metric[0])):
+        if not found or sign * point.metric[0] > sign * found[-1].metric[0]:
+            found.append(point)
+    return found
+
+
+def table_of(task: Task, runs: Sequence[Run]) -> str:
+    """Write a table in Markdown: each contestant at its best learning rate, and its metric and drift at every one."""
+    titles = ["contestant", "parameters", "file", "best rate", task.metric, "drift", f"{task.metric} (drift) by rate"]
+    lines = [titles, ["---", *["--:"] * 5, "---"]]
+    for contestant, points in by_contestant(points_of(task, runs)).items():
+        chosen = best(task, points)
+        example = next(run for run in runs if run.key.contestant == contestant)
+        each = ", ".join(f"{point.lr:g}: {number(task, point.metric[0])} ({point.drift[0]:.3f})" for point in points)
+        lines.append([
+            contestant,
+            f"{example.trained:,}",
+            f"{example.file_bytes / 1e6:.2f} MB",
+            f"{chosen.lr:g}",
+            number(task, *chosen.metric),
+            _with_error(f"{chosen.drift[0]:.3f}", f"{chosen.drift[1]:.3f}", chosen.drift[1]),
+            each,
+        ])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def by_contestant(points: Iterable[Point]) -> dict[str, list[Point]]:
+    """Put the points of each contestant together."""
+    found: dict[str, list[Point]] = {}
+    for point in points:
+        found.setdefault(point.contestant, []).append(point)
+    return found
+
+
+def number(task: Task, value: float, error: float = math.nan) -> str:
+    """Write a metric: an accuracy in percent, a loss with three digits."""
+    if task.is_better_if_larger:
+        return _with_error(f"{100 * value:.1f}", f"{100 * error:.1f}", error) + " %"
+    return _with_error(f"{value:.3f}", f"{error:.3f}", error)
+
+
+def _with_error(value: str, error: str, is_known: float) -> str:
+    return value if math.isnan(is_known) else f"{value} ± {error}"
+
+
+def draw(tasks: Collection[tuple[Task, Sequence[Run]]], file: Path) -> None:
+    """Draw the metric against the drift of each task."""
+    rcParams["svg.hashsalt"] = "curves"  # so that the same runs give the same file
+    picture = Figure(figsize=(5.4 * len(tasks), 4.4), layout="constrained")
+    for axes, (task, runs) in zip(picture.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        _draw_task(axes, task, by_contestant(points_of(task, runs)))
+    picture.savefig(file, transparent=True, metadata={"Date": None})
+
+
+def _draw_task(axes: Axes, task: Task, curves: Mapping[str, Sequence[Point]]) -> None:
+    """Draw a curve for each contestant over its learning rates, with error bars of one standard error."""
+    for (contestant, points), color in zip(curves.items(), itertools.cycle(COLORS), strict=False):
+        drifts, metrics = [point.drift for point in points], [point.metric for point in points]
+        axes.errorbar(
+            [mean for mean, _ in drifts], [mean for mean, _ in metrics],
+            xerr=[_known(error) for _, error in drifts], yerr=[_known(error) for _, error in metrics],
+            marker="o", markersize=3, linewidth=1, elinewidth=0.6, color=color, label=contestant,
+        )  # fmt: skip
+    axes.set(title=task.name, xlabel=task.drift, ylabel=task.metric)
+    axes.set_xscale("symlog", linthresh=0.01)
+    axes.grid(alpha=0.25)
+    axes.tick_params(colors=INK)
+    axes.legend(fontsize="x-small", framealpha=0.5)
+    for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+        text.set_color(INK)
+    for spine in axes.spines.values():
+        spine.set_color(INK)
+
+
+def _known(error: float) -> float:
+    return 0.0 if math.isnan(error) else error

@@ -1,0 +1,88 @@
+"""One run: a contestant trained on one seed of a task, at one learning rate."""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import peft
+import torch
+from torch import Tensor, nn
+
+import randlora
+from benchmarks.curves.contestants import Contestant
+from benchmarks.curves.runs import Key, Run
+from benchmarks.curves.task import Prepared, Size, Task
+from benchmarks.machine import describe
+
+WARMUP = 0.1
+LARGEST_NORM = 1.0
+
+
+def make_run(task: Task, name: str, contestant: Contestant, lr: float, seed: int, size: Size) -> Run:
+    """Train a contestant and measure what came of it."""
+    torch.manual_seed(seed)
+    prepared = task.prepare(seed, size)
+    torch.manual_seed(seed)  # the same numbers for all, whatever was drawn so far
+    adapted = contestant.adapt(prepared, seed)
+    head = list(prepared.head.parameters()) if prepared.head is not None else []
+    for parameter in head:
+        parameter.requires_grad_()
+    own = {id(parameter) for parameter in head}
+    body = [each for each in prepared.model.parameters() if each.requires_grad and id(each) not in own]
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    losses = train(prepared, body, head, lr, task.head_rate) if body or head else []
+    seconds = time.perf_counter() - start
+    prepared.model.eval()
+    with torch.no_grad():
+        found = prepared.measure()
+    last = losses[-max(1, len(losses) // 10) :]
+    return Run(
+        Key(task.name, name, lr, seed),
+        found,
+        statistics.mean(last) if last else None,
+        seconds,
+        sum(parameter.numel() for parameter in body),
+        file_bytes(adapted, prepared.model, body),
+        describe("cpu"),
+    )
+
+
+def train(
+    prepared: Prepared, body: list[nn.Parameter], head: list[nn.Parameter], lr: float, head_lr: float
+) -> list[float]:
+    """Train some parameters, and return the loss of each step."""
+    groups = [{"params": each, "lr": rate} for each, rate in ((body, lr), (head, head_lr)) if each]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    steps = len(prepared.batches)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps))
+    prepared.model.train()
+    losses = []
+    for batch in prepared.batches:
+        loss: Tensor = prepared.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([*body, *head], LARGEST_NORM)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses
+
+
+def file_bytes(adapted: object, model: nn.Module, body: list[nn.Parameter]) -> int:
+    """Return the size of what each library saves of an adapter; of plain parameters that of their values."""
+    if not isinstance(adapted, peft.PeftModel) and not randlora.adapters(model):
+        return sum(parameter.nbytes for parameter in body)
+    with tempfile.TemporaryDirectory() as directory:
+        if isinstance(adapted, peft.PeftModel):
+            adapted.save_pretrained(directory)
+        else:
+            randlora.save(model, directory)
+        return sum(file.stat().st_size for file in Path(directory).rglob("*") if file.is_file())
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Return the learning rate of a step as a share of the largest: up over the first tenth, then down to zero."""
+    warmup = max(1, round(WARMUP * steps))
+    return (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup + 1)

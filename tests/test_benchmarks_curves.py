@@ -1,0 +1,228 @@
+"""Accuracy against drift: making runs, going on where they stopped, and summing them up. Little is trained."""
+
+import gzip
+import itertools
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import typer
+from torch import nn
+
+import randlora
+from benchmarks.curves import __main__ as command
+from benchmarks.curves import fashion, summary, words
+from benchmarks.curves.contestants import GROUPS, MAIN, equal_rank
+from benchmarks.curves.runs import Key, Run, add_run, read_runs
+from benchmarks.curves.task import Prepared, Size, Targets, Task
+from benchmarks.curves.training import make_run, rate_at
+
+STEPS = 20
+
+
+def prepare(seed: int, size: Size) -> Prepared:
+    """Make a task of a second: rotate vectors."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+    x, y = torch.randn(64, 16), torch.randn(64, 4)
+    names = ["0"]
+    return Prepared(
+        model,
+        model[2],
+        Targets(names, names, names),
+        [torch.arange(64)] * (STEPS if size == "full" else 2),
+        lambda rows: F.mse_loss(model(x[rows]), y[rows]),
+        lambda: {"loss": float(F.mse_loss(model(x), y)), "drift": float(model[0](x).square().mean())},
+    )
+
+
+TASK = Task(
+    "tiny",
+    metric="loss",
+    is_better_if_larger=False,
+    drift="none",
+    rates={"frozen": (0.0,), "full": (1e-3, 1e-2), "adapter": (1e-3, 1e-2, 3e-2)},
+    head_rate=1e-2,
+    prepare=prepare,
+)
+
+
+def run(contestant: str, lr: float, seed: int, loss: float, drift: float) -> Run:
+    return Run(Key("tiny", contestant, lr, seed), {"loss": loss, "drift": drift}, None, 1.0, 1234, 2_500_000, {})
+
+
+RUNS = [
+    run("full", 1e-3, 0, 0.50, 0.1),
+    run("full", 1e-3, 1, 0.70, 0.3),
+    run("full", 1e-2, 0, 0.40, 0.9),
+    run("full", 1e-2, 1, 0.40, 0.7),
+    run("dense", 1e-3, 0, 0.55, 0.1),
+]
+
+
+@pytest.mark.parametrize("name", [name for group in GROUPS.values() for name in group])
+def test_every_contestant_is_trained_and_nothing_else(name: str) -> None:
+    contestant = next(group[name] for group in GROUPS.values() if name in group)
+    first = make_run(TASK, name, contestant, 1e-2, 0, "full")
+    assert make_run(TASK, name, contestant, 1e-2, 0, "full").found == first.found
+    with torch.no_grad():
+        before = prepare(0, "full").measure()
+    assert first.found["loss"] < before["loss"]  # the head at least has learned
+    moved = first.found["drift"] != before["drift"]
+    assert moved == (name != "frozen") == (first.trained > 0) == (first.file_bytes > 0)
+
+
+def test_ours_and_that_of_peft_with_equal_options_learn_the_same() -> None:
+    ours, theirs = (make_run(TASK, name, MAIN[name], 1e-2, 0, "full") for name in ("dense", "PEFT"))
+    assert ours.trained == theirs.trained
+    assert ours.found == pytest.approx(theirs.found, rel=1e-3)
+
+
+def test_the_lora_of_equal_size_has_the_nearest_rank() -> None:
+    prepared = prepare(0, "full")
+    size = randlora.plan(prepared.model, r=32, targets=["0"]).trainable_parameters
+    assert abs(equal_rank(prepared.model, prepared.targets) * 32 - size) <= 16
+
+
+def test_the_learning_rate_rises_and_falls_to_almost_nothing() -> None:
+    rates = [rate_at(step, 50) for step in range(50)]
+    assert max(rates) == rates[4] == 1
+    assert rates[:5] == sorted(rates[:5])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert 0 < rates[-1] < 0.03
+    assert rate_at(0, 1) == 1
+
+
+def test_a_restart_makes_only_the_runs_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Key] = []
+
+    def counted(task: Task, name: str, _contestant: object, lr: float, seed: int, _size: Size) -> Run:
+        made.append(Key(task.name, name, lr, seed))
+        return run(name, lr, seed, 0.5, 0.1)
+
+    monkeypatch.setattr(command, "make_run", counted)
+    chosen = {name: MAIN[name] for name in ("frozen", "dense")}
+    first = command.runs_of(TASK, chosen, range(2), tmp_path, full=True)
+    assert (
+        [each.key for each in first]
+        == made
+        == [
+            Key("tiny", name, lr, seed)
+            for seed in (0, 1)
+            for name, rates in (("frozen", (0.0,)), ("dense", (1e-3, 1e-2, 3e-2)))
+            for lr in rates
+        ]
+    )
+    assert command.runs_of(TASK, chosen, range(2), tmp_path, full=True) == first
+    assert len(made) == 8
+    assert [each.key.seed for each in command.runs_of(TASK, chosen, range(3), tmp_path, full=True)][-4:] == [2] * 4
+    assert len(made) == 12
+    assert len(command.runs_of(TASK, chosen, range(3), tmp_path / "quick", full=False)) == 2
+
+
+def test_a_task_without_its_data_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nowhere(_seed: int, _size: Size) -> Prepared:
+        raise FileNotFoundError("there is no such data")
+
+    monkeypatch.setattr(command, "TASKS", {"tiny": TASK, "absent": replace(TASK, name="absent", prepare=nowhere)})
+    monkeypatch.setattr(command, "QUICK", tmp_path)
+    command.main(contestant="frozen|dense")
+    assert "skipped absent: there is no such data" in capsys.readouterr().out
+    assert {file.name for file in tmp_path.iterdir()} == {"tiny.jsonl", "main_tiny.md", "main.svg"}
+    with pytest.raises(typer.Exit):
+        command.main(task="absent")
+
+
+def test_a_line_that_a_kill_left_unfinished_is_made_again(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "runs.jsonl"
+    assert [*read_runs(file)] == []
+    for each in RUNS[:2]:
+        add_run(file, each)
+    file.write_text(file.read_text() + '{"key": {"task"')
+    add_run(file, RUNS[2])
+    assert [*read_runs(file)] == RUNS[:3]
+
+
+def test_the_table_has_each_contestant_at_its_best_rate_with_standard_errors() -> None:
+    titles, _, *lines = summary.table_of(TASK, RUNS).splitlines()
+    assert titles == "| contestant | parameters | file | best rate | loss | drift | loss (drift) by rate |"
+    assert lines == [
+        "| full | 1,234 | 2.50 MB | 0.01 | 0.400 ± 0.000 | 0.800 ± 0.100 | 0.001: 0.600 (0.200), 0.01: 0.400 (0.800) |",
+        "| dense | 1,234 | 2.50 MB | 0.001 | 0.550 | 0.100 | 0.001: 0.550 (0.100) |",
+    ]
+
+
+def test_the_front_has_no_point_that_another_beats_in_both() -> None:
+    points = summary.points_of(TASK, RUNS)
+    assert [(point.contestant, point.lr) for point in summary.front(TASK, points)] == [("dense", 1e-3), ("full", 1e-2)]
+
+
+@pytest.mark.medium
+def test_the_same_runs_draw_the_same_figure(tmp_path: Path) -> None:
+    files = [tmp_path / f"{index}.svg" for index in range(2)]
+    for file in files:
+        summary.draw([(TASK, RUNS), (TASK, RUNS[:2])], file)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_every_contestant_has_several_learning_rates_in_every_task() -> None:
+    for task, contestant in itertools.product(command.TASKS.values(), MAIN.values()):
+        assert len(task.rates[contestant.family]) >= (1 if contestant.family == "frozen" else 3)
+
+
+def test_word_problems_are_solved_by_their_steps() -> None:
+    draw = random.Random(0)
+    for problem in (words.make_problem(draw) for _ in range(200)):
+        has = int(re.search(r"has (\d+) ", problem.question)[1])  # type: ignore[index]
+        steps = re.findall(r"(\d+) ([+-]) (\d+) = (\d+)\.", problem.steps)
+        assert len(steps) in (2, 3)
+        assert [int(number) for _, _, number, _ in steps] == [int(each) for each in numbers(problem.question)][1:]
+        for left, sign, right, result in steps:
+            assert int(left) == has
+            has = has + int(right) if sign == "+" else has - int(right)
+            assert has == int(result) >= 0
+        assert problem.answer == has
+        assert problem.steps.endswith(f"The answer is {has}.")
+
+
+def numbers(question: str) -> Iterator[str]:
+    return (found[0] for found in re.finditer(r"\d+", question))
+
+
+def test_only_steps_and_answer_of_a_problem_are_predicted() -> None:
+    class Letters:
+        eos_token_id = 1
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [ord(letter) for letter in text]}
+
+    problems = [words.Problem("ab", "cde", 1), words.Problem("a", "b", 2)]
+    rows = words.tokenized(Letters(), problems)
+    assert rows.ids.tolist() == [[97, 98, 99, 100, 101, 1], [97, 98, 1, 0, 0, 0]]
+    assert rows.mask.tolist() == [[1] * 6, [1, 1, 1, 0, 0, 0]]
+    assert rows.labels.tolist() == [[-100, -100, 99, 100, 101, 1], [-100, 98, 1, -100, -100, -100]]
+
+
+def test_images_are_read_from_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fashion, "DIRECTORY", tmp_path)
+    fashion.read_images.cache_clear()
+    with pytest.raises(FileNotFoundError, match="make build/data/fashion-mnist"):
+        fashion.read_images("t10k")
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
+    labels = np.arange(20, dtype=np.uint8) % 10
+    for what, head, values in (("images-idx3", 16, pixels), ("labels-idx1", 8, labels)):
+        (tmp_path / f"t10k-{what}-ubyte.gz").write_bytes(gzip.compress(bytes(head) + values.tobytes()))
+    known, new = fashion.read_images("t10k")
+    assert known.labels.tolist() == [0, 1, 2, 3, 4] * 2
+    assert new.labels.tolist() == [0, 1, 2, 3, 4] * 2
+    wanted = torch.from_numpy(pixels[labels >= 5]).float()
+    torch.testing.assert_close((new.pixels * 0.353 + 0.286) * 255, wanted, rtol=0, atol=1e-3)
+    fashion.read_images.cache_clear()
