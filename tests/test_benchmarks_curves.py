@@ -17,11 +17,11 @@ from torch import nn
 
 import randlora
 from benchmarks.curves import __main__ as command
-from benchmarks.curves import fashion, summary, words
+from benchmarks.curves import fashion, summary, training, words
 from benchmarks.curves.contestants import GROUPS, MAIN, equal_rank
 from benchmarks.curves.runs import Key, Run, add_run, read_runs
 from benchmarks.curves.task import Prepared, Size, Targets, Task
-from benchmarks.curves.training import make_run, rate_at
+from benchmarks.curves.training import make_run, rate_at, train
 
 STEPS = 20
 
@@ -82,6 +82,36 @@ def test_ours_and_that_of_peft_with_equal_options_learn_the_same() -> None:
     ours, theirs = (make_run(TASK, name, MAIN[name], 1e-2, 0, "full") for name in ("dense", "PEFT"))
     assert ours.trained == theirs.trained
     assert ours.found == pytest.approx(theirs.found, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in GROUPS["sizes"] if "decay" not in name])
+def test_what_keeps_an_update_small_does_so(name: str) -> None:
+    contestant = GROUPS["sizes"][name]
+    prepared, free = prepare(0, "full"), prepare(0, "full")
+    for each, kind in ((prepared, contestant), (free, MAIN["dense"])):
+        kind.adapt(each, 0)
+        train(each, kind, [*randlora.trainable_parameters(each.model)], [], 3e-2, 0.0)
+    sizes = training.norms_of_weights(free.model)
+    shares = [float(training.penalty_of(each.model, sizes).detach()) ** 0.5 for each in (prepared, free)]
+    assert 0 < shares[0] < 0.9 * shares[1]
+    assert shares[0] <= contestant.limit * 1.001
+
+
+def test_contestants_of_one_group_have_the_first_step_of_lora() -> None:
+    found = {}
+    for name, contestant in {"LoRA": MAIN["LoRA"], **GROUPS["starts"]}.items():
+        prepared = prepare(0, "full")
+        weight = prepared.model[0].weight.detach().clone()  # type: ignore[index]
+        contestant.adapt(prepared, 0)
+        body = [each for each in prepared.model.parameters() if each.requires_grad]
+        one = replace(prepared, batches=prepared.batches[:1])
+        train(one, contestant, body, [], 1e-3, 0.0)
+        with torch.no_grad():
+            found[name] = float((prepared.model[0](torch.eye(16)) - prepared.model[0].bias - weight.T).norm())  # type: ignore[index]
+    lora = found.pop("LoRA")
+    for name, size in found.items():
+        times = 3 if name.endswith("3 x LoRA's step") else 1
+        assert 0.6 < size / lora / times < 1.6, name
 
 
 def test_the_lora_of_equal_size_has_the_nearest_rank() -> None:

@@ -31,7 +31,7 @@ console = Console(highlight=False)
 def main(
     task: Annotated[str, typer.Option(help="A regular expression for the names of tasks.")] = ".*",
     contestant: Annotated[str, typer.Option(help="A regular expression for the names of contestants.")] = ".*",
-    group: Annotated[Literal["main", "scales"], typer.Option(help="Who takes part.")] = "main",
+    group: Annotated[Literal["main", "scales", "starts", "sizes"], typer.Option(help="Who takes part.")] = "main",
     seeds: Annotated[int, typer.Option(help="Runs of each contestant at each learning rate.")] = SEEDS,
     full: Annotated[bool, typer.Option("--full", help="Whole data; else a quick look with little of it.")] = False,  # noqa: FBT002
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves them as they are.")] = 0,

@@ -1,5 +1,6 @@
 """Who takes part: ways to fine-tune, each with its settings."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from torch import nn
 
 import randlora
 from benchmarks.curves.task import Family, Prepared, Targets
+from randlora.start import Init
 
 RANK = 32
 
@@ -24,10 +26,16 @@ class Contestant:
     Attributes:
         family: What it trains.
         adapt: Prepares a model.
+        decay: Weight decay of all but the head.
+        limit: The largest norm of the update of a layer, as a share of the norm of its weight, after each step.
+        penalty: What is added to the loss for each layer, times the square of that share.
     """
 
     family: Family
     adapt: Adapt
+    decay: float = 0.0
+    limit: float = math.inf
+    penalty: float = 0.0
 
 
 def frozen(prepared: Prepared, _seed: int) -> None:
@@ -73,6 +81,23 @@ def scaled(scaling: float, **options: Any) -> Adapt:
     return partial(ours, alpha=scaling * rank, **options)
 
 
+def stepping_as_lora(prepared: Prepared, seed: int, *, init: Init, times: float = 1.0) -> None:
+    """Add an adapter of ours whose first step is as large as that of LoRA with alpha = 2·rank, or ``times`` that."""
+    targets = randlora.plan(prepared.model, r=RANK, targets=prepared.targets.ours).targets
+    alphas = {}
+    for fqn in sorted(targets, key=len, reverse=True):  # a name is also a pattern for longer ones
+        out_features, in_features = weight_of(prepared.model, fqn).shape
+        shape = out_features, in_features
+        alphas[fqn] = times * randlora.equivalent_alpha(RANK, 2 * RANK, RANK, init=init, shape=shape)
+    ours(prepared, seed, alpha=alphas, init=init)
+
+
+def weight_of(model: nn.Module, fqn: str) -> nn.Parameter:
+    """Return the parameter that one of our adapters adapts, given the name of its layer or its own."""
+    parameters = dict(model.named_parameters())
+    return parameters[fqn if fqn in parameters else f"{fqn}.weight"]
+
+
 MAIN: Mapping[str, Contestant] = {
     "frozen": Contestant("frozen", frozen),
     "full": Contestant("full", full),
@@ -93,4 +118,18 @@ SCALES: Mapping[str, Contestant] = {
 }
 """Scales of the update; 6.53 steps as LoRA with r = 32 and alpha = 64 does, 20 is the default."""
 
-GROUPS: Mapping[str, Mapping[str, Contestant]] = {"main": MAIN, "scales": SCALES}
+STARTS: Mapping[str, Contestant] = {
+    f"{init} first, {times:g} x LoRA's step": Contestant("adapter", partial(stepping_as_lora, init=init, times=times))
+    for init in ("lambda", "gamma")
+    for times in (1.0, 3.0)
+}
+"""Which of Λ and Γ moves first, with equal first steps."""
+
+SIZES: Mapping[str, Contestant] = {
+    **{f"dense, decay {decay:g}": Contestant("adapter", ours, decay=decay) for decay in (0.1, 1.0)},
+    **{f"dense, at most {limit:.0%} of a weight": Contestant("adapter", ours, limit=limit) for limit in (0.02, 0.05)},
+    **{f"dense, penalty {penalty:g}": Contestant("adapter", ours, penalty=penalty) for penalty in (1.0, 10.0)},
+}
+"""Ways to keep the update small."""
+
+GROUPS: Mapping[str, Mapping[str, Contestant]] = {"main": MAIN, "scales": SCALES, "starts": STARTS, "sizes": SIZES}

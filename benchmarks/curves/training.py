@@ -1,5 +1,6 @@
 """One run: a contestant trained on one seed of a task, at one learning rate."""
 
+import math
 import statistics
 import tempfile
 import time
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import randlora
-from benchmarks.curves.contestants import Contestant
+from benchmarks.curves.contestants import Contestant, weight_of
 from benchmarks.curves.runs import Key, Run
 from benchmarks.curves.task import Prepared, Size, Task
 from benchmarks.machine import describe
@@ -32,7 +33,7 @@ def make_run(task: Task, name: str, contestant: Contestant, lr: float, seed: int
     body = [each for each in prepared.model.parameters() if each.requires_grad and id(each) not in own]
     torch.manual_seed(seed)
     start = time.perf_counter()
-    losses = train(prepared, body, head, lr, task.head_rate) if body or head else []
+    losses = train(prepared, contestant, body, head, lr, task.head_rate) if body or head else []
     seconds = time.perf_counter() - start
     prepared.model.eval()
     with torch.no_grad():
@@ -50,11 +51,19 @@ def make_run(task: Task, name: str, contestant: Contestant, lr: float, seed: int
 
 
 def train(
-    prepared: Prepared, body: list[nn.Parameter], head: list[nn.Parameter], lr: float, head_lr: float
+    prepared: Prepared,
+    contestant: Contestant,
+    body: list[nn.Parameter],
+    head: list[nn.Parameter],
+    lr: float,
+    head_lr: float,
 ) -> list[float]:
-    """Train some parameters, and return the loss of each step."""
-    groups = [{"params": each, "lr": rate} for each, rate in ((body, lr), (head, head_lr)) if each]
+    """Train some parameters, and return the loss of each step, without any penalty."""
+    of_body = {"params": body, "lr": lr, "weight_decay": contestant.decay}
+    groups = [group for group in (of_body, {"params": head, "lr": head_lr}) if group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    keeps_small = bool(contestant.penalty) or contestant.limit < math.inf
+    sizes = norms_of_weights(prepared.model) if keeps_small else {}
     steps = len(prepared.batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps))
     prepared.model.train()
@@ -62,12 +71,26 @@ def train(
     for batch in prepared.batches:
         loss: Tensor = prepared.loss(batch)
         optimizer.zero_grad()
-        loss.backward()
+        (loss + contestant.penalty * penalty_of(prepared.model, sizes) if contestant.penalty else loss).backward()
         nn.utils.clip_grad_norm_([*body, *head], LARGEST_NORM)
         optimizer.step()
         schedule.step()
+        if contestant.limit < math.inf:
+            randlora.limit_norms(prepared.model, {fqn: contestant.limit * size for fqn, size in sizes.items()})
         losses.append(loss.item())
     return losses
+
+
+def norms_of_weights(model: nn.Module) -> dict[str, float]:
+    """Return the norm of each adapted weight by FQN."""
+    (adapter,) = randlora.adapters(model)
+    return {fqn: float(weight_of(model, fqn).detach().norm()) for fqn in adapter.targets}
+
+
+def penalty_of(model: nn.Module, sizes: dict[str, float]) -> Tensor:
+    """Return the sum of the squares of the norms of all updates, each as a share of the norm of its weight."""
+    norms = randlora.update_norms(model)
+    return torch.stack([(norm / sizes[fqn]) ** 2 for fqn, norm in norms.items()]).sum()
 
 
 def file_bytes(adapted: object, model: nn.Module, body: list[nn.Parameter]) -> int:
