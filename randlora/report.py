@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass, field
 
 from torch.nn.parameter import is_lazy
 
-from randlora.bases.spec import BasisSpec, count_bases, count_trainable
+from randlora.bases.spec import KINDS, BasisSpec, count_bases, count_trainable, reach_all
 from randlora.config import RandLoRAConfig
 from randlora.layer_options import Factor
 from randlora.layers.update import RoundingLoss
@@ -212,7 +212,7 @@ def adapter_report(
             if not {fqn, f"{fqn}.weight"} & adapter.trained.keys()
         },
         left_out=left_out(untrained, adapter.config, census.size),
-        notes=(*notes, *_zero_entries(shapes, adapter)),
+        notes=(*notes, *_block_notes(shapes, adapter)),
     )
 
 
@@ -226,15 +226,24 @@ def next_steps(name: str, *, is_active: bool, is_trainable: bool) -> list[str]:
     return notes
 
 
-def _zero_entries(shapes: Shapes, adapter: Adapter) -> list[str]:
-    """Return a note for each pair of bases whose blocks leave entries of updates always zero."""
+def _block_notes(shapes: Shapes, adapter: Adapter) -> list[str]:
+    """Return a note for each pair of bases whose blocks leave entries of updates always zero, or are fewer for that."""
     notes = []
     for r, basis in adapter.bases.items():
-        own = {fqn: min(shape[-2:]) for fqn, shape in shapes.items() if adapter.options[fqn].r == r}
-        if split := [fqn for fqn, min_dim in own.items() if not basis.spec.is_whole(min_dim)]:
+        blocks, most = basis.spec.blocks, KINDS[basis.spec.kind].default_blocks(r, ())
+        if blocks is None or most is None:
+            continue
+        counts = {fqn: count_bases(min(shapes[fqn][-2:]), r) for fqn in shapes if adapter.options[fqn].r == r}
+        if split := [fqn for fqn, num_bases in counts.items() if not reach_all(blocks, num_bases)]:
             notes.append(
-                f"blocks={basis.spec.blocks} leave entries of the update always zero in {shortened(split)}, which have "
-                "few bases: the default blocks leave none"
+                f"blocks={blocks} leave entries of the update always zero in {shortened(split)}, which have few bases: "
+                "those of a new adapter leave none by default"
+            )
+        elif adapter.config.blocks is None and blocks != most:
+            few = [fqn for fqn, num_bases in counts.items() if not reach_all(most, num_bases)]
+            notes.append(
+                f"blocks={blocks} instead of {most} for r={r}, because {shortened(few)} have few bases: exclude "
+                "them, or give them a smaller r, for less memory and faster steps"
             )
     return notes
 

@@ -70,10 +70,11 @@ def test_default_blocks_reach_all_entries_and_no_larger_ones_do(r: int, counts: 
         (32, {4}, (4, 4)),
         (32, {3}, (2, 8)),
         (32, {2}, (4, 2)),
-        (32, {1}, (4, 1)),
+        (32, {1}, (1, 8)),
         (32, {128, 32, 2}, (4, 2)),
         (64, {64}, (8, 8)),
-        (64, {7}, (8, 4)),
+        (64, {7}, (4, 8)),
+        (128, {1}, (1, 8)),
         (128, {6}, (16, 4)),
         (16, {1}, (1, 8)),
         (8, {1}, (1, 8)),
@@ -138,11 +139,16 @@ def test_a_report_says_where_given_blocks_leave_entries_out(shape: Shape, data: 
 
 def test_layers_of_one_rank_share_blocks_and_those_of_another_have_their_own() -> None:
     model = nn.Sequential(nn.Linear(320, 320), nn.Linear(320, 50), nn.Linear(50, 64))
+    assert not randlora.plan(model, 32, targets=["0"], basis="block").notes
     planned = randlora.plan(model, {"2": 16, ".*": 32}, targets="all", basis="block")
     report = randlora.inject(model, {"2": 16, ".*": 32}, targets="all", basis="block")
     assert planned == report
     assert {spec.r: spec.blocks for spec in report.specs} == {32: (4, 2), 16: (2, 4)}
-    assert not report.notes
+    assert [note.partition(", because")[0] for note in report.notes] == [
+        "blocks=(4, 2) instead of (4, 8) for r=32",
+        "blocks=(2, 4) instead of (2, 8) for r=16",
+    ]
+    assert "because 1 have few bases" in report.notes[0]
 
 
 def saved_without_blocks(directory: Path, shape: Shape) -> Tensor:

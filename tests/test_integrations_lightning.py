@@ -53,7 +53,7 @@ def test_adapters_are_saved_beside_checkpoints_and_removed_with_them(tmp_path: P
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seed": 1}, "differs from the model's in bases"),
+        ({"seed": 1}, r"differs from the model's in bases: inject .* it was trained with, on dense bases .*seed=0"),
         ({"r": 2}, "differs from the model's in layers and bases"),
         ({"alpha": 3}, "differs from the model's in layers"),
         ({"train_also": None}, "differs from the model's in train_also"),

@@ -20,8 +20,8 @@ def default_blocks(r: int, counts: Collection[int]) -> tuple[int, int]:
     """Return ``(c, b)`` for a rank, given the numbers of bases of its layers.
 
     A has at most so many blocks that a column has 8 entries, and B at most 8. Of those that leave no entry of an update
-    always zero, these take the least arithmetic in training, where a step has three products with UA and two with UB,
-    and of equals the least memory. If every layer has 8 bases or more, both have as many blocks as they can.
+    always zero, these have the smallest ``1/c + 2/b``, where B counts twice because it is the larger one, and of equals
+    more blocks in A. If every layer has 8 bases or more, both have as many blocks as they can.
     """
     divisors = [size for size in range(1, r + 1) if r % size == 0]
     pairs = [
@@ -31,7 +31,7 @@ def default_blocks(r: int, counts: Collection[int]) -> tuple[int, int]:
         for b in divisors
         if b <= MOST_BLOCKS_IN_B and all(reach_all((c, b), num_bases) for num_bases in counts)
     ]
-    return min(pairs, key=lambda blocks: 3 * r // blocks[0] + 2 * r // blocks[1])  # of equals that with fewer in A
+    return min(reversed(pairs), key=lambda blocks: r // blocks[0] + 2 * r // blocks[1])
 
 
 def block_parts(max_dim: int, min_dim: int, r: int, blocks: tuple[int, int]) -> list[tuple[int, int]]:

@@ -111,10 +111,6 @@ class BasisSpec:
         asked = config.basis, config.stream or default_stream(config.basis), config.seed, r
         return (self.kind, self.stream, self.seed, self.r) == asked and config.blocks in (None, self.blocks)
 
-    def is_whole(self, min_dim: int) -> bool:
-        """Whether blocks leave no entry of the update of a layer of this min_dim always zero."""
-        return self.blocks is None or reach_all(self.blocks, count_bases(min_dim, self.r))
-
     def expected_rank(self, out_features: int, in_features: int) -> int:
         """Estimate the rank of one layer's trained update."""
         dims = max(out_features, in_features), min(out_features, in_features)

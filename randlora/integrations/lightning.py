@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import randlora
+from randlora.bases.spec import BasisSpec
 from randlora.errors import AdapterError, CheckpointError, raise_collected
 from randlora.model.ranks import is_held_together
 from randlora.placement.dtensor import is_dtensor
@@ -182,11 +183,16 @@ def _check(module: Any, checkpoint: dict[str, Any]) -> None:
         if differing:
             problems.append(
                 f"its adapter {entry['name']!r} differs from the model's in {' and '.join(differing)}: inject with the "
-                "options that it was trained with"
+                f"options that it was trained with{_bases_of(entry) if 'bases' in differing else ''}"
             )
     if not problems and (other := _trained(module) ^ set(written["trained"])):
         problems.append(f"{sorted(other)[0]} is trained in one of the two only: make the same parameters require grad")
     raise_collected(CheckpointError, problems, doing="load the checkpoint")
+
+
+def _bases_of(entry: dict[str, Any]) -> str:
+    """Say on which bases an adapter of a checkpoint was trained, which default options do not say."""
+    return ", on " + " and ".join(str(BasisSpec.from_dict(spec)) for spec in entry["bases"])
 
 
 def _described(module: nn.Module) -> list[dict[str, Any]]:

@@ -28,8 +28,8 @@ def update_norms(model: nn.Module, *, name: str | None = None) -> dict[str, Tens
 
     It is the norm that the update would have if its ``r·num_bases`` terms of rank one were orthogonal, as columns of
     random bases nearly are: ``‖ΔW‖² ≈ s² · Σ_kj Λ_kj² · ‖B_kj‖² · Σ_c A_kc² Γ_jc²``. With random Λ and Γ it is within
-    about 1 %. Training aligns the terms, the more so the smaller r is: see the page on training. Gradients reach Λ and
-    Γ, so that it can be a part of a loss.
+    about 1 % in layers of some hundred features. Training aligns the terms, the more so the smaller r is: see the page
+    on training. Gradients reach Λ and Γ, so that it can be a part of a loss.
     ``randlora.delta_weight(model, fqn, name=name).norm()`` is exact, and forms the update.
 
     Args:
