@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import randlora
-from randlora.errors import MergeError, RandLoRAError
+from randlora.errors import AdapterError, MergeError, RandLoRAError
 from tests.kit import all_bits, fill, untouched
+from tests.laws import TOKENS, Mixed
 
 LEAVES: dict[str, Callable[[nn.Module], object]] = {
     "merge": randlora.merge,
@@ -274,3 +276,15 @@ def test_a_copy_made_while_disabled_is_inactive_and_not_disabled_for_ever(made: 
         assert torch.equal(copied(x), base)
     randlora.activate(copied, "a")
     assert torch.equal(copied(x), active)
+
+
+@pytest.mark.parametrize("block", [randlora.disabled, lambda model: randlora.routed(model, ["b"] * len(TOKENS))])
+def test_a_block_that_is_refused_leaves_a_merged_copy_merged(block: Any) -> None:
+    model = Mixed()
+    randlora.inject(model, r=4, name="a", targets=["q"], train_also=["up"])
+    randlora.inject(model, r=4, name="b", targets=["up"])
+    fill(model, "b")
+    randlora.activate(model, ["a", "b"])
+    randlora.merge(model, reversible=True)
+    with untouched(model), pytest.raises(AdapterError, match="while the adapters are merged"), block(model):
+        pass

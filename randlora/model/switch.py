@@ -183,6 +183,8 @@ def without_active(model: nn.Module, checked: Callable[[Census, ModelState], obj
     block: object = None
 
     def end() -> None:
+        if block is None:  # it was refused
+            return
         with CHANGING:
             state.ended.append(block)
             state.require_loaded(root)  # else the model's own values would be loaded over the copies
