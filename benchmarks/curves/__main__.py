@@ -25,7 +25,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (REVIEWS_TASK, TWEETS_TASK
 KEPT = Path("benchmarks/curves/results")
 QUICK = Path("build/benchmarks/curves")
 SEEDS = 3
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def main(
