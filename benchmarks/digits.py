@@ -55,7 +55,7 @@ TABLE_FILE = "digits_table.md"
 
 @dataclass(frozen=True)
 class Images:
-    """Images, ``(images, 28, 28)`` from 0 to 1, and their labels."""
+    """Images, ``(images, 28, 28)``, and their labels."""
 
     pixels: Tensor
     labels: Tensor
@@ -67,7 +67,7 @@ class Images:
 
 @cache
 def read_digits() -> tuple[Images, Images]:
-    """Read the digits 0 to 4, and 5 to 9, each with labels from 0.
+    """Read the digits 0 to 4, and 5 to 9, with pixels from 0 to 1, each with labels from 0.
 
     Raises:
         FileNotFoundError: Where the package is not installed.

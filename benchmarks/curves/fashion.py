@@ -7,7 +7,6 @@ Forgetting is what it loses on the first five with its first head.
 
 import copy
 import gzip
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.curves.task import Prepared, Size, Targets, Task
+from benchmarks.digits import Images
 
 DIRECTORY = Path("build/data/fashion-mnist")
 CLASSES = 5
@@ -32,21 +32,11 @@ LORA = r"blocks\.\d+\.(up|down|attention)"
 OURS = r"blocks\.\d+\.(up|down|attention\.in_proj_weight|attention\.out_proj)"
 
 
-@dataclass(frozen=True)
-class Images:
-    """Images, ``(images, 28, 28)`` with mean 0 and standard deviation 1, and their labels."""
-
-    pixels: Tensor
-    labels: Tensor
-
-    def __getitem__(self, rows: Tensor) -> "Images":
-        """Choose some images."""
-        return Images(self.pixels[rows], self.labels[rows])
-
-
 @cache
 def read_images(part: str) -> tuple[Images, Images]:
     """Read the classes 0 to 4, and 5 to 9, each with labels from 0, of ``"train"`` or ``"t10k"``.
+
+    All pixels together have mean 0 and standard deviation 1.
 
     Raises:
         FileNotFoundError: Where the files are not there.
