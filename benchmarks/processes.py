@@ -1,5 +1,7 @@
 """Runs a measurement in a process of its own, whose peak of memory is then its alone."""
 
+import ctypes
+import gc
 import multiprocessing
 import resource
 import sys
@@ -17,7 +19,7 @@ STATUS = Path("/proc/self/status")
 
 
 def peak_bytes() -> int:
-    """Return the most memory that this process ever held.
+    """Return the most memory that this process ever held, or since `forget_peak`.
 
     Linux counts what the parent had into a child's ``ru_maxrss``, but not into its own high-water mark.
     """
@@ -25,6 +27,14 @@ def peak_bytes() -> int:
         return _status("VmHWM")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * KIBIBYTE
+
+
+def forget_peak() -> None:
+    """Let `peak_bytes` count from now on, with what is not in use given back; elsewhere than on Linux do nothing."""
+    gc.collect()
+    if STATUS.is_file():
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def held_bytes() -> int:

@@ -47,14 +47,19 @@ TASK = Task(
     metric="loss",
     is_better_if_larger=False,
     drift="none",
-    rates={"frozen": (0.0,), "full": (1e-3, 1e-2), "adapter": (1e-3, 1e-2, 3e-2)},
+    rates={
+        "frozen": (0.0,),
+        "full": (1e-3, 1e-2),
+        "adapter": (1e-3, 1e-2, 3e-2),
+        "small adapter": (1e-2, 3e-2),
+    },
     head_rate=1e-2,
     prepare=prepare,
 )
 
 
 def run(contestant: str, lr: float, seed: int, loss: float, drift: float) -> Run:
-    return Run(Key("tiny", contestant, lr, seed), {"loss": loss, "drift": drift}, None, 1.0, 1234, 2_500_000, {})
+    return Run(Key("tiny", contestant, lr, seed), {"loss": loss, "drift": drift}, None, 1.0, 10**9, 1234, 2_500_000, {})
 
 
 RUNS = [

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import peft
+import torch
 from torch import nn
 
 import randlora
@@ -44,8 +45,8 @@ def frozen(prepared: Prepared, _seed: int) -> None:
 
 
 def full(prepared: Prepared, _seed: int) -> None:
-    """Train everything."""
-    prepared.model.requires_grad_(requires_grad=True)
+    """Train everything, in float32: small steps would be lost in the rounding of bfloat16."""
+    prepared.model.to(torch.float32).requires_grad_(requires_grad=True)
 
 
 def ours(prepared: Prepared, seed: int, **options: Any) -> None:
@@ -101,7 +102,7 @@ def weight_of(model: nn.Module, fqn: str) -> nn.Parameter:
 MAIN: Mapping[str, Contestant] = {
     "frozen": Contestant("frozen", frozen),
     "full": Contestant("full", full),
-    "LoRA, equal size": Contestant("adapter", partial(lora, rank=None)),
+    "LoRA, equal size": Contestant("small adapter", partial(lora, rank=None)),
     "LoRA": Contestant("adapter", lora),
     "rsLoRA": Contestant("adapter", partial(lora, alpha=RANK, use_rslora=True)),
     "PEFT": Contestant("adapter", peft_randlora),

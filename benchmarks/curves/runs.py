@@ -25,6 +25,7 @@ class Run:
         found: The task's metric, ``drift`` and other measures, by name.
         loss: The mean training loss of the last tenth of the steps, if any.
         seconds: All steps together, on whatever else the machine did.
+        peak_bytes: The most memory that the process held while it trained.
         trained: The number of parameters trained, without those of the head.
         file_bytes: What the library writes of them.
         machine: Where it ran, as `benchmarks.machine.describe` says.
@@ -34,6 +35,7 @@ class Run:
     found: dict[str, float]
     loss: float | None
     seconds: float
+    peak_bytes: int
     trained: int
     file_bytes: int
     machine: dict[str, str]

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-Family = Literal["frozen", "full", "adapter"]
-"""What the learning rates of a task depend on: whether nothing, everything or an adapter is trained."""
+Family = Literal["frozen", "full", "adapter", "small adapter"]
+"""What the learning rates of a task depend on: a LoRA of low rank, a small adapter, needs larger ones."""
 
 
 Size = Literal["quick", "full"]

@@ -15,6 +15,7 @@ from benchmarks.curves.contestants import Contestant, weight_of
 from benchmarks.curves.runs import Key, Run
 from benchmarks.curves.task import Prepared, Size, Task
 from benchmarks.machine import describe
+from benchmarks.processes import forget_peak, peak_bytes
 
 WARMUP = 0.1
 LARGEST_NORM = 1.0
@@ -32,9 +33,10 @@ def make_run(task: Task, name: str, contestant: Contestant, lr: float, seed: int
     own = {id(parameter) for parameter in head}
     body = [each for each in prepared.model.parameters() if each.requires_grad and id(each) not in own]
     torch.manual_seed(seed)
+    forget_peak()
     start = time.perf_counter()
     losses = train(prepared, contestant, body, head, lr, task.head_rate) if body or head else []
-    seconds = time.perf_counter() - start
+    seconds, peak = time.perf_counter() - start, peak_bytes()
     prepared.model.eval()
     with torch.no_grad():
         found = prepared.measure()
@@ -44,6 +46,7 @@ def make_run(task: Task, name: str, contestant: Contestant, lr: float, seed: int
         found,
         statistics.mean(last) if last else None,
         seconds,
+        peak,
         sum(parameter.numel() for parameter in body),
         file_bytes(adapted, prepared.model, body),
         describe("cpu"),
