@@ -24,7 +24,7 @@ class Run:
         key: What was trained.
         found: The task's metric, ``drift`` and other measures, by name.
         loss: The mean training loss of the last tenth of the steps, if any.
-        seconds: All steps together, on whatever else the machine did.
+        seconds: The processor's time for all steps together, which with one thread depends little on other processes.
         peak_bytes: The most memory that the process held while it trained.
         trained: The number of parameters trained, without those of the head.
         file_bytes: What the library writes of them.

@@ -34,9 +34,9 @@ def make_run(task: Task, name: str, contestant: Contestant, lr: float, seed: int
     body = [each for each in prepared.model.parameters() if each.requires_grad and id(each) not in own]
     torch.manual_seed(seed)
     forget_peak()
-    start = time.perf_counter()
+    start = time.process_time()
     losses = train(prepared, contestant, body, head, lr, task.head_rate) if body or head else []
-    seconds, peak = time.perf_counter() - start, peak_bytes()
+    seconds, peak = time.process_time() - start, peak_bytes()
     prepared.model.eval()
     with torch.no_grad():
         found = prepared.measure()
