@@ -53,7 +53,8 @@ def main(
     if not found:
         raise typer.Exit(1)
     for name, (each, runs) in found.items():
-        (directory / f"{group}_{file_stem(name)}.md").write_text(summary.table_of(each, runs), encoding="utf-8")
+        tables = f"{summary.table_of(each, runs)}\n{summary.rates_of(each, runs)}"
+        (directory / f"{group}_{file_stem(name)}.md").write_text(tables, encoding="utf-8")
     summary.draw(found.values(), directory / f"{group}.svg")
     console.print(f"tables and a figure are in {directory}")
 

@@ -77,24 +77,69 @@ def front(task: Task, points: Sequence[Point]) -> list[Point]:
     return found
 
 
+def gain(task: Task, runs: Sequence[Run], first: str, second: str) -> tuple[float, float]:
+    """Return by how much a contestant's metric is better than another's, each at its best rate, and the standard error.
+
+    The error is that of the differences of equal seeds, which share data and batches.
+    """
+    sign = 1 if task.is_better_if_larger else -1
+    by_seed = []
+    for contestant in (first, second):
+        own = [run for run in runs if run.key.contestant == contestant]
+        lr = best(task, points_of(task, own)).lr
+        by_seed.append({run.key.seed: run.found[task.metric] for run in own if run.key.lr == lr})
+    seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
+    return mean_and_error([sign * (by_seed[0][seed] - by_seed[1][seed]) for seed in seeds])
+
+
 def table_of(task: Task, runs: Sequence[Run]) -> str:
-    """Write a table in Markdown: each contestant at its best learning rate, and its metric and drift at every one."""
-    titles = ["contestant", "parameters", "file", "best rate", task.metric, "drift", f"{task.metric} (drift) by rate"]
-    lines = [titles, ["---", *["--:"] * 5, "---"]]
-    for contestant, points in by_contestant(points_of(task, runs)).items():
+    """Write a table in Markdown: each contestant at its best learning rate, and what it costs beside full fine-tuning.
+
+    The gain is that over the first LoRA in the table, by equal seeds.
+    """
+    curves = by_contestant(points_of(task, runs))
+    peer = next((name for name in curves if name.startswith("LoRA")), None)
+    scale = mean_seconds(runs, "full" if "full" in curves else next(iter(curves)))
+    titles = ["contestant", "parameters", "file, MB", "memory, MB", "time", "seeds", "best rate", task.metric, "drift"]
+    titles += [f"gain over {peer}"] if peer else []
+    lines = [titles, ["---", *["--:"] * (len(titles) - 1)]]
+    for contestant, points in curves.items():
         chosen = best(task, points)
-        example = next(run for run in runs if run.key.contestant == contestant)
-        each = ", ".join(f"{point.lr:g}: {number(task, point.metric[0])} ({point.drift[0]:.3f})" for point in points)
-        lines.append([
+        own = [run for run in runs if run.key.contestant == contestant]
+        line = [
             contestant,
-            f"{example.trained:,}",
-            f"{example.file_bytes / 1e6:.2f} MB",
+            f"{own[0].trained:,}",
+            f"{own[0].file_bytes / 1e6:.2f}",
+            f"{max(run.peak_bytes for run in own) / 1e6:.0f}",
+            f"{mean_seconds(runs, contestant) / scale:.2f}",
+            f"{chosen.seeds}",
             f"{chosen.lr:g}",
             number(task, *chosen.metric),
             _with_error(f"{chosen.drift[0]:.3f}", f"{chosen.drift[1]:.3f}", chosen.drift[1]),
-            each,
-        ])
+        ]
+        lines.append([*line, number(task, *gain(task, runs, contestant, peer))] if peer else line)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def rates_of(task: Task, runs: Sequence[Run]) -> str:
+    """Write a table in Markdown: metric and drift of each contestant at each learning rate, bold where on the front.
+
+    A point is on the front if no other has a better metric at no more drift.
+    """
+    points = points_of(task, runs)
+    chosen = {(point.contestant, point.lr) for point in front(task, points)}
+    rates = sorted({point.lr for point in points})
+    lines = [["contestant", *(f"{lr:g}" for lr in rates)], ["---", *["--:"] * len(rates)]]
+    for contestant, own in by_contestant(points).items():
+        cells = {point.lr: f"{number(task, point.metric[0])} ({point.drift[0]:.3f})" for point in own}
+        bold = {lr: f"**{cell}**" if (contestant, lr) in chosen else cell for lr, cell in cells.items()}
+        lines.append([contestant, *(bold.get(lr, "") for lr in rates)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def mean_seconds(runs: Sequence[Run], contestant: str) -> float:
+    """Return the mean time of a contestant's runs."""
+    return statistics.mean(run.seconds for run in runs if run.key.contestant == contestant)
 
 
 def by_contestant(points: Iterable[Point]) -> dict[str, list[Point]]:
