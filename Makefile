@@ -31,6 +31,7 @@ quality: $(VENV)/.dev $(VENV)/.examples $(REVIEWS)
 
 curves: $(VENV)/.dev $(VENV)/.smollm2 $(REVIEWS) $(CLOTHES)  # hours; a run that is interrupted goes on
 	$(BIN)/python -m benchmarks.curves --full $(ARGS)
+	$(BIN)/python -m benchmarks.curves.landscape --full
 
 curves-quick: $(VENV)/.dev $(VENV)/.smollm2 $(REVIEWS) $(CLOTHES)
 	$(BIN)/python -m benchmarks.curves $(ARGS)
