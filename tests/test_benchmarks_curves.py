@@ -1,5 +1,6 @@
 """Accuracy against drift: making runs, going on where they stopped, and summing them up. Little is trained."""
 
+import copy
 import gzip
 import itertools
 import random
@@ -17,8 +18,9 @@ from torch import nn
 
 import randlora
 from benchmarks.curves import __main__ as command
-from benchmarks.curves import fashion, summary, training, words
+from benchmarks.curves import fashion, spectrum, summary, training, words
 from benchmarks.curves.contestants import GROUPS, MAIN, equal_rank
+from benchmarks.curves.other_bases import OTHER_BASES, Made, Update, add_updates
 from benchmarks.curves.runs import Key, Run, add_run, read_runs
 from benchmarks.curves.task import Prepared, Size, Targets, Task
 from benchmarks.curves.training import make_run, rate_at, train
@@ -120,6 +122,77 @@ def test_contestants_of_one_group_have_the_first_step_of_lora() -> None:
     for name, size in found.items():
         times = 3 if name.endswith("3 x LoRA's step") else 1
         assert 0.6 < size / lora / times < 1.6, name
+
+
+def test_updates_with_the_bases_of_the_library_are_its_updates() -> None:
+    torch.manual_seed(0)
+    plain = fashion.VisionTransformer().eval()
+    targets = Targets(fashion.OURS, fashion.LORA, fashion.LINEAR)
+    ours, theirs = (replace(prepare(0, "quick"), model=copy.deepcopy(plain), targets=targets) for _ in range(2))
+    randlora.inject(theirs.model, targets=fashion.OURS, seed=3)
+    basis = randlora.BasisBank().acquire(randlora.adapters(theirs.model)[0].specs[0])
+
+    def of_the_library(weight: torch.Tensor, _r: int, _seed: int) -> Made:
+        basis_A, basis_B = basis.slices(*weight.shape, device="cpu", dtype=torch.float32)
+        return basis_A, basis_B.flatten(1)
+
+    add_updates(ours, 0, make=of_the_library, r=32)
+    updates = {name: each for name, each in ours.model.named_modules() if isinstance(each, Update)}
+    assert len(updates) == 16
+    for name, parameter in theirs.model.named_parameters():
+        if "randlora_" in name:
+            layer, own = name.removesuffix(".default").split("randlora_")
+            layer = layer.removesuffix("_") if "in_proj" in layer else layer + "weight"
+            owner, _, weight = layer.rpartition(".")
+            update = updates[f"{owner}.parametrizations.{weight}.0"]
+            mine = update.lam if own == "lambda" else update.gamma
+            torch.testing.assert_close(mine, parameter, rtol=0, atol=0)  # they start alike
+            with torch.no_grad():
+                mine.copy_(parameter.normal_(std=0.03))
+    pixels = torch.randn(5, 28, 28)
+    with torch.no_grad():
+        found, wanted, before = (model(pixels) for model in (ours.model, theirs.model, plain))
+    assert float((wanted - before).abs().max()) > 0.1
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OTHER_BASES)
+@pytest.mark.parametrize("shape", [(96, 96), (384, 96), (128, 72)])
+def test_other_bases_take_first_steps_of_equal_size(name: str, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    update = Update(*OTHER_BASES[name](torch.randn(shape), 32, 0), 20.0, is_wide=False)
+    zero = torch.zeros(shape)
+    assert not update(zero).any()
+    with torch.no_grad():
+        update.lam.copy_(torch.randn(update.lam.shape).sign())
+        size = update(zero).square().mean().sqrt() * shape[1] ** 0.5 / 20
+        assert 0.99 < size < 1.01 * (update.lam.numel() / shape[1]) ** 0.5  # the latter is that of dense bases
+        update.gamma.normal_()
+        assert torch.linalg.matrix_rank(update(zero)) == shape[1]
+
+
+def test_a_hybrid_trains_adapters_of_both_libraries() -> None:
+    prepared = prepare(0, "quick")
+    GROUPS["bases"]["hybrid"].adapt(prepared, 0)
+    trained = {name.split(".")[-2] for name, each in prepared.model[0].named_parameters() if each.requires_grad}  # type: ignore[index]
+    assert {name for name in trained if "randlora" in name} == {"randlora_lambda", "randlora_gamma"}
+    assert {"lora_A", "lora_B"} < {part for name, _ in prepared.model.named_parameters() for part in name.split(".")}
+
+
+@pytest.mark.parametrize("name", spectrum.SPECTRA)
+def test_residual_and_drift_of_a_spectrum_are_apart(name: str) -> None:
+    prepared = spectrum.prepare(name, 32, 20, 0, "full")
+    inputs = torch.cat(list(prepared.batches))
+    with torch.no_grad():
+        assert prepared.measure() == pytest.approx({"residual": 1, "drift": 0, "stable rank": 0})
+        assert torch.stack([prepared.loss(batch) for batch in prepared.batches]).mean() == pytest.approx(1, abs=0.1)
+        assert torch.linalg.matrix_rank(inputs) == 24
+        unseen = torch.linalg.svd(inputs)[2][24:]
+        prepared.model[0].weight[:8] += unseen  # type: ignore[index]
+        found = prepared.measure()
+    assert found["residual"] == pytest.approx(1)
+    assert found["drift"] == pytest.approx(8**0.5 / (0.2 * 32**0.5))
+    assert found["stable rank"] == pytest.approx(8)
 
 
 def test_the_lora_of_equal_size_has_the_nearest_rank() -> None:

@@ -1,5 +1,6 @@
 """Make the runs that are missing, then tables and a figure: ``python -m benchmarks.curves --task tweets --full``."""
 
+import gc
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,21 +18,25 @@ from benchmarks.curves.contestants import GROUPS, Contestant
 from benchmarks.curves.fashion import CLOTHES_TASK
 from benchmarks.curves.runs import Key, Run, add_run, read_runs
 from benchmarks.curves.sentiment import REVIEWS_TASK, TWEETS_TASK
+from benchmarks.curves.spectrum import SPECTRUM_TASKS, WIDTH_TASKS
 from benchmarks.curves.task import Task
 from benchmarks.curves.training import make_run
 from benchmarks.curves.words import WORDS_TASK
 
-TASKS: dict[str, Task] = {task.name: task for task in (REVIEWS_TASK, TWEETS_TASK, CLOTHES_TASK, WORDS_TASK)}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (REVIEWS_TASK, TWEETS_TASK, CLOTHES_TASK, WORDS_TASK, *SPECTRUM_TASKS)
+}
 KEPT = Path("benchmarks/curves/results")
 QUICK = Path("build/benchmarks/curves")
 SEEDS = 3
+Group = Literal["main", "scales", "starts", "sizes", "ranks", "bases", "widths"]
 console = Console(highlight=False, soft_wrap=True)
 
 
 def main(
     task: Annotated[str, typer.Option(help="A regular expression for the names of tasks.")] = ".*",
     contestant: Annotated[str, typer.Option(help="A regular expression for the names of contestants.")] = ".*",
-    group: Annotated[Literal["main", "scales", "starts", "sizes"], typer.Option(help="Who takes part.")] = "main",
+    group: Annotated[Group, typer.Option(help="Who takes part.")] = "main",
     seeds: Annotated[int, typer.Option(help="Runs of each contestant at each learning rate.")] = SEEDS,
     full: Annotated[bool, typer.Option("--full", help="Whole data; else a quick look with little of it.")] = False,  # noqa: FBT002
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves them as they are.")] = 0,
@@ -40,10 +45,13 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     directory = KEPT if full else QUICK
-    tasks = {name: each for name, each in TASKS.items() if re.fullmatch(task, name)}
+    offered = {each.name: each for each in WIDTH_TASKS} if group == "widths" else TASKS
+    tasks = {name: each for name, each in offered.items() if re.fullmatch(task, name)}
     chosen = {name: each for name, each in GROUPS[group].items() if re.fullmatch(contestant, name)}
     if not tasks or not chosen:
-        raise typer.BadParameter(f"there are the tasks {', '.join(TASKS)}, and contestants {', '.join(GROUPS[group])}")
+        raise typer.BadParameter(
+            f"there are the tasks {', '.join(offered)}, and contestants {', '.join(GROUPS[group])}"
+        )
     found = {}
     for name, each in tasks.items():
         try:
@@ -89,4 +97,5 @@ def file_stem(name: str) -> str:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # else garbage is looked for among all that was imported, before each run, for longer than some take
     typer.run(main)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import randlora
+from benchmarks.curves.other_bases import OTHER_BASES, add_updates
 from benchmarks.curves.task import Family, Prepared, Targets
 from randlora.start import Init
 
@@ -67,6 +68,22 @@ def peft_randlora(prepared: Prepared, seed: int) -> object:
     """Add PEFT's RandLoRA as it is by default."""
     config = peft.RandLoraConfig(target_modules=prepared.targets.linear, projection_prng_key=seed)
     return peft.get_peft_model(prepared.model, config)
+
+
+def hybrid(prepared: Prepared, seed: int) -> object:
+    """Add an adapter of ours with twice the rank, and around its layers a LoRA with half the rank of one of equal size.
+
+    Together they have about the size of our default adapter, and more in narrow layers. PEFT's layer for attention
+    replaces its weights, which one of ours refuses, so the LoRA is on linear layers alone.
+    """
+    rank = max(1, equal_rank(prepared.model, prepared.targets) // 2)
+    ours(prepared, seed, r=2 * RANK)
+    own = list(randlora.trainable_parameters(prepared.model))
+    linear = replace(prepared, targets=replace(prepared.targets, lora=prepared.targets.linear))
+    adapted = lora(linear, seed, rank=rank)
+    for parameter in own:  # PEFT has frozen them
+        parameter.requires_grad_()
+    return adapted
 
 
 def equal_rank(model: nn.Module, targets: Targets) -> int:
@@ -133,4 +150,36 @@ SIZES: Mapping[str, Contestant] = {
 }
 """Ways to keep the update small."""
 
-GROUPS: Mapping[str, Mapping[str, Contestant]] = {"main": MAIN, "scales": SCALES, "starts": STARTS, "sizes": SIZES}
+RANKS: Mapping[str, Contestant] = {
+    **{f"LoRA, r = {rank}": Contestant("small adapter", partial(lora, rank=rank)) for rank in (1, 2, 4, 8)},
+    **{f"LoRA, r = {rank}": Contestant("adapter", partial(lora, rank=rank)) for rank in (16, 64)},
+    **{f"dense, r = {rank}": Contestant("adapter", partial(ours, r=rank)) for rank in (96, 16, 8, 4, 2, 1)},
+    **{name: MAIN[name] for name in ("LoRA", "dense")},  # their rank is 32
+}
+"""Numbers of parameters: of a LoRA they rise with the rank, of ours they fall with it."""
+
+BASES: Mapping[str, Contestant] = {
+    **{name: Contestant("adapter", partial(add_updates, make=make, r=RANK)) for name, make in OTHER_BASES.items()},
+    "sparse": Contestant("adapter", partial(ours, basis="sparse")),
+    **{
+        f"block {blocks}": Contestant("adapter", partial(ours, basis="block", blocks=blocks))
+        for blocks in ((1, 8), (8, 1), (2, 2), (2, 8), (8, 2))
+    },
+    "hybrid": Contestant("adapter", hybrid),
+}
+"""Other bases, blocks that leave no entry of an update out where a layer has three bases, and a LoRA beside ours."""
+
+WIDTHS: Mapping[str, Contestant] = {
+    name: {**MAIN, **SCALES}[name] for name in ("LoRA", "dense", "dense, r = 8", "dense, s = 6.53")
+}
+"""Scales whose best learning rate should be the same at every width."""
+
+GROUPS: Mapping[str, Mapping[str, Contestant]] = {
+    "main": MAIN,
+    "scales": SCALES,
+    "starts": STARTS,
+    "sizes": SIZES,
+    "ranks": RANKS,
+    "bases": BASES,
+    "widths": WIDTHS,
+}
