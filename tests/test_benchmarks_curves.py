@@ -24,6 +24,7 @@ from benchmarks.curves.other_bases import OTHER_BASES, Made, Update, add_updates
 from benchmarks.curves.runs import Key, Run, add_run, read_runs
 from benchmarks.curves.task import Prepared, Size, Targets, Task
 from benchmarks.curves.training import make_run, rate_at, train
+from benchmarks.texts import label_of
 
 STEPS = 20
 
@@ -351,3 +352,8 @@ def test_images_are_read_from_their_files(tmp_path: Path, monkeypatch: pytest.Mo
     wanted = torch.from_numpy(pixels[labels >= 5]).float()
     torch.testing.assert_close((new.pixels * 0.353 + 0.286) * 255, wanted, rtol=0, atol=1e-3)
     fashion.read_images.cache_clear()
+
+
+@pytest.mark.parametrize(("rating", "label"), [(-4, 0), (-0.6, 0), (-0.5, 2), (0, 2), (0.5, 2), (0.6, 1), (4, 1)])
+def test_ratings_in_between_are_neutral(rating: float, label: int) -> None:
+    assert label_of(rating) == label

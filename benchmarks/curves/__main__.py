@@ -29,7 +29,7 @@ TASKS: dict[str, Task] = {
 KEPT = Path("benchmarks/curves/results")
 QUICK = Path("build/benchmarks/curves")
 SEEDS = 3
-Group = Literal["main", "scales", "starts", "sizes", "ranks", "bases", "widths"]
+Group = Literal["main", "scales", "starts", "sizes", "ranks", "bases", "widths", "attention"]
 console = Console(highlight=False, soft_wrap=True)
 
 

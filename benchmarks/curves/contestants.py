@@ -174,6 +174,14 @@ WIDTHS: Mapping[str, Contestant] = {
 }
 """Scales whose best learning rate should be the same at every width."""
 
+ATTENTION: Mapping[str, Contestant] = {
+    "dense, q, k and v apart": Contestant("adapter", partial(ours, in_proj="split")),
+    "dense, no attention": Contestant(
+        "adapter", lambda prepared, seed: ours(prepared, seed, targets=prepared.targets.linear)
+    ),
+}
+"""How the input projection of `nn.MultiheadAttention` is adapted: as one weight, as three, or not at all."""
+
 GROUPS: Mapping[str, Mapping[str, Contestant]] = {
     "main": MAIN,
     "scales": SCALES,
@@ -182,4 +190,5 @@ GROUPS: Mapping[str, Mapping[str, Contestant]] = {
     "ranks": RANKS,
     "bases": BASES,
     "widths": WIDTHS,
+    "attention": ATTENTION,
 }

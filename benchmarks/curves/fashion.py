@@ -7,6 +7,7 @@ Forgetting is what it loses on the first five with its first head.
 
 import copy
 import gzip
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.curves.task import Prepared, Size, Targets, Task
-from benchmarks.digits import Images
 
 DIRECTORY = Path("build/data/fashion-mnist")
 CLASSES = 5
@@ -30,6 +30,18 @@ PRETRAINING_LR = 1e-3
 LINEAR = r"blocks\.\d+\.(up|down)"
 LORA = r"blocks\.\d+\.(up|down|attention)"
 OURS = r"blocks\.\d+\.(up|down|attention\.in_proj_weight|attention\.out_proj)"
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images, ``(images, 28, 28)``, and their labels."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __getitem__(self, rows: Tensor) -> "Images":
+        """Choose some images."""
+        return Images(self.pixels[rows], self.labels[rows])
 
 
 @cache

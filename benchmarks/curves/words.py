@@ -99,13 +99,14 @@ def tokenized(tokenizer: Any, problems: Sequence[Problem]) -> Rows:
     return Rows(ids, mask, labels)
 
 
-@torch.autocast("cpu", torch.bfloat16)
 def token_loss(model: Any, rows: Rows) -> Tensor:
     """Return the mean loss of the tokens that are to be predicted, for which alone logits are computed."""
-    hidden = model.model(input_ids=rows.ids, attention_mask=rows.mask).last_hidden_state[:, :-1]
     labels = rows.labels[:, 1:]
     chosen = labels != IGNORED
-    return F.cross_entropy(model.lm_head(hidden[chosen]).float(), labels[chosen])
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.model(input_ids=rows.ids, attention_mask=rows.mask).last_hidden_state[:, :-1]
+        logits = model.lm_head(hidden[chosen])
+    return F.cross_entropy(logits.float(), labels[chosen])
 
 
 def mean_loss(model: Any, rows: Rows) -> float:
@@ -118,13 +119,14 @@ def mean_loss(model: Any, rows: Rows) -> float:
     return total / count
 
 
-@torch.autocast("cpu", torch.bfloat16)
 def share_solved(model: Any, tokenizer: Any, problems: Sequence[Problem]) -> float:
     """Return the share of problems whose answer the model finds, greedily."""
     model.eval()
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
     given = tokenizer([each.question for each in problems], return_tensors="pt", padding=True)
-    found = model.generate(**given, max_new_tokens=LONGEST_ANSWER, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    options = {"max_new_tokens": LONGEST_ANSWER, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.generate(**given, **options)
     texts = tokenizer.batch_decode(found[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
     right = [f"The answer is {each.answer}." in text for each, text in zip(problems, texts, strict=True)]
     return sum(right) / len(right)

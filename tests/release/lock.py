@@ -49,16 +49,15 @@ def compiled(uv: str, sources: Sequence[str | Path], requirements: Iterable[str]
     ).stdout
 
 
-def main(uv: str, data_packages: Sequence[str]) -> None:
-    """Write the file; ``data_packages`` are installed for their data, without what their code needs."""
+def main(uv: str) -> None:
+    """Write the file."""
     constraints = ROOT / "build" / "tested.txt"
     constraints.parent.mkdir(exist_ok=True)
     constraints.write_text("".join(f"{line}\n" for line in tested()), encoding="utf-8")
     groups = [part for group in GROUPS for part in ("--group", group)]
     everything = ("--constraint", str(constraints), "--all-extras", *groups)
-    locked = compiled(uv, ["pyproject.toml"], build_requirements(), *everything)
-    LOCK.write_text(HEADER + locked + compiled(uv, [], data_packages, "--no-deps"), encoding="utf-8")
+    LOCK.write_text(HEADER + compiled(uv, ["pyproject.toml"], build_requirements(), *everything), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1])
