@@ -26,12 +26,11 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import randlora
 from benchmarks.curves.contestants import MAIN
-from benchmarks.curves.fashion import CLOTHES_TASK, VisionTransformer, read_images
+from benchmarks.curves.fashion import CLOTHES_TASK, Images, VisionTransformer, read_images
 from benchmarks.curves.runs import Run
 from benchmarks.curves.summary import INK, mean_and_error
 from benchmarks.curves.task import Prepared, Size
 from benchmarks.curves.training import make_run
-from benchmarks.digits import Images
 
 RATES = {"frozen": 0.0, "full": 3e-3, "LoRA, equal size": 1e-2, "LoRA": 3e-3, "dense": 3e-3, "block": 3e-3}
 """The best of three learning rates each on seed 0, for all who take part."""
