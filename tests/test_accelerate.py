@@ -142,11 +142,11 @@ def test_a_forward_of_the_layers_own_outlives_hooks_and_adapters(hook_first: boo
     assert layer.forward is own
 
 
-DISTRIBUTED = Path(__file__).parent.parent / "docs" / "distributed.md"
+ACCELERATE = Path(__file__).parent.parent / "docs" / "accelerate.md"
 
 
 def test_accelerate_reads_the_configs_of_the_docs(tmp_path: Path) -> None:
-    found = re.findall(r"^```yaml\n(.*?)^```$", DISTRIBUTED.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```yaml\n(.*?)^```$", ACCELERATE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     kinds = {}
     for text in found:
         (tmp_path / "config.yaml").write_text(text, encoding="utf-8")

@@ -60,7 +60,9 @@ def noise(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", landscape.RATES)
 def test_a_merged_model_computes_what_was_measured(name: str) -> None:
     plain, prepared, run = landscape.fine_tune(name, 0, "quick")
-    assert prepared.measure()["accuracy"] == pytest.approx(run.found["accuracy"], abs=0.05)  # of 200 images of noise, some on the edge
+    assert prepared.measure()["accuracy"] == pytest.approx(
+        run.found["accuracy"], abs=0.05
+    )  # of 200 images of noise, some on the edge
     pixels = torch.randn(4, 28, 28)
     torch.testing.assert_close(plain.eval()(pixels), prepared.model.eval()(pixels))
 

@@ -90,7 +90,7 @@ def test_default_blocks_of_known_ranks(r: int, counts: set[int], blocks: tuple[i
 
 @pytest.mark.parametrize("r", [16, 32, 64])
 def test_the_table_of_the_docs_has_the_default_blocks(r: int) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "method.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "docs" / "method_bases.md").read_text(encoding="utf-8")
     (row,) = (line for line in text.splitlines() if line.startswith(f"| r = {r} |"))
     assert [cell.strip() for cell in row.split("|")[2:-1]] == [
         str(default_blocks(r, {num_bases, 8, 33})) for num_bases in range(1, 9)

@@ -1,4 +1,4 @@
-"""docs/trust.md names tests, each of which there is."""
+"""The pages on trust name tests, each of which there is."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TRUST = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")
+TRUST = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("trust.md", "trust_figures.md"))
 DEFINED = {
     name
     for path in (ROOT / "tests").rglob("test_*.py")
@@ -15,7 +15,7 @@ DEFINED = {
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`(test_\w+)`", TRUST))))
-def test_every_test_that_the_page_on_trust_names_exists(name: str) -> None:
+def test_every_test_that_the_pages_on_trust_name_exists(name: str) -> None:
     assert name in DEFINED
 
 

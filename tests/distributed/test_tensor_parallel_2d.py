@@ -65,13 +65,13 @@ def test_a_mesh_of_two_dimensions(four: Processes, first: bool, tmp_path: Path) 
 
 
 def compiled_in_the_pages_order() -> None:
-    """Split, adapt and shard as docs/distributed.md does, and compare the model compiled with itself as it is."""
+    """Split, adapt and shard as docs/tensor_parallel.md does, and compare the model compiled with itself as it is."""
     drawn = Drawn(16, 32, 30, True, "whole", {})
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     models = []
     for _ in range(2):
         model = plain(drawn)
-        exec(snippet("distributed.md", "parallelize_module"), {"randlora": randlora, "model": model, "mesh": mesh})
+        exec(snippet("tensor_parallel.md", "parallelize_module"), {"randlora": randlora, "model": model, "mesh": mesh})
         for parameter in randlora.trainable_parameters(model):
             torch.nn.init.constant_(parameter, 0.05)
         models.append(model)

@@ -200,9 +200,9 @@ def test_each_stack_of_experts_sums_once(pair: Processes, tmp_path: Path) -> Non
 
 
 def as_on_the_page(place: Path) -> None:
-    """Load, split and adapt a model as docs/distributed.md does."""
+    """Load, split and adapt a model as docs/tensor_parallel.md does."""
     written(CASES["llama"], place)
-    code = snippet("distributed.md", "tp_plan").replace("meta-llama/Llama-3.1-8B", str(place))
+    code = snippet("tensor_parallel.md", "tp_plan").replace("meta-llama/Llama-3.1-8B", str(place))
     exec(code, found := {"randlora": randlora})
     model: Any = found["model"]
     assert isinstance(model.model.layers[0].self_attn.q_proj.weight, DTensor)

@@ -1,1 +1,1 @@
-"""Campaigns of minutes against the library, whose figures docs/trust.md quotes; `make torture` runs them all."""
+"""Campaigns of minutes against the library, with the figures in docs/trust_figures.md; `make torture` runs them all."""
