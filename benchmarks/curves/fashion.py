@@ -187,8 +187,8 @@ CLOTHES_TASK = Task(
     rates={
         "frozen": (0.0,),
         "full": (3e-4, 1e-3, 3e-3),
-        "adapter": (1e-3, 3e-3, 1e-2, 3e-2),
-        "small adapter": (3e-3, 1e-2, 3e-2, 1e-1),
+        "adapter": (1e-3, 3e-3, 1e-2),
+        "small adapter": (3e-3, 1e-2, 3e-2),
     },
     head_rate=1e-2,
     prepare=prepare,

@@ -103,8 +103,9 @@ def file_bytes(adapted: object, model: nn.Module, body: list[nn.Parameter]) -> i
     with tempfile.TemporaryDirectory() as directory:
         if isinstance(adapted, peft.PeftModel):
             adapted.save_pretrained(directory)
-            adapted.unload()
         if randlora.adapters(model):
+            if isinstance(adapted, peft.PeftModel):  # ours are inside of its layers
+                adapted.unload()
             randlora.save(model, Path(directory) / "ours")
         return sum(file.stat().st_size for file in Path(directory).rglob("*") if file.is_file())
 
