@@ -77,7 +77,14 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize("name", [name for group in GROUPS.values() for name in group])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if group is MAIN else pytest.mark.slow)
+        for group in GROUPS.values()
+        for name in group
+    ],
+)
 def test_every_contestant_is_trained_and_nothing_else(name: str) -> None:
     contestant = next(group[name] for group in GROUPS.values() if name in group)
     first = make_run(TASK, name, contestant, 1e-2, 0, "full")

@@ -57,17 +57,15 @@ def noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.medium
 @pytest.mark.usefixtures("noise")
-@pytest.mark.parametrize("name", landscape.RATES)
+@pytest.mark.parametrize("name", ["full", "LoRA", "dense"])
 def test_a_merged_model_computes_what_was_measured(name: str) -> None:
     plain, prepared, run = landscape.fine_tune(name, 0, "quick")
-    assert prepared.measure()["accuracy"] == pytest.approx(
-        run.found["accuracy"], abs=0.05
-    )  # of 200 images of noise, some on the edge
+    assert prepared.measure()["accuracy"] == pytest.approx(run.found["accuracy"], abs=0.011)  # of 200
     pixels = torch.randn(4, 28, 28)
     torch.testing.assert_close(plain.eval()(pixels), prepared.model.eval()(pixels))
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.usefixtures("noise")
 def test_all_are_compared_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
