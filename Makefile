@@ -12,7 +12,7 @@ ARGS ?=  # further options of an example: make demo ARGS="--epochs 3"
 REVIEWS := build/data/vaderSentiment-0.5.zip
 CLOTHES := build/data/fashion-mnist
 
-.PHONY: demo example-causal-lm bench quality curves curves-quick test lint types tests alone medium distributed slow torture docs \
+.PHONY: demo example-causal-lm bench quality quality-quick test lint types tests alone medium distributed slow torture docs \
 	release-check test-floor test-newest test-matrix test-locked lock audit sbom dist clean
 
 demo: $(VENV)/.examples $(REVIEWS)
@@ -24,12 +24,12 @@ example-causal-lm: $(VENV)/.smollm2
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks --gate $(ARGS)
 
-curves: $(VENV)/.dev $(VENV)/.smollm2 $(REVIEWS) $(CLOTHES)  # hours; a run that is interrupted goes on
-	$(BIN)/python -m benchmarks.curves --full $(ARGS)
-	$(BIN)/python -m benchmarks.curves.landscape --full
+quality: $(VENV)/.dev $(VENV)/.smollm2 $(REVIEWS) $(CLOTHES)  # hours; a run that is interrupted goes on
+	$(BIN)/python -m benchmarks.quality --full $(ARGS)
+	$(BIN)/python -m benchmarks.quality.landscape --full
 
-curves-quick: $(VENV)/.dev $(VENV)/.smollm2 $(REVIEWS) $(CLOTHES)
-	$(BIN)/python -m benchmarks.curves $(ARGS)
+quality-quick: $(VENV)/.dev $(VENV)/.smollm2 $(REVIEWS) $(CLOTHES)
+	$(BIN)/python -m benchmarks.quality $(ARGS)
 
 test: lint types alone distributed docs
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-from benchmarks.curves import fashion, landscape
-from benchmarks.curves.landscape import linear_cka, loss_at, plane_axes
-from benchmarks.curves.task import Size
+from benchmarks.quality import fashion, landscape
+from benchmarks.quality.landscape import linear_cka, loss_at, plane_axes
+from benchmarks.quality.task import Size
 
 
 def test_cka_ignores_rotation_and_scale_and_shift_alone() -> None:

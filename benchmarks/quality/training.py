@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import randlora
-from benchmarks.curves.contestants import Contestant, weight_of
-from benchmarks.curves.runs import Key, Run
-from benchmarks.curves.task import Prepared, Size, Task
 from benchmarks.machine import describe
 from benchmarks.processes import forget_peak, peak_bytes
+from benchmarks.quality.contestants import Contestant, weight_of
+from benchmarks.quality.runs import Key, Run
+from benchmarks.quality.task import Prepared, Size, Task
 
 WARMUP = 0.1
 LARGEST_NORM = 1.0

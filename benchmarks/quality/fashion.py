@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.curves.task import Prepared, Size, Targets, Task
+from benchmarks.quality.task import Prepared, Size, Targets, Task
 
 DIRECTORY = Path("build/data/fashion-mnist")
 CLASSES = 5

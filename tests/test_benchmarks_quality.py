@@ -17,13 +17,13 @@ import typer
 from torch import nn
 
 import randlora
-from benchmarks.curves import __main__ as command
-from benchmarks.curves import fashion, spectrum, summary, training, words
-from benchmarks.curves.contestants import GROUPS, MAIN, equal_rank
-from benchmarks.curves.other_bases import OTHER_BASES, Made, Update, add_updates
-from benchmarks.curves.runs import Key, Run, add_run, read_runs
-from benchmarks.curves.task import Prepared, Size, Targets, Task
-from benchmarks.curves.training import make_run, rate_at, train
+from benchmarks.quality import __main__ as command
+from benchmarks.quality import fashion, spectrum, summary, training, words
+from benchmarks.quality.contestants import GROUPS, MAIN, equal_rank
+from benchmarks.quality.other_bases import OTHER_BASES, Made, Update, add_updates
+from benchmarks.quality.runs import Key, Run, add_run, read_runs
+from benchmarks.quality.task import Prepared, Size, Targets, Task
+from benchmarks.quality.training import make_run, rate_at, train
 from benchmarks.texts import label_of
 
 STEPS = 20

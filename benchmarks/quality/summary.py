@@ -11,8 +11,8 @@ from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.curves.runs import Run
-from benchmarks.curves.task import Task
+from benchmarks.quality.runs import Run
+from benchmarks.quality.task import Task
 
 INK = "#7f7f7f"
 """Of axes and labels: readable on white and on black."""

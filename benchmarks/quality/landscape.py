@@ -1,4 +1,4 @@
-"""Where fine-tuning ends: ``python -m benchmarks.curves.landscape --full``.
+"""Where fine-tuning ends: ``python -m benchmarks.quality.landscape --full``.
 
 The paper of RandLoRA shows deep features closer to those of full fine-tuning than LoRA's, and a deeper minimum. Here
 both are measured on the clothes: features after each block by linear CKA (Kornblith et al., 2019), and the loss on
@@ -25,20 +25,20 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import randlora
-from benchmarks.curves.contestants import MAIN
-from benchmarks.curves.fashion import CLOTHES_TASK, Images, VisionTransformer, read_images
-from benchmarks.curves.runs import Run
-from benchmarks.curves.summary import INK, mean_and_error
-from benchmarks.curves.task import Prepared, Size
-from benchmarks.curves.training import make_run
+from benchmarks.quality.contestants import MAIN
+from benchmarks.quality.fashion import CLOTHES_TASK, Images, VisionTransformer, read_images
+from benchmarks.quality.runs import Run
+from benchmarks.quality.summary import INK, mean_and_error
+from benchmarks.quality.task import Prepared, Size
+from benchmarks.quality.training import make_run
 
 RATES = {"frozen": 0.0, "full": 3e-3, "LoRA, equal size": 1e-2, "LoRA": 3e-3, "dense": 3e-3, "block": 3e-3}
 """The best of three learning rates each on seed 0, for all who take part."""
 CORNERS = {"full": "o", "LoRA, equal size": "s", "dense": "^"}
 """Who spans the plane, with their markers."""
-KEPT = Path("benchmarks/curves/results/landscape.json")
+KEPT = Path("benchmarks/quality/results/landscape.json")
 FIGURE = Path("docs/figures/landscape.svg")
-QUICK = Path("build/benchmarks/curves")
+QUICK = Path("build/benchmarks/quality")
 CKA_IMAGES = 1000
 LOSS_IMAGES = 500
 LINE_POINTS = 7

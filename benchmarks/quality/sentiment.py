@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from benchmarks.curves.task import Prepared, Size, Targets, Task
+from benchmarks.quality.task import Prepared, Size, Targets, Task
 from benchmarks.texts import (
     FILM_REVIEWS,
     TWEETS,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import randlora
-from benchmarks.curves.task import Prepared
+from benchmarks.quality.task import Prepared
 
 Made = tuple[Tensor, Tensor]
 """Bases of one weight: A is ``(r, num_bases, min_dim)``, or ``(r, 1, min_dim)`` where all terms share it, and B is
