@@ -21,8 +21,8 @@ Init = Literal["lambda", "gamma"]
 
 def initial_values(init: Init, shape: Shape) -> tuple[float, float]:
     """Return what all entries of Λ and of Γ of an update of this shape, or of a stack of them, start with."""
-    min_dim = min(shape[-2:])
-    return (0.0, 1 / min_dim) if init == "lambda" else (1 / math.sqrt(min_dim), 0.0)
+    constant = 1 / min(shape[-2:])
+    return (0.0, constant) if init == "lambda" else (constant, 0.0)
 
 
 def equivalent_alpha(
@@ -30,7 +30,6 @@ def equivalent_alpha(
     lora_alpha: float,
     r: int = 32,
     *,
-    init: Init = "lambda",
     shape: tuple[int, int] | None = None,
     use_rslora: bool = False,
 ) -> float:
@@ -38,22 +37,20 @@ def equivalent_alpha(
 
     The size is the root mean square of the entries of the update. With PEFT's initial values that of LoRA is
     ``scaling · lr · sqrt(lora_r / (3 · in_features))``, and here it is ``alpha / r · lr · sqrt(num_bases · r)`` times
-    what Λ or Γ starts with. For layers that are not wider than high and large beside ``r``, it follows that
-    ``alpha / r = lora_alpha / lora_r · sqrt(lora_r / 3)``.
+    what Λ or Γ starts with, with either ``init`` of `inject`. For layers that are not wider than high and large beside
+    ``r``, it follows that ``alpha / r = lora_alpha / lora_r · sqrt(lora_r / 3)``.
 
     Args:
         lora_r: The rank of LoRA.
         lora_alpha: The alpha of LoRA, whose update is scaled by ``lora_alpha / lora_r``.
         r: The rank of one random basis.
-        init: The start, as in `inject`.
         shape: ``(out_features, in_features)`` of a layer. ``None`` means any with ``in_features <= out_features``. A
-            layer with more gets an update that is ``sqrt(in_features / out_features)`` times too large then. With
-            ``init="gamma"`` the alpha depends on ``in_features``, so a shape is needed.
+            layer with more gets an update that is ``sqrt(in_features / out_features)`` times too large then.
         use_rslora: Whether LoRA's update is scaled by ``lora_alpha / sqrt(lora_r)`` instead, as PEFT's option of this
             name says.
 
     Raises:
-        ConfigError: For invalid values, or ``init="gamma"`` without a shape.
+        ConfigError: For invalid values.
 
     Example:
         >>> round(randlora.equivalent_alpha(lora_r=32, lora_alpha=64, r=32), 2)
@@ -66,7 +63,7 @@ def equivalent_alpha(
     if shape is None:
         return r * scaling * math.sqrt(lora_r / 3)
     lora_size = scaling * math.sqrt(lora_r / (3 * shape[1]))
-    return r * lora_size / (max(initial_values(init, shape)) * math.sqrt(count_bases(min(shape), r) * r))
+    return r * lora_size / (max(initial_values("lambda", shape)) * math.sqrt(count_bases(min(shape), r) * r))
 
 
 def _problems(given: dict[str, Any]) -> Iterator[str]:
@@ -78,5 +75,3 @@ def _problems(given: dict[str, Any]) -> Iterator[str]:
             yield f"{name} must be a positive integer of at most {LARGEST_RANK}, got {shortly(value)}"
     if not 0 < (alpha := given["lora_alpha"]) <= LARGEST_FACTOR:
         yield f"lora_alpha must be a positive number of at most {LARGEST_FACTOR:g}, got {shortly(alpha)}"
-    if given["init"] == "gamma" and given["shape"] is None:
-        yield 'with init="gamma" the alpha depends on the layer: give its shape=(out_features, in_features)'

@@ -115,9 +115,12 @@ def test_what_keeps_an_update_small_does_so(name: str) -> None:
     assert shares[0] <= contestant.limit * 1.001
 
 
-def test_contestants_of_one_group_have_the_first_step_of_lora() -> None:
+def test_a_scale_of_6_53_has_the_first_step_of_lora() -> None:
     found = {}
-    for name, contestant in {"LoRA": MAIN["LoRA"], **GROUPS["starts"]}.items():
+    others = {
+        name: {**GROUPS["scales"], **GROUPS["starts"]}[name] for name in ("dense, s = 6.53", "gamma first, s = 6.53")
+    }
+    for name, contestant in {"LoRA": MAIN["LoRA"], **others}.items():
         prepared = prepare(0, "full")
         weight = prepared.model[0].weight.detach().clone()  # type: ignore[index]
         contestant.adapt(prepared, 0)
@@ -128,8 +131,7 @@ def test_contestants_of_one_group_have_the_first_step_of_lora() -> None:
             found[name] = float((prepared.model[0](torch.eye(16)) - prepared.model[0].bias - weight.T).norm())  # type: ignore[index]
     lora = found.pop("LoRA")
     for name, size in found.items():
-        times = 3 if name.endswith("3 x LoRA's step") else 1
-        assert 0.6 < size / lora / times < 1.6, name
+        assert 0.6 < size / lora < 1.6, name
 
 
 def test_updates_with_the_bases_of_the_library_are_its_updates() -> None:

@@ -13,7 +13,6 @@ from torch import nn
 import randlora
 from benchmarks.quality.other_bases import OTHER_BASES, add_updates
 from benchmarks.quality.task import Family, Prepared, Targets
-from randlora.start import Init
 
 RANK = 32
 
@@ -99,17 +98,6 @@ def scaled(scaling: float, **options: Any) -> Adapt:
     return partial(ours, alpha=scaling * rank, **options)
 
 
-def stepping_as_lora(prepared: Prepared, seed: int, *, init: Init, times: float = 1.0) -> None:
-    """Add an adapter of ours whose first step is as large as that of LoRA with alpha = 2·rank, or ``times`` that."""
-    targets = randlora.plan(prepared.model, r=RANK, targets=prepared.targets.ours).targets
-    alphas = {}
-    for fqn in sorted(targets, key=len, reverse=True):  # a name is also a pattern for longer ones
-        out_features, in_features = weight_of(prepared.model, fqn).shape
-        shape = out_features, in_features
-        alphas[fqn] = times * randlora.equivalent_alpha(RANK, 2 * RANK, RANK, init=init, shape=shape)
-    ours(prepared, seed, alpha=alphas, init=init)
-
-
 def weight_of(model: nn.Module, fqn: str) -> nn.Parameter:
     """Return the parameter that one of our adapters adapts, given the name of its layer or its own."""
     parameters = dict(model.named_parameters())
@@ -138,13 +126,11 @@ SCALES: Mapping[str, Contestant] = {
 """Scales of the update; 6.53 steps as LoRA with r = 32 and alpha = 64 does, 20 is the default."""
 
 STARTS: Mapping[str, Contestant] = {
-    f"{init} first, {times:g} x LoRA's step": Contestant(
-        "small adapter" if init == "gamma" else "adapter", partial(stepping_as_lora, init=init, times=times)
-    )
-    for init in ("lambda", "gamma")
-    for times in (1.0, 3.0)
+    "gamma first": Contestant("adapter", partial(ours, init="gamma")),
+    "gamma first, s = 6.53": Contestant("adapter", scaled(6.53, init="gamma")),
+    "gamma first, block": Contestant("adapter", partial(ours, basis="block", init="gamma")),
 }
-"""Which of Λ and Γ moves first, with equal first steps."""
+"""Γ moves first instead of Λ, with steps as large as those of the others at equal scale."""
 
 SIZES: Mapping[str, Contestant] = {
     **{f"dense, decay {decay:g}": Contestant("adapter", ours, decay=decay) for decay in (0.1, 1.0)},

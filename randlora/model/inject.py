@@ -139,9 +139,8 @@ def inject(
         train_also: Modules or parameters that are trained and saved with the adapter.
         in_proj: Whether ``in_proj_weight`` of `nn.MultiheadAttention` is adapted as one matrix or split into three.
         experts: Whether each of a stack of experts has its own Λ and Γ, or all share them.
-        init: Which of the two starts at zero and moves first: ``"lambda"``, as in PEFT, with Γ = 1 / min_dim, or
-            ``"gamma"``, with Λ = 1 / sqrt(min_dim). With ``"gamma"`` an equal scaling makes the first steps larger by
-            ``sqrt(min_dim)``; see `randlora.equivalent_alpha`. Files do not say it.
+        init: Which of Λ and Γ starts at zero and moves first: ``"lambda"``, as in PEFT, with Γ = 1 / min_dim, or
+            ``"gamma"``, with Λ = 1 / min_dim. Files do not say it.
         name: The adapter's name.
         config: The options from ``r`` to ``experts`` as one object, instead of single options.
         active: Whether to make it the only active adapter. ``None`` means if it is the model's first.
