@@ -212,6 +212,12 @@ def test_the_navigation_lists_every_page() -> None:
     assert sorted(listed) == sorted(page.relative_to(DOCS).as_posix() for page in DOCS_PAGES)
 
 
+def test_pages_are_short() -> None:
+    tables = {"architecture.md", "cli.md"}  # with a row for each file, and screens
+    lengths = {page.name: len(page.read_text(encoding="utf-8").splitlines()) for page in DOCS_PAGES}
+    assert {name: length for name, length in lengths.items() if length > 200 and name not in tables} == {}
+
+
 def test_the_architecture_page_names_every_file_of_the_package_and_no_other() -> None:
     named = set(re.findall(r"`([\w/]+\.(?:py|typed))`", (DOCS / "architecture.md").read_text(encoding="utf-8")))
     files = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")} | {"py.typed"}
