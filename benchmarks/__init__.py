@@ -9,3 +9,5 @@ GPU, and begins with the laws that a device can break.
 Models are adapted, switched and merged by the public API of each library. Some sizes have no public name: what PEFT's
 and bitsandbytes' modules hold, what our bases hold, and how often torch's compiler makes a graph.
 """
+
+import randlora.api  # noqa: F401 - whole, so that no measurement has a part in importing it

@@ -10,99 +10,21 @@ Functions for a model in memory are here, those for files in `randlora.files`, e
 types of reports are in the modules of the functions that return them.
 """
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
-
-import randlora.layers as _layers  # noqa: F401  (importing it registers every kind of layer)
-from randlora import errors as errors
-from randlora import files as files
-from randlora.bases.bank import BasisBank as BasisBank
-from randlora.bases.spec import BasisSpec as BasisSpec
-from randlora.checkpoint import AdapterState as AdapterState
-from randlora.checkpoint import adapter_state as adapter_state
-from randlora.checkpoint import load as load
-from randlora.checkpoint import load_all as load_all
-from randlora.checkpoint import save as save
-from randlora.checkpoint import save_all as save_all
-from randlora.checkpoint import set_adapter_state as set_adapter_state
-from randlora.checkpoint import swap as swap
-from randlora.config import RandLoRAConfig as RandLoRAConfig
-from randlora.errors import RandLoRAError as RandLoRAError
-from randlora.files.load_model import load_model as load_model
-from randlora.layers.base import AdapterLayer as AdapterLayer
-from randlora.layers.registry import register_layer as register_layer
-from randlora.model.combine import combine as combine
-from randlora.model.inject import eject as eject
-from randlora.model.inject import inject as inject
-from randlora.model.inject import plan as plan
-from randlora.model.memory import training_memory as training_memory
-from randlora.model.merge import merge as merge
-from randlora.model.merge import merged as merged
-from randlora.model.merge import unmerge as unmerge
-from randlora.model.merged_tensors import merged_tensors as merged_tensors
-from randlora.model.norms import limit_norms as limit_norms
-from randlora.model.norms import update_norms as update_norms
-from randlora.model.prepare import prepare_quantized as prepare_quantized
-from randlora.model.ranks import check_ranks as check_ranks
-from randlora.model.rename import rename as rename
-from randlora.model.routed import routed as routed
-from randlora.model.switch import activate as activate
-from randlora.model.switch import adapters as adapters
-from randlora.model.switch import delta_weight as delta_weight
-from randlora.model.switch import disabled as disabled
-from randlora.model.switch import remove as remove
-from randlora.model.switch import set_compute as set_compute
-from randlora.model.trainable import set_trainable as set_trainable
-from randlora.model.trainable import trainable_parameters as trainable_parameters
-from randlora.pool import AdapterPool as AdapterPool
-from randlora.report import Report as Report
-from randlora.start import equivalent_alpha as equivalent_alpha
-from randlora.targets.select import find_targets as find_targets
+from typing import TYPE_CHECKING
 
 __version__ = _version("randlora")
 
-__all__ = [
-    "AdapterLayer",
-    "AdapterPool",
-    "AdapterState",
-    "BasisBank",
-    "BasisSpec",
-    "RandLoRAConfig",
-    "RandLoRAError",
-    "Report",
-    "activate",
-    "adapter_state",
-    "adapters",
-    "check_ranks",
-    "combine",
-    "delta_weight",
-    "disabled",
-    "eject",
-    "equivalent_alpha",
-    "errors",
-    "files",
-    "find_targets",
-    "inject",
-    "limit_norms",
-    "load",
-    "load_all",
-    "load_model",
-    "merge",
-    "merged",
-    "merged_tensors",
-    "plan",
-    "prepare_quantized",
-    "register_layer",
-    "remove",
-    "rename",
-    "routed",
-    "save",
-    "save_all",
-    "set_adapter_state",
-    "set_compute",
-    "set_trainable",
-    "swap",
-    "trainable_parameters",
-    "training_memory",
-    "unmerge",
-    "update_norms",
-]
+if TYPE_CHECKING:
+    from randlora.api import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> object:
+        """Import everything when a name is first used: torch takes seconds, and `randlora --help` needs nothing."""
+        found = vars(_import_module("randlora.api"))
+        names = found.get("__all__", ())  # none yet where a file that is being imported asks
+        globals().update({each: found[each] for each in names}, **({"__all__": names} if names else {}))
+        if name not in globals():
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals()[name]

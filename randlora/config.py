@@ -6,22 +6,25 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, ParamSpec, Self, TypeVar, get_args
+from typing import Any, ParamSpec, Self, TypeVar, get_args
 
 from torch import nn
 
+from randlora.choices import BasisKind as BasisKind
+from randlora.choices import Experts as Experts
+from randlora.choices import InProj as InProj
+from randlora.choices import Stream as Stream
 from randlora.errors import ConfigError, OptionError, raise_collected
 from randlora.hints import is_finite, shortly
 from randlora.layer_options import ByPattern
 
-BasisKind = Literal["dense", "sparse", "very_sparse", "block"]
-Stream = Literal["torch", "torch-2.11", "portable"]
-InProj = Literal["packed", "split"]
-Experts = Literal["each", "shared"]
 Pattern = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 ALPHA_PER_RANK = 20.0
 """The default alpha is 20·r, which is PEFT's 640 for r = 32."""
+
+FIRST_LEARNING_RATE = 1e-3
+"""The learning rate to try first with the default alpha, Adam and a short warm-up, which reports name."""
 
 ELSEWHERE = {
     "adapter_name": "name=",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
+from functools import partial
 
 from torch.nn.parameter import is_lazy
 
@@ -13,13 +15,16 @@ from randlora.bases.spec import KINDS, BasisSpec, count_bases, count_trainable, 
 from randlora.config import RandLoRAConfig
 from randlora.layer_options import Factor
 from randlora.layers.update import RoundingLoss
+from randlora.start import first_learning_rate
 from randlora.state import Adapter
 from randlora.targets.left_out import LeftOut, Remaining, left_out, lines
 from randlora.targets.match import shortened
+from randlora.targets.presets import NEW_HEADS
 from randlora.targets.site import Shapes
 from randlora.targets.walk import Census
 
 FLOAT32_BYTES = 4
+WIDTH = 80
 HEADINGS = ("kind", "count", "in", "out", "r", "alpha", "num_bases", "rank", "trainable")
 
 
@@ -78,6 +83,7 @@ class Report:
             named or described the targets.
         warning: What `randlora.inject` and `randlora.plan` warn of if the default adapts only a head or next to
             nothing; else empty.
+        learning_rate: The learning rate to try first, with Adam and a short warm-up; ``None`` if it is frozen.
         notes: Other notes for the user.
     """
 
@@ -97,6 +103,7 @@ class Report:
     skipped: dict[str, str] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
     warning: str = ""
+    learning_rate: float | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -105,24 +112,26 @@ class Report:
         return self.trainable_parameters / self.total_parameters
 
     def __str__(self) -> str:
-        """Return a table of shapes followed by the totals."""
+        """Return a table of shapes followed by the totals, in lines of 80 columns."""
         trains = "trainable" if self.is_trainable else "frozen"
         alphas = dict.fromkeys(f"{row.alpha:g}" for row in self.rows)
-        specs = [str(spec) for spec in self.specs]
-        first = f"{specs.pop()}, " if len(specs) == 1 else ""
-        text = [
-            f"RandLoRA adapter {self.name!r}: {first}alpha={', '.join(alphas)}",
-            *specs,
+        head = [
+            f"RandLoRA adapter {self.name!r}: alpha={', '.join(alphas)}",
+            *map(str, self.specs),
             f"targets: {self.rule}",
-            *_row_table(self.rows),
+        ]
+        text = [
             f"{trains} {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({self.share:.2%})",
             f"{len(self.targets)} layers adapted, {'active' if self.is_active else 'inactive'}, {trains}",
             f"bases {as_bytes(self.basis_bytes)} in memory, checkpoint {as_bytes(self.checkpoint_bytes)}",
         ]
         if self.train_also:
             text.append(f"also trained: {shortened(self.train_also)}")
+        if self.learning_rate is not None:
+            text.append(f"learning rate to try first: {self.learning_rate:.1g}, after a short warm-up")
         warning = [f"warning: {self.warning}"] if self.warning else []
-        return "\n".join([*text, *left_out_lines(self), *warning, *self.notes])
+        text += [*left_out_lines(self), *warning, *self.notes]
+        return "\n".join([*wrapped(head), *_row_table(self.rows), *wrapped(text)])
 
 
 @dataclass(frozen=True)
@@ -191,6 +200,7 @@ def adapter_report(
     adapter_size = sum(row.trainable for row in rows)
     own = {id(held.parameter): held for held in reversed(census.parameters) if not is_lazy(held.parameter)}
     beside = [held.parameter for held in own.values() if held.fqn in adapter.trained]
+    scalings = (options.scaling for options in adapter.options.values())
     untrained = [each for each in remaining if each.held.fqn not in adapter.trained]
     return Report(
         name=adapter.name,
@@ -212,7 +222,8 @@ def adapter_report(
             if not {fqn, f"{fqn}.weight"} & adapter.trained.keys()
         },
         left_out=left_out(untrained, adapter.config, census.size),
-        notes=(*notes, *_block_notes(shapes, adapter)),
+        learning_rate=first_learning_rate(max(map(abs, scalings), default=0.0)) if is_trainable else None,
+        notes=(*notes, *_block_notes(shapes, adapter), *(_head_notes(census, adapter) if is_trainable else ())),
     )
 
 
@@ -224,6 +235,17 @@ def next_steps(name: str, *, is_active: bool, is_trainable: bool) -> list[str]:
     if not is_trainable:
         notes.append(f"frozen: call randlora.activate(model, {name!r}, trainable=True) to train it")
     return notes
+
+
+def _head_notes(census: Census, adapter: Adapter) -> list[str]:
+    """Return a note about heads that a task of one's own may need, and that this adapter leaves as they are."""
+    heads = dict.fromkeys(held.fqn.partition(".")[0] for held in census.parameters)
+    changed = {fqn.partition(".")[0] for fqn in (*adapter.trained, *adapter.targets)}
+    return [
+        f'frozen: {head}; if it is new, with random values, give train_also="{head}"'
+        for head in heads
+        if head in NEW_HEADS - changed
+    ]
 
 
 def _block_notes(shapes: Shapes, adapter: Adapter) -> list[str]:
@@ -269,6 +291,12 @@ def _row_table(rows: Sequence[ShapeRow]) -> list[str]:
     cells = [dict(zip(HEADINGS, astuple(row), strict=True)) | {"alpha": f"{row.alpha:g}"} for row in rows]
     shown = [heading for heading in HEADINGS if heading not in plain]
     return table(shown, [[row[heading] for heading in shown] for row in cells])
+
+
+def wrapped(lines: Iterable[str]) -> list[str]:
+    """Return lines with those that are wider than 80 columns continued in indented ones. No name is broken."""
+    fill = partial(textwrap.wrap, width=WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return [part for line in lines for part in fill(line)]
 
 
 def as_lines(parts: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from randlora.bases.spec import Shape, count_bases
-from randlora.config import LARGEST_FACTOR, LARGEST_RANK
+from randlora.config import ALPHA_PER_RANK, FIRST_LEARNING_RATE, LARGEST_FACTOR, LARGEST_RANK
 from randlora.errors import ConfigError, raise_collected
 from randlora.hints import require_types, shortly
 
@@ -19,10 +19,24 @@ Init = Literal["lambda", "gamma"]
 """Which of Λ and Γ starts at zero and moves first."""
 
 
+LEARNING_RATES = 1e-6, 1e-1
+"""Between which a learning rate is named."""
+
+
 def initial_values(init: Init, shape: Shape) -> tuple[float, float]:
     """Return what all entries of Λ and of Γ of an update of this shape, or of a stack of them, start with."""
     constant = 1 / min(shape[-2:])
     return (0.0, constant) if init == "lambda" else (constant, 0.0)
+
+
+def first_learning_rate(scaling: float) -> float:
+    """Return the learning rate to try first for updates scaled by ``scaling`` = alpha / r.
+
+    A step moves an update as far as one at `FIRST_LEARNING_RATE` does with the default alpha.
+    """
+    size = abs(scaling) / ALPHA_PER_RANK
+    lowest, highest = LEARNING_RATES
+    return min(max(FIRST_LEARNING_RATE / size, lowest), highest) if size else highest
 
 
 def equivalent_alpha(

@@ -11,8 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
 
 Files = dict[str, bytes]
 
@@ -47,6 +51,7 @@ class Hub:
         gated: Ids of those that nobody may read.
         writable: Whether anybody may write.
         requests: Methods and paths of what it was asked, in order.
+        sent: Bytes that it has sent of files.
     """
 
     url: str
@@ -54,6 +59,7 @@ class Hub:
     gated: set[str] = field(default_factory=set)
     writable: bool = True
     requests: list[str] = field(default_factory=list)
+    sent: int = 0
 
 
 class RefusedError(Exception):
@@ -142,8 +148,12 @@ class Handler(BaseHTTPRequestHandler):
         commit, files = self._read(repo_id, revision)
         if name not in files:
             raise RefusedError(404, "EntryNotFound")
-        self.extra = {"ETag": f'"{_oid(files[name])}"', "X-Repo-Commit": commit}
-        return files[name]
+        content = files[name]
+        self.extra = {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": commit}
+        if (asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))) is not None:
+            content = content[int(asked[1]) : int(asked[2]) + 1]
+        self.hub.sent += len(content) if self.command == "GET" else 0
+        return content
 
     def _create(self) -> dict[str, Any]:
         if not self.hub.writable:
@@ -171,6 +181,20 @@ class Handler(BaseHTTPRequestHandler):
 
 def _oid(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def point_client_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set what the environment's HF_ENDPOINT set when the client was imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+
+def keep_client_in(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the machine's cache and token out of it, and no bar on the screen, and work in a directory."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(directory / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    monkeypatch.chdir(directory)
 
 
 @contextmanager

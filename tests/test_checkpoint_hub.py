@@ -21,25 +21,15 @@ from tests.checkpoint_files import (
     refused,
     trained,
 )
-from tests.hub_server import Hub, Repository, running_hub
+from tests.hub_server import Hub, Repository, keep_client_in, point_client_at, running_hub
 from tests.kit import adapter_values, all_bits, fill, snapshot
 
 NOBODY = "http://127.0.0.1:1"
 
 
-def point_client_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set what the environment's HF_ENDPOINT set when the client was imported."""
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-
-
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the machine's cache and token out of it, and no bar on the screen."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-    monkeypatch.setenv("HF_TOKEN", "hf_none")
-    monkeypatch.chdir(tmp_path)
+    keep_client_in(tmp_path, monkeypatch)
 
 
 @pytest.fixture

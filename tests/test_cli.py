@@ -1,5 +1,6 @@
 """The command line as a whole: where it prints what, exit codes, and what it says without its extra."""
 
+import ast
 import importlib
 import json
 import os
@@ -65,6 +66,24 @@ def test_without_its_extra_it_says_how_to_install_it(missing: str, tmp_path: Pat
     assert running.returncode == 1
 
 
+def test_help_and_the_version_import_nothing_that_takes_long(tmp_path: Path) -> None:
+    code = "import sys; from randlora.__main__ import main; main(sys.argv[1:]); print([*sys.modules], file=sys.stderr)"
+    for words in (["--help"], ["plan", "--help"], ["--version"]):
+        running = subprocess.run(
+            [sys.executable, "-c", code, *words], cwd=ROOT, text=True, capture_output=True, check=True
+        )
+        assert not {"torch", "numpy", "safetensors"} & set(ast.literal_eval(running.stderr))
+
+
+def test_a_shell_can_complete_commands(tmp_path: Path) -> None:
+    environment = {**os.environ, "_RANDLORA_COMPLETE": "complete_bash", "COMP_WORDS": "randlora ver", "COMP_CWORD": "1"}
+    code = "from randlora.__main__ import main; main()"
+    words = [sys.executable, "-c", code]
+    assert (
+        subprocess.run(words, cwd=ROOT, env=environment, text=True, capture_output=True, check=True).stdout == "verify"
+    )
+
+
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr()
@@ -102,13 +121,12 @@ def test_a_users_error_is_one_message_on_stderr_and_ends_with_1(
 
 def test_an_error_of_the_system_names_the_file(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = directory / "adapter" / "adapter_config.json" / "out"
-    words = ["--base", str(directory / "model"), "--adapter", str(directory / "adapter"), "--out", str(place)]
-    assert main(["merge", *words]) == 1
+    assert main(["merge", str(directory / "adapter"), str(place), "--base", str(directory / "model")]) == 1
     assert re.fullmatch(r"error: .*: .*adapter_config\.json.*\n", capsys.readouterr().err)
 
 
 def test_a_bug_is_not_dressed_up_as_a_users_error(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
-    monkeypatch.setattr("randlora.cli.plan.plan_checkpoint", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("randlora.files.base_fit.open_base", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["plan", str(directory / "model")])
 
@@ -124,7 +142,7 @@ def test_a_reader_that_goes_away_is_no_error(directory: Path) -> None:
     running.stderr.close()
 
 
-WORDS = ["merge", "--base", "model", "--adapter", "adapter", "--out", "out", "--json"]
+WORDS = ["merge", "adapter", "out", "--base", "model", "--json"]
 
 
 @pytest.mark.medium

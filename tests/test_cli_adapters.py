@@ -102,7 +102,7 @@ def test_convert_to_lora_prints_every_error(tmp_path: Path, capsys: pytest.Captu
     words = ("convert", source, tmp_path / "lora", "--to", "lora")
     code, out, err = run(capsys, *words, "--rank", "4")
     assert (code, out) == (1, "")
-    assert "above tolerance=0.05" in err
+    assert "with --rank 4, 4 of 4 layers have a relative error above --tolerance 0.05" in err
     assert not (tmp_path / "lora").exists()
     code, found = run_json(capsys, *words, "--rank", "4", "--tolerance", "1.0")
     assert code == 0
@@ -110,7 +110,7 @@ def test_convert_to_lora_prints_every_error(tmp_path: Path, capsys: pytest.Captu
     assert 0 < found["relative_error"] < max(layer["relative_error"] for layer in found["layers"]) < 1
     code, _, err = run(capsys, *words, "--tolerance", "0.3")
     assert code == 1
-    assert "exists and is not empty" in err
+    assert "exists and is not empty: choose another name, or give --overwrite" in err
     code, out, _ = run(capsys, *words, "--tolerance", "0.3", "--overwrite")
     assert code == 0
     assert "rank_pattern" in out
@@ -137,7 +137,7 @@ def test_convert_of_a_file_of_peft_takes_a_base(tmp_path: Path, capsys: pytest.C
     words = ("convert", source, tmp_path / "native", "--to", "native")
     code, _, err = run(capsys, *words)
     assert code == 1
-    assert "give the directory of its base model too" in err
+    assert "give --base, the directory of its base model" in err
     code, _, _ = run(capsys, *words, "--base", base_directory(LLAMA, tmp_path))
     assert code == 0
     assert randlora.files.verify(tmp_path / "native").passed

@@ -22,30 +22,18 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     save_model(LLAMA, Path("base"), is_sharded=True)
     for number, name in enumerate(("one", "other")):
         save_adapter(LLAMA, Path(name), values=number)
-    return ["merge", "--base", "base", "--out", "out"]
+    return ["merge", "--base", "base"]
 
 
 def test_one_adapter_is_merged(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*words, "--adapter", "one"]) == 0
+    assert main([*words, "one", "out"]) == 0
     report = randlora.files.merge("base", "one", "expected")
     assert contents(Path("out")) == contents(Path("expected"))
     assert capsys.readouterr().out.replace("wrote out", "wrote expected") == f"{report}\n"
 
 
 def test_several_adapters_are_merged_with_their_scales(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    more = [
-        "--adapter",
-        "one",
-        "--scale",
-        "0.5",
-        "--adapter",
-        "other",
-        "--scale",
-        "-2",
-        "--dtype",
-        "bfloat16",
-        "--json",
-    ]
+    more = ["one", "other", "out", "--scale", "0.5", "--scale", "-2", "--dtype", "bfloat16", "--json"]
     assert main([*words, *more]) == 0
     report = randlora.files.merge("base", {"one": 0.5, "other": -2.0}, "expected", dtype=torch.bfloat16)
     assert contents(Path("out")) == contents(Path("expected"))
@@ -55,10 +43,10 @@ def test_several_adapters_are_merged_with_their_scales(words: list[str], capsys:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--adapter", "one", "--adapter", "other", "--scale", "2"], "one --scale for each --adapter"),
-        (["--adapter", "one", "--adapter", "one"], "given twice"),
-        (["--adapter", "one", "--dtype", "int8"], "int8"),
-        ([], "--adapter"),
+        (["one", "other", "out", "--scale", "2"], "one --scale for each adapter"),
+        (["one", "one", "out"], "given twice"),
+        (["one", "out", "--dtype", "int8"], "int8"),
+        ([], "ADAPTER"),
     ],
     ids=["scales", "twice", "dtype", "none"],
 )
@@ -78,7 +66,7 @@ def test_that_a_quantized_model_became_a_dense_one_is_said(
     monkeypatch.chdir(tmp_path)
     base = quantize(LLAMA, "nf4", tmp_path / "base")
     save_adapter(LLAMA, Path("one"))
-    assert main(["merge", "--base", "base", "--adapter", "one", "--out", "out"]) == 0
+    assert main(["merge", "one", "out", "--base", "base"]) == 0
     small, large = (as_bytes(sum(tensor.nbytes for tensor in stored(place).values())) for place in (base, Path("out")))
     assert capsys.readouterr().out.splitlines() == [
         "merged one into 8 weights",

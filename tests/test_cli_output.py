@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from randlora.cli.app import main
-from randlora.cli.shared import complain, plain, progress_bar, show_json, show_table, visible
+from randlora.cli.shared import complain, in_options, plain, progress_bar, show_json, show_table, visible
 from randlora.files.merge import FileMergeReport
 from randlora.report import no_progress
 from tests.checkpoint_files import peft_directory, read_tensors, write_tensors
@@ -43,6 +43,21 @@ def test_what_a_terminal_would_not_print_is_written_out_and_nothing_else(text: s
     assert all(each.isprintable() or each == "\n" for each in shown)
     assert not text.replace("\n", "").isprintable() or shown == text
     assert json.loads(visible(json.dumps([text], ensure_ascii=False))) == [text]
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("give base=, the directory", "give --base, the directory"),
+        ("with rank=4, above tolerance=0.05 (a)", "with --rank 4, above --tolerance 0.05 (a)"),
+        ("same_rank=True pads, and rank=N cuts", "--same-rank pads, and --rank N cuts"),
+        ("use to='lora' with format='peft'", "use --to lora with --format peft"),
+        ('did you mean targets=["a", "b"]? or train_also="c.d"', "did you mean --targets a,b? or --train-also c.d"),
+        ("dense bases (stream=torch, seed=0, r=4, dims=8x8)", "dense bases (stream=torch, seed=0, r=4, dims=8x8)"),
+    ],
+)
+def test_arguments_in_messages_are_shown_as_options(said: str, shown: str) -> None:
+    assert in_options(said) == shown
 
 
 HOSTILE = "evil\x1b[2J\x1b]0;title\x07\x9b31m\u202e"

@@ -80,7 +80,7 @@ def test_a_file_of_peft_says_all_but_the_shapes(copies: str, tmp_path: Path) -> 
     assert summary.writer == "PEFT 0.21.2"
     assert (summary.bases == ()) == (copies == "none")
     assert {(layer.out_features, layer.in_features, layer.frobenius) for layer in summary.layers} == {(None,) * 3}
-    assert "give the directory of the base model" in summary.notes[-1]
+    assert "give base=, the directory of its base model" in summary.notes[-1]
     assert "?" in str(summary)
 
 

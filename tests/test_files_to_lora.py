@@ -148,7 +148,7 @@ def test_a_loss_beyond_the_tolerance_is_refused_and_nothing_written(tmp_path: Pa
         randlora.files.convert(source, tmp_path / "lora", "lora", rank=2, tolerance=0.3)
     assert not (tmp_path / "lora").exists()
     message = str(refusal.value)
-    assert "with rank=2 8 of 8 layers have a relative error above tolerance=0.3" in message
+    assert "with rank=2, 8 of 8 layers have a relative error above tolerance=0.3" in message
     worst = float(message.split("the largest is ")[1].split(":", maxsplit=1)[0])
     report = randlora.files.convert(source, tmp_path / "lora", "lora", rank=2, tolerance=worst + 1e-4)
     assert max(layer.relative_error for layer in report.layers) == pytest.approx(worst, abs=1e-4)

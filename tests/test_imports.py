@@ -22,6 +22,7 @@ PACKAGE = ROOT / "randlora"
 
 ROOMS = (
     "errors",
+    "choices",
     "forwards",
     "hints",
     "layer_options",
@@ -43,6 +44,7 @@ ROOMS = (
     "checkpoint",
     "pool",
     "files",
+    "api",
     "",  # the package itself
     "integrations",
     "cli",
@@ -146,7 +148,10 @@ def facts():
 torch_only = sorted(sys.modules)
 before = facts()
 import randlora
-print(json.dumps({"before": before, "after": facts(), "loaded": sorted(set(sys.modules) - set(torch_only))}))
+is_lazy = "randlora.api" not in sys.modules
+randlora.inject
+loaded = sorted(set(sys.modules) - set(torch_only))
+print(json.dumps({"is_lazy": is_lazy, "before": before, "after": facts(), "loaded": loaded}))
 """
 
 
@@ -181,6 +186,7 @@ def test_importing_the_library_does_not_import(name: str, fresh: dict[str, Any])
 
 def test_importing_the_library_imports_every_file_of_it_but_the_command_line(fresh: dict[str, Any]) -> None:
     names = {f"randlora.{name}".removesuffix(".") for name in modules() if floor(name) <= floor("")}
+    assert fresh["is_lazy"]
     assert names <= set(fresh["loaded"])
 
 
@@ -192,7 +198,7 @@ def test_importing_the_library_changes_no_global_state(fresh: dict[str, Any]) ->
 def test_the_public_names_are_complete_and_sorted() -> None:
     public = {
         name
-        for name, value in vars(randlora).items()
+        for name, value in vars(randlora.api).items()
         if not name.startswith("_") and not isinstance(value, types.ModuleType)
     }
     assert randlora.__all__ == sorted({*public, "errors", "files"})

@@ -1,5 +1,7 @@
 """Reports: the figures are right, and the table says them."""
 
+from typing import Any
+
 import pytest
 import torch
 from bitsandbytes.nn import Embedding4bit
@@ -76,7 +78,8 @@ def test_the_table_of_a_small_model_reads_so() -> None:
     model = Mixed()
     report = randlora.plan(model, r=4, train_also=["head"])
     assert str(report).splitlines() == [
-        "RandLoRA adapter 'default': dense bases (stream=torch, seed=0, r=4, dims=20x20), alpha=80",
+        "RandLoRA adapter 'default': alpha=80",
+        "dense bases (stream=torch, seed=0, r=4, dims=20x20)",
         "targets: all linear layers but the output head",
         "count  in  out  r  num_bases  rank  trainable",
         "    1  12   12  4          3    12         48",
@@ -86,8 +89,49 @@ def test_the_table_of_a_small_model_reads_so() -> None:
         "3 layers adapted, active, trainable",
         "bases 576 B in memory, checkpoint 732 B",
         "also trained: head.weight, head.bias",
+        "learning rate to try first: 0.001, after a short warm-up",
         'left out: 1 embedding, 15.66% of the weights: targets="all" adapts it',
     ]
+
+
+def test_a_report_fits_80_columns_and_breaks_no_name() -> None:
+    model = nn.ModuleDict({f"{letter * 30}": nn.Linear(8, 8) for letter in "abcdef"})
+    names = [*model]
+    report = randlora.plan(model, r=4, basis="block", train_also=[f"{name}.bias" for name in names], trainable=False)
+    lines = str(report).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(any(f"{name}.bias" in line for line in lines) for name in names[:4])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 1e-3),
+        ({"alpha": 8}, 1e-2),
+        ({"alpha": 8000}, 1e-5),
+        ({"alpha": {"q": 80, ".*": 160}}, 5e-4),
+        ({"alpha": 1e-9}, 0.1),
+        ({"alpha": 0}, 0.1),
+        ({"init": "gamma"}, 1e-3),
+        ({"trainable": False}, None),
+    ],
+)
+def test_the_learning_rate_to_try_goes_with_the_size_of_a_step(options: dict[str, Any], expected: float | None) -> None:
+    report = randlora.plan(Mixed(), r=4, **options)
+    assert report.learning_rate == (expected if expected is None else pytest.approx(expected))
+    assert ("learning rate to try first" in str(report)) == (expected is not None)
+    model = Mixed()
+    assert randlora.inject(model, r=4, **options).learning_rate == report.learning_rate
+
+
+def test_a_head_that_is_left_frozen_is_told_of_with_how_to_train_it() -> None:
+    model = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "classifier": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))})
+    note = 'frozen: classifier; if it is new, with random values, give train_also="classifier"'
+    assert note in randlora.plan(model, r=4).notes
+    assert note in randlora.plan(model, r=4, targets=["q_proj"]).notes
+    others: list[dict[str, Any]] = [{"train_also": "classifier"}, {"targets": ["classifier"]}, {"trainable": False}]
+    for options in others:
+        assert note not in randlora.plan(model, r=4, **options).notes
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_what_is_converted_for_peft_needs_no_old_torch_any_more(old: Old, tmp_pa
 
 def test_a_stream_that_a_conversion_would_lose_is_an_error(tmp_path: Path) -> None:
     """Without the layers' shapes a file of PEFT becomes another, which says as little."""
-    with pytest.raises(CheckpointError, match="give the directory of its base model too"):
+    with pytest.raises(CheckpointError, match="give base=, the directory of its base model"):
         randlora.files.convert(PEFTS, tmp_path / "peft", "peft", stream="torch-2.11")
     assert not (tmp_path / "peft").exists()
 

@@ -43,7 +43,7 @@ from randlora.checkpoint.peft_config import (
 from randlora.checkpoint.schema import PeftFields
 from randlora.checkpoint.values import file_problems
 from randlora.config import RandLoRAConfig, Stream
-from randlora.disk.hub import download, is_repo_id
+from randlora.disk.hub import download, is_on_hub
 from randlora.disk.json_text import read_json
 from randlora.disk.regular import is_there
 from randlora.disk.tensor_file import Shard, is_equal, open_shard, read_tensor
@@ -112,7 +112,7 @@ def locate(source: str | os.PathLike[str], revision: str | None, subfolder: str 
     a subfolder of either.
     """
     path = Path(source)
-    if not is_there(path) and isinstance(source, str) and is_repo_id(source):
+    if is_on_hub(source):
         files = [CONFIG_FILE, TENSORS_FILE]
         within = PurePosixPath(subfolder or ".")
         return download(source, revision, [(within / name).as_posix() for name in files]) / within

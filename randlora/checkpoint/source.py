@@ -10,7 +10,7 @@ from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
 from randlora.checkpoint.in_memory import AdapterState, file_of
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.config import Stream
-from randlora.disk.hub import download, is_repo_id
+from randlora.disk.hub import download, is_on_hub
 from randlora.disk.regular import is_there
 from randlora.errors import CheckpointError
 
@@ -64,7 +64,7 @@ IN_ROOT = "default"
 def locate_all(source: str | os.PathLike[str], revision: str | None) -> dict[str, Path]:
     """Return the directories of all adapters in a directory, or in a repository on the Hub, by name."""
     path = Path(source)
-    if not is_there(path) and isinstance(source, str) and is_repo_id(source):
+    if is_on_hub(source):
         files = [CONFIG_FILE, TENSORS_FILE]
         return adapters_in(download(source, revision, [*files, *(f"*/{name}" for name in files)], are_patterns=True))
     if revision is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
@@ -11,6 +12,7 @@ import typer
 
 import randlora
 from randlora.cli.convert import convert
+from randlora.cli.demo import demo
 from randlora.cli.inspect import inspect
 from randlora.cli.merge import merge
 from randlora.cli.plan import plan
@@ -21,7 +23,6 @@ from randlora.errors import RandLoRAError
 app = typer.Typer(
     name="randlora",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -31,6 +32,7 @@ app.command()(merge)
 app.command()(inspect)
 app.command()(verify)
 app.command()(convert)
+app.command()(demo)
 
 USER_ERROR = 1
 
@@ -46,7 +48,7 @@ Version = Annotated[bool, typer.Option("--version", callback=_show_version, help
 
 @app.callback()
 def describe(version: Version = False) -> None:  # noqa: FBT002
-    """RandLoRA adapters as files.
+    """RandLoRA adapters as files. Models are trained by trainers, not here.
 
     Results go to stdout, errors and progress to stderr. The exit code is 0; 1 for an error with files; 2 for an invalid
     command line. Every command takes `--json`.
@@ -57,6 +59,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 for an error with files, 2 for an invalid command line."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: an old terminal's encoding may lack Λ
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app(None if args is None else list(args), prog_name="randlora")
     except SystemExit as ended:

@@ -7,9 +7,10 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from randlora import files
+import randlora
+from randlora.choices import Component, Format, Layout
 from randlora.cli.shared import (
-    AdapterDir,
+    Adapter,
     AsJson,
     BaseForShapes,
     FileStream,
@@ -19,9 +20,6 @@ from randlora.cli.shared import (
     show,
     show_json,
 )
-from randlora.files.convert import Format
-from randlora.files.lora_layouts import Layout
-from randlora.files.pipeline_parts import Component
 
 Out = Annotated[Path, Argument(help="The directory to write.")]
 To = Annotated[Format, Option(help="What to write.")]
@@ -48,7 +46,7 @@ Overwrite = Annotated[bool, Option("--overwrite", help="Replace an adapter in OU
 
 
 def convert(
-    adapter_dir: AdapterDir,
+    adapter: Adapter,
     out: Out,
     to: To,
     layout: ForReader = None,
@@ -85,8 +83,8 @@ def convert(
     `randlora convert my-adapter for-pipeline --to lora --format diffusers`
     """
     with progress_bar() as progress:
-        report = files.convert(
-            adapter_dir,
+        report = randlora.files.convert(
+            adapter,
             out,
             to,
             format=layout,

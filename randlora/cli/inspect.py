@@ -6,9 +6,9 @@ from typing import Annotated
 
 from typer import Option
 
-from randlora import files
+import randlora
 from randlora.cli.shared import (
-    AdapterDir,
+    Adapter,
     AsJson,
     BaseForShapes,
     FileStream,
@@ -23,7 +23,7 @@ Norms = Annotated[bool, Option(help="Compute every layer's update and its norms.
 
 
 def inspect(
-    adapter_dir: AdapterDir,
+    adapter: Adapter,
     base: BaseForShapes = None,
     prefix: Prefix = None,
     stream: FileStream = None,
@@ -44,7 +44,7 @@ def inspect(
     `randlora inspect my-adapter --no-norms --json`
     """
     with progress_bar() as progress:
-        summary = files.inspect(adapter_dir, base, prefix=prefix, stream=stream, norms=norms, progress=progress)
+        summary = randlora.files.inspect(adapter, base, prefix=prefix, stream=stream, norms=norms, progress=progress)
     if not as_json:
         show(summary)
         return

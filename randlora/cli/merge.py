@@ -5,26 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
-from typer import Option
+from typer import Argument, Option
 
-from randlora import files
-from randlora.cli.shared import AsJson, FileStream, Prefix, progress_bar, show, show_json
+import randlora
+from randlora.cli.shared import AsJson, FileStream, Prefix, dtype_of, progress_bar, show, show_json
 
-Base = Annotated[Path, Option(help="The model's directory, which does not change.")]
-Adapters = Annotated[list[Path], Option("--adapter", help="An adapter's directory. May be repeated: updates add.")]
-Out = Annotated[Path, Option(help="The directory to create; it must not exist.")]
-Scales = Annotated[list[float] | None, Option("--scale", help="Factor of the update, one for each `--adapter`.")]
+Adapters = Annotated[
+    list[str], Argument(metavar="ADAPTER...", help="Directories of adapters, or `user/repo` on the Hub. Updates add.")
+]
+Out = Annotated[Path, Argument(help="The directory to create; it must not exist.")]
+Base = Annotated[str, Option(help="The model: a directory, which does not change, or `org/name` on the Hub.")]
+Scales = Annotated[list[float] | None, Option("--scale", help="Factor of the update, one for each adapter, in order.")]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16", "float64"] | None, Option(help="Cast every floating tensor.")
 ]
 
 
 def merge(
-    base: Base,
     adapters: Adapters,
     out: Out,
+    base: Base,
     scales: Scales = None,
     dtype: Dtype = None,
     prefix: Prefix = None,
@@ -41,21 +42,23 @@ def merge(
 
     **Examples**
 
-    `randlora merge --base Llama-3-8B --adapter my-adapter --out merged`
+    `randlora merge my-adapter merged --base Llama-3-8B`
 
-    `randlora merge --base Llama-3-8B --adapter a --scale 0.7 --adapter b --scale 0.3 --out merged --dtype bfloat16`
+    `randlora merge user/adapter merged --base meta-llama/Llama-3.2-1B`
+
+    `randlora merge a b merged --base Llama-3-8B --scale 0.7 --scale 0.3 --dtype bfloat16`
     """
     scales = scales or [1.0] * len(adapters)
     if len(scales) != len(adapters):
-        raise typer.BadParameter(f"expected one --scale for each --adapter, got {len(scales)} for {len(adapters)}")
+        raise typer.BadParameter(f"expected one --scale for each adapter, got {len(scales)} for {len(adapters)}")
     if len(set(adapters)) != len(adapters):
-        raise typer.BadParameter("an --adapter is given twice: give it a larger --scale")
+        raise typer.BadParameter("an adapter is given twice: give it a larger --scale")
     with progress_bar() as progress:
-        report = files.merge(
+        report = randlora.files.merge(
             base,
             dict(zip(adapters, scales, strict=True)),
             out,
-            dtype=None if dtype is None else getattr(torch, dtype),
+            dtype=dtype_of(dtype),
             prefix=prefix,
             stream=stream,
             progress=progress,

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import torch
 import typer
 from typer import Argument, Option
 
-from randlora import config
-from randlora.cli.shared import AsJson, plain, show, show_json, show_table
-from randlora.files.base_fit import open_base
-from randlora.files.plan import checkpoint_memory, plan_checkpoint
-from randlora.memory.parts import Strategy
-from randlora.targets.left_out import DOUBT
+from randlora import choices
+from randlora.cli.shared import AsJson, dtype_of, plain, show, show_json, show_table
 
 _Number = TypeVar("_Number", int, float)
 
-Model = Annotated[Path, Argument(help="Directory with `model.safetensors`, or with shards and their index.")]
+Model = Annotated[
+    str, Argument(help="Directory with `model.safetensors` or with shards and their index, or `org/name` on the Hub.")
+]
 Rank = Annotated[
     list[str] | None,
     Option(
@@ -29,22 +25,23 @@ Rank = Annotated[
     ),
 ]
 Targets = Annotated[
-    list[str] | None, Option(help="A name of layers, weights or modules; or `all-linear`, or `all`. May be repeated.")
+    list[str] | None,
+    Option(help="Names of layers, weights, modules, with commas between; or `all-linear`, or `all`."),
 ]
 Regex = Annotated[str | None, Option(help="A regex that matches whole names, in place of `--targets`.")]
-Exclude = Annotated[list[str] | None, Option(help="A layer, or a module with the layers in it, to leave out.")]
-TrainAlso = Annotated[list[str] | None, Option(help="A module or parameter to train with the adapter.")]
+Exclude = Annotated[list[str] | None, Option(help="Layers, or modules with the layers in them, to leave out.")]
+TrainAlso = Annotated[list[str] | None, Option(help="Modules or parameters to train with the adapter.")]
 Alpha = Annotated[
     list[str] | None,
     Option(help="The update is scaled by alpha / r; 20 r unless given. Or `PATTERN=ALPHA`, as for `--r`."),
 ]
-Basis = Annotated[config.BasisKind, Option(help="Kind of random bases.")]
-Stream = Annotated[config.Stream | None, Option(help="The stream of random numbers.")]
+Basis = Annotated[choices.BasisKind, Option(help="Kind of random bases.")]
+Stream = Annotated[choices.Stream | None, Option(help="The stream of random numbers.")]
 Blocks = Annotated[tuple[int, int] | None, Option(help="Blocks of A and of B, for `--basis block`.")]
 Seed = Annotated[int, Option(help="Seed of the bases.")]
-InProj = Annotated[config.InProj, Option(help="Attention's `in_proj_weight` as one matrix, or split into three.")]
+InProj = Annotated[choices.InProj, Option(help="Attention's `in_proj_weight` as one matrix, or split into three.")]
 Devices = Annotated[int, Option(help="Number of devices that train together.")]
-Divided = Annotated[Strategy, Option(help="How the model is divided among them: `ddp` not at all.")]
+Divided = Annotated[choices.Strategy, Option(help="How the model is divided among them: `ddp` not at all.")]
 Tokens = Annotated[int, Option(help="Tokens of a step on each device, for what layers keep for backward.")]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
@@ -55,7 +52,7 @@ Checkpointing = Annotated[bool, Option("--checkpointing", help="Blocks are compu
 
 
 def plan(
-    model_dir: Model,
+    model: Model,
     r: Rank = None,
     targets: Targets = None,
     targets_regex: Regex = None,
@@ -85,7 +82,7 @@ def plan(
 
     `randlora plan Llama-3-8B`
 
-    `randlora plan Llama-3-8B --r 16 --targets q_proj --targets v_proj`
+    `randlora plan meta-llama/Llama-3.2-1B --r 16 --targets q_proj,v_proj`
 
     `randlora plan gpt2 --targets all-linear --basis block --json`
 
@@ -93,13 +90,19 @@ def plan(
 
     `randlora plan Llama-3-70B --devices 8 --strategy fsdp2 --tokens 4096 --checkpointing`
     """
+    # these import torch, which takes seconds, and `--help` should not
+    from randlora.files.base_fit import open_base  # noqa: PLC0415
+    from randlora.files.plan import checkpoint_memory, plan_checkpoint  # noqa: PLC0415
+    from randlora.targets.left_out import DOUBT  # noqa: PLC0415
+
     if targets and targets_regex is not None:
         raise typer.BadParameter("give --targets or --targets-regex, not both")
     ranks, alphas = _by_pattern("--r", r, int), _by_pattern("--alpha", alpha, float)
+    names = _names(targets)
     options: dict[str, Any] = {
-        "targets": targets_regex or (targets[0] if targets in (["all-linear"], ["all"]) else targets or None),
-        "exclude": exclude or None,
-        "train_also": train_also or None,
+        "targets": targets_regex or (names[0] if names in (["all-linear"], ["all"]) else names),
+        "exclude": _names(exclude),
+        "train_also": _names(train_also),
         "alpha": alphas,
         "basis": basis,
         "stream": stream,
@@ -111,11 +114,11 @@ def plan(
         "devices": devices,
         "strategy": strategy,
         "tokens": tokens,
-        "dtype": None if dtype is None else getattr(torch, dtype),
+        "dtype": dtype_of(dtype),
         "optimizer_states": optimizer_states,
         "checkpointing": checkpointing,
     }
-    base = open_base(model_dir)
+    base = open_base(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", DOUBT, UserWarning)  # the report says it
         report = plan_checkpoint(base, ranks, **options)
@@ -128,6 +131,11 @@ def plan(
     show_table((), memory.lines)
     for note in memory.notes:
         typer.echo(note)
+
+
+def _names(given: Sequence[str] | None) -> list[str] | None:
+    """Return the names of an option that takes several, with commas between them or repeated."""
+    return [name for text in given or () for name in text.split(",") if name] or None
 
 
 def _by_pattern(

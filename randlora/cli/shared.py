@@ -3,40 +3,49 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from randlora import config
-from randlora.report import Progress, no_progress
+from randlora import choices
 
-AdapterDir = Annotated[Path, typer.Argument(help="Directory that `randlora.save` or PEFT wrote.")]
+if TYPE_CHECKING:
+    import torch
+
+    from randlora.report import Progress
+
+Adapter = Annotated[str, typer.Argument(help="Directory that this library or PEFT wrote, or `user/repo` on the Hub.")]
 BaseForShapes = Annotated[
-    Path | None,
-    typer.Option("--base", help="The base model's directory, whose headers give the shapes that PEFT does not store."),
+    str | None,
+    typer.Option("--base", help="The base model, whose headers give the shapes that PEFT does not store."),
 ]
 Prefix = Annotated[
     str | None,
     typer.Option(help="The prefix by which the names in the adapter and in the model differ, such as `bert`."),
 ]
 FileStream = Annotated[
-    config.Stream | None,
+    choices.Stream | None,
     typer.Option(
         "--stream",
         help="The stream of the bases, if PEFT stored none: `torch-2.11` if trained under torch 2.11 or older.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+ARGUMENT = re.compile(
+    r"\b(base|basis|component|exclude|format|overwrite|prefix|rank|same_rank|stream|targets|to|tolerance|train_also)="
+    r"""(True\b|"[^"]*"|'[^']*'|\[[^]]*\]|(?<=rank=)\w+|(?<=tolerance=)[\d.e-]*\d|(?![\w.(]))"""
+)
+"""An argument in a message of the library: with a value in quotes or brackets, or a number, or with none."""
 
 WIDEST = 100_000  # the width of a pipe, where nothing is cut or wrapped
 
@@ -53,7 +62,25 @@ def show_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
 
 def show(value: object) -> None:
     """Print a result as text."""
-    typer.echo(visible(str(value)))
+    typer.echo(visible(in_options(str(value))))
+
+
+def in_options(text: str) -> str:
+    """Return a message of the library with its arguments as the options of this command line."""
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        values = re.sub(r"[\[\]\"'\s]", "", value or "")
+        return f"--{name.replace('_', '-')}" + (f" {values}" if values not in ("", "True") else "")
+
+    return ARGUMENT.sub(option, text)
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """Return the dtype of this name."""
+    import torch  # noqa: PLC0415 - it takes seconds, which `--help` should not
+
+    return None if name is None else getattr(torch, name)  # type: ignore[no-any-return]
 
 
 def visible(text: str) -> str:
@@ -74,14 +101,15 @@ def plain(value: Any) -> Any:
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(entry) for entry in value]
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    return str(value) if isinstance(value, Path) else value
+    is_json = value is None or isinstance(value, str | int | float)
+    return value if is_json else str(value).removeprefix("torch.")  # a dtype's, else a path
 
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
     """Yield a callback that shows progress on a terminal, and nothing in a pipe or a log."""
+    from randlora.report import no_progress  # noqa: PLC0415 - as above
+
     if not sys.stderr.isatty():
         yield no_progress
         return
@@ -93,4 +121,5 @@ def progress_bar() -> Iterator[Progress]:
 
 def complain(message: str) -> None:
     """Print an error on stderr."""
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print("error:", visible(message), style=None)
+    message = visible(in_options(message))
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print("error:", message, style=None)

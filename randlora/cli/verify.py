@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer import Option
 
-from randlora import files
-from randlora.cli.shared import AdapterDir, AsJson, FileStream, Prefix, plain, progress_bar, show, show_json
+import randlora
+from randlora.cli.shared import Adapter, AsJson, FileStream, Prefix, plain, progress_bar, show, show_json
 
 FAILED = 1
 
-Base = Annotated[Path | None, Option(help="Check also that this model has every layer, in the shape of the adapter.")]
+Base = Annotated[
+    str | None,
+    Option(help="Check also that this model has every layer, in the shape of the adapter."),
+]
 
 
 def verify(
-    adapter_dir: AdapterDir,
+    adapter: Adapter,
     base: Base = None,
     prefix: Prefix = None,
     stream: FileStream = None,
@@ -33,9 +35,11 @@ def verify(
     `randlora verify my-adapter`
 
     `randlora verify my-adapter --base Llama-3-8B --json`
+
+    `randlora verify user/adapter --base meta-llama/Llama-3.2-1B`
     """
     with progress_bar() as progress:
-        verification = files.verify(adapter_dir, base, prefix=prefix, stream=stream, progress=progress)
+        verification = randlora.files.verify(adapter, base, prefix=prefix, stream=stream, progress=progress)
     if as_json:
         show_json({**plain(verification), "passed": verification.passed})
     else:

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+from typing import Any, TypeGuard
 
+from randlora.disk.regular import is_there
 from randlora.errors import CheckpointError
 
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -18,6 +20,11 @@ LIBRARY = {"library_name": "randlora", "library_version": version("randlora")}
 def is_repo_id(name: str) -> bool:
     """Return whether a name has the form of a repository on the Hub, ``"user/repo"``."""
     return REPO_ID.fullmatch(name) is not None
+
+
+def is_on_hub(source: object) -> TypeGuard[str]:
+    """Return whether a source can only mean a repository on the Hub, because there is no such path."""
+    return isinstance(source, str) and is_repo_id(source) and not is_there(Path(source))
 
 
 def require_hub(repo_id: str) -> ModuleType:
@@ -67,6 +74,21 @@ def download(repo_id: str, revision: str | None, files: Sequence[str], *, are_pa
     return Path(found)
 
 
+def read_header(repo_id: str, revision: str, file: str) -> dict[str, Any]:
+    """Return the header of a safetensors file of a repository as its JSON, by range requests for it alone."""
+    library = require_hub(repo_id)
+    try:
+        found = library.HfApi(**LIBRARY).parse_safetensors_file_metadata(repo_id, file, revision=revision)
+        numbers = [number for facts in found.tensors.values() for number in (*facts.shape, *facts.data_offsets)]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError("its shapes and offsets are not all integers")
+    except Exception as error:  # the library's own, and whatever its HTTP client raises
+        raise CheckpointError(
+            f"the header of {file} in the Hub's repository {repo_id!r} cannot be had: {_cause(library, error)}"
+        ) from error
+    return {"__metadata__": found.metadata, **{name: vars(facts) for name, facts in found.tensors.items()}}
+
+
 def upload(
     directory: Path,
     repo_id: str,
@@ -110,6 +132,7 @@ def _cause(library: ModuleType, error: Exception) -> str:
         (errors.RepositoryNotFoundError, "check its name; if it is private, log in with `hf auth login`"),
         (errors.RevisionNotFoundError, "it has no such revision: name a branch, a tag or a commit of it"),
         (errors.LocalEntryNotFoundError, "it is not in the cache: check the connection, and HF_HUB_OFFLINE"),
+        (errors.EntryNotFoundError, "it has no such file"),
         (errors.HFValidationError, "the Hub allows no such name"),
         (errors.HfHubHTTPError, "the Hub refuses: log in with `hf auth login`, with a token that may do this"),
         (Exception, "check the connection, and HF_HUB_OFFLINE"),

@@ -110,9 +110,15 @@ def _header(path: Path, raw: FileIO) -> Shard:
         header = parse_json(raw.read(length).decode())
     except ValueError as error:
         raise CheckpointError(f"the header of {path} is damaged ({error}): get an undamaged copy") from error
-    metadata = header.pop("__metadata__", None) or {}
-    entries = [_entry(path, name, facts, LENGTH_BYTES + length) for name, facts in header.items()]
-    return Shard(path, tuple(sorted(entries, key=lambda entry: (entry.offset, entry.nbytes))), metadata)
+    return shard_of(path, header, LENGTH_BYTES + length)
+
+
+def shard_of(path: Path, header: Mapping[str, Any], start: int) -> Shard:
+    """Return a file by the JSON of its header, after which, at byte ``start``, the tensors begin."""
+    tensors = {name: facts for name, facts in header.items() if name != "__metadata__"}
+    entries = [_entry(path, name, facts, start) for name, facts in tensors.items()]
+    in_order = sorted(entries, key=lambda entry: (entry.offset, entry.nbytes))
+    return Shard(path, tuple(in_order), header.get("__metadata__") or {})
 
 
 def _entry(path: Path, name: str, facts: Mapping[str, Any], start: int) -> Entry:

@@ -18,7 +18,7 @@ from randlora.checkpoint.fit import misfits
 from randlora.checkpoint.format import master
 from randlora.checkpoint.limits import Known
 from randlora.checkpoint.peft_config import BASE_FIELD
-from randlora.checkpoint.read import AdapterFile, read_adapter
+from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.config import Stream
 from randlora.errors import CheckpointError, raise_collected
 from randlora.files.base_fit import Base, BaseFit, fit_base, open_base, shapes_in
@@ -70,7 +70,7 @@ class OpenAdapter:
             named = self.file.fields.get(BASE_FIELD)
             raise CheckpointError(
                 f"{str(self.directory)!r} was written by PEFT, which stores only the smaller dim of each layer: "
-                f"give the directory of its base model too{f', {named!r}' if named else ''}"
+                f"give base=, the directory of its base model{f', {named!r}' if named else ''}"
             )
         return self.shapes
 
@@ -83,9 +83,13 @@ def _formed(fqn: str, update: Update) -> Tensor:
 
 
 def open_adapter(
-    directory: Path, base: str | os.PathLike[str] | None = None, prefix: str | None = None, stream: Stream | None = None
+    source: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    prefix: str | None = None,
+    stream: Stream | None = None,
 ) -> OpenAdapter:
     """Read and check an adapter, and draw or take its bases. The base is needed only for files that PEFT wrote."""
+    directory = locate(source, None)
     file = read_adapter(directory, stream)
     if base is None:
         shapes = known_shapes(file)

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from randlora.bases.bank import BasisBank
 from randlora.checkpoint.bases import stream_notes
+from randlora.checkpoint.read import locate
 from randlora.config import Stream
 from randlora.disk.tensor_file import Entry, read_pieces
 from randlora.errors import CheckpointError, MergeError
@@ -159,20 +161,21 @@ class Changes:
 
 
 def find_changes(
-    base: Base, adapters: Mapping[Path, float], prefix: str | None = None, stream: Stream | None = None
+    base: Base, adapters: Mapping[Any, float], prefix: str | None = None, stream: Stream | None = None
 ) -> Changes:
     """Read adapters, fit them to a checkpoint, draw their bases, and return which tensors they change.
 
-    ``adapters`` are their directories and the factors of their updates. ``stream`` is that of the bases of each, as in
-    `randlora.load`. It is an error if two trained the same parameter.
+    ``adapters`` are their directories, or repositories on the Hub, and the factors of their updates. ``stream`` is that
+    of the bases of each, as in `randlora.load`. It is an error if two trained the same parameter.
     """
     bank = BasisBank()
     computed: dict[str, Merging | ConvertedMerging] = {}
     values: dict[str, Tensor] = {}
     notes: list[str] = []
-    for path, factor in adapters.items():
+    for source, factor in adapters.items():
+        path = Path(source)
         try:
-            adapter, fit = open_fitted(path, base, prefix, stream, bank)
+            adapter, fit = open_fitted(locate(source, None), base, prefix, stream, bank)
             if fit.absent:
                 absent = ", ".join(fit.absent)
                 advice = "load the model and merge in memory"

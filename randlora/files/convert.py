@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +22,7 @@ from randlora.checkpoint.keys import basis_keys
 from randlora.checkpoint.limits import require_drawable
 from randlora.checkpoint.peft_config import UNREAD_FIELDS, option_fields, peft_obstacle, unknown_to_peft
 from randlora.checkpoint.write import write_adapter
-from randlora.config import Stream
+from randlora.choices import Component, Format, Layout, Stream
 from randlora.disk.replace import NEW, scratch_for
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.adapter import OpenAdapter, open_adapter
@@ -30,18 +30,15 @@ from randlora.files.full_diff import full_diff
 from randlora.files.lora_layouts import (
     WEIGHTS,
     AdapterFiles,
-    Layout,
     diffusers_files,
     layout_problems,
     mlx_files,
     peft_files,
 )
-from randlora.files.pipeline_parts import OWN_NAMES, Component, recognized
+from randlora.files.pipeline_parts import OWN_NAMES, recognized
 from randlora.files.to_lora import Factors, LoraLayer, low_rank_factors, not_linear
 from randlora.hints import require_types
 from randlora.report import Progress, as_bytes, as_lines, no_progress, table
-
-Format = Literal["peft", "native", "lora", "diff"]
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,8 @@ def convert(
     under the keys by which ComfyUI adds it to a weight.
 
     Args:
-        directory: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote; it does not change.
+        directory: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote, which does not change, or a
+            repository on the Hub.
         out: Another directory, to write to.
         to: The format.
         format: For ``"lora"``, whose files to write: ``"peft"``, the default, which vLLM, SGLang and llama.cpp's
@@ -122,8 +120,8 @@ def convert(
         component: For diffusers and ``"diff"``, which of a pipeline's models the adapter is for: ``"unet"``,
             ``"transformer"``, ``"text_encoder"`` or ``"text_encoder_2"``, with their names in diffusers. For ``"diff"``
             also ``"diffusion_model"``, with the names that its authors gave. ``None`` recognizes it by the names.
-        base: The directory of the base model, whose headers give the layers' shapes. PEFT does not store them, so its
-            files need it for ``"native"`` and ``"lora"``.
+        base: The base model, a directory or a repository on the Hub, whose headers give the layers' shapes. PEFT does
+            not store them, so its files need it for ``"native"`` and ``"lora"``.
         prefix: The prefix by which the names in the adapter and in the base model differ, as in `randlora.load`. The
             adapter keeps its names.
         stream: The stream of the bases, as in `randlora.load`. A ``"native"`` file says it.
@@ -148,11 +146,11 @@ def convert(
     if os.path.lexists(target) and not target.is_dir():
         raise CheckpointError(f"{target} is a file or a broken link: expected the name of a directory to write to")
     if not overwrite and target.is_dir() and any(target.iterdir()):
-        raise CheckpointError(f"{target} exists and is not empty: choose another name, or ask for overwriting")
+        raise CheckpointError(f"{target} exists and is not empty: choose another name, or give overwrite=True")
     weights = WEIGHTS.get(to if to == "diff" else format or "peft")
     if others := sorted(name for name in set(WEIGHTS.values()) - {weights} if (target / name).exists()):
         raise CheckpointError(f"{target} holds files of another format, such as {others[0]}: choose another directory")
-    adapter = open_adapter(source, base, prefix, stream)
+    adapter = open_adapter(directory, base, prefix, stream)
     assumed = (*adapter.file.doubts, *stream_notes(adapter.file))
     if to == "lora":
         with scratch_for(target.resolve()) as scratch:
@@ -185,11 +183,11 @@ def _option_problems(
 ) -> list[str]:
     problems = []
     if to != "lora" and (rank is not None or tolerance is not None):
-        problems.append(f"rank and tolerance are for to='lora': {to!r} is exact")
+        problems.append(f"rank= and tolerance= are for to='lora': {to!r} is exact")
     if to != "lora" and (layout is not None or same_rank):
-        problems.append(f"format and same_rank are for to='lora', not {to!r}")
+        problems.append(f"format= and same_rank= are for to='lora', not {to!r}")
     if component is not None and not (to == "diff" or layout == "diffusers"):
-        problems.append("component is for to='diff', and for to='lora' with format='diffusers'")
+        problems.append("component= is for to='diff', and for to='lora' with format='diffusers'")
     if component == OWN_NAMES and layout == "diffusers":
         problems.append(f"component={component!r} is for to='diff': pipelines of diffusers have no such part")
     if rank is not None and rank <= 0:

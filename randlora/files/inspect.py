@@ -24,7 +24,7 @@ from randlora.hints import require_types
 from randlora.layer_options import LayerOptions, described
 from randlora.report import Progress, as_bytes, as_lines, no_progress, table
 
-WITHOUT_SHAPES = "norms need the layers' shapes, which PEFT does not store: give the directory of the base model too"
+WITHOUT_SHAPES = "norms need the layers' shapes, which PEFT does not store: give base=, the directory of its base model"
 DIGEST_SHOWN = 12
 
 BasisSource = Literal["seed", "file"]
@@ -178,8 +178,9 @@ def inspect(
     """Return what an adapter on disk is: options, bases, layers, and the norms of their updates.
 
     Args:
-        directory: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote.
-        base: The directory of its base model, for the layers' shapes, which PEFT does not store. Only headers are read.
+        directory: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote, or a repository on the Hub.
+        base: Its base model, a directory or a repository on the Hub, for the layers' shapes, which PEFT does not store.
+            Only headers are read.
         prefix: The prefix by which the names in the adapter and in the base model differ, as in `randlora.load`.
         stream: The stream of the bases, as in `randlora.load`.
         norms: Whether to compute every layer's update, one at a time, and its norms.
@@ -191,7 +192,7 @@ def inspect(
             fit the base.
     """
     require_types(inspect, locals())
-    adapter = open_adapter(Path(directory), base, prefix, stream)
+    adapter = open_adapter(directory, base, prefix, stream)
     file = adapter.file
     fqns = [*adapter.shapes] if adapter.shapes else sorted(file.values, key=_natural)
     layers = []
@@ -206,7 +207,7 @@ def inspect(
         writer = f"randlora {header.library_version}, format {header.format_version}"
     times = {0: "drawn from the seed", 1: "stored once in the file"}
     return AdapterSummary(
-        directory=adapter.directory,
+        directory=Path(directory),
         writer=writer,
         storage=times.get(file.basis_copies, f"stored {file.basis_copies} times in the file"),
         base_model=file.fields.get(BASE_FIELD),

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,14 +20,12 @@ from torch import Tensor
 from randlora.checkpoint.format import CONFIG_FILE, METADATA, TENSORS_FILE
 from randlora.checkpoint.keys import MODEL_PREFIX, trained_key
 from randlora.checkpoint.peft_config import BASE_FIELD, PEFT_VERSION
+from randlora.choices import Component, Layout
 from randlora.disk.replace import Writer, write_files
 from randlora.disk.tensor_file import Entry, Planned, read_pieces, read_tensor, write_tensor_file
 from randlora.files.adapter import OpenAdapter
-from randlora.files.pipeline_parts import Component
 from randlora.files.to_lora import LISTED, Factors
 from randlora.targets.match import has_suffix
-
-Layout = Literal["peft", "diffusers", "mlx"]
 
 DIFF_FILE = "diff.safetensors"
 WEIGHTS: dict[str, str] = {

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from randlora.config import Stream
+from randlora.disk.hub import download, is_on_hub
 from randlora.disk.replace import new_directory
 from randlora.disk.tensor_file import Planned, Shard, write_tensor_file
 from randlora.errors import CheckpointError, ConfigError, MergeError, raise_collected
@@ -25,6 +26,7 @@ from randlora.files.changes import Changes, find_changes
 from randlora.files.model_directory import (
     INDEX_FILE,
     MODEL_CONFIG_FILE,
+    WHOLE,
     ModelDirectory,
     copy_companion,
     copy_config,
@@ -106,9 +108,10 @@ def merge(
     quantization. For 4-bit codes, bitsandbytes must be installed (the extra ``bnb``).
 
     Args:
-        base: The model's directory, with one safetensors file or with shards and an index. It is only read.
-        adapters: The directory of one adapter; those of several, whose updates add; or a mapping from directories to
-            the factors of their updates.
+        base: The model's directory, with one safetensors file or with shards and an index, which is only read; or a
+            repository on the Hub, which is downloaded.
+        adapters: The directory of one adapter, or its repository on the Hub; those of several, whose updates add; or a
+            mapping from them to the factors of their updates.
         out: The directory to create.
         dtype: Cast every floating tensor to this dtype. A merged one is computed in float32 or wider and rounded once.
         prefix: The prefix by which the names in the adapters and in the model differ, as in `randlora.load`.
@@ -125,8 +128,9 @@ def merge(
     """
     require_types(merge, locals())
     factors = _factors(adapters)
-    source, destination = Path(base), Path(out)
-    _check(source, factors, destination, dtype)
+    destination = Path(out)
+    _check([base, *factors], destination, dtype)
+    source = download(base, None, WHOLE, are_patterns=True) if is_on_hub(base) else Path(base)
     model = open_base(source)
     directory, dense = model.directory, model.dense
     coded = next((name for name, codes in dense.codes.items() if codes.needs_bitsandbytes), None)
@@ -181,27 +185,29 @@ class _Written:
         self.progress(self.done, self.total, name)
 
 
-def _factors(adapters: Sources) -> dict[Path, float]:
-    """Return the factors of the updates by directory, in the caller's order."""
+def _factors(adapters: Sources) -> dict[Source, float]:
+    """Return the factors of the updates by directory or repository, in the caller's order."""
     if isinstance(adapters, str | os.PathLike):
         adapters = [adapters]
     given = adapters if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
-    factors = {Path(source): factor for source, factor in given.items()}
+    factors: dict[Source, float] = {
+        source if is_on_hub(source) else Path(source): factor for source, factor in given.items()
+    }
     if len({os.path.realpath(source) for source in factors}) < len(adapters):
         raise ConfigError("cannot merge: an adapter is named twice; give it one factor instead")
     return factors
 
 
-def _check(base: Path, adapters: Mapping[Path, float], out: Path, dtype: torch.dtype | None) -> None:
-    """Raise an error for what is invalid before a file is read."""
-    problems = [] if adapters else ["there is no adapter: name at least one"]
+def _check(inputs: Sequence[Source], out: Path, dtype: torch.dtype | None) -> None:
+    """Raise an error for what is invalid before a file is read. The inputs are the base and the adapters."""
+    problems = [] if inputs[1:] else ["there is no adapter: name at least one"]
     if dtype not in (None, *CASTABLE):
         problems.append(f"dtype must be one of {', '.join(map(str, CASTABLE))}, or None, got {dtype!r}")
     raise_collected(ConfigError, problems, doing="merge")
     problems = [f"{out} exists: choose another name, or remove it"] if os.path.lexists(out) else []  # links too
     problems += [
         f"{out} is inside {place}, which is an input and must not change: choose another place"
-        for place in (base, *adapters)
+        for place in inputs
         if Path(os.path.realpath(place)) in Path(os.path.realpath(out)).parents  # even if links go in a circle
     ]
     raise_collected(MergeError, problems, doing="merge")

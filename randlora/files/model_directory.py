@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -14,15 +15,23 @@ from typing import Any
 import torch
 
 from randlora.checkpoint.format import CONFIG_FILE
+from randlora.disk.hub import download, is_on_hub, read_header
 from randlora.disk.json_text import read_json
 from randlora.disk.regular import is_there, open_regular, require_regular
 from randlora.disk.replace import flush
-from randlora.disk.tensor_file import Entry, Shard, read_shard
+from randlora.disk.tensor_file import Entry, Shard, read_shard, shard_of
 from randlora.errors import CheckpointError, raise_collected
 
 MODEL_CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+QUANTIZATION = "quantization_config"
+
+HEADS = (MODEL_CONFIG_FILE, INDEX_FILE)
+"""What is downloaded of a model of which only headers are needed."""
+
+WHOLE = ("model*.safetensors", "*.json", "*.jinja", "*.md", "*.model", "*.py", "*.tiktoken", "*.txt", "LICENSE*")
+"""What is downloaded of a model to merge into: weights in this format alone, and what goes with them."""
 
 WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data"),
@@ -76,19 +85,27 @@ class ModelDirectory:
 
 
 def read_model_directory(directory: str | os.PathLike[str]) -> ModelDirectory:
-    """Return the headers of a model's checkpoint, one file or sharded, after checking that they agree."""
-    path = Path(directory)
+    """Return the headers of a model's checkpoint, one file or sharded, after checking that they agree.
+
+    Of a repository on the Hub, config and index are downloaded, and of files with weights the headers are requested,
+    unless the cache has them.
+    """
+    repo_id = directory if is_on_hub(directory) else None
+    path = Path(directory) if repo_id is None else download(repo_id, None, HEADS, are_patterns=True)
     index, weight_map = None, {}
-    if is_there(path / SINGLE_FILE):
-        files: Iterable[str] = [SINGLE_FILE]
-    elif is_there(path / INDEX_FILE):
+    if is_there(path / INDEX_FILE) and not is_there(path / SINGLE_FILE):
         index = _read_json(path / INDEX_FILE)
         weight_map = _weight_map(path, index)
-        files = sorted(set(weight_map.values()))
-    else:
+    elif repo_id is None and not is_there(path / SINGLE_FILE):
         raise CheckpointError(_what_is_there_instead(path))
+    files = sorted(set(weight_map.values())) or [SINGLE_FILE]
     config = _read_json(path / MODEL_CONFIG_FILE) if is_there(path / MODEL_CONFIG_FILE) else {}
-    shards = _read_shards(path, files)
+    shards = _read_shards(path, files, repo_id)
+    if repo_id is not None and QUANTIZATION in config and not all(is_there(shard.path) for shard in shards):
+        raise CheckpointError(
+            f"{repo_id!r} is quantized, which takes more than headers to read: download it with `hf download "
+            f"{repo_id} --local-dir DIR`, and give that directory"
+        )
     problems = _repeated(shards) + _disagreements(shards, weight_map)
     raise_collected(CheckpointError, problems, doing=f"read the checkpoint in {str(path)!r}")
     return ModelDirectory(path, config, shards, index)
@@ -117,9 +134,12 @@ def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
     )
 
 
-def _read_shards(path: Path, files: Iterable[str]) -> tuple[Shard, ...]:
+def _read_shards(path: Path, files: Iterable[str], repo_id: str | None) -> tuple[Shard, ...]:
     shards, problems = [], []
     for file in files:
+        if repo_id is not None and not is_there(path / file):
+            shards.append(_sound(shard_of(path / file, read_header(repo_id, path.name, file), 0)))
+            continue
         if not is_there(path / file):
             problems.append(f"there is no {path / file}, which the index names: get a complete copy")
             continue
@@ -129,6 +149,16 @@ def _read_shards(path: Path, files: Iterable[str]) -> tuple[Shard, ...]:
             problems.append(str(error))
     raise_collected(CheckpointError, problems, doing=f"read the checkpoint in {str(path)!r}")
     return tuple(shards)
+
+
+def _sound(shard: Shard) -> Shard:
+    """Return a file of which only the header is here, after checking what reading the file would."""
+    for entry in shard.entries:
+        if entry.nbytes != (expected := math.prod(entry.shape) * entry.dtype.itemsize):
+            raise CheckpointError(
+                f"{entry.name} in {shard.path.name} has {entry.nbytes:,} bytes, expected {expected:,}"
+            )
+    return shard
 
 
 def _repeated(shards: Iterable[Shard]) -> list[str]:
@@ -151,7 +181,9 @@ def _disagreements(shards: Iterable[Shard], weight_map: Mapping[str, str]) -> li
 def _what_is_there_instead(path: Path) -> str:
     """Return what a directory without a safetensors checkpoint holds, and what to do."""
     expected = f"expected a directory with {SINGLE_FILE} or {INDEX_FILE}"
-    if not (is_there(path) and path.is_dir()):
+    if not is_there(path):
+        return f"no such directory: {path}"
+    if not path.is_dir():
         return f"{path} is not a directory: {expected}"
     names = sorted(file.name for file in path.iterdir())
     pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
-Component = Literal["unet", "transformer", "text_encoder", "text_encoder_2", "diffusion_model"]
-"""Attributes of diffusers' pipelines, and ``diffusion_model``, as ComfyUI calls a model with its authors' own names."""
+from randlora.choices import Component
 
 OWN_NAMES: Component = "diffusion_model"
 

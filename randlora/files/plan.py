@@ -22,11 +22,12 @@ from randlora.report import Report
 def plan(directory: str | os.PathLike[str], r: int | Mapping[str, int] | None = None, **options: Any) -> Report:
     """Return the report of what `randlora.inject` would do to the model in a directory, without its weights.
 
-    transformers builds the class that ``config.json`` names on the meta device. Nothing is downloaded, and no code that
-    came with the checkpoint is run.
+    transformers builds the class that ``config.json`` names on the meta device. No weights are downloaded, and no code
+    that came with the checkpoint is run.
 
     Args:
-        directory: A checkpoint as transformers writes it: one safetensors file, or shards with an index.
+        directory: A checkpoint as transformers writes it, one safetensors file or shards with an index; or a repository
+            on the Hub, ``"org/name"``, of which only headers are requested.
         r: Rank of one random basis, or ranks by pattern.
         **options: As for `randlora.plan`.
 

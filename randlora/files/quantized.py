@@ -18,7 +18,7 @@ from torch import Tensor
 from randlora.disk.json_text import parse_json
 from randlora.disk.tensor_file import Entry, bytes_of, read_tensor
 from randlora.errors import CheckpointError, raise_collected
-from randlora.files.model_directory import ModelDirectory
+from randlora.files.model_directory import QUANTIZATION, ModelDirectory
 from randlora.files.transformers_model import TransformersModel
 from randlora.layers import bnb_codes
 from randlora.layers.bnb_codes import QUANT_TYPES
@@ -30,7 +30,6 @@ MARKS = {
 }
 """Parts of tensor names that show another quantization, and which one."""
 
-SETTINGS = "quantization_config"
 METHOD = "bitsandbytes"
 UNSAID = torch.float16
 """The dtype of dequantized 8-bit codes if ``config.json`` has none: bitsandbytes rounds to it before it quantizes."""
@@ -121,7 +120,7 @@ def as_dense(directory: ModelDirectory, model: TransformersModel | str) -> Dense
     """
     _refuse_others(directory)
     codes = find_codes(directory.entries)
-    if not codes and not isinstance(directory.config.get(SETTINGS), dict):
+    if not codes and not isinstance(directory.config.get(QUANTIZATION), dict):
         return DenseView(directory, {})
     problems = [
         f"{entry.file} has {name} in {entry.dtype} without the scales needed to read it: {INCOMPLETE}"
@@ -148,7 +147,7 @@ def as_dense(directory: ModelDirectory, model: TransformersModel | str) -> Dense
     if index is not None:
         places = {name: file for name, file in index["weight_map"].items() if name not in parts}
         index = {**index, "weight_map": places}
-    config = {name: value for name, value in directory.config.items() if name != SETTINGS}
+    config = {name: value for name, value in directory.config.items() if name != QUANTIZATION}
     return DenseView(ModelDirectory(directory.path, config, shards, index), codes, transposed)
 
 
@@ -158,7 +157,7 @@ def _refuse_others(directory: ModelDirectory) -> None:
         for mark, origin in MARKS.items():
             if mark in f"{name}.":
                 raise CheckpointError(f"{directory.path} is quantized ({name} is of {origin}): {advice}")
-    settings = directory.config.get(SETTINGS)
+    settings = directory.config.get(QUANTIZATION)
     if not isinstance(settings, dict):
         return
     # the first checkpoints of bitsandbytes do not name it

@@ -106,7 +106,7 @@ def _refuse_loss(layers: Sequence[LoraLayer], rank: int | None, tolerance: float
     choice = "the full rank" if rank is None else f"rank={rank}"
     remedy = "" if rank is None else "a larger rank, no rank for the smallest within the tolerance, or "
     raise ConfigError(
-        f"cannot convert to LoRA: with {choice} {len(lossy)} of {len(layers)} layers have a relative error above "
+        f"cannot convert to LoRA: with {choice}, {len(lossy)} of {len(layers)} layers have a relative error above "
         f"tolerance={tolerance:g} ({listed}{more}); the largest is {lossy[0].relative_error:.4g}: "
         f"give {remedy}a larger tolerance"
     )

@@ -10,12 +10,15 @@ from typing import Literal
 from randlora.bases.basis import Basis
 from randlora.checkpoint.bases import stream_notes
 from randlora.checkpoint.limits import Known
-from randlora.checkpoint.read import AdapterFile, read_adapter
+from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.config import Stream
+from randlora.disk.hub import download, is_on_hub
+from randlora.disk.regular import is_there
 from randlora.errors import CheckpointError, ConfigError
 from randlora.files.adapter import adapter_bases, digests, known_shapes
 from randlora.files.base_fit import fit_base, open_base, shapes_in
 from randlora.files.inspect import DIGEST_SHOWN
+from randlora.files.model_directory import HEADS
 from randlora.hints import require_types
 from randlora.layer_options import described
 from randlora.report import Progress, no_progress
@@ -79,8 +82,8 @@ def verify(
     """Check an adapter's files: contents, checksum, bases, and whether they fit a base model.
 
     Args:
-        directory: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote.
-        base: The directory of its base model, of which only headers are read.
+        directory: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote, or a repository on the Hub.
+        base: Its base model, a directory or a repository on the Hub, of which only headers are read.
         prefix: The prefix by which the names in the adapter and in the model differ, as in `randlora.load`.
         stream: The stream that the bases should be from, as in `randlora.load`. Others are a failed check.
         progress: Called for every step.
@@ -90,14 +93,20 @@ def verify(
 
     Raises:
         ConfigError: If ``prefix`` is not a name, or is given without ``base``, or ``stream`` is not a stream.
+        CheckpointError: If there is no such adapter, or no such base model.
     """
     require_types(verify, locals())
     if prefix is not None and base is None:
-        raise ConfigError("prefix is for a base model: give base too")
+        raise ConfigError("prefix= is for a base model: give base= too")
+    places = [found := locate(directory, None)]
+    if base is not None:
+        places += [download(base, None, HEADS, are_patterns=True) if is_on_hub(base) else Path(base)]
+    if missing := [place for place in places if not is_there(place)]:
+        raise CheckpointError(f"no such directory: {missing[0]}")
     directory = Path(directory)
     progress(0, 3, "reading the files")
     try:
-        file = read_adapter(directory, stream)
+        file = read_adapter(found, stream)
         shapes = known_shapes(file)
     except CheckpointError as error:
         return Verification(directory, (Check("files", "failed", str(error)),))
@@ -115,7 +124,7 @@ def verify(
     progress(1, 3, "checking the base model")
     known = None
     if base is not None:
-        fit, shapes, known = _fit(file, Path(base), shapes, prefix)
+        fit, shapes, known = _fit(file, base, shapes, prefix)
         checks.append(fit)
     progress(2, 3, "drawing the bases")
     checks += _bases(file, shapes, known)
@@ -124,7 +133,7 @@ def verify(
 
 
 def _fit(
-    file: AdapterFile, base: Path, shapes: Shapes | None, prefix: str | None
+    file: AdapterFile, base: str | os.PathLike[str], shapes: Shapes | None, prefix: str | None
 ) -> tuple[Check, Shapes | None, Known | None]:
     """Compare the adapter with a base model, which also determines the layers' shapes."""
     try:
@@ -146,7 +155,7 @@ def _bases(file: AdapterFile, shapes: Shapes | None, known: Known | None) -> lis
     except CheckpointError as error:
         return [Check("bases", "failed", str(error))]
     if not bases:
-        reason = "PEFT stored neither the bases nor the layers' shapes: give the directory of the base model too"
+        reason = "PEFT stored neither the bases nor the layers' shapes: give base=, the directory of its base model"
         return [Check("bases", "not checked", reason)]
     return [
         Check("bases", *_how_found(file, f"{basis.spec}, SHA-256 {digest[:DIGEST_SHOWN]}…", basis))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from randlora.bases.spec import Shape
 from randlora.functional.region import Span
 
-Strategy = Literal["ddp", "fsdp2", "tp"]
 LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 SPLIT_DIMS = {
     "colwise": -2,

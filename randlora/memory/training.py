@@ -14,11 +14,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from randlora.bases.basis import Basis
+from randlora.choices import Strategy
 from randlora.errors import ConfigError, raise_collected
 from randlora.hints import mistyped
 from randlora.layers.diagonals import diagonal_shapes
 from randlora.layers.read_weight import ReadWeight
-from randlora.memory.parts import SHARED_INPUT, SPLIT_DIMS, Part, Strategy, style_of
+from randlora.memory.parts import SHARED_INPUT, SPLIT_DIMS, Part, style_of
 from randlora.memory.pieces import Piece, pieces_by_device
 from randlora.memory.temporary import pair_of, peak_beside
 from randlora.report import FLOAT32_BYTES, as_bytes, table

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from randlora.memory.parts import Strategy
+from randlora.choices import Strategy
 from randlora.memory.training import Setup, Training, TrainingMemory
 from randlora.model.inject import make_plan, one_config
 

@@ -29,8 +29,8 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
         >>> optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=1e-3)
 
     Raises:
-        AdapterError: If the model has no adapter, or no longer has all of what an adapter trains, because a module was
-            replaced, removed or resized, or accelerate offloads Λ and Γ.
+        AdapterError: If the model has no adapter, or none that is trainable, or no longer has all of what an adapter
+            trains, because a module was replaced, removed or resized, or accelerate offloads Λ and Γ.
     """
     reshard(model)
     root, state = adapted_root(model)
@@ -38,8 +38,14 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     adapters = state.adapters.values()
     lost = [*lost_sites(census, adapters), *lost_parameters(state, adapters)]
     raise_collected(AdapterError, [*lost, *offloaded_diagonals(census)], doing="train the adapters")
-    for adapter in adapters:
-        yield from (parameter for parameter in adapter_parameters(census, adapter) if parameter.requires_grad)
+    every = (parameter for adapter in adapters for parameter in adapter_parameters(census, adapter))
+    trained = [parameter for parameter in every if parameter.requires_grad]
+    if not trained:
+        raise AdapterError(
+            f"no adapter is trainable, and an optimizer would have nothing to do ({', '.join(state.adapters)}): call "
+            f"randlora.activate(model, {next(iter(state.adapters))!r}, trainable=True)"
+        )
+    yield from trained
 
 
 @one_at_a_time

@@ -60,3 +60,6 @@ LANGUAGE_MODEL = "language_model"
 
 HEAD_NAMES = frozenset({"classifier", "embed_out", "head", "heads", "lm_head", "qa_outputs", "score"})
 """Names of a model's direct children that are output heads."""
+
+NEW_HEADS = HEAD_NAMES & {"classifier", "head", "heads", "qa_outputs", "score"}
+"""Those of heads that are usually new, with random values, for a task of one's own."""
