@@ -34,9 +34,9 @@ def demo(keep: Keep = None, as_json: AsJson = False) -> None:  # noqa: FBT002
 
     **Examples**
 
-    `randlora demo`
-
     `randlora demo --keep first-adapter`
+
+    `randlora demo --json`
     """
     import torch  # noqa: PLC0415 - it takes seconds, which `--help` should not
 
