@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import randlora
 from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
+from randlora.errors import CheckpointError
 from randlora.files.verify import Check, Verification
 from tests.checkpoint_files import edit_fields, reseal
 from tests.directories import base_directory, our_directory, their_directory
@@ -123,8 +124,11 @@ def test_a_damaged_file_is_a_failed_check_with_the_reason(
     assert words in found.words
 
 
-def test_no_directory_at_all_is_a_failed_check(tmp_path: Path) -> None:
-    assert "cannot read" in failure(randlora.files.verify(tmp_path / "nothing")).words
+def test_no_directory_at_all_is_an_error(tmp_path: Path) -> None:
+    source, _ = our_directory(LLAMA, tmp_path)
+    for places in ([tmp_path / "nothing"], [source, tmp_path / "nothing"]):
+        with pytest.raises(CheckpointError, match=r"^no such directory: .*nothing$"):
+            randlora.files.verify(*places)
 
 
 def test_bases_that_come_out_otherwise_are_a_failed_check(tmp_path: Path) -> None:
