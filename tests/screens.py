@@ -1,7 +1,7 @@
-"""The screens in docs/cli.md: each is what the commands in it print, recorded by ``python -m tests.screens``.
+"""The screens of the command line in docs: each is what its commands print, recorded by ``python -m tests.screens``.
 
 A screen is a block of the page marked ``console``. A line that begins with ``$ `` is a command, and what follows is
-what it printed, errors too. All screens of the page are recorded in one directory, one after the other, which begins
+what it printed, errors too. All screens of a page are recorded in one directory, one after the other, which begins
 with what `prepare` puts there.
 """
 
@@ -24,13 +24,13 @@ from tests.model_directories import save_adapter, save_model
 from tests.models import LLAMA
 from tests.quantized_checkpoints import quantize
 
-PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
+PAGES = [Path(__file__).parent.parent / "docs" / name for name in ("cli.md", "cli_plan.md", "cli_files.md")]
 SCREEN = re.compile(r"^```console\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 PROMPT = "$ "
 
 
 def prepare(directory: Path) -> None:
-    """Make the models and adapters that the page speaks of."""
+    """Make the models and adapters that the pages speak of."""
     write_llama_3_8b(directory / "Llama-3-8B")
     base = save_model(LLAMA, directory / "tiny-llama", dtype=torch.bfloat16, is_sharded=True)
     (base / "tokenizer.json").write_text("{}", encoding="utf-8")
@@ -86,8 +86,9 @@ def record(page: str, directory: Path) -> str:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as made:
-        recorded = record(PAGE.read_text(encoding="utf-8"), Path(made))
-    if recorded != PAGE.read_text(encoding="utf-8"):
-        PAGE.write_text(recorded, encoding="utf-8")
-        sys.stdout.write(f"recorded {os.fspath(PAGE)} anew\n")
+    for each in PAGES:
+        with tempfile.TemporaryDirectory() as made:
+            recorded = record(each.read_text(encoding="utf-8"), Path(made))
+        if recorded != each.read_text(encoding="utf-8"):
+            each.write_text(recorded, encoding="utf-8")
+            sys.stdout.write(f"recorded {os.fspath(each)} anew\n")

@@ -1,4 +1,4 @@
-"""The page about the command line is true: screens are what commands print, and no option is missing."""
+"""The pages about the command line are true: screens are what commands print, and no option is missing."""
 
 import re
 from pathlib import Path
@@ -7,21 +7,23 @@ import pytest
 import typer.main
 
 from randlora.cli.app import app
-from tests.screens import PAGE, SCREEN, record
+from tests.screens import PAGES, SCREEN, record
 
-TEXT = PAGE.read_text(encoding="utf-8")
+TEXT = "".join(page.read_text(encoding="utf-8") for page in PAGES)
 COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands if command.callback is not None)
 
 
 def section(command: str) -> str:
-    """Take the part of the page about one command."""
+    """Take the part of the pages about one command."""
     found = re.search(rf"^## {command}\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)
-    assert found is not None, f"the page has no section about {command}"
+    assert found is not None, f"no page has a section about {command}"
     return found[1]
 
 
-def test_the_screens_are_what_the_commands_print(tmp_path: Path) -> None:
-    assert record(TEXT, tmp_path) == TEXT
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_screens_are_what_the_commands_print(page: Path, tmp_path: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert record(text, tmp_path) == text
 
 
 @pytest.mark.parametrize("command", COMMANDS)
