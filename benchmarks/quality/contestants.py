@@ -118,6 +118,7 @@ MAIN: Mapping[str, Contestant] = {
 """The contest: RandLoRA of both libraries beside LoRA and full fine-tuning."""
 
 SCALES: Mapping[str, Contestant] = {
+    **{name: MAIN[name] for name in ("LoRA", "dense")},
     "dense, s = 6.53": Contestant("adapter", scaled(6.53)),
     "dense, s = 2": Contestant("small adapter", scaled(2.0)),
     "dense, r = 8": Contestant("adapter", partial(ours, r=8)),
@@ -126,6 +127,7 @@ SCALES: Mapping[str, Contestant] = {
 """Scales of the update; 6.53 steps as LoRA with r = 32 and alpha = 64 does, 20 is the default."""
 
 STARTS: Mapping[str, Contestant] = {
+    **{name: MAIN[name] for name in ("LoRA, equal size", "LoRA", "dense", "block")},
     "gamma first": Contestant("adapter", partial(ours, init="gamma")),
     "gamma first, s = 6.53": Contestant("adapter", scaled(6.53, init="gamma")),
     "gamma first, block": Contestant("adapter", partial(ours, basis="block", init="gamma")),
@@ -133,6 +135,7 @@ STARTS: Mapping[str, Contestant] = {
 """Γ moves first instead of Λ, with steps as large as those of the others at equal scale."""
 
 SIZES: Mapping[str, Contestant] = {
+    "dense": MAIN["dense"],
     **{f"dense, decay {decay:g}": Contestant("adapter", ours, decay=decay) for decay in (0.1, 1.0)},
     **{f"dense, at most {limit:.0%} of a weight": Contestant("adapter", ours, limit=limit) for limit in (0.02, 0.05)},
     **{f"dense, penalty {penalty:g}": Contestant("adapter", ours, penalty=penalty) for penalty in (1.0, 10.0)},
@@ -148,6 +151,7 @@ RANKS: Mapping[str, Contestant] = {
 """Numbers of parameters: of a LoRA they rise with the rank, of ours they fall with it."""
 
 BASES: Mapping[str, Contestant] = {
+    **{name: MAIN[name] for name in ("dense", "very_sparse")},
     **{name: Contestant("adapter", partial(add_updates, make=make, r=RANK)) for name, make in OTHER_BASES.items()},
     "sparse": Contestant("adapter", partial(ours, basis="sparse")),
     **{
@@ -164,6 +168,7 @@ WIDTHS: Mapping[str, Contestant] = {
 """Scales whose best learning rate should be the same at every width."""
 
 ATTENTION: Mapping[str, Contestant] = {
+    "dense": MAIN["dense"],
     "dense, q, k and v apart": Contestant("adapter", partial(ours, in_proj="split")),
     "dense, no attention": Contestant(
         "adapter", lambda prepared, seed: ours(prepared, seed, targets=prepared.targets.linear)

@@ -95,10 +95,11 @@ def gain(task: Task, runs: Sequence[Run], first: str, second: str) -> tuple[floa
 def table_of(task: Task, runs: Sequence[Run]) -> str:
     """Write a table in Markdown: each contestant at its best learning rate, and what it costs beside full fine-tuning.
 
-    The gain is that over the first LoRA in the table, by equal seeds.
+    The gain is that over the first LoRA in the table, or else over our default adapter, by equal seeds.
     """
     curves = by_contestant(points_of(task, runs))
-    peer = next((name for name in curves if name.startswith("LoRA")), None)
+    peers = [name for name in curves if name.startswith("LoRA")] + [name for name in curves if name == "dense"]
+    peer = peers[0] if peers else None
     scale = mean_seconds(runs, "full" if "full" in curves else next(iter(curves)))
     titles = ["contestant", "parameters", "file, MB", "memory, MB", "time", "seeds", "best rate", task.metric, "drift"]
     titles += [f"gain over {peer}"] if peer else []
