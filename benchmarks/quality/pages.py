@@ -1,0 +1,48 @@
+"""Write tables and the figure of kept runs into the documentation: ``python -m benchmarks.quality.pages``.
+
+A page says where a table goes: ``<!-- group of task -->``, or ``<!-- rates of group of task -->`` for the one with each
+learning rate. What follows such a line is made of the runs that are kept, and a test compares both.
+"""
+
+import re
+from pathlib import Path
+
+from benchmarks.quality import summary
+from benchmarks.quality.__main__ import KEPT, TASKS, file_stem
+from benchmarks.quality.contestants import GROUPS
+from benchmarks.quality.runs import Run, read_runs
+from benchmarks.quality.spectrum import WIDTH_TASKS
+from benchmarks.quality.task import Task
+
+DOCS = Path("docs")
+PAGES = DOCS / "results.md", DOCS / "results_details.md"
+FIGURE = DOCS / "figures" / "quality.svg"
+DRAWN = "film reviews", "tweets", "clothes", "word problems"
+PLACE = re.compile(r"<!-- (?P<rates>rates of )?(?P<group>\w+) of (?P<task>[\w ]+) -->\n\n(?:\|.*\n)*")
+
+
+def kept_runs(task: Task, group: str) -> list[Run]:
+    """Return the runs of a group that are kept, at the learning rates that its contestants have now, in its order."""
+    contestants = list(GROUPS[group])
+    known = read_runs(KEPT / f"{file_stem(task.name)}.jsonl")
+    chosen = [run for run in known if run.key.contestant in contestants]
+    chosen = [run for run in chosen if run.key.lr in task.rates[GROUPS[group][run.key.contestant].family]]
+    return sorted(chosen, key=lambda run: contestants.index(run.key.contestant))
+
+
+def filled(page: str) -> str:
+    """Return a page with all of its tables made anew."""
+    tasks = {**TASKS, **{task.name: task for task in WIDTH_TASKS}}
+
+    def table(place: re.Match[str]) -> str:
+        task = tasks[place["task"]]
+        make = summary.rates_of if place["rates"] else summary.table_of
+        return f"{place[0].splitlines()[0]}\n\n{make(task, kept_runs(task, place['group']))}"
+
+    return PLACE.sub(table, page)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    summary.draw([(TASKS[name], kept_runs(TASKS[name], "main")) for name in DRAWN], FIGURE)
