@@ -18,6 +18,7 @@ __version__ = _version("randlora")
 
 if TYPE_CHECKING:
     from randlora.api import *  # noqa: F403
+    from randlora.api import __all__ as __all__
 else:
 
     def __getattr__(name: str) -> object:
@@ -28,3 +29,7 @@ else:
         if name not in globals():
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return globals()[name]
+
+    def __dir__() -> list[str]:
+        """List what can be used, as completion in a shell asks, rather than what has been."""
+        return sorted({*globals(), *vars(_import_module("randlora.api")).get("__all__", ())})

@@ -204,6 +204,13 @@ def test_the_public_names_are_complete_and_sorted() -> None:
     assert randlora.__all__ == sorted({*public, "errors", "files"})
 
 
+def test_completion_lists_the_public_names_before_any_is_used() -> None:
+    listed = subprocess.run(
+        [sys.executable, "-c", "import randlora; print(*dir(randlora))"], capture_output=True, text=True, check=True
+    )
+    assert {*randlora.__all__, "__version__"} <= {*listed.stdout.split()}
+
+
 @pytest.mark.parametrize("name", randlora.__all__)
 def test_a_public_name_can_be_imported_and_is_the_librarys_own(name: str) -> None:
     namespace: dict[str, Any] = {}

@@ -20,9 +20,8 @@ import randlora
 from randlora.errors import AdapterError, CheckpointError
 from randlora.integrations.transformers import PRIVATE, AdapterCheckpoints, AdapterTrainer
 from tests.further import further
-from tests.hub_server import running_hub
+from tests.hub_server import point_client_at, running_hub
 from tests.kit import fill
-from tests.test_checkpoint_hub import point_client_at
 from tests.trainers import (
     ADAPTER_FILES,
     QUIET,

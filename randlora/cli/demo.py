@@ -120,7 +120,7 @@ def _error(model: nn.Module, inputs: Tensor, expected: Tensor) -> float:
     import torch  # noqa: PLC0415 - as above
 
     with torch.no_grad():
-        return ((model(inputs) - expected).square().mean() / expected.var()).item()
+        return float((model(inputs) - expected).square().mean() / expected.var())
 
 
 def _train(model: nn.Module, inputs: Tensor, expected: Tensor, learning_rate: float | None, progress: Progress) -> None:

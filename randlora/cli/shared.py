@@ -80,7 +80,7 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     """Return the dtype of this name."""
     import torch  # noqa: PLC0415 - it takes seconds, which `--help` should not
 
-    return None if name is None else getattr(torch, name)  # type: ignore[no-any-return]
+    return None if name is None else getattr(torch, name)
 
 
 def visible(text: str) -> str:

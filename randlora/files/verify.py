@@ -114,10 +114,10 @@ def verify(
     if file.header is None:
         checksum = Check("checksum", "not checked", "PEFT wrote the file, and stores none")
     others = f" and {len(file.trained)} parameters trained with them" if file.trained else ""
-    found = (
+    values = (
         f"Λ and Γ of {len(file.values)} layers{others}: names, dtypes and shapes fit r={described(file.options)['r']}"
     )
-    files = Check("files", "passed", f"{found}, all values are finite")
+    files = Check("files", "passed", f"{values}, all values are finite")
     if file.doubts:
         files = Check("files", "failed", "; ".join(file.doubts))
     checks = [files, checksum]
