@@ -18,7 +18,7 @@ from torch import nn
 
 import randlora
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import fashion, spectrum, summary, training, words
+from benchmarks.quality import fashion, pages, spectrum, summary, training, words
 from benchmarks.quality.contestants import GROUPS, MAIN, equal_rank
 from benchmarks.quality.other_bases import OTHER_BASES, Made, Update, add_updates
 from benchmarks.quality.runs import Key, Run, add_run, read_runs
@@ -366,3 +366,11 @@ def test_images_are_read_from_their_files(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(("rating", "label"), [(-4, 0), (-0.6, 0), (-0.5, 2), (0, 2), (0.5, 2), (0.6, 1), (4, 1)])
 def test_ratings_in_between_are_neutral(rating: float, label: int) -> None:
     assert label_of(rating) == label
+
+
+@pytest.mark.parametrize("page", pages.PAGES, ids=str)
+def test_the_tables_of_a_page_are_those_of_the_kept_runs(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert len(pages.PLACE.findall(text)) == text.count("<!--") > 0
+    assert pages.filled(text) == text
+    assert pages.filled(text.replace("| dense |", "| denser |")) == text
