@@ -1,7 +1,7 @@
 # Everything needs python >= 3.11 and make; whatever else it needs is installed into .venv or .venv-*.
 PYTHON ?= python3
 NEWEST_PYTHON ?= $(PYTHON)  # of test-newest; the newest that torch is built for
-PYTHONS ?= python3.11 python3.12 python3.13  # of test-matrix
+PYTHONS ?= python3.11 python3.12 python3.13  # of test-matrix and dist-check
 # make test LOCKED=1: with exactly the versions of requirements.lock
 VENV := .venv$(if $(LOCKED),-locked)
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ REVIEWS := build/data/vaderSentiment-0.5.zip
 CLOTHES := build/data/fashion-mnist
 
 .PHONY: demo example-causal-lm bench quality quality-quick test lint types tests alone medium distributed slow torture docs \
-	release-check test-floor test-newest test-matrix test-locked lock audit sbom dist clean
+	release-check changelog test-floor test-newest test-matrix test-locked lock audit sbom dist dist-check bump clean
 
 demo: $(VENV)/.examples $(REVIEWS)
 	$(BIN)/python docs/examples/sentiment.py --basis $(BASIS) --r $(R) --seed $(SEED) $(ARGS)
@@ -61,8 +61,11 @@ torture: $(VENV)/.torture  # campaigns of minutes against the library; ARGS="--s
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
-release-check: test slow test-floor test-matrix test-locked audit sbom dist
+release-check: changelog test slow test-floor test-matrix test-locked audit sbom dist-check
 	$(BIN)/python -m benchmarks.peft_faults --gate
+
+changelog:  # what it says of the version in pyproject.toml, or an error
+	$(PYTHON) -m tests.release.changelog
 
 test-floor: .venv-floor/.dev
 	.venv-floor/bin/python -m pytest --numprocesses auto -m "not slow" $(ARGS)
@@ -91,6 +94,13 @@ sbom: .venv-locked/.dev  # what the locked environment has, in CycloneDX
 
 dist: .venv-locked/.dev
 	.venv-locked/bin/python -m tests.release.builds
+
+dist-check: dist  # what they say of themselves, and what they install
+	.venv-locked/bin/python -m tests.release.metadata
+	.venv-locked/bin/python -m tests.release.installed $(PYTHONS)
+
+bump: .venv-release/.dev  # make bump VERSION=0.2.0
+	.venv-release/bin/python -m tests.release.bump $(VERSION)
 
 clean:
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis

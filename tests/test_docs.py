@@ -6,10 +6,7 @@ import inspect
 import io
 import pkgutil
 import re
-import traceback
 from collections.abc import Iterator
-from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,83 +16,22 @@ from torch import nn
 
 import randlora
 from randlora.layers import registry
-from tests.examples import SNIPPET
+from tests.examples import DOCS, SNIPPET
+from tests.pages import FENCE, NOT_RUN, ROOT, run_page, snippets
 from tests.peer import THEIR_WARNINGS, TRAINERS_WARNINGS
 
 pytestmark = [*THEIR_WARNINGS, *TRAINERS_WARNINGS]  # of pages that show them at work
 
-ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs"
 PACKAGE = ROOT / "randlora"
 DOCS_PAGES = sorted(page for page in DOCS.rglob("*.md") if "examples" not in page.parts)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS_PAGES]
-NOT_RUN = 'title="not run"'
 
-FENCE = re.compile(r"^```(?P<language>\w*)(?P<options>[^\n`]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\((?P<target>[^)\s]+)[^)]*\)")
 API_ENTRY = re.compile(r"^::: randlora\.([\w.]+)", re.MULTILINE)
 
 
-@dataclass(frozen=True)
-class Snippet:
-    """A block of Python on a page.
-
-    Attributes:
-        page: The page's file.
-        line: Line of its first statement, counted from 1.
-        code: The statements.
-        printed: What the block of text right below says that it prints, or ``None`` where there is no such block.
-    """
-
-    page: Path
-    line: int
-    code: str
-    printed: str | None
-
-    def compiled(self) -> Any:
-        """Compile it so that a traceback names the page and the line."""
-        return compile("\n" * (self.line - 1) + self.code, str(self.page), "exec")
-
-
-def snippets(page: Path) -> list[Snippet]:
-    """Find the blocks of a page that are to be run, in order."""
-    text = page.read_text(encoding="utf-8")
-    found = []
-    for block in FENCE.finditer(text):
-        if block["language"] != "python" or NOT_RUN in block["options"]:
-            continue
-        below = FENCE.match(text, len(text) - len(text[block.end() :].lstrip("\n")))
-        printed = below["code"] if below and below["language"] == "text" else None
-        found.append(Snippet(page, text.count("\n", 0, block.start("code")) + 1, block["code"], printed))
-    return found
-
-
 def page_name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
-
-
-def run_page(page: Path) -> None:
-    """Run a page's snippets one after the other in one namespace.
-
-    Raises:
-        AssertionError: Naming page and line, when a snippet raises, or prints something else than the page says.
-    """
-    namespace: dict[str, Any] = {"__name__": page.stem}
-    for snippet in snippets(page):
-        output = io.StringIO()
-        try:
-            with redirect_stdout(output):
-                exec(snippet.compiled(), namespace)
-        except Exception as error:
-            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(page)]
-            line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else [snippet.line, *lines][-1]
-            raise AssertionError(f"{page.name}:{line}: {type(error).__name__}: {error}") from error
-        if snippet.printed is not None and stripped(output.getvalue()) != stripped(snippet.printed):
-            raise AssertionError(f"{page.name}:{snippet.line}: prints\n{output.getvalue()}\nand not\n{snippet.printed}")
-
-
-def stripped(text: str) -> list[str]:
-    return [line.rstrip() for line in text.strip("\n").splitlines()]
 
 
 def test_every_snippet_in_python_is_run_here_or_by_a_test_that_asks_for_it() -> None:

@@ -12,8 +12,9 @@ import randlora
 from tests.distributed.processes import Processes
 from tests.distributed.test_fsdp_training import TOKENS, Case, share_of
 from tests.distributed.test_tensor_parallel import Drawn, plain, split
+from tests.examples import DOCS
 from tests.kit import fill
-from tests.test_docs import DOCS, snippets
+from tests.pages import snippets
 
 MAX_NORM = 0.01
 

@@ -1,0 +1,79 @@
+"""The snippets of a page: found, and run one after the other, as they stand.
+
+This needs nothing but Python, so that ``python -I tests/pages.py README.md`` runs a page's with an installed package.
+"""
+
+import io
+import re
+import sys
+import traceback
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+NOT_RUN = 'title="not run"'
+FENCE = re.compile(r"^```(?P<language>\w*)(?P<options>[^\n`]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """A block of Python on a page.
+
+    Attributes:
+        page: The page's file.
+        line: Line of its first statement, counted from 1.
+        code: The statements.
+        printed: What the block of text right below says that it prints, or ``None`` where there is no such block.
+    """
+
+    page: Path
+    line: int
+    code: str
+    printed: str | None
+
+    def compiled(self) -> Any:
+        """Compile it so that a traceback names the page and the line."""
+        return compile("\n" * (self.line - 1) + self.code, str(self.page), "exec")
+
+
+def snippets(page: Path) -> list[Snippet]:
+    """Find the blocks of a page that are to be run, in order."""
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for block in FENCE.finditer(text):
+        if block["language"] != "python" or NOT_RUN in block["options"]:
+            continue
+        below = FENCE.match(text, len(text) - len(text[block.end() :].lstrip("\n")))
+        printed = below["code"] if below and below["language"] == "text" else None
+        found.append(Snippet(page, text.count("\n", 0, block.start("code")) + 1, block["code"], printed))
+    return found
+
+
+def run_page(page: Path) -> None:
+    """Run a page's snippets one after the other in one namespace.
+
+    Raises:
+        AssertionError: Naming page and line, when a snippet raises, or prints something else than the page says.
+    """
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    for snippet in snippets(page):
+        output = io.StringIO()
+        try:
+            with redirect_stdout(output):
+                exec(snippet.compiled(), namespace)
+        except Exception as error:
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(page)]
+            line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else [snippet.line, *lines][-1]
+            raise AssertionError(f"{page.name}:{line}: {type(error).__name__}: {error}") from error
+        if snippet.printed is not None and stripped(output.getvalue()) != stripped(snippet.printed):
+            raise AssertionError(f"{page.name}:{snippet.line}: prints\n{output.getvalue()}\nand not\n{snippet.printed}")
+
+
+def stripped(text: str) -> list[str]:
+    return [line.rstrip() for line in text.strip("\n").splitlines()]
+
+
+if __name__ == "__main__":
+    run_page(Path(sys.argv[1]))
