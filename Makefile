@@ -13,7 +13,7 @@ REVIEWS := build/data/vaderSentiment-0.5.zip
 CLOTHES := build/data/fashion-mnist
 
 .PHONY: demo example-causal-lm bench quality quality-quick test lint types tests alone medium distributed slow torture docs \
-	release-check changelog test-floor test-newest test-matrix test-locked lock audit sbom dist dist-check bump clean
+	site-test release-check changelog test-floor test-newest test-matrix test-locked lock audit sbom dist dist-check bump clean
 
 demo: $(VENV)/.examples $(REVIEWS)
 	$(BIN)/python docs/examples/sentiment.py --basis $(BASIS) --r $(R) --seed $(SEED) $(ARGS)
@@ -61,7 +61,10 @@ torture: $(VENV)/.torture  # campaigns of minutes against the library; ARGS="--s
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
-release-check: changelog test slow test-floor test-matrix test-locked audit sbom dist-check
+site-test: $(VENV)/.site docs  # every page in Chromium, light and dark, on a phone and a desktop; skipped where there is none
+	$(BIN)/python -m pytest --numprocesses 2 tests/site $(ARGS)
+
+release-check: changelog test site-test slow test-floor test-matrix test-locked audit sbom dist-check
 	$(BIN)/python -m benchmarks.peft_faults --gate
 
 changelog:  # what it says of the version in pyproject.toml, or an error
@@ -145,6 +148,10 @@ $(CLOTHES):  # from Debian's package; without apt-get the task is skipped
 
 $(VENV)/.torture: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --group torture
+	touch $@
+
+$(VENV)/.site: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --group site
 	touch $@
 
 # the oldest versions that pyproject.toml admits, and of everything else the newest that goes with them

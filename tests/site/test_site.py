@@ -1,0 +1,103 @@
+"""The site in a real browser: every page in every look, links, search, and the buttons that copy."""
+
+from io import BytesIO
+
+import pytest
+from PIL import Image, ImageStat
+from playwright.sync_api import Page, expect
+
+from tests.site.looks import LOOKS, PAGES, SCREENSHOTS, SITE, Look, problems_of
+
+# Elements of the text that stick out of the screen, and of no box that scrolls
+STICKING_OUT = """width => [...document.querySelectorAll(".md-content *")].filter(element => {
+    if (element.getBoundingClientRect().right <= width + 1) return false;
+    for (let box = element.parentElement; box.matches(".md-content *"); box = box.parentElement)
+        if (getComputedStyle(box).overflowX != "visible") return false;
+    return true;
+}).map(element => element.outerHTML.slice(0, 100))"""
+
+# First cells that leave with the rest when their tables are scrolled to the end, and not just over the margin
+SHIFTED = """() => [...document.querySelectorAll(".md-typeset__scrollwrap")].flatMap(box => {
+    const cells = [...box.querySelectorAll("tr > :first-child")];
+    const before = cells.map(cell => cell.getBoundingClientRect().left);
+    box.scrollLeft = box.scrollWidth;
+    return cells.filter((cell, i) => Math.abs(cell.getBoundingClientRect().left - before[i]) > box.clientWidth / 10);
+}).map(cell => cell.textContent)"""
+
+
+def test_the_site_is_built() -> None:
+    assert {"", "404.html", "api/", "quickstart/"} <= {*PAGES}
+
+
+@pytest.mark.parametrize("address_of_page", PAGES)
+@pytest.mark.parametrize("look", LOOKS, ids=str)
+def test_a_page_fits_the_screen_in_its_palette_and_reports_no_error(
+    address_of_page: str, look: Look, page: Page
+) -> None:
+    problems = problems_of(page)
+    page.goto(address_of_page)
+    assert problems == []
+    assert page.locator("h1").first.inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth") <= look.width
+    assert page.evaluate(STICKING_OUT, look.width) == []
+    assert page.locator("img").evaluate_all("all => all.filter(image => !image.naturalWidth).length") == 0
+    height = min(page.evaluate("document.documentElement.scrollHeight"), 4000)  # enough to look at
+    name = address_of_page.strip("/").replace("/", "-") or "index"
+    shot = page.screenshot(
+        path=SCREENSHOTS / str(look) / f"{name}.png",
+        full_page=True,
+        animations="disabled",
+        clip={"x": 0, "y": 0, "width": look.width, "height": height},
+    )
+    assert is_dark(shot) == (look.scheme == "dark")
+    for figure in page.locator(".md-content img").all():
+        assert is_dark(figure.screenshot()) == (look.scheme == "dark")
+    assert page.evaluate(SHIFTED) == []
+    assert page.locator("math").filter(has_text="\\").all_text_contents() == []
+
+
+def is_dark(png: bytes) -> bool:
+    return ImageStat.Stat(Image.open(BytesIO(png)).convert("L")).median[0] < 128
+
+
+def test_every_link_leads_to_a_page_and_to_an_anchor_on_it(page: Page, address: str) -> None:
+    links: dict[str, list[str]] = {}
+    anchors: dict[str, set[str]] = {}
+    for each in PAGES:
+        page.goto(each)
+        links[each] = page.locator("a[href]").evaluate_all("all => all.map(link => link.href)")
+        anchors[each] = {*page.locator("[id]").evaluate_all("all => all.map(element => element.id)"), ""}
+    broken = []
+    for each, targets in links.items():
+        for target in targets:
+            path, _, anchor = target.removeprefix(address).partition("#")
+            if target.startswith(address) and anchor not in anchors.get(path, {""} if (SITE / path).is_file() else {}):
+                broken.append(f"{each}: {target}")
+    assert broken == []
+    assert any("#" in target for target in links["api/"])
+
+
+@pytest.mark.parametrize("look", LOOKS[:2], ids=str)
+def test_the_search_finds_inject(look: Look, page: Page) -> None:
+    page.goto("")
+    if look.device == "phone":
+        page.locator(".md-header__button[for=__search]").click()
+    page.get_by_role("textbox", name="Search").fill("inject")
+    found = page.locator(".md-search-result__link[href*='api/'][href*='inject']").first
+    expect(found).to_contain_text("inject")
+    found.click()
+    expect(page.locator("h3[id$='.inject']")).to_be_in_viewport()
+
+
+@pytest.mark.parametrize("address_of_page", ["", "quickstart/"])
+def test_the_buttons_copy_the_code_beside_them(address_of_page: str, page: Page) -> None:
+    page.goto(address_of_page)
+    blocks = page.locator(".highlight:has(pre)").all()
+    assert blocks
+    for block in blocks:
+        block.hover()
+        block.locator("button[data-md-type=copy]").click()
+        page.wait_for_function(
+            "text => navigator.clipboard.readText().then(copied => copied.trim() == text)",
+            arg=block.locator("code").text_content().strip(),
+        )
