@@ -119,7 +119,7 @@ def peak_of_command(*words: str) -> int:
 
 def peaks(base: Path, adapter: Path, out: Path) -> dict[str, float]:
     """Measure the peak of a merge, and that of an interpreter that has imported the same and does nothing."""
-    words = ("merge", "--base", str(base), "--adapter", str(adapter), "--out", str(out))
+    words = ("merge", str(adapter), str(out), "--base", str(base))
     whole = peak_of_command(*words)
     return {"whole": whole, "above": whole - peak_of_command("--version")}
 

@@ -240,7 +240,7 @@ def test_a_disk_that_is_full_leaves_nothing(
     base: Path, adapter: Path, tmp_path: Path, without_transformers: dict[str, str]
 ) -> None:
     before = contents(tmp_path)
-    words = [sys.executable, "-m", "randlora", "merge", "--base", "base", "--adapter", "adapter", "--out", "out"]
+    words = [sys.executable, "-m", "randlora", "merge", "adapter", "out", "--base", "base"]
     limit = 15_000  # bytes that this process may write to one file: less than a shard
     ended = subprocess.run(
         words,

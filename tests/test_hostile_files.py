@@ -101,7 +101,7 @@ def test_every_command_ends_with_1_and_a_message(
     commands: dict[str, list[str | Path]] = {
         "inspect": [directory],
         "convert": [directory, tmp_path / "out", "--to", "peft"],
-        "merge": ["--base", sound / "base", "--adapter", directory, "--out", tmp_path / "out"],
+        "merge": [directory, tmp_path / "out", "--base", sound / "base"],
     }
     for command, words in commands.items():
         assert main([command, *map(str, words)]) == 1

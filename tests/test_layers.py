@@ -299,7 +299,7 @@ def test_trained_parameters_are_float32_whatever_the_base_is(kind: LayerKind, dt
 @every_start
 def test_one_of_the_fresh_parameters_is_zero_and_the_other_a_constant(kind: LayerKind, init: Init) -> None:
     layer, _ = adapted(kind, (6, 9), torch.float32, r=1, init=init)
-    of_lam, of_gamma = (0, 1 / 6) if init == "lambda" else (6**-0.5, 0)
+    of_lam, of_gamma = (0, 1 / 6) if init == "lambda" else (1 / 6, 0)
     assert torch.equal(layer.get_parameter("randlora_lambda.default"), torch.full((1, 6), float(of_lam)))
     assert torch.equal(layer.get_parameter("randlora_gamma.default"), torch.full((6, 6), float(of_gamma)))
 

@@ -323,7 +323,7 @@ def test_the_command_line_takes_the_stream(old: Old, tmp_path: Path, capsys: pyt
         ("inspect", adapter, "--base", model),
         ("verify", adapter, "--base", model),
         ("convert", adapter, str(tmp_path / "out"), "--to", "native", "--base", model),
-        ("merge", "--adapter", adapter, "--base", model, "--out", str(tmp_path / "merged")),
+        ("merge", adapter, str(tmp_path / "merged"), "--base", model),
     )
     for command in commands:
         assert main([*command, *stream]) == 0

@@ -36,7 +36,7 @@ class ModelRules(ModelMachine):
     def step(self) -> None:
         """Compare gradients and follow them; only what got one may move."""
         parameters = {name: held for name, held in self.model.named_parameters() if held.requires_grad}
-        if self.truth.adapters:
+        if parameters:
             trained = [id(held) for held in randlora.trainable_parameters(self.model)]
             assert len(set(trained)) == len(trained)
             assert set(trained) >= {id(held) for held in parameters.values()}
