@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 import randlora
+from randlora.report import Report
 from randlora.state import attached_state
 from randlora.targets.walk import Census
 
@@ -112,3 +113,8 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.002)
+
+
+def on_one_line(report: Report) -> str:
+    """Return what a report prints, with its lines joined: those that do not fit are wrapped."""
+    return " ".join(str(report).split())

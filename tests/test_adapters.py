@@ -16,7 +16,7 @@ import randlora
 from randlora.config import LARGEST_FACTOR
 from randlora.errors import AdapterError, TargetError
 from randlora.functional import Compute
-from tests.kit import assert_unchanged, fill, same_bits, snapshot, untouched
+from tests.kit import assert_unchanged, fill, on_one_line, same_bits, snapshot, untouched
 from tests.laws import TOKENS, Mixed, adapted_names, assert_close, plain
 
 second_options = st.fixed_dictionaries({
@@ -145,8 +145,9 @@ def test_bases_that_do_not_fit_come_beside_the_first_and_the_report_says_so(othe
     assert len(randlora.state.attached_state(model).bank) == 2  # type: ignore[union-attr]
     assert str(report) == str(planned)
     held = f"{first.spec}, {first.nbytes:,} bytes"
-    words = " ".join(str(report).split())  # lines are wrapped
-    assert f"its bases are additional, because those of the other adapters cannot be shared: {held}" in words
+    assert f"its bases are additional, because those of the other adapters cannot be shared: {held}" in on_one_line(
+        report
+    )
 
 
 def test_a_report_says_nothing_of_bases_that_are_shared() -> None:

@@ -26,7 +26,7 @@ from tests.checkpoint_files import (
     refused,
     trained,
 )
-from tests.kit import adapter_values, all_bits, bits, fill, snapshot
+from tests.kit import adapter_values, all_bits, bits, fill, on_one_line, snapshot
 from tests.strategies import KINDS_AND_STREAMS
 
 
@@ -92,7 +92,7 @@ def test_load_reports_what_it_added_and_the_report_prints(headed: Path) -> None:
     assert set(report.train_also) == {"head.weight", "head.bias", "norm.bias"}
     assert report.trainable_parameters == 3 * (2 + 6) + 4 * (2 + 7) + 3 * 7 + 3 + 7
     assert report.notes == ()
-    assert f"targets: the names in {headed}" in " ".join(str(report).split())  # lines are wrapped
+    assert f"targets: the names in {headed}" in on_one_line(report)
 
 
 @every_case
