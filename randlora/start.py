@@ -77,7 +77,7 @@ def equivalent_alpha(
     if shape is None:
         return r * scaling * math.sqrt(lora_r / 3)
     lora_size = scaling * math.sqrt(lora_r / (3 * shape[1]))
-    return r * lora_size / (max(initial_values("lambda", shape)) * math.sqrt(count_bases(min(shape), r) * r))
+    return r * lora_size * min(shape) / math.sqrt(count_bases(min(shape), r) * r)
 
 
 def _problems(given: dict[str, Any]) -> Iterator[str]:

@@ -98,7 +98,8 @@ def verify(
     require_types(verify, locals())
     if prefix is not None and base is None:
         raise ConfigError("prefix= is for a base model: give base= too")
-    places = [found := locate(directory, None)]
+    found = locate(directory, None)
+    places = [found]
     if base is not None:
         places += [download(base, None, HEADS, are_patterns=True) if is_on_hub(base) else Path(base)]
     if missing := [place for place in places if not is_there(place)]:
