@@ -373,4 +373,4 @@ def test_the_tables_of_a_page_are_those_of_the_kept_runs(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert len(pages.PLACE.findall(text)) == text.count("<!--") > 0
     assert pages.filled(text) == text
-    assert pages.filled(text.replace("| dense |", "| denser |")) == text
+    assert pages.filled(text.replace("| dense |", "| denser |", 1)) == text

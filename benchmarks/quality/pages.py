@@ -15,7 +15,7 @@ from benchmarks.quality.spectrum import WIDTH_TASKS
 from benchmarks.quality.task import Task
 
 DOCS = Path("docs")
-PAGES = (DOCS / "results.md",)
+PAGES = DOCS / "results.md", DOCS / "results_details.md"
 FIGURE = DOCS / "figures" / "quality.svg"
 DRAWN = ("clothes",)
 PLACE = re.compile(r"<!-- (?P<rates>rates of )?(?P<group>\w+) of (?P<task>[\w ]+) -->\n(?:\n(?:\|.*\n)+)?")

@@ -181,7 +181,7 @@ def _draw_task(axes: Axes, task: Task, curves: Mapping[str, Sequence[Point]]) ->
             marker="o", markersize=3, linewidth=1, elinewidth=0.6, color=color, label=contestant,
         )  # fmt: skip
     axes.set(title=task.name, xlabel=task.drift, ylabel=task.metric)
-    axes.set_xscale("symlog", linthresh=0.01)
+    axes.set_xscale("symlog", linthresh=0.1)
     axes.grid(alpha=0.25)
     axes.tick_params(colors=INK)
     axes.legend(fontsize="x-small", framealpha=0.5)
