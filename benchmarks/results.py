@@ -102,9 +102,7 @@ class Results:
 
     def markdown(self) -> str:
         """Make a table for the documentation."""
-        titles, rows = self.cells()
-        lines = [titles, ["---", *["--:"] * (len(titles) - 1)], *rows]
-        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        return in_markdown(*self.cells())
 
     def save(self, directory: Path, verdicts: Sequence[str] = ()) -> None:
         """Write JSON, with what became of the targets, Markdown and, where there are curves, a picture."""
@@ -145,3 +143,9 @@ def written(figure: Figure) -> str:
     scales = SCALES[figure.unit]
     size, unit = next((scale for scale in scales if figure.best >= scale[0]), scales[-1])
     return f"{figure.best / size:.3g} {unit}"
+
+
+def in_markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown, with the first column to the left and all others to the right."""
+    lines = [titles, ["---", *["--:"] * (len(titles) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -31,6 +31,7 @@ from benchmarks.quality.runs import Run
 from benchmarks.quality.summary import INK, mean_and_error
 from benchmarks.quality.task import Prepared, Size
 from benchmarks.quality.training import make_run
+from benchmarks.results import in_markdown
 
 RATES = {"frozen": 0.0, "full": 3e-3, "LoRA, equal size": 1e-2, "LoRA": 3e-3, "dense": 3e-3, "block": 3e-3}
 """The best of three learning rates each on seed 0, for all who take part."""
@@ -145,7 +146,7 @@ def table_of(seeds: Sequence[Mapping[str, Any]]) -> str:
     blocks = range(len(seeds[0]["contestants"]["full"]["cka"]))
     titles = ["contestant", "rate", "accuracy", "training loss", "test loss"]
     titles += [*(f"CKA, block {each}" for each in blocks), "barrier, training", "barrier, test"]
-    lines = [titles, ["---", *["--:"] * (len(titles) - 1)]]
+    lines = []
     for name, rate in RATES.items():
         own = [seed["contestants"][name] for seed in seeds]
         by_part = [[each["line"][part] for each in own] for part in ("training", "test")]
@@ -157,7 +158,7 @@ def table_of(seeds: Sequence[Mapping[str, Any]]) -> str:
         ]
         sums = [mean_and_error(column) for column in columns]
         lines.append([name, f"{rate:g}", *(f"{mean:.3f} ± {error:.3f}" for mean, error in sums)])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return in_markdown(titles, lines)
 
 
 def draw(plane: Mapping[str, Any], file: Path) -> None:

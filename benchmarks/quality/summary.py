@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.quality.runs import Run
 from benchmarks.quality.task import Task
+from benchmarks.results import in_markdown
 
 INK = "#7f7f7f"
 """Of axes and labels: readable on white and on black."""
@@ -103,7 +104,7 @@ def table_of(task: Task, runs: Sequence[Run]) -> str:
     scale = mean_seconds(runs, "full" if "full" in curves else next(iter(curves)))
     titles = ["contestant", "parameters", "file, MB", "memory, MB", "time", "seeds", "best rate", task.metric, "drift"]
     titles += [f"gain over {peer}"] if peer else []
-    lines = [titles, ["---", *["--:"] * (len(titles) - 1)]]
+    lines = []
     for contestant, points in curves.items():
         chosen = best(task, points)
         own = [run for run in runs if run.key.contestant == contestant]
@@ -119,7 +120,7 @@ def table_of(task: Task, runs: Sequence[Run]) -> str:
             _with_error(f"{chosen.drift[0]:.3f}", f"{chosen.drift[1]:.3f}", chosen.drift[1]),
         ]
         lines.append([*line, number(task, *gain(task, runs, contestant, peer))] if peer else line)
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return in_markdown(titles, lines)
 
 
 def rates_of(task: Task, runs: Sequence[Run]) -> str:
@@ -130,12 +131,12 @@ def rates_of(task: Task, runs: Sequence[Run]) -> str:
     points = points_of(task, runs)
     chosen = {(point.contestant, point.lr) for point in front(task, points)}
     rates = sorted({point.lr for point in points})
-    lines = [["contestant", *(f"{lr:g}" for lr in rates)], ["---", *["--:"] * len(rates)]]
+    lines = []
     for contestant, own in by_contestant(points).items():
         cells = {point.lr: f"{number(task, point.metric[0])} ({point.drift[0]:.3f})" for point in own}
         bold = {lr: f"**{cell}**" if (contestant, lr) in chosen else cell for lr, cell in cells.items()}
         lines.append([contestant, *(bold.get(lr, "") for lr in rates)])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return in_markdown(["contestant", *(f"{lr:g}" for lr in rates)], lines)
 
 
 def mean_seconds(runs: Sequence[Run], contestant: str) -> float:
