@@ -5,7 +5,7 @@ import gzip
 import itertools
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -301,11 +301,18 @@ def test_the_front_has_no_point_that_another_beats_in_both() -> None:
 
 
 @pytest.mark.medium
-def test_the_same_runs_draw_the_same_figure(tmp_path: Path) -> None:
-    files = [tmp_path / f"{index}.svg" for index in range(2)]
-    for file in files:
-        summary.draw([(TASK, RUNS), (TASK, RUNS[:2])], file)
-    assert files[0].read_bytes() == files[1].read_bytes()
+@pytest.mark.parametrize(
+    "draw",
+    [summary.draw, lambda tasks, file: summary.draw_sizes(tasks, ("LoRA", "full"), file)],
+    ids=["drift", "sizes"],
+)
+def test_the_same_runs_draw_the_same_figure(draw: Callable[[object, Path], None], tmp_path: Path) -> None:
+    files = [tmp_path / f"{index}.svg" for index in range(3)]
+    for file in files[:2]:
+        draw([(TASK, RUNS), (TASK, RUNS[:2])], file)
+    draw([(TASK, RUNS), (TASK, RUNS[:4])], files[2])
+    first, second, other = (file.read_bytes() for file in files)
+    assert first == second != other
 
 
 def test_every_contestant_has_several_learning_rates_in_every_task() -> None:

@@ -98,6 +98,13 @@ def scaled(scaling: float, **options: Any) -> Adapt:
     return partial(ours, alpha=scaling * rank, **options)
 
 
+def as_in_the_paper(prepared: Prepared, seed: int) -> None:
+    """Add an adapter of ours with the scaling of the paper's code for language models, 2/√num_bases."""
+    plan = randlora.plan(prepared.model, r=RANK, targets=prepared.targets.ours)
+    counts = {fqn: math.ceil(min(weight_of(prepared.model, fqn).shape[-2:]) / RANK) for fqn in plan.targets}
+    ours(prepared, seed, alpha={fqn: 2 * RANK / math.sqrt(num_bases) for fqn, num_bases in counts.items()})
+
+
 def weight_of(model: nn.Module, fqn: str) -> nn.Parameter:
     """Return the parameter that one of our adapters adapts, given the name of its layer or its own."""
     parameters = dict(model.named_parameters())
@@ -121,6 +128,7 @@ SCALES: Mapping[str, Contestant] = {
     **{name: MAIN[name] for name in ("LoRA", "dense")},
     "dense, s = 6.53": Contestant("adapter", scaled(6.53)),
     "dense, s = 2": Contestant("small adapter", scaled(2.0)),
+    "dense, s = 2/√n": Contestant("small adapter", as_in_the_paper),
     "dense, r = 8": Contestant("adapter", partial(ours, r=8)),
     "dense, r = 8, s = 6.53": Contestant("adapter", scaled(6.53, r=8)),
 }

@@ -7,6 +7,7 @@ a plane through three minima and on lines from full fine-tuning to each merged a
 
 import copy
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ import randlora
 from benchmarks.quality.contestants import MAIN
 from benchmarks.quality.fashion import CLOTHES_TASK, Images, VisionTransformer, read_images
 from benchmarks.quality.runs import Run
-from benchmarks.quality.summary import INK, mean_and_error
+from benchmarks.quality.summary import COLORS, INK, draw_curve, mean_and_error
 from benchmarks.quality.task import Prepared, Size
 from benchmarks.quality.training import make_run
 from benchmarks.results import in_markdown
@@ -161,11 +162,13 @@ def table_of(seeds: Sequence[Mapping[str, Any]]) -> str:
     return in_markdown(titles, lines)
 
 
-def draw(plane: Mapping[str, Any], file: Path) -> None:
-    """Draw the losses on the plane as contours."""
+def draw(seeds: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Draw the losses on the plane of the first seed as contours, and CKA after each block with standard errors."""
     rcParams["svg.hashsalt"] = "landscape"  # so that the same losses give the same file
-    picture = Figure(figsize=(9, 3.8), layout="constrained")
-    for axes, (part, losses) in zip(picture.subplots(1, 2), plane["loss"].items(), strict=True):
+    picture = Figure(figsize=(13, 3.8), layout="constrained")
+    *maps, features = picture.subplots(1, 3)
+    plane = seeds[0]["plane"]
+    for axes, (part, losses) in zip(maps, plane["loss"].items(), strict=True):
         levels = np.geomspace(np.min(losses), np.max(losses), 14)
         norm = LogNorm(levels[0], levels[-1])
         filled = axes.contourf(plane["x"], plane["y"], losses, levels, norm=norm, cmap="cividis")
@@ -173,7 +176,13 @@ def draw(plane: Mapping[str, Any], file: Path) -> None:
             axes.plot(*corner, marker, color="white", markeredgecolor="black", label=name)
         picture.colorbar(filled, ax=axes, format="%.2g", ticks=levels[::2]).ax.tick_params(colors=INK)
         axes.set_title(f"{part} loss", color=INK)
-        axes.set_aspect("equal")
+    for name, color in zip((name for name in RATES if name != "full"), COLORS, strict=False):
+        by_block = zip(*(seed["contestants"][name]["cka"] for seed in seeds), strict=True)
+        sums = [mean_and_error(block) for block in by_block]
+        draw_curve(features, name, color, [(float(block), math.nan) for block in range(len(sums))], sums)
+    features.set_title("CKA with full fine-tuning, by block", color=INK)
+    features.set_xticks(range(len(seeds[0]["contestants"]["full"]["cka"])))
+    for axes in (*maps, features):
         axes.tick_params(colors=INK)
         axes.legend(fontsize="x-small")
     picture.savefig(file, transparent=True, metadata={"Date": None})
@@ -191,7 +200,7 @@ def main(
         points = 0 if seed else 11 if full else 5
         found.append(measure(seed, "full" if full else "quick", points=points))
         file.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    draw(found[0]["plane"], figure)
+    draw(found, figure)
     console.print(table_of(found))
 
 

@@ -1,4 +1,4 @@
-"""Write tables and the figure of kept runs into the documentation: ``python -m benchmarks.quality.pages``.
+"""Write tables and the figures of kept runs into the documentation: ``python -m benchmarks.quality.pages``.
 
 A page says where a table goes: ``<!-- group of task -->``, or ``<!-- rates of group of task -->`` for the one with each
 learning rate. What follows such a line is made of the runs that are kept, and a test compares both.
@@ -16,8 +16,9 @@ from benchmarks.quality.task import Task
 
 DOCS = Path("docs")
 PAGES = DOCS / "results.md", DOCS / "results_details.md"
-FIGURE = DOCS / "figures" / "quality.svg"
-DRAWN = ("clothes",)
+FIGURES = DOCS / "figures"
+DRAWN = {"main": ("clothes",), "ranks": ("clothes", "flat spectrum", "steep spectrum")}
+"""The tasks in the figure of a group."""
 PLACE = re.compile(r"<!-- (?P<rates>rates of )?(?P<group>\w+) of (?P<task>[\w ]+) -->\n(?:\n(?:\|.*\n)+)?")
 
 
@@ -45,4 +46,6 @@ def filled(page: str) -> str:
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
-    summary.draw([(TASKS[name], kept_runs(TASKS[name], "main")) for name in DRAWN], FIGURE)
+    main, ranks = ([(TASKS[name], kept_runs(TASKS[name], group)) for name in names] for group, names in DRAWN.items())
+    summary.draw(main, FIGURES / "quality.svg")
+    summary.draw_sizes(ranks, ("LoRA", "dense"), FIGURES / "ranks.svg")

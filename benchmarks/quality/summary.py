@@ -3,7 +3,8 @@
 import itertools
 import math
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,32 +165,64 @@ def _with_error(value: str, error: str, is_known: float) -> str:
 
 
 def draw(tasks: Collection[tuple[Task, Sequence[Run]]], file: Path) -> None:
-    """Draw the metric against the drift of each task."""
-    rcParams["svg.hashsalt"] = "curves"  # so that the same runs give the same file
-    picture = Figure(figsize=(5.4 * len(tasks), 4.4), layout="constrained")
-    for axes, (task, runs) in zip(picture.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        _draw_task(axes, task, by_contestant(points_of(task, runs)))
+    """Draw the metric against the drift of each task, a curve for each contestant over its learning rates."""
+    with _panels(file, len(tasks), "curves") as panels:
+        for axes, (task, runs) in zip(panels, tasks, strict=True):
+            for (contestant, points), color in zip(
+                by_contestant(points_of(task, runs)).items(), itertools.cycle(COLORS), strict=False
+            ):
+                draw_curve(axes, contestant, color, [each.drift for each in points], [each.metric for each in points])
+            axes.set(title=task.name, xlabel=task.drift, ylabel=task.metric)
+            axes.set_xscale("symlog", linthresh=0.1)
+
+
+def draw_sizes(tasks: Collection[tuple[Task, Sequence[Run]]], methods: Collection[str], file: Path) -> None:
+    """Draw the metric at the best learning rate against the number of trained parameters, a curve for each method.
+
+    The contestants of a method are those whose names begin with its name.
+    """
+    with _panels(file, len(tasks), "sizes") as panels:
+        for axes, (task, runs) in zip(panels, tasks, strict=True):
+            trained = {run.key.contestant: run.trained for run in runs}
+            chosen = [best(task, points) for points in by_contestant(points_of(task, runs)).values()]
+            for method, color in zip(methods, COLORS, strict=False):
+                own = [point for point in chosen if point.contestant.startswith(method)]
+                own.sort(key=lambda point: trained[point.contestant])
+                sizes = [(float(trained[point.contestant]), math.nan) for point in own]
+                draw_curve(axes, method, color, sizes, [point.metric for point in own])
+            axes.set(title=task.name, xlabel="trained parameters", ylabel=task.metric)
+            axes.set_xscale("log")
+
+
+@contextmanager
+def _panels(file: Path, count: int, salt: str) -> Iterator[Sequence[Axes]]:
+    """Yield axes to draw into, in rows of three or two, and write them to a file."""
+    rcParams["svg.hashsalt"] = salt  # so that the same runs give the same file
+    columns = min(count, 2 if count % 3 else 3)
+    rows = math.ceil(count / columns)
+    picture = Figure(figsize=(5.4 * columns, 4.4 * rows), layout="constrained")
+    panels: list[Axes] = list(picture.subplots(rows, columns, squeeze=False).flat)[:count]
+    yield panels
+    for axes in panels:
+        axes.grid(alpha=0.25)
+        axes.tick_params(which="both", colors=INK)
+        axes.legend(fontsize="x-small", framealpha=0.5)
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+            text.set_color(INK)
+        for spine in axes.spines.values():
+            spine.set_color(INK)
     picture.savefig(file, transparent=True, metadata={"Date": None})
 
 
-def _draw_task(axes: Axes, task: Task, curves: Mapping[str, Sequence[Point]]) -> None:
-    """Draw a curve for each contestant over its learning rates, with error bars of one standard error."""
-    for (contestant, points), color in zip(curves.items(), itertools.cycle(COLORS), strict=False):
-        drifts, metrics = [point.drift for point in points], [point.metric for point in points]
-        axes.errorbar(
-            [mean for mean, _ in drifts], [mean for mean, _ in metrics],
-            xerr=[_known(error) for _, error in drifts], yerr=[_known(error) for _, error in metrics],
-            marker="o", markersize=3, linewidth=1, elinewidth=0.6, color=color, label=contestant,
-        )  # fmt: skip
-    axes.set(title=task.name, xlabel=task.drift, ylabel=task.metric)
-    axes.set_xscale("symlog", linthresh=0.1)
-    axes.grid(alpha=0.25)
-    axes.tick_params(colors=INK)
-    axes.legend(fontsize="x-small", framealpha=0.5)
-    for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
-        text.set_color(INK)
-    for spine in axes.spines.values():
-        spine.set_color(INK)
+def draw_curve(
+    axes: Axes, label: str, color: str, x: Sequence[tuple[float, float]], y: Sequence[tuple[float, float]]
+) -> None:
+    """Draw points with error bars of one standard error, where these are known."""
+    axes.errorbar(
+        [mean for mean, _ in x], [mean for mean, _ in y],
+        xerr=[_known(error) for _, error in x], yerr=[_known(error) for _, error in y],
+        marker="o", markersize=3, linewidth=1, elinewidth=0.6, color=color, label=label,
+    )  # fmt: skip
 
 
 def _known(error: float) -> float:
