@@ -154,7 +154,8 @@ RANKS: Mapping[str, Contestant] = {
     **{f"LoRA, r = {rank}": Contestant("small adapter", partial(lora, rank=rank)) for rank in (1, 4)},
     **{f"LoRA, r = {rank}": Contestant("adapter", partial(lora, rank=rank)) for rank in (16, 64)},
     **{f"dense, r = {rank}": Contestant("adapter", partial(ours, r=rank)) for rank in (96, 8, 2)},
-    **{name: MAIN[name] for name in ("LoRA", "dense")},  # their rank is 32
+    **{f"gamma first, r = {rank}": Contestant("adapter", partial(ours, r=rank, init="gamma")) for rank in (96, 8, 2)},
+    **{name: {**MAIN, **STARTS}[name] for name in ("LoRA", "dense", "gamma first")},  # their rank is 32
 }
 """Numbers of parameters: of a LoRA they rise with the rank, of ours they fall with it."""
 

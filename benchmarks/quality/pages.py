@@ -48,4 +48,4 @@ if __name__ == "__main__":
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     main, ranks = ([(TASKS[name], kept_runs(TASKS[name], group)) for name in names] for group, names in DRAWN.items())
     summary.draw(main, FIGURES / "quality.svg")
-    summary.draw_sizes(ranks, ("LoRA", "dense"), FIGURES / "ranks.svg")
+    summary.draw_sizes(ranks, ("LoRA", "dense", "gamma first"), FIGURES / "ranks.svg")
