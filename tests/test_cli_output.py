@@ -53,6 +53,10 @@ def test_what_a_terminal_would_not_print_is_written_out_and_nothing_else(text: s
         ("same_rank=True pads, and rank=N cuts", "--same-rank pads, and --rank N cuts"),
         ("use to='lora' with format='peft'", "use --to lora with --format peft"),
         ('did you mean targets=["a", "b"]? or train_also="c.d"', "did you mean --targets a,b? or --train-also c.d"),
+        (
+            "merge(model, adapters=['a']) needs no base_revision=",
+            "merge(model, adapters=['a']) needs no --base-revision",
+        ),
         ("dense bases (stream=torch, seed=0, r=4, dims=8x8)", "dense bases (stream=torch, seed=0, r=4, dims=8x8)"),
     ],
 )

@@ -14,7 +14,8 @@ from randlora.__main__ import main
 from randlora.errors import CheckpointError
 from tests.hub_server import Hub, Repository, keep_client_in, point_client_at, running_hub
 from tests.model_directories import contents, save_adapter, save_model
-from tests.models import LLAMA
+from tests.models import GPT2, LLAMA, RealModel
+from tests.quantized_checkpoints import QUANTIZATIONS, WIDE, quantize
 
 sharded = pytest.mark.parametrize("is_sharded", [False, True])
 
@@ -97,6 +98,57 @@ def test_an_adapter_is_verified_inspected_and_converted(hub: Hub, capsys: pytest
     assert main(["plan", "org/model", "--r", "4"]) == 0
 
 
+def test_a_revision_is_that_of_the_adapter_and_another_that_of_the_base(hub: Hub) -> None:
+    base = save_model(LLAMA, Path("base"))
+    put(hub, "org/model", base)
+    put(hub, "user/adapter", save_adapter(LLAMA, Path("adapter")))
+    for repository, damaged in (("org/model", "model.safetensors"), ("user/adapter", "adapter_model.safetensors")):
+        hub.repositories[repository].refs["v1"] = hub.repositories[repository].refs["main"]
+        hub.repositories[repository].commit({damaged: b"12345678"})
+    both = ["--revision", "v1", "--base", "org/model", "--base-revision", "v1"]
+    assert main(["plan", "org/model", "--revision", "v1", "--r", "4"]) == 0
+    for command in (["inspect"], ["verify"], ["merge", "merged"], ["convert", "out", "--to", "native"]):
+        name, *more = command
+        assert main([name, "user/adapter", *more, *both]) == 0
+        assert main([name, "user/adapter", *more, *both, "--revision", "main"]) == 1
+        assert main([name, "user/adapter", *more, *both, "--base-revision", "main"]) == 1
+    assert randlora.files.training_memory("org/model", 4, revision="v1") == randlora.files.training_memory(base, 4)
+
+
+def test_a_revision_without_a_repository_is_an_error(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(LLAMA, Path("base"))
+    save_adapter(LLAMA, Path("adapter"))
+    for words in (["plan", "base"], ["verify", "adapter"], ["merge", "adapter", "out", "--base", "base"]):
+        assert main([*words, "--revision", "v1"]) == 1
+        assert "error: a path has no revision, got 'v1' for '" in capsys.readouterr().err.replace(
+            "cannot merge 'adapter': ", ""
+        )
+    assert main(["inspect", "adapter", "--base-revision", "v1"]) == 1
+    assert capsys.readouterr().err == "error: --base-revision is for a base model: give --base too\n"
+
+
+def test_verify_asks_for_a_base_once(hub: Hub) -> None:
+    put(hub, "org/model", save_model(LLAMA, Path("base"), is_sharded=True))
+    randlora.files.verify(save_adapter(LLAMA, Path("adapter")), "org/model")
+    assert hub.requests.count("GET /api/models/org/model/revision/main") == 1
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("kind", [WIDE, GPT2], ids=lambda kind: kind.name)
+def test_a_plan_of_a_quantized_model_reads_headers_alone(hub: Hub, kind: RealModel, quantization: str) -> None:
+    base = quantize(kind, quantization, Path("base"), is_sharded=True)
+    put(hub, "org/model", base)
+    assert randlora.files.plan("org/model", r=4) == randlora.files.plan(base, r=4)
+    assert randlora.files.training_memory("org/model", 4) == randlora.files.training_memory(base, 4)
+    assert not list(Path("cache").rglob("*.safetensors"))
+
+
+def test_codes_of_which_nothing_says_the_shape_are_to_be_downloaded(hub: Hub) -> None:
+    put(hub, "org/model", quantize(WIDE, "nf4", Path("base")), **{"config.json": b"{}"})
+    with pytest.raises(CheckpointError, match="no class says what is in it: download the model with `hf download`"):
+        randlora.files.plan("org/model", r=4)
+
+
 def edited(header: dict[str, Any]) -> bytes:
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text
@@ -112,7 +164,7 @@ def edited(header: dict[str, Any]) -> bytes:
         ({"model.safetensors": edited({"a": {"dtype": "F3", "shape": [2], "data_offsets": [0, 4]}})}, "has dtype F3"),
         (
             {"model.safetensors": edited({}), "config.json": b'{"quantization_config": {}}'},
-            "hf download org/model --local-dir",
+            "an unnamed method",
         ),
     ],
     ids=["none", "short", "size", "fraction", "dtype", "quantized"],

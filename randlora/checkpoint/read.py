@@ -43,7 +43,7 @@ from randlora.checkpoint.peft_config import (
 from randlora.checkpoint.schema import PeftFields
 from randlora.checkpoint.values import file_problems
 from randlora.config import RandLoRAConfig, Stream
-from randlora.disk.hub import download, is_on_hub
+from randlora.disk.hub import local_path
 from randlora.disk.json_text import read_json
 from randlora.disk.regular import is_there
 from randlora.disk.tensor_file import Shard, is_equal, open_shard, read_tensor
@@ -111,15 +111,10 @@ def locate(source: str | os.PathLike[str], revision: str | None, subfolder: str 
     A path that exists has priority over a repository of that name. Only a repository has revisions. The files may be in
     a subfolder of either.
     """
-    path = Path(source)
-    if is_on_hub(source):
-        files = [CONFIG_FILE, TENSORS_FILE]
-        within = PurePosixPath(subfolder or ".")
-        return download(source, revision, [(within / name).as_posix() for name in files]) / within
-    if revision is not None:
-        raise CheckpointError(f"a path has no revision, got {revision!r}: revision= goes with 'user/repo' on the Hub")
+    within = PurePosixPath(subfolder or ".")
+    path = local_path(source, revision, [(within / name).as_posix() for name in (CONFIG_FILE, TENSORS_FILE)])
     if not (is_there(path) and path.is_file()):
-        return path / (subfolder or ".")
+        return path / within
     if subfolder is not None:
         raise CheckpointError(f"a file has no subfolder, got {subfolder!r}: give the directory around it")
     if path.name != TENSORS_FILE:

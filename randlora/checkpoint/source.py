@@ -10,7 +10,7 @@ from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
 from randlora.checkpoint.in_memory import AdapterState, file_of
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.config import Stream
-from randlora.disk.hub import download, is_on_hub
+from randlora.disk.hub import local_path
 from randlora.disk.regular import is_there
 from randlora.errors import CheckpointError
 
@@ -63,13 +63,8 @@ IN_ROOT = "default"
 
 def locate_all(source: str | os.PathLike[str], revision: str | None) -> dict[str, Path]:
     """Return the directories of all adapters in a directory, or in a repository on the Hub, by name."""
-    path = Path(source)
-    if is_on_hub(source):
-        files = [CONFIG_FILE, TENSORS_FILE]
-        return adapters_in(download(source, revision, [*files, *(f"*/{name}" for name in files)], are_patterns=True))
-    if revision is not None:
-        raise CheckpointError(f"a path has no revision, got {revision!r}: revision= goes with 'user/repo' on the Hub")
-    return adapters_in(path)
+    files = [f"{folder}{name}" for folder in ("", "*/") for name in (CONFIG_FILE, TENSORS_FILE)]
+    return adapters_in(local_path(source, revision, files, are_patterns=True))
 
 
 def adapters_in(directory: Path) -> dict[str, Path]:

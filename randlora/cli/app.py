@@ -16,7 +16,7 @@ from randlora.cli.demo import demo
 from randlora.cli.inspect import inspect
 from randlora.cli.merge import merge
 from randlora.cli.plan import plan
-from randlora.cli.shared import complain
+from randlora.cli.shared import OPTIONS, complain
 from randlora.cli.verify import verify
 from randlora.errors import RandLoRAError
 
@@ -33,6 +33,13 @@ app.command()(inspect)
 app.command()(verify)
 app.command()(convert)
 app.command()(demo)
+
+OPTIONS.update(
+    option
+    for command in typer.main.get_group(app).commands.values()
+    for parameter in command.params
+    for option in parameter.opts
+)
 
 USER_ERROR = 1
 

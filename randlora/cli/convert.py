@@ -13,8 +13,10 @@ from randlora.cli.shared import (
     Adapter,
     AsJson,
     BaseForShapes,
+    BaseRevision,
     FileStream,
     Prefix,
+    Revision,
     plain,
     progress_bar,
     show,
@@ -55,6 +57,8 @@ def convert(
     same_rank: SameRank = False,  # noqa: FBT002
     component: Part = None,
     base: BaseForShapes = None,
+    revision: Revision = None,
+    base_revision: BaseRevision = None,
     prefix: Prefix = None,
     stream: FileStream = None,
     overwrite: Overwrite = False,  # noqa: FBT002
@@ -93,6 +97,8 @@ def convert(
             same_rank=same_rank,
             component=component,
             base=base,
+            revision=revision,
+            base_revision=base_revision,
             prefix=prefix,
             stream=stream,
             overwrite=overwrite,

@@ -11,8 +11,10 @@ from randlora.cli.shared import (
     Adapter,
     AsJson,
     BaseForShapes,
+    BaseRevision,
     FileStream,
     Prefix,
+    Revision,
     plain,
     progress_bar,
     show,
@@ -25,6 +27,8 @@ Norms = Annotated[bool, Option(help="Compute every layer's update and its norms.
 def inspect(
     adapter: Adapter,
     base: BaseForShapes = None,
+    revision: Revision = None,
+    base_revision: BaseRevision = None,
     prefix: Prefix = None,
     stream: FileStream = None,
     norms: Norms = True,  # noqa: FBT002
@@ -44,7 +48,16 @@ def inspect(
     `randlora inspect my-adapter --no-norms --json`
     """
     with progress_bar() as progress:
-        summary = randlora.files.inspect(adapter, base, prefix=prefix, stream=stream, norms=norms, progress=progress)
+        summary = randlora.files.inspect(
+            adapter,
+            base,
+            revision=revision,
+            base_revision=base_revision,
+            prefix=prefix,
+            stream=stream,
+            norms=norms,
+            progress=progress,
+        )
     if not as_json:
         show(summary)
         return

@@ -9,7 +9,17 @@ import typer
 from typer import Argument, Option
 
 import randlora
-from randlora.cli.shared import AsJson, FileStream, Prefix, dtype_of, progress_bar, show, show_json
+from randlora.cli.shared import (
+    AsJson,
+    BaseRevision,
+    FileStream,
+    Prefix,
+    Revision,
+    dtype_of,
+    progress_bar,
+    show,
+    show_json,
+)
 
 Adapters = Annotated[
     list[str], Argument(metavar="ADAPTER...", help="Directories of adapters, or `user/repo` on the Hub. Updates add.")
@@ -28,6 +38,8 @@ def merge(
     base: Base,
     scales: Scales = None,
     dtype: Dtype = None,
+    revision: Revision = None,
+    base_revision: BaseRevision = None,
     prefix: Prefix = None,
     stream: FileStream = None,
     as_json: AsJson = False,  # noqa: FBT002
@@ -59,6 +71,8 @@ def merge(
             dict(zip(adapters, scales, strict=True)),
             out,
             dtype=dtype_of(dtype),
+            revision=revision,
+            base_revision=base_revision,
             prefix=prefix,
             stream=stream,
             progress=progress,

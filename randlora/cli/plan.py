@@ -17,6 +17,7 @@ _Number = TypeVar("_Number", int, float)
 Model = Annotated[
     str, Argument(help="Directory with `model.safetensors` or with shards and their index, or `org/name` on the Hub.")
 ]
+Revision = Annotated[str | None, Option(help="Branch, tag or commit of the repository on the Hub.")]
 Rank = Annotated[
     list[str] | None,
     Option(
@@ -53,6 +54,7 @@ Checkpointing = Annotated[bool, Option("--checkpointing", help="Blocks are compu
 
 def plan(
     model: Model,
+    revision: Revision = None,
     r: Rank = None,
     targets: Targets = None,
     targets_regex: Regex = None,
@@ -118,7 +120,7 @@ def plan(
         "optimizer_states": optimizer_states,
         "checkpointing": checkpointing,
     }
-    base = open_base(model)
+    base = open_base(model, revision)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", DOUBT, UserWarning)  # the report says it
         report = plan_checkpoint(base, ranks, **options)

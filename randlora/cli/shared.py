@@ -28,6 +28,8 @@ BaseForShapes = Annotated[
     str | None,
     typer.Option("--base", help="The base model, whose headers give the shapes that PEFT does not store."),
 ]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the adapter's repository on the Hub.")]
+BaseRevision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the base model's repository.")]
 Prefix = Annotated[
     str | None,
     typer.Option(help="The prefix by which the names in the adapter and in the model differ, such as `bert`."),
@@ -42,10 +44,12 @@ FileStream = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 ARGUMENT = re.compile(
-    r"\b(base|basis|component|exclude|format|overwrite|prefix|rank|same_rank|stream|targets|to|tolerance|train_also)="
-    r"""(True\b|"[^"]*"|'[^']*'|\[[^]]*\]|(?<=rank=)\w+|(?<=tolerance=)[\d.e-]*\d|(?![\w.(]))"""
+    r"""\b(\w+)=(True\b|"[^"]*"|'[^']*'|\[[^]]*\]|(?<=rank=)\w+|(?<=tolerance=)[\d.e-]*\d|(?![\w.(]))"""
 )
 """An argument in a message of the library: with a value in quotes or brackets, or a number, or with none."""
+
+OPTIONS: set[str] = set()
+"""The options of all commands, which `randlora.cli.app` puts here: the commands import this file."""
 
 WIDEST = 100_000  # the width of a pipe, where nothing is cut or wrapped
 
@@ -70,8 +74,10 @@ def in_options(text: str) -> str:
 
     def option(found: re.Match[str]) -> str:
         name, value = found.groups()
-        values = re.sub(r"[\[\]\"'\s]", "", value or "")
-        return f"--{name.replace('_', '-')}" + (f" {values}" if values not in ("", "True") else "")
+        if (shown := f"--{name.replace('_', '-')}") not in OPTIONS:
+            return found[0]
+        values = re.sub(r"[\[\]\"'\s]", "", value)
+        return f"{shown} {values}" if values not in ("", "True") else shown
 
     return ARGUMENT.sub(option, text)
 

@@ -8,7 +8,18 @@ import typer
 from typer import Option
 
 import randlora
-from randlora.cli.shared import Adapter, AsJson, FileStream, Prefix, plain, progress_bar, show, show_json
+from randlora.cli.shared import (
+    Adapter,
+    AsJson,
+    BaseRevision,
+    FileStream,
+    Prefix,
+    Revision,
+    plain,
+    progress_bar,
+    show,
+    show_json,
+)
 
 FAILED = 1
 
@@ -21,6 +32,8 @@ Base = Annotated[
 def verify(
     adapter: Adapter,
     base: Base = None,
+    revision: Revision = None,
+    base_revision: BaseRevision = None,
     prefix: Prefix = None,
     stream: FileStream = None,
     as_json: AsJson = False,  # noqa: FBT002
@@ -39,7 +52,15 @@ def verify(
     `randlora verify user/adapter --base meta-llama/Llama-3.2-1B`
     """
     with progress_bar() as progress:
-        verification = randlora.files.verify(adapter, base, prefix=prefix, stream=stream, progress=progress)
+        verification = randlora.files.verify(
+            adapter,
+            base,
+            revision=revision,
+            base_revision=base_revision,
+            prefix=prefix,
+            stream=stream,
+            progress=progress,
+        )
     if as_json:
         show_json({**plain(verification), "passed": verification.passed})
     else:

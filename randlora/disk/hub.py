@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,19 @@ def offline() -> Iterator[None]:
         yield
     finally:
         flags["HF_HUB_OFFLINE"] = before
+
+
+def local_path(
+    source: str | os.PathLike[str], revision: str | None, files: Sequence[str], *, are_patterns: bool = False
+) -> Path:
+    """Return a path as it is, or the directory to which `download` brings the files of a repository."""
+    if is_on_hub(source):
+        return download(source, revision, files, are_patterns=are_patterns)
+    if revision is not None:
+        raise CheckpointError(
+            f"a path has no revision, got {revision!r} for {str(source)!r}: only a repository on the Hub has"
+        )
+    return Path(source)
 
 
 def download(repo_id: str, revision: str | None, files: Sequence[str], *, are_patterns: bool = False) -> Path:

@@ -20,7 +20,7 @@ from randlora.checkpoint.limits import Known
 from randlora.checkpoint.peft_config import BASE_FIELD
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.config import Stream
-from randlora.errors import CheckpointError, raise_collected
+from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.base_fit import Base, BaseFit, fit_base, open_base, shapes_in
 from randlora.layer_options import by_rank
 from randlora.layers.update import Update, sum_updates
@@ -87,16 +87,20 @@ def open_adapter(
     base: str | os.PathLike[str] | None = None,
     prefix: str | None = None,
     stream: Stream | None = None,
+    revision: str | None = None,
+    base_revision: str | None = None,
 ) -> OpenAdapter:
     """Read and check an adapter, and draw or take its bases. The base is needed only for files that PEFT wrote."""
-    directory = locate(source, None)
+    if base_revision is not None and base is None:
+        raise ConfigError("base_revision= is for a base model: give base= too")
+    directory = locate(source, revision)
     file = read_adapter(directory, stream)
     if base is None:
         shapes = known_shapes(file)
         transposed = None if file.header is None else file.header.transposed
         known = None
     else:
-        model = open_base(base)
+        model = open_base(base, base_revision)
         slots, known = fit_base(model, file, prefix).slots_of(file), model.all_shapes
         shapes = shapes_in(slots)
         transposed = tuple(fqn for fqn, slot in slots.items() if slot.layer_class.is_transposed)

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
@@ -30,7 +31,7 @@ from randlora.config import RandLoRAConfig
 from randlora.disk.tensor_file import Entry
 from randlora.errors import CheckpointError, raise_collected
 from randlora.files.conversion import Conversion
-from randlora.files.model_directory import ModelDirectory, read_model_directory
+from randlora.files.model_directory import ModelDirectory, find_model, read_model_directory
 from randlora.files.quantized import DenseView, as_dense
 from randlora.files.transformers_model import TransformersModel, build_model
 from randlora.layers.attention import InProjAdapter
@@ -103,9 +104,14 @@ def shapes_in(slots: Mapping[str, Slot]) -> Shapes:
     return {fqn: slot.shape for fqn, slot in slots.items()}
 
 
-def open_base(directory: str | os.PathLike[str]) -> Base:
-    """Read the headers of a model's checkpoint, and build its class if transformers has it."""
-    checkpoint = read_model_directory(directory)
+def open_base(source: str | os.PathLike[str], revision: str | None = None) -> Base:
+    """Read the headers of a model's checkpoint, here or on the Hub, and build its class if transformers has it."""
+    return read_base(*find_model(source, revision))
+
+
+def read_base(path: Path, repo_id: str | None = None) -> Base:
+    """Return what `open_base` does, of what `find_model` found."""
+    checkpoint = read_model_directory(path, repo_id)
     model = build_model(checkpoint)
     return Base(checkpoint, as_dense(checkpoint, model), model)
 

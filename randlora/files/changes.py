@@ -161,12 +161,17 @@ class Changes:
 
 
 def find_changes(
-    base: Base, adapters: Mapping[Any, float], prefix: str | None = None, stream: Stream | None = None
+    base: Base,
+    adapters: Mapping[Any, float],
+    prefix: str | None = None,
+    stream: Stream | None = None,
+    revision: str | None = None,
 ) -> Changes:
     """Read adapters, fit them to a checkpoint, draw their bases, and return which tensors they change.
 
     ``adapters`` are their directories, or repositories on the Hub, and the factors of their updates. ``stream`` is that
-    of the bases of each, as in `randlora.load`. It is an error if two trained the same parameter.
+    of the bases of each, as in `randlora.load`, and ``revision`` that of each repository. It is an error if two trained
+    the same parameter.
     """
     bank = BasisBank()
     computed: dict[str, Merging | ConvertedMerging] = {}
@@ -175,7 +180,7 @@ def find_changes(
     for source, factor in adapters.items():
         path = Path(source)
         try:
-            adapter, fit = open_fitted(locate(source, None), base, prefix, stream, bank)
+            adapter, fit = open_fitted(locate(source, revision), base, prefix, stream, bank)
             if fit.absent:
                 absent = ", ".join(fit.absent)
                 advice = "load the model and merge in memory"

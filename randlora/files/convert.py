@@ -92,6 +92,8 @@ def convert(
     same_rank: bool = False,
     component: Component | None = None,
     base: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    base_revision: str | None = None,
     prefix: str | None = None,
     stream: Stream | None = None,
     overwrite: bool = False,
@@ -122,6 +124,8 @@ def convert(
             also ``"diffusion_model"``, with the names that its authors gave. ``None`` recognizes it by the names.
         base: The base model, a directory or a repository on the Hub, whose headers give the layers' shapes. PEFT does
             not store them, so its files need it for ``"native"`` and ``"lora"``.
+        revision: Branch, tag or commit of the adapter's repository.
+        base_revision: Branch, tag or commit of the base model's repository.
         prefix: The prefix by which the names in the adapter and in the base model differ, as in `randlora.load`. The
             adapter keeps its names.
         stream: The stream of the bases, as in `randlora.load`. A ``"native"`` file says it.
@@ -150,7 +154,7 @@ def convert(
     weights = WEIGHTS.get(to if to == "diff" else format or "peft")
     if others := sorted(name for name in set(WEIGHTS.values()) - {weights} if (target / name).exists()):
         raise CheckpointError(f"{target} holds files of another format, such as {others[0]}: choose another directory")
-    adapter = open_adapter(directory, base, prefix, stream)
+    adapter = open_adapter(directory, base, prefix, stream, revision, base_revision)
     assumed = (*adapter.file.doubts, *stream_notes(adapter.file))
     if to == "lora":
         with scratch_for(target.resolve()) as scratch:

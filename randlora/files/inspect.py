@@ -170,6 +170,8 @@ def inspect(
     directory: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,
     *,
+    revision: str | None = None,
+    base_revision: str | None = None,
     prefix: str | None = None,
     stream: Stream | None = None,
     norms: bool = True,
@@ -181,6 +183,8 @@ def inspect(
         directory: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote, or a repository on the Hub.
         base: Its base model, a directory or a repository on the Hub, for the layers' shapes, which PEFT does not store.
             Only headers are read.
+        revision: Branch, tag or commit of the adapter's repository.
+        base_revision: Branch, tag or commit of the base model's repository.
         prefix: The prefix by which the names in the adapter and in the base model differ, as in `randlora.load`.
         stream: The stream of the bases, as in `randlora.load`.
         norms: Whether to compute every layer's update, one at a time, and its norms.
@@ -192,7 +196,7 @@ def inspect(
             fit the base.
     """
     require_types(inspect, locals())
-    adapter = open_adapter(directory, base, prefix, stream)
+    adapter = open_adapter(directory, base, prefix, stream, revision, base_revision)
     file = adapter.file
     fqns = [*adapter.shapes] if adapter.shapes else sorted(file.values, key=_natural)
     layers = []

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from randlora.config import Stream
-from randlora.disk.hub import download, is_on_hub
+from randlora.disk.hub import is_on_hub, local_path
 from randlora.disk.replace import new_directory
 from randlora.disk.tensor_file import Planned, Shard, write_tensor_file
 from randlora.errors import CheckpointError, ConfigError, MergeError, raise_collected
@@ -93,6 +93,8 @@ def merge(
     out: Source,
     *,
     dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    base_revision: str | None = None,
     prefix: str | None = None,
     stream: Stream | None = None,
     progress: Progress = no_progress,
@@ -114,6 +116,8 @@ def merge(
             mapping from them to the factors of their updates.
         out: The directory to create.
         dtype: Cast every floating tensor to this dtype. A merged one is computed in float32 or wider and rounded once.
+        revision: Branch, tag or commit of the repository of every adapter.
+        base_revision: Branch, tag or commit of the base model's repository.
         prefix: The prefix by which the names in the adapters and in the model differ, as in `randlora.load`.
         stream: The stream of the bases of every adapter, as in `randlora.load`. If adapters differ in it, `convert`
             them first to files that say it.
@@ -130,13 +134,13 @@ def merge(
     factors = _factors(adapters)
     destination = Path(out)
     _check([base, *factors], destination, dtype)
-    source = download(base, None, WHOLE, are_patterns=True) if is_on_hub(base) else Path(base)
+    source = local_path(base, base_revision, WHOLE, are_patterns=True)
     model = open_base(source)
     directory, dense = model.directory, model.dense
     coded = next((name for name, codes in dense.codes.items() if codes.needs_bitsandbytes), None)
     if coded is not None and (reason := bnb_codes.missing()) is not None:
         raise CheckpointError(f"cannot merge: reading {coded} ({dense.codes[coded].kind}) {reason}")
-    changes = find_changes(model, factors, prefix, stream)
+    changes = find_changes(model, factors, prefix, stream, revision)
     shards = [(shard, _planned(shard, changes, dtype)) for shard in dense.directory.shards]
     companions = find_companions(directory)
     nbytes = sum(tensor.nbytes for _, tensors in shards for tensor in tensors)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from randlora.checkpoint.format import CONFIG_FILE
-from randlora.disk.hub import download, is_on_hub, read_header
+from randlora.disk.hub import is_on_hub, local_path, read_header
 from randlora.disk.json_text import read_json
 from randlora.disk.regular import is_there, open_regular, require_regular
 from randlora.disk.replace import flush
@@ -84,14 +84,16 @@ class ModelDirectory:
         return found[0] if isinstance(found, list) and found and isinstance(found[0], str) else ""
 
 
-def read_model_directory(directory: str | os.PathLike[str]) -> ModelDirectory:
+def find_model(source: str | os.PathLike[str], revision: str | None = None) -> tuple[Path, str | None]:
+    """Return a model's directory, and the repository on the Hub, if it is one, whose config and index are there."""
+    return local_path(source, revision, HEADS, are_patterns=True), source if is_on_hub(source) else None
+
+
+def read_model_directory(path: Path, repo_id: str | None = None) -> ModelDirectory:
     """Return the headers of a model's checkpoint, one file or sharded, after checking that they agree.
 
-    Of a repository on the Hub, config and index are downloaded, and of files with weights the headers are requested,
-    unless the cache has them.
+    Those of the files with weights that are not there are requested from the Hub, if it is a repository.
     """
-    repo_id = directory if is_on_hub(directory) else None
-    path = Path(directory) if repo_id is None else download(repo_id, None, HEADS, are_patterns=True)
     index, weight_map = None, {}
     if is_there(path / INDEX_FILE) and not is_there(path / SINGLE_FILE):
         index = _read_json(path / INDEX_FILE)
@@ -101,11 +103,6 @@ def read_model_directory(directory: str | os.PathLike[str]) -> ModelDirectory:
     files = sorted(set(weight_map.values())) or [SINGLE_FILE]
     config = _read_json(path / MODEL_CONFIG_FILE) if is_there(path / MODEL_CONFIG_FILE) else {}
     shards = _read_shards(path, files, repo_id)
-    if repo_id is not None and QUANTIZATION in config and not all(is_there(shard.path) for shard in shards):
-        raise CheckpointError(
-            f"{repo_id!r} is quantized, which takes more than headers to read: download it with `hf download "
-            f"{repo_id} --local-dir DIR`, and give that directory"
-        )
     problems = _repeated(shards) + _disagreements(shards, weight_map)
     raise_collected(CheckpointError, problems, doing=f"read the checkpoint in {str(path)!r}")
     return ModelDirectory(path, config, shards, index)

@@ -19,7 +19,13 @@ from randlora.model.memory import memory_of
 from randlora.report import Report
 
 
-def plan(directory: str | os.PathLike[str], r: int | Mapping[str, int] | None = None, **options: Any) -> Report:
+def plan(
+    directory: str | os.PathLike[str],
+    r: int | Mapping[str, int] | None = None,
+    *,
+    revision: str | None = None,
+    **options: Any,
+) -> Report:
     """Return the report of what `randlora.inject` would do to the model in a directory, without its weights.
 
     transformers builds the class that ``config.json`` names on the meta device. No weights are downloaded, and no code
@@ -29,6 +35,7 @@ def plan(directory: str | os.PathLike[str], r: int | Mapping[str, int] | None = 
         directory: A checkpoint as transformers writes it, one safetensors file or shards with an index; or a repository
             on the Hub, ``"org/name"``, of which only headers are requested.
         r: Rank of one random basis, or ranks by pattern.
+        revision: Branch, tag or commit of the repository.
         **options: As for `randlora.plan`.
 
     Returns:
@@ -40,8 +47,8 @@ def plan(directory: str | os.PathLike[str], r: int | Mapping[str, int] | None = 
             the class differ.
         RandLoRAError: As `randlora.plan`.
     """
-    require_types(plan, {"directory": directory})  # the others are those of an adapter
-    return plan_checkpoint(open_base(directory), r, **options)
+    require_types(plan, {"directory": directory, "revision": revision})  # the others are those of an adapter
+    return plan_checkpoint(open_base(directory, revision), r, **options)
 
 
 def plan_checkpoint(base: Base, r: int | Mapping[str, int] | None = None, **options: Any) -> Report:
@@ -74,13 +81,18 @@ def _take_dtypes(model: TransformersModel, dense: DenseView) -> list[str]:
 
 
 def training_memory(
-    directory: str | os.PathLike[str], r: int | Mapping[str, int] | None = None, **options: Any
+    directory: str | os.PathLike[str],
+    r: int | Mapping[str, int] | None = None,
+    *,
+    revision: str | None = None,
+    **options: Any,
 ) -> TrainingMemory:
     """Return the bytes that training an adapter of the model in a directory takes on each device.
 
     Args:
         directory: As for `plan`.
         r: Rank of one random basis, or ranks by pattern.
+        revision: As for `plan`.
         **options: As for `randlora.training_memory`.
 
     Returns:
@@ -91,8 +103,8 @@ def training_memory(
         CheckpointError: As `plan`.
         RandLoRAError: As `randlora.training_memory`.
     """
-    require_types(training_memory, {"directory": directory})
-    return checkpoint_memory(open_base(directory), r, **options)
+    require_types(training_memory, {"directory": directory, "revision": revision})
+    return checkpoint_memory(open_base(directory, revision), r, **options)
 
 
 def checkpoint_memory(base: Base, r: int | Mapping[str, int] | None = None, **options: Any) -> TrainingMemory:

@@ -1,7 +1,8 @@
 """Quantized checkpoints: those of bitsandbytes are read as if they were not quantized, others are refused.
 
 With 4-bit codes, two to a byte, come scales, tables, and a tensor of bytes that is JSON; with 8-bit codes come the
-scales of the rows. The checks read headers and that JSON, and no other value.
+scales of the rows. The checks read headers and that JSON, and no other value. Of a file on the Hub they read its header
+alone, and take from the model's class what the JSON would say.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from randlora.disk.json_text import parse_json
+from randlora.disk.regular import is_there
 from randlora.disk.tensor_file import Entry, bytes_of, read_tensor
 from randlora.errors import CheckpointError, raise_collected
 from randlora.files.model_directory import QUANTIZATION, ModelDirectory
@@ -31,7 +33,7 @@ MARKS = {
 """Parts of tensor names that show another quantization, and which one."""
 
 METHOD = "bitsandbytes"
-UNSAID = torch.float16
+UNSAID = "float16"
 """The dtype of dequantized 8-bit codes if ``config.json`` has none: bitsandbytes rounds to it before it quantizes."""
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -119,7 +121,9 @@ def as_dense(directory: ModelDirectory, model: TransformersModel | str) -> Dense
     A quantized one needs the model's class, which determines the weights that were transposed before the quantization.
     """
     _refuse_others(directory)
-    codes = find_codes(directory.entries)
+    said = directory.config.get("dtype", directory.config.get("torch_dtype"))
+    dtype = said if isinstance(said, str) and said in FLOATS else UNSAID
+    codes = find_codes(directory.entries, _by_class(directory, model, dtype))
     if not codes and not isinstance(directory.config.get(QUANTIZATION), dict):
         return DenseView(directory, {})
     problems = [
@@ -131,14 +135,12 @@ def as_dense(directory: ModelDirectory, model: TransformersModel | str) -> Dense
     if isinstance(model, str) and (directory.architecture or directory.model_type):
         raise CheckpointError(f"{directory.path} is quantized, and cannot be read without its model: {model}")
     transposed = frozenset() if isinstance(model, str) else model.transposed & codes.keys()
-    said = directory.config.get("dtype", directory.config.get("torch_dtype"))
-    dtype_8bit = FLOATS.get(said, UNSAID) if isinstance(said, str) else UNSAID
     dense = {}
     for name, found in codes.items():
         shape = found.shape[::-1] if name in transposed else found.shape
-        dtype = found.dtype or dtype_8bit
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        dense[name] = replace(found.entry, dtype=dtype, shape=shape, nbytes=nbytes)
+        wide = found.dtype or FLOATS[dtype]
+        nbytes = torch.Size(shape).numel() * wide.itemsize
+        dense[name] = replace(found.entry, dtype=wide, shape=shape, nbytes=nbytes)
     parts = {part.name for found in codes.values() for part in found.parts.values()}
     entries = ((shard, [entry for entry in shard.entries if entry.name not in parts]) for shard in directory.shards)
     # a file may have had nothing but parts of codes
@@ -167,14 +169,32 @@ def _refuse_others(directory: ModelDirectory) -> None:
         raise CheckpointError(f"{directory.path} is quantized (config.json says with {method}): {advice}")
 
 
-def find_codes(entries: Mapping[str, Entry]) -> dict[str, StoredCodes]:
-    """Return the tensors of a checkpoint that bitsandbytes stored as codes, by name, after checking their parts."""
+def _by_class(directory: ModelDirectory, model: TransformersModel | str, dtype: str) -> dict[str, dict[str, Any]]:
+    """Return what the JSON of 4-bit codes would say of the tensors in files on the Hub, by name."""
+    found: dict[str, dict[str, Any]] = {}
+    if isinstance(model, str):
+        return found
+    for held in model.census.parameters:
+        for name in model.names_of(held.parameter):
+            if not is_there(directory.entries[name].file):
+                shape = tuple(held.parameter.shape)
+                found[name] = {"shape": shape[::-1] if name in model.transposed else shape, "dtype": dtype}
+    return found
+
+
+def find_codes(
+    entries: Mapping[str, Entry], by_class: Mapping[str, dict[str, Any]] | None = None
+) -> dict[str, StoredCodes]:
+    """Return the tensors of a checkpoint that bitsandbytes stored as codes, by name, after checking their parts.
+
+    ``by_class`` has what the JSON would say of tensors in files that are not here.
+    """
     found: dict[str, StoredCodes] = {}
     problems = []
     for name in entries:
         try:
             if (match := JSON.fullmatch(name)) is not None:
-                found[match["weight"]] = _four_bits(entries, match)
+                found[match["weight"]] = _four_bits(entries, match, by_class or {})
             elif name.endswith(f".{SCALES}"):
                 module = name.removesuffix(f".{SCALES}")
                 found[f"{module}.weight"] = _eight_bits(entries, module)
@@ -184,14 +204,17 @@ def find_codes(entries: Mapping[str, Entry]) -> dict[str, StoredCodes]:
     return found
 
 
-def _four_bits(entries: Mapping[str, Entry], match: re.Match[str]) -> StoredCodes:
+def _four_bits(
+    entries: Mapping[str, Entry], match: re.Match[str], by_class: Mapping[str, dict[str, Any]]
+) -> StoredCodes:
     """Return 4-bit codes after checking them against their JSON."""
     weight, blob = match["weight"], entries[match[0]]
     if match["kind"] not in QUANT_TYPES:
         known = ", ".join(QUANT_TYPES)
         raise CheckpointError(f"{weight} in {blob.file} has codes of type {match['kind']!r}, expected one of {known}")
-    fields = _fields(blob, match["kind"])
-    needed = TABLES + (NESTED_TABLES if fields.keys() >= NESTED_FIELDS else ())
+    fields = by_class[weight] if weight in by_class else _fields(blob, match["kind"])
+    is_nested = f"{weight}.nested_absmax" in entries if weight in by_class else fields.keys() >= NESTED_FIELDS
+    needed = TABLES + (NESTED_TABLES if is_nested else ())
     _require(entries, blob, [weight, *(f"{weight}.{part}" for part in needed)])
     parts = {part: entries[f"{weight}.{part}"] for part in needed} | {match["part"]: blob}
     codes = StoredCodes(entries[weight], parts, match["kind"], tuple(fields["shape"]), FLOATS[fields["dtype"]])
@@ -202,6 +225,11 @@ def _four_bits(entries: Mapping[str, Entry], match: re.Match[str]) -> StoredCode
 
 def _fields(blob: Entry, kind: str) -> dict[str, Any]:
     """Return the JSON of 4-bit codes after checking it."""
+    if not is_there(blob.file):
+        raise CheckpointError(
+            f"{blob.name} is on the Hub, and no class says what is in it: download the model with `hf download`, and "
+            "give its directory"
+        )
     try:
         if blob.nbytes > LONGEST_JSON:
             raise ValueError(f"it has {blob.nbytes:,} bytes")
@@ -241,13 +269,15 @@ RULES: dict[str, Callable[[Any], bool]] = {
 def _misfits(codes: StoredCodes, fields: Mapping[str, Any]) -> Iterator[str]:
     """Yield which tensors contradict the JSON in size or dtype."""
     count, scales = math.prod(codes.shape), codes.parts["absmax"]
-    blocks = -(-count // fields["blocksize"])
     if len(scales.shape) == 2 and scales.dtype == torch.bfloat16:
         yield f"{scales.name} has two dimensions and is in bfloat16: {REPACKED}"
         return
     shape = "x".join(map(str, codes.shape))
     if codes.entry.nbytes != (nbytes := -(-count // 2)):  # of any dtype
         yield f"{codes.entry.name} has {codes.entry.nbytes} bytes, expected {nbytes} for {shape}: {DAMAGED}"
+    if "blocksize" not in fields:  # by the model's class
+        return
+    blocks = -(-count // fields["blocksize"])
     expected = {"quant_map": (LEVELS, torch.float32), "absmax": (blocks, torch.float32)}
     if "nested_absmax" in codes.parts:
         outer = -(-blocks // fields["nested_blocksize"])
@@ -270,7 +300,8 @@ def _eight_bits(entries: Mapping[str, Entry], module: str) -> StoredCodes:
             f"{scales.shape}, expected a matrix of torch.int8 with a scale for each row: {DAMAGED}"
         )
     parts = {SCALES: scales} | ({} if style is None else {FORMAT: style})  # the first versions wrote no format
-    if style is not None and (found := read_tensor(style).flatten().tolist()) != [IN_ROWS]:
+    is_here = style is not None and is_there(style.file)
+    if style is not None and is_here and (found := read_tensor(style).flatten().tolist()) != [IN_ROWS]:
         raise CheckpointError(
             f"{style.name} in {style.file} holds {found}, expected {IN_ROWS}, for codes in their order: load and save "
             "the model with a newer bitsandbytes"

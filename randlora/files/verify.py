@@ -12,13 +12,12 @@ from randlora.checkpoint.bases import stream_notes
 from randlora.checkpoint.limits import Known
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.config import Stream
-from randlora.disk.hub import download, is_on_hub
 from randlora.disk.regular import is_there
 from randlora.errors import CheckpointError, ConfigError
 from randlora.files.adapter import adapter_bases, digests, known_shapes
-from randlora.files.base_fit import fit_base, open_base, shapes_in
+from randlora.files.base_fit import fit_base, read_base, shapes_in
 from randlora.files.inspect import DIGEST_SHOWN
-from randlora.files.model_directory import HEADS
+from randlora.files.model_directory import find_model
 from randlora.hints import require_types
 from randlora.layer_options import described
 from randlora.report import Progress, no_progress
@@ -75,6 +74,8 @@ def verify(
     directory: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,
     *,
+    revision: str | None = None,
+    base_revision: str | None = None,
     prefix: str | None = None,
     stream: Stream | None = None,
     progress: Progress = no_progress,
@@ -84,6 +85,8 @@ def verify(
     Args:
         directory: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote, or a repository on the Hub.
         base: Its base model, a directory or a repository on the Hub, of which only headers are read.
+        revision: Branch, tag or commit of the adapter's repository.
+        base_revision: Branch, tag or commit of the base model's repository.
         prefix: The prefix by which the names in the adapter and in the model differ, as in `randlora.load`.
         stream: The stream that the bases should be from, as in `randlora.load`. Others are a failed check.
         progress: Called for every step.
@@ -98,11 +101,11 @@ def verify(
     require_types(verify, locals())
     if prefix is not None and base is None:
         raise ConfigError("prefix= is for a base model: give base= too")
-    found = locate(directory, None)
-    places = [found]
-    if base is not None:
-        places += [download(base, None, HEADS, are_patterns=True) if is_on_hub(base) else Path(base)]
-    if missing := [place for place in places if not is_there(place)]:
+    if base_revision is not None and base is None:
+        raise ConfigError("base_revision= is for a base model: give base= too")
+    found = locate(directory, revision)
+    model = None if base is None else find_model(base, base_revision)
+    if missing := [place for place in (found, *(model or ())[:1]) if not is_there(place)]:
         raise CheckpointError(f"no such directory: {missing[0]}")
     directory = Path(directory)
     progress(0, 3, "reading the files")
@@ -124,8 +127,8 @@ def verify(
     checks = [files, checksum]
     progress(1, 3, "checking the base model")
     known = None
-    if base is not None:
-        fit, shapes, known = _fit(file, base, shapes, prefix)
+    if model is not None:
+        fit, shapes, known = _fit(file, model, shapes, prefix, str(base))
         checks.append(fit)
     progress(2, 3, "drawing the bases")
     checks += _bases(file, shapes, known)
@@ -134,18 +137,18 @@ def verify(
 
 
 def _fit(
-    file: AdapterFile, base: str | os.PathLike[str], shapes: Shapes | None, prefix: str | None
+    file: AdapterFile, found: tuple[Path, str | None], shapes: Shapes | None, prefix: str | None, base: str
 ) -> tuple[Check, Shapes | None, Known | None]:
     """Compare the adapter with a base model, which also determines the layers' shapes."""
     try:
-        model = open_base(base)
-        found = fit_base(model, file, prefix)
+        model = read_base(*found)
+        fit = fit_base(model, file, prefix)
     except CheckpointError as error:
         return Check("base", "failed", str(error)), shapes, None
-    shapes = shapes_in(found.slots_of(file))
+    shapes = shapes_in(fit.slots_of(file))
     words = f"{base} has all {len(shapes)} layers, in the shapes of the adapter"
-    if found.absent:
-        words += f"; {', '.join(found.absent)} of its class are not in its files"
+    if fit.absent:
+        words += f"; {', '.join(fit.absent)} of its class are not in its files"
     return Check("base", "passed", words), shapes, model.all_shapes
 
 
