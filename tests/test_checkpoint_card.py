@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from torch import nn
 
 import randlora
+from randlora.errors import ConfigError
 from tests import models
 from tests.checkpoint_files import (
     CARD_FILE,
@@ -78,9 +81,63 @@ def test_the_hubs_own_library_reads_the_front_matter(tmp_path: Path) -> None:
     randlora.save(model, tmp_path / "plain")
     data = ModelCard.load(tmp_path / "plain" / CARD_FILE).data
     assert (data.base_model, data.library_name, data.tags) == ("org/tiny-llama", "randlora", ["randlora"])
+    assert data.pipeline_tag == "text-generation"
     assert data.to_dict()["base_model_relation"] == "adapter"
     assert "# RandLoRA adapter of org/tiny-llama\n" in card_of(tmp_path / "plain")
     assert ModelCard.load(tmp_path / "odd" / CARD_FILE).data.base_model is None
+
+
+TASKS: dict[str, tuple[Any, str | None]] = {
+    "a decoder": (models.llama, "text-generation"),
+    "one with an older name": (models.gpt2, "text-generation"),
+    "a classifier of texts": (models.bert, "text-classification"),
+    "a classifier of images": (models.vit, "image-classification"),
+    "an encoder alone": (lambda: models.bert().bert, None),
+    "a model of no library": (LINEAR.build, None),
+    "one of documents": (lambda: _tiny("LayoutLM", "LayoutLMForQuestionAnswering"), None),
+    "one of audio": (lambda: _tiny("MusicgenDecoder", "MusicgenForCausalLM"), None),
+    "one that may translate or summarize": (lambda: _tiny("Bart", "BartForConditionalGeneration"), None),
+}
+
+
+def _tiny(config: str, name: str) -> nn.Module:
+    sizes = {"hidden_size": 16, "d_model": 16, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
+    sizes |= {f"{side}_{key}": 2 for side in ("encoder", "decoder") for key in ("layers", "attention_heads")}
+    made = getattr(transformers, f"{config}Config")(num_hidden_layers=1, pad_token_id=1, **sizes)
+    model: nn.Module = getattr(transformers, name)(made)
+    return model
+
+
+@pytest.mark.parametrize(("build", "task"), TASKS.values(), ids=TASKS)
+def test_the_hub_shows_the_task_where_the_models_class_tells_it(build: Any, task: str | None, tmp_path: Path) -> None:
+    model = build()
+    randlora.inject(model, r=2, targets="all-linear")
+    randlora.save(model, tmp_path)
+    assert ModelCard.load(tmp_path / CARD_FILE).data.pipeline_tag == task
+
+
+def test_results_are_a_table_until_a_save_without_them_which_says_so(tmp_path: Path) -> None:
+    model = trained(LINEAR)
+    before = randlora.save(model, tmp_path).notes
+    found = randlora.save(model, tmp_path, results={"accuracy": 0.81, "loss |a|": 2, "F1": "0.79 ±\n0.01"})
+    table = (
+        "## Results\n\n| metric | value |\n|---|---|\n| accuracy | 0.81 |\n| loss \\|a\\| | 2 |\n| F1 | 0.79 ± 0.01 |\n"
+    )
+    assert table in card_of(tmp_path)
+    assert found.notes == before
+    (note,) = set(randlora.save(model, tmp_path).notes).difference(before)
+    assert note.endswith("pass results= for this one")
+    assert "Results" not in card_of(tmp_path)
+    assert randlora.save(model, tmp_path).notes == before
+
+
+def test_results_that_cannot_be_written_are_not_passed_over(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"results\['accuracy'\] must be a finite number"):
+        randlora.save(trained(LINEAR), tmp_path, results={"accuracy": float("nan")})
+    (tmp_path / CARD_FILE).write_text("# Mine\n")
+    report = randlora.save(trained(LINEAR), tmp_path, results={"accuracy": 0.81})
+    assert "not a generated model card" in report.notes[-1]
+    assert card_of(tmp_path) == "# Mine\n"
 
 
 def test_a_path_of_this_machine_is_not_in_the_card(tmp_path: Path) -> None:

@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
+
+from torch import nn
 
 from randlora.checkpoint.base_model import repo_of
 from randlora.checkpoint.format import Header
 from randlora.layer_options import described
+from randlora.layers.in_place import plain_class
 from randlora.report import Report, left_out_lines
 
 MARK = "<!-- Written by randlora.save, which writes it anew at each save unless this line is gone. -->"
+RESULTS = "## Results"
+
+Results: TypeAlias = Mapping[str, float | str] | None
+"""What a user measured, by the name of the metric."""
+
+TASKS = {
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForImageClassification": "image-classification",
+}
+"""The Hub's names of tasks, by what the classes of transformers for them end with."""
+
+NOT_TEXT = re.compile("pixel|image|visual|bbox|audio|feature")
+"""What arguments of a forward are called that takes more than text."""
 
 
 def write_card(
     report: Report,
     header: Header,
     *,
+    task: str | None,
+    results: Results,
     base_model: str | None,
     peft_notes: Sequence[str],
     repo_id: str | None,
@@ -32,7 +59,8 @@ def write_card(
     place += f', subfolder="{subfolder}"' if repo_id and subfolder else ""
     # what the Hub reads, in YAML, of which JSON strings are a part
     of_base = [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"] if base else []
-    front_matter = ["---", *of_base, "library_name: randlora", "tags:", "- randlora", "---"]
+    of_task = [f"pipeline_tag: {task}"] if task else []
+    front_matter = ["---", *of_base, "library_name: randlora", *of_task, "tags:", "- randlora", "---"]
     figures = (f"| {name} | {value} |" for name, value in _figures(report, header).items() if value)
     here = f"import randlora\n\nrandlora.load(model, {place})  # model: the base model as it was before training"
     there = f"from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, {place})"
@@ -42,6 +70,7 @@ def write_card(
         f"# RandLoRA adapter of {base}" if base else "# RandLoRA adapter",
         "An adapter of the method [RandLoRA](https://arxiv.org/abs/2502.00987): trained scalings of random bases.",
         "\n".join(["| | |", "|---|---|", *figures]),
+        *([RESULTS, _results_table(results)] if results else ()),
         "## Loading it",
         f"```python\n{here}\n```",
         "PEFT 0.21.2 does not load these files:" if peft_notes else "With PEFT:",
@@ -52,7 +81,39 @@ def write_card(
 
 def is_ours(path: Path) -> bool:
     """Return whether a README.md is a generated model card that still has its mark."""
-    return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return MARK in _lines(path)
+
+
+def results_note(path: Path, results: Results) -> list[str]:
+    """Return a note if a save that is given these results leaves some out of the model card at ``path``."""
+    if results and os.path.lexists(path) and not is_ours(path):
+        return ["README.md is not a generated model card, so the results are not written into it"]
+    if not results and is_ours(path) and RESULTS in _lines(path):
+        return ["the results in README.md were those of the adapter that was replaced: pass results= for this one"]
+    return []
+
+
+def task_of(model: nn.Module) -> str | None:
+    """Return the Hub's name of a model's task if its class, such as `LlamaForCausalLM`, tells it.
+
+    The name of a class that takes more than text or makes anything else, such as audio, does not.
+    """
+    kind = plain_class(model)
+    task = next((task for end, task in TASKS.items() if kind.__name__.endswith(end)), None)
+    if task is None or task == "image-classification":
+        return task
+    taken = " ".join(inspect.signature(kind.forward).parameters)
+    is_text = "input_ids" in taken and not NOT_TEXT.search(taken)
+    return task if is_text and "audio" not in (getattr(model, "output_modalities", None) or ()) else None
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+
+
+def _results_table(results: Mapping[str, float | str]) -> str:
+    cells = (tuple(" ".join(f"{cell}".split()).replace("|", r"\|") for cell in row) for row in results.items())
+    return "\n".join(["| metric | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])
 
 
 def _figures(report: Report, header: Header) -> dict[str, object]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
-from randlora.checkpoint.card import is_ours, write_card
+from randlora.checkpoint.card import Results, is_ours, results_note, task_of, write_card
 from randlora.checkpoint.contents import Contents, Gathered, StoredAs, contents_of, gathered, value_problems
 from randlora.checkpoint.fit import untied_by_peft
 from randlora.checkpoint.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE
@@ -60,6 +61,7 @@ def save(
     name: str | None = None,
     bases: StoredAs = "seed",
     push_to_hub: str | None = None,
+    results: Mapping[str, float | str] | None = None,
 ) -> SaveReport:
     """Save one adapter to a directory, atomically: Λ, Γ, the parameters of ``train_also`` and the spec of the bases.
 
@@ -76,6 +78,8 @@ def save(
             ``"torch-2.11"`` under a newer torch.
         push_to_hub: A repository on the Hub, ``"user/repo"``, to upload the files to, created if it does not exist.
             huggingface_hub must be installed (the extra ``hub``).
+        results: A table for the model card, such as ``{"accuracy": 0.81}``. The next save writes the card anew: without
+            results it has none, and its report says so.
 
     Returns:
         The directory, the size and notes.
@@ -87,8 +91,9 @@ def save(
             is written then. Also if the files are saved and the Hub refuses them.
         OSError: If the disk refuses. Files already there remain as they were.
     """
-    require_types(save, {"model": model, "directory": directory, "name": name})
-    (report,) = write_each(model, {name: Path(directory)}, Path(directory), bases=bases, push_to_hub=push_to_hub)
+    require_types(save, {"model": model, "directory": directory, "name": name, "results": results})
+    root = Path(directory)
+    (report,) = write_each(model, {name: root}, root, bases=bases, push_to_hub=push_to_hub, results=results)
     return report
 
 
@@ -99,15 +104,23 @@ def write_each(
     *,
     bases: StoredAs,
     push_to_hub: str | None,
+    results: Results = None,
 ) -> list[SaveReport]:
     """Save adapters by name, each to its directory, which is ``root`` or inside it, after checking all of them."""
     doing = f"save to {str(root)!r}"
     held, ranks = gathered(model, [*directories], bases, doing=doing)
-    return one_writes(ranks, lambda: _write_each(held, [*directories.values()], root, hub=push_to_hub, doing=doing))
+    write = partial(_write_each, held, [*directories.values()], root, hub=push_to_hub, results=results, doing=doing)
+    return one_writes(ranks, write)
 
 
 def _write_each(
-    held: Sequence[Gathered], directories: Sequence[Path], root: Path, *, hub: str | None, doing: str
+    held: Sequence[Gathered],
+    directories: Sequence[Path],
+    root: Path,
+    *,
+    hub: str | None,
+    results: Results,
+    doing: str,
 ) -> list[SaveReport]:
     """Check the values of some adapters and write their files."""
     problems = [problem for each in held for problem in value_problems(each)]
@@ -124,9 +137,10 @@ def _write_each(
     raise_collected(CheckpointError, problems, doing=doing)
     each_contents = [contents_of(each) for each in held]
     cards = [
-        _card(each, contents, directory, hub, None if directory == root else directory.name)
+        _card(each, contents, results, directory, hub, None if directory == root else directory.name)
         for each, contents, directory in zip(held, each_contents, directories, strict=True)
     ]
+    card_notes = [results_note(directory / CARD_FILE, results) for directory in directories]
     sizes = write_directories(
         adapter_files(directory, contents.fields, contents.tensors, contents.header, card)
         for directory, contents, card in zip(directories, each_contents, cards, strict=True)
@@ -137,14 +151,23 @@ def _write_each(
             directory,
             each.adapter.name,
             size,
-            (*contents.notes, *untied_by_peft(each.census, each.adapter.trained), *_left_out(each.census, each.state)),
+            (
+                *contents.notes,
+                *untied_by_peft(each.census, each.adapter.trained),
+                *_left_out(each.census, each.state),
+                *of_card,
+            ),
             url,
         )
-        for each, contents, directory, size in zip(held, each_contents, directories, sizes, strict=True)
+        for each, contents, of_card, directory, size in zip(
+            held, each_contents, card_notes, directories, sizes, strict=True
+        )
     ]
 
 
-def _card(held: Gathered, contents: Contents, directory: Path, hub: str | None, subfolder: str | None) -> str | None:
+def _card(
+    held: Gathered, contents: Contents, results: Results, directory: Path, hub: str | None, subfolder: str | None
+) -> str | None:
     """Return a model card, unless the directory has one that was not generated."""
     if not is_ours(directory / CARD_FILE) and os.path.lexists(directory / CARD_FILE):
         return None
@@ -154,6 +177,8 @@ def _card(held: Gathered, contents: Contents, directory: Path, hub: str | None, 
     return write_card(
         report,
         contents.header,
+        task=task_of(held.census.model),
+        results=results,
         base_model=contents.fields[BASE_FIELD],
         peft_notes=contents.notes,
         repo_id=hub,
