@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 
 import randlora
@@ -33,6 +33,9 @@ from randlora.targets.walk import Census
 PRIVATE = ("_load_from_checkpoint", "_load_best_model")
 """Private methods of `Trainer` that `AdapterCheckpoints` overrides; a test holds their signatures and their callers."""
 
+SENT = "_iter_named_params"
+"""The private method of TRL's `VLLMGeneration` that yields names and values of weights for vLLM, each tensor once."""
+
 
 class AdapterCheckpoints:
     """A mixin for a subclass of `transformers.Trainer`, whose checkpoints then hold the adapter and not the model.
@@ -45,7 +48,7 @@ class AdapterCheckpoints:
     saved.
 
     With TRL's trainers that take a ``ref_model``, none means that the reference is the same model without the adapters
-    that are trained; no other is loaded.
+    that are trained; no other is loaded. Those that sample with vLLM send it the weights of `randlora.merged_tensors`.
     """
 
     args: Any
@@ -59,7 +62,7 @@ class AdapterCheckpoints:
 
         Raises:
             AdapterError: If the model has no adapter that is trained, or parameters require grad that are not in the
-                adapter's files.
+                adapter's files. Or if TRL is too old to send merged weights to vLLM.
         """
         given = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
         model = given.arguments.get("model")
@@ -73,6 +76,8 @@ class AdapterCheckpoints:
             super().__init__(*args, **kwargs)
             _require_trained(self.model)
         _require_called(self.model, type(self))
+        if (engine := getattr(self, "vllm_generation", None)) is not None:
+            _send_merged(engine)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does, except that ``True`` means the newest checkpoint that is complete."""
@@ -180,6 +185,23 @@ def _require_called(model: nn.Module, trainer: type) -> None:
             "TRL's trainers multiply by the weight of the output head instead of calling it, so an adapter of it would "
             "not be trained: leave it out of targets=, or name it in train_also="
         )
+
+
+def _send_merged(engine: Any) -> None:
+    """Have TRL send vLLM the merged weights: it would send the parameters as they are, those of adapters among them."""
+    if SENT not in dir(engine):
+        raise AdapterError(
+            "this version of TRL cannot be told to send vLLM the merged weights, which 1.16 can: upgrade it, or train "
+            "with use_vllm=False"
+        )
+
+    def merged() -> Iterator[tuple[str, Tensor]]:
+        model = engine.model
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        tied = set(names).difference(name for name, _ in model.named_parameters())
+        return ((name, tensor) for name, tensor in randlora.merged_tensors(model) if name not in tied)
+
+    setattr(engine, SENT, merged)
 
 
 def _refer(given: inspect.BoundArguments, model: nn.Module) -> None:
