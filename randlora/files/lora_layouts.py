@@ -41,6 +41,11 @@ MIXED_RANKS = (
     "and llama.cpp would scale layers wrongly; same_rank=True pads all to one rank, and rank=N cuts all to N"
 )
 
+TRANSPOSED = (
+    "the model stores weights transposed, as GPT-2 does: llama.cpp's converter would transpose the factors too, which "
+    "is wrong, so merge for llama.cpp"
+)
+
 LORA_CONFIG_KEY = "lora_adapter_metadata"
 """Where diffusers has the fields of PEFT's configuration in a file's metadata."""
 
@@ -116,6 +121,8 @@ def peft_files(adapter: OpenAdapter, factors: Sequence[Factors], *, same_rank: b
     fields = _fields(adapter, dict.fromkeys(_ranks(factors), rank) if same_rank else _ranks(factors))
     if isinstance(fields["target_modules"], str):
         notes.append("target_modules is a regex, because no list of names tells these layers: SGLang reads only a list")
+    if adapter.transposed or fields["fan_in_fan_out"]:
+        notes.append(TRANSPOSED)
     return AdapterFiles(TENSORS_FILE, tensors, fields, notes=tuple(notes))
 
 
