@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from randlora.errors import how_to_install
+
 NEEDED = frozenset({"rich", "typer"})
 
 
@@ -16,7 +18,7 @@ def main(args: Sequence[str] | None = None) -> int:
         missing = (error.name or "").split(".")[0]
         if missing not in NEEDED:
             raise
-        sys.stderr.write(f"error: the command line needs {missing}: pip install 'randlora[cli]'\n")
+        sys.stderr.write(f"error: the command line needs {missing}: {how_to_install('cli')}\n")
         return 1
     return app.main(args)
 

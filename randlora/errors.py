@@ -12,6 +12,11 @@ SHOWN = 5
 """Number of problems of one call that are shown in full."""
 
 
+def how_to_install(extra: str) -> str:
+    """Return the command that installs an extra of this library, once it is published and in a checkout."""
+    return f"python -m pip install 'randlora[{extra}]', or '.[{extra}]' in a checkout"
+
+
 class RandLoRAError(Exception):
     """Base class of the exceptions of this library."""
 

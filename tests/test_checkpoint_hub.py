@@ -1,6 +1,7 @@
 """The Hub: adapters pushed to a small one on this machine and loaded from it, by huggingface_hub's own client."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import torch
 from huggingface_hub import constants
 
 import randlora
-from randlora.errors import CheckpointError
+from randlora.errors import CheckpointError, how_to_install
 from tests.checkpoint_files import (
     CARD_FILE,
     CONFIG_FILE,
@@ -264,10 +265,10 @@ def test_a_push_to_no_repository_is_refused_before_anything_is_written(name: str
 
 def test_without_huggingface_hub_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # Python's own way to say that there is no such module
-    refused(LINEAR.build(), "user/repo", "install randlora with its extra, randlora[hub]")
+    refused(LINEAR.build(), "user/repo", how_to_install("hub"))
     model = trained(LINEAR)
     before = snapshot(model)
-    with pytest.raises(CheckpointError, match=r"install randlora with its extra, randlora\[hub\]"):
+    with pytest.raises(CheckpointError, match=re.escape(how_to_install("hub"))):
         randlora.save(model, tmp_path / "out", push_to_hub="user/repo")
     assert not (tmp_path / "out").exists()
     assert snapshot(model) == before

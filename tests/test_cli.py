@@ -17,6 +17,7 @@ import pytest
 import randlora
 from randlora.__main__ import main
 from randlora.cli.app import app
+from randlora.errors import how_to_install
 from tests.further import further
 from tests.model_directories import save_adapter, save_model
 from tests.models import LLAMA
@@ -62,7 +63,7 @@ def test_the_script_is_the_same_program() -> None:
 def test_without_its_extra_it_says_how_to_install_it(missing: str, tmp_path: Path) -> None:
     code = f"import sys; sys.modules[{missing!r}] = None; from randlora.__main__ import main; sys.exit(main([]))"
     running = process([sys.executable, "-c", code], tmp_path)
-    assert running.communicate() == ("", f"error: the command line needs {missing}: pip install 'randlora[cli]'\n")
+    assert running.communicate() == ("", f"error: the command line needs {missing}: {how_to_install('cli')}\n")
     assert running.returncode == 1
 
 

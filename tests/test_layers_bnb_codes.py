@@ -1,5 +1,6 @@
 """The codes of bitsandbytes: what they are written out as, and how weights are rounded to them."""
 
+import re
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from randlora.errors import how_to_install
 from randlora.layers import bnb_codes, bnb_cpu
 from tests.codes import assert_rounded_to_nearest, step, written_out
 from tests.kit import same_bits
@@ -119,8 +121,8 @@ def _ask_anew() -> object:
 @pytest.mark.parametrize(
     ("found", "said"),
     [
-        ("0.45.5", r"needs bitsandbytes 0\.50 or newer, found 0\.45\.5: pip install --upgrade \"randlora\[bnb\]\""),
-        (None, r"needs bitsandbytes, which is not installed: pip install \"randlora\[bnb\]\""),
+        ("0.45.5", r"needs bitsandbytes 0\.50 or newer, found 0\.45\.5: python -m pip install --upgrade bitsandbytes"),
+        (None, re.escape(f"needs bitsandbytes, which is not installed: {how_to_install('bnb')}")),
     ],
 )
 def test_a_bitsandbytes_that_is_missing_or_too_old_is_named_with_the_extra(

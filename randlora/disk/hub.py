@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, TypeGuard
 
 from randlora.disk.regular import is_there
-from randlora.errors import CheckpointError
+from randlora.errors import CheckpointError, how_to_install
 
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 LIBRARY = {"library_name": "randlora", "library_version": version("randlora")}
@@ -34,8 +34,7 @@ def require_hub(repo_id: str) -> ModuleType:
         import huggingface_hub  # noqa: PLC0415  (optional)
     except ImportError as error:
         raise CheckpointError(
-            f"{repo_id!r} can only mean a repository on the Hub, which needs huggingface_hub: "
-            "install randlora with its extra, randlora[hub]"
+            f"{repo_id!r} can only mean a repository on the Hub, which needs huggingface_hub: {how_to_install('hub')}"
         ) from error
     return huggingface_hub
 

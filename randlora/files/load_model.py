@@ -16,6 +16,7 @@ from randlora.config import Stream
 from randlora.disk.hub import is_repo_id
 from randlora.disk.regular import is_there
 from randlora.errors import CheckpointError, ConfigError, raise_collected
+from randlora.files.transformers_model import INSTALL
 from randlora.hints import require_types, shortly
 from randlora.targets.match import shortened
 
@@ -104,8 +105,8 @@ def _transformers() -> Any:
         import transformers  # noqa: PLC0415 - optional
     except ImportError as error:
         raise CheckpointError(
-            "load_model needs transformers, which is not installed: pip install 'transformers>=5.0', or create the "
-            "model yourself and call randlora.load(model, path)"
+            f"load_model needs transformers, which is not installed: {INSTALL}, or create the model "
+            "yourself and call randlora.load(model, path)"
         ) from error
     return transformers
 

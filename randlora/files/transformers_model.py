@@ -19,7 +19,7 @@ from randlora.files.conversion import Conversion
 from randlora.files.model_directory import MODEL_CONFIG_FILE, ModelDirectory
 from randlora.targets.walk import Census
 
-INSTALL = "pip install 'transformers>=5.0'"
+INSTALL = "python -m pip install 'transformers>=5.0'"
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from randlora.errors import how_to_install
 from randlora.layers import bnb_cpu
 
 OLDEST = (0, 50)
@@ -24,10 +25,10 @@ def missing() -> str | None:
     try:
         found = version("bitsandbytes")
     except PackageNotFoundError:
-        return 'needs bitsandbytes, which is not installed: pip install "randlora[bnb]"'
+        return f"needs bitsandbytes, which is not installed: {how_to_install('bnb')}"
     if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
         wanted = ".".join(map(str, OLDEST))
-        return f'needs bitsandbytes {wanted} or newer, found {found}: pip install --upgrade "randlora[bnb]"'
+        return f"needs bitsandbytes {wanted} or newer, found {found}: python -m pip install --upgrade bitsandbytes"
     return None
 
 
