@@ -79,7 +79,8 @@ class FileMergeReport:
         files = "1 file" if self.shards == 1 else f"{self.shards} files"
         lines = [f"merged {names} into {len(self.merged)} weights"]
         if self.replaced:
-            lines.append(f"replaced {len(self.replaced)} tensors that were trained with the adapters")
+            tensors = "1 tensor" if len(self.replaced) == 1 else f"{len(self.replaced)} tensors"
+            lines.append(f"replaced {tensors} trained with the adapters")
         if self.dequantized:
             kinds = ", ".join(sorted(set(self.dequantized.values())))
             was = f"{len(self.dequantized)} weights of a model of {as_bytes(self.base_nbytes)}"

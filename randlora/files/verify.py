@@ -117,7 +117,8 @@ def verify(
     checksum = Check("checksum", "passed", "the SHA-256 over header and tensors is the recorded one")
     if file.header is None:
         checksum = Check("checksum", "not checked", "PEFT wrote the file, and stores none")
-    others = f" and {len(file.trained)} parameters trained with them" if file.trained else ""
+    count = len(file.trained)
+    others = f" and {count} parameter{'s' * (count > 1)} trained with them" if count else ""
     values = (
         f"Λ and Γ of {len(file.values)} layers{others}: names, dtypes and shapes fit r={described(file.options)['r']}"
     )
