@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -94,6 +95,8 @@ TASKS: dict[str, tuple[Any, str | None]] = {
     "a classifier of images": (models.vit, "image-classification"),
     "an encoder alone": (lambda: models.bert().bert, None),
     "a model of no library": (LINEAR.build, None),
+    "one of tables": (lambda: _tiny("Tapas", "TapasForQuestionAnswering"), None),
+    "one of which the class does not tell": (lambda: _tiny("Flaubert", "FlaubertWithLMHeadModel"), None),
     "one of documents": (lambda: _tiny("LayoutLM", "LayoutLMForQuestionAnswering"), None),
     "one of audio": (lambda: _tiny("MusicgenDecoder", "MusicgenForCausalLM"), None),
     "one that may translate or summarize": (lambda: _tiny("Bart", "BartForConditionalGeneration"), None),
@@ -101,7 +104,16 @@ TASKS: dict[str, tuple[Any, str | None]] = {
 
 
 def _tiny(config: str, name: str) -> nn.Module:
-    sizes = {"hidden_size": 16, "d_model": 16, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
+    sizes = {
+        "hidden_size": 16,
+        "d_model": 16,
+        "emb_dim": 16,
+        "n_layers": 1,
+        "n_heads": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 20,
+    }
     sizes |= {f"{side}_{key}": 2 for side in ("encoder", "decoder") for key in ("layers", "attention_heads")}
     made = getattr(transformers, f"{config}Config")(num_hidden_layers=1, pad_token_id=1, **sizes)
     model: nn.Module = getattr(transformers, name)(made)
@@ -119,14 +131,17 @@ def test_the_hub_shows_the_task_where_the_models_class_tells_it(build: Any, task
 def test_results_are_a_table_until_a_save_without_them_which_says_so(tmp_path: Path) -> None:
     model = trained(LINEAR)
     before = randlora.save(model, tmp_path).notes
-    found = randlora.save(model, tmp_path, results={"accuracy": 0.81, "loss |a|": 2, "F1": "0.79 ±\n0.01"})
-    table = (
-        "## Results\n\n| metric | value |\n|---|---|\n| accuracy | 0.81 |\n| loss \\|a\\| | 2 |\n| F1 | 0.79 ± 0.01 |\n"
+    found = randlora.save(
+        model,
+        tmp_path,
+        results={"accuracy": 0.81, "loss |a|": 2, "F1": "0.79 ±\n0.01", "R": np.float32(0.3)},  # type: ignore[dict-item]
     )
+    rows = ["| metric | value |", "|---|---|", "| accuracy | 0.81 |", r"| loss \|a\| | 2 |", "| F1 | 0.79 ± 0.01 |"]
+    table = "\n".join(["## Results", "", *rows, "| R | 0.3 |", ""])
     assert table in card_of(tmp_path)
     assert found.notes == before
     (note,) = set(randlora.save(model, tmp_path).notes).difference(before)
-    assert note.endswith("pass results= for this one")
+    assert note.endswith("save takes results= for this one")
     assert "Results" not in card_of(tmp_path)
     assert randlora.save(model, tmp_path).notes == before
 

@@ -99,7 +99,8 @@ def test_a_card_that_somebody_wrote_survives_a_push_and_ones_own_wins(
     if here:
         (tmp_path / "again").mkdir()
         (tmp_path / "again" / CARD_FILE).write_bytes(here)
-    randlora.save(trained(HEADED, r=3), tmp_path / "again", push_to_hub="user/repo")
+    report = randlora.save(trained(HEADED, r=3), tmp_path / "again", push_to_hub="user/repo")
+    assert ("README.md of user/repo is not a generated card, so it stays" in report.notes) == (here is None)
     files = pushed.repositories["user/repo"].files()
     assert files[CARD_FILE] == (here or there)
     assert files[TENSORS_FILE] == (tmp_path / "again" / TENSORS_FILE).read_bytes()

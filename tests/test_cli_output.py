@@ -58,6 +58,7 @@ def test_what_a_terminal_would_not_print_is_written_out_and_nothing_else(text: s
             "merge(model, adapters=['a']) needs no --base-revision",
         ),
         ("dense bases (stream=torch, seed=0, r=4, dims=8x8)", "dense bases (stream=torch, seed=0, r=4, dims=8x8)"),
+        ("r=8, alpha=-16, dropout=0", "r=8, alpha=-16, dropout=0"),
     ],
 )
 def test_arguments_in_messages_are_shown_as_options(said: str, shown: str) -> None:

@@ -127,6 +127,14 @@ def test_a_revision_without_a_repository_is_an_error(hub: Hub, capsys: pytest.Ca
     assert capsys.readouterr().err == "error: --base-revision is for a base model: give --base too\n"
 
 
+def test_no_base_is_downloaded_for_an_adapter_that_cannot_be_had(hub: Hub) -> None:
+    put(hub, "org/model", save_model(LLAMA, Path("base")))
+    save_adapter(LLAMA, Path("adapter"))
+    with pytest.raises(CheckpointError, match="a path has no revision"):
+        randlora.files.merge("org/model", "adapter", "merged", revision="v1")
+    assert hub.requests == []
+
+
 def test_verify_asks_for_a_base_once(hub: Hub) -> None:
     put(hub, "org/model", save_model(LLAMA, Path("base"), is_sharded=True))
     randlora.files.verify(save_adapter(LLAMA, Path("adapter")), "org/model")
@@ -146,6 +154,15 @@ def test_a_plan_of_a_quantized_model_reads_headers_alone(hub: Hub, kind: RealMod
 def test_codes_of_which_nothing_says_the_shape_are_to_be_downloaded(hub: Hub) -> None:
     put(hub, "org/model", quantize(WIDE, "nf4", Path("base")), **{"config.json": b"{}"})
     with pytest.raises(CheckpointError, match="no class says what is in it: download the model with `hf download`"):
+        randlora.files.plan("org/model", r=4)
+
+
+def test_a_class_that_is_missing_is_named_before_a_download_is_advised(hub: Hub) -> None:
+    config = (
+        b'{"model_type": "none", "architectures": ["NoneForCausalLM"], "quantization_config": {"load_in_4bit": true}}'
+    )
+    put(hub, "org/model", quantize(WIDE, "nf4", Path("base")), **{"config.json": config})
+    with pytest.raises(CheckpointError, match="cannot be read without its model: "):
         randlora.files.plan("org/model", r=4)
 
 

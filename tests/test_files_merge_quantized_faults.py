@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import torch
 
 import randlora
 from randlora.disk.tensor_file import Planned, header_bytes
-from randlora.errors import CheckpointError, MergeError
+from randlora.errors import CheckpointError, MergeError, how_to_install
 from randlora.layers import bnb_codes
 from tests.model_directories import contents, save_adapter
 from tests.models import LLAMA
@@ -62,7 +63,7 @@ def test_codes_of_4_bits_need_the_extra_and_say_so_before_anything_is_written(
     adapter = save_adapter(LLAMA, tmp_path / "adapter")
     before = contents(tmp_path)
     with without_bitsandbytes(monkeypatch):
-        with pytest.raises(CheckpointError, match=r'weight \(nf4\) needs .* pip install "randlora\[bnb\]"'):
+        with pytest.raises(CheckpointError, match=rf"weight \(nf4\) needs .* {re.escape(how_to_install('bnb'))}"):
             randlora.files.merge(base, adapter, tmp_path / "new" / "out")
         assert randlora.files.plan(base, 4).targets  # which looks at headers alone
     assert contents(tmp_path) == before

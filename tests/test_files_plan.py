@@ -155,7 +155,7 @@ def edited(**fields: Any) -> Callable[[pytest.MonkeyPatch, Path], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without_transformers, "transformers, .* is not installed: pip install 'transformers>="),
+        (without_transformers, "transformers, .* is not installed: python -m pip install 'transformers>="),
         (edited(architectures=["OwnForCausalLM"]), "names OwnForCausalLM, which transformers .* lacks; or build"),
         (edited(architectures=["AutoModel"]), "names AutoModel, which transformers .* lacks; or build"),
         (edited(architectures=None), "its config.json names no class; or build the model"),

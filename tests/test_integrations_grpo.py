@@ -125,6 +125,18 @@ def test_an_engine_samples_with_the_bits_of_the_merged_model(
     assert changed == {name for name in places if "_proj" in name or name == "model.norm.weight"}
 
 
+def test_a_trainer_that_sends_weights_by_code_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(GRPO):
+        """As those of TRL's experiments."""
+
+        vllm_generation = property(lambda _: None, lambda *_: None)
+
+    monkeypatch.setattr(VLLMGeneration, "_init_vllm", lambda _: None)
+    monkeypatch.setattr("tests.test_integrations_grpo.GRPO", Other)
+    with pytest.raises(AdapterError, match="cannot be told to send vLLM the merged weights"):
+        grpo(adapted(), use_vllm=True, vllm_mode="colocate")
+
+
 def test_a_trl_that_cannot_send_merged_weights_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(VLLMGeneration, "_init_vllm", lambda _: None)
     monkeypatch.delattr(VLLMGeneration, "_iter_named_params")

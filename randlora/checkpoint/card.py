@@ -25,6 +25,7 @@ Results: TypeAlias = Mapping[str, float | str] | None
 """What a user measured, by the name of the metric."""
 
 TASKS = {
+    "WithLMHeadModel": None,  # of XLM and Flaubert, masked or causal
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",
     "ForMaskedLM": "fill-mask",
@@ -35,7 +36,7 @@ TASKS = {
 }
 """The Hub's names of tasks, by what the classes of transformers for them end with."""
 
-NOT_TEXT = re.compile("pixel|image|visual|bbox|audio|feature")
+NOT_TEXT = re.compile("pixel|image|visual|bbox|audio|feature|table")
 """What arguments of a forward are called that takes more than text."""
 
 
@@ -89,7 +90,9 @@ def results_note(path: Path, results: Results) -> list[str]:
     if results and os.path.lexists(path) and not is_ours(path):
         return ["README.md is not a generated model card, so the results are not written into it"]
     if not results and is_ours(path) and RESULTS in _lines(path):
-        return ["the results in README.md were those of the adapter that was replaced: pass results= for this one"]
+        return [
+            "README.md had results of the adapter that was replaced, and has none now: save takes results= for this one"
+        ]
     return []
 
 
@@ -112,7 +115,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _results_table(results: Mapping[str, float | str]) -> str:
-    cells = (tuple(" ".join(f"{cell}".split()).replace("|", r"\|") for cell in row) for row in results.items())
+    cells = (tuple(" ".join(str(cell).split()).replace("|", r"\|") for cell in row) for row in results.items())
     return "\n".join(["| metric | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])
 
 

@@ -145,7 +145,9 @@ def _write_each(
         adapter_files(directory, contents.fields, contents.tensors, contents.header, card)
         for directory, contents, card in zip(directories, each_contents, cards, strict=True)
     )
-    url = _push(root, directories, hub) if hub else None
+    url, kept = _push(root, directories, hub) if hub else (None, [])
+    for card in kept:
+        card_notes[directories.index((root / card).parent)] += [f"{card} of {hub} is not a generated card, so it stays"]
     return [
         SaveReport(
             directory,
@@ -186,8 +188,8 @@ def _card(
     )
 
 
-def _push(root: Path, directories: Sequence[Path], hub: str) -> str:
-    """Upload adapters; a generated card replaces none in the repository that was not generated."""
+def _push(root: Path, directories: Sequence[Path], hub: str) -> tuple[str, list[str]]:
+    """Upload adapters; a generated card replaces none in the repository that was not generated, which are returned."""
     files, generated = [], {}
     for directory in directories:
         within = directory.relative_to(root)

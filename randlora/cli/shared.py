@@ -44,7 +44,7 @@ FileStream = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 ARGUMENT = re.compile(
-    r"""\b(\w+)=(True\b|"[^"]*"|'[^']*'|\[[^]]*\]|(?<=rank=)\w+|(?<=tolerance=)[\d.e-]*\d|(?![\w.(]))"""
+    r"""\b(\w+)=(True\b|"[^"]*"|'[^']*'|\[[^]]*\]|(?<=rank=)\w+|(?<=tolerance=)[\d.e-]*\d|(?![\w.({-]))"""
 )
 """An argument in a message of the library: with a value in quotes or brackets, or a number, or with none."""
 

@@ -64,7 +64,7 @@ def local_path(
         return download(source, revision, files, are_patterns=are_patterns)
     if revision is not None:
         raise CheckpointError(
-            f"a path has no revision, got {revision!r} for {str(source)!r}: only a repository on the Hub has"
+            f"a path has no revision, got {revision!r} for {str(source)!r}: only a repository on the Hub has one"
         )
     return Path(source)
 
@@ -109,17 +109,18 @@ def upload(
     *,
     message: str,
     generated: Mapping[str, Callable[[Path], bool]],
-) -> str:
+) -> tuple[str, list[str]]:
     """Upload files of a directory to a repository, which is created if it does not exist, and return its URL.
 
     Each of the ``generated`` files is uploaded too, unless the repository has one of its name that the function refuses
-    to replace.
+    to replace. The names of those that stay are returned with the URL.
     """
     library = require_hub(repo_id)
     api = library.HfApi(**LIBRARY)
     try:
         url = api.create_repo(repo_id, exist_ok=True)
-        replaced = [name for name, may_replace in generated.items() if _may_upload(library, repo_id, name, may_replace)]
+        kept = [name for name, may_replace in generated.items() if not _may_upload(library, repo_id, name, may_replace)]
+        replaced = generated.keys() - kept
         api.upload_folder(
             repo_id=repo_id, folder_path=directory, allow_patterns=[*files, *replaced], commit_message=message
         )
@@ -127,7 +128,7 @@ def upload(
         raise CheckpointError(
             f"saved to {str(directory)!r}, whole, but cannot push to {repo_id!r}: {_cause(library, error)}"
         ) from error
-    return str(url)
+    return str(url), kept
 
 
 def _may_upload(library: ModuleType, repo_id: str, name: str, may_replace: Callable[[Path], bool]) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from randlora.checkpoint.read import locate
 from randlora.config import Stream
 from randlora.disk.hub import is_on_hub, local_path
 from randlora.disk.replace import new_directory
@@ -135,6 +136,8 @@ def merge(
     factors = _factors(adapters)
     destination = Path(out)
     _check([base, *factors], destination, dtype)
+    for adapter in factors:
+        locate(adapter, revision)  # before a download of the base, which may be large
     source = local_path(base, base_revision, WHOLE, are_patterns=True)
     model = open_base(source)
     directory, dense = model.directory, model.dense

@@ -121,19 +121,20 @@ def as_dense(directory: ModelDirectory, model: TransformersModel | str) -> Dense
     A quantized one needs the model's class, which determines the weights that were transposed before the quantization.
     """
     _refuse_others(directory)
+    has_codes = any(JSON.fullmatch(name) or name.endswith(f".{SCALES}") for name in directory.entries)
+    if not has_codes and not isinstance(directory.config.get(QUANTIZATION), dict):
+        return DenseView(directory, {})
+    if isinstance(model, str) and (directory.architecture or directory.model_type):
+        raise CheckpointError(f"{directory.path} is quantized, and cannot be read without its model: {model}")
     said = directory.config.get("dtype", directory.config.get("torch_dtype"))
     dtype = said if isinstance(said, str) and said in FLOATS else UNSAID
     codes = find_codes(directory.entries, _by_class(directory, model, dtype))
-    if not codes and not isinstance(directory.config.get(QUANTIZATION), dict):
-        return DenseView(directory, {})
     problems = [
         f"{entry.file} has {name} in {entry.dtype} without the scales needed to read it: {INCOMPLETE}"
         for name, entry in directory.entries.items()
         if name.endswith(".weight") and entry.dtype in (torch.int8, torch.uint8) and name not in codes
     ]
     raise_collected(CheckpointError, problems, doing="read the quantized tensors")
-    if isinstance(model, str) and (directory.architecture or directory.model_type):
-        raise CheckpointError(f"{directory.path} is quantized, and cannot be read without its model: {model}")
     transposed = frozenset() if isinstance(model, str) else model.transposed & codes.keys()
     dense = {}
     for name, found in codes.items():

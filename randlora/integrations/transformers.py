@@ -48,7 +48,8 @@ class AdapterCheckpoints:
     saved.
 
     With TRL's trainers that take a ``ref_model``, none means that the reference is the same model without the adapters
-    that are trained; no other is loaded. Those that sample with vLLM send it the weights of `randlora.merged_tensors`.
+    that are trained; no other is loaded. Those that sample with vLLM by TRL's `VLLMGeneration` send it the weights of
+    `randlora.merged_tensors`.
     """
 
     args: Any
@@ -62,7 +63,7 @@ class AdapterCheckpoints:
 
         Raises:
             AdapterError: If the model has no adapter that is trained, or parameters require grad that are not in the
-                adapter's files. Or if TRL is too old to send merged weights to vLLM.
+                adapter's files. Or if the trainer cannot be told to send merged weights to vLLM.
         """
         given = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
         model = given.arguments.get("model")
@@ -76,8 +77,8 @@ class AdapterCheckpoints:
             super().__init__(*args, **kwargs)
             _require_trained(self.model)
         _require_called(self.model, type(self))
-        if (engine := getattr(self, "vllm_generation", None)) is not None:
-            _send_merged(engine)
+        if getattr(self.args, "use_vllm", False):
+            _send_merged(getattr(self, "vllm_generation", None))
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does, except that ``True`` means the newest checkpoint that is complete."""
@@ -191,8 +192,8 @@ def _send_merged(engine: Any) -> None:
     """Have TRL send vLLM the merged weights: it would send the parameters as they are, those of adapters among them."""
     if SENT not in dir(engine):
         raise AdapterError(
-            "this version of TRL cannot be told to send vLLM the merged weights, which 1.16 can: upgrade it, or train "
-            "with use_vllm=False"
+            "this trainer cannot be told to send vLLM the merged weights, as GRPOTrainer of TRL 1.16 can: upgrade TRL, "
+            "or train with use_vllm=False"
         )
 
     def merged() -> Iterator[tuple[str, Tensor]]:
