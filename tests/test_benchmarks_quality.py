@@ -283,6 +283,24 @@ def test_the_table_has_each_contestant_at_its_best_rate_with_standard_errors() -
     ]
 
 
+def test_what_else_all_runs_have_measured_is_in_the_table_at_the_best_rate() -> None:
+    more = [replace(run, found={**run.found, "solved": run.key.seed / 10 + run.key.lr}) for run in RUNS]
+    titles, _, full, _ = summary.table_of(TASK, more).splitlines()
+    assert titles.endswith("| gain over LoRA | solved |")
+    assert full.endswith("| 0.250 ± 0.100 | 0.06 ± 0.05 |")
+    assert "solved" not in summary.table_of(TASK, [*more[:-1], RUNS[-1]])
+
+
+def test_the_overview_has_chosen_contestants_of_all_tasks_under_other_names() -> None:
+    rows = {"LoRA": "LoRA, r = 32", "full": "full fine-tuning"}
+    assert summary.overview([(TASK, RUNS), (replace(TASK, name="tinier"), RUNS[:4])], rows).splitlines() == [
+        "|  | tiny, loss | tinier, loss |",
+        "| --- | --: | --: |",
+        "| LoRA, r = 32 | 0.650 ± 0.100 |  |",
+        "| full fine-tuning | 0.400 ± 0.000 | 0.400 ± 0.000 |",
+    ]
+
+
 def test_the_other_table_has_each_learning_rate_with_the_front_in_bold() -> None:
     assert summary.rates_of(TASK, RUNS).splitlines() == [
         "| contestant | 0.001 | 0.01 |",

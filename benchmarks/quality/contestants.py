@@ -55,7 +55,10 @@ def ours(prepared: Prepared, seed: int, **options: Any) -> None:
 
 
 def lora(prepared: Prepared, _seed: int, *, rank: int | None = RANK, **options: Any) -> object:
-    """Add PEFT's LoRA with alpha = 2·rank; ``None`` means the rank with about as many parameters as ours has."""
+    """Add PEFT's LoRA with alpha = 2·rank; ``None`` means the rank with about as many parameters as ours has.
+
+    rsLoRA divides alpha by the root of the rank.
+    """
     rank = rank or equal_rank(prepared.model, prepared.targets)
     config = peft.LoraConfig(
         r=rank, lora_alpha=options.pop("alpha", 2 * rank), target_modules=prepared.targets.lora, **options
@@ -115,6 +118,7 @@ MAIN: Mapping[str, Contestant] = {
     "frozen": Contestant("frozen", frozen),
     "full": Contestant("full", full),
     "LoRA, equal size": Contestant("small adapter", partial(lora, rank=None)),
+    "rsLoRA, equal size": Contestant("small adapter", partial(lora, rank=None, use_rslora=True)),
     "LoRA": Contestant("adapter", lora),
     "rsLoRA": Contestant("adapter", partial(lora, alpha=RANK, use_rslora=True)),
     "PEFT": Contestant("adapter", peft_randlora),
@@ -144,8 +148,11 @@ STARTS: Mapping[str, Contestant] = {
 
 SIZES: Mapping[str, Contestant] = {
     "dense": MAIN["dense"],
-    **{f"dense, decay {decay:g}": Contestant("adapter", ours, decay=decay) for decay in (0.1, 1.0)},
-    **{f"dense, at most {limit:.0%} of a weight": Contestant("adapter", ours, limit=limit) for limit in (0.02, 0.05)},
+    **{f"dense, decay {decay:g}": Contestant("adapter", ours, decay=decay) for decay in (0.1, 1.0, 10.0)},
+    **{
+        f"dense, at most {limit:.0%} of a weight": Contestant("adapter", ours, limit=limit)
+        for limit in (0.02, 0.05, 0.2)
+    },
     **{f"dense, penalty {penalty:g}": Contestant("adapter", ours, penalty=penalty) for penalty in (1.0, 10.0)},
 }
 """Ways to keep the update small."""

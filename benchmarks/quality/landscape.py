@@ -176,15 +176,16 @@ def draw(seeds: Sequence[Mapping[str, Any]], file: Path) -> None:
             axes.plot(*corner, marker, color="white", markeredgecolor="black", label=name)
         picture.colorbar(filled, ax=axes, format="%.2g", ticks=levels[::2]).ax.tick_params(colors=INK)
         axes.set_title(f"{part} loss", color=INK)
+        axes.legend(fontsize="x-small")
     for name, color in zip((name for name in RATES if name != "full"), COLORS, strict=False):
         by_block = zip(*(seed["contestants"][name]["cka"] for seed in seeds), strict=True)
         sums = [mean_and_error(block) for block in by_block]
         draw_curve(features, name, color, [(float(block), math.nan) for block in range(len(sums))], sums)
     features.set_title("CKA with full fine-tuning, by block", color=INK)
     features.set_xticks(range(len(seeds[0]["contestants"]["full"]["cka"])))
+    features.legend(fontsize="x-small", framealpha=0, labelcolor=INK)
     for axes in (*maps, features):
         axes.tick_params(colors=INK)
-        axes.legend(fontsize="x-small")
     picture.savefig(file, transparent=True, metadata={"Date": None})
 
 

@@ -1,7 +1,8 @@
 """Write tables and the figures of kept runs into the documentation: ``python -m benchmarks.quality.pages``.
 
-A page says where a table goes: ``<!-- group of task -->``, or ``<!-- rates of group of task -->`` for the one with each
-learning rate. What follows such a line is made of the runs that are kept, and a test compares both.
+A page says where a table goes: ``<!-- group of task -->``, ``<!-- rates of group of task -->`` for the one with each
+learning rate, or ``<!-- overview of group of all tasks -->``. What follows such a line is made of the runs that are
+kept, and a test compares both.
 """
 
 import re
@@ -15,11 +16,20 @@ from benchmarks.quality.spectrum import WIDTH_TASKS
 from benchmarks.quality.task import Task
 
 DOCS = Path("docs")
-PAGES = DOCS / "results.md", DOCS / "results_details.md"
+PAGES = Path("README.md"), DOCS / "results.md", DOCS / "results_settings.md", DOCS / "results_details.md"
+REAL = ("film reviews", "tweets", "clothes", "word problems")
+ROWS = {
+    "full": "full fine-tuning",
+    "LoRA": "LoRA, r = 32",
+    "LoRA, equal size": "LoRA of equal size",
+    "dense": "RandLoRA, `dense`",
+    "block": "RandLoRA, `block`",
+}
+"""The contestants in the overview, and what they are called there."""
 FIGURES = DOCS / "figures"
-DRAWN = {"main": ("clothes",), "ranks": ("clothes", "flat spectrum", "steep spectrum")}
+DRAWN = {"main": REAL, "ranks": ("clothes", "flat spectrum", "steep spectrum")}
 """The tasks in the figure of a group."""
-PLACE = re.compile(r"<!-- (?P<rates>rates of )?(?P<group>\w+) of (?P<task>[\w ]+) -->\n(?:\n(?:\|.*\n)+)?")
+PLACE = re.compile(r"<!-- (?:(?P<kind>rates|overview) of )?(?P<group>\w+) of (?P<task>[\w ]+) -->\n(?:\n(?:\|.*\n)+)?")
 
 
 def kept_runs(task: Task, group: str) -> list[Run]:
@@ -36,9 +46,12 @@ def filled(page: str) -> str:
     tasks = {**TASKS, **{task.name: task for task in WIDTH_TASKS}}
 
     def table(place: re.Match[str]) -> str:
-        task = tasks[place["task"]]
-        make = summary.rates_of if place["rates"] else summary.table_of
-        return f"{place[0].splitlines()[0]}\n\n{make(task, kept_runs(task, place['group']))}"
+        if place["kind"] == "overview":
+            made = summary.overview([(TASKS[name], kept_runs(TASKS[name], place["group"])) for name in REAL], ROWS)
+        else:
+            make = summary.rates_of if place["kind"] else summary.table_of
+            made = make(tasks[place["task"]], kept_runs(tasks[place["task"]], place["group"]))
+        return f"{place[0].splitlines()[0]}\n\n{made}"
 
     return PLACE.sub(table, page)
 

@@ -49,6 +49,7 @@ def prepare(spectrum: str, width: int, steps: int, seed: int, size: Size) -> Pre
             "residual": float(((wanted - update) @ seen).norm()) / norm,
             "drift": float((update @ unseen).norm()) / norm,
             "stable rank": float(update.norm()) ** 2 / largest**2 if largest else 0.0,
+            "spectral norm": largest / norm,
         }
 
     return Prepared(model, None, Targets(NAMES, NAMES, NAMES), batches, loss, measure)

@@ -3,7 +3,7 @@
 import itertools
 import math
 import statistics
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +97,8 @@ def gain(task: Task, runs: Sequence[Run], first: str, second: str) -> tuple[floa
 def table_of(task: Task, runs: Sequence[Run]) -> str:
     """Write a table in Markdown: each contestant at its best learning rate, and what it costs beside full fine-tuning.
 
-    The gain is that over the first LoRA in the table, or else over our default adapter, by equal seeds.
+    The gain is that over the first LoRA in the table, or else over our default adapter, by equal seeds. What else all
+    runs have measured comes last.
     """
     curves = by_contestant(points_of(task, runs))
     peers = [name for name in curves if name.startswith("LoRA")] + [name for name in curves if name == "dense"]
@@ -105,6 +106,8 @@ def table_of(task: Task, runs: Sequence[Run]) -> str:
     scale = mean_seconds(runs, "full" if "full" in curves else next(iter(curves)))
     titles = ["contestant", "parameters", "file, MB", "memory, MB", "time", "seeds", "best rate", task.metric, "drift"]
     titles += [f"gain over {peer}"] if peer else []
+    others = [what for what in runs[0].found if what not in (task.metric, "drift")]
+    others = [what for what in others if all(what in run.found for run in runs)]
     lines = []
     for contestant, points in curves.items():
         chosen = best(task, points)
@@ -120,8 +123,22 @@ def table_of(task: Task, runs: Sequence[Run]) -> str:
             number(task, *chosen.metric),
             _with_error(f"{chosen.drift[0]:.3f}", f"{chosen.drift[1]:.3f}", chosen.drift[1]),
         ]
-        lines.append([*line, number(task, *gain(task, runs, contestant, peer))] if peer else line)
-    return in_markdown(titles, lines)
+        line += [number(task, *gain(task, runs, contestant, peer))] if peer else []
+        for what in others:
+            mean, error = mean_and_error([run.found[what] for run in own if run.key.lr == chosen.lr])
+            line.append(_with_error(f"{mean:.3g}", f"{error:.2g}", error))
+        lines.append(line)
+    return in_markdown([*titles, *others], lines)
+
+
+def overview(tasks: Collection[tuple[Task, Sequence[Run]]], rows: Mapping[str, str]) -> str:
+    """Write a table in Markdown: the metric of some contestants, under other names, at their best learning rates."""
+    lines = [[label] for label in rows.values()]
+    for task, runs in tasks:
+        curves = by_contestant(points_of(task, runs))
+        for line, contestant in zip(lines, rows, strict=True):
+            line.append(number(task, *best(task, curves[contestant]).metric) if contestant in curves else "")
+    return in_markdown(["", *(f"{task.name}, {task.metric}" for task, _ in tasks)], lines)
 
 
 def rates_of(task: Task, runs: Sequence[Run]) -> str:
@@ -206,7 +223,7 @@ def _panels(file: Path, count: int, salt: str) -> Iterator[Sequence[Axes]]:
     for axes in panels:
         axes.grid(alpha=0.25)
         axes.tick_params(which="both", colors=INK)
-        axes.legend(fontsize="x-small", framealpha=0.5)
+        axes.legend(fontsize="x-small", framealpha=0, labelcolor=INK)
         for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
             text.set_color(INK)
         for spine in axes.spines.values():
