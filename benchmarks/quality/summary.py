@@ -3,6 +3,7 @@
 import itertools
 import math
 import statistics
+import textwrap
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from benchmarks.results import in_markdown
 
 INK = "#7f7f7f"
 """Of axes and labels: readable on white and on black."""
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999933", "#882255", "#7f7f7f")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999933", "#882255", "#7f7f7f", "#6a51a3")
 
 
 @dataclass(frozen=True)
@@ -183,13 +184,13 @@ def _with_error(value: str, error: str, is_known: float) -> str:
 
 def draw(tasks: Collection[tuple[Task, Sequence[Run]]], file: Path) -> None:
     """Draw the metric against the drift of each task, a curve for each contestant over its learning rates."""
+    names = dict.fromkeys(run.key.contestant for _, runs in tasks for run in runs)
+    colors = dict(zip(names, itertools.cycle(COLORS), strict=False))
     with _panels(file, len(tasks), "curves") as panels:
         for axes, (task, runs) in zip(panels, tasks, strict=True):
-            for (contestant, points), color in zip(
-                by_contestant(points_of(task, runs)).items(), itertools.cycle(COLORS), strict=False
-            ):
-                draw_curve(axes, contestant, color, [each.drift for each in points], [each.metric for each in points])
-            axes.set(title=task.name, xlabel=task.drift, ylabel=task.metric)
+            for name, points in by_contestant(points_of(task, runs)).items():
+                draw_curve(axes, name, colors[name], [each.drift for each in points], [each.metric for each in points])
+            axes.set(title=task.name, xlabel=textwrap.fill(task.drift, 50), ylabel=task.metric)
             axes.set_xscale("symlog", linthresh=0.1)
 
 
