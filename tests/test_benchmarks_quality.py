@@ -194,7 +194,7 @@ def test_residual_and_drift_of_a_spectrum_are_apart(name: str) -> None:
     prepared = spectrum.prepare(name, 32, 20, 0, "full")
     inputs = torch.cat(list(prepared.batches))
     with torch.no_grad():
-        assert prepared.measure() == pytest.approx({"residual": 1, "drift": 0, "stable rank": 0})
+        assert prepared.measure() == pytest.approx({"residual": 1, "drift": 0, "stable rank": 0, "spectral norm": 0})
         assert torch.stack([prepared.loss(batch) for batch in prepared.batches]).mean() == pytest.approx(1, abs=0.1)
         assert torch.linalg.matrix_rank(inputs) == 24
         unseen = torch.linalg.svd(inputs)[2][24:]
@@ -203,6 +203,7 @@ def test_residual_and_drift_of_a_spectrum_are_apart(name: str) -> None:
     assert found["residual"] == pytest.approx(1)
     assert found["drift"] == pytest.approx(8**0.5 / (0.2 * 32**0.5))
     assert found["stable rank"] == pytest.approx(8)
+    assert found["spectral norm"] == pytest.approx(1 / (0.2 * 32**0.5))
 
 
 def test_the_lora_of_equal_size_has_the_nearest_rank() -> None:
