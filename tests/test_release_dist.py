@@ -67,6 +67,8 @@ def test_a_bump_is_all_that_a_release_needs() -> None:
     files = {
         name: (ROOT / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "CITATION.cff", "CHANGELOG.md")
     }
+    change = "## [Unreleased]\n\n### Fixed\n- A fault.\n\n"  # just after a release there is none
+    files["CHANGELOG.md"] = files["CHANGELOG.md"].replace("## [Unreleased]\n\n", change)
     changed = bump.bumped(files, "987.6", "2026-01-31")
     assert '\nversion = "987.6"\n' in changed["pyproject.toml"]
     assert "\nversion: 987.6\n" in changed["CITATION.cff"]
