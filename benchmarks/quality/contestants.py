@@ -13,6 +13,7 @@ from torch import nn
 import randlora
 from benchmarks.quality.other_bases import OTHER_BASES, add_updates
 from benchmarks.quality.task import Family, Prepared, Targets
+from randlora.bases.spec import count_bases
 
 RANK = 32
 
@@ -104,7 +105,7 @@ def scaled(scaling: float, **options: Any) -> Adapt:
 def as_in_the_paper(prepared: Prepared, seed: int) -> None:
     """Add an adapter of ours with the scaling of the paper's code for language models, 2/√num_bases."""
     plan = randlora.plan(prepared.model, r=RANK, targets=prepared.targets.ours)
-    counts = {fqn: math.ceil(min(weight_of(prepared.model, fqn).shape[-2:]) / RANK) for fqn in plan.targets}
+    counts = {fqn: count_bases(min(weight_of(prepared.model, fqn).shape[-2:]), RANK) for fqn in plan.targets}
     ours(prepared, seed, alpha={fqn: 2 * RANK / math.sqrt(num_bases) for fqn, num_bases in counts.items()})
 
 
