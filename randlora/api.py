@@ -22,6 +22,7 @@ from randlora.model.combine import combine as combine
 from randlora.model.inject import eject as eject
 from randlora.model.inject import inject as inject
 from randlora.model.inject import plan as plan
+from randlora.model.listing import adapters as adapters
 from randlora.model.memory import training_memory as training_memory
 from randlora.model.merge import merge as merge
 from randlora.model.merge import merged as merged
@@ -34,7 +35,6 @@ from randlora.model.ranks import check_ranks as check_ranks
 from randlora.model.rename import rename as rename
 from randlora.model.routed import routed as routed
 from randlora.model.switch import activate as activate
-from randlora.model.switch import adapters as adapters
 from randlora.model.switch import delta_weight as delta_weight
 from randlora.model.switch import disabled as disabled
 from randlora.model.switch import remove as remove

@@ -24,8 +24,8 @@ from randlora.checkpoint.restore import restore, restore_each
 from randlora.errors import AdapterError, CheckpointError, warn
 from randlora.integrations.reference import Reference
 from randlora.layers.in_place import RunsAdapters
+from randlora.model.listing import AdapterInfo
 from randlora.model.ranks import is_held_together
-from randlora.model.switch import AdapterInfo
 from randlora.state import adapted_root
 from randlora.targets.match import shortened
 from randlora.targets.walk import Census

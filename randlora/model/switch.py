@@ -1,93 +1,28 @@
-"""The adapters of a model: listing, activating, disabling and removing them."""
+"""The adapters of a model: activating, disabling and removing them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import copy
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from randlora.bases.spec import BasisSpec
-from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError, TargetError, raise_collected
 from randlora.functional import Compute
 from randlora.hints import require_types
-from randlora.layer_options import Factor, LayerOptions
+from randlora.layer_options import Factor
 from randlora.layers.in_place import drop_adapter
 from randlora.model.change import all_or_nothing, one_at_a_time
 from randlora.model.factors import resolved_factors
 from randlora.model.inject import eject
-from randlora.model.install import lost_sites, require_detachable, require_own, shared_slots
+from randlora.model.install import require_detachable, require_own, shared_slots
 from randlora.model.reducers import warn_of_unknown
-from randlora.model.train_also import lost_parameters
-from randlora.model.trainable import adapter_parameters, offloaded_diagonals, require_trainable, train
+from randlora.model.trainable import offloaded_diagonals, require_trainable, train
 from randlora.placement.dtensor import reshard
 from randlora.replaced import whole_shape
-from randlora.state import CHANGING, ModelState, adapted_root, is_adapted, require_unmerged
+from randlora.state import CHANGING, ModelState, adapted_root, require_unmerged
 from randlora.targets.match import nearest_names
 from randlora.targets.walk import Census
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """One adapter of a model.
-
-    Attributes:
-        name: Its name.
-        config: Its options.
-        specs: The specs of its bases, one for each r.
-        options: r and alpha of its layers, by FQN.
-        train_also: FQNs of the parameters trained with it.
-        weight: The factor of its update while active, else ``None``. If it differs between layers, a mapping with that
-            of each by FQN. `activate` takes either.
-        is_trainable: Whether any of its parameters requires grad.
-        is_merged: Whether it is merged into the weights.
-        problems: What of it the model no longer has, because a module was replaced, removed or resized.
-    """
-
-    name: str
-    config: RandLoRAConfig
-    specs: tuple[BasisSpec, ...]
-    options: dict[str, LayerOptions]
-    train_also: tuple[str, ...]
-    weight: Factor | None
-    is_trainable: bool
-    is_merged: bool
-    problems: tuple[str, ...]
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """FQNs of its layers."""
-        return tuple(self.options)
-
-    @property
-    def is_active(self) -> bool:
-        """Whether its update is added."""
-        return self.weight is not None
-
-
-def adapters(model: nn.Module) -> list[AdapterInfo]:
-    """Return a model's adapters in the order they were added; an empty list for a plain model."""
-    if not is_adapted(model):
-        return []
-    root, state = adapted_root(model)
-    census = Census.of(root)
-    return [
-        AdapterInfo(
-            name=adapter.name,
-            config=adapter.config,
-            specs=tuple(basis.spec for basis in adapter.bases.values()),
-            options=dict(adapter.options),
-            train_also=tuple(adapter.trained),
-            weight=copy(adapter.weight),
-            is_trainable=any(parameter.requires_grad for parameter in adapter_parameters(census, adapter)),
-            is_merged=adapter.name in state.merged,
-            problems=(*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])),
-        )
-        for adapter in state.adapters.values()
-    ]
 
 
 @one_at_a_time

@@ -1,0 +1,132 @@
+"""`adapters`, `AdapterInfo`: what adapters a model has, and in which state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from randlora.bases.spec import BasisSpec
+from randlora.config import RandLoRAConfig
+from randlora.hints import require_types
+from randlora.layer_options import Factor, LayerOptions, described
+from randlora.model.install import lost_sites
+from randlora.model.norms import update_norms
+from randlora.model.train_also import lost_parameters
+from randlora.model.trainable import adapter_parameters
+from randlora.report import as_lines, wrapped
+from randlora.state import adapted_root, is_adapted
+from randlora.targets.match import shortened
+from randlora.targets.walk import Census
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """One adapter of a model; prints as a few lines.
+
+    Attributes:
+        name: Its name.
+        config: Its options.
+        specs: The specs of its bases, one for each r.
+        options: r and alpha of its layers, by FQN.
+        train_also: FQNs of the parameters trained with it.
+        weight: The factor of its update while active, else ``None``. If it differs between layers, a mapping with that
+            of each by FQN. `activate` takes either.
+        is_trainable: Whether any of its parameters requires grad.
+        is_merged: Whether it is merged into the weights.
+        problems: What of it the model no longer has, because a module was replaced, removed or resized.
+        norms: About the Frobenius norm of the update of each layer, by FQN, as `update_norms` computes it; ``None`` if
+            it was not asked for.
+    """
+
+    name: str
+    config: RandLoRAConfig
+    specs: tuple[BasisSpec, ...]
+    options: dict[str, LayerOptions]
+    train_also: tuple[str, ...]
+    weight: Factor | None
+    is_trainable: bool
+    is_merged: bool
+    problems: tuple[str, ...]
+    norms: dict[str, float] | None = None
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """FQNs of its layers."""
+        return tuple(self.options)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether its update is added."""
+        return self.weight is not None
+
+    def __str__(self) -> str:
+        """Return its options and state in one line, and others for what else there is to say."""
+        return as_lines(wrapped(self._lines()))
+
+    def _lines(self) -> Iterator[str]:
+        options = described(self.options)
+        state = ["inactive" if self.weight is None else f"active{_with_factor(self.weight)}"]
+        state += ["trainable" if self.is_trainable else "frozen", *(["merged"] if self.is_merged else [])]
+        layers = f"{len(self.options)} layer{'s' * (len(self.options) != 1)}"
+        yield f"{self.name!r}: r={options['r']}, alpha={options['alpha']}, {layers}, {', '.join(state)}"
+        if self.train_also:
+            yield f"also trained: {shortened(self.train_also)}"
+        if self.norms:
+            least, most = (choose(self.norms, key=self.norms.__getitem__) for choose in (min, max))
+            yield f"norms of the updates: {self.norms[least]:.3g} ({least}) to {self.norms[most]:.3g} ({most})"
+        yield from self.problems
+
+
+def adapters(model: nn.Module, *, norms: bool = False) -> list[AdapterInfo]:
+    """Return a model's adapters in the order they were added; an empty list for a plain model.
+
+    Args:
+        model: A model, with adapters or without.
+        norms: Whether to compute the norms of the updates, too, without forming these; see `update_norms`. If the model
+            is sharded, this is a collective then: every process calls it.
+
+    Raises:
+        AdapterError: If norms are to be computed and accelerate offloads Λ and Γ.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> _ = randlora.inject(model, r=8)
+        >>> print(*randlora.adapters(model, norms=True))
+        'default': r=8, alpha=160, 1 layer, active, trainable
+        norms of the updates: 0 (0) to 0 (0)
+    """
+    require_types(adapters, {"norms": norms})
+    if not is_adapted(model):
+        return []
+    root, state = adapted_root(model)
+    census = Census.of(root)
+    return [
+        AdapterInfo(
+            name=adapter.name,
+            config=adapter.config,
+            specs=tuple(basis.spec for basis in adapter.bases.values()),
+            options=dict(adapter.options),
+            train_also=tuple(adapter.trained),
+            weight=copy(adapter.weight),
+            is_trainable=any(parameter.requires_grad for parameter in adapter_parameters(census, adapter)),
+            is_merged=adapter.name in state.merged,
+            problems=(*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])),
+            norms=_norms(model, adapter.name) if norms else None,
+        )
+        for adapter in state.adapters.values()
+    ]
+
+
+@torch.no_grad()
+def _norms(model: nn.Module, name: str) -> dict[str, float]:
+    return {fqn: norm.item() for fqn, norm in update_norms(model, name=name).items()}
+
+
+def _with_factor(factor: Factor) -> str:
+    if isinstance(factor, Mapping):
+        return " with a factor for each layer"
+    return "" if factor == 1 else f" with the factor {factor:g}"
