@@ -3,6 +3,7 @@
 import copy
 import gzip
 import itertools
+import math
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -226,7 +227,7 @@ def test_a_restart_makes_only_the_runs_that_are_missing(tmp_path: Path, monkeypa
 
     def counted(task: Task, name: str, _contestant: object, lr: float, seed: int, _size: Size) -> Run:
         made.append(Key(task.name, name, lr, seed))
-        return run(name, lr, seed, 0.5, 0.1)
+        return run(name, lr, seed, abs(math.log(lr / 1e-2)) if lr else 1.0, 0.1)
 
     monkeypatch.setattr(command, "make_run", counted)
     chosen = {name: MAIN[name] for name in ("frozen", "dense")}
@@ -246,6 +247,24 @@ def test_a_restart_makes_only_the_runs_that_are_missing(tmp_path: Path, monkeypa
     assert [each.key.seed for each in command.runs_of(TASK, chosen, range(3), tmp_path, full=True)][-4:] == [2] * 4
     assert len(made) == 12
     assert len(command.runs_of(TASK, chosen, range(3), tmp_path / "quick", full=False)) == 2
+
+
+@pytest.mark.parametrize(
+    ("best", "others"), [(1e-1, [1e-1, 3e-1]), (3e-4, [3e-4, 1e-4]), (3e-2, [1e-1]), (1e-9, "all"), (1e-2, [])]
+)
+def test_a_sweep_goes_on_until_its_best_rate_is_inside(
+    best: float, others: list[float] | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(_task: Task, name: str, _contestant: object, lr: float, seed: int, _size: Size) -> Run:
+        return run(name, lr, seed, abs(math.log(lr / best)) if lr else 1.0, 0.1)
+
+    monkeypatch.setattr(command, "make_run", measured)
+    chosen = {name: MAIN[name] for name in ("frozen", "dense")}
+    found = command.runs_of(TASK, chosen, range(2), tmp_path, full=True)
+    further = [each.key.lr for each in found if each.key.seed == 1 and each.key.contestant == "dense"][3:]
+    assert further == ([each for each in summary.RATES[::-1] if each < 1e-3] if others == "all" else others)
+    assert [each.key.lr for each in found if each.key.contestant == "frozen"] == [0.0, 0.0]
+    assert command.runs_of(TASK, chosen, range(2), tmp_path, full=True) == found
 
 
 def test_a_task_without_its_data_is_skipped(

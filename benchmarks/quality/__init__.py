@@ -1,8 +1,9 @@
 """Accuracy against forgetting: every contestant on every task, at several learning rates and seeds.
 
 One learning rate says little about a method, and accuracy says little about what a model has lost. So each contestant
-is trained at each of its learning rates, and each run is a point: how well the model does the new task, and how far it
-has drifted on other data. `python -m benchmarks.quality --full` makes the runs that are missing and sums all up.
+is trained at several learning rates, until the best of them is neither the lowest nor the highest, and each run is a
+point: how well the model does the new task, and how far it has drifted on other data. `python -m benchmarks.quality
+--full` makes the runs that are missing and sums all up.
 
 Alike for all contestants of a task: pretrained weights, data, order of the batches, number of steps, AdamW without
 weight decay, a learning rate that rises over the first tenth of the steps and then falls linearly to zero, gradients

@@ -1,6 +1,7 @@
 """Make the runs that are missing, then tables and a figure: ``python -m benchmarks.quality --task tweets --full``."""
 
 import gc
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -72,23 +73,29 @@ def runs_of(
 ) -> list[Run]:
     """Return the runs of some contestants, seed by seed, making those that are not in the task's file.
 
-    For a quick look there is one seed, and one learning rate in the middle.
+    A contestant that is best at the lowest or the highest of its learning rates gets another one beyond that. For a
+    quick look there is one seed, and one learning rate in the middle.
     """
     rates = {name: task.rates[each.family] for name, each in contestants.items()}
     if not full:
         seeds, rates = seeds[:1], {name: own[len(own) // 2 :][:1] for name, own in rates.items()}
-    keys = [Key(task.name, name, lr, seed) for seed in seeds for name in contestants for lr in rates[name]]
     file = directory / f"{file_stem(task.name)}.jsonl"
     known = {run.key: run for run in read_runs(file)}
-    for key in keys:
-        if key not in known:
-            contestant = contestants[key.contestant]
-            known[key] = make_run(task, key.contestant, contestant, key.lr, key.seed, "full" if full else "quick")
-            add_run(file, known[key])
-        measured = ", ".join(f"{what} {value:.3f}" for what, value in known[key].found.items())
-        words = f"{task.name}, {key.contestant}, lr {key.lr:g}, seed {key.seed}: {measured}"
-        console.print(f"{words} ({known[key].seconds:.0f} s)")
-    return [known[key] for key in keys]
+    found = []
+    while rates:
+        for seed, name in itertools.product(seeds, rates):
+            for key in (Key(task.name, name, lr, seed) for lr in rates[name]):
+                if key not in known:
+                    known[key] = make_run(task, name, contestants[name], key.lr, seed, "full" if full else "quick")
+                    add_run(file, known[key])
+                measured = ", ".join(f"{what} {value:.3f}" for what, value in known[key].found.items())
+                words = f"{task.name}, {name}, lr {key.lr:g}, seed {seed}: {measured}"
+                console.print(f"{words} ({known[key].seconds:.0f} s)")
+                found.append(known[key])
+        curves = summary.by_contestant(summary.points_of(task, found))
+        beyond = {name: summary.rate_beyond(task, points) for name, points in curves.items()}
+        rates = {name: (lr,) for name, lr in beyond.items() if lr is not None}
+    return found
 
 
 def file_stem(name: str) -> str:

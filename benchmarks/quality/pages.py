@@ -33,11 +33,10 @@ PLACE = re.compile(r"<!-- (?:(?P<kind>rates|overview) of )?(?P<group>\w+) of (?P
 
 
 def kept_runs(task: Task, group: str) -> list[Run]:
-    """Return the runs of a group that are kept, at the learning rates that its contestants have now, in its order."""
+    """Return the runs of a group that are kept, in the order of its contestants."""
     contestants = list(GROUPS[group])
     known = read_runs(KEPT / f"{file_stem(task.name)}.jsonl")
     chosen = [run for run in known if run.key.contestant in contestants]
-    chosen = [run for run in chosen if run.key.lr in task.rates[GROUPS[group][run.key.contestant].family]]
     return sorted(chosen, key=lambda run: contestants.index(run.key.contestant))
 
 

@@ -20,6 +20,8 @@ from benchmarks.results import in_markdown
 INK = "#7f7f7f"
 """Of axes and labels: readable on white and on black."""
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999933", "#882255", "#7f7f7f", "#6a51a3")
+RATES = [float(f"{digit}e{power}") for power in range(-9, 3) for digit in (1, 3)]
+"""The learning rates that a sweep takes up beyond those of a task."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,17 @@ def best(task: Task, points: Sequence[Point]) -> Point:
     """Return the point with the best metric."""
     sign = 1 if task.is_better_if_larger else -1
     return max(points, key=lambda point: sign * point.metric[0])
+
+
+def rate_beyond(task: Task, points: Sequence[Point]) -> float | None:
+    """Return the next learning rate beyond the best one, if that is the lowest or the highest of several."""
+    rates = [point.lr for point in points]
+    chosen = best(task, points).lr
+    if len(rates) > 1 and chosen == min(rates):
+        return max((rate for rate in RATES if rate < chosen), default=None)
+    if len(rates) > 1 and chosen == max(rates):
+        return min((rate for rate in RATES if rate > chosen), default=None)
+    return None
 
 
 def front(task: Task, points: Sequence[Point]) -> list[Point]:
