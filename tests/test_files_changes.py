@@ -21,7 +21,7 @@ def bases(changes: Changes) -> list[Basis]:
 def test_every_tensor_that_changes_is_named_and_no_other(tmp_path: Path) -> None:
     base = open_base(save_model(BERT, tmp_path / "base", is_sharded=True))
     adapter = save_adapter(BERT, tmp_path / "adapter", targets=["query"], train_also=["classifier"])
-    changes = find_changes(base, {adapter: 1.0})
+    changes = find_changes(base, {"a": (adapter, 1.0)})
     assert set(changes.merged) == {f"bert.encoder.layer.{layer}.attention.self.query.weight" for layer in (0, 1)}
     assert set(changes.replaced) == {"classifier.weight", "classifier.bias"}
     entry = base.directory.entries["bert.pooler.dense.weight"]
@@ -31,7 +31,7 @@ def test_every_tensor_that_changes_is_named_and_no_other(tmp_path: Path) -> None
 
 def test_adapters_of_equal_bases_share_them(tmp_path: Path) -> None:
     base = open_base(save_model(LLAMA, tmp_path / "base"))
-    adapters = {save_adapter(LLAMA, tmp_path / name, values=value): 1.0 for value, name in enumerate("ab")}
+    adapters = {name: (save_adapter(LLAMA, tmp_path / name, values=seed), 1.0) for seed, name in enumerate("ab")}
     assert len(bases(find_changes(base, adapters))) == 1
 
 
@@ -39,5 +39,5 @@ def test_bases_that_grow_are_grown_before_the_first_weight_is_merged(tmp_path: P
     base = open_base(save_model(LLAMA, tmp_path / "base"))
     small = save_adapter(LLAMA, tmp_path / "small", targets=["v_proj"], stream="portable")
     large = save_adapter(LLAMA, tmp_path / "large", targets=["up_proj"], stream="portable")
-    (shared,) = bases(find_changes(base, {small: 1.0, large: 1.0}))
+    (shared,) = bases(find_changes(base, {"small": (small, 1.0), "large": (large, 1.0)}))
     assert shared.extent == (48, 32)

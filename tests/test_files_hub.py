@@ -141,6 +141,12 @@ def test_verify_asks_for_a_base_once(hub: Hub) -> None:
     assert hub.requests.count("GET /api/models/org/model/revision/main") == 1
 
 
+def test_merge_asks_for_an_adapter_once(hub: Hub) -> None:
+    put(hub, "user/adapter", save_adapter(LLAMA, Path("adapter")))
+    randlora.files.merge(save_model(LLAMA, Path("base")), "user/adapter", "merged")
+    assert hub.requests.count("GET /api/models/user/adapter/revision/main") == 1
+
+
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("kind", [WIDE, GPT2], ids=lambda kind: kind.name)
 def test_a_plan_of_a_quantized_model_reads_headers_alone(hub: Hub, kind: RealModel, quantization: str) -> None:

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 
 import randlora
 from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
-from randlora.errors import CheckpointError
+from randlora.errors import CheckpointError, ConfigError
 from randlora.files.adapter import OpenAdapter
 from randlora.targets.select import find_targets
 from tests.checkpoint_files import basis_of, read_fields
 from tests.directories import base_directory, our_directory, their_directory
-from tests.model_directories import contents
+from tests.model_directories import contents, save_adapter
 from tests.models import BERT, GPT2, LLAMA, RealModel, every_transformers_model
 from tests.peer import ALPHA, THEIR_WARNINGS, R, in_ours, told_stream
 
@@ -137,3 +137,13 @@ def test_a_directory_may_have_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
     renamed = source.rename(tmp_path / os.fsdecode(b"caf\xe9"))
     assert randlora.files.inspect(renamed).writer == f"randlora {randlora.__version__}, format 1"
+
+
+@pytest.mark.parametrize("option", ["prefix", "base_revision"])
+@pytest.mark.parametrize("function", ["inspect", "verify", "convert"])
+def test_options_for_a_base_are_refused_without_one(function: str, option: str, tmp_path: Path) -> None:
+    adapter = save_adapter(LLAMA, tmp_path / "adapter")
+    further = (tmp_path / "out", "native") if function == "convert" else ()
+    with pytest.raises(ConfigError, match=rf"^{option}= is for a base model: give base= too$"):
+        getattr(randlora.files, function)(adapter, *further, **{option: "model"})
+    assert not (tmp_path / "out").exists()

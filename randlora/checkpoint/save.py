@@ -135,44 +135,29 @@ def _write_each(
         if os.path.lexists(directory) and not directory.is_dir()
     ]
     raise_collected(CheckpointError, problems, doing=doing)
-    each_contents = [contents_of(each) for each in held]
-    cards = [
-        _card(each, contents, results, directory, hub, None if directory == root else directory.name)
-        for each, contents, directory in zip(held, each_contents, directories, strict=True)
-    ]
-    card_notes = [results_note(directory / CARD_FILE, results) for directory in directories]
-    sizes = write_directories(
-        adapter_files(directory, contents.fields, contents.tensors, contents.header, card)
-        for directory, contents, card in zip(directories, each_contents, cards, strict=True)
-    )
+    planned, notes = [], []
+    for each, directory in zip(held, directories, strict=True):
+        contents, card = contents_of(each), directory / CARD_FILE
+        notes.append([*contents.notes, *untied_by_peft(each.census, each.adapter.trained)])
+        notes[-1] += [*_left_out(each.census, each.state), *results_note(card, results)]
+        text = None
+        if is_ours(card) or not os.path.lexists(card):
+            text = _card(each, contents, results, hub, None if directory == root else directory.name)
+        planned.append(adapter_files(directory, contents.fields, contents.tensors, contents.header, text))
+    sizes = write_directories(planned)
     url, kept = _push(root, directories, hub) if hub else (None, [])
-    for card in kept:
-        card_notes[directories.index((root / card).parent)] += [f"{card} of {hub} is not a generated card, so it stays"]
+    for card_file in kept:
+        notes[directories.index((root / card_file).parent)] += [
+            f"{card_file} of {hub} is not a generated card, so it stays"
+        ]
     return [
-        SaveReport(
-            directory,
-            each.adapter.name,
-            size,
-            (
-                *contents.notes,
-                *untied_by_peft(each.census, each.adapter.trained),
-                *_left_out(each.census, each.state),
-                *of_card,
-            ),
-            url,
-        )
-        for each, contents, of_card, directory, size in zip(
-            held, each_contents, card_notes, directories, sizes, strict=True
-        )
+        SaveReport(directory, each.adapter.name, size, tuple(own), url)
+        for each, directory, size, own in zip(held, directories, sizes, notes, strict=True)
     ]
 
 
-def _card(
-    held: Gathered, contents: Contents, results: Results, directory: Path, hub: str | None, subfolder: str | None
-) -> str | None:
-    """Return a model card, unless the directory has one that was not generated."""
-    if not is_ours(directory / CARD_FILE) and os.path.lexists(directory / CARD_FILE):
-        return None
+def _card(held: Gathered, contents: Contents, results: Results, hub: str | None, subfolder: str | None) -> str:
+    """Return the text of a model card."""
     shapes = contents.header.shapes
     skipped, remaining = left_out_by(held.census, contents.adapter.config, shapes)
     report = adapter_report(held.census, contents.adapter, shapes, skipped=skipped, remaining=remaining)

@@ -91,8 +91,7 @@ def open_adapter(
     base_revision: str | None = None,
 ) -> OpenAdapter:
     """Read and check an adapter, and draw or take its bases. The base is needed only for files that PEFT wrote."""
-    if base_revision is not None and base is None:
-        raise ConfigError("base_revision= is for a base model: give base= too")
+    require_base_for(base, prefix=prefix, base_revision=base_revision)
     directory = locate(source, revision)
     file = read_adapter(directory, stream)
     if base is None:
@@ -106,6 +105,13 @@ def open_adapter(
         transposed = tuple(fqn for fqn, slot in slots.items() if slot.layer_class.is_transposed)
     file, bases = adapter_bases(file, shapes, known)
     return OpenAdapter(directory, file, shapes, bases, transposed, known)
+
+
+def require_base_for(base: str | os.PathLike[str] | None, **options: str | None) -> None:
+    """Raise a `ConfigError` if options that are for a base model are given without one."""
+    for name, value in options.items():
+        if value is not None and base is None:
+            raise ConfigError(f"{name}= is for a base model: give base= too")
 
 
 def open_fitted(

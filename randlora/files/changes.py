@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from randlora.bases.bank import BasisBank
 from randlora.checkpoint.bases import stream_notes
-from randlora.checkpoint.read import locate
 from randlora.config import Stream
 from randlora.disk.tensor_file import Entry, read_pieces
 from randlora.errors import CheckpointError, MergeError
@@ -162,25 +160,22 @@ class Changes:
 
 def find_changes(
     base: Base,
-    adapters: Mapping[Any, float],
+    adapters: Mapping[str, tuple[Path, float]],
     prefix: str | None = None,
     stream: Stream | None = None,
-    revision: str | None = None,
 ) -> Changes:
     """Read adapters, fit them to a checkpoint, draw their bases, and return which tensors they change.
 
-    ``adapters`` are their directories, or repositories on the Hub, and the factors of their updates. ``stream`` is that
-    of the bases of each, as in `randlora.load`, and ``revision`` that of each repository. It is an error if two trained
-    the same parameter.
+    ``adapters`` are their directories and the factors of their updates, by the names that messages give them.
+    ``stream`` is that of the bases of each, as in `randlora.load`. It is an error if two trained the same parameter.
     """
     bank = BasisBank()
     computed: dict[str, Merging | ConvertedMerging] = {}
     values: dict[str, Tensor] = {}
     notes: list[str] = []
-    for source, factor in adapters.items():
-        path = Path(source)
+    for name, (directory, factor) in adapters.items():
         try:
-            adapter, fit = open_fitted(locate(source, revision), base, prefix, stream, bank)
+            adapter, fit = open_fitted(directory, base, prefix, stream, bank)
             if fit.absent:
                 absent = ", ".join(fit.absent)
                 advice = "load the model and merge in memory"
@@ -191,8 +186,8 @@ def find_changes(
             ):
                 raise CheckpointError(f"an adapter before it trained {taken} too, and the model has room for one")
         except CheckpointError as error:
-            raise CheckpointError(f"cannot merge {str(path)!r}: {error}") from error
-        notes += [f"{path}: {note}" for note in (*adapter.file.doubts, *stream_notes(adapter.file))]
+            raise CheckpointError(f"cannot merge {name!r}: {error}") from error
+        notes += [f"{name}: {note}" for note in (*adapter.file.doubts, *stream_notes(adapter.file))]
         for fqn, slot in fit.slots.items():
             update = adapter.update(fqn, factor)
             for merging in _mergings(computed, fqn, slot):

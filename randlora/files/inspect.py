@@ -191,7 +191,7 @@ def inspect(
         progress: Called for every layer.
 
     Raises:
-        ConfigError: If ``prefix`` is not a name, or ``stream`` is not a stream.
+        ConfigError: If ``prefix`` is not a name, or is given without ``base``, or ``stream`` is not a stream.
         CheckpointError: If a file is damaged or of another kind, the bases are not reproduced, or the adapter does not
             fit the base.
     """

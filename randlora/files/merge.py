@@ -136,15 +136,15 @@ def merge(
     factors = _factors(adapters)
     destination = Path(out)
     _check([base, *factors], destination, dtype)
-    for adapter in factors:
-        locate(adapter, revision)  # before a download of the base, which may be large
+    # before a download of the base, which may be large
+    located = {str(adapter): (locate(adapter, revision), factor) for adapter, factor in factors.items()}
     source = local_path(base, base_revision, WHOLE, are_patterns=True)
     model = open_base(source)
     directory, dense = model.directory, model.dense
     coded = next((name for name, codes in dense.codes.items() if codes.needs_bitsandbytes), None)
     if coded is not None and (reason := bnb_codes.missing()) is not None:
         raise CheckpointError(f"cannot merge: reading {coded} ({dense.codes[coded].kind}) {reason}")
-    changes = find_changes(model, factors, prefix, stream, revision)
+    changes = find_changes(model, located, prefix, stream)
     shards = [(shard, _planned(shard, changes, dtype)) for shard in dense.directory.shards]
     companions = find_companions(directory)
     nbytes = sum(tensor.nbytes for _, tensors in shards for tensor in tensors)

@@ -13,8 +13,8 @@ from randlora.checkpoint.limits import Known
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.config import Stream
 from randlora.disk.regular import is_there
-from randlora.errors import CheckpointError, ConfigError
-from randlora.files.adapter import adapter_bases, digests, known_shapes
+from randlora.errors import CheckpointError
+from randlora.files.adapter import adapter_bases, digests, known_shapes, require_base_for
 from randlora.files.base_fit import fit_base, read_base, shapes_in
 from randlora.files.inspect import DIGEST_SHOWN
 from randlora.files.model_directory import find_model
@@ -99,10 +99,7 @@ def verify(
         CheckpointError: If there is no such adapter, or no such base model.
     """
     require_types(verify, locals())
-    if prefix is not None and base is None:
-        raise ConfigError("prefix= is for a base model: give base= too")
-    if base_revision is not None and base is None:
-        raise ConfigError("base_revision= is for a base model: give base= too")
+    require_base_for(base, prefix=prefix, base_revision=base_revision)
     found = locate(directory, revision)
     model = None if base is None else find_model(base, base_revision)
     if missing := [place for place in (found, *(model or ())[:1]) if not is_there(place)]:
