@@ -249,22 +249,85 @@ def test_a_restart_makes_only_the_runs_that_are_missing(tmp_path: Path, monkeypa
     assert len(command.runs_of(TASK, chosen, range(3), tmp_path / "quick", full=False)) == 2
 
 
-@pytest.mark.parametrize(
-    ("best", "others"), [(1e-1, [1e-1, 3e-1]), (3e-4, [3e-4, 1e-4]), (3e-2, [1e-1]), (1e-9, "all"), (1e-2, [])]
-)
-def test_a_sweep_goes_on_until_its_best_rate_is_inside(
-    best: float, others: list[float] | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def measured(_task: Task, name: str, _contestant: object, lr: float, seed: int, _size: Size) -> Run:
-        return run(name, lr, seed, abs(math.log(lr / best)) if lr else 1.0, 0.1)
+def swept(
+    losses: Callable[[float], float], directory: Path, monkeypatch: pytest.MonkeyPatch, seeds: int = 2
+) -> tuple[list[float], list[Key]]:
+    """Return the learning rates of dense beyond those of the task, in their order, and the runs that were made."""
+    made: list[Key] = []
+
+    def measured(task: Task, name: str, _contestant: object, lr: float, seed: int, _size: Size) -> Run:
+        made.append(Key(task.name, name, lr, seed))
+        return run(name, lr, seed, losses(lr) if lr else 1.0, 0.1)
 
     monkeypatch.setattr(command, "make_run", measured)
-    chosen = {name: MAIN[name] for name in ("frozen", "dense")}
-    found = command.runs_of(TASK, chosen, range(2), tmp_path, full=True)
-    further = [each.key.lr for each in found if each.key.seed == 1 and each.key.contestant == "dense"][3:]
-    assert further == ([each for each in summary.RATES[::-1] if each < 1e-3] if others == "all" else others)
-    assert [each.key.lr for each in found if each.key.contestant == "frozen"] == [0.0, 0.0]
-    assert command.runs_of(TASK, chosen, range(2), tmp_path, full=True) == found
+    found = command.runs_of(
+        TASK, {name: MAIN[name] for name in ("frozen", "dense")}, range(seeds), directory, full=True
+    )
+    assert [each.key.lr for each in found if each.key.contestant == "frozen"] == [0.0] * seeds
+    rates = dict.fromkeys(each.key.lr for each in found if each.key.contestant == "dense")
+    assert len(found) == seeds * (1 + len(rates))
+    return [*rates][3:], made
+
+
+@pytest.mark.parametrize(
+    ("losses", "further"),
+    [
+        (lambda lr: abs(math.log(lr / 1e-1)), [1e-1, 3e-1]),
+        (lambda lr: abs(math.log(lr / 3e-4)), [3e-4, 1e-4]),
+        (lambda lr: abs(math.log(lr / 3e-2)), [1e-1]),
+        (lambda lr: abs(math.log(lr / 1e-2)), []),
+        (lambda lr: lr, [3e-4, 1e-4, 3e-5, 1e-5]),
+        (lambda _lr: 1.0, []),
+        (lambda _lr: math.nan, []),
+        (lambda lr: math.nan if lr > 0.02 else -lr, []),
+        (lambda lr: math.nan if lr > 0.2 else -lr, [1e-1, 3e-1]),
+        (lambda lr: math.nan if lr < 0.002 else abs(math.log(lr / 1e-2)), []),
+    ],
+    ids=[
+        "above",
+        "below",
+        "at the end",
+        "inside",
+        "towards 0",
+        "equal",
+        "not a number",
+        "at the end if finite",
+        "above if finite",
+        "inside if finite",
+    ],
+)
+def test_a_sweep_goes_on_while_its_best_rate_is_at_an_end(
+    losses: Callable[[float], float], further: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, made = swept(losses, tmp_path, monkeypatch)
+    assert found == further
+    assert len(made) == 2 * (4 + len(further))
+    assert swept(losses, tmp_path, monkeypatch) == (further, [])
+
+
+def test_a_sweep_that_went_on_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(swept(lambda lr: lr, tmp_path, monkeypatch, seeds=1)[1]) == 8
+    further, made = swept(lambda lr: lr, tmp_path, monkeypatch)
+    assert further == [3e-4, 1e-4, 3e-5, 1e-5]
+    assert {key.seed for key in made} == {1}
+    assert len(made) == 8
+
+
+def test_a_rate_of_fewer_seeds_is_in_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "KEPT", tmp_path)
+    for lr, seed in ((1e-3, 0), (1e-3, 1), (1e-2, 0), (1e-2, 1), (3e-2, 0)):
+        add_run(tmp_path / "tiny.jsonl", run("dense", lr, seed, 0.5, 0.1))
+    add_run(tmp_path / "tiny.jsonl", run("full", 1e-3, 0, 0.5, 0.1))
+    found = [(each.key.contestant, each.key.lr, each.key.seed) for each in pages.kept_runs(TASK, "main")]
+    assert found == [("full", 1e-3, 0), *(("dense", lr, seed) for lr in (1e-3, 1e-2) for seed in (0, 1))]
+
+
+def test_what_is_not_a_number_is_neither_best_nor_on_the_front() -> None:
+    runs = [run("dense", lr, 0, loss, 0.1) for lr, loss in ((1e-3, math.nan), (1e-2, 0.5), (3e-2, math.nan))]
+    points = summary.points_of(TASK, runs)
+    assert summary.best(TASK, points).lr == 1e-2
+    assert [point.lr for point in summary.front(TASK, points)] == [1e-2]
+    assert all(map(math.isnan, summary.mean_and_error([0.5, math.nan, 0.25])))
 
 
 def test_a_task_without_its_data_is_skipped(

@@ -1,5 +1,6 @@
 """`adapters`: what a model has, in words and with the norms of the updates."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 import randlora
+from randlora.errors import AdapterError
 from tests.kit import fill, untouched
 from tests.laws import Mixed
 
@@ -64,7 +66,7 @@ def test_the_smallest_and_the_largest_norm_are_printed_with_their_layers() -> No
     model = with_two()
     randlora.limit_norms(model, {"q": 0.5, "up": 0.25, "down": 0.125}, name="a")
     info = randlora.adapters(model, norms=True)[0]
-    assert str(info).splitlines()[1:] == ["norms of the updates: 0.125 (down) to 0.5 (q)"]
+    assert str(info).splitlines()[1:] == ["norms of the updates, about: 0.125 (down) to 0.5 (q)"]
 
 
 def test_what_a_model_has_no_more_is_said_beside_the_norms_of_the_rest() -> None:
@@ -77,9 +79,31 @@ def test_what_a_model_has_no_more_is_said_beside_the_norms_of_the_rest() -> None
     assert " ".join(str(info).split()).endswith(" ".join(info.problems[0].split()))
 
 
-def test_norms_are_no_part_of_a_graph() -> None:
+def test_one_norm_alone_and_those_that_are_not_finite_are_printed() -> None:
     model = with_two()
-    before = torch.get_rng_state()
-    for info in randlora.adapters(model, norms=True):
-        assert all(type(norm) is float for norm in (info.norms or {}).values())
-    assert torch.equal(torch.get_rng_state(), before)
+    randlora.limit_norms(model, 0.25, name="b")
+    assert str(randlora.adapters(model, norms=True)[1]).splitlines()[-1] == "norms of the updates, about: 0.25 (q)"
+    randlora.limit_norms(model, {"q": 0.5, "up": 0.25, "down": 0.125}, name="a")
+    for layer, value in ((model.q, math.nan), (model.down, math.inf)):
+        with torch.no_grad():
+            layer.get_submodule("randlora_lambda").get_parameter("a")[0, 0] = value
+    assert str(randlora.adapters(model, norms=True)[0]).splitlines()[1:] == [
+        "norms of the updates, about: 0.25 (up)",
+        "the norm of the update is not finite: q, down",
+    ]
+
+
+def test_a_line_break_in_a_name_begins_no_line() -> None:
+    model = nn.ModuleDict({"x\ny": nn.Linear(8, 8)})
+    randlora.inject(model, r=2, targets="all-linear")
+    assert str(randlora.adapters(model, norms=True)[0]).splitlines() == [
+        "'default': r=2, alpha=40, 1 layer, active, trainable",
+        "norms of the updates, about: 0 (x\\ny)",
+    ]
+
+
+def test_values_that_are_not_there_have_no_norms() -> None:
+    model = with_two().to("meta")
+    assert [info.norms for info in randlora.adapters(model)] == [None, None]
+    with pytest.raises(AdapterError, match="cannot compute the norms of 'a': Λ and Γ of q, up, down are on the meta"):
+        randlora.adapters(model, norms=True)

@@ -30,6 +30,7 @@ TASKS: dict[str, Task] = {
 KEPT = Path("benchmarks/quality/results")
 QUICK = Path("build/benchmarks/quality")
 SEEDS = 3
+MOST_BEYOND = 4  # more would be needed where each step towards 0 is better, as if training did nothing but harm
 Group = Literal["main", "scales", "starts", "sizes", "ranks", "bases", "widths", "attention"]
 console = Console(highlight=False, soft_wrap=True)
 
@@ -42,7 +43,7 @@ def main(
     full: Annotated[bool, typer.Option("--full", help="Whole data; else a quick look with little of it.")] = False,  # noqa: FBT002
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves them as they are.")] = 0,
 ) -> None:
-    """Train all contestants at all of their learning rates, but for the runs that are there, and sum up."""
+    """Train all contestants at several learning rates each, but for the runs that are there, and sum up."""
     if threads:
         torch.set_num_threads(threads)
     directory = KEPT if full else QUICK
@@ -71,9 +72,9 @@ def main(
 def runs_of(
     task: Task, contestants: Mapping[str, Contestant], seeds: Sequence[int], directory: Path, *, full: bool
 ) -> list[Run]:
-    """Return the runs of some contestants, seed by seed, making those that are not in the task's file.
+    """Return the runs of some contestants, making those that are not in the task's file.
 
-    A contestant that is best at the lowest or the highest of its learning rates gets another one beyond that. For a
+    A contestant that is best at the lowest or the highest of its learning rates goes on to others beyond that. For a
     quick look there is one seed, and one learning rate in the middle.
     """
     rates = {name: task.rates[each.family] for name, each in contestants.items()}
@@ -82,7 +83,7 @@ def runs_of(
     file = directory / f"{file_stem(task.name)}.jsonl"
     known = {run.key: run for run in read_runs(file)}
     found = []
-    while rates:
+    for _ in range(1 + MOST_BEYOND):
         for seed, name in itertools.product(seeds, rates):
             for key in (Key(task.name, name, lr, seed) for lr in rates[name]):
                 if key not in known:

@@ -6,6 +6,7 @@ kept, and a test compares both.
 """
 
 import re
+from collections import Counter
 from pathlib import Path
 
 from benchmarks.quality import summary
@@ -16,7 +17,7 @@ from benchmarks.quality.spectrum import WIDTH_TASKS
 from benchmarks.quality.task import Task
 
 DOCS = Path("docs")
-PAGES = Path("README.md"), DOCS / "results.md", DOCS / "results_settings.md", DOCS / "results_details.md"
+PAGES = [Path("README.md"), *sorted(DOCS.glob("results*.md"))]
 REAL = ("film reviews", "tweets", "clothes", "word problems")
 ROWS = {
     "full": "full fine-tuning",
@@ -33,11 +34,17 @@ PLACE = re.compile(r"<!-- (?:(?P<kind>rates|overview) of )?(?P<group>\w+) of (?P
 
 
 def kept_runs(task: Task, group: str) -> list[Run]:
-    """Return the runs of a group that are kept, in the order of its contestants."""
+    """Return the runs of a group that are kept, in the order of its contestants.
+
+    A learning rate that was tried on fewer seeds than others of a contestant is left out.
+    """
     contestants = list(GROUPS[group])
     known = read_runs(KEPT / f"{file_stem(task.name)}.jsonl")
     chosen = [run for run in known if run.key.contestant in contestants]
-    return sorted(chosen, key=lambda run: contestants.index(run.key.contestant))
+    counts = Counter((run.key.contestant, run.key.lr) for run in chosen)
+    most = {contestant: max(n for (name, _), n in counts.items() if name == contestant) for contestant, _ in counts}
+    whole = [run for run in chosen if counts[run.key.contestant, run.key.lr] == most[run.key.contestant]]
+    return sorted(whole, key=lambda run: contestants.index(run.key.contestant))
 
 
 def filled(page: str) -> str:

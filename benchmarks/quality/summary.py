@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from matplotlib import rcParams
@@ -21,7 +22,7 @@ INK = "#7f7f7f"
 """Of axes and labels: readable on white and on black."""
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999933", "#882255", "#7f7f7f", "#6a51a3")
 RATES = [float(f"{digit}e{power}") for power in range(-9, 3) for digit in (1, 3)]
-"""The learning rates that a sweep takes up beyond those of a task."""
+"""The learning rates that a sweep goes on to beyond those of a task, each at least twice the one before."""
 
 
 @dataclass(frozen=True)
@@ -60,35 +61,43 @@ def points_of(task: Task, runs: Iterable[Run]) -> list[Point]:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and its standard error, which of one value is not known."""
+    """Return the mean and its standard error, which is not known of one value, or if one is not finite."""
+    if not all(map(math.isfinite, values)):
+        return math.nan, math.nan
     if len(values) < 2:
         return values[0], math.nan
     return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
 def best(task: Task, points: Sequence[Point]) -> Point:
-    """Return the point with the best metric."""
-    sign = 1 if task.is_better_if_larger else -1
-    return max(points, key=lambda point: sign * point.metric[0])
+    """Return the point with the best metric; one that is not a number is the worst."""
+    return max(points, key=partial(_score, task))
+
+
+def _score(task: Task, point: Point) -> float:
+    """Return the metric, so that more is better."""
+    value = point.metric[0] if task.is_better_if_larger else -point.metric[0]
+    return -math.inf if math.isnan(value) else value
 
 
 def rate_beyond(task: Task, points: Sequence[Point]) -> float | None:
-    """Return the next learning rate beyond the best one, if that is the lowest or the highest of several."""
-    rates = [point.lr for point in points]
-    chosen = best(task, points).lr
-    if len(rates) > 1 and chosen == min(rates):
-        return max((rate for rate in RATES if rate < chosen), default=None)
-    if len(rates) > 1 and chosen == max(rates):
-        return min((rate for rate in RATES if rate > chosen), default=None)
+    """Return the next learning rate beyond the lowest or the highest one, if that is better than all others."""
+    chosen, *others = sorted(points, key=partial(_score, task), reverse=True)
+    if not others or _score(task, chosen) == _score(task, others[0]):
+        return None
+    if chosen.lr < min(point.lr for point in others):
+        return max(rate for rate in RATES if rate <= chosen.lr / 2)
+    if chosen.lr > max(point.lr for point in others):
+        return min(rate for rate in RATES if rate >= chosen.lr * 2)
     return None
 
 
 def front(task: Task, points: Sequence[Point]) -> list[Point]:
     """Return the points of which no other has a better metric at no more drift, by drift."""
     found: list[Point] = []
-    sign = 1 if task.is_better_if_larger else -1
-    for point in sorted(points, key=lambda each: (each.drift[0], -sign * each.metric[0])):
-        if not found or sign * point.metric[0] > sign * found[-1].metric[0]:
+    known = [point for point in points if not math.isnan(point.metric[0] + point.drift[0])]
+    for point in sorted(known, key=lambda each: (each.drift[0], -_score(task, each))):
+        if not found or _score(task, point) > _score(task, found[-1]):
             found.append(point)
     return found
 

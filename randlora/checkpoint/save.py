@@ -138,12 +138,13 @@ def _write_each(
     planned, notes = [], []
     for each, directory in zip(held, directories, strict=True):
         contents, card = contents_of(each), directory / CARD_FILE
-        notes.append([*contents.notes, *untied_by_peft(each.census, each.adapter.trained)])
-        notes[-1] += [*_left_out(each.census, each.state), *results_note(card, results)]
-        text = None
-        if is_ours(card) or not os.path.lexists(card):
-            text = _card(each, contents, results, hub, None if directory == root else directory.name)
+        subfolder = None if directory == root else directory.name
+        is_kept = os.path.lexists(card) and not is_ours(card)  # the user's own
+        text = None if is_kept else _card(each, contents, results, hub, subfolder)
         planned.append(adapter_files(directory, contents.fields, contents.tensors, contents.header, text))
+        untied = untied_by_peft(each.census, each.adapter.trained)
+        left_out = _left_out(each.census, each.state)
+        notes.append([*contents.notes, *untied, *left_out, *results_note(card, results)])
     sizes = write_directories(planned)
     url, kept = _push(root, directories, hub) if hub else (None, [])
     for card_file in kept:

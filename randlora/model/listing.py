@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from torch import nn
 
 from randlora.bases.spec import BasisSpec
 from randlora.config import RandLoRAConfig
-from randlora.hints import require_types
+from randlora.errors import AdapterError, ConfigError, raise_collected
+from randlora.hints import mistyped
 from randlora.layer_options import Factor, LayerOptions, described
 from randlora.model.install import lost_sites
 from randlora.model.norms import update_norms
@@ -65,7 +67,7 @@ class AdapterInfo:
 
     def __str__(self) -> str:
         """Return its options and state in one line, and others for what else there is to say."""
-        return as_lines(wrapped(self._lines()))
+        return "\n".join(wrapped(as_lines([line]) for line in self._lines()))
 
     def _lines(self) -> Iterator[str]:
         options = described(self.options)
@@ -75,9 +77,13 @@ class AdapterInfo:
         yield f"{self.name!r}: r={options['r']}, alpha={options['alpha']}, {layers}, {', '.join(state)}"
         if self.train_also:
             yield f"also trained: {shortened(self.train_also)}"
-        if self.norms:
-            least, most = (choose(self.norms, key=self.norms.__getitem__) for choose in (min, max))
-            yield f"norms of the updates: {self.norms[least]:.3g} ({least}) to {self.norms[most]:.3g} ({most})"
+        norms = self.norms or {}
+        finite = {fqn: norm for fqn, norm in norms.items() if math.isfinite(norm)}
+        if finite:
+            ends = dict.fromkeys(choose(finite, key=finite.__getitem__) for choose in (min, max))
+            yield f"norms of the updates, about: {' to '.join(f'{finite[fqn]:.3g} ({fqn})' for fqn in ends)}"
+        if others := [fqn for fqn in norms if fqn not in finite]:
+            yield f"the norm of the update is not finite: {shortened(others)}"
         yield from self.problems
 
 
@@ -90,16 +96,16 @@ def adapters(model: nn.Module, *, norms: bool = False) -> list[AdapterInfo]:
             is sharded, this is a collective then: every process calls it.
 
     Raises:
-        AdapterError: If norms are to be computed and accelerate offloads Λ and Γ.
+        AdapterError: If norms are to be computed, and accelerate offloads Λ and Γ or they are on the meta device.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
         >>> _ = randlora.inject(model, r=8)
         >>> print(*randlora.adapters(model, norms=True))
         'default': r=8, alpha=160, 1 layer, active, trainable
-        norms of the updates: 0 (0) to 0 (0)
+        norms of the updates, about: 0 (0)
     """
-    require_types(adapters, {"norms": norms})
+    raise_collected(ConfigError, [*mistyped(norms, bool, "norms")], doing="list the adapters")
     if not is_adapted(model):
         return []
     root, state = adapted_root(model)
@@ -123,7 +129,12 @@ def adapters(model: nn.Module, *, norms: bool = False) -> list[AdapterInfo]:
 
 @torch.no_grad()
 def _norms(model: nn.Module, name: str) -> dict[str, float]:
-    return {fqn: norm.item() for fqn, norm in update_norms(model, name=name).items()}
+    norms = update_norms(model, name=name)
+    if absent := [fqn for fqn, norm in norms.items() if norm.is_meta]:
+        raise AdapterError(
+            f"cannot compute the norms of {name!r}: Λ and Γ of {shortened(absent)} are on the meta device"
+        )
+    return {fqn: norm.item() for fqn, norm in norms.items()}
 
 
 def _with_factor(factor: Factor) -> str:
