@@ -482,3 +482,13 @@ def test_the_tables_of_a_page_are_those_of_the_kept_runs(page: Path) -> None:
     assert len(pages.PLACE.findall(text)) == text.count("<!--") > 0
     assert pages.filled(text) == text
     assert pages.filled(text.replace("| dense |", "| denser |", 1)) == text
+
+
+@pytest.mark.parametrize("page", pages.PAGES, ids=str)
+def test_no_best_rate_in_a_table_is_at_an_end_of_its_sweep(page: Path) -> None:
+    tasks = {**command.TASKS, **{task.name: task for task in spectrum.WIDTH_TASKS}}
+    for place in pages.PLACE.finditer(page.read_text(encoding="utf-8")):
+        for name in pages.REAL if place["task"] == "all tasks" else (place["task"],):
+            curves = summary.by_contestant(summary.points_of(tasks[name], pages.kept_runs(tasks[name], place["group"])))
+            beyond = {contestant: summary.rate_beyond(tasks[name], points) for contestant, points in curves.items()}
+            assert not any(beyond.values()), (place[0].splitlines()[0], name, beyond)
