@@ -205,15 +205,26 @@ def _with_error(value: str, error: str, is_known: float) -> str:
 
 
 def draw(tasks: Collection[tuple[Task, Sequence[Run]]], file: Path) -> None:
-    """Draw the metric against the drift of each task, a curve for each contestant over its learning rates."""
+    """Draw the metric against the drift of each task, a curve for each contestant over its learning rates.
+
+    Of an accuracy, what is worse than the best rate of every contestant is out of the picture: a ruined model tells
+    little, and would leave little room for the others.
+    """
     names = dict.fromkeys(run.key.contestant for _, runs in tasks for run in runs)
     colors = dict(zip(names, itertools.cycle(COLORS), strict=False))
     with _panels(file, len(tasks), "curves") as panels:
         for axes, (task, runs) in zip(panels, tasks, strict=True):
-            for name, points in by_contestant(points_of(task, runs)).items():
+            curves = by_contestant(points_of(task, runs))
+            for name, points in curves.items():
                 draw_curve(axes, name, colors[name], [each.drift for each in points], [each.metric for each in points])
+            if task.is_better_if_larger:
+                ends = [choose(best(task, points).metric[0] for points in curves.values()) for choose in (min, max)]
+                axes.set_ylim(ends[0] - 0.2 * (ends[1] - ends[0]) - 0.005, ends[1] + 0.2 * (ends[1] - ends[0]) + 0.005)
+            else:
+                axes.set_yscale("log")
             axes.set(title=task.name, xlabel=textwrap.fill(task.drift, 50), ylabel=task.metric)
             axes.set_xscale("symlog", linthresh=0.1)
+            axes.set_xlim(left=min(run.found["drift"] for run in runs) - 0.02)
 
 
 def draw_sizes(tasks: Collection[tuple[Task, Sequence[Run]]], methods: Collection[str], file: Path) -> None:
@@ -246,11 +257,12 @@ def _panels(file: Path, count: int, salt: str) -> Iterator[Sequence[Axes]]:
     for axes in panels:
         axes.grid(alpha=0.25)
         axes.tick_params(which="both", colors=INK)
-        axes.legend(fontsize="x-small", framealpha=0, labelcolor=INK)
         for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
             text.set_color(INK)
         for spine in axes.spines.values():
             spine.set_color(INK)
+    lines = {name: line for axes in panels for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    picture.legend([*lines.values()], [*lines], loc="outside lower center", ncols=5, framealpha=0, labelcolor=INK)
     picture.savefig(file, transparent=True, metadata={"Date": None})
 
 
