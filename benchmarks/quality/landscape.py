@@ -190,7 +190,7 @@ def draw(seeds: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 
 def main(
-    seeds: Annotated[int, typer.Option(help="Trainings of each contestant.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Trainings of each contestant.")] = 5,
     full: Annotated[bool, typer.Option("--full", help="Whole data; else a quick look with little of it.")] = False,  # noqa: FBT002
 ) -> None:
     """Compare on the seeds that are missing, draw the plane of the first, and sum all up."""
