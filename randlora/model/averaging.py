@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 from randlora.errors import AdapterError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of
-from randlora.placement.averaged import DataMeshes, average_gradient
+from randlora.placement.averaged import DataMeshes, average
 from randlora.placement.dtensor import all_fsdp_modules, fsdp_modules, is_dtensor
 from randlora.replaced import ReplacedParameter
 from randlora.state import ModelState
@@ -22,10 +24,10 @@ Part = tuple[nn.Module, AdapterLayer, str]
 
 
 class Averaging:
-    """What of a model's adapters is averaged, and over which mesh.
+    """What of a model's adapters is averaged, and over which mesh, at the end of every backward.
 
-    A hook is on each parameter. Before each forward of the model, or of a part that is sharded by itself, those that
-    got another parameter since, as by ``to_empty`` or ``load_state_dict(assign=True)``, get their hook again.
+    A hook on each parameter notices a backward. Before each forward of the model, or of a part that is sharded by
+    itself, parameters that are new since, as from ``to_empty`` or ``load_state_dict(assign=True)``, get the hook too.
 
     Attributes:
         meshes: The mesh of each adapter of each weight.
@@ -34,25 +36,48 @@ class Averaging:
     def __init__(self, root: nn.Module) -> None:
         """Watch the forward of the model that has the adapters, and of its parts that `fully_shard` was called on."""
         self.meshes: dict[tuple[AdapterLayer, str], Any] = {}
+        self._root = root
+        self._backward: int | None = None
         watched = dict.fromkeys([root, *fsdp_modules(root.modules())])
         self._handles: list[RemovableHandle] = [each.register_forward_pre_hook(self) for each in watched]
 
     def __call__(self, part: nn.Module, *args: object) -> None:  # noqa: ARG002  # of a hook
         """Have the gradients averaged of what a part of the model trains now."""
-        indices = {key: 2 * index for index, key in enumerate(self.meshes)}
-        for owner in part.modules():
-            for layer in adapter_layers_of(owner).values():
-                for name in layer.adapters:
-                    if (mesh := self.meshes.get((layer, name))) is None:
-                        continue
-                    for index, parameter in enumerate(layer.diagonals_of(owner, name), indices[layer, name]):
-                        if parameter.requires_grad and not is_dtensor(parameter):
-                            average_gradient(parameter, mesh, index)
+        for parameter, _ in self._trained(part):
+            hooks = parameter._post_accumulate_grad_hooks or {}  # private, for want of another
+            if self._notice not in hooks.values():
+                parameter.register_post_accumulate_grad_hook(self._notice)
 
     def end(self) -> None:
         """Watch no longer."""
         for handle in self._handles:
             handle.remove()
+
+    def _notice(self, parameter: Tensor) -> None:  # noqa: ARG002  # of a hook
+        """Average at the end of the backward that runs; one that failed before its end is not waited for."""
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward:
+            self._backward = backward
+            engine: Any = Variable._execution_engine  # as fully_shard itself does
+            engine.queue_callback(self._average)
+
+    def _average(self) -> None:
+        by_mesh: dict[Any, list[nn.Parameter]] = {}
+        for parameter, mesh in self._trained(self._root):
+            by_mesh.setdefault(mesh, []).append(parameter)
+        for mesh, parameters in by_mesh.items():
+            average(parameters, mesh)
+
+    def _trained(self, part: nn.Module) -> Iterator[tuple[nn.Parameter, Any]]:
+        """Yield Λ and Γ of a part of the model that are trained and whole in every process, each with its mesh."""
+        for owner in part.modules():
+            for layer in adapter_layers_of(owner).values():
+                for name in layer.adapters:
+                    if (mesh := self.meshes.get((layer, name))) is None:
+                        continue
+                    for parameter in layer.diagonals_of(owner, name):
+                        if parameter.requires_grad and not is_dtensor(parameter):
+                            yield parameter, mesh
 
 
 def average_gradients(

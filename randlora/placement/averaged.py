@@ -6,6 +6,7 @@ stay whole in every process, and without an average each process would train its
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from randlora.errors import AdapterError
 from randlora.placement.dtensor import all_fsdp_modules
+
+BUCKET = 2**24
+"""About how many numbers are averaged in one collective; 64 MiB in float32."""
 
 
 class DataMeshes(NamedTuple):
@@ -64,41 +68,43 @@ def _groups(module: Any) -> list[Any]:
     return [state._fsdp_param_group] if groups is None and state._fsdp_param_group else list(groups or ())
 
 
-def average_gradient(parameter: nn.Parameter, mesh: Any, index: int) -> None:
-    """Have every backward average the gradient of a parameter over a mesh; nothing if it does so already.
+@torch.no_grad()
+def average(parameters: Sequence[nn.Parameter], mesh: Any) -> None:
+    """Average the gradients of parameters over the processes of a mesh, in place; a collective for each bucket of them.
 
-    The average of a gradient that was accumulated from averages is that gradient, so steps can be accumulated.
+    A process that has no gradient of a parameter counts as zero, and gets the average where another process has one, as
+    when each uses other experts. The average of a gradient that was accumulated from averages is that gradient, so
+    steps can be accumulated. The host waits for the device only where a gradient is missing.
 
     Args:
-        parameter: A parameter that is whole in every process.
+        parameters: Parameters that are whole in every process, the same ones in the same order.
         mesh: The mesh.
-        index: A number that the parameter, and no other, has in every process.
     """
-    hooks = parameter._post_accumulate_grad_hooks or {}  # private, for want of another
-    if not any(isinstance(hook, _Average) for hook in hooks.values()):
-        parameter.register_post_accumulate_grad_hook(_Average(mesh, index))
-
-
-class _Average:
-    """Averages the gradient of a parameter, in place."""
-
-    def __init__(self, mesh: Any, index: int) -> None:
-        self._mesh, self._index = mesh, index
-
-    @torch.no_grad()
-    def __call__(self, parameter: Tensor) -> None:
-        grad = parameter.grad
-        assert grad is not None, "it was accumulated"
+    for bucket in _buckets(parameters):
         # of a weight that is offloaded to the CPU, where NCCL does not communicate
-        there = grad.to(self._mesh.device_type)
-        # processes that have gradients of different parameters, as of experts that are modules, would mix them
-        bounds = torch.tensor([self._index, -self._index], device=there.device)
-        for group in self._mesh.get_all_groups():
-            dist.all_reduce(bounds, dist.ReduceOp.MAX, group=group)
-            if bounds.tolist() != [self._index, -self._index]:
-                raise AdapterError(
-                    "this backward gave gradients to different adapted layers in different processes, so they cannot "
-                    "be averaged: inject before fully_shard, or have every process use every layer in each step"
-                )
-            dist.all_reduce(there, group=group)
-        grad.copy_(there.div_(self._mesh.size()))
+        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in bucket]
+        there = [each.to(mesh.device_type).flatten() for each in gradients]
+        has_one = [float(each.grad is not None) for each in bucket]
+        joined = torch.cat([*there, there[0].new_tensor(has_one)])
+        for group in mesh.get_all_groups():
+            dist.all_reduce(joined, group=group)
+        *averages, counts = joined.split([*(each.numel() for each in bucket), len(bucket)])
+        torch._foreach_div_(averages, mesh.size())
+        anywhere = has_one if all(has_one) else counts.tolist()
+        for parameter, gradient, mean, count in zip(bucket, gradients, averages, anywhere, strict=True):
+            if count:
+                parameter.grad = gradient.copy_(mean.view_as(gradient))
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Split parameters into lists with about `BUCKET` numbers each."""
+    bucket: list[nn.Parameter] = []
+    held = 0
+    for parameter in parameters:
+        bucket.append(parameter)
+        held += parameter.numel()
+        if held >= BUCKET:
+            yield bucket
+            bucket, held = [], 0
+    if bucket:
+        yield bucket

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -39,12 +40,43 @@ class Experts(nn.Module):
 
 
 def train_another_expert_in_each() -> None:
+    """The average counts a process without a gradient as zero; what no process uses has none. One collective each."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     model = Experts()
+    one = copy.deepcopy(model)
     fully_shard(model)
-    randlora.inject(model, r=2, targets=r"experts\.\d")
-    model(torch.randn(2, 8), 1).sum().backward()
-    with pytest.raises(AdapterError, match="gradients to different adapted layers in different processes"):
-        model(torch.randn(2, 8), dist.get_rank()).sum().backward()
+    for each in (model, one):
+        randlora.inject(each, r=2, targets=r"experts\.\d")
+    x = torch.randn(ranks, 2, 8)
+    for expert, of_one in ((1, (1,) * ranks), (rank, range(ranks))):
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as collective:
+            model(x[rank], expert).sum().backward()
+        assert collective.call_count == 1
+        sum(one(rows, own).sum() / ranks for rows, own in zip(x, of_one, strict=True)).backward()
+    assert any(each.grad is None for each in randlora.trainable_parameters(one))
+    for found, expected in zip(randlora.trainable_parameters(model), randlora.trainable_parameters(one), strict=True):
+        assert (found.grad is None) == (expected.grad is None)
+        if expected.grad is not None:
+            torch.testing.assert_close(found.grad, expected.grad)
+
+
+def fail_in_a_backward() -> None:
+    """The gradients of the next backward are averaged all the same."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    fully_shard(model)
+    randlora.inject(model, r=2)
+    fill(model)
+    x = torch.randn(2, 8) + dist.get_rank()
+    handle = model[0].register_full_backward_hook(mock.Mock(side_effect=ZeroDivisionError))
+    with pytest.raises(ZeroDivisionError):
+        model(x).sum().backward()
+    handle.remove()
+    model.zero_grad()
+    model(x).sum().backward()
+    for parameter in randlora.trainable_parameters(model):
+        both = [torch.empty_like(parameter) for _ in range(dist.get_world_size())]
+        dist.all_gather(both, parameter.grad)
+        assert torch.equal(both[0], both[1])
 
 
 def interrupt_merges() -> None:
@@ -197,8 +229,12 @@ def raise_in_one_block() -> None:
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_gradients_of_different_layers_are_not_mixed(pair: Processes) -> None:
+def test_processes_that_use_different_experts_get_the_same_average(pair: Processes) -> None:
     pair.run(train_another_expert_in_each)
+
+
+def test_a_backward_that_failed_does_not_stop_the_averaging(pair: Processes) -> None:
+    pair.run(fail_in_a_backward)
 
 
 def test_an_interrupted_merge_leaves_the_values_as_they_were(pair: Processes) -> None:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import randlora
 from randlora.errors import AdapterError
 from randlora.layers.diagonals import Diagonal
-from randlora.placement.averaged import DataMeshes, average_gradient
+from randlora.placement.averaged import DataMeshes
 from randlora.placement.dtensor import all_fsdp_modules
 from randlora.start import Init
 from tests.distributed.processes import Processes
@@ -226,14 +226,6 @@ def read_private_names() -> None:
     assert {id(model), id(model.first)} <= {id(each) for each in found}, "also of modules around a part"
     meshes = DataMeshes.of(model)
     assert all(meshes.by_weight[id(each)] == meshes.others[0] for each in model.parameters())
-    parameter = nn.Parameter(torch.ones(2))
-    for _ in range(2):
-        average_gradient(parameter, meshes.others[0], 0)
-    (parameter * (1 + dist.get_rank())).sum().backward()
-    assert parameter.grad is not None
-    assert parameter.grad.tolist() == [1.5, 1.5]
-    hooks: Any = parameter._post_accumulate_grad_hooks
-    assert len(hooks) == 1
 
 
 def test_the_private_names_of_torch_are_as_expected(pair: Processes) -> None:
