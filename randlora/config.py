@@ -131,7 +131,7 @@ class RandLoRAConfig:
             default that depends on r and the layers, and leaves no entry of an update always zero.
         seed: Seed of the bases, a 64-bit unsigned integer; torch's generator uses its low 32 bits.
         train_also: Modules or parameters that are trained and saved with the adapter: a regex, or a sequence of names
-            or suffixes.
+            or suffixes. A default, ``"all"`` and ``"all-linear"`` leave them out of the targets.
         in_proj: How the ``in_proj_weight`` of an `nn.MultiheadAttention` is adapted: ``"packed"``, as one matrix, or
             ``"split"``, with a Λ and a Γ for each of its query, key and value projections.
         experts: How a stack of experts' weights is adapted: ``"each"`` expert with its own Λ and Γ, or all with

@@ -256,7 +256,12 @@ def _unchanged(model: Mixed) -> None:
         (_unchanged, {"exclude": ["no"]}, TargetError, r"exclude='no' matches no layer or weight"),
         (_unchanged, {"exclude": "q|up|down"}, TargetError, r"no layer is left to adapt"),
         (_unchanged, {"train_also": ["hed"]}, TargetError, r"train_also='hed' matches no module .* are .*head"),
-        (_unchanged, {"train_also": ["q"]}, TargetError, r"train_also includes q.weight, a weight that the adapter"),
+        (
+            _unchanged,
+            {"targets": ["q"], "train_also": ["q"]},
+            TargetError,
+            r"train_also includes q.weight, which the targets name too",
+        ),
         (_unchanged, {"name": "a.b"}, AdapterError, r"expected a printable name without dots"),
         (_unchanged, {"name": "a\nb"}, AdapterError, r"expected a printable name without dots"),
         (_unchanged, {"name": "class"}, AdapterError, r"or a keyword of Python"),

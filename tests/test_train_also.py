@@ -1,6 +1,7 @@
 """What trains beside an adapter: modules, single parameters, by name or regex."""
 
 from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +65,46 @@ def test_copies_start_from_the_models_own_values_and_not_from_another_adapters()
         model.head.weight.add_(1)
     randlora.inject(model, r=4, name="b", train_also=["head"], active=True)
     assert same_bits(model.head.weight, own)
+
+
+@pytest.mark.parametrize("targets", [None, "all", "all-linear"])
+@pytest.mark.parametrize("names", [["q"], ["q.weight"], r"q(\..*)?"], ids=str)
+def test_what_is_trained_itself_is_not_adapted_by_a_rule(targets: str | None, names: list[str] | str) -> None:
+    options: dict[str, Any] = {"targets": targets, "train_also": names}
+    with_it = randlora.plan(Mixed(), r=4, targets=targets)
+    model = Mixed()
+    report = randlora.inject(model, r=4, **options)
+    assert "q" in with_it.targets
+    assert report.targets == tuple(fqn for fqn in with_it.targets if fqn != "q")
+    assert "q.weight" in report.train_also
+    assert report == randlora.plan(Mixed(), r=4, **options)
+
+
+def test_nor_is_a_tied_one_by_its_other_name() -> None:
+    model = Mixed()
+    model.twin = nn.Embedding(11, 12)
+    model.twin.weight = model.embed.weight
+    assert "embed" not in randlora.inject(model, r=4, targets="all", train_also=["twin"]).targets
+
+
+def test_a_layer_that_the_user_names_twice_is_an_error() -> None:
+    for targets in (["q", "down"], r"q|down", lambda fqn, _: fqn in ("q", "down")):
+        model = Mixed()
+        with (
+            untouched(model),
+            pytest.raises(TargetError, match=r"train_also includes q\.weight, which the targets name"),
+        ):
+            randlora.inject(model, r=4, targets=targets, train_also=["q"])
+
+
+def test_a_default_of_which_all_is_trained_itself_says_what_is_left() -> None:
+    model = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 8, 3), flat=nn.Flatten(), fc=nn.Linear(8, 4)))
+    with (
+        untouched(model),
+        pytest.raises(TargetError, match=r"no layer is left .*fc \(trained by train_also\).*targets="),
+    ):
+        randlora.inject(model, r=2, train_also=["fc"])
+    assert randlora.inject(model, r=2, targets="all", train_also=["fc"]).targets == ("conv",)
 
 
 def test_integers_cannot_be_trained() -> None:

@@ -160,7 +160,7 @@ def _write_each(
 def _card(held: Gathered, contents: Contents, results: Results, hub: str | None, subfolder: str | None) -> str:
     """Return the text of a model card."""
     shapes = contents.header.shapes
-    skipped, remaining = left_out_by(held.census, contents.adapter.config, shapes)
+    skipped, remaining = left_out_by(held.census, contents.adapter.config, shapes, held.adapter.trained)
     report = adapter_report(held.census, contents.adapter, shapes, skipped=skipped, remaining=remaining)
     return write_card(
         report,

@@ -304,11 +304,10 @@ def make_plan(
     require_types(inject, {"active": active, "trainable": trainable})
     census = Census.of(model)
     state = owned_state(census, name, "inject")
-    selection = select(census, config.targets, config.exclude)
+    also = [] if config.train_also is None else select_parameters(census, config.train_also)
+    selection = select(census, config.targets, config.exclude, also)
     problems = obstacles(census, selection.sites, config.dropout)
-    also: list[str] = []
     if config.train_also is not None:
-        also = select_parameters(census, config.train_also)
         problems += train_also_problems(census, config.train_also, also, selection.sites)
         problems += offloaded_copies(census, also)
     options, unresolved = resolve(config, [site.fqn for site in selection.sites])

@@ -52,7 +52,10 @@ def train_also_problems(
     for fqn in selected:
         _, module, attribute, parameter = held_by[fqn]
         if id(parameter) in adapted:
-            problems.append(f"train_also includes {fqn}, a weight that the adapter already adapts: name only its bias")
+            problems.append(
+                f"train_also includes {fqn}, which the targets name too, and a weight is either adapted or trained "
+                "itself: leave it out of one of them, or name only its bias"
+            )
         elif attribute == "weight" and is_quantized(module):
             problems.append(
                 f"train_also includes {fqn}, which is quantized ({type(module).__name__}) and cannot be trained: name "

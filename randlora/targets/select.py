@@ -22,6 +22,7 @@ from randlora.targets.ties import tied_names
 from randlora.targets.walk import Census, Held, Visit
 
 HEAD = "the output head"
+TRAINED = "trained by train_also"
 Keys = Collection[tuple[int, str]]
 
 
@@ -73,8 +74,11 @@ def find_targets(model: nn.Module, targets: Pattern | None = None, exclude: Patt
     return list(select(census, checked.targets, checked.exclude).sites)
 
 
-def select(census: Census, given: Pattern | None, exclude: Pattern | None) -> Selection:
-    """Return the weights selected by a pattern, with the rule applied; arguments and errors as in `find_targets`."""
+def select(census: Census, given: Pattern | None, exclude: Pattern | None, trained: Collection[str] = ()) -> Selection:
+    """Return the weights selected by a pattern, with the rule applied; arguments and errors as in `find_targets`.
+
+    Parameters that are trained beside, by FQN, are not adapted unless the pattern is the user's own.
+    """
     model, visits = census.model, census.candidates
     if (not visits and find_layer(model) is not None) or find_readers(model):
         raise TargetError(
@@ -110,8 +114,10 @@ def select(census: Census, given: Pattern | None, exclude: Pattern | None) -> Se
             problems.append(f"{rule} {NOTHING}; {inventory(visits)}")
     raise_collected(TargetError, problems, doing="find the targets")
     rule += "" if exclude is None else ", without the excluded"
-    wanted = {visit.key for visit in chosen}
     left: tuple[Remaining, ...] = ()
+    if given is None or is_rule:
+        chosen, skipped = _untrained(census, chosen, skipped, trained)
+    wanted = {visit.key for visit in chosen}
     if given is None or is_rule:
         skipped |= _heads(census, wanted)
         left = remaining(census, wanted, skipped, excluded_keys)
@@ -122,13 +128,16 @@ def select(census: Census, given: Pattern | None, exclude: Pattern | None) -> Se
 
 
 def left_out_by(
-    census: Census, config: RandLoRAConfig, fqns: Collection[str]
+    census: Census, config: RandLoRAConfig, fqns: Collection[str], trained: Collection[str]
 ) -> tuple[dict[str, str], tuple[Remaining, ...]]:
-    """Return what the rule in an adapter's options skips and leaves out, if it still selects the same weights."""
+    """Return what the rule in an adapter's options skips and leaves out, if it still selects the same weights.
+
+    The FQNs are those of the adapter's layers and of the parameters trained with it.
+    """
     if config.targets not in (None, ALL, ALL_LINEAR):
         return {}, ()
     try:
-        selection = select(census, config.targets, config.exclude)
+        selection = select(census, config.targets, config.exclude, trained)
     except TargetError:  # the model was changed since
         return {}, ()
     if {site.fqn for site in selection.sites} != set(fqns):
@@ -217,6 +226,16 @@ def _by_rule(census: Census, visits: Sequence[Visit], rule: Pattern) -> tuple[li
 def _uncalled(census: Census, visits: Sequence[Visit]) -> dict[str, str]:
     """Return the layers that would be adapted without effect, as skipped."""
     return {visit.fqn: census.uncalled[visit.key] for visit in visits if visit.key in census.uncalled}
+
+
+def _untrained(
+    census: Census, visits: Sequence[Visit], skipped: dict[str, str], trained: Collection[str]
+) -> tuple[list[Visit], dict[str, str]]:
+    """Split weights that a rule chose into those to adapt and those trained beside, which are skipped."""
+    beside = {id(held.parameter) for held in census.parameters if held.fqn in trained}
+    keys = {site.key for site in census.sites if id(site.weight) in beside}
+    named = {visit.fqn: TRAINED for visit in visits if visit.key in keys}
+    return [visit for visit in visits if visit.key not in keys], skipped | named
 
 
 def _heads(census: Census, chosen: Keys) -> dict[str, str]:
