@@ -283,6 +283,25 @@ def test_what_checkpoints_would_not_have_is_refused() -> None:
         trainer(model, "run")
 
 
+class Own(Trainer):  # type: ignore[misc]
+    """A user's trainer."""
+
+
+@pytest.mark.parametrize(
+    ("bases", "right"),
+    [
+        ((Trainer, AdapterCheckpoints), "AdapterCheckpoints, Trainer"),
+        ((Own, AdapterCheckpoints), "AdapterCheckpoints, Own"),
+        ((Own, AdapterTrainer), "AdapterTrainer, Own"),
+    ],
+)
+def test_the_mixin_after_a_trainer_is_refused_when_the_class_is_made(bases: tuple[type, ...], right: str) -> None:
+    with pytest.raises(AdapterError, match=rf"put the mixin first, class Wrong\({right}\)"):
+        type("Wrong", bases, {})
+    first, *rest = reversed(bases)
+    type("Right", (type("Own", (first, *rest), {}),), {})
+
+
 def test_seq2seq_trainers_and_a_model_made_by_a_function() -> None:
     class Seq2Seq(AdapterCheckpoints, Seq2SeqTrainer):  # type: ignore[misc]
         pass

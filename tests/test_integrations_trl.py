@@ -8,6 +8,7 @@ import pytest
 import sentence_transformers
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -141,6 +142,15 @@ def test_what_a_reference_in_the_same_model_cannot_do_is_refused() -> None:
         dpo(adapted_model(), sync_ref_model=True)
 
 
+@pytest.mark.parametrize("kind", [SFT, DPO])
+def test_a_config_of_peft_is_refused_before_anything_is_made(kind: Any) -> None:
+    model = adapted_model()
+    before = trained_bits(model)
+    with pytest.raises(AdapterError, match=r"peft_config= .* leave it out"):
+        kind(model, peft_config=LoraConfig(target_modules=["q_proj"]))
+    assert trained_bits(model) == before
+
+
 @pytest.mark.parametrize("make", [sft, dpo])
 def test_an_adapter_of_the_head_which_trl_does_not_call_is_refused(make: Any) -> None:
     with pytest.raises(AdapterError, match="weight of the output head"):
@@ -263,11 +273,14 @@ def test_a_merged_model_reloads_as_it_was_merged() -> None:
     assert torch.equal(again(ids).logits, expected)
 
 
-def test_a_stock_trainer_saves_the_adapter() -> None:
+@pytest.mark.parametrize("choice", [None, further("adapter")])
+def test_a_stock_trainer_saves_the_adapter_and_says_that_it_cannot_resume(choice: Any) -> None:
     from transformers import Trainer
 
-    model = adapted_model(save_pretrained="adapter")
-    Trainer(model, arguments(TrainingArguments, "run"), train_dataset=rows()).train()
+    model = adapted_model(save_pretrained=choice)
+    with pytest.warns(UserWarning, match=r"neither resume .* put AdapterCheckpoints first") as told:
+        Trainer(model, arguments(TrainingArguments, "run"), train_dataset=rows()).train()
+    assert len({str(each.message) for each in told if "wrote" in str(each.message)}) == 1
     assert files("run/checkpoint-4") >= ADAPTER_FILES
     other = plain_model()
     randlora.load(other, "run/checkpoint-4", trainable=True)

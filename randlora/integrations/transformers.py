@@ -58,14 +58,35 @@ class AdapterCheckpoints:
     model_init: Any
     state: Any
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Check the order of the bases of a new class.
+
+        Raises:
+            AdapterError: If a trainer comes before the mixin, whose checkpoints would be used in its place.
+        """
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(AdapterCheckpoints)]
+        if any(issubclass(base, Trainer) and not issubclass(base, AdapterCheckpoints) for base in before):
+            ordered = sorted(cls.__bases__, key=lambda base: not issubclass(base, AdapterCheckpoints))
+            given, right = (", ".join(base.__name__ for base in bases) for bases in (cls.__bases__, ordered))
+            raise AdapterError(
+                f"class {cls.__name__}({given}) would write checkpoints that it cannot resume from: put the mixin "
+                f"first, class {cls.__name__}({right})"
+            )
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Make the trainer.
 
         Raises:
             AdapterError: If the model has no adapter that is trained, or parameters require grad that are not in the
-                adapter's files. Or if the trainer cannot be told to send merged weights to vLLM.
+                adapter's files. Or if ``peft_config`` is given, or the trainer cannot be told to send merged weights to
+                vLLM.
         """
         given = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
+        if kwargs.get("peft_config", given.arguments.get("peft_config")) is not None:
+            raise AdapterError(
+                "peft_config= would add an adapter of PEFT and freeze the one that randlora.inject added: leave it out"
+            )
         model = given.arguments.get("model")
         if isinstance(model, nn.Module):
             _require_trained(model)

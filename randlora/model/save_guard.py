@@ -7,6 +7,7 @@ that contains an adapted one. While the adapters are merged, it writes the merge
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,9 @@ DIRECTORY = ("save_directory", "path", "output_path")
 
 DIAGONAL = "randlora_"
 """What names of Λ and Γ have in a state dict."""
+
+CHECKPOINT = re.compile(r"checkpoint-\d+")
+"""What transformers' `Trainer` calls the directory of a checkpoint."""
 
 INSTEAD = (
     "call randlora.save(model, directory) for the adapter; or, for the merged model, randlora.merge(model) first, or "
@@ -133,7 +137,13 @@ class SaveGuard:
             return
         _require_own_values(module, kwargs.get("state_dict"))
         type(self).write_adapter(root, Path(given[0]))
-        if state.save_pretrained is None:
+        if "is_main_process" in kwargs and CHECKPOINT.fullmatch(Path(given[0]).name):
+            warn(  # the same words each time, so that Python shows them once
+                f"{self.name} wrote the adapter into a checkpoint of transformers' Trainer, which can neither resume "
+                "from it nor load the best one at the end: use AdapterTrainer of randlora.integrations.transformers, "
+                "or put AdapterCheckpoints first among the bases of the trainer"
+            )
+        elif state.save_pretrained is None:
             (name,) = state.adapters
             warn(
                 f"{self.name} wrote adapter {name!r} to {str(given[0])!r}, not the model: for that, save within `with "
