@@ -24,7 +24,7 @@ from randlora.model.install import lost_sites, require_own
 from randlora.model.ranks import ranks_holding
 from randlora.model.train_also import lost_parameters
 from randlora.placement.dtensor import reshard
-from randlora.placement.place import whole
+from randlora.placement.place import taken_whole
 from randlora.placement.ranks import Ranks, agreed, in_step
 from randlora.replaced import whole_shape
 from randlora.state import Adapter, ModelState, adapted_root
@@ -48,6 +48,7 @@ class Gathered:
         trained: The parameters trained with it, by FQN.
         bases: Whether bases are stored.
         problems: Why it cannot be written.
+        are_copies: Whether the values are copies on the CPU, because the model is sharded.
     """
 
     census: Census
@@ -58,6 +59,7 @@ class Gathered:
     trained: Mapping[str, Tensor]
     bases: str
     problems: list[str]
+    are_copies: bool = False
 
     def values(self) -> dict[str, Value]:
         """Return everything that is written of it, except bases, and the shape that it must have."""
@@ -91,9 +93,19 @@ class Contents(NamedTuple):
 
 
 def gathered(
-    model: nn.Module, names: Sequence[str | None], bases: str, *, doing: str
+    model: nn.Module, names: Sequence[str | None], bases: str, *, doing: str, is_for_all: bool
 ) -> tuple[list[Gathered], Ranks | None]:
     """Return some adapters with all their values, and the processes that hold the model together; then a collective.
+
+    One tensor at a time is gathered on the device, and copied to the CPU's memory by the processes that want it.
+
+    Args:
+        model: A model with adapters.
+        names: The names of the adapters.
+        bases: Whether bases are stored.
+        doing: What errors say is not done.
+        is_for_all: Whether every process gets the values, or only the one that writes files. The others then have the
+            sharded parameters.
 
     Raises:
         AdapterError: If the model has no adapter of a name.
@@ -111,8 +123,10 @@ def gathered(
         if ranks is not None:  # before anything is gathered
             problems = [problem for each in held for problem in (*each.problems, *meta_problems(each.values()))]
             raise_collected(CheckpointError, problems, doing=doing)
+    if ranks is None:
+        return held, None
     with agreed(ranks):
-        return [_whole(each) for each in held], ranks
+        return [_whole(each, is_kept=is_for_all or ranks.is_first) for each in held], ranks
 
 
 def contents_of(held: Gathered) -> Contents:
@@ -125,7 +139,7 @@ def contents_of(held: Gathered) -> Contents:
     header = Header.of(
         adapter.config, adapter.options, adapter.bases, shapes, adapter.trained, transposed, other_kinds(sites)
     )
-    tensors = adapter_tensors(held.diagonals, held.trained)
+    tensors = adapter_tensors(held.diagonals, held.trained, copy=not held.are_copies)
     if held.bases == "stored":
         tensors |= stored_bases(adapter.bases, header)
     fields = to_peft_fields(held.census, adapter, stored=held.bases == "stored")
@@ -143,12 +157,14 @@ def _held(census: Census, state: ModelState, adapter: Adapter, bases: str) -> Ga
     return Gathered(census, state, adapter, sites, diagonals, adapter.trained, bases, [])
 
 
-def _whole(held: Gathered) -> Gathered:
-    """Return an adapter with the values that other processes hold too; a collective if there are any."""
+def _whole(held: Gathered, *, is_kept: bool) -> Gathered:
+    """Return an adapter with the values that other processes hold too, if this one keeps them; a collective."""
     flat = [*chain.from_iterable(held.diagonals.values()), *held.trained.values()]
-    values = iter(in_step(partial(whole, each) for each in flat))
+    values = iter(in_step(partial(taken_whole, each, is_kept=is_kept) for each in flat))
+    if not is_kept:
+        return held
     pairs = {fqn: (next(values), next(values)) for fqn in held.diagonals}
-    return replace(held, diagonals=pairs, trained=dict(zip(held.trained, values, strict=True)))
+    return replace(held, diagonals=pairs, trained=dict(zip(held.trained, values, strict=True)), are_copies=True)
 
 
 def _problems(held: Gathered) -> list[str]:

@@ -50,14 +50,16 @@ def master(tensor: Tensor, device: torch.device | str, *, copy: bool = False) ->
     return tensor.detach().to(device=device, dtype=dtype, copy=copy).contiguous()
 
 
-def adapter_tensors(values: Mapping[str, tuple[Tensor, Tensor]], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies on the CPU of Λ, Γ and the parameters trained with an adapter, by their keys."""
+def adapter_tensors(
+    values: Mapping[str, tuple[Tensor, Tensor]], trained: Mapping[str, Tensor], *, copy: bool = True
+) -> dict[str, Tensor]:
+    """Return Λ, Γ and the parameters trained with an adapter on the CPU, by key; copies unless told otherwise."""
     tensors = {}
     for fqn, diagonals in values.items():
         for key, diagonal in zip(value_keys(fqn, values), diagonals, strict=True):
-            tensors[key] = master(diagonal, "cpu", copy=True)
+            tensors[key] = master(diagonal, "cpu", copy=copy)
     for fqn, parameter in trained.items():
-        tensors[trained_key(fqn, values)] = parameter.detach().cpu().contiguous().clone()
+        tensors[trained_key(fqn, values)] = parameter.detach().to("cpu", copy=copy).contiguous()
     return tensors
 
 

@@ -97,7 +97,7 @@ def adapter_state(model: nn.Module, name: str | None = None, *, bases: StoredAs 
     """
     require_types(adapter_state, {"model": model, "name": name})
     doing = "return the state of an adapter"
-    (held,), ranks = gathered(model, [name], bases, doing=doing)
+    (held,), ranks = gathered(model, [name], bases, doing=doing, is_for_all=True)
     with agreed(ranks):
         raise_collected(CheckpointError, value_problems(held), doing=doing)
         contents = contents_of(held)

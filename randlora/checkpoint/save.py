@@ -108,7 +108,7 @@ def write_each(
 ) -> list[SaveReport]:
     """Save adapters by name, each to its directory, which is ``root`` or inside it, after checking all of them."""
     doing = f"save to {str(root)!r}"
-    held, ranks = gathered(model, [*directories], bases, doing=doing)
+    held, ranks = gathered(model, [*directories], bases, doing=doing, is_for_all=False)
     write = partial(_write_each, held, [*directories.values()], root, hub=push_to_hub, results=results, doing=doing)
     return one_writes(ranks, write)
 

@@ -64,3 +64,12 @@ def whole(parameter: Tensor) -> Tensor:
     if zero3.is_spread(parameter):
         return zero3.gathered(parameter)
     return parameter
+
+
+def taken_whole(parameter: Tensor, *, is_kept: bool) -> Tensor | None:
+    """Return a copy of all values of a parameter in the CPU's memory, or ``None`` if this process keeps none.
+
+    A collective if the parameter is sharded. Nothing of it stays on the parameter's device.
+    """
+    values = whole(parameter)
+    return values.detach().to("cpu", copy=True) if is_kept else None
