@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from randlora.errors import AdapterError, RandLoRAError, raise_collected
-from randlora.placement.dtensor import reshard
+from randlora.placement.dtensor import is_dtensor, reshard
 from randlora.placement.ranks import Ranks, ranks_of
+from randlora.placement.zero3 import is_spread
+from randlora.replaced import FLATTENED
 from randlora.state import ModelState, adapted_root
 from randlora.targets.walk import Census
 
@@ -20,7 +22,7 @@ Facts = Mapping[str, str]
 """What must be equal in all processes, by a phrase that names it."""
 
 
-def check_ranks(model: nn.Module, *, group: Any = None) -> None:
+def check_ranks(model: nn.Module, *, values: bool = False, group: Any = None) -> None:
     """Check that all processes have the same adapters on the same bases, as a collective.
 
     Bases are drawn or read by each process for itself and never sent, so nothing else would tell that two of them
@@ -30,7 +32,10 @@ def check_ranks(model: nn.Module, *, group: Any = None) -> None:
 
     Args:
         model: A model with adapters, or one that wraps it.
-        group: The process group; ``None`` means all processes.
+        values: Whether to compare what the adapters train too, bit for bit: after a step of training, it tells whether
+            gradients are averaged. Parameters that are sharded, offloaded or on the meta device are left out.
+        group: The process group; ``None`` means all processes. Of a pipeline, give the processes of one stage, because
+            stages have different layers.
 
     Raises:
         AdapterError: In every process, if something differs. The message names what, and which ranks have what.
@@ -45,7 +50,8 @@ def check_ranks(model: nn.Module, *, group: Any = None) -> None:
         return
     problem, facts = "", {}
     try:
-        facts = _facts(adapted_root(model)[1])
+        root, state = adapted_root(model)
+        facts = _facts(state) | (_values(root, state) if values else {})
     except Exception as error:  # raised after the exchange: the other processes wait for this one
         problem = str(error) if isinstance(error, RandLoRAError) else repr(error)
     gathered: list[Any] = [None] * dist.get_world_size(group)
@@ -116,6 +122,31 @@ def _facts(state: ModelState) -> dict[str, str]:
             facts[f"the spec of {what}"] = f"{basis.spec}{'' if basis.stored is None else ', stored in the file'}"
             facts[what] = f"SHA-256 {basis.digest(*basis.extent)[:16]} for layers of {'x'.join(map(str, basis.extent))}"
     return facts
+
+
+def _values(root: nn.Module, state: ModelState) -> dict[str, str]:
+    """Return a SHA-256 of all that the adapters train and each process has whole."""
+    trained: dict[str, tuple[Tensor, ...]] = {
+        f"Λ and Γ of {site.fqn} of {name!r}": site.layer.diagonals_of(site.owner, name)
+        for site in Census.of(root).adapted
+        for name in site.layer.adapters
+    }
+    for name, adapter in state.adapters.items():
+        trained |= {f"{fqn}, which {name!r} trains": (copy,) for fqn, copy in adapter.trained.items()}
+    return {what: _sha256(parts) for what, parts in trained.items() if all(map(_is_whole, parts))}
+
+
+def _is_whole(parameter: Tensor) -> bool:
+    parts = is_dtensor(parameter) or is_spread(parameter) or FLATTENED in vars(parameter)
+    return not (parts or parameter.is_meta)
+
+
+def _sha256(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return f"SHA-256 {digest.hexdigest()[:16]}"
 
 
 def _counted(text: str, lines: Iterable[str]) -> str:

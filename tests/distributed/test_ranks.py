@@ -1,5 +1,6 @@
 """`check_ranks`: all processes are told what differs between them, and which has what. Which hold a model together."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,33 @@ def test_bases_of_other_bits_are_found_and_versions_of_torch_are_named(pair: Pro
     assert "torch 2.0 on rank 1" in first
     first, _ = pair.run(check_different, {}, None, 1)
     assert "versions" not in first
+
+
+def check_values(fqn: str) -> str:
+    """Return the error of a model of which rank 1 has trained something else."""
+    drawn = replace(DRAWN, train_also=("norms.0",))
+    model = drawn.adapted()
+    randlora.check_ranks(model, values=True)
+    with torch.no_grad():
+        model.get_parameter(fqn).add_(dist.get_rank())
+    randlora.check_ranks(model)
+    with pytest.raises(AdapterError, match="cannot go on: the ranks have different adapters") as caught:
+        randlora.check_ranks(model, values=True)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fqn", "said"),
+    [
+        ("layers.0.randlora_gamma.default", "Λ and Γ of layers.0 of 'default': SHA-256 "),
+        ("norms.0.bias", "norms.0.bias, which 'default' trains: SHA-256 "),
+    ],
+)
+def test_other_values_are_found_where_asked_for(pair: Processes, fqn: str, said: str) -> None:
+    first, second = pair.run(check_values, fqn)
+    assert first == second
+    assert said in first
+    assert "problems" not in first, "nothing else differs"
 
 
 def check_one_plain() -> str:
