@@ -1,0 +1,183 @@
+"""`randlora.files.join`: one adapter from those of parts of a model, such as the stages of a pipeline."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from randlora.bases.basis import Basis
+from randlora.bases.spec import BasisSpec
+from randlora.checkpoint.format import Header, adapter_tensors
+from randlora.checkpoint.peft_config import BASE_FIELD, UNREAD_FIELDS, option_fields
+from randlora.checkpoint.write import write_adapter
+from randlora.config import RandLoRAConfig
+from randlora.errors import CheckpointError, raise_collected
+from randlora.files.adapter import OpenAdapter, open_adapter
+from randlora.hints import require_types
+from randlora.report import as_bytes
+from randlora.targets.match import shortened
+
+OF_LAYERS = ("targets", "exclude", "train_also", "r", "alpha")
+"""The options that parts have each for its own layers; all others must be equal."""
+
+
+@dataclass(frozen=True)
+class JoinReport:
+    """The report of `randlora.files.join`.
+
+    Attributes:
+        out: The directory written.
+        parts: The directories joined.
+        layers: How many layers the adapter has.
+        nbytes: Size of the files written, in bytes.
+    """
+
+    out: Path
+    parts: tuple[Path, ...]
+    layers: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        """Return the report on one line."""
+        return f"wrote {self.out}, {self.layers} layers of {len(self.parts)} parts, {as_bytes(self.nbytes)}"
+
+
+def join(
+    parts: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], *, overwrite: bool = False
+) -> JoinReport:
+    """Write one adapter that consists of the layers of several, as the stages of a pipeline save them.
+
+    The parts have the same options and different layers, under the names that the whole model gives them. The bases of
+    each part must be what one process would have drawn for all layers: ``stream="portable"`` promises that, and
+    ``"torch"`` only has it if the largest layers of each part have the same dims. The files are then the ones that
+    `randlora.save` writes for the whole model, without a model card.
+
+    Args:
+        parts: Directories that `randlora.save` wrote, in the order of the layers, or repositories on the Hub.
+        out: Another directory, to write to.
+        overwrite: Whether to replace an adapter in ``out``.
+
+    Returns:
+        A report with the number of layers.
+
+    Raises:
+        CheckpointError: If a part cannot be read, or was written by PEFT, parts have a layer in common or differ in
+            options or bases, no seed reproduces their bases, or ``out`` is not empty. Nothing is written then.
+        OSError: If the disk refuses. Nothing is left half written.
+    """
+    require_types(join, locals())
+    target = Path(out)
+    opened = [open_adapter(part) for part in parts]
+    problems = [*_problems(opened), *_place_problems(target, [part.directory for part in opened], overwrite=overwrite)]
+    raise_collected(CheckpointError, problems, doing="join")
+    header, tensors, json_fields = _joined(opened)
+    nbytes = write_adapter(target, json_fields, tensors, header)
+    return JoinReport(target, tuple(part.directory for part in opened), len(header.shapes), nbytes)
+
+
+def _place_problems(target: Path, directories: Sequence[Path], *, overwrite: bool) -> list[str]:
+    if target.resolve() in [directory.resolve() for directory in directories]:
+        return [f"{target} holds one of the parts: choose another directory"]
+    if os.path.lexists(target) and not target.is_dir():
+        return [f"{target} is a file or a broken link: expected the name of a directory to write to"]
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        return [f"{target} exists and is not empty: choose another name, or give overwrite=True"]
+    return []
+
+
+def _problems(parts: Sequence[OpenAdapter]) -> list[str]:
+    """Return why parts are not those of one adapter."""
+    if len(parts) < 2:
+        return [f"expected two or more parts, got {len(parts)}"]
+    problems = []
+    for part in parts:
+        if part.file.header is None:
+            problems.append(f"{part.directory} was written by PEFT: convert it to 'native' first")
+        elif not part.file.header.is_reproducible:
+            problems.append(f"the bases of {part.directory} came from a file, and no seed reproduces them")
+    if problems:
+        return problems
+    first, held = parts[0], dict.fromkeys(parts[0].file.values, parts[0])
+    for part in parts[1:]:
+        if both := [fqn for fqn in part.file.values if fqn in held]:
+            problems.append(f"{held[both[0]].directory} and {part.directory} both have {shortened(both)}")
+        held |= dict.fromkeys(part.file.values, part)
+        problems += [
+            f"{name} is {ours!r} in {first.directory} and {theirs!r} in {part.directory}"
+            for name, ours, theirs in _differing(first, part)
+        ]
+    return problems + _basis_problems(parts) + _trained_problems(parts)
+
+
+def _differing(first: OpenAdapter, other: OpenAdapter) -> list[tuple[str, Any, Any]]:
+    """Return options that two parts should have in common and have not, with both values."""
+    names = [field.name for field in fields(RandLoRAConfig) if field.name not in OF_LAYERS]
+    own = [(name, getattr(first.file.config, name), getattr(other.file.config, name)) for name in names]
+    own.append(("the base model", first.file.fields.get(BASE_FIELD), other.file.fields.get(BASE_FIELD)))
+    return [each for each in own if each[1] != each[2]]
+
+
+def _basis_problems(parts: Sequence[OpenAdapter]) -> list[str]:
+    """Return problems with bases of one r that are not parts of one draw."""
+    problems = []
+    first: dict[int, tuple[OpenAdapter, BasisSpec]] = {}
+    for part in parts:
+        for r, basis in part.bases.items():
+            spec = basis.spec
+            other, known = first.setdefault(r, (part, spec))
+            if known != spec and (known.family != spec.family or not spec.is_prefix_stable):
+                problems.append(
+                    f"{other.directory} has {known} and {part.directory} {spec}, of which no model has both at once: "
+                    "train the parts with stream='portable', and block bases with the same blocks="
+                )
+    return problems
+
+
+def _trained_problems(parts: Sequence[OpenAdapter]) -> list[str]:
+    """Return problems with parameters that several stages train, as an embedding tied to a head in another stage."""
+    problems = []
+    held: dict[str, tuple[OpenAdapter, Tensor]] = {}
+    for part in parts:
+        for fqn, tensor in part.file.trained.items():
+            other, known = held.setdefault(fqn, (part, tensor))
+            if not torch.equal(tensor, known):
+                problems.append(f"{fqn} has other values in {other.directory} than in {part.directory}")
+    return problems
+
+
+def _joined(parts: Sequence[OpenAdapter]) -> tuple[Header, dict[str, Tensor], dict[str, Any]]:
+    """Return the header, the tensors and the JSON of the adapter that has the layers of all parts."""
+    files = [part.file for part in parts]
+    options = {fqn: option for file in files for fqn, option in file.options.items()}
+    values = {fqn: pair for file in files for fqn, pair in file.values.items()}
+    trained = {fqn: tensor for file in files for fqn, tensor in file.trained.items()}
+    shapes = {fqn: shape for part in parts for fqn, shape in part.require_shapes().items()}
+    kinds = {fqn: kind for part in parts for fqn, kind in part.kinds.items()}
+    stored = [part.transposed for part in parts]
+    transposed = None if None in stored else tuple(fqn for own in stored for fqn in own or ())
+    specs = {r: basis.spec for part in parts for r, basis in part.bases.items()}
+    bases = {r: Basis(spec) for r, spec in specs.items()}  # the header says what part of them the layers use
+    header = Header.of(files[0].config, options, bases, shapes, trained, transposed, kinds)
+    (stream,) = {spec.stream for spec in specs.values()}
+    kept = {name: value for name, value in files[0].fields.items() if name not in UNREAD_FIELDS}
+    modules = [name for file in files for name in file.fields.get("modules_to_save") or ()]
+    json_fields = {
+        **kept,
+        "fan_in_fan_out": all(file.fields.get("fan_in_fan_out") for file in files),
+        "modules_to_save": list(dict.fromkeys(modules)) or None,
+        "target_modules": _target_modules([file.fields.get("target_modules") for file in files], shapes),
+        **option_fields(files[0].config, options, stream, stored=False),
+    }
+    return header, adapter_tensors(values, trained), dict(sorted(json_fields.items()))
+
+
+def _target_modules(named: Sequence[object], shapes: Mapping[str, object]) -> object:
+    """Return PEFT's ``target_modules``: what all parts have, which is exact in each, else a regex of all layers."""
+    return named[0] if all(each == named[0] for each in named) else "|".join(map(re.escape, shapes))
