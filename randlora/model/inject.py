@@ -41,6 +41,7 @@ from randlora.report import Report, adapter_report, next_steps
 from randlora.start import Init
 from randlora.state import Adapter, ModelState, SavePretrained, adapted_root
 from randlora.targets.left_out import doubt, lines
+from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles, offloaded_copies
 from randlora.targets.options import rank_problems, resolve
 from randlora.targets.select import Selection, select
@@ -184,6 +185,7 @@ def inject(
     require_types(inject, {"init": init, "save_pretrained": save_pretrained})
     planned = make_plan(model, name, options, active=active, trainable=trainable)
     report, adapter, sites = planned.report(), planned.adapter, planned.selection.sites
+    report = replace(report, notes=(*report.notes, *_valueless_buffers(model)))
     _warn(report)
     adapter.init = init
     adapter.bases |= planned.shared
@@ -203,6 +205,20 @@ def inject(
     )
     commit(planned.census, addition, active=planned.active)
     return report
+
+
+def _valueless_buffers(model: nn.Module) -> list[str]:
+    """Return a note on buffers on the meta device that no state dict has, and so nothing gives values."""
+    found = [
+        f"{fqn}.{name}".lstrip(".")
+        for fqn, module in model.named_modules()
+        for name in sorted(module._non_persistent_buffers_set)  # private, but nothing else tells
+        if (buffer := module._buffers.get(name)) is not None and buffer.is_meta
+    ]
+    if not found:
+        return []
+    note = f"no values: {shortened(found)} on the meta device, which state dicts leave out; set it after to_empty, or "
+    return [f"{note}build the model under accelerate's init_empty_weights"]
 
 
 def _copies(planned: Plan) -> dict[str, nn.Parameter]:

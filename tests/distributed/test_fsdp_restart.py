@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import (
@@ -76,11 +77,34 @@ def follow_the_docs() -> None:
     exec(block, names)
     randlora.inject(base, r=32)
     assert distance(values(names["model"]), dict(base.named_parameters())) == 0
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(names["model"](x), base(x))
+
+
+class Rotary(nn.Module):
+    """Has values that no state dict has, as rotary embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", torch.arange(8.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.get_buffer("inv_freq").cos()
 
 
 def layers() -> nn.Module:
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+    return nn.Sequential(nn.Linear(8, 8), Rotary(), nn.LayerNorm(8), nn.Linear(8, 8))
+
+
+def test_values_that_no_state_dict_has_are_missed_when_a_model_is_built_on_meta() -> None:
+    with torch.device("meta"):
+        model = layers()
+    report = randlora.inject(model)
+    assert "1.inv_freq" in next(note for note in report.notes if "to_empty" in note)
+    with init_empty_weights():
+        model = layers()
+    assert not any("to_empty" in note for note in randlora.inject(model).notes)
 
 
 def test_what_the_docs_do_on_meta_is_enough(pair: Processes) -> None:
