@@ -14,7 +14,6 @@ import torch
 import torch._inductor.utils
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.command import Settings, console, main
 from benchmarks.layers import CONTESTANTS, build, training_step
@@ -23,6 +22,7 @@ from benchmarks.models import training_step as model_step
 from benchmarks.results import Row
 from benchmarks.targets import judged
 from benchmarks.timing import Figure, interleaved
+from randlora.functional.scratch import Observer
 
 try:
     fresh_cache = torch._inductor.utils.fresh_cache
@@ -47,7 +47,7 @@ CALL = f"call without gradients, {SIDE}→{SIDE}, one token"
 STEP = f"forward and backward, {SIDE}→{SIDE}, one token"
 
 
-class Dispatched(TorchDispatchMode):
+class Dispatched(Observer):
     """Notes the operators that torch dispatches below autograd while it is active.
 
     Attributes:

@@ -7,10 +7,10 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from randlora.functional import Compute, adapted_linear, delta_weight, scratch
+from randlora.functional.scratch import Observer
 from tests.pairs import Case, case, every_form
 
 every_way = pytest.mark.parametrize("compute", get_args(Compute))
@@ -82,7 +82,7 @@ def test_the_sum_takes_the_memory_of_a_weight_that_was_written_out(shape: tuple[
     torch.testing.assert_close(written[0], weight + update)
 
 
-class Later(TorchDispatchMode):
+class Later(Observer):
     """Notes which of some tensors live while matrices of a shape are multiplied into new memory."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
@@ -134,7 +134,7 @@ def test_nothing_is_kept_where_no_gradient_can_be_asked_for(form: str, mode: Cal
         assert kept_by(lambda: adapted_linear(x, made.pair, made.diagonals, weight=weight)) == []
 
 
-class Largest(TorchDispatchMode):
+class Largest(Observer):
     """Notes the largest tensor that any operation makes."""
 
     def __init__(self) -> None:
@@ -192,9 +192,8 @@ def test_backward_makes_the_products_for_what_is_asked_and_no_more(
     ],
 )
 def test_a_step_of_a_square_layer_costs_what_the_cost_model_says(
-    form: str, compute: Compute, expected: Callable[[int, int], float], monkeypatch: pytest.MonkeyPatch
+    form: str, compute: Compute, expected: Callable[[int, int], float]
 ) -> None:
-    monkeypatch.setattr(scratch, "_may_overwrite", lambda: False)  # the counter does not know products in place
     tokens, side = 10, 32
     made, x, weight = prepared(form, (side, side), tokens)
     with FlopCounterMode(display=False) as counter:
@@ -202,7 +201,7 @@ def test_a_step_of_a_square_layer_costs_what_the_cost_model_says(
     assert counter.get_total_flops() == expected(tokens, side)
 
 
-class Kernels(TorchDispatchMode):
+class Kernels(Observer):
     """Counts the operations that compute or copy: about the kernels that a GPU would launch."""
 
     def __init__(self) -> None:

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from randlora.functional import Diagonals, update_rows
+from randlora.functional.scratch import Observer
 from tests import reference
 from tests.pairs import Case, case, every_form
 from tests.strategies import ranks, sides
@@ -58,7 +58,7 @@ def test_gradients_are_those_of_finite_differences(form: str, shape: tuple[int, 
     assert torch.autograd.gradcheck(run, (lam.requires_grad_(), gamma.requires_grad_()), fast_mode=True)
 
 
-class Largest(TorchDispatchMode):
+class Largest(Observer):
     """Notes the number of entries of the largest floating tensor that operations make."""
 
     def __init__(self) -> None:

@@ -1,7 +1,8 @@
 """The updates of several adapters on the same bases, each multiplied by tokens of its own: together, or in turn.
 
 Together, as in `randlora.functional.stacked`, where no gradient is needed. One adapter after the other, as for single
-adapters, where one is, where each has so many tokens that forming its update pays, and in transformed code.
+adapters, where one is, where each has so many tokens that forming its update pays, in transformed code,
+and under dispatch modes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def goes_together(
         is_wide: Whether the input has ``min_dim`` features.
         compute: How to compute; see `randlora.functional.cost`.
     """
-    if len(counts) == 1 or scratch.is_transformed():
+    if len(counts) == 1 or scratch.is_transformed() or scratch.may_be_kept():
         return False
     if torch.is_grad_enabled() and (x.requires_grad or any(part.requires_grad for part in diagonals)):
         return False

@@ -1,8 +1,9 @@
 """Arithmetic on temporary tensors, in place where that is allowed.
 
 New memory is expensive: the system clears every page first, which can take longer than the arithmetic. In-place
-operations are not used in compiled or traced code, while autograd records, which may need the old values, or under
-`torch.func` transforms, where a batch cannot be written into an unbatched tensor.
+operations are not used in compiled or traced code, while autograd records, which may need the old values, under
+`torch.func` transforms, where a batch cannot be written into an unbatched tensor, or under a dispatch mode, which may
+keep results of operators, as selective activation checkpointing does.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 # Private, but the only way to ask, and what torch's own `Function.apply` asks. Without it everything runs as under a
 # transform, which is correct but slower; tests/test_functional_transforms.py fails if torch renames it.
@@ -18,6 +20,19 @@ is_in_transform: Callable[[], bool] = getattr(torch._C, "_are_functorch_transfor
 
 is_traced: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
 """Whether `torch.jit.trace` runs the code: what `torch.jit.is_tracing` asks, which takes five times as long."""
+
+
+count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+"""The number of active dispatch modes. Private like `is_in_transform`, and replaced in the same way."""
+
+
+class Observer(TorchDispatchMode):
+    """A dispatch mode that keeps no result of an operator, so that arithmetic in place goes on under it."""
+
+
+def may_be_kept() -> bool:
+    """Whether a dispatch mode is active that may keep results of operators, which then must not be overwritten."""
+    return count_modes() > 0 and not all(isinstance(mode, Observer) for mode in _get_current_dispatch_mode_stack())
 
 
 def is_transformed() -> bool:
@@ -31,7 +46,8 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
 
 
 def _may_overwrite() -> bool:
-    return not (torch.is_grad_enabled() or is_in_transform() or torch.compiler.is_compiling() or is_traced())
+    is_recorded = torch.is_grad_enabled() or is_in_transform() or torch.compiler.is_compiling() or is_traced()
+    return not (is_recorded or may_be_kept())
 
 
 STRIP = 2**20

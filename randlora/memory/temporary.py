@@ -9,20 +9,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from randlora.bases.basis import Basis
 from randlora.functional import Diagonals, Pair, adapted_linear
 from randlora.functional.cost import pass_over
 from randlora.functional.region import taken
+from randlora.functional.scratch import Observer
 from randlora.layers.diagonals import diagonal_shapes
 from randlora.memory.pieces import Piece
 
 META = torch.device("meta")
 
 
-class _Counting(TorchDispatchMode):
+class _Counting(Observer):
     """Counts the bytes of what operators allocate, and the most of them at once."""
 
     def __init__(self, *held: Tensor) -> None:

@@ -1,0 +1,171 @@
+"""Selective activation checkpointing, which saves some results of operators, and other dispatch modes."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
+
+import randlora
+from randlora.functional import Compute
+from randlora.functional.scratch import Observer, may_be_kept
+from tests.kit import fill
+from tests.layer_kinds import LAYER_KINDS, LayerKind, every_kind
+from tests.read_kinds import ReadKind, every_read_kind, weighted
+
+aten = torch.ops.aten
+PRODUCTS = aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default
+Run = Callable[[], Tensor]
+
+
+class Policy:
+    """Saves every nth result of some operators, or of all, as torchtitan's saves every second product."""
+
+    def __init__(self, operators: tuple[Any, ...] | None, nth: int) -> None:
+        self.operators, self.nth, self.met = operators, nth, [0, 0]
+
+    def __call__(self, context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+        """Say what becomes of one result."""
+        if self.operators is not None and operator not in self.operators:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        self.met[context.is_recompute] += 1
+        saves = self.nth and self.met[context.is_recompute] % self.nth == 0
+        return CheckpointPolicy.MUST_SAVE if saves else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "everything": partial(Policy, None, 1),
+    "products": partial(Policy, PRODUCTS, 1),
+    "every second product": partial(Policy, PRODUCTS, 2),
+    "nothing": partial(Policy, (), 0),
+}
+
+
+def selectively(run: Run, policy: str) -> Tensor:
+    output: Tensor = checkpoint(
+        run, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(POLICIES[policy]())
+    )
+    return output
+
+
+def can_be_run_without_adapters(run: Run, policy: str) -> bool:
+    """Whether the frozen module itself overwrites nothing that is saved, as some of torch and transformers do."""
+    with set_checkpoint_early_stop(enable=False):
+        try:
+            weighted(selectively(run, policy)).backward()
+        except RuntimeError as error:
+            if "has been mutated" not in str(error):
+                raise
+            return False
+    return True
+
+
+def assert_same_gradients(run: Run, plain: Run, leaves: list[Tensor]) -> None:
+    """Compare gradients under every policy, the first time on a model that was never called, with those without any."""
+    found = {
+        policy: torch.autograd.grad(weighted(selectively(run, policy)), leaves)
+        for policy in POLICIES
+        if can_be_run_without_adapters(plain, policy)
+    }
+    assert "nothing" in found
+    expected = torch.autograd.grad(weighted(run()), leaves)
+    for gradients in found.values():
+        for ours, own in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(ours, own)
+
+
+@every_kind
+@pytest.mark.parametrize("basis", ["dense", "block"])
+@pytest.mark.parametrize("compute", get_args(Compute))
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)], ids=["up", "down"])
+def test_it_changes_no_gradient(kind: LayerKind, basis: str, compute: Compute, shape: tuple[int, int]) -> None:
+    model = nn.Sequential(kind.build(*shape, True, kind.exact), nn.Tanh())
+    x = torch.randn(5, shape[0], dtype=kind.exact, requires_grad=True)
+    plain = nn.Sequential(kind.build(*shape, True, kind.exact), nn.Tanh()).requires_grad_(False)
+    randlora.inject(model, r=4, targets="all", basis=basis)  # type: ignore[arg-type]
+    randlora.set_compute(model, compute)
+    fill(model)
+    assert_same_gradients(lambda: model(x), lambda: plain(x), [x, *randlora.trainable_parameters(model)])
+
+
+@every_read_kind
+@pytest.mark.parametrize("basis", ["dense", "block"])
+def test_it_changes_no_gradient_of_a_weight_that_is_read(kind: ReadKind, basis: str) -> None:
+    model, plain = kind.adapted(basis=basis), kind.model()
+    assert_same_gradients(lambda: kind.run(model), lambda: kind.run(plain), [*randlora.trainable_parameters(model)])
+
+
+def test_it_changes_no_gradient_under_autocast() -> None:
+    model, x = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 8)), torch.randn(5, 24, requires_grad=True)
+    randlora.inject(model, r=4, targets="all")
+    fill(model)
+
+    def run() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(x).float()
+
+    assert_same_gradients(run, x.cos, [x, *randlora.trainable_parameters(model)])
+
+
+@pytest.mark.parametrize("basis", ["dense", "block"])
+def test_it_changes_no_gradient_beside_rows_of_several_adapters(basis: str) -> None:
+    """The first layer needs no gradient, and without modes the updates of its rows are computed together."""
+    model, x = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 8)), torch.randn(6, 24)
+    for name in ("a", "b"):
+        randlora.inject(model, r=4, name=name, targets=["0"], basis=basis)  # type: ignore[arg-type]
+        fill(model, name)
+    model[2].requires_grad_()
+    for adapter in ("a", "b"):
+        randlora.set_trainable(model, adapter, trainable=False)
+
+    def run() -> Tensor:
+        with randlora.routed(model, ["a", "b", "a", "b", "a", "b"]):
+            return model(x)
+
+    assert_same_gradients(run, lambda: x * model[2].weight.sum(), [*model[2].parameters()])
+
+
+class Keeping(TorchDispatchMode):
+    """Keeps every result, with what it was."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kept: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and keep what it made."""
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.kept.append((result, result.clone()))
+        return result
+
+
+@pytest.mark.parametrize("kind", LAYER_KINDS[:2], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_no_result_is_overwritten_under_a_mode_of_the_user(kind: LayerKind, mode: Callable[[], Any]) -> None:
+    model = nn.Sequential(kind.build(24, 40, True, kind.exact))
+    randlora.inject(model, r=4, targets="all")
+    fill(model)
+    with mode(), Keeping() as keeping:
+        model(torch.randn(5, 24, dtype=kind.exact))
+    assert len(keeping.kept) > 5
+    assert all(torch.equal(result, then) for result, then in keeping.kept)
+
+
+def test_torch_says_whether_a_mode_is_active() -> None:
+    """By private names: see randlora/functional/scratch.py."""
+    assert not may_be_kept()
+    with Observer():
+        assert not may_be_kept()
+        with Keeping():
+            assert may_be_kept()
+    assert not may_be_kept()
