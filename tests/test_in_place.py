@@ -1,9 +1,11 @@
 """A module that is adapted stays what and where it is: the laws of the class that adapts it, over every kind."""
 
 import copy
+import gc
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,24 @@ def test_copies_and_pickles_in_a_fresh_process_compute_the_same_bits(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["same", *models]
+
+
+@pytest.mark.parametrize("base", [nn.Linear, nn.Embedding], ids=["called", "read"])
+@pytest.mark.parametrize("is_ejected", [True, False])
+def test_a_class_that_a_program_made_is_collected_with_the_modules_that_it_adapted(
+    base: type[nn.Module], is_ejected: bool
+) -> None:
+    made = type("Made", (base,), {})
+    model = nn.Sequential(made(8, 8))
+    randlora.inject(model, r=2, targets="all")
+    held = copy.deepcopy(model)
+    classes = [weakref.ref(made), weakref.ref(type(model[0]))]
+    if is_ejected:
+        for each in (model, held):
+            randlora.eject(each)
+    del made, model, held
+    gc.collect()
+    assert [reference() for reference in classes] == [None, None]
 
 
 @pytest.mark.parametrize("kind", [LLAMA, GPT2, BERT], ids=lambda kind: kind.name)

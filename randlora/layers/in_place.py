@@ -11,6 +11,7 @@ import inspect
 import sys
 from types import MethodType
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -188,13 +189,15 @@ def _read(attribute: str) -> property:
     return property(read)
 
 
-_classes: dict[tuple[type[nn.Module], tuple[str, ...], bool], type[InPlace]] = {}
+_classes: WeakKeyDictionary[type[nn.Module], WeakValueDictionary[tuple[tuple[str, ...], bool], type[InPlace]]]
+_classes = WeakKeyDictionary()
+"""The classes that modules have. They keep neither themselves nor the classes that they are made of."""
 
 
 def adapted_class(base: type[nn.Module], reads: tuple[str, ...], runs: bool) -> type[InPlace]:  # noqa: FBT001
     """Return the subclass of a class that adds updates when ``reads`` are read and, if ``runs``, in its forward."""
-    key = base, reads, runs
-    if (known := _classes.get(key)) is not None:
+    classes = _classes.setdefault(base, WeakValueDictionary())
+    if (known := classes.get((reads, runs))) is not None:
         return known
     body: dict[str, Any] = {attribute: _read(attribute) for attribute in reads}
     body |= {"__module__": base.__module__, "__doc__": base.__doc__, "randlora_base": base}
@@ -202,7 +205,7 @@ def adapted_class(base: type[nn.Module], reads: tuple[str, ...], runs: bool) -> 
         parameters = list(inspect.signature(base.forward).parameters)[1:2]
         body["randlora_input"] = parameters[0] if parameters else ""
     adapted: type[InPlace] = type(f"Adapted{base.__name__}", (RunsAdapters if runs else ReadsAdapted, base), body)
-    return _classes.setdefault(key, adapted)
+    return classes.setdefault((reads, runs), adapted)
 
 
 def _hosts(layers: dict[str, AdapterLayer]) -> tuple[tuple[str, ...], bool]:
