@@ -120,7 +120,7 @@ class RandLoRAConfig:
             those of any modules; a callable is called for the layers that ``targets`` match.
         alpha: The update is scaled by ``alpha / r``; ``None`` means ``20·r``, of each layer's r. The paper's author
             advises values from ``2·r`` to ``20·r``. A larger alpha needs a smaller learning rate. It may be a mapping
-            too, with patterns as for ``r``.
+            too, with patterns as for ``r``. `randlora.inject` refuses one that is not positive; a file may have it.
         dropout: Probability of zeroing an entry of the adapter's input in training, in [0, 1).
         basis: The kind of the frozen random bases.
         stream: The random stream of the bases, each the same bits on every machine and version: ``"torch"`` is what

@@ -223,7 +223,12 @@ def adapter_report(
         },
         left_out=left_out(untrained, adapter.config, census.size),
         learning_rate=first_learning_rate(max(map(abs, scalings), default=0.0)) if is_trainable else None,
-        notes=(*notes, *_block_notes(shapes, adapter), *(_head_notes(census, adapter) if is_trainable else ())),
+        notes=(
+            *notes,
+            *_narrow_notes(shapes, adapter),
+            *_block_notes(shapes, adapter),
+            *(_head_notes(census, adapter) if is_trainable else ()),
+        ),
     )
 
 
@@ -245,6 +250,19 @@ def _head_notes(census: Census, adapter: Adapter) -> list[str]:
         f'frozen: {head}; if it is new, with random values, give train_also="{head}"'
         for head in heads
         if head in NEW_HEADS - changed
+    ]
+
+
+def _narrow_notes(shapes: Shapes, adapter: Adapter) -> list[str]:
+    """Return a note for each r above the smaller side of layers: one basis has all the rank that there is."""
+    narrow: dict[int, list[str]] = {}
+    for fqn, shape in shapes.items():
+        if (r := adapter.options[fqn].r) > min(shape[-2:]):
+            narrow.setdefault(r, []).append(fqn)
+    return [
+        f"r={r} is more than the smaller side of {shortened(fqns)}: down to that, a smaller r trains fewer parameters "
+        "and reaches the same rank"
+        for r, fqns in narrow.items()
     ]
 
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +30,17 @@ def fill(model: Model, name: str = "default", *, seed: int = 0, spread: float = 
         for parameter in values.values():
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * spread)
     return model
+
+
+def set_alpha(model: nn.Module, alpha: float, name: str = "default") -> None:
+    """Give an adapter an alpha that one from a file may have, and that `inject` refuses."""
+    adapter = randlora.state.adapted_root(model)[1].adapter(name)
+    adapter.config = replace(adapter.config, alpha=alpha)
+    adapter.options = {fqn: own._replace(alpha=alpha) for fqn, own in adapter.options.items()}
+    for site in Census.of(model).adapted:
+        if (part := site.layer.adapters.get(name)) is not None:
+            part.options = adapter.options[part.fqn]
+            part.scaling = part.options.scaling
 
 
 def adapter_values(model: nn.Module, name: str = "default") -> dict[str, Tensor]:

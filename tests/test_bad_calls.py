@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.nn.utils import prune
 
 import randlora
 from randlora.errors import ConfigError, RandLoRAError, TargetError
-from tests.kit import all_bits, fill, untouched
+from tests.kit import all_bits, fill, set_alpha, untouched
 
 VALUES: list[Any] = [1, 1.0, -1, "yes", b"no", np.True_, (), [], {}, [[]], {"a": "b"}, {1: 1.0}, object(), ...]
 VALUES += [None, torch.ones(2), 10**400, 10**5000, float("nan"), {"default": 10**400}, [10**5000]]
@@ -81,6 +82,24 @@ def test_an_r_that_no_layer_is_as_wide_as_is_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     with untouched(model), pytest.raises(ConfigError, match="r=1000000 is larger than its layers, which are at most 8"):
         randlora.inject(model, r=10**6)
+
+
+@pytest.mark.parametrize("alpha", [0, -0.0, -7, {"0": -1e-30, ".*": 8}], ids=str)
+def test_an_alpha_that_trains_nothing_or_backwards_is_refused_for_a_new_adapter(alpha: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    for verb in (randlora.plan, randlora.inject, randlora.training_memory):
+        with untouched(model), pytest.raises(ConfigError, match=r"alpha=-?[\de-]+ must be positive"):
+            verb(model, 2, targets=["0", "1"], alpha=alpha)
+
+
+def test_an_alpha_of_a_file_is_loaded_whatever_it_is(tmp_path: Path) -> None:
+    trained, model = adapted(), nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+    set_alpha(trained, -3.0)
+    expected = randlora.delta_weight(trained, "0")
+    randlora.save(trained, tmp_path)
+    randlora.load(model, tmp_path)
+    assert torch.equal(randlora.delta_weight(model, "0"), expected)
+    assert randlora.adapters(model)[0].options["0"].alpha == -3
 
 
 def test_a_model_built_in_inference_mode_is_adapted_merged_and_restored() -> None:

@@ -57,8 +57,8 @@ def test_the_options_are_those_of_the_library(
 
 
 def test_an_alpha_of_zero_is_not_taken_for_none(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(model), "--alpha", "0", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["config"]["alpha"] == 0
+    assert main(["plan", str(model), "--alpha", "0"]) == 1
+    assert "alpha=0 must be positive" in capsys.readouterr().err.replace("--alpha 0", "alpha=0")
 
 
 @pytest.mark.parametrize(

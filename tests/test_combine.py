@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import randlora
 from randlora.errors import AdapterError, ConfigError, RandLoRAError
 from randlora.functional.combined import DenseBases, Factors, fitted, summed
-from tests.kit import adapter_values, all_bits, bits, fill, untouched
+from tests.kit import adapter_values, all_bits, bits, fill, set_alpha, untouched
 from tests.laws import TOKENS, Mixed, assert_close, diagonals
 from tests.layer_kinds import LayerKind, every_kind
 from tests.read_kinds import ReadKind, every_read_kind
@@ -236,7 +236,8 @@ def test_what_no_such_adapter_could_have_is_refused() -> None:
     randlora.inject(model, r=4, targets=["q"], dropout=0.5, name="dropping")
     randlora.inject(model, r=4, targets=["embed"], name="read")
     randlora.inject(model, r=4, targets=["up"], train_also=["q.weight"], name="beside")
-    randlora.inject(model, r=4, targets=["q"], alpha=0, name="off")
+    randlora.inject(model, r=4, targets=["q"], name="off")
+    set_alpha(model, 0, "off")
     for name in ("dropping", "read", "beside", "off"):
         fill(model, name)
     for adapters, message in [

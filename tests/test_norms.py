@@ -46,7 +46,7 @@ def assert_is_norm(model: nn.Module, fqn: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("sides", [(9, 14), (14, 9)])
 def test_the_norm_of_one_term_is_exact(kind: LayerKind, sides: tuple[int, int]) -> None:
     model = nn.Sequential(kind.build(*sides, True, kind.exact))
-    randlora.inject(model, r=3, alpha=-7)
+    randlora.inject(model, r=3, alpha=7)
     fill(model)
     for part in ("randlora_lambda", "randlora_gamma"):
         model.get_submodule(f"0.{part}").to(kind.exact)

@@ -111,7 +111,6 @@ def test_a_report_fits_80_columns_and_breaks_no_name() -> None:
         ({"alpha": 8000}, 1e-5),
         ({"alpha": {"q": 80, ".*": 160}}, 5e-4),
         ({"alpha": 1e-9}, 0.1),
-        ({"alpha": 0}, 0.1),
         ({"init": "gamma"}, 1e-3),
         ({"trainable": False}, None),
     ],
@@ -132,6 +131,18 @@ def test_a_head_that_is_left_frozen_is_told_of_with_how_to_train_it() -> None:
     others: list[dict[str, Any]] = [{"train_also": "classifier"}, {"targets": ["classifier"]}, {"trainable": False}]
     for options in others:
         assert note not in randlora.plan(model, r=4, **options).notes
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 16))
+def test_an_r_that_buys_no_rank_is_told_of(rows: int, columns: int, r: int) -> None:
+    model = nn.ModuleDict({"narrow": nn.Linear(columns, rows), "wide": nn.Linear(16, 16)})
+    report = randlora.plan(model, r=r, targets=[*model])
+    told = [note for note in report.notes if "reaches the same rank" in note]
+    side = min(rows, columns)
+    smaller = randlora.plan(model, r={"narrow": min(r, side), "wide": r}, targets=[*model])
+    assert [row.expected_rank for row in smaller.rows] == [row.expected_rank for row in report.rows]
+    assert bool(told) == (smaller.trainable_parameters < report.trainable_parameters)
+    assert all(f"r={r} " in note and "narrow" in note and "wide" not in note for note in told)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ from randlora.state import Adapter, ModelState, SavePretrained, adapted_root
 from randlora.targets.left_out import doubt, lines
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles, offloaded_copies
-from randlora.targets.options import rank_problems, resolve
+from randlora.targets.options import resolve, useless_options
 from randlora.targets.select import Selection, select
 from randlora.targets.site import Shapes, shapes_of
 from randlora.targets.walk import Census
@@ -329,7 +329,7 @@ def make_plan(
     options, unresolved = resolve(config, [site.fqn for site in selection.sites])
     raise_collected(TargetError, problems + unresolved, doing=f"inject {name!r}")
     shapes = shapes_of(selection.sites, config)
-    raise_collected(ConfigError, rank_problems(shapes, options), doing=f"inject {name!r}")
+    raise_collected(ConfigError, useless_options(shapes, options), doing=f"inject {name!r}")
     bases, shared = _bases(state.bank, config, shapes, options)
     replaced = replacements(census, state, also)
     trained = {fqn: entry.original for fqn, entry in replaced.items()}

@@ -27,14 +27,18 @@ def resolve(config: RandLoRAConfig, fqns: Sequence[str]) -> tuple[dict[str, Laye
     return ({} if problems else {fqn: _options(ranks[fqn], alphas[fqn]) for fqn in fqns}), problems
 
 
-def rank_problems(shapes: Mapping[str, Shape], options: Mapping[str, LayerOptions]) -> list[str]:
-    """Return a message for each r that no layer is as wide as: its bases would take memory and add no rank."""
+def useless_options(shapes: Mapping[str, Shape], options: Mapping[str, LayerOptions]) -> list[str]:
+    """Return a message for each alpha that trains nothing or backwards, and each r that no layer is as wide as."""
     widest = {r: max(max(shape[-2:]) for shape in own) for r, own in by_rank(shapes, options).items()}
     return [
         f"r={r} is larger than its layers, which are at most {wide} wide: above the smaller side of a layer it adds no "
         f"rank; give an r of at most {wide}"
         for r, wide in widest.items()
         if r > max(wide, SMALL_RANK)
+    ] + [
+        f"alpha={alpha:g} must be positive, because the update is scaled by alpha / r: leave it out for 20·r"
+        for alpha in dict.fromkeys(own.alpha for own in options.values())
+        if alpha <= 0
     ]
 
 

@@ -143,6 +143,7 @@ WHILE_MERGED = {
 }
 ON_ANY_MODEL = {
     "a rank of 0": (ConfigError, _inject(r=0)),
+    "an alpha of 0": (ConfigError, _inject(alpha=0)),
     "an infinite alpha": (ConfigError, _inject(alpha=float("inf"))),
     "no such basis": (ConfigError, _inject(basis="denser")),
     "no such option": (OptionError, _inject(lora_alpha=2)),
