@@ -196,8 +196,8 @@ def test_a_class_that_a_program_made_is_collected_with_the_modules_that_it_adapt
     held = copy.deepcopy(model)
     classes = [weakref.ref(made), weakref.ref(type(model[0]))]
     if is_ejected:
-        for each in (model, held):
-            randlora.eject(each)
+        randlora.eject(model)
+        randlora.eject(held)
     del made, model, held
     gc.collect()
     assert [reference() for reference in classes] == [None, None]
