@@ -27,7 +27,9 @@ else:
         names = found.get("__all__", ())  # none yet where a file that is being imported asks
         globals().update({each: found[each] for each in names}, **({"__all__": names} if names else {}))
         if name not in globals():
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            meant = _import_module("randlora.meant").CALLS.get(name)
+            advice = f": call {meant}" if meant else ""
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}{advice}")
         return globals()[name]
 
     def __dir__() -> list[str]:

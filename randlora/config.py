@@ -17,6 +17,7 @@ from randlora.choices import Stream as Stream
 from randlora.errors import ConfigError, OptionError, raise_collected
 from randlora.hints import is_finite, shortly
 from randlora.layer_options import ByPattern
+from randlora.meant import OPTIONS
 
 Pattern = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -25,26 +26,6 @@ ALPHA_PER_RANK = 20.0
 
 FIRST_LEARNING_RATE = 1e-3
 """The learning rate to try first with the default alpha, Adam and a short warm-up, which reports name."""
-
-ELSEWHERE = {
-    "adapter_name": "name=",
-    "bias": 'train_also=, which takes the names of biases, as in train_also=r".*\\.bias"',
-    "exclude_modules": "exclude=",
-    "layers_pattern": "targets=, which takes names and regexes of whole layers",
-    "layers_to_transform": "targets=, which takes names and regexes of whole layers",
-    "lora_alpha": "alpha=",
-    "lora_dropout": "dropout=",
-    "modules_to_save": "train_also=",
-    "projection_prng_key": "seed=",
-    "randlora_alpha": "alpha=",
-    "randlora_dropout": "dropout=",
-    "rank": "r=, the rank of one basis: a smaller r trains more parameters",
-    "save_projection": 'the argument bases="stored" of save()',
-    "sparse": 'basis="sparse"',
-    "target_modules": "targets=",
-    "very_sparse": 'basis="very_sparse"',
-}
-"""Names of options in PEFT and other libraries, with the names here."""
 
 ADDED_SINCE_FORMAT_1 = {"in_proj": "packed", "experts": "each"}
 """Options that the first format of files does not have, with their defaults."""
@@ -79,9 +60,25 @@ def same_options(verb: Callable[_Arguments, Any]) -> Callable[[Callable[..., _Re
     return decorate
 
 
+def further_options(
+    verb: Callable[..., Any],
+) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
+    """Return a decorator that adds the options of ``verb`` to the signature of a function that passes them on."""
+
+    def decorate(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+        own = inspect.signature(function)
+        parameters = {name: each for name, each in own.parameters.items() if each.kind is not each.VAR_KEYWORD}
+        theirs = inspect.signature(verb).parameters
+        more = [each for name, each in theirs.items() if each.kind is each.KEYWORD_ONLY and name not in parameters]
+        vars(function)["__signature__"] = own.replace(parameters=[*parameters.values(), *more])
+        return explain_options(function)
+
+    return decorate
+
+
 def _unknown_option(option: str, known: Iterable[str]) -> str:
-    if option in ELSEWHERE:
-        return f"unknown option {option}=: use {ELSEWHERE[option]}"
+    if option in OPTIONS:
+        return f"unknown option {option}=: {OPTIONS[option]}"
     near = difflib.get_close_matches(option, known, n=3)
     if near:
         return f"unknown option {option}=: the nearest options are {', '.join(near)}"

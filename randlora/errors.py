@@ -1,15 +1,16 @@
 """The exceptions that randlora raises for incorrect use, and how it warns.
 
 Every message says what was expected, what was given, where (the fully qualified name, FQN) and what to do. All problems
-of one call are collected and raised together before anything is changed: the first few in full, the rest as a count.
+of one call are collected and raised together before anything is changed: those of options in full, of others the first
+few and a count of the rest.
 """
 
 import sys
 import warnings
 from collections.abc import Sequence
 
-SHOWN = 5
-"""Number of problems of one call that are shown in full."""
+SHOWN, OPTIONS_SHOWN = 5, 100
+"""Number of problems of one call that are shown in full: of layers, tensors or files, and of options."""
 
 
 def how_to_install(extra: str) -> str:
@@ -46,7 +47,7 @@ class CheckpointError(RandLoRAError, ValueError):
 
 
 def raise_collected(error: type[RandLoRAError], problems: Sequence[str], *, doing: str) -> None:
-    """Raise one error for all problems, the first five in full and the rest as a count, if there are any.
+    """Raise one error for all problems, the first in full and a count of the others, if there are any.
 
     Args:
         error: The class to raise.
@@ -60,9 +61,10 @@ def raise_collected(error: type[RandLoRAError], problems: Sequence[str], *, doin
         return
     if len(problems) == 1:
         raise error(f"cannot {doing}: {problems[0]}")
-    lines = [f"cannot {doing}, {len(problems)} problems:", *(f"  - {problem}" for problem in problems[:SHOWN])]
-    if len(problems) > SHOWN:
-        lines.append(f"  - and {len(problems) - SHOWN} more")
+    shown = OPTIONS_SHOWN if issubclass(error, ConfigError) else SHOWN
+    lines = [f"cannot {doing}, {len(problems)} problems:", *(f"  - {problem}" for problem in problems[:shown])]
+    if len(problems) > shown:
+        lines.append(f"  - and {len(problems) - shown} more")
     raise error("\n".join(lines))
 
 

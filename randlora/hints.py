@@ -11,6 +11,7 @@ from numbers import Real
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from randlora.errors import ConfigError, raise_collected
+from randlora.meant import IN_PLACE, NotTheModel
 
 UNIONS = (Union, types.UnionType)
 WORDS: dict[Any, str] = {
@@ -129,6 +130,8 @@ def shortly(value: object) -> str:
     """Return a value of any kind and size in a few words."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, NotTheModel):
+        return f"a {type(value).__name__}: {IN_PLACE}"
     try:
         text = repr(value)
     except Exception:  # whatever an object's own code raises

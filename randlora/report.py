@@ -15,6 +15,7 @@ from randlora.bases.spec import KINDS, BasisSpec, count_bases, count_trainable, 
 from randlora.config import RandLoRAConfig
 from randlora.layer_options import Factor
 from randlora.layers.update import RoundingLoss
+from randlora.meant import NotTheModel
 from randlora.start import first_learning_rate
 from randlora.state import Adapter
 from randlora.targets.left_out import LeftOut, Remaining, left_out, lines
@@ -59,7 +60,7 @@ class ShapeRow:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(NotTheModel):
     """The report of `randlora.inject`, `randlora.plan` and `randlora.load`; prints as a table.
 
     Attributes:
@@ -135,7 +136,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(NotTheModel):
     """The report of `randlora.merge`.
 
     Attributes:

@@ -24,6 +24,7 @@ from randlora.forwards import Forwards
 from randlora.functional import Compute
 from randlora.hints import shortly
 from randlora.layer_options import Factor, LayerOptions
+from randlora.meant import IN_PLACE, NotTheModel
 from randlora.placement.dtensor import is_dtensor, reshard
 from randlora.placement.offloaded import offloaded_modules
 from randlora.replaced import KEEP_COPIES, ReplacedParameter, path_to
@@ -347,7 +348,8 @@ def require_module(model: object) -> None:
     """Check that what is given as a model is one; else raise `TargetError`."""
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-        raise TargetError(f"expected a model, a torch.nn.Module, got {what}")
+        advice = f": {IN_PLACE}" if isinstance(model, NotTheModel) else ""
+        raise TargetError(f"expected a model, a torch.nn.Module, got {what}{advice}")
 
 
 def is_adapted(model: nn.Module) -> bool:

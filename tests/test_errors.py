@@ -47,12 +47,15 @@ def test_several_problems_are_counted_and_listed_in_order() -> None:
     assert str(caught.value) == "cannot merge, 3 problems:\n  - one\n  - two\n  - three"
 
 
-@given(st.integers(2, 1000))
-def test_however_many_problems_there_are_five_are_shown_and_the_rest_counted(count: int) -> None:
+@given(st.integers(2, 1000), st.sampled_from([(TargetError, 5), (ConfigError, 100), (OptionError, 100)]))
+def test_however_many_problems_there_are_five_or_all_options_are_shown_and_the_rest_counted(
+    count: int, kind: tuple[type[RandLoRAError], int]
+) -> None:
+    error, most = kind
     problems = [f"problem {index}" for index in range(count)]
-    with pytest.raises(TargetError) as caught:
-        raise_collected(TargetError, problems, doing="inject")
+    with pytest.raises(error) as caught:
+        raise_collected(error, problems, doing="inject")
     first, *lines = str(caught.value).splitlines()
     assert first == f"cannot inject, {count} problems:"
-    assert lines[:5] == [f"  - {problem}" for problem in problems[:5]]
-    assert lines[5:] == ([f"  - and {count - 5} more"] if count > 5 else [])
+    assert lines[:most] == [f"  - {problem}" for problem in problems[:most]]
+    assert lines[most:] == ([f"  - and {count - most} more"] if count > most else [])

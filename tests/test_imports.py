@@ -23,6 +23,7 @@ PACKAGE = ROOT / "randlora"
 ROOMS = (
     "errors",
     "choices",
+    "meant",
     "forwards",
     "hints",
     "layer_options",

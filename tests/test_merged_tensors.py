@@ -260,7 +260,7 @@ def test_a_change_of_the_adapters_between_two_tensors_is_an_error(change: Callab
 def test_values_that_are_not_finite_are_refused_by_name() -> None:
     model = beside()
     with torch.no_grad():
-        next(randlora.trainable_parameters(model)).fill_(float("nan"))
+        randlora.trainable_parameters(model)[0].fill_(float("nan"))
     with pytest.raises(MergeError, match=r"the merged weight of first.weight would not be finite"):
         dict(randlora.merged_tensors(model))
 

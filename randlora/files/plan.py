@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+from randlora.config import further_options
 from randlora.errors import CheckpointError, TargetError, raise_collected
 from randlora.files.base_fit import Base, open_base
 from randlora.files.model_directory import ModelDirectory
@@ -16,9 +17,11 @@ from randlora.hints import require_types
 from randlora.memory.training import Setup, TrainingMemory
 from randlora.model.inject import plan as plan_model
 from randlora.model.memory import memory_of
+from randlora.model.memory import training_memory as training_memory_of_model
 from randlora.report import Report
 
 
+@further_options(plan_model)
 def plan(
     directory: str | os.PathLike[str],
     r: int | Mapping[str, int] | None = None,
@@ -80,6 +83,7 @@ def _take_dtypes(model: TransformersModel, dense: DenseView) -> list[str]:
     return problems
 
 
+@further_options(training_memory_of_model)
 def training_memory(
     directory: str | os.PathLike[str],
     r: int | Mapping[str, int] | None = None,

@@ -18,6 +18,7 @@ from randlora.errors import AdapterError, ConfigError, raise_collected
 from randlora.hints import is_finite, require_types, shortly
 from randlora.layer_options import by_rank
 from randlora.layers.combined import Combined, Method, combined
+from randlora.meant import NotTheModel
 from randlora.model.change import one_at_a_time
 from randlora.model.factors import factor_problems
 from randlora.model.install import commit, lost_sites, owned_state, prepare
@@ -36,7 +37,7 @@ from randlora.targets.walk import Census
 
 
 @dataclass(frozen=True)
-class CombineReport:
+class CombineReport(NotTheModel):
     """What `combine` made.
 
     Attributes:

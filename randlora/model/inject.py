@@ -30,6 +30,7 @@ from randlora.config import (
 from randlora.errors import ConfigError, TargetError, raise_collected, warn
 from randlora.hints import require_types
 from randlora.layer_options import LayerOptions, by_rank
+from randlora.meant import call_for, is_of_peft
 from randlora.model.change import all_or_nothing, one_at_a_time
 from randlora.model.install import commit, detach_all, owned_state, prepare, require_detachable, require_own, unfold_all
 from randlora.model.train_also import misplaced_copies, replacements, select_parameters, train_also_problems
@@ -300,6 +301,11 @@ def _warn(report: Report) -> None:
 
 def one_config(config: RandLoRAConfig | None, r: int | Mapping[str, int] | None, **given: Any) -> RandLoRAConfig:
     """Return the config given, or one made from single options."""
+    for option, value in (("r", r), ("config", config)):
+        if is_of_peft(value):
+            raise ConfigError(f"{option} is a {type(value).__name__} of PEFT: give options by name, {call_for(value)}")
+    if isinstance(r, RandLoRAConfig):
+        raise ConfigError("r is a RandLoRAConfig: give it by name, randlora.inject(model, config=config)")
     options = given if r is None else {**given, "r": r}
     built = RandLoRAConfig(**options)
     if config is None:

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from randlora.choices import Strategy
+from randlora.config import RandLoRAConfig, further_options
 from randlora.memory.training import Setup, Training, TrainingMemory
 from randlora.model.inject import make_plan, one_config
 
 
+@further_options(RandLoRAConfig)
 def training_memory(
     model: nn.Module,
     r: int | Mapping[str, int] | None = None,
@@ -25,6 +27,7 @@ def training_memory(
     optimizer_states: int = 2,
     checkpointing: bool = False,
     device_type: Literal["cuda", "cpu"] = "cuda",
+    config: RandLoRAConfig | None = None,
     **options: Any,
 ) -> TrainingMemory:
     """Return the bytes that training a new adapter takes on each device, computed from sizes.
@@ -47,7 +50,8 @@ def training_memory(
             momentum.
         checkpointing: Whether blocks are computed again in backward, so that one at a time keeps its inputs.
         device_type: The type of the devices, which the choice of how to compute depends on.
-        **options: As for `randlora.inject`.
+        config: As for `randlora.inject`.
+        **options: The other options of `RandLoRAConfig`.
 
     Returns:
         The sizes as fields; it prints as a table, with what is not counted.
@@ -57,7 +61,7 @@ def training_memory(
         RandLoRAError: Any error that `randlora.plan` would raise.
     """
     setup = Setup(devices, strategy, tokens, dtype, tp_plan, optimizer_states, checkpointing, device_type)
-    return memory_of(model, r, setup, {}, **options)
+    return memory_of(model, r, setup, {}, config=config, **options)
 
 
 def memory_of(

@@ -22,6 +22,7 @@ from randlora.layers.bnb_cpu import MAY_REPACK
 from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import find_layer
+from randlora.meant import NotTheModel
 from randlora.model.change import unchanged_if_raised
 from randlora.state import attached_state, require_unmerged
 from randlora.targets.match import shortened
@@ -31,7 +32,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class PreparationReport:
+class PreparationReport(NotTheModel):
     """The report of `randlora.prepare_quantized`; prints as a few lines.
 
     Attributes:

@@ -20,8 +20,8 @@ from randlora.targets.obstacles import offloaded_with
 from randlora.targets.walk import Census
 
 
-def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters to train: Λ and Γ of the trainable adapters, and those named by ``train_also``.
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters to train: Λ and Γ of the trainable adapters, and those named by ``train_also``.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
@@ -45,7 +45,7 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
             f"no adapter is trainable, and an optimizer would have nothing to do ({', '.join(state.adapters)}): call "
             f"randlora.activate(model, {next(iter(state.adapters))!r}, trainable=True)"
         )
-    yield from trained
+    return trained
 
 
 @one_at_a_time
