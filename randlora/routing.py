@@ -69,7 +69,7 @@ class Routing:
         rows = [[row] if row is None or isinstance(row, str) else list(row) for row in names]
         self.adapters = tuple(dict.fromkeys(name for row in rows for name in row if name is not None))
         position: dict[str | None, int] = {name: index for index, name in enumerate(self.adapters)}
-        index = torch.tensor([[position.get(name, BASE) for name in row] for row in rows])
+        index = torch.tensor([[position.get(name, BASE) for name in row] for row in rows], device="cpu")
         has_tokens = any(row is not None and not isinstance(row, str) for row in names)
         self.index = index if has_tokens else index.squeeze(1)
         self.batch, self.tokens = len(rows), 1
@@ -124,7 +124,7 @@ class Routing:
                 Group(None if number == BASE else self.adapters[number], count)
                 for number, count in zip(numbers[by_count].tolist(), counts[by_count].tolist(), strict=True)
             ]
-            is_in_order = bool((order == torch.arange(len(order))).all())
+            is_in_order = bool((order == torch.arange(len(order), device="cpu")).all())
             self._sorted[key] = Sorted(
                 order.to(device), tuple(groups), tuple(group.adapter for group in groups), is_in_order
             )

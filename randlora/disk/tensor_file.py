@@ -149,7 +149,7 @@ def read_pieces(entry: Entry, raw: FileIO | None = None, nbytes: int | None = No
     """Read one tensor as flat pieces of ``nbytes``, 1 MiB by default. Each is valid until the next one is read."""
     step = PIECE_BYTES if nbytes is None else nbytes
     try:
-        buffer = torch.empty(min(entry.nbytes, step), dtype=torch.uint8)
+        buffer = torch.empty(min(entry.nbytes, step), dtype=torch.uint8, device="cpu")
     except RuntimeError as error:
         raise CheckpointError(f"{entry.name} in {entry.file} has {entry.nbytes:,} bytes, too many: {error}") from error
     with open_regular(entry.file) if raw is None else nullcontext(raw) as file:

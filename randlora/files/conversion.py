@@ -90,7 +90,7 @@ class Conversion:
         if len({len(names) for names in by_pattern}) != 1:
             return None
         count = PROBE[0] * PROBE[1]
-        values = torch.arange(float(len(self.sources) * count)).reshape(-1, *PROBE)
+        values = torch.arange(float(len(self.sources) * count), device="cpu").reshape(-1, *PROBE)
         probes = dict(zip(self.sources, values, strict=True))
         try:
             found = self.convert(probes.__getitem__)

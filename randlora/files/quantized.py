@@ -84,7 +84,9 @@ class StoredCodes:
             return bnb_codes.write_out_8bit(codes, read_tensor(self.parts[SCALES]))
         from bitsandbytes.functional import QuantState  # noqa: PLC0415  # an optional extra
 
-        state = QuantState.from_dict({name: read_tensor(part) for name, part in self.parts.items()}, device="cpu")
+        parts = {name: read_tensor(part) for name, part in self.parts.items()}
+        with torch.device("cpu"):  # it makes a tensor without a device
+            state = QuantState.from_dict(parts, device="cpu")
         # as one row: bitsandbytes 0.50 misreads blocks that continue in the next row on a CPU
         state.shape = torch.Size([2 * self.entry.nbytes])
         return bnb_codes.write_out_4bit(codes, state).flatten()[: math.prod(self.shape)].reshape(self.shape)

@@ -50,7 +50,12 @@ class Stack(NamedTuple):
         blocks, rows, width = pair.A.shape
         lam = torch.stack([one.lam for one in diagonals])
         lam = lam.to(torch.promote_types(lam.dtype, pair.A.dtype))
-        lam *= torch.tensor([one.scaling for one in diagonals], dtype=lam.dtype).to(lam.device).view(-1, 1, 1)
+        lam *= (
+            torch
+            .tensor([one.scaling for one in diagonals], dtype=lam.dtype, device="cpu")
+            .to(lam.device)
+            .view(-1, 1, 1)
+        )
         gamma = torch.stack([in_dtype(one.gamma, pair.B.dtype) for one in diagonals])
         lam = lam.view(len(lam), rows, blocks, -1).transpose(1, 2)
         return cls(lam.contiguous(), _dealt(gamma, blocks, width).contiguous())

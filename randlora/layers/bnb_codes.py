@@ -117,7 +117,7 @@ def round_to_4bit(weight: Tensor, like: Any, storage: torch.dtype) -> tuple[Tens
 
 def step_4bit(state: Any) -> float:
     """Return the widest gap between two neighboring levels, at the largest scale."""
-    scales = _in_order(torch.empty(0), state)[1]
+    scales = _in_order(torch.empty(0, device="cpu"), state)[1]
     return float(state.code.sort().values.diff().max() * scales.max())
 
 

@@ -67,7 +67,7 @@ def peak_beside(piece: Piece, basis: Basis, dtype: torch.dtype, device_type: str
         if form is not None:  # the cached choice of a device that is not the one computed on
             vars(form)["shape"] = form.shape._replace(entry=pass_over(device_type, dtype).multiply_adds)
     shapes = diagonal_shapes(piece.shape, piece.r)
-    lam, gamma = (torch.empty(each, device=META, requires_grad=True) for each in shapes)
+    lam, gamma = (torch.empty(each, dtype=torch.float32, device=META, requires_grad=True) for each in shapes)
     x = torch.empty((piece.tokens, width), dtype=dtype, device=META, requires_grad=True)
     weight = torch.empty((height, width), dtype=dtype, device=META)
     grad = torch.empty((piece.tokens, height), dtype=dtype, device=META)

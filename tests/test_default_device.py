@@ -1,0 +1,282 @@
+"""Every public verb does the same whatever device and dtype torch makes tensors on and of where none are given."""
+
+import copy
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import randlora
+from tests.kit import all_bits, bits, fill
+from tests.laws import TOKENS, Mixed
+from tests.layer_kinds import LAYER_KINDS, LayerKind
+from tests.model_directories import contents, save_adapter, save_model
+from tests.models import LLAMA
+from tests.quantized_checkpoints import WIDE, quantize
+from tests.read_kinds import READ_KINDS, ReadKind, output_of
+from tests.strategies import KINDS_AND_STREAMS
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What a verb is called with.
+
+    Attributes:
+        model: A model with adapters ``a`` and ``b``, of which ``a`` is active.
+        saved: Those adapters on disk.
+        base: The checkpoint of a Llama.
+        adapter: An adapter of that, on disk.
+        parts: Adapters of two parts of that.
+        out: An empty directory.
+    """
+
+    model: nn.Module
+    saved: Path
+    base: Path
+    adapter: Path
+    parts: tuple[Path, Path]
+    out: Path
+
+
+@pytest.fixture(scope="module")
+def beforehand(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Make everything on the CPU, once."""
+    at = tmp_path_factory.mktemp("default_device")
+    torch.manual_seed(0)
+    model = Mixed()
+    for name in ("a", "b"):
+        randlora.inject(model, r=4, name=name, targets=["q", "up", "down"], basis="block", dropout=0.1)
+        fill(model, name, seed=ord(name))
+    randlora.save_all(model, at / "saved")
+    save_model(LLAMA, at / "base")
+    parts = [
+        save_adapter(LLAMA, at / name, targets=[name], values=1, stream="portable") for name in ("q_proj", "up_proj")
+    ]
+    return Place(model.eval(), at / "saved", at / "base", save_adapter(LLAMA, at / "adapter"), (*parts,), at)  # type: ignore[arg-type]
+
+
+def merged_once(at: Place) -> Any:
+    randlora.merge(at.model, reversible=True)
+    return randlora.unmerge(at.model)
+
+
+def output_inside(block: Callable[[nn.Module], Any]) -> Callable[[Place], Tensor]:
+    def run(at: Place) -> Tensor:
+        with block(at.model):
+            output: Tensor = at.model(TOKENS)
+        return output
+
+    return run
+
+
+def pooled(at: Place) -> Tensor:
+    randlora.eject(at.model)
+    pool = randlora.AdapterPool(at.model, at.saved, max_loaded=1)
+    with pool.using(["a"] * len(TOKENS)):
+        output: Tensor = at.model(TOKENS)
+    return output
+
+
+def gradients(at: Place) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(at.model(TOKENS).square().sum(), list(randlora.trainable_parameters(at.model)))
+
+
+def drawn(_: Place) -> list[Any]:
+    specs = [
+        randlora.BasisSpec(kind, stream, seed=3, r=4, max_dim=12, min_dim=8, blocks=(2, 2) if kind == "block" else None)
+        for kind, stream in KINDS_AND_STREAMS
+    ]
+    bank = randlora.BasisBank()
+    return [bank.acquire(spec).slices(12, 8, device="cpu", dtype=torch.float32) for spec in specs]
+
+
+VERBS: dict[str, Callable[[Place], Any]] = {
+    "AdapterPool": pooled,
+    "BasisBank": drawn,
+    "activate": lambda at: randlora.activate(at.model, {"a": 0.5, "b": 1.0}),
+    "adapter_state": lambda at: randlora.adapter_state(at.model, "a", bases="stored"),
+    "adapters": lambda at: randlora.adapters(at.model, norms=True),
+    "check_ranks": lambda at: randlora.check_ranks(at.model, values=True),
+    "combine": lambda at: randlora.combine(at.model, {"a": 1.0, "b": 2.0}, name="c", method="fit", tolerance=2.0),
+    "delta_weight": lambda at: randlora.delta_weight(at.model, "up", name="a"),
+    "disabled": output_inside(randlora.disabled),
+    "eject": lambda at: randlora.eject(at.model),
+    "equivalent_alpha": lambda _: randlora.equivalent_alpha(8, 16),
+    "files.convert": lambda at: randlora.files.convert(at.adapter, at.out / "lora", to="lora", rank=12, tolerance=1.0),
+    "files.inspect": lambda at: randlora.files.inspect(at.adapter, base=at.base),
+    "files.join": lambda at: randlora.files.join(at.parts, at.out / "whole"),
+    "files.merge": lambda at: randlora.files.merge(at.base, at.adapter, at.out / "merged"),
+    "files.plan": lambda at: randlora.files.plan(at.base, r=4),
+    "files.training_memory": lambda at: randlora.files.training_memory(at.base, r=4, tokens=8),
+    "files.verify": lambda at: randlora.files.verify(at.adapter, base=at.base),
+    "find_targets": lambda at: [site.fqn for site in randlora.find_targets(at.model, "all-linear")],
+    "inject": lambda at: randlora.inject(at.model, r=3, name="c", targets=["q"], train_also=["norm"]),
+    "limit_norms": lambda at: randlora.limit_norms(at.model, 0.01, name="a"),
+    "load": lambda at: randlora.load(at.model, at.saved / "b", name="c", trainable=True),
+    "load_all": lambda at: (randlora.eject(at.model), randlora.load_all(at.model, at.saved)),
+    "load_model": lambda at: randlora.load_model(at.adapter, base=at.base),
+    "merge": lambda at: (randlora.remove(at.model, "b"), randlora.merge(at.model)),
+    "merged": output_inside(randlora.merged),
+    "merged_tensors": lambda at: dict(randlora.merged_tensors(at.model)),
+    "plan": lambda at: randlora.plan(at.model, r=3, name="c"),
+    "prepare_quantized": lambda at: randlora.prepare_quantized(at.model),
+    "remove": lambda at: randlora.remove(at.model, "a"),
+    "rename": lambda at: randlora.rename(at.model, "a", "c"),
+    "routed": output_inside(lambda model: randlora.routed(model, ["a", "b", None] * (len(TOKENS) // 3))),
+    "save": lambda at: randlora.save(at.model, at.out / "a", name="a", bases="stored"),
+    "save_all": lambda at: randlora.save_all(at.model, at.out / "all"),
+    "set_adapter_state": lambda at: randlora.set_adapter_state(
+        at.model, randlora.adapter_state(at.model, "b"), name="a"
+    ),
+    "set_compute": lambda at: randlora.set_compute(at.model, "materialized"),
+    "set_trainable": lambda at: randlora.set_trainable(at.model, "b"),
+    "swap": lambda at: randlora.swap(at.model, "a", at.saved / "b"),
+    "trainable_parameters": gradients,
+    "training_memory": lambda at: randlora.training_memory(at.model, r=3, tokens=8),
+    "unmerge": merged_once,
+    "update_norms": lambda at: randlora.update_norms(at.model, name="b"),
+}
+"""A call of each: where it matters one of the kind that makes most tensors."""
+
+MAKE_NO_TENSORS = {
+    *("AdapterLayer", "AdapterState", "BasisSpec", "RandLoRAConfig", "RandLoRAError", "Report", "register_layer"),
+    "files.Progress",
+}
+"""Names beside these that are no verbs."""
+
+
+def described(result: Any) -> Any:
+    """Return a result in a form that can be compared bit for bit."""
+    if isinstance(result, Tensor):
+        return bits(result)
+    if isinstance(result, nn.Module):
+        return all_bits(result.state_dict())
+    if isinstance(result, Mapping):
+        return {key: described(value) for key, value in result.items()}
+    if isinstance(result, list | tuple):
+        return [described(value) for value in result]
+    if dataclasses.is_dataclass(result):
+        return {field.name: described(getattr(result, field.name)) for field in dataclasses.fields(result)}
+    return repr(result)
+
+
+@contextmanager
+def default_device(device: str) -> Iterator[None]:
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+DEFAULTS: dict[str, Callable[[], Any]] = {
+    "meta": lambda: default_device("meta"),
+    "in a block": lambda: torch.device("meta"),
+    "cuda": lambda: default_device("cuda"),
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+}
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+every_default = pytest.mark.parametrize(
+    "default",
+    [
+        *("meta", "float64"),
+        pytest.param("cuda", marks=needs_cuda),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("in a block", "bfloat16")),
+    ],
+)
+
+
+def done(verb: str, beforehand: Place, out: Path, default: Callable[[], Any]) -> tuple[Any, ...]:
+    """Call a verb on a copy of the model; return the result, the model, its output and the files written."""
+    at = dataclasses.replace(beforehand, model=copy.deepcopy(beforehand.model), out=out)
+    out.mkdir()
+    with default():
+        result = described(VERBS[verb](at))
+    found = result, all_bits(at.model.state_dict()), bits(at.model(TOKENS)), contents(out)
+    for path in out.iterdir():
+        shutil.rmtree(path)
+    out.rmdir()
+    return found
+
+
+def test_the_table_has_every_public_name() -> None:
+    named = {name for name in randlora.__all__ if not isinstance(getattr(randlora, name), ModuleType)}
+    named |= {f"files.{name}" for name in randlora.files.__all__}
+    assert named == VERBS.keys() | MAKE_NO_TENSORS
+
+
+@every_default
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_does_the_same(verb: str, default: str, beforehand: Place, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    expected = done(verb, beforehand, out, nullcontext)
+    if verb == "load_model" and default in ("meta", "in a block"):  # a rule of transformers, which it explains
+        with pytest.raises(RuntimeError, match="meta device context manager"):
+            done(verb, beforehand, out, DEFAULTS[default])
+        return
+    assert done(verb, beforehand, out, DEFAULTS[default]) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*LAYER_KINDS, *READ_KINDS], ids=lambda kind: kind.name)
+def test_a_layer_of_every_kind_does_the_same(kind: LayerKind | ReadKind, tmp_path: Path) -> None:
+    if isinstance(kind, ReadKind):
+        model, given, options = kind.model(), kind.arguments(), kind.adapter_options
+    else:
+        model, given = nn.Sequential(kind.build(24, 40, True, kind.exact)), (torch.randn(6, 24, dtype=kind.exact),)
+        options = {"r": 4, "targets": "all"}
+    found = []
+    for default in (nullcontext, DEFAULTS["meta"]):
+        with default():
+            found.append(described(list(worked_with(copy.deepcopy(model), given, options, tmp_path))))
+    assert found[0] == found[1]
+
+
+def worked_with(model: Any, given: tuple[Any, ...], options: dict[str, Any], directory: Path) -> Iterator[Any]:
+    """Adapt, change, differentiate, merge, save, load, route and compute norms; yield what came out."""
+    randlora.inject(model, **options)
+    parameters = list(randlora.trainable_parameters(model))
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.mul_(1.5).add_(0.1)
+    output = output_of(model[0](*given))
+    yield output
+    yield torch.autograd.grad(output.sum(), parameters)
+    with randlora.merged(model):
+        yield output_of(model[0](*given))
+    randlora.save(model, directory)
+    randlora.load(model, directory, name="b")
+    yield dict(randlora.merged_tensors(model))
+    yield randlora.update_norms(model, name="b")
+    with suppress(randlora.RandLoRAError), randlora.routed(model, ["b", None] * 3), torch.no_grad():
+        yield output_of(model[0](*given))
+    randlora.activate(model, "b")
+    randlora.remove(model, "default")
+    yield randlora.merge(model)
+    yield model
+
+
+def test_a_quantized_checkpoint_is_merged_into_all_the_same(tmp_path: Path) -> None:
+    base = quantize(WIDE, "nf4 twice", tmp_path / "base")
+    adapter = save_adapter(WIDE, tmp_path / "adapter", dtype=torch.bfloat16)
+    randlora.files.merge(base, adapter, tmp_path / "expected")
+    with default_device("meta"):
+        randlora.files.merge(base, adapter, tmp_path / "found")
+    assert contents(tmp_path / "found") == contents(tmp_path / "expected")
