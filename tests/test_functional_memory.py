@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from randlora.functional import Compute, adapted_linear, delta_weight, scratch
-from randlora.functional.scratch import Observer
+from randlora.modes import Observer
 from tests.pairs import Case, case, every_form
 
 every_way = pytest.mark.parametrize("compute", get_args(Compute))

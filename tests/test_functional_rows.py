@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from randlora.functional import Diagonals, update_rows
-from randlora.functional.scratch import Observer
+from randlora.modes import Observer
 from tests import reference
 from tests.pairs import Case, case, every_form
 from tests.strategies import ranks, sides

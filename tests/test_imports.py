@@ -24,6 +24,7 @@ ROOMS = (
     "errors",
     "choices",
     "meant",
+    "modes",
     "forwards",
     "hints",
     "layer_options",

@@ -105,5 +105,5 @@ def test_a_line_break_in_a_name_begins_no_line() -> None:
 def test_values_that_are_not_there_have_no_norms() -> None:
     model = with_two().to("meta")
     assert [info.norms for info in randlora.adapters(model)] == [None, None]
-    with pytest.raises(AdapterError, match="cannot compute the norms of 'a': Λ and Γ of q, up, down are on the meta"):
+    with pytest.raises(AdapterError, match="cannot compute the norms of 'a': Λ and Γ of q, up, down have no values"):
         randlora.adapters(model, norms=True)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import (
 
 import randlora
 from randlora.functional import Compute
-from randlora.functional.scratch import Observer, may_be_kept
+from randlora.modes import Observer, may_be_kept
 from tests.kit import fill
 from tests.layer_kinds import LAYER_KINDS, LayerKind, every_kind
 from tests.read_kinds import ReadKind, every_read_kind, weighted
@@ -165,7 +165,7 @@ def test_no_result_is_overwritten_under_a_mode_of_the_user(kind: LayerKind, mode
 
 
 def test_torch_says_whether_a_mode_is_active() -> None:
-    """By private names: see randlora/functional/scratch.py."""
+    """By private names: see randlora/modes.py."""
     assert not may_be_kept()
     with Observer():  # type: ignore[no-untyped-call]
         assert not may_be_kept()

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from randlora.bases.compact import Matrices
 from randlora.bases.spec import KINDS, BasisSpec, Kind, count_bases
 from randlora.errors import ConfigError
-from randlora.functional import Pair
+from randlora.functional import BlockPair, DensePair, Pair
+from randlora.functional.operation import pair_like
 from randlora.functional.region import Sides, Spans, all_of
+from randlora.modes import are_bases_fake, without_modes
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Made = TypeVar("Made")
@@ -28,6 +30,7 @@ Use = tuple[int, int, torch.device, torch.dtype, Sides | None]
 TracedUse = tuple[int, int, torch.device, torch.dtype, Spans, Spans, bool]
 """The same, flat as the compiler wants its constants, and whether a program is exported."""
 
+META = torch.device("meta")
 _MAKING = threading.Lock()  # shared by all bases, because a lock cannot be copied or pickled
 
 
@@ -68,6 +71,20 @@ def _aside(make: Callable[[], Made]) -> Made:
 
     with ThreadPoolExecutor(max_workers=1) as aside:
         return aside.submit(run).result()
+
+
+def _fake(pair: Pair, device: torch.device) -> Pair:
+    """Return bases like those of a pair on the meta device, made under a mode whose tensors are fake."""
+    basis_A, basis_B = (
+        torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        for tensor in (pair.A, pair.B)
+    )
+    fake = pair_like(basis_A, basis_B, pair.rest)
+    if isinstance(fake, BlockPair) and isinstance(pair.written, DensePair):
+        written = _fake(pair.written, device)
+        assert isinstance(written, DensePair), "it was dense"
+        fake.written = written
+    return fake
 
 
 class Squares(NamedTuple):
@@ -150,7 +167,7 @@ class Basis:
         if self.stored is not None:
             return self.stored
         if self._drawn is None:
-            with torch.inference_mode(mode=False):
+            with torch.inference_mode(mode=False), without_modes():
                 self._drawn = KINDS[self.spec.kind].draws[self.spec.stream](self.spec, *self.extent)
         return self._drawn
 
@@ -165,8 +182,9 @@ class Basis:
         """
         self.extend(max_dim, min_dim)
         r, columns_B = self.spec.r, count_bases(min_dim, self.spec.r) * self.spec.r
-        basis_A, basis_B = (matrix.to_dense(device=device, dtype=dtype) for matrix in self.matrices())
-        return Bases(basis_A[:, :min_dim].unsqueeze(1), basis_B[:max_dim, :columns_B].unflatten(1, (-1, r)))
+        with without_modes():
+            basis_A, basis_B = (matrix.to_dense(device=device, dtype=dtype) for matrix in self.matrices())
+            return Bases(basis_A[:, :min_dim].unsqueeze(1), basis_B[:max_dim, :columns_B].unflatten(1, (-1, r)))
 
     def pair(
         self,
@@ -195,6 +213,8 @@ class Basis:
             use = max_dim, min_dim, device, dtype, rows, columns, is_exporting()
             basis_A, basis_B = (getattr(self, self._constant(at, use, self.identity))() for at in (0, 1))
             return self._form.paired(self.spec, basis_A, basis_B, count_bases(min_dim, self.spec.r), part)
+        if are_bases_fake():
+            return _fake(self._made(max_dim, min_dim, META, dtype, sides), device)
         pair = self._pairs.get((max_dim, min_dim, device, dtype, sides))
         return self._made(max_dim, min_dim, device, dtype, sides) if pair is None else pair
 
@@ -214,13 +234,17 @@ class Basis:
             dtype: A floating dtype.
         """
         use = max_dim, min_dim, device, dtype
+        if are_bases_fake():
+            return self._squared(max_dim, min_dim, device, dtype, has_values=False)
         if use not in self._squares:
             self._squares[use] = _aside(lambda: self._squared(*use))
         return self._squares[use]
 
-    def _squared(self, max_dim: int, min_dim: int, device: torch.device, dtype: torch.dtype) -> Squares:
+    def _squared(
+        self, max_dim: int, min_dim: int, device: torch.device, dtype: torch.dtype, *, has_values: bool = True
+    ) -> Squares:
         r, num_bases = self.spec.r, count_bases(min_dim, self.spec.r)
-        if device.type == "meta":  # a model without values needs no draw
+        if device.type == "meta" or not has_values:  # a model without values needs no draw
             empty = partial(torch.empty, dtype=dtype, device=device)
             return Squares(empty((r, min_dim)), empty((r, num_bases)))
         basis_A, basis_B = self.matrices()
@@ -280,9 +304,10 @@ class Basis:
         columns_B = count_bases(min_dim, self.spec.r) * self.spec.r
         basis_A, basis_B = self.matrices()
         digest = hashlib.sha256(f"A {self.spec.r}x{min_dim} B {max_dim}x{columns_B}\n".encode())
-        for matrix, rows, columns in ((basis_A, self.spec.r, min_dim), (basis_B, max_dim, columns_B)):
-            for chunk in matrix.dense_chunks(rows):
-                digest.update(chunk[:, :columns].contiguous().numpy().astype("<f4", copy=False).tobytes())
+        with without_modes():
+            for matrix, rows, columns in ((basis_A, self.spec.r, min_dim), (basis_B, max_dim, columns_B)):
+                for chunk in matrix.dense_chunks(rows):
+                    digest.update(chunk[:, :columns].contiguous().numpy().astype("<f4", copy=False).tobytes())
         return self._digests.setdefault((max_dim, min_dim), digest.hexdigest())
 
     @property

@@ -21,6 +21,7 @@ from randlora.layer_options import by_rank
 from randlora.model.change import one_at_a_time
 from randlora.model.install import commit, owned_state, prepare
 from randlora.model.train_also import replacements
+from randlora.modes import in_mode, without_modes
 from randlora.placement.dtensor import reshard
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState, SavePretrained
@@ -117,7 +118,8 @@ def _added(census: Census, state: ModelState, found: Found, options: Options) ->
         sites = fit_sites(census, file)
         file = without_repeats(census, file)
         shapes = shapes_of(sites, file.config)
-        file, bases = file_bases(file, by_rank(shapes, file.options), state.bank, lambda: all_shapes(census))
+        with without_modes():
+            file, bases = file_bases(file, by_rank(shapes, file.options), state.bank, lambda: all_shapes(census))
     except CheckpointError as error:
         raise CheckpointError(f"cannot load {found.where}: {error}") from error
     doubts = warn_of_doubts(census.model, file)
@@ -128,7 +130,7 @@ def _added(census: Census, state: ModelState, found: Found, options: Options) ->
     foreign = [f"fields kept but not understood: {', '.join(unknown)}"] if unknown else []
     replaced = replacements(census, state, file.trained)
     for fqn, entry in replaced.items():
-        own = file.trained[fqn].to(device=entry.original.device, dtype=entry.original.dtype)
+        own = in_mode(file.trained[fqn]).to(device=entry.original.device, dtype=entry.original.dtype)
         adapter.trained[fqn] = nn.Parameter(own, requires_grad=trainable)
     addition = prepare(
         state,
@@ -156,7 +158,7 @@ def _placed(file: AdapterFile, sites: tuple[Site, ...]) -> dict[str, tuple[Tenso
     placed = {}
     for site in sites:
         device = site.layer_class.device_beside(site.owner)
-        lam, gamma = (master(part, device) for part in file.values[site.fqn])
+        lam, gamma = (master(in_mode(part), device) for part in file.values[site.fqn])
         placed[site.fqn] = (lam, gamma)
     return placed
 

@@ -20,6 +20,7 @@ from randlora.model.change import one_at_a_time
 from randlora.model.install import lost_sites, require_own
 from randlora.model.ranks import ranks_holding
 from randlora.model.train_also import lost_parameters
+from randlora.modes import has_values
 from randlora.placement.dtensor import Shard, is_dtensor, reshard, values_within
 from randlora.placement.ranks import agreed
 from randlora.replaced import whole_shape
@@ -111,8 +112,8 @@ def planned_values(
             for site in sites[:1]
             if any(hasattr(each, "ds_id") for each in own)
         ]
-        if any(each.is_meta for each in (*own, *adapter.trained.values())):
-            problems.append("the adapter has no values to write to (meta): materialize the model first")
+        if not all(has_values(each) for each in (*own, *adapter.trained.values())):
+            problems.append("the adapter has no values to write to (meta or fake): materialize the model first")
         raise_collected(CheckpointError, problems, doing=doing)
     return dict(_values(adapter, file, sites)).items()
 

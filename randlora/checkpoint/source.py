@@ -13,6 +13,7 @@ from randlora.config import Stream
 from randlora.disk.hub import local_path
 from randlora.disk.regular import is_there
 from randlora.errors import CheckpointError
+from randlora.modes import without_modes
 
 Source = str | os.PathLike[str] | AdapterState
 """A directory, the safetensors file in it, a repository on the Hub, or what `randlora.adapter_state` returns."""
@@ -49,7 +50,8 @@ def read_source(
         )
     try:
         if not isinstance(source, AdapterState):
-            return Found(read_adapter(locate(source, revision, subfolder), stream), where, rule)
+            with without_modes():
+                return Found(read_adapter(locate(source, revision, subfolder), stream), where, rule)
         if given := [each for each in (revision, subfolder, stream) if each is not None]:
             raise CheckpointError(f"it has no revision, subfolder or stream, got {given[0]!r}")
         return Found(file_of(source), where, f"the names in {rule}")

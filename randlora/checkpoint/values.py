@@ -11,6 +11,7 @@ from torch import Tensor
 from randlora.bases.spec import count_bases
 from randlora.checkpoint.keys import GAMMA_SUFFIX, LAMBDA_SUFFIX, basis_keys
 from randlora.layer_options import LayerOptions
+from randlora.modes import has_values
 from randlora.replaced import FLATTENED
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -48,15 +49,15 @@ def save_problems(values: Mapping[str, Value]) -> list[str]:
 
 
 def meta_problems(values: Mapping[str, Value]) -> list[str]:
-    """Return which of the values, by name, are on the meta device."""
-    return [f"{name} {_META}" for name, value in values.items() if value.parameter.is_meta]
+    """Return which of the values, by name, have no values."""
+    return [f"{name} {_META}" for name, value in values.items() if not has_values(value.parameter)]
 
 
-_META = "holds no values to save (meta): materialize the model first"
+_META = "holds no values to save (meta or fake): materialize the model first"
 
 
 def _save_problem(tensor: Tensor, shape: Sequence[int]) -> str | None:
-    if tensor.is_meta:
+    if not has_values(tensor):
         return _META
     if type(tensor.data) is not Tensor:
         return f"is sharded, a {type(tensor.data).__name__}: gather it first"

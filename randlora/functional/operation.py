@@ -116,7 +116,7 @@ def _output(
 ) -> Tensor:
     """Compute the output, ``(tokens, out)``, from the arguments of the autograd functions."""
     tokens = rows.shape[0]
-    pair = form_for(_pair_like(basis_A, basis_B, rest), tokens, compute)
+    pair = form_for(pair_like(basis_A, basis_B, rest), tokens, compute)
     layer = _layer(weight, pair, lam, gamma, scaling, is_wide=is_wide)
     has_weight = weight is not None
     way = chosen_forward(tokens, pair, is_wide=is_wide, has_weight=has_weight, compute=compute)
@@ -143,7 +143,7 @@ def form_for(pair: Pair, tokens: int, compute: Compute) -> Pair:
     return pair.written
 
 
-def _pair_like(basis_A: Tensor | None, basis_B: Tensor | None, rest: Any, /) -> Pair:
+def pair_like(basis_A: Tensor | None, basis_B: Tensor | None, rest: Any, /) -> Pair:
     """Rebuild a pair from the tensors passed to an autograd function; without them, ``rest`` is the pair."""
     if basis_A is None or basis_B is None:
         whole: Pair = rest
@@ -217,7 +217,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, lam, gamma, basis_A, basis_B = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_lam, needs_gamma, *others = ctx.needs_input_grad
     needs_diagonals = needs_lam or needs_gamma
-    pair = form_for(_pair_like(basis_A, basis_B, ctx.rest), grad.shape[0], ctx.compute)
+    pair = form_for(pair_like(basis_A, basis_B, ctx.rest), grad.shape[0], ctx.compute)
     held = (ctx.write_out or weight) if needs_x else None
     has_weight, is_wide = ctx.write_out is not None or weight is not None, ctx.is_wide
     x_way, diagonals_way = chosen_backward(

@@ -16,6 +16,7 @@ from randlora.functional import scratch
 from randlora.functional.adapted import Pair
 from randlora.functional.cost import Compute, chosen_forward
 from randlora.functional.operation import Diagonals, adapted_linear
+from randlora.modes import may_be_kept
 
 
 def goes_together(
@@ -31,7 +32,7 @@ def goes_together(
         is_wide: Whether the input has ``min_dim`` features.
         compute: How to compute; see `randlora.functional.cost`.
     """
-    if len(counts) == 1 or scratch.is_transformed() or scratch.may_be_kept():
+    if len(counts) == 1 or scratch.is_transformed() or may_be_kept():
         return False
     if torch.is_grad_enabled() and (x.requires_grad or any(part.requires_grad for part in diagonals)):
         return False

@@ -12,6 +12,7 @@ from randlora.functional.adapted import Pair, adapted
 from randlora.functional.operation import Diagonals, adapted_linear
 from randlora.functional.scratch import in_dtype, is_transformed, without_autocast
 from randlora.functional.update import delta_weight
+from randlora.modes import are_bases_fake
 
 
 def update_rows(ids: Tensor, pair: Pair, diagonals: Diagonals, *, num_rows: int, is_wide: bool) -> Tensor:
@@ -44,7 +45,9 @@ def update_rows(ids: Tensor, pair: Pair, diagonals: Diagonals, *, num_rows: int,
         rows = adapted_linear(chosen, pair, diagonals, is_wide=True)
     elif is_transformed():
         rows = _rows(flat, *diagonals, pair)
-    elif device == "cpu":  # elsewhere the program would wait for the number of different indices
+    elif (
+        device == "cpu" and not are_bases_fake()
+    ):  # elsewhere the program would wait for the number of different indices
         different, places = flat.unique(return_inverse=True)
         rows = F.embedding(places, _recomputed(different, diagonals, pair))
     else:

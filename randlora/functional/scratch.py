@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+from randlora.modes import may_be_kept
 
 # Private, but the only way to ask, and what torch's own `Function.apply` asks. Without it everything runs as under a
 # transform, which is correct but slower; tests/test_functional_transforms.py fails if torch renames it.
@@ -20,19 +21,6 @@ is_in_transform: Callable[[], bool] = getattr(torch._C, "_are_functorch_transfor
 
 is_traced: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
 """Whether `torch.jit.trace` runs the code: what `torch.jit.is_tracing` asks, which takes five times as long."""
-
-
-count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-"""The number of active dispatch modes. Private like `is_in_transform`, and replaced in the same way."""
-
-
-class Observer(TorchDispatchMode):
-    """A dispatch mode that keeps no result of an operator, so that arithmetic in place goes on under it."""
-
-
-def may_be_kept() -> bool:
-    """Whether a dispatch mode is active that may keep results of operators, which then must not be overwritten."""
-    return count_modes() > 0 and not all(isinstance(mode, Observer) for mode in _get_current_dispatch_mode_stack())
 
 
 def is_transformed() -> bool:

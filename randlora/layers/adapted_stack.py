@@ -16,6 +16,7 @@ from randlora.functional.cost import chosen_all_at_once, chosen_forward
 from randlora.functional.scratch import without_autocast
 from randlora.layers.inputs import autocast_dtype, have_one_dtype, is_plain_tensor
 from randlora.layers.update import Update, folded, sum_updates
+from randlora.modes import has_values
 
 
 class Shared:
@@ -235,7 +236,7 @@ def _select(stack: AdaptedStack, index: Any) -> Any:
     if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0 and index.dtype != torch.bool):
         return AdaptedStack(stack.parts.at(index))
     if isinstance(index, Tensor) and index.dim() == 1 and index.dtype in (torch.int32, torch.int64):
-        if index.is_meta:  # values are not known, so neither is which occur
+        if not has_values(index):  # values are not known, so neither is which occur
             return stack.parts.at(index).formed()
         which, places = index.unique(return_inverse=True)
         which = which if len(which) else index.new_zeros(1)  # none is visited: form any one

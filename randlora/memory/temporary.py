@@ -15,9 +15,9 @@ from randlora.bases.basis import Basis
 from randlora.functional import Diagonals, Pair, adapted_linear
 from randlora.functional.cost import pass_over
 from randlora.functional.region import taken
-from randlora.functional.scratch import Observer
 from randlora.layers.diagonals import diagonal_shapes
 from randlora.memory.pieces import Piece
+from randlora.modes import Observer
 
 META = torch.device("meta")
 

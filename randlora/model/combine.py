@@ -25,6 +25,7 @@ from randlora.model.install import commit, lost_sites, owned_state, prepare
 from randlora.model.ranks import ranks_holding
 from randlora.model.train_also import lost_parameters, replacements
 from randlora.model.trainable import offloaded_diagonals
+from randlora.modes import has_values
 from randlora.placement.dtensor import reshard
 from randlora.placement.place import whole
 from randlora.placement.ranks import agreed, in_step
@@ -168,10 +169,10 @@ def _form_problems(state: ModelState, sites: Iterable[AdaptedSite], sources: Seq
         if (part := site.layer.adapters.get(source.name)) is not None and part.shape != wanted
     ]
     problems += [
-        f"{site.fqn} has no values (meta): load the model first"
+        f"{site.fqn} has no values (meta or fake): load the model first"
         for site in sites
         if any(
-            each.is_meta
+            not has_values(each)
             for source in sources
             if source.name in site.layer.adapters
             for each in site.layer.diagonals_of(site.owner, source.name)

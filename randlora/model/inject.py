@@ -34,6 +34,7 @@ from randlora.meant import call_for, is_of_peft
 from randlora.model.change import all_or_nothing, one_at_a_time
 from randlora.model.install import commit, detach_all, owned_state, prepare, require_detachable, require_own, unfold_all
 from randlora.model.train_also import misplaced_copies, replacements, select_parameters, train_also_problems
+from randlora.modes import has_values
 from randlora.placement.dtensor import is_dtensor, reshard
 from randlora.placement.place import whole
 from randlora.placement.ranks import agreed, in_step, ranks_of
@@ -190,7 +191,7 @@ def inject(
     _warn(report)
     adapter.init = init
     adapter.bases |= planned.shared
-    if not all(parameter.is_meta for site in sites for parameter in site.owner.parameters()):
+    if any(has_values(parameter) for site in sites for parameter in site.owner.parameters()):
         for rank in adapter.bases.keys() - planned.shared.keys():
             adapter.bases[rank].matrices()  # drawn now, so that errors are raised before the model changes
     if callable(adapter.config.targets) or callable(adapter.config.exclude):  # which cannot be pickled or saved

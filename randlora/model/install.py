@@ -26,6 +26,7 @@ from randlora.model.calls import unwatch_calls, watch_calls
 from randlora.model.change import all_or_nothing, set_requires_grad
 from randlora.model.reducers import warn_of_unknown
 from randlora.model.save_guard import guard_saving, unguard_saving
+from randlora.modes import fake_obstacle
 from randlora.placement.dtensor import is_dtensor
 from randlora.replaced import ReplacedParameter, held_at, whole_shape
 from randlora.required_grad import RequiredGrad
@@ -79,6 +80,9 @@ def owned_state(census: Census, name: str, doing: str) -> ModelState:
     if attached_state(model) is None and has_attribute(model, ATTRIBUTE):
         raise AdapterError(f"cannot {doing}: the model has an attribute {ATTRIBUTE} of its own; rename that")
     raise_collected(AdapterError, census.foreign, doing=doing)
+    for held in census.parameters:
+        if (reason := fake_obstacle(held.parameter)) is not None:
+            raise AdapterError(f"cannot {doing}: {held.fqn} {reason}")
     state = attached_state(model) or ModelState()
     state.require_loaded(model)
     state.adopt_parameters(model)

@@ -19,6 +19,7 @@ from randlora.model.install import lost_sites
 from randlora.model.norms import update_norms
 from randlora.model.train_also import lost_parameters
 from randlora.model.trainable import adapter_parameters
+from randlora.modes import has_values
 from randlora.report import as_lines, wrapped
 from randlora.state import adapted_root, is_adapted
 from randlora.targets.match import shortened
@@ -130,9 +131,9 @@ def adapters(model: nn.Module, *, norms: bool = False) -> list[AdapterInfo]:
 @torch.no_grad()
 def _norms(model: nn.Module, name: str) -> dict[str, float]:
     norms = update_norms(model, name=name)
-    if absent := [fqn for fqn, norm in norms.items() if norm.is_meta]:
+    if absent := [fqn for fqn, norm in norms.items() if not has_values(norm)]:
         raise AdapterError(
-            f"cannot compute the norms of {name!r}: Λ and Γ of {shortened(absent)} are on the meta device"
+            f"cannot compute the norms of {name!r}: Λ and Γ of {shortened(absent)} have no values (meta or fake)"
         )
     return {fqn: norm.item() for fqn, norm in norms.items()}
 

@@ -106,7 +106,7 @@ def weight_problems(sites: Sequence[AdaptedSite], into: Into) -> list[str]:
             problems.append(f"{site.fqn} computes its weight from other parameters: remove the parametrization first")
         elif _is_incomplete(site, weight):
             problems.append(
-                f"the weight of {site.fqn} is incomplete (meta, offloaded or sharded): load or gather it first"
+                f"the weight of {site.fqn} is incomplete (meta, fake, offloaded or sharded): load or gather it first"
             )
         elif (reason := layer.merge_obstacle(site.owner, into)) is not None:
             problems.append(f"{site.fqn} {reason}")

@@ -1,0 +1,70 @@
+"""torch's dispatch modes, which see every operator: whether one is active, running outside of them, and fake tensors.
+
+Selective activation checkpointing is such a mode, and so is torch's `FakeTensorMode`, whose tensors have no values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
+
+# Private, but the only way to ask. Without it everything runs as under a mode, which is correct but slower;
+# tests/test_selective_checkpointing.py fails if torch renames it.
+count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+"""Return the number of active modes."""
+
+
+class Observer(TorchDispatchMode):
+    """A mode that keeps no result of an operator, so that arithmetic in place goes on under it."""
+
+
+def may_be_kept() -> bool:
+    """Whether a mode is active that may keep results of operators, which then must not be overwritten."""
+    return count_modes() > 0 and not all(isinstance(mode, Observer) for mode in _get_current_dispatch_mode_stack())
+
+
+def without_modes() -> AbstractContextManager[object]:
+    """Return a context in which no mode is active, for values that must be real."""
+    return _disable_current_modes()  # type: ignore[no-any-return,no-untyped-call]
+
+
+def fake_mode() -> FakeTensorMode | None:
+    """Return the active mode whose tensors are fake, or ``None``."""
+    return _active("FAKE") if count_modes() else None  # type: ignore[no-any-return]
+
+
+def are_bases_fake() -> bool:
+    """Whether bases must be fake: not for a mode that takes real tensors too, or for one that records a program."""
+    mode = fake_mode()
+    return mode is not None and not mode.allow_non_fake_inputs and _active("PROXY") is None
+
+
+def in_mode(tensor: Tensor) -> Tensor:
+    """Return a real tensor as code in the active modes takes it: a fake one under a mode whose tensors are fake."""
+    mode = fake_mode()
+    return tensor if mode is None else mode.from_tensor(tensor)
+
+
+def fake_obstacle(tensor: Tensor) -> str | None:
+    """Return why tensors made now would not fit beside one, as a phrase that follows its name, or ``None``."""
+    mode = fake_mode()
+    if isinstance(tensor, FakeTensor) and tensor.fake_mode is not mode:
+        return "is fake: call this, and the model, under the FakeTensorMode that it was made under"
+    if mode is not None and not isinstance(tensor, FakeTensor):
+        return "has values, and what is made under FakeTensorMode has none: leave that, or build the model under it"
+    return None
+
+
+def _active(key: str) -> Any:
+    return torch._C._get_dispatch_mode(getattr(torch._C._TorchDispatchModeKey, key))
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor has values: it is not on the meta device, and not fake."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
