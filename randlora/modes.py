@@ -31,12 +31,12 @@ def may_be_kept() -> bool:
 
 def without_modes() -> AbstractContextManager[object]:
     """Return a context in which no mode is active, for values that must be real."""
-    return _disable_current_modes()  # type: ignore[no-any-return,no-untyped-call]
+    return _disable_current_modes()
 
 
 def fake_mode() -> FakeTensorMode | None:
     """Return the active mode whose tensors are fake, or ``None``."""
-    return _active("FAKE") if count_modes() else None  # type: ignore[no-any-return]
+    return _active("FAKE") if count_modes() else None
 
 
 def are_bases_fake() -> bool:

@@ -57,7 +57,7 @@ def assert_pretends(
     return fake_counter.get_total_flops(), counter.get_total_flops()
 
 
-LAYERS = {"Linear": lambda: nn.Linear(24, 40), "Conv1D": lambda: Conv1D(40, 24)}
+LAYERS: dict[str, Callable[[], nn.Module]] = {"Linear": lambda: nn.Linear(24, 40), "Conv1D": lambda: Conv1D(40, 24)}
 
 
 @pytest.mark.parametrize("layer", LAYERS)
