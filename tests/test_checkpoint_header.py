@@ -13,6 +13,7 @@ from torch import Tensor
 
 from randlora import BasisSpec, RandLoRAConfig
 from randlora.checkpoint.format import BasisRecord, Header, dump_header, parse_header
+from randlora.checkpoint.model_class import ModelClass
 from randlora.config import LARGEST_FACTOR
 from randlora.errors import CheckpointError
 from randlora.targets.site import Shapes
@@ -57,7 +58,9 @@ def headers(draw: st.DrawFn) -> Header:
     transposed = draw(st.none() | st.just(tuple(shapes)))
     kinds = dict.fromkeys(shapes, "experts") if draw(st.booleans()) else {}
     records = {spec.r: BasisRecord(spec, digest, draw(st.booleans()))}
-    return Header(config, records, shapes, draw(names), draw(st.none() | names), transposed, kinds)
+    labels = st.none() | st.lists(names, max_size=3).map(tuple)
+    model_class = st.none() | st.builds(ModelClass, names, names, labels, st.none() | names)
+    return Header(config, records, shapes, draw(names), draw(st.none() | names), transposed, kinds, draw(model_class))
 
 
 @given(headers())
@@ -159,6 +162,11 @@ BROKEN_FACTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "shape-bool": lambda facts: facts["targets"].update(a=[True, 6]),
     "shape-zero": lambda facts: facts["targets"].update(a=[0, 6]),
     "shape-negative": lambda facts: facts["targets"].update(a=[4, -6]),
+    "model_class-text": lambda facts: facts.update(model_class="BertModel"),
+    "model_class-unnamed": lambda facts: facts.update(model_class={"library": "transformers"}),
+    "model_class-labels": lambda facts: facts.update(
+        model_class={"library": "transformers", "name": "BertModel", "labels": {"0": "a"}}
+    ),
     "target-of-unknown-kind": lambda facts: facts.update(kinds={"a": "convolutions"}),
     "target-of-no-kind": lambda facts: facts.update(kinds={"a": ["experts"]}),
     "kind-of-no-target": lambda facts: facts.update(kinds={"c": "experts"}),

@@ -331,6 +331,12 @@ def test_a_parameter_that_a_class_lacks_is_missing_for_load_merge_and_verify(tmp
     missing = "the model has no parameter classifier.weight, which was trained with the adapter"
     with pytest.raises(CheckpointError, match=missing):
         randlora.load(bare, tmp_path / "adapter", prefix="bert")
+    lacking = r"differ by the prefix 'bert', and the model has no parameter classifier\.weight.*, which was trained"
+    with pytest.raises(CheckpointError, match=f"{lacking}.* as it was trained, a BertForSequenceClassification"):
+        randlora.load(bare, tmp_path / "adapter")
+    reseal(tmp_path / "adapter", model_class=None)  # as version 0.2 wrote it
+    with pytest.raises(CheckpointError, match=f"{lacking} with the adapter$"):
+        randlora.load(bare, tmp_path / "adapter")
     with pytest.raises(CheckpointError, match=missing):
         randlora.files.merge(tmp_path / "bare", tmp_path / "adapter", tmp_path / "out", prefix="bert")
     assert missing in str(randlora.files.verify(tmp_path / "adapter", tmp_path / "bare", prefix="bert"))

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import randlora
 from randlora.errors import CheckpointError, ConfigError
 from tests import models
+from tests.checkpoint_files import reseal
 from tests.kit import adapter_values, all_bits, fill
 from tests.peer import THEIR_WARNINGS
 from tests.trainers import plain_model
@@ -55,6 +56,14 @@ def edit(path: str, **fields: object) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **fields}), encoding="utf-8")
 
 
+def edit_nameless(path: str, **fields: object) -> None:
+    """Edit a file of the base, or make one, beside an adapter of version 0.2, which names no class."""
+    reseal(Path("adapter"), model_class=None)
+    if not Path(path).exists():
+        Path(path).write_text("{}", encoding="utf-8")
+    edit(path, **fields)
+
+
 def test_base_and_adapter_are_loaded(saved: nn.Module) -> None:
     model = randlora.load_model("adapter")
     assert type(model).__name__.endswith("LlamaForCausalLM")
@@ -85,10 +94,9 @@ def test_what_is_given_decides(saved: nn.Module) -> None:
             lambda: edit("adapter/adapter_config.json", base_model_name_or_path="no/where"),
             "base model 'no/where",
         ),
-        (lambda: edit("base/config.json", architectures=["Unheard"]), "has no class 'Unheard'"),
-        (lambda: edit("base/config.json", architectures=["pipeline"]), "has no class 'pipeline'"),
-        (lambda: Path("base/modules.json").write_text("[]"), "one of sentence-transformers: create it by"),
-        (lambda: Path("base/model_index.json").write_text("{}"), "one of diffusers: create it by"),
+        (lambda: edit_nameless("base/config.json", architectures=["Unheard"]), "has no class 'Unheard'"),
+        (lambda: edit_nameless("base/config.json", architectures=["pipeline"]), "has no class 'pipeline'"),
+        (lambda: edit_nameless("base/model_index.json"), "one of diffusers: create it by"),
         (lambda: edit("base/config.json", hidden_size=16), "base model 'base'"),
         (lambda: Path("adapter/adapter_model.safetensors").write_bytes(b"x" * 64), "adapter_model.safetensors"),
     ],

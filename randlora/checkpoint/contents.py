@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from randlora.checkpoint.format import Header, adapter_tensors, stored_bases, stored_dims
+from randlora.checkpoint.model_class import ModelClass
 from randlora.checkpoint.peft_config import drawing_note, peft_obstacle, to_peft_fields, unknown_to_peft
 from randlora.checkpoint.values import Value, is_text, meta_problems, save_problems
 from randlora.errors import CheckpointError, raise_collected
@@ -136,8 +137,16 @@ def contents_of(held: Gathered) -> Contents:
     # a module used in several places may have another name now, if one of them is gone or new
     adapter = replace(adapter, options={site.fqn: site.layer.adapters[adapter.name].options for site in sites})
     transposed = tuple(site.fqn for site in sites if site.layer_class.is_transposed)
+    model_class = ModelClass.of(held.census.model, has_trained=bool(adapter.trained))
     header = Header.of(
-        adapter.config, adapter.options, adapter.bases, shapes, adapter.trained, transposed, other_kinds(sites)
+        adapter.config,
+        adapter.options,
+        adapter.bases,
+        shapes,
+        adapter.trained,
+        transposed,
+        other_kinds(sites),
+        model_class,
     )
     tensors = adapter_tensors(held.diagonals, held.trained, copy=not held.are_copies)
     if held.bases == "stored":

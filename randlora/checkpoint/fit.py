@@ -14,6 +14,7 @@ from randlora.checkpoint.read import AdapterFile
 from randlora.disk.tensor_file import Entry
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.layers.registry import find_layer
+from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles, offloaded_copies
 from randlora.targets.site import Shapes, Site, shapes_of, sizes
 from randlora.targets.walk import Census, sites_of
@@ -21,7 +22,7 @@ from randlora.targets.walk import Census, sites_of
 
 def fit_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
     """Return the weights that a file names, after checking that everything in it fits the model, adapted or not."""
-    sites = named_sites(census, file.values)
+    sites = named_sites(census, file)
     own = {held.fqn: held.parameter for held in census.parameters}
     problems = [
         *obstacles(census, sites, file.config.dropout),
@@ -31,20 +32,20 @@ def fit_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
             if site.weight is not None and site.weight.is_meta and not site.layer_class.is_offloaded(site.owner)
         ),
         *misfits(file, shapes_of(sites, file.config)),
-        *trained_misfits(own, file.trained),
+        *trained_misfits(own, file),
         *offloaded_copies(census, file.trained),
     ]
     raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
     return sites
 
 
-def named_sites(census: Census, fqns: Iterable[str]) -> tuple[Site, ...]:
-    """Return the weights of some FQNs, under these FQNs. If a prefix is all that differs, the error names it."""
+def named_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
+    """Return the weights that a file names, under its FQNs. If a prefix is all that differs, the error names it."""
     sites = {site.fqn: site for visit in census.visits for site in sites_of(visit)}
     modules = {visit.fqn: visit.module for visit in census.visits}
     problems: list[str] = []
     found: dict[tuple[int, str], Site] = {}
-    for fqn in fqns:
+    for fqn in file.values:
         if (site := sites.get(fqn)) is not None:
             twin = found.setdefault(site.key, site)
             if twin is not site:
@@ -55,7 +56,7 @@ def named_sites(census: Census, fqns: Iterable[str]) -> tuple[Site, ...]:
             problems.append(f"{fqn} ({type(modules[fqn]).__name__}) cannot be adapted: {reason}")
         else:
             problems.append(f"{fqn} ({type(modules[fqn]).__name__}) has no weight that can be adapted")
-    problems = prefix_problems([*fqns], sites) or problems
+    problems = prefix_problems(file, sites, parameter_names(census)) or problems
     raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
     return tuple(site for site in sites.values() if found.get(site.key) is site)
 
@@ -65,13 +66,18 @@ def layer_names(census: Census) -> set[str]:
     return {site.fqn for visit in census.visits for site in sites_of(visit)}
 
 
+def parameter_names(census: Census) -> set[str]:
+    """Return the FQNs of all parameters, at each of their places."""
+    return {held.fqn for held in census.parameters}
+
+
 def all_shapes(census: Census) -> list[Shape]:
     """Return the shapes of all weights that can be adapted, at each of their places."""
     return [site.shape for visit in census.visits for site in sites_of(visit)]
 
 
-def with_prefix(file: AdapterFile, prefix: str, known: Collection[str]) -> AdapterFile:
-    """Return an adapter with a prefix added to its names or removed from them, whichever gives known names."""
+def with_prefix(file: AdapterFile, prefix: str, known: Collection[str], parameters: Collection[str]) -> AdapterFile:
+    """Return an adapter with a prefix added to its names or removed from them, whichever gives known layers."""
     if not prefix.strip("."):
         raise ConfigError(f"prefix must be the name of a module, such as 'bert', got {prefix!r}")
     dotted = f"{prefix.removesuffix('.')}."
@@ -81,19 +87,23 @@ def with_prefix(file: AdapterFile, prefix: str, known: Collection[str]) -> Adapt
             return file.renamed(lambda fqn: dotted + fqn, f"with {dotted!r} added")
         case ["removed"]:
             others = [fqn for fqn in file.trained if not fqn.startswith(dotted)]
-            problems = [f"the model has no parameter {fqn}, which was trained with the adapter" for fqn in others]
+            problems = [_no_parameter(fqn, file) for fqn in others]
             raise_collected(CheckpointError, problems, doing=f"remove the prefix {prefix!r}")
             return file.renamed(lambda fqn: fqn.removeprefix(dotted), f"with {dotted!r} removed")
         case []:
             fit = "as they are: leave it out" if all(name in known for name in names) else "neither with it nor without"
-            problems = prefix_problems(names, known) or [f"the names of the adapter's layers fit {fit}"]
+            problems = prefix_problems(file, known, parameters) or [f"the names of the adapter's layers fit {fit}"]
             raise CheckpointError(f"cannot use prefix={prefix!r}: {problems[0]}")
         case _:
             raise CheckpointError(f"cannot use prefix={prefix!r}: the model has such layers both with and without it")
 
 
-def prefix_problems(names: Sequence[str], known: Collection[str]) -> list[str]:
-    """Return what to do if exactly one prefix, added to all names or removed from them, gives known ones."""
+def prefix_problems(file: AdapterFile, known: Collection[str], parameters: Collection[str]) -> list[str]:
+    """Return what to do if exactly one prefix, added to all names or removed from them, gives known layers.
+
+    The prefix is no advice if the model lacks a parameter that was trained with the adapter, such as that of a head.
+    """
+    names = [*file.values]
     if all(name in known for name in names):
         return []
     parts = names[0].split(".")
@@ -102,8 +112,21 @@ def prefix_problems(names: Sequence[str], known: Collection[str]) -> list[str]:
     fitting = [prefix.removesuffix(".") for prefix in prefixes if len(_directions(prefix, names, known)) == 1]
     if len(fitting) != 1:
         return []
+    dotted = f"{fitting[0]}."
+    is_added = _directions(dotted, names, known) == ["added"]
+    renamed = {fqn: f"{dotted}{fqn}" if is_added else fqn.removeprefix(dotted) for fqn in file.trained}
+    lacking = [fqn for fqn, own in renamed.items() if own not in parameters or not (is_added or fqn.startswith(dotted))]
     differ = f"the names of the adapter's layers and the model's differ by the prefix {fitting[0]!r}"
+    if lacking:
+        return [f"{differ}, and {_no_parameter(shortened(lacking), file)}"]
     return [f"{differ}: pass prefix={fitting[0]!r}"]
+
+
+def _no_parameter(name: str, file: AdapterFile) -> str:
+    """Return that a model lacks a parameter, and on which class it was trained if the file says so."""
+    known = None if file.header is None else file.header.model_class
+    make = f": make the model as it was trained, a {known.name}" if known is not None else ""
+    return f"the model has no parameter {name}, which was trained with the adapter{make}"
 
 
 def _directions(prefix: str, names: Sequence[str], known: Collection[str]) -> list[str]:
@@ -129,12 +152,12 @@ def misfits(file: AdapterFile, shapes: Shapes) -> list[str]:
     return problems
 
 
-def trained_misfits(own: Mapping[str, Tensor | Entry], trained: Mapping[str, Tensor]) -> list[str]:
+def trained_misfits(own: Mapping[str, Tensor | Entry], file: AdapterFile) -> list[str]:
     """Return which parameters trained with an adapter are missing or different in the model."""
     problems = []
-    for fqn, tensor in trained.items():
+    for fqn, tensor in file.trained.items():
         if fqn not in own:
-            problems.append(f"the model has no parameter {fqn}, which was trained with the adapter")
+            problems.append(_no_parameter(fqn, file))
         elif not own[fqn].dtype.is_floating_point:
             problems.append(f"{fqn} holds {own[fqn].dtype} here, and was trained as {tensor.dtype}")
         elif tuple(own[fqn].shape) != tuple(tensor.shape):

@@ -20,6 +20,7 @@ from torch import Tensor
 from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec, Shape, drawn_dims, sliced_dims
 from randlora.checkpoint.keys import basis_keys, trained_key, value_keys
+from randlora.checkpoint.model_class import ModelClass
 from randlora.checkpoint.schema import HeaderFacts1, HeaderFacts2
 from randlora.config import ADDED_SINCE_FORMAT_1, RandLoRAConfig
 from randlora.disk.json_text import parse_json
@@ -105,7 +106,8 @@ class Header:
     ``config`` gives r and alpha of each target by FQN where they differ, ``bases`` are those of each r, and ``shapes``
     are those of the updates by target. ``torch_version`` is that of the torch that drew the bases, and ``transposed``
     are the targets that are stored as ``(in_features, out_features)``; ``None`` if the file does not say.
-    ``kinds`` are the kinds of targets that are not linear layers.
+    ``kinds`` are the kinds of targets that are not linear layers. ``model_class`` is what the adapter was trained on;
+    ``None`` if the file does not say.
     """
 
     config: RandLoRAConfig
@@ -115,6 +117,7 @@ class Header:
     torch_version: str | None
     transposed: tuple[str, ...] | None
     kinds: Mapping[str, str] = field(default_factory=dict)
+    model_class: ModelClass | None = None
 
     @classmethod
     def of(
@@ -126,13 +129,14 @@ class Header:
         trained: Iterable[str],
         transposed: tuple[str, ...] | None,
         kinds: Mapping[str, str],
+        model_class: ModelClass | None,
     ) -> Header:
         """Return the header of an adapter, given its layers' shapes and the FQNs of the parameters trained with it."""
         config = replace(config, targets=tuple(shapes), exclude=None, train_also=tuple(trained) or None)
         records = {r: BasisRecord.of(bases[r], own) for r, own in by_rank(shapes, options).items()}
         is_drawn = any(record.is_reproducible for record in records.values())
         versions = version("randlora"), torch.__version__.split("+")[0] if is_drawn else None
-        return cls(listed(config, options), records, dict(shapes), *versions, transposed, kinds)
+        return cls(listed(config, options), records, dict(shapes), *versions, transposed, kinds, model_class)
 
     @property
     def format_version(self) -> int:
@@ -172,6 +176,7 @@ def dump_header(header: Header, tensors: Mapping[str, Tensor]) -> str:
         "torch_version": header.torch_version,
         "transposed": header.transposed,
         **({"kinds": dict(header.kinds)} if header.kinds else {}),  # the first files have none
+        **({"model_class": header.model_class.to_dict()} if header.model_class else {}),  # nor this
     }
     if header.format_version == 1:
         (record,) = header.bases.values()
@@ -207,6 +212,7 @@ def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
             torch_version=facts.get("torch_version"),  # the first files have neither this
             transposed=None if (found := facts.get("transposed")) is None else tuple(found),  # nor this
             kinds=_parsed_kinds(facts.get("kinds", {}), facts["targets"]),
+            model_class=ModelClass.from_dict(facts["model_class"]) if "model_class" in facts else None,
         )
     except CheckpointError:
         raise

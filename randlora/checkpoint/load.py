@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from randlora.checkpoint.base_model import mismatch
 from randlora.checkpoint.bases import file_bases, stream_notes
-from randlora.checkpoint.fit import all_shapes, fit_sites, layer_names, with_prefix, without_repeats
+from randlora.checkpoint.fit import all_shapes, fit_sites, layer_names, parameter_names, with_prefix, without_repeats
 from randlora.checkpoint.format import master
 from randlora.checkpoint.peft_config import BASE_FIELD, NEUTRAL_FIELDS, kept_fields
 from randlora.checkpoint.read import AdapterFile
@@ -114,7 +114,7 @@ def _added(census: Census, state: ModelState, found: Found, options: Options) ->
     active = not state.adapters if active is None else active
     try:
         if prefix is not None:
-            file = with_prefix(file, prefix, layer_names(census))
+            file = with_prefix(file, prefix, layer_names(census), parameter_names(census))
         sites = fit_sites(census, file)
         file = without_repeats(census, file)
         shapes = shapes_of(sites, file.config)

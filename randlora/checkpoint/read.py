@@ -97,6 +97,7 @@ class AdapterFile:
             shapes={rename(fqn): shape for fqn, shape in self.header.shapes.items()},
             transposed=self.header.transposed and tuple(map(rename, self.header.transposed)),
             kinds={rename(fqn): kind for fqn, kind in self.header.kinds.items()},
+            model_class=None,
         )
         fields = {name: value for name, value in self.fields.items() if name not in CLASS_FIELDS}
         values = {rename(fqn): pair for fqn, pair in self.values.items()}

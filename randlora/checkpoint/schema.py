@@ -43,6 +43,15 @@ class ConfigFacts(TypedDict):
     experts: NotRequired[str]
 
 
+class ModelClassFacts(TypedDict):
+    """A `ModelClass` in our header."""
+
+    library: str
+    name: str
+    labels: NotRequired[list[str]]
+    problem_type: NotRequired[str]
+
+
 class HeaderFacts(TypedDict):
     """What our header has in every version of the format; the first files lack some."""
 
@@ -53,6 +62,7 @@ class HeaderFacts(TypedDict):
     torch_version: NotRequired[str | None]
     transposed: NotRequired[list[str] | None]
     kinds: NotRequired[dict[str, str]]
+    model_class: NotRequired[ModelClassFacts]
 
 
 class HeaderFacts1(HeaderFacts, RecordFacts):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from randlora.checkpoint.fit import layer_names, with_prefix, without_repeats
+from randlora.checkpoint.fit import layer_names, parameter_names, with_prefix, without_repeats
 from randlora.checkpoint.in_memory import AdapterState
 from randlora.checkpoint.load import Options, add_found, warn_of_doubts
 from randlora.checkpoint.peft_config import kept_fields
@@ -103,7 +103,11 @@ def swap_found(model: nn.Module, name: str, found: Found, prefix: str | None = N
     read: list[AdapterFile] = []
 
     def fitted(census: Census) -> AdapterFile:
-        file = found.file if prefix is None else with_prefix(found.file, prefix, layer_names(census))
+        file = (
+            found.file
+            if prefix is None
+            else with_prefix(found.file, prefix, layer_names(census), parameter_names(census))
+        )
         read.append(without_repeats(census, file))
         return read[0]
 

@@ -50,7 +50,7 @@ def merge(
     other files. The weights are, bit for bit, those of loading, merging and saving. The directory appears when it is
     complete; after a kill, run the same command again.
 
-    A model quantized by bitsandbytes is dequantized.
+    A model quantized by bitsandbytes is dequantized. A new head that was trained with an adapter is written, too.
 
     **Examples**
 

@@ -115,10 +115,10 @@ def require_base_for(base: str | os.PathLike[str] | None, **options: str | None)
 
 
 def open_fitted(
-    directory: Path, base: Base, prefix: str | None, stream: Stream | None, bank: BasisBank
+    directory: Path, file: AdapterFile, base: Base, prefix: str | None, bank: BasisBank
 ) -> tuple[OpenAdapter, BaseFit]:
-    """Read an adapter, fit it to a base model, and add its bases to the bank, unless it has them already."""
-    fit = fit_base(base, read_adapter(directory, stream), prefix)
+    """Fit an adapter that was read to a base model, and add its bases to the bank, unless it has them already."""
+    fit = fit_base(base, file, prefix)
     shapes = shapes_in(fit.slots)
     by_r = by_rank(shapes, fit.file.options)
     file, bases = file_bases(fit.file, by_r, bank, base.all_shapes)

@@ -21,11 +21,13 @@ from randlora.checkpoint.fit import (
     layer_names,
     misfits,
     named_sites,
+    parameter_names,
     prefix_problems,
     trained_misfits,
     with_prefix,
     without_repeats,
 )
+from randlora.checkpoint.model_class import ModelClass
 from randlora.checkpoint.read import AdapterFile
 from randlora.config import RandLoRAConfig
 from randlora.disk.tensor_file import Entry
@@ -51,6 +53,11 @@ class Base(NamedTuple):
     directory: ModelDirectory
     dense: DenseView
     model: TransformersModel | str
+
+    @property
+    def trained_on(self) -> ModelClass | None:
+        """The class of the model, if an adapter and not ``config.json`` names it."""
+        return None if isinstance(self.model, str) else self.model.model_class
 
     def all_shapes(self) -> list[Shape]:
         """Return the shapes of all weights that can be adapted; those of all matrices if there is no class."""
@@ -116,8 +123,38 @@ def read_base(path: Path, repo_id: str | None = None) -> Base:
     return Base(checkpoint, as_dense(checkpoint, model), model)
 
 
+def as_trained(base: Base, file: AdapterFile) -> Base:
+    """Return a base model as the class that an adapter was trained on, if that has a head that the base lacks.
+
+    So an encoder becomes a classifier, and a classifier one with other labels.
+    """
+    known = None if file.header is None else file.header.model_class
+    if known is None or known.library != "transformers":
+        return base
+    if isinstance(base.model, str):
+        prefix, own = "", {name: entry.shape for name, entry in base.dense.directory.entries.items()}
+    else:  # a class that differs by its prefix does not lack a parameter
+        prefix = f"{base.model.census.model.base_model_prefix}."
+        held = base.model.census.parameters
+        own = {each.fqn.removeprefix(prefix): tuple(each.parameter.shape) for each in held}
+    has_all = all(own.get(fqn.removeprefix(prefix)) == tuple(tensor.shape) for fqn, tensor in file.trained.items())
+    if has_all and not _has_other_labels(base, known):
+        return base
+    model = build_model(base.directory, known)
+    return base if isinstance(model, str) else Base(base.directory, as_dense(base.directory, model), model)
+
+
+def _has_other_labels(base: Base, known: ModelClass) -> bool:
+    """Whether a base is of a class, whose outputs it has under other names."""
+    if isinstance(base.model, str) or known.labels is None:
+        return False
+    own = ModelClass.of(base.model.census.model, has_trained=True)
+    return own is not None and own.name == known.name and own != known
+
+
 def fit_base(base: Base, file: AdapterFile, prefix: str | None = None) -> BaseFit:
     """Return how an adapter fits a base model, of which only headers are read. One error names all misfits."""
+    base = as_trained(base, file)
     entries = base.dense.directory.entries
     own: dict[str, Tensor | Entry] = {}
     if isinstance(base.model, str):
@@ -126,8 +163,9 @@ def fit_base(base: Base, file: AdapterFile, prefix: str | None = None) -> BaseFi
         fit, problems = _fit_model(base.model, file, prefix, entries)
         own |= {held.fqn: held.parameter for held in base.model.census.parameters}  # the files may lack a new head
     stored = {fqn: names for fqn, names in fit.trained.items() if names and fqn not in fit.conversions}
-    own |= {fqn: entries[names[0]] for fqn, names in stored.items()}
-    problems += [*misfits(fit.file, shapes_in(fit.slots)), *trained_misfits(own, fit.file.trained)]
+    if base.trained_on is None:  # else a head may have other labels in the files
+        own |= {fqn: entries[names[0]] for fqn, names in stored.items()}
+    problems += [*misfits(fit.file, shapes_in(fit.slots)), *trained_misfits(own, fit.file)]
     codes = {fqn for fqn, names in fit.trained.items() if base.dense.codes.keys() & set(names)}
     problems += [f"{fqn} is quantized here, and was trained as {fit.file.trained[fqn].dtype}" for fqn in codes]
     raise_collected(CheckpointError, problems, doing=f"fit the adapter to {str(base.directory.path)!r}")
@@ -139,8 +177,8 @@ def _fit_model(
 ) -> tuple[BaseFit, list[str]]:
     """Find the tensors of the weights that an adapter names in a model."""
     if prefix is not None:
-        file = with_prefix(file, prefix, layer_names(model.census))
-    sites = named_sites(model.census, file.values)
+        file = with_prefix(file, prefix, layer_names(model.census), parameter_names(model.census))
+    sites = named_sites(model.census, file)
     file = without_repeats(model.census, file)
     problems = obstacles(model.census, sites, file.config.dropout)
     slots = {}
@@ -201,9 +239,9 @@ def _fit_names(
     """Find an adapter's weights by the names of tensors; their layout is the one that the adapter states."""
     known = {*entries, *(name.removesuffix(".weight") for name in entries)}
     if prefix is not None:
-        file = with_prefix(file, prefix, known)
+        file = with_prefix(file, prefix, known, entries)
     slots: dict[str, Slot] = {}
-    problems = prefix_problems([*file.values], known)
+    problems = prefix_problems(file, known, entries)
     for fqn in [] if problems else file.values:
         name = next((name for name in (f"{fqn}.weight", fqn) if name in entries), None)
         if name is None:

@@ -5,7 +5,8 @@ The arithmetic is that of `randlora.merge`, update by update.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,16 +15,18 @@ from torch import Tensor
 
 from randlora.bases.bank import BasisBank
 from randlora.checkpoint.bases import stream_notes
+from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.config import Stream
 from randlora.disk.tensor_file import Entry, read_pieces
 from randlora.errors import CheckpointError, MergeError
 from randlora.files.adapter import open_fitted
-from randlora.files.base_fit import Base, Slot
+from randlora.files.base_fit import Base, Slot, as_trained
 from randlora.files.conversion import Conversion, Read
 from randlora.files.quantized import DenseView
 from randlora.layers.experts import Experts
 from randlora.layers.update import Update
 from randlora.model.mergeable import require_finite
+from randlora.targets.match import shortened
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,14 +93,36 @@ class Changes:
     """The changes to a checkpoint, by the names of its tensors.
 
     ``computed`` are the weights merged into, and tensors that become other weights when the model is loaded;
-    ``values`` are new values; ``notes`` are what was assumed of the adapters, and doubts about their files.
+    ``values`` are new values, and ``added`` those that the checkpoint has no tensors for, such as a new head's.
+    ``notes`` are what was assumed of the adapters, and doubts about their files.
     """
 
     computed: dict[str, Merging | ConvertedMerging]
     values: dict[str, Tensor]
-    base: DenseView
+    model: Base
     notes: tuple[str, ...] = ()
+    added: dict[str, Tensor] = field(default_factory=dict)
     _unwritten: dict[ConvertedMerging, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def base(self) -> DenseView:
+        """The checkpoint."""
+        return self.model.dense
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of the tensors for which the class that an adapter was trained on has no place."""
+        model = self.model.model
+        if isinstance(model, str) or model.model_class is None:
+            return ()
+        return tuple(name for name in model.unused if name in self.base.directory.entries)
+
+    def name_of(self, entry: Entry) -> str:
+        """Return the name under which a tensor is written, which another class may have another one for."""
+        model = self.model.model
+        if isinstance(model, str) or model.model_class is None:
+            return entry.name
+        return model.prefixed.get(entry.name, entry.name)
 
     @property
     def merged(self) -> tuple[str, ...]:
@@ -111,6 +136,15 @@ class Changes:
         found = self.computed.items()
         parts = {name for name, merging in found if isinstance(merging, ConvertedMerging) and merging.replaced}
         return tuple(name for name in self.base.directory.entries if name in self.values or name in parts)
+
+    def shape_of(self, entry: Entry) -> tuple[int, ...]:
+        """Return the new shape of a tensor, which is another one if a head was trained for other labels."""
+        own = self.values.get(entry.name)
+        return entry.shape if own is None else tuple(own.shape)
+
+    def added_pieces(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield the values that the checkpoint has no tensor for."""
+        yield _cast(name, self.added[name], dtype)
 
     def pieces(self, entry: Entry, dtype: torch.dtype) -> Iterator[Tensor]:
         """Yield the new values of a tensor of the checkpoint in pieces, reading it as they are needed.
@@ -172,21 +206,23 @@ def find_changes(
     bank = BasisBank()
     computed: dict[str, Merging | ConvertedMerging] = {}
     values: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
     notes: list[str] = []
+    files: dict[str, AdapterFile] = {}
+    for name, (directory, _) in adapters.items():
+        with _naming(name):
+            files[name] = read_adapter(directory, stream)
+            base = as_trained(base, files[name])
     for name, (directory, factor) in adapters.items():
-        try:
-            adapter, fit = open_fitted(directory, base, prefix, stream, bank)
-            if fit.absent:
-                absent = ", ".join(fit.absent)
-                advice = "load the model and merge in memory"
-                raise CheckpointError(f"{absent} was trained and is not in the model's files: {advice}")
+        with _naming(name):
+            adapter, fit = open_fitted(directory, files[name], base, prefix, bank)
             own = {fqn: _conversion(computed, found).replaced for fqn, found in fit.conversions.items()}
             if taken := ", ".join(
-                fqn for fqn, names in fit.trained.items() if fqn in own.get(fqn, ()) or values.keys() & set(names)
+                fqn
+                for fqn, names in fit.trained.items()
+                if fqn in own.get(fqn, ()) or fqn in added or values.keys() & set(names)
             ):
                 raise CheckpointError(f"an adapter before it trained {taken} too, and the model has room for one")
-        except CheckpointError as error:
-            raise CheckpointError(f"cannot merge {name!r}: {error}") from error
         notes += [f"{name}: {note}" for note in (*adapter.file.doubts, *stream_notes(adapter.file))]
         for fqn, slot in fit.slots.items():
             update = adapter.update(fqn, factor)
@@ -197,9 +233,37 @@ def find_changes(
                 own[fqn][fqn] = fit.file.trained[fqn]
             else:
                 values |= dict.fromkeys(names, fit.file.trained[fqn])
+        added |= {fqn: _in_dtype_of(base, fqn, fit.file.trained[fqn]) for fqn in fit.absent}
+    _require_complete(base, added)
     in_order = base.dense.directory.entries
     in_file = {name: computed[name] for name in in_order if name in computed}
-    return Changes(in_file, values, base.dense, tuple(notes))
+    return Changes(in_file, values, base, tuple(notes), added)
+
+
+def _in_dtype_of(base: Base, fqn: str, value: Tensor) -> Tensor:
+    """Return the values of a parameter that the files lack, in the dtype that it has in the model."""
+    assert not isinstance(base.model, str), "only a class has parameters that the files lack"
+    return value.to(next(held.parameter.dtype for held in base.model.census.parameters if held.fqn == fqn))
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Say in an error of the block which adapter cannot be merged."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot merge {name!r}: {error}") from error
+
+
+def _require_complete(base: Base, added: Collection[str]) -> None:
+    """Refuse to write a model of the class that an adapter was trained on without some of its parameters."""
+    if isinstance(base.model, str) or base.trained_on is None:
+        return
+    if missing := [fqn for fqn in base.model.missing if fqn not in added]:
+        raise CheckpointError(
+            f"cannot merge: a {base.trained_on.name} has {shortened(missing)}, which neither the model's files nor an "
+            "adapter has: they were random when the adapter was trained, and name them in train_also= for another one"
+        )
 
 
 def _mergings(computed: dict[str, Merging | ConvertedMerging], fqn: str, slot: Slot) -> list[Merging]:

@@ -233,8 +233,9 @@ def _contents(
         raise CheckpointError(f"cannot convert for PEFT: {reason}; this library loads the adapter as it is")
     if to == "peft" and (reason := peft_obstacle(file.options)) is not None:
         raise CheckpointError(f"cannot convert to 'peft': {reason}; a 'lora' has a rank for each layer")
+    model_class = None if file.header is None else file.header.model_class
     header = Header.of(
-        file.config, file.options, adapter.bases, shapes, file.trained, adapter.transposed, adapter.kinds
+        file.config, file.options, adapter.bases, shapes, file.trained, adapter.transposed, adapter.kinds, model_class
     )
     specs = {r: basis.spec for r, basis in adapter.bases.items()}
     is_peft_draw = all(

@@ -164,7 +164,10 @@ def _joined(parts: Sequence[OpenAdapter]) -> tuple[Header, dict[str, Tensor], di
     transposed = None if None in stored else tuple(fqn for own in stored for fqn in own or ())
     specs = {r: basis.spec for part in parts for r, basis in part.bases.items()}
     bases = {r: Basis(spec) for r, spec in specs.items()}  # the header says what part of them the layers use
-    header = Header.of(files[0].config, options, bases, shapes, trained, transposed, kinds)
+    known = [file.header.model_class for file in files if file.header is not None and file.header.model_class]
+    is_one = len({(each.library, each.name) for each in known}) == 1
+    model_class = max(known, key=lambda each: each.labels is not None) if is_one else None  # one stage has the head
+    header = Header.of(files[0].config, options, bases, shapes, trained, transposed, kinds, model_class)
     (stream,) = {spec.stream for spec in specs.values()}
     kept = {name: value for name, value in files[0].fields.items() if name not in UNREAD_FIELDS}
     modules = [name for file in files for name in file.fields.get("modules_to_save") or ()]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from randlora.checkpoint.load import load
+from randlora.checkpoint.model_class import ModelClass
 from randlora.checkpoint.peft_config import BASE_FIELD
 from randlora.checkpoint.read import locate, read_adapter
 from randlora.config import Stream
@@ -30,11 +31,15 @@ OTHER_LIBRARIES = {
 }
 """Files by which other libraries describe a model, the library, and what makes the model."""
 
+LABELS = ("num_labels", "id2label", "label2id", "problem_type")
+"""Arguments of ``from_pretrained`` that change the config: those of a head."""
+
 
 def load_model(
     source: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str] | None = None,
+    model_class: type | None = None,
     name: str = "default",
     trainable: bool = False,
     revision: str | None = None,
@@ -45,34 +50,38 @@ def load_model(
 ) -> nn.Module:
     """Return the base model that an adapter names, with the adapter.
 
-    transformers makes the model, by the class that the base's ``config.json`` names and ``from_pretrained``. Unlike
-    `load`, this follows the name in the adapter's file: it reads that directory, or downloads that repository. Weights
-    are read from safetensors files only, and no code of a repository is run.
+    transformers makes the model, by ``from_pretrained`` of the class that the adapter was trained on, with the labels
+    that it had. A head that was trained with the adapter need not be in the base's files. Unlike `load`, this follows
+    the name in the adapter's file: it reads that directory, or downloads that repository. Weights are read from
+    safetensors files only, and no code of a repository is run.
 
     Args:
         source: The adapter: a directory, or a repository on the Hub, as for `load`.
         base: The base model, a directory or a repository, in the place of the one that the adapter names.
+        model_class: A class of transformers, such as ``AutoModelForSequenceClassification``. ``None`` means the class
+            in the adapter's file, if transformers exports it and it fits the base's ``config.json``; else the class
+            that this names. Version 0.2 wrote no class.
         name: The adapter's name in the model.
         trainable: Whether its parameters require grad.
         revision: Branch, tag or commit of the adapter's repository.
         base_revision: Branch, tag or commit of the base model's repository.
         prefix: See `load`.
         stream: See `load`.
-        **options: Further arguments of ``from_pretrained``, such as ``dtype``, ``device_map`` or
-            ``quantization_config``.
+        **options: Further arguments of ``from_pretrained``, such as ``dtype``, ``device_map``, ``quantization_config``
+            or ``num_labels``.
 
     Returns:
         The model, in evaluation mode as ``from_pretrained`` returns it, with the adapter active.
 
     Raises:
         ConfigError: For ``trust_remote_code``, ``use_safetensors=False``, ``config``, ``state_dict`` or
-            ``output_loading_info``.
+            ``output_loading_info``, or if ``model_class`` is no class of transformers.
         CheckpointError: If transformers is not installed, the adapter's files are damaged, they name no base model, it
             is not there or not one of transformers, its files lack values or have others than the model's shapes, or
             the adapter does not fit it.
     """
     require_types(load_model, {"source": source, "name": name, "trainable": trainable, "revision": revision})
-    require_types(load_model, {"base": base, "base_revision": base_revision})
+    require_types(load_model, {"base": base, "base_revision": base_revision, "model_class": model_class})
     if options.get(CODE):
         raise ConfigError(f"{CODE} is not passed on: create such a model yourself, then call randlora.load")
     if options.get("use_safetensors", True) is not True:
@@ -82,6 +91,11 @@ def load_model(
     if given := [option for option in FIXED if option in options]:
         raise ConfigError(f"{given[0]} is not passed on: create such a model yourself, then call randlora.load")
     transformers = _transformers()
+    if not (model_class is None or _is_model_class(transformers, model_class) or _is_auto(transformers, model_class)):
+        raise ConfigError(
+            "model_class must be a class of transformers, such as AutoModelForSequenceClassification, got "
+            f"{shortly(model_class)}"
+        )
     directory = locate(source, revision)
     file = read_adapter(directory, stream)  # before the base, which may be large
     written = file.fields.get(BASE_FIELD)
@@ -91,11 +105,15 @@ def load_model(
             f"{str(source)!r} names no base model ({BASE_FIELD} is {shortly(written)}): give base=, a directory or a "
             "repository"
         )
-    _require_transformers_model(chosen)
-    options = {**options, CODE: False, "use_safetensors": True}
+    known = None if file.header is None else file.header.model_class
+    is_known = model_class is not None or (known is not None and known.library == "transformers")
+    _require_transformers_model(chosen, is_known=is_known)
+    # a head may have other labels in the base's files; what else differs in shape is refused below
+    options = {**options, CODE: False, "use_safetensors": True, "ignore_mismatched_sizes": True}
     if base_revision is not None:
         options["revision"] = base_revision
-    model = _base_model(transformers, chosen, options, given=base is not None)
+    model, found = _base_model(transformers, chosen, options, model_class or known, given=base is not None)
+    _require_complete(chosen, found, [*file.trained, *(f"{prefix}.{fqn}" for fqn in file.trained)])
     load(model, directory, name=name, trainable=trainable, prefix=prefix, stream=stream)
     return model
 
@@ -111,15 +129,15 @@ def _transformers() -> Any:
     return transformers
 
 
-def _require_transformers_model(base: str) -> None:
-    """Refuse a directory that is not there, or in which another library describes a model."""
+def _require_transformers_model(base: str, *, is_known: bool) -> None:
+    """Refuse a directory that is not there, or where another library describes a model, if the class is not known."""
     path = Path(base)
     if not is_there(path):
         if is_repo_id(base) or "/" not in base:
             return  # a repository, which transformers finds or says why not
         raise CheckpointError(f"the base model {base!r} is not there: give base=, a directory or a repository")
     for file, (library, call) in OTHER_LIBRARIES.items():
-        if is_there(path / file):
+        if is_there(path / file) and not is_known:
             raise CheckpointError(
                 f"the base model {base!r} is one of {library}: create it by {call}, then call randlora.load"
             )
@@ -129,15 +147,38 @@ def _is_model_class(transformers: Any, found: object) -> bool:
     return isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
 
 
-def _base_model(transformers: Any, base: str, options: dict[str, Any], *, given: bool) -> nn.Module:
-    """Return the model of a directory or a repository, by the class that its ``config.json`` names."""
+def _is_auto(transformers: Any, found: type) -> bool:
+    """Whether a class is one that chooses a class by the config, such as ``AutoModelForCausalLM``."""
+    return issubclass(found, transformers.models.auto.auto_factory._BaseAutoModelClass)
+
+
+def _class_of(transformers: Any, config: Any, known: type | ModelClass | None) -> Any:
+    """Return the class to make: the caller's, the adapter's if it fits the config, or the one that the config names."""
+    if isinstance(known, type):
+        return known
+    if known is not None:
+        found: Any = getattr(transformers, known.name, None) if known.library == "transformers" else None
+        if _is_model_class(transformers, found) and isinstance(config, found.config_class):
+            return found
+    architecture = next(iter(config.architectures or ()), None)
+    if architecture is None:
+        return transformers.AutoModel
+    if not _is_model_class(transformers, found := getattr(transformers, architecture, None)):
+        raise ValueError(f"transformers {transformers.__version__} has no class {architecture!r}")
+    return found
+
+
+def _base_model(
+    transformers: Any, base: str, options: dict[str, Any], known: type | ModelClass | None, *, given: bool
+) -> tuple[nn.Module, Mapping[str, Any]]:
+    """Return the model of a directory or a repository, of a class, and what transformers says of its files."""
     revision = {"revision": options["revision"]} if "revision" in options else {}
+    labels = {name: options.pop(name) for name in LABELS if name in options}
+    if not labels and isinstance(known, ModelClass):
+        labels = known.config_fields
     try:
-        config = transformers.AutoConfig.from_pretrained(base, **revision, **{CODE: False})
-        architecture = next(iter(config.architectures or ()), None)
-        model_class: Any = getattr(transformers, architecture, None) if architecture else transformers.AutoModel
-        if model_class is not transformers.AutoModel and not _is_model_class(transformers, model_class):
-            raise ValueError(f"transformers {transformers.__version__} has no class {architecture!r}")
+        config = transformers.AutoConfig.from_pretrained(base, **revision, **labels, **{CODE: False})
+        model_class = _class_of(transformers, config, known)
         # either may name a kernel on the Hub, which is code; an argument of the caller is used nevertheless
         config._attn_implementation = config._experts_implementation = None
         model, found = model_class.from_pretrained(base, config=config, output_loading_info=True, **options)
@@ -147,15 +188,13 @@ def _base_model(transformers: Any, base: str, options: dict[str, Any], *, given:
             f"cannot load the base model {base!r}{'' if given else ', which the adapter names'}: check that it is "
             f"there, or give base= ({type(error).__name__}: {said})"
         ) from error
-    _require_complete(base, found)
-    made: nn.Module = model
-    return made
+    return model, found
 
 
-def _require_complete(base: str, found: Mapping[str, Any]) -> None:
-    """Refuse a model some of whose values are not from its files: transformers draws them at random, and warns."""
-    missing = sorted(found["missing_keys"])
-    mismatched = sorted(name for name, *_ in found["mismatched_keys"])
+def _require_complete(base: str, found: Mapping[str, Any], trained: Collection[str]) -> None:
+    """Refuse a model some of whose values are neither from its files nor trained: transformers draws them at random."""
+    missing = sorted(set(found["missing_keys"]).difference(trained))
+    mismatched = sorted({name for name, *_ in found["mismatched_keys"]}.difference(trained))
     problems = [f"its files have no {shortened(missing)}"] if missing else []
     problems += [f"its files have another shape of {shortened(mismatched)}"] if mismatched else []
     problems += found["error_msgs"]

@@ -37,6 +37,7 @@ from randlora.files.model_directory import (
 from randlora.hints import require_types
 from randlora.layers import bnb_codes
 from randlora.report import Progress, as_bytes, as_lines, no_progress
+from randlora.targets.match import shortened
 
 CASTABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that tensors are cast from and to."""
@@ -54,6 +55,7 @@ class FileMergeReport:
         adapters: Directories of the merged adapters, and the factors of their updates.
         merged: Names of the tensors merged into.
         replaced: Names of the tensors replaced by values that were trained with an adapter.
+        added: Names of the tensors with such values that the base has none for, such as those of a new head.
         shards: Number of files with weights.
         nbytes: Size of all weights in bytes.
         dtype: The dtype that floating tensors were cast to; ``None`` if each kept its own.
@@ -72,6 +74,7 @@ class FileMergeReport:
     notes: tuple[str, ...]
     dequantized: dict[str, str] = field(default_factory=dict)
     base_nbytes: int = 0
+    added: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Return a summary of a few lines."""
@@ -79,9 +82,10 @@ class FileMergeReport:
         dtype = f", as {str(self.dtype).removeprefix('torch.')}" if self.dtype else ""
         files = "1 file" if self.shards == 1 else f"{self.shards} files"
         lines = [f"merged {names} into {len(self.merged)} weights"]
-        if self.replaced:
-            tensors = "1 tensor" if len(self.replaced) == 1 else f"{len(self.replaced)} tensors"
-            lines.append(f"replaced {tensors} trained with the adapters")
+        for done, changed in {"replaced": self.replaced, "added": self.added}.items():
+            if changed:
+                tensors = "1 tensor" if len(changed) == 1 else f"{len(changed)} tensors"
+                lines.append(f"{done} {tensors} trained with the adapters")
         if self.dequantized:
             kinds = ", ".join(sorted(set(self.dequantized.values())))
             was = f"{len(self.dequantized)} weights of a model of {as_bytes(self.base_nbytes)}"
@@ -145,7 +149,9 @@ def merge(
     if coded is not None and (reason := bnb_codes.missing()) is not None:
         raise CheckpointError(f"cannot merge: reading {coded} ({dense.codes[coded].kind}) {reason}")
     changes = find_changes(model, located, prefix, stream)
+    dense, trained_on = changes.base, changes.model.trained_on
     shards = [(shard, _planned(shard, changes, dtype)) for shard in dense.directory.shards]
+    shards[-1][1].extend(_added(changes, dtype))
     companions = find_companions(directory)
     nbytes = sum(tensor.nbytes for _, tensors in shards for tensor in tensors)
     beside = sum((source / path).stat().st_size for path in companions.carried)
@@ -158,14 +164,16 @@ def merge(
             )
         for shard, tensors in shards:
             write_tensor_file(scratch / shard.path.name, tensors, shard.metadata, written.add)
-        _write_index(directory, dense.directory.index, scratch, nbytes)
+        _write_index(directory, _index(dense.directory.index, shards, changes), scratch, nbytes)
         without = directory.config.keys() - dense.directory.config.keys()
         for path in companions.carried:
             if path == Path(MODEL_CONFIG_FILE):
-                copy_config(source / path, scratch / path, dtype, without)
+                copy_config(source / path, scratch / path, dtype, without, trained_on)
             else:
                 copy_companion(source / path, scratch / path)
     left_out = [f"not copied: {path}, which may hold the base model's weights" for path in companions.left_out]
+    if trained_on is not None and changes.unused:
+        left_out.append(f"not copied: {shortened(changes.unused)}, which a {trained_on.name} does not have")
     return FileMergeReport(
         out=destination,
         adapters={str(path): factor for path, factor in factors.items()},
@@ -177,6 +185,7 @@ def merge(
         notes=(*changes.notes, *left_out),
         dequantized={name: codes.kind for name, codes in dense.codes.items()},
         base_nbytes=directory.nbytes,
+        added=tuple(changes.added),
     )
 
 
@@ -223,11 +232,32 @@ def _check(inputs: Sequence[Source], out: Path, dtype: torch.dtype | None) -> No
 
 def _planned(shard: Shard, changes: Changes, dtype: torch.dtype | None) -> list[Planned]:
     """Return how the tensors of one file are written."""
-    dtypes = {entry: dtype if dtype and entry.dtype in CASTABLE else entry.dtype for entry in shard.entries}
+    entries = [entry for entry in shard.entries if entry.name not in changes.unused]
+    dtypes = {entry: dtype if dtype and entry.dtype in CASTABLE else entry.dtype for entry in entries}
     return [
-        Planned(entry.name, wanted, entry.shape, partial(changes.pieces, entry, wanted))
+        Planned(changes.name_of(entry), wanted, changes.shape_of(entry), partial(changes.pieces, entry, wanted))
         for entry, wanted in dtypes.items()
     ]
+
+
+def _added(changes: Changes, dtype: torch.dtype | None) -> list[Planned]:
+    """Return how the tensors that the checkpoint does not have are written."""
+    return [
+        Planned(
+            name, dtype or value.dtype, tuple(value.shape), partial(changes.added_pieces, name, dtype or value.dtype)
+        )
+        for name, value in changes.added.items()
+    ]
+
+
+def _index(
+    index: dict[str, Any] | None, shards: Sequence[tuple[Shard, list[Planned]]], changes: Changes
+) -> dict[str, Any] | None:
+    """Return the index of the tensors that are written, which may be others than the checkpoint has."""
+    if index is None or (changes.model.trained_on is None and not changes.added):
+        return index
+    files = {tensor.name: shard.path.name for shard, tensors in shards for tensor in tensors}
+    return {**index, "weight_map": dict(sorted(files.items()))}
 
 
 def _write_index(directory: ModelDirectory, index: dict[str, Any] | None, scratch: Path, nbytes: int) -> None:

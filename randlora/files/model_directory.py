@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from randlora.checkpoint.format import CONFIG_FILE
+from randlora.checkpoint.model_class import ModelClass
 from randlora.disk.hub import is_on_hub, local_path, read_header
 from randlora.disk.json_text import read_json
 from randlora.disk.regular import is_there, open_regular, require_regular
@@ -251,13 +252,19 @@ def copy_companion(source: Path, destination: Path) -> None:
 
 
 def copy_config(
-    source: Path, destination: Path, dtype: torch.dtype | None, without: Collection[str] = frozenset()
+    source: Path,
+    destination: Path,
+    dtype: torch.dtype | None,
+    without: Collection[str] = frozenset(),
+    trained_on: ModelClass | None = None,
 ) -> None:
-    """Copy ``config.json``, with another dtype if one is given, and without some of its fields."""
-    if dtype is None and not without:
+    """Copy ``config.json``, with another dtype or another class if one is given, and without some of its fields."""
+    if dtype is None and not without and trained_on is None:
         copy_companion(source, destination)
         return
     config = {name: value for name, value in _read_json(source).items() if name not in without}
+    if trained_on is not None:
+        config = dict(sorted({**config, "architectures": [trained_on.name], **trained_on.config_fields}.items()))
     write_json(destination, config if dtype is None else _with_dtype(config, dtype))
 
 
