@@ -7,6 +7,9 @@ Stream = Literal["torch", "torch-2.11", "portable"]
 InProj = Literal["packed", "split"]
 Experts = Literal["each", "shared"]
 
+Init = Literal["lambda", "gamma"]
+"""Which of Λ and Γ starts at zero and moves first."""
+
 Strategy = Literal["ddp", "fsdp2", "tp"]
 
 Format = Literal["peft", "native", "lora", "diff"]

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 from randlora.bases.spec import Shape, count_bases
+from randlora.choices import Init as Init
 from randlora.config import ALPHA_PER_RANK, FIRST_LEARNING_RATE, LARGEST_FACTOR, LARGEST_RANK
 from randlora.errors import ConfigError, raise_collected
 from randlora.hints import require_types, shortly
-
-Init = Literal["lambda", "gamma"]
-"""Which of Λ and Γ starts at zero and moves first."""
-
 
 LEARNING_RATES = 1e-6, 1e-1
 """Between which a learning rate is named."""

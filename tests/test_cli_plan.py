@@ -1,14 +1,17 @@
 """`randlora plan` prints what `randlora.files.plan` returns, with the options that it is given."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import randlora
 from randlora.__main__ import main
+from randlora.cli.plan import plan
 from randlora.cli.shared import in_options, plain
 from tests.model_directories import save_model
 from tests.models import LLAMA
@@ -31,6 +34,7 @@ def model(tmp_path: Path) -> Path:
         (["--targets", "all-linear", "--exclude", "mlp"], {"r": 32, "targets": "all-linear", "exclude": ["mlp"]}),
         (["--targets-regex", r".*\.0\..*_proj"], {"r": 32, "targets": r".*\.0\..*_proj"}),
         (["--train-also", "norm", "--alpha", "3", "--seed", "7"], {"train_also": ["norm"], "alpha": 3.0, "seed": 7}),
+        (["--dropout", "0.5", "--init", "gamma"], {"dropout": 0.5, "init": "gamma"}),
         (["--r", "8", "--basis", "block", "--blocks", "4", "8"], {"r": 8, "basis": "block", "blocks": (4, 8)}),
         (["--basis", "sparse", "--stream", "portable"], {"basis": "sparse", "stream": "portable"}),
         (
@@ -38,7 +42,7 @@ def model(tmp_path: Path) -> Path:
             {"r": {"q_proj": 16, ".*": 8}, "alpha": {"(?=model).*": 2.5}},
         ),
     ],
-    ids=["default", "names", "commas", "exclude", "regex", "beside", "block", "stream", "by-pattern"],
+    ids=["default", "names", "commas", "exclude", "regex", "beside", "start", "block", "stream", "by-pattern"],
 )
 def test_the_options_are_those_of_the_library(
     words: list[str], options: dict[str, Any], model: Path, capsys: pytest.CaptureFixture[str]
@@ -54,6 +58,22 @@ def test_the_options_are_those_of_the_library(
     assert found["share"] == expected.share
     parts = ("weights", "parameters", "gradients", "optimizer", "bases")  # all that there is for one device
     assert found["training_memory"]["total"] == sum(found["training_memory"][part] for part in parts)
+
+
+def test_every_option_of_an_adapter_is_one_of_the_command() -> None:
+    others = {"model", "config", "name", "active", "trainable", "save_pretrained"}
+    assert inspect.signature(randlora.inject).parameters.keys() - others <= inspect.signature(plan).parameters.keys()
+
+
+def test_experts_may_share_what_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
+    config = transformers.MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=4)
+    transformers.MixtralForCausalLM(config).save_pretrained(mixture := tmp_path / "mixture")
+    options: dict[str, Any] = {"targets": ["gate_up_proj"], "experts": "shared", "r": 4}
+    expected = randlora.files.plan(mixture, **options)
+    words = ["--r", "4", "--targets", "gate_up_proj", "--experts", "shared", "--json"]
+    assert main(["plan", str(mixture), *words]) == 0
+    assert json.loads(capsys.readouterr().out)["trainable_parameters"] == expected.trainable_parameters
 
 
 def test_an_alpha_of_zero_is_not_taken_for_none(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,7 +144,7 @@ def test_the_setup_is_that_of_the_library(model: Path, capsys: pytest.CaptureFix
     shown = capsys.readouterr().out
     assert shown.count(expected.title) == 1
     assert all(name in shown and size in shown for name, size in expected.lines)
-    assert all(note in shown for note in expected.notes)
+    assert all(in_options(note) in shown for note in expected.notes)
     assert main(["plan", str(model), *words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["training_memory"]
     assert found == {**plain(expected), "total": expected.total}

@@ -80,6 +80,39 @@ def test_with_checkpointing_one_block_at_a_time_keeps_its_inputs() -> None:
     assert every == 2 * one > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", [LLAMA, GPT2], ids=lambda kind: kind.name)
+def test_with_checkpointing_each_block_keeps_its_input(kind: RealModel) -> None:
+    found = []
+    for count in (2, 1):
+        model = frozen(kind)
+        of_blocks = model.model if kind is LLAMA else model.transformer
+        name = "layers" if kind is LLAMA else "h"
+        setattr(of_blocks, name, getattr(of_blocks, name)[:count])
+        model.config.num_hidden_layers = count
+        planned = memory(model, tokens=TOKENS, checkpointing=True)
+        model.train().gradient_checkpointing_enable({"use_reentrant": True})
+        found.append((planned.block_inputs, kept_by(model, forward(model))))
+    (both, kept), (one, less) = found
+    assert both == 2 * one > 0
+    assert kept - less == one
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_counted_with_what_a_loss_makes_of_them(dtype: torch.dtype) -> None:
+    model: Any = LLAMA.build().to(dtype)
+    model.lm_head = nn.Linear(32, 2000, bias=False, dtype=dtype)
+    hidden, labels = torch.randn(1, 300, 32, dtype=dtype), torch.randint(2000, (1, 300))
+
+    def step() -> None:
+        logits = model.lm_head(hidden)
+        model.loss_function(logits, labels, 2000).backward()
+
+    planned = memory(model, tokens=300).logits
+    assert peak_of(step, "cpu") == pytest.approx(planned, rel=0.03)
+    assert memory(model.model, tokens=300).logits == 0
+
+
 @every_basis
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [LLAMA, GPT2], ids=lambda kind: kind.name)
@@ -259,6 +292,7 @@ def test_what_cannot_be_planned_is_refused(options: dict[str, Any], message: str
 def test_what_is_not_counted_is_said() -> None:
     text = str(memory(LLAMA.build(), tokens=TOKENS, devices=2, strategy="fsdp2"))
     assert text.startswith("memory for training on each of 2 devices, fsdp2, float32:\n")
-    assert "not counted: what the model itself keeps" in text
+    assert "not counted: what else the model itself keeps" in text
+    assert "work of a step in the adapted layers" in text
     assert "without tokens" not in text
     assert "without tokens" in str(memory(LLAMA.build()))

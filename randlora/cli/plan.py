@@ -41,9 +41,12 @@ Stream = Annotated[choices.Stream | None, Option(help="The stream of random numb
 Blocks = Annotated[tuple[int, int] | None, Option(help="Blocks of A and of B, for `--basis block`.")]
 Seed = Annotated[int, Option(help="Seed of the bases.")]
 InProj = Annotated[choices.InProj, Option(help="Attention's `in_proj_weight` as one matrix, or split into three.")]
+Experts = Annotated[choices.Experts, Option(help="A Λ and a Γ for each of a stack of experts, or shared by all.")]
+Dropout = Annotated[float, Option(help="Dropout on the adapter's input in training.")]
+Init = Annotated[choices.Init, Option(help="Which of Λ and Γ starts at zero and moves first.")]
 Devices = Annotated[int, Option(help="Number of devices that train together.")]
 Divided = Annotated[choices.Strategy, Option(help="How the model is divided among them: `ddp` not at all.")]
-Tokens = Annotated[int, Option(help="Tokens of a step on each device, for what layers keep for backward.")]
+Tokens = Annotated[int, Option(help="Tokens of a step on each device, for what layers keep, logits and the work.")]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     Option(help="The dtype to hold the model in and to compute in; as stored unless given."),
@@ -66,6 +69,9 @@ def plan(
     blocks: Blocks = None,
     seed: Seed = 0,
     in_proj: InProj = "packed",
+    experts: Experts = "each",
+    dropout: Dropout = 0.0,
+    init: Init = "lambda",
     devices: Devices = 1,
     strategy: Divided = "ddp",
     tokens: Tokens = 0,
@@ -111,6 +117,8 @@ def plan(
         "blocks": blocks,
         "seed": seed,
         "in_proj": in_proj,
+        "experts": experts,
+        "dropout": dropout,
     }
     setup = {
         "devices": devices,
@@ -123,7 +131,7 @@ def plan(
     base = open_base(model, revision)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", DOUBT, UserWarning)  # the report says it
-        report = plan_checkpoint(base, ranks, **options)
+        report = plan_checkpoint(base, ranks, init=init, **options)
         memory = checkpoint_memory(base, ranks, **options, **setup)
     if as_json:
         show_json({**plain(report), "share": report.share, "training_memory": {**plain(memory), "total": memory.total}})
@@ -132,7 +140,7 @@ def plan(
     typer.echo(f"\n{memory.title}")
     show_table((), memory.lines)
     for note in memory.notes:
-        typer.echo(note)
+        show(note)
 
 
 def _names(given: Sequence[str] | None) -> list[str] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -22,22 +22,29 @@ from randlora.layers.read_weight import ReadWeight
 from randlora.memory.parts import SHARED_INPUT, SPLIT_DIMS, Part, style_of
 from randlora.memory.pieces import Piece, pieces_by_device
 from randlora.memory.temporary import pair_of, peak_beside
+from randlora.memory.work import Work, block_bases, work_of
 from randlora.report import FLOAT32_BYTES, as_bytes, table
 from randlora.state import Adapter
 from randlora.targets.site import Site
 from randlora.targets.walk import Census
 
-SIZES = "weights", "parameters", "gradients", "optimizer", "bases", "communication", "inputs", "temporary"
+SIZES = (
+    *("weights", "parameters", "gradients", "optimizer", "bases", "communication"),
+    *("inputs", "block_inputs", "logits", "temporary"),
+)
 META = torch.device("meta")
 GATHERED_BLOCKS = 2
 """Blocks that FSDP2 has gathered at once: the one that computes, and the next, which arrives meanwhile."""
+
+BESIDE_A_LOGIT = 3 * FLOAT32_BYTES
+"""Bytes that a loss in float32 has beside each logit at its height: the logarithm of a probability, two gradients."""
 
 
 @dataclass(frozen=True)
 class TrainingMemory:
     """The bytes that training an adapter takes on each device; prints as a table.
 
-    What depends on the model's own code is not counted: see `UNKNOWN`.
+    What depends on the model's own code is not counted: see `UNKNOWN`. Not all rows are at their height at once.
 
     Attributes:
         devices: The number of devices.
@@ -54,9 +61,13 @@ class TrainingMemory:
             one; with ``"ddp"`` the buckets, which are as large as the gradients.
         inputs: What adapted layers keep from forward to backward: their inputs, and the sum of weight and update where
             other code reads that.
+        block_inputs: With activation checkpointing the input of each block, from which it is computed again.
+        logits: The output of the model's head at the height of transformers' loss, which is in float32. None without
+            ``get_output_embeddings``, by which transformers' language models name their head.
         temporary: The most that an adapted layer takes at the height of its step beyond what the frozen one takes.
         host: The bases as drawn, in the memory of each process, from which the copies on a device are made.
         optimizer_states: Numbers that the optimizer keeps for each trained one, two for AdamW.
+        work: The work of a step in the adapted layers, in multiples of LoRA's; ``None`` without tokens.
     """
 
     devices: int
@@ -73,6 +84,9 @@ class TrainingMemory:
     temporary: int
     host: int
     optimizer_states: int = 2
+    block_inputs: int = 0
+    logits: int = 0
+    work: Work | None = None
 
     @property
     def total(self) -> int:
@@ -101,20 +115,23 @@ class TrainingMemory:
             "bases": self.bases,
             gathered: self.communication,
             f"kept by layers for {self.tokens:,} tokens": self.inputs,
+            "inputs of blocks": self.block_inputs,
+            "logits and their loss": self.logits,
             "most of one layer": self.temporary,
             "together": self.total,
         }
-        optional = (gathered, f"kept by layers for {self.tokens:,} tokens", "most of one layer")
-        return [(name, as_bytes(size)) for name, size in sizes.items() if size or name not in optional]
+        always = ("the model", "the adapter", "its gradients", "optimizer", "bases", "together")
+        return [(name, as_bytes(size)) for name, size in sizes.items() if size or name.startswith(always)]
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What the table leaves out."""
-        kept = () if self.tokens else ("not counted without tokens: what adapted layers keep for backward",)
-        return (*kept, UNKNOWN, f"beside the devices: bases as drawn, {as_bytes(self.host)} for each process")
+        kept = () if self.tokens else ("not counted without tokens: what layers keep for backward, logits, work",)
+        work = () if self.work is None else (str(self.work),)
+        return (*kept, UNKNOWN, f"beside the devices: bases as drawn, {as_bytes(self.host)} for each process", *work)
 
 
-UNKNOWN = "not counted: what the model itself keeps for backward, its logits, fragmentation, the context of a GPU"
+UNKNOWN = "not counted: what else the model itself keeps for backward, fragmentation, the context of a GPU"
 
 
 @dataclass(frozen=True)
@@ -181,6 +198,9 @@ class Training:
             communication=self._communication(trained) if self.setup.devices > 1 else 0,
             inputs=self._inputs() if self.setup.tokens else 0,
             temporary=self._temporary() if self.setup.tokens else 0,
+            block_inputs=self._block_inputs() if self.setup.checkpointing else 0,
+            logits=self._logits(),
+            work=self._work() if self.setup.tokens else None,
             host=host,
             optimizer_states=self.setup.optimizer_states,
         )
@@ -336,6 +356,32 @@ class Training:
             return self.setup.tokens
         routes = getattr(getattr(self.census.model, "config", None), "num_experts_per_tok", None)
         return self.setup.tokens * (routes if isinstance(routes, int) else _matrices(site))
+
+    def _block_inputs(self) -> int:
+        """Return the bytes of the inputs of all blocks, each as wide as its first weight or norm."""
+        widths = {part.group: part.shape[-1] for part in reversed(self.frozen) if part.group and part.shape}
+        return self.setup.tokens * sum(widths.values()) * self.compute_dtype.itemsize
+
+    def _logits(self) -> int:
+        """Return the bytes of the logits and of what a loss makes of them."""
+        head = getattr(self.census.model, "get_output_embeddings", lambda: None)()
+        weight = getattr(head, "weight", None)
+        words = weight.shape[0] if isinstance(weight, torch.Tensor) else 0
+        return self.setup.tokens * words * (self.compute_dtype.itemsize + BESIDE_A_LOGIT)
+
+    def _work(self) -> Work | None:
+        """Return the work of a step, without embeddings, which have none, and convolutions, of inputs not known."""
+        matrices: Counter[Piece] = Counter()
+        shapes = {site.fqn: site.shape_with(self.adapter.config) for site in self.sites}
+        for site in self.sites:
+            if site.layer_class.kind not in ("embedding", "convolution"):
+                *_, out_features, in_features = shapes[site.fqn]
+                rows = math.ceil(self._rows_of(site) / _matrices(site))
+                piece = Piece((out_features, in_features), self.adapter.options[site.fqn].r, rows)
+                matrices[piece] += _matrices(site)
+        bases = self._on_meta(), block_bases(self.adapter, shapes)
+        forwards = 2 if self.setup.checkpointing else 1
+        return work_of(matrices, *bases, self.compute_dtype, self.setup.device_type, forwards=forwards)
 
     def _temporary(self) -> int:
         bases, dtype, device_type = self._on_meta(), self.compute_dtype, self.setup.device_type
