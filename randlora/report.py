@@ -282,10 +282,7 @@ def _block_notes(shapes: Shapes, adapter: Adapter) -> list[str]:
             )
         elif adapter.config.blocks is None and blocks != most:
             few = [fqn for fqn, num_bases in counts.items() if not reach_all(most, num_bases)]
-            notes.append(
-                f"blocks={blocks} instead of {most} for r={r}, because {shortened(few)} have few bases: exclude "
-                "them, or give them a smaller r, for less memory and faster steps"
-            )
+            notes.append(f"blocks={blocks} instead of {most} for r={r}: few bases in {shortened(few, 1)}")
     return notes
 
 

@@ -136,7 +136,7 @@ class ModelState:
         disabled: The `randlora.disabled` and `randlora.routed` blocks that have not ended.
         routing: The `randlora.routing.Routing` of the innermost of these; ``None`` if that is a `disabled` block.
         ended: Those of them that are to end as soon as their parameters can be installed.
-        loading_guards: While merged, the handles of the hooks that refuse to load a state dict.
+        merge_guards: While merged, the handles of the hooks that refuse to load a state dict and to run backward.
         merged: The names and factors of the adapters that are merged reversibly. They stay active.
         merge_options: While there are any, the options ``quantized`` and ``dtype`` that they are merged with.
         merge_report: The `randlora.report.MergeReport` of the last reversible merge.
@@ -156,7 +156,7 @@ class ModelState:
     disabled: list[object] = field(default_factory=list)
     routing: Routing | None = None
     ended: list[object] = field(default_factory=list)
-    loading_guards: list[RemovableHandle] = field(default_factory=list)
+    merge_guards: list[RemovableHandle] = field(default_factory=list)
     merged: dict[str, Factor] = field(default_factory=dict)
     merge_options: Any = None
     merge_report: Any = None
@@ -376,7 +376,10 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
                 "the adapters of this model's layers were added to another module, of which this is, or was, a "
                 "submodule: call this on that module"
             )
-        raise AdapterError("the model has no adapter: call randlora.inject(model) or randlora.load(model, path) first")
+        raise AdapterError(
+            "the model has no adapter: call randlora.inject(model) or randlora.load(model, path) first; if it had one, "
+            "a merge that is not reversible removed it"
+        )
     if len(carriers) > 1:
         names = ", ".join(fqn or "the model itself" for fqn, _, _ in carriers)
         raise AdapterError(f"several submodules have adapters ({names}): call this on one of them")

@@ -5,12 +5,14 @@ import warnings
 from pathlib import Path
 
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import randlora
 from randlora.checkpoint.base_model import base_model_name, is_same_model, repo_of
+from randlora.errors import CheckpointError
 from tests import models
 from tests.checkpoint_files import Case, edit_fields, read_fields, trained
 from tests.kit import fill, snapshot
@@ -173,3 +175,36 @@ def test_a_path_of_this_machine_is_no_repository(
     (tmp_path / "here" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert repo_of(name) == repo
+
+
+def test_an_adapter_of_another_architecture_is_told_from_what_it_was_trained_on(tmp_path: Path) -> None:
+    trained_on = models.LLAMA.build()
+    trained_on.config._name_or_path = "org/llama"  # type: ignore[union-attr]
+    randlora.inject(trained_on, r=4)
+    randlora.save(trained_on, tmp_path)
+    other = models.GPT2.build()
+    other.config._name_or_path = "org/gpt"  # type: ignore[union-attr]
+    with pytest.raises(CheckpointError) as caught:
+        randlora.load(other, tmp_path)
+    *_, last = str(caught.value).splitlines()
+    own = type(other).__name__
+    assert "org/llama, and this model is" in last
+    assert last.endswith(f"this model is {own} of org/gpt")
+    fewer = models.LLAMA.build()
+    fewer.config._name_or_path = "org/llama"  # type: ignore[union-attr]
+    del fewer.model.layers[1]  # type: ignore[union-attr, operator]
+    with pytest.raises(CheckpointError) as caught:
+        randlora.load(fewer, tmp_path)
+    assert "was trained on" not in str(caught.value)
+
+
+def test_saving_into_the_base_models_own_directory_warns(tmp_path: Path) -> None:
+    base, apart = tmp_path / "base", tmp_path / "adapter"
+    models.LLAMA.build().save_pretrained(base)  # type: ignore[operator]
+    model = transformers.LlamaForCausalLM.from_pretrained(base)
+    randlora.inject(model, r=4)
+    assert not [note for note in randlora.save(model, apart).notes if "base model" in note]
+    with pytest.warns(UserWarning, match="has the base model itself: .* give the adapter a directory apart") as caught:
+        report = randlora.save(model, base)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert str(caught[0].message) in report.notes

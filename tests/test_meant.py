@@ -9,6 +9,7 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 from torch import nn
 
 import randlora
@@ -110,3 +111,16 @@ def test_the_parameters_to_train_can_be_listed_again_and_again() -> None:
     assert [id(each) for each in parameters] == [id(each) for each in parameters]
     assert len(parameters) == 2
     assert nn.utils.clip_grad_norm_(parameters, 1.0) == 0
+
+
+@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, lambda model: model.to("cpu", torch.half)])
+def test_training_in_half_precision_by_a_conversion_is_warned_of_with_the_way_back(convert: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    randlora.inject(model, 2, train_also=["1"])
+    convert(model)  # which may be for inference
+    with pytest.warns(UserWarning, match="in which small steps are lost: convert the model before inject") as caught:
+        randlora.trainable_parameters(model)
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.warns(UserWarning, match="small steps are lost"):
+        exec(str(caught[0].message).split("`")[1], {"randlora": randlora, "model": model})
+    assert {each.dtype for each in randlora.trainable_parameters(model)} == {torch.float32}

@@ -1,10 +1,15 @@
 """Law 3: a merged layer is the adapted one, and unmerging gives every bit back."""
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutput
 
 import randlora
 from randlora.errors import AdapterError, MergeError
@@ -264,6 +269,62 @@ def test_verbs_that_would_go_wrong_while_merged_are_refused(verb: object) -> Non
 def test_a_plain_model_has_nothing_to_merge() -> None:
     with pytest.raises(AdapterError, match=r"the model has no adapter: call randlora\.inject"):
         randlora.merge(Mixed())
+
+
+class Wrapped(nn.Module):
+    """Returns what a model computes in one of the forms that models return."""
+
+    def __init__(self, form: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.inner, self.form = Mixed(), form
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.form(self.inner(ids))
+
+
+@pytest.mark.parametrize(
+    ("form", "loss_of"),
+    [
+        (lambda out: out, lambda out: out),
+        (lambda out: (out, None), lambda out: out[0]),
+        (lambda out: {"loss": out.sum(), "states": [out]}, lambda out: out["states"][0]),
+        (lambda out: CausalLMOutput(loss=out.sum(), logits=out), lambda out: out.loss),
+    ],
+    ids=["tensor", "tuple", "dict", "output"],
+)
+def test_a_backward_pass_while_merged_is_refused_and_gradients_of_inputs_are_right(form: Any, loss_of: Any) -> None:
+    model = Wrapped(form)
+    randlora.inject(model, r=4, targets=["q", "up", "down"], train_also=["norm"])
+    fill(model)
+    x = TOKENS
+    inner: Any = model.inner
+    expected = torch.autograd.grad(loss_of(model(x)).sum(), inner.norm.weight)[0]
+    plain = loss_of(model(x)).detach()
+    with randlora.merged(model):
+        out = model(x)
+        torch.testing.assert_close(loss_of(out).detach(), plain)
+        found = torch.autograd.grad(loss_of(out).sum(), inner.norm.weight)[0]
+        torch.testing.assert_close(found, expected)
+        with pytest.raises(MergeError, match=r"would get no gradients: call randlora\.unmerge\(model\) first"):
+            loss_of(model(x)).sum().backward()
+        with torch.no_grad():
+            assert not loss_of(model(x)).requires_grad
+        copy.deepcopy(model)
+        randlora.set_trainable(model, "default", trainable=False)
+        inner.head.weight.requires_grad_()
+        loss_of(model(x)).sum().backward()  # no adapter is trained, and the rest is right
+        randlora.set_trainable(model, "default")
+    loss_of(model(x)).sum().backward()
+    assert all(each.grad is not None for each in randlora.trainable_parameters(model))
+
+
+def test_merging_twice_says_what_the_first_merge_did() -> None:
+    model = Mixed()
+    randlora.inject(model, r=4)
+    randlora.merge(model)
+    for verb in (randlora.merge, randlora.unmerge):
+        with pytest.raises(AdapterError, match="a merge that is not reversible removed it"):
+            verb(model)
 
 
 def test_a_merged_layer_is_as_contiguous_as_torch_likes_it() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from randlora.disk.hub import is_repo_id
 from randlora.disk.regular import is_there
+from randlora.layers.in_place import plain_class
 
 CACHED = re.compile(r"(?:^|[/\\])models--([^/\\]+)[/\\]snapshots[/\\]")
 """A path in the cache of huggingface_hub, which is the name of a model that was loaded by this path."""
@@ -44,6 +47,30 @@ def mismatch(model: nn.Module, written: object) -> str | None:
         f"the adapter was trained on {written!r}, and this model is {own!r}: "
         "what it computes is wrong unless both have the same weights"
     )
+
+
+def trained_on_another(model: nn.Module, fields: Mapping[str, Any]) -> str:
+    """Return what an adapter was trained on, as the end of an error, or nothing if the model may be that, by its names.
+
+    Args:
+        model: The model that the adapter does not fit.
+        fields: Those of the adapter's ``adapter_config.json``.
+    """
+    mapping = fields.get("auto_mapping")
+    class_name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    theirs = class_name, fields.get("base_model_name_or_path")
+    own = plain_class(model).__name__, _own_name(model)
+    known = [str(name) for name in theirs if isinstance(name, str) and name]
+    is_other_class = isinstance(class_name, str) and class_name != own[0]
+    if not known or not (is_other_class or mismatch(model, theirs[1])):
+        return ""
+    return f"\nthe adapter was trained on {' of '.join(known)}, and this model is {' of '.join(filter(None, own))}"
+
+
+def is_own_directory(model: nn.Module, directory: Path) -> bool:
+    """Whether a directory is the one that the model was loaded from."""
+    own = _own_name(model)
+    return own is not None and is_there(Path(own)) and is_there(directory) and Path(own).samefile(directory)
 
 
 def repo_of(name: str | None) -> str | None:

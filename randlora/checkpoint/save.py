@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from randlora.checkpoint.base_model import is_own_directory
 from randlora.checkpoint.card import Results, is_ours, results_note, task_of, write_card
 from randlora.checkpoint.contents import Contents, Gathered, StoredAs, contents_of, gathered, value_problems
 from randlora.checkpoint.fit import untied_by_peft
@@ -18,7 +19,7 @@ from randlora.checkpoint.peft_config import BASE_FIELD
 from randlora.checkpoint.write import adapter_files
 from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.disk.replace import write_directories
-from randlora.errors import CheckpointError, raise_collected
+from randlora.errors import CheckpointError, raise_collected, warn
 from randlora.hints import require_types, shortly
 from randlora.model.save_guard import SaveGuard
 from randlora.model.trainable import adapter_parameters
@@ -137,6 +138,7 @@ def _write_each(
     raise_collected(CheckpointError, problems, doing=doing)
     planned, notes = [], []
     for each, directory in zip(held, directories, strict=True):
+        beside = _beside_the_base(each.census, directory)
         contents, card = contents_of(each), directory / CARD_FILE
         subfolder = None if directory == root else directory.name
         is_kept = os.path.lexists(card) and not is_ours(card)  # the user's own
@@ -144,7 +146,7 @@ def _write_each(
         planned.append(adapter_files(directory, contents.fields, contents.tensors, contents.header, text))
         untied = untied_by_peft(each.census, each.adapter.trained)
         left_out = _left_out(each.census, each.state)
-        notes.append([*contents.notes, *untied, *left_out, *results_note(card, results)])
+        notes.append([*contents.notes, *untied, *left_out, *beside, *results_note(card, results)])
     sizes = write_directories(planned)
     url, kept = _push(root, directories, hub) if hub else (None, [])
     for card_file in kept:
@@ -155,6 +157,18 @@ def _write_each(
         SaveReport(directory, each.adapter.name, size, tuple(own), url)
         for each, directory, size, own in zip(held, directories, sizes, notes, strict=True)
     ]
+
+
+def _beside_the_base(census: Census, directory: Path) -> list[str]:
+    """Warn of a directory that the model itself was loaded from, and return the warning."""
+    if not is_own_directory(census.model, directory):
+        return []
+    warning = (
+        f"{str(directory)!r} has the base model itself: with an adapter beside it, transformers loads both from there, "
+        "through PEFT; give the adapter a directory apart"
+    )
+    warn(warning)
+    return [warning]
 
 
 def _card(held: Gathered, contents: Contents, results: Results, hub: str | None, subfolder: str | None) -> str:

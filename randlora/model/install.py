@@ -263,9 +263,9 @@ def unfold_all(census: Census, state: ModelState) -> tuple[str, ...]:
     state.merged, state.merge_options, state.merge_report = {}, None, None
     for site in merged:
         site.layer.seat(site.owner)
-    for guard in state.loading_guards:
+    for guard in state.merge_guards:
         guard.remove()
-    state.loading_guards = []
+    state.merge_guards = []
     state.merged_blocks, state.merged_in_blocks = [], ()
     return tuple(site.fqn for site in merged)
 

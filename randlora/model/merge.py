@@ -34,6 +34,7 @@ from randlora.model.mergeable import (
     trained_problems,
     weight_problems,
 )
+from randlora.model.merged_backward import refuse_backward
 from randlora.model.ranks import ranks_holding
 from randlora.model.train_also import lost_parameters
 from randlora.placement.dtensor import reshard
@@ -125,7 +126,8 @@ def merge(
         if reversible:
             if not state.is_merged:
                 guarded = census.around_adapted
-                state.loading_guards = [each.register_load_state_dict_pre_hook(_refuse_loading) for each in guarded]
+                state.merge_guards = [each.register_load_state_dict_pre_hook(_refuse_loading) for each in guarded]
+                state.merge_guards.append(root.register_forward_hook(refuse_backward))
             state.merged = _together(state, state.merged | weights)
             state.merge_options, state.merge_report = (quantized, dtype), report
             for site in sites:

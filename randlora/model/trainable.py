@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from randlora.errors import AdapterError, raise_collected
+from randlora.errors import AdapterError, raise_collected, warn
 from randlora.hints import require_types
 from randlora.layers.diagonals import Diagonal
 from randlora.model.averaging import require_averaged
@@ -15,6 +15,7 @@ from randlora.model.install import lost_sites, require_own
 from randlora.model.reducers import warn_of_unknown
 from randlora.model.train_also import lost_parameters
 from randlora.placement.dtensor import reshard
+from randlora.report import FLOAT32_BYTES
 from randlora.state import Adapter, ModelState, adapted_root
 from randlora.targets.obstacles import offloaded_with
 from randlora.targets.walk import Census
@@ -31,6 +32,9 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     Raises:
         AdapterError: If the model has no adapter, or none that is trainable, or no longer has all of what an adapter
             trains, because a module was replaced, removed or resized, or accelerate offloads Λ and Γ.
+
+    Warns:
+        UserWarning: If Λ and Γ are not in float32 any more, as after ``model.half()``, in which small steps are lost.
     """
     reshard(model)
     root, state = adapted_root(model)
@@ -44,6 +48,14 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
         raise AdapterError(
             f"no adapter is trainable, and an optimizer would have nothing to do ({', '.join(state.adapters)}): call "
             f"randlora.activate(model, {next(iter(state.adapters))!r}, trainable=True)"
+        )
+    copies = {id(copy) for adapter in adapters for copy in adapter.trained.values()}
+    dtypes = {each.dtype for each in trained if id(each) not in copies and each.dtype.itemsize < FLOAT32_BYTES}
+    if dtypes:
+        warn(
+            f"Λ and Γ are in {', '.join(map(str, dtypes))}, as after model.half(), in which small steps are lost: "
+            "convert the model before inject, or go back with `for each in randlora.trainable_parameters(model): "
+            "each.data = each.data.float()`"
         )
     return trained
 
