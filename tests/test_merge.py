@@ -428,18 +428,3 @@ def test_merging_is_refused_where_a_weight_was_tied_after_it_was_adapted() -> No
     model.norm.weight = nn.Parameter(model.q.weight.data)
     with untouched(model), pytest.raises(MergeError, match=r"the weight of q is tied to norm\.weight"):
         randlora.merge(model)
-
-
-class Rectified(nn.Linear):
-    """A layer that is not linear in its weight."""
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """Return the rectified output."""
-        return super().forward(input).relu()
-
-
-def test_merging_into_a_layer_with_a_forward_of_its_own_is_said() -> None:
-    model = nn.Sequential(Rectified(4, 4), nn.Linear(4, 4))
-    randlora.inject(model, r=2)
-    (note,) = randlora.merge(model).notes
-    assert note.startswith("layers with their own forward: 0;")

@@ -100,7 +100,7 @@ def unchanged_if_raised(objects: Iterable[object], values: Iterable[Tensor], fla
         values: Tensors that get back their data and ``requires_grad``.
         flags: Tensors that get back ``requires_grad``.
     """
-    held = {id(each): _Attributes(each) for each in objects if each is not None}
+    held = {id(each): Attributes(each) for each in objects if each is not None}
     required_grad = [(each, each.requires_grad) for each in (*values, *flags)]
     data = [(each, each.data) for each in values if not is_lazy(each) and type(each.data) is Tensor]
     try:
@@ -125,15 +125,17 @@ def set_requires_grad(tensor: Tensor, flag: bool) -> None:  # noqa: FBT001
         tensor.requires_grad = flag  # the method does not work on uninitialized parameters
 
 
-class _Attributes:
+class Attributes:
     """The class and the attributes of an object, with the entries of those that are dicts or lists."""
 
     def __init__(self, owner: Any) -> None:
+        """Note them."""
         self.owner, self.kind, self.attributes = owner, type(owner), dict(vars(owner))
         containers = [each for each in self.attributes.values() if isinstance(each, dict | list)]
         self.entries = [(each, dict(each) if isinstance(each, dict) else list(each)) for each in containers]
 
     def restore(self) -> None:
+        """Set them again, and delete others."""
         if type(self.owner) is not self.kind:
             object.__setattr__(self.owner, "__class__", self.kind)
         self.owner.__dict__.clear()

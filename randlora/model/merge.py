@@ -35,6 +35,7 @@ from randlora.model.mergeable import (
     weight_problems,
 )
 from randlora.model.merged_backward import refuse_backward
+from randlora.model.probe import differences_from_product, product_problems
 from randlora.model.ranks import ranks_holding
 from randlora.model.train_also import lost_parameters
 from randlora.placement.dtensor import reshard
@@ -88,7 +89,9 @@ def merge(
         MergeError: If no adapter is active, the adapters are disabled or merged already, another adapter would be lost,
             others are merged with other options, a sharded or offloaded weight is merged into already, a weight has no
             values (meta, offloaded or sharded), an adapted module was replaced, a merged weight would not be finite, or
-            a quantized layer has its own forward that an `nn.Linear` would not run. The model is then unchanged.
+            a quantized layer has its own forward that an `nn.Linear` would not run, or the forward of a layer's own
+            class makes something else of a change of its weight than the product, which is tried on a small random
+            input. The model is then unchanged.
     """
     reshard(model)
     root, state = adapted_root(model)
@@ -107,14 +110,17 @@ def merge(
         lost = [*lost_sites(census, merging), *lost_parameters(state, merging)]
         first = [site for site in sites if site.layer.unmerged is None]
         values = [*tie_problems(census, sites), *weight_problems(first, into), *again_problems(sites)]
+        differences = {} if values else differences_from_product(first)  # of weights that have values
         trained = trained_problems(state, sites, weights)
         problems = [*state_problems(state, weights, reversible=reversible), *lost, *values, *trained]
+        problems += product_problems(differences)
         if state.is_merged and state.merge_options != (quantized, dtype):
             problems.append("others are merged with other options: give the same quantized and dtype, or unmerge them")
         raise_collected(MergeError, problems, doing="merge")
         if not reversible:
             require_detachable(census, "merge")
-    notes = merge_notes(root, first, into, reversible=reversible)  # before merging, which may change classes
+    untried = [site for site, difference in differences.items() if difference is None]
+    notes = merge_notes(root, first, untried, into, reversible=reversible)  # before merging, which may change classes
     with all_or_nothing(census, state), _unfolded_if_raised(first) as kept:
         rounding = _fold_all(sites, _together(state, state.merged | weights), into, ranks)
         targets = tuple(site.fqn for site in sites)

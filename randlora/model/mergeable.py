@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from randlora.errors import MergeError
 from randlora.hints import shortly
 from randlora.layers.quantized import QuantizedLayer
-from randlora.layers.read_weight import ReadWeight
 from randlora.layers.update import Into, Quantized
 from randlora.placement.offloaded import Offloaded
 from randlora.placement.place import Kept, place_of
@@ -121,20 +120,16 @@ def _is_incomplete(site: AdaptedSite, weight: nn.Parameter) -> bool:
     return weight.is_meta and not isinstance(place, Offloaded)
 
 
-def merge_notes(root: nn.Module, sites: Sequence[AdaptedSite], into: Into, *, reversible: bool) -> tuple[str, ...]:
+def merge_notes(
+    root: nn.Module, sites: Sequence[AdaptedSite], untried: Iterable[AdaptedSite], into: Into, *, reversible: bool
+) -> tuple[str, ...]:
     """Return notes on layers with their own forward, and on a config that no longer describes the model."""
     notes = []
-    own = [
-        site.fqn
-        for site in sites
-        if site.layer.plain_forward() is not None
-        and not isinstance(site.layer, ReadWeight)  # whatever the forward is, it read the same weight
-        and not site.layer.runs_plain_forward(site.owner)
-    ]
+    own = [site.fqn for site in untried if site.layer.plain_forward() is not None]
     if own:
         notes.append(
-            f"layers with their own forward: {shortened(own)}; merged, their output is the same as with the adapter "
-            "only if the forward is linear in the weight: compare outputs before and after"
+            f"layers with their own forward, which could not be tried: {shortened(own)}; merged, their output is the "
+            "same as with the adapter only if the forward is linear in the weight: compare outputs before and after"
         )
     places = {site.fqn: place_of(site.owner, site.layer.attribute) for site in sites}
     on_disk = {fqn: place.folder for fqn, place in places.items() if isinstance(place, Offloaded) and place.folder}

@@ -18,6 +18,7 @@ from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.update import Into
 from randlora.model.install import WRAPPERS, lost_sites, require_own
 from randlora.model.mergeable import model_dtype, require_finite, weight_problems
+from randlora.model.probe import differences_from_product, product_problems
 from randlora.model.train_also import lost_parameters
 from randlora.placement.dtensor import is_dtensor, reshard
 from randlora.placement.offloaded import offloaded
@@ -193,7 +194,7 @@ def _require_mergeable(census: Census, state: ModelState) -> None:
     if not state.is_merged:
         sites = [site for site in census.adapted if site.layer.factors(state.active)]
         problems += [*lost_sites(census, active), *lost_parameters(state, active), *tie_problems(census, sites)]
-        problems += weight_problems(sites, Into())
+        problems += [*weight_problems(sites, Into()), *product_problems(differences_from_product(sites))]
     raise_collected(MergeError, problems, doing="yield the merged tensors")
 
 

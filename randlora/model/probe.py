@@ -1,0 +1,93 @@
+"""Whether a forward is the product with the weight, as a merge assumes, tried on a small random input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from randlora.layers.in_place import plain_class
+from randlora.layers.quantized import QuantizedLayer
+from randlora.layers.read_weight import ReadWeight
+from randlora.layers.update import folded
+from randlora.model.undone import undone
+from randlora.placement.place import place_of
+from randlora.targets.site import AdaptedSite
+
+TOLERANCE = 0.02
+"""How far the two may differ, as a share of the product: what is computed in 16 bits is within a quarter of it."""
+
+TOKENS = 2, 3
+
+
+def differences_from_product(sites: Iterable[AdaptedSite]) -> dict[AdaptedSite, float | None]:
+    """Return `difference_from_product` of each weight whose owner's forward is not the plain one of its kind.
+
+    Whatever the forward is of a weight that is read, it reads the same weight as after a merge.
+    """
+    own = (site for site in sites if not isinstance(site.layer, ReadWeight))
+    return {site: difference_from_product(site) for site in own if not site.layer.runs_plain_forward(site.owner)}
+
+
+def product_problems(differences: Mapping[AdaptedSite, float | None]) -> list[str]:
+    """Return messages about weights whose owner's forward makes something else of a merged update than it is.
+
+    An adapter adds ``x @ delta_weight.T`` to what the forward returns. Merged, it has the same effect only where
+    ``f(W + D)(x) - f(W)(x) == x @ D.T``.
+    """
+    return [
+        f"{site.fqn} has a forward of its own ({plain_class(site.owner).__name__}), which does not make of a change of "
+        f"its weight the product that the adapter adds: they differ by {difference:.0%} of it. Leave the adapter "
+        "unmerged, or exclude the layer"
+        for site, difference in differences.items()
+        if difference is not None and difference > TOLERANCE
+    ]
+
+
+@torch.no_grad()
+def difference_from_product(site: AdaptedSite) -> float | None:
+    """Return by how much a forward differs from the product with a change of its weight, as a share of that product.
+
+    Returns:
+        ``None`` if that cannot be tried: the weight is quantized, sharded, offloaded or has no values, or the forward
+        needs other arguments than one input.
+    """
+    owner, layer = site.owner, site.layer
+    weight = layer.weight_of(owner)
+    if weight is None or type(weight.data) is not Tensor or weight.is_meta or not weight.numel():
+        return None
+    if isinstance(layer, QuantizedLayer) or place_of(owner, layer.attribute) is not None:
+        return None
+    generator = torch.Generator("cpu").manual_seed(0)
+    out_features, in_features = layer.shape[-2:]
+    wide = torch.promote_types(weight.dtype, torch.float32)
+
+    def drawn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device="cpu").to(weight.device, wide)
+
+    x = drawn(*TOKENS, in_features).to(weight.dtype)
+    change = drawn(out_features, 1) * drawn(1, in_features)
+    norm = torch.linalg.vector_norm(weight, dtype=wide)
+    size = torch.where((norm > 0) & norm.isfinite(), norm, out_features**0.5)
+    change *= size / torch.linalg.vector_norm(change)
+    changed = folded(weight, layer.in_storage_layout(change))
+    product = x.to(wide) @ change.T
+    forward: Callable[..., Any] = layer.own_forward or MethodType(plain_class(owner).forward, owner)
+    outputs = []
+    with undone([owner]) as snapshot:
+        for held in (weight, nn.Parameter(changed, requires_grad=False)):
+            snapshot.restore()
+            owner.eval()
+            owner._parameters[layer.attribute] = held
+            try:
+                outputs.append(forward(x))
+            except Exception:  # it needs other arguments, or another kind of input
+                return None
+    if not all(isinstance(output, Tensor) and output.shape == product.shape for output in outputs):
+        return None
+    before, after = outputs
+    difference = after.to(wide) - before.to(wide) - product
+    return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(product))
