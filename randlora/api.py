@@ -5,6 +5,7 @@ from randlora import errors as errors
 from randlora import files as files
 from randlora.bases.bank import BasisBank as BasisBank
 from randlora.bases.spec import BasisSpec as BasisSpec
+from randlora.checking.check import check as check
 from randlora.checkpoint import AdapterState as AdapterState
 from randlora.checkpoint import adapter_state as adapter_state
 from randlora.checkpoint import load as load
@@ -58,6 +59,7 @@ __all__ = [
     "activate",
     "adapter_state",
     "adapters",
+    "check",
     "check_ranks",
     "combine",
     "delta_weight",

@@ -42,6 +42,7 @@ ROOMS = (
     "report",
     "memory",
     "model",
+    "checking",
     "disk",
     "checkpoint",
     "pool",

@@ -19,8 +19,8 @@ class Snapshot:
     """What running a model may change, to be restored bit for bit.
 
     It has the class and the attributes of each object, with the entries of those that are dicts or lists; of each
-    parameter and buffer the values and ``requires_grad``; and the states of the random number generators. What a
-    forward changes inside other objects, such as a cache that a module holds, is not included.
+    parameter and buffer the same, the values and ``requires_grad``; and the states of the random number generators.
+    What a forward changes inside other objects, such as a cache that a module holds, is not included.
     """
 
     def __init__(
@@ -40,7 +40,8 @@ class Snapshot:
             for tensor in (*module._parameters.values(), *module._buffers.values())
             if tensor is not None and not is_lazy(tensor)
         }
-        self._objects = [Attributes(each) for each in (*inside.values(), *others)]
+        self._values: list[_Values]
+        self._objects = [Attributes(each) for each in (*inside.values(), *tensors.values(), *others)]
         earlier = {} if copies is None else {id(held.tensor): held for held in copies._values}
         self._values = [_Values(tensor, earlier.get(key)) for key, tensor in tensors.items()]
         devices = {tensor.device for tensor in tensors.values()} - {torch.device("meta")}

@@ -1,0 +1,288 @@
+"""`check`: whether every adapted weight has an effect, gradients, and the same effect once merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from randlora.checking.outputs import distances, roundings
+from randlora.checking.report import CheckReport, Fault, Problem
+from randlora.checking.trial import WIDENED, Trial, acting_sites, half_precision, held_by, roles
+from randlora.errors import AdapterError, MergeError, raise_collected
+from randlora.layers.update import Into
+from randlora.model.change import one_at_a_time
+from randlora.model.install import WRAPPERS, require_own
+from randlora.model.merge import merged
+from randlora.model.mergeable import weight_problems
+from randlora.model.probe import TOLERANCE, differences_from_product
+from randlora.model.ranks import ranks_holding
+from randlora.model.trainable import offloaded_diagonals
+from randlora.model.undone import undone
+from randlora.placement.dtensor import reshard
+from randlora.placement.place import place_of
+from randlora.replaced import held_at
+from randlora.state import ModelState, adapted_root, require_unmerged
+from randlora.targets.site import AdaptedSite
+from randlora.targets.walk import Census
+
+Sites = Collection[AdaptedSite]
+
+EXACT, ROUNDED = 0.01, 0.1
+"""How far merged and adapted may differ, as a share of the effect: of float32 weights, and of narrower or quantized."""
+
+
+@torch.inference_mode(mode=False)
+@one_at_a_time
+def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
+    """Check, by running the model, that every adapted weight does what an adapter is for.
+
+    An adapter of a layer whose weight other code reads would have no effect. The library knows many such layers by the
+    names of their classes and refuses them; this check needs no names. It runs the model with random values of every Λ
+    and Γ of the active adapters, as adapters and merged, in training mode and in evaluation mode, and compares outputs.
+    It finds weights that have no effect, no gradient, or another effect once merged.
+
+    Λ and Γ, all weights, buffers such as running statistics, ``requires_grad``, ``grad``, training flags, hooks and the
+    states of random number generators are afterwards as they were, bit for bit, also if the forward raises. No other
+    thread may run the model meanwhile.
+
+    It takes about a hundred forward passes, so give it a small input. A copy of the model's weights is kept on the CPU.
+    A model in half precision of up to 4 GB is checked in float32, in which small effects can be compared, if its
+    forward allows it.
+
+    Args:
+        model: A model with adapters. Its active adapters are checked, trainable or not.
+        *args: Arguments of its forward, each call with copies of them.
+        **kwargs: Keyword arguments of its forward.
+
+    Returns:
+        The report, which is true if something was found. Weights that this input did not reach, such as those of a
+        decoder that was not called, are listed in ``unchecked``. If the forward raises in the mode that the model is
+        not in, or its backward in either, a note says so.
+
+    Raises:
+        AdapterError: If the model has no adapter or none is active, they are merged or disabled, weights are sharded,
+            offloaded or have no values, or the forward returns no floating tensor.
+        Exception: What the model's forward raises in the mode that the model is in.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 8))
+        >>> _ = randlora.inject(model, r=4, targets="all")
+        >>> print(randlora.check(model, torch.randn(2, 8)))
+        0 of 2 adapted weights are not as they should be; 2 are
+    """
+    reshard(model)
+    root, state = adapted_root(model)
+    census = Census.of(root)
+    require_unmerged(state, "check")
+    require_own(census, state, "check")
+    sites = acting_sites(census, state)
+    raise_collected(AdapterError, _obstacles(census, state, sites), doing="check")
+    inner = _unwrapped(model)
+
+    def run(*, is_widened: bool) -> CheckReport:
+        with undone([inner], held_by(root, sites, state)) as before:
+            trial = Trial(inner, census, state, args, kwargs, is_widened=is_widened)
+            trial.ready(before)
+            return _checked(census, trial)
+
+    size = sum(tensor.nbytes for tensor in half_precision(inner))
+    if 0 < size <= WIDENED:
+        with suppress(RuntimeError, TypeError):  # of a forward that casts to half precision itself
+            return run(is_widened=True)
+    return run(is_widened=False)
+
+
+def _checked(census: Census, trial: Trial) -> CheckReport:
+    """Return the report, given a model with drawn values."""
+    differences = differences_from_product(trial.sites)
+    refused = {site: share for site, share in differences.items() if share is not None and share > TOLERANCE}
+    merging, notes = _mergeable(census.model, trial, refused)
+    seen, more = _both_modes(trial, merging, is_training=trial.model.training)
+    return _report(census, trial.sites, seen, refused, [*notes, *more])
+
+
+def _obstacles(census: Census, state: ModelState, sites: Sequence[AdaptedSite]) -> list[str]:
+    """Return messages about why the model cannot be run as an adapted one."""
+    if state.is_disabled:
+        return ["the adapters are disabled: check outside of randlora.disabled(model) and randlora.routed(model)"]
+    if not sites:
+        return [f"no adapter is active: activate one of {', '.join(state.adapters)}"]
+    if ranks_holding(census, state) is not None:
+        return ["the model is spread over processes: check it, or a smaller one of its class, before it is sharded"]
+    placed = [
+        f"{site.fqn} is offloaded or sharded: check the model before that"
+        for site in sites
+        if place_of(site.owner, site.layer.attribute) is not None
+    ]
+    return [*placed, *offloaded_diagonals(census)] or weight_problems(sites, Into("requantize"))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return a model without the wrappers of torch around it, which compile it or send gradients to other processes."""
+    while (attribute := held_at(model, WRAPPERS)) is not None:
+        model = getattr(model, attribute)
+    return model
+
+
+def _mergeable(
+    root: nn.Module, trial: Trial, refused: Mapping[AdaptedSite, float]
+) -> tuple[list[AdaptedSite], list[str]]:
+    """Return the weights whose merged effect can be compared, and a note if they are none for another reason."""
+    merging = [site for site in trial.sites if site not in refused]
+    if not merging:
+        return [], []
+    try:
+        with trial.only(merging, training=False), merged(root, quantized="dequantize"):
+            pass
+    except MergeError as error:
+        return [], [f"merged weights were not compared: {error}"]
+    return merging, []
+
+
+def _both_modes(trial: Trial, merging: Sequence[AdaptedSite], *, is_training: bool) -> tuple[list[_Mode], list[str]]:
+    """Return what is found in the mode that the model is in and, if its forward runs there, in the other one."""
+    seen, notes = [_Mode(trial, merging, training=is_training)], []
+    try:
+        seen.append(_Mode(trial, merging, training=not is_training))
+    except Exception as error:
+        notes = [f"not checked in {_name(not is_training)}: {type(error).__name__}: {error}"]
+    return seen, notes + [
+        f"gradients were not checked in {_name(mode.training)}: {mode.backward_error}"
+        for mode in seen
+        if mode.backward_error
+    ]
+
+
+class _Mode:
+    """What was found in training or in evaluation mode.
+
+    Attributes:
+        training: Which of them.
+        backward_error: What backward raised, if it did.
+        ran: The weights whose update was computed.
+        trained: Those that gradients reach.
+        moved: Of the others, those that have an effect.
+        moved_merged: Of the others, those that have an effect once merged.
+        differing: Those that have another effect once merged, with the difference as a share of the effect.
+        unclear: Those whose effects are too small to tell.
+    """
+
+    def __init__(self, trial: Trial, merging: Sequence[AdaptedSite], *, training: bool) -> None:
+        """Run the model."""
+        self.training, self._trial = training, trial
+        self._base = trial.run((), training=training)
+        if not self._base:
+            raise AdapterError("cannot check: the forward returns no floating tensor, such as logits, to compare")
+        again = trial.run((), training=training)
+        floors, jitter = roundings(self._base), distances(self._base, again)
+        self._jitter = {path: 4 * jitter.get(path, 0.0) for path in self._base}
+        self._floors = {path: max(floors[path], self._jitter[path]) for path in self._base}
+        self.differing: dict[AdaptedSite, float] = {}
+        self._shares: dict[AdaptedSite, float] = {}
+        self.unclear: set[AdaptedSite] = set()
+        self.backward_error, self.trained = "", set[AdaptedSite]()
+        try:
+            self.trained = trial.gradients(training=training)
+        except RuntimeError as error:  # the forward has not raised before
+            self.backward_error = f"{type(error).__name__}: {error}"
+        self.ran = set(trial.ran)
+        rest = [site for site in trial.sites if site not in self.trained]
+        mergeable = [site for site in rest if site in set(merging)]
+        self.moved = set(blame(rest, self._moves))
+        self.moved_merged = set(blame(mergeable, lambda on: self._moves(on, is_merged=True)))
+        for group in [*roles(merging), merging]:
+            rest = [site for site in group if site not in self.differing]
+            self.differing |= {site: self._shares[site] for site in blame(rest, self._differs)}
+
+    def _moves(self, on: Sites, *, is_merged: bool = False) -> bool:
+        """Whether updates of some weights change the output."""
+        output = self._trial.run(on, training=self.training, is_merged=is_merged)
+        return any(far > self._jitter.get(path, 0.0) for path, far in distances(output, self._base).items())
+
+    def _differs(self, on: Sites) -> bool:
+        """Whether updates of some weights have another effect once merged than as adapters."""
+        adapted = self._trial.run(on, training=self.training)
+        as_merged = self._trial.run(on, training=self.training, is_merged=True)
+        effects = distances(adapted, self._base), distances(as_merged, self._base)
+        effect = {path: max(each.get(path, 0.0) for each in effects) for path in self._base}
+        tolerance = EXACT if self._trial.is_wide(on) else ROUNDED
+        far = {path: each for path, each in distances(adapted, as_merged).items() if each > tolerance * effect[path]}
+        if not far:
+            return False
+        ways = [self._trial.run(on, training=self.training, compute=way) for way in ("factored", "materialized")]
+        rounding = distances(*ways)
+        sure = [path for path in far if far[path] > max(10 * rounding.get(path, 0.0), self._floors[path])]
+        if not sure:
+            self.unclear |= set(on)
+            return False
+        self._shares |= dict.fromkeys(on, max(far[path] / effect[path] for path in sure))
+        return True
+
+
+def blame(sites: Sequence[AdaptedSite], has: Callable[[Sites], bool]) -> list[AdaptedSite]:
+    """Return those of some weights of which something is true that is true of all of them, found by halving."""
+    if not sites or not has(sites):
+        return []
+    if len(sites) == 1:
+        return list(sites)
+    middle = len(sites) // 2
+    return [*blame(sites[:middle], has), *blame(sites[middle:], has)] or list(sites)
+
+
+def _report(
+    census: Census,
+    sites: Sequence[AdaptedSite],
+    seen: Sequence[_Mode],
+    refused: Mapping[AdaptedSite, float],
+    notes: Sequence[str],
+) -> CheckReport:
+    """Return what both modes have found together."""
+    problems: list[Problem] = []
+    unchecked = {
+        site.fqn: "only adapters that are not active act on it: activate them, and check again"
+        for site in census.adapted
+        if site not in sites and site.key not in {other.key for other in sites}
+    }
+    for site in sites:
+        found = _problems(site, seen, refused.get(site))
+        problems += found
+        if not found and not any(site in mode.trained or site in mode.moved for mode in seen):
+            unchecked[site.fqn] = "this input does not reach it"
+        elif not found and any(site in mode.unclear for mode in seen):
+            unchecked[site.fqn] = (
+                "its effect is not larger than rounding, so that merged and adapted cannot be compared"
+            )
+    left = {problem.fqn for problem in problems} | unchecked.keys()
+    return CheckReport(
+        tuple(problems), unchecked, tuple(site.fqn for site in sites if site.fqn not in left), tuple(notes)
+    )
+
+
+def _problems(site: AdaptedSite, seen: Sequence[_Mode], refused: float | None) -> list[Problem]:
+    """Return what is wrong with one weight, into which `merge` may refuse to merge."""
+    found: list[Problem] = []
+
+    def add(fault: Fault, modes: Sequence[_Mode], difference: float | None = None) -> None:
+        found.append(Problem(site.fqn, fault, tuple(_name(mode.training) for mode in modes), difference))
+
+    if past := [mode for mode in seen if site in mode.moved_merged - mode.moved]:
+        add("read past", past)
+    elif not any(site in mode.trained for mode in seen):
+        if moved := [mode for mode in seen if site in mode.moved]:
+            if not any(mode.backward_error for mode in moved):
+                add("no gradient", moved)
+        elif ran := [mode for mode in seen if site in mode.ran]:
+            add("unused", ran)
+    if refused is not None:
+        add("merged differs", seen, refused)
+    elif not past and (differing := [mode for mode in seen if site in mode.differing]):
+        add("merged differs", differing, max(mode.differing[site] for mode in differing))
+    return found
+
+
+def _name(training: bool) -> str:  # noqa: FBT001
+    return "training mode" if training else "evaluation mode"

@@ -1,0 +1,214 @@
+"""Running a model with drawn values of Λ and Γ, in some of the adapted weights, adapted or merged."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from randlora.checking.outputs import Output, copied, tensors_in
+from randlora.functional import Compute
+from randlora.layers.diagonals import Diagonal
+from randlora.layers.quantized import QuantizedLayer
+from randlora.model.change import set_requires_grad
+from randlora.model.merge import merged
+from randlora.model.undone import Snapshot
+from randlora.state import ModelState, SiteAdapter
+from randlora.targets.site import AdaptedSite
+from randlora.targets.walk import Census
+
+SHARE = 0.5
+"""The norm of a drawn update, as a share of that of the weight."""
+
+WIDENED = 2**32
+"""Up to how many bytes of weights in half precision are checked as float32, in which small effects can be compared."""
+
+SPREAD = 0.02
+"""The standard deviation of what replaces parameters that are zero, which would hide what comes before them."""
+
+
+class Trial:
+    """A model whose active adapters have drawn values, to be run as often as needed.
+
+    Attributes:
+        sites: The weights that active adapters act on.
+        ran: Those whose update the last call of `gradients` computed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        census: Census,
+        state: ModelState,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        is_widened: bool,
+    ) -> None:
+        """Draw the values, within a block that undoes that, in a model whose half precision may become float32."""
+        self.model, self.state, self.sites = model, state, acting_sites(census, state)
+        self.ran: set[AdaptedSite] = set()
+        self._root, self._args, self._kwargs, self._is_widened = census.model, args, kwargs, is_widened
+        self._generator = torch.Generator("cpu").manual_seed(0)
+        self._drawn: dict[AdaptedSite, list[nn.Parameter]] = {site: [] for site in self.sites}
+        for tensor in half_precision(model) if is_widened else ():
+            tensor.data = tensor.data.float()
+        for parameter in model.parameters():
+            self._fill(parameter)
+            set_requires_grad(parameter, flag=False)
+        for adapter in map(state.adapters.__getitem__, state.active):
+            adapter.config = replace(adapter.config, dropout=0.0)  # which a merged weight has none of
+        for site in self.sites:
+            for part in acting_parts(site, state):
+                self._drawn[site] += self._draw(site, part)
+            self._watch(site)
+        self._before: Snapshot | None = None
+
+    def ready(self, earlier: Snapshot) -> None:
+        """Take the snapshot, with the copies of an earlier one of the values that are still the same."""
+        self._before = Snapshot([self.model], held_by(self._root, self.sites, self.state), earlier)
+
+    def run(
+        self, on: Collection[AdaptedSite], *, training: bool, is_merged: bool = False, compute: Compute = "auto"
+    ) -> Output:
+        """Return the output with updates of some weights, in training mode with gradients, else without."""
+        with self.only(on, training=training), torch.set_grad_enabled(training):
+            self.state.compute = compute
+            with merged(self._root, quantized="dequantize") if is_merged else nullcontext():
+                output = self._call()
+            return {path: value.detach().clone() for path, value in output.items()}
+
+    def gradients(self, *, training: bool) -> set[AdaptedSite]:
+        """Return the weights of which gradients that are not zero reach all of Λ and Γ."""
+        with self.only(self.sites, training=training), torch.enable_grad():
+            self.ran.clear()
+            values = [value for value in self._call().values() if value.requires_grad]
+            weighted = [(value * self._like(value)).where(value.isfinite(), 0) for value in values]
+            if weighted:
+                torch.stack([each.float().sum().to(weighted[0].device) for each in weighted]).sum().backward()
+            found = {
+                site
+                for site, drawn in self._drawn.items()
+                if all(each.grad is not None and bool(each.grad.count_nonzero()) for each in drawn)
+            }
+            for each in (each for drawn in self._drawn.values() for each in drawn):
+                each.grad = None
+            return found
+
+    def is_wide(self, on: Iterable[AdaptedSite]) -> bool:
+        """Whether the weights are neither quantized nor in half precision."""
+        return all(
+            not isinstance(site.layer, QuantizedLayer) and site.weight is not None and site.weight.dtype.itemsize >= 4
+            for site in on
+        )
+
+    @contextmanager
+    def only(self, on: Iterable[AdaptedSite], *, training: bool) -> Iterator[None]:
+        """Run a block with updates of these weights alone, and undo all that it does."""
+        assert self._before is not None, "check() calls ready()"
+        chosen: dict[str, dict[str, float]] = {name: {} for name in self.state.active}
+        for site in on:
+            for part in acting_parts(site, self.state):
+                chosen[part.adapter.name][part.fqn] = 1.0
+        try:
+            self.state.activate(chosen)
+            for site in self.sites:
+                site.layer.seat(site.owner)
+            self.model.train(training)
+            yield
+        finally:
+            self._before.restore()
+
+    def _call(self) -> Output:
+        eager: Any = nullcontext()
+        if "torch._dynamo" in sys.modules:  # compiled code would run without what watches the layers
+            eager = torch.compiler.set_stance("force_eager")
+        args, kwargs = copied((self._args, self._kwargs), is_widened=self._is_widened)
+        with eager:
+            return tensors_in(self.model(*args, **kwargs))
+
+    def _draw(self, site: AdaptedSite, part: SiteAdapter) -> list[nn.Parameter]:
+        """Replace Λ and Γ of an adapter by new parameters, which no optimizer or hook knows."""
+        name, drawn = part.adapter.name, []
+        for held in map(site.owner._modules.__getitem__, site.layer.parameter_names()):
+            assert isinstance(held, Diagonal), "the weight is adapted"
+            parameter = nn.Parameter(self._like(held.randlora_named(name)))
+            held._parameters[name] = parameter
+            drawn.append(parameter)
+        with torch.no_grad():
+            norm = site.layer.update(site.owner, part, 1.0).norm(drawn[0].device)
+            drawn[0].mul_(_size(site) * SHARE / norm)
+        return drawn
+
+    def _fill(self, parameter: nn.Parameter) -> None:
+        """Put drawn values in the place of zeros, as of gates that are not trained yet."""
+        is_plain = type(parameter.data) is Tensor and parameter.is_floating_point() and parameter.dtype.itemsize > 1
+        if is_plain and not parameter.is_meta and parameter.numel() and not parameter.any():
+            parameter.data = self._like(parameter) * SPREAD
+
+    def _like(self, tensor: Tensor) -> Tensor:
+        return torch.randn(tensor.shape, generator=self._generator, device="cpu").to(tensor.device, tensor.dtype)
+
+    def _watch(self, site: AdaptedSite) -> None:
+        """Note when a layer is called with an input that is not empty, or a weight is read."""
+        layer = site.layer
+        name = "forward" if layer.is_called else "update"
+        method: Callable[..., Any] = getattr(layer, name)
+
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+            if not given or given[0].numel():
+                self.ran.add(site)
+            return method(*args, **kwargs)
+
+        layer.__dict__[name] = noting
+
+
+def half_precision(model: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers in half precision."""
+    halves = torch.float16, torch.bfloat16
+    tensors = [*model.parameters(), *model.buffers()]
+    return [each for each in tensors if each.dtype in halves and type(each.data) is Tensor and not each.is_meta]
+
+
+def acting_sites(census: Census, state: ModelState) -> list[AdaptedSite]:
+    """Return the weights that active adapters have updates of."""
+    return [site for site in census.adapted if acting_parts(site, state)]
+
+
+def acting_parts(site: AdaptedSite, state: ModelState) -> list[SiteAdapter]:
+    """Return the active adapters of a weight."""
+    return [part for name, part in site.layer.adapters.items() if name in state.active]
+
+
+def held_by(root: nn.Module, sites: Iterable[AdaptedSite], state: ModelState) -> list[object]:
+    """Return what running, switching and merging may change beside modules."""
+    found: list[object] = [state, state.activation, state.bank, *state.bank, *state.adapters.values()]
+    found += state.replaced.values()
+    found += [module._parameters for module in root.modules() if isinstance(module, Diagonal) and module._parameters]
+    for site in sites:
+        found += [site.layer, *site.layer.adapters.values(), *site.layer_class.beside(site.owner)]
+    return [each for each in found if hasattr(each, "__dict__")]
+
+
+def roles(sites: Sequence[AdaptedSite]) -> list[list[AdaptedSite]]:
+    """Return the weights in groups of those whose names differ by numbers: the same code runs them."""
+    found: dict[str, list[AdaptedSite]] = {}
+    for site in sites:
+        found.setdefault(re.sub(r"\d+", "", site.fqn), []).append(site)
+    return list(found.values())
+
+
+def _size(site: AdaptedSite) -> Tensor | float:
+    """Return the norm of a weight, or of one of its size where that is zero."""
+    layer, weight = site.layer, site.weight
+    assert weight is not None, "check() asks for a weight"
+    own = layer.written_out(site.owner) if isinstance(layer, QuantizedLayer) else weight.detach()
+    norm: Tensor = torch.linalg.vector_norm(own, dtype=torch.promote_types(own.dtype, torch.float32))
+    return norm if norm > 0 and norm.isfinite() else (SPREAD * own.numel() ** 0.5)
