@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.checkpoint.keys import MODEL_PREFIX, TOP_BASIS_A, TOP_BASIS_B, trained_fqn, trained_key, value_keys
+from randlora.disk.tensor_file import LONGEST_NAME
 from randlora.errors import AdapterError, CheckpointError, ConfigError, RandLoRAError, TargetError
 from randlora.targets.foreign import is_part
 from tests.kit import adapter_values, all_bits, fill, untouched
@@ -201,3 +202,25 @@ def test_a_name_that_a_lora_has_for_something_else_is_refused_there(tmp_path: Pa
     with pytest.raises(ConfigError, match=r"0\.lora_A\.weight would have the name of a factor of an update: rename it"):
         randlora.files.convert(tmp_path / "own", tmp_path / "lora", "lora", tolerance=1.0)
     assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize("also", [False, True], ids=["target", "train_also"])
+def test_a_name_that_is_too_long_to_be_loaded_is_not_saved(also: bool, tmp_path: Path) -> None:
+    name = "long" * 1024
+    model = nn.ModuleDict({name: nn.LayerNorm(4) if also else nn.Linear(4, 4), "other": nn.Linear(4, 4)})
+    randlora.inject(model, r=2, targets=["other"] if also else [name], train_also=[name] if also else None)
+    for verb in (lambda: randlora.save(model, tmp_path / "adapter"), lambda: randlora.adapter_state(model)):
+        with (
+            untouched(model),
+            pytest.raises(CheckpointError, match=r"longlong.*… has a name of 41"),
+        ):
+            verb()
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_name_of_the_greatest_length_is_saved_and_loaded(tmp_path: Path) -> None:
+    name = "n" * (LONGEST_NAME - len(value_keys("", ())[0]))
+    model = nn.ModuleDict({name: nn.Linear(4, 4)})
+    randlora.inject(model, r=2, targets=[name])
+    randlora.save(model, tmp_path)
+    randlora.load(model, tmp_path, name="again")

@@ -275,3 +275,13 @@ def test_a_bad_call_is_refused_and_changes_nothing() -> None:
         randlora.combine(meta(), {"a": 1}, name="c")
     with pytest.raises(AdapterError, match=r"'b' adapts 0.in_proj_weight as 3 x 12 x 12, and one like 'a' as 36 x 12"):
         randlora.combine(attention("split"), {"a": 1, "b": 1}, name="c")
+
+
+def test_bases_that_cannot_be_drawn_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(2, 2))
+    randlora.inject(model, r=2, targets=["0"], basis="sparse", name="a")
+    with untouched(model), pytest.raises(ConfigError, match="have a standard deviation of 0"):
+        randlora.inject(model, r=1, targets=["1"], basis="sparse", name="c")
+    randlora.inject(model, r=1, targets=["1"], name="b")
+    with untouched(model), pytest.raises(ConfigError, match="have a standard deviation of 0"):
+        randlora.combine(model, {"a": 1.0, "b": 0.0}, name="c")

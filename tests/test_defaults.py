@@ -3,21 +3,24 @@
 import inspect
 import re
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import pytest
 import torch
+import transformers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as THEIR_TARGETS
 from torch import nn
 from torch.torch_version import TorchVersion
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
+import randlora
 from randlora.errors import TargetError
 from randlora.targets.presets import TARGET_PRESETS
 from randlora.targets.select import Selection, select
 from randlora.targets.walk import Census
+from tests.models import LLAMA
 from tests.transformers_zoo import NOT_YET, every_type, on_meta
 
 TYPES = {
@@ -280,3 +283,29 @@ def test_attention_alone_is_adapted_in_every_model_of_diffusers() -> None:
         assert [fqn for fqn in fqns if re.search(r"time|proj_out|norm_out|conv_out", fqn)] == []
     assert without == {name for name in OTHERS if hasattr(diffusers, name)}  # older ones have fewer classes
     assert covered >= (80 if TorchVersion(diffusers.__version__) >= "0.42" else 55)
+
+
+def test_weights_that_several_layers_share_are_left_out_with_the_reason() -> None:
+    """The attention of Zamba 2, all of which is shared; another layer's weight that a third one shares."""
+    sides = {"mamba_d_state": 8, "n_mamba_heads": 4, "mamba_headdim": 16, "num_mem_blocks": 1, "adapter_rank": 4}
+    kinds = ["mamba", "hybrid", "mamba", "hybrid"]
+    config = transformers.Zamba2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, hybrid_layer_ids=[1, 3], layers_block_type=kinds, **sides,
+    )  # fmt: skip
+    model = transformers.Zamba2ForCausalLM(config)
+    for targets in (None, "all-linear"):
+        report = randlora.plan(model, r=4, targets=targets)
+        assert report.targets
+        assert not any("shared_transformer" in fqn for fqn in report.targets)
+        why = report.skipped["model.layers.1.shared_transformer.self_attn.q_proj"]
+        assert why == "tied to model.layers.3.shared_transformer.self_attn.q_proj.weight"
+    with pytest.raises(TargetError, match="is tied to"):
+        randlora.plan(model, r=4, targets=["q_proj"])
+    llama = cast("Any", LLAMA.build())
+    llama.model.layers[0].self_attn.v_proj.weight = llama.model.layers[1].self_attn.v_proj.weight
+    report = randlora.plan(llama, r=4)
+    assert {fqn.rpartition(".")[2] for fqn in report.targets} == {"q_proj"}
+    assert [fqn for fqn in report.skipped if fqn.endswith("v_proj")] == [
+        f"model.layers.{layer}.self_attn.v_proj" for layer in (0, 1)
+    ]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import randlora
 from randlora.config import BasisKind
-from randlora.errors import CheckpointError
+from randlora.errors import CheckpointError, MergeError
 from tests.model_directories import HEADS, contents, merge_in_memory, save_adapter, save_model, write
 from tests.models import BERT, GPT2, LLAMA, RealModel, every_transformers_model
 from tests.peer import THEIR_WARNINGS, peft_model
@@ -176,3 +176,38 @@ def rename(adapter: Path, directory: Path) -> Path:
         parameter.data.copy_(values[fqn].data)
     randlora.save(bare, directory)
     return directory
+
+
+def float8_base(directory: Path, **beside: torch.Tensor) -> Path:
+    """Save a model whose floating tensors are of 8 bits, and tensors beside them."""
+    base = save_model(LLAMA, directory, dtype=torch.bfloat16)
+    file = base / "model.safetensors"
+    narrow = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(file).items()}
+    save_file({**narrow, **beside}, file, {"format": "pt"})
+    return base
+
+
+def test_floats_of_8_bits_are_merged_into_in_a_wider_dtype(tmp_path: Path) -> None:
+    base, adapter = float8_base(tmp_path / "base"), save_adapter(LLAMA, tmp_path / "adapter")
+    with pytest.raises(MergeError, match=r"is torch\.float8_e4m3fn, which would lose most of an update: give a dtype"):
+        randlora.files.merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    wide = {name: tensor.float() for name, tensor in load_file(base / "model.safetensors").items()}
+    plain = save_model(LLAMA, tmp_path / "plain")
+    save_file(wide, plain / "model.safetensors", {"format": "pt"})
+    for dtype in (torch.float32, torch.bfloat16):
+        randlora.files.merge(base, adapter, tmp_path / f"out {dtype}", dtype=dtype)
+        randlora.files.merge(plain, adapter, tmp_path / f"expected {dtype}", dtype=dtype)
+        found, expected = (
+            load_file(tmp_path / f"{name} {dtype}" / "model.safetensors") for name in ("out", "expected")
+        )
+        assert found.keys() == expected.keys()
+        assert all(found[name].dtype == dtype and torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_floats_of_8_bits_with_scales_are_refused(tmp_path: Path) -> None:
+    scale = "model.layers.0.self_attn.q_proj.scale_weight"
+    base, adapter = float8_base(tmp_path / "base", **{scale: torch.ones(())}), save_adapter(LLAMA, tmp_path / "adapter")
+    with pytest.raises(MergeError, match=r"q_proj\.weight is torch\.float8_e4m3fn and has a scale, .*scale_weight"):
+        randlora.files.merge(base, adapter, tmp_path / "out", dtype=torch.bfloat16)
+    assert not (tmp_path / "out").exists()

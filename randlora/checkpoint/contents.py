@@ -15,9 +15,11 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from randlora.checkpoint.format import Header, adapter_tensors, stored_bases, stored_dims
+from randlora.checkpoint.keys import trained_key, value_keys
 from randlora.checkpoint.model_class import ModelClass
 from randlora.checkpoint.peft_config import drawing_note, peft_obstacle, to_peft_fields, unknown_to_peft
 from randlora.checkpoint.values import Value, is_text, meta_problems, save_problems
+from randlora.disk.tensor_file import LONGEST_NAME
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import shortly
 from randlora.layers.diagonals import diagonal_shapes
@@ -185,7 +187,14 @@ def _problems(held: Gathered) -> list[str]:
         problems.append("its bases came from a file and no seed reproduces them: save with bases='stored'")
     names = [*adapter.targets, *adapter.trained]
     problems += [f"{fqn!r} is no valid Unicode: rename the module" for fqn in names if not is_text(fqn)]
-    return problems
+    keys = {fqn: max(map(len, value_keys(fqn, adapter.options))) for fqn in adapter.options}
+    keys |= {fqn: len(trained_key(fqn, adapter.options)) for fqn in adapter.trained}
+    return problems + [
+        f"{fqn:.60}… has a name of {length} characters in a file, of which none can be loaded with more than "
+        f"{LONGEST_NAME}: rename the modules"
+        for fqn, length in keys.items()
+        if length > LONGEST_NAME
+    ]
 
 
 def _peft_notes(adapter: Adapter, header: Header, bases: str) -> list[str]:

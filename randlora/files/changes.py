@@ -146,6 +146,19 @@ class Changes:
         """Yield the values that the checkpoint has no tensor for."""
         yield _cast(name, self.added[name], dtype)
 
+    def float8_problems(self, dtype: torch.dtype | None) -> list[str]:
+        """Return why 8-bit floats cannot be changed: they have scales, or would lose most of an update."""
+        entries = self.base.directory.entries
+        for name in (*self.computed, *self.values):
+            kind = entries[name].dtype
+            if name in self.base.codes or not kind.is_floating_point or kind.itemsize > 1:
+                continue
+            if (scale := _scale_of(name, entries)) is not None:
+                return [f"{name} is {kind} and has a scale, {scale}: dequantize the model first"]
+            if dtype is None:
+                return [f"{name} is {kind}, which would lose most of an update: give a dtype, as dtype=torch.bfloat16"]
+        return []
+
     def pieces(self, entry: Entry, dtype: torch.dtype) -> Iterator[Tensor]:
         """Yield the new values of a tensor of the checkpoint in pieces, reading it as they are needed.
 
@@ -159,14 +172,14 @@ class Changes:
             and own is None
             and entry.name not in self.base.codes
         ):
-            wide = torch.promote_types(entry.dtype, dtype)
+            wide = _wider(entry.dtype, dtype)
             for index, piece in enumerate(read_pieces(entry, nbytes=entry.nbytes // entry.shape[0])):
                 matrix = piece.reshape(1, *entry.shape[1:]).to(wide)
                 yield _cast(entry.name, merging.merged(matrix, slice(index, index + 1)), dtype)
         elif merging is not None:
             yield _cast(entry.name, self._computed(merging, entry, dtype), dtype)
         elif own is not None:
-            yield _cast(entry.name, own.to(torch.promote_types(entry.dtype, dtype)), dtype)
+            yield _cast(entry.name, own.to(_wider(entry.dtype, dtype)), dtype)
         elif entry.name in self.base.codes:
             yield _cast(entry.name, self.base.read(entry), dtype)
         else:
@@ -177,7 +190,7 @@ class Changes:
 
         def read(name: str) -> Tensor:
             source, own = self.base.directory.entries[name], self.values.get(name)
-            wide = torch.promote_types(torch.float32 if name in self.base.codes else source.dtype, dtype)
+            wide = _wider(torch.float32 if name in self.base.codes else source.dtype, dtype)
             return (self.base.read(source) if own is None else own).to(wide)  # an adapter's own, which another adapts
 
         if isinstance(merging, Merging):
@@ -285,10 +298,22 @@ def _conversion(computed: dict[str, Merging | ConvertedMerging], conversion: Con
     return found
 
 
+def _scale_of(name: str, entries: Collection[str]) -> str | None:
+    """Return the name of a tensor beside a weight that looks like its scale, as ``scale_weight`` does."""
+    module = name.rpartition(".")[0]
+    beside = [other for other in entries if other.rpartition(".")[0] == module]
+    return next((other for other in beside if "scale" in other.rpartition(".")[2]), None)
+
+
+def _wider(stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """Return the wider of two dtypes; torch promotes no floats of 8 bits, which every other holds."""
+    return dtype if stored.itemsize == 1 else torch.promote_types(stored, dtype)
+
+
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dtype == dtype:
         return tensor
     converted = tensor.to(dtype)
-    if not torch.equal(torch.isfinite(converted), torch.isfinite(tensor)):
+    if tensor.dtype.itemsize > 1 and not torch.equal(torch.isfinite(converted), torch.isfinite(tensor)):
         raise MergeError(f"{name} has values too large for {dtype}: choose a wider dtype")
     return converted

@@ -133,7 +133,8 @@ def merge(
         ConfigError: For an invalid factor, dtype or stream.
         CheckpointError: If a file is missing, truncated or damaged, the checkpoint is quantized but not by
             bitsandbytes, bitsandbytes is needed and not installed, or an adapter does not fit.
-        MergeError: If ``out`` exists or is inside an input, the disk is too small, or a value is not finite.
+        MergeError: If ``out`` exists or is inside an input, the disk is too small, a value is not finite, or weights
+            are 8-bit floats that have scales, or no wider ``dtype`` is given for them.
         OSError: If the disk refuses, or another process creates ``out`` meanwhile.
     """
     require_types(merge, locals())
@@ -150,6 +151,7 @@ def merge(
         raise CheckpointError(f"cannot merge: reading {coded} ({dense.codes[coded].kind}) {reason}")
     changes = find_changes(model, located, prefix, stream)
     dense, trained_on = changes.base, changes.model.trained_on
+    raise_collected(MergeError, changes.float8_problems(dtype), doing="merge")
     shards = [(shard, _planned(shard, changes, dtype)) for shard in dense.directory.shards]
     shards[-1][1].extend(_added(changes, dtype))
     companions = find_companions(directory)
@@ -234,6 +236,7 @@ def _planned(shard: Shard, changes: Changes, dtype: torch.dtype | None) -> list[
     """Return how the tensors of one file are written."""
     entries = [entry for entry in shard.entries if entry.name not in changes.unused]
     dtypes = {entry: dtype if dtype and entry.dtype in CASTABLE else entry.dtype for entry in entries}
+    dtypes = {entry: dtype if dtype and entry.dtype.is_floating_point else entry.dtype for entry in shard.entries}
     return [
         Planned(changes.name_of(entry), wanted, changes.shape_of(entry), partial(changes.pieces, entry, wanted))
         for entry, wanted in dtypes.items()

@@ -108,7 +108,7 @@ def combine(
         AdapterError: If an adapter is unknown, the name is taken, the adapters are merged, a sum is not exact or not
             within the tolerance, or the adapters differ in ``in_proj`` or ``experts``. The model is then unchanged.
         ConfigError: For an unknown method, a tolerance that is no positive number, or if no config of ``like`` fits the
-            layers of the others.
+            layers of the others, or its bases for them cannot be drawn.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
@@ -129,6 +129,8 @@ def combine(
     unfit = obstacles(census, sites, sources[0].config.dropout)
     raise_collected(AdapterError, [*lost, *unfit, *_form_problems(state, sites, sources)], doing="combine")
     adapter, shared = _planned(state, name, sites, sources)
+    for r in adapter.bases.keys() - shared.keys():
+        adapter.bases[r].matrices()  # as in inject: some cannot be drawn
     with agreed(ranks_holding(census, state)):
         updates = {site.fqn: site.layer.whole_updates(site.owner, dict(adapters)) for site in sites}
         copies = _copies(state, adapters, sources)

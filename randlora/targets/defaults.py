@@ -10,13 +10,15 @@ from randlora.config import Pattern
 from randlora.targets.left_out import LINEAR_KINDS
 from randlora.targets.match import matches
 from randlora.targets.presets import DIFFUSERS_NAMES, LANGUAGE_MODEL, TARGET_PRESETS, TRANSFORMERS_NAMES
+from randlora.targets.ties import tied_names
 from randlora.targets.walk import Census, Visit
 
 
 def default_targets(census: Census) -> tuple[Pattern, str] | None:
     """Return the pattern of the layers adapted by default, and what it selects; ``None`` if no attention is found.
 
-    Neither is it found where an adapter would have no effect, because none of the layers is called.
+    Neither is it found where none of the layers can be adapted, because each is tied to another, or is not called, so
+    that an adapter would have no effect.
 
     Only models of transformers (which have a ``config.model_type``) and of diffusers have a default: elsewhere, a layer
     named ``value`` may be anything.
@@ -24,8 +26,9 @@ def default_targets(census: Census) -> tuple[Pattern, str] | None:
     default = _by_names(census)
     if default is None:
         return None
-    keys = [visit.key for visit in census.candidates if matches(default[0], visit.fqn, visit.module) and visit.entry]
-    return None if keys and census.uncalled.keys() >= set(keys) else default
+    keys = {visit.key for visit in census.candidates if matches(default[0], visit.fqn, visit.module) and visit.entry}
+    tied = tied_names(census, [site for site in census.sites if site.key in keys])
+    return None if keys and census.uncalled.keys() | tied.keys() >= keys else default
 
 
 def _by_names(census: Census) -> tuple[Pattern, str] | None:

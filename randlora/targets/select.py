@@ -116,7 +116,7 @@ def select(census: Census, given: Pattern | None, exclude: Pattern | None, train
     rule += "" if exclude is None else ", without the excluded"
     left: tuple[Remaining, ...] = ()
     if given is None or is_rule:
-        chosen, skipped = _untrained(census, chosen, skipped, trained)
+        chosen, skipped = _untied(census, *_untrained(census, chosen, skipped, trained))
     wanted = {visit.key for visit in chosen}
     if given is None or is_rule:
         skipped |= _heads(census, wanted)
@@ -206,7 +206,7 @@ def _by_rule(census: Census, visits: Sequence[Visit], rule: Pattern) -> tuple[li
     """Split what ``"all"`` or ``"all-linear"`` is about into what is adapted and what is skipped, with the reasons.
 
     What cannot be adapted is skipped by ``"all"``; by ``"all-linear"`` it is chosen, and an error later, except for
-    layers that are not called.
+    layers that are not called, and tied ones.
     """
     skipped = {visit.fqn: visit.entry for visit in visits if isinstance(visit.entry, str)}
     skipped |= _uncalled(census, visits)
@@ -217,8 +217,6 @@ def _by_rule(census: Census, visits: Sequence[Visit], rule: Pattern) -> tuple[li
         keys = {visit.key for visit in visits if visit.fqn not in skipped}
         sites = [site for site in census.sites if site.key in keys]
         skipped |= {site.fqn: why for site in sites if (why := obstacle(site)) is not None}
-        tied = tied_names(census, sites)
-        skipped |= {site.fqn: f"tied to {', '.join(tied[site.key])}" for site in sites if site.key in tied}
     passed = {visit.key for visit in visits if visit.fqn in skipped}
     return [visit for visit in visits if visit.key not in passed], skipped
 
@@ -236,6 +234,15 @@ def _untrained(
     keys = {site.key for site in census.sites if id(site.weight) in beside}
     named = {visit.fqn: TRAINED for visit in visits if visit.key in keys}
     return [visit for visit in visits if visit.key not in keys], skipped | named
+
+
+def _untied(census: Census, visits: Sequence[Visit], skipped: dict[str, str]) -> tuple[list[Visit], dict[str, str]]:
+    """Split weights that a rule chose into those to adapt and those that modules share, which are skipped."""
+    keys = {visit.key for visit in visits}
+    sites = [site for site in census.sites if site.key in keys]
+    tied = tied_names(census, sites)
+    named = {site.fqn: f"tied to {', '.join(tied[site.key])}" for site in sites if site.key in tied}
+    return [visit for visit in visits if visit.key not in tied], skipped | named
 
 
 def _heads(census: Census, chosen: Keys) -> dict[str, str]:
