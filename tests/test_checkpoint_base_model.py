@@ -177,25 +177,29 @@ def test_a_path_of_this_machine_is_no_repository(
     assert repo_of(name) == repo
 
 
-def test_an_adapter_of_another_architecture_is_told_from_what_it_was_trained_on(tmp_path: Path) -> None:
-    trained_on = models.LLAMA.build()
-    trained_on.config._name_or_path = "org/llama"  # type: ignore[union-attr]
-    randlora.inject(trained_on, r=4)
-    randlora.save(trained_on, tmp_path)
-    other = models.GPT2.build()
-    other.config._name_or_path = "org/gpt"  # type: ignore[union-attr]
-    with pytest.raises(CheckpointError) as caught:
-        randlora.load(other, tmp_path)
-    *_, last = str(caught.value).splitlines()
-    own = type(other).__name__
-    assert "org/llama, and this model is" in last
-    assert last.endswith(f"this model is {own} of org/gpt")
-    fewer = models.LLAMA.build()
-    fewer.config._name_or_path = "org/llama"  # type: ignore[union-attr]
+@pytest.mark.parametrize("is_named", [True, False])
+def test_an_adapter_of_another_architecture_is_told_from_what_it_was_trained_on(
+    tmp_path: Path, *, is_named: bool
+) -> None:
+    llama, gpt, fewer = models.LLAMA.build(), models.GPT2.build(), models.LLAMA.build()
     del fewer.model.layers[1]  # type: ignore[union-attr, operator]
-    with pytest.raises(CheckpointError) as caught:
-        randlora.load(fewer, tmp_path)
-    assert "was trained on" not in str(caught.value)
+    if is_named:
+        llama.config._name_or_path, gpt.config._name_or_path = "org/llama", "org/gpt"  # type: ignore[union-attr]
+        fewer.config._name_or_path = "org/llama"  # type: ignore[union-attr]
+    theirs, ours = (" of org/llama", " of org/gpt") if is_named else ("", "")
+    randlora.inject(llama, r=4)
+    randlora.save(llama, tmp_path / "adapter")
+    gpt.save_pretrained(tmp_path / "gpt")  # type: ignore[operator]
+    said = f"fit the adapter, trained on LlamaForCausalLM{theirs}, to this GPT2LMHeadModel{ours}, 4 problems:"
+    for source in (tmp_path / "adapter", randlora.adapter_state(llama)):
+        with pytest.raises(CheckpointError, match=said):
+            randlora.load(gpt, source)
+    with pytest.raises(
+        CheckpointError, match=r"fit the adapter, trained on LlamaForCausalLM.*, to this GPT2LMHeadModel"
+    ):
+        randlora.files.merge(tmp_path / "gpt", tmp_path / "adapter", tmp_path / "merged")
+    with pytest.raises(CheckpointError, match="fit the adapter to this model, 2 problems:"):
+        randlora.load(fewer, tmp_path / "adapter")
 
 
 def test_saving_into_the_base_models_own_directory_warns(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from randlora.checkpoint.model_class import ModelClass
 from randlora.disk.hub import is_repo_id
 from randlora.disk.regular import is_there
 from randlora.layers.in_place import plain_class
@@ -23,7 +24,7 @@ def base_model_name(model: nn.Module, written: object = None) -> str | None:
     The name in the file that the adapter was loaded from, ``written``, is kept if it means the same model.
     """
     known = written if isinstance(written, str) and written else None
-    own = _own_name(model)
+    own = name_of(model)
     return known if own is None or (known and is_same_model(known, own)) else own
 
 
@@ -40,7 +41,7 @@ def is_same_model(one: str, other: str) -> bool:
 
 def mismatch(model: nn.Module, written: object) -> str | None:
     """Return a warning if a model is not the one that an adapter was trained on, ``None`` if it is or is not known."""
-    own = _own_name(model)
+    own = name_of(model)
     if own is None or not isinstance(written, str) or not written or is_same_model(written, own):
         return None
     return (
@@ -49,27 +50,28 @@ def mismatch(model: nn.Module, written: object) -> str | None:
     )
 
 
-def trained_on_another(model: nn.Module, fields: Mapping[str, Any]) -> str:
-    """Return what an adapter was trained on, as the end of an error, or nothing if the model may be that, by its names.
+def trained_on_another(model: nn.Module, fields: Mapping[str, Any], recorded: ModelClass | None) -> str:
+    """Return what an adapter was trained on, and what a model is, as a phrase after "fit the adapter".
 
     Args:
-        model: The model that the adapter does not fit.
+        model: A model that the adapter may not fit.
         fields: Those of the adapter's ``adapter_config.json``.
+        recorded: The class in the adapter's header.
     """
     mapping = fields.get("auto_mapping")
-    class_name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    theirs = class_name, fields.get("base_model_name_or_path")
-    own = plain_class(model).__name__, _own_name(model)
-    known = [str(name) for name in theirs if isinstance(name, str) and name]
-    is_other_class = isinstance(class_name, str) and class_name != own[0]
-    if not known or not (is_other_class or mismatch(model, theirs[1])):
-        return ""
-    return f"\nthe adapter was trained on {' of '.join(known)}, and this model is {' of '.join(filter(None, own))}"
+    written = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    theirs = recorded.name if recorded else written, fields.get("base_model_name_or_path")
+    own = plain_class(model).__name__, name_of(model)
+    is_other_class = isinstance(theirs[0], str) and theirs[0] != own[0]
+    if not is_other_class and mismatch(model, theirs[1]) is None:
+        return " to this model"
+    known = " of ".join(name for name in theirs if isinstance(name, str) and name)
+    return f", trained on {known}, to this {' of '.join(name for name in own if name)}"
 
 
 def is_own_directory(model: nn.Module, directory: Path) -> bool:
     """Whether a directory is the one that the model was loaded from."""
-    own = _own_name(model)
+    own = name_of(model)
     return own is not None and is_there(Path(own)) and is_there(directory) and Path(own).samefile(directory)
 
 
@@ -82,7 +84,8 @@ def repo_of(name: str | None) -> str | None:
     return name if is_repo_id(name) and not is_there(Path(name)) else None
 
 
-def _own_name(model: nn.Module) -> str | None:
+def name_of(model: nn.Module) -> str | None:
+    """Return the name or the directory that a model was loaded by, if it says that."""
     holders = (getattr(model, "config", None), model)
     names = (getattr(holder, field, None) for holder in holders for field in ("_name_or_path", "name_or_path"))
     return next((name for name in names if isinstance(name, str) and name), None)

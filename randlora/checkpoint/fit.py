@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from randlora.bases.spec import Shape
+from randlora.checkpoint.base_model import trained_on_another
 from randlora.checkpoint.peft_config import whole_modules
 from randlora.checkpoint.read import AdapterFile
 from randlora.disk.tensor_file import Entry
@@ -35,7 +36,7 @@ def fit_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
         *trained_misfits(own, file),
         *offloaded_copies(census, file.trained),
     ]
-    raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
+    raise_collected(CheckpointError, problems, doing=_fitting(census, file))
     return sites
 
 
@@ -57,8 +58,14 @@ def named_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
         else:
             problems.append(f"{fqn} ({type(modules[fqn]).__name__}) has no weight that can be adapted")
     problems = prefix_problems(file, sites, parameter_names(census)) or problems
-    raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
+    raise_collected(CheckpointError, problems, doing=_fitting(census, file))
     return tuple(site for site in sites.values() if found.get(site.key) is site)
+
+
+def _fitting(census: Census, file: AdapterFile) -> str:
+    """Return what is refused, with what the adapter was trained on if that is another model."""
+    recorded = file.header.model_class if file.header else None
+    return f"fit the adapter{trained_on_another(census.model, file.fields, recorded)}"
 
 
 def layer_names(census: Census) -> set[str]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from randlora.checkpoint.base_model import mismatch, trained_on_another
+from randlora.checkpoint.base_model import mismatch
 from randlora.checkpoint.bases import file_bases, stream_notes
 from randlora.checkpoint.fit import all_shapes, fit_sites, layer_names, parameter_names, with_prefix, without_repeats
 from randlora.checkpoint.format import master
@@ -121,8 +121,7 @@ def _added(census: Census, state: ModelState, found: Found, options: Options) ->
         with without_modes():
             file, bases = file_bases(file, by_rank(shapes, file.options), state.bank, lambda: all_shapes(census))
     except CheckpointError as error:
-        other = trained_on_another(census.model, found.file.fields)
-        raise CheckpointError(f"cannot load {found.where}: {error}{other}") from error
+        raise CheckpointError(f"cannot load {found.where}: {error}") from error
     doubts = warn_of_doubts(census.model, file)
     rule = f"{found.rule}, {file.renaming}" if file.renaming else found.rule
     layer_options = {fqn: file.options[fqn] for fqn in shapes}
