@@ -1,6 +1,7 @@
 """What adapting in place refuses, with the reason and before anything changes; and how often verbs walk a model."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from torch.ao.quantization.quantize_fx import prepare_fx
 from torch.nn.utils import fusion, parametrize
 
 import randlora
+import randlora.layers.base
 from randlora.errors import AdapterError, CheckpointError, MergeError, TargetError
 from randlora.layers import registry
 from randlora.layers.linear import LinearAdapter
 from tests.in_place_models import X, adapt, of_kind
-from tests.kit import fill, untouched
+from tests.kit import all_bits, fill, untouched
 from tests.laws import assert_close
 from tests.layer_kinds import LAYER_KINDS
 
@@ -245,3 +247,29 @@ def test_fusing_an_adapted_linear_layer_is_refused_and_works_once_merged() -> No
         fusion.fuse_linear_bn_eval(*model)
     randlora.merge(model)
     assert_close(fusion.fuse_linear_bn_eval(*model)(x), expected, torch.float32)
+
+
+def test_what_version_0_1_pickled_whole_is_refused_in_words() -> None:
+    """Its adapted layers had a hook, which the pickle names."""
+    with pytest.raises(CheckpointError, match=r"a whole model, pickled by a version 0\.1 .* save the adapter with"):
+        pickle.loads(b"crandlora.layers.base\n_decline_fast_paths\n.")
+    with pytest.raises(AttributeError, match=r"module 'randlora\.layers\.base' has no attribute 'nothing'"):
+        _ = randlora.layers.base.nothing
+
+
+def test_a_state_dict_of_version_0_1_is_refused_in_words_that_say_how_to_mend_it() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    randlora.inject(model, r=4, targets=["0"])
+    fill(model)
+    own = model.state_dict()
+    theirs = {name.replace("0.weight", "0.base_layer.weight").replace("0.bias", "0.base_layer.bias"): value
+              for name, value in own.items()}  # fmt: skip
+    other = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    randlora.inject(other, r=4, targets=["0"])
+    with (
+        untouched(other),
+        pytest.raises(CheckpointError, match=r"has 0\.base_layer\.weight.*replace '\.base_"),
+    ):
+        other.load_state_dict(theirs)
+    other.load_state_dict({name.replace(".base_layer.", "."): value for name, value in theirs.items()})
+    assert all_bits(other.state_dict()) == all_bits(own)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.bases.spec import Shape, count_bases
-from randlora.errors import AdapterError
+from randlora.errors import AdapterError, CheckpointError
 from randlora.functional import WriteOut, adapted_linear, delta_weight
 from randlora.layers.compiled_routes import routed_layer
 from randlora.layers.diagonals import Diagonal, diagonal_shapes
@@ -404,3 +404,15 @@ class AdapterLayer(StoredWeight):
             for name, part in self.adapters.items()
             for r in [part.options.r]
         )
+
+
+if not TYPE_CHECKING:  # else every name would pass as one of this module
+
+    def __getattr__(name: str) -> Any:
+        """Refuse whole models that were pickled by version 0.1, whose layers had a hook of this name."""
+        if name == "_decline_fast_paths":
+            raise CheckpointError(
+                "this is a whole model, pickled by a version 0.1 of randlora that put adapted layers into modules of "
+                "its own: load it there, save the adapter with randlora.save, and load that with randlora.load"
+            )
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from randlora.errors import AdapterError, MergeError
+from randlora.errors import AdapterError, CheckpointError, MergeError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Gamma, Lambda
 from randlora.layers.planned import attach_planned
@@ -25,6 +25,9 @@ from randlora.state import SiteAdapter
 
 FORWARDS = "_old_forward", "forward"
 """Instance attributes that may hold a ``forward``. accelerate sets both, and calls the first from the second."""
+
+WRAPPED = "base_layer"
+"""The name by which a version 0.1 held an adapted layer in a module of its own."""
 
 BOOKKEEPERS = "torch.distributed.", "torch.nn.modules.module", "accelerate."
 """Modules whose code reads parameters by name to register, shard, move or save them, not to compute with them."""
@@ -106,6 +109,11 @@ class InPlace(nn.Module):
             raise MergeError(
                 f"cannot load a state dict into {prefix.removesuffix('.')} while the adapters are merged: "
                 "call randlora.unmerge(model) first"
+            )
+        if f"{prefix}{WRAPPED}.weight" in state_dict and WRAPPED not in self._modules:
+            raise CheckpointError(
+                f"the state dict has {prefix}{WRAPPED}.weight, as from a version 0.1 of randlora, which put adapted "
+                f"layers into modules of its own: replace '.{WRAPPED}.' by '.' in its keys"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
