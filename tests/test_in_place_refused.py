@@ -14,7 +14,6 @@ from torch.ao.quantization.quantize_fx import prepare_fx
 from torch.nn.utils import fusion, parametrize
 
 import randlora
-import randlora.layers.base
 from randlora.errors import AdapterError, CheckpointError, MergeError, TargetError
 from randlora.layers import registry
 from randlora.layers.linear import LinearAdapter
@@ -253,8 +252,8 @@ def test_what_version_0_1_pickled_whole_is_refused_in_words() -> None:
     """Its adapted layers had a hook, which the pickle names."""
     with pytest.raises(CheckpointError, match=r"a whole model, pickled by a version 0\.1 .* save the adapter with"):
         pickle.loads(b"crandlora.layers.base\n_decline_fast_paths\n.")
-    with pytest.raises(AttributeError, match=r"module 'randlora\.layers\.base' has no attribute 'nothing'"):
-        _ = randlora.layers.base.nothing
+    with pytest.raises(AttributeError, match="nothing"):
+        pickle.loads(b"crandlora.layers.base\nnothing\n.")
 
 
 def test_a_state_dict_of_version_0_1_is_refused_in_words_that_say_how_to_mend_it() -> None:
