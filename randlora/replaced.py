@@ -1,9 +1,10 @@
-"""Parameters of a model that adapters train copies of, followed by name where code replaces them or their modules."""
+"""Parameters and buffers of a model that adapters have copies of, followed by name where code replaces them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from randlora.placement import zero3
 from randlora.placement.dtensor import Shard, is_dtensor, values_within
 
 Place = tuple[nn.Module, str]
-"""A module and the name of one of its parameters."""
+"""A module and the name of one of its parameters or buffers."""
 
 WRAPPED_AS = {
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
@@ -57,6 +58,16 @@ def held_at(module: nn.Module, wrappers: Mapping[str, str]) -> str | None:
     return next((wrappers[base.__qualname__] for base in type(module).__mro__ if base.__qualname__ in wrappers), None)
 
 
+def table_of(module: nn.Module, attribute: str) -> dict[str, Any]:
+    """Return the dict in which a module holds a parameter or buffer of this name: that of buffers if it is there."""
+    return module._buffers if attribute in module._buffers else module._parameters
+
+
+def like(own: Tensor, value: Tensor, *, requires_grad: bool = False) -> Tensor:
+    """Return a tensor to hold in the place of another: a parameter with this flag if that is one, else a buffer."""
+    return nn.Parameter(value, requires_grad) if isinstance(own, nn.Parameter) else value
+
+
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     """Return a parameter's shape, which DeepSpeed's ZeRO-3 keeps beside a parameter that it empties."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -84,18 +95,18 @@ def watched(lam: Tensor, replaced: Iterable[ReplacedParameter]) -> Tensor:
 
 @dataclass(eq=False)
 class ReplacedParameter:
-    """A parameter of the model that adapters train copies of.
+    """A parameter of the model that adapters train copies of, or a buffer that they have copies of.
 
     Attributes:
         places: Where the model has it, by FQN; several places if it is tied.
-        original: The model's own parameter.
-        installed: The parameter that was installed last.
+        original: The model's own.
+        installed: The one that was installed last.
         is_lost: Whether the model no longer has any of the places.
     """
 
     places: dict[str, Place]
-    original: nn.Parameter
-    installed: nn.Parameter
+    original: Tensor
+    installed: Tensor
     is_lost: bool = False
 
     @property
@@ -104,12 +115,17 @@ class ReplacedParameter:
         return next(iter(self.places))
 
     @property
-    def live(self) -> nn.Parameter:
-        """The parameter that the model has now."""
+    def live(self) -> Tensor:
+        """The parameter or buffer that the model has now."""
         module, attribute = next(iter(self.places.values()))
-        parameter = module._parameters[attribute]
-        assert parameter is not None, f"{attribute} was deleted while an adapter trains a copy of it"
-        return parameter
+        held: Tensor | None = table_of(module, attribute)[attribute]
+        assert held is not None, f"{attribute} was deleted while an adapter has a copy of it"
+        return held
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether it is a buffer, which is not trained."""
+        return not isinstance(self.original, nn.Parameter)
 
     @property
     def is_fixed(self) -> bool:
@@ -123,8 +139,8 @@ class ReplacedParameter:
         return is_trained and not self.is_lost and self.live.is_meta
 
     @torch.inference_mode(mode=False)  # parameters must not be inference tensors
-    def install(self, parameter: nn.Parameter) -> None:
-        """Set the model's parameter to ``parameter``, moved to the device and dtype of the current one.
+    def install(self, parameter: Tensor) -> None:
+        """Set the model's parameter or buffer to ``parameter``, moved to the device and dtype of the current one.
 
         If `is_fixed`, the current one gets the values instead, for good: this is how `eject` ends.
         """
@@ -134,24 +150,24 @@ class ReplacedParameter:
             return
         if leaving is not parameter and not leaving.is_meta:
             parameter.data = parameter.data.to(device=leaving.device, dtype=leaving.dtype)
-            if zero3.is_managed(leaving) and not zero3.is_managed(parameter):
+            if isinstance(parameter, nn.Parameter) and zero3.is_managed(leaving) and not zero3.is_managed(parameter):
                 zero3.manage(parameter, leaving)
         for module, attribute in self.places.values():
-            module._parameters[attribute] = parameter
+            table_of(module, attribute)[attribute] = parameter
         self.installed = parameter
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
-    def exchange_values(self, parameter: nn.Parameter) -> nn.Parameter:
+    def exchange_values(self, parameter: Tensor) -> Tensor:
         """Give the model's parameter the values and the flag of another, and return one with those that it had.
 
         For a parameter that is sharded: `fully_shard` keeps references, and would ignore another in its place.
         """
         slot = self.live
         place = Shard(slot)
-        leaving = nn.Parameter(slot.detach().clone(), requires_grad=slot.requires_grad)
+        leaving = like(slot, slot.detach().clone(), requires_grad=slot.requires_grad)
         place.write(Shard(parameter).read() if is_dtensor(parameter) else values_within(parameter.detach(), place.part))
-        slot.requires_grad = parameter.requires_grad
+        slot.requires_grad_(parameter.requires_grad)
         self.installed = slot
         return leaving
 
@@ -163,7 +179,7 @@ class ReplacedParameter:
         parts: dict[int, dict[str, Place]] = {}
         for fqn in self.places:
             if (place := _place(root, fqn)) is not None:
-                parts.setdefault(id(place[0]._parameters[place[1]]), {})[fqn] = place
+                parts.setdefault(id(table_of(*place)[place[1]]), {})[fqn] = place
         if not parts:
             return [ReplacedParameter(self.places, self.original, self.installed, is_lost=True)]
         return [ReplacedParameter(places, self.original, self.installed) for places in parts.values()]
@@ -176,7 +192,7 @@ class ReplacedParameter:
             self.original = live
         elif whole_shape(live) != whole_shape(self.original) and (live is not was or self._is_resized()):
             # the own values of a module that was put in or resized later are those that it has when that is noticed
-            self.original = nn.Parameter(live.detach().clone(), requires_grad=False)
+            self.original = like(live, live.detach().clone())
         if live is not was and was.requires_grad:
             live.requires_grad = True
         self.installed = live
@@ -198,4 +214,5 @@ def _may_be_whole(parameter: Tensor, original: Tensor) -> bool:
 def _place(root: nn.Module, fqn: str) -> Place | None:
     """Return where a model has a parameter of this name now, or ``None``."""
     modules, attribute = path_to(root, fqn), fqn.rpartition(".")[2]
-    return (modules[-1], attribute) if modules and modules[-1]._parameters.get(attribute) is not None else None
+    found = modules and table_of(modules[-1], attribute).get(attribute) is not None
+    return (modules[-1], attribute) if found else None

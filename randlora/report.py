@@ -78,6 +78,7 @@ class Report(NotTheModel):
         is_active: Whether the adapter's update is added.
         is_trainable: Whether its parameters require grad.
         train_also: FQNs of the parameters trained with the adapter.
+        buffers: FQNs of the buffers that the adapter has copies of, as of norms that it trains.
         skipped: Reasons why layers were skipped, by FQN.
         left_out: What else the default, a preset, ``"all-linear"`` or ``"all"`` leaves out, by kind. Every parameter
             with two or more dimensions is adapted, trained with the adapter, skipped or left out. Empty if the user
@@ -101,6 +102,7 @@ class Report(NotTheModel):
     is_active: bool = True
     is_trainable: bool = True
     train_also: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
     skipped: dict[str, str] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
     warning: str = ""
@@ -128,6 +130,8 @@ class Report(NotTheModel):
         ]
         if self.train_also:
             text.append(f"also trained: {shortened(self.train_also)}")
+        if self.buffers:
+            text.append(f"buffers of its own: {shortened(self.buffers)}")
         if self.learning_rate is not None:
             text.append(f"learning rate to try first: {self.learning_rate:.1g}, after a short warm-up")
         warning = [f"warning: {self.warning}"] if self.warning else []
@@ -201,6 +205,7 @@ def adapter_report(
     adapter_size = sum(row.trainable for row in rows)
     own = {id(held.parameter): held for held in reversed(census.parameters) if not is_lazy(held.parameter)}
     beside = [held.parameter for held in own.values() if held.fqn in adapter.trained]
+    buffers = adapter.buffers
     scalings = (options.scaling for options in adapter.options.values())
     untrained = [each for each in remaining if each.held.fqn not in adapter.trained]
     return Report(
@@ -213,10 +218,11 @@ def adapter_report(
         trainable_parameters=adapter_size + sum(parameter.numel() for parameter in beside),
         total_parameters=adapter_size + census.size,
         basis_bytes=sum(basis.nbytes for basis in adapter.bases.values()),
-        checkpoint_bytes=FLOAT32_BYTES * adapter_size + sum(parameter.nbytes for parameter in beside),
+        checkpoint_bytes=FLOAT32_BYTES * adapter_size + sum(each.nbytes for each in (*beside, *buffers.values())),
         is_active=is_active,
         is_trainable=is_trainable,
-        train_also=tuple(adapter.trained),
+        train_also=tuple(adapter.parameters),
+        buffers=tuple(buffers),
         skipped={
             fqn: reason
             for fqn, reason in (skipped or {}).items()

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from randlora.bases.bank import BasisBank
@@ -27,7 +27,7 @@ from randlora.layer_options import Factor, LayerOptions
 from randlora.meant import IN_PLACE, NotTheModel
 from randlora.placement.dtensor import is_dtensor, reshard
 from randlora.placement.offloaded import offloaded_modules
-from randlora.replaced import KEEP_COPIES, ReplacedParameter, path_to
+from randlora.replaced import KEEP_COPIES, ReplacedParameter, like, path_to
 from randlora.required_grad import RequiredGrad
 from randlora.routing import Routing
 from randlora.start import Init
@@ -51,7 +51,7 @@ class Adapter:
         rule: How the targets were chosen, for reports.
         init: Which of Λ and Γ started at zero, for `reset_parameters`. Files do not say it, as no result depends on it.
         weight: The factor of its update while active, for each layer if they differ, else ``None``.
-        trained: The parameters trained with it, by FQN.
+        trained: The parameters trained with it, and the buffers of modules that are trained with it, by FQN.
         peft_fields: Fields of its ``adapter_config.json`` that are not used here, kept for saving.
     """
 
@@ -62,13 +62,23 @@ class Adapter:
     rule: str
     init: Init = "lambda"
     weight: Factor | None = None
-    trained: dict[str, nn.Parameter] = field(default_factory=dict)
+    trained: dict[str, Tensor] = field(default_factory=dict)
     peft_fields: dict[str, Any] = field(default_factory=dict)
 
     @property
     def targets(self) -> tuple[str, ...]:
         """FQNs of its layers."""
         return tuple(self.options)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Those of ``trained`` that are parameters."""
+        return {fqn: each for fqn, each in self.trained.items() if isinstance(each, nn.Parameter)}
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """Those of ``trained`` that are buffers."""
+        return {fqn: each for fqn, each in self.trained.items() if not isinstance(each, nn.Parameter)}
 
     @property
     def is_active(self) -> bool:
@@ -132,7 +142,8 @@ class ModelState:
     Attributes:
         adapters: The adapters by name, in the order they were added.
         required_grad: Which parameters required grad before the first adapter was added.
-        replaced: The parameters that some adapter trains a copy of, by FQN.
+        replaced: The parameters and buffers that some adapter has a copy of, by FQN.
+        buffers_before: Copies of the model's small buffers from when the first adapter was added, by FQN.
         disabled: The `randlora.disabled` and `randlora.routed` blocks that have not ended.
         routing: The `randlora.routing.Routing` of the innermost of these; ``None`` if that is a `disabled` block.
         ended: Those of them that are to end as soon as their parameters can be installed.
@@ -153,6 +164,7 @@ class ModelState:
     bank: BasisBank = field(default_factory=BasisBank)
     required_grad: RequiredGrad = field(default_factory=RequiredGrad)
     replaced: dict[str, ReplacedParameter] = field(default_factory=dict)
+    buffers_before: dict[str, Tensor] = field(default_factory=dict)
     disabled: list[object] = field(default_factory=list)
     routing: Routing | None = None
     ended: list[object] = field(default_factory=list)
@@ -266,7 +278,7 @@ class ModelState:
                 is_installed = copy is was[fqn]
                 trained[first.name] = first.installed if is_installed else copy
                 for part in untied:
-                    own = nn.Parameter(copy.detach().clone(), copy.requires_grad)
+                    own = like(copy, copy.detach().clone(), requires_grad=copy.requires_grad)
                     trained[part.name] = part.installed if is_installed else own
             adapter.trained = trained
 
@@ -310,15 +322,15 @@ class ModelState:
         ]
         raise_collected(AdapterError, problems, doing="use the adapters")
 
-    def _versions(self, active: Iterable[str]) -> Iterator[tuple[ReplacedParameter, nn.Parameter]]:
-        """Yield the parameters that adapters train copies of, each with what is installed if these are active."""
+    def _versions(self, active: Iterable[str]) -> Iterator[tuple[ReplacedParameter, Tensor]]:
+        """Yield what adapters have copies of, each with the version that is installed if these adapters are active."""
         trained = [self.adapters[name].trained for name in active]
         for fqn, replaced in self.replaced.items():
             if not replaced.is_lost:
                 copies = [copies[fqn] for copies in trained if fqn in copies and replaced.fits(copies[fqn])]
                 yield replaced, copies[0] if copies else replaced.original
 
-    def _install_values(self, replaced: ReplacedParameter, wanted: nn.Parameter) -> None:
+    def _install_values(self, replaced: ReplacedParameter, wanted: Tensor) -> None:
         """Install a trained copy, or the model's own, where a sharded parameter must stay: it becomes that one."""
         slot = replaced.live
         if wanted is slot:

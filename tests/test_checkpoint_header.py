@@ -204,9 +204,11 @@ def test_text_that_is_no_header_is_called_damaged(text: str) -> None:
         parse_header(text, TENSORS)
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None, [1]], ids=repr)
+@pytest.mark.parametrize("version", [0, 4, "1", None, [1]], ids=repr)
 def test_another_format_version_is_named_whatever_else_the_header_holds(version: object) -> None:
-    with pytest.raises(CheckpointError, match=r"has format version .*, this library reads 1 and 2: install one"):
+    with pytest.raises(
+        CheckpointError, match=r"has format version .*, this library reads versions 1 to 3: install one"
+    ):
         parse_header(json.dumps({"format_version": version}), {})
 
 

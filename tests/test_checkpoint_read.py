@@ -295,10 +295,10 @@ def test_the_other_file_of_two_saves_with_equal_options_says_nothing_else(saved:
 
 def test_a_save_by_another_format_version_is_refused_before_anything_else_is_said(saved: Path) -> None:
     tensors, metadata = read_tensors(saved)
-    changed = metadata["randlora"].replace('"format_version": 1', '"format_version": 3')
+    changed = metadata["randlora"].replace('"format_version": 1', '"format_version": 4')
     assert changed != metadata["randlora"]
     write_tensors(saved, tensors, {**metadata, "randlora": changed})
-    refused(SMALL.build(), saved, "the file has format version 3, this library reads 1 and 2")
+    refused(SMALL.build(), saved, "the file has format version 4, this library reads versions 1 to 3")
 
 
 def test_a_header_under_a_damaged_name_is_refused(saved: Path) -> None:

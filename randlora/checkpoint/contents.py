@@ -48,7 +48,7 @@ class Gathered:
         adapter: The adapter.
         sites: Its weights.
         diagonals: Its Λ and Γ by FQN.
-        trained: The parameters trained with it, by FQN.
+        trained: The parameters trained with it, and buffers, by FQN.
         bases: Whether bases are stored.
         problems: Why it cannot be written.
         are_copies: Whether the values are copies on the CPU, because the model is sharded.
@@ -73,7 +73,8 @@ class Gathered:
             values[f"Λ of {site.fqn}"] = Value(lam, lam_shape)
             values[f"Γ of {site.fqn}"] = Value(gamma, gamma_shape)
         for fqn, parameter in self.trained.items():
-            values[fqn] = Value(parameter, whole_shape(self.state.replaced[fqn].original))
+            entry = self.state.replaced[fqn]
+            values[fqn] = Value(parameter, whole_shape(entry.original), entry.is_buffer)
         return values
 
 
@@ -149,6 +150,7 @@ def contents_of(held: Gathered) -> Contents:
         transposed,
         other_kinds(sites),
         model_class,
+        adapter.buffers,
     )
     tensors = adapter_tensors(held.diagonals, held.trained, copy=not held.are_copies)
     if held.bases == "stored":

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from randlora.bases.spec import Shape
 from randlora.checkpoint.base_model import trained_on_another
@@ -24,7 +24,7 @@ from randlora.targets.walk import Census, sites_of
 def fit_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
     """Return the weights that a file names, after checking that everything in it fits the model, adapted or not."""
     sites = named_sites(census, file)
-    own = {held.fqn: held.parameter for held in census.parameters}
+    own = {held.fqn: held.tensor for held in census.tensors}
     problems = [
         *obstacles(census, sites, file.config.dropout),
         *(
@@ -133,7 +133,8 @@ def _no_parameter(name: str, file: AdapterFile) -> str:
     """Return that a model lacks a parameter, and on which class it was trained if the file says so."""
     known = None if file.header is None else file.header.model_class
     make = f": make the model as it was trained, a {known.name}" if known is not None else ""
-    return f"the model has no parameter {name}, which was trained with the adapter{make}"
+    what = "buffer" if name in file.buffers else "parameter"
+    return f"the model has no {what} {name}, which was trained with the adapter{make}"
 
 
 def _directions(prefix: str, names: Sequence[str], known: Collection[str]) -> list[str]:
@@ -160,16 +161,22 @@ def misfits(file: AdapterFile, shapes: Shapes) -> list[str]:
 
 
 def trained_misfits(own: Mapping[str, Tensor | Entry], file: AdapterFile) -> list[str]:
-    """Return which parameters trained with an adapter are missing or different in the model."""
+    """Return which parameters and buffers trained with an adapter are missing or different in the model."""
     problems = []
     for fqn, tensor in file.trained.items():
         if fqn not in own:
             problems.append(_no_parameter(fqn, file))
-        elif not own[fqn].dtype.is_floating_point:
+        elif not _may_hold(own[fqn], tensor.dtype):
             problems.append(f"{fqn} holds {own[fqn].dtype} here, and was trained as {tensor.dtype}")
         elif tuple(own[fqn].shape) != tuple(tensor.shape):
             problems.append(f"{fqn} has shape {tuple(own[fqn].shape)} here, {tuple(tensor.shape)} in the file")
     return problems
+
+
+def _may_hold(own: Tensor | Entry, dtype: torch.dtype) -> bool:
+    """Whether a parameter or buffer may take values of a dtype: both are floating, or a buffer has the same."""
+    both_floating = own.dtype.is_floating_point and dtype.is_floating_point
+    return both_floating or (own.dtype == dtype and not isinstance(own, nn.Parameter))
 
 
 def without_repeats(census: Census, file: AdapterFile) -> AdapterFile:
@@ -208,6 +215,6 @@ def untied_by_peft(census: Census, trained: Iterable[str]) -> list[str]:
 
 def _names_of_tied(census: Census) -> list[list[str]]:
     names: dict[int, list[str]] = {}
-    for held in census.parameters:
-        names.setdefault(id(held.parameter), []).append(held.fqn)
+    for held in census.tensors:
+        names.setdefault(id(held.tensor), []).append(held.fqn)
     return [fqns for fqns in names.values() if len(fqns) > 1]

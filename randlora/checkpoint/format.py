@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
@@ -21,7 +21,7 @@ from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec, Shape, drawn_dims, sliced_dims
 from randlora.checkpoint.keys import basis_keys, trained_key, value_keys
 from randlora.checkpoint.model_class import ModelClass
-from randlora.checkpoint.schema import HeaderFacts1, HeaderFacts2
+from randlora.checkpoint.schema import HeaderFacts1, HeaderFacts2, HeaderFacts3
 from randlora.config import ADDED_SINCE_FORMAT_1, RandLoRAConfig
 from randlora.disk.json_text import parse_json
 from randlora.disk.tensor_file import bytes_of
@@ -41,8 +41,11 @@ METADATA = {"format": "pt"}
 """What transformers and PEFT expect in the metadata of every safetensors file."""
 HEADER_KEY = "randlora"
 SEAL_WORD = "basis_sha256"  # a word that every header contains and nothing else does
-FORMAT_VERSIONS = {1: HeaderFacts1, 2: HeaderFacts2}
-"""Version 2 is written only for what version 1 has no place for: stacks of matrices, options of single layers."""
+FORMAT_VERSIONS = {1: HeaderFacts1, 2: HeaderFacts2, 3: HeaderFacts3}
+"""A version is written only for what the one before has no place for.
+
+Version 2 has stacks of matrices and options of single layers, version 3 has buffers of modules in ``train_also``.
+"""
 
 
 def master(tensor: Tensor, device: torch.device | str, *, copy: bool = False) -> Tensor:
@@ -108,6 +111,7 @@ class Header:
     are the targets that are stored as ``(in_features, out_features)``; ``None`` if the file does not say.
     ``kinds`` are the kinds of targets that are not linear layers. ``model_class`` is what the adapter was trained on;
     ``None`` if the file does not say.
+    ``buffers`` are those of ``config.train_also`` that are buffers.
     """
 
     config: RandLoRAConfig
@@ -118,6 +122,7 @@ class Header:
     transposed: tuple[str, ...] | None
     kinds: Mapping[str, str] = field(default_factory=dict)
     model_class: ModelClass | None = None
+    buffers: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -130,17 +135,24 @@ class Header:
         transposed: tuple[str, ...] | None,
         kinds: Mapping[str, str],
         model_class: ModelClass | None,
+        buffers: Iterable[str],
     ) -> Header:
-        """Return the header of an adapter, given its layers' shapes and the FQNs of the parameters trained with it."""
+        """Return the header of an adapter, given its layers' shapes and the FQNs of what was trained with it.
+
+        ``buffers`` are those of the FQNs that are buffers.
+        """
         config = replace(config, targets=tuple(shapes), exclude=None, train_also=tuple(trained) or None)
         records = {r: BasisRecord.of(bases[r], own) for r, own in by_rank(shapes, options).items()}
         is_drawn = any(record.is_reproducible for record in records.values())
         versions = version("randlora"), torch.__version__.split("+")[0] if is_drawn else None
-        return cls(listed(config, options), records, dict(shapes), *versions, transposed, kinds, model_class)
+        head = listed(config, options), records, dict(shapes), *versions
+        return cls(*head, transposed, kinds, model_class, tuple(buffers))
 
     @property
     def format_version(self) -> int:
         """The oldest version of the format that has a place for all of it."""
+        if self.buffers:
+            return 3
         has_more = any(getattr(self.config, name) != default for name, default in ADDED_SINCE_FORMAT_1.items())
         has_more |= any(isinstance(option, Mapping) for option in (self.config.r, self.config.alpha))
         return 1 + (has_more or any(len(shape) == 3 for shape in self.shapes.values()))
@@ -168,7 +180,7 @@ def metadata_of(header: Header | None, tensors: Mapping[str, Tensor]) -> dict[st
 
 def dump_header(header: Header, tensors: Mapping[str, Tensor]) -> str:
     """Return a header as JSON, with the SHA-256 of itself and of every tensor."""
-    facts = {
+    facts: dict[str, Any] = {
         "config": header.config.to_dict(),
         "format_version": header.format_version,
         "library_version": header.library_version,
@@ -183,6 +195,8 @@ def dump_header(header: Header, tensors: Mapping[str, Tensor]) -> str:
         facts |= record.to_dict()
     else:
         facts["bases"] = {str(r): record.to_dict() for r, record in header.bases.items()}
+    if header.buffers:
+        facts["buffers"] = list(header.buffers)
     facts = dict(sorted(facts.items()))
     return json.dumps({**facts, "sha256": _seal(facts, tensors)})
 
@@ -195,7 +209,7 @@ def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
             raise TypeError("it is no object")
         found = facts["format_version"]
         if type(found) is not int or found not in FORMAT_VERSIONS:
-            known = " and ".join(map(str, FORMAT_VERSIONS))
+            known = f"versions 1 to {max(FORMAT_VERSIONS)}"
             raise CheckpointError(
                 f"the file has format version {found!r:.80}, this library reads {known}: install one that reads it"
             )
@@ -213,6 +227,7 @@ def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
             transposed=None if (found := facts.get("transposed")) is None else tuple(found),  # nor this
             kinds=_parsed_kinds(facts.get("kinds", {}), facts["targets"]),
             model_class=ModelClass.from_dict(facts["model_class"]) if "model_class" in facts else None,
+            buffers=_parsed_buffers(facts.get("buffers", []), config.train_also),
         )
     except CheckpointError:
         raise
@@ -248,6 +263,13 @@ def _parsed_kinds(kinds: dict[str, str], targets: Container[str]) -> dict[str, s
         if fqn not in targets or kind not in KINDS:
             raise ValueError(f"{fqn} has kind {kind!r}, expected a target and one of {', '.join(KINDS)}")
     return kinds
+
+
+def _parsed_buffers(buffers: list[str], trained: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the names of buffers from a header."""
+    if others := {*buffers} - {*(trained or ())}:
+        raise ValueError(f"{', '.join(sorted(others))} is not among what was trained")
+    return tuple(buffers)
 
 
 def _is_consistent(header: Header) -> bool:

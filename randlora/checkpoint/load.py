@@ -23,6 +23,7 @@ from randlora.model.install import commit, owned_state, prepare
 from randlora.model.train_also import replacements
 from randlora.modes import in_mode, without_modes
 from randlora.placement.dtensor import reshard
+from randlora.replaced import like
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState, SavePretrained
 from randlora.targets.site import Site, shapes_of
@@ -131,7 +132,7 @@ def _added(census: Census, state: ModelState, found: Found, options: Options) ->
     replaced = replacements(census, state, file.trained)
     for fqn, entry in replaced.items():
         own = in_mode(file.trained[fqn]).to(device=entry.original.device, dtype=entry.original.dtype)
-        adapter.trained[fqn] = nn.Parameter(own, requires_grad=trainable)
+        adapter.trained[fqn] = like(entry.original, own, requires_grad=trainable)
     addition = prepare(
         state,
         adapter,

@@ -211,7 +211,8 @@ def whole_modules(census: Census, trained: Iterable[str]) -> list[str]:
     """Return the outermost modules whose parameters are all in ``trained``."""
     trained = set(trained)
     modules: dict[str, bool] = {}
-    for fqn in (held.fqn for held in census.parameters):
+    buffers = [held.fqn for held in census.buffers if held.fqn in trained]
+    for fqn in (*(held.fqn for held in census.parameters), *buffers):
         parts = fqn.split(".")
         for length in range(1, len(parts)):
             prefix = ".".join(parts[:length])

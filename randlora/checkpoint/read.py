@@ -81,6 +81,11 @@ class AdapterFile:
     renaming: str = ""
     stream: Stream | None = None
 
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        """Those of ``trained`` that are buffers, as far as the file tells: PEFT's says it of those not floating."""
+        return _not_floating(self.trained) if self.header is None else self.header.buffers
+
     @cached_property
     def options(self) -> dict[str, LayerOptions]:
         """The r and the alpha of each target."""
@@ -98,6 +103,7 @@ class AdapterFile:
             transposed=self.header.transposed and tuple(map(rename, self.header.transposed)),
             kinds={rename(fqn): kind for fqn, kind in self.header.kinds.items()},
             model_class=None,
+            buffers=tuple(map(rename, self.header.buffers)),
         )
         fields = {name: value for name, value in self.fields.items() if name not in CLASS_FIELDS}
         values = {rename(fqn): pair for fqn, pair in self.values.items()}
@@ -184,9 +190,14 @@ def sort_contents(
     config = header.config if header else from_peft_fields(fields, values, trained, stream)
     ranks = header.bases if header else [fields["r"]]
     bases = {r: pair for r, pair in zip(ranks, pairs, strict=True) if pair is not None}
-    problems = file_problems(values, trained, bases, options_listed(config, values))
+    buffers = header.buffers if header else _not_floating(trained)
+    problems = file_problems(values, trained, bases, options_listed(config, values), buffers)
     raise_collected(CheckpointError, problems, doing=doing)
     return AdapterFile(fields, config, header, values, trained, bases, stream=stream)
+
+
+def _not_floating(trained: Mapping[str, Tensor]) -> tuple[str, ...]:
+    return tuple(fqn for fqn, tensor in trained.items() if not tensor.is_floating_point())
 
 
 def _read_fields(directory: Path) -> dict[str, Any] | None:

@@ -57,9 +57,7 @@ def restore_each(model: nn.Module, directories: Mapping[str, Path]) -> None:
     write_values(chain.from_iterable([[*_restored(model, path, name)] for name, path in directories.items()]))
 
 
-def _restored(
-    model: nn.Module, directory: str | os.PathLike[str], name: str | None
-) -> Iterable[tuple[nn.Parameter, Tensor]]:
+def _restored(model: nn.Module, directory: str | os.PathLike[str], name: str | None) -> Iterable[tuple[Tensor, Tensor]]:
     """Return the parameters of an adapter with their values in the files, after checking that these are its own."""
     advice = "make the model and its adapter as they were made when training began, with the same options"
     name = adapted_root(model)[1].adapter(name).name
@@ -74,7 +72,7 @@ def planned_values(
     *,
     doing: str,
     advice: str,
-) -> Iterable[tuple[nn.Parameter, Tensor]]:
+) -> Iterable[tuple[Tensor, Tensor]]:
     """Return the parameters of an adapter with their values in files, after checking that these are its own.
 
     If the model is sharded, this is a collective.
@@ -118,9 +116,9 @@ def planned_values(
     return dict(_values(adapter, file, sites)).items()
 
 
-def write_values(values: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+def write_values(values: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Write whole values into parameters, in place; all of them, or none."""
-    written: list[tuple[nn.Parameter, Tensor]] = []
+    written: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         try:
             for parameter, value in values:
@@ -133,7 +131,7 @@ def write_values(values: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
             raise
 
 
-def _values(adapter: Adapter, file: AdapterFile, sites: list[AdaptedSite]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+def _values(adapter: Adapter, file: AdapterFile, sites: list[AdaptedSite]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield each parameter of the adapter with its value in the file."""
     for site in sites:
         yield from zip(site.layer.diagonals_of(site.owner, adapter.name), file.values[site.fqn], strict=True)
@@ -148,7 +146,12 @@ def _differences(adapter: Adapter, file: AdapterFile, shapes: Shapes, advice: st
         return
     for what, own, other in (
         ("layer", shapes, file.header.shapes),
-        ("trained parameter", adapter.trained, file.trained),
+        (
+            "trained parameter",
+            adapter.parameters,
+            {fqn: each for fqn, each in file.trained.items() if fqn not in file.buffers},
+        ),
+        ("buffer", adapter.buffers, dict.fromkeys(file.buffers)),
     ):
         if more := sorted(own.keys() - other.keys()):
             yield f"the files have no {what} {shortened(more)}: {advice}"
@@ -185,7 +188,7 @@ def _different_bases(bases: Mapping[int, Basis], header: Header, adapter: Adapte
             yield f"the bases are {record.spec}, and in the files {header.bases[r].spec}: {advice}"
 
 
-def _write(parameter: nn.Parameter, value: Tensor) -> None:
+def _write(parameter: Tensor, value: Tensor) -> None:
     """Write a whole value into a parameter, of which this process may hold a part."""
     if is_dtensor(parameter):
         place = Shard(parameter)

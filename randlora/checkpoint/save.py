@@ -21,6 +21,7 @@ from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.disk.replace import write_directories
 from randlora.errors import CheckpointError, raise_collected, warn
 from randlora.hints import require_types, shortly
+from randlora.model.moving import moved_note
 from randlora.model.save_guard import SaveGuard
 from randlora.model.trainable import adapter_parameters
 from randlora.placement.ranks import one_writes
@@ -146,7 +147,13 @@ def _write_each(
         planned.append(adapter_files(directory, contents.fields, contents.tensors, contents.header, text))
         untied = untied_by_peft(each.census, each.adapter.trained)
         left_out = _left_out(each.census, each.state)
-        notes.append([*contents.notes, *untied, *left_out, *beside, *results_note(card, results)])
+        moved = moved_note(
+            each.census,
+            each.state,
+            [each.adapter],
+            "they are not in the files, so that a model that loads these computes otherwise",
+        )
+        notes.append([*moved, *contents.notes, *untied, *left_out, *beside, *results_note(card, results)])
     sizes = write_directories(planned)
     url, kept = _push(root, directories, hub) if hub else (None, [])
     for card_file in kept:

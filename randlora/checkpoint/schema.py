@@ -75,6 +75,12 @@ class HeaderFacts2(HeaderFacts):
     bases: dict[str, RecordFacts]
 
 
+class HeaderFacts3(HeaderFacts2):
+    """Our header in version 3, with the names of the buffers among what was trained."""
+
+    buffers: list[str]
+
+
 class PeftFields(TypedDict, total=False):
     """``adapter_config.json``, which may have fields of any other name."""
 

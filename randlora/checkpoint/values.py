@@ -1,8 +1,11 @@
-"""What the values of an adapter must be, in a file and in a model that is saved: whole, floating and finite."""
+"""What the values of an adapter must be, in a file and in a model that is saved: whole, floating and finite.
+
+Buffers of modules that were trained need not be floating or finite, as counts and masks are not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from randlora.bases.spec import count_bases
 from randlora.checkpoint.keys import GAMMA_SUFFIX, LAMBDA_SUFFIX, basis_keys
+from randlora.disk.tensor_file import TORCH_DTYPES
 from randlora.layer_options import LayerOptions
 from randlora.modes import has_values
 from randlora.replaced import FLATTENED
@@ -18,14 +22,20 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Value(NamedTuple):
-    """A parameter to save, and the shape that it must have."""
+    """A parameter or buffer to save, and the shape that it must have."""
 
     parameter: Tensor
     shape: Sequence[int]
+    is_buffer: bool = False
 
 
-def _flaw(tensor: Tensor) -> str | None:
+def _flaw(tensor: Tensor, *, is_buffer: bool = False) -> str | None:
     """Return why no file may hold these values, as a phrase that follows the name, or ``None``."""
+    if is_buffer:
+        known = ", ".join(map(str, TORCH_DTYPES.values()))
+        if tensor.dtype not in TORCH_DTYPES.values():
+            return f"holds {tensor.dtype}: expected one of {known}"
+        return "holds NaN" if tensor.isnan().any() else None
     if tensor.dtype not in FLOATING:
         return f"holds {tensor.dtype}: expected one of {', '.join(map(str, FLOATING))}"
     if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # in no further memory
@@ -56,7 +66,7 @@ def meta_problems(values: Mapping[str, Value]) -> list[str]:
 _META = "holds no values to save (meta or fake): materialize the model first"
 
 
-def _save_problem(tensor: Tensor, shape: Sequence[int]) -> str | None:
+def _save_problem(tensor: Tensor, shape: Sequence[int], is_buffer: bool) -> str | None:  # noqa: FBT001
     if not has_values(tensor):
         return _META
     if type(tensor.data) is not Tensor:
@@ -68,7 +78,7 @@ def _save_problem(tensor: Tensor, shape: Sequence[int]) -> str | None:
         if FLATTENED in vars(tensor):
             remedy = "it is sharded by FSDP: save inside FullyShardedDataParallel.summon_full_params(model)"
         return f"has {found} here, expected all of {tuple(shape)}: {remedy}"
-    reason = _flaw(tensor)
+    reason = _flaw(tensor, is_buffer=is_buffer)
     return reason and f"{reason}, which cannot be loaded: go back to values from before"
 
 
@@ -77,17 +87,22 @@ def file_problems(
     trained: Mapping[str, Tensor],
     bases: Mapping[int, tuple[Tensor, Tensor]],
     options: Mapping[str, LayerOptions],
+    buffers: Container[str],
 ) -> list[str]:
-    """Return what is wrong with Λ and Γ by target, the trained parameters and the bases by r that a file holds."""
+    """Return what is wrong with Λ and Γ by target, what was trained, and the bases by r that a file holds.
+
+    ``buffers`` are the names of the buffers among what was trained.
+    """
     named = {
         f"{fqn}{suffix}": part
         for fqn, pair in values.items()
         for suffix, part in zip((LAMBDA_SUFFIX, GAMMA_SUFFIX), pair, strict=True)
     }
-    named |= trained
     for r, pair in bases.items():
         named |= zip(basis_keys(r, bases.keys()), pair, strict=True)
-    problems = [f"{name} {reason}" for name, tensor in named.items() if (reason := _flaw(tensor)) is not None]
+    flaws = {name: _flaw(tensor) for name, tensor in named.items()}
+    flaws |= {fqn: _flaw(tensor, is_buffer=fqn in buffers) for fqn, tensor in trained.items()}
+    problems = [f"{name} {reason}" for name, reason in flaws.items() if reason is not None]
     return problems + _shape_problems(values, bases, options)
 
 

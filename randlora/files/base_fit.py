@@ -161,7 +161,7 @@ def fit_base(base: Base, file: AdapterFile, prefix: str | None = None) -> BaseFi
         fit, problems = _fit_names(base.model, file, prefix, entries)
     else:
         fit, problems = _fit_model(base.model, file, prefix, entries)
-        own |= {held.fqn: held.parameter for held in base.model.census.parameters}  # the files may lack a new head
+        own |= {held.fqn: held.tensor for held in base.model.census.tensors}  # the files may lack a new head
     stored = {fqn: names for fqn, names in fit.trained.items() if names and fqn not in fit.conversions}
     if base.trained_on is None:  # else a head may have other labels in the files
         own |= {fqn: entries[names[0]] for fqn, names in stored.items()}

@@ -235,7 +235,15 @@ def _contents(
         raise CheckpointError(f"cannot convert to 'peft': {reason}; a 'lora' has a rank for each layer")
     model_class = None if file.header is None else file.header.model_class
     header = Header.of(
-        file.config, file.options, adapter.bases, shapes, file.trained, adapter.transposed, adapter.kinds, model_class
+        file.config,
+        file.options,
+        adapter.bases,
+        shapes,
+        file.trained,
+        adapter.transposed,
+        adapter.kinds,
+        model_class,
+        file.buffers,
     )
     specs = {r: basis.spec for r, basis in adapter.bases.items()}
     is_peft_draw = all(

@@ -99,7 +99,7 @@ class AdapterSummary:
         bases: Its bases, one entry for each r; none if the file does not hold them and the layers' shapes are not
             known.
         layers: Its layers.
-        trained: Shapes of the parameters trained with it, by FQN.
+        trained: Shapes of the parameters trained with it, and of buffers, by FQN.
         trainable_parameters: Number of entries of Λ, Γ and those parameters.
         nbytes: Size of its files in bytes.
         unknown_fields: Fields of its JSON that are kept but not understood.
@@ -219,7 +219,8 @@ def inspect(
         bases=tuple(_bases(adapter)),
         layers=tuple(layers),
         trained={fqn: tuple(tensor.shape) for fqn, tensor in file.trained.items()},
-        trainable_parameters=sum(layer.trainable for layer in layers) + sum(t.numel() for t in file.trained.values()),
+        trainable_parameters=sum(layer.trainable for layer in layers)
+        + sum(each.numel() for fqn, each in file.trained.items() if fqn not in file.buffers),
         nbytes=_size(adapter.directory),
         unknown_fields=tuple(sorted(set(kept_fields(file.fields)) - set(NEUTRAL_FIELDS))),
         notes=(*file.doubts, *stream_notes(file), *(() if adapter.shapes else (WITHOUT_SHAPES,))),

@@ -167,7 +167,8 @@ def _joined(parts: Sequence[OpenAdapter]) -> tuple[Header, dict[str, Tensor], di
     known = [file.header.model_class for file in files if file.header is not None and file.header.model_class]
     is_one = len({(each.library, each.name) for each in known}) == 1
     model_class = max(known, key=lambda each: each.labels is not None) if is_one else None  # one stage has the head
-    header = Header.of(files[0].config, options, bases, shapes, trained, transposed, kinds, model_class)
+    buffers = dict.fromkeys(fqn for file in files for fqn in file.buffers)
+    header = Header.of(files[0].config, options, bases, shapes, trained, transposed, kinds, model_class, buffers)
     (stream,) = {spec.stream for spec in specs.values()}
     kept = {name: value for name, value in files[0].fields.items() if name not in UNREAD_FIELDS}
     modules = [name for file in files for name in file.fields.get("modules_to_save") or ()]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from randlora.checkpoint.model_class import ModelClass
 from randlora.disk.regular import open_regular, path_of
@@ -25,9 +25,9 @@ INSTALL = "python -m pip install 'transformers>=5.0'"
 
 @dataclass(frozen=True, eq=False)
 class TransformersModel:
-    """A model on the meta device, and the parameters that the tensors of its checkpoint become.
+    """A model on the meta device, and the parameters and buffers that the tensors of its checkpoint become.
 
-    ``names`` are those of the tensors that hold a parameter unchanged, by the parameter's id; there are several if
+    ``names`` are those of the tensors that hold one unchanged, by its id; there are several if
     files hold a tied one several times. ``conversions`` compute the other parameters, by FQN. ``unused`` are the names
     of tensors that the class has no place for, and ``prefixed`` are FQNs by names that lack only the class's prefix.
     ``model_class`` is the class if an adapter, and not ``config.json``, names it.
@@ -47,14 +47,14 @@ class TransformersModel:
         named = {id(held.parameter): held.fqn for held in reversed(self.census.parameters)}
         return tuple(fqn for fqn in reversed(named.values()) if fqn not in found and fqn not in self.conversions)
 
-    def names_of(self, parameter: nn.Parameter | None) -> tuple[str, ...]:
-        """Return the names of the tensors that hold a parameter unchanged."""
+    def names_of(self, parameter: Tensor | None) -> tuple[str, ...]:
+        """Return the names of the tensors that hold a parameter or buffer unchanged."""
         return self.names.get(id(parameter), ())
 
     @property
     def names_by_fqn(self) -> dict[str, tuple[str, ...]]:
-        """Names of the tensors that hold a parameter unchanged, by its FQN."""
-        return {held.fqn: self.names_of(held.parameter) for held in self.census.parameters}
+        """Names of the tensors that hold a parameter or buffer unchanged, by its FQN."""
+        return {held.fqn: self.names_of(held.tensor) for held in self.census.tensors}
 
     @property
     def transposed(self) -> frozenset[str]:
@@ -100,7 +100,7 @@ def build_model(directory: ModelDirectory, trained_on: ModelClass | None = None)
 
 
 def _with_names(model: nn.Module, directory: ModelDirectory, model_class: ModelClass | None) -> TransformersModel:
-    """Find the parameter that each tensor of a checkpoint becomes, as ``from_pretrained`` does."""
+    """Find the parameter or buffer that each tensor of a checkpoint becomes, as ``from_pretrained`` does."""
     from transformers import conversion_mapping, core_model_loading  # noqa: PLC0415 - optional
 
     conversions = conversion_mapping.get_model_conversion_mapping(model)
@@ -118,7 +118,7 @@ def _with_names(model: nn.Module, directory: ModelDirectory, model_class: ModelC
 
     undo = core_model_loading.revert_weight_conversion
     built = TransformersModel(Census.of(model), model_class=model_class)
-    parameters = {held.fqn: held.parameter for held in built.census.parameters}
+    held_by = {held.fqn: held.tensor for held in built.census.tensors}
     for name in sorted(directory.entries, key=core_model_loading.dot_natural_key):  # some renamings rely on this order
         fqn, pattern = renamed(name)
         if fqn == f"{prefix}.{name}":
@@ -129,8 +129,8 @@ def _with_names(model: nn.Module, directory: ModelDirectory, model_class: ModelC
             conversion.sources[name] = pattern
             for target in converter.target_patterns[1:]:
                 built.conversions[fqn.replace(converter.target_patterns[0], target)] = conversion
-        elif (parameter := parameters.get(fqn)) is not None:
-            built.names[id(parameter)] = (*built.names_of(parameter), name)
+        elif (own := held_by.get(fqn)) is not None:
+            built.names[id(own)] = (*built.names_of(own), name)
         elif fqn not in state:
             built.unused.append(name)
     return built

@@ -115,7 +115,7 @@ def verify(
     if file.header is None:
         checksum = Check("checksum", "not checked", "PEFT wrote the file, and stores none")
     count = len(file.trained)
-    others = f" and {count} parameter{'s' * (count > 1)} trained with them" if count else ""
+    others = f" and {count} tensor{'s' * (count > 1)} trained with them" if count else ""
     values = (
         f"Λ and Γ of {len(file.values)} layers{others}: names, dtypes and shapes fit r={described(file.options)['r']}"
     )

@@ -249,7 +249,7 @@ class Training:
             for site in self.sites
             for shape in diagonal_shapes(site.shape_with(self.adapter.config), self.adapter.options[site.fqn].r)
         ]
-        copies = {id(parameter): (fqn, parameter) for fqn, parameter in self.adapter.trained.items()}
+        copies = {id(parameter): (fqn, parameter) for fqn, parameter in self.adapter.parameters.items()}
         return (
             *diagonals,
             *(

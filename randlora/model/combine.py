@@ -180,6 +180,12 @@ def _form_problems(state: ModelState, sites: Iterable[AdaptedSite], sources: Seq
             for each in site.layer.diagonals_of(site.owner, source.name)
         )
     ]
+    problems += [
+        f"{source.name!r} has buffers ({shortened([*source.buffers])}), which have no sum: activate the adapters "
+        "with factors, or train without these in train_also"
+        for source in sources
+        if source.buffers
+    ]
     weights = {id(site.weight) for site in sites}
     problems += [
         f"{source.name!r} trained a copy of {fqn}, a weight that the new adapter would adapt: leave one of both out"

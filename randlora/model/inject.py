@@ -33,12 +33,19 @@ from randlora.layer_options import LayerOptions, by_rank
 from randlora.meant import call_for, is_of_peft
 from randlora.model.change import all_or_nothing, one_at_a_time
 from randlora.model.install import commit, detach_all, owned_state, prepare, require_detachable, require_own, unfold_all
-from randlora.model.train_also import misplaced_copies, replacements, select_parameters, train_also_problems
+from randlora.model.moving import moving_note
+from randlora.model.train_also import (
+    misplaced_copies,
+    replacements,
+    select_buffers,
+    select_parameters,
+    train_also_problems,
+)
 from randlora.modes import has_values
 from randlora.placement.dtensor import is_dtensor, reshard
 from randlora.placement.place import whole
 from randlora.placement.ranks import agreed, in_step, ranks_of
-from randlora.replaced import ReplacedParameter
+from randlora.replaced import ReplacedParameter, like
 from randlora.report import Report, adapter_report, next_steps
 from randlora.start import Init
 from randlora.state import Adapter, ModelState, SavePretrained, adapted_root
@@ -81,6 +88,8 @@ class Plan:
             notes.append(
                 f"its bases{which} are additional, because those of the other adapters cannot be shared: {others}"
             )
+        if self.trainable:
+            notes += moving_note(self.census, self.adapter.buffers)
         report = adapter_report(
             self.census,
             self.adapter,
@@ -223,8 +232,8 @@ def _valueless_buffers(model: nn.Module) -> list[str]:
     return [f"{note}build the model under accelerate's init_empty_weights"]
 
 
-def _copies(planned: Plan) -> dict[str, nn.Parameter]:
-    """Return the parameters that an adapter will train beside Λ and Γ, with the values of the model's own.
+def _copies(planned: Plan) -> dict[str, Tensor]:
+    """Return what an adapter will have beside Λ and Γ, with the values of the model's own.
 
     A sharded one has this process's part. Those that ZeRO-3 spreads are gathered, together by all processes.
     """
@@ -232,7 +241,10 @@ def _copies(planned: Plan) -> dict[str, nn.Parameter]:
     others = {fqn: each for fqn, each in own.items() if not is_dtensor(each)}
     with agreed(ranks_of(others.values())):
         own |= zip(others, in_step(partial(whole, each) for each in others.values()), strict=True)
-        return {fqn: nn.Parameter(each.detach().clone(), planned.trainable) for fqn, each in own.items()}
+        return {
+            fqn: like(entry.original, own[fqn].detach().clone(), requires_grad=planned.trainable)
+            for fqn, entry in planned.replaced.items()
+        }
 
 
 @same_options(inject)
@@ -332,6 +344,7 @@ def make_plan(
     problems = obstacles(census, selection.sites, config.dropout)
     if config.train_also is not None:
         problems += train_also_problems(census, config.train_also, also, selection.sites)
+        also += select_buffers(census, config.train_also)
         problems += offloaded_copies(census, also)
     options, unresolved = resolve(config, [site.fqn for site in selection.sites])
     raise_collected(TargetError, problems + unresolved, doing=f"inject {name!r}")

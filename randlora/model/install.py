@@ -24,6 +24,7 @@ from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, det
 from randlora.model.averaging import average_gradients
 from randlora.model.calls import unwatch_calls, watch_calls
 from randlora.model.change import all_or_nothing, set_requires_grad
+from randlora.model.moving import remembered
 from randlora.model.reducers import warn_of_unknown
 from randlora.model.save_guard import guard_saving, unguard_saving
 from randlora.modes import fake_obstacle
@@ -178,6 +179,7 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
     state, adapter = addition.state, addition.adapter
     with all_or_nothing(census, state, [site for site, *_ in addition.layers], addition.replaced.values()):
         if not state.adapters:
+            state.buffers_before = remembered(census)
             named = [(held.fqn, held.parameter) for held in census.parameters]
             state.required_grad = RequiredGrad(named)
             state.required_grad.mark(named)
@@ -187,7 +189,8 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
             add_adapter(site.owner, layer, part, lam, gamma, trainable=addition.trainable)
         state.adapters[adapter.name] = adapter
         added_to = [(site.owner, layer, adapter.name) for site, layer, *_ in addition.layers]
-        average_gradients(census.model, state, added_to, addition.replaced.values() if addition.trainable else ())
+        copies = [entry for entry in addition.replaced.values() if addition.trainable and not entry.is_buffer]
+        average_gradients(census.model, state, added_to, copies)
         if active:
             state.activate({adapter.name: 1.0})
             added = ((site.owner, layer) for site, layer, *_ in addition.layers)

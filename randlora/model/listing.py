@@ -43,6 +43,7 @@ class AdapterInfo:
         problems: What of it the model no longer has, because a module was replaced, removed or resized.
         norms: About the Frobenius norm of the update of each layer, by FQN, as `update_norms` computes it; ``None`` if
             it was not asked for.
+        buffers: FQNs of the buffers that it has copies of, as of norms that it trains.
     """
 
     name: str
@@ -55,6 +56,7 @@ class AdapterInfo:
     is_merged: bool
     problems: tuple[str, ...]
     norms: dict[str, float] | None = None
+    buffers: tuple[str, ...] = ()
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -78,6 +80,8 @@ class AdapterInfo:
         yield f"{self.name!r}: r={options['r']}, alpha={options['alpha']}, {layers}, {', '.join(state)}"
         if self.train_also:
             yield f"also trained: {shortened(self.train_also)}"
+        if self.buffers:
+            yield f"buffers of its own: {shortened(self.buffers)}"
         norms = self.norms or {}
         finite = {fqn: norm for fqn, norm in norms.items() if math.isfinite(norm)}
         if finite:
@@ -117,7 +121,8 @@ def adapters(model: nn.Module, *, norms: bool = False) -> list[AdapterInfo]:
             config=adapter.config,
             specs=tuple(basis.spec for basis in adapter.bases.values()),
             options=dict(adapter.options),
-            train_also=tuple(adapter.trained),
+            train_also=tuple(adapter.parameters),
+            buffers=tuple(adapter.buffers),
             weight=copy(adapter.weight),
             is_trainable=any(parameter.requires_grad for parameter in adapter_parameters(census, adapter)),
             is_merged=adapter.name in state.merged,

@@ -35,6 +35,7 @@ from randlora.model.mergeable import (
     weight_problems,
 )
 from randlora.model.merged_backward import refuse_backward
+from randlora.model.moving import moved_note
 from randlora.model.probe import differences_from_product, product_problems
 from randlora.model.ranks import ranks_holding
 from randlora.model.train_also import lost_parameters
@@ -121,6 +122,9 @@ def merge(
             require_detachable(census, "merge")
     untried = [site for site, difference in differences.items() if difference is None]
     notes = merge_notes(root, first, untried, into, reversible=reversible)  # before merging, which may change classes
+    notes += (
+        *moved_note(census, state, merging, "the merged model has them as they are now, and no file of the adapter"),
+    )
     with all_or_nothing(census, state), _unfolded_if_raised(first) as kept:
         rounding = _fold_all(sites, _together(state, state.merged | weights), into, ranks)
         targets = tuple(site.fqn for site in sites)

@@ -1,6 +1,6 @@
-"""Parameters trained with an adapter, such as a new head, biases or norms.
+"""Parameters trained with an adapter, such as a new head, biases or norms, and the buffers of modules trained so.
 
-Each adapter trains a copy, which the model uses while that adapter is active. The model's own values do not change.
+Each adapter has a copy, which the model uses while that adapter is active. The model's own values do not change.
 """
 
 from __future__ import annotations
@@ -30,23 +30,31 @@ def select_parameters(census: Census, names: str | Sequence[str]) -> list[str]:
     return list(found)
 
 
+def select_buffers(census: Census, names: str | Sequence[str]) -> list[str]:
+    """Return the FQNs of the buffers in modules that a regex or a list of names matches, such as running statistics.
+
+    A buffer is not matched by itself, except by its FQN in a list. A tied one is returned once, by its first name.
+    """
+    listed = () if isinstance(names, str) else names
+    first_names: dict[int, str] = {}
+    found: dict[str, None] = {}
+    for held in census.buffers:
+        first = first_names.setdefault(id(held.tensor), held.fqn)
+        if held.fqn in listed or any(matches_name(names, prefix) for prefix in prefixes(held.fqn)[:-1]):
+            found[first] = None
+    return list(found)
+
+
 def train_also_problems(
     census: Census, names: str | Sequence[str], selected: Iterable[str], sites: Iterable[Site]
 ) -> list[str]:
     """Return problems with ``train_also``: names without a match, and selected parameters that cannot be trained."""
     held_by = {held.fqn: held for held in census.parameters}
-    known = sorted({prefix for fqn in held_by for prefix in prefixes(fqn)})
+    known = sorted({prefix for fqn in (*held_by, *select_buffers(census, names)) for prefix in prefixes(fqn)})
     problems = [
         f"train_also={entry!r} matches no module or parameter; "
         f"{suggestion('train_also', entry, known) or 'the model has no parameters'}"
         for entry in unmatched(names, known)
-    ]
-    # _non_persistent_buffers_set is private, but nothing else tells which buffers a state dict leaves out
-    problems += [
-        f"train_also includes {fqn}, whose running statistics cannot be part of an adapter: name its parameters instead"
-        for fqn, module, _ in census.visits
-        if any(name not in module._non_persistent_buffers_set for name in module._buffers)
-        and any(matches_name(names, prefix) for prefix in prefixes(fqn))
     ]
     adapted = {id(site.weight) for site in sites}
     for fqn in selected:
@@ -72,13 +80,14 @@ def train_also_problems(
 
 
 def replacements(census: Census, state: ModelState, fqns: Iterable[str]) -> dict[str, ReplacedParameter]:
-    """Return the model's own parameters of these names with their places, even if copies are installed there."""
-    by_fqn = {held.fqn: held.parameter for held in census.parameters}
+    """Return the model's own parameters and buffers of these names with their places, even if copies are there."""
+    by_fqn = {held.fqn: held.tensor for held in census.tensors}
     found = {}
     for fqn in fqns:
-        tied = [held for held in census.parameters if held.parameter is by_fqn[fqn]]
+        own = by_fqn[fqn]
+        tied = [held for held in census.tensors if held.tensor is own]
         places = {held.fqn: (held.module, held.attribute) for held in tied}
-        found[fqn] = state.replaced.get(fqn) or ReplacedParameter(places, by_fqn[fqn], by_fqn[fqn])
+        found[fqn] = state.replaced.get(fqn) or ReplacedParameter(places, own, own)
     return found
 
 
@@ -106,7 +115,7 @@ def misplaced_copies(census: Census, state: ModelState) -> list[ReplacedParamete
     found = []
     for entry in state.replaced.values():
         if entry.is_lost:
-            held = [each for each in census.parameters if each.parameter is entry.installed]
+            held = [each for each in census.tensors if each.tensor is entry.installed]
             places = {each.fqn: (each.module, each.attribute) for each in held}
             found += [ReplacedParameter(places, entry.original, entry.installed)] if places else []
     return found

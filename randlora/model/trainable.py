@@ -110,7 +110,7 @@ def require_trainable(census: Census, state: ModelState, adapters: Iterable[Adap
         for adapter in adapters
         if adapter.name in site.layer.adapters
     ]
-    copies = [state.replaced[fqn] for adapter in adapters for fqn in adapter.trained]
+    copies = [state.replaced[fqn] for adapter in adapters for fqn in adapter.parameters]
     require_averaged(census.model, parts, copies)
 
 
@@ -144,4 +144,4 @@ def adapter_parameters(census: Census, *adapters: Adapter) -> Iterator[nn.Parame
             assert isinstance(held, Diagonal), "the weight is adapted"
             yield from held.randlora_each(names)
     for adapter in adapters:
-        yield from adapter.trained.values()
+        yield from adapter.parameters.values()

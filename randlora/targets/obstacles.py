@@ -55,7 +55,7 @@ def offloaded_with(census: Census) -> dict[int, str]:
 
 def offloaded_copies(census: Census, fqns: Iterable[str]) -> list[str]:
     """Return messages about parameters that ``train_also`` names and accelerate offloads."""
-    modules = {held.fqn: held.module for held in census.parameters}
+    modules = {held.fqn: held.module for held in census.tensors}
     offloaded = offloaded_modules([census.model, *(visit.module for visit in census.first_visits)])
     return [
         f"{fqn} is offloaded by accelerate, which would load the model's own values instead of trained ones: keep it "

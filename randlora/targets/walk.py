@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from randlora.errors import TargetError
@@ -55,6 +55,15 @@ class Held(NamedTuple):
     parameter: nn.Parameter
 
 
+class HeldTensor(NamedTuple):
+    """One occurrence of a parameter or buffer in a model: ``module.<attribute>``."""
+
+    fqn: str
+    module: nn.Module
+    attribute: str
+    tensor: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Census:
     """The modules and parameters of a model, without those that adapters added and the wrappers of `WRAPPED_AS`.
@@ -78,13 +87,33 @@ class Census:
     @cached_property
     def parameters(self) -> tuple[Held, ...]:
         """All parameters; a tied one at each of its places."""
-        modules = [("", self.model), *((f"{visit.fqn}.", visit.module) for visit in self.visits)]
         return tuple(
             Held(f"{prefix}{attribute}", module, attribute, parameter)
-            for prefix, module in modules
+            for prefix, module in self._prefixed
             for attribute, parameter in module._parameters.items()
             if parameter is not None
         )
+
+    @cached_property
+    def buffers(self) -> tuple[HeldTensor, ...]:
+        """All buffers that a state dict has; a tied one at each of its places."""
+        return tuple(
+            HeldTensor(f"{prefix}{attribute}", module, attribute, buffer)
+            for prefix, module in self._prefixed
+            for attribute, buffer in module._buffers.items()
+            # private, but nothing else tells which buffers a state dict leaves out
+            if buffer is not None and attribute not in module._non_persistent_buffers_set
+        )
+
+    @cached_property
+    def tensors(self) -> tuple[HeldTensor, ...]:
+        """All parameters and buffers that a state dict has; a tied one at each of its places."""
+        return (*(HeldTensor(*held) for held in self.parameters), *self.buffers)
+
+    @property
+    def _prefixed(self) -> list[tuple[str, nn.Module]]:
+        """All modules at each of their places, with what the names of their parameters begin with."""
+        return [("", self.model), *((f"{visit.fqn}.", visit.module) for visit in self.visits)]
 
     @cached_property
     def size(self) -> int:
