@@ -261,7 +261,7 @@ def test_a_file_says_that_peft_leaves_out_what_attention_reads(tmp_path: Path) -
         theirs = peft.PeftModel.from_pretrained(base, str(tmp_path))
     assert_close(theirs(x), expected, torch.float32)
     randlora.inject(linear := nn.Sequential(nn.Linear(4, 4)), r=2)
-    assert randlora.save(linear, tmp_path / "linear", bases="stored").notes == ()
+    assert randlora.save(fill(linear), tmp_path / "linear", bases="stored").notes == ()
 
 
 @pytest.mark.parametrize(("in_proj", "version"), [("packed", 1), ("split", 2)])

@@ -298,6 +298,7 @@ def test_a_parameter_that_is_trained_and_belongs_to_no_adapter_is_said_to_be_lef
     model = Mixed()
     model.head = nn.Linear(12, 3, bias=False)
     randlora.inject(model, r=4, targets=["q"], train_also=["head"])
+    fill(model)
     assert randlora.save(model, tmp_path, bases="stored").notes == ()
     model.head = nn.Linear(12, 3)
     (note,) = randlora.save(model, tmp_path, bases="stored").notes

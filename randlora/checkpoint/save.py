@@ -24,6 +24,7 @@ from randlora.hints import require_types, shortly
 from randlora.model.moving import moved_note
 from randlora.model.save_guard import SaveGuard
 from randlora.model.trainable import adapter_parameters
+from randlora.model.untrained import untrained_note
 from randlora.placement.ranks import one_writes
 from randlora.report import adapter_report, as_bytes
 from randlora.state import ModelState
@@ -145,15 +146,7 @@ def _write_each(
         is_kept = os.path.lexists(card) and not is_ours(card)  # the user's own
         text = None if is_kept else _card(each, contents, results, hub, subfolder)
         planned.append(adapter_files(directory, contents.fields, contents.tensors, contents.header, text))
-        untied = untied_by_peft(each.census, each.adapter.trained)
-        left_out = _left_out(each.census, each.state)
-        moved = moved_note(
-            each.census,
-            each.state,
-            [each.adapter],
-            "they are not in the files, so that a model that loads these computes otherwise",
-        )
-        notes.append([*moved, *contents.notes, *untied, *left_out, *beside, *results_note(card, results)])
+        notes.append([*contents.notes, *_training_notes(each), *beside, *results_note(card, results)])
     sizes = write_directories(planned)
     url, kept = _push(root, directories, hub) if hub else (None, [])
     for card_file in kept:
@@ -210,6 +203,18 @@ def _push(root: Path, directories: Sequence[Path], hub: str) -> tuple[str, list[
 
 
 SaveGuard.write_adapter = staticmethod(save)
+
+
+def _training_notes(held: Gathered) -> list[str]:
+    """Return notes on what of the training the files do not have."""
+    census, state, adapter = held.census, held.state, held.adapter
+    elsewhere = "they are not in the files, so that a model that loads these computes otherwise"
+    return [
+        *untrained_note(state, adapter, held.diagonals.values(), held.trained),
+        *untied_by_peft(census, adapter.trained),
+        *_left_out(census, state),
+        *moved_note(census, state, [adapter], elsewhere),
+    ]
 
 
 def _left_out(census: Census, state: ModelState) -> list[str]:

@@ -39,6 +39,7 @@ from randlora.model.moving import moved_note
 from randlora.model.probe import differences_from_product, product_problems
 from randlora.model.ranks import ranks_holding
 from randlora.model.train_also import lost_parameters
+from randlora.model.untrained import untrained_notes
 from randlora.placement.dtensor import reshard
 from randlora.placement.place import Kept
 from randlora.placement.ranks import Ranks, agreed
@@ -123,6 +124,7 @@ def merge(
     untried = [site for site, difference in differences.items() if difference is None]
     notes = merge_notes(root, first, untried, into, reversible=reversible)  # before merging, which may change classes
     notes += (
+        *untrained_notes(census, state, merging),
         *moved_note(census, state, merging, "the merged model has them as they are now, and no file of the adapter"),
     )
     with all_or_nothing(census, state), _unfolded_if_raised(first) as kept:
