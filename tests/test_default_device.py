@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import randlora
+from randlora.errors import CheckpointError
 from tests.kit import all_bits, bits, fill
 from tests.laws import TOKENS, Mixed
 from tests.layer_kinds import LAYER_KINDS, LayerKind
@@ -103,6 +104,7 @@ VERBS: dict[str, Callable[[Place], Any]] = {
     "activate": lambda at: randlora.activate(at.model, {"a": 0.5, "b": 1.0}),
     "adapter_state": lambda at: randlora.adapter_state(at.model, "a", bases="stored"),
     "adapters": lambda at: randlora.adapters(at.model, norms=True),
+    "check": lambda at: randlora.check(at.model, TOKENS),
     "check_ranks": lambda at: randlora.check_ranks(at.model, values=True),
     "combine": lambda at: randlora.combine(at.model, {"a": 1.0, "b": 2.0}, name="c", method="fit", tolerance=2.0),
     "delta_weight": lambda at: randlora.delta_weight(at.model, "up", name="a"),
@@ -228,7 +230,7 @@ def test_a_verb_does_the_same(verb: str, default: str, beforehand: Place, tmp_pa
     out = tmp_path / "out"
     expected = done(verb, beforehand, out, nullcontext)
     if verb == "load_model" and default in ("meta", "in a block"):  # a rule of transformers, which it explains
-        with pytest.raises(RuntimeError, match="meta device context manager"):
+        with pytest.raises(CheckpointError, match="meta device context manager"):
             done(verb, beforehand, out, DEFAULTS[default])
         return
     assert done(verb, beforehand, out, DEFAULTS[default]) == expected
