@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 import randlora
 from randlora.__main__ import main
@@ -34,7 +33,10 @@ def model(tmp_path: Path) -> Path:
         (["--targets", "all-linear", "--exclude", "mlp"], {"r": 32, "targets": "all-linear", "exclude": ["mlp"]}),
         (["--targets-regex", r".*\.0\..*_proj"], {"r": 32, "targets": r".*\.0\..*_proj"}),
         (["--train-also", "norm", "--alpha", "3", "--seed", "7"], {"train_also": ["norm"], "alpha": 3.0, "seed": 7}),
-        (["--dropout", "0.5", "--init", "gamma"], {"dropout": 0.5, "init": "gamma"}),
+        (
+            ["--dropout", "0.5", "--init", "gamma", "--experts", "shared"],
+            {"dropout": 0.5, "init": "gamma", "experts": "shared"},
+        ),
         (["--r", "8", "--basis", "block", "--blocks", "4", "8"], {"r": 8, "basis": "block", "blocks": (4, 8)}),
         (["--basis", "sparse", "--stream", "portable"], {"basis": "sparse", "stream": "portable"}),
         (
@@ -63,17 +65,6 @@ def test_the_options_are_those_of_the_library(
 def test_every_option_of_an_adapter_is_one_of_the_command() -> None:
     others = {"model", "config", "name", "active", "trainable", "save_pretrained"}
     assert inspect.signature(randlora.inject).parameters.keys() - others <= inspect.signature(plan).parameters.keys()
-
-
-def test_experts_may_share_what_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
-    config = transformers.MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=4)
-    transformers.MixtralForCausalLM(config).save_pretrained(mixture := tmp_path / "mixture")
-    options: dict[str, Any] = {"targets": ["gate_up_proj"], "experts": "shared", "r": 4}
-    expected = randlora.files.plan(mixture, **options)
-    words = ["--r", "4", "--targets", "gate_up_proj", "--experts", "shared", "--json"]
-    assert main(["plan", str(mixture), *words]) == 0
-    assert json.loads(capsys.readouterr().out)["trainable_parameters"] == expected.trainable_parameters
 
 
 def test_an_alpha_of_zero_is_not_taken_for_none(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
