@@ -17,6 +17,7 @@ from randlora.checkpoint import swap as swap
 from randlora.config import RandLoRAConfig as RandLoRAConfig
 from randlora.errors import RandLoRAError as RandLoRAError
 from randlora.files.load_model import load_model as load_model
+from randlora.files.save_merged import save_merged as save_merged
 from randlora.layers.base import AdapterLayer as AdapterLayer
 from randlora.layers.registry import register_layer as register_layer
 from randlora.model.combine import combine as combine
@@ -85,6 +86,7 @@ __all__ = [
     "routed",
     "save",
     "save_all",
+    "save_merged",
     "set_adapter_state",
     "set_compute",
     "set_trainable",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from randlora.errors import AdapterError
 from randlora.placement import zero3
 from randlora.placement.dtensor import Shard, is_dtensor, values_within
+from randlora.placement.flattened import FLATTENED
 
 Place = tuple[nn.Module, str]
 """A module and the name of one of its parameters or buffers."""
@@ -23,9 +24,6 @@ WRAPPED_AS = {
     "OptimizedModule": "_orig_mod",
 }
 """Types of torch that wrap a submodule, and where they hold it. As in torch's checkpoints, no name contains that."""
-
-FLATTENED = "_fsdp_flattened"
-"""An attribute that FSDP sets on parameters, of which it leaves a flat part or nothing."""
 
 KEEP_COPIES = (
     "call accelerate.hooks.remove_hook_from_submodules(model), and keep its module on a device by the device map"

@@ -16,7 +16,7 @@ from randlora.checkpoint.keys import GAMMA_SUFFIX, LAMBDA_SUFFIX, basis_keys
 from randlora.disk.tensor_file import TORCH_DTYPES
 from randlora.layer_options import LayerOptions
 from randlora.modes import has_values
-from randlora.replaced import FLATTENED
+from randlora.placement.flattened import FLATTENED
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

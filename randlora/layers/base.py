@@ -302,11 +302,15 @@ class AdapterLayer(StoredWeight):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return sum_updates(updates, self.shape, device=self.device_beside(owner), dtype=dtype, united=self.united)
 
-    def whole_updates(self, owner: nn.Module, weights: dict[str, float]) -> list[Update]:
-        """Return the updates of some adapters with all values of Λ and Γ; a collective if these are sharded."""
-        updates = [
+    def updates(self, owner: nn.Module, weights: dict[str, float]) -> list[Update]:
+        """Return the updates of some adapters."""
+        return [
             self.update(owner, self.adapters[name], factor) for name, factor in weights.items() if name in self.adapters
         ]
+
+    def whole_updates(self, owner: nn.Module, weights: dict[str, float]) -> list[Update]:
+        """Return the updates of some adapters with all values of Λ and Γ; a collective if these are sharded."""
+        updates = self.updates(owner, weights)
         values = iter(in_step(partial(whole, each) for update in updates for each in (update.lam, update.gamma)))
         return [update._replace(lam=next(values), gamma=next(values)) for update in updates]
 

@@ -49,7 +49,9 @@ NOWHERE: tuple[dict[str, SiteAdapter], Shape | None] = {}, None
 
 WRAPPERS = {
     "OptimizedModule": "_orig_mod",
-    **dict.fromkeys(("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"), "module"),
+    **dict.fromkeys(
+        ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"), "module"
+    ),
 }
 """Types that wrap a whole model, and the attribute with the model."""
 

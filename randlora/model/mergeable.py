@@ -11,6 +11,7 @@ from randlora.errors import MergeError
 from randlora.hints import shortly
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.update import Into, Quantized
+from randlora.placement.flattened import FLATTENED
 from randlora.placement.offloaded import Offloaded
 from randlora.placement.place import Kept, place_of
 from randlora.state import ModelState
@@ -116,6 +117,8 @@ def _is_incomplete(site: AdaptedSite, weight: nn.Parameter) -> bool:
     """Whether a weight has no values, or not all of them and not in a place that they can be merged into."""
     place = None if isinstance(site.layer, QuantizedLayer) else place_of(site.owner, site.layer.attribute)
     if place is None:
+        if FLATTENED in vars(weight) and weight.dim() < 2:  # a part of the values, as no weight that is adapted has
+            return True
         return weight.is_meta or weight.numel() == 0 or type(weight.data) is not Tensor
     return weight.is_meta and not isinstance(place, Offloaded)
 
@@ -144,8 +147,7 @@ def merge_notes(
     if becomes_plain and is_called_quantized and not reversible:
         notes.append(
             "the model's config still says that it is quantized, so files written by save_pretrained would not load: "
-            "to save, merge the files with randlora.files.merge, or, except with Conv1D layers (GPT-2), call "
-            "model.dequantize() before loading the adapter, then merge"
+            "call randlora.save_merged(model, directory) before a merge, or merge the files with randlora.files.merge"
         )
     return tuple(notes)
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from randlora.errors import AdapterError, RandLoRAError, raise_collected
 from randlora.placement.dtensor import is_dtensor, reshard
+from randlora.placement.flattened import FLATTENED
 from randlora.placement.ranks import Ranks, ranks_of
 from randlora.placement.zero3 import is_spread
-from randlora.replaced import FLATTENED
 from randlora.state import ModelState, adapted_root
 from randlora.targets.walk import Census
 

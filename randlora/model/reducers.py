@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from randlora.errors import warn
+from randlora.placement.flattened import flattening
+from randlora.placement.zero3 import is_managed
 from randlora.targets.match import shortened
 
 _SEEN: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -32,8 +34,7 @@ def warn_of_unknown(model: nn.Module) -> None:
     own = {id(parameter) for parameter in model.parameters()}
     if not trained or _unknown(trained, own) == []:
         return
-    kinds = tuple(_with_subclasses([DistributedDataParallel, *_deepspeed_engines()]))
-    _SEEN.update(each for each in gc.get_referrers(*kinds) if type(each) in kinds)
+    _look_for([DistributedDataParallel, *_deepspeed_engines()])
     if _unknown(trained, own):
         gc.collect()  # an engine that was given up may still be here, as part of a cycle
     if unknown := _unknown(trained, own):
@@ -42,6 +43,33 @@ def warn_of_unknown(model: nn.Module) -> None:
             "before and does not know it: every process would train its own copy. Wrap the model again after this "
             "call"
         )
+
+
+def is_first_copy(model: nn.Module) -> bool:
+    """Whether this is the first of the processes that train copies of a model, as the engines around it tell.
+
+    Of a model that no engine runs, each process has the only copy, as far as is known.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return True
+    _look_for([DistributedDataParallel, *_deepspeed_engines()])
+    own = {id(parameter): parameter for parameter in model.parameters()}
+    is_spread = any(map(is_managed, own.values()))  # by an engine whose processes hold one copy together
+    engines = [each for each in _of({*own}) if isinstance(each, DistributedDataParallel) or not is_spread]
+    engines += flattening(model)
+    return all(dist.get_rank(_group(engine)) == 0 for engine in engines)
+
+
+def _group(engine: Any) -> Any:
+    """Return the group of the processes that an engine runs in; ``None`` means all."""
+    names = "process_group", "seq_data_parallel_group"  # of torch's engines, of DeepSpeed's
+    return next((group for name in names if (group := getattr(engine, name, None)) is not None), None)
+
+
+def _look_for(kinds: Iterable[type]) -> None:
+    """Find all engines of some types that there are."""
+    every = tuple(_with_subclasses(kinds))
+    _SEEN.update(each for each in gc.get_referrers(*every) if type(each) in every)
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:

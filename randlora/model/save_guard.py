@@ -36,10 +36,7 @@ DIAGONAL = "randlora_"
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 """What transformers' `Trainer` calls the directory of a checkpoint."""
 
-INSTEAD = (
-    "call randlora.save(model, directory) for the adapter; or, for the merged model, randlora.merge(model) first, or "
-    "save within `with randlora.merged(model):`"
-)
+INSTEAD = "call randlora.save(model, directory), or for the merged model randlora.save_merged(model, directory)"
 
 
 class SaveGuard:
@@ -83,6 +80,11 @@ class SaveGuard:
                     "merged: merge it too, or unmerge all"
                 )
             self._require_merged(kwargs.get("state_dict"))
+            if kwargs.get("state_dict") is None and is_held_together(root) and not _gathers(module):
+                raise MergeError(
+                    f"{self.name} would write what this process holds of a sharded model: call "
+                    "randlora.save_merged(model, directory) in all processes"
+                )
             with _merged_values(root, state):
                 return self._unguarded(module)(*args, **kwargs)
         if state.save_pretrained == "error":
@@ -146,10 +148,15 @@ class SaveGuard:
         elif state.save_pretrained is None:
             (name,) = state.adapters
             warn(
-                f"{self.name} wrote adapter {name!r} to {str(given[0])!r}, not the model: for that, save within `with "
-                "randlora.merged(model):`. inject and load take save_pretrained='adapter', which does not warn, or "
-                "'error'"
+                f"{self.name} wrote adapter {name!r} to {str(given[0])!r}, not the model: for that, call "
+                "randlora.save_merged(model, directory). inject and load take save_pretrained='adapter', which does "
+                "not warn, or 'error'"
             )
+
+
+def _gathers(module: nn.Module) -> bool:
+    """Whether a module's own method gathers what it writes, as that of transformers does of what it has sharded."""
+    return getattr(getattr(module, "config", None), "distributed_config", None) is not None
 
 
 def _nothing() -> None:
@@ -211,8 +218,8 @@ def _merged_values(root: nn.Module, state: ModelState) -> Iterator[None]:
     adapted = Census.of(root).adapted
     if any(isinstance(site.layer, QuantizedLayer) for site in adapted):
         raise MergeError(
-            "cannot save_pretrained a quantized model with merged weights, whose config describes others: merge the "
-            "files with randlora.files.merge, or call model.dequantize() before loading the adapter, then merge"
+            "cannot save_pretrained a quantized model with merged weights, whose config describes others: call "
+            "randlora.save_merged(model, directory), which dequantizes it, or merge the files with randlora.files.merge"
         )
     hooks = [owner.register_state_dict_post_hook(_drop_diagonals) for owner in {site.owner for site in adapted}]
     before, state.saves_merged = state.saves_merged, True

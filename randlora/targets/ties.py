@@ -26,6 +26,27 @@ def tie_problems(census: Census, sites: Sequence[Site]) -> list[str]:
     ]
 
 
+def tied_away(census: Census) -> set[str]:
+    """Return the names of the parameters that transformers ties to others in a model of it, which files need not have.
+
+    Those that have been untied since, and so have values of their own, are not among them.
+    """
+    named = vars(census.model).get(NAMES)
+    by_fqn = {held.fqn: held for held in census.parameters}
+    pairs = [
+        (by_fqn.get(fqn), by_fqn.get(source)) for fqn, source in (named if isinstance(named, dict) else {}).items()
+    ]
+    return {held.fqn for held, source in pairs if held is not None and source is not None and _are_tied(held, source)}
+
+
+def _are_tied(one: Held, other: Held) -> bool:
+    """Whether two parameters are one, or were when accelerate offloaded them and have equal values."""
+    if not {*_identities(one)}.isdisjoint(_identities(other)):
+        return True
+    place, beside = _offloaded(one), _offloaded(other)
+    return place is not None and beside is not None and torch.equal(place.read(), beside.read())
+
+
 def tied_names(census: Census, sites: Iterable[Site]) -> dict[tuple[int, str], list[str]]:
     """Return the names of the parameters of other modules that the weights of sites are tied to, by `Site.key`."""
     holders: dict[object, list[Held]] = {}

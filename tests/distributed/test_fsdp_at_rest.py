@@ -198,18 +198,6 @@ def test_merging_and_unmerging(pair: Processes) -> None:
     pair.run(merge_and_unmerge)
 
 
-def yield_merged() -> None:
-    one, model = pair_of_models()
-    model(TOKENS)
-    found, expected = dict(randlora.merged_tensors(model)), dict(randlora.merged_tensors(one))
-    assert list(found) == list(expected)
-    assert all(torch.allclose(value, expected[name], rtol=1e-6, atol=1e-6) for name, value in found.items())
-
-
-def test_the_tensors_of_the_merged_model_are_gathered_one_at_a_time(pair: Processes) -> None:
-    pair.run(yield_merged)
-
-
 def fail_to_merge() -> None:
     _, model = pair_of_models()
     if dist.get_rank() == 1:

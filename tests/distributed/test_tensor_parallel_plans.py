@@ -21,6 +21,7 @@ from tests.distributed import test_tensor_parallel
 from tests.distributed.processes import LAW, Processes
 from tests.examples import snippet
 from tests.kit import fill
+from tests.model_directories import contents
 
 close = partial(test_tensor_parallel.close, within=1e-6)  # routers compute in float32, also in a model in float64
 
@@ -109,6 +110,10 @@ def planned(case: Case, place: Path) -> None:
     for each in (one, model):
         randlora.inject(each, r=4, targets=TARGETS, **case.options)
         test_tensor_parallel.in_float64(fill(each))
+    randlora.save_merged(model, place / "merged", max_shard_size="8KB")
+    if dist.get_rank() == 0:
+        randlora.save_merged(one, place / "merged by one", max_shard_size="8KB")
+        assert contents(place / "merged") == contents(place / "merged by one")
     ids = torch.arange(12).view(2, 6)
     optimizers = [torch.optim.SGD(randlora.trainable_parameters(each), lr=1e-4) for each in (one, model)]
     for _ in range(2):

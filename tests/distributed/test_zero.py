@@ -112,10 +112,6 @@ def merge_and_back(stage: str, *, is_spread_first: bool) -> None:
     assert torch.equal(engine(rows), expected)
     randlora.unmerge(model)
     assert torch.equal(engine(rows), before)
-    tensors = dict(randlora.merged_tensors(twin))
-    for name, tensor in randlora.merged_tensors(model):
-        assert torch.equal(tensor, tensors.pop(name)), name
-    assert not tensors
     randlora.merge(model)
     assert torch.equal(engine(rows), expected)
 
