@@ -269,6 +269,8 @@ def test_statistics_that_no_adapter_has_are_spoken_of(kind: str, tmp_path: Path)
     assert not said(randlora.save(model, tmp_path), "moved since")
     twin = copy.deepcopy(model).double()
     assert not said(randlora.save(twin, tmp_path), "moved since")
+    for trainable in (True, False):
+        assert said(randlora.load(build(kind), tmp_path, trainable=trainable)) == trainable
     train(model)
     assert said(randlora.save(model, tmp_path), "moved since the model was adapted: they are not in the files")
     for put in (pickle.loads(pickle.dumps(model)) if "spectral" not in kind else copy.deepcopy(model), model):

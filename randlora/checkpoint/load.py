@@ -20,7 +20,8 @@ from randlora.hints import require_types
 from randlora.layer_options import by_rank
 from randlora.model.change import one_at_a_time
 from randlora.model.install import commit, owned_state, prepare
-from randlora.model.train_also import replacements
+from randlora.model.moving import moving_note
+from randlora.model.train_also import half_notes, replacements
 from randlora.modes import in_mode, without_modes
 from randlora.placement.dtensor import reshard
 from randlora.replaced import like
@@ -148,7 +149,13 @@ def _added(census: Census, state: ModelState, found: Found, options: Options) ->
         shapes,
         is_active=active,
         is_trainable=trainable,
-        notes=[*doubts, *stream_notes(file), *next_steps(name, is_active=active, is_trainable=True), *foreign],
+        notes=[
+            *doubts,
+            *stream_notes(file),
+            *next_steps(name, is_active=active, is_trainable=True),
+            *foreign,
+            *([*moving_note(census, adapter.buffers), *half_notes(adapter)] if trainable else ()),
+        ],
     )
     commit(census, addition, active=active)
     return report

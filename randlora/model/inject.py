@@ -35,6 +35,7 @@ from randlora.model.change import all_or_nothing, one_at_a_time
 from randlora.model.install import commit, detach_all, owned_state, prepare, require_detachable, require_own, unfold_all
 from randlora.model.moving import moving_note
 from randlora.model.train_also import (
+    half_notes,
     misplaced_copies,
     replacements,
     select_buffers,
@@ -89,7 +90,7 @@ class Plan:
                 f"its bases{which} are additional, because those of the other adapters cannot be shared: {others}"
             )
         if self.trainable:
-            notes += moving_note(self.census, self.adapter.buffers)
+            notes += [*moving_note(self.census, self.adapter.buffers), *half_notes(self.adapter)]
         report = adapter_report(
             self.census,
             self.adapter,

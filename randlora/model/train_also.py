@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch.nn.parameter import is_lazy
 
 from randlora.replaced import ReplacedParameter
 from randlora.state import Adapter, ModelState
-from randlora.targets.match import matches_name, prefixes, suggestion, unmatched
+from randlora.targets.match import matches_name, prefixes, shortened, suggestion, unmatched
 from randlora.targets.site import Site, sizes
 from randlora.targets.walk import Census, is_quantized
+
+HALF_RISKS = {
+    torch.float16: "Adam's eps is 0 there, and values become NaN within some steps",
+    torch.bfloat16: "steps below about 1/256 of a value are lost",
+}
+"""What goes wrong in training parameters of a dtype of 16 bits."""
 
 
 def select_parameters(census: Census, names: str | Sequence[str]) -> list[str]:
@@ -89,6 +96,16 @@ def replacements(census: Census, state: ModelState, fqns: Iterable[str]) -> dict
         places = {held.fqn: (held.module, held.attribute) for held in tied}
         found[fqn] = state.replaced.get(fqn) or ReplacedParameter(places, own, own)
     return found
+
+
+def half_notes(adapter: Adapter) -> list[str]:
+    """Return a note on each dtype of 16 bits in which an adapter trains parameters: copies have the model's dtype."""
+    return [
+        f"{shortened(fqns)} {'is' if len(fqns) == 1 else 'are'} trained in {dtype}, the model's dtype, unlike Λ and Γ: "
+        f"{risk}; load the model in float32 and train under torch.autocast"
+        for dtype, risk in HALF_RISKS.items()
+        if (fqns := [fqn for fqn, parameter in adapter.parameters.items() if parameter.dtype == dtype])
+    ]
 
 
 def lost_parameters(state: ModelState, adapters: Iterable[Adapter]) -> list[str]:
