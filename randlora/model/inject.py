@@ -197,7 +197,7 @@ def inject(
     require_types(inject, {"init": init, "save_pretrained": save_pretrained})
     planned = make_plan(model, name, options, active=active, trainable=trainable)
     report, adapter, sites = planned.report(), planned.adapter, planned.selection.sites
-    report = replace(report, notes=(*report.notes, *_valueless_buffers(model)))
+    report = replace(report, notes=(*report.notes, *_valueless_buffers(planned.census)))
     _warn(report)
     adapter.init = init
     adapter.bases |= planned.shared
@@ -219,11 +219,12 @@ def inject(
     return report
 
 
-def _valueless_buffers(model: nn.Module) -> list[str]:
+def _valueless_buffers(census: Census) -> list[str]:
     """Return a note on buffers on the meta device that no state dict has, and so nothing gives values."""
+    modules = [("", census.model), *((visit.fqn, visit.module) for visit in census.first_visits)]
     found = [
         f"{fqn}.{name}".lstrip(".")
-        for fqn, module in model.named_modules()
+        for fqn, module in modules
         for name in sorted(module._non_persistent_buffers_set)  # private, but nothing else tells
         if (buffer := module._buffers.get(name)) is not None and buffer.is_meta
     ]
