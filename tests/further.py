@@ -48,6 +48,7 @@ REPEATS_OTHERS = (
     *("attention-in_proj-split-no-bias", "attention-k_proj"),
     *("attention-out_proj-no-bias", "attention-out_proj-beside-separate"),
     *("experts-gate_up", "experts-transposed-down-square-shared"),
+    "Linear-other-forward",
 )
 """Values of ``kind`` of which every part is in another one too."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -165,6 +166,14 @@ class Scaled(nn.Embedding):
         return super().forward(input) * 3
 
 
+class Absolute(nn.Linear):
+    """A linear layer whose output is not linear in its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Return the product with the weights' distances from 0.1."""
+        return F.linear(input, (self.weight - 0.1).abs(), self.bias)
+
+
 def _image(channels: int, *sizes: int) -> Callable[[], tuple[Tensor]]:
     return lambda: (torch.randn(2, channels, *sizes),)
 
@@ -303,7 +312,8 @@ EXPERTS = (
     _experts("transposed-down-square", "down_proj", inner=16, is_transposed=True),
     _experts("transposed-down-square-shared", "down_proj", "shared", inner=16, is_transposed=True),
 )
-READ_KINDS = (*CONVOLUTIONS, *EMBEDDINGS, *ATTENTION, *EXPERTS)
+LINEAR = ReadKind("Linear-other-forward", "linear", lambda: Absolute(12, 8), lambda: (torch.randn(2, 5, 12),))
+READ_KINDS = (*CONVOLUTIONS, *EMBEDDINGS, *ATTENTION, *EXPERTS, LINEAR)
 
 
 def _id(value: object) -> str:

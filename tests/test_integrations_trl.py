@@ -1,6 +1,7 @@
 """`AdapterCheckpoints` with TRL's and sentence-transformers' trainers, and quantized models."""
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -151,10 +152,38 @@ def test_a_config_of_peft_is_refused_before_anything_is_made(kind: Any) -> None:
     assert trained_bits(model) == before
 
 
-@pytest.mark.parametrize("make", [sft, dpo])
-def test_an_adapter_of_the_head_which_trl_does_not_call_is_refused(make: Any) -> None:
-    with pytest.raises(AdapterError, match="weight of the output head"):
-        make(adapted_model(targets=["lm_head", "q_proj"]))
+# The output head, whose weight TRL reads instead of calling it
+
+
+def stock(model: nn.Module) -> Any:
+    given = arguments(SFTConfig, "run", save_strategy="no")
+    return SFTTrainer(model, given, train_dataset=texts(), processing_class=tokenizer())
+
+
+@pytest.mark.parametrize("make", [sft, dpo, stock])
+def test_an_adapter_of_the_head_is_trained_and_acts_as_if_it_were_merged(make: Any) -> None:
+    model = adapted_model(targets=["lm_head"])
+    before = trained_bits(model)
+    trainer = make(model)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.compute_loss(model, dict(batch)).backward()
+    assert all(value.grad is not None for value in randlora.trainable_parameters(model))
+    trainer.train()
+    assert trained_bits(model) != before
+    if make is dpo:  # whose reference is the model without adapters, which a merged one is not
+        return
+    fill(model).eval()
+    losses = []
+    for context in (nullcontext(), randlora.merged(model), randlora.disabled(model)):
+        with context, torch.no_grad():
+            losses.append(trainer.compute_loss(model, dict(batch)).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) != pytest.approx(losses[2], rel=1e-2)
+
+
+def test_dropout_cannot_reach_a_head_that_is_read() -> None:
+    trainer = sft(adapted_model(targets=["lm_head"], dropout=0.1))
+    with pytest.raises(AdapterError, match="dropout cannot reach, as TRL's trainers do with an output head"):
+        trainer.train()
 
 
 # Quantized models

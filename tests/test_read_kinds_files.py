@@ -32,7 +32,8 @@ def test_a_saved_adapter_loads_into_a_model_of_any_dtype(
     own, other = dtypes
     model = kind.adapted(own)
     report = randlora.save(model, tmp_path)
-    assert any(note.startswith("PEFT cannot load this adapter") for note in report.notes)
+    is_foreign = any(note.startswith("PEFT cannot load this adapter") for note in report.notes)
+    assert is_foreign is (kind.kind != "linear")
     same, again = kind.model(own), kind.model(other)
     loaded = randlora.load(same, tmp_path)
     assert loaded.targets == (kind.target,)

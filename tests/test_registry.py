@@ -14,7 +14,7 @@ from randlora import AdapterLayer
 from randlora.errors import TargetError
 from randlora.layers import registry
 from randlora.layers.conv1d import Conv1DAdapter
-from randlora.layers.linear import LinearAdapter
+from randlora.layers.linear import LinearAdapter, ReadLinear
 from tests.laws import adapter_layer
 
 
@@ -47,8 +47,16 @@ def test_layers_are_found_by_type_and_by_name() -> None:
     assert registry.find_layer(nn.LayerNorm(2)) is None
 
 
-def test_a_subclass_is_served_by_its_parents_entry() -> None:
-    assert registry.find_layer(Swapped(2, 2)) is LinearAdapter
+class Renamed(nn.Linear):
+    """A linear layer in all but name."""
+
+
+def test_a_subclass_is_served_by_its_parents_entry_as_read_if_it_has_another_forward() -> None:
+    assert registry.find_layer(Renamed(2, 2)) is LinearAdapter
+    assert registry.find_layer(Swapped(2, 2)) is ReadLinear
+    model = nn.Sequential(Renamed(2, 2), Swapped(2, 2))
+    randlora.inject(model, r=1, targets="all-linear")
+    assert [registry.find_layer(layer) for layer in model] == [LinearAdapter, ReadLinear]
 
 
 @pytest.mark.usefixtures("_own_entries")
@@ -78,7 +86,7 @@ def test_a_kind_without_one_of_its_two_methods_is_refused() -> None:
 
     with pytest.raises(TypeError, match="Half cannot be registered without in_storage_layout"):
         randlora.register_layer(Swapped)(Half)
-    assert registry.find_layer(Swapped(2, 2)) is LinearAdapter
+    assert registry.find_layer(Swapped(2, 2)) is ReadLinear
 
 
 def test_a_refused_kind_is_refused_by_name_and_skipped_by_all_linear(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +128,7 @@ def test_a_grouped_linear_layer_is_refused() -> None:
         randlora.inject(model, r=2, targets=["0"])
 
 
+@pytest.mark.usefixtures("_own_entries")
 @pytest.mark.parametrize(("what", "got"), [("pair", "got tuple"), ("half", r"got a tensor of shape \(3, 2\)")])
 def test_a_forward_that_returns_no_product_is_an_error(what: str, got: str) -> None:
     class Odd(nn.Linear):
@@ -127,6 +136,7 @@ def test_a_forward_that_returns_no_product_is_an_error(what: str, got: str) -> N
             output = super().forward(input)
             return (output, output) if what == "pair" else output[:, :2]
 
+    randlora.register_layer(Odd)(LinearAdapter)
     model = nn.Sequential(Odd(4, 4))
     randlora.inject(model, r=2, targets=["0"])
     message = r"the forward of an adapted Odd must return a tensor of shape \(\.\.\., 4\), .*" + got

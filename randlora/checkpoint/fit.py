@@ -18,7 +18,7 @@ from randlora.layers.registry import find_layer
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles, offloaded_copies
 from randlora.targets.site import Shapes, Site, shapes_of, sizes
-from randlora.targets.walk import Census, sites_of
+from randlora.targets.walk import Census
 
 
 def fit_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
@@ -42,7 +42,7 @@ def fit_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
 
 def named_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
     """Return the weights that a file names, under its FQNs. If a prefix is all that differs, the error names it."""
-    sites = {site.fqn: site for visit in census.visits for site in sites_of(visit)}
+    sites = {site.fqn: site for visit in census.visits for site in census.sites_of(visit)}
     modules = {visit.fqn: visit.module for visit in census.visits}
     problems: list[str] = []
     found: dict[tuple[int, str], Site] = {}
@@ -70,7 +70,7 @@ def _fitting(census: Census, file: AdapterFile) -> str:
 
 def layer_names(census: Census) -> set[str]:
     """Return the FQNs of all weights that can be adapted, at each of their places."""
-    return {site.fqn for visit in census.visits for site in sites_of(visit)}
+    return {site.fqn for visit in census.visits for site in census.sites_of(visit)}
 
 
 def parameter_names(census: Census) -> set[str]:
@@ -80,7 +80,7 @@ def parameter_names(census: Census) -> set[str]:
 
 def all_shapes(census: Census) -> list[Shape]:
     """Return the shapes of all weights that can be adapted, at each of their places."""
-    return [site.shape for visit in census.visits for site in sites_of(visit)]
+    return [site.shape for visit in census.visits for site in census.sites_of(visit)]
 
 
 def with_prefix(file: AdapterFile, prefix: str, known: Collection[str], parameters: Collection[str]) -> AdapterFile:

@@ -23,7 +23,6 @@ from randlora.checkpoint.format import TENSORS_FILE
 from randlora.checkpoint.restore import restore, restore_each
 from randlora.errors import AdapterError, CheckpointError, warn
 from randlora.integrations.reference import Reference
-from randlora.layers.in_place import RunsAdapters
 from randlora.model.listing import AdapterInfo
 from randlora.model.ranks import is_held_together
 from randlora.state import adapted_root
@@ -97,7 +96,6 @@ class AdapterCheckpoints:
         else:  # made in there, by a function or from a name
             super().__init__(*args, **kwargs)
             _require_trained(self.model)
-        _require_called(self.model, type(self))
         if getattr(self.args, "use_vllm", False):
             _send_merged(getattr(self, "vllm_generation", None))
 
@@ -196,17 +194,6 @@ def _require_added(model: nn.Module) -> None:
     if not any(info.is_active for info in trained):
         names = ", ".join(info.name for info in trained)
         raise AdapterError(f"{names} is not active and would not be trained: call randlora.activate(model, name)")
-
-
-def _require_called(model: nn.Module, trainer: type) -> None:
-    """Check that a trainer of TRL, which multiplies by the weight of the output head, trains no adapter of it."""
-    is_trl = any(base.__module__.startswith("trl.") for base in trainer.__mro__)
-    head = getattr(model, "get_output_embeddings", lambda: None)() if is_trl else None
-    if isinstance(head, RunsAdapters):
-        raise AdapterError(
-            "TRL's trainers multiply by the weight of the output head instead of calling it, so an adapter of it would "
-            "not be trained: leave it out of targets=, or name it in train_also="
-        )
 
 
 def _send_merged(engine: Any) -> None:

@@ -44,6 +44,7 @@ class AdapterLayer(StoredWeight):
         kind: What the weight is: ``"linear"``, ``"attention"``, ``"convolution"``, ``"embedding"`` or ``"experts"``.
             ``targets="all-linear"`` selects the first two.
         is_called: Whether its `forward` runs in place of the owner's.
+        as_read: The kind of layer that adapts the same weight where code reads it, such as a forward of a subclass.
         state: The state of the model that the owner belongs to.
         shape: ``(out_features, in_features)`` of the weight, or of one matrix of a stack.
         adapters: The adapters of this weight, by name.
@@ -59,6 +60,7 @@ class AdapterLayer(StoredWeight):
 
     kind: ClassVar[str] = "linear"
     is_called: ClassVar[bool] = True
+    as_read: ClassVar[type[AdapterLayer] | None] = None
 
     def __init__(self, owner: nn.Module, state: ModelState) -> None:
         """Create the adapter layer of a weight for a model with this state, without changing the owner."""
@@ -107,6 +109,11 @@ class AdapterLayer(StoredWeight):
     def beside(cls, owner: nn.Module) -> list[object]:  # noqa: ARG003  # for quantized layers
         """Return objects that the owner holds, other than modules and parameters, and that merging changes."""
         return []
+
+    @classmethod
+    def takes_dropout(cls, owner: nn.Module) -> bool:  # noqa: ARG003  # for weights that code reads
+        """Whether an adapter can have an input with entries dropped, other than the module's."""
+        return True
 
     def settle(self, owner: nn.Module) -> None:  # most kinds have nothing to do
         """Change whatever else on the owner its kind requires while adapted. Must not fail."""
@@ -195,6 +202,10 @@ class AdapterLayer(StoredWeight):
         """Return the output of the owner without adapters."""
         output: Tensor = base_forward(*args, **kwargs)
         return output
+
+    def adds_to_output(self, owner: nn.Module) -> bool:  # noqa: ARG002  # for weights that a forward reads
+        """Whether `base_output` is without the adapters, because the owner's forward does not read weight + update."""
+        return True
 
     def runs_plain_forward(self, owner: nn.Module) -> bool:
         """Whether the owner's forward is that of its kind, not overridden by a subclass or on the instance."""

@@ -36,9 +36,11 @@ REWRITERS = (
     "torch.nn.utils.parametrize",
     "torch.nn.utils.weight_norm",
     "torch.nn.utils.prune",
-    "transformers.modeling_utils",  # where it resizes embeddings
+    "transformers.modeling_utils",  # where it resizes embeddings, and replaces output heads as a whole: `RESIZER`
 )
 """Modules whose code reads a parameter to put another in its place, and changes the module before it assigns that."""
+
+RESIZER = REWRITERS[-1]
 
 QUANTIZER = "torch.ao.quantization."
 """The modules that quantize layers of exact classes, and set ``qconfig`` on all modules before they change one."""
@@ -185,7 +187,7 @@ def _read(attribute: str) -> property:
         assert isinstance(layer, ReadWeight), "the class was created for this"
         if not torch.compiler.is_compiling():  # compiled code only computes
             reader: str = sys._getframe(1).f_globals.get("__name__", "")
-            if reader.startswith(BOOKKEEPERS):
+            if reader.startswith(BOOKKEEPERS) or (reader == RESIZER and layer.kind == "linear"):
                 return layer.weight_of(owner)
             if reader in REWRITERS:
                 _keep(owner, attribute, reader)

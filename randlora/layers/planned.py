@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -94,7 +95,8 @@ def attach_planned(owner: Any, layer: AdapterLayer, held_as: str) -> bool:
     if weight.device_mesh.ndim == 1:  # else fully_shard splits it too
         layer.split = Split.of(weight, layer.region_here(weight))
     if around is None:
-        within = _within(owner, layer, plan, held_as) if layer.is_called else inner
+        adds = layer.is_called and layer.adds_to_output(owner)
+        within = _within(owner, layer, plan, held_as) if adds else inner
         around = _around(owner, within)
     layer.planned = inner, around
     owner.__dict__[held_as] = around
@@ -108,7 +110,7 @@ def _within(owner: Any, layer: AdapterLayer, plan: Plan, held_as: str) -> Callab
         active, split = layer.active(), layer.split
         if not active or split is None or is_dtensor(layer.weight_of(owner)):
             return type(owner).forward(owner, x)
-        output = owner.randlora_base.forward(owner, x)
+        output = layer.base_output(owner, partial(owner.randlora_base.forward, owner), x)
         for part, factor in active:
             update = split.part(layer.update(owner, part, factor))
             own = F.dropout(x.to(output.dtype), part.adapter.config.dropout, owner.training)

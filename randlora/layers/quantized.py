@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import change_class, detach_obstacle, plain_class
 from randlora.layers.inputs import input_of
 from randlora.layers.linear import LinearAdapter
@@ -34,6 +35,7 @@ class QuantizedLayer(LinearAdapter):
     """
 
     kept: ClassVar[tuple[str, ...]] = ()
+    as_read: ClassVar[type[AdapterLayer] | None] = None  # what reads codes cannot be given weight + update
 
     def compute_dtype(self, owner: nn.Module) -> torch.dtype | None:  # noqa: ARG002  # for kinds that have one
         """Return the dtype that the layer computes in, or ``None`` for that of its input."""

@@ -56,6 +56,11 @@ class ReadWeight(AdapterLayer):
         return is_parametrized(owner, cls.attribute) or cls.attribute in owner.__dict__  # there by weight_norm of old
 
     @classmethod
+    def takes_dropout(cls, owner: nn.Module) -> bool:  # noqa: ARG003
+        """Return ``False``: an update that is added to the weight has the input of the weight."""
+        return False
+
+    @classmethod
     def uncalled(cls, owner: nn.Module) -> tuple[nn.Module, ...]:  # noqa: ARG003  # for attention
         """Return the submodules whose weight the owner's forward reads without calling them."""
         return ()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.layers.base import AdapterLayer
+from randlora.layers.in_place import plain_class
 from randlora.layers.read_weight import ReadWeight
 
 Layer = TypeVar("Layer", bound=type[AdapterLayer])
@@ -93,10 +94,15 @@ def register_parameter(where: Callable[[nn.Module, Tensor], bool]) -> Callable[[
 
 
 def find_layer(module: nn.Module) -> type[AdapterLayer] | str | None:
-    """Return the adapter layer of a module's type, the reason why it cannot be adapted, or ``None`` if unknown."""
+    """Return the adapter layer of a module's type, the reason why it cannot be adapted, or ``None`` if unknown.
+
+    The entry of a base class whose forward the module does not have is what reads the weight, if there is such a kind.
+    """
     for parent in type(module).__mro__:
         if (entry := _layers.get(_name(parent))) is not None:
-            return entry
+            as_read = entry.as_read if isinstance(entry, type) else None
+            forward: object = getattr(parent, "forward", None)
+            return as_read if as_read and plain_class(module).forward is not forward else entry
     return None
 
 

@@ -1,6 +1,7 @@
-"""Modules that read the weight of a linear layer inside them instead of calling it, by qualified name of their class.
+"""Modules that read or change the weight of a linear layer inside them, by qualified name of their class.
 
-An adapter of such a layer acts in its forward, which does not run, and would be a silent no-op.
+An adapter that acts when its layer is called would be a silent no-op where the weight is read, so such a layer is
+adapted as what reads it needs (`AdapterLayer.as_read`), or refused with the reason.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,28 +10,47 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from randlora.layers.in_place import plain_class
+from randlora.layers.joined import left_by_joining
 from randlora.layers.registry import find_readers
 
 TRANSFORMERS = "transformers.models"
+NO_EFFECT = "so an adapter would have no effect"
 KERNELS = "when the kernels of mamba-ssm are used"
+WITHOUT_GRADIENTS = "has no gradient, because {} reads its weight under torch.no_grad, so an adapter could not train"
+UNUSED = f"is never used by {{}}, {NO_EFFECT}"
+DIVIDED = (
+    "is in a {} whose weights the model divides in place in eval(), and would not divide the update: load the model "
+    "with rescale_every=0 in its config, which computes the same"
+)
+CLAMPED = (
+    "is clamped in place by {} in training, and the update would not be: set altup_coef_clip to None in the config"
+)
 
 
 class Reading(NamedTuple):
-    """Linear layers whose weight their owner reads.
+    """Linear layers whose weight their owner reads or changes.
 
     Attributes:
         children: Their names in the owner.
         when: When it does, if not always.
         where: Whether it does, given the owner.
+        problem: Why no adapter of them is right, as a phrase after their name; empty if an adapter that acts on the
+            weight as it is read is right.
     """
 
     children: tuple[str, ...]
     when: str = ""
     where: Callable[[Any], bool] = lambda _owner: True
+    problem: str = ""
 
 
 def _joins_biases(owner: Any) -> bool:
     return owner.q_bias is not None and not owner.qkv_bias_separate
+
+
+def _divides(block: Any) -> bool:
+    every = block.config.rescale_every
+    return bool(every > 0 and block.layer_id >= every)  # else it divides by one
 
 
 UNCALLED: dict[str, tuple[Reading, ...]] = {
@@ -75,9 +95,37 @@ UNCALLED: dict[str, tuple[Reading, ...]] = {
         (Reading(("k_proj",)),),
     ),
     f"{TRANSFORMERS}.dab_detr.modeling_dab_detr.DabDetrMHAttentionMap": (Reading(("k_linear",)),),
-    f"{TRANSFORMERS}.layoutlmv2.modeling_layoutlmv2.LayoutLMv2Encoder": (
-        Reading(("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")),
+    **dict.fromkeys(
+        (
+            f"{TRANSFORMERS}.layoutlmv2.modeling_layoutlmv2.LayoutLMv2Encoder",
+            f"{TRANSFORMERS}.layoutlmv3.modeling_layoutlmv3.LayoutLMv3Encoder",
+        ),
+        (Reading(("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"), problem=WITHOUT_GRADIENTS),),
     ),
+    f"{TRANSFORMERS}.pp_doclayout_v2.modeling_pp_doclayout_v2.PPDocLayoutV2ReadingOrderEncoder": (
+        Reading(("rel_pos_bias",), problem=WITHOUT_GRADIENTS),
+        Reading(("rel_pos_x_bias", "rel_pos_y_bias"), problem=UNUSED),
+    ),
+    f"{TRANSFORMERS}.gemma3n.modeling_gemma3n.Gemma3nTextAltUp": (
+        Reading(("correction_coefs",), "in training", lambda owner: owner.config.altup_coef_clip is not None),
+        Reading(("prediction_coefs",), "", lambda owner: owner.config.altup_coef_clip is not None, CLAMPED),
+    ),
+    f"{TRANSFORMERS}.rwkv.modeling_rwkv.RwkvBlock": (
+        Reading(("attention.output", "feed_forward.value"), where=_divides, problem=DIVIDED),
+    ),
+    **{
+        f"{TRANSFORMERS}.{name}.modeling_{name}.{kind}ForCausalLM": (
+            Reading(("lm_head",), where=lambda owner: owner.masked_embedding is not None),
+        )
+        for name, kind in (
+            ("gemma4_assistant", "Gemma4Assistant"),
+            ("gemma4_unified_assistant", "Gemma4UnifiedAssistant"),
+        )
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_minimax_h3_audio.MiniMaxH3AudioCausalAttention": (Reading(("qkv",)),),
+    "diffusers.pipelines.ace_step.modeling_ace_step._AceStepResidualFSQ": (Reading(("project_in", "project_out")),),
+    "diffusers.pipelines.shap_e.renderer.ChannelsProj": (Reading(("proj",)),),
+    "sentence_transformers.sparse_encoder.modules.sparse_auto_encoder.SparseAutoEncoder": (Reading(("encoder",)),),
     f"{TRANSFORMERS}.longcat_flash.modeling_longcat_flash.LongcatFlashTopkRouter": (Reading(("classifier",)),),
     f"{TRANSFORMERS}.mobilebert.modeling_mobilebert.MobileBertLMPredictionHead": (Reading(("decoder", "dense")),),
     f"{TRANSFORMERS}.neomme.modeling_neomme.NeoMMEForMaskedLM": (Reading(("unembedding_projection",)),),
@@ -112,15 +160,29 @@ UNCALLED: dict[str, tuple[Reading, ...]] = {
 }
 
 
-def uncalled_in(owner: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Go through the modules inside an owner that it does not call, each with the reason, a phrase after its name."""
+def readings_in(owner: nn.Module) -> Iterator[tuple[nn.Module, str, bool]]:
+    """Go through the modules inside an owner whose weight it reads or changes, or that it leaves out.
+
+    Yields:
+        The module; why an adapter that acts when it is called would be wrong, a phrase after its name; and whether one
+        that acts on the weight as it is read would be right.
+    """
     name = plain_class(owner).__name__
-    never = f"is never called, because {name} reads its weight"
+    never = f"is never called, because {name} reads its weight, {NO_EFFECT}"
     for kind in find_readers(owner):
-        yield from ((child, never) for child in kind.uncalled(owner))
+        yield from ((child, never, True) for child in kind.uncalled(owner))
     for parent in type(owner).__mro__:
         for reading in UNCALLED.get(f"{parent.__module__}.{parent.__qualname__}", ()):
             if reading.where(owner):
-                reason = f"is not called {reading.when}, because {name} reads its weight" if reading.when else never
-                found = (owner._modules.get(child) for child in reading.children)
-                yield from ((child, reason) for child in found if child is not None)
+                at_times = f"is not called {reading.when}, because {name} reads its weight, {NO_EFFECT}"
+                reason = reading.problem.format(name) or (at_times if reading.when else never)
+                found = (_child(owner, child) for child in reading.children)
+                yield from ((child, reason, not reading.problem) for child in found if child is not None)
+    yield from ((child, f"{reason}, {NO_EFFECT}", False) for child, reason in left_by_joining(owner))
+
+
+def _child(owner: nn.Module, path: str) -> nn.Module | None:
+    found: nn.Module | None = owner
+    for name in path.split("."):
+        found = None if found is None else found._modules.get(name)
+    return found

@@ -345,10 +345,15 @@ class Training:
         size = part.split_bytes(self.setup.devices, "rowwise") if is_row else part.nbytes
         if kind in ("embedding", "convolution"):
             size = 0  # of an embedding the ids, which are the model's; how large a convolution's input is, is not known
-        if issubclass(site.layer_class, ReadWeight) and kind in ("attention", "convolution"):
+        is_read = issubclass(site.layer_class, ReadWeight) and kind in ("attention", "convolution", "linear")
+        if is_read and (kind != "linear" or self._is_read(site)):
             size += math.prod(shape) * itemsize  # weight + update, formed where it is read
         parent = site.fqn.rpartition(".")[0]
         return ((parent, shape[-1]) if style == SHARED_INPUT else site.fqn), size
+
+    def _is_read(self, site: Site) -> bool:
+        """Whether code reads a linear layer's weight, other than a trainer, which may read an output head's."""
+        return site.key in self.census.read or not site.layer_class.takes_dropout(site.owner)
 
     def _rows_of(self, site: Site) -> int:
         """Return the rows that a weight is multiplied by: each token once for each expert of a stack it is sent to."""

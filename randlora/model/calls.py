@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from randlora.errors import AdapterError
+from randlora.layers.joined import can_join, require_called
 from randlora.routing import Routing
 from randlora.state import attached_state
+from randlora.targets.walk import Census
 
 ARGUMENT = "adapter_names"
 """What PEFT calls the names in a call of a model. Models of transformers accept any argument and ignore this one."""
@@ -66,6 +68,20 @@ def watch_calls(root: nn.Module) -> None:
     """Check and count the calls of a module from now on."""
     root.register_forward_pre_hook(check_call, with_kwargs=True, prepend=True)
     root.register_forward_hook(end_call, always_call=True)
+
+
+def watch_attention(census: Census) -> None:
+    """Check in the calls of attention that it calls the projections that are adapted; see `randlora.layers.joined`."""
+    for module in census.around_adapted:
+        if can_join(module) and require_called not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(require_called)
+
+
+def unwatch_attention(census: Census) -> None:
+    """Remove the hooks of `watch_attention`."""
+    for module in (census.model, *(visit.module for visit in census.first_visits)):
+        for number in [number for number, hook in module._forward_pre_hooks.items() if hook is require_called]:
+            del module._forward_pre_hooks[number]
 
 
 def unwatch_calls(root: nn.Module) -> None:

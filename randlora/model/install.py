@@ -22,7 +22,7 @@ from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Gamma
 from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, has_attribute
 from randlora.model.averaging import average_gradients
-from randlora.model.calls import unwatch_calls, watch_calls
+from randlora.model.calls import unwatch_attention, unwatch_calls, watch_attention, watch_calls
 from randlora.model.change import all_or_nothing, set_requires_grad
 from randlora.model.moving import remembered
 from randlora.model.reducers import warn_of_unknown
@@ -207,7 +207,9 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
         state.install_parameters()
         census.model.__dict__[ATTRIBUTE] = state
         warn_of_unknown(census.model)
-        guard_saving(Census(census.model, census.visits), state, addition.save_pretrained)  # of the layers adapted now
+        now = Census(census.model, census.visits)  # of the layers adapted now
+        guard_saving(now, state, addition.save_pretrained)
+        watch_attention(now)
         if len(state.adapters) == 1:
             watch_calls(census.model)
 
@@ -282,6 +284,7 @@ def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
     """
     restored = tuple(site.fqn for site in census.adapted)
     unguard_saving(census)
+    unwatch_attention(census)
     unwatch_calls(census.model)
     for site in census.adapted:
         detach(site.owner, site.layer)

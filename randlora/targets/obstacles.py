@@ -10,7 +10,6 @@ from torch.nn.utils.parametrize import is_parametrized
 from randlora.layers.in_place import class_obstacle, plain_class
 from randlora.layers.planned import plan_obstacle
 from randlora.layers.quantized import QuantizedLayer
-from randlora.layers.read_weight import ReadWeight
 from randlora.placement.offloaded import offloaded_modules
 from randlora.targets.site import Site
 from randlora.targets.ties import tie_problems
@@ -32,7 +31,7 @@ def obstacles(census: Census, sites: Sequence[Site], dropout: float) -> list[str
         elif site.key in census.uncalled:
             name = plain_class(site.owner).__name__
             problems.append(f"{site.fqn} ({name}) {census.uncalled[site.key]}: exclude it")
-        elif dropout and issubclass(site.layer_class, ReadWeight):
+        elif dropout and not (site.layer_class.takes_dropout(site.owner) and site.key not in census.read):
             problems.append(
                 f"{site.fqn} is a weight that other code reads, whose input {dropout=} cannot reach: "
                 "omit dropout, or exclude this weight"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 from torch import nn
 
@@ -43,14 +42,6 @@ class Selection:
     skipped: dict[str, str]
     remaining: tuple[Remaining, ...] = ()
     is_default: bool = False
-
-
-@runtime_checkable
-class HasOutputEmbeddings(Protocol):
-    """A transformers model."""
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """Return the output head."""
 
 
 def find_targets(model: nn.Module, targets: Pattern | None = None, exclude: Pattern | None = None) -> list[Site]:
@@ -210,7 +201,7 @@ def _by_rule(census: Census, visits: Sequence[Visit], rule: Pattern) -> tuple[li
     """
     skipped = {visit.fqn: visit.entry for visit in visits if isinstance(visit.entry, str)}
     skipped |= _uncalled(census, visits)
-    head = _head(census.model)
+    head = census.head
     heads = {visit.key for visit in visits if _is_in_head(visit.fqn, visit.module, head)}
     skipped |= {visit.fqn: HEAD for visit in visits if visit.key in heads}
     if rule == ALL:
@@ -247,7 +238,7 @@ def _untied(census: Census, visits: Sequence[Visit], skipped: dict[str, str]) ->
 
 def _heads(census: Census, chosen: Keys) -> dict[str, str]:
     """Return the weights of the output head that are not adapted, as skipped."""
-    head = _head(census.model)
+    head = census.head
     skipped = {}
     for places in census.matrices:
         sites = [site for held in places if (site := census.site_of(held)) is not None]
@@ -256,10 +247,6 @@ def _heads(census: Census, chosen: Keys) -> dict[str, str]:
             site = census.site_of(inside[0])
             skipped[inside[0].fqn if site is None else site.fqn] = HEAD
     return skipped
-
-
-def _head(model: nn.Module) -> nn.Module | None:
-    return model.get_output_embeddings() if isinstance(model, HasOutputEmbeddings) else None
 
 
 def _is_in_head(fqn: str, module: nn.Module, head: nn.Module | None) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -18,12 +18,20 @@ from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import find_layer, find_readers
-from randlora.layers.uncalled import uncalled_in
+from randlora.layers.uncalled import readings_in
 from randlora.replaced import unwrapped, whole_shape
 from randlora.state import require_module
 from randlora.targets.foreign import foreign_adapters, is_part
 from randlora.targets.match import prefixes
 from randlora.targets.site import AdaptedSite, Site
+
+
+@runtime_checkable
+class HasOutputEmbeddings(Protocol):
+    """A transformers model."""
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the output head."""
 
 
 class Visit(NamedTuple):
@@ -147,18 +155,29 @@ class Census:
 
     @cached_property
     def uncalled(self) -> dict[tuple[int, str], str]:
-        """Why adapters of layers would have no effect, because a module reads the weight instead, by `Site.key`."""
-        found = {
-            (id(child), AdapterLayer.attribute): f"{reason}, so an adapter would have no effect"
-            for module in (self.model, *(visit.module for visit in self.first_visits))
-            for child, reason in uncalled_in(module)
-        }
-        sites = self.sites_by_key
+        """Why adapters of layers would be wrong, because of what a module does with the weight, by `Site.key`."""
+        sites, attribute = self.sites_by_key, AdapterLayer.attribute
         return {
-            key: why
-            for key, why in found.items()
-            if key in sites and not issubclass(sites[key].layer_class, ReadWeight)  # which are adapted as they are read
+            (child, attribute): why
+            for child, (why, is_right) in self._readings.items()
+            if (child, attribute) in sites
+            and not (is_right and issubclass(sites[child, attribute].layer_class, ReadWeight))
         }
+
+    @cached_property
+    def read(self) -> Collection[tuple[int, str]]:
+        """The weights that a module around the layer reads, by `Site.key`."""
+        return {(child, AdapterLayer.attribute) for child in self._readings}
+
+    @cached_property
+    def _readings(self) -> dict[int, tuple[str, bool]]:
+        """The modules whose weight another one reads or changes, by id, as `readings_in` gives them."""
+        found: dict[int, tuple[str, bool]] = {}
+        for module in (self.model, *(visit.module for visit in self.first_visits)):
+            for child, why, is_right in readings_in(module):
+                if is_right <= found.get(id(child), (why, True))[1]:  # what is wrong for one is wrong
+                    found[id(child)] = why, is_right
+        return found
 
     @cached_property
     def sites_by_key(self) -> dict[tuple[int, str], Site]:
@@ -192,12 +211,32 @@ class Census:
     @cached_property
     def sites(self) -> tuple[Site, ...]:
         """All weights that have a class of adapter layer, each once."""
-        return tuple(site for visit in self.first_visits for site in sites_of(visit))
+        return tuple(site for visit in self.first_visits for site in self.sites_of(visit))
 
     @cached_property
     def kinds(self) -> dict[str, str]:
         """The kinds of all weights that have a class of adapter layer, by FQN, at each of their places."""
-        return {site.fqn: site.layer_class.kind for visit in self.visits for site in sites_of(visit)}
+        return {site.fqn: site.layer_class.kind for visit in self.visits for site in self.sites_of(visit)}
+
+    @cached_property
+    def head(self) -> nn.Module | None:
+        """The output head of a language model."""
+        return self.model.get_output_embeddings() if isinstance(self.model, HasOutputEmbeddings) else None
+
+    @cached_property
+    def _heads(self) -> set[int]:
+        """The output heads of all language models in the model, by id, which trainers may read."""
+        within = [visit.module for visit in self.first_visits if _is_of_transformers(visit.module)]
+        heads = [module.get_output_embeddings() for module in within if isinstance(module, HasOutputEmbeddings)]
+        return {id(head) for head in (self.head, *heads) if head is not None}
+
+    def sites_of(self, visit: Visit) -> tuple[Site, ...]:
+        """Return the weights of a module that can be adapted, under the name of one of its places."""
+        called, kinds = find_layer(visit.module), list[type[AdapterLayer]](find_readers(visit.module))
+        if isinstance(called, type):
+            _, is_read = self._readings.get(id(visit.module), ("", id(visit.module) in self._heads))
+            kinds.insert(0, called.as_read if is_read and called.as_read is not None else called)
+        return tuple(Site(kind.site_fqn(visit.fqn), visit.module, kind) for kind in kinds)
 
     @cached_property
     def adapted(self) -> tuple[AdaptedSite, ...]:
@@ -221,11 +260,8 @@ class Census:
         return self.model, *(visit.module for visit in self.first_visits if visit.fqn in names)
 
 
-def sites_of(visit: Visit) -> tuple[Site, ...]:
-    """Return the weights of a module that can be adapted, under the name of one of its places."""
-    forward = find_layer(visit.module)
-    kinds = [*([forward] if isinstance(forward, type) else []), *find_readers(visit.module)]
-    return tuple(Site(kind.site_fqn(visit.fqn), visit.module, kind) for kind in kinds)
+def _is_of_transformers(module: nn.Module) -> bool:
+    return any(base.__module__ == "transformers.modeling_utils" for base in type(module).__mro__)
 
 
 def count_numbers(held: Held) -> int:
