@@ -101,7 +101,8 @@ def test_all_linear_leaves_out_the_output_head_of_a_language_model(model_type: s
     head = model.get_output_embeddings()  # type: ignore[operator]
     [name] = [fqn for fqn, module in model.named_modules() if module is head]
     report = randlora.plan(model, r=8, targets="all-linear")
-    assert report.skipped == {name: "the output head"}
+    others = {fqn: why for fqn, why in report.skipped.items() if "rescale_every=0" not in why}  # of RWKV
+    assert others == {name: "the output head"}
     assert report.targets
 
 

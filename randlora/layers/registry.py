@@ -101,8 +101,8 @@ def find_layer(module: nn.Module) -> type[AdapterLayer] | str | None:
     for parent in type(module).__mro__:
         if (entry := _layers.get(_name(parent))) is not None:
             as_read = entry.as_read if isinstance(entry, type) else None
-            forward: object = getattr(parent, "forward", None)
-            return as_read if as_read and plain_class(module).forward is not forward else entry
+            is_inherited = _forward_of(plain_class(module)) is _forward_of(parent)
+            return entry if as_read is None or is_inherited else as_read
     return None
 
 
@@ -121,6 +121,10 @@ def find_readers(module: nn.Module) -> tuple[type[ReadWeight], ...]:
                 found.append(kind)
                 break
     return tuple(found)
+
+
+def _forward_of(kind: type) -> object:
+    return inspect.getattr_static(kind, "forward", None)  # TorchScript's computes
 
 
 def _computed(module: nn.Module) -> list[str]:

@@ -22,9 +22,6 @@ DIVIDED = (
     "is in a {} whose weights the model divides in place in eval(), and would not divide the update: load the model "
     "with rescale_every=0 in its config, which computes the same"
 )
-CLAMPED = (
-    "is clamped in place by {} in training, and the update would not be: set altup_coef_clip to None in the config"
-)
 
 
 class Reading(NamedTuple):
@@ -107,8 +104,11 @@ UNCALLED: dict[str, tuple[Reading, ...]] = {
         Reading(("rel_pos_x_bias", "rel_pos_y_bias"), problem=UNUSED),
     ),
     f"{TRANSFORMERS}.gemma3n.modeling_gemma3n.Gemma3nTextAltUp": (
-        Reading(("correction_coefs",), "in training", lambda owner: owner.config.altup_coef_clip is not None),
-        Reading(("prediction_coefs",), "", lambda owner: owner.config.altup_coef_clip is not None, CLAMPED),
+        Reading(
+            ("correction_coefs", "prediction_coefs"),  # it clamps the second in place, which a frozen weight is spared
+            "in training",
+            lambda owner: owner.config.altup_coef_clip is not None,
+        ),
     ),
     f"{TRANSFORMERS}.rwkv.modeling_rwkv.RwkvBlock": (
         Reading(("attention.output", "feed_forward.value"), where=_divides, problem=DIVIDED),
