@@ -66,7 +66,8 @@ def test_joining_what_is_adapted_is_an_error_when_it_is_used_until_it_is_undone(
 
 
 def test_taking_apart_what_is_adapted_is_an_error_of_an_older_attention_which_keeps_it() -> None:
-    model, given = unet().eval(), inputs(noise)
+    model: Any = unet().eval()
+    given = inputs(noise)
     model.fuse_qkv_projections()
     randlora.inject(model, r=2)
     model.unfuse_qkv_projections()
@@ -75,7 +76,7 @@ def test_taking_apart_what_is_adapted_is_an_error_of_an_older_attention_which_ke
 
 
 def test_taking_apart_what_is_adapted_deletes_it_which_is_said() -> None:
-    model = flux()
+    model: Any = flux()
     model.fuse_qkv_projections()
     randlora.inject(model, r=2)
     model.unfuse_qkv_projections()

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import randlora
 from randlora.errors import MergeError
 from randlora.layers import registry
+from randlora.layers.linear import LinearAdapter
 from tests.kit import fill, untouched
 from tests.models import library, reproducible
 
@@ -104,6 +105,7 @@ def _unrefused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let any class be adapted, also one that is known not to be the product."""
     known = {name: entry for name, entry in registry._layers.items() if not isinstance(entry, str)}
     monkeypatch.setattr(registry, "_layers", known)
+    monkeypatch.setattr(LinearAdapter, "as_read", None)
 
 
 def adapted(build: Callable[[], nn.Module]) -> nn.Module:
