@@ -134,6 +134,7 @@ VERBS: dict[str, Callable[[Place], Any]] = {
     "routed": output_inside(lambda model: randlora.routed(model, ["a", "b", None] * (len(TOKENS) // 3))),
     "save": lambda at: randlora.save(at.model, at.out / "a", name="a", bases="stored"),
     "save_all": lambda at: randlora.save_all(at.model, at.out / "all"),
+    "save_merged": lambda at: randlora.save_merged(at.model, at.out / "merged"),
     "set_adapter_state": lambda at: randlora.set_adapter_state(
         at.model, randlora.adapter_state(at.model, "b"), name="a"
     ),
