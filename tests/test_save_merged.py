@@ -152,6 +152,20 @@ def test_a_model_whose_config_cannot_be_saved_has_a_note(tmp_path: Path) -> None
     assert "no config was written: that of a Plain has no save_pretrained" in str(report)
 
 
+def test_an_adapter_that_nothing_has_trained_and_statistics_that_moved_are_noted(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    randlora.inject(model, r=4, targets=["0"])
+    model(torch.randn(4, 8))
+    report = randlora.save_merged(model, tmp_path / "out")
+    untrained, moved = report.notes
+    assert "the update of 'default' is exactly zero in all layers" in untrained
+    assert "moved since the model was adapted: the files have them as they are now" in moved
+    loaded = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    loaded.load_state_dict(tensors(report.directory))
+    x = torch.randn(4, 8)
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+
+
 def test_what_is_merged_reversibly_is_written_as_it_is(tmp_path: Path) -> None:
     model = adapted(GPT2.build())
     unmerged = randlora.save_merged(model, tmp_path / "unmerged")

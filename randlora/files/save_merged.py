@@ -24,9 +24,12 @@ from randlora.files.transformers_saving import Saved, left_out, saved_as, write_
 from randlora.hints import require_types, shortly
 from randlora.model.merged_tensors import MergedTensors
 from randlora.model.merged_values import Share
+from randlora.model.moving import moved_note
 from randlora.model.reducers import is_first_copy
+from randlora.model.untrained import untrained_notes
 from randlora.placement.ranks import one_writes
 from randlora.report import as_bytes, as_lines
+from randlora.targets.walk import Census
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 """What sizes are given in, as to ``save_pretrained``."""
@@ -149,6 +152,10 @@ def _begin(tensors: MergedTensors, out: Path, files: _Files, stack: ExitStack) -
     files.directory = stack.enter_context(new_directory(out))
     files.saved, notes = saved_as(tensors.census)
     notes += write_config(tensors.census.model, files.directory, tensors.dtype)
+    state, census = tensors.state, Census.of(tensors.root)
+    active = [adapter for adapter in state.adapters.values() if adapter.is_active]
+    notes += untrained_notes(census, state, active)
+    notes += moved_note(census, state, active, "the files have them as they are now, and no file of the adapter")
     for path in files.directory.iterdir():
         flush(path)
     return tuple(notes)

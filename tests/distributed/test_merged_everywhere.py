@@ -22,12 +22,12 @@ import randlora
 from randlora.disk.tensor_file import write_tensor_file
 from randlora.errors import MergeError
 from randlora.placement import zero3
-from tests.distributed.engines import engine_of, needs_deepspeed
+from tests.distributed.engines import engine_around, engine_of, needs_deepspeed
 from tests.distributed.processes import Processes
 from tests.distributed.test_fsdp_faults import failing_in_last
 from tests.distributed.test_gathered import watched
 from tests.distributed.trained import Chain, Drawn
-from tests.kit import all_bits
+from tests.kit import all_bits, fill
 from tests.model_directories import contents
 
 DRAWN = Drawn((12, 16, 8, 12), 4, "dense", 2.0, ("norms.0",))
@@ -229,3 +229,51 @@ def test_what_would_write_a_part_of_a_model_is_refused(pair: Processes, tmp_path
 @needs_deepspeed
 def test_what_would_write_a_part_of_a_model_under_zero_is_refused(zero_pair: Processes, tmp_path: Path) -> None:
     zero_pair.run(save_as_transformers_does, "ZeRO-3", tmp_path)
+
+
+def language_model(name: str) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM  # which take long
+
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    if name == "Mixtral":
+        model: Any = MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=4))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True))
+    randlora.inject(model, r=4, targets="all-linear")
+    return fill(model)
+
+
+def write_language_model(name: str, engine: str, place: Path) -> None:
+    """Write a model of transformers that an engine spreads, its configs too, and load it with transformers."""
+    model, one = language_model(name), language_model(name)
+    if engine == "FSDP2":
+        fully_shard(model.model.layers[0])
+        fully_shard(model)
+    else:
+        model = engine_around(model, "3-experts" if name == "Mixtral" else "3")
+    randlora.save_merged(model, place / "out", max_shard_size=4000)
+    if dist.get_rank() == 0:
+        randlora.save_merged(one, place / "one", max_shard_size=4000)
+        assert contents(place / "out") == contents(place / "one")
+        loaded = type(one).from_pretrained(place / "out").eval()
+        ids = torch.arange(8)[None]
+        with torch.no_grad(), randlora.merged(one):
+            assert torch.equal(loaded(ids).logits, one.eval()(ids).logits)
+    dist.barrier()
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("name", ["tied Llama", "Mixtral"])
+def test_a_model_of_transformers_is_written_for_it_to_load(pair: Processes, name: str, tmp_path: Path) -> None:
+    pair.run(write_language_model, name, "FSDP2", tmp_path)
+
+
+@pytest.mark.medium
+@needs_deepspeed
+@pytest.mark.parametrize("name", ["tied Llama", "Mixtral"])
+def test_a_model_of_transformers_under_zero_is_written_for_it_to_load(
+    zero_pair: Processes, name: str, tmp_path: Path
+) -> None:
+    zero_pair.run(write_language_model, name, "ZeRO-3", tmp_path)
