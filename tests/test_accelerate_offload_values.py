@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import randlora
 from randlora.errors import AdapterError, CheckpointError, MergeError, TargetError
 from tests.kit import all_bits, bits, fill
+from tests.model_directories import contents
 
 CPU = torch.device("cpu")
 NORM = ["norm.weight", "norm.bias"]
@@ -418,3 +419,13 @@ def test_a_weight_that_accelerate_empties_is_not_merged_into() -> None:
     set_module_tensor_to_device(model, "up.weight", "meta")
     with pytest.raises(MergeError, match="the weight of up is incomplete"):
         randlora.merge(model)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("place", [in_ram, on_disk, from_a_checkpoint])
+def test_the_files_of_the_merged_model_are_those_without_offloading(place: Placing, tmp_path: Path) -> None:
+    plain, model = llama(is_tied=True), place(llama(is_tied=True), tmp_path / "base")
+    for each, name in ((plain, "plain"), (model, "offloaded")):
+        randlora.inject(each, r=4, targets=["q_proj", "up_proj"])
+        randlora.save_merged(fill(each), tmp_path / name)
+    assert contents(tmp_path / "offloaded") == contents(tmp_path / "plain")
