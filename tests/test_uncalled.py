@@ -181,7 +181,7 @@ def test_a_layer_that_is_read_acts_and_is_trained_as_if_it_were_merged(name: str
     with torch.no_grad(), randlora.disabled(root):
         base = computed()
     for ours, theirs in zip(found, merged, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-4 * max(1.0, theirs.abs().max().item()))
     assert any(not torch.allclose(ours, theirs, atol=1e-3) for ours, theirs in zip(found, base, strict=True))
     assert [name for name, value in root.named_parameters() if "randlora_lambda" in name and value.grad is None] == []
 
