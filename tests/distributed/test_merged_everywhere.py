@@ -277,3 +277,21 @@ def test_a_model_of_transformers_under_zero_is_written_for_it_to_load(
     zero_pair: Processes, name: str, tmp_path: Path
 ) -> None:
     zero_pair.run(write_language_model, name, "ZeRO-3", tmp_path)
+
+
+def write_from_a_mesh(kind: str, place: Path) -> None:
+    model, mesh = DRAWN.adapted(), init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    if kind == "both":
+        parallelize_module(model, mesh["tensor"], {"layers.0": ColwiseParallel(), "layers.1": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["data"] if kind == "both" else mesh)
+    randlora.save_merged(model, place / "out", max_shard_size=SHARD)
+    if dist.get_rank() == 0:
+        randlora.save_merged(DRAWN.adapted(), place / "one", max_shard_size=SHARD)
+        assert contents(place / "out") == contents(place / "one")
+    dist.barrier()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["replicated", "both"])
+def test_files_of_a_mesh_of_two_dimensions_are_those_of_one_process(four: Processes, kind: str, tmp_path: Path) -> None:
+    four.run(write_from_a_mesh, kind, tmp_path)
