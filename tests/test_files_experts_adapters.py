@@ -51,7 +51,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(
 def test_save_and_its_card_say_that_peft_has_no_place_for_experts(tmp_path: Path) -> None:
     model = made(mixtral, dtype=torch.float32)
     randlora.inject(model, r=3, targets=[*EXPERTS, "o_proj"])
-    (note,) = randlora.save(model, tmp_path).notes
+    (note,) = randlora.save(fill(model), tmp_path).notes
     assert "adapts linear layers only, not " in note
     assert all(f"model.layers.{layer}.mlp.experts.{name}" in note
                for layer in (0, 1) for name in ("gate_up_proj", "down_proj"))  # fmt: skip

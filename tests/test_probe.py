@@ -150,5 +150,5 @@ def test_a_forward_that_cannot_be_tried_is_said() -> None:
     layer = replaced(nn.Linear, forward=lambda self, x, scale: nn.Linear.forward(self, x) * scale)
     model = nn.Sequential(layer(4, 4), nn.Linear(4, 4))
     randlora.inject(model, r=2)
-    (note,) = randlora.merge(model).notes
+    (note,) = randlora.merge(fill(model)).notes
     assert note.startswith("layers with their own forward, which could not be tried: 0;")
