@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from randlora.errors import AdapterError
 
-GENERATION = "transformers.generation."
-"""The modules that repeat each row of a batch: for each beam, or for each sequence that is sampled."""
-
 BASE = -1
 """The adapter of rows that go through the base model alone."""
+
+BLOCKS: ContextVar[tuple[object, ...]] = ContextVar("BLOCKS", default=())
+"""The blocks of `randlora.routed` and `randlora.disabled` that this thread, or this task of asyncio, is in."""
 
 
 class Group(NamedTuple):
@@ -48,18 +48,34 @@ class Sorted(NamedTuple):
     is_in_order: bool
 
 
+class Layout(NamedTuple):
+    """Where the rows of a batch are in what a layer is given.
+
+    Attributes:
+        shape: The shape of its input without the features.
+        rows: The row of each entry, of size 1 in dimensions along which it does not change.
+        arranged: The tokens sorted by adapter, for each choice of adapters and each device.
+    """
+
+    shape: torch.Size
+    rows: Tensor
+    arranged: dict[tuple[int, torch.device], Sorted]
+
+
 class Routing:
     """Which adapter each row, or each token, goes through.
 
     Attributes:
         adapters: The names of the adapters, each once.
         index: The position in these of the adapter of each row, ``(rows,)``, or of each token, ``(rows, tokens)``.
-        batch: The size of the batch of the running call of the model, a multiple of the rows; as many as rows before.
-        tokens: The size of the next dimension of its input, if there is one: layers may be given all tokens as rows.
+        is_uniform: Whether all go through one adapter, or all through the base: it does not matter where they are then.
+        choice: The number of the present `rows_now`.
         chosen: While a module runs for the rows of one adapter, a tuple of its name, or of ``None`` for the base.
         thread: The thread that it was made in.
         keeps: Whether Λ and Γ may be kept: not if they are sharded, because what gathers them hides that they change.
-        trains: Whether gradients of the adapters are needed, as known when the block begins.
+        call: The running call of the model, or of a part of it; see `randlora.layers.row_layouts`.
+        layouts: Where the rows are in what each layer is given, by layer, size of the batch and shape.
+        refused: Why a layer does not tell its rows, by layer.
         by_bases: What `randlora.layers.routed` knows of the tokens of each layer.
         kept: Λ and Γ of the adapters of each layer; see `randlora.layers.kept`.
     """
@@ -72,92 +88,106 @@ class Routing:
         index = torch.tensor([[position.get(name, BASE) for name in row] for row in rows], device="cpu")
         has_tokens = any(row is not None and not isinstance(row, str) for row in names)
         self.index = index if has_tokens else index.squeeze(1)
-        self.batch, self.tokens = len(rows), 1
+        self.is_uniform = bool((index == index.flatten()[0]).all())
         self.chosen: tuple[str | None] | None = None
         self.thread = threading.get_ident()
-        self.keeps, self.trains = True, False
+        self.keeps = True
+        self._forget()
+
+    def _forget(self) -> None:
+        self.call: Any = None
+        self.layouts: dict[tuple[Any, int, torch.Size], Any] = {}
+        self.refused: dict[Any, str] = {}
         self.by_bases: dict[tuple[int, int], Any] = {}
         self.kept: dict[tuple[int, int], Any] = {}
-        self._sorted: dict[tuple[torch.Size, int, int, torch.device], Sorted] = {}
+        self._layouts: dict[Any, Layout] = {}
+        self._choices: dict[tuple[int, ...] | None, tuple[int, Tensor]] = {}
+        self.use(None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without what belongs to one model, for copies and pickles of it."""
-        return {**self.__dict__, "by_bases": {}, "kept": {}, "_sorted": {}}
+        return {name: getattr(self, name) for name in ("adapters", "index", "is_uniform", "chosen", "thread", "keeps")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Hold the state of a copy."""
+        self.__dict__.update(state)
+        self._forget()
+
+    def use(self, rows: tuple[int, ...] | None) -> None:
+        """Set which rows the batch of the running call has, in which order; ``None`` for each once."""
+        if rows not in self._choices:
+            self._choices[rows] = len(self._choices), self.index if rows is None else self.index[list(rows)]
+        self.choice, self.rows_now = self._choices[rows]
+
+    @property
+    def batch(self) -> int:
+        """The size of the batch of the running call."""
+        return len(self.rows_now)
 
     @contextmanager
     def choosing(self, adapter: str | None) -> Iterator[None]:
         """Have modules run with one adapter, or with the base, in the block: they are given its rows alone."""
-        self.chosen = (adapter,)
+        before, self.chosen = self.chosen, (adapter,)
         try:
             yield
         finally:
-            self.chosen = None
+            self.chosen = before
 
-    def has_batch(self) -> bool:
-        """Whether the batch of the running call has the rows: one for each, or in ``generate`` several."""
-        rows = len(self.index)
-        return self.batch == rows or (self.batch % rows == 0 and _is_generating())
+    def layout(self, shape: torch.Size, rows: Tensor) -> Layout:
+        """Return the layout of some rows, the same object for the same."""
+        key = shape, rows.shape, tuple(rows.flatten().tolist())
+        if key not in self._layouts:
+            self._layouts[key] = Layout(shape, rows, {})
+        return self._layouts[key]
 
-    def sorted(self, shape: torch.Size, device: torch.device, module: str) -> Sorted:
-        """Return the tokens of an input of a module, sorted by adapter.
+    def sorted(self, layout: Layout, device: torch.device, module: str) -> Sorted:
+        """Return the tokens of an input, sorted by adapter.
 
         Args:
-            shape: The shape of the input without its features, ``(batch, ...)``.
+            layout: Where the rows are.
             device: Where the order is wanted.
-            module: The name of its class, for messages.
+            module: The name of the class of the module, for messages.
 
         Raises:
-            AdapterError: If the rows of the batch cannot be told from the shape.
+            AdapterError: If adapters are named for tokens, and the input has others.
         """
-        if shape[:1] != (len(self.index),) and not self.has_batch():
-            raise AdapterError(
-                f"routed was given names for {len(self.index)} rows, and the model was called with a batch of "
-                f"{self.batch}: give a name, or None, for each"
-            )
-        key = shape, self.batch, self.tokens, device
-        if key not in self._sorted:
-            of_token = self._of_tokens(shape, module)
-            numbers, counts = of_token.unique(return_counts=True)
-            by_count = counts.argsort(stable=True)
-            order = by_count.argsort()[torch.searchsorted(numbers, of_token)].argsort(stable=True)
-            groups = [
-                Group(None if number == BASE else self.adapters[number], count)
-                for number, count in zip(numbers[by_count].tolist(), counts[by_count].tolist(), strict=True)
-            ]
-            is_in_order = bool((order == torch.arange(len(order), device="cpu")).all())
-            self._sorted[key] = Sorted(
-                order.to(device), tuple(groups), tuple(group.adapter for group in groups), is_in_order
-            )
-        return self._sorted[key]
+        key = self.choice, device
+        if (known := layout.arranged.get(key)) is not None:
+            return known
+        of_token = self._of_tokens(layout, module).contiguous()
+        numbers, counts = of_token.unique(return_counts=True)
+        by_count = counts.argsort(stable=True)
+        order = by_count.argsort()[torch.searchsorted(numbers, of_token)].argsort(stable=True)
+        groups = [
+            Group(None if number == BASE else self.adapters[number], count)
+            for number, count in zip(numbers[by_count].tolist(), counts[by_count].tolist(), strict=True)
+        ]
+        is_in_order = bool((order == torch.arange(len(order), device="cpu")).all())
+        found = Sorted(order.to(device), tuple(groups), tuple(group.adapter for group in groups), is_in_order)
+        layout.arranged[key] = found
+        return found
 
-    def _of_tokens(self, shape: torch.Size, module: str) -> Tensor:
+    def _of_tokens(self, layout: Layout, module: str) -> Tensor:
         """Return the position of the adapter of each token, flattened."""
-        rows, tokens = len(self.index), shape.numel()
-        if self.index.dim() == 2:
-            wanted = rows, self.index.shape[1]
-            if tuple(shape[:2]) != wanted and shape[:1] != (self.index.numel(),):
-                raise AdapterError(
-                    f"an adapted {module} was given an input of shape {(*shape, '...')}, and routed was given names "
-                    f"for {rows} rows of {wanted[1]} tokens: give one name for each row, or call the model with such "
-                    "a batch"
-                )
-            return self.index.flatten().repeat_interleave(tokens // self.index.numel())
-        # the encoder of a model that generates with beams has as many rows as before, while the decoder has more
-        known = {size * each for size in (rows, self.batch) for each in (1, self.tokens)}
-        if rows > 1 and shape[:1] not in {(size,) for size in known}:  # some of the tokens, perhaps, in another order
-            raise AdapterError(
-                f"an adapted {module} was given an input of shape {(*shape, '...')}, whose first dimension is not the "
-                f"batch of {self.batch}, or all its tokens: routed needs the rows of a batch there; exclude the layer "
-                "when the adapter is made, or activate one adapter at a time"
-            )
-        return self.index.repeat_interleave(tokens // rows)
+        shape, rows = layout.shape, layout.rows
+        if self.is_uniform:
+            return self.index.flatten()[:1].repeat(shape.numel())
+        if self.rows_now.dim() == 1:
+            return self.rows_now[rows].expand(shape).flatten()
+        tokens = self.rows_now.shape[1]
+        where = torch.arange(self.batch, device="cpu")
+        if shape[1:2] == (tokens,) and rows.flatten().tolist() == where.tolist() and rows.shape[0] == shape[0]:
+            return self.rows_now.view(*shape[:2], *[1] * (len(shape) - 2)).expand(shape).flatten()
+        if shape == (self.rows_now.numel(),) and (rows == where.repeat_interleave(tokens)).all():
+            return self.rows_now.flatten()
+        raise AdapterError(
+            f"an adapted {module} was given an input of shape {(*shape, '...')}, and routed was given names for "
+            f"{len(self.index)} rows of {tokens} tokens: give one name for each row, or call the model with such "
+            "a batch"
+        )
 
 
-def _is_generating() -> bool:
-    """Whether the model is called by ``generate`` of transformers."""
-    frame = sys._getframe(1)
-    while (outer := frame.f_back) is not None:
-        if str(outer.f_globals.get("__name__")).startswith(GENERATION):
-            return True
-        frame = outer
-    return False
+def open_elsewhere(blocks: Sequence[object]) -> bool:
+    """Whether some of these blocks route in another thread, or in another task of asyncio."""
+    here = BLOCKS.get()
+    return any(isinstance(block, Routing) and not any(block is own for own in here) for block in blocks)

@@ -29,7 +29,7 @@ from randlora.placement.dtensor import is_dtensor, reshard
 from randlora.placement.offloaded import offloaded_modules
 from randlora.replaced import KEEP_COPIES, ReplacedParameter, like, path_to
 from randlora.required_grad import RequiredGrad
-from randlora.routing import Routing
+from randlora.routing import BLOCKS, Routing
 from randlora.start import Init
 
 ATTRIBUTE = "randlora_state"
@@ -399,6 +399,23 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
     state.require_loaded(root)
     state.adopt_parameters(root)
     return root, state
+
+
+def require_unrouted(state: ModelState, name: str | None, doing: str, *, here: bool = False) -> None:
+    """Check that no open block of `randlora.routed` names an adapter; else raise `AdapterError`.
+
+    Args:
+        state: The state of the model.
+        name: The adapter, or ``None`` for any.
+        doing: The call, for messages.
+        here: Whether to look at the blocks alone that this thread or task is in.
+    """
+    blocks = [block for block in state.disabled if isinstance(block, Routing)]
+    own = BLOCKS.get()
+    for block in blocks:
+        if (name is None or name in block.adapters) and (not here or any(block is each for each in own)):
+            which = "" if name is None else ", which sends rows through it"
+            raise AdapterError(f"cannot {doing} in an open block of randlora.routed{which}: call it after the block")
 
 
 def require_unmerged(state: ModelState, doing: str) -> None:

@@ -3,7 +3,6 @@
 import copy
 import gc
 import pickle
-import tempfile
 import threading
 import weakref
 from collections.abc import Callable
@@ -133,23 +132,9 @@ def other_dtype(model: nn.Module) -> None:
     model.float()
 
 
-def swapped(model: nn.Module) -> None:
-    twin = copy.deepcopy(model)
-    fill(twin, "b", seed=9)
-    with tempfile.TemporaryDirectory() as directory:
-        randlora.save(twin, directory, name="b")
-        randlora.swap(model, "b", directory)  # another thread would wait for the end of the block
-
-
-def another_adapter(model: nn.Module) -> None:
-    randlora.remove(model, "b")
-    randlora.inject(model, r=4, alpha=9, name="b")
-    fill(model, "b", seed=9)
-
-
 CHANGES: list[Callable[[nn.Module], None]] = [
     in_place, by_another_thread, in_inference_mode, other_data, other_data_twice, other_parameter, by_a_state_dict,
-    by_an_optimizer, other_dtype, swapped, another_adapter,
+    by_an_optimizer, other_dtype,
 ]  # fmt: skip
 
 

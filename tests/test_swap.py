@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -272,7 +273,9 @@ def test_a_block_of_routed_is_not_interrupted_whatever_thread_runs_the_model() -
             wait_for_swap(model)
             assert swapping.is_alive()
             assert torch.equal(model(X), old)
-            assert torch.equal(pool.submit(model, X).result(WAIT), old)  # the caller may wait for it
+            assert torch.equal(pool.submit(copy_context().run, model, X).result(WAIT), old)  # the caller may wait
+            with pytest.raises(AdapterError, match="open in another thread or task"):
+                pool.submit(model, X).result(WAIT)
             with randlora.disabled(model), randlora.routed(model, names):
                 assert torch.equal(model(X), old)
         swapping.join(WAIT)
@@ -298,13 +301,15 @@ def test_a_block_begins_after_a_swap_that_is_waiting() -> None:
     assert torch.equal(begun[0], next(iter(adapter_values(other, "a").values())))
 
 
-def test_a_thread_swaps_within_its_own_block_and_its_own_forward() -> None:
+def test_a_thread_swaps_within_its_own_forward_and_not_within_its_own_block() -> None:
     model, other = model_with(), model_with(1)
     state = randlora.adapter_state(other)
     with randlora.routed(model, ["a"] * 3):
-        model(X)
-        randlora.swap(model, "a", state)
-        torch.testing.assert_close(model(X), other(X))
+        with pytest.raises(AdapterError, match="in an open block of"):
+            randlora.swap(model, "a", state)
+        with ThreadPoolExecutor(1) as pool, pytest.raises(AdapterError, match="in an open block of"):
+            pool.submit(copy_context().run, randlora.swap, model, "a", state).result(WAIT)
+    randlora.swap(model, "a", state)
     pause = model.get_submodule("1")
     pause.run = lambda: randlora.swap(model, "a", state)  # type: ignore[assignment]
     assert torch.equal(model(X), other(X))

@@ -24,7 +24,7 @@ from randlora.modes import has_values
 from randlora.placement.dtensor import Shard, is_dtensor, reshard, values_within
 from randlora.placement.ranks import agreed
 from randlora.replaced import whole_shape
-from randlora.state import Adapter, adapted_root, require_unmerged
+from randlora.state import Adapter, adapted_root, require_unmerged, require_unrouted
 from randlora.targets.match import shortened
 from randlora.targets.site import AdaptedSite, Shapes, shapes_of, sizes
 from randlora.targets.walk import Census
@@ -44,7 +44,8 @@ def restore(model: nn.Module, directory: str | os.PathLike[str], *, name: str | 
         name: The adapter's name in the model; ``None`` means the only one.
 
     Raises:
-        AdapterError: If the model has no adapter of that name, or its adapters are merged.
+        AdapterError: If the model has no adapter of that name, its adapters are merged, or an open block of
+            `randlora.routed` names it.
         CheckpointError: If the files are missing or damaged, or are those of another adapter. The model is then
             unchanged.
     """
@@ -92,6 +93,7 @@ def planned_values(
     root, state = adapted_root(model)
     adapter = state.adapter(name)
     require_unmerged(state, doing)
+    require_unrouted(state, name, doing)
     census = Census.of(root)
     sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
     own = [*chain.from_iterable(site.layer.diagonals_of(site.owner, adapter.name) for site in sites)]

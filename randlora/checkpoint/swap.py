@@ -18,7 +18,7 @@ from randlora.checkpoint.source import Found, Source, read_source
 from randlora.hints import require_types
 from randlora.model.ranks import ranks_holding
 from randlora.placement.ranks import agreed
-from randlora.state import CHANGING, ModelState, adapted_root, is_adapted
+from randlora.state import CHANGING, ModelState, adapted_root, is_adapted, require_unrouted
 from randlora.targets.walk import Census
 
 ADVICE = "load it as another adapter, with another name="
@@ -59,7 +59,7 @@ def swap(
 
     Raises:
         AdapterError: If the model has no adapter of that name, its adapters are merged, or this is called within a
-            forward pass while another thread waits for its end to swap.
+            block of `randlora.routed` that names it, or a forward pass while another thread waits for its end to swap.
         CheckpointError: If the source is missing or damaged, or differs in more than values: all differences are named,
             and nothing has changed.
     """
@@ -112,6 +112,7 @@ def swap_found(model: nn.Module, name: str, found: Found, prefix: str | None = N
         return read[0]
 
     root, state = adapted_root(model)
+    require_unrouted(state, name, doing, here=True)  # which would wait for its own end
     with _undisturbed(state, doing), torch.inference_mode(mode=False):
         values = planned_values(model, name, fitted, doing=doing, advice=ADVICE)
         warn_of_doubts(root, read[0])

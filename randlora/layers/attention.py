@@ -7,17 +7,18 @@ width, there are ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight`` inst
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError
 from randlora.functional.region import Region
-from randlora.layers.read_weight import ReadWeight
+from randlora.layers.read_weight import ReadWeight, base_class
 from randlora.layers.registry import register_layer
 from randlora.layers.rows import Rows
 from randlora.layers.update import Update
@@ -53,13 +54,14 @@ class ProjectionAdapter(ReadWeight):
     @classmethod
     def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
         """Return which arguments have the rows: ``batch_first`` says where, and a mask may have one for each head."""
-        given = inspect.signature(owner.randlora_base.forward).bind(owner, *args, **kwargs).arguments
+        base = base_class(owner)
+        given = inspect.signature(base.forward).bind(owner, *args, **kwargs).arguments
         del given["self"]
         x: Tensor = next(iter(given.values()))
         axis = 0 if owner.batch_first else 1
         if x.dim() != 3:
             raise AdapterError(
-                f"an adapted {owner.randlora_base.__name__} was given an input of shape {tuple(x.shape)}, which has no "
+                f"an adapted {base.__name__} was given an input of shape {tuple(x.shape)}, which has no "
                 "batch: routed needs (batch, tokens, features), in the order that batch_first says"
             )
         axes: dict[int | str, tuple[int, int]] = {}
@@ -69,7 +71,7 @@ class ProjectionAdapter(ReadWeight):
                     axes[name] = 0, value.shape[0] // x.shape[axis]
             elif isinstance(value, Tensor):
                 axes[name] = (0, 1) if name == "key_padding_mask" else (axis, 1)
-        return Rows((), dict(given), axes, x.shape[axis], x.device, (axis, 0))
+        return Rows((), dict(given), axes, x.shape[axis], x.device, (axis, 0), is_declared=True)
 
 
 @register_layer("open_clip.transformer.Attention")
@@ -144,3 +146,40 @@ class OutProjAdapter(ProjectionAdapter):
     def uncalled(cls, owner: nn.Module) -> tuple[nn.Module, ...]:  # noqa: ARG003
         """Return no submodule: a linear layer has none."""
         return ()
+
+
+class RowsOfAttention:
+    """Runs attention of which only ``out_proj`` is adapted once for each adapter of `randlora.routed`.
+
+    Nothing of the module itself is adapted, so hooks do it: its own forward runs with the base.
+    """
+
+    def __init__(self, layer: OutProjAdapter) -> None:
+        """Run attention by the adapters of its ``out_proj``."""
+        self.layer = layer
+
+    @classmethod
+    def watch(cls, module: nn.Module, hook: Callable[[Any], Any]) -> list[RemovableHandle]:
+        """Register the hooks of a module, made by ``hook`` of functions, if it is such attention."""
+        if not isinstance(module, nn.MultiheadAttention) or "randlora" in module.__dict__:
+            return []
+        layer = module.out_proj.__dict__["randlora"]["weight"]
+        own = cls(layer)
+        return [
+            module.register_forward_pre_hook(hook(own.begin)),
+            module.register_forward_hook(hook(own.end), with_kwargs=True, always_call=True),
+        ]
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002  # a hook's signature
+        """Have the forward run with the base."""
+        routing = self.layer.state.routing
+        if routing is not None and routing.chosen is None and self.layer.is_routed(routing):
+            routing.chosen = (None,)
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Return the output of the forward, run once for each adapter."""
+        routing = self.layer.state.routing
+        if routing is None or not self.layer.is_routed(routing):
+            return None
+        routing.chosen = None
+        return None if output is None else self.layer.forward_by_adapter(module, module.forward, args, kwargs)

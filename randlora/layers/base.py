@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from randlora.bases.spec import Shape, count_bases
 from randlora.errors import AdapterError, CheckpointError
 from randlora.functional import WriteOut, adapted_linear, delta_weight
-from randlora.layers.compiled_routes import routed_layer
 from randlora.layers.diagonals import Diagonal, diagonal_shapes
 from randlora.layers.inputs import autocast_dtype, have_one_dtype, input_of, is_plain_tensor, require_product
 from randlora.layers.kept import lasting
-from randlora.layers.routed import Routes
+from randlora.layers.routed import Routes, routed_output
+from randlora.layers.row_layouts import follow, layout_of, unfollowed
 from randlora.layers.sharded import Split, sharded_product
 from randlora.layers.stored import StoredWeight
 from randlora.layers.update import Into, Merged, Update, sum_updates
@@ -54,7 +54,6 @@ class AdapterLayer(StoredWeight):
         own_forward: The ``forward`` that was set on the owner itself rather than on its class, if any.
         planned: The ``forward`` that a plan of transformers set on the owner, and the one in its place, if any.
         split: What a process has of the weight while such a forward runs.
-        number: The number of the owner, for compiled code; see `randlora.layers.compiled_routes`.
         unmerged: While the weight is merged, a tuple of the original weight as `exchange` returned it.
     """
 
@@ -73,7 +72,6 @@ class AdapterLayer(StoredWeight):
         self.own_forward: Callable[..., Any] | None = None
         self.planned: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self.split: Split | None = None
-        self.number: Tensor | None = None
         self.unmerged: tuple[Any] | None = None
 
     @classmethod
@@ -138,7 +136,7 @@ class AdapterLayer(StoredWeight):
         if self.state.routing is not None and self.state.routing.chosen is None:
             output, given = self.base_output(owner, base_forward, *args, **kwargs), input_of(owner, args, kwargs)
             require_product(owner, output, self.shape[0])
-            return routed_layer(self, owner, given, output)
+            return self._routed_output(owner, self.state.routing, given, output)
         active = self.active()
         if not active:
             return self.base_output(owner, base_forward, *args, **kwargs)
@@ -155,6 +153,25 @@ class AdapterLayer(StoredWeight):
         for part, factor in active:
             output = output + self._adapter_output(owner, part, factor, x, output.dtype)
         return output
+
+    def _routed_output(self, owner: nn.Module, routing: Routing, x: Any, output: Tensor) -> Tensor:
+        """Return the output of the base plus, for each token, the product with the update of its adapter."""
+        if not self.is_routed(routing):
+            return output
+        routes = self.routes(owner)
+        if not isinstance(x, Tensor) or x.is_nested:
+            raise AdapterError(
+                f"routed needs a tensor with a batch, and an adapted {routes.module} was given another input"
+            )
+        layout = layout_of(self.state, self, x, routes.module)
+        with unfollowed(routing):
+            result = routed_output(routes, routing, layout, x, output, has_dropout=owner.training)
+        follow(routing, result, layout)
+        return result
+
+    def is_routed(self, routing: Routing) -> bool:
+        """Whether any adapter that rows go through adapts this weight."""
+        return any(name in self.adapters for name in routing.adapters)
 
     def active(self) -> list[tuple[SiteAdapter, float]]:
         """Return the adapters that act and are not merged, with their factors; none while disabled."""
@@ -190,6 +207,8 @@ class AdapterLayer(StoredWeight):
     def _chosen(self, routing: Routing) -> list[tuple[SiteAdapter, float]]:
         """Return the adapter that a module runs with now, for its rows; see `randlora.layers.routed`."""
         if routing.chosen is None:
+            if not self.is_routed(routing):
+                return []
             raise AdapterError(
                 f"code reads an adapted {self.attribute} outside of the forward of the module that it is in, where "
                 "routed cannot tell the rows of the batch: exclude it when the adapter is made, or activate one "

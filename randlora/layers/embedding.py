@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from randlora.errors import AdapterError
 from randlora.functional import update_rows
-from randlora.layers.compiled_routes import uncompiled
 from randlora.layers.inputs import input_of
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import refuse_layer, register_layer
 from randlora.layers.routed import routed_rows
+from randlora.layers.row_layouts import follow, layout_of, unfollowed
 from randlora.layers.sharded import sharded_rows
 from randlora.placement.dtensor import is_dtensor
 from randlora.routing import Routing
@@ -75,7 +75,7 @@ class EmbeddingAdapter(ReadWeight):
         assert isinstance(owner, nn.Embedding)
         routing = self.state.routing
         if routing is not None and routing.chosen is None:
-            return self._routed_output(owner, routing, base_forward, args, kwargs)
+            return self._routed_rows(owner, routing, base_forward, args, kwargs)
         active = self.active()
         if not active or not self.runs_plain_forward(owner):
             return (self.own_forward or base_forward)(*args, **kwargs)
@@ -101,8 +101,7 @@ class EmbeddingAdapter(ReadWeight):
             output = output + rows
         return output
 
-    @uncompiled
-    def _routed_output(
+    def _routed_rows(
         self,
         owner: nn.Embedding,
         routing: Routing,
@@ -114,9 +113,15 @@ class EmbeddingAdapter(ReadWeight):
         if not self.runs_plain_forward(owner):
             return self.forward_by_adapter(owner, self.own_forward or base_forward, args, kwargs)
         with routing.choosing(None):
-            output = base_forward(*args, **kwargs)
-        ids, table = input_of(owner, args, kwargs), self.shape[0]
-        return routed_rows(self.routes(owner), routing, ids, output, num_rows=table, padding_idx=owner.padding_idx)
+            output: Tensor = base_forward(*args, **kwargs)
+        if not self.is_routed(routing):
+            return output
+        ids, routes, padding = input_of(owner, args, kwargs), self.routes(owner), owner.padding_idx
+        layout = layout_of(self.state, self, ids, routes.module, features=0)
+        with unfollowed(routing):
+            result = routed_rows(routes, routing, layout, ids, output, num_rows=self.shape[0], padding_idx=padding)
+        follow(routing, result, layout)
+        return result
 
 
 for quantized in ("Embedding8bit", "Embedding4bit"):

@@ -150,8 +150,12 @@ class ReadsAdapted(InPlace):
         if not isinstance(self, ReadsAdapted):  # a bound method that outlived the adapters
             return type(self).forward(self, *args, **kwargs)
         layer = next(iter(self.randlora.values()))
-        if layer.state.routing is not None and layer.state.routing.chosen is None:
+        routing = layer.state.routing
+        if routing is not None and routing.chosen is None:
             assert isinstance(layer, ReadWeight), "the class was created for this"
+            inside = [each for child in layer.uncalled(self) for each in adapter_layers_of(child).values()]
+            if not any(each.is_routed(routing) for each in (*self.randlora.values(), *inside)):
+                return super().forward(*args, **kwargs)
             return layer.forward_by_adapter(self, super().forward, args, kwargs)
         if torch.compiler.is_compiling():  # a compiler removes what is computed and not used
             return super().forward(*args, **kwargs)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.layers.base import AdapterLayer
-from randlora.layers.compiled_routes import uncompiled
 from randlora.layers.routed import routed_forward
+from randlora.layers.row_layouts import follow, layout_of_rows, unfollowed
 from randlora.layers.rows import Rows
 from randlora.layers.sharded import on_mesh, sums_of
 from randlora.layers.update import Update
@@ -32,6 +32,12 @@ def forward_of_owner() -> Iterator[dict[tuple[int, str, bool], Tensor]]:
         yield values
     finally:
         _forwards.values = outer
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a module has without adapters."""
+    base: type[nn.Module] = getattr(type(module), "randlora_base", type(module))
+    return base
 
 
 class ReadWeight(AdapterLayer):
@@ -68,16 +74,20 @@ class ReadWeight(AdapterLayer):
     @classmethod
     def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
         """Return which arguments of the owner's forward have the rows of the batch, for `randlora.routed`."""
-        return Rows.first(args, kwargs, owner.randlora_base.__name__)
+        return Rows.first(args, kwargs, base_class(owner).__name__)
 
-    @uncompiled
     def forward_by_adapter(
         self, owner: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Return the output of the owner's forward, run once for each adapter of `randlora.routed`, with its rows."""
-        routes, routing = self.routes(owner), self.state.routing
+        module, routing = base_class(owner).__name__, self.state.routing
         assert routing is not None, "only then it is called"
-        return routed_forward(routing, self.rows_of(owner, args, kwargs), forward, routes.module)
+        layout, rows = layout_of_rows(self.state, self, self.rows_of(owner, args, kwargs), module)
+        with unfollowed(routing):
+            output = routed_forward(routing, layout, rows, forward, module)
+        for index, each in enumerate(output if isinstance(output, tuple) else [output]):
+            follow(routing, each, layout, rows.output_axes[min(index, 1)])
+        return output
 
     @classmethod
     def site_fqn(cls, owner_fqn: str) -> str:

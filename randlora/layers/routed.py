@@ -15,14 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.errors import AdapterError
 from randlora.functional import Compute, Diagonals, Pair, update_rows
 from randlora.functional.routed import goes_together, one_by_one
 from randlora.functional.stacked import Stack, Way, stacked_update
 from randlora.layers.kept import Find, kept_stack
 from randlora.layers.rows import Rows
 from randlora.layers.update import Update
-from randlora.routing import Routing, Sorted
+from randlora.routing import Layout, Routing, Sorted
 from randlora.state import SiteAdapter
 
 
@@ -68,22 +67,21 @@ class Routed(NamedTuple):
         return output + update if self.positions is None else output.index_add(0, self.positions, update)
 
 
-def routed_output(routes: Routes, routing: Routing, x: Any, output: Tensor, *, has_dropout: bool) -> Tensor:
+def routed_output(
+    routes: Routes, routing: Routing, layout: Layout, x: Tensor, output: Tensor, *, has_dropout: bool
+) -> Tensor:
     """Return the output of a layer plus, for each token, the product with the update of its adapter.
 
     Args:
         routes: The adapters of the layer.
         routing: Which of them each row goes through.
+        layout: Where the rows are in the input.
         x: The input, ``(batch, ..., in_features)``.
         output: The output of the base, ``(batch, ..., out_features)``.
         has_dropout: Whether the dropout of the adapters applies, as in training.
     """
-    if not isinstance(x, Tensor) or x.is_nested:
-        raise AdapterError(
-            f"routed needs a tensor with a batch, and an adapted {routes.module} was given another input"
-        )
     rows, total = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
-    for group in _by_bases(routes, routing, x.shape[:-1], x.device):
+    for group in _by_bases(routes, routing, layout, x.device):
         own = group.of(rows).to(output.dtype)
         if has_dropout and any(part.adapter.config.dropout for part in group.parts):
             split = zip(own.split(group.counts), group.parts, strict=True)
@@ -93,11 +91,18 @@ def routed_output(routes: Routes, routing: Routing, x: Any, output: Tensor, *, h
 
 
 def routed_rows(
-    routes: Routes, routing: Routing, ids: Tensor, output: Tensor, *, num_rows: int, padding_idx: int | None
+    routes: Routes,
+    routing: Routing,
+    layout: Layout,
+    ids: Tensor,
+    output: Tensor,
+    *,
+    num_rows: int,
+    padding_idx: int | None,
 ) -> Tensor:
     """Return rows of a table plus, for each, the same row of the update of its adapter; as `routed_output`."""
     flat, total = ids.reshape(-1), output.reshape(-1, output.shape[-1])
-    for group in _by_bases(routes, routing, ids.shape, ids.device):
+    for group in _by_bases(routes, routing, layout, ids.device):
         pair, diagonals, is_wide = _factors(routes, group.parts, output)
         own = group.of(flat)
         each = zip(own.split(group.counts), diagonals, strict=True)
@@ -108,16 +113,17 @@ def routed_rows(
     return total.view(output.shape)
 
 
-def routed_forward(routing: Routing, rows: Rows, forward: Callable[..., Any], module: str) -> Any:
+def routed_forward(routing: Routing, layout: Layout, rows: Rows, forward: Callable[..., Any], module: str) -> Any:
     """Return the output of the forward of a module that reads its weights, run once for each adapter.
 
     Args:
         routing: Which adapter each row goes through.
+        layout: Where these are among the rows of the module.
         rows: The arguments of the forward.
         forward: The forward.
         module: The name of the module's class, for messages.
     """
-    order, groups, *_ = routing.sorted(torch.Size([rows.size]), rows.device, module)
+    order, groups, *_ = routing.sorted(layout, rows.device, module)
     outputs, start = [], 0
     for adapter, count in groups:
         args, kwargs = rows.select(order[start : start + count])
@@ -127,9 +133,9 @@ def routed_forward(routing: Routing, rows: Rows, forward: Callable[..., Any], mo
     return rows.joined(outputs, order.argsort())
 
 
-def _by_bases(routes: Routes, routing: Routing, shape: torch.Size, device: torch.device) -> list[Routed]:
+def _by_bases(routes: Routes, routing: Routing, layout: Layout, device: torch.device) -> list[Routed]:
     """Return the tokens that have an update here, those of adapters on the same bases together."""
-    ordered = routing.sorted(shape, device, routes.module)
+    ordered = routing.sorted(layout, device, routes.module)
     find: Any = routes.parts.get  # which finds nothing for None, the base
     parts: list[SiteAdapter | None] = [*map(find, ordered.adapters)]
     key = id(routes.parts), id(ordered)

@@ -19,6 +19,7 @@ class Rows(NamedTuple):
         axes: The dimension that has the rows, by position or keyword, and how many entries there each row has.
         size: The number of rows.
         device: The device of the input.
+        is_declared: Whether the module says which these are; else every tensor as long as the first one is taken.
         output_axes: The dimension that has the rows of the first output, and of all others.
     """
 
@@ -28,6 +29,13 @@ class Rows(NamedTuple):
     size: int
     device: torch.device
     output_axes: tuple[int, int] = (0, 0)
+    is_declared: bool = False
+
+    @property
+    def given(self) -> dict[int | str, Tensor]:
+        """The arguments that have the rows, by position or keyword; the first is the input."""
+        values: dict[int | str, Any] = dict([*enumerate(self.args), *self.kwargs.items()])
+        return {key: values[key] for key in self.axes}
 
     @classmethod
     def first(cls, args: tuple[Any, ...], kwargs: dict[str, Any], module: str) -> Rows:

@@ -1,33 +1,26 @@
-"""Checking and counting each call of a model with adapters.
-
-Checked are names that it would ignore, and the batch of `randlora.routed`.
-"""
+"""Counting each call of a model with adapters, and checking it for names that it would ignore."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from randlora.errors import AdapterError
 from randlora.layers.joined import can_join, require_called
-from randlora.routing import Routing
 from randlora.state import attached_state
 from randlora.targets.walk import Census
 
 ARGUMENT = "adapter_names"
 """What PEFT calls the names in a call of a model. Models of transformers accept any argument and ignore this one."""
 
-BATCHES = "input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids"
-"""What models of transformers call an input that has a batch."""
 
-
-def check_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001  # as below
     """Count and check a call of a model with adapters, before its forward; a hook of the module that has them.
 
     Raises:
-        AdapterError: If the call names adapters, which no model would use, or its batch is not that of `routed`.
+        AdapterError: If the call names adapters, which no model would use.
     """
     state = attached_state(root)
     if state is not None and not torch.compiler.is_compiling():
@@ -37,8 +30,6 @@ def check_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             f"{ARGUMENT} has no effect on this model: call it inside `with randlora.routed(model, names):`, which "
             "takes a name for each row"
         )
-    if state is not None and state.routing is not None:
-        _tell_batch(root, state.routing, args, kwargs)
 
 
 def end_call(root: nn.Module, args: tuple[Any, ...], output: object) -> None:  # noqa: ARG001  # a hook's signature
@@ -46,22 +37,6 @@ def end_call(root: nn.Module, args: tuple[Any, ...], output: object) -> None:  #
     state = attached_state(root)
     if state is not None and not torch.compiler.is_compiling():
         state.forwards.end()
-
-
-def _tell_batch(root: nn.Module, routing: Routing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Record the size of the batch of a call of the model, after checking it."""
-    given = [*args, *(kwargs[name] for name in BATCHES if name in kwargs), *kwargs.values()]
-    x = next((value for value in given if isinstance(value, Tensor) and value.dim()), None)
-    if x is None:
-        raise AdapterError(f"routed expects a tensor with a batch, and {type(root).__name__} was called without any")
-    size, routing.tokens = x.shape[0], x.shape[1] if x.dim() > 1 else 1
-    routing.batch = size
-    if not torch.compiler.is_compiling() and not routing.has_batch():  # compiled code asks when it comes to a layer
-        routing.batch = rows = len(routing.index)
-        raise AdapterError(
-            f"routed was given names for {rows} rows, and {type(root).__name__} was called with an input of shape "
-            f"{tuple(x.shape)}, which has {size}: give a name, or None, for each"
-        )
 
 
 def watch_calls(root: nn.Module) -> None:

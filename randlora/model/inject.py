@@ -49,7 +49,7 @@ from randlora.placement.ranks import agreed, in_step, ranks_of
 from randlora.replaced import ReplacedParameter, like
 from randlora.report import Report, adapter_report, next_steps
 from randlora.start import Init
-from randlora.state import Adapter, ModelState, SavePretrained, adapted_root
+from randlora.state import Adapter, ModelState, SavePretrained, adapted_root, require_unrouted
 from randlora.targets.left_out import doubt, lines
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles, offloaded_copies
@@ -288,9 +288,11 @@ def eject(model: nn.Module) -> tuple[str, ...]:
         FQNs of the layers that were adapted.
 
     Raises:
-        AdapterError: If the model has no adapter, or something else has changed the class of an adapted module.
+        AdapterError: If the model has no adapter, a block of `randlora.routed` is open, or something else has changed
+            the class of an adapted module.
     """
     root, state = adapted_root(model)
+    require_unrouted(state, None, "eject")
     reshard(model)
     census = Census.of(root)
     require_own(census, state, "eject")

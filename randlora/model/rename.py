@@ -9,8 +9,7 @@ from randlora.model.change import all_or_nothing, one_at_a_time
 from randlora.model.install import require_new_name, require_own
 from randlora.model.trainable import offloaded_diagonals
 from randlora.placement.dtensor import is_dtensor, reshard
-from randlora.routing import Routing
-from randlora.state import adapted_root, require_unmerged
+from randlora.state import adapted_root, require_unmerged, require_unrouted
 from randlora.targets.site import AdaptedSite
 from randlora.targets.walk import Census
 
@@ -40,8 +39,7 @@ def rename(model: nn.Module, name: str, to: str) -> None:
     require_unmerged(state, f"rename {name!r}")
     census = Census.of(root)
     require_own(census, state, f"rename {name!r}")
-    if any(isinstance(block, Routing) for block in state.disabled):
-        raise AdapterError(f"cannot rename {name!r} in a block of randlora.routed, which goes by names")
+    require_unrouted(state, None, f"rename {name!r}")  # which goes by names
     sites = [site for site in census.adapted if name in site.layer.adapters]
     sharded = [
         f"Λ and Γ of {site.fqn} are sharded, and fully_shard knows them by name: rename before it is called"

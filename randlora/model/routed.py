@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from operator import attrgetter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
-from randlora.layers.compiled_routes import numbered
+from randlora.model.entries import Entries
 from randlora.model.install import lost_sites, require_own
 from randlora.model.switch import without_active
 from randlora.model.trainable import adapter_parameters, offloaded_diagonals
+from randlora.model.uncompiled import uncompiled
 from randlora.placement.dtensor import is_dtensor, reshard
-from randlora.routing import Routing
-from randlora.state import ModelState, require_unmerged
+from randlora.routing import Routing, open_elsewhere
+from randlora.state import ModelState, adapted_root, require_unmerged
 from randlora.targets.walk import Census
+
+ELSEWHERE = "another thread, or task, routes through this model: wait for it, or gather the rows into one batch"
 
 
 def routed(
@@ -60,12 +62,22 @@ def routed(
         state.require_exchangeable([], "route")
         parameters = [*adapter_parameters(census, *used)]
         routing.keeps = not any(map(is_dtensor, {type(part): part for part in parameters}.values()))
-        routing.trains = any(map(attrgetter("requires_grad"), parameters))
-        for site in census.adapted:
-            site.layer.number = numbered(site.owner, site.layer.number)
         return routing
 
-    return without_active(model, checked)
+    return _watching(model, without_active(model, checked))
+
+
+@contextmanager
+def _watching(model: nn.Module, block: AbstractContextManager[object]) -> Iterator[None]:
+    """Watch the calls of a model in a block, in which compiled code runs uncompiled."""
+    with block as routing, uncompiled():
+        assert isinstance(routing, Routing), "it was made for this"
+        root, state = adapted_root(model)
+        entries = Entries(root, state, routing)
+        try:
+            yield
+        finally:
+            entries.close()
 
 
 def _routing(names: object) -> Routing:
@@ -93,6 +105,6 @@ def _problems(state: ModelState, routing: Routing) -> list[str]:
         for name in routing.adapters
         if name in state.adapters and state.adapters[name].trained
     ]
-    if any(isinstance(block, Routing) and block.thread != routing.thread for block in state.disabled):
-        problems.append("another thread routes through this model: wait for it, or gather the rows into one batch")
+    if open_elsewhere(state.disabled):
+        problems.append(ELSEWHERE)
     return problems

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,7 +21,8 @@ from randlora.model.reducers import warn_of_unknown
 from randlora.model.trainable import offloaded_diagonals, require_trainable, train
 from randlora.placement.dtensor import reshard
 from randlora.replaced import whole_shape
-from randlora.state import CHANGING, ModelState, adapted_root, require_unmerged
+from randlora.routing import BLOCKS, open_elsewhere
+from randlora.state import CHANGING, ModelState, adapted_root, require_unmerged, require_unrouted
 from randlora.targets.match import nearest_names
 from randlora.targets.walk import Census
 
@@ -85,7 +87,7 @@ def activate(
         warn_of_unknown(root)
 
 
-def disabled(model: nn.Module) -> AbstractContextManager[None]:
+def disabled(model: nn.Module) -> AbstractContextManager[Any]:
     """Disable all adapters inside a ``with`` block, so that the model computes as without adapters.
 
     Blocks can be nested. The previous state is restored on exit, even after an exception. In a copy of the model that
@@ -100,6 +102,8 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
     def checked(census: Census, state: ModelState) -> object:
         require_unmerged(state, "disable")
         require_own(census, state, "disable the adapters")
+        if open_elsewhere(state.disabled):
+            raise AdapterError("cannot disable the adapters while another thread, or task, routes through this model")
         state.require_exchangeable([], "disable the adapters")
         return object()
 
@@ -107,7 +111,7 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def without_active(model: nn.Module, checked: Callable[[Census, ModelState], object]) -> Iterator[None]:
+def without_active(model: nn.Module, checked: Callable[[Census, ModelState], object]) -> Iterator[object]:
     """Run a block in which the active adapters are not, and end it even after an exception or an interrupt.
 
     Args:
@@ -120,6 +124,7 @@ def without_active(model: nn.Module, checked: Callable[[Census, ModelState], obj
     def end() -> None:
         if block is None:  # it was refused
             return
+        BLOCKS.set(tuple(each for each in BLOCKS.get() if each is not block))
         with CHANGING:
             state.ended.append(block)
             state.require_loaded(root)  # else the model's own values would be loaded over the copies
@@ -134,7 +139,8 @@ def without_active(model: nn.Module, checked: Callable[[Census, ModelState], obj
             with all_or_nothing(census, state) if state.replaced else nullcontext():
                 state.open_block(block)
                 state.install_parameters()
-        yield
+        BLOCKS.set((*BLOCKS.get(), block))
+        yield block
     finally:
         try:
             end()
@@ -152,12 +158,13 @@ def remove(model: nn.Module, name: str) -> None:
         name: The adapter to remove.
 
     Raises:
-        AdapterError: If the model has no such adapter, or its adapters are merged.
+        AdapterError: If the model has no such adapter, its adapters are merged, or an open block of `randlora.routed`
+            names it.
     """
     reshard(model)
     root, state = adapted_root(model)
     require_unmerged(state, "remove")
-    state.adapter(name)
+    require_unrouted(state, state.adapter(name).name, f"remove {name!r}")
     if len(state.adapters) == 1:
         eject(root)
         return

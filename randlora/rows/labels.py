@@ -1,0 +1,174 @@
+"""Which row of a batch each entry of a tensor belongs to, and how that follows from the tensors it was computed from.
+
+The rows of a tensor are written as a tensor of numbers of as many dimensions, whose size is 1 in each dimension along
+which the row does not change. So that of a batch ``(rows, tokens, features)`` is ``(rows, 1, 1)``, however large it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from randlora.errors import AdapterError
+
+NONE = -1
+"""The number where an entry depends on no row, as in a weight."""
+
+MIXED = -2
+"""The number where an entry depends on several rows, or the rows are not known."""
+
+LARGE = torch.iinfo(torch.int64).max
+
+
+class Label(NamedTuple):
+    """The rows of a tensor.
+
+    Attributes:
+        rows: The number of the row, or `NONE`, or `MIXED`, on the CPU; see above.
+        by_values: Whether values of the batch decide where they are, as where tokens are sorted by expert: another
+            batch has them elsewhere.
+        assumed_by: The module that was given a tensor that depends on no row, and took it to have one for each, if any.
+        why: The operation that made them unknown, for messages.
+    """
+
+    rows: Tensor
+    by_values: bool = False
+    assumed_by: str = ""
+    why: str = ""
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some entry has an unknown row."""
+        return bool((self.rows == MIXED).any())
+
+    @property
+    def is_none(self) -> bool:
+        """Whether no entry depends on a row."""
+        return bool((self.rows == NONE).all())
+
+    def changed(self, rows: Tensor) -> Label:
+        """Return other rows with the same marks."""
+        return self._replace(rows=rows)
+
+
+def first_dimension(shape: Sequence[int]) -> Label:
+    """Return the rows of a tensor that has one for each entry of its first dimension."""
+    return Label(torch.arange(shape[0], device="cpu").view(-1, *[1] * (len(shape) - 1)))
+
+
+def unknown(dims: int, why: str) -> Label:
+    """Return the label of a tensor whose rows are not known."""
+    return Label(torch.full((1,) * dims, MIXED, device="cpu"), why=why)
+
+
+def shrunk(rows: Tensor) -> Tensor:
+    """Return rows with size 1 in each dimension along which they do not change."""
+    for dim in range(rows.dim()):
+        if rows.shape[dim] > 1 and rows.stride(dim) == 0:
+            rows = rows.narrow(dim, 0, 1)
+    for dim in range(rows.dim()):
+        if rows.shape[dim] > 1 and bool((rows == (first := rows.narrow(dim, 0, 1))).all()):
+            rows = first
+    return rows
+
+
+def merged_along(label: Label, dims: Iterable[int]) -> Label:
+    """Return the rows of entries that are computed from all those along some dimensions, which have size 1 then."""
+    rows = label.rows
+    for dim in dims:
+        if rows.shape[dim] > 1:
+            is_row = rows >= 0
+            lowest, highest = torch.where(is_row, rows, LARGE).amin(dim, keepdim=True), rows.amax(dim, keepdim=True)
+            is_mixed = (rows == MIXED).any(dim, keepdim=True) | (is_row.any(dim, keepdim=True) & (lowest != highest))
+            rows = torch.where(is_mixed, MIXED, highest)
+    return label.changed(shrunk(rows))
+
+
+def merged(labels: Sequence[Label]) -> Label:
+    """Return the rows of entries that are each computed from one entry of some tensors, after broadcasting these.
+
+    Raises:
+        AdapterError: If rows that were assumed are not those that the tensor meets.
+    """
+    if len(labels) == 1:
+        return labels[0]
+    doubtful = [label for label in labels if label.by_values or label.assumed_by]
+    rows, marks = torch.full((), NONE, device="cpu"), Label(torch.empty(0, device="cpu"))
+    for label in labels:
+        if not label.by_values and not label.assumed_by:
+            rows = _both(rows, label.rows)
+    for label in doubtful:
+        both = _both(rows, label.rows)
+        if label.assumed_by and bool(((both == MIXED) & (rows != MIXED) & (label.rows != MIXED)).any()):
+            raise AdapterError(
+                f"an adapted {label.assumed_by} was given what is the same for all rows of the batch, and its output "
+                "meets several of them: routed cannot tell which adapter it goes through; exclude the layer when the "
+                "adapter is made, or activate one adapter at a time"
+            )
+        if bool(((rows == NONE) & (both != NONE)).any()):
+            marks = marked([marks, label], marks.rows)
+        rows = both
+    return marks._replace(rows=shrunk(rows), why=marked(labels, rows).why)
+
+
+def marked(labels: Iterable[Label], rows: Tensor) -> Label:
+    """Return rows with the marks that any of some labels has."""
+    each = [*labels]
+    return Label(
+        rows,
+        any(label.by_values for label in each),
+        next((label.assumed_by for label in each if label.assumed_by), ""),
+        next((label.why for label in each if label.why), ""),
+    )
+
+
+def _both(first: Tensor, second: Tensor) -> Tensor:
+    is_first = (second == NONE) | (first == second)
+    return torch.where(first == NONE, second, torch.where(is_first, first, MIXED))
+
+
+def reshaped(rows: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    """Return the rows of a tensor of shape ``old`` after it is viewed as ``new``."""
+    if 0 in old:
+        return torch.full((1,) * len(new), NONE, device="cpu")
+    expanded, wanted = [], []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        i_end, j_end = i, j
+        sizes = [1, 1]
+        while True:  # as few dimensions as have the same number of entries before and after
+            if sizes[0] <= sizes[1] and i_end < len(old) and (sizes[0] < sizes[1] or i_end == i):
+                sizes[0] *= old[i_end]
+                i_end += 1
+            elif sizes[1] < sizes[0] and j_end < len(new):
+                sizes[1] *= new[j_end]
+                j_end += 1
+            else:
+                break
+        if j_end == j and j_end < len(new) and i_end == i:
+            j_end += 1
+        is_same = all(size == 1 for size in rows.shape[i:i_end])
+        expanded += [1] * (i_end - i) if is_same else list(old[i:i_end])
+        wanted += [1] * (j_end - j) if is_same else list(new[j:j_end])
+        i, j = i_end, j_end
+    return shrunk(rows.expand(expanded).reshape(wanted))
+
+
+def filled(label: Label) -> Label:
+    """Return the rows of a tensor, where the entries that depend on none are taken to their row by one dimension.
+
+    That is so if all others with the same index in that dimension have one row: a token that a model puts before those
+    of each row belongs to that row.
+    """
+    if not bool((label.rows == NONE).any()) or label.is_none:
+        return label
+    for dim, size in enumerate(label.rows.shape):
+        if size > 1:
+            others = [other for other in range(label.rows.dim()) if other != dim]
+            own = merged_along(label, others).rows
+            if own.shape[dim] == size and bool((own >= 0).all()):
+                return label.changed(shrunk(torch.where(label.rows == NONE, own, label.rows)))
+    return label

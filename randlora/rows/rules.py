@@ -1,0 +1,556 @@
+"""How the rows of what torch's operations return follow from the rows of what they are given.
+
+An operation without a rule here makes the rows of its output unknown, which is an error where a layer needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from randlora.rows.labels import MIXED, NONE, Label, marked, merged, merged_along, reshaped, shrunk, unknown
+
+MOST = 1 << 22
+"""How many entries rows are written out for, where operations take single ones."""
+
+
+@dataclass
+class Call:
+    """One call of an operation.
+
+    Attributes:
+        name: The operation, ``"aten::sum"``.
+        func: The overload that was called.
+        given: Its arguments by name, with the defaults.
+        output: What it has returned.
+        label: Returns the label of a tensor, ``None`` if that depends on no row.
+        has_read: Whether Python has read values of the batch before.
+    """
+
+    name: str
+    func: Any
+    given: dict[str, Any]
+    output: Any
+    label: Callable[[Any], Label | None]
+    has_read: bool = False
+    values: list[Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Set the arguments by position."""
+        self.values = [*self.given.values()]
+
+    @property
+    def first(self) -> Tensor:
+        """The first tensor that it was given."""
+        return next(value for value in self.values if isinstance(value, Tensor))
+
+    def of(self, value: Any) -> Label:
+        """Return the label of a tensor, also of one that depends on no row."""
+        label = self.label(value)
+        return _none(value.dim()) if label is None else label
+
+
+Labels = Label | Sequence[Label | None] | None
+Rule = Callable[[Call], Labels]
+
+
+def labels_of(call: Call) -> Labels:
+    """Return the label of the output of a call, or that of each output."""
+    if (rule := RULES.get(call.name)) is not None:
+        return rule(call)
+    if "_scaled_dot_product" in call.name or call.name == "flex_attention":
+        return _attention(call)
+    if torch.Tag.pointwise in getattr(call.func, "tags", ()):
+        return _pointwise(call)
+    if call.name.startswith("bitsandbytes::"):
+        return _by_last_dimension(call)
+    first = call.values[0] if call.values else None
+    if isinstance(first, Tensor) and _is_view(call.func):
+        return _view(call)
+    return _unknown(call)
+
+
+def _none(dims: int) -> Label:
+    return Label(torch.full((1,) * dims, NONE, device="cpu"))
+
+
+def _padded(label: Label, dims: int) -> Label:
+    """Return a label with as many dimensions as its tensor has after broadcasting."""
+    rows = label.rows
+    return label.changed(rows.view(*[1] * (dims - rows.dim()), *rows.shape)) if rows.dim() < dims else label
+
+
+def _is_view(func: Any) -> bool:
+    info = func._schema.arguments[0].alias_info
+    return info is not None and not info.is_write
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [each for part in value for each in _tensors(part)] if isinstance(value, list | tuple) else []
+
+
+def _unknown(call: Call) -> Label:
+    outputs = _tensors(call.output)
+    return unknown(outputs[0].dim() if outputs else 0, call.name)
+
+
+def _nothing(call: Call) -> None:  # noqa: ARG001
+    return None
+
+
+def _same(call: Call) -> Label | None:
+    return call.label(call.first)
+
+
+def _pointwise(call: Call) -> Label | None:
+    given = [call.label(each) for each in _tensors(call.values)]
+    labels = [label for label in given if label is not None]
+    return _padded(merged(labels), _tensors(call.output)[0].dim()) if labels else None
+
+
+def _copied(call: Call) -> Label | None:
+    label = call.label(call.given["src"])
+    return call.label(call.first) if label is None else _padded(label, call.first.dim())
+
+
+def _view(call: Call) -> Labels:
+    """Return the labels of views, by viewing rows that take no memory."""
+    x, label = call.first, call.of(call.first)
+    output = _tensors(call.output)
+    if call.name in RESHAPES:
+        return label.changed(reshaped(label.rows, x.shape, output[0].shape))
+    rows = label.rows.expand(x.shape)
+    if call.name == "aten::as_strided":
+        if x.numel() > MOST or not x.is_contiguous() or x.storage_offset():
+            return _unknown(call)
+        rows = rows.contiguous()
+    if call.name in ("aten::view_as_real", "aten::view_as_complex"):
+        rows = rows.unsqueeze(-1) if call.name.endswith("real") else rows[..., 0]
+        return label.changed(shrunk(rows))
+    if any(isinstance(value, Tensor) for value in call.values[1:]):
+        return _unknown(call)
+    names = [argument.name for argument in call.func._schema.arguments]
+    views = _tensors(call.func(rows, **{name: call.given[name] for name in names[1:]}))
+    has_chosen = call.has_read and call.name in CHOICES
+    found = [label.changed(shrunk(view)) for view in views]
+    return [_chosen(each) if has_chosen and each.rows.numel() != label.rows.numel() else each for each in found]
+
+
+def _chosen(label: Label) -> Label:
+    """Mark rows that values which Python has read may have chosen."""
+    return label._replace(by_values=True)
+
+
+def _dims(call: Call, name: str = "dim") -> list[int]:
+    dims, count = call.given.get(name), call.first.dim()
+    if dims is None or dims == []:
+        return [*range(count)]
+    return [dim % count if count else 0 for dim in ([dims] if isinstance(dims, int) else dims)]
+
+
+def _reduced(call: Call) -> Label:
+    """Return the rows of sums, maxima and the like along some dimensions."""
+    x, dims, output = call.first, _dims(call), _tensors(call.output)[0]
+    label = merged_along(call.of(x), dims if x.dim() else [])
+    if output.dim() == x.dim():
+        return label
+    kept = [size for dim, size in enumerate(label.rows.shape) if dim not in dims]
+    return label.changed(label.rows.reshape(kept))
+
+
+def _along(call: Call) -> Label:
+    """Return the rows where each entry is computed from all along some dimensions, as in a softmax."""
+    return merged_along(call.of(call.first), _dims(call)) if call.first.dim() else call.of(call.first)
+
+
+def _ordered(call: Call) -> Labels:
+    """Return the rows of what is sorted along a dimension, and of the indices by which it is."""
+    label, dim = call.of(call.first), _dims(call)[0] if call.first.dim() else 0
+    _, indices = call.output
+    if not call.first.dim() or label.rows.shape[dim] == 1:
+        return label
+    if call.first.numel() > MOST:
+        return _unknown(call)
+    rows = label.rows.expand(call.first.shape).gather(dim, indices.detach().to("cpu"))
+    found = _chosen(label._replace(rows=shrunk(rows)))
+    return [found, found]
+
+
+def _normalized(call: Call) -> Label:
+    """Return the rows of what is normalized over the last dimensions."""
+    x = call.first
+    return merged_along(call.of(x), range(x.dim() - len(call.given["normalized_shape"]), x.dim()))
+
+
+def _batch_normalized(call: Call) -> Label | None:
+    """Return the rows after batch normalization, which mixes them in training."""
+    trains = call.given.get("training", call.given.get("train", "no_training" not in call.name))
+    if not trains:
+        return _same(call)
+    return merged_along(call.of(call.first), [dim for dim in range(call.first.dim()) if dim != 1])
+
+
+def _by_example(call: Call) -> Label:
+    """Return the rows of convolutions and pools, whose batch is the first dimension."""
+    x, output = call.first, _tensors(call.output)[0]
+    label = merged_along(call.of(x), range(1, x.dim()))
+    if output.dim() != x.dim():
+        return _unknown(call)
+    others = [merged_along(call.of(each), range(each.dim())) for each in _tensors(call.values)[1:] if call.label(each)]
+    return merged([label, *(_padded(each.changed(each.rows.flatten()), 1) for each in others)])
+
+
+def _unfolded(call: Call) -> Label:
+    """Return the rows of the blocks of a batch of images, or of the images made of these."""
+    x, output = call.first, _tensors(call.output)[0]
+    label = merged_along(call.of(x), range(1, x.dim()))
+    is_batch = x.dim() == (4 if call.name == "aten::im2col" else 3)
+    return label.changed(label.rows.reshape(-1, *[1] * (output.dim() - 1))) if is_batch else _unknown(call)
+
+
+def _by_last_dimension(call: Call) -> Label:
+    """Return the rows of products with quantized weights, and of inputs that are quantized for these."""
+    x, output = call.first, _tensors(call.output)[0]
+    label = merged_along(call.of(x), [x.dim() - 1])
+    return label if output.dim() == x.dim() and output.shape[:-1] == x.shape[:-1] else _unknown(call)
+
+
+def _product(call: Call) -> Label:
+    """Return the rows of products of matrices, or of batches of them, perhaps with a tensor that is added."""
+    *more, first, second = _tensors(call.values)[:3]
+    left = merged_along(call.of(first), [first.dim() - 1])
+    right = merged_along(call.of(second), [max(second.dim() - 2, 0)])
+    if second.dim() == 1:
+        left = left.changed(left.rows.squeeze(-1))
+    if call.name == "aten::_cdist_forward":
+        right = merged_along(call.of(second), [second.dim() - 1])
+        right = right.changed(right.rows.transpose(-1, -2))
+    labels = [label for label in (left, right, *map(call.of, more)) if not label.is_none]
+    return _padded(merged(labels), _tensors(call.output)[0].dim()) if labels else _none(call.output.dim())
+
+
+def _solved(call: Call) -> Label:
+    """Return the rows of solutions X of A X = B, or X A = B, for batches of matrices."""
+    matrices = [merged_along(call.of(each), [each.dim() - 2, each.dim() - 1]) for each in _tensors(call.values)[:2]]
+    known = [label for label in matrices if not label.is_none]
+    return _padded(merged(known), _tensors(call.output)[0].dim())
+
+
+def _grouped(call: Call) -> Label:
+    x, output = call.first, _tensors(call.output)[0]
+    if x.dim() != 2 or output.dim() != 2:
+        return _unknown(call)
+    return merged_along(call.of(x), [1])
+
+
+def _attention(call: Call) -> Label:
+    """Return the rows of attention: (..., heads, tokens, features) each, perhaps with a mask."""
+    query, key, value, *more = _tensors(call.values)
+    mask = [each for each in more if each is call.given.get("attn_bias", call.given.get("attn_mask"))]
+    labels = [
+        merged_along(call.of(query), [query.dim() - 1]),
+        *(merged_along(call.of(each), [each.dim() - 2, each.dim() - 1]) for each in (key, value)),
+        *(merged_along(call.of(each), [each.dim() - 1]) for each in mask),
+    ]
+    known = [label for label in labels if not label.is_none]
+    fitting = [label for label in known if label.rows.dim() < 3 or _fits(label.rows, query.shape)]
+    if len(fitting) < len(known):  # fewer heads of keys than of queries, whose rows differ
+        return _unknown(call)
+    return _padded(merged(known), query.dim()) if known else _none(query.dim())
+
+
+def _fits(rows: Tensor, shape: Sequence[int]) -> bool:
+    """Whether rows can be those of a tensor of a shape."""
+    sizes = (1,) * (len(shape) - rows.dim()) + tuple(rows.shape)
+    return len(sizes) == len(shape) and all(one in (1, size) for one, size in zip(sizes, shape, strict=True))
+
+
+def _repeated(call: Call) -> Label:
+    label, repeats = _padded(call.of(call.first), len(call.given["repeats"])), call.given["repeats"]
+    each = [times if size > 1 else 1 for times, size in zip(repeats, label.rows.shape, strict=True)]
+    return label.changed(label.rows.repeat(each))
+
+
+def _moved(call: Call) -> Label:
+    """Return the rows of what is turned around along some dimensions."""
+    label, dims = call.of(call.first), _dims(call, "dims")
+    if all(label.rows.shape[dim] == 1 for dim in dims):
+        return label
+    names = [argument.name for argument in call.func._schema.arguments]
+    return label.changed(call.func(label.rows, **{name: call.given[name] for name in names[1:]}))
+
+
+def _put_around(call: Call) -> Label:
+    label, pad = call.of(call.first), call.given["pad"]
+    own: list[int] = []
+    for index, dim in enumerate(range(label.rows.dim() - 1, label.rows.dim() - 1 - len(pad) // 2, -1)):
+        own += pad[2 * index : 2 * index + 2] if label.rows.shape[dim] > 1 else [0, 0]
+    return label.changed(torch.nn.functional.pad(label.rows, own, value=NONE) if any(own) else label.rows)
+
+
+def _joined(call: Call) -> Label | None:
+    """Return the rows of tensors side by side; what depends on no row belongs to the rows that it is put beside."""
+    tensors = [each for each in call.given["tensors"] if each.dim() != 1 or each.numel()]
+    labels = [call.of(each) for each in tensors]
+    dim, sizes = call.given["dim"], [1] * len(tensors)
+    dim %= tensors[0].dim() + (call.name == "aten::stack")
+    if call.name == "aten::stack":
+        labels = [label.changed(label.rows.unsqueeze(dim)) for label in labels]
+    else:
+        sizes = [each.shape[dim] for each in tensors]
+    known = [label for label in labels if not label.is_none]
+    if not known:
+        return None
+    if all(label.rows.shape[dim] == 1 for label in known):
+        together = merged(known)
+        if together.rows.numel() > 1 and not together.is_mixed:
+            return together
+    ends = torch.broadcast_shapes(*(label.rows.narrow(dim, 0, 1).shape for label in labels if label.rows.shape[dim]))
+    parts = [
+        label.rows.expand(*ends[:dim], size, *ends[dim + 1 :])
+        for label, size in zip(labels, sizes, strict=True)
+        if size
+    ]
+    return marked(known, shrunk(torch.cat(parts, dim)))
+
+
+def _indices(call: Call) -> tuple[list[Tensor | None], list[Label | None]]:
+    """Return the indices that a call has, with one for each dimension that a mask covers, and their labels."""
+    given = call.given
+    if "indices" in given:
+        found = [*given["indices"]]
+    elif call.name == "aten::masked_select":
+        found = [given["mask"]]
+    else:
+        found = [None] * (given["dim"] % max(call.first.dim(), 1)) + [given["index"]]
+    indices: list[Tensor | None] = []
+    labels: list[Label | None] = []
+    for each in found:
+        if each is None:
+            indices.append(None)
+            labels.append(None)
+            continue
+        label, own = call.label(each), each.detach().to("cpu")
+        if own.dtype in (torch.bool, torch.uint8):
+            by_values = None if label is None else unknown(1, call.name)
+            indices += own.nonzero(as_tuple=True)
+            labels += [by_values] * own.dim()
+        else:
+            indices.append(own.long())
+            labels.append(label)
+    return indices, labels
+
+
+def _taken(call: Call) -> Label | None:
+    """Return the rows of entries that are taken by their indices."""
+    indices, labels = _indices(call)
+    x = call.first
+    if (label := call.label(x)) is None:
+        return _of_indices(call, indices, labels)
+    return _taken_rows(x, label, indices, labels, has_read=call.has_read)
+
+
+def _taken_rows(
+    x: Tensor, label: Label, indices: list[Tensor | None], labels: list[Label | None], *, has_read: bool
+) -> Label:
+    rows, used = label.rows, [*indices, *[None] * (x.dim() - len(indices))]
+    matters = [rows.shape[dim] > 1 for dim in range(x.dim())]
+    own = [
+        slice(None) if index is None else index if matter else torch.zeros_like(index)
+        for index, matter in zip(used, matters, strict=True)
+    ]
+    by_values = any(matter and label is not None for matter, label in zip(matters, labels, strict=False))
+    by_values = by_values or (has_read and any(matters[dim] for dim, index in enumerate(indices) if index is not None))
+    return label._replace(rows=shrunk(rows[tuple(own)]), by_values=label.by_values or by_values)
+
+
+def _of_indices(call: Call, indices: list[Tensor | None], labels: list[Label | None]) -> Label | None:
+    """Return the rows of entries of a table: those of the indices."""
+    known = [label for label in labels if label is not None]
+    if not known:
+        return None
+    together = merged(known)
+    count = max(index.dim() for index in indices if index is not None)
+    together = _padded(together, count)
+    where = [dim for dim, index in enumerate(indices) if index is not None]
+    before = where[0] if where == [*range(where[0], where[-1] + 1)] else 0
+    after = call.output.dim() - before - together.rows.dim()
+    if after < 0:
+        return _unknown(call)
+    return together.changed(together.rows.view(*[1] * before, *together.rows.shape, *[1] * after))
+
+
+def _looked_up(call: Call) -> Label | None:
+    label = call.label(call.given["indices"])
+    return None if label is None else label.changed(label.rows.unsqueeze(-1))
+
+
+def _gathered(call: Call) -> Label | None:
+    x, index = call.first, call.given["index"]
+    label, of_index = call.label(x), call.label(index)
+    if label is None or not x.dim():
+        return of_index
+    dim = call.given["dim"] % x.dim()
+    rows = label.rows
+    for other, size in enumerate(index.shape):
+        if other != dim and rows.shape[other] > size:
+            rows = rows.narrow(other, 0, size)
+    if rows.shape[dim] == 1:
+        return label.changed(rows)
+    if index.numel() > MOST:
+        return _unknown(call)
+    sizes = [size if other != dim else x.shape[dim] for other, size in enumerate(index.shape)]
+    found = rows.expand(sizes).gather(dim, index.detach().to("cpu").long())
+    return label._replace(rows=shrunk(found), by_values=label.by_values or of_index is not None)
+
+
+def _put(call: Call) -> Label | None:
+    """Return the rows of a tensor into which others are written, or added, at some indices."""
+    x, source = call.first, call.given.get("values", call.given.get("source"))
+    was, of_source = call.of(x), call.label(source) if isinstance(source, Tensor) else None
+    indices, labels = _indices(call)
+    adds = bool(call.given.get("accumulate")) or "index_add" in call.name
+    if of_source is None:
+        return call.label(x)
+    at = _taken_rows(x, was, indices, labels, has_read=call.has_read)
+    shape = _shape_taken(x, indices)
+    new = _padded(of_source, len(shape))
+    if not _fits(new.rows, shape):
+        return _unknown(call)
+    both = merged([at, new._replace(by_values=True)] if adds else [new])
+    taken = [dim for dim, index in enumerate(indices) if index is not None]
+    rest = [dim for dim in range(x.dim()) if dim not in taken]
+    before = taken[0] if taken == [*range(taken[0], taken[-1] + 1)] else 0  # dimensions of the entries come there
+    place = {dim: dim if position < before else position + len(shape) - len(rest) for position, dim in enumerate(rest)}
+    sizes = [both.rows.shape[place[dim]] if dim in place else 1 for dim in range(x.dim())]
+    among = [size for position, size in enumerate(both.rows.shape) if position not in place.values()]
+    has_rows_around = any(size > 1 for size in sizes) and all(was.rows.shape[dim] == 1 for dim in taken)
+    if has_rows_around and all(size == 1 for size in among):
+        return merged([was, both.changed(both.rows.reshape(sizes))])  # what is around belongs to them too
+    sizes = [max(was.rows.shape[dim], sizes[dim]) if dim in place else x.shape[dim] for dim in range(x.dim())]
+    if torch.Size(sizes).numel() > MOST:
+        return _unknown(call)
+    rows = was.rows.expand(sizes).clone()
+    wide = [*shape]
+    for dim, position in place.items():
+        wide[position] = sizes[dim]
+    where, values = tuple(slice(None) if index is None else index for index in indices), both.rows.expand(wide)
+    rows[where] = values
+    lost = rows[where] != values  # several rows were written into one place
+    if bool(lost.any()):
+        places = torch.arange(rows.numel(), device="cpu").view(rows.shape)[where]
+        rows.view(-1)[places[lost]] = MIXED
+    found = marked([was, both], shrunk(rows))
+    return _chosen(found) if any(label is not None for label in labels) else found
+
+
+def _shape_taken(x: Tensor, indices: list[Tensor | None]) -> tuple[int, ...]:
+    probe = torch.empty((), device="meta").expand(x.shape)
+    own = tuple(slice(None) if index is None else index.to("meta") for index in indices)
+    return tuple(probe[own].shape)
+
+
+def _scattered(call: Call) -> Label:
+    """Return the rows of a tensor into which others are written along one dimension, where no row changes along it."""
+    x, dim = call.first, call.given["dim"] % max(call.first.dim(), 1)
+    parts = [each for each in (call.given["index"], call.given.get("src")) if isinstance(each, Tensor)]
+    labels = [label for label in map(call.of, (x, *parts)) if not label.is_none]
+    if any(label.rows.shape[dim] > 1 for label in labels) or not labels:
+        return _unknown(call) if labels else _none(x.dim())
+    if not all(_fits(label.rows, x.shape) for label in labels):
+        return _unknown(call)
+    return _written(call, x, merged(labels))
+
+
+def _slice_written(call: Call) -> Label:
+    x, source = call.of(call.first), call.of(call.given["src"])
+    dim = call.given["dim"] % call.first.dim()
+    if call.name == "aten::select_scatter":
+        source = source.changed(source.rows.unsqueeze(dim))
+    labels = [label for label in (x, source) if not label.is_none]
+    if not labels or any(label.rows.shape[dim] > 1 for label in labels):
+        return _unknown(call) if labels else x
+    return _written(call, call.first, merged(labels))
+
+
+def _written(call: Call, x: Tensor, label: Label) -> Label:
+    """Return the rows of a tensor of which a part was written. What is around belongs to them if there are several."""
+    return label if label.rows.numel() > 1 or not call.of(x).is_none else _unknown(call)
+
+
+def _halved(call: Call) -> Label:
+    label, dim = call.of(call.first), _dims(call)[0]
+    return label if label.rows.shape[dim] == 1 else _unknown(call)
+
+
+def _named(rule: Rule, names: str) -> dict[str, Rule]:
+    return {f"aten::{name}": rule for name in names.split()}
+
+
+RESHAPES = frozenset(f"aten::{name}" for name in ("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten"))
+
+CHOICES = frozenset(f"aten::{name}" for name in ("slice", "select", "split", "split_with_sizes", "unbind", "narrow"))
+
+RULES: dict[str, Rule] = {
+    **_named(_same, "clone _to_copy contiguous native_dropout dropout bernoulli bernoulli_ tril triu bucketize"),
+    **_named(_same, "lift_fresh lift_fresh_copy _pin_memory zero_ fill_ multinomial rrelu_with_noise _conj_physical"),
+    **_named(
+        _same, "_fused_moving_avg_obs_fq_helper _native_batch_norm_legit_no_training exponential_ normal_ uniform_"
+    ),
+    **_named(_pointwise, "where masked_fill masked_fill_ log_sigmoid_forward _prelu_kernel rsub complex polar clamp"),
+    **_named(_pointwise, "isin lerp isclose hardswish hardswish_ _fake_quantize_learnable_per_tensor_affine"),
+    **_named(
+        _nothing, "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones"
+    ),
+    **_named(_nothing, "new_empty new_full new_empty_strided _local_scalar_dense item is_same_size equal"),
+    **_named(_nothing, "_assert_async _assert_tensor_metadata _assert_scalar"),
+    **_named(_copied, "copy copy_"),
+    **_named(_view, "_unsafe_view unsafe_split unsafe_chunk unsafe_split_with_sizes"),
+    **_named(
+        _reduced, "sum mean amax amin max min argmax argmin var std var_mean std_mean norm linalg_vector_norm prod"
+    ),
+    **_named(_reduced, "any all logsumexp nansum median nanmedian mode kthvalue count_nonzero aminmax"),
+    **_named(_along, "_softmax _log_softmax _safe_softmax softmax log_softmax cumsum cumprod cummax cummin"),
+    **_named(_along, "logcumsumexp _fft_c2c _fft_r2c _fft_c2r linalg_cross cumsum_ renorm"),
+    **_named(_ordered, "sort topk"),
+    **_named(_normalized, "native_layer_norm layer_norm _fused_rms_norm rms_norm"),
+    **_named(_batch_normalized, "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit"),
+    **_named(_batch_normalized, "_batch_norm_with_update batch_norm _native_batch_norm_legit_functional"),
+    **_named(_by_example, "convolution _convolution convolution_overrideable mkldnn_convolution cudnn_convolution"),
+    **_named(_by_example, "cudnn_convolution_transpose miopen_convolution native_group_norm max_pool2d_with_indices"),
+    **_named(_by_example, "max_pool3d_with_indices avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d"),
+    **_named(_by_example, "adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d avg_pool1d"),
+    **_named(
+        _by_example,
+        "upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d _upsample_bicubic2d_aa",
+    ),
+    **_named(_by_example, "upsample_trilinear3d _upsample_bilinear2d_aa grid_sampler_2d"),
+    **_named(_by_example, "grid_sampler_3d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d"),
+    **_named(_by_example, "replication_pad2d replication_pad3d pixel_shuffle pixel_unshuffle channel_shuffle"),
+    **_named(_by_example, "_upsample_nearest_exact1d _upsample_nearest_exact2d adaptive_avg_pool1d max_pool1d"),
+    **_named(_by_example, "max_unpool2d mkldnn_max_pool2d adaptive_avg_pool2d max_pool2d quantized_max_pool2d"),
+    **_named(_unfolded, "im2col col2im"),
+    **_named(_product, "mm bmm mv dot addmm baddbmm addmv _cdist_forward _addmm_activation _int_mm"),
+    **_named(_solved, "linalg_solve_triangular triangular_solve linalg_inv_ex linalg_solve _linalg_solve_ex"),
+    **_named(_grouped, "_grouped_mm"),
+    **_named(_repeated, "repeat"),
+    **_named(_moved, "flip roll"),
+    **_named(_put_around, "constant_pad_nd"),
+    **_named(_joined, "cat stack"),
+    **_named(_taken, "index _unsafe_index index_select masked_select"),
+    **_named(_looked_up, "embedding"),
+    **_named(_gathered, "gather"),
+    **_named(
+        _put, "index_put index_put_ _index_put_impl_ _unsafe_index_put index_add index_add_ index_copy index_copy_"
+    ),
+    **_named(_scattered, "scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_"),
+    **_named(_slice_written, "slice_scatter select_scatter"),
+    **_named(_halved, "glu"),
+}
+"""The rules, by the name of the operation."""

@@ -1,0 +1,190 @@
+"""`RowTracking`: a mode of torch that follows the rows of a batch through the operations of one forward."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from randlora.rows.labels import NONE, Label, marked, merged, shrunk, unknown
+from randlora.rows.rules import MOST, Call, Labels, labels_of
+
+READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.item, Tensor.__int__, Tensor.__index__}
+"""What reads values in Python, where they may become lengths or indices."""
+
+
+class RowTracking(TorchDispatchMode):
+    """Follows rows, from tensors whose rows are known, while nothing else about the operations changes."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        """Know the rows of no tensor."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._labels: Any = WeakIdKeyDictionary()
+        self._aliases: dict[int, list[weakref.ref[Tensor]]] = {}
+        self._is_paused = self.has_read = False
+        self._reads = _Reads(self)
+
+    def __enter__(self) -> Self:
+        """Begin to follow."""
+        self._reads.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Follow no more."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._reads.__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def label(self, value: Any) -> Label | None:
+        """Return the label of a tensor, or ``None`` if it depends on no row."""
+        label: Label | None = self._labels.get(value) if isinstance(value, Tensor) else None
+        return label
+
+    def set(self, value: Tensor, label: Label) -> None:
+        """Set the label of a tensor."""
+        self._labels[value] = label
+        self._remember(value)
+
+    def read(self, value: Tensor) -> None:
+        """Note that Python has read values of the batch, which may decide where rows are from then on."""
+        if not value.is_floating_point() and value.dtype != torch.bool and self.label(value) is not None:
+            self.has_read = True
+
+    def stop(self) -> None:
+        """Follow nothing any more, even if torch goes on asking."""
+        self._is_paused = True
+        self._labels, self._aliases = WeakIdKeyDictionary(), {}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Follow nothing in the block, whose results are then labelled by `set`."""
+        before, self._is_paused = self._is_paused, True
+        try:
+            yield
+        finally:
+            self._is_paused = before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and find the rows of what it returns."""
+        kwargs = kwargs or {}
+        if self._is_paused:
+            return func(*args, **kwargs)
+        if isinstance(func, torch._ops.OpOverload) and func._can_decompose():  # in inference mode
+            with self, torch._C.DisableTorchFunction():
+                output = func.decompose(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
+        output = func(*args, **kwargs)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.read(args[0])
+        outputs = [*_tensors(output)]
+        given = [*_tensors([*args, *kwargs.values()])]
+        if any(map(self.label, given)) and outputs:
+            call = Call(*_bound(func, args, kwargs), output, self.label, self.has_read)
+            self._label(given, outputs, labels_of(call), call.name)
+        else:
+            for each in outputs:
+                self._remember(each)
+        return output
+
+    def _label(self, given: list[Tensor], outputs: list[Tensor], labels: Labels, name: str) -> None:
+        """Label what an operation has returned, and what else shares memory with what it has written into."""
+        each = [labels] * len(outputs) if labels is None or isinstance(labels, Label) else [*labels]
+        for output, label in zip(outputs, each, strict=False):
+            if label is None or label.is_none:
+                self._remember(output)
+                continue
+            own = label if _fits(label, output) else unknown(output.dim(), label.why or name)
+            own = own._replace(why=name) if not own.why and own.is_mixed else own
+            if not _fits(label, output) and output is not outputs[0]:  # kept for backward alone
+                continue
+            was = self.label(output)
+            self.set(output, own)
+            if any(output is one for one in given) and (was is None or not torch.equal(was.rows, own.rows)):
+                for alias in self._alive(output):
+                    if alias is not output:
+                        self._write_through(alias, output, own)
+
+    def _write_through(self, alias: Tensor, written: Tensor, label: Label) -> None:
+        """Label a tensor anew of whose memory a part has other rows now."""
+        was = self._labels.get(alias)
+        old = torch.full((1,) * alias.dim(), NONE, device="cpu") if was is None else was.rows
+        marks = label if was is None else marked([label, was], label.rows)
+        size = written.untyped_storage().nbytes() // max(written.element_size(), 1)
+        if alias.dtype == written.dtype and size <= MOST:
+            flat = torch.full((size,), NONE, device="cpu")
+            for each, rows in ((alias, old), (written, label.rows)):
+                flat.as_strided(each.shape, each.stride(), each.storage_offset()).copy_(rows.expand(each.shape))
+            view = flat.as_strided(alias.shape, alias.stride(), alias.storage_offset())
+            new = marks.changed(shrunk(view))
+        elif alias.dim() == written.dim() and label.rows.numel() > 1 and _fits(label, alias):
+            new = label if was is None else merged([was, label])
+        else:
+            new = unknown(alias.dim(), "a write into a part of it")
+        if not new.is_none:
+            self._labels[alias] = new
+
+    def _remember(self, value: Tensor) -> None:
+        """Remember what memory a tensor has."""
+        if type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided and not value.is_meta:
+            known = self._aliases.setdefault(value.untyped_storage()._cdata, [])
+            known[:] = [each for each in known if each() is not None]
+            if not any(each() is value for each in known):
+                known.append(weakref.ref(value))
+
+    def _alive(self, value: Tensor) -> list[Tensor]:
+        if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided or value.is_meta:
+            return []
+        found = [each() for each in self._aliases.get(value.untyped_storage()._cdata, ())]
+        return [each for each in found if each is not None]
+
+
+class _Reads(TorchFunctionMode):
+    """Tells a `RowTracking` what Python reads."""
+
+    def __init__(self, tracking: RowTracking) -> None:
+        super().__init__()
+        self._tracking = tracking
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in READS:
+            self._tracking.read(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
+
+
+def _fits(label: Label, output: Tensor) -> bool:
+    rows = label.rows
+    return rows.dim() == output.dim() and all(
+        one in (1, size) for one, size in zip(rows.shape, output.shape, strict=True)
+    )
+
+
+def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:
+    """Return the name of an operation, itself, and its arguments by name, with the defaults."""
+    if not isinstance(func, torch._ops.OpOverload):
+        name = getattr(func, "__name__", str(func))
+        return name, func, {**{f"{index}": value for index, value in enumerate(args)}, **kwargs}
+    given = {}
+    for index, argument in enumerate(func._schema.arguments):
+        if index < len(args):
+            given[argument.name] = args[index]
+        else:
+            given[argument.name] = kwargs.get(argument.name, argument.default_value)
+    return func._schema.name, func, given

@@ -1,0 +1,416 @@
+"""Which rows a layer is given is known, wherever a model puts them: equal to each adapter alone, or an error."""
+
+import asyncio
+import contextvars
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import randlora
+from randlora.errors import AdapterError
+from tests import transformers_zoo as zoo
+from tests.kit import fill
+
+Names = list[str | None]
+NAMES: Names = ["a", "b", None, "a"]
+ROWS = len(NAMES)
+
+
+def with_adapters(model: nn.Module, targets: Any = "all-linear", **options: Any) -> Any:
+    for seed, name in enumerate("ab"):
+        randlora.inject(model, r=2, name=name, seed=seed, targets=targets, **options)
+        fill(model, name, seed=seed, spread=0.3)
+    return model.eval()
+
+
+def each_alone(model: nn.Module, run: Callable[[], Any]) -> dict[str | None, Any]:
+    outputs: dict[str | None, Any] = {}
+    with torch.no_grad():
+        for name in "ab":
+            randlora.activate(model, name)
+            outputs[name] = run()
+        with randlora.disabled(model):
+            outputs[None] = run()
+    return outputs
+
+
+def rows_are_right(model: nn.Module, run: Callable[[], Tensor], axis: int = 0) -> bool:
+    """Whether the rows of each adapter are its own, in the first call and in the second; an error is no answer."""
+    alone = each_alone(model, run)
+    expected = torch.stack([alone[name].select(axis, row) for row, name in enumerate(NAMES)], axis)
+    assert not torch.allclose(alone["a"], alone["b"], atol=1e-3), "or nothing could be wrong"
+    with torch.no_grad(), randlora.routed(model, NAMES):
+        found = [run(), run()]
+    return all(torch.allclose(each, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())) for each in found)
+
+
+class Arranging(nn.Module):
+    """A layer whose input a function arranges and whose output another arranges back, in between two others."""
+
+    def __init__(self, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.layer, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.there, self.back = there, back
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.layer(self.there(self.first(x))))
+        return self.last(self.back(y))  # type: ignore[no-any-return]
+
+
+ARRANGED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "tokens first": (lambda x: x.transpose(0, 1), lambda x: x.transpose(0, 1)),
+    "flattened": (lambda x: x.flatten(0, 1), lambda x: x.unflatten(0, (ROWS, -1))),
+    "tokens first, flattened": (
+        lambda x: x.transpose(0, 1).flatten(0, 1),
+        lambda x: x.unflatten(0, (-1, ROWS)).transpose(0, 1),
+    ),
+    "tiled": (lambda x: x.repeat(2, 1, 1), lambda x: x.chunk(2)[0] + x.chunk(2)[1]),
+    "joined": (lambda x: torch.cat([x, x, x]), lambda x: x.unflatten(0, (3, -1)).sum(0)),
+    "interleaved": (lambda x: x.repeat_interleave(2, 0), lambda x: x.unflatten(0, (-1, 2)).mean(1)),
+    "backwards": (lambda x: x.flip(0), lambda x: x.flip(0)),
+    "rolled": (lambda x: x.roll(1, 0), lambda x: x.roll(-1, 0)),
+    "split": (lambda x: torch.cat([*reversed(x.split(1))]), lambda x: torch.cat([*reversed(x.split(1))])),
+    "windows": (
+        lambda x: nn.functional.pad(x, (0, 0, 0, x.shape[1] % 2)).unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 2),
+        lambda x: x.unflatten(0, (ROWS, 2, -1)).transpose(1, 2).flatten(1, 2),
+    ),
+    "a token before": (
+        lambda x: torch.cat([torch.ones(1, 1, 6).expand(ROWS, -1, -1), x], 1),
+        lambda x: x[:, 1:],
+    ),
+    "written into": (
+        lambda x: torch.zeros(x.shape[1], ROWS, 6).index_copy_(1, torch.arange(ROWS), x.transpose(0, 1)),
+        lambda x: x.transpose(0, 1),
+    ),
+    "written into a part": (lambda x: _in_parts(x), lambda x: x),  # noqa: PLW0108  # defined below
+}
+
+
+def _in_parts(x: Tensor) -> Tensor:
+    found = torch.zeros_like(x)
+    found[:, 1:] = x[:, 1:]
+    found[:, 0] += x[:, 0]
+    return found
+
+
+@pytest.mark.parametrize("tokens", [ROWS - 1, ROWS, ROWS + 1])
+@pytest.mark.parametrize("arranged", ARRANGED)
+def test_rows_anywhere(arranged: str, tokens: int) -> None:
+    torch.manual_seed(0)
+    model, x = with_adapters(Arranging(*ARRANGED[arranged])), torch.randn(ROWS, tokens, 6)
+    assert rows_are_right(model, lambda: model(x))
+
+
+def by_gate(x: Tensor) -> Tensor:
+    """Take as many tokens as there are rows, those with the highest values: what an expert may be given."""
+    flat = x.flatten(0, 1)
+    return flat[flat.sum(-1).topk(ROWS).indices]
+
+
+def by_python(x: Tensor) -> Tensor:
+    places = x.sum((1, 2)).argsort().tolist()
+    return torch.stack([x[place] for place in places])
+
+
+def over_tokens(x: Tensor) -> Tensor:
+    return torch.einsum("bth,bsh->ts", x, x)[:ROWS, :1] + torch.ones(6)
+
+
+@pytest.mark.parametrize("tokens", [1, ROWS - 1, ROWS])
+@pytest.mark.parametrize(
+    ("choose", "message"),
+    [(by_gate, "have chosen or sorted"), (by_python, "have chosen or sorted"), (over_tokens, "are mixed")],
+)
+def test_rows_that_cannot_be_known_are_an_error_at_every_length(choose: Any, message: str, tokens: int) -> None:
+    torch.manual_seed(0)
+    model = with_adapters(Arranging(choose, lambda x: x))
+    with randlora.routed(model, NAMES), torch.no_grad():
+        for length in (tokens, ROWS, tokens):
+            if choose is not over_tokens or tokens > 1:
+                with pytest.raises(AdapterError, match=message):
+                    model(torch.randn(ROWS, length, 6))
+
+
+def test_a_table_as_long_as_the_batch_is_no_batch() -> None:
+    class Table(nn.Module):
+        def __init__(self, *, is_queries: bool) -> None:
+            super().__init__()
+            self.layer, self.table, self.is_queries = nn.Linear(6, 6), torch.randn(ROWS, 6), is_queries
+
+        def forward(self, x: Tensor) -> Tensor:
+            table = self.layer(self.table if self.is_queries is False else self.table[:1].expand(len(x), -1))
+            return x * table.unsqueeze(1) if self.is_queries else x @ table.T  # type: ignore[no-any-return]
+
+    x = torch.randn(ROWS, 5, 6)
+    queries, table = with_adapters(Table(is_queries=True)), with_adapters(Table(is_queries=False))
+    assert rows_are_right(queries, lambda: queries(x))
+    with torch.no_grad(), pytest.raises(AdapterError, match="the same for all rows"), randlora.routed(table, NAMES):
+        table(x)
+
+
+SIZES: dict[str, Any] = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
+
+
+def switch() -> Any:
+    torch.manual_seed(0)
+    config = transformers.SwitchTransformersConfig(
+        **SIZES, num_experts=ROWS, expert_capacity=64, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,
+        pad_token_id=0, decoder_start_token_id=0,
+    )  # fmt: skip
+    return transformers.SwitchTransformersForConditionalGeneration(config)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("targets", ["all-linear", ["q", "v"]], ids=str)
+def test_experts_that_are_layers(targets: Any) -> None:
+    model = with_adapters(switch().double(), targets)
+    for tokens in (1, ROWS - 1, ROWS, ROWS + 1):
+        ids = torch.randint(3, 60, (ROWS, tokens))
+
+        def run(ids: Tensor = ids) -> Tensor:
+            return model(input_ids=ids, decoder_input_ids=ids).logits  # type: ignore[no-any-return]
+
+        try:
+            assert rows_are_right(model, run)
+        except AdapterError as error:
+            if targets != "all-linear" or "have chosen or sorted" not in str(error):
+                raise
+        else:
+            assert targets != "all-linear"
+
+
+QUICK = ("fsmt", "xlnet", "gpt2", "vit")
+CLASSES = [
+    pytest.param(*each, id=each[2], marks=pytest.mark.medium if each[1] in QUICK else pytest.mark.slow)
+    for each in zoo.classes()
+]
+
+
+@pytest.mark.parametrize(("task", "model_type", "name"), CLASSES)
+def test_every_class(task: str, model_type: str, name: str) -> None:
+    torch.manual_seed(0)
+    if (model := zoo.tiny(model_type, name)) is None:
+        pytest.skip("its config cannot be cut down")
+    try:
+        with_adapters(model, None)
+    except randlora.errors.RandLoRAError as error:
+        pytest.skip(str(error))
+    for tokens in (ROWS - 1, ROWS, ROWS + 1):
+        ids = torch.randint(3, 100, (ROWS, tokens))
+        inputs: dict[str, Tensor] = {"input_ids": ids}
+        if task == "encoder and decoder":
+            inputs["decoder_input_ids"] = ids[:, 1:]
+        if task == "vision":
+            config: Any = model.config
+            size = getattr(config, "image_size", 32)
+            sides = (size, size) if isinstance(size, int) else tuple(size)[:2]
+            inputs = {"pixel_values": torch.randn(ROWS, getattr(config, "num_channels", 3), *sides)}
+
+        def run(inputs: dict[str, Tensor] = inputs) -> Tensor:
+            output = model(**inputs)
+            first = getattr(output, "logits", output[0])
+            return first if isinstance(first, Tensor) else output[0]
+
+        try:
+            with torch.no_grad():
+                run()
+        except Exception as error:  # sizes that do not go together
+            pytest.skip(str(error))
+        try:
+            assert rows_are_right(model, run)
+        except AdapterError:
+            if model_type in QUICK:
+                raise
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**sizes, vocab_size=64, pad_token_id=0, eos_token_id=1, bos_token_id=2)
+    return with_adapters(transformers.LlamaForCausalLM(config))
+
+
+@pytest.mark.medium
+def test_rows_that_a_model_repeats_itself_in_generate_are_an_error() -> None:
+    class Guided(transformers.LlamaForCausalLM):  # type: ignore[misc]
+        def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> Any:
+            inputs = super().prepare_inputs_for_generation(input_ids, **{**kwargs, "attention_mask": None})
+            return {**inputs, "input_ids": inputs["input_ids"].repeat(2, 1), "position_ids": None}
+
+        def forward(self, **kwargs: Any) -> Any:
+            output = super().forward(**kwargs)
+            output.logits = output.logits.chunk(2)[0]
+            return output
+
+    model: Any = llama()
+    model.__class__ = Guided
+    with randlora.routed(model, NAMES), pytest.raises(AdapterError, match="which the model arranges itself"):
+        model.generate(torch.randint(3, 60, (ROWS, ROWS)), max_new_tokens=2, do_sample=False)
+
+
+def test_only_the_first_call_of_a_kind_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from randlora.rows.tracking import RowTracking
+
+    begun: list[object] = []
+    monkeypatch.setattr(RowTracking, "__init__", _counted(RowTracking.__init__, begun))
+    model, ids = llama(), torch.randint(3, 60, (ROWS, 5))
+    with randlora.routed(model, NAMES):
+        for _ in range(2):
+            model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        assert len(begun) == 2, "the prompts, and a token after them"
+        assert not any(layer._forward_pre_hooks for layer in model.model.layers)
+    assert sum(len(module._forward_hooks) for module in model.modules()) == 1
+
+
+def _counted(begin: Any, begun: list[object]) -> Any:
+    def counted(self: Any) -> None:
+        begun.append(self)
+        begin(self)
+
+    return counted
+
+
+def simple() -> nn.Module:
+    torch.manual_seed(0)
+    return with_adapters(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)))  # type: ignore[no-any-return]
+
+
+VERBS: dict[str, Callable[[nn.Module], object]] = {
+    "remove": lambda model: randlora.remove(model, "a"),
+    "eject": randlora.eject,
+    "rename": lambda model: randlora.rename(model, "a", "c"),
+    "merge": randlora.merge,
+    "swap": lambda model: randlora.swap(model, "a", randlora.adapter_state(model, name="a")),
+    "set_adapter_state": lambda model: randlora.set_adapter_state(
+        model, randlora.adapter_state(model, name="a"), name="a"
+    ),
+    "load": lambda model: randlora.load(model, randlora.adapter_state(model, name="a"), name="a"),
+    "combine": lambda model: randlora.combine(model, {"b": 1.0}, name="a"),
+    "inject": lambda model: randlora.inject(model, r=2, name="a"),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_adapter_of_an_open_block_is_not_changed(verb: str) -> None:
+    model, x = simple(), torch.randn(2, 6)
+    with randlora.routed(model, ["a", None]):
+        before = model(x)
+        with pytest.raises(randlora.errors.RandLoRAError):
+            VERBS[verb](model)
+        assert torch.equal(model(x), before)
+        randlora.remove(model, "b")  # which the block does not name
+        assert torch.equal(model(x), before)
+
+
+def test_overlapping_blocks_of_two_tasks_are_an_error() -> None:
+    model, x = simple(), torch.randn(2, 6)
+    alone = each_alone(model, lambda: model(x))
+    raised: list[str] = []
+
+    async def first(begun: asyncio.Event, go_on: asyncio.Event) -> None:
+        with randlora.routed(model, ["a", "a"]):
+            begun.set()
+            await go_on.wait()
+            assert torch.allclose(model(x), alone["a"], atol=1e-5)
+            assert torch.allclose(await asyncio.to_thread(model, x), alone["a"], atol=1e-5)
+            with pytest.raises(AdapterError, match="open in another thread or task"):
+                await asyncio.get_running_loop().run_in_executor(None, model, x)
+
+    async def second(begun: asyncio.Event, go_on: asyncio.Event) -> None:
+        await begun.wait()
+        for block in (lambda: randlora.routed(model, ["b", "b"]), lambda: randlora.disabled(model)):
+            with pytest.raises(AdapterError, match="routes through this model"), block():
+                pass
+        calls: list[Any] = [model, model.get_submodule("0")]
+        for call in calls:
+            with pytest.raises(AdapterError, match="open in another thread or task") as caught:
+                call(x)
+            raised.append(str(caught.value))
+        go_on.set()
+
+    async def both() -> None:
+        events = asyncio.Event(), asyncio.Event()
+        await asyncio.gather(first(*events), second(*events))
+        with randlora.routed(model, ["b", "b"]):
+            assert torch.allclose(model(x), alone["b"], atol=1e-5)
+
+    asyncio.run(both())
+    assert len(raised) == 2
+
+
+def test_two_threads_in_one_block_take_turns_or_raise() -> None:
+    model, begun, go_on = simple(), threading.Event(), threading.Event()
+    other = contextvars.copy_context
+
+    def wait(*_: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            assert go_on.wait(60)
+
+    model[1].register_forward_pre_hook(wait)  # type: ignore[index]
+    with randlora.routed(model, ["a", "b"]):
+        thread = threading.Thread(target=other().run, args=[model, torch.randn(2, 6)])
+        thread.start()
+        assert begun.wait(60)
+        with pytest.raises(AdapterError, match="another thread is in a call"):
+            model(torch.randn(2, 6))
+        go_on.set()
+        thread.join()
+        model(torch.randn(2, 6))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("inside", [False, True])
+def test_attention_of_which_only_the_output_is_adapted(batch_first: bool, inside: bool) -> None:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(12, 2, batch_first=batch_first)
+    model = nn.TransformerEncoderLayer(12, 2, 16, batch_first=batch_first) if inside else nn.Sequential(attention)
+    with_adapters(model, ["out_proj"])
+    axis = 0 if batch_first else 1
+    x = torch.randn(*((ROWS, 5) if batch_first else (5, ROWS)), 12)
+    if inside and not batch_first:
+        with torch.no_grad(), pytest.raises(AdapterError), randlora.routed(model, NAMES):
+            model(x)
+        return
+    call: Any = model if inside else model[0]  # type: ignore[index]
+    assert rows_are_right(model, lambda: call(x) if inside else call(x, x, x)[0], axis)
+    with randlora.routed(model, NAMES), pytest.raises((AdapterError, RuntimeError, AssertionError)):
+        call(torch.randn(7)) if inside else call(torch.randn(7), x, x)
+    assert rows_are_right(model, lambda: call(x) if inside else call(x, x, x)[0], axis)
+
+
+@pytest.mark.medium
+def test_sentences_of_which_each_has_its_adapter(tmp_path: Any) -> None:
+    model = with_adapters(sentence_model(tmp_path), None)
+    texts = ["a", "a b c d", "a b", "a b c d a b c"]
+    features = model.tokenize(texts)
+    assert rows_are_right(model, lambda: model({**features})["sentence_embedding"])
+    for size in (2, 32):
+        assert rows_are_right(
+            model,
+            lambda size=size: model.encode(texts, batch_size=size, convert_to_tensor=True),  # type: ignore[misc]
+        )
+    with randlora.routed(model, NAMES), pytest.raises(AdapterError, match="names for 4 rows"):
+        model.encode(texts[:3])
+
+
+def sentence_model(directory: Any) -> Any:
+    """Build a model of sentences with random weights, without a network."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Dense, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcd"]
+    (directory / "vocab.txt").write_text("\n".join(words))
+    tokenizer = transformers.BertTokenizerFast(str(directory / "vocab.txt"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=len(words))).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    modules = [Transformer(str(directory)), Pooling(32, pooling_mode="mean"), Dense(32, 8)]
+    return SentenceTransformer(modules=modules, device="cpu")
