@@ -9,8 +9,8 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from randlora.rows.labels import NONE, Label, marked, merged, shrunk, unknown
@@ -67,11 +67,18 @@ class RowTracking(TorchDispatchMode):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Follow nothing in the block, whose results are then labelled by `set`."""
-        before, self._is_paused = self._is_paused, True
+        is_innermost = _get_current_dispatch_mode() is self and _get_current_function_mode() is self._reads
+        if not is_innermost:
+            before, self._is_paused = self._is_paused, True
+        else:
+            self.__exit__(None, None, None)  # what is computed as outside of modes is faster
         try:
             yield
         finally:
-            self._is_paused = before
+            if is_innermost:
+                self.__enter__()
+            else:
+                self._is_paused = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and find the rows of what it returns."""
