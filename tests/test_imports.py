@@ -37,6 +37,7 @@ ROOMS = (
     "required_grad",
     "routing",
     "state",
+    "rows",
     "layers",
     "targets",
     "report",
