@@ -62,7 +62,8 @@ OPTIONAL = {
     "files.quantized": {"bitsandbytes"},
     "files.transformers_model": {"transformers"},
     "integrations.lightning": set(),  # by importlib, whichever of its packages there is
-    "integrations.transformers": {"transformers"},
+    "integrations.reference": {"transformers"},
+    "integrations.transformers": {"accelerate", "transformers"},
     "layers.bnb_codes": {"bitsandbytes"},
     "layers.bnb_cpu": {"bitsandbytes"},
     "placement.offloaded": {"accelerate"},

@@ -15,7 +15,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 import randlora
 from randlora.errors import AdapterError
 from randlora.integrations.transformers import AdapterCheckpoints
-from tests.kit import all_bits
+from tests.kit import all_bits, same_bits
 from tests.trainers import ADAPTER_FILES, QUIET, arguments, files, plain_model, tokenizer, trained_bits
 
 pytestmark = [*QUIET, pytest.mark.medium]
@@ -86,6 +86,22 @@ def test_a_run_trains_the_adapter_alone_and_its_checkpoints_load() -> None:
     fresh = plain_model()
     randlora.load(fresh, "run/checkpoint-4", trainable=True)
     assert trained_bits(fresh) == trained_bits(model)
+
+
+def test_the_reference_is_the_plain_base_and_no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "trl.trainer.grpo_trainer.create_model_from_path", lambda *_, **__: pytest.fail("a second model")
+    )
+    run = grpo(adapted(), beta=0.5, max_steps=1, bf16=False)
+    assert (run.beta, run.args.beta, list(run.ref_model.parameters())) == (0.5, 0.5, [])
+    run.train()
+    assert "kl" in run.state.log_history[0]
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert same_bits(run.ref_model(ids).logits, plain_model()(ids).logits)
+        assert not same_bits(run.model(ids).logits, plain_model()(ids).logits)
+    with pytest.raises(AdapterError, match="sync_ref_model=True"):
+        grpo(adapted(), beta=0.5, sync_ref_model=True)
 
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])

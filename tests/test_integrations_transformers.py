@@ -354,6 +354,7 @@ def test_the_signatures_of_what_is_overridden_are_as_they_were() -> None:
 
     assert names(Trainer._load_from_checkpoint) == ["resume_from_checkpoint", "model"]
     assert names(Trainer._load_best_model) == []
+    assert names(Trainer._save_optimizer_and_scheduler) == ["output_dir"]
     assert names(Trainer.save_model) == ["output_dir", "_internal_call"]
     assert names(Trainer.train)[0] == "resume_from_checkpoint"
 
@@ -362,6 +363,7 @@ CALLS = {
     "save_model": {"_save_checkpoint", "push_to_hub", "_tune_save_checkpoint"},
     "_load_from_checkpoint": {"train", "_prepare_for_training"},
     "_load_best_model": {"_finalize_training"},
+    "_save_optimizer_and_scheduler": {"_save_checkpoint"},
     "_save": {"save_model"},  # so that overriding save_model is enough
 }
 

@@ -31,6 +31,7 @@ from randlora.placement.place import taken_whole
 from randlora.placement.ranks import Ranks, agreed, in_step
 from randlora.replaced import whole_shape
 from randlora.state import Adapter, ModelState, adapted_root
+from randlora.targets.match import shortened
 from randlora.targets.site import AdaptedSite, other_kinds, shapes_of
 from randlora.targets.walk import Census
 
@@ -131,6 +132,29 @@ def gathered(
         return held, None
     with agreed(ranks):
         return [_whole(each, is_kept=is_for_all or ranks.is_first) for each in held], ranks
+
+
+def given_values(model: nn.Module, values: Mapping[str, Tensor]) -> Gathered:
+    """Return the only adapter of a model with values that another library gathered, by FQN; never a collective."""
+    reshard(model)
+    root, state = adapted_root(model)
+    census = Census.of(root)
+    require_own(census, state, "save")
+    held = _held(census, state, state.adapter(None), "seed")
+    held.problems.extend(_problems(held))
+    owners = {id(visit.module): visit.fqn for visit in reversed(census.visits)}
+    names = [
+        f"{owners[id(site.owner)]}.{part}.{held.adapter.name}".removeprefix(".")
+        for site in held.sites
+        for part in site.layer.parameter_names()
+    ]
+    names += held.trained
+    if lacking := [name for name in names if name not in values]:
+        held.problems.append(f"the state_dict has no {shortened(lacking)}")
+        return held
+    found = iter([values[name].detach() for name in names])
+    pairs = {fqn: (next(found), next(found)) for fqn in held.diagonals}
+    return replace(held, diagonals=pairs, trained=dict(zip(held.trained, found, strict=True)))
 
 
 def contents_of(held: Gathered) -> Contents:

@@ -8,11 +8,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from randlora.checkpoint.base_model import is_own_directory
 from randlora.checkpoint.card import Results, is_ours, results_note, task_of, write_card
-from randlora.checkpoint.contents import Contents, Gathered, StoredAs, contents_of, gathered, value_problems
+from randlora.checkpoint.contents import (
+    Contents,
+    Gathered,
+    StoredAs,
+    contents_of,
+    gathered,
+    given_values,
+    value_problems,
+)
 from randlora.checkpoint.fit import untied_by_peft
 from randlora.checkpoint.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE
 from randlora.checkpoint.peft_config import BASE_FIELD
@@ -202,7 +210,16 @@ def _push(root: Path, directories: Sequence[Path], hub: str) -> tuple[str, list[
     return upload(root, hub, files, message="Upload a RandLoRA adapter", generated=generated)
 
 
+def save_given(model: nn.Module, directory: Path, values: Mapping[str, Tensor]) -> SaveReport:
+    """Save the only adapter of a sharded model with values that one process has gathered, which calls this alone."""
+    held, doing = given_values(model, values), f"save to {str(directory)!r}"
+    raise_collected(CheckpointError, held.problems, doing=doing)
+    (report,) = _write_each([held], [directory], directory, hub=None, results=None, doing=doing)
+    return report
+
+
 SaveGuard.write_adapter = staticmethod(save)
+SaveGuard.write_given = staticmethod(save_given)
 
 
 def _training_notes(held: Gathered) -> list[str]:

@@ -1,14 +1,22 @@
-"""`Reference`: a model without the adapters that are trained, which shares all of its weights."""
+"""`Reference`: a model without the adapters that are trained, which shares all of its weights; and TRL's use of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 import randlora
+from randlora.errors import AdapterError, warn
+from randlora.targets.walk import Census
+
+WITH_BETA = frozenset({"GRPOTrainer", "RLOOTrainer"})
+"""TRL's trainers that take no ``ref_model`` and load one unless ``beta`` is 0."""
 
 
 class Reference(nn.Module):
@@ -17,20 +25,23 @@ class Reference(nn.Module):
     It has no parameters of its own, and calls the model, so what the model becomes it becomes too.
 
     Attributes:
-        policy: The model.
         trained: The adapters that are left out; the others that are active remain active.
     """
 
-    policy: nn.Module
     trained: tuple[str, ...]
 
-    def __init__(self, model: nn.Module, trained: Sequence[str]) -> None:
-        """Take a model and the names of the adapters to leave out."""
+    def __init__(self, policy: Callable[[], nn.Module], trained: Sequence[str]) -> None:
+        """Take what returns the model, which a trainer may wrap later, and the names of the adapters to leave out."""
         super().__init__()
-        vars(self).update(policy=model, trained=tuple(trained))  # not as a submodule
+        vars(self).update(_policy=policy, trained=tuple(trained))  # not as a submodule
         for name in ("config", "base_model_prefix"):  # which a trainer reads of a model that it prepares
-            if hasattr(model, name):
-                vars(self)[name] = getattr(model, name)
+            if hasattr(self.policy, name):
+                vars(self)[name] = getattr(self.policy, name)
+
+    @property
+    def policy(self) -> nn.Module:
+        """The model, with what a trainer has put around it."""
+        return vars(self)["_policy"]()  # type: ignore[no-any-return]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the model without the adapters; a forward that a trainer has put here is not run."""
@@ -50,14 +61,74 @@ class Reference(nn.Module):
 
     @contextmanager
     def _without_adapters(self) -> Iterator[None]:
-        weights = {info.name: info.weight for info in randlora.adapters(self.policy) if info.weight is not None}
+        policy = self.policy
+        weights = {info.name: info.weight for info in randlora.adapters(policy) if info.weight is not None}
         others = {name: weight for name, weight in weights.items() if name not in self.trained}
         if not others:
-            with randlora.disabled(self.policy):
+            with randlora.disabled(policy):
                 yield
             return
-        randlora.activate(self.policy, others)
+        randlora.activate(policy, others)
         try:
             yield
         finally:
-            randlora.activate(self.policy, weights)
+            randlora.activate(policy, weights)
+
+
+@contextmanager
+def referring(trainer: Any, given: inspect.BoundArguments, reference: Reference) -> Iterator[None]:
+    """Have a trainer of TRL that is made in the block use a reference, instead of a model that it would load."""
+    arguments: Any = given.arguments.get("args")
+    takes_one = "ref_model" in given.signature.parameters and given.arguments.get("ref_model") is None
+    beta = getattr(arguments, "beta", 0.0) if _has_beta(type(trainer)) else 0.0
+    if not takes_one and not beta:
+        yield
+        return
+    if getattr(arguments, "sync_ref_model", False):
+        raise AdapterError(
+            "sync_ref_model=True copies what is trained into the reference, which is the same model here, without its "
+            "adapters: leave it out, or give a ref_model"
+        )
+    if is_deepspeed_zero3_enabled() and any(each.train_also for each in randlora.adapters(reference.policy)):
+        warn(
+            "the reference is a second model that TRL loads: an engine of ZeRO-3 cannot put the model's own values in "
+            "the place of what train_also trains. Leave train_also out, or use ZeRO-2"
+        )
+        yield
+        return
+    _warn_if_trained(reference)
+    if takes_one:
+        given.arguments["ref_model"] = reference
+    else:
+        arguments.beta = 0.0  # or it loads one
+    if getattr(arguments, "deepspeed_plugin", None) is not None:  # its engines ask a parameter for the dtype
+        reference.register_parameter("placeholder", nn.Parameter(torch.zeros(1), requires_grad=False))
+    try:
+        yield
+    finally:
+        reference._parameters.pop("placeholder", None)
+        if beta:
+            arguments.beta = beta
+    if beta:
+        trainer.beta = beta
+    if beta or trainer.ref_model is not None:  # without the engine that TRL has put around it
+        trainer.ref_model = reference
+
+
+def _has_beta(trainer: type) -> bool:
+    return any(base.__name__ in WITH_BETA and base.__module__.startswith("trl.") for base in trainer.__mro__)
+
+
+def _warn_if_trained(reference: Reference) -> None:
+    """Warn if what is left out was trained before, which a reference should usually have."""
+    trained = reference.trained
+    if any(
+        all(part.any() for part in site.layer.diagonals_of(site.owner, name))
+        for site in Census.of(reference.policy).adapted
+        for name in site.layer.adapters
+        if name in trained
+    ):
+        warn(
+            f"the reference is the model without {', '.join(trained)}, which was trained before: if it should be the "
+            "model as it is now, merge the adapter first and inject another, or give a ref_model"
+        )

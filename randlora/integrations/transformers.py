@@ -8,28 +8,29 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
 
 import randlora
 from randlora.checkpoint.format import TENSORS_FILE
 from randlora.checkpoint.restore import restore, restore_each
-from randlora.errors import AdapterError, CheckpointError, warn
-from randlora.integrations.reference import Reference
+from randlora.errors import AdapterError, CheckpointError
+from randlora.integrations.reference import Reference, referring
 from randlora.model.listing import AdapterInfo
 from randlora.model.ranks import is_held_together
 from randlora.state import adapted_root
 from randlora.targets.match import shortened
-from randlora.targets.walk import Census
 
-PRIVATE = ("_load_from_checkpoint", "_load_best_model")
+PRIVATE = ("_load_from_checkpoint", "_load_best_model", "_save_optimizer_and_scheduler")
 """Private methods of `Trainer` that `AdapterCheckpoints` overrides; a test holds their signatures and their callers."""
 
 SENT = "_iter_named_params"
@@ -46,15 +47,22 @@ class AdapterCheckpoints:
     If several adapters are trained, each is saved in a subdirectory of its name. Those that are not trained are not
     saved.
 
-    With TRL's trainers that take a ``ref_model``, none means that the reference is the same model without the adapters
-    that are trained; no other is loaded. Those that sample with vLLM by TRL's `VLLMGeneration` send it the weights of
-    `randlora.merged_tensors`.
+    FSDP and DeepSpeed write what is trained and the optimizer's state into a checkpoint, and not the base.
+
+    With TRL's trainers that compare with a reference, this is the same model without the adapters that are trained,
+    unless a ``ref_model`` is given; no other is loaded. Those that sample with vLLM by TRL's `VLLMGeneration` send it
+    the weights of `randlora.merged_tensors`.
     """
 
+    accelerator: Any
     args: Any
     is_deepspeed_enabled: bool
+    is_fsdp_enabled: bool
+    lr_scheduler: Any
     model: Any
+    model_wrapped: Any
     model_init: Any
+    optimizer: Any
     state: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -88,10 +96,8 @@ class AdapterCheckpoints:
             )
         model = given.arguments.get("model")
         if isinstance(model, nn.Module):
-            _require_trained(model)
-            if "ref_model" in given.signature.parameters and given.arguments.get("ref_model") is None:
-                _refer(given, model)
-            with _accepted(model):
+            trained = [info.name for info in _require_trained(model)]
+            with _accepted(model), referring(self, given, Reference(lambda: getattr(self, "model", model), trained)):
                 super().__init__(*given.args, **given.kwargs)
         else:  # made in there, by a function or from a name
             super().__init__(*args, **kwargs)
@@ -105,7 +111,13 @@ class AdapterCheckpoints:
             _require_added(self.model)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = _newest_complete(Path(self.args.output_dir))
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        if not self.is_deepspeed_enabled:
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        hook = self.model.register_load_state_dict_post_hook(_forgive_frozen)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            hook.remove()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001, FBT002
         """Save the adapters that are trained, with what else the trainer saves beside a model.
@@ -130,6 +142,22 @@ class AdapterCheckpoints:
         if processing is not None:
             processing.save_pretrained(directory)
         torch.save(self.args, directory / "training_args.bin")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the states of the optimizer and the scheduler without the base, which an engine would save beside it."""
+        if self.is_fsdp_enabled:  # what is trained is in the adapter's files
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+            return
+        engine = vars(self.model_wrapped) if self.is_deepspeed_enabled else {}
+        if engine:
+            engine["save_checkpoint"] = partial(self.model_wrapped.save_checkpoint, exclude_frozen_parameters=True)
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        finally:
+            engine.pop("save_checkpoint", None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the adapters that are trained from a checkpoint, in place."""
@@ -196,6 +224,12 @@ def _require_added(model: nn.Module) -> None:
         raise AdapterError(f"{names} is not active and would not be trained: call randlora.activate(model, name)")
 
 
+def _forgive_frozen(model: nn.Module, keys: Any) -> None:
+    """Let a checkpoint of DeepSpeed that has no frozen parameters be loaded by its strict loading."""
+    frozen = {name for name, held in model.named_parameters(remove_duplicate=False) if not held.requires_grad}
+    keys.missing_keys[:] = [name for name in keys.missing_keys if name not in frozen]
+
+
 def _send_merged(engine: Any) -> None:
     """Have TRL send vLLM the merged weights: it would send the parameters as they are, those of adapters among them."""
     if SENT not in dir(engine):
@@ -211,37 +245,6 @@ def _send_merged(engine: Any) -> None:
         return ((name, tensor) for name, tensor in randlora.merged_tensors(model) if name not in tied)
 
     setattr(engine, SENT, merged)
-
-
-def _refer(given: inspect.BoundArguments, model: nn.Module) -> None:
-    """Let a trainer of TRL use the same model as its reference."""
-    arguments: Any = given.arguments.get("args")
-    if getattr(arguments, "sync_ref_model", False):
-        raise AdapterError(
-            "sync_ref_model=True copies what is trained into the reference, which is the same model here, without its "
-            "adapters: leave it out, or give a ref_model"
-        )
-    if _is_sharded_by_engine(arguments):  # TRL would shard the reference, and loads one of its own without it
-        return
-    trained = [info.name for info in _require_trained(model)]
-    if any(
-        all(part.any() for part in site.layer.diagonals_of(site.owner, name))
-        for site in Census.of(model).adapted
-        for name in site.layer.adapters
-        if name in trained
-    ):
-        warn(
-            f"the reference is the model without {', '.join(trained)}, which was trained before: if it should be the "
-            "model as it is now, merge the adapter first and inject another, or give a ref_model"
-        )
-    given.arguments["ref_model"] = Reference(model, trained)
-
-
-def _is_sharded_by_engine(arguments: Any) -> bool:
-    """Whether a trainer of these arguments will shard models, by FSDP or DeepSpeed."""
-    flags = (getattr(arguments, name, None) for name in ("fsdp", "deepspeed"))
-    launched = (os.environ.get(name, "false") for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
-    return any(flags) or any(flag.lower() in ("true", "1") for flag in launched)
 
 
 @contextmanager

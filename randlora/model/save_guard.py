@@ -46,6 +46,7 @@ class SaveGuard:
     """
 
     write_adapter: ClassVar[Callable[..., object]]  # set by `checkpoint.save`, which is above this room
+    write_given: ClassVar[Callable[..., object]]
 
     def __init__(self, name: str, module: nn.Module, root: nn.Module | None, own: Callable[..., Any] | None) -> None:
         """Guard a method.
@@ -132,14 +133,22 @@ class SaveGuard:
                 f"{self.name} would write one of several adapters ({', '.join(state.adapters)}): call "
                 "randlora.save(model, directory, name=...)"
             )
-        is_shared = is_held_together(root)
-        if is_shared and kwargs.get("state_dict") is not None:  # that one process gathered, which calls alone
-            raise AdapterError(f"{self.name} of a sharded model takes no state_dict: {INSTEAD}, in all processes")
-        if not is_shared and not kwargs.get("is_main_process", True):
+        values, is_shared = kwargs.get("state_dict"), is_held_together(root)
+        if not kwargs.get("is_main_process", True) and not (is_shared and values is None):
             return
-        _require_own_values(module, kwargs.get("state_dict"))
-        type(self).write_adapter(root, Path(given[0]))
-        if "is_main_process" in kwargs and CHECKPOINT.fullmatch(Path(given[0]).name):
+        if is_shared and values is not None and not values:  # as a Trainer calls it with ZeRO-3
+            warn(
+                f"{self.name} wrote nothing, because its state_dict is empty: use AdapterTrainer, or set "
+                "stage3_gather_16bit_weights_on_model_save to true for an engine of ZeRO-3"
+            )
+            return
+        if is_shared and values is not None:  # that one process gathered, which may call alone
+            type(self).write_given(root, Path(given[0]), values)
+        else:
+            _require_own_values(module, values)
+            type(self).write_adapter(root, Path(given[0]))
+        is_stock = values is None and "is_main_process" in kwargs  # engines have checkpoints that resume
+        if is_stock and CHECKPOINT.fullmatch(Path(given[0]).name):
             warn(  # the same words each time, so that Python shows them once
                 f"{self.name} wrote the adapter into a checkpoint of transformers' Trainer, which can neither resume "
                 "from it nor load the best one at the end: use AdapterTrainer of randlora.integrations.transformers, "
