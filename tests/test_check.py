@@ -264,6 +264,16 @@ def test_a_forward_that_raises_is_undone() -> None:
     assert states() == before
 
 
+def test_a_dict_that_cannot_change_is_left_alone() -> None:
+    class Frozen(dict[str, int]):
+        def clear(self) -> None:
+            raise TypeError("cannot change")
+
+    model = adapted(around(calls))
+    model.config = Frozen(size=6)  # type: ignore[assignment]  # as in models of diffusers
+    assert not randlora.check(model, X)
+
+
 def test_an_interrupt_is_undone() -> None:
     model = adapted(around(calls))
     counts = iter(range(100))

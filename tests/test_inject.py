@@ -394,3 +394,8 @@ def test_uninitialized_layers_that_are_no_targets_do_not_matter(tmp_path: Path) 
     assert all(parameter.requires_grad for parameter in model.parameters())
     with untouched(model), pytest.raises(TargetError, match=r"2\.0 is of type LazyConv1d|2\.0 .*no shape yet"):
         randlora.inject(model, r=2, targets=r"2\.0")
+
+
+def test_sizes_of_layers_that_are_tensors_are_numbers() -> None:
+    model = nn.Sequential(nn.Linear(torch.tensor(6), torch.tensor(8)))  # type: ignore[arg-type]  # as in Inkling
+    assert randlora.inject(model, r=2).rows[0].in_features == 6

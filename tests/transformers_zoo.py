@@ -70,7 +70,7 @@ def tiny(model_type: str, name: str) -> nn.Module | None:
     """Build a class with few weights; ``None`` where no cut of its config gives any."""
     for sizes in CUTS:
         try:
-            model_class, config = getattr(transformers, name), _cut(CONFIG_MAPPING[model_type], sizes)
+            model_class, config = getattr(transformers, name), cut(CONFIG_MAPPING[model_type], sizes)
             with torch.device("meta"):
                 size = sum(parameter.numel() for parameter in model_class(config).parameters())
             if size <= LARGEST:
@@ -96,7 +96,7 @@ def on_meta(model_type: str, names: Iterable[str]) -> Iterator[nn.Module]:
         for sizes in (*CUTS, {}):
             try:
                 model_class = getattr(transformers, name)
-                config = _cut(CONFIG_MAPPING[model_type], sizes)
+                config = cut(CONFIG_MAPPING[model_type], sizes)
                 with torch.device("meta"):
                     model = model_class(config)
             except Exception:  # some sizes do not go together, and some classes need another library
@@ -104,11 +104,11 @@ def on_meta(model_type: str, names: Iterable[str]) -> Iterator[nn.Module]:
             yield model.eval()
 
 
-def _cut(config_class: Any, sizes: dict[str, int]) -> Any:
+def cut(config_class: Any, sizes: dict[str, int]) -> Any:
     """Make a config of a class with the sizes given that it has, and those inside it."""
     default = config_class()
     inner = {
-        key: _cut(type(found), sizes).to_dict()
+        key: cut(type(found), sizes).to_dict()
         for key in config_class.sub_configs
         if (found := getattr(default, key, None)) is not None
     }

@@ -36,7 +36,7 @@ class ConvolutionAdapter(ReadWeight):
     def features(owner: nn.Module) -> tuple[int, int]:
         """Return the sizes of a row and a column of the kernel as a matrix, even if DeepSpeed's ZeRO-3 emptied it."""
         assert isinstance(owner, nn.modules.conv._ConvNd)
-        first, second = owner.out_channels, owner.in_channels
+        first, second = int(owner.out_channels), int(owner.in_channels)
         if owner.transposed:
             first, second = second, first
         return second // owner.groups * math.prod(owner.kernel_size), first

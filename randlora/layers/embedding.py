@@ -37,7 +37,7 @@ class EmbeddingAdapter(ReadWeight):
     def features(owner: nn.Module) -> tuple[int, int]:
         """Return ``(embedding_dim, num_embeddings)``, the sizes of a row and of a column of the table."""
         assert isinstance(owner, nn.Embedding)
-        return owner.embedding_dim, owner.num_embeddings
+        return int(owner.embedding_dim), int(owner.num_embeddings)
 
     @staticmethod
     def in_storage_layout(delta: Tensor) -> Tensor:

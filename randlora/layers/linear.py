@@ -29,7 +29,7 @@ class ReadLinear(ReadWeight):
     def features(owner: nn.Module) -> tuple[int, int]:
         """Return ``(in_features, out_features)``, even if the weight is codes or DeepSpeed's ZeRO-3 emptied it."""
         assert isinstance(owner, nn.Linear)
-        return owner.in_features, owner.out_features
+        return int(owner.in_features), int(owner.out_features)  # which are tensors in some models
 
     @staticmethod
     def in_storage_layout(delta: Tensor) -> Tensor:

@@ -141,5 +141,13 @@ class Attributes:
         self.owner.__dict__.clear()
         self.owner.__dict__.update(self.attributes)
         for container, entries in self.entries:
-            container.clear()
-            container.update(entries) if isinstance(container, dict) else container.extend(entries)
+            if _is_changed(container, entries):  # a dict that cannot change, as diffusers has, is not
+                container.clear()
+                container.update(entries) if isinstance(container, dict) else container.extend(entries)
+
+
+def _is_changed(container: Any, entries: Any) -> bool:
+    """Whether a dict or a list has other entries than before, or in another order."""
+    if isinstance(container, dict):
+        container, entries = ([part for pair in each.items() for part in pair] for each in (container, entries))
+    return len(container) != len(entries) or any(own is not was for own, was in zip(container, entries, strict=True))
