@@ -41,6 +41,12 @@ def test_actions_are_pinned(path: Path) -> None:
     assert not loose
 
 
+def test_scheduled_campaigns_are_targets_of_the_makefile() -> None:
+    jobs = yaml.safe_load((ROOT / ".github/workflows/campaigns.yml").read_text(encoding="utf-8"))["jobs"]
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert {*jobs["campaign"]["strategy"]["matrix"]["target"]} <= {*targets}
+
+
 def test_a_workflow_may_do_nothing_that_a_job_does_not_ask_for() -> None:
     asked = {name: job["permissions"] for name, job in RELEASE["jobs"].items()}
     assert RELEASE["permissions"] == {}
