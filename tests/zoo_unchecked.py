@@ -68,6 +68,7 @@ EXPECTED = {
     "fastspeech2_conformer": ("duration_predictor", "without labels its output is rounded to integers"),
     "flava": ("text_to_mm_projection", "its output is used with images and text together"),
     "lightglue": ("keypoint_detector", "no gradient reaches the detector of the points that are matched"),
+    "pocket_tts": ("audio_latent_proj", "the inputs tried here have no audio for it to embed"),
     "mra": ("attention", "without its kernels for a GPU the attention returns zeros"),
 }
 """By type the weights, as a regex, in which something is found, and why that is no mistake of the library."""

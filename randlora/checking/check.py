@@ -187,7 +187,7 @@ class _Mode:
         self.backward_error, self.trained = "", set[AdaptedSite]()
         try:
             self.trained = trial.gradients(training=training)
-        except RuntimeError as error:  # the forward has not raised before
+        except Exception as error:  # the forward has not raised before
             self.backward_error = f"{type(error).__name__}: {error}"
         self.ran = set(trial.ran)
         rest = [site for site in trial.sites if site not in self.trained]
