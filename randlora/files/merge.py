@@ -235,8 +235,7 @@ def _check(inputs: Sequence[Source], out: Path, dtype: torch.dtype | None) -> No
 def _planned(shard: Shard, changes: Changes, dtype: torch.dtype | None) -> list[Planned]:
     """Return how the tensors of one file are written."""
     entries = [entry for entry in shard.entries if entry.name not in changes.unused]
-    dtypes = {entry: dtype if dtype and entry.dtype in CASTABLE else entry.dtype for entry in entries}
-    dtypes = {entry: dtype if dtype and entry.dtype.is_floating_point else entry.dtype for entry in shard.entries}
+    dtypes = {entry: dtype if dtype and entry.dtype.is_floating_point else entry.dtype for entry in entries}
     return [
         Planned(changes.name_of(entry), wanted, changes.shape_of(entry), partial(changes.pieces, entry, wanted))
         for entry, wanted in dtypes.items()
