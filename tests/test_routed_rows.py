@@ -117,6 +117,14 @@ def by_python(x: Tensor) -> Tensor:
     return torch.stack([x[place] for place in places])
 
 
+def by_floats(x: Tensor) -> Tensor:
+    return torch.stack([x[place] for place in sorted(range(len(x)), key=x.sum((1, 2)).tolist().__getitem__)])
+
+
+def through_numpy(x: Tensor) -> Tensor:
+    return torch.from_numpy(x.numpy()[::-1].copy())
+
+
 def over_tokens(x: Tensor) -> Tensor:
     return torch.einsum("bth,bsh->ts", x, x)[:ROWS, :1] + torch.ones(6)
 
@@ -124,7 +132,11 @@ def over_tokens(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("tokens", [1, ROWS - 1, ROWS])
 @pytest.mark.parametrize(
     ("choose", "message"),
-    [(by_gate, "have chosen or sorted"), (by_python, "have chosen or sorted"), (over_tokens, "are mixed")],
+    [
+        *((choose, "have chosen or sorted") for choose in (by_gate, by_python, by_floats)),
+        (through_numpy, r"cannot be told, since Tensor\.numpy"),
+        (over_tokens, "are mixed"),
+    ],
 )
 def test_rows_that_cannot_be_known_are_an_error_at_every_length(choose: Any, message: str, tokens: int) -> None:
     torch.manual_seed(0)
@@ -134,6 +146,24 @@ def test_rows_that_cannot_be_known_are_an_error_at_every_length(choose: Any, mes
             if choose is not over_tokens or tokens > 1:
                 with pytest.raises(AdapterError, match=message):
                     model(torch.randn(ROWS, length, 6))
+
+
+def test_calls_that_differ_in_a_flag_are_not_of_one_kind() -> None:
+    class Flagged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, *, tokens_first: bool = False) -> Tensor:
+            y: Tensor = self.layer(x.transpose(0, 1) if tokens_first else x)
+            return y.transpose(0, 1) if tokens_first else y
+
+    model, x = with_adapters(Flagged()), torch.randn(ROWS, ROWS, 6)
+    assert rows_are_right(model, lambda: model(x, tokens_first=True))
+    with randlora.routed(model, NAMES), torch.no_grad():
+        model(x)
+        with pytest.raises(AdapterError, match="in other places than before"):
+            model(x, tokens_first=True)
 
 
 def test_a_table_as_long_as_the_batch_is_no_batch() -> None:

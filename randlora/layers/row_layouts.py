@@ -16,7 +16,7 @@ from torch import Tensor
 from randlora.errors import AdapterError
 from randlora.layers.rows import Rows
 from randlora.routing import BLOCKS, Layout, Routing
-from randlora.rows.labels import MIXED, NONE, Label, filled, first_dimension, merged, merged_along
+from randlora.rows.labels import MIXED, NONE, Label, filled, first_dimension, merged, merged_along, unknown
 from randlora.rows.tracking import RowTracking
 from randlora.state import ModelState
 
@@ -76,7 +76,7 @@ def layout_of(state: ModelState, layer: Any, value: Tensor, module: str, *, feat
         return known if known is not None else _found(routing, layer, shape, module)
     label = tracking.label(value)
     if label is None or label.is_none:
-        label = _assumed(routing, value.shape, module)
+        label = _assumed(routing, tracking, value.shape, module)
         tracking.set(value, label)
     label = filled(merged_along(label, range(len(shape), value.dim())))
     return _followed(routing, layer, label, shape, module)
@@ -102,7 +102,7 @@ def layout_of_rows(state: ModelState, layer: Any, rows: Rows, module: str) -> tu
             if rows.axes[name][1] == 1
         ]
         each = [label.changed(label.rows.flatten()) for label in along]
-        label = merged(each) if each else _assumed(routing, shape, module)
+        label = merged(each) if each else _assumed(routing, tracking, shape, module)
         layout = _followed(routing, layer, label, shape, module)
     if rows.is_declared:
         return layout, rows
@@ -195,11 +195,14 @@ def _require_told(routing: Routing, layer: Any) -> None:
         raise AdapterError(message)
 
 
-def _assumed(routing: Routing, shape: Sequence[int], module: str) -> Label:
+def _assumed(routing: Routing, tracking: RowTracking, shape: Sequence[int], module: str) -> Label:
     """Return the label of a tensor that depends on no row. One that is as long as the batch may be an input for each.
 
-    As learned queries, that a model repeats for each row. What it meets later shows whether it is.
+    As learned queries, that a model repeats for each row. What it meets later shows whether it is. Or it was computed
+    outside of torch from what was taken from there.
     """
+    if shape[0] == routing.batch and tracking.taken_by:
+        return unknown(len(shape), tracking.taken_by)
     if shape[0] == routing.batch:
         return first_dimension(shape)._replace(assumed_by=module)
     return Label(torch.full((1,) * len(shape), NONE, device="cpu"))

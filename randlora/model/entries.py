@@ -98,7 +98,8 @@ class Entries:
         routing.use(_rows_of(routing, shape, name))
         own = [(key, x) for key, x in tensors if x.shape[0] == routing.batch and key not in WITHOUT_ROWS]
         lengths = tuple((key, x.shape) for key, x in own if not any(part in str(key) for part in GROWING))
-        kind = module, module.training, routing.batch, lengths
+        flags = tuple((key, each) for key, each in inputs.items() if each is None or isinstance(each, bool | str))
+        kind = module, module.training, routing.batch, lengths, flags
         call = routing.call = RunningCall(module, threading.get_ident(), kind)
         if routing.is_uniform or kind in self.followed or module in self.inside:
             return

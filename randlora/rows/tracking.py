@@ -16,12 +16,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 from randlora.rows.labels import NONE, Label, marked, merged, shrunk, unknown
 from randlora.rows.rules import MOST, Call, Labels, labels_of
 
-READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.item, Tensor.__int__, Tensor.__index__}
+TAKES = {Tensor.tolist: "Tensor.tolist", Tensor.numpy: "Tensor.numpy", Tensor.__array__: "Tensor.__array__"}
+"""What takes values out of torch, which may come back in another order."""
+
+READS = {*TAKES, Tensor.item, Tensor.__int__, Tensor.__index__, Tensor.__float__}
 """What reads values in Python, where they may become lengths or indices."""
 
 
 class RowTracking(TorchDispatchMode):
-    """Follows rows, from tensors whose rows are known, while nothing else about the operations changes."""
+    """Follows rows, from tensors whose rows are known, while nothing else about the operations changes.
+
+    Attributes:
+        has_read: Whether Python has read values of the batch.
+        taken_by: What has taken such values out of torch, if anything has.
+    """
 
     supports_higher_order_operators = True
 
@@ -31,6 +39,7 @@ class RowTracking(TorchDispatchMode):
         self._labels: Any = WeakIdKeyDictionary()
         self._aliases: dict[int, list[weakref.ref[Tensor]]] = {}
         self._is_paused = self.has_read = False
+        self.taken_by = ""
         self._reads = _Reads(self)
 
     def __enter__(self) -> Self:
@@ -54,10 +63,11 @@ class RowTracking(TorchDispatchMode):
         self._labels[value] = label
         self._remember(value)
 
-    def read(self, value: Tensor) -> None:
+    def read(self, value: Tensor, taken_by: str = "") -> None:
         """Note that Python has read values of the batch, which may decide where rows are from then on."""
-        if not value.is_floating_point() and value.dtype != torch.bool and self.label(value) is not None:
-            self.has_read = True
+        if self.label(value) is not None:
+            self.has_read |= value.dtype != torch.bool
+            self.taken_by = taken_by or self.taken_by
 
     def stop(self) -> None:
         """Follow nothing any more, even if torch goes on asking."""
@@ -164,7 +174,7 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in READS:
-            self._tracking.read(args[0])
+            self._tracking.read(args[0], TAKES.get(func, ""))
         return func(*args, **(kwargs or {}))
 
 
