@@ -19,7 +19,7 @@ import randlora
 from randlora.checkpoint.format import HEADER_KEY
 from randlora.disk.tensor_file import read_shard
 from randlora.errors import TargetError
-from tests.attention_kinds import ATTENTION_KINDS, Attending
+from tests.attention_kinds import ATTENTION_KINDS, Attending, Subclass
 from tests.kit import all_bits, fill, same_bits, untouched
 from tests.laws import assert_close
 from tests.models import clip, clip_attention, reproducible
@@ -175,28 +175,30 @@ def test_what_cannot_be_adapted_is_refused_with_the_reason() -> None:
     )
     tied = nn.ModuleDict({"first": plain(), "second": plain()})
     tied["second"].attn.in_proj_weight = tied["first"].attn.in_proj_weight  # type: ignore[union-attr]
-    refused(tied, r"the weight of first\.attn\.in_proj_weight is tied to second\.attn\.in_proj_weight")
+    refused(
+        tied,
+        r"the weight of first\.attn\.in_proj_weight is tied to second\.attn\.in_proj_weight",
+        targets=["in_proj_weight"],
+    )
 
 
-def test_a_layer_in_the_place_of_out_proj_that_attention_never_calls_is_refused() -> None:
-    model = ATTENTION_KINDS[0].plain()
-    model.attn.out_proj = nn.Linear(12, 12, dtype=torch.float64)  # type: ignore[assignment]
-    message = r"attn\.out_proj \(Linear\) is never called, because MultiheadAttention reads its weight"
-    refused(model, message, targets=["out_proj"])
-    report = randlora.inject(model, r=3)
-    assert report.targets == ("attn.in_proj_weight",)
-    assert report.skipped["attn.out_proj"].startswith("is never called")
-
-
-def test_a_forward_of_its_own_does_not_say_whether_a_class_calls_its_out_proj() -> None:
-    class Passing(nn.MultiheadAttention):
-        def forward(self, *args: Any, **options: Any) -> Any:
-            return super().forward(*args, **options)
-
-    attention = Passing(12, 2, dtype=torch.float64)
+@pytest.mark.parametrize("kind", [nn.MultiheadAttention, Subclass])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_in_the_place_of_out_proj_that_attention_never_calls_is_adapted_as_it_is_read(
+    kind: type[nn.MultiheadAttention], training: bool
+) -> None:
+    attention = kind(12, 2, dtype=torch.float64)
     attention.out_proj = nn.Linear(12, 12, dtype=torch.float64)  # type: ignore[assignment]
-    model = Attending(attention)
-    refused(model, r"out_proj \(Linear\) is never called, because Passing reads its weight", targets=["out_proj"])
+    model, x = Attending(attention).train(training), torch.randn(2, 5, 12, dtype=torch.float64)
+    base = model(x)
+    randlora.inject(model, r=3, targets=["out_proj"])
+    fill(model)
+    adapted = model(x)
+    assert (adapted - base).abs().max() > 0.01
+    adapted.sum().backward()
+    assert all(each.grad is not None and each.grad.any() for each in randlora.trainable_parameters(model))
+    randlora.merge(model)
+    torch.testing.assert_close(model(x), adapted)
 
 
 # Files

@@ -116,6 +116,7 @@ def test_what_json_cannot_hold_becomes_text(capsys: pytest.CaptureFixture[str]) 
         "adapters": {"ä": 0.5},
         "merged": ["x"],
         "replaced": [],
+        "added": [],
         "shards": 1,
         "nbytes": 10,
         "dtype": "bfloat16",

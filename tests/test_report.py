@@ -12,6 +12,7 @@ from torch import nn
 import randlora
 from randlora.report import as_bytes, table
 from randlora.targets.walk import Census
+from tests.kit import fill
 from tests.laws import Mixed, diagonals
 from tests.quantized import INT8, MODELS, NF4, Codes, of_4_bits, quantized_model
 from tests.strategies import ranks
@@ -175,6 +176,7 @@ def test_a_sparse_kind_claims_no_more_rank_than_it_has() -> None:
 def test_a_merge_says_what_went_where() -> None:
     model = Mixed()
     randlora.inject(model, r=4)
+    fill(model)
     assert str(randlora.merge(model)) == "merged default into 3 layers; the layers are plain again"
 
 

@@ -185,13 +185,13 @@ def test_a_weight_tied_to_another_module_is_refused_and_both_are_named(make: Cal
     message = "the weight of up is tied to embed.weight: untie it, or exclude the layer"
     assert problems(make(), ["up"]) == [message]
     with pytest.raises(TargetError, match=re.escape(message)):
-        randlora.inject(make(), r=1)
+        randlora.inject(make(), r=1, targets=["up"])
 
 
 def test_two_targets_of_one_weight_are_both_refused() -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     model["b"].weight = model["a"].weight
-    assert problems(model) == [
+    assert problems(model, ["a", "b"]) == [
         "the weight of a is tied to b.weight: untie it, or exclude the layer",
         "the weight of b is tied to a.weight: untie it, or exclude the layer",
     ]
@@ -256,7 +256,7 @@ def test_all_obstacles_are_named_at_once() -> None:
     model = nn.ModuleDict({"a": parametrized(), "b": nn.Linear(3, 3), "embed": nn.Embedding(3, 3)})
     model["b"].weight = model["embed"].weight
     with pytest.raises(TargetError, match="2 problems") as caught:
-        randlora.inject(model, r=1)
+        randlora.inject(model, r=1, targets=["a", "b"])
     assert "a computes its weight" in str(caught.value)
     assert "the weight of b is tied to embed.weight" in str(caught.value)
 
