@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import randlora
+from randlora.checkpoint.read import read_adapter
 from randlora.errors import CheckpointError
 
 WIDTHS = (6, 10, 6, 14, 8)
@@ -110,6 +111,19 @@ def test_parts_of_different_adapters_are_refused(options: dict[str, Any], said: 
         randlora.files.join(parts, tmp_path / "joined")
     assert said in str(caught.value)
     assert not (tmp_path / "joined").exists()
+
+
+@pytest.mark.parametrize("alphas", [(None, 3.0), (5.0, 3.0), (3.0, {"q": 3.0, ".*": 5.0})], ids=str)
+def test_each_layer_keeps_its_alpha(alphas: tuple[Any, ...], tmp_path: Path) -> None:
+    parts = stages(Model(), [1])
+    directories = [
+        *save_all(parts[:1], tmp_path / "a", alpha=alphas[0]),
+        *save_all(parts[1:], tmp_path / "b", alpha=alphas[1]),
+    ]
+    randlora.files.join(directories, tmp_path / "joined")
+    own = {fqn: option for directory in directories for fqn, option in read_adapter(directory).options.items()}
+    assert len({option.alpha for option in own.values()}) == 2
+    assert read_adapter(tmp_path / "joined").options == own
 
 
 def test_what_a_directory_holds_is_not_replaced_unless_asked_for(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,10 @@ def _joined(parts: Sequence[OpenAdapter]) -> tuple[Header, dict[str, Tensor], di
     is_one = len({(each.library, each.name) for each in known}) == 1
     model_class = max(known, key=lambda each: each.labels is not None) if is_one else None  # one stage has the head
     buffers = dict.fromkeys(fqn for file in files for fqn in file.buffers)
-    header = Header.of(files[0].config, options, bases, shapes, trained, transposed, kinds, model_class, buffers)
+    config = files[0].config
+    if any(file.config.alpha != config.alpha for file in files):  # a part with one alpha does not list it by layer
+        config = replace(config, alpha={fqn: option.alpha for fqn, option in options.items()})
+    header = Header.of(config, options, bases, shapes, trained, transposed, kinds, model_class, buffers)
     (stream,) = {spec.stream for spec in specs.values()}
     kept = {name: value for name, value in files[0].fields.items() if name not in UNREAD_FIELDS}
     modules = [name for file in files for name in file.fields.get("modules_to_save") or ()]
@@ -177,7 +180,7 @@ def _joined(parts: Sequence[OpenAdapter]) -> tuple[Header, dict[str, Tensor], di
         "fan_in_fan_out": all(file.fields.get("fan_in_fan_out") for file in files),
         "modules_to_save": list(dict.fromkeys(modules)) or None,
         "target_modules": _target_modules([file.fields.get("target_modules") for file in files], shapes),
-        **option_fields(files[0].config, options, stream, stored=False),
+        **option_fields(config, options, stream, stored=False),
     }
     return header, adapter_tensors(values, trained), dict(sorted(json_fields.items()))
 
