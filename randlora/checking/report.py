@@ -31,7 +31,7 @@ class Problem:
         fault: ``"unused"`` if it is computed and nothing depends on it, ``"read past"`` if it has an effect only once
             merged, ``"no gradient"`` if it has an effect and would not be trained, ``"merged differs"`` if it has
             another effect once merged.
-        modes: Where that was seen: ``"train"``, ``"eval"``, or both.
+        modes: Where that was seen: ``"training mode"``, ``"evaluation mode"``, or both.
         difference: For ``"merged differs"``, how large the difference is as a share of the effect.
     """
 

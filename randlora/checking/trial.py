@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -18,6 +17,7 @@ from randlora.layers.diagonals import Diagonal
 from randlora.layers.quantized import QuantizedLayer
 from randlora.model.change import set_requires_grad
 from randlora.model.merge import merged
+from randlora.model.uncompiled import uncompiled
 from randlora.model.undone import Snapshot
 from randlora.state import ModelState, SiteAdapter
 from randlora.targets.site import AdaptedSite
@@ -126,11 +126,8 @@ class Trial:
             self._before.restore()
 
     def _call(self) -> Output:
-        eager: Any = nullcontext()
-        if "torch._dynamo" in sys.modules:  # compiled code would run without what watches the layers
-            eager = torch.compiler.set_stance("force_eager")
         args, kwargs = copied((self._args, self._kwargs), is_widened=self._is_widened)
-        with eager:
+        with uncompiled():  # compiled code would run without what watches the layers
             return tensors_in(self.model(*args, **kwargs))
 
     def _draw(self, site: AdaptedSite, part: SiteAdapter) -> list[nn.Parameter]:
