@@ -19,6 +19,7 @@ from randlora.errors import AdapterError
 from randlora.layers import registry
 from randlora.layers.linear import LinearAdapter
 from randlora.targets import walk
+from tests.further import further
 from tests.kit import fill, untouched
 from tests.models import bert, clip, image, llama, reproducible, tokens, torchvision_vit
 from tests.test_probe import bit_linear, dory_head
@@ -119,7 +120,7 @@ FAULTS: dict[str, tuple[Run, Callable[[], nn.Module] | None, str, tuple[str, ...
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", [further(name) if name == "BitNet" else name for name in FAULTS])
 def test_each_fault_is_found_where_it_is_and_nowhere_else(name: str, training: bool, unknown: None) -> None:
     run, inner, fault, modes = FAULTS[name]
     target = "inner" if inner is None else "inner.1"

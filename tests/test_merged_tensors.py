@@ -180,7 +180,7 @@ def test_at_most_one_merged_tensor_is_held() -> None:
     assert len(alive) == 6
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_after_1000_syncs_with_training_between_the_base_is_as_it_was_and_memory_has_not_grown() -> None:
     model = beside().train()
     rollout = Beside()

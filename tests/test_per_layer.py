@@ -448,7 +448,7 @@ def test_a_module_in_two_places_keeps_its_options_under_any_of_its_names(tmp_pat
         assert torch.equal(randlora.delta_weight(twin, fqn), randlora.delta_weight(model, fqn))
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.skipif(
     TorchVersion(torch.__version__) < "2.7", reason="the compiler of torch 2.6 does not take transformers' own wrappers"
 )

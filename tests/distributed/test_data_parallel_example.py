@@ -16,6 +16,7 @@ import randlora
 from tests.distributed.engines import deepspeed, needs_deepspeed
 from tests.distributed.processes import Processes
 from tests.examples import imported
+from tests.further import further
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,6 +60,6 @@ def run(out: Path, stage: int) -> str:
 
 @pytest.mark.medium
 @needs_deepspeed
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [further(2), 3])
 def test_the_example_trains_with_deepspeed(zero_pair: Processes, tmp_path: Path, stage: int) -> None:
     assert_learned("".join(zero_pair.run(run, tmp_path / "out", stage)), tmp_path / "out")
