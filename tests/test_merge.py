@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -282,6 +283,20 @@ class Wrapped(nn.Module):
         return self.form(self.inner(ids))
 
 
+class Named(NamedTuple):
+    """An output in a named tuple."""
+
+    layers: int
+    states: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Dataclass:
+    """An output in a dataclass that cannot be changed."""
+
+    states: Tensor
+
+
 @pytest.mark.parametrize(
     ("form", "loss_of"),
     [
@@ -289,8 +304,10 @@ class Wrapped(nn.Module):
         (lambda out: (out, None), lambda out: out[0]),
         (lambda out: {"loss": out.sum(), "states": [out]}, lambda out: out["states"][0]),
         (lambda out: CausalLMOutput(loss=out.sum(), logits=out), lambda out: out.loss),
+        (lambda out: Named(1, out), lambda out: out.states),
+        (lambda out: Dataclass(out), lambda out: out.states),  # noqa: PLW0108
     ],
-    ids=["tensor", "tuple", "dict", "output"],
+    ids=["tensor", "tuple", "dict", "output", "named tuple", "dataclass"],
 )
 def test_a_backward_pass_while_merged_is_refused_and_gradients_of_inputs_are_right(form: Any, loss_of: Any) -> None:
     model = Wrapped(form)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, MutableMapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -48,6 +50,13 @@ def _guarded(output: Any) -> Any:
             output[key] = _guarded(output[key])
     elif type(output) in (tuple, list):
         return type(output)(map(_guarded, output))
+    elif isinstance(output, tuple) and (make := getattr(type(output), "_make", None)) is not None:  # a named tuple
+        return make(map(_guarded, output))
+    elif is_dataclass(output) and not isinstance(output, type):
+        guarded = copy.copy(output)
+        for each in fields(output):
+            object.__setattr__(guarded, each.name, _guarded(getattr(output, each.name)))  # also of a frozen one
+        return guarded
     return output
 
 
