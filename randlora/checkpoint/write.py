@@ -11,13 +11,13 @@ can.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from randlora.checkpoint.format import CARD_FILE, CONFIG_FILE, HEADER_KEY, METADATA, TENSORS_FILE, Header, metadata_of
+from randlora.checkpoint.format import CARD_FILE, CONFIG_FILE, HEADER_KEY, TENSORS_FILE, Header, metadata_of
 from randlora.disk.replace import Files, Writer, write_directories
 from randlora.disk.tensor_file import Planned, read_shard, write_tensor_file
 from randlora.errors import CheckpointError
@@ -39,32 +39,10 @@ def adapter_files(
     card: str | None = None,
 ) -> Files:
     """Return an adapter's files, to be written. Tensors must be contiguous and on the CPU."""
-    planned = [Planned.whole(*item) for item in tensors.items()]
-    return _files(directory, fields, planned, metadata_of(header, tensors), card)
-
-
-def write_planned(
-    directory: Path,
-    fields: Mapping[str, Any],
-    tensors: Iterable[Planned],
-    metadata: Mapping[str, str] = METADATA,
-    card: str | None = None,
-) -> int:
-    """Write an adapter's files, with one tensor in memory at a time, and return their size in bytes."""
-    (size,) = write_directories([_files(directory, fields, tensors, metadata, card)])
-    return size
-
-
-def _files(
-    directory: Path,
-    fields: Mapping[str, Any],
-    tensors: Iterable[Planned],
-    metadata: Mapping[str, str],
-    card: str | None,
-) -> Files:
+    planned, metadata = [Planned.whole(*item) for item in tensors.items()], metadata_of(header, tensors)
     config = json.dumps(dict(fields), indent=2) + "\n"
     texts = {CARD_FILE: card, CONFIG_FILE: config}
-    writers: dict[str, Writer] = {TENSORS_FILE: lambda path: write_tensor_file(path, tensors, metadata)}
+    writers: dict[str, Writer] = {TENSORS_FILE: lambda path: write_tensor_file(path, planned, metadata)}
     writers |= {name: _writer(text) for name, text in texts.items() if text is not None}
     is_kept = HEADER_KEY in metadata and _needs_json(directory / TENSORS_FILE)
     return Files(directory, writers, withdrawn=() if is_kept else (CONFIG_FILE,))
