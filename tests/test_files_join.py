@@ -126,6 +126,17 @@ def test_each_layer_keeps_its_alpha(alphas: tuple[Any, ...], tmp_path: Path) -> 
     assert read_adapter(tmp_path / "joined").options == own
 
 
+def test_what_two_parts_train_must_be_one(tmp_path: Path) -> None:
+    parts = stages(Model(), [2])
+    parts[0].head = copy.deepcopy(parts[1].head)
+    directories = save_all(parts, tmp_path)
+    randlora.files.join(directories, tmp_path / "joined")
+    parts[0].head.bias.data.add_(1)
+    randlora.save(parts[0], directories[0])
+    with pytest.raises(CheckpointError, match=r"head\.bias has other values in .*0 than in .*1"):
+        randlora.files.join(directories, tmp_path / "joined", overwrite=True)
+
+
 def test_what_a_directory_holds_is_not_replaced_unless_asked_for(tmp_path: Path) -> None:
     parts = save_all(stages(Model(), [2]), tmp_path)
     for out, said in ((parts[0], "holds one of the parts"), (tmp_path, "exists and is not empty")):
