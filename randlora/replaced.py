@@ -17,6 +17,9 @@ from randlora.placement.flattened import FLATTENED
 Place = tuple[nn.Module, str]
 """A module and the name of one of its parameters or buffers."""
 
+CASTS = "randlora_casts"
+"""The attribute of a module with the dtypes that it computes with, by the names of parameters that have others."""
+
 WRAPPED_AS = {
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
     "CheckpointWrapper": "_checkpoint_wrapped_module",
@@ -126,6 +129,19 @@ class ReplacedParameter:
         return not isinstance(self.original, nn.Parameter)
 
     @property
+    def is_cast(self) -> bool:
+        """Whether the model computes with it in another dtype than that of trained copies."""
+        module, attribute = next(iter(self.places.values()))
+        return attribute in vars(module).get(CASTS, ())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the model computes with."""
+        module, attribute = next(iter(self.places.values()))
+        found: torch.dtype = vars(module).get(CASTS, {}).get(attribute, self.live.dtype)
+        return found
+
+    @property
     def is_fixed(self) -> bool:
         """Whether an engine of DeepSpeed's ZeRO-3 has the parameter, and would not run with another in its place."""
         return zero3.is_managed(self.live) and any(zero3.is_in_engine(module) for module, _ in self.places.values())
@@ -140,14 +156,16 @@ class ReplacedParameter:
     def install(self, parameter: Tensor) -> None:
         """Set the model's parameter or buffer to ``parameter``, moved to the device and dtype of the current one.
 
-        If `is_fixed`, the current one gets the values instead, for good: this is how `eject` ends.
+        A trained copy keeps its dtype if it `is_cast`. If `is_fixed`, the current one gets the values instead, for
+        good: this is how `eject` ends.
         """
         leaving = self.live
         if leaving is not parameter and self.is_fixed:
             zero3.Spread(leaving).write(zero3.gathered(parameter))
             return
         if leaving is not parameter and not leaving.is_meta:
-            parameter.data = parameter.data.to(device=leaving.device, dtype=leaving.dtype)
+            dtype = parameter.dtype if self.is_cast and parameter is not self.original else self.dtype
+            parameter.data = parameter.data.to(device=leaving.device, dtype=dtype)
             if isinstance(parameter, nn.Parameter) and zero3.is_managed(leaving) and not zero3.is_managed(parameter):
                 zero3.manage(parameter, leaving)
         for module, attribute in self.places.values():

@@ -218,7 +218,7 @@ def adapter_report(
         trainable_parameters=adapter_size + sum(parameter.numel() for parameter in beside),
         total_parameters=adapter_size + census.size,
         basis_bytes=sum(basis.nbytes for basis in adapter.bases.values()),
-        checkpoint_bytes=FLOAT32_BYTES * adapter_size + sum(each.nbytes for each in (*beside, *buffers.values())),
+        checkpoint_bytes=FLOAT32_BYTES * adapter_size + sum(each.nbytes for each in adapter.trained.values()),
         is_active=is_active,
         is_trainable=is_trainable,
         train_also=tuple(adapter.parameters),

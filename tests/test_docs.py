@@ -89,7 +89,10 @@ def package_examples() -> Iterator[doctest.DocTest]:
 
 
 @pytest.mark.parametrize("example", list(package_examples()), ids=lambda example: example.name)
-def test_the_example_of_a_docstring_runs(example: doctest.DocTest) -> None:
+def test_the_example_of_a_docstring_runs(
+    example: doctest.DocTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     report = io.StringIO()
     doctest.DocTestRunner().run(example, out=report.write)
     assert report.getvalue() == ""

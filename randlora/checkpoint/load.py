@@ -21,7 +21,7 @@ from randlora.layer_options import by_rank
 from randlora.model.change import one_at_a_time
 from randlora.model.install import commit, owned_state, prepare
 from randlora.model.moving import moving_note
-from randlora.model.train_also import half_notes, replacements
+from randlora.model.train_also import copy_dtype, half_notes, replacements
 from randlora.modes import in_mode, without_modes
 from randlora.placement.dtensor import reshard
 from randlora.replaced import like
@@ -132,7 +132,7 @@ def _added(census: Census, state: ModelState, found: Found, options: Options) ->
     foreign = [f"fields kept but not understood: {', '.join(unknown)}"] if unknown else []
     replaced = replacements(census, state, file.trained)
     for fqn, entry in replaced.items():
-        own = in_mode(file.trained[fqn]).to(device=entry.original.device, dtype=entry.original.dtype)
+        own = in_mode(file.trained[fqn]).to(device=entry.original.device, dtype=copy_dtype(entry))
         adapter.trained[fqn] = like(entry.original, own, requires_grad=trainable)
     addition = prepare(
         state,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora.files.model_directory import MODEL_CONFIG_FILE, QUANTIZATION, copy_config
+from randlora.layers.cast import in_own_dtypes
 from randlora.layers.in_place import plain_class
 from randlora.layers.quantized import QuantizedLayer
 from randlora.model.merged_values import modules_of, saved_buffers
@@ -41,7 +42,9 @@ def write_config(model: nn.Module, directory: Path, dtype: torch.dtype | None) -
         return [] if config is None else [f"no config was written: that of a {kind} has no save_pretrained"]
     config = copy.deepcopy(config)
     config.architectures = [plain_class(model).__name__.removeprefix("FSDP" if fsdp_modules([model]) else "")]
-    if (held := dtype or getattr(model, "dtype", None)) is not None:
+    with in_own_dtypes(model):
+        held = dtype or getattr(model, "dtype", None)
+    if held is not None:
         config.dtype = str(held).removeprefix("torch.")
     if getattr(config, QUANTIZATION, None) is not None:
         delattr(config, QUANTIZATION)

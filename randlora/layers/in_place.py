@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from randlora.errors import AdapterError, CheckpointError, MergeError
 from randlora.layers.base import AdapterLayer
+from randlora.layers.cast import RESIZER, Cast, cast
 from randlora.layers.diagonals import Gamma, Lambda
 from randlora.layers.planned import attach_planned
 from randlora.layers.read_weight import ReadWeight, forward_of_owner
+from randlora.replaced import CASTS
 from randlora.state import SiteAdapter
 
 FORWARDS = "_old_forward", "forward"
@@ -36,11 +38,9 @@ REWRITERS = (
     "torch.nn.utils.parametrize",
     "torch.nn.utils.weight_norm",
     "torch.nn.utils.prune",
-    "transformers.modeling_utils",  # where it resizes embeddings, and replaces output heads as a whole: `RESIZER`
+    RESIZER,
 )
 """Modules whose code reads a parameter to put another in its place, and changes the module before it assigns that."""
-
-RESIZER = REWRITERS[-1]
 
 QUANTIZER = "torch.ao.quantization."
 """The modules that quantize layers of exact classes, and set ``qconfig`` on all modules before they change one."""
@@ -50,15 +50,17 @@ FUSION = "torch.nn.utils.fusion"
 
 
 class InPlace(nn.Module):
-    """Base class of the classes of adapted modules.
+    """Base class of the classes of adapted modules, and of modules whose parameters are cast.
 
     Attributes:
         randlora: The adapter layers, by the name of the parameter that each adapts.
+        randlora_casts: The dtypes that the module computes with, by the names of the parameters that have others.
         randlora_base: The module's original class.
         randlora_input: The name of the first argument of its forward.
     """
 
-    randlora: dict[str, AdapterLayer]
+    randlora: dict[str, AdapterLayer] = {}  # noqa: RUF012  # never changed: `attach` makes another
+    randlora_casts: dict[str, torch.dtype] = {}  # noqa: RUF012  # nor is this
     randlora_base: ClassVar[type[nn.Module]]
     randlora_input: ClassVar[str]
 
@@ -68,9 +70,18 @@ class InPlace(nn.Module):
         make, args, *state = reduced
         if make is not copyreg.__newobj__:  # type: ignore[attr-defined]
             raise TypeError(f"{self.randlora_base.__name__} defines its own pickling: eject its adapters first")
-        if args[0] is not adapted_class(self.randlora_base, *_hosts(self.randlora)):  # subclassed after adapting
+        if args[0] is not adapted_class(self.randlora_base, *_hosts(self)):  # subclassed after adapting
             return make, args, *state
-        return _new, (self.randlora_base, *_hosts(self.randlora), *args[1:]), *state
+        return _new, (self.randlora_base, *_hosts(self), *args[1:]), *state
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        """Convert the module, and with it the dtypes that it computes with."""
+        applied = super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+        if self.randlora_casts:
+            self.randlora_casts = {
+                name: fn(torch.empty(0, dtype=dtype, device="cpu")).dtype for name, dtype in self.randlora_casts.items()
+            }
+        return applied
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter, except that Λ and Γ stay whole where `parallelize_module` splits all parameters."""
@@ -196,41 +207,62 @@ def _read(attribute: str) -> property:
             if reader in REWRITERS:
                 _keep(owner, attribute, reader)
         try:
-            return layer.read(owner)
+            return None if (value := layer.read(owner)) is None else cast(owner, attribute, value)
         except AttributeError as error:  # else Python would call nn.Module.__getattr__, which returns the parameter
             raise RuntimeError(f"cannot compute the adapted {attribute}: {error}") from error
 
     return property(read)
 
 
-_classes: WeakKeyDictionary[type[nn.Module], WeakValueDictionary[tuple[tuple[str, ...], bool], type[InPlace]]]
+_Hosts = tuple[tuple[str, ...], bool, tuple[str, ...]]
+"""The arguments of `adapted_class` beside the class."""
+
+_classes: WeakKeyDictionary[type[nn.Module], WeakValueDictionary[_Hosts, type[InPlace]]]
 _classes = WeakKeyDictionary()
 """The classes that modules have. They keep neither themselves nor the classes that they are made of."""
 
 
-def adapted_class(base: type[nn.Module], reads: tuple[str, ...], runs: bool) -> type[InPlace]:  # noqa: FBT001
-    """Return the subclass of a class that adds updates when ``reads`` are read and, if ``runs``, in its forward."""
+def adapted_class(
+    base: type[nn.Module],
+    reads: tuple[str, ...],
+    runs: bool,  # noqa: FBT001
+    casts: tuple[str, ...] = (),
+) -> type[InPlace]:
+    """Return the subclass of a class that adds updates when ``reads`` are read and, if ``runs``, in its forward.
+
+    Its forward reads ``casts`` cast.
+    """
     classes = _classes.setdefault(base, WeakValueDictionary())
-    if (known := classes.get((reads, runs))) is not None:
+    if (known := classes.get((reads, runs, casts))) is not None:
         return known
-    body: dict[str, Any] = {attribute: _read(attribute) for attribute in reads}
+    body: dict[str, Any] = {attribute: Cast(attribute) for attribute in casts}
+    body |= {attribute: _read(attribute) for attribute in reads}
     body |= {"__module__": base.__module__, "__doc__": base.__doc__, "randlora_base": base}
     if runs:
         parameters = list(inspect.signature(base.forward).parameters)[1:2]
         body["randlora_input"] = parameters[0] if parameters else ""
-    adapted: type[InPlace] = type(f"Adapted{base.__name__}", (RunsAdapters if runs else ReadsAdapted, base), body)
-    return classes.setdefault((reads, runs), adapted)
+    kind: type[InPlace] = RunsAdapters if runs else ReadsAdapted if reads else InPlace
+    # one that is not adapted keeps its name, by which code may know it
+    adapted: type[InPlace] = type(base.__name__ if kind is InPlace else f"Adapted{base.__name__}", (kind, base), body)
+    return classes.setdefault((reads, runs, casts), adapted)
 
 
-def _hosts(layers: dict[str, AdapterLayer]) -> tuple[tuple[str, ...], bool]:
-    """Return the arguments ``reads`` and ``runs`` of `adapted_class` for some adapter layers."""
+def _hosts(owner: nn.Module) -> _Hosts:
+    """Return the arguments of `adapted_class` for what a module has."""
+    layers: dict[str, AdapterLayer] = vars(owner).get("randlora", {})
     reads = sorted(attribute for attribute, layer in layers.items() if isinstance(layer, ReadWeight))
-    return tuple(reads), any(layer.is_called for layer in layers.values())
+    return tuple(reads), any(layer.is_called for layer in layers.values()), tuple(sorted(vars(owner).get(CASTS, ())))
 
 
-def _new(base: type[nn.Module], reads: tuple[str, ...], runs: bool, *args: Any) -> nn.Module:  # noqa: FBT001
+def _new(
+    base: type[nn.Module],
+    reads: tuple[str, ...],
+    runs: bool,  # noqa: FBT001
+    casts: tuple[str, ...] = (),
+    *args: Any,
+) -> nn.Module:
     """Create an adapted module without attributes, for pickle or copy to fill."""
-    adapted = adapted_class(base, reads, runs)
+    adapted = adapted_class(base, reads, runs, casts)
     return adapted.__new__(adapted, *args)
 
 
@@ -245,8 +277,9 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 
 def change_class(owner: nn.Module, base: type[nn.Module]) -> None:
-    """Change the class of a module that has adapter layers to the adapted subclass of ``base``."""
-    object.__setattr__(owner, "__class__", adapted_class(base, *_hosts(owner.__dict__["randlora"])))
+    """Change the class of a module to ``base``, or to its subclass for what the module has."""
+    hosts = _hosts(owner)
+    object.__setattr__(owner, "__class__", adapted_class(base, *hosts) if any(hosts) else base)
 
 
 def class_obstacle(owner: nn.Module, layer_class: type[AdapterLayer]) -> str | None:
@@ -274,12 +307,36 @@ def has_attribute(module: nn.Module, name: str) -> bool:
 
 def detach_obstacle(owner: nn.Module) -> str | None:
     """Return why a module's original class cannot be restored, as a phrase that follows its name, or ``None``."""
-    if not isinstance(owner, InPlace) or type(owner) is adapted_class(owner.randlora_base, *_hosts(owner.randlora)):
+    if not isinstance(owner, InPlace) or type(owner) is adapted_class(owner.randlora_base, *_hosts(owner)):
         return None
     return (
         f"changed its class to {type(owner).__name__} after it was adapted, as by fully_shard or a parametrization: "
         "undo that first, or save the adapter and load it into a new model"
     )
+
+
+def can_cast(owner: nn.Module, attribute: str) -> bool:
+    """Whether a module can have a parameter in another dtype than its code reads, by a change of its class."""
+    own = plain_class(owner)
+    if isinstance(owner, torch.jit.ScriptModule | nn.RNNBase) or detach_obstacle(owner) is not None:
+        return False  # recurrent layers read a list of their parameters
+    if any(attribute in vars(base) for base in own.__mro__):  # the class has an attribute for it already
+        return False
+    try:
+        object.__setattr__(object.__new__(own), "__class__", adapted_class(own, (), runs=False, casts=(attribute,)))
+    except Exception:  # a class may raise anything when it is subclassed
+        return False
+    return True
+
+
+def set_casts(owner: nn.Module, casts: dict[str, torch.dtype]) -> None:
+    """Have a module's forward read parameters in these dtypes, and no others in another than they have."""
+    is_own, base = detach_obstacle(owner) is None, plain_class(owner)
+    owner.__dict__[CASTS] = casts
+    if not casts:
+        del owner.__dict__[CASTS]
+    if is_own:  # else the subclass that others made reads the parameter as it is
+        change_class(owner, base)
 
 
 def attach(owner: nn.Module, layer: AdapterLayer) -> None:
@@ -311,12 +368,10 @@ def detach(owner: nn.Module, layer: AdapterLayer) -> None:
     for name in layer.parameter_names():
         del owner._modules[name]
     layer.unsettle(owner)
-    if layers:
-        owner.__dict__["randlora"] = layers
-        change_class(owner, base)
-    else:
+    owner.__dict__["randlora"] = layers
+    if not layers:
         del owner.__dict__["randlora"]
-        object.__setattr__(owner, "__class__", base)
+    change_class(owner, base)
     own_forward = MethodType(type(owner).forward, owner) if layer.own_forward is None else layer.own_forward
     for name in FORWARDS:  # accelerate's hooks may have been added or removed since
         bound = owner.__dict__.get(name)

@@ -52,7 +52,7 @@ class TrainingMemory:
         tokens: Tokens of a step on each device; 0 if not given, and then nothing that depends on them is counted.
         dtype: The dtype that the model is held and computed in.
         weights: The model's parameters, also those that are trained copies of, and its buffers.
-        parameters: Λ and Γ in float32, and the copies of ``train_also`` in the model's dtype.
+        parameters: Λ and Γ in float32, and the copies of ``train_also``, also in float32 at least.
         gradients: The same size.
         optimizer: That size ``optimizer_states`` times.
         bases: The random bases in the form that is computed with. All of them on every device, however it is divided,
@@ -232,13 +232,12 @@ class Training:
     def frozen(self) -> tuple[Part, ...]:
         """The model's own parameters, each once."""
         own = {id(held.parameter): held for held in reversed(self.census.parameters) if not is_lazy(held.parameter)}
-        replaced = {id(parameter) for parameter in self.adapter.trained.values()}  # copies of which take their place
         parts = []
         for held in own.values():
             shape, itemsize = tuple(held.parameter.shape), self._itemsize(held.parameter)
             if held.fqn in self.stored:
                 shape, itemsize = (self.stored[held.fqn],), 1
-            parts.append(Part(held.fqn, shape, itemsize, self._group(held.fqn), id(held.parameter) not in replaced))
+            parts.append(Part(held.fqn, shape, itemsize, self._group(held.fqn), held.fqn not in self.adapter.trained))
         return tuple(parts)
 
     @cached_property
@@ -249,12 +248,11 @@ class Training:
             for site in self.sites
             for shape in diagonal_shapes(site.shape_with(self.adapter.config), self.adapter.options[site.fqn].r)
         ]
-        copies = {id(parameter): (fqn, parameter) for fqn, parameter in self.adapter.parameters.items()}
         return (
             *diagonals,
             *(
-                Part(fqn, tuple(parameter.shape), self._itemsize(parameter), self._group(fqn))
-                for fqn, parameter in copies.values()
+                Part(fqn, tuple(parameter.shape), max(self._itemsize(parameter), FLOAT32_BYTES), self._group(fqn))
+                for fqn, parameter in self.adapter.parameters.items()
             ),
         )
 

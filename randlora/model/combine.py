@@ -23,7 +23,7 @@ from randlora.model.change import one_at_a_time
 from randlora.model.factors import factor_problems
 from randlora.model.install import commit, lost_sites, owned_state, prepare
 from randlora.model.ranks import ranks_holding
-from randlora.model.train_also import lost_parameters, replacements
+from randlora.model.train_also import copy_dtype, lost_parameters, replacements
 from randlora.model.trainable import offloaded_diagonals
 from randlora.modes import has_values
 from randlora.placement.dtensor import reshard
@@ -257,7 +257,7 @@ def _copies(state: ModelState, adapters: Mapping[str, float], sources: Sequence[
     found = {}
     for fqn in dict.fromkeys(fqn for source in sources for fqn in source.trained):
         trained = {source.name: source.trained[fqn] for source in sources if fqn in source.trained}
-        own, live = state.replaced[fqn].original, state.replaced[fqn].live
+        own = state.replaced[fqn].original
         flat = [*in_step(partial(whole, each) for each in (own, *trained.values()))]
         dtype = functools.reduce(torch.promote_types, [each.dtype for each in flat], torch.float32)
         first, *others = [each.detach().to(device=own.device, dtype=dtype) for each in flat]
@@ -265,7 +265,7 @@ def _copies(state: ModelState, adapters: Mapping[str, float], sources: Sequence[
         total = (1 - sum(factors)) * first
         for factor, other in zip(factors, others, strict=True):
             total = total + factor * other
-        found[fqn] = total.to(live.dtype)  # what is not in use follows a cast of the model when it is put in
+        found[fqn] = total.to(copy_dtype(state.replaced[fqn]))
     return found
 
 

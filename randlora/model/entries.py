@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from randlora.errors import AdapterError
 from randlora.layers.attention import RowsOfAttention
-from randlora.layers.in_place import InPlace
+from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.row_layouts import RunningCall, require_here
 from randlora.routing import Routing
 from randlora.rows.labels import first_dimension
@@ -158,11 +158,11 @@ def _around_adapted(root: nn.Module) -> list[nn.Module]:
         if module not in known:
             known[module] = False
             inside = [has_adapted(child) for child in module.children()]
-            known[module] = any(inside) or isinstance(module, InPlace)
+            known[module] = any(inside) or bool(adapter_layers_of(module))
         return known[module]
 
     has_adapted(root)
-    return [module for module, has in known.items() if has and (not isinstance(module, InPlace) or module is root)]
+    return [module for module, has in known.items() if has and (module is root or not adapter_layers_of(module))]
 
 
 def _tensors(inputs: Mapping[Any, Any], depth: int = DEPTH) -> Iterator[tuple[Any, Tensor]]:

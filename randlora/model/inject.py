@@ -35,8 +35,10 @@ from randlora.model.change import all_or_nothing, one_at_a_time
 from randlora.model.install import commit, detach_all, owned_state, prepare, require_detachable, require_own, unfold_all
 from randlora.model.moving import moving_note
 from randlora.model.train_also import (
+    copy_dtype,
     half_notes,
     misplaced_copies,
+    planned_copies,
     replacements,
     select_buffers,
     select_parameters,
@@ -244,7 +246,9 @@ def _copies(planned: Plan) -> dict[str, Tensor]:
     with agreed(ranks_of(others.values())):
         own |= zip(others, in_step(partial(whole, each) for each in others.values()), strict=True)
         return {
-            fqn: like(entry.original, own[fqn].detach().clone(), requires_grad=planned.trainable)
+            fqn: like(
+                entry.original, own[fqn].detach().to(copy_dtype(entry), copy=True), requires_grad=planned.trainable
+            )
             for fqn, entry in planned.replaced.items()
         }
 
@@ -356,11 +360,10 @@ def make_plan(
     raise_collected(ConfigError, useless_options(shapes, options), doing=f"inject {name!r}")
     bases, shared = _bases(state.bank, config, shapes, options)
     replaced = replacements(census, state, also)
-    trained = {fqn: entry.original for fqn, entry in replaced.items()}
     return Plan(
         census,
         state,
-        Adapter(name, config, bases, options, selection.rule, trained=trained),
+        Adapter(name, config, bases, options, selection.rule, trained=planned_copies(replaced)),
         selection,
         shared,
         replaced,

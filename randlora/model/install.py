@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from randlora.bases.spec import Shape, sliced_dims
@@ -20,7 +21,7 @@ from randlora.hints import shortly
 from randlora.layer_options import by_rank
 from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Gamma
-from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, has_attribute
+from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, has_attribute, set_casts
 from randlora.model.averaging import average_gradients
 from randlora.model.calls import unwatch_attention, unwatch_calls, watch_attention, watch_calls
 from randlora.model.change import all_or_nothing, set_requires_grad
@@ -29,7 +30,7 @@ from randlora.model.reducers import warn_of_unknown
 from randlora.model.save_guard import guard_saving, unguard_saving
 from randlora.modes import fake_obstacle
 from randlora.placement.dtensor import is_dtensor
-from randlora.replaced import ReplacedParameter, held_at, whole_shape
+from randlora.replaced import CASTS, ReplacedParameter, held_at, whole_shape
 from randlora.required_grad import RequiredGrad
 from randlora.state import (
     ATTRIBUTE,
@@ -203,6 +204,10 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
             adapter.bases[r].extend(*sliced_dims(used))
             state.bank.add(adapter.bases[r])
         state.replaced.update(addition.replaced)
+        for fqn, entry in addition.replaced.items():
+            if adapter.trained[fqn].dtype != (dtype := entry.dtype):
+                for module, attribute in entry.places.values():
+                    set_casts(module, {**vars(module).get(CASTS, {}), attribute: dtype})
         state.require_exchangeable(state.active, f"add {adapter.name!r}")
         state.install_parameters()
         census.model.__dict__[ATTRIBUTE] = state
@@ -288,6 +293,9 @@ def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
     unwatch_calls(census.model)
     for site in census.adapted:
         detach(site.owner, site.layer)
+    for module in (census.model, *(visit.module for visit in census.first_visits)):
+        if CASTS in vars(module):
+            set_casts(module, _rounded(module))
     own = {held.fqn: held.parameter for held in Census(census.model, census.visits).parameters}
     for fqn, flag in state.required_grad.take(own).items():  # not for parameters added later
         set_requires_grad(own[fqn], flag)
@@ -295,3 +303,19 @@ def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
         state.averaging.end()
     del census.model.__dict__[ATTRIBUTE]
     return restored
+
+
+def _rounded(module: nn.Module) -> dict[str, torch.dtype]:
+    """Round parameters to the dtypes that a module computes with, and return the dtypes of those that cannot be.
+
+    A parameter that `fully_shard` has sharded keeps its dtype.
+    """
+    left = {}
+    for name, dtype in vars(module)[CASTS].items():
+        parameter = module._parameters.get(name)
+        if parameter is not None and parameter.dtype != dtype:
+            if is_dtensor(parameter):
+                left[name] = dtype
+            else:
+                parameter.data = parameter.data.to(dtype)
+    return left

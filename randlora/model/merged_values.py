@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora.layers.base import AdapterLayer
+from randlora.layers.cast import cast
 from randlora.layers.in_place import plain_class
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.update import Into
@@ -151,5 +152,5 @@ def _held(module: nn.Module, attribute: str) -> Tensor:
     found: Tensor = tensors[attribute]
     if found.is_meta and (place := offloaded(module, attribute)) is not None:
         return place.read()
-    values = whole(found).detach()
+    values = cast(module, attribute, whole(found).detach())
     return values.clone() if FLATTENED in vars(found) else values  # FSDP frees that memory at the end of its block

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from randlora.errors import AdapterError, MergeError, warn
-from randlora.layers.in_place import InPlace
+from randlora.layers.cast import in_own_dtypes
+from randlora.layers.in_place import InPlace, adapter_layers_of
 from randlora.layers.quantized import QuantizedLayer
 from randlora.model.ranks import is_held_together
 from randlora.state import ModelState, SavePretrained, attached_state
@@ -70,7 +71,7 @@ class SaveGuard:
                 f"assign it to a variable first, as in `model = ...; model.{self.name}(directory)`"
             )
         state = None if root is None else attached_state(root)
-        if state is None and not any(isinstance(each, InPlace) for each in module.modules()):
+        if state is None and not any(map(adapter_layers_of, module.modules())):
             return self._unguarded(module)(*args, **kwargs)
         if root is None or state is None:
             raise AdapterError(f"cannot {self.name} a part of an adapted model that was copied or pickled: {INSTEAD}")
@@ -233,7 +234,8 @@ def _merged_values(root: nn.Module, state: ModelState) -> Iterator[None]:
     hooks = [owner.register_state_dict_post_hook(_drop_diagonals) for owner in {site.owner for site in adapted}]
     before, state.saves_merged = state.saves_merged, True
     try:
-        yield
+        with in_own_dtypes(root):
+            yield
     finally:
         state.saves_merged = before
         for hook in hooks:

@@ -5,11 +5,15 @@ Each adapter has a copy, which the model uses while that adapter is active. The 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from randlora.layers.in_place import can_cast
+from randlora.placement import zero3
+from randlora.placement.flattened import FLATTENED
 from randlora.replaced import ReplacedParameter
 from randlora.state import Adapter, ModelState
 from randlora.targets.match import matches_name, prefixes, shortened, suggestion, unmatched
@@ -98,11 +102,33 @@ def replacements(census: Census, state: ModelState, fqns: Iterable[str]) -> dict
     return found
 
 
+def copy_dtype(entry: ReplacedParameter) -> torch.dtype:
+    """Return the dtype of copies: float32 for a parameter of 16 bits whose modules can cast it in their forward."""
+    own, dtype = entry.original, entry.dtype
+    if entry.is_buffer or dtype not in HALF_RISKS:
+        return dtype
+    is_plain = type(own.data) is Tensor and not zero3.is_managed(own) and FLATTENED not in vars(own)
+    is_wide = is_plain and all(can_cast(module, attribute) for module, attribute in entry.places.values())
+    return torch.float32 if is_wide or entry.is_cast else dtype
+
+
+def planned_copies(replaced: Mapping[str, ReplacedParameter]) -> dict[str, Tensor]:
+    """Return what stands for copies before there are any: the model's own, or of another dtype and without values."""
+    dtypes = {fqn: copy_dtype(entry) for fqn, entry in replaced.items()}
+    return {
+        fqn: entry.original
+        if entry.original.dtype == dtypes[fqn]
+        else nn.Parameter(entry.original.detach().to("meta", dtypes[fqn]))
+        for fqn, entry in replaced.items()
+    }
+
+
 def half_notes(adapter: Adapter) -> list[str]:
-    """Return a note on each dtype of 16 bits in which an adapter trains parameters: copies have the model's dtype."""
+    """Return a note on each dtype of 16 bits in which an adapter trains parameters, as not all can be in float32."""
     return [
-        f"{shortened(fqns)} {'is' if len(fqns) == 1 else 'are'} trained in {dtype}, the model's dtype, unlike Λ and Γ: "
-        f"{risk}; load the model in float32 and train under torch.autocast"
+        f"{shortened(fqns)} {'is' if len(fqns) == 1 else 'are'} trained in {dtype}, the model's dtype, unlike Λ and Γ, "
+        f"because it is sharded already, or no cast can be put between it and the code that reads it: {risk}; load "
+        "the model in float32 and train under torch.autocast, or inject before sharding"
         for dtype, risk in HALF_RISKS.items()
         if (fqns := [fqn for fqn, parameter in adapter.parameters.items() if parameter.dtype == dtype])
     ]

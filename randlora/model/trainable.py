@@ -13,10 +13,11 @@ from randlora.model.averaging import require_averaged
 from randlora.model.change import all_or_nothing, one_at_a_time, set_requires_grad
 from randlora.model.install import lost_sites, require_own
 from randlora.model.reducers import warn_of_unknown
-from randlora.model.train_also import lost_parameters
+from randlora.model.train_also import HALF_RISKS, copy_dtype, lost_parameters
 from randlora.placement.dtensor import reshard
 from randlora.report import FLOAT32_BYTES
 from randlora.state import Adapter, ModelState, adapted_root
+from randlora.targets.match import shortened
 from randlora.targets.obstacles import offloaded_with
 from randlora.targets.walk import Census
 
@@ -34,7 +35,8 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
             trains, because a module was replaced, removed or resized, or accelerate offloads Λ and Γ.
 
     Warns:
-        UserWarning: If Λ and Γ are not in float32 any more, as after ``model.half()``, in which small steps are lost.
+        UserWarning: If Λ and Γ are not in float32 any more, as after ``model.half()``, in which small steps are lost,
+            or parameters of ``train_also``, as after their module was replaced.
     """
     reshard(model)
     root, state = adapted_root(model)
@@ -56,6 +58,17 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
             f"Λ and Γ are in {', '.join(map(str, dtypes))}, as after model.half(), in which small steps are lost: "
             "convert the model before inject, or go back with `for each in randlora.trainable_parameters(model): "
             "each.data = each.data.float()`"
+        )
+    narrow = [
+        fqn
+        for adapter in adapters
+        for fqn, copy in adapter.parameters.items()
+        if copy.requires_grad and copy.dtype in HALF_RISKS and copy.dtype != copy_dtype(state.replaced[fqn])
+    ]
+    if narrow and not dtypes:
+        warn(
+            f"{shortened(narrow)}: the copies to train were float32 and have 16 bits now, as where a module was "
+            "replaced: save the adapter, eject it, and load it again"
         )
     return trained
 

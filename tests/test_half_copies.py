@@ -1,0 +1,319 @@
+"""Parameters of models of 16 bits that are trained with an adapter: their copies are float32, and cast in a forward."""
+
+import copy
+import gc
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import randlora
+from randlora.errors import AdapterError
+from tests.checkpoint_files import read_tensors, reseal
+from tests.kit import all_bits, assert_unchanged, bits, fill, on_one_line, same_bits, snapshot, untouched
+from tests.laws import TOKENS, Mixed
+from tests.test_replaced import IDS, llama, resize, step
+
+HALVES = [torch.float16, torch.bfloat16]
+ALSO = ["head", "norm", "embed", "q.bias"]
+in_each_half = pytest.mark.parametrize("dtype", HALVES, ids=str)
+
+
+def mixed(dtype: torch.dtype = torch.float16) -> Mixed:
+    torch.manual_seed(0)
+    return Mixed().to(dtype).eval()
+
+
+def adapted(dtype: torch.dtype = torch.float16, name: str = "default", seed: int = 0) -> Mixed:
+    model = mixed(dtype)
+    randlora.inject(model, r=4, targets=["q", "down"], train_also=ALSO, name=name)
+    return fill(model, name, seed=seed)
+
+
+def classifier(dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    config = transformers.BertConfig(vocab_size=60, num_labels=3, hidden_dropout_prob=0.0, **sizes)
+    return transformers.BertForSequenceClassification(config).to(dtype)
+
+
+def losses_of(dtype: torch.dtype, also: list[str], *, is_bert: bool) -> list[float]:
+    """Train with a loss so small that Adam divides by zero in float16, and return 20 losses."""
+    model = classifier(dtype) if is_bert else mixed(dtype)
+    randlora.inject(model, r=4, targets=["query"] if is_bert else ["q"], train_also=also)
+    optimizer, losses = torch.optim.AdamW(randlora.trainable_parameters(model), lr=1e-3), []
+    for _ in range(20):
+        optimizer.zero_grad()
+        output = model(torch.arange(24).view(4, 6)).logits if is_bert else model(TOKENS)
+        loss = (output.float() - 1).square().mean() / 1e3
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item() * 1e3)
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("is_bert", "also"),
+    [(True, ["classifier"]), (True, ["LayerNorm", "word_embeddings"]), (False, ["head"]), (False, ALSO)],
+    ids=["bert-head", "bert-body", "head", "all"],
+)
+def test_training_follows_that_in_float32(is_bert: bool, also: list[str]) -> None:
+    expected = losses_of(torch.float32, also, is_bert=is_bert)
+    for dtype in HALVES:
+        rel = 64 * torch.finfo(dtype).eps / 8
+        assert losses_of(dtype, also, is_bert=is_bert) == pytest.approx(expected, rel=rel, abs=rel)
+
+
+@in_each_half
+def test_what_is_saved_is_float32_and_comes_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = adapted(dtype)
+    names = [name for name in model.state_dict() if ".randlora_" not in name]
+    assert names == list(mixed().state_dict())
+    randlora.save(model, tmp_path)
+    saved, _ = read_tensors(tmp_path)
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    loaded = mixed(dtype)
+    report = randlora.load(loaded, tmp_path, trainable=True)
+    assert "trained in" not in on_one_line(report)
+    assert same_bits(loaded(TOKENS), model(TOKENS))
+    assert all_bits(randlora.adapter_state(loaded).tensors) == all_bits(randlora.adapter_state(model).tensors)
+    randlora.swap(loaded, "default", randlora.adapter_state(adapted(dtype, seed=1)))
+    assert same_bits(loaded(TOKENS), adapted(dtype, seed=1)(TOKENS))
+    whole = mixed(torch.float32)
+    randlora.load(whole, tmp_path)
+    assert same_bits(whole.head.weight, model.head.weight)
+
+
+def test_a_file_of_an_earlier_version_with_half_copies_is_widened(tmp_path: Path) -> None:
+    randlora.save(adapted(), tmp_path)
+    halves = {name: tensor.half() for name, tensor in read_tensors(tmp_path)[0].items() if "randlora" not in name}
+    reseal(tmp_path, halves)
+    model = mixed()
+    randlora.load(model, tmp_path, trainable=True)
+    assert model.head.weight.dtype == torch.float32
+    assert same_bits(model.head.weight.half(), adapted().head.weight.half())
+    model(TOKENS)
+
+
+@in_each_half
+def test_a_merged_model_is_rounded_once(dtype: torch.dtype) -> None:
+    model, kinds = adapted(dtype), [type(module) for module in mixed().modules()]
+    own, found = model(TOKENS), mixed(dtype)
+    with randlora.merged(model):
+        merged = model(TOKENS)
+    torch.testing.assert_close(merged, own, rtol=0, atol=2 * torch.finfo(dtype).eps)
+    found.load_state_dict(dict(randlora.merged_tensors(model)))
+    assert same_bits(found(TOKENS), merged)
+    head = model.head.weight.detach().clone()
+    randlora.merge(model)
+    assert same_bits(model(TOKENS), merged)
+    assert same_bits(model.head.weight, head.to(dtype))
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert [type(module) for module in model.modules()] == kinds
+
+
+@in_each_half
+def test_the_base_is_there_in_between_and_at_the_end(dtype: torch.dtype) -> None:
+    model = mixed(dtype)
+    before, kinds, own = snapshot(model), [type(module) for module in model.modules()], model(TOKENS)
+    randlora.inject(model, r=4, targets=["q"], train_also=ALSO, name="a")
+    assert same_bits(model(TOKENS), own)
+    first = fill(model, "a")(TOKENS)
+    randlora.inject(model, r=4, targets=["q"], train_also=["head", "q.bias"], name="b", active=True)
+    assert same_bits(model(TOKENS), own)
+    second = fill(model, "b", seed=1)(TOKENS)
+    with randlora.disabled(model):
+        assert same_bits(model(TOKENS), own)
+    randlora.combine(model, {"a": 0.5}, name="both")
+    for name, expected in (("a", first), ("b", second), ("a", first)):
+        randlora.activate(model, name)
+        assert same_bits(model(TOKENS), expected)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert same_bits(twin(TOKENS), expected)
+            assert twin.head.weight.dtype == torch.float32
+            randlora.activate(twin, "both")
+            assert twin.head.weight.dtype == torch.float32
+            randlora.eject(twin)
+            assert same_bits(twin(TOKENS), own)
+    randlora.remove(model, "a")
+    randlora.activate(model, "b")
+    assert same_bits(model(TOKENS), second)
+    randlora.eject(model)
+    assert_unchanged(model, before)
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_code_outside_of_a_forward_has_the_parameter_itself() -> None:
+    model, read = adapted(), []
+    named = dict(model.named_parameters())
+    hook = model.norm.register_forward_hook(lambda module, *_: read.append(module.weight))  # in the model's forward
+    model(TOKENS).float().mean().backward()
+    hook.remove()
+    assert [value.dtype for value in read] == [torch.float16]
+    assert model.head.weight is named["head.weight"]
+    assert model.head.weight.grad is not None
+    assert model.head.weight.grad.dtype == torch.float32
+    model.head.weight.data.zero_()
+    nn.init.zeros_(model.head.bias)
+    assert not model(TOKENS).any()
+    assert type(model.head).__name__ == "Linear"
+    with pytest.raises(AttributeError, match="no attribute 'wight'"):
+        _ = model.head.wight
+    del model.head.bias
+    with pytest.raises(AttributeError, match="no attribute 'bias'"):
+        _ = model.head.bias
+
+
+@pytest.mark.parametrize("to", [torch.float32, torch.float64, *HALVES], ids=str)
+def test_a_model_that_is_converted_computes_in_its_new_dtype(to: torch.dtype) -> None:
+    model = adapted()
+    own = model(TOKENS)
+    model.to(to)
+    assert model(TOKENS).dtype == to
+    torch.testing.assert_close(model(TOKENS).float(), own.float(), rtol=0, atol=0.02)
+    with randlora.disabled(model):
+        assert same_bits(model(TOKENS), mixed().to(to)(TOKENS))
+    randlora.eject(model)
+    assert same_bits(model(TOKENS), mixed().to(to)(TOKENS))
+
+
+def test_compiled_checkpointed_and_scaled() -> None:
+    model = adapted()
+    own = model(TOKENS)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)(TOKENS)
+    torch.testing.assert_close(compiled, own)
+
+    def run(x: Tensor) -> Tensor:
+        output: Tensor = model.head(model.norm(x + model.q(x)))
+        return output
+
+    gradients, x = [], torch.randn(9, 12, dtype=torch.float16, requires_grad=True)
+    for is_reentrant in (None, False, True):
+        model.zero_grad()
+        output = run(x) if is_reentrant is None else checkpoint(run, x, use_reentrant=is_reentrant)
+        output.float().square().mean().backward()
+        gradients.append({n: bits(p.grad) for n, p in model.named_parameters() if p.grad is not None})
+    assert {"head.weight", "norm.bias", "q.bias"} <= gradients[0].keys()
+    assert gradients[0] == gradients[1] == gradients[2]
+    scaler, optimizer = torch.amp.GradScaler("cpu"), torch.optim.AdamW(randlora.trainable_parameters(model))
+    scaler.scale(model(TOKENS).float().square().mean()).backward()
+    scaler.step(optimizer)  # which refuses gradients in float16
+    assert not same_bits(model(TOKENS), own)
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["own-head", "tied"])
+@pytest.mark.parametrize("also", ["embed_tokens", "lm_head"])
+def test_embeddings_and_heads_of_language_models(is_tied: bool, also: str, tmp_path: Path) -> None:
+    model = llama(is_tied=is_tied).half()
+    own = model(IDS).logits
+    randlora.inject(model, r=2, targets=["q_proj"], train_also=[also])
+    assert same_bits(model(IDS).logits, own)
+    step(model)
+    with randlora.merged(model):
+        merged = model(IDS).logits
+        model.save_pretrained(tmp_path / "transformers")
+    randlora.save_merged(model, tmp_path / "ours")
+    for directory in ("transformers", "ours"):
+        back = transformers.LlamaForCausalLM.from_pretrained(tmp_path / directory)
+        assert back.dtype == torch.float16
+        assert same_bits(back(IDS).logits, merged)
+    resize(model, 44)
+    assert model(IDS).logits.dtype == torch.float16
+    if also == "lm_head" and not is_tied:  # transformers made another, of the dtype that it must have
+        with pytest.warns(UserWarning, match=r"lm_head\.weight: the copies to train were float32 .* load it again"):
+            step(model)
+    else:
+        step(model)
+    randlora.eject(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+    model(IDS)
+
+
+class Odd(nn.Module):
+    """Parameters in places of all kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.rnn, self.own = nn.Linear(4, 4), nn.LSTM(4, 4), Computed()
+        self.scale, self.listed = nn.Parameter(torch.ones(4)), nn.ParameterList([torch.ones(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(T, B, 4)`` to the same."""
+        output: Tensor = self.rnn(self.own(self.a(x)))[0] * self.scale * self.listed[0]
+        return output
+
+
+class Computed(nn.Module):
+    """A class with an attribute in the place of its parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("gain", nn.Parameter(torch.ones(4)))
+
+    @property
+    def gain(self) -> Tensor:
+        """The parameter."""
+        if (found := self._parameters.get("gain")) is None:  # not yet, as torch asks
+            raise AttributeError
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale the input."""
+        return x * self.gain
+
+
+def test_what_cannot_be_cast_keeps_its_dtype_and_the_report_says_so(tmp_path: Path) -> None:
+    def odd() -> Any:
+        torch.manual_seed(0)
+        return Odd().bfloat16()
+
+    x, model = torch.ones(2, 3, 4, dtype=torch.bfloat16), odd()
+    own = model(x)
+    report = randlora.inject(model, r=2, targets=["a"], train_also=["rnn", "own", "scale", "listed"])
+    assert same_bits(model(x), own)
+    model(x).float().sum().backward()
+    assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(model))
+    kept = {name for name in report.train_also if model.get_parameter(name).dtype == torch.bfloat16}
+    assert kept == {name for name in report.train_also if "rnn" in name or "gain" in name}
+    assert isinstance(model, Odd)
+    assert type(model).__name__ == "Odd"
+    randlora.save(model, tmp_path)
+    for each in (report, randlora.load(odd(), tmp_path, trainable=True)):
+        assert "are trained in torch.bfloat16" in on_one_line(each)
+    randlora.eject(model)
+    assert type(model) is Odd
+
+
+def test_a_call_that_raises_leaves_classes_and_dtypes() -> None:
+    model = adapted()
+    randlora.inject(model, r=4, targets=["q"], name="b", active=False)
+    with untouched(model), pytest.raises(AdapterError):
+        randlora.inject(model, r=4, targets=["q"], train_also=["up"], name="b")
+    assert type(model.up) is nn.Linear
+
+
+def test_a_plan_counts_what_is_made() -> None:
+    report = randlora.plan(mixed(), r=4, targets=["q"], train_also=["head"])
+    model = mixed()
+    assert randlora.inject(model, r=4, targets=["q"], train_also=["head"]) == report
+    entries = sum(parameter.numel() for parameter in randlora.trainable_parameters(model))
+    assert report.checkpoint_bytes == 4 * entries
+    assert randlora.training_memory(mixed(), 4, targets=["q"], train_also=["head"]).parameters == 4 * entries
+
+
+def test_classes_are_not_kept() -> None:
+    def kinds() -> int:
+        gc.collect()
+        return sum(issubclass(kind, Mixed) for kind in Mixed.__subclasses__())
+
+    before = kinds()
+    for _ in range(2):
+        model = adapted()
+        randlora.eject(model)
+        del model
+    assert kinds() == before
