@@ -148,6 +148,24 @@ def test_the_base_is_there_in_between_and_at_the_end(dtype: torch.dtype) -> None
     assert [type(module) for module in model.modules()] == kinds
 
 
+@in_each_half
+def test_a_copy_may_be_of_a_weight_that_another_adapter_adapts(dtype: torch.dtype) -> None:
+    model, found = adapted(dtype, "a"), mixed(dtype)
+    own = model(TOKENS)
+    randlora.inject(model, r=2, targets=["head"], name="b")
+    fill(model, "b")
+    randlora.activate(model, {"a": 1.0, "b": 1.0})
+    both = model(TOKENS)
+    found.load_state_dict(entries := dict(randlora.merged_tensors(model)))
+    assert {value.dtype for value in entries.values()} == {dtype}
+    with randlora.merged(model):
+        merged = model(TOKENS)
+    torch.testing.assert_close(merged, both, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    assert same_bits(found(TOKENS), merged)
+    randlora.remove(model, "b")
+    assert same_bits(model(TOKENS), own)
+
+
 def test_code_outside_of_a_forward_has_the_parameter_itself() -> None:
     model, read = adapted(), []
     named = dict(model.named_parameters())

@@ -52,9 +52,15 @@ def entries_of(census: Census, state: ModelState, into: Into) -> Iterator[Entry]
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 fqn = f"{prefix}{attribute}"
-                yield Entry(fqn, _reader(census, module, attribute, fqn, state, into))
+                read = _reader(census, module, attribute, fqn, state, into)
+                yield Entry(fqn, partial(_rounded, module, attribute, read))
         for attribute, _ in saved_buffers(module):
             yield Entry(f"{prefix}{attribute}", _reading(partial(_held, module, attribute)))
+
+
+def _rounded(module: nn.Module, attribute: str, read: Callable[[Share], Tensor | None], share: Share) -> Tensor | None:
+    """Return the value of a parameter in the dtype that its module computes with."""
+    return None if (value := read(share)) is None else cast(module, attribute, value)
 
 
 def modules_of(census: Census) -> list[tuple[str, nn.Module]]:
@@ -152,5 +158,5 @@ def _held(module: nn.Module, attribute: str) -> Tensor:
     found: Tensor = tensors[attribute]
     if found.is_meta and (place := offloaded(module, attribute)) is not None:
         return place.read()
-    values = cast(module, attribute, whole(found).detach())
+    values = whole(found).detach()
     return values.clone() if FLATTENED in vars(found) else values  # FSDP frees that memory at the end of its block
