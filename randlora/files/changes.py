@@ -191,7 +191,9 @@ class Changes:
         def read(name: str) -> Tensor:
             source, own = self.base.directory.entries[name], self.values.get(name)
             wide = _wider(torch.float32 if name in self.base.codes else source.dtype, dtype)
-            return (self.base.read(source) if own is None else own).to(wide)  # an adapter's own, which another adapts
+            if own is not None:  # an adapter's own, which another adapts, and which may be wider
+                return own.to(torch.promote_types(own.dtype, wide))
+            return self.base.read(source).to(wide)
 
         if isinstance(merging, Merging):
             return merging.merged(read(entry.name))
