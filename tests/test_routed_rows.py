@@ -221,6 +221,7 @@ CLASSES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:the default adapts only:UserWarning")
 @pytest.mark.parametrize(("task", "model_type", "name"), CLASSES)
 def test_every_class(task: str, model_type: str, name: str) -> None:
     torch.manual_seed(0)
@@ -230,6 +231,8 @@ def test_every_class(task: str, model_type: str, name: str) -> None:
         with_adapters(model, None)
     except randlora.errors.RandLoRAError as error:
         pytest.skip(str(error))
+    if task == "vision":
+        model = model.double()  # some enlarge rounding in float32
     for tokens in (ROWS - 1, ROWS, ROWS + 1):
         ids = torch.randint(3, 100, (ROWS, tokens))
         inputs: dict[str, Tensor] = {"input_ids": ids}
@@ -239,7 +242,8 @@ def test_every_class(task: str, model_type: str, name: str) -> None:
             config: Any = model.config
             size = getattr(config, "image_size", 32)
             sides = (size, size) if isinstance(size, int) else tuple(size)[:2]
-            inputs = {"pixel_values": torch.randn(ROWS, getattr(config, "num_channels", 3), *sides)}
+            images = torch.randn(ROWS, getattr(config, "num_channels", 3), *sides, dtype=torch.float64)
+            inputs = {"pixel_values": images}
 
         def run(inputs: dict[str, Tensor] = inputs) -> Tensor:
             output = model(**inputs)
@@ -247,10 +251,11 @@ def test_every_class(task: str, model_type: str, name: str) -> None:
             return first if isinstance(first, Tensor) else output[0]
 
         try:
-            with torch.no_grad():
-                run()
+            alone = each_alone(model, run)
         except Exception as error:  # sizes that do not go together
             pytest.skip(str(error))
+        if torch.allclose(alone["a"], alone["b"], atol=1e-3, equal_nan=True):
+            pytest.skip("its adapters make no difference in so small a model")
         try:
             assert rows_are_right(model, run)
         except AdapterError:
