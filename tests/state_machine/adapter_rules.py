@@ -35,7 +35,7 @@ class AdapterRules(ModelMachine):
     @is_unmerged
     @rule(name=names, recipe=recipes, active=maybe, trainable=maybe)
     def inject(self, name: str, recipe: Recipe, active: bool | None, trainable: bool | None) -> None:
-        truth = self.truth
+        truth, recipe = self.truth, replace(recipe, beside=()) if self.is_half else recipe
         options = {**recipe.options(truth.kind), "name": name, "active": active, "trainable": trainable}
         refused: Refused = AdapterError if name in truth.adapters else recipe.misfit(truth.kind)
         with untouched(self.model):

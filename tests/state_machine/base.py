@@ -43,7 +43,8 @@ class ModelMachine(RuleBasedStateMachine):
         self.held: dict[str, nn.Parameter] = {}
 
     def start(self, kind: Kind, dtype: torch.dtype) -> None:
-        """Make the model and its truth."""
+        """Make the model and its truth; a model of 16 bits trains nothing beside, whose copies would be float32."""
+        self.is_half = dtype == torch.bfloat16
         self.truth = Truth(kind, dtype)
         self.model = kind.build(dtype)
 
