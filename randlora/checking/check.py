@@ -15,7 +15,7 @@ from randlora.checking.trial import WIDENED, Trial, acting_sites, half_precision
 from randlora.errors import AdapterError, MergeError, raise_collected
 from randlora.layers.update import Into
 from randlora.model.change import one_at_a_time
-from randlora.model.install import WRAPPERS, require_own
+from randlora.model.install import require_own, unwrapped_model
 from randlora.model.merge import merged
 from randlora.model.mergeable import weight_problems
 from randlora.model.probe import TOLERANCE, differences_from_product
@@ -24,7 +24,6 @@ from randlora.model.trainable import offloaded_diagonals
 from randlora.model.undone import undone
 from randlora.placement.dtensor import reshard
 from randlora.placement.place import place_of
-from randlora.replaced import held_at
 from randlora.state import ModelState, adapted_root, require_unmerged
 from randlora.targets.site import AdaptedSite
 from randlora.targets.walk import Census
@@ -81,7 +80,7 @@ def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
     require_own(census, state, "check")
     sites = acting_sites(census, state)
     raise_collected(AdapterError, _obstacles(census, state, sites), doing="check")
-    inner = _unwrapped(model)
+    inner = unwrapped_model(model)
 
     def run(*, is_widened: bool) -> CheckReport:
         with undone([inner], held_by(root, sites, state)) as before:
@@ -119,13 +118,6 @@ def _obstacles(census: Census, state: ModelState, sites: Sequence[AdaptedSite]) 
         if place_of(site.owner, site.layer.attribute) is not None
     ]
     return [*placed, *offloaded_diagonals(census)] or weight_problems(sites, Into("requantize"))
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return a model without the wrappers of torch around it, which compile it or send gradients to other processes."""
-    while (attribute := held_at(model, WRAPPERS)) is not None:
-        model = getattr(model, attribute)
-    return model
 
 
 def _mergeable(

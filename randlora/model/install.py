@@ -57,6 +57,13 @@ WRAPPERS = {
 """Types that wrap a whole model, and the attribute with the model."""
 
 
+def unwrapped_model(model: nn.Module) -> nn.Module:
+    """Return a model without the wrappers of torch around it, which compile it or send gradients to other processes."""
+    while (attribute := held_at(model, WRAPPERS)) is not None:
+        model = getattr(model, attribute)
+    return model
+
+
 class Addition(NamedTuple):
     """One adapter with all its tensors, ready to be added: each site with its adapter layer, its part, Λ and Γ."""
 

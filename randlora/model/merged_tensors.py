@@ -15,7 +15,7 @@ from randlora.hints import shortly
 from randlora.layers.in_place import plain_class
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.update import Into
-from randlora.model.install import WRAPPERS, lost_sites, require_own
+from randlora.model.install import lost_sites, require_own, unwrapped_model
 from randlora.model.mergeable import model_dtype, weight_problems
 from randlora.model.merged_values import Entry, Share, entries_of, modules_of, saved_buffers
 from randlora.model.probe import differences_from_product, product_problems
@@ -25,7 +25,6 @@ from randlora.placement.dtensor import is_dtensor, reshard
 from randlora.placement.flattened import flattened_problem
 from randlora.placement.offloaded import offloaded
 from randlora.placement.ranks import Ranks, agreed
-from randlora.replaced import held_at
 from randlora.state import ATTRIBUTE, CHANGING, ModelState, adapted_root
 from randlora.targets.ties import tie_problems
 from randlora.targets.walk import Census, is_quantized
@@ -106,7 +105,7 @@ class MergedTensors:
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ConfigError(f"dtype must be a floating dtype or None, got {shortly(dtype)}")
         with CHANGING:
-            census = Census.of(_unwrapped(model))
+            census = Census.of(unwrapped_model(model))
             ranks = ranks_holding(census, state)
             with agreed(ranks):
                 if (problem := flattened_problem(model)) is not None:
@@ -195,10 +194,3 @@ def _is_here(module: nn.Module, attribute: str, tensor: Tensor) -> bool:
     if tensor.is_meta:
         return offloaded(module, attribute) is not None
     return type(tensor.data) is Tensor or is_dtensor(tensor)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return a model without the wrappers of torch around it."""
-    while (attribute := held_at(model, WRAPPERS)) is not None:
-        model = getattr(model, attribute)
-    return model
