@@ -302,6 +302,15 @@ def test_nothing_is_said_where_nothing_moves(situation: str, tmp_path: Path) -> 
     assert not said(randlora.merge(model), "moved")
 
 
+def test_what_was_no_number_from_the_start_has_not_moved(tmp_path: Path) -> None:
+    model = build("batch")
+    for entry in range(2):
+        model.norm.running_mean[entry] = torch.nan
+        if entry == 0:
+            randlora.inject(model, r=2, targets=["first", "last"])
+        assert said(randlora.save(model, tmp_path), "norm.running_mean moved since") == (entry == 1)
+
+
 def test_what_has_no_values_is_passed_over(tmp_path: Path) -> None:
     with torch.device("meta"):
         model = build("batch")

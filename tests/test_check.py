@@ -192,6 +192,12 @@ def test_equal_faults_are_one_line() -> None:
     assert text.count("Exclude it (in training mode and evaluation mode)") == 1
 
 
+def test_dropout_of_an_adapter_is_no_difference_from_merging() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).train()
+    randlora.inject(model, r=2, dropout=0.5)
+    assert found(randlora.check(fill(model), X)) == {}
+
+
 # Nothing remains
 
 

@@ -16,6 +16,7 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    LlamaModel,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -103,6 +104,8 @@ def test_a_file_of_version_0_2_which_names_no_class_is_loaded_as_the_class_that_
     for other in others:
         with pytest.raises(ConfigError, match="must be a class of transformers"):
             randlora.load_model("adapter", model_class=other)
+    with pytest.raises(CheckpointError, match=r"and that model_class=LlamaModel fits its config\.json, or give base="):
+        randlora.load_model("adapter", model_class=LlamaModel)
 
 
 def test_a_directory_of_sentence_transformers_is_one_only_if_that_was_trained() -> None:

@@ -17,6 +17,7 @@ from randlora import AdapterLayer, RandLoRAConfig, RandLoRAError
 from randlora.errors import AdapterError, ConfigError, TargetError
 from tests.kit import assert_unchanged, fill, same_bits, snapshot, untouched
 from tests.laws import TOKENS, Mixed, adapted_names
+from tests.models import llama
 from tests.strategies import KINDS_AND_STREAMS, ranks, seeds
 
 ADAPTED = ("q", "up", "down")
@@ -399,3 +400,11 @@ def test_uninitialized_layers_that_are_no_targets_do_not_matter(tmp_path: Path) 
 def test_sizes_of_layers_that_are_tensors_are_numbers() -> None:
     model = nn.Sequential(nn.Linear(torch.tensor(6), torch.tensor(8)))  # type: ignore[arg-type]  # as in Inkling
     assert randlora.inject(model, r=2).rows[0].in_features == 6
+
+
+def test_buffers_without_values_that_no_state_dict_has_are_spoken_of_when_the_model_changes() -> None:
+    with torch.device("meta"):
+        model = llama()
+    (note,) = randlora.inject(model, r=2).notes
+    assert note.startswith("no values: model.rotary_emb.inv_freq, model.rotary_emb.original_inv_freq on the meta device")
+    assert randlora.plan(llama(), r=2).notes == randlora.inject(llama(), r=2).notes == ()

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import randlora
 from randlora.errors import MergeError
 from randlora.layers import registry
-from randlora.layers.linear import LinearAdapter
+from randlora.layers.linear import LinearAdapter, ReadLinear
 from tests.kit import fill, untouched
 from tests.models import library, reproducible
 
@@ -152,3 +152,27 @@ def test_a_forward_that_cannot_be_tried_is_said() -> None:
     randlora.inject(model, r=2)
     (note,) = randlora.merge(fill(model)).notes
     assert note.startswith("layers with their own forward, which could not be tried: 0;")
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_a_forward_that_takes_the_weight_from_elsewhere_is_not_merged_into(
+    monkeypatch: pytest.MonkeyPatch, is_read: bool
+) -> None:
+    monkeypatch.setattr(LinearAdapter, "as_read", ReadLinear)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight if is_read else self._parameters["weight"], self.bias).relu()
+
+    model = nn.Sequential(replaced(nn.Linear, forward=forward)(4, 4), nn.Linear(4, 4))
+    randlora.inject(model, r=2)
+    fill(model)
+    if is_read:
+        x = torch.randn(3, 4)
+        before = model(x)
+        randlora.merge(model)
+        torch.testing.assert_close(model(x), before)
+        return
+    message = r"0 has a forward of its own \(Own\), which takes the weight from elsewhere than its attribute weight"
+    for call in (randlora.merge, randlora.merged_tensors):
+        with untouched(model), pytest.raises(MergeError, match=message):
+            call(model)

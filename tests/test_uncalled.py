@@ -357,6 +357,21 @@ def test_what_cannot_be_adapted_is_refused_with_the_reason(
     assert f"encoder.{child}" not in report.targets
 
 
+@pytest.mark.parametrize("name", [as_surveyed(name) for name in UNCALLED if name.endswith("Indexer")])
+def test_what_chooses_tokens_cannot_be_trained_and_is_left_out(name: str) -> None:
+    indexer: nn.Module = named(name).__new__(named(name))
+    nn.Module.__init__(indexer)
+    children = readings(indexer, is_right=False)[0].children
+    for child in children:
+        setattr(indexer, child, nn.Linear(4, 4))
+    report = randlora.inject(nn.ModuleDict({"indexer": indexer, "other": nn.Linear(4, 4)}), r=2, targets="all-linear")
+    assert report.targets == ("other",)
+    assert {fqn.removeprefix("indexer."): why.split(",")[0] for fqn, why in report.skipped.items()} == dict.fromkeys(
+        children, "has no gradient"
+    )
+    assert named(name).forward.__code__ is torch.no_grad()(lambda: None).__code__
+
+
 @pytest.mark.parametrize("options", [{"qkv_bias": False}, {"qkv_bias": True, "qkv_bias_separate": True}])
 def test_a_module_that_calls_them_with_its_options_is_adapted(options: dict[str, bool]) -> None:
     model = nn.Sequential(named("timm.models.beit.Attention")(8, 2, **options))

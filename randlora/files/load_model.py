@@ -184,9 +184,10 @@ def _base_model(
         model, found = model_class.from_pretrained(base, config=config, output_loading_info=True, **options)
     except Exception as error:  # whatever transformers and the Hub's client raise
         said = " ".join(str(error).split())[:300]
+        fits = f" and that model_class={known.__name__} fits its config.json" if isinstance(known, type) else ""
         raise CheckpointError(
             f"cannot load the base model {base!r}{'' if given else ', which the adapter names'}: check that it is "
-            f"there, or give base= ({type(error).__name__}: {said})"
+            f"there{fits}, or give base= ({type(error).__name__}: {said})"
         ) from error
     return model, found
 

@@ -1,4 +1,4 @@
-"""Modules that read or change the weight of a linear layer inside them, by qualified name of their class.
+"""Modules that read, change or cannot train the weight of a linear layer inside them, by the name of their class.
 
 An adapter that acts when its layer is called would be a silent no-op where the weight is read, so such a layer is
 adapted as what reads it needs (`AdapterLayer.as_read`), or refused with the reason.
@@ -17,6 +17,7 @@ TRANSFORMERS = "transformers.models"
 NO_EFFECT = "so an adapter would have no effect"
 KERNELS = "when the kernels of mamba-ssm are used"
 WITHOUT_GRADIENTS = "has no gradient, because {} reads its weight under torch.no_grad, so an adapter could not train"
+CHOOSES = "has no gradient, because {} chooses tokens under torch.no_grad, so an adapter could not train"
 UNUSED = f"is never used by {{}}, {NO_EFFECT}"
 DIVIDED = (
     "is in a {} whose weights the model divides in place in eval(), and would not divide the update: load the model "
@@ -102,6 +103,17 @@ UNCALLED: dict[str, tuple[Reading, ...]] = {
     f"{TRANSFORMERS}.pp_doclayout_v2.modeling_pp_doclayout_v2.PPDocLayoutV2ReadingOrderEncoder": (
         Reading(("rel_pos_bias",), problem=WITHOUT_GRADIENTS),
         Reading(("rel_pos_x_bias", "rel_pos_y_bias"), problem=UNUSED),
+    ),
+    **dict.fromkeys(
+        (
+            f"{TRANSFORMERS}.{name}.modeling_{name}.{kind}Indexer"
+            for name, kind in (
+                *(("axk2", "AXK2"), ("deepseek_v32", "DeepseekV32"), ("dots3_note", "Dots3NoteText")),
+                *(("glm5_next", "Glm5NextText"), ("glm_moe_dsa", "GlmMoeDsa"), ("hy_v4", "HYV4")),
+                *(("hy_v4_vl", "HYV4VL"), ("mistral_large4", "MistralLarge4Text")),
+            )
+        ),
+        (Reading(("wq_b", "wk", "weights_proj"), problem=CHOOSES),),
     ),
     f"{TRANSFORMERS}.gemma3n.modeling_gemma3n.Gemma3nTextAltUp": (
         Reading(

@@ -24,32 +24,45 @@ TOKENS = 2, 3
 
 
 def differences_from_product(sites: Iterable[AdaptedSite]) -> dict[AdaptedSite, float | None]:
-    """Return `difference_from_product` of each weight whose owner's forward is not the plain one of its kind.
+    """Return `difference_from_product` of each layer whose forward is not the plain one of its kind.
 
-    Whatever the forward is of a weight that is read, it reads the same weight as after a merge.
+    What a forward makes of a weight that it reads is the same after a merge, unless it reads it elsewhere; a forward
+    that cannot be tried is taken to read the attribute.
     """
-    own = (site for site in sites if not isinstance(site.layer, ReadWeight))
-    return {site: difference_from_product(site) for site in own if not site.layer.runs_plain_forward(site.owner)}
+    own = [site for site in sites if site.layer.is_called and not site.layer.runs_plain_forward(site.owner)]
+    found = {site: difference_from_product(site) for site in own}
+    return {site: each for site, each in found.items() if each is not None or not isinstance(site.layer, ReadWeight)}
 
 
 def product_problems(differences: Mapping[AdaptedSite, float | None]) -> list[str]:
-    """Return messages about weights whose owner's forward makes something else of a merged update than it is.
+    """Return messages about weights of whose merged update a forward makes something else than of the adapter's.
 
     An adapter adds ``x @ delta_weight.T`` to what the forward returns. Merged, it has the same effect only where
-    ``f(W + D)(x) - f(W)(x) == x @ D.T``.
+    ``f(W + D)(x) - f(W)(x) == x @ D.T``. An adapter of a weight that the forward reads adds to what is read there.
     """
-    return [
-        f"{site.fqn} has a forward of its own ({plain_class(site.owner).__name__}), which does not make of a change of "
-        f"its weight the product that the adapter adds: they differ by {difference:.0%} of it. Leave the adapter "
-        "unmerged, or exclude the layer"
-        for site, difference in differences.items()
-        if difference is not None and difference > TOLERANCE
-    ]
+    problems = []
+    for site, difference in differences.items():
+        if difference is None or difference <= TOLERANCE:
+            continue
+        own = f"{site.fqn} has a forward of its own ({plain_class(site.owner).__name__}), which"
+        if isinstance(site.layer, ReadWeight):
+            problems.append(
+                f"{own} takes the weight from elsewhere than its attribute {site.layer.attribute}, so that the adapter "
+                "has no effect, and merged it would have. Read the attribute there, or exclude the layer"
+            )
+        else:
+            problems.append(
+                f"{own} does not make of a change of its weight the product that the adapter adds: they differ by "
+                f"{difference:.0%} of it. Leave the adapter unmerged, or exclude the layer"
+            )
+    return problems
 
 
 @torch.no_grad()
 def difference_from_product(site: AdaptedSite) -> float | None:
     """Return by how much a forward differs from the product with a change of its weight, as a share of that product.
+
+    For a weight that the forward reads: by how much it changes with the weight beyond what the attribute gives it.
 
     Returns:
         ``None`` if that cannot be tried: the weight is quantized, sharded, offloaded or has no values, or the forward
@@ -76,12 +89,14 @@ def difference_from_product(site: AdaptedSite) -> float | None:
     changed = folded(weight, layer.in_storage_layout(change))
     product = x.to(wide) @ change.T
     forward: Callable[..., Any] = layer.own_forward or MethodType(plain_class(owner).forward, owner)
-    outputs = []
-    with undone([owner]) as snapshot:
+    outputs, is_read = [], isinstance(layer, ReadWeight)
+    with undone([owner], [layer]) as snapshot:
         for held in (weight, nn.Parameter(changed, requires_grad=False)):
             snapshot.restore()
             owner.eval()
             owner._parameters[layer.attribute] = held
+            if is_read:
+                layer.__dict__["value"] = lambda _: changed
             try:
                 outputs.append(forward(x))
             except Exception:  # it needs other arguments, or another kind of input
@@ -89,5 +104,5 @@ def difference_from_product(site: AdaptedSite) -> float | None:
     if not all(isinstance(output, Tensor) and output.shape == product.shape for output in outputs):
         return None
     before, after = outputs
-    difference = after.to(wide) - before.to(wide) - product
+    difference = after.to(wide) - before.to(wide) - (0 if is_read else product)
     return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(product))
