@@ -24,9 +24,6 @@ Pattern = str | Sequence[str] | Callable[[str, nn.Module], bool]
 ALPHA_PER_RANK = 20.0
 """The default alpha is 20·r, which is PEFT's 640 for r = 32."""
 
-FIRST_LEARNING_RATE = 1e-3
-"""The learning rate to try first with the default alpha, Adam and a short warm-up, which reports name."""
-
 ADDED_SINCE_FORMAT_1 = {"in_proj": "packed", "experts": "each"}
 """Options that the first format of files does not have, with their defaults."""
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from functools import partial
+from itertools import accumulate
 
 from torch.nn.parameter import is_lazy
 
@@ -15,6 +16,7 @@ from randlora.bases.spec import KINDS, BasisSpec, count_bases, count_trainable, 
 from randlora.config import RandLoRAConfig
 from randlora.layer_options import Factor
 from randlora.layers.update import RoundingLoss
+from randlora.lora_size import lora_parameters
 from randlora.meant import NotTheModel
 from randlora.start import first_learning_rate
 from randlora.state import Adapter
@@ -85,7 +87,9 @@ class Report(NotTheModel):
             named or described the targets.
         warning: What `randlora.inject` and `randlora.plan` warn of if the default adapts only a head or next to
             nothing; else empty.
-        learning_rate: The learning rate to try first, with Adam and a short warm-up; ``None`` if it is frozen.
+        learning_rate: The learning rate to try first, with Adam and a short warm-up; for long runs down to a tenth of
+            it. ``None`` if the adapter is frozen.
+        lora_rank: The rank of a LoRA on the same layers with as many parameters as Λ and Γ have.
         notes: Other notes for the user.
     """
 
@@ -107,6 +111,7 @@ class Report(NotTheModel):
     left_out: tuple[LeftOut, ...] = ()
     warning: str = ""
     learning_rate: float | None = None
+    lora_rank: float = 0.0
     notes: tuple[str, ...] = ()
 
     @property
@@ -125,15 +130,21 @@ class Report(NotTheModel):
         ]
         text = [
             f"{trains} {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({self.share:.2%})",
-            f"{len(self.targets)} layers adapted, {'active' if self.is_active else 'inactive'}, {trains}",
+            (
+                f"{len(self.targets)} layers adapted, about LoRA r = {self.lora_rank:.2g} in size, "
+                f"{'active' if self.is_active else 'inactive'}, {trains}"
+            ),
             f"bases {as_bytes(self.basis_bytes)} in memory, checkpoint {as_bytes(self.checkpoint_bytes)}",
         ]
         if self.train_also:
             text.append(f"also trained: {shortened(self.train_also)}")
         if self.buffers:
             text.append(f"buffers of its own: {shortened(self.buffers)}")
-        if self.learning_rate is not None:
-            text.append(f"learning rate to try first: {self.learning_rate:.1g}, after a short warm-up")
+        if (rate := self.learning_rate) is not None:
+            text.append(
+                f"learning rate to try first: {rate:.2g}, after a short warm-up; for long runs down to a tenth (by the "
+                f"width of most layers, {typical_min_dim(self.rows):,})"
+            )
         warning = [f"warning: {self.warning}"] if self.warning else []
         text += [*left_out_lines(self), *warning, *self.notes]
         return "\n".join([*wrapped(head), *_row_table(self.rows), *wrapped(text)])
@@ -206,7 +217,7 @@ def adapter_report(
     own = {id(held.parameter): held for held in reversed(census.parameters) if not is_lazy(held.parameter)}
     beside = [held.parameter for held in own.values() if held.fqn in adapter.trained]
     buffers = adapter.buffers
-    scalings = (options.scaling for options in adapter.options.values())
+    scaling = max((abs(options.scaling) for options in adapter.options.values()), default=0.0)
     untrained = [each for each in remaining if each.held.fqn not in adapter.trained]
     return Report(
         name=adapter.name,
@@ -229,7 +240,8 @@ def adapter_report(
             if not {fqn, f"{fqn}.weight"} & adapter.trained.keys()
         },
         left_out=left_out(untrained, adapter.config, census.size),
-        learning_rate=first_learning_rate(max(map(abs, scalings), default=0.0)) if is_trainable else None,
+        learning_rate=first_learning_rate(scaling, typical_min_dim(rows)) if is_trainable else None,
+        lora_rank=adapter_size / lora_parameters(shapes.values()) if shapes else 0.0,
         notes=(
             *notes,
             *_narrow_notes(shapes, adapter),
@@ -237,6 +249,13 @@ def adapter_report(
             *(_head_notes(census, adapter) if is_trainable else ()),
         ),
     )
+
+
+def typical_min_dim(rows: Sequence[ShapeRow]) -> int:
+    """Return the median of the smaller sides of the adapted layers, each counted as often as it has parameters."""
+    sides = sorted((min(row.in_features, row.out_features), row.trainable) for row in rows)
+    upto = [*accumulate(trainable for _, trainable in sides)]
+    return next((side for (side, _), count in zip(sides, upto, strict=True) if 2 * count >= upto[-1]), 1)
 
 
 def next_steps(name: str, *, is_active: bool, is_trainable: bool) -> list[str]:

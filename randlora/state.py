@@ -204,7 +204,7 @@ class ModelState:
     @property
     def is_disabled(self) -> bool:
         """Whether all adapters are disabled."""
-        return bool(self.disabled)
+        return len(self.disabled) > 0  # which the compiler of torch 2.9 reads, and not bool() of a list
 
     def open_block(self, block: object) -> None:
         """Begin a block in which the active adapters are not: one of `disabled`, or of `routed`, a `Routing`."""

@@ -26,6 +26,7 @@ from benchmarks.quality.runs import Key, Run, add_run, read_runs
 from benchmarks.quality.task import Prepared, Size, Targets, Task
 from benchmarks.quality.training import make_run, rate_at, train
 from benchmarks.texts import label_of
+from randlora.start import first_learning_rate
 
 STEPS = 20
 
@@ -419,6 +420,17 @@ def test_the_same_runs_draw_the_same_figure(draw: Callable[[object, Path], None]
 def test_every_contestant_has_several_learning_rates_in_every_task() -> None:
     for task, contestant in itertools.product(command.TASKS.values(), MAIN.values()):
         assert len(task.rates[contestant.family]) >= (1 if contestant.family == "frozen" else 3)
+
+
+WIDTHS = {"film reviews": 384, "tweets": 384, "clothes": 96, "word problems": 576}
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_the_rate_to_try_first_is_near_the_best_of_each_task(name: str) -> None:
+    task = command.TASKS[name]
+    points = summary.points_of(task, pages.kept_runs(task, "main"))
+    best = summary.best(task, [point for point in points if point.contestant == "dense"]).lr
+    assert 0.5 <= first_learning_rate(20.0, WIDTHS[name]) / best <= 2
 
 
 def test_word_problems_are_solved_by_their_steps() -> None:

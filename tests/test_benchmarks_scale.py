@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+import randlora
 from benchmarks import scale
 from tests.further import further
 
@@ -28,6 +29,16 @@ def test_the_rows_of_a_model_are_what_the_formulas_give(name: str) -> None:
 @pytest.mark.parametrize("name", ["Llama-3 405B, 64 devices, fsdp2", "Llama-3 70B, 8 devices, tp"])
 def test_the_parts_of_a_sum_are_what_the_formulas_give(name: str) -> None:
     assert scale.parts_row(name) in lines("parts")
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("name", ["Llama-3 8B", *map(further, list(scale.MODELS)[1:])])
+def test_no_model_is_given_a_learning_rate_that_ruins_one_of_its_size(name: str) -> None:
+    shape = scale.MODELS[name]
+    model = shape.build()
+    rate = randlora.plan(model, scale.R, targets=scale.targets_of(shape, model)).learning_rate
+    assert rate is not None
+    assert 2e-5 < rate <= 3e-4
 
 
 @pytest.mark.parametrize(

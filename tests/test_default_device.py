@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 import randlora
 from randlora.errors import CheckpointError
@@ -231,6 +233,8 @@ def test_a_verb_does_the_same(verb: str, default: str, beforehand: Place, tmp_pa
     out = tmp_path / "out"
     expected = done(verb, beforehand, out, nullcontext)
     if verb == "load_model" and default in ("meta", "in a block"):  # a rule of transformers, which it explains
+        if TorchVersion(transformers.__version__) < "5.24":
+            pytest.skip("older versions of transformers do not explain it, and compute wrongly from then on")
         with pytest.raises(CheckpointError, match="meta device context manager"):
             done(verb, beforehand, out, DEFAULTS[default])
         return

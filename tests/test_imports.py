@@ -32,6 +32,7 @@ ROOMS = (
     "functional",
     "bases",
     "start",
+    "lora_size",
     "placement",
     "replaced",
     "required_grad",

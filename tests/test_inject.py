@@ -406,5 +406,7 @@ def test_buffers_without_values_that_no_state_dict_has_are_spoken_of_when_the_mo
     with torch.device("meta"):
         model = llama()
     (note,) = randlora.inject(model, r=2).notes
-    assert note.startswith("no values: model.rotary_emb.inv_freq, model.rotary_emb.original_inv_freq on the meta device")
+    assert note.startswith(
+        "no values: model.rotary_emb.inv_freq, model.rotary_emb.original_inv_freq on the meta device"
+    )
     assert randlora.plan(llama(), r=2).notes == randlora.inject(llama(), r=2).notes == ()

@@ -87,10 +87,11 @@ def test_the_table_of_a_small_model_reads_so() -> None:
         "    1  12   20  4          3    12         48",
         "    1  20   12  4          3    12         48",
         "trainable 183 of 987 parameters (18.54%)",
-        "3 layers adapted, active, trainable",
+        "3 layers adapted, about LoRA r = 1.6 in size, active, trainable",
         "bases 576 B in memory, checkpoint 732 B",
         "also trained: head.weight, head.bias",
-        "learning rate to try first: 0.001, after a short warm-up",
+        "learning rate to try first: 0.01, after a short warm-up; for long runs down to a",
+        "  tenth (by the width of most layers, 12)",
         'left out: 1 embedding, 15.66% of the weights: targets="all" adapts it',
     ]
 
@@ -107,12 +108,11 @@ def test_a_report_fits_80_columns_and_breaks_no_name() -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, 1e-3),
-        ({"alpha": 8}, 1e-2),
-        ({"alpha": 8000}, 1e-5),
-        ({"alpha": {"q": 80, ".*": 160}}, 5e-4),
-        ({"alpha": 1e-9}, 0.1),
-        ({"init": "gamma"}, 1e-3),
+        ({}, 1e-2),
+        ({"alpha": 8000}, 0.5 / 12 / 10),
+        ({"alpha": {"q": 80, ".*": 8000}}, 0.5 / 12 / 10),
+        ({"alpha": 1e-9}, 1e-2),
+        ({"alpha": 8000, "init": "gamma"}, 0.5 / 12 / 10),
         ({"trainable": False}, None),
     ],
 )

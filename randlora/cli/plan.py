@@ -25,6 +25,9 @@ Rank = Annotated[
         "name or regex, and may be repeated: the first that matches applies.  [default: 32]"
     ),
 ]
+LikeLora = Annotated[
+    int | None, Option(help="Rank of a LoRA on the same layers, to choose `--r` with as many parameters.")
+]
 Targets = Annotated[
     list[str] | None,
     Option(help="Names of layers, weights, modules, with commas between; or `all-linear`, or `all`."),
@@ -59,6 +62,7 @@ def plan(
     model: Model,
     revision: Revision = None,
     r: Rank = None,
+    like_lora: LikeLora = None,
     targets: Targets = None,
     targets_regex: Regex = None,
     exclude: Exclude = None,
@@ -94,6 +98,8 @@ def plan(
 
     `randlora plan gpt2 --targets all-linear --basis block --json`
 
+    `randlora plan Llama-3-8B --like-lora 32`
+
     `randlora plan gpt2 --r c_attn=16 --r ".*=32"`
 
     `randlora plan Llama-3-70B --devices 8 --strategy fsdp2 --tokens 4096 --checkpointing`
@@ -108,6 +114,7 @@ def plan(
     ranks, alphas = _by_pattern("--r", r, int), _by_pattern("--alpha", alpha, float)
     names = _names(targets)
     options: dict[str, Any] = {
+        "like_lora": like_lora,
         "targets": targets_regex or (names[0] if names in (["all-linear"], ["all"]) else names),
         "exclude": _names(exclude),
         "train_also": _names(train_also),

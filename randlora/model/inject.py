@@ -18,6 +18,7 @@ from randlora.bases.bank import BasisBank
 from randlora.bases.basis import Basis
 from randlora.bases.spec import sliced_dims, spec_for
 from randlora.config import (
+    LARGEST_RANK,
     BasisKind,
     Experts,
     InProj,
@@ -25,11 +26,13 @@ from randlora.config import (
     RandLoRAConfig,
     Stream,
     explain_options,
+    is_integer,
     same_options,
 )
 from randlora.errors import ConfigError, TargetError, raise_collected, warn
-from randlora.hints import require_types
+from randlora.hints import require_types, shortly
 from randlora.layer_options import LayerOptions, by_rank
+from randlora.lora_size import r_like_lora
 from randlora.meant import call_for, is_of_peft
 from randlora.model.change import all_or_nothing, one_at_a_time
 from randlora.model.install import commit, detach_all, owned_state, prepare, require_detachable, require_own, unfold_all
@@ -115,6 +118,7 @@ def inject(
     model: nn.Module,
     r: int | Mapping[str, int] | None = None,
     *,
+    like_lora: int | None = None,
     targets: Pattern | None = None,
     exclude: Pattern | None = None,
     alpha: float | Mapping[str, float] | None = None,
@@ -143,6 +147,8 @@ def inject(
         model: Any module with layers that can be adapted; it is changed in place.
         r: Rank of one random basis, 32 by default. A smaller r trains more parameters. A mapping from patterns gives
             layers different ranks: ``{"q_proj": 16, ".*": 32}``.
+        like_lora: The rank of a LoRA on the same layers, instead of ``r``: r becomes the one with which Λ and Γ have
+            most nearly as many parameters.
         targets: Layers to adapt; see `RandLoRAConfig` for this and the next ten options.
         exclude: Layers to exclude from ``targets``.
         alpha: The update is scaled by ``alpha / r``; 20·r by default. A number, or a mapping as for ``r``.
@@ -183,6 +189,7 @@ def inject(
     options = one_config(
         config,
         r,
+        like_lora,
         targets=targets,
         exclude=exclude,
         alpha=alpha,
@@ -197,7 +204,7 @@ def inject(
     )
     reshard(model)
     require_types(inject, {"init": init, "save_pretrained": save_pretrained})
-    planned = make_plan(model, name, options, active=active, trainable=trainable)
+    planned = make_plan(model, name, options, like_lora, active=active, trainable=trainable)
     report, adapter, sites = planned.report(), planned.adapter, planned.selection.sites
     report = replace(report, notes=(*report.notes, *_valueless_buffers(planned.census)))
     _warn(report)
@@ -258,6 +265,7 @@ def plan(
     model: nn.Module,
     r: int | Mapping[str, int] | None = None,
     *,
+    like_lora: int | None = None,
     init: Init = "lambda",
     name: str = "default",
     config: RandLoRAConfig | None = None,
@@ -274,7 +282,8 @@ def plan(
         RandLoRAError: Any error that `inject` would raise before it draws bases.
     """
     require_types(inject, {"init": init, "save_pretrained": save_pretrained})
-    report = make_plan(model, name, one_config(config, r, **options), active=active, trainable=trainable).report()
+    chosen = one_config(config, r, like_lora, **options)
+    report = make_plan(model, name, chosen, like_lora, active=active, trainable=trainable).report()
     _warn(report)
     return report
 
@@ -320,8 +329,15 @@ def _warn(report: Report) -> None:
         warn("; ".join([report.warning, *lines(report.left_out)]))
 
 
-def one_config(config: RandLoRAConfig | None, r: int | Mapping[str, int] | None, **given: Any) -> RandLoRAConfig:
-    """Return the config given, or one made from single options."""
+def one_config(
+    config: RandLoRAConfig | None, r: int | Mapping[str, int] | None, like_lora: int | None, **given: Any
+) -> RandLoRAConfig:
+    """Return the config given, or one made from single options; with ``like_lora`` its r is chosen later."""
+    if like_lora is not None:
+        if r is not None or config is not None:
+            raise ConfigError(f"give like_lora= or {'r=' if config is None else 'config=, which has an r'}, not both")
+        if not (is_integer(like_lora) and 0 < like_lora <= LARGEST_RANK):
+            raise ConfigError(f"like_lora must be the rank of a LoRA, a positive integer, got {shortly(like_lora)}")
     for option, value in (("r", r), ("config", config)):
         if is_of_peft(value):
             raise ConfigError(f"{option} is a {type(value).__name__} of PEFT: give options by name, {call_for(value)}")
@@ -341,7 +357,13 @@ def one_config(config: RandLoRAConfig | None, r: int | Mapping[str, int] | None,
 
 
 def make_plan(
-    model: nn.Module, name: str, config: RandLoRAConfig, *, active: bool | None, trainable: bool | None
+    model: nn.Module,
+    name: str,
+    config: RandLoRAConfig,
+    like_lora: int | None = None,
+    *,
+    active: bool | None,
+    trainable: bool | None,
 ) -> Plan:
     """Return the plan of an adapter, or raise one error for all problems."""
     require_types(inject, {"active": active, "trainable": trainable})
@@ -354,6 +376,9 @@ def make_plan(
         problems += train_also_problems(census, config.train_also, also, selection.sites)
         also += select_buffers(census, config.train_also)
         problems += offloaded_copies(census, also)
+    if like_lora is not None:
+        raise_collected(TargetError, problems, doing=f"inject {name!r}")
+        config = replace(config, r=r_like_lora(shapes_of(selection.sites, config), like_lora))
     options, unresolved = resolve(config, [site.fqn for site in selection.sites])
     raise_collected(TargetError, problems + unresolved, doing=f"inject {name!r}")
     shapes = shapes_of(selection.sites, config)

@@ -19,6 +19,7 @@ def training_memory(
     model: nn.Module,
     r: int | Mapping[str, int] | None = None,
     *,
+    like_lora: int | None = None,
     devices: int = 1,
     strategy: Strategy = "ddp",
     tokens: int = 0,
@@ -37,6 +38,7 @@ def training_memory(
     Args:
         model: A model, which is not changed.
         r: As for `randlora.inject`.
+        like_lora: As for `randlora.inject`.
         devices: The number of devices.
         strategy: ``"ddp"``: each has everything. ``"fsdp2"``: each has a shard of every parameter, and blocks, the
             entries of module lists, are gathered when they compute. ``"tp"``: each has a part of every layer that the
@@ -61,13 +63,14 @@ def training_memory(
         RandLoRAError: Any error that `randlora.plan` would raise.
     """
     setup = Setup(devices, strategy, tokens, dtype, tp_plan, optimizer_states, checkpointing, device_type)
-    return memory_of(model, r, setup, {}, config=config, **options)
+    return memory_of(model, r, setup, {}, like_lora=like_lora, config=config, **options)
 
 
 def memory_of(
     model: nn.Module, r: int | Mapping[str, int] | None, setup: Setup, stored: Mapping[str, int], **options: Any
 ) -> TrainingMemory:
     """Return the result of `training_memory`; ``stored`` has the bytes of quantized parameters, by FQN."""
-    config = one_config(options.pop("config", None), r, **options)
-    planned = make_plan(model, "default", config, active=True, trainable=True)
+    like_lora = options.pop("like_lora", None)
+    config = one_config(options.pop("config", None), r, like_lora, **options)
+    planned = make_plan(model, "default", config, like_lora, active=True, trainable=True)
     return Training(planned.census, planned.adapter, tuple(planned.selection.sites), setup, stored).memory()

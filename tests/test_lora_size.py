@@ -1,0 +1,77 @@
+"""Sizes beside LoRA's: the r that has as many parameters, and the rank of a LoRA in a report."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import randlora
+from randlora.errors import ConfigError, TargetError
+from randlora.lora_size import r_like_lora
+from tests.kit import untouched
+from tests.laws import Mixed
+
+SIDES = st.integers(1, 40)
+NAMES = ["q", "up", "down"]
+
+
+def trained(shape: tuple[int, ...], r: int) -> int:
+    """Count Λ and Γ one by one."""
+    *stack, rows, columns = shape
+    side = min(rows, columns)
+    bases = len(range(0, side, r))
+    return (stack[0] if stack else 1) * (r * bases + bases * side)
+
+
+@given(
+    st.lists(st.tuples(SIDES, SIDES) | st.tuples(st.integers(1, 3), SIDES, SIDES), min_size=1, max_size=4),
+    st.integers(1, 60),
+)
+def test_no_r_has_a_number_of_parameters_that_is_nearer(shapes: list[tuple[int, ...]], lora_r: int) -> None:
+    wanted = sum((shape[0] if len(shape) == 3 else 1) * lora_r * (shape[-2] + shape[-1]) for shape in shapes)
+    found = r_like_lora({str(index): shape for index, shape in enumerate(shapes)}, lora_r)
+    distances = {r: abs(sum(trained(shape, r) for shape in shapes) - wanted) for r in range(1, 41)}
+    assert distances[found] == min(distances[r] for r in range(1, 1 + max(min(shape[-2:]) for shape in shapes)))
+
+
+@pytest.mark.parametrize("lora_r", [1, 2, 4])
+def test_a_report_has_the_rank_of_a_lora_of_peft_with_as_many_parameters(lora_r: int) -> None:
+    theirs = peft.get_peft_model(Mixed(), peft.LoraConfig(r=lora_r, target_modules=NAMES))
+    size, _ = theirs.get_nb_trainable_parameters()
+    report = randlora.plan(Mixed(), like_lora=lora_r, targets=NAMES)
+    assert report.lora_rank == pytest.approx(report.trainable_parameters / (size / lora_r))
+    assert abs(report.lora_rank / lora_r - 1) < 0.3
+    assert f"about LoRA r = {report.lora_rank:.2g}" in " ".join(str(report).split())
+
+
+def test_the_r_that_was_chosen_is_an_option_like_any_other(tmp_path: Path) -> None:
+    model = Mixed()
+    report = randlora.inject(model, like_lora=2, targets=NAMES)
+    assert report == randlora.plan(Mixed(), report.config.r, targets=NAMES)
+    randlora.save(model, tmp_path)
+    assert randlora.load(Mixed(), tmp_path).config == report.config
+    sizes: list[dict[str, Any]] = [{"like_lora": 2}, {"r": report.config.r}]
+    memory = [randlora.training_memory(Mixed(), targets=NAMES, **size) for size in sizes]
+    assert memory[0] == memory[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"like_lora": 2, "r": 4}, ConfigError, "give like_lora= or r=, not both"),
+        ({"like_lora": 2, "config": randlora.RandLoRAConfig()}, ConfigError, "like_lora= or config=, which has an r"),
+        ({"like_lora": 0}, ConfigError, "must be the rank of a LoRA, a positive integer, got 0"),
+        ({"like_lora": True}, ConfigError, "must be the rank of a LoRA, a positive integer, got True"),
+        ({"like_lora": 2, "targets": ["norm"]}, TargetError, "norm"),
+    ],
+)
+def test_what_leaves_r_open_or_gives_it_twice_is_an_error(
+    options: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    model = Mixed()
+    for verb in (randlora.inject, randlora.plan, randlora.training_memory):
+        with untouched(model), pytest.raises(kind, match=message):
+            verb(model, **options)
