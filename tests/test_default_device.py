@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
-from torch.torch_version import TorchVersion
 
 import randlora
 from randlora.errors import CheckpointError
@@ -179,6 +177,8 @@ def default_device(device: str) -> Iterator[None]:
         yield
     finally:
         torch.set_default_device(None)
+        with suppress(AttributeError):
+            del torch._GLOBAL_DEVICE_CONTEXT.device_context  # torch 2.9 and older fail to read the None that is there
 
 
 @contextmanager
@@ -233,8 +233,6 @@ def test_a_verb_does_the_same(verb: str, default: str, beforehand: Place, tmp_pa
     out = tmp_path / "out"
     expected = done(verb, beforehand, out, nullcontext)
     if verb == "load_model" and default in ("meta", "in a block"):  # a rule of transformers, which it explains
-        if TorchVersion(transformers.__version__) < "5.24":
-            pytest.skip("older versions of transformers do not explain it, and compute wrongly from then on")
         with pytest.raises(CheckpointError, match="meta device context manager"):
             done(verb, beforehand, out, DEFAULTS[default])
         return

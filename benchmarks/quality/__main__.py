@@ -31,7 +31,7 @@ KEPT = Path("benchmarks/quality/results")
 QUICK = Path("build/benchmarks/quality")
 SEEDS = 3
 MOST_BEYOND = 4  # more would be needed where each step towards 0 is better, as if training did nothing but harm
-Group = Literal["main", "scales", "starts", "sizes", "ranks", "bases", "widths", "attention"]
+Group = Literal["main", "scales", "starts", "sizes", "ranks", "bases", "widths", "gammas", "attention"]
 console = Console(highlight=False, soft_wrap=True)
 
 

@@ -31,6 +31,8 @@ class Contestant:
         decay: Weight decay of all but the head.
         limit: The largest norm of the update of a layer, as a share of the norm of its weight, after each step.
         penalty: What is added to the loss for each layer, times the square of that share.
+        gamma_share: Γ of a layer, which starts at 1 / min_dim, has this share of the learning rate divided by its
+            min_dim, and never more than the whole.
     """
 
     family: Family
@@ -38,6 +40,7 @@ class Contestant:
     decay: float = 0.0
     limit: float = math.inf
     penalty: float = 0.0
+    gamma_share: float = math.inf
 
 
 def frozen(prepared: Prepared, _seed: int) -> None:
@@ -184,6 +187,12 @@ WIDTHS: Mapping[str, Contestant] = {
 }
 """Scales whose best learning rate should be the same at every width."""
 
+GAMMAS: Mapping[str, Contestant] = {
+    "dense": MAIN["dense"],
+    **{f"dense, Γ at {share}/m": Contestant("adapter", ours, gamma_share=share) for share in (32, 128, 512)},
+}
+"""A learning rate of Γ's own, lower in wide layers, in which a step of the same size changes it more."""
+
 ATTENTION: Mapping[str, Contestant] = {
     "dense": MAIN["dense"],
     "dense, q, k and v apart": Contestant("adapter", partial(ours, in_proj="split")),
@@ -200,6 +209,7 @@ GROUPS: Mapping[str, Mapping[str, Contestant]] = {
     "sizes": SIZES,
     "ranks": RANKS,
     "bases": BASES,
-    "widths": WIDTHS,
+    "widths": {**WIDTHS, **GAMMAS},
+    "gammas": GAMMAS,
     "attention": ATTENTION,
 }

@@ -77,6 +77,6 @@ SPECTRUM_TASKS = [
 WIDTH_TASKS = [
     spectrum_task(f"{spectrum} spectrum {width}", spectrum, width, 50, RATES, tuple(2.5e-4 * 2**k for k in range(9)))
     for spectrum in SPECTRA
-    for width in (64, 256, 512)
+    for width in (64, 256, 512, 1024, 2048)
 ]
 """The same at other widths, with a quarter of the steps, so that rates matter: does one do for all widths?"""

@@ -62,8 +62,11 @@ def train(
     head_lr: float,
 ) -> list[float]:
     """Train some parameters, and return the loss of each step, without any penalty."""
-    of_body = {"params": body, "lr": lr, "weight_decay": contestant.decay}
-    groups = [group for group in (of_body, {"params": head, "lr": head_lr}) if group["params"]]
+    of_body = [
+        {"params": own, "lr": lr * share, "weight_decay": contestant.decay}
+        for share, own in by_share(prepared.model, body, contestant.gamma_share).items()
+    ]
+    groups = [group for group in (*of_body, {"params": head, "lr": head_lr}) if group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     keeps_small = bool(contestant.penalty) or contestant.limit < math.inf
     sizes = norms_of_weights(prepared.model) if keeps_small else {}
@@ -82,6 +85,16 @@ def train(
             randlora.limit_norms(prepared.model, {fqn: contestant.limit * size for fqn, size in sizes.items()})
         losses.append(loss.item())
     return losses
+
+
+def by_share(model: nn.Module, body: list[nn.Parameter], gamma_share: float) -> dict[float, list[nn.Parameter]]:
+    """Return parameters by the share of the learning rate that they have, which may be less for Γ."""
+    gammas = {id(parameter) for name, parameter in model.named_parameters() if "randlora_gamma" in name}
+    found: dict[float, list[nn.Parameter]] = {}
+    for parameter in body:
+        share = min(1.0, gamma_share / parameter.shape[-1]) if id(parameter) in gammas else 1.0
+        found.setdefault(share, []).append(parameter)
+    return found
 
 
 def norms_of_weights(model: nn.Module) -> dict[str, float]:
