@@ -5,9 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
-from torch.torch_version import TorchVersion
 
 import randlora
 from randlora.errors import TargetError
@@ -20,8 +18,6 @@ from tests.zoo_unchecked import EXPECTED, MOST, UNCHECKED
 
 PARTS = 48
 """In how many tests the types are checked, for several processes to share."""
-
-IS_SURVEYED = TorchVersion(transformers.__version__) >= "5.24"
 
 
 def selected(model: nn.Module) -> set[str]:
@@ -48,7 +44,6 @@ def problems(name: str, model: nn.Module, *args: Any, **kwargs: Any) -> list[str
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not IS_SURVEYED, reason="older versions of transformers have other classes")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("part", range(PARTS))
 def test_nothing_is_found_in_any_type_of_transformers(part: int) -> None:
@@ -64,7 +59,6 @@ def test_nothing_is_found_in_any_type_of_transformers(part: int) -> None:
     assert found == []
 
 
-@pytest.mark.skipif(not IS_SURVEYED, reason="older versions of transformers have other types")
 def test_what_is_unchecked_or_expected_exists_and_does_not_grow() -> None:
     assert {*UNCHECKED, *EXPECTED} <= every_type().keys()
     assert len(UNCHECKED) <= MOST

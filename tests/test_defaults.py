@@ -11,7 +11,6 @@ import torch
 import transformers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as THEIR_TARGETS
 from torch import nn
-from torch.torch_version import TorchVersion
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
@@ -21,7 +20,7 @@ from randlora.targets.presets import TARGET_PRESETS
 from randlora.targets.select import Selection, select
 from randlora.targets.walk import Census
 from tests.models import LLAMA
-from tests.transformers_zoo import NOT_YET, every_type, on_meta
+from tests.transformers_zoo import every_type, on_meta
 
 TYPES = {
     "canine": "query value",
@@ -196,8 +195,6 @@ def test_nothing_outside_a_language_model_is_adapted_where_there_is_one(model_ty
 
 @pytest.mark.parametrize("model_type", sorted(TARGET_PRESETS.keys() - THEIR_TARGETS.keys()))
 def test_a_preset_that_is_not_of_peft_is_needed(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if model_type in NOT_YET:
-        pytest.skip("this transformers does not have the type yet")
     model = next(on_meta(model_type, every_type()[model_type]))
     expected = [site.fqn for site in chosen(model).sites]
     monkeypatch.delitem(TARGET_PRESETS, model_type)
@@ -281,8 +278,8 @@ def test_attention_alone_is_adapted_in_every_model_of_diffusers() -> None:
         fqns = [site.fqn for site in selection.sites]
         assert [fqn for fqn in fqns if not is_attention(model, fqn)] == []
         assert [fqn for fqn in fqns if re.search(r"time|proj_out|norm_out|conv_out", fqn)] == []
-    assert without == {name for name in OTHERS if hasattr(diffusers, name)}  # older ones have fewer classes
-    assert covered >= (80 if TorchVersion(diffusers.__version__) >= "0.42" else 55)
+    assert without == set(OTHERS)
+    assert covered >= 80
 
 
 def test_weights_that_several_layers_share_are_left_out_with_the_reason() -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch.torch_version import TorchVersion
 
 import randlora
 from randlora.errors import CheckpointError, TargetError
@@ -120,15 +119,7 @@ MORE_MODELS: dict[str, tuple[Any, Any]] = {
 }
 
 
-RENAMED = ("DINOv2", "GPT-NeoX")
-with_the_newest_names = pytest.mark.skipif(
-    TorchVersion(transformers.__version__) < "5.13", reason="transformers renamed modules of it since"
-)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[with_the_newest_names] * (name in RENAMED)) for name in MORE_MODELS]
-)
+@pytest.mark.parametrize("name", MORE_MODELS)
 def test_other_models_are_planned_alike(name: str, tmp_path: Path) -> None:
     model_class, config = MORE_MODELS[name]
     model = model_class(config)

@@ -13,7 +13,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import randlora
 from randlora.targets.presets import HEAD_NAMES, TARGET_PRESETS
 from tests.further import further
-from tests.transformers_zoo import NOT_YET
 
 NOT_IN_TRANSFORMERS = {
     "RefinedWeb": "Falcon's name while its code came with the checkpoint",
@@ -65,13 +64,11 @@ def last_components(model: nn.Module) -> set[str]:
 
 
 def test_every_preset_is_for_a_type_that_transformers_or_the_list_above_knows() -> None:
-    assert TARGET_PRESETS.keys() - set(CONFIG_MAPPING) == NOT_IN_TRANSFORMERS.keys() | NOT_YET
+    assert TARGET_PRESETS.keys() - set(CONFIG_MAPPING) == NOT_IN_TRANSFORMERS.keys()
 
 
 @pytest.mark.parametrize("model_type", [further(each) if each in SLOW_TO_IMPORT else each for each in BUILDABLE])
 def test_a_preset_finds_the_layers_it_names(model_type: str) -> None:
-    if model_type in NOT_YET:
-        pytest.skip("this transformers does not have the type yet")
     model = build(model_type)
     preset = TARGET_PRESETS[model_type]
     report = randlora.plan(model, r=8)

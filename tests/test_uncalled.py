@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.torch_version import TorchVersion
 
 import randlora
 from randlora.errors import TargetError
@@ -23,13 +22,6 @@ TRANSFORMERS = "transformers.models"
 TDNN = {"tdnn_dim": (8,), "tdnn_kernel": (3,), "tdnn_dilation": (1,)}
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 STATES: dict[str, Any] = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "time_step_rank": 4}
-
-
-def as_surveyed(name: Any, *more: Any) -> Any:
-    """Return parameters, such as a class's name, skipped where transformers is older than the one that was surveyed."""
-    is_older = str(name).startswith(("transformers.", "<")) and TorchVersion(transformers.__version__) < "5.24"
-    reason = "older versions of transformers call some of these layers, and lack some of the classes"
-    return pytest.param(name, *more, marks=pytest.mark.skipif(is_older, reason=reason))
 
 
 def named(name: str) -> Any:
@@ -161,7 +153,7 @@ def test_every_class_that_never_calls_a_layer_is_built() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", [as_surveyed(name) for name in BUILDS])
+@pytest.mark.parametrize("name", BUILDS)
 def test_a_layer_that_is_read_acts_and_is_trained_as_if_it_were_merged(name: str, training: bool) -> None:
     torch.manual_seed(0)
     owner, run = BUILDS[name](named(name))
@@ -336,14 +328,10 @@ def positions(module: str, name: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "module", "name", "child", "words"),
     [
-        as_surveyed(
-            positions, "layoutlmv2", "LayoutLMv2Encoder", "rel_pos_bias", "reads its weight under torch.no_grad"
-        ),
-        as_surveyed(
-            positions, "layoutlmv3", "LayoutLMv3Encoder", "rel_pos_x_bias", "under torch.no_grad, so an adapter"
-        ),
-        as_surveyed(positions, "pp_doclayout_v2", PP_ENCODER, "rel_pos_bias", "has no gradient, because"),
-        as_surveyed(positions, "pp_doclayout_v2", PP_ENCODER, "rel_pos_x_bias", "is never used by"),
+        (positions, "layoutlmv2", "LayoutLMv2Encoder", "rel_pos_bias", "reads its weight under torch.no_grad"),
+        (positions, "layoutlmv3", "LayoutLMv3Encoder", "rel_pos_x_bias", "under torch.no_grad, so an adapter"),
+        (positions, "pp_doclayout_v2", PP_ENCODER, "rel_pos_bias", "has no gradient, because"),
+        (positions, "pp_doclayout_v2", PP_ENCODER, "rel_pos_x_bias", "is never used by"),
     ],
 )
 def test_what_cannot_be_adapted_is_refused_with_the_reason(
@@ -357,7 +345,7 @@ def test_what_cannot_be_adapted_is_refused_with_the_reason(
     assert f"encoder.{child}" not in report.targets
 
 
-@pytest.mark.parametrize("name", [as_surveyed(name) for name in UNCALLED if name.endswith("Indexer")])
+@pytest.mark.parametrize("name", [name for name in UNCALLED if name.endswith("Indexer")])
 def test_what_chooses_tokens_cannot_be_trained_and_is_left_out(name: str) -> None:
     indexer: nn.Module = named(name).__new__(named(name))
     nn.Module.__init__(indexer)

@@ -3,16 +3,11 @@
 import re
 
 import pytest
-import transformers
-from torch.torch_version import TorchVersion
 
 from randlora.layers.uncalled import UNCALLED
 from tests.weight_reads import LIBRARIES, Read, reads_in
 
-pytestmark = [
-    pytest.mark.medium,
-    pytest.mark.skipif(TorchVersion(transformers.__version__) < "5.24", reason="older code was not surveyed"),
-]
+pytestmark = pytest.mark.medium
 
 BY_OTHERS = {
     r"MiniMaxH3AudioAttnProcessor\.__call__$": "MiniMaxH3AudioCausalAttention",

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch.torch_version import TorchVersion
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -49,10 +48,6 @@ CUTS = (LAYERS | WIDE | SIDES, LAYERS | WIDE | HEADS, LAYERS | WIDE, LAYERS)
 """What is cut down, the most first: a config may refuse some sizes beside others of its own."""
 
 LARGEST = 12_000_000
-
-IS_OLD = TorchVersion(transformers.__version__) < "5.24"
-NOT_YET = {"granite_docling"}.difference(CONFIG_MAPPING) if IS_OLD else set[str]()
-"""Types with a preset that an older transformers does not have."""
 
 
 def classes() -> Iterator[tuple[str, str, str]]:

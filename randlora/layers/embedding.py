@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from randlora.errors import AdapterError
 from randlora.functional import update_rows
+from randlora.layers.cast import cast
 from randlora.layers.inputs import input_of
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import refuse_layer, register_layer
@@ -90,9 +91,8 @@ class EmbeddingAdapter(ReadWeight):
         if is_dtensor(weight):
             updates = [self.update(owner, part, factor) for part, factor in active]
             return sharded_rows(updates, ids, weight, self.region_here(weight), owner.padding_idx)
-        output = F.embedding(
-            ids, weight, owner.padding_idx, scale_grad_by_freq=owner.scale_grad_by_freq, sparse=owner.sparse
-        )
+        table, frequency = cast(owner, "weight", weight), owner.scale_grad_by_freq
+        output = F.embedding(ids, table, owner.padding_idx, scale_grad_by_freq=frequency, sparse=owner.sparse)
         for part, factor in active:
             pair, diagonals = self.update(owner, part, factor).parts(output.device, output.dtype)
             rows = update_rows(ids, pair, diagonals, num_rows=num_rows, is_wide=row_size <= num_rows)

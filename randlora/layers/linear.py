@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from randlora.errors import AdapterError
 from randlora.layers.base import AdapterLayer
+from randlora.layers.cast import cast
 from randlora.layers.in_place import plain_class
 from randlora.layers.inputs import input_of
 from randlora.layers.read_weight import ReadWeight
@@ -73,9 +74,10 @@ class ReadLinear(ReadWeight):
         """Return the output of the plain forward without adapters, which does not read the attribute."""
         if not self.adds_to_output(owner):
             return super().base_output(owner, base_forward, *args, **kwargs)
-        weight, bias = self.weight_of(owner), owner._parameters["bias"]
+        weight = self.weight_of(owner)
+        bias: Any = owner.bias
         assert weight is not None, "obstacles() asks for a weight"
-        return F.linear(input_of(owner, args, kwargs), weight, bias)
+        return F.linear(input_of(owner, args, kwargs), cast(owner, "weight", weight), bias)
 
 
 @register_layer("transformers.models.falcon.modeling_falcon.FalconLinear")

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 import transformers
 from hypothesis import example, given
@@ -13,7 +12,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.torch_version import TorchVersion
 
 import randlora
 from randlora.memory.training import TrainingMemory
@@ -172,9 +170,6 @@ def test_each_process_of_fsdp2_holds_shards_of_all_parameters_and_whole_bases(pa
     assert root_and_block < plan.communication <= 2 * root_and_block + 2 * plan.parameters
 
 
-@pytest.mark.skipif(
-    TorchVersion(transformers.__version__) < "5.20", reason="older versions of transformers split in another module"
-)
 @LAW
 @given(drawn)
 @example(Drawn(40, 33, 1, 16, "block", "all-linear", None))  # the second process starts within blocks of A and of B
