@@ -14,6 +14,11 @@ from randlora.targets.walk import Census
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Relative to the largest value compared: a few roundings of the dtype."""
 
+needs_compiler = pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.11", reason="the compiler of torch 2.9 and older does not take all that we do"
+)
+"""It has no properties of named tuples, or graphs of several adapters' Λ and Γ."""
+
 needs_export = pytest.mark.skipif(
     TorchVersion(torch.__version__) < "2.9", reason="torch.export loses tensors that a model computes with before 2.9"
 )

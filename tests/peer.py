@@ -32,6 +32,10 @@ PEFT_FLAGS: dict[BasisKind, dict[str, bool]] = {
 PEFT_STREAM: Stream = "torch" if TorchVersion(torch.__version__) >= "2.12" else "torch-2.11"
 """The stream that PEFT draws dense bases from under the torch installed."""
 
+as_peft_draws = pytest.mark.skipif(
+    PEFT_STREAM != "torch", reason="PEFT draws other dense bases under torch 2.11 and older"
+)
+
 every_peft_kind = pytest.mark.parametrize("basis", PEFT_FLAGS)
 
 R = 6  # does not divide 32, the smaller side of most layers

@@ -9,6 +9,7 @@ from benchmarks import compiled
 from benchmarks.command import Settings
 from benchmarks.results import Results
 from benchmarks.targets import TARGETS, verdicts
+from tests.laws import needs_compiler
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # what torch.compile imports
 OURS = [target for target in TARGETS if target.benchmark == "compiled"]
@@ -63,6 +64,7 @@ class Counted(nn.Linear):
         return output
 
 
+@needs_compiler
 @pytest.mark.medium
 def test_graphs_are_counted_beyond_the_compilers_limit() -> None:
     model = Counted(compiled.SWITCHED_SIDE, 2)

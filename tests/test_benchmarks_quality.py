@@ -27,6 +27,7 @@ from benchmarks.quality.task import Prepared, Size, Targets, Task
 from benchmarks.quality.training import make_run, rate_at, train
 from benchmarks.texts import label_of
 from randlora.start import first_learning_rate
+from tests.peer import as_peft_draws
 
 STEPS = 20
 
@@ -98,6 +99,7 @@ def test_every_contestant_is_trained_and_nothing_else(name: str) -> None:
     assert moved == (name != "frozen") == (first.trained > 0) == (first.file_bytes > 0)
 
 
+@as_peft_draws
 def test_ours_and_that_of_peft_with_equal_options_learn_the_same() -> None:
     ours, theirs = (make_run(TASK, name, MAIN[name], 1e-2, 0, "full") for name in ("dense", "PEFT"))
     assert ours.trained == theirs.trained

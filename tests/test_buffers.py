@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
+from torch.torch_version import TorchVersion
 
 import randlora
 from randlora.checkpoint.restore import restore
@@ -74,7 +75,12 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "own": Counter,
 }
 MOVES = [kind for kind in KINDS if kind != "own"]
-every_kind = pytest.mark.parametrize("kind", KINDS)
+MOVES_IN_EVAL = pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.11", reason="older versions of torch write rounded statistics in eval, too"
+)
+every_kind = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[MOVES_IN_EVAL] * (kind == "instance")) for kind in KINDS]
+)
 
 
 def build(kind: str) -> Any:
@@ -283,7 +289,7 @@ def test_and_those_of_other_modules_are_when_some_have_a_copy(also: list[str], t
     report = randlora.inject(model, r=2, targets=["first", "last"], train_also=also)
     assert said(report, "norm, other.1 have running" if "norm.bias" in also else "other.1 has running statistics")
     train(model)
-    (note,) = randlora.save(model, tmp_path).notes
+    (note,) = (each for each in randlora.save(model, tmp_path).notes if "moved since" in each)
     assert ("norm.running_mean" in note) == ("norm.bias" in also)
     assert "other.1.running_mean" in note
 

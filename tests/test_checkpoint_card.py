@@ -27,7 +27,7 @@ from tests.checkpoint_files import (
     peft_directory,
     trained,
 )
-from tests.peer import THEIR_WARNINGS, peft_draw
+from tests.peer import THEIR_WARNINGS, as_peft_draws, peft_draw
 
 
 def card_of(directory: Path) -> str:
@@ -171,6 +171,7 @@ def test_a_path_of_this_machine_is_not_in_the_card(tmp_path: Path) -> None:
 THEIRS: dict[str, dict[str, Any]] = {"torch": {}, "sparse": {"basis": "sparse"}}
 
 
+@as_peft_draws
 @pytest.mark.parametrize("options", THEIRS.values(), ids=THEIRS)
 def test_the_cards_snippets_load_the_adapter(options: dict[str, Any], tmp_path: Path) -> None:
     trained_model = models.llama()

@@ -16,7 +16,7 @@ import randlora
 from randlora.layers.diagonals import Diagonal
 from tests.further import further
 from tests.kit import fill
-from tests.laws import assert_close
+from tests.laws import assert_close, needs_compiler
 
 pytestmark = pytest.mark.medium
 X = torch.linspace(-1, 1, 24).view(3, 8)
@@ -93,6 +93,7 @@ def test_mixes_of_as_many_adapters_share_a_graph() -> None:
     assert run.graphs() == 3
 
 
+@needs_compiler
 def test_adapters_of_another_alpha_share_a_graph() -> None:
     model = model_with("a", targets=["0"])
     run = Compiled(model)
@@ -284,6 +285,7 @@ def test_a_layer_that_was_away_from_a_switch_follows_it_nevertheless() -> None:
     run.graphs()
 
 
+@needs_compiler
 def test_functional_calls_read_what_they_are_given() -> None:
     model = model_with("a", "b", targets=["0"])
     run = Compiled(model)

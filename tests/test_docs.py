@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 import randlora
 from randlora.layers import registry
 from tests.examples import DOCS, SNIPPET
 from tests.pages import FENCE, NOT_RUN, ROOT, run_page, snippets
-from tests.peer import THEIR_WARNINGS, TRAINERS_WARNINGS
+from tests.peer import PEFT_STREAM, THEIR_WARNINGS, TRAINERS_WARNINGS
 
 pytestmark = [*THEIR_WARNINGS, *TRAINERS_WARNINGS]  # of pages that show them at work
 
@@ -47,6 +48,10 @@ def _known_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=page_name)
 def test_the_snippets_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page.name == "saving.md" and PEFT_STREAM != "torch":
+        pytest.skip("PEFT draws other dense bases under torch 2.11 and older")
+    if page.name == "compiling.md" and TorchVersion(torch.__version__) < "2.9":
+        pytest.skip("torch.export of older versions loses tensors that a model computes with")
     monkeypatch.chdir(tmp_path)
     run_page(page)
 

@@ -18,7 +18,7 @@ from randlora.layers.experts import Experts
 from randlora.layers.in_place import adapter_layers_of
 from tests import reference
 from tests.kit import fill, untouched
-from tests.laws import TOLERANCES
+from tests.laws import TOLERANCES, needs_compiler
 
 IDS = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(0))
 COMMON: dict[str, Any] = {
@@ -279,6 +279,7 @@ def test_the_gradients_of_all_experts_are_stacked_once() -> None:
 
 
 @each_or_slowly_shared
+@needs_compiler
 @pytest.mark.medium
 def test_a_compiled_model_computes_the_same(experts: Any) -> None:
     model = made(mixtral, "grouped_mm", torch.float32)

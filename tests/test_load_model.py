@@ -19,7 +19,7 @@ from randlora.errors import CheckpointError, ConfigError
 from tests import models
 from tests.checkpoint_files import reseal
 from tests.kit import adapter_values, all_bits, fill
-from tests.peer import THEIR_WARNINGS
+from tests.peer import THEIR_WARNINGS, as_peft_draws
 from tests.trainers import plain_model
 
 IDS = torch.tensor([[1, 2, 3, 4]])
@@ -189,6 +189,7 @@ def test_no_code_of_a_base_model_is_run_and_nothing_unpickled(saved: nn.Module) 
     assert not Path("ran").exists()
 
 
+@as_peft_draws
 @pytest.mark.parametrize("bases", ["seed", "stored"])
 def test_transformers_and_peft_read_the_directory(bases: Any, saved: nn.Module) -> None:
     randlora.save(saved, "adapter", bases=bases)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import randlora
 from tests.kit import fill
-from tests.laws import assert_close, needs_export
+from tests.laws import assert_close, needs_compiler, needs_export
 
 X = torch.linspace(-1, 1, 24).reshape(3, 8)
 Program = Callable[[Tensor], Tensor]
@@ -38,7 +38,7 @@ def compiled(model: nn.Module) -> Program:
 PROGRAMS = [
     pytest.param(exported, marks=[needs_export, pytest.mark.medium]),
     pytest.param(traced, marks=pytest.mark.filterwarnings("ignore:`torch.jit.trace")),
-    pytest.param(compiled, marks=pytest.mark.medium),
+    pytest.param(compiled, marks=[needs_compiler, pytest.mark.medium]),
 ]
 
 

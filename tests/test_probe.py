@@ -14,6 +14,7 @@ from randlora.errors import MergeError
 from randlora.layers import registry
 from randlora.layers.linear import LinearAdapter, ReadLinear
 from tests.kit import fill, untouched
+from tests.laws import needs_compiler
 from tests.models import library, reproducible
 
 
@@ -114,7 +115,9 @@ def adapted(build: Callable[[], nn.Module]) -> nn.Module:
     return fill(model)
 
 
-@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[needs_compiler] * name.startswith("BitNet")) for name in OTHER]
+)
 def test_a_forward_that_is_not_the_product_is_not_merged_into(name: str) -> None:
     model = adapted(OTHER[name])
     message = r"1 has a forward of its own \(\w+\), which does not make .*: they differ by \d+% of it\. Leave"

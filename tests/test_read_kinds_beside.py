@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 import randlora
 from randlora.errors import AdapterError, TargetError
 from tests.kit import all_bits, fill, same_bits, untouched
-from tests.laws import assert_close, needs_export
+from tests.laws import assert_close, needs_compiler, needs_export
 from tests.read_kinds import (
     ATTENTION,
     COMPILED,
@@ -165,6 +165,7 @@ def test_a_lazy_convolution_is_refused_as_a_target_and_is_no_matter_elsewhere() 
 
 @pytest.mark.medium
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # asked by dynamo
+@needs_compiler
 @pytest.mark.parametrize(
     "kind",
     [

@@ -15,7 +15,7 @@ from randlora.targets.select import find_targets
 from tests import reference
 from tests.in_place_models import Reading, TableReader, Tables, X, register
 from tests.kit import fill, same_bits, untouched
-from tests.laws import adapted_names, assert_close, needs_export
+from tests.laws import adapted_names, assert_close, needs_compiler, needs_export
 
 WEIGHTS = ("read.table", "read.turned", "called.table", "called.turned")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -274,6 +274,7 @@ def test_another_weight_of_an_owner_whose_class_was_changed_since_is_refused() -
     randlora.inject(model, r=3, targets=["read.table"], name="second")
 
 
+@needs_compiler
 @pytest.mark.medium
 def test_compiling_gives_one_graph_and_the_same_values() -> None:
     model, _ = adapted()
