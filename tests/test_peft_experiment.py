@@ -12,6 +12,7 @@ from tests.checkpoint_files import CONFIG_FILE, read_fields
 from tests.kit import fill
 from tests.models import RealModel, llama, tokens
 from tests.peer import THEIR_WARNINGS, assert_same_effect, copy_values, in_ours, peft_draw
+from tests.test_paper_counts import llama_3_2_3b
 
 pytestmark = THEIR_WARNINGS
 
@@ -42,11 +43,15 @@ def test_peft_reads_an_experiment_and_writes_it_back_unchanged(experiment: Path,
     assert (tmp_path / CONFIG_FILE).read_bytes() == (experiment / CONFIG_FILE).read_bytes()
 
 
-def test_one_experiment_changes_only_the_alpha_and_the_other_only_the_rate() -> None:
-    of_alpha, of_rate = EXPERIMENTS
+def test_one_experiment_changes_only_the_alpha_one_only_the_rate_and_one_only_the_layers() -> None:
+    of_alpha, of_rate, of_layers = EXPERIMENTS
     assert config_of(of_alpha) == RandLoraConfig(randlora_alpha=round(EQUIVALENT))
     assert config_of(of_rate) == RandLoraConfig()
     assert [path.name for path in of_alpha.iterdir()] == [CONFIG_FILE]
+    layers = config_of(of_layers).target_modules
+    assert config_of(of_layers) == RandLoraConfig(r=88, randlora_alpha=20 * 88, target_modules=layers)
+    sizes = [randlora.plan(llama_3_2_3b(), r, targets=on) for r, on in ((88, layers), (32, ["q_proj", "v_proj"]))]
+    assert sizes[0].trainable_parameters == pytest.approx(sizes[1].trainable_parameters, rel=0.001)
     params = json.loads((of_rate / "training_params.json").read_text(encoding="utf-8"))
     assert params == {"optimizer_kwargs": {"lr": 5e-5, "weight_decay": 0.1}}  # PEFT replaces the mapping as a whole
 
@@ -59,7 +64,7 @@ def test_the_rate_is_between_those_of_the_same_first_step_and_of_the_same_growth
 @every_experiment
 def test_the_page_has_the_numbers_of_an_experiment(experiment: Path) -> None:
     config, lr = config_of(experiment), rate_of(experiment)
-    step, growth = (config.randlora_alpha / EQUIVALENT * (lr / PEFT_LR) ** power for power in (1, 2))
+    step, growth = (config.randlora_alpha / config.r / (EQUIVALENT / 32) * (lr / PEFT_LR) ** power for power in (1, 2))
     page = (FOLDER / "README.md").read_text(encoding="utf-8")
     (row,) = (line for line in page.splitlines() if line.startswith(f"| `randlora/{experiment.name}`"))
     alpha, scale, rate, *sizes = (float(cell) for cell in row.split("|")[2:7])
@@ -73,7 +78,7 @@ def test_ours_computes_with_an_experiment_as_peft_does(experiment: Path, tmp_pat
     theirs = fill(get_peft_model(KIND.build(), config).eval())
     ours = KIND.build()
     options = {"r": config.r, "alpha": config.randlora_alpha, "seed": config.projection_prng_key}
-    randlora.inject(ours, targets=KIND.targets, stream=peft_draw("dense"), **options)
+    randlora.inject(ours, targets=config.target_modules or KIND.targets, stream=peft_draw("dense"), **options)
     copy_values(theirs, ours)
     assert_same_effect(ours, theirs, KIND)
     theirs.save_pretrained(tmp_path)
