@@ -21,6 +21,8 @@ import randlora
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import fashion, pages, spectrum, summary, training, words
 from benchmarks.quality.contestants import GROUPS, MAIN, equal_rank
+from benchmarks.quality.facts import FACTS_TASK
+from benchmarks.quality.khatri_rao import KhatriRao
 from benchmarks.quality.other_bases import OTHER_BASES, Made, Update, add_updates
 from benchmarks.quality.runs import Key, Run, add_run, read_runs
 from benchmarks.quality.task import Prepared, Size, Targets, Task
@@ -506,3 +508,27 @@ def test_no_best_rate_in_a_table_is_at_an_end_of_its_sweep(page: Path) -> None:
             curves = summary.by_contestant(summary.points_of(tasks[name], pages.kept_runs(tasks[name], place["group"])))
             beyond = {contestant: summary.rate_beyond(tasks[name], points) for contestant, points in curves.items()}
             assert not any(beyond.values()), (place[0].splitlines()[0], name, beyond)
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (7, 7), (1, 3)])
+def test_rows_of_kradapter_are_products_of_entries(shape: tuple[int, int]) -> None:
+    update = KhatriRao(shape)
+    nn.init.normal_(update.first)
+    found, (low, high) = update(torch.zeros(shape)), sorted(shape)
+    assert update.first.shape[1] * update.second.shape[1] >= high
+    for i, j in itertools.product(range(low), range(high)):
+        row, column = divmod(j, update.first.shape[1])
+        expected = 2 * update.second[i, row] * update.first[i, column]
+        torch.testing.assert_close(found[i, j] if shape[0] <= shape[1] else found[j, i], expected)
+    torch.testing.assert_close(KhatriRao(shape)(weight := torch.randn(shape)), weight)
+
+
+def test_bits_of_facts_are_those_that_are_known() -> None:
+    prepared = FACTS_TASK.prepare(0, "quick")
+    with torch.no_grad():
+        nothing = prepared.measure()
+    assert (nothing["drift"], round(nothing["bits"], 2)) == (0, 0)
+    assert nothing["recalled"] < 0.03
+    run = make_run(FACTS_TASK, "full", GROUPS["facts"]["full"], 1e-2, 0, "quick")
+    assert run.found["bits"] > 0
+    assert run.found["bits per parameter"] == run.found["bits"] / run.trained

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from benchmarks.quality import summary
 from benchmarks.quality.contestants import GROUPS, Contestant
+from benchmarks.quality.facts import FACTS_TASK
 from benchmarks.quality.fashion import CLOTHES_TASK
 from benchmarks.quality.runs import Key, Run, add_run, read_runs
 from benchmarks.quality.sentiment import REVIEWS_TASK, TWEETS_TASK
@@ -25,13 +26,13 @@ from benchmarks.quality.training import make_run
 from benchmarks.quality.words import WORDS_TASK
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (REVIEWS_TASK, TWEETS_TASK, CLOTHES_TASK, WORDS_TASK, *SPECTRUM_TASKS)
+    task.name: task for task in (REVIEWS_TASK, TWEETS_TASK, CLOTHES_TASK, WORDS_TASK, FACTS_TASK, *SPECTRUM_TASKS)
 }
 KEPT = Path("benchmarks/quality/results")
 QUICK = Path("build/benchmarks/quality")
 SEEDS = 3
 MOST_BEYOND = 4  # more would be needed where each step towards 0 is better, as if training did nothing but harm
-Group = Literal["main", "scales", "starts", "sizes", "ranks", "bases", "widths", "gammas", "attention"]
+Group = Literal["main", "scales", "starts", "sizes", "ranks", "facts", "bases", "widths", "gammas", "attention"]
 console = Console(highlight=False, soft_wrap=True)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import randlora
+from benchmarks.quality.khatri_rao import khatri_rao
 from benchmarks.quality.other_bases import OTHER_BASES, add_updates
 from benchmarks.quality.task import Family, Prepared, Targets
 from randlora.bases.spec import count_bases
@@ -170,6 +171,14 @@ RANKS: Mapping[str, Contestant] = {
 }
 """Numbers of parameters: of a LoRA they rise with the rank, of ours they fall with it."""
 
+FACTS: Mapping[str, Contestant] = {
+    **{f"LoRA, r = {rank}": Contestant("adapter", partial(lora, rank=rank)) for rank in (2, 8)},
+    **RANKS,
+    **{name: MAIN[name] for name in ("full", "block", "very_sparse")},
+    "KRAdapter": Contestant("adapter", khatri_rao),
+}
+"""Sizes and forms that may store more or less."""
+
 BASES: Mapping[str, Contestant] = {
     **{name: MAIN[name] for name in ("dense", "very_sparse")},
     **{name: Contestant("adapter", partial(add_updates, make=make, r=RANK)) for name, make in OTHER_BASES.items()},
@@ -179,6 +188,7 @@ BASES: Mapping[str, Contestant] = {
         for blocks in ((1, 8), (2, 2), (8, 1))
     },
     "hybrid": Contestant("adapter", hybrid),
+    "KRAdapter": Contestant("adapter", khatri_rao),
 }
 """Other bases, blocks that leave no entry of an update out where a layer has three bases, and a LoRA beside ours."""
 
@@ -208,6 +218,7 @@ GROUPS: Mapping[str, Mapping[str, Contestant]] = {
     "starts": STARTS,
     "sizes": SIZES,
     "ranks": RANKS,
+    "facts": FACTS,
     "bases": BASES,
     "widths": {**WIDTHS, **GAMMAS},
     "gammas": GAMMAS,
