@@ -53,7 +53,7 @@ distributed: $(VENV)/.dev  # two or four processes at a time, which tests beside
 	$(BIN)/python -m pytest --numprocesses 0 -m "not slow" tests/distributed
 
 slow: $(VENV)/.dev  # all that takes minutes, and what repeats a law: see tests/further.py
-	$(BIN)/python -m pytest --numprocesses auto -m slow
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m slow
 
 torture: $(VENV)/.torture  # campaigns of minutes against the library; ARGS="--scale 0.01" for a hundredth of them
 	$(BIN)/python -m tests.torture $(ARGS)
