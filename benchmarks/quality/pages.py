@@ -17,7 +17,7 @@ from benchmarks.quality.spectrum import WIDTH_TASKS
 from benchmarks.quality.task import Task
 
 DOCS = Path("docs")
-PAGES = [Path("README.md"), *sorted(DOCS.glob("results*.md"))]
+PAGES = [Path("README.md"), DOCS / "learning_rate.md", *sorted(DOCS.glob("results*.md"))]
 REAL = ("film reviews", "tweets", "clothes", "word problems")
 ROWS = {
     "full": "full fine-tuning",
