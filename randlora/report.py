@@ -122,6 +122,7 @@ class Report(NotTheModel):
     def __str__(self) -> str:
         """Return a table of shapes followed by the totals, in lines of 80 columns."""
         trains = "trainable" if self.is_trainable else "frozen"
+        lora_rank = f"{self.lora_rank:,.0f}" if self.lora_rank >= 10 else f"{self.lora_rank:.2g}"
         alphas = dict.fromkeys(f"{row.alpha:g}" for row in self.rows)
         head = [
             f"RandLoRA adapter {self.name!r}: alpha={', '.join(alphas)}",
@@ -131,7 +132,7 @@ class Report(NotTheModel):
         text = [
             f"{trains} {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({self.share:.2%})",
             (
-                f"{len(self.targets)} layers adapted, about LoRA r = {self.lora_rank:.2g} in size, "
+                f"{len(self.targets)} layers adapted, about LoRA r = {lora_rank} in size, "
                 f"{'active' if self.is_active else 'inactive'}, {trains}"
             ),
             f"bases {as_bytes(self.basis_bytes)} in memory, checkpoint {as_bytes(self.checkpoint_bytes)}",
@@ -143,7 +144,7 @@ class Report(NotTheModel):
         if (rate := self.learning_rate) is not None:
             text.append(
                 f"learning rate to try first: {rate:.2g}, after a short warm-up; for long runs down to a tenth (by the "
-                f"width of most layers, {typical_min_dim(self.rows):,})"
+                f"width of the layers, {typical_min_dim(self.rows):,} for half of the parameters)"
             )
         warning = [f"warning: {self.warning}"] if self.warning else []
         text += [*left_out_lines(self), *warning, *self.notes]

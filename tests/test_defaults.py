@@ -71,6 +71,7 @@ NO_ATTENTION = {
     **dict.fromkeys(("vibevoice_acoustic_tokenizer_decoder", "vibevoice_acoustic_tokenizer_encoder"), CONVOLUTIONS),
     **dict.fromkeys(("falcon_mamba", "mamba", "mamba2", "slanet", "wavtokenizer_encoder"), STATES),
     **dict.fromkeys(("bamba", "granitemoehybrid"), "none of its layers is attention unless its config says so"),
+    **dict.fromkeys(("zamba", "zamba2"), "its layers of attention share their weights"),
     "fnet": "Fourier transforms, no attention",
     "ibert": "layers that compute in integers",
     "mobilevitv2": "attention of convolutions",

@@ -7,6 +7,7 @@ import peft
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import randlora
 from randlora.errors import ConfigError, TargetError
@@ -32,7 +33,8 @@ def trained(shape: tuple[int, ...], r: int) -> int:
 )
 def test_no_r_has_a_number_of_parameters_that_is_nearer(shapes: list[tuple[int, ...]], lora_r: int) -> None:
     wanted = sum((shape[0] if len(shape) == 3 else 1) * lora_r * (shape[-2] + shape[-1]) for shape in shapes)
-    found = r_like_lora({str(index): shape for index, shape in enumerate(shapes)}, lora_r)
+    named = {str(index): shape for index, shape in enumerate(shapes)}
+    found = r_like_lora(named, lora_r, randlora.RandLoRAConfig())
     distances = {r: abs(sum(trained(shape, r) for shape in shapes) - wanted) for r in range(1, 41)}
     assert distances[found] == min(distances[r] for r in range(1, 1 + max(min(shape[-2:]) for shape in shapes)))
 
@@ -45,6 +47,26 @@ def test_a_report_has_the_rank_of_a_lora_of_peft_with_as_many_parameters(lora_r:
     assert report.lora_rank == pytest.approx(report.trainable_parameters / (size / lora_r))
     assert abs(report.lora_rank / lora_r - 1) < 0.3
     assert f"about LoRA r = {report.lora_rank:.2g}" in " ".join(str(report).split())
+
+
+@pytest.mark.parametrize(("r", "words"), [(2, "256"), (8, "64"), (30, "18"), (256, "2.5")])
+def test_a_rank_is_printed_as_a_number_of_columns(r: int, words: str) -> None:
+    report = randlora.plan(nn.ModuleDict({"a": nn.Linear(1024, 1024)}), r=r)
+    assert f", about LoRA r = {words} in size," in str(report)
+
+
+@pytest.mark.parametrize(
+    ("like_lora", "options", "r"),
+    [
+        (3, {}, 12),
+        (3, {"basis": "block"}, 8),
+        (3, {"basis": "block", "blocks": (5, 3)}, 15),
+        (20, {"basis": "block"}, 1),
+    ],
+)
+def test_blocks_divide_the_r_that_is_chosen(like_lora: int, options: dict[str, Any], r: int) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(64, 96)})
+    assert randlora.inject(model, like_lora=like_lora, **options).config.r == r
 
 
 def test_the_r_that_was_chosen_is_an_option_like_any_other(tmp_path: Path) -> None:

@@ -157,25 +157,48 @@ def test_a_forward_that_cannot_be_tried_is_said() -> None:
     assert note.startswith("layers with their own forward, which could not be tried: 0;")
 
 
+ENDINGS: dict[str, Callable[[Tensor], Any]] = {
+    "plain": lambda y: y,
+    "rectified": lambda y: y.relu(),
+    "small": lambda y: 0.001 * y,
+    "parted": lambda y: y.unflatten(-1, (2, 2)),
+    "a tuple": lambda y: (y, y.sum()),
+}
+
+
 @pytest.mark.parametrize("is_read", [True, False])
+@pytest.mark.parametrize("ending", ENDINGS)
 def test_a_forward_that_takes_the_weight_from_elsewhere_is_not_merged_into(
-    monkeypatch: pytest.MonkeyPatch, is_read: bool
+    monkeypatch: pytest.MonkeyPatch, ending: str, is_read: bool
 ) -> None:
     monkeypatch.setattr(LinearAdapter, "as_read", ReadLinear)
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight if is_read else self._parameters["weight"], self.bias).relu()
+    def forward(self: Any, x: Tensor) -> Any:
+        return ENDINGS[ending](F.linear(x, self.weight if is_read else self._parameters["weight"], self.bias))
 
-    model = nn.Sequential(replaced(nn.Linear, forward=forward)(4, 4), nn.Linear(4, 4))
-    randlora.inject(model, r=2)
+    model = nn.Sequential(replaced(nn.Linear, forward=forward)(4, 4))
+    randlora.inject(model, r=2, targets=["0"])
     fill(model)
     if is_read:
         x = torch.randn(3, 4)
         before = model(x)
-        randlora.merge(model)
+        assert randlora.merge(model).notes == ()
         torch.testing.assert_close(model(x), before)
         return
     message = r"0 has a forward of its own \(Own\), which takes the weight from elsewhere than its attribute weight"
     for call in (randlora.merge, randlora.merged_tensors):
         with untouched(model), pytest.raises(MergeError, match=message):
             call(model)
+
+
+@pytest.mark.parametrize("as_read", [None, ReadLinear])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_what_is_not_finite_cannot_be_tried(monkeypatch: pytest.MonkeyPatch, value: float, as_read: Any) -> None:
+    monkeypatch.setattr(LinearAdapter, "as_read", as_read)
+    layer = replaced(nn.Linear, forward=lambda self, x: F.linear(x, self.weight, self.bias) * value)
+    model = nn.Sequential(layer(4, 4), nn.Linear(4, 4))
+    randlora.inject(model, r=2)
+    notes = randlora.merge(fill(model)).notes
+    assert [note.startswith("layers with their own forward, which could not be tried: 0;") for note in notes] == (
+        [True] if as_read is None else []
+    )

@@ -91,7 +91,7 @@ def test_the_table_of_a_small_model_reads_so() -> None:
         "bases 576 B in memory, checkpoint 732 B",
         "also trained: head.weight, head.bias",
         "learning rate to try first: 0.01, after a short warm-up; for long runs down to a",
-        "  tenth (by the width of most layers, 12)",
+        "  tenth (by the width of the layers, 12 for half of the parameters)",
         'left out: 1 embedding, 15.66% of the weights: targets="all" adapts it',
     ]
 

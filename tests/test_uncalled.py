@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.errors import TargetError
-from randlora.layers.uncalled import UNCALLED, Reading
+from randlora.layers.uncalled import UNCALLED, WITHOUT_GRADIENT, Reading
 from tests.kit import fill, same_bits, untouched
 from tests.models import bert, clip, image, llama, reproducible, torchvision_vit
 from tests.transformers_zoo import tiny
@@ -345,19 +345,18 @@ def test_what_cannot_be_adapted_is_refused_with_the_reason(
     assert f"encoder.{child}" not in report.targets
 
 
-@pytest.mark.parametrize("name", [name for name in UNCALLED if name.endswith("Indexer")])
-def test_what_chooses_tokens_cannot_be_trained_and_is_left_out(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(WITHOUT_GRADIENT))
+def test_what_chooses_tokens_runs_without_gradients_and_rules_leave_it_out(name: str) -> None:
+    assert named(name).forward.__code__ is torch.no_grad()(lambda: None).__code__
     indexer: nn.Module = named(name).__new__(named(name))
     nn.Module.__init__(indexer)
-    children = readings(indexer, is_right=False)[0].children
-    for child in children:
-        setattr(indexer, child, nn.Linear(4, 4))
-    report = randlora.inject(nn.ModuleDict({"indexer": indexer, "other": nn.Linear(4, 4)}), r=2, targets="all-linear")
-    assert report.targets == ("other",)
-    assert {fqn.removeprefix("indexer."): why.split(",")[0] for fqn, why in report.skipped.items()} == dict.fromkeys(
-        children, "has no gradient"
-    )
-    assert named(name).forward.__code__ is torch.no_grad()(lambda: None).__code__
+    indexer.wk = nn.Linear(4, 4)
+    model = nn.ModuleDict({"indexer": indexer, "other": nn.Linear(4, 4)})
+    for rule in ("all", "all-linear"):
+        report = randlora.plan(model, r=2, targets=rule)
+        assert report.targets == ("other",)
+        assert "chooses tokens under torch.no_grad" in report.skipped["indexer.wk"]
+    assert randlora.plan(model, r=2, targets=["wk"]).targets == ("indexer.wk",)
 
 
 @pytest.mark.parametrize("options", [{"qkv_bias": False}, {"qkv_bias": True, "qkv_bias_separate": True}])

@@ -109,7 +109,10 @@ def integers(most: int, *size: int, least: int = 0) -> Tensor:
 
 def ids(config: Any, length: int = TOKENS) -> Tensor:
     """Draw tokens that are no special ones."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    try:
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    except ValueError:  # it has several
+        text = config
     vocabulary = attribute(text, "vocab_size", default=None) or attribute(config, "vocab_size", default=32)
     return integers(int(vocabulary), 2, length, least=min(3, int(vocabulary) - 1))
 

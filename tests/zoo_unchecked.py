@@ -21,6 +21,7 @@ _UNCHECKED = {
     """,
     "its forward wants inputs that are not known here": """
     apertus1p5 audio-spectrogram-transformer audioflamingo3_encoder autoformer blip-2 bridgetower chameleon clvp
+    convnextv2
     cohere_compass cohere_compass_text cohere_compass_vision conditional_detr convnext cosmos3_edge_vision csm
     d_fine dab-detr deepseek_v2 deformable_detr depth_pro detr dia diffusion_gemma dinat dots3_note_text
     ernie4_5_vl_moe exaone4_5_vision fun_asr_nano_encoder gemma3n_audio gemma4_audio gemma4_vision glm4_moe_lite
@@ -60,9 +61,20 @@ _CHOOSES = "it chooses tokens, and is trained by a loss that the model does not 
 EXPECTED = {
     **dict.fromkeys(("minimax_m3_vl", "qwen4_exp"), (_INDEXER, _CHOOSES)),
     "deepseek_v4": (r"\.(indexer|compressor)\.", f"{_CHOOSES}; the inputs are too short for it to compress any"),
-    "fastspeech2_conformer": ("duration_predictor", "without labels its output is rounded to integers"),
+    **dict.fromkeys(
+        ("fastspeech2_conformer", "fastspeech2_conformer_with_hifigan", "vits"),
+        ("duration_predictor", "without labels its output is rounded to integers"),
+    ),
+    "encoder-decoder": (r"encoder\.pooler", "the decoder reads the states before it"),
     "flava": ("text_to_mm_projection", "its output is used with images and text together"),
-    "lightglue": ("keypoint_detector", "no gradient reaches the detector of the points that are matched"),
+    "levit": ("(?!)", "cut down, it has no effects above rounding"),
+    "lightglue": (
+        r"keypoint_detector|matchability|token_confidence",
+        "no gradient reaches the detector of the points, and the others decide which points are left out",
+    ),
+    "lilt": (r"encoder\.layer\.1\..*layout", "the layout after the last layer is not part of the output"),
+    "pe_audio_encoder": (r"dac_encoder", "it encodes the audio under no_grad"),
+    "uvdoc_backbone": ("bridge", "of its feature maps it returns those that its config asks for"),
     "pocket_tts": ("audio_latent_proj", "the inputs tried here have no audio for it to embed"),
     "mra": ("attention", "without its kernels for a GPU the attention returns zeros"),
 }

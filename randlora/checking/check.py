@@ -13,6 +13,7 @@ from randlora.checking.outputs import distances, roundings
 from randlora.checking.report import CheckReport, Fault, Problem
 from randlora.checking.trial import WIDENED, Trial, acting_sites, half_precision, held_by, roles
 from randlora.errors import AdapterError, MergeError, raise_collected
+from randlora.layers.read_weight import ReadWeight
 from randlora.layers.update import Into
 from randlora.model.change import one_at_a_time
 from randlora.model.install import require_own, unwrapped_model
@@ -261,7 +262,11 @@ def _problems(site: AdaptedSite, seen: Sequence[_Mode], refused: float | None) -
     def add(fault: Fault, modes: Sequence[_Mode], difference: float | None = None) -> None:
         found.append(Problem(site.fqn, fault, tuple(_name(mode.training) for mode in modes), difference))
 
-    if past := [mode for mode in seen if site in mode.moved_merged - mode.moved]:
+    past = [mode for mode in seen if site in mode.moved_merged - mode.moved]
+    if refused is not None and isinstance(site.layer, ReadWeight):
+        add("read past", seen)
+        return found
+    if past:
         add("read past", past)
     elif not any(site in mode.trained for mode in seen):
         if moved := [mode for mode in seen if site in mode.moved]:

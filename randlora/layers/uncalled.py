@@ -1,4 +1,4 @@
-"""Modules that read, change or cannot train the weight of a linear layer inside them, by the name of their class.
+"""Modules that read or change the weight of a linear layer inside them, by qualified name of their class.
 
 An adapter that acts when its layer is called would be a silent no-op where the weight is read, so such a layer is
 adapted as what reads it needs (`AdapterLayer.as_read`), or refused with the reason.
@@ -17,7 +17,7 @@ TRANSFORMERS = "transformers.models"
 NO_EFFECT = "so an adapter would have no effect"
 KERNELS = "when the kernels of mamba-ssm are used"
 WITHOUT_GRADIENTS = "has no gradient, because {} reads its weight under torch.no_grad, so an adapter could not train"
-CHOOSES = "has no gradient, because {} chooses tokens under torch.no_grad, so an adapter could not train"
+CHOOSES = "is left out, because {} chooses tokens under torch.no_grad, and an adapter of it could not be trained"
 UNUSED = f"is never used by {{}}, {NO_EFFECT}"
 DIVIDED = (
     "is in a {} whose weights the model divides in place in eval(), and would not divide the update: load the model "
@@ -104,17 +104,6 @@ UNCALLED: dict[str, tuple[Reading, ...]] = {
         Reading(("rel_pos_bias",), problem=WITHOUT_GRADIENTS),
         Reading(("rel_pos_x_bias", "rel_pos_y_bias"), problem=UNUSED),
     ),
-    **dict.fromkeys(
-        (
-            f"{TRANSFORMERS}.{name}.modeling_{name}.{kind}Indexer"
-            for name, kind in (
-                *(("axk2", "AXK2"), ("deepseek_v32", "DeepseekV32"), ("dots3_note", "Dots3NoteText")),
-                *(("glm5_next", "Glm5NextText"), ("glm_moe_dsa", "GlmMoeDsa"), ("hy_v4", "HYV4")),
-                *(("hy_v4_vl", "HYV4VL"), ("mistral_large4", "MistralLarge4Text")),
-            )
-        ),
-        (Reading(("wq_b", "wk", "weights_proj"), problem=CHOOSES),),
-    ),
     f"{TRANSFORMERS}.gemma3n.modeling_gemma3n.Gemma3nTextAltUp": (
         Reading(
             ("correction_coefs", "prediction_coefs"),  # it clamps the second in place, which a frozen weight is spared
@@ -170,6 +159,24 @@ UNCALLED: dict[str, tuple[Reading, ...]] = {
         for owner, child in (("BloomAttention", "dense"), ("BloomMLP", "dense_4h_to_h"))
     },
 }
+
+
+WITHOUT_GRADIENT = frozenset(
+    f"{TRANSFORMERS}.{name}.modeling_{name}.{kind}Indexer"
+    for name, kind in (
+        *(("axk2", "AXK2"), ("deepseek_v32", "DeepseekV32"), ("dots3_note", "Dots3NoteText")),
+        *(("glm5_next", "Glm5NextText"), ("glm_moe_dsa", "GlmMoeDsa"), ("hy_v4", "HYV4"), ("hy_v4_vl", "HYV4VL")),
+        ("mistral_large4", "MistralLarge4Text"),
+    )
+)
+"""Modules whose forward runs without gradients. Rules leave the layers inside them out; who names one gets it."""
+
+
+def chosen_without_gradient(owner: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Go through the modules inside an owner that computes without gradients, with the reason to leave each out."""
+    if any(f"{parent.__module__}.{parent.__qualname__}" in WITHOUT_GRADIENT for parent in type(owner).__mro__):
+        reason = CHOOSES.format(plain_class(owner).__name__)
+        yield from ((child, reason) for child in owner.children())
 
 
 def readings_in(owner: nn.Module) -> Iterator[tuple[nn.Module, str, bool]]:

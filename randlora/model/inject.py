@@ -6,6 +6,7 @@ changed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -338,6 +339,9 @@ def one_config(
             raise ConfigError(f"give like_lora= or {'r=' if config is None else 'config=, which has an r'}, not both")
         if not (is_integer(like_lora) and 0 < like_lora <= LARGEST_RANK):
             raise ConfigError(f"like_lora must be the rank of a LoRA, a positive integer, got {shortly(like_lora)}")
+        blocks = given.get("blocks")
+        if isinstance(blocks, tuple | list) and all(is_integer(count) and count > 0 for count in blocks):
+            given["r"] = math.lcm(*blocks)  # of which the chosen one is a multiple
     for option, value in (("r", r), ("config", config)):
         if is_of_peft(value):
             raise ConfigError(f"{option} is a {type(value).__name__} of PEFT: give options by name, {call_for(value)}")
@@ -378,7 +382,7 @@ def make_plan(
         problems += offloaded_copies(census, also)
     if like_lora is not None:
         raise_collected(TargetError, problems, doing=f"inject {name!r}")
-        config = replace(config, r=r_like_lora(shapes_of(selection.sites, config), like_lora))
+        config = replace(config, r=r_like_lora(shapes_of(selection.sites, config), like_lora, config))
     options, unresolved = resolve(config, [site.fqn for site in selection.sites])
     raise_collected(TargetError, problems + unresolved, doing=f"inject {name!r}")
     shapes = shapes_of(selection.sites, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from types import MethodType
 from typing import Any
@@ -62,11 +63,12 @@ def product_problems(differences: Mapping[AdaptedSite, float | None]) -> list[st
 def difference_from_product(site: AdaptedSite) -> float | None:
     """Return by how much a forward differs from the product with a change of its weight, as a share of that product.
 
-    For a weight that the forward reads: by how much it changes with the weight beyond what the attribute gives it.
+    For a weight that the forward reads: the share of what a change of the weight does that it does past the attribute,
+    where an adapter does not act.
 
     Returns:
-        ``None`` if that cannot be tried: the weight is quantized, sharded, offloaded or has no values, or the forward
-        needs other arguments than one input.
+        ``None`` if that cannot be tried: the weight is quantized, sharded, offloaded or has no values, the forward
+        needs other arguments than one input, or what it returns is not finite or of another shape.
     """
     owner, layer = site.owner, site.layer
     weight = layer.weight_of(owner)
@@ -86,23 +88,36 @@ def difference_from_product(site: AdaptedSite) -> float | None:
     norm = torch.linalg.vector_norm(weight, dtype=wide)
     size = torch.where((norm > 0) & norm.isfinite(), norm, out_features**0.5)
     change *= size / torch.linalg.vector_norm(change)
-    changed = folded(weight, layer.in_storage_layout(change))
-    product = x.to(wide) @ change.T
+    changed = nn.Parameter(folded(weight, layer.in_storage_layout(change)), requires_grad=False)
+    if isinstance(layer, ReadWeight):
+        tried = [_outputs(site, x, *both) for both in ((weight, weight), (weight, changed), (changed, changed))]
+        before, as_read, after = (torch.cat([*map(torch.flatten, outputs), x.new_empty(0)]) for outputs in tried)
+        difference, whole = (after - as_read).to(wide), (after - before).to(wide)
+    else:
+        whole = x.to(wide) @ change.T
+        tried = [_outputs(site, x, held) for held in (weight, changed)]
+        if any([output.shape for output in outputs] != [whole.shape] for outputs in tried):
+            return None
+        ((before,), (after,)) = tried
+        difference = after.to(wide) - before.to(wide) - whole
+    share = float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(whole))
+    return share if math.isfinite(share) else None
+
+
+def _outputs(site: AdaptedSite, x: Tensor, held: Any, read: Tensor | None = None) -> list[Tensor]:
+    """Return the tensors that a forward returns, if its module holds a weight, and code reads another one if given.
+
+    There is none if the forward needs other arguments, or another kind of input.
+    """
+    owner, layer = site.owner, site.layer
     forward: Callable[..., Any] = layer.own_forward or MethodType(plain_class(owner).forward, owner)
-    outputs, is_read = [], isinstance(layer, ReadWeight)
-    with undone([owner], [layer]) as snapshot:
-        for held in (weight, nn.Parameter(changed, requires_grad=False)):
-            snapshot.restore()
-            owner.eval()
-            owner._parameters[layer.attribute] = held
-            if is_read:
-                layer.__dict__["value"] = lambda _: changed
-            try:
-                outputs.append(forward(x))
-            except Exception:  # it needs other arguments, or another kind of input
-                return None
-    if not all(isinstance(output, Tensor) and output.shape == product.shape for output in outputs):
-        return None
-    before, after = outputs
-    difference = after.to(wide) - before.to(wide) - (0 if is_read else product)
-    return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(product))
+    with undone([owner], [layer]):
+        owner.eval()
+        owner._parameters[layer.attribute] = held
+        if read is not None:
+            layer.__dict__["value"] = lambda _: read
+        try:
+            output = forward(x)
+        except Exception:
+            return []
+    return [each for each in (output if isinstance(output, tuple) else [output]) if isinstance(each, Tensor)]

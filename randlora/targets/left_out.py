@@ -138,7 +138,8 @@ def _reason(
         return EXCLUDED if (id(held.module), "weight") in excluded else refused if isinstance(refused, str) else None
     if site.key in excluded:
         return EXCLUDED
-    return obstacle(site) or census.uncalled.get(site.key) or (TIED if site.key in tied else None)
+    useless = census.uncalled.get(site.key) or census.untrainable.get(site.key)
+    return obstacle(site) or useless or (TIED if site.key in tied else None)
 
 
 def left_out(matrices: Iterable[Remaining], config: RandLoRAConfig, total: int) -> tuple[LeftOut, ...]:

@@ -93,8 +93,9 @@ def select(census: Census, given: Pattern | None, exclude: Pattern | None, train
     else:
         chosen, skipped, refused = _matching(visits, kept, pattern, opens=opens)
         if given is None:
-            skipped |= _uncalled(census, chosen)
-            chosen = [visit for visit in chosen if visit.key not in census.uncalled]
+            useless = _useless(census, chosen)
+            skipped |= useless
+            chosen = [visit for visit in chosen if visit.fqn not in useless]
         strays = _strays(census, found, pattern, exclude) if must_match else []
         problems += [*map(refusal, refused), *map(stray_refusal, strays)]
         reached = [*chosen, *excluded, *refused]
@@ -200,7 +201,7 @@ def _by_rule(census: Census, visits: Sequence[Visit], rule: Pattern) -> tuple[li
     layers that are not called, and tied ones.
     """
     skipped = {visit.fqn: visit.entry for visit in visits if isinstance(visit.entry, str)}
-    skipped |= _uncalled(census, visits)
+    skipped |= _useless(census, visits)
     head = census.head
     heads = {visit.key for visit in visits if _is_in_head(visit.fqn, visit.module, head)}
     skipped |= {visit.fqn: HEAD for visit in visits if visit.key in heads}
@@ -212,9 +213,10 @@ def _by_rule(census: Census, visits: Sequence[Visit], rule: Pattern) -> tuple[li
     return [visit for visit in visits if visit.key not in passed], skipped
 
 
-def _uncalled(census: Census, visits: Sequence[Visit]) -> dict[str, str]:
-    """Return the layers that would be adapted without effect, as skipped."""
-    return {visit.fqn: census.uncalled[visit.key] for visit in visits if visit.key in census.uncalled}
+def _useless(census: Census, visits: Sequence[Visit]) -> dict[str, str]:
+    """Return the layers that would be adapted without effect, or could not be trained, as skipped."""
+    why = census.untrainable | census.uncalled
+    return {visit.fqn: why[visit.key] for visit in visits if visit.key in why}
 
 
 def _untrained(

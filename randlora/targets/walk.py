@@ -18,7 +18,7 @@ from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import find_layer, find_readers
-from randlora.layers.uncalled import readings_in
+from randlora.layers.uncalled import chosen_without_gradient, readings_in
 from randlora.replaced import unwrapped, whole_shape
 from randlora.state import require_module
 from randlora.targets.foreign import foreign_adapters, is_part
@@ -163,6 +163,15 @@ class Census:
             if (child, attribute) in sites
             and not (is_right and issubclass(sites[child, attribute].layer_class, ReadWeight))
         }
+
+    @cached_property
+    def untrainable(self) -> dict[tuple[int, str], str]:
+        """Why rules leave out layers that an adapter could be added to, and not be trained, by `Site.key`."""
+        found: dict[tuple[int, str], str] = {}
+        for visit in self.first_visits:
+            for child, why in chosen_without_gradient(visit.module):
+                found[id(child), AdapterLayer.attribute] = why
+        return found
 
     @cached_property
     def read(self) -> Collection[tuple[int, str]]:
