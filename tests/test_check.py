@@ -201,7 +201,7 @@ def test_dropout_of_an_adapter_is_no_difference_from_merging() -> None:
 def test_a_forward_that_takes_the_weight_from_elsewhere_is_named_once() -> None:
     class Own(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            return F.linear(x, self._parameters["weight"], self.bias) * 2
+            return F.linear(x, self.get_parameter("weight"), self.bias) * 2
 
     model = nn.Sequential(Own(6, 6), nn.Linear(6, 6))
     randlora.inject(model, r=2)
