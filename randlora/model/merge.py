@@ -92,8 +92,8 @@ def merge(
             others are merged with other options, a sharded or offloaded weight is merged into already, a weight has no
             values (meta, offloaded or sharded), an adapted module was replaced, a merged weight would not be finite, or
             a quantized layer has its own forward that an `nn.Linear` would not run, or the forward of a layer's own
-            class makes something else of a change of its weight than the product, which is tried on a small random
-            input. The model is then unchanged.
+            class makes something else of a change of its weight than the product, or takes the weight from
+            elsewhere than the attribute, which is tried on a small random input. The model is then unchanged.
     """
     reshard(model)
     root, state = adapted_root(model)
