@@ -78,7 +78,6 @@ NO_ATTENTION = {
     "patchtsmixer": "a mixer, no attention",
     "squeezebert": "attention of convolutions",
     "swiftformer": "attention without values",
-    "wavlm": "attention that reads the weights of its projections and does not call them",
     "xlnet": "attention whose weights are parameters, not layers",
 }
 """Types without linear query and value projections, and what they have: all linear layers are adapted, if any."""
