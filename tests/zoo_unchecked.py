@@ -65,15 +65,17 @@ EXPECTED = {
         ("fastspeech2_conformer", "fastspeech2_conformer_with_hifigan", "vits"),
         ("duration_predictor", "without labels its output is rounded to integers"),
     ),
-    "encoder-decoder": (r"encoder\.pooler", "the decoder reads the states before it"),
+    **dict.fromkeys(
+        ("encoder-decoder", "vision-encoder-decoder"), (r"encoder\.pooler", "the decoder reads the states before it")
+    ),
     "flava": ("text_to_mm_projection", "its output is used with images and text together"),
-    "levit": ("(?!)", "cut down, it has no effects above rounding"),
+    **dict.fromkeys(("levit", "superglue"), ("(?!)", "cut down, it has no effects above rounding")),
     "lightglue": (
         r"keypoint_detector|matchability|token_confidence",
         "no gradient reaches the detector of the points, and the others decide which points are left out",
     ),
     "lilt": (r"encoder\.layer\.1\..*layout", "the layout after the last layer is not part of the output"),
-    "pe_audio_encoder": (r"dac_encoder", "it encodes the audio under no_grad"),
+    "pe_audio_encoder": (r"embedder\.(dac_encoder|bottleneck)", "it encodes the audio under no_grad"),
     "uvdoc_backbone": ("bridge", "of its feature maps it returns those that its config asks for"),
     "pocket_tts": ("audio_latent_proj", "the inputs tried here have no audio for it to embed"),
     "mra": ("attention", "without its kernels for a GPU the attention returns zeros"),
