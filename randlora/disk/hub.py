@@ -77,7 +77,10 @@ def download(repo_id: str, revision: str | None, files: Sequence[str], *, are_pa
     """
     library = require_hub(repo_id)
     try:
-        found = library.snapshot_download(repo_id, revision=revision, allow_patterns=[*files], **LIBRARY)
+        cached = library.is_offline_mode()  # older ones ask the Hub for a commit's files all the same
+        found = library.snapshot_download(
+            repo_id, revision=revision, allow_patterns=[*files], local_files_only=cached, **LIBRARY
+        )
     except Exception as error:  # the library's own, and whatever its HTTP client raises
         what = f"the Hub's repository {repo_id!r}" + (f" at revision {revision!r}" if revision else "")
         raise CheckpointError(f"there is no such path, and {what} cannot be had: {_cause(library, error)}") from error
