@@ -29,7 +29,10 @@ def target(data: bytes) -> None:
     if files is None:
         return
     with laid_out(files) as root:
-        base, adapter, before = root / "base", root / "adapter", tree(root)
+        base, adapter = root / "base", root / "adapter"
+        for folder in (base, adapter):
+            folder.mkdir(exist_ok=True)  # one that is not there is a mistake of the caller
+        before = tree(root)
         with bounded(*READING):
             directory = outcome(partial(read_model_directory, base))
         with bounded(*REST):
