@@ -143,7 +143,6 @@ WHILE_MERGED = {
 }
 ON_ANY_MODEL = {
     "a rank of 0": (ConfigError, _inject(r=0)),
-    "an alpha of 0": (ConfigError, _inject(alpha=0)),
     "an infinite alpha": (ConfigError, _inject(alpha=float("inf"))),
     "no such basis": (ConfigError, _inject(basis="denser")),
     "no such option": (OptionError, _inject(lora_alpha=2)),
@@ -152,6 +151,7 @@ ON_ANY_MODEL = {
     "no such way to compute": (ConfigError, _on_model(randlora.set_compute, "quickly")),
 }
 UNLESS_MERGED = {
+    "an alpha of 0": (ConfigError, _inject(alpha=0)),
     "no such target": (TargetError, _inject(targets=["nowhere"])),
     "no such parameter": (TargetError, _inject(train_also=["nowhere"])),
     "ranks for another layer": (TargetError, _inject(r={"nowhere": 2})),
