@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import randlora
-from benchmarks.quality.khatri_rao import khatri_rao
-from benchmarks.quality.other_bases import OTHER_BASES, add_updates
+from benchmarks.quality.khatri_rao import KhatriRao
+from benchmarks.quality.other_bases import OTHER_BASES, add_updates, parametrize_targets
 from benchmarks.quality.task import Family, Prepared, Targets
 from randlora.bases.spec import count_bases
 
@@ -91,6 +91,11 @@ def hybrid(prepared: Prepared, seed: int) -> object:
     for parameter in own:  # PEFT has frozen them
         parameter.requires_grad_()
     return adapted
+
+
+def khatri_rao(prepared: Prepared, _seed: int) -> None:
+    """Add KRAdapter to the weights that ours would adapt."""
+    parametrize_targets(prepared, RANK, lambda weight: KhatriRao(weight.shape))
 
 
 def equal_rank(model: nn.Module, targets: Targets) -> int:

@@ -6,19 +6,16 @@ is no rank to choose. As in its authors' code the first factor starts at zero, a
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-
-import randlora
-from benchmarks.quality.task import Prepared
 
 
 class KhatriRao(nn.Module):
     """Adds the update to a weight."""
 
-    def __init__(self, shape: tuple[int, int], scaling: float = 2.0) -> None:
+    def __init__(self, shape: Sequence[int], scaling: float = 2.0) -> None:
         """Start with an update of zero for a weight of this shape."""
         super().__init__()
         self.shape, self.scaling = shape, scaling
@@ -32,15 +29,3 @@ class KhatriRao(nn.Module):
         """Return the sum of a weight and its update, both ``(out_features, in_features)``."""
         rows = (self.second.unsqueeze(2) * self.first.unsqueeze(1)).flatten(1)[:, : max(self.shape)]
         return weight + self.scaling * (rows if self.shape[0] <= self.shape[1] else rows.T)
-
-
-def khatri_rao(prepared: Prepared, _seed: int) -> None:
-    """Parametrize the weights that the library would adapt, and freeze all else."""
-    model = prepared.model.requires_grad_(requires_grad=False)
-    for fqn in randlora.plan(model, targets=prepared.targets.ours).targets:
-        owner_name, _, name = fqn.rpartition(".")
-        owner = model.get_submodule(owner_name)
-        if isinstance(getattr(owner, name), nn.Module):
-            owner, name = getattr(owner, name), "weight"
-        out_features, in_features = getattr(owner, name).shape
-        parametrize.register_parametrization(owner, name, KhatriRao((out_features, in_features)))

@@ -81,15 +81,22 @@ OTHER_BASES: dict[str, Make] = {
 }
 
 
-def add_updates(prepared: Prepared, seed: int, *, make: Make, r: int, scaling: float = 20.0) -> None:
-    """Parametrize the weights that the library would adapt, and freeze all else."""
+def parametrize_targets(prepared: Prepared, r: int, make: Callable[[Tensor], nn.Module]) -> None:
+    """Parametrize the weights that the library would adapt, by what is made for each, and freeze all else."""
     model = prepared.model.requires_grad_(requires_grad=False)
     for fqn in randlora.plan(model, r=r, targets=prepared.targets.ours).targets:
         owner_name, _, name = fqn.rpartition(".")
         owner = model.get_submodule(owner_name)
         if isinstance(getattr(owner, name), nn.Module):
             owner, name = getattr(owner, name), "weight"
-        weight = getattr(owner, name).detach()
+        parametrize.register_parametrization(owner, name, make(getattr(owner, name).detach()))
+
+
+def add_updates(prepared: Prepared, seed: int, *, make: Make, r: int, scaling: float = 20.0) -> None:
+    """Add an update on other bases to each weight that the library would adapt, and freeze all else."""
+
+    def update(weight: Tensor) -> Update:
         is_wide = weight.shape[0] < weight.shape[1]
-        update = Update(*make(weight.T if is_wide else weight, r, seed), scaling, is_wide=is_wide)
-        parametrize.register_parametrization(owner, name, update)
+        return Update(*make(weight.T if is_wide else weight, r, seed), scaling, is_wide=is_wide)
+
+    parametrize_targets(prepared, r, update)
