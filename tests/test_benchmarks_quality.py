@@ -19,7 +19,7 @@ from torch import nn
 
 import randlora
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import fashion, pages, spectrum, summary, training, words
+from benchmarks.quality import fashion, pages, spectrum, summary, sums, training, words
 from benchmarks.quality.contestants import GROUPS, MAIN, equal_rank
 from benchmarks.quality.facts import FACTS_TASK
 from benchmarks.quality.khatri_rao import KhatriRao
@@ -43,7 +43,7 @@ def prepare(seed: int, size: Size) -> Prepared:
     return Prepared(
         model,
         model[2],
-        Targets(names, names, names),
+        Targets(names, names, names, {"q and v": "0", "MLP": "0"}),
         [torch.arange(64)] * (STEPS if size == "full" else 2),
         lambda rows: F.mse_loss(model(x[rows]), y[rows]),
         lambda: {"loss": float(F.mse_loss(model(x), y)), "drift": float(model[0](x).square().mean())},
@@ -342,7 +342,7 @@ def test_a_task_without_its_data_is_skipped(
         raise FileNotFoundError("there is no such data")
 
     monkeypatch.setattr(command, "TASKS", {"tiny": TASK, "absent": replace(TASK, name="absent", prepare=nowhere)})
-    monkeypatch.setattr(command, "QUICK", tmp_path)
+    monkeypatch.setattr(command, "BUILD", tmp_path)
     command.main(contestant="frozen|dense")
     assert "skipped absent: there is no such data" in capsys.readouterr().out
     assert {file.name for file in tmp_path.iterdir()} == {"tiny.jsonl", "main_tiny.md", "main.svg"}
@@ -369,6 +369,14 @@ def test_the_table_has_each_contestant_at_its_best_rate_with_standard_errors() -
         "| full | 1,234 | 2.50 | 1000 | 1.00 | 2 | 0.01 | 0.400 ± 0.000 | 0.800 ± 0.100 | 0.250 ± 0.100 |",
         "| LoRA | 1,234 | 2.50 | 1000 | 0.33 | 2 | 0.001 | 0.650 ± 0.100 | 0.100 ± 0.000 | 0.000 ± 0.000 |",
     ]
+
+
+def test_times_of_two_processors_are_not_compared() -> None:
+    moved = [
+        replace(each, machine={"processor": "another"}) if each.key.contestant == "LoRA" else each for each in RUNS
+    ]
+    full, lora = summary.table_of(TASK, moved).splitlines()[2:]
+    assert (full.split(" | ")[4], lora.split(" | ")[4]) == ("1.00", "")
 
 
 def test_what_else_all_runs_have_measured_is_in_the_table_at_the_best_rate() -> None:
@@ -532,3 +540,60 @@ def test_bits_of_facts_are_those_that_are_known() -> None:
     run = make_run(FACTS_TASK, "full", GROUPS["facts"]["full"], 1e-2, 0, "quick")
     assert run.found["bits"] > 0
     assert run.found["bits per parameter"] == run.found["bits"] / run.trained
+
+
+def test_sums_and_their_checker_agree() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for sign, result in ((sums.PLUS, lambda a, b: a + b), (sums.MINUS, lambda a, b: abs(a - b))):
+        for problem in sums.make_problems(sign, 200, generator).tolist():
+            first, second = 10 * problem[0] + problem[1], 10 * problem[3] + problem[4]
+            assert (problem[2], problem[5]) == (sign, sums.EQUALS)
+            assert result(first, second) == 100 * problem[6] + 10 * problem[7] + problem[8]
+    problems = sums.make_problems(sums.PLUS, 4, generator)
+    assert sums.rewards_of(problems, problems).tolist() == [1] * 4
+    wrong = problems.clone()
+    wrong[1, -1] = (wrong[1, -1] + 1) % 10
+    assert sums.rewards_of(wrong, problems).tolist() == [1, 0, 1, 1]
+
+
+def test_the_gradient_of_a_reward_is_that_of_reinforce(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sums.pretrained(0, "quick").eval()
+    problems = sums.make_problems(sums.PLUS, 2, torch.Generator().manual_seed(1))
+    right = problems.repeat_interleave(sums.SAMPLES, dim=0)
+    answered = sums.with_answers(model, right[:, : sums.PROMPT], torch.Generator().manual_seed(2))
+    answered[::5] = right[::5]  # some are right
+    monkeypatch.setattr(sums, "with_answers", lambda *_: answered)
+    sums.reinforce_loss(model, problems, torch.Generator()).backward()
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    rewards = (answered[:, sums.PROMPT :] == right[:, sums.PROMPT :]).all(1).float()
+    assert 0 < rewards.mean() < 1
+    expected = torch.zeros(())
+    for row, tokens in enumerate(answered):
+        group = rewards[row // sums.SAMPLES * sums.SAMPLES :][: sums.SAMPLES]
+        chances = model(input_ids=tokens[None, :-1]).logits[0].log_softmax(1)
+        chosen = sum(chances[place - 1, tokens[place]] for place in range(sums.PROMPT, len(tokens)))
+        expected = expected - (rewards[row] - group.mean()) * chosen / (sums.ANSWER * len(answered))
+    expected.backward()
+    for parameter, own in zip(model.parameters(), found, strict=True):
+        torch.testing.assert_close(own, parameter.grad)
+    model.zero_grad()
+
+
+def test_an_adapter_at_a_place_is_about_as_large_as_on_q_and_v() -> None:
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.v = nn.Linear(192, 192), nn.Linear(192, 64)
+            self.up, self.down = nn.Linear(192, 256), nn.Linear(256, 192)
+
+    places = {"q and v": r"(q|v)", "MLP": r"(up|down)"}
+    sizes = {}
+    for name in ("dense, q and v", "LoRA, q and v", "dense, MLP", "LoRA, MLP"):
+        prepared = replace(prepare(0, "quick"), model=Layers(), targets=Targets([], [], [], places))
+        GROUPS["places"][name].adapt(prepared, 0)
+        trained = {each: p for each, p in prepared.model.named_parameters() if p.requires_grad}
+        sizes[name] = sum(p.numel() for p in trained.values())
+        assert all(re.search(rf"\b{places[name.split(', ')[1]]}\b", each) for each in trained)
+    assert sizes["dense, q and v"] == 6 * (32 + 192) + 2 * (32 + 64)
+    assert all(0.7 < size / sizes["dense, q and v"] < 1.4 for size in sizes.values()), sizes

@@ -18,21 +18,41 @@ from benchmarks.quality import summary
 from benchmarks.quality.contestants import GROUPS, Contestant
 from benchmarks.quality.facts import FACTS_TASK
 from benchmarks.quality.fashion import CLOTHES_TASK
+from benchmarks.quality.passwords import PASSWORDS_TASK
 from benchmarks.quality.runs import Key, Run, add_run, read_runs
 from benchmarks.quality.sentiment import REVIEWS_TASK, TWEETS_TASK
 from benchmarks.quality.spectrum import SPECTRUM_TASKS, WIDTH_TASKS
+from benchmarks.quality.sums import SUMS_TASK
 from benchmarks.quality.task import Task
 from benchmarks.quality.training import make_run
 from benchmarks.quality.words import WORDS_TASK
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (REVIEWS_TASK, TWEETS_TASK, CLOTHES_TASK, WORDS_TASK, FACTS_TASK, *SPECTRUM_TASKS)
+    task.name: task
+    for task in (
+        *(REVIEWS_TASK, TWEETS_TASK, CLOTHES_TASK, WORDS_TASK),
+        *(SUMS_TASK, PASSWORDS_TASK, FACTS_TASK, *SPECTRUM_TASKS),
+    )
 }
 KEPT = Path("benchmarks/quality/results")
-QUICK = Path("build/benchmarks/quality")
+BUILD = Path("build/benchmarks/quality")
 SEEDS = 3
 MOST_BEYOND = 4  # more would be needed where each step towards 0 is better, as if training did nothing but harm
-Group = Literal["main", "scales", "starts", "sizes", "ranks", "facts", "bases", "widths", "gammas", "attention"]
+Group = Literal[
+    "main",
+    "scales",
+    "starts",
+    "sizes",
+    "ranks",
+    "facts",
+    "passwords",
+    "rewards",
+    "bases",
+    "widths",
+    "gammas",
+    "attention",
+    "places",
+]
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -47,7 +67,7 @@ def main(
     """Train all contestants at several learning rates each, but for the runs that are there, and sum up."""
     if threads:
         torch.set_num_threads(threads)
-    directory = KEPT if full else QUICK
+    directory = KEPT if full else BUILD
     offered = {each.name: each for each in WIDTH_TASKS} if group == "widths" else TASKS
     tasks = {name: each for name, each in offered.items() if re.fullmatch(task, name)}
     chosen = {name: each for name, each in GROUPS[group].items() if re.fullmatch(contestant, name)}
@@ -63,11 +83,12 @@ def main(
             console.print(f"skipped {name}: {error}")
     if not found:
         raise typer.Exit(1)
+    BUILD.mkdir(parents=True, exist_ok=True)
     for name, (each, runs) in found.items():
         tables = f"{summary.table_of(each, runs)}\n{summary.rates_of(each, runs)}"
-        (directory / f"{group}_{file_stem(name)}.md").write_text(tables, encoding="utf-8")
-    summary.draw(found.values(), directory / f"{group}.svg")
-    console.print(f"tables and a figure are in {directory}")
+        (BUILD / f"{group}_{file_stem(name)}.md").write_text(tables, encoding="utf-8")
+    summary.draw(found.values(), BUILD / f"{group}.svg")
+    console.print(f"tables and a figure are in {BUILD}")
 
 
 def runs_of(

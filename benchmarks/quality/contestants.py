@@ -98,11 +98,33 @@ def khatri_rao(prepared: Prepared, _seed: int) -> None:
     parametrize_targets(prepared, RANK, lambda weight: KhatriRao(weight.shape))
 
 
+def ours_at(prepared: Prepared, seed: int, place: str) -> None:
+    """Add an adapter of ours to one place, with the r that makes it about as large as the default one on q and v."""
+    places = prepared.targets.places
+    sizes = {
+        r: randlora.plan(prepared.model, r=r, targets=places[place]).trainable_parameters for r in range(32, 129, 32)
+    }
+    wanted = randlora.plan(prepared.model, r=RANK, targets=places["q and v"]).trainable_parameters
+    ours(prepared, seed, r=min(sizes, key=lambda r: abs(sizes[r] - wanted)), targets=places[place])
+
+
+def lora_at(prepared: Prepared, seed: int, place: str) -> object:
+    """Add PEFT's LoRA to one place, about as large as our default adapter on q and v."""
+    places = prepared.targets.places
+    own = replace(prepared.targets, ours=places[place], lora=places[place])
+    wanted = randlora.plan(prepared.model, r=RANK, targets=places["q and v"]).trainable_parameters
+    return lora(replace(prepared, targets=own), seed, rank=nearest_rank(prepared.model, own, wanted))
+
+
 def equal_rank(model: nn.Module, targets: Targets) -> int:
     """Return the rank of a LoRA whose number of parameters is nearest to that of our default adapter."""
-    plan = randlora.plan(model, r=RANK, targets=targets.ours)
-    of_rank_one = sum(row.count * (row.in_features + row.out_features) for row in plan.rows)
-    return max(1, round(plan.trainable_parameters / of_rank_one))
+    return nearest_rank(model, targets, randlora.plan(model, r=RANK, targets=targets.ours).trainable_parameters)
+
+
+def nearest_rank(model: nn.Module, targets: Targets, wanted: int) -> int:
+    """Return the rank of a LoRA whose number of parameters is nearest to the wanted one."""
+    rows = randlora.plan(model, r=RANK, targets=targets.ours).rows
+    return max(1, round(wanted / sum(row.count * (row.in_features + row.out_features) for row in rows)))
 
 
 def scaled(scaling: float, **options: Any) -> Adapt:
@@ -176,13 +198,28 @@ RANKS: Mapping[str, Contestant] = {
 }
 """Numbers of parameters: of a LoRA they rise with the rank, of ours they fall with it."""
 
+PASSWORDS: Mapping[str, Contestant] = {
+    **{f"LoRA, r = {rank}": Contestant("adapter", partial(lora, rank=rank)) for rank in (1, 4)},
+    **{f"dense, r = {rank}": Contestant("adapter", partial(ours, r=rank)) for rank in (192, 48)},
+    "KRAdapter": Contestant("adapter", khatri_rao),
+}
+"""Sizes small enough to be filled, in pairs, and one that is not."""
+
 FACTS: Mapping[str, Contestant] = {
-    **{f"LoRA, r = {rank}": Contestant("adapter", partial(lora, rank=rank)) for rank in (2, 8)},
+    **{f"LoRA, r = {rank}": Contestant("adapter", partial(lora, rank=rank)) for rank in (1, 2, 4, 8)},
     **RANKS,
-    **{name: MAIN[name] for name in ("full", "block", "very_sparse")},
+    **{name: MAIN[name] for name in ("block", "very_sparse", "full")},
     "KRAdapter": Contestant("adapter", khatri_rao),
 }
 """Sizes and forms that may store more or less."""
+
+REWARDS: Mapping[str, Contestant] = {
+    **{name: MAIN[name] for name in ("frozen", "full", "LoRA, equal size", "LoRA", "dense")},
+    "dense, s = 2": SCALES["dense, s = 2"],
+    "dense, s = 0.5": Contestant("small adapter", scaled(0.5)),
+    "KRAdapter": Contestant("adapter", khatri_rao),
+}
+"""Scales for reinforcement learning; 0.5 is that of a study by others."""
 
 BASES: Mapping[str, Contestant] = {
     **{name: MAIN[name] for name in ("dense", "very_sparse")},
@@ -217,6 +254,13 @@ ATTENTION: Mapping[str, Contestant] = {
 }
 """How the input projection of `nn.MultiheadAttention` is adapted: as one weight, as three, or not at all."""
 
+PLACES: Mapping[str, Contestant] = {
+    **{name: MAIN[name] for name in ("LoRA, equal size", "dense")},
+    **{f"LoRA, {place}": Contestant("small adapter", partial(lora_at, place=place)) for place in ("q and v", "MLP")},
+    **{f"dense, {place}": Contestant("adapter", partial(ours_at, place=place)) for place in ("q and v", "MLP")},
+}
+"""Adapters of one size in two places."""
+
 GROUPS: Mapping[str, Mapping[str, Contestant]] = {
     "main": MAIN,
     "scales": SCALES,
@@ -224,8 +268,11 @@ GROUPS: Mapping[str, Mapping[str, Contestant]] = {
     "sizes": SIZES,
     "ranks": RANKS,
     "facts": FACTS,
+    "passwords": PASSWORDS,
+    "rewards": REWARDS,
     "bases": BASES,
     "widths": {**WIDTHS, **GAMMAS},
     "gammas": GAMMAS,
     "attention": ATTENTION,
+    "places": PLACES,
 }

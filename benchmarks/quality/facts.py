@@ -58,4 +58,5 @@ FACTS_TASK = Task(
     rates={"frozen": (0.0,), "full": RATES, "adapter": RATES, "small adapter": RATES},
     head_rate=0.0,
     prepare=prepare,
+    decimals=0,
 )

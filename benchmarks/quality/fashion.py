@@ -192,4 +192,6 @@ CLOTHES_TASK = Task(
     },
     head_rate=1e-2,
     prepare=prepare,
+    in_percent=True,
+    decimals=1,
 )

@@ -25,6 +25,10 @@ from benchmarks.texts import (
 )
 
 LAYERS = r"encoder\..*\.(query|key|value|dense)"
+PLACES = {
+    "q and v": r"encoder\..*\.(query|value)",
+    "MLP": r"encoder\..*\d\.(intermediate|output)\.dense",
+}
 BATCH_SIZE = 32
 HEAD_DECAY = 1e-2  # the best of some in a cross-validation on the training texts of seed 0
 OTHER_TEXTS = 200
@@ -66,7 +70,7 @@ def prepare(source: Source, other: Source, seed: int, size: Size) -> Prepared:
     return Prepared(
         model,
         model.head,
-        Targets(LAYERS, LAYERS, LAYERS),
+        Targets(LAYERS, LAYERS, LAYERS, PLACES),
         start.training.shuffled_batches(BATCH_SIZE, 1 if size == "quick" else 2, seed),
         lambda batch: F.cross_entropy(model(batch), batch.labels),
         measure,
@@ -97,6 +101,8 @@ def sentiment(name: str, source: Source, other: Source) -> Task:
         },
         head_rate=5e-3,
         prepare=partial(prepare, source, other),
+        in_percent=True,
+        decimals=1,
     )
 
 

@@ -121,12 +121,14 @@ def table_of(task: Task, runs: Sequence[Run]) -> str:
     """Write a table in Markdown: each contestant at its best learning rate, and what it costs beside full fine-tuning.
 
     The gain is that over the first LoRA in the table, or else over our default adapter, by equal seeds. What else all
-    runs have measured comes last.
+    runs have measured comes last. There is no time of runs on another processor than that of full fine-tuning.
     """
     curves = by_contestant(points_of(task, runs))
     peers = [name for name in curves if name.startswith("LoRA")] + [name for name in curves if name == "dense"]
     peer = peers[0] if peers else None
-    scale = mean_seconds(runs, "full" if "full" in curves else next(iter(curves)))
+    reference = "full" if "full" in curves else next(iter(curves))
+    processors = {name: {run.machine.get("processor") for run in runs if run.key.contestant == name} for name in curves}
+    seconds = {name: mean_seconds(runs, name) for name in curves if processors[name] == processors[reference]}
     titles = ["contestant", "parameters", "file, MB", "memory, MB", "time", "seeds", "best rate", task.metric, "drift"]
     titles += [f"gain over {peer}"] if peer else []
     others = [what for what in runs[0].found if what not in (task.metric, "drift")]
@@ -140,7 +142,7 @@ def table_of(task: Task, runs: Sequence[Run]) -> str:
             f"{own[0].trained:,}",
             f"{own[0].file_bytes / 1e6:.2f}",
             f"{max(run.peak_bytes for run in own) / 1e6:.0f}",
-            f"{mean_seconds(runs, contestant) / scale:.2f}",
+            f"{seconds[contestant] / seconds[reference]:.2f}" if contestant in seconds else "",
             f"{chosen.seeds}",
             f"{chosen.lr:g}",
             number(task, *chosen.metric),
@@ -194,10 +196,9 @@ def by_contestant(points: Iterable[Point]) -> dict[str, list[Point]]:
 
 
 def number(task: Task, value: float, error: float = math.nan) -> str:
-    """Write a metric: an accuracy in percent, a loss with three digits."""
-    if task.is_better_if_larger:
-        return _with_error(f"{100 * value:.1f}", f"{100 * error:.1f}", error) + " %"
-    return _with_error(f"{value:.3f}", f"{error:.3f}", error)
+    """Write a metric, in percent where the task has it so."""
+    factor, unit = (100, " %") if task.in_percent else (1, "")
+    return _with_error(f"{factor * value:.{task.decimals}f}", f"{factor * error:.{task.decimals}f}", error) + unit
 
 
 def _with_error(value: str, error: str, is_known: float) -> str:

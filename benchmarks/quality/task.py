@@ -1,7 +1,7 @@
 """What a task is: a pretrained model, data to train on, and what is measured afterwards."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -22,11 +22,13 @@ class Targets:
         ours: ``targets`` of `randlora.inject`.
         lora: ``target_modules`` of PEFT's LoRA.
         linear: ``target_modules`` of PEFT's RandLoRA, which adapts linear layers alone.
+        places: Some of them by the names of their places, ``"q and v"`` and ``"MLP"``, where a task compares these.
     """
 
     ours: Sequence[str] | str
     lora: Sequence[str] | str
     linear: Sequence[str] | str
+    places: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Task:
         rates: The learning rates of each family.
         head_rate: That of the head.
         prepare: Makes the model, the data and what measures them, given a seed.
+        in_percent: Whether tables have the metric in percent.
+        decimals: How many of them tables have.
     """
 
     name: str
@@ -71,3 +75,5 @@ class Task:
     rates: Mapping[Family, tuple[float, ...]]
     head_rate: float
     prepare: Callable[[int, Size], Prepared]
+    in_percent: bool = False
+    decimals: int = 3

