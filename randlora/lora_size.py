@@ -3,43 +3,63 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable
 
-from randlora.bases.spec import Shape, count_trainable
+from randlora.bases.spec import count_trainable
 from randlora.config import RandLoRAConfig
-
-
-def lora_parameters(shapes: Iterable[Shape]) -> int:
-    """Return the number of parameters of a LoRA of rank 1: ``in + out`` for each matrix of a weight."""
-    return sum(math.prod(shape[:-2]) * sum(shape[-2:]) for shape in shapes)
-
+from randlora.errors import ConfigError
+from randlora.targets.site import Site
 
 BLOCK_STEP = 8
 """Of which r is a multiple for ``block`` bases where the size allows: their blocks divide r, so few divide a prime."""
 
+NEAR = 0.1
+"""By which share of the wanted number of parameters such a multiple may miss it."""
 
-def r_like_lora(shapes: Mapping[str, Shape], lora_r: int, config: RandLoRAConfig) -> int:
+OUT_OF_REACH = 1.5
+"""The factor by which the nearest number of parameters may differ from the wanted one."""
+
+
+def lora_parameters(sites: Iterable[Site]) -> int:
+    """Return the number of parameters of a LoRA of rank 1: ``in + out`` for each matrix of a weight."""
+    return sum(math.prod(site.shape[:-2]) * sum(site.shape[-2:]) for site in sites)
+
+
+def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) -> int:
     """Return the r whose number of parameters is nearest to that of a LoRA on the same weights.
 
     Above the smaller side of all weights, a larger r trains more parameters and adds no rank, so none is tried. Blocks
-    that are given divide r.
+    that are given divide r. Where none are given, ``block`` bases get a multiple of 8 if one is within a tenth.
 
     Args:
-        shapes: The shapes of the updates, by FQN.
+        sites: The weights.
         lora_r: The rank of the LoRA.
         config: The other options.
+
+    Raises:
+        ConfigError: If no r has nearly as many parameters.
     """
-    wanted = lora_r * lora_parameters(shapes.values())
-    counts: dict[Shape, int] = {}
-    for shape in shapes.values():
-        counts[shape] = counts.get(shape, 0) + 1
+    wanted = lora_r * lora_parameters(sites)
+    shapes = Counter(site.shape_with(config) for site in sites)
+
+    def size(r: int) -> int:
+        return sum(count * count_trainable(shape, r) for shape, count in shapes.items())
 
     def distance(r: int) -> int:
-        return abs(sum(count * count_trainable(shape, r) for shape, count in counts.items()) - wanted)
+        return abs(size(r) - wanted)
 
-    largest = max(min(shape[-2:]) for shape in counts)
+    largest = max(min(shape[-2:]) for shape in shapes)
     step = math.lcm(*config.blocks or (1,))
-    found = min(range(step, max(step, largest) + 1, step), key=distance)
-    if config.basis != "block" or config.blocks is not None or found < BLOCK_STEP:
-        return found
-    return min(range(BLOCK_STEP, largest + 1, BLOCK_STEP), key=distance)
+    tried = range(step, max(step, largest) + 1, step)
+    found = min(tried, key=distance)
+    if not 1 / OUT_OF_REACH <= size(found) / wanted <= OUT_OF_REACH:
+        most, least = (size(r) / lora_parameters(sites) for r in (tried[0], tried[-1]))
+        raise ConfigError(
+            f"like_lora={lora_r} is out of reach: on these layers RandLoRA has as many parameters as a LoRA of rank "
+            f"{least:.2g} to {most:.2g}, with r from {tried[-1]} down to {tried[0]}"
+        )
+    if config.basis == "block" and config.blocks is None and largest >= BLOCK_STEP:
+        multiple = min(range(BLOCK_STEP, largest + 1, BLOCK_STEP), key=distance)
+        return multiple if distance(multiple) <= NEAR * wanted else found
+    return found

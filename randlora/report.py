@@ -143,8 +143,8 @@ class Report(NotTheModel):
             text.append(f"buffers of its own: {shortened(self.buffers)}")
         if (rate := self.learning_rate) is not None:
             text.append(
-                f"learning rate to try first: {rate:.2g}, after a short warm-up; for long runs down to a tenth (by the "
-                f"width of the layers, {typical_min_dim(self.rows):,} for half of the parameters)"
+                f"learning rate to try first: {rate:.2g}, after a short warm-up; for long runs down to a tenth (for "
+                f"layers of width {typical_min_dim(self.rows):,}, the median)"
             )
         warning = [f"warning: {self.warning}"] if self.warning else []
         text += [*left_out_lines(self), *warning, *self.notes]
@@ -213,7 +213,8 @@ def adapter_report(
     notes: Sequence[str] = (),
 ) -> Report:
     """Return the report of one adapter of a model, with these layers, whether it has been added or not."""
-    rows = shape_rows(shapes, census.kinds, adapter)
+    sites = {fqn: census.sites_by_fqn[fqn] for fqn in shapes}
+    rows = shape_rows(shapes, {fqn: site.layer_class.kind for fqn, site in sites.items()}, adapter)
     adapter_size = sum(row.trainable for row in rows)
     own = {id(held.parameter): held for held in reversed(census.parameters) if not is_lazy(held.parameter)}
     beside = [held.parameter for held in own.values() if held.fqn in adapter.trained]
@@ -242,7 +243,7 @@ def adapter_report(
         },
         left_out=left_out(untrained, adapter.config, census.size),
         learning_rate=first_learning_rate(scaling, typical_min_dim(rows)) if is_trainable else None,
-        lora_rank=adapter_size / lora_parameters(shapes.values()) if shapes else 0.0,
+        lora_rank=adapter_size / lora_parameters(sites.values()) if sites else 0.0,
         notes=(
             *notes,
             *_narrow_notes(shapes, adapter),

@@ -1,5 +1,6 @@
 """Sizes beside LoRA's: the r that has as many parameters, and the rank of a LoRA in a report."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from randlora.errors import ConfigError, TargetError
 from randlora.lora_size import r_like_lora
 from tests.kit import untouched
 from tests.laws import Mixed
+from tests.test_experts import EXPERTS, mixtral
 
 SIDES = st.integers(1, 40)
 NAMES = ["q", "up", "down"]
@@ -27,16 +29,58 @@ def trained(shape: tuple[int, ...], r: int) -> int:
     return (stack[0] if stack else 1) * (r * bases + bases * side)
 
 
+@dataclass(frozen=True)
+class Weight:
+    """What is asked of a site."""
+
+    shape: tuple[int, ...]
+
+    def shape_with(self, _: object) -> tuple[int, ...]:
+        return self.shape
+
+
 @given(
     st.lists(st.tuples(SIDES, SIDES) | st.tuples(st.integers(1, 3), SIDES, SIDES), min_size=1, max_size=4),
     st.integers(1, 60),
 )
 def test_no_r_has_a_number_of_parameters_that_is_nearer(shapes: list[tuple[int, ...]], lora_r: int) -> None:
     wanted = sum((shape[0] if len(shape) == 3 else 1) * lora_r * (shape[-2] + shape[-1]) for shape in shapes)
-    named = {str(index): shape for index, shape in enumerate(shapes)}
-    found = r_like_lora(named, lora_r, randlora.RandLoRAConfig())
-    distances = {r: abs(sum(trained(shape, r) for shape in shapes) - wanted) for r in range(1, 41)}
-    assert distances[found] == min(distances[r] for r in range(1, 1 + max(min(shape[-2:]) for shape in shapes)))
+    sizes = {r: sum(trained(shape, r) for shape in shapes) for r in range(1, 1 + max(min(s[-2:]) for s in shapes))}
+    nearest = min(abs(size - wanted) for size in sizes.values())
+    weights: Any = [Weight(shape) for shape in shapes]
+    try:
+        found = r_like_lora(weights, lora_r, randlora.RandLoRAConfig())
+    except ConfigError:
+        near = [size for size in sizes.values() if abs(size - wanted) == nearest]
+        assert all(max(size, wanted) > 1.5 * min(size, wanted) for size in near)
+    else:
+        assert abs(sizes[found] - wanted) == nearest
+
+
+@pytest.mark.parametrize("experts", ["each", "shared"])
+def test_experts_are_compared_with_a_lora_on_all_of_them(experts: Any) -> None:
+    model = mixtral()
+    report = randlora.plan(model, r=2, targets=EXPERTS, experts=experts)
+    stacks = [parameter.shape for parameter in model.parameters() if parameter.dim() == 3]
+    lora = sum(count * (rows + columns) for count, rows, columns in stacks)
+    assert report.lora_rank == pytest.approx(report.trainable_parameters / lora)
+
+
+@pytest.mark.parametrize(
+    ("like_lora", "layer", "options", "message"),
+    [
+        (1000, nn.Linear(64, 64), {}, r"of rank 1 to 32, with r from 64 down to 1"),
+        (32, nn.Embedding(3200, 64), {}, "is out of reach"),
+        (2, nn.Linear(64, 64), {"basis": "block", "blocks": (128, 3)}, "with r from 384 down to 384"),
+        (2, nn.Linear(64, 64), {"basis": "block", "blocks": (1000003, 999983)}, "an r that both blocks divide"),
+    ],
+)
+def test_a_size_that_no_r_has_is_an_error(
+    like_lora: int, layer: nn.Module, options: dict[str, Any], message: str
+) -> None:
+    model = nn.ModuleDict({"a": layer})
+    with untouched(model), pytest.raises(ConfigError, match=message):
+        randlora.inject(model, like_lora=like_lora, targets=["a"], **options)
 
 
 @pytest.mark.parametrize("lora_r", [1, 2, 4])
@@ -58,14 +102,14 @@ def test_a_rank_is_printed_as_a_number_of_columns(r: int, words: str) -> None:
 @pytest.mark.parametrize(
     ("like_lora", "options", "r"),
     [
-        (3, {}, 12),
-        (3, {"basis": "block"}, 8),
-        (3, {"basis": "block", "blocks": (5, 3)}, 15),
-        (20, {"basis": "block"}, 1),
+        (8, {}, 18),
+        (8, {"basis": "block"}, 16),
+        (8, {"basis": "block", "blocks": (5, 3)}, 15),
+        (40, {"basis": "block"}, 3),  # 8 would be a size of 17
     ],
 )
 def test_blocks_divide_the_r_that_is_chosen(like_lora: int, options: dict[str, Any], r: int) -> None:
-    model = nn.ModuleDict({"a": nn.Linear(64, 96)})
+    model = nn.ModuleDict({"a": nn.Linear(256, 256)})
     assert randlora.inject(model, like_lora=like_lora, **options).config.r == r
 
 

@@ -91,7 +91,7 @@ def test_the_table_of_a_small_model_reads_so() -> None:
         "bases 576 B in memory, checkpoint 732 B",
         "also trained: head.weight, head.bias",
         "learning rate to try first: 0.01, after a short warm-up; for long runs down to a",
-        "  tenth (by the width of the layers, 12 for half of the parameters)",
+        "  tenth (for layers of width 12, the median)",
         'left out: 1 embedding, 15.66% of the weights: targets="all" adapts it',
     ]
 
@@ -122,6 +122,22 @@ def test_the_learning_rate_to_try_goes_with_the_size_of_a_step(options: dict[str
     assert ("learning rate to try first" in str(report)) == (expected is not None)
     model = Mixed()
     assert randlora.inject(model, r=4, **options).learning_rate == report.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("widths", "median"),
+    [
+        ([64] * 3 + [256], 256),  # has four fifths of the parameters
+        ([64] * 10 + [128], 64),
+        ([256, 64, 64], 256),
+        ([(512, 64)], 64),
+    ],
+)
+def test_the_learning_rate_goes_by_the_width_in_which_most_is_trained(widths: list[Any], median: int) -> None:
+    sides = [width if isinstance(width, tuple) else (width, width) for width in widths]
+    report = randlora.plan(nn.Sequential(*(nn.Linear(*each) for each in sides)), r=32, targets="all-linear")
+    assert report.learning_rate == pytest.approx(0.5 / median)
+    assert f"for layers of width {median}, the median" in " ".join(str(report).split())
 
 
 def test_a_head_that_is_left_frozen_is_told_of_with_how_to_train_it() -> None:

@@ -149,7 +149,7 @@ def inject(
         r: Rank of one random basis, 32 by default. A smaller r trains more parameters. A mapping from patterns gives
             layers different ranks: ``{"q_proj": 16, ".*": 32}``.
         like_lora: The rank of a LoRA on the same layers, instead of ``r``: r becomes the one with which Λ and Γ have
-            most nearly as many parameters.
+            most nearly as many parameters. With ``block`` bases it is a multiple of 8 if one is within a tenth.
         targets: Layers to adapt; see `RandLoRAConfig` for this and the next ten options.
         exclude: Layers to exclude from ``targets``.
         alpha: The update is scaled by ``alpha / r``; 20·r by default. A number, or a mapping as for ``r``.
@@ -342,6 +342,8 @@ def one_config(
         blocks = given.get("blocks")
         if isinstance(blocks, tuple | list) and all(is_integer(count) and count > 0 for count in blocks):
             given["r"] = math.lcm(*blocks)  # of which the chosen one is a multiple
+            if given["r"] > LARGEST_RANK:
+                raise ConfigError(f"like_lora needs an r that both blocks divide, and none up to {LARGEST_RANK} is one")
     for option, value in (("r", r), ("config", config)):
         if is_of_peft(value):
             raise ConfigError(f"{option} is a {type(value).__name__} of PEFT: give options by name, {call_for(value)}")
@@ -382,7 +384,7 @@ def make_plan(
         problems += offloaded_copies(census, also)
     if like_lora is not None:
         raise_collected(TargetError, problems, doing=f"inject {name!r}")
-        config = replace(config, r=r_like_lora(shapes_of(selection.sites, config), like_lora, config))
+        config = replace(config, r=r_like_lora(selection.sites, like_lora, config))
     options, unresolved = resolve(config, [site.fqn for site in selection.sites])
     raise_collected(TargetError, problems + unresolved, doing=f"inject {name!r}")
     shapes = shapes_of(selection.sites, config)

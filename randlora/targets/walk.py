@@ -223,9 +223,9 @@ class Census:
         return tuple(site for visit in self.first_visits for site in self.sites_of(visit))
 
     @cached_property
-    def kinds(self) -> dict[str, str]:
-        """The kinds of all weights that have a class of adapter layer, by FQN, at each of their places."""
-        return {site.fqn: site.layer_class.kind for visit in self.visits for site in self.sites_of(visit)}
+    def sites_by_fqn(self) -> dict[str, Site]:
+        """All weights that have a class of adapter layer, by FQN, at each of their places."""
+        return {site.fqn: site for visit in self.visits for site in self.sites_of(visit)}
 
     @cached_property
     def head(self) -> nn.Module | None:
