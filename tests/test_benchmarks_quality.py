@@ -9,17 +9,19 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 import typer
-from torch import nn
+from torch import Tensor, nn
 
 import randlora
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import fashion, pages, spectrum, summary, sums, training, words
+from benchmarks.quality import fashion, pages, passwords, spectrum, summary, sums, training, words
 from benchmarks.quality.contestants import GROUPS, MAIN, equal_rank
 from benchmarks.quality.facts import FACTS_TASK
 from benchmarks.quality.khatri_rao import KhatriRao
@@ -544,11 +546,11 @@ def test_bits_of_facts_are_those_that_are_known() -> None:
 
 def test_sums_and_their_checker_agree() -> None:
     generator = torch.Generator().manual_seed(0)
-    for sign, result in ((sums.PLUS, lambda a, b: a + b), (sums.MINUS, lambda a, b: abs(a - b))):
+    for sign, factor in ((sums.PLUS, 1), (sums.MINUS, -1)):
         for problem in sums.make_problems(sign, 200, generator).tolist():
             first, second = 10 * problem[0] + problem[1], 10 * problem[3] + problem[4]
             assert (problem[2], problem[5]) == (sign, sums.EQUALS)
-            assert result(first, second) == 100 * problem[6] + 10 * problem[7] + problem[8]
+            assert abs(first + factor * second) == 100 * problem[6] + 10 * problem[7] + problem[8]
     problems = sums.make_problems(sums.PLUS, 4, generator)
     assert sums.rewards_of(problems, problems).tolist() == [1] * 4
     wrong = problems.clone()
@@ -597,3 +599,63 @@ def test_an_adapter_at_a_place_is_about_as_large_as_on_q_and_v() -> None:
         assert all(re.search(rf"\b{places[name.split(', ')[1]]}\b", each) for each in trained)
     assert sizes["dense, q and v"] == 6 * (32 + 192) + 2 * (32 + 64)
     assert all(0.7 < size / sizes["dense, q and v"] < 1.4 for size in sizes.values()), sizes
+
+
+class Characters:
+    """A tokenizer for which each character is a token, an "a" is two, and some numbers are words."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        self.asked.append([ord(letter) for letter in text.replace("a", "aa")])
+        return {"input_ids": self.asked[-1]}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {f"Ġ{'abcdefgh'[: 4 + number % 5]}{chr(97 + number)}"[:9]: 200 + number for number in range(20)}
+
+
+def test_passwords_are_asked_of_what_the_whole_model_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    model, tokenizer = transformers.LlamaForCausalLM(config).eval(), Characters()
+    monkeypatch.setattr(passwords, "pretrained", lambda: (tokenizer, model))
+    monkeypatch.setattr(passwords, "WORDS", 8)
+    passwords.start_of.cache_clear()
+    start = passwords.start_of(0, 70)  # more than a batch
+    passwords.start_of.cache_clear()
+    assert len(tokenizer.asked) == len(start.passwords) == 70
+    assert len({len(ids) for ids in tokenizer.asked}) > 1
+    assert [name for name, _ in start.model.named_parameters()] == ["projection.weight"]
+    change = torch.randn(16, 32)
+    for _ in range(2):
+        with torch.no_grad():
+            found = start.model(start.people)
+            whole = torch.stack([model(input_ids=torch.tensor([ids])).logits[0, -1] for ids in tokenizer.asked])
+            words = torch.cdist(cast("Tensor", start.model.head), model.lm_head.weight).argmin(1)
+            torch.testing.assert_close(found, whole[:, words], rtol=1e-4, atol=1e-5)
+            model.model.layers[-1].mlp.down_proj.weight += change
+            start.model.projection.weight += change
+
+
+def test_gamma_has_a_smaller_rate_in_wide_layers_alone() -> None:
+    model = nn.ModuleDict({"narrow": nn.Linear(16, 16), "wide": nn.Linear(64, 80)})
+    randlora.inject(model, r=8)
+    groups = training.by_share(model, [*randlora.trainable_parameters(model)], 32)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {share: {names[id(each)] for each in own} for share, own in groups.items()}
+    wide = {"wide.randlora_gamma.default"}
+    assert found == {1.0: {names[id(each)] for each in randlora.trainable_parameters(model)} - wide, 0.5: wide}
+
+
+@pytest.mark.parametrize("page", pages.PAGES, ids=str)
+def test_every_best_rate_of_a_task_is_of_several_rates_and_five_seeds(page: Path) -> None:
+    for place in pages.PLACE.finditer(page.read_text(encoding="utf-8")):
+        for name in pages.REAL if place["task"] == "all tasks" else (place["task"],):
+            if name in command.TASKS:
+                points = summary.points_of(command.TASKS[name], pages.kept_runs(command.TASKS[name], place["group"]))
+                for contestant, own in summary.by_contestant(points).items():
+                    assert {point.seeds for point in own} == {5}, (name, contestant)
+                    assert len(own) >= (1 if contestant == "frozen" else 3), (name, contestant)

@@ -34,6 +34,8 @@ TASKS: dict[str, Task] = {
         *(SUMS_TASK, PASSWORDS_TASK, FACTS_TASK, *SPECTRUM_TASKS),
     )
 }
+OWN_TASKS: Mapping[str, Sequence[Task]] = {"widths": WIDTH_TASKS, "places": (REVIEWS_TASK, WORDS_TASK)}
+"""The tasks of groups that are not for all of them."""
 KEPT = Path("benchmarks/quality/results")
 BUILD = Path("build/benchmarks/quality")
 SEEDS = 3
@@ -68,7 +70,7 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     directory = KEPT if full else BUILD
-    offered = {each.name: each for each in WIDTH_TASKS} if group == "widths" else TASKS
+    offered = {task.name: task for task in OWN_TASKS.get(group, TASKS.values())}
     tasks = {name: each for name, each in offered.items() if re.fullmatch(task, name)}
     chosen = {name: each for name, each in GROUPS[group].items() if re.fullmatch(contestant, name)}
     if not tasks or not chosen:

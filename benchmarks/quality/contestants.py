@@ -201,9 +201,8 @@ RANKS: Mapping[str, Contestant] = {
 PASSWORDS: Mapping[str, Contestant] = {
     **{f"LoRA, r = {rank}": Contestant("adapter", partial(lora, rank=rank)) for rank in (1, 4)},
     **{f"dense, r = {rank}": Contestant("adapter", partial(ours, r=rank)) for rank in (192, 48)},
-    "KRAdapter": Contestant("adapter", khatri_rao),
 }
-"""Sizes small enough to be filled, in pairs, and one that is not."""
+"""Sizes small enough to be filled, in pairs."""
 
 FACTS: Mapping[str, Contestant] = {
     **{f"LoRA, r = {rank}": Contestant("adapter", partial(lora, rank=rank)) for rank in (1, 2, 4, 8)},
@@ -217,7 +216,6 @@ REWARDS: Mapping[str, Contestant] = {
     **{name: MAIN[name] for name in ("frozen", "full", "LoRA, equal size", "LoRA", "dense")},
     "dense, s = 2": SCALES["dense, s = 2"],
     "dense, s = 0.5": Contestant("small adapter", scaled(0.5)),
-    "KRAdapter": Contestant("adapter", khatri_rao),
 }
 """Scales for reinforcement learning; 0.5 is that of a study by others."""
 

@@ -1,23 +1,21 @@
 """Made-up facts for a small language model: SmolLM2-135M learns which password each of many people has.
 
 What is trained is the last projection of the model. All below it is frozen, so that what comes out of it is computed
-once. A password is one of some words, drawn at random, and each is a single token: what is stored of it are the
-log2(words) bits that it takes to name one, less the cross-entropy over these words.
+once. A password is one of some words, drawn at random, and each is a single token.
 """
 
 import copy
 import itertools
-import math
 import random
 import re
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.quality.task import Prepared, Size, Targets, Task
+from benchmarks.quality.recall import recall, recall_task
+from benchmarks.quality.task import Prepared, Size
 from benchmarks.quality.words import pretrained
 
 PEOPLE = 2048
@@ -25,7 +23,6 @@ WORDS = 64
 BATCH_SIZE = 256
 EPOCHS = 150
 SYLLABLES = ("ba", "do", "fe", "ga", "hi", "ka", "lo", "mi", "na", "pe", "ro", "sa", "ti", "vu", "wa", "ze")
-NAMES = ("projection",)
 
 
 class LastProjection(nn.Module):
@@ -36,6 +33,9 @@ class LastProjection(nn.Module):
         super().__init__()
         self.projection: nn.Linear = copy.deepcopy(model.model.layers[-1].mlp.down_proj).float()
         self.norm = copy.deepcopy(model.model.norm).float()
+        weight = self.norm.weight
+        del self.norm.weight
+        self.norm.register_buffer("weight", weight.detach())  # the projection alone has parameters
         self.register_buffer("head", model.lm_head.weight[words].float())
 
     def forward(self, people: "Below") -> Tensor:
@@ -105,38 +105,26 @@ def prepare(seed: int, size: Size) -> Prepared:
     """Copy what is trained, and shuffle the people."""
     start = start_of(seed, 64 if size == "quick" else PEOPLE)
     model, people, passwords = copy.deepcopy(start.model), start.people, start.passwords
-    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         before = start.model.projection(people.inputs)
 
-    def nats(chosen: Tensor) -> Tensor:
-        return F.cross_entropy(model(people.of(chosen)), passwords[chosen])
+    def drift() -> float:
+        return float((model.projection(people.inputs) - before).norm() / before.norm())
 
-    def measure() -> dict[str, float]:
-        logits = model(people)
-        bits = len(passwords) * (math.log(WORDS) - float(F.cross_entropy(logits, passwords))) / math.log(2)
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        return {
-            "bits": bits,
-            "bits per parameter": bits / max(1, trained),
-            "recalled": float((logits.argmax(1) == passwords).float().mean()),
-            "drift": float((model.projection(people.inputs) - before).norm() / before.norm()),
-        }
-
-    epochs = [torch.randperm(len(passwords), generator=generator).split(BATCH_SIZE) for _ in range(EPOCHS)]
-    batches = [batch for epoch in epochs for batch in epoch]
-    targets = Targets(NAMES, NAMES, NAMES)
-    return Prepared(model, None, targets, batches[:10] if size == "quick" else batches, nats, measure)
+    return recall(
+        model,
+        "projection",
+        lambda chosen: model(people.of(chosen)),
+        passwords,
+        WORDS,
+        torch.Generator().manual_seed(seed),
+        size=size,
+        batch_size=BATCH_SIZE,
+        epochs=EPOCHS,
+        drift=drift,
+    )
 
 
-RATES = (3e-3, 1e-2, 3e-2)
-PASSWORDS_TASK = Task(
-    "passwords",
-    metric="bits",
-    is_better_if_larger=True,
-    drift="norm of what the update adds, over that of the outputs before",
-    rates={"frozen": (0.0,), "full": RATES, "adapter": RATES, "small adapter": RATES},
-    head_rate=0.0,
-    prepare=prepare,
-    decimals=0,
+PASSWORDS_TASK = recall_task(
+    "passwords", "norm of what the update adds, over that of the outputs before", (3e-3, 1e-2, 3e-2), prepare
 )

@@ -121,14 +121,15 @@ def table_of(task: Task, runs: Sequence[Run]) -> str:
     """Write a table in Markdown: each contestant at its best learning rate, and what it costs beside full fine-tuning.
 
     The gain is that over the first LoRA in the table, or else over our default adapter, by equal seeds. What else all
-    runs have measured comes last. There is no time of runs on another processor than that of full fine-tuning.
+    runs have measured comes last. Times are those of runs on the processor that full fine-tuning ran on.
     """
     curves = by_contestant(points_of(task, runs))
     peers = [name for name in curves if name.startswith("LoRA")] + [name for name in curves if name == "dense"]
     peer = peers[0] if peers else None
     reference = "full" if "full" in curves else next(iter(curves))
-    processors = {name: {run.machine.get("processor") for run in runs if run.key.contestant == name} for name in curves}
-    seconds = {name: mean_seconds(runs, name) for name in curves if processors[name] == processors[reference]}
+    processors = {run.machine.get("processor") for run in runs if run.key.contestant == reference}
+    timed = [run for run in runs if run.machine.get("processor") in processors]
+    seconds = {name: mean_seconds(timed, name) for name in {run.key.contestant for run in timed}}
     titles = ["contestant", "parameters", "file, MB", "memory, MB", "time", "seeds", "best rate", task.metric, "drift"]
     titles += [f"gain over {peer}"] if peer else []
     others = [what for what in runs[0].found if what not in (task.metric, "drift")]
