@@ -15,17 +15,16 @@ from randlora.checking.trial import WIDENED, Trial, acting_sites, half_precision
 from randlora.errors import AdapterError, MergeError, raise_collected
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.update import Into
-from randlora.model.change import one_at_a_time
-from randlora.model.install import require_own, unwrapped_model
+from randlora.model.install import unwrapped_model
 from randlora.model.merge import merged
 from randlora.model.mergeable import weight_problems
 from randlora.model.probe import TOLERANCE, differences_from_product
 from randlora.model.ranks import ranks_holding
 from randlora.model.trainable import offloaded_diagonals
 from randlora.model.undone import undone
-from randlora.placement.dtensor import reshard
+from randlora.model.view import opened
 from randlora.placement.place import place_of
-from randlora.state import ModelState, adapted_root, require_unmerged
+from randlora.state import ModelState, require_unmerged
 from randlora.targets.site import AdaptedSite
 from randlora.targets.walk import Census
 
@@ -36,7 +35,6 @@ EXACT, ROUNDED = 0.01, 0.1
 
 
 @torch.inference_mode(mode=False)
-@one_at_a_time
 def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
     """Check, by running the model, that every adapted weight does what an adapter is for.
 
@@ -74,26 +72,24 @@ def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
         >>> print(randlora.check(model, torch.randn(2, 8)))
         0 of 2 adapted weights are not as they should be; 2 are
     """
-    reshard(model)
-    root, state = adapted_root(model)
-    census = Census.of(root)
-    require_unmerged(state, "check")
-    require_own(census, state, "check")
-    sites = acting_sites(census, state)
-    raise_collected(AdapterError, _obstacles(census, state, sites), doing="check")
-    inner = unwrapped_model(model)
+    with opened(model, "check") as view:
+        state, census = view.state, view.census
+        require_unmerged(state, "check")
+        sites = acting_sites(census, state)
+        raise_collected(AdapterError, _obstacles(census, state, sites), doing="check")
+        inner = unwrapped_model(model)
 
-    def run(*, is_widened: bool) -> CheckReport:
-        with undone([inner], held_by(root, sites, state)) as before:
-            trial = Trial(inner, census, state, args, kwargs, is_widened=is_widened)
-            trial.ready(before)
-            return _checked(census, trial)
+        def run(*, is_widened: bool) -> CheckReport:
+            with undone([inner], held_by(view.root, sites, state)) as before:
+                trial = Trial(inner, census, state, args, kwargs, is_widened=is_widened)
+                trial.ready(before)
+                return _checked(census, trial)
 
-    size = sum(tensor.nbytes for tensor in half_precision(inner))
-    if 0 < size <= WIDENED:
-        with suppress(RuntimeError, TypeError):  # of a forward that casts to half precision itself
-            return run(is_widened=True)
-    return run(is_widened=False)
+        size = sum(tensor.nbytes for tensor in half_precision(inner))
+        if 0 < size <= WIDENED:
+            with suppress(RuntimeError, TypeError):  # of a forward that casts to half precision itself
+                return run(is_widened=True)
+        return run(is_widened=False)
 
 
 def _checked(census: Census, trial: Trial) -> CheckReport:

@@ -15,12 +15,12 @@ from randlora.hints import is_finite, shortly
 from randlora.layer_options import Factor
 from randlora.model.change import one_at_a_time
 from randlora.model.trainable import offloaded_diagonals
-from randlora.placement.dtensor import Shard, is_dtensor, reshard
+from randlora.model.view import opened
+from randlora.placement.dtensor import Shard, is_dtensor
 from randlora.placement.zero3 import is_managed
-from randlora.state import Adapter, ModelState, adapted_root, require_unmerged
+from randlora.state import Adapter, ModelState, require_unmerged
 from randlora.targets.options import by_target
 from randlora.targets.site import AdaptedSite
-from randlora.targets.walk import Census
 
 
 def update_norms(model: nn.Module, *, name: str | None = None) -> dict[str, Tensor]:
@@ -109,12 +109,10 @@ def limit_norms(model: nn.Module, limit: Factor, *, name: str | None = None) -> 
 
 def _sites_of(model: nn.Module, name: str | None, doing: str) -> tuple[Adapter, list[AdaptedSite], ModelState]:
     """Return an adapter and its layers, whose Λ and Γ can be read."""
-    reshard(model)
-    root, state = adapted_root(model)
-    adapter = state.adapter(name)
-    census = Census.of(root)
-    raise_collected(AdapterError, offloaded_diagonals(census), doing=doing)
-    return adapter, [site for site in census.adapted if adapter.name in site.layer.adapters], state
+    with opened(model, doing) as view:
+        adapter = view.state.adapter(name)
+        raise_collected(AdapterError, offloaded_diagonals(view.census), doing=doing)
+        return adapter, [site for site in view.census.adapted if adapter.name in site.layer.adapters], view.state
 
 
 def _norms(adapter: Adapter, sites: list[AdaptedSite]) -> dict[str, Tensor]:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from randlora.errors import AdapterError, raise_collected
-from randlora.model.change import all_or_nothing, one_at_a_time
-from randlora.model.install import require_new_name, require_own
+from randlora.model.install import require_new_name
 from randlora.model.trainable import offloaded_diagonals
-from randlora.placement.dtensor import is_dtensor, reshard
-from randlora.state import adapted_root, require_unmerged, require_unrouted
+from randlora.model.view import opened
+from randlora.placement.dtensor import is_dtensor
+from randlora.state import require_unmerged, require_unrouted
 from randlora.targets.site import AdaptedSite
-from randlora.targets.walk import Census
 
 
-@one_at_a_time
 def rename(model: nn.Module, name: str, to: str) -> None:
     """Give an adapter another name, in place. Nothing else changes: its place, whether it is active, what it trains.
 
@@ -31,23 +29,20 @@ def rename(model: nn.Module, name: str, to: str) -> None:
             block of `randlora.routed` is open, or Λ and Γ are sharded by `fully_shard`, which knows them by name, or
             offloaded by accelerate.
     """
-    reshard(model)
-    root, state = adapted_root(model)
-    adapter = state.adapter(name)
-    doing = f"rename {name!r} to"
-    require_new_name(state, to, doing)
-    require_unmerged(state, f"rename {name!r}")
-    census = Census.of(root)
-    require_own(census, state, f"rename {name!r}")
-    require_unrouted(state, None, f"rename {name!r}")  # which goes by names
-    sites = [site for site in census.adapted if name in site.layer.adapters]
-    sharded = [
-        f"Λ and Γ of {site.fqn} are sharded, and fully_shard knows them by name: rename before it is called"
-        for site in sites
-        if any(is_dtensor(each) for each in site.layer.diagonals_of(site.owner, name))
-    ]
-    raise_collected(AdapterError, [*sharded, *offloaded_diagonals(census)], doing=f"rename {name!r}")
-    with all_or_nothing(census, state):
+    with opened(model, "rename an adapter", writes=True) as view:
+        state = view.state
+        adapter = state.adapter(name)
+        doing = f"rename {adapter.name!r}"
+        require_new_name(state, to, f"{doing} to")
+        require_unmerged(state, doing)
+        require_unrouted(state, None, doing)  # which goes by names
+        sites = [site for site in view.census.adapted if name in site.layer.adapters]
+        sharded = [
+            f"Λ and Γ of {site.fqn} are sharded, and fully_shard knows them by name: rename before it is called"
+            for site in sites
+            if any(is_dtensor(each) for each in site.layer.diagonals_of(site.owner, name))
+        ]
+        raise_collected(AdapterError, [*sharded, *offloaded_diagonals(view.census)], doing=doing)
         adapter.name = to
         renamed = {each.name: each for each in state.adapters.values()}
         state.adapters.clear()

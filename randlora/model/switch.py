@@ -13,13 +13,13 @@ from randlora.functional import Compute
 from randlora.hints import require_types
 from randlora.layer_options import Factor
 from randlora.layers.in_place import drop_adapter
-from randlora.model.change import all_or_nothing, one_at_a_time
+from randlora.model.change import all_or_nothing
 from randlora.model.factors import resolved_factors
 from randlora.model.inject import eject
 from randlora.model.install import require_detachable, require_own, shared_slots
 from randlora.model.reducers import warn_of_unknown
 from randlora.model.trainable import offloaded_diagonals, require_trainable, train
-from randlora.placement.dtensor import reshard
+from randlora.model.view import opened
 from randlora.replaced import whole_shape
 from randlora.routing import BLOCKS, open_elsewhere
 from randlora.state import CHANGING, ModelState, adapted_root, require_unmerged, require_unrouted
@@ -27,7 +27,6 @@ from randlora.targets.match import nearest_names
 from randlora.targets.walk import Census
 
 
-@one_at_a_time
 def activate(
     model: nn.Module,
     names: str | Iterable[str] | Mapping[str, Factor],
@@ -62,21 +61,18 @@ def activate(
             because they did not when it was made: their gradients would not be averaged over the processes.
     """
     require_types(activate, {"trainable": trainable})
-    reshard(model)
-    root, state = adapted_root(model)
-    weights = resolved_factors(state, names, layers)
-    if any(weights.get(name) != weight for name, weight in state.merged.items()):
-        require_unmerged(state, "activate others")
-    census = Census.of(root)
-    require_own(census, state, "activate")
-    raise_collected(AdapterError, _activation_problems(state, weights), doing="activate")
-    if state.is_merged and state.exchanged(name for name in state.adapters if name in weights):
-        require_unmerged(state, "activate adapters with train_also")  # which may be of a weight that is merged into
-    state.require_exchangeable([name for name in state.adapters if name in weights], "activate")
-    chosen = [state.adapters[name] for name in weights]
-    if trainable:
-        require_trainable(census, state, chosen)
-    with all_or_nothing(census, state):
+    with opened(model, "activate", writes=True) as view:
+        state, census = view.state, view.census
+        weights = resolved_factors(state, names, layers)
+        if any(weights.get(name) != weight for name, weight in state.merged.items()):
+            require_unmerged(state, "activate others")
+        raise_collected(AdapterError, _activation_problems(state, weights), doing="activate")
+        if state.is_merged and state.exchanged(name for name in state.adapters if name in weights):
+            require_unmerged(state, "activate adapters with train_also")  # which may be of a weight that is merged into
+        state.require_exchangeable([name for name in state.adapters if name in weights], "activate")
+        chosen = [state.adapters[name] for name in weights]
+        if trainable:
+            require_trainable(census, state, chosen)
         state.activate(weights)
         for site in census.adapted:
             site.layer.seat(site.owner)
@@ -84,7 +80,7 @@ def activate(
             state.install_parameters()
         if trainable is not None:
             train(census, state, chosen, trainable=trainable)
-        warn_of_unknown(root)
+        warn_of_unknown(view.root)
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[Any]:
@@ -149,7 +145,6 @@ def without_active(model: nn.Module, checked: Callable[[Census, ModelState], obj
             raise
 
 
-@one_at_a_time
 def remove(model: nn.Module, name: str) -> None:
     """Remove one adapter, in place, without changing the output of others. Removing the last one is `eject`.
 
@@ -161,19 +156,18 @@ def remove(model: nn.Module, name: str) -> None:
         AdapterError: If the model has no such adapter, its adapters are merged, or an open block of `randlora.routed`
             names it.
     """
-    reshard(model)
-    root, state = adapted_root(model)
-    require_unmerged(state, "remove")
-    require_unrouted(state, state.adapter(name).name, f"remove {name!r}")
-    if len(state.adapters) == 1:
-        eject(root)
-        return
-    census = Census.of(root)
-    require_own(census, state, "remove")
-    state.require_exchangeable([other for other in state.active if other != name], f"remove {name!r}")
-    sites = [site for site in census.adapted if name in site.layer.adapters]
-    require_detachable(census, f"remove {name!r}", sites)
-    with all_or_nothing(census, state):
+    with opened(model, "remove an adapter", writes=True) as view:
+        state, census = view.state, view.census
+        name = state.adapter(name).name
+        doing = f"remove {name!r}"
+        require_unmerged(state, doing)
+        require_unrouted(state, name, doing)
+        if len(state.adapters) == 1:
+            eject(view.root)
+            return
+        state.require_exchangeable([other for other in state.active if other != name], doing)
+        sites = [site for site in census.adapted if name in site.layer.adapters]
+        require_detachable(census, doing, sites)
         del state.adapters[name]
         for site in sites:
             drop_adapter(site.owner, site.layer, name)
@@ -197,16 +191,15 @@ def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tens
         TargetError: If the layer is not adapted.
     """
     require_types(delta_weight, {"fqn": fqn, "name": name})
-    reshard(model)
-    root, state = adapted_root(model)
-    census = Census.of(root)
-    sites = {site.fqn: site for site in census.adapted}
-    if fqn not in sites:
-        raise TargetError(f"{fqn!r} is not adapted; the nearest adapted layers are {nearest_names(fqn, sites)}")
-    raise_collected(AdapterError, offloaded_diagonals(census), doing=f"compute the update of {fqn}")
-    site = sites[fqn]
-    factors = site.layer.factors(state.active) if name is None else {state.adapter(name).name: 1.0}
-    return site.layer.delta_weight(site.owner, factors)
+    doing = f"compute the update of {fqn}"
+    with opened(model, doing) as view:
+        sites = {site.fqn: site for site in view.census.adapted}
+        if fqn not in sites:
+            raise TargetError(f"{fqn!r} is not adapted; the nearest adapted layers are {nearest_names(fqn, sites)}")
+        raise_collected(AdapterError, offloaded_diagonals(view.census), doing=doing)
+        site = sites[fqn]
+        factors = site.layer.factors(view.state.active) if name is None else {view.state.adapter(name).name: 1.0}
+        return site.layer.delta_weight(site.owner, factors)
 
 
 def _activation_problems(state: ModelState, weights: Mapping[str, Factor]) -> list[str]:

@@ -10,13 +10,13 @@ from randlora.errors import AdapterError, raise_collected, warn
 from randlora.hints import require_types
 from randlora.layers.diagonals import Diagonal
 from randlora.model.averaging import require_averaged
-from randlora.model.change import all_or_nothing, one_at_a_time, set_requires_grad
-from randlora.model.install import lost_sites, require_own
+from randlora.model.change import set_requires_grad
+from randlora.model.install import lost_sites
 from randlora.model.reducers import warn_of_unknown
 from randlora.model.train_also import HALF_RISKS, copy_dtype, lost_parameters
-from randlora.placement.dtensor import reshard
+from randlora.model.view import opened
 from randlora.report import FLOAT32_BYTES
-from randlora.state import Adapter, ModelState, adapted_root
+from randlora.state import Adapter, ModelState
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import offloaded_with
 from randlora.targets.walk import Census
@@ -38,42 +38,40 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
         UserWarning: If Λ and Γ are not in float32 any more, as after ``model.half()``, in which small steps are lost,
             or parameters of ``train_also``, as after their module was replaced.
     """
-    reshard(model)
-    root, state = adapted_root(model)
-    census = Census.of(root)
-    adapters = state.adapters.values()
-    lost = [*lost_sites(census, adapters), *lost_parameters(state, adapters)]
-    raise_collected(AdapterError, [*lost, *offloaded_diagonals(census)], doing="train the adapters")
-    every = (parameter for adapter in adapters for parameter in adapter_parameters(census, adapter))
-    trained = [parameter for parameter in every if parameter.requires_grad]
-    if not trained:
-        raise AdapterError(
-            f"no adapter is trainable, and an optimizer would have nothing to do ({', '.join(state.adapters)}): call "
-            f"randlora.activate(model, {next(iter(state.adapters))!r}, trainable=True)"
-        )
-    copies = {id(copy) for adapter in adapters for copy in adapter.trained.values()}
-    dtypes = {each.dtype for each in trained if id(each) not in copies and each.dtype.itemsize < FLOAT32_BYTES}
-    if dtypes:
-        warn(
-            f"Λ and Γ are in {', '.join(map(str, dtypes))}, as after model.half(), in which small steps are lost: "
-            "convert the model before inject, or go back with `for each in randlora.trainable_parameters(model): "
-            "each.data = each.data.float()`"
-        )
-    narrow = [
-        fqn
-        for adapter in adapters
-        for fqn, copy in adapter.parameters.items()
-        if copy.requires_grad and copy.dtype in HALF_RISKS and copy.dtype != copy_dtype(state.replaced[fqn])
-    ]
-    if narrow and not dtypes:
-        warn(
-            f"{shortened(narrow)}: the copies to train were float32 and have 16 bits now, as where a module was "
-            "replaced: save the adapter, eject it, and load it again"
-        )
-    return trained
+    with opened(model, "train the adapters") as view:
+        state, census = view.state, view.census
+        adapters = state.adapters.values()
+        lost = [*lost_sites(census, adapters), *lost_parameters(state, adapters)]
+        raise_collected(AdapterError, [*lost, *offloaded_diagonals(census)], doing="train the adapters")
+        every = (parameter for adapter in adapters for parameter in adapter_parameters(census, adapter))
+        trained = [parameter for parameter in every if parameter.requires_grad]
+        if not trained:
+            raise AdapterError(
+                f"no adapter is trainable, and an optimizer would have nothing to do ({', '.join(state.adapters)}): "
+                f"call randlora.activate(model, {next(iter(state.adapters))!r}, trainable=True)"
+            )
+        copies = {id(copy) for adapter in adapters for copy in adapter.trained.values()}
+        dtypes = {each.dtype for each in trained if id(each) not in copies and each.dtype.itemsize < FLOAT32_BYTES}
+        if dtypes:
+            warn(
+                f"Λ and Γ are in {', '.join(map(str, dtypes))}, as after model.half(), in which small steps are lost: "
+                "convert the model before inject, or go back with `for each in randlora.trainable_parameters(model): "
+                "each.data = each.data.float()`"
+            )
+        narrow = [
+            fqn
+            for adapter in adapters
+            for fqn, copy in adapter.parameters.items()
+            if copy.requires_grad and copy.dtype in HALF_RISKS and copy.dtype != copy_dtype(state.replaced[fqn])
+        ]
+        if narrow and not dtypes:
+            warn(
+                f"{shortened(narrow)}: the copies to train were float32 and have 16 bits now, as where a module was "
+                "replaced: save the adapter, eject it, and load it again"
+            )
+        return trained
 
 
-@one_at_a_time
 def set_trainable(model: nn.Module, names: str | Iterable[str], trainable: bool = True) -> None:  # noqa: FBT001, FBT002
     """Set whether the parameters of adapters require grad, active or not. Those of other adapters do not change.
 
@@ -100,18 +98,15 @@ def set_trainable(model: nn.Module, names: str | Iterable[str], trainable: bool 
         4
     """
     require_types(set_trainable, {"trainable": trainable})
-    reshard(model)
-    root, state = adapted_root(model)
     listed = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
-    raise_collected(AdapterError, state.unknown(listed), doing="set what is trainable")
-    chosen = [state.adapters[name] for name in listed]
-    census = Census.of(root)
-    require_own(census, state, "set what is trainable")
-    if trainable:
-        require_trainable(census, state, chosen)
-    with all_or_nothing(census, state):
-        train(census, state, chosen, trainable=trainable)
-        warn_of_unknown(root)
+    doing = "set what is trainable"
+    with opened(model, doing, writes=True) as view:
+        raise_collected(AdapterError, view.state.unknown(listed), doing=doing)
+        chosen = [view.state.adapters[name] for name in listed]
+        if trainable:
+            require_trainable(view.census, view.state, chosen)
+        train(view.census, view.state, chosen, trainable=trainable)
+        warn_of_unknown(view.root)
 
 
 def require_trainable(census: Census, state: ModelState, adapters: Iterable[Adapter]) -> None:

@@ -1,0 +1,59 @@
+"""How a verb begins and ends: one thread at a time opens an adapted model, and what raises changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+from torch import nn
+
+from randlora.model.change import all_or_nothing
+from randlora.model.install import require_own
+from randlora.model.ranks import ranks_holding
+from randlora.placement.dtensor import reshard
+from randlora.placement.ranks import Ranks
+from randlora.state import CHANGING, ModelState, adapted_root
+from randlora.targets.walk import Census
+
+
+@dataclass(frozen=True)
+class View:
+    """An adapted model while a verb looks at it or changes it.
+
+    Attributes:
+        root: The module with the adapters: the model itself, or a module inside, as of a wrapper.
+        state: Its adapters.
+        census: Its modules and parameters.
+    """
+
+    root: nn.Module
+    state: ModelState
+    census: Census
+
+    def ranks(self, *, is_written: bool = False) -> Ranks | None:
+        """Return the processes that hold the model together; see `ranks_holding`."""
+        return ranks_holding(self.census, self.state, is_written=is_written)
+
+
+@contextmanager
+def opened(model: nn.Module, doing: str | None, *, writes: bool = False) -> Iterator[View]:
+    """Open an adapted model for one verb, while other threads that want to change a model wait.
+
+    Args:
+        model: A model with adapters, or a wrapper around it.
+        doing: What the caller is about to do with all layers, for messages, such as ``"merge"``; ``None`` if it does
+            not matter whose they are.
+        writes: Whether the block changes the model. If it raises, every change is undone.
+
+    Raises:
+        AdapterError: If the model has no adapter, or a layer has adapters that were added to another module.
+    """
+    with CHANGING:
+        reshard(model)  # after a forward, whole copies may be in the places of shards
+        root, state = adapted_root(model)
+        view = View(root, state, Census.of(root))
+        if doing is not None:
+            require_own(view.census, state, doing)
+        with all_or_nothing(view.census, state) if writes else nullcontext():
+            yield view
