@@ -24,13 +24,12 @@ from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import shortly
 from randlora.layers.diagonals import diagonal_shapes
 from randlora.model.install import lost_sites, require_own
-from randlora.model.ranks import ranks_holding
 from randlora.model.train_also import lost_parameters
-from randlora.placement.dtensor import reshard
+from randlora.model.view import opened
 from randlora.placement.place import taken_whole
 from randlora.placement.ranks import Ranks, agreed, in_step
 from randlora.replaced import whole_shape
-from randlora.state import Adapter, ModelState, adapted_root
+from randlora.state import Adapter, ModelState
 from randlora.targets.match import shortened
 from randlora.targets.site import AdaptedSite, other_kinds, shapes_of
 from randlora.targets.walk import Census
@@ -116,45 +115,41 @@ def gathered(
         AdapterError: If the model has no adapter of a name.
         CheckpointError: If modules of one were removed or replaced, and the model is sharded; else that is a problem.
     """
-    reshard(model)
-    root, state = adapted_root(model)
-    census = Census.of(root)
-    ranks = ranks_holding(census, state)
-    held = [_held(census, state, state.adapter(name), bases) for name in names]
-    with agreed(ranks):
-        require_own(census, state, "save")
-        for each in held:
-            each.problems.extend(_problems(each))
-        if ranks is not None:  # before anything is gathered
-            problems = [problem for each in held for problem in (*each.problems, *meta_problems(each.values()))]
-            raise_collected(CheckpointError, problems, doing=doing)
-    if ranks is None:
-        return held, None
-    with agreed(ranks):
-        return [_whole(each, is_kept=is_for_all or ranks.is_first) for each in held], ranks
+    with opened(model, None) as view:
+        state, census, ranks = view.state, view.census, view.ranks()
+        held = [_held(census, state, state.adapter(name), bases) for name in names]
+        with agreed(ranks):
+            require_own(census, state, "save")
+            for each in held:
+                each.problems.extend(_problems(each))
+            if ranks is not None:  # before anything is gathered
+                problems = [problem for each in held for problem in (*each.problems, *meta_problems(each.values()))]
+                raise_collected(CheckpointError, problems, doing=doing)
+        if ranks is None:
+            return held, None
+        with agreed(ranks):
+            return [_whole(each, is_kept=is_for_all or ranks.is_first) for each in held], ranks
 
 
 def given_values(model: nn.Module, values: Mapping[str, Tensor]) -> Gathered:
     """Return the only adapter of a model with values that another library gathered, by FQN; never a collective."""
-    reshard(model)
-    root, state = adapted_root(model)
-    census = Census.of(root)
-    require_own(census, state, "save")
-    held = _held(census, state, state.adapter(None), "seed")
-    held.problems.extend(_problems(held))
-    owners = {id(visit.module): visit.fqn for visit in reversed(census.visits)}
-    names = [
-        f"{owners[id(site.owner)]}.{part}.{held.adapter.name}".removeprefix(".")
-        for site in held.sites
-        for part in site.layer.parameter_names()
-    ]
-    names += held.trained
-    if lacking := [name for name in names if name not in values]:
-        held.problems.append(f"the state_dict has no {shortened(lacking)}")
-        return held
-    found = iter([values[name].detach() for name in names])
-    pairs = {fqn: (next(found), next(found)) for fqn in held.diagonals}
-    return replace(held, diagonals=pairs, trained=dict(zip(held.trained, found, strict=True)))
+    with opened(model, "save") as view:
+        state, census = view.state, view.census
+        held = _held(census, state, state.adapter(None), "seed")
+        held.problems.extend(_problems(held))
+        owners = {id(visit.module): visit.fqn for visit in reversed(census.visits)}
+        names = [
+            f"{owners[id(site.owner)]}.{part}.{held.adapter.name}".removeprefix(".")
+            for site in held.sites
+            for part in site.layer.parameter_names()
+        ]
+        names += held.trained
+        if lacking := [name for name in names if name not in values]:
+            held.problems.append(f"the state_dict has no {shortened(lacking)}")
+            return held
+        found = iter([values[name].detach() for name in names])
+        pairs = {fqn: (next(found), next(found)) for fqn in held.diagonals}
+        return replace(held, diagonals=pairs, trained=dict(zip(held.trained, found, strict=True)))
 
 
 def contents_of(held: Gathered) -> Contents:

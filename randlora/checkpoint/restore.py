@@ -18,10 +18,10 @@ from randlora.errors import CheckpointError, raise_collected
 from randlora.layer_options import by_rank
 from randlora.model.change import one_at_a_time
 from randlora.model.install import lost_sites, require_own
-from randlora.model.ranks import ranks_holding
 from randlora.model.train_also import lost_parameters
+from randlora.model.view import opened
 from randlora.modes import has_values
-from randlora.placement.dtensor import Shard, is_dtensor, reshard, values_within
+from randlora.placement.dtensor import Shard, is_dtensor, values_within
 from randlora.placement.ranks import agreed
 from randlora.replaced import whole_shape
 from randlora.state import Adapter, adapted_root, require_unmerged, require_unrouted
@@ -89,33 +89,32 @@ def planned_values(
         AdapterError: If the model has no adapter of that name, or its adapters are merged.
         CheckpointError: If the files are damaged, or are those of another adapter.
     """
-    reshard(model)
-    root, state = adapted_root(model)
-    adapter = state.adapter(name)
-    require_unmerged(state, doing)
-    require_unrouted(state, name, doing)
-    census = Census.of(root)
-    sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
-    own = [*chain.from_iterable(site.layer.diagonals_of(site.owner, adapter.name) for site in sites)]
-    with agreed(ranks_holding(census, state)):
-        require_own(census, state, doing)
-        problems = [*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])]
-        raise_collected(CheckpointError, problems, doing=doing)
-        try:
-            file = read(census)
-        except CheckpointError as error:
-            raise CheckpointError(f"cannot {doing}: {error}") from error
-        problems += _differences(adapter, file, shapes_of(sites, adapter.config), advice)
-        problems += [
-            f"{site.fqn} is partitioned by ZeRO-3, whose optimizer has copies of the values and would write them back: "
-            "load DeepSpeed's own checkpoint, as engine.load_checkpoint(directory) does"
-            for site in sites[:1]
-            if any(hasattr(each, "ds_id") for each in own)
-        ]
-        if not all(has_values(each) for each in (*own, *adapter.trained.values())):
-            problems.append("the adapter has no values to write to (meta or fake): materialize the model first")
-        raise_collected(CheckpointError, problems, doing=doing)
-    return dict(_values(adapter, file, sites)).items()
+    with opened(model, None) as view:
+        state, census = view.state, view.census
+        adapter = state.adapter(name)
+        require_unmerged(state, doing)
+        require_unrouted(state, name, doing)
+        sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
+        own = [*chain.from_iterable(site.layer.diagonals_of(site.owner, adapter.name) for site in sites)]
+        with agreed(view.ranks()):
+            require_own(census, state, doing)
+            problems = [*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])]
+            raise_collected(CheckpointError, problems, doing=doing)
+            try:
+                file = read(census)
+            except CheckpointError as error:
+                raise CheckpointError(f"cannot {doing}: {error}") from error
+            problems += _differences(adapter, file, shapes_of(sites, adapter.config), advice)
+            problems += [
+                f"{site.fqn} is partitioned by ZeRO-3, whose optimizer has copies of the values and would write them "
+                "back: load DeepSpeed's own checkpoint, as engine.load_checkpoint(directory) does"
+                for site in sites[:1]
+                if any(hasattr(each, "ds_id") for each in own)
+            ]
+            if not all(has_values(each) for each in (*own, *adapter.trained.values())):
+                problems.append("the adapter has no values to write to (meta or fake): materialize the model first")
+            raise_collected(CheckpointError, problems, doing=doing)
+        return dict(_values(adapter, file, sites)).items()
 
 
 def write_values(values: Iterable[tuple[Tensor, Tensor]]) -> None:

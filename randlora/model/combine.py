@@ -19,22 +19,19 @@ from randlora.hints import is_finite, require_types, shortly
 from randlora.layer_options import by_rank
 from randlora.layers.combined import Combined, Method, combined
 from randlora.meant import NotTheModel
-from randlora.model.change import one_at_a_time
 from randlora.model.factors import factor_problems
 from randlora.model.install import commit, lost_sites, owned_state, prepare
-from randlora.model.ranks import ranks_holding
 from randlora.model.train_also import copy_dtype, lost_parameters, replacements
 from randlora.model.trainable import offloaded_diagonals
+from randlora.model.view import opened
 from randlora.modes import has_values
-from randlora.placement.dtensor import reshard
 from randlora.placement.place import whole
 from randlora.placement.ranks import agreed, in_step
-from randlora.state import Adapter, ModelState, adapted_root
+from randlora.state import Adapter, ModelState
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles
 from randlora.targets.options import listed
 from randlora.targets.site import AdaptedSite, shapes_of, sizes
-from randlora.targets.walk import Census
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,6 @@ class CombineReport(NotTheModel):
 
 @torch.inference_mode(mode=False)  # what is made here may be trained, whatever mode the caller is in
 @torch.no_grad()
-@one_at_a_time
 def combine(
     model: nn.Module,
     adapters: Mapping[str, float],
@@ -119,33 +115,32 @@ def combine(
     require_types(combine, {"method": method, "like": like})
     if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not is_finite(tolerance) or tolerance <= 0:
         raise ConfigError(f"tolerance must be a positive number, got {shortly(tolerance)}")
-    reshard(model)
-    root, _ = adapted_root(model)
-    census = Census.of(root)
-    state = owned_state(census, name, "combine adapters into")
-    sources = _sources(state, adapters, like)
-    sites = [site for site in census.adapted if any(source.name in site.layer.adapters for source in sources)]
-    lost = [*lost_sites(census, sources), *lost_parameters(state, sources), *offloaded_diagonals(census)]
-    unfit = obstacles(census, sites, sources[0].config.dropout)
-    raise_collected(AdapterError, [*lost, *unfit, *_form_problems(state, sites, sources)], doing="combine")
-    adapter, shared = _planned(state, name, sites, sources)
-    for r in adapter.bases.keys() - shared.keys():
-        adapter.bases[r].matrices()  # as in inject: some cannot be drawn
-    with agreed(ranks_holding(census, state)):
-        updates = {site.fqn: site.layer.whole_updates(site.owner, dict(adapters)) for site in sites}
-        copies = _copies(state, adapters, sources)
-    found = {}
-    for site in sites:
-        part = adapter.at(site.fqn, site.shape_with(adapter.config))
-        found[site.fqn] = combined(part, updates[site.fqn], method, site.layer.device_beside(site.owner))
-    _require_near(found, method, tolerance)
-    values = {fqn: (each.lam, each.gamma) for fqn, each in found.items()}
-    adapter.bases |= shared
-    adapter.trained |= {fqn: nn.Parameter(copy, requires_grad=False) for fqn, copy in copies.items()}
-    replaced = replacements(census, state, copies)
-    addition = prepare(state, adapter, sites, values=values, replaced=replaced, trainable=False)
-    commit(census, addition, active=False)
-    return CombineReport(name, dict(adapters), {fqn: each.error for fqn, each in found.items()})
+    with opened(model, "combine") as view:
+        census = view.census
+        state = owned_state(census, name, "combine adapters into")
+        sources = _sources(state, adapters, like)
+        sites = [site for site in census.adapted if any(source.name in site.layer.adapters for source in sources)]
+        lost = [*lost_sites(census, sources), *lost_parameters(state, sources), *offloaded_diagonals(census)]
+        unfit = obstacles(census, sites, sources[0].config.dropout)
+        raise_collected(AdapterError, [*lost, *unfit, *_form_problems(state, sites, sources)], doing="combine")
+        adapter, shared = _planned(state, name, sites, sources)
+        for r in adapter.bases.keys() - shared.keys():
+            adapter.bases[r].matrices()  # as in inject: some cannot be drawn
+        with agreed(view.ranks()):
+            updates = {site.fqn: site.layer.whole_updates(site.owner, dict(adapters)) for site in sites}
+            copies = _copies(state, adapters, sources)
+        found = {}
+        for site in sites:
+            part = adapter.at(site.fqn, site.shape_with(adapter.config))
+            found[site.fqn] = combined(part, updates[site.fqn], method, site.layer.device_beside(site.owner))
+        _require_near(found, method, tolerance)
+        values = {fqn: (each.lam, each.gamma) for fqn, each in found.items()}
+        adapter.bases |= shared
+        adapter.trained |= {fqn: nn.Parameter(copy, requires_grad=False) for fqn, copy in copies.items()}
+        replaced = replacements(census, state, copies)
+        addition = prepare(state, adapter, sites, values=values, replaced=replaced, trainable=False)
+        commit(census, addition, active=False)
+        return CombineReport(name, dict(adapters), {fqn: each.error for fqn, each in found.items()})
 
 
 def _sources(state: ModelState, adapters: object, like: str | None) -> list[Adapter]:

@@ -36,7 +36,7 @@ from randlora.layer_options import LayerOptions, by_rank
 from randlora.lora_size import r_like_lora
 from randlora.meant import call_for, is_of_peft
 from randlora.model.change import all_or_nothing, one_at_a_time
-from randlora.model.install import commit, detach_all, owned_state, prepare, require_detachable, require_own, unfold_all
+from randlora.model.install import commit, detach_all, owned_state, prepare, require_detachable, unfold_all
 from randlora.model.moving import moving_note
 from randlora.model.train_also import (
     copy_dtype,
@@ -48,6 +48,7 @@ from randlora.model.train_also import (
     select_parameters,
     train_also_problems,
 )
+from randlora.model.view import opened
 from randlora.modes import has_values
 from randlora.placement.dtensor import is_dtensor, reshard
 from randlora.placement.place import whole
@@ -55,7 +56,7 @@ from randlora.placement.ranks import agreed, in_step, ranks_of
 from randlora.replaced import ReplacedParameter, like
 from randlora.report import Report, adapter_report, next_steps
 from randlora.start import Init
-from randlora.state import Adapter, ModelState, SavePretrained, adapted_root, require_unrouted
+from randlora.state import Adapter, ModelState, SavePretrained, require_unrouted
 from randlora.targets.left_out import doubt, lines
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles, offloaded_copies
@@ -289,7 +290,6 @@ def plan(
     return report
 
 
-@one_at_a_time
 def eject(model: nn.Module) -> tuple[str, ...]:
     """Remove all adapters, in place, and restore the original classes and values.
 
@@ -305,23 +305,21 @@ def eject(model: nn.Module) -> tuple[str, ...]:
         AdapterError: If the model has no adapter, a block of `randlora.routed` is open, or something else has changed
             the class of an adapted module.
     """
-    root, state = adapted_root(model)
-    require_unrouted(state, None, "eject")
-    reshard(model)
-    census = Census.of(root)
-    require_own(census, state, "eject")
-    require_detachable(census, "eject")
-    misplaced = misplaced_copies(census, state)
-    with all_or_nothing(census, state, replaced=misplaced):
-        unfold_all(census, state)  # in case this is called inside `with merged(model)`
-        state.adapters.clear()
-        state.install_parameters()
-        for entry in misplaced:
-            entry.install(entry.original)
-        restored = detach_all(census, state)
-        state.replaced.clear()
-        state.disabled, state.routing = [], None
-    return restored
+    with opened(model, "eject") as view:
+        state, census = view.state, view.census
+        require_unrouted(state, None, "eject")
+        require_detachable(census, "eject")
+        misplaced = misplaced_copies(census, state)
+        with all_or_nothing(census, state, replaced=misplaced):
+            unfold_all(census, state)  # in case this is called inside `with merged(model)`
+            state.adapters.clear()
+            state.install_parameters()
+            for entry in misplaced:
+                entry.install(entry.original)
+            restored = detach_all(census, state)
+            state.replaced.clear()
+            state.disabled, state.routing = [], None
+        return restored
 
 
 def _warn(report: Report) -> None:
