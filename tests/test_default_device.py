@@ -68,6 +68,11 @@ def merged_once(at: Place) -> Any:
     return randlora.unmerge(at.model)
 
 
+def merged_for_good(at: Place) -> Any:
+    randlora.remove(at.model, "b")
+    return randlora.merge(at.model)
+
+
 def output_inside(block: Callable[[nn.Module], Any]) -> Callable[[Place], Tensor]:
     def run(at: Place) -> Tensor:
         with block(at.model):
@@ -124,7 +129,7 @@ VERBS: dict[str, Callable[[Place], Any]] = {
     "load": lambda at: randlora.load(at.model, at.saved / "b", name="c", trainable=True),
     "load_all": lambda at: (randlora.eject(at.model), randlora.load_all(at.model, at.saved)),
     "load_model": lambda at: randlora.load_model(at.adapter, base=at.base),
-    "merge": lambda at: (randlora.remove(at.model, "b"), randlora.merge(at.model)),
+    "merge": merged_for_good,
     "merged": output_inside(randlora.merged),
     "merged_tensors": lambda at: dict(randlora.merged_tensors(at.model)),
     "plan": lambda at: randlora.plan(at.model, r=3, name="c"),
