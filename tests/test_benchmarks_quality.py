@@ -45,7 +45,7 @@ def prepare(seed: int, size: Size) -> Prepared:
     return Prepared(
         model,
         model[2],
-        Targets(names, names, names, {"q and v": "0", "MLP": "0"}),
+        Targets(names, names, names, dict.fromkeys(("q and v", "q", "v", "MLP"), "0")),
         [torch.arange(64)] * (STEPS if size == "full" else 2),
         lambda rows: F.mse_loss(model(x[rows]), y[rows]),
         lambda: {"loss": float(F.mse_loss(model(x), y)), "drift": float(model[0](x).square().mean())},

@@ -34,7 +34,11 @@ TASKS: dict[str, Task] = {
         *(SUMS_TASK, PASSWORDS_TASK, FACTS_TASK, *SPECTRUM_TASKS),
     )
 }
-OWN_TASKS: Mapping[str, Sequence[Task]] = {"widths": WIDTH_TASKS, "places": (REVIEWS_TASK, WORDS_TASK)}
+OWN_TASKS: Mapping[str, Sequence[Task]] = {
+    "widths": WIDTH_TASKS,
+    "places": (REVIEWS_TASK, WORDS_TASK),
+    "sides": (WORDS_TASK,),
+}
 """The tasks of groups that are not for all of them."""
 KEPT = Path("benchmarks/quality/results")
 BUILD = Path("build/benchmarks/quality")
@@ -54,6 +58,7 @@ Group = Literal[
     "gammas",
     "attention",
     "places",
+    "sides",
 ]
 console = Console(highlight=False, soft_wrap=True)
 

@@ -108,6 +108,11 @@ def ours_at(prepared: Prepared, seed: int, place: str) -> None:
     ours(prepared, seed, r=min(sizes, key=lambda r: abs(sizes[r] - wanted)), targets=places[place])
 
 
+def ours_alone(prepared: Prepared, seed: int, place: str) -> None:
+    """Add the default adapter of ours to one place."""
+    ours(prepared, seed, targets=prepared.targets.places[place])
+
+
 def lora_at(prepared: Prepared, seed: int, place: str) -> object:
     """Add PEFT's LoRA to one place, about as large as our default adapter on q and v."""
     places = prepared.targets.places
@@ -201,8 +206,9 @@ RANKS: Mapping[str, Contestant] = {
 PASSWORDS: Mapping[str, Contestant] = {
     **{f"LoRA, r = {rank}": Contestant("adapter", partial(lora, rank=rank)) for rank in (1, 4)},
     **{f"dense, r = {rank}": Contestant("adapter", partial(ours, r=rank)) for rank in (192, 48)},
+    "KRAdapter": Contestant("adapter", khatri_rao),
 }
-"""Sizes small enough to be filled, in pairs."""
+"""Sizes small enough to be filled, in pairs, and one that is not."""
 
 FACTS: Mapping[str, Contestant] = {
     **{f"LoRA, r = {rank}": Contestant("adapter", partial(lora, rank=rank)) for rank in (1, 2, 4, 8)},
@@ -216,6 +222,7 @@ REWARDS: Mapping[str, Contestant] = {
     **{name: MAIN[name] for name in ("frozen", "full", "LoRA, equal size", "LoRA", "dense")},
     "dense, s = 2": SCALES["dense, s = 2"],
     "dense, s = 0.5": Contestant("small adapter", scaled(0.5)),
+    "KRAdapter": Contestant("adapter", khatri_rao),
 }
 """Scales for reinforcement learning; 0.5 is that of a study by others."""
 
@@ -259,6 +266,12 @@ PLACES: Mapping[str, Contestant] = {
 }
 """Adapters of one size in two places."""
 
+SIDES: Mapping[str, Contestant] = {
+    "dense": MAIN["dense"],
+    **{f"dense, {place} alone": Contestant("adapter", partial(ours_alone, place=place)) for place in ("q", "v")},
+}
+"""Layers of different width in one model: is one rate right for both?"""
+
 GROUPS: Mapping[str, Mapping[str, Contestant]] = {
     "main": MAIN,
     "scales": SCALES,
@@ -273,4 +286,5 @@ GROUPS: Mapping[str, Mapping[str, Contestant]] = {
     "gammas": GAMMAS,
     "attention": ATTENTION,
     "places": PLACES,
+    "sides": SIDES,
 }

