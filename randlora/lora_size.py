@@ -40,7 +40,8 @@ def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) ->
     Raises:
         ConfigError: If no r has nearly as many parameters.
     """
-    wanted = lora_r * lora_parameters(sites)
+    of_rank_one = lora_parameters(sites)
+    wanted = lora_r * of_rank_one
     shapes = Counter(site.shape_with(config) for site in sites)
 
     def size(r: int) -> int:
@@ -54,7 +55,7 @@ def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) ->
     tried = range(step, max(step, largest) + 1, step)
     found = min(tried, key=distance)
     if not 1 / OUT_OF_REACH <= size(found) / wanted <= OUT_OF_REACH:
-        most, least = (size(r) / lora_parameters(sites) for r in (tried[0], tried[-1]))
+        most, least = (size(r) / of_rank_one for r in (tried[0], tried[-1]))
         raise ConfigError(
             f"like_lora={lora_r} is out of reach: on these layers RandLoRA has as many parameters as a LoRA of rank "
             f"{least:.2g} to {most:.2g}, with r from {tried[-1]} down to {tried[0]}"

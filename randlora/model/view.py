@@ -31,9 +31,9 @@ class View:
     state: ModelState
     census: Census
 
-    def ranks(self, *, is_written: bool = False) -> Ranks | None:
+    def ranks(self) -> Ranks | None:
         """Return the processes that hold the model together; see `ranks_holding`."""
-        return ranks_holding(self.census, self.state, is_written=is_written)
+        return ranks_holding(self.census, self.state)
 
 
 @contextmanager
