@@ -19,11 +19,11 @@ from randlora.model.install import lost_sites
 from randlora.model.norms import update_norms
 from randlora.model.train_also import lost_parameters
 from randlora.model.trainable import adapter_parameters
-from randlora.model.view import opened
 from randlora.modes import has_values
 from randlora.report import as_lines, wrapped
-from randlora.state import is_adapted
+from randlora.state import adapted_root, is_adapted
 from randlora.targets.match import shortened
+from randlora.targets.walk import Census
 
 
 @dataclass(frozen=True)
@@ -113,24 +113,24 @@ def adapters(model: nn.Module, *, norms: bool = False) -> list[AdapterInfo]:
     raise_collected(ConfigError, [*mistyped(norms, bool, "norms")], doing="list the adapters")
     if not is_adapted(model):
         return []
-    with opened(model, None) as view:
-        state, census = view.state, view.census
-        return [
-            AdapterInfo(
-                name=adapter.name,
-                config=adapter.config,
-                specs=tuple(basis.spec for basis in adapter.bases.values()),
-                options=dict(adapter.options),
-                train_also=tuple(adapter.parameters),
-                buffers=tuple(adapter.buffers),
-                weight=copy(adapter.weight),
-                is_trainable=any(parameter.requires_grad for parameter in adapter_parameters(census, adapter)),
-                is_merged=adapter.name in state.merged,
-                problems=(*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])),
-                norms=_norms(model, adapter.name) if norms else None,
-            )
-            for adapter in state.adapters.values()
-        ]
+    root, state = adapted_root(model)
+    census = Census.of(root)
+    return [
+        AdapterInfo(
+            name=adapter.name,
+            config=adapter.config,
+            specs=tuple(basis.spec for basis in adapter.bases.values()),
+            options=dict(adapter.options),
+            train_also=tuple(adapter.parameters),
+            buffers=tuple(adapter.buffers),
+            weight=copy(adapter.weight),
+            is_trainable=any(parameter.requires_grad for parameter in adapter_parameters(census, adapter)),
+            is_merged=adapter.name in state.merged,
+            problems=(*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])),
+            norms=_norms(model, adapter.name) if norms else None,
+        )
+        for adapter in state.adapters.values()
+    ]
 
 
 @torch.no_grad()
