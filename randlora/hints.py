@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import os
@@ -55,7 +56,10 @@ def mistyped(value: object, hint: Any, name: str) -> Iterator[str]:
     found = [(choice, [*_differences(value, choice, name)]) for choice in choices if _has_form(value, choice)]
     if not found:
         *words, last = dict.fromkeys(word for choice in choices for word in _words(choice).split(" or "))
-        yield f"{name} must be {', '.join(words)}{' or ' if words else ''}{last}, got {shortly(value)}"
+        options = [word for choice in choices if get_origin(choice) is Literal for word in get_args(choice)]
+        near = difflib.get_close_matches(value, options, n=1) if isinstance(value, str) else []
+        meant = f": did you mean {near[0]!r}?" if near else ""
+        yield f"{name} must be {', '.join(words)}{' or ' if words else ''}{last}, got {shortly(value)}{meant}"
     elif all(problems for _, problems in found):
         yield from found[0][1]
     elif any(get_origin(choice) is os.PathLike for choice in choices) and _is_no_path(value):

@@ -1,8 +1,8 @@
-"""What callers mean by names of other libraries: options, calls, configs, and reports that are taken for models."""
+"""What callers mean by names of other libraries: options, calls, and reports that are taken for models."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 _BY_PATTERN = 'use {}=, which takes a mapping from patterns: {}={{"q_proj": 64, ".*": 16}}'
 _BIASES = 'use train_also=, which takes the names of biases: train_also=r".*\\.bias"'
@@ -10,7 +10,7 @@ _WHOLE_NAMES = "use targets=, which takes names and regexes of whole layers"
 _NOTHING_LIKE_IT = "leave it out: it is for another method, and has no counterpart here"
 _RECORDED = "leave it out: it says nothing about the adapter that the file does not say"
 
-OPTIONS = {
+ADVICE = {
     "adapter_name": "use name=",
     "alpha_pattern": _BY_PATTERN.format("alpha", "alpha"),
     "auto_mapping": _RECORDED,
@@ -18,29 +18,21 @@ OPTIONS = {
     "base_model_name_or_path": _RECORDED,
     "bias": _BIASES,
     "ensure_weight_tying": "leave it out: tied parameters stay tied",
-    "exclude_modules": "use exclude=",
     "fan_in_fan_out": "leave it out: layers that store their weight transposed are recognized",
     "inference_mode": "use trainable=False",
     "init_lora_weights": 'use init="lambda" or init="gamma"',
     "init_weights": 'use init="lambda" or init="gamma"',
     "layers_pattern": _WHOLE_NAMES,
     "layers_to_transform": _WHOLE_NAMES,
-    "lora_alpha": "use alpha=",
     "lora_bias": _BIASES,
-    "lora_dropout": "use dropout=",
     "low_cpu_mem_usage": "leave it out: bases are drawn once, and shared by all layers",
-    "modules_to_save": "use train_also=",
     "peft_type": "leave it out: every adapter is one of RandLoRA",
     "peft_version": _RECORDED,
-    "projection_prng_key": "use seed=",
-    "randlora_alpha": "use alpha=",
-    "randlora_dropout": "use dropout=",
     "rank": "use r=, the rank of one basis: a smaller r trains more parameters",
     "rank_pattern": _BY_PATTERN.format("r", "r"),
     "revision": "leave it out, and give it to randlora.load",
     "save_projection": 'use the argument bases="stored" of save()',
     "sparse": 'use basis="sparse"',
-    "target_modules": "use targets=",
     "target_parameters": "use targets=, which takes names of weights too",
     "task_type": "leave it out: the model is changed in place, and stays one for its task",
     "trainable_token_indices": "use train_also=, with the whole embedding, or targets= with it",
@@ -56,7 +48,7 @@ OPTIONS = {
         _NOTHING_LIKE_IT,
     ),
 }
-"""What to do about options that `inject` does not have, and PEFT or other libraries have."""
+"""What to do about options of PEFT and other libraries that have no entry of the table here."""
 
 _LOAD_MODEL = "randlora.load_model(directory)"
 
@@ -112,24 +104,3 @@ class NotTheModel:
             """Raise an `AttributeError` that says what is meant."""
             advice = "" if name.startswith("_") else f": {IN_PLACE}"
             raise AttributeError(f"a {type(self).__name__} has no {name!r}{advice}")
-
-
-def is_of_peft(value: object) -> bool:
-    """Whether a value is a config of PEFT, which is not imported."""
-    return type(value).__module__.startswith("peft.") and hasattr(value, "target_modules")
-
-
-def call_for(config: Any) -> str:
-    """Return the call of `inject` that is nearest to a config of PEFT."""
-    own = vars(config)
-    dropout = own.get("randlora_dropout", own.get("lora_dropout"))
-    given = {"targets": own["target_modules"], "exclude": own.get("exclude_modules"), "dropout": dropout}
-    given["train_also"] = own.get("modules_to_save")
-    if "randlora_alpha" in own:
-        given = {"r": own["r"], "alpha": own["randlora_alpha"], "seed": own["projection_prng_key"], **given}
-        given["basis"] = "very_sparse" if own["very_sparse"] else "sparse" if own["sparse"] else None
-    listed = {name: sorted(value) if isinstance(value, set) else value for name, value in given.items()}
-    words = ["model", *(f"{name}={value!r}" for name, value in listed.items() if value)]
-    if "lora_alpha" in own:
-        words.append(f"alpha=randlora.equivalent_alpha({own['r']}, {own['lora_alpha']})")
-    return f"randlora.inject({', '.join(words)})"

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from randlora.bases.spec import Shape, count_bases
-from randlora.choices import Init as Init
 from randlora.config import ALPHA_PER_RANK, LARGEST_FACTOR, LARGEST_RANK
 from randlora.errors import ConfigError, raise_collected
 from randlora.hints import require_types, shortly
+from randlora.options import Init as Init
 
 SHARE = 0.5
 """By how much of itself such a step changes Γ, which starts at 1 / min_dim, with the default alpha, from 50 on."""

@@ -147,6 +147,11 @@ WRONG: list[tuple[object, Any, str]] = [
     ("1", int | list[int], "x must be an integer or a list, got '1'"),
     (["1"], int | list[int], "x[0] must be an integer, got '1'"),
     ("c", Literal["a", "b"], "x must be one of a, b, got 'c'"),
+    (
+        "dens",
+        Literal["dense", "sparse"] | None,
+        "x must be one of dense, sparse or None, got 'dens': did you mean 'dense'?",
+    ),
 ]
 
 

@@ -22,12 +22,12 @@ PACKAGE = ROOT / "randlora"
 
 ROOMS = (
     "errors",
-    "choices",
     "meant",
     "modes",
     "forwards",
     "hints",
     "layer_options",
+    "options",
     "config",
     "functional",
     "bases",

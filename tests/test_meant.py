@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import randlora
-from randlora.config import RandLoRAConfig
+from randlora.config import MEANT, RandLoRAConfig
 from randlora.errors import ConfigError, OptionError, RandLoRAError
-from randlora.meant import CALLS, OPTIONS
+from randlora.meant import CALLS
 from tests.kit import untouched
 
 VERBS = (randlora.inject, randlora.plan, randlora.training_memory, randlora.files.plan, randlora.files.training_memory)
@@ -27,20 +27,20 @@ def small() -> nn.Module:
 
 @pytest.mark.parametrize("verb", [*VERBS, RandLoRAConfig], ids=lambda verb: f"{verb.__module__}.{verb.__name__}")
 def test_an_option_that_a_call_does_not_have_is_answered_in_its_own_name(verb: Any) -> None:
-    given = OPTIONS.keys() - inspect.signature(verb).parameters.keys()
+    given = MEANT.keys() - inspect.signature(verb).parameters.keys()
     arguments = () if verb is RandLoRAConfig else (small() if "model" in inspect.signature(verb).parameters else "x",)
     with pytest.raises(OptionError) as caught:
         verb(*arguments, **dict.fromkeys(given))
     first, *lines = str(caught.value).splitlines()
     assert first == f"cannot call {verb.__name__}, {len(given)} problems:"
-    assert {*lines} == {f"  - unknown option {option}=: {OPTIONS[option]}" for option in given}
+    assert {*lines} == {f"  - unknown option {option}=: {MEANT[option]}" for option in given}
 
 
 def test_every_option_of_pefts_configs_is_answered() -> None:
     known = inspect.signature(randlora.inject).parameters.keys()
     theirs = {field.name for config in (peft.LoraConfig, peft.RandLoraConfig) for field in fields(config)}
-    assert theirs - known <= OPTIONS.keys()
-    assert not OPTIONS.keys() & known
+    assert theirs - known <= MEANT.keys()
+    assert not MEANT.keys() & known
     with pytest.raises(OptionError) as caught:
         randlora.inject(small(), **peft.LoraConfig(target_modules=["0"], use_dora=True).to_dict())
     assert "and 1 more" not in str(caught.value)
@@ -49,7 +49,7 @@ def test_every_option_of_pefts_configs_is_answered() -> None:
 
 def test_the_answers_name_options_that_there_are() -> None:
     known = {*inspect.signature(randlora.inject).parameters, *inspect.signature(randlora.save).parameters}
-    for answer in OPTIONS.values():
+    for answer in MEANT.values():
         assert {*re.findall(r"(\w+)=", answer)} <= known | {"use_rslora"}
         assert answer.startswith(("use ", "leave it out"))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from randlora.bases.compact import Matrices
-from randlora.config import BasisKind, RandLoRAConfig, Stream, is_integer
+from randlora.config import BasisKind, RandLoRAConfig, Stream
 from randlora.errors import ConfigError
 from randlora.functional import Pair
 from randlora.functional.region import Sides
@@ -80,7 +80,7 @@ class BasisSpec:
     def __post_init__(self) -> None:
         """Check the options, as `RandLoRAConfig` does, and the dims."""
         RandLoRAConfig(r=self.r, basis=self.kind, stream=self.stream, seed=self.seed, blocks=self.blocks)
-        if not all(is_integer(size) and size > 0 for size in (self.max_dim, self.min_dim)):
+        if not all(type(size) is int and size > 0 for size in (self.max_dim, self.min_dim)):
             raise ConfigError(f"the dims of a basis must be positive integers, got {self.max_dim}x{self.min_dim}")
         kind = KINDS[self.kind]
         if self.stream not in kind.draws:

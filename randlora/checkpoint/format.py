@@ -22,7 +22,7 @@ from randlora.bases.spec import BasisSpec, Shape, drawn_dims, sliced_dims
 from randlora.checkpoint.keys import basis_keys, trained_key, value_keys
 from randlora.checkpoint.model_class import ModelClass
 from randlora.checkpoint.schema import HeaderFacts1, HeaderFacts2, HeaderFacts3
-from randlora.config import ADDED_SINCE_FORMAT_1, RandLoRAConfig
+from randlora.config import OPTIONS, RandLoRAConfig
 from randlora.disk.json_text import parse_json
 from randlora.disk.tensor_file import bytes_of
 from randlora.errors import SHOWN, CheckpointError
@@ -151,11 +151,10 @@ class Header:
     @property
     def format_version(self) -> int:
         """The oldest version of the format that has a place for all of it."""
-        if self.buffers:
-            return 3
-        has_more = any(getattr(self.config, name) != default for name, default in ADDED_SINCE_FORMAT_1.items())
-        has_more |= any(isinstance(option, Mapping) for option in (self.config.r, self.config.alpha))
-        return 1 + (has_more or any(len(shape) == 3 for shape in self.shapes.values()))
+        has_more = any(isinstance(option, Mapping) for option in (self.config.r, self.config.alpha))
+        has_more |= any(len(shape) == 3 for shape in self.shapes.values())
+        chosen = (option.since for name, option in OPTIONS.items() if getattr(self.config, name) != option.default)
+        return max([1, *chosen, 2 * has_more, 3 * bool(self.buffers)])
 
     @property
     def options(self) -> dict[str, LayerOptions]:

@@ -12,7 +12,7 @@ from torch.torch_version import TorchVersion
 
 from randlora.bases.spec import KINDS, BasisSpec, peft_streams
 from randlora.checkpoint.base_model import base_model_name
-from randlora.config import BasisKind, RandLoRAConfig, Stream
+from randlora.config import OPTIONS, BasisKind, RandLoRAConfig, Stream
 from randlora.errors import CheckpointError, ConfigError
 from randlora.layer_options import LayerOptions, described
 from randlora.layers.in_place import plain_class
@@ -49,21 +49,22 @@ NEUTRAL_FIELDS: dict[str, Any] = {
 CLASS_FIELDS = ("auto_mapping", "task_type")
 """Fields that name the class of the base model, or its task."""
 
+OPTION_FIELDS = {name: option.peft for name, option in OPTIONS.items() if option.peft}
+"""Fields that hold an option, by the option's name."""
+
+BY_MODEL = ("targets", "train_also")
+"""Options whose fields name what of the model they mean."""
+
 OWN_FIELDS = frozenset({
     "fan_in_fan_out",
     "inference_mode",
-    "modules_to_save",
     "peft_type",
     "peft_version",
-    "projection_prng_key",
-    "r",
-    "randlora_alpha",
-    *UNREAD_FIELDS,
-    "randlora_dropout",
     "save_projection",
     "sparse",
-    "target_modules",
     "very_sparse",
+    *OPTION_FIELDS.values(),
+    *UNREAD_FIELDS,
 })
 """Fields that every save computes from the adapter."""
 
@@ -78,9 +79,9 @@ def to_peft_fields(census: Census, adapter: Adapter, *, stored: bool) -> dict[st
         BASE_FIELD: base_model_name(census.model, adapter.peft_fields.get(BASE_FIELD)),
         "fan_in_fan_out": kinds == {"Conv1D"},  # PEFT's name for weights stored as (in_features, out_features)
         "inference_mode": True,
-        "modules_to_save": whole_modules(census, adapter.trained) or None,
-        "target_modules": target_modules(census, adapter.targets),
         **option_fields(adapter.config, adapter.options, stream, stored=stored),
+        OPTION_FIELDS["train_also"]: whole_modules(census, adapter.trained) or None,
+        OPTION_FIELDS["targets"]: target_modules(census, adapter.targets),
     }
     return dict(sorted(fields.items()))
 
@@ -99,13 +100,11 @@ def option_fields(
     """Return the fields that do not depend on a model; ``stored`` means that the file holds the bases."""
     r, alpha = most_common(options)
     sparse, very_sparse = KINDS[config.basis].peft_flags or (False, False)
+    values = {**vars(config), "r": r, "alpha": _plain(alpha)}
     fields: dict[str, Any] = {
+        **{field: values[name] for name, field in OPTION_FIELDS.items() if name not in BY_MODEL},
         "peft_type": PEFT_TYPE,
         "peft_version": PEFT_VERSION,
-        "projection_prng_key": config.seed,
-        "r": r,
-        "randlora_alpha": _plain(alpha),
-        "randlora_dropout": config.dropout,
         "save_projection": stored,
         "sparse": sparse,
         "very_sparse": very_sparse,
@@ -163,7 +162,7 @@ def from_peft_fields(
     The FQNs, ``targets`` and ``trained``, are those in the keys of the tensors. ``stream`` is that of the bases, which
     PEFT does not write; ``None`` means what it draws today.
     """
-    needed = ("r", "randlora_alpha", "projection_prng_key")
+    needed = [OPTION_FIELDS[name] for name in ("r", "alpha", "seed")]
     if missing := [name for name in needed if name not in fields]:
         raise CheckpointError(
             f"the adapter's JSON lacks {', '.join(missing)}: expected the fields PEFT writes for RandLoRA"
@@ -172,17 +171,11 @@ def from_peft_fields(
     drawn_from = stream or "torch"
     if drawn_from not in (streams := peft_streams(kind)):
         raise CheckpointError(f"PEFT draws {kind} bases from stream={' or '.join(map(repr, streams))}, got {stream!r}")
+    values = {name: fields[field] for name, field in OPTION_FIELDS.items() if field in fields}
+    values |= {"basis": kind, "stream": drawn_from, "targets": tuple(targets), "train_also": tuple(trained) or None}
+    values["seed"] %= 2**64  # as torch takes a negative one
     try:
-        return RandLoRAConfig(
-            r=fields["r"],
-            alpha=fields["randlora_alpha"],
-            dropout=fields.get("randlora_dropout", 0.0),
-            basis=kind,
-            stream=drawn_from,
-            seed=fields["projection_prng_key"] % 2**64,  # as torch takes a negative one
-            targets=tuple(targets),
-            train_also=tuple(trained) or None,
-        )
+        return RandLoRAConfig(**values)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"the adapter's JSON has invalid options: {error}") from error
 

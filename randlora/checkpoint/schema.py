@@ -3,7 +3,11 @@
 What types cannot say, such as which numbers are ranks, `RandLoRAConfig` and `BasisSpec` check.
 """
 
-from typing import Any, NotRequired, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, Union, get_args, get_origin
+
+from randlora.config import OPTIONS
+from randlora.hints import UNIONS
 
 
 class BasisFacts(TypedDict):
@@ -26,21 +30,23 @@ class RecordFacts(TypedDict):
     is_reproducible: bool
 
 
-class ConfigFacts(TypedDict):
-    """A `RandLoRAConfig` in our header, which lists names: nothing in a file is a pattern."""
+def _in_file(hint: Any) -> Any:
+    """Return the type that values of an option have in a file: names for patterns, and lists of pairs for mappings."""
+    kinds = get_args(hint) if get_origin(hint) in UNIONS else (hint,)
+    if Sequence[str] in kinds:
+        return list[str] | None
+    pairs = [list[tuple[str, get_args(kind)[1]]] if get_origin(kind) is Mapping else kind for kind in kinds]  # type: ignore[misc]
+    return Union[tuple(pairs)]  # noqa: UP007 (of any number)
 
-    r: int | list[tuple[str, int]]
-    targets: list[str]
-    exclude: None
-    alpha: float | list[tuple[str, float]] | None
-    dropout: float
-    basis: str
-    stream: str | None
-    blocks: tuple[int, int] | None
-    seed: int
-    train_also: list[str] | None
-    in_proj: NotRequired[str]
-    experts: NotRequired[str]
+
+if TYPE_CHECKING:
+    ConfigFacts = dict[str, Any]
+else:
+    _OWN = {name: _in_file(option.type) for name, option in OPTIONS.items()}
+    ConfigFacts = TypedDict(
+        "ConfigFacts", {name: NotRequired[own] if OPTIONS[name].since > 1 else own for name, own in _OWN.items()}
+    )
+    """A `RandLoRAConfig` in our header, which lists names: nothing in a file is a pattern."""
 
 
 class ModelClassFacts(TypedDict):

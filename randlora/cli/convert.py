@@ -8,7 +8,6 @@ from typing import Annotated
 from typer import Argument, Option
 
 import randlora
-from randlora.choices import Component, Format, Layout
 from randlora.cli.shared import (
     Adapter,
     AsJson,
@@ -22,6 +21,7 @@ from randlora.cli.shared import (
     show,
     show_json,
 )
+from randlora.options import Component, Format, Layout
 
 Out = Annotated[Path, Argument(help="The directory to write.")]
 To = Annotated[Format, Option(help="What to write.")]

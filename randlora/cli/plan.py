@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 from typer import Argument, Option
 
-from randlora import choices
+from randlora import options as choices
 from randlora.cli.shared import AsJson, dtype_of, plain, show, show_json, show_table
 
 _Number = TypeVar("_Number", int, float)

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from randlora import choices
+from randlora import options as choices
 
 if TYPE_CHECKING:
     import torch

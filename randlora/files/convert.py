@@ -22,7 +22,6 @@ from randlora.checkpoint.keys import basis_keys
 from randlora.checkpoint.limits import require_drawable
 from randlora.checkpoint.peft_config import UNREAD_FIELDS, option_fields, peft_obstacle, unknown_to_peft
 from randlora.checkpoint.write import write_adapter
-from randlora.choices import Component, Format, Layout, Stream
 from randlora.disk.replace import NEW, scratch_for
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.adapter import OpenAdapter, open_adapter
@@ -38,6 +37,7 @@ from randlora.files.lora_layouts import (
 from randlora.files.pipeline_parts import OWN_NAMES, recognized
 from randlora.files.to_lora import Factors, LoraLayer, low_rank_factors, not_linear
 from randlora.hints import require_types
+from randlora.options import Component, Format, Layout, Stream
 from randlora.report import Progress, as_bytes, as_lines, no_progress, table
 
 

@@ -8,13 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from randlora.choices import Component
 from randlora.disk.tensor_file import Planned
 from randlora.errors import ConfigError, raise_collected
 from randlora.files.adapter import OpenAdapter
 from randlora.files.lora_layouts import DIFF_FILE, AdapterFiles, only_updates
 from randlora.files.pipeline_parts import diff_keys
 from randlora.files.to_lora import not_linear
+from randlora.options import Component
 from randlora.report import Progress
 
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from randlora.checkpoint.format import CONFIG_FILE, METADATA, TENSORS_FILE
 from randlora.checkpoint.keys import MODEL_PREFIX, trained_key
 from randlora.checkpoint.peft_config import BASE_FIELD, PEFT_VERSION
-from randlora.choices import Component, Layout
 from randlora.disk.replace import Writer, write_files
 from randlora.disk.tensor_file import Entry, Planned, read_pieces, read_tensor, write_tensor_file
 from randlora.files.adapter import OpenAdapter
 from randlora.files.to_lora import LISTED, Factors
+from randlora.options import Component, Layout
 from randlora.targets.match import has_suffix
 
 DIFF_FILE = "diff.safetensors"

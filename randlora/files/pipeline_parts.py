@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from randlora.choices import Component
+from randlora.options import Component
 
 OWN_NAMES: Component = "diffusion_model"
 

@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from randlora.bases.basis import Basis
-from randlora.choices import Strategy
 from randlora.errors import ConfigError, raise_collected
 from randlora.hints import mistyped
 from randlora.layers.diagonals import diagonal_shapes
@@ -23,6 +22,7 @@ from randlora.memory.parts import SHARED_INPUT, SPLIT_DIMS, Part, style_of
 from randlora.memory.pieces import Piece, pieces_by_device
 from randlora.memory.temporary import pair_of, peak_beside
 from randlora.memory.work import Work, block_bases, work_of
+from randlora.options import Strategy
 from randlora.report import FLOAT32_BYTES, as_bytes, table
 from randlora.state import Adapter
 from randlora.targets.site import Site

@@ -6,8 +6,7 @@ changed.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,22 +18,21 @@ from randlora.bases.bank import BasisBank
 from randlora.bases.basis import Basis
 from randlora.bases.spec import sliced_dims, spec_for
 from randlora.config import (
-    LARGEST_RANK,
     BasisKind,
     Experts,
     InProj,
+    Names,
     Pattern,
     RandLoRAConfig,
     Stream,
     explain_options,
-    is_integer,
     same_options,
 )
 from randlora.errors import ConfigError, TargetError, raise_collected, warn
-from randlora.hints import require_types, shortly
+from randlora.hints import require_types
 from randlora.layer_options import LayerOptions, by_rank
 from randlora.lora_size import r_like_lora
-from randlora.meant import call_for, is_of_peft
+from randlora.model.asked import one_config
 from randlora.model.change import all_or_nothing, one_at_a_time
 from randlora.model.install import commit, detach_all, owned_state, prepare, require_detachable, unfold_all
 from randlora.model.moving import moving_note
@@ -129,7 +127,7 @@ def inject(
     stream: Stream | None = None,
     blocks: tuple[int, int] | None = None,
     seed: int = 0,
-    train_also: str | Sequence[str] | None = None,
+    train_also: Names | None = None,
     in_proj: InProj = "packed",
     experts: Experts = "each",
     init: Init = "lambda",
@@ -188,22 +186,7 @@ def inject(
             like a head, as in a ResNet. The message says what is left out, and which ``targets`` to give. Also if the
             model is in a `DistributedDataParallel` already, which would not average the adapter's gradients.
     """
-    options = one_config(
-        config,
-        r,
-        like_lora,
-        targets=targets,
-        exclude=exclude,
-        alpha=alpha,
-        dropout=dropout,
-        basis=basis,
-        stream=stream,
-        blocks=blocks,
-        seed=seed,
-        train_also=train_also,
-        in_proj=in_proj,
-        experts=experts,
-    )
+    options = one_config(locals())
     reshard(model)
     require_types(inject, {"init": init, "save_pretrained": save_pretrained})
     planned = make_plan(model, name, options, like_lora, active=active, trainable=trainable)
@@ -284,7 +267,7 @@ def plan(
         RandLoRAError: Any error that `inject` would raise before it draws bases.
     """
     require_types(inject, {"init": init, "save_pretrained": save_pretrained})
-    chosen = one_config(config, r, like_lora, **options)
+    chosen = one_config({**locals(), **options})
     report = make_plan(model, name, chosen, like_lora, active=active, trainable=trainable).report()
     _warn(report)
     return report
@@ -326,38 +309,6 @@ def _warn(report: Report) -> None:
     """Warn of a default that adapts next to nothing."""
     if report.warning:
         warn("; ".join([report.warning, *lines(report.left_out)]))
-
-
-def one_config(
-    config: RandLoRAConfig | None, r: int | Mapping[str, int] | None, like_lora: int | None, **given: Any
-) -> RandLoRAConfig:
-    """Return the config given, or one made from single options; with ``like_lora`` its r is chosen later."""
-    if like_lora is not None:
-        if r is not None or config is not None:
-            raise ConfigError(f"give like_lora= or {'r=' if config is None else 'config=, which has an r'}, not both")
-        if not (is_integer(like_lora) and 0 < like_lora <= LARGEST_RANK):
-            raise ConfigError(f"like_lora must be the rank of a LoRA, a positive integer, got {shortly(like_lora)}")
-        blocks = given.get("blocks")
-        if isinstance(blocks, tuple | list) and all(is_integer(count) and count > 0 for count in blocks):
-            given["r"] = math.lcm(*blocks)  # of which the chosen one is a multiple
-            if given["r"] > LARGEST_RANK:
-                raise ConfigError(f"like_lora needs an r that both blocks divide, and none up to {LARGEST_RANK} is one")
-    for option, value in (("r", r), ("config", config)):
-        if is_of_peft(value):
-            raise ConfigError(f"{option} is a {type(value).__name__} of PEFT: give options by name, {call_for(value)}")
-    if isinstance(r, RandLoRAConfig):
-        raise ConfigError("r is a RandLoRAConfig: give it by name, randlora.inject(model, config=config)")
-    options = given if r is None else {**given, "r": r}
-    built = RandLoRAConfig(**options)
-    if config is None:
-        return built
-    if not isinstance(config, RandLoRAConfig):
-        raise ConfigError(f"config must be a RandLoRAConfig, got {type(config).__name__}: give options by name instead")
-    if r is not None or built != RandLoRAConfig():
-        raise ConfigError(
-            "give either config= or single options, not both: dataclasses.replace(config, r=16) changes one"
-        )
-    return config
 
 
 def make_plan(

@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from randlora.choices import Strategy
 from randlora.config import RandLoRAConfig, further_options
 from randlora.memory.training import Setup, Training, TrainingMemory
-from randlora.model.inject import make_plan, one_config
+from randlora.model.asked import one_config
+from randlora.model.inject import make_plan
+from randlora.options import Strategy
 
 
 @further_options(RandLoRAConfig)
@@ -70,7 +71,6 @@ def memory_of(
     model: nn.Module, r: int | Mapping[str, int] | None, setup: Setup, stored: Mapping[str, int], **options: Any
 ) -> TrainingMemory:
     """Return the result of `training_memory`; ``stored`` has the bytes of quantized parameters, by FQN."""
-    like_lora = options.pop("like_lora", None)
-    config = one_config(options.pop("config", None), r, like_lora, **options)
-    planned = make_plan(model, "default", config, like_lora, active=True, trainable=True)
+    config = one_config({"r": r, **options})
+    planned = make_plan(model, "default", config, options.get("like_lora"), active=True, trainable=True)
     return Training(planned.census, planned.adapter, tuple(planned.selection.sites), setup, stored).memory()

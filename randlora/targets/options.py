@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from randlora.bases.spec import Shape
-from randlora.config import ALPHA_PER_RANK, NO_REGEX, RandLoRAConfig
+from randlora.config import ALPHA_PER_RANK, RandLoRAConfig
 from randlora.layer_options import LayerOptions, by_rank
+from randlora.options import NO_REGEX
 from randlora.targets.match import nearest_names, prefixes, shortened
 
 SMALL_RANK = 1024

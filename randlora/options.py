@@ -1,0 +1,101 @@
+"""The words that options take, and what the table of options says of each.
+
+The table is `RandLoRAConfig`, with one entry for an option. Neither imports torch, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from randlora.hints import mistyped, shortly
+
+BasisKind = Literal["dense", "sparse", "very_sparse", "block"]
+Stream = Literal["torch", "torch-2.11", "portable"]
+InProj = Literal["packed", "split"]
+Experts = Literal["each", "shared"]
+
+Init = Literal["lambda", "gamma"]
+"""Which of Λ and Γ starts at zero and moves first."""
+
+Strategy = Literal["ddp", "fsdp2", "tp"]
+
+Format = Literal["peft", "native", "lora", "diff"]
+Layout = Literal["peft", "diffusers", "mlx"]
+Component = Literal["unet", "transformer", "text_encoder", "text_encoder_2", "diffusion_model"]
+"""Attributes of diffusers' pipelines, and ``diffusion_model``, as ComfyUI calls a model with its authors' own names."""
+
+Names = str | Sequence[str]
+"""A regex for whole names, or names and suffixes of names."""
+Pattern = Names | Callable[[str, Any], bool]
+"""The same, or a function of a name and a module."""
+
+Check = Callable[[Any], str]
+"""Returns what a value of the right type must be, or nothing if it is that."""
+
+NO_REGEX = re.error, OverflowError, RecursionError
+"""What the module ``re`` raises for what is no regular expression, counts too far, or is nested too deeply."""
+
+
+def entry(
+    *, check: Check = lambda _: "", peft: str | None = None, meant: Sequence[str] = (), since: int = 1
+) -> dict[str, Any]:
+    """Return what the table says of an option, as metadata of its field.
+
+    Args:
+        check: What its values must be beside their type; of a mapping each value.
+        peft: PEFT's name of it, in the JSON of its RandLoRA.
+        meant: Further names by which users of other libraries mean it.
+        since: The first version of the format of files that has it. A later one than 1 is written for this option only
+            if it is not the default.
+    """
+    return {"check": check, "peft": peft, "meant": meant, "since": since}
+
+
+def between(words: str, least: float, largest: float) -> Check:
+    """Return a check that a value is one of Python's own numbers, which JSON has, in a range: in these words."""
+    return lambda value: "" if isinstance(value, int | float) and least <= value <= largest else words
+
+
+def positive_pair(pair: tuple[int, int]) -> str:
+    """Check the numbers of blocks."""
+    return "" if min(pair) > 0 else "two positive integers (c, b)"
+
+
+def names_or_regex(value: Any) -> str:
+    """Check a pattern for names, which may be a function too."""
+    if isinstance(value, tuple):
+        return "" if value and all(value) else "at least one name, and no empty one"
+    try:
+        re.compile(value if isinstance(value, str) else "")
+    except NO_REGEX as error:
+        return f"a valid regular expression ({error})"
+    return ""
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of the table: the name, type and default of its field, and what `entry` says of it."""
+
+    name: str
+    type: Any
+    default: Any
+    check: Check
+    peft: str | None
+    meant: tuple[str, ...]
+    since: int
+
+    def problems(self, value: Any) -> Iterator[str]:
+        """Yield why a value cannot be this option's."""
+        if wrong := [*mistyped(value, self.type, self.name)]:
+            yield from wrong
+        elif isinstance(value, Mapping):
+            if not all(value) or not value:
+                yield f"{self.name} must have patterns that are names or regexes, got {shortly(value)}"
+            for pattern, number in value.items():
+                if said := self.check(number):
+                    yield f"{self.name}[{shortly(pattern)}] must be {said}, got {shortly(number)}"
+        elif value is not None and (said := self.check(value)):
+            yield f"{self.name} must be {said}, got {shortly(value)}"
