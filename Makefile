@@ -12,8 +12,8 @@ ARGS ?=  # further options of an example: make demo ARGS="--epochs 3"
 REVIEWS := build/data/vaderSentiment-0.5.zip
 CLOTHES := build/data/fashion-mnist
 
-.PHONY: demo example-causal-lm bench quality quality-quick test lint types tests alone medium distributed slow torture docs \
-	site-test release-check changelog test-floor test-newest test-matrix test-locked lock audit sbom dist dist-check bump clean
+.PHONY: demo example-causal-lm bench quality quality-quick test lint types tests alone medium distributed slow torture mutants \
+	docs site-test release-check changelog test-floor test-newest test-matrix test-locked lock audit sbom dist dist-check bump clean
 
 demo: $(VENV)/.examples $(REVIEWS)
 	$(BIN)/python docs/examples/sentiment.py --basis $(BASIS) --r $(R) --seed $(SEED) $(ARGS)
@@ -57,6 +57,9 @@ slow: $(VENV)/.dev  # all that takes minutes, and what repeats a law: see tests/
 
 torture: $(VENV)/.torture  # campaigns of minutes against the library; ARGS="--scale 0.01" for a hundredth of them
 	$(BIN)/python -m tests.torture $(ARGS)
+
+mutants: $(VENV)/.torture  # hours: what share of faults in the package the tests catch; ARGS="--count 10" for a few of them
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site

@@ -1,0 +1,218 @@
+"""Sample faults, write them into a copy of the package one at a time, and count those that the tests catch."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+from tests.mutants.choice import Coverage, chosen
+from tests.mutants.parts import COUNTS, feature_of
+from tests.mutants.runner import Runner
+from tests.mutants.sample import Mutant, sampled
+
+ROOT = Path(__file__).parents[2]
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Result(Mutant):
+    """A mutant, and what became of it."""
+
+    outcome: str
+    """``caught``, ``timeout`` (which is caught too), ``survived``, or ``no test`` if none runs its statement."""
+    tests: int
+    by: str
+
+
+class Runners:
+    """Some copies of a tree, each of which does one thing at a time."""
+
+    def __init__(self, tree: Path, place: Path, count: int) -> None:
+        self._free: SimpleQueue[Runner] = SimpleQueue()
+        self._all = [Runner(tree, place / f"runner-{number}") for number in range(count)]
+        for runner in self._all:
+            self._free.put(runner)
+
+    def each(self, work: Callable[[Runner, Item], None], items: Iterable[Item]) -> None:
+        """Do something with each item, as many at a time as there are copies."""
+
+        def one(item: Item) -> None:
+            runner = self._free.get()
+            try:
+                work(runner, item)
+            finally:
+                self._free.put(runner)
+
+        with ThreadPoolExecutor(len(self._all)) as threads:
+            for done in [threads.submit(one, item) for item in items]:
+                done.result()
+
+    def stop(self) -> None:
+        """End their servers."""
+        for runner in self._all:
+            runner.stop()
+
+
+def collect(runners: Runners, tree: Path, directory: Path) -> None:
+    """Run the quick and the medium tests file by file, and then the distributed ones, unless they were run before."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = [path for path in sorted((tree / "tests").rglob("test_*.py")) if path.parent.name != "site"]
+    files = [path.relative_to(tree).as_posix() for path in paths]
+
+    def one(runner: Runner, file: str) -> None:
+        output = directory / (file.replace("/", "+") + ".json.gz")
+        if not output.exists():
+            began = time.monotonic()
+            answer = runner.collect(file, output)
+            say(f"{file}: {answer['cpu']:.0f} s of the processor in {time.monotonic() - began:.0f} s, {answer['code']}")
+
+    runners.each(one, sorted(files, key=lambda file: "distributed" in file))
+
+
+def measure(runners: Runners, coverage: Coverage, mutants: Sequence[Mutant], output: Path) -> None:
+    """Run the chosen tests with each mutant that has no result yet, and append what became of it to the file."""
+    known = {result.place for result in read(output)}
+
+    def one(runner: Runner, mutant: Mutant) -> None:
+        result = tried(runner, coverage, mutant)
+        with output.open("a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, NAMES, lineterminator="\n").writerow(asdict(result))
+        say(f"{result.outcome}: {mutant.file}:{mutant.line} {mutant.operator} ({result.tests} tests) {result.by}")
+
+    if not output.exists():
+        write([], output)
+    runners.each(one, [mutant for mutant in mutants if mutant.place not in known])
+
+
+def tried(runner: Runner, coverage: Coverage, mutant: Mutant) -> Result:
+    """Return what becomes of a mutant."""
+    tests = chosen(coverage.of_mutant(mutant))
+    if not tests:
+        return Result(**asdict(mutant), outcome="no test", tests=0, by="")
+    with runner.changed(mutant.file, mutant.applied((runner.root / mutant.file).read_text(encoding="utf-8"))):
+        answer = runner.run([test.name for test in tests], sum(test.seconds for test in tests))
+    caught = "survived" if answer["code"] in {0, 5} else "caught"
+    by = answer["failed"][0] if answer["failed"] else ""
+    return Result(**asdict(mutant), outcome="timeout" if answer["late"] else caught, tests=len(tests), by=by)
+
+
+def check(runners: Runners, coverage: Coverage, results: Sequence[Result]) -> list[str]:
+    """Return which of the tests that caught a mutant fail on the tree as it is, each file of them in one run."""
+    files: dict[str, set[str]] = {}
+    for result in results:
+        if result.by in coverage.tests:
+            files.setdefault(result.by.split("::")[0], set()).add(result.by)
+    failed: list[str] = []
+
+    def one(runner: Runner, tests: set[str]) -> None:
+        left = sorted(tests)
+        while left and (found := runner.run(left, sum(coverage.tests[name].seconds for name in left))["failed"]):
+            failed.extend(found)
+            left = [name for name in left if name not in found]
+
+    runners.each(one, files.values())
+    return failed
+
+
+NAMES = [field.name for field in fields(Result)]
+
+
+def read(path: Path) -> list[Result]:
+    """Return the results in a file."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    return [Result(**row | {name: int(row[name]) for name in ("line", "occurrence", "tests")}) for row in rows]
+
+
+def write(results: Sequence[Result], path: Path) -> None:
+    """Write a file of results anew."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, NAMES, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(map(asdict, results))
+
+
+def as_table(results: Sequence[Result]) -> str:
+    """Return the shares caught, of both parts and of each feature, as a table in Markdown."""
+    groups: dict[str, Counter[str]] = {part: Counter() for part in COUNTS}
+    for result in results:
+        groups[result.part][result.outcome] += 1
+        if feature := feature_of(result.file):
+            groups.setdefault(f"- {feature}", Counter())[result.outcome] += 1
+    lines = [
+        "| part | mutants | caught | of them by time | survived | no test | share |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, found in groups.items():
+        caught, count = found["caught"] + found["timeout"], found.total()
+        share = f"{caught / count:.1%}" if count else "–"
+        rest = f"{found['timeout']} | {found['survived']} | {found['no test']} | {share} |"
+        lines.append(f"| {name} | {count} | {caught} | {rest}")
+    return "\n".join(lines)
+
+
+def say(line: str) -> None:
+    """Print a line of progress."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Sample, collect, run, check, and print the shares."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
+    parser.add_argument("--part", choices=COUNTS, help="one part; default: both")
+    parser.add_argument("--count", type=int, help="so many mutants of each part, instead of 300 and 200")
+    parser.add_argument("--resume", action="store_true", help="go on with what the file has")
+    parser.add_argument("--tree", type=Path, default=ROOT, help="the checkout whose last commit is measured")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants that are tried at once")
+    parser.add_argument("--only", choices=("collect", "run", "table"), help="a single step")
+    options = parser.parse_args(arguments)
+    tree = options.tree.resolve()
+    head = subprocess.run(
+        ["git", "-C", tree, "rev-parse", "--short=7", "HEAD"], check=True, capture_output=True, text=True
+    )
+    output = Path(__file__).parent / f"{head.stdout.strip()}.csv"
+    if not options.resume and options.only in {None, "run"}:
+        output.unlink(missing_ok=True)
+    if options.only != "table":
+        place = ROOT / "build/mutants" / head.stdout.strip()
+        runners = Runners(tree, place, options.jobs)
+        if options.only != "run":
+            collect(runners, tree, place / "contexts")
+        if options.only != "collect":
+            parts = [options.part] if options.part else list(COUNTS)
+            run(runners, Coverage(tree, (place / "contexts").glob("*.gz")), parts, options.count, output)
+        runners.stop()
+    print(as_table(read(output)))
+    return 0
+
+
+def run(runners: Runners, coverage: Coverage, parts: Sequence[str], count: int | None, output: Path) -> None:
+    """Measure the mutants of some parts in turn, and again without the tests that fail without them."""
+    say(f"{len(coverage.tests):,} tests run lines of the package; {len(coverage.failed)} do not pass and are left out")
+    samples = [sampled(coverage.tree, part, count or COUNTS[part]) for part in parts]
+    numbered = [(number / len(sample), mutant) for sample in samples for number, mutant in enumerate(sample)]
+    mutants = [mutant for _, mutant in sorted(numbered, key=lambda pair: pair[0])]
+    while True:
+        measure(runners, coverage, mutants, output)
+        results = read(output)
+        if not (failed := check(runners, coverage, results)):
+            return
+        say(f"these fail without a mutant too, and are left out: {', '.join(failed)}")
+        coverage.leave_out(failed)
+        write([result for result in results if result.by not in failed], output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

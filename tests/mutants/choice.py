@@ -1,0 +1,162 @@
+"""The tests that are run for a mutant: some of those that run its statement, as the coverage says."""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+
+from tests.mutants.sample import Mutant
+
+MOST, SECONDS, FILES = 40, 12.0, 12
+"""At most so many tests are chosen, of so many seconds, of so many files."""
+
+
+@dataclass(frozen=True)
+class Test:
+    """A test that passes, how long it takes, and how many lines of the package it runs."""
+
+    name: str
+    seconds: float
+    breadth: int
+
+    @property
+    def function(self) -> str:
+        """Its name without values of parameters."""
+        return self.name.split("[")[0]
+
+    @property
+    def file(self) -> str:
+        """The file that it is in."""
+        return self.name.split("::")[0]
+
+
+class Coverage:
+    """Which tests run which lines of a tree, as the files say that collecting has written."""
+
+    def __init__(self, tree: Path, collected: Iterable[Path]) -> None:
+        self.tree = tree
+        self.tests: dict[str, Test] = {}
+        self.failed: list[str] = []
+        self._bits: dict[str, list[tuple[Test, int]]] = defaultdict(list)
+        for path in sorted(collected):
+            for name, facts in json.loads(gzip.decompress(path.read_bytes()))["tests"].items():
+                bits = {file: int(text, 16) for file, text in facts["lines"].items()}
+                if not facts["passed"]:
+                    self.failed.append(name)
+                elif bits:
+                    test = Test(name, facts["seconds"], sum(each.bit_count() for each in bits.values()))
+                    self.tests[name] = test
+                    for file, each in bits.items():
+                        self._bits[file].append((test, each))
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Choose some tests no longer."""
+        for name in names:
+            self.tests.pop(name, None)
+            self.failed.append(name)
+
+    def of(self, file: str, lines: Iterable[int]) -> list[Test]:
+        """Return the tests that run one of some lines."""
+        mask = sum(1 << line for line in set(lines))
+        return [test for test, bits in self._bits[file] if bits & mask and test.name in self.tests]
+
+    def of_mutant(self, mutant: Mutant) -> list[Test]:
+        """Return the tests that run the mutant's statement.
+
+        What runs when the file is imported no test runs. Of such a statement these are the tests of the function that
+        it begins, else of the lines with a name that it defines, else of all lines of the file.
+        """
+        module = _parsed(self.tree / mutant.file)
+        path = _enclosing(module, mutant.line)
+        statement = path[-1]
+        if tests := self.of(mutant.file, _own_lines(statement)):
+            return tests
+        within = [node for node in path if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        if within:
+            return self.of(mutant.file, range(within[0].body[0].lineno, (within[0].end_lineno or 0) + 1))
+        if isinstance(statement, ast.ClassDef):
+            tests = self.of(mutant.file, range(statement.lineno, (statement.end_lineno or 0) + 1))
+        return tests or self._of_names(_defined(path)) or self.of(mutant.file, range(1, 5000))
+
+    def _of_names(self, names: Iterable[str]) -> list[Test]:
+        found: dict[str, Test] = {}
+        for name in names:
+            word = re.compile(rf"\b{re.escape(name)}\b")
+            for path in sorted((self.tree / "randlora").rglob("*.py")):
+                lines = [i for i, text in enumerate(path.read_text("utf-8").splitlines(), 1) if word.search(text)]
+                found |= {test.name: test for test in self.of(path.relative_to(self.tree).as_posix(), lines)}
+        return list(found.values())
+
+
+def chosen(tests: Iterable[Test]) -> list[Test]:
+    """Return a handful of tests, of many functions: those that run the least of the package, the fastest, and any.
+
+    A test that runs few lines is about these. First one of each function is taken, then further ones.
+    """
+    functions: dict[str, list[Test]] = defaultdict(list)
+    for test in sorted(tests, key=lambda test: (test.breadth, test.seconds, test.name)):
+        functions[test.function].append(test)
+    few = sorted(functions, key=lambda name: (functions[name][0].breadth, name))
+    fast = sorted(functions, key=lambda name: (functions[name][0].seconds, name))
+    mixed = sorted(functions, key=lambda name: sha256(name.encode()).digest())
+    order = list(dict.fromkeys(name for names in zip(few, fast, mixed, strict=True) for name in names))
+    taken: list[Test] = []
+    files: set[str] = set()
+    seconds = 0.0
+    for test in (functions[name][turn] for turn in range(MOST) for name in order if turn < len(functions[name])):
+        fits = seconds + test.seconds <= SECONDS and (test.file in files or len(files) < FILES)
+        if fits or not taken:
+            taken.append(test)
+            files.add(test.file)
+            seconds += test.seconds
+        if len(taken) == MOST:
+            break
+    return sorted(taken, key=lambda test: test.seconds)
+
+
+@cache
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _enclosing(module: ast.Module, line: int) -> list[ast.stmt]:
+    """Return the statements that a line is part of, from the outermost in."""
+    path: list[ast.stmt] = []
+    inner: list[ast.AST] = [module]
+    while inner:
+        node = inner.pop()
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.stmt):
+                if _first(child) <= line <= (child.end_lineno or 0):
+                    path.append(child)
+                    inner = [child]
+            else:
+                inner.append(child)  # a case, or a handler of exceptions
+    return path
+
+
+def _first(statement: ast.stmt) -> int:
+    decorators: list[ast.expr] = getattr(statement, "decorator_list", [])
+    return min([statement.lineno, *(each.lineno for each in decorators)])
+
+
+def _own_lines(statement: ast.stmt) -> range:
+    """Return the lines of a statement without those of its body."""
+    body = getattr(statement, "body", None)
+    last = _first(body[0]) - 1 if body else statement.end_lineno or 0
+    return range(_first(statement), max(last, statement.lineno) + 1)
+
+
+def _defined(path: list[ast.stmt]) -> list[str]:
+    """Return the names that a statement outside of functions defines, or the class that it is in."""
+    targets = [target for each in path[-1:] for target in getattr(each, "targets", [getattr(each, "target", None)])]
+    names = [node.id for target in targets if target for node in ast.walk(target) if isinstance(node, ast.Name)]
+    return names or [each.name for each in path if isinstance(each, ast.ClassDef)]

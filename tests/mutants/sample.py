@@ -1,0 +1,141 @@
+"""Sampling mutants by seed: small faults, such as ``<`` for ``<=``, at random places of a package's code."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator
+
+from tests.mutants.parts import part_of
+
+SEED = 31
+
+OPERATORS = tuple(
+    "core/" + name
+    for name in (
+        *(f"ReplaceBinaryOperator_{pair}" for pair in ("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "FloorDiv_Div")),
+        *(f"ReplaceBinaryOperator_{pair}" for pair in ("FloorDiv_Mul", "Mod_FloorDiv", "Pow_Mul", "BitOr_BitAnd")),
+        *(
+            f"ReplaceBinaryOperator_{pair}"
+            for pair in ("BitAnd_BitOr", "BitXor_BitOr", "LShift_RShift", "RShift_LShift")
+        ),
+        *(f"ReplaceComparisonOperator_{pair}" for pair in ("Eq_NotEq", "NotEq_Eq", "Lt_LtE", "Lt_GtE", "LtE_Lt")),
+        *(f"ReplaceComparisonOperator_{pair}" for pair in ("LtE_Gt", "Gt_GtE", "Gt_LtE", "GtE_Gt", "GtE_Lt")),
+        *(f"ReplaceComparisonOperator_{pair}" for pair in ("Is_IsNot", "IsNot_Is")),
+        *(f"ReplaceUnaryOperator_{change}" for change in ("Delete_Not", "Delete_USub", "Delete_Invert")),
+        *("AddNot", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ReplaceAndWithOr", "ReplaceOrWithAnd"),
+        *("ReplaceBreakWithContinue", "ReplaceContinueWithBreak", "ExceptionReplacer", "NumberReplacer"),
+        *("RemoveDecorator", "ZeroIterationForLoop"),
+    )
+)
+"""Operators of cosmic-ray: of its 211 those that make a fault that a person could make."""
+
+OF_TYPE_CHECKERS = ("TYPE_CHECKING", "@overload")
+"""Lines with these do nothing, or too much, when they run."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault: the occurrence of an operator in a file, and the line before and after."""
+
+    part: str
+    file: str
+    line: int
+    operator: str
+    occurrence: int
+    before: str
+    after: str
+
+    @property
+    def place(self) -> tuple[str, str, int]:
+        """What no other mutant of the tree has."""
+        return self.file, self.operator, self.occurrence
+
+    def applied(self, source: str) -> str:
+        """Return the source with the fault."""
+        mutated = mutate_code(source, get_operator(self.operator)(), self.occurrence)
+        assert isinstance(mutated, str)
+        return mutated
+
+
+def sampled(tree: Path, part: str, count: int, seed: int = SEED) -> list[Mutant]:
+    """Return the mutants of a part of the package in random order, so that the first few are a fair sample too.
+
+    Each place has a random number made of the seed and the text of its line. Code that only moves to another file keeps
+    its number, so most of the sample stays the same code.
+    """
+    same_text: Counter[tuple[str, int]] = Counter()
+    places: list[tuple[str, str, int, list[tuple[str, int]]]] = []
+    for path in sorted((tree / "randlora").rglob("*.py")):
+        file = path.relative_to(tree).as_posix()
+        if part_of(file) != part:
+            continue
+        source = path.read_text(encoding="utf-8")
+        lines = source.splitlines()
+        for (line, column), changes in sorted(_places(source).items()):
+            text = lines[line - 1].strip()
+            if any(word in text for word in OF_TYPE_CHECKERS):
+                continue
+            offset = column - len(lines[line - 1]) + len(lines[line - 1].lstrip())
+            number = _number(seed, text, offset, same_text[text, offset])
+            same_text[text, offset] += 1
+            places.append((number, file, line, changes))
+    mutants: list[Mutant] = []
+    for number, file, line, changes in sorted(places):
+        if len(mutants) == count:
+            break
+        operator, occurrence = min(changes, key=lambda change: _number(number, *change))
+        mutants += _mutant(tree, Mutant(part, file, line, operator, occurrence, "", ""))
+    return mutants
+
+
+def _number(*values: object) -> str:
+    return sha256("|".join(map(str, values)).encode()).hexdigest()
+
+
+def _places(source: str) -> dict[tuple[int, int], list[tuple[str, int]]]:
+    """Return by line and column which operators apply there, as which of their occurrences."""
+    places = defaultdict(list)
+    occurrences: Counter[str] = Counter()
+    operators = [(name, get_operator(name)()) for name in OPERATORS]
+    for node in ast_nodes(get_ast(source)):
+        is_mark = node.type == "operator" and node.parent.type in {"parameters", "lambdef"}  # as in ``f(*, x)``
+        if is_mark or node.type in {"name", "string", "newline", "endmarker"}:
+            continue
+        for name, operator in operators:
+            for start, _ in operator.mutation_positions(node):
+                places[start].append((name, occurrences[name]))
+                occurrences[name] += 1
+    return places
+
+
+def _mutant(tree: Path, mutant: Mutant) -> Iterator[Mutant]:
+    """Yield the mutant with the text of its line, unless its code is no Python or changes nothing but annotations."""
+    source = (tree / mutant.file).read_text(encoding="utf-8")
+    mutated = mutant.applied(source)
+    try:
+        if _without_annotations(mutated) == _without_annotations(source):
+            return
+    except SyntaxError:
+        return
+    before, after = (text.splitlines()[mutant.line - 1].strip() for text in (source, mutated))
+    yield replace(mutant, before=before, after="" if mutant.operator.endswith("RemoveDecorator") else after)
+
+
+def _without_annotations(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node.returns = None
+        elif isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Constant(None)
+    return ast.dump(tree)
