@@ -11,7 +11,7 @@ from torch import nn
 
 from randlora.checkpoint.model_class import ModelClass
 from randlora.disk.hub import is_repo_id
-from randlora.disk.regular import is_there
+from randlora.disk.untrusted import is_there
 from randlora.layers.in_place import plain_class
 
 CACHED = re.compile(r"(?:^|[/\\])models--([^/\\]+)[/\\]snapshots[/\\]")

@@ -23,8 +23,8 @@ from randlora.checkpoint.keys import basis_keys, trained_key, value_keys
 from randlora.checkpoint.model_class import ModelClass
 from randlora.checkpoint.schema import HeaderFacts1, HeaderFacts2, HeaderFacts3
 from randlora.config import OPTIONS, RandLoRAConfig
-from randlora.disk.json_text import parse_json
 from randlora.disk.tensor_file import bytes_of
+from randlora.disk.untrusted import parse_json
 from randlora.errors import SHOWN, CheckpointError
 from randlora.hints import mistyped
 from randlora.layer_options import LayerOptions, by_rank

@@ -44,9 +44,8 @@ from randlora.checkpoint.schema import PeftFields
 from randlora.checkpoint.values import file_problems
 from randlora.config import RandLoRAConfig, Stream
 from randlora.disk.hub import local_path
-from randlora.disk.json_text import read_json
-from randlora.disk.regular import is_there
 from randlora.disk.tensor_file import Shard, is_equal, open_shard, read_tensor
+from randlora.disk.untrusted import is_there, read_json
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import mistyped, shortly
 from randlora.layer_options import LayerOptions

@@ -26,7 +26,7 @@ from randlora.checkpoint.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE
 from randlora.checkpoint.peft_config import BASE_FIELD
 from randlora.checkpoint.write import adapter_files
 from randlora.disk.hub import is_repo_id, require_hub, upload
-from randlora.disk.replace import write_directories
+from randlora.disk.replace import write_files
 from randlora.errors import CheckpointError, raise_collected, warn
 from randlora.hints import require_types, shortly
 from randlora.model.moving import moved_note
@@ -155,7 +155,7 @@ def _write_each(
         text = None if is_kept else _card(each, contents, results, hub, subfolder)
         planned.append(adapter_files(directory, contents.fields, contents.tensors, contents.header, text))
         notes.append([*contents.notes, *_training_notes(each), *beside, *results_note(card, results)])
-    sizes = write_directories(planned)
+    sizes = write_files(*planned)
     url, kept = _push(root, directories, hub) if hub else (None, [])
     for card_file in kept:
         notes[directories.index((root / card_file).parent)] += [

@@ -11,7 +11,7 @@ from randlora.checkpoint.in_memory import AdapterState, file_of
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.config import Stream
 from randlora.disk.hub import local_path
-from randlora.disk.regular import is_there
+from randlora.disk.untrusted import is_there
 from randlora.errors import CheckpointError
 from randlora.modes import without_modes
 

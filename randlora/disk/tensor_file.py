@@ -21,8 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from randlora.disk.json_text import parse_json
-from randlora.disk.regular import open_regular, path_of
+from randlora.disk.untrusted import open_regular, parse_json, path_of
 from randlora.errors import CheckpointError
 
 PIECE_BYTES = 2**20  # small enough to remain in the processor's cache from reading to writing
@@ -205,7 +204,7 @@ def write_tensor_file(
     metadata: Mapping[str, str],
     wrote: Callable[[int, str], object] | None = None,
 ) -> None:
-    """Write a safetensors file from tensors in any order, one by one, and flush it to disk.
+    """Write a safetensors file from tensors in any order, one by one.
 
     ``wrote`` is called after each piece with its size in bytes and the name of its tensor.
     """
@@ -215,7 +214,6 @@ def write_tensor_file(
             _write_fully(file, memoryview(header_bytes(ordered, metadata)))
             for tensor in ordered:
                 _write_tensor(file, tensor, wrote)
-            os.fsync(file.fileno())
     except OSError as error:
         if error.errno is not None:
             error.filename = error.filename or os.fspath(path)  # which a full disk does not name

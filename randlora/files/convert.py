@@ -21,8 +21,8 @@ from randlora.checkpoint.format import (
 from randlora.checkpoint.keys import basis_keys
 from randlora.checkpoint.limits import require_drawable
 from randlora.checkpoint.peft_config import UNREAD_FIELDS, option_fields, peft_obstacle, unknown_to_peft
-from randlora.checkpoint.write import write_adapter
-from randlora.disk.replace import NEW, scratch_for
+from randlora.checkpoint.write import adapter_files
+from randlora.disk.replace import NEW, is_free, scratch_for, write_files
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.adapter import OpenAdapter, open_adapter
 from randlora.files.full_diff import full_diff
@@ -149,7 +149,7 @@ def convert(
         raise CheckpointError(f"cannot convert {str(source)!r} into itself: choose another directory")
     if os.path.lexists(target) and not target.is_dir():
         raise CheckpointError(f"{target} is a file or a broken link: expected the name of a directory to write to")
-    if not overwrite and target.is_dir() and any(target.iterdir()):
+    if not overwrite and target.is_dir() and not is_free(target):
         raise CheckpointError(f"{target} exists and is not empty: choose another name, or give overwrite=True")
     weights = WEIGHTS.get(to if to == "diff" else format or "peft")
     if others := sorted(name for name in set(WEIGHTS.values()) - {weights} if (target / name).exists()):
@@ -157,7 +157,7 @@ def convert(
     adapter = open_adapter(directory, base, prefix, stream, revision, base_revision)
     assumed = (*adapter.file.doubts, *stream_notes(adapter.file))
     if to == "lora":
-        with scratch_for(target.resolve()) as scratch:
+        with scratch_for(target) as scratch:
             (room := scratch / NEW).mkdir()
             doing = "convert to a LoRA"
             raise_collected(ConfigError, not_linear(adapter) + layout_problems(adapter, format or "peft"), doing=doing)
@@ -172,7 +172,7 @@ def convert(
         progress(len(files.tensors), len(files.tensors), "done")
         return ConversionReport(source, target, to, nbytes, (), (*assumed, *files.notes))
     fields, tensors, header, notes = _contents(adapter, to)
-    nbytes = write_adapter(target, fields, tensors, header)
+    (nbytes,) = write_files(adapter_files(target, fields, tensors, header))
     return ConversionReport(source, target, to, nbytes, (), (*assumed, *notes))
 
 

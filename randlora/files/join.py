@@ -16,8 +16,9 @@ from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec
 from randlora.checkpoint.format import Header, adapter_tensors
 from randlora.checkpoint.peft_config import BASE_FIELD, UNREAD_FIELDS, option_fields
-from randlora.checkpoint.write import write_adapter
+from randlora.checkpoint.write import adapter_files
 from randlora.config import RandLoRAConfig
+from randlora.disk.replace import is_free, write_files
 from randlora.errors import CheckpointError, raise_collected
 from randlora.files.adapter import OpenAdapter, open_adapter
 from randlora.hints import require_types
@@ -78,7 +79,7 @@ def join(
     problems = [*_problems(opened), *_place_problems(target, [part.directory for part in opened], overwrite=overwrite)]
     raise_collected(CheckpointError, problems, doing="join")
     header, tensors, json_fields = _joined(opened)
-    nbytes = write_adapter(target, json_fields, tensors, header)
+    (nbytes,) = write_files(adapter_files(target, json_fields, tensors, header))
     return JoinReport(target, tuple(part.directory for part in opened), len(header.shapes), nbytes)
 
 
@@ -87,7 +88,7 @@ def _place_problems(target: Path, directories: Sequence[Path], *, overwrite: boo
         return [f"{target} holds one of the parts: choose another directory"]
     if os.path.lexists(target) and not target.is_dir():
         return [f"{target} is a file or a broken link: expected the name of a directory to write to"]
-    if not overwrite and target.is_dir() and any(target.iterdir()):
+    if not overwrite and target.is_dir() and not is_free(target):
         return [f"{target} exists and is not empty: choose another name, or give overwrite=True"]
     return []
 

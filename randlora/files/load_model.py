@@ -15,7 +15,7 @@ from randlora.checkpoint.peft_config import BASE_FIELD
 from randlora.checkpoint.read import locate, read_adapter
 from randlora.config import Stream
 from randlora.disk.hub import is_repo_id
-from randlora.disk.regular import is_there
+from randlora.disk.untrusted import is_there
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.transformers_model import INSTALL
 from randlora.hints import require_types, shortly

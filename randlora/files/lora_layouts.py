@@ -17,11 +17,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from randlora.checkpoint.format import CONFIG_FILE, METADATA, TENSORS_FILE
+from randlora.checkpoint.format import METADATA, TENSORS_FILE
 from randlora.checkpoint.keys import MODEL_PREFIX, trained_key
 from randlora.checkpoint.peft_config import BASE_FIELD, PEFT_VERSION
-from randlora.disk.replace import Writer, write_files
-from randlora.disk.tensor_file import Entry, Planned, read_pieces, read_tensor, write_tensor_file
+from randlora.checkpoint.write import files_of
+from randlora.disk.replace import write_files
+from randlora.disk.tensor_file import Entry, Planned, read_pieces, read_tensor
 from randlora.files.adapter import OpenAdapter
 from randlora.files.to_lora import LISTED, Factors
 from randlora.options import Component, Layout
@@ -75,13 +76,9 @@ class AdapterFiles:
 
     def write(self, directory: Path) -> int:
         """Write the files into a directory, all or none, and return their size in bytes."""
-        writers: dict[str, Writer] = {
-            self.tensors_file: lambda path: write_tensor_file(path, self.tensors, self.metadata)
-        }
-        if self.fields is not None:
-            text = json.dumps(dict(self.fields), indent=2) + "\n"
-            writers[CONFIG_FILE] = lambda path: path.write_text(text, encoding="utf-8")
-        return write_files(directory, writers, withdrawn=(CONFIG_FILE,))
+        files = files_of(directory, self.tensors_file, self.tensors, self.metadata, self.fields)
+        (nbytes,) = write_files(files)
+        return nbytes
 
 
 def layout_problems(adapter: OpenAdapter, layout: Layout) -> list[str]:

@@ -17,10 +17,8 @@ import torch
 from randlora.checkpoint.format import CONFIG_FILE
 from randlora.checkpoint.model_class import ModelClass
 from randlora.disk.hub import is_on_hub, local_path, read_header
-from randlora.disk.json_text import read_json
-from randlora.disk.regular import is_there, open_regular, require_regular
-from randlora.disk.replace import flush
 from randlora.disk.tensor_file import Entry, Shard, read_shard, shard_of
+from randlora.disk.untrusted import is_there, open_regular, read_json, require_regular
 from randlora.errors import CheckpointError, raise_collected
 
 MODEL_CONFIG_FILE = "config.json"
@@ -244,11 +242,10 @@ def _require_own(path: Path, root: Path) -> None:
 
 
 def copy_companion(source: Path, destination: Path) -> None:
-    """Copy one file and flush it to disk."""
+    """Copy one file."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     with open_regular(source) as read, destination.open("wb") as written:
         shutil.copyfileobj(read, written)
-    flush(destination)
 
 
 def copy_config(
@@ -269,9 +266,8 @@ def copy_config(
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a JSON file as transformers does and flush it to disk."""
+    """Write a JSON file as transformers does."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    flush(path)
 
 
 def _with_dtype(config: Any, dtype: torch.dtype) -> Any:

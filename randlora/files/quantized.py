@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from randlora.disk.json_text import parse_json
-from randlora.disk.regular import is_there
 from randlora.disk.tensor_file import Entry, bytes_of, read_tensor
+from randlora.disk.untrusted import is_there, parse_json
 from randlora.errors import CheckpointError, raise_collected
 from randlora.files.model_directory import QUANTIZATION, ModelDirectory
 from randlora.files.transformers_model import TransformersModel

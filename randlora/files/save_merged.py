@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from randlora.disk.replace import flush, new_directory
+from randlora.disk.replace import new_directory
 from randlora.disk.tensor_file import TORCH_DTYPES, Planned, write_tensor_file
 from randlora.errors import ConfigError, MergeError
 from randlora.files.model_directory import INDEX_FILE, SINGLE_FILE, write_json
@@ -156,8 +156,6 @@ def _begin(tensors: MergedTensors, out: Path, files: _Files, stack: ExitStack) -
     active = [adapter for adapter in state.adapters.values() if adapter.is_active]
     notes += untrained_notes(census, state, active)
     notes += moved_note(census, state, active, "the files have them as they are now, and no file of the adapter")
-    for path in files.directory.iterdir():
-        flush(path)
     return tuple(notes)
 
 

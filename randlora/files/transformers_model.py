@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora.checkpoint.model_class import ModelClass
-from randlora.disk.regular import open_regular, path_of
+from randlora.disk.untrusted import open_regular, path_of
 from randlora.errors import CheckpointError, raise_collected
 from randlora.files.config_limits import bounded, config_problems
 from randlora.files.conversion import Conversion

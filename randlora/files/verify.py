@@ -12,7 +12,7 @@ from randlora.checkpoint.bases import stream_notes
 from randlora.checkpoint.limits import Known
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.config import Stream
-from randlora.disk.regular import is_there
+from randlora.disk.untrusted import is_there
 from randlora.errors import CheckpointError
 from randlora.files.adapter import adapter_bases, digests, known_shapes, require_base_for
 from randlora.files.base_fit import fit_base, read_base, shapes_in

@@ -16,7 +16,8 @@ from randlora.bases.spec import Shape
 from randlora.checkpoint.format import adapter_tensors
 from randlora.checkpoint.keys import basis_keys
 from randlora.checkpoint.read import AdapterFile, read_adapter
-from randlora.checkpoint.write import write_adapter
+from randlora.checkpoint.write import adapter_files
+from randlora.disk.replace import write_files
 from randlora.errors import RandLoRAError
 from tests.fuzz.files import laid_out, tree, unpack
 from tests.fuzz.limits import bounded
@@ -87,7 +88,7 @@ def check_rewritten(file: AdapterFile, root: Path) -> None:
     tensors = adapter_tensors(file.values, file.trained)
     for r, pair in file.bases.items():
         tensors |= zip(basis_keys(r, (file.header.bases if file.header else file.bases).keys()), pair, strict=True)
-    write_adapter(root / "again", file.fields, tensors, file.header)
+    write_files(adapter_files(root / "again", file.fields, tensors, file.header))
     again = read_adapter(root / "again")
     assert again.header == file.header
     assert json.dumps(again.fields) == json.dumps(file.fields)
