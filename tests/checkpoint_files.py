@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 import randlora
 from randlora.bases.basis import Basis
-from randlora.checkpoint.format import dump_header, parse_header
+from randlora.checkpoint.header import dump_header, parse_header
 from randlora.errors import CheckpointError
 from randlora.state import ModelState, attached_state
 from tests.kit import fill, snapshot

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import randlora
-from randlora.checkpoint.format import _seal
+from randlora.checkpoint.header import _seal
 from tests.checkpoint_files import (
     CONFIG_FILE,
     GAMMA,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import randlora
-from randlora.checkpoint.format import HEADER_KEY
+from randlora.checkpoint.header import HEADER_KEY
 from randlora.disk.tensor_file import read_shard
 from randlora.errors import TargetError
 from tests.attention_kinds import ATTENTION_KINDS, Attending, Subclass

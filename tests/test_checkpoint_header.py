@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from randlora import BasisSpec, RandLoRAConfig
-from randlora.checkpoint.format import BasisRecord, Header, dump_header, parse_header
-from randlora.checkpoint.model_class import ModelClass
+from randlora.checkpoint.base_model import ModelClass
+from randlora.checkpoint.header import BasisRecord, Header, dump_header, parse_header
 from randlora.config import LARGEST_FACTOR
 from randlora.errors import CheckpointError
 from randlora.targets.site import Shapes

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import randlora
-from randlora.checkpoint.format import TENSORS_FILE
+from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.cli.app import main
 from tests.checkpoint_files import edit_fields
 from tests.directories import base_directory, our_directory, their_directory

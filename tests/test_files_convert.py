@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import randlora
-from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
+from randlora.checkpoint.peft_config import CONFIG_FILE
+from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.config import BasisKind
 from randlora.disk import replace
 from randlora.errors import CheckpointError, ConfigError

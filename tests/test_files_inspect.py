@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import randlora
-from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
+from randlora.checkpoint.peft_config import CONFIG_FILE
+from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.errors import CheckpointError, ConfigError
 from randlora.files.adapter import OpenAdapter
 from randlora.targets.select import find_targets

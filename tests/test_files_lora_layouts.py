@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import randlora
-from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
+from randlora.checkpoint.peft_config import CONFIG_FILE
+from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.errors import CheckpointError, ConfigError
 from randlora.files.convert import ConversionReport
 from tests.diffusion_models import flux, noise, patches, unet

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import randlora
-from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
+from randlora.checkpoint.peft_config import CONFIG_FILE
+from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.errors import ConfigError
 from randlora.files import adapter as adapter_module
 from randlora.files import low_rank

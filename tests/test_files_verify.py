@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import randlora
-from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
+from randlora.checkpoint.peft_config import CONFIG_FILE
+from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.errors import CheckpointError
 from randlora.files.verify import Check, Verification
 from tests.checkpoint_files import edit_fields, reseal

@@ -20,7 +20,7 @@ from randlora import BasisSpec
 from randlora.bases.basis import Basis
 from randlora.bases.compact import CompactMatrix
 from randlora.bases.spec import KINDS
-from randlora.checkpoint.format import parse_header
+from randlora.checkpoint.header import parse_header
 from randlora.config import BasisKind, Stream
 from randlora.errors import CheckpointError, ConfigError, TargetError
 from randlora.state import Adapter, attached_state

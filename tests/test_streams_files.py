@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import randlora
 from randlora.bases.basis import Basis
 from randlora.bases.spec import PEFT_STREAMS
-from randlora.checkpoint.format import parse_header
+from randlora.checkpoint.header import parse_header
 from randlora.cli.app import main
 from randlora.config import BasisKind, Stream
 from randlora.errors import CheckpointError, ConfigError

@@ -1,7 +1,7 @@
 """One adapter on disk, in PEFT's directory layout, or in memory.
 
-`format` names the files and keys and has our own header, `peft_config` reads and writes PEFT's JSON, `read` reads and
-checks both files, `fit` compares them with a model. `save`, `load` and `swap` are the verbs; integrations `restore`.
+`tensors` and `header` are what the file of the tensors holds, `peft_config` is PEFT's JSON, `read` reads and checks
+both files, `fit` compares them with a model. `save`, `load` and `swap` are the verbs; integrations `restore`.
 """
 
 from randlora.checkpoint.in_memory import AdapterState, adapter_state

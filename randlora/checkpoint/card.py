@@ -13,11 +13,12 @@ from typing import TypeAlias
 from torch import nn
 
 from randlora.checkpoint.base_model import repo_of
-from randlora.checkpoint.format import Header
+from randlora.checkpoint.header import Header
 from randlora.layer_options import described
 from randlora.layers.in_place import plain_class
 from randlora.report import Report, left_out_lines
 
+CARD_FILE = "README.md"
 MARK = "<!-- Written by randlora.save, which writes it anew at each save unless this line is gone. -->"
 RESULTS = "## Results"
 

@@ -14,11 +14,19 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from randlora.checkpoint.format import Header, adapter_tensors, stored_bases, stored_dims
-from randlora.checkpoint.keys import trained_key, value_keys
-from randlora.checkpoint.model_class import ModelClass
+from randlora.checkpoint.base_model import ModelClass
+from randlora.checkpoint.bases import stored_bases, stored_dims
+from randlora.checkpoint.header import Header
 from randlora.checkpoint.peft_config import drawing_note, peft_obstacle, to_peft_fields, unknown_to_peft
-from randlora.checkpoint.values import Value, is_text, meta_problems, save_problems
+from randlora.checkpoint.tensors import (
+    Value,
+    adapter_tensors,
+    is_text,
+    meta_problems,
+    save_problems,
+    trained_key,
+    value_keys,
+)
 from randlora.disk.tensor_file import LONGEST_NAME
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import shortly

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from randlora.checkpoint.contents import StoredAs, contents_of, gathered, value_problems
-from randlora.checkpoint.format import HEADER_KEY, metadata_of, parse_header
+from randlora.checkpoint.header import HEADER_KEY, metadata_of, parse_header
+from randlora.checkpoint.peft_config import PeftFields
 from randlora.checkpoint.read import AdapterFile, disagreements, sort_contents
-from randlora.checkpoint.schema import PeftFields
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import mistyped, require_types
 from randlora.placement.ranks import agreed

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from randlora.checkpoint.base_model import mismatch
 from randlora.checkpoint.bases import file_bases, stream_notes
 from randlora.checkpoint.fit import all_shapes, fit_sites, layer_names, parameter_names, with_prefix, without_repeats
-from randlora.checkpoint.format import master
 from randlora.checkpoint.peft_config import BASE_FIELD, NEUTRAL_FIELDS, kept_fields
 from randlora.checkpoint.read import AdapterFile
 from randlora.checkpoint.source import Found, Source, read_source
+from randlora.checkpoint.tensors import master
 from randlora.config import Stream
 from randlora.errors import CheckpointError, warn
 from randlora.hints import require_types

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch.torch_version import TorchVersion
@@ -20,6 +20,7 @@ from randlora.state import Adapter
 from randlora.targets.match import has_suffix, shortened
 from randlora.targets.walk import Census
 
+CONFIG_FILE = "adapter_config.json"
 PEFT_TYPE = "RANDLORA"
 PEFT_VERSION = "0.21.2"  # whose fields these are
 
@@ -67,6 +68,35 @@ OWN_FIELDS = frozenset({
     *UNREAD_FIELDS,
 })
 """Fields that every save computes from the adapter."""
+
+
+class PeftFields(TypedDict, total=False):
+    """``adapter_config.json``, which may have fields of any other name."""
+
+    alpha_pattern: dict[str, float] | None
+    auto_mapping: dict[str, Any] | None
+    base_model_name_or_path: str | None
+    bias: str
+    fan_in_fan_out: bool
+    inference_mode: bool
+    init_weights: bool
+    layers_pattern: list[str] | str | None
+    layers_to_transform: list[int] | int | None
+    modules_to_save: list[str] | None
+    peft_type: str
+    peft_version: str | None
+    projection_prng_key: int
+    r: int
+    randlora_alpha: float
+    randlora_dropout: float
+    randlora_stream: str
+    rank_pattern: dict[str, int] | None
+    revision: str | None
+    save_projection: bool
+    sparse: bool
+    target_modules: list[str] | str | None
+    task_type: str | None
+    very_sparse: bool
 
 
 def to_peft_fields(census: Census, adapter: Adapter, *, stored: bool) -> dict[str, Any]:

@@ -17,31 +17,33 @@ from typing import Any
 from torch import Tensor
 
 from randlora.bases.spec import KINDS
-from randlora.checkpoint.format import CONFIG_FILE, HEADER_KEY, SEAL_WORD, TENSORS_FILE, Header, parse_header
-from randlora.checkpoint.keys import (
-    BASIS_A,
-    BASIS_B,
-    GAMMA_SUFFIX,
-    LAMBDA_SUFFIX,
-    MODEL_PREFIX,
-    TOP_BASIS_A,
-    TOP_BASIS_B,
-    basis_keys,
-    trained_fqn,
-    trained_key,
-    value_keys,
-)
+from randlora.checkpoint.header import HEADER_KEY, SEAL_WORD, Header, parse_header
 from randlora.checkpoint.peft_config import (
     CLASS_FIELDS,
+    CONFIG_FILE,
     PEFT_TYPE,
     UNREAD_FIELDS,
+    PeftFields,
     from_peft_fields,
     most_common,
     pattern_fields,
     peft_kind,
 )
-from randlora.checkpoint.schema import PeftFields
-from randlora.checkpoint.values import file_problems
+from randlora.checkpoint.tensors import (
+    BASIS_A,
+    BASIS_B,
+    GAMMA_SUFFIX,
+    LAMBDA_SUFFIX,
+    MODEL_PREFIX,
+    TENSORS_FILE,
+    TOP_BASIS_A,
+    TOP_BASIS_B,
+    basis_keys,
+    file_problems,
+    trained_fqn,
+    trained_key,
+    value_keys,
+)
 from randlora.config import RandLoRAConfig, Stream
 from randlora.disk.hub import local_path
 from randlora.disk.tensor_file import Shard, is_equal, open_shard, read_tensor

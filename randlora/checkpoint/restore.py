@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora.bases.basis import Basis
-from randlora.checkpoint.format import BasisRecord, Header
+from randlora.checkpoint.header import BasisRecord, Header
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.errors import CheckpointError, raise_collected
 from randlora.layer_options import by_rank

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from randlora.checkpoint.base_model import is_own_directory
-from randlora.checkpoint.card import Results, is_ours, results_note, task_of, write_card
+from randlora.checkpoint.card import CARD_FILE, Results, is_ours, results_note, task_of, write_card
 from randlora.checkpoint.contents import (
     Contents,
     Gathered,
@@ -22,8 +22,8 @@ from randlora.checkpoint.contents import (
     value_problems,
 )
 from randlora.checkpoint.fit import untied_by_peft
-from randlora.checkpoint.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE
-from randlora.checkpoint.peft_config import BASE_FIELD
+from randlora.checkpoint.peft_config import BASE_FIELD, CONFIG_FILE
+from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.checkpoint.write import adapter_files
 from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.disk.replace import write_files

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
 from randlora.checkpoint.in_memory import AdapterState, file_of
+from randlora.checkpoint.peft_config import CONFIG_FILE
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
+from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.config import Stream
 from randlora.disk.hub import local_path
 from randlora.disk.untrusted import is_there

@@ -14,7 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from randlora.checkpoint.format import CARD_FILE, CONFIG_FILE, HEADER_KEY, TENSORS_FILE, Header, metadata_of
+from randlora.checkpoint.card import CARD_FILE
+from randlora.checkpoint.header import HEADER_KEY, Header, metadata_of
+from randlora.checkpoint.peft_config import CONFIG_FILE
+from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.disk.replace import Files
 from randlora.disk.tensor_file import Planned, write_tensor_file
 

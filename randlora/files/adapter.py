@@ -13,12 +13,11 @@ from torch import Tensor
 from randlora.bases.bank import BasisBank
 from randlora.bases.basis import Basis
 from randlora.bases.spec import sliced_dims
-from randlora.checkpoint.bases import file_bases
+from randlora.checkpoint.bases import Known, file_bases
 from randlora.checkpoint.fit import misfits
-from randlora.checkpoint.format import master
-from randlora.checkpoint.limits import Known
 from randlora.checkpoint.peft_config import BASE_FIELD
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
+from randlora.checkpoint.tensors import master
 from randlora.config import Stream
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.base_fit import Base, BaseFit, fit_base, open_base, shapes_in

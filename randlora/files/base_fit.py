@@ -16,6 +16,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from randlora.bases.spec import Shape
+from randlora.checkpoint.base_model import ModelClass
 from randlora.checkpoint.fit import (
     all_shapes,
     layer_names,
@@ -27,7 +28,6 @@ from randlora.checkpoint.fit import (
     with_prefix,
     without_repeats,
 )
-from randlora.checkpoint.model_class import ModelClass
 from randlora.checkpoint.read import AdapterFile
 from randlora.config import RandLoRAConfig
 from randlora.disk.tensor_file import Entry

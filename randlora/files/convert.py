@@ -12,15 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from randlora.bases.spec import count_bases
-from randlora.checkpoint.bases import stream_notes
-from randlora.checkpoint.format import (
-    Header,
-    adapter_tensors,
-    stored_bases,
-)
-from randlora.checkpoint.keys import basis_keys
-from randlora.checkpoint.limits import require_drawable
+from randlora.checkpoint.bases import require_drawable, stored_bases, stream_notes
+from randlora.checkpoint.header import Header
 from randlora.checkpoint.peft_config import UNREAD_FIELDS, option_fields, peft_obstacle, unknown_to_peft
+from randlora.checkpoint.tensors import adapter_tensors, basis_keys
 from randlora.checkpoint.write import adapter_files
 from randlora.disk.replace import NEW, is_free, scratch_for, write_files
 from randlora.errors import CheckpointError, ConfigError, raise_collected

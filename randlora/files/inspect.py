@@ -15,8 +15,8 @@ from torch import Tensor
 
 from randlora.bases.spec import BasisSpec
 from randlora.checkpoint.bases import stream_notes
-from randlora.checkpoint.format import CONFIG_FILE, TENSORS_FILE
-from randlora.checkpoint.peft_config import BASE_FIELD, NEUTRAL_FIELDS, kept_fields
+from randlora.checkpoint.peft_config import BASE_FIELD, CONFIG_FILE, NEUTRAL_FIELDS, kept_fields
+from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.config import RandLoRAConfig, Stream
 from randlora.files.adapter import OpenAdapter, digests, open_adapter
 from randlora.files.low_rank import frobenius_norm, spectral_norm

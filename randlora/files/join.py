@@ -14,8 +14,9 @@ from torch import Tensor
 
 from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec
-from randlora.checkpoint.format import Header, adapter_tensors
+from randlora.checkpoint.header import Header
 from randlora.checkpoint.peft_config import BASE_FIELD, UNREAD_FIELDS, option_fields
+from randlora.checkpoint.tensors import adapter_tensors
 from randlora.checkpoint.write import adapter_files
 from randlora.config import RandLoRAConfig
 from randlora.disk.replace import is_free, write_files

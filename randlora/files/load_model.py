@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from randlora.checkpoint.base_model import ModelClass
 from randlora.checkpoint.load import load
-from randlora.checkpoint.model_class import ModelClass
 from randlora.checkpoint.peft_config import BASE_FIELD
 from randlora.checkpoint.read import locate, read_adapter
 from randlora.config import Stream

@@ -17,9 +17,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from randlora.checkpoint.format import METADATA, TENSORS_FILE
-from randlora.checkpoint.keys import MODEL_PREFIX, trained_key
 from randlora.checkpoint.peft_config import BASE_FIELD, PEFT_VERSION
+from randlora.checkpoint.tensors import METADATA, MODEL_PREFIX, TENSORS_FILE, trained_key
 from randlora.checkpoint.write import files_of
 from randlora.disk.replace import write_files
 from randlora.disk.tensor_file import Entry, Planned, read_pieces, read_tensor

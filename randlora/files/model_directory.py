@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from randlora.checkpoint.format import CONFIG_FILE
-from randlora.checkpoint.model_class import ModelClass
+from randlora.checkpoint.base_model import ModelClass
+from randlora.checkpoint.peft_config import CONFIG_FILE
 from randlora.disk.hub import is_on_hub, local_path, read_header
 from randlora.disk.tensor_file import Entry, Shard, read_shard, shard_of
 from randlora.disk.untrusted import is_there, open_regular, read_json, require_regular

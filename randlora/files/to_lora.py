@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from randlora.checkpoint.format import METADATA
+from randlora.checkpoint.tensors import METADATA
 from randlora.disk.tensor_file import Entry, Planned, read_shard, write_tensor_file
 from randlora.errors import ConfigError
 from randlora.files.adapter import OpenAdapter

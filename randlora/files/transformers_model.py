@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from randlora.checkpoint.model_class import ModelClass
+from randlora.checkpoint.base_model import ModelClass
 from randlora.disk.untrusted import open_regular, path_of
 from randlora.errors import CheckpointError, raise_collected
 from randlora.files.config_limits import bounded, config_problems

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from randlora.bases.basis import Basis
-from randlora.checkpoint.bases import stream_notes
-from randlora.checkpoint.limits import Known
+from randlora.checkpoint.bases import Known, stream_notes
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.config import Stream
 from randlora.disk.untrusted import is_there

@@ -21,8 +21,8 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
 import randlora
-from randlora.checkpoint.format import TENSORS_FILE
 from randlora.checkpoint.restore import restore, restore_each
+from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.errors import AdapterError, CheckpointError
 from randlora.integrations.reference import Reference, referring
 from randlora.model.listing import AdapterInfo

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.bases.spec import Shape
-from randlora.checkpoint.format import adapter_tensors
-from randlora.checkpoint.keys import basis_keys
 from randlora.checkpoint.read import AdapterFile, read_adapter
+from randlora.checkpoint.tensors import adapter_tensors, basis_keys
 from randlora.checkpoint.write import adapter_files
 from randlora.disk.replace import write_files
 from randlora.errors import RandLoRAError

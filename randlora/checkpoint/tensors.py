@@ -1,24 +1,105 @@
-"""What the values of an adapter must be, in a file and in a model that is saved: whole, floating and finite.
+"""The tensors of an adapter's file: their names, their dtypes, and what their values must be.
 
-Buffers of modules that were trained need not be floating or finite, as counts and masks are not.
+The names are PEFT's. PEFT puts a module around each adapted layer and keeps the layer in it as ``base_layer``, so the
+parameters of the layer itself, such as its bias, are one level down. A child that is itself called ``base_layer`` is
+written one level down too, so that no two names collide.
+
+Values are whole, floating and finite, in a file and in a model that is saved. Buffers of modules that were trained need
+not be floating or finite, as counts and masks are not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from randlora.bases.spec import count_bases
-from randlora.checkpoint.keys import GAMMA_SUFFIX, LAMBDA_SUFFIX, basis_keys
 from randlora.disk.tensor_file import TORCH_DTYPES
 from randlora.layer_options import LayerOptions
 from randlora.modes import has_values
 from randlora.placement.flattened import FLATTENED
 
+TENSORS_FILE = "adapter_model.safetensors"
+
+METADATA = {"format": "pt"}
+"""What transformers and PEFT expect in the metadata of every safetensors file."""
+
+MODEL_PREFIX = "base_model.model."
+LAMBDA_SUFFIX = ".randlora_lambda"
+GAMMA_SUFFIX = ".randlora_gamma"
+BASIS_A = "randlora_A"
+BASIS_B = "randlora_B"
+TOP_BASIS_A = f"base_model.{BASIS_A}"
+TOP_BASIS_B = f"base_model.{BASIS_B}"
+BASE_LAYER = "base_layer"
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def value_keys(fqn: str, targets: Container[str]) -> tuple[str, str]:
+    """Return the keys of Λ and Γ of one of the targets."""
+    path = MODEL_PREFIX + _descended(fqn, targets)
+    return f"{path}{LAMBDA_SUFFIX}", f"{path}{GAMMA_SUFFIX}"
+
+
+def trained_key(fqn: str, targets: Container[str]) -> str:
+    """Return the key of a parameter trained with an adapter."""
+    module, _, attribute = fqn.rpartition(".")
+    if module not in targets:
+        return MODEL_PREFIX + _descended(fqn, targets)
+    return f"{MODEL_PREFIX}{_descended(module, targets)}.{BASE_LAYER}.{attribute}"
+
+
+def trained_fqn(key: str, targets: Container[str]) -> str:
+    """Return the FQN of a key of `trained_key`, or of PEFT, which has all children of a layer one level down."""
+    parts: list[str] = []
+    levels = -1  # number of parts before the last one that was left out
+    for part in key.removeprefix(MODEL_PREFIX).split("."):
+        if part == BASE_LAYER and levels != len(parts) and ".".join(parts) in targets:
+            levels = len(parts)
+        else:
+            parts.append(part)
+    return ".".join(parts)
+
+
+def basis_keys(r: int, ranks: AbstractSet[int]) -> tuple[str, str]:
+    """Return the keys of A and B of rank r: those of PEFT, or if there are bases of several ranks, these with r."""
+    suffix = "" if ranks == {r} else f".r{r}"
+    return f"{TOP_BASIS_A}{suffix}", f"{TOP_BASIS_B}{suffix}"
+
+
+def _descended(fqn: str, targets: Container[str]) -> str:
+    """Return a path with each child of a target that is called ``base_layer`` one level down."""
+    parts = fqn.split(".")
+    descended: list[str] = []
+    for index, part in enumerate(parts):
+        if part == BASE_LAYER and ".".join(parts[:index]) in targets:
+            descended.append(BASE_LAYER)
+        descended.append(part)
+    return ".".join(descended)
+
+
+def master(tensor: Tensor, device: torch.device | str, *, copy: bool = False) -> Tensor:
+    """Return Λ or Γ in float32, or in float64 if it has that dtype."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.detach().to(device=device, dtype=dtype, copy=copy).contiguous()
+
+
+def adapter_tensors(
+    values: Mapping[str, tuple[Tensor, Tensor]], trained: Mapping[str, Tensor], *, copy: bool = True
+) -> dict[str, Tensor]:
+    """Return Λ, Γ and the parameters trained with an adapter on the CPU, by key; copies unless told otherwise."""
+    tensors = {}
+    for fqn, diagonals in values.items():
+        for key, diagonal in zip(value_keys(fqn, values), diagonals, strict=True):
+            tensors[key] = master(diagonal, "cpu", copy=copy)
+    for fqn, parameter in trained.items():
+        tensors[trained_key(fqn, values)] = parameter.detach().to("cpu", copy=copy).contiguous()
+    return tensors
 
 
 class Value(NamedTuple):

@@ -1,10 +1,9 @@
-"""The two files of an adapter: their names, the dtypes of the tensors, and the header that is our own.
+"""The header of an adapter's file: what PEFT has no field for.
 
-Files and keys are those of PEFT. The header is JSON in the metadata of the safetensors file and has what PEFT has no
-field for: the spec of the bases with their digest, the layers' shapes, versions, and a checksum of everything.
+It is JSON in the metadata of the safetensors file: the spec of the bases with their digest, the layers' shapes,
+versions, and a checksum of everything. Its types are checked first, field by field. What types cannot say, such as
+which numbers are ranks, `RandLoRAConfig` and `BasisSpec` check.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -12,59 +11,112 @@ import operator
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any, NotRequired, Self, TypedDict, Union, get_args, get_origin
 
 import torch
 from torch import Tensor
 
 from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec, Shape, drawn_dims, sliced_dims
-from randlora.checkpoint.keys import basis_keys, trained_key, value_keys
-from randlora.checkpoint.model_class import ModelClass
-from randlora.checkpoint.schema import HeaderFacts1, HeaderFacts2, HeaderFacts3
+from randlora.checkpoint.base_model import ModelClass
+from randlora.checkpoint.tensors import METADATA
 from randlora.config import OPTIONS, RandLoRAConfig
 from randlora.disk.tensor_file import bytes_of
 from randlora.disk.untrusted import parse_json
 from randlora.errors import SHOWN, CheckpointError
-from randlora.hints import mistyped
+from randlora.hints import UNIONS, mistyped
 from randlora.layer_options import LayerOptions, by_rank
 from randlora.layers.registry import KINDS
 from randlora.targets.match import is_names
 from randlora.targets.options import listed, options_listed
 from randlora.targets.site import Shapes
 
-CONFIG_FILE = "adapter_config.json"
-TENSORS_FILE = "adapter_model.safetensors"
-CARD_FILE = "README.md"
-
-METADATA = {"format": "pt"}
-"""What transformers and PEFT expect in the metadata of every safetensors file."""
 HEADER_KEY = "randlora"
 SEAL_WORD = "basis_sha256"  # a word that every header contains and nothing else does
+
+
+class BasisFacts(TypedDict):
+    """A `BasisSpec` in our header."""
+
+    kind: str
+    stream: str
+    seed: int
+    r: int
+    max_dim: int
+    min_dim: int
+    blocks: tuple[int, int] | None
+
+
+class RecordFacts(TypedDict):
+    """A `BasisRecord` in our header."""
+
+    basis: BasisFacts
+    basis_sha256: str
+    is_reproducible: bool
+
+
+def _in_file(hint: Any) -> Any:
+    """Return the type that values of an option have in a file: names for patterns, and lists of pairs for mappings."""
+    kinds = get_args(hint) if get_origin(hint) in UNIONS else (hint,)
+    if Sequence[str] in kinds:
+        return list[str] | None
+    pairs = [list[tuple[str, get_args(kind)[1]]] if get_origin(kind) is Mapping else kind for kind in kinds]  # type: ignore[misc]
+    return Union[tuple(pairs)]  # noqa: UP007 (of any number)
+
+
+if TYPE_CHECKING:
+    ConfigFacts = dict[str, Any]
+else:
+    _OWN = {name: _in_file(option.type) for name, option in OPTIONS.items()}
+    ConfigFacts = TypedDict(
+        "ConfigFacts", {name: NotRequired[own] if OPTIONS[name].since > 1 else own for name, own in _OWN.items()}
+    )
+    """A `RandLoRAConfig` in our header, which lists names: nothing in a file is a pattern."""
+
+
+class ModelClassFacts(TypedDict):
+    """A `ModelClass` in our header."""
+
+    library: str
+    name: str
+    labels: NotRequired[list[str]]
+    problem_type: NotRequired[str]
+
+
+class HeaderFacts(TypedDict):
+    """What our header has in every version of the format; the first files lack some."""
+
+    config: ConfigFacts
+    targets: dict[str, list[int]]
+    library_version: str
+    sha256: str
+    torch_version: NotRequired[str | None]
+    transposed: NotRequired[list[str] | None]
+    kinds: NotRequired[dict[str, str]]
+    model_class: NotRequired[ModelClassFacts]
+
+
+class HeaderFacts1(HeaderFacts, RecordFacts):
+    """Our header in version 1, with one pair of bases."""
+
+
+class HeaderFacts2(HeaderFacts):
+    """Our header in version 2, with bases by r."""
+
+    bases: dict[str, RecordFacts]
+
+
+class HeaderFacts3(HeaderFacts2):
+    """Our header in version 3, with the names of the buffers among what was trained."""
+
+    buffers: list[str]
+
+
 FORMAT_VERSIONS = {1: HeaderFacts1, 2: HeaderFacts2, 3: HeaderFacts3}
 """A version is written only for what the one before has no place for.
 
 Version 2 has stacks of matrices and options of single layers, version 3 has buffers of modules in ``train_also``.
 """
-
-
-def master(tensor: Tensor, device: torch.device | str, *, copy: bool = False) -> Tensor:
-    """Return Λ or Γ in float32, or in float64 if it has that dtype."""
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
-    return tensor.detach().to(device=device, dtype=dtype, copy=copy).contiguous()
-
-
-def adapter_tensors(
-    values: Mapping[str, tuple[Tensor, Tensor]], trained: Mapping[str, Tensor], *, copy: bool = True
-) -> dict[str, Tensor]:
-    """Return Λ, Γ and the parameters trained with an adapter on the CPU, by key; copies unless told otherwise."""
-    tensors = {}
-    for fqn, diagonals in values.items():
-        for key, diagonal in zip(value_keys(fqn, values), diagonals, strict=True):
-            tensors[key] = master(diagonal, "cpu", copy=copy)
-    for fqn, parameter in trained.items():
-        tensors[trained_key(fqn, values)] = parameter.detach().to("cpu", copy=copy).contiguous()
-    return tensors
 
 
 @dataclass(frozen=True)
@@ -80,7 +132,7 @@ class BasisRecord:
     is_reproducible: bool
 
     @classmethod
-    def of(cls, basis: Basis, shapes: Iterable[Shape]) -> BasisRecord:
+    def of(cls, basis: Basis, shapes: Iterable[Shape]) -> Self:
         """Return the record of bases for layers of these shapes."""
         spec, shapes = basis.spec, list(shapes)
         if spec.is_prefix_stable:  # then the dims that other adapters of the model made it grow to do not matter
@@ -97,7 +149,7 @@ class BasisRecord:
         }
 
     @classmethod
-    def from_dict(cls, facts: Mapping[str, Any]) -> BasisRecord:
+    def from_dict(cls, facts: Mapping[str, Any]) -> Self:
         """Build a record from the result of `to_dict`."""
         return cls(BasisSpec.from_dict(facts["basis"]), facts[SEAL_WORD], bool(facts["is_reproducible"]))
 
@@ -136,7 +188,7 @@ class Header:
         kinds: Mapping[str, str],
         model_class: ModelClass | None,
         buffers: Iterable[str],
-    ) -> Header:
+    ) -> Self:
         """Return the header of an adapter, given its layers' shapes and the FQNs of what was trained with it.
 
         ``buffers`` are those of the FQNs that are buffers.
@@ -294,20 +346,3 @@ def _seal(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(bytes_of(tensor.cpu().contiguous()).numpy().data)
     return digest.hexdigest()
-
-
-def stored_bases(bases: Mapping[int, Basis], header: Header) -> dict[str, Tensor]:
-    """Return dense bases, by key, of the dims that PEFT expects, or smaller if they were drawn for less."""
-    tensors: dict[str, Tensor] = {}
-    for r, rectangle in header.rectangles.items():
-        drawn = bases[r] if bases[r].stored else Basis(bases[r].spec)  # the model's own must not grow
-        written = drawn.slices(*stored_dims(bases[r], rectangle), device="cpu", dtype=torch.float32)
-        key_A, key_B = basis_keys(r, header.bases.keys())
-        tensors |= {key_A: written.A.contiguous(), key_B: written.B.contiguous()}
-    return tensors
-
-
-def stored_dims(basis: Basis, rectangle: tuple[int, int]) -> tuple[int, int]:
-    """Return the ``(max_dim, min_dim)`` that `stored_bases` stores of bases for which PEFT would draw ``rectangle``."""
-    spec, (max_dim, min_dim) = basis.spec, rectangle
-    return rectangle if spec.is_prefix_stable else (min(spec.max_dim, max_dim), min(spec.min_dim, min_dim))

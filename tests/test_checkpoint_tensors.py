@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import randlora
-from randlora.checkpoint.keys import MODEL_PREFIX, TOP_BASIS_A, TOP_BASIS_B, trained_fqn, trained_key, value_keys
+from randlora.checkpoint.tensors import MODEL_PREFIX, TOP_BASIS_A, TOP_BASIS_B, trained_fqn, trained_key, value_keys
 from randlora.disk.tensor_file import LONGEST_NAME
 from randlora.errors import AdapterError, CheckpointError, ConfigError, RandLoRAError, TargetError
 from randlora.targets.foreign import is_part
