@@ -20,6 +20,7 @@ from randlora.files.load_model import load_model as load_model
 from randlora.files.save_merged import save_merged as save_merged
 from randlora.layers.base import AdapterLayer as AdapterLayer
 from randlora.layers.registry import register_layer as register_layer
+from randlora.model.check_ranks import check_ranks as check_ranks
 from randlora.model.combine import combine as combine
 from randlora.model.inject import eject as eject
 from randlora.model.inject import inject as inject
@@ -33,7 +34,6 @@ from randlora.model.merged_tensors import merged_tensors as merged_tensors
 from randlora.model.norms import limit_norms as limit_norms
 from randlora.model.norms import update_norms as update_norms
 from randlora.model.prepare import prepare_quantized as prepare_quantized
-from randlora.model.ranks import check_ranks as check_ranks
 from randlora.model.rename import rename as rename
 from randlora.model.routed import routed as routed
 from randlora.model.switch import activate as activate

@@ -49,6 +49,7 @@ class Adapter:
         bases: Its bases, by r.
         options: r and alpha of its layers, by FQN.
         rule: How the targets were chosen, for reports.
+        left_out: What that left out, in lines, for its model card.
         init: Which of Λ and Γ started at zero, for `reset_parameters`. Files do not say it, as no result depends on it.
         weight: The factor of its update while active, for each layer if they differ, else ``None``.
         trained: The parameters trained with it, and the buffers of modules that are trained with it, by FQN.
@@ -60,6 +61,7 @@ class Adapter:
     bases: dict[int, Basis]
     options: dict[str, LayerOptions]
     rule: str
+    left_out: tuple[str, ...] = ()
     init: Init = "lambda"
     weight: Factor | None = None
     trained: dict[str, Tensor] = field(default_factory=dict)
@@ -152,7 +154,6 @@ class ModelState:
         merge_options: While there are any, the options ``quantized`` and ``dtype`` that they are merged with.
         merge_report: The `randlora.report.MergeReport` of the last reversible merge.
         merged_blocks: The `randlora.merged` blocks that have not ended.
-        merged_in_blocks: The names of the adapters that the first of these merged.
         save_pretrained: What ``save_pretrained`` of the model does; ``None`` if no caller has chosen.
         saves_merged: Whether state dicts hold merged weights, while ``save_pretrained`` writes them.
         activation: The last choice of active adapters.
@@ -173,7 +174,6 @@ class ModelState:
     merge_options: Any = None
     merge_report: Any = None
     merged_blocks: list[object] = field(default_factory=list)
-    merged_in_blocks: tuple[str, ...] = ()
     averaging: Any = None
     compute: Compute = "auto"
     save_pretrained: SavePretrained | None = None

@@ -135,22 +135,21 @@ def test_what_unmerging_drops_does_not_require_grad(bias: bool) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-def test_blocks_that_threads_enter_at_once_end_with_the_last_and_restore_every_bit(name: str) -> None:
+def test_blocks_that_threads_enter_at_once_end_with_the_last_and_restore_every_bit() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
     randlora.inject(model, r=2, targets=["0"], train_also=["1"])
     fill(model)
     x = torch.randn(3, 8)
     before = all_bits(model.state_dict())
-    with BLOCKS[name](model):
+    with randlora.disabled(model):
         expected = model(x)
 
     def enter(barrier: threading.Barrier) -> list[torch.Tensor]:
         barrier.wait()
         outputs = []
         for _ in range(50):
-            with BLOCKS[name](model):
+            with randlora.disabled(model):
                 outputs.append(model(x))
         return outputs
 
@@ -160,16 +159,14 @@ def test_blocks_that_threads_enter_at_once_end_with_the_last_and_restore_every_b
     assert all(torch.equal(output, expected) for output in outputs)
     assert all_bits(model.state_dict()) == before
     assert all_bits(dict(model.named_parameters())) == before
-    assert not any(info.is_merged for info in randlora.adapters(model))
     assert not randlora.state.adapted_root(model)[1].is_disabled
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-def test_blocks_that_overlap_end_with_the_last(name: str) -> None:
+def test_blocks_of_disabled_that_overlap_end_with_the_last() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
     randlora.inject(model, r=2, targets=["0"], train_also=["1"])
     fill(model)
-    x, first, second = torch.ones(1, 8), BLOCKS[name](model), BLOCKS[name](model)
+    x, first, second = torch.ones(1, 8), randlora.disabled(model), randlora.disabled(model)
     plain = model(x)
     first.__enter__()
     second.__enter__()
@@ -178,6 +175,34 @@ def test_blocks_that_overlap_end_with_the_last(name: str) -> None:
     assert torch.equal(model(x), inside)
     second.__exit__(None, None, None)
     assert torch.equal(model(x), plain)
+
+
+def test_a_block_of_merged_in_another_thread_is_refused_and_may_run_the_model() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    randlora.inject(model, r=2, name="a")
+    randlora.inject(model, r=2, name="b", seed=1)
+    fill(model, "a")
+    fill(model, "b")
+    before = all_bits(model.state_dict())
+
+    def enter() -> None:
+        with randlora.merged(model):
+            pytest.fail("the block was entered")
+
+    with randlora.merged(model), ThreadPoolExecutor(1) as pool:
+        inside, x = model(torch.ones(1, 8)), torch.ones(1, 8)
+        assert torch.equal(pool.submit(lambda: model(x)).result(), inside)
+        with pytest.raises(MergeError, match="another thread, or task, has an open block"):
+            pool.submit(enter).result()
+        assert torch.equal(model(x), inside)
+        randlora.activate(model, ["a", "b"])
+        with randlora.merged(model):
+            assert [info.is_merged for info in randlora.adapters(model)] == [True, True]
+        assert [info.is_merged for info in randlora.adapters(model)] == [True, False]
+    assert all_bits(model.state_dict()) == before
+    with ThreadPoolExecutor(1) as pool, pytest.raises(pytest.fail.Exception, match="entered"):
+        pool.submit(enter).result()
+    assert all_bits(model.state_dict()) == before
 
 
 @pytest.mark.medium

@@ -19,12 +19,11 @@ from randlora.model.install import unwrapped_model
 from randlora.model.merge import merged
 from randlora.model.mergeable import weight_problems
 from randlora.model.probe import TOLERANCE, differences_from_product
-from randlora.model.ranks import ranks_holding
 from randlora.model.trainable import offloaded_diagonals
 from randlora.model.undone import undone
-from randlora.model.view import opened
+from randlora.model.view import View, opened
 from randlora.placement.place import place_of
-from randlora.state import ModelState, require_unmerged
+from randlora.state import require_unmerged
 from randlora.targets.site import AdaptedSite
 from randlora.targets.walk import Census
 
@@ -76,7 +75,7 @@ def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
         state, census = view.state, view.census
         require_unmerged(state, "check")
         sites = acting_sites(census, state)
-        raise_collected(AdapterError, _obstacles(census, state, sites), doing="check")
+        raise_collected(AdapterError, _obstacles(view, sites), doing="check")
         inner = unwrapped_model(model)
 
         def run(*, is_widened: bool) -> CheckReport:
@@ -101,20 +100,20 @@ def _checked(census: Census, trial: Trial) -> CheckReport:
     return _report(census, trial.sites, seen, refused, [*notes, *more])
 
 
-def _obstacles(census: Census, state: ModelState, sites: Sequence[AdaptedSite]) -> list[str]:
+def _obstacles(view: View, sites: Sequence[AdaptedSite]) -> list[str]:
     """Return messages about why the model cannot be run as an adapted one."""
-    if state.is_disabled:
+    if view.state.is_disabled:
         return ["the adapters are disabled: check outside of randlora.disabled(model) and randlora.routed(model)"]
     if not sites:
-        return [f"no adapter is active: activate one of {', '.join(state.adapters)}"]
-    if ranks_holding(census, state) is not None:
+        return [f"no adapter is active: activate one of {', '.join(view.state.adapters)}"]
+    if view.ranks() is not None:
         return ["the model is spread over processes: check it, or a smaller one of its class, before it is sharded"]
     placed = [
         f"{site.fqn} is offloaded or sharded: check the model before that"
         for site in sites
         if place_of(site.owner, site.layer.attribute) is not None
     ]
-    return [*placed, *offloaded_diagonals(census)] or weight_problems(sites, Into("requantize"))
+    return [*placed, *offloaded_diagonals(view.census)] or weight_problems(sites, Into("requantize"))
 
 
 def _mergeable(

@@ -16,7 +16,7 @@ from randlora.checkpoint.base_model import repo_of
 from randlora.checkpoint.header import Header
 from randlora.layer_options import described
 from randlora.layers.in_place import plain_class
-from randlora.report import Report, left_out_lines
+from randlora.report import Report
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by randlora.save, which writes it anew at each save unless this line is gone. -->"
@@ -45,6 +45,7 @@ def write_card(
     report: Report,
     header: Header,
     *,
+    left_out: Sequence[str],
     task: str | None,
     results: Results,
     base_model: str | None,
@@ -54,7 +55,8 @@ def write_card(
 ) -> str:
     """Return the text of a model card.
 
-    ``peft_notes`` are the reasons why PEFT cannot load the files; ``subfolder`` is where these are in the repository.
+    ``left_out`` are lines about what the adapter leaves out, ``peft_notes`` the reasons why PEFT cannot load the files,
+    and ``subfolder`` is where these are in the repository.
     """
     base = repo_of(base_model)
     place = f'"{repo_id or "path/to/this/directory"}"'
@@ -63,7 +65,7 @@ def write_card(
     of_base = [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"] if base else []
     of_task = [f"pipeline_tag: {task}"] if task else []
     front_matter = ["---", *of_base, "library_name: randlora", *of_task, "tags:", "- randlora", "---"]
-    figures = (f"| {name} | {value} |" for name, value in _figures(report, header).items() if value)
+    figures = (f"| {name} | {value} |" for name, value in _figures(report, header, left_out).items() if value)
     here = f"import randlora\n\nrandlora.load(model, {place})  # model: the base model as it was before training"
     there = f"from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, {place})"
     sections = [
@@ -120,7 +122,7 @@ def _results_table(results: Mapping[str, float | str]) -> str:
     return "\n".join(["| metric | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])
 
 
-def _figures(report: Report, header: Header) -> dict[str, object]:
+def _figures(report: Report, header: Header, left_out: Sequence[str]) -> dict[str, object]:
     spec = report.specs[0]  # all have the same, except for r and blocks
     blocks = {r: record.spec.blocks for r, record in header.bases.items() if record.spec.blocks}
     digests = {r: f"`{record.digest}`" for r, record in header.bases.items()}
@@ -135,7 +137,7 @@ def _figures(report: Report, header: Header) -> dict[str, object]:
         "adapted layers": f"{len(report.targets)}, called {_names(kinds)}",
         "trained parameters": f"{report.trainable_parameters:,} of {report.total_parameters:,} ({report.share:.2%})",
         "trained with the adapter": _names(report.train_also),
-        "left out": "; ".join(line.removeprefix("left out: ") for line in left_out_lines(report)),
+        "left out": "; ".join(line.removeprefix("left out: ") for line in left_out),
     }
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from randlora.bases.spec import Shape
 from randlora.checkpoint.base_model import trained_on_another
 from randlora.checkpoint.peft_config import whole_modules
 from randlora.checkpoint.read import AdapterFile
@@ -42,7 +41,7 @@ def fit_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
 
 def named_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
     """Return the weights that a file names, under its FQNs. If a prefix is all that differs, the error names it."""
-    sites = {site.fqn: site for visit in census.visits for site in census.sites_of(visit)}
+    sites = census.sites_by_fqn
     modules = {visit.fqn: visit.module for visit in census.visits}
     problems: list[str] = []
     found: dict[tuple[int, str], Site] = {}
@@ -68,19 +67,9 @@ def _fitting(census: Census, file: AdapterFile) -> str:
     return f"fit the adapter{trained_on_another(census.model, file.fields, recorded)}"
 
 
-def layer_names(census: Census) -> set[str]:
-    """Return the FQNs of all weights that can be adapted, at each of their places."""
-    return {site.fqn for visit in census.visits for site in census.sites_of(visit)}
-
-
 def parameter_names(census: Census) -> set[str]:
     """Return the FQNs of all parameters, at each of their places."""
     return {held.fqn for held in census.parameters}
-
-
-def all_shapes(census: Census) -> list[Shape]:
-    """Return the shapes of all weights that can be adapted, at each of their places."""
-    return [site.shape for visit in census.visits for site in census.sites_of(visit)]
 
 
 def with_prefix(file: AdapterFile, prefix: str, known: Collection[str], parameters: Collection[str]) -> AdapterFile:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from randlora.checkpoint.base_model import mismatch
 from randlora.checkpoint.bases import file_bases, stream_notes
-from randlora.checkpoint.fit import all_shapes, fit_sites, layer_names, parameter_names, with_prefix, without_repeats
+from randlora.checkpoint.fit import fit_sites, parameter_names, with_prefix, without_repeats
 from randlora.checkpoint.peft_config import BASE_FIELD, NEUTRAL_FIELDS, kept_fields
 from randlora.checkpoint.read import AdapterFile
 from randlora.checkpoint.source import Found, Source, read_source
@@ -18,21 +18,18 @@ from randlora.config import Stream
 from randlora.errors import CheckpointError, warn
 from randlora.hints import require_types
 from randlora.layer_options import by_rank
-from randlora.model.change import one_at_a_time
-from randlora.model.install import commit, owned_state, prepare
+from randlora.model.install import commit, prepare
 from randlora.model.moving import moving_note
 from randlora.model.train_also import copy_dtype, half_notes, replacements
+from randlora.model.view import View, opened_to_add
 from randlora.modes import in_mode, without_modes
-from randlora.placement.dtensor import reshard
 from randlora.replaced import like
 from randlora.report import Report, adapter_report, next_steps
-from randlora.state import Adapter, ModelState, SavePretrained
+from randlora.state import Adapter, SavePretrained
 from randlora.targets.site import Site, shapes_of
-from randlora.targets.walk import Census
 
 
 @torch.inference_mode(mode=False)  # what is made here may be trained, whatever mode the caller is in
-@one_at_a_time
 def load(
     model: nn.Module,
     source: Source,
@@ -84,12 +81,9 @@ def load(
     given = {"model": model, "source": source, "trainable": trainable, "active": active, "revision": revision}
     given |= {"prefix": prefix, "stream": stream, "subfolder": subfolder, "save_pretrained": save_pretrained}
     require_types(load, given)
-    reshard(model)
-    census = Census.of(model)
-    state = owned_state(census, name, "load")
-    found = read_source(source, revision=revision, subfolder=subfolder, stream=stream)
-    options = Options(name=name, trainable=trainable, active=active, prefix=prefix, save_pretrained=save_pretrained)
-    return _added(census, state, found, options)
+    with opened_to_add(model, [name], "load") as view:
+        found = read_source(source, revision=revision, subfolder=subfolder, stream=stream)
+        return added(view, found, Options(name, trainable, active, prefix, save_pretrained))
 
 
 class Options(NamedTuple):
@@ -102,26 +96,19 @@ class Options(NamedTuple):
     save_pretrained: SavePretrained | None = None
 
 
-@torch.inference_mode(mode=False)
-@one_at_a_time
-def add_found(model: nn.Module, found: Found, options: Options) -> Report:
-    """Add an adapter that was read to a model, as `load` does."""
-    reshard(model)
-    census = Census.of(model)
-    return _added(census, owned_state(census, options.name, "load"), found, options)
-
-
-def _added(census: Census, state: ModelState, found: Found, options: Options) -> Report:
+def added(view: View, found: Found, options: Options) -> Report:
+    """Add an adapter that was read to a model, and return the report."""
+    census, state = view.census, view.state
     file, (name, trainable, active, prefix, save_pretrained) = found.file, options
     active = not state.adapters if active is None else active
     try:
         if prefix is not None:
-            file = with_prefix(file, prefix, layer_names(census), parameter_names(census))
+            file = with_prefix(file, prefix, census.sites_by_fqn, parameter_names(census))
         sites = fit_sites(census, file)
         file = without_repeats(census, file)
         shapes = shapes_of(sites, file.config)
         with without_modes():
-            file, bases = file_bases(file, by_rank(shapes, file.options), state.bank, lambda: all_shapes(census))
+            file, bases = file_bases(file, by_rank(shapes, file.options), state.bank, census.shapes)
     except CheckpointError as error:
         raise CheckpointError(f"cannot load {found.where}: {error}") from error
     doubts = warn_of_doubts(census.model, file)

@@ -16,21 +16,19 @@ from randlora.checkpoint.header import BasisRecord, Header
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.errors import CheckpointError, raise_collected
 from randlora.layer_options import by_rank
-from randlora.model.change import one_at_a_time
 from randlora.model.install import lost_sites, require_own
 from randlora.model.train_also import lost_parameters
-from randlora.model.view import opened
+from randlora.model.view import View, opened
 from randlora.modes import has_values
 from randlora.placement.dtensor import Shard, is_dtensor, values_within
 from randlora.placement.ranks import agreed
 from randlora.replaced import whole_shape
-from randlora.state import Adapter, adapted_root, require_unmerged, require_unrouted
+from randlora.state import Adapter, require_unmerged, require_unrouted
 from randlora.targets.match import shortened
 from randlora.targets.site import AdaptedSite, Shapes, shapes_of, sizes
 from randlora.targets.walk import Census
 
 
-@one_at_a_time
 def restore(model: nn.Module, directory: str | os.PathLike[str], *, name: str | None = None) -> None:
     """Write the values of an adapter's files into the adapter of a model that they were saved from, in place.
 
@@ -49,25 +47,25 @@ def restore(model: nn.Module, directory: str | os.PathLike[str], *, name: str | 
         CheckpointError: If the files are missing or damaged, or are those of another adapter. The model is then
             unchanged.
     """
-    write_values(_restored(model, directory, name))
+    with opened(model, None) as view:
+        write_values(_restored(view, directory, view.state.adapter(name).name))
 
 
-@one_at_a_time
 def restore_each(model: nn.Module, directories: Mapping[str, Path]) -> None:
     """Restore several adapters, by name, each from its directory as `restore` does: all of them, or none."""
-    write_values(chain.from_iterable([[*_restored(model, path, name)] for name, path in directories.items()]))
+    with opened(model, None) as view:
+        write_values(chain.from_iterable([_restored(view, path, name) for name, path in directories.items()]))
 
 
-def _restored(model: nn.Module, directory: str | os.PathLike[str], name: str | None) -> Iterable[tuple[Tensor, Tensor]]:
+def _restored(view: View, directory: str | os.PathLike[str], name: str) -> Iterable[tuple[Tensor, Tensor]]:
     """Return the parameters of an adapter with their values in the files, after checking that these are its own."""
     advice = "make the model and its adapter as they were made when training began, with the same options"
-    name = adapted_root(model)[1].adapter(name).name
     doing = f"restore adapter {name!r} from {str(directory)!r}"
-    return planned_values(model, name, lambda _: read_adapter(Path(directory)), doing=doing, advice=advice)
+    return planned_values(view, name, lambda _: read_adapter(Path(directory)), doing=doing, advice=advice)
 
 
 def planned_values(
-    model: nn.Module,
+    view: View,
     name: str,
     read: Callable[[Census], AdapterFile],
     *,
@@ -79,7 +77,7 @@ def planned_values(
     If the model is sharded, this is a collective.
 
     Args:
-        model: A model with adapters.
+        view: The model.
         name: The adapter's name in the model.
         read: Returns the contents of the files.
         doing: The call, for messages.
@@ -89,32 +87,31 @@ def planned_values(
         AdapterError: If the model has no adapter of that name, or its adapters are merged.
         CheckpointError: If the files are damaged, or are those of another adapter.
     """
-    with opened(model, None) as view:
-        state, census = view.state, view.census
-        adapter = state.adapter(name)
-        require_unmerged(state, doing)
-        require_unrouted(state, name, doing)
-        sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
-        own = [*chain.from_iterable(site.layer.diagonals_of(site.owner, adapter.name) for site in sites)]
-        with agreed(view.ranks()):
-            require_own(census, state, doing)
-            problems = [*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])]
-            raise_collected(CheckpointError, problems, doing=doing)
-            try:
-                file = read(census)
-            except CheckpointError as error:
-                raise CheckpointError(f"cannot {doing}: {error}") from error
-            problems += _differences(adapter, file, shapes_of(sites, adapter.config), advice)
-            problems += [
-                f"{site.fqn} is partitioned by ZeRO-3, whose optimizer has copies of the values and would write them "
-                "back: load DeepSpeed's own checkpoint, as engine.load_checkpoint(directory) does"
-                for site in sites[:1]
-                if any(hasattr(each, "ds_id") for each in own)
-            ]
-            if not all(has_values(each) for each in (*own, *adapter.trained.values())):
-                problems.append("the adapter has no values to write to (meta or fake): materialize the model first")
-            raise_collected(CheckpointError, problems, doing=doing)
-        return dict(_values(adapter, file, sites)).items()
+    state, census = view.state, view.census
+    adapter = state.adapter(name)
+    require_unmerged(state, doing)
+    require_unrouted(state, name, doing)
+    sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
+    own = [*chain.from_iterable(site.layer.diagonals_of(site.owner, adapter.name) for site in sites)]
+    with agreed(view.ranks()):
+        require_own(census, state, doing)
+        problems = [*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])]
+        raise_collected(CheckpointError, problems, doing=doing)
+        try:
+            file = read(census)
+        except CheckpointError as error:
+            raise CheckpointError(f"cannot {doing}: {error}") from error
+        problems += _differences(adapter, file, shapes_of(sites, adapter.config), advice)
+        problems += [
+            f"{site.fqn} is partitioned by ZeRO-3, whose optimizer has copies of the values and would write them "
+            "back: load DeepSpeed's own checkpoint, as engine.load_checkpoint(directory) does"
+            for site in sites[:1]
+            if any(hasattr(each, "ds_id") for each in own)
+        ]
+        if not all(has_values(each) for each in (*own, *adapter.trained.values())):
+            problems.append("the adapter has no values to write to (meta or fake): materialize the model first")
+        raise_collected(CheckpointError, problems, doing=doing)
+    return dict(_values(adapter, file, sites)).items()
 
 
 def write_values(values: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -37,7 +37,6 @@ from randlora.placement.ranks import one_writes
 from randlora.report import adapter_report, as_bytes
 from randlora.state import ModelState
 from randlora.targets.match import shortened
-from randlora.targets.select import left_out_by
 from randlora.targets.walk import Census
 
 
@@ -182,11 +181,10 @@ def _beside_the_base(census: Census, directory: Path) -> list[str]:
 def _card(held: Gathered, contents: Contents, results: Results, hub: str | None, subfolder: str | None) -> str:
     """Return the text of a model card."""
     shapes = contents.header.shapes
-    skipped, remaining = left_out_by(held.census, contents.adapter.config, shapes, held.adapter.trained)
-    report = adapter_report(held.census, contents.adapter, shapes, skipped=skipped, remaining=remaining)
     return write_card(
-        report,
+        adapter_report(held.census, contents.adapter, shapes),
         contents.header,
+        left_out=held.adapter.left_out,
         task=task_of(held.census.model),
         results=results,
         base_model=contents.fields[BASE_FIELD],

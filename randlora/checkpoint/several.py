@@ -6,19 +6,21 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from randlora.checkpoint.contents import StoredAs
-from randlora.checkpoint.load import Options, add_found
+from randlora.checkpoint.load import Options, added
 from randlora.checkpoint.save import SaveReport, write_each
 from randlora.checkpoint.source import IN_ROOT, Found, locate_all, read_source
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import require_types
-from randlora.model.change import one_at_a_time
 from randlora.model.switch import remove
+from randlora.model.view import View, opened_to_add
 from randlora.report import Report
 from randlora.state import SavePretrained, adapted_root
 from randlora.targets.match import nearest_names
+from randlora.targets.walk import Census
 
 
 def save_all(
@@ -66,7 +68,6 @@ def save_all(
     return write_each(model, directories, root, bases=bases, push_to_hub=push_to_hub)
 
 
-@one_at_a_time
 def load_all(
     model: nn.Module,
     source: str | os.PathLike[str],
@@ -115,14 +116,17 @@ def load_all(
     return add_all(model, found, Options(trainable=trainable, prefix=prefix, save_pretrained=save_pretrained))
 
 
+@torch.inference_mode(mode=False)
 def add_all(model: nn.Module, found: Mapping[str, Found], options: Options) -> list[Report]:
     """Add adapters that were read to a model under these names: all of them, or none if one cannot be added."""
     reports: list[Report] = []
-    try:
-        for name, each in found.items():
-            reports.append(add_found(model, each, options._replace(name=name)))
-    except BaseException:
-        for name in reversed([*found][: len(reports)]):
-            remove(model, name)
-        raise
+    with opened_to_add(model, found, "load") as view:
+        try:
+            for name, each in found.items():
+                now = View(view.root, view.state, Census.of(model)) if reports else view
+                reports.append(added(now, each, options._replace(name=name)))
+        except BaseException:
+            for name in reversed([*found][: len(reports)]):
+                remove(model, name)
+            raise
     return reports

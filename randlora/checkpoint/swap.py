@@ -8,15 +8,16 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from randlora.checkpoint.fit import layer_names, parameter_names, with_prefix, without_repeats
+from randlora.checkpoint.fit import parameter_names, with_prefix, without_repeats
 from randlora.checkpoint.in_memory import AdapterState
-from randlora.checkpoint.load import Options, add_found, warn_of_doubts
+from randlora.checkpoint.load import Options, warn_of_doubts
 from randlora.checkpoint.peft_config import kept_fields
 from randlora.checkpoint.read import AdapterFile
 from randlora.checkpoint.restore import planned_values, write_values
+from randlora.checkpoint.several import add_all
 from randlora.checkpoint.source import Found, Source, read_source
 from randlora.hints import require_types
-from randlora.model.ranks import ranks_holding
+from randlora.model.view import opened
 from randlora.placement.ranks import agreed
 from randlora.state import CHANGING, ModelState, adapted_root, is_adapted, require_unrouted
 from randlora.targets.walk import Census
@@ -65,9 +66,10 @@ def swap(
     """
     given = {"model": model, "name": name, "source": source, "revision": revision}
     require_types(swap, {**given, "subfolder": subfolder, "prefix": prefix})
-    root, state = adapted_root(model)
-    state.adapter(name)
-    with agreed(ranks_holding(Census.of(root), state)):
+    with opened(model, None) as view:
+        view.state.adapter(name)
+        ranks = view.ranks()
+    with agreed(ranks):
         found = read_source(source, revision=revision, subfolder=subfolder)
     swap_found(model, name, found, prefix)
 
@@ -94,7 +96,7 @@ def set_adapter_state(model: nn.Module, state: AdapterState, *, name: str = "def
     if is_adapted(model) and name in adapted_root(model)[1].adapters:
         swap_found(model, name, found)
     else:
-        add_found(model, found, Options(name=name, trainable=trainable))
+        add_all(model, {name: found}, Options(trainable=trainable))
 
 
 def swap_found(model: nn.Module, name: str, found: Found, prefix: str | None = None) -> None:
@@ -106,7 +108,7 @@ def swap_found(model: nn.Module, name: str, found: Found, prefix: str | None = N
         file = (
             found.file
             if prefix is None
-            else with_prefix(found.file, prefix, layer_names(census), parameter_names(census))
+            else with_prefix(found.file, prefix, census.sites_by_fqn, parameter_names(census))
         )
         read.append(without_repeats(census, file))
         return read[0]
@@ -114,9 +116,10 @@ def swap_found(model: nn.Module, name: str, found: Found, prefix: str | None = N
     root, state = adapted_root(model)
     require_unrouted(state, name, doing, here=True)  # which would wait for its own end
     with _undisturbed(state, doing), torch.inference_mode(mode=False):
-        values = planned_values(model, name, fitted, doing=doing, advice=ADVICE)
-        warn_of_doubts(root, read[0])
-        write_values(values)
+        with opened(model, None) as view:
+            values = planned_values(view, name, fitted, doing=doing, advice=ADVICE)
+            warn_of_doubts(root, read[0])
+            write_values(values)
         state.adapter(name).peft_fields = kept_fields(read[0].fields)
 
 

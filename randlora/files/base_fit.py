@@ -18,8 +18,6 @@ from torch import Tensor
 from randlora.bases.spec import Shape
 from randlora.checkpoint.base_model import ModelClass
 from randlora.checkpoint.fit import (
-    all_shapes,
-    layer_names,
     misfits,
     named_sites,
     parameter_names,
@@ -62,7 +60,7 @@ class Base(NamedTuple):
     def all_shapes(self) -> list[Shape]:
         """Return the shapes of all weights that can be adapted; those of all matrices if there is no class."""
         if not isinstance(self.model, str):
-            return all_shapes(self.model.census)
+            return self.model.census.shapes()
         shapes = [entry.shape for entry in self.dense.directory.entries.values() if len(entry.shape) > 1]
         return [*(shape[-2:] for shape in shapes), *((shape[0], math.prod(shape[1:])) for shape in shapes)]
 
@@ -177,7 +175,7 @@ def _fit_model(
 ) -> tuple[BaseFit, list[str]]:
     """Find the tensors of the weights that an adapter names in a model."""
     if prefix is not None:
-        file = with_prefix(file, prefix, layer_names(model.census), parameter_names(model.census))
+        file = with_prefix(file, prefix, model.census.sites_by_fqn, parameter_names(model.census))
     sites = named_sites(model.census, file)
     file = without_repeats(model.census, file)
     problems = obstacles(model.census, sites, file.config.dropout)

@@ -3,15 +3,14 @@
 The checks of a call find what would make it fail. What no check can foresee, such as a lack of memory, an interrupt or
 a class that sets its attributes in its own way, may still raise in the middle of a change, which is then undone.
 
-The checks hold until the change is made, because one thread at a time changes models.
+The checks hold until the change is made, because one thread at a time changes models: see `randlora.model.view`.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,23 +21,9 @@ from randlora.model.save_guard import savers
 from randlora.placement.dtensor import Shard, is_dtensor
 from randlora.placement.offloaded import stores
 from randlora.replaced import ReplacedParameter
-from randlora.state import CHANGING, ModelState
+from randlora.state import ModelState
 from randlora.targets.site import Site
 from randlora.targets.walk import Census
-
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
-
-
-def one_at_a_time(verb: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Wrap a function that changes a model to wait for changes in other threads."""
-
-    @functools.wraps(verb)
-    def alone(*args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
-        with CHANGING:
-            return verb(*args, **options)
-
-    return alone
 
 
 @contextmanager

@@ -20,10 +20,10 @@ from randlora.layer_options import by_rank
 from randlora.layers.combined import Combined, Method, combined
 from randlora.meant import NotTheModel
 from randlora.model.factors import factor_problems
-from randlora.model.install import commit, lost_sites, owned_state, prepare
+from randlora.model.install import commit, lost_sites, prepare
 from randlora.model.train_also import copy_dtype, lost_parameters, replacements
 from randlora.model.trainable import offloaded_diagonals
-from randlora.model.view import opened
+from randlora.model.view import opened, opened_to_add
 from randlora.modes import has_values
 from randlora.placement.place import whole
 from randlora.placement.ranks import agreed, in_step
@@ -115,9 +115,10 @@ def combine(
     require_types(combine, {"method": method, "like": like})
     if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not is_finite(tolerance) or tolerance <= 0:
         raise ConfigError(f"tolerance must be a positive number, got {shortly(tolerance)}")
-    with opened(model, "combine") as view:
-        census = view.census
-        state = owned_state(census, name, "combine adapters into")
+    with opened(model, None) as found:  # it may be inside of a wrapper
+        root = found.root
+    with opened_to_add(root, [name], "combine adapters into") as view:
+        census, state = view.census, view.state
         sources = _sources(state, adapters, like)
         sites = [site for site in census.adapted if any(source.name in site.layer.adapters for source in sources)]
         lost = [*lost_sites(census, sources), *lost_parameters(state, sources), *offloaded_diagonals(census)]

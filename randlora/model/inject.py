@@ -33,8 +33,8 @@ from randlora.hints import require_types
 from randlora.layer_options import LayerOptions, by_rank
 from randlora.lora_size import r_like_lora
 from randlora.model.asked import one_config
-from randlora.model.change import all_or_nothing, one_at_a_time
-from randlora.model.install import commit, detach_all, owned_state, prepare, require_detachable, unfold_all
+from randlora.model.change import all_or_nothing
+from randlora.model.install import commit, detach_all, prepare, require_detachable, unfold_all
 from randlora.model.moving import moving_note
 from randlora.model.train_also import (
     copy_dtype,
@@ -46,13 +46,13 @@ from randlora.model.train_also import (
     select_parameters,
     train_also_problems,
 )
-from randlora.model.view import opened
+from randlora.model.view import View, opened, opened_to_add
 from randlora.modes import has_values
-from randlora.placement.dtensor import is_dtensor, reshard
+from randlora.placement.dtensor import is_dtensor
 from randlora.placement.place import whole
 from randlora.placement.ranks import agreed, in_step, ranks_of
 from randlora.replaced import ReplacedParameter, like
-from randlora.report import Report, adapter_report, next_steps
+from randlora.report import Report, adapter_report, left_out_lines, next_steps
 from randlora.start import Init
 from randlora.state import Adapter, ModelState, SavePretrained, require_unrouted
 from randlora.targets.left_out import doubt, lines
@@ -113,7 +113,6 @@ class Plan:
 
 @explain_options
 @torch.inference_mode(mode=False)  # trainable parameters must not be inference tensors
-@one_at_a_time
 def inject(
     model: nn.Module,
     r: int | Mapping[str, int] | None = None,
@@ -187,13 +186,18 @@ def inject(
             model is in a `DistributedDataParallel` already, which would not average the adapter's gradients.
     """
     options = one_config(locals())
-    reshard(model)
     require_types(inject, {"init": init, "save_pretrained": save_pretrained})
-    planned = make_plan(model, name, options, like_lora, active=active, trainable=trainable)
+    with opened_to_add(model, [name], "inject") as view:
+        planned = make_plan(view, name, options, like_lora, active=active, trainable=trainable)
+        return _injected(planned, init, save_pretrained)
+
+
+def _injected(planned: Plan, init: Init, save_pretrained: SavePretrained | None) -> Report:
+    """Add a planned adapter to its model and return the report."""
     report, adapter, sites = planned.report(), planned.adapter, planned.selection.sites
     report = replace(report, notes=(*report.notes, *_valueless_buffers(planned.census)))
     _warn(report)
-    adapter.init = init
+    adapter.init, adapter.left_out = init, tuple(left_out_lines(report))
     adapter.bases |= planned.shared
     if any(has_values(parameter) for site in sites for parameter in site.owner.parameters()):
         for rank in adapter.bases.keys() - planned.shared.keys():
@@ -268,7 +272,8 @@ def plan(
     """
     require_types(inject, {"init": init, "save_pretrained": save_pretrained})
     chosen = one_config({**locals(), **options})
-    report = make_plan(model, name, chosen, like_lora, active=active, trainable=trainable).report()
+    with opened_to_add(model, [name], "inject") as view:
+        report = make_plan(view, name, chosen, like_lora, active=active, trainable=trainable).report()
     _warn(report)
     return report
 
@@ -312,7 +317,7 @@ def _warn(report: Report) -> None:
 
 
 def make_plan(
-    model: nn.Module,
+    view: View,
     name: str,
     config: RandLoRAConfig,
     like_lora: int | None = None,
@@ -322,8 +327,7 @@ def make_plan(
 ) -> Plan:
     """Return the plan of an adapter, or raise one error for all problems."""
     require_types(inject, {"active": active, "trainable": trainable})
-    census = Census.of(model)
-    state = owned_state(census, name, "inject")
+    census, state = view.census, view.state
     also = [] if config.train_also is None else select_parameters(census, config.train_also)
     selection = select(census, config.targets, config.exclude, also)
     problems = obstacles(census, selection.sites, config.dropout)

@@ -75,12 +75,12 @@ class Addition(NamedTuple):
     save_pretrained: SavePretrained | None
 
 
-def owned_state(census: Census, name: str, doing: str) -> ModelState:
-    """Return the model's state, or a new one, after checking that an adapter of this name can be added.
+def owned_state(census: Census, doing: str) -> ModelState:
+    """Return the model's state, or a new one, after checking that adapters can be added.
 
     Raises:
-        AdapterError: If the name is invalid or taken, the adapters are merged, or adapters were added to a submodule of
-            the model or to a module that contains it.
+        AdapterError: If the adapters are merged, or were added to a submodule of the model or to a module that contains
+            it, or the model is wrapped or has adapters of other libraries.
     """
     model = census.model
     if (attribute := held_at(model, WRAPPERS)) is not None:
@@ -97,33 +97,26 @@ def owned_state(census: Census, name: str, doing: str) -> ModelState:
     state = attached_state(model) or ModelState()
     state.require_loaded(model)
     state.adopt_parameters(model)
-    _require_name(name, doing)
     require_own(census, state, doing)
     unfit = [held.fqn for held in census.parameters if not held.parameter.is_leaf]
     if unfit:
         raise AdapterError(f"cannot {doing}: {unfit[0]} is not a leaf tensor and cannot be frozen; detach it")
     require_unmerged(state, doing)
-    require_new_name(state, name, doing)
     return state
 
 
 def require_new_name(state: ModelState, name: str, doing: str) -> None:
     """Check that an adapter can have a name that no other has; else raise `AdapterError`."""
-    _require_name(name, doing)
-    if name in state.adapters:
-        raise AdapterError(
-            f"cannot {doing} {name!r}: the model has an adapter of that name; remove it, or choose another name"
-        )
-
-
-def _require_name(name: str, doing: str) -> None:
-    """Check that an adapter can have a name; else raise `AdapterError`."""
     # torch.export writes the names of parameters as code
     is_name = isinstance(name, str) and name and name.isprintable() and "." not in name
     if not is_name or keyword.iskeyword(name) or name in dir(Gamma({})):
         raise AdapterError(
             f"cannot {doing} an adapter named {shortly(name)}: expected a printable name without dots, "
             "not an attribute of ParameterDict or a keyword of Python"
+        )
+    if name in state.adapters:
+        raise AdapterError(
+            f"cannot {doing} {name!r}: the model has an adapter of that name; remove it, or choose another name"
         )
 
 
@@ -285,7 +278,7 @@ def unfold_all(census: Census, state: ModelState) -> tuple[str, ...]:
     for guard in state.merge_guards:
         guard.remove()
     state.merge_guards = []
-    state.merged_blocks, state.merged_in_blocks = [], ()
+    state.merged_blocks = []
     return tuple(site.fqn for site in merged)
 
 

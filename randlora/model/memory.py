@@ -12,6 +12,7 @@ from randlora.config import RandLoRAConfig, further_options
 from randlora.memory.training import Setup, Training, TrainingMemory
 from randlora.model.asked import one_config
 from randlora.model.inject import make_plan
+from randlora.model.view import opened_to_add
 from randlora.options import Strategy
 
 
@@ -72,5 +73,6 @@ def memory_of(
 ) -> TrainingMemory:
     """Return the result of `training_memory`; ``stored`` has the bytes of quantized parameters, by FQN."""
     config = one_config({"r": r, **options})
-    planned = make_plan(model, "default", config, options.get("like_lora"), active=True, trainable=True)
+    with opened_to_add(model, ["default"], "inject") as view:
+        planned = make_plan(view, "default", config, options.get("like_lora"), active=True, trainable=True)
     return Training(planned.census, planned.adapter, tuple(planned.selection.sites), setup, stored).memory()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from randlora.layer_options import Factor
 from randlora.layers.base import AdapterLayer
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.update import Into, Quantized, RoundingLoss
-from randlora.model.change import all_or_nothing, one_at_a_time
+from randlora.model.change import all_or_nothing
 from randlora.model.install import detach_all, lost_sites, require_detachable, require_own, unfold_all
 from randlora.model.mergeable import (
     again_problems,
@@ -37,13 +37,13 @@ from randlora.model.mergeable import (
 from randlora.model.merged_backward import refuse_backward
 from randlora.model.moving import moved_note
 from randlora.model.probe import differences_from_product, product_problems
-from randlora.model.ranks import ranks_holding
 from randlora.model.train_also import lost_parameters
 from randlora.model.untrained import untrained_notes
-from randlora.placement.dtensor import reshard
+from randlora.model.view import View, opened
 from randlora.placement.place import Kept
 from randlora.placement.ranks import Ranks, agreed
 from randlora.report import MergeReport
+from randlora.routing import BLOCKS
 from randlora.state import CHANGING, ModelState, adapted_root
 from randlora.targets.site import AdaptedSite
 from randlora.targets.ties import tie_problems
@@ -51,7 +51,6 @@ from randlora.targets.walk import Census
 
 
 @torch.inference_mode(mode=False)  # the weights must not be inference tensors
-@one_at_a_time
 def merge(
     model: nn.Module,
     *,
@@ -95,26 +94,55 @@ def merge(
             class makes something else of a change of its weight than the product, or takes the weight from
             elsewhere than the attribute, which is tried on a small random input. The model is then unchanged.
     """
-    reshard(model)
-    root, state = adapted_root(model)
-    census = Census.of(root)
-    ranks = ranks_holding(census, state, is_written=True)
-    names = None if adapters is None else _listed(adapters)
-    weights = {name: each for name, each in state.on_top.items() if names is None or name in names}
-    sites = [site for site in census.adapted if site.layer.factors(weights)]
-    with agreed(ranks):
+    with opened(model, None, writes=True) as view:
+        names = None if adapters is None else _listed(adapters)
+        planned = _planned(view, names, quantized, dtype, reversible=reversible)
+        with _unfolded_if_raised(planned.first) as kept:
+            return _merge(view, planned, kept)
+
+
+class Plan(NamedTuple):
+    """A merge that has been checked.
+
+    Attributes:
+        adapters: The names and factors of the adapters to merge.
+        sites: The weights that these act on.
+        first: Those of them that are not merged into yet.
+        into: What merged weights become.
+        reversible: Whether the adapters and the original weights are kept.
+        options: The options ``quantized`` and ``dtype`` as given.
+        notes: What the user should know.
+    """
+
+    adapters: dict[str, Factor]
+    sites: list[AdaptedSite]
+    first: list[AdaptedSite]
+    into: Into
+    reversible: bool
+    options: tuple[Quantized, torch.dtype | None]
+    notes: tuple[str, ...]
+
+
+def _planned(
+    view: View, names: list[str] | None, quantized: Quantized, dtype: torch.dtype | None, *, reversible: bool
+) -> Plan:
+    """Return a merge of adapters of these names, ``None`` for all, after checking it in all processes."""
+    census, state = view.census, view.state
+    adapters = {name: each for name, each in state.on_top.items() if names is None or name in names}
+    sites = [site for site in census.adapted if site.layer.factors(adapters)]
+    with agreed(view.ranks(is_written=True)):
         require_types(merge, {"reversible": reversible, "quantized": quantized})
         raise_collected(ConfigError, option_problems(quantized, dtype), doing="merge")
         into = Into(quantized, dtype or model_dtype(census))
         require_own(census, state, "merge")
         raise_collected(MergeError, name_problems(state, names), doing="merge")
-        merging = [state.adapters[name] for name in weights]
+        merging = [state.adapters[name] for name in adapters]
         lost = [*lost_sites(census, merging), *lost_parameters(state, merging)]
         first = [site for site in sites if site.layer.unmerged is None]
         values = [*tie_problems(census, sites), *weight_problems(first, into), *again_problems(sites)]
         differences = {} if values else differences_from_product(first)  # of weights that have values
-        trained = trained_problems(state, sites, weights)
-        problems = [*state_problems(state, weights, reversible=reversible), *lost, *values, *trained]
+        trained = trained_problems(state, sites, adapters)
+        problems = [*state_problems(state, adapters, reversible=reversible), *lost, *values, *trained]
         problems += product_problems(differences)
         if state.is_merged and state.merge_options != (quantized, dtype):
             problems.append("others are merged with other options: give the same quantized and dtype, or unmerge them")
@@ -122,33 +150,38 @@ def merge(
         if not reversible:
             require_detachable(census, "merge")
     untried = [site for site, difference in differences.items() if difference is None]
-    notes = merge_notes(root, first, untried, into, reversible=reversible)  # before merging, which may change classes
-    notes += (
+    notes = (
+        *merge_notes(view.root, first, untried, into, reversible=reversible),  # before merging, which changes classes
         *untrained_notes(census, state, merging),
         *moved_note(census, state, merging, "the merged model has them as they are now, and no file of the adapter"),
     )
-    with all_or_nothing(census, state), _unfolded_if_raised(first) as kept:
-        rounding = _fold_all(sites, _together(state, state.merged | weights), into, ranks)
-        targets = tuple(site.fqn for site in sites)
-        factors = {name: copy(factor) for name, factor in weights.items()}
-        report = MergeReport(factors, targets, reversible=reversible, rounding=rounding, notes=notes)
-        if not state.on_top.keys() - weights.keys():
-            for basis in state.bank:
-                basis.release()  # a merged model does not use them
-        if reversible:
-            if not state.is_merged:
-                guarded = census.around_adapted
-                state.merge_guards = [each.register_load_state_dict_pre_hook(_refuse_loading) for each in guarded]
-                state.merge_guards.append(root.register_forward_hook(refuse_backward))
-            state.merged = _together(state, state.merged | weights)
-            state.merge_options, state.merge_report = (quantized, dtype), report
-            for site in sites:
-                site.layer.seat(site.owner)
-            return report
-        kept |= {site.layer: site.layer.unmerged for site in sites}
+    return Plan(adapters, sites, first, into, reversible, (quantized, dtype), notes)
+
+
+def _merge(view: View, planned: Plan, kept: dict[AdapterLayer, tuple[Any] | None]) -> MergeReport:
+    """Merge as planned; ``kept`` gets what `AdapterLayer.unmerged` was before it is dropped."""
+    census, state, sites = view.census, view.state, planned.sites
+    together = _together(state, state.merged | planned.adapters)
+    rounding = _fold_all(sites, together, planned.into, view.ranks(is_written=True))
+    factors = {name: copy(factor) for name, factor in planned.adapters.items()}
+    targets = tuple(site.fqn for site in sites)
+    report = MergeReport(factors, targets, reversible=planned.reversible, rounding=rounding, notes=planned.notes)
+    if not state.on_top.keys() - planned.adapters.keys():
+        for basis in state.bank:
+            basis.release()  # a merged model does not use them
+    if planned.reversible:
+        if not state.is_merged:
+            guarded = census.around_adapted
+            state.merge_guards = [each.register_load_state_dict_pre_hook(_refuse_loading) for each in guarded]
+            state.merge_guards.append(view.root.register_forward_hook(refuse_backward))
+        state.merged, state.merge_options, state.merge_report = together, planned.options, report
         for site in sites:
-            site.layer.keep_merged(site.owner)
-        detach_all(census, state)
+            site.layer.seat(site.owner)
+        return report
+    kept |= {site.layer: site.layer.unmerged for site in sites}
+    for site in sites:
+        site.layer.keep_merged(site.owner)
+    detach_all(census, state)
     return report
 
 
@@ -162,7 +195,6 @@ def _together(state: ModelState, weights: Mapping[str, Factor]) -> dict[str, Fac
     return {name: weights[name] for name in state.adapters if name in weights}
 
 
-@one_at_a_time
 def unmerge(model: nn.Module, adapters: str | Iterable[str] | None = None) -> tuple[str, ...]:
     """Restore, bit for bit, the weights from before ``merge(model, reversible=True)``, or from before some were merged.
 
@@ -185,27 +217,26 @@ def unmerge(model: nn.Module, adapters: str | Iterable[str] | None = None) -> tu
 
 def _unmerge(model: nn.Module, names: Sequence[str] | None, *, is_agreed: bool = True) -> tuple[str, ...]:
     """Restore the weights; if ``is_agreed``, together with the other processes that hold parts of them."""
-    reshard(model)
-    root, state = adapted_root(model)
-    census = Census.of(root)
-    staying = {name: each for name, each in state.merged.items() if names is not None and name not in names}
-    ranks = ranks_holding(census, state, is_written=True) if is_agreed else None
+    with opened(model, None) as view:
+        state, census = view.state, view.census
+        staying = {name: each for name, each in state.merged.items() if names is not None and name not in names}
+        ranks = view.ranks(is_written=True) if is_agreed else None
 
-    def restored() -> tuple[str, ...]:
-        with all_or_nothing(census, state), agreed(ranks):
-            if not state.is_merged:
-                raise MergeError("cannot unmerge: the adapters are not merged; first merge(model, reversible=True)")
-            unknown = [name for name in names or () if not isinstance(name, str) or name not in state.merged]
-            problems = [f"{shortly(name)} is not merged: {', '.join(state.merged)} is" for name in unknown]
-            raise_collected(MergeError, problems, doing="unmerge")
-            return _merge_fewer(census, state, staying) if staying else unfold_all(census, state)
+        def restored() -> tuple[str, ...]:
+            with all_or_nothing(census, state), agreed(ranks):
+                if not state.is_merged:
+                    raise MergeError("cannot unmerge: the adapters are not merged; first merge(model, reversible=True)")
+                unknown = [name for name in names or () if not isinstance(name, str) or name not in state.merged]
+                problems = [f"{shortly(name)} is not merged: {', '.join(state.merged)} is" for name in unknown]
+                raise_collected(MergeError, problems, doing="unmerge")
+                return _merge_fewer(census, state, staying) if staying else unfold_all(census, state)
 
-    try:
-        return restored()
-    except BaseException as error:  # an `Exception` is raised in all processes, which wait for one that is interrupted
-        if ranks is not None and not isinstance(error, Exception) and state.is_merged:
-            restored()
-        raise
+        try:
+            return restored()
+        except BaseException as error:  # an `Exception` is raised in all processes, which wait for an interrupted one
+            if ranks is not None and not isinstance(error, Exception) and state.is_merged:
+                restored()
+            raise
 
 
 def _merge_fewer(census: Census, state: ModelState, staying: Mapping[str, Factor]) -> tuple[str, ...]:
@@ -232,8 +263,8 @@ def merged(
 ) -> Iterator[MergeReport]:
     """Merge the active adapters inside a ``with`` block, for inference at the base model's speed.
 
-    Blocks can be nested, and may overlap, in several threads or tasks: the adapters are merged until the last one ends.
-    Only the block that merges uses its options.
+    Blocks can be nested: an inner one merges what is active and not merged yet, with the options of the outer one.
+    Other threads may run the model in the block, and may not open one.
 
     Args:
         model: A model with adapters.
@@ -241,41 +272,38 @@ def merged(
         dtype: See `merge`.
 
     Yields:
-        The report of the merge, which may be that of an outer block.
+        The report of the merge, or that of the outer block if all is merged already.
 
     Raises:
-        RandLoRAError: Any error of `merge`.
+        MergeError: If another thread or task has an open block, and any error of `merge`.
+        RandLoRAError: Any other error of `merge`.
     """
     _, state = adapted_root(model)
-    block, is_kept, has_raised = object(), False, True
+    block, has_raised = object(), True
+    own: tuple[str, ...] = ()
 
     def end() -> None:
+        BLOCKS.set(tuple(each for each in BLOCKS.get() if each is not block))
         with CHANGING:
             state.merged_blocks = [other for other in state.merged_blocks if other is not block]
-            if state.merged_blocks or is_kept:
-                return
-            if names := [name for name in state.merged_in_blocks if name in state.merged]:
+            if names := [name for name in own if name in state.merged]:
                 # after an error of this process alone, the others may never come here
                 _unmerge(model, names, is_agreed=not has_raised)
-            state.merged_in_blocks = ()
 
     try:
-        with CHANGING:
-            is_nested = state.is_merged and not state.on_top
-            is_kept = is_nested and not state.merged_blocks  # by `merge`, which `unmerge` undoes
-            if is_nested:
-                report = state.merge_report
-            else:
-                before = state.merged_in_blocks
-                state.merged_in_blocks += tuple(state.on_top)  # first, or an interrupt might leave them merged
+        with opened(model, None):
+            if any(other not in BLOCKS.get() for other in state.merged_blocks):
+                raise MergeError(
+                    "another thread, or task, has an open block of randlora.merged, whose end would unmerge this one: "
+                    "open one block around all of them, or call randlora.merge(model, reversible=True)"
+                )
+            if state.on_top or not state.is_merged:
+                own = tuple(state.on_top)  # first, or an interrupt might leave them merged
                 quantized, dtype = state.merge_options or (quantized, dtype)
-                try:
-                    report = merge(model, reversible=True, quantized=quantized, dtype=dtype)
-                except Exception:
-                    state.merged_in_blocks = before
-                    raise
-            if not is_kept:
-                state.merged_blocks.append(block)
+                merge(model, reversible=True, quantized=quantized, dtype=dtype)
+            state.merged_blocks = [*state.merged_blocks, block]
+            report = state.merge_report
+        BLOCKS.set((*BLOCKS.get(), block))
         yield report
         has_raised = False
     finally:

@@ -19,13 +19,13 @@ from randlora.model.install import lost_sites, require_own, unwrapped_model
 from randlora.model.mergeable import model_dtype, weight_problems
 from randlora.model.merged_values import Entry, Share, entries_of, modules_of, saved_buffers
 from randlora.model.probe import differences_from_product, product_problems
-from randlora.model.ranks import ranks_holding
 from randlora.model.train_also import lost_parameters
+from randlora.model.view import View, opened
 from randlora.placement.dtensor import is_dtensor, reshard
 from randlora.placement.flattened import flattened_problem
 from randlora.placement.offloaded import offloaded
 from randlora.placement.ranks import Ranks, agreed
-from randlora.state import ATTRIBUTE, CHANGING, ModelState, adapted_root
+from randlora.state import ATTRIBUTE, CHANGING, ModelState
 from randlora.targets.ties import tie_problems
 from randlora.targets.walk import Census, is_quantized
 
@@ -100,17 +100,15 @@ class MergedTensors:
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype | None, *, doing: str) -> MergedTensors:
         """Check that a model can be merged and has all values, in all processes that hold it together, or raise."""
-        reshard(model)
-        root, state = adapted_root(model)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ConfigError(f"dtype must be a floating dtype or None, got {shortly(dtype)}")
-        with CHANGING:
-            census = Census.of(unwrapped_model(model))
-            ranks = ranks_holding(census, state)
+        with opened(model, None) as view:
+            root, state, census = view.root, view.state, Census.of(unwrapped_model(model))
+            ranks = View(root, state, census).ranks()  # parts of the model without adapters may be sharded
             with agreed(ranks):
                 if (problem := flattened_problem(model)) is not None:
                     raise MergeError(f"cannot {doing}: {problem}")
-                _require_mergeable(Census.of(root), state, doing)
+                _require_mergeable(view.census, state, doing)
                 entries = tuple(entries_of(census, state, Into("dequantize", dtype or model_dtype(census))))
                 raise_collected(MergeError, _value_problems(census, state), doing=doing)
         return cls(root, state, census, ranks, entries, dtype)

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from randlora.errors import AdapterError, ConfigError, raise_collected
 from randlora.hints import is_finite, shortly
 from randlora.layer_options import Factor
-from randlora.model.change import one_at_a_time
 from randlora.model.trainable import offloaded_diagonals
-from randlora.model.view import opened
+from randlora.model.view import View, opened
 from randlora.placement.dtensor import Shard, is_dtensor
 from randlora.placement.zero3 import is_managed
-from randlora.state import Adapter, ModelState, require_unmerged
+from randlora.state import Adapter, require_unmerged
 from randlora.targets.options import by_target
 from randlora.targets.site import AdaptedSite
 
@@ -53,12 +52,12 @@ def update_norms(model: nn.Module, *, name: str | None = None) -> dict[str, Tens
         >>> penalty.item()
         0.0
     """
-    adapter, sites, _ = _sites_of(model, name, "compute the norms of the updates")
-    return _norms(adapter, sites)
+    doing = "compute the norms of the updates"
+    with opened(model, doing) as view:
+        return _norms(*_sites_of(view, name, doing))
 
 
 @torch.no_grad()
-@one_at_a_time
 def limit_norms(model: nn.Module, limit: Factor, *, name: str | None = None) -> dict[str, Tensor]:
     """Scale down Λ, in place, of each layer whose update has a norm above a limit, so that its norm is the limit.
 
@@ -87,32 +86,32 @@ def limit_norms(model: nn.Module, limit: Factor, *, name: str | None = None) -> 
         >>> before = randlora.limit_norms(model, limits)
     """
     doing = "limit the norms of the updates"
-    adapter, sites, state = _sites_of(model, name, doing)
-    require_unmerged(state, doing)
-    limits = _limits(limit, [site.fqn for site in sites])
-    lambdas = {site.fqn: site.layer.diagonals_of(site.owner, adapter.name)[0] for site in sites}
-    problems = [
-        f"{fqn} is partitioned by ZeRO-3, whose optimizer has copies of the values and would write them back"
-        for fqn, lam in [*lambdas.items()][:1]
-        if is_managed(lam)
-    ]
-    raise_collected(AdapterError, problems, doing=doing)
-    norms = _norms(adapter, sites)
-    for fqn, norm in norms.items():
-        is_above = (norm > limits[fqn]) & norm.isfinite()
-        factor = torch.where(is_above, limits[fqn] / norm, 1.0)
-        lam = lambdas[fqn]
-        held = Shard(lam).read() if is_dtensor(lam) else lam
-        held.mul_(factor.to(held.device))
-    return norms
-
-
-def _sites_of(model: nn.Module, name: str | None, doing: str) -> tuple[Adapter, list[AdaptedSite], ModelState]:
-    """Return an adapter and its layers, whose Λ and Γ can be read."""
     with opened(model, doing) as view:
-        adapter = view.state.adapter(name)
-        raise_collected(AdapterError, offloaded_diagonals(view.census), doing=doing)
-        return adapter, [site for site in view.census.adapted if adapter.name in site.layer.adapters], view.state
+        adapter, sites = _sites_of(view, name, doing)
+        require_unmerged(view.state, doing)
+        limits = _limits(limit, [site.fqn for site in sites])
+        lambdas = {site.fqn: site.layer.diagonals_of(site.owner, adapter.name)[0] for site in sites}
+        problems = [
+            f"{fqn} is partitioned by ZeRO-3, whose optimizer has copies of the values and would write them back"
+            for fqn, lam in [*lambdas.items()][:1]
+            if is_managed(lam)
+        ]
+        raise_collected(AdapterError, problems, doing=doing)
+        norms = _norms(adapter, sites)
+        for fqn, norm in norms.items():
+            is_above = (norm > limits[fqn]) & norm.isfinite()
+            factor = torch.where(is_above, limits[fqn] / norm, 1.0)
+            lam = lambdas[fqn]
+            held = Shard(lam).read() if is_dtensor(lam) else lam
+            held.mul_(factor.to(held.device))
+        return norms
+
+
+def _sites_of(view: View, name: str | None, doing: str) -> tuple[Adapter, list[AdaptedSite]]:
+    """Return an adapter and its layers, whose Λ and Γ can be read."""
+    adapter = view.state.adapter(name)
+    raise_collected(AdapterError, offloaded_diagonals(view.census), doing=doing)
+    return adapter, [site for site in view.census.adapted if adapter.name in site.layer.adapters]
 
 
 def _norms(adapter: Adapter, sites: list[AdaptedSite]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from randlora.model.install import lost_sites, require_own
 from randlora.model.switch import without_active
 from randlora.model.trainable import adapter_parameters, offloaded_diagonals
 from randlora.model.uncompiled import uncompiled
-from randlora.placement.dtensor import is_dtensor, reshard
+from randlora.placement.dtensor import is_dtensor
 from randlora.routing import Routing, open_elsewhere
 from randlora.state import ModelState, adapted_root, require_unmerged
 from randlora.targets.walk import Census
@@ -52,7 +52,6 @@ def routed(
     """
 
     def checked(census: Census, state: ModelState) -> Routing:
-        reshard(census.model)
         require_unmerged(state, "route")
         require_own(census, state, "route")
         routing = _routing(names)

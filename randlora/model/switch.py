@@ -114,7 +114,6 @@ def without_active(model: nn.Module, checked: Callable[[Census, ModelState], obj
         model: A model with adapters.
         checked: Checks the model, without changing it, and returns what `ModelState.open_block` takes.
     """
-    root, state = adapted_root(model)
     block: object = None
 
     def end() -> None:
@@ -126,13 +125,13 @@ def without_active(model: nn.Module, checked: Callable[[Census, ModelState], obj
             state.require_loaded(root)  # else the model's own values would be loaded over the copies
             state.adopt_parameters(root)
 
+    adapted_root(model)[1].forwards.give_way()
     try:
-        state.forwards.give_way()
-        with CHANGING:
-            census = Census.of(root)
-            block = checked(census, state)
+        with opened(model, None) as view:
+            root, state = view.root, view.state
+            block = checked(view.census, state)
             # without copies to exchange it is one assignment; to keep what could be undone takes far longer
-            with all_or_nothing(census, state) if state.replaced else nullcontext():
+            with all_or_nothing(view.census, state) if state.replaced else nullcontext():
                 state.open_block(block)
                 state.install_parameters()
         BLOCKS.set((*BLOCKS.get(), block))

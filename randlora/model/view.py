@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from torch import nn
 
 from randlora.model.change import all_or_nothing
-from randlora.model.install import require_own
+from randlora.model.install import owned_state, require_new_name, require_own
 from randlora.model.ranks import ranks_holding
 from randlora.placement.dtensor import reshard
 from randlora.placement.ranks import Ranks
@@ -31,9 +31,9 @@ class View:
     state: ModelState
     census: Census
 
-    def ranks(self) -> Ranks | None:
+    def ranks(self, *, is_written: bool = False) -> Ranks | None:
         """Return the processes that hold the model together; see `ranks_holding`."""
-        return ranks_holding(self.census, self.state)
+        return ranks_holding(self.census, self.state, is_written=is_written)
 
 
 @contextmanager
@@ -57,3 +57,24 @@ def opened(model: nn.Module, doing: str | None, *, writes: bool = False) -> Iter
             require_own(view.census, state, doing)
         with all_or_nothing(view.census, state) if writes else nullcontext():
             yield view
+
+
+@contextmanager
+def opened_to_add(model: nn.Module, names: Iterable[str], doing: str) -> Iterator[View]:
+    """Open a model, adapted or not, for a verb that adds adapters. The state of the view may not be attached yet.
+
+    Args:
+        model: The model itself, without a wrapper around it.
+        names: The names of the adapters.
+        doing: The verb, for messages.
+
+    Raises:
+        AdapterError: See `owned_state` and `require_new_name`.
+    """
+    with CHANGING:
+        reshard(model)
+        census = Census.of(model)
+        state = owned_state(census, doing)
+        for name in names:
+            require_new_name(state, name, doing)
+        yield View(model, state, census)

@@ -119,24 +119,6 @@ def select(census: Census, given: Pattern | None, exclude: Pattern | None, train
     return Selection(sites, rule, skipped, left, is_default=given is None)
 
 
-def left_out_by(
-    census: Census, config: RandLoRAConfig, fqns: Collection[str], trained: Collection[str]
-) -> tuple[dict[str, str], tuple[Remaining, ...]]:
-    """Return what the rule in an adapter's options skips and leaves out, if it still selects the same weights.
-
-    The FQNs are those of the adapter's layers and of the parameters trained with it.
-    """
-    if config.targets not in (None, ALL, ALL_LINEAR):
-        return {}, ()
-    try:
-        selection = select(census, config.targets, config.exclude, trained)
-    except TargetError:  # the model was changed since
-        return {}, ()
-    if {site.fqn for site in selection.sites} != set(fqns):
-        return {}, ()
-    return selection.skipped, selection.remaining
-
-
 def _resolve(census: Census, pattern: Pattern | None) -> tuple[Pattern, str, bool]:
     """Return the effective pattern, its description, and whether each of its entries must match."""
     if pattern is None and (default := default_targets(census)) is not None:

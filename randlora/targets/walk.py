@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from randlora.bases.spec import Shape
 from randlora.errors import TargetError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Diagonal
@@ -190,8 +191,11 @@ class Census:
 
     @cached_property
     def sites_by_key(self) -> dict[tuple[int, str], Site]:
-        """All weights that have a class of adapter layer, by `Site.key`."""
-        return {site.key: site for site in self.sites}
+        """All weights that have a class of adapter layer, by `Site.key`, under the first of their names."""
+        found: dict[tuple[int, str], Site] = {}
+        for site in self.sites_by_fqn.values():
+            found.setdefault(site.key, site)
+        return found
 
     @cached_property
     def _modules_by_fqn(self) -> dict[str, nn.Module]:
@@ -220,12 +224,16 @@ class Census:
     @cached_property
     def sites(self) -> tuple[Site, ...]:
         """All weights that have a class of adapter layer, each once."""
-        return tuple(site for visit in self.first_visits for site in self.sites_of(visit))
+        return tuple(self.sites_by_key.values())
 
     @cached_property
     def sites_by_fqn(self) -> dict[str, Site]:
         """All weights that have a class of adapter layer, by FQN, at each of their places."""
         return {site.fqn: site for visit in self.visits for site in self.sites_of(visit)}
+
+    def shapes(self) -> list[Shape]:
+        """Return the shapes of the updates of all weights that can be adapted, at each of their places."""
+        return [site.shape for site in self.sites_by_fqn.values()]
 
     @cached_property
     def head(self) -> nn.Module | None:

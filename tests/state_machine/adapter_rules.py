@@ -212,16 +212,16 @@ class AdapterRules(ModelMachine):
         if refused is None:
             truth.activate(factor_of)
 
-    def enter(self, refused: Refused, block: Callable[..., Any], what: str) -> None:
-        """Open a block, which `leave` closes some time later."""
+    def enter(self, refused: Refused, block: Callable[..., Any], merges: set[str] | None = None) -> None:
+        """Open a block, which `leave` closes some time later: one that merges these adapters, or one of `disabled`."""
         manager = self.ask(refused, lambda model: _entered(block(model)))
         if refused is None:
-            self.blocks.append((manager, what, self.truth.life))
+            self.blocks.append((manager, merges, self.truth.life))
 
     @is_free
     @rule()
     def disable(self) -> None:
-        self.enter(None, randlora.disabled, "disabled")
+        self.enter(None, randlora.disabled)
         self.truth.disabled += 1
 
     @is_adapted
@@ -231,26 +231,20 @@ class AdapterRules(ModelMachine):
         is_nested = truth.merged is not None and not names
         refused = None if is_nested else self.unless_mergeable(names, reversible=True)
         expected = None if refused or is_nested else truth.merging(names | truth.merged_names)
-        self.enter(refused, randlora.merged, "kept" if is_nested and not truth.blocks else "merged")
-        if refused is None and not (is_nested and not truth.blocks):
-            truth.blocks.append(self.blocks[-1][0])
+        self.enter(refused, randlora.merged, set() if is_nested else names)
         if expected is not None:
-            truth.merged_in_blocks |= names
             self.merge_as(names | truth.merged_names, expected)
 
     @precondition(lambda self: self.blocks)
     @rule()
     def leave(self) -> None:
-        truth, (manager, what, life) = self.truth, self.blocks.pop()
+        truth, (manager, merges, life) = self.truth, self.blocks.pop()
         manager.__exit__(None, None, None)
-        if life == truth.life and what == "disabled":
+        if life == truth.life and merges is None:
             truth.disabled -= 1
-        if life == truth.life and what == "merged":
-            truth.blocks = [block for block in truth.blocks if block is not manager]
-            if not truth.blocks:
-                staying = truth.merged_names - truth.merged_in_blocks
-                self.merge_as(staying, truth.merging(staying))
-                truth.merged_in_blocks = set()
+        if life == truth.life and (own := (merges or set()) & truth.merged_names):
+            staying = truth.merged_names - own
+            self.merge_as(staying, truth.merging(staying))
 
 
 def _one_or_all(factors: dict[str, float]) -> float | dict[str, float]:

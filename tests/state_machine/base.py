@@ -38,7 +38,7 @@ class ModelMachine(RuleBasedStateMachine):
         self.root = self.cleanup.enter_context(fast_disk())
         self.saved: dict[int, Adapter] = {}
         self.remembered: dict[str, Tensor] = {}
-        self.blocks: list[tuple[AbstractContextManager[Any], str, int]] = []
+        self.blocks: list[tuple[AbstractContextManager[Any], set[str] | None, int]] = []
         self.bystanders: list[tuple[nn.Module, dict[str, Any]]] = []
         self.held: dict[str, nn.Parameter] = {}
 

@@ -88,8 +88,6 @@ class Truth:
         adapters: The adapters by name.
         merged: The merged weights by name of parameter, or ``None``.
         merged_names: The adapters that are merged.
-        blocks: The open blocks of ``merged`` that end what they merged.
-        merged_in_blocks: The adapters that these merged.
         disabled: The number of open blocks of ``disabled``.
         life: Counts up whenever the model becomes plain.
     """
@@ -104,8 +102,6 @@ class Truth:
     adapters: dict[str, Adapter] = field(default_factory=dict)
     merged: dict[str, Tensor] | None = None
     merged_names: set[str] = field(default_factory=set)
-    blocks: list[object] = field(default_factory=list)
-    merged_in_blocks: set[str] = field(default_factory=set)
     disabled: int = 0
     life: int = 0
     training: bool = False
@@ -273,8 +269,6 @@ class Truth:
         self.merged = (
             {name: found[name].detach().clone() for name in self.merging(names)} if self.merged_names else None
         )
-        if not self.merged_names:
-            self.blocks, self.merged_in_blocks = [], set()
 
     def become_plain(self, *, keep: bool) -> None:
         """Remove all adapters, and keep the values of now or go back to the model's own."""
