@@ -124,14 +124,14 @@ class RandLoRAConfig:
         """Yield which options do not go together."""
         basis, stream, blocks = self.basis, self.stream, self.blocks
         if basis == "block" and stream in ("torch", "torch-2.11"):
-            yield f"basis='block' needs stream='portable', got stream={stream!r}: omit stream"
+            yield f"basis 'block' needs stream 'portable', got {stream!r}: omit stream"
         if basis in ("sparse", "very_sparse") and stream == "torch-2.11":
-            yield f"stream='torch-2.11' is for basis='dense': every torch draws the same basis={basis!r}: omit stream"
+            yield f"stream {stream!r} is for basis 'dense': every torch draws the same {basis!r} bases: omit stream"
         if blocks is not None and basis != "block":
-            yield f"blocks={blocks} needs basis='block', got basis={basis!r}"
+            yield f"blocks {blocks} need basis 'block', got {basis!r}"
         elif blocks is not None:
             ranks = dict.fromkeys(self.r.values() if isinstance(self.r, Mapping) else [self.r])
-            yield from (f"both of blocks={blocks} must divide r={r}" for r in ranks if any(r % n for n in blocks))
+            yield from (f"both of blocks {blocks} must divide r={r}" for r in ranks if any(r % n for n in blocks))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON-serializable values. Mappings become lists of pairs, whose order JSON keeps.

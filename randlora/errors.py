@@ -5,9 +5,12 @@ of one call are collected and raised together before anything is changed: those 
 few and a count of the rest.
 """
 
+import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 SHOWN, OPTIONS_SHOWN = 5, 100
 """Number of problems of one call that are shown in full: of layers, tensors or files, and of options."""
@@ -16,6 +19,33 @@ SHOWN, OPTIONS_SHOWN = 5, 100
 def how_to_install(extra: str) -> str:
     """Return the command that installs an extra of this library, once it is published and in a checkout."""
     return f"python -m pip install 'randlora[{extra}]', or '.[{extra}]' in a checkout"
+
+
+_ON_COMMAND_LINE = ContextVar("on_command_line", default=False)
+
+
+def spelled(name: str, value: object = None) -> str:
+    """Return an option as the caller gives it: ``rank=4``, or ``--rank 4`` on the command line.
+
+    Args:
+        name: The name of the argument.
+        value: A value of it that the message is about or advises, if any.
+    """
+    if not _ON_COMMAND_LINE.get():
+        said = json.dumps(value, ensure_ascii=False) if isinstance(value, str | list) else value
+        return f"{name}={'' if value is None else said}"
+    words = "" if value in (None, True) else ",".join(value) if isinstance(value, list) else str(value)
+    return f"--{name.replace('_', '-')} {words}".rstrip()
+
+
+@contextmanager
+def on_command_line() -> Iterator[None]:
+    """Have messages that are made in the block name options as the command line does."""
+    before = _ON_COMMAND_LINE.set(True)
+    try:
+        yield
+    finally:
+        _ON_COMMAND_LINE.reset(before)
 
 
 class RandLoRAError(Exception):

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 
 from randlora.bases.spec import count_trainable
 from randlora.config import RandLoRAConfig
-from randlora.errors import ConfigError
+from randlora.errors import ConfigError, spelled
 from randlora.targets.site import Site
 
 BLOCK_STEP = 8
@@ -57,8 +57,8 @@ def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) ->
     if not 1 / OUT_OF_REACH <= size(found) / wanted <= OUT_OF_REACH:
         most, least = (size(r) / of_rank_one for r in (tried[0], tried[-1]))
         raise ConfigError(
-            f"like_lora={lora_r} is out of reach: on these layers RandLoRA has as many parameters as a LoRA of rank "
-            f"{least:.2g} to {most:.2g}, with r from {tried[-1]} down to {tried[0]}"
+            f"{spelled('like_lora', lora_r)} is out of reach: on these layers RandLoRA has as many parameters as a "
+            f"LoRA of rank {least:.2g} to {most:.2g}, with r from {tried[-1]} down to {tried[0]}"
         )
     if config.basis == "block" and config.blocks is None and largest >= BLOCK_STEP:
         multiple = min(range(BLOCK_STEP, largest + 1, BLOCK_STEP), key=distance)

@@ -5,9 +5,11 @@ The table is `RandLoRAConfig`, with one entry for an option. Neither imports tor
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from randlora.hints import mistyped, shortly
@@ -31,6 +33,11 @@ Names = str | Sequence[str]
 """A regex for whole names, or names and suffixes of names."""
 Pattern = Names | Callable[[str, Any], bool]
 """The same, or a function of a name and a module."""
+
+Source = str | os.PathLike[str]
+"""A path, or a repository on the Hub."""
+Sources = Source | Sequence[Source] | Mapping[str, float] | Mapping[Path, float]
+"""One or several, or their factors."""
 
 Check = Callable[[Any], str]
 """Returns what a value of the right type must be, or nothing if it is that."""

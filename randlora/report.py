@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from randlora.bases.spec import KINDS, BasisSpec, count_bases, count_trainable, reach_all
 from randlora.config import RandLoRAConfig
+from randlora.errors import spelled
 from randlora.layer_options import Factor
 from randlora.layers.update import RoundingLoss
 from randlora.lora_size import lora_parameters
@@ -275,7 +276,7 @@ def _head_notes(census: Census, adapter: Adapter) -> list[str]:
     heads = dict.fromkeys(held.fqn.partition(".")[0] for held in census.parameters)
     changed = {fqn.partition(".")[0] for fqn in (*adapter.trained, *adapter.targets)}
     return [
-        f'frozen: {head}; if it is new, with random values, give train_also="{head}"'
+        f"frozen: {head}; if it is new, with random values, give {spelled('train_also', head)}"
         for head in heads
         if head in NEW_HEADS - changed
     ]

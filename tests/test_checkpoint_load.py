@@ -324,7 +324,7 @@ def test_a_parameter_of_integers_is_not_overwritten_with_rounded_numbers(headed:
 
 @pytest.mark.parametrize("make", [lambda: trained(HEADED, name="first", r=4), HEADED.build], ids=["adapted", "plain"])
 def test_a_misfit_leaves_a_model_with_or_without_adapters_alone(make: Callable[[], nn.Module], saved: Path) -> None:
-    refused(make(), saved, "pass prefix='body'", name="second")
+    refused(make(), saved, 'give prefix="body"', name="second")
 
 
 @pytest.mark.parametrize(

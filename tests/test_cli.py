@@ -23,7 +23,7 @@ from tests.model_directories import save_adapter, save_model
 from tests.models import LLAMA
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands if command.callback is not None)
+COMMANDS = sorted(str(command.name) for command in app.registered_commands)
 MODULE = [sys.executable, "-m", "randlora"]
 
 every_command = pytest.mark.parametrize("command", COMMANDS)
@@ -140,6 +140,45 @@ def test_a_reader_that_goes_away_is_no_error(directory: Path) -> None:
     assert running.stderr.read() == ""
     running.wait()
     running.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["plan", "model", "--basis", "dens"],
+            "basis must be one of dense, sparse, very_sparse, block, got 'dens': did you mean",
+        ),
+        (
+            ["plan", "model", "--strategy", "fsdp"],
+            "got 'fsdp': did you mean 'fsdp2'?",
+        ),
+        (["plan", "model", "--dtype", "bfloat"], "got 'bfloat': did you mean 'bfloat16'?"),
+        (["plan", "model", "--init", "lambd"], "got 'lambd': did you mean 'lambda'?"),
+        (["plan", "model", "--r", "0"], "r must be a positive integer"),
+        (["plan", "model", "--dropout", "1"], "dropout must be a number in [0, 1), got 1.0"),
+        (["plan", "model", "--devices", "0"], "devices must be at least 1, got 0"),
+        (["plan", "model", "--targets", "q_prj"], "the nearest names are q_proj"),
+        (
+            ["inspect", "adapter", "--stream", "torch2"],
+            "stream must be one of torch, torch-2.11, portable or None, got",
+        ),
+        (
+            ["convert", "adapter", "out", "--to", "nativ"],
+            "got 'nativ': did you mean 'native'?",
+        ),
+        (["merge", "adapter", "out", "--base", "model", "--dtype", "int8"], "dtype must be one of float32, bfloat16,"),
+    ],
+)
+def test_every_bad_value_ends_with_2_and_says_what_is_meant(
+    words: list[str], said: str, directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(directory)
+    assert main(words) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert said in shown.err
+    assert not Path("out").exists()
 
 
 WORDS = ["merge", "adapter", "out", "--base", "model", "--json"]

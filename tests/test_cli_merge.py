@@ -8,7 +8,7 @@ import torch
 
 import randlora
 from randlora.__main__ import main
-from randlora.cli.shared import plain
+from randlora.cli.output import plain
 from randlora.report import as_bytes
 from tests.model_directories import contents, save_adapter, save_model
 from tests.models import LLAMA
@@ -44,7 +44,7 @@ def test_several_adapters_are_merged_with_their_scales(words: list[str], capsys:
     ("more", "message"),
     [
         (["one", "other", "out", "--scale", "2"], "one --scale for each adapter"),
-        (["one", "one", "out"], "given twice"),
+        (["one", "one", "out"], "an adapter is named twice"),
         (["one", "out", "--dtype", "int8"], "int8"),
         ([], "ADAPTER"),
     ],

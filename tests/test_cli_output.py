@@ -10,27 +10,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from randlora.bases.spec import BasisSpec
 from randlora.cli.app import main
-from randlora.cli.shared import complain, in_options, plain, progress_bar, show_json, show_table, visible
+from randlora.cli.output import complain, plain, progress_bar, show, show_json, visible
+from randlora.errors import on_command_line, spelled
 from randlora.files.merge import FileMergeReport
+from randlora.files.verify import Check, Verification
 from randlora.report import no_progress
 from tests.checkpoint_files import peft_directory, read_tensors, write_tensors
 
 
-def test_a_wide_table_is_not_cut_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wide_result_is_not_cut_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     name = "model." + "very_long_name." * 40
-    show_table(("layer", "norm", "count"), [(name, "0.25", 12345), ("short", "1", 2)])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines == [["layer", "norm", "count"], [name, "0.25", "12,345"], ["short", "1", "2"]]
-
-
-def test_a_table_without_headings_has_no_empty_first_line(capsys: pytest.CaptureFixture[str]) -> None:
-    show_table((), [("a", "1 kB"), ("bcd", "20 kB")])
-    assert capsys.readouterr().out.splitlines() == ["a     1 kB", "bcd  20 kB"]
+    show(name)
+    assert capsys.readouterr().out == f"{name}\n"
 
 
 def test_brackets_in_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    show_table(("name",), [("[bold]x[/bold]",)])
+    show("[bold]x[/bold]")
     complain("[red]no[/red]")
     shown = capsys.readouterr()
     assert "[bold]x[/bold]" in shown.out
@@ -46,23 +43,20 @@ def test_what_a_terminal_would_not_print_is_written_out_and_nothing_else(text: s
 
 
 @pytest.mark.parametrize(
-    ("said", "shown"),
+    ("name", "value", "said", "shown"),
     [
-        ("give base=, the directory", "give --base, the directory"),
-        ("with rank=4, above tolerance=0.05 (a)", "with --rank 4, above --tolerance 0.05 (a)"),
-        ("same_rank=True pads, and rank=N cuts", "--same-rank pads, and --rank N cuts"),
-        ("use to='lora' with format='peft'", "use --to lora with --format peft"),
-        ('did you mean targets=["a", "b"]? or train_also="c.d"', "did you mean --targets a,b? or --train-also c.d"),
-        (
-            "merge(model, adapters=['a']) needs no base_revision=",
-            "merge(model, adapters=['a']) needs no --base-revision",
-        ),
-        ("dense bases (stream=torch, seed=0, r=4, dims=8x8)", "dense bases (stream=torch, seed=0, r=4, dims=8x8)"),
-        ("r=8, alpha=-16, dropout=0", "r=8, alpha=-16, dropout=0"),
+        ("base", None, "base=", "--base"),
+        ("rank", 4, "rank=4", "--rank 4"),
+        ("tolerance", 0.05, "tolerance=0.05", "--tolerance 0.05"),
+        ("same_rank", True, "same_rank=True", "--same-rank"),
+        ("to", "lora", 'to="lora"', "--to lora"),
+        ("train_also", ["a", "b"], 'train_also=["a", "b"]', "--train-also a,b"),
     ],
 )
-def test_arguments_in_messages_are_shown_as_options(said: str, shown: str) -> None:
-    assert in_options(said) == shown
+def test_messages_name_options_as_the_caller_gives_them(name: str, value: object, said: str, shown: str) -> None:
+    with on_command_line():
+        assert spelled(name, value) == shown
+    assert spelled(name, value) == said
 
 
 HOSTILE = "evil\x1b[2J\x1b]0;title\x07\x9b31m\u202e"
@@ -125,6 +119,12 @@ def test_what_json_cannot_hold_becomes_text(capsys: pytest.CaptureFixture[str]) 
         "base_nbytes": 0,
     }
     assert plain({1: {Path("a")}}) == {"1": ["a"]}
+
+
+def test_numbers_that_are_properties_are_in_the_json() -> None:
+    assert plain(Verification(Path("a"), (Check("files", "passed", ""),)))["passed"] is True
+    spec = plain(BasisSpec("dense", "torch", 0, 4, 8, 8))
+    assert (spec["num_bases"], spec.keys() & {"family"}) == (2, set())
 
 
 def test_nobody_is_told_how_far_it_is_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:

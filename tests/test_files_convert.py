@@ -186,7 +186,7 @@ def test_a_file_of_peft_becomes_ours_only_with_its_base(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "format": ({"to": "gguf"}, "to must be one of peft, native, lora, diff, got 'gguf'"),
-    "rank for a format that loses nothing": ({"rank": 4}, "rank= and tolerance= are for to='lora'"),
+    "rank for a format that loses nothing": ({"rank": 4}, 'rank= and tolerance= are for to="lora"'),
     "rank": ({"to": "lora", "rank": 0}, "rank must be a positive integer, got 0"),
     "tolerance": ({"to": "lora", "tolerance": float("nan")}, "tolerance must be a finite number, got nan"),
     "tolerance of the wrong kind": (

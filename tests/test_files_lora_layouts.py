@@ -344,11 +344,11 @@ def refused(parent: Path, message: str, **options: Any) -> None:
 
 
 WRONG: dict[str, dict[str, Any]] = {
-    "format= and same_rank= are for to='lora', not 'peft'": {"to": "peft", "format": "peft"},
-    "format= and same_rank= are for to='lora', not 'diff'": {"to": "diff", "same_rank": True},
-    "rank= and tolerance= are for to='lora': 'diff' is exact": {"to": "diff", "rank": 3},
-    "component= is for to='diff', and": {"to": "lora", "component": "unet"},
-    "component='diffusion_model' is for to='diff'": {
+    "format= and same_rank= are for to=\"lora\", not 'peft'": {"to": "peft", "format": "peft"},
+    "format= and same_rank= are for to=\"lora\", not 'diff'": {"to": "diff", "same_rank": True},
+    "rank= and tolerance= are for to=\"lora\": 'diff' is exact": {"to": "diff", "rank": 3},
+    'component= is for to="diff", and': {"to": "lora", "component": "unet"},
+    'component="diffusion_model" is for to="diff"': {
         "to": "lora",
         "format": "diffusers",
         "component": "diffusion_model",

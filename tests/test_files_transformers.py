@@ -180,7 +180,7 @@ def test_without_transformers_a_prefix_is_named_and_can_be_given(
     adapter = save_adapter(LLAMA, tmp_path / "adapter")
     expected = stored(randlora.files.merge(full, adapter, tmp_path / "expected").out)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(CheckpointError, match="differ by the prefix 'model': pass prefix='model'"):
+    with pytest.raises(CheckpointError, match="differ by the prefix 'model': give prefix=\"model\""):
         randlora.files.merge(tmp_path / "bare", adapter, tmp_path / "out")
     report = randlora.files.merge(tmp_path / "bare", adapter, tmp_path / "out", prefix="model")
     found = stored(report.out)
@@ -212,7 +212,7 @@ def test_load_merge_and_verify_name_the_prefix_that_differs_and_take_it(
 ) -> None:
     model, base, own = both[one]
     adapter = both[other][2]
-    named = "differ by the prefix 'bert': pass prefix='bert'"
+    named = "differ by the prefix 'bert': give prefix=\"bert\""
     for wrong in (None, "ber", "bert.encoder"):
         with pytest.raises(CheckpointError, match=named):
             randlora.load(model, adapter, prefix=wrong)
@@ -312,7 +312,7 @@ def test_a_prefix_gives_a_file_of_peft_its_shapes_and_leaves_its_names(tmp_path:
     theirs = peft.get_peft_model(full.get_submodule("bert"), peft.RandLoraConfig(r=4, target_modules=["query"]))
     theirs.save_pretrained(tmp_path / "adapter")
     paths = tmp_path / "adapter", tmp_path / "out"
-    with pytest.raises(CheckpointError, match="pass prefix='bert'"):
+    with pytest.raises(CheckpointError, match='give prefix="bert"'):
         randlora.files.convert(*paths, "native", base=tmp_path / "base")
     randlora.files.convert(*paths, "native", base=tmp_path / "base", prefix="bert")
     summary = randlora.files.inspect(tmp_path / "adapter", tmp_path / "base", prefix="bert")

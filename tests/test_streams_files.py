@@ -137,7 +137,7 @@ def test_an_adapter_that_peft_trained_under_torch_2_11_computes_the_same_by_its_
 def test_without_a_stream_todays_is_assumed_and_the_report_says_so() -> None:
     model = CASE.build()
     (note,) = [note for note in randlora.load(model, PEFTS).notes if note.startswith(ASSUMED)]
-    assert "give stream='torch-2.11' for it" in note
+    assert 'give stream="torch-2.11" for it' in note
     assert delta_weights(model) != EXPECTED
 
 
@@ -231,20 +231,20 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Path], Path], Stream, str]] = {
     "the header's": (
         saved,
         "torch-2.11",
-        "stream='torch-2.11' is given, but the file's bases are from 'torch': omit it",
+        "stream=\"torch-2.11\" is given, but the file's bases are from 'torch': omit it",
     ),
     "portable": (
         lambda parent: saved(parent, stream="portable"),
         "torch",
-        "stream='torch' is given, but the file's bases are from 'portable': omit it",
+        "stream=\"torch\" is given, but the file's bases are from 'portable': omit it",
     ),
     "named": (
         lambda parent: saved(parent, stream="torch-2.11"),
         "torch",
-        "stream='torch' is given, but the file's bases are from 'torch-2.11': omit it",
+        "stream=\"torch\" is given, but the file's bases are from 'torch-2.11': omit it",
     ),
     "stored": (peft_directory, "torch-2.11", "but the file's bases are from 'torch': omit it"),
-    "of no seed": (of_no_seed, "torch", "stream='torch' is given, but the file's bases are from no seed: omit it"),
+    "of no seed": (of_no_seed, "torch", 'stream="torch" is given, but the file\'s bases are from no seed: omit it'),
     "not PEFT's": (
         lambda _: PEFTS,
         "portable",
@@ -270,7 +270,7 @@ def test_a_stream_that_contradicts_the_file_is_an_error(
 
 
 def test_the_old_files_stream_is_what_its_digest_says_whatever_the_caller_does() -> None:
-    refused(CASE.build(), OURS, "stream='torch' is given, but the file's bases are from 'torch-2.11'", stream="torch")
+    refused(CASE.build(), OURS, "stream=\"torch\" is given, but the file's bases are from 'torch-2.11'", stream="torch")
 
 
 @pytest.mark.parametrize("stream", ["numpy", 3, ["torch"], ""])

@@ -31,7 +31,7 @@ from randlora.bases.spec import (
 from randlora.checkpoint.header import Header
 from randlora.checkpoint.read import AdapterFile
 from randlora.checkpoint.tensors import basis_keys
-from randlora.errors import CheckpointError, ConfigError
+from randlora.errors import CheckpointError, ConfigError, spelled
 
 Known = Callable[[], Iterable[Shape]]
 """Returns the shapes of all layers of a model, which is called if they matter."""
@@ -49,9 +49,10 @@ def stream_notes(file: AdapterFile) -> tuple[str, ...]:
     if file.header is not None or file.bases or file.stream is not None or len(peft_streams(kind)) == 1:
         return ()
     note = (
-        "PEFT stored neither the bases nor the torch that drew them: assumed stream='torch', of torch 2.12 and newer. "
+        "PEFT stored neither the bases nor the torch that drew them: assumed "
+        f"{spelled('stream', 'torch')}, of torch 2.12 and newer. "
         "An adapter trained under torch 2.11 or older had others and computes something else with these: give "
-        "stream='torch-2.11' for it"
+        f"{spelled('stream', 'torch-2.11')} for it"
     )
     return (note,)
 
@@ -79,9 +80,13 @@ def file_bases(
     if len(streams) > 1:
         raise CheckpointError(f"its bases are from several streams, {' and '.join(streams)}: save wrote no such file")
     if file.stream is not None and any(basis.stored is not None for basis in bases.values()):
-        raise CheckpointError(f"stream={file.stream!r} is given, but the file's bases are from no seed: omit it")
+        raise CheckpointError(
+            f"{spelled('stream', file.stream)} is given, but the file's bases are from no seed: omit it"
+        )
     if file.stream is not None and streams not in ([], [file.stream]):
-        raise CheckpointError(f"stream={file.stream!r} is given, but the file's bases are from {streams[0]!r}: omit it")
+        raise CheckpointError(
+            f"{spelled('stream', file.stream)} is given, but the file's bases are from {streams[0]!r}: omit it"
+        )
     if streams not in ([], [file.config.stream or default_stream(file.config.basis)]):
         file = replace(file, config=replace(file.config, stream=streams[0]))
     return file, bases

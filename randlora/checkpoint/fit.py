@@ -12,7 +12,7 @@ from randlora.checkpoint.base_model import trained_on_another
 from randlora.checkpoint.peft_config import whole_modules
 from randlora.checkpoint.read import AdapterFile
 from randlora.disk.tensor_file import Entry
-from randlora.errors import CheckpointError, ConfigError, raise_collected
+from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
 from randlora.layers.registry import find_layer
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles, offloaded_copies
@@ -89,9 +89,11 @@ def with_prefix(file: AdapterFile, prefix: str, known: Collection[str], paramete
         case []:
             fit = "as they are: leave it out" if all(name in known for name in names) else "neither with it nor without"
             problems = prefix_problems(file, known, parameters) or [f"the names of the adapter's layers fit {fit}"]
-            raise CheckpointError(f"cannot use prefix={prefix!r}: {problems[0]}")
+            raise CheckpointError(f"cannot use {spelled('prefix', prefix)}: {problems[0]}")
         case _:
-            raise CheckpointError(f"cannot use prefix={prefix!r}: the model has such layers both with and without it")
+            raise CheckpointError(
+                f"cannot use {spelled('prefix', prefix)}: the model has such layers both with and without it"
+            )
 
 
 def prefix_problems(file: AdapterFile, known: Collection[str], parameters: Collection[str]) -> list[str]:
@@ -115,7 +117,7 @@ def prefix_problems(file: AdapterFile, known: Collection[str], parameters: Colle
     differ = f"the names of the adapter's layers and the model's differ by the prefix {fitting[0]!r}"
     if lacking:
         return [f"{differ}, and {_no_parameter(shortened(lacking), file)}"]
-    return [f"{differ}: pass prefix={fitting[0]!r}"]
+    return [f"{differ}: give {spelled('prefix', fitting[0])}"]
 
 
 def _no_parameter(name: str, file: AdapterFile) -> str:

@@ -1,4 +1,4 @@
-"""The `randlora` command, one file per command, each of which parses, calls a verb on files, and prints.
+"""The `randlora` command: each verb on files is a command, whose help is the verb's own docstring.
 
 It needs typer and rich, the extra ``cli``, which no other room imports.
 """

@@ -9,11 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from typer import Option
 
 import randlora
-from randlora.cli.shared import AsJson, plain, progress_bar, show, show_json
+from randlora.cli.output import plain, progress_bar, show, show_json
+from randlora.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 STEPS, WARM_UP = 300, 20
 WIDTH, EXAMPLES = 64, 512
 
+AsJson = Annotated[bool, Option("--json", help="Print one JSON object and nothing else.")]
 Keep = Annotated[Path | None, Option(help="Keep the adapter in this directory, which must not exist.")]
 
 
@@ -41,7 +42,7 @@ def demo(keep: Keep = None, as_json: AsJson = False) -> None:  # noqa: FBT002
     import torch  # noqa: PLC0415 - it takes seconds, which `--help` should not
 
     if keep is not None and keep.exists():
-        raise typer.BadParameter(f"{keep} exists: choose another name, or remove it")
+        raise CheckpointError(f"{keep} exists: choose another name, or remove it")
     with TemporaryDirectory() as scratch, progress_bar() as progress, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         stages = list(_stages(keep or Path(scratch, "adapter"), progress))

@@ -19,7 +19,7 @@ from randlora.checkpoint.peft_config import BASE_FIELD
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.checkpoint.tensors import master
 from randlora.config import Stream
-from randlora.errors import CheckpointError, ConfigError, raise_collected
+from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
 from randlora.files.base_fit import Base, BaseFit, fit_base, open_base, shapes_in
 from randlora.layer_options import by_rank
 from randlora.layers.update import Update, sum_updates
@@ -69,7 +69,7 @@ class OpenAdapter:
             named = self.file.fields.get(BASE_FIELD)
             raise CheckpointError(
                 f"{str(self.directory)!r} was written by PEFT, which stores only the smaller dim of each layer: "
-                f"give base=, the directory of its base model{f', {named!r}' if named else ''}"
+                f"give {spelled('base')}, the directory of its base model{f', {named!r}' if named else ''}"
             )
         return self.shapes
 
@@ -110,7 +110,7 @@ def require_base_for(base: str | os.PathLike[str] | None, **options: str | None)
     """Raise a `ConfigError` if options that are for a base model are given without one."""
     for name, value in options.items():
         if value is not None and base is None:
-            raise ConfigError(f"{name}= is for a base model: give base= too")
+            raise ConfigError(f"{spelled(name)} is for a base model: give {spelled('base')} too")
 
 
 def open_fitted(

@@ -18,7 +18,7 @@ from randlora.checkpoint.peft_config import UNREAD_FIELDS, option_fields, peft_o
 from randlora.checkpoint.tensors import adapter_tensors, basis_keys
 from randlora.checkpoint.write import adapter_files
 from randlora.disk.replace import NEW, is_free, scratch_for, write_files
-from randlora.errors import CheckpointError, ConfigError, raise_collected
+from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
 from randlora.files.adapter import OpenAdapter, open_adapter
 from randlora.files.full_diff import full_diff
 from randlora.files.lora_layouts import (
@@ -145,7 +145,9 @@ def convert(
     if os.path.lexists(target) and not target.is_dir():
         raise CheckpointError(f"{target} is a file or a broken link: expected the name of a directory to write to")
     if not overwrite and target.is_dir() and not is_free(target):
-        raise CheckpointError(f"{target} exists and is not empty: choose another name, or give overwrite=True")
+        raise CheckpointError(
+            f"{target} exists and is not empty: choose another name, or give {spelled('overwrite', value=True)}"
+        )
     weights = WEIGHTS.get(to if to == "diff" else format or "peft")
     if others := sorted(name for name in set(WEIGHTS.values()) - {weights} if (target / name).exists()):
         raise CheckpointError(f"{target} holds files of another format, such as {others[0]}: choose another directory")
@@ -180,15 +182,15 @@ def _option_problems(
     *,
     same_rank: bool,
 ) -> list[str]:
-    problems = []
+    problems, lora, diff = [], spelled("to", "lora"), spelled("to", "diff")
     if to != "lora" and (rank is not None or tolerance is not None):
-        problems.append(f"rank= and tolerance= are for to='lora': {to!r} is exact")
+        problems.append(f"{spelled('rank')} and {spelled('tolerance')} are for {lora}: {to!r} is exact")
     if to != "lora" and (layout is not None or same_rank):
-        problems.append(f"format= and same_rank= are for to='lora', not {to!r}")
+        problems.append(f"{spelled('format')} and {spelled('same_rank')} are for {lora}, not {to!r}")
     if component is not None and not (to == "diff" or layout == "diffusers"):
-        problems.append("component= is for to='diff', and for to='lora' with format='diffusers'")
+        problems.append(f"{spelled('component')} is for {diff}, and for {lora} with {spelled('format', 'diffusers')}")
     if component == OWN_NAMES and layout == "diffusers":
-        problems.append(f"component={component!r} is for to='diff': pipelines of diffusers have no such part")
+        problems.append(f"{spelled('component', component)} is for {diff}: pipelines of diffusers have no such part")
     if rank is not None and rank <= 0:
         problems.append(f"rank must be a positive integer, got {rank!r}")
     if tolerance is not None and not 0 <= tolerance <= 1:

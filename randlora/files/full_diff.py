@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from randlora.disk.tensor_file import Planned
-from randlora.errors import ConfigError, raise_collected
+from randlora.errors import ConfigError, raise_collected, spelled
 from randlora.files.adapter import OpenAdapter
 from randlora.files.lora_layouts import DIFF_FILE, AdapterFiles, only_updates
 from randlora.files.pipeline_parts import diff_keys
@@ -27,7 +27,7 @@ def full_diff(adapter: OpenAdapter, component: Component, progress: Progress) ->
     shapes = adapter.require_shapes()
     keys = diff_keys(component, tuple(shapes))
     twice = [key for key, count in Counter(keys.values()).items() if count > 1]
-    problems = [*not_linear(adapter), *only_updates(adapter, "to='diff'")]
+    problems = [*not_linear(adapter), *only_updates(adapter, spelled("to", "diff"))]
     problems += [f"two layers would have the key {key}: rename one" for key in twice]
     raise_collected(ConfigError, problems, doing="convert to 'diff'")
     done, transposed = iter(range(len(shapes))), frozenset(adapter.transposed or ())
@@ -41,4 +41,4 @@ def full_diff(adapter: OpenAdapter, component: Component, progress: Progress) ->
         Planned(keys[fqn], torch.float32, shape[::-1] if fqn in transposed else shape, partial(pieces, fqn))
         for fqn, shape in shapes.items()
     ]
-    return AdapterFiles(DIFF_FILE, tensors, notes=(f"for {component!r}: component= names another model",))
+    return AdapterFiles(DIFF_FILE, tensors, notes=(f"for {component!r}: {spelled('component')} names another model",))

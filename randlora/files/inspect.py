@@ -18,13 +18,13 @@ from randlora.checkpoint.bases import stream_notes
 from randlora.checkpoint.peft_config import BASE_FIELD, CONFIG_FILE, NEUTRAL_FIELDS, kept_fields
 from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.config import RandLoRAConfig, Stream
+from randlora.errors import spelled
 from randlora.files.adapter import OpenAdapter, digests, open_adapter
 from randlora.files.low_rank import frobenius_norm, spectral_norm
 from randlora.hints import require_types
 from randlora.layer_options import LayerOptions, described
 from randlora.report import Progress, as_bytes, as_lines, no_progress, table
 
-WITHOUT_SHAPES = "norms need the layers' shapes, which PEFT does not store: give base=, the directory of its base model"
 DIGEST_SHOWN = 12
 
 BasisSource = Literal["seed", "file"]
@@ -166,6 +166,11 @@ class AdapterSummary:
             yield f"fields of the JSON that are not understood: {', '.join(self.unknown_fields)}"
 
 
+def _without_shapes() -> str:
+    base = spelled("base")
+    return f"norms need the layers' shapes, which PEFT does not store: give {base}, the directory of its base model"
+
+
 def inspect(
     directory: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,
@@ -223,7 +228,7 @@ def inspect(
         + sum(each.numel() for fqn, each in file.trained.items() if fqn not in file.buffers),
         nbytes=_size(adapter.directory),
         unknown_fields=tuple(sorted(set(kept_fields(file.fields)) - set(NEUTRAL_FIELDS))),
-        notes=(*file.doubts, *stream_notes(file), *(() if adapter.shapes else (WITHOUT_SHAPES,))),
+        notes=(*file.doubts, *stream_notes(file), *(() if adapter.shapes else (_without_shapes(),))),
     )
 
 

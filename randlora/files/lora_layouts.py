@@ -22,6 +22,7 @@ from randlora.checkpoint.tensors import METADATA, MODEL_PREFIX, TENSORS_FILE, tr
 from randlora.checkpoint.write import files_of
 from randlora.disk.replace import write_files
 from randlora.disk.tensor_file import Entry, Planned, read_pieces, read_tensor
+from randlora.errors import spelled
 from randlora.files.adapter import OpenAdapter
 from randlora.files.to_lora import LISTED, Factors
 from randlora.options import Component, Layout
@@ -35,11 +36,6 @@ WEIGHTS: dict[str, str] = {
     "diff": DIFF_FILE,
 }
 """The files of the tensors, of which readers of a directory take the one with the name that they expect."""
-
-MIXED_RANKS = (
-    "the ranks differ between layers, as rank_pattern and alpha_pattern say: PEFT and vLLM load that, SGLang does not, "
-    "and llama.cpp would scale layers wrongly; same_rank=True pads all to one rank, and rank=N cuts all to N"
-)
 
 TRANSPOSED = (
     "the model stores weights transposed, as GPT-2 does: llama.cpp's converter would transpose the factors too, which "
@@ -84,7 +80,7 @@ def layout_problems(adapter: OpenAdapter, layout: Layout) -> list[str]:
     """Return what of an adapter a layout cannot hold."""
     trained, shapes = adapter.file.trained, adapter.require_shapes()
     if layout != "peft":
-        return only_updates(adapter, f"format={layout!r}")
+        return only_updates(adapter, spelled("format", layout))
     keys = {key for fqn in shapes for key in _peft_keys(fqn)}
     return [
         f"{fqn} would have the name of a factor of an update: rename it"
@@ -99,7 +95,16 @@ def only_updates(adapter: OpenAdapter, what: str) -> list[str]:
     if not names:
         return []
     named = f"{', '.join(names[:LISTED])}{f' and {len(names) - LISTED} more' if len(names) > LISTED else ''}"
-    return [f"{what} holds updates alone, and the adapter has trained {named} too: use to='lora' with format='peft'"]
+    lora = f"{spelled('to', 'lora')} with {spelled('format', 'peft')}"
+    return [f"{what} holds updates alone, and the adapter has trained {named} too: use {lora}"]
+
+
+def _mixed_ranks() -> str:
+    return (
+        "the ranks differ between layers, as rank_pattern and alpha_pattern say: PEFT and vLLM load that, SGLang does "
+        f"not, and llama.cpp would scale layers wrongly; {spelled('same_rank', value=True)} pads all to one rank, and "
+        f"{spelled('rank')} cuts all to one"
+    )
 
 
 def peft_files(adapter: OpenAdapter, factors: Sequence[Factors], *, same_rank: bool) -> AdapterFiles:
@@ -108,7 +113,7 @@ def peft_files(adapter: OpenAdapter, factors: Sequence[Factors], *, same_rank: b
     tensors = [Planned.whole(trained_key(fqn, shapes), tensor) for fqn, tensor in adapter.file.trained.items()]
     notes = []
     if len(set(_ranks(factors).values())) > 1:
-        notes.append(_padded_note(rank) if same_rank else MIXED_RANKS)
+        notes.append(_padded_note(rank) if same_rank else _mixed_ranks())
     if tensors:
         notes.append("parameters trained with the adapter are included: not every server reads them")
     for each in factors:
@@ -136,7 +141,10 @@ def diffusers_files(factors: Sequence[Factors], component: Component) -> Adapter
     regex = "|".join(re.escape(each.layer.fqn) for each in factors)
     config = {"lora_alpha": rank, "r": rank, "target_modules": regex}
     packed = {f"{component}.{name}": value for name, value in config.items()}
-    notes = (f"for {component!r} of a pipeline: component= names another of its models", *_notes_of_one_rank(factors))
+    notes = (
+        f"for {component!r} of a pipeline: {spelled('component')} names another of its models",
+        *_notes_of_one_rank(factors),
+    )
     metadata = {**METADATA, LORA_CONFIG_KEY: json.dumps(packed, sort_keys=True)}
     return AdapterFiles(WEIGHTS["diffusers"], tensors, metadata=metadata, notes=notes)
 

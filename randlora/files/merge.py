@@ -36,14 +36,12 @@ from randlora.files.model_directory import (
 )
 from randlora.hints import require_types
 from randlora.layers import bnb_codes
+from randlora.options import Source, Sources
 from randlora.report import Progress, as_bytes, as_lines, no_progress
 from randlora.targets.match import shortened
 
 CASTABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that tensors are cast from and to."""
-
-Source = str | os.PathLike[str]
-Sources = Source | Sequence[Source] | Mapping[str, float] | Mapping[Path, float]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from randlora.checkpoint.tensors import METADATA
 from randlora.disk.tensor_file import Entry, Planned, read_shard, write_tensor_file
-from randlora.errors import ConfigError
+from randlora.errors import ConfigError, spelled
 from randlora.files.adapter import OpenAdapter
 from randlora.files.low_rank import LowRank, frobenius_norm, of_rank, within
 from randlora.hints import shortly
@@ -103,10 +103,10 @@ def _refuse_loss(layers: Sequence[LoraLayer], rank: int | None, tolerance: float
     lossy.sort(key=lambda layer: -layer.relative_error)
     listed = ", ".join(f"{layer.fqn} {layer.relative_error:.3g}" for layer in lossy[:LISTED])
     more = f" and {len(lossy) - LISTED} more" if len(lossy) > LISTED else ""
-    choice = "the full rank" if rank is None else f"rank={rank}"
+    choice = "the full rank" if rank is None else spelled("rank", rank)
     remedy = "" if rank is None else "a larger rank, no rank for the smallest within the tolerance, or "
     raise ConfigError(
         f"cannot convert to LoRA: with {choice}, {len(lossy)} of {len(layers)} layers have a relative error above "
-        f"tolerance={tolerance:g} ({listed}{more}); the largest is {lossy[0].relative_error:.4g}: "
+        f"{spelled('tolerance', tolerance)} ({listed}{more}); the largest is {lossy[0].relative_error:.4g}: "
         f"give {remedy}a larger tolerance"
     )

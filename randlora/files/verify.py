@@ -12,7 +12,7 @@ from randlora.checkpoint.bases import Known, stream_notes
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.config import Stream
 from randlora.disk.untrusted import is_there
-from randlora.errors import CheckpointError
+from randlora.errors import CheckpointError, spelled
 from randlora.files.adapter import adapter_bases, digests, known_shapes, require_base_for
 from randlora.files.base_fit import fit_base, read_base, shapes_in
 from randlora.files.inspect import DIGEST_SHOWN
@@ -156,7 +156,8 @@ def _bases(file: AdapterFile, shapes: Shapes | None, known: Known | None) -> lis
     except CheckpointError as error:
         return [Check("bases", "failed", str(error))]
     if not bases:
-        reason = "PEFT stored neither the bases nor the layers' shapes: give base=, the directory of its base model"
+        base = spelled("base")
+        reason = f"PEFT stored neither the bases nor the layers' shapes: give {base}, the directory of its base model"
         return [Check("bases", "not checked", reason)]
     return [
         Check("bases", *_how_found(file, f"{basis.spec}, SHA-256 {digest[:DIGEST_SHOWN]}…", basis))

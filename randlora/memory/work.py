@@ -17,6 +17,7 @@ import torch
 
 from randlora.bases.basis import Basis
 from randlora.bases.spec import Shape, sliced_dims, spec_for
+from randlora.errors import spelled
 from randlora.functional import Pair
 from randlora.functional.cost import Sizes, pass_over, step_cost
 from randlora.layer_options import by_rank
@@ -44,7 +45,11 @@ class Work:
     def __str__(self) -> str:
         """Return a line of a report."""
         line = f"work of a step in the adapted layers: {self.own:.1f} times that of LoRA of rank {LORA_RANK}"
-        return f'{line}, {self.block:.1f} times with basis="block"' if self.own > WORTH_SAYING * self.block else line
+        return (
+            f"{line}, {self.block:.1f} times with {spelled('basis', 'block')}"
+            if self.own > WORTH_SAYING * self.block
+            else line
+        )
 
 
 def block_bases(adapter: Adapter, shapes: Mapping[str, Shape]) -> dict[int, Basis]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from randlora.bases.spec import KINDS
 from randlora.config import LARGEST_RANK, OPTIONS, RandLoRAConfig
-from randlora.errors import ConfigError
+from randlora.errors import ConfigError, spelled
 from randlora.hints import shortly
 
 
@@ -26,7 +26,8 @@ def one_config(arguments: Mapping[str, Any]) -> RandLoRAConfig:
     given = {name: arguments[name] for name in OPTIONS if name in arguments and (name != "r" or r is not None)}
     if like_lora is not None:
         if r is not None or config is not None:
-            raise ConfigError(f"give like_lora= or {'r=' if config is None else 'config=, which has an r'}, not both")
+            other = spelled("r") if config is None else "config=, which has an r"
+            raise ConfigError(f"give {spelled('like_lora')} or {other}, not both")
         if not (type(like_lora) is int and 0 < like_lora <= LARGEST_RANK):
             raise ConfigError(f"like_lora must be the rank of a LoRA, a positive integer, got {shortly(like_lora)}")
         given["r"] = _multiple_of(given.get("blocks"))

@@ -148,7 +148,8 @@ def inject(
             layers different ranks: ``{"q_proj": 16, ".*": 32}``.
         like_lora: The rank of a LoRA on the same layers, instead of ``r``: r becomes the one with which Λ and Γ have
             most nearly as many parameters. With ``block`` bases it is a multiple of 8 if one is within a tenth.
-        targets: Layers to adapt; see `RandLoRAConfig` for this and the next ten options.
+        targets: Layers to adapt: names or suffixes of them, a regex, ``"all-linear"`` or ``"all"``. `RandLoRAConfig`
+            says more of this and the next ten options.
         exclude: Layers to exclude from ``targets``.
         alpha: The update is scaled by ``alpha / r``; 20·r by default. A number, or a mapping as for ``r``.
         dropout: Dropout on the adapter's input in training.

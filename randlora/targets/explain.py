@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 
 from torch.nn.parameter import is_lazy
 
 from randlora.config import Pattern
-from randlora.errors import SHOWN
+from randlora.errors import SHOWN, spelled
 from randlora.layers.in_place import plain_class
 from randlora.layers.registry import find_readers
 from randlora.targets.left_out import ALL, ALL_LINEAR, REGISTER
@@ -55,7 +54,7 @@ def stray_refusal(held: Held) -> str:
 
 
 def _remedies(fqn: str) -> str:
-    return f"narrow the pattern, give exclude={json.dumps([fqn])}, or {REGISTER}"
+    return f"narrow the pattern, give {spelled('exclude', [fqn])}, or {REGISTER}"
 
 
 def _described(held: Held) -> str:
@@ -81,7 +80,7 @@ def _missed(census: Census, argument: str, pattern: Pattern, entry: str) -> str:
     layers = layer_names(visits)
     rules = {re.sub(r"\W", "", rule): rule for rule in (ALL_LINEAR, ALL)}
     if argument == "targets" and (rule := rules.get(re.sub(r"[-_\s]", "", entry).lower())) is not None:
-        return f'{said}; did you mean targets="{rule}"?'
+        return f"{said}; did you mean {spelled('targets', rule)}?"
     if is_names(pattern) and is_regex_of(entry, layers):
         return f'{said}: the entries of a list are names, not regexes; did you mean {argument}=r"{entry}"?'
     name = pattern if isinstance(pattern, str) else (entry,)

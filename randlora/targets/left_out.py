@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from randlora.bases.spec import count_trainable
 from randlora.config import RandLoRAConfig
+from randlora.errors import spelled
 from randlora.layers.in_place import plain_class
 from randlora.layers.registry import KINDS, find_layer
 from randlora.targets.match import shortened
@@ -96,7 +97,7 @@ class LeftOut:
             return f"no adapter layer for {what}: {REGISTER}"
         if self.reason is not None:
             return f"left out: {what} ({self.reason})"
-        line = f'left out: {what}: targets="{self.targets}" adapts {"them" if count > 1 else "it"}'
+        line = f"left out: {what}: {spelled('targets', self.targets)} adapts {'them' if count > 1 else 'it'}"
         return f"{line} and trains {self.trainable:,} more parameters" if self.kind == "experts" else line
 
 
@@ -207,6 +208,6 @@ def doubt(census: Census, sites: Sequence[Site], groups: Sequence[LeftOut]) -> s
         return ""
     names = shortened([site.fqn for site in sites])
     like = ", the last matrix of the model, which looks like its head" if is_head else ""
-    wider = dict.fromkeys(f'targets="{group.targets}"' for group in others if group.targets)
-    advice = " or ".join(wider) if wider else "targets= or register adapter layers to adapt more"
+    wider = dict.fromkeys(spelled("targets", group.targets) for group in others if group.targets)
+    advice = " or ".join(wider) if wider else f"{spelled('targets')} or register adapter layers to adapt more"
     return f"{DOUBT} {names}, {share:.2%} of the weights{like}: give {advice}"

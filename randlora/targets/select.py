@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from randlora.config import Pattern, RandLoRAConfig
-from randlora.errors import AdapterError, TargetError, raise_collected
+from randlora.errors import AdapterError, TargetError, raise_collected, spelled
 from randlora.layers.registry import find_layer, find_readers
 from randlora.targets.defaults import default_targets, is_linear
 from randlora.targets.explain import NOTHING, holders, inventory, missed, reason, refusal, stray_refusal
@@ -238,7 +238,9 @@ def _is_in_head(fqn: str, module: nn.Module, head: nn.Module | None) -> bool:
 
 
 def _nothing_left(census: Census, rule: str, skipped: dict[str, str], left: Sequence[Remaining]) -> str:
-    message = f"{rule}: no layer is left to adapt; give targets= that match one; {inventory(census.candidates)}"
+    message = (
+        f"{rule}: no layer is left to adapt; give {spelled('targets')} that match one; {inventory(census.candidates)}"
+    )
     reasons = [f"{fqn} ({why})" for fqn, why in skipped.items()]
     parts = [message, *([f"skipped: {shortened(reasons)}"] if reasons else [])]
     return "; ".join([*parts, *lines(left_out(left, RandLoRAConfig(), census.size))])

@@ -199,7 +199,7 @@ LINES = (
     "merge ours peft merged --base base --scale 0.5 --scale 1 --dtype bfloat16",
     "merge ours merged --base nf4 --json",
     "plan base --r 2 --targets wide --basis block --blocks 2 1 --json",
-    "plan llama --r q_proj=2 --r .*=3 --targets-regex .*_proj --exclude k_proj --train-also norm --alpha 3",
+    "plan llama --r q_proj=2 --r .*=3 --targets .*_proj --exclude k_proj --train-also norm --alpha 3",
     "plan llama --targets all --stream portable --seed 5 --in-proj split",
 )
 

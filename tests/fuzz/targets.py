@@ -46,7 +46,7 @@ def _mutate_options(data: bytes, random: Random, mutate_bytes: MutateBytes) -> b
 WORDS = (
     *("inspect", "verify", "convert", "merge", "plan", "--help", "--json", "--base", "--prefix", "--to", "--rank"),
     *("--tolerance", "--overwrite", "--adapter", "--scale", "--out", "--dtype", "--r", "--alpha", "--targets"),
-    *("--targets-regex", "--exclude", "--train-also", "--basis", "--stream", "--blocks", "--seed", "--in-proj", "--"),
+    *("--exclude", "--train-also", "--basis", "--stream", "--blocks", "--seed", "--in-proj", "--"),
     *(
         "ours",
         "peft",

@@ -34,8 +34,8 @@ BREAKS: dict[str, tuple[str, str, Any]] = {
     "shapes of Λ and Γ": ("adapter", "randlora.checkpoint.tensors._shape_problems", nothing),
     "kind of bases": ("peft_config", "randlora.checkpoint.peft_config.peft_kind", lambda _: "dense"),
     "sizes of codes": ("checkpoint", "randlora.files.quantized._misfits", nothing),
-    "regexes": ("patterns", "randlora.config._regex_problems", nothing),
-    "exit code": ("command_line", "randlora.cli.app.USER_ERROR", 0),
+    "regexes": ("patterns", "randlora.options.NO_REGEX", ()),
+    "exit code": ("command_line", "randlora.cli.app.FILES_ERROR", 0),
 }
 """What is broken: the target that must see it, and what is put in the place of a check."""
 

@@ -1,0 +1,169 @@
+"""The commands, each of which calls the verb of its name in `randlora.files`, and what the command line adds."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from inspect import Parameter as Signed
+from inspect import Signature
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+import randlora
+from randlora.cli.output import plain, progress_bar, show, show_json
+from randlora.cli.verb import Parameter, read_verb
+from randlora.errors import ConfigError, spelled
+from randlora.options import Source
+
+FAILED = 1
+"""The exit code of checks that failed, as of errors with files."""
+
+AS_JSON = Signed(
+    "as_json",
+    Signed.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")],
+)
+
+Printed = tuple[str, dict[str, Any]]
+"""A result as text and as JSON."""
+
+
+class Command(NamedTuple):
+    """A command.
+
+    Attributes:
+        action: What it calls with the values of its parameters.
+        verb: The file and the name of the function that it is, by which it is described.
+        examples: Command lines.
+        others: Functions of which it has the parameters too, whose descriptions of them come first.
+        own: Parameters that are others on a command line, or that only it has.
+    """
+
+    action: Callable[..., Printed]
+    verb: tuple[str, str]
+    examples: tuple[str, ...]
+    others: tuple[tuple[str, str], ...] = ()
+    own: tuple[Parameter, ...] = ()
+
+    def callback(self) -> Callable[..., None]:
+        """Return the function that typer calls."""
+        about, _ = read_verb(*self.verb)
+        parameters = {parameter.name: parameter for parameter in self.own}
+        for verb in (*self.others, self.verb):
+            for name, parameter in read_verb(*verb)[1].items():
+                parameters.setdefault(name, parameter)
+
+        def run(*, as_json: bool, **given: Any) -> None:
+            text, facts = self.action(**{name: parameters[name].value(words) for name, words in given.items()})
+            show_json(facts) if as_json else show(text)
+            if facts.get("passed") is False:
+                raise typer.Exit(FAILED)
+
+        described = f"Print{about.removeprefix('Return')}" if about.startswith("Return ") else about
+        run.__doc__ = "\n\n".join([described, "**Examples**", *(f"`randlora {example}`" for example in self.examples)])
+        signed = [*(parameter.signed() for parameter in parameters.values()), AS_JSON]
+        vars(run)["__signature__"] = Signature(signed)
+        run.__annotations__ = {each.name: each.annotation for each in signed}
+        return run
+
+
+def _call(name: str, **given: Any) -> Printed:
+    """Call a verb, and return its report."""
+    with progress_bar() as progress:
+        report = getattr(randlora.files, name)(**given, progress=progress)
+    return str(report), plain(report)
+
+
+def _merge(adapters: Sequence[str], scale: Sequence[float] | None, **given: Any) -> Printed:
+    if scale is None:
+        return _call("merge", adapters=adapters, **given)
+    if len(scale) != len(adapters):
+        raise ConfigError(f"expected one {spelled('scale')} for each adapter, got {len(scale)} for {len(adapters)}")
+    scales = dict(zip(adapters, scale, strict=True))
+    if len(scales) < len(adapters):
+        raise ConfigError(f"an adapter is given twice: give it a larger {spelled('scale')}")
+    return _call("merge", adapters=scales, **given)
+
+
+def _plan(directory: str, revision: str | None, **given: Any) -> Printed:
+    # these import torch, which takes seconds, and `--help` should not
+    from randlora.files.base_fit import open_base  # noqa: PLC0415
+    from randlora.files.plan import checkpoint_memory, plan_checkpoint  # noqa: PLC0415
+    from randlora.targets.left_out import DOUBT  # noqa: PLC0415
+
+    setup = {name: given.pop(name) for name in read_verb(*MEMORY)[1].keys() & given.keys() - {"r", "like_lora"}}
+    base = open_base(directory, revision)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", DOUBT, UserWarning)  # the report says it
+        report, memory = plan_checkpoint(base, **given), checkpoint_memory(base, **given, **setup)
+    return f"{report}\n\n{memory}", {**plain(report), "training_memory": plain(memory)}
+
+
+MEMORY = "model/memory", "training_memory"
+
+COMMANDS = {
+    "plan": Command(
+        _plan,
+        ("files/plan", "plan"),
+        (
+            "plan Llama-3-8B",
+            "plan meta-llama/Llama-3.2-1B --r 16 --targets q_proj,v_proj",
+            "plan gpt2 --targets all-linear --basis block --json",
+            "plan Llama-3-8B --like-lora 32",
+            'plan gpt2 --r c_attn=16 --r ".*=32"',
+            "plan Llama-3-70B --devices 8 --strategy fsdp2 --tokens 4096 --checkpointing",
+        ),
+        others=(("model/inject", "inject"), MEMORY),
+    ),
+    "merge": Command(
+        _merge,
+        ("files/merge", "merge"),
+        (
+            "merge my-adapter merged --base Llama-3-8B",
+            "merge user/adapter merged --base meta-llama/Llama-3.2-1B",
+            "merge a b merged --base Llama-3-8B --scale 0.7 --scale 0.3 --dtype bfloat16",
+        ),
+        own=(
+            Parameter(
+                "adapters",
+                Sequence[str],
+                Signed.empty,
+                "Directories of adapters, or `user/repo` on the Hub. Updates add.",
+                is_option=False,
+            ),
+            Parameter("base", Source, Signed.empty, "The model: a directory, or `org/name` on the Hub."),
+            Parameter("scale", Sequence[float] | None, None, "Factor of the update, one for each adapter, in order."),
+        ),
+    ),
+    "inspect": Command(
+        partial(_call, "inspect"),
+        ("files/inspect", "inspect"),
+        (
+            "inspect my-adapter",
+            "inspect from-peft --base Llama-3-8B",
+            "inspect my-adapter --no-norms --json",
+        ),
+    ),
+    "verify": Command(
+        partial(_call, "verify"),
+        ("files/verify", "verify"),
+        (
+            "verify my-adapter",
+            "verify my-adapter --base Llama-3-8B --json",
+            "verify user/adapter --base meta-llama/Llama-3.2-1B",
+        ),
+    ),
+    "convert": Command(
+        partial(_call, "convert"),
+        ("files/convert", "convert"),
+        (
+            "convert my-adapter for-peft --to peft",
+            "convert from-peft mine --to native --base Llama-3-8B",
+            "convert my-adapter a-lora --to lora --rank 64 --tolerance 0.3",
+            "convert my-adapter for-pipeline --to lora --format diffusers",
+        ),
+    ),
+}
