@@ -1,18 +1,39 @@
-"""The machinery of the benchmarks: taking turns, ratios, targets, and counting what is kept. Nothing is timed."""
+"""The gate of the benchmarks, and what they count. What `make bench` itself would fail for is not tested again."""
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-import typer
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks import command, layers, machine, memory, step
-from benchmarks.results import Results, Row, written
+from benchmarks import (
+    command,
+    compiled,
+    experts,
+    held,
+    laws,
+    low_rank,
+    memory,
+    overhead,
+    peft_faults,
+    pool,
+    processes,
+    quantized,
+    routed,
+)
+from benchmarks.results import Results, Row
 from benchmarks.targets import TARGETS, Target, faster, only_in_full, only_on, passed_over, verdicts, within
 from benchmarks.timing import Figure, interleaved
+from tests.laws import needs_compiler
+from tests.peer import THEIR_WARNINGS
+
+pytestmark = [
+    *THEIR_WARNINGS,
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated"),  # what torch.compile imports
+]
 
 
 def row(case: str, sweep: tuple[str, float] | None = None, **seconds: float) -> Row:
@@ -44,16 +65,7 @@ def test_contestants_are_called_in_turn_and_the_first_round_does_not_count() -> 
 def test_a_target_is_met_or_missed_by_the_ratio_of_the_best(target: Target, is_met: bool) -> None:
     results = Results("b", {}, [row("case", PEFT=6.0, dense=3.0, full=2.0)])
     assert [verdict.is_met for verdict in verdicts(results, [target])] == [is_met]
-
-
-def test_targets_of_other_benchmarks_are_not_judged() -> None:
-    assert verdicts(Results("b", {}, []), [faster("other", "case", "dense", 2.0)]) == []
-
-
-@pytest.mark.parametrize(("device", "gated"), [("cpu", step.GATED), ("cuda", step.GATED_ON_A_GPU)])
-def test_every_target_of_single_layers_has_its_case(device: str, gated: tuple[step.Case, ...]) -> None:
-    cases = {step.name_of(case) for case in gated}
-    assert {t.case for t in TARGETS if t.benchmark == "step" and device in t.devices} == cases
+    assert verdicts(Results("other", {}, []), [target]) == []
 
 
 @pytest.mark.parametrize(
@@ -75,82 +87,13 @@ def test_a_target_is_asked_of_its_devices_and_its_set_alone(
     assert passed_over(Results("other", {}, [], device, is_quick), targets) == []
 
 
-@pytest.mark.parametrize(
-    ("adapt", "is_wide"),
-    [
-        (layers.CONTESTANTS["PEFT"], True),
-        (layers.AUTOCAST_CONTESTANTS["PEFT, autocast"], False),
-        (layers.CONTESTANTS["dense"], False),
-    ],
-)
-def test_peft_multiplies_by_float32_matrices_unless_under_autocast(adapt: layers.Adapt, is_wide: bool) -> None:
-    layer = layers.build(adapt, 64, 64, torch.bfloat16, "cpu")
-    saved: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: torch.empty(0)):
-        output = layer(torch.randn(2, 64, dtype=torch.bfloat16))
-    assert output.dtype == torch.bfloat16
-    assert any(tensor.dtype == torch.float32 and tensor.numel() == 64 * 64 for tensor in saved) == is_wide
-
-
-@pytest.mark.parametrize("case", [*step.GATED, *step.GATED_ON_A_GPU], ids=step.name_of)
-def test_the_quick_steps_are_of_those_with_targets_and_of_full_fine_tuning(case: step.Case) -> None:
-    names = set(step.with_targets(case))
-    assert "full" in names
-    assert names - {"full"} < {"LoRA", "LoRA, autocast", "PEFT", "PEFT, autocast", "dense", "block"}
-    targets = [target for target in TARGETS if (target.benchmark, target.case) == ("step", step.name_of(case))]
-    assert {name for target in targets for name in (target.first, target.second)} <= names
-
-
 def test_every_target_is_of_a_benchmark_and_has_one_bound() -> None:
+    """Else nothing would ask for it."""
     assert {target.benchmark for target in TARGETS} == {
         *("laws", "peft_faults", "step", "overhead", "model", "memory", "quantized", "experts"),
         *("startup", "decode", "routed", "pool", "server", "merge", "compiled"),
     }
     assert all((target.at_least > 0) != (target.at_most < float("inf")) for target in TARGETS)
-
-
-@pytest.mark.parametrize(
-    ("size", "unit", "words"),
-    [
-        (2.62, "s", "2.62 s"),
-        (0.0121, "s", "12.1 ms"),
-        (8.5e-5, "s", "0.085 ms"),
-        (1.853e11, "B", "185 GB"),
-        (3.5e8, "B", "350 MB"),
-        (4096, "B", "4.1 kB"),
-        (0, "B", "0 kB"),
-        (87.25, "%", "87.2 %"),
-        (12, "operators", "12"),
-    ],
-)
-def test_a_figure_is_written_as_a_short_number(size: float, unit: str, words: str) -> None:
-    assert written(Figure(size, size, unit)) == words
-
-
-def test_without_the_baseline_figures_stand_for_themselves_and_each_of_ours_beside_the_peer() -> None:
-    titles, rows = Results("b", {}, [row("case", frozen=0.5, PEFT=6.0, merged=0.5), row("other", frozen=1.0)]).cells()
-    assert titles == ["case", "frozen", "PEFT", "merged", "PEFT / merged (median)"]
-    assert rows == [["case", "500 ms", "6 s", "500 ms", "12.00 (12.00)"], ["other", "1 s", "", "", ""]]
-
-
-@pytest.mark.parametrize(("times", "is_met"), [(1.0, True), (4.0, False), (None, True)])
-def test_the_gate_is_shut_by_a_missed_target_alone(
-    times: float | None,
-    is_met: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    targets = [] if times is None else [faster("b", "case", "dense", times)]
-    monkeypatch.setattr(command, "verdicts", lambda results: verdicts(results, targets))
-
-    def run(_: command.Settings) -> list[Row]:
-        return [row("case", PEFT=6.0, dense=3.0, full=2.0)]
-
-    settings = command.Settings("cpu", is_quick=True, out=tmp_path)
-    assert command.measure("b", run, settings, gate=True) == is_met
-    assert command.measure("b", run, settings, gate=False)
-    assert ("b has no targets" in capsys.readouterr().out) == (times is None)
 
 
 @pytest.mark.parametrize(("device", "runs"), [("cpu", 2), ("cuda", 1)])
@@ -203,27 +146,6 @@ def test_a_benchmark_that_fails_shuts_the_gate_and_the_others_go_on(
     assert "had no time left: good" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("has_gpu", [False, True])
-def test_a_gpu_that_is_not_there_is_said_before_anything_is_measured(
-    has_gpu: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    if has_gpu:
-        assert command.settings_of("cuda", full=False, out=Path("out")).out == Path("out/cuda")
-    else:
-        with pytest.raises(typer.BadParameter, match=r"no CUDA device, so nothing was measured"):
-            command.settings_of("cuda", full=False, out=Path("out"))
-
-
-def test_results_of_a_gpu_name_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    card = SimpleNamespace(total_memory=80 * 2**30, major=9, minor=0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some Card")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    facts = machine.describe("cuda")
-    assert (facts["GPU"], facts["GPU memory"], facts["compute capability"]) == ("Some Card", "80 GiB", "9.0")
-    assert "GPU" not in machine.describe("cpu")
-
-
 def test_results_are_written_as_json_a_table_and_a_picture(tmp_path: Path) -> None:
     rows = [row(f"T = {tokens}", ("tokens", tokens), PEFT=6.0, dense=3.0, full=2.0) for tokens in (1, 10)]
     Results("b", {"processor": "some"}, rows).save(tmp_path, ["met    b"])
@@ -237,11 +159,77 @@ def test_results_are_written_as_json_a_table_and_a_picture(tmp_path: Path) -> No
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_a_layer_that_is_trained_keeps_its_input_and_a_frozen_one_nothing(tokens: int) -> None:
-    layer = nn.Sequential(nn.Linear(1024, 8))
-    assert memory.kept_by_layer(layer, tokens) == tokens * 1024 * 4
-    assert memory.kept_by_layer(layer.requires_grad_(requires_grad=False), tokens) == 0
+TINY: dict[ModuleType, dict[str, Any]] = {
+    compiled: {
+        "WINDOWS": 1,
+        "CALLS": 1,
+        "LLAMA_TOKENS": 4,
+        "backend": lambda _: "inductor",
+        "compiled": lambda model, _: model,
+        "graphs": lambda *_: 1,
+    },
+    experts: {"MODELS": {"Mixtral": ("Mixtral", 64, 32, 4, 2)}, "REPEATS": 1},
+    low_rank: {
+        "LAYERS": 1,
+        "SIDE": 32,
+        "STEPS": 2,
+        "ROWS": 2,
+        "LENGTH": 512,
+        "R": 4,
+        "RANKS": (2,),
+        "TOLERANCES": (0.3,),
+    },
+    overhead: {
+        "CALLS": 1,
+        "WINDOWS": 1,
+        "WIDE": 32,
+        "MODEL_WINDOWS": 1,
+        "COMPILED_CALLS": 1,
+        "llama": lambda _, side: nn.Linear(side, side),
+        "adapt": lambda model, *_: model,
+        "model_step": lambda *_: lambda: None,
+        "start_compiler": lambda _: None,
+        "graphs": lambda *_, **__: 1,
+    },
+    pool: {"SIZES": ((1, 64), (2, 64)), "REPEATS": 1},
+    routed: {
+        "LAYERS": 1,
+        "SIDE": 64,
+        "ROWS": 4,
+        "LOADED": {1: 1, 6: 4, 64: 4},
+        "REPEATS": 1,
+        "FEW_REPEATS": 1,
+        "TOKENS": {"decode": 1, "prefill": 3},
+    },
+}
+"""Benchmarks by the sizes with which all of their cases, those of ``--full`` too, run in seconds."""
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("benchmark", TINY, ids=lambda benchmark: benchmark.__name__.rpartition(".")[2])
+def test_all_cases_run(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TINY[benchmark].items():
+        monkeypatch.setattr(benchmark, name, value)
+    rows = benchmark.run(command.Settings("cpu", is_quick=False))
+    assert len({row.case for row in rows}) == len(rows) > 0
+    assert all(figure.best >= 0 for row in rows for figure in row.figures.values())
+
+
+# What is counted
+
+
+@pytest.mark.parametrize("words", peft_faults.FAULTS)
+def test_a_fault_of_peft_is_not_ours(words: str) -> None:
+    assert not peft_faults.provoke(peft_faults.FAULTS[words]).randlora
+
+
+@pytest.mark.parametrize("field", ["failures", "errors", "skipped"])
+def test_a_law_that_failed_or_was_skipped_did_not_hold(field: str, tmp_path: Path) -> None:
+    counts = {"tests": 9, "failures": 0, "errors": 0, "skipped": 0, field: 2}
+    report = tmp_path / "laws.xml"
+    suite = " ".join(f'{name}="{count}"' for name, count in counts.items())
+    report.write_text(f"<testsuites><testsuite {suite}/></testsuites>", encoding="utf-8")
+    assert {name: figure.best for name, figure in laws.held(report).items()} == {"held": 7, "all": 9}
 
 
 @pytest.mark.parametrize("tokens", [1, 2048])
@@ -250,3 +238,63 @@ def test_ours_keep_the_input_and_nothing_else(tokens: int) -> None:
     of_input, of_weight = tokens * memory.SIDE, memory.SIDE**2
     assert {floats[name] for name in ("full", "dense", "block", "very_sparse", "PEFT less m² floats")} == {of_input}
     assert floats["PEFT"] == of_input + of_weight
+
+
+class Hoarder(nn.Module):
+    """Keeps a matrix where autograd's hooks do not look."""
+
+    def __init__(self, *, in_forward: bool) -> None:
+        super().__init__()
+        self.in_forward = in_forward
+        self.weight = nn.Parameter(torch.ones(1))
+        self.hidden: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a multiple of the input."""
+        if self.in_forward or not self.hidden:
+            self.hidden.append(torch.ones(128, 128))
+        return x * self.weight
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("in_forward", [True, False])
+def test_a_dense_copy_of_a_quantized_weight_is_found_wherever_it_is_kept(in_forward: bool) -> None:
+    def hoard(model: nn.Sequential) -> nn.Module:
+        return nn.Sequential(*(Hoarder(in_forward=in_forward) for _ in model))
+
+    case = quantized.Case("NF4", torch.float32, 2, in_features=128, out_features=128)
+    with held.among_new_objects(), pytest.raises(RuntimeError, match="bytes stay"):
+        quantized.measured(case, {"dense": hoard}, "cpu")
+
+
+def rise(mebibytes: int) -> tuple[int, int]:
+    before = processes.held_bytes()
+    for _ in range(2):
+        torch.ones(mebibytes * 2**20, dtype=torch.uint8)
+    return processes.peak_bytes() - before, processes.held_bytes() - before
+
+
+@pytest.mark.medium
+def test_a_peak_is_what_was_held_at_once_and_what_was_freed_is_held_no_more() -> None:
+    peak, kept = processes.in_own_process(rise, 200)
+    assert 200 * 2**20 <= peak < 300 * 2**20
+    assert kept < 100 * 2**20
+
+
+class Counted(nn.Linear):
+    """A layer whose every turn is a condition of its graph."""
+
+    turn = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the number of the turn."""
+        output: Tensor = super().forward(x) + float(self.turn)
+        return output
+
+
+@needs_compiler
+@pytest.mark.medium
+def test_graphs_are_counted_beyond_the_compilers_limit() -> None:
+    model = Counted(compiled.SWITCHED_SIDE, 2)
+    names = [str(index) for index in range(20)]
+    assert compiled.graphs(model, names, lambda name: setattr(model, "turn", int(name))) == len(names)
