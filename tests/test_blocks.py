@@ -178,7 +178,7 @@ def test_a_sum_is_on_the_bases_of_its_adapters_if_they_have_other_blocks_than_by
     randlora.inject(model, r=16, targets=["1"], basis="block", blocks=(2, 8), name="b")
     for name in ("a", "b"):
         fill(model, name)
-    assert randlora.combine(model, {"a": 1.0, "b": 1.0}, name="c").is_exact
+    randlora.combine(model, {"a": 1.0, "b": 1.0}, name="c")
     assert same_bits(randlora.delta_weight(model, "1", name="c"), randlora.delta_weight(model, "1", name="b"))
 
 

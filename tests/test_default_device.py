@@ -111,7 +111,7 @@ VERBS: dict[str, Callable[[Place], Any]] = {
     "adapters": lambda at: randlora.adapters(at.model, norms=True),
     "check": lambda at: randlora.check(at.model, TOKENS),
     "check_ranks": lambda at: randlora.check_ranks(at.model, values=True),
-    "combine": lambda at: randlora.combine(at.model, {"a": 1.0, "b": 2.0}, name="c", method="fit", tolerance=2.0),
+    "combine": lambda at: randlora.combine(at.model, {"a": 1.0}, name="c"),
     "delta_weight": lambda at: randlora.delta_weight(at.model, "up", name="a"),
     "disabled": output_inside(randlora.disabled),
     "eject": lambda at: randlora.eject(at.model),

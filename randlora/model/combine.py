@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
 from randlora.bases.basis import Basis
-from randlora.bases.spec import BasisSpec, sliced_dims, spec_for
 from randlora.config import ALPHA_PER_RANK
-from randlora.errors import AdapterError, ConfigError, raise_collected
-from randlora.hints import is_finite, require_types, shortly
-from randlora.layer_options import by_rank
-from randlora.layers.combined import Combined, Method, combined
-from randlora.meant import NotTheModel
+from randlora.errors import AdapterError, raise_collected
+from randlora.hints import require_types, shortly
+from randlora.layers.update import Update
 from randlora.model.factors import factor_problems
 from randlora.model.install import commit, lost_sites, prepare
 from randlora.model.train_also import copy_dtype, lost_parameters, replacements
@@ -27,183 +23,140 @@ from randlora.model.view import opened, opened_to_add
 from randlora.modes import has_values
 from randlora.placement.place import whole
 from randlora.placement.ranks import agreed, in_step
+from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles
 from randlora.targets.options import listed
 from randlora.targets.site import AdaptedSite, shapes_of, sizes
 
+ROUNDINGS = 16
+"""How many roundings of its Λ and Γ a sum may be off to be exact."""
 
-@dataclass(frozen=True)
-class CombineReport(NotTheModel):
-    """What `combine` made.
-
-    Attributes:
-        name: The new adapter.
-        adapters: The factors of the adapters that it was made of, by name.
-        errors: The distance of its update of each layer from the sum of theirs, as a share of the norm of that sum, by
-            FQN: 0 where it is exact up to the rounding of Λ and Γ.
-    """
-
-    name: str
-    adapters: Mapping[str, float]
-    errors: Mapping[str, float]
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether its update of every layer is the sum, up to the rounding of Λ and Γ."""
-        return not any(self.errors.values())
-
-    def __str__(self) -> str:
-        """Return one line."""
-        made = " + ".join(f"{factor:g}·{name}" for name, factor in self.adapters.items())
-        fitted = {fqn: error for fqn, error in self.errors.items() if error}
-        if not fitted:
-            return f"{self.name} = {made}: exact in {len(self.errors)} layers"
-        worst = max(fitted, key=lambda fqn: fitted[fqn])
-        return (
-            f"{self.name} ≈ {made}: exact in {len(self.errors) - len(fitted)} layers, fitted in {len(fitted)} with a "
-            f"relative error of at most {fitted[worst]:.2g} ({worst})"
-        )
+INSTEAD = "activate the adapters with factors, which is exact, or merge one after the other"
 
 
 @torch.inference_mode(mode=False)  # what is made here may be trained, whatever mode the caller is in
 @torch.no_grad()
-def combine(
-    model: nn.Module,
-    adapters: Mapping[str, float],
-    *,
-    name: str,
-    method: Method = "exact",
-    tolerance: float = 0.1,
-    like: str | None = None,
-) -> CombineReport:
+def combine(model: nn.Module, adapters: Mapping[str, float], *, name: str) -> Report:
     """Add an adapter whose update is a weighted sum of the updates of others, which saves and loads like any other.
 
-    It is on the bases of one of them, ``like``, and has its options. r and alpha of a layer are those of the first
-    adapter that has it, beginning with ``like``. Parameters of ``train_also`` become the model's own plus the weighted
-    sum of what each adapter changed. It is neither active nor trainable.
+    The sum is the update of one adapter only if the adapters are on the same bases, and in each layer and for each
+    basis their Γ are multiples of one another, or their Λ are, as of adapters of which Λ alone was trained. A layer
+    that only one of them changes can always be summed. `activate` with factors is exact for all adapters, without a new
+    one.
 
-    The sum is such an update exactly if in each layer and for each basis the Γ of the adapters are multiples of one
-    another, or the Λ are, as of adapters of which only Λ was trained; and where only one of them changes a layer.
-    `activate` with factors is exact for all adapters, without making a new one.
+    The new adapter has the options of the first one named. r and alpha of a layer are those of the first adapter that
+    has it. Parameters of ``train_also`` become the model's own plus the weighted sum of what each adapter changed. It
+    is neither active nor trainable.
 
     Args:
         model: A model with adapters.
         adapters: The factors of the sum, by the names of the adapters; any finite numbers.
         name: The name of the new adapter.
-        method: ``"exact"`` raises an error if a layer's sum is not exact; ``"fit"`` then takes Λ and Γ whose update is
-            near the sum, by alternating least squares.
-        tolerance: The largest relative error of a fitted layer.
-        like: The adapter whose bases and options the new one has; ``None`` means the first of ``adapters``.
 
     Returns:
-        A report with the error of each layer.
+        A report as from `randlora.inject`.
 
     Raises:
-        AdapterError: If an adapter is unknown, the name is taken, the adapters are merged, a sum is not exact or not
-            within the tolerance, or the adapters differ in ``in_proj`` or ``experts``. The model is then unchanged.
-        ConfigError: For an unknown method, a tolerance that is no positive number, or if no config of ``like`` fits the
-            layers of the others, or its bases for them cannot be drawn.
+        AdapterError: If an adapter is unknown, the name is taken, the adapters are merged, a sum is not exact, or the
+            adapters differ in their bases, ``in_proj`` or ``experts``. The model is then unchanged.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> _ = randlora.inject(model, r=4, name="a"), randlora.inject(model, r=4, name="b")
-        >>> print(randlora.combine(model, {"a": 0.7, "b": -0.3}, name="c"))
-        c = 0.7·a + -0.3·b: exact in 1 layers
+        >>> randlora.combine(model, {"a": 0.7, "b": -0.3}, name="c").rule
+        'the sum 0.7·a + -0.3·b'
     """
-    require_types(combine, {"method": method, "like": like})
-    if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not is_finite(tolerance) or tolerance <= 0:
-        raise ConfigError(f"tolerance must be a positive number, got {shortly(tolerance)}")
+    require_types(combine, {"name": name})
     with opened(model, None) as found:  # it may be inside of a wrapper
         root = found.root
     with opened_to_add(root, [name], "combine adapters into") as view:
         census, state = view.census, view.state
-        sources = _sources(state, adapters, like)
+        sources = _sources(state, adapters)
         sites = [site for site in census.adapted if any(source.name in site.layer.adapters for source in sources)]
-        lost = [*lost_sites(census, sources), *lost_parameters(state, sources), *offloaded_diagonals(census)]
-        unfit = obstacles(census, sites, sources[0].config.dropout)
-        raise_collected(AdapterError, [*lost, *unfit, *_form_problems(state, sites, sources)], doing="combine")
-        adapter, shared = _planned(state, name, sites, sources)
-        for r in adapter.bases.keys() - shared.keys():
-            adapter.bases[r].matrices()  # as in inject: some cannot be drawn
+        problems = [*lost_sites(census, sources), *lost_parameters(state, sources), *offloaded_diagonals(census)]
+        problems += obstacles(census, sites, sources[0].config.dropout)
+        problems += [*_form_problems(sites, sources), *_copy_problems(state, sites, sources)]
+        raise_collected(AdapterError, problems, doing="combine")
+        adapter = _planned(name, sites, sources, adapters)
         with agreed(view.ranks()):
             updates = {site.fqn: site.layer.whole_updates(site.owner, dict(adapters)) for site in sites}
             copies = _copies(state, adapters, sources)
-        found = {}
-        for site in sites:
-            part = adapter.at(site.fqn, site.shape_with(adapter.config))
-            found[site.fqn] = combined(part, updates[site.fqn], method, site.layer.device_beside(site.owner))
-        _require_near(found, method, tolerance)
-        values = {fqn: (each.lam, each.gamma) for fqn, each in found.items()}
-        adapter.bases |= shared
+        values = _values(adapter, sites, updates)
         adapter.trained |= {fqn: nn.Parameter(copy, requires_grad=False) for fqn, copy in copies.items()}
         replaced = replacements(census, state, copies)
         addition = prepare(state, adapter, sites, values=values, replaced=replaced, trainable=False)
+        notes = next_steps(name, is_active=False, is_trainable=True)
+        shapes = shapes_of(sites, adapter.config)
+        report = adapter_report(census, adapter, shapes, is_active=False, is_trainable=False, notes=notes)
         commit(census, addition, active=False)
-        return CombineReport(name, dict(adapters), {fqn: each.error for fqn, each in found.items()})
+        return report
 
 
-def _sources(state: ModelState, adapters: object, like: str | None) -> list[Adapter]:
-    """Return the adapters that are summed, the one whose options are taken first."""
+def _sources(state: ModelState, adapters: object) -> list[Adapter]:
+    """Return the adapters that are summed, in the order given."""
     if not isinstance(adapters, Mapping) or not adapters:
         raise AdapterError(f"expected a mapping from names of adapters to factors, got {shortly(adapters)}")
     raise_collected(AdapterError, factor_problems(state, adapters), doing="combine")
-    if like is not None and like not in adapters:
-        raise AdapterError(f"like must be one of the adapters that are combined, {', '.join(adapters)}, got {like!r}")
-    names = sorted(adapters, key=lambda name: name != like)  # the others in their order
-    return [state.adapters[name] for name in names]
+    return [state.adapters[name] for name in adapters]
 
 
-def _form_problems(state: ModelState, sites: Iterable[AdaptedSite], sources: Sequence[Adapter]) -> list[str]:
-    """Return messages about what cannot be summed, or not into an adapter like the first."""
-    first = sources[0]
-    problems = [
-        f"{source.name!r} adapts {site.fqn} as {sizes(part.shape)}, and one like {first.name!r} as {sizes(wanted)}: "
-        "combine adapters of equal in_proj and experts"
-        for site in sites
-        for wanted in [site.shape_with(first.config)]
-        for source in sources
-        if (part := site.layer.adapters.get(source.name)) is not None and part.shape != wanted
-    ]
-    problems += [
-        f"{site.fqn} has no values (meta or fake): load the model first"
-        for site in sites
-        if any(
-            not has_values(each)
-            for source in sources
-            if source.name in site.layer.adapters
-            for each in site.layer.diagonals_of(site.owner, source.name)
-        )
-    ]
-    problems += [
-        f"{source.name!r} has buffers ({shortened([*source.buffers])}), which have no sum: activate the adapters "
-        "with factors, or train without these in train_also"
-        for source in sources
-        if source.buffers
-    ]
+def _form_problems(sites: Iterable[AdaptedSite], sources: Sequence[Adapter]) -> list[str]:
+    """Return messages about layers that the adapters adapt in different ways, or on different bases."""
+    first, problems = sources[0], []
+    bases: dict[int, tuple[Adapter, Basis]] = {r: (first, basis) for r, basis in first.bases.items()}
+    for source in sources[1:]:
+        for r, basis in source.bases.items():
+            other, held = bases.setdefault(r, (source, basis))
+            if basis.identity != held.identity:
+                problems.append(f"{source.name!r} is on {basis.spec}, and {other.name!r} on {held.spec}: {INSTEAD}")
+            elif other is source and not basis.spec.is_of(first.config, r):
+                problems.append(f"{source.name!r} is on {basis.spec}, of which {first.name!r} has no kind: {INSTEAD}")
+    for site in sites:
+        parts = {source.name: part for source in sources if (part := site.layer.adapters.get(source.name)) is not None}
+        wanted = site.shape_with(first.config)
+        problems += [
+            f"{name!r} adapts {site.fqn} as {sizes(part.shape)}, and one like {first.name!r} as {sizes(wanted)}: "
+            "combine adapters of equal in_proj and experts"
+            for name, part in parts.items()
+            if part.shape != wanted
+        ]
+        if len(ranks := {part.options.r for part in parts.values()}) > 1:
+            problems.append(f"{' and '.join(parts)} have r={' and '.join(map(str, ranks))} in {site.fqn}: {INSTEAD}")
+        if not next(iter(parts.values())).scaling:
+            problems.append(f"{next(iter(parts))!r} has alpha=0 in {site.fqn}, with which there is no update")
+        if not all(has_values(each) for name in parts for each in site.layer.diagonals_of(site.owner, name)):
+            problems.append(f"{site.fqn} has no values (meta or fake): load the model first")
+    return problems
+
+
+def _copy_problems(state: ModelState, sites: Iterable[AdaptedSite], sources: Iterable[Adapter]) -> list[str]:
+    """Return messages about what was trained besides Λ and Γ and cannot be summed."""
     weights = {id(site.weight) for site in sites}
-    problems += [
-        f"{source.name!r} trained a copy of {fqn}, a weight that the new adapter would adapt: leave one of both out"
-        for source in sources
-        for fqn in source.trained
-        if not (entry := state.replaced[fqn]).is_lost and id(entry.live) in weights
-    ]
-    return problems + [
-        f"{source.name!r} trained {fqn}, whose shape has changed: leave it out"
-        for source in sources
-        for fqn, copy in source.trained.items()
-        if not state.replaced[fqn].fits(copy)
-    ]
+    problems = []
+    for source in sources:
+        if source.buffers:
+            problems.append(
+                f"{source.name!r} has buffers ({shortened([*source.buffers])}), which have no sum: activate the "
+                "adapters with factors, or train without these in train_also"
+            )
+        for fqn, copy in source.trained.items():
+            entry = state.replaced[fqn]
+            if not entry.is_lost and id(entry.live) in weights:
+                problems.append(
+                    f"{source.name!r} trained a copy of {fqn}, a weight that the new adapter would adapt: leave one of "
+                    "both out"
+                )
+            if not entry.fits(copy):
+                problems.append(f"{source.name!r} trained {fqn}, whose shape has changed: leave it out")
+    return problems
 
 
 def _planned(
-    state: ModelState, name: str, sites: Sequence[AdaptedSite], sources: Sequence[Adapter]
-) -> tuple[Adapter, dict[int, Basis]]:
-    """Return the new adapter, without values, and those of its bases that the model has, by r.
-
-    The adapter has others in their places that are equal, so that a call that raises does not extend the model's.
-    """
+    name: str, sites: Sequence[AdaptedSite], sources: Sequence[Adapter], adapters: Mapping[str, float]
+) -> Adapter:
+    """Return the new adapter, without values."""
     first = sources[0]
     options = {
         site.fqn: next(site.layer.adapters[each.name].options for each in sources if each.name in site.layer.adapters)
@@ -218,34 +171,10 @@ def _planned(
         config = replace(config, train_also=list(trained))
     if options.keys() != first.options.keys():
         config = replace(config, targets=list(options), exclude=None)
-    config = listed(config, options)
-    bases, shared = {}, {}
-    for r, own in by_rank(shapes_of(sites, config), options).items():
-        spec, used = spec_for(config, r, own), sliced_dims(own)
-        held = _held(state, sources, spec, used)
-        if held is None:
-            bases[r] = Basis(spec)
-            bases[r].extend(*used)
-            continue
-        shared[r] = bases[r] = held
-        if any(size > most for size, most in zip(used, held.extent, strict=True)):
-            bases[r] = Basis(held.spec, held.extent)
-            bases[r].extend(*used)
-    rule = "combined from " + " and ".join(repr(source.name) for source in sources)
-    return Adapter(name, config, bases, options, rule, peft_fields=dict(first.peft_fields)), shared
-
-
-def _held(state: ModelState, sources: Sequence[Adapter], spec: BasisSpec, used: tuple[int, int]) -> Basis | None:
-    """Return bases of the model for a spec: those of one of the adapters that are summed, if possible."""
-    for source in sources:
-        basis = source.bases.get(spec.r)
-        if basis is None or not (source is sources[0] or basis.spec.is_of(sources[0].config, spec.r)):
-            continue
-        largest = (basis.spec.max_dim, basis.spec.min_dim) if basis.stored is None else basis.extent
-        covers = all(size <= most for size, most in zip(used, largest, strict=True))
-        if covers or (basis.stored is None and basis.spec.is_prefix_stable):
-            return basis
-    return state.bank.find(spec, used=used)
+    used = {r for r, _ in options.values()}
+    bases = {r: basis for source in reversed(sources) for r, basis in source.bases.items() if r in used}
+    rule = "the sum " + " + ".join(f"{factor:g}·{name}" for name, factor in adapters.items())
+    return Adapter(name, listed(config, options), bases, options, rule, peft_fields=dict(first.peft_fields))
 
 
 def _copies(state: ModelState, adapters: Mapping[str, float], sources: Sequence[Adapter]) -> dict[str, Tensor]:
@@ -265,23 +194,68 @@ def _copies(state: ModelState, adapters: Mapping[str, float], sources: Sequence[
     return found
 
 
-def _require_near(found: Mapping[str, Combined], method: Method, tolerance: float) -> None:
-    """Check the result of all layers; else raise `AdapterError`."""
-    infinite = [fqn for fqn, each in found.items() if not (each.lam.isfinite().all() and each.gamma.isfinite().all())]
+def _values(
+    adapter: Adapter, sites: Iterable[AdaptedSite], updates: Mapping[str, Sequence[Update]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return Λ and Γ of the sum by FQN; raise `AdapterError` if that of a layer is not exact, or not finite."""
+    found, inexact, infinite = {}, [], []
+    for site in sites:
+        device = site.layer.device_beside(site.owner)
+        lam, gamma, is_exact = summed(updates[site.fqn], adapter.options[site.fqn].scaling)
+        found[site.fqn] = lam.to(device), gamma.to(device)
+        if not (lam.isfinite().all() and gamma.isfinite().all()):
+            infinite.append(site.fqn)
+        elif not is_exact:
+            inexact.append(site.fqn)
     if infinite:
         raise AdapterError(
             f"the sum would not be finite in {shortened(infinite)}: check the adapters, or give smaller factors"
         )
-    far = {fqn: each.error for fqn, each in found.items() if each.error > (tolerance if method == "fit" else 0.0)}
-    if far and method == "exact":
+    if inexact:
         raise AdapterError(
-            f"no adapter has exactly this sum in {shortened([*far])}, because both Λ and Γ differ, or the bases do: "
-            "activate the adapters with factors, which is exact, or give method='fit' for the nearest adapter"
+            f"no adapter has exactly this sum in {shortened(inexact)}, where both Λ and Γ differ: {INSTEAD}"
         )
-    if far:
-        worst = max(far, key=lambda fqn: far[fqn])
-        raise AdapterError(
-            f"the nearest adapter has a relative error above tolerance={tolerance:g} in {shortened([*far])}, up to "
-            f"{far[worst]:.3g} in {worst}: activate the adapters with factors, which is exact, merge them, or give a "
-            "larger tolerance"
-        )
+    return found
+
+
+def summed(updates: Sequence[Update], scaling: float) -> tuple[Tensor, Tensor, bool]:
+    """Return Λ and Γ of the sum of updates on the same bases, and whether it is exact.
+
+    Basis j multiplies column ``k·num_bases + j`` of B and row k of A by ``lam[k, j] · gamma[j, c]``, a matrix of rank
+    one. The sum is an update if the sum of these matrices is of rank one again for each basis: it keeps the Γ of the
+    largest term if those of all are multiples of it, or its Λ likewise.
+
+    Args:
+        updates: The updates, of the same shape.
+        scaling: The scaling of the sum, which is not 0.
+
+    Returns:
+        Λ and Γ in the widest dtype of those of the updates, at least float32. They are computed in float64.
+    """
+    dtype = functools.reduce(torch.promote_types, [update.lam.dtype for update in updates], torch.float32)
+    at = torch.device("cpu") if updates[0].lam.device.type == "mps" else updates[0].lam.device  # it has no float64
+    lam = torch.stack([_wide(update.lam, at) * (update.scaling / scaling) for update in updates]).mT
+    gamma = torch.stack([_wide(update.gamma, at) for update in updates])  # both are (terms, …, bases, features)
+    lam_sizes, gamma_sizes = lam.norm(dim=-1, keepdim=True), gamma.norm(dim=-1, keepdim=True)
+    largest = (lam_sizes * gamma_sizes).argmax(0, keepdim=True)
+    one_lam, one_gamma = (each.take_along_dim(largest, 0) for each in (lam, gamma))
+
+    by_lam, by_gamma = _shares(lam, one_lam), _shares(gamma, one_gamma)
+    left_by_lam = ((lam - by_lam * one_lam).norm(dim=-1, keepdim=True) * gamma_sizes).sum(0)
+    left_by_gamma = ((gamma - by_gamma * one_gamma).norm(dim=-1, keepdim=True) * lam_sizes).sum(0)
+    keeps_gamma = (left_by_gamma <= left_by_lam) & one_gamma[0].any(-1, keepdim=True)  # else Γ could not be trained
+    new_lam = torch.where(keeps_gamma, (by_gamma * lam).sum(0), one_lam[0])
+    new_gamma = torch.where(keeps_gamma, one_gamma[0], (by_lam * gamma).sum(0))
+    left = torch.where(keeps_gamma, left_by_gamma, left_by_lam)
+    is_exact = left.norm() <= ROUNDINGS * torch.finfo(dtype).eps * (lam_sizes * gamma_sizes).norm()
+    return new_lam.mT.contiguous().to(dtype), new_gamma.to(dtype), bool(is_exact)
+
+
+def _shares(vectors: Tensor, one: Tensor) -> Tensor:
+    """Return the multiple of one vector that is nearest to each."""
+    squares = one.square().sum(-1, keepdim=True)
+    return torch.where(squares > 0, (vectors * one).sum(-1, keepdim=True) / squares, 0.0)
+
+
+def _wide(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.detach().to(device=device, dtype=torch.float64)
