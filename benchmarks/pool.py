@@ -64,8 +64,8 @@ def ours(layers: int, side: int, device: str, directory: Path, repeats: int) -> 
         {
             "load": partial(randlora.load, model, directory / "b", name="b", active=False),
             "remove": partial(randlora.remove, model, "b"),
-            "swap, disk": partial(randlora.swap, model, "a", directory / "b"),
-            "swap, memory": partial(randlora.swap, model, "a", state),
+            "swap, disk": partial(randlora.swap, model, directory / "b", name="a"),
+            "swap, memory": partial(randlora.swap, model, state, name="a"),
             "state": partial(randlora.adapter_state, model, "a"),
             "block": lambda: begin(pool.routed(["pooled"])),
         },

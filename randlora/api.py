@@ -12,7 +12,6 @@ from randlora.checkpoint import load as load
 from randlora.checkpoint import load_all as load_all
 from randlora.checkpoint import save as save
 from randlora.checkpoint import save_all as save_all
-from randlora.checkpoint import set_adapter_state as set_adapter_state
 from randlora.checkpoint import swap as swap
 from randlora.config import RandLoRAConfig as RandLoRAConfig
 from randlora.errors import RandLoRAError as RandLoRAError
@@ -87,7 +86,6 @@ __all__ = [
     "save",
     "save_all",
     "save_merged",
-    "set_adapter_state",
     "set_compute",
     "set_trainable",
     "swap",

@@ -79,7 +79,8 @@ CALLS = {
     "push_to_hub": "randlora.save(model, directory, push_to_hub=…)",
     "save_pretrained": "randlora.save(model, directory)",
     "set_adapter": "randlora.activate(model, name)",
-    "set_peft_model_state_dict": "randlora.set_adapter_state(model, state)",
+    "set_peft_model_state_dict": "randlora.swap(model, state)",
+    "set_requires_grad": "randlora.set_trainable(model, name)",
     "unload": "randlora.eject(model)",
     "unmerge_adapter": "randlora.unmerge(model)",
 }

@@ -267,7 +267,7 @@ def next_steps(name: str, *, is_active: bool, is_trainable: bool) -> list[str]:
     if not is_active:
         notes.append(f"inactive: call randlora.activate(model, {name!r}) to add its update")
     if not is_trainable:
-        notes.append(f"frozen: call randlora.activate(model, {name!r}, trainable=True) to train it")
+        notes.append(f"frozen: call randlora.set_trainable(model, {name!r}) to train it")
     return notes
 
 

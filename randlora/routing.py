@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -71,7 +70,6 @@ class Routing:
         is_uniform: Whether all go through one adapter, or all through the base: it does not matter where they are then.
         choice: The number of the present `rows_now`.
         chosen: While a module runs for the rows of one adapter, a tuple of its name, or of ``None`` for the base.
-        thread: The thread that it was made in.
         keeps: Whether Λ and Γ may be kept: not if they are sharded, because what gathers them hides that they change.
         call: The running call of the model, or of a part of it; see `randlora.layers.row_layouts`.
         layouts: Where the rows are in what each layer is given, by layer, size of the batch and shape.
@@ -90,7 +88,6 @@ class Routing:
         self.index = index if has_tokens else index.squeeze(1)
         self.is_uniform = bool((index == index.flatten()[0]).all())
         self.chosen: tuple[str | None] | None = None
-        self.thread = threading.get_ident()
         self.keeps = True
         self._forget()
 
@@ -106,7 +103,7 @@ class Routing:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without what belongs to one model, for copies and pickles of it."""
-        return {name: getattr(self, name) for name in ("adapters", "index", "is_uniform", "chosen", "thread", "keeps")}
+        return {name: getattr(self, name) for name in ("adapters", "index", "is_uniform", "chosen", "keeps")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Hold the state of a copy."""

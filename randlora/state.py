@@ -20,7 +20,6 @@ from randlora.bases.basis import Basis
 from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError, TargetError, raise_collected
-from randlora.forwards import Forwards
 from randlora.functional import Compute
 from randlora.hints import shortly
 from randlora.layer_options import Factor, LayerOptions
@@ -29,7 +28,7 @@ from randlora.placement.dtensor import is_dtensor, reshard
 from randlora.placement.offloaded import offloaded_modules
 from randlora.replaced import KEEP_COPIES, ReplacedParameter, like, path_to
 from randlora.required_grad import RequiredGrad
-from randlora.routing import BLOCKS, Routing
+from randlora.routing import Routing
 from randlora.start import Init
 
 ATTRIBUTE = "randlora_state"
@@ -158,7 +157,6 @@ class ModelState:
         saves_merged: Whether state dicts hold merged weights, while ``save_pretrained`` writes them.
         activation: The last choice of active adapters.
         averaging: The `randlora.model.averaging.Averaging` of adapters that were added after `fully_shard`.
-        forwards: The calls of the model that are running.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -179,7 +177,6 @@ class ModelState:
     save_pretrained: SavePretrained | None = None
     saves_merged: bool = False
     activation: Activation = field(default_factory=Activation)
-    forwards: Forwards = field(default_factory=Forwards)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Hold the state of a copied or unpickled model, in which no block is open, as none would end there.
@@ -213,7 +210,6 @@ class ModelState:
     def _set_blocks(self, blocks: list[object]) -> None:
         innermost = blocks[-1] if blocks else None
         self.disabled, self.routing = blocks, innermost if isinstance(innermost, Routing) else None
-        self.forwards.set_blocks(block.thread for block in blocks if isinstance(block, Routing))
 
     @property
     def active(self) -> dict[str, Factor]:
@@ -401,19 +397,14 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
     return root, state
 
 
-def require_unrouted(state: ModelState, name: str | None, doing: str, *, here: bool = False) -> None:
-    """Check that no open block of `randlora.routed` names an adapter; else raise `AdapterError`.
+def require_unrouted(state: ModelState, name: str | None, doing: str) -> None:
+    """Check that no open block of `randlora.routed` names an adapter, or any if it is ``None``; else raise an error.
 
-    Args:
-        state: The state of the model.
-        name: The adapter, or ``None`` for any.
-        doing: The call, for messages.
-        here: Whether to look at the blocks alone that this thread or task is in.
+    Raises:
+        AdapterError: If one does.
     """
-    blocks = [block for block in state.disabled if isinstance(block, Routing)]
-    own = BLOCKS.get()
-    for block in blocks:
-        if (name is None or name in block.adapters) and (not here or any(block is each for each in own)):
+    for block in state.disabled:
+        if isinstance(block, Routing) and (name is None or name in block.adapters):
             which = "" if name is None else ", which sends rows through it"
             raise AdapterError(f"cannot {doing} in an open block of randlora.routed{which}: call it after the block")
 

@@ -329,7 +329,7 @@ def test_what_is_offloaded_with_all_around_it_runs_and_is_refused_elsewhere(tmp_
     for refused, error in (
         (lambda: list(randlora.trainable_parameters(model)), AdapterError),
         (lambda: randlora.delta_weight(model, layer), AdapterError),
-        (lambda: randlora.adapters(model, norms=True), AdapterError),
+        (lambda: randlora.update_norms(model), AdapterError),
         (lambda: randlora.merge(model), MergeError),
         (lambda: randlora.save(model, tmp_path), CheckpointError),
         (lambda: randlora.eject(model), AdapterError),

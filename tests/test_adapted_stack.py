@@ -118,7 +118,8 @@ def test_a_stack_requires_a_gradient_where_its_sum_does() -> None:
     assert model.mlp.up_proj.mT.requires_grad
     with torch.no_grad():
         assert not model.mlp.up_proj.requires_grad
-    randlora.activate(model, "default", trainable=False)
+    randlora.activate(model, "default")
+    randlora.set_trainable(model, "default", trainable=False)
     assert not model.mlp.up_proj.requires_grad
 
 

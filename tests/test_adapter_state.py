@@ -46,7 +46,7 @@ def test_a_state_is_what_the_files_hold(case: Case, bases: Literal["seed", "stor
     )
     by_file, by_state = case.build(), case.build()
     randlora.load(by_file, tmp_path)
-    randlora.set_adapter_state(by_state, state)
+    randlora.load(by_state, state)
     assert torch.equal(case.output(by_state), case.output(by_file))
     assert_same_files(by_state, by_file, tmp_path)
 
@@ -58,7 +58,7 @@ def test_a_state_sets_a_layer_of_each_kind(kind: LayerKind) -> None:
         model = nn.Sequential(kind.build(6, 9, True, kind.exact))
     twin = copy.deepcopy(model)
     randlora.inject(model, r=3, alpha=6)
-    randlora.set_adapter_state(twin, randlora.adapter_state(fill(model)))
+    randlora.load(twin, randlora.adapter_state(fill(model)))
     assert all_bits(adapter_values(twin)) == all_bits(adapter_values(model))
     x = torch.randn(2, 6, dtype=kind.exact)
     assert torch.equal(model(x), twin(x))
@@ -67,20 +67,20 @@ def test_a_state_sets_a_layer_of_each_kind(kind: LayerKind) -> None:
 @every_read_kind
 def test_a_state_sets_a_module_of_each_kind_that_is_read(kind: ReadKind) -> None:
     model, twin = kind.adapted(), kind.model()
-    randlora.set_adapter_state(twin, randlora.adapter_state(model), trainable=True)  # else attention is fused
+    randlora.load(twin, randlora.adapter_state(model), trainable=True)  # else attention is fused
     assert torch.equal(kind.run(twin), kind.run(model))
 
 
 def test_a_state_sets_an_adapter_in_place_where_there_is_one() -> None:
     model, other = trained(HEADED), fill(trained(HEADED), seed=3)
     held = {name: (id(value), value.requires_grad) for name, value in adapter_values(model).items()}
-    randlora.set_adapter_state(model, randlora.adapter_state(other))
+    randlora.swap(model, randlora.adapter_state(other))
     assert {name: (id(value), value.requires_grad) for name, value in adapter_values(model).items()} == held
     assert torch.equal(HEADED.output(model), HEADED.output(other))
     with untouched(model), pytest.raises(CheckpointError, match="the adapter has no layer 0, 2"):
-        randlora.set_adapter_state(model, randlora.adapter_state(trained(LINEAR)))
+        randlora.swap(model, randlora.adapter_state(trained(LINEAR)))
     randlora.remove(model, "default")
-    randlora.set_adapter_state(model, randlora.adapter_state(other), name="later", trainable=True)
+    randlora.load(model, randlora.adapter_state(other), name="later", trainable=True)
     assert [(each.name, each.is_trainable) for each in randlora.adapters(model)] == [("later", True)]
 
 
@@ -88,7 +88,7 @@ def test_a_state_belongs_to_no_model() -> None:
     model, twin = trained(HEADED), HEADED.build()
     state = randlora.adapter_state(model, bases="stored")
     before = all_bits(state.tensors)
-    randlora.set_adapter_state(twin, state)
+    randlora.load(twin, state)
     fill(model, seed=1)
     fill(twin, seed=2)
     assert all_bits(state.tensors) == before
@@ -113,7 +113,7 @@ def test_a_state_is_sent_as_bytes(tmp_path: Path) -> None:
 def client(start: AdapterState, seed: int) -> nn.Module:
     """Train a model on data of its own, from a state."""
     model = HEADED.build()
-    randlora.set_adapter_state(model, start, trainable=True)
+    randlora.load(model, start, trainable=True)
     optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=0.05)
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
     for _ in range(3):
@@ -130,13 +130,13 @@ def test_federated_averaging_of_two_clients() -> None:
     clients = [client(start, seed) for seed in (1, 2)]
     states = [randlora.adapter_state(each) for each in clients]
     average = {name: 0.75 * states[0].tensors[name] + 0.25 * states[1].tensors[name] for name in start.tensors}
-    randlora.set_adapter_state(server, start.with_tensors(average))
+    randlora.swap(server, start.with_tensors(average))
     first, second, found = (adapter_values(each) for each in (*clients, server))
     assert not torch.equal(first["body.0.randlora_lambda"], second["body.0.randlora_lambda"])
     for name, value in found.items():
         assert torch.equal(value, 0.75 * first[name] + 0.25 * second[name])
     for each in clients:  # the next round begins
-        randlora.set_adapter_state(each, randlora.adapter_state(server))
+        randlora.swap(each, randlora.adapter_state(server))
         assert torch.equal(HEADED.output(each), HEADED.output(server))
 
 
@@ -176,9 +176,9 @@ def test_what_is_no_state_of_an_adapter_is_refused() -> None:
         (state.with_tensors(tensors), "holds NaN or infinite values"),
     ):
         with untouched(model), pytest.raises(CheckpointError, match=message):
-            randlora.set_adapter_state(model, other)
-    with untouched(model), pytest.raises(ConfigError, match="state must be AdapterState, got"):
-        randlora.set_adapter_state(model, state.tensors)  # type: ignore[arg-type]
+            randlora.swap(model, other)
+    with untouched(model), pytest.raises(ConfigError, match=r"source must be .*AdapterState, got"):
+        randlora.swap(model, state.tensors)  # type: ignore[arg-type]
 
 
 def test_what_would_not_be_saved_has_no_state() -> None:

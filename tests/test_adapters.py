@@ -37,7 +37,8 @@ def with_one(dtype: torch.dtype = torch.float32, **options: Any) -> Mixed:
 
 
 def train(model: nn.Module, name: str) -> None:
-    randlora.activate(model, name, trainable=True)
+    randlora.activate(model, name)
+    randlora.set_trainable(model, name)
     optimizer = torch.optim.SGD(list(randlora.trainable_parameters(model)), lr=0.5)
     for _ in range(2):
         optimizer.zero_grad()
@@ -53,7 +54,8 @@ def test_adding_training_and_removing_one_adapter_changes_no_bit_of_another(opti
         options = {**options, "train_also": None}
     randlora.inject(model, name="b", **options)
     assert same_bits(model(TOKENS), expected)
-    randlora.activate(model, "default", trainable=False)
+    randlora.activate(model, "default")
+    randlora.set_trainable(model, "default", trainable=False)
     train(model, "b")
     assert not torch.allclose(model(TOKENS), plain)
     randlora.activate(model, "default")
@@ -120,7 +122,8 @@ def test_what_acts_and_what_is_trained_are_separate_matters() -> None:
     randlora.inject(model, r=4, name="b")
     randlora.activate(model, ["default", "b"])
     assert [info.is_trainable for info in randlora.adapters(model)] == [True, False]
-    randlora.activate(model, "b", trainable=True)
+    randlora.activate(model, "b")
+    randlora.set_trainable(model, "b")
     assert [info.is_trainable for info in randlora.adapters(model)] == [True, True]
 
 

@@ -22,7 +22,6 @@ VERBS += [randlora.delta_weight, randlora.set_compute, randlora.merge, randlora.
 VERBS += [randlora.prepare_quantized, randlora.find_targets, randlora.combine, randlora.rename, randlora.set_trainable]
 VERBS += [
     randlora.adapter_state,
-    randlora.set_adapter_state,
     randlora.swap,
     randlora.update_norms,
     randlora.limit_norms,
@@ -127,7 +126,8 @@ def test_layers_without_a_shape_are_left_alone() -> None:
     randlora.prepare_quantized(model)
     for verb in (randlora.eject, randlora.merge):
         randlora.inject(model, r=2, targets=["0"])
-        randlora.activate(model, "default", trainable=True)
+        randlora.activate(model, "default")
+        randlora.set_trainable(model, "default")
         verb(model)
         assert all(parameter.requires_grad for parameter in model.parameters())
 

@@ -168,7 +168,7 @@ def test_a_file_with_the_blocks_of_earlier_defaults_means_what_it_did(shape: Sha
     randlora.combine(model, {"default": 1.0}, name="twin")
     assert same_bits(randlora.delta_weight(model, "0", name="default"), update)
     assert {info.specs[0].blocks for info in randlora.adapters(model)} == {(2, 8)}
-    randlora.swap(model, "default", tmp_path / "again")
+    randlora.swap(model, tmp_path / "again")
     assert same_bits(randlora.delta_weight(model, "0", name="default"), update)
 
 
@@ -186,4 +186,4 @@ def test_an_adapter_with_other_default_blocks_is_not_taken_for_that_of_a_file(tm
     saved_without_blocks(tmp_path, (14, 18))
     model = layers((14, 18), r=16)
     with pytest.raises(CheckpointError, match=r"blocks=\(1, 8\)\), and in the files .*blocks=\(2, 8\)\)"):
-        randlora.swap(model, "default", tmp_path)
+        randlora.swap(model, tmp_path)

@@ -16,7 +16,6 @@ from torch.nn.utils import parametrizations, spectral_norm
 from torch.torch_version import TorchVersion
 
 import randlora
-from randlora.checkpoint.restore import restore
 from randlora.errors import AdapterError, CheckpointError, TargetError
 from randlora.report import Report
 from tests.checkpoint_files import TENSORS_FILE, read_tensors
@@ -184,9 +183,8 @@ def test_states_swaps_and_restored_files_have_them(kind: str, tmp_path: Path) ->
     state, expected = randlora.adapter_state(model), model(X)
     live = {name: value for name, value in model.named_buffers() if name in randlora.adapters(model)[0].buffers}
     puts: list[Callable[[], None]] = [
-        lambda: randlora.swap(model, "default", tmp_path),
-        lambda: randlora.set_adapter_state(model, pickle.loads(pickle.dumps(state))),
-        lambda: restore(model, tmp_path),
+        lambda: randlora.swap(model, tmp_path),
+        lambda: randlora.swap(model, pickle.loads(pickle.dumps(state))),
     ]
     for put in puts:
         train(model, x=2 * X)
@@ -196,7 +194,7 @@ def test_states_swaps_and_restored_files_have_them(kind: str, tmp_path: Path) ->
         assert same_bits(model(X), expected)
         assert all(dict(model.named_buffers())[name] is value for name, value in live.items())
     fresh = build(kind)
-    randlora.set_adapter_state(fresh, state)
+    randlora.load(fresh, state)
     assert same_bits(fresh(X), expected)
 
 

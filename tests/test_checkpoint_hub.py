@@ -193,7 +193,7 @@ def test_several_adapters_are_pushed_in_one_commit_and_loaded_together_or_one_by
         for name in adapters:
             assert all_bits(adapter_values(each, name)) == all_bits(adapter_values(model, name))
     swapped = trained(HEADED)
-    randlora.swap(swapped, "default", "user/repo")
+    randlora.swap(swapped, "user/repo")
     assert all_bits(adapter_values(swapped)) == all_bits(adapter_values(model))
     refused(LINEAR.build(), "user/repo", f"has no b/{CONFIG_FILE} and no b/{TENSORS_FILE}", subfolder="b")
     hub.repositories["user/none"] = Repository()

@@ -146,8 +146,8 @@ def test_bases_grow_with_the_layers_of_the_sum_where_they_can() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(20, 20))
     for stream in ("torch", "portable"):
         small, large = f"small-{stream}", f"large-{stream}"
-        randlora.inject(model, r=2, targets=["0"], name=small, stream=stream)  # type: ignore[arg-type]
-        randlora.inject(model, r=2, targets=["1"], name=large, stream=stream)  # type: ignore[arg-type]
+        randlora.inject(model, r=2, targets=["0"], name=small, stream=stream)
+        randlora.inject(model, r=2, targets=["1"], name=large, stream=stream)
         fill(model, small), fill(model, large)
     with untouched(model), pytest.raises(AdapterError, match=r"is on .*20x20.*, and 'small-torch' on .*6x6"):
         randlora.combine(model, {"small-torch": 1, "large-torch": 0.5}, name="c")

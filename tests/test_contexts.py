@@ -30,7 +30,8 @@ LEAVES: dict[str, Callable[[nn.Module], object]] = {
     "eject": randlora.eject,
     "remove": lambda model: randlora.remove(model, "a"),
     "inject": lambda model: randlora.inject(model, r=2, name="a", targets=["0"], train_also=["1"]),
-    "activate": lambda model: randlora.activate(model, ["a"], trainable=True),
+    "activate": lambda model: randlora.activate(model, ["a"]),
+    "set_trainable": lambda model: randlora.set_trainable(model, "a"),
     "nothing active": lambda model: randlora.activate(model, []),
 }
 BLOCKS: dict[str, Callable[[nn.Module], AbstractContextManager[object]]] = {

@@ -108,7 +108,7 @@ VERBS: dict[str, Callable[[Place], Any]] = {
     "BasisBank": drawn,
     "activate": lambda at: randlora.activate(at.model, {"a": 0.5, "b": 1.0}),
     "adapter_state": lambda at: randlora.adapter_state(at.model, "a", bases="stored"),
-    "adapters": lambda at: randlora.adapters(at.model, norms=True),
+    "adapters": lambda at: randlora.adapters(at.model),
     "check": lambda at: randlora.check(at.model, TOKENS),
     "check_ranks": lambda at: randlora.check_ranks(at.model, values=True),
     "combine": lambda at: randlora.combine(at.model, {"a": 1.0}, name="c"),
@@ -140,12 +140,9 @@ VERBS: dict[str, Callable[[Place], Any]] = {
     "save": lambda at: randlora.save(at.model, at.out / "a", name="a", bases="stored"),
     "save_all": lambda at: randlora.save_all(at.model, at.out / "all"),
     "save_merged": lambda at: randlora.save_merged(at.model, at.out / "merged"),
-    "set_adapter_state": lambda at: randlora.set_adapter_state(
-        at.model, randlora.adapter_state(at.model, "b"), name="a"
-    ),
     "set_compute": lambda at: randlora.set_compute(at.model, "materialized"),
     "set_trainable": lambda at: randlora.set_trainable(at.model, "b"),
-    "swap": lambda at: randlora.swap(at.model, "a", at.saved / "b"),
+    "swap": lambda at: randlora.swap(at.model, at.saved / "b", name="a"),
     "trainable_parameters": gradients,
     "training_memory": lambda at: randlora.training_memory(at.model, r=3, tokens=8),
     "unmerge": merged_once,

@@ -124,7 +124,6 @@ def test_what_needs_values_says_that_there_are_none(tmp_path: Path) -> None:
         for verb in (
             lambda: randlora.save(model, tmp_path / "adapter"),
             lambda: randlora.adapter_state(model),
-            lambda: randlora.adapters(model, norms=True),
             lambda: randlora.merge(model),
             lambda: randlora.combine(model, {"default": 1.0}, name="sum"),
         ):

@@ -24,7 +24,6 @@ ROOMS = (
     "errors",
     "meant",
     "modes",
-    "forwards",
     "hints",
     "layer_options",
     "options",

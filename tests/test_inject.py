@@ -374,7 +374,7 @@ def test_a_report_of_a_further_adapter_says_that_it_rests() -> None:
     report = randlora.inject(model, r=4, name="b")
     assert report.notes == (
         "inactive: call randlora.activate(model, 'b') to add its update",
-        "frozen: call randlora.activate(model, 'b', trainable=True) to train it",
+        "frozen: call randlora.set_trainable(model, 'b') to train it",
     )
 
 

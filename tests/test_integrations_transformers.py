@@ -134,8 +134,10 @@ def test_gradient_checkpointing_changes_no_bit() -> None:
 def test_the_adapter_that_is_trained_is_saved_beside_one_that_is_not() -> None:
     model = fill(adapted_model())
     randlora.inject(model, r=4, name="task")
-    randlora.activate(model, "default", trainable=False)
-    randlora.activate(model, "task", trainable=True)
+    randlora.activate(model, "default")
+    randlora.set_trainable(model, "default", trainable=False)
+    randlora.activate(model, "task")
+    randlora.set_trainable(model, "task")
     randlora.activate(model, ["default", "task"])
     trainer(model, "run").train()
     other = plain_model()
@@ -147,7 +149,8 @@ def test_several_adapters_that_are_trained_are_saved_each_in_a_directory() -> No
     def two() -> nn.Module:
         model: nn.Module = adapted_model()
         randlora.inject(model, r=4, name="task", trainable=True, targets=["up_proj"])
-        randlora.activate(model, ["default", "task"], trainable=True)
+        randlora.activate(model, ["default", "task"])
+        randlora.set_trainable(model, ["default", "task"])
         return model
 
     through = trainer(two(), "run")
@@ -162,7 +165,8 @@ def several(*names: str) -> nn.Module:
     model: nn.Module = plain_model()
     for name in names:
         randlora.inject(model, r=4, name=name, trainable=True)
-    randlora.activate(model, [*names], trainable=True)
+    randlora.activate(model, [*names])
+    randlora.set_trainable(model, [*names])
     return model
 
 
@@ -176,7 +180,7 @@ def _damage() -> None:
     [
         (("a", "b"), lambda: None, "it has c, which the model lacks"),
         (("a", "b", "c"), _damage, "b/adapter_model.safetensors is truncated"),
-        (("a", "b", "d"), lambda: shutil.rmtree("run/checkpoint-2/c"), "cannot restore adapter 'd'"),
+        (("a", "b", "d"), lambda: shutil.rmtree("run/checkpoint-2/c"), r"cannot load 'run/checkpoint-2/d'"),
         (("a",), lambda: None, "there are some inside it: a, b, c"),
     ],
     ids=["fewer", "damaged", "another", "one"],
@@ -207,7 +211,8 @@ def test_training_an_adapter_that_is_not_active_is_refused() -> None:
     model: nn.Module = plain_model()
     randlora.inject(model, r=4, name="base")
     randlora.inject(model, r=4, name="other", trainable=True)
-    randlora.activate(model, "base", trainable=False)
+    randlora.activate(model, "base")
+    randlora.set_trainable(model, "base", trainable=False)
     with pytest.raises(AdapterError, match=r"other is not active and .* call randlora\.activate"):
         trainer(model, "run").train()
 

@@ -123,7 +123,8 @@ def test_an_adapter_that_moves_gamma_first_was_not_trained_before() -> None:
 def test_an_adapter_that_is_not_trained_is_part_of_the_reference() -> None:
     def two() -> Any:
         model = fill(adapted_model())
-        randlora.activate(model, "default", trainable=False)
+        randlora.activate(model, "default")
+        randlora.set_trainable(model, "default", trainable=False)
         randlora.inject(model, r=4, name="dpo", trainable=True)
         randlora.activate(model, ["default", "dpo"])
         return model

@@ -100,7 +100,8 @@ def test_layers_are_named_by_patterns(layers: Any) -> None:
 def test_an_adapter_with_the_factor_0_in_all_layers_does_not_act(zero: Any) -> None:
     model, plain = mixed(), Mixed()
     plain.load_state_dict(model.state_dict(), strict=False)
-    randlora.activate(model, {"a": zero}, trainable=True)
+    randlora.activate(model, {"a": zero})
+    randlora.set_trainable(model, "a")
     output = model(TOKENS)
     assert same_bits(output, plain(TOKENS))
     assert not output.requires_grad
@@ -197,7 +198,8 @@ def test_a_layer_of_some_of_the_adapters_is_named() -> None:
 
 def test_a_layer_that_is_left_out_is_not_trained() -> None:
     model = mixed()
-    randlora.activate(model, "a", layers=["q"], trainable=True)
+    randlora.activate(model, "a", layers=["q"])
+    randlora.set_trainable(model, "a")
     model(TOKENS).square().sum().backward()
     assert {fqn for fqn, each in model.named_parameters() if each.grad is not None} == {
         "q.randlora_lambda.a",

@@ -167,7 +167,8 @@ def test_parameters_of_inference_mode_are_never_kept(model: nn.Module, copies: l
 
 
 def test_gradients_after_a_forward_without(model: nn.Module) -> None:
-    randlora.activate(model, ["a", "b", "c"], trainable=True)
+    randlora.activate(model, ["a", "b", "c"])
+    randlora.set_trainable(model, ["a", "b", "c"])
     x = torch.randn(5, 16)
     with randlora.routed(model, NAMES):
         with torch.no_grad():

@@ -299,7 +299,7 @@ def test_only_the_first_call_of_a_kind_is_followed(monkeypatch: pytest.MonkeyPat
             model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
         assert len(begun) == 2, "the prompts, and a token after them"
         assert not any(layer._forward_pre_hooks for layer in model.model.layers)
-    assert sum(len(module._forward_hooks) for module in model.modules()) == 1
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def _counted(begin: Any, begun: list[object]) -> Any:
@@ -320,10 +320,7 @@ VERBS: dict[str, Callable[[nn.Module], object]] = {
     "eject": randlora.eject,
     "rename": lambda model: randlora.rename(model, "a", "c"),
     "merge": randlora.merge,
-    "swap": lambda model: randlora.swap(model, "a", randlora.adapter_state(model, name="a")),
-    "set_adapter_state": lambda model: randlora.set_adapter_state(
-        model, randlora.adapter_state(model, name="a"), name="a"
-    ),
+    "swap": lambda model: randlora.swap(model, randlora.adapter_state(model, name="a"), name="a"),
     "load": lambda model: randlora.load(model, randlora.adapter_state(model, name="a"), name="a"),
     "combine": lambda model: randlora.combine(model, {"b": 1.0}, name="a"),
     "inject": lambda model: randlora.inject(model, r=2, name="a"),

@@ -60,7 +60,8 @@ def test_each_of_several_adapters_is_named(tmp_path: Path) -> None:
     model = Mixed()
     for name in ("a", "b", "c"):
         randlora.inject(model, r=4, name=name, targets=["q"])
-    randlora.activate(model, ["b"], trainable=True)
+    randlora.activate(model, ["b"])
+    randlora.set_trainable(model, ["b"])
     step(model, randlora.trainable_parameters(model))
     randlora.activate(model, ["a", "b", "c"])
     merged = [note for note in randlora.merge(model, reversible=True).notes if NOTE in note]

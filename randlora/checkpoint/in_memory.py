@@ -93,7 +93,7 @@ def adapter_state(model: nn.Module, name: str | None = None, *, bases: StoredAs 
         >>> _ = randlora.inject(model, r=4)
         >>> state = randlora.adapter_state(model)
         >>> state = state.with_tensors({name: tensor / 2 for name, tensor in state.tensors.items()})
-        >>> _ = randlora.set_adapter_state(model, state)
+        >>> randlora.swap(model, state)
     """
     require_types(adapter_state, {"model": model, "name": name})
     doing = "return the state of an adapter"

@@ -1,138 +1,199 @@
-"""`swap` and `set_adapter_state`: other values for an adapter that a model has, while other threads run the model."""
+"""`swap` and `swap_each`: other values for adapters that a model has, in place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from randlora.checkpoint.fit import parameter_names, with_prefix, without_repeats
-from randlora.checkpoint.in_memory import AdapterState
-from randlora.checkpoint.load import Options, warn_of_doubts
+from randlora.checkpoint.header import BasisRecord, Header
+from randlora.checkpoint.load import warn_of_doubts
 from randlora.checkpoint.peft_config import kept_fields
 from randlora.checkpoint.read import AdapterFile
-from randlora.checkpoint.restore import planned_values, write_values
-from randlora.checkpoint.several import add_all
 from randlora.checkpoint.source import Found, Source, read_source
+from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import require_types
-from randlora.model.view import opened
+from randlora.layer_options import by_rank
+from randlora.model.install import lost_sites
+from randlora.model.train_also import lost_parameters
+from randlora.model.view import View, opened
+from randlora.modes import has_values
+from randlora.placement.dtensor import Shard, is_dtensor, values_within
 from randlora.placement.ranks import agreed
-from randlora.state import CHANGING, ModelState, adapted_root, is_adapted, require_unrouted
+from randlora.replaced import whole_shape
+from randlora.state import Adapter, require_unmerged, require_unrouted
+from randlora.targets.match import shortened
+from randlora.targets.site import AdaptedSite, Shapes, shapes_of, sizes
 from randlora.targets.walk import Census
 
-ADVICE = "load it as another adapter, with another name="
+DOING = "swap the values of an adapter"
+
+ADVICE = "make the adapter with the options that it was saved with, or load it as another one, with another name="
 
 
+@torch.inference_mode(mode=False)
 def swap(
     model: nn.Module,
-    name: str,
     source: Source,
     *,
+    name: str | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
     prefix: str | None = None,
 ) -> None:
-    """Replace the values of an adapter by those of another with the same spec, in place, while the model is in use.
+    """Replace the values of an adapter by those of another with the same spec, in place.
 
-    Parameters remain the same objects, and the bases are not touched, so nothing is allocated or compiled again. The
-    two must have the same layers, r, alpha, bases and parameters of ``train_also``. Whether the adapter is active or
-    trainable does not change, nor does its dropout.
+    Parameters remain the same objects, and the bases are not touched, so nothing is allocated or compiled again, and an
+    optimizer and an engine go on with them. The two must have the same layers, r, alpha, bases and parameters of
+    ``train_also``. Whether the adapter is active or trainable does not change, nor does its dropout. If the model is
+    sharded, all processes call this together.
 
-    Calls of the model in other threads go on. Each computes with the old values or with the new ones: the values are
-    written after the calls that are running have ended, while new ones wait for some milliseconds. Files are read
-    before. `generate` consists of many calls; a block of `randlora.routed` is not interrupted, however many calls are
-    in it. What is compiled as a whole, ``torch.compile(model)`` or ``model.compile()``, is not counted as a call unless
-    it is in such a block, nor is a call of a module inside of the model.
+    All values are written, or none. No other thread may run the model meanwhile: its forward pass would compute with
+    some of both. Let one thread do both, or hold a lock around each.
 
     An optimizer keeps its moments, which are those of the old values: clear its ``state``, or make another, to train
     on from the new ones. ``backward`` of a forward from before raises torch's error about values changed in place.
 
     Args:
         model: A model with adapters.
-        name: The adapter's name.
         source: A directory or a repository on the Hub, as `randlora.load` takes, written by `randlora.save`; or what
             `randlora.adapter_state` returned.
+        name: The adapter's name in the model; ``None`` means the only one.
         revision: Branch, tag or commit of a repository; ``None`` means its main branch.
         subfolder: The directory inside of ``source`` with the adapter's files; ``None`` means ``source`` itself.
         prefix: The prefix by which the names in the file and in the model differ, as for `randlora.load`.
 
     Raises:
-        AdapterError: If the model has no adapter of that name, its adapters are merged, or this is called within a
-            block of `randlora.routed` that names it, or a forward pass while another thread waits for its end to swap.
+        AdapterError: If the model has no adapter of that name, its adapters are merged, or an open block of
+            `randlora.routed` names it.
         CheckpointError: If the source is missing or damaged, or differs in more than values: all differences are named,
             and nothing has changed.
     """
     given = {"model": model, "name": name, "source": source, "revision": revision}
     require_types(swap, {**given, "subfolder": subfolder, "prefix": prefix})
-    with opened(model, None) as view:
-        view.state.adapter(name)
-        ranks = view.ranks()
-    with agreed(ranks):
+    with opened(model, DOING) as view:
+        adapter, file, values = _planned(view, name, source, revision=revision, subfolder=subfolder, prefix=prefix)
+        _write_all(values.items())
+        adapter.peft_fields = kept_fields(file.fields)
+
+
+@torch.inference_mode(mode=False)
+def swap_each(model: nn.Module, sources: Mapping[str, Source]) -> None:
+    """Swap the values of several adapters, by name, as `swap` does: of all of them, or of none."""
+    with opened(model, DOING) as view:
+        planned = [_planned(view, name, source) for name, source in sources.items()]
+        _write_all(chain.from_iterable(values.items() for _, _, values in planned))
+        for adapter, file, _ in planned:
+            adapter.peft_fields = kept_fields(file.fields)
+
+
+def _planned(
+    view: View,
+    name: str | None,
+    source: Source,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    prefix: str | None = None,
+) -> tuple[Adapter, AdapterFile, dict[Tensor, Tensor]]:
+    """Return an adapter, what was read for it, and its parameters with their new values, after all checks."""
+    state, census = view.state, view.census
+    adapter = state.adapter(name)
+    doing = f"swap the values of {adapter.name!r}"
+    require_unmerged(state, doing)
+    require_unrouted(state, adapter.name, doing)
+    sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
+    with agreed(view.ranks()):
+        problems = [*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])]
+        raise_collected(CheckpointError, problems, doing=doing)
         found = read_source(source, revision=revision, subfolder=subfolder)
-    swap_found(model, name, found, prefix)
+        doing += f" for those of {found.where}"
+        file = _renamed(census, found, prefix, doing)
+        if file.header is None:
+            raise CheckpointError(f"cannot {doing}: randlora.save did not write these files: call randlora.load")
+        others = _differences(adapter, file, file.header, shapes_of(sites, adapter.config))
+        problems += [f"{difference}: {ADVICE}" for difference in others]
+        own = [*chain.from_iterable(site.layer.diagonals_of(site.owner, adapter.name) for site in sites)]
+        problems += [
+            f"{site.fqn} is partitioned by ZeRO-3, whose optimizer has copies of the values and would write them "
+            "back: load DeepSpeed's own checkpoint, as engine.load_checkpoint(directory) does"
+            for site in sites[:1]
+            if any(hasattr(each, "ds_id") for each in own)
+        ]
+        if not all(has_values(each) for each in (*own, *adapter.trained.values())):
+            problems.append("the adapter has no values to write to (meta or fake): materialize the model first")
+        raise_collected(CheckpointError, problems, doing=doing)
+    warn_of_doubts(view.root, file)
+    return adapter, file, dict(_values(adapter, file, sites))
 
 
-def set_adapter_state(model: nn.Module, state: AdapterState, *, name: str = "default", trainable: bool = False) -> None:
-    """Put what `randlora.adapter_state` returned into a model.
+def _renamed(census: Census, found: Found, prefix: str | None, doing: str) -> AdapterFile:
+    """Return what was read under the names that the model has."""
+    file = found.file
+    try:
+        if prefix is not None:
+            file = with_prefix(file, prefix, census.sites_by_fqn, parameter_names(census))
+        return without_repeats(census, file)
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot {doing}: {error}") from error
 
-    An adapter of that name gets its values in place, as by `randlora.swap`, and must have the same spec. If there is
-    none, it is added, as by `randlora.load`.
 
-    Args:
-        model: The model that the adapter was trained on, with or without adapters.
-        state: The state, unchanged or from `AdapterState.with_tensors`.
-        name: The adapter's name in the model.
-        trainable: Whether the parameters of an adapter that is added require grad; those of another do not change.
+def _write_all(values: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Write whole values into parameters, in place; all of them, or none."""
+    written: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        try:
+            for parameter, value in values:
+                own = Shard(parameter).keep() if is_dtensor(parameter) else parameter.detach().clone()
+                written.append((parameter, own))
+                _write(parameter, value)
+        except BaseException:
+            for parameter, before in reversed(written):
+                Shard(parameter).restore(before) if is_dtensor(parameter) else parameter.copy_(before)
+            raise
 
-    Raises:
-        AdapterError: If the adapters are merged, or the name is none.
-        CheckpointError: If the state does not fit the model, or the adapter of that name has another spec, or values
-            were changed by other means than `AdapterState.with_tensors`. Nothing has changed then.
-    """
-    require_types(set_adapter_state, {"model": model, "state": state, "name": name, "trainable": trainable})
-    found = read_source(state)
-    if is_adapted(model) and name in adapted_root(model)[1].adapters:
-        swap_found(model, name, found)
+
+def _values(adapter: Adapter, file: AdapterFile, sites: list[AdaptedSite]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each parameter of the adapter with its value in the file."""
+    for site in sites:
+        yield from zip(site.layer.diagonals_of(site.owner, adapter.name), file.values[site.fqn], strict=True)
+    for fqn, parameter in adapter.trained.items():
+        yield parameter, file.trained[fqn]
+
+
+def _differences(adapter: Adapter, file: AdapterFile, header: Header, shapes: Shapes) -> Iterator[str]:
+    """Yield in what an adapter is another than the one in the files, except for its values."""
+    parameters = file.trained.keys() - set(file.buffers)
+    for what, own, other in (
+        ("layer", shapes.keys(), header.shapes.keys()),
+        ("trained parameter", adapter.parameters.keys(), parameters),
+        ("buffer", adapter.buffers.keys(), set(file.buffers)),
+    ):
+        if more := sorted(own - other):
+            yield f"the files have no {what} {shortened(more)}"
+        if more := sorted(other - own):
+            yield f"the adapter has no {what} {shortened(more)}, which the files have"
+    own_shapes = dict(shapes) | {fqn: tuple(whole_shape(copy)) for fqn, copy in adapter.trained.items()}
+    saved = dict(header.shapes) | {fqn: tuple(copy.shape) for fqn, copy in file.trained.items()}
+    for fqn in [fqn for fqn in own_shapes if fqn in saved]:
+        if own_shapes[fqn] != saved[fqn]:
+            yield f"{fqn} has shape {sizes(own_shapes[fqn])}, and in the files {sizes(saved[fqn])}"
+        elif fqn in shapes and (was := file.options[fqn]) != (now := adapter.options[fqn]):
+            yield f"{fqn} has r={now.r} and alpha={now.alpha:g}, and in the files r={was.r} and alpha={was.alpha:g}"
+    if header.shapes == shapes and file.options == adapter.options:
+        for r, used in by_rank(shapes, adapter.options).items():
+            record = BasisRecord.of(adapter.bases[r], used)
+            if record.digest != header.bases[r].digest:
+                yield f"the bases are {record.spec}, and in the files {header.bases[r].spec}"
+
+
+def _write(parameter: Tensor, value: Tensor) -> None:
+    """Write a whole value into a parameter, of which this process may hold a part."""
+    if is_dtensor(parameter):
+        place = Shard(parameter)
+        place.write(values_within(value, place.part))
     else:
-        add_all(model, {name: found}, Options(trainable=trainable))
-
-
-def swap_found(model: nn.Module, name: str, found: Found, prefix: str | None = None) -> None:
-    """Swap the values of an adapter for those that were read."""
-    doing = f"swap {name!r} for {found.where}"
-    read: list[AdapterFile] = []
-
-    def fitted(census: Census) -> AdapterFile:
-        file = (
-            found.file
-            if prefix is None
-            else with_prefix(found.file, prefix, census.sites_by_fqn, parameter_names(census))
-        )
-        read.append(without_repeats(census, file))
-        return read[0]
-
-    root, state = adapted_root(model)
-    require_unrouted(state, name, doing, here=True)  # which would wait for its own end
-    with _undisturbed(state, doing), torch.inference_mode(mode=False):
-        with opened(model, None) as view:
-            values = planned_values(view, name, fitted, doing=doing, advice=ADVICE)
-            warn_of_doubts(root, read[0])
-            write_values(values)
-        state.adapter(name).peft_fields = kept_fields(read[0].fields)
-
-
-@contextmanager
-def _undisturbed(state: ModelState, doing: str) -> Iterator[None]:
-    """Run a block while no other thread changes a model, or runs this one."""
-    while True:
-        with state.forwards.stopped(doing):
-            if CHANGING.acquire(blocking=False):
-                try:
-                    yield
-                finally:
-                    CHANGING.release()
-                return
-        with CHANGING:  # wait, while forward passes go on: one may need this itself, to end
-            pass
+        parameter.copy_(value)

@@ -21,7 +21,7 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
 import randlora
-from randlora.checkpoint.restore import restore, restore_each
+from randlora.checkpoint.swap import swap_each
 from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.errors import AdapterError, CheckpointError
 from randlora.integrations.reference import Reference, referring
@@ -165,14 +165,14 @@ class AdapterCheckpoints:
         trained = [info.name for info in _require_trained(model)]
         checkpoint = Path(resume_from_checkpoint)
         if len(trained) == 1:
-            restore(model, checkpoint, name=trained[0])
+            swap_each(model, {trained[0]: checkpoint})
             return
         if others := {path.parent.name for path in checkpoint.glob(f"*/{TENSORS_FILE}")}.difference(trained):
             raise CheckpointError(
                 f"cannot resume from {str(checkpoint)!r}: it has {shortened(sorted(others))}, which the model lacks or "
                 f"does not train (it trains {', '.join(trained)}): inject and activate the same adapters as then"
             )
-        restore_each(model, {name: checkpoint / name for name in trained})
+        swap_each(model, {name: checkpoint / name for name in trained})
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint of the run; DeepSpeed's from its own files, which have copies of what is trained."""

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from randlora.bases.spec import BasisSpec
 from randlora.config import RandLoRAConfig
-from randlora.errors import AdapterError, ConfigError, raise_collected
-from randlora.hints import mistyped
 from randlora.layer_options import Factor, LayerOptions, described
 from randlora.model.install import lost_sites
-from randlora.model.norms import update_norms
 from randlora.model.train_also import lost_parameters
 from randlora.model.trainable import adapter_parameters
-from randlora.modes import has_values
 from randlora.report import as_lines, wrapped
 from randlora.state import adapted_root, is_adapted
 from randlora.targets.match import shortened
@@ -41,8 +35,6 @@ class AdapterInfo:
         is_trainable: Whether any of its parameters requires grad.
         is_merged: Whether it is merged into the weights.
         problems: What of it the model no longer has, because a module was replaced, removed or resized.
-        norms: About the Frobenius norm of the update of each layer, by FQN, as `update_norms` computes it; ``None`` if
-            it was not asked for.
         buffers: FQNs of the buffers that it has copies of, as of norms that it trains.
     """
 
@@ -55,7 +47,6 @@ class AdapterInfo:
     is_trainable: bool
     is_merged: bool
     problems: tuple[str, ...]
-    norms: dict[str, float] | None = None
     buffers: tuple[str, ...] = ()
 
     @property
@@ -82,35 +73,18 @@ class AdapterInfo:
             yield f"also trained: {shortened(self.train_also)}"
         if self.buffers:
             yield f"buffers of its own: {shortened(self.buffers)}"
-        norms = self.norms or {}
-        finite = {fqn: norm for fqn, norm in norms.items() if math.isfinite(norm)}
-        if finite:
-            ends = dict.fromkeys(choose(finite, key=finite.__getitem__) for choose in (min, max))
-            yield f"norms of the updates, about: {' to '.join(f'{finite[fqn]:.3g} ({fqn})' for fqn in ends)}"
-        if others := [fqn for fqn in norms if fqn not in finite]:
-            yield f"the norm of the update is not finite: {shortened(others)}"
         yield from self.problems
 
 
-def adapters(model: nn.Module, *, norms: bool = False) -> list[AdapterInfo]:
+def adapters(model: nn.Module) -> list[AdapterInfo]:
     """Return a model's adapters in the order they were added; an empty list for a plain model.
-
-    Args:
-        model: A model, with adapters or without.
-        norms: Whether to compute the norms of the updates, too, without forming these; see `update_norms`. If the model
-            is sharded, this is a collective then: every process calls it.
-
-    Raises:
-        AdapterError: If norms are to be computed, and accelerate offloads Λ and Γ or they are on the meta device.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
         >>> _ = randlora.inject(model, r=8)
-        >>> print(*randlora.adapters(model, norms=True))
+        >>> print(*randlora.adapters(model))
         'default': r=8, alpha=160, 1 layer, active, trainable
-        norms of the updates, about: 0 (0)
     """
-    raise_collected(ConfigError, [*mistyped(norms, bool, "norms")], doing="list the adapters")
     if not is_adapted(model):
         return []
     root, state = adapted_root(model)
@@ -127,20 +101,9 @@ def adapters(model: nn.Module, *, norms: bool = False) -> list[AdapterInfo]:
             is_trainable=any(parameter.requires_grad for parameter in adapter_parameters(census, adapter)),
             is_merged=adapter.name in state.merged,
             problems=(*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])),
-            norms=_norms(model, adapter.name) if norms else None,
         )
         for adapter in state.adapters.values()
     ]
-
-
-@torch.no_grad()
-def _norms(model: nn.Module, name: str) -> dict[str, float]:
-    norms = update_norms(model, name=name)
-    if absent := [fqn for fqn, norm in norms.items() if not has_values(norm)]:
-        raise AdapterError(
-            f"cannot compute the norms of {name!r}: Λ and Γ of {shortened(absent)} have no values (meta or fake)"
-        )
-    return {fqn: norm.item() for fqn, norm in norms.items()}
 
 
 def _with_factor(factor: Factor) -> str:

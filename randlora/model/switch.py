@@ -18,7 +18,7 @@ from randlora.model.factors import resolved_factors
 from randlora.model.inject import eject
 from randlora.model.install import require_detachable, require_own, shared_slots
 from randlora.model.reducers import warn_of_unknown
-from randlora.model.trainable import offloaded_diagonals, require_trainable, train
+from randlora.model.trainable import offloaded_diagonals
 from randlora.model.view import opened
 from randlora.replaced import whole_shape
 from randlora.routing import BLOCKS, open_elsewhere
@@ -32,9 +32,8 @@ def activate(
     names: str | Iterable[str] | Mapping[str, Factor],
     *,
     layers: str | Iterable[str] | None = None,
-    trainable: bool | None = None,
 ) -> None:
-    """Activate adapters, in place, and deactivate all others.
+    """Activate adapters, in place, and deactivate all others. `set_trainable` sets which of them are trained.
 
     A layer in which an adapter has the factor 0 computes as without it, at no cost. Parameters of ``train_also`` have
     no factor: the copies of an active adapter are in use.
@@ -47,20 +46,16 @@ def activate(
             leaves a layer out.
         layers: The layers in which they act: one or several patterns, each an FQN or a suffix of FQNs, of layers or of
             modules with layers inside, or else a regex matched with ``fullmatch``. ``None`` means all layers.
-        trainable: Whether the parameters of these adapters require grad; those of others do not change. ``None``
-            changes no ``requires_grad`` flag.
 
     Raises:
         AdapterError: For an unknown name, a factor that is not finite, a pattern that matches no layer, adapters that
             train the same parameter with ``train_also``, or if merged adapters are not among these with the factors
-            that they were merged with. Also if they would train copies of parameters that are not sharded, in a model
-            of which `fully_shard` has sharded another part.
+            that they were merged with.
 
     Warns:
         UserWarning: If parameters require grad that the `DistributedDataParallel` around the model does not know,
             because they did not when it was made: their gradients would not be averaged over the processes.
     """
-    require_types(activate, {"trainable": trainable})
     with opened(model, "activate", writes=True) as view:
         state, census = view.state, view.census
         weights = resolved_factors(state, names, layers)
@@ -70,16 +65,11 @@ def activate(
         if state.is_merged and state.exchanged(name for name in state.adapters if name in weights):
             require_unmerged(state, "activate adapters with train_also")  # which may be of a weight that is merged into
         state.require_exchangeable([name for name in state.adapters if name in weights], "activate")
-        chosen = [state.adapters[name] for name in weights]
-        if trainable:
-            require_trainable(census, state, chosen)
         state.activate(weights)
         for site in census.adapted:
             site.layer.seat(site.owner)
         if not state.is_merged:
             state.install_parameters()
-        if trainable is not None:
-            train(census, state, chosen, trainable=trainable)
         warn_of_unknown(view.root)
 
 
@@ -125,7 +115,6 @@ def without_active(model: nn.Module, checked: Callable[[Census, ModelState], obj
             state.require_loaded(root)  # else the model's own values would be loaded over the copies
             state.adopt_parameters(root)
 
-    adapted_root(model)[1].forwards.give_way()
     try:
         with opened(model, None) as view:
             root, state = view.root, view.state

@@ -48,7 +48,7 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
         if not trained:
             raise AdapterError(
                 f"no adapter is trainable, and an optimizer would have nothing to do ({', '.join(state.adapters)}): "
-                f"call randlora.activate(model, {next(iter(state.adapters))!r}, trainable=True)"
+                f"call randlora.set_trainable(model, {next(iter(state.adapters))!r})"
             )
         copies = {id(copy) for adapter in adapters for copy in adapter.trained.values()}
         dtypes = {each.dtype for each in trained if id(each) not in copies and each.dtype.itemsize < FLOAT32_BYTES}

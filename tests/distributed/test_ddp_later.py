@@ -43,9 +43,9 @@ def differs_after_training(ddp: nn.Module, model: nn.Module) -> bool:
 
 def second_adapter(model: nn.Module, directory: str, how: str) -> Callable[[], object]:
     """Return a call that has the model train another adapter than before."""
-    if how == "activate":
-        randlora.inject(model, 2, targets="all-linear", name="second", stream="portable")
-        return lambda: randlora.activate(model, "second", trainable=True)
+    if how == "set_trainable":
+        randlora.inject(model, 2, targets="all-linear", name="second", stream="portable", active=True)
+        return lambda: randlora.set_trainable(model, "second")
     if how == "train_also":  # whose copies are not in the model before they are active
         randlora.inject(model, 2, targets="all-linear", train_also="norms", name="second", trainable=True)
         return lambda: randlora.activate(model, "second")
@@ -67,16 +67,15 @@ def train_another_after_wrapping(directory: str, how: str) -> None:
     assert differs_after_training(ddp, model)
     del ddp
     gc.collect()
-    assert warned(lambda: randlora.activate(model, "second", trainable=True)) == []
-    randlora.activate(model, "second")
+    assert warned(lambda: randlora.activate(model, "second")) == []
     for parameter in model.parameters():
         dist.broadcast(parameter.data, 0)
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
-    assert warned(lambda: randlora.activate(model, "second", trainable=True)) == []
+    assert warned(lambda: randlora.set_trainable(model, "second")) == []
     assert not differs_after_training(ddp, model)
 
 
-@pytest.mark.parametrize("how", ["activate", "train_also", "inject", "load"])
+@pytest.mark.parametrize("how", ["set_trainable", "train_also", "inject", "load"])
 def test_training_another_adapter_in_a_wrapped_model_warns(pair: Processes, tmp_path: Path, how: str) -> None:
     pair.run(train_another_after_wrapping, str(tmp_path / "adapter"), how)
 
@@ -87,20 +86,20 @@ def change_what_ddp_knows() -> None:
     randlora.inject(model, 2, targets="all-linear", name="second", stream="portable", trainable=True)
     randlora.inject(model, 2, targets="all-linear", name="fixed", stream="portable")
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
-    assert warned(lambda: randlora.activate(model, "second", trainable=True)) == []
+    assert warned(lambda: randlora.set_trainable(model, "second")) == []
     assert warned(lambda: randlora.activate(model, "fixed")) == []
     assert warned(lambda: randlora.inject(model, 2, targets="all-linear", name="third")) == []
     del ddp
     ignored = [name for name, _ in model.named_parameters() if ".fixed" in name]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
-    assert warned(lambda: randlora.activate(model, "fixed", trainable=True)) == []
+    assert warned(lambda: randlora.set_trainable(model, "fixed")) == []
     del ddp
     gc.collect()
     composed = DRAWN.adapted()
     replicate(composed)
     composed(DRAWN.batch(0, 0))  # it makes its wrapper in the first forward
-    assert warned(lambda: randlora.activate(composed, "default", trainable=True)) == []
+    assert warned(lambda: randlora.set_trainable(composed, "default")) == []
     (message,) = warned(
         lambda: randlora.inject(composed, 2, targets="all-linear", name="b", active=True, trainable=True)
     )
@@ -119,7 +118,7 @@ def raise_the_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="Wrap the model again"):
-            randlora.activate(model, "second", trainable=True)
+            randlora.set_trainable(model, "second")
         with pytest.raises(UserWarning, match="Wrap the model again"):
             randlora.inject(model, 2, targets="all-linear", name="third", active=True, trainable=True)
     assert [each.name for each in randlora.adapters(model) if each.is_active or each.is_trainable] == ["default"]

@@ -103,16 +103,16 @@ def swap_and_return_states(place: Path) -> None:
         (place / "none").mkdir()
     for source in (place / ("other" if dist.get_rank() else "none"), place / "none"):
         with pytest.raises(CheckpointError, match=r"cannot load .*/none"):
-            randlora.swap(model, "default", source)
+            randlora.swap(model, source)
         assert randlora.adapter_state(model).metadata == before.metadata
-    randlora.swap(model, "default", place / "other")
+    randlora.swap(model, place / "other")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
     assert [id(parameter) for parameter in model.parameters()] == held
     assert randlora.adapter_state(model).metadata == randlora.adapter_state(one).metadata
     assert torch.allclose(model(TOKENS), one(TOKENS), rtol=0, atol=1e-6)
-    randlora.set_adapter_state(model, expected)
+    randlora.swap(model, expected)
     assert randlora.adapter_state(model).metadata == expected.metadata
 
 

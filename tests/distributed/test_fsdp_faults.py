@@ -107,13 +107,14 @@ def activate_a_copy_that_is_not_sharded() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8))
     fully_shard(model[0])
     randlora.inject(model, r=2, targets=["0", "1"], train_also=["2"], trainable=False)
-    for trainable in (None, False):
-        randlora.activate(model, "default", trainable=trainable)
+    randlora.activate(model, "default")
+    randlora.set_trainable(model, "default", trainable=False)
     with pytest.raises(AdapterError, match=r"cannot train copies of 2\.weight, 2\.bias, not sharded"):
-        randlora.activate(model, "default", trainable=True)
+        randlora.set_trainable(model, "default")
     assert not any(parameter.requires_grad for parameter in model.parameters())
     randlora.inject(model, r=2, targets=["0", "1"], trainable=False, name="second")
-    randlora.activate(model, "second", trainable=True)
+    randlora.activate(model, "second")
+    randlora.set_trainable(model, "second")
 
 
 def inject_without_gathering() -> None:

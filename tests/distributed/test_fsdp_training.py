@@ -154,7 +154,8 @@ def two_adapters(case: Case) -> None:
     """A second adapter, added to a sharded model, trains as in one process."""
     one, model = case.adapt(case.adapt(case.base()), "second"), case.adapt(case.sharded(), "second")
     for each in (one, model):
-        randlora.activate(each, "second", trainable=True)
+        randlora.activate(each, "second")
+        randlora.set_trainable(each, "second")
     train(one, TOKENS)
     train(model, share_of(TOKENS, 1))
     found = values(model)

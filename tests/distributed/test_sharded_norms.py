@@ -37,8 +37,6 @@ def train(case: Case) -> None:
     expected_norms = randlora.update_norms(one)
     for fqn, norm in randlora.update_norms(model).items():
         torch.testing.assert_close(norm, expected_norms[fqn])
-    (info,) = randlora.adapters(model, norms=True)
-    assert info.norms == {fqn: norm.item() for fqn, norm in randlora.update_norms(model).items()}
     limited = {fqn for fqn, norm in expected_norms.items() if 0.2499 < norm < 0.2501}
     assert limited == {fqn for fqn in expected_norms if fqn.startswith("first")}
     without = case.adapt(case.base())
@@ -73,8 +71,6 @@ def read_norms_of_an_engine(stage: str) -> None:
     twin = alone(DRAWN, engine)
     with torch.no_grad():
         assert randlora.update_norms(engine.module) == randlora.update_norms(twin)
-    ((info,), (expected,)) = (randlora.adapters(each, norms=True) for each in (engine.module, twin))
-    assert info.norms == expected.norms
     with pytest.raises(AdapterError, match=r"would give no gradients .* under torch\.no_grad"):
         randlora.update_norms(engine.module)
     with pytest.raises(AdapterError, match="is partitioned by ZeRO-3, whose optimizer has copies"):

@@ -199,16 +199,16 @@ def train_another(stage: str, how: str) -> None:
     randlora.inject(model, 2, targets="all-linear", name="second", stream="portable")
     engine = engine_around(model, stage)
     trained(engine, DRAWN, dist.get_rank(), 0)
-    randlora.activate(model, "default", trainable=True)  # which the engine trains
+    randlora.set_trainable(model, "default")  # which the engine trains
     changes: dict[str, Callable[[], object]] = {
-        "activate": lambda: randlora.activate(model, ["default", "second"], trainable=True),
+        "set_trainable": lambda: randlora.set_trainable(model, ["default", "second"]),
         "inject": lambda: randlora.inject(model, 2, targets="all-linear", name="third", trainable=True),
     }
     with pytest.warns(UserWarning, match="requires grad, and the DeepSpeedEngine around the model was made before"):
         changes[how]()
 
 
-@pytest.mark.parametrize(("stage", "how"), [("2", "activate"), ("3", "activate"), ("3", "inject")])
+@pytest.mark.parametrize(("stage", "how"), [("2", "set_trainable"), ("3", "set_trainable"), ("3", "inject")])
 def test_training_another_adapter_than_the_engine_does_warns(zero_pair: Processes, stage: str, how: str) -> None:
     zero_pair.run(train_another, stage, how)
 

@@ -64,8 +64,8 @@ class AdapterRules(ModelMachine):
         self.truth.take({each: self.model.get_parameter(each) for each in own})
 
     @is_free
-    @rule(chosen=factors, form=st.sampled_from(["name", "names", "mapping"]), trainable=maybe)
-    def activate(self, chosen: Factors, form: str, trainable: bool | None) -> None:
+    @rule(chosen=factors, form=st.sampled_from(["name", "names", "mapping"]))
+    def activate(self, chosen: Factors, form: str) -> None:
         each = zip(self.truth.adapters, chosen, strict=False)  # of some chosen factors there is no adapter
         factor_of = {name: factor for name, factor in each if factor is not None}
         given: Any = dict(factor_of)
@@ -76,11 +76,9 @@ class AdapterRules(ModelMachine):
         adapters = [self.truth.adapters[name] for name in factor_of]
         copies = [name for adapter in adapters for name in adapter.copies]
         refused = AdapterError if len(set(copies)) < len(copies) else None
-        self.ask(refused, randlora.activate, given, trainable=trainable)
+        self.ask(refused, randlora.activate, given)
         if refused is None:
             self.truth.activate(factor_of)
-            for adapter in adapters:
-                adapter.trains = adapter.trains if trainable is None else trainable
 
     @is_free
     @rule(chosen=factors, place=st.integers(0, 6), scales=st.none() | st.permutations([1.0, 0.0, -0.5]))

@@ -26,7 +26,7 @@ class RandLoRAMachine(AdapterRules, SeveralRules, ModelRules, FileRules):
         self.start(KINDS[kind], dtype)
         self.begin(first, second)
         if self.truth.adapters:
-            self.activate(chosen, "mapping", None)
+            self.activate(chosen, "mapping")
 
     @rule(words=st.sampled_from([*REFUSALS]))
     def refuse(self, words: str) -> None:

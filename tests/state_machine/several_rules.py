@@ -134,17 +134,14 @@ class SeveralRules(ModelMachine):
             randlora.remove(self.model, name)
 
     @is_adapted
-    @rule(which=which, factor=st.sampled_from([0.5, -2.0]), verb=st.sampled_from(["swap", "set_adapter_state"]))
-    def swap(self, which: int, factor: float, verb: str) -> None:
+    @rule(which=which, factor=st.sampled_from([0.5, -2.0]))
+    def swap(self, which: int, factor: float) -> None:
         name, truth = self.name(which), self.truth
         with untouched(self.model):
             state = randlora.adapter_state(self.model, name)
         state = state.with_tensors({key: value * factor for key, value in state.tensors.items()})
         refused = AdapterError if truth.merged is not None else None
-        if verb == "swap":
-            self.ask(refused, randlora.swap, name, state)
-        else:
-            self.ask(refused, randlora.set_adapter_state, state, name=name)
+        self.ask(refused, randlora.swap, state, name=name)
         if refused is None:
             adapter = truth.adapters[name]
             values = {fqn: (lam * factor, gamma * factor) for fqn, (lam, gamma) in adapter.values.items()}
