@@ -31,6 +31,7 @@ ROOMS = (
     "functional",
     "bases",
     "start",
+    "places",
     "placement",
     "replaced",
     "required_grad",

@@ -22,7 +22,7 @@ from randlora.model.probe import TOLERANCE, differences_from_product
 from randlora.model.trainable import offloaded_diagonals
 from randlora.model.undone import undone
 from randlora.model.view import View, opened
-from randlora.placement.place import place_of
+from randlora.places import Plain
 from randlora.state import require_unmerged
 from randlora.targets.site import AdaptedSite
 from randlora.targets.walk import Census
@@ -111,7 +111,7 @@ def _obstacles(view: View, sites: Sequence[AdaptedSite]) -> list[str]:
     placed = [
         f"{site.fqn} is offloaded or sharded: check the model before that"
         for site in sites
-        if place_of(site.owner, site.layer.attribute) is not None
+        if not isinstance(site.place, Plain)
     ]
     return [*placed, *offloaded_diagonals(view.census)] or weight_problems(sites, Into("requantize"))
 

@@ -147,7 +147,7 @@ def _write_all(values: Iterable[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
         try:
             for parameter, value in values:
-                own = Shard(parameter).keep() if is_dtensor(parameter) else parameter.detach().clone()
+                own = Shard(parameter).keep().values if is_dtensor(parameter) else parameter.detach().clone()
                 written.append((parameter, own))
                 _write(parameter, value)
         except BaseException:

@@ -16,14 +16,14 @@ from randlora.functional import WriteOut, adapted_linear, delta_weight
 from randlora.layers.diagonals import Diagonal, diagonal_shapes
 from randlora.layers.inputs import autocast_dtype, have_one_dtype, input_of, is_plain_tensor, require_product
 from randlora.layers.kept import lasting
+from randlora.layers.merging import MergeableWeight
 from randlora.layers.routed import Routes, routed_output
 from randlora.layers.row_layouts import follow, layout_of, unfollowed
 from randlora.layers.sharded import Split, sharded_product
-from randlora.layers.stored import StoredWeight
-from randlora.layers.update import Into, Merged, Update, sum_updates
+from randlora.layers.update import Update, sum_updates
 from randlora.placement.dtensor import is_dtensor
-from randlora.placement.offloaded import HOOK, Offloaded
-from randlora.placement.place import Kept, place_of, whole
+from randlora.placement.offloaded import HOOK
+from randlora.placement.place import whole
 from randlora.placement.ranks import in_step
 from randlora.replaced import watched
 from randlora.routing import Routing
@@ -31,7 +31,7 @@ from randlora.start import Init, initial_values
 from randlora.state import ModelState, SiteAdapter
 
 
-class AdapterLayer(StoredWeight):
+class AdapterLayer(MergeableWeight):
     """Adapts one weight of a module, its owner, in place.
 
     The owner remains the same object, with its parameters and hooks. Its class becomes a subclass of its original class
@@ -54,7 +54,6 @@ class AdapterLayer(StoredWeight):
         own_forward: The ``forward`` that was set on the owner itself rather than on its class, if any.
         planned: The ``forward`` that a plan of transformers set on the owner, and the one in its place, if any.
         split: What a process has of the weight while such a forward runs.
-        unmerged: While the weight is merged, a tuple of the original weight as `exchange` returned it.
     """
 
     kind: ClassVar[str] = "linear"
@@ -72,7 +71,7 @@ class AdapterLayer(StoredWeight):
         self.own_forward: Callable[..., Any] | None = None
         self.planned: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self.split: Split | None = None
-        self.unmerged: tuple[Any] | None = None
+        self.unmerged = None
 
     @classmethod
     def plain_forward(cls) -> Callable[..., Tensor] | None:
@@ -343,93 +342,6 @@ class AdapterLayer(StoredWeight):
         updates = self.updates(owner, weights)
         values = iter(in_step(partial(whole, each) for update in updates for each in (update.lam, update.gamma)))
         return [update._replace(lam=next(values), gamma=next(values)) for update in updates]
-
-    def merge_obstacle(self, owner: nn.Module, into: Into) -> str | None:  # noqa: ARG002  # for quantized layers
-        """Return why this weight cannot be merged into, as a phrase that follows its name, or ``None``."""
-        return None
-
-    @torch.no_grad()
-    def merged(self, owner: nn.Module, weights: dict[str, float], into: Into) -> Merged:  # noqa: ARG002  # for quantized layers
-        """Return the weight plus the updates of some adapters, added in float32 or wider and rounded once.
-
-        If it is merged already, the original weight is added to. Of a sharded weight that is the part that this process
-        holds. A collective if Λ and Γ are sharded.
-
-        Args:
-            owner: The adapted module, which is not changed.
-            weights: Adapter names and factors.
-            into: What a quantized layer becomes.
-        """
-        weight = self.weight_of(owner)
-        assert weight is not None, "merge() asks for a weight"
-        if (place := place_of(owner, self.attribute)) is not None:
-            updates, own = in_step([partial(self.whole_updates, owner, weights), place.read])
-            part, shape = place.part, tuple(weight.shape)
-            merged = self.part_with_updates(own, part, shape, updates) if part else self.with_updates(own, updates)
-            return Merged(merged, merged)
-        own = weight if self.unmerged is None else self.unmerged[0].to(device=weight.device, dtype=weight.dtype)
-        merged = self.with_updates(own, self.whole_updates(owner, weights))
-        held = nn.Parameter(merged, requires_grad=False)  # even if it is trained: unmerging would drop the training
-        held.__dict__.update(vars(weight))  # what libraries set on parameters
-        return Merged(merged, held)
-
-    def exchange(self, owner: nn.Module, held: Any) -> Any:
-        """Replace the owner's parameter by another, on its device and in its dtype, and return the previous one.
-
-        The parameter itself does not change, because a program that was exported or traced from the model may hold it.
-        """
-        own = self.weight_of(owner)
-        assert own is not None, "merge() asks for a weight"
-        if held.device != own.device or held.dtype != own.dtype:
-            held.data = held.data.to(device=own.device, dtype=own.dtype)
-        owner._parameters[self.attribute] = held
-        return own
-
-    def fold(self, owner: nn.Module, merged: Merged) -> None:
-        """Replace the owner's weight by a merged one and keep the original in `unmerged`."""
-        if self.unmerged is not None:
-            owner._parameters[self.attribute] = merged.held
-            return
-        if (place := place_of(owner, self.attribute)) is None:
-            self.unmerged = (self.exchange(owner, merged.held),)
-            return
-        self.unmerged = (Kept(place, place.keep()),)  # before the values change, so that `unfold` can undo that
-        place.write(merged.weight)
-
-    def keep_merged(self, owner: nn.Module) -> None:
-        """Make a merge permanent: the original parameter, which an optimizer may hold, gets the merged values."""
-        assert self.unmerged is not None, "it was merged into"
-        merged = self.weight_of(owner)
-        assert merged is not None, "it was merged into"
-        (own,), self.unmerged = self.unmerged, None
-        if not isinstance(own, Kept) and not own.is_inference():  # whose data cannot be set: it would be of both modes
-            own.data = merged.data
-            owner._parameters[self.attribute] = own
-
-    def save_unmerged(self, owner: nn.Module, destination: dict[str, Any], prefix: str) -> None:
-        """Write the original weight into a state dict that has the merged one, on its device and in its dtype."""
-        weight = self.weight_of(owner)
-        assert weight is not None, "it was merged into"
-        assert self.unmerged is not None, "it was merged into"
-        own: Any = self.unmerged[0]
-        if isinstance(own, Kept):
-            own = (place_of(owner, self.attribute) or own.place).stored(own.values)
-        if own is not None:
-            destination[f"{prefix}{self.attribute}"] = own.detach().to(device=weight.device, dtype=weight.dtype)
-
-    @torch.inference_mode(mode=False)  # the weight must not be an inference tensor
-    def unfold(self, owner: nn.Module) -> None:
-        """Restore the original weight bit for bit, on the device and in the dtype that the owner has now."""
-        if self.unmerged is None:
-            return
-        held, place = self.unmerged[0], place_of(owner, self.attribute)
-        if isinstance(held, Kept):
-            (place or held.place).restore(held.values)
-        elif isinstance(place, Offloaded):  # the merged weight was offloaded
-            place.write(held)
-        else:
-            self.exchange(owner, held)
-        self.unmerged = None
 
     def description(self) -> str:
         """Return a description of the adapters for ``print(model)``."""

@@ -15,6 +15,7 @@ from randlora.layers.in_place import change_class, detach_obstacle, plain_class
 from randlora.layers.inputs import input_of
 from randlora.layers.linear import LinearAdapter
 from randlora.layers.update import Into, Merged, RoundingLoss
+from randlora.places import Kept
 
 
 class Form(NamedTuple):
@@ -133,6 +134,11 @@ class QuantizedLayer(LinearAdapter):
         change_class(owner, held.kind)
         return own
 
+    def fold(self, owner: nn.Module, merged: Merged) -> None:
+        """Exchange the owner's codes for merged ones, or the layer for a plain one, and keep them in `unmerged`."""
+        assert self.unmerged is None, "codes are merged into from the original ones"
+        self.unmerged = Kept(self.exchange(owner, merged.held))
+
     def keep_merged(self, owner: nn.Module) -> None:  # noqa: ARG002  # which has the new codes, or is plain
         """Make a merge permanent."""
         self.unmerged = None
@@ -140,7 +146,7 @@ class QuantizedLayer(LinearAdapter):
     def save_unmerged(self, owner: nn.Module, destination: dict[str, Any], prefix: str) -> None:
         """Write the original codes into a state dict that has merged ones, or a plain layer's weight."""
         assert self.unmerged is not None, "it was merged into"
-        held = self.unmerged[0]
+        held = self.unmerged.values
         if isinstance(held, Form):
             twin: Any = object.__new__(held.kind)
             twin.__dict__.update(owner.__dict__, _parameters=held.parameters, **held.attributes)
@@ -155,7 +161,8 @@ class QuantizedLayer(LinearAdapter):
         """Restore the original codes byte for byte, on the device that the owner is on now."""
         if self.unmerged is not None:
             device = owner.get_parameter("weight").device
-            super().unfold(owner)
+            self.exchange(owner, self.unmerged.values)
+            self.unmerged = None
             if owner.get_parameter("weight").device != device:
                 owner.to(device)
 

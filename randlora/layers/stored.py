@@ -13,7 +13,8 @@ from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
 from randlora.functional.region import Region, Spans
 from randlora.layers.update import Update, folded, sum_updates
-from randlora.placement.dtensor import Part, Shard
+from randlora.placement.dtensor import Shard
+from randlora.places import Part
 
 
 class StoredWeight(ABC):

@@ -145,8 +145,14 @@ class RoundingLoss(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """A weight before any quantization, the value for `AdapterLayer.exchange`, and the error if it was quantized."""
+    """A merged weight.
+
+    Attributes:
+        weight: The weight before any quantization, or the part of it that this process holds.
+        held: What a quantized layer gets in the place of its codes; see `QuantizedLayer.exchange`.
+        rounding: The error of quantizing it.
+    """
 
     weight: Tensor
-    held: Any
+    held: Any = None
     rounding: RoundingLoss | None = None

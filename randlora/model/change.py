@@ -72,7 +72,7 @@ def all_or_nothing(
             yield
         except BaseException:
             for slot, before in zip(slots, kept, strict=True):
-                slot.restore(before)
+                slot.restore(before.values)
             raise
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -40,8 +40,8 @@ from randlora.model.probe import differences_from_product, product_problems
 from randlora.model.train_also import lost_parameters
 from randlora.model.untrained import untrained_notes
 from randlora.model.view import View, opened
-from randlora.placement.place import Kept
 from randlora.placement.ranks import Ranks, agreed
+from randlora.places import Kept
 from randlora.report import MergeReport
 from randlora.routing import BLOCKS
 from randlora.state import CHANGING, ModelState, adapted_root
@@ -158,7 +158,7 @@ def _planned(
     return Plan(adapters, sites, first, into, reversible, (quantized, dtype), notes)
 
 
-def _merge(view: View, planned: Plan, kept: dict[AdapterLayer, tuple[Any] | None]) -> MergeReport:
+def _merge(view: View, planned: Plan, kept: dict[AdapterLayer, Kept | None]) -> MergeReport:
     """Merge as planned; ``kept`` gets what `AdapterLayer.unmerged` was before it is dropped."""
     census, state, sites = view.census, view.state, planned.sites
     together = _together(state, state.merged | planned.adapters)
@@ -351,7 +351,7 @@ def _fold_all(
 
 
 @contextmanager
-def _unfolded_if_raised(sites: Sequence[AdaptedSite]) -> Iterator[dict[AdapterLayer, tuple[Any] | None]]:
+def _unfolded_if_raised(sites: Sequence[AdaptedSite]) -> Iterator[dict[AdapterLayer, Kept | None]]:
     """Restore the values that were written in place, as of sharded weights, if the block raises.
 
     Other weights are exchanged for merged ones, which `all_or_nothing` undoes.
@@ -359,13 +359,13 @@ def _unfolded_if_raised(sites: Sequence[AdaptedSite]) -> Iterator[dict[AdapterLa
     Yields:
         A dict for the block to fill with what `AdapterLayer.unmerged` was before it dropped that.
     """
-    kept: dict[AdapterLayer, tuple[Any] | None] = {}
+    kept: dict[AdapterLayer, Kept | None] = {}
     try:
         yield kept
     except BaseException:
         for site in sites:
             layer = site.layer
             layer.unmerged = layer.unmerged or kept.get(layer)
-            if layer.unmerged is not None and isinstance(layer.unmerged[0], Kept):
+            if layer.unmerged is not None and layer.unmerged.place is not None:
                 layer.unfold(site.owner)
         raise

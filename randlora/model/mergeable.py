@@ -13,7 +13,7 @@ from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.update import Into, Quantized
 from randlora.placement.flattened import FLATTENED
 from randlora.placement.offloaded import Offloaded
-from randlora.placement.place import Kept, place_of
+from randlora.places import Plain
 from randlora.state import ModelState
 from randlora.targets.match import shortened
 from randlora.targets.site import AdaptedSite
@@ -83,7 +83,7 @@ def again_problems(sites: Sequence[AdaptedSite]) -> list[str]:
         f"{site.fqn} is merged into already, and its weight is sharded or offloaded: unmerge all, and merge together"
         for site in sites
         if site.layer.unmerged is not None
-        and (isinstance(site.layer.unmerged[0], Kept) or place_of(site.owner, site.layer.attribute) is not None)
+        and (site.layer.unmerged.place is not None or not isinstance(site.place, Plain))
     ]
 
 
@@ -115,12 +115,11 @@ def weight_problems(sites: Sequence[AdaptedSite], into: Into) -> list[str]:
 
 def _is_incomplete(site: AdaptedSite, weight: nn.Parameter) -> bool:
     """Whether a weight has no values, or not all of them and not in a place that they can be merged into."""
-    place = None if isinstance(site.layer, QuantizedLayer) else place_of(site.owner, site.layer.attribute)
-    if place is None:
+    if isinstance(site.layer, QuantizedLayer) or isinstance(site.place, Plain):
         if FLATTENED in vars(weight) and weight.dim() < 2:  # a part of the values, as no weight that is adapted has
             return True
         return weight.is_meta or weight.numel() == 0 or type(weight.data) is not Tensor
-    return weight.is_meta and not isinstance(place, Offloaded)
+    return weight.is_meta and not isinstance(site.place, Offloaded)
 
 
 def merge_notes(
@@ -134,7 +133,7 @@ def merge_notes(
             f"layers with their own forward, which could not be tried: {shortened(own)}; merged, their output is the "
             "same as with the adapter only if the forward is linear in the weight: compare outputs before and after"
         )
-    places = {site.fqn: place_of(site.owner, site.layer.attribute) for site in sites}
+    places = {site.fqn: site.place for site in sites}
     on_disk = {fqn: place.folder for fqn, place in places.items() if isinstance(place, Offloaded) and place.folder}
     if on_disk:
         notes.append(

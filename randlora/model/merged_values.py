@@ -18,8 +18,9 @@ from randlora.layers.update import Into
 from randlora.model.mergeable import require_finite
 from randlora.placement.flattened import FLATTENED
 from randlora.placement.offloaded import offloaded
-from randlora.placement.place import place_of, whole
+from randlora.placement.place import whole
 from randlora.placement.ranks import agreed, in_step, ranks_of
+from randlora.places import place_of
 from randlora.state import ModelState
 from randlora.targets.site import Site
 from randlora.targets.walk import Census
@@ -115,7 +116,7 @@ def _weight(fqn: str, site: Site, state: ModelState, into: Into, share: Share) -
 def _from_parts(layer: AdapterLayer, owner: nn.Module, factors: dict[str, float], into: Into) -> Tensor:
     """Return a merged weight of which each process computes the part that it holds."""
     place = place_of(owner, layer.attribute)
-    if place is None or place.part is None:
+    if place.part is None:
         return layer.merged(owner, factors, into).weight
     with agreed(ranks_of(owner.parameters())):  # or the others would wait for this process's part
         merged = layer.merged(owner, factors, into).weight

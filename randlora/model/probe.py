@@ -15,7 +15,7 @@ from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.update import folded
 from randlora.model.undone import undone
-from randlora.placement.place import place_of
+from randlora.places import Plain
 from randlora.targets.site import AdaptedSite
 
 TOLERANCE = 0.02
@@ -74,7 +74,7 @@ def difference_from_product(site: AdaptedSite) -> float | None:
     weight = layer.weight_of(owner)
     if weight is None or type(weight.data) is not Tensor or weight.is_meta or not weight.numel():
         return None
-    if isinstance(layer, QuantizedLayer) or place_of(owner, layer.attribute) is not None:
+    if isinstance(layer, QuantizedLayer) or not isinstance(site.place, Plain):
         return None
     generator = torch.Generator("cpu").manual_seed(0)
     out_features, in_features = layer.shape[-2:]

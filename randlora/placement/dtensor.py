@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 from randlora.errors import AdapterError
 from randlora.functional.region import Spans, all_of, entries_of, fewest_spans, taken
-
-Part = tuple[Spans, ...]
-"""The part of a parameter that a process holds: which entries of each dimension."""
+from randlora.places import Kept, Part, register_places
 
 
 def is_dtensor(value: object) -> TypeGuard[Any]:
@@ -89,23 +87,30 @@ class Shard:
         local: Tensor = self._parameter.detach().to_local()
         return local
 
-    def keep(self) -> Tensor:
-        """Return a copy of the values, for `restore`."""
-        return self.read().clone()
+    def keep(self) -> Kept:
+        """Return a copy of the values."""
+        return Kept(self.read().clone(), self)
 
     @torch.no_grad()
     def write(self, value: Tensor) -> None:
         """Change the values of the shard, in place."""
         self.read().copy_(value)
 
-    def restore(self, kept: Tensor) -> None:
-        """Write back the values that `keep` returned."""
-        self.write(kept)
+    def restore(self, values: Tensor) -> None:
+        """Write back kept values."""
+        self.write(values)
 
-    def stored(self, kept: Tensor) -> Tensor:
+    def stored(self, values: Tensor) -> Tensor:
         """Return kept values in the form in which a state dict has the parameter."""
-        value: Tensor = _like(self._parameter, kept)
+        value: Tensor = _like(self._parameter, values)
         return value
+
+
+@register_places
+def shard_of(owner: nn.Module, attribute: str) -> Shard | None:
+    """Return the place of a module's parameter if it is sharded."""
+    parameter = owner._parameters.get(attribute)
+    return Shard(parameter) if is_dtensor(parameter) else None
 
 
 def is_split(placement: Any) -> bool:

@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from randlora.places import Kept, register_places
+
 HOOK = "_hf_hook"
 """The attribute of a module in which accelerate keeps its hook, or several in one."""
 
@@ -93,7 +95,7 @@ class Entry(NamedTuple):
         self.put(_in_a_file(self.folder, self.key, value) if self.is_file else value)
 
 
-Kept = tuple[tuple[Entry, Any], ...]
+Entries = tuple[tuple[Entry, Any], ...]
 """What the entries of a parameter were."""
 
 
@@ -118,10 +120,13 @@ class Offloaded:
 
     def read(self) -> Tensor:
         """Return the values as the module's forward would get them."""
-        return self._read(self.keep())
+        return self._read(self._now())
 
     def keep(self) -> Kept:
         """Return the entries: tensors, or where the files are."""
+        return Kept(self._now(), self)
+
+    def _now(self) -> Entries:
         return tuple((entry, entry.held[entry.key]) for entry in self.entries)
 
     def write(self, value: Tensor) -> None:
@@ -131,19 +136,19 @@ class Offloaded:
             entry.write(value)
         self._renew(value)
 
-    def restore(self, kept: Kept) -> None:
-        """Set back what `keep` returned, or write those values if the parameter has been offloaded anew since."""
-        value = self._read(kept)
-        if [id(entry.store) for entry, _ in kept] != [id(entry.store) for entry in self.entries]:
+    def restore(self, values: Entries) -> None:
+        """Set back kept entries, or write their values if the parameter has been offloaded anew since."""
+        value = self._read(values)
+        if [id(entry.store) for entry, _ in values] != [id(entry.store) for entry in self.entries]:
             self.write(value)
             return
-        for entry, each in kept:
+        for entry, each in values:
             entry.put(each)
         self._renew(value)
 
-    def stored(self, kept: Kept) -> Tensor | None:
+    def stored(self, values: Entries) -> Tensor | None:
         """Return kept values if the parameter is loaded at present; a state dict has no values of it else."""
-        return None if self._tensor.is_meta else self._read(kept)
+        return None if self._tensor.is_meta else self._read(values)
 
     @property
     def _tensor(self) -> Tensor:
@@ -151,8 +156,8 @@ class Offloaded:
         assert found is not None, "it is offloaded"
         return found
 
-    def _read(self, kept: Kept) -> Tensor:
-        entry, value = kept[-1]  # accelerate loads from one hook after the other
+    def _read(self, values: Entries) -> Tensor:
+        entry, value = values[-1]  # accelerate loads from one hook after the other
         return entry.read(value).detach().to(self._device, self._tensor.dtype)
 
     def _renew(self, value: Tensor) -> None:
@@ -161,12 +166,14 @@ class Offloaded:
             self._tensor.data = value.to(self._tensor.device, self._tensor.dtype)
 
 
+@register_places
 def offloaded(owner: nn.Module, attribute: str) -> Offloaded | None:
     """Return the place of a module's parameter or buffer if accelerate offloads it by itself, else ``None``.
 
     ``None`` too if it is loaded together with all of a module around it, or from a map that cannot be written to.
     """
-    hooks = list(offloading_hooks(owner))
+    if not (hooks := list(offloading_hooks(owner))):
+        return None
     entries = [_entry(hook.weights_map, attribute) for hook in hooks]
     found = tuple(entry for entry in entries if entry is not None)
     if _tensor(owner, attribute) is None or not found or len(found) < len(entries):

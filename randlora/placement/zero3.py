@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from randlora.places import Kept, register_places
+
 
 def is_managed(value: object) -> bool:
     """Whether a value is a parameter of ZeRO-3."""
@@ -90,10 +92,10 @@ class Spread:
         """Return all values; a collective if they are not here."""
         return gathered(self._parameter)
 
-    def keep(self) -> _Pieces:
-        """Return copies of what is here, for `restore`."""
+    def keep(self) -> Kept:
+        """Return copies of what is here."""
         here = None if is_spread(self._parameter) else self._parameter.detach().clone()
-        return _Pieces(self._parameter.ds_tensor.detach().clone(), here)
+        return Kept(_Pieces(self._parameter.ds_tensor.detach().clone(), here), self)
 
     @torch.no_grad()
     def write(self, value: Tensor) -> None:
@@ -106,16 +108,23 @@ class Spread:
             self._parameter.data.copy_(value)
 
     @torch.no_grad()
-    def restore(self, kept: _Pieces) -> None:
-        """Restore the values that `keep` returned."""
-        self._parameter.ds_tensor.data.copy_(kept.own)
+    def restore(self, values: _Pieces) -> None:
+        """Restore kept values."""
+        self._parameter.ds_tensor.data.copy_(values.own)
         if is_spread(self._parameter):
             return
-        if kept.all is None:  # they have been gathered since then, and will be again when they are needed
+        if values.all is None:  # they have been gathered since then, and will be again when they are needed
             self._parameter.partition(param_list=[self._parameter], has_been_updated=False)
         else:
-            self._parameter.data.copy_(kept.all)
+            self._parameter.data.copy_(values.all)
 
-    def stored(self, kept: _Pieces) -> Tensor | None:
+    def stored(self, values: _Pieces) -> Tensor | None:
         """Return all kept values, or ``None`` if only a piece of them was here."""
-        return kept.all
+        return values.all
+
+
+@register_places
+def spread_of(owner: nn.Module, attribute: str) -> Spread | None:
+    """Return the place of a module's parameter if ZeRO-3 spreads it, and its values can be written."""
+    parameter = owner._parameters.get(attribute)
+    return Spread(parameter) if is_managed(parameter) and is_writable(parameter) else None

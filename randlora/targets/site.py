@@ -11,6 +11,7 @@ from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of
+from randlora.places import Place, place_of
 
 Shapes = dict[str, Shape]
 """Shapes of adapted weights by FQN."""
@@ -49,6 +50,11 @@ class Site:
     def weight(self) -> nn.Parameter | None:
         """The parameter without any update, or ``None`` if the owner computes it from others."""
         return self.layer_class.weight_of(self.owner)
+
+    @property
+    def place(self) -> Place:
+        """Where the values of the weight are."""
+        return place_of(self.owner, self.layer_class.attribute)
 
     @property
     def adapter_layer(self) -> AdapterLayer | None:
