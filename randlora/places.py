@@ -1,31 +1,56 @@
 """The place of a parameter: where its values are, how they are read and written, and how they are restored.
 
-The values of most parameters are in the parameter itself, which is `Plain`. A feature that keeps those of others
-elsewhere, such as the shards of several processes, registers a `Strategy` that finds its places.
+The values of most parameters are in the parameter itself, which is `Plain`. A feature that keeps others elsewhere, such
+as in the shards of several processes, registers a `Keeper` that finds their places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from randlora.functional.region import Spans
+from randlora.functional.region import Spans, taken
+from randlora.ranks import Ranks
 
 Part = tuple[Spans, ...]
 """The part of a parameter that a process holds: which entries of each dimension."""
 
 
+Exchanges = Literal["parameters", "values", "nothing"]
+"""Whether a module can have another parameter in the place of one, or that must stay and take the values of another, as
+what keeps it would not see another, or neither."""
+
+
 class Place(Protocol):
-    """Where the values of one parameter of a module are."""
+    """Where the values of one parameter, or of a tensor that stands alone, are."""
 
     @property
     def part(self) -> Part | None:
-        """What of the parameter this process holds; ``None`` for all."""
+        """What of it this process holds; ``None`` for all."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there are values, and all of them can be read and written."""
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether values that are written stay: not if an optimizer has copies that it would write back."""
+
+    @property
+    def exchanges(self) -> Exchanges:
+        """How the parameter is exchanged for a copy of it."""
+
+    def follow(self, parameter: nn.Parameter) -> None:
+        """Have what keeps this parameter keep another, which is put in its place."""
 
     def read(self) -> Tensor:
         """Return the values of that part, a plain tensor. This may be a collective."""
+
+    def whole(self) -> Tensor:
+        """Return all values; a collective if this process holds a part. Gradients flow through it if they can."""
 
     def write(self, value: Tensor) -> None:
         """Set the values of that part. This may be a collective."""
@@ -66,22 +91,63 @@ class Kept(NamedTuple):
         return (self.place if isinstance(now, Plain) else now).stored(self.values)
 
 
-class Plain:
-    """The place of an ordinary parameter, whose data are all its values.
+class Whole:
+    """The place of a tensor that stands alone and whose data are all its values, such as Λ. They change in place."""
+
+    part = None
+    is_lasting = True
+    exchanges: Exchanges = "parameters"
+
+    def __init__(self, tensor: Tensor) -> None:
+        """Take the tensor."""
+        self._tensor = tensor
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the tensor has values."""
+        return not self._tensor.is_meta and self._tensor.numel() > 0 and type(self._tensor.data) is Tensor
+
+    def read(self) -> Tensor:
+        """Return the values, which share the memory of the tensor."""
+        return self._tensor.detach()
+
+    def whole(self) -> Tensor:
+        """Return the tensor."""
+        return self._tensor
+
+    @torch.no_grad()
+    def write(self, value: Tensor) -> None:
+        """Change the values, in place."""
+        self._tensor.copy_(value)
+
+    def keep(self) -> Kept:
+        """Return a copy of the values."""
+        return Kept(self.read().clone(), self)
+
+    def restore(self, values: Any) -> None:
+        """Write kept values back."""
+        self.write(values)
+
+    def stored(self, values: Tensor) -> Tensor:
+        """Return kept values."""
+        return values
+
+    def follow(self, parameter: nn.Parameter) -> None:
+        """Do nothing: nothing keeps it."""
+
+
+class Plain(Whole):
+    """The place of an ordinary parameter of a module, whose data are all its values.
 
     To write is to put another parameter in its place: a program that was exported or traced from the model may hold
     this one, which must not change.
     """
 
-    part = None
-
     def __init__(self, owner: nn.Module, attribute: str) -> None:
         """Take a module and the name of its parameter."""
         self._owner, self._attribute = owner, attribute
-
-    def read(self) -> Tensor:
-        """Return the parameter."""
-        return self._own
+        self._own: nn.Parameter = owner._parameters[attribute]  # type: ignore[assignment]  # it has one
+        super().__init__(self._own)
 
     def write(self, value: Tensor) -> None:
         """Put a parameter with these values in the place of the present one.
@@ -96,42 +162,104 @@ class Plain:
         """Return the parameter."""
         return Kept(self._own)
 
-    def restore(self, values: nn.Parameter) -> None:
+    def restore(self, values: Any) -> None:
         """Put a parameter back, on the device and in the dtype of the present one."""
-        own = self._own
-        if values.device != own.device or values.dtype != own.dtype:
-            values.data = values.data.to(device=own.device, dtype=own.dtype)
+        if values.device != self._own.device or values.dtype != self._own.dtype:
+            values.data = values.data.to(device=self._own.device, dtype=self._own.dtype)
         self._owner._parameters[self._attribute] = values
 
-    def stored(self, values: Tensor) -> Tensor:
-        """Return the values."""
-        return values
 
-    @property
-    def _own(self) -> nn.Parameter:
-        own = self._owner._parameters[self._attribute]
-        assert own is not None, "it has a place"
-        return own
+class Keeper:
+    """What keeps the values of some parameters elsewhere. A subclass, registered by `register_keeper`, says where."""
+
+    def place_at(self, tensor: Tensor) -> Place | None:  # noqa: ARG002  # for those that keep no such tensors
+        """Return the place of a tensor, whatever module has it, if it is kept here."""
+        return None
+
+    def place_of(self, owner: nn.Module, attribute: str) -> Place | None:  # noqa: ARG002
+        """Return the place of a module's parameter if that depends on the module and it is kept here."""
+        return None
+
+    def ranks_of(self, parameters: Iterable[Tensor], *, is_written: bool) -> Ranks | None:  # noqa: ARG002
+        """Return the processes that hold some of these parameters together; see `ranks_of`."""
+        return None
+
+    def settle(self, model: nn.Module) -> None:
+        """Have a model hold its parameters as they are between its calls."""
 
 
-Strategy = Callable[[nn.Module, str], Place | None]
-"""Returns the place of a module's parameter of some name if the strategy keeps its values, else ``None``."""
-
-Found = TypeVar("Found", bound=Strategy)
-
-STRATEGIES: list[Strategy] = []
+KEEPERS: list[Keeper] = []
 """What finds places that are not plain, in the order in which they are asked."""
 
 
-def register_places(strategy: Found) -> Found:
-    """Add a strategy that finds places, to be used as a decorator."""
-    STRATEGIES.append(strategy)
-    return strategy
+def register_keeper(kind: type[Keeper]) -> type[Keeper]:
+    """Add a keeper; a decorator of its class."""
+    KEEPERS.append(kind())
+    return kind
 
 
 def place_of(owner: nn.Module, attribute: str) -> Place:
     """Return the place of a module's parameter."""
-    for strategy in STRATEGIES:
-        if (found := strategy(owner, attribute)) is not None:
+    parameter = owner._parameters[attribute]
+    for keeper in KEEPERS:
+        found = keeper.place_of(owner, attribute)
+        if found is None and parameter is not None:
+            found = keeper.place_at(parameter)
+        if found is not None:
             return found
     return Plain(owner, attribute)
+
+
+def place_at(tensor: Tensor) -> Place:
+    """Return the place of a tensor that stands alone, such as Λ, or a copy that an adapter trains."""
+    found = (keeper.place_at(tensor) for keeper in KEEPERS)
+    return next((place for place in found if place is not None), None) or Whole(tensor)
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor's own data are all its values."""
+    return isinstance(place_at(tensor), Whole)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all values of a tensor, itself if they are its data; else a collective."""
+    return place_at(tensor).whole()
+
+
+def copied(tensor: Tensor, *, is_kept: bool) -> Tensor | None:
+    """Return a copy of all values of a tensor in the CPU's memory, or ``None`` if this process keeps none.
+
+    A collective if other processes hold a part of it. Nothing of it stays on the tensor's device.
+    """
+    values = whole(tensor)
+    return values.detach().to("cpu", copy=True) if is_kept else None
+
+
+def values_within(values: Tensor, part: Part) -> Tensor:
+    """Return a part of all values of a parameter."""
+    for dim, spans in enumerate(part):
+        values = taken(values, spans, dim)
+    return values
+
+
+def ranks_of(parameters: Iterable[Tensor], *, is_written: bool = False) -> Ranks | None:
+    """Return the processes that hold some parameters together; ``None`` if each has all of them.
+
+    Args:
+        parameters: The parameters.
+        is_written: Whether values are written, which every process does to its own piece. Parameters that are all here
+            at present, as small ones of ZeRO-3 always are, count too then.
+
+    Raises:
+        AdapterError: If these processes could not agree, because no mesh has all of them.
+    """
+    parameters = list(parameters)
+    found = (keeper.ranks_of(parameters, is_written=is_written) for keeper in KEEPERS)
+    return next((ranks for ranks in found if ranks is not None), None)
+
+
+def settle(model: nn.Module) -> None:
+    """Have a model hold its parameters as they are between its calls, whatever keeps them."""
+    if isinstance(model, nn.Module):  # the caller refuses others
+        for keeper in KEEPERS:
+            keeper.settle(model)

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from randlora.errors import AdapterError
-from randlora.placement import zero3
-from randlora.placement.dtensor import Shard, is_dtensor, values_within
 from randlora.placement.flattened import FLATTENED
+from randlora.places import place_at, place_of, values_within, whole
 
 Place = tuple[nn.Module, str]
 """A module and the name of one of its parameters or buffers."""
@@ -144,7 +143,8 @@ class ReplacedParameter:
     @property
     def is_fixed(self) -> bool:
         """Whether an engine of DeepSpeed's ZeRO-3 has the parameter, and would not run with another in its place."""
-        return zero3.is_managed(self.live) and any(zero3.is_in_engine(module) for module, _ in self.places.values())
+        held = [(module, attribute) for module, attribute in self.places.values() if attribute in module._parameters]
+        return any(place_of(module, attribute).exchanges == "nothing" for module, attribute in held)
 
     @property
     def is_away(self) -> bool:
@@ -161,13 +161,13 @@ class ReplacedParameter:
         """
         leaving = self.live
         if leaving is not parameter and self.is_fixed:
-            zero3.Spread(leaving).write(zero3.gathered(parameter))
+            place_at(leaving).write(whole(parameter).detach())
             return
         if leaving is not parameter and not leaving.is_meta:
             dtype = parameter.dtype if self.is_cast and parameter is not self.original else self.dtype
             parameter.data = parameter.data.to(device=leaving.device, dtype=dtype)
-            if isinstance(parameter, nn.Parameter) and zero3.is_managed(leaving) and not zero3.is_managed(parameter):
-                zero3.manage(parameter, leaving)
+            if isinstance(parameter, nn.Parameter):
+                place_at(leaving).follow(parameter)
         for module, attribute in self.places.values():
             table_of(module, attribute)[attribute] = parameter
         self.installed = parameter
@@ -180,9 +180,10 @@ class ReplacedParameter:
         For a parameter that is sharded: `fully_shard` keeps references, and would ignore another in its place.
         """
         slot = self.live
-        place = Shard(slot)
+        place, given = place_at(slot), place_at(parameter)
         leaving = like(slot, slot.detach().clone(), requires_grad=slot.requires_grad)
-        place.write(Shard(parameter).read() if is_dtensor(parameter) else values_within(parameter.detach(), place.part))
+        values, part = given.read(), place.part
+        place.write(values if part is None or given.part is not None else values_within(values, part))
         slot.requires_grad_(parameter.requires_grad)
         self.installed = slot
         return leaving

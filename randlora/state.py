@@ -24,8 +24,8 @@ from randlora.functional import Compute
 from randlora.hints import shortly
 from randlora.layer_options import Factor, LayerOptions
 from randlora.meant import IN_PLACE, NotTheModel
-from randlora.placement.dtensor import is_dtensor, reshard
 from randlora.placement.offloaded import offloaded_modules
+from randlora.places import place_at, settle
 from randlora.replaced import KEEP_COPIES, ReplacedParameter, like, path_to
 from randlora.required_grad import RequiredGrad
 from randlora.routing import Routing
@@ -253,7 +253,7 @@ class ModelState:
         with CHANGING:  # another thread may be between the model's parameter and what is known of it
             if not self.is_merged:
                 if self.replaced:
-                    reshard(root)
+                    settle(root)
                 self._adopt(root)
             if self.ended:
                 self._set_blocks([block for block in self.disabled if block not in self.ended])
@@ -281,7 +281,7 @@ class ModelState:
     def install_parameters(self) -> None:
         """Install the trained copies of the active adapters, and the model's own parameters elsewhere."""
         for replaced, version in list(self._versions([] if self.is_disabled else self.active)):
-            if is_dtensor(replaced.live):
+            if place_at(replaced.live).exchanges == "values":
                 self._install_values(replaced, version)
             else:
                 replaced.install(version)

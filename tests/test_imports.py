@@ -31,6 +31,7 @@ ROOMS = (
     "functional",
     "bases",
     "start",
+    "ranks",
     "places",
     "placement",
     "replaced",

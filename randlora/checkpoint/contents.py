@@ -34,8 +34,8 @@ from randlora.layers.diagonals import diagonal_shapes
 from randlora.model.install import lost_sites, require_own
 from randlora.model.train_also import lost_parameters
 from randlora.model.view import opened
-from randlora.placement.place import taken_whole
-from randlora.placement.ranks import Ranks, agreed, in_step
+from randlora.places import copied
+from randlora.ranks import Ranks, agreed, in_step
 from randlora.replaced import whole_shape
 from randlora.state import Adapter, ModelState
 from randlora.targets.match import shortened
@@ -200,7 +200,7 @@ def _held(census: Census, state: ModelState, adapter: Adapter, bases: str) -> Ga
 def _whole(held: Gathered, *, is_kept: bool) -> Gathered:
     """Return an adapter with the values that other processes hold too, if this one keeps them; a collective."""
     flat = [*chain.from_iterable(held.diagonals.values()), *held.trained.values()]
-    values = iter(in_step(partial(taken_whole, each, is_kept=is_kept) for each in flat))
+    values = iter(in_step(partial(copied, each, is_kept=is_kept) for each in flat))
     if not is_kept:
         return held
     pairs = {fqn: (next(values), next(values)) for fqn in held.diagonals}

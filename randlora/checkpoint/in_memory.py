@@ -15,7 +15,7 @@ from randlora.checkpoint.peft_config import PeftFields
 from randlora.checkpoint.read import AdapterFile, disagreements, sort_contents
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import mistyped, require_types
-from randlora.placement.ranks import agreed
+from randlora.ranks import agreed
 from randlora.targets.match import shortened
 
 

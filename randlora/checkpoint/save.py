@@ -33,7 +33,7 @@ from randlora.model.moving import moved_note
 from randlora.model.save_guard import SaveGuard
 from randlora.model.trainable import adapter_parameters
 from randlora.model.untrained import untrained_note
-from randlora.placement.ranks import one_writes
+from randlora.ranks import one_writes
 from randlora.report import adapter_report, as_bytes
 from randlora.state import ModelState
 from randlora.targets.match import shortened

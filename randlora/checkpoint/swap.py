@@ -21,8 +21,8 @@ from randlora.model.install import lost_sites
 from randlora.model.train_also import lost_parameters
 from randlora.model.view import View, opened
 from randlora.modes import has_values
-from randlora.placement.dtensor import Shard, is_dtensor, values_within
-from randlora.placement.ranks import agreed
+from randlora.places import Kept, Place, place_at, values_within
+from randlora.ranks import agreed
 from randlora.replaced import whole_shape
 from randlora.state import Adapter, require_unmerged, require_unrouted
 from randlora.targets.match import shortened
@@ -121,7 +121,7 @@ def _planned(
             f"{site.fqn} is partitioned by ZeRO-3, whose optimizer has copies of the values and would write them "
             "back: load DeepSpeed's own checkpoint, as engine.load_checkpoint(directory) does"
             for site in sites[:1]
-            if any(hasattr(each, "ds_id") for each in own)
+            if not all(place_at(each).is_lasting for each in own)
         ]
         if not all(has_values(each) for each in (*own, *adapter.trained.values())):
             problems.append("the adapter has no values to write to (meta or fake): materialize the model first")
@@ -143,16 +143,16 @@ def _renamed(census: Census, found: Found, prefix: str | None, doing: str) -> Ad
 
 def _write_all(values: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Write whole values into parameters, in place; all of them, or none."""
-    written: list[tuple[Tensor, Tensor]] = []
+    kept: list[tuple[Place, Kept]] = []
     with torch.no_grad():
         try:
             for parameter, value in values:
-                own = Shard(parameter).keep().values if is_dtensor(parameter) else parameter.detach().clone()
-                written.append((parameter, own))
-                _write(parameter, value)
+                place = place_at(parameter)
+                kept.append((place, place.keep()))
+                place.write(value if place.part is None else values_within(value, place.part))
         except BaseException:
-            for parameter, before in reversed(written):
-                Shard(parameter).restore(before) if is_dtensor(parameter) else parameter.copy_(before)
+            for place, before in reversed(kept):
+                place.restore(before.values)
             raise
 
 
@@ -188,12 +188,3 @@ def _differences(adapter: Adapter, file: AdapterFile, header: Header, shapes: Sh
             record = BasisRecord.of(adapter.bases[r], used)
             if record.digest != header.bases[r].digest:
                 yield f"the bases are {record.spec}, and in the files {header.bases[r].spec}"
-
-
-def _write(parameter: Tensor, value: Tensor) -> None:
-    """Write a whole value into a parameter, of which this process may hold a part."""
-    if is_dtensor(parameter):
-        place = Shard(parameter)
-        place.write(values_within(value, place.part))
-    else:
-        parameter.copy_(value)

@@ -27,7 +27,7 @@ from randlora.model.merged_values import Share
 from randlora.model.moving import moved_note
 from randlora.model.reducers import is_first_copy
 from randlora.model.untrained import untrained_notes
-from randlora.placement.ranks import one_writes
+from randlora.ranks import one_writes
 from randlora.report import as_bytes, as_lines
 from randlora.targets.walk import Census
 

@@ -23,8 +23,8 @@ from randlora.layers.sharded import Split, sharded_product
 from randlora.layers.update import Update, sum_updates
 from randlora.placement.dtensor import is_dtensor
 from randlora.placement.offloaded import HOOK
-from randlora.placement.place import whole
-from randlora.placement.ranks import in_step
+from randlora.places import whole
+from randlora.ranks import in_step
 from randlora.replaced import watched
 from randlora.routing import Routing
 from randlora.start import Init, initial_values

@@ -11,8 +11,8 @@ from torch import nn
 
 from randlora.layers.stored import StoredWeight
 from randlora.layers.update import Into, Merged, Update
-from randlora.placement.ranks import in_step
 from randlora.places import Kept, place_of
+from randlora.ranks import in_step
 
 
 class MergeableWeight(StoredWeight):

@@ -18,8 +18,8 @@ from torch.nn.parameter import is_lazy
 
 from randlora.layers.diagonals import Diagonal, Values
 from randlora.model.save_guard import savers
-from randlora.placement.dtensor import Shard, is_dtensor
 from randlora.placement.offloaded import stores
+from randlora.places import place_at
 from randlora.replaced import ReplacedParameter
 from randlora.state import ModelState
 from randlora.targets.site import Site
@@ -65,14 +65,14 @@ def all_or_nothing(
         objects += stores(owner)
         objects += site.adapter_layer.adapters.values() if site.adapter_layer is not None else ()
         values += owner.parameters()
-    slots = [Shard(entry.installed) for entry in (*state.replaced.values(), *replaced) if is_dtensor(entry.installed)]
-    kept = [slot.keep() for slot in slots]
+    places = [place_at(entry.installed) for entry in (*state.replaced.values(), *replaced)]
+    kept = [(place, place.keep()) for place in places if place.exchanges == "values"]
     with unchanged_if_raised(objects, values, own):
         try:
             yield
         except BaseException:
-            for slot, before in zip(slots, kept, strict=True):
-                slot.restore(before.values)
+            for place, before in kept:
+                place.restore(before.values)
             raise
 
 

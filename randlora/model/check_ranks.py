@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from randlora.errors import AdapterError, RandLoRAError, raise_collected
 from randlora.model.view import View, opened
-from randlora.placement.dtensor import is_dtensor
 from randlora.placement.flattened import FLATTENED
-from randlora.placement.zero3 import is_spread
+from randlora.places import is_whole
 from randlora.state import ModelState, adapted_root
 
 Facts = Mapping[str, str]
@@ -108,8 +107,7 @@ def _values(view: View) -> dict[str, str]:
 
 
 def _is_whole(parameter: Tensor) -> bool:
-    parts = is_dtensor(parameter) or is_spread(parameter) or FLATTENED in vars(parameter)
-    return not (parts or parameter.is_meta)
+    return is_whole(parameter) and not parameter.is_meta and FLATTENED not in vars(parameter)
 
 
 def _sha256(tensors: Iterable[Tensor]) -> str:

@@ -21,8 +21,8 @@ from randlora.model.train_also import copy_dtype, lost_parameters, replacements
 from randlora.model.trainable import offloaded_diagonals
 from randlora.model.view import opened, opened_to_add
 from randlora.modes import has_values
-from randlora.placement.place import whole
-from randlora.placement.ranks import agreed, in_step
+from randlora.places import whole
+from randlora.ranks import agreed, in_step
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState
 from randlora.targets.match import shortened

@@ -48,9 +48,8 @@ from randlora.model.train_also import (
 )
 from randlora.model.view import View, opened, opened_to_add
 from randlora.modes import has_values
-from randlora.placement.dtensor import is_dtensor
-from randlora.placement.place import whole
-from randlora.placement.ranks import agreed, in_step, ranks_of
+from randlora.places import place_at, ranks_of, whole
+from randlora.ranks import agreed, in_step
 from randlora.replaced import ReplacedParameter, like
 from randlora.report import Report, adapter_report, left_out_lines, next_steps
 from randlora.start import Init
@@ -239,7 +238,7 @@ def _copies(planned: Plan) -> dict[str, Tensor]:
     A sharded one has this process's part. Those that ZeRO-3 spreads are gathered, together by all processes.
     """
     own: dict[str, Tensor] = {fqn: entry.original for fqn, entry in planned.replaced.items()}
-    others = {fqn: each for fqn, each in own.items() if not is_dtensor(each)}
+    others = {fqn: each for fqn, each in own.items() if place_at(each).exchanges != "values"}
     with agreed(ranks_of(others.values())):
         own |= zip(others, in_step(partial(whole, each) for each in others.values()), strict=True)
         return {

@@ -29,7 +29,7 @@ from randlora.model.moving import remembered
 from randlora.model.reducers import warn_of_unknown
 from randlora.model.save_guard import guard_saving, unguard_saving
 from randlora.modes import fake_obstacle
-from randlora.placement.dtensor import is_dtensor
+from randlora.places import place_at
 from randlora.replaced import CASTS, ReplacedParameter, held_at, whole_shape
 from randlora.required_grad import RequiredGrad
 from randlora.state import (
@@ -169,7 +169,7 @@ def shared_slots(state: ModelState, adapters: Iterable[Adapter], fqns: Iterable[
     for fqn in fqns:
         names = [repr(adapter.name) for adapter in adapters if fqn in adapter.trained]
         entry = state.replaced.get(fqn)
-        if len(names) > 1 and entry is not None and is_dtensor(entry.installed):
+        if len(names) > 1 and entry is not None and place_at(entry.installed).exchanges == "values":
             problems.append(
                 f"{' and '.join(names)} each train their own copy of {fqn}, which is sharded: only one adapter can "
                 "train it: load each into a model of its own, or leave it out of train_also"
@@ -314,7 +314,7 @@ def _rounded(module: nn.Module) -> dict[str, torch.dtype]:
     for name, dtype in vars(module)[CASTS].items():
         parameter = module._parameters.get(name)
         if parameter is not None and parameter.dtype != dtype:
-            if is_dtensor(parameter):
+            if place_at(parameter).exchanges == "values":
                 left[name] = dtype
             else:
                 parameter.data = parameter.data.to(dtype)

@@ -40,8 +40,8 @@ from randlora.model.probe import differences_from_product, product_problems
 from randlora.model.train_also import lost_parameters
 from randlora.model.untrained import untrained_notes
 from randlora.model.view import View, opened
-from randlora.placement.ranks import Ranks, agreed
 from randlora.places import Kept
+from randlora.ranks import Ranks, agreed
 from randlora.report import MergeReport
 from randlora.routing import BLOCKS
 from randlora.state import CHANGING, ModelState, adapted_root

@@ -13,7 +13,7 @@ from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.update import Into, Quantized
 from randlora.placement.flattened import FLATTENED
 from randlora.placement.offloaded import Offloaded
-from randlora.places import Plain
+from randlora.places import Plain, Whole
 from randlora.state import ModelState
 from randlora.targets.match import shortened
 from randlora.targets.site import AdaptedSite
@@ -115,11 +115,10 @@ def weight_problems(sites: Sequence[AdaptedSite], into: Into) -> list[str]:
 
 def _is_incomplete(site: AdaptedSite, weight: nn.Parameter) -> bool:
     """Whether a weight has no values, or not all of them and not in a place that they can be merged into."""
-    if isinstance(site.layer, QuantizedLayer) or isinstance(site.place, Plain):
-        if FLATTENED in vars(weight) and weight.dim() < 2:  # a part of the values, as no weight that is adapted has
-            return True
-        return weight.is_meta or weight.numel() == 0 or type(weight.data) is not Tensor
-    return weight.is_meta and not isinstance(site.place, Offloaded)
+    if isinstance(site.layer, QuantizedLayer):
+        return not Whole(weight).is_complete
+    is_flat = FLATTENED in vars(weight) and weight.dim() < 2  # a part of the values, as no weight that is adapted has
+    return is_flat or not site.place.is_complete
 
 
 def merge_notes(

@@ -21,10 +21,10 @@ from randlora.model.merged_values import Entry, Share, entries_of, modules_of, s
 from randlora.model.probe import differences_from_product, product_problems
 from randlora.model.train_also import lost_parameters
 from randlora.model.view import View, opened
-from randlora.placement.dtensor import is_dtensor, reshard
 from randlora.placement.flattened import flattened_problem
 from randlora.placement.offloaded import offloaded
-from randlora.placement.ranks import Ranks, agreed
+from randlora.places import is_whole, settle
+from randlora.ranks import Ranks, agreed
 from randlora.state import ATTRIBUTE, CHANGING, ModelState
 from randlora.targets.ties import tie_problems
 from randlora.targets.walk import Census, is_quantized
@@ -122,7 +122,7 @@ class MergedTensors:
         for entry in self.entries:
             taken: list[Result] = []
             with agreed(self.ranks), CHANGING, torch.no_grad():
-                reshard(self.root)
+                settle(self.root)
                 if self._as_now() != at_first:
                     raise MergeError(
                         f"the adapters were merged, disabled, switched or removed before {entry.fqn} was yielded, so "
@@ -191,4 +191,4 @@ def _is_here(module: nn.Module, attribute: str, tensor: Tensor) -> bool:
         return False
     if tensor.is_meta:
         return offloaded(module, attribute) is not None
-    return type(tensor.data) is Tensor or is_dtensor(tensor)
+    return type(tensor.data) is Tensor or not is_whole(tensor)

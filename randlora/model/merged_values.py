@@ -18,9 +18,8 @@ from randlora.layers.update import Into
 from randlora.model.mergeable import require_finite
 from randlora.placement.flattened import FLATTENED
 from randlora.placement.offloaded import offloaded
-from randlora.placement.place import whole
-from randlora.placement.ranks import agreed, in_step, ranks_of
-from randlora.places import place_of
+from randlora.places import place_of, ranks_of, whole
+from randlora.ranks import agreed, in_step
 from randlora.state import ModelState
 from randlora.targets.site import Site
 from randlora.targets.walk import Census

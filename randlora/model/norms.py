@@ -15,8 +15,7 @@ from randlora.hints import is_finite, shortly
 from randlora.layer_options import Factor
 from randlora.model.trainable import offloaded_diagonals
 from randlora.model.view import View, opened
-from randlora.placement.dtensor import Shard, is_dtensor
-from randlora.placement.zero3 import is_managed
+from randlora.places import place_at
 from randlora.state import Adapter, require_unmerged
 from randlora.targets.options import by_target
 from randlora.targets.site import AdaptedSite
@@ -94,7 +93,7 @@ def limit_norms(model: nn.Module, limit: Factor, *, name: str | None = None) -> 
         problems = [
             f"{fqn} is partitioned by ZeRO-3, whose optimizer has copies of the values and would write them back"
             for fqn, lam in [*lambdas.items()][:1]
-            if is_managed(lam)
+            if not place_at(lam).is_lasting
         ]
         raise_collected(AdapterError, problems, doing=doing)
         norms = _norms(adapter, sites)
@@ -102,7 +101,7 @@ def limit_norms(model: nn.Module, limit: Factor, *, name: str | None = None) -> 
             is_above = (norm > limits[fqn]) & norm.isfinite()
             factor = torch.where(is_above, limits[fqn] / norm, 1.0)
             lam = lambdas[fqn]
-            held = Shard(lam).read() if is_dtensor(lam) else lam
+            held = place_at(lam).read()
             held.mul_(factor.to(held.device))
         return norms
 

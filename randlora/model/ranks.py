@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from randlora.placement.dtensor import reshard
-from randlora.placement.ranks import Ranks, ranks_of
+from randlora.places import ranks_of, settle
+from randlora.ranks import Ranks
 from randlora.state import ModelState, adapted_root
 from randlora.targets.walk import Census
 
@@ -33,6 +33,6 @@ def ranks_holding(census: Census, state: ModelState, *, is_written: bool = False
 
 def is_held_together(model: nn.Module) -> bool:
     """Whether several processes hold an adapted model together, so that each has to call what reads or writes it."""
-    reshard(model)  # after a forward, whole copies may be in the places of shards
+    settle(model)  # after a forward, whole copies may be in the places of shards
     root, state = adapted_root(model)
     return ranks_holding(Census.of(root), state) is not None

@@ -8,7 +8,7 @@ from randlora.errors import AdapterError, raise_collected
 from randlora.model.install import require_new_name
 from randlora.model.trainable import offloaded_diagonals
 from randlora.model.view import opened
-from randlora.placement.dtensor import is_dtensor
+from randlora.places import is_whole
 from randlora.state import require_unmerged, require_unrouted
 from randlora.targets.site import AdaptedSite
 
@@ -40,7 +40,7 @@ def rename(model: nn.Module, name: str, to: str) -> None:
         sharded = [
             f"Λ and Γ of {site.fqn} are sharded, and fully_shard knows them by name: rename before it is called"
             for site in sites
-            if any(is_dtensor(each) for each in site.layer.diagonals_of(site.owner, name))
+            if not all(is_whole(each) for each in site.layer.diagonals_of(site.owner, name))
         ]
         raise_collected(AdapterError, [*sharded, *offloaded_diagonals(view.census)], doing=doing)
         adapter.name = to

@@ -14,7 +14,7 @@ from randlora.model.install import lost_sites, require_own
 from randlora.model.switch import without_active
 from randlora.model.trainable import adapter_parameters, offloaded_diagonals
 from randlora.model.uncompiled import uncompiled
-from randlora.placement.dtensor import is_dtensor
+from randlora.places import is_whole
 from randlora.routing import Routing, open_elsewhere
 from randlora.state import ModelState, adapted_root, require_unmerged
 from randlora.targets.walk import Census
@@ -60,7 +60,7 @@ def routed(
         raise_collected(AdapterError, [*lost_sites(census, used), *offloaded_diagonals(census)], doing="route")
         state.require_exchangeable([], "route")
         parameters = [*adapter_parameters(census, *used)]
-        routing.keeps = not any(map(is_dtensor, {type(part): part for part in parameters}.values()))
+        routing.keeps = all(map(is_whole, {type(part): part for part in parameters}.values()))
         return routing
 
     return _watching(model, without_active(model, checked))

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from randlora.modes import has_values
-from randlora.placement import zero3
-from randlora.placement.dtensor import Shard, is_dtensor, values_within
+from randlora.places import is_whole, place_at, values_within
 from randlora.state import Adapter, ModelState
 from randlora.targets.walk import Census
 
@@ -51,14 +50,14 @@ def untrained_notes(census: Census, state: ModelState, adapters: Iterable[Adapte
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    return not (is_dtensor(tensor) or not has_values(tensor) or zero3.is_managed(tensor))
+    return has_values(tensor) and is_whole(tensor)
 
 
 def _equals(own: Tensor, copy: Tensor) -> bool:
     """Whether a whole copy has the values of the model's own parameter, as far as this process has them."""
-    if not has_values(own) or zero3.is_managed(own):
+    place = place_at(own)
+    if not has_values(own) or not place.is_lasting:
         return False
-    if is_dtensor(own):
-        place = Shard(own)
+    if place.part is not None:
         own, copy = place.read(), values_within(copy, place.part)
     return torch.equal(own.detach().to(device=copy.device, dtype=copy.dtype), copy.detach())

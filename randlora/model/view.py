@@ -11,8 +11,8 @@ from torch import nn
 from randlora.model.change import all_or_nothing
 from randlora.model.install import owned_state, require_new_name, require_own
 from randlora.model.ranks import ranks_holding
-from randlora.placement.dtensor import reshard
-from randlora.placement.ranks import Ranks
+from randlora.places import settle
+from randlora.ranks import Ranks
 from randlora.state import CHANGING, ModelState, adapted_root
 from randlora.targets.walk import Census
 
@@ -50,7 +50,7 @@ def opened(model: nn.Module, doing: str | None, *, writes: bool = False) -> Iter
         AdapterError: If the model has no adapter, or a layer has adapters that were added to another module.
     """
     with CHANGING:
-        reshard(model)  # after a forward, whole copies may be in the places of shards
+        settle(model)  # after a forward, whole copies may be in the places of shards
         root, state = adapted_root(model)
         view = View(root, state, Census.of(root))
         if doing is not None:
@@ -72,7 +72,7 @@ def opened_to_add(model: nn.Module, names: Iterable[str], doing: str) -> Iterato
         AdapterError: See `owned_state` and `require_new_name`.
     """
     with CHANGING:
-        reshard(model)
+        settle(model)
         census = Census.of(model)
         state = owned_state(census, doing)
         for name in names:

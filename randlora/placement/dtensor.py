@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from randlora.errors import AdapterError
-from randlora.functional.region import Spans, all_of, entries_of, fewest_spans, taken
-from randlora.places import Kept, Part, register_places
+from randlora.functional.region import Spans, all_of, entries_of, fewest_spans
+from randlora.places import Exchanges, Keeper, Kept, Part, register_keeper
+from randlora.ranks import Ranks
 
 
 def is_dtensor(value: object) -> TypeGuard[Any]:
@@ -70,6 +71,9 @@ def reshard(model: nn.Module) -> None:
 class Shard:
     """The place of a sharded parameter: this process's shard, read and written without communication."""
 
+    is_lasting = True
+    exchanges: Exchanges = "values"
+
     def __init__(self, parameter: Any) -> None:
         """Take a parameter that is a `DTensor`."""
         self._parameter = parameter
@@ -82,10 +86,19 @@ class Shard:
             return tuple(all_of(0) for _ in own.shape)
         return part_at(own.shape, own.placements, mesh.shape, coordinate)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the shards have values."""
+        return not self._parameter.is_meta
+
     def read(self) -> Tensor:
         """Return the values of the shard, which share its memory."""
         local: Tensor = self._parameter.detach().to_local()
         return local
+
+    def whole(self) -> Tensor:
+        """Return all values; a collective, through which gradients flow."""
+        return gathered(self._parameter)
 
     def keep(self) -> Kept:
         """Return a copy of the values."""
@@ -105,12 +118,8 @@ class Shard:
         value: Tensor = _like(self._parameter, values)
         return value
 
-
-@register_places
-def shard_of(owner: nn.Module, attribute: str) -> Shard | None:
-    """Return the place of a module's parameter if it is sharded."""
-    parameter = owner._parameters.get(attribute)
-    return Shard(parameter) if is_dtensor(parameter) else None
+    def follow(self, parameter: nn.Parameter) -> None:
+        """Do nothing: the parameter stays."""
 
 
 def is_split(placement: Any) -> bool:
@@ -142,13 +151,6 @@ def _chunk(spans: Spans, chunks: int, index: int) -> Spans:
         found.append((start, stop))
         before += last - first
     return fewest_spans(found)
-
-
-def values_within(values: Tensor, part: Part) -> Tensor:
-    """Return a part of all values of a parameter."""
-    for dim, spans in enumerate(part):
-        values = taken(values, spans, dim)
-    return values
 
 
 def _like(parameter: Any, local: Tensor) -> Any:
@@ -184,3 +186,31 @@ def meshes(parameters: Iterable[object]) -> list[Any]:
         if not all(placement.is_replicate() for placement in each.placements)
     }
     return sorted(found.values(), key=lambda mesh: -int(mesh.size()))
+
+
+@register_keeper
+class Mesh(Keeper):
+    """Keeps parameters in shards over the processes of a device mesh."""
+
+    def place_at(self, tensor: Tensor) -> Shard | None:
+        """Return the place of a `DTensor`."""
+        return Shard(tensor) if is_dtensor(tensor) else None
+
+    def ranks_of(self, parameters: Iterable[Tensor], *, is_written: bool) -> Ranks | None:  # noqa: ARG002  # both alike
+        """Return the processes of the largest mesh that parameters are sharded over."""
+        if not (found := meshes(parameters)):
+            return None
+        largest, *others = found
+        held = set(largest.mesh.flatten().tolist())
+        for mesh in others:
+            if missing := sorted(set(mesh.mesh.flatten().tolist()) - held):
+                raise AdapterError(
+                    f"some parameters are sharded over {largest} and others over {mesh}, whose processes {missing} the "
+                    "first lacks, so that not all could take part in one call: shard the model over parts of one mesh, "
+                    "or adapt its parts as models of their own"
+                )
+        return Ranks(tuple(largest.get_all_groups()), not any(largest.get_coordinate() or ()))
+
+    def settle(self, model: nn.Module) -> None:
+        """Have a model hold its shards; see `reshard`."""
+        reshard(model)

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from randlora.places import Kept, register_places
+from randlora.places import Exchanges, Keeper, Kept, register_keeper
 
 HOOK = "_hf_hook"
 """The attribute of a module in which accelerate keeps its hook, or several in one."""
@@ -108,6 +108,8 @@ class Offloaded:
     """
 
     part = None
+    is_complete = is_lasting = True
+    exchanges: Exchanges = "parameters"
 
     def __init__(self, owner: nn.Module, attribute: str, entries: tuple[Entry, ...], device: torch.device) -> None:
         """Take a module, the name of a parameter or buffer, its entries and the device that the module runs on."""
@@ -121,6 +123,10 @@ class Offloaded:
     def read(self) -> Tensor:
         """Return the values as the module's forward would get them."""
         return self._read(self._now())
+
+    def whole(self) -> Tensor:
+        """Return the values."""
+        return self.read()
 
     def keep(self) -> Kept:
         """Return the entries: tensors, or where the files are."""
@@ -150,6 +156,9 @@ class Offloaded:
         """Return kept values if the parameter is loaded at present; a state dict has no values of it else."""
         return None if self._tensor.is_meta else self._read(values)
 
+    def follow(self, parameter: nn.Parameter) -> None:
+        """Do nothing: accelerate finds it by name."""
+
     @property
     def _tensor(self) -> Tensor:
         found = _tensor(self._owner, self._attribute)
@@ -166,7 +175,6 @@ class Offloaded:
             self._tensor.data = value.to(self._tensor.device, self._tensor.dtype)
 
 
-@register_places
 def offloaded(owner: nn.Module, attribute: str) -> Offloaded | None:
     """Return the place of a module's parameter or buffer if accelerate offloads it by itself, else ``None``.
 
@@ -251,3 +259,12 @@ def _in_a_file(folder: str, key: str, value: Tensor) -> dict[str, Any]:
 def _delete(path: Path, pid: int) -> None:
     if os.getpid() == pid:  # a process forked from this one ends earlier
         path.unlink(missing_ok=True)
+
+
+@register_keeper
+class Offloading(Keeper):
+    """Keeps parameters where a hook of accelerate loads them from."""
+
+    def place_of(self, owner: nn.Module, attribute: str) -> Offloaded | None:
+        """Return the place of a parameter that accelerate offloads."""
+        return offloaded(owner, attribute)

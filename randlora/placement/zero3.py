@@ -8,13 +8,15 @@ is small (``stage3_param_persistence_threshold``). Each process has an equal pie
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from randlora.places import Kept, register_places
+from randlora.places import Exchanges, Keeper, Kept, register_keeper
+from randlora.ranks import Ranks
 
 
 def is_managed(value: object) -> bool:
@@ -25,16 +27,6 @@ def is_managed(value: object) -> bool:
 def is_spread(value: Any) -> bool:
     """Whether a value is a parameter of ZeRO-3 whose data are not here, so that reading it is a collective."""
     return is_managed(value) and str(getattr(value.ds_status, "name", value.ds_status)) != "AVAILABLE"
-
-
-def is_writable(parameter: Any) -> bool:
-    """Whether the values of a parameter of ZeRO-3 are all in ``ds_tensor``.
-
-    They are not if they are offloaded to NVMe, quantized, or have a second copy (``zero_hpz_partition_size``).
-    """
-    own, count = parameter.ds_tensor, dist.get_world_size(parameter.ds_process_group)
-    has_all = own.dtype == parameter.dtype and own.numel() * count >= parameter.ds_numel
-    return has_all and getattr(parameter, "ds_secondary_tensor", None) is None
 
 
 def is_in_engine(module: nn.Module) -> bool:
@@ -79,18 +71,31 @@ class _Pieces(NamedTuple):
 class Spread:
     """The place of a parameter of ZeRO-3: all values, gathered when they are read."""
 
-    def __init__(self, parameter: Any) -> None:
+    part = None  # the pieces are of its flattened values, and not of a range in each dimension
+    is_lasting = False  # the engine's optimizer has copies
+
+    def __init__(self, parameter: Any, exchanges: Exchanges = "parameters") -> None:
         """Take a parameter that ZeRO-3 manages."""
-        self._parameter = parameter
+        self._parameter, self.exchanges = parameter, exchanges
 
     @property
-    def part(self) -> None:
-        """The whole parameter, as the pieces are of its flattened values and not of a range in each dimension."""
-        return
+    def is_complete(self) -> bool:
+        """Whether all values are in ``ds_tensor``.
+
+        They are not if they are offloaded to NVMe, quantized, or have a second copy (``zero_hpz_partition_size``).
+        """
+        parameter = self._parameter
+        own, count = parameter.ds_tensor, dist.get_world_size(parameter.ds_process_group)
+        has_all = own.dtype == parameter.dtype and own.numel() * count >= parameter.ds_numel
+        return has_all and getattr(parameter, "ds_secondary_tensor", None) is None
 
     def read(self) -> Tensor:
         """Return all values; a collective if they are not here."""
         return gathered(self._parameter)
+
+    def whole(self) -> Tensor:
+        """Return all values; a collective if they are not here, through which no gradients flow."""
+        return gathered(self._parameter) if is_spread(self._parameter) else self._parameter
 
     def keep(self) -> Kept:
         """Return copies of what is here."""
@@ -118,13 +123,33 @@ class Spread:
         else:
             self._parameter.data.copy_(values.all)
 
+    def follow(self, parameter: nn.Parameter) -> None:
+        """Have ZeRO-3 manage a parameter that it does not manage yet; a collective."""
+        if not is_managed(parameter):
+            manage(parameter, self._parameter)
+
     def stored(self, values: _Pieces) -> Tensor | None:
         """Return all kept values, or ``None`` if only a piece of them was here."""
         return values.all
 
 
-@register_places
-def spread_of(owner: nn.Module, attribute: str) -> Spread | None:
-    """Return the place of a module's parameter if ZeRO-3 spreads it, and its values can be written."""
-    parameter = owner._parameters.get(attribute)
-    return Spread(parameter) if is_managed(parameter) and is_writable(parameter) else None
+@register_keeper
+class Zero3(Keeper):
+    """Keeps parameters in equal pieces of their flattened values."""
+
+    def place_at(self, tensor: Tensor) -> Spread | None:
+        """Return the place of a parameter that ZeRO-3 manages."""
+        return Spread(tensor) if is_managed(tensor) else None
+
+    def place_of(self, owner: nn.Module, attribute: str) -> Spread | None:
+        """Return the place of a module's parameter, which an engine that runs the module expects to stay."""
+        parameter = owner._parameters.get(attribute)
+        return Spread(parameter, "nothing" if is_in_engine(owner) else "parameters") if is_managed(parameter) else None
+
+    def ranks_of(self, parameters: Iterable[Tensor], *, is_written: bool) -> Ranks | None:
+        """Return the processes that parameters are spread over."""
+        spread: Any = next(filter(is_managed if is_written else is_spread, parameters), None)
+        if spread is None:
+            return None
+        group = spread.ds_process_group
+        return Ranks((group,), dist.get_rank(group) == 0)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import randlora
-from randlora.placement.place import whole
+from randlora.places import whole
 from tests.distributed.processes import Processes
 from tests.distributed.referring import compared
 from tests.further import further

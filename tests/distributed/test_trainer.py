@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 import randlora
 from randlora.errors import CheckpointError
-from randlora.placement.place import whole
+from randlora.places import whole
 from tests.distributed.processes import Processes
 from tests.kit import Bits, bits, fill
 

@@ -12,11 +12,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
-from torch import Tensor
 
-from randlora.errors import AdapterError, RandLoRAError
-from randlora.placement.dtensor import meshes
-from randlora.placement.zero3 import is_managed, is_spread
+from randlora.errors import RandLoRAError
 
 Result = TypeVar("Result")
 
@@ -40,37 +37,6 @@ class Ranks(NamedTuple):
             dist.all_gather_object(lists, found, group=group)
             found = [each for part in lists for each in part]
         return found
-
-
-def ranks_of(parameters: Iterable[Tensor], *, is_written: bool = False) -> Ranks | None:
-    """Return the processes that some parameters are sharded over; ``None`` if none is sharded.
-
-    Args:
-        parameters: The parameters.
-        is_written: Whether values are written, which every process does to its own piece. Those of ZeRO-3 that are all
-            here at present, as small ones always are, count too then.
-
-    Raises:
-        AdapterError: If no mesh has all of these processes, so that they could not agree.
-    """
-    parameters = list(parameters)
-    spread: Any = next(filter(is_managed if is_written else is_spread, parameters), None)
-    if spread is not None:
-        group = spread.ds_process_group
-        return Ranks((group,), dist.get_rank(group) == 0)
-    found = meshes(parameters)
-    if not found:
-        return None
-    largest, *others = found
-    held = set(largest.mesh.flatten().tolist())
-    for mesh in others:
-        if missing := sorted(set(mesh.mesh.flatten().tolist()) - held):
-            raise AdapterError(
-                f"some parameters are sharded over {largest} and others over {mesh}, whose processes {missing} the "
-                "first lacks, so that not all could take part in one call: shard the model over parts of one mesh, or "
-                "adapt its parts as models of their own"
-            )
-    return Ranks(tuple(largest.get_all_groups()), not any(largest.get_coordinate() or ()))
 
 
 @contextmanager
