@@ -36,6 +36,10 @@ class Place(Protocol):
         """Whether there are values, and all of them can be read and written."""
 
     @property
+    def folder(self) -> str | None:
+        """The folder to which writing adds a file, if it does."""
+
+    @property
     def is_lasting(self) -> bool:
         """Whether values that are written stay: not if an optimizer has copies that it would write back."""
 
@@ -94,7 +98,7 @@ class Kept(NamedTuple):
 class Whole:
     """The place of a tensor that stands alone and whose data are all its values, such as Λ. They change in place."""
 
-    part = None
+    part = folder = None
     is_lasting = True
     exchanges: Exchanges = "parameters"
 
@@ -105,7 +109,7 @@ class Whole:
     @property
     def is_complete(self) -> bool:
         """Whether the tensor has values."""
-        return not self._tensor.is_meta and self._tensor.numel() > 0 and type(self._tensor.data) is Tensor
+        return not self._tensor.is_meta and type(self._tensor.data) is Tensor
 
     def read(self) -> Tensor:
         """Return the values, which share the memory of the tensor."""
@@ -180,6 +184,18 @@ class Keeper:
         """Return the place of a module's parameter if that depends on the module and it is kept here."""
         return None
 
+    def lent(self, tensor: Tensor) -> str | None:  # noqa: ARG002
+        """Return what to do to have all values of a tensor, if its data are these only for a while."""
+        return None
+
+    def holders(self, owner: nn.Module) -> list[object]:  # noqa: ARG002
+        """Return the objects whose attributes change when a parameter of a module is written to where it is kept."""
+        return []
+
+    def loads(self, modules: Iterable[nn.Module]) -> set[int]:  # noqa: ARG002
+        """Return which modules, by id, have parameters that are loaded for each call of them or of one around them."""
+        return set()
+
     def ranks_of(self, parameters: Iterable[Tensor], *, is_written: bool) -> Ranks | None:  # noqa: ARG002
         """Return the processes that hold some of these parameters together; see `ranks_of`."""
         return None
@@ -199,15 +215,16 @@ def register_keeper(kind: type[Keeper]) -> type[Keeper]:
 
 
 def place_of(owner: nn.Module, attribute: str) -> Place:
-    """Return the place of a module's parameter."""
-    parameter = owner._parameters[attribute]
+    """Return the place of a module's parameter or buffer."""
+    buffer = owner._buffers.get(attribute)
+    tensor = owner._parameters[attribute] if buffer is None else buffer
     for keeper in KEEPERS:
         found = keeper.place_of(owner, attribute)
-        if found is None and parameter is not None:
-            found = keeper.place_at(parameter)
+        if found is None and tensor is not None:
+            found = keeper.place_at(tensor)
         if found is not None:
             return found
-    return Plain(owner, attribute)
+    return Plain(owner, attribute) if buffer is None else Whole(buffer)
 
 
 def place_at(tensor: Tensor) -> Place:
@@ -217,8 +234,28 @@ def place_at(tensor: Tensor) -> Place:
 
 
 def is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor's own data are all its values."""
-    return isinstance(place_at(tensor), Whole)
+    """Whether a tensor's own data are all its values, for good."""
+    return isinstance(place_at(tensor), Whole) and lent(tensor) is None
+
+
+def lent(tensor: Tensor) -> str | None:
+    """Return what to do to have all values of a tensor, if its data are these only for a while; else ``None``."""
+    return next((remedy for keeper in KEEPERS if (remedy := keeper.lent(tensor)) is not None), None)
+
+
+def holders(owner: nn.Module) -> list[object]:
+    """Return the objects beside a module whose attributes change when one of its parameters is written to."""
+    return [each for keeper in KEEPERS for each in keeper.holders(owner)]
+
+
+def loaded_modules(modules: Iterable[nn.Module]) -> set[int]:
+    """Return which modules, by id, have parameters that are loaded for each call of them or of one around them.
+
+    Args:
+        modules: Modules and all that are around them.
+    """
+    modules = list(modules)
+    return {each for keeper in KEEPERS for each in keeper.loads(modules)}
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora.errors import AdapterError
-from randlora.placement.flattened import FLATTENED
-from randlora.places import place_at, place_of, values_within, whole
+from randlora.places import lent, place_at, place_of, values_within, whole
 
 Place = tuple[nn.Module, str]
 """A module and the name of one of its parameters or buffers."""
@@ -224,7 +223,7 @@ class ReplacedParameter:
 
 
 def _may_be_whole(parameter: Tensor, original: Tensor) -> bool:
-    is_left = FLATTENED in vars(parameter) or not parameter.numel()
+    is_left = lent(parameter) is not None or not parameter.numel()
     return not is_left and parameter.dim() == original.dim()
 
 

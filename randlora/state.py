@@ -24,8 +24,7 @@ from randlora.functional import Compute
 from randlora.hints import shortly
 from randlora.layer_options import Factor, LayerOptions
 from randlora.meant import IN_PLACE, NotTheModel
-from randlora.placement.offloaded import offloaded_modules
-from randlora.places import place_at, settle
+from randlora.places import loaded_modules, place_at, settle
 from randlora.replaced import KEEP_COPIES, ReplacedParameter, like, path_to
 from randlora.required_grad import RequiredGrad
 from randlora.routing import Routing
@@ -308,13 +307,13 @@ class ModelState:
         It makes other parameters of them, without gradients, and loads into these what it offloaded.
         """
         around = [module for entry in self.replaced.values() for fqn in entry.places for module in path_to(root, fqn)]
-        offloaded = offloaded_modules(around)
+        loaded = loaded_modules(around)
         problems = [
             f"{part.name}, which adapters train copies of, was offloaded by accelerate, which can neither train nor "
             f"switch them: {KEEP_COPIES}"
-            for entry in (self.replaced.values() if offloaded else ())
+            for entry in (self.replaced.values() if loaded else ())
             for part in entry.followed(root)
-            if not part.is_lost and any(id(module) in offloaded for module, _ in part.places.values())
+            if not part.is_lost and any(id(module) in loaded for module, _ in part.places.values())
         ]
         raise_collected(AdapterError, problems, doing="use the adapters")
 

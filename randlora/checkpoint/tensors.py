@@ -21,7 +21,7 @@ from randlora.bases.spec import count_bases
 from randlora.disk.tensor_file import TORCH_DTYPES
 from randlora.layer_options import LayerOptions
 from randlora.modes import has_values
-from randlora.placement.flattened import FLATTENED
+from randlora.places import lent
 
 TENSORS_FILE = "adapter_model.safetensors"
 
@@ -155,9 +155,7 @@ def _save_problem(tensor: Tensor, shape: Sequence[int], is_buffer: bool) -> str 
     is_freed = tensor.untyped_storage().nbytes() < tensor.nbytes
     if is_freed or tuple(tensor.shape) != tuple(shape):
         found = "no memory" if is_freed else f"shape {tuple(tensor.shape)}"
-        remedy = "gather it if it is sharded, else adapt the model anew"
-        if FLATTENED in vars(tensor):
-            remedy = "it is sharded by FSDP: save inside FullyShardedDataParallel.summon_full_params(model)"
+        remedy = lent(tensor) or "gather it if it is sharded, else adapt the model anew"
         return f"has {found} here, expected all of {tuple(shape)}: {remedy}"
     reason = _flaw(tensor, is_buffer=is_buffer)
     return reason and f"{reason}, which cannot be loaded: go back to values from before"

@@ -18,8 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from randlora.layers.diagonals import Diagonal, Values
 from randlora.model.save_guard import savers
-from randlora.placement.offloaded import stores
-from randlora.places import place_at
+from randlora.places import holders, place_at
 from randlora.replaced import ReplacedParameter
 from randlora.state import ModelState
 from randlora.targets.site import Site
@@ -62,7 +61,7 @@ def all_or_nothing(
         diagonals = (each._parameters for each in owner._modules.values() if isinstance(each, Diagonal))
         objects += [owner, *owner._modules.values(), *(each for each in diagonals if isinstance(each, Values))]
         objects += [*site.layer_class.beside(owner), site.adapter_layer]
-        objects += stores(owner)
+        objects += holders(owner)
         objects += site.adapter_layer.adapters.values() if site.adapter_layer is not None else ()
         values += owner.parameters()
     places = [place_at(entry.installed) for entry in (*state.replaced.values(), *replaced)]

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from randlora.errors import AdapterError, RandLoRAError, raise_collected
 from randlora.model.view import View, opened
-from randlora.placement.flattened import FLATTENED
 from randlora.places import is_whole
 from randlora.state import ModelState, adapted_root
 
@@ -107,7 +106,7 @@ def _values(view: View) -> dict[str, str]:
 
 
 def _is_whole(parameter: Tensor) -> bool:
-    return is_whole(parameter) and not parameter.is_meta and FLATTENED not in vars(parameter)
+    return is_whole(parameter) and not parameter.is_meta
 
 
 def _sha256(tensors: Iterable[Tensor]) -> str:

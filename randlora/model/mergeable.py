@@ -11,9 +11,7 @@ from randlora.errors import MergeError
 from randlora.hints import shortly
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.update import Into, Quantized
-from randlora.placement.flattened import FLATTENED
-from randlora.placement.offloaded import Offloaded
-from randlora.places import Plain, Whole
+from randlora.places import Plain, Whole, lent
 from randlora.state import ModelState
 from randlora.targets.match import shortened
 from randlora.targets.site import AdaptedSite
@@ -115,10 +113,9 @@ def weight_problems(sites: Sequence[AdaptedSite], into: Into) -> list[str]:
 
 def _is_incomplete(site: AdaptedSite, weight: nn.Parameter) -> bool:
     """Whether a weight has no values, or not all of them and not in a place that they can be merged into."""
-    if isinstance(site.layer, QuantizedLayer):
-        return not Whole(weight).is_complete
-    is_flat = FLATTENED in vars(weight) and weight.dim() < 2  # a part of the values, as no weight that is adapted has
-    return is_flat or not site.place.is_complete
+    place = Whole(weight) if isinstance(site.layer, QuantizedLayer) else site.place
+    is_part = lent(weight) is not None and weight.dim() < 2  # as no weight that is adapted has
+    return is_part or not place.is_complete or (isinstance(place, Whole) and not weight.numel())
 
 
 def merge_notes(
@@ -132,8 +129,7 @@ def merge_notes(
             f"layers with their own forward, which could not be tried: {shortened(own)}; merged, their output is the "
             "same as with the adapter only if the forward is linear in the weight: compare outputs before and after"
         )
-    places = {site.fqn: site.place for site in sites}
-    on_disk = {fqn: place.folder for fqn, place in places.items() if isinstance(place, Offloaded) and place.folder}
+    on_disk = {site.fqn: folder for site in sites if (folder := site.place.folder) is not None}
     if on_disk:
         notes.append(
             f"the merged weights of {shortened(list(on_disk))}, which accelerate offloads to disk, are in new files in "

@@ -22,8 +22,7 @@ from randlora.model.probe import differences_from_product, product_problems
 from randlora.model.train_also import lost_parameters
 from randlora.model.view import View, opened
 from randlora.placement.flattened import flattened_problem
-from randlora.placement.offloaded import offloaded
-from randlora.places import is_whole, settle
+from randlora.places import place_of, settle
 from randlora.ranks import Ranks, agreed
 from randlora.state import ATTRIBUTE, CHANGING, ModelState
 from randlora.targets.ties import tie_problems
@@ -186,9 +185,5 @@ def _value_problems(census: Census, state: ModelState) -> list[str]:
 
 
 def _is_here(module: nn.Module, attribute: str, tensor: Tensor) -> bool:
-    """Whether a parameter or buffer has values, or accelerate can load them."""
-    if is_lazy(tensor):
-        return False
-    if tensor.is_meta:
-        return offloaded(module, attribute) is not None
-    return type(tensor.data) is Tensor or not is_whole(tensor)
+    """Whether a parameter or buffer has values, wherever they are."""
+    return not is_lazy(tensor) and place_of(module, attribute).is_complete

@@ -16,9 +16,7 @@ from randlora.layers.in_place import plain_class
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.update import Into
 from randlora.model.mergeable import require_finite
-from randlora.placement.flattened import FLATTENED
-from randlora.placement.offloaded import offloaded
-from randlora.places import place_of, ranks_of, whole
+from randlora.places import lent, place_of, ranks_of, whole
 from randlora.ranks import agreed, in_step
 from randlora.state import ModelState
 from randlora.targets.site import Site
@@ -153,10 +151,7 @@ def _plain_dtype(layer: QuantizedLayer, owner: nn.Module, into: Into) -> torch.d
 
 
 def _held(module: nn.Module, attribute: str) -> Tensor:
-    """Return the value of a parameter or buffer, gathered if it is sharded and loaded if accelerate offloads it."""
+    """Return the value of a parameter or buffer, wherever it is."""
     tensors: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
-    found: Tensor = tensors[attribute]
-    if found.is_meta and (place := offloaded(module, attribute)) is not None:
-        return place.read()
-    values = whole(found).detach()
-    return values.clone() if FLATTENED in vars(found) else values  # FSDP frees that memory at the end of its block
+    values = place_of(module, attribute).whole().detach()
+    return values if lent(tensors[attribute]) is None else values.clone()  # its memory is freed as the block ends

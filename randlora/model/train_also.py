@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from randlora.layers.in_place import can_cast
-from randlora.placement.flattened import FLATTENED
 from randlora.places import is_whole
 from randlora.replaced import ReplacedParameter
 from randlora.state import Adapter, ModelState
@@ -107,7 +106,7 @@ def copy_dtype(entry: ReplacedParameter) -> torch.dtype:
     own, dtype = entry.original, entry.dtype
     if entry.is_buffer or dtype not in HALF_RISKS:
         return dtype
-    is_plain = type(own.data) is Tensor and is_whole(own) and FLATTENED not in vars(own)
+    is_plain = type(own.data) is Tensor and is_whole(own)
     is_wide = is_plain and all(can_cast(module, attribute) for module, attribute in entry.places.values())
     return torch.float32 if is_wide or entry.is_cast else dtype
 

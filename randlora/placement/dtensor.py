@@ -71,6 +71,7 @@ def reshard(model: nn.Module) -> None:
 class Shard:
     """The place of a sharded parameter: this process's shard, read and written without communication."""
 
+    folder = None
     is_lasting = True
     exchanges: Exchanges = "values"
 

@@ -10,7 +10,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from randlora.places import Keeper, register_keeper
 
 FLATTENED = "_fsdp_flattened"
 """An attribute that FSDP sets on parameters, of which it leaves a flat part or nothing."""
@@ -45,3 +47,12 @@ def flattened_problem(model: nn.Module) -> str | None:
 def _is_whole(wrapper: Any) -> bool:
     names = wrapper.sharding_strategy.name, wrapper.training_state.name
     return "NO_SHARD" in names or "SUMMON_FULL_PARAMS" in names
+
+
+@register_keeper
+class Flattening(Keeper):
+    """Keeps parameters in flat shards, and lends whole ones to a block."""
+
+    def lent(self, tensor: Tensor) -> str | None:
+        """Return in which block a flattened parameter is whole."""
+        return f"it is sharded by FSDP: call this inside {WHOLE}(model)" if FLATTENED in vars(tensor) else None

@@ -268,3 +268,11 @@ class Offloading(Keeper):
     def place_of(self, owner: nn.Module, attribute: str) -> Offloaded | None:
         """Return the place of a parameter that accelerate offloads."""
         return offloaded(owner, attribute)
+
+    def holders(self, owner: nn.Module) -> list[object]:
+        """Return the maps and loaders that hooks load a module's parameters from; see `stores`."""
+        return stores(owner)
+
+    def loads(self, modules: Iterable[nn.Module]) -> set[int]:
+        """Return which modules accelerate loads; see `offloaded_modules`."""
+        return offloaded_modules(modules)

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from randlora.layers.in_place import class_obstacle, plain_class
 from randlora.layers.planned import plan_obstacle
 from randlora.layers.quantized import QuantizedLayer
-from randlora.placement.offloaded import offloaded_modules
+from randlora.places import loaded_modules
 from randlora.targets.site import Site
 from randlora.targets.ties import tie_problems
 from randlora.targets.walk import Census
@@ -55,7 +55,7 @@ def offloaded_with(census: Census) -> dict[int, str]:
 def offloaded_copies(census: Census, fqns: Iterable[str]) -> list[str]:
     """Return messages about parameters that ``train_also`` names and accelerate offloads."""
     modules = {held.fqn: held.module for held in census.tensors}
-    offloaded = offloaded_modules([census.model, *(visit.module for visit in census.first_visits)])
+    offloaded = loaded_modules([census.model, *(visit.module for visit in census.first_visits)])
     return [
         f"{fqn} is offloaded by accelerate, which would load the model's own values instead of trained ones: keep it "
         "on a device by the device map, or leave it out of train_also"

@@ -147,8 +147,8 @@ def save_in_each(order: str, place: Path) -> tuple[int, list[str]]:
         steps[step]()
     (place / "file").touch()
     save_module = importlib.import_module("randlora.checkpoint.save")  # the package has a function of this name
-    written, errors = mock.Mock(side_effect=save_module.write_directories), []
-    with mock.patch.object(save_module, "write_directories", written):
+    written, errors = mock.Mock(side_effect=save_module.write_files), []
+    with mock.patch.object(save_module, "write_files", written):
         report = randlora.save(model, place / "adapter")
         assert report.nbytes > 0
         model.save_pretrained(place / "other")
