@@ -118,7 +118,7 @@ def again():
 FSDP_1 = """
 policy = ModuleWrapPolicy({Mixed})
 sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True, auto_wrap_policy=policy)
-refused(sharded, "it is sharded by FSDP: save inside FullyShardedDataParallel.summon_full_params(model)")
+refused(sharded, "it is sharded by FSDP: call this inside FullyShardedDataParallel.summon_full_params(model)")
 """
 WHOLE = """
 policy = ModuleWrapPolicy({Mixed})
