@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import randlora
 from randlora.errors import AdapterError, CheckpointError
+from randlora.places import Whole
 from randlora.state import attached_state
 from tests.checkpoint_files import HEADED, LINEAR, edit_fields, peft_directory, read_fields, trained
 from tests.kit import Same, adapter_values, all_bits, fill, untouched
@@ -144,16 +144,16 @@ def test_what_cannot_be_swapped_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("failing", range(6))
 def test_a_failure_while_values_are_written_leaves_the_old_ones(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, state = model_with(), randlora.adapter_state(model_with(1))
-    restoring: Any = sys.modules["randlora.checkpoint.swap"]
-    write, written = restoring._write, list[None]()
+    write, written = Whole.write, list[Tensor]()
 
-    def interrupted(parameter: nn.Parameter, value: Tensor) -> None:
-        if len(written) == failing:
-            parameter.view(-1)[:1] = value.view(-1)[:1]
+    def interrupted(self: Whole, value: Tensor) -> None:
+        written.append(value)
+        if len(written) == failing + 1:
+            self.read().view(-1)[:1] = value.view(-1)[:1]
             raise KeyboardInterrupt
-        written.append(write(parameter, value))
+        write(self, value)
 
-    monkeypatch.setattr(restoring, "_write", interrupted)
+    monkeypatch.setattr(Whole, "write", interrupted)
     with untouched(model), pytest.raises(KeyboardInterrupt):
         randlora.swap(model, state, name="a")
 
