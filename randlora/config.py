@@ -206,11 +206,18 @@ def explain_options(function: Callable[_Arguments, _Result], name: str = "") -> 
 
 
 def same_options(verb: Callable[_Arguments, Any]) -> Callable[[Callable[..., _Result]], Callable[_Arguments, _Result]]:
-    """Return a decorator that gives a function the signature of ``verb``, and explains its options."""
+    """Return a decorator that gives a function the signature of ``verb``, and all arguments by name."""
+    signature = inspect.signature(verb)
 
     def decorate(function: Callable[..., _Result]) -> Callable[_Arguments, _Result]:
-        vars(function)["__signature__"] = inspect.signature(verb)
-        return explain_options(function)
+        @functools.wraps(function)
+        def bound(*args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+            given = signature.bind(*args, **options)
+            given.apply_defaults()
+            return function(**given.arguments)
+
+        vars(bound)["__signature__"] = signature
+        return explain_options(bound)
 
     return decorate
 

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 import randlora
-from randlora import config
 from randlora.bases.basis import Basis
 from randlora.bases.compact import CompactMatrix
 from randlora.bases.dense import DENSE
 from randlora.bases.spec import KINDS, BasisSpec, count_bases
-from randlora.config import BasisKind
+from randlora.config import OPTIONS, BasisKind
 from randlora.errors import ConfigError
 from tests.kit import fill, same_bits
 from tests.laws import assert_close
@@ -53,7 +52,7 @@ def new_kind(monkeypatch: pytest.MonkeyPatch) -> Any:
         return CompactMatrix(drawn[0], min_dim), CompactMatrix(drawn[1], columns_B)
 
     monkeypatch.setitem(KINDS, "sine", replace(DENSE, draws={"portable": draw}, peft_flags=None))  # type: ignore[misc]
-    monkeypatch.setattr(config, "BasisKind", Literal["dense", "sparse", "very_sparse", "block", "sine"])
+    monkeypatch.setitem(OPTIONS, "basis", replace(OPTIONS["basis"], type=Literal["dense", "sparse", "block", "sine"]))
     return "sine"
 
 

@@ -11,7 +11,7 @@ import operator
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, NotRequired, Self, TypedDict, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, Self, TypedDict, Union, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -56,12 +56,20 @@ class RecordFacts(TypedDict):
 
 
 def _in_file(hint: Any) -> Any:
-    """Return the type that values of an option have in a file: names for patterns, and lists of pairs for mappings."""
+    """Return the type that values of an option have in a file: names for patterns, and lists of pairs for mappings.
+
+    Which words are choices, `RandLoRAConfig` checks.
+    """
     kinds = get_args(hint) if get_origin(hint) in UNIONS else (hint,)
     if Sequence[str] in kinds:
         return list[str] | None
-    pairs = [list[tuple[str, get_args(kind)[1]]] if get_origin(kind) is Mapping else kind for kind in kinds]  # type: ignore[misc]
-    return Union[tuple(pairs)]  # noqa: UP007 (of any number)
+    return Union[tuple(_kind_in_file(kind) for kind in kinds)]  # noqa: UP007 (of any number)
+
+
+def _kind_in_file(kind: Any) -> Any:
+    if get_origin(kind) is Mapping:
+        return list[tuple[str, get_args(kind)[1]]]  # type: ignore[misc]
+    return str if get_origin(kind) is Literal else kind
 
 
 if TYPE_CHECKING:

@@ -62,6 +62,9 @@ from randlora.targets.select import Selection, select
 from randlora.targets.site import Shapes, shapes_of
 from randlora.targets.walk import Census
 
+CHECKED = ("active", "init", "save_pretrained", "trainable")
+"""Arguments of `inject` that are no options of the table, whose types are checked here."""
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -185,11 +188,9 @@ def inject(
             like a head, as in a ResNet. The message says what is left out, and which ``targets`` to give. Also if the
             model is in a `DistributedDataParallel` already, which would not average the adapter's gradients.
     """
-    options = one_config(locals())
-    require_types(inject, {"init": init, "save_pretrained": save_pretrained})
+    asked = locals()
     with opened_to_add(model, [name], "inject") as view:
-        planned = make_plan(view, name, options, like_lora, active=active, trainable=trainable)
-        return _injected(planned, init, save_pretrained)
+        return _injected(make_plan(view, asked), init, save_pretrained)
 
 
 def _injected(planned: Plan, init: Init, save_pretrained: SavePretrained | None) -> Report:
@@ -250,19 +251,7 @@ def _copies(planned: Plan) -> dict[str, Tensor]:
 
 
 @same_options(inject)
-def plan(
-    model: nn.Module,
-    r: int | Mapping[str, int] | None = None,
-    *,
-    like_lora: int | None = None,
-    init: Init = "lambda",
-    name: str = "default",
-    config: RandLoRAConfig | None = None,
-    active: bool | None = None,
-    trainable: bool | None = None,
-    save_pretrained: SavePretrained | None = None,
-    **options: Any,
-) -> Report:
+def plan(model: nn.Module, name: str, **asked: Any) -> Report:
     """Return the report that `inject` would return for the same arguments, without changing the model.
 
     This also works on the meta device and allocates no weights or bases.
@@ -270,10 +259,8 @@ def plan(
     Raises:
         RandLoRAError: Any error that `inject` would raise before it draws bases.
     """
-    require_types(inject, {"init": init, "save_pretrained": save_pretrained})
-    chosen = one_config({**locals(), **options})
     with opened_to_add(model, [name], "inject") as view:
-        report = make_plan(view, name, chosen, like_lora, active=active, trainable=trainable).report()
+        report = make_plan(view, {"name": name, **asked}).report()
     _warn(report)
     return report
 
@@ -316,17 +303,10 @@ def _warn(report: Report) -> None:
         warn("; ".join([report.warning, *lines(report.left_out)]))
 
 
-def make_plan(
-    view: View,
-    name: str,
-    config: RandLoRAConfig,
-    like_lora: int | None = None,
-    *,
-    active: bool | None,
-    trainable: bool | None,
-) -> Plan:
-    """Return the plan of an adapter, or raise one error for all problems."""
-    require_types(inject, {"active": active, "trainable": trainable})
+def make_plan(view: View, asked: Mapping[str, Any]) -> Plan:
+    """Return the plan of the adapter that arguments of `inject` ask for, or raise one error for all problems."""
+    require_types(inject, {name: asked[name] for name in CHECKED if name in asked})
+    config, doing = one_config(asked), f"inject {asked['name']!r}"
     census, state = view.census, view.state
     also = [] if config.train_also is None else select_parameters(census, config.train_also)
     selection = select(census, config.targets, config.exclude, also)
@@ -335,24 +315,23 @@ def make_plan(
         problems += train_also_problems(census, config.train_also, also, selection.sites)
         also += select_buffers(census, config.train_also)
         problems += offloaded_copies(census, also)
-    if like_lora is not None:
-        raise_collected(TargetError, problems, doing=f"inject {name!r}")
+    if (like_lora := asked.get("like_lora")) is not None:
+        raise_collected(TargetError, problems, doing=doing)
         config = replace(config, r=r_like_lora(selection.sites, like_lora, config))
     options, unresolved = resolve(config, [site.fqn for site in selection.sites])
-    raise_collected(TargetError, problems + unresolved, doing=f"inject {name!r}")
+    raise_collected(TargetError, problems + unresolved, doing=doing)
     shapes = shapes_of(selection.sites, config)
-    raise_collected(ConfigError, useless_options(shapes, options), doing=f"inject {name!r}")
+    raise_collected(ConfigError, useless_options(shapes, options), doing=doing)
     bases, shared = _bases(state.bank, config, shapes, options)
     replaced = replacements(census, state, also)
     return Plan(
         census,
         state,
-        Adapter(name, config, bases, options, selection.rule, trained=planned_copies(replaced)),
+        Adapter(asked["name"], config, bases, options, selection.rule, trained=planned_copies(replaced)),
         selection,
         shared,
         replaced,
-        active=not state.adapters if active is None else active,
-        trainable=not state.adapters if trainable is None else trainable,
+        **{name: not state.adapters if asked[name] is None else asked[name] for name in ("active", "trainable")},
     )
 
 

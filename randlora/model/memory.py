@@ -10,7 +10,6 @@ from torch import nn
 
 from randlora.config import RandLoRAConfig, further_options
 from randlora.memory.training import Setup, Training, TrainingMemory
-from randlora.model.asked import one_config
 from randlora.model.inject import make_plan
 from randlora.model.view import opened_to_add
 from randlora.options import Strategy
@@ -72,7 +71,7 @@ def memory_of(
     model: nn.Module, r: int | Mapping[str, int] | None, setup: Setup, stored: Mapping[str, int], **options: Any
 ) -> TrainingMemory:
     """Return the result of `training_memory`; ``stored`` has the bytes of quantized parameters, by FQN."""
-    config = one_config({"r": r, **options})
+    asked = {"name": "default", "active": True, "trainable": True, "r": r, **options}
     with opened_to_add(model, ["default"], "inject") as view:
-        planned = make_plan(view, "default", config, options.get("like_lora"), active=True, trainable=True)
+        planned = make_plan(view, asked)
     return Training(planned.census, planned.adapter, tuple(planned.selection.sites), setup, stored).memory()
