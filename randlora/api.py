@@ -1,5 +1,6 @@
 """The names of the package, which `randlora/__init__.py` imports from here when one of them is first used."""
 
+import randlora.features as _features  # noqa: F401  (importing it registers what features have)
 import randlora.layers as _layers  # noqa: F401  (importing it registers every kind of layer)
 from randlora import errors as errors
 from randlora import files as files

@@ -155,7 +155,7 @@ class ModelState:
         save_pretrained: What ``save_pretrained`` of the model does; ``None`` if no caller has chosen.
         saves_merged: Whether state dicts hold merged weights, while ``save_pretrained`` writes them.
         activation: The last choice of active adapters.
-        averaging: The `randlora.model.averaging.Averaging` of adapters that were added after `fully_shard`.
+        averaging: What averages the gradients of adapters that an engine does not know; see `randlora.model.engines`.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)

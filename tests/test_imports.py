@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import randlora
+from randlora.features import FEATURES
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "randlora"
@@ -45,11 +46,13 @@ ROOMS = (
     "report",
     "memory",
     "model",
+    "data_parallel",
     "checking",
     "disk",
     "checkpoint",
     "pool",
     "files",
+    "features",
     "api",
     "",  # the package itself
     "integrations",
@@ -132,6 +135,55 @@ def test_a_file_imports_what_the_project_depends_on_and_nothing_else(name: str) 
     is_command_line = floor(name) > floor("")
     optional = OPTIONAL.get(name, {"typer", "rich"} if is_command_line else set())
     assert foreign <= declared | optional | {"randlora"}
+
+
+@every_module
+def test_no_file_names_a_feature(name: str) -> None:
+    if name.split(".", maxsplit=1)[0] not in FEATURES:
+        assert {target for target in inner_imports(name) if target.split(".")[0] in FEATURES} == set()
+
+
+WITHOUT = """
+import sys, tempfile
+from importlib.machinery import PathFinder
+
+class Hidden(PathFinder):
+    @classmethod
+    def find_spec(cls, fullname, path=None, target=None):
+        return None if fullname == HIDDEN else PathFinder.find_spec(fullname, path, target)
+
+sys.meta_path = [Hidden if finder is PathFinder else finder for finder in sys.meta_path]
+import torch, randlora
+from torch import nn
+
+def new():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+model, x = new(), torch.randn(3, 8)
+randlora.inject(model, r=2)
+assert HIDDEN not in sys.modules
+optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=0.1)
+for _ in range(2):
+    model(x).sum().backward()
+    optimizer.step()
+trained = model(x)
+with tempfile.TemporaryDirectory() as directory:
+    randlora.save(model, directory)
+    loaded = new()
+    randlora.load(loaded, directory)
+assert torch.equal(loaded(x), trained)
+randlora.merge(model)
+assert torch.allclose(model(x), trained, atol=1e-5)
+"""
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_plain_model_works_without_the_folder_of_a_feature(feature: str) -> None:
+    script = f"HIDDEN = 'randlora.{feature}'\n{WITHOUT}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 SCRIPT = """

@@ -22,10 +22,10 @@ from randlora.errors import ConfigError, MergeError
 from randlora.files.model_directory import INDEX_FILE, SINGLE_FILE, write_json
 from randlora.files.transformers_saving import Saved, left_out, saved_as, write_config
 from randlora.hints import require_types, shortly
+from randlora.model.engines import is_first_copy
 from randlora.model.merged_tensors import MergedTensors
 from randlora.model.merged_values import Share
 from randlora.model.moving import moved_note
-from randlora.model.reducers import is_first_copy
 from randlora.model.untrained import untrained_notes
 from randlora.ranks import one_writes
 from randlora.report import as_bytes, as_lines

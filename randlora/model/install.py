@@ -22,11 +22,10 @@ from randlora.layer_options import by_rank
 from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Gamma
 from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, has_attribute, set_casts
-from randlora.model.averaging import average_gradients
 from randlora.model.calls import unwatch_attention, unwatch_calls, watch_attention, watch_calls
 from randlora.model.change import all_or_nothing, set_requires_grad
+from randlora.model.engines import require_averaged, tell_added, tell_changed
 from randlora.model.moving import remembered
-from randlora.model.reducers import warn_of_unknown
 from randlora.model.save_guard import guard_saving, unguard_saving
 from randlora.modes import fake_obstacle
 from randlora.places import place_at
@@ -193,7 +192,8 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
         state.adapters[adapter.name] = adapter
         added_to = [(site.owner, layer, adapter.name) for site, layer, *_ in addition.layers]
         copies = [entry for entry in addition.replaced.values() if addition.trainable and not entry.is_buffer]
-        average_gradients(census.model, state, added_to, copies)
+        require_averaged(census.model, added_to, copies)
+        tell_added(census.model, state, added_to)
         if active:
             state.activate({adapter.name: 1.0})
             added = ((site.owner, layer) for site, layer, *_ in addition.layers)
@@ -211,7 +211,7 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
         state.require_exchangeable(state.active, f"add {adapter.name!r}")
         state.install_parameters()
         census.model.__dict__[ATTRIBUTE] = state
-        warn_of_unknown(census.model)
+        tell_changed(census.model)
         now = Census(census.model, census.visits)  # of the layers adapted now
         guard_saving(now, state, addition.save_pretrained)
         watch_attention(now)

@@ -50,11 +50,7 @@ def rename(model: nn.Module, name: str, to: str) -> None:
         for site in sites:
             _rename_at(site, name, to)
         if state.averaging is not None:
-            layers = {site.layer for site in sites}
-            state.averaging.meshes = {
-                (layer, to if layer in layers and known == name else known): mesh
-                for (layer, known), mesh in state.averaging.meshes.items()
-            }
+            state.averaging.rename({site.layer for site in sites}, name, to)
 
 
 def _rename_at(site: AdaptedSite, name: str, to: str) -> None:

@@ -14,10 +14,10 @@ from randlora.hints import require_types
 from randlora.layer_options import Factor
 from randlora.layers.in_place import drop_adapter
 from randlora.model.change import all_or_nothing
+from randlora.model.engines import tell_changed
 from randlora.model.factors import resolved_factors
 from randlora.model.inject import eject
 from randlora.model.install import require_detachable, require_own, shared_slots
-from randlora.model.reducers import warn_of_unknown
 from randlora.model.trainable import offloaded_diagonals
 from randlora.model.view import opened
 from randlora.replaced import whole_shape
@@ -70,7 +70,7 @@ def activate(
             site.layer.seat(site.owner)
         if not state.is_merged:
             state.install_parameters()
-        warn_of_unknown(view.root)
+        tell_changed(view.root)
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[Any]:

@@ -9,10 +9,9 @@ from torch import nn
 from randlora.errors import AdapterError, raise_collected, warn
 from randlora.hints import require_types
 from randlora.layers.diagonals import Diagonal
-from randlora.model.averaging import require_averaged
 from randlora.model.change import set_requires_grad
+from randlora.model.engines import require_averaged, tell_changed
 from randlora.model.install import lost_sites
-from randlora.model.reducers import warn_of_unknown
 from randlora.model.train_also import HALF_RISKS, copy_dtype, lost_parameters
 from randlora.model.view import opened
 from randlora.report import FLOAT32_BYTES
@@ -106,7 +105,7 @@ def set_trainable(model: nn.Module, names: str | Iterable[str], trainable: bool 
         if trainable:
             require_trainable(view.census, view.state, chosen)
         train(view.census, view.state, chosen, trainable=trainable)
-        warn_of_unknown(view.root)
+        tell_changed(view.root)
 
 
 def require_trainable(census: Census, state: ModelState, adapters: Iterable[Adapter]) -> None:

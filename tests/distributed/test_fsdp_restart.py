@@ -22,9 +22,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import randlora
+from randlora.data_parallel.average import DataMeshes
 from randlora.errors import AdapterError
 from randlora.layers.diagonals import Diagonal
-from randlora.placement.averaged import DataMeshes
 from randlora.placement.dtensor import all_fsdp_modules
 from randlora.start import Init
 from tests.distributed.processes import Processes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,17 +10,15 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
+from randlora.data_parallel.average import DataMeshes, average
 from randlora.errors import AdapterError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of
-from randlora.placement.averaged import DataMeshes, average
+from randlora.model.engines import Engine, Parts, register_engine
 from randlora.placement.dtensor import all_fsdp_modules, fsdp_modules, is_dtensor
 from randlora.replaced import ReplacedParameter
 from randlora.state import ModelState
 from randlora.targets.match import shortened
-
-Part = tuple[nn.Module, AdapterLayer, str]
-"""An adapter of one weight: the module, its adapter layer, and the adapter's name."""
 
 
 class Averaging:
@@ -47,6 +45,13 @@ class Averaging:
             hooks = parameter._post_accumulate_grad_hooks or {}  # private, for want of another
             if self._notice not in hooks.values():
                 parameter.register_post_accumulate_grad_hook(self._notice)
+
+    def rename(self, layers: Container[AdapterLayer], name: str, to: str) -> None:
+        """Follow a new name of the adapter of some layers."""
+        self.meshes = {
+            (layer, to if layer in layers and known == name else known): mesh
+            for (layer, known), mesh in self.meshes.items()
+        }
 
     def end(self) -> None:
         """Watch no longer."""
@@ -80,37 +85,28 @@ class Averaging:
                             yield parameter, mesh
 
 
-def average_gradients(
-    root: nn.Module, state: ModelState, added: Sequence[Part], replaced: Iterable[ReplacedParameter]
-) -> None:
-    """Have the gradients of adapters that are added averaged, if `fully_shard` has sharded a part of the model.
+@register_engine
+class FullyShard(Engine):
+    """`fully_shard`, which averages gradients of the parameters that it has sharded, and of no others."""
 
-    Raises:
-        AdapterError: If the adapters train copies of parameters that are not sharded, which nothing would average.
-    """
-    require_averaged(root, added, replaced)
-    meshes = _meshes_of(root, added)
-    if meshes:
-        state.averaging = state.averaging or Averaging(root)
-        state.averaging.meshes |= meshes
-        state.averaging(root)
+    def require_averaged(self, root: nn.Module, parts: Parts, replaced: Iterable[ReplacedParameter]) -> None:
+        """Check that the copies that adapters train are sharded, if another part of the model is."""
+        copies = [entry.name for entry in replaced if not entry.is_lost and not is_dtensor(entry.live)]
+        if copies and _meshes_of(root, parts):
+            raise AdapterError(
+                f"cannot train copies of {shortened(copies)}, not sharded in a model of which fully_shard has sharded "
+                "another part, because every process would train its own: inject before fully_shard"
+            )
 
-
-def require_averaged(root: nn.Module, trained: Sequence[Part], replaced: Iterable[ReplacedParameter]) -> None:
-    """Check that the copies of parameters that adapters train are sharded, if `fully_shard` has sharded another part.
-
-    Raises:
-        AdapterError: If they are not.
-    """
-    copies = [entry.name for entry in replaced if not entry.is_lost and not is_dtensor(entry.live)]
-    if copies and _meshes_of(root, trained):
-        raise AdapterError(
-            f"cannot train copies of {shortened(copies)}, not sharded in a model of which fully_shard has sharded "
-            "another part, because every process would train its own: inject before fully_shard"
-        )
+    def added(self, root: nn.Module, state: ModelState, parts: Parts) -> None:
+        """Have the gradients of Λ and Γ averaged, if a part of the model is sharded."""
+        if meshes := _meshes_of(root, parts):
+            state.averaging = state.averaging or Averaging(root)
+            state.averaging.meshes |= meshes
+            state.averaging(root)
 
 
-def _meshes_of(root: nn.Module, parts: Sequence[Part]) -> dict[tuple[AdapterLayer, str], Any]:
+def _meshes_of(root: nn.Module, parts: Parts) -> dict[tuple[AdapterLayer, str], Any]:
     """Return the mesh of each adapter of each weight, if `fully_shard` has sharded a part of the model."""
     if not all_fsdp_modules(root):
         return {}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from randlora.errors import warn
+from randlora.model.engines import Engine, register_engine
 from randlora.placement.flattened import flattening
 from randlora.placement.zero3 import is_managed
 from randlora.targets.match import shortened
@@ -26,38 +27,41 @@ _SEEN: weakref.WeakSet[Any] = weakref.WeakSet()
 """Engines that were found before, so that switching between adapters need not look for them each time."""
 
 
-def warn_of_unknown(model: nn.Module) -> None:
-    """Warn of parameters of a model that require grad and that the engine around it does not know."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return  # then there is no engine, or nothing to average
-    trained = {name: each for name, each in model.named_parameters() if each.requires_grad and _is_plain(each)}
-    own = {id(parameter) for parameter in model.parameters()}
-    if not trained or _unknown(trained, own) == []:
-        return
-    _look_for([DistributedDataParallel, *_deepspeed_engines()])
-    if _unknown(trained, own):
-        gc.collect()  # an engine that was given up may still be here, as part of a cycle
-    if unknown := _unknown(trained, own):
-        warn(
-            f"{shortened(unknown)} requires grad, and the {type(_of(own)[0]).__name__} around the model was made "
-            "before and does not know it: every process would train its own copy. Wrap the model again after this "
-            "call"
-        )
+@register_engine
+class Reducers(Engine):
+    """`DistributedDataParallel` and the engines of DeepSpeed, which know the parameters that they were made with."""
 
+    def changed(self, root: nn.Module) -> None:
+        """Warn of parameters of a model that require grad and that the engine around it does not know."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return  # then there is no engine, or nothing to average
+        trained = {name: each for name, each in root.named_parameters() if each.requires_grad and _is_plain(each)}
+        own = {id(parameter) for parameter in root.parameters()}
+        if not trained or _unknown(trained, own) == []:
+            return
+        _look_for([DistributedDataParallel, *_deepspeed_engines()])
+        if _unknown(trained, own):
+            gc.collect()  # an engine that was given up may still be here, as part of a cycle
+        if unknown := _unknown(trained, own):
+            warn(
+                f"{shortened(unknown)} requires grad, and the {type(_of(own)[0]).__name__} around the model was made "
+                "before and does not know it: every process would train its own copy. Wrap the model again after this "
+                "call"
+            )
 
-def is_first_copy(model: nn.Module) -> bool:
-    """Whether this is the first of the processes that train copies of a model, as the engines around it tell.
+    def is_first_copy(self, model: nn.Module) -> bool:
+        """Whether this is the first of the processes that train copies of a model, as the engines around it tell.
 
-    Of a model that no engine runs, each process has the only copy, as far as is known.
-    """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return True
-    _look_for([DistributedDataParallel, *_deepspeed_engines()])
-    own = {id(parameter): parameter for parameter in model.parameters()}
-    is_spread = any(map(is_managed, own.values()))  # by an engine whose processes hold one copy together
-    engines = [each for each in _of({*own}) if isinstance(each, DistributedDataParallel) or not is_spread]
-    engines += flattening(model)
-    return all(dist.get_rank(_group(engine)) == 0 for engine in engines)
+        Of a model that no engine runs, each process has the only copy, as far as is known.
+        """
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return True
+        _look_for([DistributedDataParallel, *_deepspeed_engines()])
+        own = {id(parameter): parameter for parameter in model.parameters()}
+        is_spread = any(map(is_managed, own.values()))  # by an engine whose processes hold one copy together
+        engines = [each for each in _of({*own}) if isinstance(each, DistributedDataParallel) or not is_spread]
+        engines += flattening(model)
+        return all(dist.get_rank(_group(engine)) == 0 for engine in engines)
 
 
 def _group(engine: Any) -> Any:

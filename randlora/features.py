@@ -1,0 +1,13 @@
+"""The features: folders that register what they have when they are imported, and that no other file names.
+
+One whose folder is deleted is not there, and the rest works.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+
+FEATURES = ("data_parallel",)
+
+for _name in FEATURES:
+    if find_spec(f"randlora.{_name}") is not None:
+        import_module(f"randlora.{_name}")

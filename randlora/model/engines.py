@@ -1,0 +1,67 @@
+"""What trains a model in several processes beside it, and has to learn what an adapter trains.
+
+A feature registers an `Engine`. Without one, nothing is known of other processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from randlora.layers.base import AdapterLayer
+from randlora.replaced import ReplacedParameter
+from randlora.state import ModelState
+
+Parts = Sequence[tuple[nn.Module, AdapterLayer, str]]
+"""Adapters of weights: the module, its adapter layer, and the adapter's name, of each."""
+
+
+class Engine:
+    """What trains models in several processes. A subclass, registered by `register_engine`, overrides what it needs."""
+
+    def require_averaged(self, root: nn.Module, parts: Parts, replaced: Iterable[ReplacedParameter]) -> None:
+        """Check that the gradients of what adapters train would be averaged; else raise `AdapterError`."""
+
+    def added(self, root: nn.Module, state: ModelState, parts: Parts) -> None:
+        """Have the gradients of an adapter that is added averaged."""
+
+    def changed(self, root: nn.Module) -> None:
+        """Notice, or warn, that other parameters of a model may require grad now."""
+
+    def is_first_copy(self, model: nn.Module) -> bool:  # noqa: ARG002  # for those that cannot tell
+        """Whether this is the first of the processes that train copies of a model, as far as this engine tells."""
+        return True
+
+
+ENGINES: list[Engine] = []
+
+
+def register_engine(kind: type[Engine]) -> type[Engine]:
+    """Add an engine; a decorator of its class."""
+    ENGINES.append(kind())
+    return kind
+
+
+def require_averaged(root: nn.Module, parts: Parts, replaced: Iterable[ReplacedParameter]) -> None:
+    """Check that every engine would average the gradients of what adapters train; else raise `AdapterError`."""
+    replaced = list(replaced)
+    for engine in ENGINES:
+        engine.require_averaged(root, parts, replaced)
+
+
+def tell_added(root: nn.Module, state: ModelState, parts: Parts) -> None:
+    """Tell every engine that an adapter is added."""
+    for engine in ENGINES:
+        engine.added(root, state, parts)
+
+
+def tell_changed(root: nn.Module) -> None:
+    """Tell every engine that other parameters of a model may require grad now."""
+    for engine in ENGINES:
+        engine.changed(root)
+
+
+def is_first_copy(model: nn.Module) -> bool:
+    """Whether this is the first of the processes that train copies of a model, as all engines tell."""
+    return all(engine.is_first_copy(model) for engine in ENGINES)
