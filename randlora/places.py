@@ -40,6 +40,14 @@ class Place(Protocol):
         """The folder to which writing adds a file, if it does."""
 
     @property
+    def is_away(self) -> bool:
+        """Whether the values are not in memory now, and are loaded for each call of the module."""
+
+    @property
+    def identities(self) -> tuple[object, ...]:
+        """Keys, one of which is equal for places of the same values, beside those of the memory of parameters."""
+
+    @property
     def is_lasting(self) -> bool:
         """Whether values that are written stay: not if an optimizer has copies that it would write back."""
 
@@ -99,6 +107,8 @@ class Whole:
     """The place of a tensor that stands alone and whose data are all its values, such as Λ. They change in place."""
 
     part = folder = None
+    is_away = False
+    identities = ()
     is_lasting = True
     exchanges: Exchanges = "parameters"
 
@@ -188,9 +198,21 @@ class Keeper:
         """Return what to do to have all values of a tensor, if its data are these only for a while."""
         return None
 
+    def withheld(self, model: nn.Module) -> str | None:  # noqa: ARG002
+        """Return why a model, given with what wraps it, has not all values here, as an advice; else ``None``."""
+        return None
+
+    def own_class(self, kind: type[nn.Module]) -> type[nn.Module]:
+        """Return the class that a module had before what keeps its parameters changed it."""
+        return kind
+
     def holders(self, owner: nn.Module) -> list[object]:  # noqa: ARG002
         """Return the objects whose attributes change when a parameter of a module is written to where it is kept."""
         return []
+
+    def is_hooked(self, module: nn.Module) -> bool:  # noqa: ARG002
+        """Whether a hook of a module may load or move its parameters."""
+        return False
 
     def loads(self, modules: Iterable[nn.Module]) -> set[int]:  # noqa: ARG002
         """Return which modules, by id, have parameters that are loaded for each call of them or of one around them."""
@@ -243,9 +265,26 @@ def lent(tensor: Tensor) -> str | None:
     return next((remedy for keeper in KEEPERS if (remedy := keeper.lent(tensor)) is not None), None)
 
 
+def withheld(model: nn.Module) -> str | None:
+    """Return why a model, given with what wraps it, has not all values here, and what to do; else ``None``."""
+    return next((problem for keeper in KEEPERS if (problem := keeper.withheld(model)) is not None), None)
+
+
+def own_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that a module had before what keeps its parameters changed it."""
+    for keeper in KEEPERS:
+        kind = keeper.own_class(kind)
+    return kind
+
+
 def holders(owner: nn.Module) -> list[object]:
     """Return the objects beside a module whose attributes change when one of its parameters is written to."""
     return [each for keeper in KEEPERS for each in keeper.holders(owner)]
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook of a module may load or move its parameters."""
+    return any(keeper.is_hooked(module) for keeper in KEEPERS)
 
 
 def loaded_modules(modules: Iterable[nn.Module]) -> set[int]:

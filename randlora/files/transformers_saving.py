@@ -20,7 +20,7 @@ from randlora.layers.cast import in_own_dtypes
 from randlora.layers.in_place import plain_class
 from randlora.layers.quantized import QuantizedLayer
 from randlora.model.merged_values import modules_of, saved_buffers
-from randlora.placement.dtensor import fsdp_modules
+from randlora.places import own_class
 from randlora.replaced import whole_shape
 from randlora.targets.ties import tied_away
 from randlora.targets.walk import Census
@@ -41,7 +41,7 @@ def write_config(model: nn.Module, directory: Path, dtype: torch.dtype | None) -
         kind = plain_class(model).__name__
         return [] if config is None else [f"no config was written: that of a {kind} has no save_pretrained"]
     config = copy.deepcopy(config)
-    config.architectures = [plain_class(model).__name__.removeprefix("FSDP" if fsdp_modules([model]) else "")]
+    config.architectures = [own_class(plain_class(model)).__name__]
     with in_own_dtypes(model):
         held = dtype or getattr(model, "dtype", None)
     if held is not None:

@@ -22,8 +22,7 @@ from randlora.layers.row_layouts import follow, layout_of, unfollowed
 from randlora.layers.sharded import Split, sharded_product
 from randlora.layers.update import Update, sum_updates
 from randlora.placement.dtensor import is_dtensor
-from randlora.placement.offloaded import HOOK
-from randlora.places import whole
+from randlora.places import is_hooked, whole
 from randlora.ranks import in_step
 from randlora.replaced import watched
 from randlora.routing import Routing
@@ -263,8 +262,8 @@ class AdapterLayer(MergeableWeight):
         if torch.compiler.is_dynamo_compiling() and (seated := self._seated(owner, part)) is not None:
             return Update(part.basis, *seated, part.scaling * factor, part.shape)
         lam, gamma = self.diagonals_of(owner, part.adapter.name)
-        is_hooked = HOOK in owner.__dict__ and self.state.replaced
-        own = watched(lam, self.state.replaced.values()) if is_hooked else lam
+        is_watched = self.state.replaced and is_hooked(owner)
+        own = watched(lam, self.state.replaced.values()) if is_watched else lam
         return Update(part.basis, own, gamma, part.scaling * factor, part.shape)
 
     def seat(self, owner: nn.Module) -> None:

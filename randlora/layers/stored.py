@@ -13,8 +13,7 @@ from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
 from randlora.functional.region import Region, Spans
 from randlora.layers.update import Update, folded, sum_updates
-from randlora.placement.dtensor import Shard
-from randlora.places import Part
+from randlora.places import Part, is_hooked, place_at
 
 
 class StoredWeight(ABC):
@@ -94,7 +93,7 @@ class StoredWeight(ABC):
     def is_offloaded(cls, owner: nn.Module) -> bool:
         """Whether accelerate offloads the weight and loads it for each forward."""
         weight = cls.weight_of(owner)
-        return weight is not None and weight.is_meta and "_hf_hook" in owner.__dict__
+        return weight is not None and weight.is_meta and is_hooked(owner)
 
     @classmethod
     def with_updates(cls, weight: Tensor, updates: Sequence[Update], region: Region | None = None) -> Tensor:
@@ -136,7 +135,9 @@ class StoredWeight(ABC):
     @classmethod
     def region_here(cls, weight: Tensor) -> Region:
         """Return the part of the update for this process's part of a sharded weight."""
-        return cls.region_of(tuple(weight.shape), Shard(weight).part)
+        part = place_at(weight).part
+        assert part is not None, "it is sharded"
+        return cls.region_of(tuple(weight.shape), part)
 
     @classmethod
     def region_of(cls, shape: Shape, spans: Sequence[Spans]) -> Region:  # noqa: ARG003  # for convolutions

@@ -21,8 +21,7 @@ from randlora.model.merged_values import Entry, Share, entries_of, modules_of, s
 from randlora.model.probe import differences_from_product, product_problems
 from randlora.model.train_also import lost_parameters
 from randlora.model.view import View, opened
-from randlora.placement.flattened import flattened_problem
-from randlora.places import place_of, settle
+from randlora.places import place_of, settle, withheld
 from randlora.ranks import Ranks, agreed
 from randlora.state import ATTRIBUTE, CHANGING, ModelState
 from randlora.targets.ties import tie_problems
@@ -105,7 +104,7 @@ class MergedTensors:
             root, state, census = view.root, view.state, Census.of(unwrapped_model(model))
             ranks = View(root, state, census).ranks()  # parts of the model without adapters may be sharded
             with agreed(ranks):
-                if (problem := flattened_problem(model)) is not None:
+                if (problem := withheld(model)) is not None:
                     raise MergeError(f"cannot {doing}: {problem}")
                 _require_mergeable(view.census, state, doing)
                 entries = tuple(entries_of(census, state, Into("dequantize", dtype or model_dtype(census))))

@@ -72,6 +72,8 @@ class Shard:
     """The place of a sharded parameter: this process's shard, read and written without communication."""
 
     folder = None
+    is_away = False
+    identities = ()
     is_lasting = True
     exchanges: Exchanges = "values"
 
@@ -211,6 +213,12 @@ class Mesh(Keeper):
                     "or adapt its parts as models of their own"
                 )
         return Ranks(tuple(largest.get_all_groups()), not any(largest.get_coordinate() or ()))
+
+    def own_class(self, kind: type[nn.Module]) -> type[nn.Module]:
+        """Return the class that `fully_shard` was called on: it makes a subclass of that, called ``FSDP…``."""
+        module = sys.modules.get("torch.distributed.fsdp")
+        sharded = getattr(module, "FSDPModule", None)
+        return kind.__bases__[1] if sharded is not None and kind.__bases__[:1] == (sharded,) else kind
 
     def settle(self, model: nn.Module) -> None:
         """Have a model hold its shards; see `reshard`."""

@@ -27,23 +27,6 @@ def flattening(model: nn.Module) -> Iterator[Any]:
     return (each for each in model.modules() if isinstance(each, kind))
 
 
-def flattened_problem(model: nn.Module) -> str | None:
-    """Return why a model that is given with its wrappers has not all values here, or ``None``."""
-    wrappers = [*flattening(model)]
-    if any(not _is_whole(each) for each in wrappers):
-        return (
-            "FullyShardedDataParallel leaves each process a part of the values: call and iterate, in every process, in "
-            f"a block of {WHOLE}(model), or shard the model by fully_shard instead"
-        )
-    around = {id(parameter) for each in wrappers for parameter in each.parameters()}
-    if any(FLATTENED in vars(each) and id(each) not in around for each in model.parameters()):
-        return (
-            "FullyShardedDataParallel may leave each process a part of the values, which only its wrapper tells: give "
-            f"the wrapper instead of the model in it, in a block of {WHOLE}(wrapper)"
-        )
-    return None
-
-
 def _is_whole(wrapper: Any) -> bool:
     names = wrapper.sharding_strategy.name, wrapper.training_state.name
     return "NO_SHARD" in names or "SUMMON_FULL_PARAMS" in names
@@ -56,3 +39,19 @@ class Flattening(Keeper):
     def lent(self, tensor: Tensor) -> str | None:
         """Return in which block a flattened parameter is whole."""
         return f"it is sharded by FSDP: call this inside {WHOLE}(model)" if FLATTENED in vars(tensor) else None
+
+    def withheld(self, model: nn.Module) -> str | None:
+        """Return why the values of flattened parameters are not here."""
+        wrappers = [*flattening(model)]
+        if any(not _is_whole(each) for each in wrappers):
+            return (
+                "FullyShardedDataParallel leaves each process a part of the values: call and iterate, in every "
+                f"process, in a block of {WHOLE}(model), or shard the model by fully_shard instead"
+            )
+        around = {id(parameter) for each in wrappers for parameter in each.parameters()}
+        if any(FLATTENED in vars(each) and id(each) not in around for each in model.parameters()):
+            return (
+                "FullyShardedDataParallel may leave each process a part of the values, which only its wrapper tells: "
+                f"give the wrapper instead of the model in it, in a block of {WHOLE}(wrapper)"
+            )
+        return None

@@ -120,6 +120,21 @@ class Offloaded:
         """The folder to which `write` adds a file, or ``None`` if the values are in RAM."""
         return next((entry.folder for entry in self.entries if entry.is_file), None)
 
+    @property
+    def is_away(self) -> bool:
+        """Whether the parameter is not loaded now."""
+        return self._tensor.is_meta
+
+    @property
+    def identities(self) -> tuple[object, ...]:
+        """Keys of the entries, and of the parameters that a hook knows as tied. To which is not recorded."""
+        tied = (
+            (id(hook.tied_params_map), self._tensor.shape, self._tensor.dtype)
+            for hook in offloading_hooks(self._owner)
+            if self._attribute in hook.tied_params_names
+        )
+        return (*(entry.identity for entry in self.entries), *tied)
+
     def read(self) -> Tensor:
         """Return the values as the module's forward would get them."""
         return self._read(self._now())
@@ -268,6 +283,10 @@ class Offloading(Keeper):
     def place_of(self, owner: nn.Module, attribute: str) -> Offloaded | None:
         """Return the place of a parameter that accelerate offloads."""
         return offloaded(owner, attribute)
+
+    def is_hooked(self, module: nn.Module) -> bool:
+        """Whether a module has a hook of accelerate."""
+        return HOOK in module.__dict__
 
     def holders(self, owner: nn.Module) -> list[object]:
         """Return the maps and loaders that hooks load a module's parameters from; see `stores`."""

@@ -72,6 +72,8 @@ class Spread:
     """The place of a parameter of ZeRO-3: all values, gathered when they are read."""
 
     folder = None
+    is_away = False
+    identities = ()
     part = None  # the pieces are of its flattened values, and not of a range in each dimension
     is_lasting = False  # the engine's optimizer has copies
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from randlora.placement.offloaded import HOOK, Offloaded, offloaded, offloading_hooks
+from randlora.places import Place, place_of
 from randlora.targets.site import Site
 from randlora.targets.walk import Census, Held
 
@@ -43,7 +43,7 @@ def _are_tied(one: Held, other: Held) -> bool:
     """Whether two parameters are one, or were when accelerate offloaded them and have equal values."""
     if not {*_identities(one)}.isdisjoint(_identities(other)):
         return True
-    place, beside = _offloaded(one), _offloaded(other)
+    place, beside = _away(one), _away(other)
     return place is not None and beside is not None and torch.equal(place.read(), beside.read())
 
 
@@ -71,11 +71,8 @@ def _identities(held: Held) -> Iterator[object]:
     if is_lazy(parameter):
         return
     yield _identity(parameter)
-    if (place := _offloaded(held)) is not None and parameter.numel() > 0:
-        yield from (entry.identity for entry in place.entries)
-        for hook in offloading_hooks(held.module):
-            if held.attribute in hook.tied_params_names:  # what with is not recorded, but it has the same shape
-                yield id(hook.tied_params_map), parameter.shape, parameter.dtype
+    if (place := _away(held)) is not None and parameter.numel() > 0:
+        yield from place.identities
 
 
 def _identity(parameter: Tensor) -> object:
@@ -83,10 +80,12 @@ def _identity(parameter: Tensor) -> object:
     return (parameter.device, parameter.data_ptr()) if is_plain else id(parameter)
 
 
-def _offloaded(held: Held) -> Offloaded | None:
+def _away(held: Held) -> Place | None:
     """Return the place of a parameter that is not loaded at present."""
-    is_away = held.parameter.is_meta and HOOK in held.module.__dict__
-    return offloaded(held.module, held.attribute) if is_away else None
+    if not held.parameter.is_meta:
+        return None
+    place = place_of(held.module, held.attribute)
+    return place if place.is_away else None
 
 
 def _tied_by_name(census: Census, own: Held) -> Iterator[Held]:
@@ -94,12 +93,12 @@ def _tied_by_name(census: Census, own: Held) -> Iterator[Held]:
 
     ``accelerate.disk_offload`` writes a file for each of them, so only their names and values are left to compare.
     """
-    if (place := _offloaded(own)) is None:
+    if (place := _away(own)) is None:
         return
     fqns = {held.fqn for held in census.parameters if held.module is own.module and held.attribute == own.attribute}
     names = {fqn for group in _named_groups(census) if group & fqns for fqn in group - fqns}
     for held in census.parameters:
-        other = _offloaded(held) if held.fqn in names else None
+        other = _away(held) if held.fqn in names else None
         if other is not None and torch.equal(other.read(), place.read()):
             yield held
 
