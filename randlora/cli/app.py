@@ -12,7 +12,6 @@ import typer
 
 import randlora
 from randlora.cli.commands import COMMANDS
-from randlora.cli.demo import demo
 from randlora.cli.output import complain
 from randlora.errors import ConfigError, RandLoRAError, TargetError, on_command_line
 
@@ -24,8 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _name, _command in COMMANDS.items():
-    app.command(_name)(_command.callback())
-app.command("demo")(demo)
+    app.command(_name)(_command.callback(_name))
 
 FILES_ERROR, USAGE_ERROR = 1, 2
 

@@ -32,38 +32,41 @@ Printed = tuple[str, dict[str, Any]]
 
 
 class Command(NamedTuple):
-    """A command.
+    """A command: the verb of its name.
 
     Attributes:
-        action: What it calls with the values of its parameters.
-        verb: The file and the name of the function that it is, by which it is described.
-        examples: Command lines.
-        others: Functions of which it has the parameters too, whose descriptions of them come first.
+        examples: Command lines, each without the program and the command.
+        action: What it calls with the values of its parameters, if not the verb alone.
+        file: Where the verb is, if not in the file of its name in ``files/``.
+        others: Files and names of functions of which it has the parameters too, with their descriptions.
         own: Parameters that are others on a command line, or that only it has.
     """
 
-    action: Callable[..., Printed]
-    verb: tuple[str, str]
     examples: tuple[str, ...]
+    action: Callable[..., Printed] | None = None
+    file: str = ""
     others: tuple[tuple[str, str], ...] = ()
     own: tuple[Parameter, ...] = ()
 
-    def callback(self) -> Callable[..., None]:
+    def callback(self, name: str) -> Callable[..., None]:
         """Return the function that typer calls."""
-        about, _ = read_verb(*self.verb)
+        verb = self.file or f"files/{name}", name
+        action = self.action or partial(_call, name)
         parameters = {parameter.name: parameter for parameter in self.own}
-        for verb in (*self.others, self.verb):
-            for name, parameter in read_verb(*verb)[1].items():
-                parameters.setdefault(name, parameter)
+        for each in (*self.others, verb):
+            for parameter in read_verb(*each)[1].values():
+                parameters.setdefault(parameter.name, parameter)
 
         def run(*, as_json: bool, **given: Any) -> None:
-            text, facts = self.action(**{name: parameters[name].value(words) for name, words in given.items()})
+            text, facts = action(**{option: parameters[option].value(words) for option, words in given.items()})
             show_json(facts) if as_json else show(text)
             if facts.get("passed") is False:
                 raise typer.Exit(FAILED)
 
+        about, _ = read_verb(*verb)
         described = f"Print{about.removeprefix('Return')}" if about.startswith("Return ") else about
-        run.__doc__ = "\n\n".join([described, "**Examples**", *(f"`randlora {example}`" for example in self.examples)])
+        examples = (f"`randlora {name} {example}`" for example in self.examples)
+        run.__doc__ = "\n\n".join([described, "**Examples**", *examples])
         signed = [*(parameter.signed() for parameter in parameters.values()), AS_JSON]
         vars(run)["__signature__"] = Signature(signed)
         run.__annotations__ = {each.name: each.annotation for each in signed}
@@ -102,30 +105,34 @@ def _plan(directory: str, revision: str | None, **given: Any) -> Printed:
     return f"{report}\n\n{memory}", {**plain(report), "training_memory": plain(memory)}
 
 
+def _demo(**given: Any) -> Printed:
+    from randlora.cli.demo import demo  # noqa: PLC0415 - it imports torch, too
+
+    return demo(**given)
+
+
 MEMORY = "model/memory", "training_memory"
 
 COMMANDS = {
     "plan": Command(
-        _plan,
-        ("files/plan", "plan"),
         (
-            "plan Llama-3-8B",
-            "plan meta-llama/Llama-3.2-1B --r 16 --targets q_proj,v_proj",
-            "plan gpt2 --targets all-linear --basis block --json",
-            "plan Llama-3-8B --like-lora 32",
-            'plan gpt2 --r c_attn=16 --r ".*=32"',
-            "plan Llama-3-70B --devices 8 --strategy fsdp2 --tokens 4096 --checkpointing",
+            "Llama-3-8B",
+            "meta-llama/Llama-3.2-1B --r 16 --targets q_proj,v_proj",
+            "gpt2 --targets all-linear --basis block --json",
+            "Llama-3-8B --like-lora 32",
+            'gpt2 --r c_attn=16 --r ".*=32"',
+            "Llama-3-70B --devices 8 --strategy fsdp2 --tokens 4096 --checkpointing",
         ),
+        _plan,
         others=(("model/inject", "inject"), MEMORY),
     ),
     "merge": Command(
-        _merge,
-        ("files/merge", "merge"),
         (
-            "merge my-adapter merged --base Llama-3-8B",
-            "merge user/adapter merged --base meta-llama/Llama-3.2-1B",
-            "merge a b merged --base Llama-3-8B --scale 0.7 --scale 0.3 --dtype bfloat16",
+            "my-adapter merged --base Llama-3-8B",
+            "user/adapter merged --base meta-llama/Llama-3.2-1B",
+            "a b merged --base Llama-3-8B --scale 0.7 --scale 0.3 --dtype bfloat16",
         ),
+        _merge,
         own=(
             Parameter(
                 "adapters",
@@ -138,32 +145,17 @@ COMMANDS = {
             Parameter("scale", Sequence[float] | None, None, "Factor of the update, one for each adapter, in order."),
         ),
     ),
-    "inspect": Command(
-        partial(_call, "inspect"),
-        ("files/inspect", "inspect"),
-        (
-            "inspect my-adapter",
-            "inspect from-peft --base Llama-3-8B",
-            "inspect my-adapter --no-norms --json",
-        ),
-    ),
-    "verify": Command(
-        partial(_call, "verify"),
-        ("files/verify", "verify"),
-        (
-            "verify my-adapter",
-            "verify my-adapter --base Llama-3-8B --json",
-            "verify user/adapter --base meta-llama/Llama-3.2-1B",
-        ),
-    ),
-    "convert": Command(
-        partial(_call, "convert"),
-        ("files/convert", "convert"),
-        (
-            "convert my-adapter for-peft --to peft",
-            "convert from-peft mine --to native --base Llama-3-8B",
-            "convert my-adapter a-lora --to lora --rank 64 --tolerance 0.3",
-            "convert my-adapter for-pipeline --to lora --format diffusers",
-        ),
-    ),
+    "inspect": Command(("my-adapter", "from-peft --base Llama-3-8B", "my-adapter --no-norms --json")),
+    "verify": Command((
+        "my-adapter",
+        "my-adapter --base Llama-3-8B --json",
+        "user/adapter --base meta-llama/Llama-3.2-1B",
+    )),
+    "convert": Command((
+        "my-adapter for-peft --to peft",
+        "from-peft mine --to native --base Llama-3-8B",
+        "my-adapter a-lora --to lora --rank 64 --tolerance 0.3",
+        "my-adapter for-pipeline --to lora --format diffusers",
+    )),
+    "demo": Command(("--keep first-adapter", "--json"), _demo, "cli/demo"),
 }

@@ -4,72 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-from typer import Option
+import torch
+from torch import Tensor, nn
 
 import randlora
-from randlora.cli.output import plain, progress_bar, show, show_json
+from randlora.cli.output import plain, progress_bar
 from randlora.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from randlora.report import Progress
+from randlora.report import Progress, as_bytes
 
 STEPS, WARM_UP = 300, 20
 WIDTH, EXAMPLES = 64, 512
 
-AsJson = Annotated[bool, Option("--json", help="Print one JSON object and nothing else.")]
-Keep = Annotated[Path | None, Option(help="Keep the adapter in this directory, which must not exist.")]
+Stage = tuple[str, str, dict[str, Any]]
+"""One step of the account: what is called, what came of it, and the same as figures for JSON."""
 
 
-def demo(keep: Keep = None, as_json: AsJson = False) -> None:  # noqa: FBT002
+def demo(*, keep: str | None = None) -> tuple[str, dict[str, Any]]:
     """Adapt a small model that is made on the spot: inject, train, save, load, merge, verify.
 
     The task is to compute what another model computes, all of whose weights differ. Nothing is downloaded, and it takes
     seconds on one core.
 
-    **Examples**
-
-    `randlora demo --keep first-adapter`
-
-    `randlora demo --json`
+    Args:
+        keep: Keep the adapter in this directory, which must not exist.
     """
-    import torch  # noqa: PLC0415 - it takes seconds, which `--help` should not
-
-    if keep is not None and keep.exists():
+    if keep is not None and Path(keep).exists():
         raise CheckpointError(f"{keep} exists: choose another name, or remove it")
     with TemporaryDirectory() as scratch, progress_bar() as progress, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        stages = list(_stages(keep or Path(scratch, "adapter"), progress))
-    if as_json:
-        show_json({name: value for stage in stages for name, value in stage.figures.items()})
-        return
-    for number, stage in enumerate(stages, 1):
-        show(f"{number}. {stage.title}\n   " + stage.text.replace("\n", "\n   ").rstrip())
-    if keep is not None:
-        show(f"kept: randlora inspect {keep}")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of the account: what is called, what came of it, and the same as figures for JSON."""
-
-    title: str
-    text: str
-    figures: dict[str, Any]
+        stages = list(_stages(Path(keep or f"{scratch}/adapter"), progress))
+    told = [f"{number}. {title}\n{said.rstrip()}" for number, (title, said, _) in enumerate(stages, 1)]
+    lines = ["\n   ".join(each.splitlines()) for each in told]
+    facts = {name: value for _, _, figures in stages for name, value in figures.items()}
+    return "\n".join([*lines, *([] if keep is None else [f"kept: randlora inspect {keep}"])]), facts
 
 
 def _stages(directory: Path, progress: Progress) -> Iterator[Stage]:
-    import torch  # noqa: PLC0415 - as above
-    from torch import nn  # noqa: PLC0415
-
-    from randlora.report import as_bytes  # noqa: PLC0415
-
     base = nn.Sequential(
         nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH // 4)
     )
@@ -81,53 +55,46 @@ def _stages(directory: Path, progress: Progress) -> Iterator[Stage]:
         wanted, expected = other(examples), other(new)
     model = deepcopy(base)
     before = _error(model, new, expected)
-    yield Stage("a model, and a task that it cannot do yet", f"error on new examples: {before:.0%}", {"before": before})
+    yield "a model, and a task that it cannot do yet", f"error on new examples: {before:.0%}", {"before": before}
 
     report = randlora.inject(model, r=4)
-    yield Stage("randlora.inject(model, r=4)", str(report), {"report": plain(report)})
+    yield "randlora.inject(model, r=4)", str(report), {"report": plain(report)}
 
     _train(model, examples, wanted, report.learning_rate, progress)
     after = _error(model, new, expected)
-    text = f"error on new examples: {after:.0%}, with {report.share:.0%} of the parameters trained"
-    yield Stage(f"{STEPS} steps of Adam on the adapter alone", text, {"after": after})
+    said = f"error on new examples: {after:.0%}, with {report.share:.0%} of the parameters trained"
+    yield f"{STEPS} steps of Adam on the adapter alone", said, {"after": after}
 
-    saved = randlora.save(model, directory)
-    yield Stage(
-        'randlora.save(model, "adapter")',
-        f"{as_bytes(saved.nbytes)}: Λ, Γ, and the seed of the bases",
-        {"nbytes": saved.nbytes},
-    )
+    size = randlora.save(model, directory).nbytes
+    said = f"{as_bytes(size)}: Λ, Γ, and the seed of the bases"
+    yield 'randlora.save(model, "adapter")', said, {"nbytes": size}
 
     twin = deepcopy(base)
     randlora.load(twin, directory)
     with torch.no_grad():
         outputs = model(new)
         is_equal = torch.equal(twin(new), outputs)
-        text = f"the outputs are {'the same, bit for bit' if is_equal else 'others'}"
-        yield Stage('randlora.load(copy_of_the_base, "adapter")', text, {"loads_equal": is_equal})
+        said = f"the outputs are {'the same, bit for bit' if is_equal else 'others'}"
+        yield 'randlora.load(copy_of_the_base, "adapter")', said, {"loads_equal": is_equal}
 
         randlora.merge(twin)
         apart = ((twin(new) - outputs).norm() / outputs.norm()).item()
-        text = f"plain layers again, and the same outputs but for rounding ({'below 1e-5' if apart < 1e-5 else apart})"
-        yield Stage("randlora.merge(copy_of_the_base)", text, {"merged_apart": apart})
+        said = f"plain layers again, and the same outputs but for rounding ({'below 1e-5' if apart < 1e-5 else apart})"
+        yield "randlora.merge(copy_of_the_base)", said, {"merged_apart": apart}
 
     verification = randlora.files.verify(directory)
     verdict = "the adapter is sound" if verification.passed else str(verification)
-    yield Stage('randlora.files.verify("adapter")', verdict, {"passed": verification.passed})
+    yield 'randlora.files.verify("adapter")', verdict, {"passed": verification.passed}
 
 
 def _error(model: nn.Module, inputs: Tensor, expected: Tensor) -> float:
     """Return the mean squared error as a share of the variance of what is expected."""
-    import torch  # noqa: PLC0415 - as above
-
     with torch.no_grad():
         return float((model(inputs) - expected).square().mean() / expected.var())
 
 
 def _train(model: nn.Module, inputs: Tensor, expected: Tensor, learning_rate: float | None, progress: Progress) -> None:
     """Train the adapter with Adam, a short warm-up, and a learning rate that falls to zero."""
-    import torch  # noqa: PLC0415 - as above
-
     assert learning_rate is not None, "the adapter is trainable"
     optimizer = torch.optim.Adam(randlora.trainable_parameters(model), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / WARM_UP, 1 - step / STEPS))
