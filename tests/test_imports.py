@@ -4,6 +4,7 @@ import ast
 import graphlib
 import inspect
 import json
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -21,45 +22,12 @@ from randlora.features import FEATURES
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "randlora"
 
-ROOMS = (
-    "errors",
-    "meant",
-    "modes",
-    "hints",
-    "layer_options",
-    "options",
-    "config",
-    "functional",
-    "bases",
-    "start",
-    "ranks",
-    "places",
-    "placement",
-    "replaced",
-    "required_grad",
-    "routing",
-    "state",
-    "rows",
-    "layers",
-    "targets",
-    "lora_size",
-    "report",
-    "memory",
-    "model",
-    "data_parallel",
-    "checking",
-    "disk",
-    "checkpoint",
-    "pool",
-    "files",
-    "features",
-    "api",
-    "",  # the package itself
-    "integrations",
-    "cli",
-    "__main__",
-)
-"""From the ground up: a file imports from its own room and from those below it."""
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+ROOMS: list[str] = runpy.run_path(str(ROOT / "docs" / "assets" / "rooms.py"))["rooms"](PAGE)
+"""From the ground up, as the page on architecture draws them: a file imports from its room and those below it."""
+
+ROOMS.insert(ROOMS.index("api") + 1, "")  # the package itself
 
 OPTIONAL = {
     "disk.hub": {"huggingface_hub"},
