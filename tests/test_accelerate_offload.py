@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.errors import AdapterError, CheckpointError, MergeError
-from randlora.placement import offloaded as offloaded_module
-from randlora.placement.offloaded import MergedFile, Offloaded
+from randlora.offloaded import accelerate as offloaded_module
+from randlora.offloaded.accelerate import MergedFile, Offloaded
 from randlora.places import Plain, place_of
 from tests.kit import adapter_values, all_bits, bits, fill
 from tests.models import LLAMA, outputs

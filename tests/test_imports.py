@@ -39,7 +39,7 @@ OPTIONAL = {
     "integrations.transformers": {"accelerate", "transformers"},
     "layers.bnb_codes": {"bitsandbytes"},
     "layers.bnb_cpu": {"bitsandbytes"},
-    "placement.offloaded": {"accelerate"},
+    "offloaded.accelerate": {"accelerate"},
 }
 """What a file may import beyond what the project depends on, inside functions only."""
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from randlora.functional import Diagonals, Pair
 from randlora.functional.stacked import Stack
 from randlora.layers.diagonals import Diagonal, Values
-from randlora.placement.offloaded import HOOK
+from randlora.places import is_hooked
 from randlora.state import SiteAdapter
 
 Find = Callable[[Any], tuple[nn.Parameter, ...]]
@@ -66,7 +66,7 @@ def lasting(owner: nn.Module, held: Sequence[Diagonal], find: Find) -> list[nn.P
         find: Finds those of the adapters.
     """
     lambdas, gammas = held
-    if HOOK in owner.__dict__ or HOOK in lambdas.__dict__ or HOOK in gammas.__dict__:
+    if any(map(is_hooked, (owner, lambdas, gammas))):
         return None
     if type(lambdas._parameters) is not Values or type(gammas._parameters) is not Values:
         return None
