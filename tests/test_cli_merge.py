@@ -9,10 +9,8 @@ import torch
 import randlora
 from randlora.__main__ import main
 from randlora.cli.output import plain
-from randlora.report import as_bytes
 from tests.model_directories import contents, save_adapter, save_model
 from tests.models import LLAMA
-from tests.quantized_checkpoints import quantize, stored
 
 
 @pytest.fixture
@@ -58,18 +56,3 @@ def test_what_cannot_be_meant_is_refused(
     assert shown.out == ""
     assert message in " ".join(shown.err.replace("│", " ").split())
     assert not Path("out").exists()
-
-
-def test_that_a_quantized_model_became_a_dense_one_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    base = quantize(LLAMA, "nf4", tmp_path / "base")
-    save_adapter(LLAMA, Path("one"))
-    assert main(["merge", "one", "out", "--base", "base"]) == 0
-    small, large = (as_bytes(sum(tensor.nbytes for tensor in stored(place).values())) for place in (base, Path("out")))
-    assert capsys.readouterr().out.splitlines() == [
-        "merged one into 8 weights",
-        f"dequantized 14 weights of a model of {small} (nf4): the result is not quantized",
-        f"wrote out, {large} in 1 file",
-    ]

@@ -20,7 +20,6 @@ from tests.laws import TOKENS, Mixed
 from tests.layer_kinds import LAYER_KINDS, LayerKind
 from tests.model_directories import contents, save_adapter, save_model
 from tests.models import LLAMA
-from tests.quantized_checkpoints import WIDE, quantize
 from tests.read_kinds import READ_KINDS, ReadKind, output_of
 from tests.strategies import KINDS_AND_STREAMS
 
@@ -280,12 +279,3 @@ def worked_with(model: Any, given: tuple[Any, ...], options: dict[str, Any], dir
     randlora.remove(model, "default")
     yield randlora.merge(model)
     yield model
-
-
-def test_a_quantized_checkpoint_is_merged_into_all_the_same(tmp_path: Path) -> None:
-    base = quantize(WIDE, "nf4 twice", tmp_path / "base")
-    adapter = save_adapter(WIDE, tmp_path / "adapter", dtype=torch.bfloat16)
-    randlora.files.merge(base, adapter, tmp_path / "expected")
-    with default_device("meta"):
-        randlora.files.merge(base, adapter, tmp_path / "found")
-    assert contents(tmp_path / "found") == contents(tmp_path / "expected")

@@ -17,7 +17,7 @@ from randlora.layers.experts import Experts
 from randlora.targets.walk import Census
 from tests.kit import fill, same_bits
 from tests.model_directories import write
-from tests.quantized_checkpoints import QUANTIZATIONS, stored
+from tests.quantized_checkpoints import stored
 from tests.test_experts import EXPERTS, each_or_shared, every_model, made, mixtral
 from tests.transformers_zoo import TASKS, classes, tiny
 
@@ -187,28 +187,6 @@ def test_stacks_trained_with_an_adapter_replace_what_they_are_made_of(
     again = adapted(model, tmp_path / "again", targets=attention, train_also=["mlp.experts.down_proj"])
     with pytest.raises(CheckpointError, match=r"an adapter before it trained .*down_proj too"):
         randlora.files.merge(base, [adapter, again], tmp_path / "twice")
-
-
-@pytest.mark.medium
-@each_or_shared
-@pytest.mark.parametrize("kind", QUANTIZATIONS)
-def test_experts_of_a_quantized_model_are_not_quantized_and_merged_as_they_are(
-    kind: str, experts: Any, tmp_path: Path
-) -> None:
-    model = made(mixtral, dtype=torch.bfloat16)
-    base = checkpoint(model, tmp_path)
-    adapter = adapted(model, tmp_path / "adapter", experts=experts)
-    settings = transformers.BitsAndBytesConfig(**QUANTIZATIONS[kind])
-    options: dict[str, Any] = {"quantization_config": settings, "device_map": "cpu"}
-    quantized = transformers.AutoModelForCausalLM.from_pretrained(base, **options)
-    write(quantized, tmp_path / "quantized")
-    report = randlora.files.merge(tmp_path / "quantized", adapter, tmp_path / "out")
-    assert report.dequantized
-    assert not any("experts" in name for name in report.dequantized)
-    found, expected = stored(report.out), stored(randlora.files.merge(base, adapter, tmp_path / "expected").out)
-    of_experts = [name for name in expected if "experts" in name]
-    assert len(of_experts) == 24
-    assert all(same_bits(found[name], expected[name]) for name in of_experts)
 
 
 def experts_of(model: nn.Module) -> list[str]:

@@ -3,9 +3,8 @@
 Each verb is the command of its name: `plan`, `merge`, `inspect`, `verify`, `convert`. `join` has none.
 
 `model_directory` reads the headers of a checkpoint, `transformers_model` builds the model that its ``config.json``
-describes on the meta device, and `base_fit` finds an adapter's layers in the files. `quantized` shows a quantized
-checkpoint as if it were not. `adapter` opens an adapter layer by layer, and `changes` are what adapters do to a
-checkpoint.
+describes on the meta device, and `base_fit` finds an adapter's layers in the files. `adapter` opens an adapter layer by
+layer, and `changes` are what adapters do to a checkpoint.
 """
 
 from randlora.files.convert import convert

@@ -31,8 +31,7 @@ from randlora.config import RandLoRAConfig
 from randlora.disk.tensor_file import Entry
 from randlora.errors import CheckpointError, raise_collected
 from randlora.files.conversion import Conversion
-from randlora.files.model_directory import ModelDirectory, find_model, read_model_directory
-from randlora.files.quantized import DenseView, as_dense
+from randlora.files.model_directory import Codes, ModelDirectory, find_codes, find_model, read_model_directory
 from randlora.files.transformers_model import TransformersModel, build_model
 from randlora.layers.attention import InProjAdapter
 from randlora.layers.base import AdapterLayer
@@ -46,11 +45,16 @@ from randlora.targets.site import Shapes, Site
 
 
 class Base(NamedTuple):
-    """A base model on disk: its checkpoint, also as if it were not quantized, and its class or why there is none."""
+    """A base model on disk: its checkpoint, its class or why there is none, and its quantized tensors by name."""
 
     directory: ModelDirectory
-    dense: DenseView
     model: TransformersModel | str
+    codes: Mapping[str, Codes]
+
+    @property
+    def kinds(self) -> str:
+        """The kinds of its codes."""
+        return ", ".join(sorted({codes.kind for codes in self.codes.values()}))
 
     @property
     def trained_on(self) -> ModelClass | None:
@@ -61,7 +65,7 @@ class Base(NamedTuple):
         """Return the shapes of all weights that can be adapted; those of all matrices if there is no class."""
         if not isinstance(self.model, str):
             return self.model.census.shapes()
-        shapes = [entry.shape for entry in self.dense.directory.entries.values() if len(entry.shape) > 1]
+        shapes = [entry.shape for entry in self.directory.entries.values() if len(entry.shape) > 1]
         return [*(shape[-2:] for shape in shapes), *((shape[0], math.prod(shape[1:])) for shape in shapes)]
 
 
@@ -117,8 +121,10 @@ def open_base(source: str | os.PathLike[str], revision: str | None = None) -> Ba
 def read_base(path: Path, repo_id: str | None = None) -> Base:
     """Return what `open_base` does, of what `find_model` found."""
     checkpoint = read_model_directory(path, repo_id)
-    model = build_model(checkpoint)
-    return Base(checkpoint, as_dense(checkpoint, model), model)
+    codes, model = find_codes(checkpoint), build_model(checkpoint)
+    if codes and isinstance(model, str):  # whose class alone says the shapes of what was quantized
+        raise CheckpointError(f"{path} is quantized, and cannot be read without its model: {model}")
+    return Base(checkpoint, model, codes)
 
 
 def as_trained(base: Base, file: AdapterFile) -> Base:
@@ -130,7 +136,7 @@ def as_trained(base: Base, file: AdapterFile) -> Base:
     if known is None or known.library != "transformers":
         return base
     if isinstance(base.model, str):
-        prefix, own = "", {name: entry.shape for name, entry in base.dense.directory.entries.items()}
+        prefix, own = "", {name: entry.shape for name, entry in base.directory.entries.items()}
     else:  # a class that differs by its prefix does not lack a parameter
         prefix = f"{base.model.census.model.base_model_prefix}."
         held = base.model.census.parameters
@@ -139,7 +145,7 @@ def as_trained(base: Base, file: AdapterFile) -> Base:
     if has_all and not _has_other_labels(base, known):
         return base
     model = build_model(base.directory, known)
-    return base if isinstance(model, str) else Base(base.directory, as_dense(base.directory, model), model)
+    return base if isinstance(model, str) else base._replace(model=model)
 
 
 def _has_other_labels(base: Base, known: ModelClass) -> bool:
@@ -153,27 +159,28 @@ def _has_other_labels(base: Base, known: ModelClass) -> bool:
 def fit_base(base: Base, file: AdapterFile, prefix: str | None = None) -> BaseFit:
     """Return how an adapter fits a base model, of which only headers are read. One error names all misfits."""
     base = as_trained(base, file)
-    entries = base.dense.directory.entries
+    entries = base.directory.entries
     own: dict[str, Tensor | Entry] = {}
     if isinstance(base.model, str):
         fit, problems = _fit_names(base.model, file, prefix, entries)
     else:
-        fit, problems = _fit_model(base.model, file, prefix, entries)
+        fit, problems = _fit_model(base, base.model, file, prefix)
         own |= {held.fqn: held.tensor for held in base.model.census.tensors}  # the files may lack a new head
-    stored = {fqn: names for fqn, names in fit.trained.items() if names and fqn not in fit.conversions}
+    codes = {fqn for fqn, names in fit.trained.items() if base.codes.keys() & set(names)}
+    stored = {fqn: names for fqn, names in fit.trained.items() if names and fqn not in {*fit.conversions, *codes}}
     if base.trained_on is None:  # else a head may have other labels in the files
         own |= {fqn: entries[names[0]] for fqn, names in stored.items()}
     problems += [*misfits(fit.file, shapes_in(fit.slots)), *trained_misfits(own, fit.file)]
-    codes = {fqn for fqn, names in fit.trained.items() if base.dense.codes.keys() & set(names)}
     problems += [f"{fqn} is quantized here, and was trained as {fit.file.trained[fqn].dtype}" for fqn in codes]
     raise_collected(CheckpointError, problems, doing=f"fit the adapter to {str(base.directory.path)!r}")
     return fit
 
 
 def _fit_model(
-    model: TransformersModel, file: AdapterFile, prefix: str | None, entries: Mapping[str, Entry]
+    base: Base, model: TransformersModel, file: AdapterFile, prefix: str | None
 ) -> tuple[BaseFit, list[str]]:
     """Find the tensors of the weights that an adapter names in a model."""
+    entries = base.directory.entries
     if prefix is not None:
         file = with_prefix(file, prefix, model.census.sites_by_fqn, parameter_names(model.census))
     sites = named_sites(model.census, file)
@@ -186,7 +193,8 @@ def _fit_model(
         fqn = fqns[id(site.weight)]
         conversion = model.conversions.get(fqn)
         if names := model.names_of(site.weight):
-            slots[site.fqn] = Slot(names, _shape(site, file.config, entries[names[0]]), kind)
+            entry = None if names[0] in base.codes else entries[names[0]]
+            slots[site.fqn] = Slot(names, _shape(site, file.config, entry), kind)
         elif conversion is None:
             problems.append(f"the model has no layer {site.fqn} in its files")
         else:
@@ -215,10 +223,10 @@ def _conversion_problems(computed: list[tuple[str, Conversion]], entries: Mappin
     return problems
 
 
-def _shape(site: Site, config: RandLoRAConfig, entry: Entry) -> Shape:
-    """Return the shape of the update of a weight as it is stored, whatever its class says."""
+def _shape(site: Site, config: RandLoRAConfig, entry: Entry | None) -> Shape:
+    """Return the shape of the update of a weight as it is stored, whatever its class says unless it is quantized."""
     shape = site.shape_with(config)
-    if len(entry.shape) < 2 or site.weight is None or entry.shape == tuple(site.weight.shape):
+    if entry is None or len(entry.shape) < 2 or site.weight is None or entry.shape == tuple(site.weight.shape):
         return shape
     if len(entry.shape) > 2:
         return shape if len(shape) > 2 else _as_matrix(entry)

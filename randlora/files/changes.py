@@ -8,21 +8,22 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from randlora.bases.bank import BasisBank
+from randlora.checkpoint.base_model import ModelClass
 from randlora.checkpoint.bases import stream_notes
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.config import Stream
-from randlora.disk.tensor_file import Entry, read_pieces
+from randlora.disk.tensor_file import Entry, Planned, Shard, read_pieces, read_tensor
 from randlora.errors import CheckpointError, MergeError
 from randlora.files.adapter import open_fitted
 from randlora.files.base_fit import Base, Slot, as_trained
 from randlora.files.conversion import Conversion, Read
-from randlora.files.quantized import DenseView
 from randlora.layers.experts import Experts
 from randlora.layers.update import Update
 from randlora.model.mergeable import require_finite
@@ -90,39 +91,23 @@ class ConvertedMerging:
 
 @dataclass(frozen=True, eq=False)
 class Changes:
-    """The changes to a checkpoint, by the names of its tensors.
+    """The changes to a checkpoint, by the names of its tensors, whose headers are ``entries``.
 
     ``computed`` are the weights merged into, and tensors that become other weights when the model is loaded;
-    ``values`` are new values, and ``added`` those that the checkpoint has no tensors for, such as a new head's.
+    ``values`` are new values, and ``added`` those that the checkpoint has no tensors for, such as a new head's. Names
+    in ``renamed`` and ``unused`` have another one, or no place, in the class ``trained_on``, if an adapter names that.
     ``notes`` are what was assumed of the adapters, and doubts about their files.
     """
 
+    entries: dict[str, Entry]
     computed: dict[str, Merging | ConvertedMerging]
     values: dict[str, Tensor]
-    model: Base
+    added: dict[str, Tensor]
+    trained_on: ModelClass | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    added: dict[str, Tensor] = field(default_factory=dict)
     _unwritten: dict[ConvertedMerging, dict[str, Tensor]] = field(default_factory=dict)
-
-    @property
-    def base(self) -> DenseView:
-        """The checkpoint."""
-        return self.model.dense
-
-    @property
-    def unused(self) -> tuple[str, ...]:
-        """Names of the tensors for which the class that an adapter was trained on has no place."""
-        model = self.model.model
-        if isinstance(model, str) or model.model_class is None:
-            return ()
-        return tuple(name for name in model.unused if name in self.base.directory.entries)
-
-    def name_of(self, entry: Entry) -> str:
-        """Return the name under which a tensor is written, which another class may have another one for."""
-        model = self.model.model
-        if isinstance(model, str) or model.model_class is None:
-            return entry.name
-        return model.prefixed.get(entry.name, entry.name)
 
     @property
     def merged(self) -> tuple[str, ...]:
@@ -135,76 +120,74 @@ class Changes:
         """Names of the tensors replaced, or part of whose values are."""
         found = self.computed.items()
         parts = {name for name, merging in found if isinstance(merging, ConvertedMerging) and merging.replaced}
-        return tuple(name for name in self.base.directory.entries if name in self.values or name in parts)
-
-    def shape_of(self, entry: Entry) -> tuple[int, ...]:
-        """Return the new shape of a tensor, which is another one if a head was trained for other labels."""
-        own = self.values.get(entry.name)
-        return entry.shape if own is None else tuple(own.shape)
-
-    def added_pieces(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yield the values that the checkpoint has no tensor for."""
-        yield _cast(name, self.added[name], dtype)
+        return tuple(name for name in self.entries if name in self.values or name in parts)
 
     def float8_problems(self, dtype: torch.dtype | None) -> list[str]:
         """Return why 8-bit floats cannot be changed: they have scales, or would lose most of an update."""
-        entries = self.base.directory.entries
         for name in (*self.computed, *self.values):
-            kind = entries[name].dtype
-            if name in self.base.codes or not kind.is_floating_point or kind.itemsize > 1:
+            kind = self.entries[name].dtype
+            if not kind.is_floating_point or kind.itemsize > 1:
                 continue
-            if (scale := _scale_of(name, entries)) is not None:
+            if (scale := _scale_of(name, self.entries)) is not None:
                 return [f"{name} is {kind} and has a scale, {scale}: dequantize the model first"]
             if dtype is None:
                 return [f"{name} is {kind}, which would lose most of an update: give a dtype, as dtype=torch.bfloat16"]
         return []
 
+    def tensors_of(self, shard: Shard, dtype: torch.dtype | None) -> list[Planned]:
+        """Return how the tensors of a file of the checkpoint are written, under the names and in the shapes of now."""
+        planned = []
+        for entry in shard.entries:
+            if entry.name not in self.unused:
+                wanted = dtype if dtype and entry.dtype.is_floating_point else entry.dtype
+                own = self.values.get(entry.name)
+                shape = entry.shape if own is None else tuple(own.shape)  # a head for other labels
+                name = self.renamed.get(entry.name, entry.name)
+                planned.append(Planned(name, wanted, shape, partial(self.pieces, entry, wanted)))
+        return planned
+
+    def added_tensors(self, dtype: torch.dtype | None) -> list[Planned]:
+        """Return how the tensors that the checkpoint does not have are written."""
+        return [Planned.whole(name, _cast(name, own, dtype or own.dtype)) for name, own in self.added.items()]
+
     def pieces(self, entry: Entry, dtype: torch.dtype) -> Iterator[Tensor]:
         """Yield the new values of a tensor of the checkpoint in pieces, reading it as they are needed.
 
-        They are computed in the wider of ``dtype`` and the tensor's, or float32 at least if the tensor is quantized,
-        and rounded once to ``dtype``. It is an error if a value is not finite that was before.
+        They are computed in the wider of ``dtype`` and the tensor's, and rounded once to ``dtype``. A value that was
+        finite before and is not now raises an error.
         """
         own, merging = self.values.get(entry.name), self.computed.get(entry.name)
-        if (
-            isinstance(merging, Merging)
-            and merging.has_own_updates
-            and own is None
-            and entry.name not in self.base.codes
-        ):
-            wide = _wider(entry.dtype, dtype)
+        wide = _wider(entry.dtype, dtype)
+        if isinstance(merging, Merging) and merging.has_own_updates and own is None:
             for index, piece in enumerate(read_pieces(entry, nbytes=entry.nbytes // entry.shape[0])):
                 matrix = piece.reshape(1, *entry.shape[1:]).to(wide)
                 yield _cast(entry.name, merging.merged(matrix, slice(index, index + 1)), dtype)
         elif merging is not None:
-            yield _cast(entry.name, self._computed(merging, entry, dtype), dtype)
+            yield _cast(entry.name, self._computed(merging, entry.name, dtype), dtype)
         elif own is not None:
-            yield _cast(entry.name, own.to(_wider(entry.dtype, dtype)), dtype)
-        elif entry.name in self.base.codes:
-            yield _cast(entry.name, self.base.read(entry), dtype)
+            yield _cast(entry.name, own.to(wide), dtype)
         else:
             yield from (_cast(entry.name, piece, dtype) for piece in read_pieces(entry))
 
-    def _computed(self, merging: Merging | ConvertedMerging, entry: Entry, dtype: torch.dtype) -> Tensor:
+    def _computed(self, merging: Merging | ConvertedMerging, name: str, dtype: torch.dtype) -> Tensor:
         """Return a tensor after a merge. Those computed with it are kept until they are needed, for two weights."""
 
         def read(name: str) -> Tensor:
-            source, own = self.base.directory.entries[name], self.values.get(name)
-            wide = _wider(torch.float32 if name in self.base.codes else source.dtype, dtype)
-            if own is not None:  # an adapter's own, which another adapts, and which may be wider
+            wide = _wider(self.entries[name].dtype, dtype)
+            if (own := self.values.get(name)) is not None:  # an adapter's own, which another adapts, and may be wider
                 return own.to(torch.promote_types(own.dtype, wide))
-            return self.base.read(source).to(wide)
+            return read_tensor(self.entries[name]).to(wide)
 
         if isinstance(merging, Merging):
-            return merging.merged(read(entry.name))
+            return merging.merged(read(name))
         kept = self._unwritten.pop(merging, {})
-        if entry.name not in kept:
+        if name not in kept:
             # one expert's tensors are written one after the other, and belong to two weights by turns
             for other in [*self._unwritten][:-1]:
                 del self._unwritten[other]
-            kept |= merging.merged(entry.name, read)
+            kept |= merging.merged(name, read)
         self._unwritten[merging] = kept
-        return kept.pop(entry.name)
+        return kept.pop(name)
 
 
 def find_changes(
@@ -250,9 +233,12 @@ def find_changes(
                 values |= dict.fromkeys(names, fit.file.trained[fqn])
         added |= {fqn: _in_dtype_of(base, fqn, fit.file.trained[fqn]) for fqn in fit.absent}
     _require_complete(base, added)
-    in_order = base.dense.directory.entries
-    in_file = {name: computed[name] for name in in_order if name in computed}
-    return Changes(in_file, values, base, tuple(notes), added)
+    entries = base.directory.entries
+    in_order = {name: computed[name] for name in entries if name in computed}
+    if isinstance(base.model, str) or base.trained_on is None:
+        return Changes(entries, in_order, values, added, notes=tuple(notes))
+    unused = tuple(base.model.unused)
+    return Changes(entries, in_order, values, added, base.trained_on, base.model.prefixed, unused, tuple(notes))
 
 
 def _in_dtype_of(base: Base, fqn: str, value: Tensor) -> Tensor:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,10 +18,10 @@ from randlora.checkpoint.read import locate
 from randlora.config import Stream
 from randlora.disk.hub import is_on_hub, local_path
 from randlora.disk.replace import new_directory
-from randlora.disk.tensor_file import Planned, Shard, write_tensor_file
+from randlora.disk.tensor_file import write_tensor_file
 from randlora.errors import CheckpointError, ConfigError, MergeError, raise_collected
-from randlora.files.base_fit import open_base
-from randlora.files.changes import Changes, find_changes
+from randlora.files.base_fit import open_base, read_base
+from randlora.files.changes import find_changes
 from randlora.files.model_directory import (
     INDEX_FILE,
     MODEL_CONFIG_FILE,
@@ -35,7 +33,6 @@ from randlora.files.model_directory import (
     write_json,
 )
 from randlora.hints import require_types
-from randlora.layers import bnb_codes
 from randlora.options import Source, Sources
 from randlora.report import Progress, as_bytes, as_lines, no_progress
 from randlora.targets.match import shortened
@@ -58,8 +55,6 @@ class FileMergeReport:
         nbytes: Size of all weights in bytes.
         dtype: The dtype that floating tensors were cast to; ``None`` if each kept its own.
         notes: Other notes for the user, such as which files were not copied.
-        dequantized: Names of the tensors that were dequantized, and the kinds of their codes.
-        base_nbytes: Size of the base model's weights in bytes, as stored.
     """
 
     out: Path
@@ -70,8 +65,6 @@ class FileMergeReport:
     nbytes: int
     dtype: torch.dtype | None
     notes: tuple[str, ...]
-    dequantized: dict[str, str] = field(default_factory=dict)
-    base_nbytes: int = 0
     added: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -84,10 +77,6 @@ class FileMergeReport:
             if changed:
                 tensors = "1 tensor" if len(changed) == 1 else f"{len(changed)} tensors"
                 lines.append(f"{done} {tensors} trained with the adapters")
-        if self.dequantized:
-            kinds = ", ".join(sorted(set(self.dequantized.values())))
-            was = f"{len(self.dequantized)} weights of a model of {as_bytes(self.base_nbytes)}"
-            lines.append(f"dequantized {was} ({kinds}): the result is not quantized")
         return as_lines([*lines, f"wrote {self.out}, {as_bytes(self.nbytes)} in {files}{dtype}", *self.notes])
 
 
@@ -110,8 +99,7 @@ def merge(
     merging the largest weight needs. ``out`` appears when it is complete: a call that fails removes what it wrote, and
     after a kill the same call starts anew.
 
-    A model quantized by bitsandbytes is dequantized, in the dtype that it had, and ``config.json`` loses the
-    quantization. For 4-bit codes, bitsandbytes must be installed (the extra ``bnb``).
+    A quantized checkpoint is refused: load its model, and merge in memory or write it with `randlora.save_merged`.
 
     Args:
         base: The model's directory, with one safetensors file or with shards and an index, which is only read; or a
@@ -129,8 +117,8 @@ def merge(
 
     Raises:
         ConfigError: For an invalid factor, dtype or stream.
-        CheckpointError: If a file is missing, truncated or damaged, the checkpoint is quantized but not by
-            bitsandbytes, bitsandbytes is needed and not installed, or an adapter does not fit.
+        CheckpointError: If a file is missing, truncated or damaged, the checkpoint is quantized, or an adapter does not
+            fit.
         MergeError: If ``out`` exists or is inside an input, the disk is too small, a value is not finite, or weights
             are 8-bit floats that have scales, or no wider ``dtype`` is given for them.
         OSError: If the disk refuses, or another process creates ``out`` meanwhile.
@@ -141,20 +129,22 @@ def merge(
     _check([base, *factors], destination, dtype)
     # before a download of the base, which may be large
     located = {str(adapter): (locate(adapter, revision), factor) for adapter, factor in factors.items()}
-    source = local_path(base, base_revision, WHOLE, are_patterns=True)
-    model = open_base(source)
-    directory, dense = model.directory, model.dense
-    coded = next((name for name, codes in dense.codes.items() if codes.needs_bitsandbytes), None)
-    if coded is not None and (reason := bnb_codes.missing()) is not None:
-        raise CheckpointError(f"cannot merge: reading {coded} ({dense.codes[coded].kind}) {reason}")
+    model = open_base(base, base_revision)
+    if model.codes:
+        raise CheckpointError(
+            f"cannot merge into {str(base)!r}, which is quantized ({model.kinds}): load the model and merge in memory, "
+            "or merge into the checkpoint that it was quantized from"
+        )
+    if is_on_hub(base):  # of which only headers are here yet
+        model = read_base(local_path(base, base_revision, WHOLE, are_patterns=True))
+    directory = model.directory
     changes = find_changes(model, located, prefix, stream)
-    dense, trained_on = changes.base, changes.model.trained_on
     raise_collected(MergeError, changes.float8_problems(dtype), doing="merge")
-    shards = [(shard, _planned(shard, changes, dtype)) for shard in dense.directory.shards]
-    shards[-1][1].extend(_added(changes, dtype))
+    shards = [(shard, changes.tensors_of(shard, dtype)) for shard in directory.shards]
+    shards[-1][1].extend(changes.added_tensors(dtype))
     companions = find_companions(directory)
     nbytes = sum(tensor.nbytes for _, tensors in shards for tensor in tensors)
-    beside = sum((source / path).stat().st_size for path in companions.carried)
+    beside = sum((directory.path / path).stat().st_size for path in companions.carried)
     written = _Written(nbytes, progress)
     with new_directory(destination) as scratch:
         needed, free = nbytes + beside, shutil.disk_usage(scratch).free
@@ -164,16 +154,16 @@ def merge(
             )
         for shard, tensors in shards:
             write_tensor_file(scratch / shard.path.name, tensors, shard.metadata, written.add)
-        _write_index(directory, _index(dense.directory.index, shards, changes), scratch, nbytes)
-        without = directory.config.keys() - dense.directory.config.keys()
+        files = {tensor.name: shard.path.name for shard, tensors in shards for tensor in tensors}
+        _write_index(directory, files, nbytes, scratch)
         for path in companions.carried:
             if path == Path(MODEL_CONFIG_FILE):
-                copy_config(source / path, scratch / path, dtype, without, trained_on)
+                copy_config(directory.path / path, scratch / path, dtype, changes.trained_on)
             else:
-                copy_companion(source / path, scratch / path)
+                copy_companion(directory.path / path, scratch / path)
     left_out = [f"not copied: {path}, which may hold the base model's weights" for path in companions.left_out]
-    if trained_on is not None and changes.unused:
-        left_out.append(f"not copied: {shortened(changes.unused)}, which a {trained_on.name} does not have")
+    if changes.trained_on is not None and changes.unused:
+        left_out.append(f"not copied: {shortened(changes.unused)}, which a {changes.trained_on.name} does not have")
     return FileMergeReport(
         out=destination,
         adapters={str(path): factor for path, factor in factors.items()},
@@ -183,8 +173,6 @@ def merge(
         nbytes=nbytes,
         dtype=dtype,
         notes=(*changes.notes, *left_out),
-        dequantized={name: codes.kind for name, codes in dense.codes.items()},
-        base_nbytes=directory.nbytes,
         added=tuple(changes.added),
     )
 
@@ -230,43 +218,14 @@ def _check(inputs: Sequence[Source], out: Path, dtype: torch.dtype | None) -> No
     raise_collected(MergeError, problems, doing="merge")
 
 
-def _planned(shard: Shard, changes: Changes, dtype: torch.dtype | None) -> list[Planned]:
-    """Return how the tensors of one file are written."""
-    entries = [entry for entry in shard.entries if entry.name not in changes.unused]
-    dtypes = {entry: dtype if dtype and entry.dtype.is_floating_point else entry.dtype for entry in entries}
-    return [
-        Planned(changes.name_of(entry), wanted, changes.shape_of(entry), partial(changes.pieces, entry, wanted))
-        for entry, wanted in dtypes.items()
-    ]
-
-
-def _added(changes: Changes, dtype: torch.dtype | None) -> list[Planned]:
-    """Return how the tensors that the checkpoint does not have are written."""
-    return [
-        Planned(
-            name, dtype or value.dtype, tuple(value.shape), partial(changes.added_pieces, name, dtype or value.dtype)
-        )
-        for name, value in changes.added.items()
-    ]
-
-
-def _index(
-    index: dict[str, Any] | None, shards: Sequence[tuple[Shard, list[Planned]]], changes: Changes
-) -> dict[str, Any] | None:
-    """Return the index of the tensors that are written, which may be others than the checkpoint has."""
-    if index is None or (changes.model.trained_on is None and not changes.added):
-        return index
-    files = {tensor.name: shard.path.name for shard, tensors in shards for tensor in tensors}
-    return {**index, "weight_map": dict(sorted(files.items()))}
-
-
-def _write_index(directory: ModelDirectory, index: dict[str, Any] | None, scratch: Path, nbytes: int) -> None:
-    """Write the index, without the tensors that are dropped and with the new total size."""
-    if index is None:
+def _write_index(directory: ModelDirectory, files: Mapping[str, str], nbytes: int, scratch: Path) -> None:
+    """Write the index of a sharded checkpoint, with the file of every tensor that was written, and the new size."""
+    if directory.index is None:
         return
+    index = {**directory.index, "weight_map": dict(sorted(files.items()))}
     metadata = index.get("metadata")
     if isinstance(metadata, dict) and nbytes != directory.nbytes:
-        index = {**index, "metadata": {**metadata, "total_size": nbytes}}
+        index["metadata"] = {**metadata, "total_size": nbytes}
     if index == directory.index:
         copy_companion(directory.path / INDEX_FILE, scratch / INDEX_FILE)
     else:

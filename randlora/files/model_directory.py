@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +22,7 @@ from randlora.disk.hub import is_on_hub, local_path, read_header
 from randlora.disk.tensor_file import Entry, Shard, read_shard, shard_of
 from randlora.disk.untrusted import is_there, open_regular, read_json, require_regular
 from randlora.errors import CheckpointError, raise_collected
+from randlora.targets.match import shortened
 
 MODEL_CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -43,6 +46,20 @@ LARGEST_CARRIED = 2**30
 
 BLOBS = "blobs"
 """The directory, beside that of all snapshots, that links in the Hub's cache lead to."""
+
+CODES = re.compile(
+    r"(?P<weight>.+)\.(?:quant_state\.bitsandbytes__(?P<kind>.+)|(?:nested_)?(?:absmax|quant_map))"
+    r"|(?P<module>.+)\.(?:SCB|weight_format)",
+    re.DOTALL,
+)
+"""Names of the tensors that bitsandbytes adds for codes of 4 bits, beside the weight, and of 8 bits."""
+
+OTHER_CODES = {
+    ".qweight": "GPTQ or AWQ",
+    ".weight_scale_inv": "blocks of 8-bit floats",
+    ".weight_packed": "compressed-tensors",
+}
+"""Parts of tensor names that show another quantization, and which one."""
 
 ADAPTER_PREFIX = "adapter_"
 DTYPE_FIELDS = frozenset({"dtype", "torch_dtype"})
@@ -81,6 +98,37 @@ class ModelDirectory:
         """The first class that ``config.json`` names, or an empty string."""
         found = self.config.get("architectures")
         return found[0] if isinstance(found, list) and found and isinstance(found[0], str) else ""
+
+
+class Codes(NamedTuple):
+    """A tensor that is stored as codes of a kind, and the size of these and of what belongs to them in bytes."""
+
+    kind: str
+    nbytes: int
+
+
+def find_codes(directory: ModelDirectory) -> dict[str, Codes]:
+    """Return the tensors that bitsandbytes quantized, by name. Another quantization raises a `CheckpointError`."""
+    advice = "only codes of bitsandbytes are known: take the checkpoint in a floating dtype"
+    entries, kinds, sizes = directory.entries, {}, Counter[str]()
+    for name in entries:
+        if found := next((origin for mark, origin in OTHER_CODES.items() if mark in f"{name}."), None):
+            raise CheckpointError(f"{directory.path} is quantized ({name} is of {found}): {advice}")
+        if (part := CODES.fullmatch(name)) is not None:
+            weight = part["weight"] or f"{part['module']}.weight"
+            sizes[weight] += entries[name].nbytes
+            if part["kind"] or name.endswith(".SCB"):
+                kinds[weight] = part["kind"] or "8 bits"
+    settings = directory.config.get(QUANTIZATION)
+    if isinstance(settings, dict):
+        # the first checkpoints of bitsandbytes do not name it
+        is_unnamed = "quant_method" not in settings and ("load_in_4bit" in settings or "load_in_8bit" in settings)
+        if not is_unnamed and settings.get("quant_method") != "bitsandbytes":
+            method = settings.get("quant_method", "an unnamed method")
+            raise CheckpointError(f"{directory.path} is quantized (config.json says with {method}): {advice}")
+    if lost := [name for name in kinds if name not in entries]:
+        raise CheckpointError(f"{directory.path} has no {shortened(lost)}, only scales of it: get a complete copy")
+    return {name: Codes(kind, entries[name].nbytes + sizes[name]) for name, kind in kinds.items()}
 
 
 def find_model(source: str | os.PathLike[str], revision: str | None = None) -> tuple[Path, str | None]:
@@ -249,17 +297,13 @@ def copy_companion(source: Path, destination: Path) -> None:
 
 
 def copy_config(
-    source: Path,
-    destination: Path,
-    dtype: torch.dtype | None,
-    without: Collection[str] = frozenset(),
-    trained_on: ModelClass | None = None,
+    source: Path, destination: Path, dtype: torch.dtype | None, trained_on: ModelClass | None = None
 ) -> None:
-    """Copy ``config.json``, with another dtype or another class if one is given, and without some of its fields."""
-    if dtype is None and not without and trained_on is None:
+    """Copy ``config.json``, with another dtype or another class if one is given."""
+    if dtype is None and trained_on is None:
         copy_companion(source, destination)
         return
-    config = {name: value for name, value in _read_json(source).items() if name not in without}
+    config = _read_json(source)
     if trained_on is not None:
         config = dict(sorted({**config, "architectures": [trained_on.name], **trained_on.config_fields}.items()))
     write_json(destination, config if dtype is None else _with_dtype(config, dtype))

@@ -10,8 +10,6 @@ from typing import Any
 from randlora.config import further_options
 from randlora.errors import CheckpointError, TargetError, raise_collected
 from randlora.files.base_fit import Base, open_base
-from randlora.files.model_directory import ModelDirectory
-from randlora.files.quantized import DenseView
 from randlora.files.transformers_model import TransformersModel
 from randlora.hints import require_types
 from randlora.memory.training import Setup, TrainingMemory
@@ -56,26 +54,27 @@ def plan(
 
 def plan_checkpoint(base: Base, r: int | Mapping[str, int] | None = None, **options: Any) -> Report:
     """Return the report of `plan` for a checkpoint whose headers have been read."""
-    directory, dense, model = base
+    directory, model, codes = base
     if isinstance(model, str):
         advice = "or build the model on torch.device('meta') and give it to randlora.plan"
         raise CheckpointError(f"cannot plan for {str(directory.path)!r}: {model}; {advice}")
-    raise_collected(CheckpointError, _take_dtypes(model, dense), doing=f"plan for {str(directory.path)!r}")
+    raise_collected(CheckpointError, _take_dtypes(model, base), doing=f"plan for {str(directory.path)!r}")
     report = plan_model(model.census.model, r, **options)
-    if not dense.codes:
+    if not codes:
         return report
-    codes = {fqn for fqn, names in model.names_by_fqn.items() if dense.codes.keys() & set(names)}
-    problems = [f"train_also includes {fqn}, which is quantized" for fqn in report.train_also if fqn in codes]
+    coded = _sizes_of_codes(model, base)
+    problems = [f"train_also includes {fqn}, which is quantized" for fqn in report.train_also if fqn in coded]
     raise_collected(TargetError, problems, doing="plan")
-    quantized = f"the model is quantized ({', '.join(dense.kinds)}): parameters are counted as if it were not"
+    quantized = f"the model is quantized ({base.kinds}): parameters are counted as if it were not"
     return replace(report, notes=(*report.notes, quantized))
 
 
-def _take_dtypes(model: TransformersModel, dense: DenseView) -> list[str]:
+def _take_dtypes(model: TransformersModel, base: Base) -> list[str]:
     """Set the parameters' dtypes to those of the checkpoint, and return which have other shapes there."""
     problems = []
     for held in model.census.parameters:
-        for entry in (dense.directory.entries[name] for name in model.names_of(held.parameter)):
+        names = (name for name in model.names_of(held.parameter) if name not in base.codes)
+        for entry in (base.directory.entries[name] for name in names):
             if entry.shape != tuple(held.parameter.shape):
                 by_class = tuple(held.parameter.shape)
                 problems.append(f"{entry.name} has shape {entry.shape} in the files, {by_class} by its config.json")
@@ -115,19 +114,11 @@ def checkpoint_memory(base: Base, r: int | Mapping[str, int] | None = None, **op
     """Return the result of `training_memory` for a checkpoint whose headers have been read."""
     setup = Setup(**{field.name: options.pop(field.name) for field in fields(Setup) if field.name in options})
     plan_checkpoint(base, r, **options)  # whose errors these are too
-    directory, dense, model = base
-    assert not isinstance(model, str), "plan_checkpoint() raises an error"
-    return memory_of(model.census.model, r, setup, _stored(directory, dense, model), **options)
+    assert not isinstance(base.model, str), "plan_checkpoint() raises an error"
+    return memory_of(base.model.census.model, r, setup, _sizes_of_codes(base.model, base), **options)
 
 
-def _stored(directory: ModelDirectory, dense: DenseView, model: TransformersModel) -> dict[str, int]:
-    """Return the bytes of the quantized parameters by FQN: a share of those of all codes and what belongs to them."""
-    codes = {fqn: names for fqn, names in model.names_by_fqn.items() if dense.codes.keys() & set(names)}
-    plain = sum(entry.nbytes for name, entry in dense.directory.entries.items() if name not in dense.codes)
-    left = directory.nbytes - plain
-    sizes = {fqn: sum(dense.directory.entries[name].nbytes for name in names) for fqn, names in codes.items()}
-    total, shares = sum(sizes.values()), {}
-    for fqn, size in sizes.items():
-        shares[fqn] = round(left * size / total)
-        left, total = left - shares[fqn], total - size
-    return shares
+def _sizes_of_codes(model: TransformersModel, base: Base) -> dict[str, int]:
+    """Return the bytes of the quantized parameters by FQN, with what belongs to their codes."""
+    names = {fqn: names for fqn, names in model.names_by_fqn.items() if base.codes.keys() & set(names)}
+    return {fqn: sum(base.codes[name].nbytes for name in own) for fqn, own in names.items()}

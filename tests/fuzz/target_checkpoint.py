@@ -60,7 +60,7 @@ def _check_merged(directory: ModelDirectory, report: FileMergeReport, out: Path)
     assert merged.entries.keys() <= directory.entries.keys()
     own, theirs = _values(merged), _values(directory)
     assert own.keys() == merged.entries.keys()
-    changed = {*report.merged, *report.replaced, *report.dequantized}
+    changed = {*report.merged, *report.replaced}
     copied = own.keys() - changed
     assert all_bits({name: own[name] for name in copied}) == all_bits({name: theirs[name] for name in copied})
     assert changed <= own.keys()
