@@ -107,7 +107,7 @@ def measured_copy(base: Path, out: Path) -> float:
 def measured_merge(base: Path, adapter: Path, out: Path) -> float:
     """Time a merge."""
     start = time.perf_counter()
-    randlora.files.merge(base, adapter, out)
+    randlora.files.merge(adapter, out, base=base)
     return time.perf_counter() - start
 
 
@@ -127,7 +127,7 @@ def peaks(base: Path, adapter: Path, out: Path) -> dict[str, float]:
 def profile_of_merge(base: Path, adapter: Path, out: Path) -> dict[str, float]:
     """Return the time that each part of a merge takes, in seconds."""
     profile = cProfile.Profile()
-    profile.runcall(randlora.files.merge, base, adapter, out)
+    profile.runcall(randlora.files.merge, adapter, out, base=base)
     stats = pstats.Stats(profile)
     spent = dict.fromkeys(FUNCTIONS, 0.0)
     for (_, _, function), (_, _, _, cumulative, _) in stats.stats.items():  # type: ignore[attr-defined]

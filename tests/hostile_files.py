@@ -287,5 +287,5 @@ def verbs(directory: Path, base: Path, out: Path) -> dict[str, Callable[[], obje
         "peft": lambda: files.convert(directory, out, "peft"),
         "native": lambda: files.convert(directory, out, "native"),
         "lora": lambda: files.convert(directory, out, "lora", base=base),
-        "merge": lambda: files.merge(base, directory, out),
+        "merge": lambda: files.merge(directory, out, base=base),
     }

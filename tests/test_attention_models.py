@@ -244,7 +244,7 @@ def test_merging_files_gives_what_merging_in_memory_gives(
     randlora.activate(model, [*forms])
     randlora.merge(model)
     adapters = {tmp_path / form: 1.0 for form in forms}
-    randlora.files.merge(tmp_path / "base", adapters, tmp_path / "out")
+    randlora.files.merge(adapters, tmp_path / "out", base=tmp_path / "base")
     found = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
     changed = {name for name, value in build().state_dict().items() if not same_bits(value, found[name])}
     assert {name.rsplit("_", 1)[0].rsplit(".", 1)[-1] for name in changed} >= {"in_proj"}

@@ -197,7 +197,7 @@ def test_an_adapter_of_another_architecture_is_told_from_what_it_was_trained_on(
     with pytest.raises(
         CheckpointError, match=r"fit the adapter, trained on LlamaForCausalLM.*, to this GPT2LMHeadModel"
     ):
-        randlora.files.merge(tmp_path / "gpt", tmp_path / "adapter", tmp_path / "merged")
+        randlora.files.merge(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "gpt")
     with pytest.raises(CheckpointError, match="fit the adapter to this model, 2 problems:"):
         randlora.load(fewer, tmp_path / "adapter")
 

@@ -25,7 +25,7 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_one_adapter_is_merged(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "one", "out"]) == 0
-    report = randlora.files.merge("base", "one", "expected")
+    report = randlora.files.merge("one", "expected", base="base")
     assert contents(Path("out")) == contents(Path("expected"))
     assert capsys.readouterr().out.replace("wrote out", "wrote expected") == f"{report}\n"
 
@@ -33,7 +33,7 @@ def test_one_adapter_is_merged(words: list[str], capsys: pytest.CaptureFixture[s
 def test_several_adapters_are_merged_with_their_scales(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     more = ["one", "other", "out", "--scale", "0.5", "--scale", "-2", "--dtype", "bfloat16", "--json"]
     assert main([*words, *more]) == 0
-    report = randlora.files.merge("base", {"one": 0.5, "other": -2.0}, "expected", dtype=torch.bfloat16)
+    report = randlora.files.merge({"one": 0.5, "other": -2.0}, "expected", base="base", dtype=torch.bfloat16)
     assert contents(Path("out")) == contents(Path("expected"))
     assert json.loads(capsys.readouterr().out) == {**plain(report), "out": "out"}
 

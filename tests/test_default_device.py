@@ -118,7 +118,7 @@ VERBS: dict[str, Callable[[Place], Any]] = {
     "files.convert": lambda at: randlora.files.convert(at.adapter, at.out / "lora", to="lora", rank=12, tolerance=1.0),
     "files.inspect": lambda at: randlora.files.inspect(at.adapter, base=at.base),
     "files.join": lambda at: randlora.files.join(at.parts, at.out / "whole"),
-    "files.merge": lambda at: randlora.files.merge(at.base, at.adapter, at.out / "merged"),
+    "files.merge": lambda at: randlora.files.merge(at.adapter, at.out / "merged", base=at.base),
     "files.plan": lambda at: randlora.files.plan(at.base, r=4),
     "files.training_memory": lambda at: randlora.files.training_memory(at.base, r=4, tokens=8),
     "files.verify": lambda at: randlora.files.verify(at.adapter, base=at.base),

@@ -66,7 +66,7 @@ def test_a_link_to_a_file_elsewhere_is_not_copied_and_a_merge_says_so_before_it_
     link.unlink(missing_ok=True)
     link.symlink_to(secret)
     with pytest.raises(CheckpointError, match=r"is a link to .*secret, outside of the directory"):
-        randlora.files.merge(base, adapter, tmp_path / "out")
+        randlora.files.merge(adapter, tmp_path / "out", base=base)
     assert not (tmp_path / "out").exists()
 
 
@@ -93,7 +93,7 @@ def test_what_is_no_file_is_not_copied_and_a_merge_says_so_before_it_writes(
     if (base / "tokenizer.json").is_dir() and not (base / "tokenizer.json").is_symlink():
         (base / "tokenizer.json" / "more").symlink_to("/dev/zero")
     with pytest.raises(CheckpointError, match="cannot copy the files of"):
-        randlora.files.merge(base, adapter, tmp_path / "out")
+        randlora.files.merge(adapter, tmp_path / "out", base=base)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
@@ -109,7 +109,7 @@ def test_what_is_no_file_in_place_of_a_models_file_is_refused(
     make(base / name)
     calls: tuple[Callable[[], object], ...] = (
         lambda: randlora.files.plan(base),
-        lambda: randlora.files.merge(base, adapter, tmp_path / "out"),
+        lambda: randlora.files.merge(adapter, tmp_path / "out", base=base),
     )
     for call in calls:
         with pytest.raises(CheckpointError):

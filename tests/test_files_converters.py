@@ -38,7 +38,7 @@ def test_a_merged_model_has_the_files_and_names_that_converters_of_the_base_take
 ) -> None:
     base = base_directory(kind, tmp_path)
     source, model = our_directory(kind, tmp_path)
-    merged = randlora.files.merge(base, source, tmp_path / "merged").out
+    merged = randlora.files.merge(source, tmp_path / "merged", base=base).out
     assert {path.name for path in merged.iterdir()} == {path.name for path in base.iterdir()}
     files = list(merged.glob("model*.safetensors"))  # those that mlx-lm reads
     names = {name for path in files for name in load_file(path)}

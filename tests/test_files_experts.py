@@ -73,7 +73,7 @@ def test_merging_on_disk_is_loading_merging_and_saving(
     assert (len(list(base.glob("*.safetensors"))) > 4) is is_sharded
     adapter = adapted(model, tmp_path / "adapter", experts=experts)
     assert randlora.files.verify(adapter, base).passed
-    report = randlora.files.merge(base, adapter, tmp_path / "out")
+    report = randlora.files.merge(adapter, tmp_path / "out", base=base)
     assert_same_tensors(report.out, in_memory(base, {adapter: 1.0}, tmp_path / "expected"))
     before, after = stored(base), stored(report.out)
     changed = {name for name in after if not same_bits(before[name], after[name])}
@@ -92,7 +92,7 @@ def test_adapters_of_both_forms_and_others_add_up_as_in_memory(dtype: torch.dtyp
         adapted(model, tmp_path / "shared", experts="shared", r=4): 2.0,
         adapted(model, tmp_path / "others", targets=[*EXPERTS, "q_proj"], seed=3, train_also=["norm"]): -1.0,
     }
-    report = randlora.files.merge(base, adapters, tmp_path / "out", dtype=dtype)
+    report = randlora.files.merge(adapters, tmp_path / "out", base=base, dtype=dtype)
     assert report.replaced == ("model.norm.weight",)
     if dtype is None:
         assert_same_tensors(report.out, in_memory(base, adapters, tmp_path / "expected"))
@@ -120,7 +120,7 @@ def test_one_matrix_is_computed_at_a_time_and_each_once(
         return cast("Tensor", original(cls, weight, updates))
 
     monkeypatch.setattr(Experts, "with_updates", classmethod(counted))
-    randlora.files.merge(base, adapter, tmp_path / "out")
+    randlora.files.merge(adapter, tmp_path / "out", base=base)
     assert computed == [1] * 4 * len(experts_of(model))  # each is a stack of four
 
 
@@ -128,7 +128,7 @@ def test_the_tensors_of_an_expert_may_be_in_any_files(tmp_path: Path) -> None:
     model = made(mixtral, dtype=torch.float32)
     base = checkpoint(model, tmp_path)
     adapter = adapted(model, tmp_path / "adapter")
-    expected = randlora.files.merge(base, adapter, tmp_path / "expected").out
+    expected = randlora.files.merge(adapter, tmp_path / "expected", base=base).out
     tensors = stored(base)
     files: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -140,7 +140,7 @@ def test_the_tensors_of_an_expert_may_be_in_any_files(tmp_path: Path) -> None:
     places = {name: file for file, held in files.items() for name in held}
     index = {"metadata": {}, "weight_map": places}
     (base / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    assert_same_tensors(randlora.files.merge(base, adapter, tmp_path / "out").out, expected)
+    assert_same_tensors(randlora.files.merge(adapter, tmp_path / "out", base=base).out, expected)
 
 
 @pytest.mark.parametrize("change", ["is missing", "has another shape", "and all of its expert are missing"])
@@ -159,7 +159,7 @@ def test_a_tensor_of_an_expert_that_is_missing_or_of_another_shape_is_an_error_b
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     made_of = r"model\.layers\.1\.mlp\.experts\.gate_up_proj is made of .*experts\.0\.w1\.weight, .* and \d more when"
     with pytest.raises(CheckpointError, match=rf"{made_of} it is loaded, and .*merge in memory"):
-        randlora.files.merge(base, adapter, tmp_path / "out")
+        randlora.files.merge(adapter, tmp_path / "out", base=base)
     assert not (tmp_path / "out").exists()
     assert not randlora.files.verify(adapter, base).passed
 
@@ -175,18 +175,19 @@ def test_stacks_trained_with_an_adapter_replace_what_they_are_made_of(
     adapter = adapted(model, tmp_path / "adapter", targets=attention, train_also=[r"mlp.experts.down_proj"])
     on_top = adapted(model, tmp_path / "on top", seed=1)
     assert randlora.files.verify(adapter, base).passed
-    report = randlora.files.merge(base, adapter, tmp_path / "out")
+    report = randlora.files.merge(adapter, tmp_path / "out", base=base)
     assert len(report.replaced) > 0
     assert all("down_proj" in name or "w2" in name for name in report.replaced)
     assert not set(report.replaced) & set(report.merged)
     assert_same_tensors(report.out, in_memory(base, {adapter: 1.0}, tmp_path / "expected"))
     both = {adapter: 1.0, on_top: 1.0}
     assert_same_tensors(
-        randlora.files.merge(base, both, tmp_path / "both").out, in_memory(base, both, tmp_path / "expected of both")
+        randlora.files.merge(both, tmp_path / "both", base=base).out,
+        in_memory(base, both, tmp_path / "expected of both"),
     )
     again = adapted(model, tmp_path / "again", targets=attention, train_also=["mlp.experts.down_proj"])
     with pytest.raises(CheckpointError, match=r"an adapter before it trained .*down_proj too"):
-        randlora.files.merge(base, [adapter, again], tmp_path / "twice")
+        randlora.files.merge([adapter, again], tmp_path / "twice", base=base)
 
 
 def experts_of(model: nn.Module) -> list[str]:
@@ -200,7 +201,7 @@ def merges_agree(model_class: Any, model: nn.Module, directory: Path, experts: A
     base = write(model_class.from_pretrained(directory / "made"), directory / "base")
     adapter = adapted(model, directory / "adapter", targets=experts_of(model), r=4, experts=experts)
     assert randlora.files.verify(adapter, base).passed
-    report = randlora.files.merge(base, adapter, directory / "out")
+    report = randlora.files.merge(adapter, directory / "out", base=base)
     loaded = model_class.from_pretrained(base)
     randlora.load(loaded, adapter)
     randlora.merge(loaded)

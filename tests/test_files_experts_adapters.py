@@ -112,7 +112,7 @@ def test_bases_of_no_seed_are_taken_from_the_file(tmp_path: Path) -> None:
     tensors, _ = read_tensors(tmp_path / "adapter")
     edit_tensors(tmp_path / "adapter", {"base_model.randlora_A": tensors["base_model.randlora_A"] * 0.5})
     assert [bases.source for bases in randlora.files.inspect(tmp_path / "adapter").bases] == ["file"]
-    merged = randlora.files.merge(base, tmp_path / "adapter", tmp_path / "out").out
+    merged = randlora.files.merge(tmp_path / "adapter", tmp_path / "out", base=base).out
     loaded = transformers.AutoModelForCausalLM.from_pretrained(base)
     randlora.load(loaded, tmp_path / "adapter")
     randlora.merge(loaded)
@@ -127,9 +127,9 @@ def test_without_transformers_a_stack_is_found_by_its_name_in_the_layout_that_th
     model = made(gpt_oss, dtype=torch.float32)  # one of its stacks is of squares, which do not show the layout
     base = checkpoint(model, tmp_path)
     adapter = adapted(model, tmp_path / "adapter", experts=experts)
-    expected = contents(randlora.files.merge(base, adapter, tmp_path / "expected").out)
+    expected = contents(randlora.files.merge(adapter, tmp_path / "expected", base=base).out)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert contents(randlora.files.merge(base, adapter, tmp_path / "out").out) == expected
+    assert contents(randlora.files.merge(adapter, tmp_path / "out", base=base).out) == expected
     assert randlora.files.verify(adapter, base).passed
 
 
@@ -144,10 +144,10 @@ def test_without_transformers_a_stack_under_other_names_is_an_error_and_a_prefix
     oss.model.save_pretrained(tmp_path / "bare")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(CheckpointError, match=r"no layer model\.layers\.0\.mlp\.experts\.gate_up_proj under this name"):
-        randlora.files.merge(base, adapter, tmp_path / "out")
+        randlora.files.merge(adapter, tmp_path / "out", base=base)
     with pytest.raises(CheckpointError, match="differ by the prefix 'model'"):
-        randlora.files.merge(tmp_path / "bare", of_whole, tmp_path / "out")
-    assert len(randlora.files.merge(tmp_path / "bare", of_whole, tmp_path / "out", prefix="model").merged) == 4
+        randlora.files.merge(of_whole, tmp_path / "out", base=tmp_path / "bare")
+    assert len(randlora.files.merge(of_whole, tmp_path / "out", base=tmp_path / "bare", prefix="model").merged) == 4
 
 
 def test_a_prefix_may_differ_for_experts_that_files_hold_one_by_one(tmp_path: Path) -> None:
@@ -155,10 +155,10 @@ def test_a_prefix_may_differ_for_experts_that_files_hold_one_by_one(tmp_path: Pa
     base = checkpoint(model, tmp_path)
     adapter = adapted(model, tmp_path / "adapter")
     of_bare = adapted(model.model, tmp_path / "of bare")
-    expected = contents(randlora.files.merge(base, adapter, tmp_path / "expected").out)
+    expected = contents(randlora.files.merge(adapter, tmp_path / "expected", base=base).out)
     with pytest.raises(CheckpointError, match="differ by the prefix 'model'"):
-        randlora.files.merge(base, of_bare, tmp_path / "out")
-    assert contents(randlora.files.merge(base, of_bare, tmp_path / "out", prefix="model").out) == expected
+        randlora.files.merge(of_bare, tmp_path / "out", base=base)
+    assert contents(randlora.files.merge(of_bare, tmp_path / "out", base=base, prefix="model").out) == expected
 
 
 @pytest.mark.medium

@@ -73,7 +73,7 @@ def test_a_new_head_is_loaded_and_merged_with_the_class_that_was_trained(case: s
     model = trained(make, auto, train_also, **({"max_shard_size": "20KB"} if is_sharded else {}))
     loaded = randlora.load_model("adapter")
     assert same_bits(logits(loaded, kind), logits(model, kind))
-    report = randlora.files.merge("base", "adapter", "merged")
+    report = randlora.files.merge("adapter", "merged", base="base")
     assert len(report.added or report.replaced) == 2 * len(train_also)
     randlora.merge(model)
     model.save_pretrained("expected")
@@ -123,14 +123,20 @@ def test_a_directory_of_sentence_transformers_is_one_only_if_that_was_trained() 
 def test_a_class_in_a_file_that_transformers_does_not_export_or_that_does_not_fit_is_not_made(name: str) -> None:
     bert()
     reseal(Path("adapter"), model_class=ModelClass("transformers", name))
-    for call in (lambda: randlora.load_model("adapter"), lambda: randlora.files.merge("base", "adapter", "merged")):
+    for call in (
+        lambda: randlora.load_model("adapter"),
+        lambda: randlora.files.merge("adapter", "merged", base="base"),
+    ):
         with pytest.raises(CheckpointError, match=r"no parameter classifier\.weight"):
             call()
 
 
 def test_what_was_random_when_the_head_was_trained_and_is_in_no_file_is_refused() -> None:
     trained(lambda: BertForMaskedLM(CONFIG), AutoModelForSequenceClassification, ["classifier"])
-    for call in (lambda: randlora.load_model("adapter"), lambda: randlora.files.merge("base", "adapter", "merged")):
+    for call in (
+        lambda: randlora.load_model("adapter"),
+        lambda: randlora.files.merge("adapter", "merged", base="base"),
+    ):
         with pytest.raises(CheckpointError, match=r"bert\.pooler\.dense\.weight"):
             call()
     assert not Path("merged").exists()

@@ -62,7 +62,7 @@ def test_a_model_in_the_cache_is_not_asked_for_again(hub: Hub, monkeypatch: pyte
     base = save_model(LLAMA, Path("base"), is_sharded=True)
     put(hub, "org/model", base)
     save_adapter(LLAMA, Path("adapter"))
-    randlora.files.merge("org/model", "adapter", "merged")
+    randlora.files.merge("adapter", "merged", base="org/model")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert randlora.files.plan("org/model", r=4) == randlora.files.plan(base, r=4)
 
@@ -75,8 +75,8 @@ def test_a_merge_downloads_both_and_equals_that_of_directories(hub: Hub, is_shar
     put(hub, "org/model", base, **other)
     put(hub, "user/adapter", adapter)
     (base / "tokenizer.json").write_bytes(b"{}")
-    report = randlora.files.merge("org/model", {"user/adapter": 0.5}, "merged")
-    expected = randlora.files.merge(base, {adapter: 0.5}, "expected")
+    report = randlora.files.merge({"user/adapter": 0.5}, "merged", base="org/model")
+    expected = randlora.files.merge({adapter: 0.5}, "expected", base=base)
     assert contents(Path("merged")) == contents(Path("expected"))
     assert report == replace(expected, out=Path("merged"), adapters={"user/adapter": 0.5})
     assert not [request for request in hub.requests if "large" in request or ".bin" in request]
@@ -131,7 +131,7 @@ def test_no_base_is_downloaded_for_an_adapter_that_cannot_be_had(hub: Hub) -> No
     put(hub, "org/model", save_model(LLAMA, Path("base")))
     save_adapter(LLAMA, Path("adapter"))
     with pytest.raises(CheckpointError, match="a path has no revision"):
-        randlora.files.merge("org/model", "adapter", "merged", revision="v1")
+        randlora.files.merge("adapter", "merged", base="org/model", revision="v1")
     assert hub.requests == []
 
 
@@ -143,7 +143,7 @@ def test_verify_asks_for_a_base_once(hub: Hub) -> None:
 
 def test_merge_asks_for_an_adapter_once(hub: Hub) -> None:
     put(hub, "user/adapter", save_adapter(LLAMA, Path("adapter")))
-    randlora.files.merge(save_model(LLAMA, Path("base")), "user/adapter", "merged")
+    randlora.files.merge("user/adapter", "merged", base=save_model(LLAMA, Path("base")))
     assert hub.requests.count("GET /api/models/user/adapter/revision/main") == 1
 
 
@@ -175,7 +175,7 @@ def test_a_quantized_model_is_not_downloaded_to_be_merged_into(hub: Hub) -> None
     put(hub, "org/model", quantize(LLAMA, "nf4", Path("base")))
     adapter = save_adapter(LLAMA, Path("adapter"))
     with pytest.raises(CheckpointError, match=r"cannot merge into 'org/model', which is quantized \(nf4\)"):
-        randlora.files.merge("org/model", adapter, "merged")
+        randlora.files.merge(adapter, "merged", base="org/model")
     assert not list(Path("cache").rglob("*.safetensors"))
 
 

@@ -139,7 +139,7 @@ def test_what_two_parts_train_must_be_one(tmp_path: Path) -> None:
 
 def test_what_a_directory_holds_is_not_replaced_unless_asked_for(tmp_path: Path) -> None:
     parts = save_all(stages(Model(), [2]), tmp_path)
-    for out, said in ((parts[0], "holds one of the parts"), (tmp_path, "exists and is not empty")):
+    for out, said in ((parts[0], "or inside it, an input that must not change"), (tmp_path, "exists and is not empty")):
         with pytest.raises(CheckpointError, match=said):
             randlora.files.join(parts, out)
     with pytest.raises(CheckpointError, match="expected two or more parts, got 1"):

@@ -33,7 +33,7 @@ def saved(kind: ReadKind, root: Path) -> nn.Module:
 def test_merging_files_gives_the_bits_of_merging_in_memory(kind: ReadKind, tmp_path: Path) -> None:
     model = saved(kind, tmp_path)
     assert randlora.files.verify(tmp_path / "adapter", tmp_path / "base").passed
-    randlora.files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    randlora.files.merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base")
     randlora.merge(model)
     assert all_bits(load_file(tmp_path / "out" / "model.safetensors")) == all_bits(model.state_dict())
 
@@ -48,7 +48,7 @@ def test_a_model_that_transformers_wrote_is_merged_as_in_memory(kind: Any, targe
     fill(model)
     expected = outputs(model, kind.inputs())
     randlora.save(model, tmp_path / "adapter")
-    randlora.files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    randlora.files.merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base")
     merged = type(model).from_pretrained(tmp_path / "out").eval()
     randlora.merge(model)
     for name, tensor in model.state_dict().items():
@@ -64,7 +64,7 @@ def test_a_kernel_of_another_size_is_refused_and_nothing_is_written(tmp_path: Pa
     save_file(nn.Sequential(nn.Conv2d(3, 8, 5)).state_dict(), tmp_path / "base" / "model.safetensors")
     before = contents(tmp_path)
     with pytest.raises(CheckpointError, match="0 is 8 x 75 here, the adapter was trained on out x in = 8 x 27"):
-        randlora.files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        randlora.files.merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base")
     assert not randlora.files.verify(tmp_path / "adapter", tmp_path / "base").passed
     assert contents(tmp_path) == before
     with pytest.raises(CheckpointError, match="0 is 8 x 75 here"):
@@ -82,7 +82,7 @@ def test_a_kernel_that_is_not_that_of_the_models_class_is_refused(tmp_path: Path
     tensors[name] = tensors[name][:, :, :4].contiguous()
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(CheckpointError, match="projection is 32 x 96 here, the adapter was trained on out x in = 32 x"):
-        randlora.files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        randlora.files.merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base")
 
 
 @pytest.mark.parametrize("kind", [kind for kind in READ_KINDS if kind.kind != "linear"], ids=lambda kind: kind.name)

@@ -275,7 +275,7 @@ def test_the_real_mlx_lm_computes_what_the_adapter_does(tmp_path: Path) -> None:
     theirs, _ = loading.load_model(base_directory(LLAMA, tmp_path))
     tuner.load_adapters(theirs, str(tmp_path / "lora"))
     ids = LLAMA.inputs()["input_ids"]
-    merged = randlora.files.merge(tmp_path / "base", source, tmp_path / "merged").out
+    merged = randlora.files.merge(source, tmp_path / "merged", base=tmp_path / "base").out
     for each in (theirs, loading.load_model(merged)[0]):
         found = torch.from_numpy(np.array(each(mx.array(ids.numpy()))))
         torch.testing.assert_close(found, outputs(model, {"input_ids": ids}), rtol=1e-4, atol=1e-5)

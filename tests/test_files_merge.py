@@ -30,7 +30,7 @@ def test_merging_files_writes_what_loading_merging_and_saving_writes(
 ) -> None:
     base = save_model(kind, tmp_path / "base", dtype=dtype, is_sharded=is_sharded)
     adapter = save_adapter(kind, tmp_path / "adapter", dtype=dtype)
-    report = randlora.files.merge(base, adapter, tmp_path / "out")
+    report = randlora.files.merge(adapter, tmp_path / "out", base=base)
     expected = write(merge_in_memory(kind, {adapter: 1.0}, dtype=dtype), tmp_path / "expected", is_sharded=is_sharded)
     assert contents(report.out) == contents(expected) != contents(base)
     assert (len(list(base.glob("*.safetensors"))) > 1) == is_sharded
@@ -50,7 +50,7 @@ def test_several_adapters_are_summed_as_in_memory_and_what_was_trained_beside_th
         save_adapter(kind, tmp_path / f"adapter {number}", dtype=torch.bfloat16, values=number, **given): weight
         for number, (given, weight) in enumerate(zip(options, (0.7, -0.3, 2.0), strict=True))
     }
-    report = randlora.files.merge(base, adapters, tmp_path / "out")
+    report = randlora.files.merge(adapters, tmp_path / "out", base=base)
     merged = merge_in_memory(kind, adapters, dtype=torch.bfloat16)
     assert contents(report.out) == contents(write(merged, tmp_path / "expected", is_sharded=True))
     assert report.adapters == {str(path): weight for path, weight in adapters.items()}
@@ -71,7 +71,7 @@ def test_a_weight_that_one_adapter_trained_whole_and_another_adapts_is_merged_as
     }
     if not is_first:
         adapters = dict(reversed(adapters.items()))
-    report = randlora.files.merge(base, adapters, tmp_path / "out")
+    report = randlora.files.merge(adapters, tmp_path / "out", base=base)
     merged = merge_in_memory(LLAMA, adapters, dtype=torch.bfloat16)
     assert contents(report.out) == contents(write(merged, tmp_path / "expected"))
     assert f"{layer}.weight" in {*report.merged} & {*report.replaced}
@@ -81,7 +81,7 @@ def test_a_weight_that_one_adapter_trained_whole_and_another_adapts_is_merged_as
 def test_every_kind_of_bases_is_merged_as_in_memory(basis: BasisKind, tmp_path: Path) -> None:
     base = save_model(LLAMA, tmp_path / "base")
     adapter = save_adapter(LLAMA, tmp_path / "adapter", basis=basis)
-    report = randlora.files.merge(base, adapter, tmp_path / "out")
+    report = randlora.files.merge(adapter, tmp_path / "out", base=base)
     assert contents(report.out) == contents(write(merge_in_memory(LLAMA, {adapter: 1.0}), tmp_path / "expected"))
 
 
@@ -90,7 +90,7 @@ def test_an_adapter_that_peft_wrote_is_merged_as_in_memory(kind: RealModel, tmp_
     options: dict[str, Any] = {"modules_to_save": ["classifier"]} if kind is BERT else {}
     base = save_model(kind, tmp_path / "base")
     peft_model(kind, **options).save_pretrained(tmp_path / "adapter")
-    report = randlora.files.merge(base, tmp_path / "adapter", tmp_path / "out")
+    report = randlora.files.merge(tmp_path / "adapter", tmp_path / "out", base=base)
     merged = merge_in_memory(kind, {tmp_path / "adapter": 1.0})
     assert contents(report.out) == contents(write(merged, tmp_path / "expected"))
     assert bool(report.replaced) == (kind is BERT)
@@ -103,7 +103,7 @@ def test_a_wider_dtype_is_that_of_the_model_while_merging(
 ) -> None:
     base = save_model(BERT, tmp_path / "base", dtype=narrow, is_sharded=is_sharded)
     adapter = save_adapter(BERT, tmp_path / "adapter", dtype=torch.float32, train_also=["classifier"])
-    report = randlora.files.merge(base, adapter, tmp_path / "out", dtype=torch.float32)
+    report = randlora.files.merge(adapter, tmp_path / "out", base=base, dtype=torch.float32)
     model = BERT.build().to(narrow).to(torch.float32)
     randlora.load(model, adapter)
     randlora.merge(model)
@@ -117,7 +117,7 @@ def test_a_wider_dtype_is_that_of_the_model_while_merging(
 def test_a_narrower_dtype_is_rounded_to_once_after_merging(narrow: torch.dtype, tmp_path: Path) -> None:
     base = save_model(GPT2, tmp_path / "base", is_sharded=True)
     adapter = save_adapter(GPT2, tmp_path / "adapter", train_also=["ln_f"])
-    report = randlora.files.merge(base, adapter, tmp_path / "out", dtype=narrow)
+    report = randlora.files.merge(adapter, tmp_path / "out", base=base, dtype=narrow)
     expected = write(merge_in_memory(GPT2, {adapter: 1.0}).to(narrow), tmp_path / "expected")
     assert tensors(report.out) == tensors(expected)
     assert (report.out / "config.json").read_bytes() == (expected / "config.json").read_bytes()
@@ -142,7 +142,7 @@ def test_a_tensor_that_is_no_number_with_a_point_keeps_its_dtype(tmp_path: Path)
     held["position_ids"], held["empty"], held["scalar"] = torch.arange(5), torch.empty(0, 3), torch.tensor(1.5)
     save_file(held, base / "model.safetensors", {"format": "pt", "of": "ours"})
     adapter = save_adapter(LLAMA, tmp_path / "adapter")
-    out = randlora.files.merge(base, adapter, tmp_path / "out", dtype=torch.bfloat16).out
+    out = randlora.files.merge(adapter, tmp_path / "out", base=base, dtype=torch.bfloat16).out
     merged = load_file(out / "model.safetensors")
     assert torch.equal(merged["position_ids"], torch.arange(5))
     assert merged["empty"].shape == (0, 3)
@@ -153,16 +153,18 @@ def test_a_prefix_fits_an_adapter_of_a_bare_model_to_one_with_a_head_and_the_oth
     full = save_model(GPT2, tmp_path / "full")
     transformers.GPT2LMHeadModel.from_pretrained(full).transformer.save_pretrained(tmp_path / "bare")
     adapter = save_adapter(GPT2, tmp_path / "adapter")
-    merged = randlora.files.merge(full, adapter, tmp_path / "out").out
-    from_bare = randlora.files.merge(tmp_path / "bare", adapter, tmp_path / "out of bare", prefix="transformer").out
+    merged = randlora.files.merge(adapter, tmp_path / "out", base=full).out
+    from_bare = randlora.files.merge(
+        adapter, tmp_path / "out of bare", base=tmp_path / "bare", prefix="transformer"
+    ).out
     expected = {name.removeprefix("transformer."): bits for name, bits in tensors(merged).items()}
     assert tensors(from_bare) == expected
 
     renamed = rename(adapter, tmp_path / "renamed")
-    again = randlora.files.merge(full, renamed, tmp_path / "again", prefix="transformer.").out
+    again = randlora.files.merge(renamed, tmp_path / "again", base=full, prefix="transformer.").out
     assert tensors(again) == tensors(merged)
     with pytest.raises(CheckpointError, match="fit as they are: leave it out"):
-        randlora.files.merge(full, {adapter: 0.5, renamed: 0.5}, tmp_path / "both", prefix="transformer")
+        randlora.files.merge({adapter: 0.5, renamed: 0.5}, tmp_path / "both", base=full, prefix="transformer")
 
 
 def rename(adapter: Path, directory: Path) -> Path:
@@ -190,14 +192,14 @@ def float8_base(directory: Path, **beside: torch.Tensor) -> Path:
 def test_floats_of_8_bits_are_merged_into_in_a_wider_dtype(tmp_path: Path) -> None:
     base, adapter = float8_base(tmp_path / "base"), save_adapter(LLAMA, tmp_path / "adapter")
     with pytest.raises(MergeError, match=r"is torch\.float8_e4m3fn, which would lose most of an update: give a dtype"):
-        randlora.files.merge(base, adapter, tmp_path / "out")
+        randlora.files.merge(adapter, tmp_path / "out", base=base)
     assert not (tmp_path / "out").exists()
     wide = {name: tensor.float() for name, tensor in load_file(base / "model.safetensors").items()}
     plain = save_model(LLAMA, tmp_path / "plain")
     save_file(wide, plain / "model.safetensors", {"format": "pt"})
     for dtype in (torch.float32, torch.bfloat16):
-        randlora.files.merge(base, adapter, tmp_path / f"out {dtype}", dtype=dtype)
-        randlora.files.merge(plain, adapter, tmp_path / f"expected {dtype}", dtype=dtype)
+        randlora.files.merge(adapter, tmp_path / f"out {dtype}", base=base, dtype=dtype)
+        randlora.files.merge(adapter, tmp_path / f"expected {dtype}", base=plain, dtype=dtype)
         found, expected = (
             load_file(tmp_path / f"{name} {dtype}" / "model.safetensors") for name in ("out", "expected")
         )
@@ -209,5 +211,5 @@ def test_floats_of_8_bits_with_scales_are_refused(tmp_path: Path) -> None:
     scale = "model.layers.0.self_attn.q_proj.scale_weight"
     base, adapter = float8_base(tmp_path / "base", **{scale: torch.ones(())}), save_adapter(LLAMA, tmp_path / "adapter")
     with pytest.raises(MergeError, match=r"q_proj\.weight is torch\.float8_e4m3fn and has a scale, .*scale_weight"):
-        randlora.files.merge(base, adapter, tmp_path / "out", dtype=torch.bfloat16)
+        randlora.files.merge(adapter, tmp_path / "out", base=base, dtype=torch.bfloat16)
     assert not (tmp_path / "out").exists()

@@ -48,7 +48,7 @@ def refused(message: str, root: Path, *verbs: str) -> None:
     calls: dict[str, Callable[[], object]] = {
         "plan": lambda: randlora.files.plan(base),
         "inspect": lambda: randlora.files.inspect(adapter, base),
-        "merge": lambda: randlora.files.merge(base, adapter, root / "out"),
+        "merge": lambda: randlora.files.merge(adapter, root / "out", base=base),
     }
     for verb in verbs or calls:
         with pytest.raises(CheckpointError, match=message):
@@ -104,7 +104,7 @@ def test_an_adapter_trained_on_the_quantized_model_fits_it(kind: RealModel, tmp_
     assert randlora.files.verify(tmp_path / "adapter", base).passed
     found = randlora.files.inspect(tmp_path / "adapter", base)
     assert tuple(layer.fqn for layer in found.layers) == report.targets
-    dense = randlora.files.merge(tmp_path / "base dense", tmp_path / "adapter", tmp_path / "out")
+    dense = randlora.files.merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base dense")
     assert len(dense.merged) == len(report.targets)
 
 

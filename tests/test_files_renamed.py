@@ -71,7 +71,7 @@ def test_an_adapter_under_the_names_in_memory_is_merged_into_files_of_other_name
     fill(model, seed=0)
     randlora.save(model, tmp_path / "adapter")
     assert set(randlora.files.plan(tmp_path / "base", 4, targets="all-linear").targets) == set(report.targets)
-    merged = randlora.files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out").merged
+    merged = randlora.files.merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base").merged
     randlora.merge(model)
     model.save_pretrained(tmp_path / "expected")
     ours, expected = (load_file(tmp_path / place / "model.safetensors") for place in ("out", "expected"))

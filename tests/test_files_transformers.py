@@ -105,7 +105,7 @@ def merges_agree(model_class: Any, model: nn.Module, directory: Path) -> None:
     fill(model)
     randlora.save(model, directory / "adapter")
     assert randlora.files.verify(directory / "adapter", base).passed
-    report = randlora.files.merge(base, directory / "adapter", directory / "out")
+    report = randlora.files.merge(directory / "adapter", directory / "out", base=base)
     loaded = model_class.from_pretrained(base)
     randlora.load(loaded, directory / "adapter")
     randlora.merge(loaded)
@@ -166,9 +166,9 @@ def test_where_files_have_the_adapters_names_merging_needs_no_transformers(
 ) -> None:
     base = save_model(kind, tmp_path / "base")
     adapter = save_adapter(kind, tmp_path / "adapter", train_also=[HEADS[kind.name]])
-    expected = contents(randlora.files.merge(base, adapter, tmp_path / "expected").out)
+    expected = contents(randlora.files.merge(adapter, tmp_path / "expected", base=base).out)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert contents(randlora.files.merge(base, adapter, tmp_path / "out").out) == expected
+    assert contents(randlora.files.merge(adapter, tmp_path / "out", base=base).out) == expected
     assert randlora.files.verify(adapter, base).passed
 
 
@@ -178,11 +178,11 @@ def test_without_transformers_a_prefix_is_named_and_can_be_given(
     full = save_model(LLAMA, tmp_path / "full")
     transformers.LlamaForCausalLM.from_pretrained(full).model.save_pretrained(tmp_path / "bare")
     adapter = save_adapter(LLAMA, tmp_path / "adapter")
-    expected = stored(randlora.files.merge(full, adapter, tmp_path / "expected").out)
+    expected = stored(randlora.files.merge(adapter, tmp_path / "expected", base=full).out)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(CheckpointError, match="differ by the prefix 'model': give prefix=\"model\""):
-        randlora.files.merge(tmp_path / "bare", adapter, tmp_path / "out")
-    report = randlora.files.merge(tmp_path / "bare", adapter, tmp_path / "out", prefix="model")
+        randlora.files.merge(adapter, tmp_path / "out", base=tmp_path / "bare")
+    report = randlora.files.merge(adapter, tmp_path / "out", base=tmp_path / "bare", prefix="model")
     found = stored(report.out)
     assert all(same_bits(found[name], expected[f"model.{name}"]) for name in found)
 
@@ -217,7 +217,7 @@ def test_load_merge_and_verify_name_the_prefix_that_differs_and_take_it(
         with pytest.raises(CheckpointError, match=named):
             randlora.load(model, adapter, prefix=wrong)
         with pytest.raises(CheckpointError, match=named):
-            randlora.files.merge(base, adapter, tmp_path / "out", prefix=wrong)
+            randlora.files.merge(adapter, tmp_path / "out", base=base, prefix=wrong)
         assert named in str(randlora.files.verify(adapter, base, prefix=wrong))
     no_names: list[Any] = ["", ".", 3]
     for no_name in no_names:
@@ -226,8 +226,8 @@ def test_load_merge_and_verify_name_the_prefix_that_differs_and_take_it(
     with pytest.raises(CheckpointError, match="fit as they are: leave it out"):
         randlora.load(model, own, prefix="bert")
     assert randlora.files.verify(adapter, base, prefix="bert").passed
-    merged = randlora.files.merge(base, adapter, tmp_path / "out", prefix="bert").out
-    expected = randlora.files.merge(base, own, tmp_path / "expected").out
+    merged = randlora.files.merge(adapter, tmp_path / "out", base=base, prefix="bert").out
+    expected = randlora.files.merge(own, tmp_path / "expected", base=base).out
     assert same_tensors(stored(merged), stored(expected))
     report = randlora.load(model, adapter, prefix="bert")
     assert re.search(r"with 'bert\.' (added|removed)$", report.rule)
@@ -293,7 +293,7 @@ def test_a_parameter_that_is_tied_is_refused_by_load_merge_and_verify(tmp_path: 
     with pytest.raises(CheckpointError, match=tied):
         randlora.load(GPT2.build(), tmp_path / "adapter")
     with pytest.raises(CheckpointError, match=tied):
-        randlora.files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        randlora.files.merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base")
     assert re.search(tied, str(randlora.files.verify(tmp_path / "adapter", tmp_path / "base")))
 
 
@@ -330,7 +330,7 @@ def test_a_parameter_that_a_class_lacks_is_missing_for_load_merge_and_verify(tmp
     with pytest.raises(CheckpointError, match=f"{lacking} with the adapter$"):
         randlora.load(bare, tmp_path / "adapter")
     with pytest.raises(CheckpointError, match=missing):
-        randlora.files.merge(tmp_path / "bare", tmp_path / "adapter", tmp_path / "out", prefix="bert")
+        randlora.files.merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "bare", prefix="bert")
     assert missing in str(randlora.files.verify(tmp_path / "adapter", tmp_path / "bare", prefix="bert"))
 
 
@@ -342,7 +342,7 @@ def test_without_transformers_what_its_names_would_tell_is_said(
     with pytest.raises(
         CheckpointError, match=r"the model has no layer vit.layers.0.* under this name \(transformers, "
     ):
-        randlora.files.merge(base, adapter, tmp_path / "out")
+        randlora.files.merge(adapter, tmp_path / "out", base=base)
     assert not (tmp_path / "out").exists()
 
 
@@ -363,7 +363,7 @@ def test_without_transformers_our_files_say_which_weights_are_transposed(
     model, base, adapter = mixed_layouts(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert randlora.files.verify(adapter, base).passed
-    merged = stored(randlora.files.merge(base, adapter, tmp_path / "out").out)
+    merged = stored(randlora.files.merge(adapter, tmp_path / "out", base=base).out)
     randlora.merge(model)
     assert all(same_bits(merged[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -379,7 +379,7 @@ def test_without_transformers_a_weight_that_may_be_transposed_is_refused(
         reseal(adapter, transposed=None)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(CheckpointError, match=r"h\.0\.attn\.c_proj may be stored transposed or not.*pip install"):
-        randlora.files.merge(base, adapter, tmp_path / "out")
+        randlora.files.merge(adapter, tmp_path / "out", base=base)
     assert not randlora.files.verify(adapter, base).passed
     assert not (tmp_path / "out").exists()
 
@@ -388,7 +388,7 @@ def test_without_transformers_codes_have_no_shapes(tmp_path: Path, monkeypatch: 
     base, adapter = quantize(LLAMA, "8 bits", tmp_path / "base"), save_adapter(LLAMA, tmp_path / "adapter")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(CheckpointError, match=r"is quantized, and cannot be read without its model: .*pip install"):
-        randlora.files.merge(base, adapter, tmp_path / "out")
+        randlora.files.merge(adapter, tmp_path / "out", base=base)
 
 
 def edit_json(path: Path, changes: dict[str, Any]) -> None:

@@ -69,14 +69,17 @@ CALLS: dict[str, tuple[tuple[Any, ...], Call]] = {
         lambda bad, ours, _, out: files.convert(ours, out, "lora", tolerance=bad),
     ),
     "convert overwrite": (NO_FLAGS, lambda bad, ours, _, out: files.convert(ours, out, overwrite=bad)),
-    "merge base": (NO_PATHS, lambda bad, ours, _, out: files.merge(bad, ours, out)),
+    "merge base": (NO_PATHS, lambda bad, ours, _, out: files.merge(ours, out, base=bad)),
     "merge adapters": (
         (None, 7, b"bytes", [], {}, [7], [None], {7: 1.0}, [""], {"": 1.0}),
-        lambda bad, _, base, out: files.merge(base, bad, out),
+        lambda bad, _, base, out: files.merge(bad, out, base=base),
     ),
-    "merge factor": (NO_NUMBERS, lambda bad, ours, base, out: files.merge(base, {ours: bad}, out)),
-    "merge out": (NO_PATHS, lambda bad, ours, base, _: files.merge(base, ours, bad)),
-    "merge dtype": (("float32", 7, torch.int8), lambda bad, ours, base, out: files.merge(base, ours, out, dtype=bad)),
+    "merge factor": (NO_NUMBERS, lambda bad, ours, base, out: files.merge({ours: bad}, out, base=base)),
+    "merge out": (NO_PATHS, lambda bad, ours, base, _: files.merge(ours, bad, base=base)),
+    "merge dtype": (
+        ("float32", 7, torch.int8),
+        lambda bad, ours, base, out: files.merge(ours, out, base=base, dtype=bad),
+    ),
 }
 BAD = {f"{name} {index}": (call, bad) for name, (values, call) in CALLS.items() for index, bad in enumerate(values)}
 

@@ -419,7 +419,7 @@ def test_files_are_merged_as_in_memory(tmp_path: Path) -> None:
         save_adapter(LLAMA, tmp_path / "one", dtype=torch.bfloat16, **by_layer): 1.0,
         save_adapter(LLAMA, tmp_path / "two", dtype=torch.bfloat16, r={"v_proj": 4, ".*": 8}, values=1): 0.5,
     }
-    report = randlora.files.merge(base, adapters, tmp_path / "out")
+    report = randlora.files.merge(adapters, tmp_path / "out", base=base)
     merged = merge_in_memory(LLAMA, adapters, dtype=torch.bfloat16)
     assert contents(report.out) == contents(write(merged, tmp_path / "expected"))
 

@@ -148,7 +148,7 @@ def test_every_verb_on_files_takes_the_stream(old: Old, tmp_path: Path) -> None:
     verification = randlora.files.verify(old.adapter, old.base, stream="torch-2.11")
     assert verification.passed
     assert ASSUMED not in str(verification)
-    report = randlora.files.merge(old.base, old.adapter, tmp_path / "merged", stream="torch-2.11")
+    report = randlora.files.merge(old.adapter, tmp_path / "merged", base=old.base, stream="torch-2.11")
     assert report.notes == ()
     before, after = (load_file(directory / "model.safetensors") for directory in (old.base, tmp_path / "merged"))
     for fqn, update in old.updates.items():
@@ -163,7 +163,7 @@ def test_every_verb_on_files_says_what_it_assumed(old: Old, tmp_path: Path) -> N
     assert randlora.files.convert(old.adapter, tmp_path / "peft", "peft").notes[0].startswith(ASSUMED)
     lora = randlora.files.convert(old.adapter, tmp_path / "lora", "lora", base=old.base, tolerance=1.0)
     assert lora.notes[0].startswith(ASSUMED)
-    report = randlora.files.merge(old.base, old.adapter, tmp_path / "merged")
+    report = randlora.files.merge(old.adapter, tmp_path / "merged", base=old.base)
     assert report.notes[0].startswith(f"{old.adapter}: {ASSUMED}")
 
 
@@ -281,7 +281,7 @@ def test_what_is_no_stream_is_an_error_of_every_verb(stream: Any, tmp_path: Path
         lambda: randlora.files.inspect(OURS, stream=stream),
         lambda: randlora.files.verify(OURS, stream=stream),
         lambda: randlora.files.convert(OURS, tmp_path / "out", stream=stream),
-        lambda: randlora.files.merge(base_directory(LLAMA, tmp_path), OURS, tmp_path / "out", stream=stream),
+        lambda: randlora.files.merge(OURS, tmp_path / "out", base=base_directory(LLAMA, tmp_path), stream=stream),
     ]
     for call in calls:
         with pytest.raises(ConfigError, match=message):

@@ -121,7 +121,7 @@ def test_merging_in_memory_and_in_files_gives_the_adapted_output(kind: Vision, t
     with torch.no_grad():
         assert same_bits(kind.output(loaded), expected)
     assert randlora.files.verify(tmp_path / "adapter", tmp_path / "base").passed
-    randlora.files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    randlora.files.merge(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "base")
     randlora.merge(model)
     with torch.no_grad():
         torch.testing.assert_close(kind.output(model), expected, rtol=1e-3, atol=1e-3 * scale)

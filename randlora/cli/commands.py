@@ -15,7 +15,6 @@ import randlora
 from randlora.cli.output import plain, progress_bar, show, show_json
 from randlora.cli.verb import Parameter, read_verb
 from randlora.errors import ConfigError, spelled
-from randlora.options import Source
 
 FAILED = 1
 """The exit code of checks that failed, as of errors with files."""
@@ -141,7 +140,6 @@ COMMANDS = {
                 "Directories of adapters, or `user/repo` on the Hub. Updates add.",
                 is_option=False,
             ),
-            Parameter("base", Source, Signed.empty, "The model: a directory, or `org/name` on the Hub."),
             Parameter("scale", Sequence[float] | None, None, "Factor of the update, one for each adapter, in order."),
         ),
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from randlora.checkpoint.peft_config import BASE_FIELD
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.checkpoint.tensors import master
 from randlora.config import Stream
+from randlora.disk.replace import is_free
 from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
 from randlora.files.base_fit import Base, BaseFit, fit_base, open_base, shapes_in
 from randlora.layer_options import by_rank
@@ -72,6 +73,24 @@ class OpenAdapter:
                 f"give {spelled('base')}, the directory of its base model{f', {named!r}' if named else ''}"
             )
         return self.shapes
+
+
+def out_problems(out: Path, inputs: Iterable[str | os.PathLike[str]], *, overwrite: bool | None = None) -> list[str]:
+    """Return why a directory cannot be written to. ``None`` means that it must not exist."""
+    place = Path(os.path.realpath(out))  # unlike Path.resolve, of links in a circle too
+    problems = []
+    for each in inputs:
+        found = Path(os.path.realpath(each))
+        if (found.parent if found.is_file() else found) in (place, *place.parents):
+            problems.append(f"{out} is {each} or inside it, an input that must not change: choose another place")
+    if overwrite is None and os.path.lexists(out):  # a link is one too
+        problems.append(f"{out} exists: choose another name, or remove it")
+    elif os.path.lexists(out) and not out.is_dir():
+        problems.append(f"{out} is a file or a broken link: expected the name of a directory to write to")
+    elif overwrite is False and out.is_dir() and not is_free(out):
+        given = spelled("overwrite", value=True)
+        problems.append(f"{out} exists and is not empty: choose another name, or give {given}")
+    return problems
 
 
 def _formed(fqn: str, update: Update) -> Tensor:

@@ -17,9 +17,9 @@ from randlora.checkpoint.header import Header
 from randlora.checkpoint.peft_config import UNREAD_FIELDS, option_fields, peft_obstacle, unknown_to_peft
 from randlora.checkpoint.tensors import adapter_tensors, basis_keys
 from randlora.checkpoint.write import adapter_files
-from randlora.disk.replace import NEW, is_free, scratch_for, write_files
+from randlora.disk.replace import NEW, scratch_for, write_files
 from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
-from randlora.files.adapter import OpenAdapter, open_adapter
+from randlora.files.adapter import OpenAdapter, open_adapter, out_problems
 from randlora.files.full_diff import full_diff
 from randlora.files.lora_layouts import (
     WEIGHTS,
@@ -139,15 +139,7 @@ def convert(
     source, target = Path(directory), Path(out)
     problems = _option_problems(to, format, rank, tolerance, component, same_rank=same_rank)
     raise_collected(ConfigError, problems, doing="convert")
-    whole = Path(os.path.realpath(target))  # unlike Path.resolve, of links in a circle too
-    if Path(os.path.realpath(source)) in (whole, *whole.parents):
-        raise CheckpointError(f"cannot convert {str(source)!r} into itself: choose another directory")
-    if os.path.lexists(target) and not target.is_dir():
-        raise CheckpointError(f"{target} is a file or a broken link: expected the name of a directory to write to")
-    if not overwrite and target.is_dir() and not is_free(target):
-        raise CheckpointError(
-            f"{target} exists and is not empty: choose another name, or give {spelled('overwrite', value=True)}"
-        )
+    raise_collected(CheckpointError, out_problems(target, [source], overwrite=overwrite), doing="convert")
     weights = WEIGHTS.get(to if to == "diff" else format or "peft")
     if others := sorted(name for name in set(WEIGHTS.values()) - {weights} if (target / name).exists()):
         raise CheckpointError(f"{target} holds files of another format, such as {others[0]}: choose another directory")

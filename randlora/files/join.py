@@ -19,9 +19,9 @@ from randlora.checkpoint.peft_config import BASE_FIELD, UNREAD_FIELDS, option_fi
 from randlora.checkpoint.tensors import adapter_tensors
 from randlora.checkpoint.write import adapter_files
 from randlora.config import RandLoRAConfig
-from randlora.disk.replace import is_free, write_files
+from randlora.disk.replace import write_files
 from randlora.errors import CheckpointError, raise_collected
-from randlora.files.adapter import OpenAdapter, open_adapter
+from randlora.files.adapter import OpenAdapter, open_adapter, out_problems
 from randlora.hints import require_types
 from randlora.report import as_bytes
 from randlora.targets.match import shortened
@@ -77,21 +77,11 @@ def join(
     require_types(join, locals())
     target = Path(out)
     opened = [open_adapter(part) for part in parts]
-    problems = [*_problems(opened), *_place_problems(target, [part.directory for part in opened], overwrite=overwrite)]
+    problems = [*_problems(opened), *out_problems(target, [part.directory for part in opened], overwrite=overwrite)]
     raise_collected(CheckpointError, problems, doing="join")
     header, tensors, json_fields = _joined(opened)
     (nbytes,) = write_files(adapter_files(target, json_fields, tensors, header))
     return JoinReport(target, tuple(part.directory for part in opened), len(header.shapes), nbytes)
-
-
-def _place_problems(target: Path, directories: Sequence[Path], *, overwrite: bool) -> list[str]:
-    if target.resolve() in [directory.resolve() for directory in directories]:
-        return [f"{target} holds one of the parts: choose another directory"]
-    if os.path.lexists(target) and not target.is_dir():
-        return [f"{target} is a file or a broken link: expected the name of a directory to write to"]
-    if not overwrite and target.is_dir() and not is_free(target):
-        return [f"{target} exists and is not empty: choose another name, or give overwrite=True"]
-    return []
 
 
 def _problems(parts: Sequence[OpenAdapter]) -> list[str]:

@@ -18,10 +18,11 @@ from randlora.checkpoint.read import locate
 from randlora.config import Stream
 from randlora.disk.hub import is_on_hub, local_path
 from randlora.disk.replace import new_directory
-from randlora.disk.tensor_file import write_tensor_file
+from randlora.disk.tensor_file import Planned, Shard, write_tensor_file
 from randlora.errors import CheckpointError, ConfigError, MergeError, raise_collected
+from randlora.files.adapter import out_problems
 from randlora.files.base_fit import open_base, read_base
-from randlora.files.changes import find_changes
+from randlora.files.changes import Changes, find_changes
 from randlora.files.model_directory import (
     INDEX_FILE,
     MODEL_CONFIG_FILE,
@@ -81,10 +82,10 @@ class FileMergeReport:
 
 
 def merge(
-    base: Source,
     adapters: Sources,
     out: Source,
     *,
+    base: Source,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     base_revision: str | None = None,
@@ -102,11 +103,11 @@ def merge(
     A quantized checkpoint is refused: load its model, and merge in memory or write it with `randlora.save_merged`.
 
     Args:
-        base: The model's directory, with one safetensors file or with shards and an index, which is only read; or a
-            repository on the Hub, which is downloaded.
         adapters: The directory of one adapter, or its repository on the Hub; those of several, whose updates add; or a
             mapping from them to the factors of their updates.
         out: The directory to create.
+        base: The model's directory, with one safetensors file or with shards and an index, which is only read; or a
+            repository on the Hub, which is downloaded.
         dtype: Cast every floating tensor to this dtype. A merged one is computed in float32 or wider and rounded once.
         revision: Branch, tag or commit of the repository of every adapter.
         base_revision: Branch, tag or commit of the base model's repository.
@@ -124,9 +125,12 @@ def merge(
         OSError: If the disk refuses, or another process creates ``out`` meanwhile.
     """
     require_types(merge, locals())
-    factors = _factors(adapters)
-    destination = Path(out)
-    _check([base, *factors], destination, dtype)
+    factors, destination = _factors(adapters), Path(out)
+    problems = [] if factors else ["there is no adapter: name at least one"]
+    if dtype not in (None, *CASTABLE):
+        problems.append(f"dtype must be one of {', '.join(map(str, CASTABLE))}, or None, got {dtype!r}")
+    raise_collected(ConfigError, problems, doing="merge")
+    raise_collected(MergeError, out_problems(destination, [base, *factors]), doing="merge")
     # before a download of the base, which may be large
     located = {str(adapter): (locate(adapter, revision), factor) for adapter, factor in factors.items()}
     model = open_base(base, base_revision)
@@ -137,33 +141,11 @@ def merge(
         )
     if is_on_hub(base):  # of which only headers are here yet
         model = read_base(local_path(base, base_revision, WHOLE, are_patterns=True))
-    directory = model.directory
     changes = find_changes(model, located, prefix, stream)
     raise_collected(MergeError, changes.float8_problems(dtype), doing="merge")
-    shards = [(shard, changes.tensors_of(shard, dtype)) for shard in directory.shards]
+    shards = [(shard, changes.tensors_of(shard, dtype)) for shard in model.directory.shards]
     shards[-1][1].extend(changes.added_tensors(dtype))
-    companions = find_companions(directory)
-    nbytes = sum(tensor.nbytes for _, tensors in shards for tensor in tensors)
-    beside = sum((directory.path / path).stat().st_size for path in companions.carried)
-    written = _Written(nbytes, progress)
-    with new_directory(destination) as scratch:
-        needed, free = nbytes + beside, shutil.disk_usage(scratch).free
-        if free < needed:
-            raise MergeError(
-                f"cannot merge to {str(out)!r}: it needs {as_bytes(needed)}, and {as_bytes(free)} are free"
-            )
-        for shard, tensors in shards:
-            write_tensor_file(scratch / shard.path.name, tensors, shard.metadata, written.add)
-        files = {tensor.name: shard.path.name for shard, tensors in shards for tensor in tensors}
-        _write_index(directory, files, nbytes, scratch)
-        for path in companions.carried:
-            if path == Path(MODEL_CONFIG_FILE):
-                copy_config(directory.path / path, scratch / path, dtype, changes.trained_on)
-            else:
-                copy_companion(directory.path / path, scratch / path)
-    left_out = [f"not copied: {path}, which may hold the base model's weights" for path in companions.left_out]
-    if changes.trained_on is not None and changes.unused:
-        left_out.append(f"not copied: {shortened(changes.unused)}, which a {changes.trained_on.name} does not have")
+    nbytes, notes = _write(destination, model.directory, shards, changes, dtype, progress)
     return FileMergeReport(
         out=destination,
         adapters={str(path): factor for path, factor in factors.items()},
@@ -172,22 +154,9 @@ def merge(
         shards=len(shards),
         nbytes=nbytes,
         dtype=dtype,
-        notes=(*changes.notes, *left_out),
+        notes=(*changes.notes, *notes),
         added=tuple(changes.added),
     )
-
-
-@dataclass
-class _Written:
-    """Counts bytes and reports them."""
-
-    total: int
-    progress: Progress
-    done: int = 0
-
-    def add(self, count: int, name: str) -> None:
-        self.done += count
-        self.progress(self.done, self.total, name)
 
 
 def _factors(adapters: Sources) -> dict[Source, float]:
@@ -203,26 +172,49 @@ def _factors(adapters: Sources) -> dict[Source, float]:
     return factors
 
 
-def _check(inputs: Sequence[Source], out: Path, dtype: torch.dtype | None) -> None:
-    """Raise an error for what is invalid before a file is read. The inputs are the base and the adapters."""
-    problems = [] if inputs[1:] else ["there is no adapter: name at least one"]
-    if dtype not in (None, *CASTABLE):
-        problems.append(f"dtype must be one of {', '.join(map(str, CASTABLE))}, or None, got {dtype!r}")
-    raise_collected(ConfigError, problems, doing="merge")
-    problems = [f"{out} exists: choose another name, or remove it"] if os.path.lexists(out) else []  # links too
-    problems += [
-        f"{out} is inside {place}, which is an input and must not change: choose another place"
-        for place in inputs
-        if Path(os.path.realpath(place)) in Path(os.path.realpath(out)).parents  # even if links go in a circle
-    ]
-    raise_collected(MergeError, problems, doing="merge")
+def _write(
+    out: Path,
+    directory: ModelDirectory,
+    shards: Sequence[tuple[Shard, Sequence[Planned]]],
+    changes: Changes,
+    dtype: torch.dtype | None,
+    progress: Progress,
+) -> tuple[int, list[str]]:
+    """Write the new checkpoint with the files that go with it, and return the size of its weights, and notes."""
+    companions = find_companions(directory)
+    nbytes = sum(tensor.nbytes for _, tensors in shards for tensor in tensors)
+    needed = nbytes + sum((directory.path / path).stat().st_size for path in companions.carried)
+    done = 0
+
+    def wrote(count: int, name: str) -> None:
+        nonlocal done
+        done += count
+        progress(done, nbytes, name)
+
+    with new_directory(out) as scratch:
+        if (free := shutil.disk_usage(scratch).free) < needed:
+            room = f"it needs {as_bytes(needed)}, and {as_bytes(free)} are free"
+            raise MergeError(f"cannot merge to {str(out)!r}: {room}")
+        for shard, tensors in shards:
+            write_tensor_file(scratch / shard.path.name, tensors, shard.metadata, wrote)
+        places = {tensor.name: shard.path.name for shard, tensors in shards for tensor in tensors}
+        _write_index(directory, places, nbytes, scratch)
+        for path in companions.carried:
+            if path == Path(MODEL_CONFIG_FILE):
+                copy_config(directory.path / path, scratch / path, dtype, changes.trained_on)
+            else:
+                copy_companion(directory.path / path, scratch / path)
+    notes = [f"not copied: {path}, which may hold the base model's weights" for path in companions.left_out]
+    if changes.trained_on is not None and changes.unused:
+        notes.append(f"not copied: {shortened(changes.unused)}, which a {changes.trained_on.name} does not have")
+    return nbytes, notes
 
 
-def _write_index(directory: ModelDirectory, files: Mapping[str, str], nbytes: int, scratch: Path) -> None:
+def _write_index(directory: ModelDirectory, places: Mapping[str, str], nbytes: int, scratch: Path) -> None:
     """Write the index of a sharded checkpoint, with the file of every tensor that was written, and the new size."""
     if directory.index is None:
         return
-    index = {**directory.index, "weight_map": dict(sorted(files.items()))}
+    index = {**directory.index, "weight_map": dict(sorted(places.items()))}
     metadata = index.get("metadata")
     if isinstance(metadata, dict) and nbytes != directory.nbytes:
         index["metadata"] = {**metadata, "total_size": nbytes}

@@ -39,7 +39,7 @@ def target(data: bytes) -> None:
             found = randlora.files.verify(adapter, base)
             outcome(partial(randlora.files.inspect, adapter, base))
             converted = outcome(partial(randlora.files.convert, adapter, root / "native", "native", base=base))
-            merged = outcome(partial(randlora.files.merge, base, adapter, root / "merged"))
+            merged = outcome(partial(randlora.files.merge, adapter, root / "merged", base=base))
             written = {"native"} if not isinstance(converted, RandLoRAError) else set[str]()
             written |= {"merged"} if isinstance(merged, FileMergeReport) else set()
             after = tree(root)

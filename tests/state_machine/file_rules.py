@@ -64,7 +64,7 @@ class FileRules(ModelMachine):
         save_file(own, base / "model.safetensors", {"format": "pt"})
         assert randlora.files.verify(self.path(slot), base).passed
         assert {layer.fqn for layer in randlora.files.inspect(self.path(slot)).layers} == {*adapter.values}
-        randlora.files.merge(base, {self.path(slot): factor}, out)
+        randlora.files.merge({self.path(slot): factor}, out, base=base)
         for name, value in load_file(out / "model.safetensors").items():
             weight = next((each for each in self.truth.weights_of(adapter) if each.name == name), None)
             expected = adapter.copies.get(name, own[name]).to(own[name]).double()
