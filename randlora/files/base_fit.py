@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from randlora.bases.spec import Shape
@@ -30,9 +31,8 @@ from randlora.checkpoint.read import AdapterFile
 from randlora.config import RandLoRAConfig
 from randlora.disk.tensor_file import Entry
 from randlora.errors import CheckpointError, raise_collected
-from randlora.files.conversion import Conversion
 from randlora.files.model_directory import Codes, ModelDirectory, find_codes, find_model, read_model_directory
-from randlora.files.transformers_model import TransformersModel, build_model
+from randlora.files.transformers_model import Conversion, TransformersModel, build_model
 from randlora.layers.attention import InProjAdapter
 from randlora.layers.base import AdapterLayer
 from randlora.layers.conv1d import Conv1DAdapter
@@ -67,6 +67,11 @@ class Base(NamedTuple):
             return self.model.census.shapes()
         shapes = [entry.shape for entry in self.directory.entries.values() if len(entry.shape) > 1]
         return [*(shape[-2:] for shape in shapes), *((shape[0], math.prod(shape[1:])) for shape in shapes)]
+
+    def dtype_of(self, fqn: str) -> torch.dtype:
+        """Return the dtype that a parameter has in the model's class."""
+        assert not isinstance(self.model, str), "only a class has parameters that the files lack"
+        return next(held.parameter.dtype for held in self.model.census.parameters if held.fqn == fqn)
 
 
 class Slot(NamedTuple):
@@ -199,15 +204,14 @@ def _fit_model(
             problems.append(f"the model has no layer {site.fqn} in its files")
         else:
             slots[site.fqn] = Slot((*conversion.sources,), site.shape_with(file.config), kind, (fqn, conversion))
-    trained = {fqn: names for fqn, names in model.names_by_fqn.items() if fqn in file.trained and names}
-    conversions = {
-        fqn: model.conversions[fqn] for fqn in file.trained if fqn not in trained and fqn in model.conversions
-    }
-    made_of = {fqn: (*conversion.sources,) for fqn, conversion in conversions.items()}
-    names_of = {fqn: (trained | made_of).get(fqn, ()) for fqn in file.trained}
+    by_fqn = model.names_by_fqn
+    trained = {fqn: by_fqn.get(fqn, ()) for fqn in file.trained}
+    lacking = [fqn for fqn, names in trained.items() if not names and fqn in model.conversions]
+    conversions = {fqn: model.conversions[fqn] for fqn in lacking}
+    trained |= {fqn: (*conversion.sources,) for fqn, conversion in conversions.items()}
     computed = [slot.converted for slot in slots.values() if slot.converted is not None]
     problems += _conversion_problems([*computed, *conversions.items()], entries)
-    return BaseFit(file, slots, names_of, conversions), problems
+    return BaseFit(file, slots, trained, conversions), problems
 
 
 def _conversion_problems(computed: list[tuple[str, Conversion]], entries: Mapping[str, Entry]) -> list[str]:
@@ -229,14 +233,9 @@ def _shape(site: Site, config: RandLoRAConfig, entry: Entry | None) -> Shape:
     if entry is None or len(entry.shape) < 2 or site.weight is None or entry.shape == tuple(site.weight.shape):
         return shape
     if len(entry.shape) > 2:
-        return shape if len(shape) > 2 else _as_matrix(entry)
+        return shape if len(shape) > 2 else (entry.shape[0], math.prod(entry.shape[1:]))
     is_transposed = shape != tuple(site.weight.shape)
-    return (entry.shape[1], entry.shape[0]) if is_transposed else (entry.shape[0], entry.shape[1])
-
-
-def _as_matrix(entry: Entry) -> Shape:
-    """Return the shape of a convolution's kernel as a matrix, in the order in which it is stored."""
-    return entry.shape[0], math.prod(entry.shape[1:])
+    return entry.shape[::-1] if is_transposed else entry.shape
 
 
 def _fit_names(
@@ -247,60 +246,47 @@ def _fit_names(
     if prefix is not None:
         file = with_prefix(file, prefix, known, entries)
     slots: dict[str, Slot] = {}
+    places: dict[str, str] = {}
     problems = prefix_problems(file, known, entries)
     for fqn in [] if problems else file.values:
         name = next((name for name in (f"{fqn}.weight", fqn) if name in entries), None)
         if name is None:
             problems.append(f"the model has no layer {fqn} under this name ({reason})")
-        elif len(entries[name].shape) == 3 and (stack := _stack_slot(file, fqn, entries[name])) is not None:
-            slots[fqn] = stack
-        elif len(entries[name].shape) > 2 and file.header is not None and len(file.header.shapes[fqn]) == 2:
-            slots[fqn] = Slot((name,), _as_matrix(entries[name]), ConvolutionAdapter)
-        elif len(entries[name].shape) != 2:
-            problems.append(f"{fqn} has shape {entries[name].shape}, expected a matrix ({reason})")
-        elif (is_transposed := _is_transposed(file, fqn, entries[name])) is None:
-            problems.append(f"{fqn} may be stored transposed or not, which the adapter does not say ({reason})")
+        elif isinstance(found := _stated(file, fqn, entries[name]), str):
+            problems.append(f"{fqn} {found} ({reason})")
+        elif (other := places.setdefault(name, fqn)) != fqn:
+            problems.append(f"{other} and {fqn} are both {name}, which cannot carry both of their adapters")
         else:
-            kind: type[AdapterLayer] = Conv1DAdapter if is_transposed else LinearAdapter
-            if name == fqn and not is_transposed:  # a parameter, such as an `in_proj_weight`, which may be split
-                kind = InProjAdapter
-            slots[fqn] = Slot((name,), _stored_shape(file, fqn, entries[name], is_transposed=is_transposed), kind)
-    places: dict[str, str] = {}
-    for fqn, slot in slots.items():
-        if (other := places.setdefault(slot.names[0], fqn)) != fqn:
-            problems.append(f"{other} and {fqn} are both {slot.names[0]}, which cannot carry both of their adapters")
+            slots[fqn] = found
     return BaseFit(file, slots, {fqn: (fqn,) if fqn in entries else () for fqn in file.trained}), problems
 
 
-def _stored_shape(file: AdapterFile, fqn: str, entry: Entry, *, is_transposed: bool) -> Shape:
-    """Return the shape of the update of a matrix, which may be a stack of matrices that lie one above the other."""
-    rows, columns = reversed(entry.shape) if is_transposed else entry.shape
-    trained = file.header.shapes[fqn] if file.header is not None else ()
-    if len(trained) == 3 and (trained[0] * trained[1], trained[2]) == (rows, columns):
-        return trained
-    return rows, columns
+def _stated(file: AdapterFile, fqn: str, entry: Entry) -> Slot | str:
+    """Return where a weight is stored in the layout that the adapter states, or why it cannot be said.
 
-
-def _stack_slot(file: AdapterFile, fqn: str, entry: Entry) -> Slot | None:
-    """Return where a stack of experts is stored, if the adapter says that it is one."""
-    header = file.header
-    if header is None or header.transposed is None or header.kinds.get(fqn) != Experts.kind:
-        return None
-    is_transposed = fqn in header.transposed
-    matrices, *matrix = entry.shape
-    rows, columns = reversed(matrix) if is_transposed else matrix
-    shape = (rows, columns) if len(header.shapes[fqn]) == 2 else (matrices, rows, columns)
-    return Slot((entry.name,), shape, TransposedExperts if is_transposed else Experts)
-
-
-def _is_transposed(file: AdapterFile, fqn: str, entry: Entry) -> bool | None:
-    """Return whether a matrix is stored as ``(in_features, out_features)``, or ``None`` if nothing says so.
-
-    PEFT's ``fan_in_fan_out`` says so if all layers are; otherwise some of them may be.
+    PEFT's ``fan_in_fan_out`` says that all layers are transposed; without it some of them may be.
     """
-    header = file.header
+    header, shape = file.header, entry.shape
+    trained: Shape = () if header is None else header.shapes[fqn]
+    is_transposed: bool | None = True if file.fields.get("fan_in_fan_out") else None
     if header is not None and header.transposed is not None:
-        return fqn in header.transposed
-    if header is not None and entry.shape[0] != entry.shape[1]:
-        return header.shapes[fqn] == (entry.shape[1], entry.shape[0])
-    return True if file.fields.get("fan_in_fan_out") else None
+        is_transposed = fqn in header.transposed
+        if len(shape) == 3 and header.kinds.get(fqn) == Experts.kind:
+            stack: Shape = (shape[0], shape[2], shape[1]) if is_transposed else shape
+            kind = TransposedExperts if is_transposed else Experts
+            return Slot((entry.name,), stack[-len(trained) :], kind)
+    elif header is not None and len(shape) == 2 and shape[0] != shape[1]:
+        is_transposed = trained == shape[::-1]
+    if len(shape) > 2 and len(trained) == 2:
+        return Slot((entry.name,), (shape[0], math.prod(shape[1:])), ConvolutionAdapter)
+    if len(shape) != 2:
+        return f"has shape {shape}, expected a matrix"
+    if is_transposed is None:
+        return "may be stored transposed or not, which the adapter does not say"
+    matrix: Shape = shape[::-1] if is_transposed else shape
+    if len(trained) == 3 and (trained[0] * trained[1], trained[2]) == matrix:
+        matrix = trained  # matrices that lie one above the other
+    if is_transposed:
+        return Slot((entry.name,), matrix, Conv1DAdapter)
+    # a parameter, such as an `in_proj_weight`, may be split
+    return Slot((entry.name,), matrix, InProjAdapter if entry.name == fqn else LinearAdapter)

@@ -5,7 +5,7 @@ The arithmetic is that of `randlora.merge`, update by update.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +23,7 @@ from randlora.disk.tensor_file import Entry, Planned, Shard, read_pieces, read_t
 from randlora.errors import CheckpointError, MergeError
 from randlora.files.adapter import open_fitted
 from randlora.files.base_fit import Base, Slot, as_trained
-from randlora.files.conversion import Conversion, Read
+from randlora.files.transformers_model import Conversion, Read
 from randlora.layers.experts import Experts
 from randlora.layers.update import Update
 from randlora.model.mergeable import require_finite
@@ -45,13 +45,14 @@ class Merging:
         return is_stack and any(len(update.shape) == 3 for update in self.updates)
 
     @torch.no_grad()
-    def merged(self, weight: Tensor, at: slice | None = None) -> Tensor:
-        """Return the merged weight, or some matrices ``at`` of a stack, in the dtype and layout of ``weight``.
+    def merged(self, weight: Tensor, at: int | None = None) -> Tensor:
+        """Return the merged weight, or one matrix of a stack, in the dtype and layout of ``weight``.
 
-        It is an error if it is not finite.
+        A value that is not finite raises an error.
         """
-        is_part = at is not None
-        updates = [update.at(at) if is_part and len(update.shape) == 3 else update for update in self.updates]
+        updates = self.updates
+        if at is not None:
+            updates = [update.at(slice(at, at + 1)) if len(update.shape) == 3 else update for update in updates]
         return require_finite(self.fqn, self.slot.layer_class.with_updates(weight, updates))
 
 
@@ -71,20 +72,19 @@ class ConvertedMerging:
 
         Of a stack that is made matrix by matrix, one matrix is computed, else all that the tensors become.
         """
-        conversion, joined = self.conversion, self.conversion.joined
-        if joined is None:
+        conversion = self.conversion
+        if conversion.joined is None:
             return conversion.revert({fqn: self._changed(fqn, own) for fqn, own in conversion.convert(read).items()})
-        index = joined.places[name]
-        names = joined.names[index]
+        stack, dim = conversion.joined
+        at, names = next((at, names) for at, names in enumerate(stack) if name in names)
         sources = [read(name) for name in names]
-        matrix = torch.cat(sources, joined.dim).unsqueeze(0)
-        changed = self._changed(conversion.fqn, matrix, slice(index, index + 1)).squeeze(0)
-        parts = changed.split([source.shape[joined.dim] for source in sources], joined.dim)
+        changed = self._changed(conversion.fqn, torch.cat(sources, dim).unsqueeze(0), at).squeeze(0)
+        parts = changed.split([source.shape[dim] for source in sources], dim)
         return {name: part.clone() for name, part in zip(names, parts, strict=True)}  # one may be kept longer
 
-    def _changed(self, fqn: str, weight: Tensor, at: slice | None = None) -> Tensor:
+    def _changed(self, fqn: str, weight: Tensor, at: int | None = None) -> Tensor:
         if (own := self.replaced.get(fqn)) is not None:  # one adapter's own version, which another may adapt
-            weight = (own if at is None else own[at]).to(weight.dtype)
+            weight = (own if at is None else own[at : at + 1]).to(weight.dtype)
         merging = self.parts.get(fqn)
         return weight if merging is None else merging.merged(weight, at)
 
@@ -99,21 +99,24 @@ class Changes:
     ``notes`` are what was assumed of the adapters, and doubts about their files.
     """
 
-    entries: dict[str, Entry]
-    computed: dict[str, Merging | ConvertedMerging]
-    values: dict[str, Tensor]
-    added: dict[str, Tensor]
+    entries: Mapping[str, Entry]
+    computed: dict[str, Merging | ConvertedMerging] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    added: dict[str, Tensor] = field(default_factory=dict)
     trained_on: ModelClass | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
-    unused: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    unused: Sequence[str] = ()
+    notes: list[str] = field(default_factory=list)
     _unwritten: dict[ConvertedMerging, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def merged(self) -> tuple[str, ...]:
         """Names of the tensors merged into."""
-        found = self.computed.items()
-        return tuple(name for name, merging in found if isinstance(merging, Merging) or merging.parts)
+        return tuple(
+            name
+            for name in self.entries
+            if (merging := self.computed.get(name)) is not None and (isinstance(merging, Merging) or merging.parts)
+        )
 
     @property
     def replaced(self) -> tuple[str, ...]:
@@ -125,10 +128,11 @@ class Changes:
     def float8_problems(self, dtype: torch.dtype | None) -> list[str]:
         """Return why 8-bit floats cannot be changed: they have scales, or would lose most of an update."""
         for name in (*self.computed, *self.values):
-            kind = self.entries[name].dtype
+            kind, module = self.entries[name].dtype, name.rpartition(".")[0]
             if not kind.is_floating_point or kind.itemsize > 1:
                 continue
-            if (scale := _scale_of(name, self.entries)) is not None:
+            beside = (other.rpartition(".") for other in self.entries)
+            if scale := next((f"{own}.{last}" for own, _, last in beside if own == module and "scale" in last), None):
                 return [f"{name} is {kind} and has a scale, {scale}: dequantize the model first"]
             if dtype is None:
                 return [f"{name} is {kind}, which would lose most of an update: give a dtype, as dtype=torch.bfloat16"]
@@ -156,38 +160,53 @@ class Changes:
         They are computed in the wider of ``dtype`` and the tensor's, and rounded once to ``dtype``. A value that was
         finite before and is not now raises an error.
         """
-        own, merging = self.values.get(entry.name), self.computed.get(entry.name)
-        wide = _wider(entry.dtype, dtype)
+        own, merging, wide = self.values.get(entry.name), self.computed.get(entry.name), _wider(entry.dtype, dtype)
         if isinstance(merging, Merging) and merging.has_own_updates and own is None:
             for index, piece in enumerate(read_pieces(entry, nbytes=entry.nbytes // entry.shape[0])):
                 matrix = piece.reshape(1, *entry.shape[1:]).to(wide)
-                yield _cast(entry.name, merging.merged(matrix, slice(index, index + 1)), dtype)
+                yield _cast(entry.name, merging.merged(matrix, index), dtype)
+        elif isinstance(merging, Merging):
+            yield _cast(entry.name, merging.merged(self._read(entry.name, dtype)), dtype)
         elif merging is not None:
-            yield _cast(entry.name, self._computed(merging, entry.name, dtype), dtype)
+            yield _cast(entry.name, self._converted(merging, entry.name, dtype), dtype)
         elif own is not None:
             yield _cast(entry.name, own.to(wide), dtype)
         else:
             yield from (_cast(entry.name, piece, dtype) for piece in read_pieces(entry))
 
-    def _computed(self, merging: Merging | ConvertedMerging, name: str, dtype: torch.dtype) -> Tensor:
+    def _read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Return a tensor before a merge, in the dtype in which it is merged into."""
+        wide = _wider(self.entries[name].dtype, dtype)
+        if (own := self.values.get(name)) is not None:  # an adapter's own, which another adapts, and may be wider
+            return own.to(torch.promote_types(own.dtype, wide))
+        return read_tensor(self.entries[name]).to(wide)
+
+    def _converted(self, merging: ConvertedMerging, name: str, dtype: torch.dtype) -> Tensor:
         """Return a tensor after a merge. Those computed with it are kept until they are needed, for two weights."""
-
-        def read(name: str) -> Tensor:
-            wide = _wider(self.entries[name].dtype, dtype)
-            if (own := self.values.get(name)) is not None:  # an adapter's own, which another adapts, and may be wider
-                return own.to(torch.promote_types(own.dtype, wide))
-            return read_tensor(self.entries[name]).to(wide)
-
-        if isinstance(merging, Merging):
-            return merging.merged(read(name))
         kept = self._unwritten.pop(merging, {})
         if name not in kept:
             # one expert's tensors are written one after the other, and belong to two weights by turns
             for other in [*self._unwritten][:-1]:
                 del self._unwritten[other]
-            kept |= merging.merged(name, read)
+            kept |= merging.merged(name, partial(self._read, dtype=dtype))
         self._unwritten[merging] = kept
         return kept.pop(name)
+
+    def mergings(self, fqn: str, slot: Slot) -> list[Merging]:
+        """Return the merging of a weight, or those of all its copies, created if there are none yet."""
+        if slot.converted is not None:
+            own, conversion = slot.converted
+            return [self.converted(conversion).parts.setdefault(own, Merging(fqn, slot))]
+        found = [self.computed.setdefault(name, Merging(fqn, slot)) for name in slot.names]
+        assert all(isinstance(merging, Merging) for merging in found), "a weight is converted for every adapter"
+        return [merging for merging in found if isinstance(merging, Merging)]
+
+    def converted(self, conversion: Conversion) -> ConvertedMerging:
+        """Return the merging of the tensors of a conversion, created if there is none yet."""
+        found = self.computed.setdefault(next(iter(conversion.sources)), ConvertedMerging(conversion))
+        assert isinstance(found, ConvertedMerging), "a tensor is converted for every adapter"
+        self.computed.update(dict.fromkeys(conversion.sources, found))
+        return found
 
 
 def find_changes(
@@ -199,52 +218,45 @@ def find_changes(
     """Read adapters, fit them to a checkpoint, draw their bases, and return which tensors they change.
 
     ``adapters`` are their directories and the factors of their updates, by the names that messages give them.
-    ``stream`` is that of the bases of each, as in `randlora.load`. It is an error if two trained the same parameter.
+    ``stream`` is that of the bases of each, as in `randlora.load`. Two that trained the same parameter raise an error.
     """
-    bank = BasisBank()
-    computed: dict[str, Merging | ConvertedMerging] = {}
-    values: dict[str, Tensor] = {}
-    added: dict[str, Tensor] = {}
-    notes: list[str] = []
-    files: dict[str, AdapterFile] = {}
+    bank, files = BasisBank(), dict[str, AdapterFile]()
     for name, (directory, _) in adapters.items():
         with _naming(name):
             files[name] = read_adapter(directory, stream)
             base = as_trained(base, files[name])
+    found = Changes(base.directory.entries)
+    if not isinstance(base.model, str) and base.trained_on is not None:
+        found = Changes(
+            found.entries, trained_on=base.trained_on, renamed=base.model.prefixed, unused=base.model.unused
+        )
     for name, (directory, factor) in adapters.items():
         with _naming(name):
             adapter, fit = open_fitted(directory, files[name], base, prefix, bank)
-            own = {fqn: _conversion(computed, found).replaced for fqn, found in fit.conversions.items()}
-            if taken := ", ".join(
+            own = {fqn: found.converted(conversion).replaced for fqn, conversion in fit.conversions.items()}
+            if repeated := [
                 fqn
                 for fqn, names in fit.trained.items()
-                if fqn in own.get(fqn, ()) or fqn in added or values.keys() & set(names)
-            ):
-                raise CheckpointError(f"an adapter before it trained {taken} too, and the model has room for one")
-        notes += [f"{name}: {note}" for note in (*adapter.file.doubts, *stream_notes(adapter.file))]
+                if fqn in own.get(fqn, ()) or fqn in found.added or found.values.keys() & set(names)
+            ]:
+                raise CheckpointError(
+                    f"an adapter before it trained {', '.join(repeated)} too, and the model has room for one"
+                )
+        found.notes.extend(f"{name}: {note}" for note in (*adapter.file.doubts, *stream_notes(adapter.file)))
         for fqn, slot in fit.slots.items():
             update = adapter.update(fqn, factor)
-            for merging in _mergings(computed, fqn, slot):
+            for merging in found.mergings(fqn, slot):
                 merging.updates.append(update)
         for fqn, names in fit.trained.items():
+            value = fit.file.trained[fqn]
             if fqn in own:
-                own[fqn][fqn] = fit.file.trained[fqn]
+                own[fqn][fqn] = value
+            elif names:
+                found.values.update(dict.fromkeys(names, value))
             else:
-                values |= dict.fromkeys(names, fit.file.trained[fqn])
-        added |= {fqn: _in_dtype_of(base, fqn, fit.file.trained[fqn]) for fqn in fit.absent}
-    _require_complete(base, added)
-    entries = base.directory.entries
-    in_order = {name: computed[name] for name in entries if name in computed}
-    if isinstance(base.model, str) or base.trained_on is None:
-        return Changes(entries, in_order, values, added, notes=tuple(notes))
-    unused = tuple(base.model.unused)
-    return Changes(entries, in_order, values, added, base.trained_on, base.model.prefixed, unused, tuple(notes))
-
-
-def _in_dtype_of(base: Base, fqn: str, value: Tensor) -> Tensor:
-    """Return the values of a parameter that the files lack, in the dtype that it has in the model."""
-    assert not isinstance(base.model, str), "only a class has parameters that the files lack"
-    return value.to(next(held.parameter.dtype for held in base.model.census.parameters if held.fqn == fqn))
+                found.added[fqn] = value.to(base.dtype_of(fqn))
+    _require_complete(base, found.added)
+    return found
 
 
 @contextmanager
@@ -265,32 +277,6 @@ def _require_complete(base: Base, added: Collection[str]) -> None:
             f"cannot merge: a {base.trained_on.name} has {shortened(missing)}, which neither the model's files nor an "
             "adapter has: they were random when the adapter was trained, and name them in train_also= for another one"
         )
-
-
-def _mergings(computed: dict[str, Merging | ConvertedMerging], fqn: str, slot: Slot) -> list[Merging]:
-    """Return the merging of a weight, or those of all its copies, created if there are none yet."""
-    if slot.converted is not None:
-        own, conversion = slot.converted
-        return [_conversion(computed, conversion).parts.setdefault(own, Merging(fqn, slot))]
-    found = [computed.setdefault(name, Merging(fqn, slot)) for name in slot.names]
-    assert all(isinstance(merging, Merging) for merging in found), "a weight is converted for every adapter or for none"
-    return [merging for merging in found if isinstance(merging, Merging)]
-
-
-def _conversion(computed: dict[str, Merging | ConvertedMerging], conversion: Conversion) -> ConvertedMerging:
-    """Return the merging of the tensors of a conversion, created if there is none yet."""
-    first = next(iter(conversion.sources))
-    found = computed.setdefault(first, ConvertedMerging(conversion))
-    assert isinstance(found, ConvertedMerging), "a tensor is converted for every adapter or for none"
-    computed |= dict.fromkeys(conversion.sources, found)
-    return found
-
-
-def _scale_of(name: str, entries: Collection[str]) -> str | None:
-    """Return the name of a tensor beside a weight that looks like its scale, as ``scale_weight`` does."""
-    module = name.rpartition(".")[0]
-    beside = [other for other in entries if other.rpartition(".")[0] == module]
-    return next((other for other in beside if "scale" in other.rpartition(".")[2]), None)
 
 
 def _wider(stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:

@@ -20,17 +20,17 @@ from randlora.checkpoint.write import adapter_files
 from randlora.disk.replace import NEW, scratch_for, write_files
 from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
 from randlora.files.adapter import OpenAdapter, open_adapter, out_problems
-from randlora.files.full_diff import full_diff
-from randlora.files.lora_layouts import (
+from randlora.files.layouts import (
+    OWN_NAMES,
     WEIGHTS,
-    AdapterFiles,
+    diff_files,
     diffusers_files,
     layout_problems,
     mlx_files,
     peft_files,
+    recognized,
 )
-from randlora.files.pipeline_parts import OWN_NAMES, recognized
-from randlora.files.to_lora import Factors, LoraLayer, low_rank_factors, not_linear
+from randlora.files.low_rank import LoraLayer, low_rank_factors
 from randlora.hints import require_types
 from randlora.options import Component, Format, Layout, Stream
 from randlora.report import Progress, as_bytes, as_lines, no_progress, table
@@ -140,29 +140,35 @@ def convert(
     problems = _option_problems(to, format, rank, tolerance, component, same_rank=same_rank)
     raise_collected(ConfigError, problems, doing="convert")
     raise_collected(CheckpointError, out_problems(target, [source], overwrite=overwrite), doing="convert")
-    weights = WEIGHTS.get(to if to == "diff" else format or "peft")
-    if others := sorted(name for name in set(WEIGHTS.values()) - {weights} if (target / name).exists()):
-        raise CheckpointError(f"{target} holds files of another format, such as {others[0]}: choose another directory")
+    layout = to if to == "diff" else format or "peft"
+    others = set(WEIGHTS.values()) - {WEIGHTS[layout]}
+    if beside := sorted(name for name in others if (target / name).exists()):
+        raise CheckpointError(f"{target} holds files of another format, such as {beside[0]}: choose another directory")
     adapter = open_adapter(directory, base, prefix, stream, revision, base_revision)
     assumed = (*adapter.file.doubts, *stream_notes(adapter.file))
-    if to == "lora":
-        with scratch_for(target) as scratch:
-            (room := scratch / NEW).mkdir()
-            doing = "convert to a LoRA"
-            raise_collected(ConfigError, not_linear(adapter) + layout_problems(adapter, format or "peft"), doing=doing)
-            factors = low_rank_factors(adapter, rank, tolerance, room, progress)
-            files = _lora_files(adapter, factors, format, component, same_rank=same_rank)
-            nbytes = files.write(target)
-        layers = tuple(each.layer for each in factors)
-        return ConversionReport(source, target, to, nbytes, layers, (*assumed, *files.notes))
+    if to in ("peft", "native"):
+        fields, tensors, header, notes = _contents(adapter, to)
+        (nbytes,) = write_files(adapter_files(target, fields, tensors, header))
+        return ConversionReport(source, target, to, nbytes, (), (*assumed, *notes))
+    doing = "convert to 'diff'" if to == "diff" else "convert to a LoRA"
+    raise_collected(ConfigError, layout_problems(adapter, layout), doing=doing)
     if to == "diff":
-        files = full_diff(adapter, component or recognized(adapter.require_shapes(), OWN_NAMES), progress)
+        files = diff_files(adapter, component, progress)
         nbytes = files.write(target)
         progress(len(files.tensors), len(files.tensors), "done")
         return ConversionReport(source, target, to, nbytes, (), (*assumed, *files.notes))
-    fields, tensors, header, notes = _contents(adapter, to)
-    (nbytes,) = write_files(adapter_files(target, fields, tensors, header))
-    return ConversionReport(source, target, to, nbytes, (), (*assumed, *notes))
+    with scratch_for(target) as scratch:
+        (room := scratch / NEW).mkdir()
+        factors = low_rank_factors(adapter, rank, tolerance, room, progress)
+        if layout == "diffusers":
+            files = diffusers_files(factors, component or recognized(adapter.require_shapes(), "transformer"))
+        elif layout == "mlx":
+            files = mlx_files(adapter, factors)
+        else:
+            files = peft_files(adapter, factors, same_rank=same_rank)
+        nbytes = files.write(target)
+    layers = tuple(each.layer for each in factors)
+    return ConversionReport(source, target, to, nbytes, layers, (*assumed, *files.notes))
 
 
 def _option_problems(
@@ -188,19 +194,6 @@ def _option_problems(
     if tolerance is not None and not 0 <= tolerance <= 1:
         problems.append(f"tolerance must be a number in [0, 1], got {tolerance!r}")
     return problems
-
-
-def _lora_files(
-    adapter: OpenAdapter,
-    factors: tuple[Factors, ...],
-    layout: Layout | None,
-    component: Component | None,
-    *,
-    same_rank: bool,
-) -> AdapterFiles:
-    if layout == "diffusers":
-        return diffusers_files(factors, component or recognized(adapter.require_shapes(), "transformer"))
-    return mlx_files(adapter, factors) if layout == "mlx" else peft_files(adapter, factors, same_rank=same_rank)
 
 
 def _contents(

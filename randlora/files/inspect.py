@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
-
 from randlora.bases.spec import BasisSpec
 from randlora.checkpoint.bases import stream_notes
 from randlora.checkpoint.peft_config import BASE_FIELD, CONFIG_FILE, NEUTRAL_FIELDS, kept_fields
@@ -27,8 +25,6 @@ from randlora.report import Progress, as_bytes, as_lines, no_progress, table
 
 DIGEST_SHOWN = 12
 
-BasisSource = Literal["seed", "file"]
-
 
 @dataclass(frozen=True)
 class BasisSummary:
@@ -42,7 +38,7 @@ class BasisSummary:
     """
 
     spec: BasisSpec
-    source: BasisSource
+    source: Literal["seed", "file"]
     digest: str
     nbytes: int
 
@@ -221,24 +217,25 @@ def inspect(
         storage=times.get(file.basis_copies, f"stored {file.basis_copies} times in the file"),
         base_model=file.fields.get(BASE_FIELD),
         config=file.config,
-        bases=tuple(_bases(adapter)),
+        bases=tuple(
+            BasisSummary(basis.spec, "seed" if basis.stored is None else "file", digest, basis.nbytes)
+            for basis, digest in digests(file, adapter.shapes, adapter.bases)
+        ),
         layers=tuple(layers),
         trained={fqn: tuple(tensor.shape) for fqn, tensor in file.trained.items()},
         trainable_parameters=sum(layer.trainable for layer in layers)
         + sum(each.numel() for fqn, each in file.trained.items() if fqn not in file.buffers),
-        nbytes=_size(adapter.directory),
+        nbytes=sum(_size(adapter.directory / name) for name in (CONFIG_FILE, TENSORS_FILE)),
         unknown_fields=tuple(sorted(set(kept_fields(file.fields)) - set(NEUTRAL_FIELDS))),
         notes=(*file.doubts, *stream_notes(file), *(() if adapter.shapes else (_without_shapes(),))),
     )
 
 
-def _size(directory: Path) -> int:
-    """Return the size of an adapter's files in bytes; the JSON may be missing, or withdrawn by another process."""
-    size = 0
-    for name in (CONFIG_FILE, TENSORS_FILE):
-        with suppress(FileNotFoundError):
-            size += (directory / name).stat().st_size
-    return size
+def _size(path: Path) -> int:
+    """Return the size of a file in bytes; the JSON may be missing, or withdrawn by another process."""
+    with suppress(FileNotFoundError):
+        return path.stat().st_size
+    return 0
 
 
 def _natural(fqn: str) -> list[tuple[int, str]]:
@@ -264,16 +261,6 @@ def _layer(adapter: OpenAdapter, fqn: str, *, norms: bool) -> LayerSummary:
     *_, out_features, in_features = adapter.shapes[fqn]
     if not norms:
         return layer(out_features, in_features)
-    found = map(_norms, adapter.delta_weights(fqn))  # which holds one update at a time
+    found = [(frobenius_norm(update), spectral_norm(update)) for update in adapter.delta_weights(fqn)]
     frobenius, spectral = zip(*found, strict=True)
     return layer(out_features, in_features, math.hypot(*frobenius), max(spectral))
-
-
-def _norms(update: Tensor) -> tuple[float, float]:
-    return frobenius_norm(update), spectral_norm(update)
-
-
-def _bases(adapter: OpenAdapter) -> Iterator[BasisSummary]:
-    for basis, digest in digests(adapter.file, adapter.shapes, adapter.bases):
-        source: BasisSource = "seed" if basis.stored is None else "file"
-        yield BasisSummary(basis.spec, source, digest, basis.nbytes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -75,13 +75,13 @@ def join(
         OSError: If the disk refuses. Nothing is left half written.
     """
     require_types(join, locals())
-    target = Path(out)
-    opened = [open_adapter(part) for part in parts]
-    problems = [*_problems(opened), *out_problems(target, [part.directory for part in opened], overwrite=overwrite)]
+    target, opened = Path(out), [open_adapter(part) for part in parts]
+    directories = tuple(part.directory for part in opened)
+    problems = [*_problems(opened), *out_problems(target, directories, overwrite=overwrite)]
     raise_collected(CheckpointError, problems, doing="join")
     header, tensors, json_fields = _joined(opened)
     (nbytes,) = write_files(adapter_files(target, json_fields, tensors, header))
-    return JoinReport(target, tuple(part.directory for part in opened), len(header.shapes), nbytes)
+    return JoinReport(target, directories, len(header.shapes), nbytes)
 
 
 def _problems(parts: Sequence[OpenAdapter]) -> list[str]:
@@ -96,52 +96,38 @@ def _problems(parts: Sequence[OpenAdapter]) -> list[str]:
             problems.append(f"the bases of {part.directory} came from a file, and no seed reproduces them")
     if problems:
         return problems
-    first, held = parts[0], dict.fromkeys(parts[0].file.values, parts[0])
+    first, held = _common(parts[0]), dict.fromkeys(parts[0].file.values, parts[0])
     for part in parts[1:]:
         if both := [fqn for fqn in part.file.values if fqn in held]:
             problems.append(f"{held[both[0]].directory} and {part.directory} both have {shortened(both)}")
         held |= dict.fromkeys(part.file.values, part)
         problems += [
-            f"{name} is {ours!r} in {first.directory} and {theirs!r} in {part.directory}"
-            for name, ours, theirs in _differing(first, part)
+            f"{name} is {first[name]!r} in {parts[0].directory} and {own!r} in {part.directory}"
+            for name, own in _common(part).items()
+            if own != first[name]
         ]
-    return problems + _basis_problems(parts) + _trained_problems(parts)
-
-
-def _differing(first: OpenAdapter, other: OpenAdapter) -> list[tuple[str, Any, Any]]:
-    """Return options that two parts should have in common and have not, with both values."""
-    names = [field.name for field in fields(RandLoRAConfig) if field.name not in OF_LAYERS]
-    own = [(name, getattr(first.file.config, name), getattr(other.file.config, name)) for name in names]
-    own.append(("the base model", first.file.fields.get(BASE_FIELD), other.file.fields.get(BASE_FIELD)))
-    return [each for each in own if each[1] != each[2]]
-
-
-def _basis_problems(parts: Sequence[OpenAdapter]) -> list[str]:
-    """Return problems with bases of one r that are not parts of one draw."""
-    problems = []
-    first: dict[int, tuple[OpenAdapter, BasisSpec]] = {}
+    specs: dict[int, tuple[OpenAdapter, BasisSpec]] = {}
+    trained: dict[str, tuple[OpenAdapter, Tensor]] = {}
     for part in parts:
         for r, basis in part.bases.items():
-            spec = basis.spec
-            other, known = first.setdefault(r, (part, spec))
-            if known != spec and (known.family != spec.family or not spec.is_prefix_stable):
+            other, spec = specs.setdefault(r, (part, basis.spec))
+            if spec != basis.spec and (spec.family != basis.spec.family or not spec.is_prefix_stable):
                 problems.append(
-                    f"{other.directory} has {known} and {part.directory} {spec}, of which no model has both at once: "
-                    "train the parts with stream='portable', and block bases with the same blocks="
+                    f"{other.directory} has {spec} and {part.directory} {basis.spec}, of which no model has both at "
+                    "once: train the parts with stream='portable', and block bases with the same blocks="
                 )
-    return problems
-
-
-def _trained_problems(parts: Sequence[OpenAdapter]) -> list[str]:
-    """Return problems with parameters that several stages train, as an embedding tied to a head in another stage."""
-    problems = []
-    held: dict[str, tuple[OpenAdapter, Tensor]] = {}
-    for part in parts:
-        for fqn, tensor in part.file.trained.items():
-            other, known = held.setdefault(fqn, (part, tensor))
+        for fqn, tensor in part.file.trained.items():  # as an embedding tied to a head in another stage
+            other, known = trained.setdefault(fqn, (part, tensor))
             if not torch.equal(tensor, known):
                 problems.append(f"{fqn} has other values in {other.directory} than in {part.directory}")
     return problems
+
+
+def _common(part: OpenAdapter) -> dict[str, object]:
+    """Return what all parts have in common: options, by name, and the base model."""
+    options = [field.name for field in fields(RandLoRAConfig) if field.name not in OF_LAYERS]
+    own = {name: getattr(part.file.config, name) for name in options}
+    return {**own, "the base model": part.file.fields.get(BASE_FIELD)}
 
 
 def _joined(parts: Sequence[OpenAdapter]) -> tuple[Header, dict[str, Tensor], dict[str, Any]]:
@@ -166,17 +152,14 @@ def _joined(parts: Sequence[OpenAdapter]) -> tuple[Header, dict[str, Tensor], di
     header = Header.of(config, options, bases, shapes, trained, transposed, kinds, model_class, buffers)
     (stream,) = {spec.stream for spec in specs.values()}
     kept = {name: value for name, value in files[0].fields.items() if name not in UNREAD_FIELDS}
+    named = [file.fields.get("target_modules") for file in files]
     modules = [name for file in files for name in file.fields.get("modules_to_save") or ()]
     json_fields = {
         **kept,
         "fan_in_fan_out": all(file.fields.get("fan_in_fan_out") for file in files),
         "modules_to_save": list(dict.fromkeys(modules)) or None,
-        "target_modules": _target_modules([file.fields.get("target_modules") for file in files], shapes),
+        # what all parts have, which is exact in each, else a regex of all layers
+        "target_modules": named[0] if all(each == named[0] for each in named) else "|".join(map(re.escape, shapes)),
         **option_fields(config, options, stream, stored=False),
     }
     return header, adapter_tensors(values, trained), dict(sorted(json_fields.items()))
-
-
-def _target_modules(named: Sequence[object], shapes: Mapping[str, object]) -> object:
-    """Return PEFT's ``target_modules``: what all parts have, which is exact in each, else a regex of all layers."""
-    return named[0] if all(each == named[0] for each in named) else "|".join(map(re.escape, shapes))

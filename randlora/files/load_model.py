@@ -17,13 +17,15 @@ from randlora.config import Stream
 from randlora.disk.hub import is_repo_id
 from randlora.disk.untrusted import is_there
 from randlora.errors import CheckpointError, ConfigError, raise_collected
-from randlora.files.transformers_model import INSTALL
+from randlora.files.transformers_model import INSTALL, model_class_named
 from randlora.hints import require_types, shortly
 from randlora.targets.match import shortened
 
 CODE = "trust_remote_code"
 FIXED = ("config", "output_loading_info", "state_dict")
 """Arguments of ``from_pretrained`` that are not the caller's: they would make another model, or return more."""
+
+BY_HAND = "create such a model yourself, then call randlora.load"
 
 OTHER_LIBRARIES = {
     "modules.json": ("sentence-transformers", "SentenceTransformer(base)"),
@@ -82,16 +84,13 @@ def load_model(
     """
     require_types(load_model, {"source": source, "name": name, "trainable": trainable, "revision": revision})
     require_types(load_model, {"base": base, "base_revision": base_revision, "model_class": model_class})
-    if options.get(CODE):
-        raise ConfigError(f"{CODE} is not passed on: create such a model yourself, then call randlora.load")
     if options.get("use_safetensors", True) is not True:
-        raise ConfigError(
-            "use_safetensors=False unpickles files: create such a model yourself, then call randlora.load"
-        )
-    if given := [option for option in FIXED if option in options]:
-        raise ConfigError(f"{given[0]} is not passed on: create such a model yourself, then call randlora.load")
+        raise ConfigError(f"use_safetensors=False unpickles files: {BY_HAND}")
+    if given := [*([CODE] if options.get(CODE) else []), *(option for option in FIXED if option in options)]:
+        raise ConfigError(f"{given[0]} is not passed on: {BY_HAND}")
     transformers = _transformers()
-    if not (model_class is None or _is_model_class(transformers, model_class) or _is_auto(transformers, model_class)):
+    auto = transformers.models.auto.auto_factory._BaseAutoModelClass
+    if model_class is not None and not issubclass(model_class, (transformers.PreTrainedModel, auto)):
         raise ConfigError(
             "model_class must be a class of transformers, such as AutoModelForSequenceClassification, got "
             f"{shortly(model_class)}"
@@ -143,27 +142,18 @@ def _require_transformers_model(base: str, *, is_known: bool) -> None:
             )
 
 
-def _is_model_class(transformers: Any, found: object) -> bool:
-    return isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-
-
-def _is_auto(transformers: Any, found: type) -> bool:
-    """Whether a class is one that chooses a class by the config, such as ``AutoModelForCausalLM``."""
-    return issubclass(found, transformers.models.auto.auto_factory._BaseAutoModelClass)
-
-
 def _class_of(transformers: Any, config: Any, known: type | ModelClass | None) -> Any:
     """Return the class to make: the caller's, the adapter's if it fits the config, or the one that the config names."""
     if isinstance(known, type):
         return known
-    if known is not None:
-        found: Any = getattr(transformers, known.name, None) if known.library == "transformers" else None
-        if _is_model_class(transformers, found) and isinstance(config, found.config_class):
+    if known is not None and known.library == "transformers":
+        found = model_class_named(transformers, known.name)
+        if found is not None and isinstance(config, found.config_class):
             return found
     architecture = next(iter(config.architectures or ()), None)
     if architecture is None:
         return transformers.AutoModel
-    if not _is_model_class(transformers, found := getattr(transformers, architecture, None)):
+    if (found := model_class_named(transformers, architecture)) is None:
         raise ValueError(f"transformers {transformers.__version__} has no class {architecture!r}")
     return found
 

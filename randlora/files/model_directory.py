@@ -149,8 +149,16 @@ def read_model_directory(path: Path, repo_id: str | None = None) -> ModelDirecto
         raise CheckpointError(_what_is_there_instead(path))
     files = sorted(set(weight_map.values())) or [SINGLE_FILE]
     config = _read_json(path / MODEL_CONFIG_FILE) if is_there(path / MODEL_CONFIG_FILE) else {}
-    shards = _read_shards(path, files, repo_id)
-    problems = _repeated(shards) + _disagreements(shards, weight_map)
+    shards, places = _read_shards(path, files, repo_id), dict[str, list[str]]()
+    for shard in shards:
+        for entry in shard.entries:
+            places.setdefault(entry.name, []).append(shard.path.name)
+    problems = [f"{name} is in {' and in '.join(held)}" for name, held in places.items() if len(held) > 1]
+    problems += [
+        f"{file} lacks {name}, which the index says it holds"
+        for name, file in weight_map.items()
+        if file not in places.get(name, ())
+    ]
     raise_collected(CheckpointError, problems, doing=f"read the checkpoint in {str(path)!r}")
     return ModelDirectory(path, config, shards, index)
 
@@ -181,45 +189,22 @@ def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
 def _read_shards(path: Path, files: Iterable[str], repo_id: str | None) -> tuple[Shard, ...]:
     shards, problems = [], []
     for file in files:
-        if repo_id is not None and not is_there(path / file):
-            shards.append(_sound(shard_of(path / file, read_header(repo_id, path.name, file), 0)))
-            continue
-        if not is_there(path / file):
+        if is_there(path / file):
+            try:
+                shards.append(read_shard(path / file))
+            except CheckpointError as error:
+                problems.append(str(error))
+        elif repo_id is None:
             problems.append(f"there is no {path / file}, which the index names: get a complete copy")
-            continue
-        try:
-            shards.append(read_shard(path / file))
-        except CheckpointError as error:
-            problems.append(str(error))
+        else:
+            shards.append(shard_of(path / file, read_header(repo_id, path.name, file), 0))
+            problems += [  # which reading the file would find
+                f"{entry.name} in {file} has {entry.nbytes:,} bytes, expected {expected:,}"
+                for entry in shards[-1].entries
+                if entry.nbytes != (expected := math.prod(entry.shape) * entry.dtype.itemsize)
+            ]
     raise_collected(CheckpointError, problems, doing=f"read the checkpoint in {str(path)!r}")
     return tuple(shards)
-
-
-def _sound(shard: Shard) -> Shard:
-    """Return a file of which only the header is here, after checking what reading the file would."""
-    for entry in shard.entries:
-        if entry.nbytes != (expected := math.prod(entry.shape) * entry.dtype.itemsize):
-            raise CheckpointError(
-                f"{entry.name} in {shard.path.name} has {entry.nbytes:,} bytes, expected {expected:,}"
-            )
-    return shard
-
-
-def _repeated(shards: Iterable[Shard]) -> list[str]:
-    places: dict[str, list[str]] = {}
-    for shard in shards:
-        for entry in shard.entries:
-            places.setdefault(entry.name, []).append(shard.path.name)
-    return [f"{name} is in {' and in '.join(files)}" for name, files in places.items() if len(files) > 1]
-
-
-def _disagreements(shards: Iterable[Shard], weight_map: Mapping[str, str]) -> list[str]:
-    held = {shard.path.name: {entry.name for entry in shard.entries} for shard in shards}
-    return [
-        f"{file} lacks {name}, which the index says it holds"
-        for name, file in weight_map.items()
-        if name not in held[file]
-    ]
 
 
 def _what_is_there_instead(path: Path) -> str:
@@ -261,6 +246,8 @@ def find_companions(directory: ModelDirectory) -> Companions:
     is a `CheckpointError`.
     """
     own = {shard.path for shard in directory.shards} | {directory.path / INDEX_FILE}
+    root = Path(os.path.realpath(directory.path))
+    blobs = [parent / BLOBS for parent in [*root.parents][:2]]  # where the Hub's cache has all files
     carried: list[Path] = []
     left_out: list[Path] = []
     problems = []
@@ -269,24 +256,16 @@ def find_companions(directory: ModelDirectory) -> Companions:
             continue
         try:
             is_weights = path.name.endswith(WEIGHT_SUFFIXES) or require_regular(path).st_size > LARGEST_CARRIED
-            if not is_weights:
-                _require_own(path, directory.path)
+            # a directory from a stranger could point at secrets, which whoever publishes the output would publish
+            found = Path(os.path.realpath(path))
+            if not is_weights and root not in found.parents and found.parent not in blobs:
+                raise CheckpointError(f"{path} is a link to {found}, outside of the directory")
         except (CheckpointError, OSError) as error:
             problems.append(f"{error}, which would be copied: put a file in its place, or remove it")
             continue
         (left_out if is_weights else carried).append(path.relative_to(directory.path))
     raise_collected(CheckpointError, problems, doing=f"copy the files of {str(directory.path)!r}")
     return Companions(tuple(carried), tuple(left_out))
-
-
-def _require_own(path: Path, root: Path) -> None:
-    """Raise a `CheckpointError` for a link out of a directory, unless it leads to where the Hub's cache has all files.
-
-    A directory from a stranger could point at secrets, which whoever publishes the output would publish.
-    """
-    own, found = (Path(os.path.realpath(each)) for each in (root, path))
-    if own not in found.parents and found.parent not in [parent / BLOBS for parent in [*own.parents][:2]]:
-        raise CheckpointError(f"{path} is a link to {found}, outside of the directory")
 
 
 def copy_companion(source: Path, destination: Path) -> None:

@@ -2,16 +2,22 @@
 
 The model is not changed, and memory holds the tensors of one file. Where processes hold the model together, all gather
 each tensor, and the first of them computes merged weights from all their values, with the bits of one process.
+
+What ``save_pretrained`` of transformers would write is asked of objects that the model carries, and of modules that
+made it. Nothing is imported, and a model of another library has its tensors under the names of its state dict.
 """
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Collection
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +25,28 @@ from torch import Tensor, nn
 from randlora.disk.replace import new_directory
 from randlora.disk.tensor_file import TORCH_DTYPES, Planned, write_tensor_file
 from randlora.errors import ConfigError, MergeError
-from randlora.files.model_directory import INDEX_FILE, SINGLE_FILE, write_json
-from randlora.files.transformers_saving import Saved, left_out, saved_as, write_config
+from randlora.files.model_directory import (
+    INDEX_FILE,
+    MODEL_CONFIG_FILE,
+    QUANTIZATION,
+    SINGLE_FILE,
+    copy_config,
+    write_json,
+)
 from randlora.hints import require_types, shortly
+from randlora.layers.cast import in_own_dtypes
+from randlora.layers.in_place import plain_class
+from randlora.layers.quantized import QuantizedLayer
 from randlora.model.engines import is_first_copy
 from randlora.model.merged_tensors import MergedTensors
-from randlora.model.merged_values import Share
+from randlora.model.merged_values import Share, modules_of, saved_buffers
 from randlora.model.moving import moved_note
 from randlora.model.untrained import untrained_notes
+from randlora.places import own_class
 from randlora.ranks import one_writes
+from randlora.replaced import whole_shape
 from randlora.report import as_bytes, as_lines
+from randlora.targets.ties import tied_away
 from randlora.targets.walk import Census
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -38,6 +56,13 @@ METADATA = {"format": "pt"}
 """What transformers writes into each file and asks for."""
 
 DOING = "save the merged model"
+NAMES_IN_MEMORY = (
+    "tensors have the names that they have in memory, which transformers reads; other programs may expect the names "
+    "that its save_pretrained writes"
+)
+
+Saved = Callable[[str, Tensor], Mapping[str, Tensor]]
+"""Returns what an entry of a state dict becomes in files, by name: itself, or several tensors, as of experts."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +145,7 @@ def save_merged(
     if not is_first_copy(model):
         return MergedSaveReport(out, merged, 0, 0, dtype, ())
     with ExitStack() as stack:
-        files = _Files(limit, left_out(tensors.census))
+        files = _Files(limit, _not_written(tensors.census))
         notes = one_writes(ranks, partial(_begin, tensors, out, files, stack))
         share = Share.WHOLE if ranks is None or ranks.is_first else Share.NONE
         for _ in tensors.each(files.add, share):
@@ -150,8 +175,8 @@ def _begin(tensors: MergedTensors, out: Path, files: _Files, stack: ExitStack) -
     if os.path.lexists(out):
         raise MergeError(f"cannot {DOING}: {out} exists: choose another name, or remove it")
     files.directory = stack.enter_context(new_directory(out))
-    files.saved, notes = saved_as(tensors.census)
-    notes += write_config(tensors.census.model, files.directory, tensors.dtype)
+    files.saved, notes = _saved_as(tensors.census)
+    notes += _write_config(tensors.census.model, files.directory, tensors.dtype)
     state, census = tensors.state, Census.of(tensors.root)
     active = [adapter for adapter in state.adapters.values() if adapter.is_active]
     notes += untrained_notes(census, state, active)
@@ -161,17 +186,10 @@ def _begin(tensors: MergedTensors, out: Path, files: _Files, stack: ExitStack) -
 
 @dataclass
 class _Files:
-    """The files of a checkpoint, each written when it is full.
+    """The files of a checkpoint in a directory, each written when it has as many bytes as the limit.
 
-    Attributes:
-        limit: The largest size of a file in bytes.
-        left_out: Names of entries that are not written.
-        saved: What entries become.
-        directory: Where the files are.
-        held: The tensors of the next file.
-        held_bytes: Their size.
-        names: The names of the tensors of each file written.
-        nbytes: The size of all tensors so far.
+    Entries in ``left_out`` are not written. ``held`` are the tensors of the next file, and ``names`` those of each file
+    written, which have ``nbytes``.
     """
 
     limit: int
@@ -179,7 +197,6 @@ class _Files:
     saved: Saved = field(init=False)
     directory: Path = field(init=False)
     held: dict[str, Tensor] = field(default_factory=dict)
-    held_bytes: int = 0
     names: list[list[str]] = field(default_factory=list)
     nbytes: int = 0
 
@@ -190,10 +207,9 @@ class _Files:
         if tensor.dtype not in TORCH_DTYPES.values():
             raise MergeError(f"cannot {DOING}: {fqn} has {tensor.dtype}, which safetensors files do not hold")
         for name, part in self.saved(fqn, tensor.detach().to("cpu")).items():
-            if self.held and self.held_bytes + part.nbytes > self.limit:
+            if self.held and self._held_bytes() + part.nbytes > self.limit:
                 self._write()
             self.held[name] = part
-            self.held_bytes += part.nbytes
 
     def finish(self, parameters: int) -> None:
         """Write the last file, give all their names, and write an index if there are several."""
@@ -202,21 +218,96 @@ class _Files:
         files = [f"model-{index + 1:05}-of-{count:05}.safetensors" for index in range(count)]
         files = files if count > 1 else [SINGLE_FILE]
         for index, file in enumerate(files):
-            (self.directory / _unnamed(index)).rename(self.directory / file)
+            (self.directory / f"{index}.unnamed").rename(self.directory / file)
         if count > 1:
             places = {name: file for file, names in zip(files, self.names, strict=True) for name in names}
             metadata = {"total_parameters": parameters, "total_size": self.nbytes}
-            index_of_files = {"metadata": metadata, "weight_map": dict(sorted(places.items()))}
-            write_json(self.directory / INDEX_FILE, index_of_files)
+            write_json(self.directory / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(places.items()))})
+
+    def _held_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.held.values())
 
     def _write(self) -> None:
-        path = self.directory / _unnamed(len(self.names))
+        path = self.directory / f"{len(self.names)}.unnamed"  # until it is known how many there are
         write_tensor_file(path, [Planned.whole(*each) for each in self.held.items()], METADATA)
         self.names.append([*self.held])
-        self.nbytes += self.held_bytes
-        self.held, self.held_bytes = {}, 0
+        self.nbytes += self._held_bytes()
+        self.held = {}
 
 
-def _unnamed(index: int) -> str:
-    """Return the name of a file before it is known how many there are."""
-    return f"{index}.unnamed"
+def _not_written(census: Census) -> set[str]:
+    """Return the names of the entries of a state dict that transformers does not write: tied ones, and what it says."""
+    return tied_away(census) | {*(getattr(census.model, "_keys_to_ignore_on_save", None) or ())}
+
+
+def _write_config(model: nn.Module, directory: Path, dtype: torch.dtype | None) -> list[str]:
+    """Write the configs that a model of transformers has, which it keeps as they are, and return notes."""
+    config: Any = getattr(model, "config", None)
+    if not callable(getattr(config, "save_pretrained", None)):
+        kind = plain_class(model).__name__
+        return [] if config is None else [f"no config was written: that of a {kind} has no save_pretrained"]
+    config = copy.deepcopy(config)
+    config.architectures = [own_class(plain_class(model)).__name__]
+    with in_own_dtypes(model):
+        held = dtype or getattr(model, "dtype", None)
+    if held is not None:
+        config.dtype = str(held).removeprefix("torch.")
+    if getattr(config, QUANTIZATION, None) is not None:
+        delattr(config, QUANTIZATION)
+    config.save_pretrained(directory)
+    if dtype is not None:  # also of the configs inside
+        copy_config(directory / MODEL_CONFIG_FILE, directory / MODEL_CONFIG_FILE, dtype)
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        generation.save_pretrained(directory)
+    if getattr(config, "auto_map", None):
+        return ["the config names code of the model's, which was not copied: copy its files from the base model"]
+    return []
+
+
+def _saved_as(census: Census) -> tuple[Saved, list[str]]:
+    """Return what writes an entry under transformers' names, and notes.
+
+    What transformers makes of all entries together is watched on the meta device. If it makes the same of each alone,
+    entries are converted one by one; else all keep the names in memory, which ``from_pretrained`` reads too.
+    """
+    model, transposed = census.model, _transposed(census)
+    itself: Saved = lambda fqn, tensor: {fqn: tensor.T if fqn in transposed else tensor}  # noqa: E731
+    modeling, loading = (sys.modules.get(f"transformers.{name}") for name in ("modeling_utils", "core_model_loading"))
+    undo: Any = getattr(loading, "revert_weight_conversion", None)
+    kind = getattr(modeling, "PreTrainedModel", ())
+    if undo is None or not isinstance(model, kind):
+        return itself, []
+    entries = dict(_on_meta(census))
+    try:
+        together = _shapes(undo(model, dict(entries)))
+        alone = {fqn: _shapes(undo(model, {fqn: entry})) for fqn, entry in entries.items()}
+        is_same = together == {name: shape for parts in alone.values() for name, shape in parts.items()}
+    except Exception:  # whatever an operation raises for a tensor without the others, or for codes
+        is_same, alone = False, {}
+    if not is_same:
+        return itself, [NAMES_IN_MEMORY]
+    changed = {fqn for fqn, parts in alone.items() if [*parts] != [fqn]}
+    return lambda fqn, tensor: undo(model, {fqn: tensor}) if fqn in changed else itself(fqn, tensor), []
+
+
+def _transposed(census: Census) -> set[str]:
+    """Return the names of weights of quantized layers that were put in the place of transformers' `Conv1D`."""
+    kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
+    sources = {prefix: vars(module).get("source_cls") for prefix, module in modules_of(census)}
+    return {f"{prefix}weight" for prefix, source in sources.items() if source is not None and issubclass(source, kind)}
+
+
+def _on_meta(census: Census) -> Iterator[tuple[str, Tensor]]:
+    """Yield the entries of the state dict as tensors without values, whole and dequantized."""
+    without = _not_written(census)
+    for prefix, module in modules_of(census):
+        for attribute, held in (*module._parameters.items(), *saved_buffers(module)):
+            if held is not None and f"{prefix}{attribute}" not in without:
+                site = census.sites_by_key.get((id(module), attribute))
+                is_coded = site is not None and issubclass(site.layer_class, QuantizedLayer)
+                shape = site.shape if site is not None and is_coded else whole_shape(held)
+                yield f"{prefix}{attribute}", torch.empty(shape, dtype=held.dtype, device="meta")
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -1,36 +1,62 @@
 """The model that a checkpoint's ``config.json`` describes: transformers' own class on the meta device.
 
-transformers builds it and determines which parameter each tensor in the files becomes. Nothing is downloaded, and only
-code of transformers is run.
+transformers builds it and determines which parameter each tensor becomes, and which are made of several: this is never
+guessed, but watched on tensors with few values. Only code of transformers is run, and nothing is downloaded.
+
+A config names in a few bytes how many layers there are, and for some vision models what timm is to read: files, and
+repositories on the Hub. So what a class may do while it is built is limited.
 """
 
 from __future__ import annotations
 
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as registration
 
 from randlora.checkpoint.base_model import ModelClass
+from randlora.disk.hub import offline
 from randlora.disk.untrusted import open_regular, path_of
 from randlora.errors import CheckpointError, raise_collected
-from randlora.files.config_limits import bounded, config_problems
-from randlora.files.conversion import Conversion
 from randlora.files.model_directory import MODEL_CONFIG_FILE, ModelDirectory
 from randlora.targets.walk import Census
 
 INSTALL = "python -m pip install 'transformers>=5.0'"
+
+COUNTED = re.compile("layer|depth|block|stage")
+"""Names of fields whose numbers a config counts to, or makes lists of, before there is a module."""
+MOST_COUNTED = 2**20
+FOR_ANY_MODEL = 2**12
+"""Modules and parameters that are made for any checkpoint, in about a second."""
+FOR_EACH_TENSOR = 2**4
+"""Those that are made for each tensor of the checkpoint: no class of transformers has four."""
+
+TIMM_NAMES = frozenset({"architecture", "backbone"})
+TIMM_READS = frozenset({"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"})
+"""Arguments of ``timm.create_model`` by which it reads files and URLs."""
+
+PROBE = 2, 3
+"""The shape of the tensors that show how weights are joined."""
+
+Read = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class TransformersModel:
     """A model on the meta device, and the parameters and buffers that the tensors of its checkpoint become.
 
-    ``names`` are those of the tensors that hold one unchanged, by its id; there are several if
-    files hold a tied one several times. ``conversions`` compute the other parameters, by FQN. ``unused`` are the names
-    of tensors that the class has no place for, and ``prefixed`` are FQNs by names that lack only the class's prefix.
-    ``model_class`` is the class if an adapter, and not ``config.json``, names it.
+    ``names`` are those of the tensors that hold one unchanged, by its id; there are several if files hold a tied one
+    several times. ``conversions`` compute the other parameters, by FQN. ``unused`` are the names of tensors that the
+    class has no place for, and ``prefixed`` are FQNs by names that lack only the class's prefix. ``model_class`` is the
+    class if an adapter, and not ``config.json``, names it.
     """
 
     census: Census
@@ -56,11 +82,81 @@ class TransformersModel:
         """Names of the tensors that hold a parameter or buffer unchanged, by its FQN."""
         return {held.fqn: self.names_of(held.tensor) for held in self.census.tensors}
 
-    @property
-    def transposed(self) -> frozenset[str]:
-        """Names of the tensors that hold a weight as ``(in_features, out_features)``."""
-        sites = (site for site in self.census.sites if site.layer_class.is_transposed)
-        return frozenset(name for site in sites for name in self.names_of(site.weight))
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """How transformers computes parameters from tensors when it loads a checkpoint, such as a stack from all experts'.
+
+    ``model`` and ``converter`` are objects of transformers, ``undo`` its function that reverts conversions, and ``fqn``
+    is the first of the parameters. ``sources`` are the names of the tensors, with the patterns that they match.
+    """
+
+    model: Any
+    converter: Any
+    undo: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]]
+    fqn: str
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def convert(self, read: Read) -> dict[str, Tensor]:
+        """Return the parameters, by FQN, that tensors become. Each is read when it is needed."""
+        converter = deepcopy(self.converter)
+        for name, pattern in self.sources.items():
+            converter.add_tensor(self.fqn, name, pattern, lambda name=name: read(name))
+        found = converter.convert(self.fqn, model=self.model, config=self.model.config)
+        return {fqn: part[0] if isinstance(part, list) else part for fqn, part in found.items()}
+
+    def revert(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors, by name, that all of the parameters become when they are saved."""
+        found = self.undo(self.model, dict(parameters))
+        if len(self.sources) == 1 == len(found):  # whatever name it would get now
+            return dict(zip(self.sources, found.values(), strict=True))
+        return found
+
+    def misfit(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        """Return why tensors of some shapes, by name, are not what the parameters are made of, or ``None``."""
+        try:
+            found = self.convert(lambda name: torch.empty(shapes[name], device="meta"))
+        except Exception as error:  # whatever an operation raises for unsuitable shapes
+            return f"transformers cannot convert them ({error})"
+        for fqn, parameter in found.items():
+            if parameter.shape != (expected := self.model.get_parameter(fqn).shape):
+                return f"they give {fqn} the shape {tuple(parameter.shape)}, expected {tuple(expected)}"
+        if self.joined is not None:
+            return None
+        reverted = {name: tuple(tensor.shape) for name, tensor in self.revert(found).items()}
+        if reverted != {name: shapes[name] for name in self.sources}:
+            return "transformers would save it under other names or in other shapes"
+        return None
+
+    @cached_property
+    def joined(self) -> tuple[list[tuple[str, ...]], int] | None:
+        """The names of the tensors that each matrix of a stack is made of, and the dim along which they are joined.
+
+        ``None`` if what they become is no stack of matrices with tensors of their own.
+        """
+        by_pattern = [
+            [name for name, its in self.sources.items() if its == pattern] for pattern in self.converter.source_patterns
+        ]
+        if len({len(names) for names in by_pattern}) != 1:
+            return None
+        values = torch.arange(float(len(self.sources) * PROBE[0] * PROBE[1]), device="cpu").reshape(-1, *PROBE)
+        probes = dict(zip(self.sources, values, strict=True))
+        try:
+            found = self.convert(probes.__getitem__)
+        except Exception:  # an operation for weights of certain shapes
+            return None
+        names = list(zip(*by_pattern, strict=True))
+        for dim in (0, 1) if len(found) == 1 else ():
+            expected = torch.stack([torch.cat([probes[name] for name in own], dim) for own in names])
+            if torch.equal(found[self.fqn], expected):
+                return names, dim
+        return None
+
+
+def model_class_named(transformers: Any, name: str) -> Any:
+    """Return the class of models that transformers exports under a name, or ``None``."""
+    found = getattr(transformers, name, None) if name else None
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
 def build_model(directory: ModelDirectory, trained_on: ModelClass | None = None) -> TransformersModel | str:
@@ -73,17 +169,15 @@ def build_model(directory: ModelDirectory, trained_on: ModelClass | None = None)
     except ImportError:
         return f"transformers, which has its class, is not installed: {INSTALL}"
     name = directory.architecture if trained_on is None else trained_on.name
-    model_class: Any = getattr(transformers, name, None) if name else None
-    is_model = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
-    if not is_model:
+    if (model_class := model_class_named(transformers, name)) is None:
         named = f"names {name}, which transformers {transformers.__version__} lacks" if name else "names no class"
         return f"its config.json {named}"
     if trained_on is not None and model_class.config_class.model_type != directory.model_type:
         return f"its config.json describes no {name}"
-    path, tensors = directory.path / MODEL_CONFIG_FILE, len(directory.entries)
+    path = directory.path / MODEL_CONFIG_FILE
     try:
-        raise_collected(CheckpointError, [*config_problems(directory.config)], doing="build it")
-        with bounded(tensors):
+        raise_collected(CheckpointError, [*_config_problems(directory.config)], doing="build it")
+        with _bounded(len(directory.entries)):
             with open_regular(path) as file:
                 config = model_class.config_class.from_json_file(path_of(file, path))
             if trained_on is not None:
@@ -103,24 +197,18 @@ def _with_names(model: nn.Module, directory: ModelDirectory, model_class: ModelC
     """Find the parameter or buffer that each tensor of a checkpoint becomes, as ``from_pretrained`` does."""
     from transformers import conversion_mapping, core_model_loading  # noqa: PLC0415 - optional
 
-    conversions = conversion_mapping.get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, core_model_loading.WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, core_model_loading.WeightConverter)]
+    entries = conversion_mapping.get_model_conversion_mapping(model)
+    renamings = [entry for entry in entries if isinstance(entry, core_model_loading.WeightRenaming)]
+    converters = [entry for entry in entries if isinstance(entry, core_model_loading.WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     state, prefix = model.state_dict(), model.base_model_prefix
-
-    def renamed(name: str) -> tuple[str, str | None]:
-        rename = core_model_loading.rename_source_key
-        found: tuple[str, str | None] = rename(name, renamings, converters, prefix, state)
-        if found[0] not in state and name in state:
-            found = rename(name, [], [], prefix, state)
-        return found
-
-    undo = core_model_loading.revert_weight_conversion
+    rename, undo = core_model_loading.rename_source_key, core_model_loading.revert_weight_conversion
     built = TransformersModel(Census.of(model), model_class=model_class)
     held_by = {held.fqn: held.tensor for held in built.census.tensors}
     for name in sorted(directory.entries, key=core_model_loading.dot_natural_key):  # some renamings rely on this order
-        fqn, pattern = renamed(name)
+        fqn, pattern = rename(name, renamings, converters, prefix, state)
+        if fqn not in state and name in state:
+            fqn, pattern = rename(name, [], [], prefix, state)
         if fqn == f"{prefix}.{name}":
             built.prefixed[name] = fqn
         if pattern is not None:
@@ -134,3 +222,40 @@ def _with_names(model: nn.Module, directory: ModelDirectory, model_class: ModelC
         elif fqn not in state:
             built.unused.append(name)
     return built
+
+
+def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a config asks for that no checkpoint can need, at any depth."""
+    left: list[tuple[str, Any]] = [("", config)]
+    while left:
+        name, value = left.pop()
+        if isinstance(value, dict):
+            left += value.items()
+            if name == "model_args" and (read := TIMM_READS & value.keys()):
+                yield f"it names other files to be read: {', '.join(sorted(read))}"
+        elif isinstance(value, list):
+            left += [(name, entry) for entry in value]
+        elif name in TIMM_NAMES and isinstance(value, str) and ":" in value:
+            yield f"it names another place to read {name} from: {value!r:.100}"
+        elif isinstance(value, int | float) and abs(value) > MOST_COUNTED and COUNTED.search(name):
+            yield f"{name} is {value!r:.40}"
+
+
+@contextmanager
+def _bounded(tensors: int) -> Iterator[None]:
+    """Let a class be built in the block: without the Hub, and of no more modules than so many tensors can need."""
+    most = FOR_ANY_MODEL + FOR_EACH_TENSOR * tensors
+    left, thread = most, threading.get_ident()
+
+    def count(*_: object) -> None:
+        nonlocal left
+        left -= threading.get_ident() == thread  # others may build what they like
+        if left < 0:
+            raise CheckpointError(
+                f"it makes more than {most:,} modules and parameters for {tensors} tensors in the files"
+            )
+
+    with offline(), ExitStack() as held:
+        held.callback(registration.register_module_module_registration_hook(count).remove)
+        held.callback(registration.register_module_parameter_registration_hook(count).remove)
+        yield

@@ -110,18 +110,11 @@ def verify(
         shapes = known_shapes(file)
     except CheckpointError as error:
         return Verification(directory, (Check("files", "failed", str(error)),))
-    checksum = Check("checksum", "passed", "the SHA-256 over header and tensors is the recorded one")
+    checks = [_files(file)]
     if file.header is None:
-        checksum = Check("checksum", "not checked", "PEFT wrote the file, and stores none")
-    count = len(file.trained)
-    others = f" and {count} tensor{'s' * (count > 1)} trained with them" if count else ""
-    values = (
-        f"Λ and Γ of {len(file.values)} layers{others}: names, dtypes and shapes fit r={described(file.options)['r']}"
-    )
-    files = Check("files", "passed", f"{values}, all values are finite")
-    if file.doubts:
-        files = Check("files", "failed", "; ".join(file.doubts))
-    checks = [files, checksum]
+        checks.append(Check("checksum", "not checked", "PEFT wrote the file, and stores none"))
+    else:
+        checks.append(Check("checksum", "passed", "the SHA-256 over header and tensors is the recorded one"))
     progress(1, 3, "checking the base model")
     known = None
     if model is not None:
@@ -131,6 +124,16 @@ def verify(
     checks += _bases(file, shapes, known)
     progress(3, 3, "done")
     return Verification(directory, tuple(checks))
+
+
+def _files(file: AdapterFile) -> Check:
+    """Return the check of files that could be read."""
+    if file.doubts:
+        return Check("files", "failed", "; ".join(file.doubts))
+    count = len(file.trained)
+    others = f" and {count} tensor{'s' * (count > 1)} trained with them" if count else ""
+    values = f"Λ and Γ of {len(file.values)} layers{others}: names, dtypes and shapes fit"
+    return Check("files", "passed", f"{values} r={described(file.options)['r']}, all values are finite")
 
 
 def _fit(

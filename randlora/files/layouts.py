@@ -1,0 +1,276 @@
+"""The files of an adapter as other programs name and arrange them.
+
+A LoRA is for PEFT, whose files vLLM, SGLang and llama.cpp's converter read too, for diffusers, or for mlx-lm. Every
+scaling is 1, so that the product of the factors is the update. Full updates, as large as weights, are for ComfyUI.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from randlora.checkpoint.peft_config import BASE_FIELD, PEFT_VERSION
+from randlora.checkpoint.tensors import METADATA, MODEL_PREFIX, TENSORS_FILE, trained_key
+from randlora.checkpoint.write import files_of
+from randlora.disk.replace import write_files
+from randlora.disk.tensor_file import Entry, Planned, read_tensor
+from randlora.errors import ConfigError, raise_collected, spelled
+from randlora.files.adapter import OpenAdapter
+from randlora.files.low_rank import LISTED, StoredFactors
+from randlora.options import Component
+from randlora.report import Progress
+from randlora.targets.match import has_suffix
+
+WEIGHTS: dict[str, str] = {
+    "peft": TENSORS_FILE,
+    "diffusers": "pytorch_lora_weights.safetensors",
+    "mlx": "adapters.safetensors",
+    "diff": "diff.safetensors",
+}
+"""The files of the tensors, of which readers of a directory take the one with the name that they expect."""
+
+TRANSPOSED = (
+    "the model stores weights transposed, as GPT-2 does: llama.cpp's converter would transpose the factors too, which "
+    "is wrong, so merge for llama.cpp"
+)
+
+LORA_CONFIG_KEY = "lora_adapter_metadata"
+"""Where diffusers has the fields of PEFT's configuration in a file's metadata."""
+
+CARRIED_FIELDS = ("auto_mapping", BASE_FIELD, "fan_in_fan_out", "modules_to_save", "revision", "task_type")
+"""Fields that have the same meaning for a LoRA."""
+
+OWN_NAMES: Component = "diffusion_model"
+BEGINNINGS: dict[Component, tuple[str, ...]] = {
+    "unet": ("down_blocks", "mid_block", "up_blocks"),
+    "transformer": ("transformer_blocks", "single_transformer_blocks"),
+    "text_encoder": ("text_model", "encoder"),
+}
+"""The first parts of names that only such a model of a pipeline has."""
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterFiles:
+    """What another program reads: a file of tensors, and a JSON if there are ``fields``."""
+
+    tensors_file: str
+    tensors: Sequence[Planned]
+    fields: Mapping[str, Any] | None = None
+    metadata: Mapping[str, str] = field(default_factory=lambda: METADATA)
+    notes: tuple[str, ...] = ()
+
+    def write(self, directory: Path) -> int:
+        """Write the files into a directory, all or none, and return their size in bytes."""
+        (nbytes,) = write_files(files_of(directory, self.tensors_file, self.tensors, self.metadata, self.fields))
+        return nbytes
+
+
+def layout_problems(adapter: OpenAdapter, layout: str) -> list[str]:
+    """Return what of an adapter a layout, as in `WEIGHTS`, cannot hold."""
+    trained, shapes = adapter.file.trained, adapter.require_shapes()
+    stacks = {fqn: f"a stack of {shape[0]} matrices" for fqn, shape in shapes.items() if len(shape) == 3}
+    others = stacks or {fqn: f"of kind {kind}" for fqn, kind in adapter.kinds.items()}
+    problems = [f"{fqn} is {what}, and only linear layers are converted" for fqn, what in others.items()]
+    if layout == "peft":
+        keys = {key for fqn in shapes for key in _peft_keys(fqn)}
+        taken = [fqn for fqn in trained if trained_key(fqn, shapes) in keys]
+        return problems + [f"{fqn} would have the name of a factor of an update: rename it" for fqn in taken]
+    if names := sorted(trained):
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        named = f"{', '.join(names[:LISTED])}{more}"
+        what = spelled("to", "diff") if layout == "diff" else spelled("format", layout)
+        lora = f"{spelled('to', 'lora')} with {spelled('format', 'peft')}"
+        problems.append(f"{what} holds updates alone, and the adapter has trained {named} too: use {lora}")
+    return problems
+
+
+def recognized(fqns: Iterable[str], otherwise: Component) -> Component:
+    """Return the model of a pipeline that layers with such names are in."""
+    first = {fqn.partition(".")[0] for fqn in fqns}
+    return next((part for part, beginnings in BEGINNINGS.items() if first & set(beginnings)), otherwise)
+
+
+def peft_files(adapter: OpenAdapter, factors: Sequence[StoredFactors], *, same_rank: bool) -> AdapterFiles:
+    """Return what PEFT's ``save_pretrained`` would write."""
+    shapes, ranks = adapter.require_shapes(), {each.layer.fqn: each.layer.rank for each in factors}
+    tensors = [Planned.whole(trained_key(fqn, shapes), tensor) for fqn, tensor in adapter.file.trained.items()]
+    notes: list[str] = []
+    if same_rank:
+        notes += _padding_notes(factors)
+        ranks = dict.fromkeys(ranks, max(ranks.values()))
+    elif len({*ranks.values()}) > 1:
+        notes.append(
+            "the ranks differ between layers, as rank_pattern and alpha_pattern say: PEFT and vLLM load that, SGLang "
+            f"does not, and llama.cpp would scale layers wrongly; {spelled('same_rank', value=True)} pads all to one "
+            f"rank, and {spelled('rank')} cuts all to one"
+        )
+    if tensors:
+        notes.append("parameters trained with the adapter are included: not every server reads them")
+    for each in factors:
+        tensors += _padded(_peft_keys(each.layer.fqn), each, ranks[each.layer.fqn])
+    fields = _fields(adapter, ranks)
+    if isinstance(fields["target_modules"], str):
+        notes.append("target_modules is a regex, because no list of names tells these layers: SGLang reads only a list")
+    if adapter.transposed or fields["fan_in_fan_out"]:
+        notes.append(TRANSPOSED)
+    return AdapterFiles(WEIGHTS["peft"], tensors, fields, notes=tuple(notes))
+
+
+def diffusers_files(factors: Sequence[StoredFactors], component: Component) -> AdapterFiles:
+    """Return what ``save_lora_weights`` of a pipeline would write for one of its models.
+
+    Older versions of diffusers take one scaling for all layers of a file, so all have one rank. The metadata names the
+    layers by a regex, because PEFT would take a list of names for ends of names.
+    """
+    rank = _highest(factors)
+    paths = [(f"{component}.{each.layer.fqn}", each) for each in factors]
+    tensors = [
+        planned
+        for path, each in paths
+        for planned in _padded((f"{path}.lora_A.weight", f"{path}.lora_B.weight"), each, rank)
+    ]
+    config = {"lora_alpha": rank, "r": rank, "target_modules": _regex(each.layer.fqn for each in factors)}
+    packed = {f"{component}.{name}": value for name, value in config.items()}
+    metadata = {**METADATA, LORA_CONFIG_KEY: json.dumps(packed, sort_keys=True)}
+    note = f"for {component!r} of a pipeline: {spelled('component')} names another of its models"
+    return AdapterFiles(WEIGHTS["diffusers"], tensors, metadata=metadata, notes=(note, *_padding_notes(factors)))
+
+
+def mlx_files(adapter: OpenAdapter, factors: Sequence[StoredFactors]) -> AdapterFiles:
+    """Return what ``mlx_lm.lora`` would write: transposed factors, of one rank.
+
+    ``keys`` are whole names. All blocks, ``num_layers`` -1, are searched for them, and then the model.
+    """
+    rank, base = _highest(factors), adapter.file.fields.get(BASE_FIELD)
+    names = [each.layer.fqn for each in factors]
+    tensors = [
+        planned
+        for fqn, each in zip(names, factors, strict=True)
+        for planned in _padded((f"{fqn}.lora_a", f"{fqn}.lora_b"), each, rank, is_transposed=True)
+    ]
+    fields = {
+        "fine_tune_type": "lora",
+        "lora_parameters": {"dropout": 0.0, "keys": names, "rank": rank, "scale": 1.0},
+        "num_layers": -1,
+        **({} if base is None else {"model": base}),
+    }
+    return AdapterFiles(WEIGHTS["mlx"], tensors, fields, notes=_padding_notes(factors))
+
+
+def diff_files(adapter: OpenAdapter, component: Component | None, progress: Progress) -> AdapterFiles:
+    """Return a file with every update in float32, in the layout of its weight, each computed when it is written.
+
+    Two layers with one key raise a `ConfigError`.
+    """
+    shapes, transposed = adapter.require_shapes(), frozenset(adapter.transposed or ())
+    component = component or recognized(shapes, OWN_NAMES)
+    keys = {fqn: _diff_key(component, fqn) for fqn in shapes}
+    twice = [key for key, count in Counter(keys.values()).items() if count > 1]
+    problems = [f"two layers would have the key {key}: rename one" for key in twice]
+    raise_collected(ConfigError, problems, doing="convert to 'diff'")
+    done = iter(range(len(shapes)))
+
+    def pieces(fqn: str) -> tuple[Tensor]:
+        progress(next(done), len(shapes), fqn)
+        (update,) = adapter.delta_weights(fqn)
+        return (update.float().T if fqn in transposed else update.float(),)
+
+    tensors = [
+        Planned(keys[fqn], torch.float32, shape[::-1] if fqn in transposed else shape, partial(pieces, fqn))
+        for fqn, shape in shapes.items()
+    ]
+    return AdapterFiles(
+        WEIGHTS["diff"], tensors, notes=(f"for {component!r}: {spelled('component')} names another model",)
+    )
+
+
+def _diff_key(component: Component, fqn: str) -> str:
+    """Return ComfyUI's key of the full update of a layer."""
+    if component == "unet":  # of which ComfyUI knows diffusers' names with underscores only
+        return f"lora_unet_{fqn.replace('.', '_')}.diff"
+    if component in {"text_encoder", "text_encoder_2"}:  # of which it knows those names that CLIP has had
+        fqn = f"text_model.{fqn.removeprefix('text_model.')}"
+    return f"{component}.{fqn}.diff"
+
+
+def _highest(factors: Sequence[StoredFactors]) -> int:
+    return max(each.layer.rank for each in factors)
+
+
+def _padding_notes(factors: Sequence[StoredFactors]) -> tuple[str, ...]:
+    rank = _highest(factors)
+    if all(each.layer.rank == rank for each in factors):
+        return ()
+    return (f"the factors of all layers are padded with zeros to rank {rank}, which changes no update",)
+
+
+def _peft_keys(fqn: str) -> tuple[str, str]:
+    """Return the names of the two factors of one layer's update."""
+    return f"{MODEL_PREFIX}{fqn}.lora_A.weight", f"{MODEL_PREFIX}{fqn}.lora_B.weight"
+
+
+def _padded(keys: tuple[str, str], factors: StoredFactors, rank: int, *, is_transposed: bool = False) -> list[Planned]:
+    """Plan to write the factors of a layer with zeros up to a rank, and each transposed if the reader wants that."""
+
+    def pieces(entry: Entry, padding: tuple[int, ...]) -> tuple[Tensor]:
+        factor = F.pad(read_tensor(entry), padding)
+        return (factor.T if is_transposed else factor,)
+
+    added, layer = rank - factors.layer.rank, factors.layer
+    of_A = (factors.lora_A, (rank, layer.in_features), (0, 0, 0, added))
+    of_B = (factors.lora_B, (layer.out_features, rank), (0, added))
+    return [
+        Planned(key, entry.dtype, shape[::-1] if is_transposed else shape, partial(pieces, entry, padding))
+        for key, (entry, shape, padding) in zip(keys, (of_A, of_B), strict=True)
+    ]
+
+
+def _fields(adapter: OpenAdapter, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Return the JSON. Every scaling is ``alpha / rank = 1``, so the product of the factors is the update."""
+    own, rank = adapter.file.fields, max(ranks.values())
+    pattern = {}
+    if {*ranks.values()} != {rank}:  # PEFT matches each regex with the ends of names too: the longest comes first
+        pattern = {re.escape(fqn): ranks[fqn] for fqn in sorted(ranks, key=lambda fqn: (-len(fqn), fqn))}
+    bias = own.get("bias", "none")
+    fields = {
+        **{name: own.get(name) for name in CARRIED_FIELDS},
+        **_targets(own, tuple(ranks)),
+        "alpha_pattern": pattern,
+        "bias": "lora_only" if bias == "randlora_only" else bias,
+        "fan_in_fan_out": bool(own.get("fan_in_fan_out")),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": rank,
+        "lora_dropout": adapter.file.config.dropout,
+        "peft_type": "LORA",
+        "peft_version": PEFT_VERSION,
+        "r": rank,
+        "rank_pattern": pattern,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    return dict(sorted(fields.items()))
+
+
+def _targets(fields: Mapping[str, Any], fqns: Sequence[str]) -> dict[str, Any]:
+    """Return the fields that name the layers: those of the adapter if they are a list that fits, else a regex."""
+    named = fields.get("target_modules")
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    if all(any(has_suffix(fqn, name) for name in names) for fqn in fqns):
+        kept = {name: fields.get(name) for name in ("layers_to_transform", "layers_pattern")}
+        return {"target_modules": names, **kept}
+    return {"target_modules": _regex(fqns), "layers_to_transform": None, "layers_pattern": None}
+
+
+def _regex(fqns: Iterable[str]) -> str:
+    return "|".join(map(re.escape, fqns))
