@@ -25,7 +25,9 @@ else:
         """Import everything when a name is first used: torch takes seconds, and `randlora --help` needs nothing."""
         found = vars(_import_module("randlora.api"))
         names = found.get("__all__", ())  # none yet where a file that is being imported asks
-        globals().update({each: found[each] for each in names}, **({"__all__": names} if names else {}))
+        globals().update(
+            {each: found[each] for each in names if each in found}, **({"__all__": names} if names else {})
+        )
         if name not in globals():
             meant = _import_module("randlora.meant").CALLS.get(name)
             advice = f": call {meant}" if meant else ""

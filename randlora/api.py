@@ -1,5 +1,7 @@
 """The names of the package, which `randlora/__init__.py` imports from here when one of them is first used."""
 
+from importlib.util import find_spec as _find_spec
+
 import randlora.features as _features  # noqa: F401  (importing it registers what features have)
 import randlora.layers as _layers  # noqa: F401  (importing it registers every kind of layer)
 from randlora import errors as errors
@@ -33,7 +35,6 @@ from randlora.model.merge import unmerge as unmerge
 from randlora.model.merged_tensors import merged_tensors as merged_tensors
 from randlora.model.norms import limit_norms as limit_norms
 from randlora.model.norms import update_norms as update_norms
-from randlora.model.prepare import prepare_quantized as prepare_quantized
 from randlora.model.rename import rename as rename
 from randlora.model.routed import routed as routed
 from randlora.model.switch import activate as activate
@@ -47,6 +48,9 @@ from randlora.pool import AdapterPool as AdapterPool
 from randlora.report import Report as Report
 from randlora.start import equivalent_alpha as equivalent_alpha
 from randlora.targets.select import find_targets as find_targets
+
+if _find_spec("randlora.quantized") is not None:  # a feature, which could be deleted
+    from randlora.quantized.prepare import prepare_quantized as prepare_quantized
 
 __all__ = [
     "AdapterLayer",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from randlora.layers import bnb_codes
+from randlora.quantized import bnb_codes
 from tests.floors import PYPROJECT, floors
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.errors import TargetError
-from randlora.layers import bnb_codes
+from randlora.quantized import bnb_codes
 from tests.codes import written_out
 from tests.further import further
 from tests.kit import fill, same_bits, untouched

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from randlora.errors import how_to_install
-from randlora.layers import bnb_codes, bnb_cpu
+from randlora.quantized import bnb_codes, bnb_cpu
 from tests.codes import assert_rounded_to_nearest, step, written_out
 from tests.kit import same_bits
 
@@ -141,7 +141,7 @@ def test_a_bitsandbytes_that_is_missing_or_too_old_is_named_with_the_extra(
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 def test_what_bitsandbytes_repacks_has_the_private_names_that_are_read_here(storage: torch.dtype, nested: bool) -> None:
-    """On every CPU, because packing itself is plain torch. See randlora/layers/bnb_cpu.py."""
+    """On every CPU, because packing itself is plain torch. See randlora/quantized/bnb_cpu.py."""
     layer = quantized(torch.randn(32, 64), "nf4", 64, nested, storage)
     assert hasattr(layer, bnb_cpu.MAY_REPACK)
     codes, state, wanted = layer.weight.data.clone(), layer.weight.quant_state, written_out(layer)

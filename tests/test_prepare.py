@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import randlora
 from randlora import prepare_quantized
 from randlora.errors import AdapterError
-from randlora.model.prepare import PreparationReport
+from randlora.quantized.prepare import PreparationReport
 from tests.kit import assert_unchanged, same_bits, snapshot, untouched
 from tests.laws import TOKENS, Mixed
 from tests.models import (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora.errors import how_to_install
-from randlora.layers import bnb_cpu
+from randlora.quantized import bnb_cpu
 
 OLDEST = (0, 50)
 """The first version that supports every size and type on a CPU, and the oldest that is tested."""

@@ -17,13 +17,13 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.hints import require_types
-from randlora.layers.bnb import Linear4bitAdapter, put_in_order
-from randlora.layers.bnb_cpu import MAY_REPACK
 from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import find_layer
 from randlora.meant import NotTheModel
 from randlora.model.change import unchanged_if_raised
+from randlora.quantized.bnb import Linear4bitAdapter, put_in_order
+from randlora.quantized.bnb_cpu import MAY_REPACK
 from randlora.state import attached_state, require_unmerged
 from randlora.targets.match import shortened
 from randlora.targets.walk import Census, Visit, is_norm, is_quantized

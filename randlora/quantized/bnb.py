@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from randlora.functional import WriteOut
 from randlora.functional.scratch import is_in_transform
-from randlora.layers import bnb_codes, bnb_cpu
-from randlora.layers.bnb_cpu import MAY_REPACK
 from randlora.layers.inputs import autocast_dtype
 from randlora.layers.quantized import QuantizedLayer, twin_of
 from randlora.layers.registry import register_layer
+from randlora.quantized import bnb_codes, bnb_cpu
+from randlora.quantized.bnb_cpu import MAY_REPACK
 
 MODULE = "bitsandbytes.nn.modules"
 OWN_KERNELS_UP_TO = 1536
