@@ -16,6 +16,8 @@ from randlora.places import Place, place_of
 Shapes = dict[str, Shape]
 """Shapes of adapted weights by FQN."""
 
+DEFAULT = RandLoRAConfig()
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -40,7 +42,7 @@ class Site:
     @property
     def shape(self) -> Shape:
         """The shape of the update of an adapter with the default options."""
-        return self.shape_with(RandLoRAConfig())
+        return self.shape_with(DEFAULT)
 
     def shape_with(self, config: RandLoRAConfig) -> Shape:
         """Return the shape of the update of an adapter with these options."""
