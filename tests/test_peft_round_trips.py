@@ -14,6 +14,7 @@ from tests.kit import adapter_values, all_bits
 from tests.models import BERT, LLAMA, RealModel, every_transformers_model, outputs
 from tests.peer import (
     THEIR_WARNINGS,
+    assert_same_effect,
     every_peft_kind,
     in_ours,
     in_peft,
@@ -55,6 +56,7 @@ def test_what_went_from_peft_to_us_and_back_is_what_it_was(
     if layout == "one copy":
         one_copy_only(tmp_path / "theirs")
     ours = in_ours(kind, tmp_path / "theirs")
+    assert_same_effect(ours, theirs, kind)
     for bases in ("seed", "stored"):
         randlora.save(ours, tmp_path / bases, bases=bases)
         back = in_peft(kind, tmp_path / bases)
@@ -80,7 +82,9 @@ def test_what_went_from_us_to_peft_and_back_is_what_it_was(
     train_also = [HEADS[kind.name]] if kind.name in HEADS else None
     ours = our_model(kind, basis, stream=stream, seed=5, train_also=train_also)
     randlora.save(ours, tmp_path / "ours", bases=bases)
-    in_peft(kind, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    theirs = in_peft(kind, tmp_path / "ours")
+    assert_same_effect(ours, theirs, kind)
+    theirs.save_pretrained(tmp_path / "theirs")
     back = in_ours(kind, tmp_path / "theirs")
 
     (left,), (returned,) = randlora.adapters(ours), randlora.adapters(back)
