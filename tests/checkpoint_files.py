@@ -151,6 +151,7 @@ def _mixed() -> nn.Module:
 
 
 LINEAR = Case("Linear", _linear)
+BY_LAYER = {"head": 3, ".*": 2}
 HEADED = Case("head-and-bias", Headed, {"targets": ["0", "2"], "train_also": ["head", "norm.bias"]})
 CASES = (
     LINEAR,
@@ -164,6 +165,7 @@ CASES = (
     Case("odd-names-and-parameters", Odd, {"train_also": ["scalar", "empty", "transposed"]}),
     Case("bfloat16", Headed, {"targets": ["0"], "train_also": ["head"]}, torch.bfloat16),
     Case("float64", Headed, {"targets": ["0", "2"], "train_also": ["head"]}, torch.float64),
+    Case("r-and-alpha-by-layer", Headed, {"targets": ["0", "2", "head"], "r": BY_LAYER, "alpha": {"0": 7.5, ".*": 4}}),
 )
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -50,7 +50,7 @@ def test_a_loaded_adapter_is_active_and_frozen_where_it_is_the_first(headed: Pat
     (info,) = randlora.adapters(model)
     assert (info.name, info.weight, info.is_trainable) == ("default", 1.0, False)
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    with pytest.raises(AdapterError, match=r"would have nothing to do \(default\): .*'default', trainable=True"):
+    with pytest.raises(AdapterError, match=r"would have nothing to do \(default\): call randlora.set_trainable"):
         list(randlora.trainable_parameters(model))
 
 

@@ -141,17 +141,11 @@ def test_a_file_cut_short_anywhere_is_refused_or_changes_nothing(name: str, save
     assert misread(saved, SMALL, saved / name, cut) == []
 
 
-@pytest.mark.parametrize("part", ["length", "key", "metadata", "tensor-headers", "data"])
-def test_a_tensors_file_cut_short_is_refused(part: str, saved: Path) -> None:
+def test_a_tensors_file_that_is_cut_or_has_bytes_after_its_end_is_refused(saved: Path) -> None:
     raw = (saved / TENSORS_FILE).read_bytes()
-    (saved / TENSORS_FILE).write_bytes(raw[: region(raw, part)[-1]])
-    refused(SMALL.build(), saved, "truncated or damaged")
-
-
-def test_a_tensors_file_with_bytes_after_its_end_is_refused(saved: Path) -> None:
-    with (saved / TENSORS_FILE).open("ab") as file:
-        file.write(b"\0")
-    refused(SMALL.build(), saved, "truncated or damaged")
+    for contents in (raw[:-1], raw + b"\0"):
+        (saved / TENSORS_FILE).write_bytes(contents)
+        refused(SMALL.build(), saved, "truncated or damaged")
 
 
 @pytest.mark.parametrize(
@@ -246,12 +240,6 @@ def test_tensors_with_our_header_need_no_json(storage: Stored, saved: Path) -> N
     assert randlora.files.inspect(saved).nbytes == (saved / TENSORS_FILE).stat().st_size
 
 
-def test_tensors_without_header_need_the_json(saved: Path) -> None:
-    edit_tensors(saved, {})
-    (saved / CONFIG_FILE).unlink()
-    refused(SMALL.build(), saved, f"expected a directory with {CONFIG_FILE} and {TENSORS_FILE}")
-
-
 def test_a_json_that_appears_within_a_moment_is_waited_for(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (saved / CONFIG_FILE).read_text(encoding="utf-8")
     edit_fields(saved, {"r": 7})
@@ -291,14 +279,6 @@ def test_the_other_file_of_two_saves_with_equal_options_says_nothing_else(saved:
     randlora.load(model, saved)
     (info,) = randlora.adapters(model)
     assert (info.targets, info.train_also) == (("0",), ())
-
-
-def test_a_save_by_another_format_version_is_refused_before_anything_else_is_said(saved: Path) -> None:
-    tensors, metadata = read_tensors(saved)
-    changed = metadata["randlora"].replace('"format_version": 1', '"format_version": 4')
-    assert changed != metadata["randlora"]
-    write_tensors(saved, tensors, {**metadata, "randlora": changed})
-    refused(SMALL.build(), saved, "the file has format version 4, this library reads versions 1 to 3")
 
 
 def test_a_header_under_a_damaged_name_is_refused(saved: Path) -> None:

@@ -3,7 +3,7 @@
 import copy
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from tests import reference
 from tests.checkpoint_files import (
     Case,
     Twice,
-    both_ways,
     doubted,
     edit_fields,
     edit_tensors,
@@ -181,35 +180,6 @@ def test_copies_and_pickles_compute_the_same() -> None:
         assert adapter_of(twin).options == OPTIONS
         fill(twin, seed=2)
         assert not torch.equal(CASE.output(twin), CASE.output(model))
-
-
-def test_merging_and_ejecting_restore_every_bit() -> None:
-    before = CASE.build()
-    model = trained()
-    adapted = CASE.output(model)
-    with randlora.merged(model):
-        torch.testing.assert_close(CASE.output(model), adapted)
-    assert torch.equal(CASE.output(model), adapted)
-    randlora.eject(model)
-    assert all_bits(model.state_dict()) == all_bits(before.state_dict())
-
-
-@both_ways
-@every_draw
-def test_what_is_saved_is_loaded_bit_for_bit(bases: Any, basis: BasisKind, stream: Stream, tmp_path: Path) -> None:
-    model = trained(basis=basis, stream=stream)
-    randlora.save(model, tmp_path / "one", bases=bases)
-    twin = CASE.build()
-    report = randlora.load(twin, tmp_path / "one", trainable=True)
-    assert torch.equal(CASE.output(twin), CASE.output(model))
-    assert all_bits(adapter_values(twin)) == all_bits(adapter_values(model))
-    (info,), (expected,) = randlora.adapters(twin), randlora.adapters(model)
-    assert (info.specs, info.options) == (expected.specs, expected.options)
-    assert isinstance(info.config.r, Mapping)
-    assert dict(info.config.r) == {fqn: r for fqn, (r, _) in OPTIONS.items()}
-    assert report.rows == randlora.plan(CASE.build(), R, alpha=ALPHA, basis=basis, stream=stream).rows
-    randlora.save(twin, tmp_path / "two", bases=bases)
-    assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 def test_a_loaded_config_injects_the_same_adapter(tmp_path: Path) -> None:
