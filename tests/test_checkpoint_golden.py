@@ -42,7 +42,7 @@ class Stacks(nn.Module):
         super().__init__()
         self.plain, self.turned = nn.Module(), nn.Module()
         self.plain.gate_up_proj = nn.Parameter(torch.ones(3, 4, 6))
-        self.turned.is_transposed = True
+        vars(self.turned)["is_transposed"] = True
         self.turned.down_proj = nn.Parameter(torch.ones(3, 4, 5))
         self.linear = nn.Linear(6, 3)
 
