@@ -58,7 +58,7 @@ def begin(block: Any) -> None:
 def ours(layers: int, side: int, device: str, directory: Path, repeats: int) -> dict[str, Figure]:
     """Measure ours."""
     model = with_adapters(layers, side, device, directory)
-    pool = randlora.AdapterPool(model, {"pooled": directory / "b"}, max_loaded=1)
+    pool = randlora.serving.AdapterPool(model, {"pooled": directory / "b"}, max_loaded=1)
     state = randlora.adapter_state(model, "a")
     figures = timed(
         {

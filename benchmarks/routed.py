@@ -52,7 +52,7 @@ def peers(adapters: int, device: str) -> nn.Module:
 
 def routed(model: nn.Module, names: Sequence[str], inputs: Tensor) -> None:
     """Run each row through its own adapter."""
-    with randlora.routed(model, names):
+    with randlora.serving.routed(model, names):
         model(input_ids=inputs)
 
 
@@ -80,7 +80,7 @@ def row(phase: str, loaded: int, device: str, *, is_quick: bool) -> Row:
     with torch.no_grad():
         with ExitStack() as blocks:
             for model in many.values():
-                blocks.enter_context(randlora.routed(model, names))
+                blocks.enter_context(randlora.serving.routed(model, names))
             figures = interleaved(runs, device=device, repeats=REPEATS if is_quick else FEW_REPEATS)
         alone = {
             "dense, a block each": partial(routed, many["dense"], names, inputs),

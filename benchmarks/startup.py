@@ -15,6 +15,7 @@ from benchmarks.models import LLAMA_TARGETS, by_peft
 from benchmarks.processes import held_bytes, in_own_process, peak_bytes
 from benchmarks.results import Row
 from benchmarks.timing import Figure
+from randlora.bases import BasisBank
 from randlora.bases.basis import Basis
 
 REPEATS = 3
@@ -65,7 +66,7 @@ def start_ours(kind: str) -> dict[str, float]:
     """Time ours; a model without values draws nothing, so the bases are asked for as the first layer would."""
     model, before, start = llama_3_8b(), held_bytes(), time.perf_counter()
     report = randlora.inject(model, r=RANK, alpha=ALPHA, targets=LLAMA_TARGETS, basis=kind)  # type: ignore[arg-type]
-    basis = randlora.BasisBank().acquire(randlora.adapters(model)[0].specs[0])
+    basis = BasisBank().acquire(randlora.adapters(model)[0].specs[0])
     basis.extend(14336, 4096)
     held = sum(matrix.nbytes for matrix in basis.matrices())
     seconds, peak = time.perf_counter() - start, peak_bytes() - before

@@ -6,8 +6,9 @@
 1152
 >>> report = randlora.merge(model)
 
-Functions for a model in memory are here, those for files in `randlora.files`, exceptions in `randlora.errors`. The
-types of reports are in the modules of the functions that return them.
+Functions for a model in memory are here, those for files in `randlora.files`, those for many adapters at once in
+`randlora.serving`, exceptions in `randlora.errors`. The types of reports are in the modules of the functions that
+return them.
 """
 
 from importlib import import_module as _import_module

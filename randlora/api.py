@@ -6,10 +6,7 @@ import randlora.features as _features  # noqa: F401  (importing it registers wha
 import randlora.layers as _layers  # noqa: F401  (importing it registers every kind of layer)
 from randlora import errors as errors
 from randlora import files as files
-from randlora.bases.bank import BasisBank as BasisBank
-from randlora.bases.spec import BasisSpec as BasisSpec
 from randlora.checking.check import check as check
-from randlora.checkpoint import AdapterState as AdapterState
 from randlora.checkpoint import adapter_state as adapter_state
 from randlora.checkpoint import load as load
 from randlora.checkpoint import load_all as load_all
@@ -17,13 +14,7 @@ from randlora.checkpoint import save as save
 from randlora.checkpoint import save_all as save_all
 from randlora.checkpoint import swap as swap
 from randlora.config import RandLoRAConfig as RandLoRAConfig
-from randlora.errors import RandLoRAError as RandLoRAError
-from randlora.files.load_model import load_model as load_model
-from randlora.files.save_merged import save_merged as save_merged
-from randlora.layers.base import AdapterLayer as AdapterLayer
-from randlora.layers.registry import register_layer as register_layer
 from randlora.model.check_ranks import check_ranks as check_ranks
-from randlora.model.combine import combine as combine
 from randlora.model.inject import eject as eject
 from randlora.model.inject import inject as inject
 from randlora.model.inject import plan as plan
@@ -36,7 +27,6 @@ from randlora.model.merged_tensors import merged_tensors as merged_tensors
 from randlora.model.norms import limit_norms as limit_norms
 from randlora.model.norms import update_norms as update_norms
 from randlora.model.rename import rename as rename
-from randlora.model.routed import routed as routed
 from randlora.model.switch import activate as activate
 from randlora.model.switch import delta_weight as delta_weight
 from randlora.model.switch import disabled as disabled
@@ -44,29 +34,21 @@ from randlora.model.switch import remove as remove
 from randlora.model.switch import set_compute as set_compute
 from randlora.model.trainable import set_trainable as set_trainable
 from randlora.model.trainable import trainable_parameters as trainable_parameters
-from randlora.pool import AdapterPool as AdapterPool
-from randlora.report import Report as Report
 from randlora.start import equivalent_alpha as equivalent_alpha
 from randlora.targets.select import find_targets as find_targets
 
 if _find_spec("randlora.quantized") is not None:  # a feature, which could be deleted
     from randlora.quantized.prepare import prepare_quantized as prepare_quantized
+if _find_spec("randlora.serving") is not None:
+    from randlora import serving as serving
 
 __all__ = [
-    "AdapterLayer",
-    "AdapterPool",
-    "AdapterState",
-    "BasisBank",
-    "BasisSpec",
     "RandLoRAConfig",
-    "RandLoRAError",
-    "Report",
     "activate",
     "adapter_state",
     "adapters",
     "check",
     "check_ranks",
-    "combine",
     "delta_weight",
     "disabled",
     "eject",
@@ -78,19 +60,16 @@ __all__ = [
     "limit_norms",
     "load",
     "load_all",
-    "load_model",
     "merge",
     "merged",
     "merged_tensors",
     "plan",
     "prepare_quantized",
-    "register_layer",
     "remove",
     "rename",
-    "routed",
     "save",
     "save_all",
-    "save_merged",
+    "serving",
     "set_compute",
     "set_trainable",
     "swap",

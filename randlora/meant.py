@@ -50,7 +50,7 @@ ADVICE = {
 }
 """What to do about options of PEFT and other libraries that have no entry of the table here."""
 
-_LOAD_MODEL = "randlora.load_model(directory)"
+_LOAD_MODEL = "randlora.files.load_model(directory)"
 
 CALLS = {
     "AutoPeftModel": _LOAD_MODEL,
@@ -61,7 +61,7 @@ CALLS = {
     "RandLoraConfig": "randlora.inject(model, r=32, targets=…), or randlora.RandLoRAConfig",
     "TaskType": "randlora.inject(model), which needs no type of task",
     "add_adapter": "randlora.inject(model, name=…)",
-    "add_weighted_adapter": "randlora.combine(model, {…: 0.5, …: 0.5}, name=…)",
+    "add_weighted_adapter": "randlora.serving.combine(model, {…: 0.5, …: 0.5}, name=…)",
     "delete_adapter": "randlora.remove(model, name)",
     "disable_adapter": "with randlora.disabled(model):",
     "disable_adapters": "with randlora.disabled(model):",

@@ -16,7 +16,7 @@ BASE = -1
 """The adapter of rows that go through the base model alone."""
 
 BLOCKS: ContextVar[tuple[object, ...]] = ContextVar("BLOCKS", default=())
-"""The blocks of `randlora.routed` and `randlora.disabled` that this thread, or this task of asyncio, is in."""
+"""The blocks of `randlora.serving.routed` and `randlora.disabled` that this thread, or this task of asyncio, is in."""
 
 
 class Group(NamedTuple):

@@ -144,7 +144,7 @@ class ModelState:
         required_grad: Which parameters required grad before the first adapter was added.
         replaced: The parameters and buffers that some adapter has a copy of, by FQN.
         buffers_before: Copies of the model's small buffers from when the first adapter was added, by FQN.
-        disabled: The `randlora.disabled` and `randlora.routed` blocks that have not ended.
+        disabled: The `randlora.disabled` and `randlora.serving.routed` blocks that have not ended.
         routing: The `randlora.routing.Routing` of the innermost of these; ``None`` if that is a `disabled` block.
         ended: Those of them that are to end as soon as their parameters can be installed.
         merge_guards: While merged, the handles of the hooks that refuse to load a state dict and to run backward.
@@ -397,7 +397,7 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
 
 
 def require_unrouted(state: ModelState, name: str | None, doing: str) -> None:
-    """Check that no open block of `randlora.routed` names an adapter, or any if it is ``None``; else raise an error.
+    """Check that no open block of `randlora.serving.routed` names an adapter, or any if it is ``None``.
 
     Raises:
         AdapterError: If one does.
@@ -405,7 +405,9 @@ def require_unrouted(state: ModelState, name: str | None, doing: str) -> None:
     for block in state.disabled:
         if isinstance(block, Routing) and (name is None or name in block.adapters):
             which = "" if name is None else ", which sends rows through it"
-            raise AdapterError(f"cannot {doing} in an open block of randlora.routed{which}: call it after the block")
+            raise AdapterError(
+                f"cannot {doing} in an open block of randlora.serving.routed{which}: call it after the block"
+            )
 
 
 def require_unmerged(state: ModelState, doing: str) -> None:

@@ -77,8 +77,8 @@ class Reading(nn.Module):
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the weights of `Tables` be adapted until the test is over."""
     monkeypatch.setattr(registry, "_readers", dict(registry._readers))
-    randlora.register_layer(Tables)(TableReader)
-    randlora.register_layer(Tables)(TurnedReader)
+    randlora.layers.register_layer(Tables)(TableReader)
+    randlora.layers.register_layer(Tables)(TurnedReader)
 
 
 def of_kind(kind: LayerKind) -> nn.Sequential:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import randlora
-from randlora import AdapterLayer
-from randlora.layers import registry
+from randlora.layers import AdapterLayer, registry
 from randlora.layers.read_weight import ReadWeight
 from randlora.report import Report
 from randlora.targets.left_out import LeftOut
@@ -91,10 +90,10 @@ def register(patch: pytest.MonkeyPatch) -> None:
     """Register the kinds above until the patch is undone."""
     patch.setattr(registry, "_layers", dict(registry._layers))
     patch.setattr(registry, "_readers", {name: dict(kinds) for name, kinds in registry._readers.items()})
-    randlora.register_layer(Kernel)(KernelAdapter)
+    randlora.layers.register_layer(Kernel)(KernelAdapter)
     for reader in (UpReader, DownReader):
-        randlora.register_layer(Experts)(reader)
-    randlora.register_layer(Attention)(InReader)
+        randlora.layers.register_layer(Experts)(reader)
+    randlora.layers.register_layer(Attention)(InReader)
 
 
 def quiet_plan(model: nn.Module, **options: Any) -> Report:

@@ -427,5 +427,5 @@ def test_the_files_of_the_merged_model_are_those_without_offloading(place: Placi
     plain, model = llama(is_tied=True), place(llama(is_tied=True), tmp_path / "base")
     for each, name in ((plain, "plain"), (model, "offloaded")):
         randlora.inject(each, r=4, targets=["q_proj", "up_proj"])
-        randlora.save_merged(fill(each), tmp_path / name)
+        randlora.files.save_merged(fill(each), tmp_path / name)
     assert contents(tmp_path / "offloaded") == contents(tmp_path / "plain")

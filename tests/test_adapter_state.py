@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import randlora
-from randlora import AdapterState
+from randlora.checkpoint import AdapterState
 from randlora.errors import AdapterError, CheckpointError, ConfigError
 from tests.checkpoint_files import HEADED, LINEAR, Case, every_case, read_fields, read_tensors, trained
 from tests.kit import adapter_values, all_bits, fill, untouched

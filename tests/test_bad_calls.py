@@ -19,8 +19,9 @@ VALUES: list[Any] = [1, 1.0, -1, "yes", b"no", np.True_, (), [], {}, [[]], {"a":
 VALUES += [None, torch.ones(2), 10**400, 10**5000, float("nan"), {"default": 10**400}, [10**5000]]
 VERBS: list[Callable[..., Any]] = [randlora.inject, randlora.plan, randlora.eject, randlora.activate, randlora.remove]
 VERBS += [randlora.delta_weight, randlora.set_compute, randlora.merge, randlora.unmerge, randlora.adapters]
-VERBS += [randlora.prepare_quantized, randlora.find_targets, randlora.combine, randlora.rename, randlora.set_trainable]
+VERBS += [randlora.prepare_quantized, randlora.find_targets, randlora.rename, randlora.set_trainable]
 VERBS += [
+    randlora.serving.combine,
     randlora.adapter_state,
     randlora.swap,
     randlora.update_norms,
@@ -51,7 +52,7 @@ def test_an_argument_of_any_type_is_used_or_refused_by_an_error_of_ours(verb: Ca
     without = [name for name, each in parameters.items() if each.default is inspect.Parameter.empty and name != "model"]
     given = REQUIRED | dict.fromkeys(("state", "source"), randlora.adapter_state(adapted()))
     required = {name: given[name] for name in without}
-    required |= {"name": "other"} if verb in (randlora.inject, randlora.plan, randlora.combine) else {}
+    required |= {"name": "other"} if verb in (randlora.inject, randlora.plan, randlora.serving.combine) else {}
     for name in parameters:
         for value in VALUES:
             model = adapted()

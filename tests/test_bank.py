@@ -14,8 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from randlora import BasisBank, BasisSpec
-from randlora.bases import portable_stream, torch_stream
+from randlora.bases import BasisBank, BasisSpec, portable_stream, torch_stream
 from randlora.bases.basis import Bases, Basis
 from randlora.bases.compact import CompactMatrix
 from randlora.errors import ConfigError
@@ -76,7 +75,7 @@ def test_drawing_neither_reads_nor_advances_the_global_generators(spec: BasisSpe
 @pytest.mark.medium
 def test_another_process_draws_the_same_bits() -> None:
     script = (
-        "from randlora.bases.basis import Basis\nfrom randlora import BasisSpec\n"
+        "from randlora.bases.basis import Basis\nfrom randlora.bases import BasisSpec\n"
         "print(Basis(BasisSpec('dense', 'torch', 3, 4, 20, 10)).digest(20, 10))\n"
         "print(Basis(BasisSpec('block', 'portable', 3, 4, 20, 10, (2, 2))).digest(20, 10))\n"
     )

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from randlora import BasisSpec, RandLoRAConfig
+from randlora import RandLoRAConfig
+from randlora.bases import BasisSpec
 from randlora.bases.basis import Basis
 from randlora.bases.spec import KINDS, spec_for
 from randlora.config import BasisKind

@@ -165,7 +165,7 @@ def test_a_file_with_the_blocks_of_earlier_defaults_means_what_it_did(shape: Sha
     report = randlora.load(model, tmp_path / "saved")
     assert "blocks=(2, 8) leave entries of the update always zero in 0" in str(report)
     randlora.save(model, tmp_path / "again")
-    randlora.combine(model, {"default": 1.0}, name="twin")
+    randlora.serving.combine(model, {"default": 1.0}, name="twin")
     assert same_bits(randlora.delta_weight(model, "0", name="default"), update)
     assert {info.specs[0].blocks for info in randlora.adapters(model)} == {(2, 8)}
     randlora.swap(model, tmp_path / "again")
@@ -178,7 +178,7 @@ def test_a_sum_is_on_the_bases_of_its_adapters_if_they_have_other_blocks_than_by
     randlora.inject(model, r=16, targets=["1"], basis="block", blocks=(2, 8), name="b")
     for name in ("a", "b"):
         fill(model, name)
-    randlora.combine(model, {"a": 1.0, "b": 1.0}, name="c")
+    randlora.serving.combine(model, {"a": 1.0, "b": 1.0}, name="c")
     assert same_bits(randlora.delta_weight(model, "1", name="c"), randlora.delta_weight(model, "1", name="b"))
 
 

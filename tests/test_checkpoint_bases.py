@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import randlora
+from randlora.bases import BasisSpec
 from randlora.bases.basis import Basis
 from tests.checkpoint_files import (
     HEADED,
@@ -124,7 +125,7 @@ def test_stored_bases_that_their_key_brings_back_are_drawn_not_kept(larger: bool
     directory, model = peft_directory(tmp_path), trained(LINEAR)
     if larger:
         model = LINEAR.build()
-        wide = Basis(randlora.BasisSpec("dense", "torch", seed=0, r=2, max_dim=9, min_dim=7))
+        wide = Basis(BasisSpec("dense", "torch", seed=0, r=2, max_dim=9, min_dim=7))
         drawn = wide.slices(9, 7, device="cpu", dtype=torch.float32)
         edit_tensors(directory, {BASIS_A: drawn.A, BASIS_B: drawn.B})
     twin = loaded(directory)

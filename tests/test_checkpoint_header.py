@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from randlora import BasisSpec, RandLoRAConfig
+from randlora import RandLoRAConfig
+from randlora.bases import BasisSpec
 from randlora.checkpoint.base_model import ModelClass
 from randlora.checkpoint.header import BasisRecord, Header, dump_header, parse_header
 from randlora.config import LARGEST_FACTOR

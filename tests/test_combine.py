@@ -42,7 +42,7 @@ def test_the_sum_is_exact_where_one_of_both_is_the_same(kind: LayerKind, equal: 
     model = two(nn.Sequential(kind.build(9, 14, True, kind.exact)), equal=equal)
     for part in ("randlora_lambda", "randlora_gamma"):
         model.get_submodule(f"0.{part}").to(kind.exact)
-    randlora.combine(model, FACTORS, name="c")
+    randlora.serving.combine(model, FACTORS, name="c")
     assert_close(randlora.delta_weight(model, "0", name="c"), wanted(model, "0", FACTORS), kind.exact)
 
 
@@ -50,10 +50,10 @@ def test_what_is_not_trained_adds_nothing_and_a_sum_of_it_can_be_trained() -> No
     model = nn.Sequential(nn.Linear(9, 14))
     for name, init in {"a": "gamma", "b": "gamma", "c": "lambda"}.items():
         randlora.inject(model, r=3, name=name, init=init)  # type: ignore[arg-type]
-    randlora.combine(model, {"a": 1.0, "b": 0.5}, name="none")
+    randlora.serving.combine(model, {"a": 1.0, "b": 0.5}, name="none")
     assert sum(bool(part.any()) for part in diagonals(model[0], "none")) == 1
     fill(model, "c")
-    randlora.combine(model, {"c": 2.0, "a": 1.0}, name="d")
+    randlora.serving.combine(model, {"c": 2.0, "a": 1.0}, name="d")
     assert_close(randlora.delta_weight(model, "0", name="d"), wanted(model, "0", {"c": 2.0}), torch.float32)
 
 
@@ -61,7 +61,7 @@ def test_what_is_not_trained_adds_nothing_and_a_sum_of_it_can_be_trained() -> No
 def test_the_sum_is_exact_for_weights_that_are_read(kind: ReadKind) -> None:
     dtype = kind.dtypes[0]
     model = two(kind.model(dtype), **{**kind.adapter_options, "alpha": 7}).to(dtype)
-    randlora.combine(model, FACTORS, name="c")
+    randlora.serving.combine(model, FACTORS, name="c")
     assert_close(randlora.delta_weight(model, kind.target, name="c"), wanted(model, kind.target, FACTORS), dtype)
     randlora.activate(model, FACTORS)
     expected = kind.run(model, dtype)
@@ -72,7 +72,7 @@ def test_the_sum_is_exact_for_weights_that_are_read(kind: ReadKind) -> None:
 @pytest.mark.parametrize("factor", [1.0, -2.0, 0.0])
 def test_one_adapter_is_multiplied(factor: float) -> None:
     model = two(Mixed(), equal=None)
-    randlora.combine(model, {"a": factor}, name="c")
+    randlora.serving.combine(model, {"a": factor}, name="c")
     own, made = adapter_values(model, "a"), adapter_values(model, "c")
     assert all_bits(made) == all_bits({k: v * factor + 0.0 if k.endswith("lambda") else v for k, v in own.items()})
 
@@ -80,7 +80,7 @@ def test_one_adapter_is_multiplied(factor: float) -> None:
 def test_the_new_adapter_saves_and_loads_like_any_other(tmp_path: Path) -> None:
     model = two(Mixed(), targets=["q", "up"], train_also=["head"])
     before = all_bits(adapter_values(model, "a")) | all_bits(adapter_values(model, "b"))
-    randlora.combine(model, FACTORS, name="c")
+    randlora.serving.combine(model, FACTORS, name="c")
     assert all_bits(adapter_values(model, "a")) | all_bits(adapter_values(model, "b")) == before
     report = randlora.save(model, tmp_path, name="c")
     assert not [note for note in report.notes if "combined" in note]
@@ -100,7 +100,7 @@ def test_parameters_trained_beside_are_summed_in_the_dtype_that_the_model_was_ca
     with torch.no_grad():
         model.head.bias.add_(torch.randn(3).double())
     trained = model.head.bias.detach().clone()
-    randlora.combine(model, {"a": -2.0}, name="c")
+    randlora.serving.combine(model, {"a": -2.0}, name="c")
     randlora.activate(model, "c")
     assert model.head.bias.dtype == torch.float64
     torch.testing.assert_close(model.head.bias.detach(), own - 2 * (trained - own), rtol=1e-14, atol=1e-14)
@@ -112,7 +112,7 @@ def test_what_was_trained_beside_is_summed_as_changes_of_the_models_own() -> Non
     randlora.inject(model, r=4, name="a", train_also=["head"], targets=["q"], stream="portable")
     randlora.inject(model, r=4, name="b", train_also=["head.weight", "norm"], targets=["up"], stream="portable")
     fill(model, "a", seed=1), fill(model, "b", seed=2)
-    randlora.combine(model, FACTORS, name="c")
+    randlora.serving.combine(model, FACTORS, name="c")
     state = adapted_root(model)[1]
     for fqn, copy in state.adapters["c"].trained.items():
         changes = {name: state.adapters[name].trained.get(fqn, own[fqn]) - own[fqn] for name in FACTORS}
@@ -125,7 +125,7 @@ def test_each_layer_is_exact_that_one_adapter_has_alone() -> None:
     randlora.inject(model, r=4, targets=["q"], name="a")
     randlora.inject(model, {"up": 2, ".*": 3}, targets=["up", "down"], alpha={"up": 5, ".*": 7}, name="b")
     fill(model, "a"), fill(model, "b", seed=1)
-    randlora.combine(model, FACTORS, name="c")
+    randlora.serving.combine(model, FACTORS, name="c")
     info = next(info for info in randlora.adapters(model) if info.name == "c")
     assert info.options == {"q": (4, 80.0), "up": (2, 5.0), "down": (3, 7.0)}
     for fqn, name in {"q": "a", "up": "b", "down": "b"}.items():
@@ -135,7 +135,7 @@ def test_each_layer_is_exact_that_one_adapter_has_alone() -> None:
 
 def test_the_report_names_the_sum_and_bases_are_shared() -> None:
     model = two(Mixed())
-    report = randlora.combine(model, FACTORS, name="c")
+    report = randlora.serving.combine(model, FACTORS, name="c")
     assert (report.name, report.rule) == ("c", "the sum 0.7·a + -0.3·b")
     assert not report.is_active
     assert not report.is_trainable
@@ -150,9 +150,9 @@ def test_bases_grow_with_the_layers_of_the_sum_where_they_can() -> None:
         randlora.inject(model, r=2, targets=["1"], name=large, stream=stream)
         fill(model, small), fill(model, large)
     with untouched(model), pytest.raises(AdapterError, match=r"is on .*20x20.*, and 'small-torch' on .*6x6"):
-        randlora.combine(model, {"small-torch": 1, "large-torch": 0.5}, name="c")
+        randlora.serving.combine(model, {"small-torch": 1, "large-torch": 0.5}, name="c")
     factors = {"small-portable": 1, "large-portable": 0.5}
-    randlora.combine(model, factors, name="c")
+    randlora.serving.combine(model, factors, name="c")
     for fqn, name in {"0": "small-portable", "1": "large-portable"}.items():
         expected = factors[name] * randlora.delta_weight(model, fqn, name=name)
         assert_close(randlora.delta_weight(model, fqn, name="c"), expected, torch.float32)
@@ -171,12 +171,12 @@ def test_what_is_not_exact_is_refused(basis: Any) -> None:
         ({"a": 1, "r": 0.1}, "a and r have r=3 and 4 in q"),
     ]:
         with untouched(model), pytest.raises(AdapterError, match=message + instead):
-            randlora.combine(model, adapters, name="c")
+            randlora.serving.combine(model, adapters, name="c")
     values = adapter_values(model, "b")
     for name, value in adapter_values(model, "a").items():
         values[name.replace(".a", ".b")].data = value.data * (1 + 1e-4 * torch.rand_like(value))
     with untouched(model), pytest.raises(AdapterError, match="exactly this sum"):
-        randlora.combine(model, FACTORS, name="c")
+        randlora.serving.combine(model, FACTORS, name="c")
 
 
 def meta() -> nn.Module:
@@ -206,7 +206,7 @@ def test_what_no_such_adapter_could_have_is_refused() -> None:
         ({"dropping": 1, "seed": 1}, r"'seed' is on .*seed=1.*, of which 'dropping' has no kind"),
     ]:
         with untouched(model), pytest.raises(AdapterError, match=message):
-            randlora.combine(model, adapters, name="c")
+            randlora.serving.combine(model, adapters, name="c")
 
 
 def test_a_bad_call_is_refused_and_changes_nothing() -> None:
@@ -221,13 +221,13 @@ def test_a_bad_call_is_refused_and_changes_nothing() -> None:
     ]
     for adapters, options, error, message in calls:
         with untouched(model), pytest.raises(error, match=message):
-            randlora.combine(model, adapters, **{"name": "c", **options})
+            randlora.serving.combine(model, adapters, **{"name": "c", **options})
     diagonals(model.get_submodule("q"), "a")[0].data[0, 0] = 1e38
     with untouched(model), pytest.raises(AdapterError, match="would not be finite in q"):
-        randlora.combine(model, {"a": 1e5}, name="c")
+        randlora.serving.combine(model, {"a": 1e5}, name="c")
     with randlora.merged(model), untouched(model), pytest.raises(AdapterError, match="while the adapters are merged"):
-        randlora.combine(model, {"b": 1}, name="c")
+        randlora.serving.combine(model, {"b": 1}, name="c")
     with pytest.raises(AdapterError, match=r"has no values \(meta or fake\)"):
-        randlora.combine(meta(), {"a": 1}, name="c")
+        randlora.serving.combine(meta(), {"a": 1}, name="c")
     with pytest.raises(AdapterError, match=r"'b' adapts 0.in_proj_weight as 3 x 12 x 12, and one like 'a' as 36 x 12"):
-        randlora.combine(attention("split"), {"a": 1, "b": 1}, name="c")
+        randlora.serving.combine(attention("split"), {"a": 1, "b": 1}, name="c")

@@ -42,7 +42,7 @@ def test_a_block_runs_uncompiled_and_compiles_nothing(model: nn.Module, is_whole
             alone[name] = compiled(x)
         compiled_before = counter.frame_count
         for names in (["a", "b", "c"], ["c", "a", "a"]):
-            with randlora.routed(model, names), randlora.routed(model, names):
+            with randlora.serving.routed(model, names), randlora.serving.routed(model, names):
                 expected = torch.stack([alone[name][row] for row, name in enumerate(names)])
                 torch.testing.assert_close(compiled(x), expected)
         torch.testing.assert_close(compiled(x), alone["c"])
@@ -56,12 +56,12 @@ def test_blocks_of_several_models_end_in_any_order(model: nn.Module) -> None:
     randlora.inject(other, r=2, name="a")
 
     def hold() -> None:
-        with randlora.routed(other, ["a"]):
+        with randlora.serving.routed(other, ["a"]):
             begun.set()
             go_on.wait(60)
 
     thread = threading.Thread(target=hold)
-    with randlora.routed(model, ["a", "b"]):
+    with randlora.serving.routed(model, ["a", "b"]):
         thread.start()
         assert begun.wait(60)
     compiled(torch.randn(2, 4))
@@ -74,7 +74,7 @@ def test_blocks_of_several_models_end_in_any_order(model: nn.Module) -> None:
 
 def test_exporting_in_a_block_is_an_error(model: nn.Module) -> None:
     with (
-        randlora.routed(model, ["a", "b", None]),
+        randlora.serving.routed(model, ["a", "b", None]),
         pytest.raises(AdapterError, match="cannot be exported or compiled in"),
     ):
         torch.export.export(model, (torch.randn(3, 8),), strict=False)

@@ -20,6 +20,7 @@ from torch import nn
 
 import randlora
 from randlora.errors import AdapterError, MergeError, RandLoRAError
+from randlora.serving import routed
 from tests.kit import all_bits, fill, untouched
 from tests.laws import TOKENS, Mixed
 
@@ -304,7 +305,7 @@ def test_a_copy_made_while_disabled_is_inactive_and_not_disabled_for_ever(made: 
     assert torch.equal(copied(x), active)
 
 
-@pytest.mark.parametrize("block", [randlora.disabled, lambda model: randlora.routed(model, ["b"] * len(TOKENS))])
+@pytest.mark.parametrize("block", [randlora.disabled, lambda model: routed(model, ["b"] * len(TOKENS))])
 def test_a_block_that_is_refused_leaves_a_merged_copy_merged(block: Any) -> None:
     model = Mixed()
     randlora.inject(model, r=4, name="a", targets=["q"], train_also=["up"])

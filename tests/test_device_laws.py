@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import randlora
+from randlora.bases import BasisBank
 from randlora.functional import Compute
 from tests import reference
 from tests.kit import assert_unchanged, fill, same_bits, snapshot
@@ -57,7 +58,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def oracle(model: nn.Sequential, shape: tuple[int, int]) -> Tensor:
     """Compute the update in float64 on the CPU, from bases that are drawn there."""
     spec = randlora.adapters(model)[0].specs[0]
-    basis = randlora.BasisBank().acquire(spec)
+    basis = BasisBank().acquire(spec)
     bases = basis.slices(max(shape), min(shape), device="cpu", dtype=torch.float64)
     lam, gamma = (model.get_parameter(f"0.randlora_{name}.default").detach().cpu() for name in ("lambda", "gamma"))
     return reference.delta_weight(*bases, lam, gamma, 2.0, in_features=shape[0])
@@ -175,8 +176,7 @@ def test_a_seed_means_the_same_update_wherever_it_is_drawn(basis: str, stream: s
         assert_close(ours.cpu(), expected, torch.float32)
     spec = randlora.adapters(here)[0].specs[0]
     drawn, kept = (
-        randlora.BasisBank().acquire(spec).slices(20, 12, device=device, dtype=torch.float32)
-        for device in (DEVICE, "cpu")
+        BasisBank().acquire(spec).slices(20, 12, device=device, dtype=torch.float32) for device in (DEVICE, "cpu")
     )
     assert all(same_bits(one.cpu(), other) for one, other in zip(drawn, kept, strict=True))
 

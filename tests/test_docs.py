@@ -120,7 +120,8 @@ def test_the_api_page_shows_every_public_name_once() -> None:
     objects = [api_object(entry) for entry in entries]
     assert len({id(found) for found in objects}) == len(objects)
     public = [getattr(randlora, name) for name in randlora.__all__]
-    public += [getattr(randlora.files, name) for name in randlora.files.__all__ if name != "Progress"]
+    for space in (randlora.files, randlora.serving):
+        public += [getattr(space, name) for name in space.__all__ if name != "Progress"]
     raised = [found for found in vars(randlora.errors).values() if inspect.isclass(found)]
     public += [found for found in raised if found.__module__ == "randlora.errors"]
     shown = {id(found) for found in objects}

@@ -330,7 +330,7 @@ def test_what_is_no_stack_of_matrices_is_refused(monkeypatch: pytest.MonkeyPatch
         attribute = "w1"
 
     monkeypatch.setattr(registry, "_readers", dict(registry._readers))
-    randlora.register_layer(Flat)(W1)
+    randlora.layers.register_layer(Flat)(W1)
     model = nn.Sequential(Flat())
     with (
         untouched(model),

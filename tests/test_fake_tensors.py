@@ -125,7 +125,7 @@ def test_what_needs_values_says_that_there_are_none(tmp_path: Path) -> None:
             lambda: randlora.save(model, tmp_path / "adapter"),
             lambda: randlora.adapter_state(model),
             lambda: randlora.merge(model),
-            lambda: randlora.combine(model, {"default": 1.0}, name="sum"),
+            lambda: randlora.serving.combine(model, {"default": 1.0}, name="sum"),
         ):
             with pytest.raises((AdapterError, CheckpointError, MergeError), match="fake"):
                 verb()

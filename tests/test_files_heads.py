@@ -71,7 +71,7 @@ def logits(model: Any, kind: Any) -> Tensor:
 def test_a_new_head_is_loaded_and_merged_with_the_class_that_was_trained(case: str, is_sharded: bool) -> None:
     make, auto, kind, train_also = CASES[case]
     model = trained(make, auto, train_also, **({"max_shard_size": "20KB"} if is_sharded else {}))
-    loaded = randlora.load_model("adapter")
+    loaded = randlora.files.load_model("adapter")
     assert same_bits(logits(loaded, kind), logits(model, kind))
     report = randlora.files.merge("adapter", "merged", base="base")
     assert len(report.added or report.replaced) == 2 * len(train_also)
@@ -96,27 +96,27 @@ def test_a_file_of_version_0_2_which_names_no_class_is_loaded_as_the_class_that_
     with pytest.raises(
         CheckpointError, match=r"no parameter classifier\.weight.*, which was trained with the adapter$"
     ):
-        randlora.load_model("adapter")
+        randlora.files.load_model("adapter")
     for given in (BertForSequenceClassification, AutoModelForSequenceClassification):
-        loaded = randlora.load_model("adapter", model_class=given, num_labels=3)
+        loaded = randlora.files.load_model("adapter", model_class=given, num_labels=3)
         assert same_bits(logits(loaded, BERT), logits(model, BERT))
     others: list[Any] = [dict, torch.nn.Linear]
     for other in others:
         with pytest.raises(ConfigError, match="must be a class of transformers"):
-            randlora.load_model("adapter", model_class=other)
+            randlora.files.load_model("adapter", model_class=other)
     with pytest.raises(CheckpointError, match=r"and that model_class=LlamaModel fits its config\.json, or give base="):
-        randlora.load_model("adapter", model_class=LlamaModel)
+        randlora.files.load_model("adapter", model_class=LlamaModel)
 
 
 def test_a_directory_of_sentence_transformers_is_one_only_if_that_was_trained() -> None:
     model = bert()
     Path("base/modules.json").write_text("[]")
-    assert same_bits(logits(randlora.load_model("adapter"), BERT), logits(model, BERT))
+    assert same_bits(logits(randlora.files.load_model("adapter"), BERT), logits(model, BERT))
     known = ModelClass("sentence_transformers", "SentenceTransformer")
     for written in (known, None):
         reseal(Path("adapter"), model_class=written)
         with pytest.raises(CheckpointError, match="one of sentence-transformers: create it by"):
-            randlora.load_model("adapter")
+            randlora.files.load_model("adapter")
 
 
 @pytest.mark.parametrize("name", ["pipeline", "Unheard", "__path__", "os.system", "GPT2Model", "LlamaForCausalLM"])
@@ -124,7 +124,7 @@ def test_a_class_in_a_file_that_transformers_does_not_export_or_that_does_not_fi
     bert()
     reseal(Path("adapter"), model_class=ModelClass("transformers", name))
     for call in (
-        lambda: randlora.load_model("adapter"),
+        lambda: randlora.files.load_model("adapter"),
         lambda: randlora.files.merge("adapter", "merged", base="base"),
     ):
         with pytest.raises(CheckpointError, match=r"no parameter classifier\.weight"):
@@ -134,7 +134,7 @@ def test_a_class_in_a_file_that_transformers_does_not_export_or_that_does_not_fi
 def test_what_was_random_when_the_head_was_trained_and_is_in_no_file_is_refused() -> None:
     trained(lambda: BertForMaskedLM(CONFIG), AutoModelForSequenceClassification, ["classifier"])
     for call in (
-        lambda: randlora.load_model("adapter"),
+        lambda: randlora.files.load_model("adapter"),
         lambda: randlora.files.merge("adapter", "merged", base="base"),
     ):
         with pytest.raises(CheckpointError, match=r"bert\.pooler\.dense\.weight"):

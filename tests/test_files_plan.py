@@ -66,9 +66,9 @@ def test_what_is_trained_beside_is_counted_as_in_the_model(kind: RealModel, tmp_
 )
 def test_what_the_model_would_refuse_is_refused(message: str, options: dict[str, Any], tmp_path: Path) -> None:
     save_model(BERT, tmp_path)
-    with pytest.raises(randlora.RandLoRAError, match=message) as of_files:
+    with pytest.raises(randlora.errors.RandLoRAError, match=message) as of_files:
         randlora.files.plan(tmp_path, **options)
-    with pytest.raises(randlora.RandLoRAError) as of_model:
+    with pytest.raises(randlora.errors.RandLoRAError) as of_model:
         randlora.plan(BERT.build(), **options)
     assert str(of_files.value) == str(of_model.value)
 

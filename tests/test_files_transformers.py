@@ -72,7 +72,7 @@ def every_class_agrees(
             continue
         try:
             check(name, model)
-        except (AssertionError, randlora.RandLoRAError) as error:
+        except (AssertionError, randlora.errors.RandLoRAError) as error:
             unlike[name] = str(error)[:500]
         compared.append(name)
     assert unlike == {}

@@ -64,7 +64,7 @@ def test_what_peft_wraps_later_is_said_to_be_lost_until_peft_has_left(is_mixed: 
         randlora.save(wrapped, tmp_path / "adapter")
     with untouched(wrapped), pytest.raises(MergeError, match=said):
         randlora.merge(wrapped)
-    with untouched(wrapped), pytest.raises(AdapterError, match=said), randlora.routed(wrapped, ["default"]):
+    with untouched(wrapped), pytest.raises(AdapterError, match=said), randlora.serving.routed(wrapped, ["default"]):
         pass
     with untouched(wrapped), pytest.raises(AdapterError, match="the model has adapters of PEFT"):
         randlora.inject(model, r=2, name="second")

@@ -129,7 +129,7 @@ def test_the_base_is_there_in_between_and_at_the_end(dtype: torch.dtype) -> None
     second = fill(model, "b", seed=1)(TOKENS)
     with randlora.disabled(model):
         assert same_bits(model(TOKENS), own)
-    randlora.combine(model, {"a": 0.5}, name="both")
+    randlora.serving.combine(model, {"a": 0.5}, name="both")
     for name, expected in (("a", first), ("b", second), ("a", first)):
         randlora.activate(model, name)
         assert same_bits(model(TOKENS), expected)
@@ -235,7 +235,7 @@ def test_embeddings_and_heads_of_language_models(is_tied: bool, also: str, tmp_p
     with randlora.merged(model):
         merged = model(IDS).logits
         model.save_pretrained(tmp_path / "transformers")
-    randlora.save_merged(model, tmp_path / "ours")
+    randlora.files.save_merged(model, tmp_path / "ours")
     for directory in ("transformers", "ours"):
         back = transformers.LlamaForCausalLM.from_pretrained(tmp_path / directory)
         assert back.dtype == torch.float16

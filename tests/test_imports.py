@@ -227,7 +227,7 @@ def test_the_public_names_are_complete_and_sorted() -> None:
         for name, value in vars(randlora.api).items()
         if not name.startswith("_") and not isinstance(value, types.ModuleType)
     }
-    assert randlora.__all__ == sorted({*public, "errors", "files"})
+    assert randlora.__all__ == sorted({*public, "errors", "files", "serving"})
 
 
 def test_completion_lists_the_public_names_before_any_is_used() -> None:

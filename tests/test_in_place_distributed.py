@@ -27,7 +27,7 @@ from tests.in_place_models import Reading, TableReader, Tables, TurnedReader
 
 mesh = init_device_mesh("cpu", (1,))
 for reader in (TableReader, TurnedReader):
-    randlora.register_layer(Tables)(reader)
+    randlora.layers.register_layer(Tables)(reader)
 
 class Whole(nn.Module):
     "Layers of several shapes, and weights that are read."
@@ -168,7 +168,7 @@ for layer in model:
     fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 x = torch.randn(2, 16)
 with torch.no_grad():
-    with randlora.routed(model, ["a", "b"]):
+    with randlora.serving.routed(model, ["a", "b"]):
         assert not model.randlora_state.routing.keeps  # what gathers Λ and Γ may hide from torch that they change
         before = model(x)
         for name, parameter in model.named_parameters():

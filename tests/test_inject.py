@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 import randlora
-from randlora import AdapterLayer, RandLoRAConfig, RandLoRAError
-from randlora.errors import AdapterError, ConfigError, TargetError
+from randlora import RandLoRAConfig
+from randlora.errors import AdapterError, ConfigError, RandLoRAError, TargetError
+from randlora.layers import AdapterLayer
 from tests.kit import assert_unchanged, fill, same_bits, snapshot, untouched
 from tests.laws import TOKENS, Mixed, adapted_names
 from tests.models import llama

@@ -279,7 +279,7 @@ def test_a_routed_row_is_that_of_the_adapter_alone() -> None:
     wanted = model(TOKENS)
     randlora.activate(model, {"a": {"q": 0.5, ".*": 0.0}})
     alone = model(TOKENS)
-    with randlora.routed(model, ["a", None] * 4 + ["a"]):
+    with randlora.serving.routed(model, ["a", None] * 4 + ["a"]):
         assert_close(model(TOKENS)[::2], wanted[::2], torch.float32)
     assert same_bits(model(TOKENS), alone)
 

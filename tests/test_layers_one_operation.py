@@ -11,9 +11,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 
 import randlora
-from randlora import AdapterLayer
 from randlora.functional import Compute
-from randlora.layers import registry
+from randlora.layers import AdapterLayer, registry
 from randlora.layers.linear import LinearAdapter
 from tests.kit import fill
 from tests.laws import adapter_layer, assert_close, plain, update_of
@@ -262,7 +261,7 @@ class Widened(nn.Linear):
 @pytest.fixture
 def _widened_returns_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_layers", dict(registry._layers))
-    randlora.register_layer(Widened)(LinearAdapter)
+    randlora.layers.register_layer(Widened)(LinearAdapter)
 
 
 @pytest.mark.usefixtures("_widened_returns_the_product")

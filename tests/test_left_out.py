@@ -72,7 +72,7 @@ def test_a_report_says_what_is_left_out_and_how_much_of_the_model_that_is() -> N
     report = quiet_plan(mixed(), targets="all-linear")
     total = sum(parameter.numel() for parameter in mixed().parameters())
     adds = 'targets="all" adapts them and trains 48 more parameters'
-    register = "register one with randlora.register_layer"
+    register = "register one with randlora.layers.register_layer"
     lines = [
         "left out: head.1, head.0 (the output head)",
         f'left out: 1 convolution, {24 / total:.2%} of the weights: targets="all" adapts it',
@@ -99,7 +99,7 @@ class Stacked(KernelAdapter):
 
 def test_of_a_stack_of_matrices_every_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_layers", dict(registry._layers))
-    randlora.register_layer(Kernel)(Stacked)
+    randlora.layers.register_layer(Kernel)(Stacked)
     model = nn.Sequential(nn.Linear(4, 4), Kernel())
     for options, matrices in (({}, 3), ({"experts": "shared"}, 1)):
         [group] = quiet_plan(model, targets="all-linear", **options).left_out
@@ -202,7 +202,7 @@ def test_a_kind_that_there_is_not_cannot_be_registered() -> None:
         kind = "conv"
 
     with pytest.raises(TypeError, match="Misnamed has kind='conv': expected one of linear, attention, convolution"):
-        randlora.register_layer(Kernel)(Misnamed)
+        randlora.layers.register_layer(Kernel)(Misnamed)
 
 
 def test_the_card_of_a_saved_adapter_says_what_is_left_out(tmp_path: Any) -> None:

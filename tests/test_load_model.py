@@ -65,7 +65,7 @@ def edit_nameless(path: str, **fields: object) -> None:
 
 
 def test_base_and_adapter_are_loaded(saved: nn.Module) -> None:
-    model = randlora.load_model("adapter")
+    model = randlora.files.load_model("adapter")
     assert type(model).__name__.endswith("LlamaForCausalLM")
     assert torch.equal(logits(model), logits(saved))
     (adapter,) = randlora.adapters(model)
@@ -75,7 +75,7 @@ def test_base_and_adapter_are_loaded(saved: nn.Module) -> None:
 def test_what_is_given_decides(saved: nn.Module) -> None:
     Path("elsewhere").mkdir()
     Path("base").rename("elsewhere/base")
-    model = randlora.load_model(
+    model = randlora.files.load_model(
         "adapter", base=Path("elsewhere/base"), name="other", trainable=True, dtype=torch.bfloat16
     )
     assert next(model.parameters()).dtype == torch.bfloat16
@@ -104,7 +104,7 @@ def test_what_is_given_decides(saved: nn.Module) -> None:
 def test_what_cannot_be_loaded_is_said(change: Callable[[], object], message: str, saved: nn.Module) -> None:
     change()
     with pytest.raises(CheckpointError, match=message):
-        randlora.load_model("adapter")
+        randlora.files.load_model("adapter")
 
 
 def change_tensors(change: Callable[[dict[str, Tensor]], object]) -> None:
@@ -117,15 +117,15 @@ def change_tensors(change: Callable[[dict[str, Tensor]], object]) -> None:
 def test_a_base_whose_files_lack_values_is_refused_by_their_names(name: str, saved: nn.Module) -> None:
     change_tensors(lambda tensors: tensors.pop(name))
     with pytest.raises(CheckpointError, match=f"its files have no {name}.*values would be random: give base="):
-        randlora.load_model("adapter")
+        randlora.files.load_model("adapter")
 
 
 def test_a_base_with_values_of_another_shape_is_refused_whatever_transformers_was_told(saved: nn.Module) -> None:
     change_tensors(lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}))
     with pytest.raises(CheckpointError, match="base model 'base'"):
-        randlora.load_model("adapter")
+        randlora.files.load_model("adapter")
     with pytest.raises(CheckpointError, match=r"another shape of model\.norm\.weight"):
-        randlora.load_model("adapter", ignore_mismatched_sizes=True)
+        randlora.files.load_model("adapter", ignore_mismatched_sizes=True)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -138,54 +138,54 @@ def test_values_that_files_need_not_have_are_no_reason_to_refuse(tied: bool, sav
     save_file({**tensors, "unused": torch.ones(2)}, "other/model.safetensors", metadata={"format": "pt"})
     randlora.inject(base, r=4)
     randlora.save(fill(base), "other-adapter")
-    assert torch.equal(logits(randlora.load_model("other-adapter", base="other")), logits(base))
+    assert torch.equal(logits(randlora.files.load_model("other-adapter", base="other")), logits(base))
 
 
 @pytest.mark.parametrize("option", ["config", "state_dict", "output_loading_info"])
 def test_options_that_would_make_another_model_are_refused(option: str, saved: nn.Module) -> None:
     given: dict[str, Any] = {option: None}
     with pytest.raises(ConfigError, match=f"{option} is not passed on: create such a model yourself"):
-        randlora.load_model("adapter", **given)
+        randlora.files.load_model("adapter", **given)
 
 
 def test_the_model_is_made_where_the_caller_says(saved: nn.Module) -> None:
     for device_map in ("cpu", {"": "cpu"}, "auto"):
-        assert torch.equal(logits(randlora.load_model("adapter", device_map=device_map)), logits(saved))
+        assert torch.equal(logits(randlora.files.load_model("adapter", device_map=device_map)), logits(saved))
     with pytest.raises(CheckpointError, match=r"holds no values yet \(meta\)"):
-        randlora.load_model("adapter", device_map="meta")
+        randlora.files.load_model("adapter", device_map="meta")
 
 
 def test_an_adapter_that_does_not_fit_is_refused(saved: nn.Module) -> None:
     other: Any = models.gpt2()
     other.save_pretrained("other")
     with pytest.raises(CheckpointError, match=r"cannot load .*adapter"):
-        randlora.load_model("adapter", base="other")
+        randlora.files.load_model("adapter", base="other")
 
 
 def test_transformers_is_named_where_it_is_missing(saved: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(CheckpointError, match=r"pip install 'transformers>=5\.0'"):
-        randlora.load_model("adapter")
+        randlora.files.load_model("adapter")
 
 
 def test_no_code_of_a_base_model_is_run_and_nothing_unpickled(saved: nn.Module) -> None:
     options: tuple[dict[str, Any], ...] = {"trust_remote_code": True}, {"use_safetensors": False}
     for option in options:
         with pytest.raises(ConfigError, match="create such a model yourself"):
-            randlora.load_model("adapter", **option)
+            randlora.files.load_model("adapter", **option)
     Path("base/modeling.py").write_text("open('ran', 'w')\n", encoding="utf-8")
     edit("base/config.json", auto_map={"AutoModelForCausalLM": "modeling.Any"}, _attn_implementation="some/kernel")
-    assert torch.equal(logits(randlora.load_model("adapter")), logits(saved))
+    assert torch.equal(logits(randlora.files.load_model("adapter")), logits(saved))
     torch.save(load_file("base/model.safetensors"), "base/pytorch_model.bin")
     Path("base/model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="base model 'base'"):
-        randlora.load_model("adapter")
+        randlora.files.load_model("adapter")
     torch.save(Hostile(), "base/pytorch_model.bin")
     pickle.loads(pickle.dumps(Hostile()))
     assert Path("ran").exists(), "it is hostile"
     Path("ran").unlink()
     with pytest.raises(CheckpointError, match="base model 'base'"):
-        randlora.load_model("adapter")
+        randlora.files.load_model("adapter")
     assert not Path("ran").exists()
 
 

@@ -254,7 +254,7 @@ def test_a_call_that_makes_no_sense_is_refused() -> None:
         randlora.unmerge(model, ["a", "b"])
     with untouched(model), pytest.raises(MergeError, match=r"\[\] is not merged: a is"):
         randlora.unmerge(model, [[]])  # type: ignore[list-item]
-    for verb in (randlora.disabled, lambda model: randlora.routed(model, ["b"])):
+    for verb in (randlora.disabled, lambda model: randlora.serving.routed(model, ["b"])):
         with untouched(model), pytest.raises(AdapterError, match="while the adapters are merged"), verb(model):
             pass
     diagonal = model.get_submodule("q.randlora_lambda").get_parameter("b")

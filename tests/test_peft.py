@@ -8,6 +8,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 import randlora
+from randlora.bases import BasisBank
 from randlora.bases.basis import Bases
 from randlora.config import BasisKind
 from randlora.errors import ConfigError
@@ -73,7 +74,7 @@ def our_bases(shapes: Shapes, r: int, basis: BasisKind, seed: int) -> Bases:
     spec = randlora.plan(stack(shapes), r, targets="all-linear", basis=basis, seed=seed, stream=peft_draw(basis)).specs[
         0
     ]
-    held = randlora.BasisBank().acquire(spec)
+    held = BasisBank().acquire(spec)
     return held.slices(spec.max_dim, spec.min_dim, device="cpu", dtype=torch.float32)
 
 

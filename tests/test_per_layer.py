@@ -16,7 +16,7 @@ from torch.torch_version import TorchVersion
 from transformers.pytorch_utils import Conv1D
 
 import randlora
-from randlora import BasisSpec
+from randlora.bases import BasisBank, BasisSpec
 from randlora.bases.basis import Basis
 from randlora.bases.compact import CompactMatrix
 from randlora.bases.spec import KINDS
@@ -107,7 +107,7 @@ def test_each_layer_computes_with_its_own_r_and_alpha(basis: BasisKind, stream: 
     for fqn, x, output in inputs_and_outputs(model):
         (r, alpha), shape = OPTIONS[fqn], SHAPES[fqn]
         blocks = KINDS[basis].default_blocks(r, ())
-        bases = randlora.BasisBank().acquire(BasisSpec(basis, stream, 0, r, *DIMS[r], blocks))
+        bases = BasisBank().acquire(BasisSpec(basis, stream, 0, r, *DIMS[r], blocks))
         drawn = bases.slices(max(shape), min(shape), device="cpu", dtype=torch.float64)
         lam, gamma = (values[f"{fqn}.randlora_{part}"] for part in ("lambda", "gamma"))
         update = reference.delta_weight(*drawn, lam, gamma, alpha / r, in_features=shape[1])

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import randlora
-from randlora import AdapterPool
 from randlora.errors import AdapterError, CheckpointError, ConfigError
+from randlora.serving import AdapterPool
 from randlora.state import attached_state
 from tests.kit import WAIT, Same, fill, until, untouched
 from tests.laws import assert_close
@@ -161,7 +161,7 @@ def test_a_load_that_fails_leaves_model_and_pool_and_names_the_file(
 
 
 def test_prefetched_files_are_read_in_another_thread(outputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    pools: Any = sys.modules["randlora.pool"]
+    pools: Any = sys.modules["randlora.serving.pool"]
     model, threads, read = plain(), dict[str, str](), pools.read_source
 
     def noted(source: Any) -> Any:
@@ -228,7 +228,7 @@ def test_adapters_of_the_model_itself_are_left_alone(outputs: dict[str, Any]) ->
     for name in "abca":
         assert_rows(pool, model, outputs, name, name, None)
         assert torch.equal(model(X), own)
-    with randlora.routed(model, ["own", "a", None]):
+    with randlora.serving.routed(model, ["own", "a", None]):
         model(X)
     randlora.inject(model, r=2, name="b")
     with untouched(model), pytest.raises(AdapterError, match="the model has an adapter of that name"):

@@ -328,7 +328,7 @@ def test_what_transformers_dequantized_under_the_adapters_is_neither_merged_nor_
         randlora.merge(model, reversible=True)
     model.dequantize()
     said = r"q_proj no longer has adapter 'default': the module was replaced by another"
-    with pytest.raises(randlora.RandLoRAError, match=said):
+    with pytest.raises(randlora.errors.RandLoRAError, match=said):
         randlora.save(model, tmp_path / "adapter")
     if not is_merged:
         with pytest.raises(MergeError, match=said):

@@ -116,7 +116,7 @@ def test_what_is_offloaded_as_a_whole_cannot_be_adapted_in_part(kind: ReadKind, 
     problem = rf"{kind.target} is offloaded by accelerate together with everything in MultiheadAttention.* after"
     with untouched(model), pytest.raises(TargetError, match=problem):
         randlora.inject(model, **kind.adapter_options)
-    with untouched(model), pytest.raises(randlora.RandLoRAError, match=problem):
+    with untouched(model), pytest.raises(randlora.errors.RandLoRAError, match=problem):
         randlora.load(model, tmp_path)
 
 

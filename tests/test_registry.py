@@ -10,9 +10,8 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Group
 from transformers.pytorch_utils import Conv1D
 
 import randlora
-from randlora import AdapterLayer
 from randlora.errors import TargetError
-from randlora.layers import registry
+from randlora.layers import AdapterLayer, registry
 from randlora.layers.conv1d import Conv1DAdapter
 from randlora.layers.linear import LinearAdapter, ReadLinear
 from tests.laws import adapter_layer
@@ -61,14 +60,14 @@ def test_a_subclass_is_served_by_its_parents_entry_as_read_if_it_has_another_for
 
 @pytest.mark.usefixtures("_own_entries")
 def test_an_entry_of_its_own_comes_before_its_parents() -> None:
-    randlora.register_layer(Swapped)(SwappedAdapter)
+    randlora.layers.register_layer(Swapped)(SwappedAdapter)
     assert registry.find_layer(Swapped(2, 2)) is SwappedAdapter
     assert registry.find_layer(nn.Linear(2, 2)) is LinearAdapter
 
 
 @pytest.mark.usefixtures("_own_entries")
 def test_registering_by_name_needs_no_import_of_the_type() -> None:
-    randlora.register_layer(f"{Swapped.__module__}.Swapped")(SwappedAdapter)
+    randlora.layers.register_layer(f"{Swapped.__module__}.Swapped")(SwappedAdapter)
     model = nn.Sequential(Swapped(4, 4))
     x = torch.randn(2, 4)
     expected = model(x)
@@ -85,7 +84,7 @@ def test_a_kind_without_one_of_its_two_methods_is_refused() -> None:
             return 1, 1
 
     with pytest.raises(TypeError, match="Half cannot be registered without in_storage_layout"):
-        randlora.register_layer(Swapped)(Half)
+        randlora.layers.register_layer(Swapped)(Half)
     assert registry.find_layer(Swapped(2, 2)) is ReadLinear
 
 
@@ -136,9 +135,9 @@ def test_a_forward_that_returns_no_product_is_an_error(what: str, got: str) -> N
             output = super().forward(input)
             return (output, output) if what == "pair" else output[:, :2]
 
-    randlora.register_layer(Odd)(LinearAdapter)
+    randlora.layers.register_layer(Odd)(LinearAdapter)
     model = nn.Sequential(Odd(4, 4))
     randlora.inject(model, r=2, targets=["0"])
     message = r"the forward of an adapted Odd must return a tensor of shape \(\.\.\., 4\), .*" + got
-    with pytest.raises(TypeError, match=message + ".*randlora.register_layer"):
+    with pytest.raises(TypeError, match=message + ".*randlora.layers.register_layer"):
         model(torch.randn(3, 4))

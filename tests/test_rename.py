@@ -83,7 +83,7 @@ def test_an_optimizer_goes_on_and_the_other_verbs_follow() -> None:
     assert same_bits(model(TOKENS), twin(TOKENS))
     randlora.unmerge(model)
     randlora.inject(model, r=4, targets=["q"], name="a")
-    with randlora.routed(model, ["b", "c", "a"] * 3):
+    with randlora.serving.routed(model, ["b", "c", "a"] * 3):
         model(TOKENS)
 
 
@@ -139,7 +139,7 @@ def test_a_name_that_cannot_be_is_refused() -> None:
     with randlora.merged(model), untouched(model), pytest.raises(AdapterError, match="while the adapters are merged"):
         randlora.rename(model, "a", "new")
     with (
-        randlora.routed(model, ["b"] * 9),
+        randlora.serving.routed(model, ["b"] * 9),
         untouched(model),
         pytest.raises(AdapterError, match="in an open block of"),
     ):

@@ -135,7 +135,7 @@ def test_what_several_adapters_have_lost_is_said_of_each_in_their_order(names: s
         ],
         "c": [packed],
     }
-    with untouched(model), pytest.raises(AdapterError) as caught, randlora.routed(model, list(names)):
+    with untouched(model), pytest.raises(AdapterError) as caught, randlora.serving.routed(model, list(names)):
         pass
     said = [line.removeprefix("  - ").partition(": ")[0] for line in str(caught.value).splitlines()[1:]]
     assert said == [line for name in names for line in expected[name]]

@@ -73,7 +73,7 @@ def test_rows_are_those_of_each_adapter_alone(
     x = torch.randn(len(names), *lead, inside, dtype=kind.exact)
     with torch.set_grad_enabled(has_grad):
         expected = row_by_row(model, names, x)
-        with randlora.routed(model, names):
+        with randlora.serving.routed(model, names):
             assert_close(model(x), expected, kind.exact)
 
 
@@ -92,7 +92,7 @@ def test_gradients_are_those_of_each_adapter_alone(names: Names, tokens: int) ->
 
 
 def alone_routed(model: nn.Module, names: Names, *args: Any) -> Tensor:
-    with randlora.routed(model, names):
+    with randlora.serving.routed(model, names):
         return output_of(model(*args))
 
 
@@ -119,7 +119,7 @@ def test_rows_of_modules_that_read_their_weight(kind: ReadKind) -> None:
         return output_of(module(*args))
 
     expected = torch.stack([run(name)[row] for row, name in enumerate(names)])
-    with randlora.routed(model, names):
+    with randlora.serving.routed(model, names):
         assert_close(output_of(module(*args)), expected, torch.float64)
     assert len(names) == 1 or not torch.equal(expected[0], expected[1])
 
@@ -154,7 +154,7 @@ def test_attention_with_both_projections(batch_first: bool, masked: str) -> None
         singles[each] = run()
     with randlora.disabled(model):
         singles[None] = run()
-    with randlora.routed(model, names):
+    with randlora.serving.routed(model, names):
         output, weights = run()
     for row, name in enumerate(names):
         torch.testing.assert_close(output.select(axis, row), singles[name][0].select(axis, row), equal_nan=True)
@@ -169,7 +169,7 @@ def test_tokens_of_a_packed_row() -> None:
     expected = torch.stack([
         torch.stack([outputs[name][row, token] for token, name in enumerate(each)]) for row, each in enumerate(names)
     ])
-    with randlora.routed(model, names):
+    with randlora.serving.routed(model, names):
         assert_close(model(x), expected, torch.float64)
         with pytest.raises(AdapterError, match="names for 2 rows of 3 tokens"):
             model(torch.randn(2, 4, 6, dtype=torch.float64))
@@ -196,7 +196,7 @@ def model() -> nn.Module:
     ],
 )
 def test_wrong_names_are_refused_before_anything_changes(model: nn.Module, names: Any, message: str) -> None:
-    with untouched(model), pytest.raises(AdapterError, match=message), randlora.routed(model, names):
+    with untouched(model), pytest.raises(AdapterError, match=message), randlora.serving.routed(model, names):
         pass
 
 
@@ -205,12 +205,12 @@ def test_wrong_names_are_refused_before_anything_changes(model: nn.Module, names
     [((3, 6), "names for 2 rows.*which has 3"), ((4, 6), "names for 2 rows.*which has 4"), ((1, 6), "which has 1")],
 )
 def test_another_number_of_rows_is_an_error(model: nn.Module, shape: tuple[int, ...], message: str) -> None:
-    with randlora.routed(model, ["a", "b"]), pytest.raises(AdapterError, match=message):
+    with randlora.serving.routed(model, ["a", "b"]), pytest.raises(AdapterError, match=message):
         model(torch.randn(shape))
 
 
 def test_a_layer_that_does_not_tell_its_rows_is_an_error(model: nn.Module) -> None:
-    with randlora.routed(model, ["a", "b"]):
+    with randlora.serving.routed(model, ["a", "b"]):
         for shape in ((3, 6), (4, 2, 6), (6, 5, 6), (4, 6), (6,)):  # the second has its batch in another dimension
             with pytest.raises(AdapterError, match="whose first dimension is not the batch of 2"):
                 model.get_submodule("0")(torch.randn(shape))
@@ -231,7 +231,7 @@ def test_some_of_the_tokens_in_another_order() -> None:
     for chosen in (torch.arange(8), torch.arange(6), torch.tensor([5, 0, 7]), torch.tensor([1, 6])):
         experts.chosen = chosen
         a, b = (alone(experts, name, x) for name in "ab")
-        with randlora.routed(experts, ["a", "b"]):
+        with randlora.serving.routed(experts, ["a", "b"]):
             torch.testing.assert_close(experts(x), torch.where((chosen < 4).unsqueeze(1), a, b))
 
 
@@ -242,14 +242,14 @@ def test_tokens_sorted_by_expert_are_an_error() -> None:
     model = nn.Sequential(Llama4TextExperts(config))
     nn.init.normal_(model[0].get_parameter("gate_up_proj"))
     randlora.inject(model, r=2, targets="all", name="a")
-    with randlora.routed(model, ["a", None]), pytest.raises(AdapterError, match="sorted by expert"):
+    with randlora.serving.routed(model, ["a", None]), pytest.raises(AdapterError, match="sorted by expert"):
         model[0](torch.randn(4, 8))
 
 
 def test_unbatched_inputs_are_errors() -> None:
     model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.MultiheadAttention(4, 2))
     randlora.inject(model, r=2, targets="all", name="a")
-    with randlora.routed(model, ["a", None, "a", "a"]):
+    with randlora.serving.routed(model, ["a", None, "a", "a"]):
         with pytest.raises(AdapterError, match=r"Conv1d was given an input of shape .4, 9., which has no batch"):
             model[0](torch.randn(4, 9))
         with pytest.raises(AdapterError, match=r"MultiheadAttention was given an input of shape .4, 4., which has no"):
@@ -260,7 +260,7 @@ def test_code_that_reads_a_weight_elsewhere_is_an_error() -> None:
     layer = nn.Conv1d(4, 4, 1)
     model = nn.Sequential(layer)
     randlora.inject(model, r=2, targets="all", name="a")
-    with randlora.routed(model, ["a"]), pytest.raises(AdapterError, match="reads an adapted weight outside"):
+    with randlora.serving.routed(model, ["a"]), pytest.raises(AdapterError, match="reads an adapted weight outside"):
         layer.weight.sum()
     layer.weight.sum()
 
@@ -269,7 +269,7 @@ def test_adapters_with_parameters_of_their_own_are_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     randlora.inject(model, r=2, targets=["0"], name="a", train_also=["1"])
     refused = pytest.raises(AdapterError, match=r"'a' trained 1.weight, 1.bias with train_also")
-    with untouched(model), refused, randlora.routed(model, ["a"]):
+    with untouched(model), refused, randlora.serving.routed(model, ["a"]):
         pass
 
 
@@ -288,7 +288,7 @@ def test_names_in_a_call_are_refused(model: nn.Module) -> None:
     swallowing(x, adapter_names=["a", "b"])
     randlora.inject(swallowing, r=2, name="a")
     for each in (swallowing, copy.deepcopy(swallowing)):
-        with pytest.raises(AdapterError, match=r"randlora.routed\(model, names\)"):
+        with pytest.raises(AdapterError, match=r"randlora.serving.routed\(model, names\)"):
             each(x, adapter_names=["a", "b"])
         randlora.eject(each)
         each(x, adapter_names=["a", "b"])
@@ -301,11 +301,11 @@ def test_blocks_nest_and_the_innermost_counts(model: nn.Module) -> None:
     a, b, base = (alone(model, name, x) for name in ("a", "b", None))
     randlora.activate(model, "c")
     c = model(x)
-    with randlora.routed(model, ["a", "b"]):
+    with randlora.serving.routed(model, ["a", "b"]):
         torch.testing.assert_close(model(x), torch.stack([a[0], b[1]]))
         with randlora.disabled(model):
             assert torch.equal(model(x), base)
-            with randlora.routed(model, ["b", None]):
+            with randlora.serving.routed(model, ["b", None]):
                 torch.testing.assert_close(model(x), torch.stack([b[0], base[1]]))
             assert torch.equal(model(x), base)
         torch.testing.assert_close(model(x), torch.stack([a[0], b[1]]))
@@ -317,7 +317,7 @@ def test_blocks_nest_and_the_innermost_counts(model: nn.Module) -> None:
 def test_a_copy_made_inside_has_inactive_adapters(model: nn.Module) -> None:
     x = torch.randn(2, 6)
     base = alone(model, None, x)
-    with randlora.routed(model, ["a", "b"]):
+    with randlora.serving.routed(model, ["a", "b"]):
         twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     for twin in twins:
         assert torch.equal(twin(x), base)
@@ -329,12 +329,12 @@ def test_another_thread_cannot_route_meanwhile(model: nn.Module) -> None:
 
     def other() -> None:
         try:
-            with randlora.routed(model, ["b"]):
+            with randlora.serving.routed(model, ["b"]):
                 pass
         except AdapterError as error:
             raised.append(str(error))
 
-    with randlora.routed(model, ["a"]):
+    with randlora.serving.routed(model, ["a"]):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
@@ -346,6 +346,6 @@ def test_another_thread_cannot_route_meanwhile(model: nn.Module) -> None:
 def test_an_error_inside_ends_the_block(model: nn.Module) -> None:
     x = torch.randn(2, 6)
     before = model(x)
-    with pytest.raises(ZeroDivisionError), randlora.routed(model, ["a", "b"]):
+    with pytest.raises(ZeroDivisionError), randlora.serving.routed(model, ["a", "b"]):
         raise ZeroDivisionError
     assert torch.equal(model(x), before)

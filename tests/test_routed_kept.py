@@ -71,7 +71,7 @@ def test_values_are_copied_once_a_block(basis: str, copies: list[Stack]) -> None
         wanted = expected(model, x)
         for _ in range(2):
             copies.clear()
-            with randlora.routed(model, NAMES):
+            with randlora.serving.routed(model, NAMES):
                 for tokens in (x, x.unsqueeze(1).expand(5, 3, 16), x):
                     found = model(tokens)
                     torch.testing.assert_close(found if found.dim() == 2 else found[:, 1], wanted)
@@ -142,7 +142,7 @@ CHANGES: list[Callable[[nn.Module], None]] = [
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_change_inside_of_the_block_is_seen(change: Any, mode: Any, model: nn.Module) -> None:
     x = torch.randn(5, 16)
-    with randlora.routed(model, NAMES):
+    with randlora.serving.routed(model, NAMES):
         with mode():
             before = model(x).clone()
         change(model)
@@ -158,7 +158,7 @@ def test_parameters_of_inference_mode_are_never_kept(model: nn.Module, copies: l
     with torch.inference_mode():
         other_parameter(model)
         assert lam(model, "b").is_inference()
-        with randlora.routed(model, NAMES):
+        with randlora.serving.routed(model, NAMES):
             model(x)
             lam(model, "b").mul_(-3)
             after = model(x)
@@ -170,7 +170,7 @@ def test_gradients_after_a_forward_without(model: nn.Module) -> None:
     randlora.activate(model, ["a", "b", "c"])
     randlora.set_trainable(model, ["a", "b", "c"])
     x = torch.randn(5, 16)
-    with randlora.routed(model, NAMES):
+    with randlora.serving.routed(model, NAMES):
         with torch.no_grad():
             without = model(x)
         found = model(x)
@@ -181,7 +181,7 @@ def test_gradients_after_a_forward_without(model: nn.Module) -> None:
 
 def test_copies_and_pickles_made_inside_leave_it(model: nn.Module, copies: list[Stack]) -> None:
     x, size = torch.randn(5, 16), len(pickle.dumps(model))
-    with randlora.routed(model, NAMES), torch.no_grad():
+    with randlora.serving.routed(model, NAMES), torch.no_grad():
         model(x)
         assert len(pickle.dumps(model)) < size + 2000
         copy.deepcopy(model)

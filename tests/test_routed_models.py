@@ -69,7 +69,7 @@ def test_forward_of_decoders(name: str) -> None:
     batch = ids()
     with torch.no_grad():
         expected = torch.stack(one_by_one(model, NAMES, lambda: model(input_ids=batch).logits))
-        with randlora.routed(model, NAMES):
+        with randlora.serving.routed(model, NAMES):
             found = model(input_ids=batch).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
     assert not torch.allclose(expected[0], model(input_ids=batch).logits[1])
@@ -101,7 +101,7 @@ def test_generate_of_left_padded_rows(name: str, options: dict[str, Any]) -> Non
         return [part.flatten().tolist() for part in sequences.split(each)]
 
     expected = one_by_one(model, NAMES, run)
-    with randlora.routed(model, NAMES):
+    with randlora.serving.routed(model, NAMES):
         assert run() == expected
 
 
@@ -117,7 +117,7 @@ def test_sampled_sequences_of_each_row() -> None:
         return sampled
 
     expected = one_by_one(model, ["b", "a"], lambda: run(batch).split(3))
-    with randlora.routed(model, ["b", "a"]):
+    with randlora.serving.routed(model, ["b", "a"]):
         for found, wanted in zip(run(batch).split(3), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5)
 
@@ -135,7 +135,7 @@ def test_encoder_decoder_generates() -> None:
 
     expected = one_by_one(model, NAMES, run)
     for _ in range(2):  # the second time after a batch of beams
-        with randlora.routed(model, NAMES):
+        with randlora.serving.routed(model, NAMES):
             assert run() == expected
             assert run() == expected
 
@@ -147,7 +147,7 @@ def test_encoders(build: Any, inputs: Any) -> None:
     names = (NAMES * rows)[:rows]
     with torch.no_grad():
         expected = torch.stack(one_by_one(model, names, lambda: models.outputs(model, batch)))
-        with randlora.routed(model, names):
+        with randlora.serving.routed(model, names):
             torch.testing.assert_close(models.outputs(model, batch), expected, rtol=1e-5, atol=2e-5)
 
 
@@ -157,5 +157,5 @@ def test_names_given_to_generate_are_refused() -> None:
         model(input_ids=ids(), adapter_names=NAMES)
     with pytest.raises((AdapterError, ValueError), match="adapter_names"):
         model.generate(ids(), adapter_names=NAMES, max_new_tokens=2)
-    with randlora.routed(model, NAMES), pytest.raises(AdapterError, match="names for 4 rows"):
+    with randlora.serving.routed(model, NAMES), pytest.raises(AdapterError, match="names for 4 rows"):
         model(input_ids=ids(8))  # twice as many, and not by generate

@@ -44,7 +44,7 @@ def rows_are_right(model: nn.Module, run: Callable[[], Tensor], axis: int = 0) -
     alone = each_alone(model, run)
     expected = torch.stack([alone[name].select(axis, row) for row, name in enumerate(NAMES)], axis)
     assert not torch.allclose(alone["a"], alone["b"], atol=1e-3), "or nothing could be wrong"
-    with torch.no_grad(), randlora.routed(model, NAMES):
+    with torch.no_grad(), randlora.serving.routed(model, NAMES):
         found = [run(), run()]
     return all(torch.allclose(each, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())) for each in found)
 
@@ -141,7 +141,7 @@ def over_tokens(x: Tensor) -> Tensor:
 def test_rows_that_cannot_be_known_are_an_error_at_every_length(choose: Any, message: str, tokens: int) -> None:
     torch.manual_seed(0)
     model = with_adapters(Arranging(choose, lambda x: x))
-    with randlora.routed(model, NAMES), torch.no_grad():
+    with randlora.serving.routed(model, NAMES), torch.no_grad():
         for length in (tokens, ROWS, tokens):
             if choose is not over_tokens or tokens > 1:
                 with pytest.raises(AdapterError, match=message):
@@ -160,7 +160,7 @@ def test_calls_that_differ_in_a_flag_are_not_of_one_kind() -> None:
 
     model, x = with_adapters(Flagged()), torch.randn(ROWS, ROWS, 6)
     assert rows_are_right(model, lambda: model(x, tokens_first=True))
-    with randlora.routed(model, NAMES), torch.no_grad():
+    with randlora.serving.routed(model, NAMES), torch.no_grad():
         model(x)
         with pytest.raises(AdapterError, match="in other places than before"):
             model(x, tokens_first=True)
@@ -179,7 +179,8 @@ def test_a_table_as_long_as_the_batch_is_no_batch() -> None:
     x = torch.randn(ROWS, 5, 6)
     queries, table = with_adapters(Table(is_queries=True)), with_adapters(Table(is_queries=False))
     assert rows_are_right(queries, lambda: queries(x))
-    with torch.no_grad(), pytest.raises(AdapterError, match="the same for all rows"), randlora.routed(table, NAMES):
+    own = randlora.serving.routed(table, NAMES)
+    with torch.no_grad(), own, pytest.raises(AdapterError, match="the same for all rows"):
         table(x)
 
 
@@ -284,7 +285,7 @@ def test_rows_that_a_model_repeats_itself_in_generate_are_an_error() -> None:
 
     model: Any = llama()
     model.__class__ = Guided
-    with randlora.routed(model, NAMES), pytest.raises(AdapterError, match="which the model arranges itself"):
+    with randlora.serving.routed(model, NAMES), pytest.raises(AdapterError, match="which the model arranges itself"):
         model.generate(torch.randint(3, 60, (ROWS, ROWS)), max_new_tokens=2, do_sample=False)
 
 
@@ -294,7 +295,7 @@ def test_only_the_first_call_of_a_kind_is_followed(monkeypatch: pytest.MonkeyPat
     begun: list[object] = []
     monkeypatch.setattr(RowTracking, "__init__", _counted(RowTracking.__init__, begun))
     model, ids = llama(), torch.randint(3, 60, (ROWS, 5))
-    with randlora.routed(model, NAMES):
+    with randlora.serving.routed(model, NAMES):
         for _ in range(2):
             model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
         assert len(begun) == 2, "the prompts, and a token after them"
@@ -322,7 +323,7 @@ VERBS: dict[str, Callable[[nn.Module], object]] = {
     "merge": randlora.merge,
     "swap": lambda model: randlora.swap(model, randlora.adapter_state(model, name="a"), name="a"),
     "load": lambda model: randlora.load(model, randlora.adapter_state(model, name="a"), name="a"),
-    "combine": lambda model: randlora.combine(model, {"b": 1.0}, name="a"),
+    "combine": lambda model: randlora.serving.combine(model, {"b": 1.0}, name="a"),
     "inject": lambda model: randlora.inject(model, r=2, name="a"),
 }
 
@@ -330,7 +331,7 @@ VERBS: dict[str, Callable[[nn.Module], object]] = {
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_adapter_of_an_open_block_is_not_changed(verb: str) -> None:
     model, x = simple(), torch.randn(2, 6)
-    with randlora.routed(model, ["a", None]):
+    with randlora.serving.routed(model, ["a", None]):
         before = model(x)
         with pytest.raises(randlora.errors.RandLoRAError):
             VERBS[verb](model)
@@ -345,7 +346,7 @@ def test_overlapping_blocks_of_two_tasks_are_an_error() -> None:
     raised: list[str] = []
 
     async def first(begun: asyncio.Event, go_on: asyncio.Event) -> None:
-        with randlora.routed(model, ["a", "a"]):
+        with randlora.serving.routed(model, ["a", "a"]):
             begun.set()
             await go_on.wait()
             assert torch.allclose(model(x), alone["a"], atol=1e-5)
@@ -355,7 +356,7 @@ def test_overlapping_blocks_of_two_tasks_are_an_error() -> None:
 
     async def second(begun: asyncio.Event, go_on: asyncio.Event) -> None:
         await begun.wait()
-        for block in (lambda: randlora.routed(model, ["b", "b"]), lambda: randlora.disabled(model)):
+        for block in (lambda: randlora.serving.routed(model, ["b", "b"]), lambda: randlora.disabled(model)):
             with pytest.raises(AdapterError, match="routes through this model"), block():
                 pass
         calls: list[Any] = [model, model.get_submodule("0")]
@@ -368,7 +369,7 @@ def test_overlapping_blocks_of_two_tasks_are_an_error() -> None:
     async def both() -> None:
         events = asyncio.Event(), asyncio.Event()
         await asyncio.gather(first(*events), second(*events))
-        with randlora.routed(model, ["b", "b"]):
+        with randlora.serving.routed(model, ["b", "b"]):
             assert torch.allclose(model(x), alone["b"], atol=1e-5)
 
     asyncio.run(both())
@@ -385,7 +386,7 @@ def test_two_threads_in_one_block_take_turns_or_raise() -> None:
             assert go_on.wait(60)
 
     model[1].register_forward_pre_hook(wait)  # type: ignore[index]
-    with randlora.routed(model, ["a", "b"]):
+    with randlora.serving.routed(model, ["a", "b"]):
         thread = threading.Thread(target=other().run, args=[model, torch.randn(2, 6)])
         thread.start()
         assert begun.wait(60)
@@ -406,12 +407,12 @@ def test_attention_of_which_only_the_output_is_adapted(batch_first: bool, inside
     axis = 0 if batch_first else 1
     x = torch.randn(*((ROWS, 5) if batch_first else (5, ROWS)), 12)
     if inside and not batch_first:
-        with torch.no_grad(), pytest.raises(AdapterError), randlora.routed(model, NAMES):
+        with torch.no_grad(), pytest.raises(AdapterError), randlora.serving.routed(model, NAMES):
             model(x)
         return
     call: Any = model if inside else model[0]  # type: ignore[index]
     assert rows_are_right(model, lambda: call(x) if inside else call(x, x, x)[0], axis)
-    with randlora.routed(model, NAMES), pytest.raises((AdapterError, RuntimeError, AssertionError)):
+    with randlora.serving.routed(model, NAMES), pytest.raises((AdapterError, RuntimeError, AssertionError)):
         call(torch.randn(7)) if inside else call(torch.randn(7), x, x)
     assert rows_are_right(model, lambda: call(x) if inside else call(x, x, x)[0], axis)
 
@@ -427,7 +428,7 @@ def test_sentences_of_which_each_has_its_adapter(tmp_path: Any) -> None:
             model,
             lambda size=size: model.encode(texts, batch_size=size, convert_to_tensor=True),  # type: ignore[misc]
         )
-    with randlora.routed(model, NAMES), pytest.raises(AdapterError, match="names for 4 rows"):
+    with randlora.serving.routed(model, NAMES), pytest.raises(AdapterError, match="names for 4 rows"):
         model.encode(texts[:3])
 
 

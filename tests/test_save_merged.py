@@ -44,7 +44,7 @@ def test_the_files_are_those_of_merging_and_saving(kind: RealModel, is_sharded: 
     model = kind.build().to(torch.bfloat16)
     randlora.load(model, adapter)
     with untouched(model):
-        report = randlora.save_merged(model, tmp_path / "out", max_shard_size=SHARD if is_sharded else "5GB")
+        report = randlora.files.save_merged(model, tmp_path / "out", max_shard_size=SHARD if is_sharded else "5GB")
     merged = merge_in_memory(kind, {adapter: 1.0}, dtype=torch.bfloat16)
     expected = write(merged, tmp_path / "expected", is_sharded=is_sharded)
     files = contents(report.directory)
@@ -91,7 +91,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_loads_the_merged_model_from_the_files_that_it_would_write(name: str, tmp_path: Path) -> None:
     model = adapted(MODELS[name]())
-    report = randlora.save_merged(model, tmp_path / "out")
+    report = randlora.files.save_merged(model, tmp_path / "out")
     loaded, kinds = type(model).from_pretrained(report.directory, output_loading_info=True)
     assert not kinds["missing_keys"]
     assert not kinds["unexpected_keys"]
@@ -104,7 +104,7 @@ def test_transformers_loads_the_merged_model_from_the_files_that_it_would_write(
 @every_model
 def test_a_quantized_model_is_written_as_the_plain_one_that_it_stands_for(kind: RealModel, tmp_path: Path) -> None:
     model: Any = adapted(quantized_model(kind, NF4), targets=kind.targets)
-    report = randlora.save_merged(model, tmp_path / "out")
+    report = randlora.files.save_merged(model, tmp_path / "out")
     loaded = type(model).from_pretrained(report.directory).eval()
     assert getattr(loaded.config, "quantization_config", None) is None != model.config.quantization_config
     with randlora.merged(model, quantized="dequantize"):
@@ -113,7 +113,7 @@ def test_a_quantized_model_is_written_as_the_plain_one_that_it_stands_for(kind: 
 
 def test_a_config_says_the_dtype_that_is_given(tmp_path: Path) -> None:
     model = adapted(LLAMA.build())
-    report = randlora.save_merged(model, tmp_path / "out", dtype=torch.bfloat16)
+    report = randlora.files.save_merged(model, tmp_path / "out", dtype=torch.bfloat16)
     assert "as bfloat16" in str(report)
     loaded = AutoModelForCausalLM.from_pretrained(report.directory)
     assert loaded.dtype == torch.bfloat16 != model.dtype
@@ -139,7 +139,7 @@ class Plain(nn.Module):
 def test_a_model_without_a_config_has_its_state_dict_written(tmp_path: Path) -> None:
     model = adapted(Plain())
     expected = all_bits(dict(randlora.merged_tensors(model)))
-    report = randlora.save_merged(model, tmp_path / "deep" / "out")
+    report = randlora.files.save_merged(model, tmp_path / "deep" / "out")
     assert [*contents(report.directory)] == ["model.safetensors"]
     assert all_bits(tensors(report.directory)) == expected
     Plain().load_state_dict(tensors(report.directory))
@@ -148,7 +148,7 @@ def test_a_model_without_a_config_has_its_state_dict_written(tmp_path: Path) -> 
 def test_a_model_whose_config_cannot_be_saved_has_a_note(tmp_path: Path) -> None:
     model = adapted(Plain())
     model.config = {"width": 8}
-    report = randlora.save_merged(model, tmp_path / "out")
+    report = randlora.files.save_merged(model, tmp_path / "out")
     assert "no config was written: that of a Plain has no save_pretrained" in str(report)
 
 
@@ -156,7 +156,7 @@ def test_an_adapter_that_nothing_has_trained_and_statistics_that_moved_are_noted
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
     randlora.inject(model, r=4, targets=["0"])
     model(torch.randn(4, 8))
-    report = randlora.save_merged(model, tmp_path / "out")
+    report = randlora.files.save_merged(model, tmp_path / "out")
     untrained, moved = report.notes
     assert "the update of 'default' is exactly zero in all layers" in untrained
     assert "moved since the model was adapted: the files have them as they are now" in moved
@@ -168,9 +168,9 @@ def test_an_adapter_that_nothing_has_trained_and_statistics_that_moved_are_noted
 
 def test_what_is_merged_reversibly_is_written_as_it_is(tmp_path: Path) -> None:
     model = adapted(GPT2.build())
-    unmerged = randlora.save_merged(model, tmp_path / "unmerged")
+    unmerged = randlora.files.save_merged(model, tmp_path / "unmerged")
     with randlora.merged(model):
-        merged = randlora.save_merged(model, tmp_path / "merged")
+        merged = randlora.files.save_merged(model, tmp_path / "merged")
     assert contents(merged.directory) == contents(unmerged.directory)
     assert merged.merged == unmerged.merged != ()
 
@@ -199,7 +199,7 @@ def test_what_is_refused_leaves_nothing(why: str, tmp_path: Path) -> None:
     build, options, error, message = REFUSED[why]
     model = build()
     with untouched(model), pytest.raises(error, match=message):
-        randlora.save_merged(model, tmp_path / "deep" / "out", **options)
+        randlora.files.save_merged(model, tmp_path / "deep" / "out", **options)
     assert [*tmp_path.iterdir()] == []
 
 
@@ -211,14 +211,14 @@ def test_nothing_is_written_over(what: str, tmp_path: Path) -> None:
     }  # fmt: skip
     make[what]()
     with pytest.raises(MergeError, match=r"out exists: choose another name, or remove it"):
-        randlora.save_merged(adapted(Plain()), out)
+        randlora.files.save_merged(adapted(Plain()), out)
     assert [*tmp_path.iterdir()] == [out]
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     written = mock.Mock(side_effect=[None, OSError(28, "No space left on device")])
     with mock.patch(WRITER, written), pytest.raises(OSError, match="No space"):
-        randlora.save_merged(adapted(LLAMA.build()), tmp_path / "out", max_shard_size=SHARD)
+        randlora.files.save_merged(adapted(LLAMA.build()), tmp_path / "out", max_shard_size=SHARD)
     assert [*tmp_path.iterdir()] == []
 
 
@@ -230,7 +230,7 @@ def test_at_most_the_tensors_of_one_file_are_held(tmp_path: Path) -> None:
         write_tensor_file(path, planned, metadata)
 
     with mock.patch(WRITER, counting):
-        report = randlora.save_merged(adapted(BERT.build()), tmp_path / "out", max_shard_size=20_000)
+        report = randlora.files.save_merged(adapted(BERT.build()), tmp_path / "out", max_shard_size=20_000)
     assert max(held) <= 20_000
     index = json.loads((report.directory / INDEX_FILE).read_text(encoding="utf-8"))
     assert index["metadata"]["total_size"] == report.nbytes == sum(held)

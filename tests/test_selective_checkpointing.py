@@ -129,7 +129,7 @@ def test_it_changes_no_gradient_beside_rows_of_several_adapters(basis: str) -> N
         randlora.set_trainable(model, adapter, trainable=False)
 
     def run() -> Tensor:
-        with randlora.routed(model, ["a", "b", "a", "b", "a", "b"]):
+        with randlora.serving.routed(model, ["a", "b", "a", "b", "a", "b"]):
             output: Tensor = model(x)
         return output
 

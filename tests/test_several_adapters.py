@@ -92,7 +92,7 @@ def test_rows_of_both_in_one_batch(second: str) -> None:
     add(model, "first", {})
     add(model, "second", SECOND[second])
     wanted = torch.stack([output(model, "second")[0], output(model, "first")[1]])
-    with torch.no_grad(), randlora.routed(model, ["second", "first"]):
+    with torch.no_grad(), randlora.serving.routed(model, ["second", "first"]):
         torch.testing.assert_close(model(input_ids=IDS).logits, wanted, rtol=1e-5, atol=1e-5)
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import randlora
-from randlora import BasisSpec, RandLoRAConfig
+from randlora import RandLoRAConfig
+from randlora.bases import BasisSpec
 from randlora.bases.block import block_parts, default_blocks
 from randlora.bases.spec import spec_for
 from randlora.errors import ConfigError

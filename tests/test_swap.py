@@ -100,7 +100,7 @@ def test_an_adapter_is_swapped_beside_others_active_or_not() -> None:
     assert torch.equal(model(X), before)  # "a" is the active one
     assert all_bits(adapter_values(model, "b")) != beside
     assert [each.requires_grad for each in model.parameters()] == flags
-    with randlora.routed(model, ["b"] * 3):
+    with randlora.serving.routed(model, ["b"] * 3):
         torch.testing.assert_close(model(X), other(X))
 
 
@@ -160,15 +160,15 @@ def test_a_failure_while_values_are_written_leaves_the_old_ones(failing: int, mo
 
 def test_what_an_open_block_of_routed_names_is_not_swapped() -> None:
     model, state = model_with(), randlora.adapter_state(model_with(1))
-    with randlora.routed(model, ["a"] * 3), ThreadPoolExecutor(1) as pool:
+    with randlora.serving.routed(model, ["a"] * 3), ThreadPoolExecutor(1) as pool:
         here, elsewhere = (
             partial(randlora.swap, model, state, name="a"),
             pool.submit(randlora.swap, model, state, name="a").result,
         )
         for swap in (here, elsewhere):
-            with untouched(model), pytest.raises(AdapterError, match=r"in an open block of randlora\.routed, which"):
+            with untouched(model), pytest.raises(AdapterError, match=r"in an open block of .*, which sends"):
                 swap()
-    with randlora.routed(model, [None] * 3):
+    with randlora.serving.routed(model, [None] * 3):
         randlora.swap(model, state, name="a")
 
 
@@ -182,7 +182,7 @@ def test_threads_that_swap_take_turns() -> None:
 
 def test_copies_of_a_model_in_use_can_be_swapped() -> None:
     model, other = model_with(), model_with(1)
-    with randlora.routed(model, ["a"] * 3):
+    with randlora.serving.routed(model, ["a"] * 3):
         copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     for each in copies:
         randlora.activate(each, "a")

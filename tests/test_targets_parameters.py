@@ -36,7 +36,7 @@ OF_NO_KIND: list[tuple[str, Any, str]] = [
     ("beside-others", ["up", "stack"], rf"odd\.stack is a parameter of Odd with shape \(2, 3, 4\), {NO_LAYER}"),
     ("regex", r"up|odd\.table", rf"odd\.table is a parameter of Odd .*, {NO_LAYER}"),
     ("of-an-owner", r"experts\..*", rf"experts\.router is a parameter of Experts .*, {NO_LAYER}"),
-    ("module", ["odd"], rf"odd is of type Odd, {NO_LAYER}: .* or register one with randlora\.register_layer"),
+    ("module", ["odd"], rf"odd is of type Odd, {NO_LAYER}: .* or register one with randlora\.layers\.register_layer"),
     ("last-component", "table", rf"'table' matches .*, only odd\.table \(a parameter of Odd .*, {NO_LAYER}: register"),
     ("vector", ["scale"], r"only odd\.scale \(a parameter of Odd with shape \(7,\), not a matrix\)"),
     ("of-a-layer", ["up.weight"], r"only up\.weight \(a parameter of up, which is the name to give\)"),

@@ -6,8 +6,8 @@
     curl -d '{"adapter": "tenant_7", "prompt": "Once", "max_new_tokens": 8}' http://127.0.0.1:8000/generate
 
 One thread runs the model. It takes the requests that wait, as many as fit into a batch, and runs each row through its
-own adapter; `randlora.AdapterPool` loads those that are asked for. There is no encryption and there are no accounts:
-put a proxy in front of it.
+own adapter; `randlora.serving.AdapterPool` loads those that are asked for. There is no encryption and there are no
+accounts: put a proxy in front of it.
 """
 
 import json
@@ -31,6 +31,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import randlora
+from randlora.serving import AdapterPool
 
 LONGEST_BODY = 2**20  # bytes
 FIELDS = ("adapter", "prompt", "max_new_tokens")
@@ -71,7 +72,7 @@ class Request:
 class Batcher:
     """The thread that runs the model, and the requests that wait for it."""
 
-    def __init__(self, model: nn.Module, pool: randlora.AdapterPool, limits: Limits) -> None:
+    def __init__(self, model: nn.Module, pool: AdapterPool, limits: Limits) -> None:
         """Start the thread."""
         self.pool, self.limits, self.counts = pool, limits, Counter(batches=0, rows=0, tokens=0)
         self._model: Any = model
@@ -183,7 +184,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = False  # so that `server_close` waits for the answers that are being written
     request_queue_size = 128
 
-    def __init__(self, model: nn.Module, pool: randlora.AdapterPool, limits: Limits, text: Text, port: int) -> None:
+    def __init__(self, model: nn.Module, pool: AdapterPool, limits: Limits, text: Text, port: int) -> None:
         """Bind to a port of this machine's loopback, and start the thread that runs the model."""
         super().__init__(("127.0.0.1", port), Handler)
         self.batcher, self.text = Batcher(model, pool, limits), text
@@ -312,7 +313,7 @@ def serving(
     model: nn.Module, adapters: Path, limits: Limits = Limits(), text: Text = Text(), port: int = 0
 ) -> Iterator[Server]:
     """Serve inside a ``with`` block, on a port that is free unless one is given."""
-    pool = randlora.AdapterPool(model, adapters, max_loaded=limits.adapters)
+    pool = AdapterPool(model, adapters, max_loaded=limits.adapters)
     server = Server(model, pool, limits, text, port)
     threading.Thread(target=server.serve_forever, name="server").start()
     try:

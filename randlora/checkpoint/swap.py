@@ -68,7 +68,7 @@ def swap(
 
     Raises:
         AdapterError: If the model has no adapter of that name, its adapters are merged, or an open block of
-            `randlora.routed` names it.
+            `randlora.serving.routed` names it.
         CheckpointError: If the source is missing or damaged, or differs in more than values: all differences are named,
             and nothing has changed.
     """

@@ -1,6 +1,7 @@
-"""Verbs on files: what can be done with checkpoints and adapters without a model in memory.
+"""Verbs on files of models and adapters.
 
-Each verb is the command of its name: `plan`, `merge`, `inspect`, `verify`, `convert`. `join` has none.
+`plan`, `merge`, `inspect`, `verify` and `convert` are the commands of these names, and need no model in memory, as
+`join` does not. `load_model` makes one of files, and `save_merged` writes the files of one.
 
 `model_directory` reads the headers of a checkpoint, `transformers_model` builds the model that its ``config.json``
 describes on the meta device, and `base_fit` finds an adapter's layers in the files. `adapter` opens an adapter layer by
@@ -10,9 +11,22 @@ layer, and `changes` are what adapters do to a checkpoint.
 from randlora.files.convert import convert
 from randlora.files.inspect import inspect
 from randlora.files.join import join
+from randlora.files.load_model import load_model
 from randlora.files.merge import merge
 from randlora.files.plan import plan, training_memory
+from randlora.files.save_merged import save_merged
 from randlora.files.verify import verify
 from randlora.report import Progress
 
-__all__ = ["Progress", "convert", "inspect", "join", "merge", "plan", "training_memory", "verify"]
+__all__ = [
+    "Progress",
+    "convert",
+    "inspect",
+    "join",
+    "load_model",
+    "merge",
+    "plan",
+    "save_merged",
+    "training_memory",
+    "verify",
+]

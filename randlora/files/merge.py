@@ -100,7 +100,7 @@ def merge(
     merging the largest weight needs. ``out`` appears when it is complete: a call that fails removes what it wrote, and
     after a kill the same call starts anew.
 
-    A quantized checkpoint is refused: load its model, and merge in memory or write it with `randlora.save_merged`.
+    A quantized checkpoint is refused: load its model, and merge in memory or write it with `save_merged`.
 
     Args:
         adapters: The directory of one adapter, or its repository on the Hub; those of several, whose updates add; or a

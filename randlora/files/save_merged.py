@@ -1,4 +1,4 @@
-"""`randlora.save_merged`: the merged model of an adapted one, written as a checkpoint, tensor by tensor.
+"""`randlora.files.save_merged`: the merged model of an adapted one, written as a checkpoint, tensor by tensor.
 
 The model is not changed, and memory holds the tensors of one file. Where processes hold the model together, all gather
 each tensor, and the first of them computes merged weights from all their values, with the bits of one process.
@@ -67,7 +67,7 @@ Saved = Callable[[str, Tensor], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class MergedSaveReport:
-    """What `randlora.save_merged` wrote.
+    """What `randlora.files.save_merged` wrote.
 
     Attributes:
         directory: The new checkpoint's directory.
@@ -134,7 +134,7 @@ def save_merged(
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> _ = randlora.inject(model, r=4)
-        >>> report = randlora.save_merged(model, "merged")
+        >>> report = randlora.files.save_merged(model, "merged")
     """
     require_types(save_merged, {"model": model, "directory": directory, "max_shard_size": max_shard_size})
     limit = _bytes_of(max_shard_size)

@@ -6,3 +6,5 @@ from randlora.layers import convolution as convolution
 from randlora.layers import embedding as embedding
 from randlora.layers import experts as experts
 from randlora.layers import linear as linear
+from randlora.layers.base import AdapterLayer as AdapterLayer
+from randlora.layers.registry import register_layer as register_layer

@@ -149,7 +149,7 @@ class OutProjAdapter(ProjectionAdapter):
 
 
 class RowsOfAttention:
-    """Runs attention of which only ``out_proj`` is adapted once for each adapter of `randlora.routed`.
+    """Runs attention of which only ``out_proj`` is adapted once for each adapter of `randlora.serving.routed`.
 
     Nothing of the module itself is adapted, so hooks do it: its own forward runs with the base.
     """

@@ -33,7 +33,7 @@ class Experts(ReadWeight):
     """Adapts a stack of weights ``(experts, out_features, in_features)``.
 
     To adapt the stack of another class, subclass this with the name of the parameter as ``attribute``, and register the
-    subclass with `randlora.register_layer` for that class.
+    subclass with `randlora.layers.register_layer` for that class.
     """
 
     kind = "experts"

@@ -41,5 +41,5 @@ def require_product(owner: Any, output: object, out_features: int) -> None:
     raise TypeError(
         f"the forward of an adapted {name} must return a tensor of shape (..., {out_features}), the product with its "
         f"weight, got {got}: give exclude= that matches it, or register an adapter layer for {name} with "
-        "randlora.register_layer"
+        "randlora.layers.register_layer"
     )

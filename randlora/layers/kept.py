@@ -1,4 +1,4 @@
-"""Λ and Γ of the adapters of a `randlora.routed` block, kept in one tensor each until it ends.
+"""Λ and Γ of the adapters of a `randlora.serving.routed` block, kept in one tensor each until it ends.
 
 Each forward compares what is kept with the parameters: their identity, the address of their values, and the version
 that torch counts up when values are changed in place, before they are read. Like autograd, which asks the same of the

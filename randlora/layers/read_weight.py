@@ -73,13 +73,13 @@ class ReadWeight(AdapterLayer):
 
     @classmethod
     def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
-        """Return which arguments of the owner's forward have the rows of the batch, for `randlora.routed`."""
+        """Return which arguments of the owner's forward have the rows of the batch, for `randlora.serving.routed`."""
         return Rows.first(args, kwargs, base_class(owner).__name__)
 
     def forward_by_adapter(
         self, owner: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Return the output of the owner's forward, run once for each adapter of `randlora.routed`, with its rows."""
+        """Return the output of the owner's forward, run once for each adapter of a block of `routed`, with its rows."""
         module, routing = base_class(owner).__name__, self.state.routing
         assert routing is not None, "only then it is called"
         layout, rows = layout_of_rows(self.state, self, self.rows_of(owner, args, kwargs), module)

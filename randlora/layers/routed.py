@@ -1,4 +1,4 @@
-"""Adapted modules whose rows, or tokens, go through different adapters: `randlora.routed`.
+"""Adapted modules whose rows, or tokens, go through different adapters: `randlora.serving.routed`.
 
 A layer whose input is known computes the base for the whole batch once and adds to each token the update of its
 adapter. What that takes besides the products is prepared in the first forward of a block. The forward of a module that

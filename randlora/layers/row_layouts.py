@@ -27,7 +27,7 @@ ADVICE = "exclude the layer when the adapter is made, or activate one adapter at
 
 @dataclass(eq=False)
 class RunningCall:
-    """A call of the model, or of a part of it, in a block of `randlora.routed`.
+    """A call of the model, or of a part of it, in a block of `randlora.serving.routed`.
 
     Attributes:
         module: What was called.
@@ -51,9 +51,9 @@ def require_here(state: ModelState) -> None:
     blocks, here = state.disabled, BLOCKS.get()
     if any(isinstance(block, Routing) for block in blocks) and not any(blocks[-1] is block for block in here):
         raise AdapterError(
-            "a block of randlora.routed is open in another thread or task: a model routes for one at a time, so call "
-            "it inside of the block, in other threads by contextvars.copy_context().run, as asyncio.to_thread does, "
-            "or gather the rows of all into one batch"
+            "a block of randlora.serving.routed is open in another thread or task: a model routes for one at a time, "
+            "so call it inside of the block, in other threads by contextvars.copy_context().run, as asyncio.to_thread "
+            "does, or gather the rows of all into one batch"
         )
 
 
@@ -61,7 +61,7 @@ def layout_of(state: ModelState, layer: Any, value: Tensor, module: str, *, feat
     """Return where the rows are in the input of a layer.
 
     Args:
-        state: The state of the model, in a block of `randlora.routed`.
+        state: The state of the model, in a block of `randlora.serving.routed`.
         layer: The adapter layer.
         value: The input, ``(..., features)``.
         module: The name of the class of its module, for messages.

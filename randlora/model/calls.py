@@ -22,8 +22,8 @@ def check_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """
     if ARGUMENT in kwargs:
         raise AdapterError(
-            f"{ARGUMENT} has no effect on this model: call it inside `with randlora.routed(model, names):`, which "
-            "takes a name for each row"
+            f"{ARGUMENT} has no effect on this model: call it inside `with randlora.serving.routed(model, names):`, "
+            "which takes a name for each row"
         )
 
 

@@ -277,8 +277,8 @@ def eject(model: nn.Module) -> tuple[str, ...]:
         FQNs of the layers that were adapted.
 
     Raises:
-        AdapterError: If the model has no adapter, a block of `randlora.routed` is open, or something else has changed
-            the class of an adapted module.
+        AdapterError: If the model has no adapter, a block of `randlora.serving.routed` is open, or something else has
+            changed the class of an adapted module.
     """
     with opened(model, "eject") as view:
         state, census = view.state, view.census

@@ -141,7 +141,8 @@ def merge_notes(
     if becomes_plain and is_called_quantized and not reversible:
         notes.append(
             "the model's config still says that it is quantized, so files written by save_pretrained would not load: "
-            "call randlora.save_merged(model, directory) before a merge, or merge the files with randlora.files.merge"
+            "call randlora.files.save_merged(model, directory) before a merge, or merge the files with "
+            "randlora.files.merge"
         )
     return tuple(notes)
 

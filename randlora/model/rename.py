@@ -26,8 +26,8 @@ def rename(model: nn.Module, name: str, to: str) -> None:
 
     Raises:
         AdapterError: If the model has no such adapter, the new name is invalid or taken, the adapters are merged, a
-            block of `randlora.routed` is open, or Λ and Γ are sharded by `fully_shard`, which knows them by name, or
-            offloaded by accelerate.
+            block of `randlora.serving.routed` is open, or Λ and Γ are sharded by `fully_shard`, which knows them by
+            name, or offloaded by accelerate.
     """
     with opened(model, "rename an adapter", writes=True) as view:
         state = view.state

@@ -37,7 +37,7 @@ DIAGONAL = "randlora_"
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 """What transformers' `Trainer` calls the directory of a checkpoint."""
 
-INSTEAD = "call randlora.save(model, directory), or for the merged model randlora.save_merged(model, directory)"
+INSTEAD = "call randlora.save(model, directory), or for the merged model randlora.files.save_merged(model, directory)"
 
 
 class SaveGuard:
@@ -85,7 +85,7 @@ class SaveGuard:
             if kwargs.get("state_dict") is None and is_held_together(root) and not _gathers(module):
                 raise MergeError(
                     f"{self.name} would write what this process holds of a sharded model: call "
-                    "randlora.save_merged(model, directory) in all processes"
+                    "randlora.files.save_merged(model, directory) in all processes"
                 )
             with _merged_values(root, state):
                 return self._unguarded(module)(*args, **kwargs)
@@ -159,8 +159,8 @@ class SaveGuard:
             (name,) = state.adapters
             warn(
                 f"{self.name} wrote adapter {name!r} to {str(given[0])!r}, not the model: for that, call "
-                "randlora.save_merged(model, directory). inject and load take save_pretrained='adapter', which does "
-                "not warn, or 'error'"
+                "randlora.files.save_merged(model, directory). inject and load take save_pretrained='adapter', which "
+                "does not warn, or 'error'"
             )
 
 
@@ -229,7 +229,8 @@ def _merged_values(root: nn.Module, state: ModelState) -> Iterator[None]:
     if any(isinstance(site.layer, QuantizedLayer) for site in adapted):
         raise MergeError(
             "cannot save_pretrained a quantized model with merged weights, whose config describes others: call "
-            "randlora.save_merged(model, directory), which dequantizes it, or merge the files with randlora.files.merge"
+            "randlora.files.save_merged(model, directory), which dequantizes it, or merge the files with "
+            "randlora.files.merge"
         )
     hooks = [owner.register_state_dict_post_hook(_drop_diagonals) for owner in {site.owner for site in adapted}]
     before, state.saves_merged = state.saves_merged, True

@@ -141,8 +141,8 @@ def remove(model: nn.Module, name: str) -> None:
         name: The adapter to remove.
 
     Raises:
-        AdapterError: If the model has no such adapter, its adapters are merged, or an open block of `randlora.routed`
-            names it.
+        AdapterError: If the model has no such adapter, its adapters are merged, or an open block of
+            `randlora.serving.routed` names it.
     """
     with opened(model, "remove an adapter", writes=True) as view:
         state, census = view.state, view.census

@@ -1,4 +1,4 @@
-"""Running compiled code uncompiled: `randlora.routed` finds its rows in Python, and `randlora.check` watches layers."""
+"""Running compiled code uncompiled: `routed` finds its rows in Python, and `randlora.check` watches layers."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ NOUNS = {
 }
 EXCLUDED = "excluded"
 TIED = "tied to parameters of other modules: untie it first"
-REGISTER = "register one with randlora.register_layer"
+REGISTER = "register one with randlora.layers.register_layer"
 LITTLE = 1e-4
 """Share of a model's parameters below which a default warns."""
 DOUBT = "the default adapts only"

@@ -83,17 +83,17 @@ def yield_and_write(name: str, place: Path) -> str:
                 torch.testing.assert_close(found[fqn], tensor, rtol=0, atol=1e-6)
             else:
                 assert all_bits({fqn: found[fqn]}) == all_bits({fqn: tensor})
-        report = randlora.save_merged(model, place / "out", max_shard_size=SHARD)
+        report = randlora.files.save_merged(model, place / "out", max_shard_size=SHARD)
     dist.barrier()
     if dist.get_rank() == 0:
-        randlora.save_merged(DRAWN.adapted(), place / "one", max_shard_size=SHARD)
+        randlora.files.save_merged(DRAWN.adapted(), place / "one", max_shard_size=SHARD)
         assert contents(place / "out") == contents(place / "one")
     return str(report)
 
 
 def of_one(place: Path) -> tuple[str, str]:
     """Return what the reports of two processes are where the first writes for both."""
-    wrote = randlora.save_merged(DRAWN.adapted(), place / "alone", max_shard_size=SHARD)
+    wrote = randlora.files.save_merged(DRAWN.adapted(), place / "alone", max_shard_size=SHARD)
     assert wrote.shards > 2
     return str(wrote).replace("alone", "out"), f"another process, with a copy of the model, writes {place / 'out'}"
 
@@ -121,7 +121,7 @@ def write_and_count(name: str, place: Path) -> tuple[list[int], int]:
     on: tuple[Any, str] = (DTensor, "full_tensor") if name == "FSDP2" else (zero3, "gathered")
     written = mock.Mock(side_effect=write_tensor_file)
     with watched(*on) as alive, mock.patch(f"{SAVING}.write_tensor_file", written):
-        randlora.save_merged(model, place / "out", max_shard_size=SHARD)
+        randlora.files.save_merged(model, place / "out", max_shard_size=SHARD)
     return alive, written.call_count
 
 
@@ -149,7 +149,7 @@ def refuse(place: Path) -> list[str]:
     inner: Any = model.module
     verbs: list[Callable[[Any], object]] = [
         randlora.merged_tensors,
-        lambda each: randlora.save_merged(each, place / "out"),
+        lambda each: randlora.files.save_merged(each, place / "out"),
     ]
     for verb in verbs:
         for given in (model, inner):
@@ -176,20 +176,20 @@ def fail_in_one(name: str, place: Path) -> None:
     gather: tuple[str, Any] = ("full_tensor", DTensor) if name == "FSDP2" else ("gathered", zero3)
     out, no_room = place / "out", MemoryError("no room")
     for call in (0, 2, 5):  # Λ, the weight, and what has no adapter
-        for verb in (lambda: dict(randlora.merged_tensors(model)), lambda: randlora.save_merged(model, out)):
+        for verb in (lambda: dict(randlora.merged_tensors(model)), lambda: randlora.files.save_merged(model, out)):
             with failing_in_last(*gather, call, no_room), pytest.raises(MemoryError, match="no room"):
                 verb()
     full = OSError(28, "No space left on device")
     for step in ("new_directory", "write_config", "write_tensor_file"):
         with mock.patch(f"{SAVING}.{step}", side_effect=full), pytest.raises(OSError, match="No space"):
-            randlora.save_merged(model, out, max_shard_size=SHARD)
+            randlora.files.save_merged(model, out, max_shard_size=SHARD)
     (place / "taken").mkdir(exist_ok=True)
     dist.barrier()
     with pytest.raises(MergeError, match="taken exists"):
-        randlora.save_merged(model, place / "taken")
+        randlora.files.save_merged(model, place / "taken")
     dist.barrier()
     assert [path.name for path in place.iterdir()] == ["taken"]
-    randlora.save_merged(model, out)
+    randlora.files.save_merged(model, out)
 
 
 @pytest.mark.medium
@@ -209,11 +209,11 @@ def save_as_transformers_does(name: str, place: Path) -> None:
     with mock.patch.object(Chain, "save_pretrained", lambda _, *args, **options: own(*args, **options), create=True):
         model: Any = {**ENGINES, **ZERO}[name]()
         inner = getattr(model, "module", model)
-        with pytest.warns(UserWarning, match=r"for that, call randlora.save_merged\(model, directory\)"):
+        with pytest.warns(UserWarning, match=r"for that, call randlora.files.save_merged\(model, directory\)"):
             inner.save_pretrained(place / "adapter")
         whole = dict(randlora.merged_tensors(model))
         with randlora.merged(model):
-            with pytest.raises(MergeError, match=r"of a sharded model: call randlora.save_merged.* in all processes"):
+            with pytest.raises(MergeError, match=r"of a sharded model: call .*save_merged.* in all processes"):
                 inner.save_pretrained(place / "merged")
             assert inner.save_pretrained(place / "merged", state_dict=whole) == "its own result"
     own.assert_called_once_with(place / "merged", state_dict=whole)
@@ -253,9 +253,9 @@ def write_language_model(name: str, engine: str, place: Path) -> None:
         fully_shard(model)
     else:
         model = engine_around(model, "3-experts" if name == "Mixtral" else "3")
-    randlora.save_merged(model, place / "out", max_shard_size=4000)
+    randlora.files.save_merged(model, place / "out", max_shard_size=4000)
     if dist.get_rank() == 0:
-        randlora.save_merged(one, place / "one", max_shard_size=4000)
+        randlora.files.save_merged(one, place / "one", max_shard_size=4000)
         assert contents(place / "out") == contents(place / "one")
         loaded = type(one).from_pretrained(place / "out").eval()
         ids = torch.arange(8)[None]
@@ -284,9 +284,9 @@ def write_from_a_mesh(kind: str, place: Path) -> None:
     if kind == "both":
         parallelize_module(model, mesh["tensor"], {"layers.0": ColwiseParallel(), "layers.1": RowwiseParallel()})
     fully_shard(model, mesh=mesh["data"] if kind == "both" else mesh)
-    randlora.save_merged(model, place / "out", max_shard_size=SHARD)
+    randlora.files.save_merged(model, place / "out", max_shard_size=SHARD)
     if dist.get_rank() == 0:
-        randlora.save_merged(DRAWN.adapted(), place / "one", max_shard_size=SHARD)
+        randlora.files.save_merged(DRAWN.adapted(), place / "one", max_shard_size=SHARD)
         assert contents(place / "out") == contents(place / "one")
     dist.barrier()
 

@@ -110,9 +110,9 @@ def planned(case: Case, place: Path) -> None:
     for each in (one, model):
         randlora.inject(each, r=4, targets=TARGETS, **case.options)
         test_tensor_parallel.in_float64(fill(each))
-    randlora.save_merged(model, place / "merged", max_shard_size="8KB")
+    randlora.files.save_merged(model, place / "merged", max_shard_size="8KB")
     if dist.get_rank() == 0:
-        randlora.save_merged(one, place / "merged by one", max_shard_size="8KB")
+        randlora.files.save_merged(one, place / "merged by one", max_shard_size="8KB")
         assert contents(place / "merged") == contents(place / "merged by one")
     ids = torch.arange(12).view(2, 6)
     optimizers = [torch.optim.SGD(randlora.trainable_parameters(each), lr=1e-4) for each in (one, model)]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from randlora import BasisSpec
+from randlora.bases import BasisSpec
 from randlora.errors import TargetError
 from tests.state_machine.models import Kind, Weight
 from tests.state_machine.truth import Adapter, drawn, first_values

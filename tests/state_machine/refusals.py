@@ -138,8 +138,8 @@ WHILE_MERGED = {
     "disabled": _entered(randlora.disabled),
     "remove": _of_first(randlora.remove, str),
     "rename": _of_first(lambda model, name: randlora.rename(model, name, "new"), str),
-    "combine": _of_first(lambda model, name: randlora.combine(model, {name: 1.0}, name="new"), str),
-    "routed": _entered(lambda model: randlora.routed(model, [None])),
+    "combine": _of_first(lambda model, name: randlora.serving.combine(model, {name: 1.0}, name="new"), str),
+    "routed": _entered(lambda model: randlora.serving.routed(model, [None])),
 }
 ON_ANY_MODEL = {
     "a rank of 0": (ConfigError, _inject(r=0)),
@@ -169,7 +169,7 @@ OF_AN_ADAPTED_MODEL = {
         _of_first(lambda model, name: randlora.rename(model, name, "a.b"), str),
     ),
     "train the unknown": (AdapterError, _on_model(randlora.set_trainable, "unknown")),
-    "combine the unknown": (AdapterError, _on_model(randlora.combine, {"unknown": 1.0}, name="new")),
+    "combine the unknown": (AdapterError, _on_model(randlora.serving.combine, {"unknown": 1.0}, name="new")),
     "merge the unknown": (MergeError, _on_model(randlora.merge, adapters="unknown", reversible=True)),
     "unmerge the unknown": (MergeError, _on_model(randlora.unmerge, "unknown")),
     "remove the unknown": (AdapterError, _on_model(randlora.remove, "unknown")),

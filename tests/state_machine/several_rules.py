@@ -48,7 +48,7 @@ class SeveralRules(ModelMachine):
         truth = self.truth
         factors = dict(zip(map(self.name, of), by, strict=True))
         refused = AdapterError if name in truth.adapters else self.unless_summable(factors)
-        self.ask(refused, randlora.combine, factors, name=name)
+        self.ask(refused, randlora.serving.combine, factors, name=name)
         if refused is None:
             self.take_over(name, factors)
 
@@ -114,11 +114,11 @@ class SeveralRules(ModelMachine):
         used = [truth.adapters[name] for name in {*rows} if name is not None]
         if any(adapter.copies for adapter in used):
             with untouched(self.model):
-                self.ask(AdapterError, lambda model: randlora.routed(model, rows).__enter__())
+                self.ask(AdapterError, lambda model: randlora.serving.routed(model, rows).__enter__())
             return
         if truth.training and any(adapter.options["dropout"] for adapter in used):
             return
-        with untouched(self.model), torch.no_grad(), randlora.routed(self.model, rows):
+        with untouched(self.model), torch.no_grad(), randlora.serving.routed(self.model, rows):
             found: Tensor = self.model(*truth.arguments())
             assert_near(found, truth.rows(rows), truth.dtype)
         if by_pool and (named := {name for name in rows if name is not None}):
@@ -127,7 +127,7 @@ class SeveralRules(ModelMachine):
     def route_by_pool(self, rows: list[str | None], named: set[str], expected: Tensor) -> None:
         """Compare the same rows through copies of the adapters that a pool loads."""
         states = {f"of_{name}": randlora.adapter_state(self.model, name) for name in named}
-        pool = randlora.AdapterPool(self.model, states, max_loaded=len(states))
+        pool = randlora.serving.AdapterPool(self.model, states, max_loaded=len(states))
         with torch.no_grad(), pool.routed([None if name is None else f"of_{name}" for name in rows]):
             assert_near(self.model(*self.truth.arguments()), expected.double(), self.truth.dtype)
         for name in pool.loaded:

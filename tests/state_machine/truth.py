@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from randlora import BasisSpec
+from randlora.bases import BasisSpec
 from randlora.bases.basis import Basis
 from tests.state_machine.models import Kind, Weight
 

@@ -9,13 +9,13 @@ from torch import nn
 
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
-from randlora.model.entries import Entries
 from randlora.model.install import lost_sites, require_own
 from randlora.model.switch import without_active
 from randlora.model.trainable import adapter_parameters, offloaded_diagonals
 from randlora.model.uncompiled import uncompiled
 from randlora.places import is_whole
 from randlora.routing import Routing, open_elsewhere
+from randlora.serving.entries import Entries
 from randlora.state import ModelState, adapted_root, require_unmerged
 from randlora.targets.walk import Census
 
@@ -47,7 +47,7 @@ def routed(
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> _ = randlora.inject(model, r=4, name="a"), randlora.inject(model, r=4, name="b", seed=1)
-        >>> with randlora.routed(model, ["a", "b", None]):
+        >>> with randlora.serving.routed(model, ["a", "b", None]):
         ...     y = model(torch.randn(3, 8))
     """
 

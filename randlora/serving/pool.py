@@ -19,8 +19,8 @@ from randlora.checkpoint.several import add_all
 from randlora.checkpoint.source import Found, Source, adapters_in, read_source
 from randlora.errors import AdapterError, ConfigError, raise_collected
 from randlora.hints import require_types, shortly
-from randlora.model.routed import routed
 from randlora.model.switch import remove
+from randlora.serving.routed import routed
 from randlora.state import adapted_root, is_adapted
 from randlora.targets.match import nearest_names
 
@@ -60,7 +60,7 @@ class AdapterPool:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> _ = randlora.inject(model, r=4)
         >>> states = {"a": randlora.adapter_state(model), "b": randlora.adapter_state(model)}
-        >>> pool = randlora.AdapterPool(model, states, max_loaded=2)
+        >>> pool = randlora.serving.AdapterPool(model, states, max_loaded=2)
         >>> with pool.routed(["a", "b", None]):
         ...     y = model(torch.randn(3, 8))
         >>> pool.stats().loads
@@ -149,11 +149,11 @@ class AdapterPool:
         """Run each row of a batch through its own adapter inside a ``with`` block; those that are missing are loaded.
 
         Args:
-            names: As for `randlora.routed`.
+            names: As for `randlora.serving.routed`.
 
         Raises:
             AdapterError: If a name is unknown, there are more adapters than ``max_loaded`` in all open blocks, or
-                `randlora.routed` refuses them. Nothing is loaded in the first two cases.
+                `randlora.serving.routed` refuses them. Nothing is loaded in the first two cases.
             CheckpointError: If an adapter cannot be loaded; the message names its files. The model then has those that
                 it had.
         """
@@ -167,8 +167,8 @@ class AdapterPool:
     def using(self, names: str | Sequence[str]) -> Iterator[None]:
         """Have adapters loaded inside a ``with`` block, in which the caller says what they are for, as by `activate`.
 
-        That is for those that `randlora.routed` cannot take, as those with ``train_also``. No other thread is in a
-        block at the same time.
+        That is for those that `randlora.serving.routed` cannot take, as those with ``train_also``. No other thread is
+        in a block at the same time.
 
         Args:
             names: Their names.
@@ -247,7 +247,7 @@ class AdapterPool:
 
 
 def _named(names: object) -> list[str]:
-    """Return the adapters that are named for rows, or for their tokens; `randlora.routed` refuses what is no name."""
+    """Return the adapters that are named for rows, or for their tokens; `routed` refuses what is no name."""
     rows = [] if isinstance(names, str) or not isinstance(names, Sequence) else names
     flat = [name for row in rows for name in ([row] if isinstance(row, str) or not isinstance(row, Sequence) else row)]
     return list(dict.fromkeys(name for name in flat if isinstance(name, str)))

@@ -65,7 +65,7 @@ def combine(model: nn.Module, adapters: Mapping[str, float], *, name: str) -> Re
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> _ = randlora.inject(model, r=4, name="a"), randlora.inject(model, r=4, name="b")
-        >>> randlora.combine(model, {"a": 0.7, "b": -0.3}, name="c").rule
+        >>> randlora.serving.combine(model, {"a": 0.7, "b": -0.3}, name="c").rule
         'the sum 0.7·a + -0.3·b'
     """
     require_types(combine, {"name": name})

@@ -1,4 +1,4 @@
-"""The calls of a model, or of its parts, in a block of `randlora.routed`: which rows their batches have.
+"""The calls of a model, or of its parts, in a block of `randlora.serving.routed`: which rows their batches have.
 
 Every module with adapted layers inside may be what is called: transformers' ``generate`` calls an encoder itself. Of
 calls inside of each other the outermost counts.
