@@ -168,7 +168,7 @@ def test_a_file_with_the_blocks_of_earlier_defaults_means_what_it_did(shape: Sha
     randlora.serving.combine(model, {"default": 1.0}, name="twin")
     assert same_bits(randlora.delta_weight(model, "0", name="default"), update)
     assert {info.specs[0].blocks for info in randlora.adapters(model)} == {(2, 8)}
-    randlora.swap(model, tmp_path / "again")
+    randlora.swap(model, tmp_path / "again", name="default")
     assert same_bits(randlora.delta_weight(model, "0", name="default"), update)
 
 

@@ -231,7 +231,7 @@ def test_a_call_that_raises_leaves_them(monkeypatch: pytest.MonkeyPatch) -> None
     train(model)
     with untouched(model), pytest.raises(TargetError, match="matches no module"):
         randlora.inject(model, r=2, name="b", targets=["first"], train_also=["norm", "nrom"])
-    monkeypatch.setattr("randlora.model.install.warn_of_unknown", lambda _: 1 / 0)
+    monkeypatch.setattr("randlora.model.install.tell_changed", lambda _: 1 / 0)
     with untouched(model), pytest.raises(ZeroDivisionError):
         randlora.inject(model, r=2, name="b", targets=["first"], train_also=["norm"], active=True)
     with untouched(plain := build("batch")), pytest.raises(ZeroDivisionError):
