@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from randlora.functional.region import Spans, taken
+from randlora.functional.region import Spans, take_spans
 from randlora.ranks import Ranks
 
 Part = tuple[Spans, ...]
@@ -314,7 +314,7 @@ def copied(tensor: Tensor, *, is_kept: bool) -> Tensor | None:
 def values_within(values: Tensor, part: Part) -> Tensor:
     """Return a part of all values of a parameter."""
     for dim, spans in enumerate(part):
-        values = taken(values, spans, dim)
+        values = take_spans(values, spans, dim)
     return values
 
 

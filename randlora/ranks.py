@@ -40,10 +40,10 @@ class Ranks(NamedTuple):
 
 
 @contextmanager
-def agreed(ranks: Ranks | None) -> Iterator[None]:
+def raise_on_every_rank(ranks: Ranks | None) -> Iterator[None]:
     """Raise an error in every process if the block raised one in any; a collective at the end of the block.
 
-    The block itself must not contain collectives that an error could skip: `in_step` skips none.
+    The block itself must not contain collectives that an error could skip: `run_collectives` skips none.
     """
     if ranks is None:
         yield
@@ -56,7 +56,7 @@ def agreed(ranks: Ranks | None) -> Iterator[None]:
     raise_first(ranks.gathered(None))
 
 
-def in_step(collectives: Iterable[Callable[[], Any]]) -> list[Any]:
+def run_collectives(collectives: Iterable[Callable[[], Any]]) -> list[Any]:
     """Call functions that all processes call together, and return what they return.
 
     If one raises, as for lack of memory, the rest are called before its error is raised: the other processes call them
@@ -74,12 +74,12 @@ def in_step(collectives: Iterable[Callable[[], Any]]) -> list[Any]:
     return results
 
 
-def one_writes(ranks: Ranks | None, write: Callable[[], Result]) -> Result:
+def on_first_rank(ranks: Ranks | None, write: Callable[[], Result]) -> Result:
     """Call a function in one process while the others wait, and return or raise in each what it did; a collective."""
     if ranks is None:
         return write()
     results: list[Result] = []
-    with agreed(ranks):
+    with raise_on_every_rank(ranks):
         if ranks.is_first:
             results.append(write())
     (result,) = [each for own in ranks.gathered(results) for each in own]

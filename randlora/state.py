@@ -193,7 +193,7 @@ class ModelState:
         return bool(self.merged)
 
     @property
-    def on_top(self) -> dict[str, Factor]:
+    def active_unmerged(self) -> dict[str, Factor]:
         """The names and factors of the active adapters that are not merged."""
         return {name: weight for name, weight in self.active.items() if name not in self.merged}
 

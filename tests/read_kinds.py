@@ -50,7 +50,7 @@ class ReadKind:
     place: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     other: dict[str, Any] = field(default_factory=dict)
-    united: Callable[[Tensor], Tensor] = lambda update: update
+    as_one_matrix: Callable[[Tensor], Tensor] = lambda update: update
     in_layout: Callable[[Tensor, Tensor], Tensor] = lambda update, weight: update.reshape(weight.shape)
     dtypes: tuple[torch.dtype, ...] = EVERY_DTYPE
     is_whole_read: bool = True
@@ -133,7 +133,7 @@ class ReadKind:
         matrix = partial(reference.delta_weight, *bases, scaling=part.scaling, in_features=in_features)
         if lam.dim() == 2:
             return matrix(lam, gamma)
-        return self.united(torch.stack([matrix(*each) for each in zip(lam, gamma, strict=True)]))
+        return self.as_one_matrix(torch.stack([matrix(*each) for each in zip(lam, gamma, strict=True)]))
 
     def changed(self, base: nn.Module, *updates: Tensor) -> nn.Module:
         """Make a float64 copy of a plain model with updates added to the weight: an oracle by torch's own forward."""
@@ -251,7 +251,7 @@ def _attention(name: str, *, widths: tuple[int, ...] = (12, 12, 12), bias: bool 
 def _packed(name: str, in_proj: str, **row: Any) -> ReadKind:
     other = {"in_proj": "packed" if in_proj == "split" else "split"}
     return _attention(
-        name, attribute="in_proj_weight", options={"in_proj": in_proj}, other=other, united=_one_matrix, **row
+        name, attribute="in_proj_weight", options={"in_proj": in_proj}, other=other, as_one_matrix=_one_matrix, **row
     )
 
 

@@ -17,7 +17,7 @@ from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec
 from randlora.errors import ConfigError, RandLoRAError
 from randlora.functional import Diagonals, adapted_linear
-from randlora.functional.region import Region, all_of, taken
+from randlora.functional.region import Region, all_of, take_spans
 from randlora.layers.diagonals import diagonal_shapes
 from randlora.memory.parts import Part, style_of
 from randlora.memory.pieces import Piece
@@ -180,7 +180,7 @@ def test_the_height_of_a_step_is_that_of_the_arithmetic(
     )
 
     def adapted() -> None:
-        diagonals = Diagonals(lam, taken(gamma, sides.small, 1), 1.5)
+        diagonals = Diagonals(lam, take_spans(gamma, sides.small, 1), 1.5)
         if part is None:
             output = adapted_linear(x, pair, diagonals, weight=weight)
         else:

@@ -16,7 +16,7 @@ import randlora
 from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec
 from randlora.functional import BlockPair, Compute, adapted_linear, delta_weight
-from randlora.functional.region import Region, Sides, Spans, all_of, fewest_spans, taken
+from randlora.functional.region import Region, Sides, Spans, all_of, fewest_spans, take_spans
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.update import Update
@@ -87,7 +87,7 @@ def test_so_it_is_for_matrices_of_a_stack(spec: BasisSpec, data: st.DataObject) 
     whole = formed(update)
     for matrices in partition(data, 3):
         region = Region(rows[0], columns[-1], matrices)
-        expected = torch.stack([region.of(matrix) for matrix in taken(whole, matrices, 0)])
+        expected = torch.stack([region.of(matrix) for matrix in take_spans(whole, matrices, 0)])
         torch.testing.assert_close(formed(update.within(region)), expected)
 
 
@@ -108,7 +108,7 @@ def test_gradients_of_the_parts_add_up_to_those_of_the_whole(
     parts = {}
     for region in (Region(one, other) for one in rows for other in columns):
         parts[region] = adapted_linear(
-            taken(x, region.columns, 1),
+            take_spans(x, region.columns, 1),
             *update.within(region).parts(CPU, torch.float64),
             weight=region.of(weight),
             compute=compute,
@@ -180,11 +180,11 @@ def check_parts(module: nn.Module, attribute: str, layer: AdapterLayer, dim: int
     for spans in (((0, size // 2),), ((size // 2, size),), ((0, quarter), (size - quarter, size))):
         held = [all_of(length) for length in weight.shape]
         held[dim] = spans
-        local = taken(weight.detach(), spans, dim).clone()
+        local = take_spans(weight.detach(), spans, dim).clone()
         region = layer.region_of(tuple(weight.shape), held)
         merged = layer.with_updates(local, updates, region)
         assert merged.shape == local.shape
-        torch.testing.assert_close(merged, taken(whole, spans, dim), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(merged, take_spans(whole, spans, dim), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("experts", ["each", "shared"])

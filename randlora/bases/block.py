@@ -10,7 +10,7 @@ from randlora.bases.dense import DENSE
 from randlora.bases.spec import KINDS, BasisSpec, count_bases, reach_all
 from randlora.functional import BlockPair, DensePair, Pair
 from randlora.functional.cost import SMALL_WEIGHT
-from randlora.functional.region import Sides, Spans, entries_of, taken
+from randlora.functional.region import Sides, Spans, entries_of, take_spans
 
 SMALLEST_BLOCK_COLUMN = 8  # default minimum of entries in a column of A: fits within .004 of dense bases
 MOST_BLOCKS_IN_B = 8
@@ -61,9 +61,9 @@ def _sliced(spec: BasisSpec, basis_A: Tensor, basis_B: Tensor, num_bases: int, s
     rows, columns = sides
     if not (_begin_with_blocks(rows, b) and _begin_with_blocks(columns, c)):
         return _without_blocks(spec, basis_A, basis_B, num_bases, sides)
-    blocks_A = taken(basis_A, tuple((start // c, math.ceil(stop / c)) for start, stop in columns), 1)
+    blocks_A = take_spans(basis_A, tuple((start // c, math.ceil(stop / c)) for start, stop in columns), 1)
     padded = tuple((start, start + math.ceil((stop - start) / b) * b) for start, stop in rows)
-    blocks_B = taken(basis_B, padded, 0)[:, : num_bases * spec.r // b]
+    blocks_B = take_spans(basis_B, padded, 0)[:, : num_bases * spec.r // b]
     pair = BlockPair(
         blocks_A.unflatten(0, (-1, c)).transpose(0, 1).contiguous(),
         blocks_B.unflatten(0, (-1, b)).transpose(0, 1),
@@ -96,7 +96,7 @@ def _without_blocks(spec: BasisSpec, basis_A: Tensor, basis_B: Tensor, num_bases
         tuple((start - first, stop - first) for start, stop in spans)
         for spans, first in zip(sides, (row, column), strict=True)
     )
-    return DensePair(taken(written.A, columns, -1).contiguous(), taken(written.B, rows, 0))
+    return DensePair(take_spans(written.A, columns, -1).contiguous(), take_spans(written.B, rows, 0))
 
 
 def _paired(spec: BasisSpec, basis_A: Tensor, basis_B: Tensor, num_bases: int, sides: Sides) -> Pair:

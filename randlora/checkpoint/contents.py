@@ -35,7 +35,7 @@ from randlora.model.install import lost_sites, require_own
 from randlora.model.train_also import lost_parameters
 from randlora.model.view import opened
 from randlora.places import copied
-from randlora.ranks import Ranks, agreed, in_step
+from randlora.ranks import Ranks, raise_on_every_rank, run_collectives
 from randlora.replaced import whole_shape
 from randlora.state import Adapter, ModelState
 from randlora.targets.match import shortened
@@ -126,7 +126,7 @@ def gathered(
     with opened(model, None) as view:
         state, census, ranks = view.state, view.census, view.ranks()
         held = [_held(census, state, state.adapter(name), bases) for name in names]
-        with agreed(ranks):
+        with raise_on_every_rank(ranks):
             require_own(census, state, "save")
             for each in held:
                 each.problems.extend(_problems(each))
@@ -135,7 +135,7 @@ def gathered(
                 raise_collected(CheckpointError, problems, doing=doing)
         if ranks is None:
             return held, None
-        with agreed(ranks):
+        with raise_on_every_rank(ranks):
             return [_whole(each, is_kept=is_for_all or ranks.is_first) for each in held], ranks
 
 
@@ -200,7 +200,7 @@ def _held(census: Census, state: ModelState, adapter: Adapter, bases: str) -> Ga
 def _whole(held: Gathered, *, is_kept: bool) -> Gathered:
     """Return an adapter with the values that other processes hold too, if this one keeps them; a collective."""
     flat = [*chain.from_iterable(held.diagonals.values()), *held.trained.values()]
-    values = iter(in_step(partial(copied, each, is_kept=is_kept) for each in flat))
+    values = iter(run_collectives(partial(copied, each, is_kept=is_kept) for each in flat))
     if not is_kept:
         return held
     pairs = {fqn: (next(values), next(values)) for fqn in held.diagonals}

@@ -15,7 +15,7 @@ from randlora.checkpoint.peft_config import PeftFields
 from randlora.checkpoint.read import AdapterFile, disagreements, sort_contents
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import mistyped, require_types
-from randlora.ranks import agreed
+from randlora.ranks import raise_on_every_rank
 from randlora.targets.match import shortened
 
 
@@ -98,7 +98,7 @@ def adapter_state(model: nn.Module, name: str | None = None, *, bases: StoredAs 
     require_types(adapter_state, {"model": model, "name": name})
     doing = "return the state of an adapter"
     (held,), ranks = gathered(model, [name], bases, doing=doing, is_for_all=True)
-    with agreed(ranks):
+    with raise_on_every_rank(ranks):
         raise_collected(CheckpointError, value_problems(held), doing=doing)
         contents = contents_of(held)
     config = json.loads(json.dumps(contents.fields))  # as it is read from a file

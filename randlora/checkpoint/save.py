@@ -33,7 +33,7 @@ from randlora.model.moving import moved_note
 from randlora.model.save_guard import SaveGuard
 from randlora.model.trainable import adapter_parameters
 from randlora.model.untrained import untrained_note
-from randlora.ranks import one_writes
+from randlora.ranks import on_first_rank
 from randlora.report import adapter_report, as_bytes
 from randlora.state import ModelState
 from randlora.targets.match import shortened
@@ -120,7 +120,7 @@ def write_each(
     doing = f"save to {str(root)!r}"
     held, ranks = gathered(model, [*directories], bases, doing=doing, is_for_all=False)
     write = partial(_write_each, held, [*directories.values()], root, hub=push_to_hub, results=results, doing=doing)
-    return one_writes(ranks, write)
+    return on_first_rank(ranks, write)
 
 
 def _write_each(

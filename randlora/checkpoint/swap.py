@@ -22,7 +22,7 @@ from randlora.model.train_also import lost_parameters
 from randlora.model.view import View, opened
 from randlora.modes import has_values
 from randlora.places import Kept, Place, place_at, values_within
-from randlora.ranks import agreed
+from randlora.ranks import raise_on_every_rank
 from randlora.replaced import whole_shape
 from randlora.state import Adapter, require_unmerged, require_unrouted
 from randlora.targets.match import shortened
@@ -106,7 +106,7 @@ def _planned(
     require_unmerged(state, doing)
     require_unrouted(state, adapter.name, doing)
     sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
-    with agreed(view.ranks()):
+    with raise_on_every_rank(view.ranks()):
         problems = [*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])]
         raise_collected(CheckpointError, problems, doing=doing)
         found = read_source(source, revision=revision, subfolder=subfolder)

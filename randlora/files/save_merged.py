@@ -43,7 +43,7 @@ from randlora.model.merged_values import Share, modules_of, saved_buffers
 from randlora.model.moving import moved_note
 from randlora.model.untrained import untrained_notes
 from randlora.places import own_class
-from randlora.ranks import one_writes
+from randlora.ranks import on_first_rank
 from randlora.replaced import whole_shape
 from randlora.report import as_bytes, as_lines
 from randlora.targets.ties import tied_away
@@ -146,7 +146,7 @@ def save_merged(
         return MergedSaveReport(out, merged, 0, 0, dtype, ())
     with ExitStack() as stack:
         files = _Files(limit, _not_written(tensors.census))
-        notes = one_writes(ranks, partial(_begin, tensors, out, files, stack))
+        notes = on_first_rank(ranks, partial(_begin, tensors, out, files, stack))
         share = Share.WHOLE if ranks is None or ranks.is_first else Share.NONE
         for _ in tensors.each(files.add, share):
             pass
@@ -156,7 +156,7 @@ def save_merged(
             stack.close()  # the directory appears
             return MergedSaveReport(out, merged, len(files.names), files.nbytes, dtype, notes)
 
-        return one_writes(ranks, end)
+        return on_first_rank(ranks, end)
 
 
 def _bytes_of(size: int | str) -> int:

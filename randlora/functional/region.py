@@ -41,7 +41,7 @@ def entries_of(spans: Spans) -> int:
     return sum(stop - start for start, stop in spans)
 
 
-def taken(tensor: Tensor, spans: Spans, dim: int) -> Tensor:
+def take_spans(tensor: Tensor, spans: Spans, dim: int) -> Tensor:
     """Return those entries of a dimension of a tensor, a view of it if they are one span."""
     pieces = [tensor.narrow(dim, start, stop - start) for start, stop in spans]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
@@ -78,4 +78,4 @@ class Region(NamedTuple):
 
     def of(self, matrix: Tensor) -> Tensor:
         """Return this part of a matrix."""
-        return taken(taken(matrix, self.rows, 0), self.columns, 1)
+        return take_spans(take_spans(matrix, self.rows, 0), self.columns, 1)

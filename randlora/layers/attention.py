@@ -98,7 +98,7 @@ class InProjAdapter(ProjectionAdapter):
         return out_features, in_features
 
     @staticmethod
-    def united(delta: Tensor) -> Tensor:
+    def as_one_matrix(delta: Tensor) -> Tensor:
         """Return an update of either form as one matrix."""
         return delta.flatten(end_dim=-2)
 

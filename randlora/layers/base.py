@@ -15,7 +15,7 @@ from randlora.errors import AdapterError, CheckpointError
 from randlora.functional import WriteOut, adapted_linear, delta_weight
 from randlora.layers.diagonals import Diagonal, diagonal_shapes
 from randlora.layers.inputs import autocast_dtype, have_one_dtype, input_of, is_plain_tensor, require_product
-from randlora.layers.kept import lasting
+from randlora.layers.kept import cacheable_parameters
 from randlora.layers.merging import MergeableWeight
 from randlora.layers.routed import Routes, routed_output
 from randlora.layers.row_layouts import follow, layout_of, unfollowed
@@ -23,7 +23,7 @@ from randlora.layers.sharded import Split, sharded_product
 from randlora.layers.update import Update, sum_updates
 from randlora.placement.dtensor import is_dtensor
 from randlora.places import is_hooked, whole
-from randlora.ranks import in_step
+from randlora.ranks import run_collectives
 from randlora.replaced import watched
 from randlora.routing import Routing
 from randlora.start import Init, initial_values
@@ -198,7 +198,9 @@ class AdapterLayer(MergeableWeight):
             module,
             self.adapters,
             lambda part: self.update(owner, part, 1.0),
-            lambda find: lasting(owner, [self._held(owner, name) for name in self.parameter_names()], find),
+            lambda find: cacheable_parameters(
+                owner, [self._held(owner, name) for name in self.parameter_names()], find
+            ),
             self.state.compute,
         )
 
@@ -328,7 +330,9 @@ class AdapterLayer(MergeableWeight):
         assert weight is not None, "obstacles() asks for a weight"
         updates = self.whole_updates(owner, weights)
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        return sum_updates(updates, self.shape, device=self.device_beside(owner), dtype=dtype, united=self.united)
+        return sum_updates(
+            updates, self.shape, device=self.device_beside(owner), dtype=dtype, as_one_matrix=self.as_one_matrix
+        )
 
     def updates(self, owner: nn.Module, weights: dict[str, float]) -> list[Update]:
         """Return the updates of some adapters."""
@@ -339,7 +343,9 @@ class AdapterLayer(MergeableWeight):
     def whole_updates(self, owner: nn.Module, weights: dict[str, float]) -> list[Update]:
         """Return the updates of some adapters with all values of Λ and Γ; a collective if these are sharded."""
         updates = self.updates(owner, weights)
-        values = iter(in_step(partial(whole, each) for update in updates for each in (update.lam, update.gamma)))
+        values = iter(
+            run_collectives(partial(whole, each) for update in updates for each in (update.lam, update.gamma))
+        )
         return [update._replace(lam=next(values), gamma=next(values)) for update in updates]
 
     def description(self) -> str:

@@ -57,7 +57,7 @@ class Kept(NamedTuple):
         )
 
 
-def lasting(owner: nn.Module, held: Sequence[Diagonal], find: Find) -> list[nn.Parameter] | None:
+def cacheable_parameters(owner: nn.Module, held: Sequence[Diagonal], find: Find) -> list[nn.Parameter] | None:
     """Return every Λ of some adapters, then every Γ, or ``None`` if what holds them may load or move their values.
 
     Args:

@@ -12,7 +12,7 @@ from torch import nn
 from randlora.layers.stored import StoredWeight
 from randlora.layers.update import Into, Merged, Update
 from randlora.places import Kept, place_of
-from randlora.ranks import in_step
+from randlora.ranks import run_collectives
 
 
 class MergeableWeight(StoredWeight):
@@ -46,7 +46,7 @@ class MergeableWeight(StoredWeight):
         """
         weight, place = self.weight_of(owner), place_of(owner, self.attribute)
         assert weight is not None, "merge() asks for a weight"
-        updates, own = in_step([partial(self.whole_updates, owner, weights), place.read])
+        updates, own = run_collectives([partial(self.whole_updates, owner, weights), place.read])
         if self.unmerged is not None:  # then it is plain
             own = self.unmerged.values.to(device=weight.device, dtype=weight.dtype)
         part, shape = place.part, tuple(weight.shape)

@@ -38,13 +38,13 @@ class StoredWeight(ABC):
     @staticmethod
     @abstractmethod
     def in_storage_layout(delta: Tensor) -> Tensor:
-        """Return an update, as `united` returns it, in the layout of the owner's weight.
+        """Return an update, as `as_one_matrix` returns it, in the layout of the owner's weight.
 
         That is its shape, one that is broadcast to it, or the shape of the weight viewed as a matrix.
         """
 
     @staticmethod
-    def united(delta: Tensor) -> Tensor:
+    def as_one_matrix(delta: Tensor) -> Tensor:
         """Return an update in the form in which updates of different shapes of one weight can be added."""
         return delta
 
@@ -128,9 +128,9 @@ class StoredWeight(ABC):
     def summed(
         cls, updates: Iterable[Update], region: Region | None, *, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        """Return the sum of some updates, `united`, or of their parts within a region, computed from those alone."""
+        """Return the sum of some updates, `as_one_matrix`, or of their parts within a region, computed alone."""
         parts = updates if region is None else [update.within(region) for update in updates]
-        return sum_updates(parts, (), device=device, dtype=dtype, united=cls.united)
+        return sum_updates(parts, (), device=device, dtype=dtype, as_one_matrix=cls.as_one_matrix)
 
     @classmethod
     def region_here(cls, weight: Tensor) -> Region:
@@ -141,7 +141,7 @@ class StoredWeight(ABC):
 
     @classmethod
     def region_of(cls, shape: Shape, spans: Sequence[Spans]) -> Region:  # noqa: ARG003  # for convolutions
-        """Return the part of the update, `united`, for a part of the parameter.
+        """Return the part of the update, `as_one_matrix`, for a part of the parameter.
 
         Args:
             shape: The shape of the whole parameter.

@@ -11,7 +11,7 @@ from torch import Tensor
 from randlora.bases.basis import Basis
 from randlora.bases.spec import Shape
 from randlora.functional import Diagonals, Pair, delta_weight, update_norm
-from randlora.functional.region import Region, taken
+from randlora.functional.region import Region, take_spans
 from randlora.functional.scratch import without_autocast
 
 Quantized = Literal["requantize", "dequantize"]
@@ -41,7 +41,7 @@ class Update(NamedTuple):
         matrix, gamma, sides = self.shape[-2:], self.gamma, None
         if self.region is not None:
             sides = self.region.sides(is_wide=self.is_wide)
-            gamma = taken(gamma, sides.small, -1)
+            gamma = take_spans(gamma, sides.small, -1)
         pair = self.basis.pair(max(matrix), min(matrix), device=device, dtype=dtype, sides=sides)
         return pair, Diagonals(_on(self.lam, device), _on(gamma, device), self.scaling)
 
@@ -66,7 +66,7 @@ class Update(NamedTuple):
         """Return the part of the update for a part of the weight."""
         if region.matrices is None or len(self.shape) == 2:
             return self._replace(region=region)
-        lam, gamma = (taken(diagonal, region.matrices, 0) for diagonal in (self.lam, self.gamma))
+        lam, gamma = (take_spans(diagonal, region.matrices, 0) for diagonal in (self.lam, self.gamma))
         return self._replace(lam=lam, gamma=gamma, shape=(len(lam), *self.shape[1:]), region=region)
 
     def at(self, index: Any) -> Update:
@@ -81,7 +81,7 @@ def sum_updates(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    united: Callable[[Tensor], Tensor] | None = None,
+    as_one_matrix: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Return the sum of some updates of one weight.
 
@@ -92,13 +92,13 @@ def sum_updates(
         shape: Shape of the sum, or one that is broadcast to it.
         device: Device of the sum.
         dtype: Dtype of the sum.
-        united: Gives updates of different shapes one shape; see `AdapterLayer.united`.
+        as_one_matrix: Gives updates of different shapes one shape; see `AdapterLayer.as_one_matrix`.
     """
     total = torch.zeros(shape, dtype=dtype, device=device)
     with without_autocast(device.type):
         for update in updates:
             delta = delta_weight(*update.parts(device, dtype), is_wide=update.is_wide)
-            total = total + (delta if united is None else united(delta))
+            total = total + (delta if as_one_matrix is None else as_one_matrix(delta))
     return total
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from randlora.bases.basis import Basis
 from randlora.functional import Diagonals, Pair, adapted_linear
 from randlora.functional.cost import pass_over
-from randlora.functional.region import taken
+from randlora.functional.region import take_spans
 from randlora.layers.diagonals import diagonal_shapes
 from randlora.memory.pieces import Piece
 from randlora.modes import Observer
@@ -79,7 +79,7 @@ def peak_beside(piece: Piece, basis: Basis, dtype: torch.dtype, device_type: str
             return
         columns = piece.region.sides(is_wide=piece.is_wide).small
         own = F.linear(x.detach(), weight)  # then the layer's product is torch's
-        output = adapted_linear(x, pair, Diagonals(lam, taken(gamma, columns, 1), 1.5), is_wide=piece.is_wide)
+        output = adapted_linear(x, pair, Diagonals(lam, take_spans(gamma, columns, 1), 1.5), is_wide=piece.is_wide)
         own = own + output
         del own
         grad_x, *_ = torch.autograd.grad(output, [x, lam, gamma], grad)

@@ -49,7 +49,7 @@ from randlora.model.train_also import (
 from randlora.model.view import View, opened, opened_to_add
 from randlora.modes import has_values
 from randlora.places import place_at, ranks_of, whole
-from randlora.ranks import agreed, in_step
+from randlora.ranks import raise_on_every_rank, run_collectives
 from randlora.replaced import ReplacedParameter, like
 from randlora.report import Report, adapter_report, left_out_lines, next_steps
 from randlora.start import Init
@@ -240,8 +240,8 @@ def _copies(planned: Plan) -> dict[str, Tensor]:
     """
     own: dict[str, Tensor] = {fqn: entry.original for fqn, entry in planned.replaced.items()}
     others = {fqn: each for fqn, each in own.items() if place_at(each).exchanges != "values"}
-    with agreed(ranks_of(others.values())):
-        own |= zip(others, in_step(partial(whole, each) for each in others.values()), strict=True)
+    with raise_on_every_rank(ranks_of(others.values())):
+        own |= zip(others, run_collectives(partial(whole, each) for each in others.values()), strict=True)
         return {
             fqn: like(
                 entry.original, own[fqn].detach().to(copy_dtype(entry), copy=True), requires_grad=planned.trainable

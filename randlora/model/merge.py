@@ -24,11 +24,11 @@ from randlora.layers.update import Into, Quantized, RoundingLoss
 from randlora.model.change import all_or_nothing
 from randlora.model.install import detach_all, lost_sites, require_detachable, require_own, unfold_all
 from randlora.model.mergeable import (
-    again_problems,
     merge_notes,
     model_dtype,
     name_problems,
     option_problems,
+    remerge_problems,
     require_finite,
     state_problems,
     trained_problems,
@@ -41,7 +41,7 @@ from randlora.model.train_also import lost_parameters
 from randlora.model.untrained import untrained_notes
 from randlora.model.view import View, opened
 from randlora.places import Kept
-from randlora.ranks import Ranks, agreed
+from randlora.ranks import Ranks, raise_on_every_rank
 from randlora.report import MergeReport
 from randlora.routing import BLOCKS
 from randlora.state import CHANGING, ModelState, adapted_root
@@ -128,9 +128,9 @@ def _planned(
 ) -> Plan:
     """Return a merge of adapters of these names, ``None`` for all, after checking it in all processes."""
     census, state = view.census, view.state
-    adapters = {name: each for name, each in state.on_top.items() if names is None or name in names}
+    adapters = {name: each for name, each in state.active_unmerged.items() if names is None or name in names}
     sites = [site for site in census.adapted if site.layer.factors(adapters)]
-    with agreed(view.ranks(is_written=True)):
+    with raise_on_every_rank(view.ranks(is_written=True)):
         require_types(merge, {"reversible": reversible, "quantized": quantized})
         raise_collected(ConfigError, option_problems(quantized, dtype), doing="merge")
         into = Into(quantized, dtype or model_dtype(census))
@@ -139,7 +139,7 @@ def _planned(
         merging = [state.adapters[name] for name in adapters]
         lost = [*lost_sites(census, merging), *lost_parameters(state, merging)]
         first = [site for site in sites if site.layer.unmerged is None]
-        values = [*tie_problems(census, sites), *weight_problems(first, into), *again_problems(sites)]
+        values = [*tie_problems(census, sites), *weight_problems(first, into), *remerge_problems(sites)]
         differences = {} if values else differences_from_product(first)  # of weights that have values
         trained = trained_problems(state, sites, adapters)
         problems = [*state_problems(state, adapters, reversible=reversible), *lost, *values, *trained]
@@ -166,7 +166,7 @@ def _merge(view: View, planned: Plan, kept: dict[AdapterLayer, Kept | None]) -> 
     factors = {name: copy(factor) for name, factor in planned.adapters.items()}
     targets = tuple(site.fqn for site in sites)
     report = MergeReport(factors, targets, reversible=planned.reversible, rounding=rounding, notes=planned.notes)
-    if not state.on_top.keys() - planned.adapters.keys():
+    if not state.active_unmerged.keys() - planned.adapters.keys():
         for basis in state.bank:
             basis.release()  # a merged model does not use them
     if planned.reversible:
@@ -223,7 +223,7 @@ def _unmerge(model: nn.Module, names: Sequence[str] | None, *, is_agreed: bool =
         ranks = view.ranks(is_written=True) if is_agreed else None
 
         def restored() -> tuple[str, ...]:
-            with all_or_nothing(census, state), agreed(ranks):
+            with all_or_nothing(census, state), raise_on_every_rank(ranks):
                 if not state.is_merged:
                     raise MergeError("cannot unmerge: the adapters are not merged; first merge(model, reversible=True)")
                 unknown = [name for name in names or () if not isinstance(name, str) or name not in state.merged]
@@ -245,7 +245,7 @@ def _merge_fewer(census: Census, state: ModelState, staying: Mapping[str, Factor
     merged = [site for site in census.adapted if site.layer.unmerged is not None]
     sites = [site for site in merged if site.layer.factors(leaving)]
     again = [site for site in sites if site.layer.factors(staying)]
-    raise_collected(MergeError, again_problems(again), doing="unmerge")
+    raise_collected(MergeError, remerge_problems(again), doing="unmerge")
     quantized, dtype = state.merge_options
     _fold_all(again, _together(state, staying), Into(quantized, dtype or model_dtype(census)), None)
     for site in sites:
@@ -297,8 +297,8 @@ def merged(
                     "another thread, or task, has an open block of randlora.merged, whose end would unmerge this one: "
                     "open one block around all of them, or call randlora.merge(model, reversible=True)"
                 )
-            if state.on_top or not state.is_merged:
-                own = tuple(state.on_top)  # first, or an interrupt might leave them merged
+            if state.active_unmerged or not state.is_merged:
+                own = tuple(state.active_unmerged)  # first, or an interrupt might leave them merged
                 quantized, dtype = state.merge_options or (quantized, dtype)
                 merge(model, reversible=True, quantized=quantized, dtype=dtype)
             state.merged_blocks = [*state.merged_blocks, block]
@@ -327,7 +327,7 @@ def _fold_all(
 ) -> dict[str, RoundingLoss]:
     """Merge some active adapters into all weights and return the rounding errors. If any process fails, all raise."""
     rounding: dict[str, RoundingLoss] = {}
-    with agreed(ranks):
+    with raise_on_every_rank(ranks):
         failed: Exception | None = None
         for site in sites:
             try:

@@ -42,13 +42,13 @@ def name_problems(state: ModelState, names: Sequence[str] | None) -> list[str]:
         if name in state.merged
         else f"{name!r} is not active: activate it first, with the factor to merge it with"
         for name in names
-        if not isinstance(name, str) or name not in state.on_top
+        if not isinstance(name, str) or name not in state.active_unmerged
     ]
 
 
 def state_problems(state: ModelState, names: Iterable[str], *, reversible: bool) -> list[str]:
     """Return messages about adapters whose state does not allow to merge those of these names."""
-    if state.is_merged and (not reversible or not state.on_top):
+    if state.is_merged and (not reversible or not state.active_unmerged):
         return ["the adapters are merged already: call randlora.unmerge(model) first"]
     problems = []
     if state.is_disabled:
@@ -69,13 +69,13 @@ def trained_problems(state: ModelState, sites: Sequence[AdaptedSite], names: Ite
     weights = {id(site.weight) for site in sites}
     return [
         f"{name!r} would not be merged, and trains a copy of {fqn}, which is merged into: merge it too"
-        for name in state.on_top.keys() - set(names)
+        for name in state.active_unmerged.keys() - set(names)
         for fqn, copy in state.adapters[name].trained.items()
         if id(copy) in weights
     ]
 
 
-def again_problems(sites: Sequence[AdaptedSite]) -> list[str]:
+def remerge_problems(sites: Sequence[AdaptedSite]) -> list[str]:
     """Return messages about weights that are merged into and whose values are not in one place, to merge anew."""
     return [
         f"{site.fqn} is merged into already, and its weight is sharded or offloaded: unmerge all, and merge together"

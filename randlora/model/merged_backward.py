@@ -36,7 +36,7 @@ def _would_train_nothing(root: nn.Module, state: ModelState) -> bool:
         held = (parameters.get(name) for name in names for parameters in diagonals)
         return any(parameter is not None and parameter.requires_grad for parameter in held)
 
-    return are_trained(state.merged) and not are_trained(state.on_top)
+    return are_trained(state.merged) and not are_trained(state.active_unmerged)
 
 
 def _guarded(output: Any) -> Any:

@@ -22,7 +22,7 @@ from randlora.model.probe import differences_from_product, product_problems
 from randlora.model.train_also import lost_parameters
 from randlora.model.view import View, opened
 from randlora.places import place_of, settle, withheld
-from randlora.ranks import Ranks, agreed
+from randlora.ranks import Ranks, raise_on_every_rank
 from randlora.state import ATTRIBUTE, CHANGING, ModelState
 from randlora.targets.ties import tie_problems
 from randlora.targets.walk import Census, is_quantized
@@ -103,7 +103,7 @@ class MergedTensors:
         with opened(model, None) as view:
             root, state, census = view.root, view.state, Census.of(unwrapped_model(model))
             ranks = View(root, state, census).ranks()  # parts of the model without adapters may be sharded
-            with agreed(ranks):
+            with raise_on_every_rank(ranks):
                 if (problem := withheld(model)) is not None:
                     raise MergeError(f"cannot {doing}: {problem}")
                 _require_mergeable(view.census, state, doing)
@@ -119,7 +119,7 @@ class MergedTensors:
         at_first = self._as_now()
         for entry in self.entries:
             taken: list[Result] = []
-            with agreed(self.ranks), CHANGING, torch.no_grad():
+            with raise_on_every_rank(self.ranks), CHANGING, torch.no_grad():
                 settle(self.root)
                 if self._as_now() != at_first:
                     raise MergeError(
@@ -151,8 +151,8 @@ def _require_mergeable(census: Census, state: ModelState, doing: str) -> None:
         problems.append("the adapters are disabled: call this outside of randlora.disabled(model)")
     if not active:
         problems.append(f"no adapter is active: activate one of {', '.join(state.adapters)}")
-    if state.is_merged and state.on_top:
-        problems.append(f"{', '.join(state.on_top)} is active and not merged, as others are: merge it too")
+    if state.is_merged and state.active_unmerged:
+        problems.append(f"{', '.join(state.active_unmerged)} is active and not merged, as others are: merge it too")
     if not state.is_merged:
         sites = [site for site in census.adapted if site.layer.factors(state.active)]
         problems += [*lost_sites(census, active), *lost_parameters(state, active), *tie_problems(census, sites)]

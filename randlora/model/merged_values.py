@@ -17,7 +17,7 @@ from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.update import Into
 from randlora.model.mergeable import require_finite
 from randlora.places import lent, place_of, ranks_of, whole
-from randlora.ranks import agreed, in_step
+from randlora.ranks import raise_on_every_rank, run_collectives
 from randlora.state import ModelState
 from randlora.targets.site import Site
 from randlora.targets.walk import Census
@@ -96,11 +96,11 @@ def _weight(fqn: str, site: Site, state: ModelState, into: Into, share: Share) -
     layer = _layer(site, state)
     if not state.is_merged and (factors := layer.factors(state.active)):
         if share is Share.NONE:
-            in_step(partial(_dropped, each) for each in _gathered_for(layer, site.owner, factors))
+            run_collectives(partial(_dropped, each) for each in _gathered_for(layer, site.owner, factors))
             return None
         if share is Share.PART or isinstance(layer, QuantizedLayer):
             return require_finite(fqn, _from_parts(layer, site.owner, factors, into))
-        updates, own = in_step([
+        updates, own = run_collectives([
             partial(layer.whole_updates, site.owner, factors),
             partial(_held, site.owner, layer.attribute),
         ])
@@ -115,7 +115,7 @@ def _from_parts(layer: AdapterLayer, owner: nn.Module, factors: dict[str, float]
     place = place_of(owner, layer.attribute)
     if place.part is None:
         return layer.merged(owner, factors, into).weight
-    with agreed(ranks_of(owner.parameters())):  # or the others would wait for this process's part
+    with raise_on_every_rank(ranks_of(owner.parameters())):  # or the others would wait for this process's part
         merged = layer.merged(owner, factors, into).weight
     stored = place.stored(merged)
     assert stored is not None, "it is a part of the weight"

@@ -76,10 +76,10 @@ class SaveGuard:
         if root is None or state is None:
             raise AdapterError(f"cannot {self.name} a part of an adapted model that was copied or pickled: {INSTEAD}")
         if state.is_merged:
-            if state.on_top:
+            if state.active_unmerged:
                 raise MergeError(
-                    f"{self.name} would write a model without {', '.join(state.on_top)}, which is active and not "
-                    "merged: merge it too, or unmerge all"
+                    f"{self.name} would write a model without {', '.join(state.active_unmerged)}, which is active and "
+                    "not merged: merge it too, or unmerge all"
                 )
             self._require_merged(kwargs.get("state_dict"))
             if kwargs.get("state_dict") is None and is_held_together(root) and not _gathers(module):

@@ -22,7 +22,7 @@ from randlora.model.trainable import offloaded_diagonals
 from randlora.model.view import opened, opened_to_add
 from randlora.modes import has_values
 from randlora.places import whole
-from randlora.ranks import agreed, in_step
+from randlora.ranks import raise_on_every_rank, run_collectives
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState
 from randlora.targets.match import shortened
@@ -80,7 +80,7 @@ def combine(model: nn.Module, adapters: Mapping[str, float], *, name: str) -> Re
         problems += [*_form_problems(sites, sources), *_copy_problems(state, sites, sources)]
         raise_collected(AdapterError, problems, doing="combine")
         adapter = _planned(name, sites, sources, adapters)
-        with agreed(view.ranks()):
+        with raise_on_every_rank(view.ranks()):
             updates = {site.fqn: site.layer.whole_updates(site.owner, dict(adapters)) for site in sites}
             copies = _copies(state, adapters, sources)
         values = _values(adapter, sites, updates)
@@ -183,7 +183,7 @@ def _copies(state: ModelState, adapters: Mapping[str, float], sources: Sequence[
     for fqn in dict.fromkeys(fqn for source in sources for fqn in source.trained):
         trained = {source.name: source.trained[fqn] for source in sources if fqn in source.trained}
         own = state.replaced[fqn].original
-        flat = [*in_step(partial(whole, each) for each in (own, *trained.values()))]
+        flat = [*run_collectives(partial(whole, each) for each in (own, *trained.values()))]
         dtype = functools.reduce(torch.promote_types, [each.dtype for each in flat], torch.float32)
         first, *others = [each.detach().to(device=own.device, dtype=dtype) for each in flat]
         factors = [adapters[name] for name in trained]
