@@ -9,6 +9,7 @@ import torch
 import randlora
 from randlora.__main__ import main
 from randlora.cli.output import plain
+from tests.checkpoint_files import edit_fields
 from tests.model_directories import contents, save_adapter, save_model
 from tests.models import LLAMA
 
@@ -28,6 +29,16 @@ def test_one_adapter_is_merged(words: list[str], capsys: pytest.CaptureFixture[s
     report = randlora.files.merge("one", "expected", base="base")
     assert contents(Path("out")) == contents(Path("expected"))
     assert capsys.readouterr().out.replace("wrote out", "wrote expected") == f"{report}\n"
+
+
+def test_the_base_is_the_one_that_the_file_names_and_an_older_result_is_replaced(words: list[str]) -> None:
+    edit_fields(Path("one"), {"base_model_name_or_path": "base"})
+    assert main(["merge", "one", "out"]) == 0
+    before = contents(Path("out"))
+    assert main(["merge", "one", "out", "--scale", "2"]) == 1
+    assert contents(Path("out")) == before
+    assert main(["merge", "one", "out", "--scale", "2", "--overwrite"]) == 0
+    assert contents(Path("out")) == contents(randlora.files.merge({"one": 2.0}, "expected").out)
 
 
 def test_several_adapters_are_merged_with_their_scales(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

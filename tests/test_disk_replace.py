@@ -214,6 +214,20 @@ def test_nothing_is_left_of_a_directory_whose_name_cannot_be_flushed(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_directory_is_replaced_as_a_whole_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with new_directory(out) as new:
+        (new / "first").write_text("x")
+    with new_directory(out, overwrite=True) as new:
+        (new / "second").write_text("y")
+    assert contents(out) == {"second": b"y"}
+    monkeypatch.setattr(os, "fsync", fail_at(2, os.fsync))  # of what has both directories
+    with pytest.raises(OSError, match="the disk refuses"), new_directory(out, overwrite=True):
+        pass
+    assert contents(out) == {"second": b"y"}
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_a_directory_that_appeared_meanwhile_stays(tmp_path: Path) -> None:
     def appear() -> None:
         with new_directory(tmp_path / "out"):

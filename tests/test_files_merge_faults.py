@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import stat
 import subprocess
@@ -20,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import randlora
+from randlora.disk import replace
 from randlora.errors import CheckpointError, ConfigError, MergeError
-from tests.checkpoint_files import reseal
+from tests.checkpoint_files import edit_fields, reseal
 from tests.kit import fill
 from tests.model_directories import contents, save_adapter, save_model, write
 from tests.models import BERT, GPT2, LLAMA, SIDES, VOCABULARY
@@ -144,10 +146,60 @@ def test_an_adapter_named_twice_is_refused(base: Path, adapter: Path, tmp_path: 
 
 def test_an_output_that_exists_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    refused(tmp_path, "out exists: choose another name", MergeError)
-    (tmp_path / "out").rmdir()
+    (tmp_path / "out" / "mine").write_bytes(b"x")
+    refused(tmp_path, "out exists and is not empty: choose another name, or give overwrite=True", MergeError)
+    shutil.rmtree(tmp_path / "out")
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
-    refused(tmp_path, "out exists", MergeError)
+    for overwrite in (False, True):
+        refused(tmp_path, "out is a file or a broken link", MergeError, overwrite=overwrite)
+
+
+def test_a_merged_model_is_replaced_as_a_whole_and_nothing_else_is(base: Path, adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    single = save_model(LLAMA, tmp_path / "single")
+    randlora.files.merge(adapter, out, base=base)
+    expected = contents(randlora.files.merge(adapter, tmp_path / "expected", base=single).out)
+    randlora.files.merge(adapter, out, base=single, overwrite=True)  # which has no index and no shards
+    assert contents(out) == expected
+    (out / "checkpoint-10").mkdir()
+    (out / "checkpoint-10" / "model.safetensors").write_bytes(b"x")
+    refused(tmp_path, r"out holds other files, which would be lost: checkpoint-10", MergeError, overwrite=True)
+    for inside in (base, tmp_path):
+        refused(tmp_path, "an input that must not change|would be lost", MergeError, out=inside, overwrite=True)
+
+
+def test_a_replacement_that_fails_leaves_the_model_that_was_there(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    randlora.files.merge(adapter, tmp_path / "out", base=base)
+    before, flush = contents(tmp_path), replace.flush
+
+    def refuse(path: Path) -> None:
+        if path == tmp_path:
+            raise OSError("the disk refuses")
+        flush(path)
+
+    monkeypatch.setattr(replace, "flush", refuse)
+    with pytest.raises(OSError, match="the disk refuses"):
+        randlora.files.merge({adapter: 2.0}, tmp_path / "out", base=base, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def named(adapter: Path, base: object) -> Path:
+    """Write the name of a base model into an adapter's JSON."""
+    edit_fields(adapter, {"base_model_name_or_path": base})
+    return adapter
+
+
+def test_without_a_base_the_adapters_name_it(base: Path, adapter: Path, tmp_path: Path) -> None:
+    expected = contents(randlora.files.merge(adapter, tmp_path / "expected", base=base).out)
+    refused(tmp_path, "adapter' names no base model .*give base=", base=None)
+    named(adapter, str(base))
+    assert contents(randlora.files.merge(adapter, tmp_path / "out", overwrite=True).out) == expected
+    other = named(save_adapter(LLAMA, tmp_path / "other"), str(tmp_path))
+    refused(tmp_path, "the adapters name different base models", base=None, adapters=[adapter, other], overwrite=True)
+    named(adapter, "no/such/place")
+    refused(tmp_path, "'no/such/place', which the adapter names, is not there: give base=", base=None, overwrite=True)
 
 
 @pytest.mark.parametrize("inside", ["base", "adapter"])

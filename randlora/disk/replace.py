@@ -116,10 +116,10 @@ def _reveal(files: Files, scratch: Path) -> None:
 
 
 @contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
+def new_directory(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a directory to write into, which is renamed to ``out`` at the end of the block, or removed if it raises.
 
-    ``out`` must not exist; its parents are created.
+    ``out`` must not exist, unless a directory of that name is to be replaced; its parents are created.
     """
     out = out.resolve()
     with scratch_for(out, is_inside=False) as scratch:
@@ -128,12 +128,14 @@ def new_directory(out: Path) -> Iterator[Path]:
         yield new
         for path in (*new.rglob("*"), new):
             flush(path)
-        new.rename(out)
-        try:
+        with ExitStack() as undo:
+            if overwrite and out.is_dir():
+                out.rename(scratch / OLD)
+                undo.callback((scratch / OLD).rename, out)
+            new.rename(out)
+            undo.callback(out.rename, new)
             flush(out.parent)
-        except BaseException:
-            out.rename(new)
-            raise
+            undo.pop_all()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from randlora.config import Stream
 from randlora.disk.replace import is_free
 from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
 from randlora.files.base_fit import Base, BaseFit, fit_base, open_base, shapes_in
+from randlora.hints import shortly
 from randlora.layer_options import by_rank
 from randlora.layers.update import Update, sum_updates
 from randlora.targets.site import Shapes, sizes
@@ -75,19 +77,34 @@ class OpenAdapter:
         return self.shapes
 
 
-def out_problems(out: Path, inputs: Iterable[str | os.PathLike[str]], *, overwrite: bool | None = None) -> list[str]:
-    """Return why a directory cannot be written to. ``None`` means that it must not exist."""
+def named_base(fields: Mapping[str, Mapping[str, Any] | None]) -> str:
+    """Return the base model that the JSON of each of some adapters names.
+
+    Raises:
+        CheckpointError: If one names none, or they name different ones.
+    """
+    named = {adapter: (each or {}).get(BASE_FIELD) for adapter, each in fields.items()}
+    give = f"give {spelled('base')}, a directory or a repository"
+    for adapter, name in named.items():
+        if not isinstance(name, str) or not name:
+            raise CheckpointError(f"{adapter!r} names no base model ({BASE_FIELD} is {shortly(name)}): {give}")
+    first, *others = dict.fromkeys(named.values())
+    if others:
+        raise CheckpointError(f"the adapters name different base models, {first!r} and {others[0]!r}: {give}")
+    return str(first)
+
+
+def out_problems(out: Path, inputs: Iterable[str | os.PathLike[str]], *, overwrite: bool) -> list[str]:
+    """Return why a directory cannot be written to."""
     place = Path(os.path.realpath(out))  # unlike Path.resolve, of links in a circle too
     problems = []
     for each in inputs:
         found = Path(os.path.realpath(each))
         if (found.parent if found.is_file() else found) in (place, *place.parents):
             problems.append(f"{out} is {each} or inside it, an input that must not change: choose another place")
-    if overwrite is None and os.path.lexists(out):  # a link is one too
-        problems.append(f"{out} exists: choose another name, or remove it")
-    elif os.path.lexists(out) and not out.is_dir():
+    if os.path.lexists(out) and not out.is_dir():
         problems.append(f"{out} is a file or a broken link: expected the name of a directory to write to")
-    elif overwrite is False and out.is_dir() and not is_free(out):
+    elif not overwrite and out.is_dir() and not is_free(out):
         given = spelled("overwrite", value=True)
         problems.append(f"{out} exists and is not empty: choose another name, or give {given}")
     return problems

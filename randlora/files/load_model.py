@@ -11,12 +11,12 @@ from torch import nn
 
 from randlora.checkpoint.base_model import ModelClass
 from randlora.checkpoint.load import load
-from randlora.checkpoint.peft_config import BASE_FIELD
 from randlora.checkpoint.read import locate, read_adapter
 from randlora.config import Stream
 from randlora.disk.hub import is_repo_id
 from randlora.disk.untrusted import is_there
 from randlora.errors import CheckpointError, ConfigError, raise_collected
+from randlora.files.adapter import named_base
 from randlora.files.transformers_model import INSTALL, model_class_named
 from randlora.hints import require_types, shortly
 from randlora.targets.match import shortened
@@ -97,13 +97,7 @@ def load_model(
         )
     directory = locate(source, revision)
     file = read_adapter(directory, stream)  # before the base, which may be large
-    written = file.fields.get(BASE_FIELD)
-    chosen = os.fspath(base) if base is not None else written
-    if not isinstance(chosen, str) or not chosen:
-        raise CheckpointError(
-            f"{str(source)!r} names no base model ({BASE_FIELD} is {shortly(written)}): give base=, a directory or a "
-            "repository"
-        )
+    chosen = named_base({str(source): file.fields}) if base is None else os.fspath(base)
     known = None if file.header is None else file.header.model_class
     is_known = model_class is not None or (known is not None and known.library == "transformers")
     _require_transformers_model(chosen, is_known=is_known)

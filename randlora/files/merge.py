@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from randlora.checkpoint.read import locate
+from randlora.checkpoint.read import locate, read_fields
 from randlora.config import Stream
 from randlora.disk.hub import is_on_hub, local_path
 from randlora.disk.replace import new_directory
 from randlora.disk.tensor_file import Planned, Shard, write_tensor_file
-from randlora.errors import CheckpointError, ConfigError, MergeError, raise_collected
-from randlora.files.adapter import out_problems
+from randlora.disk.untrusted import is_there
+from randlora.errors import CheckpointError, ConfigError, MergeError, raise_collected, spelled
+from randlora.files.adapter import named_base, out_problems
 from randlora.files.base_fit import open_base, read_base
 from randlora.files.changes import Changes, find_changes
 from randlora.files.model_directory import (
@@ -85,12 +86,13 @@ def merge(
     adapters: Sources,
     out: Source,
     *,
-    base: Source,
+    base: Source | None = None,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     base_revision: str | None = None,
     prefix: str | None = None,
     stream: Stream | None = None,
+    overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> FileMergeReport:
     """Merge adapters into a checkpoint and write the result to a new directory, without loading the model.
@@ -107,21 +109,22 @@ def merge(
             mapping from them to the factors of their updates.
         out: The directory to create.
         base: The model's directory, with one safetensors file or with shards and an index, which is only read; or a
-            repository on the Hub, which is downloaded.
+            repository on the Hub, which is downloaded. ``None`` means the model that the adapters name in their files.
         dtype: Cast every floating tensor to this dtype. A merged one is computed in float32 or wider and rounded once.
         revision: Branch, tag or commit of the repository of every adapter.
         base_revision: Branch, tag or commit of the base model's repository.
         prefix: The prefix by which the names in the adapters and in the model differ, as in `randlora.load`.
         stream: The stream of the bases of every adapter, as in `randlora.load`. If adapters differ in it, `convert`
             them first to files that say it.
+        overwrite: Whether to replace a checkpoint in ``out``. Nothing else may be in there.
         progress: Called with the number of bytes written.
 
     Raises:
         ConfigError: For an invalid factor, dtype or stream.
-        CheckpointError: If a file is missing, truncated or damaged, the checkpoint is quantized, or an adapter does not
-            fit.
-        MergeError: If ``out`` exists or is inside an input, the disk is too small, a value is not finite, or weights
-            are 8-bit floats that have scales, or no wider ``dtype`` is given for them.
+        CheckpointError: If a file is missing, truncated or damaged, the checkpoint is quantized, an adapter does not
+            fit, or ``base`` is not given and the adapters name none, or different ones.
+        MergeError: If ``out`` is not empty or is inside an input, the disk is too small, a value is not finite, or
+            weights are 8-bit floats that have scales, or no wider ``dtype`` is given for them.
         OSError: If the disk refuses, or another process creates ``out`` meanwhile.
     """
     require_types(merge, locals())
@@ -130,9 +133,12 @@ def merge(
     if dtype not in (None, *CASTABLE):
         problems.append(f"dtype must be one of {', '.join(map(str, CASTABLE))}, or None, got {dtype!r}")
     raise_collected(ConfigError, problems, doing="merge")
-    raise_collected(MergeError, out_problems(destination, [base, *factors]), doing="merge")
     # before a download of the base, which may be large
     located = {str(adapter): (locate(adapter, revision), factor) for adapter, factor in factors.items()}
+    if base is None:
+        base = _base_of({adapter: directory for adapter, (directory, _) in located.items()})
+    problems = out_problems(destination, [base, *factors], overwrite=overwrite)
+    raise_collected(MergeError, problems, doing="merge")
     model = open_base(base, base_revision)
     if model.codes:
         raise CheckpointError(
@@ -145,7 +151,7 @@ def merge(
     raise_collected(MergeError, changes.float8_problems(dtype), doing="merge")
     shards = [(shard, changes.tensors_of(shard, dtype)) for shard in model.directory.shards]
     shards[-1][1].extend(changes.added_tensors(dtype))
-    nbytes, notes = _write(destination, model.directory, shards, changes, dtype, progress)
+    nbytes, notes = _write(destination, model.directory, shards, changes, dtype, progress, overwrite=overwrite)
     return FileMergeReport(
         out=destination,
         adapters={str(path): factor for path, factor in factors.items()},
@@ -172,6 +178,15 @@ def _factors(adapters: Sources) -> dict[Source, float]:
     return factors
 
 
+def _base_of(adapters: Mapping[str, Path]) -> str:
+    """Return the base model that adapters name, by their directories."""
+    base = named_base({adapter: read_fields(directory) for adapter, directory in adapters.items()})
+    if not (is_there(Path(base)) or is_on_hub(base)):
+        give = f"give {spelled('base')}, a directory or a repository"
+        raise CheckpointError(f"the base model {base!r}, which the adapter names, is not there: {give}")
+    return base
+
+
 def _write(
     out: Path,
     directory: ModelDirectory,
@@ -179,9 +194,14 @@ def _write(
     changes: Changes,
     dtype: torch.dtype | None,
     progress: Progress,
+    *,
+    overwrite: bool,
 ) -> tuple[int, list[str]]:
     """Write the new checkpoint with the files that go with it, and return the size of its weights, and notes."""
     companions = find_companions(directory)
+    if others := _others(out, {*companions.carried, Path(INDEX_FILE)}):
+        lost = f"{out} holds other files, which would be lost: {shortened(others)}"
+        raise MergeError(f"cannot merge: {lost}; choose another name")
     nbytes = sum(tensor.nbytes for _, tensors in shards for tensor in tensors)
     needed = nbytes + sum((directory.path / path).stat().st_size for path in companions.carried)
     done = 0
@@ -191,7 +211,7 @@ def _write(
         done += count
         progress(done, nbytes, name)
 
-    with new_directory(out) as scratch:
+    with new_directory(out, overwrite=overwrite) as scratch:
         if (free := shutil.disk_usage(scratch).free) < needed:
             room = f"it needs {as_bytes(needed)}, and {as_bytes(free)} are free"
             raise MergeError(f"cannot merge to {str(out)!r}: {room}")
@@ -208,6 +228,16 @@ def _write(
     if changes.trained_on is not None and changes.unused:
         notes.append(f"not copied: {shortened(changes.unused)}, which a {changes.trained_on.name} does not have")
     return nbytes, notes
+
+
+def _others(out: Path, written: Collection[Path]) -> list[str]:
+    """Return the files in a directory that are neither written again nor weights of a model."""
+    found = [path.relative_to(out) for path in out.rglob("*") if path.is_symlink() or not path.is_dir()]
+    return [
+        str(path)
+        for path in sorted(found)
+        if path not in written and not (path.parent == Path() and path.match("model*.safetensors"))
+    ]
 
 
 def _write_index(directory: ModelDirectory, places: Mapping[str, str], nbytes: int, scratch: Path) -> None:
