@@ -126,7 +126,7 @@ def test_an_error_of_the_system_names_the_file(directory: Path, capsys: pytest.C
 
 
 def test_a_bug_is_not_dressed_up_as_a_users_error(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
-    monkeypatch.setattr("randlora.files.base_fit.open_base", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("randlora.files.base_fit.find_model", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["plan", str(directory / "model")])
 

@@ -40,13 +40,17 @@ def model(tmp_path: Path) -> Path:
             {"dropout": 0.5, "init": "gamma", "experts": "shared"},
         ),
         (["--r", "8", "--basis", "block", "--blocks", "4", "8"], {"r": 8, "basis": "block", "blocks": (4, 8)}),
+        (
+            ["--class", "AutoModelForSequenceClassification", "--num-labels", "3", "--train-also", "score"],
+            {"model_class": "AutoModelForSequenceClassification", "num_labels": 3, "train_also": ["score"]},
+        ),
         (["--basis", "sparse", "--stream", "portable"], {"basis": "sparse", "stream": "portable"}),
         (
             ["--r", "q_proj=16", "--r", ".*=8", "--alpha", "(?=model).*=2.5"],
             {"r": {"q_proj": 16, ".*": 8}, "alpha": {"(?=model).*": 2.5}},
         ),
     ],
-    ids=["default", "names", "commas", "exclude", "regex", "beside", "start", "block", "stream", "by-pattern"],
+    ids=["default", "names", "commas", "exclude", "regex", "beside", "start", "block", "class", "stream", "by-pattern"],
 )
 def test_the_options_are_those_of_the_library(
     words: list[str], options: dict[str, Any], model: Path, capsys: pytest.CaptureFixture[str]

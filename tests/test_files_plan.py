@@ -13,7 +13,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import randlora
-from randlora.errors import CheckpointError, TargetError
+from randlora.__main__ import main
+from randlora.errors import CheckpointError, ConfigError, TargetError
 from tests.model_directories import HEADS, contents, save_model, write
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, every_transformers_model
 from tests.quantized_checkpoints import KINDS, QUANTIZATIONS, quantize, stored
@@ -54,6 +55,40 @@ def test_what_is_trained_beside_is_counted_as_in_the_model(kind: RealModel, tmp_
     report = randlora.files.plan(tmp_path, **options)
     assert report == randlora.plan(model, **options)
     assert report.train_also
+
+
+@pytest.mark.parametrize("num_labels", [None, 5])
+def test_a_plan_may_be_of_another_class_with_other_labels(num_labels: int | None, tmp_path: Path) -> None:
+    save_model(BERT, tmp_path)
+    name = "AutoModelForTokenClassification"
+    labels = {} if num_labels is None else {"num_labels": num_labels}
+    model = getattr(transformers, name).from_pretrained(tmp_path, **labels, ignore_mismatched_sizes=True)
+    options: dict[str, Any] = {"r": 4, "targets": "all-linear", "train_also": ["classifier"]}
+    asked: dict[str, Any] = {**options, "model_class": name, **labels}
+    assert randlora.files.plan(tmp_path, **asked) == randlora.plan(model, **options)
+    assert randlora.files.training_memory(tmp_path, **asked) == randlora.training_memory(model, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_class": "AutoModelForLanguages"}, "has no AutoModelForLanguages for model_type 'bert'"),
+        ({"model_class": "LlamaForCausalLM"}, "its config.json describes no LlamaForCausalLM"),
+        ({"model_class": "BertTokenizer"}, "has no BertTokenizer for model_type 'bert'"),
+        ({"model_class": BERT}, "model_class must be a string or None, got"),
+        ({"num_labels": 0}, "num_labels must be a positive integer of at most 1048576, got 0"),
+    ],
+)
+def test_a_class_that_is_none_for_the_model_is_refused(
+    options: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(BERT, tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        randlora.files.plan(tmp_path, **options)
+    flags = {"model_class": "--class", "num_labels": "--num-labels"}
+    words = [word for name, value in options.items() for word in (flags[name], str(value))]
+    assert main(["plan", str(tmp_path), *words]) == 2
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

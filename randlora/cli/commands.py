@@ -90,14 +90,13 @@ def _merge(adapters: Sequence[str], scale: Sequence[float] | None, **given: Any)
     return _call("merge", adapters=scales, **given)
 
 
-def _plan(directory: str, revision: str | None, **given: Any) -> Printed:
+def _plan(**given: Any) -> Printed:
     # these import torch, which takes seconds, and `--help` should not
-    from randlora.files.base_fit import open_base  # noqa: PLC0415
-    from randlora.files.plan import checkpoint_memory, plan_checkpoint  # noqa: PLC0415
+    from randlora.files.plan import checkpoint_memory, open_to_plan, plan_checkpoint  # noqa: PLC0415
     from randlora.targets.left_out import DOUBT  # noqa: PLC0415
 
     setup = {name: given.pop(name) for name in read_verb(*MEMORY)[1].keys() & given.keys() - {"r", "like_lora"}}
-    base = open_base(directory, revision)
+    base = open_to_plan(*(given.pop(name) for name in ("directory", "revision", "model_class", "num_labels")))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", DOUBT, UserWarning)  # the report says it
         report, memory = plan_checkpoint(base, **given), checkpoint_memory(base, **given, **setup)
@@ -129,6 +128,7 @@ COMMANDS = {
         (
             "my-adapter merged --base Llama-3-8B",
             "user/adapter merged --base meta-llama/Llama-3.2-1B",
+            "my-adapter merged --overwrite",
             "a b merged --base Llama-3-8B --scale 0.7 --scale 0.3 --dtype bfloat16",
         ),
         _merge,

@@ -28,6 +28,9 @@ NAMES = {**vars(randlora.options), "torch": SimpleNamespace(dtype=Dtype)}
 ABSENT = frozenset({"active", "config", "model", "name", "progress", "save_pretrained", "trainable"})
 """Parameters that need Python, or say nothing about files."""
 
+FLAGS = {"model_class": "--class"}
+"""Options that have another name than their parameter."""
+
 
 class Parameter(NamedTuple):
     """A parameter of a verb.
@@ -72,7 +75,7 @@ class Parameter(NamedTuple):
         elif str in self.kinds:
             kind = str
         if self.is_option:
-            flag = f"--{self.name.replace('_', '-')}"
+            flag = FLAGS.get(self.name, f"--{self.name.replace('_', '-')}")
             info = typer.Option(*([] if self.default is True else [flag]), **given)  # typer has --no-… for it too
         else:
             info = typer.Argument(**given | {"metavar": self.name.upper()})

@@ -30,7 +30,7 @@ from randlora.checkpoint.fit import (
 from randlora.checkpoint.read import AdapterFile
 from randlora.config import RandLoRAConfig
 from randlora.disk.tensor_file import Entry
-from randlora.errors import CheckpointError, raise_collected
+from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.model_directory import Codes, ModelDirectory, find_codes, find_model, read_model_directory
 from randlora.files.transformers_model import Conversion, TransformersModel, build_model
 from randlora.layers.attention import InProjAdapter
@@ -118,15 +118,22 @@ def shapes_in(slots: Mapping[str, Slot]) -> Shapes:
     return {fqn: slot.shape for fqn, slot in slots.items()}
 
 
-def open_base(source: str | os.PathLike[str], revision: str | None = None) -> Base:
-    """Read the headers of a model's checkpoint, here or on the Hub, and build its class if transformers has it."""
-    return read_base(*find_model(source, revision))
+def open_base(
+    source: str | os.PathLike[str], revision: str | None = None, model_class: ModelClass | None = None
+) -> Base:
+    """Read the headers of a model's checkpoint, here or on the Hub, and build its class if transformers has it.
+
+    ``model_class`` is the class to build in the place of the one that ``config.json`` names.
+    """
+    return read_base(*find_model(source, revision), model_class)
 
 
-def read_base(path: Path, repo_id: str | None = None) -> Base:
+def read_base(path: Path, repo_id: str | None = None, model_class: ModelClass | None = None) -> Base:
     """Return what `open_base` does, of what `find_model` found."""
     checkpoint = read_model_directory(path, repo_id)
-    codes, model = find_codes(checkpoint), build_model(checkpoint)
+    codes, model = find_codes(checkpoint), build_model(checkpoint, model_class)
+    if model_class is not None and isinstance(model, str):
+        raise ConfigError(f"cannot build the model of {str(path)!r}: {model}")
     if codes and isinstance(model, str):  # whose class alone says the shapes of what was quantized
         raise CheckpointError(f"{path} is quantized, and cannot be read without its model: {model}")
     return Base(checkpoint, model, codes)

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from randlora.config import further_options
-from randlora.errors import CheckpointError, TargetError, raise_collected
+from randlora.checkpoint.base_model import ModelClass
+from randlora.config import LARGEST_RANK, further_options
+from randlora.errors import CheckpointError, ConfigError, TargetError, raise_collected
 from randlora.files.base_fit import Base, open_base
 from randlora.files.transformers_model import TransformersModel
-from randlora.hints import require_types
+from randlora.hints import require_types, shortly
 from randlora.memory.training import Setup, TrainingMemory
 from randlora.model.inject import plan as plan_model
 from randlora.model.memory import memory_of
@@ -25,6 +26,8 @@ def plan(
     r: int | Mapping[str, int] | None = None,
     *,
     revision: str | None = None,
+    model_class: str | None = None,
+    num_labels: int | None = None,
     **options: Any,
 ) -> Report:
     """Return the report of what `randlora.inject` would do to the model in a directory, without its weights.
@@ -37,6 +40,9 @@ def plan(
             on the Hub, ``"org/name"``, of which only headers are requested.
         r: Rank of one random basis, or ranks by pattern.
         revision: Branch, tag or commit of the repository.
+        model_class: The name of a class of transformers, such as ``"AutoModelForSequenceClassification"``, in the place
+            of the one that ``config.json`` names.
+        num_labels: The number of outputs of a head, in the place of what ``config.json`` says.
         **options: As for `randlora.plan`.
 
     Returns:
@@ -46,10 +52,26 @@ def plan(
         CheckpointError: If the directory has no checkpoint that can be read, or one that is quantized but not by
             bitsandbytes; if transformers is not installed or does not have the class; or if shapes in the files and in
             the class differ.
+        ConfigError: If transformers has no such class for the model.
         RandLoRAError: As `randlora.plan`.
     """
-    require_types(plan, {"directory": directory, "revision": revision})  # the others are those of an adapter
-    return plan_checkpoint(open_base(directory, revision), r, **options)
+    return plan_checkpoint(open_to_plan(directory, revision, model_class, num_labels), r, **options)
+
+
+def open_to_plan(
+    directory: str | os.PathLike[str],
+    revision: str | None = None,
+    model_class: str | None = None,
+    num_labels: int | None = None,
+) -> Base:
+    """Read the headers of a checkpoint for the arguments of `plan` and `training_memory`."""
+    require_types(plan, locals())
+    if num_labels is not None and not 0 < num_labels <= LARGEST_RANK:
+        raise ConfigError(f"num_labels must be a positive integer of at most {LARGEST_RANK}, got {shortly(num_labels)}")
+    if model_class is None and num_labels is None:
+        return open_base(directory, revision)
+    labels = None if num_labels is None else tuple(f"LABEL_{index}" for index in range(num_labels))
+    return open_base(directory, revision, ModelClass("transformers", model_class or "", labels))
 
 
 def plan_checkpoint(base: Base, r: int | Mapping[str, int] | None = None, **options: Any) -> Report:
@@ -75,7 +97,7 @@ def _take_dtypes(model: TransformersModel, base: Base) -> list[str]:
     for held in model.census.parameters:
         names = (name for name in model.names_of(held.parameter) if name not in base.codes)
         for entry in (base.directory.entries[name] for name in names):
-            if entry.shape != tuple(held.parameter.shape):
+            if entry.shape != tuple(held.parameter.shape) and base.trained_on is None:  # else a head may differ
                 by_class = tuple(held.parameter.shape)
                 problems.append(f"{entry.name} has shape {entry.shape} in the files, {by_class} by its config.json")
             held.parameter.data = held.parameter.data.to(entry.dtype)
@@ -88,6 +110,8 @@ def training_memory(
     r: int | Mapping[str, int] | None = None,
     *,
     revision: str | None = None,
+    model_class: str | None = None,
+    num_labels: int | None = None,
     **options: Any,
 ) -> TrainingMemory:
     """Return the bytes that training an adapter of the model in a directory takes on each device.
@@ -96,6 +120,8 @@ def training_memory(
         directory: As for `plan`.
         r: Rank of one random basis, or ranks by pattern.
         revision: As for `plan`.
+        model_class: As for `plan`.
+        num_labels: As for `plan`.
         **options: As for `randlora.training_memory`.
 
     Returns:
@@ -106,8 +132,7 @@ def training_memory(
         CheckpointError: As `plan`.
         RandLoRAError: As `randlora.training_memory`.
     """
-    require_types(training_memory, {"directory": directory, "revision": revision})
-    return checkpoint_memory(open_base(directory, revision), r, **options)
+    return checkpoint_memory(open_to_plan(directory, revision, model_class, num_labels), r, **options)
 
 
 def checkpoint_memory(base: Base, r: int | Mapping[str, int] | None = None, **options: Any) -> TrainingMemory:

@@ -153,23 +153,33 @@ class Conversion:
         return None
 
 
-def model_class_named(transformers: Any, name: str) -> Any:
-    """Return the class of models that transformers exports under a name, or ``None``."""
+def model_class_named(transformers: Any, name: str, model_type: str | None = "") -> Any:
+    """Return the class of models that transformers exports under a name, or ``None``.
+
+    With a type of model, the name may be one such as ``AutoModelForCausalLM``, which stands for a class for each type.
+    """
     found = getattr(transformers, name, None) if name else None
+    by_config = getattr(found, "_model_mapping", None)  # private, but nothing else tells without loading a model
+    if by_config is not None and model_type in transformers.CONFIG_MAPPING:
+        found = by_config.get(transformers.CONFIG_MAPPING[model_type], None)
     return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
 def build_model(directory: ModelDirectory, trained_on: ModelClass | None = None) -> TransformersModel | str:
     """Return the model that ``config.json`` describes, on the meta device, or the reason why it cannot be built.
 
-    With ``trained_on`` it is a model of this class with these labels, if that is a class for such a config.
+    With ``trained_on`` it is a model of this class, or of the same if that has no name, with these labels, if it is a
+    class for such a config.
     """
     try:
         import transformers  # noqa: PLC0415 - optional
     except ImportError:
         return f"transformers, which has its class, is not installed: {INSTALL}"
-    name = directory.architecture if trained_on is None else trained_on.name
-    if (model_class := model_class_named(transformers, name)) is None:
+    asked = "" if trained_on is None else trained_on.name
+    name = asked or directory.architecture
+    if (model_class := model_class_named(transformers, name, directory.model_type if asked else "")) is None:
+        if asked:
+            return f"transformers {transformers.__version__} has no {asked} for model_type {directory.model_type!r}"
         named = f"names {name}, which transformers {transformers.__version__} lacks" if name else "names no class"
         return f"its config.json {named}"
     if trained_on is not None and model_class.config_class.model_type != directory.model_type:
