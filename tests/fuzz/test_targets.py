@@ -33,7 +33,6 @@ def nothing(*_: Any, **__: Any) -> list[Any]:
 BREAKS: dict[str, tuple[str, str, Any]] = {
     "shapes of Λ and Γ": ("adapter", "randlora.checkpoint.tensors._shape_problems", nothing),
     "kind of bases": ("peft_config", "randlora.checkpoint.peft_config.peft_kind", lambda _: "dense"),
-    "sizes of codes": ("checkpoint", "randlora.files.quantized._misfits", nothing),
     "regexes": ("patterns", "randlora.options.NO_REGEX", ()),
     "exit code": ("command_line", "randlora.cli.app.FILES_ERROR", 0),
 }
