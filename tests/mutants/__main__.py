@@ -96,7 +96,7 @@ def measure(runners: Runners, coverage: Coverage, mutants: Sequence[Mutant], out
 
 def tried(runner: Runner, coverage: Coverage, mutant: Mutant) -> Result:
     """Return what becomes of a mutant."""
-    tests = chosen(coverage.of_mutant(mutant))
+    tests = chosen(mutant, coverage.of_mutant(mutant))
     if not tests:
         return Result(**asdict(mutant), outcome="no test", tests=0, by="")
     with runner.changed(mutant.file, mutant.applied((runner.root / mutant.file).read_text(encoding="utf-8"))):

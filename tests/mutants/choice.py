@@ -7,12 +7,13 @@ import gzip
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
+from tests.mutants.parts import feature_of
 from tests.mutants.sample import Mutant
 
 MOST, SECONDS, FILES = 40, 12.0, 12
@@ -96,13 +97,16 @@ class Coverage:
         return list(found.values())
 
 
-def chosen(tests: Iterable[Test]) -> list[Test]:
+def chosen(mutant: Mutant, tests: Sequence[Test]) -> list[Test]:
     """Return a handful of tests, of many functions: those that run the least of the package, the fastest, and any.
 
-    A test that runs few lines is about these. First one of each function is taken, then further ones.
+    A test that runs few lines is about these. First one of each function is taken, then further ones. Of distributed
+    tests, which start processes, some are taken for sharded code, and where there are no others.
     """
     functions: dict[str, list[Test]] = defaultdict(list)
-    for test in sorted(tests, key=lambda test: (test.breadth, test.seconds, test.name)):
+    alone = [test for test in tests if not test.file.startswith("tests/distributed/")]
+    fitting = tests if feature_of(mutant.file) == "sharded" else alone or tests
+    for test in sorted(fitting, key=lambda test: (test.breadth, test.seconds, test.name)):
         functions[test.function].append(test)
     few = sorted(functions, key=lambda name: (functions[name][0].breadth, name))
     fast = sorted(functions, key=lambda name: (functions[name][0].seconds, name))

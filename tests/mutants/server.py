@@ -63,7 +63,7 @@ def _end(group: int) -> None:
 
 
 def _as_child(request: dict[str, Any]) -> None:
-    os.setsid()
+    os.setpgid(0, 0)  # a session would be a group of the scheduler too, which does not have this one's priority
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
