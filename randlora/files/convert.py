@@ -147,7 +147,7 @@ def convert(
     adapter = open_adapter(directory, base, prefix, stream, revision, base_revision)
     assumed = (*adapter.file.doubts, *stream_notes(adapter.file))
     if to in ("peft", "native"):
-        fields, tensors, header, notes = _contents(adapter, to)
+        fields, tensors, header, notes = contents_as(to, adapter)
         (nbytes,) = write_files(adapter_files(target, fields, tensors, header))
         return ConversionReport(source, target, to, nbytes, (), (*assumed, *notes))
     doing = "convert to 'diff'" if to == "diff" else "convert to a LoRA"
@@ -196,8 +196,8 @@ def _option_problems(
     return problems
 
 
-def _contents(
-    adapter: OpenAdapter, to: Format
+def contents_as(
+    to: Format, adapter: OpenAdapter
 ) -> tuple[dict[str, Any], dict[str, Tensor], Header | None, tuple[str, ...]]:
     """Return the fields of the JSON, the tensors, our header, and notes.
 

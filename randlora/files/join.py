@@ -5,26 +5,26 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from dataclasses import fields as fields_of
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec
-from randlora.checkpoint.header import Header
-from randlora.checkpoint.peft_config import BASE_FIELD, UNREAD_FIELDS, option_fields
-from randlora.checkpoint.tensors import adapter_tensors
+from randlora.checkpoint.peft_config import BASE_FIELD
 from randlora.checkpoint.write import adapter_files
 from randlora.config import RandLoRAConfig
 from randlora.disk.replace import write_files
 from randlora.errors import CheckpointError, raise_collected
 from randlora.files.adapter import OpenAdapter, open_adapter, out_problems
+from randlora.files.convert import contents_as
 from randlora.hints import require_types
 from randlora.report import as_bytes
 from randlora.targets.match import shortened
+from randlora.targets.options import listed
 
 OF_LAYERS = ("targets", "exclude", "train_also", "r", "alpha")
 """The options that parts have each for its own layers; all others must be equal."""
@@ -79,9 +79,10 @@ def join(
     directories = tuple(part.directory for part in opened)
     problems = [*_problems(opened), *out_problems(target, directories, overwrite=overwrite)]
     raise_collected(CheckpointError, problems, doing="join")
-    header, tensors, json_fields = _joined(opened)
-    (nbytes,) = write_files(adapter_files(target, json_fields, tensors, header))
-    return JoinReport(target, directories, len(header.shapes), nbytes)
+    whole = _joined(opened)
+    fields, tensors, header, _ = contents_as("native", whole)
+    (nbytes,) = write_files(adapter_files(target, fields, tensors, header))
+    return JoinReport(target, directories, len(whole.file.values), nbytes)
 
 
 def _problems(parts: Sequence[OpenAdapter]) -> list[str]:
@@ -125,41 +126,44 @@ def _problems(parts: Sequence[OpenAdapter]) -> list[str]:
 
 def _common(part: OpenAdapter) -> dict[str, object]:
     """Return what all parts have in common: options, by name, and the base model."""
-    options = [field.name for field in fields(RandLoRAConfig) if field.name not in OF_LAYERS]
+    options = [field.name for field in fields_of(RandLoRAConfig) if field.name not in OF_LAYERS]
     own = {name: getattr(part.file.config, name) for name in options}
     return {**own, "the base model": part.file.fields.get(BASE_FIELD)}
 
 
-def _joined(parts: Sequence[OpenAdapter]) -> tuple[Header, dict[str, Tensor], dict[str, Any]]:
-    """Return the header, the tensors and the JSON of the adapter that has the layers of all parts."""
-    files = [part.file for part in parts]
+def _joined(parts: Sequence[OpenAdapter]) -> OpenAdapter:
+    """Return the adapter that has the layers of all parts."""
+    files, first = [part.file for part in parts], parts[0].file
     options = {fqn: option for file in files for fqn, option in file.options.items()}
-    values = {fqn: pair for file in files for fqn, pair in file.values.items()}
-    trained = {fqn: tensor for file in files for fqn, tensor in file.trained.items()}
     shapes = {fqn: shape for part in parts for fqn, shape in part.require_shapes().items()}
-    kinds = {fqn: kind for part in parts for fqn, kind in part.kinds.items()}
     stored = [part.transposed for part in parts]
-    transposed = None if None in stored else tuple(fqn for own in stored for fqn in own or ())
     specs = {r: basis.spec for part in parts for r, basis in part.bases.items()}
-    bases = {r: Basis(spec) for r, spec in specs.items()}  # the header says what part of them the layers use
     known = [file.header.model_class for file in files if file.header is not None and file.header.model_class]
     is_one = len({(each.library, each.name) for each in known}) == 1
-    model_class = max(known, key=lambda each: each.labels is not None) if is_one else None  # one stage has the head
-    buffers = dict.fromkeys(fqn for file in files for fqn in file.buffers)
-    config = files[0].config
+    assert first.header is not None, "parts of PEFT are refused"
+    header = replace(
+        first.header,
+        kinds={fqn: kind for part in parts for fqn, kind in part.kinds.items()},
+        model_class=max(known, key=lambda each: each.labels is not None) if is_one else None,  # one has the head
+        buffers=tuple(dict.fromkeys(fqn for file in files for fqn in file.buffers)),
+    )
+    config = first.config
     if any(file.config.alpha != config.alpha for file in files):  # a part with one alpha does not list it by layer
         config = replace(config, alpha={fqn: option.alpha for fqn, option in options.items()})
-    header = Header.of(config, options, bases, shapes, trained, transposed, kinds, model_class, buffers)
-    (stream,) = {spec.stream for spec in specs.values()}
-    kept = {name: value for name, value in files[0].fields.items() if name not in UNREAD_FIELDS}
     named = [file.fields.get("target_modules") for file in files]
     modules = [name for file in files for name in file.fields.get("modules_to_save") or ()]
-    json_fields = {
-        **kept,
+    fields = {
+        **first.fields,
         "fan_in_fan_out": all(file.fields.get("fan_in_fan_out") for file in files),
         "modules_to_save": list(dict.fromkeys(modules)) or None,
         # what all parts have, which is exact in each, else a regex of all layers
         "target_modules": named[0] if all(each == named[0] for each in named) else "|".join(map(re.escape, shapes)),
-        **option_fields(config, options, stream, stored=False),
     }
-    return header, adapter_tensors(values, trained), dict(sorted(json_fields.items()))
+    whole = replace(
+        replace(first, fields=fields, config=listed(config, options), header=header),
+        values={fqn: pair for file in files for fqn, pair in file.values.items()},
+        trained={fqn: tensor for file in files for fqn, tensor in file.trained.items()},
+    )
+    bases = {r: Basis(spec) for r, spec in specs.items()}  # the header says what part of them the layers use
+    transposed = None if None in stored else tuple(fqn for own in stored for fqn in own or ())
+    return OpenAdapter(parts[0].directory, whole, shapes, bases, transposed)
