@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import randlora
-from tests.kit import fill
+from tests.kit import all_bits, fill
 from tests.models import RealModel
 
 SHARD = "20KB"
@@ -59,3 +60,18 @@ def contents(directory: Path) -> dict[str, bytes]:
     """Read every file below a directory, hidden ones too."""
     files = (path for path in sorted(directory.rglob("*")) if path.is_file())
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
+
+
+def stored(directory: Path) -> dict[str, Tensor]:
+    """Read all tensors of a checkpoint."""
+    found: dict[str, Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def assert_same_tensors(found: Path, expected: Path) -> None:
+    """Compare the tensors of two checkpoints, bit for bit, in whatever files they are."""
+    ours, theirs = all_bits(stored(found)), all_bits(stored(expected))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []

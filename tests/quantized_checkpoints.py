@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file
-from torch import Tensor
 
 from tests.model_directories import save_model
 from tests.models import RealModel
@@ -39,11 +37,3 @@ def load_quantized(dense: Path, quantization: str) -> Any:
     """Let transformers quantize a model while it loads it."""
     config = transformers.BitsAndBytesConfig(**QUANTIZATIONS[quantization])
     return transformers.AutoModelForCausalLM.from_pretrained(dense, quantization_config=config, device_map="cpu")
-
-
-def stored(directory: Path) -> dict[str, Tensor]:
-    """Read all tensors of a checkpoint."""
-    found: dict[str, Tensor] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        found |= load_file(path)
-    return found

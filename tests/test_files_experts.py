@@ -16,8 +16,7 @@ from randlora.errors import CheckpointError
 from randlora.layers.experts import Experts
 from randlora.targets.walk import Census
 from tests.kit import fill, same_bits
-from tests.model_directories import write
-from tests.quantized_checkpoints import stored
+from tests.model_directories import assert_same_tensors, stored, write
 from tests.test_experts import EXPERTS, each_or_shared, every_model, made, mixtral
 from tests.transformers_zoo import TASKS, classes, tiny
 
@@ -53,12 +52,6 @@ def in_memory(base: Path, adapters: dict[Path, float], directory: Path) -> Path:
     randlora.activate(loaded, {f"adapter_{number}": factor for number, factor in enumerate(adapters.values())})
     randlora.merge(loaded)
     return write(loaded, directory)
-
-
-def assert_same_tensors(found: Path, expected: Path) -> None:
-    ours, theirs = stored(found), stored(expected)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not same_bits(ours[name], theirs[name])] == []
 
 
 @every_model

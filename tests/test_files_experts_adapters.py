@@ -13,12 +13,12 @@ from peft import PeftModel
 from torch import nn
 
 import randlora
-from randlora.errors import CheckpointError, ConfigError
+from randlora.errors import CheckpointError
 from tests.checkpoint_files import CARD_FILE, edit_tensors, read_tensors
 from tests.kit import adapter_values, all_bits, fill
-from tests.model_directories import contents
+from tests.model_directories import assert_same_tensors, contents
 from tests.test_experts import EXPERTS, IDS, each_or_shared, every_model, gpt_oss, made, mixtral
-from tests.test_files_experts import adapted, assert_same_tensors, checkpoint
+from tests.test_files_experts import adapted, checkpoint
 
 TRANSPOSED = "model.layers.0.mlp.experts.down_proj"
 
@@ -85,22 +85,6 @@ def test_inspecting_and_verifying_count_matrices(build: Callable[[], nn.Module],
     assert ("matrices" in heading) is (experts == "each")
     with_base = randlora.files.inspect(adapter, checkpoint(made(build, dtype=torch.float32), tmp_path))
     assert with_base.layers == summary.layers
-
-
-@each_or_shared
-def test_converting_to_what_has_no_place_for_experts_is_an_error_and_writes_nothing(
-    experts: Any, tmp_path: Path
-) -> None:
-    adapter = adapted(made(mixtral, dtype=torch.float32), tmp_path / "adapter", experts=experts)
-    with pytest.raises(CheckpointError, match=r"cannot convert for PEFT: .* linear layers only, not .*experts"):
-        randlora.files.convert(adapter, tmp_path / "peft", "peft")
-    with pytest.raises(ConfigError, match=r"gate_up_proj is a stack of|gate_up_proj is of kind experts"):
-        randlora.files.convert(adapter, tmp_path / "lora", "lora", tolerance=1)
-    assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
-    randlora.files.convert(adapter, tmp_path / "native", "native")
-    assert all_bits(read_tensors(tmp_path / "native")[0]) == all_bits(read_tensors(adapter)[0])
-    fresh = made(mixtral, dtype=torch.float32)
-    assert randlora.load(fresh, tmp_path / "native").targets
 
 
 def test_bases_of_no_seed_are_taken_from_the_file(tmp_path: Path) -> None:

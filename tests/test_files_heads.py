@@ -26,9 +26,9 @@ from randlora.checkpoint.base_model import ModelClass
 from randlora.errors import CheckpointError, ConfigError
 from tests.checkpoint_files import reseal
 from tests.further import further
-from tests.kit import all_bits, fill, same_bits
+from tests.kit import fill, same_bits
+from tests.model_directories import assert_same_tensors
 from tests.models import BERT, SIDES, VIT, VOCABULARY
-from tests.quantized_checkpoints import stored
 
 LABELS = {0: "bad", 1: "good", 2: "neither"}
 HEAD = {"id2label": LABELS, "label2id": {label: index for index, label in LABELS.items()}}
@@ -82,7 +82,7 @@ def test_a_new_head_is_loaded_and_merged_with_the_class_that_was_trained(case: s
     assert type(merged) is type(auto.from_pretrained("expected"))
     assert same_bits(logits(merged, kind), logits(model, kind))
     assert (merged.config.id2label, merged.config.problem_type) == (LABELS, "regression")
-    assert all_bits(stored(Path("merged"))) == all_bits(stored(Path("expected")))
+    assert_same_tensors(Path("merged"), Path("expected"))
     assert randlora.files.verify("adapter", base="base").passed
 
 

@@ -347,6 +347,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "format= and same_rank= are for to=\"lora\", not 'peft'": {"to": "peft", "format": "peft"},
     "format= and same_rank= are for to=\"lora\", not 'diff'": {"to": "diff", "same_rank": True},
     "rank= and tolerance= are for to=\"lora\": 'diff' is exact": {"to": "diff", "rank": 3},
+    "rank= and tolerance= are for to=\"lora\": 'peft' is exact": {"rank": 4},
     'component= is for to="diff", and': {"to": "lora", "component": "unet"},
     'component="diffusion_model" is for to="diff"': {
         "to": "lora",
@@ -354,6 +355,10 @@ WRONG: dict[str, dict[str, Any]] = {
         "component": "diffusion_model",
     },
     "format": {"to": "lora", "format": "gguf"},
+    "to must be one of peft, native, lora, diff, got 'gguf'": {"to": "gguf"},
+    "rank must be a positive integer, got 0": {"to": "lora", "rank": 0},
+    "tolerance must be a finite number, got nan": {"to": "lora", "tolerance": float("nan")},
+    "tolerance must be a finite number or None": {"to": "lora", "tolerance": "a"},
 }
 
 

@@ -6,13 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 import randlora
 from randlora.config import BasisKind
-from randlora.errors import CheckpointError, MergeError
-from tests.model_directories import HEADS, contents, merge_in_memory, save_adapter, save_model, write
+from randlora.errors import MergeError
+from tests.model_directories import (
+    HEADS,
+    assert_same_tensors,
+    contents,
+    merge_in_memory,
+    save_adapter,
+    save_model,
+    stored,
+    write,
+)
 from tests.models import BERT, GPT2, LLAMA, RealModel, every_transformers_model
 from tests.peer import THEIR_WARNINGS, peft_model
 
@@ -108,9 +116,9 @@ def test_a_wider_dtype_is_that_of_the_model_while_merging(
     randlora.load(model, adapter)
     randlora.merge(model)
     expected = write(model, tmp_path / "expected")
-    assert tensors(report.out) == tensors(expected)
+    assert_same_tensors(report.out, expected)
     assert (report.out / "config.json").read_bytes() == (expected / "config.json").read_bytes()
-    assert report.nbytes == 2 * sum(len(part) for *_, part in tensors(base).values())
+    assert report.nbytes == 2 * sum(tensor.nbytes for tensor in stored(base).values())
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
@@ -119,21 +127,11 @@ def test_a_narrower_dtype_is_rounded_to_once_after_merging(narrow: torch.dtype, 
     adapter = save_adapter(GPT2, tmp_path / "adapter", train_also=["ln_f"])
     report = randlora.files.merge(adapter, tmp_path / "out", base=base, dtype=narrow)
     expected = write(merge_in_memory(GPT2, {adapter: 1.0}).to(narrow), tmp_path / "expected")
-    assert tensors(report.out) == tensors(expected)
+    assert_same_tensors(report.out, expected)
     assert (report.out / "config.json").read_bytes() == (expected / "config.json").read_bytes()
     index = json.loads((report.out / "model.safetensors.index.json").read_text(encoding="utf-8"))
     assert index["metadata"]["total_size"] == report.nbytes
-    assert set(index["weight_map"]) == set(tensors(base))
-
-
-def tensors(directory: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]:
-    """Read the tensors of all shards with the library of that name."""
-    found = {}
-    for path in directory.glob("*.safetensors"):
-        for name, tensor in load_file(path).items():
-            raw = tensor.flatten().view(torch.uint8).numpy().tobytes()
-            found[name] = tensor.dtype, tuple(tensor.shape), raw
-    return found
+    assert set(index["weight_map"]) == set(stored(base))
 
 
 def test_a_tensor_that_is_no_number_with_a_point_keeps_its_dtype(tmp_path: Path) -> None:
@@ -147,37 +145,6 @@ def test_a_tensor_that_is_no_number_with_a_point_keeps_its_dtype(tmp_path: Path)
     assert torch.equal(merged["position_ids"], torch.arange(5))
     assert merged["empty"].shape == (0, 3)
     assert {tensor.dtype for name, tensor in merged.items() if name != "position_ids"} == {torch.bfloat16}
-
-
-def test_a_prefix_fits_an_adapter_of_a_bare_model_to_one_with_a_head_and_the_other_way(tmp_path: Path) -> None:
-    full = save_model(GPT2, tmp_path / "full")
-    transformers.GPT2LMHeadModel.from_pretrained(full).transformer.save_pretrained(tmp_path / "bare")
-    adapter = save_adapter(GPT2, tmp_path / "adapter")
-    merged = randlora.files.merge(adapter, tmp_path / "out", base=full).out
-    from_bare = randlora.files.merge(
-        adapter, tmp_path / "out of bare", base=tmp_path / "bare", prefix="transformer"
-    ).out
-    expected = {name.removeprefix("transformer."): bits for name, bits in tensors(merged).items()}
-    assert tensors(from_bare) == expected
-
-    renamed = rename(adapter, tmp_path / "renamed")
-    again = randlora.files.merge(renamed, tmp_path / "again", base=full, prefix="transformer.").out
-    assert tensors(again) == tensors(merged)
-    with pytest.raises(CheckpointError, match="fit as they are: leave it out"):
-        randlora.files.merge({adapter: 0.5, renamed: 0.5}, tmp_path / "both", base=full, prefix="transformer")
-
-
-def rename(adapter: Path, directory: Path) -> Path:
-    """Save an adapter of GPT-2 with a head as one of the bare model."""
-    model = GPT2.build()
-    randlora.load(model, adapter)
-    bare = transformers.GPT2Model(model.config)
-    randlora.inject(bare, r=4, targets=list(GPT2.targets))
-    values = dict(model.get_submodule("transformer").named_parameters())
-    for fqn, parameter in bare.named_parameters():
-        parameter.data.copy_(values[fqn].data)
-    randlora.save(bare, directory)
-    return directory
 
 
 def float8_base(directory: Path, **beside: torch.Tensor) -> Path:

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 import randlora
 from randlora.__main__ import main
 from randlora.errors import CheckpointError, ConfigError, TargetError
-from tests.model_directories import HEADS, contents, save_model, write
+from tests.model_directories import HEADS, contents, save_model, stored, write
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, every_transformers_model
-from tests.quantized_checkpoints import KINDS, QUANTIZATIONS, quantize, stored
+from tests.quantized_checkpoints import KINDS, QUANTIZATIONS, quantize
 
 both_layouts = pytest.mark.parametrize("is_sharded", [False, True], ids=["one-file", "sharded"])
 

@@ -15,10 +15,10 @@ from randlora.errors import CheckpointError
 from randlora.files.model_directory import find_codes, read_model_directory
 from tests.directories import their_directory
 from tests.kit import fill
-from tests.model_directories import contents, save_adapter, save_model
+from tests.model_directories import contents, save_adapter, save_model, stored
 from tests.models import GPT2, LLAMA, RealModel
 from tests.peer import THEIR_WARNINGS, told_stream
-from tests.quantized_checkpoints import KINDS, QUANTIZATIONS, load_quantized, quantize, stored
+from tests.quantized_checkpoints import KINDS, QUANTIZATIONS, load_quantized, quantize
 
 pytestmark = THEIR_WARNINGS
 
@@ -81,9 +81,10 @@ def test_codes_of_bitsandbytes_are_found_and_not_merged_into(
     assert {found.kind for found in codes.values()} == {KINDS[quantization]}
     plain = sum(tensor.nbytes for name, tensor in dense.items() if name not in codes)
     assert plain + sum(found.nbytes for found in codes.values()) == read_model_directory(base).nbytes
-    refused(
-        rf"base', which is quantized \({KINDS[quantization]}\): load the model and merge in memory", tmp_path, "merge"
-    )
+    message = rf"base', which is quantized \({KINDS[quantization]}\): load the model and merge in memory, or merge into"
+    refused(message, tmp_path, "merge")
+    for place in ("base", "base dense"):
+        assert randlora.files.verify(tmp_path / "adapter", tmp_path / place).passed
     assert find_codes(read_model_directory(tmp_path / "base dense")) == {}
 
 

@@ -14,7 +14,7 @@ import peft
 import pytest
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 import randlora
 from randlora.errors import CheckpointError, ConfigError, TargetError
@@ -23,9 +23,9 @@ from randlora.files.transformers_model import TransformersModel, build_model
 from randlora.report import Report
 from tests.checkpoint_files import TENSORS_FILE, edit_fields, reseal
 from tests.kit import fill, same_bits
-from tests.model_directories import HEADS, contents, save_adapter, save_model, write
+from tests.model_directories import HEADS, assert_same_tensors, contents, save_adapter, save_model, stored, write
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, every_transformers_model
-from tests.quantized_checkpoints import quantize, stored
+from tests.quantized_checkpoints import quantize
 from tests.transformers_zoo import TASKS, classes, tiny
 
 SOME = ("mixtral", "qwen3_moe", "deepseek_v3", "phi3", "gpt_neox", "t5", "bart", "roberta", "dinov2")
@@ -109,11 +109,8 @@ def merges_agree(model_class: Any, model: nn.Module, directory: Path) -> None:
     loaded = model_class.from_pretrained(base)
     randlora.load(loaded, directory / "adapter")
     randlora.merge(loaded)
-    expected = stored(write(loaded, directory / "expected"))
-    found = stored(report.out)
-    assert found.keys() == expected.keys()
-    assert [name for name in found if not same_bits(found[name], expected[name])] == []
-    before = stored(base)
+    assert_same_tensors(report.out, write(loaded, directory / "expected"))
+    found, before = stored(report.out), stored(base)
     assert {name for name in found if not same_bits(found[name], before[name])} == set(report.merged) != set()
 
 
@@ -186,10 +183,6 @@ def test_without_transformers_a_prefix_is_named_and_can_be_given(
     assert all(same_bits(found[name], expected[f"model.{name}"]) for name in found)
 
 
-def same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(same_bits(first[name], second[name]) for name in first)
-
-
 @pytest.fixture
 def both(tmp_path: Path) -> dict[str, tuple[nn.Module, Path, Path]]:
     """A model with a head and its bare one, each with its checkpoint and an adapter of the same values."""
@@ -227,11 +220,11 @@ def test_load_merge_and_verify_name_the_prefix_that_differs_and_take_it(
     assert randlora.files.verify(adapter, base, prefix="bert").passed
     merged = randlora.files.merge(adapter, tmp_path / "out", base=base, prefix="bert").out
     expected = randlora.files.merge(own, tmp_path / "expected", base=base).out
-    assert same_tensors(stored(merged), stored(expected))
+    assert_same_tensors(merged, expected)
     report = randlora.load(model, adapter, prefix="bert")
     assert re.search(r"with 'bert\.' (added|removed)$", report.rule)
     randlora.save(model, tmp_path / "again")  # under the names of the model that carries it now
-    assert same_tensors(load_file(tmp_path / "again" / TENSORS_FILE), load_file(own / TENSORS_FILE))
+    assert_same_tensors(tmp_path / "again", own)
 
 
 class Head(nn.Module):

@@ -17,7 +17,6 @@ from tests.checkpoint_files import edit_fields, reseal
 from tests.directories import base_directory, our_directory, their_directory
 from tests.models import BERT, GPT2, LLAMA, RealModel, every_transformers_model
 from tests.peer import THEIR_WARNINGS
-from tests.quantized_checkpoints import QUANTIZATIONS, quantize
 
 pytestmark = THEIR_WARNINGS
 
@@ -214,14 +213,3 @@ def test_progress_is_told_of_every_step(tmp_path: Path) -> None:
     randlora.files.verify(source, progress=lambda *news: told.append(news))
     assert [done for done, _, _ in told] == list(range(told[0][1] + 1))
     assert told[-1][2] == "done"
-
-
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_an_adapter_passes_beside_its_base_quantized_or_not(quantization: str, tmp_path: Path) -> None:
-    """A header records the shapes that codes stand for, so either base fits, and another model does not."""
-    base = quantize(GPT2, quantization, tmp_path / "base")
-    source, _ = our_directory(GPT2, tmp_path)
-    assert outcomes(randlora.files.verify(source, base))["base"] == "passed"
-    assert outcomes(randlora.files.verify(source, tmp_path / "base dense"))["base"] == "passed"
-    other = quantize(LLAMA, quantization, tmp_path / "other")
-    assert failure(randlora.files.verify(source, other)).name == "base"

@@ -83,8 +83,8 @@ def layout_problems(adapter: OpenAdapter, layout: str) -> list[str]:
     problems = [f"{fqn} is {what}, and only linear layers are converted" for fqn, what in others.items()]
     if layout == "peft":
         keys = {key for fqn in shapes for key in _peft_keys(fqn)}
-        taken = [fqn for fqn in trained if trained_key(fqn, shapes) in keys]
-        return problems + [f"{fqn} would have the name of a factor of an update: rename it" for fqn in taken]
+        alike = [fqn for fqn in trained if trained_key(fqn, shapes) in keys]
+        return problems + [f"{fqn} would have the name of a factor of an update: rename it" for fqn in alike]
     if names := sorted(trained):
         more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
         named = f"{', '.join(names[:LISTED])}{more}"
