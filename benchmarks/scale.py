@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 import randlora
-from randlora.memory.training import TrainingMemory
+from randlora.model.memory import TrainingMemory
 
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
 TABLE = re.compile(r"<!-- (?P<name>\w+) -->\n.*?<!-- end -->\n", re.DOTALL)
@@ -151,15 +151,15 @@ def parts_row(name: str) -> str:
     shape = MODELS[model_name]
     found = memory(shape, shape.build(), setting, "dense")
     trained = found.parameters + found.gradients + found.optimizer
-    kept = (found.inputs, found.block_inputs, found.logits)
-    sizes = (found.weights, trained, found.bases, found.communication, *kept, found.temporary, found.total)
+    once = (found.activations, found.logits, found.backward)
+    sizes = (found.weights, trained, found.bases, found.communication, *once, found.total)
     return f"| {name} | {' | '.join(f'{size / GB:.2f}' for size in sizes)} |"
 
 
 HEADS = {
     "sizes": ("model", "parameters", "trained", "checkpoint", "dense bases", "block bases"),
     "totals": ("model", *(f"{devices} × {strategy}" if devices > 1 else "1" for devices, strategy in SETTINGS)),
-    "parts": ("setting", "model", "adapter", "bases", "engine", "inputs", "blocks", "logits", "one layer", "together"),
+    "parts": ("setting", "model", "adapter", "bases", "engine", "kept", "logits", "backward", "together"),
 }
 ROWS: dict[str, Callable[[], list[str]]] = {
     "sizes": lambda: [sizes_row(*item) for item in MODELS.items()],

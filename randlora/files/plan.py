@@ -13,9 +13,8 @@ from randlora.errors import CheckpointError, ConfigError, TargetError, raise_col
 from randlora.files.base_fit import Base, open_base
 from randlora.files.transformers_model import TransformersModel
 from randlora.hints import require_types, shortly
-from randlora.memory.training import Setup, TrainingMemory
 from randlora.model.inject import plan as plan_model
-from randlora.model.memory import memory_of
+from randlora.model.memory import Setup, TrainingMemory, memory_of
 from randlora.model.memory import training_memory as training_memory_of_model
 from randlora.report import Report
 

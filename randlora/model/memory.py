@@ -1,18 +1,139 @@
-"""`training_memory`: the bytes that training an adapter of a model takes on each device."""
+"""`training_memory`: the bytes that training an adapter of a model takes on each device, as sums by formula."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from randlora.bases.spec import Shape, count_bases
 from randlora.config import RandLoRAConfig, further_options
-from randlora.memory.training import Setup, Training, TrainingMemory
-from randlora.model.inject import make_plan
+from randlora.errors import ConfigError, raise_collected
+from randlora.hints import mistyped
+from randlora.layers.diagonals import diagonal_shapes
+from randlora.model.activations import LORA_RANK, Activations
+from randlora.model.inject import Plan, make_plan
 from randlora.model.view import opened_to_add
 from randlora.options import Strategy
+from randlora.report import FLOAT32_BYTES, as_bytes, table
+from randlora.targets.walk import Census
+
+GATHERED_BLOCKS = 2
+"""Blocks that FSDP2 has gathered at once: the one that computes, and the next, which arrives meanwhile."""
+HELD = ("weights", "parameters", "gradients", "optimizer", "bases", "communication", "activations")
+UNKNOWN = "not counted: attention that keeps its weights, convolutions' inputs, fragmentation, the context of a GPU"
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """The bytes that training an adapter takes on each device, within about 15 %; prints as a table.
+
+    Attributes:
+        devices: The number of devices.
+        strategy: How parameters are divided among them.
+        tokens: Tokens of a step on each device; 0 if not given, and then nothing that depends on them is counted.
+        dtype: The dtype that the model is held and computed in.
+        optimizer_states: Numbers that the optimizer keeps for each trained one, two for AdamW.
+        weights: The model's parameters, also those that are trained copies of, and its buffers.
+        parameters: Λ and Γ in float32, and the copies of ``train_also``, also in float32 at least.
+        gradients: The same size.
+        optimizer: That size ``optimizer_states`` times.
+        bases: The random bases in the form that is computed with, all of them on every device.
+        communication: With ``"fsdp2"`` the parameters outside of blocks and two blocks, gathered, with the gradients of
+            one; with ``"ddp"`` the buckets, which are as large as the gradients.
+        activations: What is kept from forward to backward; with activation checkpointing the input of each block.
+        logits: The output of the model's head, and what transformers' loss makes of it in float32.
+        backward: The most that the backward of a block takes. With activation checkpointing it has the activations of
+            that block.
+        work: The work of a step in the adapted layers, in multiples of LoRA's with rank 32; ``None`` without tokens.
+    """
+
+    devices: int
+    strategy: Strategy
+    tokens: int
+    dtype: torch.dtype
+    optimizer_states: int
+    weights: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    bases: int
+    communication: int
+    activations: int
+    logits: int
+    backward: int
+    work: float | None
+
+    @property
+    def total(self) -> int:
+        """The most that a device holds at once: logits are gone when a block computes backward."""
+        held: list[int] = [getattr(self, name) for name in HELD]
+        return sum(held) + max(self.logits, self.backward)
+
+    def __str__(self) -> str:
+        """Return a table, what is not in it, and the work of a step."""
+        spread = f"each of {self.devices} devices, {self.strategy}" if self.devices > 1 else "one device"
+        how_well = ", within 15 %" if self.tokens else ""
+        rows = {
+            "the model": self.weights,
+            "the adapter": self.parameters,
+            "its gradients": self.gradients,
+            f"optimizer, {self.optimizer_states} numbers for each": self.optimizer,
+            "bases": self.bases,
+            "gathered" if self.strategy == "fsdp2" else "buckets of DDP": self.communication,
+            f"kept for backward of {self.tokens:,} tokens": self.activations,
+            "logits and their loss" if self.logits > self.backward else "backward of a block": (
+                max(self.logits, self.backward)
+            ),
+            "together": self.total,
+        }
+        shown = [(name, as_bytes(size)) for name, size in rows.items() if size or "optimizer" in name]
+        lines = [
+            f"memory for training on {spread}, {str(self.dtype).removeprefix('torch.')}{how_well}:",
+            *table(("", ""), shown)[1:],
+        ]
+        if not self.tokens:
+            lines.append("not counted without tokens: what is kept for backward, logits, work")
+        lines.append(UNKNOWN)
+        if self.work is not None:
+            lines.append(
+                f"work of a step in the adapted layers: {self.work:.1f} times that of LoRA of rank {LORA_RANK}"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How an adapter is trained: the options of `training_memory`, which describes them."""
+
+    devices: int = 1
+    strategy: Strategy = "ddp"
+    tokens: int = 0
+    dtype: torch.dtype | None = None
+    tp_plan: Mapping[str, str] | None = None
+    optimizer_states: int = 2
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        hints, doing = get_type_hints(Setup), "plan the memory of training"
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        wrong = [problem for name, value in given.items() for problem in mistyped(value, hints[name], name)]
+        raise_collected(ConfigError, wrong, doing=doing)
+        least = {"devices": 1, "tokens": 0, "optimizer_states": 0}
+        problems = [
+            f"{name} must be at least {low}, got {given[name]}" for name, low in least.items() if given[name] < low
+        ]
+        if self.dtype is not None and not self.dtype.is_floating_point:
+            problems.append(f"dtype must be a floating one, got {self.dtype}")
+        raise_collected(ConfigError, problems, doing=doing)
 
 
 @further_options(RandLoRAConfig)
@@ -28,11 +149,10 @@ def training_memory(
     tp_plan: Mapping[str, str] | None = None,
     optimizer_states: int = 2,
     checkpointing: bool = False,
-    device_type: Literal["cuda", "cpu"] = "cuda",
     config: RandLoRAConfig | None = None,
     **options: Any,
 ) -> TrainingMemory:
-    """Return the bytes that training a new adapter takes on each device, computed from sizes.
+    """Return the bytes that training a new adapter takes on each device, computed from sizes, within about 15 %.
 
     Neither the model nor the adapter needs values: the model may be on the meta device.
 
@@ -44,15 +164,14 @@ def training_memory(
         strategy: ``"ddp"``: each has everything. ``"fsdp2"``: each has a shard of every parameter, and blocks, the
             entries of module lists, are gathered when they compute. ``"tp"``: each has a part of every layer that the
             plan names, and all of Λ, Γ and the bases.
-        tokens: Tokens of a step on each device, for what layers keep for backward. With ``"tp"`` all devices have the
-            same tokens.
+        tokens: Tokens of a step on each device, for what is kept for backward, logits and work. With ``"tp"`` all
+            devices have the same tokens.
         dtype: The dtype to hold the model in and to compute in. ``None`` for that of each parameter.
         tp_plan: The style of each layer under ``"tp"``, by name with ``*`` for numbers, in transformers' words:
             ``{"model.layers.*.self_attn.q_proj": "colwise"}``. ``None`` for the model's own.
         optimizer_states: Numbers that the optimizer keeps for each trained one: two for AdamW, one for SGD with
             momentum.
-        checkpointing: Whether blocks are computed again in backward, so that one at a time keeps its inputs.
-        device_type: The type of the devices, which the choice of how to compute depends on.
+        checkpointing: Whether blocks are computed again in backward, so that one at a time keeps its activations.
         config: As for `randlora.inject`.
         **options: The other options of `RandLoRAConfig`.
 
@@ -63,7 +182,7 @@ def training_memory(
         ConfigError: If numbers are negative, or ``"tp"`` has no plan.
         RandLoRAError: Any error that `randlora.plan` would raise.
     """
-    setup = Setup(devices, strategy, tokens, dtype, tp_plan, optimizer_states, checkpointing, device_type)
+    setup = Setup(devices, strategy, tokens, dtype, tp_plan, optimizer_states, checkpointing)
     return memory_of(model, r, setup, {}, like_lora=like_lora, config=config, **options)
 
 
@@ -73,5 +192,132 @@ def memory_of(
     """Return the result of `training_memory`; ``stored`` has the bytes of quantized parameters, by FQN."""
     asked = {"name": "default", "active": True, "trainable": True, "r": r, **options}
     with opened_to_add(model, ["default"], "inject") as view:
-        planned = make_plan(view, asked)
-    return Training(planned.census, planned.adapter, tuple(planned.selection.sites), setup, stored).memory()
+        plan = make_plan(view, asked)
+    dtypes = [site.weight.dtype for site in plan.selection.sites if site.weight is not None]
+    dtype = setup.dtype or next((each for each in dtypes if each.is_floating_point), torch.bfloat16)
+    style, block = _style_of(model, setup), _block_of(plan.census)
+    own, trained = _parts(plan, setup, stored, block)
+    frozen_size, trained_size = (sum(_held(part, setup, style) for part in parts) for parts in (own, trained))
+    kept = Activations(plan, dtype, setup.tokens, setup.devices, style, block)
+    activations, backward = kept.by_block(), kept.backward()
+    if setup.checkpointing:
+        widths = {part.block: part.shape[-1] for part in reversed(own) if part.block and part.shape}
+        backward += max((size for name, size in activations.items() if name), default=0)
+        activations = Counter({"": activations[""] + setup.tokens * sum(widths.values()) * dtype.itemsize})
+    return TrainingMemory(
+        setup.devices,
+        setup.strategy,
+        setup.tokens,
+        dtype,
+        setup.optimizer_states,
+        weights=frozen_size + sum(buffer.nbytes for buffer in model.buffers()),
+        parameters=trained_size,
+        gradients=trained_size,
+        optimizer=setup.optimizer_states * trained_size,
+        bases=_bases(plan, dtype),
+        communication=_communication(own, trained, setup),
+        activations=activations.total(),
+        logits=kept.logits(),
+        backward=backward,
+        work=kept.work(2 if setup.checkpointing else 1),
+    )
+
+
+class _Part(NamedTuple):
+    """A parameter by its FQN, or "" for Λ and Γ, which no plan splits. FSDP2 sees those that are registered."""
+
+    fqn: str
+    block: str
+    shape: Shape
+    itemsize: int
+    is_registered: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.itemsize
+
+
+def _parts(
+    plan: Plan, setup: Setup, stored: Mapping[str, int], block: Callable[[str], str]
+) -> tuple[list[_Part], list[_Part]]:
+    """Return the model's own parameters, each once, and what is trained: Λ and Γ, and copies of the model's."""
+
+    def itemsize(tensor: torch.Tensor) -> int:
+        return (setup.dtype if setup.dtype and tensor.dtype.is_floating_point else tensor.dtype).itemsize
+
+    own, adapter = {id(each.parameter): each for each in reversed(plan.census.parameters)}, plan.adapter
+    parts = [
+        _Part(fqn, block(fqn), tuple(each.shape), itemsize(each), fqn not in adapter.trained)
+        for fqn, _, _, each in own.values()
+        if not is_lazy(each)
+    ]
+    parts = [part._replace(shape=(stored[part.fqn],), itemsize=1) if part.fqn in stored else part for part in parts]
+    diagonals = [
+        _Part("", block(site.fqn), shape, FLOAT32_BYTES)
+        for site in plan.selection.sites
+        for shape in diagonal_shapes(site.shape_with(adapter.config), adapter.options[site.fqn].r)
+    ]
+    copies = [
+        _Part(fqn, block(fqn), tuple(each.shape), max(itemsize(each), FLOAT32_BYTES))
+        for fqn, each in adapter.parameters.items()
+    ]
+    return parts, diagonals + copies
+
+
+def _held(part: _Part, setup: Setup, style: Callable[[str], str]) -> int:
+    """Return the bytes of a parameter that a device holds."""
+    if setup.strategy == "fsdp2" and part.is_registered and part.nbytes:  # equally many rows on all devices
+        rows = part.shape[0] if part.shape else 1
+        return math.ceil(rows / setup.devices) * (part.nbytes // rows)
+    how = style(part.fqn)
+    is_split = "colwise" in how or ("rowwise" in how and len(part.shape) > 1)  # the bias is added after the sum
+    return math.ceil(part.nbytes / setup.devices) if is_split else part.nbytes
+
+
+def _communication(own: list[_Part], trained: list[_Part], setup: Setup) -> int:
+    """Return what the engine holds beside what is the device's own."""
+    if setup.devices == 1 or setup.strategy == "tp":
+        return 0
+    if setup.strategy == "ddp":
+        return sum(part.nbytes for part in trained)
+    gathered, gradients = Counter[str](), Counter[str]()
+    for part in (*own, *trained):
+        gathered[part.block] += part.nbytes * part.is_registered
+    for part in trained:
+        gradients[part.block] += part.nbytes
+    root = gathered.pop("", 0)
+    return root + sum(size for _, size in gathered.most_common(GATHERED_BLOCKS)) + max(gradients.values(), default=0)
+
+
+def _bases(plan: Plan, dtype: torch.dtype) -> int:
+    """Return the bytes of the copies of the bases that are computed with: A in float32 at least, B in the dtype."""
+    total = 0
+    for r, basis in plan.adapter.bases.items():
+        (c, b), (max_dim, min_dim) = basis.spec.blocks or (1, 1), basis.extent
+        total += max(dtype.itemsize, FLOAT32_BYTES) * r * math.ceil(min_dim / c)
+        total += dtype.itemsize * max_dim * r * count_bases(min_dim, r) // b
+    return total
+
+
+def _style_of(model: nn.Module, setup: Setup) -> Callable[[str], str]:
+    """Return a function that gives the style of a layer or a parameter under tensor parallelism, or ""."""
+    own: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
+    styles = own if setup.tp_plan is None else setup.tp_plan
+    if setup.strategy != "tp":
+        return lambda _: ""
+    if not styles:
+        raise ConfigError("strategy='tp' needs tp_plan, because the model has no plan of its own")
+
+    def style(fqn: str) -> str:
+        name = re.sub(r"\.\d+(?=\.|$)", ".*", fqn)
+        return styles.get(name) or styles.get(name.rpartition(".")[0]) or ""
+
+    return style
+
+
+def _block_of(census: Census) -> Callable[[str], str]:
+    """Return a function that gives the block of a layer or a parameter: an entry of an outermost module list, or ""."""
+    lists = [visit.fqn for visit in census.visits if isinstance(visit.module, nn.ModuleList)]
+    outer = [re.escape(fqn) for fqn in lists if not any(fqn.startswith(f"{other}.") for other in lists)]
+    entry = re.compile(rf"(?:{'|'.join(outer)})\.\d+(?=\.|$)")
+    return lambda fqn: "" if (found := entry.match(fqn)) is None else found[0]
