@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from randlora.bases.bank import BasisBank
 from randlora.bases.basis import Basis
 from randlora.bases.spec import Shape
+from randlora.blocks import Run
 from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError, TargetError, raise_collected
 from randlora.functional import Compute
@@ -27,7 +28,6 @@ from randlora.meant import IN_PLACE, NotTheModel
 from randlora.places import loaded_modules, place_at, settle
 from randlora.replaced import KEEP_COPIES, ReplacedParameter, like, path_to
 from randlora.required_grad import RequiredGrad
-from randlora.routing import Routing
 from randlora.start import Init
 
 ATTRIBUTE = "randlora_state"
@@ -144,8 +144,8 @@ class ModelState:
         required_grad: Which parameters required grad before the first adapter was added.
         replaced: The parameters and buffers that some adapter has a copy of, by FQN.
         buffers_before: Copies of the model's small buffers from when the first adapter was added, by FQN.
-        disabled: The `randlora.disabled` and `randlora.serving.routed` blocks that have not ended.
-        routing: The `randlora.routing.Routing` of the innermost of these; ``None`` if that is a `disabled` block.
+        disabled: The blocks of `randlora.disabled`, and those of features that are alike, that have not ended.
+        run: The innermost of these if it is a `Run`.
         ended: Those of them that are to end as soon as their parameters can be installed.
         merge_guards: While merged, the handles of the hooks that refuse to load a state dict and to run backward.
         merged: The names and factors of the adapters that are merged reversibly. They stay active.
@@ -164,7 +164,7 @@ class ModelState:
     replaced: dict[str, ReplacedParameter] = field(default_factory=dict)
     buffers_before: dict[str, Tensor] = field(default_factory=dict)
     disabled: list[object] = field(default_factory=list)
-    routing: Routing | None = None
+    run: Run | None = None
     ended: list[object] = field(default_factory=list)
     merge_guards: list[RemovableHandle] = field(default_factory=list)
     merged: dict[str, Factor] = field(default_factory=dict)
@@ -185,7 +185,7 @@ class ModelState:
         self.__dict__.update(state)
         if self.is_disabled:
             self.activate({})
-        self.disabled, self.ended, self.merged_blocks, self.routing = [], [], [], None
+        self.disabled, self.ended, self.merged_blocks, self.run = [], [], [], None
 
     @property
     def is_merged(self) -> bool:
@@ -203,12 +203,12 @@ class ModelState:
         return len(self.disabled) > 0  # which the compiler of torch 2.9 reads, and not bool() of a list
 
     def open_block(self, block: object) -> None:
-        """Begin a block in which the active adapters are not: one of `disabled`, or of `routed`, a `Routing`."""
+        """Begin a block in which the active adapters are not: one of `disabled`, or a `Run`."""
         self._set_blocks([*self.disabled, block])
 
     def _set_blocks(self, blocks: list[object]) -> None:
         innermost = blocks[-1] if blocks else None
-        self.disabled, self.routing = blocks, innermost if isinstance(innermost, Routing) else None
+        self.disabled, self.run = blocks, innermost if isinstance(innermost, Run) else None
 
     @property
     def active(self) -> dict[str, Factor]:
@@ -396,18 +396,16 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
     return root, state
 
 
-def require_unrouted(state: ModelState, name: str | None, doing: str) -> None:
-    """Check that no open block of `randlora.serving.routed` names an adapter, or any if it is ``None``.
+def require_unused(state: ModelState, name: str | None, doing: str) -> None:
+    """Check that an adapter acts in no open block that is a `Run`, or that none is open if the name is ``None``.
 
     Raises:
         AdapterError: If one does.
     """
     for block in state.disabled:
-        if isinstance(block, Routing) and (name is None or name in block.adapters):
-            which = "" if name is None else ", which sends rows through it"
-            raise AdapterError(
-                f"cannot {doing} in an open block of randlora.serving.routed{which}: call it after the block"
-            )
+        if isinstance(block, Run) and (name is None or name in block.adapters):
+            which = "" if name is None else ", which uses it"
+            raise AdapterError(f"cannot {doing} in an open block of {block.words}{which}: call it after the block")
 
 
 def require_unmerged(state: ModelState, doing: str) -> None:

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from randlora.functional import Diagonals, stacked
-from randlora.functional.routed import goes_together, one_by_one
-from randlora.functional.stacked import Stack, Way, stacked_update
+from randlora.functional import Diagonals
+from randlora.serving import stacked
+from randlora.serving.stacked import Stack, Way, goes_together, one_by_one, stacked_update
 from tests import reference
 from tests.pairs import Case, case, every_form
 from tests.strategies import ranks, sides

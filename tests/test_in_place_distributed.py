@@ -169,7 +169,7 @@ for layer in model:
 x = torch.randn(2, 16)
 with torch.no_grad():
     with randlora.serving.routed(model, ["a", "b"]):
-        assert not model.randlora_state.routing.keeps  # what gathers Λ and Γ may hide from torch that they change
+        assert not model.randlora_state.run.keeps  # what gathers Λ and Γ may hide from torch that they change
         before = model(x)
         for name, parameter in model.named_parameters():
             if name.endswith("lambda.b"):

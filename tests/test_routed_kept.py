@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import randlora
-from randlora.functional.stacked import Stack
+from randlora.serving.stacked import Stack
 from tests.kit import fill
 
 NAMES = ["a", "b", "c", "a", None]

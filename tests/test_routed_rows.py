@@ -290,7 +290,7 @@ def test_rows_that_a_model_repeats_itself_in_generate_are_an_error() -> None:
 
 
 def test_only_the_first_call_of_a_kind_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from randlora.rows.tracking import RowTracking
+    from randlora.serving.tracking import RowTracking
 
     begun: list[object] = []
     monkeypatch.setattr(RowTracking, "__init__", _counted(RowTracking.__init__, begun))

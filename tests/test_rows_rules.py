@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from randlora.rows.labels import NONE, Label
-from randlora.rows.tracking import RowTracking
+from randlora.serving.labels import NONE, Label
+from randlora.serving.tracking import RowTracking
 
 WEIGHT, TABLE = torch.randn(4, 4), torch.rand(4)
 SQUARE = torch.eye(4) * 3 + torch.rand(4, 4)

@@ -166,7 +166,7 @@ def test_what_an_open_block_of_routed_names_is_not_swapped() -> None:
             pool.submit(randlora.swap, model, state, name="a").result,
         )
         for swap in (here, elsewhere):
-            with untouched(model), pytest.raises(AdapterError, match=r"in an open block of .*, which sends"):
+            with untouched(model), pytest.raises(AdapterError, match=r"in an open block of .*, which uses it"):
                 swap()
     with randlora.serving.routed(model, [None] * 3):
         randlora.swap(model, state, name="a")

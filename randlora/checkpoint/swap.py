@@ -24,7 +24,7 @@ from randlora.modes import has_values
 from randlora.places import Kept, Place, place_at, values_within
 from randlora.ranks import raise_on_every_rank
 from randlora.replaced import whole_shape
-from randlora.state import Adapter, require_unmerged, require_unrouted
+from randlora.state import Adapter, require_unmerged, require_unused
 from randlora.targets.match import shortened
 from randlora.targets.site import AdaptedSite, Shapes, shapes_of, sizes
 from randlora.targets.walk import Census
@@ -104,7 +104,7 @@ def _planned(
     adapter = state.adapter(name)
     doing = f"swap the values of {adapter.name!r}"
     require_unmerged(state, doing)
-    require_unrouted(state, adapter.name, doing)
+    require_unused(state, adapter.name, doing)
     sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
     with raise_on_every_rank(view.ranks()):
         problems = [*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])]

@@ -7,12 +7,11 @@ width, there are ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight`` inst
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
@@ -146,40 +145,3 @@ class OutProjAdapter(ProjectionAdapter):
     def uncalled(cls, owner: nn.Module) -> tuple[nn.Module, ...]:  # noqa: ARG003
         """Return no submodule: a linear layer has none."""
         return ()
-
-
-class RowsOfAttention:
-    """Runs attention of which only ``out_proj`` is adapted once for each adapter of `randlora.serving.routed`.
-
-    Nothing of the module itself is adapted, so hooks do it: its own forward runs with the base.
-    """
-
-    def __init__(self, layer: OutProjAdapter) -> None:
-        """Run attention by the adapters of its ``out_proj``."""
-        self.layer = layer
-
-    @classmethod
-    def watch(cls, module: nn.Module, hook: Callable[[Any], Any]) -> list[RemovableHandle]:
-        """Register the hooks of a module, made by ``hook`` of functions, if it is such attention."""
-        if not isinstance(module, nn.MultiheadAttention) or "randlora" in module.__dict__:
-            return []
-        layer = module.out_proj.__dict__["randlora"]["weight"]
-        own = cls(layer)
-        return [
-            module.register_forward_pre_hook(hook(own.begin)),
-            module.register_forward_hook(hook(own.end), with_kwargs=True, always_call=True),
-        ]
-
-    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002  # a hook's signature
-        """Have the forward run with the base."""
-        routing = self.layer.state.routing
-        if routing is not None and routing.chosen is None and self.layer.is_routed(routing):
-            routing.chosen = (None,)
-
-    def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Return the output of the forward, run once for each adapter."""
-        routing = self.layer.state.routing
-        if routing is None or not self.layer.is_routed(routing):
-            return None
-        routing.chosen = None
-        return None if output is None else self.layer.forward_by_adapter(module, module.forward, args, kwargs)

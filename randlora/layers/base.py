@@ -11,21 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.bases.spec import Shape, count_bases
-from randlora.errors import AdapterError, CheckpointError
+from randlora.errors import CheckpointError
 from randlora.functional import WriteOut, adapted_linear, delta_weight
 from randlora.layers.diagonals import Diagonal, diagonal_shapes
 from randlora.layers.inputs import autocast_dtype, have_one_dtype, input_of, is_plain_tensor, require_product
-from randlora.layers.kept import cacheable_parameters
 from randlora.layers.merging import MergeableWeight
-from randlora.layers.routed import Routes, routed_output
-from randlora.layers.row_layouts import follow, layout_of, unfollowed
 from randlora.layers.sharded import Split, sharded_product
 from randlora.layers.update import Update, sum_updates
 from randlora.placement.dtensor import is_dtensor
 from randlora.places import is_hooked, whole
 from randlora.ranks import run_collectives
 from randlora.replaced import watched
-from randlora.routing import Routing
 from randlora.start import Init, initial_values
 from randlora.state import ModelState, SiteAdapter
 
@@ -131,10 +127,8 @@ class AdapterLayer(MergeableWeight):
         """
         if self.own_forward is not None:
             base_forward = self.own_forward
-        if self.state.routing is not None and self.state.routing.chosen is None:
-            output, given = self.base_output(owner, base_forward, *args, **kwargs), input_of(owner, args, kwargs)
-            require_product(owner, output, self.shape[0])
-            return self._routed_output(owner, self.state.routing, given, output)
+        if (run := self.state.run) is not None and run.takes_over:
+            return run.product(self, owner, base_forward, args, kwargs)
         active = self.active()
         if not active:
             return self.base_output(owner, base_forward, *args, **kwargs)
@@ -152,29 +146,10 @@ class AdapterLayer(MergeableWeight):
             output = output + self._adapter_output(owner, part, factor, x, output.dtype)
         return output
 
-    def _routed_output(self, owner: nn.Module, routing: Routing, x: Any, output: Tensor) -> Tensor:
-        """Return the output of the base plus, for each token, the product with the update of its adapter."""
-        if not self.is_routed(routing):
-            return output
-        routes = self.routes(owner)
-        if not isinstance(x, Tensor) or x.is_nested:
-            raise AdapterError(
-                f"routed needs a tensor with a batch, and an adapted {routes.module} was given another input"
-            )
-        layout = layout_of(self.state, self, x, routes.module)
-        with unfollowed(routing):
-            result = routed_output(routes, routing, layout, x, output, has_dropout=owner.training)
-        follow(routing, result, layout)
-        return result
-
-    def is_routed(self, routing: Routing) -> bool:
-        """Whether any adapter that rows go through adapts this weight."""
-        return any(name in self.adapters for name in routing.adapters)
-
     def active(self) -> list[tuple[SiteAdapter, float]]:
         """Return the adapters that act and are not merged, with their factors; none while disabled."""
         if self.state.is_disabled:
-            return [] if self.state.routing is None else self._chosen(self.state.routing)
+            return [] if self.state.run is None else self.state.run.acting(self)
         return self.acting if self.activation.is_current else self._acting(self.adapters)
 
     def _acting(self, names: Iterable[str]) -> list[tuple[SiteAdapter, float]]:
@@ -185,37 +160,6 @@ class AdapterLayer(MergeableWeight):
     def factors(self, names: Iterable[str]) -> dict[str, float]:
         """Return the factors of those of some adapters that act on this weight, merged or not."""
         return {part.adapter.name: weight for part, weight in self._acting(names)}
-
-    def routes(self, owner: Any) -> Routes:
-        """Return the adapters of this weight, for tokens that go through different ones."""
-        module = owner.randlora_base.__name__
-        if is_dtensor(self.weight_of(owner)):
-            raise AdapterError(
-                f"an adapted {module} is split by tensor parallelism, with which routed does not work: activate one "
-                "adapter at a time"
-            )
-        return Routes(
-            module,
-            self.adapters,
-            lambda part: self.update(owner, part, 1.0),
-            lambda find: cacheable_parameters(
-                owner, [self._held(owner, name) for name in self.parameter_names()], find
-            ),
-            self.state.compute,
-        )
-
-    def _chosen(self, routing: Routing) -> list[tuple[SiteAdapter, float]]:
-        """Return the adapter that a module runs with now, for its rows; see `randlora.layers.routed`."""
-        if routing.chosen is None:
-            if not self.is_routed(routing):
-                return []
-            raise AdapterError(
-                f"code reads an adapted {self.attribute} outside of the forward of the module that it is in, where "
-                "routed cannot tell the rows of the batch: exclude it when the adapter is made, or activate one "
-                "adapter at a time"
-            )
-        part = self.adapters.get(routing.chosen[0] or "")
-        return [] if part is None else [(part, 1.0)]
 
     def base_output(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002  # for quantized layers
         """Return the output of the owner without adapters."""

@@ -13,11 +13,8 @@ from randlora.layers.cast import cast
 from randlora.layers.inputs import input_of
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import refuse_layer, register_layer
-from randlora.layers.routed import routed_rows
-from randlora.layers.row_layouts import follow, layout_of, unfollowed
 from randlora.layers.sharded import sharded_rows
 from randlora.placement.dtensor import is_dtensor
-from randlora.routing import Routing
 
 FORWARD = nn.Embedding.forward  # read on import, in case it is replaced later
 
@@ -74,9 +71,10 @@ class EmbeddingAdapter(ReadWeight):
             ``(*indices.shape, embedding_dim)`` in the dtype of the weight, or what a forward of its own returns.
         """
         assert isinstance(owner, nn.Embedding)
-        routing = self.state.routing
-        if routing is not None and routing.chosen is None:
-            return self._routed_rows(owner, routing, base_forward, args, kwargs)
+        if (run := self.state.run) is not None and run.takes_over:
+            if not self.runs_plain_forward(owner):
+                return run.reading(self, owner, self.own_forward or base_forward, args, kwargs)
+            return run.rows(self, owner, base_forward, args, kwargs)
         active = self.active()
         if not active or not self.runs_plain_forward(owner):
             return (self.own_forward or base_forward)(*args, **kwargs)
@@ -100,28 +98,6 @@ class EmbeddingAdapter(ReadWeight):
                 rows = torch.where((ids == owner.padding_idx).unsqueeze(-1), rows.detach(), rows)
             output = output + rows
         return output
-
-    def _routed_rows(
-        self,
-        owner: nn.Embedding,
-        routing: Routing,
-        base_forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Return what `forward` does, each row through its own adapter."""
-        if not self.runs_plain_forward(owner):
-            return self.forward_by_adapter(owner, self.own_forward or base_forward, args, kwargs)
-        with routing.choosing(None):
-            output: Tensor = base_forward(*args, **kwargs)
-        if not self.is_routed(routing):
-            return output
-        ids, routes, padding = input_of(owner, args, kwargs), self.routes(owner), owner.padding_idx
-        layout = layout_of(self.state, self, ids, routes.module, features=0)
-        with unfollowed(routing):
-            result = routed_rows(routes, routing, layout, ids, output, num_rows=self.shape[0], padding_idx=padding)
-        follow(routing, result, layout)
-        return result
 
 
 for quantized in ("Embedding8bit", "Embedding4bit"):

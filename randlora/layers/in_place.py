@@ -161,13 +161,12 @@ class ReadsAdapted(InPlace):
         if not isinstance(self, ReadsAdapted):  # a bound method that outlived the adapters
             return type(self).forward(self, *args, **kwargs)
         layer = next(iter(self.randlora.values()))
-        routing = layer.state.routing
-        if routing is not None and routing.chosen is None:
+        if (run := layer.state.run) is not None and run.takes_over:
             assert isinstance(layer, ReadWeight), "the class was created for this"
             inside = [each for child in layer.uncalled(self) for each in adapter_layers_of(child).values()]
-            if not any(each.is_routed(routing) for each in (*self.randlora.values(), *inside)):
+            if not any(run.concerns(each) for each in (*self.randlora.values(), *inside)):
                 return super().forward(*args, **kwargs)
-            return layer.forward_by_adapter(self, super().forward, args, kwargs)
+            return run.reading(layer, self, super().forward, args, kwargs)
         if torch.compiler.is_compiling():  # a compiler removes what is computed and not used
             return super().forward(*args, **kwargs)
         with forward_of_owner():

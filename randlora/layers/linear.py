@@ -66,8 +66,8 @@ class ReadLinear(ReadWeight):
         if self.adds_to_output(owner):
             return super().forward(owner, base_forward, *args, **kwargs)
         own = self.own_forward or base_forward  # which reads the weight
-        if self.state.routing is not None and self.state.routing.chosen is None:
-            return self.forward_by_adapter(owner, own, args, kwargs)
+        if (run := self.state.run) is not None and run.takes_over:
+            return run.reading(self, owner, own, args, kwargs)
         return own(*args, **kwargs)
 
     def base_output(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:

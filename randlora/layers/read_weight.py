@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.layers.base import AdapterLayer
-from randlora.layers.routed import routed_forward
-from randlora.layers.row_layouts import follow, layout_of_rows, unfollowed
 from randlora.layers.rows import Rows
 from randlora.layers.sharded import on_mesh, sums_of
 from randlora.layers.update import Update
@@ -73,21 +71,8 @@ class ReadWeight(AdapterLayer):
 
     @classmethod
     def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
-        """Return which arguments of the owner's forward have the rows of the batch, for `randlora.serving.routed`."""
+        """Return which arguments of the owner's forward have the rows of the batch."""
         return Rows.first(args, kwargs, base_class(owner).__name__)
-
-    def forward_by_adapter(
-        self, owner: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Return the output of the owner's forward, run once for each adapter of a block of `routed`, with its rows."""
-        module, routing = base_class(owner).__name__, self.state.routing
-        assert routing is not None, "only then it is called"
-        layout, rows = layout_of_rows(self.state, self, self.rows_of(owner, args, kwargs), module)
-        with unfollowed(routing):
-            output = routed_forward(routing, layout, rows, forward, module)
-        for index, each in enumerate(output if isinstance(output, tuple) else [output]):
-            follow(routing, each, layout, rows.output_axes[min(index, 1)])
-        return output
 
     @classmethod
     def site_fqn(cls, owner_fqn: str) -> str:

@@ -53,7 +53,7 @@ from randlora.ranks import raise_on_every_rank, run_collectives
 from randlora.replaced import ReplacedParameter, like
 from randlora.report import Report, adapter_report, left_out_lines, next_steps
 from randlora.start import Init
-from randlora.state import Adapter, ModelState, SavePretrained, require_unrouted
+from randlora.state import Adapter, ModelState, SavePretrained, require_unused
 from randlora.targets.left_out import doubt, lines
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles, offloaded_copies
@@ -282,7 +282,7 @@ def eject(model: nn.Module) -> tuple[str, ...]:
     """
     with opened(model, "eject") as view:
         state, census = view.state, view.census
-        require_unrouted(state, None, "eject")
+        require_unused(state, None, "eject")
         require_detachable(census, "eject")
         misplaced = misplaced_copies(census, state)
         with all_or_nothing(census, state, replaced=misplaced):
@@ -293,7 +293,7 @@ def eject(model: nn.Module) -> tuple[str, ...]:
                 entry.install(entry.original)
             restored = detach_all(census, state)
             state.replaced.clear()
-            state.disabled, state.routing = [], None
+            state.disabled, state.run = [], None
         return restored
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from randlora.blocks import BLOCKS
 from randlora.errors import ConfigError, MergeError, raise_collected
 from randlora.hints import require_types, shortly
 from randlora.layer_options import Factor
@@ -43,7 +44,6 @@ from randlora.model.view import View, opened
 from randlora.places import Kept
 from randlora.ranks import Ranks, raise_on_every_rank
 from randlora.report import MergeReport
-from randlora.routing import BLOCKS
 from randlora.state import CHANGING, ModelState, adapted_root
 from randlora.targets.site import AdaptedSite
 from randlora.targets.ties import tie_problems

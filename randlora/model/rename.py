@@ -9,7 +9,7 @@ from randlora.model.install import require_new_name
 from randlora.model.trainable import offloaded_diagonals
 from randlora.model.view import opened
 from randlora.places import is_whole
-from randlora.state import require_unmerged, require_unrouted
+from randlora.state import require_unmerged, require_unused
 from randlora.targets.site import AdaptedSite
 
 
@@ -35,7 +35,7 @@ def rename(model: nn.Module, name: str, to: str) -> None:
         doing = f"rename {adapter.name!r}"
         require_new_name(state, to, f"{doing} to")
         require_unmerged(state, doing)
-        require_unrouted(state, None, doing)  # which goes by names
+        require_unused(state, None, doing)  # which goes by names
         sites = [site for site in view.census.adapted if name in site.layer.adapters]
         sharded = [
             f"Λ and Γ of {site.fqn} are sharded, and fully_shard knows them by name: rename before it is called"

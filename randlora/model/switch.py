@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from randlora.blocks import BLOCKS, open_elsewhere
 from randlora.errors import AdapterError, TargetError, raise_collected
 from randlora.functional import Compute
 from randlora.hints import require_types
@@ -21,8 +22,7 @@ from randlora.model.install import require_detachable, require_own, shared_slots
 from randlora.model.trainable import offloaded_diagonals
 from randlora.model.view import opened
 from randlora.replaced import whole_shape
-from randlora.routing import BLOCKS, open_elsewhere
-from randlora.state import CHANGING, ModelState, adapted_root, require_unmerged, require_unrouted
+from randlora.state import CHANGING, ModelState, adapted_root, require_unmerged, require_unused
 from randlora.targets.match import nearest_names
 from randlora.targets.walk import Census
 
@@ -149,7 +149,7 @@ def remove(model: nn.Module, name: str) -> None:
         name = state.adapter(name).name
         doing = f"remove {name!r}"
         require_unmerged(state, doing)
-        require_unrouted(state, name, doing)
+        require_unused(state, name, doing)
         if len(state.adapters) == 1:
             eject(view.root)
             return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -18,12 +18,13 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.hooks import RemovableHandle
 
 from randlora.errors import AdapterError
-from randlora.layers.attention import RowsOfAttention
+from randlora.layers.attention import OutProjAdapter
 from randlora.layers.in_place import adapter_layers_of
-from randlora.layers.row_layouts import RunningCall, require_here
-from randlora.routing import Routing
-from randlora.rows.labels import first_dimension
-from randlora.rows.tracking import RowTracking
+from randlora.serving.labels import first_dimension
+from randlora.serving.layouts import RunningCall, require_here
+from randlora.serving.routing import Routing
+from randlora.serving.run import RowByRow
+from randlora.serving.tracking import RowTracking
 from randlora.state import ModelState
 
 BATCHES = "input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids"
@@ -42,7 +43,7 @@ DEPTH = 4
 class Entries:
     """The hooks of the modules of a model that watch their calls in one block."""
 
-    def __init__(self, root: nn.Module, state: ModelState, routing: Routing) -> None:
+    def __init__(self, root: nn.Module, state: ModelState, routing: RowByRow) -> None:
         """Watch the calls of each module with adapted layers inside."""
         self.state, self.routing = state, routing
         self.followed: set[tuple[Any, ...]] = set()
@@ -67,7 +68,7 @@ class Entries:
         """Begin a call, unless it is inside of another."""
         routing = self.routing
         call: RunningCall | None = routing.call
-        if self.state.routing is not routing:  # a block inside of this one counts
+        if self.state.run is not routing:  # a block inside of this one counts
             require_here(self.state)
             return
         if torch.compiler.is_compiling():
@@ -148,6 +149,43 @@ class Hook:
     def __reduce__(self) -> tuple[type[Hook], tuple[None]]:
         """Return how a copy is made."""
         return Hook, (None,)
+
+
+class RowsOfAttention:
+    """Runs attention of which only ``out_proj`` is adapted once for each adapter of `routed`.
+
+    Nothing of the module itself is adapted, so hooks do it: its own forward runs with the base.
+    """
+
+    def __init__(self, layer: OutProjAdapter) -> None:
+        """Run attention by the adapters of its ``out_proj``."""
+        self.layer = layer
+
+    @classmethod
+    def watch(cls, module: nn.Module, hook: Callable[[Any], Any]) -> list[RemovableHandle]:
+        """Register the hooks of a module, made by ``hook`` of functions, if it is such attention."""
+        if not isinstance(module, nn.MultiheadAttention) or "randlora" in module.__dict__:
+            return []
+        layer = module.out_proj.__dict__["randlora"]["weight"]
+        own = cls(layer)
+        return [
+            module.register_forward_pre_hook(hook(own.begin)),
+            module.register_forward_hook(hook(own.end), with_kwargs=True, always_call=True),
+        ]
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002  # a hook's signature
+        """Have the forward run with the base."""
+        run = self.layer.state.run
+        if isinstance(run, RowByRow) and run.takes_over and run.concerns(self.layer):
+            run.chosen = (None,)
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Return the output of the forward, run once for each adapter."""
+        run = self.layer.state.run
+        if not isinstance(run, RowByRow) or not run.concerns(self.layer):
+            return None
+        run.chosen = None
+        return None if output is None else run.reading(self.layer, module, module.forward, args, kwargs)
 
 
 def _around_adapted(root: nn.Module) -> list[nn.Module]:

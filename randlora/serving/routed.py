@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
+from randlora.blocks import open_elsewhere
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
 from randlora.model.install import lost_sites, require_own
@@ -14,8 +15,8 @@ from randlora.model.switch import without_active
 from randlora.model.trainable import adapter_parameters, offloaded_diagonals
 from randlora.model.uncompiled import uncompiled
 from randlora.places import is_whole
-from randlora.routing import Routing, open_elsewhere
 from randlora.serving.entries import Entries
+from randlora.serving.run import RowByRow
 from randlora.state import ModelState, adapted_root, require_unmerged
 from randlora.targets.walk import Census
 
@@ -51,7 +52,7 @@ def routed(
         ...     y = model(torch.randn(3, 8))
     """
 
-    def checked(census: Census, state: ModelState) -> Routing:
+    def checked(census: Census, state: ModelState) -> RowByRow:
         require_unmerged(state, "route")
         require_own(census, state, "route")
         routing = _routing(names)
@@ -70,7 +71,7 @@ def routed(
 def _watching(model: nn.Module, block: AbstractContextManager[object]) -> Iterator[None]:
     """Watch the calls of a model in a block, in which compiled code runs uncompiled."""
     with block as routing, uncompiled():
-        assert isinstance(routing, Routing), "it was made for this"
+        assert isinstance(routing, RowByRow), "it was made for this"
         root, state = adapted_root(model)
         entries = Entries(root, state, routing)
         try:
@@ -79,7 +80,7 @@ def _watching(model: nn.Module, block: AbstractContextManager[object]) -> Iterat
             entries.close()
 
 
-def _routing(names: object) -> Routing:
+def _routing(names: object) -> RowByRow:
     """Return the routing for some names, of whatever type was given."""
     expected = "expected the name of an adapter, or None, for each row, or a sequence of those for each"
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
@@ -93,10 +94,10 @@ def _routing(names: object) -> Routing:
         raise AdapterError(f"the rows of names for tokens have {sorted(set(map(len, rows)))} names: pad them with None")
     if strange := [name for row in rows for name in row if name is not None and not isinstance(name, str)]:
         raise AdapterError(f"{expected}, got {shortly(strange[0])}")
-    return Routing(names)
+    return RowByRow(names)
 
 
-def _problems(state: ModelState, routing: Routing) -> list[str]:
+def _problems(state: ModelState, routing: RowByRow) -> list[str]:
     problems = state.unknown(routing.adapters)
     problems += [
         f"{name!r} trained {', '.join(state.adapters[name].trained)} with train_also, of which the model has one for "

@@ -180,7 +180,7 @@ def fail_in_one(name: str, place: Path) -> None:
             with failing_in_last(*gather, call, no_room), pytest.raises(MemoryError, match="no room"):
                 verb()
     full = OSError(28, "No space left on device")
-    for step in ("new_directory", "write_config", "write_tensor_file"):
+    for step in ("new_directory", "_write_config", "write_tensor_file"):
         with mock.patch(f"{SAVING}.{step}", side_effect=full), pytest.raises(OSError, match="No space"):
             randlora.files.save_merged(model, out, max_shard_size=SHARD)
     (place / "taken").mkdir(exist_ok=True)

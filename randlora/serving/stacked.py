@@ -1,4 +1,4 @@
-"""The updates of several adapters on the same bases, each multiplied by tokens of its own, without gradients.
+"""The updates of several adapters on the same bases, each multiplied by tokens of its own: together, or in turn.
 
 Λ and Γ of all adapters are in one tensor each, so that neither the number of operators nor the work in Python grows
 with that of the adapters. The products with B are computed for all tokens at once. Those with A and Γ take the cheapest
@@ -8,13 +8,16 @@ of three ways, by the entries that have to be written for an adapter of T tokens
 - *by row*: the tokens repeated for each row of A, ``T·r·min_dim``;
 - *by term*: the tokens repeated for each term, ``T·num_bases·min_dim``. Not for `block` bases, which have fewer rows.
 
+One adapter is computed after the other, as single adapters are, where a gradient is needed, where each has so many
+tokens that forming its update pays, in transformed code, and under dispatch modes.
+
 Of `block` bases only 1/c of the first two is written: in all shapes here c is the number of blocks of A, R = r/c the
 rows of one, n = num_bases, and w the columns of one. Dense bases are one block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import groupby
 from typing import Literal, NamedTuple
@@ -23,9 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from randlora.functional import scratch
 from randlora.functional.adapted import Pair
-from randlora.functional.operation import Diagonals
+from randlora.functional.cost import Compute, chosen_forward
+from randlora.functional.operation import Diagonals, adapted_linear
 from randlora.functional.scratch import in_dtype
+from randlora.modes import may_be_kept
 
 Way = Literal["whole", "by row", "by term"]
 
@@ -192,3 +198,50 @@ def _dealt(vectors: Tensor, blocks: int, width: int) -> Tensor:
     updates, rows, entries = vectors.shape
     filled = F.pad(vectors, (0, blocks * width - entries)) if entries < blocks * width else vectors
     return filled.view(updates, rows, width, blocks).permute(0, 3, 1, 2)
+
+
+def goes_together(
+    x: Tensor, diagonals: Iterable[Tensor], pair: Pair, counts: Sequence[int], *, is_wide: bool, compute: Compute
+) -> bool:
+    """Whether to multiply the tokens of several updates by `stacked_update`, and not by `one_by_one`.
+
+    Args:
+        x: ``(tokens, in_features)``.
+        diagonals: Every Λ and Γ.
+        pair: The bases that the updates share.
+        counts: The number of tokens of each.
+        is_wide: Whether the input has ``min_dim`` features.
+        compute: How to compute; see `randlora.functional.cost`.
+    """
+    if len(counts) == 1 or scratch.is_transformed() or may_be_kept():
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or any(part.requires_grad for part in diagonals)):
+        return False
+    way = chosen_forward(max(counts), pair, is_wide=is_wide, has_weight=False, compute=compute)
+    return way != "materialized"
+
+
+def one_by_one(
+    x: Tensor,
+    pair: Pair,
+    diagonals: Sequence[Diagonals],
+    counts: Sequence[int],
+    *,
+    is_wide: bool,
+    compute: Compute = "auto",
+) -> Tensor:
+    """Compute the product of each token with the update that it belongs to, with the gradients of single adapters.
+
+    Args:
+        x: ``(tokens, in_features)`` in the dtype of B, sorted by update.
+        pair: The bases that the updates share.
+        diagonals: Λ, Γ and the scaling of each update.
+        counts: The number of tokens of each, at least 1.
+        is_wide: Whether the input has ``min_dim`` features.
+        compute: How to compute; see `randlora.functional.cost`.
+
+    Returns:
+        ``(tokens, out_features)`` in the dtype of B.
+    """
+    each = zip(x.split(list(counts)), diagonals, strict=True)
+    return torch.cat([adapted_linear(part, pair, one, compute=compute, is_wide=is_wide) for part, one in each])

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from randlora.blocks import BLOCKS
 from randlora.errors import AdapterError
 from randlora.layers.rows import Rows
-from randlora.routing import BLOCKS, Layout, Routing
-from randlora.rows.labels import MIXED, NONE, Label, filled, first_dimension, merged, merged_along, unknown
-from randlora.rows.tracking import RowTracking
+from randlora.serving.labels import MIXED, NONE, Label, filled, first_dimension, merged, merged_along, unknown
+from randlora.serving.routing import Layout, Routing
+from randlora.serving.tracking import RowTracking
 from randlora.state import ModelState
 
 NOTHING = nullcontext()
@@ -57,20 +58,18 @@ def require_here(state: ModelState) -> None:
         )
 
 
-def layout_of(state: ModelState, layer: Any, value: Tensor, module: str, *, features: int = 1) -> Layout:
+def layout_of(routing: Routing, layer: Any, value: Tensor, module: str, *, features: int = 1) -> Layout:
     """Return where the rows are in the input of a layer.
 
     Args:
-        state: The state of the model, in a block of `randlora.serving.routed`.
+        routing: The innermost block.
         layer: The adapter layer.
         value: The input, ``(..., features)``.
         module: The name of the class of its module, for messages.
         features: How many dimensions at the end belong to a token.
     """
-    routing = state.routing
-    assert routing is not None, "only then it is called"
     shape = value.shape[: value.dim() - features]
-    tracking = _tracking(state)
+    tracking = _tracking(routing, layer)
     if tracking is None:
         known: Layout | None = routing.layouts.get((layer, routing.batch, shape))
         return known if known is not None else _found(routing, layer, shape, module)
@@ -82,11 +81,9 @@ def layout_of(state: ModelState, layer: Any, value: Tensor, module: str, *, feat
     return _followed(routing, layer, label, shape, module)
 
 
-def layout_of_rows(state: ModelState, layer: Any, rows: Rows, module: str) -> tuple[Layout, Rows]:
+def layout_of_rows(routing: Routing, layer: Any, rows: Rows, module: str) -> tuple[Layout, Rows]:
     """Return where the rows of a batch are among those of a module, and which of its arguments have them."""
-    routing = state.routing
-    assert routing is not None, "only then it is called"
-    shape, tracking = torch.Size([rows.size]), _tracking(state)
+    shape, tracking = torch.Size([rows.size]), _tracking(routing, layer)
     key = (layer, "arguments"), routing.batch, next(iter(rows.given.values())).shape
     if tracking is None:
         layout = routing.layouts.get((layer, routing.batch, shape)) or _found(routing, layer, shape, module)
@@ -109,13 +106,11 @@ def layout_of_rows(state: ModelState, layer: Any, rows: Rows, module: str) -> tu
     return layout, rows._replace(axes={name: axis for name, axis in rows.axes.items() if name in names})
 
 
-def _tracking(state: ModelState) -> RowTracking | None:
+def _tracking(routing: Routing, layer: Any) -> RowTracking | None:
     """Return what follows the running call, if anything does; without such a call, check that the block is here."""
-    routing = state.routing
-    assert routing is not None, "only then it is called"
     call: RunningCall | None = routing.call
     if call is None:
-        require_here(state)
+        require_here(layer.state)
         return None
     return None if routing.is_uniform else call.tracking
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from randlora.functional import Diagonals, Pair
-from randlora.functional.stacked import Stack
 from randlora.layers.diagonals import Diagonal, Values
 from randlora.places import is_hooked
+from randlora.serving.stacked import Stack
 from randlora.state import SiteAdapter
 
 Find = Callable[[Any], tuple[nn.Parameter, ...]]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from randlora.rows.labels import MIXED, NONE, Label, marked, merged, merged_along, reshaped, shrunk, unknown
+from randlora.serving.labels import MIXED, NONE, Label, marked, merged, merged_along, reshaped, shrunk, unknown
 
 MOST = 1 << 22
 """How many entries rows are written out for, where operations take single ones."""

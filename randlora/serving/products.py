@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.functional import Compute, Diagonals, Pair, update_rows
-from randlora.functional.routed import goes_together, one_by_one
-from randlora.functional.stacked import Stack, Way, stacked_update
-from randlora.layers.kept import Find, kept_stack
 from randlora.layers.rows import Rows
 from randlora.layers.update import Update
-from randlora.routing import Layout, Routing, Sorted
+from randlora.serving.kept import Find, kept_stack
+from randlora.serving.routing import Layout, Routing, Sorted
+from randlora.serving.stacked import Stack, Way, goes_together, one_by_one, stacked_update
 from randlora.state import SiteAdapter
 
 

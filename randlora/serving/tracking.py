@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from randlora.rows.labels import NONE, Label, marked, merged, shrunk, unknown
-from randlora.rows.rules import MOST, Call, Labels, labels_of
+from randlora.serving.labels import NONE, Label, marked, merged, shrunk, unknown
+from randlora.serving.rules import MOST, Call, Labels, labels_of
 
 TAKES = {Tensor.tolist: "Tensor.tolist", Tensor.numpy: "Tensor.numpy", Tensor.__array__: "Tensor.__array__"}
 """What takes values out of torch, which may come back in another order."""

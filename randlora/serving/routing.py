@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +13,6 @@ from randlora.errors import AdapterError
 
 BASE = -1
 """The adapter of rows that go through the base model alone."""
-
-BLOCKS: ContextVar[tuple[object, ...]] = ContextVar("BLOCKS", default=())
-"""The blocks of `randlora.serving.routed` and `randlora.disabled` that this thread, or this task of asyncio, is in."""
 
 
 class Group(NamedTuple):
@@ -71,11 +67,11 @@ class Routing:
         choice: The number of the present `rows_now`.
         chosen: While a module runs for the rows of one adapter, a tuple of its name, or of ``None`` for the base.
         keeps: Whether Λ and Γ may be kept: not if they are sharded, because what gathers them hides that they change.
-        call: The running call of the model, or of a part of it; see `randlora.layers.row_layouts`.
+        call: The running call of the model, or of a part of it; see `randlora.serving.layouts`.
         layouts: Where the rows are in what each layer is given, by layer, size of the batch and shape.
         refused: Why a layer does not tell its rows, by layer.
-        by_bases: What `randlora.layers.routed` knows of the tokens of each layer.
-        kept: Λ and Γ of the adapters of each layer; see `randlora.layers.kept`.
+        by_bases: What `randlora.serving.products` knows of the tokens of each layer.
+        kept: Λ and Γ of the adapters of each layer; see `randlora.serving.kept`.
     """
 
     def __init__(self, names: Sequence[Any]) -> None:
@@ -182,9 +178,3 @@ class Routing:
             f"{len(self.index)} rows of {tokens} tokens: give one name for each row, or call the model with such "
             "a batch"
         )
-
-
-def open_elsewhere(blocks: Sequence[object]) -> bool:
-    """Whether some of these blocks route in another thread, or in another task of asyncio."""
-    here = BLOCKS.get()
-    return any(isinstance(block, Routing) and not any(block is own for own in here) for block in blocks)
