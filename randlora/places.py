@@ -6,8 +6,9 @@ as in the shards of several processes, registers a `Keeper` that finds their pla
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,57 +25,68 @@ Exchanges = Literal["parameters", "values", "nothing"]
 what keeps it would not see another, or neither."""
 
 
-class Place(Protocol):
-    """Where the values of one parameter, or of a tensor that stands alone, are."""
+class Place(ABC):
+    """Where the values of one parameter, or of a tensor that stands alone, are.
+
+    Attributes:
+        is_lasting: Whether values that are written stay: not if an optimizer has copies that it would write back.
+        exchanges: How the parameter is exchanged for a copy of it.
+    """
+
+    is_lasting: bool = True
+    exchanges: Exchanges = "parameters"
 
     @property
     def part(self) -> Part | None:
         """What of it this process holds; ``None`` for all."""
+        return None
 
     @property
     def is_complete(self) -> bool:
         """Whether there are values, and all of them can be read and written."""
+        return True
 
     @property
     def folder(self) -> str | None:
         """The folder to which writing adds a file, if it does."""
+        return None
 
     @property
     def is_away(self) -> bool:
         """Whether the values are not in memory now, and are loaded for each call of the module."""
+        return False
 
     @property
     def identities(self) -> tuple[object, ...]:
         """Keys, one of which is equal for places of the same values, beside those of the memory of parameters."""
+        return ()
 
-    @property
-    def is_lasting(self) -> bool:
-        """Whether values that are written stay: not if an optimizer has copies that it would write back."""
-
-    @property
-    def exchanges(self) -> Exchanges:
-        """How the parameter is exchanged for a copy of it."""
-
-    def follow(self, parameter: nn.Parameter) -> None:
-        """Have what keeps this parameter keep another, which is put in its place."""
-
+    @abstractmethod
     def read(self) -> Tensor:
         """Return the values of that part, a plain tensor. This may be a collective."""
 
+    @abstractmethod
     def whole(self) -> Tensor:
         """Return all values; a collective if this process holds a part. Gradients flow through it if they can."""
 
+    @abstractmethod
     def write(self, value: Tensor) -> None:
         """Set the values of that part. This may be a collective."""
 
+    @abstractmethod
+    def stored(self, values: Any) -> Tensor | None:
+        """Return kept values in the form in which a state dict has the parameter; ``None`` if it has none."""
+
     def keep(self) -> Kept:
-        """Return what `restore` needs to restore the present values, bit for bit."""
+        """Return what `restore` needs to restore the present values, bit for bit: a copy."""
+        return Kept(self.read().clone(), self)
 
     def restore(self, values: Any) -> None:
         """Restore the ``values`` of what `keep` returned."""
+        self.write(values)
 
-    def stored(self, values: Any) -> Tensor | None:
-        """Return kept values in the form in which a state dict has the parameter; ``None`` if it has none."""
+    def follow(self, parameter: nn.Parameter) -> None:  # noqa: B027  # most need nothing
+        """Have what keeps this parameter keep another, which is put in its place, if it does not find that itself."""
 
 
 class Kept(NamedTuple):
@@ -103,14 +115,8 @@ class Kept(NamedTuple):
         return (self.place if isinstance(now, Plain) else now).stored(self.values)
 
 
-class Whole:
+class Whole(Place):
     """The place of a tensor that stands alone and whose data are all its values, such as Λ. They change in place."""
-
-    part = folder = None
-    is_away = False
-    identities = ()
-    is_lasting = True
-    exchanges: Exchanges = "parameters"
 
     def __init__(self, tensor: Tensor) -> None:
         """Take the tensor."""
@@ -134,20 +140,9 @@ class Whole:
         """Change the values, in place."""
         self._tensor.copy_(value)
 
-    def keep(self) -> Kept:
-        """Return a copy of the values."""
-        return Kept(self.read().clone(), self)
-
-    def restore(self, values: Any) -> None:
-        """Write kept values back."""
-        self.write(values)
-
     def stored(self, values: Tensor) -> Tensor:
         """Return kept values."""
         return values
-
-    def follow(self, parameter: nn.Parameter) -> None:
-        """Do nothing: nothing keeps it."""
 
 
 class Plain(Whole):

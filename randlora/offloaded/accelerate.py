@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from randlora.places import Exchanges, Keeper, Kept, register_keeper
+from randlora.places import Keeper, Kept, Place, register_keeper
 
 HOOK = "_hf_hook"
 """The attribute of a module in which accelerate keeps its hook, or several in one."""
@@ -99,17 +99,12 @@ Entries = tuple[tuple[Entry, Any], ...]
 """What the entries of a parameter were."""
 
 
-class Offloaded:
+class Offloaded(Place):
     """The place of a parameter or buffer that accelerate offloads: its entry in the map that a hook loads it from.
 
     Attributes:
-        part: What of the parameter this process holds; ``None`` for all of it.
         entries: The entry of each hook of the module; a module used in two places has two hooks.
     """
-
-    part = None
-    is_complete = is_lasting = True
-    exchanges: Exchanges = "parameters"
 
     def __init__(self, owner: nn.Module, attribute: str, entries: tuple[Entry, ...], device: torch.device) -> None:
         """Take a module, the name of a parameter or buffer, its entries and the device that the module runs on."""
@@ -170,9 +165,6 @@ class Offloaded:
     def stored(self, values: Entries) -> Tensor | None:
         """Return kept values if the parameter is loaded at present; a state dict has no values of it else."""
         return None if self._tensor.is_meta else self._read(values)
-
-    def follow(self, parameter: nn.Parameter) -> None:
-        """Do nothing: accelerate finds it by name."""
 
     @property
     def _tensor(self) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from randlora.errors import AdapterError
 from randlora.functional.region import Spans, all_of, entries_of, fewest_spans
-from randlora.places import Exchanges, Keeper, Kept, Part, register_keeper
+from randlora.places import Keeper, Part, Place, register_keeper
 from randlora.ranks import Ranks
 
 
@@ -68,14 +68,10 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-class Shard:
+class Shard(Place):
     """The place of a sharded parameter: this process's shard, read and written without communication."""
 
-    folder = None
-    is_away = False
-    identities = ()
-    is_lasting = True
-    exchanges: Exchanges = "values"
+    exchanges = "values"
 
     def __init__(self, parameter: Any) -> None:
         """Take a parameter that is a `DTensor`."""
@@ -103,26 +99,15 @@ class Shard:
         """Return all values; a collective, through which gradients flow."""
         return gathered(self._parameter)
 
-    def keep(self) -> Kept:
-        """Return a copy of the values."""
-        return Kept(self.read().clone(), self)
-
     @torch.no_grad()
     def write(self, value: Tensor) -> None:
         """Change the values of the shard, in place."""
         self.read().copy_(value)
 
-    def restore(self, values: Tensor) -> None:
-        """Write back kept values."""
-        self.write(values)
-
     def stored(self, values: Tensor) -> Tensor:
         """Return kept values in the form in which a state dict has the parameter."""
         value: Tensor = _like(self._parameter, values)
         return value
-
-    def follow(self, parameter: nn.Parameter) -> None:
-        """Do nothing: the parameter stays."""
 
 
 def is_split(placement: Any) -> bool:

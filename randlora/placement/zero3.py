@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from randlora.places import Exchanges, Keeper, Kept, register_keeper
+from randlora.places import Exchanges, Keeper, Kept, Place, register_keeper
 from randlora.ranks import Ranks
 
 
@@ -68,13 +68,12 @@ class _Pieces(NamedTuple):
     all: Tensor | None
 
 
-class Spread:
-    """The place of a parameter of ZeRO-3: all values, gathered when they are read."""
+class Spread(Place):
+    """The place of a parameter of ZeRO-3: all values, gathered when they are read.
 
-    folder = None
-    is_away = False
-    identities = ()
-    part = None  # the pieces are of its flattened values, and not of a range in each dimension
+    It has no `part`: the pieces are of its flattened values, and not of a range in each dimension.
+    """
+
     is_lasting = False  # the engine's optimizer has copies
 
     def __init__(self, parameter: Any, exchanges: Exchanges = "parameters") -> None:
