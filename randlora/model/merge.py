@@ -111,6 +111,7 @@ class Plan(NamedTuple):
         into: What merged weights become.
         reversible: Whether the adapters and the original weights are kept.
         options: The options ``quantized`` and ``dtype`` as given.
+        ranks: The processes that hold the model together.
         notes: What the user should know.
     """
 
@@ -120,6 +121,7 @@ class Plan(NamedTuple):
     into: Into
     reversible: bool
     options: tuple[Quantized, torch.dtype | None]
+    ranks: Ranks | None
     notes: tuple[str, ...]
 
 
@@ -130,7 +132,8 @@ def _planned(
     census, state = view.census, view.state
     adapters = {name: each for name, each in state.active_unmerged.items() if names is None or name in names}
     sites = [site for site in census.adapted if site.layer.factors(adapters)]
-    with raise_on_every_rank(view.ranks(is_written=True)):
+    ranks = view.ranks(is_written=True)
+    with raise_on_every_rank(ranks):
         require_types(merge, {"reversible": reversible, "quantized": quantized})
         raise_collected(ConfigError, option_problems(quantized, dtype), doing="merge")
         into = Into(quantized, dtype or model_dtype(census))
@@ -155,14 +158,14 @@ def _planned(
         *untrained_notes(census, state, merging),
         *moved_note(census, state, merging, "the merged model has them as they are now, and no file of the adapter"),
     )
-    return Plan(adapters, sites, first, into, reversible, (quantized, dtype), notes)
+    return Plan(adapters, sites, first, into, reversible, (quantized, dtype), ranks, notes)
 
 
 def _merge(view: View, planned: Plan, kept: dict[AdapterLayer, Kept | None]) -> MergeReport:
     """Merge as planned; ``kept`` gets what `AdapterLayer.unmerged` was before it is dropped."""
     census, state, sites = view.census, view.state, planned.sites
     together = _together(state, state.merged | planned.adapters)
-    rounding = _fold_all(sites, together, planned.into, view.ranks(is_written=True))
+    rounding = _fold_all(sites, together, planned.into, planned.ranks)
     factors = {name: copy(factor) for name, factor in planned.adapters.items()}
     targets = tuple(site.fqn for site in sites)
     report = MergeReport(factors, targets, reversible=planned.reversible, rounding=rounding, notes=planned.notes)
