@@ -1,6 +1,6 @@
-"""The features: folders that register what they have when they are imported, and that no other file names.
+"""The features: folders, or files, that register what they have when they are imported, and that no other file names.
 
-One whose folder is deleted is not there, and the rest works.
+One that is deleted is not there, and the rest works.
 """
 
 from importlib import import_module

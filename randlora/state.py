@@ -15,8 +15,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from randlora.bases.bank import BasisBank
-from randlora.bases.basis import Basis
+from randlora.bases.basis import Basis, BasisBank
 from randlora.bases.spec import Shape
 from randlora.blocks import Run
 from randlora.config import RandLoRAConfig

@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 from hypothesis import strategies as st
 
-from randlora.bases.block import default_blocks
+from randlora.bases.kinds import default_blocks
 from randlora.bases.spec import BasisSpec
 from randlora.config import BasisKind, Stream
 from randlora.start import Init

@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import randlora
+from randlora import offloaded as offloaded_module
 from randlora.errors import AdapterError, CheckpointError, MergeError
-from randlora.offloaded import accelerate as offloaded_module
-from randlora.offloaded.accelerate import MergedFile, Offloaded
+from randlora.offloaded import MergedFile, Offloaded
 from randlora.places import Plain, place_of
 from tests.kit import adapter_values, all_bits, bits, fill
 from tests.models import LLAMA, outputs

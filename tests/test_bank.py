@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from randlora.bases import BasisBank, BasisSpec, portable_stream, torch_stream
+from randlora.bases import BasisBank, BasisSpec, streams
 from randlora.bases.basis import Bases, Basis
 from randlora.bases.compact import CompactMatrix
 from randlora.errors import ConfigError
@@ -129,8 +129,8 @@ def test_portable_bases_grow_without_changing_a_bit(spec: BasisSpec) -> None:
 def test_any_chunking_draws_the_same_bits(spec: BasisSpec, chunk: int) -> None:
     whole = slices(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(portable_stream, "CHUNK_ENTRIES", chunk)
-        patch.setattr(torch_stream, "CHUNK_ENTRIES", chunk)
+        patch.setattr(streams, "PORTABLE_CHUNK", chunk)
+        patch.setattr(streams, "TORCH_CHUNK", chunk)
         assert_same(slices(spec), whole)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import randlora
-from randlora.bases.block import default_blocks
+from randlora.bases.kinds import default_blocks
 from randlora.bases.spec import count_bases, reach_all
 from randlora.errors import CheckpointError
 from tests import reference

@@ -37,8 +37,7 @@ OPTIONAL = {
     "integrations.reference": {"transformers"},
     "integrations.transformers": {"accelerate", "transformers"},
     "quantized.bnb_codes": {"bitsandbytes"},
-    "quantized.bnb_cpu": {"bitsandbytes"},
-    "offloaded.accelerate": {"accelerate"},
+    "offloaded": {"accelerate"},
 }
 """What a file may import beyond what the project depends on, inside functions only."""
 

@@ -11,7 +11,7 @@ from torch import nn
 import randlora
 from randlora.bases.basis import Basis
 from randlora.bases.compact import CompactMatrix
-from randlora.bases.dense import DENSE
+from randlora.bases.kinds import DENSE
 from randlora.bases.spec import KINDS, BasisSpec, count_bases
 from randlora.config import OPTIONS, BasisKind
 from randlora.errors import ConfigError

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from randlora.errors import how_to_install
-from randlora.quantized import bnb_codes, bnb_cpu
+from randlora.quantized import bnb_codes
 from tests.codes import assert_rounded_to_nearest, step, written_out
 from tests.kit import same_bits
 
@@ -141,21 +141,21 @@ def test_a_bitsandbytes_that_is_missing_or_too_old_is_named_with_the_extra(
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 def test_what_bitsandbytes_repacks_has_the_private_names_that_are_read_here(storage: torch.dtype, nested: bool) -> None:
-    """On every CPU, because packing itself is plain torch. See randlora/quantized/bnb_cpu.py."""
+    """On every CPU, because packing itself is plain torch. See randlora/quantized/bnb_codes.py."""
     layer = quantized(torch.randn(32, 64), "nf4", 64, nested, storage)
-    assert hasattr(layer, bnb_cpu.MAY_REPACK)
+    assert hasattr(layer, bnb_codes.MAY_REPACK)
     codes, state, wanted = layer.weight.data.clone(), layer.weight.quant_state, written_out(layer)
-    assert bnb_cpu.quantization(state, storage) == (nested, torch.float32, storage)
+    assert bnb_codes.quantization(state, storage) == (nested, torch.float32, storage)
     layer.weight.data, layer.quant_state = functional._convert_weight_packed_for_cpu(layer.weight.data, state)
     assert state.packing_format_for_cpu
-    assert bnb_cpu.is_out_of_order(state)
-    assert not bnb_cpu.is_out_of_order(state, repacked=False)
-    assert bnb_cpu.quantization(state, torch.uint8) == (nested, torch.float32, storage)
+    assert bnb_codes.is_out_of_order(state)
+    assert not bnb_codes.is_out_of_order(state, repacked=False)
+    assert bnb_codes.quantization(state, torch.uint8) == (nested, torch.float32, storage)
     found = bnb_codes.write_out_4bit(layer.weight.data, state)
     torch.testing.assert_close(found.double(), wanted, rtol=0.01, atol=0)  # the scales are rounded
-    bnb_cpu.put_in_order(layer.weight, state)
+    bnb_codes.put_in_order(layer.weight, state)
     assert torch.equal(layer.weight.data.view(torch.uint8), codes.view(torch.uint8))
-    assert not bnb_cpu.is_out_of_order(state)
+    assert not bnb_codes.is_out_of_order(state)
     torch.testing.assert_close(written_out(layer), wanted, rtol=0.01, atol=0)
 
 

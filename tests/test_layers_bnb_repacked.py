@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import randlora
 from randlora.layers import in_place
 from randlora.quantized import bnb_codes
-from randlora.quantized.bnb_cpu import MAY_REPACK
+from randlora.quantized.bnb_codes import MAY_REPACK
 from tests.codes import written_out
 from tests.kit import fill, same_bits
 from tests.laws import adapter_layer, assert_close, plain, update_of

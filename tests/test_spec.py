@@ -11,7 +11,7 @@ from torch import nn
 import randlora
 from randlora import RandLoRAConfig
 from randlora.bases import BasisSpec
-from randlora.bases.block import block_parts, default_blocks
+from randlora.bases.kinds import block_parts, default_blocks
 from randlora.bases.spec import spec_for
 from randlora.errors import ConfigError
 from tests.kit import fill

@@ -14,8 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from randlora.bases.bank import BasisBank
-from randlora.bases.basis import Basis
+from randlora.bases.basis import Basis, BasisBank
 from randlora.bases.compact import CompactMatrix
 from randlora.bases.spec import (
     PEFT_STREAMS,

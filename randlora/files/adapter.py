@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from randlora.bases.bank import BasisBank
-from randlora.bases.basis import Basis
+from randlora.bases.basis import Basis, BasisBank
 from randlora.bases.spec import sliced_dims
 from randlora.checkpoint.bases import Known, file_bases
 from randlora.checkpoint.fit import misfits

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from randlora.bases.bank import BasisBank
+from randlora.bases.basis import BasisBank
 from randlora.checkpoint.base_model import ModelClass
 from randlora.checkpoint.bases import stream_notes
 from randlora.checkpoint.read import AdapterFile, read_adapter

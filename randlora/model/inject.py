@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from randlora.bases.bank import BasisBank
-from randlora.bases.basis import Basis
+from randlora.bases.basis import Basis, BasisBank
 from randlora.bases.spec import sliced_dims, spec_for
 from randlora.config import (
     BasisKind,

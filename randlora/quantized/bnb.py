@@ -19,8 +19,8 @@ from randlora.functional.scratch import is_in_transform
 from randlora.layers.inputs import autocast_dtype
 from randlora.layers.quantized import QuantizedLayer, twin_of
 from randlora.layers.registry import register_layer
-from randlora.quantized import bnb_codes, bnb_cpu
-from randlora.quantized.bnb_cpu import MAY_REPACK
+from randlora.quantized import bnb_codes
+from randlora.quantized.bnb_codes import MAY_REPACK
 
 MODULE = "bitsandbytes.nn.modules"
 OWN_KERNELS_UP_TO = 1536
@@ -103,9 +103,9 @@ class Linear4bitAdapter(QuantizedLayer):
             owner.compute_type_is_set = True
         twin = super().stand_in(owner, x)
         state = bnb_codes.quant_state(owner, owner.weight)
-        if bnb_cpu.is_out_of_order(state, repacked=_may_lead_gradients(owner, x)):
+        if bnb_codes.is_out_of_order(state, repacked=_may_lead_gradients(owner, x)):
             weight, state = copy.copy(owner.weight), copy.copy(state)
-            bnb_cpu.put_in_order(weight, state)
+            bnb_codes.put_in_order(weight, state)
             twin = twin_of(owner) if twin is None else twin
             twin._parameters["weight"], weight.quant_state, twin.quant_state = weight, state, state
             twin.__dict__[MAY_REPACK] = False
@@ -194,9 +194,9 @@ class Linear8bitAdapter(QuantizedLayer):
 def put_in_order(layer: Any) -> bool:
     """Restore codes of a 4-bit layer that were repacked for a CPU, and return whether they were."""
     state = bnb_codes.quant_state(layer, layer.weight)
-    if not bnb_cpu.is_out_of_order(state):
+    if not bnb_codes.is_out_of_order(state):
         return False
-    bnb_cpu.put_in_order(layer.weight, state)
+    bnb_codes.put_in_order(layer.weight, state)
     return True
 
 

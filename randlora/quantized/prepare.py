@@ -23,7 +23,7 @@ from randlora.layers.registry import find_layer
 from randlora.meant import NotTheModel
 from randlora.model.change import unchanged_if_raised
 from randlora.quantized.bnb import Linear4bitAdapter, put_in_order
-from randlora.quantized.bnb_cpu import MAY_REPACK
+from randlora.quantized.bnb_codes import MAY_REPACK
 from randlora.state import attached_state, require_unmerged
 from randlora.targets.match import shortened
 from randlora.targets.walk import Census, Visit, is_norm, is_quantized

@@ -1,26 +1,53 @@
-"""`routed`: each row of a batch through its own adapter."""
+"""`routed`: each row of a batch through its own adapter, and the calls of a model, or of its parts, in such a block.
+
+Every module with adapted layers inside may be what is called: transformers' ``generate`` calls an encoder itself. Of
+calls inside of each other the outermost counts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.hooks import RemovableHandle
 
 from randlora.blocks import open_elsewhere
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
+from randlora.layers.attention import OutProjAdapter
+from randlora.layers.in_place import adapter_layers_of
 from randlora.model.install import lost_sites, require_own
 from randlora.model.switch import without_active
 from randlora.model.trainable import adapter_parameters, offloaded_diagonals
 from randlora.model.uncompiled import uncompiled
 from randlora.places import is_whole
-from randlora.serving.entries import Entries
+from randlora.serving.labels import first_dimension
+from randlora.serving.routing import Routing, RunningCall, require_here
 from randlora.serving.run import RowByRow
+from randlora.serving.tracking import RowTracking
 from randlora.state import ModelState, adapted_root, require_unmerged
 from randlora.targets.walk import Census
 
 ELSEWHERE = "another thread, or task, routes through this model: wait for it, or gather the rows into one batch"
+
+BATCHES = "input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids"
+"""What models of transformers call an input that has a batch."""
+
+WITHOUT_ROWS = ("cache_position",)
+"""What they call one that has none, even if it is as long."""
+
+GROWING = "mask", "past", "cache"
+"""Parts of the names of inputs that are longer in each step of ``generate``, with the rows in the same place."""
+
+DEPTH = 4
+"""How deep in lists and mappings an input may be."""
 
 
 def routed(
@@ -108,3 +135,248 @@ def _problems(state: ModelState, routing: RowByRow) -> list[str]:
     if open_elsewhere(state.disabled):
         problems.append(ELSEWHERE)
     return problems
+
+
+class Entries:
+    """The hooks of the modules of a model that watch their calls in one block."""
+
+    def __init__(self, root: nn.Module, state: ModelState, routing: RowByRow) -> None:
+        """Watch the calls of each module with adapted layers inside."""
+        self.state, self.routing = state, routing
+        self.followed: set[tuple[Any, ...]] = set()
+        self.inside: set[nn.Module] = set()
+        self.handles: dict[nn.Module, list[RemovableHandle]] = {}
+        for module in _around_adapted(root):
+            if attention := RowsOfAttention.watch(module, Hook):
+                self.handles[module] = attention
+                continue
+            begin = module.register_forward_pre_hook(Hook(self.begin), with_kwargs=True)
+            end = module.register_forward_hook(Hook(self.end), always_call=True)
+            self.handles[module] = [begin, end]
+
+    def close(self) -> None:
+        """End what an interrupt has left running, and watch no more."""
+        self.leave()
+        for handles in self.handles.values():
+            for handle in handles:
+                handle.remove()
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin a call, unless it is inside of another."""
+        routing = self.routing
+        call: RunningCall | None = routing.call
+        if self.state.run is not routing:  # a block inside of this one counts
+            require_here(self.state)
+            return
+        if torch.compiler.is_compiling():
+            raise AdapterError(
+                "a program cannot be exported or compiled in a block of routed: export one adapter, or merge it; "
+                "compile before the block, in which compiled models run uncompiled"
+            )
+        if call is not None and call.thread != threading.get_ident():
+            raise AdapterError(
+                f"another thread is in a call of {type(call.module).__name__} in this block of routed: call the model "
+                "in one thread at a time, or gather the rows into one batch"
+            )
+        if call is not None and call.module is not module:
+            if call.tracking is not None:
+                self.inside.add(module)
+            return
+        require_here(self.state)
+        self.leave()
+        self._enter(module, {**dict(enumerate(args)), **kwargs})
+
+    def _enter(self, module: nn.Module, inputs: dict[Any, Any]) -> None:
+        routing, name = self.routing, type(module).__name__
+        tensors = [*_tensors(inputs)]
+        if not tensors:
+            raise AdapterError(f"routed expects a tensor with a batch, and {name} was called without any")
+        shape = tensors[0][1].shape
+        routing.chosen = None
+        routing.use(_rows_of(routing, shape, name))
+        own = [(key, x) for key, x in tensors if x.shape[0] == routing.batch and key not in WITHOUT_ROWS]
+        lengths = tuple((key, x.shape) for key, x in own if not any(part in str(key) for part in GROWING))
+        flags = tuple((key, each) for key, each in inputs.items() if each is None or isinstance(each, bool | str))
+        kind = module, module.training, routing.batch, lengths, flags
+        call = routing.call = RunningCall(module, threading.get_ident(), kind)
+        if routing.is_uniform or kind in self.followed or module in self.inside:
+            return
+        call.tracking = RowTracking()
+        for _, x in own:
+            call.tracking.set(x, first_dimension(x.shape))
+        call.tracking.__enter__()
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:  # noqa: ARG002
+        """End a call, also one that has raised."""
+        call: RunningCall | None = self.routing.call
+        if call is None or call.module is not module or call.thread != threading.get_ident():
+            return
+        was_followed = call.tracking is not None
+        self.leave()
+        if was_followed and output is not None:
+            self.followed.add(call.kind)
+            for inner in self.inside:  # their layers are known from now on
+                for handle in self.handles[inner]:
+                    handle.remove()
+
+    def leave(self) -> None:
+        """Follow the running call no more, if there is any."""
+        call: RunningCall | None = self.routing.call
+        if call is None:
+            return
+        if call.tracking is not None:
+            if _get_current_dispatch_mode() is call.tracking:
+                call.tracking.__exit__(None, None, None)
+            call.tracking.stop()
+        self.routing.call = None
+        self.routing.use(None)
+
+
+class Hook:
+    """A hook of a module. A copy of the module, or a pickle, has one that does nothing."""
+
+    def __init__(self, call: Any) -> None:
+        """Call a function."""
+        self.call = call
+
+    def __call__(self, *args: Any) -> Any:
+        """Call it, as torch calls a hook."""
+        return self.call(*args) if self.call is not None else None
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[None]]:
+        """Return how a copy is made."""
+        return Hook, (None,)
+
+
+class RowsOfAttention:
+    """Runs attention of which only ``out_proj`` is adapted once for each adapter of `routed`.
+
+    Nothing of the module itself is adapted, so hooks do it: its own forward runs with the base.
+    """
+
+    def __init__(self, layer: OutProjAdapter) -> None:
+        """Run attention by the adapters of its ``out_proj``."""
+        self.layer = layer
+
+    @classmethod
+    def watch(cls, module: nn.Module, hook: Callable[[Any], Any]) -> list[RemovableHandle]:
+        """Register the hooks of a module, made by ``hook`` of functions, if it is such attention."""
+        if not isinstance(module, nn.MultiheadAttention) or "randlora" in module.__dict__:
+            return []
+        layer = module.out_proj.__dict__["randlora"]["weight"]
+        own = cls(layer)
+        return [
+            module.register_forward_pre_hook(hook(own.begin)),
+            module.register_forward_hook(hook(own.end), with_kwargs=True, always_call=True),
+        ]
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002  # a hook's signature
+        """Have the forward run with the base."""
+        run = self.layer.state.run
+        if isinstance(run, RowByRow) and run.takes_over and run.concerns(self.layer):
+            run.chosen = (None,)
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Return the output of the forward, run once for each adapter."""
+        run = self.layer.state.run
+        if not isinstance(run, RowByRow) or not run.concerns(self.layer):
+            return None
+        run.chosen = None
+        return None if output is None else run.reading(self.layer, module, module.forward, args, kwargs)
+
+
+def _around_adapted(root: nn.Module) -> list[nn.Module]:
+    """Return the modules that have adapted ones inside, and are none themselves."""
+    known: dict[nn.Module, bool] = {}
+
+    def has_adapted(module: nn.Module) -> bool:
+        if module not in known:
+            known[module] = False
+            inside = [has_adapted(child) for child in module.children()]
+            known[module] = any(inside) or bool(adapter_layers_of(module))
+        return known[module]
+
+    has_adapted(root)
+    return [module for module, has in known.items() if has and (module is root or not adapter_layers_of(module))]
+
+
+def _tensors(inputs: Mapping[Any, Any], depth: int = DEPTH) -> Iterator[tuple[Any, Tensor]]:
+    """Yield the tensors of a call with dimensions, and their names, those first that are known to have a batch."""
+    positional = [name for name in inputs if isinstance(name, int)]
+    names = [*positional, *(name for name in BATCHES if name in inputs)]
+    for name in [*names, *(name for name in inputs if name not in names)]:
+        value = inputs[name]
+        if isinstance(value, Tensor):
+            if not value.is_nested and value.dim():
+                yield name, value
+        elif depth and isinstance(value, Mapping):
+            yield from _tensors(value, depth - 1)
+        elif depth and isinstance(value, list | tuple):
+            yield from ((name, x) for _, x in _tensors(dict(enumerate(value)), depth - 1))
+
+
+def _rows_of(routing: Routing, shape: torch.Size, name: str) -> tuple[int, ...] | None:
+    """Return which rows the batch of a call has, in their order; ``None`` for each once."""
+    rows, size = len(routing.index), shape[0]
+    if "sentence_transformers" in sys.modules and (sorted_rows := _rows_of_texts(rows, size)) is not None:
+        return sorted_rows
+    if size == rows:
+        return None
+    if size % rows == 0:
+        times = _times_in_generate()
+        if times and (size == rows * times or routing.is_uniform):  # each row several times, one after the other
+            return tuple(row for row in range(rows) for _ in range(size // rows))
+        if times:
+            raise AdapterError(
+                f"routed was given names for {rows} rows, of which generate makes {rows * times}, and {name} was "
+                f"called with {size}, which the model arranges itself, as for guidance_scale: turn that off, or "
+                "activate one adapter at a time"
+            )
+    raise AdapterError(
+        f"routed was given names for {rows} rows, and {name} was called with an input of shape {tuple(shape)}, which "
+        f"has {size}: give a name, or None, for each"
+    )
+
+
+def _frames(package: str) -> Iterator[FrameType]:
+    """Yield the frames of a package that the running call was made in, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).startswith(package):
+            yield frame
+        frame = frame.f_back
+
+
+def _times_in_generate() -> int:
+    """Return how many sequences transformers' ``generate`` makes of each row, 0 outside of it."""
+    times = 0
+    for frame in _frames("transformers."):
+        if frame.f_code.co_name != "generate":
+            continue
+        config = frame.f_locals.get("generation_config")
+        each = getattr(config, "num_beams", None) or 1, getattr(config, "num_return_sequences", None) or 1
+        times = max(times, *each)
+    return times
+
+
+def _rows_of_texts(rows: int, size: int) -> tuple[int, ...] | None:
+    """Return which rows a batch has that sentence-transformers makes of texts, sorted by their length.
+
+    Raises:
+        AdapterError: If it does so in an unknown way.
+    """
+    for frame in _frames("sentence_transformers."):
+        if frame.f_code.co_name not in ("_inference", "encode", "predict"):
+            continue
+        own = frame.f_locals
+        order, start = own.get("length_sorted_idx"), own.get("start_index")
+        if order is None and start is None:
+            continue
+        if order is None or start is None or len(order) != rows or len(order[start : start + size]) != size:
+            count = "another number" if order is None else len(order)
+            raise AdapterError(
+                f"routed was given names for {rows} rows, and {frame.f_code.co_name} was given {count} of texts, which "
+                "it sorts by length: give a name, or None, for each text in the order given, or call the model itself"
+            )
+        return tuple(map(int, order[start : start + size]))
+    return None

@@ -1,15 +1,25 @@
-"""Which adapter each row of a batch, or each token, goes through."""
+"""Which adapter each row of a batch, or each token, goes through, and where the rows are in what a layer is given.
+
+The first call with inputs of some shapes is followed, `randlora.serving.tracking`, and what it shows holds for others
+of its kind.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from randlora.blocks import BLOCKS
 from randlora.errors import AdapterError
+from randlora.layers.rows import Rows
+from randlora.serving.labels import MIXED, NONE, Label, filled, first_dimension, merged, merged_along, unknown
+from randlora.serving.tracking import RowTracking
+from randlora.state import ModelState
 
 BASE = -1
 """The adapter of rows that go through the base model alone."""
@@ -67,11 +77,11 @@ class Routing:
         choice: The number of the present `rows_now`.
         chosen: While a module runs for the rows of one adapter, a tuple of its name, or of ``None`` for the base.
         keeps: Whether Λ and Γ may be kept: not if they are sharded, because what gathers them hides that they change.
-        call: The running call of the model, or of a part of it; see `randlora.serving.layouts`.
+        call: The running call of the model, or of a part of it; see `randlora.serving.routing`.
         layouts: Where the rows are in what each layer is given, by layer, size of the batch and shape.
         refused: Why a layer does not tell its rows, by layer.
-        by_bases: What `randlora.serving.products` knows of the tokens of each layer.
-        kept: Λ and Γ of the adapters of each layer; see `randlora.serving.kept`.
+        by_bases: What `randlora.serving.run` knows of the tokens of each layer.
+        kept: Λ and Γ of the adapters of each layer; see `randlora.serving.stacked`.
     """
 
     def __init__(self, names: Sequence[Any]) -> None:
@@ -178,3 +188,202 @@ class Routing:
             f"{len(self.index)} rows of {tokens} tokens: give one name for each row, or call the model with such "
             "a batch"
         )
+
+
+NOTHING = nullcontext()
+
+ADVICE = "exclude the layer when the adapter is made, or activate one adapter at a time"
+
+
+@dataclass(eq=False)
+class RunningCall:
+    """A call of the model, or of a part of it, in a block of `randlora.serving.routed`.
+
+    Attributes:
+        module: What was called.
+        thread: The thread.
+        kind: What other calls have in common with it in which the rows are in the same places.
+        tracking: What follows its rows, unless those of such a call were followed before.
+        assumed_by: The module whose input was last asked for, if its rows are assumed.
+    """
+
+    module: Any
+    thread: int
+    kind: tuple[Any, ...]
+    tracking: RowTracking | None = None
+    assumed_by: str = ""
+
+
+def require_here(state: ModelState) -> None:
+    """Check that the innermost block was begun in this thread or task; else raise `AdapterError`."""
+    if torch._C._current_graph_task_id() != -1:  # backward, which computes checkpointed parts again in its own threads
+        return
+    blocks, here = state.disabled, BLOCKS.get()
+    if any(isinstance(block, Routing) for block in blocks) and not any(blocks[-1] is block for block in here):
+        raise AdapterError(
+            "a block of randlora.serving.routed is open in another thread or task: a model routes for one at a time, "
+            "so call it inside of the block, in other threads by contextvars.copy_context().run, as asyncio.to_thread "
+            "does, or gather the rows of all into one batch"
+        )
+
+
+def layout_of(routing: Routing, layer: Any, value: Tensor, module: str, *, features: int = 1) -> Layout:
+    """Return where the rows are in the input of a layer.
+
+    Args:
+        routing: The innermost block.
+        layer: The adapter layer.
+        value: The input, ``(..., features)``.
+        module: The name of the class of its module, for messages.
+        features: How many dimensions at the end belong to a token.
+    """
+    shape = value.shape[: value.dim() - features]
+    tracking = _tracking(routing, layer)
+    if tracking is None:
+        known: Layout | None = routing.layouts.get((layer, routing.batch, shape))
+        return known if known is not None else _found(routing, layer, shape, module)
+    label = tracking.label(value)
+    if label is None or label.is_none:
+        label = _assumed(routing, tracking, value.shape, module)
+        tracking.set(value, label)
+    label = filled(merged_along(label, range(len(shape), value.dim())))
+    return _followed(routing, layer, label, shape, module)
+
+
+def layout_of_rows(routing: Routing, layer: Any, rows: Rows, module: str) -> tuple[Layout, Rows]:
+    """Return where the rows of a batch are among those of a module, and which of its arguments have them."""
+    shape, tracking = torch.Size([rows.size]), _tracking(routing, layer)
+    key = (layer, "arguments"), routing.batch, next(iter(rows.given.values())).shape
+    if tracking is None:
+        layout = routing.layouts.get((layer, routing.batch, shape)) or _found(routing, layer, shape, module)
+        names = routing.layouts.get(key, rows.axes.keys())
+    else:
+        labels = {name: tracking.label(value) for name, value in rows.given.items()}
+        known = {name: label for name, label in labels.items() if label is not None and not label.is_none}
+        names = {*([] if known else rows.axes), *known}
+        routing.layouts[key] = names
+        along = [
+            filled(merged_along(label, [dim for dim in range(label.rows.dim()) if dim != rows.axes[name][0]]))
+            for name, label in known.items()
+            if rows.axes[name][1] == 1
+        ]
+        each = [label.changed(label.rows.flatten()) for label in along]
+        label = merged(each) if each else _assumed(routing, tracking, shape, module)
+        layout = _followed(routing, layer, label, shape, module)
+    if rows.is_declared:
+        return layout, rows
+    return layout, rows._replace(axes={name: axis for name, axis in rows.axes.items() if name in names})
+
+
+def _tracking(routing: Routing, layer: Any) -> RowTracking | None:
+    """Return what follows the running call, if anything does; without such a call, check that the block is here."""
+    call: RunningCall | None = routing.call
+    if call is None:
+        require_here(layer.state)
+        return None
+    return None if routing.is_uniform else call.tracking
+
+
+def _found(routing: Routing, layer: Any, shape: torch.Size, module: str) -> Layout:
+    """Return the layout of an input that was not followed, of another length, or of a layer that is called itself."""
+    if routing.is_uniform:
+        layout = routing.layout(shape, torch.zeros((1,) * len(shape), dtype=torch.long, device="cpu"))
+    else:
+        _require_told(routing, layer)
+        before = [
+            each for (known, batch, _), each in routing.layouts.items() if known is layer and batch == routing.batch
+        ]
+        if not before and routing.call is None:
+            layout = _called_itself(routing, shape, module)
+        else:
+            found = [each for each in before if _is_longer(each, shape)]
+            if not found or any(each.rows.shape != found[0].rows.shape for each in found):
+                raise AdapterError(
+                    f"an adapted {module} was given an input of shape {(*shape, '...')} in a call whose inputs have "
+                    "the shapes of an earlier one, in which it was given none of that length: begin another block of "
+                    "routed"
+                )
+            layout = routing.layout(shape, found[0].rows)
+    routing.layouts[layer, routing.batch, shape] = layout
+    return layout
+
+
+def _is_longer(known: Layout, shape: torch.Size) -> bool:
+    """Whether a shape has the rows in the dimension where a known layout has them, and other lengths besides."""
+    if len(known.shape) != len(shape):
+        return False
+    where = [dim for dim, size in enumerate(known.rows.shape) if size > 1]
+    return len(where) == 1 and known.shape[where[0]] == shape[where[0]]
+
+
+def _called_itself(routing: Routing, shape: torch.Size, module: str) -> Layout:
+    """Return the layout of a layer that is called outside of any other module of the model: its batch comes first."""
+    rows = len(routing.index)
+    if shape[:1] != (rows,):
+        raise AdapterError(
+            f"an adapted {module} was given an input of shape {(*shape, '...')}, whose first dimension is not the "
+            f"batch of {rows}: {ADVICE}"
+        )
+    routing.use(None)
+    return routing.layout(shape, first_dimension(shape).rows)
+
+
+def _followed(routing: Routing, layer: Any, label: Label, shape: torch.Size, module: str) -> Layout:
+    """Return the layout of an input whose rows were followed, and remember it."""
+    _require_told(routing, layer)
+    rows = label.rows.reshape(label.rows.shape[: len(shape)])
+    key = layer, routing.batch, shape
+    layout = routing.layout(shape, rows)
+    cause = f", since {label.why}" if label.why else ""
+    if label.by_values:
+        problem = "tokens that the values of the batch have chosen or sorted"
+    elif bool((rows == MIXED).any()):
+        problem = f"an input in which the rows of the batch are mixed, or cannot be told{cause}"
+    elif bool((rows == NONE).any()):
+        problem = (
+            f"an input whose first dimension is not the batch of {routing.batch}, and which is the same for all rows"
+        )
+    elif key in routing.layouts and routing.layouts[key] is not layout:
+        problem = "the rows of the batch in other places than before"
+    else:
+        routing.layouts[key] = layout
+        routing.call.assumed_by = label.assumed_by
+        return layout
+    message = f"an adapted {module} was given {problem}, of shape {(*shape, '...')}: {ADVICE}"
+    routing.refused[layer] = message  # whatever the lengths of later inputs
+    raise AdapterError(message)
+
+
+def _require_told(routing: Routing, layer: Any) -> None:
+    if (message := routing.refused.get(layer)) is not None:
+        raise AdapterError(message)
+
+
+def _assumed(routing: Routing, tracking: RowTracking, shape: Sequence[int], module: str) -> Label:
+    """Return the label of a tensor that depends on no row. One that is as long as the batch may be an input for each.
+
+    As learned queries, that a model repeats for each row. What it meets later shows whether it is. Or it was computed
+    outside of torch from what was taken from there.
+    """
+    if shape[0] == routing.batch and tracking.taken_by:
+        return unknown(len(shape), tracking.taken_by)
+    if shape[0] == routing.batch:
+        return first_dimension(shape)._replace(assumed_by=module)
+    return Label(torch.full((1,) * len(shape), NONE, device="cpu"))
+
+
+def follow(routing: Routing, value: Any, layout: Layout, axis: int = 0) -> None:
+    """Label the output of a layer: its rows are where those of the input are, the first of them in some dimension."""
+    call: RunningCall | None = routing.call
+    if call is None or call.tracking is None or not isinstance(value, Tensor):
+        return
+    rows = layout.rows
+    after = value.dim() - axis - rows.dim()
+    label = Label(rows.reshape(*[1] * axis, *rows.shape, *[1] * after), assumed_by=call.assumed_by)
+    call.tracking.set(value, label)
+
+
+def unfollowed(routing: Routing) -> AbstractContextManager[None]:
+    """Return a block in which no operation is followed: `follow` labels its result."""
+    call: RunningCall | None = routing.call
+    return NOTHING if call is None or call.tracking is None else call.tracking.paused()

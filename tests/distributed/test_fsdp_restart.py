@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import randlora
-from randlora.data_parallel.average import DataMeshes
+from randlora.data_parallel import DataMeshes
 from randlora.errors import AdapterError
 from randlora.layers.diagonals import Diagonal
 from randlora.placement.dtensor import all_fsdp_modules

@@ -13,9 +13,9 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "sharded": (
         *("sharded/*", "placement/averaged.py", "placement/dtensor.py", "placement/flattened.py", "placement/place.py"),
         *("placement/ranks.py", "placement/zero3.py", "layers/sharded.py", "layers/planned.py", "model/ranks.py"),
-        *("model/reducers.py", "model/averaging.py"),
+        *("data_parallel.py", "model/reducers.py", "model/averaging.py"),
     ),
-    "offloaded": ("offloaded/*", "placement/offloaded.py"),
+    "offloaded": ("offloaded.py", "offloaded/*", "placement/offloaded.py"),
     "serving": (
         *("serving/*", "rows/*", "pool.py", "routing.py", "forwards.py", "layers/routed.py", "layers/kept.py"),
         *("layers/row_layouts.py", "layers/rows.py", "layers/combined.py", "model/routed.py", "model/entries.py"),

@@ -1,16 +1,67 @@
-"""``block``: A and B are zero outside of blocks, whose rows and columns are strided; products skip the zeros."""
+"""The kinds of bases.
+
+- ``dense``: every entry is a uniform random number, stored in bfloat16.
+- ``sparse`` and ``very_sparse``: every entry is 0, or plus or minus one number, stored as a sign in int8.
+- ``block``: A and B are zero outside of blocks, whose rows and columns are strided; products skip the zeros.
+"""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 
+import torch
 from torch import Tensor
 
-from randlora.bases.dense import DENSE
-from randlora.bases.spec import KINDS, BasisSpec, count_bases, reach_all
+from randlora.bases import streams
+from randlora.bases.compact import Matrices
+from randlora.bases.spec import KINDS, BasisSpec, Kind, count_bases, reach_all
 from randlora.functional import BlockPair, DensePair, Pair
 from randlora.functional.cost import SMALL_WEIGHT
 from randlora.functional.region import Sides, Spans, entries_of, take_spans
+
+_since_2_12 = partial(streams.torch_uniform, rounded=streams.since_2_12)
+_until_2_11 = partial(streams.torch_uniform, rounded=streams.until_2_11)
+
+DENSE = KINDS["dense"] = Kind(
+    draws={
+        "torch": partial(streams.torch_draw, draw_matrix=_since_2_12),
+        "torch-2.11": partial(streams.torch_draw, draw_matrix=_until_2_11),
+        "portable": partial(streams.portable_draw, to_values=streams.portable_uniform),
+    },
+    dtype=torch.bfloat16,
+    expected_rank=lambda _spec, _max_dim, min_dim: min_dim,
+    sliced=lambda spec, basis_A, basis_B, num_bases, sides: DensePair(
+        take_spans(basis_A, sides.small, 1).unsqueeze(0), take_spans(basis_B, sides.large, 0)[:, : num_bases * spec.r]
+    ),
+    paired=lambda _spec, basis_A, basis_B, _num_bases, _sides: DensePair(basis_A, basis_B),
+    peft_flags=(False, False),
+)
+
+
+def _ternary(probability: Callable[[int], float], *, depends_on_dims: bool, peft_flags: tuple[bool, bool]) -> Kind:
+    """Return the kind whose entries are +1, and as often -1, with a probability that ``spec.min_dim`` may determine."""
+
+    def draw_portable(spec: BasisSpec, max_dim: int, min_dim: int) -> Matrices:
+        share = probability(spec.min_dim)
+        signs = partial(streams.portable_signs, probability=share)
+        return streams.portable_draw(spec, max_dim, min_dim, to_values=signs, scale=1 / math.sqrt(2 * share))
+
+    torch_signs = partial(streams.torch_signs, probability=probability)
+    return replace(
+        DENSE,
+        draws={"torch": partial(streams.torch_draw, draw_matrix=torch_signs), "portable": draw_portable},
+        dtype=torch.int8,
+        # all terms share A: a column of zeros in it is one in every update
+        expected_rank=lambda spec, _, min_dim: round(min_dim * (1 - (1 - 2 * probability(spec.min_dim)) ** spec.r)),
+        depends_on_dims=depends_on_dims,
+        peft_flags=peft_flags,
+    )
+
+
+KINDS["sparse"] = _ternary(lambda _: 1 / 6, depends_on_dims=False, peft_flags=(True, False))
+KINDS["very_sparse"] = _ternary(lambda m: 1 / (2 * math.sqrt(m)), depends_on_dims=True, peft_flags=(False, True))
+
 
 SMALLEST_BLOCK_COLUMN = 8  # default minimum of entries in a column of A: fits within .004 of dense bases
 MOST_BLOCKS_IN_B = 8

@@ -1,5 +1,11 @@
-"""``stream="torch"`` and ``"torch-2.11"``: the draws of PEFT 0.21.2, bit for bit, from torch's CPU generator.
+"""What the streams draw from a seed, in chunks of rows to bound memory.
 
+``stream="portable"``: the same bits on every machine, thread count, torch version and chunking. The numbers come from
+NumPy's ``Philox``, a counter-based generator whose raw stream NumPy guarantees. Every row of a basis has its own
+counter range, read from the start, so a longer row begins with the shorter one, and adding rows changes no other row.
+Each 32-bit lane gives one entry, by integer comparisons or exact IEEE 754 float32 operations.
+
+``stream="torch"`` and ``"torch-2.11"``: the draws of PEFT 0.21.2, bit for bit, from torch's CPU generator.
 PEFT draws A and then B for the largest dims of all targets, and divides each by its standard deviation. The draws here
 are the same, but made in chunks of which only the part that layers use is kept.
 
@@ -13,22 +19,78 @@ and ``torch-2.11`` is what older ones drew. The ternary kinds are drawn in float
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from randlora.bases.compact import CompactMatrix, Matrices
-from randlora.bases.spec import BasisSpec, count_bases
+from randlora.bases.spec import KINDS, BasisSpec, count_bases
 from randlora.errors import ConfigError
 
-CHUNK_ENTRIES = 2**17  # which a core's cache holds
+VERSION = 1
+PORTABLE_CHUNK = 2**20
+INDEX_A, INDEX_B = 0, 1
+
+Lanes = NDArray[np.uint32]
+Values = NDArray[np.generic]
+TORCH_CHUNK = 2**17  # which a core's cache holds
 
 Sizes = tuple[int, int, int]
 
 
-def draw(spec: BasisSpec, max_dim: int, min_dim: int, *, draw_matrix: Callable[..., CompactMatrix]) -> Matrices:
-    """Draw the bases of a spec, with `uniform` or `signs`, and keep the part that layers of the given dims use.
+def portable_draw(
+    spec: BasisSpec, max_dim: int, min_dim: int, *, to_values: Callable[[Lanes, int], Values], scale: float = 1.0
+) -> Matrices:
+    """Draw the part of the bases that layers of the given dims use, in chunks of rows to bound memory.
 
-    It is an error if all entries of a basis are equal, so that its standard deviation is zero.
+    The dims of the spec do not matter. ``to_values``, which is `portable_uniform` or `portable_signs`, computes the
+    stored values from lanes and the number of blocks.
+    """
+
+    def draw_matrix(index: int, rows: int, columns: int, stride: int) -> CompactMatrix:
+        width = math.ceil(columns / stride)
+        values = torch.empty((rows, width), dtype=KINDS[spec.kind].dtype, device="cpu")
+        step = max(1, PORTABLE_CHUNK // width)
+        for start in range(0, rows, step):
+            chunk = range(start, min(start + step, rows))
+            lanes = np.stack([_row(spec.seed, index, row, width) for row in chunk])
+            values[start : chunk.stop] = torch.from_numpy(to_values(lanes, stride)).to(values.dtype)
+        return CompactMatrix(values, columns, float(np.float32(scale)), stride)
+
+    (c, b), columns_B = spec.blocks or (1, 1), count_bases(min_dim, spec.r) * spec.r
+    return draw_matrix(INDEX_A, spec.r, min_dim, c), draw_matrix(INDEX_B, max_dim, columns_B, b)
+
+
+def _row(seed: int, index: int, row: int, width: int) -> Lanes:
+    """Return the first ``width`` lanes of one row: the low half of each 64-bit word first, on any machine."""
+    philox = np.random.Philox(
+        key=np.array([seed, VERSION << 8 | index], dtype=np.uint64), counter=np.array([0, row, 0, 0], dtype=np.uint64)
+    )
+    words = philox.random_raw(math.ceil(width / 2))
+    return words.astype("<u8").view("<u4")[:width]
+
+
+def portable_signs(lanes: Lanes, stride: int, *, probability: float) -> Values:  # noqa: ARG001
+    """Return 1 and -1 with the given probability each, else 0."""
+    threshold = round(probability * 2**32)
+    high = lanes >= np.uint32(2**32 - threshold)
+    return high.astype(np.int8) - (lanes < np.uint32(threshold)).astype(np.int8)
+
+
+def portable_uniform(lanes: Lanes, stride: int) -> Values:
+    """Return uniform numbers, of which one in ``stride`` entries gives a mean square of 1.
+
+    A lane's upper 24 bits are mapped to the odd multiples of 2**-24 in (-1, 1), all exact in float32.
+    """
+    odd = (lanes >> np.uint32(8)).astype(np.int32) * 2 + 1 - 2**24
+    return odd.astype(np.float32) * np.float32(2.0**-24) * np.float32(math.sqrt(3 * stride))
+
+
+def torch_draw(spec: BasisSpec, max_dim: int, min_dim: int, *, draw_matrix: Callable[..., CompactMatrix]) -> Matrices:
+    """Draw the bases of a spec, and keep the part that layers of the given dims use.
+
+    ``draw_matrix``, which is `torch_uniform` or `torch_signs`, raises an error if all entries are equal.
     """
     generator = torch.Generator("cpu").manual_seed(spec.seed)
     num_bases = count_bases(min_dim, spec.r)
@@ -65,7 +127,7 @@ def until_2_11(numbers: Tensor, high: float) -> Tensor:
     return numbers.mul_(2**16).frac_().mul_(2).sub_(1).mul_(highest).to(torch.bfloat16)
 
 
-def uniform(
+def torch_uniform(
     spec: BasisSpec,
     generator: torch.Generator,
     shape: Sizes,
@@ -82,7 +144,7 @@ def uniform(
     high = math.sqrt(3.0) * (math.sqrt(2 / 6) / math.sqrt(width))  # rounded as in `torch.nn.init.kaiming_uniform_`
     kept = torch.empty(keep, dtype=torch.bfloat16, device="cpu")
     total = squares = 0.0
-    step = max(1, CHUNK_ENTRIES // width)
+    step = max(1, TORCH_CHUNK // width)
     for index, start in ((index, start) for index in range(draws) for start in range(0, rows, step)):
         chunk = min(step, rows - start), width
         numbers = torch.rand(chunk, generator=generator, dtype=torch.float32, device="cpu")
@@ -96,14 +158,14 @@ def uniform(
     return CompactMatrix(kept.flatten(start_dim=1), keep[1] * keep[2])
 
 
-def signs(
+def torch_signs(
     spec: BasisSpec, generator: torch.Generator, shape: Sizes, keep: Sizes, *, probability: Callable[[int], float]
 ) -> CompactMatrix:
     """Draw 1 and -1 with a probability each, else 0, in the order of a single draw of the whole shape."""
     kept = torch.empty(keep, dtype=torch.int8, device="cpu")
     share = probability(spec.min_dim)
     total = count_nonzero = 0
-    step = max(1, CHUNK_ENTRIES // (shape[1] * shape[2]))
+    step = max(1, TORCH_CHUNK // (shape[1] * shape[2]))
     for start in range(0, shape[0], step):
         chunk = min(step, shape[0] - start), *shape[1:]
         numbers = torch.rand(chunk, generator=generator, dtype=torch.float32, device="cpu")

@@ -1,0 +1,328 @@
+"""Engines that average gradients over processes: `fully_shard`, `DistributedDataParallel` and DeepSpeed's.
+
+`fully_shard` averages the gradients of the parameters that a module had when it was called. Those that are added later
+stay whole in every process, and without an average each process would train its own, silently. Here they are averaged.
+
+`DistributedDataParallel` averages the gradients of the parameters that required grad when it was made, and an engine of
+DeepSpeed trains no others. Both tell which these are, though only by names that are not documented, all of which are in
+this file. A parameter that they do not know differs from process to process, without an error of theirs.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+from randlora.errors import AdapterError, warn
+from randlora.layers.base import AdapterLayer
+from randlora.layers.in_place import adapter_layers_of
+from randlora.model.engines import Engine, Parts, register_engine
+from randlora.placement.dtensor import all_fsdp_modules, fsdp_modules, is_dtensor
+from randlora.placement.flattened import flattening
+from randlora.placement.zero3 import is_managed
+from randlora.replaced import ReplacedParameter
+from randlora.state import ModelState
+from randlora.targets.match import shortened
+
+BUCKET = 2**24
+"""About how many numbers are averaged in one collective; 64 MiB in float32."""
+
+
+class DataMeshes(NamedTuple):
+    """The meshes over which `fully_shard` averages the gradients of a model; the data differ on their processes.
+
+    Attributes:
+        by_weight: Those of sharded parameters, by their identity.
+        others: All that there are in the model.
+    """
+
+    by_weight: dict[int, Any]
+    others: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> DataMeshes:
+        """Find the meshes of a model that holds its shards, also of what a module around it has sharded."""
+        within = {id(module) for module in model.modules()}
+        by_weight: dict[int, Any] = {}
+        others: dict[Any, None] = {}
+        for module in all_fsdp_modules(model):
+            for group in _groups(module):
+                mesh = group.mesh_info.mesh
+                by_weight |= {id(each.sharded_param): mesh for each in group.fsdp_params}
+                if id(module) in within:
+                    others[mesh] = None
+        return cls(by_weight, tuple(others))
+
+    def mesh_for(self, weight: Tensor | None) -> Any:
+        """Return the mesh for what is trained beside a weight; ``None`` if no part of the model is sharded.
+
+        Raises:
+            AdapterError: If the weight is not sharded, and the rest of the model is over more than one mesh.
+        """
+        if (mesh := self.by_weight.get(id(weight))) is not None or not self.others:
+            return mesh
+        if len(self.others) > 1:
+            raise AdapterError(
+                "cannot train an adapter of a weight that is not sharded in a model that fully_shard has sharded over "
+                "several meshes, because it cannot be told over which to average gradients: inject before fully_shard"
+            )
+        return self.others[0]
+
+
+def _groups(module: Any) -> list[Any]:
+    """Return what `fully_shard` keeps of the parameters that it manages for a module; private, for want of another."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return [state._fsdp_param_group] if groups is None and state._fsdp_param_group else list(groups or ())
+
+
+@torch.no_grad()
+def average(parameters: Sequence[nn.Parameter], mesh: Any) -> None:
+    """Average the gradients of parameters over the processes of a mesh, in place; a collective for each bucket of them.
+
+    A process that has no gradient of a parameter counts as zero, and gets the average where another process has one, as
+    when each uses other experts. The average of a gradient that was accumulated from averages is that gradient, so
+    steps can be accumulated. The host waits for the device only where a gradient is missing.
+
+    Args:
+        parameters: Parameters that are whole in every process, the same ones in the same order.
+        mesh: The mesh.
+    """
+    for bucket in _buckets(parameters):
+        # of a weight that is offloaded to the CPU, where NCCL does not communicate
+        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in bucket]
+        there = [each.to(mesh.device_type).flatten() for each in gradients]
+        has_one = [float(each.grad is not None) for each in bucket]
+        joined = torch.cat([*there, there[0].new_tensor(has_one)])
+        for group in mesh.get_all_groups():
+            dist.all_reduce(joined, group=group)
+        *averages, counts = joined.split([*(each.numel() for each in bucket), len(bucket)])
+        torch._foreach_div_(averages, mesh.size())
+        anywhere = has_one if all(has_one) else counts.tolist()
+        for parameter, gradient, mean, count in zip(bucket, gradients, averages, anywhere, strict=True):
+            if count:
+                parameter.grad = gradient.copy_(mean.view_as(gradient))
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Split parameters into lists with about `BUCKET` numbers each."""
+    bucket: list[nn.Parameter] = []
+    held = 0
+    for parameter in parameters:
+        bucket.append(parameter)
+        held += parameter.numel()
+        if held >= BUCKET:
+            yield bucket
+            bucket, held = [], 0
+    if bucket:
+        yield bucket
+
+
+class Averaging:
+    """What of a model's adapters is averaged, and over which mesh, at the end of every backward.
+
+    A hook on each parameter notices a backward. Before each forward of the model, or of a part that is sharded by
+    itself, parameters that are new since, as from ``to_empty`` or ``load_state_dict(assign=True)``, get the hook too.
+
+    Attributes:
+        meshes: The mesh of each adapter of each weight.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        """Watch the forward of the model that has the adapters, and of its parts that `fully_shard` was called on."""
+        self.meshes: dict[tuple[AdapterLayer, str], Any] = {}
+        self._root = root
+        self._backward: int | None = None
+        watched = dict.fromkeys([root, *fsdp_modules(root.modules())])
+        self._handles: list[RemovableHandle] = [each.register_forward_pre_hook(self) for each in watched]
+
+    def __call__(self, part: nn.Module, *args: object) -> None:  # noqa: ARG002  # of a hook
+        """Have the gradients averaged of what a part of the model trains now."""
+        for parameter, _ in self._trained(part):
+            hooks = parameter._post_accumulate_grad_hooks or {}  # private, for want of another
+            if self._notice not in hooks.values():
+                parameter.register_post_accumulate_grad_hook(self._notice)
+
+    def rename(self, layers: Container[AdapterLayer], name: str, to: str) -> None:
+        """Follow a new name of the adapter of some layers."""
+        self.meshes = {
+            (layer, to if layer in layers and known == name else known): mesh
+            for (layer, known), mesh in self.meshes.items()
+        }
+
+    def end(self) -> None:
+        """Watch no longer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _notice(self, parameter: Tensor) -> None:  # noqa: ARG002  # of a hook
+        """Average at the end of the backward that runs; one that failed before its end is not waited for."""
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward:
+            self._backward = backward
+            engine: Any = Variable._execution_engine  # as fully_shard itself does
+            engine.queue_callback(self._average)
+
+    def _average(self) -> None:
+        by_mesh: dict[Any, list[nn.Parameter]] = {}
+        for parameter, mesh in self._trained(self._root):
+            by_mesh.setdefault(mesh, []).append(parameter)
+        for mesh, parameters in by_mesh.items():
+            average(parameters, mesh)
+
+    def _trained(self, part: nn.Module) -> Iterator[tuple[nn.Parameter, Any]]:
+        """Yield Λ and Γ of a part of the model that are trained and whole in every process, each with its mesh."""
+        for owner in part.modules():
+            for layer in adapter_layers_of(owner).values():
+                for name in layer.adapters:
+                    if (mesh := self.meshes.get((layer, name))) is None:
+                        continue
+                    for parameter in layer.diagonals_of(owner, name):
+                        if parameter.requires_grad and not is_dtensor(parameter):
+                            yield parameter, mesh
+
+
+@register_engine
+class FullyShard(Engine):
+    """`fully_shard`, which averages gradients of the parameters that it has sharded, and of no others."""
+
+    def require_averaged(self, root: nn.Module, parts: Parts, replaced: Iterable[ReplacedParameter]) -> None:
+        """Check that the copies that adapters train are sharded, if another part of the model is."""
+        copies = [entry.name for entry in replaced if not entry.is_lost and not is_dtensor(entry.live)]
+        if copies and _meshes_of(root, parts):
+            raise AdapterError(
+                f"cannot train copies of {shortened(copies)}, not sharded in a model of which fully_shard has sharded "
+                "another part, because every process would train its own: inject before fully_shard"
+            )
+
+    def added(self, root: nn.Module, state: ModelState, parts: Parts) -> None:
+        """Have the gradients of Λ and Γ averaged, if a part of the model is sharded."""
+        if meshes := _meshes_of(root, parts):
+            state.averaging = state.averaging or Averaging(root)
+            state.averaging.meshes |= meshes
+            state.averaging(root)
+
+
+def _meshes_of(root: nn.Module, parts: Parts) -> dict[tuple[AdapterLayer, str], Any]:
+    """Return the mesh of each adapter of each weight, if `fully_shard` has sharded a part of the model."""
+    if not all_fsdp_modules(root):
+        return {}
+    found = DataMeshes.of(root)
+    meshes = {(layer, name): found.mesh_for(layer.weight_of(owner)) for owner, layer, name in parts}
+    return {key: mesh for key, mesh in meshes.items() if mesh is not None}
+
+
+_SEEN: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Engines that were found before, so that switching between adapters need not look for them each time."""
+
+
+@register_engine
+class Reducers(Engine):
+    """`DistributedDataParallel` and the engines of DeepSpeed, which know the parameters that they were made with."""
+
+    def changed(self, root: nn.Module) -> None:
+        """Warn of parameters of a model that require grad and that the engine around it does not know."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return  # then there is no engine, or nothing to average
+        trained = {name: each for name, each in root.named_parameters() if each.requires_grad and _is_plain(each)}
+        own = {id(parameter) for parameter in root.parameters()}
+        if not trained or _unknown(trained, own) == []:
+            return
+        _look_for([DistributedDataParallel, *_deepspeed_engines()])
+        if _unknown(trained, own):
+            gc.collect()  # an engine that was given up may still be here, as part of a cycle
+        if unknown := _unknown(trained, own):
+            warn(
+                f"{shortened(unknown)} requires grad, and the {type(_of(own)[0]).__name__} around the model was made "
+                "before and does not know it: every process would train its own copy. Wrap the model again after this "
+                "call"
+            )
+
+    def is_first_copy(self, model: nn.Module) -> bool:
+        """Whether this is the first of the processes that train copies of a model, as the engines around it tell.
+
+        Of a model that no engine runs, each process has the only copy, as far as is known.
+        """
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return True
+        _look_for([DistributedDataParallel, *_deepspeed_engines()])
+        own = {id(parameter): parameter for parameter in model.parameters()}
+        is_spread = any(map(is_managed, own.values()))  # by an engine whose processes hold one copy together
+        engines = [each for each in _of({*own}) if isinstance(each, DistributedDataParallel) or not is_spread]
+        engines += flattening(model)
+        return all(dist.get_rank(_group(engine)) == 0 for engine in engines)
+
+
+def _group(engine: Any) -> Any:
+    """Return the group of the processes that an engine runs in; ``None`` means all."""
+    names = "process_group", "seq_data_parallel_group"  # of torch's engines, of DeepSpeed's
+    return next((group for name in names if (group := getattr(engine, name, None)) is not None), None)
+
+
+def _look_for(kinds: Iterable[type]) -> None:
+    """Find all engines of some types that there are."""
+    every = tuple(_with_subclasses(kinds))
+    _SEEN.update(each for each in gc.get_referrers(*every) if type(each) in every)
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is not a `DTensor`, which belongs to an engine that needs no wrapper."""
+    return type(parameter.data) is Tensor
+
+
+def _deepspeed_engines() -> list[type]:
+    library: Any = sys.modules.get("deepspeed")
+    return [] if library is None else [library.DeepSpeedEngine]
+
+
+def _with_subclasses(kinds: Iterable[type]) -> Iterator[type]:
+    for kind in kinds:
+        yield kind
+        yield from _with_subclasses(kind.__subclasses__())
+
+
+def _of(own: set[int]) -> list[Any]:
+    """Return the engines that hold some of these parameters."""
+    return [each for each in _SEEN if not own.isdisjoint(map(id, each.parameters()))]
+
+
+def _unknown(trained: Mapping[str, nn.Parameter], own: set[int]) -> list[str] | None:
+    """Return the names of the parameters that no engine knows, or was told to ignore; ``None`` if there is no engine.
+
+    Args:
+        trained: The parameters, by name.
+        own: The identities of all parameters of their model.
+    """
+    if not (engines := _of(own)):
+        return None
+    known: set[int] = set()
+    for engine in engines:
+        known.update(_averaged(engine) if isinstance(engine, DistributedDataParallel) else _optimized(engine))
+    return [name for name, parameter in trained.items() if id(parameter) not in known]
+
+
+def _averaged(wrapper: DistributedDataParallel) -> Iterator[int]:
+    """Yield the ids of the parameters whose gradients DDP averages, and of those that it was told to ignore."""
+    for bucket in wrapper.reducer._get_zeros_like_grad_buckets():
+        yield from map(id, bucket.parameters())
+    ignored = wrapper.parameters_to_ignore
+    yield from (id(each) for name, each in wrapper.module.named_parameters() if name in ignored)
+
+
+def _optimized(engine: Any) -> Iterator[int]:
+    """Yield the ids of the parameters that DeepSpeed trains: with ZeRO its optimizer has them in groups beside it."""
+    optimizer = engine.optimizer
+    for groups in ("bit16_groups", "fp16_groups"):  # ZeRO 1 and 2; ZeRO 3 and its fp16 optimizer
+        yield from (id(each) for group in getattr(optimizer, groups, ()) for each in group)
+    for group in getattr(optimizer, "param_groups", ()):
+        yield from map(id, group["params"])
