@@ -25,7 +25,7 @@ import randlora
 from randlora.bases.spec import BasisSpec
 from randlora.errors import AdapterError, CheckpointError, raise_collected
 from randlora.model.ranks import is_held_together
-from randlora.placement.dtensor import is_dtensor
+from randlora.places import is_whole
 
 PACKAGES = ("pytorch_lightning", "lightning")
 ENTRY = "randlora"
@@ -103,7 +103,7 @@ class AdapterCallback(_Callback):  # type: ignore[misc]
         if values:  # other processes than the first may have none
             missing = sorted(trained - values.keys())
             raise_collected(CheckpointError, [f"{name} is not in it" for name in missing], doing="write a checkpoint")
-            sharded = next((name for name in trained if is_dtensor(values[name])), None)
+            sharded = next((name for name in trained if not is_whole(values[name])), None)
             if sharded is not None:
                 raise CheckpointError(
                     f"{sharded} is sharded, and Lightning cannot load a part of a sharded checkpoint: give the "

@@ -16,9 +16,8 @@ from randlora.functional import WriteOut, adapted_linear, delta_weight
 from randlora.layers.diagonals import Diagonal, diagonal_shapes
 from randlora.layers.inputs import autocast_dtype, have_one_dtype, input_of, is_plain_tensor, require_product
 from randlora.layers.merging import MergeableWeight
-from randlora.layers.sharded import Split, sharded_product
+from randlora.layers.split import Piece, split_of
 from randlora.layers.update import Update, sum_updates
-from randlora.placement.dtensor import is_dtensor
 from randlora.places import is_hooked, whole
 from randlora.ranks import run_collectives
 from randlora.replaced import watched
@@ -47,8 +46,8 @@ class AdapterLayer(MergeableWeight):
             ``activation`` is current; see `seat`.
         activation: The choice of active adapters that it is prepared for.
         own_forward: The ``forward`` that was set on the owner itself rather than on its class, if any.
-        planned: The ``forward`` that a plan of transformers set on the owner, and the one in its place, if any.
-        split: What a process has of the weight while such a forward runs.
+        adopted: A ``forward`` that what splits the weight set on the owner, and the one in its place, if any.
+        piece: What this process has of the weight while such a forward runs.
     """
 
     kind: ClassVar[str] = "linear"
@@ -64,8 +63,8 @@ class AdapterLayer(MergeableWeight):
         self.acting: list[tuple[SiteAdapter, float]] = []
         self.activation = state.activation
         self.own_forward: Callable[..., Any] | None = None
-        self.planned: tuple[Callable[..., Any], Callable[..., Any]] | None = None
-        self.split: Split | None = None
+        self.adopted: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+        self.piece: Piece | None = None
         self.unmerged = None
 
     @classmethod
@@ -250,11 +249,10 @@ class AdapterLayer(MergeableWeight):
     ) -> Tensor:
         """Return one adapter's output in the dtype of the layer's output, which autocast determines if it is on."""
         x = F.dropout(x.to(dtype), part.adapter.config.dropout, owner.training)
-        if is_dtensor(weight := self.weight_of(owner)):  # split by tensor parallelism
-            update, inputs = self.update(owner, part, factor), 0 if self.is_transposed else 1
-            output: Tensor = sharded_product(update, x, weight, self.region_here(weight), inputs, self.state.compute)
-            return output
-        pair, diagonals = self.update(owner, part, factor).parts(x.device, dtype)
+        update, weight = self.update(owner, part, factor), self.weight_of(owner)
+        if weight is not None and (split := split_of(type(self), weight)) is not None:
+            return split.product(update, x, self.state.compute)
+        pair, diagonals = update.parts(x.device, dtype)
         if x.is_nested:  # adapted_linear needs a shape, which nested tensors lack
             return F.linear(x, delta_weight(pair, diagonals, is_wide=self.shape[1] == min(self.shape)))
         return adapted_linear(x, pair, diagonals, compute=self.state.compute)

@@ -13,8 +13,7 @@ from randlora.layers.cast import cast
 from randlora.layers.inputs import input_of
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import refuse_layer, register_layer
-from randlora.layers.sharded import sharded_rows
-from randlora.placement.dtensor import is_dtensor
+from randlora.layers.split import split_of
 
 FORWARD = nn.Embedding.forward  # read on import, in case it is replaced later
 
@@ -86,9 +85,9 @@ class EmbeddingAdapter(ReadWeight):
                 f"the table of {type(owner).__name__}({owner.num_embeddings}, {owner.embedding_dim}) had the shape "
                 f"{self.shape} when it was adapted: resize it before adapting it"
             )
-        if is_dtensor(weight):
+        if (split := split_of(type(self), weight)) is not None:
             updates = [self.update(owner, part, factor) for part, factor in active]
-            return sharded_rows(updates, ids, weight, self.region_here(weight), owner.padding_idx)
+            return split.rows(updates, ids, owner.padding_idx)
         table, frequency = cast(owner, "weight", weight), owner.scale_grad_by_freq
         output = F.embedding(ids, table, owner.padding_idx, scale_grad_by_freq=frequency, sparse=owner.sparse)
         for part, factor in active:

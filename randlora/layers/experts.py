@@ -25,8 +25,8 @@ from randlora.layers.adapted_stack import AdaptedStack, Own, Parts, Shared
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import register_layer, register_parameter
 from randlora.layers.rows import Rows
+from randlora.layers.split import split_of
 from randlora.layers.update import Update
-from randlora.placement.dtensor import is_dtensor
 
 
 class Experts(ReadWeight):
@@ -87,11 +87,9 @@ class Experts(ReadWeight):
         active = self.active()
         if not active:
             return weight
-        if is_dtensor(weight):
+        if split_of(type(self), weight) is not None:
             return super().value(owner)
-        updates = [self.update(owner, part, factor) for part, factor in active]
-        if self.split is not None:
-            updates = [self.split.part(update) for update in updates]
+        updates = self.here([self.update(owner, part, factor) for part, factor in active])
         if is_transformed():
             return super().with_updates(weight, updates)
         return AdaptedStack(self._parts(weight, updates, self.state.compute))

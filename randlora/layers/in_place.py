@@ -20,8 +20,8 @@ from randlora.errors import AdapterError, CheckpointError, MergeError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.cast import RESIZER, Cast, cast
 from randlora.layers.diagonals import Gamma, Lambda
-from randlora.layers.planned import attach_planned
 from randlora.layers.read_weight import ReadWeight, forward_of_owner
+from randlora.layers.split import adopted
 from randlora.replaced import CASTS
 from randlora.state import SiteAdapter
 
@@ -351,7 +351,7 @@ def attach(owner: nn.Module, layer: AdapterLayer) -> None:
     change_class(owner, base)
     layer.settle(owner)
     held_as = next((name for name in FORWARDS if name in owner.__dict__), None)
-    if held_as is None or attach_planned(owner, layer, held_as) or not layer.is_called:
+    if held_as is None or adopted(owner, layer, held_as) or not layer.is_called:
         return
     inner = owner.__dict__.pop(held_as)
     if not (isinstance(inner, MethodType) and inner.__func__ is base.forward):
@@ -374,9 +374,9 @@ def detach(owner: nn.Module, layer: AdapterLayer) -> None:
     own_forward = MethodType(type(owner).forward, owner) if layer.own_forward is None else layer.own_forward
     for name in FORWARDS:  # accelerate's hooks may have been added or removed since
         bound = owner.__dict__.get(name)
-        is_shared = any(other.planned == layer.planned for other in layers.values())
-        if layer.planned is not None and bound is layer.planned[1] and not is_shared:
-            owner.__dict__[name] = layer.planned[0]
+        is_shared = any(other.adopted == layer.adopted for other in layers.values())
+        if layer.adopted is not None and bound is layer.adopted[1] and not is_shared:
+            owner.__dict__[name] = layer.adopted[0]
         if isinstance(bound, MethodType) and bound.__func__ in (RunsAdapters.forward, ReadsAdapted.forward):
             owner.__dict__[name] = own_forward
     if layer.own_forward is not None and not any(name in owner.__dict__ for name in FORWARDS):

@@ -35,6 +35,7 @@ class QuantizedLayer(LinearAdapter):
         kept: Names of the attributes that the quantized class sets on a layer and a plain layer does not need.
     """
 
+    is_quantized: ClassVar[bool] = True
     kept: ClassVar[tuple[str, ...]] = ()
     as_read: ClassVar[type[AdapterLayer] | None] = None  # what reads codes cannot be given weight + update
 

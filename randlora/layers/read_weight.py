@@ -13,9 +13,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.layers.base import AdapterLayer
 from randlora.layers.rows import Rows
-from randlora.layers.sharded import on_mesh, sums_of
+from randlora.layers.split import split_of
 from randlora.layers.update import Update
-from randlora.placement.dtensor import Shard, is_dtensor
 
 _forwards = threading.local()
 """``values``: what the innermost forward of an owner has read, by weight. Another thread may run without gradients."""
@@ -106,29 +105,10 @@ class ReadWeight(AdapterLayer):
         if not active:
             return weight
         updates = [self.update(owner, part, factor) for part, factor in active]
-        if is_dtensor(weight):
-            return self._sharded_value(weight, updates)
-        if self.split is None:
-            return self.with_updates(weight, updates)
-        return self.with_updates(weight, [self.split.part(update) for update in updates])
+        if (split := split_of(type(self), weight)) is not None:
+            return split.value(updates)
+        return self.with_updates(weight, self.here(updates))
 
-    def taking_part(self, owner: nn.Module, output: Tensor) -> Tensor:
-        """Return an output that no update is in, whose backward takes part in the sums over processes nevertheless."""
-        split = self.split
-        assert split is not None, "its owner's forward is that of a plan"
-        for part, factor in self.active():
-            update = split.part(self.update(owner, part, factor))
-            output = output + 0 * (update.lam.sum() + update.gamma.sum()).to(output.dtype)
-        return output
-
-    def _sharded_value(self, weight: Any, updates: list[Update]) -> Tensor:
-        """Return a weight that tensor parallelism splits, plus updates, split in the same way."""
-        from torch.distributed.tensor import DTensor  # noqa: PLC0415  # there already
-
-        mesh, shape, grads = weight.device_mesh, weight.shape, sums_of(weight)
-        parts = [on_mesh(update, mesh, grads) for update in updates]
-        local = self.part_with_updates(weight.to_local(), Shard(weight).part, tuple(shape), parts)
-        value: Tensor = DTensor.from_local(
-            local, mesh, weight.placements, run_check=False, shape=shape, stride=weight.stride()
-        )
-        return value
+    def here(self, updates: list[Update]) -> list[Update]:
+        """Return the parts of updates for what this process has of the weight, which is all of it, or a piece."""
+        return updates if self.piece is None else [self.piece.part(update) for update in updates]

@@ -22,10 +22,12 @@ class StoredWeight(ABC):
     Attributes:
         attribute: The name of the parameter.
         is_transposed: Whether the weight is stored as ``(in_features, out_features)``, or as a stack of such matrices.
+        is_quantized: Whether the parameter has codes instead of the values of the weight.
     """
 
     attribute: ClassVar[str] = "weight"
     is_transposed: ClassVar[bool] = False
+    is_quantized: ClassVar[bool] = False
 
     @staticmethod
     @abstractmethod

@@ -22,8 +22,8 @@ from randlora.layers.base import AdapterLayer
 from randlora.layers.inputs import input_of, require_product
 from randlora.layers.read_weight import ReadWeight, base_class
 from randlora.layers.rows import Rows
+from randlora.layers.split import split_of
 from randlora.layers.update import Update
-from randlora.placement.dtensor import is_dtensor
 from randlora.serving.routing import Layout, Routing, Sorted, follow, layout_of, layout_of_rows, unfollowed
 from randlora.serving.stacked import (
     Find,
@@ -294,7 +294,7 @@ class RowByRow(Routing, Run):
 def _routes(layer: AdapterLayer, owner: Any) -> Routes:
     """Return the adapters of a weight, for tokens that go through different ones."""
     module = owner.randlora_base.__name__
-    if is_dtensor(layer.weight_of(owner)):
+    if (weight := layer.weight_of(owner)) is not None and split_of(type(layer), weight) is not None:
         raise AdapterError(
             f"an adapted {module} is split by tensor parallelism, with which routed does not work: activate one "
             "adapter at a time"

@@ -8,8 +8,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.layers.in_place import class_obstacle, plain_class
-from randlora.layers.planned import plan_obstacle
-from randlora.layers.quantized import QuantizedLayer
+from randlora.layers.split import split_obstacle
 from randlora.places import loaded_modules
 from randlora.targets.site import Site
 from randlora.targets.ties import tie_problems
@@ -82,5 +81,5 @@ def obstacle(site: Site) -> str | None:
         )
     if is_lazy(weight):
         return "has no shape yet: run one forward pass first"
-    split = plan_obstacle(site.owner, weight, is_quantized=issubclass(site.layer_class, QuantizedLayer))
+    split = split_obstacle(site.owner, weight, is_quantized=site.layer_class.is_quantized)
     return split or site.layer_class.obstacle(site.owner)

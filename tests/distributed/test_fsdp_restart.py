@@ -22,10 +22,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import randlora
-from randlora.data_parallel import DataMeshes
 from randlora.errors import AdapterError
 from randlora.layers.diagonals import Diagonal
-from randlora.placement.dtensor import all_fsdp_modules
+from randlora.sharded.engines import DataMeshes
+from randlora.sharded.mesh import all_fsdp_modules
 from randlora.start import Init
 from tests.distributed.processes import Processes
 from tests.distributed.test_fsdp_at_rest import Two

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import randlora
-from randlora.placement import zero3
+from randlora.sharded import zero3
 from tests.distributed.engines import engine_of, needs_deepspeed
 from tests.distributed.processes import Processes
 from tests.distributed.trained import Drawn

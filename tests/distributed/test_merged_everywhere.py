@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import randlora
 from randlora.disk.tensor_file import write_tensor_file
 from randlora.errors import MergeError
-from randlora.placement import zero3
+from randlora.sharded import zero3
 from tests.distributed.engines import engine_around, engine_of, needs_deepspeed
 from tests.distributed.processes import Processes
 from tests.distributed.test_fsdp_faults import failing_in_last

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import randlora
 from randlora.errors import AdapterError
-from randlora.placement import zero3
+from randlora.sharded import zero3
 from tests.distributed.engines import (
     config,
     deepspeed,

@@ -13,7 +13,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "sharded": (
         *("sharded/*", "placement/averaged.py", "placement/dtensor.py", "placement/flattened.py", "placement/place.py"),
         *("placement/ranks.py", "placement/zero3.py", "layers/sharded.py", "layers/planned.py", "model/ranks.py"),
-        *("data_parallel.py", "model/reducers.py", "model/averaging.py"),
+        *("data_parallel/*", "model/reducers.py", "model/averaging.py"),
     ),
     "offloaded": ("offloaded.py", "offloaded/*", "placement/offloaded.py"),
     "serving": (

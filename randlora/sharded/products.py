@@ -16,11 +16,13 @@ from torch import Tensor
 
 from randlora.functional import Compute, adapted_linear, update_rows
 from randlora.functional.region import Region, entries_of
+from randlora.layers.split import Split, Splitter, register_splitter
+from randlora.layers.stored import StoredWeight
 from randlora.layers.update import Update
-from randlora.placement.dtensor import is_dtensor, is_split
+from randlora.sharded.mesh import Shard, is_dtensor, is_split
 
 
-class Split(NamedTuple):
+class LocalPiece(NamedTuple):
     """What a process has of a weight whose products are computed with plain tensors.
 
     Attributes:
@@ -34,7 +36,7 @@ class Split(NamedTuple):
     region: Region
 
     @classmethod
-    def of(cls, weight: Any, region: Region) -> Split:
+    def of(cls, weight: Any, region: Region) -> LocalPiece:
         """Describe a weight, a `DTensor`."""
         return cls(weight.device_mesh, sums_of(weight), region)
 
@@ -112,31 +114,6 @@ def on_mesh(update: Update, mesh: Any, grads: list[Any]) -> Update:
     return update._replace(lam=local(update.lam), gamma=local(update.gamma))
 
 
-def sharded_product(update: Update, x: Any, weight: Any, region: Region, inputs: int, compute: Compute) -> Any:
-    """Return the product of tokens with an update, placed as the base's output.
-
-    Args:
-        update: The update of the whole weight.
-        x: ``(..., in_features)`` in the dtype to compute in, a `DTensor` on the mesh of the weight or on every process.
-        weight: The weight, a `DTensor`.
-        region: The part of the update for this process's part of the weight.
-        inputs: The dimension of the weight that has its inputs.
-        compute: How to compute.
-    """
-    from torch.distributed.tensor import DTensor  # noqa: PLC0415
-
-    mesh, layout = weight.device_mesh, layout_of(weight, x, inputs)
-    if not is_dtensor(x):
-        x = DTensor.from_local(x, mesh, layout.x, run_check=False)
-    elif list(x.placements) != layout.x:
-        x = x.redistribute(placements=layout.x)
-    local = x.to_local(grad_placements=layout.grad_x)
-    shape = (*x.shape[:-1], update.shape[-2])
-    update = on_mesh(update, mesh, layout.diagonals).within(region)
-    output = local_product(update, local, region, compute)
-    return _placed(output, mesh, layout.output, shape)
-
-
 def local_product(update: Update, x: Tensor, region: Region, compute: Compute) -> Tensor:
     """Return the product of the inputs that a part of a weight has with that part of an update, ``(..., rows)``.
 
@@ -148,31 +125,74 @@ def local_product(update: Update, x: Tensor, region: Region, compute: Compute) -
     return adapted_linear(x, *update.parts(x.device, x.dtype), is_wide=update.is_wide, compute=compute)
 
 
-def sharded_rows(updates: Iterable[Update], ids: Any, weight: Any, region: Region, padding_idx: int | None) -> Any:
-    """Return the rows of a table with updates, ``(*ids.shape, columns)``, placed as the lookup in the base."""
-    from torch.distributed.tensor import Partial, Replicate  # noqa: PLC0415
+class SplitOnMesh(Split):
+    """A weight that is a `DTensor`: what is computed with it is placed on its mesh too."""
 
-    mesh = weight.device_mesh
-    ids = ids.full_tensor() if is_dtensor(ids) else ids
-    output = [
-        (Partial() if placement.dim == 0 else _split_at(placement, ids.dim())) if is_split(placement) else Replicate()
-        for placement in weight.placements
-    ]
-    own, is_here, before = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool), 0
-    for start, stop in region.rows:
-        is_inside = (ids >= start) & (ids < stop)
-        own, is_here = torch.where(is_inside, ids - start + before, own), is_here | is_inside
-        before += stop - start
-    local = F.embedding(own, weight.to_local())
-    for update in updates:
-        part = on_mesh(update, mesh, sums_of(weight)).within(region)
-        pair, of_part = part.parts(local.device, local.dtype)
-        rows = update_rows(own, pair, of_part, num_rows=before, is_wide=part.is_wide)
-        if padding_idx is not None:  # which gets no gradient, as in torch
-            rows = torch.where((ids == padding_idx).unsqueeze(-1), rows.detach(), rows)
-        local = local + rows
-    local = local * is_here.unsqueeze(-1).to(local.dtype)
-    return _placed(local, mesh, output, (*ids.shape, weight.shape[1]))
+    def __init__(self, layer: type[StoredWeight], weight: Any) -> None:
+        """Take a weight of a kind of layer."""
+        self._layer, self._weight = layer, weight
+        self._region = layer.region_here(weight)
+
+    def product(self, update: Update, x: Any, compute: Compute) -> Any:
+        """Return the product of an input, a `DTensor` on the mesh or whole in every process, with an update."""
+        from torch.distributed.tensor import DTensor  # noqa: PLC0415
+
+        mesh, layout = self._weight.device_mesh, layout_of(self._weight, x, 0 if self._layer.is_transposed else 1)
+        if not is_dtensor(x):
+            x = DTensor.from_local(x, mesh, layout.x, run_check=False)
+        elif list(x.placements) != layout.x:
+            x = x.redistribute(placements=layout.x)
+        local = x.to_local(grad_placements=layout.grad_x)
+        shape = (*x.shape[:-1], update.shape[-2])
+        update = on_mesh(update, mesh, layout.diagonals).within(self._region)
+        output = local_product(update, local, self._region, compute)
+        return _placed(output, mesh, layout.output, shape)
+
+    def rows(self, updates: Iterable[Update], ids: Any, padding_idx: int | None) -> Any:
+        """Return the rows of a table with updates, ``(*ids.shape, columns)``, placed as the lookup in the base."""
+        from torch.distributed.tensor import Partial, Replicate  # noqa: PLC0415
+
+        weight, mesh = self._weight, self._weight.device_mesh
+        ids = ids.full_tensor() if is_dtensor(ids) else ids
+
+        def placed(placement: Any) -> Any:
+            if not is_split(placement):
+                return Replicate()
+            return Partial() if placement.dim == 0 else _split_at(placement, ids.dim())
+
+        own, is_here, before = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool), 0
+        for start, stop in self._region.rows:
+            is_inside = (ids >= start) & (ids < stop)
+            own, is_here = torch.where(is_inside, ids - start + before, own), is_here | is_inside
+            before += stop - start
+        local = F.embedding(own, weight.to_local())
+        for update in updates:
+            part = on_mesh(update, mesh, sums_of(weight)).within(self._region)
+            pair, of_part = part.parts(local.device, local.dtype)
+            rows = update_rows(own, pair, of_part, num_rows=before, is_wide=part.is_wide)
+            if padding_idx is not None:  # which gets no gradient, as in torch
+                rows = torch.where((ids == padding_idx).unsqueeze(-1), rows.detach(), rows)
+            local = local + rows
+        local = local * is_here.unsqueeze(-1).to(local.dtype)
+        return _placed(local, mesh, [*map(placed, weight.placements)], (*ids.shape, weight.shape[1]))
+
+    def value(self, updates: Iterable[Update]) -> Any:
+        """Return the weight with updates, split in the same way."""
+        from torch.distributed.tensor import DTensor  # noqa: PLC0415  # there already
+
+        weight, mesh, shape = self._weight, self._weight.device_mesh, self._weight.shape
+        parts = [on_mesh(update, mesh, sums_of(weight)) for update in updates]
+        local = self._layer.part_with_updates(weight.to_local(), Shard(weight).part, tuple(shape), parts)
+        return DTensor.from_local(local, mesh, weight.placements, run_check=False, shape=shape, stride=weight.stride())
+
+
+@register_splitter
+class Meshes(Splitter):
+    """Device meshes, over which tensor parallelism and `fully_shard` split weights."""
+
+    def split(self, layer: type[StoredWeight], weight: Tensor) -> SplitOnMesh | None:
+        """Return how to compute with a weight that is a `DTensor`."""
+        return SplitOnMesh(layer, weight) if is_dtensor(weight) else None
 
 
 def _placed(local: Tensor, mesh: Any, placements: list[Any], shape: tuple[int, ...]) -> Any:

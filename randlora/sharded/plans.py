@@ -12,18 +12,17 @@ import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from randlora.layers.base import AdapterLayer
 from randlora.layers.read_weight import forward_of_owner
-from randlora.layers.sharded import Split, local_product
-from randlora.placement.dtensor import is_dtensor
-
-if TYPE_CHECKING:
-    from randlora.layers.base import AdapterLayer
+from randlora.layers.split import Splitter, register_splitter
+from randlora.sharded.mesh import is_dtensor
+from randlora.sharded.products import LocalPiece, local_product
 
 STYLES = {
     "transformers.distributed.tensor_parallel": "TensorParallelLayer",
@@ -61,60 +60,58 @@ def plan_of(forward: object) -> Plan | None:
     return Plan(style, mesh, getattr(held.get("implementation"), "shares_batch", True))
 
 
-def plan_obstacle(owner: nn.Module, weight: Tensor, *, is_quantized: bool) -> str | None:
-    """Return why a weight that is split over processes cannot be adapted, or ``None``; a phrase after its name."""
-    plan = plan_of(owner.__dict__.get("forward")) if is_dtensor(weight) else None
-    if plan is None:
-        return None
-    if is_quantized:
+@register_splitter
+class Plans(Splitter):
+    """Plans of transformers."""
+
+    def obstacle(self, owner: nn.Module, weight: Tensor, *, is_quantized: bool) -> str | None:
+        """Return why a weight that a plan split cannot be adapted, as a phrase after its name; else ``None``."""
+        plan = plan_of(owner.__dict__.get("forward")) if is_dtensor(weight) else None
+        if plan is None:
+            return None
+        if is_quantized:
+            return (
+                f"is a quantized {type(owner).__name__} whose weight {type(plan.style).__name__} of transformers "
+                "split, which leaves it without codes, so that it computes nothing: load the model without a plan, or "
+                "unquantized"
+            )
+        if plan.shares_batch:
+            return None
         return (
-            f"is a quantized {type(owner).__name__} whose weight {type(plan.style).__name__} of transformers split, "
-            "which leaves it without codes, so that it computes nothing: load the model without a plan, or unquantized"
+            f"is split by {type(plan.style).__name__} of transformers over processes with different batches, whose "
+            "gradients an adapter cannot sum: set ep_size to tp_size, or exclude it"
         )
-    if plan.shares_batch:
-        return None
-    return (
-        f"is split by {type(plan.style).__name__} of transformers over processes with different batches, whose "
-        "gradients an adapter cannot sum: set ep_size to tp_size, or exclude it"
-    )
 
-
-def attach_planned(owner: Any, layer: AdapterLayer, held_as: str) -> bool:
-    """Have an adapted layer computed within the forward that a plan set on its owner; ``False`` if none did.
-
-    Args:
-        owner: The owner, which has this layer already.
-        layer: The adapter layer.
-        held_as: The name of the forward that was set on the owner.
-    """
-    others = [other.planned for other in owner.randlora.values() if other.planned is not None]
-    inner, around = others[0] if others else (owner.__dict__[held_as], None)
-    plan, weight = plan_of(inner), layer.weight_of(owner)
-    if plan is None or not is_dtensor(weight):
-        return False
-    if weight.device_mesh.ndim == 1:  # else fully_shard splits it too
-        layer.split = Split.of(weight, layer.region_here(weight))
-    if around is None:
-        adds = layer.is_called and layer.adds_to_output(owner)
-        within = _within(owner, layer, plan, held_as) if adds else inner
-        around = _around(owner, within)
-    layer.planned = inner, around
-    owner.__dict__[held_as] = around
-    return True
+    def adopt(self, owner: Any, layer: AdapterLayer, held_as: str) -> bool:
+        """Have an adapter layer computed within the forward that a plan set on its owner; ``False`` if none did."""
+        others = [other.adopted for other in owner.randlora.values() if other.adopted is not None]
+        inner, around = others[0] if others else (owner.__dict__[held_as], None)
+        plan, weight = plan_of(inner), layer.weight_of(owner)
+        if plan is None or not is_dtensor(weight):
+            return False
+        if weight.device_mesh.ndim == 1:  # else fully_shard splits it too
+            layer.piece = LocalPiece.of(weight, layer.region_here(weight))
+        if around is None:
+            adds = layer.is_called and layer.adds_to_output(owner)
+            within = _within(owner, layer, plan, held_as) if adds else inner
+            around = _around(owner, within)
+        layer.adopted = inner, around
+        owner.__dict__[held_as] = around
+        return True
 
 
 def _within(owner: Any, layer: AdapterLayer, plan: Plan, held_as: str) -> Callable[..., Any]:
     """Return the forward of a plan with the layer's own and its adapters in it."""
 
     def forward(x: Any) -> Any:
-        active, split = layer.active(), layer.split
-        if not active or split is None or is_dtensor(layer.weight_of(owner)):
+        active, piece = layer.active(), layer.piece
+        if not active or not isinstance(piece, LocalPiece) or is_dtensor(layer.weight_of(owner)):
             return type(owner).forward(owner, x)
         output = layer.base_output(owner, partial(owner.randlora_base.forward, owner), x)
         for part, factor in active:
-            update = split.part(layer.update(owner, part, factor))
+            update = piece.part(layer.update(owner, part, factor))
             own = F.dropout(x.to(output.dtype), part.adapter.config.dropout, owner.training)
-            output = output + local_product(update, own, split.region, layer.state.compute)
+            output = output + local_product(update, own, piece.region, layer.state.compute)
         return output
 
     del owner.__dict__[held_as]
@@ -136,12 +133,21 @@ def _around(owner: Any, planned: Callable[..., Any]) -> Callable[..., Any]:
             return planned(*args, **kwargs)
         for layer in owner.randlora.values():
             if is_dtensor(weight := layer.weight_of(owner)):  # fully_shard, if any, has gathered it for this forward
-                layer.split = Split.of(weight, layer.region_here(weight))
+                layer.piece = LocalPiece.of(weight, layer.region_here(weight))
         with forward_of_owner() as values:
             output = planned(*args, **kwargs)
             for layer in owner.randlora.values() if torch.is_grad_enabled() else ():
                 if not layer.is_called and (id(owner), layer.attribute, True) not in values:
-                    output = layer.taking_part(owner, output)
+                    output = _taking_part(owner, layer, output)
         return output
 
     return forward
+
+
+def _taking_part(owner: Any, layer: AdapterLayer, output: Tensor) -> Tensor:
+    """Return an output that no update is in, whose backward takes part in the sums over processes nevertheless."""
+    assert layer.piece is not None, "its owner's forward is a plan's"
+    for part, factor in layer.active():
+        update = layer.piece.part(layer.update(owner, part, factor))
+        output = output + 0 * (update.lam.sum() + update.gamma.sum()).to(output.dtype)
+    return output
