@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import randlora
-from randlora.checkpoint.base_model import base_model_name, is_same_model, repo_of
+from randlora.checkpoint.peft_config import base_model_name, is_same_model, repo_of
 from randlora.errors import CheckpointError
 from tests import models
 from tests.checkpoint_files import Case, edit_fields, read_fields, trained

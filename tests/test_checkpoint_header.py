@@ -13,8 +13,7 @@ from torch import Tensor
 
 from randlora import RandLoRAConfig
 from randlora.bases import BasisSpec
-from randlora.checkpoint.base_model import ModelClass
-from randlora.checkpoint.header import BasisRecord, Header, dump_header, parse_header
+from randlora.checkpoint.header import BasisRecord, Header, ModelClass, dump_header, parse_header
 from randlora.config import LARGEST_FACTOR
 from randlora.errors import CheckpointError
 from randlora.targets.site import Shapes

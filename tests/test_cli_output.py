@@ -14,8 +14,8 @@ from randlora.bases.spec import BasisSpec
 from randlora.cli.app import main
 from randlora.cli.output import complain, plain, progress_bar, show, show_json, visible
 from randlora.errors import on_command_line, spelled
+from randlora.files.inspect import Check, Verification
 from randlora.files.merge import FileMergeReport
-from randlora.files.verify import Check, Verification
 from randlora.report import no_progress
 from tests.checkpoint_files import peft_directory, read_tensors, write_tensors
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import randlora
-from randlora.checkpoint.base_model import ModelClass
+from randlora.checkpoint.header import ModelClass
 from randlora.errors import CheckpointError, ConfigError
 from tests.checkpoint_files import reseal
 from tests.further import further

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from randlora.files import low_rank
-from randlora.files.low_rank import frobenius_norm, of_rank, spectral_norm, within
+from randlora.files import layouts
+from randlora.files.layouts import frobenius_norm, of_rank, spectral_norm, within
 
 sizes = st.integers(1, 24)
 
@@ -74,7 +74,7 @@ def test_ranks_beyond_the_matrix_are_filled_up_with_zeros() -> None:
 @pytest.fixture
 def randomized(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let small matrices count as large."""
-    monkeypatch.setattr(low_rank, "EXACT_UP_TO", 8)
+    monkeypatch.setattr(layouts, "EXACT_UP_TO", 8)
 
 
 @pytest.mark.parametrize("shape", [(400, 300), (300, 400)], ids=["tall", "wide"])
@@ -112,5 +112,5 @@ def test_norms_are_those_of_the_dense_matrix(decay: float, monkeypatch: pytest.M
     values = torch.linalg.svdvals(matrix.double())
     assert frobenius_norm(matrix) == pytest.approx(float(values.square().sum().sqrt()), rel=1e-6)
     assert spectral_norm(matrix) == pytest.approx(float(values[0]), rel=1e-5)
-    monkeypatch.setattr(low_rank, "EXACT_UP_TO", 8)
+    monkeypatch.setattr(layouts, "EXACT_UP_TO", 8)
     assert 0.95 * float(values[0]) <= spectral_norm(matrix) <= float(values[0]) * (1 + 1e-5)

@@ -18,7 +18,7 @@ from randlora.checkpoint.peft_config import CONFIG_FILE
 from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.errors import ConfigError
 from randlora.files import adapter as adapter_module
-from randlora.files import low_rank
+from randlora.files import layouts
 from randlora.files.convert import ConversionReport
 from randlora.layers.update import Update
 from tests.directories import base_directory, our_directory, their_directory
@@ -220,7 +220,7 @@ def test_large_layers_are_cut_with_random_vectors_and_their_true_error_stated(
     randlora.inject(model, r=40, alpha=40)
     fill(model)
     randlora.save(model, tmp_path / "ours")
-    monkeypatch.setattr(low_rank, "EXACT_UP_TO", 8)
+    monkeypatch.setattr(layouts, "EXACT_UP_TO", 8)
     state = torch.get_rng_state()
     report = randlora.files.convert(tmp_path / "ours", tmp_path / "lora", "lora", rank=8, tolerance=1)
     assert torch.equal(torch.get_rng_state(), state)

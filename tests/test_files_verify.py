@@ -12,7 +12,7 @@ import randlora
 from randlora.checkpoint.peft_config import CONFIG_FILE
 from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.errors import CheckpointError
-from randlora.files.verify import Check, Verification
+from randlora.files.inspect import Check, Verification
 from tests.checkpoint_files import edit_fields, reseal
 from tests.directories import base_directory, our_directory, their_directory
 from tests.models import BERT, GPT2, LLAMA, RealModel, every_transformers_model

@@ -4,10 +4,9 @@
 both files, `fit` compares them with a model. `save`, `load` and `swap` are the verbs.
 """
 
-from randlora.checkpoint.in_memory import AdapterState, adapter_state
-from randlora.checkpoint.load import load
-from randlora.checkpoint.save import save
-from randlora.checkpoint.several import load_all, save_all
+from randlora.checkpoint.contents import AdapterState, adapter_state
+from randlora.checkpoint.load import load, load_all
+from randlora.checkpoint.save import save, save_all
 from randlora.checkpoint.swap import swap
 
 __all__ = [

@@ -12,8 +12,8 @@ from typing import TypeAlias
 
 from torch import nn
 
-from randlora.checkpoint.base_model import repo_of
 from randlora.checkpoint.header import Header
+from randlora.checkpoint.peft_config import repo_of
 from randlora.layer_options import described
 from randlora.layers.in_place import plain_class
 from randlora.report import Report

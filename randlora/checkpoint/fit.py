@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from randlora.checkpoint.base_model import trained_on_another
-from randlora.checkpoint.peft_config import whole_modules
+from randlora.checkpoint.header import ModelClass
+from randlora.checkpoint.peft_config import mismatch, name_of, whole_modules
 from randlora.checkpoint.read import AdapterFile
 from randlora.disk.tensor_file import Entry
 from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
+from randlora.layers.in_place import plain_class
 from randlora.layers.registry import find_layer
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles, offloaded_copies
@@ -65,6 +67,25 @@ def _fitting(census: Census, file: AdapterFile) -> str:
     """Return what is refused, with what the adapter was trained on if that is another model."""
     recorded = file.header.model_class if file.header else None
     return f"fit the adapter{trained_on_another(census.model, file.fields, recorded)}"
+
+
+def trained_on_another(model: nn.Module, fields: Mapping[str, Any], recorded: ModelClass | None) -> str:
+    """Return what an adapter was trained on, and what a model is, as a phrase after "fit the adapter".
+
+    Args:
+        model: A model that the adapter may not fit.
+        fields: Those of the adapter's ``adapter_config.json``.
+        recorded: The class in the adapter's header.
+    """
+    mapping = fields.get("auto_mapping")
+    written = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    theirs = recorded.name if recorded else written, fields.get("base_model_name_or_path")
+    own = plain_class(model).__name__, name_of(model)
+    is_other_class = isinstance(theirs[0], str) and theirs[0] != own[0]
+    if not is_other_class and mismatch(model, theirs[1]) is None:
+        return " to this model"
+    known = " of ".join(name for name in theirs if isinstance(name, str) and name)
+    return f", trained on {known}, to this {' of '.join(name for name in own if name)}"
 
 
 def parameter_names(census: Census) -> set[str]:

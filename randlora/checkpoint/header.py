@@ -8,17 +8,17 @@ which numbers are ranks, `RandLoRAConfig` and `BasisSpec` check.
 import hashlib
 import json
 import operator
+import sys
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, Self, TypedDict, Union, get_args, get_origin
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec, Shape, drawn_dims, sliced_dims
-from randlora.checkpoint.base_model import ModelClass
 from randlora.checkpoint.tensors import METADATA
 from randlora.config import OPTIONS, RandLoRAConfig
 from randlora.disk.tensor_file import bytes_of
@@ -26,6 +26,7 @@ from randlora.disk.untrusted import parse_json
 from randlora.errors import SHOWN, CheckpointError
 from randlora.hints import UNIONS, mistyped
 from randlora.layer_options import LayerOptions, by_rank
+from randlora.layers.in_place import plain_class
 from randlora.layers.registry import KINDS
 from randlora.targets.match import is_names
 from randlora.targets.options import listed, options_listed
@@ -33,6 +34,9 @@ from randlora.targets.site import Shapes
 
 HEADER_KEY = "randlora"
 SEAL_WORD = "basis_sha256"  # a word that every header contains and nothing else does
+
+LIBRARIES = ("transformers", "sentence_transformers")
+"""Libraries whose classes are recorded, if they export them: another program finds those by name."""
 
 
 class BasisFacts(TypedDict):
@@ -125,6 +129,69 @@ FORMAT_VERSIONS = {1: HeaderFacts1, 2: HeaderFacts2, 3: HeaderFacts3}
 
 Version 2 has stacks of matrices and options of single layers, version 3 has buffers of modules in ``train_also``.
 """
+
+
+@dataclass(frozen=True)
+class ModelClass:
+    """The class of a model, and what its config says of a head's outputs.
+
+    Attributes:
+        library: The package that exports it.
+        name: Its name, such as ``"BertForSequenceClassification"``.
+        labels: The names of the outputs, in order, if parameters were trained with the adapter, such as a head.
+        problem_type: The ``problem_type`` in the config: which loss it was trained with.
+    """
+
+    library: str
+    name: str
+    labels: tuple[str, ...] | None = None
+    problem_type: str | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, *, has_trained: bool) -> Self | None:
+        """Return the class of a model, or ``None`` if no library exports it; with labels if parameters are trained."""
+        # `fully_shard` changes the class too
+        kind = next(kind for kind in plain_class(model).__mro__ if not kind.__module__.startswith("torch."))
+        library = kind.__module__.partition(".")[0]
+        if library not in LIBRARIES or getattr(sys.modules.get(library), kind.__name__, None) is not kind:
+            return None
+        config = getattr(model, "config", None) if has_trained else None
+        return cls(library, kind.__name__, _labels(config), _text(getattr(config, "problem_type", None)))
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> Self:
+        """Build one from the result of `to_dict`."""
+        labels = facts.get("labels")
+        return cls(
+            facts["library"], facts["name"], None if labels is None else tuple(labels), facts.get("problem_type")
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields that are known as JSON-serializable values."""
+        labels = None if self.labels is None else [*self.labels]
+        facts = {"library": self.library, "name": self.name, "labels": labels, "problem_type": self.problem_type}
+        return {name: value for name, value in facts.items() if value is not None}
+
+    @property
+    def config_fields(self) -> dict[str, Any]:
+        """The fields of a config of transformers that a model with these labels has."""
+        fields: dict[str, Any] = {} if self.problem_type is None else {"problem_type": self.problem_type}
+        if self.labels is not None:
+            fields["id2label"] = dict(enumerate(self.labels))
+            fields["label2id"] = {label: index for index, label in enumerate(self.labels)}
+        return fields
+
+
+def _labels(config: object) -> tuple[str, ...] | None:
+    found = getattr(config, "id2label", None)
+    if not isinstance(found, dict) or sorted(found) != [*range(len(found))]:
+        return None
+    labels = tuple(found[index] for index in range(len(found)))
+    return labels if all(isinstance(label, str) for label in labels) else None
+
+
+def _text(found: object) -> str | None:
+    return found if isinstance(found, str) else None
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,111 @@
-"""`load`: an adapter from a directory or the Hub into a model."""
+"""`load` and `load_all`: adapters from a directory, the Hub or a state in memory into a model."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from randlora.checkpoint.base_model import mismatch
 from randlora.checkpoint.bases import file_bases, stream_notes
+from randlora.checkpoint.contents import AdapterState, file_of
 from randlora.checkpoint.fit import fit_sites, parameter_names, with_prefix, without_repeats
-from randlora.checkpoint.peft_config import BASE_FIELD, NEUTRAL_FIELDS, kept_fields
-from randlora.checkpoint.read import AdapterFile
-from randlora.checkpoint.source import Found, Source, read_source
-from randlora.checkpoint.tensors import master
+from randlora.checkpoint.peft_config import BASE_FIELD, CONFIG_FILE, NEUTRAL_FIELDS, kept_fields, mismatch
+from randlora.checkpoint.read import AdapterFile, locate, read_adapter
+from randlora.checkpoint.tensors import TENSORS_FILE, master
 from randlora.config import Stream
-from randlora.errors import CheckpointError, warn
+from randlora.disk.hub import local_path
+from randlora.disk.untrusted import is_there
+from randlora.errors import CheckpointError, raise_collected, warn
 from randlora.hints import require_types
 from randlora.layer_options import by_rank
 from randlora.model.install import commit, prepare
 from randlora.model.moving import moving_note
+from randlora.model.switch import remove
 from randlora.model.train_also import copy_dtype, half_notes, replacements
 from randlora.model.view import View, opened_to_add
 from randlora.modes import in_mode, without_modes
 from randlora.replaced import like
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, SavePretrained
+from randlora.targets.match import nearest_names
 from randlora.targets.site import Site, shapes_of
+from randlora.targets.walk import Census
+
+Source = str | os.PathLike[str] | AdapterState
+"""A directory, the safetensors file in it, a repository on the Hub, or what `randlora.adapter_state` returns."""
+
+
+class Found(NamedTuple):
+    """An adapter that was read.
+
+    Attributes:
+        file: Its contents.
+        where: What it was taken from, for messages.
+        rule: How its targets are chosen, for reports.
+    """
+
+    file: AdapterFile
+    where: str
+    rule: str
+
+
+def read_source(
+    source: Source, *, revision: str | None = None, subfolder: str | None = None, stream: Stream | None = None
+) -> Found:
+    """Read an adapter, without a model.
+
+    Raises:
+        CheckpointError: If it cannot be had, or is damaged; the message names it.
+    """
+    if isinstance(source, AdapterState):
+        where = rule = "the state of an adapter"
+    else:
+        where = repr(str(source))
+        rule = f"the names in {f'{subfolder} of ' if subfolder else ''}{source}" + (
+            f" at {revision}" if revision else ""
+        )
+    try:
+        if not isinstance(source, AdapterState):
+            with without_modes():
+                return Found(read_adapter(locate(source, revision, subfolder), stream), where, rule)
+        if given := [each for each in (revision, subfolder, stream) if each is not None]:
+            raise CheckpointError(f"it has no revision, subfolder or stream, got {given[0]!r}")
+        return Found(file_of(source), where, f"the names in {rule}")
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot load {where}: {error}") from error
+
+
+IN_ROOT = "default"
+"""The name of an adapter whose files are not in a directory of their own, as in PEFT's layout of several."""
+
+
+def locate_all(source: str | os.PathLike[str], revision: str | None) -> dict[str, Path]:
+    """Return the directories of all adapters in a directory, or in a repository on the Hub, by name."""
+    files = [f"{folder}{name}" for folder in ("", "*/") for name in (CONFIG_FILE, TENSORS_FILE)]
+    return adapters_in(local_path(source, revision, files, are_patterns=True))
+
+
+def adapters_in(directory: Path) -> dict[str, Path]:
+    """Return the directories of the adapters in a directory, by name, in PEFT's layout.
+
+    Each is in a directory of its name, and one may be in the directory itself, which is that named ``default``.
+
+    Raises:
+        CheckpointError: If there is none, or there are two of that name.
+    """
+    paths = sorted(directory.glob(f"*/{TENSORS_FILE}"))
+    found = {path.parent.name: path.parent for path in paths if not path.parent.name.startswith(".")}
+    if is_there(directory / TENSORS_FILE):
+        if IN_ROOT in found:
+            raise CheckpointError(f"{str(directory)!r} has two adapters named {IN_ROOT!r}, in it and in {IN_ROOT}/")
+        found = {IN_ROOT: directory, **found}
+    if not found:
+        raise CheckpointError(f"{str(directory)!r} has no adapters: expected directories with {TENSORS_FILE}")
+    return found
 
 
 @torch.inference_mode(mode=False)  # what is made here may be trained, whatever mode the caller is in
@@ -86,6 +165,54 @@ def load(
         return added(view, found, Options(name, trainable, active, prefix, save_pretrained))
 
 
+def load_all(
+    model: nn.Module,
+    source: str | os.PathLike[str],
+    *,
+    names: Sequence[str] | None = None,
+    trainable: bool = False,
+    revision: str | None = None,
+    prefix: str | None = None,
+    save_pretrained: SavePretrained | None = None,
+) -> list[Report]:
+    """Load the adapters of a directory that `randlora.save_all` or PEFT wrote into a model: all of them, or none.
+
+    Each has the name of its directory; one that is in ``source`` itself is named ``default``. The first is active if
+    the model had no adapter before.
+
+    Args:
+        model: The model that the adapters were trained on.
+        source: The directory, or a repository on the Hub with such directories.
+        names: The adapters to load; ``None`` means all.
+        trainable: Whether their parameters require grad.
+        revision: Branch, tag or commit of a repository; ``None`` means its main branch.
+        prefix: The prefix by which the names in the files and in the model differ, as for `randlora.load`.
+        save_pretrained: What the model's method of this name does: see `randlora.inject`.
+
+    Returns:
+        A report for each, as from `randlora.load`.
+
+    Raises:
+        CheckpointError: If there are none, or none of a name, or one cannot be loaded. The model is then unchanged.
+        AdapterError: If a name is taken, or the model's adapters are merged.
+    """
+    given = {"model": model, "source": source, "names": names, "trainable": trainable, "revision": revision}
+    require_types(load_all, given | {"prefix": prefix, "save_pretrained": save_pretrained})
+    try:
+        directories = locate_all(source, revision)
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot load {str(source)!r}: {error}") from error
+    chosen = list(dict.fromkeys(directories if names is None else names))
+    problems = [
+        f"there is no adapter named {name!r}; the nearest are {nearest_names(name, directories)}"
+        for name in chosen
+        if name not in directories
+    ]
+    raise_collected(CheckpointError, problems, doing=f"load {str(source)!r}")
+    found = {name: read_source(directories[name]) for name in chosen}
+    return add_all(model, found, Options(trainable=trainable, prefix=prefix, save_pretrained=save_pretrained))
+
+
 class Options(NamedTuple):
     """What `load` is told beside where an adapter is; see there."""
 
@@ -94,6 +221,22 @@ class Options(NamedTuple):
     active: bool | None = None
     prefix: str | None = None
     save_pretrained: SavePretrained | None = None
+
+
+@torch.inference_mode(mode=False)
+def add_all(model: nn.Module, found: Mapping[str, Found], options: Options) -> list[Report]:
+    """Add adapters that were read to a model under these names: all of them, or none if one cannot be added."""
+    reports: list[Report] = []
+    with opened_to_add(model, found, "load") as view:
+        try:
+            for name, each in found.items():
+                now = View(view.root, view.state, Census.of(model)) if reports else view
+                reports.append(added(now, each, options._replace(name=name)))
+        except BaseException:
+            for name in reversed([*found][: len(reports)]):
+                remove(model, name)
+            raise
+    return reports
 
 
 def added(view: View, found: Found, options: Options) -> Report:

@@ -1,18 +1,21 @@
-"""``adapter_config.json``: an adapter's options in the fields that PEFT 0.21.2 writes, and back."""
+"""``adapter_config.json``: options in the fields that PEFT 0.21.2 writes, and back; the names of base models."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from torch import nn
 from torch.torch_version import TorchVersion
 
 from randlora.bases.spec import KINDS, BasisSpec, peft_streams
-from randlora.checkpoint.base_model import base_model_name
 from randlora.config import OPTIONS, BasisKind, RandLoRAConfig, Stream
+from randlora.disk.hub import is_repo_id
+from randlora.disk.untrusted import is_there
 from randlora.errors import CheckpointError, ConfigError
 from randlora.layer_options import LayerOptions, described
 from randlora.layers.in_place import plain_class
@@ -68,6 +71,9 @@ OWN_FIELDS = frozenset({
     *UNREAD_FIELDS,
 })
 """Fields that every save computes from the adapter."""
+
+CACHED = re.compile(r"(?:^|[/\\])models--([^/\\]+)[/\\]snapshots[/\\]")
+"""A path in the cache of huggingface_hub, which is the name of a model that was loaded by this path."""
 
 
 class PeftFields(TypedDict, total=False):
@@ -242,3 +248,57 @@ def whole_modules(census: Census, trained: Iterable[str]) -> list[str]:
             modules[prefix] = modules.get(prefix, True) and fqn in trained
     whole = [prefix for prefix, is_whole in modules.items() if is_whole]
     return [prefix for prefix in whole if prefix.rpartition(".")[0] not in whole]
+
+
+def base_model_name(model: nn.Module, written: object = None) -> str | None:
+    """Return the name of the model that an adapter belongs to.
+
+    The name in the file that the adapter was loaded from, ``written``, is kept if it means the same model.
+    """
+    known = written if isinstance(written, str) and written else None
+    own = name_of(model)
+    return known if own is None or (known and is_same_model(known, own)) else own
+
+
+def is_same_model(one: str, other: str) -> bool:
+    """Return whether two names may mean the same model.
+
+    The names of two repositories are compared whole. Of a path, only the last component counts.
+    """
+    first, second = ((repo_of(name) or name).rstrip("/\\").casefold() for name in (one, other))
+    if is_repo_id(first) and is_repo_id(second):
+        return first == second
+    return re.split(r"[/\\]", first)[-1] == re.split(r"[/\\]", second)[-1]
+
+
+def mismatch(model: nn.Module, written: object) -> str | None:
+    """Return a warning if a model is not the one that an adapter was trained on, ``None`` if it is or is not known."""
+    own = name_of(model)
+    if own is None or not isinstance(written, str) or not written or is_same_model(written, own):
+        return None
+    return (
+        f"the adapter was trained on {written!r}, and this model is {own!r}: "
+        "what it computes is wrong unless both have the same weights"
+    )
+
+
+def is_own_directory(model: nn.Module, directory: Path) -> bool:
+    """Whether a directory is the one that the model was loaded from."""
+    own = name_of(model)
+    return own is not None and is_there(Path(own)) and is_there(directory) and Path(own).samefile(directory)
+
+
+def repo_of(name: str | None) -> str | None:
+    """Return the repository on the Hub that a base model's name means, or ``None`` for a local path."""
+    if name is None:
+        return None
+    if found := CACHED.search(name):
+        return found[1].replace("--", "/")
+    return name if is_repo_id(name) and not is_there(Path(name)) else None
+
+
+def name_of(model: nn.Module) -> str | None:
+    """Return the name or the directory that a model was loaded by, if it says that."""
+    holders = (getattr(model, "config", None), model)
+    names = (getattr(holder, field, None) for holder in holders for field in ("_name_or_path", "name_or_path"))
+    return next((name for name in names if isinstance(name, str) and name), None)

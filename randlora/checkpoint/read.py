@@ -136,7 +136,7 @@ def read_adapter(directory: Path, stream: Stream | None = None) -> AdapterFile:
     ``stream`` is the stream of its bases, if the caller says it. `file_bases` compares it with what the file says.
 
     Our header decides if the JSON contradicts it or is missing, which is a doubt. Another process may be replacing the
-    files, in the order of `checkpoint.write`. So the JSON must be the same before and after the tensors are read, and a
+    files, in the order of `files_of`. So the JSON must be the same before and after the tensors are read, and a
     doubt must last for a moment.
     """
     end = time.monotonic() + PATIENCE

@@ -1,16 +1,17 @@
-"""`save`: an adapter to a directory of two files that PEFT reads too, with a model card, and to the Hub."""
+"""`save` and `save_all`: adapters to directories of two files that PEFT reads too, with a model card; the Hub."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
-from randlora.checkpoint.base_model import is_own_directory
 from randlora.checkpoint.card import CARD_FILE, Results, is_ours, results_note, task_of, write_card
 from randlora.checkpoint.contents import (
     Contents,
@@ -22,11 +23,13 @@ from randlora.checkpoint.contents import (
     value_problems,
 )
 from randlora.checkpoint.fit import untied_by_peft
-from randlora.checkpoint.peft_config import BASE_FIELD, CONFIG_FILE
+from randlora.checkpoint.header import HEADER_KEY, Header, metadata_of
+from randlora.checkpoint.load import IN_ROOT
+from randlora.checkpoint.peft_config import BASE_FIELD, CONFIG_FILE, is_own_directory
 from randlora.checkpoint.tensors import TENSORS_FILE
-from randlora.checkpoint.write import adapter_files
 from randlora.disk.hub import is_repo_id, require_hub, upload
-from randlora.disk.replace import write_files
+from randlora.disk.replace import Files, write_files
+from randlora.disk.tensor_file import Planned, write_tensor_file
 from randlora.errors import CheckpointError, raise_collected, warn
 from randlora.hints import require_types, shortly
 from randlora.model.moving import moved_note
@@ -35,7 +38,7 @@ from randlora.model.trainable import adapter_parameters
 from randlora.model.untrained import untrained_note
 from randlora.ranks import on_first_rank
 from randlora.report import adapter_report, as_bytes
-from randlora.state import ModelState
+from randlora.state import ModelState, adapted_root
 from randlora.targets.match import shortened
 from randlora.targets.walk import Census
 
@@ -105,6 +108,51 @@ def save(
     root = Path(directory)
     (report,) = write_each(model, {name: root}, root, bases=bases, push_to_hub=push_to_hub, results=results)
     return report
+
+
+def save_all(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    names: Sequence[str] | None = None,
+    bases: StoredAs = "seed",
+    push_to_hub: str | None = None,
+) -> list[SaveReport]:
+    """Save several adapters in one call: each to the directory of its name in ``directory``, as PEFT does.
+
+    The adapter named ``default`` is written to ``directory`` itself, where PEFT has it. All are checked, and on disk,
+    before the first file appears. What each consists of is the same as from `randlora.save`.
+
+    Args:
+        model: A model with adapters.
+        directory: The directory, created if it does not exist. Adapters already in it are replaced if they are named.
+        names: The adapters; ``None`` means all.
+        bases: As for `randlora.save`.
+        push_to_hub: A repository on the Hub, ``"user/repo"``, to upload all of them to, in the same directories.
+
+    Returns:
+        A report for each, as from `randlora.save`.
+
+    Raises:
+        AdapterError: If the model has no adapter of a name.
+        CheckpointError: If one of them cannot be saved, or has no name that a directory can have. Nothing is written
+            then.
+        OSError: If the disk refuses. Files already there remain as they were, unless it refuses to rename, when
+            adapters that are complete remain.
+    """
+    require_types(save_all, {"model": model, "directory": directory, "names": names, "push_to_hub": push_to_hub})
+    root = Path(directory)
+    _, state = adapted_root(model)
+    chosen = list(state.adapters if names is None else names)
+    problems = [f"{name!r} is named twice" for name in dict.fromkeys(chosen) if chosen.count(name) > 1]
+    problems += [
+        f"{name!r} is no name of a directory: rename the adapter" for name in chosen if Path(name).name != name
+    ]
+    if not chosen:
+        problems.append("no adapter is named")
+    raise_collected(CheckpointError, problems, doing=f"save to {str(root)!r}")
+    directories = {name: root if name == IN_ROOT else root / name for name in chosen}
+    return write_each(model, directories, root, bases=bases, push_to_hub=push_to_hub)
 
 
 def write_each(
@@ -241,3 +289,39 @@ def _left_out(census: Census, state: ModelState) -> list[str]:
     if not left:
         return []
     return [f"{shortened(left)} requires grad and belongs to no adapter, so it is not in the files: see train_also"]
+
+
+def adapter_files(
+    directory: Path,
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    header: Header | None,
+    card: str | None = None,
+) -> Files:
+    """Return an adapter's files, to be written. Tensors must be contiguous and on the CPU."""
+    planned = [Planned.whole(*item) for item in tensors.items()]
+    return files_of(directory, TENSORS_FILE, planned, metadata_of(header, tensors), fields, card)
+
+
+def files_of(
+    directory: Path,
+    tensors_file: str,
+    tensors: Sequence[Planned],
+    metadata: Mapping[str, str],
+    fields: Mapping[str, Any] | None,
+    card: str | None = None,
+) -> Files:
+    """Return a file of tensors, a JSON if there are ``fields``, and a model card if there is one, to be written.
+
+    Our header makes the file of the tensors complete in itself: it decides, and the JSON after it is a copy of its
+    options for PEFT. Beside tensors without our header readers need the JSON, so it is gone while the tensors change.
+    """
+    config = None if fields is None else json.dumps(dict(fields), indent=2) + "\n"
+    writers: dict[str, Callable[[Path], object]] = {
+        tensors_file: lambda path: write_tensor_file(path, tensors, metadata)
+    }
+    for name, text in ((CARD_FILE, card), (CONFIG_FILE, config)):
+        if text is not None:
+            writers[name] = partial(Path.write_text, data=text, encoding="utf-8")
+    is_needed = config is not None and HEADER_KEY not in metadata
+    return Files(directory, writers, withdrawn=CONFIG_FILE if is_needed else None)

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from randlora.checkpoint.fit import parameter_names, with_prefix, without_repeats
 from randlora.checkpoint.header import BasisRecord, Header
-from randlora.checkpoint.load import warn_of_doubts
+from randlora.checkpoint.load import Found, Source, read_source, warn_of_doubts
 from randlora.checkpoint.peft_config import kept_fields
 from randlora.checkpoint.read import AdapterFile
-from randlora.checkpoint.source import Found, Source, read_source
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import require_types
 from randlora.layer_options import by_rank

@@ -8,14 +8,12 @@ describes on the meta device, and `base_fit` finds an adapter's layers in the fi
 layer, and `changes` are what adapters do to a checkpoint.
 """
 
-from randlora.files.convert import convert
-from randlora.files.inspect import inspect
-from randlora.files.join import join
+from randlora.files.convert import convert, join
+from randlora.files.inspect import inspect, verify
 from randlora.files.load_model import load_model
 from randlora.files.merge import merge
 from randlora.files.plan import plan, training_memory
 from randlora.files.save_merged import save_merged
-from randlora.files.verify import verify
 from randlora.report import Progress
 
 __all__ = [

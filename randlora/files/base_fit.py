@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from randlora.bases.spec import Shape
-from randlora.checkpoint.base_model import ModelClass
 from randlora.checkpoint.fit import (
     misfits,
     named_sites,
@@ -27,6 +26,7 @@ from randlora.checkpoint.fit import (
     with_prefix,
     without_repeats,
 )
+from randlora.checkpoint.header import ModelClass
 from randlora.checkpoint.read import AdapterFile
 from randlora.config import RandLoRAConfig
 from randlora.disk.tensor_file import Entry

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from randlora.bases.basis import BasisBank
-from randlora.checkpoint.base_model import ModelClass
 from randlora.checkpoint.bases import stream_notes
+from randlora.checkpoint.header import ModelClass
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.config import Stream
 from randlora.disk.tensor_file import Entry, Planned, Shard, read_pieces, read_tensor

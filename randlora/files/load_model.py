@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from randlora.checkpoint.base_model import ModelClass
+from randlora.checkpoint.header import ModelClass
 from randlora.checkpoint.load import load
 from randlora.checkpoint.read import locate, read_adapter
 from randlora.config import Stream

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from randlora.checkpoint.base_model import ModelClass
+from randlora.checkpoint.header import ModelClass
 from randlora.checkpoint.peft_config import CONFIG_FILE
 from randlora.disk.hub import is_on_hub, local_path, read_header
 from randlora.disk.tensor_file import Entry, Shard, read_shard, shard_of

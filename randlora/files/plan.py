@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from randlora.checkpoint.base_model import ModelClass
+from randlora.checkpoint.header import ModelClass
 from randlora.config import LARGEST_RANK, further_options
 from randlora.errors import CheckpointError, ConfigError, TargetError, raise_collected
 from randlora.files.base_fit import Base, open_base

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
-from randlora.checkpoint.base_model import ModelClass
+from randlora.checkpoint.header import ModelClass
 from randlora.disk.hub import offline
 from randlora.disk.untrusted import open_regular, path_of
 from randlora.errors import CheckpointError, raise_collected

@@ -14,9 +14,7 @@ from pathlib import Path
 
 from torch import nn
 
-from randlora.checkpoint.load import Options
-from randlora.checkpoint.several import add_all
-from randlora.checkpoint.source import Found, Source, adapters_in, read_source
+from randlora.checkpoint.load import Found, Options, Source, adapters_in, add_all, read_source
 from randlora.errors import AdapterError, ConfigError, raise_collected
 from randlora.hints import require_types, shortly
 from randlora.model.switch import remove

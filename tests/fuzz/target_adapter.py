@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import randlora
 from randlora.bases.spec import Shape
 from randlora.checkpoint.read import AdapterFile, read_adapter
+from randlora.checkpoint.save import adapter_files
 from randlora.checkpoint.tensors import adapter_tensors, basis_keys
-from randlora.checkpoint.write import adapter_files
 from randlora.disk.replace import write_files
 from randlora.errors import RandLoRAError
 from tests.fuzz.files import laid_out, tree, unpack
