@@ -30,7 +30,7 @@ else:
             {each: found[each] for each in names if each in found}, **({"__all__": names} if names else {})
         )
         if name not in globals():
-            meant = _import_module("randlora.meant").CALLS.get(name)
+            meant = _import_module("randlora.hints").CALLS.get(name)
             advice = f": call {meant}" if meant else ""
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}{advice}")
         return globals()[name]

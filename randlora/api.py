@@ -6,7 +6,6 @@ import randlora.features as _features  # noqa: F401  (importing it registers wha
 import randlora.layers as _layers  # noqa: F401  (importing it registers every kind of layer)
 from randlora import errors as errors
 from randlora import files as files
-from randlora.checking.check import check as check
 from randlora.checkpoint import adapter_state as adapter_state
 from randlora.checkpoint import load as load
 from randlora.checkpoint import load_all as load_all
@@ -14,7 +13,7 @@ from randlora.checkpoint import save as save
 from randlora.checkpoint import save_all as save_all
 from randlora.checkpoint import swap as swap
 from randlora.config import RandLoRAConfig as RandLoRAConfig
-from randlora.model.check_ranks import check_ranks as check_ranks
+from randlora.model.check import check as check
 from randlora.model.inject import eject as eject
 from randlora.model.inject import inject as inject
 from randlora.model.inject import plan as plan
@@ -24,16 +23,17 @@ from randlora.model.merge import merge as merge
 from randlora.model.merge import merged as merged
 from randlora.model.merge import unmerge as unmerge
 from randlora.model.merged_tensors import merged_tensors as merged_tensors
-from randlora.model.norms import limit_norms as limit_norms
-from randlora.model.norms import update_norms as update_norms
-from randlora.model.rename import rename as rename
 from randlora.model.switch import activate as activate
-from randlora.model.switch import delta_weight as delta_weight
 from randlora.model.switch import disabled as disabled
 from randlora.model.switch import remove as remove
+from randlora.model.switch import rename as rename
 from randlora.model.switch import set_compute as set_compute
 from randlora.model.trainable import set_trainable as set_trainable
 from randlora.model.trainable import trainable_parameters as trainable_parameters
+from randlora.model.updates import check_ranks as check_ranks
+from randlora.model.updates import delta_weight as delta_weight
+from randlora.model.updates import limit_norms as limit_norms
+from randlora.model.updates import update_norms as update_norms
 from randlora.start import equivalent_alpha as equivalent_alpha
 from randlora.targets.select import find_targets as find_targets
 

@@ -13,13 +13,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ParamSpec, Self, TypeVar, get_type_hints
 
 from randlora.errors import ConfigError, OptionError, raise_collected
-from randlora.layer_options import ByPattern
-from randlora.meant import ADVICE
+from randlora.hints import ADVICE
 from randlora.options import BasisKind as BasisKind
+from randlora.options import ByPattern, Option, between, entry, names_or_regex, positive_pair
 from randlora.options import Experts as Experts
 from randlora.options import InProj as InProj
 from randlora.options import Names as Names
-from randlora.options import Option, between, entry, names_or_regex, positive_pair
 from randlora.options import Pattern as Pattern
 from randlora.options import Stream as Stream
 

@@ -1,12 +1,14 @@
-"""torch's dispatch modes, which see every operator: whether one is active, running outside of them, and fake tensors.
+"""How torch runs code: its dispatch modes, which see every operator, fake tensors, and code that is not compiled.
 
 Selective activation checkpointing is such a mode, and so is torch's `FakeTensorMode`, whose tensors have no values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -68,3 +70,28 @@ def _active(key: str) -> Any:
 def has_values(tensor: Tensor) -> bool:
     """Whether a tensor has values: it is not on the meta device, and not fake."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+class _Open:
+    """The blocks that are open, of all models and threads, since torch has one stance for all."""
+
+    lock = threading.Lock()
+    count = 0
+    stance: Any = None
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Have torch run compiled functions uncompiled in the block, if its compiler is in use."""
+    with _Open.lock:
+        _Open.count += 1
+        if _Open.stance is None and "torch._dynamo" in sys.modules:
+            _Open.stance = torch.compiler.set_stance("force_eager")
+    try:
+        yield
+    finally:
+        with _Open.lock:
+            _Open.count -= 1
+            if not _Open.count and _Open.stance is not None:
+                _Open.stance.__exit__(None, None, None)
+                _Open.stance = None

@@ -1,4 +1,4 @@
-"""The words that options take, and what the table of options says of each.
+"""The words and values that options take, by layer too, and what the table of options says of each.
 
 The table is `RandLoRAConfig`, with one entry for an option. Neither imports torch, which takes seconds.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from randlora.hints import mistyped, shortly
 
@@ -44,6 +45,13 @@ Check = Callable[[Any], str]
 
 NO_REGEX = re.error, OverflowError, RecursionError
 """What the module ``re`` raises for what is no regular expression, counts too far, or is nested too deeply."""
+
+Factor = float | Mapping[str, float]
+"""The factor of an active adapter's update: one for all layers, or one for each by FQN. With 0 it does not act."""
+
+_Number = TypeVar("_Number", bound=float)
+
+_Value = TypeVar("_Value")
 
 
 def entry(
@@ -106,3 +114,75 @@ class Option:
                     yield f"{self.name}[{shortly(pattern)}] must be {said}, got {shortly(number)}"
         elif value is not None and (said := self.check(value)):
             yield f"{self.name} must be {said}, got {shortly(value)}"
+
+
+class ByPattern(Mapping[str, _Number]):
+    """An option with a number for each pattern of layers, of which the first that matches a layer applies.
+
+    It cannot be changed, and equals only mappings with the same entries in the same order.
+    """
+
+    def __init__(self, numbers: Mapping[str, _Number]) -> None:
+        """Copy a mapping from patterns to numbers."""
+        self._numbers: dict[str, _Number] = dict(numbers)
+
+    def __getitem__(self, pattern: str) -> _Number:
+        """Return the number of a pattern."""
+        return self._numbers[pattern]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the patterns."""
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        """Return the number of patterns."""
+        return len(self._numbers)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other is a mapping with the same entries in the same order."""
+        return isinstance(other, Mapping) and [*self.items()] == [*other.items()]
+
+    def __hash__(self) -> int:
+        """Return a hash of the entries."""
+        return hash(tuple(self.items()))
+
+    def __repr__(self) -> str:
+        """Return the entries as those of a dict."""
+        return repr(self._numbers)
+
+
+class LayerOptions(NamedTuple):
+    """The options that may differ between the layers of an adapter.
+
+    Attributes:
+        r: Rank of one random basis.
+        alpha: The update is scaled by ``alpha / r``.
+    """
+
+    r: int
+    alpha: float
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the update, ``alpha / r``."""
+        return self.alpha / self.r
+
+
+def by_rank(values: Mapping[str, _Value], options: Mapping[str, LayerOptions]) -> dict[int, list[_Value]]:
+    """Return the values of the layers of each r, such as their shapes."""
+    found: dict[int, list[_Value]] = {}
+    for fqn, value in values.items():
+        found.setdefault(options[fqn].r, []).append(value)
+    return found
+
+
+def described(options: Mapping[str, LayerOptions]) -> dict[str, str]:
+    """Return r and alpha in words: the value, or each value with its number of layers."""
+    return {name: _counted(getattr(own, name) for own in options.values()) for name in LayerOptions._fields}
+
+
+def _counted(values: Iterable[float]) -> str:
+    counts = Counter(values)
+    if len(counts) == 1:
+        return f"{next(iter(counts)):g}"
+    return ", ".join(f"{value:g} ({count} layer{'s' * (count > 1)})" for value, count in sorted(counts.items()))

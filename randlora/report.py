@@ -15,15 +15,15 @@ from torch.nn.parameter import is_lazy
 from randlora.bases.spec import KINDS, BasisSpec, count_bases, count_trainable, reach_all
 from randlora.config import RandLoRAConfig
 from randlora.errors import spelled
-from randlora.layer_options import Factor
+from randlora.hints import NotTheModel
 from randlora.layers.update import RoundingLoss
-from randlora.lora_size import lora_parameters
-from randlora.meant import NotTheModel
+from randlora.options import Factor
 from randlora.start import first_learning_rate
 from randlora.state import Adapter
+from randlora.targets.defaults import NEW_HEADS
 from randlora.targets.left_out import LeftOut, Remaining, left_out, lines
 from randlora.targets.match import shortened
-from randlora.targets.presets import NEW_HEADS
+from randlora.targets.options import lora_parameters
 from randlora.targets.site import Shapes
 from randlora.targets.walk import Census
 

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 import randlora
 from randlora.errors import TargetError
-from randlora.targets.presets import TARGET_PRESETS
+from randlora.targets.defaults import TARGET_PRESETS
 from randlora.targets.select import Selection, select
 from randlora.targets.walk import Census
 from tests.models import LLAMA

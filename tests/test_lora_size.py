@@ -12,7 +12,7 @@ from torch import nn
 
 import randlora
 from randlora.errors import ConfigError, TargetError
-from randlora.lora_size import r_like_lora
+from randlora.targets.options import r_like_lora
 from tests.kit import untouched
 from tests.laws import Mixed
 from tests.test_experts import EXPERTS, mixtral

@@ -16,7 +16,7 @@ from torch import nn
 import randlora
 from randlora.config import MEANT, RandLoRAConfig
 from randlora.errors import ConfigError, OptionError, RandLoRAError
-from randlora.meant import CALLS
+from randlora.hints import CALLS
 from tests.kit import untouched
 
 VERBS = (randlora.inject, randlora.plan, randlora.training_memory, randlora.files.plan, randlora.files.training_memory)

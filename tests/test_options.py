@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import randlora
 from randlora import RandLoRAConfig
 from randlora.errors import TargetError
-from randlora.layer_options import LayerOptions
+from randlora.options import LayerOptions
 from randlora.targets.options import listed, options_listed, ranks_of_others, resolve
 from tests import models
 

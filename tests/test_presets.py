@@ -11,7 +11,7 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import randlora
-from randlora.targets.presets import HEAD_NAMES, TARGET_PRESETS
+from randlora.targets.defaults import HEAD_NAMES, TARGET_PRESETS
 from tests.further import further
 
 NOT_IN_TRANSFORMERS = {

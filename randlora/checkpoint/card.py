@@ -14,8 +14,8 @@ from torch import nn
 
 from randlora.checkpoint.header import Header
 from randlora.checkpoint.peft_config import repo_of
-from randlora.layer_options import described
 from randlora.layers.in_place import plain_class
+from randlora.options import described
 from randlora.report import Report
 
 CARD_FILE = "README.md"

@@ -25,9 +25,9 @@ from randlora.disk.tensor_file import bytes_of
 from randlora.disk.untrusted import parse_json
 from randlora.errors import SHOWN, CheckpointError
 from randlora.hints import UNIONS, mistyped
-from randlora.layer_options import LayerOptions, by_rank
 from randlora.layers.in_place import plain_class
 from randlora.layers.registry import KINDS
+from randlora.options import LayerOptions, by_rank
 from randlora.targets.match import is_names
 from randlora.targets.options import listed, options_listed
 from randlora.targets.site import Shapes

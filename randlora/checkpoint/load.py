@@ -21,13 +21,12 @@ from randlora.disk.hub import local_path
 from randlora.disk.untrusted import is_there
 from randlora.errors import CheckpointError, raise_collected, warn
 from randlora.hints import require_types
-from randlora.layer_options import by_rank
 from randlora.model.install import commit, prepare
-from randlora.model.moving import moving_note
 from randlora.model.switch import remove
-from randlora.model.train_also import copy_dtype, half_notes, replacements
+from randlora.model.train_also import copy_dtype, half_notes, moving_note, replacements
 from randlora.model.view import View, opened_to_add
 from randlora.modes import in_mode, without_modes
+from randlora.options import by_rank
 from randlora.replaced import like
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, SavePretrained

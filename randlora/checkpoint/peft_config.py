@@ -17,8 +17,8 @@ from randlora.config import OPTIONS, BasisKind, RandLoRAConfig, Stream
 from randlora.disk.hub import is_repo_id
 from randlora.disk.untrusted import is_there
 from randlora.errors import CheckpointError, ConfigError
-from randlora.layer_options import LayerOptions, described
 from randlora.layers.in_place import plain_class
+from randlora.options import LayerOptions, described
 from randlora.state import Adapter
 from randlora.targets.match import has_suffix, shortened
 from randlora.targets.walk import Census

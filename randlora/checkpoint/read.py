@@ -50,7 +50,7 @@ from randlora.disk.tensor_file import Shard, is_equal, open_shard, read_tensor
 from randlora.disk.untrusted import is_there, read_json
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import mistyped, shortly
-from randlora.layer_options import LayerOptions
+from randlora.options import LayerOptions
 from randlora.targets.options import listed, options_listed
 
 COPY = re.compile(rf"\.{BASIS_B}(\.r\d+)?$")

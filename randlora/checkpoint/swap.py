@@ -15,11 +15,11 @@ from randlora.checkpoint.peft_config import kept_fields
 from randlora.checkpoint.read import AdapterFile
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import require_types
-from randlora.layer_options import by_rank
 from randlora.model.install import lost_sites
 from randlora.model.train_also import lost_parameters
 from randlora.model.view import View, opened
 from randlora.modes import has_values
+from randlora.options import by_rank
 from randlora.places import Kept, Place, place_at, values_within
 from randlora.ranks import raise_on_every_rank
 from randlora.replaced import whole_shape

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from randlora.bases.spec import count_bases
 from randlora.disk.tensor_file import TORCH_DTYPES
-from randlora.layer_options import LayerOptions
 from randlora.modes import has_values
+from randlora.options import LayerOptions
 from randlora.places import lent
 
 TENSORS_FILE = "adapter_model.safetensors"

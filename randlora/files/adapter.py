@@ -23,8 +23,8 @@ from randlora.disk.replace import is_free
 from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
 from randlora.files.base_fit import Base, BaseFit, fit_base, open_base, shapes_in
 from randlora.hints import shortly
-from randlora.layer_options import by_rank
 from randlora.layers.update import Update, sum_updates
+from randlora.options import by_rank
 from randlora.targets.site import Shapes, sizes
 
 

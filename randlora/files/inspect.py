@@ -25,7 +25,7 @@ from randlora.files.base_fit import fit_base, read_base, shapes_in
 from randlora.files.layouts import frobenius_norm, spectral_norm
 from randlora.files.model_directory import find_model
 from randlora.hints import require_types
-from randlora.layer_options import LayerOptions, described
+from randlora.options import LayerOptions, described
 from randlora.report import Progress, as_bytes, as_lines, no_progress, table
 from randlora.targets.site import Shapes
 

@@ -38,15 +38,13 @@ from randlora.layers.cast import in_own_dtypes
 from randlora.layers.in_place import plain_class
 from randlora.layers.quantized import QuantizedLayer
 from randlora.model.engines import is_first_copy
-from randlora.model.merged_tensors import MergedTensors
-from randlora.model.merged_values import Share, modules_of, saved_buffers
-from randlora.model.moving import moved_note
-from randlora.model.untrained import untrained_notes
+from randlora.model.merged_tensors import MergedTensors, Share, modules_of, saved_buffers
+from randlora.model.train_also import moved_note, untrained_notes
 from randlora.places import own_class
 from randlora.ranks import on_first_rank
 from randlora.replaced import whole_shape
 from randlora.report import as_bytes, as_lines
-from randlora.targets.ties import tied_away
+from randlora.targets.obstacles import tied_away
 from randlora.targets.walk import Census
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

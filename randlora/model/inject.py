@@ -29,16 +29,13 @@ from randlora.config import (
 )
 from randlora.errors import ConfigError, TargetError, raise_collected, warn
 from randlora.hints import require_types
-from randlora.layer_options import LayerOptions, by_rank
-from randlora.lora_size import r_like_lora
-from randlora.model.asked import one_config
 from randlora.model.change import all_or_nothing
 from randlora.model.install import commit, detach_all, prepare, require_detachable, unfold_all
-from randlora.model.moving import moving_note
 from randlora.model.train_also import (
     copy_dtype,
     half_notes,
     misplaced_copies,
+    moving_note,
     planned_copies,
     replacements,
     select_buffers,
@@ -47,6 +44,7 @@ from randlora.model.train_also import (
 )
 from randlora.model.view import View, opened, opened_to_add
 from randlora.modes import has_values
+from randlora.options import LayerOptions, by_rank
 from randlora.places import place_at, ranks_of, whole
 from randlora.ranks import raise_on_every_rank, run_collectives
 from randlora.replaced import ReplacedParameter, like
@@ -56,7 +54,7 @@ from randlora.state import Adapter, ModelState, SavePretrained, require_unused
 from randlora.targets.left_out import doubt, lines
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles, offloaded_copies
-from randlora.targets.options import resolve, useless_options
+from randlora.targets.options import one_config, r_like_lora, resolve, useless_options
 from randlora.targets.select import Selection, select
 from randlora.targets.site import Shapes, shapes_of
 from randlora.targets.walk import Census

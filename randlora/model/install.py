@@ -18,19 +18,18 @@ from randlora.bases.spec import Shape, sliced_dims
 from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
-from randlora.layer_options import by_rank
 from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Gamma
 from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, has_attribute, set_casts
 from randlora.model.calls import unwatch_attention, unwatch_calls, watch_attention, watch_calls
 from randlora.model.change import all_or_nothing, set_requires_grad
 from randlora.model.engines import require_averaged, tell_added, tell_changed
-from randlora.model.moving import remembered
 from randlora.model.save_guard import guard_saving, unguard_saving
+from randlora.model.train_also import remembered
 from randlora.modes import fake_obstacle
+from randlora.options import by_rank
 from randlora.places import place_at
-from randlora.replaced import CASTS, ReplacedParameter, held_at, whole_shape
-from randlora.required_grad import RequiredGrad
+from randlora.replaced import CASTS, ReplacedParameter, RequiredGrad, held_at, whole_shape
 from randlora.state import (
     ATTRIBUTE,
     Adapter,

@@ -10,10 +10,10 @@ from torch import nn
 
 from randlora.bases.spec import BasisSpec
 from randlora.config import RandLoRAConfig
-from randlora.layer_options import Factor, LayerOptions, described
 from randlora.model.install import lost_sites
 from randlora.model.train_also import lost_parameters
 from randlora.model.trainable import adapter_parameters
+from randlora.options import Factor, LayerOptions, described
 from randlora.report import as_lines, wrapped
 from randlora.state import adapted_root, is_adapted
 from randlora.targets.match import shortened

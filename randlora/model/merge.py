@@ -18,7 +18,6 @@ from torch import nn
 from randlora.blocks import BLOCKS
 from randlora.errors import ConfigError, MergeError, raise_collected
 from randlora.hints import require_types, shortly
-from randlora.layer_options import Factor
 from randlora.layers.base import AdapterLayer
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.update import Into, Quantized, RoundingLoss
@@ -29,24 +28,23 @@ from randlora.model.mergeable import (
     model_dtype,
     name_problems,
     option_problems,
+    refuse_backward,
     remerge_problems,
     require_finite,
     state_problems,
     trained_problems,
     weight_problems,
 )
-from randlora.model.merged_backward import refuse_backward
-from randlora.model.moving import moved_note
 from randlora.model.probe import differences_from_product, product_problems
-from randlora.model.train_also import lost_parameters
-from randlora.model.untrained import untrained_notes
+from randlora.model.train_also import lost_parameters, moved_note, untrained_notes
 from randlora.model.view import View, opened
+from randlora.options import Factor
 from randlora.places import Kept
 from randlora.ranks import Ranks, raise_on_every_rank
 from randlora.report import MergeReport
 from randlora.state import CHANGING, ModelState, adapted_root
+from randlora.targets.obstacles import tie_problems
 from randlora.targets.site import AdaptedSite
-from randlora.targets.ties import tie_problems
 from randlora.targets.walk import Census
 
 

@@ -14,7 +14,7 @@ from randlora.layers.in_place import plain_class
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.update import folded
-from randlora.model.undone import undone
+from randlora.model.change import undone
 from randlora.places import Plain
 from randlora.targets.site import AdaptedSite
 

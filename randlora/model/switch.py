@@ -1,29 +1,32 @@
-"""The adapters of a model: activating, disabling and removing them."""
+"""Choosing which adapters of a model act, and with which factors; renaming and removing them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from numbers import Real
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from randlora.blocks import BLOCKS, open_elsewhere
-from randlora.errors import AdapterError, TargetError, raise_collected
+from randlora.config import LARGEST_FACTOR
+from randlora.errors import AdapterError, raise_collected
 from randlora.functional import Compute
-from randlora.hints import require_types
-from randlora.layer_options import Factor
+from randlora.hints import is_finite, require_types, shortly
 from randlora.layers.in_place import drop_adapter
 from randlora.model.change import all_or_nothing
 from randlora.model.engines import tell_changed
-from randlora.model.factors import resolved_factors
 from randlora.model.inject import eject
-from randlora.model.install import require_detachable, require_own, shared_slots
+from randlora.model.install import require_detachable, require_new_name, require_own, shared_slots
 from randlora.model.trainable import offloaded_diagonals
 from randlora.model.view import opened
+from randlora.options import Factor
+from randlora.places import is_whole
 from randlora.replaced import whole_shape
 from randlora.state import CHANGING, ModelState, adapted_root, require_unmerged, require_unused
-from randlora.targets.match import nearest_names
+from randlora.targets.options import by_target, meant_by, one_or_all
+from randlora.targets.site import AdaptedSite
 from randlora.targets.walk import Census
 
 
@@ -162,34 +165,6 @@ def remove(model: nn.Module, name: str) -> None:
         state.forget_unused()
 
 
-def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tensor:
-    """Compute the update of one layer's weight.
-
-    Args:
-        model: A model with adapters.
-        fqn: The layer's fully qualified name.
-        name: One adapter, with factor 1; ``None`` means the active ones with their factors.
-
-    Returns:
-        ``(out_features, in_features)`` for every kind of layer, in float32, or float64 if the weight is. If the model
-        is sharded, this is a collective: every process calls it and gets the whole update.
-
-    Raises:
-        AdapterError: If the model has no adapter, or none of that name, or accelerate offloads Λ and Γ.
-        TargetError: If the layer is not adapted.
-    """
-    require_types(delta_weight, {"fqn": fqn, "name": name})
-    doing = f"compute the update of {fqn}"
-    with opened(model, doing) as view:
-        sites = {site.fqn: site for site in view.census.adapted}
-        if fqn not in sites:
-            raise TargetError(f"{fqn!r} is not adapted; the nearest adapted layers are {nearest_names(fqn, sites)}")
-        raise_collected(AdapterError, offloaded_diagonals(view.census), doing=doing)
-        site = sites[fqn]
-        factors = site.layer.factors(view.state.active) if name is None else {view.state.adapter(name).name: 1.0}
-        return site.layer.delta_weight(site.owner, factors)
-
-
 def _activation_problems(state: ModelState, weights: Mapping[str, Factor]) -> list[str]:
     problems = [
         f"{name!r} trained {fqn} of shape {was}, and the model has {now} now: load an adapter of the new shape"
@@ -232,3 +207,150 @@ def set_compute(model: nn.Module, compute: Compute = "auto") -> None:
     require_types(set_compute, {"compute": compute})
     _, state = adapted_root(model)
     state.compute = compute
+
+
+def rename(model: nn.Module, name: str, to: str) -> None:
+    """Give an adapter another name, in place. Nothing else changes: its place, whether it is active, what it trains.
+
+    Parameters remain the same objects, so an optimizer goes on, and compiled programs compile nothing. State dicts have
+    them under the new name.
+
+    Args:
+        model: A model with adapters.
+        name: The adapter to rename.
+        to: Its new name.
+
+    Raises:
+        AdapterError: If the model has no such adapter, the new name is invalid or taken, the adapters are merged, a
+            block of `randlora.serving.routed` is open, or Λ and Γ are sharded by `fully_shard`, which knows them by
+            name, or offloaded by accelerate.
+    """
+    with opened(model, "rename an adapter", writes=True) as view:
+        state = view.state
+        adapter = state.adapter(name)
+        doing = f"rename {adapter.name!r}"
+        require_new_name(state, to, f"{doing} to")
+        require_unmerged(state, doing)
+        require_unused(state, None, doing)  # which goes by names
+        sites = [site for site in view.census.adapted if name in site.layer.adapters]
+        sharded = [
+            f"Λ and Γ of {site.fqn} are sharded, and fully_shard knows them by name: rename before it is called"
+            for site in sites
+            if not all(is_whole(each) for each in site.layer.diagonals_of(site.owner, name))
+        ]
+        raise_collected(AdapterError, [*sharded, *offloaded_diagonals(view.census)], doing=doing)
+        adapter.name = to
+        renamed = {each.name: each for each in state.adapters.values()}
+        state.adapters.clear()
+        state.adapters |= renamed
+        for site in sites:
+            _rename_at(site, name, to)
+        if state.averaging is not None:
+            state.averaging.rename({site.layer for site in sites}, name, to)
+
+
+def _rename_at(site: AdaptedSite, name: str, to: str) -> None:
+    """Give an adapter of a weight, whose own name is the new one already, that name here too, in the same place."""
+    for part in site.layer.parameter_names():
+        held = site.owner._modules[part]
+        assert isinstance(held, nn.ParameterDict), "the weight is adapted"
+        for known, parameter in [*held._parameters.items()]:  # all of them, so that their order stays
+            del held[known]
+            held[to if known == name else known] = parameter
+    renamed = {part.adapter.name: part for part in site.layer.adapters.values()}
+    site.layer.adapters.clear()
+    site.layer.adapters |= renamed
+    site.layer.seat(site.owner)
+
+
+def resolved_factors(state: ModelState, names: object, layers: object) -> dict[str, Factor]:
+    """Return the factor of each named adapter: one for all its layers, or one for each by FQN.
+
+    Args:
+        state: The state of the model.
+        names: Names, or a mapping from names to factors, of whatever type was given; see `randlora.activate`.
+        layers: The layers to which to restrict them, of whatever type was given.
+
+    Raises:
+        AdapterError: If they are no such thing, or name an adapter or a layer that there is not.
+    """
+    given = _by_name(names)
+    raise_collected(AdapterError, factor_problems(state, given, by_layer=True), doing="activate")
+    targets = {name: state.adapters[name].targets for name in given}
+    inside = _inside(layers, [*dict.fromkeys(fqn for own in targets.values() for fqn in own)])
+    found: dict[str, Factor] = {}
+    problems = []
+    for name, factor in given.items():
+        numbers, unmet = _numbers(name, factor, targets[name])
+        problems += unmet
+        if inside.isdisjoint(targets[name]):
+            problems.append(f"{name!r} adapts none of the layers that layers= names: leave it out")
+        elif not unmet:
+            found[name] = one_or_all({fqn: float(numbers[fqn]) * (fqn in inside) for fqn in targets[name]})
+    raise_collected(AdapterError, problems, doing="activate")
+    return found
+
+
+def _numbers(name: str, factor: Factor, fqns: Sequence[str]) -> tuple[Mapping[str, float], list[str]]:
+    """Return an adapter's factor of each layer, and messages about its patterns."""
+    if isinstance(factor, Mapping) and factor.keys() == {*fqns}:  # as `randlora.adapters` returns them
+        return factor, []
+    return by_target(f"names[{name!r}]", factor, fqns)
+
+
+def _inside(layers: Any, fqns: Sequence[str]) -> set[str]:
+    """Return those of some layers that patterns name, of whatever type was given; all of them for ``None``."""
+    if layers is None or not fqns:
+        return {*fqns}
+    listed = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+    if isinstance(layers, Mapping):
+        raise AdapterError("layers takes names alone: give numbers as factors, as in {'a': {'decoder': 0.5, '.*': 1}}")
+    if strange := [pattern for pattern in listed if not isinstance(pattern, str)]:
+        raise AdapterError(f"expected layers to be names or patterns of layers, got {shortly(strange[0])}")
+    if not listed:
+        raise AdapterError("layers is empty: name those in which the adapters act, or use randlora.disabled(model)")
+    meant = {pattern: meant_by(pattern, fqns) for pattern in listed}
+    problems = [f"layers: {pattern!r} {unmet}" for pattern, (_, unmet) in meant.items() if unmet]
+    raise_collected(AdapterError, problems, doing="activate")
+    return {fqn for own, _ in meant.values() for fqn in own}
+
+
+def factor_problems(state: ModelState, factors: Mapping[str, Any], *, by_layer: bool = False) -> list[str]:
+    """Return messages about names that no adapter has, and about factors that are no finite numbers.
+
+    With ``by_layer``, a factor may be a mapping from patterns to numbers.
+    """
+    problems = state.unknown(factors)
+    for name, factor in factors.items():
+        of = f"the factor of {name!r}"
+        if not (by_layer and isinstance(factor, Mapping)):
+            problems += _number_problems(of, factor)
+            continue
+        for pattern, number in factor.items():
+            if not isinstance(pattern, str):
+                problems.append(f"{of} must have patterns of layers as keys, got {shortly(pattern)}")
+            else:
+                problems += _number_problems(f"{of} in {pattern!r}", number)
+    return problems
+
+
+def _number_problems(what: str, number: float) -> list[str]:
+    if isinstance(number, bool) or not isinstance(number, Real) or not is_finite(number):
+        return [f"{what} must be a finite number, got {shortly(number)}"]
+    if abs(number) > LARGEST_FACTOR:
+        return [f"{what} must be at most {LARGEST_FACTOR:g} in size, got {shortly(number)}"]
+    return []
+
+
+def _by_name(names: Any) -> dict[str, Any]:
+    """Return the given factor of each name, which is 1 if only names were given."""
+    if isinstance(names, str):
+        return {names: 1.0}
+    listed = list(names) if isinstance(names, Iterable) else [names]
+    if strange := [name for name in listed if not isinstance(name, str)]:
+        raise AdapterError(f"expected names of adapters, or a mapping from names to factors, got {shortly(strange[0])}")
+    if isinstance(names, Mapping):
+        return dict(names)
+    if len(set(listed)) < len(listed):
+        raise AdapterError(f"each adapter can be named once, got {listed}: give a factor, as in {{'a': 2.0}}, instead")
+    return dict.fromkeys(listed, 1.0)

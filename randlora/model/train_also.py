@@ -1,18 +1,23 @@
-"""Parameters trained with an adapter, such as a new head, biases or norms, and the buffers of modules trained so.
+"""What adapters train beside Λ and Γ, such as a new head, biases or norms, with the buffers of modules trained so.
 
-Each adapter has a copy, which the model uses while that adapter is active. The model's own values do not change.
+Each adapter has a copy, which the model uses while that adapter is active. The model's own values do not change. Notes
+say which buffers move in training and are in no copy, and which adapters nothing has trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from randlora.layers.in_place import can_cast
-from randlora.places import is_whole
+from randlora.modes import has_values
+from randlora.places import is_whole, place_at, values_within
 from randlora.replaced import ReplacedParameter
 from randlora.state import Adapter, ModelState
 from randlora.targets.match import matches_name, prefixes, shortened, suggestion, unmatched
@@ -24,6 +29,11 @@ HALF_RISKS = {
     torch.bfloat16: "steps below about 1/256 of a value are lost",
 }
 """What goes wrong in training parameters of a dtype of 16 bits."""
+
+MOST_NUMBERS = 65_536
+"""The size of the largest buffer whose moves are noticed. Statistics are small; masks and tables may be large."""
+
+REMEDY = "keep these modules in eval() while training, or name them in train_also, with which they are saved"
 
 
 def select_parameters(census: Census, names: str | Sequence[str]) -> list[str]:
@@ -161,3 +171,109 @@ def misplaced_copies(census: Census, state: ModelState) -> list[ReplacedParamete
             places = {each.fqn: (each.module, each.attribute) for each in held}
             found += [ReplacedParameter(places, entry.original, entry.installed)] if places else []
     return found
+
+
+def moving_note(census: Census, owned: Collection[str]) -> list[str]:
+    """Return a note on modules with buffers that training would move, none of which an adapter has a copy of."""
+    has = {held.fqn.rpartition(".")[0] for held in census.buffers if held.fqn in owned}
+    moving = [visit.fqn for visit in census.visits if _moves(visit.module) and visit.fqn not in has]
+    found = list(dict.fromkeys(fqn.partition(".parametrizations.")[0] for fqn in moving))
+    if not found:
+        return []
+    have = "has" if len(found) == 1 else "have"
+    what = "running statistics, which move in train mode and are not part of the adapter"
+    return [f"{shortened(found)} {have} {what}: {REMEDY}"]
+
+
+def _moves(module: nn.Module) -> bool:
+    """Whether a module of torch changes buffers of its own in train mode."""
+    if isinstance(module, _NormBase):
+        return module.track_running_stats and module.running_mean is not None
+    return isinstance(module, _SpectralNorm) or any(
+        isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()
+    )
+
+
+@torch.inference_mode(mode=False)
+def remembered(census: Census) -> dict[str, Tensor]:
+    """Return copies of a model's small buffers on the CPU, to see later whether they have moved."""
+    return {held.fqn: held.tensor.detach().to("cpu", copy=True) for held in census.buffers if _is_small(held.tensor)}
+
+
+def moved_note(census: Census, state: ModelState, adapters: Iterable[Adapter], where: str) -> list[str]:
+    """Return a note on buffers of the model that have moved since it was adapted, and that no adapter has a copy of.
+
+    Args:
+        census: The model.
+        state: Its state.
+        adapters: The adapters that are saved or merged.
+        where: What becomes of the buffers.
+    """
+    owned = {fqn for adapter in adapters for fqn in adapter.buffers}
+    own = {held.fqn: held.tensor for held in census.buffers if held.fqn not in owned}
+    own |= {fqn: entry.original for fqn, entry in state.replaced.items() if fqn in own}
+    moved = [fqn for fqn, now in own.items() if _is_small(now) and _differs(now, state.buffers_before.get(fqn))]
+    if not moved:
+        return []
+    return [f"{shortened(moved)} moved since the model was adapted: {where}; next time {REMEDY}"]
+
+
+def _is_small(buffer: Tensor) -> bool:
+    return type(buffer) is Tensor and not is_lazy(buffer) and has_values(buffer) and buffer.numel() <= MOST_NUMBERS
+
+
+def _differs(now: Tensor, before: Tensor | None) -> bool:
+    if before is None:
+        return False
+    held, value = before.to(now.dtype), now.detach().cpu()
+    return held.shape != value.shape or not bool(((held == value) | (held.isnan() & value.isnan())).all())
+
+
+def untrained_note(
+    state: ModelState,
+    adapter: Adapter,
+    diagonals: Iterable[tuple[Tensor, Tensor]],
+    trained: Mapping[str, Tensor],
+) -> list[str]:
+    """Return a note if an adapter's update is exactly zero in all layers and its parameters are those of the base.
+
+    Args:
+        state: The state of the model.
+        adapter: The adapter.
+        diagonals: Its Λ and Γ in each layer, with all their values.
+        trained: The parameters trained with it by FQN, with all their values.
+    """
+    if any(lam.any() and gamma.any() for lam, gamma in diagonals):
+        return []
+    if not all(_equals(state.replaced[fqn].original, trained[fqn]) for fqn in adapter.parameters):
+        return []
+    also = ", and what train_also names is as in the base" if adapter.parameters else ""
+    cause = "an optimizer that was made before inject does not know its parameters"
+    zero = f"the update of {adapter.name!r} is exactly zero in all layers{also}"
+    return [f"{zero}: nothing has trained it; {cause}, make one of randlora.trainable_parameters(model)"]
+
+
+def untrained_notes(census: Census, state: ModelState, adapters: Iterable[Adapter]) -> list[str]:
+    """Return a note on each adapter of a model that has no effect, except where only parts of its values are here."""
+    notes = []
+    for adapter in adapters:
+        sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
+        diagonals = [site.layer.diagonals_of(site.owner, adapter.name) for site in sites]
+        flat = [*(each for pair in diagonals for each in pair), *adapter.parameters.values()]
+        if all(_is_whole(each) for each in flat):
+            notes += untrained_note(state, adapter, diagonals, adapter.trained)
+    return notes
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return has_values(tensor) and is_whole(tensor)
+
+
+def _equals(own: Tensor, copy: Tensor) -> bool:
+    """Whether a whole copy has the values of the model's own parameter, as far as this process has them."""
+    place = place_at(own)
+    if not has_values(own) or not place.is_lasting:
+        return False
+    if place.part is not None:
+        own, copy = place.read(), values_within(copy, place.part)
+    return torch.equal(own.detach().to(device=copy.device, dtype=copy.dtype), copy.detach())

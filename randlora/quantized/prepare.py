@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from randlora.hints import require_types
+from randlora.hints import NotTheModel, require_types
 from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import find_layer
-from randlora.meant import NotTheModel
 from randlora.model.change import unchanged_if_raised
 from randlora.quantized.bnb import Linear4bitAdapter, put_in_order
 from randlora.quantized.bnb_codes import MAY_REPACK

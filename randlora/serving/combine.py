@@ -15,8 +15,8 @@ from randlora.config import ALPHA_PER_RANK
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import require_types, shortly
 from randlora.layers.update import Update
-from randlora.model.factors import factor_problems
 from randlora.model.install import commit, lost_sites, prepare
+from randlora.model.switch import factor_problems
 from randlora.model.train_also import copy_dtype, lost_parameters, replacements
 from randlora.model.trainable import offloaded_diagonals
 from randlora.model.view import opened, opened_to_add

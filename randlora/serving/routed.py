@@ -26,7 +26,7 @@ from randlora.layers.in_place import adapter_layers_of
 from randlora.model.install import lost_sites, require_own
 from randlora.model.switch import without_active
 from randlora.model.trainable import adapter_parameters, offloaded_diagonals
-from randlora.model.uncompiled import uncompiled
+from randlora.modes import uncompiled
 from randlora.places import is_whole
 from randlora.serving.labels import first_dimension
 from randlora.serving.routing import Routing, RunningCall, require_here

@@ -14,10 +14,9 @@ from randlora.errors import spelled
 from randlora.layers.in_place import plain_class
 from randlora.layers.registry import KINDS, find_layer
 from randlora.targets.match import shortened
-from randlora.targets.obstacles import obstacle
+from randlora.targets.obstacles import obstacle, tied_names
 from randlora.targets.options import ranks_of_others
 from randlora.targets.site import Site
-from randlora.targets.ties import tied_names
 from randlora.targets.walk import Census, Held, count_numbers
 
 ALL, ALL_LINEAR = "all", "all-linear"

@@ -1,18 +1,22 @@
-"""Reasons why weights cannot be adapted, whatever pattern selects them."""
+"""Reasons why weights cannot be adapted, whatever pattern selects them; one is that modules share them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+import torch
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.layers.in_place import class_obstacle, plain_class
 from randlora.layers.split import split_obstacle
-from randlora.places import loaded_modules
+from randlora.places import Place, loaded_modules, place_of
 from randlora.targets.site import Site
-from randlora.targets.ties import tie_problems
-from randlora.targets.walk import Census
+from randlora.targets.walk import Census, Held
+
+NAMES = "all_tied_weights_keys"
+"""The attribute in which models of transformers name each tied parameter, and the one that it is tied to."""
 
 
 def obstacles(census: Census, sites: Sequence[Site], dropout: float) -> list[str]:
@@ -83,3 +87,100 @@ def obstacle(site: Site) -> str | None:
         return "has no shape yet: run one forward pass first"
     split = split_obstacle(site.owner, weight, is_quantized=site.layer_class.is_quantized)
     return split or site.layer_class.obstacle(site.owner)
+
+
+def tie_problems(census: Census, sites: Sequence[Site]) -> list[str]:
+    """Return messages about weights that are tied to other modules."""
+    tied = tied_names(census, sites)
+    return [
+        f"the weight of {site.fqn} is tied to {', '.join(tied[site.key])}: untie it, or exclude the layer"
+        for site in sites
+        if site.key in tied
+    ]
+
+
+def tied_away(census: Census) -> set[str]:
+    """Return the names of the parameters that transformers ties to others in a model of it, which files need not have.
+
+    Those that have been untied since, and so have values of their own, are not among them.
+    """
+    named = vars(census.model).get(NAMES)
+    by_fqn = {held.fqn: held for held in census.parameters}
+    pairs = [
+        (by_fqn.get(fqn), by_fqn.get(source)) for fqn, source in (named if isinstance(named, dict) else {}).items()
+    ]
+    return {held.fqn for held, source in pairs if held is not None and source is not None and _are_tied(held, source)}
+
+
+def _are_tied(one: Held, other: Held) -> bool:
+    """Whether two parameters are one, or were when accelerate offloaded them and have equal values."""
+    if not {*_identities(one)}.isdisjoint(_identities(other)):
+        return True
+    place, beside = _away(one), _away(other)
+    return place is not None and beside is not None and torch.equal(place.read(), beside.read())
+
+
+def tied_names(census: Census, sites: Iterable[Site]) -> dict[tuple[int, str], list[str]]:
+    """Return the names of the parameters of other modules that the weights of sites are tied to, by `Site.key`."""
+    holders: dict[object, list[Held]] = {}
+    for held in census.parameters:
+        for identity in _identities(held):
+            holders.setdefault(identity, []).append(held)
+    tied = {}
+    for site in sites:
+        if (weight := site.weight) is None:
+            continue
+        own = Held(site.fqn, site.owner, site.layer_class.attribute, weight)
+        found = [held for identity in _identities(own) for held in holders.get(identity, [])]
+        found += _tied_by_name(census, own)
+        if others := [held.fqn for held in found if held.module is not site.owner]:
+            tied[site.key] = [*dict.fromkeys(others)]
+    return tied
+
+
+def _identities(held: Held) -> Iterator[object]:
+    """Yield keys, one of which is equal for parameters that share memory, or did so when accelerate offloaded them."""
+    parameter = held.parameter
+    if is_lazy(parameter):
+        return
+    yield _identity(parameter)
+    if (place := _away(held)) is not None and parameter.numel() > 0:
+        yield from place.identities
+
+
+def _identity(parameter: Tensor) -> object:
+    is_plain = type(parameter.data) is Tensor and not parameter.is_meta and parameter.numel() > 0
+    return (parameter.device, parameter.data_ptr()) if is_plain else id(parameter)
+
+
+def _away(held: Held) -> Place | None:
+    """Return the place of a parameter that is not loaded at present."""
+    if not held.parameter.is_meta:
+        return None
+    place = place_of(held.module, held.attribute)
+    return place if place.is_away else None
+
+
+def _tied_by_name(census: Census, own: Held) -> Iterator[Held]:
+    """Yield the parameters that transformers ties to an offloaded weight, and would tie again when the model is saved.
+
+    ``accelerate.disk_offload`` writes a file for each of them, so only their names and values are left to compare.
+    """
+    if (place := _away(own)) is None:
+        return
+    fqns = {held.fqn for held in census.parameters if held.module is own.module and held.attribute == own.attribute}
+    names = {fqn for group in _named_groups(census) if group & fqns for fqn in group - fqns}
+    for held in census.parameters:
+        other = _away(held) if held.fqn in names else None
+        if other is not None and torch.equal(other.read(), place.read()):
+            yield held
+
+
+def _named_groups(census: Census) -> list[set[str]]:
+    """Return groups of names of parameters that transformers ties, if they are not untied since."""
+    groups: dict[str, set[str]] = {}
+    for prefix, module in [("", census.model), *((f"{visit.fqn}.", visit.module) for visit in census.visits)]:
+        names = module.__dict__.get(NAMES)
+        for name, source in names.items() if isinstance(names, dict) else ():
+            groups.setdefault(f"{prefix}{source}", {f"{prefix}{source}"}).add(f"{prefix}{name}")
+    return [*groups.values()]

@@ -1,20 +1,33 @@
-"""The options that may differ between layers: from patterns to the layers of an adapter, and as files list them."""
+"""The options of an adapter: from the arguments of a call, the r of a LoRA's size, and their values in each layer."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from randlora.bases.spec import Shape
-from randlora.config import ALPHA_PER_RANK, RandLoRAConfig
-from randlora.layer_options import LayerOptions, by_rank
-from randlora.options import NO_REGEX
+from randlora.bases.spec import KINDS, Shape, count_trainable
+from randlora.config import ALPHA_PER_RANK, LARGEST_RANK, OPTIONS, RandLoRAConfig
+from randlora.errors import ConfigError, spelled
+from randlora.hints import shortly
+from randlora.options import NO_REGEX, LayerOptions, by_rank
 from randlora.targets.match import nearest_names, prefixes, shortened
+from randlora.targets.site import Site
 
 SMALL_RANK = 1024
 """An r that costs little, whatever the layers."""
+
+BLOCK_STEP = 8
+"""Of which r is a multiple for ``block`` bases where the size allows: their blocks divide r, so few divide a prime."""
+
+NEAR = 0.1
+"""By which share of the wanted number of parameters such a multiple may miss it."""
+
+OUT_OF_REACH = 1.5
+"""The factor by which the nearest number of parameters may differ from the wanted one."""
 
 
 def resolve(config: RandLoRAConfig, fqns: Sequence[str]) -> tuple[dict[str, LayerOptions], list[str]]:
@@ -124,3 +137,112 @@ def meant_by(pattern: str, fqns: Sequence[str]) -> tuple[list[str], str]:
         return matching, ""
     near = nearest_names(pattern, [name for fqn in fqns for name in prefixes(fqn)], common=fqns)
     return [], f"matches no target; the nearest names are {near}"
+
+
+def lora_parameters(sites: Iterable[Site]) -> int:
+    """Return the number of parameters of a LoRA of rank 1: ``in + out`` for each matrix of a weight."""
+    return sum(math.prod(site.shape[:-2]) * sum(site.shape[-2:]) for site in sites)
+
+
+def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) -> int:
+    """Return the r whose number of parameters is nearest to that of a LoRA on the same weights.
+
+    Above the smaller side of all weights, a larger r trains more parameters and adds no rank, so none is tried. Blocks
+    that are given divide r. Where none are given, ``block`` bases get a multiple of 8 if one is within a tenth.
+
+    Args:
+        sites: The weights.
+        lora_r: The rank of the LoRA.
+        config: The other options.
+
+    Raises:
+        ConfigError: If no r has nearly as many parameters.
+    """
+    of_rank_one = lora_parameters(sites)
+    wanted = lora_r * of_rank_one
+    shapes = Counter(site.shape_with(config) for site in sites)
+
+    def size(r: int) -> int:
+        return sum(count * count_trainable(shape, r) for shape, count in shapes.items())
+
+    def distance(r: int) -> int:
+        return abs(size(r) - wanted)
+
+    largest = max(min(shape[-2:]) for shape in shapes)
+    step = math.lcm(*config.blocks or (1,))
+    tried = range(step, max(step, largest) + 1, step)
+    found = min(tried, key=distance)
+    if not 1 / OUT_OF_REACH <= size(found) / wanted <= OUT_OF_REACH:
+        most, least = (size(r) / of_rank_one for r in (tried[0], tried[-1]))
+        raise ConfigError(
+            f"{spelled('like_lora', lora_r)} is out of reach: on these layers RandLoRA has as many parameters as a "
+            f"LoRA of rank {least:.2g} to {most:.2g}, with r from {tried[-1]} down to {tried[0]}"
+        )
+    if config.basis == "block" and config.blocks is None and largest >= BLOCK_STEP:
+        multiple = min(range(BLOCK_STEP, largest + 1, BLOCK_STEP), key=distance)
+        return multiple if distance(multiple) <= NEAR * wanted else found
+    return found
+
+
+def one_config(arguments: Mapping[str, Any]) -> RandLoRAConfig:
+    """Return the config among the arguments of `inject`, or one of its options; with ``like_lora`` r is chosen later.
+
+    Arguments that are no options of the table are ignored.
+    """
+    config, r, like_lora = (arguments.get(name) for name in ("config", "r", "like_lora"))
+    for option, value in (("r", r), ("config", config)):
+        if _is_of_peft(value):
+            raise ConfigError(f"{option} is a {type(value).__name__} of PEFT: give options by name, {_call_for(value)}")
+    if isinstance(r, RandLoRAConfig):
+        raise ConfigError("r is a RandLoRAConfig: give it by name, randlora.inject(model, config=config)")
+    given = {name: arguments[name] for name in OPTIONS if name in arguments and (name != "r" or r is not None)}
+    if like_lora is not None:
+        if r is not None or config is not None:
+            other = spelled("r") if config is None else "config=, which has an r"
+            raise ConfigError(f"give {spelled('like_lora')} or {other}, not both")
+        if not (type(like_lora) is int and 0 < like_lora <= LARGEST_RANK):
+            raise ConfigError(f"like_lora must be the rank of a LoRA, a positive integer, got {shortly(like_lora)}")
+        given["r"] = _multiple_of(given.get("blocks"))
+    built = RandLoRAConfig(**given)
+    if config is None:
+        return built
+    if not isinstance(config, RandLoRAConfig):
+        raise ConfigError(f"config must be a RandLoRAConfig, got {type(config).__name__}: give options by name instead")
+    if r is not None or built != RandLoRAConfig():
+        raise ConfigError(
+            "give either config= or single options, not both: dataclasses.replace(config, r=16) changes one"
+        )
+    return config
+
+
+def _multiple_of(blocks: Any) -> int:
+    """Return an r that blocks divide, of which the r that is chosen later is a multiple."""
+    if not (isinstance(blocks, tuple | list) and all(type(count) is int and count > 0 for count in blocks)):
+        return 1
+    if (least := math.lcm(*blocks)) > LARGEST_RANK:
+        raise ConfigError(f"like_lora needs an r that both blocks divide, and none up to {LARGEST_RANK} is one")
+    return least
+
+
+def _is_of_peft(value: object) -> bool:
+    """Whether a value is a config of PEFT, which is not imported."""
+    return type(value).__module__.startswith("peft.") and hasattr(value, "target_modules")
+
+
+def _call_for(config: Any) -> str:
+    """Return the call of `inject` that is nearest to a config of PEFT."""
+    own = vars(config)
+    by_name = {
+        option.name: [name for name in (option.peft, *option.meant) if name in own] for option in OPTIONS.values()
+    }
+    given = {name: own[theirs[0]] for name, theirs in by_name.items() if theirs}
+    if is_lora := "lora_alpha" in own:  # whose r and alpha are others
+        del given["r"], given["alpha"]
+    else:
+        flags = own["sparse"] and not own["very_sparse"], own["very_sparse"]
+        given["basis"] = next(name for name, kind in KINDS.items() if kind.peft_flags == flags)
+    listed = {name: sorted(value) if isinstance(value, set) else value for name, value in given.items()}
+    words = ["model", *(f"{name}={value!r}" for name, value in listed.items() if value)]
+    if is_lora:
+        words.append(f"alpha=randlora.equivalent_alpha({own['r']}, {own['lora_alpha']})")
+    return f"randlora.inject({', '.join(words)})"

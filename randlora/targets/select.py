@@ -10,14 +10,12 @@ from torch import nn
 from randlora.config import Pattern, RandLoRAConfig
 from randlora.errors import AdapterError, TargetError, raise_collected, spelled
 from randlora.layers.registry import find_layer, find_readers
-from randlora.targets.defaults import default_targets, is_linear
+from randlora.targets.defaults import HEAD_NAMES, default_targets, is_linear
 from randlora.targets.explain import NOTHING, holders, inventory, missed, reason, refusal, stray_refusal
 from randlora.targets.left_out import ALL, ALL_LINEAR, Remaining, left_out, lines, remaining
 from randlora.targets.match import is_names, matches, prefixes, shortened, unmatched
-from randlora.targets.obstacles import obstacle
-from randlora.targets.presets import HEAD_NAMES
+from randlora.targets.obstacles import obstacle, tied_names
 from randlora.targets.site import Site
-from randlora.targets.ties import tied_names
 from randlora.targets.walk import Census, Held, Visit
 
 HEAD = "the output head"

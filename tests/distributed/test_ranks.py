@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import randlora
 from randlora.errors import AdapterError
-from randlora.model.check_ranks import differences
+from randlora.model.updates import differences
 from tests.distributed.processes import LAW, Processes
 from tests.distributed.trained import Drawn, drawn_models
 

@@ -1,0 +1,298 @@
+"""What the updates of adapters are: one of them, how large each is, a limit, and whether all processes agree."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from randlora.errors import AdapterError, ConfigError, RandLoRAError, TargetError, raise_collected
+from randlora.hints import is_finite, require_types, shortly
+from randlora.model.trainable import offloaded_diagonals
+from randlora.model.view import View, opened
+from randlora.options import Factor
+from randlora.places import is_whole, place_at
+from randlora.state import Adapter, ModelState, adapted_root, require_unmerged
+from randlora.targets.match import nearest_names
+from randlora.targets.options import by_target
+from randlora.targets.site import AdaptedSite
+
+Facts = Mapping[str, str]
+"""What must be equal in all processes, by a phrase that names it."""
+
+
+def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tensor:
+    """Compute the update of one layer's weight.
+
+    Args:
+        model: A model with adapters.
+        fqn: The layer's fully qualified name.
+        name: One adapter, with factor 1; ``None`` means the active ones with their factors.
+
+    Returns:
+        ``(out_features, in_features)`` for every kind of layer, in float32, or float64 if the weight is. If the model
+        is sharded, this is a collective: every process calls it and gets the whole update.
+
+    Raises:
+        AdapterError: If the model has no adapter, or none of that name, or accelerate offloads Λ and Γ.
+        TargetError: If the layer is not adapted.
+    """
+    require_types(delta_weight, {"fqn": fqn, "name": name})
+    doing = f"compute the update of {fqn}"
+    with opened(model, doing) as view:
+        sites = {site.fqn: site for site in view.census.adapted}
+        if fqn not in sites:
+            raise TargetError(f"{fqn!r} is not adapted; the nearest adapted layers are {nearest_names(fqn, sites)}")
+        raise_collected(AdapterError, offloaded_diagonals(view.census), doing=doing)
+        site = sites[fqn]
+        factors = site.layer.factors(view.state.active) if name is None else {view.state.adapter(name).name: 1.0}
+        return site.layer.delta_weight(site.owner, factors)
+
+
+def update_norms(model: nn.Module, *, name: str | None = None) -> dict[str, Tensor]:
+    """Compute about the Frobenius norm of the update of each layer, without forming it.
+
+    It is the norm that the update would have if its ``r·num_bases`` terms of rank one were orthogonal, as columns of
+    random bases nearly are: ``‖ΔW‖² ≈ s² · Σ_kj Λ_kj² · ‖B_kj‖² · Σ_c A_kc² Γ_jc²``. With random Λ and Γ it is within
+    about 1 % in layers of some hundred features. Training aligns the terms, the more so the smaller r is: see the page
+    on training. Gradients reach Λ and Γ, so that it can be a part of a loss.
+    ``randlora.delta_weight(model, fqn, name=name).norm()`` is exact, and forms the update.
+
+    Args:
+        model: A model with adapters.
+        name: The adapter; may be left out if the model has only one. Its own update is meant, with factor 1 and whether
+            it is active or merged or not. What several updates add up to depends on whether they are on the same
+            bases, so that only `delta_weight` says it.
+
+    Returns:
+        Tensors of no dimensions by FQN, each on its layer's device, in float32, or float64 if Λ is. A stack of matrices
+        has one. If the model is sharded, this is a collective: every process calls it and gets the same.
+
+    Raises:
+        AdapterError: If the model has no adapter, or none of that name, or accelerate offloads Λ and Γ. Also where
+            gradients could not reach them, as under DeepSpeed's ZeRO-3, unless it is called under `torch.no_grad`.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> _ = randlora.inject(model, r=8)
+        >>> penalty = sum(norm**2 for norm in randlora.update_norms(model).values())
+        >>> penalty.item()
+        0.0
+    """
+    doing = "compute the norms of the updates"
+    with opened(model, doing) as view:
+        return _norms(*_sites_of(view, name, doing))
+
+
+@torch.no_grad()
+def limit_norms(model: nn.Module, limit: Factor, *, name: str | None = None) -> dict[str, Tensor]:
+    """Scale down Λ, in place, of each layer whose update has a norm above a limit, so that its norm is the limit.
+
+    The norms are those of `update_norms`. Other layers keep every bit, and so does a layer whose norm is not finite.
+    Call it after each step of the optimizer, whose state does not change. Nothing waits for a GPU. An optimizer that
+    has its own copies of the parameters, as DeepSpeed's in half precision, would overwrite what is written.
+
+    Args:
+        model: A model with adapters.
+        limit: The largest norm of the update of a layer: one number for all, or a mapping from patterns of layers to
+            numbers, as `randlora.activate` takes factors. `math.inf` leaves a layer as it is.
+        name: The adapter; may be left out if the model has only one. It need not be trainable.
+
+    Returns:
+        The norms before, by FQN, as of `update_norms`. If the model is sharded, this is a collective.
+
+    Raises:
+        AdapterError: If the model has no adapter, or none of that name, or adapters are merged, or if values that are
+            written would be lost: Λ is offloaded by accelerate or partitioned by DeepSpeed's ZeRO-3.
+        ConfigError: If the limit is no number of at least 0, or a pattern matches no layer, or a layer has none.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> _ = randlora.inject(model, r=8)
+        >>> limits = {"0": 0.1 * model[0].weight.norm().item()}
+        >>> before = randlora.limit_norms(model, limits)
+    """
+    doing = "limit the norms of the updates"
+    with opened(model, doing) as view:
+        adapter, sites = _sites_of(view, name, doing)
+        require_unmerged(view.state, doing)
+        limits = _limits(limit, [site.fqn for site in sites])
+        lambdas = {site.fqn: site.layer.diagonals_of(site.owner, adapter.name)[0] for site in sites}
+        problems = [
+            f"{fqn} is partitioned by ZeRO-3, whose optimizer has copies of the values and would write them back"
+            for fqn, lam in [*lambdas.items()][:1]
+            if not place_at(lam).is_lasting
+        ]
+        raise_collected(AdapterError, problems, doing=doing)
+        norms = _norms(adapter, sites)
+        for fqn, norm in norms.items():
+            is_above = (norm > limits[fqn]) & norm.isfinite()
+            factor = torch.where(is_above, limits[fqn] / norm, 1.0)
+            lam = lambdas[fqn]
+            held = place_at(lam).read()
+            held.mul_(factor.to(held.device))
+        return norms
+
+
+def _sites_of(view: View, name: str | None, doing: str) -> tuple[Adapter, list[AdaptedSite]]:
+    """Return an adapter and its layers, whose Λ and Γ can be read."""
+    adapter = view.state.adapter(name)
+    raise_collected(AdapterError, offloaded_diagonals(view.census), doing=doing)
+    return adapter, [site for site in view.census.adapted if adapter.name in site.layer.adapters]
+
+
+def _norms(adapter: Adapter, sites: list[AdaptedSite]) -> dict[str, Tensor]:
+    found = {}
+    for site in sites:
+        (update,) = site.layer.whole_updates(site.owner, {adapter.name: 1.0})
+        own = site.layer.diagonals_of(site.owner, adapter.name)
+        is_cut = any(
+            each.requires_grad > value.requires_grad
+            for each, value in zip(own, (update.lam, update.gamma), strict=True)
+        )
+        if is_cut and torch.is_grad_enabled():
+            raise AdapterError(
+                f"the norm of the update of {site.fqn} would give no gradients to its Λ and Γ, which are gathered from "
+                "other processes: call update_norms under torch.no_grad(), where it cannot be a part of the loss"
+            )
+        found[site.fqn] = update.norm(site.layer.device_beside(site.owner))
+    return found
+
+
+def _limits(limit: Any, fqns: list[str]) -> dict[str, float]:
+    """Return the limit of each layer."""
+    given = limit if isinstance(limit, Mapping) else {"": limit}
+    problems = []
+    for pattern, number in given.items():
+        of = f" of {pattern!r}" if isinstance(limit, Mapping) else ""
+        if not isinstance(pattern, str):
+            problems.append(f"the limit must have patterns of layers as keys, got {shortly(pattern)}")
+        elif isinstance(number, bool) or not isinstance(number, Real) or not _is_limit(number):
+            problems.append(f"the limit{of} must be a number of at least 0, got {shortly(number)}")
+    if not problems:
+        found, problems = by_target("limit", limit, fqns)
+    raise_collected(ConfigError, problems, doing="limit the norms of the updates")
+    return {fqn: float(number) for fqn, number in found.items()}
+
+
+def _is_limit(number: Real) -> bool:
+    return number == math.inf or (is_finite(number) and float(number) >= 0)
+
+
+def check_ranks(model: nn.Module, *, values: bool = False, group: Any = None) -> None:
+    """Check that all processes have the same adapters on the same bases, as a collective.
+
+    Bases are drawn or read by each process for itself and never sent, so nothing else would tell that two of them
+    differ. Call it in every process after `randlora.inject` or `randlora.load`. Compared are the adapters' names,
+    weights, targets, r, alpha, dropout and ``train_also``, and a SHA-256 of the bases, which takes about a second per
+    GB of them in float32. Nothing is compared if there is one process.
+
+    Args:
+        model: A model with adapters, or one that wraps it.
+        values: Whether to compare what the adapters train too, bit for bit: after a step of training, it tells whether
+            gradients are averaged. Parameters that are sharded, offloaded or on the meta device are left out.
+        group: The process group; ``None`` means all processes. Of a pipeline, give the processes of one stage, because
+            stages have different layers.
+
+    Raises:
+        AdapterError: In every process, if something differs. The message names what, and which ranks have what.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> _ = randlora.inject(model, r=4)
+        >>> randlora.check_ranks(model)
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1):
+        adapted_root(model)
+        return
+    problem, facts = "", {}
+    try:
+        with opened(model, None) as view:
+            facts = _facts(view.state) | (_values(view) if values else {})
+    except Exception as error:  # raised after the exchange: the other processes wait for this one
+        problem = str(error) if isinstance(error, RandLoRAError) else repr(error)
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, (problem, facts, f"torch {torch.__version__}"), group=group)
+    ranks = range(dist.get_world_size()) if group is None else dist.get_process_group_ranks(group)
+    failed = [f"rank {rank}: {problem}" for rank, (problem, *_) in zip(ranks, gathered, strict=True) if problem]
+    raise_collected(AdapterError, failed, doing="compare the adapters of all ranks")
+    versions = {rank: version for rank, (*_, version) in zip(ranks, gathered, strict=True)}
+    differing = differences(dict(zip(ranks, (facts for _, facts, _ in gathered), strict=True)))
+    if differing and len(set(versions.values())) > 1:
+        differing.append(f"the versions of torch differ: {_by_value(versions)}")
+    raise_collected(AdapterError, differing, doing="go on: the ranks have different adapters")
+
+
+def differences(facts: Mapping[int, Facts]) -> list[str]:
+    """Return what differs between ranks, as sentences that say which rank has what."""
+    names = dict.fromkeys(name for own in facts.values() for name in own)
+    found = {name: {rank: own.get(name, "nothing") for rank, own in facts.items()} for name in names}
+    return [f"{name}: {_by_value(own)}" for name, own in found.items() if len(set(own.values())) > 1]
+
+
+def _facts(state: ModelState) -> dict[str, str]:
+    facts = {"the names of the adapters": ", ".join(state.adapters)}
+    for name, adapter in state.adapters.items():
+        options = {str(each) for each in adapter.options.values()}
+        facts[f"the factor of {name!r}"] = (
+            _counted("one for each layer", map(str, sorted(adapter.weight.items())))
+            if isinstance(adapter.weight, Mapping)
+            else str(adapter.weight)
+        )
+        facts[f"the dropout of {name!r}"] = str(adapter.config.dropout)
+        facts[f"the targets of {name!r}, their r and alpha"] = _counted(
+            f"{len(adapter.options)} with {', '.join(sorted(options))}", map(str, sorted(adapter.options.items()))
+        )
+        facts[f"what {name!r} trains beside Λ and Γ"] = _counted(
+            f"{len(adapter.trained)} parameters", sorted(adapter.trained)
+        )
+        for r, basis in adapter.bases.items():
+            what = f"the bases of r={r} of {name!r}"
+            facts[f"the spec of {what}"] = f"{basis.spec}{'' if basis.stored is None else ', stored in the file'}"
+            facts[what] = f"SHA-256 {basis.digest(*basis.extent)[:16]} for layers of {'x'.join(map(str, basis.extent))}"
+    return facts
+
+
+def _values(view: View) -> dict[str, str]:
+    """Return a SHA-256 of all that the adapters train and each process has whole."""
+    trained: dict[str, tuple[Tensor, ...]] = {
+        f"Λ and Γ of {site.fqn} of {name!r}": site.layer.diagonals_of(site.owner, name)
+        for site in view.census.adapted
+        for name in site.layer.adapters
+    }
+    for name, adapter in view.state.adapters.items():
+        trained |= {f"{fqn}, which {name!r} trains": (copy,) for fqn, copy in adapter.trained.items()}
+    return {what: _sha256(parts) for what, parts in trained.items() if all(map(_is_whole, parts))}
+
+
+def _is_whole(parameter: Tensor) -> bool:
+    return is_whole(parameter) and not parameter.is_meta
+
+
+def _sha256(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return f"SHA-256 {digest.hexdigest()[:16]}"
+
+
+def _counted(text: str, lines: Iterable[str]) -> str:
+    """Return a short text with a digest of all lines."""
+    return f"{text} (digest {hashlib.sha256('/'.join(lines).encode()).hexdigest()[:8]})"
+
+
+def _by_value(values: Mapping[int, str]) -> str:
+    """Return what which ranks have: ``"torch 2.9 on rank 0; torch 2.13 on ranks 1, 2"``."""
+    by_value: dict[str, list[str]] = {}
+    for rank, value in values.items():
+        by_value.setdefault(value, []).append(str(rank))
+    return "; ".join(
+        f"{value} on rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}" for value, ranks in by_value.items()
+    )
