@@ -22,7 +22,7 @@ from randlora.errors import ConfigError
 from randlora.functional import BlockPair, DensePair, Pair
 from randlora.functional.operation import pair_like
 from randlora.functional.region import Sides, Spans, all_of
-from randlora.modes import are_bases_fake, without_modes
+from randlora.modes import are_bases_fake, count_modes, without_modes
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Made = TypeVar("Made")
@@ -214,7 +214,7 @@ class Basis:
             use = max_dim, min_dim, device, dtype, rows, columns, is_exporting()
             basis_A, basis_B = (getattr(self, self._constant(at, use, self.identity))() for at in (0, 1))
             return self._form.paired(self.spec, basis_A, basis_B, count_bases(min_dim, self.spec.r), part)
-        if are_bases_fake():
+        if count_modes() and are_bases_fake():
             return _fake(self._made(max_dim, min_dim, META, dtype, sides), device)
         pair = self._pairs.get((max_dim, min_dim, device, dtype, sides))
         return self._made(max_dim, min_dim, device, dtype, sides) if pair is None else pair

@@ -23,13 +23,13 @@ alone, `rows` that of some of its rows, `grouped` that of the updates of a stack
 is formed already. `norm` is the size of an update that is not formed.
 """
 
-from randlora.functional.adapted import Pair
+from randlora.functional.adapted import Pair, WriteOut
 from randlora.functional.block import BlockPair
 from randlora.functional.cost import Compute
 from randlora.functional.dense import DensePair
 from randlora.functional.grouped import grouped_update
 from randlora.functional.norm import update_norm
-from randlora.functional.operation import Diagonals, WriteOut, adapted_linear
+from randlora.functional.operation import Diagonals, adapted_linear
 from randlora.functional.rows import update_rows
 from randlora.functional.summed import summed_linear
 from randlora.functional.update import delta_weight

@@ -17,6 +17,12 @@ from randlora.functional.dense import DensePair
 Pair = DensePair | BlockPair
 WIDE = (torch.float32, torch.float64)
 
+WriteOut = Callable[[torch.dtype], Tensor]
+"""A function that dequantizes a weight, ``(out_features, in_features)``, to the dtype it is given.
+
+Every call returns a new tensor, which may be overwritten.
+"""
+
 
 def _over_tokens(rows: Tensor) -> Tensor:
     """Sum over the first dimension."""
@@ -172,22 +178,21 @@ class Adapted(NamedTuple):
 
 
 def adapted(
-    weight: Tensor | None,
-    pair: Pair,
-    lam: Tensor,
-    gamma: Tensor,
-    scaling: float,
-    *,
-    is_wide: bool,
-    owns_weight: bool = False,
+    weight: Tensor | WriteOut | None, pair: Pair, lam: Tensor, gamma: Tensor, scaling: float, *, is_wide: bool
 ) -> Adapted:
-    """Build the operand of one layer, see `Adapted`, casting Λ and Γ to at least the dtype of A."""
-    wide = pair.A.dtype
+    """Build the operand of one layer, see `Adapted`, casting Λ and Γ to at least the dtype of A.
+
+    It owns the weight if that had to be dequantized or converted to the dtype of B.
+    """
+    wide, dtype = pair.A.dtype, pair.B.dtype
     if lam.dtype != wide:
         lam = lam.to(torch.promote_types(lam.dtype, wide))
     if gamma.dtype != wide:
         gamma = gamma.to(torch.promote_types(gamma.dtype, wide))
     factor = scaling
-    if pair.B.dtype not in WIDE and scaling != 1:
+    if dtype not in WIDE and scaling != 1:
         lam, factor = lam * scaling, 1.0
-    return Adapted(weight, pair, lam, gamma, factor, scaling, is_wide, owns_weight)
+    if weight is None or (isinstance(weight, Tensor) and weight.dtype == dtype):
+        return Adapted(weight, pair, lam, gamma, factor, scaling, is_wide)
+    own = weight.to(dtype) if isinstance(weight, Tensor) else weight(dtype)
+    return Adapted(own, pair, lam, gamma, factor, scaling, is_wide, owns_weight=True)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from randlora.functional.adapted import Adapted, Pair, adapted
+from randlora.functional.adapted import Pair, WriteOut, adapted
 from randlora.functional.block import BlockPair
 from randlora.functional.cost import Compute, chosen_backward, chosen_forward, is_small
 from randlora.functional.dense import DensePair
 from randlora.functional.scratch import in_dtype, is_in_transform, is_traced
-
-WriteOut = Callable[[torch.dtype], Tensor]
-"""A function that dequantizes a weight, ``(out_features, in_features)``, to the dtype it is given.
-
-Every call returns a new tensor, which may be overwritten.
-"""
 
 
 class Diagonals(NamedTuple):
@@ -116,8 +109,8 @@ def _output(
 ) -> Tensor:
     """Compute the output, ``(tokens, out)``, from the arguments of the autograd functions."""
     tokens = rows.shape[0]
-    pair = form_for(pair_like(basis_A, basis_B, rest), tokens, compute)
-    layer = _layer(weight, pair, lam, gamma, scaling, is_wide=is_wide)
+    pair = _pair(basis_A, basis_B, rest, tokens, compute)
+    layer = adapted(weight, pair, lam, gamma, scaling, is_wide=is_wide)
     has_weight = weight is not None
     way = chosen_forward(tokens, pair, is_wide=is_wide, has_weight=has_weight, compute=compute)
     if bias is not None and bias.dtype != pair.B.dtype:
@@ -125,29 +118,19 @@ def _output(
     return layer.output(rows, bias, way)
 
 
-def _layer(
-    weight: Tensor | WriteOut | None, pair: Pair, lam: Tensor, gamma: Tensor, scaling: float, *, is_wide: bool
-) -> Adapted:
-    """Build the operand in the dtype of B. It owns the weight if that had to be dequantized or converted."""
-    if weight is None or (isinstance(weight, Tensor) and weight.dtype == pair.B.dtype):
-        return adapted(weight, pair, lam, gamma, scaling, is_wide=is_wide)
-    dtype = pair.B.dtype
-    own = weight.to(dtype) if isinstance(weight, Tensor) else weight(dtype)
-    return adapted(own, pair, lam, gamma, scaling, is_wide=is_wide, owns_weight=True)
+def _pair(basis_A: Tensor | None, basis_B: Tensor | None, rest: Any, tokens: int, compute: Compute) -> Pair:
+    """Return the pair that was passed to an autograd function, or the dense copy of it if the product is small.
 
-
-def form_for(pair: Pair, tokens: int, compute: Compute) -> Pair:
-    """Return the faster form of the bases: the dense copy if there is one and the product is small."""
+    It was passed as tensors and ``rest``, or as ``rest`` alone.
+    """
+    pair: Pair = rest if basis_A is None or basis_B is None else pair_like(basis_A, basis_B, rest)
     if compute != "auto" or pair.written is None or not is_small(tokens, pair.max_dim * pair.min_dim):
         return pair
     return pair.written
 
 
-def pair_like(basis_A: Tensor | None, basis_B: Tensor | None, rest: Any, /) -> Pair:
-    """Rebuild a pair from the tensors passed to an autograd function; without them, ``rest`` is the pair."""
-    if basis_A is None or basis_B is None:
-        whole: Pair = rest
-        return whole
+def pair_like(basis_A: Tensor, basis_B: Tensor, rest: Any, /) -> Pair:
+    """Rebuild a pair from its tensors."""
     return BlockPair(basis_A, basis_B, *rest) if rest else DensePair(basis_A, basis_B)
 
 
@@ -217,7 +200,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, lam, gamma, basis_A, basis_B = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_lam, needs_gamma, *others = ctx.needs_input_grad
     needs_diagonals = needs_lam or needs_gamma
-    pair = form_for(pair_like(basis_A, basis_B, ctx.rest), grad.shape[0], ctx.compute)
+    pair = _pair(basis_A, basis_B, ctx.rest, grad.shape[0], ctx.compute)
     held = (ctx.write_out or weight) if needs_x else None
     has_weight, is_wide = ctx.write_out is not None or weight is not None, ctx.is_wide
     x_way, diagonals_way = chosen_backward(
@@ -228,7 +211,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs=(needs_x, needs_weight, needs_diagonals),
         compute=ctx.compute,
     )
-    layer = _layer(held, pair, lam, gamma, ctx.scaling, is_wide=is_wide)
+    layer = adapted(held, pair, lam, gamma, ctx.scaling, is_wide=is_wide)
     grad_x = grad_weight = grad_lam = grad_gamma = hidden = None
     if x_way == "few_tokens":
         tokens = x if needs_diagonals else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from randlora.bases.spec import Shape, count_bases
 from randlora.errors import CheckpointError
 from randlora.functional import WriteOut, adapted_linear, delta_weight
-from randlora.layers.diagonals import Diagonal, diagonal_shapes
-from randlora.layers.inputs import autocast_dtype, have_one_dtype, input_of, is_plain_tensor, require_product
+from randlora.layers.diagonals import diagonal_shapes
+from randlora.layers.inputs import input_of, product_dtype, require_product
 from randlora.layers.merging import MergeableWeight
 from randlora.layers.split import Piece, split_of
 from randlora.layers.update import Update, sum_updates
@@ -23,6 +23,20 @@ from randlora.ranks import run_collectives
 from randlora.replaced import watched
 from randlora.start import Init, initial_values
 from randlora.state import ModelState, SiteAdapter
+
+
+class Product(NamedTuple):
+    """The product that a layer's forward is, to which a bias may be added.
+
+    Attributes:
+        weight: The weight, ``(out_features, in_features)``, or a function that dequantizes it.
+        dtype: The dtype to compute in.
+        output_dtype: The dtype that the layer returns.
+    """
+
+    weight: Tensor | WriteOut
+    dtype: torch.dtype
+    output_dtype: torch.dtype
 
 
 class AdapterLayer(MergeableWeight):
@@ -41,6 +55,7 @@ class AdapterLayer(MergeableWeight):
         as_read: The kind of layer that adapts the same weight where code reads it, such as a forward of a subclass.
         state: The state of the model that the owner belongs to.
         shape: ``(out_features, in_features)`` of the weight, or of one matrix of a stack.
+        names: The names under which the owner holds Λ and Γ.
         adapters: The adapters of this weight, by name.
         acting: Those that act on this weight and are not merged, in the same order, with their factors, if
             ``activation`` is current; see `seat`.
@@ -59,6 +74,7 @@ class AdapterLayer(MergeableWeight):
         self.state = state
         in_features, out_features = self.features(owner)
         self.shape = out_features, in_features
+        self.names = self.parameter_names()
         self.adapters: dict[str, SiteAdapter] = {}
         self.acting: list[tuple[SiteAdapter, float]] = []
         self.activation = state.activation
@@ -71,15 +87,16 @@ class AdapterLayer(MergeableWeight):
     def plain_forward(cls) -> Callable[..., Tensor] | None:
         """Return the ``forward`` of the base layer's class, or ``None`` if it cannot be replaced.
 
-        If the owner's class has this forward and `only_multiplies` holds, layer and adapter are computed as one
+        If the owner's class has this forward and `product` finds one, layer and adapter are computed as one
         operation.
         """
         return None
 
     def diagonals_of(self, owner: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """Return Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, of one adapter, or stacks of them."""
-        lambdas, gammas = self.parameter_names()
-        return self._held(owner, lambdas).randlora_named(name), self._held(owner, gammas).randlora_named(name)
+        held: dict[str, Any] = owner._modules
+        lambdas, gammas = self.names
+        return held[lambdas].randlora_named(name), held[gammas].randlora_named(name)
 
     @classmethod
     def fresh_diagonals(cls, owner: nn.Module, shape: Shape, r: int, init: Init) -> tuple[Tensor, Tensor]:
@@ -124,23 +141,25 @@ class AdapterLayer(MergeableWeight):
         Returns:
             ``(..., out_features)`` in the dtype of the owner's output.
         """
+        state = self.state
         if self.own_forward is not None:
             base_forward = self.own_forward
-        if (run := self.state.run) is not None and run.takes_over:
+        if (run := state.run) is not None and run.takes_over:
             return run.product(self, owner, base_forward, args, kwargs)
-        active = self.active()
+        active = self.acting if self.activation.is_current and not state.disabled else self.active()
         if not active:
             return self.base_output(owner, base_forward, *args, **kwargs)
-        x: Any = input_of(owner, args, kwargs)
-        if len(args) + len(kwargs) == 1 and self._is_one_operation(owner, active[0][0], x):
+        x: Any = args[0] if args else input_of(owner, args, kwargs)
+        if len(args) + len(kwargs) == 1 and (product := self._whole_product(owner, active[0][0], x)) is not None:
             (part, factor), *active = active
-            output = self._adapted_output(owner, part, factor, x)
+            output = self._adapted_output(owner, part, factor, x, product)
         else:
             output = self.base_output(owner, base_forward, *args, **kwargs)
-        if active and not isinstance(x, Tensor):
+        if not active:
+            return output
+        if not isinstance(x, Tensor):
             raise TypeError(f"the input of an adapted {type(owner).__name__} must be a tensor, got {type(x).__name__}")
-        if active:
-            require_product(owner, output, self.shape[0])
+        require_product(owner, output, self.shape[0])
         for part, factor in active:
             output = output + self._adapter_output(owner, part, factor, x, output.dtype)
         return output
@@ -174,33 +193,26 @@ class AdapterLayer(MergeableWeight):
         base: Any = type(owner)
         return self.own_forward is None and base.randlora_base.forward is self.plain_forward()
 
-    def _is_one_operation(self, owner: nn.Module, part: SiteAdapter, x: object) -> bool:
-        """Whether layer and adapter can be computed as one operation, without running the layer's forward.
+    def _whole_product(self, owner: Any, part: SiteAdapter, x: object) -> Product | None:
+        """Return the product that the owner's forward is, if an adapter can be added inside of it, else ``None``.
 
-        Not if the forward does more than that product, or dropout makes the adapter's input differ from the layer's.
+        Not if the forward does more than that, or dropout makes the adapter's input differ from the layer's.
         """
-        if not self.runs_plain_forward(owner) or (part.adapter.config.dropout and owner.training):
-            return False
-        return is_plain_tensor(x) and self.only_multiplies(owner, x)
+        if self.own_forward is not None or (part.adapter.config.dropout and owner.training):
+            return None
+        base: Any = type(owner)
+        return self.product(owner, x) if base.randlora_base.forward is self.plain_forward() else None
 
-    def only_multiplies(self, owner: nn.Module, x: Tensor) -> bool:
-        """Whether the kind's forward only multiplies this input by the weight and adds the bias."""
-        weight = self.weight_of(owner)
-        if not is_plain_tensor(weight) or x.device != weight.device:
-            return False
-        return have_one_dtype(x, weight) and x.dim() > 0 and x.shape[-1] == self.shape[1]
+    def product(self, owner: nn.Module, x: object) -> Product | None:
+        """Return what the kind's forward multiplies an input by; ``None`` if it does not only multiply and add a bias.
 
-    def reading(self, owner: nn.Module, x: Tensor) -> tuple[Tensor | WriteOut, torch.dtype, torch.dtype]:
-        """Return what `adapted_linear` needs when `only_multiplies` holds.
-
-        Returns:
-            The weight, ``(out_features, in_features)``, or a function that dequantizes it; the dtype to compute in; and
-            the dtype that the layer returns.
+        It is asked if `runs_plain_forward` holds.
         """
         weight = self.weight_of(owner)
-        assert weight is not None, "only_multiplies() asks for a weight"
-        dtype = autocast_dtype(x, weight.dtype)
-        return self.in_storage_layout(weight), dtype, dtype
+        dtype = None if weight is None else product_dtype(x, weight, self.shape[1])
+        if weight is None or dtype is None:
+            return None
+        return Product(self.in_storage_layout(weight), dtype, dtype)
 
     def update(self, owner: nn.Module, part: SiteAdapter, factor: float) -> Update:
         """Return one adapter's update of this weight as factors."""
@@ -219,30 +231,28 @@ class AdapterLayer(MergeableWeight):
             part.position = None
         for position, (part, _) in enumerate(self.acting):
             part.position = position
-        for name in self.parameter_names():
-            self._held(owner, name).randlora_seat(part.adapter.name for part, _ in self.acting)
-
-    @staticmethod
-    def _held(owner: nn.Module, name: str) -> Diagonal:
-        held = owner._modules[name]
-        assert isinstance(held, Diagonal), "the weight is adapted"
-        return held
+        held: dict[str, Any] = owner._modules
+        for name in self.names:
+            held[name].randlora_seat(part.adapter.name for part, _ in self.acting)
 
     def _seated(self, owner: nn.Module, part: SiteAdapter) -> tuple[nn.Parameter, nn.Parameter] | None:
         """Return what `diagonals_of` does, without reading a name, or ``None`` where only that finds them."""
         if part.position is None:
             return None
-        lam, gamma = (self._held(owner, name).randlora_at(part.position) for name in self.parameter_names())
+        held: dict[str, Any] = owner._modules
+        lam, gamma = (held[name].randlora_at(part.position) for name in self.names)
         return None if lam is None or gamma is None else (lam, gamma)
 
-    def _adapted_output(self, owner: nn.Module, part: SiteAdapter, factor: float, x: Tensor) -> Tensor:
+    def _adapted_output(
+        self, owner: nn.Module, part: SiteAdapter, factor: float, x: Tensor, product: Product
+    ) -> Tensor:
         """Return the output of layer and adapter, computed as one operation."""
-        weight, dtype, output_dtype = self.reading(owner, x)
+        dtype = product.dtype
         pair, diagonals = self.update(owner, part, factor).parts(x.device, dtype)
         bias: Any = owner.bias
         x = x if x.dtype == dtype else x.to(dtype)
-        output = adapted_linear(x, pair, diagonals, weight=weight, bias=bias, compute=self.state.compute)
-        return output if output.dtype == output_dtype else output.to(output_dtype)
+        output = adapted_linear(x, pair, diagonals, weight=product.weight, bias=bias, compute=self.state.compute)
+        return output if output.dtype == product.output_dtype else output.to(product.output_dtype)
 
     def _adapter_output(
         self, owner: nn.Module, part: SiteAdapter, factor: float, x: Tensor, dtype: torch.dtype

@@ -32,6 +32,16 @@ def have_one_dtype(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == weight.dtype or autocast_dtype(x, x.dtype) == autocast_dtype(x, weight.dtype)
 
 
+def product_dtype(x: object, weight: Tensor, in_features: int) -> torch.dtype | None:
+    """Return the dtype of a product of plain tensors, ``(..., in_features)`` and a weight; ``None`` of others."""
+    if not is_plain_tensor(x) or not is_plain_tensor(weight) or x.device != weight.device:
+        return None
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        return None
+    dtype = autocast_dtype(x, weight.dtype)
+    return dtype if x.dtype == weight.dtype or autocast_dtype(x, x.dtype) == dtype else None
+
+
 def require_product(owner: Any, output: object, out_features: int) -> None:
     """Raise a `TypeError` if what an adapted module's forward returned is no tensor of ``(..., out_features)``."""
     if isinstance(output, Tensor) and (output.is_nested or output.shape[-1:] == (out_features,)):

@@ -43,11 +43,12 @@ class Update(NamedTuple):
             sides = self.region.sides(is_wide=self.is_wide)
             gamma = take_spans(gamma, sides.small, -1)
         pair = self.basis.pair(max(matrix), min(matrix), device=device, dtype=dtype, sides=sides)
-        return pair, Diagonals(_on(self.lam, device), _on(gamma, device), self.scaling)
+        lam = self.lam if self.lam.device == device else self.lam.to(device)
+        return pair, Diagonals(lam, gamma if gamma.device == device else gamma.to(device), self.scaling)
 
     def diagonals(self, device: torch.device) -> Diagonals:
         """Return Λ and Γ, whatever the part, with the scaling."""
-        return Diagonals(_on(self.lam, device), _on(self.gamma, device), self.scaling)
+        return Diagonals(self.lam.to(device), self.gamma.to(device), self.scaling)
 
     def norm(self, device: torch.device) -> Tensor:
         """Return about the norm of the whole update, through which gradients flow; see `randlora.functional.norm`."""
@@ -112,10 +113,6 @@ def folded(weight: Tensor, delta: Tensor) -> Tensor:
         delta = delta.reshape(weight.shape)
     total = (weight.to(delta.dtype) + delta).to(weight.dtype)
     return total if total.stride() == weight.stride() else total.contiguous()
-
-
-def _on(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor if tensor.device == device else tensor.to(device)
 
 
 class Into(NamedTuple):

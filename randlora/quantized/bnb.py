@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from randlora.functional import WriteOut
 from randlora.functional.scratch import is_in_transform
-from randlora.layers.inputs import autocast_dtype
+from randlora.layers.base import Product
+from randlora.layers.inputs import autocast_dtype, is_plain_tensor
 from randlora.layers.quantized import QuantizedLayer, twin_of
 from randlora.layers.registry import register_layer
 from randlora.quantized import bnb_codes
@@ -72,26 +72,23 @@ class Linear4bitAdapter(QuantizedLayer):
         dtype: torch.dtype | None = owner.compute_dtype
         return dtype
 
-    def only_multiplies(self, owner: Any, x: Tensor) -> bool:
-        """Whether the layer would dequantize its weight and multiply, which can be done with the update added.
+    def product(self, owner: Any, x: object) -> Product | None:
+        """Return the product if the layer would dequantize its weight to multiply, which the update can be added in.
 
         In evaluation it may use other kernels. Not under a compiler: the layer saves no dequantized weight for
         backward, but a trace of our operation would.
         """
-        if x.device != owner.weight.device or x.dim() == 0 or x.shape[-1] != self.shape[1]:
-            return False
+        if not is_plain_tensor(x) or x.device != owner.weight.device or x.dim() == 0 or x.shape[-1] != self.shape[1]:
+            return None
         if not _may_lead_gradients(owner, x) or not owner.compute_type_is_set or torch.compiler.is_compiling():
-            return False
+            return None
         if x.device.type != "cpu" and x.numel() <= OWN_KERNELS_UP_TO * self.shape[1]:
-            return False
+            return None
         dtype = owner.compute_dtype or x.dtype
-        return autocast_dtype(x, dtype) == dtype
-
-    def reading(self, owner: Any, x: Tensor) -> tuple[WriteOut, torch.dtype, torch.dtype]:
-        """Return a function that dequantizes the weight; `only_multiplies` holds."""
+        if autocast_dtype(x, dtype) != dtype:
+            return None
         state = copy.copy(bnb_codes.quant_state(owner, owner.weight))  # bitsandbytes changes the state when it repacks
-        write_out = partial(bnb_codes.write_out_4bit, owner.weight.data, state)
-        return write_out, owner.compute_dtype or x.dtype, x.dtype
+        return Product(partial(bnb_codes.write_out_4bit, owner.weight.data, state), dtype, x.dtype)
 
     def stand_in(self, owner: Any, x: Tensor) -> Any:
         """Return a copy of the layer for its forward to run on, with codes in order if it would misread the owner's.
@@ -166,9 +163,8 @@ class Linear8bitAdapter(QuantizedLayer):
         """Return ``Linear8bitLt.forward``, or ``None`` if it was replaced."""
         return _forward_of("Linear8bitLt")
 
-    def only_multiplies(self, owner: nn.Module, x: Tensor) -> bool:  # noqa: ARG002
-        """Return ``False``: the layer quantizes its inputs and handles outliers separately."""
-        return False
+    def product(self, owner: nn.Module, x: object) -> None:
+        """Return ``None``: the layer quantizes its inputs and handles outliers separately."""
 
     def written_out(self, owner: Any, held: tuple[Any, None, None] | None = None) -> Tensor:
         """Return the dequantized weight in float32."""
