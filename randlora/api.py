@@ -18,6 +18,8 @@ from randlora.model.inject import eject as eject
 from randlora.model.inject import inject as inject
 from randlora.model.inject import plan as plan
 from randlora.model.listing import adapters as adapters
+from randlora.model.listing import set_trainable as set_trainable
+from randlora.model.listing import trainable_parameters as trainable_parameters
 from randlora.model.memory import training_memory as training_memory
 from randlora.model.merge import merge as merge
 from randlora.model.merge import merged as merged
@@ -28,8 +30,6 @@ from randlora.model.switch import disabled as disabled
 from randlora.model.switch import remove as remove
 from randlora.model.switch import rename as rename
 from randlora.model.switch import set_compute as set_compute
-from randlora.model.trainable import set_trainable as set_trainable
-from randlora.model.trainable import trainable_parameters as trainable_parameters
 from randlora.model.updates import check_ranks as check_ranks
 from randlora.model.updates import delta_weight as delta_weight
 from randlora.model.updates import limit_norms as limit_norms

@@ -25,12 +25,7 @@ _ON_COMMAND_LINE = ContextVar("on_command_line", default=False)
 
 
 def spelled(name: str, value: object = None) -> str:
-    """Return an option as the caller gives it: ``rank=4``, or ``--rank 4`` on the command line.
-
-    Args:
-        name: The name of the argument.
-        value: A value of it that the message is about or advises, if any.
-    """
+    """Return an option, with its value if given, as the caller writes it: ``rank=4``, or in a shell ``--rank 4``."""
     if not _ON_COMMAND_LINE.get():
         said = json.dumps(value, ensure_ascii=False) if isinstance(value, str | list) else value
         return f"{name}={'' if value is None else said}"
@@ -77,15 +72,9 @@ class CheckpointError(RandLoRAError, ValueError):
 
 
 def raise_collected(error: type[RandLoRAError], problems: Sequence[str], *, doing: str) -> None:
-    """Raise one error for all problems, the first in full and a count of the others, if there are any.
+    """Raise one error of a class for all problems, a sentence each, if there are any: the first few, and a count.
 
-    Args:
-        error: The class to raise.
-        problems: One sentence for each problem.
-        doing: The refused call, for the first line: ``"inject"``, ``"load 'dir'"``.
-
-    Raises:
-        RandLoRAError: Of the given class, if there is a problem.
+    ``doing`` is the refused call, for the first line: ``"inject"``, ``"load 'dir'"``.
     """
     if not problems:
         return

@@ -7,7 +7,7 @@ import functools
 import math
 import os
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -203,6 +203,11 @@ def _is_no_path(value: object) -> bool:
     except Exception:  # whatever an object's own code raises
         return True
     return not isinstance(text, str) or not text or "\0" in text
+
+
+def listed(names: object) -> list[Any]:
+    """Return names as a list, whatever was given instead of one name or several, for a check to look at."""
+    return list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
 
 
 def is_finite(value: Any) -> bool:

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from randlora.layers.in_place import plain_class
 from randlora.places import Keeper, Kept, Place, register_keeper
 
 HOOK = "_hf_hook"
@@ -198,19 +199,6 @@ def offloaded(owner: nn.Module, attribute: str) -> Offloaded | None:
     return Offloaded(owner, attribute, found, torch.device("cpu") if device.type == "meta" else device)
 
 
-def offloaded_modules(modules: Iterable[nn.Module]) -> set[int]:
-    """Return which modules, by id, have parameters that accelerate loads for each call of them or of one around them.
-
-    Args:
-        modules: Modules and all that are around them.
-    """
-    found: set[int] = set()
-    for module in modules:
-        for hook in offloading_hooks(module):
-            found |= set(map(id, module.modules())) if hook.place_submodules else {id(module)}
-    return found
-
-
 def offloading_hooks(module: nn.Module) -> Iterator[Any]:
     """Yield the hooks with which accelerate offloads a module's parameters, if there are any."""
     if (hook := module.__dict__.get(HOOK)) is None:
@@ -284,6 +272,13 @@ class Offloading(Keeper):
         """Return the maps and loaders that hooks load a module's parameters from; see `stores`."""
         return stores(owner)
 
-    def loads(self, modules: Iterable[nn.Module]) -> set[int]:
-        """Return which modules accelerate loads; see `offloaded_modules`."""
-        return offloaded_modules(modules)
+    def loads(self, modules: Iterable[nn.Module]) -> dict[int, str | None]:
+        """Return which modules have parameters that accelerate loads; see `loaded_modules`."""
+        found: dict[int, str | None] = {}
+        for module in modules:
+            for hook in offloading_hooks(module):
+                if hook.place_submodules:
+                    found |= dict.fromkeys(map(id, module.modules()), plain_class(module).__name__)
+                else:
+                    found.setdefault(id(module), None)
+        return found

@@ -209,9 +209,9 @@ class Keeper:
         """Whether a hook of a module may load or move its parameters."""
         return False
 
-    def loads(self, modules: Iterable[nn.Module]) -> set[int]:  # noqa: ARG002
-        """Return which modules, by id, have parameters that are loaded for each call of them or of one around them."""
-        return set()
+    def loads(self, modules: Iterable[nn.Module]) -> dict[int, str | None]:  # noqa: ARG002
+        """Return which of some modules are loaded for each call; see `loaded_modules`."""
+        return {}
 
     def ranks_of(self, parameters: Iterable[Tensor], *, is_written: bool) -> Ranks | None:  # noqa: ARG002
         """Return the processes that hold some of these parameters together; see `ranks_of`."""
@@ -282,14 +282,17 @@ def is_hooked(module: nn.Module) -> bool:
     return any(keeper.is_hooked(module) for keeper in KEEPERS)
 
 
-def loaded_modules(modules: Iterable[nn.Module]) -> set[int]:
+def loaded_modules(modules: Iterable[nn.Module]) -> dict[int, str | None]:
     """Return which modules, by id, have parameters that are loaded for each call of them or of one around them.
 
     Args:
         modules: Modules and all that are around them.
+
+    Returns:
+        The class of the module with all of which each is loaded, by name; ``None`` for one that is loaded by itself.
     """
     modules = list(modules)
-    return {each for keeper in KEEPERS for each in keeper.loads(modules)}
+    return {key: around for keeper in KEEPERS for key, around in keeper.loads(modules).items()}
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -316,13 +319,8 @@ def values_within(values: Tensor, part: Part) -> Tensor:
 def ranks_of(parameters: Iterable[Tensor], *, is_written: bool = False) -> Ranks | None:
     """Return the processes that hold some parameters together; ``None`` if each has all of them.
 
-    Args:
-        parameters: The parameters.
-        is_written: Whether values are written, which every process does to its own piece. Parameters that are all here
-            at present, as small ones of ZeRO-3 always are, count too then.
-
-    Raises:
-        AdapterError: If these processes could not agree, because no mesh has all of them.
+    If values are written, parameters count too that are all here at present, as small ones of ZeRO-3 always are,
+    because every process writes its own piece. An `AdapterError` is raised if no mesh has all of these processes.
     """
     parameters = list(parameters)
     found = (keeper.ranks_of(parameters, is_written=is_written) for keeper in KEEPERS)

@@ -212,7 +212,9 @@ class ReplacedParameter:
         was, live = self.installed, self.live
         if self.original is was:
             self.original = live
-        elif whole_shape(live) != whole_shape(self.original) and (live is not was or self._is_resized()):
+        elif whole_shape(live) != whole_shape(self.original) and (
+            live is not was or _may_be_whole(live, self.original)
+        ):
             # the own values of a module that was put in or resized later are those that it has when that is noticed
             self.original = like(live, live.detach().clone())
         if live is not was and was.requires_grad:
@@ -222,10 +224,6 @@ class ReplacedParameter:
     def fits(self, copy: Tensor) -> bool:
         """Whether a trained copy, which may be what is left of a sharded one, has the shape of the model's own."""
         return not _may_be_whole(copy, self.original) or whole_shape(copy) == whole_shape(self.original)
-
-    def _is_resized(self) -> bool:
-        """Whether the data of `live` may be those of a resized parameter, and not what is left of a sharded one."""
-        return _may_be_whole(self.live, self.original)
 
 
 def _may_be_whole(parameter: Tensor, original: Tensor) -> bool:

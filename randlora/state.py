@@ -394,11 +394,7 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
 
 
 def require_unused(state: ModelState, name: str | None, doing: str) -> None:
-    """Check that an adapter acts in no open block that is a `Run`, or that none is open if the name is ``None``.
-
-    Raises:
-        AdapterError: If one does.
-    """
+    """Check that an adapter acts in no open `Run`, or that none is open if the name is ``None``."""
     for block in state.disabled:
         if isinstance(block, Run) and (name is None or name in block.adapters):
             which = "" if name is None else ", which uses it"

@@ -221,7 +221,7 @@ def test_what_was_meant_is_guessed_for_the_names_that_are_written_out(monkeypatc
         guessed.append(entry)
         return "a guess"
 
-    monkeypatch.setattr("randlora.targets.explain.suggestion", suggestion)
+    monkeypatch.setattr("randlora.targets.left_out.suggestion", suggestion)
     names = [f"unheard-of.{index}" for index in range(560)]
     with pytest.raises(TargetError, match="560 problems") as caught:
         find_targets(Model(), names)

@@ -32,8 +32,7 @@ from randlora.disk.tensor_file import LONGEST_NAME
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import mistyped, require_types, shortly
 from randlora.layers.diagonals import diagonal_shapes
-from randlora.model.install import lost_sites, require_own
-from randlora.model.train_also import lost_parameters
+from randlora.model.install import lost_parts, require_own
 from randlora.model.view import opened
 from randlora.places import copied
 from randlora.ranks import Ranks, raise_on_every_rank, run_collectives
@@ -210,7 +209,7 @@ def _whole(held: Gathered, *, is_kept: bool) -> Gathered:
 
 def _problems(held: Gathered) -> list[str]:
     adapter, bases = held.adapter, held.bases
-    problems = [*lost_sites(held.census, [adapter]), *lost_parameters(held.state, [adapter])]
+    problems = lost_parts(held.census, held.state, [adapter])
     if bases not in ("seed", "stored"):
         problems.append(f"bases must be 'seed' or 'stored', got {shortly(bases)}")
     if bases == "seed" and any(basis.stored is not None for basis in adapter.bases.values()):

@@ -32,9 +32,9 @@ from randlora.disk.replace import Files, write_files
 from randlora.disk.tensor_file import Planned, write_tensor_file
 from randlora.errors import CheckpointError, raise_collected, warn
 from randlora.hints import require_types, shortly
+from randlora.model.listing import adapter_parameters
 from randlora.model.save_guard import SaveGuard
 from randlora.model.train_also import moved_note, untrained_note
-from randlora.model.trainable import adapter_parameters
 from randlora.ranks import on_first_rank
 from randlora.report import adapter_report, as_bytes
 from randlora.state import ModelState, adapted_root

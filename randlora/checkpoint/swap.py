@@ -15,8 +15,7 @@ from randlora.checkpoint.peft_config import kept_fields
 from randlora.checkpoint.read import AdapterFile
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import require_types
-from randlora.model.install import lost_sites
-from randlora.model.train_also import lost_parameters
+from randlora.model.install import lost_parts
 from randlora.model.view import View, opened
 from randlora.modes import has_values
 from randlora.options import by_rank
@@ -106,7 +105,7 @@ def _planned(
     require_unused(state, adapter.name, doing)
     sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
     with raise_on_every_rank(view.ranks()):
-        problems = [*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])]
+        problems = lost_parts(census, state, [adapter])
         raise_collected(CheckpointError, problems, doing=doing)
         found = read_source(source, revision=revision, subfolder=subfolder)
         doing += f" for those of {found.where}"

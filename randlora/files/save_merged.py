@@ -38,14 +38,14 @@ from randlora.layers.cast import in_own_dtypes
 from randlora.layers.in_place import plain_class
 from randlora.layers.quantized import QuantizedLayer
 from randlora.model.engines import is_first_copy
-from randlora.model.merged_tensors import MergedTensors, Share, modules_of, saved_buffers
+from randlora.model.merged_tensors import MergedTensors, Share
 from randlora.model.train_also import moved_note, untrained_notes
 from randlora.places import own_class
 from randlora.ranks import on_first_rank
 from randlora.replaced import whole_shape
 from randlora.report import as_bytes, as_lines
 from randlora.targets.obstacles import tied_away
-from randlora.targets.walk import Census
+from randlora.targets.walk import Census, saved_buffers
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 """What sizes are given in, as to ``save_pretrained``."""
@@ -291,14 +291,14 @@ def _saved_as(census: Census) -> tuple[Saved, list[str]]:
 def _transposed(census: Census) -> set[str]:
     """Return the names of weights of quantized layers that were put in the place of transformers' `Conv1D`."""
     kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
-    sources = {prefix: vars(module).get("source_cls") for prefix, module in modules_of(census)}
+    sources = {prefix: vars(module).get("source_cls") for prefix, module in census.prefixed}
     return {f"{prefix}weight" for prefix, source in sources.items() if source is not None and issubclass(source, kind)}
 
 
 def _on_meta(census: Census) -> Iterator[tuple[str, Tensor]]:
     """Yield the entries of the state dict as tensors without values, whole and dequantized."""
     without = _not_written(census)
-    for prefix, module in modules_of(census):
+    for prefix, module in census.prefixed:
         for attribute, held in (*module._parameters.items(), *saved_buffers(module)):
             if held is not None and f"{prefix}{attribute}" not in without:
                 site = census.sites_by_key.get((id(module), attribute))

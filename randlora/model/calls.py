@@ -41,7 +41,7 @@ def watch_attention(census: Census) -> None:
 
 def unwatch_attention(census: Census) -> None:
     """Remove the hooks of `watch_attention`."""
-    for module in (census.model, *(visit.module for visit in census.first_visits)):
+    for module in census.modules:
         for number in [number for number, hook in module._forward_pre_hooks.items() if hook is require_called]:
             del module._forward_pre_hooks[number]
 

@@ -79,13 +79,7 @@ def all_or_nothing(
 
 @contextmanager
 def unchanged_if_raised(objects: Iterable[object], values: Iterable[Tensor], flags: Iterable[Tensor]) -> Iterator[None]:
-    """Restore some objects if the block raises.
-
-    Args:
-        objects: What gets back its class and its attributes, and of those that are dicts or lists, their entries.
-        values: Tensors that get back their data and ``requires_grad``.
-        flags: Tensors that get back ``requires_grad``.
-    """
+    """Restore some objects if the block raises, as `Attributes` does, data of tensors (``values``), and their flags."""
     held = {id(each): Attributes(each) for each in objects if each is not None}
     required_grad = [(each, each.requires_grad) for each in (*values, *flags)]
     data = [(each, each.data) for each in values if not is_lazy(each) and type(each.data) is Tensor]
@@ -150,13 +144,7 @@ class Snapshot:
     def __init__(
         self, modules: Iterable[nn.Module], others: Iterable[object] = (), copies: Snapshot | None = None
     ) -> None:
-        """Take a snapshot.
-
-        Args:
-            modules: Modules, with all inside them.
-            others: Further objects.
-            copies: An earlier snapshot, whose copies of values are taken where nothing has changed since.
-        """
+        """Take a snapshot, with the copies of an earlier one of the values that have not changed since."""
         inside = {id(each): each for module in modules for each in module.modules()}
         tensors = {
             id(tensor): tensor

@@ -15,10 +15,10 @@ from randlora.layers.read_weight import ReadWeight
 from randlora.layers.update import Into
 from randlora.model.change import undone
 from randlora.model.install import unwrapped_model
+from randlora.model.listing import offloaded_diagonals
 from randlora.model.merge import merged
 from randlora.model.mergeable import weight_problems
 from randlora.model.probe import TOLERANCE, differences_from_product
-from randlora.model.trainable import offloaded_diagonals
 from randlora.model.trial import WIDENED, Trial, acting_sites, distances, half_precision, held_by, roles, roundings
 from randlora.model.view import View, opened
 from randlora.places import Plain

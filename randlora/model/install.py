@@ -25,7 +25,7 @@ from randlora.model.calls import unwatch_attention, unwatch_calls, watch_attenti
 from randlora.model.change import all_or_nothing, set_requires_grad
 from randlora.model.engines import require_averaged, tell_added, tell_changed
 from randlora.model.save_guard import guard_saving, unguard_saving
-from randlora.model.train_also import remembered
+from randlora.model.train_also import lost_parameters, remembered
 from randlora.modes import fake_obstacle
 from randlora.options import by_rank
 from randlora.places import place_at
@@ -74,12 +74,7 @@ class Addition(NamedTuple):
 
 
 def owned_state(census: Census, doing: str) -> ModelState:
-    """Return the model's state, or a new one, after checking that adapters can be added.
-
-    Raises:
-        AdapterError: If the adapters are merged, or were added to a submodule of the model or to a module that contains
-            it, or the model is wrapped or has adapters of other libraries.
-    """
+    """Return the model's state, or a new one, after checking that adapters can be added."""
     model = census.model
     if (attribute := held_at(model, WRAPPERS)) is not None:
         raise AdapterError(
@@ -142,9 +137,6 @@ def prepare(
 
     Λ and Γ have the adapter's initial values, or those of ``values``, by FQN. ``replaced`` are the model's own
     parameters that the adapter trains copies of, by FQN.
-
-    Raises:
-        AdapterError: If another adapter trains a copy of one of them, and it is sharded.
     """
     raise_collected(AdapterError, shared_slots(state, [*state.adapters.values(), adapter], replaced), doing="add it")
     layers = []
@@ -231,6 +223,12 @@ def require_detachable(census: Census, doing: str, sites: Iterable[Site] | None 
     raise_collected(AdapterError, problems, doing=doing)
 
 
+def lost_parts(census: Census, state: ModelState, adapters: Iterable[Adapter]) -> list[str]:
+    """Return messages about weights and parameters of adapters that the model no longer has as they were."""
+    adapters = list(adapters)
+    return [*lost_sites(census, adapters), *lost_parameters(state, adapters)]
+
+
 def lost_sites(census: Census, adapters: Iterable[Adapter]) -> list[str]:
     """Return messages about weights that have lost an adapter: the module was replaced by another, or resized."""
     found = {
@@ -292,7 +290,7 @@ def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
     unwatch_calls(census.model)
     for site in census.adapted:
         detach(site.owner, site.layer)
-    for module in (census.model, *(visit.module for visit in census.first_visits)):
+    for module in census.modules:
         if CASTS in vars(module):
             set_casts(module, _rounded(module))
     own = {held.fqn: held.parameter for held in Census(census.model, census.visits).parameters}

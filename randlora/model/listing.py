@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 
@@ -10,13 +10,19 @@ from torch import nn
 
 from randlora.bases.spec import BasisSpec
 from randlora.config import RandLoRAConfig
-from randlora.model.install import lost_sites
-from randlora.model.train_also import lost_parameters
-from randlora.model.trainable import adapter_parameters
+from randlora.errors import AdapterError, raise_collected, warn
+from randlora.hints import listed, require_types
+from randlora.layers.diagonals import Diagonal
+from randlora.model.change import set_requires_grad
+from randlora.model.engines import require_averaged, tell_changed
+from randlora.model.install import lost_parts
+from randlora.model.train_also import HALF_RISKS, copy_dtype
+from randlora.model.view import opened
 from randlora.options import Factor, LayerOptions, described
-from randlora.report import as_lines, wrapped
-from randlora.state import adapted_root, is_adapted
+from randlora.report import FLOAT32_BYTES, as_lines, wrapped
+from randlora.state import Adapter, ModelState, adapted_root, is_adapted
 from randlora.targets.match import shortened
+from randlora.targets.obstacles import offloaded_with
 from randlora.targets.walk import Census
 
 
@@ -100,7 +106,7 @@ def adapters(model: nn.Module) -> list[AdapterInfo]:
             weight=copy(adapter.weight),
             is_trainable=any(parameter.requires_grad for parameter in adapter_parameters(census, adapter)),
             is_merged=adapter.name in state.merged,
-            problems=(*lost_sites(census, [adapter]), *lost_parameters(state, [adapter])),
+            problems=tuple(lost_parts(census, state, [adapter])),
         )
         for adapter in state.adapters.values()
     ]
@@ -110,3 +116,136 @@ def _with_factor(factor: Factor) -> str:
     if isinstance(factor, Mapping):
         return " with a factor for each layer"
     return "" if factor == 1 else f" with the factor {factor:g}"
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters to train: Λ and Γ of the trainable adapters, and those named by ``train_also``.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> _ = randlora.inject(model, r=4)
+        >>> optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=1e-3)
+
+    Raises:
+        AdapterError: If the model has no adapter, or none that is trainable, or no longer has all of what an adapter
+            trains, because a module was replaced, removed or resized, or accelerate offloads Λ and Γ.
+
+    Warns:
+        UserWarning: If Λ and Γ are not in float32 any more, as after ``model.half()``, in which small steps are lost,
+            or parameters of ``train_also``, as after their module was replaced.
+    """
+    with opened(model, "train the adapters") as view:
+        state, census = view.state, view.census
+        adapters = state.adapters.values()
+        lost = lost_parts(census, state, adapters)
+        raise_collected(AdapterError, [*lost, *offloaded_diagonals(census)], doing="train the adapters")
+        every = (parameter for adapter in adapters for parameter in adapter_parameters(census, adapter))
+        trained = [parameter for parameter in every if parameter.requires_grad]
+        if not trained:
+            raise AdapterError(
+                f"no adapter is trainable, and an optimizer would have nothing to do ({', '.join(state.adapters)}): "
+                f"call randlora.set_trainable(model, {next(iter(state.adapters))!r})"
+            )
+        copies = {id(copy) for adapter in adapters for copy in adapter.trained.values()}
+        dtypes = {each.dtype for each in trained if id(each) not in copies and each.dtype.itemsize < FLOAT32_BYTES}
+        if dtypes:
+            warn(
+                f"Λ and Γ are in {', '.join(map(str, dtypes))}, as after model.half(), in which small steps are lost: "
+                "convert the model before inject, or go back with `for each in randlora.trainable_parameters(model): "
+                "each.data = each.data.float()`"
+            )
+        narrow = [
+            fqn
+            for adapter in adapters
+            for fqn, copy in adapter.parameters.items()
+            if copy.requires_grad and copy.dtype in HALF_RISKS and copy.dtype != copy_dtype(state.replaced[fqn])
+        ]
+        if narrow and not dtypes:
+            warn(
+                f"{shortened(narrow)}: the copies to train were float32 and have 16 bits now, as where a module was "
+                "replaced: save the adapter, eject it, and load it again"
+            )
+        return trained
+
+
+def set_trainable(model: nn.Module, names: str | Iterable[str], trainable: bool = True) -> None:  # noqa: FBT001, FBT002
+    """Set whether the parameters of adapters require grad, active or not. Those of other adapters do not change.
+
+    An adapter that is trainable and not active gets no gradients until it is active, or routed.
+
+    Args:
+        model: A model with adapters.
+        names: One name, or several.
+        trainable: Whether Λ, Γ and the parameters of ``train_also`` of these adapters require grad.
+
+    Raises:
+        AdapterError: For an unknown name, or if copies of parameters that are not sharded would be trained in a model
+            of which `fully_shard` has sharded another part.
+
+    Warns:
+        UserWarning: If parameters require grad that the `DistributedDataParallel` around the model does not know: see
+            `randlora.activate`.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> _ = randlora.inject(model, r=4, name="a"), randlora.inject(model, r=4, name="b")
+        >>> randlora.set_trainable(model, ["a", "b"])
+        >>> len(list(randlora.trainable_parameters(model)))
+        4
+    """
+    require_types(set_trainable, {"trainable": trainable})
+    named = listed(names)
+    doing = "set what is trainable"
+    with opened(model, doing, writes=True) as view:
+        raise_collected(AdapterError, view.state.unknown(named), doing=doing)
+        chosen = [view.state.adapters[name] for name in named]
+        if trainable:
+            require_trainable(view.census, view.state, chosen)
+        train(view.census, view.state, chosen, trainable=trainable)
+        tell_changed(view.root)
+
+
+def require_trainable(census: Census, state: ModelState, adapters: Iterable[Adapter]) -> None:
+    """Check that the gradients of adapters would be averaged where the model is sharded; else raise `AdapterError`."""
+    adapters = list(adapters)
+    parts = [
+        (site.owner, site.layer, adapter.name)
+        for site in census.adapted
+        for adapter in adapters
+        if adapter.name in site.layer.adapters
+    ]
+    copies = [state.replaced[fqn] for adapter in adapters for fqn in adapter.parameters]
+    require_averaged(census.model, parts, copies)
+
+
+def train(census: Census, state: ModelState, adapters: Iterable[Adapter], *, trainable: bool) -> None:
+    """Set ``requires_grad`` of all parameters of adapters."""
+    for adapter in adapters:
+        for parameter in adapter_parameters(census, adapter):
+            set_requires_grad(parameter, trainable)
+    if state.averaging is not None:
+        state.averaging(census.model)
+
+
+def offloaded_diagonals(census: Census) -> list[str]:
+    """Return messages about weights whose Λ and Γ accelerate offloads, with all of a module around them."""
+    offloaded = offloaded_with(census)
+    return [
+        f"Λ and Γ of {site.fqn} are offloaded by accelerate together with everything in {offloaded[id(site.owner)]}: "
+        "remove accelerate's hooks, or offload without preload_module_classes"
+        for site in census.adapted
+        if id(site.owner) in offloaded
+    ]
+
+
+def adapter_parameters(census: Census, *adapters: Adapter) -> Iterator[nn.Parameter]:
+    """Yield the parameters of some adapters: Λ and Γ of each weight, then those trained with them."""
+    every = [adapter.name for adapter in adapters]
+    for site in census.adapted:
+        names = [*filter(site.layer.adapters.__contains__, every)]
+        for attribute in site.layer.parameter_names() if names else ():
+            held = site.owner._modules[attribute]
+            assert isinstance(held, Diagonal), "the weight is adapted"
+            yield from held.randlora_each(names)
+    for adapter in adapters:
+        yield from adapter.parameters.values()

@@ -17,12 +17,12 @@ from torch import nn
 
 from randlora.blocks import BLOCKS
 from randlora.errors import ConfigError, MergeError, raise_collected
-from randlora.hints import require_types, shortly
+from randlora.hints import listed, require_types, shortly
 from randlora.layers.base import AdapterLayer
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.update import Into, Quantized, RoundingLoss
 from randlora.model.change import all_or_nothing
-from randlora.model.install import detach_all, lost_sites, require_detachable, require_own, unfold_all
+from randlora.model.install import detach_all, lost_parts, require_detachable, require_own, unfold_all
 from randlora.model.mergeable import (
     merge_notes,
     model_dtype,
@@ -36,7 +36,7 @@ from randlora.model.mergeable import (
     weight_problems,
 )
 from randlora.model.probe import differences_from_product, product_problems
-from randlora.model.train_also import lost_parameters, moved_note, untrained_notes
+from randlora.model.train_also import moved_note, untrained_notes
 from randlora.model.view import View, opened
 from randlora.options import Factor
 from randlora.places import Kept
@@ -93,7 +93,7 @@ def merge(
             elsewhere than the attribute, which is tried on a small random input. The model is then unchanged.
     """
     with opened(model, None, writes=True) as view:
-        names = None if adapters is None else _listed(adapters)
+        names = None if adapters is None else listed(adapters)
         planned = _planned(view, names, quantized, dtype, reversible=reversible)
         with _unfolded_if_raised(planned.first) as kept:
             return _merge(view, planned, kept)
@@ -138,7 +138,7 @@ def _planned(
         require_own(census, state, "merge")
         raise_collected(MergeError, name_problems(state, names), doing="merge")
         merging = [state.adapters[name] for name in adapters]
-        lost = [*lost_sites(census, merging), *lost_parameters(state, merging)]
+        lost = lost_parts(census, state, merging)
         first = [site for site in sites if site.layer.unmerged is None]
         values = [*tie_problems(census, sites), *weight_problems(first, into), *remerge_problems(sites)]
         differences = {} if values else differences_from_product(first)  # of weights that have values
@@ -186,11 +186,6 @@ def _merge(view: View, planned: Plan, kept: dict[AdapterLayer, Kept | None]) -> 
     return report
 
 
-def _listed(names: object) -> list[str]:
-    """Return names as a list, whatever was given, for a check to look at."""
-    return list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]  # type: ignore[list-item]
-
-
 def _together(state: ModelState, weights: Mapping[str, Factor]) -> dict[str, Factor]:
     """Return adapters with their weights in the order in which their updates are added, whichever was merged first."""
     return {name: weights[name] for name in state.adapters if name in weights}
@@ -213,7 +208,7 @@ def unmerge(model: nn.Module, adapters: str | Iterable[str] | None = None) -> tu
         AdapterError: If the model has no adapter.
         MergeError: If its adapters are not merged, or a sharded or offloaded weight would have to be merged anew.
     """
-    return _unmerge(model, None if adapters is None else _listed(adapters))
+    return _unmerge(model, None if adapters is None else listed(adapters))
 
 
 def _unmerge(model: nn.Module, names: Sequence[str] | None, *, is_agreed: bool = True) -> tuple[str, ...]:
@@ -355,10 +350,8 @@ def _fold_all(
 def _unfolded_if_raised(sites: Sequence[AdaptedSite]) -> Iterator[dict[AdapterLayer, Kept | None]]:
     """Restore the values that were written in place, as of sharded weights, if the block raises.
 
-    Other weights are exchanged for merged ones, which `all_or_nothing` undoes.
-
-    Yields:
-        A dict for the block to fill with what `AdapterLayer.unmerged` was before it dropped that.
+    Other weights are exchanged for merged ones, which `all_or_nothing` undoes. The block fills the dict that it gets
+    with what `AdapterLayer.unmerged` was before it drops that.
     """
     kept: dict[AdapterLayer, Kept | None] = {}
     try:

@@ -40,15 +40,12 @@ def name_problems(state: ModelState, names: Sequence[str] | None) -> list[str]:
         return []
     if not names:
         return ["adapters is empty: name those to merge, or leave it out to merge all that are active"]
-    known = ", ".join(state.adapters)
-    return [
-        f"the model has no adapter named {shortly(name)}: it has {known}"
-        if not isinstance(name, str) or name not in state.adapters
-        else f"{name!r} is merged already"
+    return state.unknown(names) + [
+        f"{name!r} is merged already"
         if name in state.merged
         else f"{name!r} is not active: activate it first, with the factor to merge it with"
-        for name in names
-        if not isinstance(name, str) or name not in state.active_unmerged
+        for name in state.adapters
+        if name in names and name not in state.active_unmerged
     ]
 
 

@@ -19,17 +19,16 @@ from randlora.layers.cast import cast
 from randlora.layers.in_place import plain_class
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.update import Into
-from randlora.model.install import lost_sites, require_own, unwrapped_model
+from randlora.model.install import lost_parts, require_own, unwrapped_model
 from randlora.model.mergeable import model_dtype, require_finite, weight_problems
 from randlora.model.probe import differences_from_product, product_problems
-from randlora.model.train_also import lost_parameters
 from randlora.model.view import View, opened
 from randlora.places import lent, place_of, ranks_of, settle, whole, withheld
 from randlora.ranks import Ranks, raise_on_every_rank, run_collectives
 from randlora.state import ATTRIBUTE, CHANGING, ModelState
 from randlora.targets.obstacles import tie_problems
 from randlora.targets.site import Site
-from randlora.targets.walk import Census, is_quantized
+from randlora.targets.walk import Census, is_quantized, saved_buffers
 
 Result = TypeVar("Result")
 
@@ -72,11 +71,8 @@ def merged_tensors(model: nn.Module, *, dtype: torch.dtype | None = None) -> Ite
         >>> [name for name, tensor in randlora.merged_tensors(model)]
         ['0.weight', '0.bias']
     """
-    return MergedTensors.of(model, dtype, doing="yield the merged tensors").each(_pair, Share.PART)
-
-
-def _pair(fqn: str, tensor: Tensor) -> tuple[str, Tensor]:
-    return fqn, tensor
+    found = MergedTensors.of(model, dtype, doing="yield the merged tensors")
+    return found.each(lambda fqn, tensor: (fqn, tensor), Share.PART)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +155,7 @@ def _require_mergeable(census: Census, state: ModelState, doing: str) -> None:
         problems.append(f"{', '.join(state.active_unmerged)} is active and not merged, as others are: merge it too")
     if not state.is_merged:
         sites = [site for site in census.adapted if site.layer.factors(state.active)]
-        problems += [*lost_sites(census, active), *lost_parameters(state, active), *tie_problems(census, sites)]
+        problems += [*lost_parts(census, state, active), *tie_problems(census, sites)]
         problems += [*weight_problems(sites, Into()), *product_problems(differences_from_product(sites))]
     raise_collected(MergeError, problems, doing=doing)
 
@@ -178,7 +174,7 @@ def _value_problems(census: Census, state: ModelState) -> list[str]:
         elif is_codes and not is_known:
             kind = plain_class(held.module).__name__
             problems.append(f"{held.fqn} is quantized, and the codes of a {kind} cannot be dequantized here")
-    for prefix, module in modules_of(census):
+    for prefix, module in census.prefixed:
         problems += [
             f"{prefix}{attribute} {NOT_HERE}"
             for attribute, buffer in saved_buffers(module)
@@ -215,7 +211,7 @@ class Entry(NamedTuple):
 
 def entries_of(census: Census, state: ModelState, into: Into) -> Iterator[Entry]:
     """Go through a model in the order of its state dict."""
-    for prefix, module in modules_of(census):
+    for prefix, module in census.prefixed:
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 fqn = f"{prefix}{attribute}"
@@ -228,18 +224,6 @@ def entries_of(census: Census, state: ModelState, into: Into) -> Iterator[Entry]
 def _rounded(module: nn.Module, attribute: str, read: Callable[[Share], Tensor | None], share: Share) -> Tensor | None:
     """Return the value of a parameter in the dtype that its module computes with."""
     return None if (value := read(share)) is None else cast(module, attribute, value)
-
-
-def modules_of(census: Census) -> list[tuple[str, nn.Module]]:
-    """Return all modules at each of their places, with what their names begin with."""
-    return [("", census.model), *((f"{visit.fqn}.", visit.module) for visit in census.visits)]
-
-
-def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the buffers that a state dict has."""
-    for attribute, buffer in module._buffers.items():
-        if buffer is not None and attribute not in module._non_persistent_buffers_set:
-            yield attribute, buffer
 
 
 def _reader(
@@ -265,7 +249,7 @@ def _weight(fqn: str, site: Site, state: ModelState, into: Into, share: Share) -
     layer = _layer(site, state)
     if not state.is_merged and (factors := layer.factors(state.active)):
         if share is Share.NONE:
-            run_collectives(partial(_dropped, each) for each in _gathered_for(layer, site.owner, factors))
+            run_collectives(partial(whole, each) for each in _gathered_for(layer, site.owner, factors))
             return None
         if share is Share.PART or isinstance(layer, QuantizedLayer):
             return require_finite(fqn, _from_parts(layer, site.owner, factors, into))
@@ -297,10 +281,6 @@ def _gathered_for(layer: AdapterLayer, owner: nn.Module, factors: dict[str, floa
         yield from (update.lam, update.gamma)
     if not isinstance(layer, QuantizedLayer) and (weight := layer.weight_of(owner)) is not None:
         yield weight
-
-
-def _dropped(parameter: Tensor) -> None:
-    whole(parameter)
 
 
 def _bias(site: Site, state: ModelState, into: Into) -> Tensor:

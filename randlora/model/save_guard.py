@@ -50,14 +50,7 @@ class SaveGuard:
     write_given: ClassVar[Callable[..., object]]
 
     def __init__(self, name: str, module: nn.Module, root: nn.Module | None, own: Callable[..., Any] | None) -> None:
-        """Guard a method.
-
-        Args:
-            name: Its name.
-            module: Whose it is.
-            root: The model that the adapters were added to; ``None`` if it is not known any more.
-            own: What the module has under the name instead of its class's method, if anything.
-        """
+        """Guard the method of a module in an adapted model, which may be unknown, or what it has in its place."""
         self.name, self.own = name, own
         self.module = weakref.ref(module)
         self.root: Callable[[], nn.Module | None] = weakref.ref(root) if root is not None else _nothing
@@ -82,7 +75,9 @@ class SaveGuard:
                     "not merged: merge it too, or unmerge all"
                 )
             self._require_merged(kwargs.get("state_dict"))
-            if kwargs.get("state_dict") is None and is_held_together(root) and not _gathers(module):
+            # a module that transformers has sharded gathers what it writes
+            gathers = getattr(getattr(module, "config", None), "distributed_config", None) is not None
+            if kwargs.get("state_dict") is None and is_held_together(root) and not gathers:
                 raise MergeError(
                     f"{self.name} would write what this process holds of a sharded model: call "
                     "randlora.files.save_merged(model, directory) in all processes"
@@ -164,11 +159,6 @@ class SaveGuard:
             )
 
 
-def _gathers(module: nn.Module) -> bool:
-    """Whether a module's own method gathers what it writes, as that of transformers does of what it has sharded."""
-    return getattr(getattr(module, "config", None), "distributed_config", None) is not None
-
-
 def _nothing() -> None:
     """Return ``None``, as a reference to what is gone does."""
 
@@ -187,8 +177,7 @@ def _require_own_values(module: nn.Module, given: Mapping[str, Any] | None) -> N
 
 def savers(census: Census) -> list[nn.Module]:
     """Return the modules of a model that have a method ``save_pretrained``, the model first."""
-    modules = (census.model, *(visit.module for visit in census.first_visits))
-    return [module for module in modules if _has_method(module, METHODS[0])]
+    return [module for module in census.modules if _has_method(module, METHODS[0])]
 
 
 def _has_method(module: nn.Module, name: str) -> bool:

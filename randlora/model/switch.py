@@ -13,13 +13,13 @@ from randlora.blocks import BLOCKS, open_elsewhere
 from randlora.config import LARGEST_FACTOR
 from randlora.errors import AdapterError, raise_collected
 from randlora.functional import Compute
-from randlora.hints import is_finite, require_types, shortly
+from randlora.hints import is_finite, listed, require_types, shortly
 from randlora.layers.in_place import drop_adapter
 from randlora.model.change import all_or_nothing
 from randlora.model.engines import tell_changed
 from randlora.model.inject import eject
 from randlora.model.install import require_detachable, require_new_name, require_own, shared_slots
-from randlora.model.trainable import offloaded_diagonals
+from randlora.model.listing import offloaded_diagonals
 from randlora.model.view import opened
 from randlora.options import Factor
 from randlora.places import is_whole
@@ -101,11 +101,9 @@ def disabled(model: nn.Module) -> AbstractContextManager[Any]:
 
 @contextmanager
 def without_active(model: nn.Module, checked: Callable[[Census, ModelState], object]) -> Iterator[object]:
-    """Run a block in which the active adapters are not, and end it even after an exception or an interrupt.
+    """Run a block in which the active adapters do not act, and end it even after an exception or an interrupt.
 
-    Args:
-        model: A model with adapters.
-        checked: Checks the model, without changing it, and returns what `ModelState.open_block` takes.
+    ``checked`` checks the model, without changing it, and returns what `ModelState.open_block` takes.
     """
     block: object = None
 
@@ -264,16 +262,7 @@ def _rename_at(site: AdaptedSite, name: str, to: str) -> None:
 
 
 def resolved_factors(state: ModelState, names: object, layers: object) -> dict[str, Factor]:
-    """Return the factor of each named adapter: one for all its layers, or one for each by FQN.
-
-    Args:
-        state: The state of the model.
-        names: Names, or a mapping from names to factors, of whatever type was given; see `randlora.activate`.
-        layers: The layers to which to restrict them, of whatever type was given.
-
-    Raises:
-        AdapterError: If they are no such thing, or name an adapter or a layer that there is not.
-    """
+    """Return the factor of each adapter, or of each of its layers by FQN, that arguments of `activate` ask for."""
     given = _by_name(names)
     raise_collected(AdapterError, factor_problems(state, given, by_layer=True), doing="activate")
     targets = {name: state.adapters[name].targets for name in given}
@@ -302,14 +291,14 @@ def _inside(layers: Any, fqns: Sequence[str]) -> set[str]:
     """Return those of some layers that patterns name, of whatever type was given; all of them for ``None``."""
     if layers is None or not fqns:
         return {*fqns}
-    listed = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+    patterns = listed(layers)
     if isinstance(layers, Mapping):
         raise AdapterError("layers takes names alone: give numbers as factors, as in {'a': {'decoder': 0.5, '.*': 1}}")
-    if strange := [pattern for pattern in listed if not isinstance(pattern, str)]:
+    if strange := [pattern for pattern in patterns if not isinstance(pattern, str)]:
         raise AdapterError(f"expected layers to be names or patterns of layers, got {shortly(strange[0])}")
-    if not listed:
+    if not patterns:
         raise AdapterError("layers is empty: name those in which the adapters act, or use randlora.disabled(model)")
-    meant = {pattern: meant_by(pattern, fqns) for pattern in listed}
+    meant = {pattern: meant_by(pattern, fqns) for pattern in patterns}
     problems = [f"layers: {pattern!r} {unmet}" for pattern, (_, unmet) in meant.items() if unmet]
     raise_collected(AdapterError, problems, doing="activate")
     return {fqn for own, _ in meant.values() for fqn in own}
@@ -344,13 +333,11 @@ def _number_problems(what: str, number: float) -> list[str]:
 
 def _by_name(names: Any) -> dict[str, Any]:
     """Return the given factor of each name, which is 1 if only names were given."""
-    if isinstance(names, str):
-        return {names: 1.0}
-    listed = list(names) if isinstance(names, Iterable) else [names]
-    if strange := [name for name in listed if not isinstance(name, str)]:
+    named = listed(names)
+    if strange := [name for name in named if not isinstance(name, str)]:
         raise AdapterError(f"expected names of adapters, or a mapping from names to factors, got {shortly(strange[0])}")
     if isinstance(names, Mapping):
         return dict(names)
-    if len(set(listed)) < len(listed):
-        raise AdapterError(f"each adapter can be named once, got {listed}: give a factor, as in {{'a': 2.0}}, instead")
-    return dict.fromkeys(listed, 1.0)
+    if len(set(named)) < len(named):
+        raise AdapterError(f"each adapter can be named once, got {named}: give a factor, as in {{'a': 2.0}}, instead")
+    return dict.fromkeys(named, 1.0)

@@ -201,13 +201,9 @@ def remembered(census: Census) -> dict[str, Tensor]:
 
 
 def moved_note(census: Census, state: ModelState, adapters: Iterable[Adapter], where: str) -> list[str]:
-    """Return a note on buffers of the model that have moved since it was adapted, and that no adapter has a copy of.
+    """Return a note on buffers of the model that have moved since it was adapted, and what becomes of them (``where``).
 
-    Args:
-        census: The model.
-        state: Its state.
-        adapters: The adapters that are saved or merged.
-        where: What becomes of the buffers.
+    Those that one of the adapters has a copy of are left out.
     """
     owned = {fqn for adapter in adapters for fqn in adapter.buffers}
     own = {held.fqn: held.tensor for held in census.buffers if held.fqn not in owned}
@@ -235,13 +231,9 @@ def untrained_note(
     diagonals: Iterable[tuple[Tensor, Tensor]],
     trained: Mapping[str, Tensor],
 ) -> list[str]:
-    """Return a note if an adapter's update is exactly zero in all layers and its parameters are those of the base.
+    """Return a note if an adapter's update is zero in all layers and its parameters are those of the base.
 
-    Args:
-        state: The state of the model.
-        adapter: The adapter.
-        diagonals: Its Λ and Γ in each layer, with all their values.
-        trained: The parameters trained with it by FQN, with all their values.
+    Its Λ and Γ in each layer, and the parameters trained with it, by FQN, are given with all their values.
     """
     if any(lam.any() and gamma.any() for lam, gamma in diagonals):
         return []

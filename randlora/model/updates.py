@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from randlora.errors import AdapterError, ConfigError, RandLoRAError, TargetError, raise_collected
 from randlora.hints import is_finite, require_types, shortly
-from randlora.model.trainable import offloaded_diagonals
+from randlora.model.listing import offloaded_diagonals
 from randlora.model.view import View, opened
 from randlora.options import Factor
 from randlora.places import is_whole, place_at
@@ -173,16 +173,16 @@ def _limits(limit: Any, fqns: list[str]) -> dict[str, float]:
         of = f" of {pattern!r}" if isinstance(limit, Mapping) else ""
         if not isinstance(pattern, str):
             problems.append(f"the limit must have patterns of layers as keys, got {shortly(pattern)}")
-        elif isinstance(number, bool) or not isinstance(number, Real) or not _is_limit(number):
+        elif (
+            isinstance(number, bool)
+            or not isinstance(number, Real)
+            or not (number == math.inf or (is_finite(number) and float(number) >= 0))
+        ):
             problems.append(f"the limit{of} must be a number of at least 0, got {shortly(number)}")
     if not problems:
         found, problems = by_target("limit", limit, fqns)
     raise_collected(ConfigError, problems, doing="limit the norms of the updates")
     return {fqn: float(number) for fqn, number in found.items()}
-
-
-def _is_limit(number: Real) -> bool:
-    return number == math.inf or (is_finite(number) and float(number) >= 0)
 
 
 def check_ranks(model: nn.Module, *, values: bool = False, group: Any = None) -> None:

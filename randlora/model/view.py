@@ -61,15 +61,9 @@ def opened(model: nn.Module, doing: str | None, *, writes: bool = False) -> Iter
 
 @contextmanager
 def opened_to_add(model: nn.Module, names: Iterable[str], doing: str) -> Iterator[View]:
-    """Open a model, adapted or not, for a verb that adds adapters. The state of the view may not be attached yet.
+    """Open a model, adapted or not, for a verb that adds adapters of these names.
 
-    Args:
-        model: The model itself, without a wrapper around it.
-        names: The names of the adapters.
-        doing: The verb, for messages.
-
-    Raises:
-        AdapterError: See `owned_state` and `require_new_name`.
+    The model is given without a wrapper around it. The state of the view may not be attached yet.
     """
     with CHANGING:
         settle(model)

@@ -15,10 +15,10 @@ from randlora.config import ALPHA_PER_RANK
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import require_types, shortly
 from randlora.layers.update import Update
-from randlora.model.install import commit, lost_sites, prepare
+from randlora.model.install import commit, lost_parts, prepare
+from randlora.model.listing import offloaded_diagonals
 from randlora.model.switch import factor_problems
-from randlora.model.train_also import copy_dtype, lost_parameters, replacements
-from randlora.model.trainable import offloaded_diagonals
+from randlora.model.train_also import copy_dtype, replacements
 from randlora.model.view import opened, opened_to_add
 from randlora.modes import has_values
 from randlora.places import whole
@@ -75,7 +75,7 @@ def combine(model: nn.Module, adapters: Mapping[str, float], *, name: str) -> Re
         census, state = view.census, view.state
         sources = _sources(state, adapters)
         sites = [site for site in census.adapted if any(source.name in site.layer.adapters for source in sources)]
-        problems = [*lost_sites(census, sources), *lost_parameters(state, sources), *offloaded_diagonals(census)]
+        problems = [*lost_parts(census, state, sources), *offloaded_diagonals(census)]
         problems += obstacles(census, sites, sources[0].config.dropout)
         problems += [*_form_problems(sites, sources), *_copy_problems(state, sites, sources)]
         raise_collected(AdapterError, problems, doing="combine")

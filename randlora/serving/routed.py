@@ -24,8 +24,8 @@ from randlora.hints import shortly
 from randlora.layers.attention import OutProjAdapter
 from randlora.layers.in_place import adapter_layers_of
 from randlora.model.install import lost_sites, require_own
+from randlora.model.listing import adapter_parameters, offloaded_diagonals
 from randlora.model.switch import without_active
-from randlora.model.trainable import adapter_parameters, offloaded_diagonals
 from randlora.modes import uncompiled
 from randlora.places import is_whole
 from randlora.serving.labels import first_dimension

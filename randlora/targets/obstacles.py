@@ -45,20 +45,14 @@ def obstacles(census: Census, sites: Sequence[Site], dropout: float) -> list[str
 
 
 def offloaded_with(census: Census) -> dict[int, str]:
-    """Return the modules that one of accelerate's hooks loads with all of a module around them, by id, and its type."""
-    found: dict[int, str] = {}
-    for module in (census.model, *(visit.module for visit in census.first_visits)):
-        hook = module.__dict__.get("_hf_hook")  # accelerate is not imported here, and may not be installed
-        for each in getattr(hook, "hooks", [hook]):
-            if getattr(each, "offload", False) and getattr(each, "place_submodules", False):
-                found |= dict.fromkeys(map(id, module.modules()), plain_class(module).__name__)
-    return found
+    """Return the modules that are loaded with all of a module around them, by id, with the name of its class."""
+    return {key: around for key, around in loaded_modules(census.modules).items() if around is not None}
 
 
 def offloaded_copies(census: Census, fqns: Iterable[str]) -> list[str]:
     """Return messages about parameters that ``train_also`` names and accelerate offloads."""
     modules = {held.fqn: held.module for held in census.tensors}
-    offloaded = loaded_modules([census.model, *(visit.module for visit in census.first_visits)])
+    offloaded = loaded_modules(census.modules)
     return [
         f"{fqn} is offloaded by accelerate, which would load the model's own values instead of trained ones: keep it "
         "on a device by the device map, or leave it out of train_also"
@@ -100,10 +94,7 @@ def tie_problems(census: Census, sites: Sequence[Site]) -> list[str]:
 
 
 def tied_away(census: Census) -> set[str]:
-    """Return the names of the parameters that transformers ties to others in a model of it, which files need not have.
-
-    Those that have been untied since, and so have values of their own, are not among them.
-    """
+    """Return the names of the parameters that transformers ties to others, if not untied since: files may lack them."""
     named = vars(census.model).get(NAMES)
     by_fqn = {held.fqn: held for held in census.parameters}
     pairs = [
@@ -162,10 +153,7 @@ def _away(held: Held) -> Place | None:
 
 
 def _tied_by_name(census: Census, own: Held) -> Iterator[Held]:
-    """Yield the parameters that transformers ties to an offloaded weight, and would tie again when the model is saved.
-
-    ``accelerate.disk_offload`` writes a file for each of them, so only their names and values are left to compare.
-    """
+    """Yield the parameters that transformers ties to an offloaded weight: each has a file, so names and values tell."""
     if (place := _away(own)) is None:
         return
     fqns = {held.fqn for held in census.parameters if held.module is own.module and held.attribute == own.attribute}
@@ -179,7 +167,7 @@ def _tied_by_name(census: Census, own: Held) -> Iterator[Held]:
 def _named_groups(census: Census) -> list[set[str]]:
     """Return groups of names of parameters that transformers ties, if they are not untied since."""
     groups: dict[str, set[str]] = {}
-    for prefix, module in [("", census.model), *((f"{visit.fqn}.", visit.module) for visit in census.visits)]:
+    for prefix, module in census.prefixed:
         names = module.__dict__.get(NAMES)
         for name, source in names.items() if isinstance(names, dict) else ():
             groups.setdefault(f"{prefix}{source}", {f"{prefix}{source}"}).add(f"{prefix}{name}")

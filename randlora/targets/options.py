@@ -149,14 +149,7 @@ def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) ->
 
     Above the smaller side of all weights, a larger r trains more parameters and adds no rank, so none is tried. Blocks
     that are given divide r. Where none are given, ``block`` bases get a multiple of 8 if one is within a tenth.
-
-    Args:
-        sites: The weights.
-        lora_r: The rank of the LoRA.
-        config: The other options.
-
-    Raises:
-        ConfigError: If no r has nearly as many parameters.
+    A `ConfigError` is raised if no r has nearly as many parameters.
     """
     of_rank_one = lora_parameters(sites)
     wanted = lora_r * of_rank_one
@@ -191,7 +184,7 @@ def one_config(arguments: Mapping[str, Any]) -> RandLoRAConfig:
     """
     config, r, like_lora = (arguments.get(name) for name in ("config", "r", "like_lora"))
     for option, value in (("r", r), ("config", config)):
-        if _is_of_peft(value):
+        if type(value).__module__.startswith("peft.") and hasattr(value, "target_modules"):  # PEFT is not imported
             raise ConfigError(f"{option} is a {type(value).__name__} of PEFT: give options by name, {_call_for(value)}")
     if isinstance(r, RandLoRAConfig):
         raise ConfigError("r is a RandLoRAConfig: give it by name, randlora.inject(model, config=config)")
@@ -222,11 +215,6 @@ def _multiple_of(blocks: Any) -> int:
     if (least := math.lcm(*blocks)) > LARGEST_RANK:
         raise ConfigError(f"like_lora needs an r that both blocks divide, and none up to {LARGEST_RANK} is one")
     return least
-
-
-def _is_of_peft(value: object) -> bool:
-    """Whether a value is a config of PEFT, which is not imported."""
-    return type(value).__module__.startswith("peft.") and hasattr(value, "target_modules")
 
 
 def _call_for(config: Any) -> str:

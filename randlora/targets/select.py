@@ -11,8 +11,21 @@ from randlora.config import Pattern, RandLoRAConfig
 from randlora.errors import AdapterError, TargetError, raise_collected, spelled
 from randlora.layers.registry import find_layer, find_readers
 from randlora.targets.defaults import HEAD_NAMES, default_targets, is_linear
-from randlora.targets.explain import NOTHING, holders, inventory, missed, reason, refusal, stray_refusal
-from randlora.targets.left_out import ALL, ALL_LINEAR, Remaining, left_out, lines, remaining
+from randlora.targets.left_out import (
+    ALL,
+    ALL_LINEAR,
+    NOTHING,
+    Remaining,
+    holders,
+    inventory,
+    left_out,
+    lines,
+    missed,
+    reason,
+    refusal,
+    remaining,
+    stray_refusal,
+)
 from randlora.targets.match import is_names, matches, prefixes, shortened, unmatched
 from randlora.targets.obstacles import obstacle, tied_names
 from randlora.targets.site import Site
@@ -78,7 +91,7 @@ def select(census: Census, given: Pattern | None, exclude: Pattern | None, train
     opens = must_match and is_names(pattern)
     is_rule = pattern in (ALL, ALL_LINEAR)
     if is_rule:
-        found = [visit for visit in visits if _is_of(visit, pattern)]
+        found = [visit for visit in visits if (pattern == ALL and visit.entry is not None) or is_linear(visit)]
     else:
         asked = visits if must_match else [visit for visit in visits if visit.entry is None or is_linear(visit)]
         found = [visit for visit in asked if _is_meant(visit, pattern, opens=opens)]
@@ -169,16 +182,10 @@ def _strays(census: Census, found: Sequence[Visit], pattern: Pattern, exclude: P
     ]
 
 
-def _is_of(visit: Visit, rule: Pattern) -> bool:
-    """Whether ``"all"`` or ``"all-linear"`` is about a module: one of its kinds, or one that looks like it."""
-    return (rule == ALL and visit.entry is not None) or is_linear(visit)
-
-
 def _by_rule(census: Census, visits: Sequence[Visit], rule: Pattern) -> tuple[list[Visit], dict[str, str]]:
     """Split what ``"all"`` or ``"all-linear"`` is about into what is adapted and what is skipped, with the reasons.
 
-    What cannot be adapted is skipped by ``"all"``; by ``"all-linear"`` it is chosen, and an error later, except for
-    layers that are not called, and tied ones.
+    What cannot be adapted is skipped by ``"all"``, and chosen by ``"all-linear"``, unless it is not called or tied.
     """
     skipped = {visit.fqn: visit.entry for visit in visits if isinstance(visit.entry, str)}
     skipped |= _useless(census, visits)

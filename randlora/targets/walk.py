@@ -61,21 +61,17 @@ class Visit(NamedTuple):
 
 
 class Held(NamedTuple):
-    """One occurrence of a parameter in a model: ``module.<attribute>``."""
-
-    fqn: str
-    module: nn.Module
-    attribute: str
-    parameter: nn.Parameter
-
-
-class HeldTensor(NamedTuple):
     """One occurrence of a parameter or buffer in a model: ``module.<attribute>``."""
 
     fqn: str
     module: nn.Module
     attribute: str
     tensor: Tensor
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The tensor of a parameter."""
+        return self.tensor  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,31 +99,34 @@ class Census:
         """All parameters; a tied one at each of its places."""
         return tuple(
             Held(f"{prefix}{attribute}", module, attribute, parameter)
-            for prefix, module in self._prefixed
+            for prefix, module in self.prefixed
             for attribute, parameter in module._parameters.items()
             if parameter is not None
         )
 
     @cached_property
-    def buffers(self) -> tuple[HeldTensor, ...]:
+    def buffers(self) -> tuple[Held, ...]:
         """All buffers that a state dict has; a tied one at each of its places."""
         return tuple(
-            HeldTensor(f"{prefix}{attribute}", module, attribute, buffer)
-            for prefix, module in self._prefixed
-            for attribute, buffer in module._buffers.items()
-            # private, but nothing else tells which buffers a state dict leaves out
-            if buffer is not None and attribute not in module._non_persistent_buffers_set
+            Held(f"{prefix}{attribute}", module, attribute, buffer)
+            for prefix, module in self.prefixed
+            for attribute, buffer in saved_buffers(module)
         )
 
     @cached_property
-    def tensors(self) -> tuple[HeldTensor, ...]:
+    def tensors(self) -> tuple[Held, ...]:
         """All parameters and buffers that a state dict has; a tied one at each of its places."""
-        return (*(HeldTensor(*held) for held in self.parameters), *self.buffers)
+        return (*self.parameters, *self.buffers)
 
     @property
-    def _prefixed(self) -> list[tuple[str, nn.Module]]:
+    def prefixed(self) -> list[tuple[str, nn.Module]]:
         """All modules at each of their places, with what the names of their parameters begin with."""
         return [("", self.model), *((f"{visit.fqn}.", visit.module) for visit in self.visits)]
+
+    @cached_property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The model and all modules in it, each once."""
+        return self.model, *(visit.module for visit in self.first_visits)
 
     @cached_property
     def size(self) -> int:
@@ -188,7 +187,7 @@ class Census:
     def _readings(self) -> dict[int, tuple[str, bool]]:
         """The modules whose weight another one reads or changes, by id, as `readings_in` gives them."""
         found: dict[int, tuple[str, bool]] = {}
-        for module in (self.model, *(visit.module for visit in self.first_visits)):
+        for module in self.modules:
             for child, why, is_right in readings_in(module):
                 if is_right <= found.get(id(child), (why, True))[1]:  # what is wrong for one is wrong
                     found[id(child)] = why, is_right
@@ -248,7 +247,7 @@ class Census:
     @cached_property
     def _heads(self) -> set[int]:
         """The output heads of all language models in the model, by id, which trainers may read."""
-        within = [visit.module for visit in self.first_visits if _is_of_transformers(visit.module)]
+        within = filter(_is_of_transformers, self.modules[1:])
         heads = [module.get_output_embeddings() for module in within if isinstance(module, HasOutputEmbeddings)]
         return {id(head) for head in (self.head, *heads) if head is not None}
 
@@ -280,6 +279,14 @@ class Census:
         adapted = [visit.fqn for visit in self.visits if adapter_layers_of(visit.module)]
         names = {name for fqn in adapted for name in prefixes(fqn)[:-1]}
         return self.model, *(visit.module for visit in self.first_visits if visit.fqn in names)
+
+
+def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers of a module that a state dict has."""
+    for attribute, buffer in module._buffers.items():
+        # private, but nothing else tells which buffers a state dict leaves out
+        if buffer is not None and attribute not in module._non_persistent_buffers_set:
+            yield attribute, buffer
 
 
 def _is_of_transformers(module: nn.Module) -> bool:
