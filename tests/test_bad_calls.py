@@ -53,9 +53,10 @@ def test_an_argument_of_any_type_is_used_or_refused_by_an_error_of_ours(verb: Ca
     given = REQUIRED | dict.fromkeys(("state", "source"), randlora.adapter_state(adapted()))
     required = {name: given[name] for name in without}
     required |= {"name": "other"} if verb in (randlora.inject, randlora.plan, randlora.serving.combine) else {}
+    model, refused = adapted(), ""
     for name in parameters:
         for value in VALUES:
-            model = adapted()
+            model = model if refused else adapted()  # a call that is refused leaves it as it was
             before = all_bits(model.state_dict())
             arguments: dict[str, Any] = {"model": model, **required, name: value}
             refused = ""

@@ -12,7 +12,6 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.torch_version import TorchVersion
 from transformers.pytorch_utils import Conv1D
 
 import randlora
@@ -22,7 +21,7 @@ from randlora.bases.compact import CompactMatrix
 from randlora.bases.spec import KINDS
 from randlora.checkpoint.header import parse_header
 from randlora.config import BasisKind, Stream
-from randlora.errors import CheckpointError, ConfigError, TargetError
+from randlora.errors import CheckpointError
 from randlora.state import Adapter, attached_state
 from tests import reference
 from tests.checkpoint_files import (
@@ -36,7 +35,7 @@ from tests.checkpoint_files import (
     refused,
     reseal,
 )
-from tests.kit import adapter_values, all_bits, fill, snapshot
+from tests.kit import adapter_values, all_bits, fill
 from tests.model_directories import contents, merge_in_memory, save_adapter, save_model, write
 from tests.models import LLAMA, outputs, tokens
 from tests.test_checkpoint_load_files import Swapped
@@ -154,21 +153,6 @@ def test_a_report_says_which_bases_are_additional() -> None:
     assert "its bases of r=8 are additional, because" in str(report)
     assert "additional" not in str(randlora.plan(model, R, name="other"))
     assert "its bases are additional, because" in str(randlora.plan(model, {"tall": 5, ".*": 8}, name="other"))
-
-
-def test_adapters_that_share_some_bases_do_not_change_each_other() -> None:
-    alone = trained("a")
-    expected = CASE.output(alone)
-    model = trained("a")
-    randlora.inject(model, {"inner.0": 4, ".*": 2}, alpha={"tall": 100, ".*": 1}, name="b")
-    assert torch.equal(CASE.output(model), expected)
-    fill(model, "b", seed=1)
-    randlora.activate(model, "b")
-    assert not torch.equal(CASE.output(model), expected)
-    randlora.activate(model, "a")
-    assert torch.equal(CASE.output(model), expected)
-    randlora.remove(model, "b")
-    assert torch.equal(CASE.output(model), expected)
 
 
 def test_copies_and_pickles_compute_the_same() -> None:
@@ -417,33 +401,6 @@ def test_a_module_in_two_places_keeps_its_options_under_any_of_its_names(tmp_pat
     assert {fqn: own.r for fqn, own in randlora.adapters(twin)[0].options.items()} == {"again": 2, "last": 3}
     for fqn in ("first", "last"):
         assert torch.equal(randlora.delta_weight(twin, fqn), randlora.delta_weight(model, fqn))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    TorchVersion(torch.__version__) < "2.7", reason="the compiler of torch 2.6 does not take transformers' own wrappers"
-)
-def test_a_real_model_trains_every_layer_compiled_too() -> None:
-    model = LLAMA.build()
-    randlora.inject(model, {"q_proj": 8, "layers.1.mlp": 2, ".*": 4}, alpha={".*0.*": 8, ".*": 2}, targets="all-linear")
-    fill(model)
-    expected = outputs(model, tokens())
-    compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
-    found = compiled(**tokens()).logits
-    torch.testing.assert_close(found, expected)
-    found.square().mean().backward()
-    values = adapter_values(model)
-    assert all(value.grad is not None and value.grad.any() for value in values.values())
-
-
-def test_a_wrong_option_changes_nothing() -> None:
-    model = trained()
-    before = snapshot(model)
-    with pytest.raises(ConfigError):
-        randlora.inject(model, {"wide": 0}, name="b")
-    with pytest.raises(TargetError):
-        randlora.inject(model, {"wide": 2}, name="b")
-    assert snapshot(model) == before
 
 
 def test_peft_warns_of_several_alpha_and_computes_another_update(tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 import randlora
-from randlora.errors import ConfigError
-from tests.kit import fill, untouched
+from tests.kit import fill
 
 pytestmark = pytest.mark.medium
 
@@ -87,40 +86,19 @@ def test_neither_changes_the_other_and_both_come_back(second: str, order: tuple[
 
 
 @every_second
-def test_rows_of_both_in_one_batch(second: str) -> None:
-    model = plain()
-    add(model, "first", {})
-    add(model, "second", SECOND[second])
-    wanted = torch.stack([output(model, "second")[0], output(model, "first")[1]])
-    with torch.no_grad(), randlora.serving.routed(model, ["second", "first"]):
-        torch.testing.assert_close(model(input_ids=IDS).logits, wanted, rtol=1e-5, atol=1e-5)
-
-
-@every_second
 @torch.no_grad()
-def test_both_are_active_together(second: str) -> None:
+def test_both_act_together_and_on_rows_of_one_batch(second: str) -> None:
     """PEFT's `PeftMixedModel`, which activates adapters of several kinds, takes none of RandLoRA."""
     model, summed = plain(), plain()
     add(model, "first", {})
     add(model, "second", SECOND[second])
+    rows = torch.stack([output(model, "second")[0], output(model, "first")[1]])
+    with randlora.serving.routed(model, ["second", "first"]):
+        torch.testing.assert_close(model(input_ids=IDS).logits, rows, rtol=1e-5, atol=1e-5)
+    factors = {"first": 0.5, "second": 2.0}
     for info in randlora.adapters(model):
         for fqn in info.targets:
-            summed.get_parameter(f"{fqn}.weight").add_(randlora.delta_weight(model, fqn, name=info.name))
-    randlora.activate(model, ["first", "second"])
+            update = factors[info.name] * randlora.delta_weight(model, fqn, name=info.name)
+            summed.get_parameter(f"{fqn}.weight").add_(update)
+    randlora.activate(model, factors)
     torch.testing.assert_close(model(input_ids=IDS).logits, summed(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
-
-
-def test_each_has_a_scaling_of_its_own_and_a_factor_while_active() -> None:
-    model, fqn = plain(), "model.layers.0.self_attn.v_proj"
-    add(model, "first", {})
-    add(model, "second", {"alpha": 1})
-    one, other = (randlora.delta_weight(model, fqn, name=name) for name in ("first", "second"))
-    randlora.activate(model, {"first": 0.5, "second": 2.0})
-    torch.testing.assert_close(randlora.delta_weight(model, fqn), 0.5 * one + 2 * other)
-
-
-def test_a_rank_of_zero_is_refused_before_anything_changes() -> None:
-    model = plain()
-    add(model, "first", {})
-    with untouched(model), pytest.raises(ConfigError, match="r must be a positive integer"):
-        randlora.inject(model, r=0, name="second")

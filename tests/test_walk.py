@@ -88,30 +88,6 @@ def test_a_layer_in_a_container_used_in_two_places_is_one_target() -> None:
     assert site.owner is block[0]
 
 
-class Outer(nn.Linear):
-    """A linear layer that holds another."""
-
-    def __init__(self) -> None:
-        super().__init__(2, 2)
-        self.inner = nn.Linear(2, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.inner(super().forward(x))
-        return output
-
-
-def test_a_target_inside_a_target_is_a_target_of_its_own() -> None:
-    model = nn.ModuleDict({"outer": Outer()})
-    outer = model["outer"]
-    assert found(model) == ["outer", "outer.inner"]
-    randlora.inject(model, r=1)
-    assert found(model) == ["outer", "outer.inner"]
-    assert [site.fqn for site in Census.of(model).adapted] == ["outer", "outer.inner"]
-    randlora.eject(model)
-    assert model["outer"] is outer
-    assert [type(outer), type(outer.get_submodule("inner"))] == [Outer, nn.Linear]
-
-
 def test_a_site_tells_what_adapts_it() -> None:
     model = Model()
     plain = find_targets(model, ["up"])
