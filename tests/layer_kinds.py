@@ -69,7 +69,7 @@ def _of_4_bits(
     layer.weight = bitsandbytes.nn.Params4bit(
         torch.randn(out_features, in_features) * 0.3, blocksize=blocksize, module=layer, **options
     )
-    layer.support_avx512bf16_for_cpu = False  # see tests/test_layers_bnb.py for what it does otherwise
+    layer.support_avx512bf16_for_cpu = False  # see tests/test_quantized_layers.py for what it does otherwise
     return _quantize(layer, dtype)
 
 

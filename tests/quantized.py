@@ -1,8 +1,8 @@
 """Layers and whole transformers models that bitsandbytes quantized on a CPU, as users load them."""
 
+import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -62,6 +62,25 @@ every_codes = pytest.mark.parametrize("codes", [NF4, FP4, INT8], ids=lambda code
 every_model = every(MODELS)
 
 
+_LOADED: dict[tuple[object, ...], Any] = {}
+"""Models that were loaded before, which takes longer than to copy one."""
+
+
+def _loaded(kind: RealModel, options: dict[str, Any], **more: Any) -> Any:
+    """Build a model, write it, and load it as a user does; the second time, a copy of what was loaded."""
+    key = kind.build, str(options), str(more)
+    if key not in _LOADED:
+        built = kind.build()
+        assert isinstance(built, transformers.PreTrainedModel)
+        with TemporaryDirectory() as directory:
+            built.save_pretrained(directory)
+            config = transformers.BitsAndBytesConfig(**options)
+            model: Any = type(built).from_pretrained(directory, quantization_config=config, device_map="cpu", **more)
+        model.name_or_path = model.config._name_or_path = ""  # as of the dense one; a directory's is another each time
+        _LOADED[key] = model
+    return copy.deepcopy(_LOADED[key])
+
+
 def quantized_model(kind: RealModel, codes: Codes, *, repacks: bool = False) -> Any:
     """Load a model in float32 with its linear layers quantized, in evaluation mode.
 
@@ -70,13 +89,7 @@ def quantized_model(kind: RealModel, codes: Codes, *, repacks: bool = False) -> 
         codes: How to quantize it.
         repacks: Let bitsandbytes repack 4-bit weights in evaluation, where the CPU can.
     """
-    built = kind.build()
-    assert isinstance(built, transformers.PreTrainedModel)
-    with TemporaryDirectory() as directory:
-        built.save_pretrained(directory)
-        config = transformers.BitsAndBytesConfig(**codes.options)
-        model: Any = type(built).from_pretrained(directory, quantization_config=config, device_map="cpu")
-    model.name_or_path = model.config._name_or_path = ""  # as of the dense one; a directory's is another each time
+    model = _loaded(kind, codes.options)
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = repacks and REPACKS
@@ -104,19 +117,12 @@ def of_8_bits(in_features: int, out_features: int) -> nn.Linear:
     return layer
 
 
-def half_precision_model(
-    kind: RealModel, directory: Path, *, bits: int = 4, **options: Any
-) -> transformers.PreTrainedModel:
-    """Build a model, write it, and load it in bfloat16 with its linear layers quantized, as users who train do."""
-    built = kind.build()
-    assert isinstance(built, transformers.PreTrainedModel)
-    built.save_pretrained(directory)
+def half_precision_model(kind: RealModel, *, bits: int = 4, **options: Any) -> transformers.PreTrainedModel:
+    """Load a model in bfloat16 with its linear layers quantized, as users who train do."""
     if bits == 4:
         options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16} | options
-    config = transformers.BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **options)
-    model = type(built).from_pretrained(
-        directory, quantization_config=config, device_map="cpu", dtype=torch.bfloat16, use_safetensors=True
-    )
+    options |= {"load_in_4bit": bits == 4, "load_in_8bit": bits == 8}
+    model: transformers.PreTrainedModel = _loaded(kind, options, dtype=torch.bfloat16)
     return model.requires_grad_(requires_grad=False)
 
 
@@ -124,3 +130,11 @@ def four_bit_linear(in_features: int = 64, out_features: int = 32, **options: An
     """Quantize a layer of random weights."""
     layer = Linear4bit(in_features, out_features, quant_type="nf4", compute_dtype=torch.bfloat16, **options)
     return layer.bfloat16().to("cpu").requires_grad_(requires_grad=False)
+
+
+def checkpoint_activations(model: Any, *, is_reentrant: bool) -> None:
+    """Switch checkpointing on under the name that the installed transformers has for it."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": is_reentrant})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})

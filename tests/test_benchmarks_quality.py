@@ -1,7 +1,5 @@
 """Accuracy against drift: runs are made once, tables are those of the runs kept, rates and seeds follow the rules."""
 
-import itertools
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,9 +12,8 @@ import typer
 from torch import nn
 
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import fashion, landscape, pages, spectrum, summary
+from benchmarks.quality import pages, spectrum, summary
 from benchmarks.quality.contestants import GROUPS, MAIN
-from benchmarks.quality.facts import FACTS_TASK
 from benchmarks.quality.runs import Key, Run, add_run, read_runs
 from benchmarks.quality.task import Prepared, Size, Targets, Task
 from benchmarks.quality.training import make_run
@@ -110,54 +107,6 @@ def test_the_command_runs_and_skips_a_task_without_its_data(
         command.main(task="absent")
 
 
-@pytest.mark.medium
-@pytest.mark.parametrize("task", [FACTS_TASK, *spectrum.SPECTRUM_TASKS[:1]], ids=lambda task: task.name)
-def test_a_task_that_needs_no_data_is_learned(task: Task) -> None:
-    with torch.no_grad():
-        before = task.prepare(0, "quick").measure()
-    found = make_run(task, "full", MAIN["full"], max(task.rates["full"]), 0, "quick").found
-    assert (found[task.metric] > before[task.metric]) == task.is_better_if_larger
-    assert found["drift"] > before["drift"] == 0
-
-
-@pytest.mark.slow
-def test_the_command_of_landscapes_compares_all_and_keeps_what_it_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """On images of noise instead of clothes, with a model that knows nothing yet."""
-
-    def read_images(part: str) -> tuple[fashion.Images, fashion.Images]:
-        pixels = torch.randn(2, 200, 28, 28, generator=torch.Generator().manual_seed(len(part)))
-        first, second = (fashion.Images(each, torch.arange(200) % fashion.CLASSES) for each in pixels)
-        return first, second
-
-    def pretrained(seed: int, _size: Size) -> fashion.VisionTransformer:
-        torch.manual_seed(seed)
-        return fashion.VisionTransformer()
-
-    monkeypatch.setattr(fashion, "pretrained", pretrained)
-    for module in (fashion, landscape):
-        monkeypatch.setattr(module, "read_images", read_images)
-    monkeypatch.setattr(landscape, "QUICK", tmp_path)
-    monkeypatch.setattr(landscape, "LOSS_IMAGES", 20)
-    monkeypatch.setattr(landscape, "LINE_POINTS", 3)
-    monkeypatch.setattr(landscape, "RATES", {name: landscape.RATES[name] for name in landscape.CORNERS})
-    landscape.main(seeds=2)
-    printed = capsys.readouterr().out
-    assert printed.count("\n") == 6
-    assert "| full | 0.003 |" in printed
-    first, second = json.loads((tmp_path / "landscape.json").read_text())
-    assert ("plane" in first, "plane" in second) == (True, False)
-    for each in first["contestants"].values():
-        assert each["line"]["test"][0] == first["contestants"]["full"]["line"]["test"][0]
-        assert all(0 < value <= 1.00001 for value in each["cka"])
-    drawn = (tmp_path / "landscape.svg").read_bytes()
-    monkeypatch.setattr(landscape, "measure", None)  # all are there
-    landscape.main(seeds=2)
-    assert capsys.readouterr().out == printed
-    assert (tmp_path / "landscape.svg").read_bytes() == drawn
-
-
 def test_a_restart_makes_only_the_runs_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Key] = []
 
@@ -245,11 +194,6 @@ def test_what_is_not_a_number_is_neither_best_nor_on_the_front() -> None:
     assert all(map(math.isnan, summary.mean_and_error([0.5, math.nan, 0.25])))
 
 
-def test_every_contestant_has_several_learning_rates_in_every_task() -> None:
-    for task, contestant in itertools.product(command.TASKS.values(), MAIN.values()):
-        assert len(task.rates[contestant.family]) >= (1 if contestant.family == "frozen" else 3)
-
-
 WIDTHS = {"film reviews": 384, "tweets": 384, "clothes": 96, "word problems": 576}
 
 
@@ -305,16 +249,3 @@ def test_every_best_rate_of_a_page_is_inside_of_its_sweep_and_of_several_rates_a
         for contestant, own in curves.items() if task.name in command.TASKS else ():
             assert {point.seeds for point in own} == {5}, (task.name, contestant)
             assert len(own) >= (1 if contestant == "frozen" else 3), (task.name, contestant)
-
-
-@pytest.mark.medium
-def test_the_same_runs_draw_the_same_figure(tmp_path: Path) -> None:
-    def sizes(tasks: list[tuple[Task, list[Run]]], file: Path) -> None:
-        summary.draw_sizes(tasks, ("LoRA", "full"), file)
-
-    for draw in (summary.draw, sizes):
-        files = [tmp_path / f"{index}.svg" for index in range(3)]
-        for file, count in zip(files, (2, 2, 4), strict=True):
-            draw([(TASK, RUNS), (TASK, RUNS[:count])], file)
-        first, second, other = (file.read_bytes() for file in files)
-        assert first == second != other

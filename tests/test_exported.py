@@ -45,9 +45,12 @@ every_state = pytest.mark.parametrize("make", [adapted, merged])
 
 @every_basis
 @every_state
-def test_a_program_is_saved_and_loaded(make: Callable[[dict[str, Any]], nn.Module], options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+def test_a_program_of_any_number_of_tokens_is_saved_and_loaded(
+    make: Callable[[dict[str, Any]], nn.Module], options: dict[str, Any], strict: bool
+) -> None:
     model, file = make(options), io.BytesIO()
-    torch.export.save(torch.export.export(model, (torch.randn(3, 8),), dynamic_shapes=DYNAMIC), file)
+    torch.export.save(torch.export.export(model, (torch.randn(3, 8),), dynamic_shapes=DYNAMIC, strict=strict), file)
     file.seek(0)
     program = torch.export.load(file).module()
     for tokens in (2, 7, 64):

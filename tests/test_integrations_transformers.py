@@ -1,7 +1,6 @@
 """`AdapterTrainer`: checkpoints of the adapter only, and runs that go on as if they had not been stopped."""
 
 import ast
-import importlib
 import inspect
 import json
 import shutil
@@ -123,14 +122,6 @@ def test_deepspeed_gives_the_best_back_from_its_own_files(monkeypatch: pytest.Mo
     assert loaded == ["run/checkpoint-1"]
 
 
-def test_gradient_checkpointing_changes_no_bit() -> None:
-    plain = trainer(adapted_model(), "plain")
-    plain.train()
-    saving = trainer(adapted_model(), "saving", gradient_checkpointing=True)
-    saving.train()
-    assert trained_bits(saving.model) == trained_bits(plain.model)
-
-
 def test_the_adapter_that_is_trained_is_saved_beside_one_that_is_not() -> None:
     model = fill(adapted_model())
     randlora.inject(model, r=4, name="task")
@@ -215,23 +206,6 @@ def test_training_an_adapter_that_is_not_active_is_refused() -> None:
     randlora.set_trainable(model, "base", trainable=False)
     with pytest.raises(AdapterError, match=r"other is not active and .* call randlora\.activate"):
         trainer(model, "run").train()
-
-
-def test_predictions_and_losses_before_training_are_those_of_the_base() -> None:
-    run = trainer(adapted_model(), "run", eval_dataset=rows())
-    plain = Trainer(plain_model(), arguments(TrainingArguments, "plain"), eval_dataset=rows())
-    assert run.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
-    assert (run.predict(rows()).predictions == plain.predict(rows()).predictions).all()
-
-
-def test_the_best_is_kept_where_one_checkpoint_is() -> None:
-    options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 1}
-    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
-    run = trainer(adapted_model(), "run", eval_dataset=rows(), **options)
-    run.train()
-    best = plain_model()
-    randlora.load(best, run.state.best_model_checkpoint, trainable=True)
-    assert trained_bits(best) == trained_bits(run.model)
 
 
 def test_save_model_saves_the_tokenizer_and_the_arguments_too() -> None:
@@ -385,7 +359,3 @@ def test_what_is_overridden_is_called_where_it_was(name: str) -> None:
         if isinstance(node, ast.Attribute) and node.attr == name
     }
     assert callers == CALLS[name]
-
-
-def test_nothing_is_imported_with_the_integration_but_what_a_trainer_needs() -> None:
-    assert importlib.import_module("randlora.integrations.transformers").AdapterTrainer is AdapterTrainer

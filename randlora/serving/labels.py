@@ -7,7 +7,7 @@ which the row does not change. So that of a batch ``(rows, tokens, features)`` i
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +62,24 @@ def first_dimension(shape: Sequence[int]) -> Label:
 def unknown(dims: int, why: str) -> Label:
     """Return the label of a tensor whose rows are not known."""
     return Label(torch.full((1,) * dims, MIXED, device="cpu"), why=why)
+
+
+def nothing(dims: int) -> Label:
+    """Return the label of a tensor that depends on no row."""
+    return Label(torch.full((1,) * dims, NONE, device="cpu"))
+
+
+def fits(rows: Tensor, shape: Sequence[int]) -> bool:
+    """Whether rows can be those of a tensor of a shape, or of one that is broadcast to it."""
+    sizes = (1,) * (len(shape) - rows.dim()) + tuple(rows.shape)
+    return len(sizes) == len(shape) and all(one in (1, size) for one, size in zip(sizes, shape, strict=True))
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Return the tensors of an argument or an output, which may be in lists and tuples."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [each for part in value for each in tensors_of(part)] if isinstance(value, list | tuple) else []
 
 
 def shrunk(rows: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from randlora.blocks import BLOCKS
 from randlora.errors import AdapterError
 from randlora.layers.rows import Rows
-from randlora.serving.labels import MIXED, NONE, Label, filled, first_dimension, merged, merged_along, unknown
+from randlora.serving.labels import MIXED, NONE, Label, filled, first_dimension, merged, merged_along, nothing, unknown
 from randlora.serving.tracking import RowTracking
 from randlora.state import ModelState
 
@@ -369,7 +369,7 @@ def _assumed(routing: Routing, tracking: RowTracking, shape: Sequence[int], modu
         return unknown(len(shape), tracking.taken_by)
     if shape[0] == routing.batch:
         return first_dimension(shape)._replace(assumed_by=module)
-    return Label(torch.full((1,) * len(shape), NONE, device="cpu"))
+    return nothing(len(shape))
 
 
 def follow(routing: Routing, value: Any, layout: Layout, axis: int = 0) -> None:

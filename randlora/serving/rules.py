@@ -6,13 +6,26 @@ An operation without a rule here makes the rows of its output unknown, which is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from randlora.serving.labels import MIXED, NONE, Label, marked, merged, merged_along, reshaped, shrunk, unknown
+from randlora.serving.labels import (
+    MIXED,
+    NONE,
+    Label,
+    fits,
+    marked,
+    merged,
+    merged_along,
+    nothing,
+    reshaped,
+    shrunk,
+    tensors_of,
+    unknown,
+)
 
 MOST = 1 << 22
 """How many entries rows are written out for, where operations take single ones."""
@@ -36,12 +49,12 @@ class Call:
     given: dict[str, Any]
     output: Any
     label: Callable[[Any], Label | None]
-    has_read: bool = False
-    values: list[Any] = field(init=False)
+    has_read: bool
 
-    def __post_init__(self) -> None:
-        """Set the arguments by position."""
-        self.values = [*self.given.values()]
+    @property
+    def values(self) -> list[Any]:
+        """The arguments by position."""
+        return [*self.given.values()]
 
     @property
     def first(self) -> Tensor:
@@ -51,7 +64,12 @@ class Call:
     def of(self, value: Any) -> Label:
         """Return the label of a tensor, also of one that depends on no row."""
         label = self.label(value)
-        return _none(value.dim()) if label is None else label
+        return nothing(value.dim()) if label is None else label
+
+    def again(self, x: Tensor) -> Any:
+        """Return what the operation makes of another first argument."""
+        _, *others = self.given
+        return self.func(x, **{name: self.given[name] for name in others})
 
 
 Labels = Label | Sequence[Label | None] | None
@@ -74,10 +92,6 @@ def labels_of(call: Call) -> Labels:
     return _unknown(call)
 
 
-def _none(dims: int) -> Label:
-    return Label(torch.full((1,) * dims, NONE, device="cpu"))
-
-
 def _padded(label: Label, dims: int) -> Label:
     """Return a label with as many dimensions as its tensor has after broadcasting."""
     rows = label.rows
@@ -89,14 +103,8 @@ def _is_view(func: Any) -> bool:
     return info is not None and not info.is_write
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [each for part in value for each in _tensors(part)] if isinstance(value, list | tuple) else []
-
-
 def _unknown(call: Call) -> Label:
-    outputs = _tensors(call.output)
+    outputs = tensors_of(call.output)
     return unknown(outputs[0].dim() if outputs else 0, call.name)
 
 
@@ -109,9 +117,9 @@ def _same(call: Call) -> Label | None:
 
 
 def _pointwise(call: Call) -> Label | None:
-    given = [call.label(each) for each in _tensors(call.values)]
+    given = [call.label(each) for each in tensors_of(call.values)]
     labels = [label for label in given if label is not None]
-    return _padded(merged(labels), _tensors(call.output)[0].dim()) if labels else None
+    return _padded(merged(labels), tensors_of(call.output)[0].dim()) if labels else None
 
 
 def _copied(call: Call) -> Label | None:
@@ -122,7 +130,7 @@ def _copied(call: Call) -> Label | None:
 def _view(call: Call) -> Labels:
     """Return the labels of views, by viewing rows that take no memory."""
     x, label = call.first, call.of(call.first)
-    output = _tensors(call.output)
+    output = tensors_of(call.output)
     if call.name in RESHAPES:
         return label.changed(reshaped(label.rows, x.shape, output[0].shape))
     rows = label.rows.expand(x.shape)
@@ -135,8 +143,7 @@ def _view(call: Call) -> Labels:
         return label.changed(shrunk(rows))
     if any(isinstance(value, Tensor) for value in call.values[1:]):
         return _unknown(call)
-    names = [argument.name for argument in call.func._schema.arguments]
-    views = _tensors(call.func(rows, **{name: call.given[name] for name in names[1:]}))
+    views = tensors_of(call.again(rows))
     has_chosen = call.has_read and call.name in CHOICES
     found = [label.changed(shrunk(view)) for view in views]
     return [_chosen(each) if has_chosen and each.rows.numel() != label.rows.numel() else each for each in found]
@@ -156,7 +163,7 @@ def _dims(call: Call, name: str = "dim") -> list[int]:
 
 def _reduced(call: Call) -> Label:
     """Return the rows of sums, maxima and the like along some dimensions."""
-    x, dims, output = call.first, _dims(call), _tensors(call.output)[0]
+    x, dims, output = call.first, _dims(call), tensors_of(call.output)[0]
     label = merged_along(call.of(x), dims if x.dim() else [])
     if output.dim() == x.dim():
         return label
@@ -198,32 +205,35 @@ def _batch_normalized(call: Call) -> Label | None:
 
 def _by_example(call: Call) -> Label:
     """Return the rows of convolutions and pools, whose batch is the first dimension."""
-    x, output = call.first, _tensors(call.output)[0]
+    x, output = call.first, tensors_of(call.output)[0]
     label = merged_along(call.of(x), range(1, x.dim()))
     if output.dim() != x.dim():
         return _unknown(call)
-    others = [merged_along(call.of(each), range(each.dim())) for each in _tensors(call.values)[1:] if call.label(each)]
+    others = [
+        merged_along(call.of(each), range(each.dim())) for each in tensors_of(call.values)[1:] if call.label(each)
+    ]
     return merged([label, *(_padded(each.changed(each.rows.flatten()), 1) for each in others)])
 
 
 def _unfolded(call: Call) -> Label:
     """Return the rows of the blocks of a batch of images, or of the images made of these."""
-    x, output = call.first, _tensors(call.output)[0]
+    x, output = call.first, tensors_of(call.output)[0]
     label = merged_along(call.of(x), range(1, x.dim()))
     is_batch = x.dim() == (4 if call.name == "aten::im2col" else 3)
     return label.changed(label.rows.reshape(-1, *[1] * (output.dim() - 1))) if is_batch else _unknown(call)
 
 
 def _by_last_dimension(call: Call) -> Label:
-    """Return the rows of products with quantized weights, and of inputs that are quantized for these."""
-    x, output = call.first, _tensors(call.output)[0]
-    label = merged_along(call.of(x), [x.dim() - 1])
-    return label if output.dim() == x.dim() and output.shape[:-1] == x.shape[:-1] else _unknown(call)
+    """Return the rows of products with weights that are quantized, or grouped, and of inputs quantized for these."""
+    x, output = call.first, tensors_of(call.output)[0]
+    if output.dim() != x.dim() or output.shape[:-1] != x.shape[:-1]:
+        return _unknown(call)
+    return merged_along(call.of(x), [x.dim() - 1])
 
 
 def _product(call: Call) -> Label:
     """Return the rows of products of matrices, or of batches of them, perhaps with a tensor that is added."""
-    *more, first, second = _tensors(call.values)[:3]
+    *more, first, second = tensors_of(call.values)[:3]
     left = merged_along(call.of(first), [first.dim() - 1])
     right = merged_along(call.of(second), [max(second.dim() - 2, 0)])
     if second.dim() == 1:
@@ -232,26 +242,19 @@ def _product(call: Call) -> Label:
         right = merged_along(call.of(second), [second.dim() - 1])
         right = right.changed(right.rows.transpose(-1, -2))
     labels = [label for label in (left, right, *map(call.of, more)) if not label.is_none]
-    return _padded(merged(labels), _tensors(call.output)[0].dim()) if labels else _none(call.output.dim())
+    return _padded(merged(labels), tensors_of(call.output)[0].dim()) if labels else nothing(call.output.dim())
 
 
 def _solved(call: Call) -> Label:
     """Return the rows of solutions X of A X = B, or X A = B, for batches of matrices."""
-    matrices = [merged_along(call.of(each), [each.dim() - 2, each.dim() - 1]) for each in _tensors(call.values)[:2]]
+    matrices = [merged_along(call.of(each), [each.dim() - 2, each.dim() - 1]) for each in tensors_of(call.values)[:2]]
     known = [label for label in matrices if not label.is_none]
-    return _padded(merged(known), _tensors(call.output)[0].dim())
-
-
-def _grouped(call: Call) -> Label:
-    x, output = call.first, _tensors(call.output)[0]
-    if x.dim() != 2 or output.dim() != 2:
-        return _unknown(call)
-    return merged_along(call.of(x), [1])
+    return _padded(merged(known), tensors_of(call.output)[0].dim())
 
 
 def _attention(call: Call) -> Label:
     """Return the rows of attention: (..., heads, tokens, features) each, perhaps with a mask."""
-    query, key, value, *more = _tensors(call.values)
+    query, key, value, *more = tensors_of(call.values)
     mask = [each for each in more if each is call.given.get("attn_bias", call.given.get("attn_mask"))]
     labels = [
         merged_along(call.of(query), [query.dim() - 1]),
@@ -259,16 +262,10 @@ def _attention(call: Call) -> Label:
         *(merged_along(call.of(each), [each.dim() - 1]) for each in mask),
     ]
     known = [label for label in labels if not label.is_none]
-    fitting = [label for label in known if label.rows.dim() < 3 or _fits(label.rows, query.shape)]
+    fitting = [label for label in known if label.rows.dim() < 3 or fits(label.rows, query.shape)]
     if len(fitting) < len(known):  # fewer heads of keys than of queries, whose rows differ
         return _unknown(call)
-    return _padded(merged(known), query.dim()) if known else _none(query.dim())
-
-
-def _fits(rows: Tensor, shape: Sequence[int]) -> bool:
-    """Whether rows can be those of a tensor of a shape."""
-    sizes = (1,) * (len(shape) - rows.dim()) + tuple(rows.shape)
-    return len(sizes) == len(shape) and all(one in (1, size) for one, size in zip(sizes, shape, strict=True))
+    return _padded(merged(known), query.dim()) if known else nothing(query.dim())
 
 
 def _repeated(call: Call) -> Label:
@@ -282,8 +279,7 @@ def _moved(call: Call) -> Label:
     label, dims = call.of(call.first), _dims(call, "dims")
     if all(label.rows.shape[dim] == 1 for dim in dims):
         return label
-    names = [argument.name for argument in call.func._schema.arguments]
-    return label.changed(call.func(label.rows, **{name: call.given[name] for name in names[1:]}))
+    return label.changed(call.again(label.rows))
 
 
 def _put_around(call: Call) -> Label:
@@ -421,7 +417,7 @@ def _put(call: Call) -> Label | None:
     at = _taken_rows(x, was, indices, labels, has_read=call.has_read)
     shape = _shape_taken(x, indices)
     new = _padded(of_source, len(shape))
-    if not _fits(new.rows, shape):
+    if not fits(new.rows, shape):
         return _unknown(call)
     both = merged([at, new._replace(by_values=True)] if adds else [new])
     taken = [dim for dim, index in enumerate(indices) if index is not None]
@@ -456,31 +452,18 @@ def _shape_taken(x: Tensor, indices: list[Tensor | None]) -> tuple[int, ...]:
     return tuple(probe[own].shape)
 
 
-def _scattered(call: Call) -> Label:
+def _written_along(call: Call) -> Label:
     """Return the rows of a tensor into which others are written along one dimension, where no row changes along it."""
     x, dim = call.first, call.given["dim"] % max(call.first.dim(), 1)
-    parts = [each for each in (call.given["index"], call.given.get("src")) if isinstance(each, Tensor)]
-    labels = [label for label in map(call.of, (x, *parts)) if not label.is_none]
-    if any(label.rows.shape[dim] > 1 for label in labels) or not labels:
-        return _unknown(call) if labels else _none(x.dim())
-    if not all(_fits(label.rows, x.shape) for label in labels):
-        return _unknown(call)
-    return _written(call, x, merged(labels))
-
-
-def _slice_written(call: Call) -> Label:
-    x, source = call.of(call.first), call.of(call.given["src"])
-    dim = call.given["dim"] % call.first.dim()
+    parts = [call.of(each) for name in ("index", "src") if isinstance(each := call.given.get(name), Tensor)]
     if call.name == "aten::select_scatter":
-        source = source.changed(source.rows.unsqueeze(dim))
-    labels = [label for label in (x, source) if not label.is_none]
-    if not labels or any(label.rows.shape[dim] > 1 for label in labels):
-        return _unknown(call) if labels else x
-    return _written(call, call.first, merged(labels))
-
-
-def _written(call: Call, x: Tensor, label: Label) -> Label:
-    """Return the rows of a tensor of which a part was written. What is around belongs to them if there are several."""
+        parts = [label.changed(label.rows.unsqueeze(dim)) for label in parts]
+    labels = [label for label in (call.of(x), *parts) if not label.is_none]
+    if not labels:
+        return nothing(x.dim())
+    if any(label.rows.shape[dim] > 1 or not fits(label.rows, x.shape) for label in labels):
+        return _unknown(call)
+    label = merged(labels)  # what is around belongs to the rows if there are several
     return label if label.rows.numel() > 1 or not call.of(x).is_none else _unknown(call)
 
 
@@ -489,68 +472,69 @@ def _halved(call: Call) -> Label:
     return label if label.rows.shape[dim] == 1 else _unknown(call)
 
 
-def _named(rule: Rule, names: str) -> dict[str, Rule]:
-    return {f"aten::{name}": rule for name in names.split()}
-
-
 RESHAPES = frozenset(f"aten::{name}" for name in ("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten"))
 
 CHOICES = frozenset(f"aten::{name}" for name in ("slice", "select", "split", "split_with_sizes", "unbind", "narrow"))
 
-RULES: dict[str, Rule] = {
-    **_named(_same, "clone _to_copy contiguous native_dropout dropout bernoulli bernoulli_ tril triu bucketize"),
-    **_named(_same, "lift_fresh lift_fresh_copy _pin_memory zero_ fill_ multinomial rrelu_with_noise _conj_physical"),
-    **_named(
-        _same, "_fused_moving_avg_obs_fq_helper _native_batch_norm_legit_no_training exponential_ normal_ uniform_"
+NAMES: dict[Rule, str] = {
+    _same: (
+        "clone _to_copy contiguous native_dropout dropout bernoulli bernoulli_ tril triu bucketize lift_fresh "
+        "lift_fresh_copy _pin_memory zero_ fill_ multinomial rrelu_with_noise _conj_physical "
+        "_fused_moving_avg_obs_fq_helper _native_batch_norm_legit_no_training exponential_ normal_ uniform_"
     ),
-    **_named(_pointwise, "where masked_fill masked_fill_ log_sigmoid_forward _prelu_kernel rsub complex polar clamp"),
-    **_named(_pointwise, "isin lerp isclose hardswish hardswish_ _fake_quantize_learnable_per_tensor_affine"),
-    **_named(
-        _nothing, "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones"
+    _pointwise: (
+        "where masked_fill masked_fill_ log_sigmoid_forward _prelu_kernel rsub complex polar clamp isin lerp "
+        "isclose hardswish hardswish_ _fake_quantize_learnable_per_tensor_affine"
     ),
-    **_named(_nothing, "new_empty new_full new_empty_strided _local_scalar_dense item is_same_size equal"),
-    **_named(_nothing, "_assert_async _assert_tensor_metadata _assert_scalar"),
-    **_named(_copied, "copy copy_"),
-    **_named(_view, "_unsafe_view unsafe_split unsafe_chunk unsafe_split_with_sizes"),
-    **_named(
-        _reduced, "sum mean amax amin max min argmax argmin var std var_mean std_mean norm linalg_vector_norm prod"
+    _nothing: (
+        "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty "
+        "new_full new_empty_strided _local_scalar_dense item is_same_size equal _assert_async "
+        "_assert_tensor_metadata _assert_scalar"
     ),
-    **_named(_reduced, "any all logsumexp nansum median nanmedian mode kthvalue count_nonzero aminmax"),
-    **_named(_along, "_softmax _log_softmax _safe_softmax softmax log_softmax cumsum cumprod cummax cummin"),
-    **_named(_along, "logcumsumexp _fft_c2c _fft_r2c _fft_c2r linalg_cross cumsum_ renorm"),
-    **_named(_ordered, "sort topk"),
-    **_named(_normalized, "native_layer_norm layer_norm _fused_rms_norm rms_norm"),
-    **_named(_batch_normalized, "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit"),
-    **_named(_batch_normalized, "_batch_norm_with_update batch_norm _native_batch_norm_legit_functional"),
-    **_named(_by_example, "convolution _convolution convolution_overrideable mkldnn_convolution cudnn_convolution"),
-    **_named(_by_example, "cudnn_convolution_transpose miopen_convolution native_group_norm max_pool2d_with_indices"),
-    **_named(_by_example, "max_pool3d_with_indices avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d"),
-    **_named(_by_example, "adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d avg_pool1d"),
-    **_named(
-        _by_example,
-        "upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d _upsample_bicubic2d_aa",
+    _copied: "copy copy_",
+    _view: "_unsafe_view unsafe_split unsafe_chunk unsafe_split_with_sizes",
+    _reduced: (
+        "sum mean amax amin max min argmax argmin var std var_mean std_mean norm linalg_vector_norm prod any all "
+        "logsumexp nansum median nanmedian mode kthvalue count_nonzero aminmax"
     ),
-    **_named(_by_example, "upsample_trilinear3d _upsample_bilinear2d_aa grid_sampler_2d"),
-    **_named(_by_example, "grid_sampler_3d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d"),
-    **_named(_by_example, "replication_pad2d replication_pad3d pixel_shuffle pixel_unshuffle channel_shuffle"),
-    **_named(_by_example, "_upsample_nearest_exact1d _upsample_nearest_exact2d adaptive_avg_pool1d max_pool1d"),
-    **_named(_by_example, "max_unpool2d mkldnn_max_pool2d adaptive_avg_pool2d max_pool2d quantized_max_pool2d"),
-    **_named(_unfolded, "im2col col2im"),
-    **_named(_product, "mm bmm mv dot addmm baddbmm addmv _cdist_forward _addmm_activation _int_mm"),
-    **_named(_solved, "linalg_solve_triangular triangular_solve linalg_inv_ex linalg_solve _linalg_solve_ex"),
-    **_named(_grouped, "_grouped_mm"),
-    **_named(_repeated, "repeat"),
-    **_named(_moved, "flip roll"),
-    **_named(_put_around, "constant_pad_nd"),
-    **_named(_joined, "cat stack"),
-    **_named(_taken, "index _unsafe_index index_select masked_select"),
-    **_named(_looked_up, "embedding"),
-    **_named(_gathered, "gather"),
-    **_named(
-        _put, "index_put index_put_ _index_put_impl_ _unsafe_index_put index_add index_add_ index_copy index_copy_"
+    _along: (
+        "_softmax _log_softmax _safe_softmax softmax log_softmax cumsum cumprod cummax cummin logcumsumexp "
+        "_fft_c2c _fft_r2c _fft_c2r linalg_cross cumsum_ renorm"
     ),
-    **_named(_scattered, "scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_"),
-    **_named(_slice_written, "slice_scatter select_scatter"),
-    **_named(_halved, "glu"),
+    _ordered: "sort topk",
+    _normalized: "native_layer_norm layer_norm _fused_rms_norm rms_norm",
+    _batch_normalized: (
+        "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit _batch_norm_with_update "
+        "batch_norm _native_batch_norm_legit_functional"
+    ),
+    _by_example: (
+        "convolution _convolution convolution_overrideable mkldnn_convolution cudnn_convolution "
+        "cudnn_convolution_transpose miopen_convolution native_group_norm max_pool2d_with_indices "
+        "max_pool3d_with_indices avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d "
+        "adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d avg_pool1d "
+        "upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d _upsample_bicubic2d_aa "
+        "upsample_trilinear3d _upsample_bilinear2d_aa grid_sampler_2d grid_sampler_3d reflection_pad1d "
+        "reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d pixel_shuffle "
+        "pixel_unshuffle channel_shuffle _upsample_nearest_exact1d _upsample_nearest_exact2d adaptive_avg_pool1d "
+        "max_pool1d max_unpool2d mkldnn_max_pool2d adaptive_avg_pool2d max_pool2d quantized_max_pool2d"
+    ),
+    _unfolded: "im2col col2im",
+    _product: "mm bmm mv dot addmm baddbmm addmv _cdist_forward _addmm_activation _int_mm",
+    _solved: "linalg_solve_triangular triangular_solve linalg_inv_ex linalg_solve _linalg_solve_ex",
+    _repeated: "repeat",
+    _moved: "flip roll",
+    _put_around: "constant_pad_nd",
+    _joined: "cat stack",
+    _taken: "index _unsafe_index index_select masked_select",
+    _looked_up: "embedding",
+    _gathered: "gather",
+    _put: "index_put index_put_ _index_put_impl_ _unsafe_index_put index_add index_add_ index_copy index_copy_",
+    _written_along: (
+        "scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ slice_scatter select_scatter"
+    ),
+    _halved: "glu",
+    _by_last_dimension: "_grouped_mm",
 }
-"""The rules, by the name of the operation."""
+"""The operations that each rule is for."""
+
+RULES = {f"aten::{name}": rule for rule, names in NAMES.items() for name in names.split()}

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from randlora.serving.labels import NONE, Label, marked, merged, shrunk, unknown
+from randlora.serving.labels import NONE, Label, fits, marked, merged, nothing, shrunk, tensors_of, unknown
 from randlora.serving.rules import MOST, Call, Labels, labels_of
 
 TAKES = {Tensor.tolist: "Tensor.tolist", Tensor.numpy: "Tensor.numpy", Tensor.__array__: "Tensor.__array__"}
@@ -103,8 +103,8 @@ class RowTracking(TorchDispatchMode):
         output = func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
             self.read(args[0])
-        outputs = [*_tensors(output)]
-        given = [*_tensors([*args, *kwargs.values()])]
+        outputs = tensors_of(output)
+        given = tensors_of([*args, *kwargs.values()])
         if any(map(self.label, given)) and outputs:
             call = Call(*_bound(func, args, kwargs), output, self.label, self.has_read)
             self._label(given, outputs, labels_of(call), call.name)
@@ -120,10 +120,11 @@ class RowTracking(TorchDispatchMode):
             if label is None or label.is_none:
                 self._remember(output)
                 continue
-            own = label if _fits(label, output) else unknown(output.dim(), label.why or name)
-            own = own._replace(why=name) if not own.why and own.is_mixed else own
-            if not _fits(label, output) and output is not outputs[0]:  # kept for backward alone
+            has_its_form = label.rows.dim() == output.dim() and fits(label.rows, output.shape)
+            if not has_its_form and output is not outputs[0]:  # kept for backward alone
                 continue
+            own = label if has_its_form else unknown(output.dim(), label.why or name)
+            own = own._replace(why=name) if not own.why and own.is_mixed else own
             was = self.label(output)
             self.set(output, own)
             if any(output is one for one in given) and (was is None or not torch.equal(was.rows, own.rows)):
@@ -134,7 +135,7 @@ class RowTracking(TorchDispatchMode):
     def _write_through(self, alias: Tensor, written: Tensor, label: Label) -> None:
         """Label a tensor anew of whose memory a part has other rows now."""
         was = self._labels.get(alias)
-        old = torch.full((1,) * alias.dim(), NONE, device="cpu") if was is None else was.rows
+        old = nothing(alias.dim()).rows if was is None else was.rows
         marks = label if was is None else marked([label, was], label.rows)
         size = written.untyped_storage().nbytes() // max(written.element_size(), 1)
         if alias.dtype == written.dtype and size <= MOST:
@@ -143,7 +144,7 @@ class RowTracking(TorchDispatchMode):
                 flat.as_strided(each.shape, each.stride(), each.storage_offset()).copy_(rows.expand(each.shape))
             view = flat.as_strided(alias.shape, alias.stride(), alias.storage_offset())
             new = marks.changed(shrunk(view))
-        elif alias.dim() == written.dim() and label.rows.numel() > 1 and _fits(label, alias):
+        elif alias.dim() == written.dim() and label.rows.numel() > 1 and fits(label.rows, alias.shape):
             new = label if was is None else merged([was, label])
         else:
             new = unknown(alias.dim(), "a write into a part of it")
@@ -176,21 +177,6 @@ class _Reads(TorchFunctionMode):
         if func in READS:
             self._tracking.read(args[0], TAKES.get(func, ""))
         return func(*args, **(kwargs or {}))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _tensors(each)
-
-
-def _fits(label: Label, output: Tensor) -> bool:
-    rows = label.rows
-    return rows.dim() == output.dim() and all(
-        one in (1, size) for one, size in zip(rows.shape, output.shape, strict=True)
-    )
 
 
 def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:

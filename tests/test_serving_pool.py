@@ -16,8 +16,6 @@ from randlora.serving import AdapterPool
 from randlora.state import attached_state
 from tests.kit import WAIT, Same, fill, until, untouched
 from tests.laws import assert_close
-from tests.layer_kinds import LayerKind, every_kind
-from tests.read_kinds import ReadKind, every_read_kind
 
 NAMES = tuple("abcdef")
 X = torch.linspace(-1, 1, 18).view(3, 6)
@@ -311,33 +309,3 @@ def test_names_of_another_type_are_refused(names: Any, outputs: dict[str, Any]) 
         pool.prefetch(names)
     with pytest.raises(ConfigError, match=r"cannot using: .*names"), pool.using(names):
         pass
-
-
-@every_kind
-def test_a_layer_of_each_kind_is_served(kind: LayerKind) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(kind.build(6, 9, True, kind.exact))
-    x, states, expected = torch.randn(2, 6, dtype=kind.exact), {}, {}
-    for seed, name in enumerate("ab"):
-        randlora.inject(model, r=3, alpha=6, stream="portable")
-        expected[name] = fill(model, seed=seed, spread=0.5)(x)
-        states[name] = randlora.adapter_state(model)
-        randlora.eject(model)
-    pool = AdapterPool(model, states, max_loaded=1)
-    for name in "aba":
-        with pool.routed([name] * 2):
-            assert_close(model(x), expected[name], kind.exact)
-
-
-@every_read_kind
-def test_a_module_of_each_kind_that_is_read_is_served(kind: ReadKind) -> None:
-    model, states, expected = kind.model(), {}, {}
-    for seed, name in enumerate("ab"):
-        twin = fill(kind.adapted(filled=False), seed=seed, spread=0.5)
-        expected[name], states[name] = kind.run(twin).detach(), randlora.adapter_state(twin)
-    pool = AdapterPool(model, states, max_loaded=1)
-    for name in "aba":
-        with pool.using(name):
-            randlora.activate(model, name)
-            assert_close(kind.run(model), expected[name], torch.float32)

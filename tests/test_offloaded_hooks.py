@@ -42,74 +42,35 @@ def offloaded(model: nn.Module) -> nn.Module:
     return placed
 
 
-every_placement = pytest.mark.parametrize("place", [with_a_hook_on_every_layer, dispatched])
-every_placement_and_offloading = pytest.mark.parametrize("place", [with_a_hook_on_every_layer, dispatched, offloaded])
-
-
-@every_placement_and_offloading
-def test_an_adapter_acts_on_a_model_with_hooks(place: Callable[[nn.Module], nn.Module]) -> None:
-    model = place(LLAMA.build())
-    base = outputs(LLAMA.build(), INPUTS)
-    assert torch.equal(outputs(model, INPUTS), base)
-    randlora.inject(model, R, alpha=ALPHA, targets=LLAMA.targets, stream=peft_draw("dense"))
-    assert torch.equal(outputs(model, INPUTS), base)
-    fill(model)
-    assert torch.equal(outputs(model, INPUTS), outputs(our_model(LLAMA), INPUTS))
-
-
-@every_placement_and_offloading
-def test_a_file_loads_into_a_model_with_hooks(place: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
-    trained = our_model(LLAMA)
-    randlora.save(trained, tmp_path)
-    model = place(LLAMA.build())
-    randlora.load(model, tmp_path)
-    assert torch.equal(outputs(model, INPUTS), outputs(trained, INPUTS))
-
-
-@every_placement
-def test_a_model_with_hooks_merges_and_ejects(place: Callable[[nn.Module], nn.Module]) -> None:
-    model = place(LLAMA.build())
-    randlora.inject(model, R, alpha=ALPHA, targets=LLAMA.targets, stream=peft_draw("dense"))
-    fill(model)
-    adapted = outputs(model, INPUTS)
-    with randlora.merged(model):
-        torch.testing.assert_close(outputs(model, INPUTS), adapted, rtol=1e-4, atol=1e-5)
-    randlora.eject(model)
-    assert torch.equal(outputs(model, INPUTS), outputs(LLAMA.build(), INPUTS))
-
-
-def adapted_and_offloaded(when: str) -> nn.Module:
-    """Return a model that is offloaded ``"before"`` it is adapted, or ``"after"``."""
-    model = LLAMA.build()
-    if when == "before":
-        model = offloaded(model)
-    randlora.inject(model, R, alpha=ALPHA, targets=LLAMA.targets, stream=peft_draw("dense"))
-    fill(model)
-    return offloaded(model) if when == "after" else model
-
-
+@pytest.mark.parametrize("place", [with_a_hook_on_every_layer, dispatched, offloaded])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_an_offloaded_model_is_adapted_and_ejected_with_and_without_its_hooks(when: str) -> None:
-    model, plain = adapted_and_offloaded(when), outputs(LLAMA.build(), INPUTS)
-    adapted = outputs(our_model(LLAMA), INPUTS)
-    assert torch.equal(outputs(model, INPUTS), adapted)
+def test_a_model_with_hooks_is_adapted_loaded_merged_and_ejected(
+    when: str, place: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
+    plain, trained = outputs(LLAMA.build(), INPUTS), our_model(LLAMA)
+    model = place(LLAMA.build()) if when == "before" else LLAMA.build()
+    assert torch.equal(outputs(model, INPUTS), plain)
+    randlora.inject(model, R, alpha=ALPHA, targets=LLAMA.targets, stream=peft_draw("dense"))
+    assert torch.equal(outputs(model, INPUTS), plain)
+    fill(model)
+    model = place(model) if when == "after" else model
+    expected = outputs(trained, INPUTS)
+    assert torch.equal(outputs(model, INPUTS), expected)
     with randlora.disabled(model):
         assert torch.equal(outputs(model, INPUTS), plain)
+    with randlora.merged(model):
+        torch.testing.assert_close(outputs(model, INPUTS), expected, rtol=1e-4, atol=1e-5)
+    randlora.eject(model)
+    assert torch.equal(outputs(model, INPUTS), plain)
+    randlora.save(trained, tmp_path)
+    randlora.load(model, tmp_path)
+    assert torch.equal(outputs(model, INPUTS), expected)
     remove_hook_from_submodules(model)
     assert not any("_hf_hook" in vars(module) for module in model.modules())
-    assert torch.equal(outputs(model, INPUTS), adapted)
+    assert torch.equal(outputs(model, INPUTS), expected)
     randlora.eject(model)
     assert torch.equal(outputs(model, INPUTS), plain)
     assert not any("Adapted" in type(module).__name__ for module in model.modules())
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_an_offloaded_model_is_ejected_under_its_hooks(when: str) -> None:
-    model, plain = adapted_and_offloaded(when), outputs(LLAMA.build(), INPUTS)
-    randlora.eject(model)
-    assert torch.equal(outputs(model, INPUTS), plain)
-    remove_hook_from_submodules(model)
-    assert torch.equal(outputs(model, INPUTS), plain)
 
 
 @pytest.mark.parametrize("hook_first", [True, False])

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
@@ -18,8 +19,7 @@ from tests.kit import fill, untouched
 from tests.laws import assert_close
 from tests.layer_kinds import LayerKind, every_kind
 from tests.read_kinds import READ_KINDS, ReadKind, output_of
-
-Names = list[str | None]
+from tests.serving import Names, each_alone, row_by_row
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "a": {"r": 3, "alpha": 6},
@@ -40,21 +40,6 @@ def with_adapters(model: nn.Module, names: Names | None = None, **options: Any) 
     return model
 
 
-def alone(model: nn.Module, name: str | None, *args: Any) -> Tensor:
-    """Run all rows through one adapter, or through the base."""
-    if name is None:
-        with randlora.disabled(model):
-            return output_of(model(*args))
-    randlora.activate(model, name)
-    return output_of(model(*args))
-
-
-def row_by_row(model: nn.Module, names: Names, *args: Any) -> Tensor:
-    """Take from each adapter's output the rows that are its own."""
-    outputs = {name: alone(model, name, *args) for name in dict.fromkeys(names)}
-    return torch.stack([outputs[name][row] for row, name in enumerate(names)])
-
-
 @every_kind
 @given(
     st.integers(1, 20).filter(lambda side: side != 16),
@@ -72,7 +57,7 @@ def test_rows_are_those_of_each_adapter_alone(
     randlora.set_compute(model, compute)
     x = torch.randn(len(names), *lead, inside, dtype=kind.exact)
     with torch.set_grad_enabled(has_grad):
-        expected = row_by_row(model, names, x)
+        expected = row_by_row(model, names, lambda: model(x))
         with randlora.serving.routed(model, names):
             assert_close(model(x), expected, kind.exact)
 
@@ -84,16 +69,16 @@ def test_gradients_are_those_of_each_adapter_alone(names: Names, tokens: int) ->
     factors = torch.randn(len(names), tokens, 8, dtype=torch.float64)
     wanted = [x, *randlora.trainable_parameters(model)]
     found = []
-    for run in (row_by_row, alone_routed):
-        loss = (run(model, names, x) * factors).sum()
+    for run in (row_by_row, routed):
+        loss = (run(model, names, lambda: model(x)) * factors).sum()
         found.append(torch.autograd.grad(loss, wanted, materialize_grads=True))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(other, one.to(other.dtype), rtol=1e-6, atol=1e-7)  # Λ and Γ are float32
 
 
-def alone_routed(model: nn.Module, names: Names, *args: Any) -> Tensor:
+def routed(model: nn.Module, names: Names, run: Callable[[], Tensor]) -> Tensor:
     with randlora.serving.routed(model, names):
-        return output_of(model(*args))
+        return run()
 
 
 READ_OUTSIDE = "out_proj"
@@ -110,17 +95,8 @@ def test_rows_of_modules_that_read_their_weight(kind: ReadKind) -> None:
     args = kind.arguments(torch.float64)
     names: Names = [("default", None, "b")[row % 3] for row in range(args[0].shape[0])]
     module = model.get_submodule("0")
-
-    def run(name: str | None) -> Tensor:
-        if name is None:
-            with randlora.disabled(model):
-                return output_of(module(*args))
-        randlora.activate(model, name)
-        return output_of(module(*args))
-
-    expected = torch.stack([run(name)[row] for row, name in enumerate(names)])
-    with randlora.serving.routed(model, names):
-        assert_close(output_of(module(*args)), expected, torch.float64)
+    expected = row_by_row(model, names, lambda: output_of(module(*args)))
+    assert_close(routed(model, names, lambda: output_of(module(*args))), expected, torch.float64)
     assert len(names) == 1 or not torch.equal(expected[0], expected[1])
 
 
@@ -148,12 +124,7 @@ def test_attention_with_both_projections(batch_first: bool, masked: str) -> None
         output, weights = model[0](x, x, x, **options)
         return output, weights
 
-    singles: dict[str | None, tuple[Tensor, Tensor]] = {}
-    for each in ("a", "b"):
-        randlora.activate(model, each)
-        singles[each] = run()
-    with randlora.disabled(model):
-        singles[None] = run()
+    singles = each_alone(model, names, run)
     with randlora.serving.routed(model, names):
         output, weights = run()
     for row, name in enumerate(names):
@@ -165,7 +136,7 @@ def test_tokens_of_a_packed_row() -> None:
     model = with_adapters(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)).double(), targets=["0", "1"])
     x = torch.randn(2, 3, 6, dtype=torch.float64)
     names: list[Names] = [["a", "a", "b"], [None, "c", "a"]]
-    outputs = {name: alone(model, name, x) for name in ("a", "b", "c", None)}
+    outputs = each_alone(model, ("a", "b", "c", None), lambda: model(x))
     expected = torch.stack([
         torch.stack([outputs[name][row, token] for token, name in enumerate(each)]) for row, each in enumerate(names)
     ])
@@ -230,7 +201,7 @@ def test_some_of_the_tokens_in_another_order() -> None:
     x = torch.randn(2, 4, 6)
     for chosen in (torch.arange(8), torch.arange(6), torch.tensor([5, 0, 7]), torch.tensor([1, 6])):
         experts.chosen = chosen
-        a, b = (alone(experts, name, x) for name in "ab")
+        a, b = each_alone(experts, "ab", lambda: experts(x)).values()
         with randlora.serving.routed(experts, ["a", "b"]):
             torch.testing.assert_close(experts(x), torch.where((chosen < 4).unsqueeze(1), a, b))
 
@@ -298,7 +269,7 @@ def test_names_in_a_call_are_refused(model: nn.Module) -> None:
 
 def test_blocks_nest_and_the_innermost_counts(model: nn.Module) -> None:
     x = torch.randn(2, 6)
-    a, b, base = (alone(model, name, x) for name in ("a", "b", None))
+    a, b, base = each_alone(model, ("a", "b", None), lambda: model(x)).values()
     randlora.activate(model, "c")
     c = model(x)
     with randlora.serving.routed(model, ["a", "b"]):
@@ -316,7 +287,7 @@ def test_blocks_nest_and_the_innermost_counts(model: nn.Module) -> None:
 
 def test_a_copy_made_inside_has_inactive_adapters(model: nn.Module) -> None:
     x = torch.randn(2, 6)
-    base = alone(model, None, x)
+    base = each_alone(model, [None], lambda: model(x))[None]
     with randlora.serving.routed(model, ["a", "b"]):
         twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     for twin in twins:

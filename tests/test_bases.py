@@ -1,10 +1,8 @@
-"""Bases: deterministic, prefix-stable where they say so, small in storage, shared by content."""
+"""Bases: deterministic, prefix-stable where they say so, small in storage without losing a bit, shared by content."""
 
 import copy
 import json
 import pickle
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from randlora.bases import BasisBank, BasisSpec, streams
+from randlora.bases import BasisBank, BasisSpec, compact, streams
 from randlora.bases.basis import Bases, Basis
 from randlora.bases.compact import CompactMatrix
 from randlora.errors import ConfigError
@@ -70,20 +68,6 @@ def test_drawing_neither_reads_nor_advances_the_global_generators(spec: BasisSpe
     slices(spec)
     assert torch.equal(torch.get_rng_state(), torch_before)
     assert pickle.dumps(np.random.get_state()) == numpy_before  # noqa: NPY002
-
-
-@pytest.mark.medium
-def test_another_process_draws_the_same_bits() -> None:
-    script = (
-        "from randlora.bases.basis import Basis\nfrom randlora.bases import BasisSpec\n"
-        "print(Basis(BasisSpec('dense', 'torch', 3, 4, 20, 10)).digest(20, 10))\n"
-        "print(Basis(BasisSpec('block', 'portable', 3, 4, 20, 10, (2, 2))).digest(20, 10))\n"
-    )
-    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
-    assert printed == [
-        Basis(BasisSpec("dense", "torch", 3, 4, 20, 10)).digest(20, 10),
-        Basis(BasisSpec("block", "portable", 3, 4, 20, 10, (2, 2))).digest(20, 10),
-    ]
 
 
 @given(specs(), st.integers(1, 2**32 - 1))
@@ -286,3 +270,39 @@ def test_a_copied_bank_shares_its_bases_and_not_its_list() -> None:
     twin.acquire(BasisSpec("dense", "torch", 1, 4, 12, 8))
     assert list(bank) == [held]
     assert next(iter(twin)) is held
+
+
+ROWS = 2 * compact.CHUNK_ROWS + 3
+
+FORMS = {
+    torch.int8: torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(0)).sign() * 1.7,
+    torch.bfloat16: torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(0)).bfloat16().float(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_matrix_is_kept_in_its_smallest_form(form: torch.dtype) -> None:
+    kept = CompactMatrix.from_dense(FORMS[form])
+    assert kept.values.dtype == form
+    assert torch.equal(kept.to_dense(device="cpu", dtype=torch.float32), FORMS[form])
+
+
+@pytest.mark.parametrize("row", [0, compact.CHUNK_ROWS - 1, compact.CHUNK_ROWS, ROWS - 1])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_one_number_that_a_form_cannot_hold_is_enough_to_keep_the_matrix_itself(form: torch.dtype, row: int) -> None:
+    matrix = FORMS[form].clone()
+    matrix[row, -1] = 1 / 3
+    kept = CompactMatrix.from_dense(matrix)
+    assert kept.values is matrix
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.sampled_from([1, 2, 4]), st.integers(0, 40))
+def test_chunks_of_rows_are_the_rows(rows: int, columns: int, stride: int, wanted: int) -> None:
+    values = torch.randn(rows, -(-columns // stride), generator=torch.Generator().manual_seed(0))
+    matrix = CompactMatrix(values, columns, scale=0.5, stride=stride)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compact, "CHUNK_ROWS", 3)
+        chunks = [chunk.clone() for chunk in matrix.dense_chunks(min(wanted, rows))]
+    assert all(len(chunk) <= 3 * stride for chunk in chunks)
+    expected = matrix.to_dense(device="cpu", dtype=torch.float32)[:wanted]
+    assert torch.equal(torch.cat([torch.empty(0, columns), *chunks]), expected)

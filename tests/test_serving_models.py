@@ -1,41 +1,24 @@
 """Rows of batches of real models through their own adapters: forwards and transformers' ``generate``."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 import randlora
 from randlora.errors import AdapterError
-from tests import models
-from tests.kit import fill
+from tests.serving import Names, each_alone, with_adapters
 
 pytestmark = pytest.mark.medium
-
-Names = list[str | None]
 NAMES: Names = ["a", "b", None, "a"]
 
 
-def with_adapters(model: nn.Module, targets: Any = None) -> Any:
-    """Add two adapters with different bases, whose outputs are well apart."""
-    for seed, name in enumerate("ab"):
-        randlora.inject(model, r=4, name=name, seed=seed, targets=targets)
-        fill(model, name, seed=seed, spread=0.3)
-    return model.eval()
-
-
-def one_by_one(model: nn.Module, names: Names, run: Any) -> list[Any]:
+def one_by_one(model: Any, names: Names, run: Callable[[], Any]) -> list[Any]:
     """Run the whole batch through each adapter, and take the rows of each; ``run`` returns a list of rows."""
-    outputs: dict[str | None, Any] = {}
-    for name in dict.fromkeys(names):
-        if name is None:
-            with randlora.disabled(model):
-                outputs[name] = run()
-        else:
-            randlora.activate(model, name)
-            outputs[name] = run()
+    outputs = each_alone(model, names, run)
     return [outputs[name][row] for row, name in enumerate(names)]
 
 
@@ -60,32 +43,19 @@ def decoder(name: str) -> Any:
     """Build a decoder with random weights."""
     kind, options = DECODERS[name]
     torch.manual_seed(0)
-    return with_adapters(kind(kind.config_class(**SIZES, **options)), targets="all" if name == "Mixtral" else None)
+    return with_adapters(kind(kind.config_class(**SIZES, **options)), "all" if name == "Mixtral" else None, r=4)
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_forward_of_decoders(name: str) -> None:
-    model = decoder(name)
-    batch = ids()
-    with torch.no_grad():
-        expected = torch.stack(one_by_one(model, NAMES, lambda: model(input_ids=batch).logits))
-        with randlora.serving.routed(model, NAMES):
-            found = model(input_ids=batch).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
-    assert not torch.allclose(expected[0], model(input_ids=batch).logits[1])
-
-
-@pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize(
-    "options",
+    ("name", "options"),
     [
-        {},
-        {"num_beams": 3},
-        {"num_beams": 2, "num_return_sequences": 2},
-        {"cache_implementation": "static", "disable_compile": True},
-        {"use_cache": False},
+        *((name, {}) for name in DECODERS),
+        ("GPT-2", {"num_beams": 3}),
+        ("Mixtral", {"num_beams": 2, "num_return_sequences": 2}),
+        ("Llama", {"cache_implementation": "static", "disable_compile": True}),
+        ("GPT-2", {"use_cache": False}),
     ],
-    ids=lambda options: "-".join(options) or "greedy",
+    ids=lambda value: value if isinstance(value, str) else "-".join(value) or "greedy",
 )
 def test_generate_of_left_padded_rows(name: str, options: dict[str, Any]) -> None:
     model, batch = decoder(name), ids()
@@ -125,7 +95,7 @@ def test_sampled_sequences_of_each_row() -> None:
 def test_encoder_decoder_generates() -> None:
     torch.manual_seed(0)
     config = transformers.T5Config(**T5, decoder_start_token_id=0, eos_token_id=1)
-    model, batch = with_adapters(transformers.T5ForConditionalGeneration(config), targets="all-linear"), ids()
+    model, batch = with_adapters(transformers.T5ForConditionalGeneration(config), r=4), ids()
 
     def run() -> list[list[int]]:
         generated: list[list[int]] = model.generate(
@@ -138,17 +108,6 @@ def test_encoder_decoder_generates() -> None:
         with randlora.serving.routed(model, NAMES):
             assert run() == expected
             assert run() == expected
-
-
-@pytest.mark.parametrize(("build", "inputs"), [(models.bert, models.tokens), (models.vit, models.pixels)])
-def test_encoders(build: Any, inputs: Any) -> None:
-    model, batch = with_adapters(build()), inputs()
-    rows = next(iter(batch.values())).shape[0]
-    names = (NAMES * rows)[:rows]
-    with torch.no_grad():
-        expected = torch.stack(one_by_one(model, names, lambda: models.outputs(model, batch)))
-        with randlora.serving.routed(model, names):
-            torch.testing.assert_close(models.outputs(model, batch), expected, rtol=1e-5, atol=2e-5)
 
 
 def test_names_given_to_generate_are_refused() -> None:

@@ -16,7 +16,7 @@ from tests.codes import written_out
 from tests.kit import fill, same_bits
 from tests.laws import adapter_layer, assert_close, plain, update_of
 from tests.quantized import needs_repacking
-from tests.test_layers_bnb import adapted, four_bits
+from tests.test_quantized_layers import adapted, four_bits
 
 pytestmark = needs_repacking
 
