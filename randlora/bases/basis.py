@@ -269,12 +269,9 @@ class Basis:
             pair = self._made(max_dim, min_dim, device, dtype, Sides(rows, columns))
             tensor = pair.B if index else pair.A
             constant = _aside(lambda: _packed(tensor)) if is_exporting else nn.Parameter(tensor, requires_grad=False)
-
-            def give() -> Tensor:
-                return constant
-
-            give.__name__, give.__code__ = name, give.__code__.replace(co_name=name)
-            self.__dict__[name] = constant_to_the_compiler(give)
+            scope: dict[str, Any] = {"constant": constant}
+            exec(f"def {name}():\n    return constant", scope)  # noqa: S102  # a name that is known only now
+            self.__dict__[name] = constant_to_the_compiler(scope[name])
         return name
 
     def _made(self, max_dim: int, min_dim: int, device: torch.device, dtype: torch.dtype, sides: Sides | None) -> Pair:
