@@ -6,12 +6,10 @@ calls inside of each other the outermost counts.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +46,20 @@ GROWING = "mask", "past", "cache"
 
 DEPTH = 4
 """How deep in lists and mappings an input may be."""
+
+REPEATING = "num_beams", "num_return_sequences"
+"""Options of ``generate`` with which it makes several sequences of each row, one after the other."""
+
+SORTING = "encode", "predict"
+"""Methods of models of sentence-transformers that sort texts by their length, and make batches of them."""
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """A model of transformers that generates."""
+
+    generation_config: Any
+    generate: Callable[..., Any]
 
 
 def routed(
@@ -146,7 +158,14 @@ class Entries:
         self.followed: set[tuple[Any, ...]] = set()
         self.inside: set[nn.Module] = set()
         self.handles: dict[nn.Module, list[RemovableHandle]] = {}
+        self.methods: list[Method] = []
+        self.times = 0
         for module in _around_adapted(root):
+            if isinstance(module, Generates):
+                self.methods.append(Method(module, "generate", self.generate))
+            if any(parent.__module__.startswith("sentence_transformers.") for parent in type(module).__mro__):
+                sorting = [name for name in SORTING if hasattr(type(module), name)]
+                self.methods += [Method(module, name, _refuse_to_sort) for name in sorting]
             if attention := RowsOfAttention.watch(module, Hook):
                 self.handles[module] = attention
                 continue
@@ -160,6 +179,17 @@ class Entries:
         for handles in self.handles.values():
             for handle in handles:
                 handle.remove()
+        for method in self.methods:
+            method.remove()
+
+    def generate(self, method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a model's ``generate``, of which it is known then how many sequences it makes of each row."""
+        before = self.times
+        self.times = max(before, *(_option(method.module, name, args, kwargs) for name in REPEATING))
+        try:
+            return method.own(*args, **kwargs)
+        finally:
+            self.times = before
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a call, unless it is inside of another."""
@@ -193,7 +223,7 @@ class Entries:
             raise AdapterError(f"routed expects a tensor with a batch, and {name} was called without any")
         shape = tensors[0][1].shape
         routing.chosen = None
-        routing.use(_rows_of(routing, shape, name))
+        routing.use(_rows_of(routing, shape, name, self.times))
         own = [(key, x) for key, x in tensors if x.shape[0] == routing.batch and key not in WITHOUT_ROWS]
         lengths = tuple((key, x.shape) for key, x in own if not any(part in str(key) for part in GROWING))
         flags = tuple((key, each) for key, each in inputs.items() if each is None or isinstance(each, bool | str))
@@ -285,6 +315,47 @@ class RowsOfAttention:
         return None if output is None else run.reading(self.layer, module, module.forward, args, kwargs)
 
 
+class Method:
+    """What a module has in the place of a method while a block is open. A copy of the module has the method itself."""
+
+    def __init__(self, module: nn.Module, name: str, call: Callable[..., Any]) -> None:
+        """Put it there; ``call`` is given this object, and the arguments."""
+        self.module, self.name, self.call = module, name, call
+        self.own: Callable[..., Any] = getattr(module, name)
+        self.before = vars(module).get(name)
+        vars(module)[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call what is in its place."""
+        return self.call(self, args, kwargs)
+
+    def remove(self) -> None:
+        """Put the method back."""
+        if self.before is None:
+            del vars(self.module)[self.name]
+        else:
+            vars(self.module)[self.name] = self.before
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how the method of a copy is found, which has no attributes then."""
+        return getattr, (self.module, self.name)
+
+
+def _option(model: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Return an option of a call of ``generate``, which may be given by name or in a config, or is the model's own."""
+    given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    values = (kwargs.get(name), getattr(given, name, None), getattr(model.generation_config, name, None))
+    return next((value for value in values if value is not None), 1)
+
+
+def _refuse_to_sort(method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:  # noqa: ARG001
+    """Refuse to call a method that sorts texts."""
+    raise AdapterError(
+        f"{method.name} of sentence-transformers sorts texts by length, and routed cannot tell the rows of its "
+        "batches: call the model with model.preprocess(texts), or activate one adapter at a time"
+    )
+
+
 def _around_adapted(root: nn.Module) -> list[nn.Module]:
     """Return the modules that have adapted ones inside, and are none themselves."""
     known: dict[nn.Module, bool] = {}
@@ -315,15 +386,19 @@ def _tensors(inputs: Mapping[Any, Any], depth: int = DEPTH) -> Iterator[tuple[An
             yield from ((name, x) for _, x in _tensors(dict(enumerate(value)), depth - 1))
 
 
-def _rows_of(routing: Routing, shape: torch.Size, name: str) -> tuple[int, ...] | None:
-    """Return which rows the batch of a call has, in their order; ``None`` for each once."""
+def _rows_of(routing: Routing, shape: torch.Size, name: str, times: int) -> tuple[int, ...] | None:
+    """Return which rows the batch of a call has, in their order; ``None`` for each once.
+
+    Args:
+        routing: The names of the rows.
+        shape: The shape of the batch.
+        name: The name of the type of what is called.
+        times: How many sequences ``generate`` makes of each row; 0 outside of it.
+    """
     rows, size = len(routing.index), shape[0]
-    if "sentence_transformers" in sys.modules and (sorted_rows := _rows_of_texts(rows, size)) is not None:
-        return sorted_rows
     if size == rows:
         return None
     if size % rows == 0:
-        times = _times_in_generate()
         if times and (size == rows * times or routing.is_uniform):  # each row several times, one after the other
             return tuple(row for row in range(rows) for _ in range(size // rows))
         if times:
@@ -336,47 +411,3 @@ def _rows_of(routing: Routing, shape: torch.Size, name: str) -> tuple[int, ...] 
         f"routed was given names for {rows} rows, and {name} was called with an input of shape {tuple(shape)}, which "
         f"has {size}: give a name, or None, for each"
     )
-
-
-def _frames(package: str) -> Iterator[FrameType]:
-    """Yield the frames of a package that the running call was made in, the innermost first."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if str(frame.f_globals.get("__name__")).startswith(package):
-            yield frame
-        frame = frame.f_back
-
-
-def _times_in_generate() -> int:
-    """Return how many sequences transformers' ``generate`` makes of each row, 0 outside of it."""
-    times = 0
-    for frame in _frames("transformers."):
-        if frame.f_code.co_name != "generate":
-            continue
-        config = frame.f_locals.get("generation_config")
-        each = getattr(config, "num_beams", None) or 1, getattr(config, "num_return_sequences", None) or 1
-        times = max(times, *each)
-    return times
-
-
-def _rows_of_texts(rows: int, size: int) -> tuple[int, ...] | None:
-    """Return which rows a batch has that sentence-transformers makes of texts, sorted by their length.
-
-    Raises:
-        AdapterError: If it does so in an unknown way.
-    """
-    for frame in _frames("sentence_transformers."):
-        if frame.f_code.co_name not in ("_inference", "encode", "predict"):
-            continue
-        own = frame.f_locals
-        order, start = own.get("length_sorted_idx"), own.get("start_index")
-        if order is None and start is None:
-            continue
-        if order is None or start is None or len(order) != rows or len(order[start : start + size]) != size:
-            count = "another number" if order is None else len(order)
-            raise AdapterError(
-                f"routed was given names for {rows} rows, and {frame.f_code.co_name} was given {count} of texts, which "
-                "it sorts by length: give a name, or None, for each text in the order given, or call the model itself"
-            )
-        return tuple(map(int, order[start : start + size]))
-    return None
