@@ -88,7 +88,10 @@ def raise_collected(error: type[RandLoRAError], problems: Sequence[str], *, doin
 
 
 def warn(message: str) -> None:
-    """Warn at the line outside of this library that made the call."""
+    """Warn at the line outside of this library that made the call.
+
+    From Python 3.12 on `warnings.warn` finds it by ``skip_file_prefixes``. Nothing else here looks at frames so.
+    """
     level, frame = 1, sys._getframe()
     while frame.f_back and frame.f_globals.get("__name__", "").startswith(("randlora.", "torch.utils._contextlib")):
         level, frame = level + 1, frame.f_back

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 import randlora
+from randlora.layers.scopes import in_call
 from randlora.report import Report
 from randlora.state import attached_state
 from randlora.targets.walk import Census
@@ -54,6 +55,15 @@ def adapter_values(model: nn.Module, name: str = "default") -> dict[str, Tensor]
         )
     }
     return found | dict(randlora.state.adapted_root(model)[1].adapter(name).trained)
+
+
+def read(model: nn.Module, fqn: str) -> Tensor:
+    """Return a weight as code in a forward reads it, by the FQN of its parameter."""
+    owner, _, attribute = fqn.rpartition(".")
+    with in_call():
+        value = getattr(model.get_submodule(owner), attribute)
+    assert isinstance(value, Tensor)
+    return value
 
 
 def bits(tensor: Tensor) -> Bits:

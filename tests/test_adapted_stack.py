@@ -1,7 +1,7 @@
 """An adapted stack as an operand: no gradient is lost, and torch's ways of calling a function all work."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +12,16 @@ from torch.utils.checkpoint import checkpoint
 
 import randlora
 from randlora.layers.adapted_stack import AdaptedStack, Parts
+from randlora.layers.scopes import in_call
 from tests.kit import fill, untouched
+
+
+@pytest.fixture(autouse=True)
+def _in_a_call() -> Iterator[None]:
+    """Have every test read the stack as code in a forward does."""
+    with in_call():
+        yield
+
 
 EXPERTS, OUT, IN = 4, 6, 8
 each_or_shared = pytest.mark.parametrize("experts", ["each", "shared"])

@@ -12,6 +12,7 @@ import randlora
 from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.read_weight import ReadWeight
 from randlora.start import Init
+from tests import kit
 from tests.attention_kinds import ATTENTION_KINDS, AttentionKind, changed, every_attention
 from tests.further import further
 from tests.kit import adapter_values, all_bits, fill, same_bits
@@ -23,10 +24,7 @@ PACKED_KIND, SPLIT_KIND = ATTENTION_KINDS[:2]
 
 def read(model: nn.Module, fqn: str) -> Tensor:
     """Read a weight as attention does."""
-    owner, _, attribute = (fqn if fqn.endswith("_weight") else f"{fqn}.weight").rpartition(".")
-    value = getattr(model.get_submodule(owner), attribute)
-    assert isinstance(value, Tensor)
-    return value
+    return kit.read(model, fqn if fqn.endswith("_weight") else f"{fqn}.weight")
 
 
 @every_attention

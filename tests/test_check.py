@@ -22,8 +22,8 @@ from randlora.targets import walk
 from tests.further import further
 from tests.kit import fill, untouched
 from tests.models import bert, clip, image, llama, reproducible, tokens, torchvision_vit
+from tests.test_parents import PIXELS, swin, wavlm
 from tests.test_probe import bit_linear, dory_head
-from tests.test_uncalled import PIXELS, swin, wavlm
 from tests.transformers_zoo import tiny
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
@@ -201,7 +201,7 @@ def test_dropout_of_an_adapter_is_no_difference_from_merging() -> None:
 def test_a_forward_that_takes_the_weight_from_elsewhere_is_named_once() -> None:
     class Own(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            return F.linear(x, self.get_parameter("weight"), self.bias) * 2
+            return F.linear(x, self._parameters["weight"], self.bias) * 2  # type: ignore[arg-type]
 
     model = nn.Sequential(Own(6, 6), nn.Linear(6, 6))
     randlora.inject(model, r=2)

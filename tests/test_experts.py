@@ -17,7 +17,7 @@ from randlora.layers.adapted_stack import AdaptedStack, Parts
 from randlora.layers.experts import Experts
 from randlora.layers.in_place import adapter_layers_of
 from tests import reference
-from tests.kit import fill, untouched
+from tests.kit import fill, read, untouched
 from tests.laws import TOLERANCES, needs_compiler
 
 IDS = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -228,7 +228,7 @@ def test_a_grouped_product_all_at_once_equals_one_matrix_after_the_other(
     for at_once in (True, False):
         monkeypatch.setattr(adapted_stack, "chosen_all_at_once", lambda *_, at_once=at_once, **__: at_once)
         rows = x.clone().requires_grad_()
-        output = grouped_product(rows, getattr(module, stack).mT, offs=offs)[:tokens]
+        output = grouped_product(rows, read(module, stack).mT, offs=offs)[:tokens]
         names.append(nodes_of(output))
         gradients = torch.autograd.grad(output.square().sum(), [rows, *trained])
         results.append([output, gradients[0][:tokens], *gradients[1:]])
@@ -313,9 +313,10 @@ def test_changing_an_adapted_stack_in_place_is_refused() -> None:
     randlora.inject(model, r=3, targets=EXPERTS)
     experts = model.model.layers[0].mlp.experts
     with untouched(model), pytest.raises(RuntimeError, match="cannot zero_ an adapted stack of weights in place"):
-        experts.gate_up_proj.zero_()
-    assert experts.gate_up_proj.shape == (4, 48, 16)
-    torch.testing.assert_close(experts.gate_up_proj + 0, experts._parameters["gate_up_proj"].detach())
+        read(experts, "gate_up_proj").zero_()
+    stack = read(experts, "gate_up_proj")
+    assert stack.shape == (4, 48, 16)
+    torch.testing.assert_close(stack + 0, experts.gate_up_proj.detach())
 
 
 def test_what_is_no_stack_of_matrices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from accelerate.hooks import remove_hook_from_submodules  # type: ignore[import-
 from torch import Tensor, nn
 
 import randlora
+from randlora.layers.scopes import begin_call, end_call
 from randlora.model.calls import check_call
 from randlora.targets.walk import Census
 from tests.in_place_models import Reading, Tables, X, adapt, given, of_kind, register
@@ -32,6 +33,7 @@ from tests.layer_kinds import (
 from tests.models import BERT, GPT2, LLAMA, RealModel, outputs
 
 HOOKS = [name for name in vars(nn.Linear(1, 1)) if name.endswith("_hooks") or "_hooks_with" in name]
+OURS = frozenset({check_call, begin_call, end_call})
 ROOT = Path(__file__).parent.parent
 
 
@@ -44,7 +46,8 @@ def reading(monkeypatch: pytest.MonkeyPatch) -> Reading:
 def objects(model: nn.Module) -> dict[str, Any]:
     """Record every object of a model that nothing may replace, under each of its names."""
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if "randlora" not in name}
-    ours = {number for number, hook in model._forward_pre_hooks.items() if hook is check_call}
+    own_hooks = [each for module in modules.values() for each in (module._forward_pre_hooks, module._forward_hooks)]
+    ours = {number for each in own_hooks for number, hook in each.items() if hook in OURS}
     hooks = {
         f"{name}.{held}": (id(own), [(number, hook) for number, hook in own.items() if number not in ours])
         for name, module in modules.items()
@@ -99,7 +102,8 @@ def test_every_object_every_name_and_every_type_stays(kind: LayerKind) -> None:
     model(given(kind))
     randlora.eject(model)
     assert objects(model) == before
-    assert check_call not in model._forward_pre_hooks.values()
+    for module in model.modules():
+        assert not OURS.intersection([*module._forward_pre_hooks.values(), *module._forward_hooks.values()])
     assert {name: type(module) for name, module in model.named_modules(remove_duplicate=False)} == types
     assert set(model.state_dict()) == keys
     assert not [name for module in model.modules() for name in module.__dict__ if "randlora" in name]

@@ -12,7 +12,7 @@ from randlora.layers.base import AdapterLayer
 from randlora.start import Init
 from randlora.targets.walk import Census
 from tests.in_place_models import register
-from tests.kit import same_bits
+from tests.kit import read, same_bits
 from tests.laws import assert_close
 from tests.read_kinds import (
     ATTENTION,
@@ -94,7 +94,8 @@ def assert_contract(kind: ReadKind, dtype: torch.dtype, basis: str, r: int) -> N
     assert_close(found, expected, dtype)
     wide = torch.promote_types(dtype, torch.float32)
     assert_close(randlora.delta_weight(model, kind.target), update, wide)
-    assert_close(getattr(kind.owner(model), kind.attribute), kind.weight(changed), dtype)
+    assert_close(read(model, kind.parameter_fqn), kind.weight(changed), dtype)
+    assert getattr(kind.owner(model), kind.attribute) is kind.weight(model)
     model.eval()
     with torch.no_grad():
         assert_close(kind.run(model, dtype), expected, dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import randlora
-from tests.kit import adapter_values, all_bits, fill, same_bits
+from tests.kit import adapter_values, all_bits, fill, read, same_bits
 from tests.laws import assert_close
 from tests.read_kinds import EVERY_DTYPE, ReadKind, every_read_kind, or_medium
 
@@ -127,7 +127,7 @@ def test_adapters_are_independent_and_add_up(kind: ReadKind) -> None:
     assert same_bits(kind.run(model), alone)
     with randlora.disabled(model):
         assert same_bits(kind.run(model), kind.run(kind.model().requires_grad_(False)))
-        assert getattr(kind.owner(model), kind.attribute) is kind.weight(model)
+        assert read(model, kind.parameter_fqn) is kind.weight(model)
 
 
 @every_read_kind

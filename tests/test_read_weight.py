@@ -14,7 +14,7 @@ from randlora.layers.in_place import adapter_layers_of
 from randlora.targets.select import find_targets
 from tests import reference
 from tests.in_place_models import Reading, TableReader, Tables, X, register
-from tests.kit import fill, same_bits, untouched
+from tests.kit import fill, read, same_bits, untouched
 from tests.laws import adapted_names, assert_close, needs_compiler, needs_export
 
 WEIGHTS = ("read.table", "read.turned", "called.table", "called.turned")
@@ -40,13 +40,6 @@ def owner_of(model: nn.Module, fqn: str) -> tuple[nn.Module, AdapterLayer]:
     owner_fqn, attribute = fqn.rsplit(".", 1)
     owner = model.get_submodule(owner_fqn)
     return owner, adapter_layers_of(owner)[attribute]
-
-
-def read(model: nn.Module, fqn: str) -> Tensor:
-    owner_fqn, attribute = fqn.rsplit(".", 1)
-    weight = getattr(model.get_submodule(owner_fqn), attribute)
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def changed(model: nn.Module, base: Reading) -> Reading:

@@ -1,6 +1,5 @@
 """Parameters that adapters train, and weights that they adapt, of modules that are replaced or resized afterwards."""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,20 +75,16 @@ def test_a_resized_vocabulary_is_trained_and_saved_on(
     model(IDS)
 
 
-@pytest.mark.parametrize("situation", ["active", "inactive", "merged"])
-def test_resizing_an_adapted_embedding_is_refused_before_anything_changes(situation: str) -> None:
+def test_resizing_an_adapted_embedding_is_said_by_the_next_forward_and_by_everything(tmp_path: Path) -> None:
     model = llama(is_tied=False)
-    randlora.inject(model, r=2, targets=["embed_tokens"], active=situation != "inactive")
+    randlora.inject(model, r=2, targets=["embed_tokens"])
     fill(model)
-    if situation == "merged":
-        randlora.merge(model, reversible=True)
-    config = copy.deepcopy(model.config.to_dict())
-    with untouched(model), pytest.raises(AdapterError, match="cannot replace or resize weight of an adapted Embedding"):
-        resize(model, 44)
-    assert model.config.to_dict() == config
-    randlora.eject(model)
     resize(model, 44)
-    assert model.lm_head.weight.shape == (44, 16)
+    with pytest.raises(AdapterError, match=r"had the shape \(40, 16\) when it was adapted: resize it before"):
+        model(IDS)
+    assert_said(model, "the shape of model.embed_tokens was", tmp_path)
+    randlora.eject(model)
+    assert model(IDS).logits.shape[-1] == 44
 
 
 def test_resizing_an_adapted_head_loses_its_adapter_which_everything_says(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import randlora
 from randlora.errors import AdapterError
 from randlora.functional import Compute
+from randlora.layers.scopes import in_call
 from tests.kit import fill, untouched
 from tests.laws import assert_close
 from tests.layer_kinds import LayerKind, every_kind
@@ -231,9 +232,10 @@ def test_code_that_reads_a_weight_elsewhere_is_an_error() -> None:
     layer = nn.Conv1d(4, 4, 1)
     model = nn.Sequential(layer)
     randlora.inject(model, r=2, targets="all", name="a")
-    with randlora.serving.routed(model, ["a"]), pytest.raises(AdapterError, match="reads an adapted weight outside"):
-        layer.weight.sum()
-    layer.weight.sum()
+    with randlora.serving.routed(model, ["a"]):
+        assert layer.weight is model.get_parameter("0.weight")
+        with in_call(), pytest.raises(AdapterError, match="reads an adapted weight outside"):
+            layer.weight.sum()
 
 
 def test_adapters_with_parameters_of_their_own_are_refused() -> None:

@@ -46,11 +46,6 @@ class ProjectionAdapter(ReadWeight):
         return delta
 
     @classmethod
-    def uncalled(cls, owner: nn.Module) -> tuple[nn.Module, ...]:
-        """Return ``out_proj``, of a subclass too: whether a forward of its own calls it cannot be told."""
-        return (owner.get_submodule("out_proj"),) if isinstance(owner, nn.MultiheadAttention) else ()
-
-    @classmethod
     def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
         """Return which arguments have the rows: ``batch_first`` says where, and a mask may have one for each head."""
         base = base_class(owner)
@@ -140,8 +135,3 @@ class OutProjAdapter(ProjectionAdapter):
 
     Its own forward, if anything calls it, reads the weight as well.
     """
-
-    @classmethod
-    def uncalled(cls, owner: nn.Module) -> tuple[nn.Module, ...]:  # noqa: ARG003
-        """Return no submodule: a linear layer has none."""
-        return ()

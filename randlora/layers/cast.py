@@ -2,46 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from randlora.replaced import CASTS
-
-RESIZER = "transformers.modeling_utils"
-"""The module whose code resizes embeddings, and puts another output head in the place of one."""
-
-
-class Cast:
-    """The attribute of a class through which code reads such a parameter: cast in a forward, and itself elsewhere.
-
-    Optimizers, checkpoints and code that changes the values of a parameter so have the parameter itself. An attribute
-    that is set on a module, as pruning does, takes precedence. What makes an output head in the place of another sees
-    the dtype that it must have.
-    """
-
-    def __init__(self, attribute: str) -> None:
-        """Create the attribute for a parameter of this name."""
-        self.attribute = attribute
-
-    def __get__(self, owner: Any, kind: type) -> Any:
-        """Return the parameter, or what it is cast to."""
-        if owner is None:
-            return self
-        parameter = owner._parameters.get(self.attribute)
-        if parameter is None:  # it was deleted, or is None
-            return nn.Module.__getattr__(owner, self.attribute)
-        if not torch.compiler.is_compiling():
-            reader = sys._getframe(1)
-            is_resized = isinstance(owner, nn.Linear) and reader.f_globals.get("__name__") == RESIZER
-            if not is_resized and not _is_in_forward(reader):
-                return parameter
-        return cast(owner, self.attribute, parameter)
 
 
 def cast(owner: nn.Module, attribute: str, value: Tensor) -> Tensor:
@@ -66,10 +32,3 @@ def in_own_dtypes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, parameter in held:
             module._parameters[name] = parameter
-
-
-def _is_in_forward(frame: FrameType | None) -> bool:
-    """Whether code runs in the forward of anything, however deep in it."""
-    while frame is not None and frame.f_code.co_name != "forward":
-        frame = frame.f_back
-    return frame is not None

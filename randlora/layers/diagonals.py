@@ -7,9 +7,7 @@ are replaced: `nn.Module.to`, FSDP, `torch.func.functional_call` and accelerate 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import FrameType
 from typing import Any
 
 import torch
@@ -17,17 +15,9 @@ from torch import Tensor, nn
 
 from randlora.bases.spec import Shape, count_bases
 from randlora.errors import AdapterError
+from randlora.layers.scopes import is_in_call
 from randlora.start import initial_values
 from randlora.state import SiteAdapter
-
-OFFLOADER, OFFLOADER_IN = "attach_align_device_hook", "accelerate.utils.modeling"
-"""accelerate's function that offloads each module with parameters of its own, and the module that it asks for these."""
-
-DISPATCHER = "check_device_map"
-"""The function of that module with which accelerate begins to dispatch a model. It asks for its state dict."""
-
-PLACER, LOADER = "set_module_tensor_to_device", "pre_forward"
-"""The function of that module that sets a parameter, and the method of a hook that does it for one forward only."""
 
 Named = dict[str, nn.Parameter | None]
 
@@ -60,15 +50,11 @@ class Values(Named):
 
     def __setitem__(self, name: str, value: nn.Parameter | None) -> None:
         """Set a parameter. Compilers trace this, as they trace `torch.func.functional_call`."""
+        was_away = (before := self.get(name)) is not None and before.is_meta
         super().__setitem__(name, value)
         self.fill()
-        if value is None or not value.requires_grad or torch.compiler.is_dynamo_compiling():  # it traces no frames
-            return
-        caller = sys._getframe(1)
-        if caller.f_code.co_name == PLACER and caller.f_globals["__name__"] == OFFLOADER_IN:
-            around = caller.f_back
-            if around is not None and around.f_code.co_name == LOADER:
-                value.register_hook(_refuse_gradient)
+        if was_away and value is not None and not value.is_meta and value.requires_grad and is_in_call():
+            value.register_hook(_refuse_gradient)
 
 
 def _filling(method: str) -> Callable[..., Any]:
@@ -154,44 +140,12 @@ class Diagonal(nn.ParameterDict):
         parameter: nn.Parameter = self[name]
         return parameter
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters by name, except where accelerate decides which modules to offload.
-
-        Λ and Γ stay where they are then: they are small, and gradients of offloaded parameters would be lost.
-        """
-        if torch.compiler.is_dynamo_compiling():  # it traces no frames
-            return super().named_parameters(*args, **kwargs)
-        frame = sys._getframe(1)
-        caller = frame.f_back
-        is_asked_by = frame.f_globals.get("__name__") == OFFLOADER_IN
-        if is_asked_by and caller is not None and caller.f_code.co_name == OFFLOADER:
-            return iter(())
-        return super().named_parameters(*args, **kwargs)
-
     @torch.no_grad()
     def randlora_reset(self, position: int) -> None:
         """Set every parameter to what it started with: the first or the second of the initial values."""
         for name, parameter in self.named_parameters():
             part = self.randlora_parts[name]
             parameter.fill_(initial_values(part.adapter.init, part.shape)[position])
-
-    def _save_to_state_dict(self, *args: Any) -> None:
-        """Save the parameters, except that accelerate is not to dispatch a model whose Λ and Γ have no values."""
-        if any(parameter.is_meta for parameter in self._parameters.values() if parameter is not None):
-            frame: FrameType | None = sys._getframe(1)
-            while frame is not None and frame.f_code.co_name != DISPATCHER:
-                frame = frame.f_back
-            if frame is not None and frame.f_globals["__name__"] == OFFLOADER_IN:
-                raise AdapterError(
-                    "cannot dispatch a model whose adapters have no values (meta): dispatch first, as with "
-                    "load_checkpoint_and_dispatch, then inject or load the adapter"
-                )
-        super()._save_to_state_dict(*args)
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Go through no module for `parallelize_module`, which would ask this one for a weight to split."""
-        if torch.compiler.is_dynamo_compiling() or not _is_split_by(sys._getframe(1)):  # it traces no frames
-            yield from super().named_modules(*args, **kwargs)
 
 
 class Lambda(Diagonal):
@@ -217,13 +171,6 @@ def _refuse_gradient(gradient: Tensor) -> None:  # noqa: ARG001  # a hook's sign
         "accelerate.hooks.remove_hook_from_submodules(model), and offload the model without preload_module_classes and "
         "without hooks on Λ and Γ themselves"
     )
-
-
-def _is_split_by(frame: FrameType | None) -> bool:
-    """Whether code runs for `torch.distributed.tensor`, perhaps through the generators of `nn.Module`."""
-    while frame is not None and frame.f_globals.get("__name__") in ("torch.nn.modules.module", __name__):
-        frame = frame.f_back
-    return frame is not None and str(frame.f_globals.get("__name__")).startswith("torch.distributed.tensor")
 
 
 def diagonal_shapes(shape: Shape, r: int) -> tuple[Shape, Shape]:

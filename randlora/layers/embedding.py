@@ -1,6 +1,7 @@
 """`nn.Embedding`: of the update of the table only the rows are computed that a batch looks up."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from randlora.layers.cast import cast
 from randlora.layers.inputs import input_of
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import refuse_layer, register_layer
+from randlora.layers.scopes import run_forward
 from randlora.layers.split import split_of
 
 FORWARD = nn.Embedding.forward  # read on import, in case it is replaced later
@@ -70,15 +72,16 @@ class EmbeddingAdapter(ReadWeight):
             ``(*indices.shape, embedding_dim)`` in the dtype of the weight, or what a forward of its own returns.
         """
         assert isinstance(owner, nn.Embedding)
+        weight = self.held_weight(owner)
+        own = partial(run_forward, owner, self.own_forward or base_forward)
         if (run := self.state.run) is not None and run.takes_over:
             if not self.runs_plain_forward(owner):
-                return run.reading(self, owner, self.own_forward or base_forward, args, kwargs)
+                return run.reading(self, owner, own, args, kwargs)
             return run.rows(self, owner, base_forward, args, kwargs)
         active = self.active()
         if not active or not self.runs_plain_forward(owner):
-            return (self.own_forward or base_forward)(*args, **kwargs)
-        weight, ids = self.weight_of(owner), input_of(owner, args, kwargs)
-        assert weight is not None, "obstacles() asks for a weight"
+            return run_forward(owner, self.own_forward or base_forward, *args, **kwargs)
+        ids = input_of(owner, args, kwargs)
         num_rows, row_size = self.shape
         if (owner.num_embeddings, owner.embedding_dim) != self.shape:  # as by transformers' resize_token_embeddings
             raise AdapterError(

@@ -82,9 +82,7 @@ class Experts(ReadWeight):
 
     def value(self, owner: nn.Module) -> Tensor:
         """Return the stack with its updates. Compiled and transformed code gets the sum, formed at once."""
-        weight = self.weight_of(owner)
-        assert weight is not None, "obstacles() asks for a weight"
-        active = self.active()
+        weight, active = self.held_weight(owner), self.active()
         if not active:
             return weight
         if split_of(type(self), weight) is not None:

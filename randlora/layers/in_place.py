@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copyreg
 import inspect
-import sys
+from collections.abc import Iterator
+from functools import partial
 from types import MethodType
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -16,12 +17,14 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from randlora.errors import AdapterError, CheckpointError, MergeError
+from randlora.errors import CheckpointError, MergeError
 from randlora.layers.base import AdapterLayer
-from randlora.layers.cast import RESIZER, Cast, cast
-from randlora.layers.diagonals import Gamma, Lambda
-from randlora.layers.read_weight import ReadWeight, forward_of_owner
-from randlora.layers.split import adopted
+from randlora.layers.cast import cast
+from randlora.layers.diagonals import Diagonal, Gamma, Lambda
+from randlora.layers.read_weight import ReadWeight
+from randlora.layers.scopes import has_updates, run_forward
+from randlora.layers.split import adopted, split_of
+from randlora.places import loaded_modules
 from randlora.replaced import CASTS
 from randlora.state import SiteAdapter
 
@@ -30,23 +33,6 @@ FORWARDS = "_old_forward", "forward"
 
 WRAPPED = "base_layer"
 """The name by which a version 0.1 held an adapted layer in a module of its own."""
-
-BOOKKEEPERS = "torch.distributed.", "torch.nn.modules.module", "accelerate."
-"""Modules whose code reads parameters by name to register, shard, move or save them, not to compute with them."""
-
-REWRITERS = (
-    "torch.nn.utils.parametrize",
-    "torch.nn.utils.weight_norm",
-    "torch.nn.utils.prune",
-    RESIZER,
-)
-"""Modules whose code reads a parameter to put another in its place, and changes the module before it assigns that."""
-
-QUANTIZER = "torch.ao.quantization."
-"""The modules that quantize layers of exact classes, and set ``qconfig`` on all modules before they change one."""
-
-FUSION = "torch.nn.utils.fusion"
-"""A module whose code multiplies the weight of a layer by the scales of the norm after it, and would not the update."""
 
 
 class InPlace(nn.Module):
@@ -88,26 +74,28 @@ class InPlace(nn.Module):
         if "." not in name or name not in dict(self.named_parameters()):
             super().register_parameter(name, param)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute, except that nothing but bookkeeping may replace a weight that is adapted and read."""
-        if name in self.__dict__.get("randlora", ()) and value is not self._parameters.get(name):
-            _keep(self, name, sys._getframe(1).f_globals.get("__name__", ""))
-        elif name == "qconfig" and (value is not None or name not in vars(self)):
-            _stay_unquantized(self, sys._getframe(1).f_globals.get("__name__", ""))
-        super().__setattr__(name, value)
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Go through the modules inside, but not to Λ and Γ while the weights are split, as by `parallelize_module`."""
+        was_split = self._is_split()
+        for name, module in super().named_modules(*args, **kwargs):
+            if not isinstance(module, Diagonal) or self._is_split() is was_split:
+                yield name, module
 
-    def __delattr__(self, name: str) -> None:
-        """Delete an attribute, except that nothing but bookkeeping may remove a weight that is adapted and read."""
-        if name in self.__dict__.get("randlora", ()):
-            _keep(self, name, sys._getframe(1).f_globals.get("__name__", ""))
-        super().__delattr__(name)
+    def _is_split(self) -> bool:
+        held = ((type(layer), layer.weight_of(self)) for layer in self.randlora.values())
+        return any(weight is not None and split_of(kind, weight) is not None for kind, weight in held)
 
-    def __prepare_scriptable__(self) -> None:
-        """Refuse `torch.jit.script`, which calls this before it compiles a module."""
-        raise AdapterError(
-            f"cannot script an adapted {self.randlora_base.__name__}: merge its adapters first, with randlora.merge, "
-            "or use torch.export or torch.jit.trace"
-        )
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Go through the children, but not to Λ and Γ if accelerate has just offloaded the weights, and goes on."""
+        is_offloaded = bool(loaded_modules([self]))
+        for name, child in super().named_children():
+            if not (is_offloaded and isinstance(child, Diagonal)):
+                yield name, child
+
+    def children(self) -> Iterator[nn.Module]:
+        """Go through all children, as torch does to convert them."""
+        for _, child in super().named_children():
+            yield child
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
         """Save the original weight, since a merged one together with Λ and Γ would apply the update twice."""
@@ -160,60 +148,45 @@ class ReadsAdapted(InPlace):
         """Return the output of the module's own forward."""
         if not isinstance(self, ReadsAdapted):  # a bound method that outlived the adapters
             return type(self).forward(self, *args, **kwargs)
-        layer = next(iter(self.randlora.values()))
+        for layer in self.randlora.values():
+            assert isinstance(layer, ReadWeight), "the class was created for these"
+            layer.held_weight(self)
+        forward = partial(run_forward, self, super().forward)
         if (run := layer.state.run) is not None and run.takes_over:
-            assert isinstance(layer, ReadWeight), "the class was created for this"
-            inside = [each for child in layer.uncalled(self) for each in adapter_layers_of(child).values()]
-            if not any(run.concerns(each) for each in (*self.randlora.values(), *inside)):
-                return super().forward(*args, **kwargs)
-            return run.reading(layer, self, super().forward, args, kwargs)
-        if torch.compiler.is_compiling():  # a compiler removes what is computed and not used
-            return super().forward(*args, **kwargs)
-        with forward_of_owner():
-            return super().forward(*args, **kwargs)
+            inside = (each for module in self.modules() for each in adapter_layers_of(module).values())
+            if any(map(run.concerns, inside)):
+                return run.reading(layer, self, forward, args, kwargs)
+        return forward(*args, **kwargs)
 
 
-def _keep(owner: InPlace, attribute: str, caller: str) -> None:
-    """Raise an error if code of the module ``caller`` may not replace an adapted weight: its value has the updates."""
-    is_read = isinstance(owner.randlora[attribute], ReadWeight)
-    if (is_read and not caller.startswith(BOOKKEEPERS)) or caller == FUSION:
-        raise AdapterError(
-            f"cannot replace or resize {attribute} of an adapted {owner.randlora_base.__name__}: merge or eject its "
-            f"adapters first, or change the base weight itself, get_parameter({attribute!r}), in place"
-        )
+class ReadAttribute:
+    """The attribute of a class through which code reads a parameter: as it is computed with in a forward.
 
+    That is with the updates of adapters that are added where it is read, and cast, see `randlora.layers.scopes`. An
+    attribute that is set on a module, as by pruning, takes precedence.
+    """
 
-def _stay_unquantized(owner: InPlace, caller: str) -> None:
-    """Raise an error if torch is about to quantize a model: it would leave adapted layers as they are, silently."""
-    if caller.startswith(QUANTIZER):
-        raise AdapterError(
-            f"cannot quantize an adapted {owner.randlora_base.__name__}, because torch.ao recognizes layers by their "
-            "exact class and would leave it as it is: merge its adapters first, with randlora.merge, or set "
-            "qconfig = None on each adapted layer to leave them out"
-        )
+    def __init__(self, attribute: str) -> None:
+        """Create the attribute for a parameter of this name."""
+        self.attribute = attribute
 
-
-def _read(attribute: str) -> property:
-    """Return a property for reading one adapted weight."""
-
-    def read(owner: InPlace) -> Tensor | None:
-        layer = owner.randlora[attribute]
-        assert isinstance(layer, ReadWeight), "the class was created for this"
-        if not torch.compiler.is_compiling():  # compiled code only computes
-            reader: str = sys._getframe(1).f_globals.get("__name__", "")
-            if reader.startswith(BOOKKEEPERS) or (reader == RESIZER and layer.kind == "linear"):
-                return layer.weight_of(owner)
-            if reader in REWRITERS:
-                _keep(owner, attribute, reader)
+    def __get__(self, owner: Any, kind: type) -> Any:
+        """Return the parameter, or what is computed with."""
+        if owner is None:
+            return self
+        name, held = self.attribute, owner._parameters
+        if (parameter := held[name] if name in held else None) is None:  # noqa: SIM401  # ZeRO-3 does not see a get()
+            return nn.Module.__getattr__(owner, name)
+        if not has_updates(owner):
+            return parameter
+        layer = owner.randlora.get(name)
         try:
-            return None if (value := layer.read(owner)) is None else cast(owner, attribute, value)
+            return cast(owner, name, layer.read(owner) if isinstance(layer, ReadWeight) else parameter)
         except AttributeError as error:  # else Python would call nn.Module.__getattr__, which returns the parameter
-            raise RuntimeError(f"cannot compute the adapted {attribute}: {error}") from error
-
-    return property(read)
+            raise RuntimeError(f"cannot compute the adapted {name}: {error}") from error
 
 
-_Hosts = tuple[tuple[str, ...], bool, tuple[str, ...]]
+_Hosts = tuple[tuple[str, ...], type["InPlace"]]
 """The arguments of `adapted_class` beside the class."""
 
 _classes: WeakKeyDictionary[type[nn.Module], WeakValueDictionary[_Hosts, type[InPlace]]]
@@ -221,47 +194,32 @@ _classes = WeakKeyDictionary()
 """The classes that modules have. They keep neither themselves nor the classes that they are made of."""
 
 
-def adapted_class(
-    base: type[nn.Module],
-    reads: tuple[str, ...],
-    runs: bool,  # noqa: FBT001
-    casts: tuple[str, ...] = (),
-) -> type[InPlace]:
-    """Return the subclass of a class that adds updates when ``reads`` are read and, if ``runs``, in its forward.
-
-    Its forward reads ``casts`` cast.
-    """
+def adapted_class(base: type[nn.Module], reads: tuple[str, ...], kind: type[InPlace]) -> type[InPlace]:
+    """Return the subclass of a class, and of a ``kind`` of `InPlace`, with a `ReadAttribute` for some parameters."""
     classes = _classes.setdefault(base, WeakValueDictionary())
-    if (known := classes.get((reads, runs, casts))) is not None:
+    if (known := classes.get((reads, kind))) is not None:
         return known
-    body: dict[str, Any] = {attribute: Cast(attribute) for attribute in casts}
-    body |= {attribute: _read(attribute) for attribute in reads}
+    body: dict[str, Any] = {attribute: ReadAttribute(attribute) for attribute in reads}
     body |= {"__module__": base.__module__, "__doc__": base.__doc__, "randlora_base": base}
-    if runs:
+    if kind is RunsAdapters:
         parameters = list(inspect.signature(base.forward).parameters)[1:2]
         body["randlora_input"] = parameters[0] if parameters else ""
-    kind: type[InPlace] = RunsAdapters if runs else ReadsAdapted if reads else InPlace
     # one that is not adapted keeps its name, by which code may know it
     adapted: type[InPlace] = type(base.__name__ if kind is InPlace else f"Adapted{base.__name__}", (kind, base), body)
-    return classes.setdefault((reads, runs, casts), adapted)
+    return classes.setdefault((reads, kind), adapted)
 
 
 def _hosts(owner: nn.Module) -> _Hosts:
     """Return the arguments of `adapted_class` for what a module has."""
     layers: dict[str, AdapterLayer] = vars(owner).get("randlora", {})
-    reads = sorted(attribute for attribute, layer in layers.items() if isinstance(layer, ReadWeight))
-    return tuple(reads), any(layer.is_called for layer in layers.values()), tuple(sorted(vars(owner).get(CASTS, ())))
+    reads = {attribute for attribute, layer in layers.items() if isinstance(layer, ReadWeight)}
+    kind = RunsAdapters if any(layer.is_called for layer in layers.values()) else ReadsAdapted if reads else InPlace
+    return tuple(sorted(reads.union(vars(owner).get(CASTS, ())))), kind
 
 
-def _new(
-    base: type[nn.Module],
-    reads: tuple[str, ...],
-    runs: bool,  # noqa: FBT001
-    casts: tuple[str, ...] = (),
-    *args: Any,
-) -> nn.Module:
+def _new(base: type[nn.Module], reads: tuple[str, ...], kind: type[InPlace], *args: Any) -> nn.Module:
     """Create an adapted module without attributes, for pickle or copy to fill."""
-    adapted = adapted_class(base, reads, runs, casts)
+    adapted = adapted_class(base, reads, kind)
     return adapted.__new__(adapted, *args)
 
 
@@ -277,8 +235,9 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 def change_class(owner: nn.Module, base: type[nn.Module]) -> None:
     """Change the class of a module to ``base``, or to its subclass for what the module has."""
-    hosts = _hosts(owner)
-    object.__setattr__(owner, "__class__", adapted_class(base, *hosts) if any(hosts) else base)
+    reads, kind = _hosts(owner)
+    is_plain = not reads and kind is InPlace
+    object.__setattr__(owner, "__class__", base if is_plain else adapted_class(base, reads, kind))
 
 
 def class_obstacle(owner: nn.Module, layer_class: type[AdapterLayer]) -> str | None:
@@ -292,7 +251,8 @@ def class_obstacle(owner: nn.Module, layer_class: type[AdapterLayer]) -> str | N
         return f"has an attribute {taken[0]} of its own, where an adapter is held: rename that, or exclude the layer"
     reads = (layer_class.attribute,) if issubclass(layer_class, ReadWeight) else ()
     try:
-        object.__setattr__(object.__new__(own), "__class__", adapted_class(own, reads, layer_class.is_called))
+        kind = RunsAdapters if layer_class.is_called else ReadsAdapted
+        object.__setattr__(object.__new__(own), "__class__", adapted_class(own, reads, kind))
     except Exception as error:  # a class may raise anything when it is subclassed
         return f"is a {own.__name__}, whose class cannot be replaced by a subclass ({error}): use another class"
     return None
@@ -322,7 +282,7 @@ def can_cast(owner: nn.Module, attribute: str) -> bool:
     if any(attribute in vars(base) for base in own.__mro__):  # the class has an attribute for it already
         return False
     try:
-        object.__setattr__(object.__new__(own), "__class__", adapted_class(own, (), runs=False, casts=(attribute,)))
+        object.__setattr__(object.__new__(own), "__class__", adapted_class(own, (attribute,), InPlace))
     except Exception:  # a class may raise anything when it is subclassed
         return False
     return True
@@ -351,13 +311,16 @@ def attach(owner: nn.Module, layer: AdapterLayer) -> None:
     change_class(owner, base)
     layer.settle(owner)
     held_as = next((name for name in FORWARDS if name in owner.__dict__), None)
-    if held_as is None or adopted(owner, layer, held_as) or not layer.is_called:
+    if held_as is None or adopted(owner, layer, held_as):
         return
-    inner = owner.__dict__.pop(held_as)
-    if not (isinstance(inner, MethodType) and inner.__func__ is base.forward):
+    inner = owner.__dict__[held_as]
+    is_base = isinstance(inner, MethodType) and inner.__func__ is base.forward
+    if layer.is_called and not is_base:
         layer.own_forward = inner
-    if held_as == "_old_forward":  # called by accelerate's wrapper
-        owner.__dict__[held_as] = MethodType(RunsAdapters.forward, owner)
+    if layer.is_called or is_base:
+        del owner.__dict__[held_as]
+        if held_as == "_old_forward":  # called by accelerate's wrapper
+            owner.__dict__[held_as] = MethodType(type(owner).forward, owner)
 
 
 def detach(owner: nn.Module, layer: AdapterLayer) -> None:

@@ -1,6 +1,7 @@
 """`nn.Linear`: the weight is stored ``(out_features, in_features)``."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from randlora.layers.in_place import plain_class
 from randlora.layers.inputs import input_of
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import refuse_layer, register_layer
+from randlora.layers.scopes import run_forward
 
 FORWARD = nn.Linear.forward  # read on import, in case it is replaced later
 
@@ -65,7 +67,8 @@ class ReadLinear(ReadWeight):
         """Return the output of the plain forward plus those of the active adapters, or what another forward returns."""
         if self.adds_to_output(owner):
             return super().forward(owner, base_forward, *args, **kwargs)
-        own = self.own_forward or base_forward  # which reads the weight
+        self.held_weight(owner)
+        own = partial(run_forward, owner, self.own_forward or base_forward)  # which reads the weight
         if (run := self.state.run) is not None and run.takes_over:
             return run.reading(self, owner, own, args, kwargs)
         return own(*args, **kwargs)
@@ -74,10 +77,8 @@ class ReadLinear(ReadWeight):
         """Return the output of the plain forward without adapters, which does not read the attribute."""
         if not self.adds_to_output(owner):
             return super().base_output(owner, base_forward, *args, **kwargs)
-        weight = self.weight_of(owner)
         bias: Any = owner.bias
-        assert weight is not None, "obstacles() asks for a weight"
-        return F.linear(input_of(owner, args, kwargs), cast(owner, "weight", weight), bias)
+        return F.linear(input_of(owner, args, kwargs), cast(owner, "weight", self.held_weight(owner)), bias)
 
 
 @register_layer("transformers.models.falcon.modeling_falcon.FalconLinear")

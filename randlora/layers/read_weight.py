@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from randlora.errors import AdapterError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.rows import Rows
+from randlora.layers.scopes import read_so_far
 from randlora.layers.split import split_of
 from randlora.layers.update import Update
-
-_forwards = threading.local()
-"""``values``: what the innermost forward of an owner has read, by weight. Another thread may run without gradients."""
-
-
-@contextmanager
-def forward_of_owner() -> Iterator[dict[tuple[int, str, bool], Tensor]]:
-    """Compute each weight that `ReadWeight.is_read_once` says it of a single time inside the block; yield them."""
-    outer = getattr(_forwards, "values", None)
-    values = _forwards.values = {}
-    try:
-        yield values
-    finally:
-        _forwards.values = outer
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
@@ -38,10 +23,10 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 
 
 class ReadWeight(AdapterLayer):
-    """Adapts a parameter that code reads by name, in the owner's forward or elsewhere.
+    """Adapts a parameter that code reads by name, in the forward of its owner or of a module around it.
 
-    Reading the attribute returns weight + update while adapters are active, and the parameter otherwise. The update is
-    computed on each read. ``state_dict()`` and ``parameters()`` of the owner return the parameter.
+    There the attribute is weight + update while adapters are active; elsewhere it is the parameter, as in
+    ``state_dict()`` and ``parameters()``. See `randlora.layers.scopes`. The update is computed on each read.
 
     Attributes:
         is_read_once: Whether to compute the update once in a forward of an owner, however often that reads the weight.
@@ -64,11 +49,6 @@ class ReadWeight(AdapterLayer):
         return False
 
     @classmethod
-    def uncalled(cls, owner: nn.Module) -> tuple[nn.Module, ...]:  # noqa: ARG003  # for attention
-        """Return the submodules whose weight the owner's forward reads without calling them."""
-        return ()
-
-    @classmethod
     def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
         """Return which arguments of the owner's forward have the rows of the batch."""
         return Rows.first(args, kwargs, base_class(owner).__name__)
@@ -85,12 +65,20 @@ class ReadWeight(AdapterLayer):
             return super().parameter_names()
         return f"{cls.attribute}_randlora_lambda", f"{cls.attribute}_randlora_gamma"
 
+    def held_weight(self, owner: Any) -> nn.Parameter:
+        """Return the parameter, or raise an `AdapterError` if code computes the weight from others since."""
+        if (weight := self.weight_of(owner)) is None:
+            raise AdapterError(
+                f"{self.attribute} of an adapted {owner.randlora_base.__name__} is no parameter any more, as after a "
+                "parametrization or pruning: undo that, and merge or eject the adapters first"
+            )
+        return weight
+
     def read(self, owner: nn.Module) -> Tensor:
         """Return the value of the attribute, in the shape and dtype of the weight."""
         if not self.is_read_once or torch.compiler.is_compiling():
             return self.value(owner)
-        values: dict[tuple[int, str, bool], Tensor] | None = getattr(_forwards, "values", None)
-        if values is None:
+        if (values := read_so_far()) is None:
             return self.value(owner)
         key = id(owner), self.attribute, torch.is_grad_enabled()
         if key not in values:
@@ -99,9 +87,7 @@ class ReadWeight(AdapterLayer):
 
     def value(self, owner: nn.Module) -> Tensor:
         """Compute the weight plus the updates of the active adapters."""
-        weight = self.weight_of(owner)
-        assert weight is not None, "obstacles() asks for a weight"
-        active = self.active()
+        weight, active = self.held_weight(owner), self.active()
         if not active:
             return weight
         updates = [self.update(owner, part, factor) for part, factor in active]

@@ -21,7 +21,7 @@ from randlora.hints import shortly
 from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Gamma
 from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, has_attribute, set_casts
-from randlora.model.calls import unwatch_attention, unwatch_calls, watch_attention, watch_calls
+from randlora.model.calls import unwatch_attention, unwatch_calls, watch_attention, watch_calls, watch_reads
 from randlora.model.change import all_or_nothing, set_requires_grad
 from randlora.model.engines import require_averaged, tell_added, tell_changed
 from randlora.model.save_guard import guard_saving, unguard_saving
@@ -206,6 +206,7 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
         now = Census(census.model, census.visits)  # of the layers adapted now
         guard_saving(now, state, addition.save_pretrained)
         watch_attention(now)
+        watch_reads(now)
         if len(state.adapters) == 1:
             watch_calls(census.model)
 
@@ -293,6 +294,7 @@ def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
     for module in census.modules:
         if CASTS in vars(module):
             set_casts(module, _rounded(module))
+    watch_reads(Census(census.model, census.visits))
     own = {held.fqn: held.parameter for held in Census(census.model, census.visits).parameters}
     for fqn, flag in state.required_grad.take(own).items():  # not for parameters added later
         set_requires_grad(own[fqn], flag)

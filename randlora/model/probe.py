@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from randlora.layers.in_place import plain_class
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.read_weight import ReadWeight
+from randlora.layers.scopes import run_forward
 from randlora.layers.update import folded
 from randlora.model.change import undone
 from randlora.places import Plain
@@ -117,7 +118,7 @@ def _outputs(site: AdaptedSite, x: Tensor, held: Any, read: Tensor | None = None
         if read is not None:
             layer.__dict__["value"] = lambda _: read
         try:
-            output = forward(x)
+            output = run_forward(owner, forward, x)
         except Exception:
             return []
     return [each for each in (output if isinstance(output, tuple) else [output]) if isinstance(each, Tensor)]

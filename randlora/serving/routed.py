@@ -21,6 +21,7 @@ from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
 from randlora.layers.attention import OutProjAdapter
 from randlora.layers.in_place import adapter_layers_of
+from randlora.layers.scopes import in_call
 from randlora.model.install import lost_sites, require_own
 from randlora.model.listing import adapter_parameters, offloaded_diagonals
 from randlora.model.switch import without_active
@@ -312,7 +313,10 @@ class RowsOfAttention:
         if not isinstance(run, RowByRow) or not run.concerns(self.layer):
             return None
         run.chosen = None
-        return None if output is None else run.reading(self.layer, module, module.forward, args, kwargs)
+        if output is None:
+            return None
+        with in_call():
+            return run.reading(self.layer, module, module.forward, args, kwargs)
 
 
 class Method:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.layers.base import AdapterLayer
-from randlora.layers.read_weight import forward_of_owner
+from randlora.layers.scopes import forward_of
 from randlora.layers.split import Splitter, register_splitter
 from randlora.sharded.mesh import is_dtensor
 from randlora.sharded.products import LocalPiece, local_product
@@ -134,7 +134,7 @@ def _around(owner: Any, planned: Callable[..., Any]) -> Callable[..., Any]:
         for layer in owner.randlora.values():
             if is_dtensor(weight := layer.weight_of(owner)):  # fully_shard, if any, has gathered it for this forward
                 layer.piece = LocalPiece.of(weight, layer.region_here(weight))
-        with forward_of_owner() as values:
+        with forward_of(owner) as values:
             output = planned(*args, **kwargs)
             for layer in owner.randlora.values() if torch.is_grad_enabled() else ():
                 if not layer.is_called and (id(owner), layer.attribute, True) not in values:

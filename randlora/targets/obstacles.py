@@ -72,11 +72,6 @@ def obstacle(site: Site) -> str | None:
         return (
             "computes other parameters by a parametrization, which changed its class: remove the parametrization first"
         )
-    if site.owner.__dict__.get("qconfig") is not None:
-        return (
-            "is prepared for being quantized by torch.ao, which would leave an adapted layer as it is: adapt and merge "
-            "before that, or exclude the layer, or delete its qconfig if it is to stay"
-        )
     if is_lazy(weight):
         return "has no shape yet: run one forward pass first"
     split = split_obstacle(site.owner, weight, is_quantized=site.layer_class.is_quantized)

@@ -16,10 +16,10 @@ from randlora.errors import TargetError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Diagonal
 from randlora.layers.in_place import adapter_layers_of
+from randlora.layers.parents import chosen_without_gradient, readings_in
 from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import find_layer, find_readers
-from randlora.layers.uncalled import chosen_without_gradient, readings_in
 from randlora.replaced import unwrapped, whole_shape
 from randlora.state import require_module
 from randlora.targets.match import prefixes

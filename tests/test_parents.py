@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.errors import TargetError
-from randlora.layers.uncalled import UNCALLED, WITHOUT_GRADIENT, Reading
+from randlora.layers.parents import PARENTS, WITHOUT_GRADIENT, Reading
+from randlora.layers.scopes import in_call
 from tests.kit import fill, same_bits, untouched
 from tests.models import bert, clip, image, llama, reproducible, torchvision_vit
 from tests.transformers_zoo import tiny
@@ -42,7 +43,17 @@ def one(x: Tensor, *args: Any, **options: Any) -> Callable[[Any], tuple[nn.Modul
 
 def altup(kind: Any) -> tuple[nn.Module, Callable[[Any], Any]]:
     owner, streams = kind(transformers.Gemma3nTextConfig(hidden_size=8, altup_num_inputs=3)), torch.randn(3, 1, 2, 8)
-    return owner, lambda owner: (owner.predict(streams), owner.correct(streams, streams[0] + 1))
+
+    def run(owner: Any) -> Any:
+        with in_call():  # that of the decoder layer around it
+            return owner.predict(streams), owner.correct(streams, streams[0] + 1)
+
+    return owner, run
+
+
+def attention(kind: Any) -> tuple[nn.Module, Callable[[Any], Any]]:
+    x = torch.randn(3, 2, 8)
+    return kind(8, 2), lambda owner: owner(x, x, x)
 
 
 def sparse(kind: Any) -> tuple[nn.Module, Callable[[Any], Any]]:
@@ -83,7 +94,7 @@ def neomme() -> Any:
 
 
 PP_ENCODER = "PPDocLayoutV2ReadingOrderEncoder"
-OF_ASSISTANTS = {name for name in UNCALLED if name.endswith("AssistantForCausalLM")}
+OF_ASSISTANTS = {name for name in PARENTS if name.endswith("AssistantForCausalLM")}
 WINDOW = ([2, 2], [0, 0], 2)
 IMAGE = torch.randn(1, 4, 4, 8)
 ROUTER = SimpleNamespace(
@@ -99,6 +110,7 @@ JAMBA = transformers.JambaConfig(
 )  # fmt: skip
 TOKENS = torch.randn(1, 3, 16)
 BUILDS: dict[str, Callable[[Any], tuple[nn.Module, Callable[[Any], Any]]]] = {
+    "torch.nn.modules.activation.MultiheadAttention": attention,
     "torchvision.models.swin_transformer.ShiftedWindowAttention": one(IMAGE, 8, *WINDOW),
     "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": one(IMAGE, 8, *WINDOW),
     "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d": one(IMAGE[None], 8, [2, 2, 2], [0, 0, 0], 2),
@@ -108,8 +120,8 @@ BUILDS: dict[str, Callable[[Any], tuple[nn.Module, Callable[[Any], Any]]]] = {
     "timm.models.eva.EvaAttention": one(torch.randn(1, 4, 8), 8, 2, scale_norm=False),
     "timm.models.swin_transformer_v2.WindowAttention": one(torch.randn(1, 4, 8), 8, (2, 2), 2),
     f"{TRANSFORMERS}.wavlm.modeling_wavlm.WavLMAttention": one(TOKENS, 16, 2),
-    **{name: one(torch.randn(1, 8, 8), SimpleNamespace(**TDNN)) for name in UNCALLED if name.endswith(".TDNNLayer")},
-    **{name: scores(8, 2) for name in UNCALLED if name.endswith("DetrMHAttentionMap")},
+    **{name: one(torch.randn(1, 8, 8), SimpleNamespace(**TDNN)) for name in PARENTS if name.endswith(".TDNNLayer")},
+    **{name: scores(8, 2) for name in PARENTS if name.endswith("DetrMHAttentionMap")},
     f"{TRANSFORMERS}.dab_detr.modeling_dab_detr.DabDetrMHAttentionMap": scores(8, 8, 2),
     f"{TRANSFORMERS}.gemma3n.modeling_gemma3n.Gemma3nTextAltUp": altup,
     "diffusers.models.autoencoders.autoencoder_kl_minimax_h3_audio.MiniMaxH3AudioCausalAttention": one(
@@ -135,7 +147,7 @@ BUILDS: dict[str, Callable[[Any], tuple[nn.Module, Callable[[Any], Any]]]] = {
 def readings(owner: nn.Module, *, is_right: bool = True) -> list[Reading]:
     """Return what the table says of a module."""
     names = [f"{parent.__module__}.{parent.__qualname__}" for parent in type(owner).__mro__]
-    found = [reading for name in names for reading in UNCALLED.get(name, ()) if reading.where(owner)]
+    found = [reading for name in names for reading in PARENTS.get(name, ()) if reading.where(owner)]
     return [reading for reading in found if bool(reading.problem) is not is_right]
 
 
@@ -148,7 +160,7 @@ def values_of(output: Any) -> list[Tensor]:
 
 
 def test_every_class_that_never_calls_a_layer_is_built() -> None:
-    never = {name for name, found in UNCALLED.items() if any(not (part.when or part.problem) for part in found)}
+    never = {name for name, found in PARENTS.items() if any(not (part.when or part.problem) for part in found)}
     assert never <= BUILDS.keys() | OF_ASSISTANTS
 
 
@@ -265,8 +277,9 @@ def test_gemma_clamps_what_it_reads_with_the_update_and_changes_no_frozen_weight
     before, up, streams = model.state_dict(), model["up"], torch.randn(3, 1, 2, 8)
     before = {name: value.clone() for name, value in before.items()}
     assert isinstance(up, nn.Module)
-    found = up.correct(streams, streams[0] + 1)  # type: ignore[operator]
-    up.predict(streams)  # type: ignore[operator]
+    with in_call():
+        found = up.correct(streams, streams[0] + 1)  # type: ignore[operator]
+        up.predict(streams)  # type: ignore[operator]
     assert all(same_bits(value, before[name]) for name, value in model.state_dict().items())
     with torch.no_grad(), randlora.merged(model):
         torch.testing.assert_close(up.correct(streams, streams[0] + 1), found)  # type: ignore[operator]
@@ -418,3 +431,42 @@ def test_whatever_a_rule_adapts_is_used(name: str, rule: str | None) -> None:
     model = build()
     assert randlora.inject(model, r=2, targets=rule).targets
     assert without_use(fill(model), run) == set()
+
+
+READ = {
+    "clip": ["out_proj"],
+    "mamba": ["dt_proj"],
+    "swin": ["attn.qkv", "attn.proj"],
+    "swin v2": ["attn.qkv", "attn.proj"],
+    "wavlm": ["q_proj", "k_proj", "v_proj", "out_proj"],
+}
+"""Layers of whole models that are read and never called."""
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_whole_model_trains_what_it_reads_and_equals_its_merged_model(name: str) -> None:
+    build, run = MODELS[name]
+    model = build().eval()
+
+    def outputs() -> Tensor:
+        torch.manual_seed(0)  # for an input that is drawn
+        return torch.cat([value.flatten() for value in values_of(run(model))])
+
+    before = outputs().detach()
+    targets = randlora.inject(model, r=2, targets=READ[name]).targets
+    assert same_bits(outputs(), before)
+    fill(model, spread=0.3)
+    optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=0.01)
+    started = outputs()
+    (started * torch.randn_like(started)).sum().backward()
+    assert all(value.grad is not None and value.grad.any() for value in randlora.trainable_parameters(model))
+    optimizer.step()
+    with torch.no_grad():
+        found = outputs()
+        with randlora.merged(model):
+            torch.testing.assert_close(outputs(), found, rtol=1e-4, atol=1e-4)
+        with randlora.disabled(model):
+            torch.testing.assert_close(outputs(), before)
+    assert not same_bits(found, started)
+    for fqn in targets:
+        assert model.get_submodule(fqn).weight is model.get_parameter(f"{fqn}.weight")

@@ -1,7 +1,8 @@
 """Modules that read or change the weight of a linear layer inside them, by qualified name of their class.
 
-An adapter that acts when its layer is called would be a silent no-op where the weight is read, so such a layer is
-adapted as what reads it needs (`AdapterLayer.as_read`), or refused with the reason.
+An adapter that acts when its layer is called would be a silent no-op where the weight is read. Such a layer is adapted
+so that the parent's forward reads weight + update (`AdapterLayer.as_read`, `randlora.layers.scopes`), or, where no
+adapter would be right, refused with the reason.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +12,6 @@ from torch import nn
 
 from randlora.layers.in_place import plain_class
 from randlora.layers.joined import left_by_joining
-from randlora.layers.registry import find_readers
 
 TRANSFORMERS = "transformers.models"
 NO_EFFECT = "so an adapter would have no effect"
@@ -51,7 +51,9 @@ def _divides(block: Any) -> bool:
     return bool(every > 0 and block.layer_id >= every)  # else it divides by one
 
 
-UNCALLED: dict[str, tuple[Reading, ...]] = {
+PARENTS: dict[str, tuple[Reading, ...]] = {
+    # of a subclass too: whether a forward of its own calls it cannot be told
+    "torch.nn.modules.activation.MultiheadAttention": (Reading(("out_proj",)),),
     **dict.fromkeys(
         (
             "torchvision.models.swin_transformer.ShiftedWindowAttention",
@@ -188,10 +190,8 @@ def readings_in(owner: nn.Module) -> Iterator[tuple[nn.Module, str, bool]]:
     """
     name = plain_class(owner).__name__
     never = f"is never called, because {name} reads its weight, {NO_EFFECT}"
-    for kind in find_readers(owner):
-        yield from ((child, never, True) for child in kind.uncalled(owner))
     for parent in type(owner).__mro__:
-        for reading in UNCALLED.get(f"{parent.__module__}.{parent.__qualname__}", ()):
+        for reading in PARENTS.get(f"{parent.__module__}.{parent.__qualname__}", ()):
             if reading.where(owner):
                 at_times = f"is not called {reading.when}, because {name} reads its weight, {NO_EFFECT}"
                 reason = reading.problem.format(name) or (at_times if reading.when else never)
