@@ -36,7 +36,6 @@ from randlora.files.model_directory import (
 from randlora.hints import require_types, shortly
 from randlora.layers.cast import in_own_dtypes
 from randlora.layers.in_place import plain_class
-from randlora.layers.quantized import QuantizedLayer
 from randlora.model.engines import is_first_copy
 from randlora.model.merged_tensors import MergedTensors, Share
 from randlora.model.train_also import moved_note, untrained_notes
@@ -302,7 +301,7 @@ def _on_meta(census: Census) -> Iterator[tuple[str, Tensor]]:
         for attribute, held in (*module._parameters.items(), *saved_buffers(module)):
             if held is not None and f"{prefix}{attribute}" not in without:
                 site = census.sites_by_key.get((id(module), attribute))
-                is_coded = site is not None and issubclass(site.layer_class, QuantizedLayer)
+                is_coded = site is not None and site.layer_class.is_quantized
                 shape = site.shape if site is not None and is_coded else whole_shape(held)
                 yield f"{prefix}{attribute}", torch.empty(shape, dtype=held.dtype, device="meta")
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from randlora.layers.stored import StoredWeight
 from randlora.layers.update import Into, Merged, Update
@@ -30,6 +30,16 @@ class MergeableWeight(StoredWeight):
 
     def merge_obstacle(self, owner: nn.Module, into: Into) -> str | None:  # noqa: ARG002  # for quantized layers
         """Return why this weight cannot be merged into, as a phrase that follows its name, or ``None``."""
+        return None
+
+    def written_out(self, owner: nn.Module) -> Tensor:
+        """Return the owner's weight without any update, dequantized if it is quantized."""
+        weight = self.weight_of(owner)
+        assert weight is not None, "the caller asks for a weight"
+        return weight.detach()
+
+    def compute_dtype(self, owner: nn.Module) -> torch.dtype | None:  # noqa: ARG002  # for quantized layers
+        """Return the dtype that the layer computes in, or ``None`` for that of its input."""
         return None
 
     @torch.no_grad()

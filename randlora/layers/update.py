@@ -146,7 +146,7 @@ class Merged(NamedTuple):
 
     Attributes:
         weight: The weight before any quantization, or the part of it that this process holds.
-        held: What a quantized layer gets in the place of its codes; see `QuantizedLayer.exchange`.
+        held: What a quantized layer gets in the place of its codes, for its `fold`.
         rounding: The error of quantizing it.
     """
 

@@ -19,7 +19,6 @@ from randlora.blocks import BLOCKS
 from randlora.errors import ConfigError, MergeError, raise_collected
 from randlora.hints import listed, require_types, shortly
 from randlora.layers.base import AdapterLayer
-from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.update import Into, Quantized, RoundingLoss
 from randlora.model.change import all_or_nothing
 from randlora.model.install import detach_all, lost_parts, require_detachable, require_own, unfold_all
@@ -327,7 +326,7 @@ def _fold_all(
         failed: Exception | None = None
         for site in sites:
             try:
-                if isinstance(site.layer, QuantizedLayer):
+                if site.layer.is_quantized:
                     site.layer.unfold(site.owner)  # its original codes, if it is merged into already, to add to
                 merged = site.layer.merged(site.owner, site.layer.factors(names), into)
                 if failed is not None:  # the other processes still need this one to gather

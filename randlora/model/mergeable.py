@@ -15,7 +15,6 @@ from randlora.functional.scratch import is_transformed
 from randlora.hints import shortly
 from randlora.layers.diagonals import Diagonal
 from randlora.layers.inputs import is_plain_tensor
-from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.update import Into, Quantized
 from randlora.places import Plain, Whole, lent
 from randlora.state import ModelState, attached_state
@@ -116,7 +115,7 @@ def weight_problems(sites: Sequence[AdaptedSite], into: Into) -> list[str]:
 
 def _is_incomplete(site: AdaptedSite, weight: nn.Parameter) -> bool:
     """Whether a weight has no values, or not all of them and not in a place that they can be merged into."""
-    place = Whole(weight) if isinstance(site.layer, QuantizedLayer) else site.place
+    place = Whole(weight) if site.layer.is_quantized else site.place
     is_part = lent(weight) is not None and weight.dim() < 2  # as no weight that is adapted has
     return is_part or not place.is_complete or (isinstance(place, Whole) and not weight.numel())
 
@@ -139,7 +138,7 @@ def merge_notes(
             f"{', '.join(sorted(set(on_disk.values())))} that are deleted with the model: the files that held these "
             "weights are not changed; to keep the merged model, save it"
         )
-    becomes_plain = into.quantized == "dequantize" and any(isinstance(site.layer, QuantizedLayer) for site in sites)
+    becomes_plain = into.quantized == "dequantize" and any(site.layer.is_quantized for site in sites)
     is_called_quantized = getattr(getattr(root, "config", None), "quantization_config", None) is not None
     if becomes_plain and is_called_quantized and not reversible:
         notes.append(

@@ -17,7 +17,6 @@ from randlora.hints import shortly
 from randlora.layers.base import AdapterLayer
 from randlora.layers.cast import cast
 from randlora.layers.in_place import plain_class
-from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.update import Into
 from randlora.model.install import lost_parts, require_own, unwrapped_model
 from randlora.model.mergeable import model_dtype, require_finite, weight_problems
@@ -165,7 +164,7 @@ def _value_problems(census: Census, state: ModelState) -> list[str]:
     problems = []
     for held in census.parameters:
         site = census.sites_by_key.get((id(held.module), held.attribute))
-        is_known = site is not None and issubclass(site.layer_class, QuantizedLayer)
+        is_known = site is not None and site.layer_class.is_quantized
         is_codes = held.attribute == "weight" and is_quantized(held.module)
         if not _is_here(held.module, held.attribute, held.parameter) or (is_codes and held.parameter.is_meta):
             layer = None if site is None or state.is_merged else site.adapter_layer
@@ -231,10 +230,10 @@ def _reader(
 ) -> Callable[[Share], Tensor | None]:
     """Return a function that returns the value of one parameter now."""
     site = census.sites_by_key.get((id(module), attribute))
-    if site is not None and (site.adapter_layer is not None or issubclass(site.layer_class, QuantizedLayer)):
+    if site is not None and (site.adapter_layer is not None or site.layer_class.is_quantized):
         return partial(_weight, fqn, site, state, into)
     beside = census.sites_by_key.get((id(module), "weight")) if attribute == "bias" else None
-    if beside is not None and issubclass(beside.layer_class, QuantizedLayer):
+    if beside is not None and beside.layer_class.is_quantized:
         return _reading(partial(_bias, beside, state, into))
     return _reading(partial(_held, module, attribute))
 
@@ -251,14 +250,14 @@ def _weight(fqn: str, site: Site, state: ModelState, into: Into, share: Share) -
         if share is Share.NONE:
             run_collectives(partial(whole, each) for each in _gathered_for(layer, site.owner, factors))
             return None
-        if share is Share.PART or isinstance(layer, QuantizedLayer):
+        if share is Share.PART or layer.is_quantized:
             return require_finite(fqn, _from_parts(layer, site.owner, factors, into))
         updates, own = run_collectives([
             partial(layer.whole_updates, site.owner, factors),
             partial(_held, site.owner, layer.attribute),
         ])
         return require_finite(fqn, layer.with_updates(own, updates))
-    if isinstance(layer, QuantizedLayer) and plain_class(site.owner) is not nn.Linear:  # which a merge may make it
+    if layer.is_quantized and plain_class(site.owner) is not nn.Linear:  # which a merge may make it
         return layer.written_out(site.owner).to(_plain_dtype(layer, site.owner, into))
     return _held(site.owner, layer.attribute)
 
@@ -279,14 +278,13 @@ def _gathered_for(layer: AdapterLayer, owner: nn.Module, factors: dict[str, floa
     """Yield what `_weight` gathers to compute all of a weight, in its order."""
     for update in layer.updates(owner, factors):
         yield from (update.lam, update.gamma)
-    if not isinstance(layer, QuantizedLayer) and (weight := layer.weight_of(owner)) is not None:
+    if not layer.is_quantized and (weight := layer.weight_of(owner)) is not None:
         yield weight
 
 
 def _bias(site: Site, state: ModelState, into: Into) -> Tensor:
     """Return the bias of a quantized layer in the dtype of its dequantized weight."""
     layer = _layer(site, state)
-    assert isinstance(layer, QuantizedLayer), "_reader() asks"
     bias = _held(site.owner, "bias")
     return bias if plain_class(site.owner) is nn.Linear else bias.to(_plain_dtype(layer, site.owner, into))
 
@@ -295,7 +293,7 @@ def _layer(site: Site, state: ModelState) -> AdapterLayer:
     return site.adapter_layer or site.layer_class(site.owner, state)
 
 
-def _plain_dtype(layer: QuantizedLayer, owner: nn.Module, into: Into) -> torch.dtype:
+def _plain_dtype(layer: AdapterLayer, owner: nn.Module, into: Into) -> torch.dtype:
     return into.dtype or layer.compute_dtype(owner) or torch.float32
 
 

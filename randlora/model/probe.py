@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from randlora.layers.in_place import plain_class
-from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.scopes import run_forward
 from randlora.layers.update import folded
@@ -75,7 +74,7 @@ def difference_from_product(site: AdaptedSite) -> float | None:
     weight = layer.weight_of(owner)
     if weight is None or type(weight.data) is not Tensor or weight.is_meta or not weight.numel():
         return None
-    if isinstance(layer, QuantizedLayer) or not isinstance(site.place, Plain):
+    if layer.is_quantized or not isinstance(site.place, Plain):
         return None
     generator = torch.Generator("cpu").manual_seed(0)
     out_features, in_features = layer.shape[-2:]

@@ -20,7 +20,6 @@ from torch import nn
 from randlora.errors import AdapterError, MergeError, warn
 from randlora.layers.cast import in_own_dtypes
 from randlora.layers.in_place import InPlace, adapter_layers_of
-from randlora.layers.quantized import QuantizedLayer
 from randlora.model.ranks import is_held_together
 from randlora.state import ModelState, SavePretrained, attached_state
 from randlora.targets.walk import Census
@@ -215,7 +214,7 @@ def unguard_saving(census: Census) -> None:
 def _merged_values(root: nn.Module, state: ModelState) -> Iterator[None]:
     """Have state dicts hold merged weights, and no Λ or Γ, instead of what unmerging restores."""
     adapted = Census.of(root).adapted
-    if any(isinstance(site.layer, QuantizedLayer) for site in adapted):
+    if any(site.layer.is_quantized for site in adapted):
         raise MergeError(
             "cannot save_pretrained a quantized model with merged weights, whose config describes others: call "
             "randlora.files.save_merged(model, directory), which dequantizes it, or merge the files with "

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from randlora.functional import Compute
 from randlora.layers.diagonals import Diagonal
-from randlora.layers.quantized import QuantizedLayer
 from randlora.model.change import Snapshot, set_requires_grad
 from randlora.model.merge import merged
 from randlora.modes import uncompiled
@@ -114,8 +113,7 @@ class Trial:
     def is_wide(self, on: Iterable[AdaptedSite]) -> bool:
         """Whether the weights are neither quantized nor in half precision."""
         return all(
-            not isinstance(site.layer, QuantizedLayer) and site.weight is not None and site.weight.dtype.itemsize >= 4
-            for site in on
+            not site.layer.is_quantized and site.weight is not None and site.weight.dtype.itemsize >= 4 for site in on
         )
 
     @contextmanager
@@ -214,9 +212,7 @@ def roles(sites: Sequence[AdaptedSite]) -> list[list[AdaptedSite]]:
 
 def _size(site: AdaptedSite) -> Tensor | float:
     """Return the norm of a weight, or of one of its size where that is zero."""
-    layer, weight = site.layer, site.weight
-    assert weight is not None, "check() asks for a weight"
-    own = layer.written_out(site.owner) if isinstance(layer, QuantizedLayer) else weight.detach()
+    own = site.layer.written_out(site.owner)
     norm: Tensor = torch.linalg.vector_norm(own, dtype=torch.promote_types(own.dtype, torch.float32))
     return norm if norm > 0 and norm.isfinite() else (SPREAD * own.numel() ** 0.5)
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from randlora.functional.scratch import is_in_transform
 from randlora.layers.base import Product
 from randlora.layers.inputs import autocast_dtype, is_plain_tensor
-from randlora.layers.quantized import QuantizedLayer, twin_of
 from randlora.layers.registry import register_layer
 from randlora.quantized import bnb_codes
 from randlora.quantized.bnb_codes import MAY_REPACK
+from randlora.quantized.layer import QuantizedLayer, twin_of
 
 MODULE = "bitsandbytes.nn.modules"
 OWN_KERNELS_UP_TO = 1536

@@ -17,7 +17,6 @@ from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Diagonal
 from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.parents import chosen_without_gradient, readings_in
-from randlora.layers.quantized import QuantizedLayer
 from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import find_layer, find_readers
 from randlora.replaced import unwrapped, whole_shape
@@ -296,7 +295,7 @@ def _is_of_transformers(module: nn.Module) -> bool:
 def count_numbers(held: Held) -> int:
     """Return the number of entries of a parameter, dequantized: one stored element may hold several codes."""
     layer_class = find_layer(held.module)
-    if held.attribute == "weight" and isinstance(layer_class, type) and issubclass(layer_class, QuantizedLayer):
+    if held.attribute == "weight" and isinstance(layer_class, type) and layer_class.is_quantized:
         return math.prod(layer_class.features(held.module))
     if (state := getattr(held.parameter, "quant_state", None)) is not None:  # a bitsandbytes embedding
         return math.prod(state.shape)
@@ -306,7 +305,7 @@ def count_numbers(held: Held) -> int:
 def is_quantized(module: nn.Module) -> bool:
     """Whether a module's weight is quantized. Its dtype may be floating, so the module's type decides."""
     layer_class, weight = find_layer(module), module._parameters.get("weight")
-    if isinstance(layer_class, type) and issubclass(layer_class, QuantizedLayer):
+    if isinstance(layer_class, type) and layer_class.is_quantized:
         return True
     is_foreign = type(weight).__module__.startswith("bitsandbytes.")  # as in bitsandbytes' embeddings
     return weight is not None and (is_foreign or not weight.is_floating_point())

@@ -39,10 +39,6 @@ class QuantizedLayer(LinearAdapter):
     kept: ClassVar[tuple[str, ...]] = ()
     as_read: ClassVar[type[AdapterLayer] | None] = None  # what reads codes cannot be given weight + update
 
-    def compute_dtype(self, owner: nn.Module) -> torch.dtype | None:  # noqa: ARG002  # for kinds that have one
-        """Return the dtype that the layer computes in, or ``None`` for that of its input."""
-        return None
-
     @classmethod
     def beside(cls, owner: nn.Module) -> list[object]:
         """Return the quantization state."""
