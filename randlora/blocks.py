@@ -5,12 +5,28 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 BLOCKS: ContextVar[tuple[object, ...]] = ContextVar("BLOCKS", default=())
 """The blocks of this library that this thread, or this task of asyncio, is in."""
+
+
+class Forward(NamedTuple):
+    """A call of the forward of an adapted module.
+
+    Attributes:
+        owner: The module.
+        call: Its forward without adapters, except that it reads weights, which may include them.
+        args: The arguments.
+        kwargs: The keyword arguments.
+    """
+
+    owner: nn.Module
+    call: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class Run(ABC):
@@ -38,21 +54,15 @@ class Run(ABC):
         """Return what `AdapterLayer.active` does."""
 
     @abstractmethod
-    def product(
-        self, layer: Any, owner: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
+    def product(self, layer: Any, forward: Forward) -> Tensor:
         """Return the output of a module whose forward is the product with the weight of a layer."""
 
     @abstractmethod
-    def rows(
-        self, layer: Any, owner: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
+    def rows(self, layer: Any, forward: Forward) -> Tensor:
         """Return the output of a module whose forward looks up rows of the weight of a layer."""
 
     @abstractmethod
-    def reading(
-        self, layer: Any, owner: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def reading(self, layer: Any, forward: Forward) -> Any:
         """Return the output of a forward that reads the weight of a layer, with whatever it adapts in it."""
 
 

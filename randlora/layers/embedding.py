@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from randlora.blocks import Forward
 from randlora.errors import AdapterError
 from randlora.functional import update_rows
 from randlora.layers.cast import cast
@@ -76,8 +77,8 @@ class EmbeddingAdapter(ReadWeight):
         own = partial(run_forward, owner, self.own_forward or base_forward)
         if (run := self.state.run) is not None and run.takes_over:
             if not self.runs_plain_forward(owner):
-                return run.reading(self, owner, own, args, kwargs)
-            return run.rows(self, owner, base_forward, args, kwargs)
+                return run.reading(self, Forward(owner, own, args, kwargs))
+            return run.rows(self, Forward(owner, base_forward, args, kwargs))
         active = self.active()
         if not active or not self.runs_plain_forward(owner):
             return run_forward(owner, self.own_forward or base_forward, *args, **kwargs)

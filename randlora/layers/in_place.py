@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from randlora.blocks import Forward
 from randlora.errors import CheckpointError, MergeError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.cast import cast
@@ -155,7 +156,7 @@ class ReadsAdapted(InPlace):
         if (run := layer.state.run) is not None and run.takes_over:
             inside = (each for module in self.modules() for each in adapter_layers_of(module).values())
             if any(map(run.concerns, inside)):
-                return run.reading(layer, self, forward, args, kwargs)
+                return run.reading(layer, Forward(self, forward, args, kwargs))
         return forward(*args, **kwargs)
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from randlora.blocks import Forward
 from randlora.errors import AdapterError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.cast import cast
@@ -70,7 +71,7 @@ class ReadLinear(ReadWeight):
         self.held_weight(owner)
         own = partial(run_forward, owner, self.own_forward or base_forward)  # which reads the weight
         if (run := self.state.run) is not None and run.takes_over:
-            return run.reading(self, owner, own, args, kwargs)
+            return run.reading(self, Forward(owner, own, args, kwargs))
         return own(*args, **kwargs)
 
     def base_output(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:

@@ -25,31 +25,19 @@ BASE = -1
 """The adapter of rows that go through the base model alone."""
 
 
-class Group(NamedTuple):
-    """The tokens of one adapter.
-
-    Attributes:
-        adapter: Its name, or ``None`` for the base.
-        tokens: How many they are.
-    """
-
-    adapter: str | None
-    tokens: int
-
-
 class Sorted(NamedTuple):
     """The tokens of a batch, sorted by adapter, those with the fewest tokens first.
 
     Attributes:
         order: The position in the batch of each, ``(tokens,)``.
-        groups: The adapters in that order.
-        adapters: The names of these.
+        adapters: The names of the adapters in that order; ``None`` is the base.
+        counts: The number of tokens of each.
         is_in_order: Whether that is the order of the batch.
     """
 
     order: Tensor
-    groups: tuple[Group, ...]
     adapters: tuple[str | None, ...]
+    counts: tuple[int, ...]
     is_in_order: bool
 
 
@@ -144,12 +132,7 @@ class Routing:
         return self._layouts[key]
 
     def sorted(self, layout: Layout, device: torch.device, module: str) -> Sorted:
-        """Return the tokens of an input, sorted by adapter.
-
-        Args:
-            layout: Where the rows are.
-            device: Where the order is wanted.
-            module: The name of the class of the module, for messages.
+        """Return the tokens of an input, sorted by adapter, with the order on a device.
 
         Raises:
             AdapterError: If adapters are named for tokens, and the input has others.
@@ -161,12 +144,9 @@ class Routing:
         numbers, counts = of_token.unique(return_counts=True)
         by_count = counts.argsort(stable=True)
         order = by_count.argsort()[torch.searchsorted(numbers, of_token)].argsort(stable=True)
-        groups = [
-            Group(None if number == BASE else self.adapters[number], count)
-            for number, count in zip(numbers[by_count].tolist(), counts[by_count].tolist(), strict=True)
-        ]
+        adapters = tuple(None if number == BASE else self.adapters[number] for number in numbers[by_count].tolist())
         is_in_order = bool((order == torch.arange(len(order), device="cpu")).all())
-        found = Sorted(order.to(device), tuple(groups), tuple(group.adapter for group in groups), is_in_order)
+        found = Sorted(order.to(device), adapters, tuple(counts[by_count].tolist()), is_in_order)
         layout.arranged[key] = found
         return found
 
@@ -228,15 +208,7 @@ def require_here(state: ModelState) -> None:
 
 
 def layout_of(routing: Routing, layer: Any, value: Tensor, module: str, *, features: int = 1) -> Layout:
-    """Return where the rows are in the input of a layer.
-
-    Args:
-        routing: The innermost block.
-        layer: The adapter layer.
-        value: The input, ``(..., features)``.
-        module: The name of the class of its module, for messages.
-        features: How many dimensions at the end belong to a token.
-    """
+    """Return where the rows are in the input of a layer, of which the last ``features`` dimensions are a token's."""
     shape = value.shape[: value.dim() - features]
     tracking = _tracking(routing, layer)
     if tracking is None:

@@ -172,14 +172,7 @@ def _whole(basis_A: Tensor, gamma: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _parts(counts: tuple[int, ...], shape: tuple[int, int, int, int], device: str, way: Way | None) -> tuple[Part, ...]:
-    """Return the updates in parts of equal counts, each of which fits into the memory that is written at once.
-
-    Args:
-        counts: The number of tokens of each update.
-        shape: c, R, n and w.
-        device: The type of the device.
-        way: How to multiply by A and Γ; ``None`` chooses by size.
-    """
+    """Return the updates in parts of equal counts, each of which fits into the memory that is written at once."""
     blocks, rows, num_bases, width = shape
     most, parts, update, token = AT_ONCE.get(device, AT_ONCE["cuda"]), [], 0, 0
     for count, equal in groupby(counts):
@@ -211,16 +204,7 @@ def _dealt(vectors: Tensor, blocks: int, width: int) -> Tensor:
 def goes_together(
     x: Tensor, diagonals: Iterable[Tensor], pair: Pair, counts: Sequence[int], *, is_wide: bool, compute: Compute
 ) -> bool:
-    """Whether to multiply the tokens of several updates by `stacked_update`, and not by `one_by_one`.
-
-    Args:
-        x: ``(tokens, in_features)``.
-        diagonals: Every Λ and Γ.
-        pair: The bases that the updates share.
-        counts: The number of tokens of each.
-        is_wide: Whether the input has ``min_dim`` features.
-        compute: How to compute; see `randlora.functional.cost`.
-    """
+    """Whether to multiply the tokens of several updates, ``counts`` of each, together, and not `one_by_one`."""
     if len(counts) == 1 or scratch.is_transformed() or may_be_kept():
         return False
     if torch.is_grad_enabled() and (x.requires_grad or any(part.requires_grad for part in diagonals)):
@@ -238,19 +222,7 @@ def one_by_one(
     is_wide: bool,
     compute: Compute = "auto",
 ) -> Tensor:
-    """Compute the product of each token with the update that it belongs to, with the gradients of single adapters.
-
-    Args:
-        x: ``(tokens, in_features)`` in the dtype of B, sorted by update.
-        pair: The bases that the updates share.
-        diagonals: Λ, Γ and the scaling of each update.
-        counts: The number of tokens of each, at least 1.
-        is_wide: Whether the input has ``min_dim`` features.
-        compute: How to compute; see `randlora.functional.cost`.
-
-    Returns:
-        ``(tokens, out_features)`` in the dtype of B.
-    """
+    """Compute as `stacked_update`, one update after the other, with the gradients of single adapters."""
     each = zip(x.split(list(counts)), diagonals, strict=True)
     return torch.cat([adapted_linear(part, pair, one, compute=compute, is_wide=is_wide) for part, one in each])
 
@@ -293,13 +265,7 @@ class Kept(NamedTuple):
 
 
 def cacheable_parameters(owner: nn.Module, held: Sequence[Diagonal], find: Find) -> list[nn.Parameter] | None:
-    """Return every Λ of some adapters, then every Γ, or ``None`` if what holds them may load or move their values.
-
-    Args:
-        owner: The adapted module.
-        held: Λ and Γ of one of its weights.
-        find: Finds those of the adapters.
-    """
+    """Return every Λ of some adapters, then every Γ, or ``None`` if what holds them may load or move their values."""
     lambdas, gammas = held
     if any(map(is_hooked, (owner, lambdas, gammas))):
         return None
@@ -315,15 +281,7 @@ def kept_stack(
     parameters: list[nn.Parameter],
     pair: Pair,
 ) -> Stack:
-    """Return Λ and Γ of some adapters of a weight in one tensor each: those kept, unless the parameters have changed.
-
-    Args:
-        kept: What is kept, by the identities of the next argument and the bases.
-        here: All adapters of the weight.
-        parts: Those to return, all on the same bases.
-        parameters: Their Λ, then their Γ, which need no gradient.
-        pair: These bases.
-    """
+    """Return Λ and Γ of some adapters of a weight in one tensor each: those kept, unless the parameters changed."""
     key = id(here), id(pair)
     known = kept.get(key)
     if known is not None and known.is_of(parts, parameters):
