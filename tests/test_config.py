@@ -7,7 +7,7 @@ import pickle
 import re
 from dataclasses import FrozenInstanceError, fields
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import randlora
-from randlora.config import LARGEST_FACTOR, MEANT, OPTIONS, BasisKind, RandLoRAConfig
+from randlora.config import LARGEST_FACTOR, MEANT, OPTIONS, RandLoRAConfig
 from randlora.errors import ConfigError, OptionError
 from randlora.targets.options import resolve
 from tests.strategies import KINDS_AND_STREAMS, seeds
@@ -337,20 +337,12 @@ BAD_VALUES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("start", [0, 5], ids=["first-five", "last-five"])
-def test_all_values_that_cannot_work_are_named_at_once(start: int) -> None:
-    named = list(BAD_VALUES)[start : start + 5]
+def test_all_values_that_cannot_work_are_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        RandLoRAConfig(**{name: BAD_VALUES[name] for name in named})
-    first, *problems = str(caught.value).splitlines()
-    assert first == "cannot configure RandLoRA, 5 problems:"
-    assert [problem.removeprefix("  - ").split(" ")[0].split("=")[0] for problem in problems] == named
-
-
-def test_all_values_that_cannot_work_are_told_of_however_many_there_are() -> None:
-    with pytest.raises(ConfigError, match="cannot configure RandLoRA, 10 problems:") as caught:
         RandLoRAConfig(**BAD_VALUES)
-    assert len(str(caught.value).splitlines()) == 11
+    first, *problems = str(caught.value).splitlines()
+    assert first == "cannot configure RandLoRA, 10 problems:"
+    assert [problem.removeprefix("  - ").split(" ")[0] for problem in problems] == [*BAD_VALUES]
 
 
 def test_a_bad_rank_is_not_blamed_on_the_blocks() -> None:
@@ -362,12 +354,6 @@ def test_a_bad_rank_is_not_blamed_on_the_blocks() -> None:
 def test_any_collection_of_names_becomes_a_tuple(collection: Any) -> None:
     config = RandLoRAConfig(targets=collection(["k", "q"]), exclude=collection(["v"]), train_also=collection(["head"]))
     assert (config.targets, config.exclude, config.train_also) == (("k", "q"), ("v",), ("head",))
-
-
-def test_equal_sets_of_names_are_equal_configs() -> None:
-    one, two = RandLoRAConfig(targets={"a", "b", "c"}), RandLoRAConfig(targets={"c", "b", "a"})  # type: ignore[arg-type]
-    assert one == two
-    assert one.targets == ("a", "b", "c")
 
 
 def test_a_list_of_blocks_becomes_a_tuple() -> None:
@@ -382,11 +368,6 @@ def test_a_list_of_blocks_becomes_a_tuple() -> None:
 def test_a_callable_cannot_be_written_down(config: RandLoRAConfig, name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} is a callable, which cannot be serialized: give the layers'"):
         config.to_dict()
-
-
-def test_every_kind_of_basis_can_be_chosen() -> None:
-    assert {kind for kind, _ in KINDS_AND_STREAMS} == set(get_args(BasisKind))
-    assert {RandLoRAConfig(basis=kind).basis for kind in get_args(BasisKind)} == set(get_args(BasisKind))
 
 
 @pytest.mark.parametrize("verb", [randlora.inject, randlora.plan], ids=lambda verb: verb.__name__)

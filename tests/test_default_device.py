@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import randlora
 from randlora.bases import BasisBank, BasisSpec
 from randlora.errors import CheckpointError
+from tests.further import further
 from tests.kit import all_bits, bits, fill
 from tests.laws import TOKENS, Mixed
 from tests.layer_kinds import LAYER_KINDS, LayerKind
@@ -198,15 +199,6 @@ DEFAULTS: dict[str, Callable[[], Any]] = {
     "float64": lambda: default_dtype(torch.float64),
     "bfloat16": lambda: default_dtype(torch.bfloat16),
 }
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
-every_default = pytest.mark.parametrize(
-    "default",
-    [
-        *("meta", "float64"),
-        pytest.param("cuda", marks=needs_cuda),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("in a block", "bfloat16")),
-    ],
-)
 
 
 def done(verb: str, beforehand: Place, out: Path, default: Callable[[], Any]) -> tuple[Any, ...]:
@@ -228,16 +220,17 @@ def test_the_table_has_every_public_name() -> None:
     assert named | {"bases.BasisBank"} == VERBS.keys() | MAKE_NO_TENSORS
 
 
-@every_default
+@pytest.mark.parametrize("defaults", [("meta", "float64"), further(("in a block", "bfloat16"))], ids=" ".join)
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_verb_does_the_same(verb: str, default: str, beforehand: Place, tmp_path: Path) -> None:
+def test_a_verb_does_the_same(verb: str, defaults: tuple[str, ...], beforehand: Place, tmp_path: Path) -> None:
     out = tmp_path / "out"
     expected = done(verb, beforehand, out, nullcontext)
-    if verb == "files.load_model" and default in ("meta", "in a block"):  # a rule of transformers, which it explains
-        with pytest.raises(CheckpointError, match="meta device context manager"):
-            done(verb, beforehand, out, DEFAULTS[default])
-        return
-    assert done(verb, beforehand, out, DEFAULTS[default]) == expected
+    for default in (*defaults, *(["cuda"] if torch.cuda.is_available() else [])):
+        if verb == "files.load_model" and default in ("meta", "in a block"):  # a rule of transformers
+            with pytest.raises(CheckpointError, match="meta device context manager"):
+                done(verb, beforehand, out, DEFAULTS[default])
+        else:
+            assert done(verb, beforehand, out, DEFAULTS[default]) == expected, default
 
 
 @pytest.mark.slow

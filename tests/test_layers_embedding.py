@@ -177,7 +177,7 @@ def test_a_language_model_trains_its_words_and_positions_alone() -> None:
 
 
 def test_a_table_that_was_resized_since_is_an_error_and_not_another_result() -> None:
-    """Not by transformers, which is refused: see tests/test_replaced.py."""
+    """Not by transformers, which is refused: see tests/test_model_replaced.py."""
     model = nn.Sequential(nn.Embedding(20, 12))
     randlora.inject(model, r=3, targets="0")
     fill(model)

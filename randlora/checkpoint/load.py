@@ -32,7 +32,6 @@ from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, SavePretrained
 from randlora.targets.match import nearest_names
 from randlora.targets.site import Site, shapes_of
-from randlora.targets.walk import Census
 
 Source = str | os.PathLike[str] | AdapterState
 """A directory, the safetensors file in it, a repository on the Hub, or what `randlora.adapter_state` returns."""
@@ -229,7 +228,7 @@ def add_all(model: nn.Module, found: Mapping[str, Found], options: Options) -> l
     with opened_to_add(model, found, "load") as view:
         try:
             for name, each in found.items():
-                now = View(view.root, view.state, Census.of(model)) if reports else view
+                now = View(view.root, view.state, view.census.again()) if reports else view
                 reports.append(added(now, each, options._replace(name=name)))
         except BaseException:
             for name in reversed([*found][: len(reports)]):

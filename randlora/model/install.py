@@ -203,7 +203,7 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
         state.install_parameters()
         census.model.__dict__[ATTRIBUTE] = state
         tell_changed(census.model)
-        now = Census(census.model, census.visits)  # of the layers adapted now
+        now = census.again()
         guard_saving(now, state, addition.save_pretrained)
         watch_attention(now)
         watch_reads(now)
@@ -294,8 +294,9 @@ def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
     for module in census.modules:
         if CASTS in vars(module):
             set_casts(module, _rounded(module))
-    watch_reads(Census(census.model, census.visits))
-    own = {held.fqn: held.parameter for held in Census(census.model, census.visits).parameters}
+    now = census.again()
+    watch_reads(now)
+    own = {held.fqn: held.parameter for held in now.parameters}
     for fqn, flag in state.required_grad.take(own).items():  # not for parameters added later
         set_requires_grad(own[fqn], flag)
     if state.averaging is not None:

@@ -1,4 +1,4 @@
-"""`adapters`, `AdapterInfo`: what adapters a model has, and in which state."""
+"""What adapters a model has and in which state, and what of them is trained."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Nothing is run. What a model keeps from forward to backward depends on its code, of which this assumes what is usual:
 each layer's output is kept by what follows it, attention keeps what it computes, a gated MLP its gate, and norms that
-are written out in Python keep their input in float32. tests/test_memory.py holds the sums against measured training.
+are written out in Python keep their input in float32. tests/test_model_memory.py holds it against what is measured.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ say which buffers move in training and are in no copy, and which adapters nothin
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from randlora.replaced import ReplacedParameter
 from randlora.state import Adapter, ModelState
 from randlora.targets.match import matches_name, prefixes, shortened, suggestion, unmatched
 from randlora.targets.site import Site, sizes
-from randlora.targets.walk import Census, is_quantized
+from randlora.targets.walk import Census, Held, is_quantized
 
 HALF_RISKS = {
     torch.float16: "Adam's eps is 0 there, and values become NaN within some steps",
@@ -37,32 +37,27 @@ REMEDY = "keep these modules in eval() while training, or name them in train_als
 
 
 def select_parameters(census: Census, names: str | Sequence[str]) -> list[str]:
-    """Return the FQNs of the parameters that a regex or a list of names matches, by themselves or by a module.
-
-    A tied parameter is returned once, by its first name.
-    """
-    first_names: dict[int, str] = {}
-    found: dict[str, None] = {}
-    for held in census.parameters:
-        first = first_names.setdefault(id(held.parameter), held.fqn)
-        if any(matches_name(names, prefix) for prefix in prefixes(held.fqn)):
-            found[first] = None
-    return list(found)
+    """Return the FQNs of the parameters that a regex or a list of names matches, by themselves or by a module."""
+    return _first_names(census.parameters, lambda fqn: any(matches_name(names, prefix) for prefix in prefixes(fqn)))
 
 
 def select_buffers(census: Census, names: str | Sequence[str]) -> list[str]:
     """Return the FQNs of the buffers in modules that a regex or a list of names matches, such as running statistics.
 
-    A buffer is not matched by itself, except by its FQN in a list. A tied one is returned once, by its first name.
+    A buffer is not matched by itself, except by its FQN in a list.
     """
     listed = () if isinstance(names, str) else names
+    return _first_names(
+        census.buffers,
+        lambda fqn: fqn in listed or any(matches_name(names, prefix) for prefix in prefixes(fqn)[:-1]),
+    )
+
+
+def _first_names(tensors: Iterable[Held], is_meant: Callable[[str], bool]) -> list[str]:
+    """Return the names of the tensors of which any name is meant, the first of each that is tied."""
     first_names: dict[int, str] = {}
-    found: dict[str, None] = {}
-    for held in census.buffers:
-        first = first_names.setdefault(id(held.tensor), held.fqn)
-        if held.fqn in listed or any(matches_name(names, prefix) for prefix in prefixes(held.fqn)[:-1]):
-            found[first] = None
-    return list(found)
+    found = [(first_names.setdefault(id(held.tensor), held.fqn), is_meant(held.fqn)) for held in tensors]
+    return list(dict.fromkeys(first for first, meant in found if meant))
 
 
 def train_also_problems(

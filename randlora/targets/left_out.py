@@ -1,4 +1,4 @@
-"""What an adapter leaves out of a model: the matrices that it neither adapts nor skips for a stated reason."""
+"""What an adapter leaves out of a model, and messages about patterns that mean nothing that can be adapted."""
 
 from __future__ import annotations
 
@@ -38,6 +38,10 @@ LITTLE = 1e-4
 """Share of a model's parameters below which a default warns."""
 DOUBT = "the default adapts only"
 TYPES_SHOWN = 3
+
+NOTHING = "matches no layer or weight that can be adapted"
+
+LISTED = 5
 
 
 class Remaining(NamedTuple):
@@ -200,10 +204,6 @@ def doubt(census: Census, sites: Sequence[Site], groups: Sequence[LeftOut]) -> s
     wider = dict.fromkeys(spelled("targets", group.targets) for group in others if group.targets)
     advice = " or ".join(wider) if wider else f"{spelled('targets')} or register adapter layers to adapt more"
     return f"{DOUBT} {names}, {share:.2%} of the weights{like}: give {advice}"
-
-
-NOTHING = "matches no layer or weight that can be adapted"
-LISTED = 5
 
 
 def layer_names(visits: Iterable[Visit]) -> list[str]:

@@ -119,7 +119,9 @@ def select(census: Census, given: Pattern | None, exclude: Pattern | None, train
     rule += "" if exclude is None else ", without the excluded"
     left: tuple[Remaining, ...] = ()
     if given is None or is_rule:
-        chosen, skipped = _untied(census, *_untrained(census, chosen, skipped, trained))
+        alone = _left_alone(census, chosen, trained)
+        chosen = [visit for visit in chosen if visit.fqn not in alone]
+        skipped |= alone
     wanted = {visit.key for visit in chosen}
     if given is None or is_rule:
         skipped |= _heads(census, wanted)
@@ -206,23 +208,14 @@ def _useless(census: Census, visits: Sequence[Visit]) -> dict[str, str]:
     return {visit.fqn: why[visit.key] for visit in visits if visit.key in why}
 
 
-def _untrained(
-    census: Census, visits: Sequence[Visit], skipped: dict[str, str], trained: Collection[str]
-) -> tuple[list[Visit], dict[str, str]]:
-    """Split weights that a rule chose into those to adapt and those trained beside, which are skipped."""
-    beside = {id(held.parameter) for held in census.parameters if held.fqn in trained}
-    keys = {site.key for site in census.sites if id(site.weight) in beside}
-    named = {visit.fqn: TRAINED for visit in visits if visit.key in keys}
-    return [visit for visit in visits if visit.key not in keys], skipped | named
-
-
-def _untied(census: Census, visits: Sequence[Visit], skipped: dict[str, str]) -> tuple[list[Visit], dict[str, str]]:
-    """Split weights that a rule chose into those to adapt and those that modules share, which are skipped."""
+def _left_alone(census: Census, visits: Sequence[Visit], trained: Collection[str]) -> dict[str, str]:
+    """Return which weights that a rule chose are not adapted: those trained beside, and those that modules share."""
     keys = {visit.key for visit in visits}
     sites = [site for site in census.sites if site.key in keys]
-    tied = tied_names(census, sites)
-    named = {site.fqn: f"tied to {', '.join(tied[site.key])}" for site in sites if site.key in tied}
-    return [visit for visit in visits if visit.key not in tied], skipped | named
+    why = {key: f"tied to {', '.join(names)}" for key, names in tied_names(census, sites).items()}
+    beside = {id(held.parameter) for held in census.parameters if held.fqn in trained}
+    why |= {site.key: TRAINED for site in sites if id(site.weight) in beside}
+    return {visit.fqn: why[visit.key] for visit in visits if visit.key in why}
 
 
 def _heads(census: Census, chosen: Keys) -> dict[str, str]:

@@ -93,6 +93,10 @@ class Census:
         require_module(model)
         return cls(model, tuple(_walk(model, "", {id(model): "the model"})))
 
+    def again(self) -> Census:
+        """Return a census of the same modules, with what they have now."""
+        return Census(self.model, self.visits)
+
     @cached_property
     def parameters(self) -> tuple[Held, ...]:
         """All parameters; a tied one at each of its places."""

@@ -52,6 +52,7 @@ def _image() -> dict[str, Any]:
 
 
 MODELS = (
+    Vision("mobilenet", _torchvision("mobilenet_v3_small"), _image, {"convolution": 52, "linear": 2}),
     Vision("resnet18", _torchvision("resnet18"), _image, {"convolution": 20, "linear": 1}),
     Vision("convnext_tiny", _torchvision("convnext_tiny"), _image, {"convolution": 22, "linear": 37}),
     Vision("unet", unet, noise, {"convolution": 33, "linear": 50}),
@@ -59,7 +60,10 @@ MODELS = (
 )
 every_model = pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=[pytest.mark.slow] if kind.name == "convnext_tiny" else []) for kind in MODELS],
+    [
+        pytest.param(kind, marks=[pytest.mark.slow] if kind.name in ("resnet18", "convnext_tiny") else [])
+        for kind in MODELS
+    ],
     ids=lambda kind: kind.name,
 )
 

@@ -72,7 +72,7 @@ def run(model: nn.Module, program: Program) -> None:
 
 
 @pytest.mark.medium
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.lists(programs, min_size=1, max_size=4))
 def test_blocks_end_as_they_should_whatever_is_called_inside(program: list[Program]) -> None:
     torch.manual_seed(0)
@@ -208,7 +208,7 @@ def test_a_block_of_merged_in_another_thread_is_refused_and_may_run_the_model() 
 
 
 @pytest.mark.medium
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(name=st.sampled_from([*BLOCKS]), share=st.floats(0, 1, exclude_max=True))
 def test_an_interrupt_at_any_call_leaves_no_block_open(name: str, share: float) -> None:
     torch.manual_seed(0)

@@ -1,16 +1,18 @@
-"""Law 11: adapters of one model never touch one another. And the verbs that switch them."""
+"""Adapters of one model never touch one another: added, switched, listed, saved, routed and removed."""
 
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import randlora
 from randlora.config import LARGEST_FACTOR
@@ -235,3 +237,149 @@ def test_a_fresh_adapter_leaves_every_bit_whatever_its_factors(dtype: torch.dtyp
     randlora.activate(model, {"default": -LARGEST_FACTOR})
     randlora.set_compute(model, compute)
     assert same_bits(model(x), expected)
+
+
+OPTIONS = "r=3, alpha=60"
+
+
+def with_head_of_its_own() -> Mixed:
+    model = Mixed()
+    randlora.inject(model, r=3, targets=["q", "up", "down"], name="a")
+    randlora.inject(model, r=3, targets=["q"], train_also=["norm"], name="b")
+    fill(model, "a")
+    fill(model, "b", seed=1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "states"),
+    [
+        (randlora.adapters, ("active, trainable", "inactive, frozen")),
+        (lambda model: randlora.activate(model, "b"), ("inactive, trainable", "active, frozen")),
+        (lambda model: randlora.set_trainable(model, "a", False), ("active, frozen", "inactive, frozen")),
+        (lambda model: randlora.activate(model, {"a": -0.25}), ("active with the factor -0.25, trainable", None)),
+        (
+            lambda model: randlora.activate(model, "a", layers=["q"]),
+            ("active with a factor for each layer, trainable", None),
+        ),
+        (lambda model: randlora.merge(model, reversible=True), ("active, trainable, merged", "inactive, frozen")),
+    ],
+)
+def test_an_adapter_prints_as_its_options_and_state(
+    change: Callable[[nn.Module], object], states: tuple[str, str | None]
+) -> None:
+    model = with_head_of_its_own()
+    change(model)
+    first, second = randlora.adapters(model)
+    assert str(first) == f"'a': {OPTIONS}, 3 layers, {states[0]}"
+    assert (
+        str(second)
+        == f"'b': {OPTIONS}, 1 layer, {states[1] or 'inactive, frozen'}\nalso trained: norm.weight, norm.bias"
+    )
+
+
+def test_what_a_model_has_no_more_is_said() -> None:
+    model = with_head_of_its_own()
+    model.up = nn.Linear(5, 7)
+    info = randlora.adapters(model)[0]
+    assert info.problems
+    assert " ".join(str(info).split()).endswith(" ".join(info.problems[0].split()))
+
+
+def test_a_line_break_in_a_name_begins_no_line() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ModuleDict({"x\ny": nn.LayerNorm(8)}))
+    randlora.inject(model, r=2, targets=["0"], train_also=["1"])
+    assert str(randlora.adapters(model)[0]).splitlines() == [
+        "'default': r=2, alpha=40, 1 layer, active, trainable",
+        "also trained: 1.x\\ny.weight, 1.x\\ny.bias",
+    ]
+
+
+IDS = torch.arange(12).view(2, 6)
+FIRST: dict[str, Any] = {"r": 4, "alpha": 8, "targets": ["v_proj"]}
+SECOND: dict[str, dict[str, Any]] = {
+    "the same": {},
+    "a smaller r": {"r": 2},
+    "a larger r": {"r": 8},
+    "an r that divides no dim": {"r": 5},
+    "an r above every dim": {"r": 100},
+    "other layers": {"targets": ["q_proj"]},
+    "larger layers too": {"targets": ["v_proj", "down_proj"]},
+    "all layers": {"targets": "all-linear"},
+    "another seed": {"seed": 7},
+    "sparse bases": {"basis": "sparse"},
+    "block bases": {"basis": "block", "blocks": (2, 2)},
+    "another scaling": {"alpha": 1},
+}
+every_second = pytest.mark.parametrize("second", SECOND)
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64,
+    )  # fmt: skip
+    model: nn.Module = transformers.LlamaForCausalLM(config).eval()
+    return model
+
+
+def add(model: nn.Module, name: str, options: dict[str, Any]) -> None:
+    randlora.inject(model, name=name, **{**FIRST, **options})
+    fill(model, name, seed=len(name), spread=0.3)
+
+
+@torch.no_grad()
+def output(model: nn.Module, name: str) -> Tensor:
+    randlora.activate(model, name)
+    logits: Tensor = model(input_ids=IDS).logits
+    return logits
+
+
+@pytest.mark.medium
+@every_second
+@pytest.mark.parametrize(
+    "order", [("first", "second"), pytest.param(("second", "first"), marks=pytest.mark.slow)], ids="-".join
+)
+def test_neither_changes_the_other_and_both_come_back(second: str, order: tuple[str, str], tmp_path: Path) -> None:
+    options = {"first": {}, "second": SECOND[second]}
+    model, wanted = llama(), {}
+    for name in order:
+        add(model, name, options[name])
+        wanted[name] = output(model, name)
+    one, other = wanted[order[0]], wanted[order[1]]
+    assert torch.equal(output(model, order[0]), one)
+    if second != "the same":
+        assert not torch.allclose(one, other, atol=1e-4)
+    randlora.save(model, tmp_path / order[0], name=order[0], bases="seed")
+    randlora.save(model, tmp_path / order[1], name=order[1], bases="stored")  # PEFT loads no such pair
+    loaded = llama()
+    for number, name in enumerate(order):
+        single = llama()
+        randlora.load(single, tmp_path / name)
+        assert torch.equal(output(single, "default"), wanted[name]), "reloaded alone"
+        randlora.load(loaded, tmp_path / name, name=name)
+        for known in order[: number + 1]:
+            assert torch.equal(output(loaded, known), wanted[known]), "loaded beside the other"
+    randlora.remove(loaded, order[0])
+    assert torch.equal(output(loaded, order[1]), wanted[order[1]])
+
+
+@pytest.mark.medium
+@every_second
+@torch.no_grad()
+def test_both_act_together_and_on_rows_of_one_batch(second: str) -> None:
+    """PEFT's `PeftMixedModel`, which activates adapters of several kinds, takes none of RandLoRA."""
+    model, summed = llama(), llama()
+    add(model, "first", {})
+    add(model, "second", SECOND[second])
+    rows = torch.stack([output(model, "second")[0], output(model, "first")[1]])
+    with randlora.serving.routed(model, ["second", "first"]):
+        torch.testing.assert_close(model(input_ids=IDS).logits, rows, rtol=1e-5, atol=1e-5)
+    factors = {"first": 0.5, "second": 2.0}
+    for info in randlora.adapters(model):
+        for fqn in info.targets:
+            update = factors[info.name] * randlora.delta_weight(model, fqn, name=info.name)
+            summed.get_parameter(f"{fqn}.weight").add_(update)
+    randlora.activate(model, factors)
+    torch.testing.assert_close(model(input_ids=IDS).logits, summed(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)

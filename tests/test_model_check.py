@@ -358,12 +358,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], t
     "bert": (bert, tokens, ()),
     "llama": (llama, tokens, ()),
 }
-USUAL = "mixtral", "llama"
+USUAL = ("mixtral", torch.bfloat16), ("llama", torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "name", [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+    ("name", "dtype"),
+    [
+        (name, dtype) if (name, dtype) in USUAL else further(name, dtype)
+        for name in MODELS
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
 )
 def test_nothing_is_found_in_models_that_are_as_they_should_be(name: str, dtype: torch.dtype) -> None:
     build, inputs, unreached = MODELS[name]

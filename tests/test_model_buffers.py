@@ -392,7 +392,7 @@ def golden() -> nn.Sequential:
 
 
 def test_a_file_of_format_3_loads_for_ever(tmp_path: Path) -> None:
-    """``python -m tests.test_buffers`` made it once."""
+    """``python -m tests.test_model_buffers`` made it once."""
     header = json.loads(read_tensors(DATA)[1]["randlora"])
     assert header["format_version"] == 3
     assert header["buffers"] == ["norm.running_mean", "norm.running_var", "norm.num_batches_tracked"]

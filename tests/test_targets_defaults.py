@@ -1,4 +1,4 @@
-"""By default attention is adapted, in every model that transformers and diffusers ship, and where not is listed."""
+"""What is adapted by default, by presets and by names, in models that transformers and diffusers ship."""
 
 import inspect
 import re
@@ -12,13 +12,15 @@ import transformers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as THEIR_TARGETS
 from torch import nn
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 import randlora
 from randlora.errors import TargetError
-from randlora.targets.defaults import TARGET_PRESETS
+from randlora.targets.defaults import HEAD_NAMES, TARGET_PRESETS
 from randlora.targets.select import Selection, select
 from randlora.targets.walk import Census
+from tests.further import further
 from tests.models import LLAMA
 from tests.transformers_zoo import every_type, on_meta
 
@@ -136,7 +138,16 @@ def encoders(model: Any) -> list[str]:
     return [name for name, module in model.named_modules() if name and any(module is encoder for encoder in found)]
 
 
-@pytest.mark.parametrize(("model_type", "names"), TYPES.items(), ids=TYPES)
+USUAL = (
+    *("canine", "clip", "deepseek_v3", "distilbert", "idefics3", "kyutai_speech_to_text", "llava", "longt5"),
+    *("modernbert", "phi3", "qwen3_5", "sam"),
+)
+"""Types whose models have all the names between them."""
+
+
+@pytest.mark.parametrize(
+    ("model_type", "names"), [each if each[0] in USUAL else further(*each) for each in TYPES.items()], ids=TYPES
+)
 def test_the_query_and_value_projections_of_a_type_are_adapted(model_type: str, names: str) -> None:
     endings = tuple(f".{ending}" for ending in names.split())
     for model in on_meta(model_type, every_type()[model_type][:1]):
@@ -193,7 +204,14 @@ def test_nothing_outside_a_language_model_is_adapted_where_there_is_one(model_ty
     assert chosen(model).rule == "all linear layers but the output head"
 
 
-@pytest.mark.parametrize("model_type", sorted(TARGET_PRESETS.keys() - THEIR_TARGETS.keys()))
+OF_ONE_ENTRY = ("granite_docling", "idefics3", "kosmos-2", "kosmos-2.5", "smolvlm")
+"""Types that share a preset with idefics2."""
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [further(each) if each in OF_ONE_ENTRY else each for each in sorted(TARGET_PRESETS.keys() - THEIR_TARGETS.keys())],
+)
 def test_a_preset_that_is_not_of_peft_is_needed(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = next(on_meta(model_type, every_type()[model_type]))
     expected = [site.fqn for site in chosen(model).sites]
@@ -247,7 +265,14 @@ def diffusers_model(name: str) -> Any:
         return model_class(**{key: 2 for key in ("num_layers", "num_single_layers", "depth") if key in known})
 
 
-@pytest.mark.parametrize(("name", "names"), DIFFUSERS.items(), ids=DIFFUSERS)
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        further(*each) if each[0] in ("FluxTransformer2DModel", "WanTransformer3DModel") else each
+        for each in DIFFUSERS.items()
+    ],
+    ids=DIFFUSERS,
+)
 def test_the_attention_of_a_diffusion_model_is_adapted(name: str, names: str) -> None:
     model = diffusers_model(name)
     endings = tuple(f".{ending}" for ending in names.split())
@@ -306,3 +331,108 @@ def test_weights_that_several_layers_share_are_left_out_with_the_reason() -> Non
     assert [fqn for fqn in report.skipped if fqn.endswith("v_proj")] == [
         f"model.layers.{layer}.self_attn.v_proj" for layer in (0, 1)
     ]
+
+
+NOT_IN_TRANSFORMERS = {
+    "RefinedWeb": "Falcon's name while its code came with the checkpoint",
+    "RefinedWebModel": "the same",
+    "btlm": "its code comes with the checkpoint",
+    "chatglm": "its code comes with the checkpoint; transformers' own port is another type, glm",
+    "rwkv7": "its code comes with the checkpoint",
+}
+"""Types whose model cannot be built offline."""
+
+ALTERNATIVES = {"blip-2": "the language model inside is an OPT or a T5"}
+"""Types whose preset names layers that only some variants have."""
+
+OPTIONS = {name: {"pad_token_id": 1} for name in ("idefics3", "smolvlm")}
+"""What a type's config needs: transformers 5.12 pads these with an id outside of their vocabulary."""
+
+BUILDABLE = sorted(TARGET_PRESETS.keys() - NOT_IN_TRANSFORMERS)
+OF_EACH_FORM = ("bert", "blip-2", "gemma4", "gpt2", "phi")
+"""Types whose presets are one name, several, some that only a variant has, and a regex. PEFT has most of the others."""
+CLASSIFIERS = ("bert", "deberta-v2", "distilbert", "electra", "roberta", "vit", "wav2vec2")
+MASKED_LANGUAGE_MODELS = ("bert", "distilbert")
+LANGUAGE_MODELS = (
+    *MASKED_LANGUAGE_MODELS,
+    "bloom",
+    "falcon",
+    "gpt2",
+    "gpt_neox",
+    "gptj",
+    "llama",
+    "mistral",
+    "opt",
+    "phi3",
+    "qwen3",
+    "rwkv",
+    "t5",
+)
+USUAL_HEADS = ("bert", "gpt2", "llama", "rwkv", "t5")
+
+
+def build(model_type: str, auto_class: Any = transformers.AutoModel) -> nn.Module:
+    config = transformers.AutoConfig.for_model(model_type, **OPTIONS.get(model_type, {}))
+    config.architectures = []  # the first class of a type with several
+    with torch.device("meta"):
+        model = auto_class.from_config(config)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def last_components(model: nn.Module) -> set[str]:
+    return {target.fqn.rsplit(".", 1)[-1] for target in randlora.find_targets(model)}
+
+
+def test_every_preset_is_for_a_type_that_transformers_or_the_list_above_knows() -> None:
+    assert TARGET_PRESETS.keys() - set(CONFIG_MAPPING) == NOT_IN_TRANSFORMERS.keys()
+
+
+@pytest.mark.parametrize("model_type", [each if each in OF_EACH_FORM else further(each) for each in BUILDABLE])
+def test_a_preset_finds_the_layers_it_names(model_type: str) -> None:
+    model = build(model_type)
+    preset = TARGET_PRESETS[model_type]
+    report = randlora.plan(model, r=8)
+    assert report.rule.startswith(f"the preset of model_type {model_type!r}")
+    if isinstance(preset, str):
+        assert all(re.fullmatch(preset, fqn) for fqn in report.targets)
+    elif model_type in ALTERNATIVES:
+        assert last_components(model) <= set(preset)
+    else:
+        assert last_components(model) == set(preset)
+
+
+@pytest.mark.parametrize("model_type", sorted(THEIR_TARGETS))
+def test_a_preset_is_the_choice_of_peft_where_peft_has_one(model_type: str) -> None:
+    ours, theirs = TARGET_PRESETS[model_type], THEIR_TARGETS[model_type]
+    assert (ours if isinstance(ours, str) else list(ours)) == theirs
+
+
+@pytest.mark.parametrize("model_type", [each if each in USUAL_HEADS else further(each) for each in LANGUAGE_MODELS])
+def test_all_linear_leaves_out_the_output_head_of_a_language_model(model_type: str) -> None:
+    auto_class = transformers.AutoModelForCausalLM
+    if model_type in MASKED_LANGUAGE_MODELS:
+        auto_class = transformers.AutoModelForMaskedLM
+    if model_type == "t5":
+        auto_class = transformers.AutoModelForSeq2SeqLM
+    model = build(model_type, auto_class)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    [name] = [fqn for fqn, module in model.named_modules() if module is head]
+    report = randlora.plan(model, r=8, targets="all-linear")
+    others = {fqn: why for fqn, why in report.skipped.items() if "rescale_every=0" not in why}  # of RWKV
+    assert others == {name: "the output head"}
+    assert report.targets
+
+
+@pytest.mark.parametrize(
+    "model_type", [each if each in ("bert", "vit", "wav2vec2") else further(each) for each in CLASSIFIERS]
+)
+def test_all_linear_leaves_out_the_head_of_a_classifier(model_type: str) -> None:
+    auto_class = {
+        "vit": transformers.AutoModelForImageClassification,
+        "wav2vec2": transformers.AutoModelForAudioClassification,
+    }.get(model_type, transformers.AutoModelForSequenceClassification)
+    report = randlora.plan(build(model_type, auto_class), r=8, targets="all-linear")
+    assert report.skipped
+    assert {fqn.split(".")[0] for fqn in report.skipped} <= HEAD_NAMES
+    assert set(report.skipped.values()) == {"the output head"}

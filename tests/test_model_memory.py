@@ -185,9 +185,15 @@ def test_layers_before_the_first_adapted_one_keep_nothing() -> None:
     assert both.activations == 2 * last.activations > 0
 
 
-@pytest.mark.parametrize("shape", [(1024, 512), (512, 1024)], ids=str)
-@pytest.mark.parametrize(("tokens", "checkpointing"), [(96, False), (2048, False), (2048, True)])
 @pytest.mark.parametrize("basis", ["dense", "block"])
+@pytest.mark.parametrize(
+    ("tokens", "checkpointing", "shape"),
+    [
+        (96, False, (1024, 512)),
+        (2048, True, (512, 1024)),
+        *(further(tokens, False, shape) for tokens in (96, 2048) for shape in ((1024, 512), (512, 1024))),
+    ],
+)
 def test_the_work_is_that_of_the_operators_that_run(
     basis: Any, tokens: int, checkpointing: bool, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

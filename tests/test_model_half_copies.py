@@ -17,7 +17,7 @@ from randlora.errors import AdapterError
 from tests.checkpoint_files import read_tensors, reseal
 from tests.kit import all_bits, assert_unchanged, bits, fill, on_one_line, same_bits, snapshot, untouched
 from tests.laws import TOKENS, Mixed
-from tests.test_replaced import IDS, llama, resize, step
+from tests.test_model_replaced import IDS, llama, resize, step
 
 HALVES = [torch.float16, torch.bfloat16]
 ALSO = ["head", "norm", "embed", "q.bias"]

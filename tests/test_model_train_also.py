@@ -1,0 +1,321 @@
+"""What trains beside an adapter, what is said of one that nothing has trained, and flags that come back."""
+
+import contextlib
+import copy
+import gc
+import pickle
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from bitsandbytes.nn import Embedding4bit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+import randlora
+from randlora.errors import TargetError
+from randlora.model.train_also import select_parameters
+from randlora.targets.walk import Census
+from tests.kit import assert_unchanged, bits, same_bits, snapshot, untouched
+from tests.laws import TOKENS, Mixed
+from tests.quantized import of_4_bits
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["head"], ["head.weight", "head.bias"]),
+        (["head.bias"], ["head.bias"]),
+        (["bias"], ["q.bias", "down.bias", "norm.bias", "head.bias"]),
+        (r"(q|down)\.bias", ["q.bias", "down.bias"]),
+        (r"norm", ["norm.weight", "norm.bias"]),
+        (["norm", "head.bias"], ["norm.weight", "norm.bias", "head.bias"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_names_mean_modules_or_parameters(names: list[str] | str, expected: list[str], adapted: bool) -> None:
+    model = Mixed()
+    if adapted:
+        randlora.inject(model, r=4)
+    assert select_parameters(Census.of(model), names) == expected
+
+
+def test_a_tied_parameter_goes_by_its_first_name() -> None:
+    model = Mixed()
+    model.twin = nn.Embedding(11, 12)
+    model.twin.weight = model.embed.weight
+    assert select_parameters(Census.of(model), ["twin"]) == ["embed.weight"]
+
+
+def test_the_bias_of_an_adapted_layer_trains_and_comes_back() -> None:
+    model = Mixed()
+    before = snapshot(model)
+    randlora.inject(model, r=4, train_also=["q.bias"])
+    optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=1.0)
+    model(TOKENS).square().mean().backward()
+    optimizer.step()
+    trained = model.get_parameter("q.bias")
+    assert bits(trained) != before["value q.bias"]
+    randlora.eject(model)
+    assert_unchanged(model, before)
+
+
+def test_copies_start_from_the_models_own_values_and_not_from_another_adapters() -> None:
+    model = Mixed()
+    own = model.head.weight.detach().clone()
+    randlora.inject(model, r=4, train_also=["head"])
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    randlora.inject(model, r=4, name="b", train_also=["head"], active=True)
+    assert same_bits(model.head.weight, own)
+
+
+@pytest.mark.parametrize("targets", [None, "all", "all-linear"])
+@pytest.mark.parametrize("names", [["q"], ["q.weight"], r"q(\..*)?"], ids=str)
+def test_what_is_trained_itself_is_not_adapted_by_a_rule(targets: str | None, names: list[str] | str) -> None:
+    options: dict[str, Any] = {"targets": targets, "train_also": names}
+    with_it = randlora.plan(Mixed(), r=4, targets=targets)
+    model = Mixed()
+    report = randlora.inject(model, r=4, **options)
+    assert "q" in with_it.targets
+    assert report.targets == tuple(fqn for fqn in with_it.targets if fqn != "q")
+    assert "q.weight" in report.train_also
+    assert report == randlora.plan(Mixed(), r=4, **options)
+
+
+def test_nor_is_a_tied_one_by_its_other_name() -> None:
+    model = Mixed()
+    model.twin = nn.Embedding(11, 12)
+    model.twin.weight = model.embed.weight
+    assert "embed" not in randlora.inject(model, r=4, targets="all", train_also=["twin"]).targets
+
+
+def test_a_layer_that_the_user_names_twice_is_an_error() -> None:
+    for targets in (["q", "down"], r"q|down", lambda fqn, _: fqn in ("q", "down")):
+        model = Mixed()
+        with (
+            untouched(model),
+            pytest.raises(TargetError, match=r"train_also includes q\.weight, which the targets name"),
+        ):
+            randlora.inject(model, r=4, targets=targets, train_also=["q"])
+
+
+def test_a_default_of_which_all_is_trained_itself_says_what_is_left() -> None:
+    model = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 8, 3), flat=nn.Flatten(), fc=nn.Linear(8, 4)))
+    with (
+        untouched(model),
+        pytest.raises(TargetError, match=r"no layer is left .*fc \(trained by train_also\).*targets="),
+    ):
+        randlora.inject(model, r=2, train_also=["fc"])
+    assert randlora.inject(model, r=2, targets="all", train_also=["fc"]).targets == ("conv",)
+
+
+def test_integers_cannot_be_trained() -> None:
+    model = Mixed()
+    model.steps = nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False)
+    with pytest.raises(TargetError, match=r"train_also includes steps of dtype torch\.int64"):
+        randlora.inject(model, r=4, train_also=["steps"])
+
+
+def test_buffers_that_no_file_holds_may_stand_in_a_module_that_is_trained() -> None:
+    """A private name of torch alone tells them apart: see randlora/model/train_also.py."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].register_buffer("cache", torch.zeros(4), persistent=False)
+    report = randlora.inject(model, r=2, targets=["0"], train_also=["1"])
+    assert report.train_also == ("1.weight", "1.bias")
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
+def test_nor_can_those_of_a_quantized_embedding(storage: torch.dtype) -> None:
+    embedding = Embedding4bit(16, 64, quant_type="nf4", quant_storage=storage)
+    model = nn.Sequential(OrderedDict(embed=embedding, body=nn.Linear(64, 64))).to("cpu")
+    with pytest.raises(TargetError, match=r"embed\.weight, which is quantized \(Embedding4bit\)"):
+        randlora.inject(model, r=4, targets=["body"], train_also=["embed"])
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("names", [["head"], ["head.weight"], r"head\.weight"], ids=str)
+def test_the_codes_of_a_quantized_layer_cannot_be_trained_and_its_bias_can(
+    storage: torch.dtype, names: list[str] | str
+) -> None:
+    model = nn.Sequential(OrderedDict(body=nn.Linear(64, 64), head=of_4_bits(64, 8, quant_storage=storage)))
+    with (
+        untouched(model),
+        pytest.raises(TargetError, match=r"head\.weight, which is quantized \(Linear4bit\).*name only its bias"),
+    ):
+        randlora.inject(model, r=4, targets=["body"], train_also=names)
+    assert randlora.inject(model, r=4, targets=["body"], train_also=["head.bias"]).train_also == ("head.bias",)
+
+
+NOTE = "is exactly zero in all layers"
+
+
+def step(model: nn.Module, parameters: list[nn.Parameter]) -> None:
+    """Take a step as a user does, of what requires grad when the optimizer is made."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(TOKENS).square().mean().backward()
+        optimizer.step()
+
+
+def notes(model: nn.Module, directory: Path) -> tuple[bool, bool]:
+    """Return whether `save` and `merge` have the note."""
+    saved, merged = randlora.save(model, directory).notes, randlora.merge(model, reversible=True).notes
+    randlora.unmerge(model)
+    return any(NOTE in note for note in saved), any(NOTE in note for note in merged)
+
+
+@pytest.mark.parametrize("init", ["lambda", "gamma"])
+@pytest.mark.parametrize("also", [None, ["head"]], ids=["alone", "with-head"])
+def test_an_optimizer_made_before_inject_trains_nothing(
+    init: Literal["lambda", "gamma"], also: list[str] | None, tmp_path: Path
+) -> None:
+    model = Mixed()
+    too_early = list(model.parameters())
+    randlora.inject(model, r=4, init=init, train_also=also)
+    step(model, too_early)
+    assert notes(model, tmp_path) == (True, True)
+    (note,) = (note for note in randlora.save(model, tmp_path).notes if NOTE in note)
+    assert "made before inject" in note
+    assert ("train_also" in note) == (also is not None)
+    step(model, randlora.trainable_parameters(model))
+    assert notes(model, tmp_path) == (False, False)
+
+
+def test_one_weight_that_moved_is_enough(tmp_path: Path) -> None:
+    for move in ("Λ", "head"):
+        model = Mixed()
+        randlora.inject(model, r=4, train_also=["head"])
+        with torch.no_grad():
+            moved: Tensor = model.head.bias if move == "head" else randlora.trainable_parameters(model)[0]
+            moved.view(-1)[-1] += 1e-6
+        assert notes(model, tmp_path) == (False, False), move
+
+
+def test_each_of_several_adapters_is_named(tmp_path: Path) -> None:
+    model = Mixed()
+    for name in ("a", "b", "c"):
+        randlora.inject(model, r=4, name=name, targets=["q"])
+    randlora.activate(model, ["b"])
+    randlora.set_trainable(model, ["b"])
+    step(model, randlora.trainable_parameters(model))
+    randlora.activate(model, ["a", "b", "c"])
+    merged = [note for note in randlora.merge(model, reversible=True).notes if NOTE in note]
+    assert [("'a'" in note, "'c'" in note) for note in merged] == [(True, False), (False, True)]
+    saved = randlora.save_all(model, tmp_path)
+    assert [any(NOTE in note for note in report.notes) for report in saved] == [True, False, True]
+
+
+Change = Callable[[nn.Module], nn.Module | None]
+
+
+def moved(model: nn.Module) -> None:
+    model.add_module("elsewhere", model._modules.pop("1"))
+
+
+def exchanged(model: nn.Module) -> None:
+    held = model._modules
+    held["3"], held["4"] = held["4"], held["3"]
+
+
+def pruned(model: nn.Module) -> None:
+    prune.random_unstructured(model.get_submodule("5"), "weight", amount=0.5)
+
+
+def parametrized(model: nn.Module) -> None:
+    parametrize.register_parametrization(model.get_submodule("6"), "weight", nn.Identity())
+
+
+def assigned(model: nn.Module) -> None:
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+
+
+def copied(model: nn.Module, by: Callable[[nn.Module], nn.Module]) -> nn.Module | None:
+    """Return a copy, or nothing if torch cannot make one, as of a pruned model that is trained."""
+    with contextlib.suppress(RuntimeError):
+        return by(model)
+    return None
+
+
+RENAMES: dict[str, Change] = {
+    "move": moved,
+    "exchange": exchanged,
+    "prune": pruned,
+    "parametrize": parametrized,
+}
+REPLACES: dict[str, Change] = {"assign": assigned, "copy": lambda model: copied(model, copy.deepcopy)}
+OTHERS: dict[str, Change] = {
+    "thaw": lambda model: model.requires_grad_(True) and None,
+    "pickle": lambda model: copied(model, lambda each: pickle.loads(pickle.dumps(each))),
+}
+
+
+def some_of(changes: dict[str, Change], *, repeat: bool) -> st.SearchStrategy[list[str]]:
+    unique: Any = None if repeat else lambda name: name if name in RENAMES else object()
+    return st.lists(st.sampled_from([*changes]), max_size=6, unique_by=unique)
+
+
+@pytest.mark.medium
+@settings(max_examples=60)
+@given(
+    flags=st.lists(st.booleans(), min_size=14, max_size=14),
+    changes=some_of(RENAMES | OTHERS, repeat=False) | some_of(REPLACES | OTHERS, repeat=True),
+)
+def test_flags_come_back_to_the_parameters_they_were_of(flags: list[bool], changes: list[str]) -> None:
+    """Not if a parameter is replaced or copied and renamed, as it then has nothing that tells which it was."""
+    torch.manual_seed(0)
+    model: nn.Module = nn.Sequential(*(nn.Linear(8, 8) for _ in range(7)))
+    parameters = [*model.parameters()]
+    for parameter, flag in zip(parameters, flags, strict=True):
+        parameter.requires_grad = flag
+    of_value = {bits(parameter): parameter.requires_grad for parameter in parameters}
+    randlora.inject(model, r=2, targets=["0", "2"], train_also=["1.bias"])
+    for name in changes:
+        model = (RENAMES | REPLACES | OTHERS)[name](model) or model
+    randlora.eject(model)
+    found = {bits(parameter): parameter.requires_grad for parameter in model.parameters()}
+    assert found == of_value
+
+
+def test_parameters_that_were_replaced_are_freed() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    randlora.inject(model, r=2, targets=["0"])
+    before = weakref.ref(model[1].weight)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    gc.collect()
+    assert before() is None
+
+
+def test_a_model_that_torch_swaps_parameters_of_is_converted_and_keeps_its_flags() -> None:
+    """As torch does with tensors of other classes, such as those of a sharded or a quantized model."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight.requires_grad = False
+    flags = {fqn: parameter.requires_grad for fqn, parameter in model.named_parameters()}
+    randlora.inject(model, r=2, targets=["0"])
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to(torch.float64)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    randlora.eject(model)
+    assert {fqn: parameter.requires_grad for fqn, parameter in model.named_parameters()} == flags
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
+def test_models_that_share_a_layer_both_give_its_flags_back() -> None:
+    shared = nn.Linear(8, 8)
+    models = [nn.Sequential(nn.Linear(8, 8), shared) for _ in range(2)]
+    for model in models:
+        randlora.inject(model, r=2, targets=["0"])
+    for model in models:
+        randlora.eject(model)
+    assert all(parameter.requires_grad for model in models for parameter in model.parameters())
+    assert not any(vars(parameter) for parameter in shared.parameters()), "no mark is left"
