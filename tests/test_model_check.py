@@ -383,7 +383,7 @@ def test_nothing_is_found_in_models_that_are_as_they_should_be(name: str, dtype:
 @pytest.mark.parametrize(
     ("build", "inputs"),
     [
-        pytest.param(swin, PIXELS, id="torchvision's Swin"),
+        pytest.param(swin, PIXELS, id="torchvision's Swin", marks=pytest.mark.slow),
         pytest.param(wavlm, torch.randn(1, 400), id="WavLM", marks=pytest.mark.slow),
     ],
 )

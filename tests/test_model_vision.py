@@ -52,7 +52,7 @@ def _image() -> dict[str, Any]:
 
 
 MODELS = (
-    Vision("mobilenet", _torchvision("mobilenet_v3_small"), _image, {"convolution": 52, "linear": 2}),
+    Vision("squeezenet", _torchvision("squeezenet1_1"), _image, {"convolution": 26}),
     Vision("resnet18", _torchvision("resnet18"), _image, {"convolution": 20, "linear": 1}),
     Vision("convnext_tiny", _torchvision("convnext_tiny"), _image, {"convolution": 22, "linear": 37}),
     Vision("unet", unet, noise, {"convolution": 33, "linear": 50}),

@@ -25,8 +25,8 @@ from randlora.checkpoint.swap import swap_each
 from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.errors import AdapterError, CheckpointError
 from randlora.integrations.reference import Reference, referring
+from randlora.model.engines import is_held_together
 from randlora.model.listing import AdapterInfo
-from randlora.model.ranks import is_held_together
 from randlora.state import adapted_root
 from randlora.targets.match import shortened
 

@@ -1,6 +1,6 @@
-"""What trains a model in several processes beside it, and has to learn what an adapter trains.
+"""What trains a model in several processes beside it, and which processes hold parts of it together.
 
-A feature registers an `Engine`. Without one, nothing is known of other processes.
+A feature registers an `Engine`, which learns what an adapter trains. Without one, nothing is known of other processes.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from randlora.layers.base import AdapterLayer
+from randlora.places import ranks_of, settle
+from randlora.ranks import Ranks
 from randlora.replaced import ReplacedParameter
-from randlora.state import ModelState
+from randlora.state import ModelState, adapted_root
+from randlora.targets.walk import Census
 
 Parts = Sequence[tuple[nn.Module, AdapterLayer, str]]
 """Adapters of weights: the module, its adapter layer, and the adapter's name, of each."""
@@ -65,3 +68,31 @@ def tell_changed(root: nn.Module) -> None:
 def is_first_copy(model: nn.Module) -> bool:
     """Whether this is the first of the processes that train copies of a model, as all engines tell."""
     return all(engine.is_first_copy(model) for engine in ENGINES)
+
+
+def ranks_holding(census: Census, state: ModelState, *, is_written: bool = False) -> Ranks | None:
+    """Return the processes that hold an adapted model together; ``None`` if each holds all of it.
+
+    They are those that any of its parameters is sharded over. Whether Λ and Γ are depends on whether the adapter was
+    added before the model was sharded, on which what a call does must not depend.
+
+    Args:
+        census: The module that has the adapters, with its parameters as they are at rest.
+        state: Its state.
+        is_written: See `ranks_of`.
+
+    Raises:
+        AdapterError: If parameters are sharded over processes that no mesh has all of.
+    """
+    own = [held.parameter for held in census.parameters]
+    added = [site.owner.get_submodule(name) for site in census.adapted for name in site.layer.parameter_names()]
+    diagonals = (diagonal for each in added for diagonal in each.parameters())
+    copies = (copy for adapter in state.adapters.values() for copy in adapter.trained.values())
+    return ranks_of([*own, *diagonals, *copies], is_written=is_written)
+
+
+def is_held_together(model: nn.Module) -> bool:
+    """Whether several processes hold an adapted model together, so that each has to call what reads or writes it."""
+    settle(model)  # after a forward, whole copies may be in the places of shards
+    root, state = adapted_root(model)
+    return ranks_holding(Census.of(root), state) is not None

@@ -20,7 +20,7 @@ from torch import nn
 from randlora.errors import AdapterError, MergeError, warn
 from randlora.layers.cast import in_own_dtypes
 from randlora.layers.in_place import InPlace, adapter_layers_of
-from randlora.model.ranks import is_held_together
+from randlora.model.engines import is_held_together
 from randlora.state import ModelState, SavePretrained, attached_state
 from randlora.targets.walk import Census
 

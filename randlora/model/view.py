@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from randlora.model.change import all_or_nothing
+from randlora.model.engines import ranks_holding
 from randlora.model.install import owned_state, require_new_name, require_own
-from randlora.model.ranks import ranks_holding
 from randlora.places import settle
 from randlora.ranks import Ranks
 from randlora.state import CHANGING, ModelState, adapted_root
