@@ -6,7 +6,7 @@ One that is deleted is not there, and the rest works.
 from importlib import import_module
 from importlib.util import find_spec
 
-FEATURES = ("quantized", "offloaded", "sharded", "serving")
+FEATURES = ("readers", "quantized", "offloaded", "sharded", "serving")
 
 for _name in FEATURES:
     if find_spec(f"randlora.{_name}") is not None:

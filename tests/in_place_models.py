@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.layers import registry
-from randlora.layers.read_weight import ReadWeight
+from randlora.readers.read_weight import ReadWeight
 from tests.kit import fill
 from tests.layer_kinds import LayerKind
 

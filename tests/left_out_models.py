@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.layers import AdapterLayer, registry
-from randlora.layers.read_weight import ReadWeight
+from randlora.readers.read_weight import ReadWeight
 from randlora.report import Report
 from randlora.targets.left_out import LeftOut
 

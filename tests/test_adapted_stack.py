@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import randlora
-from randlora.layers.adapted_stack import AdaptedStack, Parts
 from randlora.layers.scopes import in_call
+from randlora.readers.adapted_stack import AdaptedStack, Parts
 from tests.kit import fill, untouched
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.layers.in_place import adapter_layers_of
-from randlora.layers.read_weight import ReadWeight
+from randlora.readers.read_weight import ReadWeight
 from randlora.start import Init
 from tests import kit
 from tests.attention_kinds import ATTENTION_KINDS, AttentionKind, changed, every_attention

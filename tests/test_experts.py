@@ -12,10 +12,10 @@ from transformers.integrations.moe import _grouped_mm as grouped_product
 
 import randlora
 from randlora.functional import grouped
-from randlora.layers import adapted_stack
-from randlora.layers.adapted_stack import AdaptedStack, Parts
-from randlora.layers.experts import Experts
 from randlora.layers.in_place import adapter_layers_of
+from randlora.readers import adapted_stack
+from randlora.readers.adapted_stack import AdaptedStack, Parts
+from randlora.readers.experts import Experts
 from tests import reference
 from tests.kit import fill, read, untouched
 from tests.laws import TOLERANCES, needs_compiler

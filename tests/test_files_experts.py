@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.errors import CheckpointError
-from randlora.layers.experts import Experts
+from randlora.readers.experts import Experts
 from randlora.targets.walk import Census
 from tests.kit import fill, same_bits
 from tests.model_directories import assert_same_tensors, stored, write

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import randlora
 from randlora.functional import Compute
 from randlora.layers import registry
-from randlora.layers.read_weight import ReadWeight
+from randlora.readers.read_weight import ReadWeight
 from randlora.start import Init
 from tests import reference
 from tests.kit import fill, same_bits

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.errors import TargetError
-from randlora.layers.parents import PARENTS, WITHOUT_GRADIENT, Reading
 from randlora.layers.scopes import in_call
+from randlora.readers.parents import PARENTS, WITHOUT_GRADIENT, Parent
 from tests.kit import fill, same_bits, untouched
 from tests.models import bert, clip, image, llama, reproducible, torchvision_vit
 from tests.transformers_zoo import tiny
@@ -144,7 +144,7 @@ BUILDS: dict[str, Callable[[Any], tuple[nn.Module, Callable[[Any], Any]]]] = {
 """How to build and run a module of each class that never calls some layers of its own."""
 
 
-def readings(owner: nn.Module, *, is_right: bool = True) -> list[Reading]:
+def readings(owner: nn.Module, *, is_right: bool = True) -> list[Parent]:
     """Return what the table says of a module."""
     names = [f"{parent.__module__}.{parent.__qualname__}" for parent in type(owner).__mro__]
     found = [reading for name in names for reading in PARENTS.get(name, ()) if reading.where(owner)]

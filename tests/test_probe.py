@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 import randlora
 from randlora.errors import MergeError
 from randlora.layers import registry
-from randlora.layers.linear import LinearAdapter, ReadLinear
+from randlora.layers.linear import LinearAdapter
+from randlora.readers.read_weight import ReadLinear
 from tests.kit import fill, untouched
 from tests.laws import needs_compiler
 from tests.models import library, reproducible

@@ -185,7 +185,7 @@ def _with_a_forward_of_its_own(layer: Any) -> None:
     own = layer.randlora_base
     layer.__class__ = own
     subclass = type("Own", (own,), {"forward": lambda self, x: own.forward(self, 2 * x)})
-    layer.__class__ = in_place.adapted_class(subclass, (), in_place.RunsAdapters)
+    layer.__class__ = in_place.adapted_class(subclass, (), in_place.Adapted)
 
 
 @every_nesting

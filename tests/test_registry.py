@@ -13,7 +13,8 @@ import randlora
 from randlora.errors import TargetError
 from randlora.layers import AdapterLayer, registry
 from randlora.layers.conv1d import Conv1DAdapter
-from randlora.layers.linear import LinearAdapter, ReadLinear
+from randlora.layers.linear import LinearAdapter
+from randlora.readers.read_weight import ReadLinear
 from tests.laws import adapter_layer
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from randlora.layers.parents import PARENTS
+from randlora.readers.parents import PARENTS
 from tests.weight_reads import LIBRARIES, Read, reads_in
 
 pytestmark = pytest.mark.medium
@@ -19,7 +19,7 @@ BY_OTHERS = {
 """Functions that read weights of a module of another class, and its name in the table."""
 
 HARMLESS = {
-    r"\.fuse_projections$": "randlora.layers.joined refuses the layers that are not called afterwards",
+    r"\.fuse_projections$": "randlora.readers.parents refuses the layers that are not called afterwards",
     r"\.(un)?freeze_batch_norm_2d$|\.replace_batch_norm$": "norms are not adapted",
     r"^diffusers\.(loaders|models\.lora|utils\.peft_utils)\b": "adapters of another kind, which inject refuses",
     r"^(diffusers\.quantizers|transformers\.(quantizers|integrations))\..*quantize": "before a model is adapted",

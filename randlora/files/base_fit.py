@@ -33,12 +33,10 @@ from randlora.disk.tensor_file import Entry
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.model_directory import Codes, ModelDirectory, find_codes, find_model, read_model_directory
 from randlora.files.transformers_model import Conversion, TransformersModel, build_model
-from randlora.layers.attention import InProjAdapter
 from randlora.layers.base import AdapterLayer
 from randlora.layers.conv1d import Conv1DAdapter
-from randlora.layers.convolution import ConvolutionAdapter
-from randlora.layers.experts import Experts, TransposedExperts
 from randlora.layers.linear import LinearAdapter
+from randlora.layers.registry import FORMS
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles
 from randlora.targets.site import Shapes, Site
@@ -278,14 +276,14 @@ def _stated(file: AdapterFile, fqn: str, entry: Entry) -> Slot | str:
     is_transposed: bool | None = True if file.fields.get("fan_in_fan_out") else None
     if header is not None and header.transposed is not None:
         is_transposed = fqn in header.transposed
-        if len(shape) == 3 and header.kinds.get(fqn) == Experts.kind:
+        if len(shape) == 3 and header.kinds.get(fqn) == "experts":
             stack: Shape = (shape[0], shape[2], shape[1]) if is_transposed else shape
-            kind = TransposedExperts if is_transposed else Experts
+            kind = FORMS["transposed stack" if is_transposed else "stack"]
             return Slot((entry.name,), stack[-len(trained) :], kind)
     elif header is not None and len(shape) == 2 and shape[0] != shape[1]:
         is_transposed = trained == shape[::-1]
     if len(shape) > 2 and len(trained) == 2:
-        return Slot((entry.name,), (shape[0], math.prod(shape[1:])), ConvolutionAdapter)
+        return Slot((entry.name,), (shape[0], math.prod(shape[1:])), FORMS["kernel"])
     if len(shape) != 2:
         return f"has shape {shape}, expected a matrix"
     if is_transposed is None:
@@ -296,4 +294,4 @@ def _stated(file: AdapterFile, fqn: str, entry: Entry) -> Slot | str:
     if is_transposed:
         return Slot((entry.name,), matrix, Conv1DAdapter)
     # a parameter, such as an `in_proj_weight`, may be split
-    return Slot((entry.name,), matrix, InProjAdapter if entry.name == fqn else LinearAdapter)
+    return Slot((entry.name,), matrix, FORMS["in_proj_weight"] if entry.name == fqn else LinearAdapter)

@@ -24,7 +24,6 @@ from randlora.errors import CheckpointError, MergeError
 from randlora.files.adapter import open_fitted
 from randlora.files.base_fit import Base, Slot, as_trained
 from randlora.files.transformers_model import Conversion, Read
-from randlora.layers.experts import Experts
 from randlora.layers.update import Update
 from randlora.model.mergeable import require_finite
 from randlora.targets.match import shortened
@@ -41,7 +40,7 @@ class Merging:
     @property
     def has_own_updates(self) -> bool:
         """Whether it is a stack of experts, of which each matrix has an update of its own and can be merged alone."""
-        is_stack = self.slot.layer_class.kind == Experts.kind
+        is_stack = self.slot.layer_class.kind == "experts"
         return is_stack and any(len(update.shape) == 3 for update in self.updates)
 
     @torch.no_grad()

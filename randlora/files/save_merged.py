@@ -34,8 +34,8 @@ from randlora.files.model_directory import (
     write_json,
 )
 from randlora.hints import require_types, shortly
-from randlora.layers.cast import in_own_dtypes
 from randlora.layers.in_place import plain_class
+from randlora.layers.scopes import in_own_dtypes
 from randlora.model.engines import is_first_copy
 from randlora.model.merged_tensors import MergedTensors, Share
 from randlora.model.train_also import moved_note, untrained_notes

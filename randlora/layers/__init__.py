@@ -1,10 +1,6 @@
 """Adapter layers, one file per kind of base layer. Importing this package registers every kind."""
 
-from randlora.layers import attention as attention
 from randlora.layers import conv1d as conv1d
-from randlora.layers import convolution as convolution
-from randlora.layers import embedding as embedding
-from randlora.layers import experts as experts
 from randlora.layers import linear as linear
 from randlora.layers.base import AdapterLayer as AdapterLayer
 from randlora.layers.registry import register_layer as register_layer

@@ -53,6 +53,7 @@ class AdapterLayer(MergeableWeight):
         kind: What the weight is: ``"linear"``, ``"attention"``, ``"convolution"``, ``"embedding"`` or ``"experts"``.
             ``targets="all-linear"`` selects the first two.
         is_called: Whether its `forward` runs in place of the owner's.
+        is_read: Whether code reads the weight in calls as `read` returns it.
         as_read: The kind of layer that adapts the same weight where code reads it, such as a forward of a subclass.
         state: The state of the model that the owner belongs to.
         shape: ``(out_features, in_features)`` of the weight, or of one matrix of a stack.
@@ -68,6 +69,7 @@ class AdapterLayer(MergeableWeight):
 
     kind: ClassVar[str] = "linear"
     is_called: ClassVar[bool] = True
+    is_read: ClassVar[bool] = False
     as_read: ClassVar[type[AdapterLayer] | None] = None
 
     def __init__(self, owner: nn.Module, state: ModelState) -> None:
@@ -123,6 +125,10 @@ class AdapterLayer(MergeableWeight):
     def takes_dropout(cls, owner: nn.Module) -> bool:  # noqa: ARG003  # for weights that code reads
         """Whether an adapter can have an input with entries dropped, other than the module's."""
         return True
+
+    def read(self, owner: nn.Module) -> Tensor | None:
+        """Return the value of the weight's attribute in calls of its module, and of those around it."""
+        return self.weight_of(owner)
 
     def settle(self, owner: nn.Module) -> None:  # most kinds have nothing to do
         """Change whatever else on the owner its kind requires while adapted. Must not fail."""

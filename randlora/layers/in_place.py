@@ -9,7 +9,6 @@ from __future__ import annotations
 import copyreg
 import inspect
 from collections.abc import Iterator
-from functools import partial
 from types import MethodType
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -17,13 +16,10 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from randlora.blocks import Forward
 from randlora.errors import CheckpointError, MergeError
 from randlora.layers.base import AdapterLayer
-from randlora.layers.cast import cast
 from randlora.layers.diagonals import Diagonal, Gamma, Lambda
-from randlora.layers.read_weight import ReadWeight
-from randlora.layers.scopes import has_updates, run_forward
+from randlora.layers.scopes import ReadAttribute
 from randlora.layers.split import adopted, split_of
 from randlora.places import loaded_modules
 from randlora.replaced import CASTS
@@ -132,59 +128,16 @@ class InPlace(nn.Module):
         return "; ".join([own, *(layer.description() for layer in self.randlora.values())])
 
 
-class RunsAdapters(InPlace):
-    """An adapted module whose forward is the product with its weight."""
+class Adapted(InPlace):
+    """An adapted module."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the module's own forward plus the outputs of the active adapters."""
-        if not isinstance(self, RunsAdapters):  # a bound method that outlived the adapters
+        """Return the output of the module's own forward with the updates of the active adapters."""
+        if not isinstance(self, Adapted):  # a bound method that outlived the adapters
             return type(self).forward(self, *args, **kwargs)
-        return self.randlora["weight"].forward(self, super().forward, *args, **kwargs)
-
-
-class ReadsAdapted(InPlace):
-    """An adapted module that has weights that are read, in its own forward or elsewhere."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the module's own forward."""
-        if not isinstance(self, ReadsAdapted):  # a bound method that outlived the adapters
-            return type(self).forward(self, *args, **kwargs)
-        for layer in self.randlora.values():
-            assert isinstance(layer, ReadWeight), "the class was created for these"
-            layer.held_weight(self)
-        forward = partial(run_forward, self, super().forward)
-        if (run := layer.state.run) is not None and run.takes_over:
-            inside = (each for module in self.modules() for each in adapter_layers_of(module).values())
-            if any(map(run.concerns, inside)):
-                return run.reading(layer, Forward(self, forward, args, kwargs))
-        return forward(*args, **kwargs)
-
-
-class ReadAttribute:
-    """The attribute of a class through which code reads a parameter: as it is computed with in a forward.
-
-    That is with the updates of adapters that are added where it is read, and cast, see `randlora.layers.scopes`. An
-    attribute that is set on a module, as by pruning, takes precedence.
-    """
-
-    def __init__(self, attribute: str) -> None:
-        """Create the attribute for a parameter of this name."""
-        self.attribute = attribute
-
-    def __get__(self, owner: Any, kind: type) -> Any:
-        """Return the parameter, or what is computed with."""
-        if owner is None:
-            return self
-        name, held = self.attribute, owner._parameters
-        if (parameter := held[name] if name in held else None) is None:  # noqa: SIM401  # ZeRO-3 does not see a get()
-            return nn.Module.__getattr__(owner, name)
-        if not has_updates(owner):
-            return parameter
-        layer = owner.randlora.get(name)
-        try:
-            return cast(owner, name, layer.read(owner) if isinstance(layer, ReadWeight) else parameter)
-        except AttributeError as error:  # else Python would call nn.Module.__getattr__, which returns the parameter
-            raise RuntimeError(f"cannot compute the adapted {name}: {error}") from error
+        layers = self.randlora  # one that is called adapts the weight
+        layer = layers["weight"] if "weight" in layers else next(iter(layers.values()))
+        return layer.forward(self, super().forward, *args, **kwargs)
 
 
 _Hosts = tuple[tuple[str, ...], type["InPlace"]]
@@ -202,7 +155,7 @@ def adapted_class(base: type[nn.Module], reads: tuple[str, ...], kind: type[InPl
         return known
     body: dict[str, Any] = {attribute: ReadAttribute(attribute) for attribute in reads}
     body |= {"__module__": base.__module__, "__doc__": base.__doc__, "randlora_base": base}
-    if kind is RunsAdapters:
+    if kind is Adapted:
         parameters = list(inspect.signature(base.forward).parameters)[1:2]
         body["randlora_input"] = parameters[0] if parameters else ""
     # one that is not adapted keeps its name, by which code may know it
@@ -213,9 +166,8 @@ def adapted_class(base: type[nn.Module], reads: tuple[str, ...], kind: type[InPl
 def _hosts(owner: nn.Module) -> _Hosts:
     """Return the arguments of `adapted_class` for what a module has."""
     layers: dict[str, AdapterLayer] = vars(owner).get("randlora", {})
-    reads = {attribute for attribute, layer in layers.items() if isinstance(layer, ReadWeight)}
-    kind = RunsAdapters if any(layer.is_called for layer in layers.values()) else ReadsAdapted if reads else InPlace
-    return tuple(sorted(reads.union(vars(owner).get(CASTS, ())))), kind
+    reads = {attribute for attribute, layer in layers.items() if layer.is_read}
+    return tuple(sorted(reads.union(vars(owner).get(CASTS, ())))), Adapted if layers else InPlace
 
 
 def _new(base: type[nn.Module], reads: tuple[str, ...], kind: type[InPlace], *args: Any) -> nn.Module:
@@ -250,10 +202,9 @@ def class_obstacle(owner: nn.Module, layer_class: type[AdapterLayer]) -> str | N
         return f"is a {own.__name__}, a TorchScript module whose class cannot change: adapt it before scripting"
     if taken := [name for name in ("randlora", *layer_class.parameter_names()) if has_attribute(owner, name)]:
         return f"has an attribute {taken[0]} of its own, where an adapter is held: rename that, or exclude the layer"
-    reads = (layer_class.attribute,) if issubclass(layer_class, ReadWeight) else ()
+    reads = (layer_class.attribute,) if layer_class.is_read else ()
     try:
-        kind = RunsAdapters if layer_class.is_called else ReadsAdapted
-        object.__setattr__(object.__new__(own), "__class__", adapted_class(own, reads, kind))
+        object.__setattr__(object.__new__(own), "__class__", adapted_class(own, reads, Adapted))
     except Exception as error:  # a class may raise anything when it is subclassed
         return f"is a {own.__name__}, whose class cannot be replaced by a subclass ({error}): use another class"
     return None
@@ -341,7 +292,7 @@ def detach(owner: nn.Module, layer: AdapterLayer) -> None:
         is_shared = any(other.adopted == layer.adopted for other in layers.values())
         if layer.adopted is not None and bound is layer.adopted[1] and not is_shared:
             owner.__dict__[name] = layer.adopted[0]
-        if isinstance(bound, MethodType) and bound.__func__ in (RunsAdapters.forward, ReadsAdapted.forward):
+        if isinstance(bound, MethodType) and bound.__func__ is Adapted.forward:
             owner.__dict__[name] = own_forward
     if layer.own_forward is not None and not any(name in owner.__dict__ for name in FORWARDS):
         owner.__dict__["forward"] = own_forward

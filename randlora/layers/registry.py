@@ -7,25 +7,23 @@ by the module's type or, if that is not registered, by the parameter's name.
 """
 
 import inspect
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import plain_class
-from randlora.layers.read_weight import ReadWeight
 
 Layer = TypeVar("Layer", bound=type[AdapterLayer])
-Reader = TypeVar("Reader", bound=type[ReadWeight])
 
 KINDS = ("linear", "attention", "convolution", "embedding", "experts")
 """The kinds of weights, in the order in which reports list them."""
 
 _layers: dict[str, type[AdapterLayer] | str] = {}
-_readers: dict[str, dict[str, type[ReadWeight]]] = {}
-_by_parameter: dict[str, list[tuple[Callable[[nn.Module, Tensor], bool], type[ReadWeight]]]] = {}
+_readers: dict[str, dict[str, type[AdapterLayer]]] = {}
+_by_parameter: dict[str, list[tuple[Callable[[nn.Module, Tensor], bool], type[AdapterLayer]]]] = {}
 
 
 def register_layer(base_type: type[nn.Module] | str) -> Callable[[Layer], Layer]:
@@ -60,7 +58,7 @@ def register_layer(base_type: type[nn.Module] | str) -> Callable[[Layer], Layer]
             missing = ", ".join(sorted(layer.__abstractmethods__))
             raise TypeError(f"{layer.__name__} cannot be registered without {missing}: define it in the class")
         _require_known_kind(layer)
-        if issubclass(layer, ReadWeight) and layer.attribute != "weight":
+        if layer.attribute != "weight":
             _readers.setdefault(_name(base_type), {})[layer.attribute] = layer
         else:
             _layers[_name(base_type)] = layer
@@ -74,7 +72,7 @@ def refuse_layer(base_type: type[nn.Module] | str, reason: str) -> None:
     _layers[_name(base_type)] = reason
 
 
-def register_parameter(where: Callable[[nn.Module, Tensor], bool]) -> Callable[[Reader], Reader]:
+def register_parameter(where: Callable[[nn.Module, Tensor], bool]) -> Callable[[Layer], Layer]:
     """Register the adapter layer of parameters with the name of its ``attribute``, as a class decorator.
 
     Args:
@@ -85,9 +83,53 @@ def register_parameter(where: Callable[[nn.Module, Tensor], bool]) -> Callable[[
         A decorator that returns the class unchanged.
     """
 
-    def register(layer: Reader) -> Reader:
+    def register(layer: Layer) -> Layer:
         _require_known_kind(layer)
         _by_parameter.setdefault(layer.attribute, []).append((where, layer))
+        return layer
+
+    return register
+
+
+class Reading(NamedTuple):
+    """A module whose weight a module around it reads or changes, or that this does not use.
+
+    Attributes:
+        child: The module.
+        why: Why an adapter that acts when it is called would be wrong, as a phrase after its name.
+        effect: ``"read"`` where one is right that acts on the weight as it is read, ``"untrained"`` where it could not
+            be trained, and ``"none"`` where no adapter is right.
+    """
+
+    child: nn.Module
+    why: str
+    effect: Literal["read", "untrained", "none"]
+
+
+_finders: list[Callable[[nn.Module], Iterator[Reading]]] = []
+
+
+def register_readings(find: Callable[[nn.Module], Iterator[Reading]]) -> Callable[[nn.Module], Iterator[Reading]]:
+    """Register what finds the modules inside a module whose weight that reads; a decorator."""
+    _finders.append(find)
+    return find
+
+
+def readings_in(owner: nn.Module) -> Iterator[Reading]:
+    """Go through the modules inside an owner whose weight it reads or changes, or that it does not use."""
+    for find in _finders:
+        yield from find(owner)
+
+
+FORMS: dict[str, type[AdapterLayer]] = {}
+"""The kinds of weights that files of adapters tell apart by shapes, where no module does."""
+
+
+def register_form(name: str) -> Callable[[Layer], Layer]:
+    """Register a kind of weight under its name in `FORMS`, as a class decorator."""
+
+    def register(layer: Layer) -> Layer:
+        FORMS[name] = layer
         return layer
 
     return register
@@ -106,11 +148,11 @@ def find_layer(module: nn.Module) -> type[AdapterLayer] | str | None:
     return None
 
 
-def find_readers(module: nn.Module) -> tuple[type[ReadWeight], ...]:
+def find_readers(module: nn.Module) -> tuple[type[AdapterLayer], ...]:
     """Return the adapter layers for the parameters of a module that other code reads, except for its ``weight``."""
     for parent in type(module).__mro__:
         if (entry := _readers.get(_name(parent))) is not None:
-            return tuple(kind for kind in entry.values() if kind.is_held_by(module))
+            return tuple(kind for kind in entry.values() if _weight_or_source(module, kind.attribute) is not None)
         if isinstance(_layers.get(_name(parent)), str):
             return ()
     found = []

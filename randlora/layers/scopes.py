@@ -1,7 +1,8 @@
-"""Where a weight that code reads has its updates: in a call of its module, or of a module around it.
+"""Where code reads a parameter as it is computed with: in a call of its module, or of a module around it.
 
-Elsewhere the attribute is the parameter itself, as in `state_dict`, for whatever saves, moves, shards, resizes or
-initializes a model. Compiled code only computes, so it reads the updates wherever it is.
+There it has the updates of a `ReadWeight`, and the dtype that the module computes with where that is not its own, as of
+copies that are trained with an adapter. Elsewhere the attribute is the parameter itself, as in `state_dict`, for
+whatever saves, moves, shards, resizes or initializes a model. Compiled code only computes, wherever it reads.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from randlora.bases.basis import is_exporting
 from randlora.places import loaded_modules
+from randlora.replaced import CASTS
 
 Weights = dict[tuple[int, str, bool], Tensor]
 """What a forward has read and keeps until it ends, by owner's id, attribute, and whether gradients were enabled."""
@@ -70,10 +72,10 @@ def has_updates(owner: nn.Module) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    if is_in_call() and not loaded_modules([owner]):
-        return True
     forward: Forward | None = getattr(_here, "forward", None)
-    return forward is not None and any(each is owner for each in (forward.owner, *forward.owner._modules.values()))
+    if forward is not None and (owner is forward.owner or any(each is owner for each in forward.owner.children())):
+        return True
+    return is_in_call() and not loaded_modules([owner])
 
 
 @contextmanager
@@ -91,11 +93,65 @@ def run_forward(owner: nn.Module, forward: Callable[..., Any], /, *args: Any, **
     """Return what a forward of a module returns, which reads its weights."""
     if torch.compiler.is_compiling():
         return forward(*args, **kwargs)
-    with forward_of(owner):
+    outer, _here.forward = getattr(_here, "forward", None), Forward(owner, {})  # `forward_of`, without its generator
+    try:
         return forward(*args, **kwargs)
+    finally:
+        _here.forward = outer
 
 
 def read_so_far() -> Weights | None:
     """Return what the innermost forward has read, if one runs."""
     forward: Forward | None = getattr(_here, "forward", None)
     return None if forward is None else forward.read
+
+
+class ReadAttribute:
+    """The attribute of a class through which code reads a parameter: as it is computed with in a forward.
+
+    That is with the updates of adapters that are added where it is read, and cast. An attribute that is set on a
+    module, as by pruning, takes precedence.
+    """
+
+    def __init__(self, attribute: str) -> None:
+        """Create the attribute for a parameter of this name."""
+        self.attribute = attribute
+
+    def __get__(self, owner: Any, kind: type) -> Any:
+        """Return the parameter, or what is computed with."""
+        if owner is None:
+            return self
+        name, held = self.attribute, owner._parameters
+        if (parameter := held[name] if name in held else None) is None:  # noqa: SIM401  # ZeRO-3 does not see a get()
+            return nn.Module.__getattr__(owner, name)
+        if not has_updates(owner):
+            return parameter
+        layer = owner.randlora.get(name)
+        try:
+            return cast(owner, name, parameter if layer is None else layer.read(owner))
+        except AttributeError as error:  # else Python would call nn.Module.__getattr__, which returns the parameter
+            raise RuntimeError(f"cannot compute the adapted {name}: {error}") from error
+
+
+def cast(owner: nn.Module, attribute: str, value: Tensor) -> Tensor:
+    """Return the value of an attribute in the dtype that its module computes with."""
+    dtype = owner.__dict__.get(CASTS, {}).get(attribute)
+    return value if dtype is None else value.to(dtype)
+
+
+@contextmanager
+def in_own_dtypes(model: nn.Module) -> Iterator[None]:
+    """Have a model hold all parameters in the dtypes that it computes with, inside the block."""
+    casts = [(module, name) for module in model.modules() for name in vars(module).get(CASTS, ())]
+    held = [(module, name, found) for module, name in casts if (found := module._parameters.get(name)) is not None]
+    rounded: dict[int, nn.Parameter] = {}  # a tied one stays tied
+    try:
+        for module, name, parameter in held:
+            if id(parameter) not in rounded:
+                value = cast(module, name, parameter.detach())
+                rounded[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
+            module._parameters[name] = rounded[id(parameter)]
+        yield
+    finally:
+        for module, name, parameter in held:
+            module._parameters[name] = parameter

@@ -76,13 +76,14 @@ class StoredWeight(ABC):
 
     @classmethod
     def site_fqn(cls, owner_fqn: str) -> str:
-        """Return the name of the weight in files, given its owner's FQN; here the FQN itself."""
-        return owner_fqn
+        """Return the name of the weight in files: the FQN of the parameter, or of the module for its ``weight``."""
+        return owner_fqn if cls.attribute == "weight" else f"{owner_fqn}.{cls.attribute}"
 
     @classmethod
     def parameter_names(cls) -> tuple[str, str]:
-        """Return the names under which the owner holds Λ and Γ."""
-        return "randlora_lambda", "randlora_gamma"
+        """Return the names under which the owner, which may have several such weights, holds Λ and Γ."""
+        prefix = "" if cls.attribute == "weight" else f"{cls.attribute}_"
+        return f"{prefix}randlora_lambda", f"{prefix}randlora_gamma"
 
     @classmethod
     def device_beside(cls, owner: nn.Module) -> torch.device:

@@ -1,15 +1,14 @@
-"""Watching the calls of a model with adapters: of which modules, and for names and layers that they would ignore."""
+"""Watching the calls of a model with adapters: which are running, and what they or their modules would ignore."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from randlora.errors import AdapterError
 from randlora.layers.in_place import adapter_layers_of
-from randlora.layers.joined import can_join, require_called
-from randlora.layers.read_weight import ReadWeight
 from randlora.layers.scopes import begin_call, end_call
 from randlora.replaced import CASTS
 from randlora.targets.match import prefixes
@@ -18,9 +17,22 @@ from randlora.targets.walk import Census
 ARGUMENT = "adapter_names"
 """What PEFT calls the names in a call of a model. Models of transformers accept any argument and ignore this one."""
 
-
 NUMBER = int.from_bytes(b"randlora", "big")
-"""The number of these hooks in each module: where torch counts, compiled code of a module would not fit another."""
+"""The number of hooks that count, in each module: where torch counts, compiled code of one would not fit another."""
+
+Check = Callable[[nn.Module, Any], None]
+
+_checks: dict[Check, Callable[[nn.Module], bool]] = {}
+
+
+def register_check(where: Callable[[nn.Module], bool]) -> Callable[[Check], Check]:
+    """Register a check of the calls of modules that have adapted ones inside; a decorator of a forward pre-hook."""
+
+    def register(check: Check) -> Check:
+        _checks[check] = where
+        return check
+
+    return register
 
 
 def check_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001  # a hook's signature
@@ -36,52 +48,46 @@ def check_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         )
 
 
-def watch_calls(root: nn.Module) -> None:
-    """Check and count the calls of a module from now on."""
-    root.register_forward_pre_hook(check_call, with_kwargs=True, prepend=True)
-    _count(root)
+def watch(census: Census) -> None:
+    """Watch the calls of a model with adapters, and of the modules in it for which anything registered a check.
 
-
-def watch_reads(census: Census) -> None:
-    """Watch the calls of the modules that have a weight that is read, or that are around one, and no others' any more.
-
-    See `randlora.layers.scopes`. Those of the model itself are watched by `watch_calls`.
+    Those of modules around a weight that is read are counted: see `randlora.layers.scopes`.
     """
-    around = {name for visit in census.visits if _is_read(visit.module) for name in prefixes(visit.fqn)}
-    inside = {id(visit.module) for visit in census.visits if visit.fqn in around}
-    for module in {visit.module: None for visit in census.visits}:
-        if id(module) not in inside:
+    root = census.model
+    if check_call not in root._forward_pre_hooks.values():
+        root.register_forward_pre_hook(check_call, with_kwargs=True, prepend=True)
+    for module in census.around_adapted:
+        for check, where in _checks.items():
+            if where(module) and check not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(check)
+    _count(census)
+
+
+def unwatch(census: Census) -> None:
+    """Watch the calls of a model without adapters no more, but where a parameter is still cast as it is read."""
+    for module in census.modules:
+        _remove(module, check_call, *_checks)
+    _count(census)
+
+
+def _count(census: Census) -> None:
+    read = [visit for visit in census.visits if _is_read(visit.module)]
+    around = {name for visit in read for name in prefixes(visit.fqn)[:-1]}
+    inside = {visit.module for visit in census.visits if visit.fqn in around}
+    inside.update(visit.module for visit in read if "forward" in vars(visit.module))  # which is not ours
+    if around or census.adapted:
+        inside.add(census.model)
+    for module in census.modules:
+        if module not in inside:
             _remove(module, begin_call, end_call)
-        else:
-            _count(module)
-
-
-def _count(module: nn.Module) -> None:
-    module._forward_pre_hooks[NUMBER], module._forward_hooks[NUMBER] = begin_call, end_call
-    module._forward_hooks_always_called[NUMBER] = True
+        elif NUMBER not in module._forward_hooks:
+            module._forward_pre_hooks[NUMBER], module._forward_hooks[NUMBER] = begin_call, end_call
+            module._forward_hooks_always_called[NUMBER] = True
 
 
 def _is_read(module: nn.Module) -> bool:
     """Whether code reads a weight of a module as something else than the parameter."""
-    return CASTS in vars(module) or any(isinstance(each, ReadWeight) for each in adapter_layers_of(module).values())
-
-
-def watch_attention(census: Census) -> None:
-    """Check in the calls of attention that it calls the projections that are adapted; see `randlora.layers.joined`."""
-    for module in census.around_adapted:
-        if can_join(module) and require_called not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(require_called)
-
-
-def unwatch_attention(census: Census) -> None:
-    """Remove the hooks of `watch_attention`."""
-    for module in census.modules:
-        _remove(module, require_called)
-
-
-def unwatch_calls(root: nn.Module) -> None:
-    """Remove the hooks, which a copy of the module has too."""
-    _remove(root, check_call, begin_call, end_call)
+    return CASTS in vars(module) or any(layer.is_read for layer in adapter_layers_of(module).values())
 
 
 def _remove(module: nn.Module, *hooks: Any) -> None:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from randlora.errors import AdapterError, MergeError, raise_collected
-from randlora.layers.read_weight import ReadWeight
 from randlora.layers.update import Into
 from randlora.model.change import undone
 from randlora.model.install import unwrapped_model
@@ -271,7 +270,7 @@ def _problems(site: AdaptedSite, seen: Sequence[_Mode], refused: float | None) -
         found.append(Problem(site.fqn, fault, tuple(_name(mode.training) for mode in modes), difference))
 
     past = [mode for mode in seen if site in mode.moved_merged - mode.moved]
-    if refused is not None and isinstance(site.layer, ReadWeight):
+    if refused is not None and site.layer.is_read:
         add("read past", seen)
         return found
     if past:

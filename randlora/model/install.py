@@ -21,7 +21,7 @@ from randlora.hints import shortly
 from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Gamma
 from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, has_attribute, set_casts
-from randlora.model.calls import unwatch_attention, unwatch_calls, watch_attention, watch_calls, watch_reads
+from randlora.model.calls import unwatch, watch
 from randlora.model.change import all_or_nothing, set_requires_grad
 from randlora.model.engines import require_averaged, tell_added, tell_changed
 from randlora.model.save_guard import guard_saving, unguard_saving
@@ -205,10 +205,7 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
         tell_changed(census.model)
         now = census.again()
         guard_saving(now, state, addition.save_pretrained)
-        watch_attention(now)
-        watch_reads(now)
-        if len(state.adapters) == 1:
-            watch_calls(census.model)
+        watch(now)
 
 
 def require_detachable(census: Census, doing: str, sites: Iterable[Site] | None = None) -> None:
@@ -287,15 +284,13 @@ def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
     """
     restored = tuple(site.fqn for site in census.adapted)
     unguard_saving(census)
-    unwatch_attention(census)
-    unwatch_calls(census.model)
     for site in census.adapted:
         detach(site.owner, site.layer)
     for module in census.modules:
         if CASTS in vars(module):
             set_casts(module, _rounded(module))
     now = census.again()
-    watch_reads(now)
+    unwatch(now)
     own = {held.fqn: held.parameter for held in now.parameters}
     for fqn, flag in state.required_grad.take(own).items():  # not for parameters added later
         set_requires_grad(own[fqn], flag)

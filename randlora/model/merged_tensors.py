@@ -15,8 +15,8 @@ from torch.nn.parameter import is_lazy
 from randlora.errors import ConfigError, MergeError, raise_collected
 from randlora.hints import shortly
 from randlora.layers.base import AdapterLayer
-from randlora.layers.cast import cast
 from randlora.layers.in_place import plain_class
+from randlora.layers.scopes import cast
 from randlora.layers.update import Into
 from randlora.model.install import lost_parts, require_own, unwrapped_model
 from randlora.model.mergeable import model_dtype, require_finite, weight_problems

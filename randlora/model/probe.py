@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from randlora.layers.in_place import plain_class
-from randlora.layers.read_weight import ReadWeight
 from randlora.layers.scopes import run_forward
 from randlora.layers.update import folded
 from randlora.model.change import undone
@@ -32,7 +31,7 @@ def differences_from_product(sites: Iterable[AdaptedSite]) -> dict[AdaptedSite, 
     """
     own = [site for site in sites if site.layer.is_called and not site.layer.runs_plain_forward(site.owner)]
     found = {site: difference_from_product(site) for site in own}
-    return {site: each for site, each in found.items() if each is not None or not isinstance(site.layer, ReadWeight)}
+    return {site: each for site, each in found.items() if each is not None or not site.layer.is_read}
 
 
 def product_problems(differences: Mapping[AdaptedSite, float | None]) -> list[str]:
@@ -46,7 +45,7 @@ def product_problems(differences: Mapping[AdaptedSite, float | None]) -> list[st
         if difference is None or difference <= TOLERANCE:
             continue
         own = f"{site.fqn} has a forward of its own ({plain_class(site.owner).__name__}), which"
-        if isinstance(site.layer, ReadWeight):
+        if site.layer.is_read:
             problems.append(
                 f"{own} takes the weight from elsewhere than its attribute {site.layer.attribute}, so that the adapter "
                 "has no effect, and merged it would have. Read the attribute there, or exclude the layer"
@@ -89,7 +88,7 @@ def difference_from_product(site: AdaptedSite) -> float | None:
     size = torch.where((norm > 0) & norm.isfinite(), norm, out_features**0.5)
     change *= size / torch.linalg.vector_norm(change)
     changed = nn.Parameter(folded(weight, layer.in_storage_layout(change)), requires_grad=False)
-    if isinstance(layer, ReadWeight):
+    if layer.is_read:
         tried = [_outputs(site, x, *both) for both in ((weight, weight), (weight, changed), (changed, changed))]
         before, as_read, after = (torch.cat([*map(torch.flatten, outputs), x.new_empty(0)]) for outputs in tried)
         difference, whole = (after - as_read).to(wide), (after - before).to(wide)

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from randlora.errors import AdapterError, MergeError, warn
-from randlora.layers.cast import in_own_dtypes
 from randlora.layers.in_place import InPlace, adapter_layers_of
+from randlora.layers.scopes import in_own_dtypes
 from randlora.model.engines import is_held_together
 from randlora.state import ModelState, SavePretrained, attached_state
 from randlora.targets.walk import Census

@@ -18,7 +18,6 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.hints import NotTheModel, require_types
 from randlora.layers.in_place import adapter_layers_of
-from randlora.layers.read_weight import ReadWeight
 from randlora.layers.registry import find_layer
 from randlora.model.change import unchanged_if_raised
 from randlora.quantized.bnb import Linear4bitAdapter, put_in_order
@@ -223,7 +222,7 @@ def _is_norm_or_dense(module: nn.Module) -> bool:
     if is_stored_otherwise or is_quantized(module) or is_parametrized(module):
         return False
     entry = find_layer(module)  # what reads a weight may read 16-bit weights beside it, as attention does
-    return is_norm(module) or (isinstance(entry, type) and not issubclass(entry, ReadWeight))
+    return is_norm(module) or (isinstance(entry, type) and not entry.is_read)
 
 
 def _holds_half_matrices(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from randlora.blocks import Forward, open_elsewhere
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
-from randlora.layers.attention import OutProjAdapter
+from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.scopes import in_call
 from randlora.model.install import lost_sites, require_own
@@ -285,7 +285,7 @@ class RowsOfAttention:
     Nothing of the module itself is adapted, so hooks do it: its own forward runs with the base.
     """
 
-    def __init__(self, layer: OutProjAdapter) -> None:
+    def __init__(self, layer: AdapterLayer) -> None:
         """Run attention by the adapters of its ``out_proj``."""
         self.layer = layer
 

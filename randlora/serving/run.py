@@ -19,8 +19,8 @@ from randlora.blocks import Forward, Run
 from randlora.errors import AdapterError
 from randlora.functional import Diagonals, Pair, update_rows
 from randlora.layers.base import AdapterLayer
+from randlora.layers.in_place import plain_class
 from randlora.layers.inputs import input_of, require_product
-from randlora.layers.read_weight import ReadWeight, base_class
 from randlora.layers.split import split_of
 from randlora.serving.routing import Layout, Routing, Sorted, follow, layout_of, layout_of_rows, unfollowed
 from randlora.serving.stacked import (
@@ -179,9 +179,9 @@ class RowByRow(Routing, Run):
         follow(self, result, layout)
         return result
 
-    def reading(self, layer: ReadWeight, forward: Forward) -> Any:
+    def reading(self, layer: Any, forward: Forward) -> Any:
         """Return the output of the forward of a module that reads its weights, run once for each adapter."""
-        module = base_class(forward.owner).__name__
+        module = plain_class(forward.owner).__name__
         given = layer.rows_of(forward.owner, forward.args, forward.kwargs)
         layout, rows = layout_of_rows(self, layer, given, module)
         with unfollowed(self):

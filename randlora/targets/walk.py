@@ -16,9 +16,7 @@ from randlora.errors import TargetError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Diagonal
 from randlora.layers.in_place import adapter_layers_of
-from randlora.layers.parents import chosen_without_gradient, readings_in
-from randlora.layers.read_weight import ReadWeight
-from randlora.layers.registry import find_layer, find_readers
+from randlora.layers.registry import Reading, find_layer, find_readers, readings_in
 from randlora.replaced import unwrapped, whole_shape
 from randlora.state import require_module
 from randlora.targets.match import prefixes
@@ -44,7 +42,7 @@ class Visit(NamedTuple):
 
     fqn: str
     module: nn.Module
-    reader: type[ReadWeight] | None = None
+    reader: type[AdapterLayer] | None = None
 
     @property
     def entry(self) -> type[AdapterLayer] | str | None:
@@ -167,19 +165,14 @@ class Census:
         sites, attribute = self.sites_by_key, AdapterLayer.attribute
         return {
             (child, attribute): why
-            for child, (why, is_right) in self._readings.items()
-            if (child, attribute) in sites
-            and not (is_right and issubclass(sites[child, attribute].layer_class, ReadWeight))
+            for child, (_, why, effect) in self._readings.items()
+            if (child, attribute) in sites and not (effect == "read" and sites[child, attribute].layer_class.is_read)
         }
 
     @cached_property
     def untrainable(self) -> dict[tuple[int, str], str]:
         """Why rules leave out layers that an adapter could be added to, and not be trained, by `Site.key`."""
-        found: dict[tuple[int, str], str] = {}
-        for visit in self.first_visits:
-            for child, why in chosen_without_gradient(visit.module):
-                found[id(child), AdapterLayer.attribute] = why
-        return found
+        return {(id(child), AdapterLayer.attribute): why for child, why, effect in self._found if effect == "untrained"}
 
     @cached_property
     def read(self) -> Collection[tuple[int, str]]:
@@ -187,13 +180,17 @@ class Census:
         return {(child, AdapterLayer.attribute) for child in self._readings}
 
     @cached_property
-    def _readings(self) -> dict[int, tuple[str, bool]]:
-        """The modules whose weight another one reads or changes, by id, as `readings_in` gives them."""
-        found: dict[int, tuple[str, bool]] = {}
-        for module in self.modules:
-            for child, why, is_right in readings_in(module):
-                if is_right <= found.get(id(child), (why, True))[1]:  # what is wrong for one is wrong
-                    found[id(child)] = why, is_right
+    def _found(self) -> tuple[Reading, ...]:
+        return tuple(reading for module in self.modules for reading in readings_in(module))
+
+    @cached_property
+    def _readings(self) -> dict[int, Reading]:
+        """The modules whose weight another one reads or changes, by id; what is wrong for one of these is wrong."""
+        found: dict[int, Reading] = {}
+        for reading in self._found:
+            before = found.get(id(reading.child), reading)
+            if reading.effect == "none" or (reading.effect == "read" == before.effect):
+                found[id(reading.child)] = reading
         return found
 
     @cached_property
@@ -258,7 +255,8 @@ class Census:
         """Return the weights of a module that can be adapted, under the name of one of its places."""
         called, kinds = find_layer(visit.module), list[type[AdapterLayer]](find_readers(visit.module))
         if isinstance(called, type):
-            _, is_read = self._readings.get(id(visit.module), ("", id(visit.module) in self._heads))
+            known = self._readings.get(id(visit.module))
+            is_read = id(visit.module) in self._heads if known is None else known.effect == "read"
             kinds.insert(0, called.as_read if is_read and called.as_read is not None else called)
         return tuple(Site(kind.site_fqn(visit.fqn), visit.module, kind) for kind in kinds)
 

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 FEATURES: dict[str, tuple[str, ...]] = {
     "readers": (
         *("readers/*", "layers/attention.py", "layers/experts.py", "layers/adapted_stack.py", "layers/convolution.py"),
-        *("layers/embedding.py", "layers/joined.py", "layers/read_weight.py", "layers/parents.py"),
+        *("layers/embedding.py", "layers/joined.py", "layers/read_weight.py", "layers/uncalled.py"),
     ),
     "quantized": (*("quantized/*", "layers/bnb*.py", "layers/quantized.py", "files/quantized.py", "model/prepare.py"),),
     "sharded": (

@@ -2,16 +2,21 @@
 
 An adapter that acts when its layer is called would be a silent no-op where the weight is read. Such a layer is adapted
 so that the parent's forward reads weight + update (`AdapterLayer.as_read`, `randlora.layers.scopes`), or, where no
-adapter would be right, refused with the reason.
+adapter would be right, refused with the reason. So are projections in whose place an attention of diffusers calls
+others: ``fuse_qkv_projections()`` makes one layer of several.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from randlora.layers.in_place import plain_class
-from randlora.layers.joined import left_by_joining
+from randlora.errors import AdapterError
+from randlora.layers.in_place import adapter_layers_of, plain_class
+from randlora.layers.registry import Reading, register_readings
+from randlora.model.calls import register_check
 
 TRANSFORMERS = "transformers.models"
 NO_EFFECT = "so an adapter would have no effect"
@@ -25,7 +30,7 @@ DIVIDED = (
 )
 
 
-class Reading(NamedTuple):
+class Parent(NamedTuple):
     """Linear layers whose weight their owner reads or changes.
 
     Attributes:
@@ -51,19 +56,19 @@ def _divides(block: Any) -> bool:
     return bool(every > 0 and block.layer_id >= every)  # else it divides by one
 
 
-PARENTS: dict[str, tuple[Reading, ...]] = {
+PARENTS: dict[str, tuple[Parent, ...]] = {
     # of a subclass too: whether a forward of its own calls it cannot be told
-    "torch.nn.modules.activation.MultiheadAttention": (Reading(("out_proj",)),),
+    "torch.nn.modules.activation.MultiheadAttention": (Parent(("out_proj",)),),
     **dict.fromkeys(
         (
             "torchvision.models.swin_transformer.ShiftedWindowAttention",
             "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d",
         ),
-        (Reading(("qkv", "proj")),),
+        (Parent(("qkv", "proj")),),
     ),
     **dict.fromkeys(
         ("open_clip.modified_resnet.AttentionPool2d", "diffusers.models.embeddings.HunyuanDiTAttentionPool"),
-        (Reading(("q_proj", "k_proj", "v_proj", "c_proj")),),
+        (Parent(("q_proj", "k_proj", "v_proj", "c_proj")),),
     ),
     **dict.fromkeys(
         (
@@ -71,10 +76,10 @@ PARENTS: dict[str, tuple[Reading, ...]] = {
             "timm.models.eva.EvaAttention",
             "timm.models.swin_transformer_v2.WindowAttention",
         ),
-        (Reading(("qkv",), where=_joins_biases),),
+        (Parent(("qkv",), where=_joins_biases),),
     ),
-    "timm.models.naflexvit.NaFlexEmbeds": (Reading(("proj",), "for patches of several sizes"),),
-    f"{TRANSFORMERS}.wavlm.modeling_wavlm.WavLMAttention": (Reading(("q_proj", "k_proj", "v_proj", "out_proj")),),
+    "timm.models.naflexvit.NaFlexEmbeds": (Parent(("proj",), "for patches of several sizes"),),
+    f"{TRANSFORMERS}.wavlm.modeling_wavlm.WavLMAttention": (Parent(("q_proj", "k_proj", "v_proj", "out_proj")),),
     **dict.fromkeys(
         (
             f"{TRANSFORMERS}.{model}.modeling_{file}.TDNNLayer"
@@ -84,7 +89,7 @@ PARENTS: dict[str, tuple[Reading, ...]] = {
                 *((name, name) for name in ("wav2vec2_conformer", "wavlm")),
             )
         ),
-        (Reading(("kernel",)),),
+        (Parent(("kernel",)),),
     ),
     **dict.fromkeys(
         (
@@ -92,54 +97,54 @@ PARENTS: dict[str, tuple[Reading, ...]] = {
             f"{TRANSFORMERS}.detr.modeling_detr.DetrMHAttentionMap",
             f"{TRANSFORMERS}.maskformer.modeling_maskformer.MaskFormerDetrMHAttentionMap",
         ),
-        (Reading(("k_proj",)),),
+        (Parent(("k_proj",)),),
     ),
-    f"{TRANSFORMERS}.dab_detr.modeling_dab_detr.DabDetrMHAttentionMap": (Reading(("k_linear",)),),
+    f"{TRANSFORMERS}.dab_detr.modeling_dab_detr.DabDetrMHAttentionMap": (Parent(("k_linear",)),),
     **dict.fromkeys(
         (
             f"{TRANSFORMERS}.layoutlmv2.modeling_layoutlmv2.LayoutLMv2Encoder",
             f"{TRANSFORMERS}.layoutlmv3.modeling_layoutlmv3.LayoutLMv3Encoder",
         ),
-        (Reading(("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"), problem=WITHOUT_GRADIENTS),),
+        (Parent(("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"), problem=WITHOUT_GRADIENTS),),
     ),
     f"{TRANSFORMERS}.pp_doclayout_v2.modeling_pp_doclayout_v2.PPDocLayoutV2ReadingOrderEncoder": (
-        Reading(("rel_pos_bias",), problem=WITHOUT_GRADIENTS),
-        Reading(("rel_pos_x_bias", "rel_pos_y_bias"), problem=UNUSED),
+        Parent(("rel_pos_bias",), problem=WITHOUT_GRADIENTS),
+        Parent(("rel_pos_x_bias", "rel_pos_y_bias"), problem=UNUSED),
     ),
     f"{TRANSFORMERS}.gemma3n.modeling_gemma3n.Gemma3nTextAltUp": (
-        Reading(
+        Parent(
             ("correction_coefs", "prediction_coefs"),  # it clamps the second in place, which a frozen weight is spared
             "in training",
             lambda owner: owner.config.altup_coef_clip is not None,
         ),
     ),
     f"{TRANSFORMERS}.rwkv.modeling_rwkv.RwkvBlock": (
-        Reading(("attention.output", "feed_forward.value"), where=_divides, problem=DIVIDED),
+        Parent(("attention.output", "feed_forward.value"), where=_divides, problem=DIVIDED),
     ),
     **{
         f"{TRANSFORMERS}.{name}.modeling_{name}.{kind}ForCausalLM": (
-            Reading(("lm_head",), where=lambda owner: owner.masked_embedding is not None),
+            Parent(("lm_head",), where=lambda owner: owner.masked_embedding is not None),
         )
         for name, kind in (
             ("gemma4_assistant", "Gemma4Assistant"),
             ("gemma4_unified_assistant", "Gemma4UnifiedAssistant"),
         )
     },
-    "diffusers.models.autoencoders.autoencoder_kl_minimax_h3_audio.MiniMaxH3AudioCausalAttention": (Reading(("qkv",)),),
-    "diffusers.pipelines.ace_step.modeling_ace_step._AceStepResidualFSQ": (Reading(("project_in", "project_out")),),
-    "diffusers.pipelines.shap_e.renderer.ChannelsProj": (Reading(("proj",)),),
-    "sentence_transformers.sparse_encoder.modules.sparse_auto_encoder.SparseAutoEncoder": (Reading(("encoder",)),),
-    f"{TRANSFORMERS}.longcat_flash.modeling_longcat_flash.LongcatFlashTopkRouter": (Reading(("classifier",)),),
-    f"{TRANSFORMERS}.mobilebert.modeling_mobilebert.MobileBertLMPredictionHead": (Reading(("decoder", "dense")),),
-    f"{TRANSFORMERS}.neomme.modeling_neomme.NeoMMEForMaskedLM": (Reading(("unembedding_projection",)),),
+    "diffusers.models.autoencoders.autoencoder_kl_minimax_h3_audio.MiniMaxH3AudioCausalAttention": (Parent(("qkv",)),),
+    "diffusers.pipelines.ace_step.modeling_ace_step._AceStepResidualFSQ": (Parent(("project_in", "project_out")),),
+    "diffusers.pipelines.shap_e.renderer.ChannelsProj": (Parent(("proj",)),),
+    "sentence_transformers.sparse_encoder.modules.sparse_auto_encoder.SparseAutoEncoder": (Parent(("encoder",)),),
+    f"{TRANSFORMERS}.longcat_flash.modeling_longcat_flash.LongcatFlashTopkRouter": (Parent(("classifier",)),),
+    f"{TRANSFORMERS}.mobilebert.modeling_mobilebert.MobileBertLMPredictionHead": (Parent(("decoder", "dense")),),
+    f"{TRANSFORMERS}.neomme.modeling_neomme.NeoMMEForMaskedLM": (Parent(("unembedding_projection",)),),
     **dict.fromkeys(
         (
             f"{TRANSFORMERS}.falcon_mamba.modeling_falcon_mamba.FalconMambaMixer",
             f"{TRANSFORMERS}.mamba.modeling_mamba.MambaMixer",
         ),
-        (Reading(("dt_proj",)), Reading(("x_proj", "out_proj"), KERNELS)),
+        (Parent(("dt_proj",)), Parent(("x_proj", "out_proj"), KERNELS)),
     ),
-    f"{TRANSFORMERS}.jamba.modeling_jamba.JambaMambaMixer": (Reading(("dt_proj",)),),
+    f"{TRANSFORMERS}.jamba.modeling_jamba.JambaMambaMixer": (Parent(("dt_proj",)),),
     **dict.fromkeys(
         (
             f"{TRANSFORMERS}.bamba.modeling_bamba.BambaMixer",
@@ -149,14 +154,14 @@ PARENTS: dict[str, tuple[Reading, ...]] = {
             f"{TRANSFORMERS}.nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer",
             f"{TRANSFORMERS}.zamba2.modeling_zamba2.Zamba2MambaMixer",
         ),
-        (Reading(("out_proj",), KERNELS),),
+        (Parent(("out_proj",), KERNELS),),
     ),
     f"{TRANSFORMERS}.reformer.modeling_reformer.LSHSelfAttention": (
-        Reading(("query_key", "value"), "when it generates with a cache"),
+        Parent(("query_key", "value"), "when it generates with a cache"),
     ),
     **{
         f"{TRANSFORMERS}.bloom.modeling_bloom.{owner}": (
-            Reading((child,), where=lambda owner: owner.pretraining_tp > 1 and owner.slow_but_exact),
+            Parent((child,), where=lambda owner: owner.pretraining_tp > 1 and owner.slow_but_exact),
         )
         for owner, child in (("BloomAttention", "dense"), ("BloomMLP", "dense_4h_to_h"))
     },
@@ -174,30 +179,22 @@ WITHOUT_GRADIENT = frozenset(
 """Modules whose forward runs without gradients. Rules leave the layers inside them out; who names one gets it."""
 
 
-def chosen_without_gradient(owner: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Go through the modules inside an owner that computes without gradients, with the reason to leave each out."""
-    if any(f"{parent.__module__}.{parent.__qualname__}" in WITHOUT_GRADIENT for parent in type(owner).__mro__):
-        reason = CHOOSES.format(plain_class(owner).__name__)
-        yield from ((child, reason) for child in owner.children())
-
-
-def readings_in(owner: nn.Module) -> Iterator[tuple[nn.Module, str, bool]]:
-    """Go through the modules inside an owner whose weight it reads or changes, or that it leaves out.
-
-    Yields:
-        The module; why an adapter that acts when it is called would be wrong, a phrase after its name; and whether one
-        that acts on the weight as it is read would be right.
-    """
+@register_readings
+def _readings_in(owner: nn.Module) -> Iterator[Reading]:
+    """Go through the modules inside an owner whose weight it reads or changes, or that it leaves out."""
     name = plain_class(owner).__name__
     never = f"is never called, because {name} reads its weight, {NO_EFFECT}"
-    for parent in type(owner).__mro__:
-        for reading in PARENTS.get(f"{parent.__module__}.{parent.__qualname__}", ()):
+    for parent in _classes(owner):
+        if parent in WITHOUT_GRADIENT:
+            yield from (Reading(child, CHOOSES.format(name), "untrained") for child in owner.children())
+        for reading in PARENTS.get(parent, ()):
             if reading.where(owner):
                 at_times = f"is not called {reading.when}, because {name} reads its weight, {NO_EFFECT}"
                 reason = reading.problem.format(name) or (at_times if reading.when else never)
                 found = (_child(owner, child) for child in reading.children)
-                yield from ((child, reason, not reading.problem) for child in found if child is not None)
-    yield from ((child, f"{reason}, {NO_EFFECT}", False) for child, reason in left_by_joining(owner))
+                effect: Literal["none", "read"] = "none" if reading.problem else "read"
+                yield from (Reading(child, reason, effect) for child in found if child is not None)
+    yield from (Reading(child, f"{reason}, {NO_EFFECT}", "none") for child, reason in _left_by_joining(owner))
 
 
 def _child(owner: nn.Module, path: str) -> nn.Module | None:
@@ -205,3 +202,57 @@ def _child(owner: nn.Module, path: str) -> nn.Module | None:
     for name in path.split("."):
         found = None if found is None else found._modules.get(name)
     return found
+
+
+ATTENTION = "diffusers.models.attention.AttentionModuleMixin"
+OLDER_ATTENTION = "diffusers.models.attention_processor.Attention"
+
+JOINED = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+"""The names of joined projections, and those of the layers that they are made of."""
+
+
+def _can_join(module: nn.Module) -> bool:
+    """Whether a module is an attention of diffusers."""
+    return ATTENTION in _classes(module) or OLDER_ATTENTION in _classes(module)
+
+
+def _left_by_joining(attention: Any) -> Iterator[tuple[nn.Module, str]]:
+    """Go through the projections that an attention does not call, each with the reason, a phrase after its name.
+
+    After ``fuse_qkv_projections()`` these are the single ones. An older kind of attention keeps the joined ones after
+    ``unfuse_qkv_projections()``, and its processor decides. No other module has any.
+    """
+    held = attention._modules
+    if not any(joined in held for joined in JOINED) or not _can_join(attention):
+        return
+    is_older = OLDER_ATTENTION in _classes(attention)
+    is_fused = type(attention.processor).__name__.startswith("Fused") if is_older else attention.fused_projections
+    for joined, parts in JOINED.items():
+        if all(held.get(name) is not None for name in (joined, *parts)):
+            unused, used = (parts, joined) if is_fused else ((joined,), ", ".join(parts))
+            reason = f"is not called, because {plain_class(attention).__name__} calls {used} instead"
+            yield from ((held[name], reason) for name in unused)
+
+
+@register_check(_can_join)
+def require_called(attention: nn.Module, args: Any) -> None:  # noqa: ARG001  # a hook's signature
+    """Check that an attention calls its adapted projections; a hook of one that has some.
+
+    Raises:
+        AdapterError: If it has joined them, or taken them apart, since they were adapted.
+    """
+    for child, reason in _left_by_joining(attention):
+        if adapter_layers_of(child):
+            name = next(name for name, held in attention._modules.items() if held is child)
+            raise AdapterError(
+                f"{name} is adapted and {reason}: undo fuse_qkv_projections() or unfuse_qkv_projections(), which was "
+                "called since, or eject the adapters first and adapt the layers that are called"
+            )
+
+
+def _classes(module: nn.Module) -> list[str]:
+    return [f"{parent.__module__}.{parent.__qualname__}" for parent in type(module).__mro__]

@@ -21,14 +21,15 @@ from randlora.errors import AdapterError
 from randlora.functional import Compute
 from randlora.functional.region import Region
 from randlora.functional.scratch import is_transformed
-from randlora.layers.adapted_stack import AdaptedStack, Own, Parts, Shared
-from randlora.layers.read_weight import ReadWeight
-from randlora.layers.registry import register_layer, register_parameter
+from randlora.layers.registry import register_form, register_layer, register_parameter
 from randlora.layers.rows import Rows
 from randlora.layers.split import split_of
 from randlora.layers.update import Update
+from randlora.readers.adapted_stack import AdaptedStack, Own, Parts, Shared
+from randlora.readers.read_weight import ReadWeight
 
 
+@register_form("stack")
 class Experts(ReadWeight):
     """Adapts a stack of weights ``(experts, out_features, in_features)``.
 
@@ -109,6 +110,7 @@ class Experts(ReadWeight):
         return Parts(weight, not cls.is_transposed, own, shared, compute)
 
 
+@register_form("transposed stack")
 class TransposedExperts(Experts):
     """Adapts a stack of weights ``(experts, in_features, out_features)``."""
 

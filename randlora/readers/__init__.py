@@ -1,0 +1,6 @@
+"""Weights that code reads instead of calling their module: attention, convolutions, embeddings, experts and others."""
+
+from randlora.readers import experts as experts
+from randlora.readers import parents as parents
+from randlora.readers import torch_layers as torch_layers
+from randlora.readers.read_weight import ReadWeight as ReadWeight

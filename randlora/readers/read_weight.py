@@ -1,0 +1,138 @@
+"""`ReadWeight`: weights that other code reads, such as those of attention or experts; and linear layers among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from randlora.blocks import Forward
+from randlora.errors import AdapterError
+from randlora.layers.base import AdapterLayer
+from randlora.layers.in_place import adapter_layers_of, plain_class
+from randlora.layers.inputs import input_of
+from randlora.layers.linear import FORWARD, LinearAdapter
+from randlora.layers.rows import Rows
+from randlora.layers.scopes import cast, read_so_far, run_forward
+from randlora.layers.split import split_of
+from randlora.layers.update import Update
+
+
+class ReadWeight(AdapterLayer):
+    """Adapts a parameter that code reads by name, in the forward of its owner or of a module around it.
+
+    There the attribute is weight + update while adapters are active; elsewhere it is the parameter, as in
+    ``state_dict()`` and ``parameters()``. See `randlora.layers.scopes`. The update is computed on each read.
+
+    Attributes:
+        is_read_once: Whether to compute the update once in a forward of an owner, however often that reads the weight.
+            The result is kept until the forward ends.
+    """
+
+    is_called: ClassVar[bool] = False
+    is_read: ClassVar[bool] = True
+    is_read_once: ClassVar[bool] = False
+
+    @classmethod
+    def takes_dropout(cls, owner: nn.Module) -> bool:  # noqa: ARG003
+        """Return ``False``: an update that is added to the weight has the input of the weight."""
+        return False
+
+    @classmethod
+    def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+        """Return which arguments of the owner's forward have the rows of the batch."""
+        return Rows.first(args, kwargs, plain_class(owner).__name__)
+
+    def held_weight(self, owner: Any) -> nn.Parameter:
+        """Return the parameter, or raise an `AdapterError` if code computes the weight from others since."""
+        if (weight := self.weight_of(owner)) is None:
+            raise AdapterError(
+                f"{self.attribute} of an adapted {owner.randlora_base.__name__} is no parameter any more, as after a "
+                "parametrization or pruning: undo that, and merge or eject the adapters first"
+            )
+        return weight
+
+    def forward(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the owner's forward, which reads its weights."""
+        for layer in adapter_layers_of(owner).values():
+            assert isinstance(layer, ReadWeight), "others are called"
+            layer.held_weight(owner)
+        own = self.own_forward or base_forward
+        if (run := self.state.run) is not None and run.takes_over:
+            inside = (each for module in owner.modules() for each in adapter_layers_of(module).values())
+            if any(map(run.concerns, inside)):
+                return run.reading(self, Forward(owner, partial(run_forward, owner, own), args, kwargs))
+        return run_forward(owner, own, *args, **kwargs)
+
+    def read(self, owner: nn.Module) -> Tensor:
+        """Return the value of the attribute, in the shape and dtype of the weight."""
+        if not self.is_read_once or torch.compiler.is_compiling():
+            return self.value(owner)
+        if (values := read_so_far()) is None:
+            return self.value(owner)
+        key = id(owner), self.attribute, torch.is_grad_enabled()
+        if key not in values:
+            values[key] = self.value(owner)
+        return values[key]
+
+    def value(self, owner: nn.Module) -> Tensor:
+        """Compute the weight plus the updates of the active adapters."""
+        weight, active = self.held_weight(owner), self.active()
+        if not active:
+            return weight
+        updates = [self.update(owner, part, factor) for part, factor in active]
+        if (split := split_of(type(self), weight)) is not None:
+            return split.value(updates)
+        return self.with_updates(weight, self.here(updates))
+
+    def here(self, updates: list[Update]) -> list[Update]:
+        """Return the parts of updates for what this process has of the weight, which is all of it, or a piece."""
+        return updates if self.piece is None else [self.piece.part(update) for update in updates]
+
+
+class ReadLinear(ReadWeight, LinearAdapter):
+    """Adapts an `nn.Linear` whose weight code reads: the module around it, a trainer, or the forward of a subclass.
+
+    Whatever computes with the weight gets weight + update, as it would after merging. The plain forward, if anything
+    calls it, computes layer and adapter as one operation and does not form the update.
+    """
+
+    is_called: ClassVar[bool] = True
+
+    @classmethod
+    def takes_dropout(cls, owner: nn.Module) -> bool:
+        """Whether the module's class has the plain forward; what reads the weight cannot drop entries."""
+        return plain_class(owner).forward is FORWARD
+
+    def value(self, owner: nn.Module) -> Tensor:
+        """Compute the weight plus the updates of the active adapters."""
+        if owner.training and any(part.adapter.config.dropout for part, _ in self.active()):
+            raise AdapterError(
+                f"code reads the weight of an adapted {plain_class(owner).__name__} instead of calling it, where the "
+                "adapter's dropout cannot reach, as TRL's trainers do with an output head: make the adapter without "
+                "dropout, or exclude the layer"
+            )
+        return super().value(owner)
+
+    def adds_to_output(self, owner: nn.Module) -> bool:
+        """Whether the module has the plain forward; another one reads weight + update."""
+        return self.runs_plain_forward(owner)
+
+    def forward(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the plain forward plus those of the active adapters, or what another forward returns."""
+        kind = LinearAdapter if self.adds_to_output(owner) else ReadWeight
+        return kind.forward(self, owner, base_forward, *args, **kwargs)
+
+    def base_output(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Return the output of the plain forward without adapters, which does not read the attribute."""
+        if not self.adds_to_output(owner):
+            return super().base_output(owner, base_forward, *args, **kwargs)
+        bias: Any = owner.bias
+        return F.linear(input_of(owner, args, kwargs), cast(owner, "weight", self.held_weight(owner)), bias)
+
+
+LinearAdapter.as_read = ReadLinear
