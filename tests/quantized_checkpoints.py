@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
 from tests.model_directories import save_model
-from tests.models import RealModel
+from tests.models import GPT2, LLAMA, RealModel
 
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -23,6 +24,13 @@ SHARD = "8KB"
 
 KINDS = {name: name.split()[0] if name != "8 bits" else name for name in QUANTIZATIONS}
 """What a report calls it."""
+
+
+every_quantization = pytest.mark.parametrize(
+    ("kind", "quantization"),
+    [*((LLAMA, name) for name in QUANTIZATIONS), (GPT2, "nf4")],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
 
 
 def quantize(kind: RealModel, quantization: str, directory: Path, *, is_sharded: bool = False) -> Path:

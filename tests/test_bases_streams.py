@@ -19,7 +19,7 @@ from randlora.config import BasisKind
 from tests.further import further
 from tests.peer import PEFT_STREAM
 from tests.strategies import KINDS_AND_STREAMS
-from tests.test_checkpoint_golden import DATA
+from tests.test_golden import DATA
 
 LARGE = BasisSpec("dense", "torch", 3, 32, 3072, 768)
 """Bases of 2.4 million entries, of which some are others wherever torch rounds twice."""

@@ -1,4 +1,4 @@
-"""`load`: what it adds, what it leaves alone, and every model it refuses without a trace."""
+"""`load`: where it reads, what it adds, what it leaves alone, and every model it refuses without a trace."""
 
 import importlib
 import tempfile
@@ -17,16 +17,17 @@ import randlora
 from randlora.errors import AdapterError, CheckpointError
 from tests.checkpoint_files import (
     CASES,
+    CONFIG_FILE,
     HEADED,
     LINEAR,
+    TENSORS_FILE,
     Case,
     Headed,
     basis_of,
-    every_case,
     refused,
     trained,
 )
-from tests.kit import adapter_values, all_bits, bits, fill, on_one_line, snapshot
+from tests.kit import adapter_values, all_bits, bits, fill, on_one_line
 from tests.strategies import KINDS_AND_STREAMS
 
 
@@ -78,12 +79,6 @@ def test_an_adapter_loaded_in_inference_mode_can_be_trained(headed: Path) -> Non
     assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(model))
 
 
-def test_load_draws_nothing_from_the_global_generator(saved: Path) -> None:
-    model, before = LINEAR.build(), torch.get_rng_state()
-    randlora.load(model, saved)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_load_reports_what_it_added_and_the_report_prints(headed: Path) -> None:
     model = HEADED.build()
     report = randlora.load(model, headed, name="mine")
@@ -93,17 +88,6 @@ def test_load_reports_what_it_added_and_the_report_prints(headed: Path) -> None:
     assert report.trainable_parameters == 3 * (2 + 6) + 4 * (2 + 7) + 3 * 7 + 3 + 7
     assert report.notes == ()
     assert f"targets: the names in {headed}" in on_one_line(report)
-
-
-@every_case
-def test_eject_takes_a_loaded_adapter_off_without_a_trace(case: Case, tmp_path: Path) -> None:
-    model = case.build()
-    before = snapshot(model)
-    randlora.save(trained(case), tmp_path)
-    randlora.load(model, tmp_path)
-    assert snapshot(model) != before
-    randlora.eject(model)
-    assert snapshot(model) == before
 
 
 def test_the_models_own_values_of_what_was_trained_beside_are_kept(headed: Path) -> None:
@@ -141,18 +125,6 @@ def test_loading_a_second_adapter_changes_no_bit_of_the_first(
     infos = {info.name: info for info in randlora.adapters(model)}
     assert (infos["second"].weight, infos["second"].is_trainable) == (None, False)
     assert (infos["first"].weight, infos["first"].is_trainable) == (1.0, True)
-
-
-def test_a_second_adapter_computes_what_it_does_alone(tmp_path: Path) -> None:
-    randlora.save(trained(HEADED, r=4, seed=8, basis="block"), tmp_path)
-    alone, model = HEADED.build(), trained(HEADED, name="first")
-    before = HEADED.output(model)
-    randlora.load(alone, tmp_path)
-    randlora.load(model, tmp_path, name="second")
-    randlora.activate(model, "second")
-    assert torch.equal(HEADED.output(model), HEADED.output(alone))
-    randlora.activate(model, "first")
-    assert torch.equal(HEADED.output(model), before)
 
 
 def test_load_can_make_the_second_adapter_the_only_active_one(saved: Path) -> None:
@@ -348,3 +320,50 @@ def test_a_layer_of_another_kind_with_the_same_shape_takes_the_adapter(saved: Pa
     randlora.load(model, saved)
     randlora.load(twin, saved)
     assert torch.equal(randlora.delta_weight(model, "0"), randlora.delta_weight(twin, "0"))
+
+
+@pytest.fixture
+def saved_headed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with an adapter of ``HEADED``, two levels below the working directory."""
+    randlora.save(trained(HEADED), tmp_path / "user" / "repo")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "user" / "repo"
+
+
+@pytest.mark.parametrize(
+    "place", ["user/repo", "user/repo/", "./user/repo", f"user/repo/{TENSORS_FILE}", f"./user/repo/{TENSORS_FILE}"]
+)
+@pytest.mark.parametrize("kind", [str, Path], ids=lambda kind: kind.__name__)
+@pytest.mark.usefixtures("saved_headed")
+def test_a_path_that_exists_is_loaded_whatever_it_looks_like(place: str, kind: type[str] | type[Path]) -> None:
+    twin = HEADED.build()
+    randlora.load(twin, kind(place))
+    assert all_bits(adapter_values(twin)) == all_bits(adapter_values(trained(HEADED)))
+
+
+def test_the_file_alone_is_loaded_from_its_own_directory(saved_headed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved_headed)
+    twin = HEADED.build()
+    randlora.load(twin, TENSORS_FILE)
+    assert all_bits(adapter_values(twin)) == all_bits(adapter_values(trained(HEADED)))
+
+
+def test_another_file_of_the_directory_is_refused(saved_headed: Path) -> None:
+    refused(HEADED.build(), saved_headed / CONFIG_FILE, f"expected a directory, or the file {TENSORS_FILE} in one")
+
+
+@pytest.mark.parametrize("place", ["user/repo", f"user/repo/{TENSORS_FILE}", "./nowhere", "nowhere", "a/b/c"])
+@pytest.mark.usefixtures("saved_headed")
+def test_a_path_has_no_revision(place: str) -> None:
+    refused(HEADED.build(), place, "a path has no revision, got 'main'", revision="main")
+
+
+@pytest.mark.parametrize("place", ["nowhere", "./no/where", "/no/where", "a/b/c", "../a/b", "~/a"])
+@pytest.mark.usefixtures("saved_headed")
+def test_a_name_that_is_neither_path_nor_repository_is_refused(place: str) -> None:
+    refused(LINEAR.build(), place, f"expected a directory with {CONFIG_FILE} and {TENSORS_FILE}")
+
+
+@pytest.mark.usefixtures("saved_headed")
+def test_a_path_object_never_means_a_repository() -> None:
+    refused(LINEAR.build(), Path("user/none"), f"expected a directory with {CONFIG_FILE} and {TENSORS_FILE}")

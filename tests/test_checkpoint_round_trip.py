@@ -1,23 +1,28 @@
-"""Law 9: what is saved and then loaded is the same adapter, bit for bit."""
+"""Law 9: what is saved and then loaded is the same adapter, bit for bit, whatever the model is doing meanwhile."""
 
+import copy
+import pickle
 import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import randlora
-from randlora.errors import CheckpointError
 from tests.checkpoint_files import (
     CASES,
     HEADED,
     LINEAR,
+    PREFIX,
+    TENSORS_FILE,
     Case,
     Headed,
     Stored,
@@ -30,7 +35,11 @@ from tests.checkpoint_files import (
     read_tensors,
     trained,
 )
-from tests.kit import adapter_values, all_bits, fill
+from tests.kit import adapter_values, all_bits, fill, same_bits, snapshot
+from tests.laws import TOKENS, Mixed
+from tests.layer_kinds import LayerKind, every_kind
+from tests.model_directories import contents
+from tests.read_kinds import ReadKind, every_read_kind
 from tests.strategies import KINDS_AND_STREAMS, seeds
 
 
@@ -78,23 +87,29 @@ def test_save_then_load_is_the_identity_for_any_options(case: Case, options: dic
 
 @every_case
 @both_ways
-def test_save_then_load_is_the_identity_for_every_model(case: Case, bases: Stored, tmp_path: Path) -> None:
+def test_every_model_is_saved_and_loaded_and_left_without_a_trace(case: Case, bases: Stored, tmp_path: Path) -> None:
     model, twin = trained(case), case.build()
-    plain = case.output(twin)
-    randlora.save(model, tmp_path, bases=bases)
-    randlora.load(twin, tmp_path)
+    before, fresh, plain, generator = snapshot(model), snapshot(twin), case.output(twin), torch.get_rng_state()
+    randlora.save(model, tmp_path / "first", bases=bases)
+    assert snapshot(model) == before
+    randlora.load(twin, tmp_path / "first")
+    assert torch.equal(torch.get_rng_state(), generator)
     assert_same_adapter(model, twin, case)
     assert not torch.equal(case.output(twin), plain)
+    randlora.save(twin, tmp_path / "second", bases=bases)
+    assert contents(tmp_path / "second") == contents(tmp_path / "first")
+    randlora.eject(twin)
+    assert snapshot(twin) == fresh
 
 
-def test_a_model_cast_to_half_precision_saves_the_same_numbers_in_float32(tmp_path: Path) -> None:
-    model, twin = trained(LINEAR), LINEAR.build()
-    model.half()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_save_never_narrows_a_value(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = trained(HEADED).to(dtype)
     randlora.save(model, tmp_path)
-    randlora.load(twin, tmp_path)
-    found = adapter_values(twin)
-    assert {value.dtype for value in found.values()} == {torch.float32}
-    assert all_bits(found) == all_bits({name: value.float() for name, value in adapter_values(model).items()})
+    wide = torch.promote_types(dtype, torch.float32)
+    values = {name: value.to(wide) if "randlora_" in name else value for name, value in adapter_values(model).items()}
+    found = {key.removeprefix(PREFIX): tensor for key, tensor in read_tensors(tmp_path)[0].items()}
+    assert all_bits(found) == all_bits(values)
 
 
 @both_ways
@@ -165,16 +180,6 @@ def test_bases_of_no_seed_reload_as_they_are_even_where_they_are_larger_than_nee
     assert torch.equal(LINEAR.output(twin), LINEAR.output(model))
 
 
-def test_bases_of_no_seed_are_not_saved_as_a_seed(tmp_path: Path) -> None:
-    directory = peft_directory(tmp_path / "peft")
-    edit_tensors(directory, {"base_model.randlora_B": torch.randn(6, 3, 2)})
-    model = LINEAR.build()
-    randlora.load(model, directory)
-    with pytest.raises(CheckpointError, match="no seed reproduces them: save with bases='stored'"):
-        randlora.save(model, tmp_path / "ours")
-    assert not (tmp_path / "ours").exists()
-
-
 def test_an_inactive_adapter_is_saved_with_its_own_copy_of_a_parameter(tmp_path: Path) -> None:
     model = trained(HEADED, name="one")
     randlora.inject(model, **{**HEADED.options, "r": 2, "name": "two"})
@@ -191,3 +196,114 @@ def test_a_part_of_a_larger_model_is_saved_under_its_own_names(tmp_path: Path) -
     randlora.save(nn.ModuleDict({"inner": model}), tmp_path)
     randlora.load(twin, tmp_path)
     assert_same_adapter(model, twin, LINEAR)
+
+
+LAYERS = "embed", "q", "up", "down", "head"
+PARAMETERS = tuple(name for name, _ in Mixed().named_parameters())
+SITUATIONS: dict[str, Any] = {
+    "plain": nullcontext,
+    "merged": randlora.merged,
+    "disabled": randlora.disabled,
+}
+
+
+@st.composite
+def adapters_of_a_model(draw: st.DrawFn) -> tuple[dict[str, tuple[list[str], list[str]]], dict[str, float]]:
+    """Draw targets and ``train_also`` of up to three adapters, and which are active, with their weights."""
+    drawn, active, taken = {}, {}, set[str]()
+    for name in draw(st.sampled_from(["a", "ab", "abc"])):
+        targets = draw(st.lists(st.sampled_from(LAYERS), min_size=1, max_size=3, unique=True))
+        free = [fqn for fqn in PARAMETERS if fqn.removesuffix(".weight") not in targets]
+        trained = draw(st.lists(st.sampled_from(free), max_size=4, unique=True))
+        drawn[name] = targets, trained
+        if taken.isdisjoint(trained) and draw(st.booleans()):
+            active[name] = draw(st.sampled_from([1.0, -0.5]))
+            taken.update(trained)
+    return drawn, active or {"a": 1.0}
+
+
+@pytest.mark.medium
+@settings(max_examples=15)
+@given(adapters_of_a_model(), st.sampled_from(sorted(SITUATIONS)), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_what_is_saved_does_not_depend_on_the_situation_and_makes_a_fresh_model_the_same(
+    drawn: tuple[dict[str, tuple[list[str], list[str]]], dict[str, float]], situation: str, dtype: torch.dtype
+) -> None:
+    adapters, weights = drawn
+    torch.manual_seed(0)
+    base = Mixed().to(dtype)
+    model = copy.deepcopy(base)
+    for seed, (name, (targets, also)) in enumerate(adapters.items()):
+        randlora.inject(model, r=4, targets=targets, train_also=also or None, name=name, active=True)
+        fill(model, name, seed=seed)
+    randlora.activate(model, weights)
+    inside: AbstractContextManager[object] = SITUATIONS[situation](model)
+    with TemporaryDirectory() as place:
+        before = [saved(model, Path(place) / "before" / name, name) for name in adapters]
+        with inside:
+            assert [saved(model, Path(place) / name, name) for name in adapters] == before
+            output = model(TOKENS)
+        fresh = copy.deepcopy(base)
+        for name in adapters:
+            assert randlora.files.verify(Path(place) / name).passed
+            randlora.load(fresh, Path(place) / name, name=name)
+    randlora.activate(fresh, weights)
+    again: AbstractContextManager[object] = SITUATIONS[situation](fresh)
+    with again:
+        assert same_bits(fresh(TOKENS), output)
+
+
+def saved(model: nn.Module, directory: Path, name: str) -> bytes:
+    randlora.save(model, directory, name=name)
+    return (directory / TENSORS_FILE).read_bytes()
+
+
+def assert_truth_while_merged(model: nn.Module, plain: dict[str, Tensor], place: Path) -> None:
+    """Hold files and states that are written while merged against those from before, and unmerge copies."""
+    own, before = all_bits(adapter_values(model, "b")), saved(model, place / "plain", "b")
+    state = all_bits(plain)
+    with randlora.merged(model):
+        assert saved(model, place / "merged", "b") == before
+        assert tensors_of(model.state_dict()) == state
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert saved(twin, place / "copied", "b") == before
+            randlora.unmerge(twin)
+            assert all_bits(adapter_values(twin, "b")) == own
+            assert tensors_of(twin.state_dict()) == state
+
+
+def tensors_of(state: dict[str, Any]) -> dict[str, Any]:
+    return all_bits({name: value for name, value in state.items() if isinstance(value, Tensor)})
+
+
+@every_read_kind
+def test_a_weight_that_one_adapter_trains_and_another_is_merged_into(kind: ReadKind, tmp_path: Path) -> None:
+    model = kind.model().append(nn.Linear(4, 6))
+    randlora.inject(model, **{**kind.adapter_options, "name": "a"})
+    randlora.inject(model, r=2, targets=["1"], train_also=[kind.parameter_fqn], name="b", stream="portable")
+    fill(model, "a")
+    fill(model, "b")
+    randlora.activate(model, ["a", "b"])
+    assert_truth_while_merged(model, dict(model.state_dict()), tmp_path)
+
+
+@every_kind
+@pytest.mark.parametrize("quantized", ["requantize", "dequantize"])
+def test_what_one_adapter_trains_of_a_layer_that_another_is_merged_into(
+    kind: LayerKind, quantized: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    layer = kind.build(128, 32, True, kind.exact)
+    model = nn.Sequential(layer, nn.Linear(4, 6))
+    also = ["0.bias"] if kind.is_quantized else ["0.bias", "0.weight"]
+    randlora.inject(model, r=4, targets=["0"], name="a")
+    randlora.inject(model, r=2, targets=["1"], train_also=also, name="b")
+    fill(model, "a")
+    fill(model, "b")
+    randlora.activate(model, ["a", "b"])
+    before = saved(model, tmp_path / "plain", "b")
+    state = tensors_of(model.state_dict())
+    with randlora.merged(model, quantized=quantized):
+        assert saved(model, tmp_path / "merged", "b") == before
+        assert tensors_of(model.state_dict()) == state
+        assert saved(copy.deepcopy(model), tmp_path / "copied", "b") == before
+    assert saved(model, tmp_path / "after", "b") == before

@@ -1,10 +1,15 @@
-"""`save`: what the files hold, what is refused, and what the user is told."""
+"""`save`: what the files hold, what is refused, what the user is told; values are whole, floating and finite."""
 
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import randlora
 from randlora.errors import AdapterError, CheckpointError
@@ -14,13 +19,18 @@ from tests.checkpoint_files import (
     Case,
     Headed,
     Stored,
-    both_ways,
-    every_case,
     read_tensors,
     trained,
 )
-from tests.kit import all_bits, snapshot
+from tests.kit import adapter_values, all_bits, fill
+from tests.laws import Mixed
 from tests.peer import PEFT_STREAM
+
+
+def two_adapters() -> nn.Module:
+    model = trained(LINEAR, name="one")
+    randlora.inject(model, r=2, name="two")
+    return model
 
 
 def test_save_names_its_tensors_as_peft_does(tmp_path: Path) -> None:
@@ -42,41 +52,6 @@ def test_save_names_its_tensors_as_peft_does(tmp_path: Path) -> None:
     assert metadata["format"] == "pt"
 
 
-@pytest.mark.parametrize(
-    ("dtype", "values", "beside"),
-    [
-        (torch.float32, torch.float32, torch.float32),
-        (torch.bfloat16, torch.float32, torch.bfloat16),
-        (torch.float16, torch.float32, torch.float16),
-        (torch.float64, torch.float64, torch.float64),
-    ],
-    ids=lambda dtype: str(dtype).removeprefix("torch."),
-)
-def test_save_never_narrows_a_value(
-    dtype: torch.dtype, values: torch.dtype, beside: torch.dtype, tmp_path: Path
-) -> None:
-    randlora.save(trained(HEADED).to(dtype), tmp_path)
-    tensors, _ = read_tensors(tmp_path)
-    assert {tensor.dtype for key, tensor in tensors.items() if "randlora_" in key} == {values}
-    assert {tensor.dtype for key, tensor in tensors.items() if "randlora_" not in key} == {beside}
-
-
-@pytest.mark.parametrize("kind", ["dense", "block"])
-def test_a_seed_stores_no_basis_whatever_the_kind(kind: Any, tmp_path: Path) -> None:
-    randlora.save(trained(LINEAR, basis=kind), tmp_path)
-    assert {key.rsplit(".", 1)[-1] for key in read_tensors(tmp_path)[0]} == {"randlora_lambda", "randlora_gamma"}
-
-
-@every_case
-@both_ways
-def test_save_leaves_no_trace_in_the_model(case: Case, bases: Stored, tmp_path: Path) -> None:
-    model = trained(case)
-    before, generator = snapshot(model), torch.get_rng_state()
-    randlora.save(model, tmp_path, bases=bases)
-    assert snapshot(model) == before
-    assert torch.equal(torch.get_rng_state(), generator)
-
-
 def test_save_reports_what_it_wrote(tmp_path: Path) -> None:
     report = randlora.save(trained(LINEAR, name="mine"), tmp_path)
     assert report.nbytes == sum(path.stat().st_size for path in tmp_path.iterdir())
@@ -92,29 +67,31 @@ def test_save_in_inference_mode_writes_the_same_files(tmp_path: Path) -> None:
     assert all_bits(read_tensors(tmp_path / "inference")[0]) == all_bits(read_tensors(tmp_path / "plain")[0])
 
 
-def test_save_refuses_a_model_without_adapters(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="the model has no adapter: call"):
-        randlora.save(LINEAR.build(), tmp_path / "new")
-    assert not (tmp_path / "new").exists()
+REFUSED: dict[str, tuple[Callable[[Path], object], dict[str, Any], type[Exception], str]] = {
+    "no adapter": (lambda _: None, {"model": LINEAR.build}, AdapterError, "the model has no adapter: call"),
+    "ambiguous": (lambda _: None, {"model": two_adapters}, AdapterError, r"has several adapters \(one, two\)"),
+    "unknown": (
+        lambda _: None,
+        {"model": two_adapters, "name": "three"},
+        AdapterError,
+        "no adapter named 'three': it has one, two",
+    ),
+    "bases": (lambda _: None, {"bases": "both"}, CheckpointError, "bases must be 'seed' or 'stored', got 'both'"),
+    "file": (Path.touch, {}, CheckpointError, "it is a file or a broken link: expected the name of a directory"),
+    "broken link": (lambda out: out.symlink_to("nowhere"), {}, CheckpointError, "it is a file or a broken link"),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [(None, r"has several adapters \(one, two\)"), ("three", "no adapter named 'three': it has one, two")],
-    ids=["ambiguous", "unknown"],
-)
-def test_save_refuses_a_name_that_says_not_which(name: str | None, message: str, tmp_path: Path) -> None:
-    model = trained(LINEAR, name="one")
-    randlora.inject(model, r=2, name="two")
-    with pytest.raises(AdapterError, match=message):
-        randlora.save(model, tmp_path / "new", name=name)
-    assert not (tmp_path / "new").exists()
-
-
-def test_save_refuses_another_word_for_the_bases(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="bases must be 'seed' or 'stored', got 'both'"):
-        randlora.save(trained(LINEAR), tmp_path / "new", bases="both")  # type: ignore[arg-type]
-    assert not (tmp_path / "new").exists()
+@pytest.mark.parametrize(("make", "options", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused_is_refused_before_anything_is_written(
+    make: Callable[[Path], object], options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    make(tmp_path / "out")
+    before = [*tmp_path.iterdir()]
+    options = {"model": lambda: trained(LINEAR), **options}
+    with pytest.raises(error, match=message):
+        randlora.save(options.pop("model")(), tmp_path / "out", **options)
+    assert [*tmp_path.iterdir()] == before
 
 
 def test_save_refuses_values_on_the_meta_device_and_names_each(tmp_path: Path) -> None:
@@ -154,13 +131,148 @@ def test_save_says_what_peft_would_not_load(
     assert str(report).splitlines()[1:] == list(notes)
 
 
-@pytest.mark.parametrize("kind", ["file", "broken link"])
-def test_a_directory_that_is_none_is_refused_before_anything_is_written(kind: str, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    if kind == "file":
-        out.touch()
-    else:
-        out.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="it is a file or a broken link: expected the name of a directory"):
-        randlora.save(trained(LINEAR), out)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+ROOT = Path(__file__).parent.parent
+
+
+def assert_nothing_is_written(model: nn.Module, message: str, place: Path) -> None:
+    """Refused with this message, a new directory is not made, and an adapter that is there stays."""
+    randlora.save(trained(HEADED), place / "old")
+    before = {path.name: path.read_bytes() for path in (place / "old").iterdir()}
+    for directory in (place / "new", place / "old"):
+        with pytest.raises(CheckpointError, match=message):
+            randlora.save(model, directory)
+    assert not (place / "new").exists()
+    assert {path.name: path.read_bytes() for path in (place / "old").iterdir()} == before
+
+
+def parameter_of(model: nn.Module, which: str) -> nn.Parameter:
+    part = {"Λ of body.0": "body.0.randlora_lambda.default", "Γ of body.0": "body.0.randlora_gamma.default"}
+    return model.get_parameter(part.get(which, which))
+
+
+@pytest.mark.parametrize(
+    ("which", "value"),
+    [
+        ("Λ of body.0", float("inf")),
+        ("Γ of body.0", -float("inf")),
+        ("Γ of body.0", float("nan")),
+        ("norm.bias", float("nan")),
+    ],
+)
+def test_values_that_no_file_may_hold_are_refused(which: str, value: float, tmp_path: Path) -> None:
+    model = trained(HEADED)
+    with torch.no_grad():
+        parameter_of(model, which).flatten()[-1:].fill_(value)
+    assert_nothing_is_written(model, f"{which} holds NaN or infinite values, which cannot be loaded", tmp_path)
+
+
+def to_float8(parameter: nn.Parameter) -> None:
+    parameter.data = parameter.data.to(torch.float8_e4m3fn)
+
+
+def to_empty(parameter: nn.Parameter) -> None:
+    parameter.data = torch.empty(0)
+
+
+def to_rows(parameter: nn.Parameter) -> None:
+    parameter.data = parameter.data.flatten()[None, None]
+
+
+def to_freed(parameter: nn.Parameter) -> None:
+    parameter.data.untyped_storage().resize_(0)
+
+
+@pytest.mark.parametrize("which", ["Λ of body.0", "Γ of body.0", "norm.bias"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (to_float8, r"holds torch\.float8_e4m3fn: expected one of torch\.float32"),
+        (to_empty, r"has shape \(0,\) here, expected all of \(.*gather it if it is sharded"),
+        (to_rows, r"has shape \(1, 1, \d+\) here, expected all of \("),
+        (to_freed, r"has no memory here, expected all of \("),
+    ],
+)
+def test_values_that_are_not_whole_are_refused(
+    which: str, change: Callable[[nn.Parameter], None], message: str, tmp_path: Path
+) -> None:
+    model = trained(HEADED)
+    change(parameter_of(model, which))
+    assert_nothing_is_written(model, f"{which} {message}", tmp_path)
+
+
+SHARDED = """
+import sys, torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch import nn
+import randlora
+from randlora.errors import CheckpointError
+from tests.kit import adapter_values, all_bits, fill
+from tests.laws import Mixed
+
+class Whole(nn.Module):
+    "Blocks and a head."
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList([Mixed(), Mixed()]), nn.Linear(12, 3)
+
+def sharded():
+    model = Whole()
+    randlora.inject(model, r=3, targets=["q", "up", "down"], train_also=["norm", "head.bias"])
+    own = all_bits(adapter_values(fill(model)))
+    wrap = {"device_id": torch.device("cpu"), "use_orig_params": True, "auto_wrap_policy": ModuleWrapPolicy({Mixed})}
+    wrapped = FullyShardedDataParallel(model, **wrap)
+    assert any("_fsdp_wrapped_module" in name for name, _ in model.named_modules())
+    return wrapped, own
+
+place = sys.argv[1]
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # half of each parameter is not there
+try:
+    randlora.save(sharded()[0], place + "/new")
+except CheckpointError as error:
+    print(error)
+dist.destroy_process_group()
+dist.init_process_group("gloo", init_method=f"file://{place}/rendezvous", rank=0, world_size=1)
+model, own = sharded()
+with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+    randlora.save(model, place + "/whole")
+fresh = Whole()
+randlora.load(fresh, place + "/whole")
+assert all_bits(adapter_values(fresh)) == own
+"""
+
+
+@pytest.mark.medium
+def test_a_model_that_torch_shards_is_refused_until_it_is_gathered(tmp_path: Path) -> None:
+    """One process, to which a group of two is feigned."""
+    command = [sys.executable, "-W", "ignore", "-c", SHARDED, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "it is sharded by FSDP: call this inside FullyShardedDataParallel.summon_full_params(model)" in done.stdout
+    assert not (tmp_path / "new").exists()
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    wrapper = torch.compile(module, backend="eager")
+    assert isinstance(wrapper, nn.Module)
+    return wrapper
+
+
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, compiled], ids=["checkpoint", "compile"])
+@pytest.mark.parametrize("first", ["inject", "wrap"])
+def test_wrappers_of_torch_change_no_names(wrap: Callable[[nn.Module], nn.Module], first: str, tmp_path: Path) -> None:
+    body = nn.ModuleDict({"inner": Mixed()})
+    if first == "wrap":
+        body["inner"] = wrap(body["inner"])
+    model = nn.Sequential(body)
+    report = randlora.inject(model, r=3, targets=["q", "up"], train_also=["head"])
+    fill(model)
+    if first == "inject":
+        body["inner"] = wrap(body["inner"])
+    assert report.targets == ("0.inner.q", "0.inner.up")
+    randlora.save(model, tmp_path)
+    fresh = nn.Sequential(nn.ModuleDict({"inner": Mixed()}))
+    randlora.load(fresh, tmp_path)
+    assert all_bits(adapter_values(fresh)) == all_bits(adapter_values(model))

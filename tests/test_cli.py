@@ -1,4 +1,4 @@
-"""The command line as a whole: where it prints what, exit codes, and what it says without its extra."""
+"""The command line as a whole: where it prints what, exit codes, its extra, the demo, and pages that are true."""
 
 import ast
 import importlib
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.torch_version import TorchVersion
 
 import randlora
 from randlora.__main__ import main
@@ -21,6 +23,7 @@ from randlora.errors import how_to_install
 from tests.further import further
 from tests.model_directories import save_adapter, save_model
 from tests.models import LLAMA
+from tests.screens import PAGES, SCREEN, record
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = sorted(str(command.name) for command in app.registered_commands)
@@ -68,12 +71,14 @@ def test_without_its_extra_it_says_how_to_install_it(missing: str, tmp_path: Pat
 
 
 def test_help_and_the_version_import_nothing_that_takes_long() -> None:
-    code = "import sys; from randlora.__main__ import main; main(sys.argv[1:]); print([*sys.modules], file=sys.stderr)"
-    for words in (["--help"], ["plan", "--help"], ["--version"]):
-        running = subprocess.run(
-            [sys.executable, "-c", code, *words], cwd=ROOT, text=True, capture_output=True, check=True
-        )
-        assert not {"torch", "numpy", "safetensors"} & set(ast.literal_eval(running.stderr))
+    code = """
+import sys
+from randlora.__main__ import main
+assert [main(words) for words in (["--help"], ["plan", "--help"], ["--version"])] == [0, 0, 0]
+print([*sys.modules], file=sys.stderr)
+"""
+    running = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
+    assert not {"torch", "numpy", "safetensors"} & set(ast.literal_eval(running.stderr))
 
 
 def test_a_shell_can_complete_commands() -> None:
@@ -185,14 +190,6 @@ WORDS = ["merge", "adapter", "out", "--base", "model", "--json"]
 
 
 @pytest.mark.medium
-def test_in_a_pipe_there_is_one_object_on_stdout_and_nothing_on_stderr(directory: Path) -> None:
-    running = process([*MODULE, *WORDS], directory)
-    out, err = running.communicate()
-    assert json.loads(out)["out"] == "out"
-    assert err == ""
-
-
-@pytest.mark.medium
 def test_on_a_terminal_a_bar_shows_how_far_it_is_and_stdout_stays_clean(directory: Path) -> None:
     ours, theirs = pty.openpty()
     running = process([*MODULE, *WORDS], directory, stderr=theirs)
@@ -208,3 +205,49 @@ def test_on_a_terminal_a_bar_shows_how_far_it_is_and_stdout_stays_clean(director
     assert running.returncode == 0
     assert json.loads(out)["shards"] == 1
     assert b"100%" in seen
+
+
+def test_the_demo_learns_and_gives_the_same_outputs_after_saving_and_merging(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = torch.get_rng_state()
+    assert main(["demo", "--json", "--keep", str(tmp_path / "kept")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["after"] < found["before"] / 5
+    assert (found["loads_equal"], found["passed"]) == (True, True)
+    assert found["merged_apart"] < 1e-5
+    assert randlora.files.verify(tmp_path / "kept").passed
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_demo_tells_of_every_step_and_replaces_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo"]) == 0
+    shown = capsys.readouterr().out
+    calls = ["inject", "save", "load", "merge", "files.verify"]
+    assert [f"randlora.{call}(" in shown for call in calls] == [True] * len(calls)
+    assert max(map(len, shown.splitlines())) <= 84
+    assert main(["demo", "--keep", str(tmp_path)]) == 1
+
+
+TEXT = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+
+
+def section(command: str) -> str:
+    """Take the part of the pages about one command."""
+    found = re.search(rf"^## {command}\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)
+    assert found is not None, f"no page has a section about {command}"
+    return found[1]
+
+
+@pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.13", reason="files name the version of torch, and were smaller by a byte"
+)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_screens_are_what_the_commands_print(page: Path, tmp_path: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert record(text, tmp_path) == text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_section_with_a_screen(command: str) -> None:
+    assert SCREEN.search(section(command))

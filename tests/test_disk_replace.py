@@ -1,6 +1,6 @@
 """Files and directories appear complete or not at all, whatever fails, and nothing temporary remains.
 
-`test_save_faults` and `test_save_power_loss` break every system call of a save: these are the cases beside it.
+`test_save_faults` breaks every system call of a save: these are the cases beside it.
 """
 
 import os

@@ -1,7 +1,8 @@
-"""What `randlora.files.inspect` says of an adapter is what the model that carries it says."""
+"""`files.inspect` says what the model that carries an adapter says; `files.verify` passes what is whole."""
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from randlora.checkpoint.peft_config import CONFIG_FILE
 from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.errors import CheckpointError, ConfigError
 from randlora.files.adapter import OpenAdapter
+from randlora.files.inspect import Check, Verification
 from randlora.targets.select import find_targets
-from tests.checkpoint_files import basis_of, read_fields
+from tests.checkpoint_files import basis_of, edit_fields, read_fields, reseal
 from tests.directories import base_directory, our_directory, their_directory
 from tests.model_directories import contents, save_adapter
 from tests.models import BERT, GPT2, LLAMA, RealModel, every_transformers_model
@@ -118,14 +120,6 @@ def test_an_update_too_large_for_its_dtype_is_refused_by_name(tmp_path: Path) ->
         randlora.files.inspect(tmp_path / "ours")
 
 
-def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
-    source, _ = our_directory(LLAMA, tmp_path)
-    path = source / TENSORS_FILE
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="truncated or damaged"):
-        randlora.files.inspect(source)
-
-
 def test_progress_is_told_of_every_layer(tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
     told: list[tuple[int, int, str]] = []
@@ -148,3 +142,204 @@ def test_options_for_a_base_are_refused_without_one(function: str, option: str, 
     with pytest.raises(ConfigError, match=rf"^{option}= is for a base model: give base= too$"):
         getattr(randlora.files, function)(adapter, *further, **{option: "model"})
     assert not (tmp_path / "out").exists()
+
+
+def outcomes(verification: Verification) -> dict[str, str]:
+    return {check.name: check.outcome for check in verification.checks}
+
+
+def failure(verification: Verification) -> Check:
+    (found,) = (check for check in verification.checks if check.outcome == "failed")
+    assert not verification.passed
+    assert f"failed: {found.name}: {found.words}" in str(verification)
+    assert str(verification).endswith("is NOT sound")
+    return found
+
+
+@pytest.mark.parametrize("bases", ["seed", "stored"])
+@pytest.mark.parametrize("options", [{}, {"basis": "block"}, {"basis": "very_sparse", "stream": "portable"}])
+def test_what_we_saved_passes(options: dict[str, Any], bases: str, tmp_path: Path) -> None:
+    source, _ = our_directory(LLAMA, tmp_path, bases=bases, **options)
+    found = randlora.files.verify(source)
+    assert outcomes(found) == {"files": "passed", "checksum": "passed", "bases": "passed"}
+    assert str(found).endswith("is sound")
+
+
+@every_transformers_model
+def test_an_adapter_passes_beside_its_base(kind: RealModel, tmp_path: Path) -> None:
+    source, _ = our_directory(kind, tmp_path)
+    found = randlora.files.verify(source, base_directory(kind, tmp_path))
+    assert set(outcomes(found).values()) == {"passed"}
+    assert "base" in outcomes(found)
+
+
+@pytest.mark.parametrize("save_projection", [True, False], ids=["bases in the file", "bases from the key"])
+@every_transformers_model
+def test_a_file_of_peft_passes_as_far_as_it_says_anything(
+    kind: RealModel, save_projection: bool, tmp_path: Path
+) -> None:
+    source, _ = their_directory(kind, tmp_path, save_projection=save_projection)
+    bases = "passed" if save_projection else "not checked"
+    expected = {"files": "passed", "checksum": "not checked", "bases": bases}
+    alone, beside = (randlora.files.verify(source, base) for base in (None, base_directory(kind, tmp_path)))
+    assert outcomes(alone) == expected
+    assert outcomes(beside) == {**expected, "base": "passed"}
+    assert alone.passed
+    assert beside.passed
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+GAMMA = f"base_model.model.{Q_PROJ}.randlora_gamma"
+
+
+def flip_a_bit(directory: Path) -> None:
+    content = bytearray((directory / TENSORS_FILE).read_bytes())
+    content[-1] ^= 1
+    (directory / TENSORS_FILE).write_bytes(content)
+
+
+def truncate(directory: Path) -> None:
+    content = (directory / TENSORS_FILE).read_bytes()
+    (directory / TENSORS_FILE).write_bytes(content[: len(content) // 2])
+
+
+def remove(directory: Path) -> None:
+    (directory / CONFIG_FILE).unlink()
+
+
+def garble(directory: Path) -> None:
+    (directory / CONFIG_FILE).write_bytes(b"\xff{")
+
+
+def contradict(directory: Path) -> None:
+    edit_fields(directory, {"r": 7})
+
+
+def put_nan(directory: Path) -> None:
+    reseal(
+        directory, {"base_model.model.model.layers.0.self_attn.q_proj.randlora_gamma": torch.full((6, 32), torch.nan)}
+    )
+
+
+def misshape(directory: Path) -> None:
+    reseal(directory, {GAMMA: torch.ones(5, 32)})
+
+
+FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "bit": (flip_a_bit, "do not match its checksum"),
+    "truncated": (truncate, "truncated or damaged"),
+    "missing": (remove, "there is no adapter_config.json"),
+    "garbled": (garble, "is damaged"),
+    "contradiction": (contradict, "the files are of two saves"),
+    "NaN": (put_nan, "holds NaN or infinite values"),
+    "shape": (misshape, "expected (6, num_bases)"),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), FAULTS.values(), ids=FAULTS)
+def test_a_damaged_file_is_a_failed_check_with_the_reason(
+    damage: Callable[[Path], None], words: str, tmp_path: Path
+) -> None:
+    source, _ = our_directory(LLAMA, tmp_path)
+    damage(source)
+    found = failure(randlora.files.verify(source))
+    assert found.name == "files"
+    assert words in found.words
+
+
+def test_no_directory_at_all_is_an_error(tmp_path: Path) -> None:
+    source, _ = our_directory(LLAMA, tmp_path)
+    for places in ([tmp_path / "nothing"], [source, tmp_path / "nothing"]):
+        with pytest.raises(CheckpointError, match=r"^no such directory: .*nothing$"):
+            randlora.files.verify(*places)
+
+
+def test_bases_that_come_out_otherwise_are_a_failed_check(tmp_path: Path) -> None:
+    source, _ = our_directory(LLAMA, tmp_path)
+    reseal(source, digest="0" * 64)
+    found = failure(randlora.files.verify(source))
+    assert found.name == "bases"
+    assert "save it there with bases='stored'" in found.words
+
+
+def test_a_header_that_gives_a_layer_another_shape_is_a_failed_check(tmp_path: Path) -> None:
+    source, _ = our_directory(LLAMA, tmp_path)
+    shapes = dict(randlora.files.adapter.open_adapter(source).shapes or {})
+    reseal(source, shapes={**shapes, Q_PROJ: (32, 30)})
+    assert f"its header says that {Q_PROJ} is 32 x 30" in failure(randlora.files.verify(source)).words
+
+
+def test_stored_bases_that_no_key_draws_are_passed_and_said_to_be_so(tmp_path: Path) -> None:
+    source, theirs = their_directory(LLAMA, tmp_path)
+    with torch.no_grad():
+        theirs.base_model.randlora_B["default"].mul_(1.5)
+    theirs.save_pretrained(source)
+    found = randlora.files.verify(source)
+    assert found.passed
+    assert "its key gives others here" in found.checks[-1].words
+
+
+def edited(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+    """Return what changes the tensors of a base."""
+
+    def edit(base: Path) -> None:
+        tensors = load_file(base / "model.safetensors")
+        change(tensors)
+        save_file(tensors, base / "model.safetensors", {"format": "pt"})
+
+    return edit
+
+
+BASES: dict[str, tuple[RealModel, Callable[[Path], object], str]] = {
+    "a layer less": (
+        LLAMA,
+        edited(lambda tensors: tensors.pop(f"{Q_PROJ}.weight")),
+        f"the model has no layer {Q_PROJ}",
+    ),
+    "another shape": (
+        LLAMA,
+        edited(lambda tensors: tensors.update({f"{Q_PROJ}.weight": torch.ones(34, 30)})),
+        f"{Q_PROJ} is 34 x 30 here",
+    ),
+    "another model": (GPT2, lambda _: None, "the model has no layer"),
+    "truncated": (
+        LLAMA,
+        lambda base: os.truncate(base / "model.safetensors", (base / "model.safetensors").stat().st_size - 9),
+        "truncated",
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "damage", "words"), BASES.values(), ids=BASES)
+@pytest.mark.parametrize("theirs", [False, True], ids=["ours", "PEFT's"])
+def test_a_base_that_does_not_fit_is_a_failed_check_and_the_bases_are_checked_all_the_same(
+    theirs: bool, kind: RealModel, damage: Callable[[Path], object], words: str, tmp_path: Path
+) -> None:
+    source, _ = (their_directory if theirs else our_directory)(LLAMA, tmp_path)
+    damage(base := base_directory(kind, tmp_path))
+    verification = randlora.files.verify(source, base)
+    assert failure(verification).name == "base"
+    assert words in failure(verification).words
+    assert outcomes(verification)["bases"] == "passed"
+
+
+def test_a_head_that_the_base_lacks_is_named_and_one_of_another_shape_fails(tmp_path: Path) -> None:
+    source, _ = our_directory(BERT, tmp_path, train_also=["classifier"])
+    base = base_directory(BERT, tmp_path)
+    tensors = load_file(base / "model.safetensors")
+    wide = {**tensors, "classifier.weight": torch.ones(5, 32)}
+    save_file(wide, base / "model.safetensors", {"format": "pt"})
+    assert "classifier.weight has shape (5, 32) here" in failure(randlora.files.verify(source, base)).words
+    headless = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier")}
+    save_file(headless, base / "model.safetensors", {"format": "pt"})
+    found = randlora.files.verify(source, base)
+    assert found.passed
+    assert "classifier.weight, classifier.bias of its class are not in its files" in str(found)
+
+
+def test_progress_is_told_of_every_step(tmp_path: Path) -> None:
+    source, _ = our_directory(LLAMA, tmp_path)
+    told: list[tuple[int, int, str]] = []
+    randlora.files.verify(source, progress=lambda *news: told.append(news))
+    assert [done for done, _, _ in told] == list(range(told[0][1] + 1))
+    assert told[-1][2] == "done"

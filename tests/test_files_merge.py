@@ -9,8 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import randlora
+from randlora.bases.basis import Basis
 from randlora.config import BasisKind
 from randlora.errors import MergeError
+from randlora.files.base_fit import open_base
+from randlora.files.changes import Changes, Merging, find_changes
 from tests.model_directories import (
     HEADS,
     assert_same_tensors,
@@ -50,13 +53,14 @@ def test_several_adapters_are_summed_as_in_memory_and_what_was_trained_beside_th
 ) -> None:
     base = save_model(kind, tmp_path / "base", dtype=torch.bfloat16, is_sharded=True)
     options: tuple[dict[str, Any], ...] = (
-        {"train_also": [HEADS[kind.name]]},
+        {"train_also": [HEADS[kind.name]], "targets": list(kind.targets[:1]), "stream": "portable"},
+        {"stream": "portable"},  # whose bases are those of the one before, which grow
         {"r": 5, "seed": 1},
         {"basis": "block", "r": 8},
     )
     adapters = {
         save_adapter(kind, tmp_path / f"adapter {number}", dtype=torch.bfloat16, values=number, **given): weight
-        for number, (given, weight) in enumerate(zip(options, (0.7, -0.3, 2.0), strict=True))
+        for number, (given, weight) in enumerate(zip(options, (0.7, 1.0, -0.3, 2.0), strict=True))
     }
     report = randlora.files.merge(adapters, tmp_path / "out", base=base)
     merged = merge_in_memory(kind, adapters, dtype=torch.bfloat16)
@@ -180,3 +184,16 @@ def test_floats_of_8_bits_with_scales_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MergeError, match=r"q_proj\.weight is torch\.float8_e4m3fn and has a scale, .*scale_weight"):
         randlora.files.merge(adapter, tmp_path / "out", base=base, dtype=torch.bfloat16)
     assert not (tmp_path / "out").exists()
+
+
+def bases(changes: Changes) -> list[Basis]:
+    """List the bases of all updates, each once."""
+    whole = [merging for merging in changes.computed.values() if isinstance(merging, Merging)]
+    found = {id(update.basis): update.basis for merging in whole for update in merging.updates}
+    return list(found.values())
+
+
+def test_adapters_of_equal_bases_share_them(tmp_path: Path) -> None:
+    base = open_base(save_model(LLAMA, tmp_path / "base"))
+    adapters = {name: (save_adapter(LLAMA, tmp_path / name, values=seed), 1.0) for seed, name in enumerate("ab")}
+    assert len(bases(find_changes(base, adapters))) == 1

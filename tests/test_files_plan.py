@@ -17,7 +17,7 @@ from randlora.__main__ import main
 from randlora.errors import CheckpointError, ConfigError, TargetError
 from tests.model_directories import HEADS, contents, save_model, stored, write
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, every_transformers_model
-from tests.quantized_checkpoints import KINDS, QUANTIZATIONS, quantize
+from tests.quantized_checkpoints import KINDS, every_quantization, quantize
 
 both_layouts = pytest.mark.parametrize("is_sharded", [False, True], ids=["one-file", "sharded"])
 
@@ -121,49 +121,6 @@ def test_the_first_files_of_gpt2_are_read_under_the_names_of_the_model(tmp_path:
         assert randlora.files.plan(tmp_path, **{"r": 4, **options}) == randlora.plan(model, **{"r": 4, **options})
 
 
-def small(config: type[Any], **options: Any) -> Any:
-    """Make a config of few numbers."""
-    sides = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return config(**{**sides, **options})
-
-
-MORE_MODELS: dict[str, tuple[Any, Any]] = {
-    "a bare BERT": (transformers.BertModel, small(transformers.BertConfig, vocab_size=64)),
-    "BERT for masked words": (transformers.BertForMaskedLM, small(transformers.BertConfig, vocab_size=64)),
-    "RoBERTa": (transformers.RobertaForMaskedLM, small(transformers.RobertaConfig, vocab_size=64)),
-    "DeiT": (transformers.DeiTForImageClassification, small(transformers.DeiTConfig, image_size=16, patch_size=8)),
-    "BEiT": (transformers.BeitForImageClassification, small(transformers.BeitConfig, image_size=16, patch_size=8)),
-    "DINOv2": (transformers.Dinov2Model, small(transformers.Dinov2Config, image_size=16, patch_size=8)),
-    "GPT-NeoX": (transformers.GPTNeoXForCausalLM, small(transformers.GPTNeoXConfig, vocab_size=64)),
-    "Qwen2, tied": (
-        transformers.Qwen2ForCausalLM,
-        small(transformers.Qwen2Config, vocab_size=64, num_key_value_heads=2, tie_word_embeddings=True),
-    ),
-    "OPT": (
-        transformers.OPTForCausalLM,
-        small(transformers.OPTConfig, vocab_size=64, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64),
-    ),
-    "T5": (
-        transformers.T5ForConditionalGeneration,
-        transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
-    ),
-    "DistilBERT": (
-        transformers.DistilBertForSequenceClassification,
-        transformers.DistilBertConfig(vocab_size=64, dim=32, hidden_dim=48, n_layers=2, n_heads=4),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MORE_MODELS)
-def test_other_models_are_planned_alike(name: str, tmp_path: Path) -> None:
-    model_class, config = MORE_MODELS[name]
-    model = model_class(config)
-    write(model, tmp_path)
-    for targets in (None, "all-linear"):
-        found = randlora.files.plan(tmp_path, r=4, targets=targets)
-        assert found == randlora.plan(model, r=4, targets=targets)
-
-
 def without_transformers(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
 
@@ -212,8 +169,7 @@ def test_the_memory_of_training_is_that_of_the_model(kind: RealModel, strategy: 
     assert randlora.files.training_memory(tmp_path, **options) == randlora.training_memory(model, **options)
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
-@pytest.mark.parametrize("kind", [LLAMA, GPT2], ids=lambda kind: kind.name)
+@every_quantization
 def test_the_plan_of_a_quantized_model_is_that_of_the_dense_one(
     kind: RealModel, quantization: str, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ from tests.kit import fill
 from tests.model_directories import contents, save_adapter, save_model, stored
 from tests.models import GPT2, LLAMA, RealModel
 from tests.peer import THEIR_WARNINGS, told_stream
-from tests.quantized_checkpoints import KINDS, QUANTIZATIONS, load_quantized, quantize
+from tests.quantized_checkpoints import KINDS, every_quantization, load_quantized, quantize
 
 pytestmark = THEIR_WARNINGS
 
@@ -68,8 +68,7 @@ def test_another_quantization_is_refused_by_name(
     refused(message, tmp_path)
 
 
-@both_kinds
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@every_quantization
 def test_codes_of_bitsandbytes_are_found_and_not_merged_into(
     quantization: str, kind: RealModel, tmp_path: Path
 ) -> None:

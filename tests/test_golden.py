@@ -1,6 +1,15 @@
-"""The matrix of golden files, tests/golden.py: every one loads, for ever, to the same bits and to what they mean."""
+"""Golden files load for ever, to the same bits and to what they mean, and `save` writes the same bytes again.
 
+Those of the matrix in tests/golden.py, and those of the first releases with numbers written down when they were made:
+every value in the latter is a formula's, and every number exact in any order of summation in float64.
+"""
+
+import hashlib
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +19,10 @@ from torch import Tensor, nn
 
 import randlora
 from tests import reference
-from tests.checkpoint_files import bases_of, read_fields, read_tensors
+from tests.checkpoint_files import CASES, HEADED, Case, Stored, bases_of, basis_of, read_fields, read_tensors, trained
 from tests.golden import BODIES, GOLDEN, SEED, TRAINED, TRANSPOSED, Golden, build, expected_values, make, plain
-from tests.kit import adapter_values, all_bits, snapshot
+from tests.kit import adapter_values, all_bits, bits, snapshot
+from tests.model_directories import contents
 
 LAST = {"library_version", "sha256", "torch_version"}
 """What a header says of the library that wrote it, and the seal over it."""
@@ -26,11 +36,23 @@ def header_of(golden: Golden) -> dict[str, Any]:
     return header
 
 
-def load(golden: Golden) -> nn.Module:
-    """Load a golden directory into a plain model."""
-    model = plain(BODIES[golden.body])
-    randlora.load(model, golden.directory)
-    return model
+def saved(model: nn.Module, directory: Path, bases: Stored = "seed") -> dict[str, bytes]:
+    """Save an adapter and return the bytes of all files by name."""
+    randlora.save(model, directory, bases=bases)
+    return contents(directory)
+
+
+def digests(parent: Path) -> dict[str, str]:
+    """Save adapters of every kind and return the SHA-256 of each file."""
+    models = {golden.name: (build(golden), golden.stored) for golden in GOLDEN[::4]}
+    models |= {case.name: (trained(case), "seed") for case in CASES}
+    unordered = {"0", "2"}, {"head", "norm", "body.0.bias", "body.2.bias"}
+    models["sets"] = trained(HEADED, targets=unordered[0], train_also=unordered[1]), "seed"
+    return {
+        f"{name}/{file}": hashlib.sha256(data).hexdigest()
+        for name, (model, bases) in models.items()
+        for file, data in saved(model, parent / name, bases).items()
+    }
 
 
 def oracle_update(golden: Golden, model: nn.Module, fqn: str) -> Tensor:
@@ -66,8 +88,10 @@ def changed(golden: Golden, adapted: nn.Module) -> nn.Module:
 
 
 @every_golden
-def test_a_golden_file_loads_to_its_values_bases_and_options(golden: Golden) -> None:
-    model, body, header = load(golden), BODIES[golden.body], header_of(golden)
+def test_a_golden_file_loads_to_its_values_bases_and_options_and_is_taken_off_again(golden: Golden) -> None:
+    model, body, header = plain(BODIES[golden.body]), BODIES[golden.body], header_of(golden)
+    before = snapshot(model)
+    randlora.load(model, golden.directory)
     assert all_bits(adapter_values(model)) == all_bits(expected_values(body))
     assert header["format_version"] == body.format_version
     (info,) = randlora.adapters(model)
@@ -81,11 +105,16 @@ def test_a_golden_file_loads_to_its_values_bases_and_options(golden: Golden) -> 
         if shapes
     }
     assert digests == {r: record["basis_sha256"] for r, record in records.items()}
+    randlora.eject(model)
+    assert snapshot(model) == before
+    assert randlora.files.verify(golden.directory).passed
+    assert {layer.fqn for layer in randlora.files.inspect(golden.directory).layers} == {*body.shapes}
 
 
 @every_golden
 def test_a_golden_file_computes_what_the_loops_compute_also_merged(golden: Golden) -> None:
-    model = load(golden)
+    model = plain(BODIES[golden.body])
+    randlora.load(model, golden.directory)
     for fqn in BODIES[golden.body].shapes:
         oracle = oracle_update(golden, model, fqn)
         torch.testing.assert_close(randlora.delta_weight(model, fqn).reshape(oracle.shape), oracle, rtol=0, atol=1e-12)
@@ -98,34 +127,147 @@ def test_a_golden_file_computes_what_the_loops_compute_also_merged(golden: Golde
 
 
 @every_golden
-def test_the_verbs_on_files_take_a_golden_file(golden: Golden) -> None:
-    assert randlora.files.verify(golden.directory).passed
-    summary = randlora.files.inspect(golden.directory)
-    assert {layer.fqn for layer in summary.layers} == {*BODIES[golden.body].shapes}
-
-
-@every_golden
-def test_a_golden_file_is_taken_off_again_without_a_trace(golden: Golden) -> None:
-    model = plain(BODIES[golden.body])
-    before = snapshot(model)
-    randlora.load(model, golden.directory)
-    randlora.eject(model)
-    assert snapshot(model) == before
-
-
-@every_golden
-def test_a_save_of_today_holds_what_the_golden_file_holds(golden: Golden, tmp_path: Path) -> None:
-    randlora.save(build(golden), tmp_path, bases=golden.stored)
-    tensors, metadata = read_tensors(tmp_path)
+def test_a_save_of_today_holds_what_the_golden_file_holds_to_the_same_bytes_again(
+    golden: Golden, tmp_path: Path
+) -> None:
+    model = build(golden)
+    first = saved(model, tmp_path / "first", golden.stored)
+    tensors, metadata = read_tensors(tmp_path / "first")
     assert all_bits(tensors) == all_bits(read_tensors(golden.directory)[0])
     today = json.loads(metadata["randlora"])
     assert {name: fact for name, fact in today.items() if name not in LAST} == {
         name: fact for name, fact in header_of(golden).items() if name not in LAST
     }
-    assert read_fields(tmp_path) == read_fields(golden.directory)
+    assert read_fields(tmp_path / "first") == read_fields(golden.directory)
+    assert saved(model, tmp_path / "first", golden.stored) == first
+    loaded = plain(BODIES[golden.body])
+    randlora.load(loaded, tmp_path / "first")
+    assert saved(loaded, tmp_path / "second", golden.stored) == first
 
 
 def test_the_matrix_is_whole_and_no_directory_is_made_again() -> None:
     assert {path.name for path in GOLDEN[0].directory.parent.iterdir()} == {golden.name for golden in GOLDEN}
     with pytest.raises(FileExistsError):
         make(GOLDEN[0])
+
+
+@pytest.mark.medium
+def test_two_processes_that_hash_differently_save_the_same_bytes(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"}
+    command = [sys.executable, "-m", "tests.test_golden", str(tmp_path / "other")]
+    run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=300)
+    own = digests(tmp_path / "own")
+    assert json.loads(run.stdout) == own
+    assert len(own) == 3 * (len(GOLDEN[::4]) + len(CASES) + 1)
+
+
+# The first releases
+
+DATA = Path(__file__).parent / "data"
+TARGETS = ("wide", "tall")
+SIDES = {"wide": (6, 4), "tall": (5, 4)}
+
+
+class FirstBody(nn.Module):
+    """Two layers to adapt, one of each orientation, and a norm trained beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(6, 4)
+        self.tall = nn.Linear(4, 5)
+        self.norm = nn.LayerNorm(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.norm(self.tall(self.wide(x)))
+        return output
+
+
+class FirstStacks(nn.Module):
+    """Stacks of matrices (out, in), and (in, out), which says so as transformers' classes do, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.turned = nn.Module(), nn.Module()
+        self.plain.gate_up_proj = nn.Parameter(torch.ones(3, 4, 6))
+        vars(self.turned)["is_transposed"] = True
+        self.turned.down_proj = nn.Parameter(torch.ones(3, 4, 5))
+        self.linear = nn.Linear(6, 3)
+
+
+CASE, STACKS = Case("golden", FirstBody, dtype=torch.float64), Case("stacks", FirstStacks, dtype=torch.float64)
+FIRST: dict[str, tuple[Case, Stored]] = {
+    "golden_v1": (CASE, "seed"),
+    "golden_v1_block": (CASE, "seed"),
+    "golden_v1_torch": (CASE, "seed"),
+    "golden_v1_stored": (CASE, "stored"),
+    "golden_v2_options": (CASE, "seed"),
+    "golden_v2_each": (STACKS, "seed"),
+    "golden_v2_shared": (STACKS, "seed"),
+}
+"""Directories under tests/data: the model that each is for, and whether it holds bases, which no seed brings back."""
+
+every_first = pytest.mark.parametrize(("name", "case", "bases"), [(name, *how) for name, how in FIRST.items()])
+
+
+def expect(model: nn.Module) -> dict[str, Any]:
+    """Note the numbers that a directory must load to."""
+    (info,) = randlora.adapters(model)
+    found: dict[str, Any] = {
+        "delta_weight": {fqn: randlora.delta_weight(model, fqn).tolist() for fqn in info.targets},
+        "targets": list(info.targets),
+    }
+    if "linear" in info.targets:
+        return {**found, "basis_sha256": basis_of(model).digest(6, 4), "experts": info.config.experts}
+    found |= {
+        "dropout": info.config.dropout,
+        "seed": info.config.seed,
+        "basis": info.config.basis,
+        "train_also": sorted(info.train_also),
+    }
+    if not isinstance(info.config.r, Mapping):
+        return {
+            **found, "basis_sha256": basis_of(model).digest(6, 4), "r": info.config.r, "alpha": info.config.alpha
+        }  # fmt: skip
+    return {
+        **found,
+        "bases_sha256": {str(r): bases_of(model)[r].digest(*SIDES[fqn]) for fqn, (r, _) in info.options.items()},
+        "options": {fqn: list(options) for fqn, options in info.options.items()},
+    }
+
+
+@every_first
+def test_a_golden_file_loads_to_the_numbers_written_down_with_it(name: str, case: Case, bases: Stored) -> None:
+    model = case.build()
+    before = snapshot(model)
+    randlora.load(model, DATA / name)
+    assert expect(model) == json.loads((DATA / name / "expected.json").read_text(encoding="utf-8"))
+    assert (basis_of(model).stored is None) == (bases == "seed") if name != "golden_v2_options" else True
+    if case is CASE:
+        weight, bias = (adapter_values(model)[f"norm.{part}"] for part in ("weight", "bias"))
+        assert bits(weight) == bits(torch.tensor([1 + index / 4 for index in range(5)], dtype=torch.float64))
+        assert bits(bias) == bits(torch.tensor([index / 2 - 1 for index in range(5)], dtype=torch.float64))
+    randlora.eject(model)
+    assert snapshot(model) == before
+    assert randlora.files.verify(DATA / name).passed
+
+
+@every_first
+def test_a_golden_file_that_was_loaded_is_saved_as_it_was(name: str, case: Case, bases: Stored, tmp_path: Path) -> None:
+    model = case.build()
+    randlora.load(model, DATA / name)
+    randlora.save(model, tmp_path, bases=bases)
+    (tensors, metadata), (theirs, their_metadata) = read_tensors(tmp_path), read_tensors(DATA / name)
+    assert {key: bits(tensor) for key, tensor in tensors.items()} == {key: bits(each) for key, each in theirs.items()}
+    assert lasting_facts(metadata) == lasting_facts(their_metadata)
+    assert read_fields(tmp_path) == read_fields(DATA / name)
+
+
+def lasting_facts(metadata: dict[str, str]) -> dict[str, Any]:
+    """Read a header without versions, what the first ones did not have, and the seal over it."""
+    facts: dict[str, Any] = json.loads(metadata["randlora"])
+    newer = ("library_version", "sha256", "torch_version", "transposed")
+    return {name: fact for name, fact in facts.items() if name not in newer}
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(digests(Path(sys.argv[1]))))

@@ -38,7 +38,7 @@ from tests.checkpoint_files import (
 from tests.kit import adapter_values, all_bits, fill
 from tests.model_directories import contents, merge_in_memory, save_adapter, save_model, write
 from tests.models import LLAMA, outputs, tokens
-from tests.test_checkpoint_load_files import Swapped
+from tests.test_checkpoint_contents import Swapped
 
 KINDS_AND_STREAMS = [(kind, stream) for kind, found in KINDS.items() for stream in found.draws]
 every_draw = pytest.mark.parametrize(("basis", "stream"), KINDS_AND_STREAMS)

@@ -1,10 +1,14 @@
-"""PEFT 0.21.2 and we are the same method: the same bases, outputs and training."""
+"""PEFT 0.21.2 and we are the same method: the same bases, outputs and training; experiments for its comparison."""
+
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import get_peft_model
+from peft import PeftConfig, RandLoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import randlora
@@ -12,13 +16,16 @@ from randlora.bases import BasisBank
 from randlora.bases.basis import Bases
 from randlora.config import BasisKind
 from randlora.errors import ConfigError
-from tests.kit import untouched
+from tests.checkpoint_files import CONFIG_FILE, read_fields
+from tests.kit import fill, untouched
 from tests.models import (
     GPT2,
     LLAMA,
     VOCABULARY,
     RealModel,
     every_transformers_model,
+    llama,
+    tokens,
 )
 from tests.peer import (
     ALPHA,
@@ -28,11 +35,13 @@ from tests.peer import (
     assert_same_effect,
     copy_values,
     every_peft_kind,
+    in_ours,
     peft_config,
     peft_draw,
     peft_model,
     their_values,
 )
+from tests.test_paper_counts import llama_3_2_3b
 
 pytestmark = THEIR_WARNINGS
 
@@ -79,10 +88,9 @@ def our_bases(shapes: Shapes, r: int, basis: BasisKind, seed: int) -> Bases:
 
 
 @every_peft_kind
-@pytest.mark.parametrize("seed", [0, 7])
 @pytest.mark.parametrize(("shapes", "r"), SHAPES_AND_RANKS, ids=shapes_id)
-def test_bases_are_those_of_peft_bit_for_bit(shapes: Shapes, r: int, seed: int, basis: BasisKind) -> None:
-    ours, theirs = our_bases(shapes, r, basis, seed), their_bases(shapes, r, basis, seed)
+def test_bases_are_those_of_peft_bit_for_bit(shapes: Shapes, r: int, basis: BasisKind) -> None:
+    ours, theirs = our_bases(shapes, r, basis, 7), their_bases(shapes, r, basis, 7)
     assert torch.equal(ours.A, theirs[0])
     assert torch.equal(ours.B, theirs[1])
 
@@ -122,33 +130,17 @@ def test_bases_that_peft_draws_as_nan_are_refused(shape: tuple[int, int], basis:
 
 @every_peft_kind
 @every_transformers_model
-def test_outputs_agree_with_peft(kind: RealModel, basis: BasisKind) -> None:
+def test_outputs_and_updates_agree_with_peft_also_merged(kind: RealModel, basis: BasisKind) -> None:
     theirs = peft_model(kind, basis)
     ours = kind.build()
-    randlora.inject(ours, R, alpha=ALPHA, targets=kind.targets, basis=basis, stream=peft_draw(basis))
+    report = randlora.inject(ours, R, alpha=ALPHA, targets=kind.targets, basis=basis, stream=peft_draw(basis))
     copy_values(theirs, ours)
     assert_same_effect(ours, theirs, kind)
-
-
-@every_transformers_model
-def test_delta_weights_agree_with_peft(kind: RealModel) -> None:
-    theirs = peft_model(kind)
-    ours = kind.build()
-    report = randlora.inject(ours, R, alpha=ALPHA, targets=kind.targets, stream=peft_draw("dense"))
-    copy_values(theirs, ours)
     expected = {fqn: theirs.base_model.model.get_submodule(fqn).get_delta_weight("default") for fqn in report.targets}
     if kind is GPT2:
         expected = {fqn: delta.T for fqn, delta in expected.items()}  # PEFT gives the layout that Conv1D stores
     found = {fqn: randlora.delta_weight(ours, fqn) for fqn in report.targets}
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-@every_transformers_model
-def test_merged_outputs_agree_with_peft(kind: RealModel) -> None:
-    theirs = peft_model(kind)
-    ours = kind.build()
-    randlora.inject(ours, R, alpha=ALPHA, targets=kind.targets, stream=peft_draw("dense"))
-    copy_values(theirs, ours)
     randlora.merge(ours)
     assert_same_effect(ours, theirs, kind)
 
@@ -184,3 +176,75 @@ def losses_of_training(model: nn.Module, parameters: list[nn.Parameter], steps: 
         optimizer.step()
         losses.append(loss.item())
     return torch.tensor(losses)
+
+
+FOLDER = Path(__file__).parent.parent / "docs" / "examples" / "peft_method_comparison"
+EXPERIMENTS = sorted((FOLDER / "experiments" / "randlora").iterdir())
+KIND = RealModel("llama", lambda: llama(hidden_size=96), tokens, ("q_proj", "v_proj"))  # q has three bases of rank 32
+EQUIVALENT = randlora.equivalent_alpha(lora_r=32, lora_alpha=64, r=32)
+PEFT_LR = 1e-4
+
+every_experiment = pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.name)
+
+
+def config_of(experiment: Path) -> Any:
+    return PeftConfig.from_pretrained(str(experiment))
+
+
+def rate_of(experiment: Path) -> float:
+    path = experiment / "training_params.json"
+    given = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return float(given.get("optimizer_kwargs", {"lr": PEFT_LR})["lr"])
+
+
+@every_experiment
+def test_peft_reads_an_experiment_and_writes_it_back_unchanged(experiment: Path, tmp_path: Path) -> None:
+    config = config_of(experiment)
+    assert type(config) is RandLoraConfig
+    config.save_pretrained(str(tmp_path))
+    assert (tmp_path / CONFIG_FILE).read_bytes() == (experiment / CONFIG_FILE).read_bytes()
+
+
+def test_one_experiment_changes_only_the_alpha_one_only_the_rate_and_one_only_the_layers() -> None:
+    of_alpha, of_rate, of_layers = EXPERIMENTS
+    assert config_of(of_alpha) == RandLoraConfig(randlora_alpha=round(EQUIVALENT))
+    assert config_of(of_rate) == RandLoraConfig()
+    assert [path.name for path in of_alpha.iterdir()] == [CONFIG_FILE]
+    layers = config_of(of_layers).target_modules
+    assert config_of(of_layers) == RandLoraConfig(
+        r=88, randlora_alpha=20 * 88, target_modules=layers, save_projection=False
+    )
+    sizes = [randlora.plan(llama_3_2_3b(), r, targets=on) for r, on in ((88, layers), (32, ["q_proj", "v_proj"]))]
+    assert sizes[0].trainable_parameters == pytest.approx(sizes[1].trainable_parameters, rel=0.001)
+    params = json.loads((of_rate / "training_params.json").read_text(encoding="utf-8"))
+    assert params == {"optimizer_kwargs": {"lr": 5e-5, "weight_decay": 0.1}}  # PEFT replaces the mapping as a whole
+
+
+def test_the_rate_is_between_those_of_the_same_first_step_and_of_the_same_growth() -> None:
+    share = EQUIVALENT / RandLoraConfig().randlora_alpha
+    assert share * PEFT_LR < rate_of(EXPERIMENTS[1]) < share**0.5 * PEFT_LR
+
+
+@every_experiment
+def test_the_page_has_the_numbers_of_an_experiment(experiment: Path) -> None:
+    config, lr = config_of(experiment), rate_of(experiment)
+    step, growth = (config.randlora_alpha / config.r / (EQUIVALENT / 32) * (lr / PEFT_LR) ** power for power in (1, 2))
+    page = (FOLDER / "README.md").read_text(encoding="utf-8")
+    (row,) = (line for line in page.splitlines() if line.startswith(f"| `randlora/{experiment.name}`"))
+    alpha, scale, rate, *sizes = (float(cell) for cell in row.split("|")[2:7])
+    assert (alpha, rate) == (config.randlora_alpha, lr)
+    assert [scale, *sizes] == pytest.approx([config.randlora_alpha / config.r, step, growth], abs=0.006)
+
+
+@every_experiment
+def test_ours_computes_with_an_experiment_as_peft_does(experiment: Path, tmp_path: Path) -> None:
+    config = config_of(experiment)
+    theirs = fill(get_peft_model(KIND.build(), config).eval())
+    ours = KIND.build()
+    options = {"r": config.r, "alpha": config.randlora_alpha, "seed": config.projection_prng_key}
+    randlora.inject(ours, targets=config.target_modules or KIND.targets, stream=peft_draw("dense"), **options)
+    copy_values(theirs, ours)
+    assert_same_effect(ours, theirs, KIND)
+    theirs.save_pretrained(tmp_path)
+    assert read_fields(tmp_path)["randlora_alpha"] == config.randlora_alpha
+    assert_same_effect(in_ours(KIND, tmp_path), theirs, KIND)

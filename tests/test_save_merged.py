@@ -47,18 +47,18 @@ def test_the_files_are_those_of_merging_and_saving(kind: RealModel, is_sharded: 
         report = randlora.files.save_merged(model, tmp_path / "out", max_shard_size=SHARD if is_sharded else "5GB")
     merged = merge_in_memory(kind, {adapter: 1.0}, dtype=torch.bfloat16)
     expected = write(merged, tmp_path / "expected", is_sharded=is_sharded)
-    files = contents(report.directory)
-    assert report.nbytes == sum(tensor.nbytes for tensor in tensors(report.directory).values())
+    files = contents(report.out)
+    assert report.nbytes == sum(tensor.nbytes for tensor in tensors(report.out).values())
     assert report.shards == sum(name.endswith(".safetensors") for name in files)
     assert (report.shards > 1) == is_sharded
     if not is_sharded:
         assert files == contents(expected)
         return
-    assert all_bits(tensors(report.directory)) == all_bits(tensors(expected))
-    own, theirs = (json.loads((each / INDEX_FILE).read_text(encoding="utf-8")) for each in (report.directory, expected))
+    assert all_bits(tensors(report.out)) == all_bits(tensors(expected))
+    own, theirs = (json.loads((each / INDEX_FILE).read_text(encoding="utf-8")) for each in (report.out, expected))
     assert own["metadata"] == theirs["metadata"]
     assert [*own["weight_map"]] == [*theirs["weight_map"]]
-    assert all([*load_file(report.directory / file)].count(name) for name, file in own["weight_map"].items())
+    assert all([*load_file(report.out / file)].count(name) for name, file in own["weight_map"].items())
 
 
 def tensors(directory: Path) -> dict[str, Tensor]:
@@ -92,20 +92,20 @@ MODELS: dict[str, Callable[[], Any]] = {
 def test_transformers_loads_the_merged_model_from_the_files_that_it_would_write(name: str, tmp_path: Path) -> None:
     model = adapted(MODELS[name]())
     report = randlora.files.save_merged(model, tmp_path / "out")
-    loaded, kinds = type(model).from_pretrained(report.directory, output_loading_info=True)
+    loaded, kinds = type(model).from_pretrained(report.out, output_loading_info=True)
     assert not kinds["missing_keys"]
     assert not kinds["unexpected_keys"]
     randlora.merge(model)
     assert torch.equal(outputs(loaded.eval(), tokens()), outputs(model, tokens()))
     model.save_pretrained(tmp_path / "expected")
-    assert contents(report.directory) == contents(tmp_path / "expected")
+    assert contents(report.out) == contents(tmp_path / "expected")
 
 
 @every_model
 def test_a_quantized_model_is_written_as_the_plain_one_that_it_stands_for(kind: RealModel, tmp_path: Path) -> None:
     model: Any = adapted(quantized_model(kind, NF4), targets=kind.targets)
     report = randlora.files.save_merged(model, tmp_path / "out")
-    loaded = type(model).from_pretrained(report.directory).eval()
+    loaded = type(model).from_pretrained(report.out).eval()
     assert getattr(loaded.config, "quantization_config", None) is None != model.config.quantization_config
     with randlora.merged(model, quantized="dequantize"):
         torch.testing.assert_close(outputs(loaded, kind.inputs()), outputs(model, kind.inputs()))
@@ -115,10 +115,10 @@ def test_a_config_says_the_dtype_that_is_given(tmp_path: Path) -> None:
     model = adapted(LLAMA.build())
     report = randlora.files.save_merged(model, tmp_path / "out", dtype=torch.bfloat16)
     assert "as bfloat16" in str(report)
-    loaded = AutoModelForCausalLM.from_pretrained(report.directory)
+    loaded = AutoModelForCausalLM.from_pretrained(report.out)
     assert loaded.dtype == torch.bfloat16 != model.dtype
     expected = dict(randlora.merged_tensors(model, dtype=torch.bfloat16))
-    assert all_bits(tensors(report.directory)) == all_bits({name: expected[name] for name in tensors(report.directory)})
+    assert all_bits(tensors(report.out)) == all_bits({name: expected[name] for name in tensors(report.out)})
 
 
 class Plain(nn.Module):
@@ -140,9 +140,9 @@ def test_a_model_without_a_config_has_its_state_dict_written(tmp_path: Path) -> 
     model = adapted(Plain())
     expected = all_bits(dict(randlora.merged_tensors(model)))
     report = randlora.files.save_merged(model, tmp_path / "deep" / "out")
-    assert [*contents(report.directory)] == ["model.safetensors"]
-    assert all_bits(tensors(report.directory)) == expected
-    Plain().load_state_dict(tensors(report.directory))
+    assert [*contents(report.out)] == ["model.safetensors"]
+    assert all_bits(tensors(report.out)) == expected
+    Plain().load_state_dict(tensors(report.out))
 
 
 def test_a_model_whose_config_cannot_be_saved_has_a_note(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_an_adapter_that_nothing_has_trained_and_statistics_that_moved_are_noted
     assert "the update of 'default' is exactly zero in all layers" in untrained
     assert "moved since the model was adapted: the files have them as they are now" in moved
     loaded = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
-    loaded.load_state_dict(tensors(report.directory))
+    loaded.load_state_dict(tensors(report.out))
     x = torch.randn(4, 8)
     assert torch.equal(loaded.eval()(x), model.eval()(x))
 
@@ -171,7 +171,7 @@ def test_what_is_merged_reversibly_is_written_as_it_is(tmp_path: Path) -> None:
     unmerged = randlora.files.save_merged(model, tmp_path / "unmerged")
     with randlora.merged(model):
         merged = randlora.files.save_merged(model, tmp_path / "merged")
-    assert contents(merged.directory) == contents(unmerged.directory)
+    assert contents(merged.out) == contents(unmerged.out)
     assert merged.merged == unmerged.merged != ()
 
 
@@ -232,5 +232,5 @@ def test_at_most_the_tensors_of_one_file_are_held(tmp_path: Path) -> None:
     with mock.patch(WRITER, counting):
         report = randlora.files.save_merged(adapted(BERT.build()), tmp_path / "out", max_shard_size=20_000)
     assert max(held) <= 20_000
-    index = json.loads((report.directory / INDEX_FILE).read_text(encoding="utf-8"))
+    index = json.loads((report.out / INDEX_FILE).read_text(encoding="utf-8"))
     assert index["metadata"]["total_size"] == report.nbytes == sum(held)

@@ -33,7 +33,7 @@ from tests.checkpoint_files import (
 from tests.directories import base_directory, our_directory
 from tests.models import LLAMA
 from tests.peer import THEIR_WARNINGS, assert_same_effect, in_peft
-from tests.test_checkpoint_golden import CASE, DATA, TARGETS
+from tests.test_golden import CASE, DATA, TARGETS
 
 pytestmark = THEIR_WARNINGS
 

@@ -21,8 +21,8 @@ from torch import Tensor
 import randlora
 from tests.checkpoint_files import CASES, CONFIG_FILE, Case, edit_fields, edit_tensors, trained
 from tests.fuzz.files import CORPUS, FOLDER, LINK, Files, pack
-from tests.test_checkpoint_golden import DATA
-from tests.test_checkpoint_golden import Body as GoldenBody
+from tests.test_golden import DATA
+from tests.test_golden import FirstBody as GoldenBody
 
 ADAPTER_FILES = (CONFIG_FILE, "adapter_model.safetensors")
 GOLDEN = sorted(path.name for path in DATA.glob("golden_v*"))

@@ -1,4 +1,4 @@
-"""A LoRA made of an adapter: PEFT loads it, it does what the cut updates do, and what it loses is stated."""
+"""A LoRA made of an adapter: the nearest of its rank, which PEFT and converters take, and what it loses is stated."""
 
 import json
 import math
@@ -7,19 +7,22 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import randlora
-from randlora.checkpoint.peft_config import CONFIG_FILE
 from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.errors import ConfigError
 from randlora.files import adapter as adapter_module
 from randlora.files import layouts
 from randlora.files.convert import ConversionReport
+from randlora.files.layouts import frobenius_norm, of_rank, spectral_norm, within
 from randlora.layers.update import Update
 from tests.directories import base_directory, our_directory, their_directory
 from tests.kit import fill
@@ -83,16 +86,6 @@ def test_at_full_rank_the_lora_is_the_adapter(kind: RealModel, tmp_path: Path) -
     report = randlora.files.convert(source, tmp_path / "lora", "lora", tolerance=1e-5)
     assert report.relative_error < 1e-5
     assert_same_effect(model, in_peft(kind, tmp_path / "lora"), kind)
-
-
-def test_every_scaling_is_one_so_that_the_factors_alone_are_the_update(tmp_path: Path) -> None:
-    source, _ = our_directory(LLAMA, tmp_path)
-    randlora.files.convert(source, tmp_path / "lora", "lora", rank=40, tolerance=1)
-    fields = json.loads((tmp_path / "lora" / CONFIG_FILE).read_text())
-    assert (fields["r"], fields["lora_alpha"], fields["rank_pattern"], fields["alpha_pattern"]) == (40, 40, {}, {})
-    named = in_peft(LLAMA, tmp_path / "lora").named_modules()
-    scalings = {fqn: module.scaling for fqn, module in named if fqn.endswith("_proj") and hasattr(module, "scaling")}
-    assert scalings == {fqn: {"default": 1.0} for fqn in scalings} != {}
 
 
 @pytest.mark.parametrize("tolerance", [0.3, 0.1, 0.02])
@@ -213,25 +206,6 @@ def test_an_adapter_that_changes_nothing_becomes_a_lora_that_changes_nothing(tmp
     assert torch.equal(outputs(in_peft(LLAMA, tmp_path / "lora"), LLAMA.inputs()), expected)
 
 
-def test_large_layers_are_cut_with_random_vectors_and_their_true_error_stated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = nn.Sequential(nn.Linear(160, 200), nn.Linear(200, 160)).eval()
-    randlora.inject(model, r=40, alpha=40)
-    fill(model)
-    randlora.save(model, tmp_path / "ours")
-    monkeypatch.setattr(layouts, "EXACT_UP_TO", 8)
-    state = torch.get_rng_state()
-    report = randlora.files.convert(tmp_path / "ours", tmp_path / "lora", "lora", rank=8, tolerance=1)
-    assert torch.equal(torch.get_rng_state(), state)
-    for layer, update in zip(report.layers, updates(model, report).values(), strict=True):
-        lora_B, lora_A = factors(tmp_path / "lora", layer.fqn)
-        distance = torch.linalg.norm(update - lora_B @ lora_A) / torch.linalg.norm(update)
-        squares = torch.linalg.svdvals(update).square()
-        assert layer.relative_error == pytest.approx(float(distance), rel=1e-4)
-        assert layer.relative_error == pytest.approx(math.sqrt(float(squares[8:].sum() / squares.sum())), rel=0.02)
-
-
 def test_one_update_is_held_at_a_time_and_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
     held: list[weakref.ref[Tensor]] = []
@@ -253,25 +227,147 @@ def test_one_update_is_held_at_a_time_and_progress_is_told(tmp_path: Path, monke
     assert len(held) == 8
 
 
-def test_the_report_states_the_error_of_every_layer(tmp_path: Path) -> None:
-    source, _ = our_directory(LLAMA, tmp_path)
-    report = randlora.files.convert(source, tmp_path / "lora", "lora", rank=3, tolerance=1)
-    lines = str(report).splitlines()
-    assert lines[0].split() == ["layer", "in", "out", "rank", "relative", "error"]
-    for layer, line in zip(report.layers, lines[1:], strict=False):
-        assert line.split() == [
-            layer.fqn,
-            str(layer.in_features),
-            str(layer.out_features),
-            "3",
-            f"{layer.relative_error:.3g}",
-        ]
-    assert lines[9] == f"relative error of all layers together {report.relative_error:.3g}"
-
-
 def test_both_directories_may_have_names_that_are_not_utf_8(tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
     usual = randlora.files.convert(source, tmp_path / "lora", "lora", tolerance=1.0)
     renamed = source.rename(tmp_path / os.fsdecode(b"caf\xe9"))
     unusual = randlora.files.convert(renamed, tmp_path / os.fsdecode(b"lor\xe0"), "lora", tolerance=1.0)
     assert contents(unusual.out) == contents(usual.out)
+
+
+sizes = st.integers(1, 24)
+
+
+def drawn(rows: int, columns: int, *, decay: float = 0.0, seed: int = 0) -> Tensor:
+    """Draw a matrix whose columns shrink, so that some directions matter more than others."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(rows, columns, generator=generator)
+    return matrix * torch.exp(-decay * torch.arange(columns))
+
+
+def tails(matrix: Tensor) -> list[float]:
+    """Compute in float64 what the best approximation of each rank loses, as a share of the norm."""
+    squares = torch.linalg.svdvals(matrix.double()).square()
+    return [math.sqrt(float(squares[rank:].sum() / squares.sum())) for rank in range(len(squares) + 1)]
+
+
+def distance(matrix: Tensor, left: Tensor, right: Tensor) -> float:
+    lost = torch.linalg.norm(matrix.double() - left.double() @ right.double())
+    return float(lost / torch.linalg.norm(matrix.double()))
+
+
+@given(rows=sizes, columns=sizes, rank=st.integers(1, 30), decay=st.sampled_from([0.0, 0.5]))
+def test_nothing_of_the_rank_is_nearer_and_the_error_is_the_true_one(
+    rows: int, columns: int, rank: int, decay: float
+) -> None:
+    matrix = drawn(rows, columns, decay=decay)
+    found = of_rank(matrix, rank)
+    assert found.left.shape == (rows, rank)
+    assert found.right.shape == (rank, columns)
+    assert found.relative_error == pytest.approx(distance(matrix, found.left, found.right), rel=1e-3, abs=1e-6)
+    assert found.relative_error == pytest.approx(tails(matrix)[min(rank, rows, columns)], rel=1e-3, abs=2e-6)
+
+
+@given(rows=sizes, columns=sizes, tolerance=st.floats(1e-3, 1.0), decay=st.sampled_from([0.0, 0.5]))
+def test_the_rank_within_a_tolerance_is_the_smallest(rows: int, columns: int, tolerance: float, decay: float) -> None:
+    matrix = drawn(rows, columns, decay=decay)
+    found = within(matrix, tolerance)
+    assert found.relative_error <= tolerance
+    assert found.rank == 1 or tails(matrix)[found.rank - 1] > tolerance * (1 - 1e-4)
+
+
+def test_a_tolerance_of_zero_gives_the_full_rank_and_states_what_rounding_leaves() -> None:
+    found = within(drawn(9, 6), 0.0)
+    assert found.rank == 6
+    assert 0 < found.relative_error < 1e-5
+
+
+@pytest.fixture
+def randomized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let small matrices count as large."""
+    monkeypatch.setattr(layouts, "EXACT_UP_TO", 8)
+
+
+@pytest.mark.parametrize("shape", [(400, 300), (300, 400)], ids=["tall", "wide"])
+@pytest.mark.parametrize("decay", [0.0, 0.05], ids=["flat spectrum", "falling spectrum"])
+def test_a_randomized_approximation_is_nearly_the_best(decay: float, shape: tuple[int, int], randomized: None) -> None:
+    matrix = drawn(*shape, decay=decay)
+    best = tails(matrix)[20]
+    found = of_rank(matrix, 20)
+    assert found.relative_error == pytest.approx(distance(matrix, found.left, found.right), rel=1e-3)
+    assert best * (1 - 1e-4) <= found.relative_error <= best * 1.02
+    assert decay or found.relative_error > best * (1 + 1e-6), "it was the exact one"
+
+
+def test_the_rank_within_a_tolerance_is_nearly_the_smallest_when_randomized(randomized: None) -> None:
+    matrix = drawn(500, 450, decay=0.05)
+    smallest = next(rank for rank, error in enumerate(tails(matrix)) if error <= 0.1)
+    found = within(matrix, 0.1)
+    assert found.relative_error <= 0.1
+    assert smallest <= found.rank <= smallest + 2
+
+
+def test_the_global_generator_is_neither_read_nor_advanced(randomized: None) -> None:
+    matrix = drawn(300, 200)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = of_rank(matrix, 4)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(of_rank(matrix, 4).left, first.left)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.05])
+def test_norms_are_those_of_the_dense_matrix(decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = drawn(300, 250, decay=decay)
+    values = torch.linalg.svdvals(matrix.double())
+    assert frobenius_norm(matrix) == pytest.approx(float(values.square().sum().sqrt()), rel=1e-6)
+    assert spectral_norm(matrix) == pytest.approx(float(values[0]), rel=1e-5)
+    monkeypatch.setattr(layouts, "EXACT_UP_TO", 8)
+    assert 0.95 * float(values[0]) <= spectral_norm(matrix) <= float(values[0]) * (1 + 1e-5)
+
+
+ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "gpt2": gguf.MODEL_ARCH.GPT2}
+FACTORS = (".lora_A.weight", ".lora_B.weight")
+
+both_kinds = pytest.mark.parametrize("kind", [LLAMA, GPT2], ids=lambda kind: kind.name)
+
+
+def in_gguf(kind: RealModel, names: set[str]) -> set[str]:
+    """Return what tensors are called in GGUF, each of them."""
+    places = gguf.get_tensor_name_map(ARCHITECTURES[kind.name], n_blocks=2)
+    found = {name: places.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
+    assert None not in found.values(), found
+    assert len(set(found.values())) == len(names)
+    return set(found.values())
+
+
+@both_kinds
+def test_a_merged_model_has_the_files_and_names_that_converters_of_the_base_take(
+    kind: RealModel, tmp_path: Path
+) -> None:
+    base = base_directory(kind, tmp_path)
+    source, model = our_directory(kind, tmp_path)
+    merged = randlora.files.merge(source, tmp_path / "merged", base=base).out
+    assert {path.name for path in merged.iterdir()} == {path.name for path in base.iterdir()}
+    files = list(merged.glob("model*.safetensors"))  # those that mlx-lm reads
+    names = {name for path in files for name in load_file(path)}
+    assert names == {name for path in base.glob("*.safetensors") for name in load_file(path)}
+    assert json.loads((merged / "config.json").read_text())["model_type"] == kind.name
+    weights = {f"{fqn}.weight" for fqn in randlora.adapters(model)[0].targets}
+    assert in_gguf(kind, names) > in_gguf(kind, weights)
+
+
+@both_kinds
+def test_a_lora_has_a_pair_of_factors_for_tensors_that_gguf_has_and_nothing_else(
+    kind: RealModel, tmp_path: Path
+) -> None:
+    source, model = our_directory(kind, tmp_path)
+    report = randlora.files.convert(source, tmp_path / "lora", "lora", rank=32)
+    keys = set(load_file(tmp_path / "lora" / "adapter_model.safetensors"))
+    layers = {key.removeprefix(PREFIX).removesuffix(end) for key in keys for end in FACTORS if key.endswith(end)}
+    assert layers == set(randlora.adapters(model)[0].targets)
+    assert keys == {f"{PREFIX}{fqn}{end}" for fqn in layers for end in FACTORS}
+    assert in_gguf(kind, {f"{fqn}.weight" for fqn in layers})
+    # its converter transposes the weights of GPT-2's layers, and their factors with them, which are not transposed
+    assert any("llama.cpp" in note for note in report.notes) == (kind is GPT2)
