@@ -62,17 +62,8 @@ def file_bases(
     """Return the bases that a file's adapter was trained with, by r, and the file with their stream in its config.
 
     If the file has a digest of the bases, or the bases themselves, these decide from which of PEFT's streams they are.
-    The bank's bases are returned if it has the same bits; it does not change.
-
-    Args:
-        file: The adapter's file.
-        shapes: Shapes of the layers' updates, by r.
-        bank: The bases of a model.
-        known: The layers of the model, if there is one, than which the bases must not be larger.
-
-    Raises:
-        CheckpointError: If other bases are drawn than those that the file was saved with, they are from another stream
-            than the caller says, or larger than the layers of the model need.
+    The bank's bases are returned if it has the same bits; it does not change. ``shapes`` are those of the layers'
+    updates, by r. If ``known`` is given, the layers of a model, the bases must not be larger than these need.
     """
     bases = {r: _bases_of_rank(file, r, own, bank, known) for r, own in shapes.items()}
     streams = sorted({basis.spec.stream for basis in bases.values()})
@@ -194,11 +185,7 @@ def count_entries(r: int, max_dim: int, min_dim: int) -> int:
 def require_drawable(spec: BasisSpec, used: tuple[int, int], file: AdapterFile, known: Known | None) -> None:
     """Raise a `CheckpointError` if bases are larger than any that layers of the model need.
 
-    Args:
-        spec: Their spec, in a file.
-        used: The ``(max_dim, min_dim)`` that the file's layers use.
-        file: The file, of which Λ, Γ and stored bases count.
-        known: The layers of the model, if there is one.
+    ``used`` is the ``(max_dim, min_dim)`` that the file's layers use. Of the file, Λ, Γ and stored bases count.
     """
     max_dim, min_dim = max(spec.max_dim, used[0]), max(spec.min_dim, used[1])
     count = count_entries(spec.r, max_dim, min_dim)

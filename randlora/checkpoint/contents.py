@@ -48,18 +48,9 @@ StoredAs = Literal["seed", "stored"]
 
 @dataclass(frozen=True, eq=False)
 class Gathered:
-    """An adapter with all its values here.
+    """An adapter with all its values here, and why it cannot be written.
 
-    Attributes:
-        census: The module that has it.
-        state: The state of that module.
-        adapter: The adapter.
-        sites: Its weights.
-        diagonals: Its Λ and Γ by FQN.
-        trained: The parameters trained with it, and buffers, by FQN.
-        bases: Whether bases are stored.
-        problems: Why it cannot be written.
-        are_copies: Whether the values are copies on the CPU, because the model is sharded.
+    ``diagonals`` are Λ and Γ by FQN. If the model is sharded, the values are copies on the CPU.
     """
 
     census: Census
@@ -87,14 +78,9 @@ class Gathered:
 
 
 class Contents(NamedTuple):
-    """What is written of an adapter.
+    """What is written of an adapter, which has the names that its layers have now.
 
-    Attributes:
-        adapter: The adapter, with the names that its layers have now.
-        fields: The JSON for PEFT.
-        header: Our own header.
-        tensors: The tensors by key, copies on the CPU.
-        notes: Why PEFT could not load this, if it could not.
+    ``tensors`` are copies on the CPU, by key. ``notes`` are why PEFT could not load this.
     """
 
     adapter: Adapter
@@ -109,19 +95,8 @@ def gathered(
 ) -> tuple[list[Gathered], Ranks | None]:
     """Return some adapters with all their values, and the processes that hold the model together; then a collective.
 
-    One tensor at a time is gathered on the device, and copied to the CPU's memory by the processes that want it.
-
-    Args:
-        model: A model with adapters.
-        names: The names of the adapters.
-        bases: Whether bases are stored.
-        doing: What errors say is not done.
-        is_for_all: Whether every process gets the values, or only the one that writes files. The others then have the
-            sharded parameters.
-
-    Raises:
-        AdapterError: If the model has no adapter of a name.
-        CheckpointError: If modules of one were removed or replaced, and the model is sharded; else that is a problem.
+    One tensor at a time is gathered on the device, and copied to the CPU's memory by the processes that want it: all of
+    them if it ``is_for_all``, else the one that writes files. The problems of a sharded model raise an error at once.
     """
     with opened(model, None) as view:
         state, census, ranks = view.state, view.census, view.ranks()

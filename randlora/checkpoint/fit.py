@@ -70,13 +70,7 @@ def _fitting(census: Census, file: AdapterFile) -> str:
 
 
 def trained_on_another(model: nn.Module, fields: Mapping[str, Any], recorded: ModelClass | None) -> str:
-    """Return what an adapter was trained on, and what a model is, as a phrase after "fit the adapter".
-
-    Args:
-        model: A model that the adapter may not fit.
-        fields: Those of the adapter's ``adapter_config.json``.
-        recorded: The class in the adapter's header.
-    """
+    """Return what an adapter was trained on, and what a model is, as a phrase after "fit the adapter"."""
     mapping = fields.get("auto_mapping")
     written = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     theirs = recorded.name if recorded else written, fields.get("base_model_name_or_path")

@@ -156,7 +156,8 @@ class ModelClass:
         if library not in LIBRARIES or getattr(sys.modules.get(library), kind.__name__, None) is not kind:
             return None
         config = getattr(model, "config", None) if has_trained else None
-        return cls(library, kind.__name__, _labels(config), _text(getattr(config, "problem_type", None)))
+        problem_type = getattr(config, "problem_type", None)
+        return cls(library, kind.__name__, _labels(config), problem_type if isinstance(problem_type, str) else None)
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Self:
@@ -188,10 +189,6 @@ def _labels(config: object) -> tuple[str, ...] | None:
         return None
     labels = tuple(found[index] for index in range(len(found)))
     return labels if all(isinstance(label, str) for label in labels) else None
-
-
-def _text(found: object) -> str | None:
-    return found if isinstance(found, str) else None
 
 
 @dataclass(frozen=True)

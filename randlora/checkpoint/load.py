@@ -38,13 +38,7 @@ Source = str | os.PathLike[str] | AdapterState
 
 
 class Found(NamedTuple):
-    """An adapter that was read.
-
-    Attributes:
-        file: Its contents.
-        where: What it was taken from, for messages.
-        rule: How its targets are chosen, for reports.
-    """
+    """An adapter that was read, what it was taken from, for messages, and how its targets are chosen, for reports."""
 
     file: AdapterFile
     where: str
@@ -54,11 +48,7 @@ class Found(NamedTuple):
 def read_source(
     source: Source, *, revision: str | None = None, subfolder: str | None = None, stream: Stream | None = None
 ) -> Found:
-    """Read an adapter, without a model.
-
-    Raises:
-        CheckpointError: If it cannot be had, or is damaged; the message names it.
-    """
+    """Read an adapter, without a model. Errors name what it was taken from."""
     if isinstance(source, AdapterState):
         where = rule = "the state of an adapter"
     else:
@@ -81,19 +71,10 @@ IN_ROOT = "default"
 """The name of an adapter whose files are not in a directory of their own, as in PEFT's layout of several."""
 
 
-def locate_all(source: str | os.PathLike[str], revision: str | None) -> dict[str, Path]:
-    """Return the directories of all adapters in a directory, or in a repository on the Hub, by name."""
-    files = [f"{folder}{name}" for folder in ("", "*/") for name in (CONFIG_FILE, TENSORS_FILE)]
-    return adapters_in(local_path(source, revision, files, are_patterns=True))
-
-
 def adapters_in(directory: Path) -> dict[str, Path]:
     """Return the directories of the adapters in a directory, by name, in PEFT's layout.
 
     Each is in a directory of its name, and one may be in the directory itself, which is that named ``default``.
-
-    Raises:
-        CheckpointError: If there is none, or there are two of that name.
     """
     paths = sorted(directory.glob(f"*/{TENSORS_FILE}"))
     found = {path.parent.name: path.parent for path in paths if not path.parent.name.startswith(".")}
@@ -196,8 +177,9 @@ def load_all(
     """
     given = {"model": model, "source": source, "names": names, "trainable": trainable, "revision": revision}
     require_types(load_all, given | {"prefix": prefix, "save_pretrained": save_pretrained})
+    files = [f"{folder}{name}" for folder in ("", "*/") for name in (CONFIG_FILE, TENSORS_FILE)]
     try:
-        directories = locate_all(source, revision)
+        directories = adapters_in(local_path(source, revision, files, are_patterns=True))
     except CheckpointError as error:
         raise CheckpointError(f"cannot load {str(source)!r}: {error}") from error
     chosen = list(dict.fromkeys(directories if names is None else names))

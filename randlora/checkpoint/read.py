@@ -136,8 +136,8 @@ def read_adapter(directory: Path, stream: Stream | None = None) -> AdapterFile:
     ``stream`` is the stream of its bases, if the caller says it. `file_bases` compares it with what the file says.
 
     Our header decides if the JSON contradicts it or is missing, which is a doubt. Another process may be replacing the
-    files, in the order of `files_of`. So the JSON must be the same before and after the tensors are read, and a
-    doubt must last for a moment.
+    files, in the order of `files_of`. So the JSON must be the same before and after the tensors are read, and a doubt
+    must last for a moment after the tensors got their name.
     """
     end = time.monotonic() + PATIENCE
     while True:
@@ -148,13 +148,18 @@ def read_adapter(directory: Path, stream: Stream | None = None) -> AdapterFile:
         except CheckpointError as error:
             found = error
         is_settled = fields is not None and fields == read_fields(directory)
-        is_settled &= isinstance(found, CheckpointError) or not found.doubts
+        is_settled &= isinstance(found, CheckpointError) or not (found.doubts and _is_new(directory / TENSORS_FILE))
         if is_settled or time.monotonic() >= end:
             break
         time.sleep(PAUSE)
     if isinstance(found, CheckpointError):
         raise found
     return found
+
+
+def _is_new(path: Path) -> bool:
+    """Whether a file has had its name for so short a time that another may be about to follow it."""
+    return is_there(path) and time.time() - path.stat().st_ctime < PATIENCE
 
 
 def _read_beside(fields: dict[str, Any] | None, directory: Path, stream: Stream | None) -> AdapterFile:

@@ -44,12 +44,10 @@ UNFLUSHABLE = (errno.EINVAL, errno.ENOTSUP)  # file systems on a network that fl
 
 
 class Files(NamedTuple):
-    """Files to write into a directory.
+    """Files to write into a directory, which is created if it does not exist and keeps its other files.
 
-    Attributes:
-        directory: The directory, created if it does not exist. Its other files remain.
-        writers: Functions that write each to the path they are given, by name. The first of the files decides.
-        withdrawn: The one without which readers ignore the others, if the first does not tell everything.
+    ``writers`` write each to the path they are given, by name; the first of the files decides. ``withdrawn`` is the one
+    without which readers ignore the others, if the first does not tell everything.
     """
 
     directory: Path

@@ -35,9 +35,7 @@ MOST_DIGITS = 309  # of an integer, as many as the largest float has
 def open_regular(path: Path) -> FileIO:
     """Open a regular file, or a link to one, to read it without a buffer.
 
-    Raises:
-        CheckpointError: If it is a pipe, a device, a directory or a socket.
-        OSError: If it cannot be opened.
+    A pipe, a device, a directory or a socket raises a `CheckpointError`.
     """
     require_regular(path)  # before it is opened, which a device may act upon
     file = FileIO(os.open(path, FLAGS))
@@ -90,13 +88,7 @@ def _require_regular(path: Path, found: os.stat_result) -> None:
 
 
 def read_json(path: Path, *, is_lenient: bool = False) -> Any:
-    """Return the contents of a JSON file, as `parse_json` does.
-
-    Raises:
-        CheckpointError: If it is not a regular file of at most 16 MiB.
-        OSError: If it cannot be opened.
-        ValueError: If it is not JSON.
-    """
+    """Return the contents of a JSON file of at most 16 MiB, as `parse_json` does; errors are as of `open_regular`."""
     return parse_json(read_regular(path, MOST_BYTES).decode("utf-8"), is_lenient=is_lenient)
 
 

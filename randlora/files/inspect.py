@@ -168,11 +168,6 @@ class AdapterSummary:
             yield f"fields of the JSON that are not understood: {', '.join(self.unknown_fields)}"
 
 
-def _without_shapes() -> str:
-    base = spelled("base")
-    return f"norms need the layers' shapes, which PEFT does not store: give {base}, the directory of its base model"
-
-
 def inspect(
     directory: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,
@@ -216,6 +211,7 @@ def inspect(
         writer = f"PEFT {file.fields.get('peft_version') or 'of an unknown version'}"
     else:
         writer = f"randlora {header.library_version}, format {header.format_version}"
+    give = f"give {spelled('base')}, the directory of its base model"
     times = {0: "drawn from the seed", 1: "stored once in the file"}
     return AdapterSummary(
         directory=Path(directory),
@@ -233,7 +229,11 @@ def inspect(
         + sum(each.numel() for fqn, each in file.trained.items() if fqn not in file.buffers),
         nbytes=sum(_size(adapter.directory / name) for name in (CONFIG_FILE, TENSORS_FILE)),
         unknown_fields=tuple(sorted(set(kept_fields(file.fields)) - set(NEUTRAL_FIELDS))),
-        notes=(*file.doubts, *stream_notes(file), *(() if adapter.shapes else (_without_shapes(),))),
+        notes=(
+            *file.doubts,
+            *stream_notes(file),
+            *(() if adapter.shapes else (f"norms need the layers' shapes, which PEFT does not store: {give}",)),
+        ),
     )
 
 

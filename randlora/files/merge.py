@@ -45,22 +45,23 @@ CASTABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class FileMergeReport:
-    """The report of `randlora.files.merge`.
+    """The report of `randlora.files.merge` and of `randlora.files.save_merged`.
 
     Attributes:
         out: The new checkpoint's directory.
-        adapters: Directories of the merged adapters, and the factors of their updates.
+        adapters: The merged adapters, by directory or by name in a model, and the factors of their updates, by FQN if
+            they differ between layers.
         merged: Names of the tensors merged into.
         replaced: Names of the tensors replaced by values that were trained with an adapter.
         added: Names of the tensors with such values that the base has none for, such as those of a new head.
-        shards: Number of files with weights.
+        shards: Number of files with weights; 0 if another process writes them, which trains a copy of the model.
         nbytes: Size of all weights in bytes.
         dtype: The dtype that floating tensors were cast to; ``None`` if each kept its own.
         notes: Other notes for the user, such as which files were not copied.
     """
 
     out: Path
-    adapters: dict[str, float]
+    adapters: Mapping[str, float | Mapping[str, float]]
     merged: tuple[str, ...]
     replaced: tuple[str, ...]
     shards: int
@@ -71,7 +72,12 @@ class FileMergeReport:
 
     def __str__(self) -> str:
         """Return a summary of a few lines."""
-        names = ", ".join(name if factor == 1 else f"{factor:g} x {name}" for name, factor in self.adapters.items())
+        if not self.shards:
+            return as_lines([f"another process, with a copy of the model, writes {self.out}", *self.notes])
+        names = ", ".join(
+            name if factor == 1 or isinstance(factor, Mapping) else f"{factor:g} x {name}"
+            for name, factor in self.adapters.items()
+        )
         dtype = f", as {str(self.dtype).removeprefix('torch.')}" if self.dtype else ""
         files = "1 file" if self.shards == 1 else f"{self.shards} files"
         lines = [f"merged {names} into {len(self.merged)} weights"]

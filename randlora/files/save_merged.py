@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from randlora.checkpoint.tensors import METADATA
 from randlora.disk.replace import new_directory
 from randlora.disk.tensor_file import TORCH_DTYPES, Planned, write_tensor_file
 from randlora.errors import ConfigError, MergeError
+from randlora.files.merge import FileMergeReport
 from randlora.files.model_directory import (
     INDEX_FILE,
     MODEL_CONFIG_FILE,
@@ -42,15 +44,11 @@ from randlora.model.train_also import moved_note, untrained_notes
 from randlora.places import own_class
 from randlora.ranks import on_first_rank
 from randlora.replaced import whole_shape
-from randlora.report import as_bytes, as_lines
 from randlora.targets.obstacles import tied_away
 from randlora.targets.walk import Census, saved_buffers
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 """What sizes are given in, as to ``save_pretrained``."""
-
-METADATA = {"format": "pt"}
-"""What transformers writes into each file and asks for."""
 
 DOING = "save the merged model"
 NAMES_IN_MEMORY = (
@@ -62,43 +60,13 @@ Saved = Callable[[str, Tensor], Mapping[str, Tensor]]
 """Returns what an entry of a state dict becomes in files, by name: itself, or several tensors, as of experts."""
 
 
-@dataclass(frozen=True)
-class MergedSaveReport:
-    """What `randlora.files.save_merged` wrote.
-
-    Attributes:
-        directory: The new checkpoint's directory.
-        merged: Names of the weights that updates were merged into.
-        shards: Number of files with weights; 0 if another process writes them, which trains a copy of the model.
-        nbytes: Size of all weights in bytes; then 0.
-        dtype: The dtype that floating tensors were cast to; ``None`` if each kept its own.
-        notes: Other notes for the user, such as that no config was written.
-    """
-
-    directory: Path
-    merged: tuple[str, ...]
-    shards: int
-    nbytes: int
-    dtype: torch.dtype | None
-    notes: tuple[str, ...]
-
-    def __str__(self) -> str:
-        """Return one line, and one more for each note."""
-        if not self.shards:
-            return as_lines([f"another process, with a copy of the model, writes {self.directory}", *self.notes])
-        files = "1 file" if self.shards == 1 else f"{self.shards} files"
-        dtype = f", as {str(self.dtype).removeprefix('torch.')}" if self.dtype else ""
-        wrote = f"wrote {self.directory}, {as_bytes(self.nbytes)} in {files}{dtype}"
-        return as_lines([f"merged into {len(self.merged)} weights", wrote, *self.notes])
-
-
 def save_merged(
     model: nn.Module,
     directory: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
-) -> MergedSaveReport:
+) -> FileMergeReport:
     """Write the merged model to a new directory, as ``save_pretrained`` would, without merging the model.
 
     The files have what `randlora.merged_tensors` yields, under the names of the plain model's ``state_dict``, in one
@@ -119,7 +87,7 @@ def save_merged(
         max_shard_size: The largest size of a file, in bytes or as ``"5GB"``. A larger tensor has a file of its own.
 
     Returns:
-        What was written.
+        A report as from `merge`, with the active adapters by name.
 
     Raises:
         AdapterError: If the model has no adapter.
@@ -140,7 +108,7 @@ def save_merged(
     merged = tuple(site.fqn for site in tensors.census.adapted if site.layer.factors(factors))
     out, ranks = Path(directory), tensors.ranks
     if not is_first_copy(model):
-        return MergedSaveReport(out, merged, 0, 0, dtype, ())
+        return FileMergeReport(out, dict(factors), merged, (), 0, 0, dtype, ())
     with ExitStack() as stack:
         files = _Files(limit, _not_written(tensors.census))
         notes = on_first_rank(ranks, partial(_begin, tensors, out, files, stack))
@@ -148,10 +116,10 @@ def save_merged(
         for _ in tensors.each(files.add, share):
             pass
 
-        def end() -> MergedSaveReport:
+        def end() -> FileMergeReport:
             files.finish(tensors.census.size)
             stack.close()  # the directory appears
-            return MergedSaveReport(out, merged, len(files.names), files.nbytes, dtype, notes)
+            return FileMergeReport(out, dict(factors), merged, (), len(files.names), files.nbytes, dtype, notes)
 
         return on_first_rank(ranks, end)
 
