@@ -1,4 +1,4 @@
-"""Blocks in which the active adapters of a model do not act: those of `randlora.disabled`, and of features."""
+"""Blocks in which the active adapters of a model do not act, such as `randlora.disabled`."""
 
 from __future__ import annotations
 

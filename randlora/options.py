@@ -117,7 +117,7 @@ class Option:
 
 
 class ByPattern(Mapping[str, _Number]):
-    """An option with a number for each pattern of layers, of which the first that matches a layer applies.
+    """An option with a number for each pattern of layers; the first pattern that matches a layer applies.
 
     It cannot be changed, and equals only mappings with the same entries in the same order.
     """
@@ -147,7 +147,7 @@ class ByPattern(Mapping[str, _Number]):
         return hash(tuple(self.items()))
 
     def __repr__(self) -> str:
-        """Return the entries as those of a dict."""
+        """Return the entries as a dict shows them."""
         return repr(self._numbers)
 
 

@@ -58,7 +58,7 @@ class Place(ABC):
 
     @property
     def identities(self) -> tuple[object, ...]:
-        """Keys, one of which is equal for places of the same values, beside those of the memory of parameters."""
+        """Keys, one of which is equal for places of the same values, beside the memory of parameters."""
         return ()
 
     @abstractmethod
@@ -289,7 +289,7 @@ def loaded_modules(modules: Iterable[nn.Module]) -> dict[int, str | None]:
         modules: Modules and all that are around them.
 
     Returns:
-        The class of the module with all of which each is loaded, by name; ``None`` for one that is loaded by itself.
+        The name of the class of the module that each is loaded with; ``None`` for one that is loaded by itself.
     """
     modules = list(modules)
     return {key: around for keeper in KEEPERS for key, around in keeper.loads(modules).items()}

@@ -56,7 +56,7 @@ def unwrapped(module: nn.Module | None) -> nn.Module | None:
 
 
 def held_at(module: nn.Module, wrappers: Mapping[str, str]) -> str | None:
-    """Return where a module holds what it wraps, given that of types by name; None if it is not one of them.
+    """Return where a module holds what it wraps, given the attributes of types by name; None for other types.
 
     ``fully_shard`` makes a wrapper's type a subclass of another name, such as ``FSDPCheckpointWrapper``.
     """
@@ -64,7 +64,7 @@ def held_at(module: nn.Module, wrappers: Mapping[str, str]) -> str | None:
 
 
 def table_of(module: nn.Module, attribute: str) -> dict[str, Any]:
-    """Return the dict in which a module holds a parameter or buffer of this name: that of buffers if it is there."""
+    """Return the dict in which a module holds a parameter or buffer of this name."""
     return module._buffers if attribute in module._buffers else module._parameters
 
 
@@ -79,7 +79,7 @@ def whole_shape(parameter: Tensor) -> tuple[int, ...]:
 
 
 def watched(lam: Tensor, replaced: Iterable[ReplacedParameter]) -> Tensor:
-    """Return a Λ whose gradient raises an error if accelerate offloads a trained copy: it would drop that's gradient.
+    """Return a Λ whose gradient raises an error if accelerate offloads a trained copy: it would drop its gradient.
 
     An optimizer that was made before would train all but the copy, without a word.
     """
@@ -134,7 +134,7 @@ class ReplacedParameter:
 
     @property
     def is_cast(self) -> bool:
-        """Whether the model computes with it in another dtype than that of trained copies."""
+        """Whether the model computes with it in another dtype than trained copies have."""
         module, attribute = next(iter(self.places.values()))
         return attribute in vars(module).get(CASTS, ())
 
@@ -180,7 +180,7 @@ class ReplacedParameter:
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def exchange_values(self, parameter: Tensor) -> Tensor:
-        """Give the model's parameter the values and the flag of another, and return one with those that it had.
+        """Give the model's parameter the values and the flag of another, and return a tensor with what it had.
 
         For a parameter that is sharded: `fully_shard` keeps references, and would ignore another in its place.
         """

@@ -338,13 +338,13 @@ def _row_table(rows: Sequence[ShapeRow]) -> list[str]:
 
 
 def wrapped(lines: Iterable[str]) -> list[str]:
-    """Return lines with those that are wider than 80 columns continued in indented ones. No name is broken."""
+    """Return lines of at most 80 columns, continued in indented lines. No name is broken."""
     fill = partial(textwrap.wrap, width=WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     return [part for line in lines for part in fill(line)]
 
 
 def as_lines(parts: Iterable[str]) -> str:
-    """Return text of one line for each part: a line break in a name would let it add lines of its own."""
+    """Return text of one line for each part: a line break in a name would add a line."""
     return "\n".join(part.replace("\n", "\\n") for part in parts)
 
 

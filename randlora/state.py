@@ -141,7 +141,7 @@ class ModelState:
         required_grad: Which parameters required grad before the first adapter was added.
         replaced: The parameters and buffers that some adapter has a copy of, by FQN.
         buffers_before: Copies of the model's small buffers from when the first adapter was added, by FQN.
-        disabled: The blocks of `randlora.disabled`, and those of features that are alike, that have not ended.
+        disabled: The blocks of `randlora.disabled`, and similar ones of features, that have not ended.
         run: The innermost of these if it is a `Run`.
         ended: Those of them that are to end as soon as their parameters can be installed.
         merge_guards: While merged, the handles of the hooks that refuse to load a state dict and to run backward.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from randlora.bases.compact import CompactMatrix
 from randlora.bases.spec import BasisSpec, count_bases
 from randlora.config import BasisKind, Stream
 from randlora.errors import AdapterError, ConfigError
+from tests.further import further
 from tests.kit import adapter_values, all_bits, fill, untouched
 from tests.laws import TOLERANCES, Mixed, adapted_names, adapter_layer, diagonals
 from tests.layer_kinds import LayerKind, every_kind
@@ -302,8 +303,15 @@ def test_a_norm_without_gradients_is_refused_where_they_are_expected(monkeypatch
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("basis", ["dense", "block", "sparse", "very_sparse"])
-@pytest.mark.parametrize(("r", "within"), [(4, 0.26), (8, 0.13), (32, 0.04)])
+@pytest.mark.parametrize(
+    ("r", "within", "basis"),
+    [
+        *((4, 0.26, basis) for basis in ("dense", "block", "very_sparse")),
+        (32, 0.04, "dense"),
+        *(further(4, 0.26, "sparse"), *(further(8, 0.13, basis) for basis in get_args(BasisKind))),
+        *(further(32, 0.04, basis) for basis in get_args(BasisKind)[1:]),
+    ],
+)
 def test_after_training_it_is_as_near_as_the_page_on_training_says(basis: BasisKind, r: int, within: float) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(128, 160))

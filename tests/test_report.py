@@ -65,16 +65,6 @@ def test_a_shared_basis_is_reported_with_the_bytes_it_will_take() -> None:
     assert planned.basis_bytes == randlora.state.adapted_root(model)[1].bank.nbytes
 
 
-def test_one_row_for_each_distinct_shape() -> None:
-    model = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(8, 8), nn.Linear(16, 8)])
-    rows = randlora.plan(model, r=4).rows
-    assert [(row.count, row.in_features, row.out_features, row.num_bases, row.trainable) for row in rows] == [
-        (2, 8, 8, 2, 48),
-        (1, 8, 16, 2, 24),
-        (1, 16, 8, 2, 24),
-    ]
-
-
 def test_the_table_of_a_small_model_reads_so() -> None:
     model = Mixed()
     report = randlora.plan(model, r=4, train_also=["head"])
@@ -160,22 +150,6 @@ def test_an_r_that_buys_no_rank_is_told_of(rows: int, columns: int, r: int) -> N
     assert [row.expected_rank for row in smaller.rows] == [row.expected_rank for row in report.rows]
     assert bool(told) == (smaller.trainable_parameters < report.trainable_parameters)
     assert all(f"r={r} " in note and "narrow" in note and "wide" not in note for note in told)
-
-
-@pytest.mark.parametrize(
-    ("options", "rule"),
-    [
-        ({}, "all linear layers but the output head"),
-        ({"targets": "all-linear"}, "all linear layers but the output head"),
-        ({"targets": r"q|up"}, "the regex 'q|up'"),
-        ({"targets": ["q", "up"]}, "the names q, up"),
-        ({"targets": lambda fqn, _: fqn == "q"}, "the callable <lambda>"),
-        ({"exclude": ["q"]}, "all linear layers but the output head, without the excluded"),
-    ],
-    ids=["none", "all-linear", "regex", "names", "callable", "exclude"],
-)
-def test_the_rule_that_applied_is_named(options: dict[str, object], rule: str) -> None:
-    assert randlora.plan(Mixed(), r=4, **options).rule == rule  # type: ignore[arg-type]
 
 
 def test_a_sparse_kind_claims_no_more_rank_than_it_has() -> None:

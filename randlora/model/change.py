@@ -33,7 +33,7 @@ def all_or_nothing(
 ) -> Iterator[None]:
     """Undo everything that the block has changed if it raises: modules, parameters, and the state with its adapters.
 
-    Values that were written in place would not be restored, except those of sharded parameters that adapters train
+    Values that were written in place would not be restored, except of sharded parameters that adapters train
     copies of. Nothing else here writes in place.
 
     Args:
@@ -106,7 +106,7 @@ def set_requires_grad(tensor: Tensor, flag: bool) -> None:  # noqa: FBT001
 
 
 class Attributes:
-    """The class and the attributes of an object, with the entries of those that are dicts or lists."""
+    """The class and the attributes of an object, and the entries of attributes that are dicts or lists."""
 
     def __init__(self, owner: Any) -> None:
         """Note them."""
@@ -160,7 +160,7 @@ class Snapshot:
         self._random = _RandomStates(device for device in devices if device.type != "cpu")
 
     def restore(self, *, thoroughly: bool = False) -> None:
-        """Restore everything; unless ``thoroughly``, of values only those that torch knows to have been written."""
+        """Restore everything; unless ``thoroughly``, only values that torch knows to have been written."""
         for attributes in self._objects:
             attributes.restore()
         for values in self._values:

@@ -165,8 +165,8 @@ class _Mode:
         backward_error: What backward raised, if it did.
         ran: The weights whose update was computed.
         trained: Those that gradients reach.
-        moved: Of the others, those that have an effect.
-        moved_merged: Of the others, those that have an effect once merged.
+        moved: The others that have an effect.
+        moved_merged: The others that have an effect once merged.
         differing: Those that have another effect once merged, with the difference as a share of the effect.
         unclear: Those whose effects are too small to tell.
     """
@@ -224,7 +224,7 @@ class _Mode:
 
 
 def blame(sites: Sequence[AdaptedSite], has: Callable[[Sites], bool]) -> list[AdaptedSite]:
-    """Return those of some weights of which something is true that is true of all of them, found by halving."""
+    """Return the weights that have a property, found by halving sets that have it together."""
     if not sites or not has(sites):
         return []
     if len(sites) == 1:

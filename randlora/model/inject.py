@@ -69,7 +69,7 @@ class Plan:
 
     Attributes:
         state: The model's state, possibly not attached yet.
-        adapter: The adapter, with bases that are not drawn and without values of its own.
+        adapter: The adapter, without drawn bases or values.
         shared: Existing bases of the model that it can use, by r.
         replaced: The model's own parameters that the adapter trains copies of, by FQN.
     """
@@ -335,7 +335,7 @@ def make_plan(view: View, asked: Mapping[str, Any]) -> Plan:
 def _bases(
     bank: BasisBank, config: RandLoRAConfig, shapes: Shapes, options: Mapping[str, LayerOptions]
 ) -> tuple[dict[int, Basis], dict[int, Basis]]:
-    """Return the bases that layers of these shapes need, not drawn, by r, and those of them that the bank has."""
+    """Return the bases that layers of these shapes need, not drawn, by r, and which of them the bank has."""
     bases, shared = {}, {}
     for r, own in by_rank(shapes, options).items():
         spec, used = spec_for(config, r, own), sliced_dims(own)

@@ -135,7 +135,7 @@ def prepare(
 ) -> Addition:
     """Create everything that an adapter needs, without changing the model.
 
-    Λ and Γ have the adapter's initial values, or those of ``values``, by FQN. ``replaced`` are the model's own
+    Λ and Γ have the adapter's initial values, or the given ``values``, by FQN. ``replaced`` are the model's own
     parameters that the adapter trains copies of, by FQN.
     """
     raise_collected(AdapterError, shared_slots(state, [*state.adapters.values(), adapter], replaced), doing="add it")
@@ -301,7 +301,7 @@ def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
 
 
 def _rounded(module: nn.Module) -> dict[str, torch.dtype]:
-    """Round parameters to the dtypes that a module computes with, and return the dtypes of those that cannot be.
+    """Round parameters to the dtypes that a module computes with, and return the dtypes of others.
 
     A parameter that `fully_shard` has sharded keeps its dtype.
     """

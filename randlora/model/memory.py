@@ -60,7 +60,7 @@ class TrainingMemory:
         tokens: Tokens of a step on each device; 0 if not given, and then nothing that depends on them is counted.
         dtype: The dtype that the model is held and computed in.
         optimizer_states: Numbers that the optimizer keeps for each trained one, two for AdamW.
-        weights: The model's parameters, also those that are trained copies of, and its buffers.
+        weights: The model's parameters, also where an adapter trains copies of them, and its buffers.
         parameters: Λ and Γ in float32, and the copies of ``train_also``, also in float32 at least.
         gradients: The same size.
         optimizer: That size ``optimizer_states`` times.
@@ -243,7 +243,7 @@ def memory_of(
 
 
 class _Part(NamedTuple):
-    """A parameter by its FQN, or "" for Λ and Γ, which no plan splits. FSDP2 sees those that are registered."""
+    """A parameter by its FQN, or "" for Λ and Γ, which no plan splits. FSDP2 sees registered ones."""
 
     fqn: str
     block: str
@@ -361,7 +361,7 @@ class _Product(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """A step of training an adapter, of as many tokens; `style` and `block` give those of a layer by its FQN."""
+    """A step of training an adapter with this number of tokens; `style` and `block` are functions of a layer's FQN."""
 
     plan: Plan
     dtype: torch.dtype
@@ -394,7 +394,7 @@ class Activations:
 
     @cached_property
     def _inner(self) -> list[list[_Product]]:
-        """The products without that of the head, whose output is the logits."""
+        """The products of all layers but the head, whose output is the logits."""
         return [products for module, products in self._products.items() if module != HEAD]
 
     def by_block(self) -> Counter[str]:
@@ -430,7 +430,7 @@ class Activations:
         return IN_FLIGHT * max(widths, default=0) * self.dtype.itemsize + self._own_step(products)
 
     def _own_step(self, products: list[_Product]) -> int:
-        """Return the most that the step of an adapted layer takes beyond that of the frozen one."""
+        """Return the most that the step of an adapted layer takes more than a frozen one."""
         most, itemsize, adapter = 0, self.dtype.itemsize, self.plan.adapter
         for site, rows, _, *sides, _ in (each for each in products if self.tokens and each.site.fqn in adapter.options):
             (small, large), r = sorted(sides), adapter.options[site.fqn].r

@@ -49,7 +49,7 @@ def name_problems(state: ModelState, names: Sequence[str] | None) -> list[str]:
 
 
 def state_problems(state: ModelState, names: Iterable[str], *, reversible: bool) -> list[str]:
-    """Return messages about adapters whose state does not allow to merge those of these names."""
+    """Return messages about adapters whose state does not allow merging adapters of these names."""
     if state.is_merged and (not reversible or not state.active_unmerged):
         return ["the adapters are merged already: call randlora.unmerge(model) first"]
     problems = []
@@ -150,7 +150,7 @@ def merge_notes(
 
 
 def model_dtype(census: Census) -> torch.dtype | None:
-    """Return the dtype of the inputs of linear layers: that of norms, else of the first unquantized parameter."""
+    """Return the dtype of the inputs of linear layers: the dtype of norms, else of the first unquantized parameter."""
     own = [
         (held.module, held.parameter.dtype)
         for held in census.parameters

@@ -214,33 +214,28 @@ def entries_of(census: Census, state: ModelState, into: Into) -> Iterator[Entry]
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 fqn = f"{prefix}{attribute}"
-                read = _reader(census, module, attribute, fqn, state, into)
-                yield Entry(fqn, partial(_rounded, module, attribute, read))
+                yield Entry(fqn, partial(_value, census, module, attribute, fqn, state, into))
         for attribute, _ in saved_buffers(module):
-            yield Entry(f"{prefix}{attribute}", _reading(partial(_held, module, attribute)))
+            yield Entry(f"{prefix}{attribute}", partial(_buffer, module, attribute))
 
 
-def _rounded(module: nn.Module, attribute: str, read: Callable[[Share], Tensor | None], share: Share) -> Tensor | None:
-    """Return the value of a parameter in the dtype that its module computes with."""
-    return None if (value := read(share)) is None else cast(module, attribute, value)
-
-
-def _reader(
-    census: Census, module: nn.Module, attribute: str, fqn: str, state: ModelState, into: Into
-) -> Callable[[Share], Tensor | None]:
-    """Return a function that returns the value of one parameter now."""
+def _value(
+    census: Census, module: nn.Module, attribute: str, fqn: str, state: ModelState, into: Into, share: Share
+) -> Tensor | None:
+    """Return the value of one parameter now, in the dtype that its module computes with."""
     site = census.sites_by_key.get((id(module), attribute))
-    if site is not None and (site.adapter_layer is not None or site.layer_class.is_quantized):
-        return partial(_weight, fqn, site, state, into)
     beside = census.sites_by_key.get((id(module), "weight")) if attribute == "bias" else None
-    if beside is not None and beside.layer_class.is_quantized:
-        return _reading(partial(_bias, beside, state, into))
-    return _reading(partial(_held, module, attribute))
+    if site is not None and (site.adapter_layer is not None or site.layer_class.is_quantized):
+        value = _weight(fqn, site, state, into, share)
+    elif beside is not None and beside.layer_class.is_quantized:
+        value = _bias(beside, state, into)
+    else:
+        value = _held(module, attribute)
+    return None if value is None else cast(module, attribute, value)
 
 
-def _reading(read: Callable[[], Tensor]) -> Callable[[Share], Tensor]:
-    """Return a function that reads a value which is not computed, whatever the share."""
-    return lambda _: read()
+def _buffer(module: nn.Module, attribute: str, _: Share) -> Tensor:
+    return _held(module, attribute)
 
 
 def _weight(fqn: str, site: Site, state: ModelState, into: Into, share: Share) -> Tensor | None:
@@ -263,7 +258,7 @@ def _weight(fqn: str, site: Site, state: ModelState, into: Into, share: Share) -
 
 
 def _from_parts(layer: AdapterLayer, owner: nn.Module, factors: dict[str, float], into: Into) -> Tensor:
-    """Return a merged weight of which each process computes the part that it holds."""
+    """Return a merged weight; each process computes the part that it holds."""
     place = place_of(owner, layer.attribute)
     if place.part is None:
         return layer.merged(owner, factors, into).weight

@@ -42,7 +42,7 @@ INSTEAD = "call randlora.save(model, directory), or for the merged model randlor
 class SaveGuard:
     """What is called in the place of a module's method while it has adapters.
 
-    It has no reference that would keep the module alive. A copy of the model has a guard of its own.
+    It has no reference that would keep the module alive. A copy of the model has another guard.
     """
 
     write_adapter: ClassVar[Callable[..., object]]  # set by `checkpoint.save`, which is above this room
@@ -52,7 +52,7 @@ class SaveGuard:
         """Guard the method of a module in an adapted model, which may be unknown, or what it has in its place."""
         self.name, self.own = name, own
         self.module = weakref.ref(module)
-        self.root: Callable[[], nn.Module | None] = weakref.ref(root) if root is not None else _nothing
+        self.root: Callable[[], nn.Module | None] = weakref.ref(root) if root is not None else lambda: None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Write the adapter or the merged model, or raise an error, as was chosen when the adapter was added."""
@@ -158,10 +158,6 @@ class SaveGuard:
             )
 
 
-def _nothing() -> None:
-    """Return ``None``, as a reference to what is gone does."""
-
-
 def _require_own_values(module: nn.Module, given: Mapping[str, Any] | None) -> None:
     """Refuse a state dict that has other values of Λ and Γ than the model, such as averages, which are not written."""
     if given is None:
@@ -184,7 +180,7 @@ def _has_method(module: nn.Module, name: str) -> bool:
 
 
 def guard_saving(census: Census, state: ModelState, choice: SavePretrained | None) -> None:
-    """Guard the methods of every module that contains an adapted one; a choice replaces that of other adapters."""
+    """Guard the methods of every module that contains an adapted one; a choice replaces the one of other adapters."""
     state.save_pretrained = choice or state.save_pretrained
     if state.save_pretrained == "model":
         unguard_saving(census)

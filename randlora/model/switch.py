@@ -288,7 +288,7 @@ def _numbers(name: str, factor: Factor, fqns: Sequence[str]) -> tuple[Mapping[st
 
 
 def _inside(layers: Any, fqns: Sequence[str]) -> set[str]:
-    """Return those of some layers that patterns name, of whatever type was given; all of them for ``None``."""
+    """Return the layers that patterns name, of whatever type was given; all layers for ``None``."""
     if layers is None or not fqns:
         return {*fqns}
     patterns = listed(layers)

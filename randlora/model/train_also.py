@@ -181,7 +181,7 @@ def moving_note(census: Census, owned: Collection[str]) -> list[str]:
 
 
 def _moves(module: nn.Module) -> bool:
-    """Whether a module of torch changes buffers of its own in train mode."""
+    """Whether a module of torch changes its buffers in train mode."""
     if isinstance(module, _NormBase):
         return module.track_running_stats and module.running_mean is not None
     return isinstance(module, _SpectralNorm) or any(

@@ -22,7 +22,7 @@ from randlora.targets.site import AdaptedSite
 from randlora.targets.walk import Census
 
 SHARE = 0.5
-"""The norm of a drawn update, as a share of that of the weight."""
+"""The norm of a drawn update, as a share of the norm of the weight."""
 
 WIDENED = 2**32
 """Up to how many bytes of weights in half precision are checked as float32, in which small effects can be compared."""

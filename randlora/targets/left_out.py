@@ -59,7 +59,7 @@ class Remaining(NamedTuple):
 
     @property
     def fqn(self) -> str:
-        """The name to give in ``targets``, or that of the parameter if it cannot be a target."""
+        """The name to give in ``targets``, or the parameter's if it cannot be a target."""
         return self.held.fqn if self.site is None else self.site.fqn
 
     @property

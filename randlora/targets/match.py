@@ -34,7 +34,7 @@ def _endings(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def is_names(pattern: Pattern | None) -> TypeGuard[Sequence[str]]:
-    """Whether a pattern is a list of names, which may be those of modules and then include all submodules."""
+    """Whether a pattern is a list of names, which may be of modules and then include all submodules."""
     return pattern is not None and not callable(pattern) and not isinstance(pattern, str)
 
 

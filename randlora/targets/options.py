@@ -145,7 +145,7 @@ def lora_parameters(sites: Iterable[Site]) -> int:
 
 
 def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) -> int:
-    """Return the r whose number of parameters is nearest to that of a LoRA on the same weights.
+    """Return the r with the number of parameters nearest to a LoRA on the same weights.
 
     Above the smaller side of all weights, a larger r trains more parameters and adds no rank, so none is tried. Blocks
     that are given divide r. Where none are given, ``block`` bases get a multiple of 8 if one is within a tenth.
@@ -209,7 +209,7 @@ def one_config(arguments: Mapping[str, Any]) -> RandLoRAConfig:
 
 
 def _multiple_of(blocks: Any) -> int:
-    """Return an r that blocks divide, of which the r that is chosen later is a multiple."""
+    """Return the least r that blocks divide; the r that is chosen later is a multiple of it."""
     if not (isinstance(blocks, tuple | list) and all(type(count) is int and count > 0 for count in blocks)):
         return 1
     if (least := math.lcm(*blocks)) > LARGEST_RANK:

@@ -209,7 +209,7 @@ def _useless(census: Census, visits: Sequence[Visit]) -> dict[str, str]:
 
 
 def _left_alone(census: Census, visits: Sequence[Visit], trained: Collection[str]) -> dict[str, str]:
-    """Return which weights that a rule chose are not adapted: those trained beside, and those that modules share."""
+    """Return which weights that a rule chose are not adapted: trained beside, or shared by modules."""
     keys = {visit.key for visit in visits}
     sites = [site for site in census.sites if site.key in keys]
     why = {key: f"tied to {', '.join(names)}" for key, names in tied_names(census, sites).items()}

@@ -73,7 +73,7 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Census:
-    """The modules and parameters of a model, without those that adapters added and the wrappers of `WRAPPED_AS`.
+    """The modules and parameters of a model, without what adapters added and the wrappers of `WRAPPED_AS`.
 
     ``visits`` are all submodules, parents first; a shared one is visited at each of its places.
     """
