@@ -222,7 +222,7 @@ def test_what_save_pretrained_writes_reloads_as_the_base(kind: RealModel, tmp_pa
     assert torch.equal(outputs(again.eval(), kind.inputs()), outputs(base, kind.inputs()))
 
 
-# Compilers: tests/test_layers.py compiles every kind, tests/test_read_weight.py both with weights that are read
+# Compilers: tests/test_layers.py compiles every kind, tests/test_readers_beside.py those that are read
 
 
 @pytest.mark.medium
