@@ -20,7 +20,7 @@ from randlora.targets.walk import Census
 from tests.checkpoint_files import CARD_FILE, edit_tensors, read_tensors
 from tests.kit import adapter_values, all_bits, fill, same_bits
 from tests.model_directories import assert_same_tensors, contents, stored, write
-from tests.test_experts import EXPERTS, IDS, each_or_shared, every_model, gpt_oss, made, mixtral
+from tests.test_readers_experts import EXPERTS, IDS, each_or_shared, every_model, gpt_oss, made, mixtral
 from tests.transformers_zoo import TASKS, classes, tiny
 
 LEAST = {"causal LM": 35, "sequence classification": 12}

@@ -22,8 +22,8 @@ from randlora.targets import walk
 from tests.further import further
 from tests.kit import fill, untouched
 from tests.models import bert, clip, image, llama, reproducible, tokens, torchvision_vit
-from tests.test_parents import PIXELS, swin, wavlm
 from tests.test_probe import bit_linear, dory_head
+from tests.test_readers_parents import PIXELS, swin, wavlm
 from tests.transformers_zoo import tiny
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))

@@ -18,7 +18,7 @@ from randlora.targets.options import listed, options_listed, r_like_lora, ranks_
 from tests import models
 from tests.kit import untouched
 from tests.laws import Mixed
-from tests.test_experts import EXPERTS, mixtral
+from tests.test_readers_experts import EXPERTS, mixtral
 
 TARGETS = ("layers.0.attn.q_proj", "layers.0.mlp.up_proj", "layers.1.attn.q_proj", "layers.1.attn.in_proj_weight")
 

@@ -1,7 +1,6 @@
 """What is particular to `nn.MultiheadAttention`: its ways to compute, and several adapted weights of one module."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +10,11 @@ from torch import Tensor, nn
 import randlora
 from randlora.layers.in_place import adapter_layers_of
 from randlora.readers.read_weight import ReadWeight
-from randlora.start import Init
 from tests import kit
 from tests.attention_kinds import ATTENTION_KINDS, AttentionKind, changed, every_attention
 from tests.further import further
-from tests.kit import adapter_values, all_bits, fill, same_bits
+from tests.kit import fill, same_bits
 from tests.laws import adapted_names, assert_close, needs_export
-from tests.strategies import every_start
 
 PACKED_KIND, SPLIT_KIND = ATTENTION_KINDS[:2]
 
@@ -47,17 +44,6 @@ def test_a_split_projection_has_three_lambdas_and_gammas() -> None:
         layer = adapter_layers_of(attention)["in_proj_weight"]
         shapes.append([tuple(part.shape) for part in layer.diagonals_of(attention, "default")])
     assert shapes == [[(3, 4), (4, 12)], [(3, 3, 4), (3, 4, 12)]]
-
-
-@every_attention
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
-@every_start
-def test_a_fresh_adapter_changes_no_bit(kind: AttentionKind, training: bool, grad: bool, init: Init) -> None:
-    plain, model = kind.plain().train(training), kind.adapted(filled=False, init=init).train(training)
-    plain.requires_grad_(grad)  # by which torch decides how it computes a linear layer
-    with torch.set_grad_enabled(grad):
-        assert same_bits(model(*kind.inputs()), plain(*kind.inputs()))
 
 
 MASKS: dict[str, dict[str, Any]] = {
@@ -135,35 +121,6 @@ def test_a_forward_that_fails_leaves_nothing_to_the_next() -> None:
     randlora.activate(model, [])
     assert read(model, "attn.in_proj_weight") is model.attn._parameters["in_proj_weight"]
     assert same_bits(model(*PACKED_KIND.inputs()), PACKED_KIND.plain().requires_grad_(False)(*PACKED_KIND.inputs()))
-
-
-@every_attention
-def test_ejecting_gives_back_the_class_the_objects_and_every_bit(kind: AttentionKind) -> None:
-    model, plain = kind.adapted(filled=False), kind.plain()
-    attention, own = model.attn, dict(model.named_parameters())
-    fill(model)
-    randlora.eject(model)
-    assert model.attn is attention
-    assert type(model.attn) is kind.build
-    assert type(model.attn.out_proj) is type(plain.attn.out_proj)
-    assert all(parameter is own[fqn] for fqn, parameter in model.named_parameters())
-    assert all_bits(model.state_dict()) == all_bits(plain.state_dict())
-    assert same_bits(model(*kind.inputs()), plain(*kind.inputs()))
-
-
-@every_attention
-@pytest.mark.parametrize("basis", ["dense", "block"])
-def test_a_saved_adapter_loads_bit_for_bit(kind: AttentionKind, basis: str, tmp_path: Path) -> None:
-    model = kind.plain()
-    randlora.inject(model, r=4, in_proj=kind.in_proj, basis=basis)  # type: ignore[arg-type]
-    fill(model)
-    randlora.save(model, tmp_path)
-    again = kind.plain()
-    report = randlora.load(again, tmp_path, trainable=True)
-    assert report.targets == kind.sites
-    assert report.config.in_proj == kind.in_proj
-    assert all_bits(adapter_values(again)) == all_bits(adapter_values(model))
-    assert same_bits(again(*kind.inputs()), model(*kind.inputs()))
 
 
 def test_a_layer_of_this_type_that_is_called_reads_its_weight_too() -> None:
