@@ -246,6 +246,17 @@ def test_a_json_that_appears_within_a_moment_is_waited_for(saved: Path, monkeypa
     randlora.load(SMALL.build(), saved)  # where a warning is an error
 
 
+def test_an_old_json_that_contradicts_the_tensors_is_not_waited_for(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_fields(saved, {"r": 7})
+    now = time.time()
+    monkeypatch.setattr(read, "PATIENCE", 5.0)
+    monkeypatch.setattr(time, "time", lambda: now + 60)
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits"))
+    doubted(SMALL.build(), saved, "says r=7")
+
+
 def test_files_without_header_that_are_replaced_while_they_are_read_are_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import randlora
 from randlora.bases.basis import Basis
+from randlora.checkpoint.read import read_adapter
 from randlora.config import BasisKind
 from randlora.errors import MergeError
 from randlora.files.base_fit import open_base
@@ -195,5 +196,8 @@ def bases(changes: Changes) -> list[Basis]:
 
 def test_adapters_of_equal_bases_share_them(tmp_path: Path) -> None:
     base = open_base(save_model(LLAMA, tmp_path / "base"))
-    adapters = {name: (save_adapter(LLAMA, tmp_path / name, values=seed), 1.0) for seed, name in enumerate("ab")}
+    adapters = {}
+    for seed, name in enumerate("ab"):
+        directory = save_adapter(LLAMA, tmp_path / name, values=seed)
+        adapters[name] = directory, read_adapter(directory), 1.0
     assert len(bases(find_changes(base, adapters))) == 1

@@ -141,13 +141,13 @@ def read_adapter(directory: Path, stream: Stream | None = None) -> AdapterFile:
     """
     end = time.monotonic() + PATIENCE
     while True:
-        fields = read_fields(directory)
+        fields = _read_fields(directory)
         found: AdapterFile | CheckpointError
         try:
             found = _read_beside(fields, directory, stream)
         except CheckpointError as error:
             found = error
-        is_settled = fields is not None and fields == read_fields(directory)
+        is_settled = fields is not None and fields == _read_fields(directory)
         is_settled &= isinstance(found, CheckpointError) or not (found.doubts and _is_new(directory / TENSORS_FILE))
         if is_settled or time.monotonic() >= end:
             break
@@ -206,7 +206,7 @@ def _not_floating(trained: Mapping[str, Tensor]) -> tuple[str, ...]:
     return tuple(fqn for fqn, tensor in trained.items() if not tensor.is_floating_point())
 
 
-def read_fields(directory: Path) -> dict[str, Any] | None:
+def _read_fields(directory: Path) -> dict[str, Any] | None:
     """Return the fields of the JSON, or ``None`` if there is none beside the tensors."""
     path = directory / CONFIG_FILE
     try:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,13 +75,9 @@ class OpenAdapter:
         return self.shapes
 
 
-def named_base(fields: Mapping[str, Mapping[str, Any] | None]) -> str:
-    """Return the base model that the JSON of each of some adapters names.
-
-    Raises:
-        CheckpointError: If one names none, or they name different ones.
-    """
-    named = {adapter: (each or {}).get(BASE_FIELD) for adapter, each in fields.items()}
+def named_base(adapters: Mapping[str, AdapterFile]) -> str:
+    """Return the base model that each of some adapters names. None, or different ones, raise a `CheckpointError`."""
+    named = {adapter: file.fields.get(BASE_FIELD) for adapter, file in adapters.items()}
     give = f"give {spelled('base')}, a directory or a repository"
     for adapter, name in named.items():
         if not isinstance(name, str) or not name:

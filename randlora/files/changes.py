@@ -17,8 +17,7 @@ from torch import Tensor
 from randlora.bases.basis import BasisBank
 from randlora.checkpoint.bases import stream_notes
 from randlora.checkpoint.header import ModelClass
-from randlora.checkpoint.read import AdapterFile, read_adapter
-from randlora.config import Stream
+from randlora.checkpoint.read import AdapterFile
 from randlora.disk.tensor_file import Entry, Planned, Shard, read_pieces, read_tensor
 from randlora.errors import CheckpointError, MergeError
 from randlora.files.adapter import open_fitted
@@ -210,28 +209,25 @@ class Changes:
 
 def find_changes(
     base: Base,
-    adapters: Mapping[str, tuple[Path, float]],
+    adapters: Mapping[str, tuple[Path, AdapterFile, float]],
     prefix: str | None = None,
-    stream: Stream | None = None,
 ) -> Changes:
-    """Read adapters, fit them to a checkpoint, draw their bases, and return which tensors they change.
+    """Fit adapters to a checkpoint, draw their bases, and return which tensors they change.
 
-    ``adapters`` are their directories and the factors of their updates, by the names that messages give them.
-    ``stream`` is that of the bases of each, as in `randlora.load`. Two that trained the same parameter raise an error.
+    ``adapters`` are their directories, files and the factors of their updates, by the names that messages give them.
+    Two that trained the same parameter raise an error.
     """
-    bank, files = BasisBank(), dict[str, AdapterFile]()
-    for name, (directory, _) in adapters.items():
-        with _naming(name):
-            files[name] = read_adapter(directory, stream)
-            base = as_trained(base, files[name])
+    bank = BasisBank()
+    for _, file, _ in adapters.values():
+        base = as_trained(base, file)
     found = Changes(base.directory.entries)
     if not isinstance(base.model, str) and base.trained_on is not None:
         found = Changes(
             found.entries, trained_on=base.trained_on, renamed=base.model.prefixed, unused=base.model.unused
         )
-    for name, (directory, factor) in adapters.items():
-        with _naming(name):
-            adapter, fit = open_fitted(directory, files[name], base, prefix, bank)
+    for name, (directory, file, factor) in adapters.items():
+        with naming(name):
+            adapter, fit = open_fitted(directory, file, base, prefix, bank)
             own = {fqn: found.converted(conversion).replaced for fqn, conversion in fit.conversions.items()}
             if repeated := [
                 fqn
@@ -259,7 +255,7 @@ def find_changes(
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
+def naming(name: str) -> Iterator[None]:
     """Say in an error of the block which adapter cannot be merged."""
     try:
         yield

@@ -97,7 +97,7 @@ def load_model(
         )
     directory = locate(source, revision)
     file = read_adapter(directory, stream)  # before the base, which may be large
-    chosen = named_base({str(source): file.fields}) if base is None else os.fspath(base)
+    chosen = named_base({str(source): file}) if base is None else os.fspath(base)
     known = None if file.header is None else file.header.model_class
     is_known = model_class is not None or (known is not None and known.library == "transformers")
     _require_transformers_model(chosen, is_known=is_known)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from randlora.checkpoint.read import locate, read_fields
+from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.config import Stream
 from randlora.disk.hub import is_on_hub, local_path
 from randlora.disk.replace import new_directory
@@ -23,7 +23,7 @@ from randlora.disk.untrusted import is_there
 from randlora.errors import CheckpointError, ConfigError, MergeError, raise_collected, spelled
 from randlora.files.adapter import named_base, out_problems
 from randlora.files.base_fit import open_base, read_base
-from randlora.files.changes import Changes, find_changes
+from randlora.files.changes import Changes, find_changes, naming
 from randlora.files.model_directory import (
     INDEX_FILE,
     MODEL_CONFIG_FILE,
@@ -139,10 +139,13 @@ def merge(
     if dtype not in (None, *CASTABLE):
         problems.append(f"dtype must be one of {', '.join(map(str, CASTABLE))}, or None, got {dtype!r}")
     raise_collected(ConfigError, problems, doing="merge")
-    # before a download of the base, which may be large
-    located = {str(adapter): (locate(adapter, revision), factor) for adapter, factor in factors.items()}
+    opened = dict[str, tuple[Path, AdapterFile, float]]()
+    for adapter, factor in factors.items():  # before a download of the base, which may be large
+        directory = locate(adapter, revision)
+        with naming(str(adapter)):
+            opened[str(adapter)] = directory, read_adapter(directory, stream), factor
     if base is None:
-        base = _base_of({adapter: directory for adapter, (directory, _) in located.items()})
+        base = _base_of({adapter: file for adapter, (_, file, _) in opened.items()})
     problems = out_problems(destination, [base, *factors], overwrite=overwrite)
     raise_collected(MergeError, problems, doing="merge")
     model = open_base(base, base_revision)
@@ -153,7 +156,7 @@ def merge(
         )
     if is_on_hub(base):  # of which only headers are here yet
         model = read_base(local_path(base, base_revision, WHOLE, are_patterns=True))
-    changes = find_changes(model, located, prefix, stream)
+    changes = find_changes(model, opened, prefix)
     raise_collected(MergeError, changes.float8_problems(dtype), doing="merge")
     shards = [(shard, changes.tensors_of(shard, dtype)) for shard in model.directory.shards]
     shards[-1][1].extend(changes.added_tensors(dtype))
@@ -184,9 +187,9 @@ def _factors(adapters: Sources) -> dict[Source, float]:
     return factors
 
 
-def _base_of(adapters: Mapping[str, Path]) -> str:
-    """Return the base model that adapters name, by their directories."""
-    base = named_base({adapter: read_fields(directory) for adapter, directory in adapters.items()})
+def _base_of(adapters: Mapping[str, AdapterFile]) -> str:
+    """Return the base model that adapters name."""
+    base = named_base(adapters)
     if not (is_there(Path(base)) or is_on_hub(base)):
         give = f"give {spelled('base')}, a directory or a repository"
         raise CheckpointError(f"the base model {base!r}, which the adapter names, is not there: {give}")
