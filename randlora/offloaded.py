@@ -183,22 +183,6 @@ class Offloaded(Place):
             self._tensor.data = value.to(self._tensor.device, self._tensor.dtype)
 
 
-def offloaded(owner: nn.Module, attribute: str) -> Offloaded | None:
-    """Return the place of a module's parameter or buffer if accelerate offloads it by itself, else ``None``.
-
-    ``None`` too if it is loaded together with all of a module around it, or from a map that cannot be written to.
-    """
-    if not (hooks := list(offloading_hooks(owner))):
-        return None
-    entries = [_entry(hook.weights_map, attribute) for hook in hooks]
-    found = tuple(entry for entry in entries if entry is not None)
-    if _tensor(owner, attribute) is None or not found or len(found) < len(entries):
-        return None
-    device = hooks[-1].execution_device
-    device = torch.device("cpu") if device is None else torch.empty(0, device=device).device
-    return Offloaded(owner, attribute, found, torch.device("cpu") if device.type == "meta" else device)
-
-
 def offloading_hooks(module: nn.Module) -> Iterator[Any]:
     """Yield the hooks with which accelerate offloads a module's parameters, if there are any."""
     if (hook := module.__dict__.get(HOOK)) is None:
@@ -213,19 +197,6 @@ def offloading_hooks(module: nn.Module) -> Iterator[Any]:
 def _tensor(owner: nn.Module, attribute: str) -> Tensor | None:
     held = owner._parameters.get(attribute)
     return owner._buffers.get(attribute) if held is None else held
-
-
-def stores(owner: nn.Module) -> list[object]:
-    """Return the objects whose attributes change when a parameter that a module has offloaded is written to."""
-    found: dict[int, object] = {}
-    for hook in offloading_hooks(owner):
-        holder = hook
-        within = hook.weights_map
-        while (inner := getattr(within, "dataset", None)) is not None:
-            holder, within = within, inner
-        is_plain = not isinstance(getattr(within, "__dict__", None), dict)
-        found[id(within)] = holder if is_plain else within  # a dict is the attribute of another object
-    return list(found.values())
 
 
 def _entry(weights_map: Any, name: str) -> Entry | None:
@@ -261,16 +232,35 @@ class Offloading(Keeper):
     """Keeps parameters where a hook of accelerate loads them from."""
 
     def place_of(self, owner: nn.Module, attribute: str) -> Offloaded | None:
-        """Return the place of a parameter that accelerate offloads."""
-        return offloaded(owner, attribute)
+        """Return the place of a module's parameter or buffer if accelerate offloads it by itself, else ``None``.
+
+        ``None`` too if it is loaded together with all of a module around it, or from a map that cannot be written to.
+        """
+        if not (hooks := list(offloading_hooks(owner))):
+            return None
+        entries = [_entry(hook.weights_map, attribute) for hook in hooks]
+        found = tuple(entry for entry in entries if entry is not None)
+        if _tensor(owner, attribute) is None or not found or len(found) < len(entries):
+            return None
+        device = hooks[-1].execution_device
+        device = torch.device("cpu") if device is None else torch.empty(0, device=device).device
+        return Offloaded(owner, attribute, found, torch.device("cpu") if device.type == "meta" else device)
 
     def is_hooked(self, module: nn.Module) -> bool:
         """Whether a module has a hook of accelerate."""
         return HOOK in module.__dict__
 
     def holders(self, owner: nn.Module) -> list[object]:
-        """Return the maps and loaders that hooks load a module's parameters from; see `stores`."""
-        return stores(owner)
+        """Return the maps and loaders that hooks load a module's parameters from."""
+        found: dict[int, object] = {}
+        for hook in offloading_hooks(owner):
+            holder = hook
+            within = hook.weights_map
+            while (inner := getattr(within, "dataset", None)) is not None:
+                holder, within = within, inner
+            is_plain = not isinstance(getattr(within, "__dict__", None), dict)
+            found[id(within)] = holder if is_plain else within  # a dict is the attribute of another object
+        return list(found.values())
 
     def loads(self, modules: Iterable[nn.Module]) -> dict[int, str | None]:
         """Return which modules have parameters that accelerate loads; see `loaded_modules`."""

@@ -167,7 +167,7 @@ class Entries:
             if any(parent.__module__.startswith("sentence_transformers.") for parent in type(module).__mro__):
                 sorting = [name for name in SORTING if hasattr(type(module), name)]
                 self.methods += [Method(module, name, _refuse_to_sort) for name in sorting]
-            if attention := RowsOfAttention.watch(module, Hook):
+            if attention := RowsOfAttention.watch(module):
                 self.handles[module] = attention
                 continue
             begin = module.register_forward_pre_hook(Hook(self.begin), with_kwargs=True)
@@ -290,15 +290,15 @@ class RowsOfAttention:
         self.layer = layer
 
     @classmethod
-    def watch(cls, module: nn.Module, hook: Callable[[Any], Any]) -> list[RemovableHandle]:
-        """Register the hooks of a module, made by ``hook`` of functions, if it is such attention."""
+    def watch(cls, module: nn.Module) -> list[RemovableHandle]:
+        """Register the hooks of a module if it is such attention."""
         if not isinstance(module, nn.MultiheadAttention) or "randlora" in module.__dict__:
             return []
         layer = module.out_proj.__dict__["randlora"]["weight"]
         own = cls(layer)
         return [
-            module.register_forward_pre_hook(hook(own.begin)),
-            module.register_forward_hook(hook(own.end), with_kwargs=True, always_call=True),
+            module.register_forward_pre_hook(Hook(own.begin)),
+            module.register_forward_hook(Hook(own.end), with_kwargs=True, always_call=True),
         ]
 
     def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002  # a hook's signature
