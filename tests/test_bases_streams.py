@@ -34,7 +34,7 @@ print(json.dumps([Basis(spec).digest(spec.max_dim, spec.min_dim) for spec in spe
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("capability", ["default", further("avx2"), "avx512"])
+@pytest.mark.parametrize("capability", ["default", further("avx2"), further("avx512")])
 def test_bases_are_the_committed_ones_on_every_cpu(capability: str) -> None:
     """In a process each, as torch chooses once. What this CPU cannot do, torch would do all the same, and crash."""
     ranks = ("default", "avx2", "avx512")

@@ -17,6 +17,7 @@ import randlora
 from randlora.bases import BasisBank
 from randlora.functional import Compute
 from tests import reference
+from tests.further import further
 from tests.kit import assert_unchanged, fill, same_bits, snapshot
 from tests.laws import TOLERANCES, Mixed, assert_close
 from tests.layer_kinds import LAYER_KINDS, LayerKind
@@ -221,7 +222,7 @@ def test_a_quantized_layer_is_unmerged_to_every_bit_and_trains(kind: LayerKind, 
     assert all(torch.isfinite(parameter.grad).all() for parameter in randlora.trainable_parameters(model))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("basis", ["dense", "block"])
+@pytest.mark.parametrize("basis", ["dense", further("block")])
 def test_a_compiled_model_computes_the_same(basis: str) -> None:
     torch._dynamo.reset()
     model = adapted(KINDS["Linear"], (24, 40), torch.float32, basis, r=8)

@@ -8,7 +8,6 @@ import accelerate  # type: ignore[import-untyped]
 import pytest
 import torch
 from accelerate.hooks import (  # type: ignore[import-untyped]
-    attach_execution_device_hook,
     remove_hook_from_submodules,
 )
 from accelerate.utils import set_module_tensor_to_device  # type: ignore[import-untyped]
@@ -374,23 +373,6 @@ def test_layers_of_bitsandbytes_are_merged_where_they_are_and_refused_where_they
     assert bits(late[0].weight) == codes
 
 
-@pytest.mark.parametrize("is_first", [True, False], ids=["adapted first", "hooked first"])
-def test_hooks_that_only_place_inputs_change_nothing(is_first: bool) -> None:
-    plain, model = adapted(Beside().eval()), Beside().eval()
-    if is_first:
-        adapted(model)
-    attach_execution_device_hook(model, "cpu")
-    if not is_first:
-        adapted(model)
-    assert bits(model(X)) == bits(plain(X))
-    model(X).sum().backward()
-    assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(model))
-    with randlora.merged(model), randlora.merged(plain):
-        assert bits(model(X)) == bits(plain(X))
-    randlora.eject(model)
-    assert bits(model(X)) == bits(Beside().eval()(X))
-
-
 def test_values_that_accelerate_sets_are_those_that_are_used_merged_and_saved(tmp_path: Path) -> None:
     model, other, weight = adapted(Beside().eval()), Beside().eval(), torch.randn(12, 8)
     with torch.no_grad():
@@ -412,13 +394,6 @@ def test_values_that_accelerate_sets_are_those_that_are_used_merged_and_saved(tm
         assert bits(model(X)) == bits(other(X))
     randlora.eject(model)
     assert bits(model(X)) == bits(base)
-
-
-def test_a_weight_that_accelerate_empties_is_not_merged_into() -> None:
-    model = adapted(Beside().eval())
-    set_module_tensor_to_device(model, "up.weight", "meta")
-    with pytest.raises(MergeError, match="the weight of up is incomplete"):
-        randlora.merge(model)
 
 
 @pytest.mark.medium

@@ -22,14 +22,11 @@ from tests.models import (
     BERT,
     GPT2,
     LLAMA,
-    SIDES,
     VIT,
     RealModel,
     every_transformers_model,
     logits,
     outputs,
-    reproducible,
-    tokens,
 )
 from tests.quantized import checkpoint_activations, four_bit_linear, half_precision_model, needs_repacking
 
@@ -263,42 +260,6 @@ def test_matrices_that_keep_their_16_bits_meet_the_float32_that_norms_give(
     assert report.cast
     with torch.set_grad_enabled(training):
         torch.testing.assert_close(model(x).float(), expected.float(), rtol=0.05, atol=0.05)
-
-
-def mixtral() -> nn.Module:
-    config = transformers.MixtralConfig(vocab_size=64, num_local_experts=4, num_key_value_heads=2, **SIDES)
-    return reproducible(lambda: transformers.MixtralForCausalLM(config))
-
-
-def t5() -> nn.Module:
-    config = transformers.T5Config(
-        vocab_size=64,
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-    )
-    return reproducible(lambda: transformers.T5ForConditionalGeneration(config))
-
-
-def text_pairs() -> dict[str, Tensor]:
-    return {**tokens(), "decoder_input_ids": tokens()["input_ids"]}
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [RealModel("mixtral", mixtral, tokens, ()), RealModel("t5", t5, text_pairs, ())],
-    ids=lambda kind: kind.name,
-)
-def test_experts_and_position_biases_in_16_bits_work_on(kind: RealModel) -> None:
-    model = half_precision_model(kind).train()
-    expected = outputs(model, kind.inputs())
-    report = prepare_quantized(model, **only("full_precision"))
-    assert report.cast
-    torch.testing.assert_close(outputs(model, kind.inputs()), expected.float(), rtol=0.1, atol=0.1)
 
 
 def test_a_model_of_text_and_images_has_two_inputs() -> None:
