@@ -13,7 +13,7 @@ BLOCKS: ContextVar[tuple[object, ...]] = ContextVar("BLOCKS", default=())
 """The blocks of this library that this thread, or this task of asyncio, is in."""
 
 
-class Forward(NamedTuple):
+class ForwardCall(NamedTuple):
     """A call of the forward of an adapted module.
 
     Attributes:
@@ -54,15 +54,15 @@ class Run(ABC):
         """Return what `AdapterLayer.active` does."""
 
     @abstractmethod
-    def product(self, layer: Any, forward: Forward) -> Tensor:
+    def product(self, layer: Any, forward: ForwardCall) -> Tensor:
         """Return the output of a module whose forward is the product with the weight of a layer."""
 
     @abstractmethod
-    def rows(self, layer: Any, forward: Forward) -> Tensor:
+    def rows(self, layer: Any, forward: ForwardCall) -> Tensor:
         """Return the output of a module whose forward looks up rows of the weight of a layer."""
 
     @abstractmethod
-    def reading(self, layer: Any, forward: Forward) -> Any:
+    def reading(self, layer: Any, forward: ForwardCall) -> Any:
         """Return the output of a forward that reads the weight of a layer, with whatever it adapts in it."""
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.bases.spec import Shape, count_bases
-from randlora.blocks import Forward
+from randlora.blocks import ForwardCall
 from randlora.errors import CheckpointError
 from randlora.functional import WriteOut, adapted_linear, delta_weight
 from randlora.layers.diagonals import diagonal_shapes
@@ -152,7 +152,7 @@ class AdapterLayer(MergeableWeight):
         if self.own_forward is not None:
             base_forward = self.own_forward
         if (run := state.run) is not None and run.takes_over:
-            return run.product(self, Forward(owner, base_forward, args, kwargs))
+            return run.product(self, ForwardCall(owner, base_forward, args, kwargs))
         active = self.acting if self.activation.is_current and not state.disabled else self.active()
         if not active:
             return self.base_output(owner, base_forward, *args, **kwargs)

@@ -32,6 +32,7 @@ class Forward(NamedTuple):
 
 _here = threading.local()
 """``calls``: the number of running calls of modules around such weights. ``forward``: the innermost `Forward`."""
+_here.calls = 0  # in the thread that imports, or the first program that it compiles would be compiled again
 
 
 def begin_call(module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG001  # a hook's signature

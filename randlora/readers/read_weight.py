@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.blocks import Forward
+from randlora.blocks import ForwardCall
 from randlora.errors import AdapterError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of, plain_class
@@ -65,7 +65,7 @@ class ReadWeight(AdapterLayer):
         if (run := self.state.run) is not None and run.takes_over:
             inside = (each for module in owner.modules() for each in adapter_layers_of(module).values())
             if any(map(run.concerns, inside)):
-                return run.reading(self, Forward(owner, partial(run_forward, owner, own), args, kwargs))
+                return run.reading(self, ForwardCall(owner, partial(run_forward, owner, own), args, kwargs))
         return run_forward(owner, own, *args, **kwargs)
 
     def read(self, owner: nn.Module) -> Tensor:

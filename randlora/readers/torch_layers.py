@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.bases.spec import Shape
-from randlora.blocks import Forward
+from randlora.blocks import ForwardCall
 from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError
 from randlora.functional import update_rows
@@ -258,7 +258,7 @@ class EmbeddingAdapter(ReadWeight):
         assert isinstance(owner, nn.Embedding)
         is_plain = self.runs_plain_forward(owner)
         if is_plain and (run := self.state.run) is not None and run.takes_over:
-            return run.rows(self, Forward(owner, base_forward, args, kwargs))
+            return run.rows(self, ForwardCall(owner, base_forward, args, kwargs))
         if not is_plain or not (active := self.active()):
             return super().forward(owner, base_forward, *args, **kwargs)
         weight, ids = self.held_weight(owner), input_of(owner, args, kwargs)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.hooks import RemovableHandle
 
-from randlora.blocks import Forward, open_elsewhere
+from randlora.blocks import ForwardCall, open_elsewhere
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
 from randlora.layers.base import AdapterLayer
@@ -316,7 +316,7 @@ class RowsOfAttention:
         if output is None:
             return None
         with in_call():
-            return run.reading(self.layer, Forward(module, module.forward, args, kwargs))
+            return run.reading(self.layer, ForwardCall(module, module.forward, args, kwargs))
 
 
 class Method:

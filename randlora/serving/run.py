@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.blocks import Forward, Run
+from randlora.blocks import ForwardCall, Run
 from randlora.errors import AdapterError
 from randlora.functional import Diagonals, Pair, update_rows
 from randlora.layers.base import AdapterLayer
@@ -128,7 +128,7 @@ class RowByRow(Routing, Run):
         part = layer.adapters.get(self.chosen[0] or "")
         return [] if part is None else [(part, 1.0)]
 
-    def product(self, layer: AdapterLayer, forward: Forward) -> Tensor:
+    def product(self, layer: AdapterLayer, forward: ForwardCall) -> Tensor:
         """Return the output of the base plus, for each token, the product with the update of its adapter."""
         owner, call, args, kwargs = forward
         output, x = layer.base_output(owner, call, *args, **kwargs), input_of(owner, args, kwargs)
@@ -153,7 +153,7 @@ class RowByRow(Routing, Run):
         follow(self, result, layout)
         return result
 
-    def rows(self, layer: AdapterLayer, forward: Forward) -> Tensor:
+    def rows(self, layer: AdapterLayer, forward: ForwardCall) -> Tensor:
         """Return the rows of the base plus, for each, the same row of the update of its adapter."""
         owner: Any = forward.owner
         with self.choosing(None):
@@ -179,7 +179,7 @@ class RowByRow(Routing, Run):
         follow(self, result, layout)
         return result
 
-    def reading(self, layer: Any, forward: Forward) -> Any:
+    def reading(self, layer: Any, forward: ForwardCall) -> Any:
         """Return the output of the forward of a module that reads its weights, run once for each adapter."""
         module = plain_class(forward.owner).__name__
         given = layer.rows_of(forward.owner, forward.args, forward.kwargs)
