@@ -13,7 +13,7 @@ REVIEWS := build/data/vaderSentiment-0.5.zip
 CLOTHES := build/data/fashion-mnist
 
 .PHONY: demo example-causal-lm bench quality quality-quick test lint types tests alone medium distributed slow torture mutants \
-	docs site-test release-check changelog test-floor test-newest test-matrix test-locked lock audit sbom dist dist-check bump clean
+	docs site-test test-trainers release-check changelog test-floor test-newest test-matrix test-locked lock audit sbom dist dist-check bump clean
 
 demo: $(VENV)/.examples $(REVIEWS)
 	$(BIN)/python docs/examples/sentiment.py --basis $(BASIS) --r $(R) --seed $(SEED) $(ARGS)
@@ -67,7 +67,11 @@ docs: $(VENV)/.dev
 site-test: $(VENV)/.site docs  # every page in Chromium, light and dark, on a phone and a desktop; skipped where there is none
 	$(BIN)/python -m pytest --numprocesses 2 tests/site $(ARGS)
 
-release-check: changelog test site-test slow test-floor test-matrix test-locked audit sbom dist-check
+test-trainers: .venv-axolotl/.dev .venv-swift/.dev  # their command lines, from a config to a merged model
+	.venv-axolotl/bin/python -m pytest tests/other_trainers/test_axolotl.py $(ARGS)
+	.venv-swift/bin/python -m pytest tests/other_trainers/test_swift.py $(ARGS)
+
+release-check: changelog test site-test test-trainers slow test-floor test-matrix test-locked audit sbom dist-check
 	$(BIN)/python -m benchmarks.peft_faults --gate
 
 changelog:  # what it says of the version in pyproject.toml, or an error
@@ -143,6 +147,18 @@ $(CLOTHES):  # from Debian's package; without apt-get the task is skipped
 	$(PYTHON) -m venv --clear .venv-locked
 	.venv-locked/bin/python -m pip install --quiet --no-deps --require-hashes --requirement requirements.lock
 	.venv-locked/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+# without their dependencies, some of which need a GPU; what a CPU needs is in the files
+.venv-axolotl/.dev: .venv-axolotl/.pip tests/other_trainers/axolotl.txt
+	.venv-axolotl/bin/python -m pip install --quiet --requirement tests/other_trainers/axolotl.txt
+	.venv-axolotl/bin/python -m pip install --quiet --no-deps axolotl==0.19.0 axolotl-contribs-lgpl axolotl-contribs-mit
+	.venv-axolotl/bin/python -m pip install --quiet --no-deps bitsandbytes optimum --editable .
+	touch $@
+
+.venv-swift/.dev: .venv-swift/.pip tests/other_trainers/swift.txt
+	.venv-swift/bin/python -m pip install --quiet --requirement tests/other_trainers/swift.txt
+	.venv-swift/bin/python -m pip install --quiet --no-deps ms-swift==4.6.0 --editable .
 	touch $@
 
 .venv-release/.dev: .venv-release/.pip pyproject.toml

@@ -86,9 +86,14 @@ def test_a_snippet_marked_not_run_is_not_run(tmp_path: Path) -> None:
     run_page(page)
 
 
+ELSEWHERE = ("axolotl", "swift")
+"""Modules of `randlora.integrations` whose library is in an environment of its own; see `make test-trainers`."""
+
+
 def package_examples() -> Iterator[doctest.DocTest]:
     """Find the examples in the package's docstrings."""
-    names = [info.name for info in pkgutil.walk_packages(randlora.__path__, "randlora.")]
+    found = [info.name for info in pkgutil.walk_packages(randlora.__path__, "randlora.")]
+    names = [name for name in found if name.removeprefix("randlora.integrations.") not in ELSEWHERE]
     for module in map(importlib.import_module, ["randlora", *names]):
         extra = {"torch": torch, "nn": nn, "randlora": randlora}
         yield from (test for test in doctest.DocTestFinder().find(module, extraglobs=extra) if test.examples)

@@ -17,7 +17,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 
 import randlora
 from randlora.errors import AdapterError, CheckpointError
-from randlora.integrations.transformers import PRIVATE, AdapterCheckpoints, AdapterTrainer
+from randlora.integrations.transformers import PRIVATE, AdapterCheckpoints, AdapterTrainer, LoadsAdapters
 from tests.further import further
 from tests.hub_server import point_client_at, running_hub
 from tests.kit import fill
@@ -322,7 +322,8 @@ def test_a_push_has_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_private_methods_that_are_overridden_are_those_that_are_named() -> None:
-    own = {name for name in vars(AdapterCheckpoints) if name in dir(Trainer) and not name.startswith("__")}
+    written = vars(AdapterCheckpoints) | vars(LoadsAdapters)
+    own = {name for name in written if name in dir(Trainer) and not name.startswith("__")}
     assert {name for name in own if name.startswith("_")} == set(PRIVATE)
     assert own - set(PRIVATE) == {"save_model", "train", "args", "model", "state"} & own
 

@@ -37,7 +37,37 @@ SENT = "_iter_named_params"
 """The private method of TRL's `VLLMGeneration` that yields names and values of weights for vLLM, each tensor once."""
 
 
-class AdapterCheckpoints:
+class LoadsAdapters:
+    """A mixin for a subclass of `transformers.Trainer`, which loads the adapters that are trained from a checkpoint."""
+
+    is_deepspeed_enabled: bool
+    model: Any
+    state: Any
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the adapters that are trained from a checkpoint, in place."""
+        model = self.model if model is None else model
+        trained = [info.name for info in _require_trained(model)]
+        checkpoint = Path(resume_from_checkpoint)
+        if len(trained) == 1:
+            swap_each(model, {trained[0]: checkpoint})
+            return
+        if others := {path.parent.name for path in checkpoint.glob(f"*/{TENSORS_FILE}")}.difference(trained):
+            raise CheckpointError(
+                f"cannot resume from {str(checkpoint)!r}: it has {shortened(sorted(others))}, which the model lacks or "
+                f"does not train (it trains {', '.join(trained)}): inject and activate the same adapters as then"
+            )
+        swap_each(model, {name: checkpoint / name for name in trained})
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint of the run; DeepSpeed's from its own files, which have copies of what is trained."""
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()  # type: ignore[misc]
+            return
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class AdapterCheckpoints(LoadsAdapters):
     """A mixin for a subclass of `transformers.Trainer`, whose checkpoints then hold the adapter and not the model.
 
     Put it first: ``class SFT(AdapterCheckpoints, trl.SFTTrainer)``. A checkpoint has the files of `randlora.save`, and
@@ -56,14 +86,11 @@ class AdapterCheckpoints:
 
     accelerator: Any
     args: Any
-    is_deepspeed_enabled: bool
     is_fsdp_enabled: bool
     lr_scheduler: Any
-    model: Any
     model_wrapped: Any
     model_init: Any
     optimizer: Any
-    state: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Check the order of the bases of a new class.
@@ -158,28 +185,6 @@ class AdapterCheckpoints:
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         finally:
             engine.pop("save_checkpoint", None)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load the adapters that are trained from a checkpoint, in place."""
-        model = self.model if model is None else model
-        trained = [info.name for info in _require_trained(model)]
-        checkpoint = Path(resume_from_checkpoint)
-        if len(trained) == 1:
-            swap_each(model, {trained[0]: checkpoint})
-            return
-        if others := {path.parent.name for path in checkpoint.glob(f"*/{TENSORS_FILE}")}.difference(trained):
-            raise CheckpointError(
-                f"cannot resume from {str(checkpoint)!r}: it has {shortened(sorted(others))}, which the model lacks or "
-                f"does not train (it trains {', '.join(trained)}): inject and activate the same adapters as then"
-            )
-        swap_each(model, {name: checkpoint / name for name in trained})
-
-    def _load_best_model(self) -> None:
-        """Load the best checkpoint of the run; DeepSpeed's from its own files, which have copies of what is trained."""
-        if self.is_deepspeed_enabled:
-            super()._load_best_model()  # type: ignore[misc]
-            return
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 class AdapterTrainer(AdapterCheckpoints, Trainer):  # type: ignore[misc]  # transformers carries no types

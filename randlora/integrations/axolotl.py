@@ -1,0 +1,133 @@
+"""A plugin of axolotl: ``adapter: randlora`` in its YAML, and the options of `randlora.inject` in a block of that name.
+
+    plugins:
+      - randlora.integrations.axolotl.RandLoRAPlugin
+    adapter: randlora
+    randlora:
+      r: 32
+      basis: block
+
+axolotl builds the model, the data and the trainer. The plugin adds the adapter to the model and has checkpoints hold
+the adapter alone. Written for the interface of axolotl 0.19.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from axolotl.core.trainers import AxolotlTrainer
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from axolotl.utils.logging import get_logger
+from pydantic import BaseModel, Field, field_validator
+
+import randlora
+from randlora.config import RandLoRAConfig
+from randlora.errors import AdapterError, ConfigError, raise_collected
+from randlora.integrations.transformers import AdapterCheckpoints
+
+LOG = get_logger("axolotl.integrations.randlora")  # axolotl shows what loggers below its own name say
+
+NAME = "randlora"
+"""What ``adapter:`` and the block with the options are called."""
+
+CONFIG = tuple(inspect.signature(RandLoRAConfig).parameters)
+OPTIONS = tuple(name for name in inspect.signature(randlora.inject).parameters if name not in ("model", "config"))
+
+
+class RandLoRAArgs(BaseModel):
+    """What the plugin adds to axolotl's config."""
+
+    randlora: dict[str, Any] = Field(
+        default_factory=dict, description="Options of randlora.inject, by their names there, such as r, alpha, targets."
+    )
+
+    @field_validator("randlora")
+    @classmethod
+    def check(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Check the options before a model is loaded; the names of layers are checked when it is."""
+        given = {name: value for name, value in options.items() if name in CONFIG or name not in OPTIONS}
+        try:
+            RandLoRAConfig(**given)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error  # which pydantic reports with the name of the field
+        return options
+
+
+class AdapterAxolotlTrainer(AdapterCheckpoints, AxolotlTrainer):  # type: ignore[misc]  # axolotl carries no types
+    """axolotl's trainer, whose checkpoints hold the adapter and not the model."""
+
+
+class RandLoRAPlugin(BasePlugin):  # type: ignore[misc]
+    """Trains a RandLoRA adapter where axolotl's config says ``adapter: randlora``."""
+
+    def get_input_args(self) -> str:
+        """Return the name of the class that describes the block ``randlora:``."""
+        return f"{__name__}.{RandLoRAArgs.__name__}"
+
+    def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
+        """Return the name that ``adapter:`` takes."""
+        return [AdapterCapabilities(name=NAME)]
+
+    def register(self, cfg: Any) -> None:
+        """Check what else the config says, before anything is loaded.
+
+        Raises:
+            AdapterError: If axolotl would ignore it, or do something else than it says.
+        """
+        if cfg.get("adapter") == NAME:
+            raise_collected(AdapterError, _problems(cfg), doing=f"train with adapter: {NAME}")
+
+    def load_adapter(
+        self,
+        model: Any,
+        cfg: Any,
+        inference: bool = False,  # noqa: FBT001, FBT002  # axolotl's signature
+        config_only: bool = False,  # noqa: ARG002, FBT001, FBT002
+    ) -> tuple[Any, None] | None:
+        """Add a new adapter to the model, or the one in ``lora_model_dir`` or in a checkpoint; ``None`` for others."""
+        if cfg.adapter != NAME:
+            return None
+        if cfg.lora_model_dir:
+            report = randlora.load(model, cfg.lora_model_dir, trainable=not inference, save_pretrained="adapter")
+        else:
+            report = randlora.inject(model, **{"save_pretrained": "adapter", **(cfg.randlora or {})})
+        LOG.info("%s", report)
+        return model, None
+
+    def get_trainer_cls(self, cfg: Any) -> type[AxolotlTrainer] | None:
+        """Return the trainer whose checkpoints hold the adapter."""
+        return AdapterAxolotlTrainer if cfg.adapter == NAME else None
+
+    def post_train_unload(self, cfg: Any) -> None:
+        """Say how the adapter becomes a part of the model, which ``axolotl merge-lora`` does for LoRA."""
+        if cfg.adapter == NAME:
+            LOG.info("merge the adapter by: %s", _merging(cfg))
+
+
+def _merging(cfg: Any) -> str:
+    """Return the command that merges the adapter of a run into its model."""
+    return f"randlora merge {cfg.get('output_dir')} MERGED_DIR --base {cfg.get('base_model')}"
+
+
+def _problems(cfg: Any) -> list[str]:
+    """Return what in a config would be ignored, or mean something else, with what to do instead."""
+    given = {name for name, value in cfg.items() if value}
+    found = []
+    if "merge_lora" in given:
+        found.append(f"axolotl merge-lora merges LoRA alone: {_merging(cfg)}")
+    if given & {"load_in_4bit", "load_in_8bit", "gptq"}:
+        found.append(
+            "load_in_4bit, load_in_8bit and gptq have axolotl quantize for its own lora and qlora alone: leave them "
+            "out, and give as base_model a checkpoint that bitsandbytes has quantized"
+        )
+    if given & {"rl", "reward_model", "process_reward_model"}:
+        found.append(
+            "axolotl takes no trainer from a plugin for rl, reward_model and process_reward_model: use TRL's trainer "
+            "with randlora.integrations.transformers.AdapterCheckpoints"
+        )
+    if lora := sorted(name for name in given if name.startswith(("lora_", "peft_")) and name != "lora_model_dir"):
+        found.append(f"{', '.join(lora)} are options of LoRA: give RandLoRA's in the block {NAME}:")
+    if "unfrozen_parameters" in given:
+        found.append(f"unfrozen_parameters would not be saved with the adapter: use train_also in the block {NAME}:")
+    return found

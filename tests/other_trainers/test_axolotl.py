@@ -1,0 +1,116 @@
+"""axolotl's command line with the plugin: it trains, resumes with the same bits, merges, and refuses what it must."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("axolotl", reason="axolotl is not installed: make test-trainers")
+
+import torch
+import yaml
+
+from tests.other_trainers.models import logits, write_base, write_texts
+
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "WANDB_MODE": "offline",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("axolotl")
+    write_base(directory / "base")
+    write_texts(directory / "texts.jsonl", "text")
+    return directory
+
+
+def axolotl(verb: str, base: Path, output: str, **options: Any) -> str:
+    """Run a command of axolotl with a config, and return what it prints."""
+    config = {
+        "base_model": str(base / "base"),
+        "plugins": ["randlora.integrations.axolotl.RandLoRAPlugin"],
+        "adapter": "randlora",
+        "randlora": {"r": 4, "alpha": 8},
+        "datasets": [{"path": str(base / "texts.jsonl"), "ds_type": "json", "type": "completion", "field": "text"}],
+        "dataset_prepared_path": str(base / "prepared"),
+        "output_dir": str(base / output),
+        "sequence_len": 64,
+        "micro_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 6,
+        "save_steps": 3,
+        "learning_rate": 0.01,
+        "optimizer": "adamw_torch",
+        "lr_scheduler": "constant",
+        "bf16": False,
+        "tf32": False,
+        "attn_implementation": "sdpa",
+        "seed": 0,
+        **options,
+    }
+    file = base / f"{output}.yml"
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    command = [str(Path(sys.executable).parent / "axolotl"), verb, str(file)]
+    launcher = ["--launcher", "python"] if verb == "train" else []
+    environment = os.environ | QUIET
+    done = subprocess.run([*command, *launcher], capture_output=True, text=True, check=False, cwd=base, env=environment)
+    return f"{done.returncode}\n{done.stdout}{done.stderr}"
+
+
+@pytest.fixture(scope="module")
+def run(base: Path) -> str:
+    return axolotl("train", base, "run")
+
+
+def test_a_run_saves_the_adapter_and_not_the_model(base: Path, run: str) -> None:
+    assert run.startswith("0\n"), run
+    for directory in (base / "run", base / "run/checkpoint-3"):
+        assert (directory / "adapter_model.safetensors").exists()
+        assert not (directory / "model.safetensors").exists()
+    assert not torch.equal(logits(base / "base", base / "run"), logits(base / "base"))
+
+
+def test_a_run_that_is_resumed_ends_with_the_same_bits(base: Path, run: str) -> None:
+    said = axolotl("train", base, "resumed", resume_from_checkpoint=str(base / "run/checkpoint-3"))
+    assert said.startswith("0\n"), said
+    first, second = ((base / name / "adapter_model.safetensors").read_bytes() for name in ("run", "resumed"))
+    assert first == second
+
+
+def test_the_command_that_is_named_merges_the_adapter(base: Path, run: str) -> None:
+    command = next(line for line in run.splitlines() if "merge the adapter by: " in line).split("by: ")[1].split()
+    program = str(Path(sys.executable).parent / "randlora")
+    merged = [program, *(str(base / "merged") if word == "MERGED_DIR" else word for word in command[1:])]
+    subprocess.run(merged, check=True, capture_output=True)
+    torch.testing.assert_close(logits(base / "merged"), logits(base / "base", base / "run"), rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_that_was_saved_is_trained_on(base: Path, run: str) -> None:
+    said = axolotl("train", base, "further", lora_model_dir=str(base / "run"))
+    assert said.startswith("0\n"), said
+    assert not torch.equal(logits(base / "base", base / "further"), logits(base / "base", base / "run"))
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "words"),
+    [
+        ("train", {"randlora": {"rank": 4}}, "unknown option rank=: use r="),
+        ("train", {"load_in_4bit": True}, "give as base_model a checkpoint that bitsandbytes has quantized"),
+        ("train", {"lora_r": 8}, "lora_r are options of LoRA"),
+        ("train", {"rl": "dpo"}, "axolotl takes no trainer from a plugin for rl"),
+        ("merge-lora", {}, "randlora merge"),
+    ],
+)
+def test_what_axolotl_would_ignore_is_refused(base: Path, verb: str, options: dict[str, Any], words: str) -> None:
+    said = axolotl(verb, base, "refused", **options)
+    assert not said.startswith("0\n")
+    assert words in said
+    assert not (base / "refused/adapter_model.safetensors").exists()
