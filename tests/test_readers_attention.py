@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.layers.in_place import adapter_layers_of
+from randlora.layers.scopes import forward_of
 from randlora.readers.read_weight import ReadWeight
 from tests import kit
 from tests.attention_kinds import ATTENTION_KINDS, AttentionKind, changed, every_attention
@@ -112,6 +113,14 @@ def test_a_forward_computes_each_update_once(training: bool, monkeypatch: pytest
         for parameter in randlora.trainable_parameters(model):
             parameter.zero_()
     assert_close(model(*PACKED_KIND.inputs()), PACKED_KIND.plain()(*PACKED_KIND.inputs()), torch.float64)
+
+
+def test_what_a_forward_reads_without_gradients_has_them_where_it_reads_with_them() -> None:
+    attention = PACKED_KIND.adapted().attn
+    with forward_of(attention):
+        with torch.no_grad():
+            assert not attention.in_proj_weight.requires_grad
+        assert attention.in_proj_weight.requires_grad
 
 
 def test_a_forward_that_fails_leaves_nothing_to_the_next() -> None:
