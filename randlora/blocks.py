@@ -1,4 +1,4 @@
-"""Blocks in which the active adapters of a model do not act, such as `randlora.disabled`."""
+"""Blocks in which the active adapters of a model do not act, such as `randlora.disabled`, and what runs in them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from randlora.errors import AdapterError
 
 BLOCKS: ContextVar[tuple[object, ...]] = ContextVar("BLOCKS", default=())
 """The blocks of this library that this thread, or this task of asyncio, is in."""
@@ -27,6 +30,69 @@ class ForwardCall(NamedTuple):
     call: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+class Rows(NamedTuple):
+    """The arguments of a forward, some of which have the rows of the batch.
+
+    Attributes:
+        args: The positional ones.
+        kwargs: The keyword ones.
+        axes: The dimension that has the rows, by position or keyword, and how many entries there each row has.
+        size: The number of rows.
+        device: The device of the input.
+        is_declared: Whether the module says which these are; else every tensor as long as the first one is taken.
+        output_axes: The dimension that has the rows of the first output, and of all others.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    axes: dict[int | str, tuple[int, int]]
+    size: int
+    device: torch.device
+    output_axes: tuple[int, int] = (0, 0)
+    is_declared: bool = False
+
+    @property
+    def given(self) -> dict[int | str, Tensor]:
+        """The arguments that have the rows, by position or keyword; the first is the input."""
+        values: dict[int | str, Any] = dict([*enumerate(self.args), *self.kwargs.items()])
+        return {key: values[key] for key in self.axes}
+
+    @classmethod
+    def first(cls, args: tuple[Any, ...], kwargs: dict[str, Any], module: str) -> Rows:
+        """Find them where every tensor has the rows of the input, the first one, in its first dimension."""
+        given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
+        tensors = {key: value for key, value in given.items() if isinstance(value, Tensor) and value.dim()}
+        if not tensors:
+            raise AdapterError(f"routed needs a tensor with a batch, and an adapted {module} was given none")
+        x = next(iter(tensors.values()))
+        axes = {key: (0, 1) for key, value in tensors.items() if value.shape[0] == x.shape[0]}
+        return cls(args, kwargs, axes, x.shape[0], x.device)
+
+    def select(self, positions: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments for some of the rows."""
+
+        def selected(key: int | str, value: Any) -> Any:
+            if key not in self.axes:
+                return value
+            axis, each = self.axes[key]
+            within = torch.arange(each, device=self.device)
+            return value.index_select(axis, (positions.unsqueeze(1) * each + within).flatten())
+
+        args = tuple(selected(position, value) for position, value in enumerate(self.args))
+        return args, {name: selected(name, value) for name, value in self.kwargs.items()}
+
+    def joined(self, outputs: list[Any], order: Tensor) -> Any:
+        """Return the output for the whole batch, given those for parts of it and where each row is in these."""
+        if not isinstance(outputs[0], tuple):
+            return self._joined(outputs, order, self.output_axes[0])
+        each = enumerate(zip(*outputs, strict=True))
+        return tuple(self._joined(list(parts), order, self.output_axes[min(index, 1)]) for index, parts in each)
+
+    @staticmethod
+    def _joined(parts: list[Any], order: Tensor, axis: int) -> Any:
+        return torch.cat(parts, axis).index_select(axis, order) if isinstance(parts[0], Tensor) else parts[0]
 
 
 class Run(ABC):

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from randlora.bases.spec import Shape
+from randlora.blocks import Rows
 from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError
 from randlora.functional import Compute
 from randlora.functional.region import Region
 from randlora.functional.scratch import is_transformed
 from randlora.layers.registry import register_form, register_layer, register_parameter
-from randlora.layers.rows import Rows
 from randlora.layers.split import split_of
 from randlora.layers.update import Update
 from randlora.readers.adapted_stack import AdaptedStack, Own, Parts, Shared

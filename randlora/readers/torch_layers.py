@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.bases.spec import Shape
-from randlora.blocks import ForwardCall
+from randlora.blocks import ForwardCall, Rows
 from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError
 from randlora.functional import update_rows
@@ -26,7 +26,6 @@ from randlora.functional.region import Region, Spans, all_of
 from randlora.layers.in_place import plain_class
 from randlora.layers.inputs import input_of
 from randlora.layers.registry import refuse_layer, register_form, register_layer
-from randlora.layers.rows import Rows
 from randlora.layers.scopes import cast
 from randlora.layers.split import split_of
 from randlora.layers.update import Update

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from randlora.blocks import BLOCKS
+from randlora.blocks import BLOCKS, Rows
 from randlora.errors import AdapterError
-from randlora.layers.rows import Rows
 from randlora.serving.labels import MIXED, NONE, Label, filled, first_dimension, merged, merged_along, nothing, unknown
 from randlora.serving.tracking import RowTracking
 from randlora.state import ModelState
