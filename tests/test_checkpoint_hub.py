@@ -81,15 +81,6 @@ def test_a_second_push_replaces_the_first(pushed: Hub, tmp_path: Path) -> None:
     assert report.rule == f"the names in user/repo at {first}"
 
 
-def test_a_branch_is_loaded_by_its_name(pushed: Hub, tmp_path: Path) -> None:
-    randlora.save(trained(LINEAR), tmp_path / "other")
-    files = {name: (tmp_path / "other" / name).read_bytes() for name in (CONFIG_FILE, TENSORS_FILE)}
-    pushed.repositories["user/repo"].commit(files, "experiment")
-    twin = LINEAR.build()
-    randlora.load(twin, "user/repo", revision="experiment")
-    assert all_bits(adapter_values(twin)) == all_bits(adapter_values(trained(LINEAR)))
-
-
 @pytest.mark.parametrize(("here", "there"), [(b"# Here", None), (None, b"# There"), (b"# Here", b"# There")])
 def test_a_card_that_somebody_wrote_survives_a_push_and_ones_own_wins(
     here: bytes | None, there: bytes | None, pushed: Hub, tmp_path: Path

@@ -315,12 +315,3 @@ def test_convert_of_a_file_of_peft_takes_a_base(tmp_path: Path, capsys: pytest.C
     code, _, _ = run(capsys, *words, "--base", base_directory(LLAMA, tmp_path))
     assert code == 0
     assert randlora.files.verify(tmp_path / "native").passed
-
-
-@pytest.mark.parametrize(
-    "words", [["convert", "a"], ["convert", "a", "b", "--to", "gguf"], ["verify"], ["inspect", "a", "--rank", "3"]]
-)
-def test_a_wrong_command_line_ends_with_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run(capsys, *words)
-    assert (code, out) == (2, "")
-    assert err

@@ -165,14 +165,6 @@ def test_what_we_saved_passes(options: dict[str, Any], bases: str, tmp_path: Pat
     assert str(found).endswith("is sound")
 
 
-@every_transformers_model
-def test_an_adapter_passes_beside_its_base(kind: RealModel, tmp_path: Path) -> None:
-    source, _ = our_directory(kind, tmp_path)
-    found = randlora.files.verify(source, base_directory(kind, tmp_path))
-    assert set(outcomes(found).values()) == {"passed"}
-    assert "base" in outcomes(found)
-
-
 @pytest.mark.parametrize("save_projection", [True, False], ids=["bases in the file", "bases from the key"])
 @every_transformers_model
 def test_a_file_of_peft_passes_as_far_as_it_says_anything(

@@ -25,7 +25,6 @@ from tests.checkpoint_files import TENSORS_FILE, edit_fields, reseal
 from tests.kit import fill, same_bits
 from tests.model_directories import HEADS, assert_same_tensors, contents, save_adapter, save_model, stored, write
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel
-from tests.quantized_checkpoints import quantize
 from tests.transformers_zoo import TASKS, classes, tiny
 
 SOME = ("mixtral", "qwen3_moe", "deepseek_v3", "phi3", "gpt_neox", "t5", "bart", "roberta", "dinov2")
@@ -352,13 +351,6 @@ def test_without_transformers_a_weight_that_may_be_transposed_is_refused(
         randlora.files.merge(adapter, tmp_path / "out", base=base)
     assert not randlora.files.verify(adapter, base).passed
     assert not (tmp_path / "out").exists()
-
-
-def test_without_transformers_codes_have_no_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, adapter = quantize(LLAMA, "8 bits", tmp_path / "base"), save_adapter(LLAMA, tmp_path / "adapter")
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(CheckpointError, match=r"is quantized, and cannot be read without its model: .*pip install"):
-        randlora.files.merge(adapter, tmp_path / "out", base=base)
 
 
 def edit_json(path: Path, changes: dict[str, Any]) -> None:

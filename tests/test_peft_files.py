@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from peft import get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
-from torch import nn
 
 import randlora
 from randlora.checkpoint.peft_config import CONFIG_FILE
@@ -41,15 +40,6 @@ from tests.peer import (
 )
 
 pytestmark = THEIR_WARNINGS
-
-
-def test_bases_that_no_key_draws_are_taken_from_the_file_of_peft(tmp_path: Path) -> None:
-    """As from a machine where PEFT draws in float16."""
-    theirs = peft_model(LLAMA)
-    with torch.no_grad():
-        theirs.base_model.randlora_B["default"].mul_(1.5)
-    theirs.save_pretrained(tmp_path)
-    assert_same_effect(in_ours(LLAMA, tmp_path), theirs, LLAMA)
 
 
 def test_adapters_of_any_name_in_peft_load_under_any_name_here(tmp_path: Path) -> None:
@@ -112,16 +102,6 @@ def test_an_adapter_goes_from_peft_to_us_and_back(options: dict[str, Any], tmp_p
     assert_same_effect(back, theirs, BERT)
 
 
-@pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias:UserWarning")
-def test_peft_loads_biases_trained_with_us(tmp_path: Path) -> None:
-    ours = our_model(BERT, train_also=r".*\.bias")
-    randlora.save(ours, tmp_path, bases="stored")
-    inputs = BERT.inputs()
-    expected, base = outputs(ours, inputs), outputs(BERT.build(), inputs)
-    found = outputs(in_peft(BERT, tmp_path), inputs)
-    assert (found - expected).abs().max() <= 2e-4 * (expected - base).abs().max()
-
-
 OUR_OPTIONS: dict[str, dict[str, Any]] = {
     "layers no suffix tells apart": {"targets": r".*layers\.1\.self_attn\.(q|v)_proj"},
     "alpha that is no integer": {"alpha": 2.5},
@@ -154,30 +134,6 @@ def test_peft_loads_an_adapter_whose_bases_were_drawn_for_larger_layers_only_whe
         assert_same_effect(ours, in_peft(LLAMA, tmp_path / "seed"), LLAMA)
     assert randlora.save(ours, tmp_path / "stored", name="small", bases="stored").notes == ()
     assert_same_effect(ours, in_peft(LLAMA, tmp_path / "stored"), LLAMA)
-
-
-def test_save_says_when_peft_wants_wider_bases_than_were_drawn(tmp_path: Path) -> None:
-    def build() -> nn.Module:
-        return nn.Sequential(nn.Linear(20, 40), nn.Linear(40, 10), nn.Linear(10, 40))
-
-    ours = build()
-    randlora.inject(ours, 4, targets=["0"], name="first")
-    randlora.inject(ours, 4, targets=["1", "2"], name="second")
-    report = randlora.save(ours, tmp_path, name="second", bases="stored")
-    assert "too narrow for PEFT, which cannot load this adapter" in "\n".join(report.notes)
-    with pytest.raises(RuntimeError, match=r"size mismatch for base_model\.randlora_A"):
-        PeftModel.from_pretrained(build(), tmp_path)
-    randlora.load(build(), tmp_path)
-
-
-def test_peft_takes_our_file_beside_an_adapter_of_its_own(tmp_path: Path) -> None:
-    ours = our_model(LLAMA)
-    randlora.save(ours, tmp_path)
-    theirs = get_peft_model(LLAMA.build(), peft_config(LLAMA, save_projection=False)).eval()
-    theirs.load_adapter(tmp_path, "ours")
-    theirs.set_adapter("ours")
-    assert isinstance(theirs, PeftModel)
-    assert_same_effect(ours, theirs, LLAMA)
 
 
 def test_peft_loads_nothing_without_the_json_which_a_kill_may_take(tmp_path: Path) -> None:
