@@ -172,7 +172,7 @@ class MergeReport(NotTheModel):
 
     def __str__(self) -> str:
         """Return a summary line, two lines on rounding errors if any, and the notes."""
-        names = ", ".join(_with_factor(name, factor) for name, factor in self.adapters.items())
+        names = ", ".join(with_factor(name, factor) for name, factor in self.adapters.items())
         ending = "reversible with randlora.unmerge" if self.reversible else "the layers are plain again"
         lines = [f"merged {names} into {len(self.targets)} layers; {ending}"]
         if self.rounding:
@@ -186,7 +186,8 @@ class MergeReport(NotTheModel):
         return "\n".join([*lines, *self.notes])
 
 
-def _with_factor(name: str, factor: Factor) -> str:
+def with_factor(name: str, factor: Factor) -> str:
+    """Return the name of an adapter with the factor of its update."""
     if isinstance(factor, Mapping):
         acts = sum(map(bool, factor.values()))
         return f"{name} with a factor for each layer ({acts} of {len(factor)} are not 0)"

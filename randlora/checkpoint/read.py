@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Container, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from io import FileIO
@@ -159,7 +160,9 @@ def read_adapter(directory: Path, stream: Stream | None = None) -> AdapterFile:
 
 def _is_new(path: Path) -> bool:
     """Whether a file has had its name for so short a time that another may be about to follow it."""
-    return is_there(path) and time.time() - path.stat().st_ctime < PATIENCE
+    with suppress(OSError):
+        return time.time() - path.stat().st_ctime < PATIENCE
+    return False
 
 
 def _read_beside(fields: dict[str, Any] | None, directory: Path, stream: Stream | None) -> AdapterFile:

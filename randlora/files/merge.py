@@ -35,8 +35,8 @@ from randlora.files.model_directory import (
     write_json,
 )
 from randlora.hints import require_types
-from randlora.options import Source, Sources
-from randlora.report import Progress, as_bytes, as_lines, no_progress
+from randlora.options import Factor, Source, Sources
+from randlora.report import Progress, as_bytes, as_lines, no_progress, with_factor
 from randlora.targets.match import shortened
 
 CASTABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -61,7 +61,7 @@ class FileMergeReport:
     """
 
     out: Path
-    adapters: Mapping[str, float | Mapping[str, float]]
+    adapters: Mapping[str, Factor]
     merged: tuple[str, ...]
     replaced: tuple[str, ...]
     shards: int
@@ -74,10 +74,7 @@ class FileMergeReport:
         """Return a summary of a few lines."""
         if not self.shards:
             return as_lines([f"another process, with a copy of the model, writes {self.out}", *self.notes])
-        names = ", ".join(
-            name if factor == 1 or isinstance(factor, Mapping) else f"{factor:g} x {name}"
-            for name, factor in self.adapters.items()
-        )
+        names = ", ".join(with_factor(name, factor) for name, factor in self.adapters.items())
         dtype = f", as {str(self.dtype).removeprefix('torch.')}" if self.dtype else ""
         files = "1 file" if self.shards == 1 else f"{self.shards} files"
         lines = [f"merged {names} into {len(self.merged)} weights"]
