@@ -12,8 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import randlora
 from randlora.errors import TargetError
 from randlora.layers import AdapterLayer, registry
-from randlora.layers.conv1d import Conv1DAdapter
-from randlora.layers.linear import LinearAdapter
+from randlora.layers.linear import Conv1DAdapter, LinearAdapter
 from randlora.readers.read_weight import ReadLinear
 from tests.laws import adapter_layer
 

@@ -34,8 +34,7 @@ from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.model_directory import Codes, ModelDirectory, find_codes, find_model, read_model_directory
 from randlora.files.transformers_model import Conversion, TransformersModel, build_model
 from randlora.layers.base import AdapterLayer
-from randlora.layers.conv1d import Conv1DAdapter
-from randlora.layers.linear import LinearAdapter
+from randlora.layers.linear import Conv1DAdapter, LinearAdapter
 from randlora.layers.registry import FORMS
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles

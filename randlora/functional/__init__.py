@@ -20,7 +20,7 @@ and the update is ``scaling · UB @ UA``, transposed if ``in > out``, where row 
 Files: `dense` and `block` implement the same products for their kinds of bases; `adapted` combines a layer's weight and
 update; `cost` chooses how to compute; `operation` is the autograd function of a layer, `update` that of the update
 alone, `rows` that of some of its rows, `grouped` that of the updates of a stack, `summed` that of a layer whose update
-is formed already. `norm` is the size of an update that is not formed.
+is formed already.
 """
 
 from randlora.functional.adapted import Pair, WriteOut
@@ -28,11 +28,10 @@ from randlora.functional.block import BlockPair
 from randlora.functional.cost import Compute
 from randlora.functional.dense import DensePair
 from randlora.functional.grouped import grouped_update
-from randlora.functional.norm import update_norm
 from randlora.functional.operation import Diagonals, adapted_linear
 from randlora.functional.rows import update_rows
 from randlora.functional.summed import summed_linear
-from randlora.functional.update import delta_weight
+from randlora.functional.update import delta_weight, update_norm
 
 __all__ = [
     "BlockPair",
