@@ -51,7 +51,7 @@ class Update(NamedTuple):
         return Diagonals(self.lam.to(device), self.gamma.to(device), self.scaling)
 
     def norm(self, device: torch.device) -> Tensor:
-        """Return about the norm of the whole update, through which gradients flow; see `randlora.functional.update_norm`."""
+        """Return about the norm of the whole update, through which gradients flow; see `update_norm`."""
         matrix, diagonals = self.shape[-2:], self.diagonals(device)
         dtype = torch.promote_types(diagonals.lam.dtype, torch.float32)
         squares = self.basis.squares(max(matrix), min(matrix), device=device, dtype=dtype)
