@@ -200,13 +200,10 @@ class RowByRow(Routing, Run):
     def _by_bases(self, routes: Routes, layout: Layout, device: torch.device) -> list[Routed]:
         """Return the tokens that have an update here, those of adapters on the same bases together."""
         ordered = self.sorted(layout, device, routes.module)
-        find: Any = routes.parts.get  # which finds nothing for None, the base
-        parts: list[SiteAdapter | None] = [*map(find, ordered.adapters)]
-        key = id(routes.parts), id(ordered)
-        known = self.by_bases.get(key)
-        if known is None or known[0] is not routes.parts or known[1] != parts:
-            known = self.by_bases[key] = routes.parts, parts, _found_by_bases(parts, ordered)
-        groups: list[Routed] = known[2]
+        key = id(routes.parts), id(ordered)  # both live as long as the block
+        if (known := self.by_bases.get(key)) is None:
+            known = self.by_bases[key] = routes.parts, _found_by_bases(routes.parts, ordered)
+        groups: list[Routed] = known[1]
         return groups
 
     def _product(self, routes: Routes, group: Routed, own: Tensor) -> Tensor:
@@ -227,11 +224,11 @@ class RowByRow(Routing, Run):
         return stacked_update(own, pair, stack, group.counts, is_wide=is_wide, way=way)
 
 
-def _found_by_bases(parts: list[SiteAdapter | None], ordered: Sorted) -> list[Routed]:
+def _found_by_bases(parts: Mapping[str, SiteAdapter], ordered: Sorted) -> list[Routed]:
     found: dict[int, tuple[list[Tensor], list[SiteAdapter], list[int]]] = {}
     start = 0
-    for part, count in zip(parts, ordered.counts, strict=True):
-        if part is not None:
+    for name, count in zip(ordered.adapters, ordered.counts, strict=True):
+        if name is not None and (part := parts.get(name)) is not None:
             positions, own, counts = found.setdefault(id(part.basis), ([], [], []))
             positions.append(ordered.order[start : start + count])
             own.append(part)

@@ -238,8 +238,7 @@ class Kept(NamedTuple):
 
     Attributes:
         here: All adapters of the weight.
-        parts: Those that the copy is of.
-        parameters: Their Λ, then their Γ.
+        parameters: The Λ, then the Γ of those that the copy is of.
         versions: The versions and addresses of these.
         values: What they held, so that nothing else can have its address.
         pair: The bases that the copy is for.
@@ -247,19 +246,17 @@ class Kept(NamedTuple):
     """
 
     here: Mapping[str, SiteAdapter]
-    parts: list[SiteAdapter]
     parameters: list[nn.Parameter]
     versions: list[int]
     values: list[Tensor]
     pair: Pair
     stack: Stack
 
-    def is_of(self, parts: list[SiteAdapter], parameters: list[nn.Parameter]) -> bool:
+    def is_of(self, parameters: list[nn.Parameter]) -> bool:
         """Whether it holds the present values of these parameters."""
         return (
             len(parameters) == len(self.parameters)
             and all(map(operator.is_, parameters, self.parameters))
-            and all(map(operator.is_, parts, self.parts))
             and _versions(parameters) == self.versions
         )
 
@@ -284,7 +281,7 @@ def kept_stack(
     """Return Λ and Γ of some adapters of a weight in one tensor each: those kept, unless the parameters changed."""
     key = id(here), id(pair)
     known = kept.get(key)
-    if known is not None and known.is_of(parts, parameters):
+    if known is not None and known.is_of(parameters):
         return known.stack
     is_lasting = _is_lasting(parameters)
     versions = _versions(parameters) if is_lasting else []  # before the values, which another thread may be changing
@@ -293,7 +290,7 @@ def kept_stack(
         each = zip(here_as[: len(parts)], here_as[len(parts) :], parts, strict=True)
         stack = Stack.of(pair, [Diagonals(lam, gamma, part.scaling) for lam, gamma, part in each])
     if is_lasting:
-        kept[key] = Kept(here, parts, parameters, versions, [each.detach() for each in parameters], pair, stack)
+        kept[key] = Kept(here, parameters, versions, [each.detach() for each in parameters], pair, stack)
     return stack
 
 
