@@ -19,7 +19,7 @@ import randlora
 from randlora.layers.scopes import begin_call, end_call
 from randlora.model.calls import check_call
 from randlora.targets.walk import Census
-from tests.in_place_models import Reading, Tables, X, adapt, given, of_kind, register
+from tests.in_place_models import Reading, X, adapt, given, of_kind, register
 from tests.kit import fill, same_bits
 from tests.laws import assert_close, needs_export
 from tests.layer_kinds import (
@@ -136,14 +136,6 @@ def test_a_checkpoint_of_the_base_loads_before_and_after(kind: LayerKind) -> Non
         assert not missing | unexpected
         with randlora.disabled(late):
             assert torch.equal(late(given(kind)), other(given(kind)))
-
-
-def test_a_checkpoint_of_the_base_loads_where_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, other = reading(monkeypatch), Reading()
-    adapt(model)
-    assert load_plain(model, other.state_dict()) == (added(model), set())
-    with randlora.disabled(model):
-        assert torch.equal(model(X), other(X))
 
 
 # Copies and files
@@ -301,25 +293,3 @@ def test_a_model_that_is_offloaded_is_ejected_under_the_hooks(kind: LayerKind) -
     remove_hook_from_submodules(model)
     assert torch.equal(model(x), base(x))
     assert type(model[0]) is type(base[0])
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_offloading_a_weight_that_its_own_forward_reads(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    register(monkeypatch)
-    model = nn.Sequential(Tables(), nn.Sequential(Tables()))
-    base = copy.deepcopy(model)
-    expected = adapt(copy.deepcopy(model))(X)
-    if when == "before":
-        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    adapt(model)
-    if when == "after":
-        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    with torch.no_grad():
-        assert torch.equal(model(X), expected)
-    with randlora.disabled(model), torch.no_grad():
-        assert torch.equal(model(X), base(X))
-    remove_hook_from_submodules(model)
-    with torch.no_grad():
-        assert torch.equal(model(X), expected)
-    randlora.eject(model)
-    assert torch.equal(model(X), base(X))
