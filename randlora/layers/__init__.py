@@ -1,4 +1,4 @@
-"""Adapter layers, one file per kind of base layer. Importing this package registers every kind."""
+"""Adapter layers. Importing this package registers those of linear layers; features have other kinds."""
 
 from randlora.layers import linear as linear
 from randlora.layers.base import AdapterLayer as AdapterLayer
