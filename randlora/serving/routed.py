@@ -16,12 +16,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.hooks import RemovableHandle
 
-from randlora.blocks import ForwardCall, open_elsewhere
+from randlora.blocks import open_elsewhere
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
-from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of
-from randlora.layers.scopes import in_call
 from randlora.model.install import lost_sites, require_own
 from randlora.model.listing import adapter_parameters, offloaded_diagonals
 from randlora.model.switch import without_active
@@ -29,7 +27,7 @@ from randlora.modes import uncompiled
 from randlora.places import is_whole
 from randlora.serving.labels import first_dimension
 from randlora.serving.routing import Routing, RunningCall, require_here
-from randlora.serving.run import RowByRow
+from randlora.serving.run import Hook, RowByRow, RowsOfAttention
 from randlora.serving.tracking import RowTracking
 from randlora.state import ModelState, adapted_root, require_unmerged
 from randlora.targets.walk import Census
@@ -261,62 +259,6 @@ class Entries:
             call.tracking.stop()
         self.routing.call = None
         self.routing.use(None)
-
-
-class Hook:
-    """A hook of a module. A copy of the module, or a pickle, has one that does nothing."""
-
-    def __init__(self, call: Any) -> None:
-        """Call a function."""
-        self.call = call
-
-    def __call__(self, *args: Any) -> Any:
-        """Call it, as torch calls a hook."""
-        return self.call(*args) if self.call is not None else None
-
-    def __reduce__(self) -> tuple[type[Hook], tuple[None]]:
-        """Return how a copy is made."""
-        return Hook, (None,)
-
-
-class RowsOfAttention:
-    """Runs attention of which only ``out_proj`` is adapted once for each adapter of `routed`.
-
-    Nothing of the module itself is adapted, so hooks do it: its own forward runs with the base.
-    """
-
-    def __init__(self, layer: AdapterLayer) -> None:
-        """Run attention by the adapters of its ``out_proj``."""
-        self.layer = layer
-
-    @classmethod
-    def watch(cls, module: nn.Module) -> list[RemovableHandle]:
-        """Register the hooks of a module if it is such attention."""
-        if not isinstance(module, nn.MultiheadAttention) or "randlora" in module.__dict__:
-            return []
-        layer = module.out_proj.__dict__["randlora"]["weight"]
-        own = cls(layer)
-        return [
-            module.register_forward_pre_hook(Hook(own.begin)),
-            module.register_forward_hook(Hook(own.end), with_kwargs=True, always_call=True),
-        ]
-
-    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002  # a hook's signature
-        """Have the forward run with the base."""
-        run = self.layer.state.run
-        if isinstance(run, RowByRow) and run.takes_over and run.concerns(self.layer):
-            run.chosen = (None,)
-
-    def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Return the output of the forward, run once for each adapter."""
-        run = self.layer.state.run
-        if not isinstance(run, RowByRow) or not run.concerns(self.layer):
-            return None
-        run.chosen = None
-        if output is None:
-            return None
-        with in_call():
-            return run.reading(self.layer, ForwardCall(module, module.forward, args, kwargs))
 
 
 class Method:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from randlora.blocks import ForwardCall, Run
 from randlora.errors import AdapterError
@@ -21,6 +22,7 @@ from randlora.functional import Diagonals, Pair, update_rows
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import plain_class
 from randlora.layers.inputs import input_of, require_product
+from randlora.layers.scopes import in_call
 from randlora.layers.split import split_of
 from randlora.serving.routing import Layout, Routing, Sorted, follow, layout_of, layout_of_rows, unfollowed
 from randlora.serving.stacked import (
@@ -241,3 +243,59 @@ def _found_by_bases(parts: Mapping[str, SiteAdapter], ordered: Sorted) -> list[R
         find = itemgetter(*(part.adapter.name for part in own)) if own[1:] else None
         groups.append(Routed(where, find, own, tuple(counts)))
     return groups
+
+
+class Hook:
+    """A hook of a module. A copy of the module, or a pickle, has one that does nothing."""
+
+    def __init__(self, call: Any) -> None:
+        """Call a function."""
+        self.call = call
+
+    def __call__(self, *args: Any) -> Any:
+        """Call it, as torch calls a hook."""
+        return self.call(*args) if self.call is not None else None
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[None]]:
+        """Return how a copy is made."""
+        return Hook, (None,)
+
+
+class RowsOfAttention:
+    """Runs attention of which only ``out_proj`` is adapted once for each adapter of `routed`.
+
+    Nothing of the module itself is adapted, so hooks do it: its own forward runs with the base.
+    """
+
+    def __init__(self, layer: AdapterLayer) -> None:
+        """Run attention by the adapters of its ``out_proj``."""
+        self.layer = layer
+
+    @classmethod
+    def watch(cls, module: nn.Module) -> list[RemovableHandle]:
+        """Register the hooks of a module if it is such attention."""
+        if not isinstance(module, nn.MultiheadAttention) or "randlora" in module.__dict__:
+            return []
+        layer = module.out_proj.__dict__["randlora"]["weight"]
+        own = cls(layer)
+        return [
+            module.register_forward_pre_hook(Hook(own.begin)),
+            module.register_forward_hook(Hook(own.end), with_kwargs=True, always_call=True),
+        ]
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002  # a hook's signature
+        """Have the forward run with the base."""
+        run = self.layer.state.run
+        if isinstance(run, RowByRow) and run.takes_over and run.concerns(self.layer):
+            run.chosen = (None,)
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Return the output of the forward, run once for each adapter."""
+        run = self.layer.state.run
+        if not isinstance(run, RowByRow) or not run.concerns(self.layer):
+            return None
+        run.chosen = None
+        if output is None:
+            return None
+        with in_call():
+            return run.reading(self.layer, ForwardCall(module, module.forward, args, kwargs))
