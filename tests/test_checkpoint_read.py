@@ -35,9 +35,11 @@ from tests.checkpoint_files import (
     doubted,
     edit_fields,
     edit_tensors,
+    read_tensors,
     refused,
     reseal,
     trained,
+    write_tensors,
 )
 from tests.further import further
 from tests.kit import adapter_values, all_bits, bits, snapshot
@@ -288,6 +290,12 @@ def test_the_other_file_of_two_saves_with_equal_options_says_nothing_else(saved:
     randlora.load(model, saved)
     (info,) = randlora.adapters(model)
     assert (info.targets, info.train_also) == (("0",), ())
+
+
+def test_a_header_under_a_damaged_name_is_refused(saved: Path) -> None:
+    tensors, metadata = read_tensors(saved)
+    write_tensors(saved, tensors, {"format": "pt", "sandlora": metadata["randlora"]})
+    refused(SMALL.build(), saved, "has a header under a damaged name")
 
 
 @pytest.mark.parametrize(
