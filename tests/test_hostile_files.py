@@ -17,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import randlora
+from randlora.bases import BasisSpec
+from randlora.bases.basis import Basis
 from randlora.checkpoint import read
 from randlora.cli.app import main
 from randlora.errors import CheckpointError
@@ -128,6 +130,18 @@ def test_a_weight_under_two_names_is_refused_by_every_verb_that_has_its_model(so
         with pytest.raises(CheckpointError, match=r"0 and 0\.weight are both 0\.weight"):
             calls[verb]()
     assert not randlora.files.verify(directory, sound / "base").passed
+
+
+def test_bases_as_large_as_peft_would_draw_them_are_not_written_for_layers_that_do_not_need_them(
+    sound: Path, tmp_path: Path
+) -> None:
+    """A wide and a high layer, for which PEFT has bases that are as wide and as high."""
+    spec = BasisSpec("dense", "portable", seed=0, r=2, max_dim=2**14, min_dim=4)
+    damage = facts(targets={"0": [4, 2**14], "2": [2**14, 4]}, basis_sha256=Basis(spec).digest(2**14, 4))
+    directory = hostile(sound / "portable_adapter", damage, tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="the file asks for bases of 16384 x 16384 with r=2"):
+        randlora.files.convert(directory, tmp_path / "out", "peft")
+    assert not (tmp_path / "out").exists()
 
 
 SCRIPT = """
