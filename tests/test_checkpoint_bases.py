@@ -58,14 +58,6 @@ def output(model: nn.Module, name: str) -> Tensor:
     return LINEAR.output(model)
 
 
-def test_bases_of_no_seed_are_kept_bit_for_bit(tmp_path: Path) -> None:
-    directory = foreign(tmp_path)
-    tensors, _ = read_tensors(directory)
-    kept = basis_of(loaded(directory), "a0").slices(6, 5, device="cpu", dtype=torch.float32)
-    assert torch.equal(kept.A, tensors[BASIS_A])
-    assert torch.equal(kept.B, tensors[BASIS_B])
-
-
 @pytest.mark.parametrize(
     ("values", "dtype"),
     [

@@ -84,17 +84,6 @@ def test_tensors_are_sealed_in_any_order() -> None:
     assert parse_header(dump_header(HEADER, TENSORS), backwards) == HEADER
 
 
-@given(st.dictionaries(st.sampled_from("abcd"), st.tuples(st.integers(1, 50), st.integers(1, 50)), min_size=1))
-def test_extent_and_rectangle_are_the_dims_that_layers_slice_and_that_peft_draws(
-    shapes: dict[str, tuple[int, int]],
-) -> None:
-    header = replace(HEADER, shapes={**shapes})
-    larger, smaller = zip(*(sorted(shape, reverse=True) for shape in shapes.values()), strict=True)
-    widest_out, widest_in = max(out for out, _ in shapes.values()), max(in_ for _, in_ in shapes.values())
-    assert header.rectangles[2] == (max(larger), min(widest_out, widest_in))
-    assert header.rectangles[2][1] >= max(smaller)
-
-
 CHANGED_FACTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "kind": lambda facts: facts["basis"].update(kind="sparse") or facts["config"].update(basis="sparse"),
     "basis_sha256": lambda facts: facts.update(basis_sha256="1" * 64),

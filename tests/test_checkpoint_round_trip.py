@@ -168,7 +168,7 @@ def test_an_adapter_whose_own_draw_would_be_larger_than_the_shared_one_reloads_a
     assert any("too narrow for PEFT" in note for note in report.notes)
 
 
-@pytest.mark.parametrize("rows", [6, 7, 12], ids=lambda rows: f"rows={rows}")
+@pytest.mark.parametrize("rows", [6, 12], ids=lambda rows: f"rows={rows}")
 def test_bases_of_no_seed_reload_as_they_are_even_where_they_are_larger_than_needed(rows: int, tmp_path: Path) -> None:
     directory = peft_directory(tmp_path / "peft")
     foreign = {"base_model.randlora_A": torch.randn(2, 1, 8), "base_model.randlora_B": torch.randn(rows, 4, 2)}
