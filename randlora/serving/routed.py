@@ -193,7 +193,7 @@ class Entries:
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a call, unless it is inside of another."""
         routing = self.routing
-        call: RunningCall | None = routing.call
+        call = routing.call
         if self.state.run is not routing:  # a block inside of this one counts
             require_here(self.state)
             return
@@ -222,7 +222,7 @@ class Entries:
             raise AdapterError(f"routed expects a tensor with a batch, and {name} was called without any")
         shape = tensors[0][1].shape
         routing.chosen = None
-        routing.use(_rows_of(routing, shape, name, self.times))
+        routing.use(_times(routing, shape, name, self.times))
         own = [(key, x) for key, x in tensors if x.shape[0] == routing.batch and key not in WITHOUT_ROWS]
         lengths = tuple((key, x.shape) for key, x in own if not any(part in str(key) for part in GROWING))
         flags = tuple((key, each) for key, each in inputs.items() if each is None or isinstance(each, bool | str))
@@ -237,7 +237,7 @@ class Entries:
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:  # noqa: ARG002
         """End a call, also one that has raised."""
-        call: RunningCall | None = self.routing.call
+        call = self.routing.call
         if call is None or call.module is not module or call.thread != threading.get_ident():
             return
         was_followed = call.tracking is not None
@@ -250,7 +250,7 @@ class Entries:
 
     def leave(self) -> None:
         """Follow the running call no more, if there is any."""
-        call: RunningCall | None = self.routing.call
+        call = self.routing.call
         if call is None:
             return
         if call.tracking is not None:
@@ -258,7 +258,7 @@ class Entries:
                 call.tracking.__exit__(None, None, None)
             call.tracking.stop()
         self.routing.call = None
-        self.routing.use(None)
+        self.routing.use(1)
 
 
 class Method:
@@ -332,8 +332,8 @@ def _tensors(inputs: Mapping[Any, Any], depth: int = DEPTH) -> Iterator[tuple[An
             yield from ((name, x) for _, x in _tensors(dict(enumerate(value)), depth - 1))
 
 
-def _rows_of(routing: Routing, shape: torch.Size, name: str, times: int) -> tuple[int, ...] | None:
-    """Return which rows the batch of a call has, in their order; ``None`` for each once.
+def _times(routing: Routing, shape: torch.Size, name: str, times: int) -> int:
+    """Return how many times the batch of a call has each row, one after the other.
 
     Args:
         routing: The names of the rows.
@@ -343,10 +343,10 @@ def _rows_of(routing: Routing, shape: torch.Size, name: str, times: int) -> tupl
     """
     rows, size = len(routing.index), shape[0]
     if size == rows:
-        return None
+        return 1
     if size % rows == 0:
-        if times and (size == rows * times or routing.is_uniform):  # each row several times, one after the other
-            return tuple(row for row in range(rows) for _ in range(size // rows))
+        if times and (size == rows * times or routing.is_uniform):
+            return size // rows
         if times:
             raise AdapterError(
                 f"routed was given names for {rows} rows, of which generate makes {rows * times}, and {name} was "

@@ -46,7 +46,7 @@ class Layout(NamedTuple):
     Attributes:
         shape: The shape of its input without the features.
         rows: The row of each entry, of size 1 in dimensions along which it does not change.
-        arranged: The tokens sorted by adapter, for each choice of adapters and each device.
+        arranged: The tokens sorted by adapter, by how many times the batch has each row, and device.
     """
 
     shape: torch.Size
@@ -61,7 +61,8 @@ class Routing:
         adapters: The names of the adapters, each once.
         index: The position in these of the adapter of each row, ``(rows,)``, or of each token, ``(rows, tokens)``.
         is_uniform: Whether all go through one adapter, or all through the base: it does not matter where they are then.
-        choice: The number of the present `rows_now`.
+        times: How many times the batch of the running call has each row, one after the other, as for beams.
+        rows_now: The index with as many entries as that batch.
         chosen: While a module runs for the rows of one adapter, a tuple of its name, or of ``None`` for the base.
         keeps: Whether Λ and Γ may be kept: not if they are sharded, because what gathers them hides that they change.
         call: The running call of the model, or of a part of it; see `randlora.serving.routing`.
@@ -85,14 +86,13 @@ class Routing:
         self._forget()
 
     def _forget(self) -> None:
-        self.call: Any = None
+        self.call: RunningCall | None = None
         self.layouts: dict[tuple[Any, int, torch.Size], Any] = {}
         self.refused: dict[Any, str] = {}
         self.by_bases: dict[tuple[int, int], Any] = {}
         self.kept: dict[tuple[int, int], Any] = {}
         self._layouts: dict[Any, Layout] = {}
-        self._choices: dict[tuple[int, ...] | None, tuple[int, Tensor]] = {}
-        self.use(None)
+        self.use(1)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without what belongs to one model, for copies and pickles of it."""
@@ -103,11 +103,9 @@ class Routing:
         self.__dict__.update(state)
         self._forget()
 
-    def use(self, rows: tuple[int, ...] | None) -> None:
-        """Set which rows the batch of the running call has, in which order; ``None`` for each once."""
-        if rows not in self._choices:
-            self._choices[rows] = len(self._choices), self.index if rows is None else self.index[list(rows)]
-        self.choice, self.rows_now = self._choices[rows]
+    def use(self, times: int) -> None:
+        """Set how many times the batch of the running call has each row."""
+        self.times, self.rows_now = times, self.index.repeat_interleave(times, dim=0)
 
     @property
     def batch(self) -> int:
@@ -136,7 +134,7 @@ class Routing:
         Raises:
             AdapterError: If adapters are named for tokens, and the input has others.
         """
-        key = self.choice, device
+        key = self.times, device
         if (known := layout.arranged.get(key)) is not None:
             return known
         of_token = self._of_tokens(layout, module).contiguous()
@@ -248,7 +246,7 @@ def layout_of_rows(routing: Routing, layer: Any, rows: Rows, module: str) -> tup
 
 def _tracking(routing: Routing, layer: Any) -> RowTracking | None:
     """Return what follows the running call, if anything does; without such a call, check that the block is here."""
-    call: RunningCall | None = routing.call
+    call = routing.call
     if call is None:
         require_here(layer.state)
         return None
@@ -295,7 +293,7 @@ def _called_itself(routing: Routing, shape: torch.Size, module: str) -> Layout:
             f"an adapted {module} was given an input of shape {(*shape, '...')}, whose first dimension is not the "
             f"batch of {rows}: {ADVICE}"
         )
-    routing.use(None)
+    routing.use(1)
     return routing.layout(shape, first_dimension(shape).rows)
 
 
@@ -318,6 +316,7 @@ def _followed(routing: Routing, layer: Any, label: Label, shape: torch.Size, mod
         problem = "the rows of the batch in other places than before"
     else:
         routing.layouts[key] = layout
+        assert routing.call is not None, "rows are followed in a call"
         routing.call.assumed_by = label.assumed_by
         return layout
     message = f"an adapted {module} was given {problem}, of shape {(*shape, '...')}: {ADVICE}"
@@ -345,7 +344,7 @@ def _assumed(routing: Routing, tracking: RowTracking, shape: Sequence[int], modu
 
 def follow(routing: Routing, value: Any, layout: Layout, axis: int = 0) -> None:
     """Label the output of a layer: its rows are where those of the input are, the first of them in some dimension."""
-    call: RunningCall | None = routing.call
+    call = routing.call
     if call is None or call.tracking is None or not isinstance(value, Tensor):
         return
     rows = layout.rows
@@ -356,5 +355,5 @@ def follow(routing: Routing, value: Any, layout: Layout, axis: int = 0) -> None:
 
 def unfollowed(routing: Routing) -> AbstractContextManager[None]:
     """Return a block in which no operation is followed: `follow` labels its result."""
-    call: RunningCall | None = routing.call
+    call = routing.call
     return NOTHING if call is None or call.tracking is None else call.tracking.paused()
