@@ -114,7 +114,7 @@ def test_the_dtype_of_a_kind_is_that_of_its_draws(name: BasisKind) -> None:
 
 @pytest.fixture
 def new_kind(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Register a kind, as its one file would, and name it."""
+    """Register a kind, as its entry would, and name it."""
 
     def draw(spec: BasisSpec, max_dim: int, min_dim: int) -> tuple[CompactMatrix, CompactMatrix]:
         columns_B = count_bases(min_dim, spec.r) * spec.r
