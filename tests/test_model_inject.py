@@ -1,6 +1,5 @@
 """`inject`, `plan` and `eject`: what they change, and what they must not; where a model keeps its adapters."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,15 +109,6 @@ def test_a_target_inside_a_target_is_adapted_too_and_ejected_too() -> None:
     assert model[0] is outer
     assert type(outer.inner) is nn.Linear
     assert same_bits(model(x), expected)
-
-
-def test_a_config_says_the_same_as_single_options_and_is_left_alone() -> None:
-    config = RandLoRAConfig(r=4, targets=["q", "up"], basis="block", seed=3, alpha=8)
-    copy = replace(config)
-    with_config = randlora.inject(Mixed(), config=config)
-    with_options = randlora.inject(Mixed(), r=4, targets=["q", "up"], basis="block", seed=3, alpha=8)
-    assert with_config == with_options
-    assert config == copy
 
 
 # plan
@@ -318,32 +308,3 @@ def test_an_adapted_models_state_dict_loads_into_its_twin() -> None:
         randlora.inject(each, r=4, train_also=["head"])
     twin.load_state_dict(model.state_dict())
     assert same_bits(twin(TOKENS), model(TOKENS))
-
-
-@pytest.mark.parametrize("name", [None, "default"])
-def test_the_only_adapter_needs_no_name(name: str | None) -> None:
-    model = Mixed()
-    randlora.inject(model, r=4)
-    assert adapted_root(model)[1].adapter(name).name == "default"
-
-
-def test_one_of_several_adapters_must_be_named() -> None:
-    model = Mixed()
-    randlora.inject(model, r=4)
-    randlora.inject(model, r=4, name="b")
-    with pytest.raises(AdapterError, match=r"several adapters \(default, b\): give name= to choose one"):
-        adapted_root(model)[1].adapter(None)
-
-
-def test_what_is_trained_beside_survives_an_assigning_load() -> None:
-    """``load_state_dict(assign=True)`` puts new Parameter objects in place of the ones an adapter holds."""
-    model = Mixed()
-    own = model.head.weight.detach().clone()
-    randlora.inject(model, r=4, train_also=["head"])
-    for _ in range(2):
-        values = {name: tensor.detach() + 1 for name, tensor in model.state_dict().items()}
-        model.load_state_dict(values, assign=True)
-        assert any(parameter is model.head.weight for parameter in randlora.trainable_parameters(model))
-    with randlora.disabled(model):
-        assert same_bits(model.head.weight, own)
-    assert same_bits(model.head.weight, values["head.weight"])
