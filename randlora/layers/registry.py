@@ -22,6 +22,7 @@ KINDS = ("linear", "attention", "convolution", "embedding", "experts")
 """The kinds of weights, in the order in which reports list them."""
 
 _layers: dict[str, type[AdapterLayer] | str] = {}
+_weights: dict[str, type[AdapterLayer]] = {}
 _readers: dict[str, dict[str, type[AdapterLayer]]] = {}
 _by_parameter: dict[str, list[tuple[Callable[[nn.Module, Tensor], bool], type[AdapterLayer]]]] = {}
 
@@ -70,6 +71,24 @@ def register_layer(base_type: type[nn.Module] | str) -> Callable[[Layer], Layer]
 def refuse_layer(base_type: type[nn.Module] | str, reason: str) -> None:
     """Register why layers of a type cannot be adapted, as a phrase that follows the layer's name."""
     _layers[_name(base_type)] = reason
+
+
+def register_weight(weight_type: str) -> Callable[[Layer], Layer]:
+    """Register the adapter layer of modules whose weight is of a type, as a class decorator.
+
+    Args:
+        weight_type: The qualified name of a subclass of tensors. The entry applies to modules that the class's base
+            class would adapt.
+
+    Returns:
+        A decorator that returns the class unchanged.
+    """
+
+    def register(layer: Layer) -> Layer:
+        _weights[weight_type] = layer
+        return layer
+
+    return register
 
 
 def register_parameter(where: Callable[[nn.Module, Tensor], bool]) -> Callable[[Layer], Layer]:
@@ -144,6 +163,9 @@ def find_layer(module: nn.Module) -> type[AdapterLayer] | str | None:
         if (entry := _layers.get(_name(parent))) is not None:
             as_read = entry.as_read if isinstance(entry, type) else None
             is_inherited = _forward_of(plain_class(module)) is _forward_of(parent)
+            by_weight = _weights.get(_name(type(module._parameters.get("weight"))))
+            if by_weight is not None and isinstance(entry, type) and issubclass(by_weight, entry):
+                return by_weight
             return entry if as_read is None or is_inherited else as_read
     return None
 

@@ -16,7 +16,7 @@ from randlora.hints import shortly
 from randlora.layers.diagonals import Diagonal
 from randlora.layers.inputs import is_plain_tensor
 from randlora.layers.update import Into, Quantized
-from randlora.places import Plain, Whole, lent
+from randlora.places import Plain, Whole, lent, place_at
 from randlora.state import ModelState, attached_state
 from randlora.targets.match import shortened
 from randlora.targets.site import AdaptedSite
@@ -115,7 +115,7 @@ def weight_problems(sites: Sequence[AdaptedSite], into: Into) -> list[str]:
 
 def _is_incomplete(site: AdaptedSite, weight: nn.Parameter) -> bool:
     """Whether a weight has no values, or not all of them and not in a place that they can be merged into."""
-    place = Whole(weight) if site.layer.is_quantized else site.place
+    place = place_at(weight) if site.layer.is_quantized else site.place
     is_part = lent(weight) is not None and weight.dim() < 2  # as no weight that is adapted has
     return is_part or not place.is_complete or (isinstance(place, Whole) and not weight.numel())
 

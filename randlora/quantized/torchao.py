@@ -1,0 +1,152 @@
+"""The adapter layer of linear layers whose weight torchao quantized: int8, with or without inputs in int8, and float8.
+
+Such a layer remains an `nn.Linear`, whose weight is a subclass of tensors with codes and scales. torchao is imported
+only if the model has one. Written for the classes of torchao 0.18.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from randlora.errors import AdapterError
+from randlora.layers.inputs import input_of
+from randlora.layers.registry import register_weight
+from randlora.places import Keeper, Place, register_keeper
+from randlora.quantized.layer import QuantizedLayer
+
+MODULE = "torchao.quantization"
+INT8, FLOAT8 = f"{MODULE}.Int8Tensor", f"{MODULE}.Float8Tensor"
+
+
+@register_weight(FLOAT8)
+@register_weight(INT8)
+class TorchaoAdapter(QuantizedLayer):
+    """Adapts an `nn.Linear` with a weight of torchao. Its own forward runs, and the adapter's output is added.
+
+    The weight stays quantized while adapters train. Merging rounds weight + update to codes of the same kind.
+    """
+
+    @classmethod
+    def obstacle(cls, owner: nn.Module) -> str | None:
+        """Return why this layer cannot be adapted, or ``None``."""
+        weight: Any = owner.get_parameter("weight")
+        if weight.qdata.is_meta:
+            return "has no values (its weight is on the meta device or offloaded): load the model's weights first"
+        if isinstance(weight.block_size, list | tuple) and _granularity(weight) is not None:
+            return None
+        return f"has a scale for each block of {weight.block_size}, expected one for each row, group or tensor"
+
+    def compute_dtype(self, owner: nn.Module) -> torch.dtype | None:
+        """Return the dtype that the weight had before it was quantized."""
+        return owner.get_parameter("weight").dtype
+
+    def base_output(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Return the output of the owner without adapters, through which gradients flow to the input.
+
+        torchao computes none where it quantizes the input, too.
+        """
+        x, weight, bias = input_of(owner, args, kwargs), owner._parameters["weight"], owner._parameters["bias"]
+        quantizes_input = getattr(weight, "act_quant_kwargs", None) is not None and isinstance(x, Tensor)
+        if quantizes_input and torch.is_grad_enabled() and self.runs_plain_forward(owner):
+            output: Tensor = _Through.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+            return output
+        return super().base_output(owner, base_forward, *args, **kwargs)
+
+    def written_out(self, owner: nn.Module, held: Any = None) -> Tensor:
+        """Return the dequantized weight in float32."""
+        weight: Any = owner.get_parameter("weight") if held is None else held
+        values: Tensor = weight.dequantize(torch.float32)
+        return values
+
+    def requantized(self, owner: nn.Module, weight: Tensor) -> tuple[nn.Parameter, float]:
+        """Quantize a weight to codes of the same dtype, with a scale for as many entries."""
+        own: Any = owner.get_parameter("weight")
+        options = {"granularity": _granularity(own), "act_quant_kwargs": own.act_quant_kwargs}
+        step = 1.0
+        if (dtype := own.qdata.dtype) != torch.int8:
+            options |= {"float8_dtype": dtype, "mm_config": own.mm_config, "kernel_preference": own.kernel_preference}
+            numbers = torch.finfo(dtype)
+            step = 2.0 ** (math.frexp(numbers.max)[1] - 1) * numbers.eps
+        codes = type(own).from_hp(weight.to(own.dtype), **options)
+        return nn.Parameter(codes, requires_grad=False), step * float(codes.scale.max())
+
+    def codes(self, owner: nn.Module) -> nn.Parameter:
+        """Return the weight."""
+        return owner.get_parameter("weight")
+
+    def put_in(self, owner: nn.Module, held: nn.Parameter) -> None:
+        """Replace the weight."""
+        owner._parameters["weight"] = held
+
+
+class _Through(torch.autograd.Function):
+    """The product with a weight that quantizes the input, and the gradient of that with the dequantized weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs_x, _, needs_bias = ctx.needs_input_grad
+        grad_x = grad @ ctx.weight.dequantize(grad.dtype) if needs_x else None
+        return grad_x, None, grad.flatten(0, -2).sum(0) if needs_bias else None
+
+
+class Codes(Place):
+    """The place of a weight of torchao: its values are those of its codes."""
+
+    exchanges = "nothing"
+
+    def __init__(self, weight: Any) -> None:
+        """Take the weight."""
+        self._weight = weight
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there are codes."""
+        return not self._weight.qdata.is_meta
+
+    def read(self) -> Tensor:
+        """Return the values, in the dtype that the weight had before it was quantized."""
+        values: Tensor = self._weight.dequantize()
+        return values
+
+    whole = read
+
+    def write(self, value: Tensor) -> None:  # noqa: ARG002
+        """Refuse to write: `TorchaoAdapter` exchanges the weight for another."""
+        raise AdapterError("the weight is quantized by torchao: merge into it by randlora.merge")
+
+    def stored(self, values: Tensor) -> Tensor:
+        """Return kept values."""
+        return values
+
+
+@register_keeper
+class Torchao(Keeper):
+    """Keeps weights as codes of torchao."""
+
+    def place_at(self, tensor: Tensor) -> Codes | None:
+        """Return the place of a weight of torchao."""
+        kind = type(tensor)
+        return Codes(tensor) if f"{kind.__module__}.{kind.__qualname__}" in (INT8, FLOAT8) else None
+
+
+def _granularity(weight: Any) -> Any:
+    """Return for which entries of a weight there is one scale, as torchao says it; ``None`` for what is not known."""
+    sizes = sys.modules["torchao.quantization.granularity"]
+    block, (rows, columns) = tuple(weight.block_size), weight.shape
+    if block == (1, columns):
+        return sizes.PerRow()
+    if block == (rows, columns):
+        return sizes.PerTensor()
+    return sizes.PerGroup(block[1]) if block[0] == 1 else None
