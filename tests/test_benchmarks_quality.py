@@ -1,7 +1,6 @@
-"""Accuracy against drift: runs are made once, tables are those of the runs kept, rates and seeds follow the rules."""
+"""Accuracy against drift: contestants are trained, and tables, figures and rates are those of the runs kept."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import nn
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import pages, spectrum, summary
 from benchmarks.quality.contestants import GROUPS, MAIN
-from benchmarks.quality.runs import Key, Run, add_run, read_runs
+from benchmarks.quality.runs import Key, Run
 from benchmarks.quality.task import Prepared, Size, Targets, Task
 from benchmarks.quality.training import make_run
 from randlora.start import first_learning_rate
@@ -105,93 +104,6 @@ def test_the_command_runs_and_skips_a_task_without_its_data(
     assert {file.name for file in tmp_path.iterdir()} == {"tiny.jsonl", "main_tiny.md", "main.svg"}
     with pytest.raises(typer.Exit):
         command.main(task="absent")
-
-
-def test_a_restart_makes_only_the_runs_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Key] = []
-
-    def counted(task: Task, name: str, _contestant: object, lr: float, seed: int, _size: Size) -> Run:
-        made.append(Key(task.name, name, lr, seed))
-        return run(name, lr, seed, abs(math.log(lr / 1e-2)) if lr else 1.0, 0.1)
-
-    monkeypatch.setattr(command, "make_run", counted)
-    chosen = {name: MAIN[name] for name in ("frozen", "dense")}
-    first = command.runs_of(TASK, chosen, range(2), tmp_path, full=True)
-    assert (
-        [each.key for each in first]
-        == made
-        == [
-            Key("tiny", name, lr, seed)
-            for seed in (0, 1)
-            for name, rates in (("frozen", (0.0,)), ("dense", (1e-3, 1e-2, 3e-2)))
-            for lr in rates
-        ]
-    )
-    assert command.runs_of(TASK, chosen, range(2), tmp_path, full=True) == first
-    assert len(made) == 8
-    assert [each.key.seed for each in command.runs_of(TASK, chosen, range(3), tmp_path, full=True)][-4:] == [2] * 4
-    assert len(made) == 12
-    assert len(command.runs_of(TASK, chosen, range(3), tmp_path / "quick", full=False)) == 2
-
-
-def test_a_line_that_a_kill_left_unfinished_is_made_again(tmp_path: Path) -> None:
-    file = tmp_path / "new" / "runs.jsonl"
-    assert [*read_runs(file)] == []
-    for each in RUNS[:2]:
-        add_run(file, each)
-    file.write_text(file.read_text() + '{"key": {"task"')
-    add_run(file, RUNS[2])
-    assert [*read_runs(file)] == RUNS[:3]
-
-
-# Rates and seeds
-
-
-@pytest.mark.parametrize(
-    ("losses", "further"),
-    [
-        (lambda lr: abs(math.log(lr / 1e-1)), [1e-1, 3e-1]),
-        (lambda lr: abs(math.log(lr / 3e-2)), [1e-1]),
-        (lambda lr: abs(math.log(lr / 1e-2)), []),
-        (lambda lr: lr, [3e-4, 1e-4, 3e-5, 1e-5]),
-        (lambda _lr: math.nan, []),
-        (lambda lr: math.nan if lr > 0.2 else -lr, [1e-1, 3e-1]),
-    ],
-    ids=["above", "at the end", "inside", "towards 0", "not a number", "above if finite"],
-)
-def test_a_sweep_goes_on_while_its_best_rate_is_at_an_end(
-    losses: Callable[[float], float], further: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[float] = []
-
-    def measured(_task: Task, name: str, _contestant: object, lr: float, seed: int, _size: Size) -> Run:
-        made.append(lr)
-        return run(name, lr, seed, losses(lr), 0.1)
-
-    monkeypatch.setattr(command, "make_run", measured)
-    for seeds, count in ((1, 3 + len(further)), (2, 3 + len(further)), (2, 0)):  # each goes on where the last stopped
-        made.clear()
-        found = command.runs_of(TASK, {"dense": MAIN["dense"]}, range(seeds), tmp_path, full=True)
-        assert [*dict.fromkeys(each.key.lr for each in found)] == [1e-3, 1e-2, 3e-2, *further]
-        assert len(found) == seeds * (3 + len(further))
-        assert len(made) == count
-
-
-def test_a_rate_of_fewer_seeds_is_in_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "KEPT", tmp_path)
-    for lr, seed in ((1e-3, 0), (1e-3, 1), (1e-2, 0), (1e-2, 1), (3e-2, 0)):
-        add_run(tmp_path / "tiny.jsonl", run("dense", lr, seed, 0.5, 0.1))
-    add_run(tmp_path / "tiny.jsonl", run("full", 1e-3, 0, 0.5, 0.1))
-    found = [(each.key.contestant, each.key.lr, each.key.seed) for each in pages.kept_runs(TASK, "main")]
-    assert found == [("full", 1e-3, 0), *(("dense", lr, seed) for lr in (1e-3, 1e-2) for seed in (0, 1))]
-
-
-def test_what_is_not_a_number_is_neither_best_nor_on_the_front() -> None:
-    runs = [run("dense", lr, 0, loss, 0.1) for lr, loss in ((1e-3, math.nan), (1e-2, 0.5), (3e-2, math.nan))]
-    points = summary.points_of(TASK, runs)
-    assert summary.best(TASK, points).lr == 1e-2
-    assert [point.lr for point in summary.front(TASK, points)] == [1e-2]
-    assert all(map(math.isnan, summary.mean_and_error([0.5, math.nan, 0.25])))
 
 
 WIDTHS = {"film reviews": 384, "tweets": 384, "clothes": 96, "word problems": 576}

@@ -15,10 +15,8 @@ from typing import Any
 import pytest
 
 from benchmarks import server as load
-from benchmarks.command import Settings
 from benchmarks.examples import imported
 from benchmarks.server import Ask, post
-from benchmarks.targets import TARGETS
 from tests.examples import EXAMPLES
 from tests.kit import until
 
@@ -232,20 +230,6 @@ def test_what_waits_is_answered_when_the_server_ends(
         with pytest.raises(ConnectionError):
             post(port, {"prompt": "a"})
         assert not [thread for thread in threading.enumerate() if thread.name in {"batcher", "server"}]
-
-
-def test_the_load_test_compares_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = {target.case for target in TARGETS if target.benchmark == "server"}
-    assert cases == {f"time of a request, room for {load.ADAPTERS}"}
-    for name, value in {"ADAPTERS": 4, "CLIENTS": 4, "REQUESTS": 5, "NEW_TOKENS": 3}.items():
-        monkeypatch.setattr(load, name, value)
-    rows = load.run(Settings("cpu", is_quick=True))
-    assert len(rows) == 4
-    assert rows[-1].case == "time of a request, room for 4"
-    assert {frozenset(row.figures) for row in rows} == {frozenset({"one by one", "batches"})}
-    server = imported("server")
-    with pytest.raises(AssertionError, match="and alone"):
-        load.check(server, Path(), {Ask(None, "Once", 3): [1, 2, 3]})
 
 
 @pytest.mark.slow

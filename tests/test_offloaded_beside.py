@@ -10,7 +10,6 @@ import torch
 from accelerate.hooks import (  # type: ignore[import-untyped]
     remove_hook_from_submodules,
 )
-from accelerate.utils import set_module_tensor_to_device  # type: ignore[import-untyped]
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -371,29 +370,6 @@ def test_layers_of_bitsandbytes_are_merged_where_they_are_and_refused_where_they
         with pytest.raises(MergeError, match="the weight of 1 is incomplete"):
             refused(late)
     assert bits(late[0].weight) == codes
-
-
-def test_values_that_accelerate_sets_are_those_that_are_used_merged_and_saved(tmp_path: Path) -> None:
-    model, other, weight = adapted(Beside().eval()), Beside().eval(), torch.randn(12, 8)
-    with torch.no_grad():
-        other.up.weight.copy_(weight)
-    base = other(X)
-    adapted(other)
-    set_module_tensor_to_device(model, "up.weight", "cpu", value=weight)
-    for name, values in other.named_parameters():
-        if values.requires_grad:
-            with torch.no_grad():
-                values.mul_(2)
-            set_module_tensor_to_device(model, name, "cpu", value=values.detach().clone())
-    assert bits(model(X)) == bits(other(X))
-    for each, name in ((model, "there"), (other, "here")):
-        randlora.save(each, tmp_path / name)
-    there, here = (tmp_path / name / "adapter_model.safetensors" for name in ("there", "here"))
-    assert there.read_bytes() == here.read_bytes()
-    with randlora.merged(model), randlora.merged(other):
-        assert bits(model(X)) == bits(other(X))
-    randlora.eject(model)
-    assert bits(model(X)) == bits(base)
 
 
 @pytest.mark.medium

@@ -151,14 +151,6 @@ def test_a_layer_computes_right_with_scales_that_a_state_dict_left_turned() -> N
     assert_held(layer, before)
 
 
-@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
-def test_new_codes_of_a_repacked_layer_are_stored_as_its_own_were(storage: torch.dtype) -> None:
-    model, layer = adapted(four_bits(quant_storage=storage))
-    repack(layer)
-    randlora.merge(model)
-    assert model[0].weight.dtype == storage
-
-
 @pytest.mark.parametrize("is_training", [True, False])
 def test_transforms_pass_a_layer_that_is_repacked(is_training: bool) -> None:
     """A layer of bitsandbytes alone passes no gradient transform."""
@@ -229,15 +221,6 @@ def test_codes_repacked_before_backward_change_no_gradient(in_features: int) -> 
         model.eval()(torch.randn(3, in_features))
     assert layer.weight.quant_state.packing_format_for_cpu
     assert same_bits(torch.autograd.grad(loss, x)[0], wanted)
-
-
-def test_evaluation_leaves_repacked_codes_as_they_are() -> None:
-    model, layer = adapted(four_bits())
-    repack(layer)
-    before = held(layer)
-    with torch.no_grad():
-        model.eval()(torch.randn(5, 64))
-    assert_held(layer, before)
 
 
 def test_codes_put_in_order_in_inference_mode_can_be_trained_on() -> None:
