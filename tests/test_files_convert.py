@@ -57,6 +57,7 @@ def test_what_was_converted_for_peft_is_loaded_there_and_here(
     stream = options.get("stream", peft_draw(options.get("basis", "dense")))
     peft_draws_them = stream in {None, "torch"} and options.get("basis") != "block"  # the newest torch at least
     assert ("base_model.randlora_B" in load_file(tmp_path / "out" / TENSORS_FILE)) == (not peft_draws_them)
+    assert "randlora_stream" not in read_fields(tmp_path / "out")
     assert report.notes == (
         () if peft_draws_them else ("the bases are in the file: PEFT would draw others from the seed",)
     )

@@ -9,7 +9,7 @@ import hashlib
 import json
 import operator
 import sys
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, Self, TypedDict, Union, get_args, get_origin
@@ -169,9 +169,7 @@ class ModelClass:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that are known as JSON-serializable values."""
-        labels = None if self.labels is None else [*self.labels]
-        facts = {"library": self.library, "name": self.name, "labels": labels, "problem_type": self.problem_type}
-        return {name: value for name, value in facts.items() if value is not None}
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     @property
     def config_fields(self) -> dict[str, Any]:
@@ -339,18 +337,19 @@ def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
         if problems := [*mistyped(facts, FORMAT_VERSIONS[found], "")]:
             raise ValueError("; ".join(problems[:SHOWN]))
         seal = facts.pop("sha256")
-        config = RandLoRAConfig.from_dict(facts["config"])
         records = {facts["config"]["r"]: facts} if found == 1 else facts["bases"]
+        if problems := [*_problems(facts, records)]:
+            raise ValueError(problems[0])
         header = Header(
-            config=config,
-            bases={_parsed_rank(r): BasisRecord.from_dict(record) for r, record in records.items()},
-            shapes={fqn: _parsed_shape(fqn, shape) for fqn, shape in facts["targets"].items()},
+            config=RandLoRAConfig.from_dict(facts["config"]),
+            bases={int(r): BasisRecord.from_dict(record) for r, record in records.items()},
+            shapes={fqn: tuple(sizes) for fqn, sizes in facts["targets"].items()},
             library_version=facts["library_version"],
             torch_version=facts.get("torch_version"),  # the first files have neither this
             transposed=None if (found := facts.get("transposed")) is None else tuple(found),  # nor this
-            kinds=_parsed_kinds(facts.get("kinds", {}), facts["targets"]),
+            kinds=facts.get("kinds", {}),
             model_class=ModelClass.from_dict(facts["model_class"]) if "model_class" in facts else None,
-            buffers=_parsed_buffers(facts.get("buffers", []), config.train_also),
+            buffers=tuple(facts.get("buffers", [])),
         )
     except CheckpointError:
         raise
@@ -366,33 +365,17 @@ def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
     return header
 
 
-def _parsed_rank(r: int | str) -> int:
-    """Return an r, which is a name in JSON if there are several."""
-    if str(int(r)) != str(r):
-        raise ValueError(f"{r!r} is no r")
-    return int(r)
-
-
-def _parsed_shape(fqn: str, sizes: list[int]) -> Shape:
-    """Return a shape of two or three sizes from a header."""
-    if not (len(sizes) in (2, 3) and all(size > 0 for size in sizes)):
-        raise ValueError(f"{fqn} has shape {sizes!r:.80}, expected two or three positive integers")
-    return tuple(sizes)
-
-
-def _parsed_kinds(kinds: dict[str, str], targets: Container[str]) -> dict[str, str]:
-    """Return the kinds of targets from a header."""
-    for fqn, kind in kinds.items():
-        if fqn not in targets or kind not in KINDS:
-            raise ValueError(f"{fqn} has kind {kind!r}, expected a target and one of {', '.join(KINDS)}")
-    return kinds
-
-
-def _parsed_buffers(buffers: list[str], trained: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Return the names of buffers from a header."""
-    if others := {*buffers} - {*(trained or ())}:
-        raise ValueError(f"{', '.join(sorted(others))} is not among what was trained")
-    return tuple(buffers)
+def _problems(facts: Mapping[str, Any], records: Iterable[int | str]) -> Iterator[str]:
+    """Yield what is wrong with the values of a header whose types are right; an r is a name if there are several."""
+    yield from (f"{r!r} is no r" for r in records if str(int(r)) != str(r))
+    for fqn, sizes in facts["targets"].items():
+        if not (len(sizes) in (2, 3) and all(size > 0 for size in sizes)):
+            yield f"{fqn} has shape {sizes!r:.80}, expected two or three positive integers"
+    for fqn, kind in facts.get("kinds", {}).items():
+        if fqn not in facts["targets"] or kind not in KINDS:
+            yield f"{fqn} has kind {kind!r}, expected a target and one of {', '.join(KINDS)}"
+    if others := {*facts.get("buffers", [])} - {*(facts["config"].get("train_also") or ())}:
+        yield f"{', '.join(sorted(others))} is not among what was trained"
 
 
 def _is_consistent(header: Header) -> bool:
