@@ -61,7 +61,7 @@ torture: $(VENV)/.torture  # campaigns of minutes against the library; ARGS="--s
 mutants: $(VENV)/.torture  # hours: what share of faults in the package the tests catch; ARGS="--count 10" for a few of them
 	$(BIN)/python -m tests.mutants $(ARGS)
 
-docs: $(VENV)/.dev
+docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 site-test: $(VENV)/.site docs  # every page in Chromium, light and dark, on a phone and a desktop; skipped where there is none
@@ -163,6 +163,10 @@ $(CLOTHES):  # from Debian's package; without apt-get the task is skipped
 
 .venv-release/.dev: .venv-release/.pip pyproject.toml
 	.venv-release/bin/python -m pip install --quiet --group release
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.pip pyproject.toml
+	$(BIN)/python -m pip install --quiet --group docs
 	touch $@
 
 $(VENV)/.torture: $(VENV)/.dev
