@@ -5,7 +5,7 @@ targets whose k-th singular value is k^-p, from flat (p = 0) to steep (p = 1). L
 form, the largest singular values of the target; RandLoRA's Λ and Γ are fitted with L-BFGS in float64.
 
 It takes a few minutes, from the repository's root: ``python docs/figures/make_spectra.py``
-"""  # noqa: INP001  (a script, not a package)
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -128,7 +128,7 @@ def main() -> None:
     for label, (_, updates) in drawn.items():
         left = ", ".join(f"{residual(updates[exponent], target):.3f}" for exponent, target in targets.items())
         rank = int(torch.linalg.matrix_rank(updates[0.0]))
-        print(f"{label}; rank {rank}; residuals {left}")  # noqa: T201
+        print(f"{label}; rank {rank}; residuals {left}")
     draw(targets, drawn).savefig(OUTPUT, metadata={"Date": None}, facecolor="white")
 
 

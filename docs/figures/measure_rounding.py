@@ -2,7 +2,7 @@
 
 Prints the table of ``docs/quantized.md``. It takes a few seconds, from the repository's root, with bitsandbytes
 installed: ``python docs/figures/measure_rounding.py``
-"""  # noqa: INP001  (a script, not a package)
+"""
 
 import sys
 
