@@ -123,7 +123,7 @@ def test_the_rate_to_try_first_is_near_the_best_of_each_task(name: str) -> None:
 def test_a_table_has_each_contestant_at_its_best_rate_with_standard_errors() -> None:
     titles, _, *lines = summary.table_of(TASK, RUNS).splitlines()
     assert titles == (
-        "| contestant | parameters | file, MB | memory, MB | time | seeds | best rate | loss | drift | gain over LoRA |"
+        "| method | parameters | file, MB | memory, MB | time | seeds | best rate | loss | drift | gain over LoRA |"
     )
     assert lines == [
         "| full | 1,234 | 2.50 | 1000 | 1.00 | 2 | 0.01 | 0.400 ± 0.000 | 0.800 ± 0.100 | 0.250 ± 0.100 |",

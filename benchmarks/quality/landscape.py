@@ -145,7 +145,7 @@ def on_plane(
 def table_of(seeds: Sequence[Mapping[str, Any]]) -> str:
     """Write a table in Markdown, means over seeds with standard errors; a barrier is how far a line rises."""
     blocks = range(len(seeds[0]["contestants"]["full"]["cka"]))
-    titles = ["contestant", "rate", "accuracy", "training loss", "test loss"]
+    titles = ["method", "rate", "accuracy", "training loss", "test loss"]
     titles += [*(f"CKA, block {each}" for each in blocks), "barrier, training", "barrier, test"]
     lines = []
     for name, rate in RATES.items():

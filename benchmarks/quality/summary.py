@@ -130,7 +130,7 @@ def table_of(task: Task, runs: Sequence[Run]) -> str:
     processors = {run.machine.get("processor") for run in runs if run.key.contestant == reference}
     timed = [run for run in runs if run.machine.get("processor") in processors]
     seconds = {name: mean_seconds(timed, name) for name in {run.key.contestant for run in timed}}
-    titles = ["contestant", "parameters", "file, MB", "memory, MB", "time", "seeds", "best rate", task.metric, "drift"]
+    titles = ["method", "parameters", "file, MB", "memory, MB", "time", "seeds", "best rate", task.metric, "drift"]
     titles += [f"gain over {peer}"] if peer else []
     others = [what for what in runs[0].found if what not in (task.metric, "drift")]
     others = [what for what in others if all(what in run.found for run in runs)]
@@ -180,7 +180,7 @@ def rates_of(task: Task, runs: Sequence[Run]) -> str:
         cells = {point.lr: f"{number(task, point.metric[0])} ({point.drift[0]:.3f})" for point in own}
         bold = {lr: f"**{cell}**" if (contestant, lr) in chosen else cell for lr, cell in cells.items()}
         lines.append([contestant, *(bold.get(lr, "") for lr in rates)])
-    return in_markdown(["contestant", *(f"{lr:g}" for lr in rates)], lines)
+    return in_markdown(["method", *(f"{lr:g}" for lr in rates)], lines)
 
 
 def mean_seconds(runs: Sequence[Run], contestant: str) -> float:
