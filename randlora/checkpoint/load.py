@@ -104,27 +104,26 @@ def load(
     """Load an adapter from a directory, or from a repository on the Hub, into a model, in place.
 
     The names in the file determine the layers; its ``target_modules`` is not matched against the model. Bases that the
-    model does not have are added. If both the file and the model name their base model and the names differ, a
-    ``UserWarning`` says so. Another one says if the JSON file is missing or contradicts the header of the tensors,
-    which decides.
+    model does not have are added. A ``UserWarning`` says if the file and the model name different base models. It also
+    says if the JSON file is missing or contradicts the header of the tensors; the header then decides.
 
     Args:
         model: The model that the adapter was trained on, with or without other adapters.
         source: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote, or the safetensors file in it. A
             string ``"user/repo"`` that is not a path means a repository on the Hub, for which huggingface_hub must be
-            installed (the extra ``hub``). Or what `randlora.adapter_state` returned.
+            installed (the extra ``hub``). Or a state from `randlora.adapter_state`.
         name: The adapter's name in the model.
         trainable: Whether its parameters require grad.
-        active: Whether to make it the only active adapter. ``None``: if it is the model's first.
+        active: Whether to make it the only active adapter. ``None`` means only if it is the model's first.
         revision: Branch, tag or commit of a repository; ``None`` means its main branch.
         subfolder: The directory inside of ``source`` with the adapter's files; ``None`` means ``source`` itself.
         prefix: The prefix by which the names in the file and in the model differ, such as ``"bert"`` for an adapter of
-            ``BertModel`` and a model with a head. It is added to the names or removed from them, as the model requires,
-            which the report says.
-        stream: The stream that the adapter's bases are from, if a file of PEFT without ``dense`` bases does not say it:
-            ``"torch-2.11"`` if it was trained under torch 2.11 or older. ``None`` means what the file says, or else
+            ``BertModel`` and a model with a head. It is added to the names or removed from them, as the model requires;
+            the report says which.
+        stream: The stream of the adapter's bases, for a file of PEFT that does not contain its ``dense`` bases:
+            ``"torch-2.11"`` if it was trained under torch 2.11 or older. ``None`` means the stream in the file, or else
             ``"torch"``, with a note in the report.
-        save_pretrained: What the model's method of this name does: see `randlora.inject`.
+        save_pretrained: What ``model.save_pretrained()`` does: see `randlora.inject`.
 
     Returns:
         A report as from `randlora.inject`.
@@ -132,8 +131,8 @@ def load(
     Raises:
         ConfigError: If ``prefix`` is not a name, ``stream`` is not a stream, or a flag is neither ``True`` nor
             ``False``.
-        CheckpointError: If the files are damaged, of another kind or version, do not fit the model, cannot be
-            downloaded, or are from another stream.
+        CheckpointError: If the files are damaged, have an unknown kind or version, do not fit the model, cannot be
+            downloaded, or use a different stream.
         AdapterError: If the name is taken, or the model's adapters are merged.
     """
     given = {"model": model, "source": source, "trainable": trainable, "active": active, "revision": revision}
@@ -154,25 +153,26 @@ def load_all(
     prefix: str | None = None,
     save_pretrained: SavePretrained | None = None,
 ) -> list[Report]:
-    """Load the adapters of a directory that `randlora.save_all` or PEFT wrote into a model: all of them, or none.
+    """Load the adapters in a directory into a model, in place: all of them, or none.
 
-    Each has the name of its directory; one that is in ``source`` itself is named ``default``. The first is active if
-    the model had no adapter before.
+    `randlora.save_all` and PEFT write such directories. Each adapter gets the name of its subdirectory; an adapter in
+    ``source`` itself is named ``default``. The first is active if the model had no adapter before.
 
     Args:
         model: The model that the adapters were trained on.
-        source: The directory, or a repository on the Hub with such directories.
+        source: The directory, or a repository on the Hub with the same layout.
         names: The adapters to load; ``None`` means all.
         trainable: Whether their parameters require grad.
         revision: Branch, tag or commit of a repository; ``None`` means its main branch.
         prefix: The prefix by which the names in the files and in the model differ, as for `randlora.load`.
-        save_pretrained: What the model's method of this name does: see `randlora.inject`.
+        save_pretrained: What ``model.save_pretrained()`` does: see `randlora.inject`.
 
     Returns:
         A report for each, as from `randlora.load`.
 
     Raises:
-        CheckpointError: If there are none, or none of a name, or one cannot be loaded. The model is then unchanged.
+        CheckpointError: If there is no adapter, none with a given name, or one cannot be loaded. The model is then
+            unchanged.
         AdapterError: If a name is taken, or the model's adapters are merged.
     """
     given = {"model": model, "source": source, "names": names, "trainable": trainable, "revision": revision}

@@ -44,10 +44,10 @@ from randlora.targets.walk import Census
 
 @dataclass(frozen=True)
 class SaveReport:
-    """What `save` wrote.
+    """The report of `save`.
 
     Attributes:
-        directory: Where the files are.
+        directory: The directory of the files.
         name: The adapter saved.
         nbytes: Bytes of the files written.
         notes: What the user should know, such as that PEFT cannot load the files.
@@ -77,31 +77,31 @@ def save(
 ) -> SaveReport:
     """Save one adapter to a directory, atomically: Λ, Γ, the parameters of ``train_also`` and the spec of the bases.
 
-    A model card, ``README.md``, is written with them, unless the directory has one that was not generated. If any
-    parameter of the model is sharded, as by `fully_shard`, this is a collective: every process calls it, one writes the
+    A model card, ``README.md``, is also written, unless the directory has one that was not generated. If any parameter
+    of the model is sharded, for example by `fully_shard`, this is a collective: every process calls it, one writes the
     files, and all get the same report or an error.
 
     Args:
         model: A model with adapters.
         directory: The directory, created if it does not exist. An adapter already in it is replaced.
         name: The adapter's name; ``None`` means the only one.
-        bases: ``"seed"`` stores no bases: the spec reproduces them, and a SHA-256 checks it. ``"stored"`` stores A and
-            B in float32, once, which PEFT needs for ``block`` bases and for ``stream="portable"``, and for
+        bases: ``"seed"`` stores no bases: the spec reproduces them, and a SHA-256 verifies them. ``"stored"`` stores A
+            and B in float32, once. PEFT needs this for ``block`` bases and for ``stream="portable"``, and for
             ``"torch-2.11"`` under a newer torch.
         push_to_hub: A repository on the Hub, ``"user/repo"``, to upload the files to, created if it does not exist.
             huggingface_hub must be installed (the extra ``hub``).
-        results: A table for the model card, such as ``{"accuracy": 0.81}``. The next save writes the card anew: without
-            results it has none, and its report says so.
+        results: A table for the model card, such as ``{"accuracy": 0.81}``. Each save writes a new card: without
+            results, the card has no table, and the report says so.
 
     Returns:
         The directory, the size and notes.
 
     Raises:
         AdapterError: If the model has no adapter, or several and no ``name`` is given.
-        CheckpointError: If a value is not here or not whole (meta, sharded), not floating or not finite, an adapted
-            module or a trained parameter was removed or has another shape now, or no seed reproduces the bases: nothing
-            is written then. Also if the files are saved and the Hub refuses them.
-        OSError: If the disk refuses. Files already there remain as they were.
+        CheckpointError: If a value is missing or not whole (meta, sharded), not floating or not finite, an adapted
+            module or a trained parameter was removed or changed shape, or no seed reproduces the bases. Nothing is
+            written then. Also if the files are saved and the Hub refuses them.
+        OSError: If the disk refuses. Existing files remain unchanged.
     """
     require_types(save, {"model": model, "directory": directory, "name": name, "results": results})
     root = Path(directory)
@@ -117,27 +117,27 @@ def save_all(
     bases: StoredAs = "seed",
     push_to_hub: str | None = None,
 ) -> list[SaveReport]:
-    """Save several adapters in one call: each to the directory of its name in ``directory``, as PEFT does.
+    """Save several adapters in one call, each to a subdirectory with its name, as PEFT does.
 
-    The adapter named ``default`` is written to ``directory`` itself, where PEFT has it. All are checked, and on disk,
-    before the first file appears. What each consists of is the same as from `randlora.save`.
+    The adapter named ``default`` is written to ``directory`` itself, as PEFT does. All adapters are checked, and their
+    files are on disk, before the first file appears. The files of each adapter are the same as from `randlora.save`.
 
     Args:
         model: A model with adapters.
         directory: The directory, created if it does not exist. Adapters already in it are replaced if they are named.
         names: The adapters; ``None`` means all.
         bases: As for `randlora.save`.
-        push_to_hub: A repository on the Hub, ``"user/repo"``, to upload all of them to, in the same directories.
+        push_to_hub: A repository on the Hub, ``"user/repo"``, to upload all files to, in the same directories.
 
     Returns:
         A report for each, as from `randlora.save`.
 
     Raises:
         AdapterError: If the model has no adapter of a name.
-        CheckpointError: If one of them cannot be saved, or has no name that a directory can have. Nothing is written
-            then.
-        OSError: If the disk refuses. Files already there remain as they were, unless it refuses to rename, when
-            adapters that are complete remain.
+        CheckpointError: If an adapter cannot be saved, or its name cannot be the name of a directory. Nothing is
+            written then.
+        OSError: If the disk refuses. Existing files remain unchanged; but if a rename fails, adapters that were already
+            renamed into place remain.
     """
     require_types(save_all, {"model": model, "directory": directory, "names": names, "push_to_hub": push_to_hub})
     root = Path(directory)

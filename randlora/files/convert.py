@@ -102,36 +102,36 @@ def convert(
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> ConversionReport:
-    """Write an adapter in another format, to another directory.
+    """Convert an adapter to a different format, and write it to a new directory.
 
-    ``"peft"`` can be loaded by PEFT 0.21.2: the file holds the bases if PEFT would draw others. ``"native"`` has this
-    library's header with its checksums, and the bases only if no seed reproduces them. ``"lora"`` is for servers that
-    know nothing else: a low-rank approximation of every layer's update, in the files of PEFT, diffusers or mlx-lm.
-    Nothing is written if the error of a layer exceeds the tolerance. ``"diff"`` is exact too: every update in full,
-    under the keys by which ComfyUI adds it to a weight.
+    ``"peft"`` can be loaded by PEFT 0.21.2: the file contains the bases if PEFT would draw different ones. ``"native"``
+    has this library's header with its checksums, and contains the bases only if no seed reproduces them. ``"lora"`` is
+    for servers that support only LoRA: a low-rank approximation of every layer's update, in the files of PEFT,
+    diffusers or mlx-lm. Nothing is written if the error of a layer exceeds the tolerance. ``"diff"`` is exact: every
+    update in full, under the keys by which ComfyUI adds it to a weight.
 
     Args:
         directory: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote, which does not change, or a
             repository on the Hub.
-        out: Another directory, to write to.
+        out: The directory to write to, different from ``directory``.
         to: The format.
         format: For ``"lora"``, whose files to write: ``"peft"``, the default, which vLLM, SGLang and llama.cpp's
             converter read too, ``"diffusers"`` or ``"mlx"``.
-        rank: For ``"lora"``, the rank of every layer; ``None`` for the smallest of each layer within the tolerance.
+        rank: For ``"lora"``, the rank of every layer; ``None`` means each layer's smallest rank within the tolerance.
         tolerance: For ``"lora"``, the largest accepted relative error of a layer's update, in the Frobenius norm;
             ``None`` means 0.05. 1 accepts anything.
-        same_rank: For ``"lora"``, whether to pad all factors with zeros to the highest rank. Those of diffusers and
-            mlx-lm always are; SGLang and llama.cpp need it too, unless ``rank`` gives all layers one.
+        same_rank: For ``"lora"``, whether to pad all factors with zeros to the highest rank. Factors for diffusers and
+            mlx-lm are always padded; SGLang and llama.cpp also need it, unless ``rank`` gives all layers one rank.
         component: For diffusers and ``"diff"``, which of a pipeline's models the adapter is for: ``"unet"``,
             ``"transformer"``, ``"text_encoder"`` or ``"text_encoder_2"``, with their names in diffusers. For ``"diff"``
-            also ``"diffusion_model"``, with the names that its authors gave. ``None`` recognizes it by the names.
+            also ``"diffusion_model"``, with its authors' names. ``None`` recognizes the model by the names of layers.
         base: The base model, a directory or a repository on the Hub, whose headers give the layers' shapes. PEFT does
-            not store them, so its files need it for ``"native"`` and ``"lora"``.
+            not store the shapes, so its files need ``base`` for ``"native"`` and ``"lora"``.
         revision: Branch, tag or commit of the adapter's repository.
         base_revision: Branch, tag or commit of the base model's repository.
         prefix: The prefix by which the names in the adapter and in the base model differ, as in `randlora.load`. The
             adapter keeps its names.
-        stream: The stream of the bases, as in `randlora.load`. A ``"native"`` file says it.
+        stream: The stream of the bases, as in `randlora.load`. A ``"native"`` file records it.
         overwrite: Whether to replace an adapter in ``out``.
         progress: Called for every layer.
 
@@ -295,24 +295,24 @@ class JoinReport:
 def join(
     parts: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], *, overwrite: bool = False
 ) -> JoinReport:
-    """Write one adapter that consists of the layers of several, as the stages of a pipeline save them.
+    """Join the adapters of a pipeline's stages into one adapter, and write it to a new directory.
 
-    The parts have the same options and different layers, under the names that the whole model gives them. The bases of
-    each part must be what one process would have drawn for all layers: ``stream="portable"`` promises that, and
-    ``"torch"`` only has it if the largest layers of each part have the same dims. The files are then the ones that
+    The parts have the same options and different layers, with their names from the whole model. The bases of each part
+    must be a part of the bases that one process would have drawn for all layers. ``stream="portable"`` guarantees this;
+    ``"torch"`` does only if the largest layers of each part have the same dims. The files are the same as
     `randlora.save` writes for the whole model, without a model card.
 
     Args:
         parts: Directories that `randlora.save` wrote, in the order of the layers, or repositories on the Hub.
-        out: Another directory, to write to.
+        out: The directory to write to, different from the parts.
         overwrite: Whether to replace an adapter in ``out``.
 
     Returns:
         A report with the number of layers.
 
     Raises:
-        CheckpointError: If a part cannot be read, or was written by PEFT, parts have a layer in common or differ in
-            options or bases, no seed reproduces their bases, or ``out`` is not empty. Nothing is written then.
+        CheckpointError: If a part cannot be read or was written by PEFT, parts share a layer or differ in options or
+            bases, no seed reproduces their bases, or ``out`` is not empty. Nothing is written then.
         OSError: If the disk refuses. Nothing is left half written.
     """
     require_types(join, locals())

@@ -38,7 +38,7 @@ class BasisSummary:
 
     Attributes:
         spec: Kind, stream, seed, rank, dims and blocks.
-        source: ``"seed"`` if the spec reproduces them, ``"file"`` if only the file holds them.
+        source: ``"seed"`` if the spec reproduces them, ``"file"`` if only the file contains them.
         digest: SHA-256 of the values that the layers use; see `randlora.bases.basis.Basis.digest`.
         nbytes: Their size in memory, in bytes.
     """
@@ -63,7 +63,7 @@ class LayerSummary:
         out_features: Output width; ``None`` if not known, because PEFT does not store it.
         in_features: Input width, likewise.
         frobenius: Frobenius norm of its update ΔW; ``None`` if it was not computed.
-        spectral: The largest singular value of ΔW, likewise; of a stack, the largest of its matrices'. If both dims
+        spectral: The largest singular value of ΔW, likewise; for a stack, the largest over its matrices. If both dims
             are above 1024, a lower bound within a few percent.
         matrices: Number of matrices of a stack, each with these dims and ``num_bases``.
     """
@@ -97,8 +97,8 @@ class AdapterSummary:
         writer: The library that wrote it, with versions.
         storage: A description of where its bases are.
         base_model: The name of its base model, if stored.
-        config: Its options, with r and alpha by FQN where layers differ in them.
-        bases: Its bases, one entry for each r; none if the file does not hold them and the layers' shapes are not
+        config: Its options, with r and alpha by FQN if they differ between layers.
+        bases: Its bases, one entry for each r; none if the file does not contain them and the layers' shapes are not
             known.
         layers: Its layers.
         trained: Shapes of the parameters trained with it, and of buffers, by FQN.
@@ -179,12 +179,12 @@ def inspect(
     norms: bool = True,
     progress: Progress = no_progress,
 ) -> AdapterSummary:
-    """Return what an adapter on disk is: options, bases, layers, and the norms of their updates.
+    """Return a summary of an adapter on disk: options, bases, layers, and the norms of their updates.
 
     Args:
         directory: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote, or a repository on the Hub.
-        base: Its base model, a directory or a repository on the Hub, for the layers' shapes, which PEFT does not store.
-            Only headers are read.
+        base: Its base model, a directory or a repository on the Hub. It provides the layers' shapes, which PEFT does
+            not store. Only headers are read.
         revision: Branch, tag or commit of the adapter's repository.
         base_revision: Branch, tag or commit of the base model's repository.
         prefix: The prefix by which the names in the adapter and in the base model differ, as in `randlora.load`.
@@ -194,8 +194,8 @@ def inspect(
 
     Raises:
         ConfigError: If ``prefix`` is not a name, or is given without ``base``, or ``stream`` is not a stream.
-        CheckpointError: If a file is damaged or of another kind, the bases are not reproduced, or the adapter does not
-            fit the base.
+        CheckpointError: If a file is damaged or has an unknown kind, the bases are not reproduced, or the adapter does
+            not fit the base.
     """
     require_types(inspect, locals())
     adapter = open_adapter(directory, base, prefix, stream, revision, base_revision)
@@ -337,7 +337,7 @@ def verify(
         revision: Branch, tag or commit of the adapter's repository.
         base_revision: Branch, tag or commit of the base model's repository.
         prefix: The prefix by which the names in the adapter and in the model differ, as in `randlora.load`.
-        stream: The stream that the bases should be from, as in `randlora.load`. Others are a failed check.
+        stream: The expected stream of the bases, as in `randlora.load`. A different stream is a failed check.
         progress: Called for every step.
 
     Returns:

@@ -50,19 +50,19 @@ def load_model(
     stream: Stream | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Return the base model that an adapter names, with the adapter.
+    """Return the base model that an adapter names, with the adapter loaded into it.
 
-    transformers makes the model, by ``from_pretrained`` of the class that the adapter was trained on, with the labels
-    that it had. A head that was trained with the adapter need not be in the base's files. Unlike `load`, this follows
-    the name in the adapter's file: it reads that directory, or downloads that repository. Weights are read from
-    safetensors files only, and no code of a repository is run.
+    transformers creates the model by ``from_pretrained`` of the class that the adapter was trained on, with the same
+    labels. A head that was trained with the adapter need not be in the base's files. Unlike `load`, this follows the
+    name in the adapter's file: it reads that directory, or downloads that repository. Weights are read from safetensors
+    files only, and no code from a repository is run.
 
     Args:
         source: The adapter: a directory, or a repository on the Hub, as for `load`.
-        base: The base model, a directory or a repository, in the place of the one that the adapter names.
+        base: The base model, a directory or a repository, instead of the one that the adapter names.
         model_class: A class of transformers, such as ``AutoModelForSequenceClassification``. ``None`` means the class
-            in the adapter's file, if transformers exports it and it fits the base's ``config.json``; else the class
-            that this names. Version 0.2 wrote no class.
+            in the adapter's file, if transformers exports it and it fits the base's ``config.json``; otherwise the
+            class in ``config.json``. Version 0.2 wrote no class.
         name: The adapter's name in the model.
         trainable: Whether its parameters require grad.
         revision: Branch, tag or commit of the adapter's repository.
@@ -77,10 +77,10 @@ def load_model(
 
     Raises:
         ConfigError: For ``trust_remote_code``, ``use_safetensors=False``, ``config``, ``state_dict`` or
-            ``output_loading_info``, or if ``model_class`` is no class of transformers.
-        CheckpointError: If transformers is not installed, the adapter's files are damaged, they name no base model, it
-            is not there or not one of transformers, its files lack values or have others than the model's shapes, or
-            the adapter does not fit it.
+            ``output_loading_info``, or if ``model_class`` is not a class of transformers.
+        CheckpointError: If transformers is not installed; if the adapter's files are damaged or name no base model; if
+            the base model is missing, is not a transformers model, or its files lack values or have different shapes
+            than the model; or if the adapter does not fit it.
     """
     require_types(load_model, {"source": source, "name": name, "trainable": trainable, "revision": revision})
     require_types(load_model, {"base": base, "base_revision": base_revision, "model_class": model_class})

@@ -53,10 +53,10 @@ class FileMergeReport:
             they differ between layers.
         merged: Names of the tensors merged into.
         replaced: Names of the tensors replaced by values that were trained with an adapter.
-        added: Names of the tensors with such values that the base has none for, such as those of a new head.
-        shards: Number of files with weights; 0 if another process writes them, which trains a copy of the model.
+        added: Names of the tensors with such values that the base does not have, such as a new head.
+        shards: Number of files with weights; 0 if a different process, which trains a copy of the model, writes them.
         nbytes: Size of all weights in bytes.
-        dtype: The dtype that floating tensors were cast to; ``None`` if each kept its own.
+        dtype: The dtype that floating tensors were cast to; ``None`` if each tensor kept its dtype.
         notes: Other notes for the user, such as which files were not copied.
     """
 
@@ -100,35 +100,36 @@ def merge(
 ) -> FileMergeReport:
     """Merge adapters into a checkpoint and write the result to a new directory, without loading the model.
 
-    The tensors written are, bit for bit, those of loading the model and the adapters, merging and saving. Shards,
-    index, metadata, config, tokenizer and other files are copied. Memory holds the bases, the adapters, and what
-    merging the largest weight needs. ``out`` appears when it is complete: a call that fails removes what it wrote, and
-    after a kill the same call starts anew.
+    The tensors are bit for bit the same as if you load the model and the adapters, merge and save. The index, metadata,
+    config, tokenizer and other files are copied, and shards keep their names. Memory holds the bases, the adapters, and
+    the working memory for the largest weight. ``out`` appears when it is complete: a call that fails removes what it
+    wrote, and after a kill the same call starts over.
 
     A quantized checkpoint is refused: load its model, and merge in memory or write it with `save_merged`.
 
     Args:
-        adapters: The directory of one adapter, or its repository on the Hub; those of several, whose updates add; or a
-            mapping from them to the factors of their updates.
+        adapters: The directory of one adapter, or its repository on the Hub; several of them, whose updates are summed;
+            or a mapping from them to the factors of their updates.
         out: The directory to create.
         base: The model's directory, with one safetensors file or with shards and an index, which is only read; or a
-            repository on the Hub, which is downloaded. ``None`` means the model that the adapters name in their files.
-        dtype: Cast every floating tensor to this dtype. A merged one is computed in float32 or wider and rounded once.
+            repository on the Hub, which is downloaded. ``None`` means the model that the adapters' files name.
+        dtype: Cast every floating tensor to this dtype. A merged weight is computed in float32 or wider and rounded
+            once.
         revision: Branch, tag or commit of the repository of every adapter.
         base_revision: Branch, tag or commit of the base model's repository.
         prefix: The prefix by which the names in the adapters and in the model differ, as in `randlora.load`.
-        stream: The stream of the bases of every adapter, as in `randlora.load`. If adapters differ in it, `convert`
-            them first to files that say it.
-        overwrite: Whether to replace a checkpoint in ``out``. Nothing else may be in there.
+        stream: The stream of the bases of every adapter, as in `randlora.load`. If the adapters' streams differ,
+            `convert` them first to files that record the stream.
+        overwrite: Whether to replace a checkpoint in ``out``. The directory may not contain anything else.
         progress: Called with the number of bytes written.
 
     Raises:
         ConfigError: For an invalid factor, dtype or stream.
         CheckpointError: If a file is missing, truncated or damaged, the checkpoint is quantized, an adapter does not
-            fit, or ``base`` is not given and the adapters name none, or different ones.
+            fit, or ``base`` is not given and the adapters name no base model or different ones.
         MergeError: If ``out`` is not empty or is inside an input, the disk is too small, a value is not finite, or
             weights are 8-bit floats that have scales, or no wider ``dtype`` is given for them.
-        OSError: If the disk refuses, or another process creates ``out`` meanwhile.
+        OSError: If the disk refuses, or a different process creates ``out`` meanwhile.
     """
     require_types(merge, locals())
     factors, destination = _factors(adapters), Path(out)

@@ -29,28 +29,28 @@ def plan(
     num_labels: int | None = None,
     **options: Any,
 ) -> Report:
-    """Return the report of what `randlora.inject` would do to the model in a directory, without its weights.
+    """Return the report that `randlora.inject` would return for the model in a directory, without its weights.
 
     transformers builds the class that ``config.json`` names on the meta device. No weights are downloaded, and no code
-    that came with the checkpoint is run.
+    from the checkpoint is run.
 
     Args:
         directory: A checkpoint as transformers writes it, one safetensors file or shards with an index; or a repository
             on the Hub, ``"org/name"``, of which only headers are requested.
         r: Rank of one random basis, or ranks by pattern.
         revision: Branch, tag or commit of the repository.
-        model_class: The name of a class of transformers, such as ``"AutoModelForSequenceClassification"``, in the place
-            of the one that ``config.json`` names.
-        num_labels: The number of outputs of a head, in the place of what ``config.json`` says.
+        model_class: The name of a class of transformers, such as ``"AutoModelForSequenceClassification"``, instead of
+            the class that ``config.json`` names.
+        num_labels: The number of outputs of a head, instead of the number in ``config.json``.
         **options: As for `randlora.plan`.
 
     Returns:
         The report of `randlora.plan` for the model. Parameters of a quantized model are counted as if it were not.
 
     Raises:
-        CheckpointError: If the directory has no checkpoint that can be read, or one that is quantized but not by
-            bitsandbytes; if transformers is not installed or does not have the class; or if shapes in the files and in
-            the class differ.
+        CheckpointError: If the directory has no readable checkpoint, or one that is quantized but not by bitsandbytes;
+            if transformers is not installed or does not have the class; or if the shapes in the files and in the class
+            differ.
         ConfigError: If transformers has no such class for the model.
         RandLoRAError: As `randlora.plan`.
     """
@@ -113,7 +113,7 @@ def training_memory(
     num_labels: int | None = None,
     **options: Any,
 ) -> TrainingMemory:
-    """Return the bytes that training an adapter of the model in a directory takes on each device.
+    """Return the memory, in bytes, that training an adapter of the model in a directory takes on each device.
 
     Args:
         directory: As for `plan`.
@@ -124,8 +124,7 @@ def training_memory(
         **options: As for `randlora.training_memory`.
 
     Returns:
-        The sizes of `randlora.training_memory` for the model, with quantized weights in the bytes that they are stored
-        in.
+        The sizes of `randlora.training_memory` for the model. Quantized weights count with their stored size.
 
     Raises:
         CheckpointError: As `plan`.

@@ -69,32 +69,32 @@ def save_merged(
 ) -> FileMergeReport:
     """Write the merged model to a new directory, as ``save_pretrained`` would, without merging the model.
 
-    The files have what `randlora.merged_tensors` yields, under the names of the plain model's ``state_dict``, in one
-    safetensors file or in several with an index, and the model's config where it has one of transformers. The directory
-    appears when it is complete: a call that fails removes what it wrote.
+    The files contain the tensors of `randlora.merged_tensors`, under the names in the plain model's ``state_dict``, in
+    one safetensors file or in several with an index, and the model's config if it is a transformers config. The
+    directory appears when it is complete: a call that fails removes what it wrote.
 
-    If any parameter of the model is sharded, as by `fully_shard` or ZeRO-3, this is a collective: every process calls
-    it, the first one writes, and all get its report or an error. The files are those that one process would write, byte
-    for byte. The first process has the tensors of one file in the CPU's memory, and the others hold one tensor at a
-    time. If each process trains a copy of the model, as with `DistributedDataParallel`, it may be called in all, where
-    the first one writes and no other waits for it, or in that one alone.
+    If any parameter of the model is sharded, such as by `fully_shard` or ZeRO-3, this is a collective: every process
+    calls it, the first one writes, and all get its report or an error. The files are byte for byte the same as from one
+    process. The first process holds the tensors of one file in CPU memory, and the others hold one tensor at a time. If
+    each process trains a copy of the model, as with `DistributedDataParallel`, call it in all processes (the first one
+    writes, and the others do not wait for it) or only in the first one.
 
     Args:
         model: A model with adapters, or a wrapper of torch or DeepSpeed around one.
         directory: The directory to create.
-        dtype: The dtype of all floating tensors. ``None`` means that of each parameter; for dequantized weights, the
-            dtype that `merge` would choose.
-        max_shard_size: The largest size of a file, in bytes or as ``"5GB"``. A larger tensor has a file of its own.
+        dtype: The dtype of all floating tensors. ``None`` keeps the dtype of each parameter; dequantized weights get
+            the dtype that `merge` would choose.
+        max_shard_size: The largest size of a file, in bytes or as ``"5GB"``. A larger tensor gets a separate file.
 
     Returns:
         A report as from `merge`, with the active adapters by name.
 
     Raises:
         AdapterError: If the model has no adapter.
-        ConfigError: For a dtype that is not floating, or another form of size.
-        MergeError: If the directory exists, no adapter is active, they are disabled, an adapted module was replaced, a
-            value is not here, a merged weight is not finite, or the files can hold no tensor of some dtype.
-        OSError: If the disk refuses, or another process creates the directory meanwhile.
+        ConfigError: For a dtype that is not floating, or an invalid size.
+        MergeError: If the directory exists, no adapter is active, the adapters are disabled, an adapted module was
+            replaced, a value is missing, a merged weight is not finite, or the files cannot hold a tensor's dtype.
+        OSError: If the disk refuses, or a different process creates the directory meanwhile.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))

@@ -138,17 +138,17 @@ def inject(
     """Add an adapter to a model, in place, and freeze everything else.
 
     The output does not change at first, because Λ or Γ starts at zero. Without ``targets``, attention is adapted in
-    models of transformers and diffusers and, where none is found, all linear layers except the output head. The report
-    says what is left out.
+    models of transformers and diffusers; if none is found, all linear layers except the output head are adapted. The
+    report says what is left out.
 
     Args:
         model: Any module with layers that can be adapted; it is changed in place.
         r: Rank of one random basis, 32 by default. A smaller r trains more parameters. A mapping from patterns gives
             layers different ranks: ``{"q_proj": 16, ".*": 32}``.
-        like_lora: The rank of a LoRA on the same layers, instead of ``r``: r becomes the one with which Λ and Γ have
-            most nearly as many parameters. With ``block`` bases it is a multiple of 8 if one is within a tenth.
-        targets: Layers to adapt: names or suffixes of them, a regex, ``"all-linear"`` or ``"all"``. `RandLoRAConfig`
-            says more of this and the next ten options.
+        like_lora: The rank of a LoRA on the same layers, instead of ``r``. r is then chosen so that Λ and Γ have about
+            as many parameters as that LoRA. With ``block`` bases, r is a multiple of 8 if one is within a tenth.
+        targets: Layers to adapt: names or suffixes, a regex, ``"all-linear"`` or ``"all"``. `RandLoRAConfig`
+            describes this and the next ten options in more detail.
         exclude: Layers to exclude from ``targets``.
         alpha: The update is scaled by ``alpha / r``; 20·r by default. A number, or a mapping as for ``r``.
         dropout: Dropout on the adapter's input in training.
@@ -158,21 +158,21 @@ def inject(
         seed: Seed of the bases.
         train_also: Modules or parameters that are trained and saved with the adapter.
         in_proj: Whether ``in_proj_weight`` of `nn.MultiheadAttention` is adapted as one matrix or split into three.
-        experts: Whether each of a stack of experts has its own Λ and Γ, or all share them.
+        experts: Whether each expert of a stack has its own Λ and Γ, or all experts share them.
         init: Which of Λ and Γ starts at zero and moves first: ``"lambda"``, as in PEFT, with Γ = 1 / min_dim, or
-            ``"gamma"``, with Λ = 1 / min_dim. Files do not say it.
+            ``"gamma"``, with Λ = 1 / min_dim. Files do not record it.
         name: The adapter's name.
         config: The options from ``r`` to ``experts`` as one object, instead of single options.
-        active: Whether to make it the only active adapter. ``None`` means if it is the model's first.
-        trainable: Whether its parameters require grad. ``None`` means if it is the model's first.
-        save_pretrained: What a method of this name of the model, as transformers' has, does while it has adapters. Its
-            own would write what reloads as the model without them. ``"adapter"`` writes the adapter, as
-            `randlora.save` does; ``"error"`` raises an error that says what to call; ``"model"`` leaves it as it is.
-            ``None`` means what another adapter of the model has, else ``"adapter"`` with a warning at each call. While
-            the adapters are merged, the merged model is written.
+        active: Whether to make it the only active adapter. ``None`` means only if it is the model's first.
+        trainable: Whether its parameters require grad. ``None`` means only if it is the model's first.
+        save_pretrained: What ``model.save_pretrained()`` does while adapters are attached. The original method would
+            write files that load as the base model, without the adapter. ``"adapter"`` writes the adapter, as
+            `randlora.save` does; ``"error"`` raises an error that says what to call; ``"model"`` leaves the method
+            unchanged. ``None`` uses the choice of the model's other adapters, or else ``"adapter"`` with a warning at
+            each call. While the adapters are merged, the merged model is written.
 
     Returns:
-        A report with figures as fields; it prints as a table.
+        A report with the figures as fields. It prints as a table.
 
     Raises:
         ConfigError: For invalid options.
@@ -181,9 +181,9 @@ def inject(
         AdapterError: If the name is taken, or the model's adapters are merged.
 
     Warns:
-        UserWarning: If ``targets`` is not given and next to nothing is adapted by default, or only one layer that looks
-            like a head, as in a ResNet. The message says what is left out, and which ``targets`` to give. Also if the
-            model is in a `DistributedDataParallel` already, which would not average the adapter's gradients.
+        UserWarning: If ``targets`` is not given and the default adapts almost nothing, or only one layer that looks
+            like a head, as in a ResNet. The message says what is left out, and which ``targets`` to pass. Also if the
+            model is already in a `DistributedDataParallel`, which would not average the adapter's gradients.
     """
     asked = locals()
     with opened_to_add(model, [name], "inject") as view:

@@ -58,38 +58,38 @@ def merge(
 ) -> MergeReport:
     """Merge the active adapters, or some of them, into the weights, in place.
 
-    The weights before and after are both in memory until the last layer is merged. Reversibly merged adapters remain
+    The old and the new weights are both in memory until the last layer is merged. Reversibly merged adapters remain
     active; others can be active on top of them, and be merged later. A merged weight is always computed from the
-    original weight and all merged adapters, in the order in which they were added, so that it does not depend on the
-    order of merging.
+    original weight and all merged adapters, in the order in which they were added. It does not depend on the order of
+    merging.
 
     Args:
         model: A model with adapters.
-        adapters: The names of the active adapters to merge; ``None`` means all. Others stay active on top, for which
-            the merge must be reversible.
+        adapters: The names of the active adapters to merge; ``None`` means all. If some adapters are not merged, they
+            stay active on top, and the merge must be reversible.
         reversible: Whether to keep the adapters and the original weights for `unmerge`. Otherwise the layers become
             plain again, the adapters are removed, and ``requires_grad`` flags are restored.
         quantized: What to do with bitsandbytes layers. ``"requantize"`` keeps the kind of layer and quantizes the
             merged weight: the layer stays small, but part of the update is lost to rounding; the report says how much.
-            ``"dequantize"`` turns each into an `nn.Linear`, the same module object with its hooks, without loss, which
-            takes 2 to 8 times the memory.
-        dtype: The dtype of dequantized layers, which do not cast their inputs as quantized ones do. ``None`` means the
-            dtype of the model's norms, else of its first parameter outside of quantized layers, else the one that each
-            layer computes in.
+            ``"dequantize"`` turns each layer into an `nn.Linear`, the same module object with its hooks. Nothing is
+            lost, and it takes 2 to 8 times the memory.
+        dtype: The dtype of dequantized layers, which do not cast their inputs as quantized layers do. ``None`` means
+            the dtype of the model's norms, or else of its first parameter outside of quantized layers, or else each
+            layer's compute dtype.
 
     Returns:
-        The report, with the merged layers and the rounding error of each requantized one.
+        The report, with the merged layers and the rounding error of each requantized layer.
 
     Raises:
         AdapterError: If the model has no adapter.
         ConfigError: For an unknown value of ``quantized``, a dtype that is not floating, or a dtype with
             ``"requantize"``.
-        MergeError: If no adapter is active, the adapters are disabled or merged already, another adapter would be lost,
-            others are merged with other options, a sharded or offloaded weight is merged into already, a weight has no
-            values (meta, offloaded or sharded), an adapted module was replaced, a merged weight would not be finite, or
-            a quantized layer has its own forward that an `nn.Linear` would not run, or the forward of a layer's own
-            class makes something else of a change of its weight than the product, or takes the weight from
-            elsewhere than the attribute, which is tried on a small random input. The model is then unchanged.
+        MergeError: If no adapter is active, the adapters are disabled or already merged, an inactive adapter would be
+            lost, others are merged with different options, a sharded or offloaded weight is already merged into, a
+            weight has no values (meta, offloaded or sharded), an adapted module was replaced, a merged weight would not
+            be finite, or a quantized layer has a custom forward that an `nn.Linear` would not run. Also if a test on a
+            small random input shows that a custom forward does not use the layer's weight as a plain product, or does
+            not read it from the attribute. The model is then unchanged.
     """
     with opened(model, None, writes=True) as view:
         names = None if adapters is None else listed(adapters)
@@ -191,14 +191,14 @@ def _together(state: ModelState, weights: Mapping[str, Factor]) -> dict[str, Fac
 
 
 def unmerge(model: nn.Module, adapters: str | Iterable[str] | None = None) -> tuple[str, ...]:
-    """Restore, bit for bit, the weights from before ``merge(model, reversible=True)``, or from before some were merged.
+    """Restore, bit for bit, the weights from before ``merge(model, reversible=True)``, for all or some adapters.
 
     If the model is sharded, all processes call this together.
 
     Args:
         model: A model whose adapters are merged.
-        adapters: The names of the adapters to unmerge, which become active on top of those that are still merged;
-            ``None`` means all. The weights are those that merging the others alone would have given.
+        adapters: The names of the adapters to unmerge; ``None`` means all. They become active on top of the adapters
+            that are still merged. The weights are the same as if only the others had been merged.
 
     Returns:
         FQNs of the restored layers.
@@ -258,8 +258,8 @@ def merged(
 ) -> Iterator[MergeReport]:
     """Merge the active adapters inside a ``with`` block, for inference at the base model's speed.
 
-    Blocks can be nested: an inner one merges what is active and not merged yet, with the options of the outer one.
-    Other threads may run the model in the block, and may not open one.
+    Blocks can be nested: an inner block merges the adapters that are active and not merged yet, with the options of the
+    outer block. Other threads may run the model in the block, but may not open a block.
 
     Args:
         model: A model with adapters.
@@ -267,7 +267,7 @@ def merged(
         dtype: See `merge`.
 
     Yields:
-        The report of the merge, or that of the outer block if all is merged already.
+        The report of the merge, or the outer block's report if everything is already merged.
 
     Raises:
         MergeError: If another thread or task has an open block, and any error of `merge`.

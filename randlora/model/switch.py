@@ -36,10 +36,10 @@ def activate(
     *,
     layers: str | Iterable[str] | None = None,
 ) -> None:
-    """Activate adapters, in place, and deactivate all others. `set_trainable` sets which of them are trained.
+    """Activate adapters, in place, and deactivate all others.
 
-    A layer in which an adapter has the factor 0 computes as without it, at no cost. Parameters of ``train_also`` have
-    no factor: the copies of an active adapter are in use.
+    `set_trainable` sets which adapters are trained. If an adapter has the factor 0 in a layer, the layer computes as
+    without it, at no cost. Parameters of ``train_also`` have no factor: the copies of an active adapter are used.
 
     Args:
         model: A model with adapters.
@@ -47,17 +47,17 @@ def activate(
             factor may be a mapping itself, from patterns of layers to numbers, such as
             ``{"decoder": 0.5, ".*": 1.0}``: the first that matches a layer applies, each layer must have one, and 0
             leaves a layer out.
-        layers: The layers in which they act: one or several patterns, each an FQN or a suffix of FQNs, of layers or of
-            modules with layers inside, or else a regex matched with ``fullmatch``. ``None`` means all layers.
+        layers: The layers in which they act: one or several patterns. Each is an FQN or a suffix of FQNs, of layers or
+            of modules with layers inside, or else a regex matched with ``fullmatch``. ``None`` means all layers.
 
     Raises:
         AdapterError: For an unknown name, a factor that is not finite, a pattern that matches no layer, adapters that
-            train the same parameter with ``train_also``, or if merged adapters are not among these with the factors
-            that they were merged with.
+            train the same parameter with ``train_also``, or if ``names`` does not include the merged adapters with the
+            factors that they were merged with.
 
     Warns:
-        UserWarning: If parameters require grad that the `DistributedDataParallel` around the model does not know,
-            because they did not when it was made: their gradients would not be averaged over the processes.
+        UserWarning: If parameters require grad now but did not when the `DistributedDataParallel` around the model was
+            created: it would not average their gradients over the processes.
     """
     with opened(model, "activate", writes=True) as view:
         state, census = view.state, view.census
@@ -79,13 +79,13 @@ def activate(
 def disabled(model: nn.Module) -> AbstractContextManager[Any]:
     """Disable all adapters inside a ``with`` block, so that the model computes as without adapters.
 
-    Blocks can be nested. The previous state is restored on exit, even after an exception. In a copy of the model that
-    is made inside, which no block restores, the adapters are inactive.
+    Blocks can be nested. The previous state is restored on exit, even after an exception. If you copy the model inside
+    the block, the adapters stay inactive in the copy.
 
     Raises:
-        AdapterError: If the model has no adapter, or its adapters are merged. On exit, if accelerate has offloaded
-            parameters inside that an adapter trains copies of: the adapters are disabled then until its hooks are
-            removed and another function is called.
+        AdapterError: If the model has no adapter, or its adapters are merged. On exit, if an adapter trains copies of
+            parameters that accelerate has offloaded inside the block: the adapters then stay disabled until the hooks
+            of accelerate are removed and another function is called.
     """
 
     def checked(census: Census, state: ModelState) -> object:
@@ -184,13 +184,14 @@ def _activation_problems(state: ModelState, weights: Mapping[str, Factor]) -> li
 
 
 def set_compute(model: nn.Module, compute: Compute = "auto") -> None:
-    """Set how the layers of a model compute. This changes speed, memory and rounding, nothing else.
+    """Set how the layers of a model compute. This changes only speed, memory and rounding.
 
     Args:
         model: A model with adapters.
         compute: ``"factored"`` multiplies the tokens by both factors of the update, ``"materialized"`` computes the
-            update first, ``"auto"`` chooses the cheaper way for the sizes of each call, see `randlora.functional.cost`.
-            A compiled or exported program, which may be run with any sizes, is factored with ``"auto"``.
+            update first, and ``"auto"`` chooses the cheaper way for the sizes of each call; see
+            `randlora.functional.cost`. With ``"auto"``, compiled and exported programs, which may run with any sizes,
+            are factored.
 
     Raises:
         AdapterError: If the model has no adapter.
@@ -208,10 +209,10 @@ def set_compute(model: nn.Module, compute: Compute = "auto") -> None:
 
 
 def rename(model: nn.Module, name: str, to: str) -> None:
-    """Give an adapter another name, in place. Nothing else changes: its place, whether it is active, what it trains.
+    """Rename an adapter, in place.
 
-    Parameters remain the same objects, so an optimizer goes on, and compiled programs compile nothing. State dicts have
-    them under the new name.
+    Nothing else changes: its position, whether it is active, and what it trains. Parameters remain the same objects, so
+    optimizers keep working and compiled programs are not recompiled. State dicts use the new name.
 
     Args:
         model: A model with adapters.
@@ -220,8 +221,8 @@ def rename(model: nn.Module, name: str, to: str) -> None:
 
     Raises:
         AdapterError: If the model has no such adapter, the new name is invalid or taken, the adapters are merged, a
-            block of `randlora.serving.routed` is open, or Λ and Γ are sharded by `fully_shard`, which knows them by
-            name, or offloaded by accelerate.
+            block of `randlora.serving.routed` is open, or Λ and Γ are sharded by `fully_shard` (which refers to them by
+            name) or offloaded by accelerate.
     """
     with opened(model, "rename an adapter", writes=True) as view:
         state = view.state
