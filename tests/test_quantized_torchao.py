@@ -148,3 +148,17 @@ def test_a_scale_for_blocks_of_rows_is_refused() -> None:
     weight.block_size = [2, 12]
     with pytest.raises(randlora.errors.TargetError, match="a scale for each block"):
         randlora.inject(model, r=3, targets="all")
+
+
+@every_config
+def test_check_runs_a_model_of_torchao(config: Any) -> None:
+    model = quantized(config, 12, 20, 6)
+    randlora.inject(model, r=3, targets="all")
+    assert not randlora.check(model, torch.randn(3, 12)).problems
+
+
+def test_a_bias_is_trained_with_an_input_without_a_batch() -> None:
+    model = quantized(CONFIGS["int8-inputs"], 12, 20)
+    randlora.inject(model, r=3, targets="all", train_also=["0.bias"])
+    model(torch.randn(12)).sum().backward()
+    assert torch.equal(model[0].bias.grad, torch.ones(20))  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import randlora
 from randlora.errors import AdapterError, CheckpointError, TargetError
@@ -290,6 +291,33 @@ def test_a_call_that_raises_ends_the_scope() -> None:
     with pytest.raises(AdapterError, match="adapter_names"):
         model(IDS, adapter_names=["a"])
     assert not is_in_call()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_what_backward_computes_again_reads_the_updates(use_reentrant: bool) -> None:
+    model, found = head(), []
+    trained = [*randlora.trainable_parameters(model)]
+    plain = model.logits
+    for logits in (plain, lambda hidden: checkpoint(plain, hidden, use_reentrant=use_reentrant)):
+        model.logits = logits
+        model(IDS).square().sum().backward()
+        found.append([parameter.grad for parameter in trained])
+        model.zero_grad()
+    for first, second in zip(*found, strict=True):
+        assert_close(first, second, torch.float32)
+
+
+def test_a_plain_tensor_in_the_place_of_a_weight_lacks_the_updates_which_is_said() -> None:
+    """As `nn.DataParallel` sets them on its replicas."""
+    model = head()
+    expected = model(IDS)
+    model.table.__dict__["weight"] = model.get_parameter("table.weight").detach().clone()
+    with pytest.raises(AdapterError, match="is a plain tensor now, which lacks the updates"):
+        model(IDS)
+    with randlora.disabled(model):
+        model(IDS)
+    del model.table.__dict__["weight"]
+    assert torch.equal(model(IDS), expected)
 
 
 def test_another_thread_reads_the_parameter_meanwhile() -> None:

@@ -128,6 +128,8 @@ def _problems(cfg: Any) -> list[str]:
         )
     if lora := sorted(name for name in given if name.startswith(("lora_", "peft_")) and name != "lora_model_dir"):
         found.append(f"{', '.join(lora)} are options of LoRA: give RandLoRA's in the block {NAME}:")
+    if {"lora_model_dir", NAME} <= given:
+        found.append(f"the adapter in lora_model_dir has its options already: leave out the block {NAME}:")
     if "unfrozen_parameters" in given:
         found.append(f"unfrozen_parameters would not be saved with the adapter: use train_also in the block {NAME}:")
     return found

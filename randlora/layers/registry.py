@@ -163,7 +163,7 @@ def find_layer(module: nn.Module) -> type[AdapterLayer] | str | None:
         if (entry := _layers.get(_name(parent))) is not None:
             as_read = entry.as_read if isinstance(entry, type) else None
             is_inherited = _forward_of(plain_class(module)) is _forward_of(parent)
-            by_weight = _weights.get(_name(type(module._parameters.get("weight"))))
+            by_weight = _weights.get(_name(type(_weight_or_source(module, "weight"))))
             if by_weight is not None and isinstance(entry, type) and issubclass(by_weight, entry):
                 return by_weight
             return entry if as_read is None or is_inherited else as_read

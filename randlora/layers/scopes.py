@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from randlora.bases.basis import is_exporting
+from randlora.errors import AdapterError
 from randlora.places import loaded_modules
 from randlora.replaced import CASTS
 
-Weights = dict[tuple[int, str, bool], Tensor]
-"""What a forward has read and keeps until it ends, by owner's id, attribute, and whether gradients were enabled."""
+Weights = dict[tuple[int, str, bool, int, bool], Tensor]
+"""What a forward has read and keeps until it ends, by owner's id, attribute, and what else decides on the value."""
 
 
 class Forward(NamedTuple):
@@ -71,8 +72,8 @@ def has_updates(owner: nn.Module) -> bool:
 
     Where accelerate loads a weight for each call of a module, it has them in the forward alone: loading is in the call.
     """
-    if torch.compiler.is_compiling():
-        return True
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+        return True  # backward computes what is checkpointed again
     forward: Forward | None = getattr(_here, "forward", None)
     if forward is not None and (owner is forward.owner or any(each is owner for each in forward.owner.children())):
         return True
@@ -110,8 +111,8 @@ def read_so_far() -> Weights | None:
 class ReadAttribute:
     """The attribute of a class through which code reads a parameter: as it is computed with in a forward.
 
-    That is with the updates of adapters that are added where it is read, and cast. An attribute that is set on a
-    module, as by pruning, takes precedence.
+    That is with the updates of adapters that are added where it is read, and cast. A plain tensor that is set in its
+    place, as by pruning and by `nn.DataParallel`, is read as it is, outside of calls alone: it lacks the updates.
     """
 
     def __init__(self, attribute: str) -> None:
@@ -123,6 +124,8 @@ class ReadAttribute:
         if owner is None:
             return self
         name, held = self.attribute, owner._parameters
+        if name in owner.__dict__:
+            return self._replaced(owner)
         if (parameter := held[name] if name in held else None) is None:  # noqa: SIM401  # ZeRO-3 does not see a get()
             return nn.Module.__getattr__(owner, name)
         if not has_updates(owner):
@@ -132,6 +135,32 @@ class ReadAttribute:
             return cast(owner, name, parameter if layer is None else layer.read(owner))
         except AttributeError as error:  # else Python would call nn.Module.__getattr__, which returns the parameter
             raise RuntimeError(f"cannot compute the adapted {name}: {error}") from error
+
+    def __set__(self, owner: nn.Module, value: Any) -> None:
+        """Set something else than a parameter, which `nn.Module` registers."""
+        owner.__dict__[self.attribute] = value
+
+    def __delete__(self, owner: nn.Module) -> None:
+        """Delete what was set."""
+        try:
+            del owner.__dict__[self.attribute]
+        except KeyError:
+            raise AttributeError(self.attribute) from None
+
+    def _replaced(self, owner: Any) -> Any:
+        """Return what was set in the place of the parameter, unless updates are lost with that.
+
+        Raises:
+            AdapterError: In a call, if any adapter acts on the weight.
+        """
+        layer = owner.randlora.get(self.attribute)
+        if layer is not None and layer.active() and has_updates(owner):
+            raise AdapterError(
+                f"the {self.attribute} of an adapted {owner.randlora_base.__name__} is a plain tensor now, which lacks "
+                "the updates of its adapters, as in a replica of nn.DataParallel, or after pruning or weight_norm: use "
+                "DistributedDataParallel, or merge or eject the adapters first"
+            )
+        return owner.__dict__[self.attribute]
 
 
 def cast(owner: nn.Module, attribute: str, value: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def _obstacles(view: View, sites: Sequence[AdaptedSite]) -> list[str]:
     placed = [
         f"{site.fqn} is offloaded or sharded: check the model before that"
         for site in sites
-        if not isinstance(site.place, Plain)
+        if not isinstance(site.place, Plain) and not site.layer.is_quantized
     ]
     return [*placed, *offloaded_diagonals(view.census)] or weight_problems(sites, Into("requantize"))
 

@@ -98,7 +98,7 @@ class _Through(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs_x, _, needs_bias = ctx.needs_input_grad
         grad_x = grad @ ctx.weight.dequantize(grad.dtype) if needs_x else None
-        return grad_x, None, grad.flatten(0, -2).sum(0) if needs_bias else None
+        return grad_x, None, grad.reshape(-1, grad.shape[-1]).sum(0) if needs_bias else None
 
 
 class Codes(Place):

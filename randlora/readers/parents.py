@@ -23,6 +23,7 @@ NO_EFFECT = "so an adapter would have no effect"
 KERNELS = "when the kernels of mamba-ssm are used"
 WITHOUT_GRADIENTS = "has no gradient, because {} reads its weight under torch.no_grad, so an adapter could not train"
 CHOOSES = "is left out, because {} chooses tokens under torch.no_grad, and an adapter of it could not be trained"
+BY_METHOD = f"is read by a method of {{}} that its pipeline calls outside of any call of a module, {NO_EFFECT}"
 UNUSED = f"is never used by {{}}, {NO_EFFECT}"
 DIVIDED = (
     "is in a {} whose weights the model divides in place in eval(), and would not divide the update: load the model "
@@ -131,7 +132,10 @@ PARENTS: dict[str, tuple[Parent, ...]] = {
         )
     },
     "diffusers.models.autoencoders.autoencoder_kl_minimax_h3_audio.MiniMaxH3AudioCausalAttention": (Parent(("qkv",)),),
-    "diffusers.pipelines.ace_step.modeling_ace_step._AceStepResidualFSQ": (Parent(("project_in", "project_out")),),
+    "diffusers.pipelines.ace_step.modeling_ace_step._AceStepResidualFSQ": (
+        Parent(("project_in",)),
+        Parent(("project_out",), problem=BY_METHOD),
+    ),
     "diffusers.pipelines.shap_e.renderer.ChannelsProj": (Parent(("proj",)),),
     "sentence_transformers.sparse_encoder.modules.sparse_auto_encoder.SparseAutoEncoder": (Parent(("encoder",)),),
     f"{TRANSFORMERS}.longcat_flash.modeling_longcat_flash.LongcatFlashTopkRouter": (Parent(("classifier",)),),

@@ -73,7 +73,7 @@ class ReadWeight(AdapterLayer):
             return self.value(owner)
         if (values := read_so_far()) is None:
             return self.value(owner)
-        key = id(owner), self.attribute, torch.is_grad_enabled()
+        key = id(owner), self.attribute, torch.is_grad_enabled(), id(self.activation), self.state.is_disabled
         if key not in values:
             values[key] = self.value(owner)
         return values[key]

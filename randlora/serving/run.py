@@ -280,7 +280,7 @@ class RowsOfAttention:
         own = cls(layer)
         return [
             module.register_forward_pre_hook(Hook(own.begin)),
-            module.register_forward_hook(Hook(own.end), with_kwargs=True, always_call=True),
+            module.register_forward_hook(Hook(own.end), with_kwargs=True, always_call=True, prepend=True),
         ]
 
     def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002  # a hook's signature

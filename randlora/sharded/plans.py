@@ -137,7 +137,7 @@ def _around(owner: Any, planned: Callable[..., Any]) -> Callable[..., Any]:
         with forward_of(owner) as values:
             output = planned(*args, **kwargs)
             for layer in owner.randlora.values() if torch.is_grad_enabled() else ():
-                if not layer.is_called and (id(owner), layer.attribute, True) not in values:
+                if not layer.is_called and (id(owner), layer.attribute, True) not in {key[:3] for key in values}:
                     output = _taking_part(owner, layer, output)
         return output
 
