@@ -49,16 +49,16 @@ class OpenAdapter:
         return {} if self.file.header is None else self.file.header.kinds
 
     def update(self, fqn: str, factor: float = 1.0) -> Update:
-        """Return the update of one layer, times a factor, as factors."""
+        """Return the update of one layer, times a number, in factored form."""
         shapes, options = self.require_shapes(), self.file.options[fqn]
         lam, gamma = (master(part, "cpu") for part in self.file.values[fqn])
         return Update(self.bases[options.r], lam, gamma, options.scaling * factor, shapes[fqn])
 
     @torch.no_grad()
     def delta_weights(self, fqn: str) -> Iterator[Tensor]:
-        """Yield the update of one layer, ``(out_features, in_features)``, or those of a stack, one by one.
+        """Yield the update of one layer, ``(out_features, in_features)``, or the updates of a stack, one by one.
 
-        They are in float32, or in float64 if Λ has that dtype. It is an error if one is not finite.
+        They are in float32, or in float64 if Λ has that dtype. An update that is not finite raises an error.
         """
         whole = self.update(fqn)
         for update in [whole] if len(whole.shape) == 2 else map(whole.at, range(whole.shape[0])):
@@ -76,7 +76,7 @@ class OpenAdapter:
 
 
 def named_base(adapters: Mapping[str, AdapterFile]) -> str:
-    """Return the base model that each of some adapters names. None, or different ones, raise a `CheckpointError`."""
+    """Return the base model that all adapters name. No name, or different names, raise a `CheckpointError`."""
     named = {adapter: file.fields.get(BASE_FIELD) for adapter, file in adapters.items()}
     give = f"give {spelled('base')}, a directory or a repository"
     for adapter, name in named.items():
@@ -174,7 +174,7 @@ def known_shapes(file: AdapterFile) -> Shapes | None:
 def adapter_bases(
     file: AdapterFile, shapes: Shapes | None, known: Known | None = None
 ) -> tuple[AdapterFile, dict[int, Basis]]:
-    """Draw the bases and check them, or take those in the file; return none if neither is possible.
+    """Draw the bases and check them, or take the bases in the file; return none if neither is possible.
 
     The file is returned with their stream, as by `file_bases`.
     """

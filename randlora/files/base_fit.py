@@ -59,7 +59,7 @@ class Base(NamedTuple):
         return None if isinstance(self.model, str) else self.model.model_class
 
     def all_shapes(self) -> list[Shape]:
-        """Return the shapes of all weights that can be adapted; those of all matrices if there is no class."""
+        """Return the shapes of all weights that can be adapted; of all matrices if there is no class."""
         if not isinstance(self.model, str):
             return self.model.census.shapes()
         shapes = [entry.shape for entry in self.directory.entries.values() if len(entry.shape) > 1]

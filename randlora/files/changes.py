@@ -38,7 +38,7 @@ class Merging:
 
     @property
     def has_own_updates(self) -> bool:
-        """Whether it is a stack of experts, of which each matrix has an update of its own and can be merged alone."""
+        """Whether it is a stack of experts, each with its own update, that can be merged one by one."""
         is_stack = self.slot.layer_class.kind == "experts"
         return is_stack and any(len(update.shape) == 3 for update in self.updates)
 
@@ -66,7 +66,7 @@ class ConvertedMerging:
     replaced: dict[str, Tensor] = field(default_factory=dict)
 
     def merged(self, name: str, read: Read) -> dict[str, Tensor]:
-        """Return the new value of one of the tensors, and of those that are computed with it, by name.
+        """Return the new value of one of the tensors, and of the tensors that are computed with it, by name.
 
         Of a stack that is made matrix by matrix, one matrix is computed, else all that the tensors become.
         """
@@ -191,7 +191,7 @@ class Changes:
         return kept.pop(name)
 
     def mergings(self, fqn: str, slot: Slot) -> list[Merging]:
-        """Return the merging of a weight, or those of all its copies, created if there are none yet."""
+        """Return the merging of a weight, or of all its copies, created if there is none yet."""
         if slot.converted is not None:
             own, conversion = slot.converted
             return [self.converted(conversion).parts.setdefault(own, Merging(fqn, slot))]

@@ -209,8 +209,8 @@ def contents_as(
 ) -> tuple[dict[str, Any], dict[str, Tensor], Header | None, tuple[str, ...]]:
     """Return the fields of the JSON, the tensors, our header, and notes.
 
-    Without known shapes, which only ``"peft"`` can do without, everything remains as PEFT wrote it. Then a stream that
-    the caller names would be lost, which is an error. Fields that depend on a model always remain.
+    Without known shapes, which only ``"peft"`` can do without, everything remains as PEFT wrote it. A stream from
+    the caller would then be lost, and raises an error. Fields that depend on a model always remain.
     """
     file = adapter.file
     tensors = adapter_tensors(file.values, file.trained)
@@ -268,7 +268,7 @@ def _filled_up(stored: Mapping[str, Tensor], header: Header) -> dict[str, Tensor
 
 
 OF_LAYERS = ("targets", "exclude", "train_also", "r", "alpha")
-"""The options that parts have each for its own layers; all others must be equal."""
+"""The options that may differ between parts; all others must be equal."""
 
 
 @dataclass(frozen=True)
@@ -327,7 +327,7 @@ def join(
 
 
 def _problems(parts: Sequence[OpenAdapter]) -> list[str]:
-    """Return why parts are not those of one adapter."""
+    """Return why the parts cannot be joined into one adapter."""
     if len(parts) < 2:
         return [f"expected two or more parts, got {len(parts)}"]
     problems = []

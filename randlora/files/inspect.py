@@ -238,7 +238,7 @@ def inspect(
 
 
 def _size(path: Path) -> int:
-    """Return the size of a file in bytes; the JSON may be missing, or withdrawn by another process."""
+    """Return the size of a file in bytes; the JSON may be missing, or removed by a different process."""
     with suppress(FileNotFoundError):
         return path.stat().st_size
     return 0
@@ -403,7 +403,7 @@ def _fit(
 
 
 def _bases(file: AdapterFile, shapes: Shapes | None, known: Known | None) -> list[Check]:
-    """Draw the bases of each r again and compare them with the recorded digest, or with those in the file."""
+    """Draw the bases of each r again and compare them with the recorded digest, or with the bases in the file."""
     try:
         file, bases = adapter_bases(file, shapes, known)
     except CheckpointError as error:

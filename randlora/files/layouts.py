@@ -63,7 +63,7 @@ BEGINNINGS: dict[Component, tuple[str, ...]] = {
 
 @dataclass(frozen=True, eq=False)
 class AdapterFiles:
-    """What another program reads: a file of tensors, and a JSON if there are ``fields``."""
+    """The files for a different program: a file of tensors, and a JSON if there are ``fields``."""
 
     tensors_file: str
     tensors: Sequence[Planned]
@@ -78,7 +78,7 @@ class AdapterFiles:
 
 
 def layout_problems(adapter: OpenAdapter, layout: str) -> list[str]:
-    """Return what of an adapter a layout, as in `WEIGHTS`, cannot hold."""
+    """Return the parts of an adapter that a layout in `WEIGHTS` cannot hold."""
     trained, shapes = adapter.file.trained, adapter.require_shapes()
     stacks = {fqn: f"a stack of {shape[0]} matrices" for fqn, shape in shapes.items() if len(shape) == 3}
     others = stacks or {fqn: f"of kind {kind}" for fqn, kind in adapter.kinds.items()}
@@ -265,7 +265,7 @@ def _fields(adapter: OpenAdapter, ranks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _targets(fields: Mapping[str, Any], fqns: Sequence[str]) -> dict[str, Any]:
-    """Return the fields that name the layers: those of the adapter if they are a list that fits, else a regex."""
+    """Return the fields that name the layers: the adapter's fields if they are a list that fits, else a regex."""
     named = fields.get("target_modules")
     names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     if all(any(has_suffix(fqn, name) for name in names) for fqn in fqns):
@@ -320,7 +320,7 @@ class StoredFactors:
 
 
 class LowRank(NamedTuple):
-    """A matrix as the product of two thin ones, ``(rows, rank)`` and ``(rank, columns)``.
+    """A matrix as the product of two thin matrices, ``(rows, rank)`` and ``(rank, columns)``.
 
     Each singular value is distributed over both factors by its root. ``relative_error`` is
     ``‖matrix - left @ right‖ / ‖matrix‖``, in Frobenius norms.

@@ -1,4 +1,4 @@
-"""`load_model`: a base model and an adapter of it in one call, by transformers' own classes."""
+"""`load_model`: load a base model and its adapter in one call, with transformers' own classes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from randlora.targets.match import shortened
 
 CODE = "trust_remote_code"
 FIXED = ("config", "output_loading_info", "state_dict")
-"""Arguments of ``from_pretrained`` that are not the caller's: they would make another model, or return more."""
+"""Arguments of ``from_pretrained`` that callers may not pass: they would change the model or the return value."""
 
 BY_HAND = "create such a model yourself, then call randlora.load"
 
@@ -34,7 +34,7 @@ OTHER_LIBRARIES = {
 """Files by which other libraries describe a model, the library, and what makes the model."""
 
 LABELS = ("num_labels", "id2label", "label2id", "problem_type")
-"""Arguments of ``from_pretrained`` that change the config: those of a head."""
+"""Arguments of ``from_pretrained`` that change the config, such as the number of labels of a head."""
 
 
 def load_model(
@@ -123,7 +123,7 @@ def _transformers() -> Any:
 
 
 def _require_transformers_model(base: str, *, is_known: bool) -> None:
-    """Refuse a directory that is not there, or where another library describes a model, if the class is not known."""
+    """Refuse a missing directory, or one where a different library describes the model, if the class is not known."""
     path = Path(base)
     if not is_there(path):
         if is_repo_id(base) or "/" not in base:

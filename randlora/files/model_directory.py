@@ -30,10 +30,10 @@ INDEX_FILE = "model.safetensors.index.json"
 QUANTIZATION = "quantization_config"
 
 HEADS = (MODEL_CONFIG_FILE, INDEX_FILE)
-"""What is downloaded of a model of which only headers are needed."""
+"""The files to download if only a model's headers are needed."""
 
 WHOLE = ("model*.safetensors", "*.json", "*.jinja", "*.md", "*.model", "*.py", "*.tiktoken", "*.txt", "LICENSE*")
-"""What is downloaded of a model to merge into: weights in this format alone, and what goes with them."""
+"""The files to download to merge into a model: weights in this format only, and the files around them."""
 
 WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data"),
@@ -42,7 +42,7 @@ WEIGHT_SUFFIXES = (
 """Ends of the names of files with weights, or of their indexes."""
 
 LARGEST_CARRIED = 2**30
-"""The size above which a file is taken for weights in a format of another name."""
+"""The size above which a file is treated as weights in an unknown format."""
 
 BLOBS = "blobs"
 """The directory, beside that of all snapshots, that links in the Hub's cache lead to."""
@@ -59,7 +59,7 @@ OTHER_CODES = {
     ".weight_scale_inv": "blocks of 8-bit floats",
     ".weight_packed": "compressed-tensors",
 }
-"""Parts of tensor names that show another quantization, and which one."""
+"""Parts of tensor names that show a different quantization, and its name."""
 
 ADAPTER_PREFIX = "adapter_"
 DTYPE_FIELDS = frozenset({"dtype", "torch_dtype"})
@@ -242,8 +242,8 @@ class Companions:
 def find_companions(directory: ModelDirectory) -> Companions:
     """Return the files of a model's directory that are not part of its checkpoint.
 
-    Hidden files and adapters in the directory are ignored. A pipe, a device, a broken link or one to a file elsewhere
-    is a `CheckpointError`.
+    Hidden files and adapters in the directory are ignored. A pipe, a device, a broken link or a link to a file
+    elsewhere raises a `CheckpointError`.
     """
     own = {shard.path for shard in directory.shards} | {directory.path / INDEX_FILE}
     root = Path(os.path.realpath(directory.path))
@@ -278,7 +278,7 @@ def copy_companion(source: Path, destination: Path) -> None:
 def copy_config(
     source: Path, destination: Path, dtype: torch.dtype | None, trained_on: ModelClass | None = None
 ) -> None:
-    """Copy ``config.json``, with another dtype or another class if one is given."""
+    """Copy ``config.json``, with a different dtype or class if one is given."""
     if dtype is None and trained_on is None:
         copy_companion(source, destination)
         return
@@ -294,7 +294,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def _with_dtype(config: Any, dtype: torch.dtype) -> Any:
-    """Return a config with another dtype in its fields and in those of configs inside it."""
+    """Return a config with a different dtype in its fields and in the configs inside it."""
     if not isinstance(config, dict):
         return config
     name = str(dtype).removeprefix("torch.")

@@ -91,7 +91,7 @@ def plan_checkpoint(base: Base, r: int | Mapping[str, int] | None = None, **opti
 
 
 def _take_dtypes(model: TransformersModel, base: Base) -> list[str]:
-    """Set the parameters' dtypes to those of the checkpoint, and return which have other shapes there."""
+    """Set the parameters' dtypes to the dtypes in the checkpoint, and return which shapes differ there."""
     problems = []
     for held in model.census.parameters:
         names = (name for name in model.names_of(held.parameter) if name not in base.codes)

@@ -48,7 +48,7 @@ from randlora.targets.obstacles import tied_away
 from randlora.targets.walk import Census, saved_buffers
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-"""What sizes are given in, as to ``save_pretrained``."""
+"""The units of sizes, as in ``save_pretrained``."""
 
 DOING = "save the merged model"
 NAMES_IN_MEMORY = (
@@ -57,7 +57,7 @@ NAMES_IN_MEMORY = (
 )
 
 Saved = Callable[[str, Tensor], Mapping[str, Tensor]]
-"""Returns what an entry of a state dict becomes in files, by name: itself, or several tensors, as of experts."""
+"""Returns the tensors in files for an entry of a state dict, by name: itself, or several, such as for experts."""
 
 
 def save_merged(
@@ -256,7 +256,7 @@ def _saved_as(census: Census) -> tuple[Saved, list[str]]:
 
 
 def _transposed(census: Census) -> set[str]:
-    """Return the names of weights of quantized layers that were put in the place of transformers' `Conv1D`."""
+    """Return the names of weights of quantized layers that replaced transformers' `Conv1D`."""
     kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
     sources = {prefix: vars(module).get("source_cls") for prefix, module in census.prefixed}
     return {f"{prefix}weight" for prefix, source in sources.items() if source is not None and issubclass(source, kind)}
