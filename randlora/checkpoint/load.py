@@ -68,7 +68,7 @@ def read_source(
 
 
 IN_ROOT = "default"
-"""The name of an adapter whose files are not in a directory of their own, as in PEFT's layout of several."""
+"""The name of the adapter whose files are not in a subdirectory, in PEFT's layout of several adapters."""
 
 
 def adapters_in(directory: Path) -> dict[str, Path]:
@@ -194,7 +194,7 @@ def load_all(
 
 
 class Options(NamedTuple):
-    """What `load` is told beside where an adapter is; see there."""
+    """The options of `load`, apart from the source; see there."""
 
     name: str = "default"
     trainable: bool = False
@@ -282,7 +282,7 @@ def _placed(file: AdapterFile, sites: tuple[Site, ...]) -> dict[str, tuple[Tenso
 
 
 def warn_of_doubts(model: nn.Module, file: AdapterFile) -> list[str]:
-    """Warn of doubts about the files and of another base model; return the warnings."""
+    """Warn of doubts about the files and of a different base model; return the warnings."""
     doubt = mismatch(model, file.fields.get(BASE_FIELD))
     doubts = [*file.doubts, *([] if doubt is None else [doubt])]
     for doubt in doubts:

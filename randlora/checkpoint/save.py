@@ -50,7 +50,7 @@ class SaveReport:
         directory: The directory of the files.
         name: The adapter saved.
         nbytes: Bytes of the files written.
-        notes: What the user should know, such as that PEFT cannot load the files.
+        notes: Notes for the user, such as that PEFT cannot load the files.
         url: The repository it was pushed to, if any.
     """
 
@@ -256,7 +256,7 @@ def _push(root: Path, directories: Sequence[Path], hub: str) -> tuple[str, list[
 
 
 def save_given(model: nn.Module, directory: Path, values: Mapping[str, Tensor]) -> SaveReport:
-    """Save the only adapter of a sharded model with values that one process has gathered, which calls this alone."""
+    """Save the only adapter of a sharded model from gathered values. Only the process that has them calls this."""
     held, doing = given_values(model, values), f"save to {str(directory)!r}"
     raise_collected(CheckpointError, held.problems, doing=doing)
     (report,) = _write_each([held], [directory], directory, hub=None, results=None, doing=doing)

@@ -120,7 +120,7 @@ def open_base(
 ) -> Base:
     """Read the headers of a model's checkpoint, here or on the Hub, and build its class if transformers has it.
 
-    ``model_class`` is the class to build in the place of the one that ``config.json`` names.
+    ``model_class`` is the class to build instead of the one that ``config.json`` names.
     """
     return read_base(*find_model(source, revision), model_class)
 
@@ -139,7 +139,7 @@ def read_base(path: Path, repo_id: str | None = None, model_class: ModelClass | 
 def as_trained(base: Base, file: AdapterFile) -> Base:
     """Return a base model as the class that an adapter was trained on, if that has a head that the base lacks.
 
-    So an encoder becomes a classifier, and a classifier one with other labels.
+    An encoder becomes a classifier, for example, or a classifier gets different labels.
     """
     known = None if file.header is None else file.header.model_class
     if known is None or known.library != "transformers":
@@ -166,7 +166,7 @@ def _has_other_labels(base: Base, known: ModelClass) -> bool:
 
 
 def fit_base(base: Base, file: AdapterFile, prefix: str | None = None) -> BaseFit:
-    """Return how an adapter fits a base model, of which only headers are read. One error names all misfits."""
+    """Return how an adapter fits a base model. Only headers of the model are read. One error names all misfits."""
     base = as_trained(base, file)
     entries = base.directory.entries
     own: dict[str, Tensor | Entry] = {}

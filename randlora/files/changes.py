@@ -1,6 +1,6 @@
 """The changes that adapters make to a checkpoint: the tensors merged into, and those replaced.
 
-The arithmetic is that of `randlora.merge`, update by update.
+The arithmetic is the same as in `randlora.merge`, update by update.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ transformers builds it and determines which parameter each tensor becomes, and w
 guessed, but watched on tensors with few values. Only code of transformers is run, and nothing is downloaded.
 
 A config names in a few bytes how many layers there are, and for some vision models what timm is to read: files, and
-repositories on the Hub. So what a class may do while it is built is limited.
+repositories on the Hub. Therefore a class is restricted while it is built.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Conversion:
     def joined(self) -> tuple[list[tuple[str, ...]], int] | None:
         """The names of the tensors that each matrix of a stack is made of, and the dim along which they are joined.
 
-        ``None`` if what they become is no stack of matrices with tensors of their own.
+        ``None`` if they do not become a stack whose matrices have separate tensors.
         """
         by_pattern = [
             [name for name, its in self.sources.items() if its == pattern] for pattern in self.converter.source_patterns

@@ -231,7 +231,7 @@ def _valueless_buffers(census: Census) -> list[str]:
 
 
 def _copies(planned: Plan) -> dict[str, Tensor]:
-    """Return what an adapter will have beside Λ and Γ, with the values of the model's own.
+    """Return what an adapter will have in addition to Λ and Γ, with the model's values.
 
     A sharded one has this process's part. Those that ZeRO-3 spreads are gathered, together by all processes.
     """

@@ -105,11 +105,11 @@ class Plan(NamedTuple):
         adapters: The names and factors of the adapters to merge.
         sites: The weights that these act on.
         first: Those of them that are not merged into yet.
-        into: What merged weights become.
+        into: The form that merged weights take.
         reversible: Whether the adapters and the original weights are kept.
         options: The options ``quantized`` and ``dtype`` as given.
         ranks: The processes that hold the model together.
-        notes: What the user should know.
+        notes: Notes for the user.
     """
 
     adapters: dict[str, Factor]
@@ -205,7 +205,7 @@ def unmerge(model: nn.Module, adapters: str | Iterable[str] | None = None) -> tu
 
     Raises:
         AdapterError: If the model has no adapter.
-        MergeError: If its adapters are not merged, or a sharded or offloaded weight would have to be merged anew.
+        MergeError: If its adapters are not merged, or a sharded or offloaded weight would have to be merged again.
     """
     return _unmerge(model, None if adapters is None else listed(adapters))
 
@@ -270,7 +270,7 @@ def merged(
         The report of the merge, or the outer block's report if everything is already merged.
 
     Raises:
-        MergeError: If another thread or task has an open block, and any error of `merge`.
+        MergeError: If a different thread or task has an open block, and any error of `merge`.
         RandLoRAError: Any other error of `merge`.
     """
     _, state = adapted_root(model)
