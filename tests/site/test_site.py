@@ -1,5 +1,6 @@
 """The site in a real browser: every page in every look, links, search, and the buttons that copy."""
 
+import re
 from io import BytesIO
 
 import pytest
@@ -101,3 +102,13 @@ def test_the_buttons_copy_the_code_beside_them(address_of_page: str, page: Page)
             "text => navigator.clipboard.readText().then(copied => copied.trim() == text)",
             arg=block.locator("code").text_content().strip(),
         )
+
+
+@pytest.mark.parametrize(
+    ("words", "found"), [("merge", "merging/"), ("serve", "serving/"), ("learning rate", "learning_rate/")]
+)
+def test_the_search_finds_the_page_of_the_guide_first(words: str, found: str, page: Page, address: str) -> None:
+    page.goto("")
+    page.get_by_role("textbox", name="Search").fill(words)
+    first = page.locator(".md-search-result__item > .md-search-result__link").first
+    expect(first).to_have_attribute("href", re.compile(rf"^{address}{found}"))
