@@ -200,15 +200,14 @@ class AdapterLayer(MergeableWeight):
         base: Any = type(owner)
         return self.own_forward is None and base.randlora_base.forward is self.plain_forward()
 
-    def _whole_product(self, owner: Any, part: SiteAdapter, x: object) -> Product | None:
+    def _whole_product(self, owner: nn.Module, part: SiteAdapter, x: object) -> Product | None:
         """Return the product that the owner's forward is, if an adapter can be added inside of it, else ``None``.
 
         Not if the forward does more than that, or dropout makes the adapter's input differ from the layer's.
         """
-        if self.own_forward is not None or (part.adapter.config.dropout and owner.training):
+        if part.adapter.config.dropout and owner.training:
             return None
-        base: Any = type(owner)
-        return self.product(owner, x) if base.randlora_base.forward is self.plain_forward() else None
+        return self.product(owner, x) if self.runs_plain_forward(owner) else None
 
     def product(self, owner: nn.Module, x: object) -> Product | None:
         """Return what the kind's forward multiplies an input by; ``None`` if it does not only multiply and add a bias.
