@@ -243,7 +243,7 @@ def _weight(fqn: str, site: Site, state: ModelState, into: Into, share: Share) -
     layer = _layer(site, state)
     if not state.is_merged and (factors := layer.factors(state.active)):
         if share is Share.NONE:
-            run_collectives(partial(whole, each) for each in _gathered_for(layer, site.owner, factors))
+            run_collectives(partial(_dropped, each) for each in _gathered_for(layer, site.owner, factors))
             return None
         if share is Share.PART or layer.is_quantized:
             return require_finite(fqn, _from_parts(layer, site.owner, factors, into))
@@ -275,6 +275,11 @@ def _gathered_for(layer: AdapterLayer, owner: nn.Module, factors: dict[str, floa
         yield from (update.lam, update.gamma)
     if not layer.is_quantized and (weight := layer.weight_of(owner)) is not None:
         yield weight
+
+
+def _dropped(parameter: Tensor) -> None:
+    """Gather all values and return none, as what takes part in several gathers holds what each returns."""
+    whole(parameter)
 
 
 def _bias(site: Site, state: ModelState, into: Into) -> Tensor:
