@@ -343,3 +343,12 @@ def test_unmerging_puts_the_parameters_themselves_back() -> None:
         assert model.get_parameter("1.weight") is not held["1.weight"]
         assert model.get_parameter("1.weight").sharded  # type: ignore[attr-defined]
     assert all(parameter is held[name] for name, parameter in model.named_parameters())
+
+
+def test_buffers_that_no_state_dict_has_are_not_yielded() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.register_buffer("saved", torch.ones(2))
+    model.register_buffer("scratch", torch.zeros(2), persistent=False)
+    expected = [*model.state_dict()]
+    randlora.inject(model, r=2, targets="all")
+    assert sorted(name for name, _ in randlora.merged_tensors(model)) == sorted(expected)
