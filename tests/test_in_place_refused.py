@@ -60,7 +60,7 @@ def test_a_script_module_is_refused_with_the_reason(known: bool, monkeypatch: py
     own = type(model[1])
     reason = "for which there is no adapter layer"
     if known:
-        monkeypatch.setattr(registry, "_layers", {**registry._layers, registry._name(own): Scripted})
+        monkeypatch.setattr(registry, "_layers", {**registry._layers, registry.qualified_name(own): Scripted})
         reason = "a TorchScript module whose class cannot change"
     with untouched(model), pytest.raises(TargetError, match=f"1 is .*RecursiveScriptModule, .*{reason}"):
         randlora.inject(model, r=3, targets=["0", "1"])

@@ -33,7 +33,7 @@ SHAPED = pytest.mark.parametrize("basis", ["dense", "block"])
 
 def test_the_table_has_a_row_for_every_weight_of_torchs_modules() -> None:
     served = {
-        (type(kind.layer(kind.adapted())), registry._name(parent))
+        (type(kind.layer(kind.adapted())), registry.qualified_name(parent))
         for kind in READ_KINDS
         for parent in type(kind.owner(kind.model())).__mro__
     }

@@ -100,7 +100,7 @@ class RandLoRAPlugin(BasePlugin):  # type: ignore[misc]
         return AdapterAxolotlTrainer if cfg.adapter == NAME else None
 
     def post_train_unload(self, cfg: Any) -> None:
-        """Say how the adapter becomes a part of the model, which ``axolotl merge-lora`` does for LoRA."""
+        """Log the command that merges the adapter into the model, as ``axolotl merge-lora`` does for LoRA."""
         if cfg.adapter == NAME:
             LOG.info("merge the adapter by: %s", _merging(cfg))
 

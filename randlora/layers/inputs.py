@@ -27,13 +27,11 @@ def autocast_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
-def have_one_dtype(x: Tensor, weight: Tensor) -> bool:
-    """Whether an input and a weight have the same dtype, or autocast casts them to the same."""
-    return x.dtype == weight.dtype or autocast_dtype(x, x.dtype) == autocast_dtype(x, weight.dtype)
-
-
 def product_dtype(x: object, weight: Tensor, in_features: int) -> torch.dtype | None:
-    """Return the dtype of a product of plain tensors, ``(..., in_features)`` and a weight; ``None`` of others."""
+    """Return the dtype of a product of plain tensors, ``(..., in_features)`` and a weight, or ``None`` for others.
+
+    Both have the same dtype, or autocast casts them to the same.
+    """
     if not is_plain_tensor(x) or not is_plain_tensor(weight) or x.device != weight.device:
         return None
     if x.dim() == 0 or x.shape[-1] != in_features:

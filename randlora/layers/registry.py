@@ -60,9 +60,9 @@ def register_layer(base_type: type[nn.Module] | str) -> Callable[[Layer], Layer]
             raise TypeError(f"{layer.__name__} cannot be registered without {missing}: define it in the class")
         _require_known_kind(layer)
         if layer.attribute != "weight":
-            _readers.setdefault(_name(base_type), {})[layer.attribute] = layer
+            _readers.setdefault(qualified_name(base_type), {})[layer.attribute] = layer
         else:
-            _layers[_name(base_type)] = layer
+            _layers[qualified_name(base_type)] = layer
         return layer
 
     return register
@@ -70,7 +70,7 @@ def register_layer(base_type: type[nn.Module] | str) -> Callable[[Layer], Layer]
 
 def refuse_layer(base_type: type[nn.Module] | str, reason: str) -> None:
     """Register why layers of a type cannot be adapted, as a phrase that follows the layer's name."""
-    _layers[_name(base_type)] = reason
+    _layers[qualified_name(base_type)] = reason
 
 
 def register_weight(weight_type: str) -> Callable[[Layer], Layer]:
@@ -160,10 +160,10 @@ def find_layer(module: nn.Module) -> type[AdapterLayer] | str | None:
     The entry of a base class whose forward the module does not have is what reads the weight, if there is such a kind.
     """
     for parent in type(module).__mro__:
-        if (entry := _layers.get(_name(parent))) is not None:
+        if (entry := _layers.get(qualified_name(parent))) is not None:
             as_read = entry.as_read if isinstance(entry, type) else None
             is_inherited = _forward_of(plain_class(module)) is _forward_of(parent)
-            by_weight = _weights.get(_name(type(_weight_or_source(module, "weight"))))
+            by_weight = _weights.get(qualified_name(type(_weight_or_source(module, "weight"))))
             if by_weight is not None and isinstance(entry, type) and issubclass(by_weight, entry):
                 return by_weight
             return entry if as_read is None or is_inherited else as_read
@@ -173,9 +173,9 @@ def find_layer(module: nn.Module) -> type[AdapterLayer] | str | None:
 def find_readers(module: nn.Module) -> tuple[type[AdapterLayer], ...]:
     """Return the adapter layers for the parameters of a module that other code reads, except for its ``weight``."""
     for parent in type(module).__mro__:
-        if (entry := _readers.get(_name(parent))) is not None:
+        if (entry := _readers.get(qualified_name(parent))) is not None:
             return tuple(kind for kind in entry.values() if _weight_or_source(module, kind.attribute) is not None)
-        if isinstance(_layers.get(_name(parent)), str):
+        if isinstance(_layers.get(qualified_name(parent)), str):
             return ()
     found = []
     for name in (*module._parameters.keys(), *_computed(module)):  # TorchScript's are no dict, and have keys() alone
@@ -216,5 +216,6 @@ def _require_known_kind(layer: type[AdapterLayer]) -> None:
         raise TypeError(f"{layer.__name__} has kind={layer.kind!r}: expected one of {', '.join(KINDS)}")
 
 
-def _name(base_type: type | str) -> str:
+def qualified_name(base_type: type | str) -> str:
+    """Return the name of a type with that of its module, or the name that is given for it."""
     return base_type if isinstance(base_type, str) else f"{base_type.__module__}.{base_type.__qualname__}"

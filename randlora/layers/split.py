@@ -22,7 +22,7 @@ class Split(ABC):
 
     @abstractmethod
     def rows(self, updates: Sequence[Update], ids: Tensor, padding_idx: int | None) -> Tensor:
-        """Return rows of a table with updates, split as the lookup in it; that of padding gets no gradient."""
+        """Return rows of a table with updates, split as the lookup in it; the row of padding gets no gradient."""
 
     @abstractmethod
     def value(self, updates: Sequence[Update]) -> Tensor:

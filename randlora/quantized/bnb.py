@@ -20,12 +20,11 @@ from randlora.layers.inputs import autocast_dtype, is_plain_tensor
 from randlora.layers.registry import register_layer
 from randlora.quantized import bnb_codes
 from randlora.quantized.bnb_codes import MAY_REPACK
-from randlora.quantized.layer import QuantizedLayer, twin_of
+from randlora.quantized.layer import NOT_HERE, QuantizedLayer, twin_of
 
 MODULE = "bitsandbytes.nn.modules"
 OWN_KERNELS_UP_TO = 1536
 """Number of tokens up to which bitsandbytes may multiply by 4-bit codes on a GPU without dequantizing them."""
-NOT_HERE = "has no values (its weight is on the meta device or offloaded): load the model's weights first"
 NOT_YET = "is not quantized yet: move the model to its device first, as in model.to('cuda'), which quantizes it"
 
 

@@ -17,6 +17,8 @@ from randlora.layers.linear import LinearAdapter
 from randlora.layers.update import Into, Merged, RoundingLoss
 from randlora.places import Kept
 
+NOT_HERE = "has no values (its weight is on the meta device or offloaded): load the model's weights first"
+
 
 class Form(NamedTuple):
     """The class of a layer, with its parameters and the other attributes that the class sets on it."""

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from randlora.errors import AdapterError
 from randlora.layers.inputs import input_of
-from randlora.layers.registry import register_weight
+from randlora.layers.registry import qualified_name, register_weight
 from randlora.places import Keeper, Place, register_keeper
-from randlora.quantized.layer import QuantizedLayer
+from randlora.quantized.layer import NOT_HERE, QuantizedLayer
 
 MODULE = "torchao.quantization"
 INT8, FLOAT8 = f"{MODULE}.Int8Tensor", f"{MODULE}.Float8Tensor"
@@ -38,7 +38,7 @@ class TorchaoAdapter(QuantizedLayer):
         """Return why this layer cannot be adapted, or ``None``."""
         weight: Any = owner.get_parameter("weight")
         if weight.qdata.is_meta:
-            return "has no values (its weight is on the meta device or offloaded): load the model's weights first"
+            return NOT_HERE
         if isinstance(weight.block_size, list | tuple) and _granularity(weight) is not None:
             return None
         return f"has a scale for each block of {weight.block_size}, expected one for each row, group or tensor"
@@ -102,7 +102,7 @@ class _Through(torch.autograd.Function):
 
 
 class Codes(Place):
-    """The place of a weight of torchao: its values are those of its codes."""
+    """The place of a weight of torchao, whose values are its codes, dequantized."""
 
     exchanges = "nothing"
 
@@ -137,8 +137,7 @@ class Torchao(Keeper):
 
     def place_at(self, tensor: Tensor) -> Codes | None:
         """Return the place of a weight of torchao."""
-        kind = type(tensor)
-        return Codes(tensor) if f"{kind.__module__}.{kind.__qualname__}" in (INT8, FLOAT8) else None
+        return Codes(tensor) if qualified_name(type(tensor)) in (INT8, FLOAT8) else None
 
 
 def _granularity(weight: Any) -> Any:

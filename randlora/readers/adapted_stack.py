@@ -14,7 +14,7 @@ from torch import Tensor
 from randlora.functional import Compute, adapted_linear, grouped_update, summed_linear
 from randlora.functional.cost import chosen_all_at_once, chosen_forward
 from randlora.functional.scratch import without_autocast
-from randlora.layers.inputs import autocast_dtype, have_one_dtype, is_plain_tensor
+from randlora.layers.inputs import autocast_dtype, is_plain_tensor, product_dtype
 from randlora.layers.update import Update, folded, sum_updates
 from randlora.modes import has_values
 
@@ -131,10 +131,9 @@ class Parts(NamedTuple):
 
     def multiplies(self, x: object) -> bool:
         """Whether `product` computes the product of these tokens, ``(..., in)``, with one matrix."""
-        if not is_plain_tensor(x) or self.weight.dim() != 2 or x.dim() < 2 or x.device != self.weight.device:
+        if not isinstance(x, Tensor) or self.weight.dim() != 2 or x.dim() < 2:
             return False
-        in_features = self.weight.shape[1 if self.is_out_in else 0]
-        return have_one_dtype(x, self.weight) and x.shape[-1] == in_features
+        return product_dtype(x, self.weight, self.weight.shape[1 if self.is_out_in else 0]) is not None
 
     def product(self, x: Tensor, bias: Tensor | None = None, *, has_weight: bool = True) -> Tensor:
         """Return the product of tokens, ``(..., in)``, with one matrix, ``(..., out)``, or with its updates alone."""

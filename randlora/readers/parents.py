@@ -15,7 +15,7 @@ from torch import nn
 
 from randlora.errors import AdapterError
 from randlora.layers.in_place import adapter_layers_of, plain_class
-from randlora.layers.registry import Reading, register_readings
+from randlora.layers.registry import Reading, qualified_name, register_readings
 from randlora.model.calls import register_check
 
 TRANSFORMERS = "transformers.models"
@@ -259,4 +259,4 @@ def require_called(attention: nn.Module, args: Any) -> None:  # noqa: ARG001  # 
 
 
 def _classes(module: nn.Module) -> list[str]:
-    return [f"{parent.__module__}.{parent.__qualname__}" for parent in type(module).__mro__]
+    return [qualified_name(parent) for parent in type(module).__mro__]

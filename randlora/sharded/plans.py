@@ -136,8 +136,9 @@ def _around(owner: Any, planned: Callable[..., Any]) -> Callable[..., Any]:
                 layer.piece = LocalPiece.of(weight, layer.region_here(weight))
         with forward_of(owner) as values:
             output = planned(*args, **kwargs)
+            read = {(reader, attribute) for reader, attribute, with_grad, *_ in values if with_grad}
             for layer in owner.randlora.values() if torch.is_grad_enabled() else ():
-                if not layer.is_called and (id(owner), layer.attribute, True) not in {key[:3] for key in values}:
+                if not layer.is_called and (id(owner), layer.attribute) not in read:
                     output = _taking_part(owner, layer, output)
         return output
 

@@ -131,7 +131,11 @@ class SplitOnMesh(Split):
     def __init__(self, layer: type[StoredWeight], weight: Any) -> None:
         """Take a weight of a kind of layer."""
         self._layer, self._weight = layer, weight
-        self._region = layer.region_here(weight)
+
+    @property
+    def _region(self) -> Region:
+        """The part of an update for this process's part, which those who ask whether a weight is split do not need."""
+        return self._layer.region_here(self._weight)
 
     def product(self, update: Update, x: Any, compute: Compute) -> Any:
         """Return the product of an input, a `DTensor` on the mesh or whole in every process, with an update."""
@@ -144,15 +148,15 @@ class SplitOnMesh(Split):
             x = x.redistribute(placements=layout.x)
         local = x.to_local(grad_placements=layout.grad_x)
         shape = (*x.shape[:-1], update.shape[-2])
-        update = on_mesh(update, mesh, layout.diagonals).within(self._region)
-        output = local_product(update, local, self._region, compute)
+        region = self._region
+        output = local_product(on_mesh(update, mesh, layout.diagonals).within(region), local, region, compute)
         return _placed(output, mesh, layout.output, shape)
 
     def rows(self, updates: Iterable[Update], ids: Any, padding_idx: int | None) -> Any:
         """Return the rows of a table with updates, ``(*ids.shape, columns)``, placed as the lookup in the base."""
         from torch.distributed.tensor import Partial, Replicate  # noqa: PLC0415
 
-        weight, mesh = self._weight, self._weight.device_mesh
+        weight, mesh, region = self._weight, self._weight.device_mesh, self._region
         ids = ids.full_tensor() if is_dtensor(ids) else ids
 
         def placed(placement: Any) -> Any:
@@ -161,13 +165,13 @@ class SplitOnMesh(Split):
             return Partial() if placement.dim == 0 else _split_at(placement, ids.dim())
 
         own, is_here, before = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool), 0
-        for start, stop in self._region.rows:
+        for start, stop in region.rows:
             is_inside = (ids >= start) & (ids < stop)
             own, is_here = torch.where(is_inside, ids - start + before, own), is_here | is_inside
             before += stop - start
         local = F.embedding(own, weight.to_local())
         for update in updates:
-            part = on_mesh(update, mesh, sums_of(weight)).within(self._region)
+            part = on_mesh(update, mesh, sums_of(weight)).within(region)
             pair, of_part = part.parts(local.device, local.dtype)
             rows = update_rows(own, pair, of_part, num_rows=before, is_wide=part.is_wide)
             if padding_idx is not None:  # which gets no gradient, as in torch
