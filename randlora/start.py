@@ -71,7 +71,7 @@ def equivalent_alpha(
     Raises:
         ConfigError: For invalid values.
 
-    Example:
+    Examples:
         >>> round(randlora.equivalent_alpha(lora_r=32, lora_alpha=64, r=32), 2)
         209.02
     """

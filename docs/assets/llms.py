@@ -34,6 +34,6 @@ def _lines(entries: Any) -> list[str]:
             if isinstance(target, list):
                 found += _lines(target)
             else:
-                address = "" if target == "index.md" else target.removesuffix(".md") + "/"
+                address = re.sub(r"(^|/)index/$", r"\1", target.removesuffix(".md") + "/")
                 found.append(f"- [{title}](./{address}): {_first.get(target, '')}".rstrip(": "))
     return found

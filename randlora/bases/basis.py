@@ -351,7 +351,7 @@ class Basis:
 class BasisBank:
     """The bases of one model. Adapters with equal specs share one `Basis`.
 
-    Example:
+    Examples:
         >>> bank = BasisBank()
         >>> basis = bank.acquire(BasisSpec("dense", "portable", seed=0, r=4, max_dim=8, min_dim=6))
         >>> basis.slices(8, 6, device="cpu", dtype=torch.float32).B.shape

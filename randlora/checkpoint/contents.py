@@ -290,7 +290,7 @@ def adapter_state(model: nn.Module, name: str | None = None, *, bases: StoredAs 
         AdapterError: If the model has no adapter, or several and no ``name`` is given.
         CheckpointError: If `randlora.save` would not write it.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> _ = randlora.inject(model, r=4)
         >>> state = randlora.adapter_state(model)

@@ -96,7 +96,7 @@ def save_merged(
             replaced, a value is missing, a merged weight is not finite, or the files cannot hold a tensor's dtype.
         OSError: If the disk refuses, or a different process creates the directory meanwhile.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> _ = randlora.inject(model, r=4)
         >>> report = randlora.files.save_merged(model, "merged")

@@ -60,7 +60,7 @@ class AdapterCallback(_Callback):  # type: ignore[misc]
             has ``.adapter`` in the place of ``.ckpt``. It is removed when Lightning removes the checkpoint.
         name: The adapter to save there; ``None`` means the only one.
 
-    Example:
+    Examples:
         >>> from randlora.integrations.lightning import AdapterCallback
         >>> callback = AdapterCallback(adapter_directories=True)  # for Trainer(callbacks=[callback])
     """

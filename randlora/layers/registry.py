@@ -41,7 +41,7 @@ def register_layer(base_type: type[nn.Module] | str) -> Callable[[Layer], Layer]
         TypeError: If the class lacks one of the abstract methods of `AdapterLayer`, or its ``kind`` is not one of those
             that `AdapterLayer` lists.
 
-    Example:
+    Examples:
         >>> from torch import Tensor, nn
         >>> class Scaled(nn.Linear): ...
         >>> @register_layer(Scaled)

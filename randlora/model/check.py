@@ -77,7 +77,7 @@ def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
             offloaded or have no values, or the forward returns no floating tensor.
         Exception: What the model's forward raises in the mode that the model is in.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 8))
         >>> _ = randlora.inject(model, r=4, targets="all")
         >>> print(randlora.check(model, torch.randn(2, 8)))

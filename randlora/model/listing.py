@@ -85,7 +85,7 @@ class AdapterInfo:
 def adapters(model: nn.Module) -> list[AdapterInfo]:
     """Return a model's adapters in the order they were added; an empty list for a plain model.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
         >>> _ = randlora.inject(model, r=8)
         >>> print(*randlora.adapters(model))
@@ -121,7 +121,7 @@ def _with_factor(factor: Factor) -> str:
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters to train: Λ and Γ of the trainable adapters, and those named by ``train_also``.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> _ = randlora.inject(model, r=4)
         >>> optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=1e-3)
@@ -186,7 +186,7 @@ def set_trainable(model: nn.Module, names: str | Iterable[str], trainable: bool 
         UserWarning: If parameters require grad that the `DistributedDataParallel` around the model does not know: see
             `randlora.activate`.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> _ = randlora.inject(model, r=4, name="a"), randlora.inject(model, r=4, name="b")
         >>> randlora.set_trainable(model, ["a", "b"])

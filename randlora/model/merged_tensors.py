@@ -64,7 +64,7 @@ def merged_tensors(model: nn.Module, *, dtype: torch.dtype | None = None) -> Ite
             replaced, or a value is not here. Later, if a merged weight is not finite, or the adapters were merged,
             disabled, switched or removed between two tensors.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> report = randlora.inject(model, r=4)
         >>> [name for name, tensor in randlora.merged_tensors(model)]

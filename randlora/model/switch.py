@@ -197,7 +197,7 @@ def set_compute(model: nn.Module, compute: Compute = "auto") -> None:
         AdapterError: If the model has no adapter.
         ConfigError: For any other value.
 
-    Example:
+    Examples:
         >>> import torch, randlora
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
         >>> report = randlora.inject(model, r=8, targets="all-linear")

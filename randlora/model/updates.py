@@ -78,7 +78,7 @@ def update_norms(model: nn.Module, *, name: str | None = None) -> dict[str, Tens
         AdapterError: If the model has no adapter, or none of that name, or accelerate offloads Λ and Γ. Also where
             gradients could not reach them, as under DeepSpeed's ZeRO-3, unless it is called under `torch.no_grad`.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
         >>> _ = randlora.inject(model, r=8)
         >>> penalty = sum(norm**2 for norm in randlora.update_norms(model).values())
@@ -112,7 +112,7 @@ def limit_norms(model: nn.Module, limit: Factor, *, name: str | None = None) -> 
             written would be lost: Λ is offloaded by accelerate or partitioned by DeepSpeed's ZeRO-3.
         ConfigError: If the limit is no number of at least 0, or a pattern matches no layer, or a layer has none.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
         >>> _ = randlora.inject(model, r=8)
         >>> limits = {"0": 0.1 * model[0].weight.norm().item()}
@@ -203,7 +203,7 @@ def check_ranks(model: nn.Module, *, values: bool = False, group: Any = None) ->
     Raises:
         AdapterError: In every process, if something differs. The message names what, and which ranks have what.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> _ = randlora.inject(model, r=4)
         >>> randlora.check_ranks(model)

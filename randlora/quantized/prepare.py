@@ -110,7 +110,7 @@ def prepare_quantized(
         AdapterError: If adapters are merged.
         ConfigError: If a flag is neither ``True`` nor ``False``.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 9))
         >>> print(prepare_quantized(model.bfloat16()))
         quantized layers: none

@@ -62,7 +62,7 @@ def combine(model: nn.Module, adapters: Mapping[str, float], *, name: str) -> Re
         AdapterError: If an adapter is unknown, the name is taken, the adapters are merged, a sum is not exact, or the
             adapters differ in their bases, ``in_proj`` or ``experts``. The model is then unchanged.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> _ = randlora.inject(model, r=4, name="a"), randlora.inject(model, r=4, name="b")
         >>> randlora.serving.combine(model, {"a": 0.7, "b": -0.3}, name="c").rule

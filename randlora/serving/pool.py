@@ -54,7 +54,7 @@ class AdapterPool:
     All calls of the model go through the pool, in blocks of `routed` or `using`, one thread at a time: others wait. The
     model may have further adapters, which the pool does not touch.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> _ = randlora.inject(model, r=4)
         >>> states = {"a": randlora.adapter_state(model), "b": randlora.adapter_state(model)}

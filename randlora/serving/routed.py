@@ -83,7 +83,7 @@ def routed(
             ``train_also``, the adapters are merged, or another thread routes through this model. In the block, if a
             call of the model has another number of rows, or a layer does not tell its rows.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> _ = randlora.inject(model, r=4, name="a"), randlora.inject(model, r=4, name="b", seed=1)
         >>> with randlora.serving.routed(model, ["a", "b", None]):

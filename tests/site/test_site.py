@@ -27,7 +27,7 @@ SHIFTED = """() => [...document.querySelectorAll(".md-typeset__scrollwrap")].fla
 
 
 def test_the_site_is_built() -> None:
-    assert {"", "404.html", "api/", "quickstart/"} <= {*PAGES}
+    assert {"", "404.html", "api/", "api/inject/", "quickstart/"} <= {*PAGES}
 
 
 @pytest.mark.parametrize("address_of_page", PAGES)
@@ -78,13 +78,20 @@ def test_every_link_leads_to_a_page_and_to_an_anchor_on_it(page: Page, address: 
     assert any("#" in target for target in links["api/"])
 
 
+def test_anchors_of_the_api_when_it_was_one_page_lead_to_the_page_of_the_topic(page: Page, address: str) -> None:
+    page.goto("api/#randlora.model.merge.merge")
+    expect(page).to_have_url(f"{address}api/merging/#randlora.model.merge.merge")
+    page.goto("api/#merging")
+    expect(page).to_have_url(f"{address}api/#merging")
+
+
 @pytest.mark.parametrize("look", LOOKS[:2], ids=str)
 def test_the_search_finds_inject(look: Look, page: Page) -> None:
     page.goto("")
     if look.device == "phone":
         page.locator(".md-header__button[for=__search]").click()
     page.get_by_role("textbox", name="Search").fill("inject")
-    found = page.locator(".md-search-result__link[href*='api/'][href*='inject']").first
+    found = page.locator(".md-search-result__link[href*='api/'][href*='.inject']").first
     expect(found).to_contain_text("inject")
     found.click()
     expect(page.locator("h3[id$='.inject']")).to_be_in_viewport()
@@ -105,7 +112,19 @@ def test_the_buttons_copy_the_code_beside_them(address_of_page: str, page: Page)
 
 
 @pytest.mark.parametrize(
-    ("words", "found"), [("merge", "merging/"), ("serve", "serving/"), ("learning rate", "learning_rate/")]
+    ("words", "found"),
+    [
+        ("merge", "merging/"),
+        ("serve", "serving/"),
+        ("vllm", "serving/"),
+        ("save", "saving/"),
+        ("checkpoint", "saving/"),
+        ("memory", "scale/"),
+        ("resume", "training/"),
+        ("peft", "from_peft/"),
+        ("target_modules", "targets/"),
+        ("learning rate", "learning_rate/"),
+    ],
 )
 def test_the_search_finds_the_page_of_the_guide_first(words: str, found: str, page: Page, address: str) -> None:
     page.goto("")

@@ -1,0 +1,57 @@
+"""A hook of MkDocs: the first page of the API lists the names on the others, with the first lines of docstrings."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+ENTRY = re.compile(r"^::: (randlora\.[\w.]+)\.(\w+)$", re.MULTILINE)
+TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
+SPACES = {"randlora.files": "files/__init__.py", "randlora.serving": "serving/__init__.py", "randlora": "api.py"}
+HERE = "<!-- names -->"
+
+
+def source(path: str) -> ast.Module:
+    """Parse a file of the package."""
+    return ast.parse((ROOT / "randlora" / path).read_text(encoding="utf-8"))
+
+
+def first_line(module: str, name: str) -> str:
+    """Return the first line of the docstring of a function or a class."""
+    for node in source(module.removeprefix("randlora.").replace(".", "/") + ".py").body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+            first = (ast.get_docstring(node) or "").partition("\n\n")[0].replace("\n", " ")
+            return first.replace("``", "`").replace("|", r"\|")
+    raise LookupError(f"{module} defines no {name}")
+
+
+def assignments(path: str) -> Iterator[ast.Assign]:
+    """Return the assignments at the top of a file of the package."""
+    return (node for node in source(path).body if isinstance(node, ast.Assign))
+
+
+def imported_from(module: str, name: str) -> str:
+    """Return the name under which users import an object: in a space that exports it, or else where it is defined."""
+    for space, path in SPACES.items():
+        exported = next(node.value for node in assignments(path) if ast.unparse(node.targets[0]) == "__all__")
+        if name in ast.literal_eval(exported) and (space == "randlora" or module.startswith(space)):
+            return f"{space}.{name}"
+    return f"{module}.{name}"
+
+
+def tables(config: Any) -> Iterator[str]:
+    """Yield the lines of a table for each page, in the order of the navigation."""
+    for page in re.findall(r"'(api/(?!index)\w+\.md)'", str(config.nav)):
+        text, name_of_page = Path(config.docs_dir, page).read_text(encoding="utf-8"), Path(page).name
+        yield from ("", f"## [{TITLE.findall(text)[0]}]({name_of_page})", "", "| name | what it does |", "|---|---|")
+        for module, name in ENTRY.findall(text):
+            breakable = imported_from(module, name).replace(".", ".<wbr>")
+            link = f"[<code>{breakable}</code>]({name_of_page}#{module}.{name})"
+            yield f"| {link} | {first_line(module, name)} |"
+
+
+def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: object) -> str:
+    """Put the tables where the page wants them."""
+    return markdown.replace(HERE, "\n".join(tables(config))) if page.file.src_uri == "api/index.md" else markdown
