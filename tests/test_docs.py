@@ -18,6 +18,7 @@ from torch.torch_version import TorchVersion
 
 import randlora
 from randlora.layers import registry
+from tests import stand_ins
 from tests.examples import DOCS, SNIPPET
 from tests.pages import FENCE, NOT_RUN, ROOT, run_page, snippets
 from tests.peer import PEFT_STREAM, THEIR_WARNINGS, TRAINERS_WARNINGS
@@ -58,7 +59,19 @@ def test_the_snippets_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pyt
     if page.name == "compiling.md" and TorchVersion(torch.__version__) < "2.9":
         pytest.skip("torch.export of older versions loses tensors that a model computes with")
     monkeypatch.chdir(tmp_path)
+    stand_ins.write(stand_ins.named("".join(snippet.code for snippet in snippets(page))), tmp_path)
     run_page(page)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page, real=True)], ids=page_name)
+def test_the_blocks_for_real_models_run_with_small_ones_of_the_same_names(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)  # a CPU has it, too
+    stand_ins.write(stand_ins.named("".join(snippet.code for snippet in snippets(page, real=True))), tmp_path)
+    run_page(page, real=True)
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/quickstart.md"])

