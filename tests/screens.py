@@ -1,8 +1,8 @@
 """The screens of the command line in docs: each is what its commands print, recorded by ``python -m tests.screens``.
 
-A screen is a block of the page marked ``console``. A line that begins with ``$ `` is a command, and what follows is
-what it printed, errors too. All screens of a page are recorded in one directory, one after the other, which begins
-with what `prepare` puts there.
+A screen is a block of the page marked ``console``. A line that begins with ``$ `` is a command, which a backslash at
+its end continues, and what follows is what it printed, errors too. All screens of a page are recorded in one
+directory, one after the other, which begins with what `prepare` puts there.
 """
 
 import io
@@ -26,7 +26,8 @@ from tests.quantized_checkpoints import quantize
 
 PAGES = [Path(__file__).parent.parent / "docs" / name for name in ("cli.md", "cli_plan.md", "cli_files.md")]
 SCREEN = re.compile(r"^```console\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-PROMPT = "$ "
+CONTINUED = "\\\n"
+COMMAND = re.compile(r"^\$ (?P<words>(?:.*\\\n)*.*\n)", re.MULTILINE)
 
 
 def prepare(directory: Path) -> None:
@@ -76,8 +77,8 @@ def record(page: str, directory: Path) -> str:
     """Return the page with every screen as it looks now."""
 
     def again(screen: re.Match[str]) -> str:
-        commands = [line for line in screen["text"].splitlines() if line.startswith(PROMPT)]
-        shown = [f"{command}\n{printed(command.removeprefix(PROMPT))}" for command in commands]
+        commands = COMMAND.finditer(screen["text"])
+        shown = [f"{command[0]}{printed(command['words'].replace(CONTINUED, ''))}" for command in commands]
         return f"```console\n{''.join(shown)}```"
 
     prepare(directory)
