@@ -30,6 +30,9 @@ ROWS = {
 FIGURES = DOCS / "figures"
 DRAWN = {"main": REAL, "ranks": ("clothes", "flat spectrum", "steep spectrum")}
 """The tasks in the figure of a group."""
+CURVES = {name: label.replace("`", "") for name, label in ROWS.items() if name != "block"}
+SIZES = {"LoRA": "LoRA", "dense": "RandLoRA, dense", "gamma first": "RandLoRA, Γ first"}
+"""The methods in the figures of both groups, and what they are called there."""
 PLACE = re.compile(r"<!-- (?:(?P<kind>rates|overview) of )?(?P<group>\w+) of (?P<task>[\w ]+) -->\n(?:\n(?:\|.*\n)+)?")
 
 
@@ -66,5 +69,6 @@ if __name__ == "__main__":
     for page in PAGES:
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     main, ranks = ([(TASKS[name], kept_runs(TASKS[name], group)) for name in names] for group, names in DRAWN.items())
-    summary.draw(main, FIGURES / "quality.svg")
-    summary.draw_sizes(ranks, ("LoRA", "dense", "gamma first"), FIGURES / "ranks.svg")
+    summary.draw(main, FIGURES / "quality.svg", CURVES)
+    whole = [[run for run in kept_runs(task, "main") if run.key.contestant == "full"] for task, _ in ranks]
+    summary.draw_sizes(ranks, SIZES, whole, FIGURES / "ranks.svg")

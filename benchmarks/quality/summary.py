@@ -1,18 +1,19 @@
 """Tables and figures of many runs: accuracy against drift."""
 
-import itertools
 import math
 import statistics
-import textwrap
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.quality.runs import Run
 from benchmarks.quality.task import Task
@@ -21,6 +22,14 @@ from benchmarks.results import in_markdown
 INK = "#7f7f7f"
 """Of axes and labels: readable on white and on black."""
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999933", "#882255", "#7f7f7f", "#6a51a3")
+STYLES: dict[str, dict[str, Any]] = {
+    "full": {"color": "#009e73"},
+    "LoRA": {"color": "#d55e00"},
+    "LoRA, equal size": {"color": "#e69f00"},
+    "dense": {"color": "#0072b2", "linewidth": 2},
+    "gamma first": {"color": "#56b4e9", "linestyle": (0, (3, 2))},
+}
+"""Of the contestants that figures on several pages show, so that each looks the same on all."""
 RATES = [float(f"{digit}e{power}") for power in range(-9, 3) for digit in (1, 3)]
 """The learning rates that a sweep goes on to beyond those of a task, each at least twice the one before."""
 
@@ -120,8 +129,8 @@ def gain(task: Task, runs: Sequence[Run], first: str, second: str) -> tuple[floa
 def table_of(task: Task, runs: Sequence[Run]) -> str:
     """Write a table in Markdown: each contestant at its best learning rate, and what it costs beside full fine-tuning.
 
-    The gain is that over the first LoRA in the table, or else over our default adapter, by equal seeds. What else all
-    runs have measured comes last. Times are those of runs on the processor that full fine-tuning ran on.
+    The gain is the one over the first LoRA in the table, or else over our default adapter, by equal seeds. What else
+    all runs have measured follows. Times are from runs on the processor that full fine-tuning ran on.
     """
     curves = by_contestant(points_of(task, runs))
     peers = [name for name in curves if name.startswith("LoRA")] + [name for name in curves if name == "dense"]
@@ -130,22 +139,17 @@ def table_of(task: Task, runs: Sequence[Run]) -> str:
     processors = {run.machine.get("processor") for run in runs if run.key.contestant == reference}
     timed = [run for run in runs if run.machine.get("processor") in processors]
     seconds = {name: mean_seconds(timed, name) for name in {run.key.contestant for run in timed}}
-    titles = ["method", "parameters", "file, MB", "memory, MB", "time", "seeds", "best rate", task.metric, "drift"]
-    titles += [f"gain over {peer}"] if peer else []
     others = [what for what in runs[0].found if what not in (task.metric, "drift")]
     others = [what for what in others if all(what in run.found for run in runs)]
+    gained = [f"gain over {peer}"] if peer else []
+    titles = ["method", task.metric, "drift", *gained, *others]
+    titles += ["best rate", "parameters", "time", "file, MB", "memory, MB"]
     lines = []
     for contestant, points in curves.items():
         chosen = best(task, points)
         own = [run for run in runs if run.key.contestant == contestant]
         line = [
             contestant,
-            f"{own[0].trained:,}",
-            f"{own[0].file_bytes / 1e6:.2f}",
-            f"{max(run.peak_bytes for run in own) / 1e6:.0f}",
-            f"{seconds[contestant] / seconds[reference]:.2f}" if contestant in seconds else "",
-            f"{chosen.seeds}",
-            f"{chosen.lr:g}",
             number(task, *chosen.metric),
             _with_error(f"{chosen.drift[0]:.3f}", f"{chosen.drift[1]:.3f}", chosen.drift[1]),
         ]
@@ -153,8 +157,15 @@ def table_of(task: Task, runs: Sequence[Run]) -> str:
         for what in others:
             mean, error = mean_and_error([run.found[what] for run in own if run.key.lr == chosen.lr])
             line.append(_with_error(f"{mean:.3g}", f"{error:.2g}", error))
+        line += [
+            f"{chosen.lr:g}",
+            f"{own[0].trained:,}",
+            f"{seconds[contestant] / seconds[reference]:.2f}" if contestant in seconds else "",
+            f"{own[0].file_bytes / 1e6:.2f}",
+            f"{max(run.peak_bytes for run in own) / 1e6:.0f}",
+        ]
         lines.append(line)
-    return in_markdown([*titles, *others], lines)
+    return in_markdown(titles, lines)
 
 
 def overview(tasks: Collection[tuple[Task, Sequence[Run]]], rows: Mapping[str, str]) -> str:
@@ -206,45 +217,71 @@ def _with_error(value: str, error: str, is_known: float) -> str:
     return value if math.isnan(is_known) else f"{value} ± {error}"
 
 
-def draw(tasks: Collection[tuple[Task, Sequence[Run]]], file: Path) -> None:
+def draw(
+    tasks: Collection[tuple[Task, Sequence[Run]]], file: Path, labels: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Draw the metric against the drift of each task, a curve for each contestant over its learning rates.
 
-    Of an accuracy, what is worse than the best rate of every contestant is out of the picture: a ruined model tells
-    little, and would leave little room for the others.
+    With labels, only contestants that have one. What is worse than the best rates of all contestants is out of the
+    picture: a ruined model tells little, and would leave little room for the others. A line has the frozen model.
     """
-    names = dict.fromkeys(run.key.contestant for _, runs in tasks for run in runs)
-    colors = dict(zip(names, itertools.cycle(COLORS), strict=False))
+    names = labels or {name: name for _, runs in tasks for name in (run.key.contestant for run in runs)}
     with _panels(file, len(tasks), "curves") as panels:
         for axes, (task, runs) in zip(panels, tasks, strict=True):
             curves = by_contestant(points_of(task, runs))
-            for name, points in curves.items():
-                draw_curve(axes, name, colors[name], [each.drift for each in points], [each.metric for each in points])
+            frozen = curves.pop("frozen", None)
+            own = [name for name in names if name in curves]
+            for name in own:
+                style = STYLES.get(name, {"color": COLORS[[*names].index(name) % len(COLORS)]})
+                values = [_drawn(task, each.metric) for each in curves[name]]
+                draw_curve(axes, names[name], [each.drift for each in curves[name]], values, **style)
+            ends = [choose(_drawn(task, best(task, curves[name]).metric)[0] for name in own) for choose in (min, max)]
             if task.is_better_if_larger:
-                ends = [choose(best(task, points).metric[0] for points in curves.values()) for choose in (min, max)]
-                axes.set_ylim(ends[0] - 0.2 * (ends[1] - ends[0]) - 0.005, ends[1] + 0.2 * (ends[1] - ends[0]) + 0.005)
+                ends[0] = min(ends[0], _drawn(task, frozen[0].metric)[0]) if frozen else ends[0]
+                room = 0.2 * (ends[1] - ends[0]) + 0.005 * _drawn(task, (1.0, 0.0))[0]
+                axes.set_ylim(ends[0] - room, ends[1] + room)
             else:
                 axes.set_yscale("log")
-            axes.set(title=task.name, xlabel=textwrap.fill(task.drift, 50), ylabel=task.metric)
-            axes.set_xscale("symlog", linthresh=0.1)
-            axes.set_xlim(left=min(run.found["drift"] for run in runs) - 0.02)
+                axes.set_ylim(ends[0] / 1.3, ends[1] * 3)
+            if frozen:
+                axes.axhline(_drawn(task, frozen[0].metric)[0], linestyle=":", color=INK, label="before training")
+            unit = ", %" if task.in_percent else ""
+            axes.set(title=task.name, xlabel="drift", ylabel=f"{task.metric}{unit}", xscale="log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            if not task.is_better_if_larger:
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 6)))
 
 
-def draw_sizes(tasks: Collection[tuple[Task, Sequence[Run]]], methods: Collection[str], file: Path) -> None:
+def _drawn(task: Task, value: tuple[float, float]) -> tuple[float, float]:
+    """Return a metric and its error as they are drawn: in percent where the task has it so."""
+    factor = 100 if task.in_percent else 1
+    return factor * value[0], factor * value[1]
+
+
+def draw_sizes(
+    tasks: Collection[tuple[Task, Sequence[Run]]],
+    labels: Mapping[str, str],
+    whole: Collection[Sequence[Run]],
+    file: Path,
+) -> None:
     """Draw the metric at the best learning rate against the number of trained parameters, a curve for each method.
 
-    The contestants of a method are those whose names begin with its name.
+    The contestants of a method are those whose names begin with its name. The runs of full fine-tuning, ``whole``, have
+    too many parameters to be a point, and are a line.
     """
     with _panels(file, len(tasks), "sizes") as panels:
-        for axes, (task, runs) in zip(panels, tasks, strict=True):
+        for axes, (task, runs), full in zip(panels, tasks, whole, strict=True):
             trained = {run.key.contestant: run.trained for run in runs}
             chosen = [best(task, points) for points in by_contestant(points_of(task, runs)).values()]
-            for method, color in zip(methods, COLORS, strict=False):
+            for method, label in labels.items():
                 own = [point for point in chosen if point.contestant.startswith(method)]
                 own.sort(key=lambda point: trained[point.contestant])
                 sizes = [(float(trained[point.contestant]), math.nan) for point in own]
-                draw_curve(axes, method, color, sizes, [point.metric for point in own])
-            axes.set(title=task.name, xlabel="trained parameters", ylabel=task.metric)
-            axes.set_xscale("log")
+                draw_curve(axes, label, sizes, [_drawn(task, point.metric) for point in own], **STYLES[method])
+            reached = _drawn(task, best(task, points_of(task, full)).metric)[0]
+            axes.axhline(reached, linestyle="--", label="full fine-tuning", **STYLES["full"])
+            unit = ", %" if task.in_percent else ""
+            axes.set(title=task.name, xlabel="trained parameters", ylabel=f"{task.metric}{unit}", xscale="log")
 
 
 @contextmanager
@@ -253,10 +290,14 @@ def _panels(file: Path, count: int, salt: str) -> Iterator[Sequence[Axes]]:
     rcParams["svg.hashsalt"] = salt  # so that the same runs give the same file
     columns = min(count, 2 if count % 3 else 3)
     rows = math.ceil(count / columns)
-    picture = Figure(figsize=(5.4 * columns, 4.4 * rows), layout="constrained")
+    height = rows * max(3.0, 6.8 / columns)
+    picture = Figure(figsize=(8.4, height), layout="constrained")  # on a page, letters are then as large as the page's
     panels: list[Axes] = list(picture.subplots(rows, columns, squeeze=False).flat)[:count]
     yield panels
     for axes in panels:
+        for axis in (axes.xaxis, axes.yaxis) if axes.get_yscale() == "log" else (axes.xaxis,):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.25)
         axes.tick_params(which="both", colors=INK)
         for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
@@ -264,18 +305,18 @@ def _panels(file: Path, count: int, salt: str) -> Iterator[Sequence[Axes]]:
         for spine in axes.spines.values():
             spine.set_color(INK)
     lines = {name: line for axes in panels for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    picture.legend([*lines.values()], [*lines], loc="outside lower center", ncols=5, framealpha=0, labelcolor=INK)
+    picture.legend([*lines.values()], [*lines], loc="outside lower center", ncols=3, framealpha=0, labelcolor=INK)
     picture.savefig(file, transparent=True, metadata={"Date": None})
 
 
 def draw_curve(
-    axes: Axes, label: str, color: str, x: Sequence[tuple[float, float]], y: Sequence[tuple[float, float]]
+    axes: Axes, label: str, x: Sequence[tuple[float, float]], y: Sequence[tuple[float, float]], **style: Any
 ) -> None:
     """Draw points with error bars of one standard error, where these are known."""
     axes.errorbar(
         [mean for mean, _ in x], [mean for mean, _ in y],
         xerr=[_known(error) for _, error in x], yerr=[_known(error) for _, error in y],
-        marker="o", markersize=3, linewidth=1, elinewidth=0.6, color=color, label=label,
+        marker="o", markersize=4, elinewidth=0.8, label=label, **style,
     )  # fmt: skip
 
 

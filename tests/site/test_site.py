@@ -57,6 +57,16 @@ def test_a_page_fits_the_screen_in_its_palette_and_reports_no_error(
     assert page.locator("math").filter(has_text="\\").all_text_contents() == []
 
 
+@pytest.mark.parametrize("address_of_page", [each for each in PAGES if each.startswith("results")])
+def test_tables_of_results_show_metric_and_drift_without_scrolling(address_of_page: str, page: Page) -> None:
+    page.goto(address_of_page)
+    for cell in page.locator("th", has_text=re.compile("^drift$")).all():
+        box = cell.locator("xpath=ancestor::*[@class='md-typeset__scrollwrap']")
+        seen, wanted = box.bounding_box(), cell.bounding_box()
+        assert seen and wanted
+        assert wanted["x"] + wanted["width"] <= seen["x"] + seen["width"]
+
+
 def is_dark(png: bytes) -> bool:
     return ImageStat.Stat(Image.open(BytesIO(png)).convert("L")).median[0] < 128
 
@@ -100,7 +110,7 @@ def test_the_search_finds_inject(look: Look, page: Page) -> None:
 @pytest.mark.parametrize("address_of_page", ["", "quickstart/"])
 def test_the_buttons_copy_the_code_beside_them(address_of_page: str, page: Page) -> None:
     page.goto(address_of_page)
-    blocks = page.locator(".highlight:has(pre)").all()
+    blocks = page.locator(".highlight:has(pre):not(.language-text)").all()
     assert blocks
     for block in blocks:
         block.hover()
