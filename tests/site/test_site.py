@@ -63,7 +63,8 @@ def test_tables_of_results_show_metric_and_drift_without_scrolling(address_of_pa
     for cell in page.locator("th", has_text=re.compile("^drift$")).all():
         box = cell.locator("xpath=ancestor::*[@class='md-typeset__scrollwrap']")
         seen, wanted = box.bounding_box(), cell.bounding_box()
-        assert seen and wanted
+        assert seen
+        assert wanted
         assert wanted["x"] + wanted["width"] <= seen["x"] + seen["width"]
 
 
