@@ -205,7 +205,7 @@ def table(columns: dict[str, list[Any]], config: str = "default") -> Writer:
 SQUARES = [(f"What is {i} squared?", f"{i} times {i}.", str(i * i)) for i in range(16)]
 
 
-def picture(color: int) -> dict[str, bytes]:
+def picture(color: int) -> dict[str, bytes | None]:
     """Return an image as a data set holds it."""
     from PIL import Image
 
