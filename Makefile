@@ -38,6 +38,7 @@ test: lint types alone distributed docs
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ruff format --check --line-length 80 $(wildcard *.md docs/*.md docs/*/*.md)  # the code on pages
 
 types: $(VENV)/.dev
 	$(BIN)/mypy

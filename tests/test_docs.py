@@ -162,6 +162,19 @@ def test_the_pages_of_the_api_name_each_object_where_it_is_defined() -> None:
     assert entries
 
 
+def code_lines(page: Path) -> Iterator[str]:
+    """Yield the lines of the code on a page: of screens the commands, and not what they print, which wraps."""
+    for block in FENCE.finditer(page.read_text(encoding="utf-8")):
+        for line in block["code"].splitlines() if block["language"] not in ("", "text", "math") else ():
+            if block["language"] != "console" or line.startswith("$"):
+                yield line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_the_code_on_a_page_has_80_columns(page: Path) -> None:
+    assert [line for line in code_lines(page) if len(line) > 80] == []
+
+
 def links(page: Path) -> list[str]:
     """Find the targets of a page's links to files of the repository, outside of code."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
