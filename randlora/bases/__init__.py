@@ -1,4 +1,4 @@
-"""The frozen random bases: their spec, their kinds, which this package registers, their draws and their storage."""
+"""The frozen random bases: their spec, kinds, draws and storage. Importing this package registers the kinds."""
 
 from randlora.bases import kinds as kinds
 from randlora.bases.basis import BasisBank as BasisBank

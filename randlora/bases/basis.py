@@ -27,7 +27,7 @@ from randlora.modes import are_bases_fake, count_modes, without_modes
 Function = TypeVar("Function", bound=Callable[..., Any])
 Made = TypeVar("Made")
 Use = tuple[int, int, torch.device, torch.dtype, Sides | None]
-"""A layer's larger and smaller dim, the device and dtype that it computes on and in, and its part of the bases."""
+"""A layer's larger and smaller dim, its device, the dtype that it computes in, and its part of the bases."""
 TracedUse = tuple[int, int, torch.device, torch.dtype, Spans, Spans, bool]
 """The same, flat as the compiler wants its constants, and whether a program is exported."""
 
@@ -89,11 +89,11 @@ def _fake(pair: Pair, device: torch.device) -> Pair:
 
 
 class Squares(NamedTuple):
-    """The squares of one layer's bases.
+    """The squares of a layer's bases.
 
     Attributes:
         A: The square of each entry, ``(r, min_dim)``.
-        B: The sum of the squares of each column, ``(r, num_bases)``: at ``(k, j)`` that of ``k·num_bases + j``.
+        B: The sum of the squares of each column, ``(r, num_bases)``; entry ``(k, j)`` for column ``k·num_bases + j``.
     """
 
     A: Tensor
@@ -105,14 +105,14 @@ class Basis:
     """One pair of frozen bases, shared by every layer with the same spec.
 
     The bases are drawn on first use, and only the rows and columns that layers need are kept. There is one working copy
-    per device and dtype, which does not store the zeros of ``block`` bases. Copies of the object are the object itself.
-    Pickling drops the values, which the spec reproduces, unless they came from a file that no seed reproduces.
+    per device and dtype, which does not store the zeros of ``block`` bases. Copying a `Basis` returns the same object.
+    Pickling drops the values, because the spec reproduces them; values from a file that no seed reproduces are kept.
 
     Attributes:
         spec: The spec of the bases.
         extent: ``(max_dim, min_dim)`` kept so far.
         stored: A and B as read from a file, if the seed does not reproduce them.
-        identity: A string of everything the bits depend on; bases of equal identity are equal.
+        identity: A string of everything the bits depend on. Bases with the same identity are equal.
     """
 
     spec: BasisSpec
@@ -141,7 +141,7 @@ class Basis:
         return {**lasting, "_drawn": None, "_copies": {}, "_pairs": {}, "_digests": {}, "_squares": {}}
 
     def extend(self, max_dim: int, min_dim: int) -> None:
-        """Extend the bases to layers of these dims. Entries returned before do not change.
+        """Extend the bases so that layers of these dims can use them. Entries returned before do not change.
 
         Args:
             max_dim: Rows of B that a layer needs.
@@ -155,7 +155,9 @@ class Basis:
             return
         drawn = self.spec.max_dim, self.spec.min_dim
         if not self.spec.is_prefix_stable and (extent[0] > drawn[0] or extent[1] > drawn[1]):
-            raise ConfigError(f"a layer of {max_dim}x{min_dim} is larger than {self.spec}: draw them for larger dims")
+            raise ConfigError(
+                f"a layer of {max_dim}x{min_dim} is larger than the {self.spec}: draw them for larger dims"
+            )
         self.extent, self._drawn = extent, None
         self.release()
         for name in [name for name in self.__dict__ if name.startswith("_constant_")]:
@@ -202,8 +204,8 @@ class Basis:
             max_dim: The layer's larger dim.
             min_dim: The layer's smaller dim.
             device: Device that the layer computes on.
-            dtype: Dtype that the layer computes in, which is that of B. A is small and at least float32. It includes
-                the scale of a ternary B, so that the signs in B are exact in any dtype.
+            dtype: Dtype that the layer computes in, and of B. A is small and always float32 or wider. It includes the
+                scale of a ternary B, so that the signs in B are exact in any dtype.
             sides: The part of the bases that a part of the layer's update needs; ``None`` for all of it.
 
         Returns:
@@ -317,7 +319,7 @@ class Basis:
 
     @property
     def working_nbytes(self) -> int:
-        """Bytes of the working copies made so far; on a CPU a copy may be the storage itself, which counts too."""
+        """Bytes of the working copies made so far. On a CPU a copy may be the storage itself, which is counted too."""
         pairs = [form for pair in self._pairs.values() for form in (pair, pair.written) if form is not None]
         tensors = [
             tensor for copy in (*self._copies.values(), *((pair.A, pair.B) for pair in pairs)) for tensor in copy
@@ -376,7 +378,7 @@ class BasisBank:
         return sum(basis.nbytes for basis in self._bases)
 
     def find(self, spec: BasisSpec, *, used: tuple[int, int] | None = None) -> Basis | None:
-        """Return bases that can be used for a spec, or ``None``.
+        """Return bases in the bank that fit a spec, or ``None``.
 
         Args:
             spec: The spec.

@@ -46,7 +46,7 @@ class CompactMatrix:
         return dense
 
     def dense_chunks(self, rows: int) -> Iterator[Tensor]:
-        """Yield the first rows as dense float32 chunks on the CPU, so that they are never all in memory."""
+        """Yield the first rows in dense float32 chunks on the CPU, so that memory never holds all of them."""
         step = CHUNK_ROWS * self.stride  # a chunk must start at a multiple of the stride
         for start in range(0, rows, step):
             part = replace(self, values=self.values[start : min(start + step, rows)])

@@ -2,7 +2,7 @@
 
 - ``dense``: every entry is a uniform random number, stored in bfloat16.
 - ``sparse`` and ``very_sparse``: every entry is 0, or plus or minus one number, stored as a sign in int8.
-- ``block``: A and B are zero outside of blocks, whose rows and columns are strided; products skip the zeros.
+- ``block``: A and B are zero outside of blocks with strided rows and columns; products skip the zeros.
 """
 
 import math
@@ -70,9 +70,9 @@ MOST_BLOCKS_IN_B = 8
 def default_blocks(r: int, counts: Collection[int]) -> tuple[int, int]:
     """Return ``(c, b)`` for a rank, given the numbers of bases of its layers.
 
-    A has at most so many blocks that a column has 8 entries, and B at most 8. Of those that leave no entry of an update
-    always zero, these have the smallest ``1/c + 2/b``, where B counts twice because it is the larger one, and of equals
-    more blocks in A. If every layer has 8 bases or more, both have as many blocks as they can.
+    A column of A keeps at least 8 entries, and B has at most 8 blocks. Among the choices that leave no entry of an
+    update always zero, this is the one with the smallest ``1/c + 2/b`` (B counts twice because it is larger), and
+    among equals the one with more blocks in A. If every layer has 8 bases or more, both have as many as they can.
     """
     divisors = [size for size in range(1, r + 1) if r % size == 0]
     pairs = [
@@ -89,8 +89,8 @@ def block_parts(max_dim: int, min_dim: int, r: int, blocks: tuple[int, int]) -> 
     """Return ``(rows, columns)`` of each submatrix in which an update of ``block`` bases may be nonzero.
 
     Entry (i, j) may be nonzero if some p, the index that pairs the columns of UB with the rows of UA, has
-    ``p ≡ i (mod b)`` and ``p // num_bases ≡ j (mod c)``. With many bases there is one part, the whole matrix. One part
-    may have zeros too; see `reach_all`.
+    ``p ≡ i (mod b)`` and ``p // num_bases ≡ j (mod c)``. With many bases there is one part, the whole matrix. A single
+    part may have zeros too; see `reach_all`.
     """
     c, b = blocks
     num_bases = count_bases(min_dim, r)

@@ -23,16 +23,16 @@ matrices, each with its own Λ and Γ."""
 
 @dataclass(frozen=True)
 class Kind:
-    """What the library asks of a kind of bases. Each is registered in `KINDS` under its name.
+    """A kind of bases, as the library needs to know it. Each is registered in `KINDS` under its name.
 
     Attributes:
-        draws: How to draw from each stream that the kind has, the default one first: called with a spec, and with the
-            max_dim and min_dim that layers use.
+        draws: For each stream that the kind has, the default one first, the function that draws from it. It is called
+            with a spec and the max_dim and min_dim that layers use.
         dtype: Dtype of the stored values.
-        expected_rank: Estimates the rank of the trained update of a layer from a spec, its max_dim and its min_dim.
+        expected_rank: Estimates the rank of a layer's trained update from a spec and the layer's max_dim and min_dim.
         sliced: Slices the working copies of A and B for a layer or a part of it: called with a spec, A, B, the number
             of bases of the layer, and the rows of B and columns of A of that part.
-        paired: Makes the same pair from its own A and B instead; the compiler traces it.
+        paired: Makes the same pair, for the compiler to trace, from A and B as ``sliced`` returns them.
         peft_flags: PEFT's ``(sparse, very_sparse)``; ``None`` if PEFT does not have the kind.
         default_blocks: Returns ``(c, b)`` for a rank and the numbers of bases of its layers, or ``None`` for a kind
             without blocks.
@@ -52,7 +52,7 @@ class Kind:
 KINDS: dict[BasisKind, Kind] = {}
 
 PEFT_STREAMS: tuple[Stream, ...] = ("torch", "torch-2.11")
-"""What PEFT draws from a seed: today, and for ``dense`` under torch 2.11 and older. Its files do not say which."""
+"""What PEFT draws from a seed: now, and for ``dense`` under torch 2.11 and older. PEFT's files do not say which."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class BasisSpec:
 
     @property
     def family(self) -> tuple[BasisKind, Stream, int, int, tuple[int, int] | None]:
-        """The fields, without the dims, that two specs must have in common to share bases."""
+        """The fields (all but the dims) in which two specs must agree to share bases."""
         return self.kind, self.stream, self.seed, self.r, self.blocks
 
     @property
@@ -104,9 +104,9 @@ class BasisSpec:
         return self.stream == "portable" and not KINDS[self.kind].depends_on_dims
 
     def is_of(self, config: RandLoRAConfig, r: int) -> bool:
-        """Whether bases of rank r of a config may have this spec. If it gives no blocks, they may have any.
+        """Whether bases of rank r may have this spec under a config. A config without blocks allows any blocks.
 
-        Default blocks depend on the layers and on the version that chose them, and a file says which they are.
+        Default blocks depend on the layers and on the version that chose them, so files record the blocks.
         """
         asked = config.basis, config.stream or default_stream(config.basis), config.seed, r
         return (self.kind, self.stream, self.seed, self.r) == asked and config.blocks in (None, self.blocks)
@@ -148,8 +148,8 @@ def reach_all(blocks: tuple[int, int], num_bases: int) -> bool:
     """Whether blocks ``(c, b)`` leave no entry of an update with this number of bases always zero.
 
     Entry (i, j) needs an index p, which pairs the columns of UB with the rows of UA, with ``p ≡ i (mod b)`` and
-    ``p // num_bases ≡ j (mod c)``. The indices of one class mod c begin with num_bases consecutive ones, and repeat
-    after every ``c·num_bases``: they are of all classes mod b if no more than num_bases lie from one to the next.
+    ``p // num_bases ≡ j (mod c)``. The indices of one class mod c are runs of num_bases consecutive numbers, one run
+    in every ``c·num_bases``. They reach all classes mod b if, mod b, the runs start at most num_bases apart.
     """
     c, b = blocks
     return math.gcd(c * num_bases, b) <= num_bases
@@ -168,7 +168,7 @@ def default_stream(kind: BasisKind) -> Stream:
 
 
 def peft_streams(kind: BasisKind) -> tuple[Stream, ...]:
-    """Return those of PEFT's streams that a kind has."""
+    """Return the streams of PEFT that a kind has."""
     return tuple(stream for stream in PEFT_STREAMS if stream in KINDS[kind].draws)
 
 

@@ -1,4 +1,4 @@
-"""What the streams draw from a seed, in chunks of rows to bound memory.
+"""The streams: how numbers are drawn from a seed, in chunks of rows to bound memory.
 
 ``stream="portable"``: the same bits on every machine, thread count, torch version and chunking. The numbers come from
 NumPy's ``Philox``, a counter-based generator whose raw stream NumPy guarantees. Every row of a basis has its own
@@ -9,11 +9,11 @@ Each 32-bit lane gives one entry, by integer comparisons or exact IEEE 754 float
 PEFT draws A and then B for the largest dims of all targets, and divides each by its standard deviation. The draws here
 are the same, but made in chunks of which only the part that layers use is kept.
 
-PEFT draws ``dense`` in bfloat16, and there torch 2.12.0 changed what a seed gives: almost every entry is another under
-2.11 and older, and since then the bits also depend on whether the CPU adds and multiplies in one rounding. The numbers
-that torch draws in float32, 24 random bits each, are the same in every version and on every CPU. So both are computed
-from those here, and depend on neither: ``torch`` is what 2.12 and newer draw on every CPU that fuses, as all in use do,
-and ``torch-2.11`` is what older ones drew. The ternary kinds are drawn in float32 and have one stream.
+PEFT draws ``dense`` in bfloat16. For this dtype torch 2.12.0 changed what a seed gives: almost every entry differs
+from 2.11 and older, and the bits now also depend on whether the CPU multiplies and adds in one rounding. The numbers
+that torch draws in float32, 24 random bits each, are the same in every version and on every CPU. Both streams are
+computed from them here, and depend on neither: ``torch`` is what 2.12 and newer draw on a CPU with fused multiply-add
+(all in use have it), ``torch-2.11`` what older versions drew. The ternary kinds are drawn in float32: one stream.
 """
 
 import math
@@ -44,8 +44,8 @@ def portable_draw(
 ) -> Matrices:
     """Draw the part of the bases that layers of the given dims use, in chunks of rows to bound memory.
 
-    The dims of the spec do not matter. ``to_values``, which is `portable_uniform` or `portable_signs`, computes the
-    stored values from lanes and the number of blocks.
+    The dims of the spec do not matter. ``to_values`` computes the stored values from lanes and the number of blocks:
+    `portable_uniform` or `portable_signs`.
     """
 
     def draw_matrix(index: int, rows: int, columns: int, stride: int) -> CompactMatrix:
@@ -79,7 +79,7 @@ def portable_signs(lanes: Lanes, stride: int, *, probability: float) -> Values: 
 
 
 def portable_uniform(lanes: Lanes, stride: int) -> Values:
-    """Return uniform numbers, of which one in ``stride`` entries gives a mean square of 1.
+    """Return uniform numbers, scaled so that a matrix with one of them in ``stride`` entries has a mean square of 1.
 
     A lane's upper 24 bits are mapped to the odd multiples of 2**-24 in (-1, 1), all exact in float32.
     """
@@ -108,9 +108,9 @@ def _deviation(spec: BasisSpec, count: int, total: float, squares: float) -> flo
 
 
 def since_2_12(numbers: Tensor, high: float) -> Tensor:
-    """Return the bfloat16 numbers that torch 2.12 and newer draw in [-high, high), in place of float32 ones in [0, 1).
+    """Return the bfloat16 numbers that torch 2.12 and newer draw in [-high, high), from float32 numbers in [0, 1).
 
-    They compute ``u * (high - low) + low`` in float32. As ``low`` is ``-high``, that is ``high * (2u - 1)``, of which
+    torch computes ``u * (high - low) + low`` in float32. Because ``low`` is ``-high``, this is ``high * (2u - 1)``, and
     only the product is rounded.
     """
     drawn = numbers.mul_(2).sub_(1).mul_(high).to(torch.bfloat16)
@@ -119,9 +119,9 @@ def since_2_12(numbers: Tensor, high: float) -> Tensor:
 
 
 def until_2_11(numbers: Tensor, high: float) -> Tensor:
-    """Return the bfloat16 numbers that torch 2.11 and older drew, in place of float32 ones in [0, 1).
+    """Return the bfloat16 numbers that torch 2.11 and older drew, from float32 numbers in [0, 1).
 
-    They kept the low 8 of the 24 random bits, and rounded ``high`` to bfloat16 first. All but the last step is exact.
+    torch kept the low 8 of the 24 random bits, and rounded ``high`` to bfloat16 first. All but the last step is exact.
     """
     highest = torch.tensor(high, dtype=torch.bfloat16, device="cpu").item()
     return numbers.mul_(2**16).frac_().mul_(2).sub_(1).mul_(highest).to(torch.bfloat16)
@@ -137,8 +137,8 @@ def torch_uniform(
 ) -> CompactMatrix:
     """Draw Kaiming-uniform numbers (a = √5) as PEFT does: ``shape[1]`` draws of ``(rows, 1, width)``.
 
-    ``rounded`` is `since_2_12` or `until_2_11`. The deviation is summed in float64, whose order of summation does not
-    show in the bfloat16 number that the entries are divided by.
+    ``rounded`` is `since_2_12` or `until_2_11`. The deviation is summed in float64, so that the order of summation does
+    not show in the bfloat16 number that the entries are divided by.
     """
     rows, draws, width = shape
     high = math.sqrt(3.0) * (math.sqrt(2 / 6) / math.sqrt(width))  # rounded as in `torch.nn.init.kaiming_uniform_`
@@ -161,7 +161,7 @@ def torch_uniform(
 def torch_signs(
     spec: BasisSpec, generator: torch.Generator, shape: Sizes, keep: Sizes, *, probability: Callable[[int], float]
 ) -> CompactMatrix:
-    """Draw 1 and -1 with a probability each, else 0, in the order of a single draw of the whole shape."""
+    """Draw 1 and -1 with the given probability each, else 0, in the order of a single draw of the whole shape."""
     kept = torch.empty(keep, dtype=torch.int8, device="cpu")
     share = probability(spec.min_dim)
     total = count_nonzero = 0

@@ -1,4 +1,4 @@
-"""Adapter layers. Importing this package registers the linear ones; features register other kinds."""
+"""Adapter layers. Importing this package registers the linear kinds; features register others."""
 
 from randlora.layers import linear as linear
 from randlora.layers.base import AdapterLayer as AdapterLayer

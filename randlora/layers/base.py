@@ -27,7 +27,7 @@ from randlora.state import ModelState, SiteAdapter
 
 
 class Product(NamedTuple):
-    """The product that a layer's forward is, to which a bias may be added.
+    """The product that a layer's forward computes, before a bias is added.
 
     Attributes:
         weight: The weight, ``(out_features, in_features)``, or a function that dequantizes it.
@@ -54,17 +54,17 @@ class AdapterLayer(MergeableWeight):
             ``targets="all-linear"`` selects the first two.
         is_called: Whether its `forward` runs in place of the owner's.
         is_read: Whether code reads the weight in calls as `read` returns it.
-        as_read: The kind of layer that adapts the same weight where code reads it, such as a forward of a subclass.
+        as_read: The adapter layer for the same weight if code reads it instead, such as the forward of a subclass.
         state: The state of the model that the owner belongs to.
         shape: ``(out_features, in_features)`` of the weight, or of one matrix of a stack.
         names: The names under which the owner holds Λ and Γ.
         adapters: The adapters of this weight, by name.
-        acting: Those that act on this weight and are not merged, in the same order, with their factors, if
-            ``activation`` is current; see `seat`.
-        activation: The choice of active adapters that it is prepared for.
+        acting: The adapters that act on this weight and are not merged, in the same order, with their factors. Valid
+            if ``activation`` is current; see `seat`.
+        activation: The choice of active adapters that ``acting`` was made for.
         own_forward: The ``forward`` that was set on the owner itself rather than on its class, if any.
-        adopted: A ``forward`` that what splits the weight set on the owner, and the one in its place, if any.
-        piece: What this process has of the weight while such a forward runs.
+        adopted: A ``forward`` that was set on the owner to split its weight, and its replacement, if any.
+        piece: The part of the weight that this process has while such a forward runs.
     """
 
     kind: ClassVar[str] = "linear"
@@ -118,12 +118,12 @@ class AdapterLayer(MergeableWeight):
 
     @classmethod
     def beside(cls, owner: nn.Module) -> list[object]:  # noqa: ARG003  # for quantized layers
-        """Return objects that the owner holds, other than modules and parameters, and that merging changes."""
+        """Return the objects on the owner that merging changes, other than modules and parameters."""
         return []
 
     @classmethod
     def takes_dropout(cls, owner: nn.Module) -> bool:  # noqa: ARG003  # for weights that code reads
-        """Whether an adapter can have an input with entries dropped, other than the module's."""
+        """Whether an adapter can get its input with entries dropped while the module gets all of them."""
         return True
 
     def read(self, owner: nn.Module) -> Tensor | None:
@@ -131,7 +131,7 @@ class AdapterLayer(MergeableWeight):
         return self.weight_of(owner)
 
     def settle(self, owner: nn.Module) -> None:  # most kinds have nothing to do
-        """Change whatever else on the owner its kind requires while adapted. Must not fail."""
+        """Change what else must differ on the owner while it is adapted. Must not fail."""
 
     def unsettle(self, owner: nn.Module) -> None:  # most kinds have nothing to do
         """Undo `settle`."""
@@ -183,7 +183,7 @@ class AdapterLayer(MergeableWeight):
         return [(part, weight) for part, weight in weighted if weight is not None]
 
     def factors(self, names: Iterable[str]) -> dict[str, float]:
-        """Return the factors of those of some adapters that act on this weight, merged or not."""
+        """Return the factors of the given adapters that act on this weight, merged or not."""
         return {part.adapter.name: weight for part, weight in self._acting(names)}
 
     def base_output(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002  # for quantized layers
@@ -192,7 +192,7 @@ class AdapterLayer(MergeableWeight):
         return output
 
     def adds_to_output(self, owner: nn.Module) -> bool:  # noqa: ARG002  # for weights that a forward reads
-        """Whether `base_output` is without the adapters, because the owner's forward does not read weight + update."""
+        """Whether the adapters' outputs are added to `base_output`; else the owner's forward reads weight + update."""
         return True
 
     def runs_plain_forward(self, owner: nn.Module) -> bool:
@@ -210,9 +210,9 @@ class AdapterLayer(MergeableWeight):
         return self.product(owner, x) if self.runs_plain_forward(owner) else None
 
     def product(self, owner: nn.Module, x: object) -> Product | None:
-        """Return what the kind's forward multiplies an input by; ``None`` if it does not only multiply and add a bias.
+        """Return what the forward multiplies its input by, or ``None`` if it does more than multiply and add a bias.
 
-        It is asked if `runs_plain_forward` holds.
+        Called only if `runs_plain_forward` is true.
         """
         weight = self.weight_of(owner)
         dtype = None if weight is None else product_dtype(x, weight, self.shape[1])
@@ -230,7 +230,10 @@ class AdapterLayer(MergeableWeight):
         return Update(part.basis, own, gamma, part.scaling * factor, part.shape)
 
     def seat(self, owner: nn.Module) -> None:
-        """Follow a change of which adapters act and are not merged: compiled code finds them by position."""
+        """Rebuild the list of adapters that act here. Call after any change of what is active or merged.
+
+        Compiled code finds the adapters by their position in this list.
+        """
         self.activation, merged = self.state.activation, self.state.merged
         self.acting = self._acting(name for name in self.adapters if name not in merged)
         for part in self.adapters.values():

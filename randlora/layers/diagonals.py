@@ -1,8 +1,8 @@
 """Λ and Γ of one weight: a parameter per adapter, found by name, and by position for compiled code.
 
-A compiler makes a program for each adapter whose name it sees. Compiled code therefore reads the parameters of the
-active adapters from a list, where another adapter is only another value. The list follows the parameters however they
-are replaced: `nn.Module.to`, FSDP, `torch.func.functional_call` and accelerate all assign to ``_parameters``.
+A compiler makes one program for each adapter name that it sees. Compiled code therefore reads the parameters of the
+active adapters from a list, where a different adapter is only a different value. The list follows the parameters
+however they are replaced: `nn.Module.to`, FSDP, `torch.func.functional_call` and accelerate assign to ``_parameters``.
 """
 
 from __future__ import annotations
@@ -76,13 +76,13 @@ for _method in ("__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault
 class Diagonal(nn.ParameterDict):
     """Λ or Γ of one weight.
 
-    An adapter may have any name that is not an attribute, so those of ours begin with ``randlora``.
+    An adapter may have any name that is not an attribute, so our attributes begin with ``randlora``.
 
     Attributes:
         randlora_acting: The names of the active adapters.
-        randlora_slots: Their parameters; ``None`` if something else than `Values` holds the parameters, as in replicas
-            of `nn.DataParallel` and under DeepSpeed's ZeRO-3. They are found by name then.
-        randlora_parts: The adapters of the weight, by name; the mapping that its adapter layer has.
+        randlora_slots: Their parameters. ``None`` if the parameters are not held by `Values`, such as in replicas of
+            `nn.DataParallel` and under DeepSpeed's ZeRO-3; they are found by name then.
+        randlora_parts: The adapters of the weight, by name; the same mapping as in its adapter layer.
     """
 
     randlora_acting: tuple[str, ...] = ()
@@ -142,7 +142,7 @@ class Diagonal(nn.ParameterDict):
 
     @torch.no_grad()
     def randlora_reset(self, position: int) -> None:
-        """Set every parameter to what it started with: the first or the second of the initial values."""
+        """Set every parameter to its initial value, which `initial_values` returns at this position."""
         for name, parameter in self.named_parameters():
             part = self.randlora_parts[name]
             parameter.fill_(initial_values(part.adapter.init, part.shape)[position])

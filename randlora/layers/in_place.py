@@ -1,4 +1,4 @@
-"""Adapting modules in place, by changing their class to a subclass, and undoing that.
+"""Adapting modules in place, by changing their class to a subclass, and undoing this.
 
 As in `torch.nn.utils.parametrize` and FSDP's ``fully_shard``, the subclass is created once per class, and the module
 remains the same object. Λ and Γ are registered on it.
@@ -29,7 +29,7 @@ FORWARDS = "_old_forward", "forward"
 """Instance attributes that may hold a ``forward``. accelerate sets both, and calls the first from the second."""
 
 WRAPPED = "base_layer"
-"""The name by which a version 0.1 held an adapted layer in a module of its own."""
+"""The name under which randlora 0.1 wrapped an adapted layer in a separate module."""
 
 
 class InPlace(nn.Module):
@@ -37,7 +37,7 @@ class InPlace(nn.Module):
 
     Attributes:
         randlora: The adapter layers, by the name of the parameter that each adapts.
-        randlora_casts: The dtypes that the module computes with, by the names of the parameters that have others.
+        randlora_casts: The dtypes that the module computes with, by the names of parameters held in a different one.
         randlora_base: The module's original class.
         randlora_input: The name of the first argument of its forward.
     """
@@ -72,7 +72,7 @@ class InPlace(nn.Module):
             super().register_parameter(name, param)
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Go through the modules inside, but not to Λ and Γ while the weights are split, as by `parallelize_module`."""
+        """Yield the modules inside, without Λ and Γ while `parallelize_module` or the like splits the weights."""
         was_split = self._is_split()
         for name, module in super().named_modules(*args, **kwargs):
             if not isinstance(module, Diagonal) or self._is_split() is was_split:
@@ -83,14 +83,14 @@ class InPlace(nn.Module):
         return any(weight is not None and split_of(kind, weight) is not None for kind, weight in held)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Go through the children, but not to Λ and Γ if accelerate has just offloaded the weights, and goes on."""
+        """Yield the children, without Λ and Γ while accelerate offloads the modules below this one."""
         is_offloaded = bool(loaded_modules([self]))
         for name, child in super().named_children():
             if not (is_offloaded and isinstance(child, Diagonal)):
                 yield name, child
 
     def children(self) -> Iterator[nn.Module]:
-        """Go through all children, as torch does to convert them."""
+        """Yield all children, as torch does to convert them."""
         for _, child in super().named_children():
             yield child
 
@@ -211,7 +211,7 @@ def class_obstacle(owner: nn.Module, layer_class: type[AdapterLayer]) -> str | N
 
 
 def has_attribute(module: nn.Module, name: str) -> bool:
-    """Whether a module has an attribute, without computing it."""
+    """Whether a module has an attribute. Properties are not computed."""
     own = module._modules, module._parameters, module._buffers, vars(module)
     return any(name in held for held in own) or any(name in vars(base) for base in type(module).__mro__)
 
@@ -227,7 +227,7 @@ def detach_obstacle(owner: nn.Module) -> str | None:
 
 
 def can_cast(owner: nn.Module, attribute: str) -> bool:
-    """Whether a module can have a parameter in another dtype than its code reads, by a change of its class."""
+    """Whether a change of its class can let a module hold a parameter in a dtype other than its code reads."""
     own = plain_class(owner)
     if isinstance(owner, torch.jit.ScriptModule | nn.RNNBase) or detach_obstacle(owner) is not None:
         return False  # recurrent layers read a list of their parameters
@@ -241,7 +241,7 @@ def can_cast(owner: nn.Module, attribute: str) -> bool:
 
 
 def set_casts(owner: nn.Module, casts: dict[str, torch.dtype]) -> None:
-    """Have a module's forward read parameters in these dtypes, and no others in another than they have."""
+    """Have a module's forward read these parameters in these dtypes, and all others as they are."""
     is_own, base = detach_obstacle(owner) is None, plain_class(owner)
     owner.__dict__[CASTS] = casts
     if not casts:

@@ -28,9 +28,9 @@ def autocast_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def product_dtype(x: object, weight: Tensor, in_features: int) -> torch.dtype | None:
-    """Return the dtype of a product of plain tensors, ``(..., in_features)`` and a weight, or ``None`` for others.
+    """Return the dtype of the product of an input, ``(..., in_features)``, and a weight, both plain tensors.
 
-    Both have the same dtype, or autocast casts them to the same.
+    ``None`` if they are not plain, or have different dtypes that autocast does not cast to one.
     """
     if not is_plain_tensor(x) or not is_plain_tensor(weight) or x.device != weight.device:
         return None
@@ -41,7 +41,7 @@ def product_dtype(x: object, weight: Tensor, in_features: int) -> torch.dtype | 
 
 
 def require_product(owner: Any, output: object, out_features: int) -> None:
-    """Raise a `TypeError` if what an adapted module's forward returned is no tensor of ``(..., out_features)``."""
+    """Raise a `TypeError` unless an adapted module's forward returned a tensor of shape ``(..., out_features)``."""
     if isinstance(output, Tensor) and (output.is_nested or output.shape[-1:] == (out_features,)):
         return
     name = owner.randlora_base.__name__

@@ -1,4 +1,4 @@
-"""Layers whose forward is the product with their weight: `nn.Linear`, and transformers' ``Conv1D``, stored across."""
+"""Layers whose forward is the product with their weight: `nn.Linear`, and transformers' ``Conv1D`` (transposed)."""
 
 import sys
 from collections.abc import Callable
@@ -17,7 +17,7 @@ FORWARD = nn.Linear.forward  # read on import, in case it is replaced later
 class LinearAdapter(AdapterLayer):
     """Adapts an `nn.Linear`, or a subclass whose forward is the product with its weight.
 
-    A subclass with another forward is adapted by its `as_read` unless it is registered.
+    A subclass with a different forward is adapted by `as_read` unless it is registered.
     """
 
     @staticmethod

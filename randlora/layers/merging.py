@@ -1,4 +1,4 @@
-"""Merging updates into one weight, and restoring it: the original is kept where the weight has its values."""
+"""Merging updates into one weight, and restoring it. The original is kept wherever the weight's values are."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class MergeableWeight(StoredWeight):
     def merged(self, owner: nn.Module, weights: dict[str, float], into: Into) -> Merged:  # noqa: ARG002  # for quantized layers
         """Return the weight plus the updates of some adapters, added in float32 or wider and rounded once.
 
-        If it is merged already, the original weight is added to. Of a sharded weight that is the part that this process
-        holds. A collective if Λ and Γ are sharded.
+        If it is merged already, the updates are added to the original weight. For a sharded weight the result is the
+        part that this process holds. A collective if Λ and Γ are sharded.
 
         Args:
             owner: The adapted module, which is not changed.

@@ -1,9 +1,9 @@
 """The registry of adapter layers by type of module, or by name of parameter.
 
-The adapter layer of a module is that of its type or of the nearest base class. Types are registered as classes or by
+A module gets the adapter layer of its type, or of the nearest base class. Types are registered as classes or by
 qualified name, so that their library need not be imported. A type that looks like a linear layer but cannot be adapted
-is registered with the reason, so that the entries of a base class do not apply. Weights that other code reads are found
-by the module's type or, if that is not registered, by the parameter's name.
+is registered with the reason, so that the entry of a base class does not apply. Weights that other code reads are found
+by the module's type or, if the type is not registered, by the parameter's name.
 """
 
 import inspect
@@ -38,8 +38,8 @@ def register_layer(base_type: type[nn.Module] | str) -> Callable[[Layer], Layer]
         A decorator that returns the class unchanged.
 
     Raises:
-        TypeError: If the class lacks one of the abstract methods of `AdapterLayer`, or its ``kind`` is not one of those
-            that `AdapterLayer` lists.
+        TypeError: If the class lacks an abstract method of `AdapterLayer`, or its ``kind`` is not one that
+            `AdapterLayer` lists.
 
     Examples:
         >>> from torch import Tensor, nn
@@ -69,16 +69,16 @@ def register_layer(base_type: type[nn.Module] | str) -> Callable[[Layer], Layer]
 
 
 def refuse_layer(base_type: type[nn.Module] | str, reason: str) -> None:
-    """Register why layers of a type cannot be adapted, as a phrase that follows the layer's name."""
+    """Register the reason why layers of a type cannot be adapted, as a phrase that follows the layer's name."""
     _layers[qualified_name(base_type)] = reason
 
 
 def register_weight(weight_type: str) -> Callable[[Layer], Layer]:
-    """Register the adapter layer of modules whose weight is of a type, as a class decorator.
+    """Register the adapter layer for modules whose weight has a given type, as a class decorator.
 
     Args:
-        weight_type: The qualified name of a subclass of tensors. The entry applies to modules that the class's base
-            class would adapt.
+        weight_type: The qualified name of a subclass of `torch.Tensor`. The entry applies to modules that the base
+            class of the decorated class would adapt.
 
     Returns:
         A decorator that returns the class unchanged.
@@ -92,11 +92,11 @@ def register_weight(weight_type: str) -> Callable[[Layer], Layer]:
 
 
 def register_parameter(where: Callable[[nn.Module, Tensor], bool]) -> Callable[[Layer], Layer]:
-    """Register the adapter layer of parameters with the name of its ``attribute``, as a class decorator.
+    """Register the adapter layer for parameters named as its ``attribute``, as a class decorator.
 
     Args:
-        where: Whether it applies, given a module and its parameter of this name, or a tensor of as many dimensions that
-            the module computes it from. If several apply, the first registered does.
+        where: Whether the entry applies, given a module and its parameter of this name (or, if the module computes the
+            parameter, a tensor of as many dimensions that it is computed from). The first registered wins.
 
     Returns:
         A decorator that returns the class unchanged.
@@ -111,13 +111,13 @@ def register_parameter(where: Callable[[nn.Module, Tensor], bool]) -> Callable[[
 
 
 class Reading(NamedTuple):
-    """A module whose weight a module around it reads or changes, or that this does not use.
+    """A module whose weight is read or changed, or is not used, by a module around it.
 
     Attributes:
         child: The module.
-        why: Why an adapter that acts when it is called would be wrong, as a phrase after its name.
-        effect: ``"read"`` where one is right that acts on the weight as it is read, ``"untrained"`` where it could not
-            be trained, and ``"none"`` where no adapter is right.
+        why: Why an adapter that acts when the module is called would be wrong, as a phrase after its name.
+        effect: ``"read"`` if an adapter must act on the weight as it is read, ``"untrained"`` if it could not be
+            trained, ``"none"`` if no adapter is right.
     """
 
     child: nn.Module
@@ -129,19 +129,19 @@ _finders: list[Callable[[nn.Module], Iterator[Reading]]] = []
 
 
 def register_readings(find: Callable[[nn.Module], Iterator[Reading]]) -> Callable[[nn.Module], Iterator[Reading]]:
-    """Register what finds the modules inside a module whose weight that reads; a decorator."""
+    """Register a function that finds, inside a module, the modules whose weight it reads; a decorator."""
     _finders.append(find)
     return find
 
 
 def readings_in(owner: nn.Module) -> Iterator[Reading]:
-    """Go through the modules inside an owner whose weight it reads or changes, or that it does not use."""
+    """Yield the modules inside an owner whose weight it reads or changes, or that it does not use."""
     for find in _finders:
         yield from find(owner)
 
 
 FORMS: dict[str, type[AdapterLayer]] = {}
-"""The kinds of weights that files of adapters tell apart by shapes, where no module does."""
+"""The kinds of weights that can be told apart by the shapes in an adapter's file alone, without a module."""
 
 
 def register_form(name: str) -> Callable[[Layer], Layer]:
@@ -157,7 +157,7 @@ def register_form(name: str) -> Callable[[Layer], Layer]:
 def find_layer(module: nn.Module) -> type[AdapterLayer] | str | None:
     """Return the adapter layer of a module's type, the reason why it cannot be adapted, or ``None`` if unknown.
 
-    The entry of a base class whose forward the module does not have is what reads the weight, if there is such a kind.
+    If the module overrides the forward of the registered base class, this is its `as_read`, if there is one.
     """
     for parent in type(module).__mro__:
         if (entry := _layers.get(qualified_name(parent))) is not None:

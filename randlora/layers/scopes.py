@@ -1,8 +1,9 @@
-"""Where code reads a parameter as it is computed with: in a call of its module, or of a module around it.
+"""Where code that reads a parameter gets it with updates: in a call of its module, or of a module around it.
 
-There it has the updates of a `ReadWeight`, and the dtype that the module computes with where that is not its own, as of
-copies that are trained with an adapter. Elsewhere the attribute is the parameter itself, as in `state_dict`, for
-whatever saves, moves, shards, resizes or initializes a model. Compiled code only computes, wherever it reads.
+In such a call the attribute includes the updates of a `ReadWeight`, and has the dtype that the module computes with if
+it is held in a different one (such as copies that are trained with an adapter). Everywhere else the attribute is the
+parameter itself, for code that saves, moves, shards, resizes or initializes a model. In compiled code every read counts
+as in a call.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from randlora.places import loaded_modules
 from randlora.replaced import CASTS
 
 Weights = dict[tuple[int, str, bool, int, bool], Tensor]
-"""What a forward has read and keeps until it ends, by owner's id, attribute, and what else decides on the value."""
+"""Values that a forward has read and keeps until it ends, by the owner's id, attribute, and all they depend on."""
 
 
 class Forward(NamedTuple):
@@ -37,15 +38,15 @@ _here.calls = 0  # in the thread that imports, or the first program that it comp
 
 
 def begin_call(module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG001  # a hook's signature
-    """Begin a call of a module around weights that are read. The compiler traces this, for what it does not compile."""
+    """Begin a call of a module around weights that are read. Traced by the compiler, for code that is not compiled."""
     if not is_exporting():
         _here.calls = getattr(_here, "calls", 0) + 1
 
 
 def end_call(module: nn.Module, args: tuple[Any, ...], output: object) -> None:  # noqa: ARG001
-    """End such a call, also one that has raised, perhaps before it was begun.
+    """End such a call, even if it raised, perhaps before `begin_call`.
 
-    An interrupt runs no hooks. The thread then reads updates outside of calls, too.
+    After a KeyboardInterrupt no hooks run, and the thread goes on reading updates outside of calls.
     """
     if not is_exporting():
         _here.calls = max(getattr(_here, "calls", 0) - 1, 0)
@@ -53,7 +54,7 @@ def end_call(module: nn.Module, args: tuple[Any, ...], output: object) -> None: 
 
 @contextmanager
 def in_call() -> Iterator[None]:
-    """Have the block count as such a call."""
+    """Treat the block as a call of a module around weights that are read."""
     before = getattr(_here, "calls", 0)
     _here.calls = before + 1
     try:
@@ -70,7 +71,7 @@ def is_in_call() -> bool:
 def has_updates(owner: nn.Module) -> bool:
     """Whether reading a weight of a module includes its updates.
 
-    Where accelerate loads a weight for each call of a module, it has them in the forward alone: loading is in the call.
+    If accelerate loads the weight for each call, only the forward has updates, because loading is part of the call.
     """
     if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
         return True  # backward computes what is checkpointed again
@@ -82,7 +83,7 @@ def has_updates(owner: nn.Module) -> bool:
 
 @contextmanager
 def forward_of(owner: nn.Module) -> Iterator[Weights]:
-    """Have weights of a module, and of those in it, read with updates in the block; yield what it has read so far."""
+    """Within the block, read the weights of a module and of modules in it with updates; yield what was read so far."""
     outer = getattr(_here, "forward", None)
     _here.forward = forward = Forward(owner, {})
     try:
@@ -92,7 +93,7 @@ def forward_of(owner: nn.Module) -> Iterator[Weights]:
 
 
 def run_forward(owner: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Return what a forward of a module returns, which reads its weights."""
+    """Run a forward that reads the module's weights, and return its result."""
     if torch.compiler.is_compiling():
         return forward(*args, **kwargs)
     outer, _here.forward = getattr(_here, "forward", None), Forward(owner, {})  # `forward_of`, without its generator
@@ -109,10 +110,10 @@ def read_so_far() -> Weights | None:
 
 
 class ReadAttribute:
-    """The attribute of a class through which code reads a parameter: as it is computed with in a forward.
+    """A descriptor through which code reads a parameter: in a forward with updates, else as it is.
 
-    That is with the updates of adapters that are added where it is read, and cast. A plain tensor that is set in its
-    place, as by pruning and by `nn.DataParallel`, is read as it is, outside of calls alone: it lacks the updates.
+    In a forward, updates that are added where the weight is read are included, and the value is cast. A plain tensor
+    set in its place (by pruning or `nn.DataParallel`) lacks the updates, so it can be read outside of calls only.
     """
 
     def __init__(self, attribute: str) -> None:
@@ -164,14 +165,14 @@ class ReadAttribute:
 
 
 def cast(owner: nn.Module, attribute: str, value: Tensor) -> Tensor:
-    """Return the value of an attribute in the dtype that its module computes with."""
+    """Return the value of a module's attribute in the dtype that the module computes with."""
     dtype = owner.__dict__.get(CASTS, {}).get(attribute)
     return value if dtype is None else value.to(dtype)
 
 
 @contextmanager
 def in_own_dtypes(model: nn.Module) -> Iterator[None]:
-    """Have a model hold all parameters in the dtypes that it computes with, inside the block."""
+    """Within the block, have a model hold all parameters in the dtypes that it computes with."""
     casts = [(module, name) for module in model.modules() for name in vars(module).get(CASTS, ())]
     held = [(module, name, found) for module, name in casts if (found := module._parameters.get(name)) is not None]
     rounded: dict[int, nn.Parameter] = {}  # a tied one stays tied

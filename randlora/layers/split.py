@@ -1,4 +1,4 @@
-"""What layers ask about a weight that is split over processes. A feature that splits weights registers a `Splitter`."""
+"""How layers compute with a weight that is split over processes. Features that split weights register a `Splitter`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Split(ABC):
 
     @abstractmethod
     def rows(self, updates: Sequence[Update], ids: Tensor, padding_idx: int | None) -> Tensor:
-        """Return rows of a table with updates, split as the lookup in it; the row of padding gets no gradient."""
+        """Return rows of a table with updates, split as the layer's lookup. The padding row gets no gradient."""
 
     @abstractmethod
     def value(self, updates: Sequence[Update]) -> Tensor:
@@ -30,25 +30,25 @@ class Split(ABC):
 
 
 class Piece(Protocol):
-    """What of a weight its layer has while it computes with this process's part as with a plain tensor."""
+    """The part of a weight on this process, while the layer computes with this part as with a plain tensor."""
 
     def part(self, update: Update) -> Update:
         """Return the part of an update for this process, with Λ and Γ whose gradients are summed over processes."""
 
 
 class Splitter:
-    """What splits weights over processes. A subclass, registered by `register_splitter`, says how."""
+    """A way of splitting weights over processes. Register a subclass with `register_splitter`."""
 
     def split(self, layer: type[StoredWeight], weight: Tensor) -> Split | None:  # noqa: ARG002
-        """Return how to compute with a weight of a kind of layer, if it is split; see `split_of`."""
+        """Return how to compute with a split weight of a kind of layer, or ``None``; see `split_of`."""
         return None
 
     def obstacle(self, owner: nn.Module, weight: Tensor, *, is_quantized: bool) -> str | None:  # noqa: ARG002
-        """Return why a weight that is split cannot be adapted, as a phrase after its name; else ``None``."""
+        """Return why a split weight cannot be adapted, as a phrase after its name, or ``None``."""
         return None
 
     def adopt(self, owner: nn.Module, layer: Any, held_as: str) -> bool:  # noqa: ARG002
-        """Have an adapter layer computed within a forward that was set on its owner under a name, if it splits that."""
+        """Have an adapter layer computed within a forward that was set on its owner, if this splitter set it."""
         return False
 
 
@@ -62,16 +62,16 @@ def register_splitter(kind: type[Splitter]) -> type[Splitter]:
 
 
 def split_of(layer: type[StoredWeight], weight: Tensor) -> Split | None:
-    """Return how to compute with a weight of a kind of layer that is split over processes; else ``None``."""
+    """Return how to compute with a weight that is split over processes, or ``None`` if it is not split."""
     return next((found for each in SPLITTERS if (found := each.split(layer, weight)) is not None), None)
 
 
 def split_obstacle(owner: nn.Module, weight: Tensor, *, is_quantized: bool) -> str | None:
-    """Return why a weight that is split over processes cannot be adapted, as a phrase after its name; else ``None``."""
+    """Return why a weight that is split over processes cannot be adapted, as a phrase after its name, or ``None``."""
     reasons = (each.obstacle(owner, weight, is_quantized=is_quantized) for each in SPLITTERS)
     return next((reason for reason in reasons if reason is not None), None)
 
 
 def adopted(owner: nn.Module, layer: Any, held_as: str) -> bool:
-    """Whether an adapter layer is now computed within the forward that what splits its weight set on its owner."""
+    """Whether an adapter layer is now computed within a forward that a splitter of its weight set on its owner."""
     return any(each.adopt(owner, layer, held_as) for each in SPLITTERS)

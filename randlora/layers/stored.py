@@ -17,12 +17,12 @@ from randlora.places import Part, is_hooked, place_at
 
 
 class StoredWeight(ABC):
-    """A weight of one kind of layer, the module's parameter of some name. It has no state: it is asked as a class.
+    """How one kind of layer stores its weight, a named parameter of the module. Used as a class; it has no state.
 
     Attributes:
         attribute: The name of the parameter.
         is_transposed: Whether the weight is stored as ``(in_features, out_features)``, or as a stack of such matrices.
-        is_quantized: Whether the parameter has codes instead of the values of the weight.
+        is_quantized: Whether the parameter holds codes instead of the values of the weight.
     """
 
     attribute: ClassVar[str] = "weight"
@@ -42,12 +42,13 @@ class StoredWeight(ABC):
     def in_storage_layout(delta: Tensor) -> Tensor:
         """Return an update, as `as_one_matrix` returns it, in the layout of the owner's weight.
 
-        That is its shape, one that is broadcast to it, or the shape of the weight viewed as a matrix.
+        The result has the shape of the weight, a shape that broadcasts to it, or the shape of the weight viewed as a
+        matrix.
         """
 
     @staticmethod
     def as_one_matrix(delta: Tensor) -> Tensor:
-        """Return an update in the form in which updates of different shapes of one weight can be added."""
+        """Return an update in a form in which updates of one weight that differ in shape can be added."""
         return delta
 
     @classmethod
@@ -63,7 +64,7 @@ class StoredWeight(ABC):
     def shape_of(cls, owner: nn.Module, config: RandLoRAConfig) -> Shape:  # noqa: ARG003  # for stacks of matrices
         """Return the shape of the update of an adapter with these options: ``(out_features, in_features)``.
 
-        For a stack of matrices, each with its own Λ and Γ, their number comes first.
+        For a stack of matrices, each with its own Λ and Γ, the number of matrices comes first.
         """
         in_features, out_features = cls.features(owner)
         return out_features, in_features
@@ -107,7 +108,7 @@ class StoredWeight(ABC):
         Args:
             weight: The weight, or the part of it within the region.
             updates: The updates of the whole weight.
-            region: What part of the weight is given, from `region_of`; ``None`` for all of it.
+            region: The part of the weight that is given, from `region_of`; ``None`` for all of it.
         """
         dtype = torch.promote_types(weight.dtype, torch.float32)
         delta = cls.summed(updates, region, device=weight.device, dtype=dtype)
@@ -119,7 +120,7 @@ class StoredWeight(ABC):
 
         Args:
             own: The part, in the layout of the weight.
-            part: Which it is, of each dimension of the weight.
+            part: Which entries of each dimension of the weight it has.
             shape: The shape of the whole weight, as stored.
             updates: The updates, with all of Λ and Γ.
         """
@@ -148,7 +149,7 @@ class StoredWeight(ABC):
 
         Args:
             shape: The shape of the whole parameter.
-            spans: What part of it, in each dimension.
+            spans: The part, in each dimension.
         """
         *stack, rows, columns = spans
         if cls.is_transposed:

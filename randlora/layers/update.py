@@ -1,4 +1,4 @@
-"""The updates of one weight, their sum, and the options and results of merging it."""
+"""Updates of one weight, their sum, and the options and results of merging them."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class Update(NamedTuple):
         return pair, Diagonals(lam, gamma if gamma.device == device else gamma.to(device), self.scaling)
 
     def diagonals(self, device: torch.device) -> Diagonals:
-        """Return Λ and Γ, whatever the part, with the scaling."""
+        """Return Λ and Γ of the whole update, with the scaling."""
         return Diagonals(self.lam.to(device), self.gamma.to(device), self.scaling)
 
     def norm(self, device: torch.device) -> Tensor:
-        """Return about the norm of the whole update, through which gradients flow; see `update_norm`."""
+        """Return the approximate norm of the whole update. Gradients flow through it; see `update_norm`."""
         matrix, diagonals = self.shape[-2:], self.diagonals(device)
         dtype = torch.promote_types(diagonals.lam.dtype, torch.float32)
         squares = self.basis.squares(max(matrix), min(matrix), device=device, dtype=dtype)
@@ -120,7 +120,7 @@ class Into(NamedTuple):
 
     Attributes:
         quantized: ``"requantize"`` for the same kind of layer, ``"dequantize"`` for a plain `nn.Linear`.
-        dtype: The dtype of plain layers; ``None`` means the one that the quantized layer computes in.
+        dtype: The dtype of plain layers; ``None`` means the dtype that the quantized layer computes in.
     """
 
     quantized: Quantized = "requantize"
@@ -146,7 +146,7 @@ class Merged(NamedTuple):
 
     Attributes:
         weight: The weight before any quantization, or the part of it that this process holds.
-        held: What a quantized layer gets in the place of its codes, for its `fold`.
+        held: What replaces the codes of a quantized layer, for its `fold`.
         rounding: The error of quantizing it.
     """
 
