@@ -94,7 +94,7 @@ def measure_all(
     start, kept_out, failed, missed = time.perf_counter(), [], [], []
     for name, run in benchmarks:
         if only_on.get(name, settings.device) != settings.device:
-            console.print(f"skipped {name}, which is for {only_on[name]} alone")
+            console.print(f"skipped {name}, which is only for {only_on[name]}")
         elif time.perf_counter() - start > LONGEST[settings.device]:
             kept_out.append(name)
         else:
@@ -136,8 +136,8 @@ def main(*benchmarks: tuple[str, Run], only_on: Mapping[str, str] = MappingProxy
         device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to measure.")] = "cpu",
         threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves them as they are.")] = 0,
         out: Annotated[Path, typer.Option(help="Directory for JSON, tables and pictures.")] = OUT,
-        full: Annotated[bool, typer.Option("--full", help="Sweeps, and cases without targets too.")] = False,  # noqa: FBT002
-        gate: Annotated[bool, typer.Option("--gate", help="Fail where a target is missed.")] = False,  # noqa: FBT002
+        full: Annotated[bool, typer.Option("--full", help="Run sweeps, and cases without targets, too.")] = False,  # noqa: FBT002
+        gate: Annotated[bool, typer.Option("--gate", help="Fail if a target is missed.")] = False,  # noqa: FBT002
     ) -> None:
         """Measure beside the peers, and print ratios."""
         settings = settings_of(device, full=full, out=out)

@@ -6,8 +6,8 @@
 1152
 >>> report = randlora.merge(model)
 
-Functions for a model in memory are here, those for files in `randlora.files`, those for many adapters at once in
-`randlora.serving`, exceptions in `randlora.errors`. The types of reports are in the modules of the functions that
+Functions on a model in memory are here, functions on files in `randlora.files`, functions for many adapters at once in
+`randlora.serving`, and exceptions in `randlora.errors`. The types of reports are in the modules of the functions that
 return them.
 """
 

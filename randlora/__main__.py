@@ -1,4 +1,4 @@
-"""``python -m randlora`` and the script `randlora`: the command line, or how to install what it needs."""
+"""``python -m randlora`` and the script `randlora`: the command line, or advice on how to install it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The names of the package, which `randlora/__init__.py` imports from here when one of them is first used."""
+"""The public names of the package. `randlora/__init__.py` imports them from here when one is first used."""
 
 from importlib.util import find_spec as _find_spec
 

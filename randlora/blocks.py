@@ -1,4 +1,4 @@
-"""Blocks in which the active adapters of a model do not act, such as `randlora.disabled`, and what runs in them."""
+"""Blocks in which the active adapters of a model do not act, such as `randlora.disabled`, and what runs instead."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Rows(NamedTuple):
         axes: The dimension that has the rows, by position or keyword, and how many entries there each row has.
         size: The number of rows.
         device: The device of the input.
-        is_declared: Whether the module says which these are; else every tensor as long as the first one is taken.
+        is_declared: Whether the module declares these arguments; else, every tensor as long as the first one is taken.
         output_axes: The dimension that has the rows of the first output, and of all others.
     """
 
@@ -61,11 +61,11 @@ class Rows(NamedTuple):
 
     @classmethod
     def first(cls, args: tuple[Any, ...], kwargs: dict[str, Any], module: str) -> Rows:
-        """Find them where every tensor has the rows of the input, the first one, in its first dimension."""
+        """Find the rows, assuming them in the first dimension of the input and of every equally long tensor."""
         given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
         tensors = {key: value for key, value in given.items() if isinstance(value, Tensor) and value.dim()}
         if not tensors:
-            raise AdapterError(f"routed needs a tensor with a batch, and an adapted {module} was given none")
+            raise AdapterError(f"routed needs a tensor with a batch, but an adapted {module} was given none")
         x = next(iter(tensors.values()))
         axes = {key: (0, 1) for key, value in tensors.items() if value.shape[0] == x.shape[0]}
         return cls(args, kwargs, axes, x.shape[0], x.device)
@@ -84,7 +84,7 @@ class Rows(NamedTuple):
         return args, {name: selected(name, value) for name, value in self.kwargs.items()}
 
     def joined(self, outputs: list[Any], order: Tensor) -> Any:
-        """Return the output for the whole batch, given those for parts of it and where each row is in these."""
+        """Return the output for the whole batch, given the outputs for parts of it and where each row is in them."""
         if not isinstance(outputs[0], tuple):
             return self._joined(outputs, order, self.output_axes[0])
         each = enumerate(zip(*outputs, strict=True))
@@ -96,10 +96,10 @@ class Rows(NamedTuple):
 
 
 class Run(ABC):
-    """What adapted layers do in a block instead of adding the updates of the active adapters.
+    """Something that adapted layers do in a block instead of adding the updates of the active adapters.
 
     Attributes:
-        words: What opens such a block, for messages.
+        words: The function that opens such a block, for messages.
         adapters: The names of the adapters that act in it.
     """
 
@@ -109,11 +109,11 @@ class Run(ABC):
     @property
     @abstractmethod
     def takes_over(self) -> bool:
-        """Whether forwards of layers go through `product`, `rows` and `reading`. Else the adapters of `acting` act."""
+        """Whether forwards of layers go through `product`, `rows` and `reading`; else, the adapters of `acting` act."""
 
     @abstractmethod
     def concerns(self, layer: Any) -> bool:
-        """Return whether any adapter that acts in the block adapts the weight of an adapter layer."""
+        """Whether any adapter that acts in the block adapts the weight of an adapter layer."""
 
     @abstractmethod
     def acting(self, layer: Any) -> list[tuple[Any, float]]:
@@ -129,10 +129,10 @@ class Run(ABC):
 
     @abstractmethod
     def reading(self, layer: Any, forward: ForwardCall) -> Any:
-        """Return the output of a forward that reads the weight of a layer, with whatever it adapts in it."""
+        """Return the output of a forward that reads the weight of a layer, with the adapters of the block."""
 
 
 def open_elsewhere(blocks: Sequence[object]) -> bool:
-    """Return whether a `Run` is among these blocks that another thread, or another task of asyncio, is in."""
+    """Whether these blocks include a `Run` that another thread, or another task of asyncio, is in."""
     here = BLOCKS.get()
     return any(isinstance(block, Run) and not any(block is own for own in here) for block in blocks)

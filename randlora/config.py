@@ -1,7 +1,7 @@
 """The table of options: the config of one adapter, a frozen dataclass that validates itself.
 
-Each option is one entry: its field with type and default, what `entry` says of it, and a line of the class's docstring.
-From here come the checks, the options of `inject`, `plan` and the command line, the schema of files and PEFT's names.
+Each option is one entry: a field with type and default, its `entry`, and a line of the class's docstring. The checks,
+the options of `inject`, `plan` and the command line, the schema of files and PEFT's names are derived from it.
 """
 
 import difflib
@@ -26,10 +26,10 @@ ALPHA_PER_RANK = 20.0
 """The default alpha is 20·r, which is PEFT's 640 for r = 32."""
 
 LARGEST_RANK = 2**20
-"""The largest r. Above min_dim, a larger r adds rows of the bases and no rank, and no layer is as wide as this."""
+"""The largest r. Above min_dim, a larger r adds no rank, and no layer is as wide as this."""
 
 LARGEST_FACTOR = 1e15
-"""The largest alpha, and the largest weight of an adapter: products of both and zeros are zeros in any dtype."""
+"""The largest alpha, and the largest factor of an adapter. Their product times zero is zero in any dtype."""
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -41,38 +41,38 @@ class RandLoRAConfig:
 
     Attributes:
         r: Rank of one random basis. A **smaller** r means **more** trainable parameters: ``num_bases·(r + min_dim)``
-            a layer with ``num_bases = ceil(min_dim / r)``. A mapping from patterns to ranks, such as
+            in each layer, with ``num_bases = ceil(min_dim / r)``. A mapping from patterns to ranks, such as
             ``{"q_proj": 16, ".*": 32}``, gives layers different ranks. A pattern is an FQN or a suffix of FQNs, of
             layers or of modules with layers inside, or else a regex matched with ``fullmatch``. The first pattern that
-            matches a layer applies, each layer must have one, and patterns for a part of others come first. There is
-            one pair of bases for each rank, with the dims of the layers that have it.
+            matches a layer applies, so put narrower patterns first. Every layer needs a match. There is one pair of
+            bases for each rank, with the dims of the layers that have it.
         targets: The layers and weights to adapt. ``"all-linear"`` means all linear layers and the projections of
-            attention, ``"all"`` every kind that has an adapter layer, and skips what cannot be adapted; both leave out
-            output heads. Any other string is a regex matched with ``fullmatch`` against the FQN. A sequence contains
-            FQNs or suffixes of them, each of a layer, of a weight that other code reads, or of a module in which all
-            are adapted. A callable is called with ``(fqn, module)``. ``None`` means the query and value projections of
-            transformers' models, as of the preset of ``model.config.model_type`` or by names that models share, the
-            attention of diffusers' models, and ``"all-linear"`` in others.
+            attention. ``"all"`` means every kind that has an adapter layer, and skips layers that cannot be adapted.
+            Both leave out output heads. Any other string is a regex matched with ``fullmatch`` against the FQN. A
+            sequence contains FQNs or suffixes of them: of layers, of weights that other code reads, or of modules, in
+            which all layers are adapted. A callable is called with ``(fqn, module)``. ``None`` means the query and
+            value projections in models of transformers (by a preset for ``model.config.model_type``, or by names that
+            models share), the attention in models of diffusers, and ``"all-linear"`` in other models.
         exclude: Layers to exclude from ``targets``, in the same forms, before ``targets`` are checked. Names may be
-            those of any modules; a callable is called for the layers that ``targets`` match.
-        alpha: The update is scaled by ``alpha / r``; ``None`` means ``20·r``, of each layer's r. The paper's author
-            advises values from ``2·r`` to ``20·r``. A larger alpha needs a smaller learning rate. It may be a mapping
-            too, with patterns as for ``r``. `randlora.inject` refuses one that is not positive; a file may have it.
+            the names of any modules; a callable is called for the layers that ``targets`` match.
+        alpha: The update is scaled by ``alpha / r``. ``None`` means ``20·r``, with each layer's r. The paper's author
+            advises values from ``2·r`` to ``20·r``. A larger alpha needs a smaller learning rate. May also be a
+            mapping, with patterns as for ``r``. `randlora.inject` requires a positive alpha; files need not have one.
         dropout: Probability of zeroing an entry of the adapter's input in training, in [0, 1).
         basis: The kind of the frozen random bases.
-        stream: The random stream of the bases, each the same bits on every machine and version: ``"torch"`` is what
-            PEFT 0.21.2 draws, ``"torch-2.11"`` is what it draws for ``dense`` under torch 2.11 and older, and
-            ``"portable"`` depends on no dims. ``None`` means ``"torch"``, or ``"portable"`` for ``block``, which has no
-            other.
-        blocks: ``(c, b)``, the numbers of blocks in A and B of ``block`` bases; both divide every r. ``None`` means a
-            default that depends on r and the layers, and leaves no entry of an update always zero.
+        stream: The random stream of the bases. Each gives the same bits on every machine and version. ``"torch"`` gives
+            what PEFT 0.21.2 draws, ``"torch-2.11"`` what it draws for ``dense`` under torch 2.11 and older. The values
+            of ``"portable"`` do not depend on the dims. ``None`` means ``"torch"``, or ``"portable"`` for ``block``,
+            which has no other stream.
+        blocks: ``(c, b)``, the numbers of blocks in A and B of ``block`` bases. Both must divide every r. ``None``
+            means a default that depends on r and the layers, and leaves no entry of an update always zero.
         seed: Seed of the bases, a 64-bit unsigned integer; torch's generator uses its low 32 bits.
         train_also: Modules or parameters that are trained and saved with the adapter: a regex, or a sequence of names
-            or suffixes. A default, ``"all"`` and ``"all-linear"`` leave them out of the targets.
+            or suffixes. Default targets, ``"all"`` and ``"all-linear"`` leave them out.
         in_proj: How the ``in_proj_weight`` of an `nn.MultiheadAttention` is adapted: ``"packed"``, as one matrix, or
             ``"split"``, with a Λ and a Γ for each of its query, key and value projections.
-        experts: How a stack of experts' weights is adapted: ``"each"`` expert with its own Λ and Γ, or all with
-            ``"shared"`` ones, so that one update is added to all.
+        experts: How a stack of experts' weights is adapted: ``"each"`` expert has its own Λ and Γ, or they are
+            ``"shared"``, so that one update is added to all experts.
 
     Raises:
         ConfigError: If values are invalid; the message lists all of them.
@@ -133,7 +133,7 @@ class RandLoRAConfig:
             yield from (f"both of blocks {blocks} must divide r={r}" for r in ranks if any(r % n for n in blocks))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the options as JSON-serializable values. Mappings become lists of pairs, whose order JSON keeps.
+        """Return the options as JSON-serializable values. Mappings become lists of pairs, to keep their order in JSON.
 
         Raises:
             ConfigError: If ``targets`` or ``exclude`` is a callable.
@@ -164,11 +164,11 @@ OPTIONS = {
     each.name: Option(each.name, get_type_hints(RandLoRAConfig)[each.name], each.default, **each.metadata)
     for each in fields(RandLoRAConfig)
 }
-"""The table by name."""
+"""The options of the table by name."""
 
 MEANT = {name: f"use {option.name}=" for option in OPTIONS.values() for name in (option.peft, *option.meant) if name}
 MEANT = {**{name: advice for name, advice in MEANT.items() if name not in OPTIONS}, **ADVICE}
-"""What to do about options that `inject` does not have, and PEFT or other libraries have."""
+"""Advice about options that PEFT or other libraries have and `inject` does not have."""
 
 
 def _frozen(value: Any) -> Any:

@@ -1,8 +1,8 @@
-"""The exceptions that randlora raises for incorrect use, and how it warns.
+"""The exceptions that randlora raises for incorrect use, and its warnings.
 
 Every message says what was expected, what was given, where (the fully qualified name, FQN) and what to do. All problems
-of one call are collected and raised together before anything is changed: those of options in full, of others the first
-few and a count of the rest.
+of one call are collected and raised together before anything is changed. All problems with options are listed; of other
+problems, the first few and the number of the rest.
 """
 
 import json
@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 SHOWN, OPTIONS_SHOWN = 5, 100
-"""Number of problems of one call that are shown in full: of layers, tensors or files, and of options."""
+"""How many problems of one call are shown in full: with layers, tensors or files; with options."""
 
 
 def how_to_install(extra: str) -> str:
-    """Return the command that installs an extra of this library, once it is published and in a checkout."""
+    """Return the command that installs an extra of this library, from an index or in a checkout."""
     return f"python -m pip install 'randlora[{extra}]', or '.[{extra}]' in a checkout"
 
 
@@ -35,7 +35,7 @@ def spelled(name: str, value: object = None) -> str:
 
 @contextmanager
 def on_command_line() -> Iterator[None]:
-    """Have messages that are made in the block name options as the command line does."""
+    """Within the block, let messages name options as on the command line."""
     before = _ON_COMMAND_LINE.set(True)
     try:
         yield
@@ -48,7 +48,7 @@ class RandLoRAError(Exception):
 
 
 class ConfigError(RandLoRAError, ValueError):
-    """An option has an invalid value, by itself or with the adapters that the model already has."""
+    """An option has an invalid value, by itself or together with the adapters that the model already has."""
 
 
 class OptionError(ConfigError, TypeError):
@@ -72,7 +72,7 @@ class CheckpointError(RandLoRAError, ValueError):
 
 
 def raise_collected(error: type[RandLoRAError], problems: Sequence[str], *, doing: str) -> None:
-    """Raise one error of a class for all problems, a sentence each, if there are any: the first few, and a count.
+    """Raise one error for all problems, if there are any, with the first few of them and a count.
 
     ``doing`` is the refused call, for the first line: ``"inject"``, ``"load 'dir'"``.
     """
@@ -90,7 +90,7 @@ def raise_collected(error: type[RandLoRAError], problems: Sequence[str], *, doin
 def warn(message: str) -> None:
     """Warn at the line outside of this library that made the call.
 
-    From Python 3.12 on `warnings.warn` finds it by ``skip_file_prefixes``. Nothing else here looks at frames so.
+    From Python 3.12 on, `warnings.warn` can find this line with ``skip_file_prefixes``.
     """
     level, frame = 1, sys._getframe()
     while frame.f_back and frame.f_globals.get("__name__", "").startswith(("randlora.", "torch.utils._contextlib")):

@@ -1,6 +1,6 @@
-"""The features: folders, or files, that register what they have when they are imported, and that no other file names.
+"""The features: folders or files that register themselves when they are imported, and that no other file names.
 
-One that is deleted is not there, and the rest works.
+If one is deleted, the rest still works.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What callers and files give: values against type hints, which say what is expected, and names of other libraries."""
+"""Checking values from callers and files against type hints, and suggestions for names from other libraries."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _BIASES = 'use train_also=, which takes the names of biases: train_also=r".*\\.b
 
 _WHOLE_NAMES = "use targets=, which takes names and regexes of whole layers"
 
-_NOTHING_LIKE_IT = "leave it out: it is for another method, and has no counterpart here"
+_NOTHING_LIKE_IT = "leave it out: it is for a different method, and has no counterpart here"
 
-_RECORDED = "leave it out: it says nothing about the adapter that the file does not say"
+_RECORDED = "leave it out: the adapter's file records what it would say"
 
 ADVICE = {
     "adapter_name": "use name=",
@@ -55,7 +55,7 @@ ADVICE = {
     "layers_to_transform": _WHOLE_NAMES,
     "lora_bias": _BIASES,
     "low_cpu_mem_usage": "leave it out: bases are drawn once, and shared by all layers",
-    "peft_type": "leave it out: every adapter is one of RandLoRA",
+    "peft_type": "leave it out: every adapter is a RandLoRA adapter",
     "peft_version": _RECORDED,
     "rank": "use r=, the rank of one basis: a smaller r trains more parameters",
     "rank_pattern": _BY_PATTERN.format("r", "r"),
@@ -63,9 +63,9 @@ ADVICE = {
     "save_projection": 'use the argument bases="stored" of save()',
     "sparse": 'use basis="sparse"',
     "target_parameters": "use targets=, which takes names of weights too",
-    "task_type": "leave it out: the model is changed in place, and stays one for its task",
+    "task_type": "leave it out: the model is changed in place, and keeps its task",
     "trainable_token_indices": "use train_also=, with the whole embedding, or targets= with it",
-    "use_dora": "leave it out: an update is of full rank already",
+    "use_dora": "leave it out: an update has full rank already",
     "use_rslora": "leave it out, and give alpha=: randlora.equivalent_alpha(…, use_rslora=True) computes it",
     "very_sparse": 'use basis="very_sparse"',
     **dict.fromkeys(
@@ -77,7 +77,7 @@ ADVICE = {
         _NOTHING_LIKE_IT,
     ),
 }
-"""What to do about options of PEFT and other libraries that have no entry of the table here."""
+"""Advice about options of PEFT and other libraries that have no entry in the table here."""
 
 _LOAD_MODEL = "randlora.files.load_model(directory)"
 
@@ -113,7 +113,7 @@ CALLS = {
     "unload": "randlora.eject(model)",
     "unmerge_adapter": "randlora.unmerge(model)",
 }
-"""The calls that are meant by names that this library does not have, and PEFT has."""
+"""The calls to use instead of names that PEFT has and this library does not have."""
 
 IN_PLACE = (
     "calls of randlora change the model itself and return a report: write randlora.inject(model), not model = "
@@ -122,7 +122,7 @@ IN_PLACE = (
 
 
 def require_types(function: Callable[..., object], arguments: Mapping[str, object]) -> None:
-    """Raise a `ConfigError` if arguments of a function are not of the types in its signature."""
+    """Raise a `ConfigError` if arguments of a function do not have the types in its signature."""
     hints = _hints(function)
     problems = [
         problem for name, value in arguments.items() if name in hints for problem in mistyped(value, hints[name], name)
@@ -136,11 +136,11 @@ def _hints(function: Any) -> dict[str, Any]:
 
 
 def mistyped(value: object, hint: Any, name: str) -> Iterator[str]:
-    """Yield which parts of a value are not what a type hint says, by name, with what was expected.
+    """Yield messages about the parts of a value that do not match a type hint, with their names and the expected type.
 
-    The hint may be a class, a union, a literal, ``Any``, a `TypedDict`, of which keys that it lacks are no problem, or
-    a list, tuple, mapping, sequence or path. Numbers must be finite, and a bool is none; a path must be one that a
-    system accepts; a tuple may be a list, as it is in JSON.
+    The hint may be a class, a union, a literal, ``Any``, a `TypedDict` (unknown keys are allowed), or a list, tuple,
+    mapping, sequence or path. Numbers must be finite, and a bool is not a number. A path must be acceptable to the
+    system. A list may stand for a tuple, as in JSON.
     """
     choices = get_args(hint) if get_origin(hint) in UNIONS else (hint,)
     found = [(choice, [*_differences(value, choice, name)]) for choice in choices if _has_form(value, choice)]
@@ -206,12 +206,12 @@ def _is_no_path(value: object) -> bool:
 
 
 def listed(names: object) -> list[Any]:
-    """Return names as a list, whatever was given instead of one name or several, for a check to look at."""
+    """Return names as a list, whatever was given instead of names, so that they can be checked."""
     return list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a number is finite as a float, which a large integer is not."""
+    """Whether a number is finite as a float. A very large integer is not."""
     try:
         return math.isfinite(value)
     except OverflowError:  # an integer too large for a float
@@ -239,10 +239,10 @@ def shortly(value: object) -> str:
 
 
 class NotTheModel:
-    """Base class of reports of calls that change a model: one that is used as the model says where that is."""
+    """Base class of reports of calls that change a model in place. A report used as the model explains the mistake."""
 
     def __call__(self, *args: object, **kwargs: object) -> NoReturn:  # noqa: ARG002  # of the model
-        """Raise a `TypeError` that says what is meant."""
+        """Raise a `TypeError` that says what to write."""
         raise TypeError(f"a {type(self).__name__} cannot be called: {IN_PLACE}")
 
     if not TYPE_CHECKING:  # to which every name would then be one

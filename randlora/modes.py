@@ -23,16 +23,16 @@ count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", 
 
 
 class Observer(TorchDispatchMode):
-    """A mode that keeps no result of an operator, so that arithmetic in place goes on under it."""
+    """A mode that keeps no results of operators, so that arithmetic in place can continue."""
 
 
 def may_be_kept() -> bool:
-    """Whether a mode is active that may keep results of operators, which then must not be overwritten."""
+    """Whether an active mode may keep results of operators, so that these must not be overwritten."""
     return count_modes() > 0 and not all(isinstance(mode, Observer) for mode in _get_current_dispatch_mode_stack())
 
 
 def without_modes() -> AbstractContextManager[object]:
-    """Return a context in which no mode is active, for values that must be real."""
+    """Return a context in which no mode is active, for tensors that must be real."""
     return _disable_current_modes()
 
 
@@ -42,24 +42,26 @@ def fake_mode() -> FakeTensorMode | None:
 
 
 def are_bases_fake() -> bool:
-    """Whether bases must be fake: not for a mode that takes real tensors too, or for one that records a program."""
+    """Whether bases must be fake. Not for a mode that also accepts real tensors, or one that records a program."""
     mode = fake_mode()
     return mode is not None and not mode.allow_non_fake_inputs and _active("PROXY") is None
 
 
 def in_mode(tensor: Tensor) -> Tensor:
-    """Return a real tensor as code in the active modes takes it: a fake one under a mode whose tensors are fake."""
+    """Return a real tensor as the active modes expect it: a fake tensor under a mode with fake tensors."""
     mode = fake_mode()
     return tensor if mode is None else mode.from_tensor(tensor)
 
 
 def fake_obstacle(tensor: Tensor) -> str | None:
-    """Return why tensors made now would not fit beside one, as a phrase that follows its name, or ``None``."""
+    """Return why tensors made now would not work together with one, as a phrase after its name, or ``None``."""
     mode = fake_mode()
     if isinstance(tensor, FakeTensor) and tensor.fake_mode is not mode:
         return "is fake: call this, and the model, under the FakeTensorMode that it was made under"
     if mode is not None and not isinstance(tensor, FakeTensor):
-        return "has values, and what is made under FakeTensorMode has none: leave that, or build the model under it"
+        return (
+            "has values, but tensors made under FakeTensorMode have none: leave this mode, or build the model under it"
+        )
     return None
 
 

@@ -1,9 +1,9 @@
 """Parameters and buffers whose values accelerate keeps in RAM or on disk, and loads for each call of their module.
 
-Such a parameter is on the meta device between calls. Its values are in the ``weights_map`` of a hook of the module: a
-dict, or a loader of files. Values are written into the dict. Files are left as they are, because they may be a
-checkpoint, or a folder that another model reads too: new values go to a file of their own, which the loader is told to
-read. accelerate is imported only where a module has one of its hooks.
+Such a parameter is on the meta device between calls. Its values are in the ``weights_map`` of a hook of the module,
+which is a dict or a loader of files. Values are written into the dict. Existing files are left as they are, because
+they may be a checkpoint or a folder that another model reads too: new values go to a new file, which the loader is told
+to read. accelerate is imported only if a module has one of its hooks.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from randlora.layers.in_place import plain_class
 from randlora.places import Keeper, Kept, Place, register_keeper
 
 HOOK = "_hf_hook"
-"""The attribute of a module in which accelerate keeps its hook, or several in one."""
+"""The attribute of a module in which accelerate keeps its hook, or several hooks combined."""
 
 
 class MergedFile(str):
-    """The path of a file that is deleted when nothing refers to it any more, a copy of the model included."""
+    """The path of a file that is deleted when nothing refers to it any more (not even a copy of the model)."""
 
     def __init__(self, path: str) -> None:
         """Take the path of an existing file."""
@@ -57,7 +57,7 @@ class Entry(NamedTuple):
 
     @property
     def held(self) -> dict[str, Any]:
-        """The dict that has the values or, for a file, what the loader knows of it."""
+        """The dict that has the values or, for a file, the loader's entry about it."""
         if isinstance(self.store, dict):
             return self.store
         found: dict[str, Any] = self.store.index if self.is_file else self.store.state_dict
@@ -65,7 +65,7 @@ class Entry(NamedTuple):
 
     @property
     def identity(self) -> object:
-        """A key that is equal where entries have the same memory or the same tensor of a file."""
+        """A key that is equal for entries with the same memory or the same tensor in a file."""
         kept = self.held[self.key]
         if not self.is_file:
             return kept.device, kept.data_ptr()
@@ -74,7 +74,7 @@ class Entry(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """The folder for a file with new values: that of the offloaded weights, else one for temporary files."""
+        """The folder for a file with new values: the folder of the offloaded weights, else one for temporary files."""
         return str(self.store.save_folder or tempfile.gettempdir())
 
     def read(self, kept: Any) -> Tensor:
@@ -97,7 +97,7 @@ class Entry(NamedTuple):
 
 
 Entries = tuple[tuple[Entry, Any], ...]
-"""What the entries of a parameter were."""
+"""The former entries of a parameter."""
 
 
 class Offloaded(Place):
@@ -123,7 +123,7 @@ class Offloaded(Place):
 
     @property
     def identities(self) -> tuple[object, ...]:
-        """Keys of the entries, and of the parameters that a hook knows as tied. To which is not recorded."""
+        """Keys of the entries, and of parameters that a hook records as tied (but not to which others)."""
         tied = (
             (id(hook.tied_params_map), self._tensor.shape, self._tensor.dtype)
             for hook in offloading_hooks(self._owner)
@@ -140,7 +140,7 @@ class Offloaded(Place):
         return self.read()
 
     def keep(self) -> Kept:
-        """Return the entries: tensors, or where the files are."""
+        """Return the entries: tensors, or the places of files."""
         return Kept(self._now(), self)
 
     def _now(self) -> Entries:
@@ -154,7 +154,7 @@ class Offloaded(Place):
         self._renew(value)
 
     def restore(self, values: Entries) -> None:
-        """Set back kept entries, or write their values if the parameter has been offloaded anew since."""
+        """Restore kept entries, or write their values if the parameter has been offloaded again since."""
         value = self._read(values)
         if [id(entry.store) for entry, _ in values] != [id(entry.store) for entry in self.entries]:
             self.write(value)
@@ -164,7 +164,7 @@ class Offloaded(Place):
         self._renew(value)
 
     def stored(self, values: Entries) -> Tensor | None:
-        """Return kept values if the parameter is loaded at present; a state dict has no values of it else."""
+        """Return kept values if the parameter is loaded now. Otherwise a state dict has no values for it."""
         return None if self._tensor.is_meta else self._read(values)
 
     @property
@@ -234,7 +234,7 @@ class Offloading(Keeper):
     def place_of(self, owner: nn.Module, attribute: str) -> Offloaded | None:
         """Return the place of a module's parameter or buffer if accelerate offloads it by itself, else ``None``.
 
-        ``None`` too if it is loaded together with all of a module around it, or from a map that cannot be written to.
+        ``None`` too if it is loaded together with a whole module around it, or from a map that cannot be written to.
         """
         if not (hooks := list(offloading_hooks(owner))):
             return None

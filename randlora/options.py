@@ -1,6 +1,6 @@
-"""The words and values that options take, by layer too, and what the table of options says of each.
+"""The values that options take, by layer too, and the entries of the table of options.
 
-The table is `RandLoRAConfig`, with one entry for an option. Neither imports torch, which takes seconds.
+The table is `RandLoRAConfig`, with one entry for each option. Neither module imports torch, because this takes seconds.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Strategy = Literal["ddp", "fsdp2", "tp"]
 Format = Literal["peft", "native", "lora", "diff"]
 Layout = Literal["peft", "diffusers", "mlx"]
 Component = Literal["unet", "transformer", "text_encoder", "text_encoder_2", "diffusion_model"]
-"""Attributes of diffusers' pipelines, and ``diffusion_model``, as ComfyUI calls a model with its authors' own names."""
+"""Attributes of diffusers' pipelines, and ``diffusion_model``, ComfyUI's name for a model with its authors' names."""
 
 Names = str | Sequence[str]
 """A regex for whole names, or names and suffixes of names."""
 Pattern = Names | Callable[[str, Any], bool]
-"""The same, or a function of a name and a module."""
+"""`Names`, or a function of a name and a module."""
 
 Source = str | os.PathLike[str]
 """A path, or a repository on the Hub."""
@@ -41,13 +41,13 @@ Sources = Source | Sequence[Source] | Mapping[str, float] | Mapping[Path, float]
 """One or several, or their factors."""
 
 Check = Callable[[Any], str]
-"""Returns what a value of the right type must be, or nothing if it is that."""
+"""Returns the requirement that a value of the right type does not meet, or an empty string."""
 
 NO_REGEX = re.error, OverflowError, RecursionError
-"""What the module ``re`` raises for what is no regular expression, counts too far, or is nested too deeply."""
+"""Errors of the module ``re`` for text that is not a regular expression, counts too far, or is nested too deeply."""
 
 Factor = float | Mapping[str, float]
-"""The factor of an active adapter's update: one for all layers, or one for each by FQN. With 0 it does not act."""
+"""The factor of an active adapter's update: one for all layers, or one for each by FQN. 0 means it does not act."""
 
 _Number = TypeVar("_Number", bound=float)
 
@@ -57,20 +57,20 @@ _Value = TypeVar("_Value")
 def entry(
     *, check: Check = lambda _: "", peft: str | None = None, meant: Sequence[str] = (), since: int = 1
 ) -> dict[str, Any]:
-    """Return what the table says of an option, as metadata of its field.
+    """Return an option's entry in the table, as metadata of its field.
 
     Args:
-        check: What its values must be beside their type; of a mapping each value.
-        peft: PEFT's name of it, in the JSON of its RandLoRA.
-        meant: Further names by which users of other libraries mean it.
-        since: The first version of the format of files that has it. A later one than 1 is written for this option only
-            if it is not the default.
+        check: The requirement on its values beside their type. In a mapping, on each value.
+        peft: PEFT's name for it, in the JSON of its RandLoRA.
+        meant: Further names for it in other libraries.
+        since: The first version of the file format that has it. A version above 1 is written only if the option does
+            not have its default.
     """
     return {"check": check, "peft": peft, "meant": meant, "since": since}
 
 
 def between(words: str, least: float, largest: float) -> Check:
-    """Return a check that a value is one of Python's own numbers, which JSON has, in a range: in these words."""
+    """Return a check that a value is a Python number (as in JSON) within a range, described by ``words``."""
     return lambda value: "" if isinstance(value, int | float) and least <= value <= largest else words
 
 
@@ -82,7 +82,7 @@ def positive_pair(pair: tuple[int, int]) -> str:
 def names_or_regex(value: Any) -> str:
     """Check a pattern for names, which may be a function too."""
     if isinstance(value, tuple):
-        return "" if value and all(value) else "at least one name, and no empty one"
+        return "" if value and all(value) else "at least one name, and no empty names"
     try:
         re.compile(value if isinstance(value, str) else "")
     except NO_REGEX as error:
@@ -92,7 +92,7 @@ def names_or_regex(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Option:
-    """An option of the table: the name, type and default of its field, and what `entry` says of it."""
+    """An option of the table: the name, type and default of its field, and its `entry`."""
 
     name: str
     type: Any
@@ -103,7 +103,7 @@ class Option:
     since: int
 
     def problems(self, value: Any) -> Iterator[str]:
-        """Yield why a value cannot be this option's."""
+        """Yield messages about why a value is invalid for this option."""
         if wrong := [*mistyped(value, self.type, self.name)]:
             yield from wrong
         elif isinstance(value, Mapping):
@@ -119,7 +119,7 @@ class Option:
 class ByPattern(Mapping[str, _Number]):
     """An option with a number for each pattern of layers; the first pattern that matches a layer applies.
 
-    It cannot be changed, and equals only mappings with the same entries in the same order.
+    It is immutable, and equals only mappings with the same entries in the same order.
     """
 
     def __init__(self, numbers: Mapping[str, _Number]) -> None:
@@ -169,7 +169,7 @@ class LayerOptions(NamedTuple):
 
 
 def by_rank(values: Mapping[str, _Value], options: Mapping[str, LayerOptions]) -> dict[int, list[_Value]]:
-    """Return the values of the layers of each r, such as their shapes."""
+    """Return the values of layers, such as their shapes, grouped by r."""
     found: dict[int, list[_Value]] = {}
     for fqn, value in values.items():
         found.setdefault(options[fqn].r, []).append(value)

@@ -1,7 +1,7 @@
 """The place of a parameter: where its values are, how they are read and written, and how they are restored.
 
-The values of most parameters are in the parameter itself, which is `Plain`. A feature that keeps others elsewhere, such
-as in the shards of several processes, registers a `Keeper` that finds their places.
+The values of most parameters are in the parameter itself, a `Plain` place. A feature that keeps values elsewhere, such
+as in shards on several processes, registers a `Keeper` that finds their places.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Part = tuple[Spans, ...]
 
 
 Exchanges = Literal["parameters", "values", "nothing"]
-"""Whether a module can have another parameter in the place of one, or that must stay and take the values of another, as
-what keeps it would not see another, or neither."""
+"""Whether a parameter can be replaced, or must stay and take the values of its replacement (because its keeper would
+not see a new one), or neither."""
 
 
 class Place(ABC):
-    """Where the values of one parameter, or of a tensor that stands alone, are.
+    """The place of the values of one parameter, or of a tensor outside of modules.
 
     Attributes:
-        is_lasting: Whether values that are written stay: not if an optimizer has copies that it would write back.
-        exchanges: How the parameter is exchanged for a copy of it.
+        is_lasting: Whether written values stay. Not if an optimizer has copies that it would write back.
+        exchanges: How the parameter is exchanged for a copy.
     """
 
     is_lasting: bool = True
@@ -38,7 +38,7 @@ class Place(ABC):
 
     @property
     def part(self) -> Part | None:
-        """What of it this process holds; ``None`` for all."""
+        """The part on this process; ``None`` means all."""
         return None
 
     @property
@@ -48,7 +48,7 @@ class Place(ABC):
 
     @property
     def folder(self) -> str | None:
-        """The folder to which writing adds a file, if it does."""
+        """The folder to which writing adds a file, or ``None``."""
         return None
 
     @property
@@ -58,12 +58,12 @@ class Place(ABC):
 
     @property
     def identities(self) -> tuple[object, ...]:
-        """Keys, one of which is equal for places of the same values, beside the memory of parameters."""
+        """Keys by which places of the same values can be recognized if they do not share the parameters' memory."""
         return ()
 
     @abstractmethod
     def read(self) -> Tensor:
-        """Return the values of that part, a plain tensor. This may be a collective."""
+        """Return the values of this process's part as a plain tensor. This may be a collective."""
 
     @abstractmethod
     def whole(self) -> Tensor:
@@ -71,22 +71,22 @@ class Place(ABC):
 
     @abstractmethod
     def write(self, value: Tensor) -> None:
-        """Set the values of that part. This may be a collective."""
+        """Set the values of this process's part. This may be a collective."""
 
     @abstractmethod
     def stored(self, values: Any) -> Tensor | None:
         """Return kept values in the form in which a state dict has the parameter; ``None`` if it has none."""
 
     def keep(self) -> Kept:
-        """Return what `restore` needs to restore the present values, bit for bit: a copy."""
+        """Return a copy with which `restore` can restore the current values bit for bit."""
         return Kept(self.read().clone(), self)
 
     def restore(self, values: Any) -> None:
-        """Restore the ``values`` of what `keep` returned."""
+        """Restore the ``values`` of a result of `keep`."""
         self.write(values)
 
     def follow(self, parameter: nn.Parameter) -> None:  # noqa: B027  # most need nothing
-        """Have what keeps this parameter keep another, which is put in its place, if it does not find that itself."""
+        """Have the keeper of this parameter keep its replacement too, if it does not find it by itself."""
 
 
 class Kept(NamedTuple):
@@ -94,14 +94,14 @@ class Kept(NamedTuple):
 
     Attributes:
         values: The values, as `restore` of their place takes them.
-        place: Their place, if values are written there in place; ``None`` if the parameter was exchanged for another.
+        place: Their place, if values are written in place; ``None`` if the parameter itself was exchanged.
     """
 
     values: Any
     place: Place | None = None
 
     def put_back(self, now: Place) -> None:
-        """Restore the values in the place that the parameter has now, which may be of another kind than it was."""
+        """Restore the values in the current place of the parameter, which may be of a different kind than before."""
         if self.place is None and not isinstance(now, Plain):  # it has been offloaded since
             now.write(self.values)
         else:
@@ -116,7 +116,7 @@ class Kept(NamedTuple):
 
 
 class Whole(Place):
-    """The place of a tensor that stands alone and whose data are all its values, such as Λ. They change in place."""
+    """The place of a tensor whose data are all its values, such as Λ. They change in place."""
 
     def __init__(self, tensor: Tensor) -> None:
         """Take the tensor."""
@@ -148,8 +148,8 @@ class Whole(Place):
 class Plain(Whole):
     """The place of an ordinary parameter of a module, whose data are all its values.
 
-    To write is to put another parameter in its place: a program that was exported or traced from the model may hold
-    this one, which must not change.
+    Writing puts a new parameter in its place, because a program that was exported or traced from the model may hold the
+    current one, which must not change.
     """
 
     def __init__(self, owner: nn.Module, attribute: str) -> None:
@@ -159,9 +159,9 @@ class Plain(Whole):
         super().__init__(self._own)
 
     def write(self, value: Tensor) -> None:
-        """Put a parameter with these values in the place of the present one.
+        """Replace the current parameter by one with these values.
 
-        It does not require grad even if the present one does: what it would be trained to is dropped by `restore`.
+        The new parameter does not require grad, because `restore` would drop what it is trained to.
         """
         held = nn.Parameter(value, requires_grad=False)
         held.__dict__.update(vars(self._own))  # what libraries set on parameters
@@ -172,21 +172,21 @@ class Plain(Whole):
         return Kept(self._own)
 
     def restore(self, values: Any) -> None:
-        """Put a parameter back, on the device and in the dtype of the present one."""
+        """Put a parameter back, on the device and in the dtype of the current one."""
         if values.device != self._own.device or values.dtype != self._own.dtype:
             values.data = values.data.to(device=self._own.device, dtype=self._own.dtype)
         self._owner._parameters[self._attribute] = values
 
 
 class Keeper:
-    """What keeps the values of some parameters elsewhere. A subclass, registered by `register_keeper`, says where."""
+    """Finds places of values that are kept outside of their parameters. Register subclasses by `register_keeper`."""
 
     def place_at(self, tensor: Tensor) -> Place | None:  # noqa: ARG002  # for those that keep no such tensors
-        """Return the place of a tensor, whatever module has it, if it is kept here."""
+        """Return the place of a tensor if it is kept here, whichever module it belongs to."""
         return None
 
     def place_of(self, owner: nn.Module, attribute: str) -> Place | None:  # noqa: ARG002
-        """Return the place of a module's parameter if that depends on the module and it is kept here."""
+        """Return the place of a module's parameter if it is kept here and the place depends on the module."""
         return None
 
     def lent(self, tensor: Tensor) -> str | None:  # noqa: ARG002
@@ -198,11 +198,11 @@ class Keeper:
         return None
 
     def own_class(self, kind: type[nn.Module]) -> type[nn.Module]:
-        """Return the class that a module had before what keeps its parameters changed it."""
+        """Return the class that a module had before a keeper of its parameters changed it."""
         return kind
 
     def holders(self, owner: nn.Module) -> list[object]:  # noqa: ARG002
-        """Return the objects whose attributes change when a parameter of a module is written to where it is kept."""
+        """Return the objects whose attributes change when a parameter of a module is written."""
         return []
 
     def is_hooked(self, module: nn.Module) -> bool:  # noqa: ARG002
@@ -214,7 +214,7 @@ class Keeper:
         return {}
 
     def ranks_of(self, parameters: Iterable[Tensor], *, is_written: bool) -> Ranks | None:  # noqa: ARG002
-        """Return the processes that hold some of these parameters together; see `ranks_of`."""
+        """Return the processes that together hold some of these parameters; see `ranks_of`."""
         return None
 
     def settle(self, model: nn.Module) -> None:
@@ -222,7 +222,7 @@ class Keeper:
 
 
 KEEPERS: list[Keeper] = []
-"""What finds places that are not plain, in the order in which they are asked."""
+"""The keepers that find places that are not plain, in the order in which they are asked."""
 
 
 def register_keeper(kind: type[Keeper]) -> type[Keeper]:
@@ -245,13 +245,13 @@ def place_of(owner: nn.Module, attribute: str) -> Place:
 
 
 def place_at(tensor: Tensor) -> Place:
-    """Return the place of a tensor that stands alone, such as Λ, or a copy that an adapter trains."""
+    """Return the place of a tensor that is not a parameter of the model, such as Λ or a copy that an adapter trains."""
     found = (keeper.place_at(tensor) for keeper in KEEPERS)
     return next((place for place in found if place is not None), None) or Whole(tensor)
 
 
 def is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor's own data are all its values, for good."""
+    """Whether a tensor's own data are always all its values."""
     return isinstance(place_at(tensor), Whole) and lent(tensor) is None
 
 
@@ -266,14 +266,14 @@ def withheld(model: nn.Module) -> str | None:
 
 
 def own_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return the class that a module had before what keeps its parameters changed it."""
+    """Return the class that a module had before a keeper of its parameters changed it."""
     for keeper in KEEPERS:
         kind = keeper.own_class(kind)
     return kind
 
 
 def holders(owner: nn.Module) -> list[object]:
-    """Return the objects beside a module whose attributes change when one of its parameters is written to."""
+    """Return the objects other than a module whose attributes change when one of its parameters is written."""
     return [each for keeper in KEEPERS for each in keeper.holders(owner)]
 
 
@@ -283,43 +283,43 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def loaded_modules(modules: Iterable[nn.Module]) -> dict[int, str | None]:
-    """Return which modules, by id, have parameters that are loaded for each call of them or of one around them.
+    """Return the modules, by id, whose parameters are loaded for each call of them or of a module around them.
 
     Args:
-        modules: Modules and all that are around them.
+        modules: Modules, and all modules around them.
 
     Returns:
-        The name of the class of the module that each is loaded with; ``None`` for one that is loaded by itself.
+        For each, the name of the class of the module that it is loaded with; ``None`` if it is loaded by itself.
     """
     modules = list(modules)
     return {key: around for keeper in KEEPERS for key, around in keeper.loads(modules).items()}
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return all values of a tensor, itself if they are its data; else a collective."""
+    """Return all values of a tensor: the tensor itself if its data are all values; else a collective."""
     return place_at(tensor).whole()
 
 
 def copied(tensor: Tensor, *, is_kept: bool) -> Tensor | None:
-    """Return a copy of all values of a tensor in the CPU's memory, or ``None`` if this process keeps none.
+    """Return a copy of all values of a tensor on the CPU, or ``None`` if this process keeps none.
 
-    A collective if other processes hold a part of it. Nothing of it stays on the tensor's device.
+    A collective if other processes hold parts of the tensor. Nothing stays on the tensor's device.
     """
     values = whole(tensor)
     return values.detach().to("cpu", copy=True) if is_kept else None
 
 
 def values_within(values: Tensor, part: Part) -> Tensor:
-    """Return a part of all values of a parameter."""
+    """Return a part of a parameter, given all its values."""
     for dim, spans in enumerate(part):
         values = take_spans(values, spans, dim)
     return values
 
 
 def ranks_of(parameters: Iterable[Tensor], *, is_written: bool = False) -> Ranks | None:
-    """Return the processes that hold some parameters together; ``None`` if each has all of them.
+    """Return the processes that together hold some parameters; ``None`` if each has all of them.
 
-    If values are written, parameters count too that are all here at present, as small ones of ZeRO-3 always are,
+    If values are written, parameters that are whole on this process now (as small ones of ZeRO-3 always are) count too,
     because every process writes its own piece. An `AdapterError` is raised if no mesh has all of these processes.
     """
     parameters = list(parameters)
@@ -328,7 +328,7 @@ def ranks_of(parameters: Iterable[Tensor], *, is_written: bool = False) -> Ranks
 
 
 def settle(model: nn.Module) -> None:
-    """Have a model hold its parameters as they are between its calls, whatever keeps them."""
+    """Have a model hold its parameters as they are between its calls, whichever keepers they have."""
     if isinstance(model, nn.Module):  # the caller refuses others
         for keeper in KEEPERS:
             keeper.settle(model)

@@ -1,6 +1,6 @@
-"""Processes that hold parts of one model: they agree whether a call succeeds, and one of them writes files.
+"""Processes that hold parts of one model: they agree on whether a call succeeds, and one of them writes files.
 
-An error that only one process raised would leave the others waiting for it for ever.
+If only one process raised an error, the others would wait for it forever.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 class Ranks(NamedTuple):
-    """The processes that hold a model together.
+    """The processes that together hold a model.
 
     Attributes:
         groups: Process groups that connect them, one for each dimension of their mesh.
@@ -30,7 +30,7 @@ class Ranks(NamedTuple):
     is_first: bool
 
     def gathered(self, value: object) -> list[Any]:
-        """Return the values that all processes give, in the same order everywhere; a collective."""
+        """Return the values given by all processes, in the same order everywhere; a collective."""
         found = [value]
         for group in self.groups:
             lists: list[Any] = [None] * dist.get_world_size(group)
@@ -57,10 +57,10 @@ def raise_on_every_rank(ranks: Ranks | None) -> Iterator[None]:
 
 
 def run_collectives(collectives: Iterable[Callable[[], Any]]) -> list[Any]:
-    """Call functions that all processes call together, and return what they return.
+    """Call functions that all processes call together, and return their results.
 
-    If one raises, as for lack of memory, the rest are called before its error is raised: the other processes call them
-    too, and would wait for this one or take its part in one collective for that in another.
+    If one raises, such as for lack of memory, the remaining ones are called before its error is raised. The other
+    processes call them too, and would otherwise wait for this process or mix up its part in two collectives.
     """
     results: list[Any] = []
     failed: Exception | None = None
@@ -75,7 +75,7 @@ def run_collectives(collectives: Iterable[Callable[[], Any]]) -> list[Any]:
 
 
 def on_first_rank(ranks: Ranks | None, write: Callable[[], Result]) -> Result:
-    """Call a function in one process while the others wait, and return or raise in each what it did; a collective."""
+    """Call a function in one process while the others wait. All return its result or raise its error; a collective."""
     if ranks is None:
         return write()
     results: list[Result] = []
@@ -87,7 +87,7 @@ def on_first_rank(ranks: Ranks | None, write: Callable[[], Result]) -> Result:
 
 
 def raise_first(errors: list[Exception | None]) -> None:
-    """Raise the first of the errors that other processes report, if any."""
+    """Raise the first error that a process reports, if any."""
     for error in errors:
         if error is not None:
             error.add_note("This was raised in another process, which holds a part of the same model.")

@@ -1,4 +1,4 @@
-"""What a model's own parameters and buffers were, followed by name where code replaces them: values and flags."""
+"""A model's own parameters and buffers, with values and flags, followed by name if code replaces them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Place = tuple[nn.Module, str]
 """A module and the name of one of its parameters or buffers."""
 
 CASTS = "randlora_casts"
-"""The attribute of a module with the dtypes that it computes with, by the names of parameters that have others."""
+"""The attribute of a module with the dtypes that it computes with, by the names of parameters in different ones."""
 
 WRAPPED_AS = {
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
@@ -24,10 +24,10 @@ WRAPPED_AS = {
     "OffloadWrapper": "_checkpoint_wrapped_module",
     "OptimizedModule": "_orig_mod",
 }
-"""Types of torch that wrap a submodule, and where they hold it. As in torch's checkpoints, no name contains that."""
+"""Types of torch that wrap a submodule, and the attribute that holds it, which is left out of names."""
 
 KEEP_COPIES = (
-    "call accelerate.hooks.remove_hook_from_submodules(model), and keep its module on a device by the device map"
+    "call accelerate.hooks.remove_hook_from_submodules(model), and keep its module on a device with the device map"
 )
 """What to do about a trained copy that accelerate offloads."""
 
@@ -56,9 +56,9 @@ def unwrapped(module: nn.Module | None) -> nn.Module | None:
 
 
 def held_at(module: nn.Module, wrappers: Mapping[str, str]) -> str | None:
-    """Return where a module holds what it wraps, given the attributes of types by name; None for other types.
+    """Return the attribute in which a wrapper holds its module, given the attributes by type; ``None`` for other types.
 
-    ``fully_shard`` makes a wrapper's type a subclass of another name, such as ``FSDPCheckpointWrapper``.
+    ``fully_shard`` makes a wrapper's type a subclass with a different name, such as ``FSDPCheckpointWrapper``.
     """
     return next((wrappers[base.__qualname__] for base in type(module).__mro__ if base.__qualname__ in wrappers), None)
 
@@ -69,19 +69,19 @@ def table_of(module: nn.Module, attribute: str) -> dict[str, Any]:
 
 
 def like(own: Tensor, value: Tensor, *, requires_grad: bool = False) -> Tensor:
-    """Return a tensor to hold in the place of another: a parameter with this flag if that is one, else a buffer."""
+    """Return a tensor to replace ``own``: a parameter with this flag if ``own`` is a parameter, else a buffer."""
     return nn.Parameter(value, requires_grad) if isinstance(own, nn.Parameter) else value
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Return a parameter's shape, which DeepSpeed's ZeRO-3 keeps beside a parameter that it empties."""
+    """Return a parameter's shape, even if DeepSpeed's ZeRO-3 has emptied the parameter."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def watched(lam: Tensor, replaced: Iterable[ReplacedParameter]) -> Tensor:
-    """Return a Λ whose gradient raises an error if accelerate offloads a trained copy: it would drop its gradient.
+    """Return Λ with a hook that raises in backward if accelerate has offloaded a trained copy, whose gradient is lost.
 
-    An optimizer that was made before would train all but the copy, without a word.
+    An optimizer made before would silently train everything but the copy.
     """
     away = next((entry for entry in replaced if entry.is_away), None)
     if away is None or not lam.requires_grad:
@@ -103,9 +103,9 @@ class ReplacedParameter:
     """A parameter of the model that adapters train copies of, or a buffer that they have copies of.
 
     Attributes:
-        places: Where the model has it, by FQN; several places if it is tied.
-        original: The model's own.
-        installed: The one that was installed last.
+        places: Where the model has it, by FQN. Several places if it is tied.
+        original: The model's own tensor.
+        installed: The tensor that was installed last.
         is_lost: Whether the model no longer has any of the places.
     """
 
@@ -134,7 +134,7 @@ class ReplacedParameter:
 
     @property
     def is_cast(self) -> bool:
-        """Whether the model computes with it in another dtype than trained copies have."""
+        """Whether the model computes with it in a dtype that differs from trained copies."""
         module, attribute = next(iter(self.places.values()))
         return attribute in vars(module).get(CASTS, ())
 
@@ -147,13 +147,13 @@ class ReplacedParameter:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether an engine of DeepSpeed's ZeRO-3 has the parameter, and would not run with another in its place."""
+        """Whether an engine of DeepSpeed's ZeRO-3 has the parameter and would not run with a replacement."""
         held = [(module, attribute) for module, attribute in self.places.values() if attribute in module._parameters]
         return any(place_of(module, attribute).exchanges == "nothing" for module, attribute in held)
 
     @property
     def is_away(self) -> bool:
-        """Whether a trained copy was replaced by a parameter without values, as accelerate offloads it."""
+        """Whether a trained copy was replaced by a parameter without values, because accelerate offloaded it."""
         is_trained = self.installed.requires_grad and not self.installed.is_meta
         return is_trained and not self.is_lost and self.live.is_meta
 
@@ -161,8 +161,8 @@ class ReplacedParameter:
     def install(self, parameter: Tensor) -> None:
         """Set the model's parameter or buffer to ``parameter``, moved to the device and dtype of the current one.
 
-        A trained copy keeps its dtype if it `is_cast`. If `is_fixed`, the current one gets the values instead, for
-        good: this is how `eject` ends.
+        A trained copy keeps its dtype if it `is_cast`. If `is_fixed`, the current parameter permanently gets the values
+        instead, which is how `eject` ends.
         """
         leaving = self.live
         if leaving is not parameter and self.is_fixed:
@@ -180,9 +180,9 @@ class ReplacedParameter:
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def exchange_values(self, parameter: Tensor) -> Tensor:
-        """Give the model's parameter the values and the flag of another, and return a tensor with what it had.
+        """Give the model's parameter the values and the flag of another, and return a tensor with the previous ones.
 
-        For a parameter that is sharded: `fully_shard` keeps references, and would ignore another in its place.
+        For a sharded parameter, because `fully_shard` keeps references and would ignore a replacement.
         """
         slot = self.live
         place, given = place_at(slot), place_at(parameter)
@@ -194,9 +194,9 @@ class ReplacedParameter:
         return leaving
 
     def followed(self, root: nn.Module) -> list[ReplacedParameter]:
-        """Return it as the model has it now: in other modules of the same names, or in parts if it was untied.
+        """Return it as the model has it now: in different modules with the same names, or in parts if it was untied.
 
-        `live` may be another parameter than `installed` then, see `adopt`.
+        `live` may then differ from `installed`; see `adopt`.
         """
         parts: dict[int, dict[str, Place]] = {}
         for fqn in self.places:
@@ -208,7 +208,7 @@ class ReplacedParameter:
 
     @torch.inference_mode(mode=False)
     def adopt(self) -> None:
-        """Make `live`, if code put it in the place of `installed`, the installed one, with what `installed` was for."""
+        """If code has replaced `installed` by `live`, make `live` the installed one, in the same role."""
         was, live = self.installed, self.live
         if self.original is was:
             self.original = live
@@ -222,7 +222,7 @@ class ReplacedParameter:
         self.installed = live
 
     def fits(self, copy: Tensor) -> bool:
-        """Whether a trained copy, which may be what is left of a sharded one, has the shape of the model's own."""
+        """Whether a trained copy, possibly with only a shard left, has the shape of the model's own tensor."""
         return not _may_be_whole(copy, self.original) or whole_shape(copy) == whole_shape(self.original)
 
 
@@ -241,9 +241,9 @@ def _place(root: nn.Module, fqn: str) -> Place | None:
 class RequiredGrad:
     """The flags of some parameters.
 
-    Each parameter carries its own flag, because pruning or a parametrization gives it another name. It is also looked
-    up by its name, because ``load_state_dict(assign=True)``, sharding or a copy of the model puts another in its place.
-    References to the parameters would keep them in memory, and weak ones would keep torch from swapping them.
+    Each parameter carries its own flag, because pruning or a parametrization renames it. It is also looked up by name,
+    because ``load_state_dict(assign=True)``, sharding or a copy of the model replaces it. References to the parameters
+    would keep them in memory, and weak references would keep torch from swapping them.
     """
 
     def __init__(self, parameters: Named = ()) -> None:
@@ -256,7 +256,7 @@ class RequiredGrad:
             vars(parameter)[MARK] = self._flags[fqn]
 
     def take(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, bool]:
-        """Return the flags of the parameters of a model, by the FQNs that they have now, and take the marks off."""
+        """Return the flags of the parameters of a model, by their current FQNs, and remove the marks."""
         found = {fqn: vars(own).get(MARK, self._flags.get(fqn)) for fqn, own in parameters.items()}
         for parameter in parameters.values():  # a tied one is there more than once
             vars(parameter).pop(MARK, None)

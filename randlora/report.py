@@ -1,4 +1,4 @@
-"""Reports of what a function did or would do, with figures as fields, that print as tables."""
+"""Reports of what a function did or would do. Figures are fields, and reports print as tables."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ShapeRow:
         kind: Their kind, as `AdapterLayer.kind`.
         count: Number of matrices, each with its own Λ and Γ.
         expected_rank: Rank that a trained update can reach.
-        trainable: Trainable parameters of all of them.
+        trainable: Number of trainable parameters in all of them.
     """
 
     kind: str
@@ -74,23 +74,23 @@ class Report(NotTheModel):
         rows: One row for each distinct kind, shape, r and alpha.
         specs: The specs of the bases with their dims, one for each r.
         trainable_parameters: Number of parameters of the adapter, including those of ``train_also``, frozen or not.
-        total_parameters: Number of parameters of the model and this adapter. A quantized weight counts with the size
-            of the dequantized one.
+        total_parameters: Number of parameters of the model and this adapter. A quantized weight counts with its
+            dequantized size.
         basis_bytes: Bytes of the stored bases in memory, including those shared with other adapters.
         checkpoint_bytes: Bytes of the tensors that `randlora.save` writes with ``bases="seed"``.
         is_active: Whether the adapter's update is added.
         is_trainable: Whether its parameters require grad.
         train_also: FQNs of the parameters trained with the adapter.
-        buffers: FQNs of the buffers that the adapter has copies of, as of norms that it trains.
+        buffers: FQNs of the buffers that the adapter has copies of, such as those of norms that it trains.
         skipped: Reasons why layers were skipped, by FQN.
-        left_out: What else the default, a preset, ``"all-linear"`` or ``"all"`` leaves out, by kind. Every parameter
+        left_out: Other matrices that default targets, ``"all-linear"`` or ``"all"`` leave out, by kind. Every parameter
             with two or more dimensions is adapted, trained with the adapter, skipped or left out. Empty if the user
             named or described the targets.
-        warning: What `randlora.inject` and `randlora.plan` warn of if the default adapts only a head or next to
+        warning: The warning of `randlora.inject` and `randlora.plan` if the default adapts only a head or almost
             nothing; else empty.
-        learning_rate: The learning rate to try first, with Adam and a short warm-up; for long runs down to a tenth of
-            it. ``None`` if the adapter is frozen.
-        lora_rank: The rank of a LoRA on the same layers with as many parameters as Λ and Γ have.
+        learning_rate: The learning rate to try first, with Adam and a short warm-up. For long runs, use down to a tenth
+            of it. ``None`` if the adapter is frozen.
+        lora_rank: The rank of a LoRA on the same layers with as many parameters as Λ and Γ.
         notes: Other notes for the user.
     """
 
@@ -195,7 +195,7 @@ def with_factor(name: str, factor: Factor) -> str:
 
 
 def left_out_lines(report: Report) -> list[str]:
-    """Return the lines of a report about what is skipped and left out."""
+    """Return the lines of a report about layers that are skipped and left out."""
     names: dict[str, list[str]] = {}
     for fqn, reason in report.skipped.items():
         names.setdefault(reason, []).append(fqn)
@@ -290,8 +290,8 @@ def _narrow_notes(shapes: Shapes, adapter: Adapter) -> list[str]:
         if (r := adapter.options[fqn].r) > min(shape[-2:]):
             narrow.setdefault(r, []).append(fqn)
     return [
-        f"r={r} is more than the smaller side of {shortened(fqns)}: down to that, a smaller r trains fewer parameters "
-        "and reaches the same rank"
+        f"r={r} is more than the smaller side of {shortened(fqns)}: down to that size, a smaller r trains fewer "
+        "parameters and reaches the same rank"
         for r, fqns in narrow.items()
     ]
 
@@ -307,7 +307,7 @@ def _block_notes(shapes: Shapes, adapter: Adapter) -> list[str]:
         if split := [fqn for fqn, num_bases in counts.items() if not reach_all(blocks, num_bases)]:
             notes.append(
                 f"blocks={blocks} leave entries of the update always zero in {shortened(split)}, which have few bases: "
-                "those of a new adapter leave none by default"
+                "a new adapter leaves none by default"
             )
         elif adapter.config.blocks is None and blocks != most:
             few = [fqn for fqn, num_bases in counts.items() if not reach_all(most, num_bases)]
@@ -345,7 +345,7 @@ def wrapped(lines: Iterable[str]) -> list[str]:
 
 
 def as_lines(parts: Iterable[str]) -> str:
-    """Return text of one line for each part: a line break in a name would add a line."""
+    """Return text with one line for each part. Line breaks in names are escaped."""
     return "\n".join(part.replace("\n", "\\n") for part in parts)
 
 

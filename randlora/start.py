@@ -1,7 +1,8 @@
-"""How an adapter starts: the initial values of Λ and Γ, and the alpha with which its first step is as large as LoRA's.
+"""How an adapter starts: initial values of Λ and Γ, and the alpha with which its first step is as large as LoRA's.
 
-Λ or Γ starts at zero, so that the update is zero, and the other one at a constant. The gradient of the constant one is
-then zero, so in the first step of an optimizer only the one at zero moves. Adam moves each entry by the learning rate.
+Either Λ or Γ starts at zero, so that the update is zero, and the other one at a constant. The gradient of the constant
+one is then zero, so the first step of an optimizer moves only the one at zero. Adam moves each entry by the learning
+rate.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from randlora.hints import require_types, shortly
 from randlora.options import Init as Init
 
 SHARE = 0.5
-"""By how much of itself such a step changes Γ, which starts at 1 / min_dim, with the default alpha, from 50 on."""
+"""The share of its initial value, 1 / min_dim, by which such a step changes Γ with the default alpha, from 50 on."""
 
 LARGEST_RATE = 1e-2
 """The largest learning rate to try first."""
 
 
 def initial_values(init: Init, shape: Shape) -> tuple[float, float]:
-    """Return what all entries of Λ and of Γ of an update of this shape, or of a stack of them, start with."""
+    """Return the initial values of all entries of Λ and of Γ, for an update of this shape or a stack of them."""
     constant = 1 / min(shape[-2:])
     return (0.0, constant) if init == "lambda" else (constant, 0.0)
 
@@ -32,9 +33,9 @@ def initial_values(init: Init, shape: Shape) -> tuple[float, float]:
 def first_learning_rate(scaling: float, min_dim: int) -> float:
     """Return the learning rate to try first: ``0.5 / min_dim * sqrt(20 / scaling)``, at most 1e-2.
 
-    The best rates of this repository's runs, at widths from 64 to 1024, are near it, and so is that of others for
-    Llama-3-8B, at 4096, both with a scaling of 10 to 20. Long runs want less, down to a tenth or even less, and so does
-    reinforcement learning. See the page on the learning rate.
+    The best rates of this repository's runs, at widths from 64 to 1024, are near it. So is the rate that others used
+    for Llama-3-8B, at 4096. Both have a scaling of 10 to 20. Long runs need less, down to a tenth or even less, and so
+    does reinforcement learning. See the page on the learning rate.
 
     Args:
         scaling: ``alpha / r``, by which the update is scaled.
@@ -52,21 +53,22 @@ def equivalent_alpha(
     shape: tuple[int, int] | None = None,
     use_rslora: bool = False,
 ) -> float:
-    """Return the alpha with which RandLoRA's first step under Adam is as large as LoRA's at the same learning rate.
+    """Return the alpha with which the first step of Adam is as large as with LoRA at the same learning rate.
 
-    The size is the root mean square of the entries of the update. With PEFT's initial values that of LoRA is
-    ``scaling · lr · sqrt(lora_r / (3 · in_features))``, and here it is ``alpha / r · lr · sqrt(num_bases · r)`` times
-    what Λ or Γ starts with, with either ``init`` of `inject`. For layers that are not wider than high and large beside
-    ``r``, it follows that ``alpha / r = lora_alpha / lora_r · sqrt(lora_r / 3)``.
+    The size is the root mean square of the entries of the update. For LoRA with PEFT's initial values it is
+    ``scaling · lr · sqrt(lora_r / (3 · in_features))``. Here it is ``alpha / r · lr · sqrt(num_bases · r)`` times the
+    initial value of Λ or Γ, with either ``init`` of `inject`. For layers with ``in_features <= out_features`` that are
+    large compared to ``r``, this gives ``alpha / r = lora_alpha / lora_r · sqrt(lora_r / 3)``.
 
     Args:
         lora_r: The rank of LoRA.
         lora_alpha: The alpha of LoRA, whose update is scaled by ``lora_alpha / lora_r``.
         r: The rank of one random basis.
-        shape: ``(out_features, in_features)`` of a layer. ``None`` means any with ``in_features <= out_features``. A
-            layer with more gets an update that is ``sqrt(in_features / out_features)`` times too large then.
-        use_rslora: Whether LoRA's update is scaled by ``lora_alpha / sqrt(lora_r)`` instead, as PEFT's option of this
-            name says.
+        shape: ``(out_features, in_features)`` of a layer. ``None`` means any layer with
+            ``in_features <= out_features``. In other layers, the first step is then too large by a factor of
+            ``sqrt(in_features / out_features)``.
+        use_rslora: Whether LoRA's update is scaled by ``lora_alpha / sqrt(lora_r)`` instead, as with PEFT's option of
+            this name.
 
     Raises:
         ConfigError: For invalid values.

@@ -33,7 +33,7 @@ SavePretrained = Literal["adapter", "error", "model"]
 """What ``save_pretrained`` of an adapted model does: see `randlora.inject`."""
 
 CHANGING = threading.RLock()
-"""Held by the thread that checks and changes a model: two that merged one model at once would lose its weights."""
+"""Held by the thread that checks and changes a model. Two threads merging one model at once would lose its weights."""
 
 
 @dataclass(eq=False)
@@ -44,8 +44,8 @@ class Adapter:
         bases: Its bases, by r.
         options: r and alpha of its layers, by FQN.
         rule: How the targets were chosen, for reports.
-        left_out: What that left out, in lines, for its model card.
-        init: Which of Λ and Γ started at zero, for `reset_parameters`. Files do not say it, as no result depends on it.
+        left_out: Lines about layers that were left out, for its model card.
+        init: Which of Λ and Γ started at zero, for `reset_parameters`. Not in files, because no result depends on it.
         weight: The factor of its update while active, for each layer if they differ, else ``None``.
         trained: The parameters trained with it, and the buffers of modules that are trained with it, by FQN.
         peft_fields: Fields of its ``adapter_config.json`` that are not used here, kept for saving.
@@ -69,12 +69,12 @@ class Adapter:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Those of ``trained`` that are parameters."""
+        """The parameters in ``trained``."""
         return {fqn: each for fqn, each in self.trained.items() if isinstance(each, nn.Parameter)}
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """Those of ``trained`` that are buffers."""
+        """The buffers in ``trained``."""
         return {fqn: each for fqn, each in self.trained.items() if not isinstance(each, nn.Parameter)}
 
     @property
@@ -99,7 +99,7 @@ class SiteAdapter:
         shape: Shape of its update of this weight.
         options: r and alpha here.
         scaling: Factor of the update, ``alpha / r``.
-        position: Where it is among the acting adapters of the weight, or ``None`` if it does not act.
+        position: Its position among the acting adapters of the weight, or ``None`` if it does not act.
     """
 
     adapter: Adapter
@@ -116,7 +116,7 @@ class SiteAdapter:
 
     @property
     def weight(self) -> float | None:
-        """The factor of its update of this weight, or ``None`` where it does not act: inactive, or that is 0."""
+        """The factor of its update of this weight, or ``None`` if it does not act (inactive, or factor 0)."""
         weight = self.adapter.weight
         return (weight.get(self.fqn) if isinstance(weight, Mapping) else weight) or None
 
@@ -126,7 +126,8 @@ class Activation:
     """One choice of the active adapters, which layers prepare for.
 
     Attributes:
-        is_current: Whether it is the present one. A layer that was out of the model when another was made sees it.
+        is_current: Whether it is still the current choice. A layer that was outside of the model when a new choice was
+            made can tell by this.
     """
 
     is_current: bool = True
@@ -141,18 +142,18 @@ class ModelState:
         required_grad: Which parameters required grad before the first adapter was added.
         replaced: The parameters and buffers that some adapter has a copy of, by FQN.
         buffers_before: Copies of the model's small buffers from when the first adapter was added, by FQN.
-        disabled: The blocks of `randlora.disabled`, and similar ones of features, that have not ended.
-        run: The innermost of these if it is a `Run`.
-        ended: Those of them that are to end as soon as their parameters can be installed.
+        disabled: The open blocks of `randlora.disabled`, and similar ones of features.
+        run: The innermost of these, if it is a `Run`.
+        ended: Closed blocks whose parameters are not restored yet.
         merge_guards: While merged, the handles of the hooks that refuse to load a state dict and to run backward.
         merged: The names and factors of the adapters that are merged reversibly. They stay active.
-        merge_options: While there are any, the options ``quantized`` and ``dtype`` that they are merged with.
+        merge_options: While any are merged, the options ``quantized`` and ``dtype`` that they are merged with.
         merge_report: The `randlora.report.MergeReport` of the last reversible merge.
-        merged_blocks: The `randlora.merged` blocks that have not ended.
+        merged_blocks: The open blocks of `randlora.merged`.
         save_pretrained: What ``save_pretrained`` of the model does; ``None`` if no caller has chosen.
         saves_merged: Whether state dicts hold merged weights, while ``save_pretrained`` writes them.
         activation: The last choice of active adapters.
-        averaging: What averages the gradients of adapters that an engine does not know; see `randlora.model.engines`.
+        averaging: Averages gradients of adapters that an engine does not know; see `randlora.model.engines`.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -200,7 +201,7 @@ class ModelState:
         return len(self.disabled) > 0  # which the compiler of torch 2.9 reads, and not bool() of a list
 
     def open_block(self, block: object) -> None:
-        """Begin a block in which the active adapters are not: one of `disabled`, or a `Run`."""
+        """Begin a block in which the active adapters do not act: one of `disabled`, or a `Run`."""
         self._set_blocks([*self.disabled, block])
 
     def _set_blocks(self, blocks: list[object]) -> None:
@@ -213,14 +214,14 @@ class ModelState:
         return {name: adapter.weight for name, adapter in self.adapters.items() if adapter.weight is not None}
 
     def activate(self, weights: Mapping[str, Factor]) -> None:
-        """Activate the adapters of these names with these factors, and no others. The layers must then be seated."""
+        """Activate the adapters with these names and factors, and no others. Call `seat` of the layers afterwards."""
         self.activation.is_current = False
         self.activation = Activation()
         for adapter in self.adapters.values():
             adapter.weight = weights.get(adapter.name)
 
     def adapter(self, name: str | None) -> Adapter:
-        """Return the adapter of a name, or the only one if that is ``None``; else raise `AdapterError`."""
+        """Return the adapter with a name, or the only one for the name ``None``; otherwise raise an `AdapterError`."""
         known = ", ".join(self.adapters)
         if name is not None and not isinstance(name, str):
             raise AdapterError(f"the name of an adapter must be a string, got {shortly(name)}: the model has {known}")
@@ -232,7 +233,7 @@ class ModelState:
         return found
 
     def unknown(self, names: Iterable[object]) -> list[str]:
-        """Return messages about names, of whatever type, that no adapter has."""
+        """Return messages about names (of any type) that no adapter has."""
         known = ", ".join(self.adapters)
         return [
             f"the model has no adapter named {shortly(name)}: it has {known}"
@@ -241,10 +242,10 @@ class ModelState:
         ]
 
     def adopt_parameters(self, root: nn.Module) -> None:
-        """Follow the parameters that adapters train copies of, where code has replaced them or their modules.
+        """Follow the parameters that adapters train copies of, if code has replaced them or their modules.
 
-        As ``load_state_dict(assign=True)`` and transformers' ``resize_token_embeddings`` do. Not while merged, when the
-        model temporarily has other parameters.
+        ``load_state_dict(assign=True)`` and transformers' ``resize_token_embeddings`` do so. Not while merged, because
+        the model then temporarily has different parameters.
         """
         with CHANGING:  # another thread may be between the model's parameter and what is known of it
             if not self.is_merged:
@@ -283,25 +284,24 @@ class ModelState:
                 replaced.install(version)
 
     def exchanged(self, active: Iterable[str]) -> list[str]:
-        """Return the names of the parameters that would be others if these adapters were active."""
+        """Return the names of the parameters that would be exchanged if these adapters were active."""
         now = {id(replaced): version for replaced, version in self._versions(self.active)}
         return [replaced.name for replaced, version in self._versions(active) if version is not now[id(replaced)]]
 
     def require_exchangeable(self, active: Iterable[str], doing: str) -> None:
-        """Check that `install_parameters` could install the copies of these adapters; else raise `AdapterError`."""
+        """Raise an `AdapterError` unless `install_parameters` could install the copies of these adapters."""
         problems = [
-            f"{replaced.name} would have to be another parameter object, and the model is run by an engine of "
-            "DeepSpeed's ZeRO-3, which expects the one that it started with: use ZeRO-2, or an adapter without "
-            "train_also"
+            f"{replaced.name} would have to become a different parameter object, but an engine of DeepSpeed's ZeRO-3 "
+            "runs the model and expects the object that it started with: use ZeRO-2, or an adapter without train_also"
             for replaced, version in self._versions(active)
             if version is not replaced.live and replaced.is_fixed
         ]
         raise_collected(AdapterError, problems, doing=doing)
 
     def require_loaded(self, root: nn.Module) -> None:
-        """Check that accelerate offloads no parameter that adapters train a copy of; else raise `AdapterError`.
+        """Raise an `AdapterError` if accelerate offloads a parameter that adapters train a copy of.
 
-        It makes other parameters of them, without gradients, and loads into these what it offloaded.
+        accelerate replaces such parameters by new ones without gradients, and loads the offloaded values into these.
         """
         around = [module for entry in self.replaced.values() for fqn in entry.places for module in path_to(root, fqn)]
         loaded = loaded_modules(around)
@@ -349,7 +349,7 @@ def attached_state(model: nn.Module) -> ModelState | None:
 
 
 def require_module(model: object) -> None:
-    """Check that what is given as a model is one; else raise `TargetError`."""
+    """Raise a `TargetError` unless the argument is a model."""
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         advice = f": {IN_PLACE}" if isinstance(model, NotTheModel) else ""
@@ -363,7 +363,7 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
-    """Return the module with the adapters and its state: ``model``, or a submodule, as in a DDP wrapper.
+    """Return the module with the adapters and its state: ``model``, or a submodule, such as in a DDP wrapper.
 
     Raises:
         AdapterError: If there is no such module, or more than one, or accelerate offloads a copy that adapters train.
@@ -377,8 +377,8 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
     if not carriers:
         if any("randlora" in vars(module) for module in model.modules()):
             raise AdapterError(
-                "the adapters of this model's layers were added to another module, of which this is, or was, a "
-                "submodule: call this on that module"
+                "the adapters of this model's layers were added to a different module, which contains or contained "
+                "this one: call this on that module"
             )
         raise AdapterError(
             "the model has no adapter: call randlora.inject(model) or randlora.load(model, path) first; if it had one, "
@@ -394,7 +394,7 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
 
 
 def require_unused(state: ModelState, name: str | None, doing: str) -> None:
-    """Check that an adapter acts in no open `Run`, or that none is open if the name is ``None``."""
+    """Raise an `AdapterError` if an adapter acts in an open `Run`, or for the name ``None`` if any `Run` is open."""
     for block in state.disabled:
         if isinstance(block, Run) and (name is None or name in block.adapters):
             which = "" if name is None else ", which uses it"
@@ -402,6 +402,6 @@ def require_unused(state: ModelState, name: str | None, doing: str) -> None:
 
 
 def require_unmerged(state: ModelState, doing: str) -> None:
-    """Check that the adapters are not merged; else raise `AdapterError`."""
+    """Raise an `AdapterError` if the adapters are merged."""
     if state.is_merged:
         raise AdapterError(f"cannot {doing} while the adapters are merged: call randlora.unmerge(model) first")

@@ -130,7 +130,7 @@ def test_a_benchmark_that_fails_shuts_the_gate_and_the_others_go_on(
 
     assert met("good", "gpu", "other")
     assert called == ["good", "other"]
-    assert "skipped gpu, which is for cuda alone" in capsys.readouterr().out
+    assert "skipped gpu, which is only for cuda" in capsys.readouterr().out
     assert not met("bad", "other")
     assert called == ["bad", "other"]
     assert "raised an error: bad" in (printed := capsys.readouterr().out)

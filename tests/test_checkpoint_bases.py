@@ -162,7 +162,7 @@ def test_stored_bases_that_contradict_the_header_are_refused(part: str, is_forei
 def test_bases_of_no_seed_that_the_file_lost_are_missed(tmp_path: Path) -> None:
     randlora.save(loaded(foreign(tmp_path / "peft")), tmp_path, bases="stored")
     reseal(tmp_path, drop=[BASIS_A, BASIS_B])
-    refused(LINEAR.build(), tmp_path, "the file holds no bases, and no seed reproduces its own")
+    refused(LINEAR.build(), tmp_path, "the file holds no bases, and no seed reproduces those it was trained with")
 
 
 def test_bases_that_cannot_be_drawn_are_refused(tmp_path: Path) -> None:

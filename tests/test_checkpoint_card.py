@@ -141,7 +141,7 @@ def test_results_are_a_table_until_a_save_without_them_which_says_so(tmp_path: P
     assert table in card_of(tmp_path)
     assert found.notes == before
     (note,) = set(randlora.save(model, tmp_path).notes).difference(before)
-    assert note.endswith("save takes results= for this one")
+    assert note.endswith("pass results= to save for this one")
     assert "Results" not in card_of(tmp_path)
     assert randlora.save(model, tmp_path).notes == before
 

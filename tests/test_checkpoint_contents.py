@@ -308,7 +308,7 @@ WRONG_TENSORS: dict[str, Edit] = {
     "two-tensors-of-one-name": (
         {f"{PREFIX}0.bias": torch.ones(4), f"{PREFIX}0.base_layer.bias": torch.zeros(4)},
         (),
-        "expected those of the parameters trained with it (0.bias), got",
+        "expected the parameters trained with it (0.bias), got",
     ),
     "copies-of-A-that-differ": (
         {f"{PREFIX}0.randlora_A": torch.ones(2, 1, 5)},

@@ -213,8 +213,8 @@ def test_a_hub_that_cannot_be_reached_is_said_to_be(hub: Hub, monkeypatch: pytes
         ("user/none", None, "check its name; if it is private, log in with `hf auth login` (RepositoryNotFoundError"),
         ("user/gated", None, "it is gated: ask for access on its page, then log in with `hf auth login` (GatedRepo"),
         ("user/repo", "v9", "it has no such revision: name a branch, a tag or a commit of it (RevisionNotFoundError"),
-        ("user/empty", None, f"has no {CONFIG_FILE} and no {TENSORS_FILE}: name another"),
-        ("user/a--b", None, "the Hub allows no such name (HFValidationError"),
+        ("user/empty", None, f"has no {CONFIG_FILE} and no {TENSORS_FILE}: name a different repository"),
+        ("user/a--b", None, "the Hub does not allow such a name (HFValidationError"),
     ],
     ids=["missing", "gated", "no-revision", "no-adapter", "no-name"],
 )
@@ -230,9 +230,11 @@ def test_what_the_hub_refuses_is_said_with_what_to_do(
 
 def test_a_push_that_the_hub_refuses_leaves_the_save_whole(hub: Hub, tmp_path: Path) -> None:
     hub.writable = False
-    with pytest.raises(CheckpointError, match=r"saved to '.*/out', whole, but cannot push to 'user/repo'") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"saved to '.*/out' completely, but cannot push to 'user/repo'"
+    ) as caught:
         randlora.save(trained(LINEAR), tmp_path / "out", push_to_hub="user/repo")
-    assert "log in with `hf auth login`, with a token that may do this" in str(caught.value)
+    assert "log in with `hf auth login`, with a token that has this permission" in str(caught.value)
     randlora.load(LINEAR.build(), tmp_path / "out")
     assert (tmp_path / "out" / CARD_FILE).is_file()
 

@@ -252,7 +252,7 @@ MISFITS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "tied": (_tied, "the weight of 0 is tied to 3.weight"),
     "integers": (_integers, "0 has a weight of torch.int8"),
     "meta": (_with(0, lambda: nn.Linear(6, 4, device="meta")), "0 holds no values yet (meta)"),
-    "two-names-of-one-layer": (_twice, "2 and 0 are one layer here: it cannot carry both"),
+    "two-names-of-one-layer": (_twice, "2 and 0 are the same layer in this model, which cannot hold both"),
 }
 
 

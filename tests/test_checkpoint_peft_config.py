@@ -273,7 +273,7 @@ def test_a_load_into_the_same_model_says_nothing(one: str, other: str, tmp_path:
 @pytest.mark.parametrize(("one", "other"), OTHER)
 def test_a_load_into_another_model_warns_with_both_names_and_notes_it(one: str, other: str, tmp_path: Path) -> None:
     directory, model = saved(tmp_path, one), named(other).build()
-    both = re.escape(f"trained on {one!r}, and this model is {other!r}")
+    both = re.escape(f"trained on {one!r}, but this model is {other!r}")
     with pytest.warns(UserWarning, match=both) as caught:
         report = randlora.load(model, directory)
     (warning,) = caught
@@ -396,7 +396,8 @@ def test_saving_into_the_base_models_own_directory_warns(tmp_path: Path) -> None
     model = transformers.LlamaForCausalLM.from_pretrained(base)
     randlora.inject(model, r=4)
     assert not [note for note in randlora.save(model, apart).notes if "base model" in note]
-    with pytest.warns(UserWarning, match="has the base model itself: .* give the adapter a directory apart") as caught:
+    expected = "contains the base model itself: .* save the adapter to a separate directory"
+    with pytest.warns(UserWarning, match=expected) as caught:
         report = randlora.save(model, base)
     assert [warning.filename for warning in caught] == [__file__]
     assert str(caught[0].message) in report.notes

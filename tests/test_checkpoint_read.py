@@ -222,7 +222,7 @@ def test_tensors_beside_the_json_of_another_save_decide(
         randlora.files.convert(saved, tmp_path / "converted", "native"),
     )
     for notes in (summary.notes, conversion.notes):
-        assert any(message in note and "the files are of two saves" in note for note in notes)
+        assert any(message in note and "the files come from different saves" in note for note in notes)
     assert not randlora.files.verify(saved).passed
     again = SMALL.build()
     randlora.load(again, tmp_path / "converted")

@@ -260,7 +260,7 @@ def test_verify_ends_with_1_where_a_check_failed(tmp_path: Path, capsys: pytest.
     assert "failed: files" in out
     code, found = run_json(capsys, "verify", source)
     assert (code, found["passed"]) == (1, False)
-    assert "the files are of two saves" in found["checks"][0]["words"]
+    assert "the files come from different saves" in found["checks"][0]["words"]
 
 
 def test_convert_writes_what_peft_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,7 +284,7 @@ def test_convert_to_lora_prints_every_error(tmp_path: Path, capsys: pytest.Captu
     assert 0 < found["relative_error"] < max(layer["relative_error"] for layer in found["layers"]) < 1
     code, _, err = run(capsys, *words, "--tolerance", "0.3")
     assert code == 1
-    assert "exists and is not empty: choose another name, or give --overwrite" in err
+    assert "exists and is not empty: choose a different name, or give --overwrite" in err
     code, out, _ = run(capsys, *words, "--tolerance", "0.3", "--overwrite")
     assert code == 0
     assert "rank_pattern" in out
@@ -299,7 +299,7 @@ def test_convert_writes_for_other_servers(tmp_path: Path, capsys: pytest.Capture
     words = ("--to", "lora", "--rank", "32")
     more = ("--format", "diffusers", "--component", "unet")
     code, found = run_json(capsys, "convert", source, tmp_path / "pipe", *words, *more)
-    assert (code, found["notes"]) == (0, ["for 'unet' of a pipeline: --component names another of its models"])
+    assert (code, found["notes"]) == (0, ["for 'unet' of a pipeline: --component names a different one of its models"])
     assert (tmp_path / "pipe" / "pytorch_lora_weights.safetensors").exists()
     code, out, _ = run(capsys, "convert", source, tmp_path / "diff", "--to", "diff")
     assert code == 0

@@ -140,7 +140,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(read: Callable[..., obj
         read(first, raw)
         with path.open("r+b") as written:
             written.truncate(path.stat().st_size // 2)
-        with pytest.raises(CheckpointError, match="ends within b: it was cut while it was read"):
+        with pytest.raises(CheckpointError, match="ends within b: it was truncated while it was being read"):
             read(second, raw)
 
 

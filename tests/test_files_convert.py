@@ -59,7 +59,7 @@ def test_what_was_converted_for_peft_is_loaded_there_and_here(
     assert ("base_model.randlora_B" in load_file(tmp_path / "out" / TENSORS_FILE)) == (not peft_draws_them)
     assert "randlora_stream" not in read_fields(tmp_path / "out")
     assert report.notes == (
-        () if peft_draws_them else ("the bases are in the file: PEFT would draw others from the seed",)
+        () if peft_draws_them else ("the bases are in the file: PEFT would draw different ones from the seed",)
     )
 
 
@@ -327,7 +327,7 @@ def test_joined_parts_are_the_files_of_the_whole(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"stream": "torch"}, "of which no model has both at once: train the parts with stream='portable'"),
+        ({"stream": "torch"}, "and no model can use both at once: train the parts with stream='portable'"),
         ({"seed": 1}, "seed is 0 in "),
         ({"dropout": 0.5}, "dropout is 0.0 in "),
         ({"basis": "sparse"}, "basis is 'dense' in "),
@@ -368,7 +368,7 @@ def test_what_two_parts_train_must_be_one(tmp_path: Path) -> None:
     randlora.files.join(directories, tmp_path / "joined")
     parts[0].head.bias.data.add_(1)
     randlora.save(parts[0], directories[0])
-    with pytest.raises(CheckpointError, match=r"head\.bias has other values in .*0 than in .*1"):
+    with pytest.raises(CheckpointError, match=r"head\.bias has different values in .*0 and in .*1"):
         randlora.files.join(directories, tmp_path / "joined", overwrite=True)
 
 

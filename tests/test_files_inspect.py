@@ -222,7 +222,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (truncate, "truncated or damaged"),
     "missing": (remove, "there is no adapter_config.json"),
     "garbled": (garble, "is damaged"),
-    "contradiction": (contradict, "the files are of two saves"),
+    "contradiction": (contradict, "the files come from different saves"),
     "NaN": (put_nan, "holds NaN or infinite values"),
     "shape": (misshape, "expected (6, num_bases)"),
 }
@@ -268,7 +268,7 @@ def test_stored_bases_that_no_key_draws_are_passed_and_said_to_be_so(tmp_path: P
     theirs.save_pretrained(source)
     found = randlora.files.verify(source)
     assert found.passed
-    assert "its key gives others here" in found.checks[-1].words
+    assert "its key gives different ones here" in found.checks[-1].words
 
 
 def edited(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:

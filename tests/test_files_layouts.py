@@ -382,7 +382,7 @@ def test_parameters_trained_too_are_for_peft_alone(options: dict[str, Any], tmp_
     randlora.inject(model, r=4, train_also=["classifier"])
     randlora.save(model, tmp_path / "ours")
     refused(
-        tmp_path, r"holds updates alone, and the adapter has trained classifier\.bias, classifier\.weight", **options
+        tmp_path, r"holds only updates, but the adapter has trained classifier\.bias, classifier\.weight", **options
     )
 
 
@@ -408,7 +408,7 @@ def test_files_of_another_format_are_not_left_beside_the_new_ones(options: dict[
     our_directory(LLAMA, tmp_path)
     randlora.files.convert(tmp_path / "ours", tmp_path / "out", "peft")
     before = contents(tmp_path / "out")
-    with pytest.raises(CheckpointError, match="holds files of another format, such as adapter_model"):
+    with pytest.raises(CheckpointError, match="holds files of a different format, such as adapter_model"):
         randlora.files.convert(tmp_path / "ours", tmp_path / "out", overwrite=True, **options)
     assert contents(tmp_path / "out") == before
 

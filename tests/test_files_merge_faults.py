@@ -112,7 +112,7 @@ def test_two_adapters_that_trained_the_same_parameter_are_refused(base: Path, tm
         ("dtype must be one of .*got torch.int8", ConfigError, {"dtype": torch.int8}),
         ("there is no adapter", ConfigError, {"adapters": []}),
         ("would not be finite in torch.float32", MergeError, {"factor": 1e38}),
-        ("values too large for torch.float16", MergeError, {"factor": 1e6, "dtype": torch.float16}),
+        ("values that are too large for torch.float16", MergeError, {"factor": 1e6, "dtype": torch.float16}),
     ],
     ids=["factor", "dtype", "none", "infinite", "too-narrow"],
 )
@@ -135,7 +135,7 @@ def test_an_adapter_named_twice_is_refused(base: Path, adapter: Path, tmp_path: 
 def test_an_output_that_exists_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_bytes(b"x")
-    refused(tmp_path, "out exists and is not empty: choose another name, or give overwrite=True", MergeError)
+    refused(tmp_path, "out exists and is not empty: choose a different name, or give overwrite=True", MergeError)
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
     for overwrite in (False, True):

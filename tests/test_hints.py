@@ -288,7 +288,7 @@ def test_training_in_half_precision_by_a_conversion_is_warned_of_with_the_way_ba
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
     randlora.inject(model, 2, train_also=["1"])
     convert(model)  # which may be for inference
-    with pytest.warns(UserWarning, match="in which small steps are lost: convert the model before inject") as caught:
+    with pytest.warns(UserWarning, match="where small steps are lost: convert the model before inject") as caught:
         randlora.trainable_parameters(model)
     assert [warning.filename for warning in caught] == [__file__]
     with pytest.warns(UserWarning, match="small steps are lost"):

@@ -61,7 +61,7 @@ def test_a_script_module_is_refused_with_the_reason(known: bool, monkeypatch: py
     reason = "for which there is no adapter layer"
     if known:
         monkeypatch.setattr(registry, "_layers", {**registry._layers, registry.qualified_name(own): Scripted})
-        reason = "a TorchScript module whose class cannot change"
+        reason = "a TorchScript module, whose class cannot change"
     with untouched(model), pytest.raises(TargetError, match=f"1 is .*RecursiveScriptModule, .*{reason}"):
         randlora.inject(model, r=3, targets=["0", "1"])
     assert type(model[0]) is nn.Linear
@@ -181,7 +181,7 @@ def test_each_verb_goes_through_the_model_once(tmp_path: Path) -> None:
 
 def test_what_version_0_1_pickled_whole_is_refused_in_words() -> None:
     """Its adapted layers had a hook, which the pickle names."""
-    with pytest.raises(CheckpointError, match=r"a whole model, pickled by a version 0\.1 .* save the adapter with"):
+    with pytest.raises(CheckpointError, match=r"a whole model, pickled by randlora 0\.1, .* save the adapter with"):
         pickle.loads(b"crandlora.layers.base\n_decline_fast_paths\n.")
     with pytest.raises(AttributeError, match="nothing"):
         pickle.loads(b"crandlora.layers.base\nnothing\n.")

@@ -149,12 +149,12 @@ def test_a_trainer_that_sends_weights_by_code_of_its_own_is_refused(monkeypatch:
 
     monkeypatch.setattr(VLLMGeneration, "_init_vllm", lambda _: None)
     monkeypatch.setattr("tests.test_integrations_grpo.GRPO", Other)
-    with pytest.raises(AdapterError, match="cannot be told to send vLLM the merged weights"):
+    with pytest.raises(AdapterError, match="cannot send the merged weights to vLLM"):
         grpo(adapted(), use_vllm=True, vllm_mode="colocate")
 
 
 def test_a_trl_that_cannot_send_merged_weights_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(VLLMGeneration, "_init_vllm", lambda _: None)
     monkeypatch.delattr(VLLMGeneration, "_iter_named_params")
-    with pytest.raises(AdapterError, match="cannot be told to send vLLM the merged weights"):
+    with pytest.raises(AdapterError, match="cannot send the merged weights to vLLM"):
         grpo(adapted(), use_vllm=True, vllm_mode="colocate")

@@ -234,8 +234,8 @@ def test_true_without_a_checkpoint_is_an_error() -> None:
 
 
 DIFFERENCES: dict[str, tuple[dict[str, Any], str]] = {
-    "r": ({"r": 4}, "has r=4 and alpha=80, and in the files r=8 and alpha=160"),
-    "alpha": ({"alpha": 1}, "has r=8 and alpha=1, and in the files r=8 and alpha=160"),
+    "r": ({"r": 4}, "has r=4 and alpha=80, but in the files r=8 and alpha=160"),
+    "alpha": ({"alpha": 1}, "has r=8 and alpha=1, but in the files r=8 and alpha=160"),
     "seed": ({"seed": 1}, r"the bases are .*, and in the files"),
     "targets": ({"targets": ["up_proj"]}, "the files have no layer model.layers.0.mlp.up_proj"),
     "train_also": ({"train_also": ["norm"]}, "the files have no trained parameter model.norm.weight"),
@@ -254,7 +254,7 @@ def test_a_checkpoint_of_another_adapter_is_refused_and_changes_nothing(case: st
 
 
 def test_what_checkpoints_would_not_have_is_refused() -> None:
-    with pytest.raises(AdapterError, match="no adapter that is trained"):
+    with pytest.raises(AdapterError, match="no trainable adapter"):
         trainer(plain_model(), "run")
     model = adapted_model()
     model.lm_head.weight.requires_grad = True

@@ -183,7 +183,7 @@ def test_an_adapter_of_the_head_is_trained_and_acts_as_if_it_were_merged(make: A
 
 def test_dropout_cannot_reach_a_head_that_is_read() -> None:
     trainer = sft(adapted_model(targets=["lm_head"], dropout=0.1))
-    with pytest.raises(AdapterError, match="dropout cannot reach, as TRL's trainers do with an output head"):
+    with pytest.raises(AdapterError, match=r"dropout cannot act \(TRL's trainers do this"):
         trainer.train()
 
 

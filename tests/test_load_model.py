@@ -112,7 +112,7 @@ def test_what_is_given_decides(saved: nn.Module) -> None:
         ),
         (lambda: edit_nameless("base/config.json", architectures=["Unheard"]), "has no class 'Unheard'"),
         (lambda: edit_nameless("base/config.json", architectures=["pipeline"]), "has no class 'pipeline'"),
-        (lambda: edit_nameless("base/model_index.json"), "one of diffusers: create it by"),
+        (lambda: edit_nameless("base/model_index.json"), "a model of diffusers: create it with"),
         (lambda: edit("base/config.json", hidden_size=16), "base model 'base'"),
         (lambda: Path("adapter/adapter_model.safetensors").write_bytes(b"x" * 64), "adapter_model.safetensors"),
     ],
@@ -308,7 +308,7 @@ def test_a_directory_of_sentence_transformers_is_one_only_if_that_was_trained() 
     known = ModelClass("sentence_transformers", "SentenceTransformer")
     for written in (known, None):
         reseal(Path("adapter"), model_class=written)
-        with pytest.raises(CheckpointError, match="one of sentence-transformers: create it by"):
+        with pytest.raises(CheckpointError, match="a model of sentence-transformers: create it with"):
             randlora.files.load_model("adapter")
 
 

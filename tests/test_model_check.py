@@ -422,7 +422,7 @@ def test_active_adapters_are_checked_and_the_layers_of_others_named() -> None:
     with untouched(model):
         report = randlora.check(model, X)
     assert report.checked == ("first", "inner")
-    assert report.unchecked == {"last": "only adapters that are not active act on it: activate them, and check again"}
+    assert report.unchecked == {"last": "only inactive adapters act on it: activate them, and check again"}
 
 
 def test_a_gate_of_zeros_hides_nothing() -> None:

@@ -159,9 +159,9 @@ def test_one_factor_for_all_layers_is_a_number() -> None:
     ("names", "layers", "message"),
     [
         ("a", ["dwon"], r"layers: 'dwon' matches no target; the nearest names are down"),
-        ("a", "(", "layers: '\\(' is no name of a target, and no regular expression"),
+        ("a", "(", "layers: '\\(' is neither the name of a target nor a regular expression"),
         ("a", [], "layers is empty"),
-        ("a", {"q": 0.5}, "layers takes names alone: give numbers as factors"),
+        ("a", {"q": 0.5}, "layers takes only names: give numbers as factors"),
         (
             ["a", "elsewhere"],
             ["dwon"],

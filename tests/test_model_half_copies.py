@@ -245,7 +245,7 @@ def test_embeddings_and_heads_of_language_models(is_tied: bool, also: str, tmp_p
         model.lm_head.half()
     assert model(IDS).logits.dtype == torch.float16
     if also == "lm_head" and not is_tied:
-        with pytest.warns(UserWarning, match=r"lm_head\.weight: the copies to train were float32 .* load it again"):
+        with pytest.warns(UserWarning, match=r"lm_head\.weight: the trained copies were float32 .* load it again"):
             step(model)
     else:
         step(model)

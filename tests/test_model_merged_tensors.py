@@ -254,7 +254,7 @@ def test_a_change_of_the_adapters_between_two_tensors_is_an_error(change: Callab
     tensors: Iterator[tuple[str, Tensor]] = randlora.merged_tensors(model)
     next(tensors)
     change(model)
-    with pytest.raises(MergeError, match="so the tensors would be of two models"):
+    with pytest.raises(MergeError, match="so the tensors would be from two different models"):
         next(tensors)
 
 

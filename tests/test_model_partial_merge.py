@@ -120,7 +120,7 @@ def test_a_quantized_layer_that_is_dequantized_comes_back_too(kind: LayerKind) -
             assert values(model) == expected[frozenset(merged)]
             assert type(model[0]).__name__ == "AdaptedLinear"  # type: ignore[index]
             torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
-        with untouched(model), pytest.raises(MergeError, match="others are merged with other options"):
+        with untouched(model), pytest.raises(MergeError, match="others are merged with different options"):
             randlora.merge(model, reversible=True)
         randlora.unmerge(model, "c")
     assert_unchanged(model, before)
@@ -203,7 +203,7 @@ def test_a_parameter_trained_beside_stays_with_its_adapter() -> None:
     fill(model, "a"), fill(model, "b", seed=1)
     randlora.activate(model, ["a", "b"])
     before, expected = snapshot(model), model(TOKENS)
-    with untouched(model), pytest.raises(MergeError, match=r"'b' would not be merged, and trains a copy of q\.weight"):
+    with untouched(model), pytest.raises(MergeError, match=r"'b' would not be merged, but trains a copy of q\.weight"):
         randlora.merge(model, adapters="a", reversible=True)
     randlora.merge(model, adapters="b", reversible=True)
     assert_close(model(TOKENS), expected, torch.float32)

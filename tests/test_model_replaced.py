@@ -92,7 +92,7 @@ def test_resizing_an_adapted_head_loses_its_adapter_which_everything_says(tmp_pa
     randlora.inject(model, r=2, targets=["lm_head", "q_proj"])
     resize(model, 44)
     model(IDS)
-    assert_said(model, "lm_head no longer has adapter 'default': the module was replaced by another", tmp_path)
+    assert_said(model, "lm_head no longer has adapter 'default': the module was replaced by a different one", tmp_path)
     randlora.eject(model)
     assert model.lm_head.weight.shape == (44, 16)
 

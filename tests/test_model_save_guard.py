@@ -287,7 +287,7 @@ def test_a_guarded_model_is_freed_without_the_collector() -> None:
     try:
         del model
         assert gone() is None
-        with pytest.raises(AdapterError, match="a model that is gone"):
+        with pytest.raises(AdapterError, match="a model that was deleted"):
             method("nowhere")
         with pytest.raises(AdapterError, match=r"assign it to a variable first, .*model\.save_pretrained\(directory\)"):
             adapted().save_pretrained("nowhere")

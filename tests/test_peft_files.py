@@ -129,7 +129,7 @@ def test_peft_loads_an_adapter_whose_bases_were_drawn_for_larger_layers_only_whe
     randlora.inject(ours, R, alpha=ALPHA, targets=["v_proj"], name="small", active=True, trainable=True, stream=stream)
     fill(ours, "small")
     report = randlora.save(ours, tmp_path / "seed", name="small", bases="seed")
-    assert "PEFT would draw others: save with bases='stored'" in "\n".join(report.notes)
+    assert "PEFT would draw different ones: save with bases='stored'" in "\n".join(report.notes)
     with pytest.raises(AssertionError):
         assert_same_effect(ours, in_peft(LLAMA, tmp_path / "seed"), LLAMA)
     assert randlora.save(ours, tmp_path / "stored", name="small", bases="stored").notes == ()

@@ -187,7 +187,7 @@ def test_one_place_of_a_tied_parameter_that_peft_trained_alone_is_refused_unless
 ) -> None:
     theirs = peft_model(GPT2, modules_to_save=[module])
     theirs.save_pretrained(tmp_path)
-    refused_without_trace(GPT2.build(), tmp_path, f"{name} is tied to {other} here, and PEFT trained it alone: untie")
+    refused_without_trace(GPT2.build(), tmp_path, f"{name} is tied to {other} here, but PEFT trained only it: untie")
     ours = untied()
     randlora.load(ours, tmp_path)
     assert_same_effect(ours, theirs, GPT2)
@@ -204,7 +204,7 @@ def test_two_values_for_a_tied_parameter_are_refused_unless_untied(tmp_path: Pat
     assert_same_effect(ours, theirs, GPT2)
     randlora.save(ours, tmp_path / "ours")
     for whose in ("theirs", "ours"):
-        message = f"{' and '.join(GPT2_NAMES)} are one parameter here, and two in the file: untie them first"
+        message = f"{' and '.join(GPT2_NAMES)} are one parameter in this model and two in the file: untie them first"
         refused_without_trace(GPT2.build(), tmp_path / whose, message)
 
 
@@ -223,7 +223,7 @@ def test_save_says_where_peft_would_untie(tmp_path: Path) -> None:
     ours = our_model(GPT2, train_also=["wte"])
     report = randlora.save(ours, tmp_path, bases="stored")
     assert report.notes == (
-        "PEFT would untie transformer.wte.weight and lm_head.weight and change transformer.wte.weight alone",
+        "PEFT would untie transformer.wte.weight and lm_head.weight and change only transformer.wte.weight",
     )
     found, expected = (outputs(model, GPT2.inputs()) for model in (in_peft(GPT2, tmp_path), ours))
     assert not torch.allclose(found, expected, atol=0.1), "PEFT no longer does so"

@@ -228,7 +228,7 @@ def test_what_transformers_dequantized_under_the_adapters_is_neither_merged_nor_
     if is_merged:
         randlora.merge(model, reversible=True)
     model.dequantize()
-    said = r"q_proj no longer has adapter 'default': the module was replaced by another"
+    said = r"q_proj no longer has adapter 'default': the module was replaced by a different one"
     with pytest.raises(randlora.errors.RandLoRAError, match=said):
         randlora.save(model, tmp_path / "adapter")
     if not is_merged:

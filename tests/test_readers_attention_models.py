@@ -164,7 +164,7 @@ def test_what_cannot_be_adapted_is_refused_with_the_reason() -> None:
     refused(plain().attn, r"the model itself is a layer \(MultiheadAttention\)")
     odd = plain()
     odd.attn.in_proj_weight = nn.Parameter(torch.ones(35, 12))
-    refused(odd, r"attn\.in_proj_weight has 35 rows, expected those of query, key and value")
+    refused(odd, r"attn\.in_proj_weight has 35 rows, expected equally many for query, key and value")
     computed = plain()
     parametrize.register_parametrization(computed.attn, "in_proj_weight", nn.Identity())
     refused(

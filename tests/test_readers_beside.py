@@ -312,7 +312,7 @@ def test_a_weight_that_is_computed_since_is_an_error_of_the_forward_that_would_l
         pytest.skip("no forward of it runs: docs/limits.md")
     model = kind.adapted()
     rewrite(kind.owner(model), kind.attribute)
-    with pytest.raises(AdapterError, match=rf"{kind.attribute} of an adapted \w+ is no parameter any more"):
+    with pytest.raises(AdapterError, match=rf"{kind.attribute} of an adapted \w+ is no longer a parameter"):
         kind.run(model)
 
 

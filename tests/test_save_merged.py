@@ -149,7 +149,7 @@ def test_a_model_whose_config_cannot_be_saved_has_a_note(tmp_path: Path) -> None
     model = adapted(Plain())
     model.config = {"width": 8}
     report = randlora.files.save_merged(model, tmp_path / "out")
-    assert "no config was written: that of a Plain has no save_pretrained" in str(report)
+    assert "no config was written: the config of a Plain has no save_pretrained" in str(report)
 
 
 def test_an_adapter_that_nothing_has_trained_and_statistics_that_moved_are_noted(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_nothing_is_written_over(what: str, tmp_path: Path) -> None:
         "directory": out.mkdir, "file": out.touch, "broken link": lambda: out.symlink_to("nowhere")
     }  # fmt: skip
     make[what]()
-    with pytest.raises(MergeError, match=r"out exists: choose another name, or remove it"):
+    with pytest.raises(MergeError, match=r"out exists: choose a different name, or remove it"):
         randlora.files.save_merged(adapted(Plain()), out)
     assert [*tmp_path.iterdir()] == [out]
 

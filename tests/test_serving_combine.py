@@ -200,10 +200,10 @@ def test_what_no_such_adapter_could_have_is_refused() -> None:
     randlora.inject(model, r=2, targets=["up"], name="seed", seed=1)
     set_alpha(model, 0, "off")
     for adapters, message in [
-        ({"dropping": 1, "read": 1}, r"embed is a weight that other code reads, whose input dropout=0\.5 cannot reach"),
+        ({"dropping": 1, "read": 1}, r"embed is a weight that other code reads, and dropout=0\.5 cannot reach"),
         ({"dropping": 1, "beside": 1}, r"'beside' trained a copy of q\.weight, a weight that the new adapter would"),
         ({"off": 1, "dropping": 1}, "'off' has alpha=0 in q"),
-        ({"dropping": 1, "seed": 1}, r"'seed' is on .*seed=1.*, of which 'dropping' has no kind"),
+        ({"dropping": 1, "seed": 1}, r"'seed' is on .*seed=1.*, but 'dropping' has no such bases"),
     ]:
         with untouched(model), pytest.raises(AdapterError, match=message):
             randlora.serving.combine(model, adapters, name="c")

@@ -79,7 +79,7 @@ def test_every_verb_on_files_finds_the_stream_of_an_old_file(tmp_path: Path) -> 
     randlora.files.convert(OURS, tmp_path / "native", "native")
     assert json.loads(read_tensors(tmp_path / "native")[1]["randlora"])["config"]["stream"] == "torch-2.11"
     report = randlora.files.convert(OURS, tmp_path / "peft", "peft")
-    assert report.notes == ("the bases are in the file: PEFT would draw others from the seed",)
+    assert report.notes == ("the bases are in the file: PEFT would draw different ones from the seed",)
 
 
 # Files of PEFT without bases, which do not say under which torch they were trained

@@ -107,8 +107,8 @@ def test_an_adapter_is_swapped_beside_others_active_or_not() -> None:
 DIFFERENT: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "layers": ({"targets": ["0", "3"]}, ("the files have no layer 2",)),
     "more": ({"train_also": ["2.bias"]}, ("the adapter has no trained parameter 2.bias",)),
-    "rank": ({"r": 2}, ("0 has r=3 and alpha=60, and in the files r=2 and alpha=40", "2 has r=3", "3 has r=3")),
-    "alpha": ({"alpha": 6}, ("0 has r=3 and alpha=60, and in the files r=3 and alpha=6", "2 has", "3 has")),
+    "rank": ({"r": 2}, ("0 has r=3 and alpha=60, but in the files r=2 and alpha=40", "2 has r=3", "3 has r=3")),
+    "alpha": ({"alpha": 6}, ("0 has r=3 and alpha=60, but in the files r=3 and alpha=6", "2 has", "3 has")),
     "seed": ({"seed": 1}, ("the bases are", "and in the files", "seed=1")),
     "kind": ({"basis": "block"}, ("the bases are dense bases", "and in the files block bases")),
 }
@@ -121,7 +121,7 @@ def test_another_spec_is_refused_with_every_difference(what: str, tmp_path: Path
     randlora.save(model_with(1, **options), tmp_path)
     with untouched(model), pytest.raises(CheckpointError) as error:
         randlora.swap(model, tmp_path, name="a")
-    for message in (*messages, "or load it as another one", str(tmp_path)):
+    for message in (*messages, "or load it as a separate adapter", str(tmp_path)):
         assert message in str(error.value)
 
 

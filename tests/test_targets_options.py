@@ -89,7 +89,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "no-target": ({"r": {"lm_head": 4, ".*": 8}}, ["r={'lm_head': …} matches no target"]),
     "part-of-a-name": ({"r": {"proj": 4, ".*": 8}}, ["r={'proj': …} matches no target; the nearest names are"]),
-    "no-regex": ({"r": {"q_proj(": 4, ".*": 8}}, ["r={'q_proj(': …} is no name", "no regular expression: missing )"]),
+    "no-regex": ({"r": {"q_proj(": 4, ".*": 8}}, ["r={'q_proj(': …} is neither", "a regular expression: missing )"]),
     "shadowed": ({"r": {".*": 4, "q_proj": 8}}, ["r={'q_proj': …} matches only what '.*' took", "put it before '.*'"]),
     "shadowed-alpha": (
         {"alpha": {"mlp": 4, ".*": 8, "self_attn": 2}},

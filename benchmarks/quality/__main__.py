@@ -65,13 +65,13 @@ console = Console(highlight=False, soft_wrap=True)
 
 def main(
     task: Annotated[str, typer.Option(help="A regular expression for the names of tasks.")] = ".*",
-    contestant: Annotated[str, typer.Option(help="A regular expression for the names of contestants.")] = ".*",
+    contestant: Annotated[str, typer.Option(help="A regular expression for the names of methods.")] = ".*",
     group: Annotated[Group, typer.Option(help="Who takes part.")] = "main",
-    seeds: Annotated[int, typer.Option(help="Runs of each contestant at each learning rate.")] = SEEDS,
-    full: Annotated[bool, typer.Option("--full", help="Whole data; else a quick look with little of it.")] = False,  # noqa: FBT002
+    seeds: Annotated[int, typer.Option(help="Runs of each method at each learning rate.")] = SEEDS,
+    full: Annotated[bool, typer.Option("--full", help="Use all data, not a quick look with little of it.")] = False,  # noqa: FBT002
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves them as they are.")] = 0,
 ) -> None:
-    """Train all contestants at several learning rates each, but for the runs that are there, and sum up."""
+    """Train all methods at several learning rates each, except for runs that exist already, and sum up."""
     if threads:
         torch.set_num_threads(threads)
     directory = KEPT if full else BUILD
@@ -79,9 +79,7 @@ def main(
     tasks = {name: each for name, each in offered.items() if re.fullmatch(task, name)}
     chosen = {name: each for name, each in GROUPS[group].items() if re.fullmatch(contestant, name)}
     if not tasks or not chosen:
-        raise typer.BadParameter(
-            f"there are the tasks {', '.join(offered)}, and contestants {', '.join(GROUPS[group])}"
-        )
+        raise typer.BadParameter(f"there are the tasks {', '.join(offered)}, and methods {', '.join(GROUPS[group])}")
     found = {}
     for name, each in tasks.items():
         try:

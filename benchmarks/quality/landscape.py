@@ -204,8 +204,8 @@ def draw(seeds: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 
 def main(
-    seeds: Annotated[int, typer.Option(help="Trainings of each contestant.")] = 5,
-    full: Annotated[bool, typer.Option("--full", help="Whole data; else a quick look with little of it.")] = False,  # noqa: FBT002
+    seeds: Annotated[int, typer.Option(help="Runs of each method.")] = 5,
+    full: Annotated[bool, typer.Option("--full", help="Use all data, not a quick look with little of it.")] = False,  # noqa: FBT002
 ) -> None:
     """Compare on the seeds that are missing, draw the plane of the first, and sum all up."""
     file, figure = (KEPT, FIGURE) if full else (QUICK / KEPT.name, QUICK / FIGURE.name)

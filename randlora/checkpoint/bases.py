@@ -1,8 +1,8 @@
-"""The bases of an adapter on disk: drawn again and checked, or those that the file holds.
+"""The bases of an adapter on disk: drawn again and checked, or read from the file.
 
-A file names the dims of its bases in a few bytes, and drawing them may take all memory. Bases drawn for several
-adapters are as large as the widest layers of all of these, which one file need not name. So a file's own layers do not
-limit what is drawn: those of its model do.
+A file names the dims of its bases in a few bytes, but drawing them may take all memory. Bases drawn for several
+adapters are as large as the widest layer of any of them, which one file need not name. So what may be drawn is limited
+by the layers of the model, not by the layers that the file names.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from randlora.checkpoint.tensors import basis_keys
 from randlora.errors import CheckpointError, ConfigError, spelled
 
 Known = Callable[[], Iterable[Shape]]
-"""Returns the shapes of all layers of a model, which is called if they matter."""
+"""Returns the shapes of all layers of a model. Called only if they matter."""
 
 FOR_ANY_FILE = 2**22
-"""Entries of A and B that are drawn for any file, in a part of a second: those for a weight of 2048 x 2000."""
+"""Entries of A and B that are drawn for any file, in a part of a second: as many as a weight of 2048 x 2000 needs."""
 TIMES = 2**10
-"""Entries that are drawn for each entry of Λ and Γ in a file, where no model says how large its layers are."""
+"""Entries that may be drawn for each entry of Λ and Γ in a file, if no model tells how large its layers are."""
 ROW = 2**6  # entries that are drawn in the time in which a row begins, whose stream may be its own
 
 
 def stream_notes(file: AdapterFile) -> tuple[str, ...]:
-    """Return a note if a file leaves open which of two streams its bases are from, and the caller does not say."""
+    """Return a note if neither the file nor the caller says which of two streams the bases are from."""
     kind = file.config.basis
     if file.header is not None or file.bases or file.stream is not None or len(peft_streams(kind)) == 1:
         return ()
@@ -61,14 +61,16 @@ def file_bases(
 ) -> tuple[AdapterFile, dict[int, Basis]]:
     """Return the bases that a file's adapter was trained with, by r, and the file with their stream in its config.
 
-    If the file has a digest of the bases, or the bases themselves, these decide from which of PEFT's streams they are.
-    The bank's bases are returned if it has the same bits; it does not change. ``shapes`` are those of the layers'
-    updates, by r. If ``known`` is given, the layers of a model, the bases must not be larger than these need.
+    A digest in the file, or the bases themselves, decide which of PEFT's streams the bases are from. If the bank has
+    the same bits, its bases are returned; it does not change. ``shapes`` are the shapes of the layers' updates, by r.
+    If ``known``, the layers of a model, is given, the bases must not be larger than these layers need.
     """
     bases = {r: _bases_of_rank(file, r, own, bank, known) for r, own in shapes.items()}
     streams = sorted({basis.spec.stream for basis in bases.values()})
     if len(streams) > 1:
-        raise CheckpointError(f"its bases are from several streams, {' and '.join(streams)}: save wrote no such file")
+        raise CheckpointError(
+            f"its bases are from several streams, {' and '.join(streams)}: randlora.save did not write this file"
+        )
     if file.stream is not None and any(basis.stored is not None for basis in bases.values()):
         raise CheckpointError(
             f"{spelled('stream', file.stream)} is given, but the file's bases are from no seed: omit it"
@@ -146,7 +148,9 @@ def _spec(file: AdapterFile, r: int, shapes: Sequence[Shape]) -> BasisSpec:
 def _as_stored(file: AdapterFile, spec: BasisSpec, used: tuple[int, int], bank: BasisBank) -> Basis:
     """Return bases with the values in the file, which no seed reproduces, or equal ones that the bank has."""
     if spec.r not in file.bases:
-        raise CheckpointError("the file holds no bases, and no seed reproduces its own: save with bases='stored'")
+        raise CheckpointError(
+            "the file holds no bases, and no seed reproduces those it was trained with: save with bases='stored'"
+        )
     basis_A, basis_B = file.bases[spec.r]
     stored = (
         CompactMatrix.from_dense(basis_A.flatten(end_dim=1)),
@@ -185,7 +189,8 @@ def count_entries(r: int, max_dim: int, min_dim: int) -> int:
 def require_drawable(spec: BasisSpec, used: tuple[int, int], file: AdapterFile, known: Known | None) -> None:
     """Raise a `CheckpointError` if bases are larger than any that layers of the model need.
 
-    ``used`` is the ``(max_dim, min_dim)`` that the file's layers use. Of the file, Λ, Γ and stored bases count.
+    ``used`` is the ``(max_dim, min_dim)`` that the file's layers use. The sizes of Λ, Γ and stored bases in the file
+    count too.
     """
     max_dim, min_dim = max(spec.max_dim, used[0]), max(spec.min_dim, used[1])
     count = count_entries(spec.r, max_dim, min_dim)
@@ -197,19 +202,20 @@ def require_drawable(spec: BasisSpec, used: tuple[int, int], file: AdapterFile, 
         own = sum(part.numel() for pair in file.values.values() for part in pair)
         if cost > TIMES * own:
             raise CheckpointError(
-                f"{asked}, and has {own:,} of its own: if its layers are so large, give the directory of the base model"
+                f"{asked}, but has only {own:,} trained values: if its layers are this large, give the directory of "
+                "the base model"
             )
         return
     dims = drawn_dims([*known(), (1, 1)])
     if count > count_entries(spec.r, *dims):
         raise CheckpointError(
-            f"{asked}, and for the largest layers of this model they are {dims[0]} x {dims[1]}: the file is damaged, "
-            "or was trained beside larger layers; then save it there with bases='stored'"
+            f"{asked}, but the largest layers of this model need {dims[0]} x {dims[1]}: the file is damaged, or was "
+            "trained together with larger layers; in that case save it there with bases='stored'"
         )
 
 
 def stored_bases(bases: Mapping[int, Basis], header: Header) -> dict[str, Tensor]:
-    """Return dense bases, by key, of the dims that PEFT expects, or smaller if they were drawn for less."""
+    """Return dense bases, by key, with the dims that PEFT expects, or smaller ones if the bases were drawn for less."""
     tensors: dict[str, Tensor] = {}
     for r, rectangle in header.rectangles.items():
         drawn = bases[r] if bases[r].stored else Basis(bases[r].spec)  # the model's own must not grow

@@ -23,7 +23,7 @@ MARK = "<!-- Written by randlora.save, which writes it anew at each save unless 
 RESULTS = "## Results"
 
 Results: TypeAlias = Mapping[str, float | str] | None
-"""What a user measured, by the name of the metric."""
+"""Results that a user measured, by the name of the metric."""
 
 TASKS = {
     "WithLMHeadModel": None,  # of XLM and Flaubert, masked or causal
@@ -35,10 +35,10 @@ TASKS = {
     "ForQuestionAnswering": "question-answering",
     "ForImageClassification": "image-classification",
 }
-"""The Hub's names of tasks, by what the classes of transformers for them end with."""
+"""The Hub's names of tasks, by the ends of the names of transformers' classes."""
 
 NOT_TEXT = re.compile("pixel|image|visual|bbox|audio|feature|table")
-"""What arguments of a forward are called that takes more than text."""
+"""Names of arguments by which a forward takes more than text."""
 
 
 def write_card(
@@ -55,8 +55,8 @@ def write_card(
 ) -> str:
     """Return the text of a model card.
 
-    ``left_out`` are lines about what the adapter leaves out, ``peft_notes`` the reasons why PEFT cannot load the files,
-    and ``subfolder`` is where these are in the repository.
+    ``left_out`` are lines about layers that the adapter leaves out, ``peft_notes`` the reasons why PEFT cannot load the
+    files, and ``subfolder`` is the place of the files in the repository.
     """
     base = repo_of(base_model)
     place = f'"{repo_id or "path/to/this/directory"}"'
@@ -84,25 +84,23 @@ def write_card(
 
 
 def is_ours(path: Path) -> bool:
-    """Return whether a README.md is a generated model card that still has its mark."""
+    """Whether a README.md is a generated model card that still has its mark."""
     return MARK in _lines(path)
 
 
 def results_note(path: Path, results: Results) -> list[str]:
-    """Return a note if a save that is given these results leaves some out of the model card at ``path``."""
+    """Return a note if a save with these results does not write them into the model card, or removes earlier ones."""
     if results and os.path.lexists(path) and not is_ours(path):
         return ["README.md is not a generated model card, so the results are not written into it"]
     if not results and is_ours(path) and RESULTS in _lines(path):
-        return [
-            "README.md had results of the adapter that was replaced, and has none now: save takes results= for this one"
-        ]
+        return ["README.md had results of the replaced adapter, and has none now: pass results= to save for this one"]
     return []
 
 
 def task_of(model: nn.Module) -> str | None:
     """Return the Hub's name of a model's task if its class, such as `LlamaForCausalLM`, tells it.
 
-    The name of a class that takes more than text or makes anything else, such as audio, does not.
+    For a class that takes more than text, or makes something else, such as audio, the result is ``None``.
     """
     kind = plain_class(model)
     task = next((task for end, task in TASKS.items() if kind.__name__.endswith(end)), None)

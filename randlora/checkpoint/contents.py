@@ -1,7 +1,7 @@
-"""All of an adapter, checked, with the fields and the header that go with it: what `save` writes; `AdapterState`.
+"""All of an adapter, checked, with its fields and header, as `save` writes it; `AdapterState`.
 
-`gathered` is a collective if the model is sharded, and finds what would not be written. `contents_of` then makes what
-`save` writes into files and `adapter_state` returns.
+`gathered`, a collective if the model is sharded, finds values that could not be written. `contents_of` then makes the
+contents that `save` writes into files and `adapter_state` returns.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from randlora.targets.site import AdaptedSite, other_kinds, shapes_of
 from randlora.targets.walk import Census
 
 StoredAs = Literal["seed", "stored"]
-"""Whether the bases of an adapter are not stored, because their spec reproduces them, or stored as they are."""
+"""Whether the bases of an adapter are left out, because the seed reproduces them, or stored as they are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class Gathered:
     are_copies: bool = False
 
     def values(self) -> dict[str, Value]:
-        """Return everything that is written of it, except bases, and the shape that it must have."""
+        """Return all values that are written, except bases, each with the shape that it must have."""
         values = {}
         for site in self.sites:
             part, (lam, gamma) = site.layer.adapters[self.adapter.name], self.diagonals[site.fqn]
@@ -78,9 +78,9 @@ class Gathered:
 
 
 class Contents(NamedTuple):
-    """What is written of an adapter, which has the names that its layers have now.
+    """The contents of an adapter's files, under the names that its layers have now.
 
-    ``tensors`` are copies on the CPU, by key. ``notes`` are why PEFT could not load this.
+    ``tensors`` are copies on the CPU, by key. ``notes`` say why PEFT could not load the files.
     """
 
     adapter: Adapter
@@ -93,10 +93,11 @@ class Contents(NamedTuple):
 def gathered(
     model: nn.Module, names: Sequence[str | None], bases: str, *, doing: str, is_for_all: bool
 ) -> tuple[list[Gathered], Ranks | None]:
-    """Return some adapters with all their values, and the processes that hold the model together; then a collective.
+    """Return some adapters with all their values, and the processes that together hold the model, if it is sharded.
 
-    One tensor at a time is gathered on the device, and copied to the CPU's memory by the processes that want it: all of
-    them if it ``is_for_all``, else the one that writes files. The problems of a sharded model raise an error at once.
+    It is then a collective. One tensor at a time is gathered on the device, and copied to the CPU by the processes that
+    want it: all of them if it ``is_for_all``, else the one that writes files. Problems of a sharded model raise an
+    error at once.
     """
     with opened(model, None) as view:
         state, census, ranks = view.state, view.census, view.ranks()
@@ -136,7 +137,7 @@ def given_values(model: nn.Module, values: Mapping[str, Tensor]) -> Gathered:
 
 
 def contents_of(held: Gathered) -> Contents:
-    """Return what is written of an adapter that has no problems."""
+    """Return the contents of the files of an adapter that has no problems."""
     adapter, sites = held.adapter, held.sites
     shapes = shapes_of(sites, adapter.config)
     # a module used in several places may have another name now, if one of them is gone or new
@@ -188,14 +189,14 @@ def _problems(held: Gathered) -> list[str]:
     if bases not in ("seed", "stored"):
         problems.append(f"bases must be 'seed' or 'stored', got {shortly(bases)}")
     if bases == "seed" and any(basis.stored is not None for basis in adapter.bases.values()):
-        problems.append("its bases came from a file and no seed reproduces them: save with bases='stored'")
+        problems.append("its bases came from a file, and no seed reproduces them: save with bases='stored'")
     names = [*adapter.targets, *adapter.trained]
-    problems += [f"{fqn!r} is no valid Unicode: rename the module" for fqn in names if not is_text(fqn)]
+    problems += [f"{fqn!r} is not valid Unicode: rename the module" for fqn in names if not is_text(fqn)]
     keys = {fqn: max(map(len, value_keys(fqn, adapter.options))) for fqn in adapter.options}
     keys |= {fqn: len(trained_key(fqn, adapter.options)) for fqn in adapter.trained}
     return problems + [
-        f"{fqn:.60}… has a name of {length} characters in a file, of which none can be loaded with more than "
-        f"{LONGEST_NAME}: rename the modules"
+        f"the name of {fqn:.60}… in a file would have {length} characters, and at most {LONGEST_NAME} can be loaded: "
+        "rename the modules"
         for fqn, length in keys.items()
         if length > LONGEST_NAME
     ]
@@ -211,7 +212,9 @@ def _peft_notes(adapter: Adapter, header: Header, bases: str) -> list[str]:
     ((basis, rectangle),) = ((adapter.bases[r], rectangle) for r, rectangle in header.rectangles.items())
     spec = basis.spec
     if bases == "seed" and (spec.max_dim, spec.min_dim) != rectangle:
-        notes.append("the bases were drawn for other layers too, so PEFT would draw others: save with bases='stored'")
+        notes.append(
+            "the bases were drawn for other layers too, so PEFT would draw different ones: save with bases='stored'"
+        )
     elif bases == "seed" and (reason := drawing_note(spec)) is not None:
         notes.append(reason)
     if stored_dims(basis, rectangle) != rectangle:
@@ -223,13 +226,13 @@ def _peft_notes(adapter: Adapter, header: Header, bases: str) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class AdapterState:
-    """All of an adapter, as `randlora.save` writes it, in memory: to send, to average, to put into a model again.
+    """An adapter in memory, as `randlora.save` writes it: to send, to average, or to load into a model again.
 
-    It can be pickled, and belongs to no model: its tensors are copies.
+    It can be pickled. Its tensors are copies, so it does not depend on the model.
 
     Attributes:
-        tensors: Λ and Γ in float32, or float64 if they are, and the parameters of ``train_also`` in their own dtype, on
-            the CPU, by their names in ``adapter_model.safetensors``.
+        tensors: Λ and Γ in float32 (float64 if they are in float64), and the parameters of ``train_also`` in their own
+            dtype, on the CPU, by their names in ``adapter_model.safetensors``.
         metadata: The metadata of that file, with a SHA-256 of the tensors.
         config: The contents of ``adapter_config.json``.
     """
@@ -244,10 +247,10 @@ class AdapterState:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> AdapterState:
-        """Return the same adapter with other values, such as an average over clients, and their SHA-256.
+        """Return the same adapter with different values, such as an average over clients, and a new SHA-256.
 
         Args:
-            tensors: A tensor for each name in ``tensors``, of the same shape. Values are rounded to the dtype there.
+            tensors: A tensor of the same shape for each name in ``tensors``. Values are rounded to the dtype there.
 
         Raises:
             CheckpointError: If names or shapes differ.
@@ -273,22 +276,22 @@ class AdapterState:
 
 
 def adapter_state(model: nn.Module, name: str | None = None, *, bases: StoredAs = "seed") -> AdapterState:
-    """Return one adapter as `randlora.save` would write it, in memory.
+    """Return an adapter in memory, as `randlora.save` would write it.
 
-    If any parameter of the model is sharded, as by `fully_shard`, this is a collective: every process calls it, and
+    If any parameter of the model is sharded, such as by `fully_shard`, this is a collective: every process calls it and
     gets the whole adapter.
 
     Args:
         model: A model with adapters.
         name: The adapter's name; ``None`` means the only one.
-        bases: Whether the bases are in it, as for `randlora.save`.
+        bases: Whether the state contains the bases, as for `randlora.save`.
 
     Returns:
         Copies of the tensors, on the CPU, with the metadata of the file.
 
     Raises:
         AdapterError: If the model has no adapter, or several and no ``name`` is given.
-        CheckpointError: If `randlora.save` would not write it.
+        CheckpointError: If `randlora.save` would refuse to write the adapter.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
@@ -308,10 +311,10 @@ def adapter_state(model: nn.Module, name: str | None = None, *, bases: StoredAs 
 
 
 def file_of(state: AdapterState) -> AdapterFile:
-    """Return the contents of the files that a state would be saved as, with tensors of their own, after checking it.
+    """Check a state, and return the contents of the files that it would be saved as, with copies of the tensors.
 
     Raises:
-        CheckpointError: If it is no state of an adapter, or its values were changed by other means than `with_tensors`.
+        CheckpointError: If it is not the state of an adapter, or its values were not changed with `with_tensors`.
     """
     problems = [
         *mistyped(state.tensors, dict[str, Tensor], "tensors"),

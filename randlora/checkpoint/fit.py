@@ -42,7 +42,7 @@ def fit_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
 
 
 def named_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
-    """Return the weights that a file names, under its FQNs. If a prefix is all that differs, the error names it."""
+    """Return the weights that a file names, under its FQNs. If only a prefix differs, the error names it."""
     sites = census.sites_by_fqn
     modules = {visit.fqn: visit.module for visit in census.visits}
     problems: list[str] = []
@@ -51,7 +51,9 @@ def named_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
         if (site := sites.get(fqn)) is not None:
             twin = found.setdefault(site.key, site)
             if twin is not site:
-                problems.append(f"{fqn} and {twin.fqn} are one layer here: it cannot carry both of their adapters")
+                problems.append(
+                    f"{fqn} and {twin.fqn} are the same layer in this model, which cannot hold both adapters"
+                )
         elif fqn not in modules:
             problems.append(f"the model has no layer {fqn}")
         elif isinstance(reason := find_layer(modules[fqn]), str):
@@ -88,7 +90,7 @@ def parameter_names(census: Census) -> set[str]:
 
 
 def with_prefix(file: AdapterFile, prefix: str, known: Collection[str], parameters: Collection[str]) -> AdapterFile:
-    """Return an adapter with a prefix added to its names or removed from them, whichever gives known layers."""
+    """Return an adapter with a prefix added to its names, or removed from them if that gives known layers."""
     if not prefix.strip("."):
         raise ConfigError(f"prefix must be the name of a module, such as 'bert', got {prefix!r}")
     dotted = f"{prefix.removesuffix('.')}."
@@ -153,7 +155,7 @@ def _directions(prefix: str, names: Sequence[str], known: Collection[str]) -> li
 
 
 def misfits(file: AdapterFile, shapes: Shapes) -> list[str]:
-    """Return which layers have other shapes than those the adapter was trained on, or exceed the stored bases."""
+    """Return which layers have different shapes than in training, or are larger than the stored bases."""
     problems = []
     for fqn, shape in shapes.items():
         gamma, matrix, stored = file.values[fqn][1], shape[-2:], file.bases.get(file.options[fqn].r)
@@ -188,9 +190,9 @@ def _may_hold(own: Tensor | Entry, dtype: torch.dtype) -> bool:
 def without_repeats(census: Census, file: AdapterFile) -> AdapterFile:
     """Return an adapter with each tied parameter once, under the first of its names in the file.
 
-    Here a parameter trained with an adapter remains tied. PEFT gives each module of ``modules_to_save`` an untied copy,
-    so it is an error if the file has several values for one parameter or, written by PEFT, a value for only one place
-    of it.
+    Here a parameter trained with an adapter remains tied. PEFT gives each module of ``modules_to_save`` an untied copy.
+    So an error is raised if the file has several values for one parameter, or if PEFT wrote a value for only one of the
+    parameter's places.
     """
     problems, repeated = [], set()
     for names in _names_of_tied(census):
@@ -198,10 +200,12 @@ def without_repeats(census: Census, file: AdapterFile) -> AdapterFile:
         left = [fqn for fqn in names if fqn not in file.trained]
         values = [file.trained[fqn] for fqn in named]
         if any(value.dtype != values[0].dtype or not torch.equal(value, values[0]) for value in values):
-            problems.append(f"{' and '.join(named)} are one parameter here, and two in the file: untie them first")
+            problems.append(
+                f"{' and '.join(named)} are one parameter in this model and two in the file: untie them first"
+            )
         elif named and left and file.header is None:
             problems.append(
-                f"{named[0]} is tied to {' and '.join(left)} here, and PEFT trained it alone: untie them first"
+                f"{named[0]} is tied to {' and '.join(left)} here, but PEFT trained only it: untie them first"
             )
         repeated.update(named[1:])
     raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
@@ -209,11 +213,11 @@ def without_repeats(census: Census, file: AdapterFile) -> AdapterFile:
 
 
 def untied_by_peft(census: Census, trained: Iterable[str]) -> list[str]:
-    """Return which parameters trained with an adapter PEFT would change in one of their places only."""
+    """Return which parameters trained with an adapter PEFT would change in only one of their places."""
     trained = set(trained)
     whole = tuple(f"{module}." for module in whole_modules(census, trained))
     return [
-        f"PEFT would untie {' and '.join(names)} and change {' and '.join(trained.intersection(names))} alone"
+        f"PEFT would untie {' and '.join(names)} and change only {' and '.join(trained.intersection(names))}"
         for names in _names_of_tied(census)
         if any(fqn.startswith(whole) for fqn in trained.intersection(names))
     ]

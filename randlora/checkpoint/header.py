@@ -1,8 +1,8 @@
-"""The header of an adapter's file: what PEFT has no field for.
+"""The header of an adapter's file: the facts for which PEFT has no field.
 
 It is JSON in the metadata of the safetensors file: the spec of the bases with their digest, the layers' shapes,
-versions, and a checksum of everything. Its types are checked first, field by field. What types cannot say, such as
-which numbers are ranks, `RandLoRAConfig` and `BasisSpec` check.
+versions, and a checksum of everything. Types are checked first, field by field. `RandLoRAConfig` and `BasisSpec` check
+what types cannot express, such as which numbers are valid ranks.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ HEADER_KEY = "randlora"
 SEAL_WORD = "basis_sha256"  # a word that every header contains and nothing else does
 
 LIBRARIES = ("transformers", "sentence_transformers")
-"""Libraries whose classes are recorded, if they export them: another program finds those by name."""
+"""Libraries whose classes are recorded if they are exported, so that other programs find them by name."""
 
 
 class BasisFacts(TypedDict):
@@ -96,7 +96,7 @@ class ModelClassFacts(TypedDict):
 
 
 class HeaderFacts(TypedDict):
-    """What our header has in every version of the format; the first files lack some."""
+    """The fields of our header in every version of the format. The first files lack some of them."""
 
     config: ConfigFacts
     targets: dict[str, list[int]]
@@ -119,13 +119,13 @@ class HeaderFacts2(HeaderFacts):
 
 
 class HeaderFacts3(HeaderFacts2):
-    """Our header in version 3, with the names of the buffers among what was trained."""
+    """Our header in version 3, with the names of the trained buffers."""
 
     buffers: list[str]
 
 
 FORMAT_VERSIONS = {1: HeaderFacts1, 2: HeaderFacts2, 3: HeaderFacts3}
-"""A version is written only for what the one before has no place for.
+"""A version is written only if the version before has no place for all fields.
 
 Version 2 has stacks of matrices and options of single layers, version 3 has buffers of modules in ``train_also``.
 """
@@ -133,13 +133,13 @@ Version 2 has stacks of matrices and options of single layers, version 3 has buf
 
 @dataclass(frozen=True)
 class ModelClass:
-    """The class of a model, and what its config says of a head's outputs.
+    """The class of a model, and the outputs of a head as its config describes them.
 
     Attributes:
         library: The package that exports it.
         name: Its name, such as ``"BertForSequenceClassification"``.
         labels: The names of the outputs, in order, if parameters were trained with the adapter, such as a head.
-        problem_type: The ``problem_type`` in the config: which loss it was trained with.
+        problem_type: The ``problem_type`` in the config, which selects the loss.
     """
 
     library: str
@@ -149,7 +149,7 @@ class ModelClass:
 
     @classmethod
     def of(cls, model: nn.Module, *, has_trained: bool) -> Self | None:
-        """Return the class of a model, or ``None`` if no library exports it; with labels if parameters are trained."""
+        """Return the class of a model, or ``None`` if no library exports it. With labels if any are trained."""
         # `fully_shard` changes the class too
         kind = next(kind for kind in plain_class(model).__mro__ if not kind.__module__.startswith("torch."))
         library = kind.__module__.partition(".")[0]
@@ -173,7 +173,7 @@ class ModelClass:
 
     @property
     def config_fields(self) -> dict[str, Any]:
-        """The fields of a config of transformers that a model with these labels has."""
+        """The fields that a config of transformers has for a model with these labels."""
         fields: dict[str, Any] = {} if self.problem_type is None else {"problem_type": self.problem_type}
         if self.labels is not None:
             fields["id2label"] = dict(enumerate(self.labels))
@@ -191,9 +191,9 @@ def _labels(config: object) -> tuple[str, ...] | None:
 
 @dataclass(frozen=True)
 class BasisRecord:
-    """What a header says of one pair of bases.
+    """One pair of bases, as a header records it.
 
-    ``digest`` is the `Basis.digest` of the values that the layers of this r use. Unless ``is_reproducible``, the spec
+    ``digest`` is the `Basis.digest` of the values that the layers with this r use. If not ``is_reproducible``, the spec
     does not reproduce the bases, and the file must hold them.
     """
 
@@ -228,12 +228,11 @@ class BasisRecord:
 class Header:
     """The facts about an adapter that are not in its tensors.
 
-    ``config`` gives r and alpha of each target by FQN where they differ, ``bases`` are those of each r, and ``shapes``
-    are those of the updates by target. ``torch_version`` is that of the torch that drew the bases, and ``transposed``
-    are the targets that are stored as ``(in_features, out_features)``; ``None`` if the file does not say.
-    ``kinds`` are the kinds of targets that are not linear layers. ``model_class`` is what the adapter was trained on;
-    ``None`` if the file does not say.
-    ``buffers`` are those of ``config.train_also`` that are buffers.
+    ``config`` gives r and alpha of each target by FQN where they differ, ``bases`` are the bases by r, and ``shapes``
+    the shapes of the updates by target. ``torch_version`` is the version that drew the bases, and ``transposed`` are
+    the targets that are stored as ``(in_features, out_features)``; ``None`` if the file does not say. ``kinds`` are the
+    kinds of targets that are not linear layers. ``model_class`` is the class that the adapter was trained on; ``None``
+    if the file does not say. ``buffers`` are the names in ``config.train_also`` that are buffers.
     """
 
     config: RandLoRAConfig
@@ -259,9 +258,9 @@ class Header:
         model_class: ModelClass | None,
         buffers: Iterable[str],
     ) -> Self:
-        """Return the header of an adapter, given its layers' shapes and the FQNs of what was trained with it.
+        """Return the header of an adapter, given its layers' shapes and the FQNs of parameters trained with it.
 
-        ``buffers`` are those of the FQNs that are buffers.
+        ``buffers`` are the FQNs that are buffers.
         """
         config = replace(config, targets=tuple(shapes), exclude=None, train_also=tuple(trained) or None)
         records = {r: BasisRecord.of(bases[r], own) for r, own in by_rank(shapes, options).items()}
@@ -272,7 +271,7 @@ class Header:
 
     @property
     def format_version(self) -> int:
-        """The oldest version of the format that has a place for all of it."""
+        """The oldest version of the format that has a place for all fields."""
         has_more = any(isinstance(option, Mapping) for option in (self.config.r, self.config.alpha))
         has_more |= any(len(shape) == 3 for shape in self.shapes.values())
         chosen = (option.since for name, option in OPTIONS.items() if getattr(self.config, name) != option.default)
@@ -285,7 +284,7 @@ class Header:
 
     @property
     def rectangles(self) -> dict[int, tuple[int, int]]:
-        """``(max_dim, min_dim)`` of the bases that PEFT would draw for the targets of each r."""
+        """``(max_dim, min_dim)`` of the bases that PEFT would draw for the targets with each r."""
         return {r: drawn_dims(own) for r, own in by_rank(self.shapes, self.options).items()}
 
     @property
@@ -327,7 +326,7 @@ def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
     try:
         facts = parse_json(text)
         if not isinstance(facts, dict):
-            raise TypeError("it is no object")
+            raise TypeError("it is not an object")
         found = facts["format_version"]
         if type(found) is not int or found not in FORMAT_VERSIONS:
             known = f"versions 1 to {max(FORMAT_VERSIONS)}"
@@ -367,7 +366,7 @@ def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
 
 def _problems(facts: Mapping[str, Any], records: Iterable[int | str]) -> Iterator[str]:
     """Yield what is wrong with the values of a header whose types are right; an r is a name if there are several."""
-    yield from (f"{r!r} is no r" for r in records if str(int(r)) != str(r))
+    yield from (f"{r!r} is not an r" for r in records if str(int(r)) != str(r))
     for fqn, sizes in facts["targets"].items():
         if not (len(sizes) in (2, 3) and all(size > 0 for size in sizes)):
             yield f"{fqn} has shape {sizes!r:.80}, expected two or three positive integers"
@@ -375,7 +374,7 @@ def _problems(facts: Mapping[str, Any], records: Iterable[int | str]) -> Iterato
         if fqn not in facts["targets"] or kind not in KINDS:
             yield f"{fqn} has kind {kind!r}, expected a target and one of {', '.join(KINDS)}"
     if others := {*facts.get("buffers", [])} - {*(facts["config"].get("train_also") or ())}:
-        yield f"{', '.join(sorted(others))} is not among what was trained"
+        yield f"{', '.join(sorted(others))} is not among the trained parameters"
 
 
 def _is_consistent(header: Header) -> bool:

@@ -1,4 +1,4 @@
-"""``adapter_config.json``: options in the fields that PEFT 0.21.2 writes, and back; the names of base models."""
+"""``adapter_config.json``: converting options to the fields that PEFT 0.21.2 writes, and back; names of base models."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ PEFT_VERSION = "0.21.2"  # whose fields these are
 BASE_FIELD = "base_model_name_or_path"
 
 STREAM_FIELD = "randlora_stream"
-"""A field of ours, written if PEFT would draw other bases from the seed: it warns of fields that it does not know."""
+"""A field of ours, written if PEFT would draw different bases from the seed: PEFT warns of unknown fields."""
 
 RANK_FIELD, ALPHA_FIELD = "rank_pattern", "alpha_pattern"
-"""Fields that PEFT has for LoRA and not for RandLoRA: r or alpha by regex, where layers differ in it."""
+"""Fields that PEFT has for LoRA and not for RandLoRA: r or alpha by regex, if it differs between layers."""
 
 UNREAD_FIELDS = (STREAM_FIELD, RANK_FIELD, ALPHA_FIELD)
-"""Fields that say why PEFT cannot compute what we do. We read the same from our header."""
+"""Fields that tell why PEFT cannot compute the same. We read these facts from our header."""
 
 NEUTRAL_FIELDS: dict[str, Any] = {
     "auto_mapping": None,
@@ -57,7 +57,7 @@ OPTION_FIELDS = {name: option.peft for name, option in OPTIONS.items() if option
 """Fields that hold an option, by the option's name."""
 
 BY_MODEL = ("targets", "train_also")
-"""Options whose fields name what of the model they mean."""
+"""Options whose fields name parts of the model."""
 
 OWN_FIELDS = frozenset({
     "fan_in_fan_out",
@@ -73,11 +73,11 @@ OWN_FIELDS = frozenset({
 """Fields that every save computes from the adapter."""
 
 CACHED = re.compile(r"(?:^|[/\\])models--([^/\\]+)[/\\]snapshots[/\\]")
-"""A path in the cache of huggingface_hub, which is the name of a model that was loaded by this path."""
+"""A path in the cache of huggingface_hub. A model that was loaded from it has this path as its name."""
 
 
 class PeftFields(TypedDict, total=False):
-    """``adapter_config.json``, which may have fields of any other name."""
+    """``adapter_config.json``, which may have further fields of any name."""
 
     alpha_pattern: dict[str, float] | None
     auto_mapping: dict[str, Any] | None
@@ -123,7 +123,7 @@ def to_peft_fields(census: Census, adapter: Adapter, *, stored: bool) -> dict[st
 
 
 def unknown_to_peft(kinds: Mapping[str, str]) -> str | None:
-    """Return why PEFT has no place for an adapter, given the kinds of its targets that are not linear layers."""
+    """Return why PEFT cannot represent an adapter, given the kinds of its targets that are not linear layers."""
     if not kinds:
         return None
     named = shortened([f"{fqn} ({kind})" for fqn, kind in kinds.items()])
@@ -150,7 +150,7 @@ def option_fields(
 
 
 def drawing_note(spec: BasisSpec) -> str | None:
-    """Return why PEFT might draw other bases from a seed than those of a spec, or ``None`` if it would not here."""
+    """Return why PEFT might draw different bases from a spec's seed, or ``None`` if it would draw the same here."""
     if spec.stream not in (streams := peft_streams(spec.kind)):
         return f"PEFT cannot draw stream={spec.stream!r}: save with bases='stored' to load there"
     is_new = TorchVersion(torch.__version__) >= "2.12"
@@ -172,7 +172,7 @@ def pattern_fields(options: Mapping[str, LayerOptions]) -> dict[str, Any]:
 
 
 def peft_obstacle(options: Mapping[str, LayerOptions]) -> str | None:
-    """Return why PEFT has no place for the options of the layers, or ``None`` if it has."""
+    """Return why PEFT cannot represent the options of the layers, or ``None`` if it can."""
     if not pattern_fields(options):
         return None
     own = " and ".join(f"{name} = {values}" for name, values in described(options).items())
@@ -180,7 +180,7 @@ def peft_obstacle(options: Mapping[str, LayerOptions]) -> str | None:
 
 
 def most_common(options: Mapping[str, LayerOptions]) -> LayerOptions:
-    """Return the r and the alpha of most layers, those of the first layers where there are equally many."""
+    """Return the most common r and alpha of the layers; of equally common ones, those of the first layer."""
     (r, _), (alpha, _) = (Counter(values).most_common(1)[0] for values in zip(*options.values(), strict=True))
     return LayerOptions(r, alpha)
 
@@ -195,8 +195,8 @@ def from_peft_fields(
 ) -> RandLoRAConfig:
     """Return the options of an adapter that PEFT wrote. ``target_modules`` is never matched against a model.
 
-    The FQNs, ``targets`` and ``trained``, are those in the keys of the tensors. ``stream`` is that of the bases, which
-    PEFT does not write; ``None`` means what it draws today.
+    The FQNs, ``targets`` and ``trained``, come from the keys of the tensors. ``stream`` is the stream of the bases,
+    which PEFT does not write; ``None`` means the one that PEFT draws from today.
     """
     needed = [OPTION_FIELDS[name] for name in ("r", "alpha", "seed")]
     if missing := [name for name in needed if name not in fields]:
@@ -263,7 +263,7 @@ def base_model_name(model: nn.Module, written: object = None) -> str | None:
 def is_same_model(one: str, other: str) -> bool:
     """Return whether two names may mean the same model.
 
-    The names of two repositories are compared whole. Of a path, only the last component counts.
+    The names of two repositories are compared completely; for a path, only the last component counts.
     """
     first, second = ((repo_of(name) or name).rstrip("/\\").casefold() for name in (one, other))
     if is_repo_id(first) and is_repo_id(second):
@@ -272,13 +272,13 @@ def is_same_model(one: str, other: str) -> bool:
 
 
 def mismatch(model: nn.Module, written: object) -> str | None:
-    """Return a warning if a model is not the one that an adapter was trained on, ``None`` if it is or is not known."""
+    """Return a warning if a model is not the one that an adapter was trained on; ``None`` if it is, or is unknown."""
     own = name_of(model)
     if own is None or not isinstance(written, str) or not written or is_same_model(written, own):
         return None
     return (
-        f"the adapter was trained on {written!r}, and this model is {own!r}: "
-        "what it computes is wrong unless both have the same weights"
+        f"the adapter was trained on {written!r}, but this model is {own!r}: its outputs are wrong unless both have "
+        "the same weights"
     )
 
 
@@ -298,7 +298,7 @@ def repo_of(name: str | None) -> str | None:
 
 
 def name_of(model: nn.Module) -> str | None:
-    """Return the name or the directory that a model was loaded by, if it says that."""
+    """Return the name or the directory from which a model was loaded, if the model knows."""
     holders = (getattr(model, "config", None), model)
     names = (getattr(holder, field, None) for holder in holders for field in ("_name_or_path", "name_or_path"))
     return next((name for name in names if isinstance(name, str) and name), None)

@@ -68,8 +68,8 @@ class AdapterFile:
     ``config`` gives r and alpha of each target by FQN where they differ. ``header`` is ``None`` for a file that PEFT
     wrote. ``values`` are Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, by target, and ``trained`` other
     parameters by FQN. ``bases`` are A, ``(r, 1, min_dim)``, and B, ``(max_dim, num_bases, r)``, by r, which the file
-    holds ``basis_copies`` times. ``doubts`` are what the user should know of the files. ``renaming`` is how names
-    differ from those in the file. ``stream`` is what the caller says of the bases, if anything.
+    holds ``basis_copies`` times. ``doubts`` are warnings about the files. ``renaming`` tells how names differ from the
+    names in the file. ``stream`` is the stream of the bases, if the caller gave it.
     """
 
     fields: dict[str, Any]
@@ -85,7 +85,7 @@ class AdapterFile:
 
     @property
     def buffers(self) -> tuple[str, ...]:
-        """Those of ``trained`` that are buffers, as far as the file tells: PEFT's says it of those not floating."""
+        """The names in ``trained`` that are buffers, if the file tells. In PEFT's files: tensors not floating."""
         return _not_floating(self.trained) if self.header is None else self.header.buffers
 
     @cached_property
@@ -94,7 +94,7 @@ class AdapterFile:
         return options_listed(self.config, self.values)
 
     def renamed(self, rename: Callable[[str], str], how: str) -> AdapterFile:
-        """Return the adapter with other FQNs, and without the fields that say which class it was trained on."""
+        """Return the adapter with different FQNs, and without the fields that name the class it was trained on."""
         targets = tuple(map(rename, self.header.shapes if self.header else self.values))
         config = replace(self.config, targets=targets, train_also=tuple(map(rename, self.trained)) or None)
         config = listed(config, {rename(fqn): options for fqn, options in self.options.items()})
@@ -136,9 +136,9 @@ def read_adapter(directory: Path, stream: Stream | None = None) -> AdapterFile:
 
     ``stream`` is the stream of its bases, if the caller says it. `file_bases` compares it with what the file says.
 
-    Our header decides if the JSON contradicts it or is missing, which is a doubt. Another process may be replacing the
-    files, in the order of `files_of`. So the JSON must be the same before and after the tensors are read, and a doubt
-    must last for a moment after the tensors got their name.
+    If the JSON contradicts our header or is missing, the header decides, and a doubt is added. Another process may be
+    replacing the files, in the order of `files_of`. So the JSON must be the same before and after the tensors are read,
+    and a doubt must persist for a moment after the tensors got their name.
     """
     end = time.monotonic() + PATIENCE
     while True:
@@ -312,13 +312,13 @@ def _trained(tensors: Mapping[str, Tensor], targets: Container[str], header: Hea
         fqns = {trained_key(fqn, targets): fqn for fqn in header.config.train_also or ()}
     if fqns.keys() != tensors.keys() or len({*fqns.values()}) < len(fqns):
         expected, found = (", ".join(sorted(names)) or "none" for names in ({*fqns.values()}, tensors))
-        problem = f"expected those of the parameters trained with it ({expected}), got {found}: it was edited"
+        problem = f"expected the parameters trained with it ({expected}), got {found}: it was edited"
         raise CheckpointError(f"cannot read the adapter's tensors: {problem}")
     return {fqn: tensors[key] for key, fqn in fqns.items()}
 
 
 def disagreements(fields: Mapping[str, Any], header: Header | None) -> list[str]:
-    """Return where the JSON contradicts our header, because it was edited or comes from another save."""
+    """Return where the JSON contradicts our header, because it was edited or comes from a different save."""
     if header is None:
         return []
     config, common = header.config, most_common(header.options)
@@ -336,5 +336,5 @@ def disagreements(fields: Mapping[str, Any], header: Header | None) -> list[str]
         for name, (said, saved) in pairs.items()
         if said != saved
     ]
-    reason = "the files are of two saves, or the JSON was edited, which changes no options"
-    return [f"{CONFIG_FILE} says {' and '.join(found)}, which is used: {reason}; save it again"] if found else []
+    reason = "the files come from different saves, or the JSON was edited, which does not change options"
+    return [f"{CONFIG_FILE} says {' and '.join(found)}; the latter is used: {reason}; save it again"] if found else []

@@ -145,7 +145,7 @@ def save_all(
     chosen = list(state.adapters if names is None else names)
     problems = [f"{name!r} is named twice" for name in dict.fromkeys(chosen) if chosen.count(name) > 1]
     problems += [
-        f"{name!r} is no name of a directory: rename the adapter" for name in chosen if Path(name).name != name
+        f"{name!r} cannot be the name of a directory: rename the adapter" for name in chosen if Path(name).name != name
     ]
     if not chosen:
         problems.append("no adapter is named")
@@ -218,8 +218,8 @@ def _beside_the_base(census: Census, directory: Path) -> list[str]:
     if not is_own_directory(census.model, directory):
         return []
     warning = (
-        f"{str(directory)!r} has the base model itself: with an adapter beside it, transformers loads both from there, "
-        "through PEFT; give the adapter a directory apart"
+        f"{str(directory)!r} contains the base model itself: with an adapter beside it, transformers would load both, "
+        "through PEFT; save the adapter to a separate directory"
     )
     warn(warning)
     return [warning]
@@ -270,7 +270,7 @@ SaveGuard.write_given = staticmethod(save_given)
 def _training_notes(held: Gathered) -> list[str]:
     """Return notes on what of the training the files do not have."""
     census, state, adapter = held.census, held.state, held.adapter
-    elsewhere = "they are not in the files, so that a model that loads these computes otherwise"
+    elsewhere = "they are not in the files, so a model that loads the adapter computes something different"
     return [
         *untrained_note(state, adapter, held.diagonals.values(), held.trained),
         *untied_by_peft(census, adapter.trained),

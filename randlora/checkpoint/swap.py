@@ -1,4 +1,4 @@
-"""`swap` and `swap_each`: other values for adapters that a model has, in place."""
+"""`swap` and `swap_each`: replacing the values of adapters that a model has, in place."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ from randlora.targets.walk import Census
 
 DOING = "swap the values of an adapter"
 
-ADVICE = "make the adapter with the options that it was saved with, or load it as another one, with another name="
+ADVICE = (
+    "make the adapter with the options that it was saved with, or load it as a separate adapter, with a different name="
+)
 
 
 @torch.inference_mode(mode=False)
@@ -42,18 +44,18 @@ def swap(
     subfolder: str | None = None,
     prefix: str | None = None,
 ) -> None:
-    """Replace the values of an adapter by those of another with the same spec, in place.
+    """Replace the values of an adapter with the values of a saved adapter, in place.
 
-    Parameters remain the same objects, and the bases are not touched, so nothing is allocated or compiled again, and an
-    optimizer and an engine go on with them. The two must have the same layers, r, alpha, bases and parameters of
+    Parameters remain the same objects, and the bases are not touched, so nothing is allocated or compiled again, and
+    optimizers and engines continue to work. Both adapters must have the same layers, r, alpha, bases and parameters of
     ``train_also``. Whether the adapter is active or trainable does not change, nor does its dropout. If the model is
     sharded, all processes call this together.
 
-    All values are written, or none. No other thread may run the model meanwhile: its forward pass would compute with
-    some of both. Let one thread do both, or hold a lock around each.
+    Either all values are written or none. No other thread may run the model meanwhile, because its forward pass would
+    mix old and new values. Let one thread do both, or hold a lock around each.
 
-    An optimizer keeps its moments, which are those of the old values: clear its ``state``, or make another, to train
-    on from the new ones. ``backward`` of a forward from before raises torch's error about values changed in place.
+    An optimizer keeps its moments, which belong to the old values: to train on from the new ones, clear its ``state``
+    or create a new optimizer. ``backward`` of an earlier forward raises torch's error about values changed in place.
 
     Args:
         model: A model with adapters.
@@ -67,8 +69,8 @@ def swap(
     Raises:
         AdapterError: If the model has no adapter of that name, its adapters are merged, or an open block of
             `randlora.serving.routed` names it.
-        CheckpointError: If the source is missing or damaged, or differs in more than values: all differences are named,
-            and nothing has changed.
+        CheckpointError: If the source is missing or damaged, or differs in more than values. The message names all
+            differences, and nothing has changed.
     """
     given = {"model": model, "name": name, "source": source, "revision": revision}
     require_types(swap, {**given, "subfolder": subfolder, "prefix": prefix})
@@ -80,7 +82,7 @@ def swap(
 
 @torch.inference_mode(mode=False)
 def swap_each(model: nn.Module, sources: Mapping[str, Source]) -> None:
-    """Swap the values of several adapters, by name, as `swap` does: of all of them, or of none."""
+    """Swap the values of several adapters, by name, as `swap` does: all of them, or none."""
     with opened(model, DOING) as view:
         planned = [_planned(view, name, source) for name, source in sources.items()]
         _write_all(chain.from_iterable(values.items() for _, _, values in planned))
@@ -116,8 +118,8 @@ def _planned(
         problems += [f"{difference}: {ADVICE}" for difference in others]
         own = [*chain.from_iterable(site.layer.diagonals_of(site.owner, adapter.name) for site in sites)]
         problems += [
-            f"{site.fqn} is partitioned by ZeRO-3, whose optimizer has copies of the values and would write them "
-            "back: load DeepSpeed's own checkpoint, as engine.load_checkpoint(directory) does"
+            f"{site.fqn} is partitioned by ZeRO-3, whose optimizer has copies of the values and would write them back: "
+            "load a checkpoint of DeepSpeed, with engine.load_checkpoint(directory)"
             for site in sites[:1]
             if not all(place_at(each).is_lasting for each in own)
         ]
@@ -180,7 +182,7 @@ def _differences(adapter: Adapter, file: AdapterFile, header: Header, shapes: Sh
         if own_shapes[fqn] != saved[fqn]:
             yield f"{fqn} has shape {sizes(own_shapes[fqn])}, and in the files {sizes(saved[fqn])}"
         elif fqn in shapes and (was := file.options[fqn]) != (now := adapter.options[fqn]):
-            yield f"{fqn} has r={now.r} and alpha={now.alpha:g}, and in the files r={was.r} and alpha={was.alpha:g}"
+            yield f"{fqn} has r={now.r} and alpha={now.alpha:g}, but in the files r={was.r} and alpha={was.alpha:g}"
     if header.shapes == shapes and file.options == adapter.options:
         for r, used in by_rank(shapes, adapter.options).items():
             record = BasisRecord.of(adapter.bases[r], used)

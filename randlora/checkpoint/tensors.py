@@ -1,11 +1,11 @@
-"""The tensors of an adapter's file: their names, their dtypes, and what their values must be.
+"""The tensors of an adapter's file: their names, their dtypes, and the requirements on their values.
 
 The names are PEFT's. PEFT puts a module around each adapted layer and keeps the layer in it as ``base_layer``, so the
 parameters of the layer itself, such as its bias, are one level down. A child that is itself called ``base_layer`` is
 written one level down too, so that no two names collide.
 
-Values are whole, floating and finite, in a file and in a model that is saved. Buffers of modules that were trained need
-not be floating or finite, as counts and masks are not.
+Values are whole, floating and finite, in a file and in a model that is saved. Buffers of trained modules, such as
+counts and masks, need not be floating or finite.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def trained_key(fqn: str, targets: Container[str]) -> str:
 
 
 def trained_fqn(key: str, targets: Container[str]) -> str:
-    """Return the FQN of a key of `trained_key`, or of PEFT, which has all children of a layer one level down."""
+    """Return the FQN for a key from `trained_key` or PEFT, which puts all children of a layer one level down."""
     parts: list[str] = []
     levels = -1  # number of parts before the last one that was left out
     for part in key.removeprefix(MODEL_PREFIX).split("."):
@@ -67,7 +67,7 @@ def trained_fqn(key: str, targets: Container[str]) -> str:
 
 
 def basis_keys(r: int, ranks: AbstractSet[int]) -> tuple[str, str]:
-    """Return the keys of A and B of rank r: those of PEFT, or if there are bases of several ranks, these with r."""
+    """Return the keys of A and B of rank r: PEFT's keys, followed by r if there are bases of several ranks."""
     suffix = "" if ranks == {r} else f".r{r}"
     return f"{TOP_BASIS_A}{suffix}", f"{TOP_BASIS_B}{suffix}"
 
@@ -84,7 +84,7 @@ def _descended(fqn: str, targets: Container[str]) -> str:
 
 
 def master(tensor: Tensor, device: torch.device | str, *, copy: bool = False) -> Tensor:
-    """Return Λ or Γ in float32, or in float64 if it has that dtype."""
+    """Return Λ or Γ in float32, or in float64 if it is in float64."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     return tensor.detach().to(device=device, dtype=dtype, copy=copy).contiguous()
 
@@ -125,7 +125,7 @@ def _flaw(tensor: Tensor, *, is_buffer: bool = False) -> str | None:
 
 
 def is_text(name: str) -> bool:
-    """Whether a name can be written to a file: Python's strings may hold half of a character."""
+    """Whether a name can be written to a file. Strings in Python may contain half of a character (a surrogate)."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -134,7 +134,7 @@ def is_text(name: str) -> bool:
 
 
 def save_problems(values: Mapping[str, Value]) -> list[str]:
-    """Return which of the values, by name, cannot be saved: they are not here, not whole, or not what `load` reads."""
+    """Return which of the values, by name, cannot be saved: not here, not whole, or not readable by `load`."""
     problems = {name: _save_problem(*value) for name, value in values.items()}
     return [f"{name} {problem}" for name, problem in problems.items() if problem is not None]
 
@@ -155,10 +155,10 @@ def _save_problem(tensor: Tensor, shape: Sequence[int], is_buffer: bool) -> str 
     is_freed = tensor.untyped_storage().nbytes() < tensor.nbytes
     if is_freed or tuple(tensor.shape) != tuple(shape):
         found = "no memory" if is_freed else f"shape {tuple(tensor.shape)}"
-        remedy = lent(tensor) or "gather it if it is sharded, else adapt the model anew"
+        remedy = lent(tensor) or "gather it if it is sharded, else adapt the model again"
         return f"has {found} here, expected all of {tuple(shape)}: {remedy}"
     reason = _flaw(tensor, is_buffer=is_buffer)
-    return reason and f"{reason}, which cannot be loaded: go back to values from before"
+    return reason and f"{reason}, which cannot be loaded: go back to earlier values"
 
 
 def file_problems(
@@ -168,9 +168,9 @@ def file_problems(
     options: Mapping[str, LayerOptions],
     buffers: Container[str],
 ) -> list[str]:
-    """Return what is wrong with Λ and Γ by target, what was trained, and the bases by r that a file holds.
+    """Return what is wrong with the tensors in a file: Λ and Γ by target, trained parameters, and bases by r.
 
-    ``buffers`` are the names of the buffers among what was trained.
+    ``buffers`` are the names in ``trained`` that are buffers.
     """
     named = {
         f"{fqn}{suffix}": part

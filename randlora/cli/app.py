@@ -20,7 +20,7 @@ from randlora.cli.verb import Parameter, read_verb
 from randlora.errors import ConfigError, RandLoRAError, TargetError, on_command_line, spelled
 
 FILES_ERROR, USAGE_ERROR = 1, 2
-"""Exit codes: of errors with files and of checks that failed, and of command lines that cannot be used."""
+"""Exit codes: for errors with files and failed checks, and for command lines that cannot be used."""
 
 AS_JSON = Signed(
     "as_json",
@@ -38,10 +38,10 @@ class Command(NamedTuple):
 
     Attributes:
         examples: Command lines, each without the program and the command.
-        action: What it calls with the values of its parameters, if not the verb alone.
+        action: The function called with the values of its parameters, if it is not the verb itself.
         file: Where the verb is, if not in the file of its name in ``files/``.
-        others: Files and names of functions of which it has the parameters too, with their descriptions.
-        own: Parameters that are others on a command line, or that only it has.
+        others: Files and names of further functions whose parameters the command has too, with their descriptions.
+        own: Parameters that differ on a command line, or that only the command has.
     """
 
     examples: tuple[str, ...]
@@ -89,7 +89,7 @@ def _merge(adapters: Sequence[str], scale: Sequence[float] | None, **given: Any)
         raise ConfigError(f"expected one {spelled('scale')} for each adapter, got {len(scale)} for {len(adapters)}")
     scales = dict(zip(adapters, scale, strict=True))
     if len(scales) < len(adapters):
-        raise ConfigError(f"an adapter is given twice: give it a larger {spelled('scale')}")
+        raise ConfigError(f"an adapter is given twice: give it once, with a larger {spelled('scale')}")
     return _call("merge", adapters=scales, **given)
 
 
@@ -187,10 +187,10 @@ Version = Annotated[bool, typer.Option("--version", callback=_show_version, help
 
 @app.callback()
 def describe(version: Version = False) -> None:  # noqa: FBT002
-    """RandLoRA adapters as files. Models are trained by trainers, not here.
+    """Inspect, plan, merge and convert RandLoRA adapters on disk. To train one, use Python or a trainer.
 
-    Results go to stdout, errors and progress to stderr. The exit code is 0; 1 for an error with files; 2 for a command
-    line that cannot be used. Every command takes `--json`.
+    Results go to stdout, errors and progress to stderr. The exit code is 0 on success, 1 for an error with files, and 2
+    for a command line that cannot be used. Every command takes `--json`.
     """
 
 

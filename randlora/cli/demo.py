@@ -20,20 +20,20 @@ STEPS, WARM_UP = 300, 20
 WIDTH, EXAMPLES = 64, 512
 
 Stage = tuple[str, str, dict[str, Any]]
-"""One step of the account: what is called, what came of it, and the same as figures for JSON."""
+"""One step of the demo: what is called, the result in words, and its figures for JSON."""
 
 
 def demo(*, keep: str | None = None) -> tuple[str, dict[str, Any]]:
-    """Adapt a small model that is made on the spot: inject, train, save, load, merge, verify.
+    """Show every step on a small model that is made on the spot: inject, train, save, load, merge, verify.
 
-    The task is to compute what another model computes, all of whose weights differ. Nothing is downloaded, and it takes
-    seconds on one core.
+    The task is to imitate a model with entirely different weights. Nothing is downloaded, and it takes seconds on one
+    core.
 
     Args:
         keep: Keep the adapter in this directory, which must not exist.
     """
     if keep is not None and Path(keep).exists():
-        raise CheckpointError(f"{keep} exists: choose another name, or remove it")
+        raise CheckpointError(f"{keep} exists: choose a different name, or remove it")
     with TemporaryDirectory() as scratch, progress_bar() as progress, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         stages = list(_stages(Path(keep or f"{scratch}/adapter"), progress))
@@ -74,12 +74,14 @@ def _stages(directory: Path, progress: Progress) -> Iterator[Stage]:
     with torch.no_grad():
         outputs = model(new)
         is_equal = torch.equal(twin(new), outputs)
-        said = f"the outputs are {'the same, bit for bit' if is_equal else 'others'}"
+        said = f"the outputs are {'the same, bit for bit' if is_equal else 'different'}"
         yield 'randlora.load(copy_of_the_base, "adapter")', said, {"loads_equal": is_equal}
 
         randlora.merge(twin)
         apart = ((twin(new) - outputs).norm() / outputs.norm()).item()
-        said = f"plain layers again, and the same outputs but for rounding ({'below 1e-5' if apart < 1e-5 else apart})"
+        said = (
+            f"plain layers again, and the same outputs except for rounding ({'below 1e-5' if apart < 1e-5 else apart})"
+        )
         yield "randlora.merge(copy_of_the_base)", said, {"merged_apart": apart}
 
     verification = randlora.files.verify(directory)

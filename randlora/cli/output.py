@@ -33,7 +33,7 @@ def complain(message: str) -> None:
 
 
 def visible(text: str) -> str:
-    """Return text with what is not printed written out, as in JSON: names in files may hold a terminal's commands."""
+    """Return text with unprintable characters escaped as in JSON: names in files may contain terminal commands."""
     return "".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text)
 
 

@@ -1,6 +1,6 @@
-"""The parameters of verbs, as their files say, and their values on a command line.
+"""The parameters of verbs, read from their source files, and their values on a command line.
 
-Signatures and docstrings are read without importing a verb, which imports torch and takes seconds.
+Signatures and docstrings are read without importing the verb, because this would import torch and take seconds.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from randlora.hints import UNIONS, mistyped
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 NAMES = {**vars(randlora.options), "torch": SimpleNamespace(dtype=Dtype)}
-"""What the annotations of verbs name."""
+"""The names used in annotations of verbs."""
 
 ABSENT = frozenset({"active", "config", "model", "name", "progress", "save_pretrained", "trainable"})
 """Parameters that need Python, or say nothing about files."""
 
 FLAGS = {"model_class": "--class"}
-"""Options that have another name than their parameter."""
+"""Options whose names differ from their parameters."""
 
 
 class Parameter(NamedTuple):
@@ -39,7 +39,7 @@ class Parameter(NamedTuple):
         name: The name.
         hint: The type of its values.
         default: The default, or ``Signed.empty``.
-        doc: What the docstring says of it.
+        doc: Its description in the docstring.
         is_option: Whether it is given by name.
     """
 
@@ -56,11 +56,11 @@ class Parameter(NamedTuple):
         return tuple(kind for kind in kinds if kind is not NoneType)
 
     def inside(self, form: Any) -> Any:
-        """Return what values of a mapping or a sequence are, if it may be one, else ``None``."""
+        """Return the type of the values of a mapping or a sequence, if the parameter may be one, else ``None``."""
         return next((get_args(kind)[-1] for kind in self.kinds if get_origin(kind) is form), None)
 
     def signed(self) -> Signed:
-        """Return it as typer takes it."""
+        """Return the parameter as typer takes it."""
         kind: Any = self.kinds[0]
         given: dict[str, Any] = {"help": self.doc}
         if get_origin(kind) is Literal:  # which the verb checks, and answers with the nearest choice
@@ -83,7 +83,7 @@ class Parameter(NamedTuple):
         return Signed(self.name, Signed.KEYWORD_ONLY, default=self.default, annotation=Annotated[optional, info])
 
     def value(self, given: Any) -> Any:
-        """Return the value that words of a command line mean."""
+        """Return the value of the words given on a command line."""
         if given is None or given == []:
             return None
         if number := self.inside(Mapping):
@@ -95,7 +95,7 @@ class Parameter(NamedTuple):
 
 @cache
 def read_verb(module: str, name: str) -> tuple[str, dict[str, Parameter]]:
-    """Return what a function of the package does, in the words of its docstring, and its parameters."""
+    """Return the description of a function of the package, from its docstring, and its parameters."""
     tree = ast.parse(files("randlora").joinpath(f"{module}.py").read_text(encoding="utf-8"))
     found = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
     about, _, rest = (ast.get_docstring(found) or "").replace("``", "`").partition("\n\nArgs:\n")

@@ -1,1 +1,1 @@
-"""Bytes on disk and on the Hub: safetensors files, atomic replacement, downloads and uploads; nothing of RandLoRA."""
+"""Bytes on disk and on the Hub: safetensors files, atomic replacement, downloads, uploads. Not specific to RandLoRA."""

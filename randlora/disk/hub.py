@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, through huggingface_hub, which is imported when a repository is named and not before."""
+"""The Hugging Face Hub. huggingface_hub is imported only when a repository is named."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ LIBRARY = {"library_name": "randlora", "library_version": version("randlora")}
 
 
 def is_repo_id(name: str) -> bool:
-    """Return whether a name has the form of a repository on the Hub, ``"user/repo"``."""
+    """Whether a name has the form of a repository on the Hub, ``"user/repo"``."""
     return REPO_ID.fullmatch(name) is not None
 
 
 def is_on_hub(source: object) -> TypeGuard[str]:
-    """Return whether a source can only mean a repository on the Hub, because there is no such path."""
+    """Whether a source can only mean a repository on the Hub, because there is no such path."""
     return isinstance(source, str) and is_repo_id(source) and not is_there(Path(source))
 
 
@@ -41,7 +41,7 @@ def require_hub(repo_id: str) -> ModuleType:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Keep whatever runs in the block from asking the Hub, if huggingface_hub is installed; other threads too."""
+    """Within the block, keep all threads from contacting the Hub, if huggingface_hub is installed."""
     try:
         from huggingface_hub import constants  # noqa: PLC0415  (optional)
     except ImportError:
@@ -59,7 +59,7 @@ def offline() -> Iterator[None]:
 def local_path(
     source: str | os.PathLike[str], revision: str | None, files: Sequence[str], *, are_patterns: bool = False
 ) -> Path:
-    """Return a path as it is, or the directory to which `download` brings the files of a repository."""
+    """Return a path unchanged, or the directory to which `download` brings the files of a repository."""
     if is_on_hub(source):
         return download(source, revision, files, are_patterns=are_patterns)
     if revision is not None:
@@ -72,8 +72,8 @@ def local_path(
 def download(repo_id: str, revision: str | None, files: Sequence[str], *, are_patterns: bool = False) -> Path:
     """Download files of a repository, or find them in the local cache, and return the directory that holds them.
 
-    ``revision`` is a branch, a tag or a commit; ``None`` means the main branch. Where ``files`` are patterns, with
-    ``*``, there may be none.
+    ``revision`` is a branch, a tag or a commit; ``None`` means the main branch. If ``files`` are patterns, with ``*``,
+    none need match.
     """
     library = require_hub(repo_id)
     try:
@@ -83,15 +83,19 @@ def download(repo_id: str, revision: str | None, files: Sequence[str], *, are_pa
         )
     except Exception as error:  # the library's own, and whatever its HTTP client raises
         what = f"the Hub's repository {repo_id!r}" + (f" at revision {revision!r}" if revision else "")
-        raise CheckpointError(f"there is no such path, and {what} cannot be had: {_cause(library, error)}") from error
+        raise CheckpointError(
+            f"there is no such path, and {what} cannot be downloaded: {_cause(library, error)}"
+        ) from error
     missing = [name for name in files if not are_patterns and not Path(found, name).is_file()]
     if missing:
-        raise CheckpointError(f"the Hub's repository {repo_id!r} has no {' and no '.join(missing)}: name another")
+        raise CheckpointError(
+            f"the Hub's repository {repo_id!r} has no {' and no '.join(missing)}: name a different repository"
+        )
     return Path(found)
 
 
 def read_header(repo_id: str, revision: str, file: str) -> dict[str, Any]:
-    """Return the header of a safetensors file of a repository as its JSON, by range requests for it alone."""
+    """Return the header of a safetensors file in a repository, as JSON. Only the header is requested."""
     library = require_hub(repo_id)
     try:
         found = library.HfApi(**LIBRARY).parse_safetensors_file_metadata(repo_id, file, revision=revision)
@@ -100,7 +104,7 @@ def read_header(repo_id: str, revision: str, file: str) -> dict[str, Any]:
             raise ValueError("its shapes and offsets are not all integers")
     except Exception as error:  # the library's own, and whatever its HTTP client raises
         raise CheckpointError(
-            f"the header of {file} in the Hub's repository {repo_id!r} cannot be had: {_cause(library, error)}"
+            f"the header of {file} in the Hub's repository {repo_id!r} cannot be downloaded: {_cause(library, error)}"
         ) from error
     return {"__metadata__": found.metadata, **{name: vars(facts) for name, facts in found.tensors.items()}}
 
@@ -115,8 +119,8 @@ def upload(
 ) -> tuple[str, list[str]]:
     """Upload files of a directory to a repository, which is created if it does not exist, and return its URL.
 
-    Each of the ``generated`` files is uploaded too, unless the repository has one of its name that the function refuses
-    to replace. The names of those that stay are returned with the URL.
+    Each of the ``generated`` files is uploaded too, unless the repository has a file of this name that the function
+    refuses to replace. The names of the files that were kept are returned with the URL.
     """
     library = require_hub(repo_id)
     api = library.HfApi(**LIBRARY)
@@ -129,7 +133,7 @@ def upload(
         )
     except Exception as error:  # the library's own, and whatever its HTTP client raises
         raise CheckpointError(
-            f"saved to {str(directory)!r}, whole, but cannot push to {repo_id!r}: {_cause(library, error)}"
+            f"saved to {str(directory)!r} completely, but cannot push to {repo_id!r}: {_cause(library, error)}"
         ) from error
     return str(url), kept
 
@@ -150,8 +154,8 @@ def _cause(library: ModuleType, error: Exception) -> str:
         (errors.RevisionNotFoundError, "it has no such revision: name a branch, a tag or a commit of it"),
         (errors.LocalEntryNotFoundError, "it is not in the cache: check the connection, and HF_HUB_OFFLINE"),
         (errors.EntryNotFoundError, "it has no such file"),
-        (errors.HFValidationError, "the Hub allows no such name"),
-        (errors.HfHubHTTPError, "the Hub refuses: log in with `hf auth login`, with a token that may do this"),
+        (errors.HFValidationError, "the Hub does not allow such a name"),
+        (errors.HfHubHTTPError, "the Hub refuses: log in with `hf auth login`, with a token that has this permission"),
         (Exception, "check the connection, and HF_HUB_OFFLINE"),
     )
     what_to_do = next(text for kind, text in advice if isinstance(error, kind))

@@ -3,12 +3,12 @@
 They are written into a hidden directory on the same disk, flushed, and renamed to their names one by one. The first is
 the one that *decides*: it tells a reader everything, and the others are copies of parts of it, for other programs. So
 one rename, which is atomic in POSIX and in what a journal replays, is the step from the old contents to the new ones.
-Where the first file does not tell everything, another one that readers need is removed before it and appears after it:
-nobody finds it beside files of another call. A directory that must not exist before appears by one rename as well.
+If the first file does not tell everything, a second file that readers need is removed before and appears after it, so
+that nobody finds it beside files of a different call. A directory that must not exist before appears by one rename too.
 
-A process that is killed leaves its hidden directory and, of the renames, the first few. The next call for the same name
-takes all of them and removes the hidden directory: a lock, which the system releases when a process ends, tells that it
-is abandoned.
+A killed process leaves its hidden directory and the first few of the renames. The next call for the same name does all
+of them again and removes the hidden directory: a lock, which the system releases when a process ends, tells that it is
+abandoned.
 
 **After a power failure** a file system may have forgotten whatever was not flushed, in any combination: the bytes of a
 file, its name, a rename but not the one before it. So each file is flushed before its rename, and the directory after
@@ -37,7 +37,7 @@ if sys.platform != "win32":
 PATIENCE = 10.0  # seconds to wait for another process, which holds locks for milliseconds
 
 NEW, OLD = "new", "old"
-"""What there may be in a hidden directory: what is written, and what it replaces."""
+"""The only entries of a hidden directory: what is written, and what it replaces."""
 RANDOM = 8  # characters at the end of a name of `tempfile.mkdtemp`
 
 UNFLUSHABLE = (errno.EINVAL, errno.ENOTSUP)  # file systems on a network that flush no directories
@@ -46,8 +46,8 @@ UNFLUSHABLE = (errno.EINVAL, errno.ENOTSUP)  # file systems on a network that fl
 class Files(NamedTuple):
     """Files to write into a directory, which is created if it does not exist and keeps its other files.
 
-    ``writers`` write each to the path they are given, by name; the first of the files decides. ``withdrawn`` is the one
-    without which readers ignore the others, if the first does not tell everything.
+    ``writers`` each write to the path they are given, by name; the first of the files decides. If the first does not
+    tell everything, ``withdrawn`` is the file without which readers ignore the others.
     """
 
     directory: Path
@@ -56,10 +56,10 @@ class Files(NamedTuple):
 
 
 def write_files(*each: Files) -> list[int]:
-    """Write files of directories, and return the total size in bytes of those of each.
+    """Write files into directories, and return the total size in bytes for each directory.
 
-    All are whole on disk before the first is seen. If the disk refuses until then, nothing changes; if it refuses a
-    rename later, those directories that are complete remain, and the others are as they were.
+    All files are complete on disk before the first appears. If the disk refuses before that, nothing changes; if it
+    refuses a rename later, completed directories remain, and the others are as they were.
     """
     with ExitStack() as held:
         scratches = [held.enter_context(_staged(files)) for files in each]
@@ -140,8 +140,8 @@ def new_directory(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 def scratch_for(directory: Path, *, is_inside: bool = True) -> Iterator[Path]:
     """Yield a new hidden directory inside of a directory, or beside it, and remove it after the block.
 
-    The directory that it is in is created, with its parents, and these are removed if the block raises. What a killed
-    process left there is removed: that is why nothing may be in a hidden directory but `NEW` and `OLD`.
+    The directory that contains it is created, with its parents, and these are removed if the block raises. Whatever a
+    killed process left there is removed, which is why a hidden directory may contain only `NEW` and `OLD`.
     """
     directory = directory.resolve()
     place, name = directory if is_inside else directory.parent, directory.name
@@ -162,7 +162,7 @@ def scratch_for(directory: Path, *, is_inside: bool = True) -> Iterator[Path]:
 
 
 def is_free(directory: Path) -> bool:
-    """Return whether nothing is in a directory but what a killed process left there."""
+    """Whether a directory contains nothing but what a killed process left there."""
     left = _prefix(directory.resolve().name)
     return all(path.name.startswith(left) for path in directory.iterdir())
 

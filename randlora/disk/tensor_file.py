@@ -1,8 +1,8 @@
 """Safetensors files: their headers, and their tensors read and written one by one or in pieces.
 
-The package safetensors maps files into memory, where each page counts as this process's once it is read, and writes a
-file from tensors that are all in memory. Here values are read as from any other file, and a file is written piece by
-piece, byte for byte as the package would write it.
+The safetensors package maps files into memory, where each page that was read counts as memory of the process, and it
+writes a file only from tensors that are all in memory. Here values are read as from any other file, and a file is
+written piece by piece, byte for byte as the package would write it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _ORDER = {dtype: place for place, dtype in enumerate(TORCH_DTYPES.values())}
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor in a file, as the header describes it; ``offset`` is that of its first byte in the file."""
+    """One tensor in a file, as the header describes it. ``offset`` is the position of its first byte in the file."""
 
     name: str
     file: Path
@@ -87,7 +87,7 @@ def read_shard(path: Path) -> Shard:
 def open_shard(path: Path) -> Iterator[tuple[Shard, FileIO]]:
     """Open a safetensors file and yield its header and the open file, which `read_tensor` and `read_pieces` take.
 
-    If reading the file fails in the block, that is a `CheckpointError` too.
+    If reading the file fails within the block, a `CheckpointError` is raised too.
     """
     try:
         with open_regular(path) as raw:
@@ -113,7 +113,7 @@ def _header(path: Path, raw: FileIO) -> Shard:
 
 
 def shard_of(path: Path, header: Mapping[str, Any], start: int) -> Shard:
-    """Return a file by the JSON of its header, after which, at byte ``start``, the tensors begin."""
+    """Return a file, given the JSON of its header and the byte ``start`` at which the tensors begin."""
     tensors = {name: facts for name, facts in header.items() if name != "__metadata__"}
     entries = [_entry(path, name, facts, start) for name, facts in tensors.items()]
     in_order = sorted(entries, key=lambda entry: (entry.offset, entry.nbytes))
@@ -123,12 +123,15 @@ def shard_of(path: Path, header: Mapping[str, Any], start: int) -> Shard:
 def _entry(path: Path, name: str, facts: Mapping[str, Any], start: int) -> Entry:
     if facts["dtype"] not in TORCH_DTYPES:
         raise CheckpointError(
-            f"{name} in {path} has dtype {facts['dtype']}, which this library does not know: save it in another"
+            f"{name} in {path} has dtype {facts['dtype']}, which this library does not know: save it in a different "
+            "dtype"
         )
     first, end = facts["data_offsets"]
     shape = tuple(facts["shape"])
     if len(name) > LONGEST_NAME:
-        raise CheckpointError(f"{name:.60}… in {path} has a name of {len(name)} characters: expected {LONGEST_NAME}")
+        raise CheckpointError(
+            f"{name:.60}… in {path} has a name of {len(name)} characters: expected at most {LONGEST_NAME}"
+        )
     if len(shape) > MOST_DIMS or math.prod(size or 1 for size in shape) > MOST_ENTRIES:
         raise CheckpointError(f"{name} in {path} has a shape that no tensor has, {shape!r:.200}: get an undamaged copy")
     return Entry(name, path, TORCH_DTYPES[facts["dtype"]], shape, start + first, end - first)
@@ -140,7 +143,7 @@ def bytes_of(tensor: Tensor) -> Tensor:
 
 
 def read_tensor(entry: Entry, raw: FileIO | None = None) -> Tensor:
-    """Read one tensor into new memory, from its open file if that is given."""
+    """Read one tensor into new memory, from its open file if one is given."""
     return next(read_pieces(entry, raw, max(entry.nbytes, 1))).reshape(entry.shape)
 
 
@@ -156,7 +159,9 @@ def read_pieces(entry: Entry, raw: FileIO | None = None, nbytes: int | None = No
         for start in range(0, max(entry.nbytes, 1), step):
             piece = buffer[: entry.nbytes - start]
             if not _read_fully(file, piece.numpy().data):
-                raise CheckpointError(f"{entry.file} ends within {entry.name}: it was cut while it was read")
+                raise CheckpointError(
+                    f"{entry.file} ends within {entry.name}: it was truncated while it was being read"
+                )
             yield piece.view(entry.dtype)
 
 
@@ -171,7 +176,7 @@ def _read_fully(file: FileIO, view: memoryview) -> bool:
 
 
 def is_equal(entry: Entry, tensor: Tensor, raw: FileIO | None = None) -> bool:
-    """Return whether a tensor in a file equals a contiguous one on the CPU, bit for bit, reading it in pieces."""
+    """Whether a tensor in a file equals a contiguous one on the CPU, bit for bit. It is read in pieces."""
     if (entry.dtype, entry.shape) != (tensor.dtype, tuple(tensor.shape)):
         return False
     pieces = bytes_of(tensor).split(PIECE_BYTES)
@@ -180,7 +185,7 @@ def is_equal(entry: Entry, tensor: Tensor, raw: FileIO | None = None) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """A tensor to be written; ``pieces`` returns its parts, in order, and is called when it is written."""
+    """A tensor to be written. ``pieces``, called when it is written, returns its parts in order."""
 
     name: str
     dtype: torch.dtype

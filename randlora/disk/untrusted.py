@@ -1,6 +1,6 @@
-"""Files that may hold anything: only regular ones are opened, and JSON is read with limits and has one meaning.
+"""Reading files that may contain anything: only regular files are opened, and JSON is read strictly, with limits.
 
-A pipe may have no writer, and a device no end. What nests too deep or is no Unicode could not be written again.
+A pipe may have no writer, and a device no end. Values that nest too deep or are not Unicode could not be written again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KINDS = {
 }
 
 MOST_BYTES = 2**24
-"""The size of a JSON file that is read: 16 MiB, for 100,000 names of layers."""
+"""The largest JSON file that is read: 16 MiB, enough for 100,000 names of layers."""
 DEEPEST = 64  # what is nested deeper cannot be written again: Python's encoder recurses
 MOST_DIGITS = 309  # of an integer, as many as the largest float has
 
@@ -48,16 +48,18 @@ def open_regular(path: Path) -> FileIO:
 
 
 def read_regular(path: Path, most: int) -> bytes:
-    """Return the contents of a regular file of at most ``most`` bytes; errors are as of `open_regular`."""
+    """Return the contents of a regular file of at most ``most`` bytes. Raises the errors of `open_regular`."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
-            raise CheckpointError(f"{path} has {size:,} bytes, expected at most {most:,}: it is another file")
+            raise CheckpointError(
+                f"{path} has {size:,} bytes, expected at most {most:,}: it is not the file that was meant"
+            )
         return file.read(size)
 
 
 def is_there(path: Path) -> bool:
-    """Return whether there is anything of this name, which may be any text."""
+    """Whether anything exists under this name, which may be any text."""
     try:
         path.stat()
     except (OSError, ValueError):  # `Path.exists` raises some of them
@@ -66,13 +68,13 @@ def is_there(path: Path) -> bool:
 
 
 def path_of(file: FileIO, path: Path) -> Path:
-    """Return a path that means an open file, whatever has its own path by now, if the system has such paths."""
+    """Return a path of an open file that stays valid if its own path is replaced, on systems with such paths."""
     opened = Path(f"/dev/fd/{file.fileno()}")
     return opened if opened.exists() else path
 
 
 def require_regular(path: Path) -> os.stat_result:
-    """Return the status of a regular file, or of one that a link leads to; errors are as of `open_regular`."""
+    """Return the status of a regular file, or of one that a link leads to. Raises the errors of `open_regular`."""
     try:
         found = path.stat()
     except ValueError as error:  # a name that no system has
@@ -88,16 +90,16 @@ def _require_regular(path: Path, found: os.stat_result) -> None:
 
 
 def read_json(path: Path, *, is_lenient: bool = False) -> Any:
-    """Return the contents of a JSON file of at most 16 MiB, as `parse_json` does; errors are as of `open_regular`."""
+    """Return the contents of a JSON file of at most 16 MiB; see `parse_json`. Raises the errors of `open_regular`."""
     return parse_json(read_regular(path, MOST_BYTES).decode("utf-8"), is_lenient=is_lenient)
 
 
 def parse_json(text: str, *, is_lenient: bool = False) -> Any:
     """Return the value of a JSON text.
 
-    A `ValueError` is raised for what is nested deeper than 64 levels, integers of more than 309 digits, and strings
-    that are no Unicode. Unless ``is_lenient``, as for the files of a base model, which may have them, also for NaN,
-    infinite numbers, and keys that are there twice.
+    A `ValueError` is raised for nesting deeper than 64 levels, integers of more than 309 digits, and strings that are
+    not Unicode. Unless ``is_lenient`` (for the files of a base model, which may have them), NaN, infinite numbers and
+    repeated keys raise it too.
     """
     strict: dict[str, Any] = {"object_pairs_hook": _object, "parse_constant": _constant, "parse_float": _float}
     try:

@@ -259,7 +259,7 @@ def _fit_names(
         elif isinstance(found := _stated(file, fqn, entries[name]), str):
             problems.append(f"{fqn} {found} ({reason})")
         elif (other := places.setdefault(name, fqn)) != fqn:
-            problems.append(f"{other} and {fqn} are both {name}, which cannot carry both of their adapters")
+            problems.append(f"{other} and {fqn} are both {name}, which cannot hold both adapters")
         else:
             slots[fqn] = found
     return BaseFit(file, slots, {fqn: (fqn,) if fqn in entries else () for fqn in file.trained}), problems
@@ -286,7 +286,7 @@ def _stated(file: AdapterFile, fqn: str, entry: Entry) -> Slot | str:
     if len(shape) != 2:
         return f"has shape {shape}, expected a matrix"
     if is_transposed is None:
-        return "may be stored transposed or not, which the adapter does not say"
+        return "may be stored transposed or not, and the adapter does not tell"
     matrix: Shape = shape[::-1] if is_transposed else shape
     if len(trained) == 3 and (trained[0] * trained[1], trained[2]) == matrix:
         matrix = trained  # matrices that lie one above the other

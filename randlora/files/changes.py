@@ -133,7 +133,9 @@ class Changes:
             if scale := next((f"{own}.{last}" for own, _, last in beside if own == module and "scale" in last), None):
                 return [f"{name} is {kind} and has a scale, {scale}: dequantize the model first"]
             if dtype is None:
-                return [f"{name} is {kind}, which would lose most of an update: give a dtype, as dtype=torch.bfloat16"]
+                return [
+                    f"{name} is {kind}, which would lose most of an update: give a dtype, such as dtype=torch.bfloat16"
+                ]
         return []
 
     def tensors_of(self, shard: Shard, dtype: torch.dtype | None) -> list[Planned]:
@@ -235,7 +237,7 @@ def find_changes(
                 if fqn in own.get(fqn, ()) or fqn in found.added or found.values.keys() & set(names)
             ]:
                 raise CheckpointError(
-                    f"an adapter before it trained {', '.join(repeated)} too, and the model has room for one"
+                    f"an adapter before it trained {', '.join(repeated)} too, and the model can hold only one of them"
                 )
         found.notes.extend(f"{name}: {note}" for note in (*adapter.file.doubts, *stream_notes(adapter.file)))
         for fqn, slot in fit.slots.items():
@@ -284,5 +286,5 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor
     converted = tensor.to(dtype)
     if tensor.dtype.itemsize > 1 and not torch.equal(torch.isfinite(converted), torch.isfinite(tensor)):
-        raise MergeError(f"{name} has values too large for {dtype}: choose a wider dtype")
+        raise MergeError(f"{name} has values that are too large for {dtype}: choose a wider dtype")
     return converted

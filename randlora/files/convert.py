@@ -151,7 +151,9 @@ def convert(
     layout = to if to == "diff" else format or "peft"
     others = set(WEIGHTS.values()) - {WEIGHTS[layout]}
     if beside := sorted(name for name in others if (target / name).exists()):
-        raise CheckpointError(f"{target} holds files of another format, such as {beside[0]}: choose another directory")
+        raise CheckpointError(
+            f"{target} holds files of a different format, such as {beside[0]}: choose a different directory"
+        )
     adapter = open_adapter(directory, base, prefix, stream, revision, base_revision)
     assumed = (*adapter.file.doubts, *stream_notes(adapter.file))
     if to in ("peft", "native"):
@@ -247,7 +249,7 @@ def contents_as(
     if is_stored:
         stored = stored_bases(adapter.bases, header)
         tensors |= _filled_up(stored, header) if to == "peft" else stored
-        reason = "PEFT would draw others from the seed" if to == "peft" else "no seed reproduces them"
+        reason = "PEFT would draw different ones from the seed" if to == "peft" else "no seed reproduces them"
         notes = (f"the bases are in the file: {reason}",)
     kept = {name: value for name, value in file.fields.items() if name not in UNREAD_FIELDS}
     (stream,) = {spec.stream for spec in specs.values()}
@@ -355,13 +357,13 @@ def _problems(parts: Sequence[OpenAdapter]) -> list[str]:
             other, spec = specs.setdefault(r, (part, basis.spec))
             if spec != basis.spec and (spec.family != basis.spec.family or not spec.is_prefix_stable):
                 problems.append(
-                    f"{other.directory} has {spec} and {part.directory} {basis.spec}, of which no model has both at "
+                    f"{other.directory} has {spec} and {part.directory} {basis.spec}, and no model can use both at "
                     "once: train the parts with stream='portable', and block bases with the same blocks="
                 )
         for fqn, tensor in part.file.trained.items():  # as an embedding tied to a head in another stage
             other, known = trained.setdefault(fqn, (part, tensor))
             if not torch.equal(tensor, known):
-                problems.append(f"{fqn} has other values in {other.directory} than in {part.directory}")
+                problems.append(f"{fqn} has different values in {other.directory} and in {part.directory}")
     return problems
 
 

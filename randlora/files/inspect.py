@@ -362,7 +362,7 @@ def verify(
         return Verification(directory, (Check("files", "failed", str(error)),))
     checks = [_files(file)]
     if file.header is None:
-        checks.append(Check("checksum", "not checked", "PEFT wrote the file, and stores none"))
+        checks.append(Check("checksum", "not checked", "PEFT wrote the file, and does not store one"))
     else:
         checks.append(Check("checksum", "passed", "the SHA-256 over header and tensors is the recorded one"))
     progress(1, 3, "checking the base model")
@@ -428,4 +428,4 @@ def _how_found(file: AdapterFile, bases: str, basis: Basis) -> tuple[Outcome, st
         return "not checked", f"{bases}: drawn from the key; PEFT stored nothing to compare them with{doubts}"
     if is_drawn:
         return "passed", f"{bases}: drawn again, as stored in the file"
-    return "passed", f"{bases}: in the file; its key gives others here, so those in the file are used"
+    return "passed", f"{bases}: in the file; its key gives different ones here, so those in the file are used"

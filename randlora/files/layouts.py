@@ -42,8 +42,8 @@ WEIGHTS: dict[str, str] = {
 """The files of the tensors, of which readers of a directory take the one with the name that they expect."""
 
 TRANSPOSED = (
-    "the model stores weights transposed, as GPT-2 does: llama.cpp's converter would transpose the factors too, which "
-    "is wrong, so merge for llama.cpp"
+    "the model stores weights transposed, like GPT-2: llama.cpp's converter would transpose the factors too, which is "
+    "wrong, so merge for llama.cpp"
 )
 
 LORA_CONFIG_KEY = "lora_adapter_metadata"
@@ -92,7 +92,7 @@ def layout_problems(adapter: OpenAdapter, layout: str) -> list[str]:
         named = f"{', '.join(names[:LISTED])}{more}"
         what = spelled("to", "diff") if layout == "diff" else spelled("format", layout)
         lora = f"{spelled('to', 'lora')} with {spelled('format', 'peft')}"
-        problems.append(f"{what} holds updates alone, and the adapter has trained {named} too: use {lora}")
+        problems.append(f"{what} holds only updates, but the adapter has trained {named} too: use {lora}")
     return problems
 
 
@@ -122,7 +122,9 @@ def peft_files(adapter: OpenAdapter, factors: Sequence[StoredFactors], *, same_r
         tensors += _padded(_peft_keys(each.layer.fqn), each, ranks[each.layer.fqn])
     fields = _fields(adapter, ranks)
     if isinstance(fields["target_modules"], str):
-        notes.append("target_modules is a regex, because no list of names tells these layers: SGLang reads only a list")
+        notes.append(
+            "target_modules is a regex, because no list of names selects exactly these layers: SGLang reads only a list"
+        )
     if adapter.transposed or fields["fan_in_fan_out"]:
         notes.append(TRANSPOSED)
     return AdapterFiles(WEIGHTS["peft"], tensors, fields, notes=tuple(notes))
@@ -144,7 +146,7 @@ def diffusers_files(factors: Sequence[StoredFactors], component: Component) -> A
     config = {"lora_alpha": rank, "r": rank, "target_modules": _regex(each.layer.fqn for each in factors)}
     packed = {f"{component}.{name}": value for name, value in config.items()}
     metadata = {**METADATA, LORA_CONFIG_KEY: json.dumps(packed, sort_keys=True)}
-    note = f"for {component!r} of a pipeline: {spelled('component')} names another of its models"
+    note = f"for {component!r} of a pipeline: {spelled('component')} names a different one of its models"
     return AdapterFiles(WEIGHTS["diffusers"], tensors, metadata=metadata, notes=(note, *_padding_notes(factors)))
 
 
@@ -192,7 +194,7 @@ def diff_files(adapter: OpenAdapter, component: Component | None, progress: Prog
         for fqn, shape in shapes.items()
     ]
     return AdapterFiles(
-        WEIGHTS["diff"], tensors, notes=(f"for {component!r}: {spelled('component')} names another model",)
+        WEIGHTS["diff"], tensors, notes=(f"for {component!r}: {spelled('component')} names a different model",)
     )
 
 

@@ -132,7 +132,7 @@ def _require_transformers_model(base: str, *, is_known: bool) -> None:
     for file, (library, call) in OTHER_LIBRARIES.items():
         if is_there(path / file) and not is_known:
             raise CheckpointError(
-                f"the base model {base!r} is one of {library}: create it by {call}, then call randlora.load"
+                f"the base model {base!r} is a model of {library}: create it with {call}, then call randlora.load"
             )
 
 

@@ -208,7 +208,7 @@ def _write(
     companions = find_companions(directory)
     if others := _others(out, {*companions.carried, Path(INDEX_FILE)}):
         lost = f"{out} holds other files, which would be lost: {shortened(others)}"
-        raise MergeError(f"cannot merge: {lost}; choose another name")
+        raise MergeError(f"cannot merge: {lost}; choose a different name")
     nbytes = sum(tensor.nbytes for _, tensors in shards for tensor in tensors)
     needed = nbytes + sum((directory.path / path).stat().st_size for path in companions.carried)
     done = 0

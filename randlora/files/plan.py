@@ -86,7 +86,7 @@ def plan_checkpoint(base: Base, r: int | Mapping[str, int] | None = None, **opti
     coded = _sizes_of_codes(model, base)
     problems = [f"train_also includes {fqn}, which is quantized" for fqn in report.train_also if fqn in coded]
     raise_collected(TargetError, problems, doing="plan")
-    quantized = f"the model is quantized ({base.kinds}): parameters are counted as if it were not"
+    quantized = f"the model is quantized ({base.kinds}): parameters are counted as if it were not quantized"
     return replace(report, notes=(*report.notes, quantized))
 
 

@@ -52,8 +52,8 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 DOING = "save the merged model"
 NAMES_IN_MEMORY = (
-    "tensors have the names that they have in memory, which transformers reads; other programs may expect the names "
-    "that its save_pretrained writes"
+    "tensors are named as in memory, which transformers reads; other programs may expect the names that "
+    "save_pretrained of transformers writes"
 )
 
 Saved = Callable[[str, Tensor], Mapping[str, Tensor]]
@@ -138,7 +138,7 @@ def _bytes_of(size: int | str) -> int:
 def _begin(tensors: MergedTensors, out: Path, files: _Files, stack: ExitStack) -> tuple[str, ...]:
     """Open the directory, write the config into it, and return notes."""
     if os.path.lexists(out):
-        raise MergeError(f"cannot {DOING}: {out} exists: choose another name, or remove it")
+        raise MergeError(f"cannot {DOING}: {out} exists: choose a different name, or remove it")
     files.directory = stack.enter_context(new_directory(out))
     files.saved, notes = _saved_as(tensors.census)
     notes += _write_config(tensors.census.model, files.directory, tensors.dtype)
@@ -210,7 +210,7 @@ def _write_config(model: nn.Module, directory: Path, dtype: torch.dtype | None) 
     config: Any = getattr(model, "config", None)
     if not callable(getattr(config, "save_pretrained", None)):
         kind = plain_class(model).__name__
-        return [] if config is None else [f"no config was written: that of a {kind} has no save_pretrained"]
+        return [] if config is None else [f"no config was written: the config of a {kind} has no save_pretrained"]
     config = copy.deepcopy(config)
     config.architectures = [own_class(plain_class(model)).__name__]
     with in_own_dtypes(model):
@@ -225,7 +225,7 @@ def _write_config(model: nn.Module, directory: Path, dtype: torch.dtype | None) 
     if (generation := getattr(model, "generation_config", None)) is not None:
         generation.save_pretrained(directory)
     if getattr(config, "auto_map", None):
-        return ["the config names code of the model's, which was not copied: copy its files from the base model"]
+        return ["the config names Python files of the model, which were not copied: copy them from the base model"]
     return []
 
 

@@ -246,7 +246,7 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
         elif isinstance(value, list):
             left += [(name, entry) for entry in value]
         elif name in TIMM_NAMES and isinstance(value, str) and ":" in value:
-            yield f"it names another place to read {name} from: {value!r:.100}"
+            yield f"it names a different place to read {name} from: {value!r:.100}"
         elif isinstance(value, int | float) and abs(value) > MOST_COUNTED and COUNTED.search(name):
             yield f"{name} is {value!r:.40}"
 

@@ -1,4 +1,4 @@
-r"""The formula, and nothing else: a frozen linear layer plus the update of an adapter.
+r"""The arithmetic: a frozen linear layer plus the update of an adapter.
 
 RandLoRA (Albert et al., ICLR 2025, arXiv 2502.00987, eq. 4) writes the update of a frozen weight as a sum of
 ``num_bases`` products of random frozen bases and trained diagonal scalings, ``Σ_j B_j Λ_j A Γ_j``, with A shared by
@@ -14,13 +14,13 @@ With ``max_dim = max(out, in)``, ``min_dim = min(out, in)``, ``num_bases = ceil(
 | ``gamma`` | ``(num_bases, min_dim)`` | Γ, trained |
 
 and the update is ``scaling · UB @ UA``, transposed if ``in > out``, where row ``p = k·num_bases + j`` of ``UA`` is
-``lam[k, j] · basis_A[k] · gamma[j]`` and ``UB`` is ``basis_B``. The pairing by the flat index p is that of PEFT 0.15 to
-0.21 and of the authors' code; an adapter is only valid under the pairing it was trained with.
+``lam[k, j] · basis_A[k] · gamma[j]`` and ``UB`` is ``basis_B``. The pairing by the flat index p is the same as in PEFT
+0.15 to 0.21 and in the authors' code; an adapter is only valid with the pairing it was trained with.
 
 Files: `dense` and `block` implement the same products for their kinds of bases; `adapted` combines a layer's weight and
-update; `cost` chooses how to compute; `operation` is the autograd function of a layer, `update` that of the update
-alone, `rows` that of some of its rows, `grouped` that of the updates of a stack, `summed` that of a layer whose update
-is formed already.
+update; `cost` chooses how to compute. The others are autograd functions: `operation` for a layer, `update` for the
+update alone, `rows` for some of its rows, `grouped` for the updates of a stack, `summed` for a layer whose update is
+already formed.
 """
 
 from randlora.functional.adapted import Pair, WriteOut

@@ -35,13 +35,13 @@ class Adapted(NamedTuple):
     Attributes:
         weight: The base layer's weight, ``(out, in)``, in the dtype of B; ``None`` for the update alone.
         pair: The bases.
-        lam: Λ, ``(r, num_bases)``, at least as wide a dtype as A; multiplied by the scaling if B has 16 bits. Products
-            with few tokens also take one for each token, ``(tokens, r, num_bases)``.
-        gamma: Γ, ``(num_bases, min_dim)``, at least as wide a dtype as A, or one for each token.
+        lam: Λ, ``(r, num_bases)``, in a dtype at least as wide as A; multiplied by the scaling if B has 16 bits.
+            Products with few tokens also take one Λ for each token, ``(tokens, r, num_bases)``.
+        gamma: Γ, ``(num_bases, min_dim)``, in a dtype at least as wide as A, or one Γ for each token.
         factor: The scaling if Λ is not multiplied by it, else 1.
         scaling: The scaling.
-        is_wide: Whether the input has ``min_dim`` features, which includes square layers. A part of a weight may have
-            as many inputs as columns of Γ and yet be part of one whose input has ``max_dim``.
+        is_wide: Whether the input has ``min_dim`` features, which includes square layers. For a part of a weight, the
+            input of the whole weight decides.
         owns_weight: Whether the weight is referenced nowhere else and may be overwritten.
     """
 
@@ -81,7 +81,7 @@ class Adapted(NamedTuple):
         return pair.hidden_to_small(pair.large_to_hidden(rows), scaled_A, onto, self.factor)
 
     def input_gradient(self, grad: Tensor, way: Way) -> tuple[Tensor, Tensor | None]:
-        """Compute the gradient of the input, ``(tokens, in)``, from that of the output, ``(tokens, out)``.
+        """Compute the gradient of the input, ``(tokens, in)``, from the gradient of the output, ``(tokens, out)``.
 
         Also return the hidden vectors that `gradients_from_tokens` can reuse, if there are any.
         """
@@ -180,9 +180,9 @@ class Adapted(NamedTuple):
 def adapted(
     weight: Tensor | WriteOut | None, pair: Pair, lam: Tensor, gamma: Tensor, scaling: float, *, is_wide: bool
 ) -> Adapted:
-    """Build the operand of one layer, see `Adapted`, casting Λ and Γ to at least the dtype of A.
+    """Build the operand of one layer (see `Adapted`), casting Λ and Γ to at least the dtype of A.
 
-    It owns the weight if that had to be dequantized or converted to the dtype of B.
+    It owns the weight if the weight had to be dequantized or converted to the dtype of B.
     """
     wide, dtype = pair.A.dtype, pair.B.dtype
     if lam.dtype != wide:

@@ -32,7 +32,7 @@ from randlora.functional.dense import DensePair
 from randlora.functional.scratch import in_dtype
 
 WORTH_A_SHUFFLE = 2**14
-"""Entries of a matrix from which on torch's channel shuffle on a CPU is faster than a copy."""
+"""From this number of entries of a matrix, torch's channel shuffle on a CPU is faster than a copy."""
 
 
 class BlockPair:
@@ -100,7 +100,7 @@ class BlockPair:
         return in_dtype(product.reshape(self._c, -1, self._width), self.B.dtype)
 
     def diagonal_gradients(self, grad_A: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the gradients of Λ and Γ from that of UA, which is overwritten."""
+        """Compute the gradients of Λ and Γ from the gradient of UA, which is overwritten."""
         grad_A = grad_A.reshape(self._c, self._rows, self.num_bases, self._width)
         product = scratch.times(grad_A, self._rows_of_A)
         grad_lam = (product * self._blocks_of_gamma(gamma)).sum(3).transpose(0, 1).reshape(self.r, self.num_bases)
@@ -174,7 +174,7 @@ class BlockPair:
         return torch.bmm(hidden.mT, _deal(small, self._c))
 
     def grad_from_sides(self, large: Tensor, small: Tensor) -> Tensor:
-        """Return the same for ``large @ UB``, in the dtype of A, summed over strips of tokens.
+        """Compute the same for ``hidden = large @ UB``, in the dtype of A, summed over strips of tokens.
 
         Every strip adds a gradient of UA to the sum, so a strip has four times its entries at least.
         """
@@ -187,7 +187,7 @@ class BlockPair:
         return total
 
     def grad_from_update(self, grad: Tensor, *, across: bool) -> Tensor:
-        """Compute the gradient of UA, shaped as ``scaled_A``, from that of the update, or ``across`` its transpose."""
+        """Compute the gradient of UA, like ``scaled_A``, from that of the update, or of its transpose if ``across``."""
         tiles = self._tiles(grad, across=across)
         product = torch.bmm(self._parts_of_B(across=across).mT, tiles.mT if across else tiles)
         by_term = product.view(*self._grid(across=across), self._rows, -1, self._width)

@@ -46,7 +46,7 @@ ON_GPU = {
     torch.float32: Pass(80, is_measured=False),  # without TF32
     torch.float64: Pass(160, is_measured=False),
 }
-"""By an H100's data sheet: 350 T multiply-adds a second in 16 bits, 33 T in float32 and float64, and 3.3 TB/s."""
+"""From an H100's data sheet: 350 T multiply-adds a second in 16 bits, 33 T in float32 and float64, and 3.3 TB/s."""
 
 
 def pass_over(device_type: str, dtype: torch.dtype) -> Pass:
@@ -55,11 +55,11 @@ def pass_over(device_type: str, dtype: torch.dtype) -> Pass:
 
 
 MORE_OPERATORS = 5 * 2**15
-"""The extra operators of few_tokens in backward, as the number of entries that a pass reads in the same time."""
+"""The cost of the extra operators of few_tokens in backward, as entries that a pass reads in the same time."""
 MATRIX_OPERATORS = 4 * 2**15
-"""The operators of one more matrix of a stack in a stage, in the same unit."""
+"""The cost of the operators for one more matrix of a stack in a stage, in the same unit."""
 GATHERING_PASSES = 7
-"""Further passes over the repeated tokens if each has a Γ of its own, which is gathered and whose gradient is summed.
+"""Further passes over the repeated tokens if each has its own Γ, which is gathered and whose gradient is summed.
 
 Both were measured on a CPU: with 128 experts of 128 features, all at once is faster below 32 tokens an expert, with 32
 experts of 512 features below 8.
@@ -174,7 +174,7 @@ def backward_ways(
 ) -> tuple[Way, Way]:
     """Return how to compute the gradients of the input and of Λ and Γ, chosen together because they share a product.
 
-    The gradients of Λ and Γ can also be computed from that of the weight, if it is needed.
+    The gradients of Λ and Γ can also be computed from the weight's gradient, if this is needed.
     """
     if compute != "auto":
         return compute, compute
@@ -207,7 +207,7 @@ def _backward_costs(
 
 
 def step_cost(sizes: Sizes, *, forwards: int = 1) -> float:
-    """Return the cost of some forwards and a backward in the cheapest ways, beside the products with the weight."""
+    """Return the cost of some forwards and a backward in the cheapest ways, without the products with the weight."""
     backward = _backward_costs(sizes, needs_input=True, needs_diagonals=True, needs_weight=False)
     return forwards * min(_forward_costs(sizes).values()) + min(backward.values())
 
@@ -268,9 +268,9 @@ def chosen_forward(tokens: int, pair: Shaped, *, is_wide: bool, has_weight: bool
 
 
 def chosen_all_at_once(counts: Sequence[int], pair: Shaped, *, is_wide: bool, compute: Compute) -> bool:
-    """Return whether matrices of a stack with so many tokens each are computed together, without building any ``UA``.
+    """Whether matrices of a stack, with these numbers of tokens, are computed together, without building ``UA``.
 
-    The other way is one matrix after the other, which takes as many times the operators.
+    Otherwise they are computed one after the other, with that many times the operators.
     """
     visited = len(counts) - counts.count(0)
     if compute != "auto" or not visited:
@@ -281,7 +281,7 @@ def chosen_all_at_once(counts: Sequence[int], pair: Shaped, *, is_wide: bool, co
 def chosen_backward(
     tokens: int, pair: Shaped, *, is_wide: bool, has_weight: bool, needs: tuple[bool, bool, bool], compute: Compute
 ) -> tuple[Way, Way]:
-    """Return the cached result of `backward_ways`; ``needs`` are those of the input, the weight, and Λ and Γ."""
+    """Return the cached result of `backward_ways`. ``needs`` is for the input, for the weight, and for Λ and Γ."""
     if compute != "auto":
         return compute, compute
     if not _is_known(tokens):

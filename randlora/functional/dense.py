@@ -50,7 +50,7 @@ class DensePair:
         return in_dtype(product.reshape(-1, gamma.size(1)), self.B.dtype)
 
     def diagonal_gradients(self, grad_A: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the gradients of Λ and Γ from that of UA, which is overwritten."""
+        """Compute the gradients of Λ and Γ from the gradient of UA, which is overwritten."""
         product = scratch.times(grad_A.reshape(lam.size(0), lam.size(1), -1), self._rows_of_A)
         return (product * gamma).sum(2), scratch.times(product, lam.unsqueeze(2)).sum(0)
 
@@ -108,7 +108,7 @@ class DensePair:
         return self.grad_from_tokens(self.large_to_hidden(large), small)
 
     def grad_from_update(self, grad: Tensor, *, across: bool) -> Tensor:
-        """Compute the gradient of ``UA``, ``UB.T @ grad``, from that of the update, or ``across`` its transpose."""
+        """Compute the gradient of ``UA``, ``UB.T @ grad``, from the update's gradient, or ``across`` its transpose."""
         return self._B_T @ (grad.T if across else grad)
 
     def update(self, scaled_A: Tensor, onto: Tensor | None, factor: float, *, uses_up: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""The autograd function of the updates of a stack of weights, each multiplied by a few tokens of its own."""
+"""The autograd function of the updates of a stack of weights, each multiplied by its own few tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from randlora.functional.operation import Diagonals
 from randlora.functional.scratch import in_dtype, without_autocast
 
 ENTRIES = 2**22
-"""Entries of the tokens repeated for each term that are computed at once, or those of one weight if these are more."""
+"""Entries of the tokens repeated for each term that are computed at once, but at least as many as in one weight."""
 
 
 class Groups(NamedTuple):
@@ -46,8 +46,8 @@ class Groups(NamedTuple):
 def grouped_update(x: Tensor, pair: Pair, diagonals: Diagonals, counts: Sequence[int], *, is_wide: bool) -> Tensor:
     """Compute the products of tokens with the updates of the matrices that they belong to.
 
-    The number of operators does not depend on that of the matrices. Only x, Λ, Γ and a reference to the bases are saved
-    for backward.
+    The number of operators does not depend on the number of matrices. Only x, Λ, Γ and a reference to the bases are
+    saved for backward.
 
     Args:
         x: ``(tokens, in_features)`` in the dtype of B, sorted by matrix.

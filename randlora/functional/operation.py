@@ -54,8 +54,8 @@ def adapted_linear(
         bias: The base layer's bias, ``(out_features,)``.
         compute: How to compute; ``"auto"`` chooses by size, see `randlora.functional.cost`. A compiled or exported
             program is factored, because it may be run with any number of tokens.
-        is_wide: Whether the whole layer's input has ``min_dim`` features. By default whether x has as many as Γ has
-            columns, which may not tell if bases and Γ are slices for a part of a weight.
+        is_wide: Whether the whole layer's input has ``min_dim`` features. By default, whether x has as many features as
+            Γ has columns, which may be wrong if bases and Γ are slices for a part of a weight.
 
     Returns:
         ``(..., out_features)`` in the dtype of B.

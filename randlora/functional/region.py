@@ -1,8 +1,8 @@
-"""A part of a weight, and which part of the bases its update is made of.
+"""A part of a weight, and the part of the bases that its update is made of.
 
 A row of an update needs one row of B, or one column of A and of Γ if the layer is narrower than its input; a column the
-other way around. So a process that holds a part of a weight computes that part of the update from a part of the bases.
-The part may have several pieces, as of a weight that is several matrices one above the other, each of them split.
+other way around. So a process that holds a part of a weight computes this part of the update from a part of the bases.
+The part may have several pieces, such as for a weight that stacks several matrices, each of them split.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def entries_of(spans: Spans) -> int:
 
 
 def take_spans(tensor: Tensor, spans: Spans, dim: int) -> Tensor:
-    """Return those entries of a dimension of a tensor, a view of it if they are one span."""
+    """Return these entries of a dimension of a tensor; a view if they are one span."""
     pieces = [tensor.narrow(dim, start, stop - start) for start, stop in spans]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
@@ -60,12 +60,12 @@ class Sides(NamedTuple):
 
 
 class Region(NamedTuple):
-    """A part of a weight, ``(out_features, in_features)``, or of each matrix of some in a stack.
+    """A part of a weight, ``(out_features, in_features)``, or of each of some matrices in a stack.
 
     Attributes:
-        rows: Which outputs.
-        columns: Which inputs.
-        matrices: Which matrices of a stack; ``None`` for all, or for a weight that is no stack.
+        rows: The outputs.
+        columns: The inputs.
+        matrices: The matrices of a stack; ``None`` for all, or for a weight that is not a stack.
     """
 
     rows: Spans

@@ -1,4 +1,4 @@
-"""Rows of the update of a table, such as that of an embedding, without computing the update of the whole table."""
+"""Rows of the update of a table, such as in an embedding, without computing the update of the whole table."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from randlora.modes import are_bases_fake
 def update_rows(ids: Tensor, pair: Pair, diagonals: Diagonals, *, num_rows: int, is_wide: bool) -> Tensor:
     """Compute the rows of an update with some indices, in the dtype of B.
 
-    Only Λ, Γ, the indices and a reference to the bases are saved for backward, and for a table with fewer rows than
-    columns, a matrix of as many entries as its rows have for each index.
+    Only Λ, Γ, the indices and a reference to the bases are saved for backward. For a table with fewer rows than
+    columns, a matrix with one row of the table's width for each index is saved too.
 
     Args:
         ids: Indices of rows, integers of any shape, at least 0 and less than ``num_rows``.

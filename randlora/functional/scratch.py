@@ -1,4 +1,4 @@
-"""Arithmetic on temporary tensors, in place where that is allowed.
+"""Arithmetic on temporary tensors, in place if this is allowed.
 
 New memory is expensive: the system clears every page first, which can take longer than the arithmetic. In-place
 operations are not used in compiled or traced code, while autograd records, which may need the old values, under
@@ -29,7 +29,7 @@ def is_transformed() -> bool:
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Return a context in which autocast is off; on the meta device, which has none, one that does nothing."""
+    """Return a context in which autocast is off. On the meta device, which has no autocast, it does nothing."""
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
@@ -90,5 +90,5 @@ def scaled(tensor: Tensor, factor: float) -> Tensor:
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor in a dtype; itself, without a call to torch, if it has that dtype."""
+    """Return a tensor in a dtype. If it has this dtype, it is returned without a call to torch."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)

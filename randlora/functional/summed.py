@@ -16,7 +16,7 @@ def summed_linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None 
 
     Args:
         x: ``(..., in_features)``.
-        weight: ``(out_features, in_features)`` in the dtype of x, or in one to cast to it.
+        weight: ``(out_features, in_features)`` in the dtype of x, or in a dtype to be cast to it.
         delta: ``(out_features, in_features)`` in the dtype of x.
         bias: ``(out_features,)``.
 

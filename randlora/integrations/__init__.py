@@ -1,1 +1,1 @@
-"""What trainers of other libraries need, in one module for each, which imports it; nothing in the library does."""
+"""Support for trainers of other libraries: one module for each, which imports its library. Nothing imports them."""

@@ -7,8 +7,8 @@
       r: 32
       basis: block
 
-axolotl builds the model, the data and the trainer. The plugin adds the adapter to the model and has checkpoints hold
-the adapter alone. Written for the interface of axolotl 0.19.
+axolotl builds the model, the data and the trainer. The plugin adds the adapter to the model and makes checkpoints
+contain only the adapter. Written for the interface of axolotl 0.19.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from randlora.integrations.transformers import AdapterCheckpoints
 LOG = get_logger("axolotl.integrations.randlora")  # axolotl shows what loggers below its own name say
 
 NAME = "randlora"
-"""What ``adapter:`` and the block with the options are called."""
+"""The value of ``adapter:``, and the name of the block with the options."""
 
 CONFIG = tuple(inspect.signature(RandLoRAConfig).parameters)
 OPTIONS = tuple(name for name in inspect.signature(randlora.inject).parameters if name not in ("model", "config"))
 
 
 class RandLoRAArgs(BaseModel):
-    """What the plugin adds to axolotl's config."""
+    """The options that the plugin adds to axolotl's config."""
 
     randlora: dict[str, Any] = Field(
         default_factory=dict, description="Options of randlora.inject, by their names there, such as r, alpha, targets."
@@ -45,7 +45,7 @@ class RandLoRAArgs(BaseModel):
     @field_validator("randlora")
     @classmethod
     def check(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Check the options before a model is loaded; the names of layers are checked when it is."""
+        """Check the options before a model is loaded. Names of layers are checked once it is loaded."""
         given = {name: value for name, value in options.items() if name in CONFIG or name not in OPTIONS}
         try:
             RandLoRAConfig(**given)
@@ -55,11 +55,11 @@ class RandLoRAArgs(BaseModel):
 
 
 class AdapterAxolotlTrainer(AdapterCheckpoints, AxolotlTrainer):  # type: ignore[misc]  # axolotl carries no types
-    """axolotl's trainer, whose checkpoints hold the adapter and not the model."""
+    """axolotl's trainer, with checkpoints that contain the adapter and not the model."""
 
 
 class RandLoRAPlugin(BasePlugin):  # type: ignore[misc]
-    """Trains a RandLoRA adapter where axolotl's config says ``adapter: randlora``."""
+    """Trains a RandLoRA adapter if axolotl's config says ``adapter: randlora``."""
 
     def get_input_args(self) -> str:
         """Return the name of the class that describes the block ``randlora:``."""
@@ -70,10 +70,10 @@ class RandLoRAPlugin(BasePlugin):  # type: ignore[misc]
         return [AdapterCapabilities(name=NAME)]
 
     def register(self, cfg: Any) -> None:
-        """Check what else the config says, before anything is loaded.
+        """Check the rest of the config, before anything is loaded.
 
         Raises:
-            AdapterError: If axolotl would ignore it, or do something else than it says.
+            AdapterError: If axolotl would ignore an option, or do something different.
         """
         if cfg.get("adapter") == NAME:
             raise_collected(AdapterError, _problems(cfg), doing=f"train with adapter: {NAME}")
@@ -85,7 +85,7 @@ class RandLoRAPlugin(BasePlugin):  # type: ignore[misc]
         inference: bool = False,  # noqa: FBT001, FBT002  # axolotl's signature
         config_only: bool = False,  # noqa: ARG002, FBT001, FBT002
     ) -> tuple[Any, None] | None:
-        """Add a new adapter to the model, or the one in ``lora_model_dir`` or in a checkpoint; ``None`` for others."""
+        """Add a new adapter, or the one in ``lora_model_dir`` or a checkpoint; ``None`` for any other ``adapter:``."""
         if cfg.adapter != NAME:
             return None
         if cfg.lora_model_dir:
@@ -115,11 +115,11 @@ def _problems(cfg: Any) -> list[str]:
     given = {name for name, value in cfg.items() if value}
     found = []
     if "merge_lora" in given:
-        found.append(f"axolotl merge-lora merges LoRA alone: {_merging(cfg)}")
+        found.append(f"axolotl merge-lora merges only LoRA: {_merging(cfg)}")
     if given & {"load_in_4bit", "load_in_8bit", "gptq"}:
         found.append(
-            "load_in_4bit, load_in_8bit and gptq have axolotl quantize for its own lora and qlora alone: leave them "
-            "out, and give as base_model a checkpoint that bitsandbytes has quantized"
+            "axolotl quantizes for load_in_4bit, load_in_8bit and gptq only with its own lora and qlora: leave them "
+            "out, and give as base_model a checkpoint that is already quantized by bitsandbytes"
         )
     if given & {"rl", "reward_model", "process_reward_model"}:
         found.append(

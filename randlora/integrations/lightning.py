@@ -1,4 +1,4 @@
-"""`AdapterCallback`: a callback of Lightning whose checkpoints hold what is trained, and not the model.
+"""`AdapterCallback`: a callback for Lightning, for checkpoints with the trained parameters and not the model.
 
 Both packages of Lightning, ``pytorch_lightning`` and ``lightning``, can use it.
 """
@@ -29,7 +29,7 @@ from randlora.places import is_whole
 
 PACKAGES = ("pytorch_lightning", "lightning")
 ENTRY = "randlora"
-"""The entry of a checkpoint with what a resumed run is compared with, and the states of generators."""
+"""The entry of a checkpoint with the facts that a resumed run must match, and the states of generators."""
 
 
 def _callbacks() -> tuple[type, ...]:
@@ -45,19 +45,19 @@ _Callback: Any = type("_Callback", _callbacks(), {})
 
 
 class AdapterCallback(_Callback):  # type: ignore[misc]
-    """Make a trainer's checkpoints hold the parameters that are trained, and not the base model.
+    """Make a trainer's checkpoints contain the trained parameters, and not the base model.
 
-    A checkpoint has Λ, Γ, the parameters of ``train_also`` and any other that requires grad, buffers that training has
-    changed, such as the statistics of norms, Lightning's own state, and the state of the random number generators of
-    each process. A run that resumes from the end of an epoch has the bits of one that was not interrupted. What is
-    loaded must be of the same adapters: the same layers, r, alpha and bases.
+    A checkpoint contains Λ, Γ, the parameters of ``train_also`` and any others that require grad; buffers that training
+    has changed, such as the statistics of norms; Lightning's own state; and the state of the random number generators
+    of each process. A run that resumes from the end of an epoch gives the same bits as an uninterrupted run. The
+    adapters of the model must be the same as in the checkpoint: the same layers, r, alpha and bases.
 
-    The base model is not in a checkpoint: create it as when training began, and inject the adapters with the same
-    options, in the module's constructor or in ``configure_model``.
+    A checkpoint does not contain the base model. Create it as when training began, and inject the adapters with the
+    same options, in the module's constructor or in ``configure_model``.
 
     Args:
-        adapter_directories: Whether to call `randlora.save` for each checkpoint too, into a directory beside it that
-            has ``.adapter`` in the place of ``.ckpt``. It is removed when Lightning removes the checkpoint.
+        adapter_directories: Whether to also call `randlora.save` for each checkpoint, into a directory beside it with
+            ``.adapter`` instead of ``.ckpt``. It is removed when Lightning removes the checkpoint.
         name: The adapter to save there; ``None`` means the only one.
 
     Examples:
@@ -98,7 +98,7 @@ class AdapterCallback(_Callback):  # type: ignore[misc]
             )
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Leave what is not trained out of a checkpoint; called in every process."""
+        """Leave everything that is not trained out of a checkpoint. Called in every process."""
         values, trained = checkpoint["state_dict"], _trained(pl_module)
         if values:  # other processes than the first may have none
             missing = sorted(trained - values.keys())
@@ -126,8 +126,8 @@ class AdapterCallback(_Callback):  # type: ignore[misc]
             _set_generators(states[trainer.global_rank])
             return
         warnings.warn(
-            f"the checkpoint is of {len(states)} processes and this run has {trainer.world_size}: random numbers will "
-            "be others than in an uninterrupted run",
+            f"the checkpoint is from {len(states)} processes and this run has {trainer.world_size}: random numbers "
+            "will differ from those of an uninterrupted run",
             UserWarning,
             stacklevel=2,
         )
@@ -161,7 +161,7 @@ class AdapterCallback(_Callback):  # type: ignore[misc]
 
 
 _WEIGHTS_ONLY = (
-    "save_weights_only=True writes the whole model, because Lightning does not ask callbacks then: omit it, and use "
+    "save_weights_only=True writes the whole model, because Lightning then skips callbacks: omit it, and use "
     "adapter_directories=True or randlora.save for files with the adapter alone"
 )
 
@@ -186,7 +186,7 @@ def _check(module: Any, checkpoint: dict[str, Any]) -> None:
                 f"options that it was trained with{_bases_of(entry) if 'bases' in differing else ''}"
             )
     if not problems and (other := _trained(module) ^ set(written["trained"])):
-        problems.append(f"{sorted(other)[0]} is trained in one of the two only: make the same parameters require grad")
+        problems.append(f"{sorted(other)[0]} is trained in only one of the two: make the same parameters require grad")
     raise_collected(CheckpointError, problems, doing="load the checkpoint")
 
 

@@ -1,4 +1,4 @@
-"""`Reference`: a model without the adapters that are trained, which shares all of its weights; and TRL's use of it."""
+"""`Reference`: a model without its trained adapters, which shares all of its weights; and how TRL uses it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ WITH_BETA = frozenset({"GRPOTrainer", "RLOOTrainer"})
 
 
 class Reference(nn.Module):
-    """A model as it is without some of its adapters, for a loss that compares with it.
+    """A model without some of its adapters, for a loss that compares with it.
 
-    It has no parameters of its own, and calls the model, so what the model becomes it becomes too.
+    It has no parameters and calls the model, so every change of the model is a change of the reference too.
 
     Attributes:
-        trained: The adapters that are left out; the others that are active remain active.
+        trained: The adapters that are left out. Other active adapters remain active.
     """
 
     trained: tuple[str, ...]
@@ -40,11 +40,11 @@ class Reference(nn.Module):
 
     @property
     def policy(self) -> nn.Module:
-        """The model, with what a trainer has put around it."""
+        """The model, with the wrappers that a trainer has put around it."""
         return vars(self)["_policy"]()  # type: ignore[no-any-return]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the model without the adapters; a forward that a trainer has put here is not run."""
+        """Return the output of the model without the adapters, ignoring a forward that a trainer has set here."""
         with self._without_adapters():
             return self.policy(*args, **kwargs)
 
@@ -53,7 +53,7 @@ class Reference(nn.Module):
         return self(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """Return the weights that it computes with, by which a trainer recognizes what it computed before."""
+        """Return the weights that it computes with. From these, a trainer recognizes results computed before."""
         with self._without_adapters():
             held: dict[str, Tensor] = self.policy.state_dict(*args, **kwargs)
         left_out = {name for name in held if ".randlora_" in name and name.rpartition(".")[2] in self.trained}
@@ -77,7 +77,7 @@ class Reference(nn.Module):
 
 @contextmanager
 def referring(trainer: Any, given: inspect.BoundArguments, reference: Reference) -> Iterator[None]:
-    """Have a trainer of TRL that is made in the block use a reference, instead of a model that it would load."""
+    """Within the block, have a new trainer of TRL use the reference instead of a model that it would load."""
     arguments: Any = given.arguments.get("args")
     takes_one = "ref_model" in given.signature.parameters and given.arguments.get("ref_model") is None
     beta = getattr(arguments, "beta", 0.0) if _has_beta(type(trainer)) else 0.0
@@ -86,13 +86,13 @@ def referring(trainer: Any, given: inspect.BoundArguments, reference: Reference)
         return
     if getattr(arguments, "sync_ref_model", False):
         raise AdapterError(
-            "sync_ref_model=True copies what is trained into the reference, which is the same model here, without its "
-            "adapters: leave it out, or give a ref_model"
+            "sync_ref_model=True copies trained values into the reference, but here the reference is the same model "
+            "without its adapters: leave it out, or give a ref_model"
         )
     if is_deepspeed_zero3_enabled() and any(each.train_also for each in randlora.adapters(reference.policy)):
         warn(
-            "the reference is a second model that TRL loads: an engine of ZeRO-3 cannot put the model's own values in "
-            "the place of what train_also trains. Leave train_also out, or use ZeRO-2"
+            "the reference is a second model that TRL loads, because an engine of ZeRO-3 cannot replace what "
+            "train_also trains by the model's own values. Leave train_also out, or use ZeRO-2"
         )
         yield
         return
@@ -129,6 +129,6 @@ def _warn_if_trained(reference: Reference) -> None:
         if name in trained
     ):
         warn(
-            f"the reference is the model without {', '.join(trained)}, which was trained before: if it should be the "
-            "model as it is now, merge the adapter first and inject another, or give a ref_model"
+            f"the reference is the model without {', '.join(trained)}, which was trained before: if the reference "
+            "should be the model as it is now, merge the adapter first and inject a new one, or give a ref_model"
         )

@@ -24,7 +24,7 @@ from randlora.integrations.transformers import LoadsAdapters
 LOG = get_logger()
 
 NAME = "randlora"
-"""What ``--tuner_type`` calls it."""
+"""The value of ``--tuner_type``."""
 
 
 class AdapterSeq2SeqTrainer(LoadsAdapters, Seq2SeqTrainer):  # type: ignore[misc]  # ms-swift carries no types
@@ -36,7 +36,7 @@ class AdapterClassifierTrainer(LoadsAdapters, Trainer):  # type: ignore[misc]
 
 
 TRAINERS = {"causal_lm": AdapterSeq2SeqTrainer, "seq_cls": AdapterClassifierTrainer}
-"""By ``--task_type``."""
+"""The trainers by ``--task_type``."""
 
 
 def register(**options: Any) -> type[Tuner]:

@@ -1,7 +1,7 @@
 """`AdapterTrainer`, and `AdapterCheckpoints` for any other trainer that is a `transformers.Trainer`.
 
-transformers has no public hook for what a checkpoint holds and how it is loaded. `PRIVATE` names the methods that are
-overridden and are not public.
+transformers has no public hook for the contents of a checkpoint and for loading it. `PRIVATE` names the private methods
+that are overridden.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from randlora.state import adapted_root
 from randlora.targets.match import shortened
 
 PRIVATE = ("_load_from_checkpoint", "_load_best_model", "_save_optimizer_and_scheduler")
-"""Private methods of `Trainer` that `AdapterCheckpoints` overrides; a test holds their signatures and their callers."""
+"""Private methods of `Trainer` that `AdapterCheckpoints` overrides. A test checks their signatures and callers."""
 
 SENT = "_iter_named_params"
 """The private method of TRL's `VLLMGeneration` that yields names and values of weights for vLLM, each tensor once."""
 
 
 class LoadsAdapters:
-    """A mixin for a subclass of `transformers.Trainer`, which loads the adapters that are trained from a checkpoint."""
+    """A mixin for a subclass of `transformers.Trainer` that loads the trained adapters from a checkpoint."""
 
     is_deepspeed_enabled: bool
     model: Any
@@ -55,7 +55,7 @@ class LoadsAdapters:
         if others := {path.parent.name for path in checkpoint.glob(f"*/{TENSORS_FILE}")}.difference(trained):
             raise CheckpointError(
                 f"cannot resume from {str(checkpoint)!r}: it has {shortened(sorted(others))}, which the model lacks or "
-                f"does not train (it trains {', '.join(trained)}): inject and activate the same adapters as then"
+                f"does not train (it trains {', '.join(trained)}): inject and activate the same adapters as in that run"
             )
         swap_each(model, {name: checkpoint / name for name in trained})
 
@@ -68,20 +68,21 @@ class LoadsAdapters:
 
 
 class AdapterCheckpoints(LoadsAdapters):
-    """A mixin for a subclass of `transformers.Trainer`, whose checkpoints then hold the adapter and not the model.
+    """A mixin for trainers of transformers and TRL: checkpoints contain the adapter and not the model.
 
-    Put it first: ``class SFT(AdapterCheckpoints, trl.SFTTrainer)``. A checkpoint has the files of `randlora.save`, and
-    the trainer's own for the optimizer, the scheduler and the generators. Call `randlora.inject` before the trainer is
-    made. To resume, make model and adapter in the same way again: values are loaded into the parameters in place.
+    Put it first: ``class SFT(AdapterCheckpoints, trl.SFTTrainer)``. A checkpoint contains the files of `randlora.save`,
+    and the trainer's own files for the optimizer, the scheduler and the generators. Call `randlora.inject` before you
+    make the trainer. To resume, make model and adapter in the same way again: values are loaded into the parameters in
+    place.
 
-    If several adapters are trained, each is saved in a subdirectory of its name. Those that are not trained are not
-    saved.
+    If several adapters are trained, each is saved in a subdirectory with its name. Adapters that are not trained are
+    not saved.
 
-    FSDP and DeepSpeed write what is trained and the optimizer's state into a checkpoint, and not the base.
+    With FSDP and DeepSpeed, a checkpoint contains the trained parameters and the optimizer's state, and not the base.
 
-    With TRL's trainers that compare with a reference, this is the same model without the adapters that are trained,
-    unless a ``ref_model`` is given; no other is loaded. Those that sample with vLLM by TRL's `VLLMGeneration` send it
-    the weights of `randlora.merged_tensors`.
+    For TRL's trainers that compare with a reference model, the reference is the same model without the trained
+    adapters, unless a ``ref_model`` is given, so no second model is loaded. Trainers that sample with vLLM through
+    TRL's `VLLMGeneration` send it the weights of `randlora.merged_tensors`.
     """
 
     accelerator: Any
@@ -112,14 +113,13 @@ class AdapterCheckpoints(LoadsAdapters):
         """Make the trainer.
 
         Raises:
-            AdapterError: If the model has no adapter that is trained, or parameters require grad that are not in the
-                adapter's files. Or if ``peft_config`` is given, or the trainer cannot be told to send merged weights to
-                vLLM.
+            AdapterError: If the model has no trainable adapter, parameters require grad that are not in the adapter's
+                files, ``peft_config`` is given, or the trainer cannot send merged weights to vLLM.
         """
         given = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
         if kwargs.get("peft_config", given.arguments.get("peft_config")) is not None:
             raise AdapterError(
-                "peft_config= would add an adapter of PEFT and freeze the one that randlora.inject added: leave it out"
+                "peft_config= would add a PEFT adapter and freeze the one that randlora.inject added: leave it out"
             )
         model = given.arguments.get("model")
         if isinstance(model, nn.Module):
@@ -133,7 +133,7 @@ class AdapterCheckpoints(LoadsAdapters):
             _send_merged(getattr(self, "vllm_generation", None))
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer.train` does, except that ``True`` means the newest checkpoint that is complete."""
+        """Train as `Trainer.train` does, except that ``True`` means the newest complete checkpoint."""
         if self.model_init is None:  # else another model is made now
             _require_added(self.model)
         if resume_from_checkpoint is True:
@@ -147,7 +147,7 @@ class AdapterCheckpoints(LoadsAdapters):
             hook.remove()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001, FBT002
-        """Save the adapters that are trained, with what else the trainer saves beside a model.
+        """Save the trained adapters, and whatever else the trainer saves beside a model.
 
         All processes of a run call this; one of them writes.
         """
@@ -188,7 +188,7 @@ class AdapterCheckpoints(LoadsAdapters):
 
 
 class AdapterTrainer(AdapterCheckpoints, Trainer):  # type: ignore[misc]  # transformers carries no types
-    """A `transformers.Trainer` whose checkpoints hold the adapter and not the model: `AdapterCheckpoints`."""
+    """A `transformers.Trainer` whose checkpoints contain the adapter and not the model; see `AdapterCheckpoints`."""
 
 
 def _require_trained(model: nn.Module) -> list[AdapterInfo]:
@@ -200,15 +200,15 @@ def _require_trained(model: nn.Module) -> list[AdapterInfo]:
     trained = [info for info in randlora.adapters(model) if info.is_trainable]
     if not trained:
         raise AdapterError(
-            "the model has no adapter that is trained: call randlora.inject(model) before the trainer is made, or "
+            "the model has no trainable adapter: call randlora.inject(model) before the trainer is made, or "
             "randlora.load(model, path, trainable=True)"
         )
     own = {id(parameter) for parameter in randlora.trainable_parameters(model)}
     others = [name for name, held in model.named_parameters() if held.requires_grad and id(held) not in own]
     if others:
         raise AdapterError(
-            f"{shortened(others)} requires grad and belongs to no adapter, so checkpoints would not have it: name it "
-            "in train_also=, or set requires_grad to False"
+            f"{shortened(others)} requires grad and belongs to no adapter, so checkpoints would not contain it: name "
+            "it in train_also=, or set requires_grad to False"
         )
     return trained
 
@@ -239,8 +239,8 @@ def _send_merged(engine: Any) -> None:
     """Have TRL send vLLM the merged weights: it would send the parameters as they are, those of adapters among them."""
     if SENT not in dir(engine):
         raise AdapterError(
-            "this trainer cannot be told to send vLLM the merged weights, as GRPOTrainer of TRL 1.16 can: upgrade TRL, "
-            "or train with use_vllm=False"
+            "this trainer cannot send the merged weights to vLLM, as GRPOTrainer of TRL 1.16 can: upgrade TRL, or "
+            "train with use_vllm=False"
         )
 
     def merged() -> Iterator[tuple[str, Tensor]]:

@@ -324,7 +324,7 @@ if not TYPE_CHECKING:  # else every name would pass as one of this module
         """Refuse whole models that were pickled by version 0.1, whose layers had a hook of this name."""
         if name == "_decline_fast_paths":
             raise CheckpointError(
-                "this is a whole model, pickled by a version 0.1 of randlora that put adapted layers into modules of "
-                "its own: load it there, save the adapter with randlora.save, and load that with randlora.load"
+                "this is a whole model, pickled by randlora 0.1, which wrapped adapted layers in its own modules: "
+                "load it there, save the adapter with randlora.save, and load that with randlora.load"
             )
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

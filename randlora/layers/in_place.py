@@ -110,8 +110,8 @@ class InPlace(nn.Module):
             )
         if f"{prefix}{WRAPPED}.weight" in state_dict and WRAPPED not in self._modules:
             raise CheckpointError(
-                f"the state dict has {prefix}{WRAPPED}.weight, as from a version 0.1 of randlora, which put adapted "
-                f"layers into modules of its own: replace '.{WRAPPED}.' by '.' in its keys"
+                f"the state dict has {prefix}{WRAPPED}.weight, as from randlora 0.1, which wrapped adapted layers in "
+                f"its own modules: replace '.{WRAPPED}.' by '.' in its keys"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -199,14 +199,14 @@ def class_obstacle(owner: nn.Module, layer_class: type[AdapterLayer]) -> str | N
         return None if layer_class.attribute in owner.randlora else detach_obstacle(owner)
     own = type(owner)
     if isinstance(owner, torch.jit.ScriptModule):
-        return f"is a {own.__name__}, a TorchScript module whose class cannot change: adapt it before scripting"
+        return f"is a {own.__name__}, a TorchScript module, whose class cannot change: adapt it before scripting"
     if taken := [name for name in ("randlora", *layer_class.parameter_names()) if has_attribute(owner, name)]:
-        return f"has an attribute {taken[0]} of its own, where an adapter is held: rename that, or exclude the layer"
+        return f"already has an attribute {taken[0]}, where an adapter would be held: rename it, or exclude the layer"
     reads = (layer_class.attribute,) if layer_class.is_read else ()
     try:
         object.__setattr__(object.__new__(own), "__class__", adapted_class(own, reads, Adapted))
     except Exception as error:  # a class may raise anything when it is subclassed
-        return f"is a {own.__name__}, whose class cannot be replaced by a subclass ({error}): use another class"
+        return f"is a {own.__name__}, whose class cannot be replaced by a subclass ({error}): use a different class"
     return None
 
 
@@ -221,8 +221,8 @@ def detach_obstacle(owner: nn.Module) -> str | None:
     if not isinstance(owner, InPlace) or type(owner) is adapted_class(owner.randlora_base, *_hosts(owner)):
         return None
     return (
-        f"changed its class to {type(owner).__name__} after it was adapted, as by fully_shard or a parametrization: "
-        "undo that first, or save the adapter and load it into a new model"
+        f"changed its class to {type(owner).__name__} after it was adapted, such as by fully_shard or a "
+        "parametrization: undo this first, or save the adapter and load it into a new model"
     )
 
 

@@ -75,5 +75,5 @@ refuse_layer(
 for quantized in ("utils.WeightedQuantizedModule", "embedding_ops.Embedding"):
     refuse_layer(
         f"torch.ao.nn.quantized.modules.{quantized}",
-        "it was quantized by torch.ao, without a weight to train beside: adapt and merge before quantizing",
+        "it was quantized by torch.ao, which leaves no weight to adapt: adapt and merge before quantizing",
     )

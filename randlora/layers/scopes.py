@@ -157,9 +157,9 @@ class ReadAttribute:
         layer = owner.randlora.get(self.attribute)
         if layer is not None and layer.active() and has_updates(owner):
             raise AdapterError(
-                f"the {self.attribute} of an adapted {owner.randlora_base.__name__} is a plain tensor now, which lacks "
-                "the updates of its adapters, as in a replica of nn.DataParallel, or after pruning or weight_norm: use "
-                "DistributedDataParallel, or merge or eject the adapters first"
+                f"the {self.attribute} of an adapted {owner.randlora_base.__name__} is now a plain tensor without the "
+                "updates of its adapters, such as in a replica of nn.DataParallel, or after pruning or weight_norm: "
+                "use DistributedDataParallel, or merge or eject the adapters first"
             )
         return owner.__dict__[self.attribute]
 

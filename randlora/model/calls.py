@@ -1,4 +1,4 @@
-"""Watching the calls of a model with adapters: which are running, and what they or their modules would ignore."""
+"""Watching the calls of a model with adapters: which are running, and arguments that the model would ignore."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from randlora.targets.match import prefixes
 from randlora.targets.walk import Census
 
 ARGUMENT = "adapter_names"
-"""What PEFT calls the names in a call of a model. Models of transformers accept any argument and ignore this one."""
+"""PEFT's argument for adapter names in a call. Models of transformers accept any argument and ignore this one."""
 
 NUMBER = int.from_bytes(b"randlora", "big")
-"""The number of hooks that count, in each module: where torch counts, compiled code of one would not fit another."""
+"""The fixed number of counting hooks in each module. If torch numbered them, compiled code would not be shared."""
 
 Check = Callable[[nn.Module, Any], None]
 
@@ -26,7 +26,7 @@ _checks: dict[Check, Callable[[nn.Module], bool]] = {}
 
 
 def register_check(where: Callable[[nn.Module], bool]) -> Callable[[Check], Check]:
-    """Register a check of the calls of modules that have adapted ones inside; a decorator of a forward pre-hook."""
+    """Register a check of calls of modules that contain adapted ones; a decorator of a forward pre-hook."""
 
     def register(check: Check) -> Check:
         _checks[check] = where
@@ -36,22 +36,22 @@ def register_check(where: Callable[[nn.Module], bool]) -> Callable[[Check], Chec
 
 
 def check_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001  # a hook's signature
-    """Check a call of a model with adapters, before its forward; a hook of the module that has them.
+    """Check a call of a model with adapters, before its forward. Used as a hook.
 
     Raises:
-        AdapterError: If the call names adapters, which no model would use.
+        AdapterError: If the call names adapters, because models ignore this argument.
     """
     if ARGUMENT in kwargs:
         raise AdapterError(
-            f"{ARGUMENT} has no effect on this model: call it inside `with randlora.serving.routed(model, names):`, "
-            "which takes a name for each row"
+            f"{ARGUMENT} has no effect on this model: call the model inside `with randlora.serving.routed(model, "
+            "names):`, which takes a name for each row"
         )
 
 
 def watch(census: Census) -> None:
-    """Watch the calls of a model with adapters, and of the modules in it for which anything registered a check.
+    """Watch the calls of a model with adapters, and of those modules in it for which a check is registered.
 
-    Those of modules around a weight that is read are counted: see `randlora.layers.scopes`.
+    Calls of modules around a weight that is read are counted: see `randlora.layers.scopes`.
     """
     root = census.model
     if check_call not in root._forward_pre_hooks.values():
@@ -64,7 +64,7 @@ def watch(census: Census) -> None:
 
 
 def unwatch(census: Census) -> None:
-    """Watch the calls of a model without adapters no more, but where a parameter is still cast as it is read."""
+    """Stop watching a model without adapters, except modules in which a parameter is still cast as it is read."""
     for module in census.modules:
         _remove(module, check_call, *_checks)
     _count(census)

@@ -1,9 +1,9 @@
-"""Changing a model as a whole or not at all, and running its code so that nothing remains of it.
+"""Changing a model completely or not at all, and running its code without a trace.
 
-The checks of a call find what would make it fail. What no check can foresee, such as a lack of memory, an interrupt or
-a class that sets its attributes in its own way, may still raise in the middle of a change, which is then undone.
-
-The checks hold until the change is made, because one thread at a time changes models: see `randlora.model.view`.
+The checks of a call find most reasons for it to fail. Reasons that no check can foresee, such as a lack of memory, an
+interrupt or a class that sets attributes in its own way, may still raise in the middle of a change, which is then
+undone. The checks hold until the change is made, because only one thread at a time changes models: see
+`randlora.model.view`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def all_or_nothing(
 ) -> Iterator[None]:
     """Undo everything that the block has changed if it raises: modules, parameters, and the state with its adapters.
 
-    Values that were written in place would not be restored, except of sharded parameters that adapters train
-    copies of. Nothing else here writes in place.
+    Values written in place are restored only for sharded parameters that adapters train copies of. Nothing else here
+    writes in place.
 
     Args:
         census: The model.
@@ -79,7 +79,7 @@ def all_or_nothing(
 
 @contextmanager
 def unchanged_if_raised(objects: Iterable[object], values: Iterable[Tensor], flags: Iterable[Tensor]) -> Iterator[None]:
-    """Restore some objects if the block raises, as `Attributes` does, data of tensors (``values``), and their flags."""
+    """If the block raises, restore objects as `Attributes` does, the data of tensors (``values``), and their flags."""
     held = {id(each): Attributes(each) for each in objects if each is not None}
     required_grad = [(each, each.requires_grad) for each in (*values, *flags)]
     data = [(each, each.data) for each in values if not is_lazy(each) and type(each.data) is Tensor]
@@ -97,7 +97,7 @@ def unchanged_if_raised(objects: Iterable[object], values: Iterable[Tensor], fla
 
 
 def set_requires_grad(tensor: Tensor, flag: bool) -> None:  # noqa: FBT001
-    """Set ``requires_grad``; of integers, as a quantized weight may have become, it stays ``False``."""
+    """Set ``requires_grad``. For integers, such as a weight that was quantized since, it stays ``False``."""
     if tensor.requires_grad == flag or (flag and not (tensor.dtype.is_floating_point or tensor.dtype.is_complex)):
         return
     is_inference = not is_lazy(tensor) and tensor.is_inference()
@@ -115,7 +115,7 @@ class Attributes:
         self.entries = [(each, dict(each) if isinstance(each, dict) else list(each)) for each in containers]
 
     def restore(self) -> None:
-        """Set them again, and delete others."""
+        """Set the class and the attributes again, and delete new ones."""
         if type(self.owner) is not self.kind:
             object.__setattr__(self.owner, "__class__", self.kind)
         self.owner.__dict__.clear()
@@ -134,11 +134,11 @@ def _is_changed(container: Any, entries: Any) -> bool:
 
 
 class Snapshot:
-    """What running a model may change, to be restored bit for bit.
+    """Everything that running a model may change, to be restored bit for bit.
 
-    It has the class and the attributes of each object, with the entries of those that are dicts or lists; of each
-    parameter and buffer the same, the values and ``requires_grad``; and the states of the random number generators.
-    What a forward changes inside other objects, such as a cache that a module holds, is not included.
+    It contains the class and the attributes of each object, with the entries of attributes that are dicts or lists; the
+    same for each parameter and buffer, with values and ``requires_grad``; and the states of the random number
+    generators. Changes inside other objects, such as a cache that a module holds, are not included.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class Snapshot:
 
 @contextmanager
 def undone(modules: Iterable[nn.Module], others: Iterable[object] = ()) -> Iterator[Snapshot]:
-    """Run a block and restore everything that it has changed in some modules, also if it raises."""
+    """Run a block and restore everything that it has changed in some modules, even if it raises."""
     snapshot = Snapshot(modules, others)
     try:
         yield snapshot

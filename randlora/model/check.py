@@ -30,52 +30,52 @@ from randlora.targets.walk import Census
 Sites = Collection[AdaptedSite]
 
 EXACT, ROUNDED = 0.01, 0.1
-"""How far merged and adapted may differ, as a share of the effect: of float32 weights, and of narrower or quantized."""
+"""How far merged and adapted may differ, as a share of the effect: float32 weights; narrower or quantized weights."""
 
 Fault = Literal["unused", "read past", "no gradient", "merged differs"]
 
 WORDS: dict[Fault, str] = {
-    "unused": "computed, and the output does not depend on it: train with inputs on which it acts, or exclude it",
-    "read past": "no effect as an adapter, and one once merged: other code reads the weight instead of calling the "
-    "layer. Exclude it",
-    "no gradient": "an effect, and no gradient reaches the adapter, so that it would not be trained: exclude it, or "
+    "unused": "computed, but the output does not depend on it: train with inputs on which it acts, or exclude it",
+    "read past": "no effect as an adapter, but an effect once merged: other code reads the weight instead of calling "
+    "the layer. Exclude it",
+    "no gradient": "an effect, but no gradient reaches the adapter, so it would not be trained: exclude it, or "
     "find what stops the gradient, such as a forward under no_grad, or checkpointing with use_reentrant=True",
-    "merged differs": "another effect once merged than as an adapter, because the forward changes the weight or does "
-    "more than multiply by it: do not merge it, or exclude it",
+    "merged differs": "a different effect once merged than as an adapter, because the forward changes the weight or "
+    "does more than multiply by it: do not merge it, or exclude it",
 }
 
 
 @torch.inference_mode(mode=False)
 def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
-    """Check, by running the model, that every adapted weight does what an adapter is for.
+    """Check that every adapted weight has an effect, gradients, and the same effect once merged, by running the model.
 
-    An adapter of a layer whose weight other code reads would have no effect. The library knows many such layers by the
-    names of their classes and refuses them; this check needs no names. It runs the model with random values of every Λ
-    and Γ of the active adapters, as adapters and merged, in training mode and in evaluation mode, and compares outputs.
-    It finds weights that have no effect, no gradient, or another effect once merged.
+    If other code reads a layer's weight instead of calling the layer, an adapter of this layer has no effect. The
+    library knows many such layers by the names of their classes and refuses them; this check needs no names. It runs
+    the model with random values of every Λ and Γ of the active adapters, as adapters and merged, in training mode and
+    in evaluation mode, and compares the outputs.
 
-    Λ and Γ, all weights, buffers such as running statistics, ``requires_grad``, ``grad``, training flags, hooks and the
-    states of random number generators are afterwards as they were, bit for bit, also if the forward raises. No other
-    thread may run the model meanwhile.
+    Afterwards Λ and Γ, all weights, buffers such as running statistics, ``requires_grad``, ``grad``, training flags,
+    hooks and the states of random number generators are the same as before, bit for bit, even if the forward raises. No
+    other thread may run the model meanwhile.
 
-    It takes about a hundred forward passes, so give it a small input. A copy of the model's weights is kept on the CPU.
-    A model in half precision of up to 4 GB is checked in float32, in which small effects can be compared, if its
-    forward allows it.
+    The check takes about a hundred forward passes, so give it a small input. A copy of the model's weights is kept on
+    the CPU. A model in half precision of up to 4 GB is checked in float32, so that small effects can be compared, if
+    its forward allows it.
 
     Args:
         model: A model with adapters. Its active adapters are checked, trainable or not.
-        *args: Arguments of its forward, each call with copies of them.
+        *args: Arguments of its forward. Each call gets copies of them.
         **kwargs: Keyword arguments of its forward.
 
     Returns:
-        The report, which is true if something was found. Weights that this input did not reach, such as those of a
-        decoder that was not called, are listed in ``unchecked``. If the forward raises in the mode that the model is
-        not in, or its backward in either, a note says so.
+        The report, which is true if something was found. Weights that this input did not reach, such as in a decoder
+        that was not called, are listed in ``unchecked``. A note says so if the forward raises in the mode that the
+        model is not in, or if backward raises in either mode.
 
     Raises:
-        AdapterError: If the model has no adapter or none is active, they are merged or disabled, weights are sharded,
-            offloaded or have no values, or the forward returns no floating tensor.
-        Exception: What the model's forward raises in the mode that the model is in.
+        AdapterError: If the model has no adapter or none is active, adapters are merged or disabled, weights are
+            sharded, offloaded or have no values, or the forward returns no floating tensor.
+        Exception: Whatever the model's forward raises in the mode that the model is in.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 8))
@@ -115,13 +115,13 @@ def _checked(census: Census, trial: Trial) -> CheckReport:
 def _obstacles(view: View, sites: Sequence[AdaptedSite]) -> list[str]:
     """Return messages about why the model cannot be run as an adapted one."""
     if view.state.is_disabled:
-        return ["the adapters are disabled: check outside of blocks in which they are"]
+        return ["the adapters are disabled: check outside of randlora.disabled(model)"]
     if not sites:
         return [f"no adapter is active: activate one of {', '.join(view.state.adapters)}"]
     if view.ranks() is not None:
-        return ["the model is spread over processes: check it, or a smaller one of its class, before it is sharded"]
+        return ["the model is spread over processes: check it, or a smaller model of its class, before it is sharded"]
     placed = [
-        f"{site.fqn} is offloaded or sharded: check the model before that"
+        f"{site.fqn} is offloaded or sharded: check the model before it is"
         for site in sites
         if not isinstance(site.place, Plain) and not site.layer.is_quantized
     ]
@@ -224,7 +224,7 @@ class _Mode:
 
 
 def blame(sites: Sequence[AdaptedSite], has: Callable[[Sites], bool]) -> list[AdaptedSite]:
-    """Return the weights that have a property, found by halving sets that have it together."""
+    """Return the weights that have a property, found by halving sets that have it."""
     if not sites or not has(sites):
         return []
     if len(sites) == 1:
@@ -243,7 +243,7 @@ def _report(
     """Return what both modes have found together."""
     problems: list[Problem] = []
     unchecked = {
-        site.fqn: "only adapters that are not active act on it: activate them, and check again"
+        site.fqn: "only inactive adapters act on it: activate them, and check again"
         for site in census.adapted
         if site not in sites and site.key not in {other.key for other in sites}
     }
@@ -253,9 +253,7 @@ def _report(
         if not found and not any(site in mode.trained or site in mode.moved for mode in seen):
             unchecked[site.fqn] = "this input does not reach it"
         elif not found and any(site in mode.unclear for mode in seen):
-            unchecked[site.fqn] = (
-                "its effect is not larger than rounding, so that merged and adapted cannot be compared"
-            )
+            unchecked[site.fqn] = "its effect is not larger than rounding, so merged and adapted cannot be compared"
     left = {problem.fqn for problem in problems} | unchecked.keys()
     return CheckReport(
         tuple(problems), unchecked, tuple(site.fqn for site in sites if site.fqn not in left), tuple(notes)
@@ -294,14 +292,14 @@ def _name(training: bool) -> str:  # noqa: FBT001
 
 @dataclass(frozen=True)
 class Problem:
-    """An adapted weight that does not do what an adapter is for.
+    """An adapted weight with a fault.
 
     Attributes:
         fqn: Its name among the adapter's targets.
-        fault: ``"unused"`` if it is computed and nothing depends on it, ``"read past"`` if it has an effect only once
-            merged, ``"no gradient"`` if it has an effect and would not be trained, ``"merged differs"`` if it has
-            another effect once merged.
-        modes: Where that was seen: ``"training mode"``, ``"evaluation mode"``, or both.
+        fault: ``"unused"`` if the output does not depend on it, ``"read past"`` if it has an effect only once merged,
+            ``"no gradient"`` if it has an effect but would not be trained, ``"merged differs"`` if it has a different
+            effect once merged.
+        modes: Where the fault was seen: ``"training mode"``, ``"evaluation mode"``, or both.
         difference: For ``"merged differs"``, how large the difference is as a share of the effect.
     """
 
@@ -320,10 +318,10 @@ class CheckReport:
     """The report of `randlora.check`. It is true if something was found.
 
     Attributes:
-        problems: The adapted weights that do not do what an adapter is for.
-        unchecked: Reasons by FQN why weights could not be checked, such as that this input did not reach them.
-        checked: The FQNs of the other ones, which are as they should be.
-        notes: What could not be checked of the whole model.
+        problems: The adapted weights with a fault.
+        unchecked: Why weights could not be checked, by FQN, such as that this input did not reach them.
+        checked: The FQNs of the weights without a fault.
+        notes: Checks of the whole model that were not possible.
     """
 
     problems: tuple[Problem, ...]

@@ -1,6 +1,6 @@
-"""What trains a model in several processes beside it, and which processes hold parts of it together.
+"""Engines that train a model in several processes, and which processes together hold a model.
 
-A feature registers an `Engine`, which learns what an adapter trains. Without one, nothing is known of other processes.
+A feature registers an `Engine`, which is told what an adapter trains. Without one, nothing is known of other processes.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from randlora.state import ModelState, adapted_root
 from randlora.targets.walk import Census
 
 Parts = Sequence[tuple[nn.Module, AdapterLayer, str]]
-"""Adapters of weights: the module, its adapter layer, and the adapter's name, of each."""
+"""Adapters of weights: for each, the module, its adapter layer, and the adapter's name."""
 
 
 class Engine:
-    """What trains models in several processes. A subclass, registered by `register_engine`, overrides what it needs."""
+    """An engine that trains models in several processes. Register subclasses, which override what they need."""
 
     def require_averaged(self, root: nn.Module, parts: Parts, replaced: Iterable[ReplacedParameter]) -> None:
-        """Check that the gradients of what adapters train would be averaged; else raise `AdapterError`."""
+        """Raise an `AdapterError` unless the gradients of everything that adapters train would be averaged."""
 
     def added(self, root: nn.Module, state: ModelState, parts: Parts) -> None:
-        """Have the gradients of an adapter that is added averaged."""
+        """Have the gradients of a new adapter averaged."""
 
     def changed(self, root: nn.Module) -> None:
-        """Notice, or warn, that other parameters of a model may require grad now."""
+        """React to a change of which parameters of a model require grad, such as by a warning."""
 
     def is_first_copy(self, model: nn.Module) -> bool:  # noqa: ARG002  # for those that cannot tell
-        """Whether this is the first of the processes that train copies of a model, as far as this engine tells."""
+        """Whether this is the first of the processes that train copies of a model, according to this engine."""
         return True
 
 
@@ -47,34 +47,34 @@ def register_engine(kind: type[Engine]) -> type[Engine]:
 
 
 def require_averaged(root: nn.Module, parts: Parts, replaced: Iterable[ReplacedParameter]) -> None:
-    """Check that every engine would average the gradients of what adapters train; else raise `AdapterError`."""
+    """Raise an `AdapterError` unless every engine would average the gradients of everything that adapters train."""
     replaced = list(replaced)
     for engine in ENGINES:
         engine.require_averaged(root, parts, replaced)
 
 
 def tell_added(root: nn.Module, state: ModelState, parts: Parts) -> None:
-    """Tell every engine that an adapter is added."""
+    """Tell every engine that an adapter was added."""
     for engine in ENGINES:
         engine.added(root, state, parts)
 
 
 def tell_changed(root: nn.Module) -> None:
-    """Tell every engine that other parameters of a model may require grad now."""
+    """Tell every engine that different parameters of a model may require grad now."""
     for engine in ENGINES:
         engine.changed(root)
 
 
 def is_first_copy(model: nn.Module) -> bool:
-    """Whether this is the first of the processes that train copies of a model, as all engines tell."""
+    """Whether this is the first of the processes that train copies of a model, according to all engines."""
     return all(engine.is_first_copy(model) for engine in ENGINES)
 
 
 def ranks_holding(census: Census, state: ModelState, *, is_written: bool = False) -> Ranks | None:
-    """Return the processes that hold an adapted model together; ``None`` if each holds all of it.
+    """Return the processes that together hold an adapted model; ``None`` if each holds all of it.
 
-    They are those that any of its parameters is sharded over. Whether Λ and Γ are depends on whether the adapter was
-    added before the model was sharded, on which what a call does must not depend.
+    These are all processes over which any of its parameters is sharded. Λ and Γ are sharded only if the adapter was
+    added before the model was sharded, and calls must not depend on that.
 
     Args:
         census: The module that has the adapters, with its parameters as they are at rest.
@@ -82,7 +82,7 @@ def ranks_holding(census: Census, state: ModelState, *, is_written: bool = False
         is_written: See `ranks_of`.
 
     Raises:
-        AdapterError: If parameters are sharded over processes that no mesh has all of.
+        AdapterError: If no mesh has all processes over which parameters are sharded.
     """
     own = [held.parameter for held in census.parameters]
     added = [site.owner.get_submodule(name) for site in census.adapted for name in site.layer.parameter_names()]
@@ -92,7 +92,7 @@ def ranks_holding(census: Census, state: ModelState, *, is_written: bool = False
 
 
 def is_held_together(model: nn.Module) -> bool:
-    """Whether several processes hold an adapted model together, so that each has to call what reads or writes it."""
+    """Whether several processes together hold an adapted model, so that all must call functions on it."""
     settle(model)  # after a forward, whole copies may be in the places of shards
     root, state = adapted_root(model)
     return ranks_holding(Census.of(root), state) is not None

@@ -60,7 +60,7 @@ from randlora.targets.site import Shapes, shapes_of
 from randlora.targets.walk import Census
 
 CHECKED = ("active", "init", "save_pretrained", "trainable")
-"""Arguments of `inject` that are no options of the table, whose types are checked here."""
+"""Arguments of `inject` that are not in the table of options. Their types are checked here."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,7 +226,7 @@ def _valueless_buffers(census: Census) -> list[str]:
     ]
     if not found:
         return []
-    note = f"no values: {shortened(found)} on the meta device, which state dicts leave out; set it after to_empty, or "
+    note = f"no values: {shortened(found)} on the meta device, and state dicts leave it out; set it after to_empty, or "
     return [f"{note}build the model under accelerate's init_empty_weights"]
 
 

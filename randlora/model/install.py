@@ -1,7 +1,7 @@
 """Adding one adapter to a model and removing all of them: the only code that changes a model's modules.
 
-Everything that can fail happens before `commit` changes the first module, and what nobody can foresee is undone, so a
-call that raises does not change the model.
+Everything that can fail happens before `commit` changes the first module, and unforeseen failures are undone, so a call
+that raises does not change the model.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from randlora.targets.site import Site, sizes
 from randlora.targets.walk import Census
 
 NOWHERE: tuple[dict[str, SiteAdapter], Shape | None] = {}, None
-"""The adapters and the shape of a weight that a model does not have."""
+"""The adapters and the shape of a weight that does not exist in a model."""
 
 WRAPPERS = {
     "OptimizedModule": "_orig_mod",
@@ -56,7 +56,7 @@ WRAPPERS = {
 
 
 def unwrapped_model(model: nn.Module) -> nn.Module:
-    """Return a model without the wrappers of torch around it, which compile it or send gradients to other processes."""
+    """Return a model without torch's wrappers around it (for compiling it, or for sending gradients)."""
     while (attribute := held_at(model, WRAPPERS)) is not None:
         model = getattr(model, attribute)
     return model
@@ -78,11 +78,11 @@ def owned_state(census: Census, doing: str) -> ModelState:
     model = census.model
     if (attribute := held_at(model, WRAPPERS)) is not None:
         raise AdapterError(
-            f"cannot {doing} through a {type(model).__name__}, which changes the name of every layer: "
-            f"call this on the wrapped model.{attribute}"
+            f"cannot {doing} through a {type(model).__name__}, which changes the name of every layer; call this on the "
+            f"wrapped model.{attribute}"
         )
     if attached_state(model) is None and has_attribute(model, ATTRIBUTE):
-        raise AdapterError(f"cannot {doing}: the model has an attribute {ATTRIBUTE} of its own; rename that")
+        raise AdapterError(f"cannot {doing}: the model already has an attribute {ATTRIBUTE}; rename it")
     raise_collected(AdapterError, census.foreign, doing=doing)
     for held in census.parameters:
         if (reason := fake_obstacle(held.parameter)) is not None:
@@ -99,7 +99,7 @@ def owned_state(census: Census, doing: str) -> ModelState:
 
 
 def require_new_name(state: ModelState, name: str, doing: str) -> None:
-    """Check that an adapter can have a name that no other has; else raise `AdapterError`."""
+    """Raise an `AdapterError` if a new adapter cannot have this name."""
     # torch.export writes the names of parameters as code
     is_name = isinstance(name, str) and name and name.isprintable() and "." not in name
     if not is_name or keyword.iskeyword(name) or name in dir(Gamma({})):
@@ -109,12 +109,12 @@ def require_new_name(state: ModelState, name: str, doing: str) -> None:
         )
     if name in state.adapters:
         raise AdapterError(
-            f"cannot {doing} {name!r}: the model has an adapter of that name; remove it, or choose another name"
+            f"cannot {doing} {name!r}: the model has an adapter of that name; remove it, or choose a different name"
         )
 
 
 def require_own(census: Census, state: ModelState, doing: str) -> None:
-    """Check that no layer belongs to adapters of another module, as a copied layer does; else raise `AdapterError`."""
+    """Raise an `AdapterError` if a layer belongs to adapters of a different module, such as a copied layer."""
     for site in census.adapted:
         if site.layer.state is not state:
             raise AdapterError(
@@ -153,7 +153,7 @@ def prepare(
 def shared_slots(state: ModelState, adapters: Iterable[Adapter], fqns: Iterable[str]) -> list[str]:
     """Return messages about sharded parameters that several adapters train copies of.
 
-    A sharded parameter takes the values of one copy after the other, and the optimizer of one would train another.
+    A sharded parameter takes the values of one copy after the other, so an optimizer would train the wrong copy.
     """
     problems = []
     for fqn in fqns:
@@ -161,8 +161,8 @@ def shared_slots(state: ModelState, adapters: Iterable[Adapter], fqns: Iterable[
         entry = state.replaced.get(fqn)
         if len(names) > 1 and entry is not None and place_at(entry.installed).exchanges == "values":
             problems.append(
-                f"{' and '.join(names)} each train their own copy of {fqn}, which is sharded: only one adapter can "
-                "train it: load each into a model of its own, or leave it out of train_also"
+                f"{' and '.join(names)} each train their own copy of {fqn}, which is sharded, so only one adapter can "
+                "train it: load each into a separate model, or leave it out of train_also"
             )
     return problems
 
@@ -209,7 +209,7 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
 
 
 def require_detachable(census: Census, doing: str, sites: Iterable[Site] | None = None) -> None:
-    """Check that adapters can be removed and the original classes restored; else raise `AdapterError`."""
+    """Raise an `AdapterError` unless adapters can be removed and the original classes restored."""
     sites, offloaded = list(census.adapted if sites is None else sites), offloaded_with(census)
     problems = [f"{site.fqn} {reason}" for site in sites if (reason := detach_obstacle(site.owner)) is not None]
     problems += [
@@ -222,13 +222,13 @@ def require_detachable(census: Census, doing: str, sites: Iterable[Site] | None 
 
 
 def lost_parts(census: Census, state: ModelState, adapters: Iterable[Adapter]) -> list[str]:
-    """Return messages about weights and parameters of adapters that the model no longer has as they were."""
+    """Return messages about weights and parameters of adapters that are missing or changed in the model."""
     adapters = list(adapters)
     return [*lost_sites(census, adapters), *lost_parameters(state, adapters)]
 
 
 def lost_sites(census: Census, adapters: Iterable[Adapter]) -> list[str]:
-    """Return messages about weights that have lost an adapter: the module was replaced by another, or resized."""
+    """Return messages about weights that have lost an adapter because the module was replaced or resized."""
     found = {
         type(layer).site_fqn(visit.fqn): (layer, visit.module)
         for visit in census.visits
@@ -243,13 +243,13 @@ def lost_sites(census: Census, adapters: Iterable[Adapter]) -> list[str]:
                 part = parts.get(name)
                 if part is None:
                     problems.append(
-                        f"{fqn} no longer has adapter {name!r}: the module was replaced by another; change the model "
-                        "before adapting it"
+                        f"{fqn} no longer has adapter {name!r}: the module was replaced by a different one; change the "
+                        "model before adapting it"
                     )
                 elif now is not None and part.shape != now:
                     problems.append(
                         f"the shape of {fqn} was {sizes(part.shape)} when it was adapted and is {sizes(now)} now: "
-                        "eject the adapter and load one of the new shape"
+                        "eject the adapter and load one with the new shape"
                     )
     return problems
 

@@ -1,4 +1,4 @@
-"""What adapters a model has and in which state, and what of them is trained."""
+"""The adapters of a model: their states, and their trained parameters."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class AdapterInfo:
         specs: The specs of its bases, one for each r.
         options: r and alpha of its layers, by FQN.
         train_also: FQNs of the parameters trained with it.
-        weight: The factor of its update while active, else ``None``. If it differs between layers, a mapping with that
-            of each by FQN. `activate` takes either.
+        weight: The factor of its update while active, else ``None``. If factors differ between layers, a mapping from
+            FQNs to factors. `activate` takes either.
         is_trainable: Whether any of its parameters requires grad.
         is_merged: Whether it is merged into the weights.
-        problems: What of it the model no longer has, because a module was replaced, removed or resized.
-        buffers: FQNs of the buffers that it has copies of, as of norms that it trains.
+        problems: Its parts that the model no longer has, because a module was replaced, removed or resized.
+        buffers: FQNs of the buffers that it has copies of, such as those of norms that it trains.
     """
 
     name: str
@@ -127,12 +127,12 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
         >>> optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=1e-3)
 
     Raises:
-        AdapterError: If the model has no adapter, or none that is trainable, or no longer has all of what an adapter
-            trains, because a module was replaced, removed or resized, or accelerate offloads Λ and Γ.
+        AdapterError: If the model has no adapter, none is trainable, accelerate offloads Λ and Γ, or something that an
+            adapter trains is missing because a module was replaced, removed or resized.
 
     Warns:
-        UserWarning: If Λ and Γ are not in float32 any more, as after ``model.half()``, in which small steps are lost,
-            or parameters of ``train_also``, as after their module was replaced.
+        UserWarning: If Λ and Γ are no longer in float32 (such as after ``model.half()``), so that small steps are lost,
+            or if parameters of ``train_also`` no longer are (such as after their module was replaced).
     """
     with opened(model, "train the adapters") as view:
         state, census = view.state, view.census
@@ -143,16 +143,16 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
         trained = [parameter for parameter in every if parameter.requires_grad]
         if not trained:
             raise AdapterError(
-                f"no adapter is trainable, and an optimizer would have nothing to do ({', '.join(state.adapters)}): "
+                f"no adapter is trainable, so an optimizer would have nothing to do ({', '.join(state.adapters)}): "
                 f"call randlora.set_trainable(model, {next(iter(state.adapters))!r})"
             )
         copies = {id(copy) for adapter in adapters for copy in adapter.trained.values()}
         dtypes = {each.dtype for each in trained if id(each) not in copies and each.dtype.itemsize < FLOAT32_BYTES}
         if dtypes:
             warn(
-                f"Λ and Γ are in {', '.join(map(str, dtypes))}, as after model.half(), in which small steps are lost: "
-                "convert the model before inject, or go back with `for each in randlora.trainable_parameters(model): "
-                "each.data = each.data.float()`"
+                f"Λ and Γ are in {', '.join(map(str, dtypes))}, as after model.half(), where small steps are lost: "
+                "convert the model before inject, or convert back with `for each in "
+                "randlora.trainable_parameters(model): each.data = each.data.float()`"
             )
         narrow = [
             fqn
@@ -162,16 +162,16 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
         ]
         if narrow and not dtypes:
             warn(
-                f"{shortened(narrow)}: the copies to train were float32 and have 16 bits now, as where a module was "
-                "replaced: save the adapter, eject it, and load it again"
+                f"{shortened(narrow)}: the trained copies were float32 and have 16 bits now, such as after a module "
+                "was replaced: save the adapter, eject it, and load it again"
             )
         return trained
 
 
 def set_trainable(model: nn.Module, names: str | Iterable[str], trainable: bool = True) -> None:  # noqa: FBT001, FBT002
-    """Set whether the parameters of adapters require grad, active or not. Those of other adapters do not change.
+    """Set whether the parameters of some adapters require grad, whether active or not. Other adapters do not change.
 
-    An adapter that is trainable and not active gets no gradients until it is active, or routed.
+    A trainable adapter gets no gradients until it is active or routed.
 
     Args:
         model: A model with adapters.
@@ -179,11 +179,11 @@ def set_trainable(model: nn.Module, names: str | Iterable[str], trainable: bool 
         trainable: Whether Λ, Γ and the parameters of ``train_also`` of these adapters require grad.
 
     Raises:
-        AdapterError: For an unknown name, or if copies of parameters that are not sharded would be trained in a model
-            of which `fully_shard` has sharded another part.
+        AdapterError: For an unknown name, or if `fully_shard` has sharded parts of the model, but not the copies of
+            parameters that would be trained.
 
     Warns:
-        UserWarning: If parameters require grad that the `DistributedDataParallel` around the model does not know: see
+        UserWarning: If parameters require grad that the `DistributedDataParallel` around the model does not know; see
             `randlora.activate`.
 
     Examples:
@@ -206,7 +206,7 @@ def set_trainable(model: nn.Module, names: str | Iterable[str], trainable: bool 
 
 
 def require_trainable(census: Census, state: ModelState, adapters: Iterable[Adapter]) -> None:
-    """Check that the gradients of adapters would be averaged where the model is sharded; else raise `AdapterError`."""
+    """Raise an `AdapterError` if the model is sharded and the gradients of adapters would not be averaged."""
     adapters = list(adapters)
     parts = [
         (site.owner, site.layer, adapter.name)
@@ -228,7 +228,7 @@ def train(census: Census, state: ModelState, adapters: Iterable[Adapter], *, tra
 
 
 def offloaded_diagonals(census: Census) -> list[str]:
-    """Return messages about weights whose Λ and Γ accelerate offloads, with all of a module around them."""
+    """Return messages about weights whose Λ and Γ accelerate offloads together with a whole module around them."""
     offloaded = offloaded_with(census)
     return [
         f"Λ and Γ of {site.fqn} are offloaded by accelerate together with everything in {offloaded[id(site.owner)]}: "
@@ -239,7 +239,7 @@ def offloaded_diagonals(census: Census) -> list[str]:
 
 
 def adapter_parameters(census: Census, *adapters: Adapter) -> Iterator[nn.Parameter]:
-    """Yield the parameters of some adapters: Λ and Γ of each weight, then those trained with them."""
+    """Yield the parameters of some adapters: Λ and Γ of each weight, then the parameters trained with them."""
     every = [adapter.name for adapter in adapters]
     for site in census.adapted:
         names = [*filter(site.layer.adapters.__contains__, every)]

@@ -1,8 +1,8 @@
-"""`training_memory`: the bytes that training an adapter of a model takes on each device, as sums by formula.
+"""`training_memory`: the bytes that training an adapter takes on each device, computed by formula.
 
-Nothing is run. What a model keeps from forward to backward depends on its code, of which this assumes what is usual:
-each layer's output is kept by what follows it, attention keeps what it computes, a gated MLP its gate, and norms that
-are written out in Python keep their input in float32. tests/test_model_memory.py holds it against what is measured.
+Nothing is run. What a model keeps from forward to backward depends on its code. This assumes the usual: each layer's
+output is kept by the next operation, attention keeps its results, a gated MLP keeps its gate, and norms written out in
+Python keep their input in float32. tests/test_model_memory.py compares the result with measurements.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from randlora.targets.site import Site
 from randlora.targets.walk import Census
 
 GATHERED_BLOCKS = 2
-"""Blocks that FSDP2 has gathered at once: the one that computes, and the next, which arrives meanwhile."""
+"""Blocks that FSDP2 has gathered at once: the one that computes, and the next one, which is on its way."""
 HELD = ("weights", "parameters", "gradients", "optimizer", "bases", "communication", "activations")
 UNKNOWN = "not counted: attention that keeps its weights, convolutions' inputs, fragmentation, the context of a GPU"
 
 BESIDE_A_LOGIT = 3 * FLOAT32_BYTES
-"""Bytes that a loss in float32 has beside each logit at its height: the logarithm of a probability, two gradients."""
+"""Bytes that a loss in float32 adds per logit at its peak: the logarithm of a probability, and two gradients."""
 
 HEAD = "the head"
 
 IN_FLIGHT = 2
-"""Gradients as wide as the widest layer that backward has at once."""
+"""How many gradients as wide as the widest layer backward has at once."""
 
 LORA_RANK = 32
-"""Which our benchmarks compare with; all but a few percent of LoRA's work are products with frozen weights."""
+"""The rank that our benchmarks compare with. All but a few percent of LoRA's work are products with frozen weights."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +57,21 @@ class TrainingMemory:
     Attributes:
         devices: The number of devices.
         strategy: How parameters are divided among them.
-        tokens: Tokens of a step on each device; 0 if not given, and then nothing that depends on them is counted.
-        dtype: The dtype that the model is held and computed in.
-        optimizer_states: Numbers that the optimizer keeps for each trained one, two for AdamW.
-        weights: The model's parameters, also where an adapter trains copies of them, and its buffers.
-        parameters: Λ and Γ in float32, and the copies of ``train_also``, also in float32 at least.
-        gradients: The same size.
-        optimizer: That size ``optimizer_states`` times.
-        bases: The random bases in the form that is computed with, all of them on every device.
-        communication: With ``"fsdp2"`` the parameters outside of blocks and two blocks, gathered, with the gradients of
-            one; with ``"ddp"`` the buckets, which are as large as the gradients.
-        activations: What is kept from forward to backward; with activation checkpointing the input of each block.
-        logits: The output of the model's head, and what transformers' loss makes of it in float32.
-        backward: The most that the backward of a block takes. With activation checkpointing it has the activations of
-            that block.
-        work: The work of a step in the adapted layers, in multiples of LoRA's with rank 32; ``None`` without tokens.
+        tokens: Tokens of a step on each device. 0 if not given; then nothing that depends on tokens is counted.
+        dtype: The dtype in which the model is held and computes.
+        optimizer_states: Numbers that the optimizer keeps for each trained parameter: two for AdamW.
+        weights: The model's parameters, including those that an adapter trains copies of, and its buffers.
+        parameters: Λ and Γ in float32, and the copies of ``train_also`` in float32 or wider.
+        gradients: As large as ``parameters``.
+        optimizer: ``optimizer_states`` times as large as ``parameters``.
+        bases: All random bases on every device, in the form in which they are multiplied.
+        communication: With ``"fsdp2"``, the gathered parameters outside of blocks and of two blocks, and the gradients
+            of one block. With ``"ddp"``, the buckets, which are as large as the gradients.
+        activations: Tensors kept from forward to backward. With activation checkpointing, the input of each block.
+        logits: The output of the model's head, and the float32 tensors of transformers' loss.
+        backward: The most that the backward of a block takes. With activation checkpointing, this includes the
+            activations of the block.
+        work: The work of a step in the adapted layers, relative to LoRA with rank 32; ``None`` without tokens.
     """
 
     devices: int
@@ -92,7 +92,7 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
-        """The most that a device holds at once: logits are gone when a block computes backward."""
+        """The most that a device holds at once. Logits are freed before a block computes backward."""
         held: list[int] = [getattr(self, name) for name in HELD]
         return sum(held) + max(self.logits, self.backward)
 
@@ -171,31 +171,31 @@ def training_memory(
     config: RandLoRAConfig | None = None,
     **options: Any,
 ) -> TrainingMemory:
-    """Return the bytes that training a new adapter takes on each device, computed from sizes, within about 15 %.
+    """Return the memory that training a new adapter takes on each device, estimated within about 15 %.
 
-    Neither the model nor the adapter needs values: the model may be on the meta device.
+    The estimate is computed from sizes, so the model may be on the meta device.
 
     Args:
         model: A model, which is not changed.
         r: As for `randlora.inject`.
         like_lora: As for `randlora.inject`.
         devices: The number of devices.
-        strategy: ``"ddp"``: each has everything. ``"fsdp2"``: each has a shard of every parameter, and blocks, the
-            entries of module lists, are gathered when they compute. ``"tp"``: each has a part of every layer that the
-            plan names, and all of Λ, Γ and the bases.
-        tokens: Tokens of a step on each device, for what is kept for backward, logits and work. With ``"tp"`` all
-            devices have the same tokens.
-        dtype: The dtype to hold the model in and to compute in. ``None`` for that of each parameter.
-        tp_plan: The style of each layer under ``"tp"``, by name with ``*`` for numbers, in transformers' words:
-            ``{"model.layers.*.self_attn.q_proj": "colwise"}``. ``None`` for the model's own.
-        optimizer_states: Numbers that the optimizer keeps for each trained one: two for AdamW, one for SGD with
+        strategy: ``"ddp"``: each device has everything. ``"fsdp2"``: each has a shard of every parameter, and blocks
+            (the entries of module lists) are gathered when they compute. ``"tp"``: each has a part of every layer that
+            the plan names, and all of Λ, Γ and the bases.
+        tokens: Tokens of a step on each device, to count activations, logits and work. With ``"tp"`` all devices have
+            the same tokens.
+        dtype: The dtype in which the model is held and computes. ``None`` means the dtype of each parameter.
+        tp_plan: The style of each layer under ``"tp"``, by name with ``*`` for numbers, as in transformers:
+            ``{"model.layers.*.self_attn.q_proj": "colwise"}``. ``None`` means the model's own plan.
+        optimizer_states: Numbers that the optimizer keeps for each trained parameter: two for AdamW, one for SGD with
             momentum.
-        checkpointing: Whether blocks are computed again in backward, so that one at a time keeps its activations.
+        checkpointing: Whether backward recomputes blocks, so that only one block at a time keeps its activations.
         config: As for `randlora.inject`.
         **options: The other options of `RandLoRAConfig`.
 
     Returns:
-        The sizes as fields; it prints as a table, with what is not counted.
+        The sizes as fields. Prints as a table that also says what is not counted.
 
     Raises:
         ConfigError: If numbers are negative, or ``"tp"`` has no plan.
@@ -398,7 +398,7 @@ class Activations:
         return [products for module, products in self._products.items() if module != HEAD]
 
     def by_block(self) -> Counter[str]:
-        """Return the bytes that are kept, by block."""
+        """Return the bytes kept from forward to backward, by block."""
         found, itemsize = Counter[str](), self.dtype.itemsize
         for *first, last in self._inner:
             between, inner = sum(each.out_features for each in first), last.in_features
@@ -417,14 +417,14 @@ class Activations:
         return found
 
     def logits(self) -> int:
-        """Return the bytes of the logits and of what a loss makes of them."""
+        """Return the bytes of the logits and of the tensors that a loss computes from them."""
         weight = getattr(self.plan.census.head, "weight", None)
         words = weight.shape[0] if isinstance(weight, torch.Tensor) else 0
         beside = self._own_step(self._products.get(HEAD, []))
         return self.tokens * words * (self.dtype.itemsize + BESIDE_A_LOGIT) + beside
 
     def backward(self) -> int:
-        """Return the most that backward has at once beside what is kept."""
+        """Return the most bytes that backward has at once in addition to activations."""
         products = [product for of_module in self._inner for product in of_module]
         widths = [each.rows * each.matrices * max(each.out_features, each.in_features) for each in products]
         return IN_FLIGHT * max(widths, default=0) * self.dtype.itemsize + self._own_step(products)
@@ -445,10 +445,10 @@ class Activations:
         return most
 
     def work(self, forwards: int) -> float | None:
-        """Return the work of a step in the adapted layers in multiples of LoRA's, or ``None`` if there is none.
+        """Return the work of a step in the adapted layers relative to LoRA, or ``None`` if there is none.
 
-        Counted in multiply-adds, and passes over memory as on a GPU. A product with a frozen weight takes at least as
-        long as a pass over it.
+        Work is counted in multiply-adds and passes over memory, as on a GPU. A product with a frozen weight takes at
+        least as long as a pass over this weight.
         """
         entry, ours, lora = pass_over("cuda", self.dtype).multiply_adds, 0.0, 0.0
         adapter, products = self.plan.adapter, [each for of_module in self._products.values() for each in of_module]

@@ -145,7 +145,9 @@ def _planned(
         problems = [*state_problems(state, adapters, reversible=reversible), *lost, *values, *trained]
         problems += product_problems(differences)
         if state.is_merged and state.merge_options != (quantized, dtype):
-            problems.append("others are merged with other options: give the same quantized and dtype, or unmerge them")
+            problems.append(
+                "others are merged with different options: give the same quantized and dtype, or unmerge them"
+            )
         raise_collected(MergeError, problems, doing="merge")
         if not reversible:
             require_detachable(census, "merge")
@@ -289,8 +291,8 @@ def merged(
         with opened(model, None):
             if any(other not in BLOCKS.get() for other in state.merged_blocks):
                 raise MergeError(
-                    "another thread, or task, has an open block of randlora.merged, whose end would unmerge this one: "
-                    "open one block around all of them, or call randlora.merge(model, reversible=True)"
+                    "another thread or task has an open block of randlora.merged, and its end would unmerge this one "
+                    "too: open one block around all of them, or call randlora.merge(model, reversible=True)"
                 )
             if state.active_unmerged or not state.is_merged:
                 own = tuple(state.active_unmerged)  # first, or an interrupt might leave them merged

@@ -1,4 +1,4 @@
-"""What can be merged, what a merge says, and the refusal of a backward pass while adapters are merged."""
+"""Checks and notes of a merge, and the refusal of a backward pass while adapters are merged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from randlora.targets.walk import Census, is_norm, is_quantized
 
 
 def require_finite(fqn: str, weight: Tensor) -> Tensor:
-    """Return a merged weight if it is finite; else raise `MergeError`."""
+    """Return a merged weight. Raises a `MergeError` if it is not finite."""
     if not torch.isfinite(weight).all():
         raise MergeError(
             f"the merged weight of {fqn} would not be finite in {weight.dtype}: check the adapter and the base weight "
@@ -34,7 +34,7 @@ def require_finite(fqn: str, weight: Tensor) -> Tensor:
 
 
 def name_problems(state: ModelState, names: Sequence[str] | None) -> list[str]:
-    """Return messages about adapters that are to be merged, of these names, and are not active or merged already."""
+    """Return messages about names that cannot be merged, because they are not active or are merged already."""
     if names is None:
         return []
     if not names:
@@ -49,7 +49,7 @@ def name_problems(state: ModelState, names: Sequence[str] | None) -> list[str]:
 
 
 def state_problems(state: ModelState, names: Iterable[str], *, reversible: bool) -> list[str]:
-    """Return messages about adapters whose state does not allow merging adapters of these names."""
+    """Return messages about states of adapters that do not allow merging the named ones."""
     if state.is_merged and (not reversible or not state.active_unmerged):
         return ["the adapters are merged already: call randlora.unmerge(model) first"]
     problems = []
@@ -67,10 +67,10 @@ def state_problems(state: ModelState, names: Iterable[str], *, reversible: bool)
 
 
 def trained_problems(state: ModelState, sites: Sequence[AdaptedSite], names: Iterable[str]) -> list[str]:
-    """Return messages about weights that an adapter which stays active on top of those to merge trains a copy of."""
+    """Return messages about weights of which an adapter that would not be merged, but stays active, trains a copy."""
     weights = {id(site.weight) for site in sites}
     return [
-        f"{name!r} would not be merged, and trains a copy of {fqn}, which is merged into: merge it too"
+        f"{name!r} would not be merged, but trains a copy of {fqn}, which is merged into: merge it too"
         for name in state.active_unmerged.keys() - set(names)
         for fqn, copy in state.adapters[name].trained.items()
         if id(copy) in weights
@@ -78,7 +78,7 @@ def trained_problems(state: ModelState, sites: Sequence[AdaptedSite], names: Ite
 
 
 def remerge_problems(sites: Sequence[AdaptedSite]) -> list[str]:
-    """Return messages about weights that are merged into and whose values are not in one place, to merge anew."""
+    """Return messages about weights that cannot be merged into again, because their values are not in one place."""
     return [
         f"{site.fqn} is merged into already, and its weight is sharded or offloaded: unmerge all, and merge together"
         for site in sites
@@ -88,7 +88,7 @@ def remerge_problems(sites: Sequence[AdaptedSite]) -> list[str]:
 
 
 def option_problems(quantized: Quantized, dtype: torch.dtype | None) -> list[str]:
-    """Return messages about options of a merge."""
+    """Return messages about invalid options of a merge."""
     problems = []
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         problems.append(f"dtype must be a floating dtype or None, got {shortly(dtype)}")
@@ -128,15 +128,16 @@ def merge_notes(
     own = [site.fqn for site in untried if site.layer.plain_forward() is not None]
     if own:
         notes.append(
-            f"layers with their own forward, which could not be tried: {shortened(own)}; merged, their output is the "
-            "same as with the adapter only if the forward is linear in the weight: compare outputs before and after"
+            f"layers with their own forward, which could not be tried: {shortened(own)}; once merged, their output is "
+            "the same as with the adapter only if the forward is linear in the weight: compare outputs before and "
+            "after"
         )
     on_disk = {site.fqn: folder for site in sites if (folder := site.place.folder) is not None}
     if on_disk:
         notes.append(
             f"the merged weights of {shortened(list(on_disk))}, which accelerate offloads to disk, are in new files in "
-            f"{', '.join(sorted(set(on_disk.values())))} that are deleted with the model: the files that held these "
-            "weights are not changed; to keep the merged model, save it"
+            f"{', '.join(sorted(set(on_disk.values())))}, which are deleted with the model; the original files are not "
+            "changed. To keep the merged model, save it"
         )
     becomes_plain = into.quantized == "dequantize" and any(site.layer.is_quantized for site in sites)
     is_called_quantized = getattr(getattr(root, "config", None), "quantization_config", None) is not None
@@ -161,9 +162,9 @@ def model_dtype(census: Census) -> torch.dtype | None:
 
 
 def refuse_backward(root: nn.Module, args: object, output: Any) -> Any:  # noqa: ARG001  # a hook's signature
-    """Return the output of a merged model, through which ``backward()`` raises a `MergeError`; a forward hook.
+    """Return the output of a merged model such that ``backward()`` raises a `MergeError`. Used as a forward hook.
 
-    Gradients of chosen inputs, as `torch.autograd.grad` computes them, are right, and remain possible.
+    `torch.autograd.grad` still works, because gradients of chosen inputs are right.
     """
     state = attached_state(root)
     if state is None or not torch.is_grad_enabled() or is_transformed() or not _would_train_nothing(root, state):
@@ -206,6 +207,6 @@ def _guarded(output: Any) -> Any:
 def _refuse(gradient: Tensor) -> None:  # noqa: ARG001  # a hook's signature
     raise MergeError(
         "cannot run backward through a model whose adapters are merged, because Λ and Γ would get no gradients: call "
-        "randlora.unmerge(model) first, or end the `with randlora.merged(model)` block; to train other parameters "
-        "alone, call randlora.set_trainable(model, name, False)"
+        "randlora.unmerge(model) first, or end the `with randlora.merged(model)` block; to train only other "
+        "parameters, call randlora.set_trainable(model, name, False)"
     )

@@ -1,4 +1,4 @@
-"""`merged_tensors`: what the state dict of the merged model would have, one tensor at a time."""
+"""`merged_tensors`: the state dict of the merged model, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -35,33 +35,33 @@ NOT_HERE = "has no values here (meta, offloaded or sharded): load or gather it f
 
 
 def merged_tensors(model: nn.Module, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Return an iterator over names and values of the merged model's state dict, without merging the model.
+    """Return an iterator over the names and values of the merged model's state dict, without merging the model.
 
-    This is what an inference engine loads at every step of reinforcement learning: ``load_weights`` of vLLM and SGLang
-    takes such an iterator, and ``load_state_dict`` a dict of it. The model, its adapters and the optimizer do not
-    change. Each merged weight has the bits that `merge` would give it, is computed when it is asked for, and is not
-    kept here. If the adapters are merged reversibly when this is called, it is the weight that the model has. Other
-    tensors share the memory of the model, as in ``state_dict``: do not write to them.
+    Pass it to an inference engine at every step of reinforcement learning: ``load_weights`` of vLLM and SGLang takes
+    such an iterator, and ``load_state_dict`` a dict of it. The model, its adapters and the optimizer do not change.
+    Each merged weight has the same bits as from `merge`. It is computed when the iterator reaches it, and not kept. If
+    the adapters are merged reversibly when this is called, it is the model's own weight. Other tensors share memory
+    with the model, as in ``state_dict``, so do not write to them.
 
-    Each tensor of a model that is sharded, as by `fully_shard`, is gathered in turn: every process iterates, and all
-    get all values. Each tensor that accelerate offloads, to RAM or disk, is loaded in turn.
+    If the model is sharded, such as by `fully_shard`, each tensor is gathered in turn: every process must iterate, and
+    all get all values. Tensors that accelerate offloads to RAM or disk are loaded in turn.
 
     Args:
-        model: A model with adapters, or a wrapper of torch around one, whose own names do not appear.
-        dtype: The dtype of all floating tensors. ``None`` means that of each parameter; for dequantized weights, the
-            dtype that `merge` would choose.
+        model: A model with adapters, or a torch wrapper around one, which adds nothing to the names.
+        dtype: The dtype of all floating tensors. ``None`` means the dtype of each parameter; for dequantized weights,
+            the dtype that `merge` would choose.
 
     Returns:
-        Names and values, in the order of ``state_dict``: parameters, also those trained by ``train_also``, and
-        persistent buffers. A tied parameter is yielded under each of its names, as ``state_dict`` has it. Quantized
-        layers, adapted or not, are yielded as the plain layers that they stand for. What a module writes into a state
-        dict by code of its own, such as ``get_extra_state``, is not included.
+        Names and values, in the order of ``state_dict``: parameters, including those trained by ``train_also``, and
+        persistent buffers. A tied parameter is yielded under each of its names, as in ``state_dict``. Quantized layers,
+        adapted or not, are yielded as plain layers. Entries that a module adds to a state dict by its own code, such as
+        ``get_extra_state``, are not included.
 
     Raises:
         AdapterError: If the model has no adapter.
         ConfigError: For a dtype that is not floating.
-        MergeError: When it is called, if no adapter is active, the adapters are disabled, an adapted module was
-            replaced, or a value is not here. Later, if a merged weight is not finite, or the adapters were merged,
+        MergeError: At the call, if no adapter is active, the adapters are disabled, an adapted module was replaced, or
+            a value is not here. During iteration, if a merged weight is not finite, or the adapters were merged,
             disabled, switched or removed between two tensors.
 
     Examples:
@@ -76,14 +76,14 @@ def merged_tensors(model: nn.Module, *, dtype: torch.dtype | None = None) -> Ite
 
 @dataclass(frozen=True, eq=False)
 class MergedTensors:
-    """The tensors of a merged model, checked and to be computed.
+    """The tensors of a merged model, checked but not computed yet.
 
     Attributes:
         root: The module that has the adapters.
         state: Its state.
         census: The model given, without wrappers around it.
-        ranks: The processes that hold it together, all of which iterate; ``None`` if each holds all of it.
-        entries: What is yielded.
+        ranks: The processes that together hold it, all of which iterate; ``None`` if each holds all of it.
+        entries: The entries to yield.
         dtype: The dtype of all floating tensors, or ``None``.
     """
 
@@ -96,7 +96,7 @@ class MergedTensors:
 
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype | None, *, doing: str) -> MergedTensors:
-        """Check that a model can be merged and has all values, in all processes that hold it together, or raise."""
+        """Check in all processes that together hold a model that it can be merged and has all values."""
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ConfigError(f"dtype must be a floating dtype or None, got {shortly(dtype)}")
         with opened(model, None) as view:
@@ -111,9 +111,10 @@ class MergedTensors:
         return cls(root, state, census, ranks, entries, dtype)
 
     def each(self, take: Callable[[str, Tensor], Result], share: Share) -> Iterator[Result]:
-        """Compute one value after the other, hold none of them, and yield what a function returns for each.
+        """Compute one value after the other, keep none, and yield the result of a function for each.
 
-        An error in one process, also of the function, is raised in all. With `Share.NONE` nothing is yielded.
+        An error in one process, including one raised by the function, is raised in all. With `Share.NONE` nothing is
+        yielded.
         """
         at_first = self._as_now()
         for entry in self.entries:
@@ -123,7 +124,8 @@ class MergedTensors:
                 if self._as_now() != at_first:
                     raise MergeError(
                         f"the adapters were merged, disabled, switched or removed before {entry.fqn} was yielded, so "
-                        "the tensors would be of two models: take all of them first, then change the adapters"
+                        "the tensors would be from two different models: take all of them first, then change the "
+                        "adapters"
                     )
                 taken += self._taken(entry, take, share)
             while taken:
@@ -188,12 +190,12 @@ def _is_here(module: nn.Module, attribute: str, tensor: Tensor) -> bool:
 
 
 class Share(Enum):
-    """What a process does for a merged weight whose values several processes hold; they all gather together.
+    """What a process does for a merged weight that is sharded. All processes take part in gathering.
 
     Attributes:
-        PART: Computes its own part; then all parts are gathered. Parts of a product may round otherwise than all of it.
-        WHOLE: Computes all of it from what is gathered, with the bits of one process.
-        NONE: Computes nothing, and drops what is gathered.
+        PART: Computes its own part; then all parts are gathered. Computing in parts may round differently.
+        WHOLE: Computes the whole weight from gathered values, with the same bits as on one process.
+        NONE: Computes nothing, and drops the gathered values.
     """
 
     PART = "part"
@@ -202,14 +204,14 @@ class Share(Enum):
 
 
 class Entry(NamedTuple):
-    """One entry of the state dict, and a function that returns its value now, or ``None`` if it was not computed."""
+    """One entry of the state dict, and a function that returns its current value, or ``None`` if not computed."""
 
     fqn: str
     read: Callable[[Share], Tensor | None]
 
 
 def entries_of(census: Census, state: ModelState, into: Into) -> Iterator[Entry]:
-    """Go through a model in the order of its state dict."""
+    """Yield the entries of a model in the order of its state dict."""
     for prefix, module in census.prefixed:
         for attribute, parameter in module._parameters.items():
             if parameter is not None:

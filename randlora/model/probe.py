@@ -18,7 +18,7 @@ from randlora.places import Plain
 from randlora.targets.site import AdaptedSite
 
 TOLERANCE = 0.02
-"""How far the two may differ, as a share of the product: what is computed in 16 bits is within a quarter of it."""
+"""How far the two may differ, as a share of the product. Results computed in 16 bits are within a quarter of it."""
 
 TOKENS = 2, 3
 
@@ -26,8 +26,8 @@ TOKENS = 2, 3
 def differences_from_product(sites: Iterable[AdaptedSite]) -> dict[AdaptedSite, float | None]:
     """Return `difference_from_product` of each layer whose forward is not the plain one of its kind.
 
-    What a forward makes of a weight that it reads is the same after a merge, unless it reads it elsewhere; a forward
-    that cannot be tried is taken to read the attribute.
+    A forward that reads the weight from its attribute treats it the same after a merge. A forward that cannot be tried
+    is assumed to read the attribute.
     """
     own = [site for site in sites if site.layer.is_called and not site.layer.runs_plain_forward(site.owner)]
     found = {site: difference_from_product(site) for site in own}
@@ -35,7 +35,7 @@ def differences_from_product(sites: Iterable[AdaptedSite]) -> dict[AdaptedSite, 
 
 
 def product_problems(differences: Mapping[AdaptedSite, float | None]) -> list[str]:
-    """Return messages about weights of whose merged update a forward makes something else than of the adapter's.
+    """Return messages about weights whose update has a different effect once merged.
 
     An adapter adds ``x @ delta_weight.T`` to what the forward returns. Merged, it has the same effect only where
     ``f(W + D)(x) - f(W)(x) == x @ D.T``. An adapter of a weight that the forward reads adds to what is read there.
@@ -44,15 +44,15 @@ def product_problems(differences: Mapping[AdaptedSite, float | None]) -> list[st
     for site, difference in differences.items():
         if difference is None or difference <= TOLERANCE:
             continue
-        own = f"{site.fqn} has a forward of its own ({plain_class(site.owner).__name__}), which"
+        own = f"{site.fqn} has its own forward ({plain_class(site.owner).__name__}), which"
         if site.layer.is_read:
             problems.append(
-                f"{own} takes the weight from elsewhere than its attribute {site.layer.attribute}, so that the adapter "
-                "has no effect, and merged it would have. Read the attribute there, or exclude the layer"
+                f"{own} does not read the weight from the attribute {site.layer.attribute}, so the adapter has no "
+                "effect, but would have one once merged. Read the attribute there, or exclude the layer"
             )
         else:
             problems.append(
-                f"{own} does not make of a change of its weight the product that the adapter adds: they differ by "
+                f"{own} responds to a change of its weight with an output that differs from what the adapter adds, by "
                 f"{difference:.0%} of it. Leave the adapter unmerged, or exclude the layer"
             )
     return problems
@@ -60,14 +60,14 @@ def product_problems(differences: Mapping[AdaptedSite, float | None]) -> list[st
 
 @torch.no_grad()
 def difference_from_product(site: AdaptedSite) -> float | None:
-    """Return by how much a forward differs from the product with a change of its weight, as a share of that product.
+    """Return how far the effect of a change of the weight differs from the product, as a share of the product.
 
-    For a weight that the forward reads: the share of what a change of the weight does that it does past the attribute,
-    where an adapter does not act.
+    For a weight that the forward reads: the share of this effect that bypasses the attribute, where an adapter cannot
+    act.
 
     Returns:
-        ``None`` if that cannot be tried: the weight is quantized, sharded, offloaded or has no values, the forward
-        needs other arguments than one input, or what it returns is not finite or of another shape.
+        ``None`` if this cannot be tried: the weight is quantized, sharded, offloaded or has no values, the forward
+        needs more than one input, or its output is not finite or has a different shape.
     """
     owner, layer = site.owner, site.layer
     weight = layer.weight_of(owner)

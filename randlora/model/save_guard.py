@@ -1,8 +1,8 @@
-"""What ``save_pretrained`` of an adapted model does: it writes the adapter, or refuses, and never another model.
+"""What ``save_pretrained`` of an adapted model does: it writes the adapter or refuses, and never the wrong model.
 
-A library's own ``save_pretrained`` would write the base weights, which it reads again as the model without its
-adapters, and Λ and Γ under names that it does not read. It is found by its name, on the model and on every module in it
-that contains an adapted one. While the adapters are merged, it writes the merged model.
+A library's own ``save_pretrained`` would write the base weights, which load as the model without its adapters, and Λ
+and Γ under names that the library does not read. The method is found by its name, on the model and on every module in
+it that contains an adapted one. While the adapters are merged, it writes the merged model.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from randlora.state import ModelState, SavePretrained, attached_state
 from randlora.targets.walk import Census
 
 METHODS = ("save_pretrained", "save")
-"""The second one only of a module that has the first too, as a SentenceTransformer, whose first calls it."""
+"""Guarded methods. The second only if a module also has the first, which calls it, as in a SentenceTransformer."""
 
 DIRECTORY = ("save_directory", "path", "output_path")
-"""What libraries call the first argument."""
+"""Names of the first argument in different libraries."""
 
 DIAGONAL = "randlora_"
-"""What names of Λ and Γ have in a state dict."""
+"""The part that names of Λ and Γ have in common in a state dict."""
 
 CHECKPOINT = re.compile(r"checkpoint-\d+")
-"""What transformers' `Trainer` calls the directory of a checkpoint."""
+"""The name of a checkpoint's directory from transformers' `Trainer`."""
 
 INSTEAD = "call randlora.save(model, directory), or for the merged model randlora.files.save_merged(model, directory)"
 
 
 class SaveGuard:
-    """What is called in the place of a module's method while it has adapters.
+    """Replaces a method of a module while it has adapters.
 
-    It has no reference that would keep the module alive. A copy of the model has another guard.
+    It does not keep the module alive. A copy of the model gets its own guard.
     """
 
     write_adapter: ClassVar[Callable[..., object]]  # set by `checkpoint.save`, which is above this room
@@ -55,12 +55,12 @@ class SaveGuard:
         self.root: Callable[[], nn.Module | None] = weakref.ref(root) if root is not None else lambda: None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Write the adapter or the merged model, or raise an error, as was chosen when the adapter was added."""
+        """Write the adapter or the merged model, or raise an error, as chosen when the adapter was added."""
         module, root = self.module(), self.root()
         if module is None:
             raise AdapterError(
-                f"cannot {self.name} a model that is gone, because nothing refers to it while its method is called: "
-                f"assign it to a variable first, as in `model = ...; model.{self.name}(directory)`"
+                f"cannot {self.name} a model that was deleted, because nothing refers to it while its method is "
+                f"called: assign it to a variable first, as in `model = ...; model.{self.name}(directory)`"
             )
         state = None if root is None else attached_state(root)
         if state is None and not any(map(adapter_layers_of, module.modules())):
@@ -117,10 +117,10 @@ class SaveGuard:
         """Write the adapter to the directory that the method was given."""
         given = [*args[:1], *(kwargs[name] for name in DIRECTORY if name in kwargs)]
         if not given:
-            raise AdapterError(f"{self.name} writes the adapter and was given no directory: {INSTEAD}")
+            raise AdapterError(f"{self.name} writes the adapter, but was given no directory: {INSTEAD}")
         if kwargs.get("push_to_hub"):
             raise AdapterError(
-                f"{self.name} writes the adapter and pushes nothing: call randlora.save(model, directory, "
+                f"{self.name} writes the adapter and does not push it: call randlora.save(model, directory, "
                 "push_to_hub='user/repo')"
             )
         if len(state.adapters) > 1:
@@ -146,8 +146,8 @@ class SaveGuard:
         if is_stock and CHECKPOINT.fullmatch(Path(given[0]).name):
             warn(  # the same words each time, so that Python shows them once
                 f"{self.name} wrote the adapter into a checkpoint of transformers' Trainer, which can neither resume "
-                "from it nor load the best one at the end: use AdapterTrainer of randlora.integrations.transformers, "
-                "or put AdapterCheckpoints first among the bases of the trainer"
+                "from it nor load the best checkpoint at the end: use AdapterTrainer of "
+                "randlora.integrations.transformers, or put AdapterCheckpoints first among the bases of the trainer"
             )
         elif state.save_pretrained is None:
             (name,) = state.adapters
@@ -165,13 +165,13 @@ def _require_own_values(module: nn.Module, given: Mapping[str, Any] | None) -> N
     for name, value in module.state_dict().items():
         if DIAGONAL in name and (name not in given or not torch.equal(value, given[name].to(value))):
             raise AdapterError(
-                f"the state_dict has {'another' if name in given else 'no'} {name}, and the model's would be written: "
-                f"leave state_dict out, or load it into the model first; {INSTEAD}"
+                f"the state_dict has {'a different' if name in given else 'no'} {name}, but the model's would be "
+                f"written: leave state_dict out, or load it into the model first; {INSTEAD}"
             )
 
 
 def savers(census: Census) -> list[nn.Module]:
-    """Return the modules of a model that have a method ``save_pretrained``, the model first."""
+    """Return the modules of a model that have a ``save_pretrained`` method, the model first."""
     return [module for module in census.modules if _has_method(module, METHODS[0])]
 
 
@@ -194,7 +194,7 @@ def guard_saving(census: Census, state: ModelState, choice: SavePretrained | Non
 
 
 def unguard_saving(census: Census) -> None:
-    """Give every module the methods that it had."""
+    """Restore the original methods of every module."""
     for module in savers(census):
         for name in METHODS:
             held = vars(module).get(name)

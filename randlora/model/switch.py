@@ -1,4 +1,4 @@
-"""Choosing which adapters of a model act, and with which factors; renaming and removing them."""
+"""Choosing which adapters of a model act and with which factors; renaming and removing adapters."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def disabled(model: nn.Module) -> AbstractContextManager[Any]:
         require_unmerged(state, "disable")
         require_own(census, state, "disable the adapters")
         if open_elsewhere(state.disabled):
-            raise AdapterError("cannot disable the adapters while another thread, or task, routes through this model")
+            raise AdapterError("cannot disable the adapters while another thread or task routes through this model")
         state.require_exchangeable([], "disable the adapters")
         return object()
 
@@ -165,7 +165,7 @@ def remove(model: nn.Module, name: str) -> None:
 
 def _activation_problems(state: ModelState, weights: Mapping[str, Factor]) -> list[str]:
     problems = [
-        f"{name!r} trained {fqn} of shape {was}, and the model has {now} now: load an adapter of the new shape"
+        f"{name!r} trained {fqn} of shape {was}, and the model has {now} now: load an adapter with the new shape"
         for name in weights.keys() & state.adapters.keys()
         for fqn, copy in state.adapters[name].trained.items()
         if (was := whole_shape(copy)) != (now := whole_shape(state.replaced[fqn].original))
@@ -233,7 +233,7 @@ def rename(model: nn.Module, name: str, to: str) -> None:
         require_unused(state, None, doing)  # which goes by names
         sites = [site for site in view.census.adapted if name in site.layer.adapters]
         sharded = [
-            f"Λ and Γ of {site.fqn} are sharded, and fully_shard knows them by name: rename before it is called"
+            f"Λ and Γ of {site.fqn} are sharded, and fully_shard knows them by name: rename before calling it"
             for site in sites
             if not all(is_whole(each) for each in site.layer.diagonals_of(site.owner, name))
         ]
@@ -294,7 +294,7 @@ def _inside(layers: Any, fqns: Sequence[str]) -> set[str]:
         return {*fqns}
     patterns = listed(layers)
     if isinstance(layers, Mapping):
-        raise AdapterError("layers takes names alone: give numbers as factors, as in {'a': {'decoder': 0.5, '.*': 1}}")
+        raise AdapterError("layers takes only names: give numbers as factors, as in {'a': {'decoder': 0.5, '.*': 1}}")
     if strange := [pattern for pattern in patterns if not isinstance(pattern, str)]:
         raise AdapterError(f"expected layers to be names or patterns of layers, got {shortly(strange[0])}")
     if not patterns:
@@ -306,7 +306,7 @@ def _inside(layers: Any, fqns: Sequence[str]) -> set[str]:
 
 
 def factor_problems(state: ModelState, factors: Mapping[str, Any], *, by_layer: bool = False) -> list[str]:
-    """Return messages about names that no adapter has, and about factors that are no finite numbers.
+    """Return messages about unknown names, and about factors that are not finite numbers.
 
     With ``by_layer``, a factor may be a mapping from patterns to numbers.
     """

@@ -1,7 +1,7 @@
-"""What adapters train beside Λ and Γ, such as a new head, biases or norms, with the buffers of modules trained so.
+"""Parameters that adapters train in addition to Λ and Γ, such as a new head, biases or norms, and their buffers.
 
-Each adapter has a copy, which the model uses while that adapter is active. The model's own values do not change. Notes
-say which buffers move in training and are in no copy, and which adapters nothing has trained.
+Each adapter has a copy, which the model uses while the adapter is active. The model's own values do not change. Notes
+say which buffers change in training and are not in any copy, and which adapters have not been trained.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ HALF_RISKS = {
     torch.float16: "Adam's eps is 0 there, and values become NaN within some steps",
     torch.bfloat16: "steps below about 1/256 of a value are lost",
 }
-"""What goes wrong in training parameters of a dtype of 16 bits."""
+"""What goes wrong when parameters are trained in a dtype of 16 bits."""
 
 MOST_NUMBERS = 65_536
-"""The size of the largest buffer whose moves are noticed. Statistics are small; masks and tables may be large."""
+"""The size of the largest buffer whose changes are noticed. Statistics are small; masks and tables may be large."""
 
 REMEDY = "keep these modules in eval() while training, or name them in train_also, with which they are saved"
 
 
 def select_parameters(census: Census, names: str | Sequence[str]) -> list[str]:
-    """Return the FQNs of the parameters that a regex or a list of names matches, by themselves or by a module."""
+    """Return the FQNs of the parameters that a regex or a list of names matches, directly or through a module."""
     return _first_names(census.parameters, lambda fqn: any(matches_name(names, prefix) for prefix in prefixes(fqn)))
 
 
 def select_buffers(census: Census, names: str | Sequence[str]) -> list[str]:
     """Return the FQNs of the buffers in modules that a regex or a list of names matches, such as running statistics.
 
-    A buffer is not matched by itself, except by its FQN in a list.
+    A buffer is matched directly only by its FQN in a list.
     """
     listed = () if isinstance(names, str) else names
     return _first_names(
@@ -76,14 +76,14 @@ def train_also_problems(
         _, module, attribute, parameter = held_by[fqn]
         if id(parameter) in adapted:
             problems.append(
-                f"train_also includes {fqn}, which the targets name too, and a weight is either adapted or trained "
+                f"train_also includes {fqn}, which the targets name too, but a weight is either adapted or trained "
                 "itself: leave it out of one of them, or name only its bias"
             )
         elif attribute == "weight" and is_quantized(module):
             problems.append(
                 f"train_also includes {fqn}, which is quantized ({type(module).__name__}) and cannot be trained: name "
-                "only its bias, or load the model with this layer not quantized, as with llm_int8_skip_modules of a "
-                "BitsAndBytesConfig"
+                "only its bias, or load the model without quantizing this layer, such as with llm_int8_skip_modules "
+                "of a BitsAndBytesConfig"
             )
         elif is_lazy(parameter):
             problems.append(f"train_also includes {fqn}, which has no shape yet: run one forward pass first")
@@ -95,7 +95,7 @@ def train_also_problems(
 
 
 def replacements(census: Census, state: ModelState, fqns: Iterable[str]) -> dict[str, ReplacedParameter]:
-    """Return the model's own parameters and buffers of these names with their places, even if copies are there."""
+    """Return the model's own parameters and buffers with these names, and their places, even if copies are in use."""
     by_fqn = {held.fqn: held.tensor for held in census.tensors}
     found = {}
     for fqn in fqns:
@@ -117,7 +117,7 @@ def copy_dtype(entry: ReplacedParameter) -> torch.dtype:
 
 
 def planned_copies(replaced: Mapping[str, ReplacedParameter]) -> dict[str, Tensor]:
-    """Return what stands for copies before there are any: the model's own, or of another dtype and without values."""
+    """Return stand-ins for copies before they exist: the model's own tensors, or empty ones of a different dtype."""
     dtypes = {fqn: copy_dtype(entry) for fqn, entry in replaced.items()}
     return {
         fqn: entry.original
@@ -128,7 +128,7 @@ def planned_copies(replaced: Mapping[str, ReplacedParameter]) -> dict[str, Tenso
 
 
 def half_notes(adapter: Adapter) -> list[str]:
-    """Return a note on each dtype of 16 bits in which an adapter trains parameters, as not all can be in float32."""
+    """Return a note on each dtype of 16 bits in which an adapter trains parameters that cannot be in float32."""
     return [
         f"{shortened(fqns)} {'is' if len(fqns) == 1 else 'are'} trained in {dtype}, the model's dtype, unlike Λ and Γ, "
         f"because it is sharded already, or no cast can be put between it and the code that reads it: {risk}; load "
@@ -152,13 +152,13 @@ def lost_parameters(state: ModelState, adapters: Iterable[Adapter]) -> list[str]
                 problems.append(
                     f"the shape of {fqn}, which adapter {adapter.name!r} trains, was {sizes(copy.shape)} and is "
                     f"{sizes(state.replaced[fqn].original.shape)} since it was changed while adapters were disabled: "
-                    "remove the adapter and load one of the new shape"
+                    "remove the adapter and load one with the new shape"
                 )
     return problems
 
 
 def misplaced_copies(census: Census, state: ModelState) -> list[ReplacedParameter]:
-    """Return the copies that the model has elsewhere than where it had the parameter, as in a module that was moved."""
+    """Return the copies that are no longer where the parameter was, such as in a module that was moved."""
     found = []
     for entry in state.replaced.values():
         if entry.is_lost:
@@ -169,7 +169,7 @@ def misplaced_copies(census: Census, state: ModelState) -> list[ReplacedParamete
 
 
 def moving_note(census: Census, owned: Collection[str]) -> list[str]:
-    """Return a note on modules with buffers that training would move, none of which an adapter has a copy of."""
+    """Return a note on modules with buffers that training would change and no adapter has a copy of."""
     has = {held.fqn.rpartition(".")[0] for held in census.buffers if held.fqn in owned}
     moving = [visit.fqn for visit in census.visits if _moves(visit.module) and visit.fqn not in has]
     found = list(dict.fromkeys(fqn.partition(".parametrizations.")[0] for fqn in moving))
@@ -191,14 +191,14 @@ def _moves(module: nn.Module) -> bool:
 
 @torch.inference_mode(mode=False)
 def remembered(census: Census) -> dict[str, Tensor]:
-    """Return copies of a model's small buffers on the CPU, to see later whether they have moved."""
+    """Return copies of a model's small buffers on the CPU, to detect later changes."""
     return {held.fqn: held.tensor.detach().to("cpu", copy=True) for held in census.buffers if _is_small(held.tensor)}
 
 
 def moved_note(census: Census, state: ModelState, adapters: Iterable[Adapter], where: str) -> list[str]:
-    """Return a note on buffers of the model that have moved since it was adapted, and what becomes of them (``where``).
+    """Return a note on buffers that changed since the model was adapted, and what happens to them (``where``).
 
-    Those that one of the adapters has a copy of are left out.
+    Buffers that one of the adapters has a copy of are left out.
     """
     owned = {fqn for adapter in adapters for fqn in adapter.buffers}
     own = {held.fqn: held.tensor for held in census.buffers if held.fqn not in owned}
@@ -226,22 +226,22 @@ def untrained_note(
     diagonals: Iterable[tuple[Tensor, Tensor]],
     trained: Mapping[str, Tensor],
 ) -> list[str]:
-    """Return a note if an adapter's update is zero in all layers and its parameters are those of the base.
+    """Return a note if an adapter's update is zero in all layers and its parameters equal those of the base.
 
-    Its Λ and Γ in each layer, and the parameters trained with it, by FQN, are given with all their values.
+    Λ and Γ of each layer, and the parameters trained with the adapter by FQN, are given with all their values.
     """
     if any(lam.any() and gamma.any() for lam, gamma in diagonals):
         return []
     if not all(_equals(state.replaced[fqn].original, trained[fqn]) for fqn in adapter.parameters):
         return []
-    also = ", and what train_also names is as in the base" if adapter.parameters else ""
-    cause = "an optimizer that was made before inject does not know its parameters"
+    also = ", and what train_also names is unchanged" if adapter.parameters else ""
+    cause = "an optimizer made before inject does not know its parameters"
     zero = f"the update of {adapter.name!r} is exactly zero in all layers{also}"
     return [f"{zero}: nothing has trained it; {cause}, make one of randlora.trainable_parameters(model)"]
 
 
 def untrained_notes(census: Census, state: ModelState, adapters: Iterable[Adapter]) -> list[str]:
-    """Return a note on each adapter of a model that has no effect, except where only parts of its values are here."""
+    """Return a note on each adapter without an effect, unless only parts of its values are here."""
     notes = []
     for adapter in adapters:
         sites = [site for site in census.adapted if adapter.name in site.layer.adapters]

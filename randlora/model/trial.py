@@ -1,4 +1,4 @@
-"""Running a model with drawn values of Λ and Γ, adapted or merged, and how far apart the outputs of two runs are."""
+"""Running a model with random values of Λ and Γ, adapted or merged, and comparing the outputs of two runs."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from randlora.targets.site import AdaptedSite
 from randlora.targets.walk import Census
 
 SHARE = 0.5
-"""The norm of a drawn update, as a share of the norm of the weight."""
+"""The norm of a random update, as a share of the norm of the weight."""
 
 WIDENED = 2**32
-"""Up to how many bytes of weights in half precision are checked as float32, in which small effects can be compared."""
+"""Up to how many bytes, weights in half precision are checked in float32, where small effects can be compared."""
 
 SPREAD = 0.02
-"""The standard deviation of what replaces parameters that are zero, which would hide what comes before them."""
+"""The standard deviation of the values that replace zero parameters, which would hide effects before them."""
 
 Output = dict[str, Tensor]
-"""The floating tensors in what a forward returned, by where they are in it."""
+"""The floating tensors in a forward's output, by their places in it."""
 
 DEPTH = 8
-"""How deep in an output tensors are looked for."""
+"""How deep an output is searched for tensors."""
 
 ROUNDING = 64
 
 LEAST_DIGITS = 0.04
-"""An output is exact within this many roundings of its norm, and in half precision within this share of it."""
+"""An output counts as exact within this many roundings of its norm; in half precision, within this share."""
 
 
 class Trial:
-    """A model whose active adapters have drawn values, to be run as often as needed.
+    """A model whose active adapters have random values, to be run as often as needed.
 
     Attributes:
         sites: The weights that active adapters act on.
-        ran: Those whose update the last call of `gradients` computed.
+        ran: The weights whose update the last call of `gradients` computed.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Trial:
         self._before: Snapshot | None = None
 
     def ready(self, earlier: Snapshot) -> None:
-        """Take the snapshot, with the copies of an earlier one of the values that are still the same."""
+        """Take the snapshot, reusing an earlier one's copies of values that are still the same."""
         self._before = Snapshot([self.model], held_by(self._root, self.sites, self.state), earlier)
 
     def run(
@@ -94,7 +94,7 @@ class Trial:
             return {path: value.detach().clone() for path, value in output.items()}
 
     def gradients(self, *, training: bool) -> set[AdaptedSite]:
-        """Return the weights of which gradients that are not zero reach all of Λ and Γ."""
+        """Return the weights for which nonzero gradients reach all of Λ and Γ."""
         with self.only(self.sites, training=training), torch.enable_grad():
             self.ran.clear()
             values = [value for value in self._call().values() if value.requires_grad]
@@ -118,7 +118,7 @@ class Trial:
 
     @contextmanager
     def only(self, on: Iterable[AdaptedSite], *, training: bool) -> Iterator[None]:
-        """Run a block with updates of these weights alone, and undo all that it does."""
+        """Run a block with updates of only these weights, and undo all its changes."""
         assert self._before is not None, "check() calls ready()"
         chosen: dict[str, dict[str, float]] = {name: {} for name in self.state.active}
         for site in on:
@@ -203,7 +203,7 @@ def held_by(root: nn.Module, sites: Iterable[AdaptedSite], state: ModelState) ->
 
 
 def roles(sites: Sequence[AdaptedSite]) -> list[list[AdaptedSite]]:
-    """Return the weights in groups of those whose names differ by numbers: the same code runs them."""
+    """Return the weights in groups whose names differ only by numbers, because the same code runs them."""
     found: dict[str, list[AdaptedSite]] = {}
     for site in sites:
         found.setdefault(re.sub(r"\d+", "", site.fqn), []).append(site)
@@ -218,7 +218,7 @@ def _size(site: AdaptedSite) -> Tensor | float:
 
 
 def tensors_in(output: object) -> Output:
-    """Return the floating tensors in an output: a tensor, or containers, dataclasses and objects that hold some."""
+    """Return the floating tensors in an output, which may be a tensor, a container, a dataclass or an object."""
     found: Output = {}
     seen: set[int] = set()
     for path, value in _walk(output, "", 0, seen):
@@ -231,7 +231,7 @@ def tensors_in(output: object) -> Output:
 def distances(first: Output, second: Output) -> dict[str, float]:
     """Return the norm of the difference of the tensors that both outputs have, in the same shape.
 
-    It is infinite where one of them is finite and the other is not; where neither is finite, they are equal.
+    The norm is infinite if only one of two entries is finite. If neither is, they count as equal.
     """
     return {
         path: _distance(value.detach(), second[path].detach())
@@ -241,7 +241,7 @@ def distances(first: Output, second: Output) -> dict[str, float]:
 
 
 def roundings(output: Output) -> dict[str, float]:
-    """Return for each tensor the norm below which a difference may be nothing but rounding."""
+    """Return for each tensor the norm below which a difference may be only rounding."""
     return {
         path: min(ROUNDING * torch.finfo(value.dtype).eps, LEAST_DIGITS) * _distance(value, torch.zeros_like(value))
         for path, value in output.items()

@@ -1,4 +1,4 @@
-"""What the updates of adapters are: one of them, how large each is, a limit, and whether all processes agree."""
+"""The updates of adapters: computing one, their norms, limiting these, and whether all processes agree."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from randlora.targets.options import by_target
 from randlora.targets.site import AdaptedSite
 
 Facts = Mapping[str, str]
-"""What must be equal in all processes, by a phrase that names it."""
+"""Facts that must be equal in all processes, by a phrase that names them."""
 
 
 def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tensor:
-    """Compute the update of one layer's weight.
+    """Return the update of one layer's weight.
 
     Args:
         model: A model with adapters.
         fqn: The layer's fully qualified name.
-        name: One adapter, with factor 1; ``None`` means the active ones with their factors.
+        name: One adapter, with factor 1. ``None`` means the sum of the active adapters with their factors.
 
     Returns:
-        ``(out_features, in_features)`` for every kind of layer, in float32, or float64 if the weight is. If the model
-        is sharded, this is a collective: every process calls it and gets the whole update.
+        ``(out_features, in_features)`` for every kind of layer, in float32, or in float64 if the weight is in float64.
+        If the model is sharded, this is a collective: every process calls it and gets the whole update.
 
     Raises:
         AdapterError: If the model has no adapter, or none of that name, or accelerate offloads Λ and Γ.
@@ -56,27 +56,27 @@ def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tens
 
 
 def update_norms(model: nn.Module, *, name: str | None = None) -> dict[str, Tensor]:
-    """Compute about the Frobenius norm of the update of each layer, without forming it.
+    """Return the approximate Frobenius norm of each layer's update, without forming the update.
 
-    It is the norm that the update would have if its ``r·num_bases`` terms of rank one were orthogonal, as columns of
-    random bases nearly are: ``‖ΔW‖² ≈ s² · Σ_kj Λ_kj² · ‖B_kj‖² · Σ_c A_kc² Γ_jc²``. With random Λ and Γ it is within
-    about 1 % in layers of some hundred features. Training aligns the terms, the more so the smaller r is: see the page
-    on training. Gradients reach Λ and Γ, so that it can be a part of a loss.
-    ``randlora.delta_weight(model, fqn, name=name).norm()`` is exact, and forms the update.
+    This is the norm that the update would have if its ``r·num_bases`` terms of rank one were orthogonal, which columns
+    of random bases nearly are: ``‖ΔW‖² ≈ s² · Σ_kj Λ_kj² · ‖B_kj‖² · Σ_c A_kc² Γ_jc²``. With random Λ and Γ, it is
+    within about 1 % in layers of some hundred features. Training aligns the terms, more strongly for small r; see the
+    page on training. Gradients reach Λ and Γ, so the norms can be part of a loss. For the exact norm, which forms the
+    update, use ``randlora.delta_weight(model, fqn, name=name).norm()``.
 
     Args:
         model: A model with adapters.
-        name: The adapter; may be left out if the model has only one. Its own update is meant, with factor 1 and whether
-            it is active or merged or not. What several updates add up to depends on whether they are on the same
-            bases, so that only `delta_weight` says it.
+        name: The adapter; may be left out if the model has only one. The norms are those of its update with factor 1,
+            active, merged or not. For the norm of a sum of updates, use `delta_weight`.
 
     Returns:
-        Tensors of no dimensions by FQN, each on its layer's device, in float32, or float64 if Λ is. A stack of matrices
-        has one. If the model is sharded, this is a collective: every process calls it and gets the same.
+        Tensors without dimensions by FQN, each on its layer's device, in float32, or in float64 if Λ is in float64. A
+        stack of matrices has one norm. If the model is sharded, this is a collective: every process calls it and gets
+        the same norms.
 
     Raises:
-        AdapterError: If the model has no adapter, or none of that name, or accelerate offloads Λ and Γ. Also where
-            gradients could not reach them, as under DeepSpeed's ZeRO-3, unless it is called under `torch.no_grad`.
+        AdapterError: If the model has no adapter, or none with this name, or accelerate offloads Λ and Γ. Under
+            DeepSpeed's ZeRO-3, where gradients cannot reach them, also unless it is called under `torch.no_grad`.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
@@ -92,25 +92,25 @@ def update_norms(model: nn.Module, *, name: str | None = None) -> dict[str, Tens
 
 @torch.no_grad()
 def limit_norms(model: nn.Module, limit: Factor, *, name: str | None = None) -> dict[str, Tensor]:
-    """Scale down Λ, in place, of each layer whose update has a norm above a limit, so that its norm is the limit.
+    """Scale down Λ, in place, in each layer whose update has a norm above a limit, to the limit.
 
-    The norms are those of `update_norms`. Other layers keep every bit, and so does a layer whose norm is not finite.
-    Call it after each step of the optimizer, whose state does not change. Nothing waits for a GPU. An optimizer that
-    has its own copies of the parameters, as DeepSpeed's in half precision, would overwrite what is written.
+    The norms are those of `update_norms`. Other layers, and layers with a norm that is not finite, keep every bit. Call
+    this after each step of the optimizer; the optimizer's state does not change. It does not wait for a GPU. Optimizers
+    with their own copies of the parameters, such as DeepSpeed's in half precision, would overwrite the new values.
 
     Args:
         model: A model with adapters.
-        limit: The largest norm of the update of a layer: one number for all, or a mapping from patterns of layers to
-            numbers, as `randlora.activate` takes factors. `math.inf` leaves a layer as it is.
+        limit: The largest norm of a layer's update: one number for all layers, or a mapping from patterns of layers to
+            numbers, like the factors of `randlora.activate`. `math.inf` leaves a layer as it is.
         name: The adapter; may be left out if the model has only one. It need not be trainable.
 
     Returns:
-        The norms before, by FQN, as of `update_norms`. If the model is sharded, this is a collective.
+        The norms before the call, by FQN, as from `update_norms`. If the model is sharded, this is a collective.
 
     Raises:
-        AdapterError: If the model has no adapter, or none of that name, or adapters are merged, or if values that are
-            written would be lost: Λ is offloaded by accelerate or partitioned by DeepSpeed's ZeRO-3.
-        ConfigError: If the limit is no number of at least 0, or a pattern matches no layer, or a layer has none.
+        AdapterError: If the model has no adapter, or none with this name, if adapters are merged, or if new values
+            would be lost because accelerate offloads Λ or DeepSpeed's ZeRO-3 partitions it.
+        ConfigError: If a limit is not a number of at least 0, a pattern matches no layer, or a layer has no limit.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
@@ -159,7 +159,7 @@ def _norms(adapter: Adapter, sites: list[AdaptedSite]) -> dict[str, Tensor]:
         if is_cut and torch.is_grad_enabled():
             raise AdapterError(
                 f"the norm of the update of {site.fqn} would give no gradients to its Λ and Γ, which are gathered from "
-                "other processes: call update_norms under torch.no_grad(), where it cannot be a part of the loss"
+                "other processes: call update_norms under torch.no_grad(); it cannot be part of the loss"
             )
         found[site.fqn] = update.norm(site.layer.device_beside(site.owner))
     return found
@@ -186,22 +186,22 @@ def _limits(limit: Any, fqns: list[str]) -> dict[str, float]:
 
 
 def check_ranks(model: nn.Module, *, values: bool = False, group: Any = None) -> None:
-    """Check that all processes have the same adapters on the same bases, as a collective.
+    """Check that all processes have the same adapters with the same bases. A collective.
 
-    Bases are drawn or read by each process for itself and never sent, so nothing else would tell that two of them
-    differ. Call it in every process after `randlora.inject` or `randlora.load`. Compared are the adapters' names,
-    weights, targets, r, alpha, dropout and ``train_also``, and a SHA-256 of the bases, which takes about a second per
-    GB of them in float32. Nothing is compared if there is one process.
+    Each process draws or reads its own bases, which are never sent, so nothing else would notice a difference. Call
+    this in every process after `randlora.inject` or `randlora.load`. It compares the adapters' names, weights, targets,
+    r, alpha, dropout and ``train_also``, and a SHA-256 of the bases, which takes about a second per GB of bases in
+    float32. With a single process, nothing is compared.
 
     Args:
-        model: A model with adapters, or one that wraps it.
-        values: Whether to compare what the adapters train too, bit for bit: after a step of training, it tells whether
+        model: A model with adapters, or a wrapper around it.
+        values: Whether to compare trained values too, bit for bit. After a step of training, this tells whether
             gradients are averaged. Parameters that are sharded, offloaded or on the meta device are left out.
-        group: The process group; ``None`` means all processes. Of a pipeline, give the processes of one stage, because
+        group: The process group; ``None`` means all processes. For a pipeline, pass the processes of one stage, because
             stages have different layers.
 
     Raises:
-        AdapterError: In every process, if something differs. The message names what, and which ranks have what.
+        AdapterError: In every process, if something differs. The message says what differs between which ranks.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))

@@ -1,4 +1,4 @@
-"""How a verb begins and ends: one thread at a time opens an adapted model, and what raises changes nothing."""
+"""How a verb begins and ends: one thread at a time opens an adapted model, and a verb that raises changes nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class View:
     """An adapted model while a verb looks at it or changes it.
 
     Attributes:
-        root: The module with the adapters: the model itself, or a module inside, as of a wrapper.
+        root: The module with the adapters: the model itself, or a module inside it, such as in a wrapper.
         state: Its adapters.
         census: Its modules and parameters.
     """
@@ -32,7 +32,7 @@ class View:
     census: Census
 
     def ranks(self, *, is_written: bool = False) -> Ranks | None:
-        """Return the processes that hold the model together; see `ranks_holding`."""
+        """Return the processes that together hold the model; see `ranks_holding`."""
         return ranks_holding(self.census, self.state, is_written=is_written)
 
 
@@ -42,8 +42,8 @@ def opened(model: nn.Module, doing: str | None, *, writes: bool = False) -> Iter
 
     Args:
         model: A model with adapters, or a wrapper around it.
-        doing: What the caller is about to do with all layers, for messages, such as ``"merge"``; ``None`` if it does
-            not matter whose they are.
+        doing: What the caller is about to do with all layers, for messages, such as ``"merge"``. ``None`` if the layers
+            may belong to any module.
         writes: Whether the block changes the model. If it raises, every change is undone.
 
     Raises:
@@ -63,7 +63,7 @@ def opened(model: nn.Module, doing: str | None, *, writes: bool = False) -> Iter
 def opened_to_add(model: nn.Module, names: Iterable[str], doing: str) -> Iterator[View]:
     """Open a model, adapted or not, for a verb that adds adapters of these names.
 
-    The model is given without a wrapper around it. The state of the view may not be attached yet.
+    The view has the model without a wrapper around it, and possibly a state that is not attached yet.
     """
     with CHANGING:
         settle(model)

@@ -1,4 +1,4 @@
-"""Weights that code reads instead of calling their module: attention, convolutions, embeddings, experts and others."""
+"""Weights that code reads instead of calling their module, such as in attention, convolutions and experts."""
 
 from randlora.readers import experts as experts
 from randlora.readers import parents as parents

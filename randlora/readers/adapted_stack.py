@@ -1,4 +1,4 @@
-"""A stack of weights with the updates of its adapters, which are formed only for the matrices that are used."""
+"""A stack of weights with the updates of its adapters. Updates are formed only for the matrices that are used."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Shared:
         self._formed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def formed(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return their sum, ``(out, in)``."""
+        """Return the sum of the updates, ``(out, in)``."""
         if (device, dtype) not in self._formed:
             self._formed[device, dtype] = sum_updates(self.updates, (), device=device, dtype=dtype)
         return self._formed[device, dtype]
 
     def is_worth_forming(self, tokens: int, device: torch.device, dtype: torch.dtype, compute: Compute) -> bool:
-        """Whether a product of one matrix with this many tokens is faster with the sum formed."""
+        """Whether the product of one matrix with this many tokens is faster if the sum is formed."""
         if (device, dtype) in self._formed:
             return True
         first = self.updates[0]
@@ -44,7 +44,7 @@ class Shared:
 
 
 class Own:
-    """Updates with a Λ and a Γ for each matrix of a stack, or those of one matrix."""
+    """Updates with a Λ and a Γ for each matrix of a stack, or the updates of one matrix."""
 
     def __init__(self, updates: Iterable[Update]) -> None:
         """Hold the updates."""
@@ -52,9 +52,9 @@ class Own:
         self._each: tuple[tuple[tuple[Tensor, ...], tuple[Tensor, ...]], ...] | None = None
 
     def at(self, index: Any) -> Own:
-        """Return those of one matrix, or of those at several indices.
+        """Return the updates of one matrix, or of the matrices at several indices.
 
-        Λ and Γ are split once: the gradient of each single index would be as large as that of the whole stack.
+        Λ and Γ are split once, because the gradient of each single index would be as large as the whole stack.
         """
         if not isinstance(index, int):
             parts: Iterable[tuple[Tensor, Tensor]] = ((each.lam[index], each.gamma[index]) for each in self.updates)
@@ -68,7 +68,7 @@ class Own:
         )
 
     def are_faster_together(self, x: Tensor, counts: Sequence[int], compute: Compute) -> bool:
-        """Whether `products` is faster than one matrix after the other for tokens of which each has so many."""
+        """Whether `products` is faster than one matrix after the other, given the number of tokens of each matrix."""
         pairs = [update.parts(x.device, x.dtype)[0] for update in self.updates]
         is_wide = self.updates[0].is_wide
         return all(chosen_all_at_once(counts, pair, is_wide=is_wide, compute=compute) for pair in pairs)
@@ -100,7 +100,7 @@ class Parts(NamedTuple):
 
     @property
     def operands(self) -> list[Tensor]:
-        """The tensors that the sum may have gradients to pass on to."""
+        """The tensors to which the sum may pass gradients on."""
         return [
             self.weight,
             *(each for one in (*self.own.updates, *self.shared.updates) for each in (one.lam, one.gamma)),
@@ -111,13 +111,13 @@ class Parts(NamedTuple):
         return self._replace(weight=self.weight.mT, is_out_in=not self.is_out_in)
 
     def at(self, index: Any) -> Parts:
-        """Return one matrix, or those at several indices."""
+        """Return one matrix, or the matrices at several indices."""
         if isinstance(index, Tensor) and index.dim() == 0:
             index = int(index)
         return self._replace(weight=self.weight[index], own=self.own.at(index))
 
     def formed(self) -> Tensor:
-        """Return weight + updates, added in float32 or wider and rounded once, laid out in memory as the weight is."""
+        """Return weight + updates, added in float32 or wider and rounded once, with the memory layout of the weight."""
         is_turned = self.weight.stride(-1) != 1
         stored = self.weight.mT if is_turned else self.weight
         dtype = torch.promote_types(stored.dtype, torch.float32)
@@ -130,7 +130,7 @@ class Parts(NamedTuple):
         return total.mT if is_turned else total
 
     def multiplies(self, x: object) -> bool:
-        """Whether `product` computes the product of these tokens, ``(..., in)``, with one matrix."""
+        """Whether `product` can multiply these tokens, ``(..., in)``, by one matrix."""
         if not isinstance(x, Tensor) or self.weight.dim() != 2 or x.dim() < 2:
             return False
         return product_dtype(x, self.weight, self.weight.shape[1 if self.is_out_in else 0]) is not None
@@ -155,9 +155,9 @@ class Parts(NamedTuple):
 class AdaptedStack(Tensor):
     """A stack of weights with their updates, or one matrix of it, as a tensor without values.
 
-    Products with one matrix and grouped products compute base and updates without forming them. Everything else that
-    torch is asked to do with it is done with the sum, formed for this. Its own gradient is an error: a function that
-    took it without `__torch_function__`, such as a `torch.autograd.Function`, cannot pass gradients to Λ and Γ.
+    Products with one matrix and grouped products compute base and updates without forming their sum. For any other
+    operation of torch the sum is formed. Computing a gradient of the stack itself raises an error: a function that took
+    it without `__torch_function__`, such as a `torch.autograd.Function`, cannot pass gradients to Λ and Γ.
     """
 
     parts: Parts
@@ -332,10 +332,10 @@ PRODUCTS: Mapping[Any, tuple[Callable[..., Any], tuple[str, ...]]] = {
     torch.bmm: BATCHED,
     Tensor.bmm: BATCHED,
 }
-"""How functions of torch are computed without forming the sum, and the names of their parameters."""
+"""Functions of torch that are computed without forming the sum, with the names of their parameters."""
 
 GROUPED = frozenset({"grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
-"""Names of grouped products: not every torch has each, and the last is an operator of transformers."""
+"""Names of grouped products. Not every torch has all of them, and the last is an operator of transformers."""
 
 DESCRIPTIONS = {
     *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "is_cuda", "is_leaf", "is_meta", "is_sparse")),
@@ -346,4 +346,4 @@ DESCRIPTIONS = {
     torch.is_floating_point,
     torch.numel,
 }
-"""Functions of a tensor's description, for which it needs no values."""
+"""Functions that describe a tensor and need no values."""

@@ -1,7 +1,7 @@
 """Stacks of experts' weights, ``(experts, out, in)`` or ``(experts, in, out)``, as in transformers.
 
-The code that multiplies by them may take one expert after the other, gather all that tokens visit, or call a grouped
-product. Reading an adapted stack returns an `AdaptedStack`, which computes each of these and forms no update of an
+Code that multiplies by them may take one expert after the other, gather all experts that tokens visit, or call a
+grouped product. Reading an adapted stack returns an `AdaptedStack`, which supports all three and forms no update of an
 expert that no token visits.
 """
 
@@ -33,8 +33,8 @@ from randlora.readers.read_weight import ReadWeight
 class Experts(ReadWeight):
     """Adapts a stack of weights ``(experts, out_features, in_features)``.
 
-    To adapt the stack of another class, subclass this with the name of the parameter as ``attribute``, and register the
-    subclass with `randlora.layers.register_layer` for that class.
+    To adapt the stack of a different class, subclass this with the name of the parameter as ``attribute``, and register
+    the subclass for that class with `randlora.layers.register_layer`.
     """
 
     kind = "experts"
@@ -66,13 +66,13 @@ class Experts(ReadWeight):
 
     @classmethod
     def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
-        """Return which arguments have the rows: tokens in their order, and the experts that each goes to."""
+        """Return which arguments have the rows: the tokens in order, and the experts that each token goes to."""
         rows = super().rows_of(owner, args, kwargs)
         given = [*args, *kwargs.values()]
         if not any(isinstance(each, Tensor) and each.dim() == 2 and len(each) == rows.size for each in given[1:]):
             raise AdapterError(
-                f"an adapted {owner.randlora_base.__name__} is given tokens sorted by expert, in which routed cannot "
-                "tell the rows of the batch: exclude it when the adapter is made, or activate one adapter at a time"
+                f"an adapted {owner.randlora_base.__name__} is given tokens sorted by expert, so routed cannot tell "
+                "the rows of the batch: exclude it when the adapter is made, or activate one adapter at a time"
             )
         return rows
 
@@ -82,7 +82,7 @@ class Experts(ReadWeight):
         return delta
 
     def value(self, owner: nn.Module) -> Tensor:
-        """Return the stack with its updates. Compiled and transformed code gets the sum, formed at once."""
+        """Return the stack with its updates. For compiled and transformed code the sum is formed at once."""
         weight, active = self.held_weight(owner), self.active()
         if not active:
             return weight

@@ -1,9 +1,9 @@
 """Modules that read or change the weight of a linear layer inside them, by qualified name of their class.
 
-An adapter that acts when its layer is called would be a silent no-op where the weight is read. Such a layer is adapted
-so that the parent's forward reads weight + update (`AdapterLayer.as_read`, `randlora.layers.scopes`), or, where no
-adapter would be right, refused with the reason. So are projections in whose place an attention of diffusers calls
-others: ``fuse_qkv_projections()`` makes one layer of several.
+An adapter that acts when its layer is called would silently do nothing if the weight is read instead. Such a layer is
+adapted so that the parent's forward reads weight + update (`AdapterLayer.as_read`, `randlora.layers.scopes`) or, if no
+adapter would be right, refused with the reason. Projections that an attention of diffusers replaces are refused too:
+``fuse_qkv_projections()`` joins several layers into one.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ TRANSFORMERS = "transformers.models"
 NO_EFFECT = "so an adapter would have no effect"
 KERNELS = "when the kernels of mamba-ssm are used"
 WITHOUT_GRADIENTS = "has no gradient, because {} reads its weight under torch.no_grad, so an adapter could not train"
-CHOOSES = "is left out, because {} chooses tokens under torch.no_grad, and an adapter of it could not be trained"
+CHOOSES = "is left out, because {} chooses tokens under torch.no_grad, so an adapter of it could not be trained"
 BY_METHOD = f"is read by a method of {{}} that its pipeline calls outside of any call of a module, {NO_EFFECT}"
 UNUSED = f"is never used by {{}}, {NO_EFFECT}"
 DIVIDED = (
-    "is in a {} whose weights the model divides in place in eval(), and would not divide the update: load the model "
-    "with rescale_every=0 in its config, which computes the same"
+    "is in a {}, whose weights the model divides in place in eval() without dividing the update: load the model with "
+    "rescale_every=0 in its config, which computes the same"
 )
 
 
@@ -36,10 +36,10 @@ class Parent(NamedTuple):
 
     Attributes:
         children: Their names in the owner.
-        when: When it does, if not always.
-        where: Whether it does, given the owner.
-        problem: Why no adapter of them is right, as a phrase after their name; empty if an adapter that acts on the
-            weight as it is read is right.
+        when: When it reads or changes them, if not always.
+        where: Whether it reads or changes them, given the owner.
+        problem: Why no adapter of them is right, as a phrase after their name. Empty if an adapter may act on the
+            weight as it is read.
     """
 
     children: tuple[str, ...]
@@ -180,7 +180,7 @@ WITHOUT_GRADIENT = frozenset(
         ("mistral_large4", "MistralLarge4Text"),
     )
 )
-"""Modules whose forward runs without gradients. Rules leave the layers inside them out; who names one gets it."""
+"""Modules whose forward runs without gradients. Rules leave out the layers inside them; naming a layer adapts it."""
 
 
 @register_readings
@@ -216,7 +216,7 @@ JOINED = {
     "to_kv": ("to_k", "to_v"),
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
 }
-"""The names of joined projections, and those of the layers that they are made of."""
+"""The names of joined projections, and of the layers that they are made of."""
 
 
 def _can_join(module: nn.Module) -> bool:
@@ -244,17 +244,17 @@ def _left_by_joining(attention: Any) -> Iterator[tuple[nn.Module, str]]:
 
 @register_check(_can_join)
 def require_called(attention: nn.Module, args: Any) -> None:  # noqa: ARG001  # a hook's signature
-    """Check that an attention calls its adapted projections; a hook of one that has some.
+    """Check that an attention calls its adapted projections. Used as a hook of the attention.
 
     Raises:
-        AdapterError: If it has joined them, or taken them apart, since they were adapted.
+        AdapterError: If it has joined or separated them since they were adapted.
     """
     for child, reason in _left_by_joining(attention):
         if adapter_layers_of(child):
             name = next(name for name, held in attention._modules.items() if held is child)
             raise AdapterError(
                 f"{name} is adapted and {reason}: undo fuse_qkv_projections() or unfuse_qkv_projections(), which was "
-                "called since, or eject the adapters first and adapt the layers that are called"
+                "called after adapting, or eject the adapters first and adapt the layers that are called"
             )
 
 

@@ -1,4 +1,4 @@
-"""`ReadWeight`: weights that other code reads, such as those of attention or experts; and linear layers among them."""
+"""`ReadWeight`: weights that other code reads, such as in attention or experts; `ReadLinear`: such linear layers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from randlora.layers.update import Update
 class ReadWeight(AdapterLayer):
     """Adapts a parameter that code reads by name, in the forward of its owner or of a module around it.
 
-    There the attribute is weight + update while adapters are active; elsewhere it is the parameter, as in
-    ``state_dict()`` and ``parameters()``. See `randlora.layers.scopes`. The update is computed on each read.
+    In these forwards the attribute is weight + update while adapters are active. Everywhere else it is the parameter,
+    as in ``state_dict()`` and ``parameters()``. See `randlora.layers.scopes`. The update is computed on each read.
 
     Attributes:
-        is_read_once: Whether to compute the update once in a forward of an owner, however often that reads the weight.
-            The result is kept until the forward ends.
+        is_read_once: Whether to compute the update only once in a forward of an owner, however often it reads the
+            weight. The result is kept until the forward ends.
     """
 
     is_called: ClassVar[bool] = False
@@ -38,7 +38,7 @@ class ReadWeight(AdapterLayer):
 
     @classmethod
     def takes_dropout(cls, owner: nn.Module) -> bool:  # noqa: ARG003
-        """Return ``False``: an update that is added to the weight has the input of the weight."""
+        """Return ``False``: an update that is added to the weight has the same input as the weight."""
         return False
 
     @classmethod
@@ -47,11 +47,11 @@ class ReadWeight(AdapterLayer):
         return Rows.first(args, kwargs, plain_class(owner).__name__)
 
     def held_weight(self, owner: Any) -> nn.Parameter:
-        """Return the parameter, or raise an `AdapterError` if code computes the weight from others since."""
+        """Return the parameter. Raises an `AdapterError` if the weight is now computed from other parameters."""
         if (weight := self.weight_of(owner)) is None:
             raise AdapterError(
-                f"{self.attribute} of an adapted {owner.randlora_base.__name__} is no parameter any more, as after a "
-                "parametrization or pruning: undo that, and merge or eject the adapters first"
+                f"{self.attribute} of an adapted {owner.randlora_base.__name__} is no longer a parameter, such as "
+                "after a parametrization or pruning: undo this, and merge or eject the adapters first"
             )
         return weight
 
@@ -89,45 +89,45 @@ class ReadWeight(AdapterLayer):
         return self.with_updates(weight, self.here(updates))
 
     def here(self, updates: list[Update]) -> list[Update]:
-        """Return the parts of updates for what this process has of the weight, which is all of it, or a piece."""
+        """Return the parts of updates for the part of the weight on this process (all of it, or a piece)."""
         return updates if self.piece is None else [self.piece.part(update) for update in updates]
 
 
 class ReadLinear(ReadWeight, LinearAdapter):
     """Adapts an `nn.Linear` whose weight code reads: the module around it, a trainer, or the forward of a subclass.
 
-    Whatever computes with the weight gets weight + update, as it would after merging. The plain forward, if anything
-    calls it, computes layer and adapter as one operation and does not form the update.
+    All code that computes with the weight gets weight + update, as after merging. The plain forward, if it is called,
+    computes layer and adapter as one operation and does not form the update.
     """
 
     is_called: ClassVar[bool] = True
 
     @classmethod
     def takes_dropout(cls, owner: nn.Module) -> bool:
-        """Whether the module's class has the plain forward; what reads the weight cannot drop entries."""
+        """Whether the module's class has the plain forward. Code that reads the weight cannot drop entries."""
         return plain_class(owner).forward is FORWARD
 
     def value(self, owner: nn.Module) -> Tensor:
         """Compute the weight plus the updates of the active adapters."""
         if owner.training and any(part.adapter.config.dropout for part, _ in self.active()):
             raise AdapterError(
-                f"code reads the weight of an adapted {plain_class(owner).__name__} instead of calling it, where the "
-                "adapter's dropout cannot reach, as TRL's trainers do with an output head: make the adapter without "
+                f"code reads the weight of an adapted {plain_class(owner).__name__} instead of calling it, so the "
+                "adapter's dropout cannot act (TRL's trainers do this with an output head): make the adapter without "
                 "dropout, or exclude the layer"
             )
         return super().value(owner)
 
     def adds_to_output(self, owner: nn.Module) -> bool:
-        """Whether the module has the plain forward; another one reads weight + update."""
+        """Whether the module has the plain forward. Any other forward reads weight + update."""
         return self.runs_plain_forward(owner)
 
     def forward(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the plain forward plus those of the active adapters, or what another forward returns."""
+        """Return the output of the plain forward plus the active adapters' outputs, or any other forward's result."""
         kind = LinearAdapter if self.adds_to_output(owner) else ReadWeight
         return kind.forward(self, owner, base_forward, *args, **kwargs)
 
     def base_output(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Return the output of the plain forward without adapters, which does not read the attribute."""
+        """Return the output of the plain forward without adapters. The attribute is not read."""
         if not self.adds_to_output(owner):
             return super().base_output(owner, base_forward, *args, **kwargs)
         bias: Any = owner.bias

@@ -1,9 +1,9 @@
-"""torch's modules whose weights their forwards read: attention, convolutions and embeddings.
+"""torch's modules whose forwards read their weights: attention, convolutions and embeddings.
 
-The ``in_proj_weight`` of `nn.MultiheadAttention` has the query, key and value projections one above the other; if keys
-or values have another width, there are ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight`` instead. It reads the
-weight of ``out_proj``, too. The kernel of a convolution is adapted as a matrix: one row per output channel. Of the
-update of an embedding's table only the rows are computed that a batch looks up.
+The ``in_proj_weight`` of `nn.MultiheadAttention` stacks the query, key and value projections. If keys or values have a
+different width, there are ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight`` instead. The attention reads the
+weight of ``out_proj`` too. The kernel of a convolution is adapted as a matrix with one row per output channel. For an
+embedding's table, only the rows of the update that a batch looks up are computed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class ProjectionAdapter(ReadWeight):
 
     @classmethod
     def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
-        """Return which arguments have the rows: ``batch_first`` says where, and a mask may have one for each head."""
+        """Return which arguments have the rows. ``batch_first`` says where; a mask may have a row for each head."""
         base = plain_class(owner)
         given = inspect.signature(base.forward).bind(owner, *args, **kwargs).arguments
         del given["self"]
@@ -83,16 +83,16 @@ class ProjectionAdapter(ReadWeight):
 @register_layer("open_clip.transformer.Attention")
 @register_layer(nn.MultiheadAttention)
 class InProjAdapter(ProjectionAdapter):
-    """Adapts an ``in_proj_weight``, ``(3 * embed_dim, embed_dim)``: as one matrix, or as three."""
+    """Adapts an ``in_proj_weight``, ``(3 * embed_dim, embed_dim)``, as one matrix or as three."""
 
     attribute = "in_proj_weight"
 
     @classmethod
     def obstacle(cls, owner: nn.Module) -> str | None:
-        """Return the obstacles of any weight, or that this one is no stack of three matrices of one size."""
+        """Return the obstacle for any weight, or that this one is not a stack of three matrices of equal size."""
         out_features = cls.features(owner)[1]
         if out_features % PROJECTIONS:
-            return f"has {out_features} rows, expected those of query, key and value, equally many: exclude it"
+            return f"has {out_features} rows, expected equally many for query, key and value: exclude it"
         return super().obstacle(owner)
 
     @classmethod
@@ -112,9 +112,9 @@ class InProjAdapter(ProjectionAdapter):
     def summed(
         cls, updates: Iterable[Update], region: Region | None, *, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        """Return the sum of some updates as one matrix, or of the parts within a region, a slice of the whole sum.
+        """Return the sum of some updates as one matrix, or the slice of this sum within a region.
 
-        A region may begin in one of the three matrices and end in another.
+        A region may begin in one of the three matrices and end in a different one.
         """
         total = super().summed(updates, None, device=device, dtype=dtype)
         return total if region is None else region.of(total)
@@ -145,7 +145,7 @@ class ValueAdapter(ProjectionAdapter):
 class OutProjAdapter(ProjectionAdapter):
     """Adapts the weight of ``out_proj``, ``(embed_dim, embed_dim)``, a layer that attention does not call.
 
-    Its own forward, if anything calls it, reads the weight as well.
+    Its own forward, if it is called, reads the weight too.
     """
 
 
@@ -159,11 +159,11 @@ class OutProjAdapter(ProjectionAdapter):
 class ConvolutionAdapter(ReadWeight):
     """Adapts the kernel of a convolution, viewed as a matrix.
 
-    The update is ``(out_channels, in_channels/groups·prod(kernel_size))``, and for a transposed convolution, whose
-    kernel is stored with the input channels first, ``(in_channels, out_channels/groups·prod(kernel_size))``.
+    The update is ``(out_channels, in_channels/groups·prod(kernel_size))``. For a transposed convolution, which stores
+    its kernel with the input channels first, it is ``(in_channels, out_channels/groups·prod(kernel_size))``.
 
-    The owner's forward reads kernel + update and convolves with it once, so stride, padding, dilation, groups and
-    memory format are torch's. Its autograd keeps this sum for backward, a tensor of the size of the kernel.
+    The owner's forward reads kernel + update and convolves with it once, so torch handles stride, padding, dilation,
+    groups and memory format. Autograd keeps this sum, which is as large as the kernel, for backward.
     """
 
     kind: ClassVar[str] = "convolution"
@@ -179,12 +179,12 @@ class ConvolutionAdapter(ReadWeight):
 
     @staticmethod
     def in_storage_layout(delta: Tensor) -> Tensor:
-        """Return the update unchanged, which has the kernel's entries in their order."""
+        """Return the update unchanged. Its entries are in the order of the kernel's entries."""
         return delta
 
     @classmethod
     def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
-        """Return which arguments have the rows of the batch, which an input may lack."""
+        """Return which arguments have the rows of the batch. Raises an error if the input has no batch."""
         x: Tensor = args[0] if args else kwargs["input"]
         if x.dim() != len(owner.kernel_size) + 2:
             raise AdapterError(
@@ -207,9 +207,9 @@ class ConvolutionAdapter(ReadWeight):
 class EmbeddingAdapter(ReadWeight):
     """Adapts the table of an embedding; the update is ``(num_embeddings, embedding_dim)``.
 
-    The output is that of an embedding with the table weight + update, for every index, ``padding_idx`` too. Only the
-    rows that a batch looks up are computed, unless a subclass has its own forward or other code reads the weight: they
-    read the table with the whole update.
+    For every index, including ``padding_idx``, the output is that row of weight + update. Only the rows that a batch
+    looks up are computed, unless a subclass has its own forward or other code reads the weight: these read the table
+    with the whole update.
     """
 
     kind: ClassVar[str] = "embedding"
@@ -233,7 +233,7 @@ class EmbeddingAdapter(ReadWeight):
 
     @classmethod
     def obstacle(cls, owner: nn.Module) -> str | None:
-        """Return why the table cannot be adapted: it is not of a floating dtype, or its forward changes it."""
+        """Return why the table cannot be adapted: its dtype is not floating, or its forward changes it."""
         assert isinstance(owner, nn.Embedding)
         if owner.max_norm is None:
             return super().obstacle(owner)
@@ -252,7 +252,7 @@ class EmbeddingAdapter(ReadWeight):
             **kwargs: Keyword arguments of the forward; the indices may be the first of them.
 
         Returns:
-            ``(*indices.shape, embedding_dim)`` in the dtype of the weight, or what a forward of its own returns.
+            ``(*indices.shape, embedding_dim)`` in the dtype of the weight, or the result of an overridden forward.
         """
         assert isinstance(owner, nn.Embedding)
         is_plain = self.runs_plain_forward(owner)
@@ -284,5 +284,5 @@ class EmbeddingAdapter(ReadWeight):
 for quantized in ("Embedding8bit", "Embedding4bit"):
     refuse_layer(
         f"bitsandbytes.nn.modules.{quantized}",
-        "its table is quantized, and only one of a floating dtype can be adapted: leave the embedding unquantized",
+        "its table is quantized, but only a table of a floating dtype can be adapted: leave the embedding unquantized",
     )

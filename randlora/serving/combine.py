@@ -31,7 +31,7 @@ from randlora.targets.options import listed
 from randlora.targets.site import AdaptedSite, shapes_of, sizes
 
 ROUNDINGS = 16
-"""How many roundings of its Λ and Γ a sum may be off to be exact."""
+"""How many roundings of Λ and Γ a sum may be off and still count as exact."""
 
 INSTEAD = "activate the adapters with factors, which is exact, or merge one after the other"
 
@@ -39,20 +39,20 @@ INSTEAD = "activate the adapters with factors, which is exact, or merge one afte
 @torch.inference_mode(mode=False)  # what is made here may be trained, whatever mode the caller is in
 @torch.no_grad()
 def combine(model: nn.Module, adapters: Mapping[str, float], *, name: str) -> Report:
-    """Add an adapter whose update is a weighted sum of the updates of others, which saves and loads like any other.
+    """Add an adapter whose update is a weighted sum of the updates of others.
 
-    The sum is the update of one adapter only if the adapters are on the same bases, and in each layer and for each
-    basis their Γ are multiples of one another, or their Λ are, as of adapters of which Λ alone was trained. A layer
-    that only one of them changes can always be summed. `activate` with factors is exact for all adapters, without a new
-    one.
+    The new adapter saves and loads like any other. A single adapter can represent the sum exactly only if all adapters
+    share their bases and, in each layer and for each basis, their Γ (or their Λ) are multiples of one another, such as
+    when only Λ was trained. A layer that only one of them changes can always be summed. To add any adapters exactly
+    without a new one, use `activate` with factors.
 
-    The new adapter has the options of the first one named. r and alpha of a layer are those of the first adapter that
-    has it. Parameters of ``train_also`` become the model's own plus the weighted sum of what each adapter changed. It
-    is neither active nor trainable.
+    The new adapter takes the options of the first adapter named, and r and alpha of each layer from the first adapter
+    that adapts it. Parameters of ``train_also`` become the model's own plus the weighted sum of the adapters' changes.
+    The new adapter is neither active nor trainable.
 
     Args:
         model: A model with adapters.
-        adapters: The factors of the sum, by the names of the adapters; any finite numbers.
+        adapters: The factors of the sum by the names of the adapters, as finite numbers.
         name: The name of the new adapter.
 
     Returns:
@@ -112,7 +112,7 @@ def _form_problems(sites: Iterable[AdaptedSite], sources: Sequence[Adapter]) -> 
             if basis.identity != held.identity:
                 problems.append(f"{source.name!r} is on {basis.spec}, and {other.name!r} on {held.spec}: {INSTEAD}")
             elif other is source and not basis.spec.is_of(first.config, r):
-                problems.append(f"{source.name!r} is on {basis.spec}, of which {first.name!r} has no kind: {INSTEAD}")
+                problems.append(f"{source.name!r} is on {basis.spec}, but {first.name!r} has no such bases: {INSTEAD}")
     for site in sites:
         parts = {source.name: part for source in sources if (part := site.layer.adapters.get(source.name)) is not None}
         wanted = site.shape_with(first.config)
@@ -125,7 +125,7 @@ def _form_problems(sites: Iterable[AdaptedSite], sources: Sequence[Adapter]) -> 
         if len(ranks := {part.options.r for part in parts.values()}) > 1:
             problems.append(f"{' and '.join(parts)} have r={' and '.join(map(str, ranks))} in {site.fqn}: {INSTEAD}")
         if not next(iter(parts.values())).scaling:
-            problems.append(f"{next(iter(parts))!r} has alpha=0 in {site.fqn}, with which there is no update")
+            problems.append(f"{next(iter(parts))!r} has alpha=0 in {site.fqn}, so there is no update")
         if not all(has_values(each) for name in parts for each in site.layer.diagonals_of(site.owner, name)):
             problems.append(f"{site.fqn} has no values (meta or fake): load the model first")
     return problems
@@ -139,14 +139,14 @@ def _copy_problems(state: ModelState, sites: Iterable[AdaptedSite], sources: Ite
         if source.buffers:
             problems.append(
                 f"{source.name!r} has buffers ({shortened([*source.buffers])}), which have no sum: activate the "
-                "adapters with factors, or train without these in train_also"
+                "adapters with factors, or train without them in train_also"
             )
         for fqn, copy in source.trained.items():
             entry = state.replaced[fqn]
             if not entry.is_lost and id(entry.live) in weights:
                 problems.append(
                     f"{source.name!r} trained a copy of {fqn}, a weight that the new adapter would adapt: leave one of "
-                    "both out"
+                    "the two out"
                 )
             if not entry.fits(copy):
                 problems.append(f"{source.name!r} trained {fqn}, whose shape has changed: leave it out")
@@ -219,18 +219,18 @@ def _values(
 
 
 def summed(updates: Sequence[Update], scaling: float) -> tuple[Tensor, Tensor, bool]:
-    """Return Λ and Γ of the sum of updates on the same bases, and whether it is exact.
+    """Return Λ and Γ of the sum of updates on the same bases, and whether the sum is exact.
 
     Basis j multiplies column ``k·num_bases + j`` of B and row k of A by ``lam[k, j] · gamma[j, c]``, a matrix of rank
-    one. The sum is an update if the sum of these matrices is of rank one again for each basis: it keeps the Γ of the
-    largest term if those of all are multiples of it, or its Λ likewise.
+    one. The sum is an update if, for each basis, the sum of these matrices has rank one again. It then keeps the Γ of
+    the largest term (if all other Γ are multiples of it), or its Λ likewise.
 
     Args:
         updates: The updates, of the same shape.
         scaling: The scaling of the sum, which is not 0.
 
     Returns:
-        Λ and Γ in the widest dtype of those of the updates, at least float32. They are computed in float64.
+        Λ and Γ in the widest dtype of the updates, at least float32. They are computed in float64.
     """
     dtype = functools.reduce(torch.promote_types, [update.lam.dtype for update in updates], torch.float32)
     at = torch.device("cpu") if updates[0].lam.device.type == "mps" else updates[0].lam.device  # it has no float64

@@ -1,7 +1,8 @@
-"""Which row of a batch each entry of a tensor belongs to, and how that follows from the tensors it was computed from.
+"""Which row of a batch each entry of a tensor belongs to, derived from the tensors it was computed from.
 
-The rows of a tensor are written as a tensor of numbers of as many dimensions, whose size is 1 in each dimension along
-which the row does not change. So that of a batch ``(rows, tokens, features)`` is ``(rows, 1, 1)``, however large it is.
+The rows of a tensor are stored as a tensor of row numbers with as many dimensions, whose size is 1 in each dimension
+along which the row does not change. For a batch ``(rows, tokens, features)`` this is ``(rows, 1, 1)``, whatever its
+size.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from torch import Tensor
 from randlora.errors import AdapterError
 
 NONE = -1
-"""The number where an entry depends on no row, as in a weight."""
+"""The number of entries that depend on no row, such as in a weight."""
 
 MIXED = -2
-"""The number where an entry depends on several rows, or the rows are not known."""
+"""The number of entries that depend on several rows, or on unknown rows."""
 
 LARGE = torch.iinfo(torch.int64).max
 
@@ -28,10 +29,10 @@ class Label(NamedTuple):
 
     Attributes:
         rows: The number of the row, or `NONE`, or `MIXED`, on the CPU; see above.
-        by_values: Whether values of the batch decide where they are, as where tokens are sorted by expert: another
-            batch has them elsewhere.
-        assumed_by: The module that was given a tensor that depends on no row, and took it to have one for each, if any.
-        why: The operation that made them unknown, for messages.
+        by_values: Whether values of the batch decide where the rows are (such as if tokens are sorted by expert), so
+            that they are elsewhere in a different batch.
+        assumed_by: The module, if any, that was given a tensor that depends on no row and assumed one entry per row.
+        why: The operation that made the rows unknown, for messages.
     """
 
     rows: Tensor
@@ -50,17 +51,17 @@ class Label(NamedTuple):
         return bool((self.rows == NONE).all())
 
     def changed(self, rows: Tensor) -> Label:
-        """Return other rows with the same marks."""
+        """Return a label with different rows and the same marks."""
         return self._replace(rows=rows)
 
 
 def first_dimension(shape: Sequence[int]) -> Label:
-    """Return the rows of a tensor that has one for each entry of its first dimension."""
+    """Return the label of a tensor that has one row for each entry of its first dimension."""
     return Label(torch.arange(shape[0], device="cpu").view(-1, *[1] * (len(shape) - 1)))
 
 
 def unknown(dims: int, why: str) -> Label:
-    """Return the label of a tensor whose rows are not known."""
+    """Return the label of a tensor whose rows are unknown."""
     return Label(torch.full((1,) * dims, MIXED, device="cpu"), why=why)
 
 
@@ -70,7 +71,7 @@ def nothing(dims: int) -> Label:
 
 
 def fits(rows: Tensor, shape: Sequence[int]) -> bool:
-    """Whether rows can be those of a tensor of a shape, or of one that is broadcast to it."""
+    """Whether rows fit a tensor of a shape, or one that broadcasts to it."""
     sizes = (1,) * (len(shape) - rows.dim()) + tuple(rows.shape)
     return len(sizes) == len(shape) and all(one in (1, size) for one, size in zip(sizes, shape, strict=True))
 
@@ -94,7 +95,7 @@ def shrunk(rows: Tensor) -> Tensor:
 
 
 def merged_along(label: Label, dims: Iterable[int]) -> Label:
-    """Return the rows of entries that are computed from all those along some dimensions, which have size 1 then."""
+    """Return the label of entries computed from all entries along some dimensions, which then have size 1."""
     rows = label.rows
     for dim in dims:
         if rows.shape[dim] > 1:
@@ -106,10 +107,10 @@ def merged_along(label: Label, dims: Iterable[int]) -> Label:
 
 
 def merged(labels: Sequence[Label]) -> Label:
-    """Return the rows of entries that are each computed from one entry of some tensors, after broadcasting these.
+    """Return the label of entries that are each computed from one entry of several tensors, after broadcasting.
 
     Raises:
-        AdapterError: If rows that were assumed are not those that the tensor meets.
+        AdapterError: If assumed rows differ from the rows of a tensor that they are combined with.
     """
     if len(labels) == 1:
         return labels[0]
@@ -122,9 +123,9 @@ def merged(labels: Sequence[Label]) -> Label:
         both = _both(rows, label.rows)
         if label.assumed_by and bool(((both == MIXED) & (rows != MIXED) & (label.rows != MIXED)).any()):
             raise AdapterError(
-                f"an adapted {label.assumed_by} was given what is the same for all rows of the batch, and its output "
-                "meets several of them: routed cannot tell which adapter it goes through; exclude the layer when the "
-                "adapter is made, or activate one adapter at a time"
+                f"an adapted {label.assumed_by} was given an input that is the same for all rows of the batch, and its "
+                "output is combined with several of them: routed cannot tell which adapter to use; exclude the layer "
+                "when the adapter is made, or activate one adapter at a time"
             )
         if bool(((rows == NONE) & (both != NONE)).any()):
             marks = marked([marks, label], marks.rows)
@@ -133,7 +134,7 @@ def merged(labels: Sequence[Label]) -> Label:
 
 
 def marked(labels: Iterable[Label], rows: Tensor) -> Label:
-    """Return rows with the marks that any of some labels has."""
+    """Return a label with these rows, and each mark that any of the labels has."""
     each = [*labels]
     return Label(
         rows,
@@ -176,10 +177,10 @@ def reshaped(rows: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
 
 
 def filled(label: Label) -> Label:
-    """Return the rows of a tensor, where the entries that depend on none are taken to their row by one dimension.
+    """Return the label of a tensor, with rows filled in for entries that depend on none.
 
-    That is so if all others with the same index in that dimension have one row: a token that a model puts before those
-    of each row belongs to that row.
+    If all other entries with the same index in some dimension have one row, such an entry gets this row. For example, a
+    token that a model puts before the tokens of each row belongs to that row.
     """
     if not bool((label.rows == NONE).any()) or label.is_none:
         return label

@@ -1,4 +1,4 @@
-"""`AdapterPool`: more adapters than a model holds, loaded when they are asked for; the least recently used go first."""
+"""`AdapterPool`: more adapters than fit in a model, loaded when they are needed; the least recently used go first."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from randlora.targets.match import nearest_names
 
 @dataclass(frozen=True)
 class PoolStats:
-    """What an `AdapterPool` has done since it was made, and what it holds now.
+    """Counters of an `AdapterPool` since it was made, and its current contents.
 
     Attributes:
-        hits: How often an adapter was asked for that the model had.
-        misses: How often one was asked for that it did not have.
-        loads: How many were loaded.
+        hits: How often the model already had a requested adapter.
+        misses: How often it did not.
+        loads: How many adapters were loaded.
         failures: How often loading failed.
-        evictions: How many were removed for others.
+        evictions: How many adapters were removed to make room.
         seconds_loading: How long callers waited for adapters to be read and added.
         loaded: The adapters that the model has now.
-        nbytes: Bytes of their Λ and Γ, and of what they train besides, without the bases that they share.
+        nbytes: Bytes of their Λ and Γ and the parameters of ``train_also``, without the bases, which they share.
     """
 
     hits: int = 0
@@ -49,10 +49,10 @@ class PoolStats:
 
 
 class AdapterPool:
-    """Loads the adapters of a model when they are asked for, and removes those that were not used for the longest time.
+    """Loads adapters into a model when they are needed, and removes the least recently used ones.
 
-    All calls of the model go through the pool, in blocks of `routed` or `using`, one thread at a time: others wait. The
-    model may have further adapters, which the pool does not touch.
+    All calls of the model must go through the pool, in blocks of `routed` or `using`. One thread at a time is in a
+    block; others wait. The pool does not touch other adapters of the model.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
@@ -78,13 +78,13 @@ class AdapterPool:
         Args:
             model: The model that the adapters were trained on.
             sources: For each name a directory, a repository on the Hub, or what `randlora.adapter_state` returned. Or a
-                directory of adapters, each in a directory of its name, as `randlora.save_all` writes them; it is read
+                directory of adapters in subdirectories with their names, as `randlora.save_all` writes them; it is read
                 again for a name that was not there.
-            max_loaded: How many of them the model has at once, at most; while others are loaded, also these.
+            max_loaded: The largest number of them in the model at once, including those being loaded.
             prefix: The prefix by which the names in the files and in the model differ, as for `randlora.load`.
 
         Raises:
-            ConfigError: If an option is of another type, or ``max_loaded`` is less than 1.
+            ConfigError: If an option has a wrong type, or ``max_loaded`` is less than 1.
             CheckpointError: If ``sources`` is a directory without adapters.
         """
         given = {"model": model, "sources": sources, "max_loaded": max_loaded, "prefix": prefix}
@@ -110,24 +110,24 @@ class AdapterPool:
 
     @property
     def loaded(self) -> tuple[str, ...]:
-        """The names of those that the model has, those used last at the end."""
+        """The names of the adapters that the model has, the most recently used last."""
         return tuple(self._loaded)
 
     def stats(self) -> PoolStats:
-        """Return the counters, from any thread, without waiting for a block to end."""
+        """Return the counters. Any thread may call this, and it does not wait for a block to end."""
         return self._stats
 
     def prefetch(self, names: str | Sequence[str]) -> None:
-        """Begin to read adapters in another thread, so that the next block that asks for them waits less.
+        """Start reading adapters in a different thread, so that the next block that needs them waits less.
 
-        The model is not touched, and this does not wait. What was read is kept until it is asked for, for as many
-        adapters as ``max_loaded``; an error is raised when it is asked for.
+        This returns at once and does not touch the model. The contents are kept until a block needs them, for at most
+        ``max_loaded`` adapters. If reading fails, that block raises the error.
 
         Args:
-            names: Their names; those that are loaded or being read are skipped.
+            names: The adapters' names. Adapters that are loaded or being read are skipped.
 
         Raises:
-            AdapterError: If a name is unknown, or they are more than ``max_loaded``.
+            AdapterError: If a name is unknown, or there are more than ``max_loaded`` names.
         """
         require_types(AdapterPool.prefetch, {"names": names})
         wanted = list(dict.fromkeys([names] if isinstance(names, str) else names))
@@ -144,7 +144,7 @@ class AdapterPool:
 
     @contextmanager
     def routed(self, names: Sequence[str | None] | Sequence[Sequence[str | None]]) -> Iterator[None]:
-        """Run each row of a batch through its own adapter inside a ``with`` block; those that are missing are loaded.
+        """Run each row of a batch through its own adapter inside a ``with`` block. Missing adapters are loaded.
 
         Args:
             names: As for `randlora.serving.routed`.
@@ -152,8 +152,8 @@ class AdapterPool:
         Raises:
             AdapterError: If a name is unknown, there are more adapters than ``max_loaded`` in all open blocks, or
                 `randlora.serving.routed` refuses them. Nothing is loaded in the first two cases.
-            CheckpointError: If an adapter cannot be loaded; the message names its files. The model then has those that
-                it had.
+            CheckpointError: If an adapter cannot be loaded; the message names its files. The model then has the same
+                adapters as before.
         """
         wanted = _named(names)
         with self.using(wanted):
@@ -163,17 +163,17 @@ class AdapterPool:
 
     @contextmanager
     def using(self, names: str | Sequence[str]) -> Iterator[None]:
-        """Have adapters loaded inside a ``with`` block, in which the caller says what they are for, as by `activate`.
+        """Keep adapters loaded inside a ``with`` block, for the caller to use, such as with `activate`.
 
-        That is for those that `randlora.serving.routed` cannot take, as those with ``train_also``. No other thread is
-        in a block at the same time.
+        Use it for adapters that `randlora.serving.routed` does not support, such as those with ``train_also``. No other
+        thread is in a block at the same time.
 
         Args:
-            names: Their names.
+            names: The adapters' names.
 
         Raises:
             AdapterError: If a name is unknown, or there are more adapters than ``max_loaded`` in all open blocks.
-            CheckpointError: If one cannot be loaded. The model then has those that it had.
+            CheckpointError: If an adapter cannot be loaded. The model then has the same adapters as before.
         """
         require_types(AdapterPool.using, {"names": names})
         wanted = list(dict.fromkeys([names] if isinstance(names, str) else names))

@@ -1,7 +1,7 @@
-"""`routed`: each row of a batch through its own adapter, and the calls of a model, or of its parts, in such a block.
+"""`routed`: each row of a batch through its own adapter, and the calls of a model or its parts in such a block.
 
-Every module with adapted layers inside may be what is called: transformers' ``generate`` calls an encoder itself. Of
-calls inside of each other the outermost counts.
+The call may be of any module that contains adapted layers: transformers' ``generate`` calls an encoder itself. If calls
+are nested, the outermost counts.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from randlora.serving.tracking import RowTracking
 from randlora.state import ModelState, adapted_root, require_unmerged
 from randlora.targets.walk import Census
 
-ELSEWHERE = "another thread, or task, routes through this model: wait for it, or gather the rows into one batch"
+ELSEWHERE = "another thread or task routes through this model: wait for it, or gather the rows into one batch"
 
 BATCHES = "input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids"
-"""What models of transformers call an input that has a batch."""
+"""Names of inputs that have a batch, in models of transformers."""
 
 WITHOUT_ROWS = ("cache_position",)
-"""What they call one that has none, even if it is as long."""
+"""Names of inputs without a batch, even if they have as many entries."""
 
 GROWING = "mask", "past", "cache"
-"""Parts of the names of inputs that are longer in each step of ``generate``, with the rows in the same place."""
+"""Parts of the names of inputs that grow in each step of ``generate``, while their rows stay in place."""
 
 DEPTH = 4
-"""How deep in lists and mappings an input may be."""
+"""How deep an input may be nested in lists and mappings."""
 
 REPEATING = "num_beams", "num_return_sequences"
-"""Options of ``generate`` with which it makes several sequences of each row, one after the other."""
+"""Options with which ``generate`` makes several sequences of each row, one after the other."""
 
 SORTING = "encode", "predict"
-"""Methods of models of sentence-transformers that sort texts by their length, and make batches of them."""
+"""Methods of sentence-transformers' models that sort texts by length and form batches."""
 
 
 @runtime_checkable
@@ -66,22 +66,22 @@ def routed(
 ) -> AbstractContextManager[None]:
     """Run each row of a batch through its own adapter inside a ``with`` block, whichever adapters are active.
 
-    A linear layer computes the base for the whole batch once, and adapters on the same bases share the product with
-    them. Convolutions, attention and experts run once for each adapter, with its rows. Gradients are those of single
-    adapters; call ``backward`` inside of the block if parts of the model are checkpointed.
+    A linear layer computes the base once for the whole batch, and adapters with the same bases share the product with
+    them. Convolutions, attention and experts run once for each adapter, with its rows. Gradients are the same as with
+    single adapters. If parts of the model are checkpointed, call ``backward`` inside the block.
 
-    Inside transformers' ``generate`` every row may become several, as for beams. Blocks can be nested, also with those
-    of `randlora.disabled`: the innermost counts.
+    Inside transformers' ``generate``, a row may become several, such as for beams. Blocks can be nested, including with
+    `randlora.disabled`; the innermost counts.
 
     Args:
         model: A model with adapters.
-        names: The adapter of each row, ``None`` for the base alone; or for each row the adapters of its tokens, where
-            several sequences are packed into one row.
+        names: The adapter of each row, or ``None`` for the base alone. If several sequences are packed into one row,
+            the adapters of the row's tokens instead.
 
     Raises:
-        AdapterError: If a name is unknown, or an adapter cannot be routed: it trained parameters besides its own with
-            ``train_also``, the adapters are merged, or another thread routes through this model. In the block, if a
-            call of the model has another number of rows, or a layer does not tell its rows.
+        AdapterError: If a name is unknown, an adapter trained further parameters with ``train_also``, the adapters are
+            merged, or another thread routes through this model. Inside the block: if a call of the model has a
+            different number of rows, or a layer's rows are unknown.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
@@ -120,7 +120,7 @@ def _watching(model: nn.Module, block: AbstractContextManager[object]) -> Iterat
 
 def _routing(names: object) -> RowByRow:
     """Return the routing for some names, of whatever type was given."""
-    expected = "expected the name of an adapter, or None, for each row, or a sequence of those for each"
+    expected = "expected for each row the name of an adapter or None, or a sequence of these"
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
         raise AdapterError(f"{expected}, got {shortly(names)}")
     rows = [row for row in names if row is not None and not isinstance(row, str)]
@@ -129,7 +129,9 @@ def _routing(names: object) -> RowByRow:
     if rows and len(rows) < len(names):
         raise AdapterError(f"{expected}, got both in {shortly(names)}")
     if len(set(map(len, rows))) > 1:
-        raise AdapterError(f"the rows of names for tokens have {sorted(set(map(len, rows)))} names: pad them with None")
+        raise AdapterError(
+            f"the rows have different numbers of names, {sorted(set(map(len, rows)))}: pad them with None"
+        )
     if strange := [name for row in rows for name in row if name is not None and not isinstance(name, str)]:
         raise AdapterError(f"{expected}, got {shortly(strange[0])}")
     return RowByRow(names)
@@ -138,8 +140,8 @@ def _routing(names: object) -> RowByRow:
 def _problems(state: ModelState, routing: RowByRow) -> list[str]:
     problems = state.unknown(routing.adapters)
     problems += [
-        f"{name!r} trained {', '.join(state.adapters[name].trained)} with train_also, of which the model has one for "
-        "all rows: activate it alone"
+        f"{name!r} trained {', '.join(state.adapters[name].trained)} with train_also, and the model can use only one "
+        "copy for all rows: activate it alone"
         for name in routing.adapters
         if name in state.adapters and state.adapters[name].trained
     ]
@@ -173,7 +175,7 @@ class Entries:
             self.handles[module] = [begin, end]
 
     def close(self) -> None:
-        """End what an interrupt has left running, and watch no more."""
+        """End calls that an interrupt has left running, and remove the hooks."""
         self.leave()
         for handles in self.handles.values():
             for handle in handles:
@@ -182,7 +184,7 @@ class Entries:
             method.remove()
 
     def generate(self, method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a model's ``generate``, of which it is known then how many sequences it makes of each row."""
+        """Run a model's ``generate``, taking into account how many sequences it makes of each row."""
         before = self.times
         self.times = max(before, *(_option(method.module, name, args, kwargs) for name in REPEATING))
         try:
@@ -191,7 +193,7 @@ class Entries:
             self.times = before
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin a call, unless it is inside of another."""
+        """Begin a call, unless it is inside another one."""
         routing = self.routing
         call = routing.call
         if self.state.run is not routing:  # a block inside of this one counts
@@ -219,7 +221,7 @@ class Entries:
         routing, name = self.routing, type(module).__name__
         tensors = [*_tensors(inputs)]
         if not tensors:
-            raise AdapterError(f"routed expects a tensor with a batch, and {name} was called without any")
+            raise AdapterError(f"routed expects a tensor with a batch, but {name} was called without one")
         shape = tensors[0][1].shape
         routing.chosen = None
         routing.use(_times(routing, shape, name, self.times))
@@ -236,7 +238,7 @@ class Entries:
         call.tracking.__enter__()
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:  # noqa: ARG002
-        """End a call, also one that has raised."""
+        """End a call, even if it raised."""
         call = self.routing.call
         if call is None or call.module is not module or call.thread != threading.get_ident():
             return
@@ -249,7 +251,7 @@ class Entries:
                     handle.remove()
 
     def leave(self) -> None:
-        """Follow the running call no more, if there is any."""
+        """Stop following the running call, if there is one."""
         call = self.routing.call
         if call is None:
             return
@@ -262,7 +264,7 @@ class Entries:
 
 
 class Method:
-    """What a module has in the place of a method while a block is open. A copy of the module has the method itself."""
+    """A replacement for a module's method while a block is open. A copy of the module has the method itself."""
 
     def __init__(self, module: nn.Module, name: str, call: Callable[..., Any]) -> None:
         """Put it there; ``call`` is given this object, and the arguments."""
@@ -272,7 +274,7 @@ class Method:
         vars(module)[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call what is in its place."""
+        """Call the replacement."""
         return self.call(self, args, kwargs)
 
     def remove(self) -> None:
@@ -349,11 +351,11 @@ def _times(routing: Routing, shape: torch.Size, name: str, times: int) -> int:
             return size // rows
         if times:
             raise AdapterError(
-                f"routed was given names for {rows} rows, of which generate makes {rows * times}, and {name} was "
+                f"routed was given names for {rows} rows, of which generate makes {rows * times}, but {name} was "
                 f"called with {size}, which the model arranges itself, as for guidance_scale: turn that off, or "
                 "activate one adapter at a time"
             )
     raise AdapterError(
-        f"routed was given names for {rows} rows, and {name} was called with an input of shape {tuple(shape)}, which "
-        f"has {size}: give a name, or None, for each"
+        f"routed was given names for {rows} rows, but {name} was called with an input of shape {tuple(shape)}, which "
+        f"has {size}: give a name or None for each"
     )

@@ -1,7 +1,7 @@
-"""Which adapter each row of a batch, or each token, goes through, and where the rows are in what a layer is given.
+"""Which adapter each row of a batch, or each token, goes through, and where the rows are in a layer's input.
 
-The first call with inputs of some shapes is followed, `randlora.serving.tracking`, and what it shows holds for others
-of its kind.
+The first call with inputs of some shapes is followed (`randlora.serving.tracking`), and its result is reused for calls
+of the same kind.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ BASE = -1
 
 
 class Sorted(NamedTuple):
-    """The tokens of a batch, sorted by adapter, those with the fewest tokens first.
+    """The tokens of a batch, sorted by adapter, the adapters with the fewest tokens first.
 
     Attributes:
         order: The position in the batch of each, ``(tokens,)``.
         adapters: The names of the adapters in that order; ``None`` is the base.
         counts: The number of tokens of each.
-        is_in_order: Whether that is the order of the batch.
+        is_in_order: Whether this is the order of the batch.
     """
 
     order: Tensor
@@ -41,7 +41,7 @@ class Sorted(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where the rows of a batch are in what a layer is given.
+    """Where the rows of a batch are in a layer's input.
 
     Attributes:
         shape: The shape of its input without the features.
@@ -59,16 +59,16 @@ class Routing:
 
     Attributes:
         adapters: The names of the adapters, each once.
-        index: The position in these of the adapter of each row, ``(rows,)``, or of each token, ``(rows, tokens)``.
-        is_uniform: Whether all go through one adapter, or all through the base: it does not matter where they are then.
-        times: How many times the batch of the running call has each row, one after the other, as for beams.
+        index: The position in ``adapters`` for each row, ``(rows,)``, or for each token, ``(rows, tokens)``.
+        is_uniform: Whether all go through one adapter, or all through the base, so that their places do not matter.
+        times: How many times each row is in the batch of the running call, one after the other, such as for beams.
         rows_now: The index with as many entries as that batch.
         chosen: While a module runs for the rows of one adapter, a tuple of its name, or of ``None`` for the base.
-        keeps: Whether Λ and Γ may be kept: not if they are sharded, because what gathers them hides that they change.
+        keeps: Whether Λ and Γ may be kept. Not if they are sharded, because gathering hides changes of their values.
         call: The running call of the model, or of a part of it; see `randlora.serving.routing`.
-        layouts: Where the rows are in what each layer is given, by layer, size of the batch and shape.
-        refused: Why a layer does not tell its rows, by layer.
-        by_bases: What `randlora.serving.run` knows of the tokens of each layer.
+        layouts: Where the rows are in the input of each layer, by layer, size of the batch and shape.
+        refused: Why the rows of a layer are unknown, by layer.
+        by_bases: The tokens of each layer by bases, as `randlora.serving.run` prepared them.
         kept: Λ and Γ of the adapters of each layer; see `randlora.serving.stacked`.
     """
 
@@ -104,7 +104,7 @@ class Routing:
         self._forget()
 
     def use(self, times: int) -> None:
-        """Set how many times the batch of the running call has each row."""
+        """Set how many times each row is in the batch of the running call."""
         self.times, self.rows_now = times, self.index.repeat_interleave(times, dim=0)
 
     @property
@@ -114,7 +114,7 @@ class Routing:
 
     @contextmanager
     def choosing(self, adapter: str | None) -> Iterator[None]:
-        """Have modules run with one adapter, or with the base, in the block: they are given its rows alone."""
+        """Within the block, run modules with one adapter, or with the base: they are given only its rows."""
         before, self.chosen = self.chosen, (adapter,)
         try:
             yield
@@ -122,7 +122,7 @@ class Routing:
             self.chosen = before
 
     def layout(self, shape: torch.Size, rows: Tensor) -> Layout:
-        """Return the layout of some rows, the same object for the same."""
+        """Return the layout of some rows; the same object for the same rows."""
         key = shape, rows.shape, tuple(rows.flatten().tolist())
         if key not in self._layouts:
             self._layouts[key] = Layout(shape, rows, {})
@@ -132,7 +132,7 @@ class Routing:
         """Return the tokens of an input, sorted by adapter, with the order on a device.
 
         Raises:
-            AdapterError: If adapters are named for tokens, and the input has others.
+            AdapterError: If adapters are named for tokens, and the input has different tokens.
         """
         key = self.times, device
         if (known := layout.arranged.get(key)) is not None:
@@ -179,8 +179,8 @@ class RunningCall:
     Attributes:
         module: What was called.
         thread: The thread.
-        kind: What other calls have in common with it in which the rows are in the same places.
-        tracking: What follows its rows, unless those of such a call were followed before.
+        kind: A key that is equal for calls in which the rows are in the same places.
+        tracking: The mode that follows its rows, unless a call of the same kind was followed before.
         assumed_by: The module whose input was last asked for, if its rows are assumed.
     """
 
@@ -192,20 +192,20 @@ class RunningCall:
 
 
 def require_here(state: ModelState) -> None:
-    """Check that the innermost block was begun in this thread or task; else raise `AdapterError`."""
+    """Raise an `AdapterError` unless the innermost block was begun in this thread or task."""
     if torch._C._current_graph_task_id() != -1:  # backward, which computes checkpointed parts again in its own threads
         return
     blocks, here = state.disabled, BLOCKS.get()
     if any(isinstance(block, Routing) for block in blocks) and not any(blocks[-1] is block for block in here):
         raise AdapterError(
-            "a block of randlora.serving.routed is open in another thread or task: a model routes for one at a time, "
-            "so call it inside of the block, in other threads by contextvars.copy_context().run, as asyncio.to_thread "
-            "does, or gather the rows of all into one batch"
+            "a block of randlora.serving.routed is open in another thread or task, and a model routes for one at a "
+            "time: call it inside the block (in other threads with contextvars.copy_context().run, as "
+            "asyncio.to_thread does), or gather the rows of all into one batch"
         )
 
 
 def layout_of(routing: Routing, layer: Any, value: Tensor, module: str, *, features: int = 1) -> Layout:
-    """Return where the rows are in the input of a layer, of which the last ``features`` dimensions are a token's."""
+    """Return where the rows are in the input of a layer, whose last ``features`` dimensions belong to one token."""
     shape = value.shape[: value.dim() - features]
     tracking = _tracking(routing, layer)
     if tracking is None:
@@ -220,7 +220,7 @@ def layout_of(routing: Routing, layer: Any, value: Tensor, module: str, *, featu
 
 
 def layout_of_rows(routing: Routing, layer: Any, rows: Rows, module: str) -> tuple[Layout, Rows]:
-    """Return where the rows of a batch are among those of a module, and which of its arguments have them."""
+    """Return where the rows of a batch are in the arguments of a module, and which of its arguments have them."""
     shape, tracking = torch.Size([rows.size]), _tracking(routing, layer)
     key = (layer, "arguments"), routing.batch, next(iter(rows.given.values())).shape
     if tracking is None:
@@ -305,15 +305,15 @@ def _followed(routing: Routing, layer: Any, label: Label, shape: torch.Size, mod
     layout = routing.layout(shape, rows)
     cause = f", since {label.why}" if label.why else ""
     if label.by_values:
-        problem = "tokens that the values of the batch have chosen or sorted"
+        problem = "tokens that were chosen or sorted by values of the batch"
     elif bool((rows == MIXED).any()):
-        problem = f"an input in which the rows of the batch are mixed, or cannot be told{cause}"
+        problem = f"an input in which the rows of the batch are mixed or unknown{cause}"
     elif bool((rows == NONE).any()):
         problem = (
-            f"an input whose first dimension is not the batch of {routing.batch}, and which is the same for all rows"
+            f"an input whose first dimension is not the batch of {routing.batch} and that is the same for all rows"
         )
     elif key in routing.layouts and routing.layouts[key] is not layout:
-        problem = "the rows of the batch in other places than before"
+        problem = "the rows of the batch in different places than before"
     else:
         routing.layouts[key] = layout
         assert routing.call is not None, "rows are followed in a call"
@@ -343,7 +343,7 @@ def _assumed(routing: Routing, tracking: RowTracking, shape: Sequence[int], modu
 
 
 def follow(routing: Routing, value: Any, layout: Layout, axis: int = 0) -> None:
-    """Label the output of a layer: its rows are where those of the input are, the first of them in some dimension."""
+    """Label the output of a layer, whose rows are where the input has them, beginning at a dimension."""
     call = routing.call
     if call is None or call.tracking is None or not isinstance(value, Tensor):
         return
@@ -354,6 +354,6 @@ def follow(routing: Routing, value: Any, layout: Layout, axis: int = 0) -> None:
 
 
 def unfollowed(routing: Routing) -> AbstractContextManager[None]:
-    """Return a block in which no operation is followed: `follow` labels its result."""
+    """Return a block in which no operations are followed; `follow` labels its result."""
     call = routing.call
     return NOTHING if call is None or call.tracking is None else call.tracking.paused()

@@ -1,6 +1,6 @@
-"""How the rows of what torch's operations return follow from the rows of what they are given.
+"""How the rows of the output of torch's operations follow from the rows of their inputs.
 
-An operation without a rule here makes the rows of its output unknown, which is an error where a layer needs them.
+An operation without a rule here makes the rows of its output unknown. If a layer needs them, it raises an error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from randlora.serving.labels import (
 )
 
 MOST = 1 << 22
-"""How many entries rows are written out for, where operations take single ones."""
+"""For how many entries rows are written out, where operations take single entries."""
 
 
 @dataclass
@@ -39,8 +39,8 @@ class Call:
         name: The operation, ``"aten::sum"``.
         func: The overload that was called.
         given: Its arguments by name, with the defaults.
-        output: What it has returned.
-        label: Returns the label of a tensor, ``None`` if that depends on no row.
+        output: Its return value.
+        label: Returns the label of a tensor, or ``None`` if the tensor depends on no row.
         has_read: Whether Python has read values of the batch before.
     """
 
@@ -62,12 +62,12 @@ class Call:
         return next(value for value in self.values if isinstance(value, Tensor))
 
     def of(self, value: Any) -> Label:
-        """Return the label of a tensor, also of one that depends on no row."""
+        """Return the label of a tensor, even if it depends on no row."""
         label = self.label(value)
         return nothing(value.dim()) if label is None else label
 
     def again(self, x: Tensor) -> Any:
-        """Return what the operation makes of another first argument."""
+        """Return the result of the operation for a different first argument."""
         _, *others = self.given
         return self.func(x, **{name: self.given[name] for name in others})
 
@@ -77,7 +77,7 @@ Rule = Callable[[Call], Labels]
 
 
 def labels_of(call: Call) -> Labels:
-    """Return the label of the output of a call, or that of each output."""
+    """Return the label of the output of a call, or a label for each output."""
     if (rule := RULES.get(call.name)) is not None:
         return rule(call)
     if "_scaled_dot_product" in call.name or call.name == "flex_attention":

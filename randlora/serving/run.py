@@ -1,8 +1,8 @@
-"""What adapted modules do in a block of `routed`: their rows, or tokens, go through different adapters.
+"""Running adapted modules in a block of `routed`: their rows, or tokens, go through different adapters.
 
-A layer whose input is known computes the base for the whole batch once and adds to each token the update of its
-adapter. What that takes besides the products is prepared in the first forward of a block. The forward of a module that
-reads its weight, such as a convolution or attention, runs once for each adapter, with the rows of that one.
+A layer whose input is known computes the base once for the whole batch and adds the update of its adapter to each
+token. Everything but the products is prepared in the first forward of a block. The forward of a module that reads its
+weight, such as a convolution or attention, runs once for each adapter, with the rows of this adapter.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from randlora.state import SiteAdapter
 
 
 class Routes(NamedTuple):
-    """A weight whose adapters tokens go through.
+    """A weight with adapters that tokens go through.
 
     Attributes:
         module: The name of the class of its module, for messages.
@@ -53,11 +53,11 @@ class Routes(NamedTuple):
 
     @classmethod
     def of(cls, layer: AdapterLayer, owner: Any) -> Routes:
-        """Return those of a weight, unless it is split."""
+        """Return the routes of a weight, unless it is split."""
         module = owner.randlora_base.__name__
         if (weight := layer.weight_of(owner)) is not None and split_of(type(layer), weight) is not None:
             raise AdapterError(
-                f"an adapted {module} is split by tensor parallelism, with which routed does not work: activate one "
+                f"an adapted {module} is split by tensor parallelism, which routed does not support: activate one "
                 "adapter at a time"
             )
         return cls(module, layer, owner)
@@ -68,7 +68,7 @@ class Routes(NamedTuple):
         return self.layer.adapters
 
     def parameters(self, find: Find) -> list[nn.Parameter] | None:
-        """Return every Λ of some adapters, then every Γ, or ``None`` where their values are elsewhere."""
+        """Return every Λ of some adapters, then every Γ, or ``None`` if their values are elsewhere."""
         held: list[Any] = [self.owner._modules[name] for name in self.layer.parameter_names()]
         return cacheable_parameters(self.owner, held, find)
 
@@ -83,8 +83,8 @@ class Routed(NamedTuple):
     """The tokens of adapters that share bases.
 
     Attributes:
-        positions: Where in the batch they are, sorted by adapter; ``None`` if that is the whole batch in its order.
-        find: Finds what the adapters have in a mapping by name; ``None`` if it is one adapter.
+        positions: Their positions in the batch, sorted by adapter; ``None`` means the whole batch in its order.
+        find: Looks the adapters up in a mapping by name; ``None`` if there is only one adapter.
         parts: The adapters.
         counts: The number of tokens of each.
     """
@@ -95,7 +95,7 @@ class Routed(NamedTuple):
     counts: tuple[int, ...]
 
     def of(self, rows: Tensor) -> Tensor:
-        """Return their rows of the rows of the batch."""
+        """Return these tokens' rows from the rows of the batch."""
         return rows if self.positions is None else rows.index_select(0, self.positions)
 
     def onto(self, output: Tensor, update: Tensor) -> Tensor:
@@ -110,11 +110,11 @@ class RowByRow(Routing, Run):
 
     @property
     def takes_over(self) -> bool:
-        """Whether no adapter is chosen: a module that runs for the rows of one runs as with that one active."""
+        """Whether no adapter is chosen. A module that runs for the rows of one adapter runs as if it were active."""
         return self.chosen is None
 
     def concerns(self, layer: AdapterLayer) -> bool:
-        """Return whether any adapter that rows go through adapts this weight."""
+        """Whether any adapter that rows go through adapts this weight."""
         return any(name in layer.adapters for name in self.adapters)
 
     def acting(self, layer: AdapterLayer) -> list[tuple[SiteAdapter, float]]:
@@ -123,9 +123,8 @@ class RowByRow(Routing, Run):
             if not self.concerns(layer):
                 return []
             raise AdapterError(
-                f"code reads an adapted {layer.attribute} outside of the forward of the module that it is in, where "
-                "routed cannot tell the rows of the batch: exclude it when the adapter is made, or activate one "
-                "adapter at a time"
+                f"code reads an adapted {layer.attribute} outside of the forward of its module, where routed cannot "
+                "tell the rows of the batch: exclude it when the adapter is made, or activate one adapter at a time"
             )
         part = layer.adapters.get(self.chosen[0] or "")
         return [] if part is None else [(part, 1.0)]
@@ -140,7 +139,7 @@ class RowByRow(Routing, Run):
         routes = Routes.of(layer, owner)
         if not isinstance(x, Tensor) or x.is_nested:
             raise AdapterError(
-                f"routed needs a tensor with a batch, and an adapted {routes.module} was given another input"
+                f"routed needs a tensor with a batch, but an adapted {routes.module} was given a different input"
             )
         layout = layout_of(self, layer, x, routes.module)
         with unfollowed(self):
@@ -156,7 +155,7 @@ class RowByRow(Routing, Run):
         return result
 
     def rows(self, layer: AdapterLayer, forward: ForwardCall) -> Tensor:
-        """Return the rows of the base plus, for each, the same row of the update of its adapter."""
+        """Return the rows of the base, plus for each the same row of its adapter's update."""
         owner: Any = forward.owner
         with self.choosing(None):
             output: Tensor = forward.call(*forward.args, **forward.kwargs)
@@ -246,7 +245,7 @@ def _found_by_bases(parts: Mapping[str, SiteAdapter], ordered: Sorted) -> list[R
 
 
 class Hook:
-    """A hook of a module. A copy of the module, or a pickle, has one that does nothing."""
+    """A hook of a module. In a copy or a pickle of the module it does nothing."""
 
     def __init__(self, call: Any) -> None:
         """Call a function."""
@@ -262,9 +261,9 @@ class Hook:
 
 
 class RowsOfAttention:
-    """Runs attention of which only ``out_proj`` is adapted once for each adapter of `routed`.
+    """Runs attention with only ``out_proj`` adapted, once for each adapter of `routed`.
 
-    Nothing of the module itself is adapted, so hooks do it: its own forward runs with the base.
+    Nothing on the module itself is adapted, so this is done by hooks. The module's own forward runs with the base.
     """
 
     def __init__(self, layer: AdapterLayer) -> None:
@@ -273,7 +272,7 @@ class RowsOfAttention:
 
     @classmethod
     def watch(cls, module: nn.Module) -> list[RemovableHandle]:
-        """Register the hooks of a module if it is such attention."""
+        """Register the hooks of a module, if it is such an attention."""
         if not isinstance(module, nn.MultiheadAttention) or "randlora" in module.__dict__:
             return []
         layer = module.out_proj.__dict__["randlora"]["weight"]

@@ -1,23 +1,22 @@
-"""The updates of several adapters on the same bases, each multiplied by tokens of its own: together, or in turn.
+"""The updates of several adapters on the same bases, each multiplied by its own tokens: together, or in turn.
 
-Λ and Γ of all adapters are in one tensor each, so that neither the number of operators nor the work in Python grows
-with that of the adapters. The products with B are computed for all tokens at once. Those with A and Γ take the cheapest
-of three ways, by the entries that have to be written for an adapter of T tokens:
+Λ and Γ of all adapters are in one tensor each, so the number of operators and the work in Python do not grow with the
+number of adapters. The products with B are computed for all tokens at once. Products with A and Γ are computed in the
+cheapest of three ways, by the entries that are written for an adapter with T tokens:
 
 - *whole*: UA without Λ, ``r·num_bases·min_dim``;
 - *by row*: the tokens repeated for each row of A, ``T·r·min_dim``;
 - *by term*: the tokens repeated for each term, ``T·num_bases·min_dim``. Not for `block` bases, which have fewer rows.
 
-One adapter is computed after the other, as single adapters are, where a gradient is needed, where each has so many
-tokens that forming its update pays, in transformed code, and under dispatch modes.
+Adapters are computed one after the other, like single adapters, if a gradient is needed, if each has so many tokens
+that forming its update pays off, in transformed code, and under dispatch modes.
 
-The tensors of a block of `routed` are kept until it ends. Each forward compares them with the parameters: their
-identity, the address of their values, and the version that torch counts up when values are changed in place, before
-they are read. Like autograd, which asks the same of the tensors it saves, this does not see what is written through
-``parameter.data``.
+The tensors of a block of `routed` are kept until it ends. Before they are read, each forward compares them with the
+parameters: their identity, the address of their values, and the version that torch increases when values are changed in
+place. Like autograd, which checks saved tensors in this way, this does not notice writes through ``parameter.data``.
 
-Of `block` bases only 1/c of the first two is written: in all shapes here c is the number of blocks of A, R = r/c the
-rows of one, n = num_bases, and w the columns of one. Dense bases are one block.
+With `block` bases only 1/c of the first two is written. In all shapes here, c is the number of blocks of A, R = r/c the
+rows of a block, n = num_bases, and w the columns of a block. Dense bases are one block.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ from randlora.state import SiteAdapter
 Way = Literal["whole", "by row", "by term"]
 
 AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
-"""Entries that are written at once on a device, or those of one adapter if these are more: what a CPU's cache holds."""
+"""Entries that are written at once on a device: as many as fit in a CPU's cache, but at least one adapter's."""
 
 
 class Stack(NamedTuple):
     """Λ and Γ of several updates on the same bases.
 
     Attributes:
-        lam: Λ times the scaling, ``(updates, c, R, n)``, at least as wide a dtype as A.
+        lam: Λ times the scaling, ``(updates, c, R, n)``, in a dtype at least as wide as A.
         gamma: Γ, ``(updates, c, n, w)``, in the dtype of B.
     """
 
@@ -94,13 +93,13 @@ class Part(NamedTuple):
 def stacked_update(
     x: Tensor, pair: Pair, stack: Stack, counts: Sequence[int], *, is_wide: bool, way: Way | None = None
 ) -> Tensor:
-    """Compute the product of each token with the update that it belongs to.
+    """Return the product of each token with the update that it belongs to.
 
     Args:
         x: ``(tokens, in_features)`` in the dtype of B, sorted by update.
         pair: The bases that the updates share.
         stack: The updates.
-        counts: The number of tokens of each. It is fastest if equal ones are neighbors.
+        counts: The number of tokens of each. Fastest if equal numbers are neighbors.
         is_wide: Whether the input has ``min_dim`` features.
         way: How to multiply by A and Γ; ``None`` chooses by size.
 
@@ -204,7 +203,7 @@ def _dealt(vectors: Tensor, blocks: int, width: int) -> Tensor:
 def goes_together(
     x: Tensor, diagonals: Iterable[Tensor], pair: Pair, counts: Sequence[int], *, is_wide: bool, compute: Compute
 ) -> bool:
-    """Whether to multiply the tokens of several updates, ``counts`` of each, together, and not `one_by_one`."""
+    """Whether to multiply the tokens of several updates, ``counts`` of each, together instead of `one_by_one`."""
     if len(counts) == 1 or scratch.is_transformed() or may_be_kept():
         return False
     if torch.is_grad_enabled() and (x.requires_grad or any(part.requires_grad for part in diagonals)):
@@ -222,13 +221,13 @@ def one_by_one(
     is_wide: bool,
     compute: Compute = "auto",
 ) -> Tensor:
-    """Compute as `stacked_update`, one update after the other, with the gradients of single adapters."""
+    """Return the result of `stacked_update`, computed one update after the other, with gradients."""
     each = zip(x.split(list(counts)), diagonals, strict=True)
     return torch.cat([adapted_linear(part, pair, one, compute=compute, is_wide=is_wide) for part, one in each])
 
 
 Find = Callable[[Any], tuple[nn.Parameter, ...]]
-"""Finds what some adapters, at least two, have in a mapping by name: `operator.itemgetter`, which is quick."""
+"""Looks up two or more adapters in a mapping by name: `operator.itemgetter`, which is fast."""
 
 VERSION: Callable[[Tensor], int] = operator.attrgetter("_version")
 
@@ -238,9 +237,9 @@ class Kept(NamedTuple):
 
     Attributes:
         here: All adapters of the weight.
-        parameters: The Λ, then the Γ of those that the copy is of.
-        versions: The versions and addresses of these.
-        values: What they held, so that nothing else can have its address.
+        parameters: Every Λ, then every Γ, of the adapters that were copied.
+        versions: Their versions and addresses.
+        values: Their tensors, held so that nothing else can get the same address.
         pair: The bases that the copy is for.
         stack: The copy.
     """
@@ -253,7 +252,7 @@ class Kept(NamedTuple):
     stack: Stack
 
     def is_of(self, parameters: list[nn.Parameter]) -> bool:
-        """Whether it holds the present values of these parameters."""
+        """Whether this is a copy of the current values of these parameters."""
         return (
             len(parameters) == len(self.parameters)
             and all(map(operator.is_, parameters, self.parameters))
@@ -262,7 +261,7 @@ class Kept(NamedTuple):
 
 
 def cacheable_parameters(owner: nn.Module, held: Sequence[Diagonal], find: Find) -> list[nn.Parameter] | None:
-    """Return every Λ of some adapters, then every Γ, or ``None`` if what holds them may load or move their values."""
+    """Return every Λ of some adapters, then every Γ, or ``None`` if their values may be loaded or moved."""
     lambdas, gammas = held
     if any(map(is_hooked, (owner, lambdas, gammas))):
         return None
@@ -278,7 +277,7 @@ def kept_stack(
     parameters: list[nn.Parameter],
     pair: Pair,
 ) -> Stack:
-    """Return Λ and Γ of some adapters of a weight in one tensor each: those kept, unless the parameters changed."""
+    """Return Λ and Γ of some adapters of a weight in one tensor each. They are kept until the parameters change."""
     key = id(here), id(pair)
     known = kept.get(key)
     if known is not None and known.is_of(parameters):

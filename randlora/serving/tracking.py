@@ -17,18 +17,18 @@ from randlora.serving.labels import NONE, Label, fits, marked, merged, nothing, 
 from randlora.serving.rules import MOST, Call, Labels, labels_of
 
 TAKES = {Tensor.tolist: "Tensor.tolist", Tensor.numpy: "Tensor.numpy", Tensor.__array__: "Tensor.__array__"}
-"""What takes values out of torch, which may come back in another order."""
+"""Operations that take values out of torch, which may come back in a different order."""
 
 READS = {*TAKES, Tensor.item, Tensor.__int__, Tensor.__index__, Tensor.__float__}
-"""What reads values in Python, where they may become lengths or indices."""
+"""Operations that read values into Python, where they may become lengths or indices."""
 
 
 class RowTracking(TorchDispatchMode):
-    """Follows rows, from tensors whose rows are known, while nothing else about the operations changes.
+    """Follows rows through operations, starting at tensors whose rows are known. Results do not change.
 
     Attributes:
         has_read: Whether Python has read values of the batch.
-        taken_by: What has taken such values out of torch, if anything has.
+        taken_by: The operation that has taken such values out of torch, if any.
     """
 
     supports_higher_order_operators = True
@@ -64,19 +64,19 @@ class RowTracking(TorchDispatchMode):
         self._remember(value)
 
     def read(self, value: Tensor, taken_by: str = "") -> None:
-        """Note that Python has read values of the batch, which may decide where rows are from then on."""
+        """Record that Python has read values of the batch, which may decide where rows are from now on."""
         if self.label(value) is not None:
             self.has_read |= value.dtype != torch.bool
             self.taken_by = taken_by or self.taken_by
 
     def stop(self) -> None:
-        """Follow nothing any more, even if torch goes on asking."""
+        """Stop following, even if torch still calls this mode."""
         self._is_paused = True
         self._labels, self._aliases = WeakIdKeyDictionary(), {}
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Follow nothing in the block, whose results are then labelled by `set`."""
+        """Follow nothing within the block; afterwards, `set` labels its results."""
         is_innermost = _get_current_dispatch_mode() is self and _get_current_function_mode() is self._reads
         if not is_innermost:
             before, self._is_paused = self._is_paused, True

@@ -1,4 +1,4 @@
-"""Models whose parameters, or gradients, are spread over processes: device meshes, plans, ZeRO-3, FSDP and DDP."""
+"""Models with parameters or gradients spread over processes: device meshes, plans, ZeRO-3, FSDP and DDP."""
 
 from randlora.sharded import engines as engines
 from randlora.sharded import flattened as flattened

@@ -1,11 +1,12 @@
 """Engines that average gradients over processes: `fully_shard`, `DistributedDataParallel` and DeepSpeed's.
 
-`fully_shard` averages the gradients of the parameters that a module had when it was called. Those that are added later
-stay whole in every process, and without an average each process would train its own, silently. Here they are averaged.
+`fully_shard` averages the gradients of the parameters that a module had when it was called. Parameters that are added
+later stay whole in every process. Without averaging, each process would silently train a different copy, so their
+gradients are averaged here.
 
-`DistributedDataParallel` averages the gradients of the parameters that required grad when it was made, and an engine of
-DeepSpeed trains no others. Both tell which these are, though only by names that are not documented, all of which are in
-this file. A parameter that they do not know differs from process to process, without an error of theirs.
+`DistributedDataParallel` averages the gradients of parameters that required grad when it was made, and an engine of
+DeepSpeed trains only these. Both tell which these are, but only by undocumented names, all of which are in this file.
+A parameter that they do not know would silently differ from process to process.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ from randlora.state import ModelState
 from randlora.targets.match import shortened
 
 BUCKET = 2**24
-"""About how many numbers are averaged in one collective; 64 MiB in float32."""
+"""About how many numbers are averaged in one collective: 64 MiB in float32."""
 
 
 class DataMeshes(NamedTuple):
-    """The meshes over which `fully_shard` averages the gradients of a model; the data differ on their processes.
+    """The meshes over which `fully_shard` averages the gradients of a model. Their processes have different data.
 
     Attributes:
-        by_weight: Those of sharded parameters, by their identity.
-        others: All that there are in the model.
+        by_weight: The mesh of each sharded parameter, by the parameter's identity.
+        others: All meshes in the model.
     """
 
     by_weight: dict[int, Any]
@@ -51,7 +52,7 @@ class DataMeshes(NamedTuple):
 
     @classmethod
     def of(cls, model: nn.Module) -> DataMeshes:
-        """Find the meshes of a model that holds its shards, also of what a module around it has sharded."""
+        """Find the meshes of a model that holds its shards, including those sharded by a module around it."""
         within = {id(module) for module in model.modules()}
         by_weight: dict[int, Any] = {}
         others: dict[Any, None] = {}
@@ -64,17 +65,17 @@ class DataMeshes(NamedTuple):
         return cls(by_weight, tuple(others))
 
     def mesh_for(self, weight: Tensor | None) -> Any:
-        """Return the mesh for what is trained beside a weight; ``None`` if no part of the model is sharded.
+        """Return the mesh for parameters trained beside a weight; ``None`` if no part of the model is sharded.
 
         Raises:
-            AdapterError: If the weight is not sharded, and the rest of the model is over more than one mesh.
+            AdapterError: If the weight is not sharded, and the rest of the model is sharded over several meshes.
         """
         if (mesh := self.by_weight.get(id(weight))) is not None or not self.others:
             return mesh
         if len(self.others) > 1:
             raise AdapterError(
                 "cannot train an adapter of a weight that is not sharded in a model that fully_shard has sharded over "
-                "several meshes, because it cannot be told over which to average gradients: inject before fully_shard"
+                "several meshes, because it is unknown over which to average gradients: inject before fully_shard"
             )
         return self.others[0]
 
@@ -88,11 +89,11 @@ def _groups(module: Any) -> list[Any]:
 
 @torch.no_grad()
 def average(parameters: Sequence[nn.Parameter], mesh: Any) -> None:
-    """Average the gradients of parameters over the processes of a mesh, in place; a collective for each bucket of them.
+    """Average the gradients of parameters over the processes of a mesh, in place. One collective for each bucket.
 
-    A process that has no gradient of a parameter counts as zero, and gets the average where another process has one, as
-    when each uses other experts. The average of a gradient that was accumulated from averages is that gradient, so
-    steps can be accumulated. The host waits for the device only where a gradient is missing.
+    A process without a gradient of a parameter counts as zero, and gets the average if another process has one, such as
+    if each uses different experts. Averaging a gradient that was accumulated from averages does not change it, so steps
+    can be accumulated. The host waits for the device only if a gradient is missing.
 
     Args:
         parameters: Parameters that are whole in every process, the same ones in the same order.
@@ -129,10 +130,10 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]
 
 
 class Averaging:
-    """What of a model's adapters is averaged, and over which mesh, at the end of every backward.
+    """Averages the gradients of a model's adapters, each over its mesh, at the end of every backward.
 
-    A hook on each parameter notices a backward. Before each forward of the model, or of a part that is sharded by
-    itself, parameters that are new since, as from ``to_empty`` or ``load_state_dict(assign=True)``, get the hook too.
+    A hook on each parameter notices a backward. Before each forward of the model, or of a separately sharded part,
+    parameters that are new (such as from ``to_empty`` or ``load_state_dict(assign=True)``) get the hook too.
 
     Attributes:
         meshes: The mesh of each adapter of each weight.
@@ -147,21 +148,21 @@ class Averaging:
         self._handles: list[RemovableHandle] = [each.register_forward_pre_hook(self) for each in watched]
 
     def __call__(self, part: nn.Module, *args: object) -> None:  # noqa: ARG002  # of a hook
-        """Have the gradients averaged of what a part of the model trains now."""
+        """Have the gradients averaged for all parameters that a part of the model trains now."""
         for parameter, _ in self._trained(part):
             hooks = parameter._post_accumulate_grad_hooks or {}  # private, for want of another
             if self._notice not in hooks.values():
                 parameter.register_post_accumulate_grad_hook(self._notice)
 
     def rename(self, layers: Container[AdapterLayer], name: str, to: str) -> None:
-        """Follow a new name of the adapter of some layers."""
+        """Rename the adapter of some layers."""
         self.meshes = {
             (layer, to if layer in layers and known == name else known): mesh
             for (layer, known), mesh in self.meshes.items()
         }
 
     def end(self) -> None:
-        """Watch no longer."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -194,15 +195,15 @@ class Averaging:
 
 @register_engine
 class FullyShard(Engine):
-    """`fully_shard`, which averages gradients of the parameters that it has sharded, and of no others."""
+    """`fully_shard`, which averages only the gradients of parameters that it has sharded."""
 
     def require_averaged(self, root: nn.Module, parts: Parts, replaced: Iterable[ReplacedParameter]) -> None:
-        """Check that the copies that adapters train are sharded, if another part of the model is."""
+        """Check that the copies that adapters train are sharded, if any other part of the model is."""
         copies = [entry.name for entry in replaced if not entry.is_lost and not is_dtensor(entry.live)]
         if copies and _meshes_of(root, parts):
             raise AdapterError(
-                f"cannot train copies of {shortened(copies)}, not sharded in a model of which fully_shard has sharded "
-                "another part, because every process would train its own: inject before fully_shard"
+                f"cannot train copies of {shortened(copies)}: they are not sharded, but fully_shard has sharded other "
+                "parts of the model, so every process would train a different copy; inject before fully_shard"
             )
 
     def added(self, root: nn.Module, state: ModelState, parts: Parts) -> None:
@@ -228,10 +229,10 @@ _SEEN: weakref.WeakSet[Any] = weakref.WeakSet()
 
 @register_engine
 class Reducers(Engine):
-    """`DistributedDataParallel` and the engines of DeepSpeed, which know the parameters that they were made with."""
+    """`DistributedDataParallel` and engines of DeepSpeed, which know only the parameters that they were made with."""
 
     def changed(self, root: nn.Module) -> None:
-        """Warn of parameters of a model that require grad and that the engine around it does not know."""
+        """Warn of parameters that require grad and that the engine around the model does not know."""
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return  # then there is no engine, or nothing to average
         trained = {name: each for name, each in root.named_parameters() if each.requires_grad and _is_plain(each)}
@@ -244,14 +245,14 @@ class Reducers(Engine):
         if unknown := _unknown(trained, own):
             warn(
                 f"{shortened(unknown)} requires grad, and the {type(_of(own)[0]).__name__} around the model was made "
-                "before and does not know it: every process would train its own copy. Wrap the model again after this "
-                "call"
+                "before and does not know it: every process would train a different copy. Wrap the model again after "
+                "this call"
             )
 
     def is_first_copy(self, model: nn.Module) -> bool:
-        """Whether this is the first of the processes that train copies of a model, as the engines around it tell.
+        """Whether this is the first of the processes that train copies of a model, according to the engines around it.
 
-        Of a model that no engine runs, each process has the only copy, as far as is known.
+        Without an engine, each process is assumed to have the only copy.
         """
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return True

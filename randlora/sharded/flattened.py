@@ -1,7 +1,7 @@
-"""Parameters of which `FullyShardedDataParallel`, the first FSDP, leaves each process a part, flattened with others.
+"""Parameters that `FullyShardedDataParallel`, the first FSDP, flattens together and splits over processes.
 
-They are whole in a block of its ``summon_full_params`` only. Outside of one, the part of a small parameter may have all
-of its values in one process and none in another, so that a shape does not tell: the wrapper's state does.
+They are whole only in a block of its ``summon_full_params``. Outside, a small parameter may have all of its values on
+one process and none on another, so that the wrapper's state has to tell, not a shape.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from randlora.places import Keeper, register_keeper
 
 FLATTENED = "_fsdp_flattened"
-"""An attribute that FSDP sets on parameters, of which it leaves a flat part or nothing."""
+"""An attribute that FSDP sets on parameters that it flattens."""
 
 WHOLE = "FullyShardedDataParallel.summon_full_params"
 
@@ -34,10 +34,10 @@ def _is_whole(wrapper: Any) -> bool:
 
 @register_keeper
 class Flattening(Keeper):
-    """Keeps parameters in flat shards, and lends whole ones to a block."""
+    """Keeps parameters in flat shards, and lends whole parameters to a block."""
 
     def lent(self, tensor: Tensor) -> str | None:
-        """Return in which block a flattened parameter is whole."""
+        """Return the block in which a flattened parameter is whole."""
         return f"it is sharded by FSDP: call this inside {WHOLE}(model)" if FLATTENED in vars(tensor) else None
 
     def withheld(self, model: nn.Module) -> str | None:
@@ -45,13 +45,13 @@ class Flattening(Keeper):
         wrappers = [*flattening(model)]
         if any(not _is_whole(each) for each in wrappers):
             return (
-                "FullyShardedDataParallel leaves each process a part of the values: call and iterate, in every "
-                f"process, in a block of {WHOLE}(model), or shard the model by fully_shard instead"
+                "FullyShardedDataParallel leaves each process only a part of the values: call and iterate in a block "
+                f"of {WHOLE}(model), in every process, or shard the model with fully_shard instead"
             )
         around = {id(parameter) for each in wrappers for parameter in each.parameters()}
         if any(FLATTENED in vars(each) and id(each) not in around for each in model.parameters()):
             return (
-                "FullyShardedDataParallel may leave each process a part of the values, which only its wrapper tells: "
-                f"give the wrapper instead of the model in it, in a block of {WHOLE}(wrapper)"
+                "FullyShardedDataParallel may leave each process only a part of the values, and only its wrapper can "
+                f"tell: give the wrapper instead of the model in it, in a block of {WHOLE}(wrapper)"
             )
         return None

@@ -1,8 +1,8 @@
 """Parameters that torch shards over processes, as `fully_shard` (FSDP2) and tensor parallelism do.
 
 Such a parameter is a `DTensor`, which holds a part of the values, its shard. `fully_shard` keeps references to its
-parameters, so that another parameter put in the place of one would be ignored: values are written into the shard.
-Nothing here imports `torch.distributed.tensor` unless a program has done so already, because that takes long.
+parameters and would ignore a replacement, so values are written into the shard. Nothing here imports
+`torch.distributed.tensor` unless a program has already imported it, because this takes long.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def is_dtensor(value: object) -> TypeGuard[Any]:
 
 
 def fsdp_modules(modules: Iterable[nn.Module]) -> list[Any]:
-    """Return those of some modules that `fully_shard` was called on."""
+    """Return the given modules that `fully_shard` was called on."""
     module = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(module, "FSDPModule", None)
     return [] if kind is None else [each for each in modules if isinstance(each, kind)]
@@ -49,16 +49,16 @@ def all_fsdp_modules(model: nn.Module) -> list[Any]:
         raise AdapterError(
             f"this model is sharded, and torch {torch.__version__} does not tell which modules fully_shard was called "
             "on (torch.distributed._composable_state._module_state_mapping), so its processes could come to differ: "
-            "use another version of torch, or report this to randlora"
+            "use a different version of torch, or report this to randlora"
         )
     return fsdp_modules([*(states or ())])
 
 
 def reshard(model: nn.Module) -> None:
-    """Have a model hold its shards, also those that `fully_shard` of a module around it made.
+    """Have a model hold its shards, including those made by `fully_shard` on a module around it.
 
-    After a forward without a backward the outermost module still has whole copies of its parameters, which the next
-    forward forgets: what is read of them may be stale, and what is written is lost.
+    After a forward without a backward, the outermost module still has whole copies of its parameters, which the next
+    forward discards: values read from them may be stale, and values written to them are lost.
     """
     if not isinstance(model, nn.Module) or not (sharded := all_fsdp_modules(model)):  # the caller refuses others
         return
@@ -79,7 +79,7 @@ class Shard(Place):
 
     @property
     def part(self) -> Part:
-        """What of the parameter this process holds, which may be nothing."""
+        """The part of the parameter on this process, which may be empty."""
         own, mesh = self._parameter, self._parameter.device_mesh
         if (coordinate := mesh.get_coordinate()) is None:  # a process that is not of the mesh
             return tuple(all_of(0) for _ in own.shape)
@@ -111,15 +111,15 @@ class Shard(Place):
 
 
 def is_split(placement: Any) -> bool:
-    """Whether a placement splits a dimension, which it is then said to have; `_StridedShard` denies it of itself."""
+    """Whether a placement splits a dimension. Unlike ``is_shard()``, this includes `_StridedShard`."""
     return not placement.is_replicate() and not placement.is_partial()
 
 
 def part_at(shape: Iterable[int], placements: Iterable[Any], mesh: Iterable[int], coordinate: Iterable[int]) -> Part:
     """Return the part of a parameter at a coordinate of a mesh.
 
-    torch's functions find the same with tensors of indices, which are data to the compiler that it cannot branch on.
-    `_StridedShard` splits a dimension into so many parts first, and each of them over the processes.
+    torch's own functions use tensors of indices, which are data that the compiler cannot branch on. `_StridedShard`
+    first splits a dimension into several parts, and then each part over the processes.
     """
     part = [all_of(size) for size in shape]
     for placement, processes, index in zip(placements, mesh, coordinate, strict=True):
@@ -185,7 +185,7 @@ class Mesh(Keeper):
         return Shard(tensor) if is_dtensor(tensor) else None
 
     def ranks_of(self, parameters: Iterable[Tensor], *, is_written: bool) -> Ranks | None:  # noqa: ARG002  # both alike
-        """Return the processes of the largest mesh that parameters are sharded over."""
+        """Return the processes of the largest mesh over which the parameters are sharded."""
         if not (found := meshes(parameters)):
             return None
         largest, *others = found
@@ -193,14 +193,14 @@ class Mesh(Keeper):
         for mesh in others:
             if missing := sorted(set(mesh.mesh.flatten().tolist()) - held):
                 raise AdapterError(
-                    f"some parameters are sharded over {largest} and others over {mesh}, whose processes {missing} the "
-                    "first lacks, so that not all could take part in one call: shard the model over parts of one mesh, "
-                    "or adapt its parts as models of their own"
+                    f"some parameters are sharded over {largest} and others over {mesh}, whose processes {missing} are "
+                    "not in the first, so not all could take part in one call: shard the model over parts of one "
+                    "mesh, or adapt its parts as separate models"
                 )
         return Ranks(tuple(largest.get_all_groups()), not any(largest.get_coordinate() or ()))
 
     def own_class(self, kind: type[nn.Module]) -> type[nn.Module]:
-        """Return the class that `fully_shard` was called on: it makes a subclass of that, called ``FSDP…``."""
+        """Return the class that `fully_shard` was called on, of which it makes a subclass called ``FSDP…``."""
         module = sys.modules.get("torch.distributed.fsdp")
         sharded = getattr(module, "FSDPModule", None)
         return kind.__bases__[1] if sharded is not None and kind.__bases__[:1] == (sharded,) else kind

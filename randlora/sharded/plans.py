@@ -1,9 +1,10 @@
 """Weights that a plan of transformers (``tp_plan``, ``ep_plan``) splits over processes.
 
-transformers sets a forward on the layer, which places the input, has the layer's own forward compute, and places the
-output. Adapters belong inside of it: there input and output are those of a process's part of the weight. The parameters
-are `DTensor` objects, but during that forward transformers puts their local tensors in their place: for layers without
-gradients, for stacks of experts and packed layers always. The local tensor of a packed weight has several pieces of it.
+transformers sets a forward on the layer. It places the input, calls the layer's own forward, and places the output.
+Adapters belong inside this forward, where input and output belong to the process's part of the weight. The parameters
+are `DTensor` objects, but during this forward transformers replaces them with their local tensors: for layers without
+gradients, and always for stacks of experts and packed layers. The local tensor of a packed weight has several pieces of
+it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ STYLES = {
     "transformers.distributed.tensor_parallel": "TensorParallelLayer",
     "transformers.distributed.expert_parallel": "ExpertParallelLayer",
 }
-"""The modules that split weights, which are not imported here, and the base classes of how they do."""
+"""The modules that split weights (not imported here), and the base classes of their styles."""
 
 
 class Plan(NamedTuple):
@@ -46,9 +47,9 @@ class Plan(NamedTuple):
 
 
 def plan_of(forward: object) -> Plan | None:
-    """Return how transformers splits the layer that it set a forward on, or ``None`` if it did not.
+    """Return how transformers splits the layer that it set a forward on, or ``None`` if it did not set it.
 
-    That has no public name on the layer: it is in variables of the forward, a closure.
+    The layer has no public name for this; it is in variables of the forward, a closure.
     """
     if not inspect.isfunction(forward) or forward.__module__ not in STYLES:
         return None
@@ -65,25 +66,25 @@ class Plans(Splitter):
     """Plans of transformers."""
 
     def obstacle(self, owner: nn.Module, weight: Tensor, *, is_quantized: bool) -> str | None:
-        """Return why a weight that a plan split cannot be adapted, as a phrase after its name; else ``None``."""
+        """Return why a weight that a plan split cannot be adapted, as a phrase after its name, or ``None``."""
         plan = plan_of(owner.__dict__.get("forward")) if is_dtensor(weight) else None
         if plan is None:
             return None
         if is_quantized:
             return (
-                f"is a quantized {type(owner).__name__} whose weight {type(plan.style).__name__} of transformers "
-                "split, which leaves it without codes, so that it computes nothing: load the model without a plan, or "
+                f"is a quantized {type(owner).__name__} whose weight {type(plan.style).__name__} of transformers has "
+                "split, which leaves it without codes, so it cannot compute: load the model without a plan, or "
                 "unquantized"
             )
         if plan.shares_batch:
             return None
         return (
-            f"is split by {type(plan.style).__name__} of transformers over processes with different batches, whose "
-            "gradients an adapter cannot sum: set ep_size to tp_size, or exclude it"
+            f"is split by {type(plan.style).__name__} of transformers over processes with different batches, and an "
+            "adapter cannot sum their gradients: set ep_size to tp_size, or exclude it"
         )
 
     def adopt(self, owner: Any, layer: AdapterLayer, held_as: str) -> bool:
-        """Have an adapter layer computed within the forward that a plan set on its owner; ``False`` if none did."""
+        """Have an adapter layer computed within the forward that a plan set on its owner; ``False`` without a plan."""
         others = [other.adopted for other in owner.randlora.values() if other.adopted is not None]
         inner, around = others[0] if others else (owner.__dict__[held_as], None)
         plan, weight = plan_of(inner), layer.weight_of(owner)

@@ -1,8 +1,8 @@
-"""The products of weights that tensor parallelism splits, each process with its part of the update.
+"""Products with weights that tensor parallelism splits. Each process computes its part of the update.
 
-A process slices its part of the bases and computes with it alone. The output is that of the base: split where the
-weight's outputs are, a sum over processes where its inputs are. The only communication besides the base's own is the
-sum of the gradients of Λ and Γ, which every process has whole.
+A process slices its part of the bases and computes only with this part. The output is placed like the base's output:
+split if the weight's outputs are split, a sum over processes if its inputs are. The only additional communication is
+the sum of the gradients of Λ and Γ, which are whole on every process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from randlora.sharded.mesh import Shard, is_dtensor, is_split
 
 
 class LocalPiece(NamedTuple):
-    """What a process has of a weight whose products are computed with plain tensors.
+    """A process's part of a weight whose products are computed with plain tensors.
 
     Attributes:
         mesh: The mesh that the weight is split over.
@@ -48,7 +48,7 @@ class LocalPiece(NamedTuple):
 
 
 def sums_of(weight: Any) -> list[Any]:
-    """Return what the gradients of Λ and Γ are that a process computes with its part of a weight and all tokens."""
+    """Return the placements of the gradients of Λ and Γ that a process computes with its part and all tokens."""
     from torch.distributed.tensor import Partial, Replicate  # noqa: PLC0415  # takes long, and is there already
 
     return [Partial() if is_split(placement) else Replicate() for placement in weight.placements]
@@ -115,9 +115,9 @@ def on_mesh(update: Update, mesh: Any, grads: list[Any]) -> Update:
 
 
 def local_product(update: Update, x: Tensor, region: Region, compute: Compute) -> Tensor:
-    """Return the product of the inputs that a part of a weight has with that part of an update, ``(..., rows)``.
+    """Return the product of an input, for a part of a weight, with that part of an update, ``(..., rows)``.
 
-    Where the part has not all inputs this is a summand of the output.
+    If the part does not have all inputs, this is a summand of the output.
     """
     if not (entries_of(region.rows) and entries_of(region.columns)):  # it takes part in the sums nevertheless
         nothing = x.sum() + update.lam.sum() + update.gamma.sum()
@@ -126,7 +126,7 @@ def local_product(update: Update, x: Tensor, region: Region, compute: Compute) -
 
 
 class SplitOnMesh(Split):
-    """A weight that is a `DTensor`: what is computed with it is placed on its mesh too."""
+    """A weight that is a `DTensor`. Results of computations with it are placed on its mesh too."""
 
     def __init__(self, layer: type[StoredWeight], weight: Any) -> None:
         """Take a weight of a kind of layer."""
@@ -153,7 +153,7 @@ class SplitOnMesh(Split):
         return _placed(output, mesh, layout.output, shape)
 
     def rows(self, updates: Iterable[Update], ids: Any, padding_idx: int | None) -> Any:
-        """Return the rows of a table with updates, ``(*ids.shape, columns)``, placed as the lookup in the base."""
+        """Return the rows of a table with updates, ``(*ids.shape, columns)``, placed like the base's lookup."""
         from torch.distributed.tensor import Partial, Replicate  # noqa: PLC0415
 
         weight, mesh, region = self._weight, self._weight.device_mesh, self._region

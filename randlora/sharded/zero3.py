@@ -1,8 +1,8 @@
 """Parameters that DeepSpeed's ZeRO-3 spreads over processes.
 
-Such a parameter is an ordinary one whose data are empty, except while a forward or backward needs it, or for good if it
-is small (``stage3_param_persistence_threshold``). Each process has an equal piece of its flattened values in
-``ds_tensor``. Nothing here imports DeepSpeed, which a program with such parameters has done.
+Such a parameter is an ordinary one whose data are empty except while a forward or backward needs them. Small parameters
+(``stage3_param_persistence_threshold``) stay whole. Each process has an equal piece of the flattened values in
+``ds_tensor``. Nothing here imports DeepSpeed, because a program with such parameters already has.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def is_spread(value: Any) -> bool:
 
 
 def is_in_engine(module: nn.Module) -> bool:
-    """Whether an engine of DeepSpeed runs a module, and so expects the parameter objects that the module had then.
+    """Whether an engine of DeepSpeed runs a module and expects the parameter objects that it started with.
 
     The engine marks modules only for ZeRO-3.
     """
@@ -48,9 +48,9 @@ def gathered(parameter: Any) -> Tensor:
 
 
 def manage(parameter: nn.Parameter, like: Any) -> None:
-    """Let ZeRO-3 manage a parameter as another, in whose place it is put, so that the engine's hooks find it.
+    """Let ZeRO-3 manage a parameter like the one that it replaces, so that the engine's hooks find it.
 
-    A collective, after which every process has its piece of the values.
+    A collective. Afterwards every process has its piece of the values.
     """
     holder = nn.ParameterList([parameter])
     sys.modules["deepspeed"].zero.Init(
@@ -71,7 +71,7 @@ class _Pieces(NamedTuple):
 class Spread(Place):
     """The place of a parameter of ZeRO-3: all values, gathered when they are read.
 
-    It has no `part`: the pieces are of its flattened values, and not of a range in each dimension.
+    It has no `part`, because the pieces belong to its flattened values, not to a range in each dimension.
     """
 
     is_lasting = False  # the engine's optimizer has copies
@@ -96,11 +96,11 @@ class Spread(Place):
         return gathered(self._parameter)
 
     def whole(self) -> Tensor:
-        """Return all values; a collective if they are not here, through which no gradients flow."""
+        """Return all values, without gradients; a collective if they are not here."""
         return gathered(self._parameter) if is_spread(self._parameter) else self._parameter
 
     def keep(self) -> Kept:
-        """Return copies of what is here."""
+        """Return copies of the values on this process."""
         here = None if is_spread(self._parameter) else self._parameter.detach().clone()
         return Kept(_Pieces(self._parameter.ds_tensor.detach().clone(), here), self)
 
@@ -131,7 +131,7 @@ class Spread(Place):
             manage(parameter, self._parameter)
 
     def stored(self, values: _Pieces) -> Tensor | None:
-        """Return all kept values, or ``None`` if only a piece of them was here."""
+        """Return all kept values, or ``None`` if only a piece was on this process."""
         return values.all
 
 
@@ -144,12 +144,12 @@ class Zero3(Keeper):
         return Spread(tensor) if is_managed(tensor) else None
 
     def place_of(self, owner: nn.Module, attribute: str) -> Spread | None:
-        """Return the place of a module's parameter, which an engine that runs the module expects to stay."""
+        """Return the place of a module's parameter that an engine running the module expects to stay."""
         parameter = owner._parameters.get(attribute)
         return Spread(parameter, "nothing" if is_in_engine(owner) else "parameters") if is_managed(parameter) else None
 
     def ranks_of(self, parameters: Iterable[Tensor], *, is_written: bool) -> Ranks | None:
-        """Return the processes that parameters are spread over."""
+        """Return the processes over which parameters are spread."""
         spread: Any = next(filter(is_managed if is_written else is_spread, parameters), None)
         if spread is None:
             return None

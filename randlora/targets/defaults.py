@@ -1,4 +1,4 @@
-"""The layers adapted where no targets are given: those of a preset, else attention's, by names that models share."""
+"""The layers adapted if no targets are given: a preset, else attention, by names that models share."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ TRANSFORMERS_NAMES = (
     *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),  # each as a product of two
     *("in_proj_qkv", "in_proj_qkvz"),  # of linear attention
 )
-"""Names that two or more of transformers' models have for their query and value projections."""
+"""Names of query and value projections that two or more models of transformers share."""
 
 DIFFUSERS_NAMES = (
     *("to_q", "to_k", "to_v", "to_out", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
@@ -61,23 +61,23 @@ DIFFUSERS_NAMES = (
     *("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj", "img_qkv_proj", "txt_kv_proj"),
     *("query", "key", "value", "proj_attn"),
 )
-"""Names that diffusers' models have for their attention projections, outputs included, as its scripts train them."""
+"""Names of attention projections in diffusers' models, including outputs, as in its training scripts."""
 
 LANGUAGE_MODEL = "language_model"
-"""The name of the module in transformers' multimodal models that reads what the encoders give, and writes text."""
+"""The name of the module in transformers' multimodal models that reads the encoders' outputs and writes text."""
 
 HEAD_NAMES = frozenset({"classifier", "embed_out", "head", "heads", "lm_head", "qa_outputs", "score"})
 """Names of a model's direct children that are output heads."""
 
 NEW_HEADS = HEAD_NAMES & {"classifier", "head", "heads", "qa_outputs", "score"}
-"""Those of heads that are usually new, with random values, for a task of one's own."""
+"""Names of heads that are usually new, with random values, for the user's task."""
 
 
 def default_targets(census: Census) -> tuple[Pattern, str] | None:
     """Return the pattern of the layers adapted by default, and what it selects; ``None`` if no attention is found.
 
-    Neither is it found where none of the layers can be adapted, because each is tied to another, or is not called, so
-    that an adapter would have no effect.
+    Attention also counts as not found if none of its layers can be adapted, because each is tied to another layer or
+    is not called, so that an adapter would have no effect.
 
     Only models of transformers (which have a ``config.model_type``) and of diffusers have a default: elsewhere, a layer
     named ``value`` may be anything.

@@ -1,4 +1,4 @@
-"""What an adapter leaves out of a model, and messages about patterns that mean nothing that can be adapted."""
+"""The matrices that an adapter leaves out, and messages about patterns that match nothing that can be adapted."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ EXCLUDED = "excluded"
 TIED = "tied to parameters of other modules: untie it first"
 REGISTER = "register one with randlora.layers.register_layer"
 LITTLE = 1e-4
-"""Share of a model's parameters below which a default warns."""
+"""The share of a model's parameters below which a default warns."""
 DOUBT = "the default adapts only"
 TYPES_SHOWN = 3
 
@@ -50,7 +50,7 @@ class Remaining(NamedTuple):
     Attributes:
         held: The parameter, at its first place.
         site: Its site, or ``None`` if there is no adapter layer for it.
-        reason: Why nothing but a change of the model or of ``exclude`` would have it adapted, if so.
+        reason: Why only a change of the model or of ``exclude`` could get it adapted, if so.
     """
 
     held: Held
@@ -78,10 +78,10 @@ class LeftOut:
         owner: The type of the modules that have them, if there is no adapter layer for them.
         fqns: Their names.
         parameters: Number of their entries.
-        share: The same as a share of the model's parameters.
+        share: ``parameters`` as a share of the model's parameters.
         trainable: Number of trainable parameters that adapting them would add; 0 if they cannot be adapted.
         targets: The value of ``targets`` that includes them, if any.
-        reason: Why nothing but a change of the model or of ``exclude`` would have them adapted, if so.
+        reason: Why only a change of the model or of ``exclude`` could get them adapted, if so.
     """
 
     kind: str | None
@@ -174,7 +174,7 @@ def _count_trainable(sites: Sequence[Site], config: RandLoRAConfig) -> int:
 
 
 def lines(groups: Sequence[LeftOut]) -> list[str]:
-    """Return a few lines of a report: of the types without an adapter layer, the largest are named."""
+    """Return a few lines of a report. Only the largest types without an adapter layer are named."""
     served = [group for group in groups if group.kind is not None or group.reason is not None]
     others = sorted(groups, key=lambda group: -group.parameters)
     others = [group for group in others if group.kind is None and group.reason is None]
@@ -189,7 +189,7 @@ def lines(groups: Sequence[LeftOut]) -> list[str]:
 
 
 def doubt(census: Census, sites: Sequence[Site], groups: Sequence[LeftOut]) -> str:
-    """Return a warning if the default adapts next to nothing, or one layer that looks like a head; else nothing."""
+    """Return a warning if the default adapts almost nothing, or only a layer that looks like a head; else nothing."""
     others = [group for group in groups if group.reason != EXCLUDED]
     if not others or not census.size:
         return ""
@@ -217,7 +217,7 @@ def holders(visits: Iterable[Visit]) -> set[str]:
 
 
 def reason(visit: Visit) -> str | None:
-    """Return why a module cannot be adapted; ``None`` for those that can, containers and modules without a matrix."""
+    """Return why a module cannot be adapted. ``None`` if it can be, is a container, or has no matrix."""
     entry = visit.entry
     if isinstance(entry, str):
         return entry
@@ -250,7 +250,7 @@ def _described(held: Held) -> str:
 
 
 def missed(census: Census, argument: str, pattern: Pattern, entries: Sequence[str]) -> list[str]:
-    """Return a message for every regex or name that matches nothing, with a suggestion if it is shown in full."""
+    """Return a message for every regex or name that matches nothing, with suggestions for those shown in full."""
     told = [_missed(census, argument, pattern, entry) for entry in entries[:SHOWN]]
     return [*told, *(_said(argument, entry) for entry in entries[SHOWN:])]
 

@@ -34,12 +34,12 @@ def _endings(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def is_names(pattern: Pattern | None) -> TypeGuard[Sequence[str]]:
-    """Whether a pattern is a list of names, which may be of modules and then include all submodules."""
+    """Whether a pattern is a list of names. Names of modules include all their submodules."""
     return pattern is not None and not callable(pattern) and not isinstance(pattern, str)
 
 
 def is_regex_of(entry: str, fqns: Iterable[str]) -> bool:
-    """Whether a name was probably meant as a regex, because as a regex it matches some of ``fqns`` in full."""
+    """Whether a name was probably meant as a regex, because as a regex it fully matches some of ``fqns``."""
     try:
         return any(re.fullmatch(entry, fqn) for fqn in fqns)
     except NO_REGEX:
@@ -71,8 +71,8 @@ def unmatched(pattern: Pattern, fqns: Iterable[str]) -> list[str]:
 def nearest_names(entry: str, fqns: Iterable[str], *, common: Iterable[str] | None = None) -> str:
     """Return the known names most similar to ``entry``, for an error message; never ``entry`` itself.
 
-    If names end with ``entry``, only those are returned. Otherwise they are last components if ``entry`` has no dot,
-    else FQNs. If none is similar, those of ``common`` are returned, by default all.
+    If some names end with ``entry``, only these are returned. Otherwise last components are compared if ``entry`` has
+    no dot, else FQNs. If none is similar, the names in ``common`` are returned, by default all.
     """
     known = set(fqns) - {entry}
     ending = {fqn for fqn in known if has_suffix(fqn, entry)}

@@ -1,4 +1,4 @@
-"""Reasons why weights cannot be adapted, whatever pattern selects them; one is that modules share them."""
+"""Reasons why weights cannot be adapted, whatever pattern selects them, such as that modules share them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from randlora.targets.site import Site
 from randlora.targets.walk import Census, Held
 
 NAMES = "all_tied_weights_keys"
-"""The attribute in which models of transformers name each tied parameter, and the one that it is tied to."""
+"""The attribute in which models of transformers map each tied parameter to the one that it is tied to."""
 
 
 def obstacles(census: Census, sites: Sequence[Site], dropout: float) -> list[str]:
@@ -36,7 +36,7 @@ def obstacles(census: Census, sites: Sequence[Site], dropout: float) -> list[str
             problems.append(f"{site.fqn} ({name}) {census.uncalled[site.key]}: exclude it")
         elif dropout and not (site.layer_class.takes_dropout(site.owner) and site.key not in census.read):
             problems.append(
-                f"{site.fqn} is a weight that other code reads, whose input {dropout=} cannot reach: "
+                f"{site.fqn} is a weight that other code reads, and {dropout=} cannot reach its input: "
                 "omit dropout, or exclude this weight"
             )
         else:
@@ -45,17 +45,17 @@ def obstacles(census: Census, sites: Sequence[Site], dropout: float) -> list[str
 
 
 def offloaded_with(census: Census) -> dict[int, str]:
-    """Return the modules that are loaded with all of a module around them, by id, with the name of its class."""
+    """Return the modules that are loaded together with a whole module around them, by id, with its class's name."""
     return {key: around for key, around in loaded_modules(census.modules).items() if around is not None}
 
 
 def offloaded_copies(census: Census, fqns: Iterable[str]) -> list[str]:
-    """Return messages about parameters that ``train_also`` names and accelerate offloads."""
+    """Return messages about parameters that are named in ``train_also`` and offloaded by accelerate."""
     modules = {held.fqn: held.module for held in census.tensors}
     offloaded = loaded_modules(census.modules)
     return [
-        f"{fqn} is offloaded by accelerate, which would load the model's own values instead of trained ones: keep it "
-        "on a device by the device map, or leave it out of train_also"
+        f"{fqn} is offloaded by accelerate, which would load the model's own values instead of the trained ones: keep "
+        "it on a device with the device map, or leave it out of train_also"
         for fqn in fqns
         if fqn in modules and id(modules[fqn]) in offloaded
     ]
@@ -89,7 +89,7 @@ def tie_problems(census: Census, sites: Sequence[Site]) -> list[str]:
 
 
 def tied_away(census: Census) -> set[str]:
-    """Return the names of the parameters that transformers ties to others, if not untied since: files may lack them."""
+    """Return the names of parameters that transformers ties to others and that are still tied; files may lack them."""
     named = vars(census.model).get(NAMES)
     by_fqn = {held.fqn: held for held in census.parameters}
     pairs = [

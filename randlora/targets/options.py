@@ -1,4 +1,4 @@
-"""The options of an adapter: from the arguments of a call, the r of a LoRA's size, and their values in each layer."""
+"""The options of an adapter: reading them from arguments, the r for a LoRA's size, and the values in each layer."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SMALL_RANK = 1024
 """An r that costs little, whatever the layers."""
 
 BLOCK_STEP = 8
-"""Of which r is a multiple for ``block`` bases where the size allows: their blocks divide r, so few divide a prime."""
+"""With ``block`` bases, r is a multiple of this if possible. Blocks divide r, and a prime r would allow few."""
 
 NEAR = 0.1
-"""By which share of the wanted number of parameters such a multiple may miss it."""
+"""How far such a multiple may miss the wanted number of parameters, as a share of it."""
 
 OUT_OF_REACH = 1.5
 """The factor by which the nearest number of parameters may differ from the wanted one."""
@@ -33,7 +33,7 @@ OUT_OF_REACH = 1.5
 def resolve(config: RandLoRAConfig, fqns: Sequence[str]) -> tuple[dict[str, LayerOptions], list[str]]:
     """Return r and alpha of each target, and a message for each target or pattern without a match or without effect.
 
-    There are no options if there is a message.
+    If there is a message, there are no options.
     """
     ranks, problems = by_target("r", config.r, fqns)
     alphas, more = by_target("alpha", config.alpha, fqns)
@@ -42,11 +42,11 @@ def resolve(config: RandLoRAConfig, fqns: Sequence[str]) -> tuple[dict[str, Laye
 
 
 def useless_options(shapes: Mapping[str, Shape], options: Mapping[str, LayerOptions]) -> list[str]:
-    """Return a message for each alpha that trains nothing or backwards, and each r that no layer is as wide as."""
+    """Return a message for each alpha that is not positive, and for each r that is wider than all layers."""
     widest = {r: max(max(shape[-2:]) for shape in own) for r, own in by_rank(shapes, options).items()}
     return [
-        f"r={r} is larger than its layers, which are at most {wide} wide: above the smaller side of a layer it adds no "
-        f"rank; give an r of at most {wide}"
+        f"r={r} is larger than its layers, which are at most {wide} wide, and adds no rank above the smaller side of a "
+        f"layer: give an r of at most {wide}"
         for r, wide in widest.items()
         if r > max(wide, SMALL_RANK)
     ] + [
@@ -57,14 +57,14 @@ def useless_options(shapes: Mapping[str, Shape], options: Mapping[str, LayerOpti
 
 
 def ranks_of_others(config: RandLoRAConfig, fqns: Sequence[str]) -> dict[str, int]:
-    """Return the r that weights which are no targets would have, by the last pattern if none matches."""
+    """Return the r that weights would have that are not targets; from the last pattern if none matches."""
     found, _ = by_target("r", config.r, fqns)
     last = [*config.r.values()][-1] if isinstance(config.r, Mapping) else config.r
     return {fqn: found.get(fqn, last) for fqn in fqns}
 
 
 def listed(config: RandLoRAConfig, options: Mapping[str, LayerOptions]) -> RandLoRAConfig:
-    """Return a config that gives each target its options by FQN, or as one number if all targets have the same."""
+    """Return a config with options by FQN for each target, or as one number if all targets have the same."""
     ranks = {fqn: r for fqn, (r, _) in options.items()}
     alphas = {fqn: alpha for fqn, (_, alpha) in options.items()}
     return replace(
@@ -75,7 +75,7 @@ def listed(config: RandLoRAConfig, options: Mapping[str, LayerOptions]) -> RandL
 
 
 def options_listed(config: RandLoRAConfig, fqns: Iterable[str]) -> dict[str, LayerOptions]:
-    """Return r and alpha of each target of a config that `listed` returned; a `KeyError` if one has none."""
+    """Return r and alpha of each target of a config from `listed`. Raises a `KeyError` if a target has none."""
     ranks, alphas = config.r, config.alpha
     return {
         fqn: _options(
@@ -91,7 +91,7 @@ def _options(r: int, alpha: float | None) -> LayerOptions:
 
 
 def one_or_all(values: Mapping[str, Any]) -> Any:
-    """Return the only value, or the mapping with longer names first, because a name is a suffix of longer ones only."""
+    """Return the only value, or the mapping with longer names first, because a name may be a suffix of a longer one."""
     if len({*values.values()}) == 1:
         return next(iter(values.values()))
     return {fqn: values[fqn] for fqn in sorted(values, key=lambda fqn: (-len(fqn), fqn))}
@@ -123,16 +123,16 @@ def by_target(name: str, option: Any, fqns: Sequence[str]) -> tuple[dict[str, An
 
 
 def meant_by(pattern: str, fqns: Sequence[str]) -> tuple[list[str], str]:
-    """Return the targets that have a name, or are inside a module that has it, or else match it as a regex.
+    """Return the targets that have a name, are inside a module with this name, or else match it as a regex.
 
-    The second is empty, or says why there are none, as a phrase that follows the pattern.
+    The second result is empty, or says why there are none, as a phrase that follows the pattern.
     """
     if named := [fqn for fqn in fqns if f".{pattern}." in f".{fqn}."]:
         return named, ""
     try:
         matching = [fqn for fqn in fqns if re.fullmatch(pattern, fqn)]
     except NO_REGEX as error:
-        return [], f"is no name of a target, and no regular expression: {error}"
+        return [], f"is neither the name of a target nor a regular expression: {error}"
     if matching:
         return matching, ""
     near = nearest_names(pattern, [name for fqn in fqns for name in prefixes(fqn)], common=fqns)
@@ -147,9 +147,9 @@ def lora_parameters(sites: Iterable[Site]) -> int:
 def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) -> int:
     """Return the r with the number of parameters nearest to a LoRA on the same weights.
 
-    Above the smaller side of all weights, a larger r trains more parameters and adds no rank, so none is tried. Blocks
-    that are given divide r. Where none are given, ``block`` bases get a multiple of 8 if one is within a tenth.
-    A `ConfigError` is raised if no r has nearly as many parameters.
+    No r above the smaller side of all weights is tried, because it would train more parameters without adding rank. If
+    blocks are given, they divide r. If not, ``block`` bases get a multiple of 8 if one is within a tenth. A
+    `ConfigError` is raised if no r has nearly as many parameters.
     """
     of_rank_one = lora_parameters(sites)
     wanted = lora_r * of_rank_one
@@ -178,9 +178,9 @@ def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) ->
 
 
 def one_config(arguments: Mapping[str, Any]) -> RandLoRAConfig:
-    """Return the config among the arguments of `inject`, or one of its options; with ``like_lora`` r is chosen later.
+    """Return the config among the arguments of `inject`, or one made of its options. ``like_lora`` is applied later.
 
-    Arguments that are no options of the table are ignored.
+    Arguments that are not in the table of options are ignored.
     """
     config, r, like_lora = (arguments.get(name) for name in ("config", "r", "like_lora"))
     for option, value in (("r", r), ("config", config)):
@@ -213,7 +213,7 @@ def _multiple_of(blocks: Any) -> int:
     if not (isinstance(blocks, tuple | list) and all(type(count) is int and count > 0 for count in blocks)):
         return 1
     if (least := math.lcm(*blocks)) > LARGEST_RANK:
-        raise ConfigError(f"like_lora needs an r that both blocks divide, and none up to {LARGEST_RANK} is one")
+        raise ConfigError(f"like_lora needs an r that both blocks divide, and there is none up to {LARGEST_RANK}")
     return least
 
 

@@ -79,7 +79,7 @@ def find_targets(model: nn.Module, targets: Pattern | None = None, exclude: Patt
 def select(census: Census, given: Pattern | None, exclude: Pattern | None, trained: Collection[str] = ()) -> Selection:
     """Return the weights selected by a pattern, with the rule applied; arguments and errors as in `find_targets`.
 
-    Parameters that are trained beside, by FQN, are not adapted unless the pattern is the user's own.
+    Parameters in ``trained``, by FQN, are not adapted unless the user gave the pattern.
     """
     model, visits = census.model, census.candidates
     if (not visits and find_layer(model) is not None) or find_readers(model):
@@ -237,7 +237,8 @@ def _is_in_head(fqn: str, module: nn.Module, head: nn.Module | None) -> bool:
 
 def _nothing_left(census: Census, rule: str, skipped: dict[str, str], left: Sequence[Remaining]) -> str:
     message = (
-        f"{rule}: no layer is left to adapt; give {spelled('targets')} that match one; {inventory(census.candidates)}"
+        f"{rule}: no layer is left to adapt; give {spelled('targets')} that match a layer; "
+        f"{inventory(census.candidates)}"
     )
     reasons = [f"{fqn} ({why})" for fqn, why in skipped.items()]
     parts = [message, *([f"skipped: {shortened(reasons)}"] if reasons else [])]

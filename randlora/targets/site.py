@@ -24,8 +24,8 @@ class Site:
     """One weight that is or can be adapted.
 
     Attributes:
-        fqn: The fully qualified name used in files: that of the module if its forward is the product with the weight,
-            else that of the parameter. The first name, if the module is used in several places.
+        fqn: The fully qualified name used in files: the name of the module if its forward is the product with the
+            weight, else the name of the parameter. The first name, if the module is used in several places.
         owner: The module that has the weight.
         layer_class: The class of its adapter layer.
     """
@@ -77,7 +77,7 @@ def shapes_of(sites: Iterable[Site], config: RandLoRAConfig) -> Shapes:
 
 
 def other_kinds(sites: Iterable[Site]) -> dict[str, str]:
-    """Return the kinds of the weights that are not of linear layers, by FQN."""
+    """Return the kinds of the weights that do not belong to linear layers, by FQN."""
     return {site.fqn: kind for site in sites if (kind := site.layer_class.kind) != "linear"}
 
 

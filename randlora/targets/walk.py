@@ -26,7 +26,7 @@ LIBRARIES = {"peft": "PEFT", "loralib": "loralib", "lycoris": "LyCORIS"}
 """Names of libraries of adapters, by their package."""
 
 PARTS = frozenset({"lora_A", "lora_B", "lora_a", "lora_b", "lora_down", "lora_up", "vera_A", "vera_B"})
-"""Names of modules that hold a matrix of an adapter, in whatever library or code of one's own."""
+"""Names of modules that hold a matrix of an adapter, in any library or in users' code."""
 
 
 @runtime_checkable
@@ -38,7 +38,7 @@ class HasOutputEmbeddings(Protocol):
 
 
 class Visit(NamedTuple):
-    """One occurrence of a module in a model or, with its ``reader``, of a parameter of it that is adapted on read."""
+    """One occurrence of a module in a model or, with a ``reader``, of a parameter that is adapted on read."""
 
     fqn: str
     module: nn.Module
@@ -46,9 +46,9 @@ class Visit(NamedTuple):
 
     @property
     def entry(self) -> type[AdapterLayer] | str | None:
-        """The registry entry, as from `find_layer`; for a matrix of another adapter, the reason why not."""
+        """The registry entry, as from `find_layer`. For a matrix of another adapter, the reason why it has none."""
         if is_part(self.fqn):
-            return "it is a part of another adapter, as its name says, and not a layer of the model"
+            return "by its name it is part of another adapter, not a layer of the model"
         return find_layer(self.module) if self.reader is None else self.reader
 
     @property
@@ -75,7 +75,7 @@ class Held(NamedTuple):
 class Census:
     """The modules and parameters of a model, without what adapters added and the wrappers of `WRAPPED_AS`.
 
-    ``visits`` are all submodules, parents first; a shared one is visited at each of its places.
+    ``visits`` are all submodules, parents first; a shared module is visited at each of its places.
     """
 
     model: nn.Module
@@ -86,13 +86,13 @@ class Census:
         """Walk a model.
 
         Raises:
-            TargetError: If it is no module, or contains itself.
+            TargetError: If the model is not a module, or contains itself.
         """
         require_module(model)
         return cls(model, tuple(_walk(model, "", {id(model): "the model"})))
 
     def again(self) -> Census:
-        """Return a census of the same modules, with what they have now."""
+        """Return a census of the same modules with their current contents."""
         return Census(self.model, self.visits)
 
     @cached_property
@@ -121,7 +121,7 @@ class Census:
 
     @property
     def prefixed(self) -> list[tuple[str, nn.Module]]:
-        """All modules at each of their places, with what the names of their parameters begin with."""
+        """All modules at each of their places, with the prefix of their parameters' names."""
         return [("", self.model), *((f"{visit.fqn}.", visit.module) for visit in self.visits)]
 
     @cached_property
@@ -150,7 +150,7 @@ class Census:
         return tuple(held for places in self.matrices for held in places if self.site_of(held) is None)
 
     def site_of(self, held: Held) -> Site | None:
-        """Return the site whose weight a parameter is, or is computed from; ``None`` if there is no adapter layer."""
+        """Return the site of a parameter (or of a weight computed from it), or ``None`` without an adapter layer."""
         if (site := self.sites_by_key.get((id(held.module), held.attribute))) is not None:
             return site
         owner_fqn, _, within = held.fqn.partition(".parametrizations.")
@@ -161,7 +161,7 @@ class Census:
 
     @cached_property
     def uncalled(self) -> dict[tuple[int, str], str]:
-        """Why adapters of layers would be wrong, because of what a module does with the weight, by `Site.key`."""
+        """Why adapters of layers would be wrong because a module uses the weight differently, by `Site.key`."""
         sites, attribute = self.sites_by_key, AdapterLayer.attribute
         return {
             (child, attribute): why
@@ -171,7 +171,7 @@ class Census:
 
     @cached_property
     def untrainable(self) -> dict[tuple[int, str], str]:
-        """Why rules leave out layers that an adapter could be added to, and not be trained, by `Site.key`."""
+        """Why rules leave out layers whose adapters could not be trained, by `Site.key`."""
         return {(id(child), AdapterLayer.attribute): why for child, why, effect in self._found if effect == "untrained"}
 
     @cached_property
@@ -195,7 +195,7 @@ class Census:
 
     @cached_property
     def sites_by_key(self) -> dict[tuple[int, str], Site]:
-        """All weights that have a class of adapter layer, by `Site.key`, under the first of their names."""
+        """All weights that have a class of adapter layer, by `Site.key`, with their first name."""
         found: dict[tuple[int, str], Site] = {}
         for site in self.sites_by_fqn.values():
             found.setdefault(site.key, site)
@@ -252,7 +252,7 @@ class Census:
         return {id(head) for head in (self.head, *heads) if head is not None}
 
     def sites_of(self, visit: Visit) -> tuple[Site, ...]:
-        """Return the weights of a module that can be adapted, under the name of one of its places."""
+        """Return the weights of a module that can be adapted, named by one of its places."""
         called, kinds = find_layer(visit.module), list[type[AdapterLayer]](find_readers(visit.module))
         if isinstance(called, type):
             known = self._readings.get(id(visit.module))
@@ -271,7 +271,7 @@ class Census:
 
     @cached_property
     def foreign(self) -> list[str]:
-        """A message for each library that has adapters in the model."""
+        """One message for each library that has adapters in the model."""
         return foreign_adapters([("", self.model), *((visit.fqn, visit.module) for visit in self.first_visits)])
 
     @cached_property
@@ -324,7 +324,9 @@ def _walk(module: nn.Module, prefix: str, around: dict[int, str]) -> Iterator[Vi
         if child is not None and not isinstance(child, Diagonal):
             fqn = f"{prefix}{attribute}"
             if (outer := around.get(id(child))) is not None:
-                raise TargetError(f"the model contains itself: {fqn} is {outer}, around it; hold it in a list instead")
+                raise TargetError(
+                    f"the model contains itself: {fqn} is {outer}, which is around it; hold it in a list instead"
+                )
             yield Visit(fqn, child)
             yield from _walk(child, f"{fqn}.", {**around, id(child): fqn})
 
@@ -343,12 +345,13 @@ def foreign_adapters(modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
     return [
         f"the model has adapters of {LIBRARIES[package]}: {', '.join(places[-2:])}"
         f"{f' and {len(places) - 2} more modules' if len(places) > 2 else ''}; they would be frozen, and their "
-        "matrices are no layers of the model: merge or remove them first, as with merge_and_unload() or unload() of a "
-        "PeftModel, or build the model anew; a RandLoRA adapter of PEFT can be saved there and read with randlora.load"
+        "matrices are not layers of the model: merge or remove them first, such as with merge_and_unload() or unload() "
+        "of a PeftModel, or build the model again; a RandLoRA adapter of PEFT can be saved there and read with "
+        "randlora.load"
         for package, places in found.items()
     ]
 
 
 def is_part(fqn: str) -> bool:
-    """Whether a module is, or lies within, one that holds a matrix of an adapter, by its name."""
+    """Whether a module, by its name, is or lies within a module that holds a matrix of an adapter."""
     return not PARTS.isdisjoint(fqn.split("."))

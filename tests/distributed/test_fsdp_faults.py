@@ -97,7 +97,7 @@ def interrupt_merges() -> None:
 def train_a_copy_that_is_not_sharded() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8))
     fully_shard(model[0])
-    with pytest.raises(AdapterError, match=r"cannot train copies of 2\.weight, 2\.bias, not sharded"):
+    with pytest.raises(AdapterError, match=r"cannot train copies of 2\.weight, 2\.bias: they are not sharded"):
         randlora.inject(model, r=2, targets=["0", "1"], train_also=["2"])
     assert type(model[1]) is nn.Linear
     randlora.inject(model, r=2, targets=["0", "1"])
@@ -109,7 +109,7 @@ def activate_a_copy_that_is_not_sharded() -> None:
     randlora.inject(model, r=2, targets=["0", "1"], train_also=["2"], trainable=False)
     randlora.activate(model, "default")
     randlora.set_trainable(model, "default", trainable=False)
-    with pytest.raises(AdapterError, match=r"cannot train copies of 2\.weight, 2\.bias, not sharded"):
+    with pytest.raises(AdapterError, match=r"cannot train copies of 2\.weight, 2\.bias: they are not sharded"):
         randlora.set_trainable(model, "default")
     assert not any(parameter.requires_grad for parameter in model.parameters())
     randlora.inject(model, r=2, targets=["0", "1"], trainable=False, name="second")

@@ -233,7 +233,7 @@ def without_private_names() -> None:
             Case().adapt(model)
         assert not randlora.state.is_adapted(model)
         Case().adapt(plain)
-        with pytest.raises(AdapterError, match="use another version of torch"):
+        with pytest.raises(AdapterError, match="use a different version of torch"):
             randlora.merge(adapted)
     finally:
         composable._module_state_mapping = mapping

@@ -205,7 +205,7 @@ def switch_trained(case: Case) -> None:
         with randlora.disabled(model), randlora.disabled(one):
             equal(model(TOKENS), one(TOKENS))
             assert torch.equal(values(model)["first.norm.weight"], torch.ones(12, dtype=case.dtype))
-    with pytest.raises(AdapterError, match="which is sharded: only one adapter can train it"):
+    with pytest.raises(AdapterError, match="which is sharded, so only one adapter can train it"):
         randlora.inject(model, r=2, targets=["q"], train_also=["norm"], name="second")
     randlora.inject(model, r=2, targets=["q"], name="second", active=True)
     randlora.inject(one, r=2, targets=["q"], name="second", active=True)

@@ -103,7 +103,7 @@ def test_an_adapter_that_was_saved_is_trained_on(base: Path, run: str) -> None:
     ("verb", "options", "words"),
     [
         ("train", {"randlora": {"rank": 4}}, "unknown option rank=: use r="),
-        ("train", {"load_in_4bit": True}, "give as base_model a checkpoint that bitsandbytes has quantized"),
+        ("train", {"load_in_4bit": True}, "give as base_model a checkpoint that is already quantized"),
         ("train", {"lora_r": 8}, "lora_r are options of LoRA"),
         ("train", {"rl": "dpo"}, "axolotl takes no trainer from a plugin for rl"),
         ("merge-lora", {}, "randlora merge"),
