@@ -222,7 +222,7 @@ def test_a_state_dict_with_the_models_own_values_is_accepted_and_with_others_ref
     model.save_pretrained(tmp_path / "own", state_dict=model.state_dict())
     assert same_adapter(tmp_path / "own", model, Saver())
     averages = {name: value / 2 for name, value in model.state_dict().items()}
-    for given, message in ((averages, "has another up.randlora_"), (Saver().state_dict(), "has no up.randlora_")):
+    for given, message in ((averages, "has a different up.randlora_"), (Saver().state_dict(), "has no up.randlora_")):
         with pytest.raises(AdapterError, match=f"{message}.* load it into the model first"):
             model.save_pretrained(tmp_path / "none", state_dict=given)
     assert not (tmp_path / "none").exists()
