@@ -4,10 +4,12 @@ import doctest
 import importlib
 import inspect
 import io
+import json
 import pkgutil
 import re
 import runpy
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import randlora
 from randlora.layers import registry
 from tests import stand_ins
 from tests.examples import DOCS, SNIPPET
+from tests.notebook import NOTEBOOK, PAGE, notebook_of
 from tests.pages import FENCE, NOT_RUN, ROOT, run_page, snippets
 from tests.peer import PEFT_STREAM, THEIR_WARNINGS, TRAINERS_WARNINGS
 
@@ -129,6 +132,21 @@ def test_the_example_of_a_docstring_runs(
 def test_every_example_in_the_package_is_found() -> None:
     written = sum(path.read_text(encoding="utf-8").count(">>> ") for path in PACKAGE.rglob("*.py"))
     assert sum(len(example.examples) for example in package_examples()) == written > 0
+
+
+def test_the_notebook_is_its_page() -> None:
+    assert NOTEBOOK.read_text(encoding="utf-8") == notebook_of(PAGE), "python -m tests.notebook makes it anew"
+
+
+def test_the_cells_of_the_notebook_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) == len(snippets(PAGE)) > 0
+    namespace: dict[str, Any] = {}
+    for cell in cells:
+        with redirect_stdout(io.StringIO()) as printed:
+            exec("".join(cell["source"]), namespace)
+        assert not cell["outputs"] or printed.getvalue() == "".join(cell["outputs"][0]["text"])
 
 
 def api_entries() -> list[str]:
