@@ -249,6 +249,9 @@ WRITERS: dict[str, Writer] = {
     "timdettmers/openassistant-guanaco": table({
         "text": [f"### Human: {question}### Assistant: {work}" for question, work, _ in SQUARES],
     }),
+    "wikimedia/wikipedia": table(
+        {"title": ["Cymru"] * 4, "text": ["Gwlad yn Ewrop yw Cymru. " * 30] * 4}, "20231101.cy"
+    ),
     "stanfordnlp/imdb": table({"text": ["I liked it.", "I slept."] * 8, "label": [1, 0] * 8}, "plain_text"),
     "sentence-transformers/all-nli": table(
         {"anchor": [text for text, _, _ in SQUARES], "positive": [text for _, text, _ in SQUARES]}, "pair"
