@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 NOT_RUN = 'title="not run"'
-REAL = 'title="needs a'
+REAL = 'title="not run here: needs a'
 """Begins the title of a block for a model and data of the Hub, which runs with small ones under the same names."""
 FENCE = re.compile(r"^```(?P<language>\w*)(?P<options>[^\n`]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
