@@ -247,7 +247,7 @@ class RequiredGrad:
     """
 
     def __init__(self, parameters: Named = ()) -> None:
-        """Take the flags from parameters; where another adapted model froze one, the flag from before."""
+        """Take the flags from parameters. If another adapted model froze one, take the flag from before."""
         self._flags = {fqn: bool(vars(parameter).get(MARK, parameter.requires_grad)) for fqn, parameter in parameters}
 
     def mark(self, parameters: Named) -> None:

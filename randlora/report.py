@@ -141,7 +141,7 @@ class Report(NotTheModel):
         if self.train_also:
             text.append(f"also trained: {shortened(self.train_also)}")
         if self.buffers:
-            text.append(f"buffers of its own: {shortened(self.buffers)}")
+            text.append(f"its own buffers: {shortened(self.buffers)}")
         if (rate := self.learning_rate) is not None:
             text.append(
                 f"learning rate to try first: {rate:.2g}, after a short warm-up; for long runs down to a tenth (for "

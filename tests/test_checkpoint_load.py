@@ -185,7 +185,7 @@ def test_load_while_merged_is_refused(saved: Path) -> None:
 def test_load_into_a_part_of_an_adapted_model_is_refused(saved: Path) -> None:
     model = nn.ModuleDict({"inner": LINEAR.build()})
     randlora.inject(model, r=2)
-    refused(model["inner"], saved, "has adapters that were added to another module", error=AdapterError, name="x")
+    refused(model["inner"], saved, "has adapters that were added to a different module", error=AdapterError, name="x")
 
 
 # Models that do not fit

@@ -216,14 +216,14 @@ def test_a_copy_of_an_adapted_layer_belongs_to_other_adapters(call: Callable[[nn
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     randlora.inject(model, r=2, targets="all-linear")
     model.append(copy.deepcopy(model[0]))
-    with untouched(model), pytest.raises(AdapterError, match="2 has adapters that were added to another module"):
+    with untouched(model), pytest.raises(AdapterError, match="2 has adapters that were added to a different module"):
         call(model)
 
 
 def test_a_part_that_outlives_its_model_says_where_its_adapters_are() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)))
     randlora.inject(model, r=2)
-    with pytest.raises(AdapterError, match="were added to another module"):
+    with pytest.raises(AdapterError, match="were added to a different module"):
         randlora.eject(model[0])
 
 

@@ -220,7 +220,7 @@ def test_adapters_of_a_part_and_of_the_whole_are_kept_apart(inner_first: bool) -
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
     first, second = (model[0], model) if inner_first else (model, model[0])
     randlora.inject(first, r=2, targets="all-linear")
-    with untouched(first), pytest.raises(AdapterError, match="has adapters that were added to another module"):
+    with untouched(first), pytest.raises(AdapterError, match="has adapters that were added to a different module"):
         randlora.inject(second, r=2, targets="all-linear", name="other")
 
 

@@ -103,7 +103,7 @@ def _deviation(spec: BasisSpec, count: int, total: float, squares: float) -> flo
     """Return the standard deviation of numbers from their count, sum and sum of squares: from integers, exactly."""
     variance = (count * squares - total * total) / (count * (count - 1)) if count > 1 else 0.0
     if variance <= 0:
-        raise ConfigError(f"{spec} have a standard deviation of 0: use basis='dense', a larger r or another seed")
+        raise ConfigError(f"{spec} have a standard deviation of 0: use basis='dense', a larger r or a different seed")
     return math.sqrt(variance)
 
 

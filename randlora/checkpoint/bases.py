@@ -117,7 +117,7 @@ def _bases_of_rank(file: AdapterFile, r: int, shapes: Sequence[Shape], bank: Bas
 
 
 def _candidates(spec: BasisSpec) -> list[BasisSpec]:
-    """Return the spec, and that of the other stream if it is one of PEFT's two.
+    """Return the spec, and the same for the other stream if it is one of PEFT's two.
 
     Before ``torch-2.11`` had a name, a file of ours said ``torch`` of what the torch of its time drew.
     """

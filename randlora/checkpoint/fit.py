@@ -66,7 +66,7 @@ def named_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
 
 
 def _fitting(census: Census, file: AdapterFile) -> str:
-    """Return what is refused, with what the adapter was trained on if that is another model."""
+    """Return what is refused, with what the adapter was trained on if this is a different model."""
     recorded = file.header.model_class if file.header else None
     return f"fit the adapter{trained_on_another(census.model, file.fields, recorded)}"
 
@@ -116,7 +116,7 @@ def with_prefix(file: AdapterFile, prefix: str, known: Collection[str], paramete
 def prefix_problems(file: AdapterFile, known: Collection[str], parameters: Collection[str]) -> list[str]:
     """Return what to do if exactly one prefix, added to all names or removed from them, gives known layers.
 
-    The prefix is no advice if the model lacks a parameter that was trained with the adapter, such as that of a head.
+    The prefix is not advised if the model lacks a parameter that was trained with the adapter, such as a head's.
     """
     names = [*file.values]
     if all(name in known for name in names):

@@ -280,7 +280,7 @@ def _training_notes(held: Gathered) -> list[str]:
 
 
 def _left_out(census: Census, state: ModelState) -> list[str]:
-    """Return a note on parameters that require grad and belong to no adapter, as of a module put in later."""
+    """Return a note on parameters that require grad and belong to no adapter, such as in a module added later."""
     if state.is_merged:  # when a quantized layer may have others
         return []
     own = {id(each) for adapter in state.adapters.values() for each in adapter_parameters(census, adapter)}

@@ -165,7 +165,7 @@ def _values(adapter: Adapter, file: AdapterFile, sites: list[AdaptedSite]) -> It
 
 
 def _differences(adapter: Adapter, file: AdapterFile, header: Header, shapes: Shapes) -> Iterator[str]:
-    """Yield in what an adapter is another than the one in the files, except for its values."""
+    """Yield how an adapter differs from the one in the files, except for its values."""
     parameters = file.trained.keys() - set(file.buffers)
     for what, own, other in (
         ("layer", shapes.keys(), header.shapes.keys()),

@@ -76,7 +76,7 @@ class Slot(NamedTuple):
 
     There are several ``names`` if files hold a shared weight several times. ``layer_class`` converts an update of this
     shape to the layout of the tensors. If the weight is computed when the model is loaded, ``converted`` is its FQN in
-    the model and how, and ``names`` are those of the tensors that it is computed from.
+    the model and how, and ``names`` are the names of the tensors that it is computed from.
     """
 
     names: tuple[str, ...]

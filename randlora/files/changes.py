@@ -93,7 +93,7 @@ class Changes:
 
     ``computed`` are the weights merged into, and tensors that become other weights when the model is loaded;
     ``values`` are new values, and ``added`` those that the checkpoint has no tensors for, such as a new head's. Names
-    in ``renamed`` and ``unused`` have another one, or no place, in the class ``trained_on``, if an adapter names that.
+    in ``renamed`` and ``unused`` have a different name or no place in ``trained_on``, the class that an adapter names.
     ``notes`` are what was assumed of the adapters, and doubts about their files.
     """
 

@@ -181,7 +181,7 @@ def _require_complete(base: str, found: Mapping[str, Any], trained: Collection[s
     missing = sorted(set(found["missing_keys"]).difference(trained))
     mismatched = sorted({name for name, *_ in found["mismatched_keys"]}.difference(trained))
     problems = [f"its files have no {shortened(missing)}"] if missing else []
-    problems += [f"its files have another shape of {shortened(mismatched)}"] if mismatched else []
+    problems += [f"its files have a different shape of {shortened(mismatched)}"] if mismatched else []
     problems += found["error_msgs"]
     advice = "values would be random: give base= with complete files, or create the model yourself, then load"
     raise_collected(

@@ -45,7 +45,7 @@ LARGEST_CARRIED = 2**30
 """The size above which a file is treated as weights in an unknown format."""
 
 BLOBS = "blobs"
-"""The directory, beside that of all snapshots, that links in the Hub's cache lead to."""
+"""The directory beside the one of all snapshots to which links in the Hub's cache lead."""
 
 CODES = re.compile(
     r"(?P<weight>.+)\.(?:quant_state\.bitsandbytes__(?P<kind>.+)|(?:nested_)?(?:absmax|quant_map))"
@@ -108,7 +108,7 @@ class Codes(NamedTuple):
 
 
 def find_codes(directory: ModelDirectory) -> dict[str, Codes]:
-    """Return the tensors that bitsandbytes quantized, by name. Another quantization raises a `CheckpointError`."""
+    """Return the tensors that bitsandbytes quantized, by name. Any other quantization raises a `CheckpointError`."""
     advice = "only codes of bitsandbytes are known: take the checkpoint in a floating dtype"
     entries, kinds, sizes = directory.entries, {}, Counter[str]()
     for name in entries:

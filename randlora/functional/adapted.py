@@ -154,7 +154,7 @@ class Adapted(NamedTuple):
         return grad_x, *self._times_scaling(grad_lam, grad_gamma)
 
     def _of_diagonals(self, grad_A: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the gradients of Λ and Γ from that of UA without the scaling."""
+        """Compute the gradients of Λ and Γ from the gradient of UA without the scaling."""
         return self._times_scaling(*self.pair.diagonal_gradients(grad_A, self.lam, self.gamma))
 
     def _times_scaling(self, grad_lam: Tensor, grad_gamma: Tensor) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,7 @@ def update_norm(squared_A: Tensor, squared_B: Tensor, diagonals: Diagonals) -> T
 
     An update is a sum of ``r·num_bases`` matrices of rank one, a column of UB times a row of UA. The columns of UB are
     random, so these matrices are nearly orthogonal, and the square of the norm of their sum is nearly the sum of the
-    squares of theirs. Where it is 0 its gradient is 0, as that of `torch.linalg.vector_norm` is.
+    squares of theirs. Where it is 0 its gradient is 0, as for `torch.linalg.vector_norm`.
 
     Args:
         squared_A: The squares of A, ``(r, min_dim)``.

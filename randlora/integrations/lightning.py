@@ -33,7 +33,7 @@ ENTRY = "randlora"
 
 
 def _callbacks() -> tuple[type, ...]:
-    """Return the class of callbacks of each package that is installed; a trainer knows that of its own only."""
+    """Return the callback class of each installed package. A trainer knows only the class of its own package."""
     found = [name for name in PACKAGES if name in sys.modules or find_spec(name) is not None]
     if not found:
         raise ImportError("Lightning is not installed: pip install lightning, or pytorch-lightning")

@@ -78,7 +78,7 @@ def _require_trainer(args: Any) -> None:
     """Check that a run has a trainer of `TRAINERS`, which knows checkpoints of an adapter.
 
     Raises:
-        AdapterError: If it has another.
+        AdapterError: If it has a different one.
     """
     task = getattr(args, "rlhf_type", None) or args.task_type
     if task not in TRAINERS:

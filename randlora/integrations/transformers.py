@@ -236,7 +236,7 @@ def _forgive_frozen(model: nn.Module, keys: Any) -> None:
 
 
 def _send_merged(engine: Any) -> None:
-    """Have TRL send vLLM the merged weights: it would send the parameters as they are, those of adapters among them."""
+    """Have TRL send vLLM the merged weights. It would send the parameters as they are, including the adapters'."""
     if SENT not in dir(engine):
         raise AdapterError(
             "this trainer cannot send the merged weights to vLLM, as GRPOTrainer of TRL 1.16 can: upgrade TRL, or "

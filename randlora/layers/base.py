@@ -178,7 +178,7 @@ class AdapterLayer(MergeableWeight):
         return self.acting if self.activation.is_current else self._acting(self.adapters)
 
     def _acting(self, names: Iterable[str]) -> list[tuple[SiteAdapter, float]]:
-        """Return those of some adapters that act on this weight, with their factors."""
+        """Return the given adapters that act on this weight, with their factors."""
         weighted = [(self.adapters[name], self.adapters[name].weight) for name in names if name in self.adapters]
         return [(part, weight) for part, weight in weighted if weight is not None]
 
@@ -196,7 +196,7 @@ class AdapterLayer(MergeableWeight):
         return True
 
     def runs_plain_forward(self, owner: nn.Module) -> bool:
-        """Whether the owner's forward is that of its kind, not overridden by a subclass or on the instance."""
+        """Whether the owner has the forward of its kind, not overridden by a subclass or on the instance."""
         base: Any = type(owner)
         return self.own_forward is None and base.randlora_base.forward is self.plain_forward()
 

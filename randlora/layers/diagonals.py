@@ -101,7 +101,7 @@ class Diagonal(nn.ParameterDict):
             self.randlora_seat(self.randlora_acting)  # `Values` that were away may list others
 
     def _replicate_for_data_parallel(self) -> Diagonal:
-        """Return a replica, whose parameters are on another device."""
+        """Return a replica, whose parameters are on a different device."""
         replica: Diagonal = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica.randlora_slots = None
         return replica

@@ -39,7 +39,7 @@ class MergeableWeight(StoredWeight):
         return weight.detach()
 
     def compute_dtype(self, owner: nn.Module) -> torch.dtype | None:  # noqa: ARG002  # for quantized layers
-        """Return the dtype that the layer computes in, or ``None`` for that of its input."""
+        """Return the dtype that the layer computes in, or ``None`` for the dtype of its input."""
         return None
 
     @torch.no_grad()

@@ -217,5 +217,5 @@ def _require_known_kind(layer: type[AdapterLayer]) -> None:
 
 
 def qualified_name(base_type: type | str) -> str:
-    """Return the name of a type with that of its module, or the name that is given for it."""
+    """Return the qualified name of a type, or the name that is given for it."""
     return base_type if isinstance(base_type, str) else f"{base_type.__module__}.{base_type.__qualname__}"

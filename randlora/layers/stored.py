@@ -88,7 +88,7 @@ class StoredWeight(ABC):
 
     @classmethod
     def device_beside(cls, owner: nn.Module) -> torch.device:
-        """Return the device of Λ and Γ: that of the weight, or the CPU if accelerate offloads the weight."""
+        """Return the device of Λ and Γ: the weight's device, or the CPU if accelerate offloads the weight."""
         weight = cls.weight_of(owner)
         assert weight is not None, "obstacles() asks for a weight"
         return torch.device("cpu") if cls.is_offloaded(owner) else weight.device

@@ -106,8 +106,8 @@ def sum_updates(
 def folded(weight: Tensor, delta: Tensor) -> Tensor:
     """Return ``weight + delta``, added in the wider dtype of the two and rounded once to the weight's.
 
-    ``delta`` has the shape of the weight, one that is broadcast to it, or that of the weight viewed as a matrix. The
-    memory format of the weight is kept, such as ``channels_last`` of a convolution.
+    ``delta`` has the shape of the weight, a shape that broadcasts to it, or the shape of the weight viewed as a matrix.
+    The memory format of the weight is kept, such as ``channels_last`` of a convolution.
     """
     if delta.numel() == weight.numel():
         delta = delta.reshape(weight.shape)

@@ -127,7 +127,7 @@ class Attributes:
 
 
 def _is_changed(container: Any, entries: Any) -> bool:
-    """Whether a dict or a list has other entries than before, or in another order."""
+    """Whether a dict or a list has different entries than before, or a different order."""
     if isinstance(container, dict):
         container, entries = ([part for pair in each.items() for part in pair] for each in (container, entries))
     return len(container) != len(entries) or any(own is not was for own, was in zip(container, entries, strict=True))

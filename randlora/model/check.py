@@ -131,7 +131,7 @@ def _obstacles(view: View, sites: Sequence[AdaptedSite]) -> list[str]:
 def _mergeable(
     root: nn.Module, trial: Trial, refused: Mapping[AdaptedSite, float]
 ) -> tuple[list[AdaptedSite], list[str]]:
-    """Return the weights whose merged effect can be compared, and a note if they are none for another reason."""
+    """Return the weights whose merged effect can be compared, and a note if there are none for a different reason."""
     merging = [site for site in trial.sites if site not in refused]
     if not merging:
         return [], []
@@ -167,7 +167,7 @@ class _Mode:
         trained: Those that gradients reach.
         moved: The others that have an effect.
         moved_merged: The others that have an effect once merged.
-        differing: Those that have another effect once merged, with the difference as a share of the effect.
+        differing: Those with a different effect once merged, with the difference as a share of the effect.
         unclear: Those whose effects are too small to tell.
     """
 
@@ -204,7 +204,7 @@ class _Mode:
         return any(far > self._jitter.get(path, 0.0) for path, far in distances(output, self._base).items())
 
     def _differs(self, on: Sites) -> bool:
-        """Whether updates of some weights have another effect once merged than as adapters."""
+        """Whether updates of some weights have a different effect once merged than as adapters."""
         adapted = self._trial.run(on, training=self.training)
         as_merged = self._trial.run(on, training=self.training, is_merged=True)
         effects = distances(adapted, self._base), distances(as_merged, self._base)

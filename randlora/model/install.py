@@ -118,8 +118,8 @@ def require_own(census: Census, state: ModelState, doing: str) -> None:
     for site in census.adapted:
         if site.layer.state is not state:
             raise AdapterError(
-                f"cannot {doing} here: {site.fqn} has adapters that were added to another module (a submodule, parent "
-                "or a copy of this one); call this on that module, or replace the layer"
+                f"cannot {doing} here: {site.fqn} has adapters that were added to a different module (a submodule, a "
+                "parent or a copy of this one); call this on that module, or replace the layer"
             )
 
 

@@ -78,7 +78,7 @@ class AdapterInfo:
         if self.train_also:
             yield f"also trained: {shortened(self.train_also)}"
         if self.buffers:
-            yield f"buffers of its own: {shortened(self.buffers)}"
+            yield f"its own buffers: {shortened(self.buffers)}"
         yield from self.problems
 
 

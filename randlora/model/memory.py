@@ -122,9 +122,7 @@ class TrainingMemory:
             lines.append("not counted without tokens: what is kept for backward, logits, work")
         lines.append(UNKNOWN)
         if self.work is not None:
-            lines.append(
-                f"work of a step in the adapted layers: {self.work:.1f} times that of LoRA of rank {LORA_RANK}"
-            )
+            lines.append(f"work of a step in the adapted layers: {self.work:.1f} times LoRA's with rank {LORA_RANK}")
         return "\n".join(lines)
 
 
@@ -325,7 +323,7 @@ def _style_of(model: nn.Module, setup: Setup) -> Callable[[str], str]:
     if setup.strategy != "tp":
         return lambda _: ""
     if not styles:
-        raise ConfigError("strategy='tp' needs tp_plan, because the model has no plan of its own")
+        raise ConfigError("strategy='tp' needs tp_plan, because the model does not have a plan")
 
     def style(fqn: str) -> str:
         name = re.sub(r"\.\d+(?=\.|$)", ".*", fqn)

@@ -349,7 +349,7 @@ def _fold_all(
 
 @contextmanager
 def _unfolded_if_raised(sites: Sequence[AdaptedSite]) -> Iterator[dict[AdapterLayer, Kept | None]]:
-    """Restore the values that were written in place, as of sharded weights, if the block raises.
+    """Restore the values that were written in place, such as of sharded weights, if the block raises.
 
     Other weights are exchanged for merged ones, which `all_or_nothing` undoes. The block fills the dict that it gets
     with what `AdapterLayer.unmerged` was before it drops that.

@@ -104,9 +104,9 @@ def difference_from_product(site: AdaptedSite) -> float | None:
 
 
 def _outputs(site: AdaptedSite, x: Tensor, held: Any, read: Tensor | None = None) -> list[Tensor]:
-    """Return the tensors that a forward returns, if its module holds a weight, and code reads another one if given.
+    """Return the tensors that a forward returns if its module holds a weight (and code reads ``read``, if given).
 
-    There is none if the forward needs other arguments, or another kind of input.
+    There is none if the forward needs other arguments, or a different kind of input.
     """
     owner, layer = site.owner, site.layer
     forward: Callable[..., Any] = layer.own_forward or MethodType(plain_class(owner).forward, owner)

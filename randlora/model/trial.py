@@ -152,7 +152,7 @@ class Trial:
         return drawn
 
     def _fill(self, parameter: nn.Parameter) -> None:
-        """Put drawn values in the place of zeros, as of gates that are not trained yet."""
+        """Replace zeros by random values, such as in gates that are not trained yet."""
         is_plain = type(parameter.data) is Tensor and parameter.is_floating_point() and parameter.dtype.itemsize > 1
         if is_plain and not parameter.is_meta and parameter.numel() and not parameter.any():
             parameter.data = self._like(parameter) * SPREAD

@@ -204,7 +204,7 @@ class AdaptedStack(Tensor):
 
 
 class _Linked(torch.autograd.Function):
-    """Connects an adapted stack with Λ and Γ, so that a gradient of its own is noticed wherever it is computed."""
+    """Connects an adapted stack with Λ and Γ, so that any gradient of the stack itself is noticed."""
 
     @staticmethod
     def forward(ctx: Any, make: Callable[[], Tensor], *operands: Tensor) -> Tensor:  # noqa: ARG004

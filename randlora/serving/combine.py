@@ -197,7 +197,7 @@ def _copies(state: ModelState, adapters: Mapping[str, float], sources: Sequence[
 def _values(
     adapter: Adapter, sites: Iterable[AdaptedSite], updates: Mapping[str, Sequence[Update]]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return Λ and Γ of the sum by FQN; raise `AdapterError` if that of a layer is not exact, or not finite."""
+    """Return Λ and Γ of the sum by FQN. Raises an `AdapterError` if a layer's sum is not exact or not finite."""
     found, inexact, infinite = {}, [], []
     for site in sites:
         device = site.layer.device_beside(site.owner)

@@ -245,7 +245,7 @@ class AdapterPool:
 
 
 def _named(names: object) -> list[str]:
-    """Return the adapters that are named for rows, or for their tokens; `routed` refuses what is no name."""
+    """Return the adapters named for rows or for their tokens. `routed` refuses anything that is not a name."""
     rows = [] if isinstance(names, str) or not isinstance(names, Sequence) else names
     flat = [name for row in rows for name in ([row] if isinstance(row, str) or not isinstance(row, Sequence) else row)]
     return list(dict.fromkeys(name for name in flat if isinstance(name, str)))

@@ -254,7 +254,7 @@ def _tracking(routing: Routing, layer: Any) -> RowTracking | None:
 
 
 def _found(routing: Routing, layer: Any, shape: torch.Size, module: str) -> Layout:
-    """Return the layout of an input that was not followed, of another length, or of a layer that is called itself."""
+    """Return the layout of an input that was not followed, of a different length, or of a layer called directly."""
     if routing.is_uniform:
         layout = routing.layout(shape, torch.zeros((1,) * len(shape), dtype=torch.long, device="cpu"))
     else:

@@ -367,7 +367,7 @@ def _taken_rows(
 
 
 def _of_indices(call: Call, indices: list[Tensor | None], labels: list[Label | None]) -> Label | None:
-    """Return the rows of entries of a table: those of the indices."""
+    """Return the rows of entries of a table, which are the rows of the indices."""
     known = [label for label in labels if label is not None]
     if not known:
         return None

@@ -199,7 +199,7 @@ class RowByRow(Routing, Run):
         return output
 
     def _by_bases(self, routes: Routes, layout: Layout, device: torch.device) -> list[Routed]:
-        """Return the tokens that have an update here, those of adapters on the same bases together."""
+        """Return the tokens that have an update here, grouped by adapters on the same bases."""
         ordered = self.sorted(layout, device, routes.module)
         key = id(routes.parts), id(ordered)  # both live as long as the block
         if (known := self.by_bases.get(key)) is None:

@@ -133,7 +133,7 @@ class RowTracking(TorchDispatchMode):
                         self._write_through(alias, output, own)
 
     def _write_through(self, alias: Tensor, written: Tensor, label: Label) -> None:
-        """Label a tensor anew of whose memory a part has other rows now."""
+        """Label a tensor again after a part of its memory got different rows."""
         was = self._labels.get(alias)
         old = nothing(alias.dim()).rows if was is None else was.rows
         marks = label if was is None else marked([label, was], label.rows)

@@ -93,7 +93,7 @@ def layout_of(weight: Any, x: Any, inputs: int) -> Layout:
 
 
 def _split_at(placement: Any, dim: int) -> Any:
-    """Return a placement that splits another dimension in the same way."""
+    """Return a placement that splits a different dimension in the same way."""
     pieces = {"split_factor": placement.split_factor} if hasattr(placement, "split_factor") else {}
     return type(placement)(dim, **pieces)
 

@@ -277,13 +277,13 @@ def _missed(census: Census, argument: str, pattern: Pattern, entry: str) -> str:
 
 
 def _is_named(census: Census, held: Held, name: str | Sequence[str], entry: str) -> bool:
-    """Whether a regex or names match a parameter that is no target under its own name, or its last components."""
+    """Whether a regex or names match a parameter that is not a target under its own name, or its last components."""
     site = census.site_of(held)
     return (site is None or site.fqn != held.fqn) and (matches_name(name, held.fqn) or has_suffix(held.fqn, entry))
 
 
 def _role(census: Census, held: Held) -> str:
-    """Return what a parameter is that is no target under its own name."""
+    """Return a description of a parameter that is not a target under its own name."""
     if (site := census.site_of(held)) is not None:
         return f"a parameter of {site.fqn}, which is the name to give"
     if is_lazy(held.parameter) or held.parameter.ndim >= 2:

@@ -148,7 +148,7 @@ def _resolve(census: Census, pattern: Pattern | None) -> tuple[Pattern, str, boo
 
 
 def _names(visit: Visit, *, opens: bool) -> list[str]:
-    """Return the names that a pattern may match a module by: its FQN, and if ``opens``, those of its parents."""
+    """Return the names by which a pattern may match a module: its FQN and, if ``opens``, its parents' names."""
     return prefixes(visit.fqn) if opens else [visit.fqn]
 
 

@@ -185,7 +185,7 @@ class Census:
 
     @cached_property
     def _readings(self) -> dict[int, Reading]:
-        """The modules whose weight another one reads or changes, by id; what is wrong for one of these is wrong."""
+        """The modules whose weight another module reads or changes, by id. If one reader is a problem, all are."""
         found: dict[int, Reading] = {}
         for reading in self._found:
             before = found.get(id(reading.child), reading)
