@@ -177,7 +177,7 @@ def test_the_plan_of_a_quantized_model_is_that_of_the_dense_one(
     options: dict[str, Any] = {"r": 4, "targets": "all-linear", "train_also": [HEADS[kind.name]]}
     found = randlora.files.plan(base, **options)
     expected = randlora.files.plan(tmp_path / "base dense", **options)
-    note = f"the model is quantized ({KINDS[quantization]}): parameters are counted as if it were not"
+    note = f"the model is quantized ({KINDS[quantization]}): parameters are counted as if it were not quantized"
     assert found == replace(expected, notes=(*expected.notes, note))
     size = sum(tensor.nbytes for tensor in stored(base).values())
     buffers = sum(buffer.nbytes for buffer in kind.build().to(torch.bfloat16).buffers())

@@ -107,8 +107,8 @@ def test_no_adapter_is_removed_while_it_is_in_use(outputs: dict[str, Any]) -> No
     [
         (["a", "b", "c"], "3 adapters are asked for at once, and the pool loads 2: raise max_loaded"),
         (["a", "g", None], "the pool has no adapter named 'g'; the nearest are"),
-        (["a"] * 0, "expected the name of an adapter"),
-        ("abc", "expected the name of an adapter"),
+        (["a"] * 0, "expected for each row the name of an adapter"),
+        ("abc", "expected for each row the name of an adapter"),
     ],
 )
 def test_what_a_pool_cannot_do_is_refused_before_anything_is_loaded(
