@@ -122,7 +122,9 @@ class TrainingMemory:
             lines.append("not counted without tokens: what is kept for backward, logits, work")
         lines.append(UNKNOWN)
         if self.work is not None:
-            lines.append(f"work of a step in the adapted layers: {self.work:.1f} times that of LoRA of rank {LORA_RANK}")
+            lines.append(
+                f"work of a step in the adapted layers: {self.work:.1f} times that of LoRA of rank {LORA_RANK}"
+            )
         return "\n".join(lines)
 
 
