@@ -51,8 +51,11 @@ def smollm2(target: Path) -> None:
         CONVERTED.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CONVERTED.parent) as scratch:
             write_smollm2(weights, Path(scratch, "model"))
-            if not CONVERTED.exists():  # or another process was faster
+            try:
                 Path(scratch, "model").rename(CONVERTED)
+            except OSError:
+                if not CONVERTED.exists():  # or another process was faster
+                    raise
     target.symlink_to(CONVERTED)
 
 
@@ -70,7 +73,7 @@ def write_smollm2(weights: Path, target: Path) -> None:
     transformers.AutoTokenizer.from_pretrained(directory, gguf_file=file).save_pretrained(target)
 
 
-def letters(*special: str, template: str | None = None) -> Any:
+def letters(*special: str, pad: str | None = None, template: str | None = None) -> Any:
     """Make a tokenizer of single letters that knows these special tokens, the last of which ends a text."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -78,8 +81,9 @@ def letters(*special: str, template: str | None = None) -> Any:
     words = [chr(code) for code in range(128)] + list(special)
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=special[-1]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[-1], model_max_length=512)
-    fast.add_special_tokens({"additional_special_tokens": list(special[:-1]), "pad_token": special[0]})
+    options = {"eos_token": special[-1], "pad_token": pad, "model_max_length": 512}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+    fast.add_special_tokens({"additional_special_tokens": list(special[:-1])})
     fast.chat_template = template
     return fast
 
@@ -91,10 +95,10 @@ def save(target: Path, model: Any, tokenizer: Any) -> None:
 
 
 def llama(target: Path) -> None:
-    """Write a base model: no chat template."""
+    """Write a base model: its tokenizer has neither a chat template nor a token for padding."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = letters("<|finetune_right_pad_id|>", "<|end_of_text|>")
+    tokenizer = letters("<|begin_of_text|>", "<|end_of_text|>")
     save(target, LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SIZES)).to(torch.bfloat16), tokenizer)
 
 
@@ -102,7 +106,7 @@ def qwen3(target: Path) -> None:
     """Write a model that chats."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = letters("<|endoftext|>", "<|im_start|>", "<|im_end|>", template=CHATML)
+    tokenizer = letters("<|endoftext|>", "<|im_start|>", "<|im_end|>", pad="<|endoftext|>", template=CHATML)
     config = Qwen3Config(vocab_size=len(tokenizer), head_dim=16, num_key_value_heads=2, **SIZES)
     model = Qwen3ForCausalLM(config)
     with (
@@ -117,7 +121,7 @@ def roberta(target: Path) -> None:
     """Write an encoder with its language head, as on the Hub: a classifier's head is new."""
     from transformers import RobertaConfig, RobertaForMaskedLM
 
-    tokenizer = letters("<pad>", "</s>")
+    tokenizer = letters("<pad>", "</s>", pad="<pad>")
     config = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=520, pad_token_id=128, **SIZES)
     save(target, RobertaForMaskedLM(config), tokenizer)
 
@@ -128,7 +132,7 @@ def bge(target: Path) -> None:
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import BertConfig, BertModel
 
-    tokenizer = letters("[PAD]", "[SEP]")
+    tokenizer = letters("[PAD]", "[SEP]", pad="[PAD]")
     with tempfile.TemporaryDirectory() as encoder:
         save(Path(encoder), BertModel(BertConfig(vocab_size=len(tokenizer), **SIZES)), tokenizer)
         SentenceTransformer(modules=[Transformer(encoder), Pooling(64, "cls")], device="cpu").save(str(target))

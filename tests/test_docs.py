@@ -55,17 +55,30 @@ def _known_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_layers", dict(registry._layers))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=page_name)
+def models_of(page: Path, *, real: bool) -> list[str]:
+    """Return the names of the Hub in the code of a page that there is a directory for."""
+    return stand_ins.named("".join(snippet.code for snippet in snippets(page, real=real)))
+
+
+def run_pages() -> Iterator[Any]:
+    """Yield the pages with snippets; those that train a pretrained model take seconds."""
+    for page in PAGES:
+        if snippets(page):
+            yield pytest.param(page, marks=[pytest.mark.medium] if models_of(page, real=False) else [])
+
+
+@pytest.mark.parametrize("page", run_pages(), ids=page_name)
 def test_the_snippets_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page.name == "saving.md" and PEFT_STREAM != "torch":
         pytest.skip("PEFT draws other dense bases under torch 2.11 and older")
     if page.name == "compiling.md" and TorchVersion(torch.__version__) < "2.9":
         pytest.skip("torch.export of older versions loses tensors that a model computes with")
     monkeypatch.chdir(tmp_path)
-    stand_ins.write(stand_ins.named("".join(snippet.code for snippet in snippets(page))), tmp_path)
+    stand_ins.write(models_of(page, real=False), tmp_path)
     run_page(page)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page, real=True)], ids=page_name)
 def test_the_blocks_for_real_models_run_with_small_ones_of_the_same_names(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -73,8 +86,13 @@ def test_the_blocks_for_real_models_run_with_small_ones_of_the_same_names(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)  # a CPU has it, too
-    stand_ins.write(stand_ins.named("".join(snippet.code for snippet in snippets(page, real=True))), tmp_path)
+    stand_ins.write(models_of(page, real=True), tmp_path)
     run_page(page, real=True)
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "recipes").glob("*.md")), ids=page_name)
+def test_a_recipe_names_a_model_of_the_hub(page: Path) -> None:
+    assert [*models_of(page, real=True), *models_of(page, real=False)]
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/quickstart.md"])
