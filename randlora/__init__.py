@@ -1,6 +1,7 @@
 """RandLoRA for PyTorch: full-rank fine-tuning from shared random bases.
 
->>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64))
+>>> layers = torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64)
+>>> model = torch.nn.Sequential(*layers)
 >>> report = randlora.inject(model, r=8)
 >>> report.trainable_parameters
 1152

@@ -147,6 +147,11 @@ def test_the_example_of_a_docstring_runs(
     assert report.getvalue() == ""
 
 
+def test_the_examples_in_the_package_have_80_columns() -> None:
+    lines = [line for path in PACKAGE.rglob("*.py") for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [line for line in map(str.strip, lines) if line.startswith((">>> ", "... ")) and len(line) > 80] == []
+
+
 def test_every_example_in_the_package_is_found() -> None:
     written = sum(path.read_text(encoding="utf-8").count(">>> ") for path in PACKAGE.rglob("*.py"))
     assert sum(len(example.examples) for example in package_examples()) == written > 0

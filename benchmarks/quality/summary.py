@@ -181,9 +181,9 @@ def overview(tasks: Collection[tuple[Task, Sequence[Run]]], rows: Mapping[str, s
 def rates_of(task: Task, runs: Sequence[Run]) -> str:
     """Write a table in Markdown: metric and drift of each contestant at each learning rate, bold where on the front.
 
-    A point is on the front if no other has a better metric at no more drift.
+    A point is on the front if no other has a better metric at no more drift. The frozen model has no rate.
     """
-    points = points_of(task, runs)
+    points = [point for point in points_of(task, runs) if point.lr]
     chosen = {(point.contestant, point.lr) for point in front(task, points)}
     rates = sorted({point.lr for point in points})
     lines = []

@@ -355,7 +355,8 @@ class BasisBank:
 
     Examples:
         >>> bank = BasisBank()
-        >>> basis = bank.acquire(BasisSpec("dense", "portable", seed=0, r=4, max_dim=8, min_dim=6))
+        >>> sizes = {"r": 4, "max_dim": 8, "min_dim": 6}
+        >>> basis = bank.acquire(BasisSpec("dense", "portable", seed=0, **sizes))
         >>> basis.slices(8, 6, device="cpu", dtype=torch.float32).B.shape
         torch.Size([8, 2, 4])
     """

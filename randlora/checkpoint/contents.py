@@ -297,8 +297,8 @@ def adapter_state(model: nn.Module, name: str | None = None, *, bases: StoredAs 
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> _ = randlora.inject(model, r=4)
         >>> state = randlora.adapter_state(model)
-        >>> state = state.with_tensors({name: tensor / 2 for name, tensor in state.tensors.items()})
-        >>> randlora.swap(model, state)
+        >>> half = {name: tensor / 2 for name, tensor in state.tensors.items()}
+        >>> randlora.swap(model, state.with_tensors(half))
     """
     require_types(adapter_state, {"model": model, "name": name})
     doing = "return the state of an adapter"

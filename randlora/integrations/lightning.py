@@ -62,7 +62,8 @@ class AdapterCallback(_Callback):  # type: ignore[misc]
 
     Examples:
         >>> from randlora.integrations.lightning import AdapterCallback
-        >>> callback = AdapterCallback(adapter_directories=True)  # for Trainer(callbacks=[callback])
+        >>> callback = AdapterCallback(adapter_directories=True)
+        >>> options = {"callbacks": [callback]}  # of a Trainer
     """
 
     def __init__(self, *, adapter_directories: bool = False, name: str | None = None) -> None:

@@ -78,7 +78,7 @@ def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
         Exception: Whatever the model's forward raises in the mode that the model is in.
 
     Examples:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 8))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
         >>> _ = randlora.inject(model, r=4, targets="all")
         >>> print(randlora.check(model, torch.randn(2, 8)))
         0 of 2 adapted weights are not as they should be; 2 are

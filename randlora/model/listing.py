@@ -188,7 +188,8 @@ def set_trainable(model: nn.Module, names: str | Iterable[str], trainable: bool 
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
-        >>> _ = randlora.inject(model, r=4, name="a"), randlora.inject(model, r=4, name="b")
+        >>> _ = randlora.inject(model, r=4, name="a")
+        >>> _ = randlora.inject(model, r=4, name="b")
         >>> randlora.set_trainable(model, ["a", "b"])
         >>> len(list(randlora.trainable_parameters(model)))
         4

@@ -111,7 +111,8 @@ def prepare_quantized(
         ConfigError: If a flag is neither ``True`` nor ``False``.
 
     Examples:
-        >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 9))
+        >>> layers = torch.nn.Embedding(9, 8), torch.nn.LayerNorm(8)
+        >>> model = torch.nn.Sequential(*layers, torch.nn.Linear(8, 9))
         >>> print(prepare_quantized(model.bfloat16()))
         quantized layers: none
         converted to float32: 1, 2

@@ -64,7 +64,8 @@ def combine(model: nn.Module, adapters: Mapping[str, float], *, name: str) -> Re
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
-        >>> _ = randlora.inject(model, r=4, name="a"), randlora.inject(model, r=4, name="b")
+        >>> _ = randlora.inject(model, r=4, name="a")
+        >>> _ = randlora.inject(model, r=4, name="b")
         >>> randlora.serving.combine(model, {"a": 0.7, "b": -0.3}, name="c").rule
         'the sum 0.7·a + -0.3·b'
     """

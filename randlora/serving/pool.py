@@ -57,7 +57,8 @@ class AdapterPool:
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> _ = randlora.inject(model, r=4)
-        >>> states = {"a": randlora.adapter_state(model), "b": randlora.adapter_state(model)}
+        >>> state = randlora.adapter_state(model)
+        >>> states = {"a": state, "b": state}
         >>> pool = randlora.serving.AdapterPool(model, states, max_loaded=2)
         >>> with pool.routed(["a", "b", None]):
         ...     y = model(torch.randn(3, 8))

@@ -85,7 +85,8 @@ def routed(
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
-        >>> _ = randlora.inject(model, r=4, name="a"), randlora.inject(model, r=4, name="b", seed=1)
+        >>> _ = randlora.inject(model, r=4, name="a")
+        >>> _ = randlora.inject(model, r=4, name="b", seed=1)
         >>> with randlora.serving.routed(model, ["a", "b", None]):
         ...     y = model(torch.randn(3, 8))
     """
